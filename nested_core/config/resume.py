@@ -51,7 +51,7 @@ def refuse_differences_on_resume(old: FineTuneConfig, new: FineTuneConfig, run_d
             else []
         )
         raise ConfigError(
-            f"{run_dir} cannot be resumed with a configuration that differs:\n"
+            f"{run_dir} cannot be resumed with a configuration that differs from its config.yaml:\n"
             + "\n".join(lines[:MAX_SHOWN_DIFFERENCES] + more)
             + "\nGive what the run began with, or another --run-dir for a new run."
         )

@@ -27,7 +27,7 @@ from nested_core.pipeline.publishing import (
     register_run,
 )
 from nested_core.pipeline.steps import TrainResult
-from nested_core.registry.policy import describe_tightening, read_policy, tighten
+from nested_core.registry.policy import hold_to_policy
 from nested_core.registry.promotion_policy import (
     effective_rule,
     promote_by_policy,
@@ -141,12 +141,9 @@ def finetune(
     can be resumed or is complete, and report.html in it to look at.
     """
     hooks = hooks or Hooks()
-    policy = None
-    if config.registry.path is not None:
-        policy = read_policy(*registry_location(config.registry))
-    for sentence in describe_tightening(config, policy):
+    config, tightening = hold_to_policy(config)
+    for sentence in tightening:
         hooks.on_message(sentence)
-    config = tighten(config, policy)
     check_before_start(config, run)
     with run.locked():
         hooks.begin(config, run, resume=resume)

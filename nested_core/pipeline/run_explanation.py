@@ -25,6 +25,7 @@ from nested_core.models.parameters import trainable_parameters
 from nested_core.optim.tier_assignment import count_expected_updates
 from nested_core.pipeline import steps
 from nested_core.pipeline.device_lock import OnWait, locking_devices
+from nested_core.registry.policy import hold_to_policy
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.storage.run_directory import RunDirectory, open_run
 from nested_core.storage.safetensors_files import load_arrays
@@ -52,7 +53,8 @@ class RunExplanation:
     """What a run of a configuration will do and cost; `describe` says it in words.
 
     Attributes:
-        config: the configuration.
+        config: the configuration, held to the policy of its registry's name.
+        tightening: a sentence for each key in which that policy is stricter than what was asked.
         base_parameters: parameters of the base model as it is stored; quantised ones are packed.
         tiers: what is trained, tier by tier.
         splits: what is in each split of the data.
@@ -66,6 +68,7 @@ class RunExplanation:
     """
 
     config: FineTuneConfig
+    tightening: tuple[str, ...]
     base_parameters: int
     tiers: tuple[TierForecast, ...]
     splits: dict[str, SplitStats]
@@ -222,7 +225,8 @@ class RunExplanation:
             "better": "made champion if its loss is lower than the champion's beyond noise",
             "approve": "made champion once a person approves it",
         }[registry.promote]
-        return f"registered as {registry.name} in {registry.path}, and {policy}."
+        text = f"registered as {registry.name} in {registry.path}, and {policy}."
+        return " ".join([text, *(f"But {sentence}." for sentence in self.tightening)])
 
 
 def _format_batches(count: int) -> str:
@@ -247,6 +251,7 @@ def explain_run(
     ConfigError, and DatasetError for data with errors. Holds the device meanwhile; `on_wait` is
     told who has it.
     """
+    config, tightening = hold_to_policy(config)
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder:
         run = open_run(Path(folder) / "run", resume=False)
         with run.locked():
@@ -268,6 +273,7 @@ def explain_run(
     ]
     return RunExplanation(
         config=config,
+        tightening=tuple(tightening),
         base_parameters=base_parameters,
         tiers=tuple(tiers),
         splits=report.splits,

@@ -68,6 +68,7 @@ from nested_core.storage.adapter import (
 from nested_core.storage.atomic import (
     finite_or_none,
     new_directory,
+    remove_file,
     remove_leftovers,
     write_bytes,
     write_json,
@@ -281,7 +282,7 @@ def _train_model(
         # The run is made longer: what it ended with is out of date.
         measured = (run.gate_losses, run.training_examples, run.answers, run.sample_answers)
         for earlier in (run.report, run.manifest, run.gate, *measured, run.result):
-            earlier.unlink(missing_ok=True)
+            remove_file(earlier)
         write_plan(run.plan, _make_plan(trainer, report, read_plan(run.plan)))
     if on_start is not None:
         on_start(trainer)
@@ -386,9 +387,9 @@ def judge(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = No
 
 def _write_verdict(config: FineTuneConfig, run: RunDirectory, verdict: Verdict) -> None:
     """Write what was measured, then gate.json and the manifest that binds it to that."""
-    run.manifest.unlink(missing_ok=True)  # no verdict is bound to files that are written anew
+    remove_file(run.manifest)  # no verdict is bound to files that are written anew
     for earlier in (run.gate_losses, run.training_examples, run.answers):
-        earlier.unlink(missing_ok=True)
+        remove_file(earlier)
     judged = dict(verdict.judged_files)
     for name, content in verdict.written_files.items():
         write_bytes(run.path / name, content)

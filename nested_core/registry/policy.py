@@ -97,6 +97,18 @@ def set_policy(registry: Path, name: str, *, by: str, changes: Mapping[str, Any]
     return policy
 
 
+def hold_to_policy(config: FineTuneConfig) -> tuple[FineTuneConfig, list[str]]:
+    """The configuration that a run goes by, and a sentence for each key that a policy tightened.
+
+    Without a registry, or with a name that has no policy, the configuration as it is.
+    """
+    section = config.registry
+    if section.path is None or section.name is None:
+        return config, []
+    policy = read_policy(Path(section.path), section.name)
+    return tighten(config, policy), describe_tightening(config, policy)
+
+
 def tighten(config: FineTuneConfig, policy: RegistryPolicy | None) -> FineTuneConfig:
     """A run's configuration with the policy's bounds and suites where those are stricter.
 

@@ -99,17 +99,22 @@ def read_adapter(path: Path, *, follow_links: bool = False) -> Adapter:
     Raises ConfigError where there is no such directory, DamagedError where it is not a whole,
     well-formed adapter.
     """
+    require_adapter_directory(path)
+    if file_type(path / WEIGHTS_NAME, follow_links=True) == "missing":
+        for other in sorted(path.iterdir()):
+            refuse_unsafe_format(other)
+    config = read_adapter_config(path / CONFIG_NAME, follow_links=follow_links)
+    return Adapter(path, config, read_tensors(path / WEIGHTS_NAME, follow_links=follow_links))
+
+
+def require_adapter_directory(path: Path) -> None:
+    """ConfigError where there is no directory, DamagedError for a file of an unsafe format."""
     if file_type(path, follow_links=True) != "directory":
         refuse_unsafe_format(path)
         raise ConfigError(
             f"{str(path):.300} is not a directory. Expected an adapter directory with "
             f"{WEIGHTS_NAME} and {CONFIG_NAME}, as mlx_lm.lora or nested-tune writes it."
         )
-    if file_type(path / WEIGHTS_NAME, follow_links=True) == "missing":
-        for other in sorted(path.iterdir()):
-            refuse_unsafe_format(other)
-    config = read_adapter_config(path / CONFIG_NAME, follow_links=follow_links)
-    return Adapter(path, config, read_tensors(path / WEIGHTS_NAME, follow_links=follow_links))
 
 
 def files_sha256(folder: Path) -> str:

@@ -69,15 +69,29 @@ def naming_target_in_errors(target: Path, temporary: Path) -> Iterator[None]:
     try:
         yield
     except IsADirectoryError as error:
-        raise DirectoryInsteadOfFileError(
-            f"{target} is a directory, and a file belongs there. Move it away, and give the "
-            f"command again."
-        ) from error
+        raise _is_a_directory(target) from error
     except OSError as error:
         name = os.fsdecode(error.filename or temporary)  # a write names no file
         if Path(name).is_relative_to(temporary):
             error.filename = str(target / Path(name).relative_to(temporary))
             error.filename2 = None
+        raise
+
+
+def _is_a_directory(path: Path) -> DirectoryInsteadOfFileError:
+    return DirectoryInsteadOfFileError(
+        f"{path} is a directory, and a file belongs there. Move it away, and give the command "
+        f"again."
+    )
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file or a link, if there is one; DamagedError for a directory, which stays."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:  # IsADirectoryError on Linux, PermissionError on macOS
+        if path.is_dir() and not path.is_symlink():
+            raise _is_a_directory(path) from error
         raise
 
 

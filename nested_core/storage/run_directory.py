@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.lock_file import (
     LockFile,
     OnBusy,
@@ -84,7 +84,13 @@ class RunDirectory:
         return any(path.is_file() for path in (self.lock, self.dataset, self.tiers))
 
     def require_begun(self) -> None:
-        """Raise ConfigError if this is not a run directory."""
+        """ConfigError if this is not a run directory, DamagedError if its config is no file."""
+        if os.path.lexists(self.config) and not self.config.is_file() and self.has_run_files():
+            raise DamagedError(
+                f"{self.config} is not a file. The run wrote one: bring it back, or move away "
+                f"what is there; --resume with the configuration that the run began with writes it "
+                f"again."
+            )
         if not self.config.is_file() or not self.has_run_files():
             missing = "run.lock, dataset.json or tiers.json"
             if not self.config.is_file():

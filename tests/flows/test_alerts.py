@@ -11,7 +11,7 @@ from unittest.mock import patch
 from uuid import uuid4
 
 import pytest
-from prefect import flow
+from prefect import flow, tags
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import StateType
 from prefect.events.worker import EventsWorker
@@ -172,6 +172,23 @@ def test_a_rollback_an_old_champion_and_a_full_disk_are_told(
     assert f"{NAME} has had no new champion since" in wait_for_text(told, "Old champion")
     full = wait_for_text(told, "Disk nearly full")
     assert "3.0 GB of 100.0 GB are free (3%)" in full
+
+
+def test_a_damaged_champion_is_told_with_what_to_do(
+    client: SyncPrefectClient, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NESTED_TUNE_ROOTS", str(tmp_path))
+    registry = tmp_path / "registry"
+    core.register_and_promote(write_run(tmp_path / "run", 1), registry, NAME, {}, by="test")
+    weights = registry / NAME / "champion" / "adapters.safetensors"
+    weights.chmod(0o600)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with tags("nested-tune"):
+        state = reconcile(ReconcileParameters(registry=str(registry)), return_state=True)
+    assert state.name == "Damaged"
+    text = wait_for_text(told, "Damaged: ")
+    assert "adapters.safetensors: has changed since it was written" in text
+    assert "nested-tune forget" in text
 
 
 def test_a_failed_automation_is_told_and_a_failed_alert_is_not_told_for_ever(

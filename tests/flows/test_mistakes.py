@@ -256,7 +256,10 @@ MISTAKES: dict[str, Mistake] = {
         prepare=begin_run,
     ),
     "resuming with another configuration": Mistake(
-        ("run cannot be resumed with a configuration that differs:", "learning_rate"),
+        (
+            "run cannot be resumed with a configuration that differs from its config.yaml:",
+            "learning_rate",
+        ),
         arguments=(*TRAIN, "--resume"),
         prepare=begin_other_run,
     ),

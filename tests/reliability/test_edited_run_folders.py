@@ -6,6 +6,7 @@ work and what it leaves is what the run had before.
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
@@ -101,10 +102,10 @@ def look(case: Case, originals: Originals, tmp_path: Path) -> Counter[str]:
     ends: Counter[str] = Counter()
     run = tmp_path / "spoilt" / "run"
     case.apply(originals.run, originals.other, run)
-    is_config = case.file == "config.yaml" and not (run / "config.yaml").is_file()
+    has_no_config = case.file == "config.yaml" and not os.path.lexists(run / "config.yaml")
     status = command("status", run, cwd=tmp_path)
     if status.code != 0:
-        require_refusal(case, status, 2 if is_config else 6)
+        require_refusal(case, status, 2 if has_no_config else 6)
     stop = command("stop", run, cwd=tmp_path)
     if stop.code != 2:
         require_refusal(case, stop)
@@ -117,7 +118,7 @@ def look(case: Case, originals: Originals, tmp_path: Path) -> Counter[str]:
         assert version.name in {path.name for path in originals.versions()}, str(case)
         assert files_sha256(version) == files_sha256(originals.run / "adapter"), str(case)
     else:
-        is_absent = is_config or (case.file == "gate.json" and not (run / "gate.json").exists())
+        is_absent = has_no_config or (case.file == "gate.json" and not (run / "gate.json").exists())
         require_refusal(case, promote, 2 if is_absent else 6)
     for name, done in (("status", status), ("stop", stop), ("promote", promote)):
         ends[f"{name} {done.code}"] += 1

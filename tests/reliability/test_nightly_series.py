@@ -122,18 +122,19 @@ def require_right_comparison(night: Night, compared: ChampionLoss) -> None:
 
 
 def require_right_decision(night: Night, compared: ChampionLoss) -> None:
-    """Promoted if the whole interval is below 0; else the champion stays, with the figures."""
+    """Promoted if shown to be better, and by 0.005; else the champion stays, with the figures."""
     decision = night.result.promotion
     assert decision is not None
     assert compared.interval is not None
-    if compared.interval[1] < 0:
+    assert compared.difference is not None
+    if compared.interval[1] < 0 and compared.difference < -0.005:
         assert (decision, night.after) == ("promoted", night.result.version)
         return
     assert night.after == night.before != night.result.version
     assert compared.loss is not None
-    assert compared.difference is not None
     found = re.fullmatch(
-        rf"test loss ({FIGURE}) is not better than the champion's ({FIGURE}) beyond noise "
+        rf"test loss ({FIGURE}) is not better by more than 0.005 than the champion's ({FIGURE}) "
+        rf"beyond noise "
         rf"\(test.jsonl, {compared.examples} examples[^)]*\): ({FIGURE}) with a 95 % interval of "
         rf"({FIGURE}) to ({FIGURE}); these examples can show no difference below ({FIGURE})",
         decision,

@@ -26,7 +26,13 @@ from nested_core.models.peft.output_folder import (
     creating_adapter_folder,
     require_absent_or_empty,
 )
-from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
+from nested_core.storage.adapter import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Adapter,
+    read_adapter,
+    require_adapter_directory,
+)
 from nested_core.storage.atomic import write_json
 from nested_core.storage.manifest import MANIFEST_NAME, verify_manifest
 from nested_core.storage.safetensors_files import read_header, save_arrays
@@ -43,6 +49,7 @@ def export_peft(folder: Path, out: Path, model: str | None = None) -> Conversion
     ConfigError where PEFT has no such adapter, DamagedError where the files are not sound.
     """
     require_absent_or_empty(out, own_run=folder.parent)
+    require_adapter_directory(folder)  # as it was given, before links are followed
     # Once: the champion's link may be swapped meanwhile.
     adapter = _read_mlx_lm_adapter(Path(os.path.realpath(folder)))
     modules = _read_factors(adapter)

@@ -18,6 +18,7 @@ from nested_core.models.lora_attachment import attach_adapter
 from nested_core.models.parameters import trainable_parameters
 from nested_core.pipeline.run_explanation import RunExplanation, explain_run
 from nested_core.pipeline.suggested_config import suggest_config
+from nested_core.registry.policy import set_policy
 from tests.example import DATA, MODEL, example_config, example_settings
 
 
@@ -84,6 +85,18 @@ def test_each_subject_is_said_in_words(explanation: RunExplanation) -> None:
         "champion's beyond noise."
     )
     assert "tokens a second" in said["time"]
+
+
+def test_what_the_registrys_policy_tightens_is_said(tmp_path: Path) -> None:
+    registry = {"path": str(tmp_path), "name": "capitals", "promote": "always"}
+    changes = {"promote": "approve", "max_val_loss_increase": 0.01}
+    set_policy(tmp_path, "capitals", by="ann", changes=changes)
+    said = explain_run(example_config(registry=registry), measures_speed=False).describe()
+    assert "unless the rise is shown to be within 1.00%" in said["gate"]
+    assert said["registry"].endswith(
+        "But the policy of capitals: gate.max_val_loss_increase is 0.01, not 0.02. "
+        "But the policy of capitals: promote: approve counts beside this run's always."
+    )
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from nested_core.registry import (
     rollback,
 )
 from nested_core.storage import kept_hashes
+from nested_core.storage.lock_file import LockFile
 from nested_core.storage.strict_files import regular_sha256
 from tests.core.registry.conftest import MakeRun, write_run
 from tests.core.registry.states import NAME
@@ -276,6 +277,41 @@ def test_what_is_no_link_is_removed_and_a_version_promoted_again(world: World, t
         shutil.rmtree(link) if thing == "directory" else link.unlink()
     assert rollback(world.registry, NAME, by="ann").version == world.champion
     assert_sound(world, world.champion)
+
+
+@pytest.mark.parametrize("thing", ["link", "directory"])
+def test_what_is_no_lock_file_is_removed_and_made_again(world: World, thing: str) -> None:
+    lock = world.name_folder / ".lock"
+    lock.unlink()
+    if thing == "link":
+        lock.symlink_to(world.folder / "elsewhere")
+    else:
+        lock.mkdir()
+    with pytest.raises(DamagedError, match="Remove it: a lock's file holds nothing"):
+        rollback(world.registry, NAME, by="ann")
+    lock.unlink() if thing == "link" else lock.rmdir()
+    assert rollback(world.registry, NAME, by="ann").version == world.first
+    assert_sound(world, world.first)
+
+
+def test_a_lock_removed_while_it_is_held_ends_the_command_that_runs_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cleaner of old files takes the lock's file away between the check and the change."""
+
+    check = LockFile.require_still_at_path
+
+    def clean_and_check(lock: LockFile) -> None:
+        lock.path.unlink(missing_ok=True)
+        check(lock)
+
+    with monkeypatch.context() as cleaner:
+        cleaner.setattr(LockFile, "require_still_at_path", clean_and_check)
+        with pytest.raises(DamagedError, match="then run the command again"):
+            rollback(world.registry, NAME, by="ann")
+    assert_sound(world, world.champion)
+    assert rollback(world.registry, NAME, by="ann").version == world.first
+    assert_sound(world, world.first)
 
 
 @pytest.mark.parametrize("damage", ["missing", "directory", "of another day", "torn"])
