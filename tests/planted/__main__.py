@@ -115,7 +115,9 @@ def judge(number: int, tests: list[str], folder: Path, copy: Path) -> Result:
     }
     if tests:
         arguments = folder / "tests.txt"
-        arguments.write_text("\n".join(tests), encoding="utf-8")
+        # Those of the fault's own room first: one of them fails, most likely.
+        near = sorted(tests, key=lambda test: f"/{fault.room}" not in test)
+        arguments.write_text("\n".join(near), encoding="utf-8")
         stages = {"make test": (f"@{arguments}",)} | stages
     stage, test = "missed", ""
     try:
