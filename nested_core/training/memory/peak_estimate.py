@@ -12,7 +12,10 @@ trained one up, since those below keep nothing for the backward pass:
                   (s + 12) * vocabulary * T where every position has its logits
     dequantized = dequantized_weights * the largest quantized weight once it is dequantized
     in_flight   = arrays that are used up and not freed yet, since MLX runs ahead of the device:
-                  layers_in_flight times the largest `kept`
+                  layers_in_flight times the largest `kept`, without attention's padding. On CUDA
+                  that is MIN_LAYERS + LAYERS_PER_OPERATION * operations of a commit * b, where
+                  b = min(1, kept / BYTES_OF_BUSY_LAYER): the host runs less far ahead of a device
+                  whose layers are done before it has started the next one
     peak        = resident + the largest of
                   kept of all layers + logits + dequantized + in_flight, where a recomputed layer
                   keeps its input alone;
@@ -30,6 +33,7 @@ The constants are fitted to measurements: see "The forecast of peak memory" in b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nested_core.kernels.cuda.kernel_launch import KERNEL_DTYPE
@@ -45,6 +49,7 @@ EXTRA_BYTES_PER_UNCHUNKED_LOGIT = 12  # the same where every position has its lo
 DEQUANTIZED_WEIGHT_COPIES = 4  # the output layer's for both products, and as much again
 CUDA_MIN_LAYERS_IN_FLIGHT = 5  # without the operations of a commit
 CUDA_LAYERS_IN_FLIGHT_PER_OPERATION = 0.95  # for each operation of a commit
+CUDA_BYTES_OF_BUSY_LAYER = 92 * 2**20  # kept by a layer that takes a device longer than its host
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,9 @@ class DeviceProfile:
 
     score_share: share of a head's length^2 attention probabilities kept; 0 for fused attention.
     mlp_arrays: arrays of the MLP's inner width kept beside gate, up and their product.
-    layers_in_flight: layers whose arrays are used up and not freed yet.
+    layers_in_flight: layers whose arrays are used up and not freed yet, on a busy device.
+    min_layers_in_flight: the same on an idle one; between both in proportion to a layer's bytes.
+    bytes_of_busy_layer: what a layer keeps for the backward pass where the device is busy.
     logit_chunks: chunks of logits that exist at once.
     max_in_flight_ratio: bound of `layers_in_flight`, as a ratio to all layers that are trained.
     recomputes_mlp_product: whether the product of an MLP of LoRA layers is recomputed, not kept.
@@ -65,6 +72,8 @@ class DeviceProfile:
     score_share: float
     mlp_arrays: float
     layers_in_flight: float
+    min_layers_in_flight: float = 0
+    bytes_of_busy_layer: int = 0
     logit_chunks: int = 5
     max_in_flight_ratio: float = 1
     recomputes_mlp_product: bool = False
@@ -85,6 +94,8 @@ def cuda_profile(operations_per_commit: int) -> DeviceProfile:
         mlp_arrays=0,
         layers_in_flight=CUDA_MIN_LAYERS_IN_FLIGHT
         + CUDA_LAYERS_IN_FLIGHT_PER_OPERATION * operations_per_commit,
+        min_layers_in_flight=CUDA_MIN_LAYERS_IN_FLIGHT,
+        bytes_of_busy_layer=CUDA_BYTES_OF_BUSY_LAYER,
         logit_chunks=2,
         max_in_flight_ratio=1.3,
         recomputes_mlp_product=True,
@@ -146,16 +157,25 @@ def bytes_kept_for_backward(
     """What one layer that is not recomputed keeps for the backward pass."""
     scores = device.score_share * batch.rows * layer.heads * batch.length**2
     kept = layer.kept + device.mlp_arrays * layer.mlp_width
-    is_half_precision = footprint.activation_bytes == KERNEL_DTYPE.size  # as the kernels take
-    if device.recomputes_mlp_product and is_half_precision:
+    if device.recomputes_mlp_product and _is_half_precision(footprint):
         kept -= layer.mlp_product
-    elements = batch.rows * batch.length * kept + scores
+    return footprint.activation_bytes * (batch.rows * batch.length * kept + scores)
+
+
+def bytes_of_padded_attention(
+    footprint: ModelFootprint, layer: LayerFootprint, batch: BatchShape, device: DeviceProfile
+) -> float:
+    """What one layer keeps besides where the device pads attention to another length."""
     more = -batch.length % device.attention_multiple
-    if more and is_half_precision:
-        elements += batch.rows * (
-            batch.length * layer.attention + more * (layer.attention + layer.qkv)
-        )
-    return footprint.activation_bytes * elements
+    if not more or not _is_half_precision(footprint):
+        return 0.0
+    elements = batch.length * layer.attention + more * (layer.attention + layer.qkv)
+    return footprint.activation_bytes * batch.rows * elements
+
+
+def _is_half_precision(footprint: ModelFootprint) -> bool:
+    """Whether activations are as the kernels take them."""
+    return footprint.activation_bytes == KERNEL_DTYPE.size
 
 
 def bytes_of_logits(footprint: ModelFootprint, batch: BatchShape, device: DeviceProfile) -> int:
@@ -176,24 +196,35 @@ def bytes_of_logits(footprint: ModelFootprint, batch: BatchShape, device: Device
     )
 
 
+def bytes_in_flight(kept: Sequence[float], device: DeviceProfile) -> float:
+    """What is used up and not freed yet, from what each layer of the backward pass keeps."""
+    largest = max(kept, default=0.0)
+    idle, busy = device.min_layers_in_flight, device.layers_in_flight
+    is_busy = min(1.0, largest / device.bytes_of_busy_layer) if device.bytes_of_busy_layer else 1.0
+    layers = idle + (busy - idle) * is_busy
+    return min(layers, device.max_in_flight_ratio * len(kept)) * largest
+
+
 def estimate_peak_bytes(
     footprint: ModelFootprint, batch: BatchShape, device: DeviceProfile, recomputed: int = 0
 ) -> int:
     """The peak of a step that recomputes the `recomputed` lowest of the trained layers."""
     layers = footprint.layers_of_backward_pass
     kept = [bytes_kept_for_backward(footprint, layer, batch, device) for layer in layers]
-    largest = max(kept, default=0.0)
+    in_flight = bytes_in_flight(kept, device)
+    kept = [
+        own + bytes_of_padded_attention(footprint, layer, batch, device)
+        for own, layer in zip(kept, layers, strict=True)
+    ]
     resident = footprint.weights + footprint.moments
     if footprint.is_packed:
         resident += footprint.trained + footprint.moments
     tokens = batch.rows * batch.length
     inputs = footprint.activation_bytes * tokens * sum(e.width for e in layers[:recomputed])
-    max_in_flight = device.max_in_flight_ratio * len(layers)
-    in_flight = min(device.layers_in_flight, max_in_flight) * largest
     logits = bytes_of_logits(footprint, batch, device)
     dequantized = device.dequantized_weights * footprint.dequantized
     forward = sum(kept[recomputed:]) + inputs + (logits + dequantized) + in_flight
-    backward = inputs + in_flight + LAYERS_HELD_WHILE_RECOMPUTING * largest if recomputed else 0.0
+    backward = inputs + in_flight + LAYERS_HELD_WHILE_RECOMPUTING * max(kept) if recomputed else 0.0
     update = 3 * footprint.trained + footprint.moments
     return int(resident + max(forward, backward, update))
 

@@ -20,7 +20,8 @@ from nested_core.training.memory.peak_estimate import (
     DeviceProfile,
     LayerFootprint,
     ModelFootprint,
-    bytes_kept_for_backward,
+    bytes_in_flight,
+    bytes_of_padded_attention,
     cuda_profile,
     estimate_peak_bytes,
     fewest_recomputed_layers,
@@ -62,12 +63,26 @@ def test_padded_attention_keeps_its_output_twice_and_what_is_padded() -> None:
     padding = replace(PLAIN, attention_multiple=4)
     half = replace(SMALL, activation_bytes=2)
     more = 2 * (2 * 3 * 6 + 2 * 1 * (6 + 10))  # 2 rows of 3 positions, padded to 4
-    kept = [bytes_kept_for_backward(half, layer, BATCH, each) for each in (PLAIN, padding)]
-    assert kept[1] - kept[0] == more
+    assert bytes_of_padded_attention(half, layer, BATCH, padding) == more
     whole = replace(BATCH, length=4)
     for footprint, batch in ((SMALL, BATCH), (half, whole)):  # float32; nothing to be padded
-        expected = bytes_kept_for_backward(footprint, layer, batch, PLAIN)
-        assert bytes_kept_for_backward(footprint, layer, batch, padding) == expected
+        assert bytes_of_padded_attention(footprint, layer, batch, padding) == 0
+    both = replace(half, layers=(layer, layer))
+    found, plain = (estimate_peak_bytes(both, BATCH, each) for each in (padding, PLAIN))
+    assert found - plain == 2 * more  # in each layer that is kept, and not in what is in flight
+
+
+def test_the_fewer_bytes_a_layer_keeps_the_fewer_are_in_flight() -> None:
+    device = replace(
+        PLAIN,
+        layers_in_flight=20,
+        min_layers_in_flight=4,
+        bytes_of_busy_layer=1000,
+        max_in_flight_ratio=2,
+    )
+    in_flight = [bytes_in_flight([kept] * 15, device) / kept for kept in (0.001, 500, 1000, 9000)]
+    assert in_flight == pytest.approx([4, 12, 20, 20], rel=1e-3)
+    assert bytes_in_flight([9000.0] * 3, device) == 6 * 9000  # at most so often as there are layers
 
 
 def test_the_peak_of_a_small_case_is_what_a_hand_computes() -> None:
