@@ -63,6 +63,11 @@ MAY_STAY = (
     MayStay("thread", r"^Mlflow\w+_\d+$", "mlflow's pool for files, idle until it is collected"),
     MayStay("process", r"/fork_server\.py ", "one a worker: it forks the processes of all tests"),
     MayStay(
+        "process",
+        r" -m prefect (server|worker) start |(^|/)postgres\b",
+        "of the stack in tests/production: its tests kill and start it again, its fixture ends it",
+    ),
+    MayStay(
         "environment variable",
         r"^(PYARROW_IGNORE_TIMEZONE|SPARK_LOCAL_IP|_RJEM_MALLOC_CONF)$",
         "pandera and polars set them when they are imported, for themselves",
