@@ -34,7 +34,11 @@ def cancel_once_it_trains(run: RunDirectory, tag: str, state: State[None]) -> No
         client.set_flow_run_state(flow_run.id, state)
 
 
-@pytest.mark.parametrize("state", [Cancelling(), Cancelled()], ids=lambda state: str(state.name))
+@pytest.mark.parametrize(
+    "state",
+    [pytest.param(Cancelling(), marks=pytest.mark.slow("trains another run")), Cancelled()],
+    ids=lambda state: str(state.name),
+)
 def test_a_training_that_is_cancelled_on_the_server_alone_ends_with_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: State[None]
 ) -> None:

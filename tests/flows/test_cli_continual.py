@@ -11,6 +11,8 @@ from nested_core.registry import list_versions, read_champion
 from tests.example import write_config
 from tests.flows.conftest import Ended, called
 
+pytestmark = pytest.mark.slow("trains and judges a run after another")
+
 NAME = "capitals"
 
 

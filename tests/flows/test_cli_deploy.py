@@ -28,6 +28,7 @@ def test_without_a_server_deploy_exits_2_and_says_what_to_set(
     assert "PREFECT_API_URL is not set" in refused.message()
 
 
+@pytest.mark.slow("a process that imports Prefect")
 def test_a_server_that_does_not_answer_is_said_in_a_paragraph(
     nested_tune: Callable[..., Ended],
 ) -> None:

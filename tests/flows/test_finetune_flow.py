@@ -192,6 +192,7 @@ def rejected(
         return folder, run_flow(parameters(folder))
 
 
+@pytest.mark.slow("a flow that trains and judges a run of its own")
 def test_a_failing_gate_fails_the_flow_with_the_reason_in_its_message(
     rejected: tuple[Path, State[Any]],
 ) -> None:
@@ -206,6 +207,7 @@ def test_a_failing_gate_fails_the_flow_with_the_reason_in_its_message(
         state.result()
 
 
+@pytest.mark.slow("a flow that trains and judges a run of its own")
 def test_a_failing_gate_is_not_tried_again_and_nothing_is_registered(
     rejected: tuple[Path, State[Any]],
 ) -> None:

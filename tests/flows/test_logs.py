@@ -14,6 +14,7 @@ from flows.finetune import FinetuneParameters, finetune
 from flows.prefect_logs import RUN_LOGGERS
 from flows.rollback import RollbackParameters, rollback
 from tests.example import example_settings
+from tests.left_out import slow_except
 
 PROGRAM = """
 import logging, sys
@@ -36,7 +37,10 @@ Path(held).write_text("went on")
 """
 
 
-@pytest.mark.parametrize("deployment", ["a deployment's run", ""])
+@pytest.mark.parametrize(
+    "deployment",
+    slow_except(["a deployment's run", ""], "a deployment's run", reason="another flow's process"),
+)
 def test_a_deployments_run_goes_on_when_its_worker_no_longer_reads_what_it_prints(
     tmp_path: Path, deployment: str
 ) -> None:

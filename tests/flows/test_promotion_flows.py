@@ -334,6 +334,7 @@ def questions(deployment: UUID) -> list[FlowRun]:
         return list(client.read_flow_runs(flow_run_filter=wanted))
 
 
+@pytest.mark.slow("several flow runs, each with an approval")
 def test_a_version_that_waits_is_asked_about_once_whoever_asks_how_often(
     add: Add, registry: Path, promotion_deployment: UUID
 ) -> None:

@@ -91,6 +91,7 @@ def page_rows(database: Path, adapter: str) -> Counter[str]:
     return rows
 
 
+@pytest.mark.slow("makes the pages of 2,000 steps")
 def test_pages_cost_a_run_of_2000_steps_what_they_cost_one_of_20(prefect_home: Path) -> None:
     costs = {}
     for steps in (20, 2000):

@@ -40,6 +40,7 @@ def test_a_few_planted_suites_are_judged_alike(
     assert count_refused(suite, EQUAL, range(10)) <= 1
 
 
+@pytest.mark.slow("draws many suites")
 def test_what_a_champion_answered_and_the_candidate_lost_is_refused_at_the_level_of_two_rivals(
     tmp_path: Path,
 ) -> None:

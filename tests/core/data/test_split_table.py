@@ -42,7 +42,13 @@ STARTS = pytest.mark.slow("starts processes that import polars, a line each")
 
 @pytest.mark.parametrize(
     ("size", "processes"),
-    [pytest.param(1, 2, marks=STARTS), (1, 1), (300, 2), (5000, 1), (10**9, 1)],
+    [
+        pytest.param(1, 2, marks=STARTS),
+        (1, 1),
+        pytest.param(300, 2, marks=STARTS),
+        (5000, 1),
+        (10**9, 1),
+    ],
 )
 def test_ranges_and_processes_change_nothing(
     size: int, processes: int, write_data: WriteData, monkeypatch: pytest.MonkeyPatch

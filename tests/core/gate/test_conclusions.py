@@ -275,6 +275,7 @@ def test_steps_that_differ_little_cost_less_than_steps_of_their_own() -> None:
     assert quantile_of(same) == pytest.approx(alone, abs=0.12)
 
 
+@pytest.mark.slow("draws some hundred runs")
 def test_the_best_of_equal_steps_is_rarely_promoted() -> None:
     promoted = lucky = 0
     for seed in range(150):

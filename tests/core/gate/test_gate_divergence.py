@@ -18,9 +18,12 @@ from tests.core.gate.conftest import STEPS, Rewrite
 from tests.core.gate.pairs import codes
 from tests.core.gate.rewriting import vouch
 from tests.example import DATA, train_example
+from tests.left_out import slow_except
 
 
-@pytest.mark.parametrize("frequencies", [[1], [1, 2, 4]])
+@pytest.mark.parametrize(
+    "frequencies", slow_except([[1], [1, 2, 4]], [1, 2, 4], reason="trains another run")
+)
 def test_a_learning_rate_of_50_is_not_finite_and_named_with_the_step(
     tmp_path: Path, frequencies: list[int]
 ) -> None:
@@ -106,6 +109,7 @@ def test_two_reports_above_are_noise_where_nothing_else_speaks() -> None:
     assert lost.is_certain
 
 
+@pytest.mark.slow("trains and judges a run of its own")
 def test_logits_that_differ_after_a_divergence_are_no_other_configuration(
     config: FineTuneConfig, run: RunDirectory, rewrite: Rewrite
 ) -> None:

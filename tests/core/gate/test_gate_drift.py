@@ -81,6 +81,7 @@ def test_predictions_that_move_beyond_their_bound_are_refused(
         require_consistent(gate, run.gate)
 
 
+@pytest.mark.slow("judges runs of its own")
 def test_drift_from_the_base_is_that_from_a_fresh_initial_adapter_and_else_a_pass_more(
     config: FineTuneConfig, run: RunDirectory, tmp_path: Path
 ) -> None:

@@ -96,6 +96,7 @@ def test_a_test_set_is_judged_on_where_there_is_one(config: FineTuneConfig, tmp_
     assert verdict.validation.selected_on_same_data is False
 
 
+@pytest.mark.slow("trains and judges a run of its own")
 def test_a_test_set_that_repeats_the_validation_set_counts_as_selected_on(
     config: FineTuneConfig, tmp_path: Path
 ) -> None:

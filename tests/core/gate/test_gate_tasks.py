@@ -280,6 +280,7 @@ def test_no_parameter_of_a_flow_lets_python_functions_run() -> None:
         with_trusted_code(example_config().model_copy(update={"gate": gate}))
 
 
+@pytest.mark.slow("trains and judges a run of its own")
 def test_a_run_that_went_on_from_an_adapter_is_compared_with_it_and_pays_for_itself_alone(
     broken: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
