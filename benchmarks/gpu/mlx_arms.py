@@ -2,10 +2,11 @@
 
 An arm is `mlx_lm` or `ours`, with options: `ours+deep` (tiers [1, 2, 4], deep layers fast),
 `+due=1` (the fastest tiers alone), `+bits=4`, `+limit=12` (GiB), `+graphs=1` (CUDA graphs),
-`+ops=10` and `+mb=200` (what is committed at once), `+batch=16`, `+length=278`. With `+mixed` rows
-have lengths of their own, up to the shape's, and tokens are counted without padding. `ours+parts`
-takes the gradients alone, third by third. With `+ranks=2`, under `mlx.launch`, each rank has the
-whole batch on a GPU of its own; the row counts the tokens of all. `floor`, and `floor+deep`, is no
+`+ops=10` and `+mb=200` (what is committed at once), `+batch=16`, `+length=278`. With `+mixed`, and
+with `+chats`, rows have lengths of their own, up to the shape's, and tokens are counted without
+padding; with `+even` as well, rows of one length hold as many tokens on average. `ours+parts` takes
+the gradients alone, third by third. With `+ranks=2`, under `mlx.launch`, each rank has the whole
+batch on a GPU of its own; the row counts the tokens of all. `floor`, and `floor+deep`, is no
 training, but the products and the attention that each must do.
 """
 
@@ -14,8 +15,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,8 +30,10 @@ from benchmarks.gpu.parts import parts_of
 from benchmarks.gpu.shapes import (
     KEYS,
     MIXED_WARM,
+    MIXED_WINDOWS,
     RANK,
     RATE,
+    ROWS,
     SCALE,
     SHAPES,
     WARM,
@@ -40,9 +42,9 @@ from benchmarks.gpu.shapes import (
     Shape,
     energy,
     measure,
-    mixed_lengths,
     per_step,
     row,
+    rows_of,
 )
 
 VARIABLES = {
@@ -52,7 +54,8 @@ VARIABLES = {
 }
 MicroBatch = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]  # tokens, what is learnt
 NAMES = "mlx_lm", "ours", FLOOR
-OPTIONS = {*VARIABLES, "batch", "bits", "deep", "due", "length", "limit", "mixed", "parts", "ranks"}
+OPTIONS = {*VARIABLES, "batch", "bits", "deep", "due", "length", "limit", "parts", "ranks"}
+OPTIONS |= {*ROWS, "even"}
 
 
 def main(size: str, arm: str) -> None:
@@ -154,28 +157,36 @@ def mlx_lm_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, 
             energies.append(energy())
 
     generator = np.random.default_rng(0)
-    lengths = [shape.length] * 16 * shape.batch
-    is_mixed, warm = "mixed" in options, WARM
-    if is_mixed:
-        lengths, warm = mixed_lengths(shape.length).tolist(), MIXED_WARM
-    rows = [generator.integers(0, shape.vocabulary, length) for length in lengths]
+    rows, warm, windows = rows_of(options, shape.length), MIXED_WARM, MIXED_WINDOWS
+    is_mixed = rows is not None
+    if rows is None:
+        count = 16 * shape.batch
+        rows = np.full(count, shape.length), np.full(count, shape.length - 1)
+        warm, windows = WARM, WINDOWS
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArgs(
             batch_size=shape.batch,
-            iters=WINDOW * (warm + WINDOWS),
+            iters=WINDOW * (warm + windows),
             steps_per_report=WINDOW,
             steps_per_save=10**6,
+            max_seq_length=shape.length,
             adapter_file=str(Path(folder) / "adapters.safetensors"),
         )
-        data = [(each.tolist(), 0) for each in rows]
+        data = [
+            (generator.integers(0, shape.vocabulary, length).tolist(), int(length - learnt))
+            for length, learnt in zip(*rows, strict=True)
+        ]
         train(model, optim.Adam(RATE), data, None, arguments, training_callback=Reports())
     seconds = [1 / rate for rate in rates]
     found: dict[str, Any] = {
         "seconds": seconds[warm:],
         "warm_up": round(WINDOW * sum(seconds[:warm]), 2),
-        "joules": per_step(energies[warm - 1], energies[-1]),
+        "joules": per_step(energies[warm - 1], energies[-1], windows),
     }
-    return found | ({"real_tokens": tokens[warm:]} if is_mixed else {})
+    if is_mixed:  # it reports what is learnt
+        inputs, learnt = (float(np.sum(each)) for each in (rows[0] - 1, rows[1]))
+        found["real_tokens"] = [each * inputs / learnt for each in tokens[warm:]]
+    return found
 
 
 def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any]:
@@ -199,8 +210,8 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
     tiers = thirds(refs, shape.layers, deep=True) if is_tiered else one_tier(refs)
     optimizer = optimizer_for(tiers, refs, RATE)
     loss_fn = SUPERVISED_LOSS.for_model(model, refs)
-    draw = mixed_batches if "mixed" in options else batches_of_one_length
-    batches = draw(shape, np.random.default_rng(world.rank))
+    generator = np.random.default_rng(world.rank)
+    batches, real, loss_fn = draw_batches(options, shape, loss_fn, generator)
     with using_optimized_layers(model):
         train_step = TrainStep(
             model=model,
@@ -212,9 +223,6 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
         )
         step, in_flight, sent = 0, [mx.array(0)], dict[str, int]()
         tokens: list[int] = []  # of each window's steps
-        traced = 0.0
-        if "mixed" in options:
-            traced = trace_widths(train_step, batches, tiers.due(1))
 
         def window() -> None:
             nonlocal step
@@ -226,7 +234,7 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
                 if "due" in options:
                     due = tuple(range(int(options["due"])))
                 batch = batches[step % len(batches)]
-                tokens[-1] += int(batch[1].sum())
+                tokens[-1] += real[step % len(batches)]
                 result = train_step.run([batch], due)
                 sent[",".join(map(str, due))] = result.gradient_bytes
                 total = total + result.micro_batches[0]["loss"]
@@ -235,13 +243,12 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
             if not np.isfinite(total.item()):
                 raise SystemExit(f"the loss is {total.item()}")
 
-        found = measure(window)
-        if "mixed" in options:
-            found |= {"real_tokens": tokens[WARM:], "traced": traced}
-            found["padding"] = round(
-                1 - sum(m.sum() for _, m in batches) / sum(m.size for _, m in batches), 4
-            )
-            found["widths"] = len({m.shape[1] for _, m in batches})
+        if ROWS.keys() & options:
+            trace = partial(trace_widths, train_step, batches, tiers.due(1))
+            found = measure(window, MIXED_WARM, MIXED_WINDOWS, settle=trace)
+            found |= {"real_tokens": tokens[MIXED_WARM:]} | describe(batches, real, loss_fn)
+        else:
+            found = measure(window)
         if world.is_single_process:
             return found
         world.require_equal_on_ranks(train_step.packed.arrays(), step)
@@ -249,37 +256,55 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
         return found | {"joules": None}  # the counter is of one GPU
 
 
-def batches_of_one_length(shape: Shape, generator: np.random.Generator) -> list[MicroBatch]:
-    """Random tokens, all of them learnt."""
-    size = (16, shape.batch, shape.length + 1)
-    tokens = generator.integers(0, shape.vocabulary, size).astype(np.int32)
-    return [(each, np.ones((shape.batch, shape.length), np.bool_)) for each in tokens]
+def draw_batches(
+    options: Collection[str], shape: Shape, loss_fn: Any, generator: np.random.Generator
+) -> tuple[list[MicroBatch], list[int], Any]:
+    """Batches of random tokens, the tokens of each without padding, and the loss for them.
 
-
-def mixed_batches(shape: Shape, generator: np.random.Generator) -> list[MicroBatch]:
-    """An epoch over rows of mixed lengths, as the trainer's own batches have them."""
+    Rows of unlike lengths come in the batches and with the loss that the trainer has for them.
+    """
     from nested_core.data.batch_order import BatchOrder
 
-    lengths = mixed_lengths(shape.length)
+    rows = rows_of(options, shape.length)
+    if rows is None:
+        size = (16, shape.batch, shape.length + 1)
+        drawn = generator.integers(0, shape.vocabulary, size).astype(np.int32)
+        learnt = np.ones((shape.batch, shape.length), np.bool_)
+        return [(each, learnt) for each in drawn], [shape.tokens] * len(drawn), loss_fn
+    lengths, learnt = rows
     order = BatchOrder(lengths, shape.batch, 0, max_seq_length=shape.length)
     batches: list[MicroBatch] = []
-    for index in range(order.batches_per_epoch):
+    real: list[int] = []
+    count = WINDOW * (MIXED_WARM + MIXED_WINDOWS)
+    for index in range(min(count, order.batches_per_epoch)):
         batch = order.batch(index)
         tokens = generator.integers(0, shape.vocabulary, (shape.batch, batch.width + 1))
-        learnt = np.arange(batch.width) < lengths[batch.rows][:, None] - 1
-        learnt = np.pad(learnt, ((0, shape.batch - len(learnt)), (0, 0)))
-        batches.append((tokens.astype(np.int32), learnt))
-    return batches
+        end = (lengths[batch.rows] - 1)[:, None]
+        columns = np.arange(batch.width)
+        mask = (columns < end) & (columns >= end - learnt[batch.rows][:, None])
+        mask = np.pad(mask, ((0, shape.batch - len(mask)), (0, 0)))
+        batches.append((tokens.astype(np.int32), mask))
+        real.append(int(end.sum()))
+    return batches, real, loss_fn.for_position_counts(order.largest_sums(learnt))
 
 
-def trace_widths(train_step: Any, batches: Sequence[MicroBatch], due: tuple[int, ...]) -> float:
-    """Take a step of each width; the seconds that these took."""
+def trace_widths(train_step: Any, batches: Sequence[MicroBatch], due: tuple[int, ...]) -> None:
+    """Take a step of each width, so that no counted one is the first."""
     import mlx.core as mx
 
-    began = time.perf_counter()
     for batch in {batch[1].shape[1]: batch for batch in batches}.values():
         mx.eval(train_step.run([batch], due).updates)
-    return round(time.perf_counter() - began, 2)
+
+
+def describe(batches: Sequence[MicroBatch], real: Sequence[int], loss_fn: Any) -> dict[str, Any]:
+    """The widths, the shapes that a step is traced for, and the share of padding."""
+    shapes = {tuple(each.shape for each in loss_fn.prepare_batch(batch)) for batch in batches}
+    padded = sum(mask.size for _, mask in batches)
+    return {
+        "widths": len({mask.shape[1] for _, mask in batches}),
+        "traces": len(shapes),
+        "padding": round(1 - sum(real) / padded, 4),
+    }
 
 
 if __name__ == "__main__":

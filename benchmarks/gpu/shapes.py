@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,39 +54,83 @@ SHAPES = {
 }
 
 
-MIXED_ROWS, MIXED_WARM = 2400, 25  # rows of mixed lengths; windows in which mlx_lm meets them
+MIXED_ROWS, CHATS = 2400, 8000
+MIXED_WARM = MIXED_WINDOWS = 25  # windows of rows of unlike lengths: 100 steps each
+Lengths = npt.NDArray[np.int64]
 
 
-def mixed_lengths(longest: int) -> npt.NDArray[np.int64]:
-    """Tokens of rows of mixed lengths, int64 [MIXED_ROWS]: log-normal, on average 0.54 of it."""
+def mixed_rows(longest: int) -> tuple[Lengths, Lengths]:
+    """Tokens of each row, log-normal and on average 0.54 of the longest, all learnt but the first.
+
+    int64 [MIXED_ROWS], both.
+    """
     drawn = np.random.default_rng(0).lognormal(np.log(0.5 * longest), 0.6, MIXED_ROWS)
-    return drawn.clip(longest // 50 + 2, longest).astype(np.int64)
+    lengths = drawn.clip(longest // 50 + 2, longest).astype(np.int64)
+    return lengths, lengths - 1
 
 
-def measure(window: Callable[[], None]) -> dict[str, Any]:
+def chat_rows(longest: int) -> tuple[Lengths, Lengths]:
+    """Tokens of chats of 1 to 5 turns, and of each one's last answer, the part that is learnt.
+
+    int64 [CHATS], both. A template takes 30 tokens; questions have 16 on average in the median,
+    answers 81, both log-normal, so that most chats are short and some reach the longest.
+    """
+    generator = np.random.default_rng(0)
+    turns = generator.integers(1, 6, CHATS)
+    happens = np.arange(5) < turns[:, None]
+    questions = generator.lognormal(2.8, 0.7, (CHATS, 5)).astype(np.int64) * happens
+    answers = generator.lognormal(4.4, 0.8, (CHATS, 5)).astype(np.int64) * happens
+    lengths = (30 + (questions + answers).sum(axis=1)).clip(max=longest)
+    last = answers[np.arange(CHATS), turns - 1] + 1
+    return lengths, np.minimum(last, lengths - 1)
+
+
+def rows_of(options: Collection[str], longest: int) -> tuple[Lengths, Lengths] | None:
+    """Rows of unlike lengths, where an arm has them; with `even` all have their mean length."""
+    draw = next((draw for word, draw in ROWS.items() if word in options), None)
+    if draw is None:
+        return None
+    lengths, learnt = draw(longest)
+    if "even" in options:
+        lengths = np.full_like(lengths, round(float(lengths.mean())))
+        learnt = np.full_like(learnt, round(float(learnt.mean())))
+    return lengths, learnt
+
+
+ROWS = {"mixed": mixed_rows, "chats": chat_rows}
+
+
+def measure(
+    window: Callable[[], None],
+    warm: int = WARM,
+    windows: int = WINDOWS,
+    settle: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
     """Seconds of windows of WINDOW steps, each of which ends when its loss has been read.
 
     With the energy of a step, in joules, where NVML tells it; the windows follow one another, so
-    that a GPU comes to the power that it may take.
+    that a GPU comes to the power that it may take. `settle` is called between the windows that warm
+    up and those that count.
     """
     began = time.perf_counter()
-    for _ in range(WARM):
+    for _ in range(warm):
         window()
-    warm, seconds = time.perf_counter() - began, []
+    warmed, seconds = time.perf_counter() - began, []
+    settle()
     before = energy()
-    for _ in range(WINDOWS):
+    for _ in range(windows):
         start = time.perf_counter()
         window()
         seconds.append((time.perf_counter() - start) / WINDOW)
-    joules = per_step(before, energy())
-    return {"seconds": seconds, "warm_up": round(warm, 2), "joules": joules}
+    joules = per_step(before, energy(), windows)
+    return {"seconds": seconds, "warm_up": round(warmed, 2), "joules": joules}
 
 
-def per_step(before: float | None, after: float | None) -> float | None:
-    """Joules a step between two readings of `energy`, with WINDOWS windows between them."""
+def per_step(before: float | None, after: float | None, windows: int = WINDOWS) -> float | None:
+    """Joules a step between two readings of `energy`, with so many windows between them."""
     if before is None or after is None:
         return None
-    return round((after - before) / (WINDOWS * WINDOW), 2)
+    return round((after - before) / (windows * WINDOW), 2)
 
 
 def energy() -> float | None:

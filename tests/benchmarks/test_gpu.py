@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks.gpu import floor, shapes
+from benchmarks.gpu import floor, mlx_arms, shapes
 from benchmarks.tiers import depths, thirds
 
 
@@ -52,3 +53,38 @@ def test_without_a_counter_no_energy_is_claimed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(shapes, "energy", lambda: None)
     found: dict[str, Any] = shapes.measure(lambda: None)
     assert found["joules"] is None
+
+
+@pytest.mark.parametrize("word", shapes.ROWS)
+def test_even_rows_have_as_many_tokens_as_those_of_unlike_lengths(word: str) -> None:
+    found, even = shapes.rows_of({word}, 512), shapes.rows_of({word, "even"}, 512)
+    assert found is not None
+    assert even is not None
+    for mixed, same in zip(found, even, strict=True):
+        assert len(set(mixed.tolist())) > 50
+        assert len(set(same.tolist())) == 1
+        assert same.mean() == pytest.approx(mixed.mean(), abs=0.5)
+    lengths, learnt = found
+    assert (learnt >= 1).all()
+    assert (learnt < lengths).all()
+    assert lengths.max() == 512
+    assert shapes.rows_of({"deep"}, 512) is None
+
+
+@pytest.mark.parametrize("word", shapes.ROWS)
+def test_a_batch_of_unlike_rows_learns_their_ends_and_counts_no_padding(word: str) -> None:
+    class Loss:
+        def for_position_counts(self, counts: dict[int, int]) -> Any:
+            return counts
+
+    shape = shapes.SHAPES["tiny"]
+    generator = np.random.default_rng(0)
+    batches, real, counts = mlx_arms.draw_batches({word}, shape, Loss(), generator)
+    assert len(batches) == len(real) == shapes.WINDOW * 2 * shapes.MIXED_WARM
+    for (tokens, mask), count in zip(batches, real, strict=True):
+        rows, width = mask.shape
+        assert tokens.shape == (rows, width + 1)
+        last = [int(np.flatnonzero(row).max(initial=-1)) + 1 for row in mask]
+        assert count == sum(last)  # a row's last token is learnt
+        assert mask.sum() <= counts[width]
+        assert all(np.diff(np.flatnonzero(row)).max(initial=1) == 1 for row in mask)

@@ -14,6 +14,7 @@ import pytest
 from mlx_lm.tuner.trainer import default_loss
 
 from nested_core import backend
+from nested_core.data.batch_order import BatchOrder
 from nested_core.models.parameters import reference_trainable_parameters
 from nested_core.training.loss.chunked_cross_entropy import (
     find_supervised_positions,
@@ -111,6 +112,34 @@ def test_batches_of_a_known_width_have_one_number_of_positions(
     assert find_supervised_positions(batch, {100: 110, 64: 70})[1].shape == (expected,)
     assert find_supervised_positions(batch, {100: 900})[1].shape == (300,)
     assert find_supervised_positions(batch, {64: 70})[1].shape != (110,)
+
+
+def test_batches_of_mixed_lengths_have_the_loss_and_gradient_of_mlx_lm() -> None:
+    model = build("llama")
+    lengths = np.random.default_rng(0).lognormal(3, 0.6, 200).clip(4, 60).astype(np.int64)
+    order = BatchOrder(lengths, 4, 0, max_seq_length=60)
+    ours = loss_of(model).for_position_counts(order.largest_sums(lengths - 1))
+
+    def of_mlx_lm(model: nn.Module, tokens: mx.array, ends: mx.array) -> tuple[mx.array, mx.array]:
+        mean, count = default_loss(model, tokens, ends)
+        return mean * count, count
+
+    def first_and_last_targets(given: MicroBatch) -> tuple[mx.array, mx.array]:
+        learnt = given[1].sum(axis=1)
+        return mx.array(given[0]), mx.array(np.stack([np.zeros_like(learnt), learnt], axis=1))
+
+    widths = set()
+    for index in range(5):
+        chosen = order.batch(index)
+        mask = np.arange(chosen.width) < lengths[chosen.rows][:, None] - 1
+        given = batch(rows=4, width=chosen.width)[0], mask
+        widths.add(chosen.width)
+        theirs = Loss(of_mlx_lm, prepare_batch=first_and_last_targets)
+        expected, found = (outcome(model, each, given, compiled=run) for each in (theirs, ours))
+        assert found.count == expected.count
+        assert found.loss == pytest.approx(expected.loss, rel=2e-6)
+        assert largest_difference(found.gradients, expected.gradients) < 3e-5
+    assert len(widths) > 2
 
 
 def test_on_cuda_a_batch_is_as_wide_as_is_computed_fast_with_the_same_loss(
