@@ -4,8 +4,11 @@
 
 Each row plants differences of a known distribution and counts what the gate's own code makes of
 them. A rate above its bound ends with exit code 1. The bounds are for 4,000 draws; fewer add two
-standard errors. The loss before is 1 nat a token on average, so that 0.05 nats are 5 %.
+standard errors. The loss before is 1 nat a token on average, so that 0.05 nats are 5 %. `--draws`
+is for rows that are not cheap: cheap ones have four times as many.
 """
+
+# ruff: noqa: E402 - the BLAS is chosen before NumPy and MLX are imported
 
 from __future__ import annotations
 
@@ -16,48 +19,68 @@ import math
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a process a core
+
+from nested_core import backend
+
+backend.prepare()
 
 import numpy as np
 
 from nested_core.config.gate import GateSection
 from nested_core.config.registry import RegistrySection
+from nested_core.data.example_digests import digest_examples
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.gate.answers.answer_records import AnsweringRole, AnswerRecord
 from nested_core.gate.chosen_candidate import Candidates, join_candidates
 from nested_core.gate.example_losses import ExampleLosses, Vector
+from nested_core.gate.held_out_loss import HeldOutExamples
 from nested_core.gate.loss_bounds import harm_reasons, loss_reasons
 from nested_core.gate.task_bounds import judge_answers
 from nested_core.gate.verdict import ChampionLoss, Validation
 from nested_core.registry.loss_conclusion import is_better
 from nested_core.training.training_state import TrainingState
+from tasks.sweep_results import SweepRunResult, choose_best_run
 
 PROCESSES = 2
+DRAWS_AT_ONCE = 100  # of a row, by one process: both end at about the same time
 REFERENCE_DRAWS = 4_000
+CHEAP = 4  # times as many draws
 STEPS = 24
 DRIFT_OF_STEPS = 0.95  # correlation of an example's differences at two evaluations in a row
 QUESTIONS = 200
+PROMPT_TOKENS, ANSWER_TOKENS = 6, 3
 BOUNDS = GateSection()
 MIN_IMPROVEMENT = RegistrySection().min_improvement
 DISTRIBUTIONS = ("normal", "t(3)", "skewed")
-Trial = Callable[[np.random.Generator], bool]
+Trial = Callable[..., bool | tuple[bool, ...]]  # of random numbers, and what is planted
 
 
 @dataclass(frozen=True)
 class Case:
-    """A row: what is counted, of what, and the most that the rate may be; cheap ones draw more."""
+    """A row, or several of the same draws: what is counted, of what, and the most that it may be.
+
+    trial: whether it happened in one draw, of each row.
+    draws: how many times those that are asked for; most_draws: where these take long.
+    """
 
     what: str
-    case: str
+    cases: tuple[str, ...]
     trial: Trial
     bound: float | None = None
-    is_cheap: bool = False
-    max_draws: int | None = None
+    draws: int = 1
+    most_draws: int | None = None
+
+    def count_draws(self, asked: int) -> int:
+        """How many draws the row has."""
+        count = asked * self.draws
+        return count if self.most_draws is None else min(count, self.most_draws)
 
 
 @dataclass(frozen=True)
@@ -88,6 +111,21 @@ def draw_before(random: np.random.Generator, examples: int) -> tuple[Vector, Vec
     return random.gamma(4, 0.25, examples), random.integers(10, 40, examples).astype(float)
 
 
+@lru_cache(maxsize=16)
+def plant_texts(prompts: int, copies: int = 1) -> HeldOutExamples:
+    """Held-out examples of random tokens: each prompt with so many answers, prompt by prompt."""
+    random = np.random.default_rng([prompts, copies])
+    length = PROMPT_TOKENS + ANSWER_TOKENS
+    rows = random.integers(1, 30_000, (prompts * copies, length), np.int32)
+    first = np.arange(prompts * copies) // copies * copies
+    rows[:, :PROMPT_TOKENS] = rows[first, :PROMPT_TOKENS]
+    is_learnt = np.tile(np.arange(length) >= PROMPT_TOKENS, len(rows))
+    lines = np.arange(1, len(rows) + 1, dtype=np.int32)
+    starts = np.arange(0, rows.size + 1, length, dtype=np.int64)
+    split = TokenizedSplit(rows.ravel(), is_learnt, starts, lines)
+    return HeldOutExamples(split, "test.jsonl", selected_on_same_data=False)
+
+
 def make_losses(
     before: Vector, after: Vector, tokens: Vector, file: str = "test.jsonl"
 ) -> ExampleLosses:
@@ -96,44 +134,36 @@ def make_losses(
     return ExampleLosses(file, lines, tokens, before, after, champion=before)
 
 
-def is_promoted(losses: ExampleLosses, candidates: Candidates, *, as_before: bool = False) -> bool:
-    """Whether `better` promotes; `as_before`: by the interval alone, as it did at first."""
+def is_promoted(losses: ExampleLosses, candidates: Candidates) -> bool:
+    """Whether `better` promotes."""
+    return _is_promoted_before_and_now(losses, candidates)[1]
+
+
+def _is_promoted_before_and_now(losses: ExampleLosses, candidates: Candidates) -> tuple[bool, bool]:
+    """Whether `better` promoted at commit 95bc16c, by the same interval alone, and does now."""
     found = ChampionLoss.from_losses("champion", losses, BOUNDS, candidates)
-    if as_before:
-        return found.interval is not None and found.interval[1] < 0
-    return is_better(
+    is_promoted_now = is_better(
         found.difference,
         found.interval,
         found.corrected_interval,
         min_improvement=MIN_IMPROVEMENT,
         noise=BOUNDS.noise,
     )
+    return found.interval is not None and found.interval[1] < 0, is_promoted_now
 
 
-def fixed_step(
-    random: np.random.Generator,
-    *,
-    examples: int,
-    distribution: str,
-    sd: float,
-    gain: float = 0.0,
-    as_before: bool = False,
-) -> bool:
+def plant_fixed_step(
+    random: np.random.Generator, *, examples: int, distribution: str, sd: float, gain: float = 0.0
+) -> tuple[ExampleLosses, Candidates]:
     """One adapter, fixed before the examples were seen, against the champion."""
     before, tokens = draw_before(random, examples)
     after = before - gain + draw_noise(random, examples, distribution, sd)
-    return is_promoted(make_losses(before, after, tokens), Candidates(), as_before=as_before)
+    return make_losses(before, after, tokens), Candidates()
 
 
-def best_step(
-    random: np.random.Generator,
-    *,
-    examples: int,
-    distribution: str,
-    sd: float,
-    gain: float = 0.0,
-    as_before: bool = False,
-) -> bool:
+def plant_best_step(
+    random: np.random.Generator, *, examples: int, distribution: str, sd: float, gain: float = 0.0
+) -> tuple[ExampleLosses, Candidates]:
     """The best of 24 evaluations on the examples that judge it, chosen as the trainer does."""
     before, tokens = draw_before(random, examples)
     noise = np.empty((STEPS, examples))
@@ -148,7 +178,27 @@ def best_step(
         state.record_evaluation(float(tokens @ losses / tokens.sum()), is_candidate=True)
     chosen = steps[(state.best_step or 1) - 1]
     judged = make_losses(before, chosen, tokens, "valid.jsonl")
-    return is_promoted(judged, Candidates(STEPS, judged.lines, steps), as_before=as_before)
+    return judged, Candidates(STEPS, judged.lines, steps)
+
+
+def fixed_step(random: np.random.Generator, **planted: Any) -> bool:
+    """Whether a fixed adapter is promoted."""
+    return is_promoted(*plant_fixed_step(random, **planted))
+
+
+def best_step(random: np.random.Generator, **planted: Any) -> bool:
+    """Whether the best of 24 evaluations is promoted."""
+    return is_promoted(*plant_best_step(random, **planted))
+
+
+def fixed_step_before_and_now(random: np.random.Generator, **planted: Any) -> tuple[bool, bool]:
+    """Whether a fixed adapter was promoted at 95bc16c, and is now."""
+    return _is_promoted_before_and_now(*plant_fixed_step(random, **planted))
+
+
+def best_step_before_and_now(random: np.random.Generator, **planted: Any) -> tuple[bool, bool]:
+    """Whether the best of 24 evaluations was promoted at 95bc16c, and is now."""
+    return _is_promoted_before_and_now(*plant_best_step(random, **planted))
 
 
 def best_of_sweep(
@@ -160,11 +210,17 @@ def best_of_sweep(
     sd: float,
     has_test: bool = False,
 ) -> bool:
-    """The point of the lowest validation loss, of adapters that differ by chance alone."""
+    """The point that a sweep chooses, of adapters that differ by chance alone."""
     before, tokens = draw_before(random, examples)
     losses = before + draw_noise(random, (points, examples), distribution, sd)
-    chosen = int((losses @ tokens).argmin())
-    judged = make_losses(before, losses[chosen], tokens, "valid.jsonl")
+    means = losses @ tokens / tokens.sum()
+    outcomes = [
+        SweepRunResult(str(point), {}, "Verified", "", True, None, val_loss=float(mean))
+        for point, mean in enumerate(means)
+    ]
+    best = choose_best_run(outcomes)
+    chosen = losses[0 if best is None else int(best.run_dir)]
+    judged = make_losses(before, chosen, tokens, "valid.jsonl")
     if has_test:
         fresh, tokens = draw_before(random, examples)
         after = fresh + draw_noise(random, examples, distribution, sd)
@@ -181,12 +237,8 @@ def copied_rows(
     after = before + draw_noise(random, prompts, distribution, sd)
     place = np.repeat(np.arange(prompts), copies)
     judged = make_losses(before[place], after[place], tokens[place])
-    clusters = place if copies > 1 else None
-    judged = ExampleLosses(
-        judged.file, judged.lines, judged.tokens, judged.before, judged.after, judged.champion,
-        clusters=clusters,
-    )  # fmt: skip
-    return is_promoted(judged, Candidates())
+    clusters = plant_texts(prompts, copies).clusters
+    return is_promoted(replace(judged, clusters=clusters), Candidates())
 
 
 def judge_losses(judged: ExampleLosses) -> tuple[Validation, list[str]]:
@@ -203,7 +255,9 @@ def refused_by_loss(
     before, tokens = draw_before(random, examples)
     after = before + draw_noise(random, examples, distribution, sd)
     before[:seen] -= 0.2  # what was learnt by heart is lost again, and says nothing
-    judged = make_losses(before, after, tokens).leaving_out(np.arange(examples) < seen)
+    digests = plant_texts(examples).digests
+    trained_on = digest_examples(plant_texts(examples).split)[:seen]
+    judged = make_losses(before, after, tokens).leaving_out(np.isin(digests, trained_on))
     return "loss_regressed" in judge_losses(judged)[1]
 
 
@@ -293,7 +347,8 @@ def list_cases() -> Iterator[Case]:
     for suites, bound in ((1, 0.04), (10, 0.05), (30, 0.05)):
         name = f"equal, by suites: {suites} of {QUESTIONS} questions, parent and champion"
         trial = partial(refused_by_suites, suites=suites)
-        yield Case("refused", name, trial, bound, max_draws=None if suites == 1 else 300)
+        draws = CHEAP if suites == 1 else 1
+        yield Case("refused", (name,), trial, bound, draws, 300 if suites == 30 else None)
     for gain, examples in itertools.product((0.02, 0.05, 0.1, 0.2), (30, 84, 200, 1_000)):
         yield from _list_powers(gain, examples)
 
@@ -305,87 +360,105 @@ def _list_true_rises(distribution: str) -> Iterator[Case]:
         name = f"a true rise of {size}, {examples} examples, {distribution}, sd {sd}"
         trial = partial(told, examples=examples, distribution=distribution, sd=sd, rise=rise)
         bound = None if distribution == "skewed" else 0.03 if rise else 0.06
-        yield Case("no_worse", name, trial, bound, is_cheap=examples < 84)
+        yield Case("no_worse", (name,), trial, bound)
 
 
 def _list_powers(gain: float, examples: int) -> Iterator[Case]:
     """How often a true gain is promoted, by the rule before this change and by today's."""
-    kinds = {"untouched test set": fixed_step, f"best of {STEPS}": best_step}
-    for (kind, trial), as_before in itertools.product(kinds.items(), (True, False)):
-        change = "before" if as_before else "after"
-        name = f"a true gain of {gain:.0%}, {examples} examples, {kind}, {change} this change"
+    kinds: dict[str, Trial] = {
+        "untouched test set": fixed_step_before_and_now,
+        f"best of {STEPS}": best_step_before_and_now,
+    }
+    for kind, trial in kinds.items():
+        name = f"a true gain of {gain:.0%}, {examples} examples, {kind}"
         planted = partial(trial, examples=examples, distribution="normal", sd=0.2, gain=gain)
-        most = 300 if examples == 1_000 else None
-        yield Case("promoted", name, partial(planted, as_before=as_before), max_draws=most)
+        changes = (f"{name}, before this change", f"{name}, after this change")
+        yield Case("promoted", changes, planted)
 
 
 def _list_cases_of_noise(distribution: str, sd: float) -> Iterator[Case]:
     """The rows of one distribution of differences; skewed ones have no bound."""
     noise: dict[str, Any] = {"distribution": distribution, "sd": sd}
-    text = f"{distribution}, sd {sd}"
     is_bounded = distribution != "skewed"
 
     def case(what: str, name: str, trial: Trial, bound: float, *, is_cheap: bool = False) -> Case:
-        return Case(what, f"{name}, {text}", trial, bound if is_bounded else None, is_cheap)
+        return Case(
+            what,
+            (f"{name}, {distribution}, sd {sd}",),
+            partial(trial, **noise),
+            bound if is_bounded else None,
+            CHEAP if is_cheap and is_bounded else 1,
+        )
 
     for examples in (30, 84, 200):
         name = f"equal, a fixed step, {examples} examples"
-        trial: Trial = partial(fixed_step, examples=examples, **noise)
+        trial: Trial = partial(fixed_step, examples=examples)
         yield case("promoted", name, trial, 0.04, is_cheap=examples == 30)
         name = f"equal, the best of {STEPS} evaluations, {examples} examples"
-        yield case("promoted", name, partial(best_step, examples=examples, **noise), 0.04)
+        yield case("promoted", name, partial(best_step, examples=examples), 0.04)
     for points in (1, 4, 16, 64):
         name = f"equal, a sweep of {points}, 60 examples"
-        sweep = partial(best_of_sweep, points=points, examples=60, **noise)
+        sweep = partial(best_of_sweep, points=points, examples=60)
         yield case("promoted", name, sweep, 0.04)
     name = "equal, a sweep of 16 judged on test.jsonl, 60 examples"
-    sweep = partial(best_of_sweep, points=16, examples=60, has_test=True, **noise)
+    sweep = partial(best_of_sweep, points=16, examples=60, has_test=True)
     yield case("promoted", name, sweep, 0.04)
     for prompts, copies in ((8, 25), (50, 4), (200, 1)):
         name = f"equal, {prompts} prompts x {copies} copies"
-        trial = partial(copied_rows, prompts=prompts, copies=copies, **noise)
+        trial = partial(copied_rows, prompts=prompts, copies=copies)
         yield case("promoted", name, trial, 0.04, is_cheap=prompts < 200)
     for examples, seen in ((10, 0), (30, 0), (84, 0), (200, 0), (60, 0), (60, 20)):
         name = f"equal, by loss, {examples} examples, {seen} of which the parent saw"
-        trial = partial(refused_by_loss, examples=examples, seen=seen, **noise)
-        yield case("refused", name, trial, 0.04, is_cheap=examples <= 60)
-    for share in (0.01, 0.02, 0.05):
-        for examples in (30, 200):
-            name = f"equal, by harm, {share:.0%} of {examples} flipped each way by 3 nats"
-            trial = partial(refused_by_harm, examples=examples, share=share, **noise)
-            yield case("refused", name, trial, 0.045, is_cheap=examples == 30)
-    yield Case(
-        "refused",
-        f"equal, by all together: 84 examples, 2 % flipped each way, 10 suites, {text}",
-        partial(refused_by_all, **noise),
-        0.07 if is_bounded else None,
-        max_draws=300,
-    )
+        trial = partial(refused_by_loss, examples=examples, seen=seen)
+        yield case("refused", name, trial, 0.04, is_cheap=examples in (30, 60))
+    for share, examples in itertools.product((0.01, 0.02, 0.05), (30, 200)):
+        name = f"equal, by harm, {share:.0%} of {examples} flipped each way by 3 nats"
+        trial = partial(refused_by_harm, examples=examples, share=share)
+        yield case("refused", name, trial, 0.045, is_cheap=examples == 30)
+    name = "equal, by all together: 84 examples, 2 % flipped each way, 10 suites"
+    yield case("refused", name, refused_by_all, 0.07)
     for examples, by in ((30, 7.0), (10, 5.0)):
         name = f"3 of {examples} by +{by:g} nats"
-        trial = partial(caught, examples=examples, by=by, **noise)
+        trial = partial(caught, examples=examples, by=by)
         yield case("caught", name, trial, 0.95, is_cheap=True)
 
 
-def draw_row(index: int, seed: int, draws: int, only: str) -> Row:
-    """Draw one row; each has random numbers of its own."""
-    case = list_selected(only)[index]
-    count = max(draws, REFERENCE_DRAWS) if case.is_cheap and draws >= 1_000 else draws
-    count = min(count, case.max_draws or count)
-    hits = 0
-    key = zlib.crc32(f"{case.what} {case.case}".encode())
-    for draw in range(count):
-        hits += case.trial(np.random.default_rng([seed, key, draw]))
+def count_hits(case: Case, seed: int, draws: range) -> list[int]:
+    """How often it happened in these draws, of each row; each draw has its own random numbers."""
+    key = zlib.crc32(f"{case.what} {case.cases[0]}".encode())
+    hits = [0] * len(case.cases)
+    for draw in draws:
+        found = case.trial(np.random.default_rng([seed, key, draw]))
+        for row, happened in enumerate(found if isinstance(found, tuple) else (found,)):
+            hits[row] += happened
+    return hits
+
+
+def draw_rows(cases: Sequence[Case], seed: int, asked: int) -> Iterator[Row]:
+    """Draw the rows of all cases, in their order."""
+    with ProcessPoolExecutor(PROCESSES) as pool:
+        started = [
+            [
+                pool.submit(count_hits, case, seed, range(start, min(start + DRAWS_AT_ONCE, count)))
+                for start in range(0, count, DRAWS_AT_ONCE)
+            ]
+            for case in cases
+            for count in (case.count_draws(asked),)
+        ]
+        for case, parts in zip(cases, started, strict=True):
+            draws = case.count_draws(asked)
+            hits = np.sum([part.result() for part in parts], axis=0)
+            for name, found in zip(case.cases, hits.tolist(), strict=True):
+                yield Row(case.what, name, found / draws, draws, bound_of_draws(case, draws))
+
+
+def bound_of_draws(case: Case, draws: int) -> float | None:
+    """The bound, with two standard errors more where there are fewer draws than it is for."""
     bound = case.bound
-    if bound is not None and count < REFERENCE_DRAWS:
-        error = 2 * math.sqrt(bound * (1 - bound) / count)
-        bound = bound - error if case.what == "caught" else bound + error
-    return Row(case.what, case.case, hits / count, count, bound)
-
-
-def list_selected(only: str) -> list[Case]:
-    """The rows whose name holds a text."""
-    return [case for case in list_cases() if only in f"{case.what} {case.case}"]
+    if bound is None or draws >= REFERENCE_DRAWS:
+        return bound
+    error = 2 * math.sqrt(bound * (1 - bound) / draws)
+    return bound - error if case.what == "caught" else bound + error
 
 
 def keeps_bound(row: Row) -> bool:
@@ -403,16 +476,18 @@ def main() -> int:
     parser.add_argument("--only", default="", help="rows whose name holds this")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    count = len(list_selected(arguments.only))
-    draw = partial(draw_row, seed=arguments.seed, draws=arguments.draws, only=arguments.only)
+    cases = [
+        case
+        for case in list_cases()
+        if any(arguments.only in f"{case.what} {name}" for name in case.cases)
+    ]
     rows = []
-    with ProcessPoolExecutor(PROCESSES) as pool:
-        for row in pool.map(draw, range(count)):
-            rows.append(row)
-            bound = "" if row.bound is None else f"bound {row.bound:.2%}"
-            mark = "" if keeps_bound(row) else " EXCEEDED"
-            line = f"{row.rate:7.2%} {row.what}: {row.case} ({row.draws:,} draws) {bound}{mark}"
-            print(line, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+    for row in draw_rows(cases, arguments.seed, arguments.draws):
+        rows.append(row)
+        bound = "" if row.bound is None else f"bound {row.bound:.2%}"
+        mark = "" if keeps_bound(row) else " EXCEEDED"
+        line = f"{row.rate:7.2%} {row.what}: {row.case} ({row.draws:,} draws) {bound}{mark}"
+        print(line, file=sys.stderr if arguments.json else sys.stdout, flush=True)
     if arguments.json:
         print(json.dumps({"rows": [asdict(row) for row in rows]}))
     return 0 if all(map(keeps_bound, rows)) else 1

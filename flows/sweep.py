@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from uuid import UUID
@@ -21,6 +22,7 @@ from flows.approval_request import request_approval_if_waiting
 from flows.flow_run_labels import SWEEP_TAG
 from flows.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
 from flows.state_messages import shorten_version
+from nested_core.config.registry import RegistrySection
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section import Section
@@ -100,11 +102,7 @@ def sweep(config: SweepParameters) -> State[Any]:
         return Completed(name=Outcome.KEPT_CHAMPION, message=message)
     if best is None:
         return Failed(message=f"none of {len(points)} runs passed the gate")
-    version = _register_best(config.base, best, champion)
-    runs = [RunDirectory(Path(outcome.run_dir)) for outcome in outcomes]
-    choice = SweepChoice.read(RunDirectory(Path(best.run_dir)), runs)
-    luck = choice.why_not_better() if effective_rule(target).must_be_better else None
-    done = luck or promote(target, version, champion)
+    version, done = promote_choice(target, best, outcomes, champion)
     request_approval_if_waiting(Path(target.path), target.name, version, done)
     verified = sum(outcome.has_passed for outcome in outcomes)
     what = (
@@ -114,15 +112,27 @@ def sweep(config: SweepParameters) -> State[Any]:
     return Completed(name=outcome, message=f"{what}; {done}")
 
 
-def _register_best(base: FineTuneConfig, best: SweepRunResult, champion: str | None) -> str:
-    """The version of the best run, which from now on has the policy of the sweep.
+def promote_choice(
+    target: RegistrySection,
+    best: SweepRunResult,
+    outcomes: Sequence[SweepRunResult],
+    champion: str | None,
+) -> tuple[str, str]:
+    """The version of the best run, and what came of its promotion by the policy of the sweep.
 
-    The runs of the points promote nothing.
+    The runs of the points promote nothing, and a choice that may be luck stays under their policy:
+    its own verdict does not know of the other points, and `reconcile` would go by that.
     """
-    find_registered_version(base.registry, best)
+    version = find_registered_version(target, best)
     run = RunDirectory(Path(best.run_dir))
-    config = read_run_config(run).model_copy(update={"registry": base.registry})
-    return register(config, run.path, champion)
+    if effective_rule(target).must_be_better:
+        runs = [RunDirectory(Path(outcome.run_dir)) for outcome in outcomes]
+        luck = SweepChoice.read(run, runs).why_not_better()
+        if luck is not None:
+            return version, luck
+    config = read_run_config(run).model_copy(update={"registry": target})
+    register(config, run.path, champion)
+    return version, promote(target, version, champion)
 
 
 def grid_points(grid: dict[str, list[JsonValue]]) -> list[dict[str, JsonValue]]:

@@ -21,8 +21,7 @@ from nested_core.gate.paired_difference import (
     MIN_EXAMPLES,
     Indices,
     PairedDifference,
-    count_draws,
-    draw_resamples,
+    count_drawn,
     independent_clusters,
     student_t_quantile,
     sum_clusters,
@@ -116,10 +115,10 @@ def max_t_quantile(differences: Vector, weights: Vector) -> float:
     columns = np.concatenate([weights * centred, (weights * centred) ** 2, weights**2 * centred])
     count = len(centred)
     largest: list[Vector] = []
-    for drawn in draw_resamples(examples, RESAMPLES):
+    for drawn in count_drawn(examples, RESAMPLES):
         rows = max(1, _MAX_CELLS_AT_ONCE // (4 * count))
         for start in range(0, len(drawn), rows):
-            counts = count_draws(drawn[start : start + rows]).astype(np.float64)
+            counts = drawn[start : start + rows].astype(np.float64)
             largest.append(_largest_statistics(counts, columns, weights, count))
     return float(np.quantile(np.concatenate(largest), 1 - _TAIL, method="higher"))
 

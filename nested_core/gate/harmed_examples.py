@@ -18,6 +18,7 @@ from nested_core.gate.paired_difference import independent_clusters
 MIN_CHANGE = 1.0  # nats a token
 MIN_SPREADS = 6 * 1.48  # median absolute deviations; 1.48 of them are a normal standard deviation
 MIN_HARMED = 3
+MIN_LOSS_OF_FEWEST = 4.0  # nats a token, on average: three harmed examples may be an exchange
 MAX_CHANCE = 0.05  # that so many are harmed where the share is at its bound
 MAX_CHANCE_OF_EXCHANGE = 0.01  # that so many more are harmed than helped where both are as likely
 
@@ -26,12 +27,14 @@ MAX_CHANCE_OF_EXCHANGE = 0.01  # that so many more are harmed than helped where 
 class HarmedExamples:
     """How many independent examples were harmed and helped, of how many, and which lines.
 
-    A cluster counts as harmed where more of its examples are harmed than helped.
+    A cluster counts as harmed where more of its examples are harmed than helped. `mean_rise` is how
+    much the harmed examples lost on average, in nats a token; 0 where none is harmed.
     """
 
     harmed: int
     helped: int
     examples: int
+    mean_rise: float
     lines: tuple[int, ...] = ()
 
     @classmethod
@@ -52,26 +55,33 @@ class HarmedExamples:
         if clusters is not None:
             _, place = np.unique(clusters, return_inverse=True)
             balance = np.bincount(place, signs)
-        order = np.argsort(-differences, kind="stable")
-        worst = losses.lines[order[: int((signs > 0).sum())]]
+        order = np.argsort(-differences, kind="stable")[: int((signs > 0).sum())]
         return cls(
             harmed=int((balance > 0).sum()),
             helped=int((balance < 0).sum()),
             examples=len(balance),
-            lines=tuple(int(line) for line in worst),
+            mean_rise=float(differences[order].mean()) if len(order) else 0.0,
+            lines=tuple(int(line) for line in losses.lines[order]),
         )
 
+    def is_beyond_chance(self, max_share: float) -> bool:
+        """Whether so many are harmed that it is more than `max_share`, and more than an exchange.
 
-def is_harm_beyond_chance(harmed: int, helped: int, examples: int, max_share: float) -> bool:
-    """Whether so many harmed examples are more than `max_share`, and more than an exchange.
+        The exact one-sided 95 % lower bound of their share (Clopper and Pearson, 1934) is above
+        `max_share` where so many or more come with a chance of less than 5 % at that share. Where
+        some are helped, the sign test's mid-p of harmed against helped has to be at most 0.01.
 
-    The exact one-sided 95 % lower bound of their share (Clopper and Pearson, 1934) is above
-    `max_share` where so many or more come with a chance of less than 5 % at that share. Where some
-    are helped, the sign test's mid-p of harmed against helped has to be at most 0.01.
-    """
-    if harmed < MIN_HARMED or binomial_upper_tail(harmed, examples, max_share) >= MAX_CHANCE:
-        return False
-    return helped == 0 or exchange_mid_p(harmed, helped) <= MAX_CHANCE_OF_EXCHANGE
+        Where none is helped, three are enough only if they lost 4 nats a token on average. An
+        adapter that harms as many examples as it helps shows three and none in up to 5 % of cases,
+        four and none in 2 % (docs/noise.md).
+        """
+        if self.harmed < MIN_HARMED:
+            return False
+        if binomial_upper_tail(self.harmed, self.examples, max_share) >= MAX_CHANCE:
+            return False
+        if self.helped:
+            return exchange_mid_p(self.harmed, self.helped) <= MAX_CHANCE_OF_EXCHANGE
+        return self.harmed > MIN_HARMED or self.mean_rise >= MIN_LOSS_OF_FEWEST
 
 
 def exchange_mid_p(lost: int, won: int) -> float:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from nested_core.config.gate import GateSection
 from nested_core.gate.example_losses import ExampleLosses
-from nested_core.gate.harmed_examples import (
-    HarmedExamples,
-    describe_harmed,
-    is_harm_beyond_chance,
-)
+from nested_core.gate.harmed_examples import HarmedExamples, describe_harmed
 from nested_core.gate.verdict import Drift, GeneralLoss, Reason, Validation, describe_examples
 from nested_core.registry.gate_file import is_drift_within_bound
 from nested_core.text.loss_format import format_change, format_difference, format_interval
@@ -56,7 +52,7 @@ def harm_reasons(
     if found is None or validation.conclusion == "better" or bounds.noise == "none":
         return []
     share = bounds.max_harmed_share
-    if not is_harm_beyond_chance(found.harmed, found.helped, found.examples, share):
+    if not found.is_beyond_chance(share):
         return []
     message = f"{describe_harmed(found, losses.file)}; gate.max_harmed_share is {share:g}"
     return [Reason("examples_harmed", message)]

@@ -23,13 +23,13 @@ MIN_ROWS_OF_FEW_CLUSTERS = 20  # so many rows of fewer clusters than MIN_EXAMPLE
 RESAMPLES = 10_000
 SEED = 20_251_121
 _MAX_DRAWS = 100_000_000  # in all: a very large set is resampled less often
-_DRAWS_AT_ONCE = 2_000_000  # 8 MB of indices
+_DRAWS_AT_ONCE = 2_000_000  # 16 MB of indices
 _MAX_SUMMED_DEGREES = 1_000
 _BISECTIONS = 60
 _NORMAL_DISTRIBUTION = NormalDist()
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 Indices = np.ndarray[Any, np.dtype[np.int64]]
-ResampledIndices = np.ndarray[Any, np.dtype[np.int32]]
+Counts = np.ndarray[Any, np.dtype[np.float32]]
 Values = Sequence[float] | Vector
 
 
@@ -42,7 +42,8 @@ class PairedDifference:
     standard_error: of that mean, from the spread of the differences.
     low, high: the ends of its 95 % interval; infinite with fewer than MIN_EXAMPLES.
     one_sided_low, one_sided_high: the ends beyond which 5 % lie on one side, as a claim about one
-        side only has to hold: that a loss rose by no more than a margin.
+        side only has to hold: that a loss rose by no more than a margin. Of the bootstrap's and
+        Student's t the farther one: with 10 examples and heavy tails either alone is too near.
     """
 
     examples: int
@@ -116,11 +117,12 @@ def compare_pairs(
     variance = float(residuals @ residuals) * examples / (examples - 1)
     means = _resampled_means(values, counts if is_weighted else None)
     tails = [_tail_probability(examples, share) for share in (CONFIDENCE, ONE_SIDED_CONFIDENCE)]
-    low, high = np.quantile(means, (tails[0], 1 - tails[0]))
-    lower, upper = np.quantile(means, (tails[1], 1 - tails[1]))
+    ends = np.quantile(means, [end for tail in tails for end in (tail, 1 - tail)])
+    low, high, lower, upper = map(float, ends)
     error = math.sqrt(variance) / float(counts.sum())
-    ends = map(float, (low, high, lower, upper))
-    return PairedDifference(examples, mean, error, *ends)
+    width = student_t_quantile((1 + ONE_SIDED_CONFIDENCE) / 2, examples - 1) * error
+    one_sided = (min(lower, mean - width), max(upper, mean + width))
+    return PairedDifference(examples, mean, error, low, high, *one_sided)
 
 
 def sum_clusters(values: Vector, weights: Vector, clusters: Indices) -> tuple[Vector, Vector]:
@@ -165,7 +167,7 @@ def smallest_visible_share(examples: int, chance: float = (1 - CONFIDENCE) / 2) 
 def _resampled_means(values: Vector, weights: Vector | None) -> Vector:
     """The weighted mean of as many examples drawn with replacement, many times; seeded."""
     examples = values.size
-    resamples = count_resamples(examples := values.size)
+    resamples = count_resamples(examples)
     if weights is None and examples * resamples <= _DRAWS_AT_ONCE and _are_whole(values):
         # Sums of whole numbers, as of right and wrong answers, are exact in any order.
         counts = _count_all_resamples(examples, resamples, SEED)
@@ -174,8 +176,8 @@ def _resampled_means(values: Vector, weights: Vector | None) -> Vector:
     means = np.empty(resamples)
     start = 0
     for drawn in draw_resamples(examples, resamples):
-        total = examples if weights is None else weights[drawn].sum(axis=1)
-        means[start : start + len(drawn)] = sums[drawn].sum(axis=1) / total
+        total = examples if weights is None else weights.take(drawn).sum(axis=1)
+        means[start : start + len(drawn)] = sums.take(drawn).sum(axis=1) / total
         start += len(drawn)
     return means
 
@@ -185,8 +187,8 @@ def count_resamples(examples: int) -> int:
     return min(RESAMPLES, max(1_000, _MAX_DRAWS // examples))
 
 
-def draw_resamples(examples: int, resamples: int) -> Iterator[ResampledIndices]:
-    """The indices of each resample, int32 (some of the resamples, examples); always the same."""
+def draw_resamples(examples: int, resamples: int) -> Iterator[Indices]:
+    """The indices of each resample, int64 (some of the resamples, examples); always the same."""
     rows = max(1, _DRAWS_AT_ONCE // examples)
     if resamples <= rows:
         yield _draw_all_resamples(examples, resamples, SEED)
@@ -194,29 +196,33 @@ def draw_resamples(examples: int, resamples: int) -> Iterator[ResampledIndices]:
     random = np.random.default_rng(SEED)
     for start in range(0, resamples, rows):
         count = min(rows, resamples - start)
-        yield random.integers(0, examples, (count, examples), np.int32)
+        yield random.integers(0, examples, (count, examples), np.int32).astype(np.int64)
 
 
-@lru_cache(maxsize=2)  # 8 MB each: suites and steps of as many examples draw the same
-def _draw_all_resamples(examples: int, resamples: int, seed: int) -> ResampledIndices:
-    return np.random.default_rng(seed).integers(0, examples, (resamples, examples), np.int32)
+@lru_cache(maxsize=2)  # 16 MB each: suites and steps of as many examples draw the same
+def _draw_all_resamples(examples: int, resamples: int, seed: int) -> Indices:
+    drawn = np.random.default_rng(seed).integers(0, examples, (resamples, examples), np.int32)
+    return drawn.astype(np.int64)  # what numpy looks up by, and would convert to at every use
 
 
-@lru_cache(maxsize=2)
-def _count_all_resamples(
-    examples: int, resamples: int, seed: int
-) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """How often each example is in each resample, float32 (resamples, examples)."""
-    drawn = _draw_all_resamples(examples, resamples, seed)
-    return count_draws(drawn).astype(np.float32)
+def count_drawn(examples: int, resamples: int) -> Iterator[Counts]:
+    """How often each example is in each resample, float32 (some of the resamples, examples)."""
+    if resamples * examples <= _DRAWS_AT_ONCE:
+        yield _count_all_resamples(examples, resamples, SEED)
+        return
+    yield from map(_count_draws, draw_resamples(examples, resamples))
 
 
-def count_draws(drawn: ResampledIndices) -> Indices:
-    """How often each example is in each resample, int64 (resamples, examples)."""
+@lru_cache(maxsize=2)  # 8 MB each
+def _count_all_resamples(examples: int, resamples: int, seed: int) -> Counts:
+    return _count_draws(_draw_all_resamples(examples, resamples, seed))
+
+
+def _count_draws(drawn: Indices) -> Counts:
     resamples, examples = drawn.shape
     cells = drawn + np.arange(resamples, dtype=np.int64)[:, None] * examples
     counts = np.bincount(cells.ravel(), minlength=resamples * examples)
-    return counts.reshape(resamples, examples)
+    return counts.reshape(resamples, examples).astype(np.float32)
 
 
 def _are_whole(values: Vector) -> bool:
@@ -246,6 +252,7 @@ def _expand_normal_quantile(degrees_of_freedom: int, confidence: float) -> float
     )
 
 
+@lru_cache(maxsize=64)
 def student_t_quantile(probability: float, degrees_of_freedom: int) -> float:
     """The quantile of Student's t, above 0, for a probability above one half.
 

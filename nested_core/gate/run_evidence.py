@@ -86,11 +86,17 @@ class RunEvidence:
 
 
 def digests_for_result(run: RunDirectory, offered_checkpoint: Path) -> dict[str, str]:
-    """What result.json records of the run: digests of the offered checkpoint and the metrics."""
-    return {
+    """What result.json records of the run: digests of the offered checkpoint and of what chose it.
+
+    Without the losses of the evaluated steps the gate would take the choice for one among one.
+    """
+    digests = {
         "checkpoint": str(read_manifest(offered_checkpoint)["digest"]),
         "metrics": regular_sha256(run.metrics),
     }
+    if run.validation_losses.is_file():
+        digests["validation_losses"] = regular_sha256(run.validation_losses)
+    return digests
 
 
 def collect_evidence(run: RunDirectory) -> RunEvidence:
@@ -101,8 +107,9 @@ def collect_evidence(run: RunDirectory) -> RunEvidence:
     record = _parse_record(CheckpointEvidence, checkpoint.state, offered / STATE_NAME)
     if digests_for_result(run, offered) != result.evidence:
         raise DamagedError(
-            f"{offered} or {run.metrics} is not what training wrote: result.json holds other "
-            f"digests. Bring back what was there, or train again."
+            f"{offered}, {run.metrics} or {run.validation_losses.name} beside it is not what "
+            f"training wrote: result.json holds other digests. Bring back what was there, or train "
+            f"again."
         )
     files = _hash_judged_files(run, offered)
     _require_unchanged_inputs(run, record.input_digests, offered, files)

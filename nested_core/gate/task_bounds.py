@@ -43,13 +43,16 @@ def judge_answers(
 
     Raises DamagedError if the records are not those of the configured suites.
     """
-    comparisons = {task.name: _compare_models(task, records) for task in gate.tasks}
+    answers_by_task = _group_answers(gate, records)
+    comparisons = {
+        task.name: _compare_models(task, answers_by_task[task.name]) for task in gate.tasks
+    }
     family = [change for changes in comparisons.values() for change in changes.values()]
     refused = find_worse(family) if gate.noise == "paired" else set()
     results = []
     reasons: list[Reason] = []
     for task in gate.tasks:
-        answers = _answers_of_task(task, records)
+        answers = answers_by_task[task.name]
         changes = comparisons[task.name]
         change = changes[None]
         result = _summarise_task(task, answers, change.difference)
@@ -76,13 +79,12 @@ def judge_answers(
 
 
 def _compare_models(
-    task: TaskSection, records: Sequence[AnswerRecord]
+    task: TaskSection, answers: Mapping[str, Sequence[AnswerRecord]]
 ) -> dict[str | None, ScoreChange]:
     """The change from what training began from, under None, and from the champion.
 
     A champion that answers as the parent, which it often is, is no second rival.
     """
-    answers = _answers_of_task(task, records)
     before = answers.get("parent", answers["base"])
     changes: dict[str | None, ScoreChange] = {
         None: ScoreChange.compare(before, answers["candidate"], task.max_drop)
@@ -190,21 +192,22 @@ def _chance_of_fall(difference: PairedDifference) -> float:
     return 1 - student_t_cdf(statistic, difference.examples - 1)
 
 
-def _answers_of_task(
-    task: TaskSection, records: Sequence[AnswerRecord]
-) -> dict[str, list[AnswerRecord]]:
-    """The answers of each model, in the order of the questions."""
-    answers: dict[str, list[AnswerRecord]] = {}
+def _group_answers(
+    gate: GateSection, records: Sequence[AnswerRecord]
+) -> dict[str, dict[str, list[AnswerRecord]]]:
+    """The answers of each model to each suite, in the order of the questions."""
+    grouped: dict[str, dict[str, list[AnswerRecord]]] = {task.name: {} for task in gate.tasks}
     for record in records:
-        if record.task == task.name:
-            answers.setdefault(record.model, []).append(record)
-    lines = {tuple(record.line for record in given) for given in answers.values()}
-    if len(lines) != 1 or not {"base", "candidate"} <= answers.keys():
-        raise DamagedError(
-            f"gate.tasks: the answers to {task.name} are not all there. Judge the run again with "
-            f"--resume."
-        )
-    return answers
+        if record.task in grouped:
+            grouped[record.task].setdefault(record.model, []).append(record)
+    for name, answers in grouped.items():
+        lines = {tuple(record.line for record in given) for given in answers.values()}
+        if len(lines) != 1 or not {"base", "candidate"} <= answers.keys():
+            raise DamagedError(
+                f"gate.tasks: the answers to {name} are not all there. Judge the run again with "
+                f"--resume."
+            )
+    return grouped
 
 
 def _summarise_task(

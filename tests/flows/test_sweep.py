@@ -11,11 +11,19 @@ import pytest
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Completed, Crashed, Running, Scheduled, State
 
-from flows.sweep import SweepParameters, apply_grid_point, grid_points, has_ended, sweep
+from flows.sweep import (
+    SweepParameters,
+    apply_grid_point,
+    grid_points,
+    has_ended,
+    promote_choice,
+    sweep,
+)
 from nested_core.errors import ConfigError
 from nested_core.storage.run_directory import RunDirectory
 from tasks.outcomes import Outcome
 from tasks.sweep_results import SweepRunResult, choose_best_run
+from tests.core.gate.test_sweep_choice import sweep_of
 from tests.example import example_config
 
 
@@ -118,3 +126,26 @@ def test_a_point_that_crashed_has_ended_when_it_will_not_go_on_by_itself(
 ) -> None:
     run = FlowRun(flow_id=uuid4(), state=state, run_count=run_count)
     assert has_ended(run, seconds) is expected
+
+
+@pytest.mark.parametrize(("gain", "is_luck"), [(0.0, True), (0.2, False)])
+def test_a_choice_that_may_be_luck_is_left_under_the_policy_of_its_point(
+    tmp_path: Path, gain: float, is_luck: bool
+) -> None:
+    runs = sweep_of(tmp_path, gain)
+    outcomes = [
+        SweepRunResult(str(run.path), {}, "Verified", "", True, None, val_loss=float(number))
+        for number, run in enumerate(runs)
+    ]
+    registry = {"path": str(tmp_path / "registry"), "name": "capitals", "promote": "better"}
+    config = example_config(registry=registry)
+    with (
+        patch("flows.sweep.find_registered_version", return_value="v"),
+        patch("flows.sweep.read_run_config", return_value=config),
+        patch("flows.sweep.register") as register,
+        patch("flows.sweep.promote", return_value="promoted") as promote,
+    ):
+        version, done = promote_choice(config.registry, outcomes[0], outcomes, None)
+    assert version == "v"
+    assert (not register.called, not promote.called) == (is_luck, is_luck)
+    assert ("the best of 8 candidates" in done) == is_luck

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from nested_core.config.gate import GateSection
 from nested_core.errors import DamagedError
 from nested_core.gate.chosen_candidate import Candidates, join_candidates, read_candidates
 from nested_core.gate.example_losses import ExampleLosses, read_example_losses
-from nested_core.gate.harmed_examples import is_harm_beyond_chance
+from nested_core.gate.harmed_examples import HarmedExamples
 from nested_core.gate.loss_bounds import harm_reasons
 from nested_core.gate.paired_difference import compare_pairs, student_t_quantile
 from nested_core.gate.verdict import ChampionLoss, Validation
@@ -195,16 +196,43 @@ def test_harm_is_no_reason_where_as_many_are_helped_or_the_loss_is_better() -> N
     assert harm_reasons(better, validation, GateSection()) == []
 
 
+def is_refused(harmed: int, helped: int, examples: int, share: float, by: float = 9.0) -> bool:
+    return HarmedExamples(harmed, helped, examples, mean_rise=by).is_beyond_chance(share)
+
+
 def test_the_share_of_harmed_examples_has_an_exact_bound() -> None:
-    assert is_harm_beyond_chance(6, 0, 200, 0.01)
-    assert not is_harm_beyond_chance(5, 0, 200, 0.012)
-    assert not is_harm_beyond_chance(2, 0, 10, 0.01)
-    assert is_harm_beyond_chance(9, 1, 100, 0.01)
-    assert not is_harm_beyond_chance(6, 3, 100, 0.01)
+    assert is_refused(6, 0, 200, 0.01)
+    assert not is_refused(5, 0, 200, 0.012)
+    assert not is_refused(2, 0, 10, 0.01)
+    assert is_refused(9, 1, 100, 0.01)
+    assert not is_refused(6, 3, 100, 0.01)
+
+
+@pytest.mark.parametrize(("harmed", "by", "codes"), [(3, 3.9, 0), (3, 4.1, 1), (4, 1.5, 1)])
+def test_three_harmed_examples_are_enough_only_where_they_lost_four_nats(harmed, by, codes) -> None:
+    differences = np.random.default_rng(2).normal(0, 0.05, 30)
+    differences[:harmed] = by
+    losses = losses_of(differences)
+    assert len(harm_reasons(losses, validation_of(losses), GateSection())) == codes
+
+
+@pytest.mark.parametrize(("examples", "share"), [(10, 0.1), (30, 0.05), (60, 0.02), (84, 0.03)])
+def test_an_exchange_of_harm_and_help_is_refused_in_few_cases(examples, share) -> None:
+    counts = range(examples // 4 + 1)  # nearly all
+    chance = sum(
+        comb(examples, harmed)
+        * comb(examples - harmed, helped)
+        * share ** (harmed + helped)
+        * (1 - 2 * share) ** (examples - harmed - helped)
+        for harmed in counts
+        for helped in counts
+        if is_refused(harmed, helped, examples, 0.01, by=3.0)
+    )
+    assert chance < 0.025
 
 
 def test_copies_of_an_example_are_one_example() -> None:
-    eight = np.linspace(-0.2, 0.1, 8)
+    eight = np.linspace(-0.22, 0.1, 8)
     place = np.repeat(np.arange(8), 25)
     apart = validation_of(losses_of(eight[place]))
     together = validation_of(losses_of(eight[place], clusters=place))

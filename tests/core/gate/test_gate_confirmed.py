@@ -64,6 +64,18 @@ def edit_bound(run: RunDirectory, **values: Any) -> None:
     write_gate(run.path, gate | values, read_manifest(run.path)["files"])
 
 
+def test_a_run_without_the_losses_of_its_steps_is_not_judged_as_if_nothing_chose(
+    judged: RunDirectory, config: FineTuneConfig
+) -> None:
+    said = r"validation-losses\.jsonl .*not what training wrote"
+    judged.validation_losses.write_text("")
+    with pytest.raises(DamagedError, match=said):
+        steps.judge(config, judged)
+    judged.validation_losses.unlink()
+    with pytest.raises(DamagedError, match=said):
+        steps.judge(config, judged)
+
+
 def test_a_verdict_that_the_gate_gave_is_confirmed(
     judged: RunDirectory, config: FineTuneConfig
 ) -> None:
