@@ -12,6 +12,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.states import Completed, Crashed, Running, Scheduled, State
 
 from flows.sweep import (
+    MOST_RUNS,
     SweepParameters,
     apply_grid_point,
     grid_points,
@@ -57,6 +58,29 @@ def test_a_point_that_cannot_run_is_found_before_any_is_started(tmp_path: Path) 
     with patch("flows.sweep.run_deployment") as start, pytest.raises(ValueError, match="iters"):
         sweep.fn(config)
     start.assert_not_called()
+
+
+class Started(Exception):
+    """The first run of a sweep was about to be started."""
+
+
+def test_a_grid_has_at_most_256_points(tmp_path: Path) -> None:
+    registry = {"path": str(tmp_path / "registry"), "name": "capitals"}
+
+    def start(points: int) -> None:
+        sweep.fn(
+            SweepParameters(
+                base=example_config(registry=registry),
+                grid={"seed": list(range(points))},
+                deployment="finetune/capitals-manual",
+            )
+        )
+
+    with patch("flows.sweep.run_deployment", side_effect=Started):
+        with pytest.raises(Started):
+            start(MOST_RUNS)
+        with pytest.raises(ConfigError, match="the grid has 257 points, at most 256"):
+            start(MOST_RUNS + 1)
 
 
 @pytest.mark.parametrize(

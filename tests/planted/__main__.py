@@ -31,6 +31,7 @@ FAST = "not slow and not reliability and not production"
 SLOW = "slow and not reliability and not production"
 SEED = 27  # of the order in which the faults are planted
 MINUTES = 30.0  # of one run of tests
+NEAR = 40  # tests that are tried first
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def copy_tree(target: Path) -> None:
 
 def run_tests(copy: Path, *words: str, **environment: str) -> tuple[int, str]:
     """Run pytest in the copy; its exit code, and the first test that failed."""
-    command = [sys.executable, "-m", "pytest", "-n", "auto", "--dist", "worksteal", "-q", *words]
+    command = [sys.executable, "-m", "pytest", "--dist", "worksteal", "-q", *words]
     variables = os.environ | {"PYTHONPATH": str(copy), "CI": "1"} | environment
     try:
         done = subprocess.run(
@@ -78,6 +79,12 @@ def run_tests(copy: Path, *words: str, **environment: str) -> tuple[int, str]:
         )
     except subprocess.TimeoutExpired:
         return 1, f"the tests did not end within {MINUTES:.0f} minutes"
+    if unknown := re.search(
+        r"^ERROR: (?:not found|found no collectors).*", done.stdout, re.MULTILINE
+    ):
+        raise SystemExit(
+            f"{unknown[0]}\nThe tests have changed: remove build/planted/reached.json."
+        )
     failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     return done.returncode, failed[1] if failed else done.stdout[-300:].strip()
 
@@ -94,7 +101,7 @@ def reached(folder: Path, copy: Path) -> dict[int, list[str]]:
     plant_probes(list(FAULTS), copy)
     notes = folder / "reached.txt"
     notes.unlink(missing_ok=True)
-    run_tests(copy, "-m", FAST, **{REACHED_VARIABLE: str(notes)})
+    run_tests(copy, "-n", "auto", "-m", FAST, **{REACHED_VARIABLE: str(notes)})
     tests: defaultdict[int, set[str]] = defaultdict(set)
     for line in notes.read_text(encoding="utf-8").splitlines():
         number, _, test = line.partition(" ")
@@ -105,24 +112,30 @@ def reached(folder: Path, copy: Path) -> dict[int, list[str]]:
     return found
 
 
+def write_arguments(path: Path, tests: list[str]) -> list[str]:
+    """The words by which pytest runs these tests; none where there is no test."""
+    path.write_text("\n".join(tests), encoding="utf-8")
+    return [f"@{path}", "-m", FAST] if tests else []
+
+
 def judge(number: int, tests: list[str], folder: Path, copy: Path) -> Result:
     """Plant a fault, and run tests until one fails."""
     fault, began = FAULTS[number], time.monotonic()
     before = plant(fault, copy)
-    stages: dict[str, tuple[str, ...]] = {
-        "the rest of make test": ("-m", FAST),
-        "make test-all": ("-m", SLOW),
-    }
-    if tests:
-        arguments = folder / "tests.txt"
-        # Those of the fault's own room first: one of them fails, most likely.
-        near = sorted(tests, key=lambda test: f"/{fault.room}" not in test)
-        arguments.write_text("\n".join(near), encoding="utf-8")
-        stages = {"make test": (f"@{arguments}",)} | stages
+    # One of those of the fault's own room fails, most likely: a few, in one process.
+    ordered = sorted(tests, key=lambda test: f"/{fault.room}" not in test)
+    stages = [("make test", write_arguments(folder / "near.txt", ordered[:NEAR]), "0")]
+    stages += [("make test", write_arguments(folder / "far.txt", ordered[NEAR:]), "auto")]
+    stages += [
+        ("the rest of make test", ["-m", FAST], "auto"),
+        ("make test-all", ["-m", SLOW], "auto"),
+    ]
     stage, test = "missed", ""
     try:
-        for name, words in stages.items():
-            code, failed = run_tests(copy, "-x", *words)
+        for name, words, processes in stages:
+            if not words:
+                continue
+            code, failed = run_tests(copy, "-x", "-n", processes, *words)
             if code not in (0, 5):  # 5: none was selected
                 stage, test = name, failed
                 break

@@ -149,3 +149,8 @@ def test_a_model_that_takes_a_batch_for_something_else_is_not_batched(monkeypatc
     monkeypatch.setattr(type(model), "__call__", mixes_rows)
     assert not generation.can_batch(model)
     assert not generation.can_batch(build("gemma2"))
+
+
+@pytest.mark.parametrize(("text", "is_empty"), [("", True), (" \n\u2003", True), (" a", False)])
+def test_an_answer_of_white_space_is_empty(text: str, is_empty: bool) -> None:
+    assert Answer(text, 3, is_endless=False, is_repeated=False).is_empty is is_empty

@@ -33,8 +33,9 @@ from nested_core.registry import collect_garbage, list_versions, promote, read_c
 from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.core.registry.conftest import write_run
-from tests.example import DATA, example_config, prepare, train
+from tests.example import DATA, MODEL, example_config, prepare, train
 
 NAME = "capitals"
 SECONDS_FOR_A_CHANGE = 1.0  # it takes some milliseconds, and all of this where it has to wait
@@ -192,6 +193,18 @@ def test_a_champion_of_other_settings_is_refused_with_what_differs(
         prepare(configure(folder, "monday", **changes), tmp_path / "run")
     assert named in str(caught.value)
     assert not (tmp_path / "run" / "initial").exists()
+
+
+def test_a_champion_of_another_base_is_refused(
+    folder: Path, tuesday: tuple[RunDirectory, str], tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(MODEL, tmp_path / "base"))
+    weights = load_arrays(other / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 2
+    save_arrays(other / "model.safetensors", weights)
+    with pytest.raises(ConfigError, match="was trained with other settings") as caught:
+        prepare(configure(folder, "monday", model=str(other)), tmp_path / "run")
+    assert "base_fingerprint: " in str(caught.value)
 
 
 def test_a_champion_that_was_changed_on_disk_is_not_started_from(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -105,6 +106,24 @@ def test_torn_last_line_is_left_out_by_readers_and_marked_by_the_next_writer(
     promote(registry, NAME, third, by="ann")
     assert actions(registry)[2:] == [("aborted", None, second), ("promote", third, second)]
     assert all(json.loads(line) for line in path.read_bytes().splitlines())
+
+
+def test_a_torn_line_is_cut_on_the_disk_before_another_is_written(three, registry, monkeypatch):
+    path = registry / NAME / "history.jsonl"
+    path.write_bytes(path.read_bytes() + b"{")
+    calls = []
+    for name in ("ftruncate", "fsync", "write"):
+        call = getattr(os, name)
+
+        def note(descriptor, *rest, name=name, call=call):
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                calls.append(name)
+            return call(descriptor, *rest)
+
+        monkeypatch.setattr(os, name, note)
+    promote(registry, NAME, three[2], by="ann")
+    assert calls[:2] == ["ftruncate", "fsync"]
+    assert "write" in calls
 
 
 @pytest.mark.parametrize("action", ["promote", "rollback"])

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import ConfigError
+from nested_core.gate.paired_difference import PairedDifference
 from nested_core.gate.verdict import Reason
-from nested_core.report.run_comparison import compare_runs
+from nested_core.report.run_comparison import _describe_difference, compare_runs
 from nested_core.report.run_listing import list_runs
 from nested_core.report.run_start import read_start_time
 from tests.core.report.written_runs import (
@@ -116,3 +117,10 @@ def test_a_name_whose_digits_are_no_moment_and_a_file_that_goes_are_no_error(
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a folder"):
         list_runs(tmp_path / "runs")
+
+
+def test_a_difference_has_its_interval_where_there_are_examples_enough() -> None:
+    few, many = (PairedDifference(n, -0.25, 0.1, -0.45, -0.05) for n in (2, 40))
+    assert _describe_difference(None) is None
+    assert _describe_difference(few) == "-0.25"
+    assert str(_describe_difference(many)).startswith("-0.25 (")
