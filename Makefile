@@ -31,10 +31,10 @@ demo: $(VENV)/project.stamp ## validate, train, judge and promote a tiny adapter
 
 # A worker that has nothing left to do takes tests from one that has.
 PYTEST := $(BIN)/pytest -n auto --dist worksteal
-test: $(VENV)/dev.stamp ## the tests to run between two edits: every claim, in five minutes
+test: $(VENV)/dev.stamp ## the tests to run between two edits: every claim
 	$(PYTEST) -m "not slow and not reliability and not production"
 
-test-all: test ## make test, and the slow tests that it leaves out: another ten minutes
+test-all: test ## make test, and the slow tests that it leaves out
 	$(PYTEST) -m "slow and not reliability and not production"
 
 check: $(VENV)/dev.stamp ## format, lint and complexity, types, import directions, documents
