@@ -24,6 +24,7 @@ from nested_core.training.loss.loss_interface import (
 from nested_core.training.loss.output_head import OutputHead
 
 MIN_COMPUTED_POSITIONS = 64
+SHARE_COMPUTED_AS_ALL = 0.9  # of the positions: so many are no fewer than all
 MAX_LOGITS_PER_CHUNK = 2**26  # logits of one chunk: 256 MiB in float32
 MIN_ROWS_PER_CHUNK = 128
 
@@ -56,8 +57,8 @@ def find_supervised_positions(
     """Tokens, and the supervised positions of the flattened batch as int32, padded with -1.
 
     `position_counts` are numbers of positions by the width of a batch: one for each width, so that
-    there is one trace of it. A batch of another width, or with more supervised positions, has
-    `round_up_position_count` of them.
+    there is one trace of it; nearly all are all, so that no epoch has more. A batch of another
+    width, or with more supervised positions, has `round_up_position_count` of them.
     """
     tokens, target_mask = batch
     flat_mask = target_mask.reshape(-1)
@@ -65,6 +66,8 @@ def find_supervised_positions(
     count = min((position_counts or {}).get(target_mask.shape[1], 0), flat_mask.size)
     if count < len(positions) or count < MIN_COMPUTED_POSITIONS:
         count = round_up_position_count(len(positions), flat_mask.size)
+    if count > SHARE_COMPUTED_AS_ALL * flat_mask.size:
+        count = flat_mask.size
     if count == flat_mask.size:
         rows = np.where(flat_mask, np.arange(flat_mask.size), -1)
     else:

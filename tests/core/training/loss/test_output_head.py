@@ -110,7 +110,8 @@ def test_batches_of_a_known_width_have_one_number_of_positions(
     mask.reshape(-1)[:supervised] = True
     batch = np.zeros((3, 101), np.int32), mask
     assert find_supervised_positions(batch, {100: 110, 64: 70})[1].shape == (expected,)
-    assert find_supervised_positions(batch, {100: 900})[1].shape == (300,)
+    for nearly_all in (271, 900):
+        assert find_supervised_positions(batch, {100: nearly_all})[1].shape == (300,)
     assert find_supervised_positions(batch, {64: 70})[1].shape != (110,)
 
 
