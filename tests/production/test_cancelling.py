@@ -106,7 +106,7 @@ def test_the_server_is_away_while_a_task_ends_and_publishes(
         stack.kill_server()
     time.sleep(SECONDS_AWAY)
     stack.start_server()
-    state, _ = training.final_state(seconds=300)
+    state, _ = training.final_state(seconds=400)
     assert state == "Completed", stack.flow_run(training.id).state
     assert champion(stack, training.name) is not None
     then = "what cannot be published is left out, and the run goes on"
