@@ -224,7 +224,7 @@ def put_automations(
 def complete_automation(
     client: SyncPrefectClient, planned: dict[str, Any], block: UUID | None
 ) -> AutomationCore:
-    """An automation of automations.yaml with the ids of its deployment or notification block.
+    """An automation of automations.yaml with the id of its notification block.
 
     Without `block` an alert goes where the server sends it already.
     """
@@ -234,9 +234,6 @@ def complete_automation(
         if block is None and there:
             block = alert_block(there[0])
         wanted["actions"] = [alert_action(client, block, planned["notify"])]
-    for action in wanted["actions"]:
-        if "deployment" in action:
-            action["deployment_id"] = _find_deployment_id(client, action.pop("deployment"))
     wanted["enabled"] = there[0].enabled if there else True
     return AutomationCore.model_validate(wanted)
 
@@ -283,14 +280,6 @@ def read_automations(client: SyncPrefectClient) -> list[Automation]:
         if len(page) < READ_PAGE_SIZE:
             break
     return list(found.values())
-
-
-def _find_deployment_id(client: SyncPrefectClient, name: str) -> str:
-    """The id of FLOW/DEPLOYMENT; one that no deployment has where it is missing."""
-    try:
-        return str(client.read_deployment_by_name(name).id)
-    except ObjectNotFound:
-        return str(UUID(int=0))
 
 
 def _read_automations_named(client: SyncPrefectClient, name: str) -> list[Automation]:
