@@ -10,12 +10,12 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.example_losses import ExampleLosses, read_example_losses
@@ -111,6 +111,7 @@ def require_right_comparison(night: Night, compared: ChampionLoss) -> None:
     weights, differences = shared.tokens, shared.after - shared.champion
     assert compared.difference == pytest.approx(np.average(differences, weights=weights))
     if np.ptp(weights) == 0:  # then scipy has the same question
+        stats = import_module("scipy.stats")  # it takes two seconds
         quantile = stats.t.ppf(0.975, len(shared) - 1) * np.sqrt(len(shared) / (len(shared) - 1))
         level = 1 - 2 * stats.norm.sf(quantile)
         expected = stats.bootstrap(
