@@ -1,0 +1,194 @@
+"""Known trainings, and what the gate says of them and `promote: better` does with them.
+
+    python -m benchmarks.nights [--json]
+
+Runs the example, the first hour's two trainings, the runs of the shipped deployments and five
+nights of continuing, and plants a few sets of losses. It uses commands and classes that commit
+95bc16c has too, so that the same file says what was done there: `git worktree add OLD 95bc16c`,
+then `cd OLD; PYTHONPATH=. python .../benchmarks/nights.py`. benchmarks/nights.md has both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nested_core.config.gate import GateSection
+from nested_core.gate import loss_bounds
+from nested_core.gate.example_losses import ExampleLosses
+from nested_core.gate.verdict import Validation
+from tests.reliability.test_nightly_series import NIGHTS, run_nights
+
+EXAMPLE = "examples/geography.yaml"
+DEPLOYED = "deployments/geography.yaml"
+SECOND = (
+    *("--training.epochs", "18", "--learning-rate", "1e-3", "--lora-parameters.scale", "2"),
+    *("--steps-per-eval", "10", "--steps-per-report", "10", "--save-every", "10"),
+)
+SWEEP = [
+    (rate, fast) for rate in ("1e-3", "3e-4") for fast in ("shallow", "deep")
+]  # the grid of deployments/prefect.yaml
+FROM_CHAMPION = ("--continual.from", "champion")
+PLANTED = {
+    "4 examples, all by +0.01": [0.01] * 4,
+    "5 examples, all by about +1.5": [1.3, 1.4, 1.5, 1.6, 1.7],
+    "5 examples, one by +7.5": [0.0, 0.0, 0.0, 0.0, 7.5],
+    "10 examples, 3 by +5 nats": [5.0] * 3 + [0.0] * 7,
+    "30 examples, 3 by +7 nats": [7.0] * 3 + [0.0] * 27,
+    "30 examples, 3 by +3 nats": [3.0] * 3 + [0.0] * 27,
+    "30 examples, 4 by +3 nats": [3.0] * 4 + [0.0] * 26,
+    "84 examples, all by about -0.1": list(np.linspace(-0.4, 0.2, 84)),
+}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the gate said of one training, and what came of it.
+
+    `against` is what `difference` is from: the adapter that it began from, or the champion.
+    """
+
+    night: str
+    against: str
+    difference: float | None
+    interval: Sequence[float] | None
+    corrected: Sequence[float] | None
+    word: str | None
+    outcome: str
+
+
+def describe_outcome(gate: dict[str, Any], promotion: str | None) -> str:
+    """`refused: loss_regressed`, or `passed, ` and what became of it; None: nothing was asked."""
+    if gate["verdict"] == "failed":
+        return "refused: " + ", ".join(sorted({reason["code"] for reason in gate["reasons"]}))
+    if promotion is None:
+        return "passed"
+    if promotion in ("promoted", "already_champion"):
+        return f"passed, {promotion.replace('_', ' ')}"
+    return "passed, champion kept" if gate["champion"] else "passed, not promoted"
+
+
+def read_judged(night: str, gate: dict[str, Any], promotion: str | None) -> Judged:
+    """From the content of gate.json."""
+    compared = gate["champion"] or gate["validation"] or {}
+    return Judged(
+        night,
+        "the champion" if gate["champion"] else "its start",
+        compared.get("difference"),
+        compared.get("interval"),
+        compared.get("corrected_interval"),
+        compared.get("conclusion"),
+        describe_outcome(gate, promotion),
+    )
+
+
+def train(night: str, folder: Path, name: str, *arguments: str) -> Judged:
+    """Train by the command line into a registry, under `promote: better`."""
+    run = folder / night.replace(" ", "-").replace("/", "-").replace(",", "")
+    registry = ("--registry.path", str(folder / "registry"), "--registry.name", name)
+    command = ("train", *arguments, "--run-dir", str(run), *registry)
+    said = json.loads(call(*command, "--registry.promote", "better", "--json"))
+    return read_judged(night, json.loads((run / "gate.json").read_text()), said["promotion"] or "")
+
+
+def call(*arguments: str) -> str:
+    """The standard output of a command; 0 and 4 are what a gate may end with."""
+    command = [sys.executable, "-m", "flows.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 4):
+        raise SystemExit(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stderr}")
+    return done.stdout
+
+
+def list_trainings(folder: Path) -> Iterator[Judged]:
+    """The example, the first hour, and what the shipped deployments run."""
+    yield train("the example (make demo)", folder, "example", "-c", EXAMPLE)
+    config = str(folder / "lora.yaml")
+    model = ("--data", "examples/geography", "--model", "examples/geography-base")
+    call("init", *model, "-o", config)
+    yield train("first hour, step 4", folder, "hour", "-c", config)
+    yield train("first hour, step 5", folder, "hour", "-c", config, *SECOND)
+    deployed = ("-c", DEPLOYED)
+    yield train("nightly, the first night", folder, "nights", *deployed, *FROM_CHAMPION)
+    yield train("nightly, the same data once more", folder, "nights", *deployed, *FROM_CHAMPION)
+    yield train("manual, another seed", folder, "nights", *deployed, "--seed", "1")
+    for rate, fast in SWEEP:
+        point = ("--learning-rate", rate, "--nested.fast", fast)
+        yield train(f"sweep, {rate} {fast}", folder, "nights", *deployed, *point)
+
+
+def list_nights(folder: Path) -> Iterator[Judged]:
+    """Five nights of continuing, each with new training and held-out data."""
+    for number, night in enumerate(run_nights(folder, NIGHTS), 1):
+        gate = json.loads(night.result.run.gate.read_bytes())
+        yield read_judged(
+            f"continuing, night {number} of {NIGHTS}", gate, str(night.result.promotion)
+        )
+
+
+def list_planted() -> Iterator[Judged]:
+    """Sets of losses with a mean of 1 nat a token before."""
+    bounds = GateSection()
+    for night, differences in PLANTED.items():
+        count = len(differences)
+        before = np.ones(count)
+        after = before + np.array(differences)
+        tokens = np.full(count, 20.0)
+        losses = ExampleLosses("test.jsonl", np.arange(1, count + 1), tokens, before, after)
+        planted: dict[str, Any] = {"selected_on_same_data": False}
+        if hasattr(Validation, "conclusion"):  # 95bc16c had no bounds here
+            planted["bounds"] = bounds
+        validation = Validation.from_losses(losses, **planted)
+        reasons = loss_bounds.loss_reasons(validation, None, bounds)
+        if hasattr(loss_bounds, "harm_reasons"):
+            reasons += loss_bounds.harm_reasons(losses, validation, bounds)
+        gate = {
+            "verdict": "failed" if reasons else "passed",
+            "reasons": [asdict(reason) for reason in reasons],
+            "champion": None,
+            "validation": asdict(validation),
+        }
+        yield read_judged(night, gate, None)
+
+
+def main() -> None:
+    """Print a line, or with --json an object, for each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for part in (list_planted(), list_trainings(Path(folder)), list_nights(Path(folder))):
+            for judged in part:
+                rows.append(judged)
+                print(judged, file=sys.stderr, flush=True)
+    if arguments.json:
+        print(json.dumps({"rows": [asdict(row) for row in rows]}))
+    else:
+        print_table(rows)
+
+
+def print_table(rows: Sequence[Judged]) -> None:
+    """As Markdown."""
+    print("| night | difference, 95 % interval | word, outcome |\n|---|---|---|")
+    for row in rows:
+        ends = row.interval
+        figures = "none" if row.difference is None else f"{row.difference:+.3f}"
+        figures += "" if ends is None else f", {ends[0]:+.3f} to {ends[1]:+.3f}"
+        if row.corrected is not None:
+            figures += f" (corrected: {row.corrected[0]:+.3f} to {row.corrected[1]:+.3f})"
+        word = "" if row.word is None else f"`{row.word}`, "
+        print(f"| {row.night} | {figures} | {word}{row.outcome} |")
+
+
+if __name__ == "__main__":
+    main()
