@@ -92,12 +92,15 @@ def read_judged(night: str, gate: dict[str, Any], promotion: str | None) -> Judg
 
 
 def train(night: str, folder: Path, name: str, *arguments: str) -> Judged:
-    """Train by the command line into a registry, under `promote: better`."""
+    """Train by the command line into a registry, under `promote: better`; it may be rejected."""
     run = folder / night.replace(" ", "-").replace("/", "-").replace(",", "")
     registry = ("--registry.path", str(folder / "registry"), "--registry.name", name)
     command = ("train", *arguments, "--run-dir", str(run), *registry)
-    said = json.loads(call(*command, "--registry.promote", "better", "--json"))
-    return read_judged(night, json.loads((run / "gate.json").read_text()), said["promotion"] or "")
+    said = json.loads(call(*command, "--registry.promote", "better", "--json") or "{}")
+    if said.get("skipped"):
+        return Judged(night, "the champion", None, None, None, None, "skipped: unchanged data")
+    gate = json.loads((run / "gate.json").read_text())
+    return read_judged(night, gate, said.get("promotion") or "")
 
 
 def call(*arguments: str) -> str:
