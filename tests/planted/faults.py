@@ -45,9 +45,9 @@ FAULTS = (
     ),
     Fault(
         "nested_core/storage/safetensors_files.py",
-        "        if tensor.begin != begin:",
-        "        if tensor.begin < begin:",
-        "a comparison turned",
+        "    if len(name) > MAX_NAME_LENGTH or not name.isprintable():",
+        "    if len(name) > MAX_NAME_LENGTH and not name.isprintable():",
+        "a condition turned",
     ),
     Fault(
         "nested_core/storage/manifest.py",
@@ -69,9 +69,9 @@ FAULTS = (
     ),
     Fault(
         "nested_core/text/foreign_text.py",
-        "    if code <= 0xFF:",
-        "    if code < 0xFF:",
-        "a comparison turned",
+        "code not in (0x2028, 0x2029)",
+        "code not in (0x2028,)",
+        "a forgotten case",
     ),
     Fault(
         "nested_core/text/duration_format.py",

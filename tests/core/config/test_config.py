@@ -210,6 +210,7 @@ class TestPartsThatHaveToAgree:
             ({"path": "there"}, "registry needs both path and name, or neither"),
             ({"name": "capitals"}, "registry needs both path and name, or neither"),
             ({"promote": "always"}, "promote: always needs a registry path and name"),
+            ({"promote": "better"}, "promote: better needs a registry path and name"),
         ],
     )
     def test_registry(self, registry: dict[str, Any], message: str) -> None:

@@ -192,6 +192,16 @@ def test_what_cannot_be_compared_is_an_error(first, second, weights) -> None:
         compare_pairs(first, second, weights)
 
 
+def test_five_examples_are_enough_for_an_interval_and_four_are_not() -> None:
+    before = np.arange(MIN_EXAMPLES, dtype=float)
+    enough = compare_pairs(before, before - [0.1, 0.3, 0.2, 0.1, 0.3])
+    assert enough.is_measurable
+    assert -0.4 < enough.low < enough.mean < enough.high < 0
+    few = compare_pairs(before[1:], before[1:] - 0.2)
+    assert not few.is_measurable
+    assert (few.low, few.high) == (-np.inf, np.inf)
+
+
 def test_fifty_thousand_examples_take_little_memory_and_time() -> None:
     values = np.random.default_rng(0).normal(size=(2, 50_000))
     tracemalloc.start()

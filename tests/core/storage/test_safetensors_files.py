@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,25 @@ def test_other_formats_are_refused_by_name_with_the_reason(
         assert error.value.exit_code == 6
     with pytest.raises(DamagedError, match=reason):
         read_tensors(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "wrong"),
+    [
+        ("a\x1b[2J", {}, "is not the name of a tensor"),
+        ("a" * 2000, {}, "is not the name of a tensor"),
+        ("a", {"code": "import os"}, "a has keys that the format does not know|unknown field"),
+    ],
+)
+def test_a_header_of_hostile_names_or_keys_is_damage(
+    tmp_path: Path, name: str, more: dict[str, str], wrong: str
+) -> None:
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": (0, 4)} | more
+    header = json.dumps({name: entry}).encode()
+    path = tmp_path / "adapters.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(DamagedError, match=wrong):
+        read_tensors(path)
 
 
 def configured(lora: dict[str, Any] | None = None, **changes: Any) -> str:
