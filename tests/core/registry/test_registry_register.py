@@ -97,6 +97,15 @@ def test_verdict_on_another_adapter_is_damage(make_run, registry):
     assert not registry.exists()
 
 
+def test_a_file_that_says_the_same_in_other_bytes_than_were_judged_is_damage(make_run, registry):
+    run = make_run()
+    path = run / "adapter" / "adapter_config.json"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(DamagedError, match="has changed since the verdict was given"):
+        register(run, registry, "capitals", {})
+    assert list_versions(registry, "capitals") == []
+
+
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", '{"verdict": "passed"', "[" * 100_000, '{"verdict": 1}']
 )

@@ -1,0 +1,24 @@
+"""Cells of tables on Prefect's pages."""
+
+from __future__ import annotations
+
+import pytest
+
+from tasks.markdown_page import format_cell
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.123456, "0.1235"),
+        (float("nan"), "not finite"),
+        (float("inf"), "not finite"),
+        (-float("inf"), "not finite"),
+        (7, "7"),
+        (None, "-"),
+    ],
+)
+def test_a_cell_has_four_digits_of_a_number_and_says_what_is_not_finite(
+    value: object, shown: str
+) -> None:
+    assert format_cell(value) == shown
