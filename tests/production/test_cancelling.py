@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nested_core import registry as core
-from nested_core.registry.folder_lock import exclusive_folder_lock, shared_folder_lock
+from nested_core.registry.folder_lock import shared_folder_lock
 from tests.production.faults import FaultTable
 from tests.production.processes import command_of
 from tests.production.stack import Stack, wait_for
@@ -54,14 +54,17 @@ def example(number: int) -> str:
 
 @contextmanager
 def registry_held_after_the_gate(stack: Stack, training: Training) -> Iterator[None]:
-    """Hold the adapter's registry from the gate's proof on, as a slow promotion elsewhere would."""
+    """Hold the adapter's registry from the gate's proof on, as an audit elsewhere would.
+
+    It can be read meanwhile: who is champion and what the policy asks for is read before the task.
+    """
     add(stack, 41, "never", training.name)
 
     def is_proving() -> bool:
         return any("fresh_process_main" in command_of(p) for p in stack.processes_of(training.id))
 
     wait_for(is_proving, 180)
-    with exclusive_folder_lock(stack.registry / training.name):
+    with shared_folder_lock(stack.registry / training.name):
         yield
 
 
