@@ -57,7 +57,7 @@ class Saboteur:
         run, (honest, other) = RunDirectory(run_dir), self._trained
         for name in ("checkpoints", "adapter"):
             shutil.copytree(honest.path / name, run.path / name)
-        for name in ("metrics.jsonl", "result.json"):
+        for name in ("metrics.jsonl", "validation-losses.jsonl", "result.json"):
             shutil.copyfile(honest.path / name, run.path / name)
         self._case.build(Scene(config, run, other))
 
