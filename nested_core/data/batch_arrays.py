@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nested_core.data.tokens.tokenized_split import Bool, Int32, TokenizedSplit
+from nested_core.data.array_types import Bool, Int32
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
 
 
 @dataclass(frozen=True, eq=False)

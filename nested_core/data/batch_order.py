@@ -12,9 +12,10 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from nested_core.data.array_types import Bool, Int32, Int64
 from nested_core.data.batch_arrays import BatchRows, make_batch_arrays
 from nested_core.data.length_buckets import sort_into_buckets
-from nested_core.data.tokens.tokenized_split import Bool, Int32, Int64, TokenizedSplit
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
 
 
 class BatchOrder:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from nested_core.data.tokens.tokenized_split import Int32, Int64
+from nested_core.data.array_types import Int32, Int64
 
 MAX_DISTINCT_WIDTHS = 96
 # What a width costs once, in positions of a batch: its trace, and the plans and memory of a GPU.
