@@ -15,6 +15,7 @@ from nested_core.text.digest_format import shorten_digest
 from tasks.champion_page import publish_champion
 from tasks.events import emit_adapter_event
 from tasks.retrying import REGISTRY_RETRY_DELAYS, retried_task
+from tasks.server_outage import tolerating_server_outage
 
 
 @retried_task("promote", "promote {section.name} {version:.12}", REGISTRY_RETRY_DELAYS)
@@ -97,8 +98,14 @@ def check_champion(path: Path, name: str) -> str | None:
 
 
 def read_origin() -> Origin:
-    """The flow run that is at work, and the deployment that started it, as Prefect knows them."""
-    flow_run, deployment = runtime.flow_run.id, runtime.deployment.name
+    """The flow run that is at work, and the deployment that started it, as Prefect knows them.
+
+    The environment has both ids; the deployment's name is the server's, which may be away.
+    """
+    flow_run, deployment = runtime.flow_run.id, runtime.deployment.id
+    if deployment is not None:
+        with tolerating_server_outage("the history has the deployment's id in place of its name"):
+            deployment = runtime.deployment.name
     return Origin(
         None if flow_run is None else str(flow_run), None if deployment is None else str(deployment)
     )

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from uuid import uuid4
 
+import httpx
 import pytest
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.runtime import deployment
 
 from flows.flow_run_labels import tag_flow_run
 from tasks.artifact_client import ArtifactClient
 from tasks.markdown_page import MarkdownPage
+from tasks.promote import read_origin
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -56,3 +60,23 @@ def test_what_only_shows_is_logged_and_left_out(
     for words in left_out:
         assert words in caplog.text
     assert "ConnectError" in caplog.text
+
+
+def test_a_promotion_is_recorded_with_the_deployments_id_where_its_name_cannot_be_read(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started_by = str(uuid4())
+
+    def refuse() -> str:
+        raise httpx.ConnectError("All connection attempts failed")
+
+    monkeypatch.setitem(deployment.FIELDS, "id", lambda: started_by)
+    monkeypatch.setitem(deployment.FIELDS, "name", refuse)
+
+    @flow
+    def night() -> str | None:
+        return read_origin().deployment
+
+    with caplog.at_level(logging.WARNING):
+        assert night() == started_by
+    assert "the history has the deployment's id" in caplog.text

@@ -26,7 +26,7 @@ def champion(stack: Stack, name: str = NAME) -> str | None:
 
 def add(stack: Stack, seed: int, policy: str = "always", name: str = NAME) -> str:
     """Register a version as a run that was judged now would, and decide nothing."""
-    run = write_run(stack.folder / f"run-{seed}", seed)
+    run = write_run(stack.folder / f"run-{name}-{seed}", seed)
     section = {"path": "x", "name": "y", "promote": policy}
     provenance = {"champion_at_gate": champion(stack, name), "config": {"registry": section}}
     return core.register(run, stack.registry, name, provenance)
