@@ -108,7 +108,7 @@ def read_adapter(path: Path, *, follow_links: bool = False) -> Adapter:
 
 
 def require_adapter_directory(path: Path) -> None:
-    """ConfigError where there is no directory, DamagedError for a file of an unsafe format."""
+    """Raise ConfigError for no directory, DamagedError for a file of an unsafe format."""
     if file_type(path, follow_links=True) != "directory":
         refuse_unsafe_format(path)
         raise ConfigError(

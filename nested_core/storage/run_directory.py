@@ -84,21 +84,21 @@ class RunDirectory:
         return any(path.is_file() for path in (self.lock, self.dataset, self.tiers))
 
     def require_begun(self) -> None:
-        """ConfigError if this is not a run directory, DamagedError if its config is no file."""
-        if os.path.lexists(self.config) and not self.config.is_file() and self.has_run_files():
+        """Raise ConfigError if no run began here, DamagedError if its config.yaml is no file."""
+        has_config, has_run_files = self.config.is_file(), self.has_run_files()
+        if has_config and has_run_files:
+            return
+        if has_run_files and os.path.lexists(self.config):
             raise DamagedError(
                 f"{self.config} is not a file. The run wrote one: bring it back, or move away "
                 f"what is there; --resume with the configuration that the run began with writes it "
                 f"again."
             )
-        if not self.config.is_file() or not self.has_run_files():
-            missing = "run.lock, dataset.json or tiers.json"
-            if not self.config.is_file():
-                missing = "config.yaml"
-            raise ConfigError(
-                f"{self.path} is not a run directory: it has no {missing}. Give the folder that "
-                f"`nested-tune train` or `run` printed."
-            )
+        missing = "run.lock, dataset.json or tiers.json" if has_config else "config.yaml"
+        raise ConfigError(
+            f"{self.path} is not a run directory: it has no {missing}. Give the folder that "
+            f"`nested-tune train` or `run` printed."
+        )
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -105,9 +105,10 @@ def end_run(client: SyncPrefectClient, name: str, state: State[Any], *tags: str)
 
 
 def wait_for_text(texts: list[str], words: str) -> str:
-    """The text with these words, once it has come; a busy server may send it again."""
+    """The one text with these words, once it has come; a busy server may send the same again."""
     wait_until(lambda: any(words in text for text in texts), lambda: f"{words!r} in one of {texts}")
-    return next(text for text in texts if words in text)
+    (text,) = {text for text in texts if words in text}
+    return text
 
 
 def test_runs_that_failed_crashed_or_are_late_are_told_by_type_whatever_their_state_is_called(

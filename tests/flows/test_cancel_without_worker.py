@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from contextvars import copy_context
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from flows.finetune import FinetuneParameters, finetune
 from nested_core.storage.checkpoint import latest_checkpoint
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import example_settings
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 STEPS = 1000
@@ -23,11 +23,10 @@ STEPS = 1000
 
 def cancel_once_it_trains(run: RunDirectory, tag: str, state: State[None]) -> None:
     """What a person's Cancel does on the server, or the server itself after five minutes of it."""
-    deadline = time.monotonic() + 120
-    while not (run.checkpoints.exists() and latest_checkpoint(run.checkpoints)):
-        if time.monotonic() > deadline:
-            return
-        time.sleep(0.05)
+    wait_until(
+        lambda: run.checkpoints.exists() and latest_checkpoint(run.checkpoints) is not None,
+        "a checkpoint",
+    )
     with get_client(sync_client=True) as client:
         wanted = FlowRunFilter(tags=FlowRunFilterTags(all_=[tag]))
         (flow_run,) = client.read_flow_runs(flow_run_filter=wanted)

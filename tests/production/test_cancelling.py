@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -69,8 +69,13 @@ def registry_held_after_the_gate(stack: Stack, training: Training) -> Iterator[N
 
 
 @contextmanager
-def nothing_held(stack: Stack, training: Training) -> Iterator[None]:
-    yield
+def task_under_way(stack: Stack, name: str, task: str) -> Iterator[Training]:
+    """A training of which this task is at work; of `register` until the block ends."""
+    training = Training(stack, name, **SHORT | SLOW[task])
+    held = registry_held_after_the_gate(stack, training) if task == "register" else nullcontext()
+    with held:
+        wait_for(lambda: stack.is_running(training.id, task), 180)
+        yield training
 
 
 @pytest.mark.usefixtures("large_data")
@@ -78,10 +83,7 @@ def nothing_held(stack: Stack, training: Training) -> Iterator[None]:
 def test_cancelled_in_a_task_before_or_after_training(
     stack: Stack, faults: FaultTable, task: str
 ) -> None:
-    training = Training(stack, f"cancelled-{task}", **SHORT | SLOW[task])
-    holding = registry_held_after_the_gate if task == "register" else nothing_held
-    with holding(stack, training):
-        wait_for(lambda: stack.is_running(training.id, task), 180)
+    with task_under_way(stack, f"cancelled-{task}", task) as training:
         began = time.monotonic()
         stack.prefect("flow-run", "cancel", str(training.id))
         state, seconds = training.final_state(began)
@@ -102,10 +104,7 @@ def test_the_server_is_away_while_a_task_ends_and_publishes(
     stack: Stack, faults: FaultTable, task: str
 ) -> None:
     """Killed while the task is under way, and away until that has ended: the run goes on."""
-    training = Training(stack, f"away-{task}", **SHORT | SLOW[task])
-    holding = registry_held_after_the_gate if task == "register" else nothing_held
-    with holding(stack, training):
-        wait_for(lambda: stack.is_running(training.id, task), 180)
+    with task_under_way(stack, f"away-{task}", task) as training:
         stack.kill_server()
     time.sleep(SECONDS_AWAY)
     stack.start_server()
