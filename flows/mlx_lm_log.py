@@ -69,7 +69,7 @@ class MlxLmLog:
             train_info["trained_tokens"],
         )
         if self._config.adapter_path is not None:
-            every = self._config.save_every
+            every = self._config.intervals(self._iterations()).save
             for count in range(self._done // every + 1, iteration // every + 1):
                 name = f"{count * every:07d}_adapters.safetensors"
                 self._ui.report_save(Path(name))

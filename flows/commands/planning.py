@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from flows.commands.config_flags import add_config_flags, load_config_from_flags
 from flows.terminal import print_line, print_page, print_progress
 from nested_core.errors import ConfigError
 from nested_core.storage.atomic import write_bytes
-from nested_core.storage.output_places import require_output_file
+from nested_core.storage.output_places import require_free_place, require_output_file
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -23,6 +24,13 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
     init.add_argument("--data", required=True, metavar="DIR", help="a folder with train.jsonl")
     init.add_argument("--model", required=True, metavar="MODEL", help="a folder or a hub name")
+    init.add_argument(
+        "--split",
+        type=float,
+        metavar="SHARE",
+        help="take this share of train's rows for valid and as much for test, in a new folder "
+        "here; DIR is left as it is",
+    )
     init.add_argument(
         *("-o", "--output"), type=Path, metavar="FILE", help="default: standard output"
     )
@@ -45,9 +53,17 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
     target = None if output is None else require_output_file(output, "-o")
     if target is not None and os.path.lexists(target):
         raise ConfigError(f"{output} exists, and is not written over. Give another name after -o.")
-    text = suggest_config(arguments.model, arguments.data)
+    data = arguments.data
+    split = None if arguments.split is None else _write_split(data, arguments.split)
+    try:
+        text = suggest_config(arguments.model, data if split is None else str(split))
+        if target is not None:
+            write_bytes(target, text.encode())
+    except BaseException:
+        if split is not None:
+            shutil.rmtree(split)
+        raise
     if target is not None:
-        write_bytes(target, text.encode())
         return text_printer(f"Written: {output}. Next: nested-tune explain -c {output}")
 
     def show() -> int:
@@ -56,6 +72,22 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
         return 0
 
     return show
+
+
+def _write_split(data: str, share: float) -> Path:
+    """Split a data set that has only train; say what is in the new folder, and return it."""
+    from nested_core.data.dataset_split import SPLIT_SEED, split_dataset
+
+    folder = Path(f"{Path(data).resolve().name}-split")
+    if os.path.lexists(require_free_place(folder, "--split")):
+        raise ConfigError(
+            f"{folder} exists, and is not written over. If it is the split that you want, give "
+            f"--data {folder} without --split; else remove it."
+        )
+    rows = split_dataset(data, share, folder)
+    counts = ", ".join(f"{split}.jsonl {count:,}" for split, count in rows.items())
+    print_progress(f"Written: {folder} ({counts} rows, drawn with seed {SPLIT_SEED})")
+    return folder
 
 
 def run_explain(arguments: argparse.Namespace) -> Callable[[], int]:

@@ -6,6 +6,7 @@ Unknown keys are refused with the nearest known one; every problem is reported, 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -13,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeInt,
+    PlainSerializer,
     PositiveFloat,
     PositiveInt,
     StringConstraints,
@@ -34,6 +36,33 @@ from nested_core.config.training import TrainingSection
 CountOrAll = Annotated[int, Field(ge=-1)]  # -1 is all
 SamplePrompt = Annotated[str, StringConstraints(min_length=1, max_length=10_000)]
 Optimizer = Annotated[str, AfterValidator(parse_optimizer_name)]
+
+
+def _parse_interval(value: float) -> float:
+    """A whole number of iterations, as an int, or a share of the run below 1."""
+    if value < 1:
+        return value
+    if not value.is_integer():
+        raise ValueError(
+            f"a whole number of iterations, or a share of the run below 1, such as 0.1; "
+            f"found {value:g}"
+        )
+    return int(value)
+
+
+# As an int it is a number of iterations, as a float a share of the run.
+Interval = Annotated[
+    float, Field(gt=0, lt=2**31), AfterValidator(_parse_interval), PlainSerializer(lambda it: it)
+]
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Iterations between two reports, evaluations and checkpoints of a run; each is at least 1."""
+
+    report: int
+    evaluation: int
+    save: int
 
 
 class LearningRateSchedule(Section):
@@ -96,10 +125,15 @@ class FineTuneConfig(Section):
     learning_rate: PositiveFloat = key(
         1e-5, "step size of the optimizer, before schedule and warm-up"
     )
-    steps_per_report: PositiveInt = key(
-        10, "iterations between two reports", affects="output", in_form=False
+    steps_per_report: Interval = key(
+        10,
+        "iterations between two reports, or below 1 a share of the run",
+        affects="output",
+        in_form=False,
     )
-    steps_per_eval: PositiveInt = key(200, "iterations between two evaluations")
+    steps_per_eval: Interval = key(
+        200, "iterations between two evaluations, or below 1 a share of the run"
+    )
     resume_adapter_file: str | None = key(
         None, "start from this adapters.safetensors, not from a fresh adapter", path="local"
     )
@@ -110,7 +144,11 @@ class FineTuneConfig(Section):
         path="local",
         in_form=False,
     )
-    save_every: PositiveInt = key(100, "iterations between two checkpoints", affects="output")
+    save_every: Interval = key(
+        100,
+        "iterations between two checkpoints, or below 1 a share of the run",
+        affects="output",
+    )
     test: bool = key(False, "compute the loss on test.jsonl at the end", affects="output")
     test_batches: CountOrAll = key(
         500, "batches of that loss; -1 is all", affects="output", in_form=False
@@ -187,6 +225,18 @@ class FineTuneConfig(Section):
         """How long a run trains, in words: `1,000 iterations`, or `3 epochs` where those decide."""
         epochs = self.training.epochs
         return f"{self.iters:,} iterations" if epochs is None else f"{epochs:g} epochs"
+
+    def intervals(self, iterations: int) -> Intervals:
+        """Those of a run of so many iterations; shares are rounded down."""
+
+        def count(interval: float) -> int:
+            return interval if isinstance(interval, int) else max(1, int(interval * iterations))
+
+        return Intervals(
+            report=count(self.steps_per_report),
+            evaluation=count(self.steps_per_eval),
+            save=count(self.save_every),
+        )
 
     @property
     def optimizer_arguments(self) -> dict[str, Any]:

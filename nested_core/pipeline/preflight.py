@@ -68,7 +68,8 @@ def require_room_for_checkpoints(config: FineTuneConfig, run: RunDirectory) -> N
     Their size follows from the initial adapter; those that are there already count.
     """
     one = estimate_checkpoint_bytes(config, run)
-    saves = ceil(_estimate_iterations(config, run) / config.save_every)
+    iterations = _estimate_iterations(config, run)
+    saves = ceil(iterations / config.intervals(iterations).save)
     most = min(saves + 1, config.training.keep_checkpoints + 2)  # the best, and one in writing
     missing = max(0, most - len(list_checkpoints(run.checkpoints)))
     weights = (run.initial / WEIGHTS_NAME).stat().st_size

@@ -140,7 +140,7 @@ class RunExplanation:
         return (
             f"{self.iterations:,} batches of {config.batch_size} examples{made_of}; "
             f"{self.epochs:.2g} passes over the training data. A checkpoint every "
-            f"{_format_batches(config.save_every)}."
+            f"{_format_batches(config.intervals(self.iterations).save)}."
         )
 
     def _describe_learning_rate(self) -> str:
@@ -165,8 +165,9 @@ class RunExplanation:
         offered = "the checkpoint with the lowest loss"
         if not self.config.offers_best_step:
             offered = "the last step, as mlx_lm.lora does,"
+        interval = self.config.intervals(self.iterations).evaluation
         return (
-            f"every {_format_batches(self.config.steps_per_eval)} on {self.validation_examples} "
+            f"every {_format_batches(interval)} on {self.validation_examples} "
             f"examples of {self.splits['valid'].file}; {offered} is offered."
         )
 

@@ -27,9 +27,8 @@ from nested_core.storage.strict_files import UNBOUNDED, open_regular
 LEARNING_RATE = 1e-4
 EPOCHS = 3
 BATCH_SIZES = (8, 4, 2, 1)
-EVALUATIONS_PER_RUN = 10
+EVALUATION_INTERVAL = 0.1  # of the run
 SEQ_LENGTH_MULTIPLE = 64  # max_seq_length is a multiple of it
-TIER_FREQUENCIES = (1, 2, 4)
 _MEMORY_PLACEHOLDER = "MEMORY FORECAST"  # stands for it until it is known
 INSPECTED_LINES = 20
 
@@ -95,10 +94,8 @@ def _render_yaml(
     train = report.splits["train"]
     tokens: Any = train.tokens  # a sound train split has some
     iterations = EPOCHS * math.ceil(train.rows / batch_size)
-    interval = max(1, iterations // EVALUATIONS_PER_RUN)
     length = max(SEQ_LENGTH_MULTIPLE, -(-tokens.max // SEQ_LENGTH_MULTIPLE) * SEQ_LENGTH_MULTIPLE)
     cut = f"; {tokens.truncated_rows:,} are longer and are cut" if tokens.truncated_rows else ""
-    frequencies = [f for f in TIER_FREQUENCIES if f <= iterations] if iterations > 1 else [1]
     names = "".join(
         f"{key}: {json.dumps(name, ensure_ascii=False)}\n" for key, name in base.items()
     )
@@ -119,18 +116,20 @@ max_seq_length: {length}
 batch_size: {batch_size}  # {_MEMORY_PLACEHOLDER}
 grad_checkpoint: {str(recomputes).lower()}  # true: less memory, more time
 
-# {EPOCHS} passes are {iterations:,} batches.
+# {EPOCHS} passes are {iterations:,} batches. Intervals below 1 are shares of the run, however long.
 training:
   epochs: {EPOCHS}
   max_grad_norm: 1.0  # gradients are clipped to this norm
 val_batches: -1
-steps_per_report: {max(1, interval // 2)}
-steps_per_eval: {interval}
-save_every: {interval}
+steps_per_report: {EVALUATION_INTERVAL / 2:g}
+steps_per_eval: {EVALUATION_INTERVAL:g}
+save_every: {EVALUATION_INTERVAL:g}
 
-# Tiers: parts of the model that are updated every 1, 2, 4 ... steps; [1] updates all at every step.
-nested:
-  frequencies: {frequencies}
+# [1] updates everything at every step. Tiers update parts of the model every 1, 2 and 4 steps: try
+# the second line in place of the first where steps are slow, and compare the runs. Only
+# `fast: deep` makes steps cheaper; shallow, the default, saves nothing.
+nested: {{frequencies: [1]}}
+# nested: {{frequencies: [1, 2, 4], fast: deep}}
 
 # The adapter may not leave held-out examples worse than it found them.
 {_describe_held_out(report)}gate:
@@ -145,8 +144,8 @@ def _describe_held_out(report: DatasetReport) -> str:
     held_out = [stats for split, stats in report.splits.items() if split != "train"]
     if not held_out:
         return (
-            "# There is no valid and no test split: take some lines out of train into valid.jsonl, "
-            "or the\n# quality of what was trained is not measured.\n"
+            "# There is no valid and no test split, so the quality of what was trained is not "
+            "measured:\n# `nested-tune init --split 0.1` takes some rows out of train for both.\n"
         )
     listed = ", ".join(f"{stats.file} {stats.rows:,} examples" for stats in held_out)
     return f"# They are: {listed}.\n"

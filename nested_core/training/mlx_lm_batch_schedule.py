@@ -39,6 +39,7 @@ class MlxLmSchedule:
         self._valid = splits.get("valid")
         self.iterations = config.iters
         self.steps = config.iters // config.grad_accumulation_steps
+        self.intervals = config.intervals(self.iterations)
         self._train_batches = _batches_in_mlx_lm_order(config, "train", splits)
         self.epochs = self.iterations / len(self._train_batches)
         self._valid_batches = _batches_in_mlx_lm_order(config, "valid", splits)
@@ -98,11 +99,11 @@ class MlxLmSchedule:
 
     def reports_within(self, first: int, last: int) -> list[int]:
         """At every multiple of `steps_per_report`, within an accumulation too."""
-        every = self._config.steps_per_report
+        every = self.intervals.report
         return [it for it in range(first + 1, last + 1) if it % every == 0]
 
     def _is_evaluated_at(self, iteration: int) -> bool:
-        every = self._config.steps_per_eval
+        every = self.intervals.evaluation
         return iteration in (1, self.iterations) or iteration % every == 0
 
     def _draw_batch_order_until(self, iteration: int) -> None:

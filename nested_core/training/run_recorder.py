@@ -220,7 +220,7 @@ class RunRecorder:
         """The iterations between the micro-batches [first, last) at which a snapshot is due."""
         if self.setup.config.adapter_path is None:
             return []
-        every = self.setup.config.save_every
+        every = self.setup.step_schedule.intervals.save
         return [done for done in range(first + 1, last) if done % every == 0]
 
     def export_snapshots(self, iterations: Sequence[int]) -> None:
@@ -243,10 +243,11 @@ class RunRecorder:
 
         Checkpoints that are written for another reason, such as the best, are not copied.
         """
-        config = self.setup.config
-        if config.adapter_path is not None and state.iteration % config.save_every == 0:
+        adapter_path = self.setup.config.adapter_path
+        is_due = state.iteration % self.setup.step_schedule.intervals.save == 0
+        if adapter_path is not None and is_due:
             run_dir, iteration = self.setup.run.path, state.iteration
-            export_snapshot(checkpoint_folder, config.adapter_path, run_dir, iteration)
+            export_snapshot(checkpoint_folder, adapter_path, run_dir, iteration)
 
     def _cast_to_published_dtypes(self, values: Flat) -> Flat:
         """Trained values in the dtypes that the adapter is published in."""

@@ -13,7 +13,7 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from nested_core.config.schema import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig, Intervals
 from nested_core.data.array_types import Int32, Int64
 from nested_core.data.batch_order import BatchOrder, choose_evaluation_batches
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
@@ -34,6 +34,7 @@ class StepSchedule(Protocol):
         loss_name: the loss to train with, a key of `loss.LOSSES`.
         iterations: micro-batches of the whole run.
         steps: optimizer steps of the whole run.
+        intervals: iterations between two reports, evaluations and checkpoints.
         epochs: passes over the training data of the whole run.
         offers_best: whether the run offers its best checkpoint by validation loss, or its last.
         evaluates_after_step: whether evaluations follow the step that they are due at.
@@ -45,6 +46,7 @@ class StepSchedule(Protocol):
     loss_name: str
     iterations: int
     steps: int
+    intervals: Intervals
     epochs: float
     offers_best: bool
     evaluates_after_step: bool
@@ -109,6 +111,7 @@ class BucketedSchedule:
         if config.training.epochs is not None:
             self.iterations = math.ceil(config.training.epochs * self._plan.batches_per_epoch)
         self.steps = math.ceil(self.iterations / config.grad_accumulation_steps)
+        self.intervals = config.intervals(self.iterations)
         self.epochs = self.iterations / self._plan.batches_per_epoch
         self.validation_examples = _count_validation_examples(config, self._valid)
 
@@ -183,7 +186,7 @@ class BucketedSchedule:
 
     def reports_within(self, first: int, last: int) -> list[int]:
         """One, after the step that completes a multiple of `steps_per_report`."""
-        every = self._config.steps_per_report
+        every = self.intervals.report
         return [last] if last // every > first // every else []
 
 

@@ -7,6 +7,7 @@ checkpoint, what the steps computed is written into it by name and read back.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import astuple
 
 import mlx.core as mx
 
@@ -252,8 +253,7 @@ class Trainer:
 
         Raises TrainingProcessesDiffer if the ranks are no longer equal.
         """
-        config = self.config
-        events = (config.steps_per_report, config.steps_per_eval, config.save_every)
+        events = astuple(self.step_schedule.intervals)
         is_read = is_last or any(self._has_passed_multiple_since(first, every) for every in events)
         if not is_read and self._update_check.has_checked_tiers(result.due):
             return
@@ -284,12 +284,13 @@ class Trainer:
 
     def _record_what_is_due(self, first: int, last: int) -> None:
         """Report, evaluate and save what is due after the step [first, last)."""
-        is_evaluation = self._has_passed_multiple_since(first, self.config.steps_per_eval)
+        intervals = self.step_schedule.intervals
+        is_evaluation = self._has_passed_multiple_since(first, intervals.evaluation)
         self._recorder.record_what_is_due(
             self.state,
             report=last in self.step_schedule.reports_within(first, last),
             evaluate=self.step_schedule.evaluates_after_step and is_evaluation,
-            save=self._has_passed_multiple_since(first, self.config.save_every),
+            save=self._has_passed_multiple_since(first, intervals.save),
         )
 
     def _has_passed_multiple_since(self, first: int, every: int) -> bool:

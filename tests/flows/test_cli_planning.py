@@ -42,3 +42,26 @@ def test_init_for_data_with_errors_is_exit_3(tmp_path: Path) -> None:
     done = called("init", "--data", ".", "--model", str(MODEL), cwd=tmp_path)
     assert done.code == 3
     assert "is rejected" in done.message()
+
+
+def test_init_splits_data_that_has_only_train_in_a_new_folder(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    train = (DATA / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "data" / "train.jsonl").write_text("".join(train[:20]))
+    command = ("init", "--data", "data", "--model", str(MODEL), "--split", "0.1", "-o", "lora.yaml")
+    done = called(*command, cwd=tmp_path)
+    assert done.code == 0
+    assert "data-split (train.jsonl 16, valid.jsonl 2, test.jsonl 2 rows" in done.stderr
+    assert load_config(tmp_path / "lora.yaml").data == "data-split"
+    (tmp_path / "lora.yaml").unlink()
+    again = called(*command, cwd=tmp_path)
+    assert again.code == 2
+    assert "data-split exists, and is not written over." in again.message()
+
+
+def test_a_split_that_init_cannot_use_is_taken_away_again(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("{}\n{ }\n" + '{"a": 1}\n{"a": 2}\n{"a": 3}\n')
+    done = called("init", "--data", "data", "--model", str(MODEL), "--split", "0.2", cwd=tmp_path)
+    assert done.code == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]

@@ -47,7 +47,7 @@ def test_the_first_hour_ends_with_right_answers_and_goes_back(
     compared = printed["compare runs/first runs/second"]
     assert re.search(r"training.epochs\W+3.0\W+18.0", compared)
     first = printed["train -c lora.yaml --run-dir runs/first"]
-    assert "validation loss 7.965 -> 1.66" in first
+    assert "validation loss 7.965 -> 0.467" in first
     versions = re.findall(r"promoted: (\w+)", "".join(printed.values()))
     assert len(set(versions)) == 2
     assert f"rolled_back: {versions[0]}" in printed["rollback my-adapter"]

@@ -330,7 +330,8 @@ def test_both_programs_read_the_same(
 
 def snapshot_names(config: FineTuneConfig) -> set[str]:
     """What mlx_lm.lora leaves in adapter_path, by its rule: a snapshot each `save_every`."""
-    numbers = range(config.save_every, config.iters + 1, config.save_every)
+    every = config.intervals(config.iters).save
+    numbers = range(every, config.iters + 1, every)
     return {WEIGHTS_NAME, CONFIG_NAME} | {f"{number:07d}_{WEIGHTS_NAME}" for number in numbers}
 
 

@@ -302,3 +302,29 @@ def test_a_configuration_cannot_be_changed_and_survives_a_round_trip() -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.iters = 3
     assert parse_config(config.model_dump(mode="json"), source="") == config
+
+
+class TestIntervals:
+    @pytest.mark.parametrize(
+        ("iterations", "counts"), [(600, (30, 60, 150)), (30, (1, 3, 7)), (4, (1, 1, 1))]
+    )
+    def test_a_share_scales_with_the_length(
+        self, iterations: int, counts: tuple[int, int, int]
+    ) -> None:
+        values = {"steps_per_report": 0.05, "steps_per_eval": 0.1, "save_every": 0.25}
+        found = parse_config(values, source="").intervals(iterations)
+        assert (found.report, found.evaluation, found.save) == counts
+
+    def test_a_whole_number_counts_iterations_and_stays_one(self) -> None:
+        config = parse_config({"steps_per_eval": 20, "save_every": 0.5}, source="")
+        assert config.intervals(100).evaluation == 20
+        dumped = config.model_dump(mode="json")
+        assert (repr(dumped["steps_per_eval"]), repr(dumped["save_every"])) == ("20", "0.5")
+
+    @pytest.mark.parametrize(
+        ("value", "said"), [(2.5, "a whole number of iterations, or a share"), (0, "greater than")]
+    )
+    def test_anything_else_is_refused(self, value: float, said: str) -> None:
+        (line,) = problems(save_every=value)
+        assert line.startswith("save_every: ")
+        assert said in line

@@ -169,11 +169,24 @@ def test_a_suggestion_loads_and_fits_the_data(
     assert {key: values[key] for key in named} == named
     assert (config.model, config.data) == (str(MODEL), str(tmp_path / "data"))
     assert (config.batch_size, config.training.epochs, config.mask_prompt) == (4, 3, True)
-    assert config.nested.frequencies == (1, 2, 4)
+    assert (config.nested.frequencies, config.training.max_grad_norm) == ((1,), 1.0)
+    (tiers,) = [line for line in path.read_text().splitlines() if line.startswith("# nested: ")]
+    with_tiers = load_config_text(path.read_text().replace("nested: {frequencies: [1]}", tiers[2:]))
+    assert (with_tiers.nested.frequencies, with_tiers.nested.fast) == ((1, 2, 4), "deep")
     assert config.max_seq_length == 64
     assert "memory: needs about" in path.read_text()
     iterations = explain_run(config, measures_speed=False).iterations
     assert f"# 3 passes are {iterations} batches." in path.read_text()
+
+
+def test_the_intervals_of_a_suggestion_scale_with_the_length(tmp_path: Path) -> None:
+    write_rows(tmp_path / "data", ("prompt", "completion"))
+    path = tmp_path / "lora.yaml"
+    path.write_text(suggest_config(str(MODEL), str(tmp_path / "data")))
+    longer = explain_run(load_config(path, {"training.epochs": 60}), measures_speed=False)
+    assert longer.iterations == 180
+    assert "A checkpoint every 18 batches." in longer.describe()["steps"]
+    assert longer.describe()["evaluation"].startswith("every 18 batches on 6 examples")
 
 
 def test_a_batch_that_does_not_fit_is_made_smaller(

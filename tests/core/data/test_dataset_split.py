@@ -1,0 +1,89 @@
+"""`init --split`: a random split of a data set that has only train."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nested_core import ConfigError
+from nested_core.data.dataset_split import split_dataset
+
+
+def write_train(folder: Path, rows: int, *, file: str = "train.jsonl") -> Path:
+    folder.mkdir()
+    lines = [json.dumps({"prompt": f"What is {n}?", "completion": f"{n}."}) for n in range(rows)]
+    (folder / file).write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def read_split(folder: Path, split: str) -> list[str]:
+    return (folder / f"{split}.jsonl").read_text().splitlines()
+
+
+def test_each_row_goes_to_one_split_and_the_same_seed_gives_the_same_files(tmp_path: Path) -> None:
+    data = write_train(tmp_path / "data", 40)
+    before = (data / "train.jsonl").read_bytes()
+    counts = split_dataset(str(data), 0.1, tmp_path / "one")
+    assert counts == {"train": 32, "valid": 4, "test": 4}
+    rows = [row for split in counts for row in read_split(tmp_path / "one", split)]
+    assert sorted(rows) == sorted(before.decode().splitlines())
+    assert rows != before.decode().splitlines()  # shuffled: data often lies in some order
+    split_dataset(str(data), 0.1, tmp_path / "two")
+    assert all(
+        read_split(tmp_path / "one", split) == read_split(tmp_path / "two", split)
+        for split in counts
+    )
+    assert [path.name for path in data.iterdir()] == ["train.jsonl"]
+    assert (data / "train.jsonl").read_bytes() == before
+
+
+def test_equal_rows_stay_together(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [f'{{"prompt": "Q{n % 5}", "completion": "A"}}' for n in range(50)]
+    rows[7] = '{"completion": "a", "prompt":  "q2"}'  # another order, case and white space
+    (data / "train.jsonl").write_text("\n".join(rows) + "\n")
+    counts = split_dataset(str(data), 0.2, tmp_path / "split")
+    prompts = [
+        {json.loads(row)["prompt"].lower() for row in read_split(tmp_path / "split", split)}
+        for split in counts
+    ]
+    assert counts == {"train": 30, "valid": 10, "test": 10}
+    assert not set.intersection(*prompts)
+    assert sum(map(len, prompts)) == 5
+
+
+def test_rows_of_another_format_become_json_lines(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = "".join(f"Where is {n}?,Here.\n" for n in range(10))
+    (data / "train.csv").write_text(f"prompt,completion\n{rows}")
+    assert split_dataset(str(data), 0.1, tmp_path / "split")["train"] == 8
+    assert json.loads(read_split(tmp_path / "split", "valid")[0])["completion"] == "Here."
+
+
+@pytest.mark.parametrize(
+    ("rows", "files", "share", "said"),
+    [
+        (40, ("valid.jsonl",), 0.1, "has valid.jsonl already"),
+        (40, (), 0.5, "above 0 and below 0.5"),
+        (2, (), 0.1, "has 2 rows, 0 of them left for train"),
+    ],
+)
+def test_what_cannot_be_split_is_refused_and_leaves_nothing(
+    tmp_path: Path, rows: int, files: tuple[str, ...], share: float, said: str
+) -> None:
+    data = write_train(tmp_path / "data", rows)
+    for file in files:
+        (data / file).write_text((data / "train.jsonl").read_text())
+    with pytest.raises(ConfigError, match=said):
+        split_dataset(str(data), share, tmp_path / "split")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_data_set_without_train_is_refused(tmp_path: Path) -> None:
+    data = write_train(tmp_path / "data", 3, file="training.jsonl")
+    with pytest.raises(ConfigError, match=r"has no train\.jsonl"):
+        split_dataset(str(data), 0.1, tmp_path / "split")
