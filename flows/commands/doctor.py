@@ -8,17 +8,15 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
+
+from packaging.requirements import Requirement
 
 from flows.commands.command_output import result_printer
 from flows.doctor_check import Check
 from flows.terminal import print_table
 
-PACKAGES = (
-    *("nested-tune", "mlx", "mlx-lm", "prefect", "fastapi", "sqlalchemy", "pandera"),
-    "safetensors",
-)
 MIN_FREE_DISK_BYTES = 2 * 10**9
 
 
@@ -38,8 +36,7 @@ def run_doctor(arguments: argparse.Namespace) -> Callable[[], int]:
         _check_blas,
         _check_compiler,
         _check_kernels,
-        _check_prefect,
-        _check_sqlalchemy,
+        _check_server_address,
         _check_disk,
     )
     checks = [check() for check in looks]
@@ -66,14 +63,22 @@ def _check_python() -> Check:
 
 
 def _check_packages() -> Check:
-    found, missing = [], []
-    for package in PACKAGES:
+    """What is installed of what this project needs (extras apart), and whether the version fits."""
+    found, unfit = [f"nested-tune {version('nested-tune')}"], []
+    for requirement in map(Requirement, requires("nested-tune") or ()):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
         try:
-            found.append(f"{package} {version(package)}")
+            there = version(requirement.name)
         except PackageNotFoundError:
-            missing.append(package)
-    mend = f"pip install {' '.join(missing)}" if missing else ""
-    return Check("packages", not missing, ", ".join(found), mend)
+            unfit.append(f'"{requirement}"')
+            continue
+        found.append(f"{requirement.name} {there}")
+        if not requirement.specifier.contains(there, prereleases=True):
+            unfit.append(f'"{requirement}"')
+    return Check(
+        "packages", not unfit, ", ".join(found), f"pip install {' '.join(unfit)}" if unfit else ""
+    )
 
 
 def _check_mlx() -> Check:
@@ -121,21 +126,9 @@ def _check_kernels() -> Check:
         return Check("kernels", True, "MLX's alone: cuda-core is not installed", mend)
 
 
-def _check_prefect() -> Check:
+def _check_server_address() -> Check:
     url = os.environ.get("PREFECT_API_URL")
-    try:
-        import prefect.server.api.server  # noqa: F401  # what an unfit fastapi breaks
-    except (ImportError, TypeError) as error:
-        return Check("prefect", False, str(error)[:100], 'pip install "fastapi>=0.139,<0.151"')
     return Check("prefect", True, f"server {url}" if url else "embedded server")
-
-
-def _check_sqlalchemy() -> Check:
-    """Under SQLAlchemy 2.1 the server of this Prefect starts, and its schedules make no runs."""
-    found = version("sqlalchemy")
-    is_fit = tuple(map(int, found.split(".")[:2])) < (2, 1)
-    mend = "" if is_fit else 'pip install "sqlalchemy<2.1"; schedules make no runs under this one'
-    return Check("scheduler", is_fit, f"sqlalchemy {found}", mend)
 
 
 def _check_disk() -> Check:

@@ -92,9 +92,9 @@ def _write_split(data: str, share: float) -> Path:
 
 def run_explain(arguments: argparse.Namespace) -> Callable[[], int]:
     """Judge the data, try a few steps in a temporary folder, and say what the run would do."""
-    from nested_core.pipeline.run_explanation import explain_run
-
     config = load_config_from_flags(arguments)
+    from nested_core.pipeline.run_explanation import explain_run  # loads mlx
+
     subjects = explain_run(config, print_progress).describe()
 
     def show() -> None:

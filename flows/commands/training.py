@@ -67,6 +67,9 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     """Judge a data set and write nothing."""
+    required = ["data"] if arguments.no_tokenize else ["model", "data"]
+    config = load_config_from_flags(arguments, required)
+    _refuse_invalid_show_flag(arguments)
     from flows.token_view import print_examples
     from nested_core.data.data_settings import DataSettings
     from nested_core.data.dataset_loading import load_dataset
@@ -76,9 +79,6 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.data.tokens.tokenizer_source import TokenizerSource
     from nested_core.errors import DatasetError
 
-    required = ["data"] if arguments.no_tokenize else ["model", "data"]
-    config = load_config_from_flags(arguments, required)
-    _refuse_invalid_show_flag(arguments)
     tokenizer = None if arguments.no_tokenize else TokenizerSource.from_config(config)
     settings = DataSettings.from_config(config)
     report, splits = load_dataset(settings, tokenizer, ProgressLine())
@@ -118,11 +118,11 @@ def _refuse_invalid_show_flag(arguments: argparse.Namespace) -> None:
 
 def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the whole pipeline in this process."""
-    from flows.commands.terminal_hooks import TerminalHooks
-    from nested_core.pipeline.finetune import finetune
-
     config = load_config_from_flags(arguments)
     run = _open_run_directory(arguments)
+    from flows.commands.terminal_hooks import TerminalHooks  # loads mlx, which takes seconds
+    from nested_core.pipeline.finetune import finetune
+
     stopper = Stopper()
     log = None
     if arguments.log == "mlx_lm":
@@ -184,12 +184,12 @@ def _print_outcome(registry: RegistrySection, result: FinetuneResult) -> None:
 
 def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the Prefect flow here, with the embedded server unless PREFECT_API_URL is set."""
-    from flows.embedded_server import prefect_server
-    from nested_core.pipeline.preflight import require_output_places
-    from nested_core.training.reporting_services import configured_services
-
     config = load_config_from_flags(arguments)
     run = _open_run_directory(arguments)
+    from flows.embedded_server import prefect_server
+    from nested_core.pipeline.preflight import require_output_places  # loads mlx
+    from nested_core.training.reporting_services import configured_services
+
     require_output_places(config, run)  # before a server is started, as what follows
     configured_services(config)
     parameters = config.model_dump() | {"run_dir": str(run.path), "resume": arguments.resume}

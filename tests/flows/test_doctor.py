@@ -1,13 +1,15 @@
-"""`doctor`: what it looks at, and what it says of a disk that is nearly full."""
+"""`doctor`: what it looks at, and what it says of a full disk and of packages that do not fit."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from flows.commands import doctor
 from flows.commands.doctor import MIN_FREE_DISK_BYTES
 from tests.flows.conftest import called
 
@@ -26,3 +28,27 @@ def test_each_check_says_what_was_seen_and_what_to_do_where_it_is_not_well(
         assert ("free some space" in checks["disk"]["mend"]) is not is_well
         all_well = all(check["ok"] for check in checks.values())
         assert (done.document["ok"], done.code) == (all_well, 0 if all_well else 1)
+
+
+def test_a_package_that_is_missing_or_of_a_version_that_does_not_fit_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    read = importlib.metadata.version
+    unfit = {"sqlalchemy": "2.1.0", "fastapi": "0.155.0"}
+
+    def installed(name: str) -> str:
+        if name == "pandera":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return unfit.get(name) or read(name)
+
+    monkeypatch.setattr(doctor, "version", installed)
+    done = called("doctor", "--json", cwd=tmp_path)
+    (packages,) = [each for each in done.document["checks"] if each["name"] == "packages"]
+    assert (packages["ok"], done.code) == (False, 1)
+    assert "sqlalchemy 2.1.0" in packages["seen"]
+    assert "pandera" not in packages["seen"]
+    assert packages["mend"].startswith("pip install ")
+    for name in ("sqlalchemy<2.1", "fastapi<0.151", "pandera"):
+        assert f'"{name}' in packages["mend"]
+    assert "prefect" not in packages["mend"]
