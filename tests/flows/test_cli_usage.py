@@ -165,6 +165,23 @@ def test_what_takes_long_to_import_waits_until_ctrl_c_is_heard() -> None:
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
 
 
+def test_a_mistake_in_a_configuration_is_told_before_mlx_or_prefect_is_imported(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "config.yaml").write_text("modle: x\n")
+    program = """
+import sys
+from flows.cli import main
+commands = ("train", "run", "validate", "explain")
+codes = [main([command, "-c", "config.yaml"]) for command in commands]
+print(codes, {"mlx", "mlx_lm", "transformers", "prefect", "polars", "numpy"} & set(sys.modules))
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "[2, 2, 2, 2] set()\n"
+    assert done.stderr.count("did you mean model? (line 1)") == 4
+
+
 def test_a_prefect_server_that_does_not_answer_is_one_paragraph(
     nested_tune: Run, tmp_path: Path
 ) -> None:

@@ -24,7 +24,8 @@ from prefect.client.schemas.filters import (
     FlowRunFilterDeploymentId,
     FlowRunFilterId,
 )
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import SetStateStatus
 from prefect.deployments import run_deployment
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
@@ -204,6 +205,15 @@ class Stack:
             lambda: [p for p in self.processes_of(run_id) if "prefect.engine" in command_of(p)]
         )
         return found[-1]
+
+    def cancel(self, run_id: UUID) -> None:
+        """What `prefect flow-run cancel` and the button ask the server for.
+
+        Not by the command: importing Prefect takes it longer than a short training lasts.
+        """
+        with self.connected() as client:
+            answer = client.set_flow_run_state(run_id, State(type=StateType.CANCELLING))
+        assert answer.status is SetStateStatus.ACCEPT, answer
 
     def retry(self, run_id: UUID) -> None:
         """What `prefect flow-run retry` and the button do."""

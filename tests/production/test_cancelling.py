@@ -23,31 +23,30 @@ from tests.production.test_production import add, champion
 
 pytestmark = [pytest.mark.production, pytest.mark.timeout(600)]
 
-LARGE = "examples/large"
 TRAIN_LINES, VALID_LINES = 40_000, 2_000
-# What each task works on, so that it takes long; the registry is held by somebody else.
-SLOW: dict[str, dict[str, Any]] = {
-    "validate": {"data": LARGE},
-    "load": {"nested": {"strategy": "parameter_importance", "probe_batches": 400}},
-    "gate": {"data": LARGE},
-    "register": {},
-}
+# What each task takes long for: so many examples that judging them takes seconds, and the gate too;
+# layers that are probed; a registry that is held by somebody else.
+TASKS = ("validate", "load", "gate", "register")
+ON_LARGE_DATA = ("validate", "gate")
+PROBED_FOR_LONG = {"strategy": "parameter_importance", "probe_batches": 400}
 SECONDS_AWAY = 30
 SHORT = {"iters": 12, "save_every": 4, "steps_per_eval": 12}
 
 
-@pytest.fixture(scope="module")
-def large_data(stack: Stack) -> None:
-    """So many examples, each of its own, that judging them takes seconds, and the gate too."""
-    folder = stack.home / LARGE
+def write_large_data(stack: Stack, name: str) -> str:
+    """Rows that no other test has: what was tokenised for another is kept, and takes no time."""
+    data = f"examples/{name}-large"
+    folder = stack.home / data
     folder.mkdir()
-    (folder / "train.jsonl").write_text("".join(map(example, range(TRAIN_LINES))))
-    held_out = range(TRAIN_LINES, TRAIN_LINES + VALID_LINES)
-    (folder / "valid.jsonl").write_text("".join(map(example, held_out)))
+    sizes = {"train": range(TRAIN_LINES), "valid": range(TRAIN_LINES, TRAIN_LINES + VALID_LINES)}
+    for split, numbers in sizes.items():
+        rows = [example(f"{name} {number}") for number in numbers]
+        (folder / f"{split}.jsonl").write_text("".join(rows))
+    return data
 
 
-def example(number: int) -> str:
-    question = {"role": "user", "content": f"I want to see town {number}. Where to?"}
+def example(town: str) -> str:
+    question = {"role": "user", "content": f"I want to see town {town}. Where to?"}
     answer = {"role": "assistant", "content": "Go and see Kabul, the capital of Afghanistan!"}
     return json.dumps({"messages": [question, answer]}) + "\n"
 
@@ -71,21 +70,25 @@ def registry_held_after_the_gate(stack: Stack, training: Training) -> Iterator[N
 @contextmanager
 def task_under_way(stack: Stack, name: str, task: str) -> Iterator[Training]:
     """A training of which this task is at work; of `register` until the block ends."""
-    training = Training(stack, name, **SHORT | SLOW[task])
+    changes: dict[str, Any] = dict(SHORT)
+    if task in ON_LARGE_DATA:
+        changes["data"] = write_large_data(stack, name)
+    if task == "load":
+        changes["nested"] = PROBED_FOR_LONG
+    training = Training(stack, name, **changes)
     held = registry_held_after_the_gate(stack, training) if task == "register" else nullcontext()
     with held:
         wait_for(lambda: stack.is_running(training.id, task), 180)
         yield training
 
 
-@pytest.mark.usefixtures("large_data")
-@pytest.mark.parametrize("task", SLOW)
+@pytest.mark.parametrize("task", TASKS)
 def test_cancelled_in_a_task_before_or_after_training(
     stack: Stack, faults: FaultTable, task: str
 ) -> None:
     with task_under_way(stack, f"cancelled-{task}", task) as training:
         began = time.monotonic()
-        stack.prefect("flow-run", "cancel", str(training.id))
+        stack.cancel(training.id)
         state, seconds = training.final_state(began)
         wait_for(lambda: not stack.processes_of(training.id), 60)
     assert state == "Cancelled"
@@ -98,7 +101,6 @@ def test_cancelled_in_a_task_before_or_after_training(
     faults.add(f"cancel in {task}", state, held, seconds, "a retry does the rest, promoted once")
 
 
-@pytest.mark.usefixtures("large_data")
 @pytest.mark.parametrize("task", ["validate", "gate", "register"])
 def test_the_server_is_away_while_a_task_ends_and_publishes(
     stack: Stack, faults: FaultTable, task: str
@@ -127,7 +129,7 @@ def test_cancelled_in_promote(stack: Stack, faults: FaultTable) -> None:
         run_id = stack.submit("promote/auto", **section)
         wait_for(lambda: stack.is_running(run_id, "promote-recorded"), 90)
         began = time.monotonic()
-        stack.prefect("flow-run", "cancel", str(run_id))
+        stack.cancel(run_id)
         ended = stack.wait(run_id)
         seconds = time.monotonic() - began
         wait_for(lambda: not stack.processes_of(run_id), 60)

@@ -124,7 +124,7 @@ def test_cancelled_while_it_trains(stack: Stack, faults: FaultTable) -> None:
 def cancel_and_retry(training: Training, faults: FaultTable, row: str) -> None:
     """Cancel a training: it writes a checkpoint first, and goes on from there when retried."""
     began = time.monotonic()
-    training.stack.prefect("flow-run", "cancel", str(training.id))
+    training.stack.cancel(training.id)
     state, seconds = training.final_state(began)
     assert state == "Cancelled"
     assert seconds < 30  # then it would have been killed

@@ -46,7 +46,7 @@ def test_a_training_goes_on_while_the_server_is_away(stack: Stack, faults: Fault
         assert (run.state_name, run.run_count) == ("Running", 1)
         assert step > before
         faults.add(f"server away for {seconds} s", "Running", "-", None, "training goes on")
-    stack.prefect("flow-run", "cancel", str(training.id))
+    stack.cancel(training.id)
     began = time.monotonic()
     state, ended_after = training.final_state(began, 120)
     assert state == "Cancelled"
@@ -81,7 +81,7 @@ def test_after_the_machine_was_off_its_run_is_dead_within_the_bound_and_the_next
     seconds = time.monotonic() - began
     print(f"dead {seconds:.0f} s after the start", flush=True)
     wait_for(lambda: stack.flow_run(training.id).state_name != "Crashed", 120)
-    stack.prefect("flow-run", "cancel", str(training.id))  # it would go on for ever
+    stack.cancel(training.id)  # it would go on for ever
     ended = stack.wait(night, seconds=600)
     said = str(stack.wait(look, seconds=DEAD_WITHIN).state)
     assert ended.state is not None
@@ -107,5 +107,5 @@ def test_a_run_that_dies_just_after_a_state_event_is_ended(
     assert state == "Crashed"
     assert seconds < 400
     wait_for(lambda: stack.flow_run(training.id).state_name != "Crashed", 120)
-    stack.prefect("flow-run", "cancel", str(training.id))
+    stack.cancel(training.id)
     faults.add("kill -9 just after a state event", state, "-", seconds, "it goes on by itself")

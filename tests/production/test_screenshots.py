@@ -120,7 +120,7 @@ def training(deployed: Nights) -> UUID:
 def nights(deployed: Nights, training: UUID) -> Nights:
     """Ten nights, one after the other, of every outcome, and a version that waits for approval."""
     stack = deployed.stack
-    stack.prefect("flow-run", "cancel", str(training))
+    stack.cancel(training)
     deployed.end("cancelled", training)
     deployed.end("promoted", deployed.begin(2))
     deployed.end("unchanged", deployed.begin(3))
