@@ -82,18 +82,23 @@ def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
                 run.name,
                 run.state,
                 f"{run.step} of {run.steps}" if run.step is not None and run.steps else run.step,
-                run.train_loss,
-                run.val_loss,
+                run.offered_step,
+                run.describe_val_loss(),
+                run.gate_loss,
                 run.describe_verdict(),
                 run.describe_age(),
             )
             for run in runs
         ]
-        columns = ("run", "state", "step", "training loss", "validation loss", "verdict", "age")
+        columns = (
+            *("run", "state", "step", "offered step", "val loss", "gate loss"),
+            *("verdict", "age"),
+        )
         print_table(columns, rows)
         print_line(
-            "Losses in nats a token: of the last training report, and of the last evaluation; "
-            "`status` has their steps, `compare` those of the gate."
+            "Losses in nats a token, of the adapter that is offered: on the validation set, and on "
+            "the examples that the gate judged by. (last): of the last evaluation, for nothing is "
+            "offered yet."
         )
 
     return result_printer(arguments, lambda: {"runs": [asdict(run) for run in runs]}, show)
@@ -124,12 +129,12 @@ def run_compare(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def run_card(arguments: argparse.Namespace) -> Callable[[], int]:
     """Write the model card of a champion."""
-    from nested_core.report.adapter_card import render_card
+    from nested_core.registry import read_champion_card
     from nested_core.storage.atomic import write_bytes
 
     folder: Path = arguments.name_folder
     target = None if arguments.output is None else require_output_file(arguments.output, "-o")
-    card = render_card(folder.parent, folder.name)
+    card = read_champion_card(folder.parent, folder.name)
     if target is not None:
         write_bytes(target, card.encode())
 

@@ -55,7 +55,7 @@ def judge_answers(
         answers = answers_by_task[task.name]
         changes = comparisons[task.name]
         change = changes[None]
-        result = _summarise_task(task, answers, change.difference)
+        result = _summarise_task(task, answers, change)
         failures = _task_below_reasons(task, result, change, is_paired=gate.noise == "paired")
         words: list[Conclusion] = []
         for rival, against in changes.items():
@@ -211,8 +211,9 @@ def _group_answers(
 
 
 def _summarise_task(
-    task: TaskSection, answers: Mapping[str, Sequence[AnswerRecord]], difference: PairedDifference
+    task: TaskSection, answers: Mapping[str, Sequence[AnswerRecord]], change: ScoreChange
 ) -> TaskResult:
+    difference = change.difference
     shares = {model: _mean_score(given) for model, given in answers.items()}
     candidate = answers["candidate"]
     return TaskResult(
@@ -232,6 +233,8 @@ def _summarise_task(
             "endless": sum(record.endless for record in candidate),
             "repeated": sum(record.repeated for record in candidate),
         },
+        lost=len(change.lost),
+        lost_first=change.lost[:MAX_NAMED_QUESTIONS],
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from nested_core.config.gate import GateSection
-from nested_core.errors import DamagedError, describe_first_problem
+from nested_core.errors import DamagedError, describe_first_problem, join_first_values
 from nested_core.gate.answers.answer_records import AnswerRecord
 from nested_core.gate.chosen_candidate import Candidates
 from nested_core.gate.example_losses import ExampleLosses, Vector
@@ -380,6 +380,7 @@ class TaskResult:
     champion_difference, champion_interval: candidate minus champion; None where no champion
         answered.
     conclusion: the worse of the words for the differences from parent or base, and champion.
+    lost: how many questions got a lower score than before; lost_first: the first of them.
     smallest_visible: the smallest share of lost answers that so many questions can show.
     seconds: of each model, all questions together.
     odd: how many of the candidate's answers are empty, endless or one repeated token.
@@ -400,6 +401,8 @@ class TaskResult:
     champion_difference: float | None = None
     champion_interval: tuple[float, float] | None = None
     conclusion: Conclusion | None = None
+    lost: int = 0
+    lost_first: tuple[str, ...] = ()
 
     @property
     def is_proven_gain(self) -> bool:
@@ -410,6 +413,22 @@ class TaskResult:
     def before(self) -> float:
         """The mean score that `difference` is measured from: the parent's, else the base's."""
         return self.base if self.parent is None else self.parent
+
+    def describe_lost(self) -> str | None:
+        """What a passing suite lost: `capitals: 37 of 40 right, lost 3: ...; not beyond chance`."""
+        if not self.lost or self.verdict == "failed":
+            return None
+        named = join_first_values(self.lost_first, len(self.lost_first))
+        more = self.lost - len(self.lost_first)
+        others = f" and {more} more" if more else ""
+        if self.difference > 0:
+            why = "more were won"
+        elif self.interval is None:
+            why = "too few questions to tell from chance"
+        else:
+            why = "within its max_drop" if self.interval[1] < 0 else "not beyond chance"
+        right = f"{round(self.candidate * self.questions, 2):g} of {self.questions} right"
+        return f"{self.name}: {right}, lost {self.lost}: {named}{others}; {why}"
 
     def describe(self) -> str:
         """`capitals: 0 of 15 right before, 15 of 15 after`, with the interval and odd answers."""

@@ -27,7 +27,12 @@ from nested_core.storage.dataset_record import DatasetRecord, read_dataset_recor
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_regular, regular_sha256
 from nested_core.text.digest_format import shorten_digest
-from nested_core.training.metrics_file import cumulative_seconds, read_metrics
+from nested_core.training.metrics_file import (
+    cumulative_seconds,
+    read_latest_values,
+    read_metrics,
+)
+from nested_core.training.training_plan import read_plan
 
 
 def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> None:
@@ -139,8 +144,23 @@ def make_provenance(
         "parent": parent_version_of(config, run, gate["initial"]["digest"]) or champion,
         "champion_at_gate": champion,
         "training_examples": _training_example_digests(config, run, gate["initial"]["digest"]),
+        "trained": _describe_trained(run),
         "training_seconds": max(cumulative_seconds(read_metrics(run.metrics)), default=0.0),
         "packages": {package: installed_version(package) for package in RECORDED_PACKAGES},
+    }
+
+
+def _describe_trained(run: RunDirectory) -> dict[str, Any] | None:
+    """How long the run trained, and on which file; None for a run without a plan."""
+    plan = read_plan(run.plan)
+    if plan is None:
+        return None
+    steps = int(read_latest_values(run.metrics).get("step", 0))
+    return {
+        "steps": steps,
+        "planned_steps": plan.steps,
+        "epochs": plan.passes_until(steps),
+        "file": plan.training_file,
     }
 
 

@@ -299,6 +299,7 @@ def _make_plan(
     return TrainingPlan(
         steps=schedule.steps,
         iterations=schedule.iterations,
+        epochs=schedule.epochs,
         first_step=trainer.current_step,
         frequencies=tuple(tier.frequency for tier in trainer.tier_stats()),
         offers_best=schedule.offers_best and has_validation,

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nested_core.errors import ConfigError
+from nested_core.registry.adapter_card import CARD_NAME
 from nested_core.registry.champion_link import read_link
 from nested_core.registry.folder_lock import exclusive_folder_lock, shared_folder_lock
 from nested_core.registry.ledger import Entry, read_ledger
@@ -21,7 +23,9 @@ from nested_core.registry.recovery import (
 from nested_core.registry.versions import (
     registered_versions,
     verify_version,
+    version_folder,
 )
+from nested_core.storage.strict_files import read_regular
 
 
 def read_champion(registry: Path, name: str) -> str | None:
@@ -36,6 +40,22 @@ def read_champion(registry: Path, name: str) -> str | None:
         return champion
     with holding_champion(registry, name) as now:  # a gc may have removed what it was just now
         return now
+
+
+def read_champion_card(registry: Path, name: str) -> str:
+    """The model card of a name's champion, as it was registered.
+
+    Raises ConfigError for an unknown name or one without a champion, DamagedError if the version
+    is not what was registered.
+    """
+    version = read_champion(registry, name)
+    if version is None:
+        raise ConfigError(
+            f"{registry / name} has no champion yet, and a card is about the champion. Promote a "
+            f"run first: nested-tune promote RUN_DIR --registry {registry} --name {name}"
+        )
+    verify(registry, name, version)
+    return read_regular(version_folder(registry, name, version) / CARD_NAME).decode()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import DamagedError
+from nested_core.registry.adapter_card import CARD_NAME, render_card
 from nested_core.registry.folder_lock import exclusive_folder_lock
 from nested_core.registry.gate_file import (
     GATE_NAME,
@@ -52,7 +53,7 @@ from nested_core.registry.versions import (
     version_manifest_facts,
 )
 from nested_core.storage.adapter import ADAPTER_FILES, read_adapter
-from nested_core.storage.atomic import new_directory, write_json
+from nested_core.storage.atomic import new_directory, write_bytes, write_json
 from nested_core.storage.lock_file import LockFile
 from nested_core.storage.manifest import read_manifest, write_manifest
 from nested_core.storage.strict_files import file_type
@@ -169,7 +170,7 @@ def add_version(
         entry = replace(restored, manifest=manifest, judgement=judgement)
         return record_line(folder, state, entry, lock)
     with new_directory(target, confirm=confirm) as unpublished:
-        _fill_version_folder(unpublished, run_dir, version, provenance | position)
+        _fill_version_folder(unpublished, run_dir, folder.name, version, provenance | position)
         manifest = verify_version(unpublished, version, set())
         _make_read_only(unpublished)
         if version in state.ledger.champion_versions():
@@ -211,12 +212,15 @@ def judged_digest(run_dir: Path) -> str:
 
 
 def _fill_version_folder(
-    folder: Path, run_dir: Path, version: str, provenance: dict[str, Any]
+    folder: Path, run_dir: Path, name: str, version: str, provenance: dict[str, Any]
 ) -> None:
-    for name in ADAPTER_FILES:
-        shutil.copyfile(run_dir / ADAPTER_FOLDER_NAME / name, folder / name)
+    """Write all files of a version of `name` into its new folder."""
+    for file in ADAPTER_FILES:
+        shutil.copyfile(run_dir / ADAPTER_FOLDER_NAME / file, folder / file)
     shutil.copyfile(run_dir / GATE_NAME, folder / GATE_NAME)
     write_json(folder / PROVENANCE_NAME, provenance)
+    card = render_card(name, version, provenance, read_gate(folder / GATE_NAME))
+    write_bytes(folder / CARD_NAME, card.encode("utf-8", "replace"))
     write_manifest(folder, version_manifest_facts(version))
     _require_judged_files(folder, run_dir)
 

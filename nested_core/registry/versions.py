@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
+from nested_core.registry.adapter_card import CARD_NAME
 from nested_core.registry.gate_file import (
     GATE_NAME,
     read_gate,
@@ -33,7 +34,7 @@ REGISTERED_AFTER_KEY = (
     "registered_after"  # the history's `end_sha256` at that moment: no clock lies
 )
 MAX_PROVENANCE_BYTES = 64 * 1024 * 1024
-CONTENT_FILES = (WEIGHTS_NAME, CONFIG_NAME, GATE_NAME, PROVENANCE_NAME)
+CONTENT_FILES = (WEIGHTS_NAME, CONFIG_NAME, GATE_NAME, PROVENANCE_NAME, CARD_NAME)
 VERSION_FILES = (*CONTENT_FILES, MANIFEST_NAME)
 VERSION_PATTERN = re.compile(r"[0-9a-f]{64}")
 VERSION_PREFIX_PATTERN = re.compile(r"[0-9a-f]{6,64}")

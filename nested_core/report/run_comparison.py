@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nested_core.config.key_properties import iterate_configured_paths
 from nested_core.errors import ConfigError
 from nested_core.gate.held_out_choice import held_out_split
 from nested_core.gate.paired_difference import PairedDifference, compare_pairs
@@ -21,6 +23,7 @@ from nested_core.report.line_charts import (
     can_draw_charts,
     draw_figure,
 )
+from nested_core.report.run_figures import describe_length
 from nested_core.report.run_page import describe_outcome
 from nested_core.report.run_record import RunRecord, read_run
 from nested_core.storage.run_directory import RunDirectory
@@ -78,16 +81,21 @@ class RunComparison:
         gates = [None if r.verdict is None else r.verdict.validation for r in self.records]
         paired = self.paired_with_first()
         plans = [record.plan for record in self.records]
+        figures = [record.figures for record in self.records]
+        train = [own.last_train_loss or (None, None) for own in figures]
+        valid = [own.last_val_loss or (None, None) for own in figures]
+        names = {"last_train_loss": "training", "last_val_loss": "validation"}
         return {
-            "training": [record.last_metric("loss") for record in self.records],
-            "validation": [record.last_metric("val_loss") for record in self.records],
+            "training": [loss for _, loss in train],
+            "validation": [loss for _, loss in valid],
+            "not_finite": [own.not_finite(names) for own in figures],
             "training_file": [None if plan is None else plan.training_file for plan in plans],
-            "training_step": [record.step_of_last_metric("loss") for record in self.records],
+            "training_step": [step for step, _ in train],
             "validation_file": [None if plan is None else plan.validation_file for plan in plans],
             "validation_examples": [
                 None if plan is None else plan.validation_examples for plan in plans
             ],
-            "validation_step": [record.step_of_last_metric("val_loss") for record in self.records],
+            "validation_step": [step for step, _ in valid],
             "gate_file": [None if gate is None else gate.file for gate in gates],
             "gate_examples": [None if gate is None else gate.examples for gate in gates],
             "gate_step": [
@@ -162,13 +170,19 @@ class RunComparison:
         """A row for each figure, then for each key that differs: its name, and a value a run."""
         yield ("state", *(record.state for record in self.records))
         yield ("verdict", *(_describe_verdict(record) for record in self.records))
-        yield ("step", *(record.step for record in self.records))
+        figures = [record.figures for record in self.records]
+        yield ("offered: the adapter of step", *(own.offered_step for own in figures))
+        yield ("its validation loss", *(own.offered_val_loss for own in figures))
         losses = self.losses()
-        for name, key in _LOSS_ROWS:
+        for name, key in _GATE_ROWS:
             yield (name, *losses[key])
         yield ("difference to the first", *map(_describe_difference, self.paired_with_first()))
         for name, shares in self.tasks().items():
             yield (f"right answers, {name}", *shares)
+        yield ("trained", *(describe_length(r.step, r.steps, r.plan) for r in self.records))
+        for name, key in _LAST_LOSS_ROWS:
+            cells = zip(losses[key], losses["not_finite"], strict=True)
+            yield (name, *("not finite" if key in names else value for value, names in cells))
         for name, values in self.speed().items():
             yield (name.replace("_", " "), *values)
         for key, values in self.differing_settings().items():
@@ -254,19 +268,20 @@ class RunComparison:
         yield table(caption, ("question", *self.names), rows[:MAX_SHOWN_QUESTIONS])
 
 
-_LOSS_ROWS = (
-    ("training loss, mean since the report before", "training"),
+_GATE_ROWS = (
+    ("gate's loss after", "gate_after"),
+    ("gate's loss before", "gate_before"),
+    ("  file", "gate_file"),
+    ("  examples", "gate_examples"),
+)
+_LAST_LOSS_ROWS = (
+    ("training loss, mean of the last report", "training"),
     ("  file", "training_file"),
     ("  at step", "training_step"),
     ("validation loss, last evaluation", "validation"),
     ("  file", "validation_file"),
     ("  examples", "validation_examples"),
     ("  at step", "validation_step"),
-    ("gate's loss before", "gate_before"),
-    ("gate's loss after", "gate_after"),
-    ("  file", "gate_file"),
-    ("  examples", "gate_examples"),
-    ("  adapter of step", "gate_step"),
 )
 
 
@@ -282,8 +297,15 @@ def _flatten_config(record: RunRecord) -> dict[str, Any]:
             else:
                 flat[prefix + name] = value
 
-    if record.config is not None:
-        add("", record.config.model_dump(mode="json", by_alias=True))
+    config = record.config
+    if config is None:
+        return flat
+    add("", config.model_dump(mode="json", by_alias=True))
+    if config.training.epochs is not None:
+        del flat["iters"]  # epochs decide: it did not count
+    for key, rule, path in iterate_configured_paths(config):
+        if rule == "local" or Path(path).exists():
+            flat[key] = os.path.realpath(path)  # one folder by two spellings is no difference
     return flat
 
 
@@ -325,13 +347,15 @@ def _describe_difference(difference: PairedDifference | None) -> str | None:
 
 
 def _run_to_json(record: RunRecord) -> dict[str, Any]:
-    verdict = record.verdict
+    verdict, last = record.verdict, record.figures.last_val_loss
     return {
         "path": str(record.run.path),
         "state": record.state,
         "step": record.step,
         "steps": record.steps,
-        "val_loss": record.last_metric("val_loss"),
+        "epochs": None if record.plan is None else record.plan.passes_until(record.step),
+        **record.figures.leading_to_json(),
+        "val_loss": None if last is None else last[1],
         "verdict": None if verdict is None else "passed" if verdict.has_passed else "failed",
         "reasons": [] if verdict is None else [reason.code for reason in verdict.reasons],
         "started": record.started.isoformat(timespec="seconds"),

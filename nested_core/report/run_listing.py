@@ -13,12 +13,15 @@ from nested_core.report.run_start import count_steps, read_start_time
 from nested_core.report.run_status import read_status
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_age
+from nested_core.text.loss_format import format_loss
 
 
 @dataclass(frozen=True)
 class ListedRun:
-    """A run as the list shows it; losses are None until there is one.
+    """A run as the list shows it; losses are None until there is one, in nats a token.
 
+    train_loss, val_loss: the last ones; `not_finite` names those of them that are not finite.
+    offered_step, offered_val_loss, gate_loss: of the adapter that the run offers (RunFigures).
     state: as in `status`, or "damaged"; then `problem` says what is wrong.
     started: ISO 8601, UTC.
     conclusion: the gate's word for the held-out loss: better, no_worse, inconclusive or worse.
@@ -32,6 +35,10 @@ class ListedRun:
     val_loss: float | None
     verdict: str | None
     started: str
+    offered_step: int | None = None
+    offered_val_loss: float | None = None
+    gate_loss: float | None = None
+    not_finite: tuple[str, ...] = ()
     problem: str | None = None
     conclusion: str | None = None
 
@@ -45,6 +52,14 @@ class ListedRun:
         if self.verdict == "passed" and self.conclusion == "inconclusive":
             return "passed, inconclusive"
         return self.problem or self.verdict
+
+    def describe_val_loss(self) -> str | None:
+        """The offered adapter's validation loss; before one is offered the last, which it says."""
+        if self.offered_step is not None:
+            return None if self.offered_val_loss is None else format_loss(self.offered_val_loss)
+        if self.val_loss is None and "val_loss" not in self.not_finite:
+            return None
+        return f"{format_loss(self.val_loss)} (last)"
 
     def describe_age(self, now: datetime | None = None) -> str:
         """How long ago the run began: `3 min`, `5 h`, `12 days`."""
@@ -74,8 +89,8 @@ def _read_listed_run(run: RunDirectory) -> ListedRun:
         config = read_run_config(run)
         status: dict[str, Any] = read_status(run)
     except (NestedTuneError, OSError) as error:
-        path = str(run.path)
-        return ListedRun(path, "damaged", None, None, None, None, None, started, str(error))
+        nothing = (None,) * 5
+        return ListedRun(str(run.path), "damaged", *nothing, started, problem=str(error))
     return ListedRun(
         path=str(run.path),
         state=status["state"],
@@ -85,5 +100,9 @@ def _read_listed_run(run: RunDirectory) -> ListedRun:
         val_loss=status["current_val_loss"],
         verdict=status["verdict"],
         started=started,
+        offered_step=status["offered_step"],
+        offered_val_loss=status["offered_val_loss"],
+        gate_loss=status["gate_loss"],
+        not_finite=tuple(name.removeprefix("current_") for name in status["not_finite"]),
         conclusion=status["conclusion"],
     )

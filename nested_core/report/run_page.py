@@ -30,6 +30,7 @@ from nested_core.report.line_charts import (
     can_draw_charts,
     draw_figure,
 )
+from nested_core.report.run_figures import describe_length
 from nested_core.report.run_record import RunRecord, read_run
 from nested_core.report.verdict_sections import (
     decisive_numbers,
@@ -102,10 +103,9 @@ class RunReport:
 
     def _describe_progress(self) -> str:
         now = datetime.now(UTC)
-        steps = self.record.steps
-        of_all = "" if steps is None else f" of {steps:,}"
+        length = describe_length(self.record.step, self.record.steps, self.record.plan)
         return (
-            f"{self.record.state}, step {self.record.step:,}{of_all}; begun "
+            f"{self.record.state}, {length}; begun "
             f"{self.record.started:%Y-%m-%d %H:%M} UTC, this page {now:%Y-%m-%d %H:%M} UTC"
         )
 
@@ -149,10 +149,14 @@ def describe_outcome(record: RunRecord) -> str:
         return _describe_verdict(verdict)
     of_all = "" if record.steps is None else f" of {record.steps:,}"
     step = f"step {record.step:,}{of_all}"
+    figures = record.figures
     losses = [
-        f"{name} loss {format_loss(loss)}"
-        for name, key in (("training", "loss"), ("validation", "val_loss"))
-        if (loss := record.last_metric(key)) is not None
+        f"{name} loss {format_loss(last[1])}"
+        for name, last in (
+            ("training", figures.last_train_loss),
+            ("validation", figures.last_val_loss),
+        )
+        if last is not None
     ]
     measured = f", {', '.join(losses)}" if losses else ""
     if record.state == "running":

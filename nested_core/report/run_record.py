@@ -18,6 +18,7 @@ from nested_core.errors import NestedTuneError, describe_first_problem
 from nested_core.gate.answers.answer_records import AnswerRecord, read_answers
 from nested_core.gate.example_losses import ExampleLosses, read_example_losses
 from nested_core.gate.verdict import Verdict, read_verdict
+from nested_core.report.run_figures import RunFigures, read_offered_step
 from nested_core.report.run_start import count_steps, read_start_time
 from nested_core.report.run_status import State, describe_state, last_value, read_sound_verdict
 from nested_core.storage.manifest import matches_entry, read_manifest
@@ -38,6 +39,7 @@ class RunRecord:
     metrics: the records of metrics.jsonl; seconds: of training up to each of them.
     steps: how many the run sets out to take; None where epochs decide, before they are counted.
     red_flags: what training warned of, once it has ended.
+    offered_step: the step whose adapter is offered; None before training has ended.
     problems: a sentence for each file that is damaged.
     """
 
@@ -54,6 +56,7 @@ class RunRecord:
     dataset: DatasetReport | None = None
     sample_answers: Sequence[SampleAnswers] = ()
     red_flags: tuple[str, ...] = ()
+    offered_step: int | None = None
     answers: Sequence[AnswerRecord] = ()
     problems: tuple[str, ...] = ()
 
@@ -71,10 +74,12 @@ class RunRecord:
         """The last reported value of a metric, or None."""
         return last_value(self.metrics, key)
 
-    def step_of_last_metric(self, key: str) -> int | None:
-        """The step at which `last_metric` was reported, or None."""
-        records = [record for record in self.metrics if record.get(key) is not None]
-        return int(records[-1].get("step", 0)) if records else None
+    @property
+    def figures(self) -> RunFigures:
+        """What the run offers, and its last losses."""
+        validation = None if self.verdict is None else self.verdict.validation
+        gate_loss = None if validation is None else validation.loss_after
+        return RunFigures.from_records(self.metrics, self.offered_step, gate_loss)
 
 
 @dataclass
@@ -119,6 +124,7 @@ def read_run(run: RunDirectory, *, has_ended: bool = False) -> RunRecord:
         dataset=reader.read(run.dataset, _read_dataset),
         sample_answers=reader.read(run.sample_answers, read_sample_answers) or (),
         red_flags=tuple(reader.read(run.result, _read_red_flags) or ()),
+        offered_step=read_offered_step(run, None),
         problems=tuple(reader.problems),
     )
     return record if outcome is None else _with_verdict(record, reader)
@@ -141,8 +147,14 @@ def _with_verdict(record: RunRecord, reader: _DamageTolerantReader) -> RunRecord
     answers: Sequence[AnswerRecord] = ()
     if run.answers not in changed:
         answers = reader.read(run.answers, read_answers) or ()
-    problems = tuple(reader.problems)
-    return replace(record, verdict=verdict, losses=losses, answers=answers, problems=problems)
+    return replace(
+        record,
+        verdict=verdict,
+        losses=losses,
+        answers=answers,
+        offered_step=record.offered_step if verdict is None else verdict.adapter_step,
+        problems=tuple(reader.problems),
+    )
 
 
 def _read_red_flags(path: Path) -> list[str]:

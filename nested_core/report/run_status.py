@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from nested_core.config.resume import read_run_config
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.report.run_figures import RunFigures, gate_loss_of, read_offered_step
 from nested_core.storage.checkpoint_verification import list_checkpoints, newest_sound_checkpoint
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.metrics_file import read_latest_values
+from nested_core.training.metrics_file import read_latest_values, read_loss_records
 
 State = Literal["running", "verified", "rejected", "trained", "resumable"]
 
@@ -21,6 +22,10 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
     gate, holder = _read_sound_gate(run), run.holder()
     verdict = None if gate is None else str(gate["verdict"])
     state = describe_state(run, holder, verdict)
+    figures = RunFigures.from_records(
+        read_loss_records(run.metrics), read_offered_step(run, gate), gate_loss_of(gate)
+    )
+    train_loss, val_loss = figures.last_train_loss, figures.last_val_loss
     return {
         "run_dir": str(run.path),
         "state": state,
@@ -28,8 +33,12 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
         "step": latest.get("step", 0),
         "iteration": latest.get("iteration", 0),
         "iterations": config.iters if config.training.epochs is None else None,
-        "current_train_loss": latest.get("loss"),
-        "current_val_loss": latest.get("val_loss"),
+        **figures.leading_to_json(),
+        "current_train_loss": None if train_loss is None else train_loss[1],
+        "current_val_loss": None if val_loss is None else val_loss[1],
+        "not_finite": figures.not_finite(
+            {"last_train_loss": "current_train_loss", "last_val_loss": "current_val_loss"}
+        ),
         "learning_rate": latest.get("learning_rate"),
         "updates": latest.get("updates"),
         "checkpoint": _name_resume_checkpoint(run, state),

@@ -19,6 +19,7 @@ class TrainingPlan:
     """How long a run is, what it is evaluated on, and the memory that it should need.
 
     steps, iterations: optimizer steps and micro-batches of the whole run.
+    epochs: passes over the training data of the whole run.
     first_step: where this process went on from; 0 is the beginning.
     resumed_at: every step that a process went on from after an earlier one had ended, ascending.
     frequencies: of each tier, the fastest first.
@@ -31,6 +32,7 @@ class TrainingPlan:
 
     steps: int
     iterations: int
+    epochs: float
     first_step: int
     frequencies: tuple[int, ...]
     offers_best: bool
@@ -45,6 +47,10 @@ class TrainingPlan:
         """The examples of an evaluation: "valid.jsonl, 10 examples"."""
         noun = "example" if self.validation_examples == 1 else "examples"
         return f"{self.validation_file}, {self.validation_examples:,} {noun}"
+
+    def passes_until(self, step: int) -> float:
+        """Passes over the training data up to a step."""
+        return self.epochs * step / self.steps if self.steps else 0.0
 
 
 def list_resumptions(earlier: TrainingPlan | None, first_step: int) -> tuple[int, ...]:

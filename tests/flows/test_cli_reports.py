@@ -74,7 +74,7 @@ def test_a_card_has_the_hubs_front_matter_and_no_field_that_nobody_gave(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     registry = tmp_path / "registry"
-    config = {"model": "org/base-1B", "data": "org/chats", "fine_tune_type": "lora", "iters": 30}
+    config = {"model": "org/base-1B", "data": "org/chats", "fine_tune_type": "lora", "seed": 30}
     run = write_run(tmp_path / "run", 1)
     version = register(run, registry, "capitals", {"config": config, "packages": {"mlx": "0.1"}})
     promote(registry, "capitals", version, by="tester")
@@ -92,7 +92,7 @@ def test_a_card_has_the_hubs_front_matter_and_no_field_that_nobody_gave(
     assert result["metrics"][0]["value"] == 1.2
     assert "license" not in fields
     assert version in body
-    assert "| iters | 30 |" in body
+    assert "| seed | 30 |" in body
 
 
 def test_a_local_base_and_local_data_are_no_names_of_the_hub(tmp_path: Path) -> None:

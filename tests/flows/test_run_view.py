@@ -15,6 +15,7 @@ from tasks.loss_picture import LossCurves
 PLAN = TrainingPlan(
     steps=200,
     iterations=400,
+    epochs=4.0,
     first_step=0,
     frequencies=(1, 4),
     offers_best=True,

@@ -67,6 +67,7 @@ def test_with_the_plan_each_loss_names_its_data_and_step() -> None:
     plan = TrainingPlan(
         steps=50,
         iterations=50,
+        epochs=2.0,
         first_step=0,
         frequencies=(1,),
         offers_best=True,

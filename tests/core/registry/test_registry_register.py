@@ -21,6 +21,7 @@ FILES = {
     "adapter_config.json",
     "gate.json",
     "provenance.json",
+    "README.md",
     "MANIFEST.json",
 }
 

@@ -64,7 +64,7 @@ def test_a_rejected_and_a_going_run_are_compared_too(tmp_path: Path) -> None:
     comparison = compare_runs([rejected.path, going.path])
     rows = {str(name): cells for name, *cells in comparison.rows()}
     assert rows["verdict"] == ["failed: unchanged", None]
-    assert rows["step"] == [8, 4]
+    assert rows["trained"] == ["8 of 8 steps", "4 of 8 steps"]
     assert comparison.names == ["one", "two"]
 
 

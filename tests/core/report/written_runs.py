@@ -227,6 +227,7 @@ def write_plan_of(run: RunDirectory, **changes: Any) -> None:
     settings: dict[str, Any] = {
         "steps": 100,
         "iterations": 100,
+        "epochs": 20.0,
         "first_step": 0,
         "frequencies": (1, 2, 4),
         "offers_best": True,

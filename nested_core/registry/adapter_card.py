@@ -1,11 +1,13 @@
-"""A model card for a registered adapter, in the form of the Hugging Face hub.
+"""A model card for a version, in the form of the Hugging Face hub: README.md in its folder.
 
-Its front matter holds what provenance.json and gate.json prove, and no field that nobody gave:
-without a hub's name for the base or the data there is none, and no licence is ever guessed.
+It is written when the version is registered, and its manifest holds the hash of it. Its front
+matter holds what provenance.json and gate.json prove, and no field that nobody gave: without a
+hub's name for the base or the data there is none, and no licence is ever guessed.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,32 +16,16 @@ import yaml
 
 from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.config.hub_names import HUB_NAME_PATTERN
-from nested_core.errors import ConfigError
-from nested_core.registry.gate_file import GATE_NAME, read_gate
 from nested_core.registry.loss_conclusion import describe_conclusion
-from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME, check_name
-from nested_core.registry.queries import read_champion, verify
-from nested_core.registry.versions import read_provenance
 from nested_core.text.foreign_text import escape_markdown
 from nested_core.text.loss_format import format_loss
 
+CARD_NAME = "README.md"
+_HUB_CACHE_PATTERN = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/")
 
-def render_card(registry: Path, name: str) -> str:
-    """The card of a name's champion, as markdown with YAML in front.
 
-    Raises ConfigError for an unknown name or one without a champion, DamagedError if the version
-    is not what was registered.
-    """
-    check_name(name)
-    version = read_champion(registry, name)
-    if version is None:
-        raise ConfigError(
-            f"{registry / name} has no champion yet, and a card is about the champion. Promote a "
-            f"run first: nested-tune promote RUN_DIR --registry {registry} --name {name}"
-        )
-    verify(registry, name, version)
-    folder = registry / name / VERSIONS_FOLDER_NAME / version
-    provenance, gate = read_provenance(folder), read_gate(folder / GATE_NAME)
+def render_card(name: str, version: str, provenance: dict[str, Any], gate: dict[str, Any]) -> str:
+    """The card, markdown with YAML in front, by the content of provenance.json and gate.json."""
     front = yaml.safe_dump(_front_matter(name, provenance, gate), sort_keys=False)
     body = "\n".join(_render_body(name, version, provenance, gate))
     return f"---\n{front}---\n\n{body}\n"
@@ -73,8 +59,11 @@ def _front_matter(name: str, provenance: dict[str, Any], gate: dict[str, Any]) -
 
 def _hub_name(value: object) -> str | None:
     """A name of the hub; None for a folder of this machine or anything else."""
+    path = Path(str(value))
+    if snapshot := _HUB_CACHE_PATTERN.search(path.absolute().as_posix()):
+        return f"{snapshot[1]}/{snapshot[2]}"
     is_name = HUB_NAME_PATTERN.fullmatch(str(value)) is not None and "/" in str(value)
-    return str(value) if is_name and not Path(str(value)).exists() else None
+    return str(value) if is_name and not path.exists() else None
 
 
 def _hub_datasets(config: dict[str, Any]) -> list[str]:
@@ -95,6 +84,7 @@ def _render_body(
 ) -> Iterator[str]:
     config = provenance.get("config") or {}
     model = str(config.get("model", "unknown"))
+    model = _hub_name(model) or Path(model).name  # a card is published: no path of this machine
     yield f"# {escape_markdown(name)}"
     yield ""
     yield (
@@ -105,12 +95,12 @@ def _render_body(
     yield from ("", "## Evaluation", "")
     yield from _render_evaluation(gate)
     yield from ("", "## Training", "")
-    yield from _render_table(("setting", "value"), _list_settings(config, provenance))
+    yield from _render_table(("", "value"), _list_training(config, provenance, gate))
     yield from ("", "## Provenance", "")
     yield from _render_table(("of", "value"), _provenance_rows(provenance))
     yield from ("", "## Use", "")
     yield (
-        "The champion's folder is an adapter folder of mlx-lm: give it to `mlx_lm.generate` as "
+        "The folder of this file is an adapter folder of mlx-lm: give it to `mlx_lm.generate` as "
         "`--adapter-path`, with the base model above as `--model`."
     )
 
@@ -120,15 +110,17 @@ def _render_evaluation(gate: dict[str, Any]) -> Iterator[str]:
     losses = gate.get("validation")
     rows: list[tuple[object, ...]] = []
     if losses:
-        file = Path(str(losses.get("file"))).name  # a card is published: no path of this machine
+        file = Path(str(losses.get("file"))).name
         where = f"{file}, {losses.get('examples')} examples"
         before, after = format_loss(losses["loss_before"]), format_loss(losses["loss_after"])
         rows.append(("mean loss, nats a token", where, before, after))
     for task in gate.get("tasks") or []:
         before = task["base"] if task.get("parent") is None else task["parent"]
-        where = f"{task['questions']} questions"
-        shares = (f"{before:.4g}", f"{task['candidate']:.4g}")
-        rows.append((f"right answers, {task['name']}", where, *shares))
+        total = task["questions"]
+        counts = [
+            f"{round(share * total, 2):g} of {total}" for share in (before, task["candidate"])
+        ]
+        rows.append((f"right answers, {task['name']}", f"{total} questions", *counts))
     if not rows:
         yield "Quality was not measured: there was no held-out data and no suite of questions."
         return
@@ -142,10 +134,17 @@ def _render_evaluation(gate: dict[str, Any]) -> Iterator[str]:
         yield "The same examples chose the step that is offered; the loss is a little too good."
 
 
-def _list_settings(
-    config: dict[str, Any], provenance: dict[str, Any]
+def _list_training(
+    config: dict[str, Any], provenance: dict[str, Any], gate: dict[str, Any]
 ) -> Iterator[tuple[object, ...]]:
-    for key in ("iters", "batch_size", "learning_rate", "optimizer", "num_layers", "seed"):
+    """What was trained, then the settings that it was trained with."""
+    if (trained := provenance.get("trained")) is not None:
+        yield "steps", f"{trained['steps']:,} of {trained['planned_steps']:,}"
+        yield f"passes over {trained['file']}", f"{trained['epochs']:.3g}"
+    if gate.get("adapter_step") is not None:
+        yield "step of this adapter", f"{gate['adapter_step']:,}"
+    names = ("batch_size", "grad_accumulation_steps", "learning_rate", "optimizer", "num_layers")
+    for key in (*names, "mask_prompt", "max_seq_length", "seed"):
         if key in config:
             yield key, config[key]
     lora = config.get("lora_parameters") or {}

@@ -1,0 +1,88 @@
+"""What the model card of a version claims, as far as its records prove it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nested_core.errors import DamagedError
+from nested_core.registry import promote, read_champion_card, register
+from nested_core.registry.adapter_card import render_card
+from nested_core.registry.gate_file import read_gate, require_verdict_manifest, write_gate
+from tests.core.registry.conftest import write_run
+
+GATE: dict[str, Any] = {"adapter_step": 100, "validation": None, "tasks": []}
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    fields: dict[str, Any] = yaml.safe_load(card.split("---\n", 2)[1])
+    return fields
+
+
+@pytest.mark.parametrize(
+    ("held_out", "is_listed"), [("auto", True), ("/home/ann/exam.jsonl", False)]
+)
+def test_a_loss_on_a_file_outside_of_the_data_is_no_number_of_the_data_set(
+    tmp_path: Path, held_out: str, is_listed: bool
+) -> None:
+    run = write_run(tmp_path / "run", 1)
+    gate = read_gate(run / "gate.json")
+    gate["validation"] |= {"file": "test.jsonl" if is_listed else held_out, "examples": 9}
+    write_gate(run, gate, require_verdict_manifest(run, gate))
+    config = {"data": "org/chats", "gate": {"held_out": held_out}}
+    version = register(run, tmp_path / "registry", "capitals", {"config": config})
+    promote(tmp_path / "registry", "capitals", version, by="tester")
+    card = read_champion_card(tmp_path / "registry", "capitals")
+    assert ("model-index" in front_matter(card)) is is_listed
+    assert "/home/ann" not in card
+    assert "jsonl, 9 examples" in card
+
+
+def test_the_card_is_a_file_of_the_version_that_its_manifest_holds(tmp_path: Path) -> None:
+    registry = tmp_path / "registry"
+    version = register(write_run(tmp_path / "run", 1), registry, "capitals", {})
+    promote(registry, "capitals", version, by="tester")
+    path = registry / "capitals" / "versions" / version / "README.md"
+    listed = json.loads((path.parent / "MANIFEST.json").read_text())["files"]
+    assert "README.md" in listed
+    assert path.read_text() == read_champion_card(registry, "capitals")
+    path.chmod(0o644)
+    path.write_text(path.read_text().replace("30", "31"))
+    with pytest.raises(DamagedError, match=r"README\.md: has changed since it was written"):
+        read_champion_card(registry, "capitals")
+
+
+def test_the_card_tells_what_was_trained_and_no_default_that_did_not_count() -> None:
+    trained = {"steps": 200, "planned_steps": 400, "epochs": 10.0, "file": "train.jsonl"}
+    config = {"iters": 1000, "training": {"epochs": 20}, "mask_prompt": True, "model": "/m/base"}
+    card = render_card("capitals", "ab" * 32, {"config": config, "trained": trained}, GATE)
+    assert "| steps | 200 of 400 |" in card
+    assert "| passes over train.jsonl | 10 |" in card
+    assert "| step of this adapter | 100 |" in card
+    assert "prompt | True |" in card
+    assert "1000" not in card
+    assert "/m/" not in card
+
+
+def test_right_answers_are_counts() -> None:
+    task = {"name": "capitals", "questions": 15, "base": 0.0, "parent": None, "candidate": 1.0}
+    card = render_card("capitals", "ab" * 32, {}, GATE | {"tasks": [task]})
+    assert "| right answers, capitals | 15 questions | 0 of 15 | 15 of 15 |" in card
+
+
+@pytest.mark.parametrize(
+    ("model", "base"),
+    [
+        ("mlx-community/Qwen3-0.6B-4bit", "mlx-community/Qwen3-0.6B-4bit"),
+        ("/home/ann/hub/models--Qwen--Qwen3-0.6B/snapshots/0a1b2c", "Qwen/Qwen3-0.6B"),
+        ("/home/ann/models/mine", None),
+    ],
+)
+def test_the_base_is_named_where_it_is_the_hubs(model: str, base: str | None) -> None:
+    card = render_card("capitals", "ab" * 32, {"config": {"model": model}}, GATE)
+    assert front_matter(card).get("base_model") == base
+    assert "/home/ann" not in card
