@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from nested_core.storage.sample_answers_file import SampleAnswers
 
 LONGEST_TEXT = 300
-TITLE = "Answers to {count}, for you to read (greedy; the gate does not score them):"
+TITLE = "Answers to {count}, for you to read (greedy; the gate sees only whether they are broken):"
 
 
 def format_sample_answers(answers: Sequence[SampleAnswers]) -> Iterator[str]:
@@ -25,7 +25,8 @@ def format_sample_answers(answers: Sequence[SampleAnswers]) -> Iterator[str]:
         yield f"    base:     {_escape_and_shorten(row.base)}"
         if row.parent is not None:
             yield f"    parent:   {_escape_and_shorten(row.parent)}"
-        yield f"    adapter:  {_escape_and_shorten(row.adapter)}"
+        damage = "" if row.adapter_broken is None else f" [broken: {row.adapter_broken}]"
+        yield f"    adapter:  {_escape_and_shorten(row.adapter)}{damage}"
         if row.expected is not None:
             yield f"    expected: {_escape_and_shorten(row.expected)}"
 

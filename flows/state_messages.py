@@ -44,7 +44,7 @@ def describe_loss(run: RunDirectory) -> str:
     verdict = read_json_object(run.gate)
     losses = verdict["validation"]
     if losses is None:
-        return "no validation set"
+        return f"no validation set{_describe_broken_answers(verdict)}"
     name = loss_name_for_file(losses["file"]).replace("validation", "val")
     if losses["examples"] == 0:
         return f"{name} not judged, for all held-out examples were trained on"
@@ -54,7 +54,14 @@ def describe_loss(run: RunDirectory) -> str:
         from nested_core.registry.loss_conclusion import describe_conclusion  # loads mlx
 
         doubt = f", {describe_conclusion(losses)}"
-    return f"{name} {change}{doubt}{_describe_champion(verdict)}"
+    return f"{name} {change}{doubt}{_describe_broken_answers(verdict)}{_describe_champion(verdict)}"
+
+
+def _describe_broken_answers(verdict: Mapping[str, Any]) -> str:
+    """`, 3 of 3 sample answers are broken` where training broke most of them."""
+    samples = verdict.get("samples") or {"broken": 0, "judged": 0}
+    broken, judged = samples["broken"], samples["judged"]
+    return f", {broken} of {judged} sample answers are broken" if 2 * broken > judged else ""
 
 
 def describe_test_loss(config: FineTuneConfig, run: RunDirectory, loss: float) -> str:

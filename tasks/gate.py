@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected
+from nested_core.gate.verdict import SampleVerdict, TaskResult
 from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
@@ -55,6 +57,8 @@ def describe_verdict(verdict: dict[str, Any]) -> MarkdownPage:
         page.add_paragraph(f"Loss {describe_losses(verdict)}.")
     elif verdict["verdict"] == "passed":
         page.add_paragraph("Changed and sound; held-out loss not measured.")
+    for note in _list_notes(verdict):
+        page.add_paragraph(f"{note}.")
     if verdict["drift"]:
         page.add_paragraph(f"{describe_drift(verdict['drift'])}.")
     if verdict["champion"]:
@@ -65,6 +69,17 @@ def describe_verdict(verdict: dict[str, Any]) -> MarkdownPage:
         TIER_TABLE_COLUMNS, ([tier[key] for key in TIER_TABLE_KEYS] for tier in verdict["tiers"])
     )
     return page
+
+
+def _list_notes(verdict: dict[str, Any]) -> Iterator[str]:
+    """What a passing verdict still has to say: broken answers, and what a passing suite lost."""
+    samples = verdict.get("samples")
+    if samples is not None and (judged := SampleVerdict(**samples)).are_broken:
+        yield judged.describe()
+    for suite in verdict["tasks"]:
+        note = TaskResult(**suite).describe_lost() if suite.get("lost") else None
+        if note is not None:
+            yield note
 
 
 COMPARED_MODELS = ("base", "parent", "champion", "candidate")

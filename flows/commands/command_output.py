@@ -46,12 +46,17 @@ def text_printer(text: str) -> Callable[[], int]:
 
 
 @contextmanager
-def naming_report_of_failure(run: RunDirectory) -> Iterator[None]:
-    """Say where the run's page is, if the block fails after the run began."""
+def naming_report_of_failure(run: RunDirectory, *, is_named: bool) -> Iterator[None]:
+    """Say where the run's page is, if the block fails after the run began.
+
+    What is refused before the first step leaves nothing behind, unless a person named the folder.
+    """
     try:
         yield
     except ConfigError:
-        raise  # before anything was done
+        if not is_named:
+            run.remove_if_never_began()
+        raise
     except BaseException:
         if run.report.is_file():
             print_progress(f"report: {run.report}")

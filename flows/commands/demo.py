@@ -54,7 +54,7 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
     )
     print_progress(f"run directory: {run.path}")
     breaking = _breaking_updates() if arguments.break_training else contextlib.nullcontext()
-    with naming_report_of_failure(run), breaking, showing_run(run):
+    with naming_report_of_failure(run, is_named=True), breaking, showing_run(run):
         _run_flow(config, run)
     champion = out / "registry" / ADAPTER_NAME / LINK_NAME
     rows = _read_answers(config, run)

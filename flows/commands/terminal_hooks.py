@@ -7,34 +7,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from flows.mlx_lm_log import MlxLmLog
-from flows.os_errors import explain
 from flows.stop_signals import Stopper
 from flows.terminal import ProgressLine, describe_tiers, print_progress
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import NestedTuneError
 from nested_core.gate.verdict import Verdict
 from nested_core.pipeline import steps
 from nested_core.pipeline.finetune import Hooks
-from nested_core.pipeline.sample_answers import answer_samples
 from nested_core.pipeline.steps import TrainResult
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.sample_answers_file import SampleAnswers
+from nested_core.storage.sample_answers_file import SampleAnswers, read_sample_answers
 
 
 class TerminalHooks(Hooks):
     """Messages, progress and the loss curve on standard error; signals go to the trainer."""
 
-    def __init__(
-        self,
-        stopper: Stopper,
-        *,
-        asks_held_out_prompts: bool,
-        mlx_lm_log: MlxLmLog | None = None,
-    ) -> None:
-        """`asks_held_out_prompts` is for a person, who is to read what the adapter answers."""
+    def __init__(self, stopper: Stopper, *, mlx_lm_log: MlxLmLog | None = None) -> None:
         self._stopper = stopper
         self._mlx_lm_log = mlx_lm_log
-        self._asks_held_out_prompts = asks_held_out_prompts
         self._progress = ProgressLine()
         self.sample_answers: Sequence[SampleAnswers] = ()
 
@@ -63,11 +52,9 @@ class TerminalHooks(Hooks):
         return result
 
     def judge(self, config: FineTuneConfig, run: RunDirectory) -> Verdict:
-        """Have base and adapter answer a few prompts, then judge."""
-        if config.samples or self._asks_held_out_prompts:
-            try:
-                self.sample_answers = answer_samples(config, run, self.on_message)
-            except (NestedTuneError, OSError, MemoryError, RuntimeError, ValueError) as error:
-                reason = explain(error)[0] if isinstance(error, OSError) else str(error)
-                print_progress(f"samples: not answered, which is no verdict: {reason}")
-        return super().judge(config, run)
+        """Judge, and keep what base and adapter answered to a few prompts."""
+        try:
+            return super().judge(config, run)
+        finally:
+            if run.sample_answers.exists():
+                self.sample_answers = read_sample_answers(run.sample_answers)

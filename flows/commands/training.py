@@ -123,16 +123,17 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     from flows.commands.terminal_hooks import TerminalHooks  # loads mlx, which takes seconds
     from nested_core.pipeline.finetune import finetune
 
+    is_named = arguments.run_dir is not None
     stopper = Stopper()
     log = None
     if arguments.log == "mlx_lm":
         log = MlxLmLog(config, run, sys.stderr if arguments.json else sys.__stdout__ or sys.stderr)
-    hooks = TerminalHooks(stopper, asks_held_out_prompts=not arguments.json, mlx_lm_log=log)
+    hooks = TerminalHooks(stopper, mlx_lm_log=log)
     with stopper.handling_signals(run):
         print_progress(f"run directory: {run.path}")
         try:
             watching = showing_run(run) if log is None else contextlib.nullcontext()
-            with naming_report_of_failure(run), watching:
+            with naming_report_of_failure(run, is_named=is_named), watching:
                 result = finetune(config, run, hooks, resume=arguments.resume)
         except GateRejected:
             print_progress(*format_sample_answers(hooks.sample_answers))
@@ -149,6 +150,8 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
         return asdict(result.training) | {
             "verdict": "passed",
             "summary": result.verdict.summary(),
+            "notes": result.verdict.notes(),
+            "answers_broken": result.verdict.has_broken_answers,
             "test_loss": result.test_loss,
             "samples": [asdict(answers) for answers in hooks.sample_answers],
             "version": result.version,
@@ -164,6 +167,8 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
             print_line(line)
         print_tiers(result.verdict.to_json())
         print_line(result.verdict.summary())
+        for note in result.verdict.notes():
+            print_line(note)
         print_line(f"adapter: {run.adapter}")
         if result.test_loss is not None:
             print_line(f"{describe_test_loss(config, run, result.test_loss)}.")
@@ -178,7 +183,8 @@ def _print_outcome(registry: RegistrySection, result: FinetuneResult) -> None:
         version = "" if result.version is None else f" {result.version}"
         print_line(f"{registry.name}{version}: {result.promotion or 'registered'}")
     print_line(f"report: {result.run.report}")
-    if registry.path is None:
+    is_broken = result.verdict is not None and result.verdict.has_broken_answers
+    if registry.path is None and not is_broken:
         print_progress(f"next: nested-tune promote {result.run.path} --name NAME")
 
 
@@ -192,6 +198,7 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
 
     require_output_places(config, run)  # before a server is started, as what follows
     configured_services(config)
+    is_named = arguments.run_dir is not None
     parameters = config.model_dump() | {"run_dir": str(run.path), "resume": arguments.resume}
     print_progress(f"run directory: {run.path}")
     with Stopper().handling_signals(run), prefect_server() as wait_for_server:
@@ -200,14 +207,14 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
 
         show_logs_from_level(logging.NOTSET)
         wait_for_server()
-        with naming_report_of_failure(run), showing_run(run):
+        with naming_report_of_failure(run, is_named=is_named), showing_run(run):
             state = finetune(FinetuneParameters(**parameters), return_state=True)
     if state.is_cancelled():
         raise TrainingStopped(
             f"The flow run was cancelled, {state.message} At the command line: the same command, "
             f"--run-dir {run.path} --resume."
         )
-    with naming_report_of_failure(run):
+    with naming_report_of_failure(run, is_named=is_named):
         state.result()  # raises what made it fail
     print_progress(str(state.message))
     print_progress(f"report: {run.report}")

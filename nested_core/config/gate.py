@@ -66,6 +66,11 @@ class GateSection(Section):
     max_harmed_share: Share = key(
         0.01, "of examples that lost far more than a nat a token, while none or few won as much"
     )
+    samples: Literal["warn", "fail"] = key(
+        "warn",
+        "where training broke most answers to sample prompts (empty, repeated, endless): warn "
+        "keeps it from being promoted by itself, fail rejects it",
+    )
     min_relative_change: NonNegativeFloat = key(0.0, "the least that a tensor must have moved")
     max_skipped_share: Share = key(0.01, "of a tier's updates, skipped for non-finite gradients")
     general_data: str | None = key(

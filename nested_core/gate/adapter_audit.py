@@ -112,10 +112,10 @@ def find_adapters(path: Path, model: str) -> tuple[list[Path], list[Path]]:
     A path is an adapter, a run directory, or a folder of these, beside which the base `model` may
     lie. Raises ConfigError for another path.
     """
+    if path.is_dir() and (adapter := _adapter_of_run(path)) is not None:
+        return [adapter], []  # before its other files are looked at: none of them is read
     if not path.is_dir() or _is_adapter(path):
         return [path], []  # what is wrong with a file is found by reading it
-    if (adapter := _adapter_of_run(path)) is not None:
-        return [adapter], []
     children = [child for child in sorted(path.iterdir()) if child.is_dir()]
     own = [child for child in children if not child.name.startswith(".")]
     adapters = [_adapter_of_run(child) or child for child in own]

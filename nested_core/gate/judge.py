@@ -14,13 +14,14 @@ import numpy as np
 from nested_core import backend
 from nested_core.config.gate import GateSection
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import DamagedError
+from nested_core.errors import DamagedError, NestedTuneError
 from nested_core.gate.base_compatibility import base_reasons, config_reasons, fingerprint_reasons
 from nested_core.gate.fresh_process_check import ProofRequest, prove_effect_in_fresh_process
 from nested_core.gate.lora_effect import no_effect_reasons, overflow_reasons, require_lora_factors
 from nested_core.gate.loss_bounds import drift_reasons, harm_reasons, loss_reasons
 from nested_core.gate.recorded_verdict import require_same_verdict
 from nested_core.gate.run_evidence import RunEvidence, collect_evidence, config_file_entry
+from nested_core.gate.sample_bounds import judge_samples, require_same_samples
 from nested_core.gate.task_bounds import (
     judge_answers,
     require_same_task_results,
@@ -35,6 +36,7 @@ from nested_core.gate.verdict import (
     Drift,
     JudgedAdapter,
     Reason,
+    SampleVerdict,
     Validation,
     Verdict,
     describe_examples,
@@ -44,6 +46,7 @@ from nested_core.registry.gate_file import require_verdict_manifest
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.sample_answers_file import render_sample_answers
 from nested_core.text.stages import stages
 
 if TYPE_CHECKING:
@@ -163,6 +166,8 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory, recorded: Mapping
     bound = require_verdict_manifest(run.path, recorded)
     files = evidence.files | {run.config.name: describe_file(run.config)}
     written = {run.training_examples}
+    if run.sample_answers.name in bound:
+        written.add(run.sample_answers)
     if run.gate_losses.name in bound or isinstance(recorded.get("validation"), dict):
         written.add(run.gate_losses)
     files |= {path.name: describe_file(path) for path in written}
@@ -176,6 +181,7 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory, recorded: Mapping
         )
     require_same_verdict(verdict, recorded, run)
     require_same_task_results(config.gate, run, recorded)
+    require_same_samples(run, recorded)
 
 
 def _judge_without_model(config: FineTuneConfig, run: RunDirectory) -> tuple[Verdict, RunEvidence]:
@@ -300,8 +306,39 @@ def _compare_losses(
         general=general,
         written_files=files,
     )
+    measured = _judge_sample_answers(measured, base, run, evidence)
     rival = None if isinstance(champion, UnusableChampion) else champion
     return _compare_task_answers(measured, base, run, evidence, rival)
+
+
+def _judge_sample_answers(
+    verdict: Verdict, base: LoadedBase, run: RunDirectory, evidence: RunEvidence
+) -> Verdict:
+    """Add what base and adapter answer to a few prompts, and whether training broke that.
+
+    A model that cannot be asked is no verdict under `gate.samples: warn`; the error says so.
+    """
+    from nested_core.gate.sample_answers import ask_samples
+
+    gate = base.config.gate
+    stages.info("gate: answers of base and adapter to sample prompts")
+    try:
+        rows = ask_samples(base, evidence)
+    except (NestedTuneError, OSError, MemoryError, RuntimeError, ValueError) as error:
+        if gate.samples == "fail":
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        stages.warning("samples: not answered, which is no verdict: %s", reason)
+        return replace(verdict, samples=SampleVerdict(asked=0, not_asked=reason[:300]))
+    judged = judge_samples(rows)
+    files = dict(verdict.written_files)
+    if rows:
+        files[run.sample_answers.name] = render_sample_answers(rows)
+    verdict = replace(verdict, samples=judged, written_files=files)
+    if judged.are_broken and gate.samples == "fail":
+        reason = f"{judged.describe()}; gate.samples is fail"
+        return _add_reasons(verdict, [Reason("answers_broken", reason)])
+    return verdict
 
 
 def _compare_task_answers(

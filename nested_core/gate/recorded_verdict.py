@@ -27,6 +27,7 @@ BOUNDS_ADDED_LATER = {
     "drift",
     "held_out",
     "max_harmed_share",
+    "samples",
 }  # a verdict of an earlier release lacks them
 NORM_FIELDS = ("max_abs_delta", "relative_delta")
 

@@ -44,6 +44,7 @@ Code = Literal[
     "task_below",
     "task_regressed",
     "examples_harmed",
+    "answers_broken",
     "unreadable",
     "config_mismatch",
     "base_mismatch",
@@ -448,6 +449,37 @@ class TaskResult:
 
 
 @dataclass(frozen=True)
+class SampleVerdict:
+    """Whether training broke the answers to sample prompts (gate/sample_answers.py).
+
+    asked: the prompts; judged: those to which the base's own answer is sound, 0 for too few.
+    broken: of the judged ones, the answers that the candidate's damage counts in; ways: how.
+    not_asked: why nothing was asked, where the model could not answer.
+    """
+
+    asked: int
+    judged: int = 0
+    broken: int = 0
+    ways: dict[str, int] = field(default_factory=dict)
+    not_asked: str | None = None
+
+    @property
+    def are_broken(self) -> bool:
+        """Whether most of the judged answers are."""
+        return 2 * self.broken > self.judged
+
+    def describe(self) -> str:
+        """`3 of 3 sample answers are broken: 3 repeat one token or pair to the end`."""
+        words = {
+            "empty": "empty",
+            "repeated": "one token or pair repeated to the end",
+            "endless": "without an end",
+        }
+        ways = ", ".join(f"{count} {words.get(way, way)}" for way, count in self.ways.items())
+        return f"{self.broken} of {self.judged} sample answers are broken ({ways})"
+
+
+@dataclass(frozen=True)
 class JudgedAdapter:
     """An adapter that was judged: its path, and the digest of its meaning and tensors."""
 
@@ -478,6 +510,7 @@ class Verdict:
     fused: dict[str, Any] | None = None
     proof: dict[str, Any] | None = None
     tasks: tuple[TaskResult, ...] = ()
+    samples: SampleVerdict | None = None
     judged_files: Mapping[str, FileEntry] = field(default_factory=dict, compare=False)
     written_files: Mapping[str, bytes] = field(default_factory=dict, compare=False)
     answers: tuple[AnswerRecord, ...] = field(default=(), compare=False)
@@ -508,9 +541,26 @@ class Verdict:
         )
 
     @property
+    def has_broken_answers(self) -> bool:
+        """Whether training broke most answers to the sample prompts: nothing to promote."""
+        return self.samples is not None and self.samples.are_broken
+
+    @property
     def rival(self) -> str | None:
         """The champion that the adapter was judged against; None where there was none."""
         return None if self.champion is None else self.champion.version
+
+    def notes(self) -> list[str]:
+        """What a person has to know beside a verdict of `passed`, a line each."""
+        if not self.has_passed:
+            return []
+        lost = [note for task in self.tasks if (note := task.describe_lost()) is not None]
+        if self.samples is not None and self.samples.are_broken:
+            lost.append(
+                f"{self.samples.describe()}: do not promote it; a lower learning rate or fewer "
+                f"passes may keep the model ({GATE_GUIDE}#answers_broken)"
+            )
+        return lost
 
     def summary(self) -> str:
         """One line: the codes, or what changed."""
@@ -519,6 +569,7 @@ class Verdict:
         changed = sum(tensor.changed for tensor in self.tensors)
         tensors = f"{changed} of {len(self.tensors)} tensors changed"
         answers = "".join(f"; {task.describe()}" for task in self.tasks)
+        broken = ", answers broken" if self.has_broken_answers else ""
         if self.validation is not None:
             before, after = self.validation.loss_before, self.validation.loss_after
             losses = f"{loss_name_for_file(self.validation.file)} {format_change(before, after)}"
@@ -526,12 +577,12 @@ class Verdict:
                 losses = f"{loss_name_for_file(self.validation.file)} not judged"
             doubts = "".join(f"; {doubt}" for doubt in self.validation.doubts())
             doubt = self.validation.describe_inconclusive()
-            passed = "passed" if doubt is None else f"passed, {doubt}"
+            passed = f"passed{broken}" if doubt is None else f"passed{broken}, {doubt}"
             return f"{passed}: {tensors}, {losses} ({self.describe_data()}){doubts}{answers}"
         if self.tasks:
-            return f"passed: {tensors}, no held-out loss{answers}"
+            return f"passed{broken}: {tensors}, no held-out loss{answers}"
         if self.tiers:  # a run, not any two adapters
-            return f"passed: changed and sound; quality not measured ({tensors})"
+            return f"passed{broken}: changed and sound; quality not measured ({tensors})"
         return f"passed: {tensors}"
 
     def describe_data(self) -> str:

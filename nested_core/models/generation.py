@@ -47,12 +47,14 @@ class Answer:
     tokens: how many were generated, without the end of the text.
     is_endless: it was cut off at max_tokens, or at the end of the model's context.
     is_repeated: it is one token, again and again.
+    repeated_tail: how many tokens at its end are one token, or one pair, again and again.
     """
 
     text: str
     tokens: int
     is_endless: bool
     is_repeated: bool
+    repeated_tail: int = 0
 
     @property
     def is_empty(self) -> bool:
@@ -169,7 +171,26 @@ class _UnfinishedAnswer:
         is_repeated = (
             len(self.tokens) >= MIN_TOKENS_OF_REPEATED_ANSWER and len(set(self.tokens)) == 1
         )
-        return Answer(text[: min(ends, default=None)], len(self.tokens), is_endless, is_repeated)
+        return Answer(
+            text[: min(ends, default=None)],
+            len(self.tokens),
+            is_endless,
+            is_repeated,
+            _count_repeated_tail(self.tokens),
+        )
+
+
+def _count_repeated_tail(tokens: Sequence[int]) -> int:
+    """How many tokens at the end repeat one token or one pair; 0 where nothing is said twice."""
+    longest = 0
+    for period in (1, 2):
+        start = len(tokens) - period
+        while start > 0 and tokens[start - 1] == tokens[start - 1 + period]:
+            start -= 1
+        length = len(tokens) - start
+        if length >= 2 * period:
+            longest = max(longest, length)
+    return longest
 
 
 def _answer_in_batches(

@@ -389,7 +389,7 @@ def judge(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = No
 def _write_verdict(config: FineTuneConfig, run: RunDirectory, verdict: Verdict) -> None:
     """Write what was measured, then gate.json and the manifest that binds it to that."""
     remove_file(run.manifest)  # no verdict is bound to files that are written anew
-    for earlier in (run.gate_losses, run.training_examples, run.answers):
+    for earlier in (run.gate_losses, run.training_examples, run.answers, run.sample_answers):
         remove_file(earlier)
     judged = dict(verdict.judged_files)
     for name, content in verdict.written_files.items():

@@ -101,8 +101,10 @@ class Candidate(BaseModel):
     The verdict is the newest one against the champion that is asked about. `initial` is the digest
     of the adapter that training started from, `loss_before` that adapter's loss on the same
     examples as `loss_after`, and `start` compares the two. `chosen_among` is the number of steps
-    among which these examples chose. `champion` is None where the gate judged none, and
-    `was_champion_judged` is false in a verdict of an earlier release, whose gate judged none ever.
+    among which these examples chose. `broken_answers` are the sample answers that training broke
+    and how many were judged, None where those are not most. `champion` is None where the gate
+    judged none, and `was_champion_judged` is false in a verdict of an earlier release, whose gate
+    judged none ever.
     `judgement` is the hash of the verdict's file, None for the version's first.
     """
 
@@ -124,6 +126,7 @@ class Candidate(BaseModel):
     start: RecordedComparison | None = None
     champion: RecordedChampionLosses | None = None
     was_champion_judged: bool = False
+    broken_answers: tuple[int, int] | None = None
     noise: Literal["paired", "none"] = "none"
     thresholds: dict[str, Any] | None = None
 
@@ -168,9 +171,18 @@ def _make_candidate(version: str, chosen: Judgement) -> Candidate:
         start=RecordedComparison.model_validate(validation) if validation else None,
         champion=gate.get("champion"),
         was_champion_judged="champion" in gate,
+        broken_answers=_read_broken_answers(gate.get("samples")),
         noise=(gate.get("thresholds") or {}).get("noise", "none"),
         thresholds=gate.get("thresholds"),
     )
+
+
+def _read_broken_answers(samples: Any) -> tuple[int, int] | None:
+    """The broken and the judged answers in a verdict's `samples`, where most are broken."""
+    if samples is None:  # of an earlier release, or no prompt was asked
+        return None
+    broken, judged = int(samples["broken"]), int(samples["judged"])
+    return (broken, judged) if 2 * broken > judged else None
 
 
 def read_newest_verdict(
@@ -482,8 +494,8 @@ def find_refusal(
     if rule.is_never:
         whose = "registry.promote" if section.promote == "never" else f"the policy of {name}"
         return f"{whose} is never"
-    if candidate.verdict != "passed":
-        return f"the gate, judging it again, rejected it: {', '.join(candidate.reasons)}"
+    if (reason := _why_not_sound(candidate, rule)) is not None:
+        return reason
     if looser := find_looser_bounds(policy, candidate.thresholds):
         return (
             f"it was judged by looser bounds than the policy of {name} has "
@@ -508,6 +520,16 @@ def find_refusal(
         version = shorten_digest(candidate.version)
         whose = "registry.promote" if section.promote == "approve" else f"the policy of {name}"
         return f"{WAITING_OUTCOME} of {version}: {whose} is approve"
+    return None
+
+
+def _why_not_sound(candidate: Candidate, rule: PromotionRule) -> str | None:
+    """What the verdict itself has against a version; a person who is asked sees broken answers."""
+    if candidate.verdict != "passed":
+        return f"the gate, judging it again, rejected it: {', '.join(candidate.reasons)}"
+    if candidate.broken_answers is not None and not rule.asks_person:
+        broken, judged = candidate.broken_answers
+        return f"{broken} of {judged} sample answers are broken: a person decides"
     return None
 
 

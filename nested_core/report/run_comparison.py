@@ -333,7 +333,8 @@ def _describe_verdict(record: RunRecord) -> str | None:
     if record.verdict.has_passed:
         losses = record.verdict.validation
         doubt = None if losses is None else losses.describe_inconclusive()
-        return "passed" if doubt is None else f"passed, {doubt}"
+        passed = "passed, answers broken" if record.verdict.has_broken_answers else "passed"
+        return passed if doubt is None else f"{passed}, {doubt}"
     return f"failed: {', '.join(reason.code for reason in record.verdict.reasons[:3])}"
 
 

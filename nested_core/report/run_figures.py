@@ -87,6 +87,12 @@ def gate_loss_of(gate: Mapping[str, Any] | None) -> float | None:
     return loss if isinstance(loss, int | float) else None
 
 
+def has_broken_answers(gate: Mapping[str, Any] | None) -> bool:
+    """Whether the content of gate.json says that training broke the answers to sample prompts."""
+    samples = None if gate is None else gate.get("samples")
+    return isinstance(samples, dict) and 2 * samples.get("broken", 0) > samples.get("judged", 0)
+
+
 def describe_length(step: int, steps: int | None, plan: TrainingPlan | None) -> str:
     """What was trained: "200 of 200 steps, 20 passes over train.jsonl"."""
     text = f"{step:,} steps" if steps is None else f"{step:,} of {steps:,} steps"

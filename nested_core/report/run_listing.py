@@ -24,6 +24,7 @@ class ListedRun:
     offered_step, offered_val_loss, gate_loss: of the adapter that the run offers (RunFigures).
     state: as in `status`, or "damaged"; then `problem` says what is wrong.
     started: ISO 8601, UTC.
+    answers_broken: whether training broke the answers to the sample prompts.
     conclusion: the gate's word for the held-out loss: better, no_worse, inconclusive or worse.
     """
 
@@ -41,6 +42,7 @@ class ListedRun:
     not_finite: tuple[str, ...] = ()
     problem: str | None = None
     conclusion: str | None = None
+    answers_broken: bool = False
 
     @property
     def name(self) -> str:
@@ -49,6 +51,8 @@ class ListedRun:
 
     def describe_verdict(self) -> str | None:
         """What is wrong with a damaged run, else what the gate said: `passed, inconclusive`."""
+        if self.verdict == "passed" and self.answers_broken:
+            return "passed, answers broken"
         if self.verdict == "passed" and self.conclusion == "inconclusive":
             return "passed, inconclusive"
         return self.problem or self.verdict
@@ -105,4 +109,5 @@ def _read_listed_run(run: RunDirectory) -> ListedRun:
         gate_loss=status["gate_loss"],
         not_finite=tuple(name.removeprefix("current_") for name in status["not_finite"]),
         conclusion=status["conclusion"],
+        answers_broken=status["answers_broken"],
     )

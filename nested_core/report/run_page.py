@@ -121,7 +121,10 @@ class RunReport:
 
     def _verdict_section(self) -> Html:
         record = self.record
-        class_ = f"verdict {_CSS_CLASS_BY_STATE.get(record.state, '')}".strip()
+        color = _CSS_CLASS_BY_STATE.get(record.state, "")
+        if record.verdict is not None and record.verdict.has_broken_answers:
+            color = "warn"
+        class_ = f"verdict {color}".strip()
         parts = [paragraph(describe_outcome(record), class_=class_)]
         if self.error is not None:
             parts.append(paragraph(truncated_text(self.error, 2000), class_="bad"))
@@ -132,6 +135,9 @@ class RunReport:
         if verdict is not None:
             if len(verdict.reasons) > 1:
                 parts.append(_reasons_table(verdict))
+            parts += [
+                paragraph(truncated_text(note, 600), class_="warn") for note in verdict.notes()
+            ]
             parts.append(key_numbers(decisive_numbers(verdict)))
         if record.red_flags:
             flags = [element("li", truncated_text(flag)) for flag in record.red_flags[:10]]
@@ -165,6 +171,8 @@ def describe_outcome(record: RunRecord) -> str:
         return f"Trained to {step}, not judged yet{measured}."
     if record.dataset is not None and record.dataset.errors:
         return "Failed: the data set was rejected, and nothing was trained."
+    if record.state == "never began":
+        return "Never began: it was refused before its first step, and nothing was trained."
     return f"Not judged: it ended at {step}{measured}; --resume goes on from its last checkpoint."
 
 
@@ -177,7 +185,10 @@ def _describe_verdict(verdict: Verdict) -> str:
         return f"Rejected, {first.code}: {first.message}{others}."
     losses = verdict.validation
     if losses is None and not verdict.tasks:
-        return "Passed: changed and sound; its quality was not measured, for nothing was held out."
+        passed = "Passed, answers broken" if verdict.has_broken_answers else "Passed"
+        return (
+            f"{passed}: changed and sound; its quality was not measured, for nothing was held out."
+        )
     parts = []
     if losses is not None and losses.loss_before is not None and losses.loss_after is not None:
         before, after = format_loss(losses.loss_before), format_loss(losses.loss_after)
@@ -189,7 +200,8 @@ def _describe_verdict(verdict: Verdict) -> str:
         for task in verdict.tasks
     ]
     doubt = None if losses is None else losses.describe_inconclusive()
-    return f"{'Passed' if doubt is None else f'Passed, {doubt}'}: {', '.join(parts)}."
+    passed = "Passed, answers broken" if verdict.has_broken_answers else "Passed"
+    return f"{passed if doubt is None else f'{passed}, {doubt}'}: {', '.join(parts)}."
 
 
 def _reasons_table(verdict: Verdict) -> Html:

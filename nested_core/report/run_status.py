@@ -7,12 +7,17 @@ from typing import Any, Literal
 
 from nested_core.config.resume import read_run_config
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.report.run_figures import RunFigures, gate_loss_of, read_offered_step
+from nested_core.report.run_figures import (
+    RunFigures,
+    gate_loss_of,
+    has_broken_answers,
+    read_offered_step,
+)
 from nested_core.storage.checkpoint_verification import list_checkpoints, newest_sound_checkpoint
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.metrics_file import read_latest_values, read_loss_records
 
-State = Literal["running", "verified", "rejected", "trained", "resumable"]
+State = Literal["running", "verified", "rejected", "trained", "resumable", "never began"]
 
 
 def read_status(run: RunDirectory) -> dict[str, Any]:
@@ -43,6 +48,7 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
         "updates": latest.get("updates"),
         "checkpoint": _name_resume_checkpoint(run, state),
         "verdict": verdict,
+        "answers_broken": has_broken_answers(gate),
         "conclusion": None if gate is None else (gate.get("validation") or {}).get("conclusion"),
     }
 
@@ -86,7 +92,9 @@ def describe_state(run: RunDirectory, holder: int | None, verdict: str | None) -
         return "running"
     if verdict is not None:
         return "verified" if verdict == "passed" else "rejected"
-    return "trained" if run.result.exists() else "resumable"
+    if run.result.exists():
+        return "trained"
+    return "resumable" if run.has_begun_training() else "never began"
 
 
 def _name_resume_checkpoint(run: RunDirectory, state: str) -> str | None:

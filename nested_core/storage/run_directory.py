@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,6 +83,20 @@ class RunDirectory:
     def has_run_files(self) -> bool:
         """Whether a run has left a file of its own here; a config.yaml alone may be anybody's."""
         return any(path.is_file() for path in (self.lock, self.dataset, self.tiers))
+
+    def has_begun_training(self) -> bool:
+        """Whether training was set up here, which comes after all that can be refused."""
+        return self.plan.exists() or self.metrics.exists()
+
+    def remove_if_never_began(self) -> None:
+        """Remove the folder of a run that was refused before its first step, and an empty parent.
+
+        For a folder that this process named and made; nobody else's is in it.
+        """
+        if self.path.is_dir() and not self.has_begun_training() and self.holder() is None:
+            shutil.rmtree(self.path)
+            with suppress(OSError):  # other runs are in it
+                self.path.parent.rmdir()
 
     def require_begun(self) -> None:
         """Raise ConfigError if no run began here, DamagedError if its config.yaml is no file."""

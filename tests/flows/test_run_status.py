@@ -47,7 +47,7 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Fi
 
 def test_each_stage_of_a_run_has_its_state(states: tuple[dict[str, str], Finished]) -> None:
     assert states[0] == {
-        "loaded": "resumable",
+        "loaded": "never began",
         "locked": "running",
         "stopped": "resumable",
         "trained": "trained",
@@ -70,7 +70,7 @@ def test_a_verdict_that_a_resumed_run_takes_away_meanwhile_is_none(
 
     monkeypatch.setattr(gate_file, "read_json", after)
     status = read_status(run)
-    assert (status["verdict"], status["state"]) == (None, "resumable")
+    assert (status["verdict"], status["state"]) == (None, "never began")
 
 
 def test_a_verdict_without_its_manifest_is_none_and_an_edited_one_is_damage(

@@ -31,6 +31,7 @@ ADAPTER = ("adapters.safetensors", "adapter_config.json")
 FILES = (
     *("config.yaml", "dataset.json", "tiers.json", "metrics.jsonl", "result.json"),
     *("gate-losses.jsonl", "training-examples.bin", "validation-losses.jsonl"),
+    "sample-answers.jsonl",
     *(f"{folder}/{name}" for folder in ("initial", "adapter", CHECKPOINT) for name in ADAPTER),
     *(f"{CHECKPOINT}/{name}" for name in ("optimizer.safetensors", "state.json", "MANIFEST.json")),
 )

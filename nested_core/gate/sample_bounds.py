@@ -1,0 +1,58 @@
+"""Whether training broke the answers to sample prompts, from the file that holds them.
+
+Nothing here needs a model: `promote` does it again and compares.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from nested_core.errors import DamagedError
+from nested_core.gate.verdict import SampleVerdict
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.sample_answers_file import BrokenHow, SampleAnswers, read_sample_answers
+
+MIN_PROMPTS = 3  # fewer answers of a sound base judge nothing
+
+
+def is_sound(damage: BrokenHow | None) -> bool:
+    """Whether a base's answer lets its prompt judge: an answer that is merely long does."""
+    return damage not in ("empty", "repeated")
+
+
+def judge_samples(rows: Sequence[SampleAnswers]) -> SampleVerdict:
+    """How many of the answers training broke, of those to prompts whose base's answer is sound.
+
+    An answer without an end counts where the base's had one.
+    """
+    judged = [row for row in rows if is_sound(row.base_broken)]
+    if len(judged) < MIN_PROMPTS:
+        return SampleVerdict(asked=len(rows))
+    ways = Counter(
+        row.adapter_broken
+        for row in judged
+        if row.adapter_broken is not None
+        and not (row.adapter_broken == "endless" and row.base_broken == "endless")
+    )
+    return SampleVerdict(
+        asked=len(rows),
+        judged=len(judged),
+        broken=sum(ways.values()),
+        ways={str(way): count for way, count in sorted(ways.items())},
+    )
+
+
+def require_same_samples(run: RunDirectory, recorded: Mapping[str, Any]) -> None:
+    """Raise DamagedError unless the recorded judgement is that of the answers in the run's file."""
+    samples = recorded.get("samples")
+    if not isinstance(samples, dict) or samples.get("not_asked") is not None:
+        return
+    now = judge_samples(read_sample_answers(run.sample_answers) if samples.get("asked") else ())
+    if samples != asdict(now):
+        raise DamagedError(
+            f"{run.gate} is not the verdict on {run.sample_answers.name} beside it: samples "
+            f"differ. Judge the run again with --resume."
+        )

@@ -1,0 +1,185 @@
+"""Answers that training broke: found on sample prompts, and no promotion by itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core.config.gate import GateSection
+from nested_core.errors import DamagedError, GateRejected
+from nested_core.gate import recheck_verdict
+from nested_core.gate.sample_answers import find_damage
+from nested_core.gate.sample_bounds import judge_samples
+from nested_core.models.generation import Answer, _count_repeated_tail
+from nested_core.pipeline import steps
+from nested_core.pipeline.publishing import register_run
+from nested_core.registry.gate_file import read_gate, require_verdict_manifest, write_gate
+from nested_core.registry.promotion_policy import promote_by_policy
+from nested_core.report.run_listing import list_runs
+from nested_core.report.run_page import read_report
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.sample_answers_file import BrokenHow, SampleAnswers
+from tests.example import Finished, train_example
+
+
+class Words:
+    """A tokenizer whose tokens are words."""
+
+    def encode(self, text: str, **_: Any) -> list[str]:
+        return text.split()
+
+
+def answer(text: str, *, endless: bool = False) -> Answer:
+    words = text.split()
+    ids = [sorted(set(words)).index(word) for word in words]
+    return Answer(text, len(words), endless, False, _count_repeated_tail(ids))
+
+
+@pytest.mark.parametrize(
+    ("text", "endless", "expected", "damage"),
+    [
+        ("the the the the the the the the", True, "In Norway.", "repeated"),
+        ("In Norway and so and so and so and so", True, "In Norway.", "repeated"),
+        ("  ", False, "In Norway.", "empty"),
+        ("a b c d e f g h", True, "In Norway.", "endless"),
+        ("a b c d e f g", True, "In Norway.", None),  # not four times as long
+        ("a b c d e f g h", False, "In Norway.", None),  # it ended
+        ("a b c d e f g h", True, None, None),  # nobody knows how long it should be
+        ("ha ha ha ha ha ha", False, "ha ha ha ha ha ha", None),  # what the data expects
+        ("", False, "", None),
+        ("one two three four five six seven ha ha ha ha ha ha", False, "x", None),  # below half
+    ],
+)
+def test_how_an_answer_is_broken(
+    text: str, endless: bool, expected: str | None, damage: BrokenHow | None
+) -> None:
+    assert find_damage(answer(text, endless=endless), expected, Words()) == damage
+
+
+def rows(*pairs: tuple[BrokenHow | None, BrokenHow | None]) -> list[SampleAnswers]:
+    return [SampleAnswers("p", None, "b", None, "a", "x:1", *pair) for pair in pairs]
+
+
+SOUND, BROKEN = (None, None), (None, "repeated")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "judged", "broken", "are_broken"),
+    [
+        ([BROKEN, BROKEN, SOUND], 3, 2, True),
+        ([BROKEN, SOUND, SOUND], 3, 1, False),
+        ([BROKEN, BROKEN, SOUND, SOUND], 4, 2, False),  # half is not most
+        ([BROKEN, BROKEN], 0, 0, False),  # too few to judge
+        ([BROKEN, BROKEN, ("empty", "repeated")], 0, 0, False),  # a base that is broken itself
+        ([("endless", "endless")] * 3, 3, 0, False),  # no end before, no end after
+        ([("endless", "repeated")] * 3, 3, 3, True),
+        ([], 0, 0, False),
+    ],
+)
+def test_most_answers_of_a_sound_base_have_to_be_broken(
+    pairs: list[tuple[BrokenHow | None, BrokenHow | None]],
+    judged: int,
+    broken: int,
+    are_broken: bool,
+) -> None:
+    found = judge_samples(rows(*pairs))
+    assert (found.asked, found.judged, found.broken) == (len(pairs), judged, broken)
+    assert found.are_broken is are_broken
+
+
+@pytest.fixture(scope="module")
+def destroyed(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Trained with a rate so high that the loss falls and the model says one word for ever."""
+    folder = tmp_path_factory.mktemp("destroyed")
+    registry = {"path": str(folder / "registry"), "name": "capitals", "promote": "always"}
+    changes = {"learning_rate": 0.2, "iters": 40, "registry": registry}
+    return train_example(folder / "runs" / "one", **changes)
+
+
+def test_a_destroyed_model_is_said_to_be_that_and_is_not_promoted_by_itself(
+    destroyed: Finished,
+) -> None:
+    config, run = destroyed.config, destroyed.run
+    verdict = steps.judge(config, run)
+    assert verdict.validation is not None
+    assert verdict.validation.conclusion == "better"  # the loss alone would have promoted it
+    assert verdict.summary().startswith("passed, answers broken: ")
+    (note,) = verdict.notes()
+    assert note.startswith("3 of 3 sample answers are broken (")
+    assert "do not promote it" in note
+    (listed,) = list_runs(run.path.parent)
+    assert listed.describe_verdict() == "passed, answers broken"
+    page = read_report(run.path).to_html()
+    assert "Passed, answers broken" in page
+    assert "3 of 3 sample answers are broken" in page
+
+    version = register_run(config, run, None)
+    refusal = "3 of 3 sample answers are broken: a person decides"
+    assert promote_by_policy(config.registry, version, None) == refusal
+    asked = config.registry.model_copy(update={"promote": "approve"})
+    assert "waiting for approval" in str(promote_by_policy(asked, version, None))
+
+
+def test_with_fail_broken_answers_are_a_reason(destroyed: Finished) -> None:
+    strict = destroyed.config.model_copy(update={"gate": GateSection(samples="fail")})
+    with pytest.raises(GateRejected, match=r"answers_broken \(3 of 3 sample answers are broken"):
+        steps.judge(strict, destroyed.run)
+    assert [r["code"] for r in read_gate(destroyed.run.gate)["reasons"]] == ["answers_broken"]
+
+
+def edit_verdict(run: RunDirectory, samples: dict[str, Any]) -> None:
+    gate = read_gate(run.gate)
+    manifest = require_verdict_manifest(run.path, gate)
+    gate["samples"] |= samples
+    write_gate(run.path, gate, manifest)
+
+
+def test_a_verdict_that_counts_other_answers_than_the_file_holds_is_refused(
+    destroyed: Finished,
+) -> None:
+    config, run = destroyed.config, destroyed.run
+    steps.judge(config, run)
+    recheck_verdict(config, run, read_gate(run.gate))
+    edit_verdict(run, {"broken": 0, "ways": {}})
+    with pytest.raises(DamagedError, match="samples differ"):
+        recheck_verdict(config, run, read_gate(run.gate))
+
+
+def test_a_healthy_adapter_is_not_flagged(tmp_path: Path) -> None:
+    done = train_example(tmp_path / "run", iters=30)
+    verdict = steps.judge(done.config, done.run)
+    assert verdict.samples is not None
+    assert (verdict.samples.asked, verdict.samples.judged, verdict.samples.broken) == (3, 3, 0)
+    assert verdict.summary().startswith("passed: ")
+    assert verdict.notes() == []
+    answers = [json.loads(line) for line in done.run.sample_answers.read_text().splitlines()]
+    assert [row["adapter_broken"] for row in answers] == [None] * 3
+
+
+def test_a_model_that_cannot_be_asked_is_no_verdict_and_under_fail_an_error(
+    destroyed: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no cache for this model")
+
+    monkeypatch.setattr("nested_core.gate.sample_answers.answer_prompts", fail)
+    verdict = steps.judge(destroyed.config, destroyed.run)
+    assert verdict.samples is not None
+    assert verdict.samples.not_asked == "RuntimeError: no cache for this model"
+    assert not verdict.has_broken_answers
+    strict = destroyed.config.model_copy(update={"gate": GateSection(samples="fail")})
+    with pytest.raises(Exception, match="no cache for this model"):
+        steps.judge(strict, destroyed.run)
+
+
+def test_more_prompts_are_asked_where_the_bases_own_answers_are_broken(
+    destroyed: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter(["empty", "empty", None, *[None] * 20])
+    monkeypatch.setattr("nested_core.gate.sample_answers.find_damage", lambda *_: next(found))
+    verdict = steps.judge(destroyed.config, destroyed.run)
+    assert verdict.samples is not None
+    assert (verdict.samples.asked, verdict.samples.judged) == (5, 3)
