@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from flows.os_errors import explain, explain_file_limit, explain_missing_mlx
@@ -20,7 +22,12 @@ from nested_core.text.foreign_text import escape
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with one paragraph for a wrong command line where it would print its usage."""
+    """argparse, with one paragraph for a wrong command line where it would print its usage.
+
+    commands: the parser of each command, by its name; empty for a command's own.
+    """
+
+    commands: Mapping[str, argparse.ArgumentParser] = MappingProxyType({})
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}. See: {self.prog} --help")
@@ -31,14 +38,17 @@ class _Commands:
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         self._subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+        self.parsers: dict[str, argparse.ArgumentParser] = {}
 
     def add_parser(self, name: str, *, help: str, **options: Any) -> argparse.ArgumentParser:
         """Add a command; `help` is its line, a sentence without capital and full stop."""
         description = f"{help[0].upper()}{help[1:]}."
-        return self._subparsers.add_parser(name, help=help, description=description, **options)
+        parser = self._subparsers.add_parser(name, help=help, description=description, **options)
+        self.parsers[name] = parser
+        return parser
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> _Parser:
     """The parser of all commands; importing them takes long enough for a person to press Ctrl-C."""
     from flows.commands import (
         chat,
@@ -62,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--version", action="version", version=f"nested-tune {version('nested-tune')}"
     )
     commands = _Commands(parser)
+    parser.commands = commands.parsers
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
     running = (demo, training, planning)
@@ -79,13 +90,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _refuse_undecodable(arguments)
         parser = build_parser()
+        _refuse_unknown_command(arguments, list(parser.commands))
         parsed, unknown = parser.parse_known_args(arguments)
         if parsed.command is None:
             parser.print_help(sys.stderr)
             return ConfigError.exit_code
         if unknown:
-            place = f"nested-tune {parsed.command} --help"
-            raise ConfigError(f"unrecognized arguments: {' '.join(unknown)}. See: {place}")
+            raise ConfigError(
+                _describe_unknown_arguments(parsed, unknown, parser.commands[parsed.command])
+            )
         # Libraries print as they like; standard output is for the result alone.
         with contextlib.redirect_stdout(sys.stderr):
             finish = parsed.run(parsed)
@@ -108,6 +121,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except Exception as error:  # the last line of defence: a person gets a paragraph
         return _print_error(error, 1, arguments, _describe_unexpected_error(error))
+
+
+def _refuse_unknown_command(arguments: Sequence[str], commands: Sequence[str]) -> None:
+    """Name the command that was meant, where the first word is none."""
+    given = next(iter(arguments), "-")
+    if given.startswith("-") or given in commands:
+        return
+    close = difflib.get_close_matches(given, commands, n=1)
+    meant = f"; did you mean {close[0]}?" if close else "."
+    raise ConfigError(f"there is no command {given}{meant} `nested-tune --help` lists them all.")
+
+
+def _describe_unknown_arguments(
+    parsed: argparse.Namespace, unknown: Sequence[str], parser: argparse.ArgumentParser
+) -> str:
+    """What of a command line is not understood, and what may have been meant."""
+    flags = list(parser._option_string_actions)  # argparse offers no other list of them
+    hints = []
+    for word in unknown:
+        if word.startswith("--"):
+            close = difflib.get_close_matches(word.partition("=")[0], flags, n=1, cutoff=0.7)
+            hints += [f"Did you mean {flag}?" for flag in close]
+        elif word.endswith((".yaml", ".yml")) and "--config" in flags:
+            hints.append(f"Did you mean -c {word}?")
+        elif "--data" in flags and os.path.isdir(word):
+            hints.append(f"Did you mean --data {word}?")
+    told = " ".join([f"unrecognized arguments: {' '.join(unknown)}.", *hints])
+    return f"{told} See: nested-tune {parsed.command} --help"
 
 
 def _refuse_undecodable(arguments: Sequence[str]) -> None:

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.chat_view import show_answers
+from flows.commands.adapter_places import (
+    ADAPTER_FORMS,
+    add_registry_flag,
+    find_named_adapter,
+)
 from flows.terminal import print_progress
 from nested_core.errors import ConfigError
-from nested_core.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from nested_core.models.side_by_side import BaseAndAdapter
@@ -28,9 +32,10 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     chat.add_argument(
         "adapter",
         type=Path,
-        metavar="RUN_DIR|REGISTRY/NAME",
-        help="a run, or the champion of a name in a registry",
+        metavar=ADAPTER_FORMS,
+        help="the champion of a name in a registry, a run, or an adapter's folder",
     )
+    add_registry_flag(chat)
     chat.add_argument("--prompt", metavar="TEXT", help="ask this alone, then end")
     chat.add_argument(
         "--max-tokens", type=int, default=256, metavar="N", help="of an answer; default: 256"
@@ -48,9 +53,11 @@ def run_chat(arguments: argparse.Namespace) -> Callable[[], int]:
 
     if arguments.max_tokens < 1 or arguments.temperature < 0:
         raise ConfigError("chat: --max-tokens is 1 or more, and --temperature 0 or more.")
-    folder, model, trusts = find_adapter_and_base(arguments.adapter)
-    print_progress(f"adapter: {folder}")
-    both = BaseAndAdapter(folder, model=model, trust_remote_code=trusts)
+    asked = find_named_adapter(arguments.adapter, arguments.registry)
+    print_progress(f"adapter: {asked.folder}")
+    both = BaseAndAdapter(
+        asked.folder, model=asked.model, trust_remote_code=asked.trusts_remote_code
+    )
     sampling = Sampling(arguments.max_tokens, temperature=arguments.temperature)
 
     def finish() -> int:
@@ -60,43 +67,6 @@ def run_chat(arguments: argparse.Namespace) -> Callable[[], int]:
         return 0
 
     return finish
-
-
-def find_adapter_and_base(path: Path) -> tuple[Path, str | None, bool]:
-    """An adapter's folder, the base that its run names, and whether that may bring code.
-
-    Of a run it is the adapter that it offers, or while it trains the newest checkpoint. Raises
-    ConfigError for a path that is neither a run nor a name in a registry.
-    """
-    run = RunDirectory(path)
-    if run.config.is_file():
-        from nested_core.config.resume import read_run_config
-
-        run.require_begun()
-        config = read_run_config(run)
-        return _adapter_of(run), config.model, config.trust_remote_code
-    if not (path / "versions").is_dir():
-        raise ConfigError(
-            f"{path} is neither a run directory (it has no config.yaml) nor a name in a registry "
-            f"(it has no versions/). Give what `nested-tune train` printed, or REGISTRY/NAME."
-        )
-    from nested_core.registry import read_champion
-
-    champion = read_champion(path.parent, path.name)
-    if champion is None:
-        raise ConfigError(f"{path} has no champion yet: `nested-tune promote` makes one.")
-    return path / "versions" / champion, None, False
-
-
-def _adapter_of(run: RunDirectory) -> Path:
-    from nested_core.storage.checkpoint_verification import newest_sound_checkpoint
-
-    if run.adapter.is_dir():
-        return run.adapter
-    checkpoint = newest_sound_checkpoint(run.checkpoints)
-    if checkpoint is None:
-        raise ConfigError(f"{run.path} has no adapter and no checkpoint yet: nothing to ask.")
-    return checkpoint
 
 
 def _read_prompts() -> Iterator[str]:

@@ -37,7 +37,13 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compute the updates and lose them, as the original trainer did",
     )
-    demo.add_argument("--out", type=Path, help="default: demo, or demo-broken", metavar="DIR")
+    demo.add_argument(
+        *("-o", "--output", "--out"),
+        dest="out",
+        type=Path,
+        metavar="DIR",
+        help="default: demo, or demo-broken",
+    )
     demo.set_defaults(run=run_demo)
 
 

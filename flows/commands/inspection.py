@@ -9,6 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.commands.adapter_places import (
+    DEFAULT_REGISTRY,
+    add_registry_flag,
+    find_named_adapter,
+    name_folder_of,
+)
 from flows.commands.command_output import result_printer, text_printer
 from flows.terminal import ProgressLine, print_line, print_progress, print_table
 from nested_core.errors import ConfigError, GateRejected
@@ -33,8 +39,9 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="ADAPTER",
-        help="INITIAL and TRAINED; with --model, adapters (mlx-lm or PEFT) or folders of adapters",
+        help="INITIAL and TRAINED: names, runs or folders; with --model, also folders of adapters",
     )
+    add_registry_flag(verify)
     verify.add_argument(
         "--model", metavar="BASE", help="the base to audit against: a folder or a hub repository"
     )
@@ -61,7 +68,8 @@ def run_verify(arguments: argparse.Namespace) -> Callable[[], int]:
         )
     from nested_core.gate import verify_adapters
 
-    verdict = verify_adapters(*arguments.adapters)
+    initial, trained = (_find_folder(path, arguments.registry) for path in arguments.adapters)
+    verdict = verify_adapters(initial, trained)
 
     def show() -> None:
         """The verdict in a line, what became of each module, and with --all of each tensor."""
@@ -75,6 +83,18 @@ def run_verify(arguments: argparse.Namespace) -> Callable[[], int]:
 
     code = 0 if verdict.has_passed else GateRejected.exit_code
     return result_printer(arguments, verdict.to_json, show, code)
+
+
+def _find_folder(given: Path, registry: Path | None) -> Path:
+    """The adapter's folder of a run or a name; any other path as it is, for the gate to look at."""
+    is_name = name_folder_of(given) is not None or (
+        len(given.parts) == 1
+        and not given.exists()
+        and name_folder_of((registry or DEFAULT_REGISTRY) / given) is not None
+    )
+    if is_name or RunDirectory(given).config.is_file():
+        return find_named_adapter(given, registry).folder
+    return given
 
 
 def summarise_by_module(tensors: Iterable[TensorChange]) -> Iterator[tuple[object, ...]]:
@@ -98,7 +118,8 @@ def run_adapter_audit(arguments: argparse.Namespace) -> Callable[[], int]:
     """Audit adapters, or folders of them, against the base of --model."""
     from nested_core.gate.adapter_audit import audit_adapters, find_adapters
 
-    searched = [find_adapters(path, arguments.model) for path in arguments.adapters]
+    places = [_find_folder(path, arguments.registry) for path in arguments.adapters]
+    searched = [find_adapters(path, arguments.model) for path in places]
     for folder in (folder for _, skipped in searched for folder in skipped):
         print_progress(f"note: {folder} holds no adapter and is not audited")
     folders = [folder for found, _ in searched for folder in found]

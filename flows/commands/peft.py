@@ -7,9 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.commands.adapter_places import (
+    ADAPTER_FORMS,
+    add_registry_flag,
+    find_named_adapter,
+)
 from flows.commands.command_output import result_printer
 from flows.terminal import print_line, print_progress
-from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.output_places import require_free_place
 
 if TYPE_CHECKING:
     from nested_core.models.peft import Conversion
@@ -31,16 +36,22 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     exports.add_argument(
         "folder",
         type=Path,
-        metavar="ADAPTER_DIR",
-        help="an adapter, a run directory or REGISTRY/NAME/champion",
+        metavar=ADAPTER_FORMS,
+        help="the champion of a name in a registry, a run, or an adapter's folder",
     )
+    add_registry_flag(exports)
     exports.add_argument(
         "--model", metavar="BASE", help="base_model_name_or_path; default: as the adapter says"
     )
     exports.set_defaults(run=run_peft_export)
     for parser in (imports, exports):
         parser.add_argument(
-            "--out", type=Path, required=True, metavar="DIR", help="a new or empty folder"
+            *("-o", "--output", "--out"),
+            dest="out",
+            type=Path,
+            required=True,
+            metavar="DIR",
+            help="a new or empty folder",
         )
         parser.add_argument("--json", action="store_true", help="the result as one JSON document")
 
@@ -60,9 +71,9 @@ def run_peft_export(arguments: argparse.Namespace) -> Callable[[], int]:
     """Convert an mlx-lm adapter directory to a PEFT adapter."""
     from nested_core.models.peft import export_peft
 
-    run = RunDirectory(arguments.folder)
-    folder = run.adapter if run.config.is_file() else arguments.folder
-    done = export_peft(folder, arguments.out, arguments.model)
+    require_free_place(arguments.out, "-o")  # before anything is looked at
+    adapter = find_named_adapter(arguments.folder, arguments.registry)
+    done = export_peft(adapter.folder, arguments.out, arguments.model)
     return _report_conversion(
         done, arguments, f"r {done.config['r']}, alpha {done.config['lora_alpha']:g}"
     )

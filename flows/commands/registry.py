@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.commands.adapter_places import add_registry_arguments
 from flows.commands.command_output import result_printer, text_printer
 from flows.current_user import current_user
 from flows.terminal import print_line, print_progress, print_table
@@ -70,17 +71,6 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     forget.add_argument("version", metavar="VERSION", help="or its first 6 digits, or more")
     forget.add_argument("--by", required=True, metavar="WHO", help="stands in the history")
     forget.add_argument("--reason", required=True, metavar="TEXT", help="stands in the history")
-
-
-def add_registry_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add NAME, which may be given as --name too, and --registry."""
-    help_text = "the adapter's name in the registry"
-    name = parser.add_mutually_exclusive_group(required=True)
-    name.add_argument("name", nargs="?", default=argparse.SUPPRESS, metavar="NAME", help=help_text)
-    name.add_argument("--name", dest="name", metavar="NAME", help="the same")
-    parser.add_argument(
-        "--registry", type=Path, default=Path("registry"), metavar="DIR", help="default: registry"
-    )
 
 
 def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from flows.commands.adapter_places import add_registry_arguments
 from flows.commands.command_output import result_printer
 from flows.terminal import print_line, print_page, print_progress, print_table
 from nested_core.errors import DamagedError
@@ -35,15 +36,21 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
         help="what differs between runs: configuration, losses, verdicts, answers, speed",
     )
     compare.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN")
-    compare.add_argument("--html", type=Path, metavar="FILE", help="write a page with the curves")
+    compare.add_argument(
+        *("-o", "--output", "--html"),
+        dest="output",
+        type=Path,
+        metavar="FILE",
+        help="write a page with the curves",
+    )
     compare.add_argument("--json", action="store_true", help="as one JSON document")
     compare.set_defaults(run=run_compare)
     card = commands.add_parser(
         "card", parents=[shared], help="a model card for the champion of a registry's name"
     )
-    card.add_argument("name_folder", type=Path, metavar="REGISTRY/NAME")
     card.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: standard output")
     card.set_defaults(run=run_card)
+    add_registry_arguments(card)
 
 
 def run_report(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -109,7 +116,8 @@ def run_compare(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.report.run_comparison import compare_runs
     from nested_core.storage.atomic import write_bytes
 
-    target = None if arguments.html is None else require_output_file(arguments.html, "--html")
+    output: Path | None = arguments.output
+    target = None if output is None else require_output_file(output, "-o")
     comparison = compare_runs(arguments.run_dirs)
     if target is not None:
         write_bytes(target, comparison.to_html().encode("utf-8", "replace"))
@@ -121,8 +129,8 @@ def run_compare(arguments: argparse.Namespace) -> Callable[[], int]:
             print_line("These runs are not known to be judged on the same held-out examples.")
         for problem in (problem for r in comparison.records for problem in r.problems):
             print_line(f"damaged: {problem}")
-        if arguments.html is not None:
-            print_line(f"page: {arguments.html}")
+        if output is not None:
+            print_line(f"page: {output}")
 
     return result_printer(arguments, comparison.to_json, show)
 
@@ -132,9 +140,8 @@ def run_card(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.registry import read_champion_card
     from nested_core.storage.atomic import write_bytes
 
-    folder: Path = arguments.name_folder
     target = None if arguments.output is None else require_output_file(arguments.output, "-o")
-    card = read_champion_card(folder.parent, folder.name)
+    card = read_champion_card(arguments.registry, arguments.name)
     if target is not None:
         write_bytes(target, card.encode())
 

@@ -29,7 +29,15 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no model": (["train", "--data", "d"], "No model given on the command line."),
     "no data": (["validate", "--model", "m"], "No data given on the command line."),
     "neither": (["run"], "No model and no data given on the command line."),
-    "unknown command": (["trane"], "invalid choice: 'trane'"),
+    "unknown command": (["trane"], "there is no command trane; did you mean train?"),
+    "no command at all like it": (["xyzzy"], "there is no command xyzzy. `nested-tune --help`"),
+    "a flag with an underscore": (
+        ["train", "--learning_rate", "1e-4"],
+        "unrecognized arguments: --learning_rate 1e-4. Did you mean --learning-rate? See:",
+    ),
+    "a file without its flag": (["train", "config.yaml"], "Did you mean -c config.yaml? See:"),
+    "a folder without its flag": (["validate", "."], "Did you mean --data .? See:"),
+    "a path into no registry": (["history", "a/b"], "a/b is no name in a registry"),
     "unknown flag": (
         ["train", "--fast"],
         "unrecognized arguments: --fast. See: nested-tune train --help",

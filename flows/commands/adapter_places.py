@@ -1,0 +1,135 @@
+"""How every command takes an adapter: NAME, REGISTRY/NAME, ../champion, a run, or a folder."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nested_core.errors import ConfigError
+from nested_core.storage.run_directory import RunDirectory
+
+DEFAULT_REGISTRY = Path("registry")
+CHAMPION = "champion"
+VERSIONS = "versions"
+ADAPTER_FORMS = "NAME|REGISTRY/NAME|RUN_DIR|FOLDER"
+
+
+@dataclass(frozen=True)
+class NamedAdapter:
+    """An adapter's folder; `model` is the base that its run names, None where the adapter does.
+
+    trusts_remote_code: whether that base may bring code, by the run's configuration.
+    """
+
+    folder: Path
+    model: str | None = None
+    trusts_remote_code: bool = False
+
+
+def add_registry_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --registry, where a NAME is looked for."""
+    parser.add_argument(
+        "--registry", type=Path, metavar="DIR", help="where NAME is looked for; default: registry"
+    )
+
+
+def add_registry_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add NAME, which may be given as --name too or as REGISTRY/NAME, and --registry."""
+    help_text = "the adapter's name in the registry, or REGISTRY/NAME"
+    name = parser.add_mutually_exclusive_group(required=True)
+    name.add_argument("name", nargs="?", default=argparse.SUPPRESS, metavar="NAME", help=help_text)
+    name.add_argument("--name", dest="name", metavar="NAME", help="the same")
+    add_registry_flag(parser)
+    command: Callable[[argparse.Namespace], object] = parser.get_default("run")
+
+    def run(arguments: argparse.Namespace) -> object:
+        """The command, with registry and name apart."""
+        arguments.registry, arguments.name = split_name(arguments.name, arguments.registry)
+        return command(arguments)
+
+    parser.set_defaults(run=run)
+
+
+def split_name(text: str, registry: Path | None) -> tuple[Path, str]:
+    """The registry and the name of `NAME`, `REGISTRY/NAME` or `REGISTRY/NAME/champion`.
+
+    With --registry the text is a name alone. ConfigError for a path that leads into no registry.
+    """
+    if registry is not None or os.sep not in text:
+        return registry or DEFAULT_REGISTRY, text
+    folder = name_folder_of(Path(text))
+    if folder is None:
+        raise ConfigError(
+            f"{text} is no name in a registry: it has no {VERSIONS}/. Give NAME, which is looked "
+            f"for in {DEFAULT_REGISTRY}/ or under --registry, or REGISTRY/NAME; to begin a "
+            f"registry elsewhere give --registry DIR and NAME."
+        )
+    return folder.parent, folder.name
+
+
+def name_folder_of(path: Path) -> Path | None:
+    """The folder REGISTRY/NAME of that path or of its link `champion`; None for another path."""
+    folder = path.parent if path.name == CHAMPION else path
+    folder = Path(os.path.normpath(folder))
+    return folder if (folder / VERSIONS).is_dir() else None
+
+
+def find_named_adapter(given: Path, registry: Path | None = None) -> NamedAdapter:
+    """The adapter that a person means.
+
+    Of a run it is the one that it offers, or while it trains the newest checkpoint; of a name the
+    champion. What exists at the path comes before a name. Raises ConfigError for what is none.
+    """
+    run = RunDirectory(given)
+    if run.config.is_file() and run.has_run_files():
+        from nested_core.config.resume import read_run_config
+
+        run.require_begun()
+        config = read_run_config(run)
+        return NamedAdapter(_adapter_of_run(run), config.model, config.trust_remote_code)
+    folder = name_folder_of(given)
+    is_bare_name = folder is None and len(given.parts) == 1 and not given.exists()
+    if is_bare_name and ((registry or DEFAULT_REGISTRY) / given / VERSIONS).is_dir():
+        folder = (registry or DEFAULT_REGISTRY) / given
+    if folder is not None:
+        return NamedAdapter(champion_folder(folder))
+    if (given / "adapter_config.json").is_file():
+        return NamedAdapter(given)
+    raise ConfigError(_describe_unknown(given, registry))
+
+
+def _describe_unknown(given: Path, registry: Path | None) -> str:
+    from nested_core.registry import list_names
+
+    where = registry or DEFAULT_REGISTRY
+    names = ", ".join(list_names(where)[:5])
+    held = f"{where} holds {names}" if names else f"there is no registry {where} with names in it"
+    return (
+        f"{given} is neither a run directory (it has no config.yaml) nor a name in a registry (it "
+        f"has no {VERSIONS}/; {held}), nor an adapter's folder (it has no adapter_config.json). "
+        f"Give what `nested-tune train` printed, NAME with --registry DIR, or REGISTRY/NAME."
+    )
+
+
+def champion_folder(folder: Path) -> Path:
+    """The version's folder of a name's champion; ConfigError where there is none yet."""
+    from nested_core.registry import read_champion
+
+    champion = read_champion(folder.parent, folder.name)
+    if champion is None:
+        raise ConfigError(f"{folder} has no champion yet: `nested-tune promote` makes one.")
+    return folder / VERSIONS / champion
+
+
+def _adapter_of_run(run: RunDirectory) -> Path:
+    from nested_core.storage.checkpoint_verification import newest_sound_checkpoint
+
+    if run.adapter.is_dir():
+        return run.adapter
+    checkpoint = newest_sound_checkpoint(run.checkpoints)
+    if checkpoint is None:
+        raise ConfigError(f"{run.path} has no adapter and no checkpoint yet: nothing to ask.")
+    return checkpoint

@@ -1,0 +1,83 @@
+"""One way to name an adapter, in every command that takes one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flows.commands.adapter_places import find_named_adapter, split_name
+from nested_core.errors import ConfigError
+from nested_core.registry import promote, register
+from tests.core.registry.conftest import write_run
+from tests.flows.conftest import called
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with registry/bot, its champion a version of the run `run`."""
+    version = register(write_run(tmp_path / "run", 1), tmp_path / "registry", "bot", {})
+    promote(tmp_path / "registry", "bot", version, by="ann")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("given", ["bot", "registry/bot", "registry/bot/", "registry/bot/champion"])
+def test_a_champion_has_one_folder_by_any_of_its_names(place: Path, given: str) -> None:
+    champion = (place / "registry" / "bot" / "champion").resolve()
+    assert find_named_adapter(Path(given)).folder.resolve() == champion
+
+
+def test_a_name_is_looked_for_under_the_registry_that_is_given(place: Path) -> None:
+    (place / "registry").rename(place / "other")
+    with pytest.raises(ConfigError, match="there is no registry registry with names in it"):
+        find_named_adapter(Path("bot"))
+    assert find_named_adapter(Path("bot"), Path("other")).folder.is_dir()
+
+
+def test_an_adapters_folder_is_itself_and_what_exists_comes_before_a_name(place: Path) -> None:
+    assert find_named_adapter(Path("run/adapter")).folder == Path("run/adapter")
+    (place / "bot").mkdir()
+    with pytest.raises(ConfigError, match="neither a run directory"):
+        find_named_adapter(Path("bot"))
+
+
+def test_what_is_none_of_them_is_told_the_names_that_there_are(place: Path) -> None:
+    with pytest.raises(ConfigError, match=r"registry holds bot\), nor an adapter's folder"):
+        find_named_adapter(Path("bto"))
+
+
+@pytest.mark.parametrize("given", ["bot", "registry/bot", "registry/bot/champion"])
+@pytest.mark.parametrize("command", ["history", "audit", "policy", "card", "gc"])
+def test_commands_of_the_registry_take_every_form(place: Path, command: str, given: str) -> None:
+    assert called(command, given, cwd=place).code == 0
+    assert called(command, "--name", given, cwd=place).code == 0
+
+
+def test_with_registry_the_name_is_a_name_alone(place: Path) -> None:
+    assert split_name("registry/bot", Path("other")) == (Path("other"), "registry/bot")
+    refused = called("history", "registry/bot", "--registry", "registry", cwd=place)
+    assert "'registry/bot' is not a name for an adapter" in refused.message()
+
+
+def test_verify_takes_names_and_folders(place: Path) -> None:
+    version = register(write_run(place / "two", 2), place / "registry", "second", {})
+    promote(place / "registry", "second", version, by="ann")
+    done = called("verify", "bot", "registry/second/champion", "--json", cwd=place)
+    assert done.code == 0
+    assert json.loads(done.stdout)["trained"]["digest"] == version
+    same = called("verify", "run/adapter", "bot", "--json", cwd=place)
+    assert [r["code"] for r in json.loads(same.stdout)["reasons"]] == ["unchanged"]
+
+
+@pytest.mark.parametrize("flag", ["-o", "--output", "--html"])
+def test_compare_writes_its_page_by_the_same_flag_as_other_commands(
+    tmp_path: Path, flag: str
+) -> None:
+    from tests.core.report.written_runs import finished_run
+
+    finished_run(tmp_path / "one")
+    done = called("compare", "one", flag, "page.html", cwd=tmp_path)
+    assert (done.code, (tmp_path / "page.html").is_file()) == (0, True)
+    assert done.stdout.endswith("page: page.html\n")
