@@ -4,10 +4,11 @@ An arm is `mlx_lm` or `ours`, with options: `ours+deep` (tiers [1, 2, 4], deep l
 `+due=1` (the fastest tiers alone), `+bits=4`, `+limit=12` (GiB), `+graphs=1` (CUDA graphs),
 `+ops=10` and `+mb=200` (what is committed at once), `+batch=16`, `+length=278`. With `+mixed`, and
 with `+chats`, rows have lengths of their own, up to the shape's, and tokens are counted without
-padding; with `+even` as well, rows of one length hold as many tokens on average. `ours+parts` takes
-the gradients alone, third by third. With `+ranks=2`, under `mlx.launch`, each rank has the whole
-batch on a GPU of its own; the row counts the tokens of all. `floor`, and `floor+deep`, is no
-training, but the products and the attention that each must do.
+padding; with `+even` as well, rows of one length hold as many tokens on average, and with
+`+even=259` so many each. `ours+parts` takes the gradients alone, third by third. With `+ranks=2`,
+under `mlx.launch`, each rank has the whole batch on a GPU of its own; the row counts the tokens of
+all. `floor`, and `floor+deep`, is no training, but the products and the attention that each must
+do.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -257,7 +258,7 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
 
 
 def draw_batches(
-    options: Collection[str], shape: Shape, loss_fn: Any, generator: np.random.Generator
+    options: Mapping[str, str], shape: Shape, loss_fn: Any, generator: np.random.Generator
 ) -> tuple[list[MicroBatch], list[int], Any]:
     """Batches of random tokens, the tokens of each without padding, and the loss for them.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -85,15 +85,22 @@ def chat_rows(longest: int) -> tuple[Lengths, Lengths]:
     return lengths, np.minimum(last, lengths - 1)
 
 
-def rows_of(options: Collection[str], longest: int) -> tuple[Lengths, Lengths] | None:
-    """Rows of unlike lengths, where an arm has them; with `even` all have their mean length."""
+def rows_of(options: Mapping[str, str], longest: int) -> tuple[Lengths, Lengths] | None:
+    """Rows of unlike lengths, where an arm has them.
+
+    With `even` all have their mean length, with `even=259` so many tokens, of which the same share
+    is learnt.
+    """
     draw = next((draw for word, draw in ROWS.items() if word in options), None)
     if draw is None:
         return None
     lengths, learnt = draw(longest)
     if "even" in options:
-        lengths = np.full_like(lengths, round(float(lengths.mean())))
-        learnt = np.full_like(learnt, round(float(learnt.mean())))
+        mean, given = float(lengths.mean()), options["even"]
+        length = float(given) if given not in ("", "1") else mean
+        share = float(learnt.mean()) / mean
+        learnt = np.full_like(learnt, min(round(share * length), round(length) - 1))
+        lengths = np.full_like(lengths, round(length))
     return lengths, learnt
 
 
