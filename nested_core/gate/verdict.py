@@ -181,9 +181,13 @@ class Validation:
     def doubts(self) -> Iterator[str]:
         """What speaks against relying on the figures: few examples, or all with one answer."""
         if self.examples is not None and self.examples < MIN_EXAMPLES_WITHOUT_DOUBT:
-            below = "" if self.smallest_visible is None else f" below {self.smallest_visible:.2g}"
             noun = "example" if self.examples == 1 else "examples"
-            yield f"{self.examples} held-out {noun} can show no difference{below}"
+            shown = (
+                "can show no difference"
+                if self.smallest_visible is None
+                else f"show a true difference of {self.smallest_visible:.2g} half the time"
+            )
+            yield f"{self.examples} held-out {noun} {shown}"
         elif self.clusters is not None and self.clusters < min(
             MIN_EXAMPLES_WITHOUT_DOUBT, self.examples or 0
         ):

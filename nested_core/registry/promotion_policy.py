@@ -606,7 +606,8 @@ def _describe_comparison(
         )
     return (
         f"{losses} beyond noise ({data}): {format_difference(difference)} with a 95 % interval of "
-        f"{interval}; these examples can show no difference below {record.smallest_visible:.2g}"
+        f"{interval}; these examples show a true difference of {record.smallest_visible:.2g} half "
+        f"the time"
     )
 
 

@@ -161,7 +161,7 @@ def test_few_examples_and_answers_that_are_all_the_same_are_said(
     assert verdict.validation is not None
     assert verdict.validation.has_one_answer
     visible = verdict.validation.smallest_visible
-    said = f"; 6 held-out examples can show no difference below {visible:.2g}"
+    said = f"; 6 held-out examples show a true difference of {visible:.2g} half the time"
     assert f"{said}; all held-out answers are the same" in verdict.summary()
 
 
