@@ -30,7 +30,13 @@ from flows.state_messages import (
 )
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section import key
-from nested_core.errors import DamagedError, GateRejected, NestedTuneError, TrainingStopped
+from nested_core.errors import (
+    DamagedError,
+    DatasetError,
+    GateRejected,
+    NestedTuneError,
+    TrainingStopped,
+)
 from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.run_directory import (
     DEFAULT_RUNS_FOLDER,
@@ -38,7 +44,7 @@ from nested_core.storage.run_directory import (
     new_run_name,
     open_run,
 )
-from tasks.outcomes import Outcome
+from tasks.outcomes import OUTCOME_BY_CODE, Outcome
 
 if TYPE_CHECKING:
     from nested_core.pipeline.finetune import FinetuneResult
@@ -69,10 +75,10 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     """Fine-tune an adapter, judge it, and register and promote what passed.
 
     The name of the state is the outcome (see `Outcome`), and its message has the figures. Failed
-    where a step fails, and Rejected, of the same type, by the gate. Cancelled, the run keeps a
-    checkpoint. A retry of the flow run (the button, or the automation after a crash) finds its run
-    directory by its id and goes on from the last checkpoint; the flow never retries by itself, for
-    that would train again.
+    where a step fails, and `Rejected: ...`, of the same type, by the gate. Cancelled, the run keeps
+    a checkpoint. A retry of the flow run (the button, or the automation after a crash) finds its
+    run directory by its id and goes on from the last checkpoint; the flow never retries by itself,
+    for that would train again.
     """
     from tasks.night_page import publish_night
 
@@ -112,13 +118,15 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
         advice = advise_retry_button(str(error))
         return Cancelled(message=f"resumable by a retry of this flow run: {advice}")
     except GateRejected as error:
-        if read_verdict(run.gate).has_passed:  # the registry refused what this gate let through
+        verdict = read_verdict(run.gate)
+        if verdict.has_passed:  # the registry refused what this gate let through
             return _failed_state(error)
         message = f"{resumed}{describe_rejection(run)}"
         if config.registry.name is not None:
             payload = {"run_dir": str(run.path.resolve()), "reason": message}
             emit_adapter_event("rejected", config.registry.name, payload)
-        return Failed(name=Outcome.REJECTED, message=message, data=error)
+        name = OUTCOME_BY_CODE[verdict.reasons[0].code]
+        return Failed(name=name, message=message, data=error)
     except NestedTuneError as error:
         return _failed_state(error)
     except OSError as error:  # that a task's retries did not outlast
@@ -131,7 +139,11 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
 
 def _failed_state(error: NestedTuneError) -> State[Any]:
     """A failed state that says what a person can do about an error, in a page."""
-    name = Outcome.DAMAGED if isinstance(error, DamagedError) else None
+    name = None
+    if isinstance(error, DamagedError):
+        name = Outcome.DAMAGED
+    elif isinstance(error, DatasetError):
+        name = Outcome.DATA_REFUSED
     message = f"{type(error).__name__}: {advise_retry_button(str(error))}"
     return Failed(name=name, message=message, data=error)
 

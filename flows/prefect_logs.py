@@ -15,8 +15,9 @@ from tasks.outcomes import Outcome
 
 OUTPUT_DESCRIPTORS = (1, 2)
 RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
-FAILED_STATE_MESSAGE = "Finished in state Failed"
-REJECTED_STATE_MESSAGE = f"Finished in state {Outcome.REJECTED}"  # of the type Failed, too
+FAILED_STATE_MESSAGES = tuple(
+    f"Finished in state {name}" for name in ("Failed", "Rejected", Outcome.DAMAGED)
+)
 PARAGRAPH_ATTRIBUTE = (
     "is_an_error_in_a_paragraph"  # attribute of a record that the command line says too
 )
@@ -34,13 +35,8 @@ class _TerminalFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether to show the record, with its traceback taken off."""
         message = record.getMessage()
-        if message.startswith((FAILED_STATE_MESSAGE, REJECTED_STATE_MESSAGE)):
-            record.msg = (
-                FAILED_STATE_MESSAGE
-                if message.startswith(FAILED_STATE_MESSAGE)
-                else REJECTED_STATE_MESSAGE
-            )
-            record.args = ()
+        if message.startswith(FAILED_STATE_MESSAGES):
+            record.msg, record.args = message.partition("(")[0], ()
         record.exc_info = None
         record.exc_text = None
         is_said_elsewhere = message.startswith(MESSAGES_SHOWN_ELSEWHERE) or hasattr(

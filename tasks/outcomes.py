@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nested_core.gate.verdict import Code
 
 
 class Outcome(StrEnum):
@@ -12,8 +16,37 @@ class Outcome(StrEnum):
     VERIFIED = "Verified"  # the gate passed it, and its policy did not ask for more
     KEPT_CHAMPION = "Kept the champion"  # sound, and not better
     SKIPPED = "Skipped"  # nothing to train, or another night at work
-    DAMAGED = "Damaged"  # of the type Failed: a registry or run folder is not as it was written
-    REJECTED = "Rejected"  # by the gate; of the type Failed
     RESUMED = "Resumed"  # scheduled again by an automation after a crash; see automations.yaml
     ROLLED_BACK = "Rolled back"
     DECLINED = "Declined"  # by a person who was asked
+    # Of the type Failed:
+    DAMAGED = "Damaged"  # a registry or run folder is not as it was written
+    DATA_REFUSED = "Failed: data"  # the data set was rejected before anything was trained
+    UNCHANGED = "Rejected: unchanged"  # by the gate, as those below: training did not reach it
+    UNSOUND = "Rejected: unsound"  # its files are not an adapter of this base
+    WORSE = "Rejected: worse"  # its losses are
+    HARMED = "Rejected: harmed"  # good on average, and far worse on some examples
+    ANSWERS = "Rejected: answers"  # its answers are too often wrong
+
+
+# By the first reason of a verdict: each code of nested_core.gate.verdict.
+OUTCOME_BY_CODE: dict[Code, Outcome] = {
+    "unchanged": Outcome.UNCHANGED,
+    "tier_unchanged": Outcome.UNCHANGED,
+    "updates_missing": Outcome.UNCHANGED,
+    "no_effect": Outcome.UNCHANGED,
+    "non_finite": Outcome.UNSOUND,
+    "tensor_missing": Outcome.UNSOUND,
+    "tensor_unexpected": Outcome.UNSOUND,
+    "shape_mismatch": Outcome.UNSOUND,
+    "dtype_mismatch": Outcome.UNSOUND,
+    "unreadable": Outcome.UNSOUND,
+    "config_mismatch": Outcome.UNSOUND,
+    "base_mismatch": Outcome.UNSOUND,
+    "loss_regressed": Outcome.WORSE,
+    "forgetting": Outcome.WORSE,
+    "drift": Outcome.WORSE,
+    "examples_harmed": Outcome.HARMED,
+    "task_below": Outcome.ANSWERS,
+    "task_regressed": Outcome.ANSWERS,
+}

@@ -114,12 +114,12 @@ def wait_for_text(texts: list[str], words: str) -> str:
 def test_runs_that_failed_crashed_or_are_late_are_told_by_type_whatever_their_state_is_called(
     client: SyncPrefectClient, told: list[str]
 ) -> None:
-    rejected = State(type=StateType.FAILED, name="Rejected", message="loss_regressed 0.02 -> 0.03")
+    rejected = State(type=StateType.FAILED, name="Rejected: worse", message="loss 0.02 -> 0.03")
     crashed = State(type=StateType.CRASHED, name="Crashed", message='exited with code -9 "q"')
     end_run(client, "one, 21 Nov", rejected)
     end_run(client, "two, 21 Nov", crashed)
     end_run(client, "three, 21 Nov", State(type=StateType.SCHEDULED, name="Late"))
-    assert "Rejected: one, 21 Nov\nloss_regressed 0.02 -> 0.03" in wait_for_text(told, "one,")
+    assert "Rejected: worse: one, 21 Nov\nloss 0.02 -> 0.03" in wait_for_text(told, "one,")
     crash = wait_for_text(told, "two,")
     assert 'Crashed: two, 21 Nov\nexited with code -9 "q" A fine-tune goes on by itself' in crash
     assert "Late: three, 21 Nov\nIt was to begin at 20" in wait_for_text(told, "three,")

@@ -168,7 +168,7 @@ def test_the_flow_run_of_the_broken_demo_is_failed_and_says_unchanged(demos: Dem
         found: list[FlowRun] = client.read_flow_runs()
     (run,) = [run for run in found if "broken/runs" in str(run.parameters)]
     assert run.state is not None
-    assert (run.state.name, run.state.type) == ("Rejected", StateType.FAILED)
+    assert (run.state.name, run.state.type) == ("Rejected: unchanged", StateType.FAILED)
     assert "unchanged" in str(run.state.message)
     assert run.run_count == 1
 

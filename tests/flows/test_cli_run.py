@@ -78,5 +78,5 @@ def test_a_run_on_bad_data_exits_3_with_the_line_and_its_flow_run_is_failed(runs
     assert "train.jsonl:1: " in runs.bad_data.message()
     state = runs.flow_run("bad").state
     assert state is not None
-    assert state.name == "Failed"
+    assert state.name == "Failed: data"
     assert "train.jsonl:1: " in str(state.message)

@@ -112,7 +112,7 @@ def test_a_rise_beyond_bound_and_noise_is_rejected_with_the_champions_loss(
     folder, _ = completed
     champion = str(read_champion(folder / "registry", "capitals"))
     state = continued(folder, "rejected", learning_rate=0.05, iters=4)
-    assert (state.is_failed(), state.name) == (True, "Rejected"), state.message
+    assert (state.is_failed(), state.name) == (True, "Rejected: worse"), state.message
     number = r"[0-9.]+"
     said = (
         rf"rejected: loss_regressed {number} -> {number} on 10 examples; "
@@ -201,7 +201,7 @@ def test_a_failing_gate_fails_the_flow_with_the_reason_in_its_message(
     with get_client(sync_client=True) as client:
         stored = client.read_flow_run(flow_run_id(state)).state
     assert stored is not None
-    assert (stored.type.value, stored.name) == ("FAILED", "Rejected")
+    assert (stored.type.value, stored.name) == ("FAILED", "Rejected: unchanged")
     assert "unchanged" in str(stored.message)
     with pytest.raises(GateRejected, match="unchanged"):
         state.result()

@@ -106,7 +106,7 @@ def test_a_rejected_adapter_fails_its_run_with_the_reason_and_promotes_nothing(
     gate = {"min_relative_change": 1e6}  # more than any training does
     ended = stack.wait(stack.submit(f"finetune/{NAME}-manual", gate=gate))
     assert ended.state is not None
-    assert ended.state.name == "Rejected"
+    assert ended.state.name == "Rejected: unchanged"
     assert str(ended.state.message).startswith("rejected: ")
     assert champion(stack) == before
     assert core.list_versions(stack.registry, NAME) == versions

@@ -238,9 +238,9 @@ def test_the_list_of_runs_tells_each_night(nights: Nights, look: Any) -> None:
         "promoted": "Promoted",
         "unchanged": "Skipped",
         "resumed": outcomes["resumed"],  # whether it is better than the champion is not the point
-        "refused": "Rejected",
+        "refused": "Rejected: worse",
         "no better": "Kept the champion",
-        "broken data": "Failed",
+        "broken data": "Failed: data",
         "crashed twice": "Crashed",
         "promoted at once": "Promoted",
         "rolled back": "Rolled back",

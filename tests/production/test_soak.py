@@ -141,7 +141,7 @@ def test_every_scheduled_run_ends_and_the_registry_agrees(stack: Stack) -> None:
     report(stack, seconds)
     assert flow_runs(stack, "promote/auto") == [], "each run promotes by its own policy"
     assert {run.run_count for run in trainings} == {1}
-    failed = {run.id for run in trainings if run.state_name == "Rejected"}
+    failed = {run.id for run in trainings if run.state_name == "Rejected: unchanged"}
     assert failed == {id for index, id in enumerate(ids) if is_to_be_rejected(index)}
     check_registry(stack, trainings)
     ours = set(processes_with(f"NESTED_TUNE_HOME={stack.home}"))

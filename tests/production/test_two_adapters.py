@@ -111,12 +111,12 @@ def test_in_the_third_the_gate_refuses_one_and_its_champion_stays(
 ) -> None:
     before = core.read_champion(team.registry, CAPITALS)
     (refused,) = end_nights(team, (CAPITALS,), gate={"min_relative_change": 1e6})
-    assert refused.state_name == "Rejected"
+    assert refused.state_name == "Rejected: unchanged"
     assert core.read_champion(team.registry, CAPITALS) == before
     (other,) = end_nights(team, (SUPPORT,))
     assert other.state_name in GOOD
     wait_for(lambda: len(webhook.texts) == 2)
-    assert webhook.texts[-1].startswith(f"Rejected: {CAPITALS}, ")
+    assert webhook.texts[-1].startswith(f"Rejected: unchanged: {CAPITALS}, ")
 
 
 def test_after_the_fourth_a_person_goes_back_and_the_fifth_does_not_undo_it(
@@ -156,7 +156,7 @@ def test_the_list_tells_each_night_and_there_is_no_run_that_nobody_asked_for(
         audited = team.nested_tune("audit", name, "--registry", str(team.registry))
         assert audited.returncode == 0, audited.stdout
     nights = story(team.runs_of(f"finetune/{CAPITALS}-nightly"))
-    assert nights[:4] == ["Promoted", "Skipped", "Rejected", "Promoted"]
+    assert nights[:4] == ["Promoted", "Skipped", "Rejected: unchanged", "Promoted"]
     promotions = [run.parameters["config"]["name"] for run in team.runs_of("promote/auto")]
     assert not set(promotions) & set(ADAPTERS), "each night promotes by itself"
     assert len(webhook.texts) == 3, webhook.texts
