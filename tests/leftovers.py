@@ -68,6 +68,11 @@ MAY_STAY = (
         "of the stack in tests/production: its tests kill and start it again, its fixture ends it",
     ),
     MayStay(
+        "process",
+        r"(^|/)chrom\S* .*--type=",
+        "of the browser in tests/production: it starts one for a page, its fixture ends them all",
+    ),
+    MayStay(
         "environment variable",
         r"^(PYARROW_IGNORE_TIMEZONE|SPARK_LOCAL_IP|_RJEM_MALLOC_CONF)$",
         "pandera and polars set them when they are imported, for themselves",
