@@ -60,6 +60,7 @@ def build_parser() -> _Parser:
         planning,
         registry,
         reports,
+        serving,
         training,
     )
 
@@ -76,7 +77,7 @@ def build_parser() -> _Parser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
     running = (demo, training, planning)
-    looking = (inspection, reports, chat)
+    looking = (inspection, reports, chat, serving)
     keeping = (registry, peft, deployment, doctor)
     for module in (*running, *looking, *keeping):
         module.add_commands(commands, shared)

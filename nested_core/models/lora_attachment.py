@@ -17,7 +17,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 from nested_core.errors import ConfigError, DamagedError, join_first_values
 from nested_core.models.base_model import is_same_base
 from nested_core.models.parameters import trainable_parameters
-from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config
+from nested_core.storage.adapter import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Adapter,
+    read_adapter_config,
+)
 from nested_core.storage.safetensors_files import load_arrays
 
 if TYPE_CHECKING:
@@ -166,6 +171,34 @@ def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, mx.array]) -> N
         )
     cast = [(name, tensors[name].astype(old.dtype)) for name, old in parameters.items()]
     model.update(tree_unflatten(cast))
+
+
+def attach_stored_adapter(model: nn.Module, adapter: Adapter) -> dict[str, mx.array]:
+    """Give a base model the layers of an adapter that was read from disk, as mlx_lm.load does.
+
+    Returns the parameters that the model has now under the names of the adapter's tensors: fresh
+    ones, which leave the base's answers as they are, or under `full` the base's own. Raises
+    ConfigError where a name or a shape does not fit the base.
+    """
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    config = adapter.config
+    fine_tune_type = config.get("fine_tune_type", "lora")
+    if fine_tune_type != "full":
+        lora, layers = config["lora_parameters"], int(config["num_layers"])
+        linear_to_lora_layers(model, layers, lora, use_dora=fine_tune_type == "dora")
+    fresh: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    misfits = [
+        name
+        for name, tensor in adapter.tensors.items()
+        if name not in fresh or tuple(fresh[name].shape) != tuple(tensor.shape)
+    ]
+    if misfits:
+        raise ConfigError(
+            f"The adapter does not fit the base: {len(misfits)} of {len(adapter.tensors)} tensors, "
+            f"such as {misfits[0]}. Give the base that it was trained on."
+        )
+    return {name: fresh[name] for name in adapter.tensors}
 
 
 def make_adapter_config(config: FineTuneConfig, fingerprint: str) -> dict[str, Any]:

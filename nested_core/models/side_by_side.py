@@ -9,9 +9,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm import load
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import context_length, find_model_folder
@@ -20,6 +18,7 @@ from nested_core.models.generation import (
     encode_messages,
     stream_answer,
 )
+from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.storage.adapter import read_adapter
 
 Side = Literal["base", "adapter"]
@@ -50,32 +49,11 @@ class BaseAndAdapter:
         self._model = loaded[0]
         self._tokenizer = loaded[1]
         self._context = context_length(base)
-        self._parameters = self._attach_adapter(read.config, read.tensors)
-        self._model.eval()
-
-    def _attach_adapter(
-        self, config: Mapping[str, Any], tensors: Mapping[str, Any]
-    ) -> dict[Side, list[tuple[str, mx.array]]]:
-        """Make room for the adapter; the fresh parameters there leave the base as it is."""
-        fine_tune_type = config.get("fine_tune_type", "lora")
-        if fine_tune_type != "full":
-            lora, layers = config["lora_parameters"], int(config["num_layers"])
-            linear_to_lora_layers(self._model, layers, lora, use_dora=fine_tune_type == "dora")
-        fresh = dict(tree_flatten(self._model.parameters()))
-        misfits = [
-            name
-            for name, tensor in tensors.items()
-            if name not in fresh or tuple(fresh[name].shape) != tuple(tensor.shape)
-        ]
-        if misfits:
-            raise ConfigError(
-                f"The adapter does not fit the base: {len(misfits)} of {len(tensors)} tensors, "
-                f"such as {misfits[0]}. Give the base that it was trained on."
-            )
-        return {
-            "base": [(name, fresh[name]) for name in tensors],
-            "adapter": [(name, tensor.to_mlx()) for name, tensor in tensors.items()],
+        self._parameters: dict[Side, list[tuple[str, mx.array]]] = {
+            "base": list(attach_stored_adapter(self._model, read).items()),
+            "adapter": [(name, tensor.to_mlx()) for name, tensor in read.tensors.items()],
         }
+        self._model.eval()
 
     @property
     def model(self) -> nn.Module:

@@ -28,6 +28,7 @@ from nested_core.registry.queries import (
     read_champion_card,
     read_champion_changes,
     read_champion_changes_since,
+    read_verified_adapter,
     verify,
 )
 from nested_core.registry.registration import register
@@ -54,6 +55,7 @@ __all__ = [
     "read_champion_changes_since",
     "read_champion",
     "read_champion_card",
+    "read_verified_adapter",
     "register",
     "register_and_promote",
     "rollback",

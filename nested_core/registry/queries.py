@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry.adapter_card import CARD_NAME
 from nested_core.registry.champion_link import read_link
 from nested_core.registry.folder_lock import exclusive_folder_lock, shared_folder_lock
@@ -21,10 +21,13 @@ from nested_core.registry.recovery import (
     version_exists,
 )
 from nested_core.registry.versions import (
+    how_to_mend,
     registered_versions,
+    resolve_version,
     verify_version,
     version_folder,
 )
+from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.strict_files import read_regular
 
 
@@ -104,6 +107,25 @@ def verify(registry: Path, name: str, version: str) -> None:
     with shared_folder_lock(folder):
         recorded = read_registry_state(folder).ledger.manifest_hashes(version)
         verify_version(folder / VERSIONS_FOLDER_NAME / version, version, recorded)
+
+
+def read_verified_adapter(registry: Path, name: str, wanted: str) -> Adapter:
+    """Re-hash one version and read it into memory; `wanted` is its digest, or its first digits.
+
+    The folder of the returned adapter's `path` has the version's name. What is returned has been
+    hashed itself: its digest is the version. Raises ConfigError where `wanted` names no version or
+    several, DamagedError where the version is not what was registered.
+    """
+    folder = find_name_folder(registry, name)
+    with shared_folder_lock(folder):
+        ledger = read_registry_state(folder).ledger
+        version = resolve_version(folder, wanted, ledger)
+        place = folder / VERSIONS_FOLDER_NAME / version
+        verify_version(place, version, ledger.manifest_hashes(version))
+        adapter = read_adapter(place)
+    if adapter.digest() != version:
+        raise DamagedError(f"{place} changed while it was read. {how_to_mend(place)}")
+    return adapter
 
 
 def check_champion(registry: Path, name: str) -> str | None:

@@ -1,0 +1,145 @@
+"""serve: mlx_lm.server, following the champions of a registry."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flows.terminal import print_progress
+from nested_core.errors import ConfigError
+from nested_core.text.digest_format import shorten_digest
+
+API_KEY_VARIABLE = "NESTED_TUNE_API_KEY"
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+
+def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
+    """Add the command."""
+    serve = commands.add_parser(
+        "serve", parents=[shared], help="answer requests with the champions of a registry"
+    )
+    serve.add_argument(
+        "--registry", type=Path, default=Path("registry"), metavar="DIR", help="default: registry"
+    )
+    serve.add_argument(
+        "--name",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="NAME",
+        help="in the registry; the first answers requests without a model",
+    )
+    serve.add_argument(
+        "--swap-wait",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long a new champion waits for answers that are under way; default: 30",
+    )
+    add_mlx_lm_server_options(serve.add_argument_group("options of mlx_lm.server"))
+    serve.set_defaults(run=run_serve)
+
+
+def add_mlx_lm_server_options(group: Any) -> None:
+    """mlx_lm.server's options with its defaults, less --adapter-path and --pipeline.
+
+    mlx_lm builds its parser inside of `main`; a test compares these with what stands there.
+    """
+    group.add_argument("--model", metavar="MODEL", help="the base; default: the adapter's own")
+    group.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1")
+    group.add_argument("--port", type=int, default=8080, help="0: any free one; default: 8080")
+    group.add_argument(
+        "--allowed-origins", type=_split, default="*", metavar="ORIGIN,...", help="default: *"
+    )
+    group.add_argument("--draft-model", metavar="MODEL", help="for speculative decoding")
+    group.add_argument("--num-draft-tokens", type=int, default=3, metavar="N", help="default: 3")
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="let the tokenizer bring code"
+    )
+    group.add_argument("--log-level", default="INFO", choices=LOG_LEVELS, help="default: INFO")
+    group.add_argument("--chat-template", default="", metavar="TEMPLATE", help="for the tokenizer")
+    group.add_argument(
+        "--use-default-chat-template", action="store_true", help="where the tokenizer has none"
+    )
+    group.add_argument("--temp", type=float, default=0.0, metavar="NUMBER", help="default: 0")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="NUMBER", help="default: 1")
+    group.add_argument("--top-k", type=int, default=0, metavar="N", help="default: 0, off")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="NUMBER", help="default: 0, off")
+    group.add_argument(
+        "--max-tokens", type=int, default=512, metavar="N", help="of an answer; default: 512"
+    )
+    group.add_argument(
+        "--chat-template-args", type=json.loads, default="{}", metavar="JSON", help="default: {}"
+    )
+    group.add_argument(
+        "--decode-concurrency", type=int, default=32, metavar="N", help="answers at a time"
+    )
+    group.add_argument(
+        "--prompt-concurrency", type=int, default=8, metavar="N", help="prompts at a time"
+    )
+    group.add_argument(
+        "--prefill-step-size", type=int, default=2048, metavar="TOKENS", help="default: 2048"
+    )
+    group.add_argument(
+        "--prompt-cache-size", type=int, default=10, metavar="N", help="caches kept; default: 10"
+    )
+    group.add_argument(
+        "--prompt-cache-bytes", type=_parse_size, metavar="SIZE", help="of all caches, such as 4GB"
+    )
+    group.add_argument("--kv-bits", type=int, metavar="N", help="quantise the caches; default: off")
+    group.add_argument("--kv-group-size", type=int, default=64, metavar="N", help="default: 64")
+    group.add_argument(
+        "--quantized-kv-start", type=int, default=5000, metavar="TOKENS", help="default: 5000"
+    )
+
+
+def _split(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _parse_size(text: str) -> int:
+    from mlx_lm.utils import _parse_size as parse
+
+    return int(parse(text))
+
+
+def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Serve until SIGINT or SIGTERM."""
+    import logging
+
+    from nested_core.serve.server import ServeSettings, starting_server
+
+    names = list(dict.fromkeys(arguments.name))
+    if arguments.swap_wait < 0:
+        raise ConfigError("serve: --swap-wait is 0 seconds or more.")
+    settings = ServeSettings(
+        registry=arguments.registry,
+        names=names,
+        swap_wait=arguments.swap_wait,
+        api_key=os.environ.get(API_KEY_VARIABLE) or None,
+        options=arguments,
+    )
+    logging.basicConfig(
+        level=arguments.log_level, format="%(asctime)s - %(levelname)s - %(message)s"
+    )
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with starting_server(settings) as server:
+            print_progress(f"serving {registry_lines(server)} at {server.address}")
+            server.serve()
+    except KeyboardInterrupt:
+        print_progress("the server has ended")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return lambda: 0
+
+
+def registry_lines(server: Any) -> str:
+    """Each name with the version that is served."""
+    names = server.generator.names
+    return ", ".join(f"{name}@{shorten_digest(s.current.version)}" for name, s in names.items())

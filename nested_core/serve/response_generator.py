@@ -1,0 +1,381 @@
+"""mlx_lm.server's model provider and generation loop, with versions of a registry as the models.
+
+mlx_lm runs one thread that takes requests from a queue in order. A request that names another model
+than the running batch waits until the batch has ended, and requests after it wait behind it. Here a
+request for NAME gets its version when that thread takes it. A swap to a new champion so happens
+between two batches: what runs ends with the version it began with, and what comes later gets the
+new one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from queue import Empty, Queue
+from typing import Any
+
+from mlx_lm.models.cache import LRUPromptCache
+from mlx_lm.server import (
+    CompletionRequest,
+    GenerationArguments,
+    LogitsProcessorArguments,
+    ModelDescription,
+    ModelProvider,
+    ResponseGenerator,
+    SamplingArguments,
+)
+
+from nested_core.errors import ConfigError
+from nested_core.serve.served_version import ServedVersion
+
+WARM_UP_PROMPT = "1"
+RATE_WINDOW_SECONDS = 60
+
+
+class SwapWaitOver(Exception):
+    """A request ran longer than a swap to a new version may wait."""
+
+
+class TokenRate:
+    """Tokens a second over the last minute, or since the beginning where that is later."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._by_second: deque[list[int]] = deque()  # [second, tokens], oldest first
+
+    def add_token(self) -> None:
+        """Count one token now."""
+        second = int(time.monotonic())
+        if self._by_second and self._by_second[-1][0] == second:
+            self._by_second[-1][1] += 1
+        else:
+            self._by_second.append([second, 1])
+        self._drop_old(second)
+
+    def per_second(self) -> float:
+        """The mean rate, in tokens a second."""
+        now = time.monotonic()
+        self._drop_old(int(now))
+        seconds = min(max(now - self._began, 1.0), RATE_WINDOW_SECONDS)
+        return sum(tokens for _, tokens in self._by_second) / seconds
+
+    def _drop_old(self, second: int) -> None:
+        while self._by_second and self._by_second[0][0] <= second - RATE_WINDOW_SECONDS:
+            self._by_second.popleft()
+
+
+@dataclass
+class NameStatus:
+    """What is served for one name, as `/health` and the file under serving/ give it.
+
+    since: when the version began to be served, UTC.
+    requests: how many were begun for the name, for whichever version.
+    last_swap_seconds: from finding the champion changed to its first token; None before any swap.
+    refused: a champion that is not served, with the reason; None where the champion is served.
+    """
+
+    current: ServedVersion
+    since: datetime = field(default_factory=lambda: datetime.now(UTC))
+    requests: int = 0
+    last_swap_seconds: float | None = None
+    refused: dict[str, str] | None = None
+    rate: TokenRate = field(default_factory=TokenRate)
+
+    def fields(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "version": self.current.version,
+            "since": self.since.isoformat(timespec="seconds"),
+            "requests": self.requests,
+            "tokens_per_second": round(self.rate.per_second(), 3),
+            "last_swap_seconds": self.last_swap_seconds,
+            "refused": self.refused,
+        }
+
+
+@dataclass
+class VersionedRequest(CompletionRequest):
+    """mlx_lm's request, with the name that it is for and the version that answers it.
+
+    pinned: the version that the request itself asked for; None for the champion.
+    bound: the version that answers it, from when the generation thread took it.
+    queue: where mlx_lm puts its answer, from then on.
+    is_unavailable: whether the server, not the request, is why there is no answer.
+    """
+
+    name: str = ""
+    pinned: ServedVersion | None = None
+    bound: ServedVersion | None = field(default=None, init=False)
+    queue: Queue[Any] | None = field(default=None, init=False)
+    is_unavailable: bool = field(default=False, init=False)
+
+
+class RegistryPromptCache(LRUPromptCache):
+    """mlx_lm's prompt cache, which leaves at least the last token of a prompt to be computed.
+
+    Where a prompt is exactly one that was cached, mlx_lm's leaves none, and its batches refuse a
+    prompt without tokens with an error that ends the generation thread.
+    """
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
+        """The nearest cache, and the tokens that it lacks: at least one."""
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        if rest or not tokens:
+            return cache, rest
+        cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
+        return cache, [*rest, tokens[-1]]
+
+
+class RegistryModelProvider(ModelProvider):
+    """mlx_lm's model provider: the base is loaded once, and `load` chooses among versions on it.
+
+    base: the base model, from `load_default` to `reset`. Everything runs in the generation thread.
+    """
+
+    model: Any
+    model_key: Any
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        prompt_cache: LRUPromptCache,
+        initial: Sequence[ServedVersion],
+    ) -> None:
+        """`options` are those of mlx_lm.server; `model` there is the base's folder."""
+        super().__init__(options)
+        self._prompt_cache = prompt_cache
+        self._initial = tuple(initial)
+        self.base: Any = None
+        self._has_retired_version = False
+
+    def load_default(self) -> None:
+        """Load the base, and build the models that are served first.
+
+        Raises ConfigError where the base cannot be loaded or an adapter does not fit it.
+        """
+        try:
+            self._load(self.cli_args.model, None, self.cli_args.draft_model)
+        except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
+            raise ConfigError(
+                f"model: {self.cli_args.model} could not be loaded: {error}"
+            ) from error
+        self.base = self.model
+        for version in self._initial:
+            version.build_model(self.base)
+
+    def retire_version(self) -> None:
+        """Have the prompt caches dropped when the next version is loaded."""
+        self._has_retired_version = True
+
+    def load(
+        self, model_path: str, adapter_path: Any = None, draft_model_path: str | None = None
+    ) -> tuple[Any, Any]:
+        """The model of the version that `adapter_path` holds, and the tokenizer.
+
+        A prompt cache is looked up by `model_key`, which holds name and version.
+        """
+        version: ServedVersion = adapter_path
+        key = (self.cli_args.model, version.label, self.cli_args.draft_model)
+        if self.model_key != key:
+            self.model = version.build_model(self.base)
+            self.model_key = key
+            if self._has_retired_version:
+                self._prompt_cache.trim_to(n_sequences=0)
+                self._has_retired_version = False
+        return self.model, self.tokenizer
+
+    def reset(self) -> None:
+        """Drop the models; arrays are freed in the thread that made them."""
+        super().reset()
+        self.base = None
+
+
+@dataclass
+class _Offer:
+    """A version that is to be served from now on, and how that ended."""
+
+    version: ServedVersion
+    is_settled: threading.Event = field(default_factory=threading.Event)
+    error: Exception | None = None
+
+
+class RegistryResponseGenerator(ResponseGenerator):
+    """mlx_lm's generation thread, with the version of each request bound when it is taken.
+
+    names: what is served for each name.
+    under_way: the requests that have a version and have not ended, by their id().
+    failure: what ended the thread, if anything did.
+    """
+
+    def __init__(
+        self,
+        provider: RegistryModelProvider,
+        prompt_cache: LRUPromptCache,
+        initial: Sequence[ServedVersion],
+    ) -> None:
+        """Begins to load the base at once; `require_ready` waits for it."""
+        self.names = {version.name: NameStatus(version) for version in initial}
+        self.default_name = initial[0].name
+        self.failure: Exception | None = None
+        self._is_ready = threading.Event()
+        self._offers: Queue[_Offer] = Queue()
+        self.under_way: dict[int, VersionedRequest] = {}
+        self._lock = threading.Lock()
+        self.model_provider: RegistryModelProvider
+        super().__init__(provider, prompt_cache)
+
+    def _run_generate(self) -> None:
+        try:
+            self._generate()
+        except Exception as error:  # it is told by whoever waits for the server's end
+            self.failure = error
+            self._generation_failed = True
+            logging.debug("the generation thread ended", exc_info=error)
+        finally:
+            self._is_ready.set()
+
+    def require_ready(self) -> None:
+        """Return when the base and the first versions are loaded; raise what prevented that."""
+        self._is_ready.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    def _next_request(self, timeout: float | None = None) -> Any:
+        self._is_ready.set()
+        self._take_offers()
+        taken = super()._next_request(timeout)
+        if taken is not None:
+            self._bind(*taken)
+        return taken
+
+    def _take_offers(self) -> None:
+        while True:
+            try:
+                offer = self._offers.get_nowait()
+            except Empty:
+                return
+            try:
+                offer.version.build_model(self.model_provider.base)
+            except Exception as error:
+                offer.error = error
+            else:
+                with self._lock:
+                    status = self.names[offer.version.name]
+                    status.current = offer.version
+                    status.since = datetime.now(UTC)
+                self.model_provider.retire_version()
+            offer.is_settled.set()
+
+    def _bind(self, queue: Queue[Any], request: VersionedRequest, args: Any) -> None:
+        """Give a request the version that answers it: from here on it does not change."""
+        with self._lock:
+            status = self.names[request.name]
+            version = request.pinned or status.current
+            request.bound = version
+            request.queue = queue
+            self.under_way[id(request)] = request
+        args.model = ModelDescription(version.label, "default_model", version)  # type: ignore[arg-type]  # mlx_lm hands it to `load` as it is
+
+    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        tokenized = super()._tokenize(tokenizer, request, args)
+        if not tokenized[0]:
+            raise ValueError("The prompt has no tokens. Give a prompt that is not empty.")
+        return tokenized
+
+    def generate(
+        self,
+        request: Any,  # a VersionedRequest
+        generation_args: GenerationArguments,
+        progress_callback: Callable[[int, int], None] | None = None,
+    ) -> tuple[Any, Iterator[Any]]:
+        """As mlx_lm's; then `request.bound` is the version. Call `forget` when it has ended."""
+        try:
+            context, responses = super().generate(request, generation_args, progress_callback)
+        except (SwapWaitOver, RuntimeError):
+            request.is_unavailable = True
+            raise
+        return context, self._count_tokens(request.name, responses)
+
+    def _count_tokens(self, name: str, responses: Iterator[Any]) -> Iterator[Any]:
+        for response in responses:
+            with self._lock:
+                self.names[name].rate.add_token()
+            yield response
+
+    def count_request(self, name: str) -> None:
+        """Count a request of a client."""
+        with self._lock:
+            self.names[name].requests += 1
+
+    def forget(self, request: VersionedRequest) -> None:
+        """The request has ended, however it did."""
+        with self._lock:
+            self.under_way.pop(id(request), None)
+
+    def swap(self, version: ServedVersion, wait_seconds: float) -> None:
+        """Serve a version from now on; return when it has made its first token.
+
+        Requests that still run with another version after `wait_seconds` are ended with
+        SwapWaitOver. Raises what building its model raised; the version before is served then.
+        """
+        began = time.monotonic()
+        timer = threading.Timer(wait_seconds, self._end_requests_of_other_versions, [version])
+        timer.start()
+        try:
+            offer = _Offer(version)
+            self._offers.put(offer)
+            while not offer.is_settled.wait(timeout=0.2):
+                if not self.generation_available():
+                    raise RuntimeError("generation thread died")
+            if offer.error is not None:
+                raise offer.error
+            self._make_one_token(version)
+        finally:
+            timer.cancel()
+        with self._lock:
+            status = self.names[version.name]
+            status.last_swap_seconds = round(time.monotonic() - began, 3)
+
+    def _make_one_token(self, version: ServedVersion) -> None:
+        """Ask the version for a token, so that it is loaded before a client asks."""
+        request = VersionedRequest(
+            "text", WARM_UP_PROMPT, [], None, None, name=version.name, pinned=version
+        )
+        try:
+            for _ in super().generate(request, _greedy_arguments(max_tokens=1))[1]:
+                pass
+        finally:
+            self.forget(request)
+
+    def _end_requests_of_other_versions(self, version: ServedVersion) -> None:
+        with self._lock:
+            late = [r for r in self.under_way.values() if r.bound != version]
+        for request in late:
+            if request.queue is not None:
+                request.queue.put(
+                    SwapWaitOver(
+                        f"This answer was ended: it ran longer than a change to version "
+                        f"{version.label} waits (--swap-wait). Ask again."
+                    )
+                )
+
+
+def _greedy_arguments(max_tokens: int) -> GenerationArguments:
+    return GenerationArguments(
+        model=ModelDescription("", "default_model", ""),
+        sampling=SamplingArguments(0.0, 1.0, 0, 0.0, 0.0, 0.0),
+        logits=LogitsProcessorArguments(None, 0.0, 20, 0.0, 20, 0.0, 20),
+        stop_words=[],
+        max_tokens=max_tokens,
+        num_draft_tokens=0,
+        logprobs=False,
+        top_logprobs=-1,
+        seed=None,
+        chat_template_kwargs=None,
+    )

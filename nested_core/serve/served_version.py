@@ -1,0 +1,76 @@
+"""A version in memory: the base's own arrays, with the layers and tensors of one adapter."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from nested_core.errors import ConfigError
+from nested_core.models.base_model import is_same_base, shorten_fingerprint
+from nested_core.models.lora_attachment import attach_stored_adapter
+from nested_core.storage.adapter import Adapter
+from nested_core.text.digest_format import shorten_digest
+
+BASE_VERSION = "base"
+
+
+@dataclass
+class ServedVersion:
+    """One version of a name; two are equal if they are the same version of the same name.
+
+    name: in the registry.
+    version: the adapter's digest, or "base" for the base model alone.
+    adapter: as read from disk, until its model has been built; None for the base.
+    """
+
+    name: str
+    version: str
+    adapter: Adapter | None = field(default=None, compare=False, repr=False)
+    _model: nn.Module | None = field(default=None, init=False, compare=False, repr=False)
+
+    @property
+    def label(self) -> str:
+        """What a request's `model` names it by: NAME@VERSION."""
+        return f"{self.name}@{self.version}"
+
+    def build_model(self, base: nn.Module) -> nn.Module:
+        """The model that answers as this version; it is built at the first call.
+
+        All modules are its own, and all arrays of the base are the base's: a request that began
+        with an earlier version keeps that version's model, which nothing changes. Call it in the
+        thread that generates. Raises ConfigError where the adapter does not fit the base.
+        """
+        if self.adapter is not None:
+            self._model = _attach_to_copy(base, self.adapter)
+            self.adapter = None
+        return base if self._model is None else self._model
+
+
+def require_same_base(adapter: Adapter, base: Path) -> None:
+    """Raise ConfigError where an adapter was made for another model than that in `base`."""
+    recorded = adapter.config.get("base_fingerprint")
+    if recorded is None or is_same_base(recorded, base):
+        return
+    raise ConfigError(
+        f"Version {shorten_digest(adapter.path.name)} of {adapter.path.parent.parent.name} was "
+        f"made for the base {shorten_fingerprint(recorded)}, and {base} is another model. Serve it "
+        f"with the base that it was trained on (--model), names of other bases by another server."
+    )
+
+
+def _attach_to_copy(base: nn.Module, adapter: Adapter) -> nn.Module:
+    leaves: Any = tree_flatten(base)
+    arrays = (leaf for _, leaf in leaves if isinstance(leaf, mx.array))
+    model: nn.Module = copy.deepcopy(base, {id(array): array for array in arrays})
+    attach_stored_adapter(model, adapter)
+    tensors = [(name, tensor.to_mlx()) for name, tensor in adapter.tensors.items()]
+    model.load_weights(tensors, strict=False)
+    model.eval()
+    mx.eval(model.parameters())
+    return model

@@ -1,0 +1,50 @@
+"""A float32 base, and runs with adapters of it, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.core.serve.versions import AdapterShape, make_base, promote_run, write_version_run
+from tests.example import MODEL
+
+SHAPES = {
+    1: AdapterShape(),
+    2: AdapterShape(),
+    3: AdapterShape(rank=8, keys=("self_attn.k_proj", "mlp.up_proj")),
+    4: AdapterShape(fine_tune_type="dora"),
+}
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example's model in float32."""
+    return make_base(MODEL, tmp_path_factory.mktemp("base") / "geography-float32")
+
+
+@pytest.fixture(scope="session")
+def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """A run directory by seed: 1 and 2 have the same layers, 3 others, 4 is DoRA."""
+    folder = tmp_path_factory.mktemp("serve-runs")
+    return {
+        seed: write_version_run(folder / f"run-{seed}", base, seed, shape)
+        for seed, shape in SHAPES.items()
+    }
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Path:
+    """A path for a registry; nothing is there yet."""
+    return tmp_path / "registry"
+
+
+@pytest.fixture
+def promote(runs: dict[int, Path], registry: Path) -> Callable[..., str]:
+    """Promote the run of a seed under a name; the version."""
+
+    def promote_seed(seed: int, name: str = "capitals") -> str:
+        return promote_run(runs[seed], registry, name)
+
+    return promote_seed

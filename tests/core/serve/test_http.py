@@ -1,0 +1,162 @@
+"""serve's HTTP: OpenAI's routes as mlx_lm has them, what is refused, and the API key."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.core.serve.versions import (
+    NAME,
+    QUESTION,
+    Client,
+    promote_run,
+    serving,
+    settings,
+)
+from tests.example import generate_answers
+
+
+@pytest.fixture(scope="module")
+def version_and_registry(
+    runs: dict[int, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    registry = tmp_path_factory.mktemp("served") / "registry"
+    return promote_run(runs[1], registry), registry
+
+
+@pytest.fixture(scope="module")
+def client(version_and_registry: tuple[str, Path]) -> Iterator[Client]:
+    with serving(settings(version_and_registry[1], "--name", NAME)) as running:
+        yield running
+
+
+@pytest.fixture
+def version(version_and_registry: tuple[str, Path]) -> str:
+    return version_and_registry[0]
+
+
+def stream(client: Client, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The events of a streamed answer; the last line has to say that it is whole."""
+    reply = client.send("POST", path, body | {"stream": True, "model": NAME})
+    assert reply.status == 200
+    assert reply.headers["content-type"] == "text/event-stream"
+    lines = [line[6:] for line in reply.body.splitlines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_a_streamed_answer_is_the_whole_one_and_each_piece_names_the_version(
+    client: Client, version: str, runs: dict[int, Path], base: Path
+) -> None:
+    messages = [{"role": "user", "content": QUESTION}]
+    body = {"messages": messages, "stream_options": {"include_usage": True}}
+    *pieces, usage = stream(client, "/v1/chat/completions", body)
+    text = "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces)
+    (expected,) = generate_answers(
+        str(base), [QUESTION], adapter=runs[1] / "adapter", max_tokens=12
+    )
+    assert text.strip() == expected
+    assert {piece["system_fingerprint"] for piece in [*pieces, usage]} == {version}
+    assert usage["usage"]["completion_tokens"] == 12
+    assert client.chat(stream=True).version == version
+
+
+def test_a_text_completion_is_answered_and_streamed(client: Client, version: str) -> None:
+    body = {"prompt": "I want to see", "model": NAME}
+    reply = client.send("POST", "/v1/completions", body)
+    assert (reply.status, reply.version) == (200, version)
+    pieces = stream(client, "/v1/completions", body)
+    text = "".join(piece["choices"][0]["text"] for piece in pieces)
+    assert text == reply.json()["choices"][0]["text"] != ""
+
+
+def test_seeded_and_stopped_requests_are_served_one_at_a_time_by_the_same_version(
+    client: Client, version: str
+) -> None:
+    sampled = [client.chat(NAME, temperature=1.0, seed=7) for _ in range(2)]
+    assert sampled[0].text == sampled[1].text
+    assert {reply.version for reply in sampled} == {version}
+    whole = client.chat(NAME).text
+    stop = f" {whole.split()[1]}"
+    assert client.chat(NAME, stop=[stop]).text == whole.partition(stop)[0]
+
+
+def test_log_probabilities_are_the_same_from_a_cached_prompt(client: Client) -> None:
+    replies = [client.chat(NAME, logprobs=True, max_tokens=4).json() for _ in range(2)]
+    first, second = (
+        [t["logprob"] for t in r["choices"][0]["logprobs"]["content"]] for r in replies
+    )
+    assert replies[1]["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+    assert second == pytest.approx(first, abs=1e-4)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
+    "another adapter": ({"adapters": "/somewhere"}, 400, "adapters is not taken here"),
+    "another draft model": ({"draft_model": "/somewhere"}, 400, "draft_model is not taken here"),
+    "another model": ({"model": "/somewhere"}, 404, "No model '/somewhere' here; served: capitals"),
+    "no such version": ({"model": f"{NAME}@abcdef"}, 404, "abcdef names no versions in"),
+    "a path as a version": ({"model": f"{NAME}@../../x"}, 404, "'../../x' is not a version"),
+    "a wrong type": ({"temperature": "hot"}, 400, "temperature must be of type"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_go_past_the_registry_is_refused(client: Client, case: str) -> None:
+    more, status, said = REFUSED[case]
+    reply = client.send("POST", "/v1/completions", {"prompt": "1", "model": NAME} | more)
+    assert reply.status == status
+    assert said in reply.json()["error"]
+
+
+def test_no_request_ends_the_generation_thread(client: Client) -> None:
+    """mlx_lm's ends at an empty prompt, and at one that is an earlier prompt with its answer."""
+    empty = client.send("POST", "/v1/completions", {"prompt": "", "model": NAME})
+    assert (empty.status, empty.json()["error"][:24]) == (404, "The prompt has no tokens")
+    body = {"model": f"{NAME}@base", "max_tokens": 4}
+    first = client.send("POST", "/v1/completions", body | {"prompt": QUESTION}).json()
+    went_on = f"{QUESTION} {first['choices'][0]['text']}"
+    again = client.send("POST", "/v1/completions", body | {"prompt": went_on})
+    assert again.status == 200
+    assert client.health()["status"] == "ok"
+
+
+def test_bodies_that_are_no_request_are_told_apart(client: Client) -> None:
+    host, port = client.server.address.removeprefix("http://").split(":")
+    for body, said in ((b"{", "Invalid JSON"), (b"[1]", "should be a JSON dictionary")):
+        connection = http.client.HTTPConnection(host, int(port), timeout=300)
+        connection.request("POST", "/v1/completions", body)
+        response = connection.getresponse()
+        assert (response.status, said in response.read().decode()) == (400, True)
+        connection.close()
+    assert client.send("POST", "/v1/embeddings", {}).status == 404
+    assert client.send("GET", "/nothing").status == 404
+    assert client.send("OPTIONS", "/v1/models").status == 204
+
+
+def test_health_gives_what_is_served(client: Client, version: str) -> None:
+    before = client.health()["names"][NAME]
+    client.chat(NAME)
+    health = client.health()
+    status = health["names"][NAME]
+    assert (health["status"], status["version"]) == ("ok", version)
+    assert status["requests"] == before["requests"] + 1
+    assert status["tokens_per_second"] > 0
+    assert status["last_swap_seconds"] is None
+    assert status["since"].endswith("+00:00")
+
+
+def test_a_key_is_asked_for_where_one_is_set(version_and_registry: tuple[str, Path]) -> None:
+    with serving(settings(version_and_registry[1], "--name", NAME, api_key="söcret")) as client:
+        key = {"Authorization": "Bearer söcret".encode().decode("latin-1")}
+        body = {"prompt": "1", "model": NAME}
+        for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "söcret"}):
+            assert client.send("POST", "/v1/completions", body, headers).status == 401
+            assert client.send("GET", "/v1/models", None, headers).status == 401
+        assert client.send("POST", "/v1/completions", body, key).status == 200
+        assert client.send("GET", "/v1/models", None, key).status == 200
+        assert client.health()["status"] == "ok"

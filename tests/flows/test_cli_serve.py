@@ -1,0 +1,174 @@
+"""`serve` as a process: what it says, how it ends, and what a kill leaves; mlx_lm's options."""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlx_lm import server as mlx_lm_server
+
+from flows.cli import build_parser
+from nested_core.registry import audit, rollback
+from nested_core.serve.serving_file import read_serving_records
+from tests.core.serve.versions import (
+    NAME,
+    make_base,
+    promote_run,
+    serving,
+    settings,
+    write_version_run,
+)
+from tests.example import MODEL
+from tests.flows.conftest import PROGRAM, called
+from tests.waiting import wait_until
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A registry with a champion, and its version."""
+    folder = tmp_path_factory.mktemp("served")
+    base = make_base(MODEL, folder / "base")
+    version = promote_run(write_version_run(folder / "run", base, 1), folder / "registry")
+    return folder / "registry", version
+
+
+@contextmanager
+def serve_process(registry: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`nested-tune serve` at a free port, and the address that it said."""
+    log = folder / "serve.log"
+    command = [str(PROGRAM), "serve", "--registry", str(registry), "--name", NAME, "--port", "0"]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stderr=file, cwd=folder, text=True)
+    try:
+        wait_until(lambda: " at http" in log.read_text(), log.read_text, process)
+        found = re.search(r" at (http://127\.0\.0\.1:\d+)", log.read_text())
+        assert found is not None
+        yield process, found[1]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def health(address: str) -> Any:
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=300)
+    connection.request("GET", "/health")
+    document = json.load(connection.getresponse())
+    connection.close()
+    return document
+
+
+def test_a_killed_server_leaves_a_sound_registry_and_the_next_one_ends_cleanly(
+    served: tuple[Path, str], tmp_path: Path
+) -> None:
+    registry, version = served
+    records = registry / NAME / "serving"
+    with serve_process(registry, tmp_path) as (process, address):
+        assert health(address)["names"][NAME]["version"] == version
+        (left,) = records.iterdir()
+        record = json.loads(left.read_text())
+        assert (record["address"], record["version"]) == (address, version)
+        process.kill()
+        process.wait()
+    assert audit(registry, NAME).is_sound
+    with serve_process(registry, tmp_path) as (process, address):
+        assert [path.name.endswith(f"-{process.pid}.json") for path in records.iterdir()] == [True]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 0
+    assert list(records.iterdir()) == []
+    assert "the server has ended" in (tmp_path / "serve.log").read_text()
+
+
+def test_two_servers_of_a_name_both_follow_and_both_say_so(
+    served: tuple[Path, str], tmp_path: Path
+) -> None:
+    registry, first = served
+    run = write_version_run(tmp_path / "run", registry.parent / "base", 2)
+    with (
+        serve_process(registry, tmp_path) as (_, address),
+        serving(settings(registry, "--name", NAME)) as here,
+    ):
+        second = promote_run(run, registry)
+        for ask in (lambda: health(address), here.health):
+            wait_until(lambda ask=ask: ask()["names"][NAME]["version"] == second)  # type: ignore[misc]
+        wait_until(lambda: told(registry) == {address: second, here.server.address: second})
+    rollback(registry, NAME, to=first, by="a test")
+
+
+def told(registry: Path) -> dict[str, str]:
+    """The version that each server's file says that it serves, by its address."""
+    records = read_serving_records(registry / NAME).values()
+    now = datetime.now(UTC)
+    return {record.address: record.version for record in records if record.is_alive(now)}
+
+
+def test_a_name_without_a_champion_a_damaged_one_and_another_base_are_refused(
+    served: tuple[Path, str], tmp_path: Path
+) -> None:
+    registry, version = served
+    unknown = called("serve", "--registry", registry, "--name", "rivers", cwd=tmp_path)
+    assert (unknown.code, "no adapter named 'rivers'" in unknown.stderr) == (2, True)
+    other = called(
+        "serve", "--registry", registry, "--name", NAME, "--model", MODEL, "--port", 0, cwd=tmp_path
+    )
+    assert (other.code, "is another model. Serve it with the base" in other.stderr) == (2, True)
+    weights = registry / NAME / "versions" / version / "adapters.safetensors"
+    content = weights.read_bytes()
+    weights.chmod(0o644)
+    try:
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        damaged = called("serve", "--registry", registry, "--name", NAME, cwd=tmp_path)
+    finally:
+        weights.write_bytes(content)
+        weights.chmod(0o444)
+    assert (damaged.code, "is not what was registered" in damaged.stderr) == (6, True)
+
+
+def test_the_options_are_those_of_mlx_lm_with_its_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[argparse.Namespace] = []
+    monkeypatch.setattr(mlx_lm_server, "ModelProvider", lambda options: options)
+    monkeypatch.setattr(mlx_lm_server, "run", lambda host, port, options: taken.append(options))
+    monkeypatch.setattr(mlx_lm_server, "maybe_set_recommended_wired_limit", lambda: None)
+    monkeypatch.setattr(logging, "basicConfig", lambda **options: None)
+    sizes = ["--prompt-cache-bytes", "2GB", "--allowed-origins", "http://a,http://b"]
+    monkeypatch.setattr(sys, "argv", ["mlx_lm.server", *sizes])
+    mlx_lm_server.main()
+    ours = vars(build_parser().parse_args(["serve", "--name", NAME, *sizes]))
+    theirs = vars(taken[0])
+    assert theirs.keys() - ours.keys() == {"adapter_path", "pipeline"}
+    assert ours.keys() - theirs.keys() == {
+        *("command", "debug", "run"),
+        *("registry", "name", "swap_wait"),
+    }
+    assert {key: ours[key] for key in theirs if key in ours} == {
+        key: value for key, value in theirs.items() if key in ours
+    }
+
+
+def test_serving_imports_no_prefect() -> None:
+    code = (
+        "import sys, flows.cli, nested_core.serve.server\n"
+        "flows.cli.build_parser()\n"
+        "print([name for name in sys.modules if name.split('.')[0] == 'prefect'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).resolve().parents[2],
+        env=dict(os.environ),
+    )
+    assert done.stdout.strip() == "[]"
