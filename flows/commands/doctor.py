@@ -6,16 +6,23 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, requires, version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 
 from flows.commands.command_output import result_printer
 from flows.doctor_check import Check
 from flows.terminal import print_table
+from nested_core.errors import NestedTuneError
+from nested_core.text.digest_format import shorten_digest
+
+if TYPE_CHECKING:
+    from nested_core.serve.serving_file import ServingRecord
 
 MIN_FREE_DISK_BYTES = 2 * 10**9
 
@@ -24,6 +31,13 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     """Add the command."""
     doctor = commands.add_parser("doctor", parents=[shared], help="look this machine over")
     doctor.add_argument("--json", action="store_true", help="the checks as one JSON document")
+    doctor.add_argument(
+        "--registry",
+        type=Path,
+        default=Path("registry"),
+        metavar="DIR",
+        help="whose servers are looked at; default: registry",
+    )
     doctor.set_defaults(run=run_doctor)
 
 
@@ -39,7 +53,7 @@ def run_doctor(arguments: argparse.Namespace) -> Callable[[], int]:
         _check_server_address,
         _check_disk,
     )
-    checks = [check() for check in looks]
+    checks = [*(check() for check in looks), *_iterate_serving_checks(arguments.registry)]
     if os.environ.get("PREFECT_API_URL"):
         from flows.server_checks import iterate_server_checks
 
@@ -129,6 +143,35 @@ def _check_kernels() -> Check:
 def _check_server_address() -> Check:
     url = os.environ.get("PREFECT_API_URL")
     return Check("prefect", True, f"server {url}" if url else "embedded server")
+
+
+def _iterate_serving_checks(registry: Path) -> Iterator[Check]:
+    """For each name that servers say they serve, whether each one follows its champion."""
+    from nested_core.serve.serving_file import SERVING_FOLDER_NAME, read_serving_records
+
+    for folder in sorted(path.parent for path in registry.glob(f"*/{SERVING_FOLDER_NAME}")):
+        for file, record in read_serving_records(folder).items():
+            yield _check_server(folder, file, record)
+
+
+def _check_server(folder: Path, file: str, record: ServingRecord) -> Check:
+    from nested_core.registry import read_champion
+    from nested_core.serve.serving_file import SERVING_FOLDER_NAME
+
+    name = f"serve {folder.name}"
+    if not record.is_alive(datetime.now(UTC)):
+        seen = f"{record.address}: not heard of since {record.heartbeat}"
+        mend = f"start it again; or remove {folder / SERVING_FOLDER_NAME / file}"
+        return Check(name, False, seen, mend)
+    try:
+        champion = read_champion(folder.parent, folder.name)
+    except NestedTuneError as error:
+        return Check(name, False, f"{record.address}: the champion cannot be read: {error}")
+    seen = f"{record.address}: {shorten_digest(record.version)} since {record.since}"
+    if record.version == champion:
+        return Check(name, True, seen)
+    reason = (record.refused or {}).get("reason", "it has not followed yet; look at its log")
+    return Check(name, False, f"{seen}; champion is {shorten_digest(champion or 'none')}", reason)
 
 
 def _check_disk() -> Check:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import shutil
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +14,9 @@ import pytest
 
 from flows.commands import doctor
 from flows.commands.doctor import MIN_FREE_DISK_BYTES
+from nested_core.registry import register_and_promote
+from nested_core.serve.serving_file import ServingRecord
+from tests.core.registry.conftest import write_run
 from tests.flows.conftest import called
 
 
@@ -52,3 +58,28 @@ def test_a_package_that_is_missing_or_of_a_version_that_does_not_fit_is_named(
     for name in ("sqlalchemy<2.1", "fastapi<0.151", "pandera"):
         assert f'"{name}' in packages["mend"]
     assert "prefect" not in packages["mend"]
+
+
+def test_whether_each_server_follows_its_champion_is_said(tmp_path: Path) -> None:
+    champion = register_and_promote(
+        write_run(tmp_path / "run", seed=1), tmp_path / "registry", "capitals", {}, by="a test"
+    ).version
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    long_ago = "2026-01-01T00:00:00+00:00"
+    refused = {"version": champion, "reason": "its base is another"}
+    records = {
+        "a-1.json": ServingRecord("http://a", champion, now, now),
+        "b-2.json": ServingRecord("http://b", "ab" * 32, now, now, refused),
+        "c-3.json": ServingRecord("http://c", champion, long_ago, long_ago),
+    }
+    folder = tmp_path / "registry" / "capitals" / "serving"
+    folder.mkdir()
+    for name, record in records.items():
+        (folder / name).write_text(json.dumps(asdict(record)))
+    done = called("doctor", "--json", "--registry", "registry", cwd=tmp_path)
+    checks = [each for each in done.document["checks"] if each["name"] == "serve capitals"]
+    assert [each["ok"] for each in checks] == [True, False, False]
+    assert checks[1]["mend"] == "its base is another"
+    assert f"champion is {champion[:12]}" in checks[1]["seen"]
+    assert "http://c: not heard of since 2026-01-01" in checks[2]["seen"]
+    assert done.code == 1

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
+from flows.cli import build_parser
 from flows.packaged_files import packaged_folder
 
 FOLDER = packaged_folder("deployments")
 UNITS = ("nested-tune-server.service", "nested-tune-worker@.service")
+SERVE_UNIT = "user/nested-tune-serve@.service"
 AGENTS = sorted((FOLDER / "launchd").glob("*.plist"))
 # launchd.plist(5): the keys that ours use, and what each of them takes.
 LAUNCHD = {"Label": str, "ProgramArguments": list, "WorkingDirectory": str, "RunAtLoad": bool}
@@ -34,16 +36,20 @@ needs_systemd = pytest.mark.skipif(
 def verify(unit: str, content: str, folder: Path) -> str:
     """What systemd says of a unit whose program is where it is on this machine."""
     installed = "/opt/nested-tune/.venv/bin/prefect"
+    if unit == SERVE_UNIT:
+        installed = "%h/.local/bin/nested-tune"
     assert installed in content
-    path = folder / unit.replace("@.", "@mlx-gpu.")
-    path.write_text(content.replace(installed, str(Path(sys.executable).with_name("prefect"))))
+    path = folder / Path(unit).name.replace("@.", "@mlx-gpu.")
+    path.write_text(
+        content.replace(installed, str(Path(sys.executable).with_name(Path(installed).name)))
+    )
     command = ["systemd-analyze", "verify", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     return done.stderr
 
 
 @needs_systemd
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", [*UNITS, SERVE_UNIT])
 def test_systemd_has_nothing_to_say_against_a_unit(unit: str, tmp_path: Path) -> None:
     assert verify(unit, (FOLDER / "systemd" / unit).read_text(), tmp_path) == ""
 
@@ -86,14 +92,34 @@ def test_an_agent_has_keys_that_launchd_knows_with_values_of_their_kind(agent: P
     subprocess.run([shell, "-n", "-c", script], check=True)
 
 
+def test_unit_and_agent_of_a_server_give_serve_what_it_takes() -> None:
+    (line,) = (
+        line
+        for line in (FOLDER / "systemd" / SERVE_UNIT).read_text().splitlines()
+        if line.startswith("ExecStart=")
+    )
+    program, *unit = line.replace("${PORT}", "8080").removeprefix("ExecStart=").split()
+    agent = plistlib.loads((FOLDER / "launchd" / "org.nested-tune.serve.plist").read_bytes())
+    assert program.endswith("/nested-tune")
+    for words, name in ((unit, "%i"), (agent["ProgramArguments"][4:], "NAME")):
+        parsed = build_parser().parse_args(words)
+        assert (parsed.command, parsed.name, parsed.host, parsed.port) == (
+            "serve",
+            [name],
+            "127.0.0.1",
+            8080,
+        )
+
+
 def test_the_agents_are_those_of_server_and_worker() -> None:
     assert [agent.stem for agent in AGENTS] == [
+        "org.nested-tune.serve",
         "org.nested-tune.server",
         "org.nested-tune.worker-cpu",
         "org.nested-tune.worker",
     ]
     pools = []
-    for agent in AGENTS:
+    for agent in AGENTS[1:]:
         values = plistlib.loads(agent.read_bytes())
         script, arguments = values["ProgramArguments"][2], values["ProgramArguments"][3:]
         own = "server.env" if "server" in arguments else "worker.env"
