@@ -30,7 +30,7 @@ is a flag too, which wins over the file, as are those of a section: `--learning-
 
 **Resume** says whether a run may be resumed with another value. **Adapter** says whether, in a run
 from the champion (`continual`), another value is a reason to train again; `model` and `data` are
-compared by content instead.
+compared by what is in them, not by how their paths are written.
 
 YAML is read strictly: each key once, nothing by reference (no anchors, no `<<`), no tags, at most
 64 KiB. Plain words are what YAML 1.2 takes them for: `true`, `false`, `null` or `~`, decimal

@@ -149,8 +149,10 @@ class RunFollower(threading.Thread):
         self.view.outcome = [self.view.describe_offered_adapter(step)]
         verdict = _read_value(self._run.gate, "verdict")
         if verdict is not None:
+            from nested_core.registry.gate_file import reason_names  # brings mlx
+
             reasons = _read_value(self._run.gate, "reasons")
-            codes = ", ".join(reason["code"] for reason in reasons[:MAX_SHOWN_REASONS])
+            codes = ", ".join(reason_names({"reasons": reasons})[:MAX_SHOWN_REASONS])
             self.view.outcome.append(f"verdict: {verdict}{f' ({codes})' if codes else ''}")
 
     # As lines

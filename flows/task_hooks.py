@@ -12,7 +12,7 @@ from flows.state_messages import describe_test_loss
 from flows.stop_signals import Stopper
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.verdict import Verdict, read_verdict
-from nested_core.pipeline.finetune import Hooks
+from nested_core.pipeline.hooks import Hooks
 from nested_core.pipeline.steps import TrainResult
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.run_directory import RunDirectory

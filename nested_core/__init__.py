@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from nested_core.optim.tier_assignment import TierMap, assign_tiers
     from nested_core.optim.tier_counters import Tier, TierStats
     from nested_core.optim.tiered import NestedAdam, NestedAdamW, Tiered
-    from nested_core.pipeline.finetune import FinetuneResult, Hooks, finetune
+    from nested_core.pipeline.finetune import FinetuneResult, finetune
+    from nested_core.pipeline.hooks import Hooks
     from nested_core.report.run_comparison import RunComparison, compare_runs
     from nested_core.report.run_page import RunReport, read_report
     from nested_core.storage.adapter import Adapter, read_adapter
@@ -81,7 +82,8 @@ _PUBLIC_NAMES_BY_MODULE = {
     "optim.tiered": ("NestedAdam", "NestedAdamW", "Tiered"),
     "optim.named_updates": ("UpdateReport", "apply_flat_updates_to_nested", "verify_updates"),
     "optim.tier_assignment": ("TierMap", "assign_tiers"),
-    "pipeline.finetune": ("FinetuneResult", "Hooks", "finetune"),
+    "pipeline.finetune": ("FinetuneResult", "finetune"),
+    "pipeline.hooks": ("Hooks",),
     "report.run_comparison": ("RunComparison", "compare_runs"),
     "report.run_page": ("RunReport", "read_report"),
     "storage.run_directory": ("open_run",),

@@ -156,9 +156,14 @@ def run_status(arguments: argparse.Namespace) -> Callable[[], int]:
 
     def show() -> None:
         """A row a figure, each loss with its data and step."""
-        print_table(("", ""), list((status | _describe_losses(run)).items()))
+        shown = {key: _join_list(value) for key, value in status.items() if value != []}
+        print_table(("", ""), list((shown | _describe_losses(run)).items()))
 
     return result_printer(arguments, lambda: status, show)
+
+
+def _join_list(value: Any) -> Any:
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _describe_losses(run: RunDirectory) -> dict[str, str]:

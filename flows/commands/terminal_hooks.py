@@ -12,7 +12,7 @@ from flows.terminal import ProgressLine, describe_tiers, print_progress
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.verdict import Verdict
 from nested_core.pipeline import steps
-from nested_core.pipeline.finetune import Hooks
+from nested_core.pipeline.hooks import Hooks
 from nested_core.pipeline.steps import TrainResult
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.sample_answers_file import SampleAnswers, read_sample_answers

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flows.commands.command_output import naming_report_of_failure, result_printer, text_printer
 from flows.commands.config_flags import add_config_flags, add_run_flags, load_config_from_flags
 from flows.mlx_lm_log import MlxLmLog
+from flows.rejection_table import print_rejection
 from flows.run_follower import showing_run
 from flows.sample_text import format_sample_answers
 from flows.state_messages import describe_test_loss
@@ -137,6 +138,7 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
                 result = finetune(config, run, hooks, resume=arguments.resume)
         except GateRejected:
             print_progress(*format_sample_answers(hooks.sample_answers))
+            print_rejection(run)
             raise
 
     def document() -> dict[str, Any]:

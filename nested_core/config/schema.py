@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -18,9 +18,11 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     StringConstraints,
+    ValidationError,
 )
 
 from nested_core.config.data import DataPolicy, HubDatasets
+from nested_core.config.error_messages import explain_problems, find_problems
 from nested_core.config.gate import GateSection
 from nested_core.config.lora import LoraParameters
 from nested_core.config.nested import NestedSection
@@ -32,6 +34,7 @@ from nested_core.config.optimizers import (
 from nested_core.config.registry import ContinualSection, RegistrySection
 from nested_core.config.section import Section, key, lay_out_form
 from nested_core.config.training import TrainingSection
+from nested_core.errors import ConfigError
 
 CountOrAll = Annotated[int, Field(ge=-1)]  # -1 is all
 SamplePrompt = Annotated[str, StringConstraints(min_length=1, max_length=10_000)]
@@ -84,7 +87,26 @@ def _require_model_and_data_in_form(schema: dict[str, Any]) -> None:
         del schema["properties"][name]["default"]
 
 
-class FineTuneConfig(Section):
+if TYPE_CHECKING:  # what mypy knows of pydantic's own metaclass holds for a class derived from it
+    _RootSection = Section
+else:
+
+    class _ToldAsOnTheCommandLine(type(Section)):
+        """Has `FineTuneConfig(learning_rte=1)` say what a file with that key is told."""
+
+        def __call__(cls, *args: Any, **values: Any) -> Any:
+            """The instance; ConfigError with every problem."""
+            try:
+                return super().__call__(*args, **values)
+            except ValidationError as error:
+                problems = find_problems(cls, values)
+                raise ConfigError(explain_problems(problems, f"{cls.__name__}(...)", {})) from error
+
+    class _RootSection(Section, metaclass=_ToldAsOnTheCommandLine):
+        """A section that is called with keys by people: in a notebook."""
+
+
+class FineTuneConfig(_RootSection):
     """A whole fine-tune. The top level is mlx-lm's, with mlx-lm's defaults and meanings.
 
     `adapter_path` alone differs: a run keeps its adapter in its own directory, and copies it to

@@ -256,7 +256,10 @@ def _task_below_reasons(
             problems.append(f"its min_gain is {task.min_gain:g}")
         elif task.min_gain > 0 and is_chance:
             problems.append("its min_gain is reached, and may be chance")
-    return [Reason("task_below", f"{result.describe()}; {problem}") for problem in problems]
+    return [
+        Reason("task_below", f"{result.describe()}; {problem}", suite=task.name)
+        for problem in problems
+    ]
 
 
 def _task_regressed_reason(
@@ -272,7 +275,7 @@ def _task_regressed_reason(
         f"{result.describe()}; its max_drop{against} is {task.max_drop:g}; "
         f"{len(change.lost)} lost: {named}"
     )
-    return Reason("task_regressed", message)
+    return Reason("task_regressed", message, suite=task.name)
 
 
 def task_file_entries(gate: GateSection, run: RunDirectory) -> dict[str, FileEntry]:

@@ -57,11 +57,17 @@ MIN_EXAMPLES_WITHOUT_DOUBT = 30  # fewer are said to be few
 
 @dataclass(frozen=True)
 class Reason:
-    """Why an adapter is rejected, and the tensors that it is about."""
+    """Why an adapter is rejected, and the tensors or the suite of `gate.tasks` that it is about."""
 
     code: Code
     message: str
     tensors: tuple[str, ...] = ()
+    suite: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The code, and the suite that it is about: `task_below (capitals)`."""
+        return self.code if self.suite is None else f"{self.code} ({self.suite})"
 
     def with_guide(self) -> Reason:
         """The same, with the place in the guide that explains it."""
@@ -491,7 +497,7 @@ class JudgedAdapter:
     digest: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verdict:
     """The content of gate.json, and what belongs beside it.
 
@@ -531,6 +537,9 @@ class Verdict:
             del fields[name]
         return {"verdict": "passed" if self.has_passed else "failed"} | fields
 
+    def __repr__(self) -> str:
+        return f"Verdict({self.summary()})"
+
     def _repr_html_(self) -> str:
         reasons = [(reason.code, reason.message) for reason in self.reasons]
         tiers = [(t.tier, t.frequency, t.expected_updates, t.applied_updates) for t in self.tiers]
@@ -567,9 +576,11 @@ class Verdict:
         return lost
 
     def summary(self) -> str:
-        """One line: the codes, or what changed."""
+        """One line: the first reason and the names of the others, or what changed."""
         if not self.has_passed:
-            return "rejected: " + "; ".join(f"{r.code} ({r.message})" for r in self.reasons[:4])
+            first, *others = self.reasons
+            also = f"; also {', '.join(reason.name for reason in others)}" if others else ""
+            return f"rejected: {first.code} ({first.message}){also}"
         changed = sum(tensor.changed for tensor in self.tensors)
         tensors = f"{changed} of {len(self.tensors)} tensors changed"
         answers = "".join(f"; {task.describe()}" for task in self.tasks)

@@ -7,38 +7,41 @@ place of the steps, and a notebook as it is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
+from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import GateRejected, NestedTuneError
+from nested_core.errors import ConfigError, GateRejected, NestedTuneError
 from nested_core.gate.verdict import Verdict
-from nested_core.pipeline import steps
 from nested_core.pipeline.continual import (
     champion_or_none,
     champion_trained_alike,
-    describe_starting_adapter,
     describe_unbeaten_champion,
     find_unbeaten_champion,
 )
+from nested_core.pipeline.hooks import Hooks
 from nested_core.pipeline.preflight import check_before_start, require_room_for_checkpoints
 from nested_core.pipeline.publishing import (
     describe_reproduction,
     record_rejection,
-    register_run,
 )
+from nested_core.pipeline.shown_progress import ShownProgress, can_show_progress
 from nested_core.pipeline.steps import TrainResult
 from nested_core.registry.policy import hold_to_policy
 from nested_core.registry.promotion_policy import (
     effective_rule,
-    promote_by_policy,
     registry_location,
 )
 from nested_core.report.run_page import read_report, writing_report_at_end
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.reporting_services import attaching_verdict_at_end
 
+if TYPE_CHECKING:
+    from nested_core.models.side_by_side import BaseAndAdapter
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class FinetuneResult:
     """What a fine-tune that was not stopped or rejected ended with.
 
@@ -65,61 +68,41 @@ class FinetuneResult:
     promotion: str | None = None
     must_be_better: bool = False
 
+    def __repr__(self) -> str:
+        if self.verdict is None:
+            return (
+                f"FinetuneResult({self.run.path}, skipped: unchanged since {self.unchanged_since})"
+            )
+        return f"FinetuneResult({self.run.path}, {self.verdict.summary()})"
+
     def _repr_html_(self) -> str:
         return read_report(self.run.path)._repr_html_()
 
+    def ask(self, prompt: str, *, max_tokens: int = 256, temperature: float = 0.0) -> str:
+        """What the trained adapter answers to a user's message.
 
-class Hooks:
-    """What a caller of `finetune` can override: what it is told, and how each step is run."""
-
-    def on_message(self, message: str) -> None:
-        """Called with a line for a person: warnings about the data, what training starts from."""
-
-    def on_data_progress(self, what: str, done: int, total: int) -> None:
-        """Called while the data is read and tokenised: `done` of `total` parts of `what`."""
-
-    def on_training_start(self, trainer: Any) -> None:
-        """Called with the trainer, or the group of processes, before its first step.
-
-        `trainer.stop_training()` stops it gracefully, from any thread.
+        The base is loaded at the first question and stays in memory with the result; the answer
+        ends after `max_tokens` tokens, and `temperature` 0 takes the likeliest one each time.
+        Raises ConfigError where nothing was trained or the model cannot see all of the prompt.
         """
+        from nested_core.models.generation import Sampling
 
-    def begin(self, config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
-        """Write or compare the run's configuration."""
-        steps.write_run_config(config, run, resume=resume)
+        side: Literal["base", "adapter"] = "adapter"
+        sampling = Sampling(max_tokens, temperature=temperature)
+        conversations = {side: [{"role": "user", "content": prompt}]}
+        pieces = self._base_and_adapter.stream_answers(conversations, sampling)
+        return "".join(piece for _, piece in pieces).strip()
 
-    def validate(self, config: FineTuneConfig, run: RunDirectory) -> None:
-        """Judge the data set; DatasetError where it has an error."""
-        report = steps.validate(config, run, self.on_data_progress)
-        if warnings := report.describe_warnings():
-            self.on_message(f"{warnings} (all: {run.dataset})")
+    @cached_property
+    def _base_and_adapter(self) -> BaseAndAdapter:
+        """The base with the adapter, in memory."""
+        from nested_core.models.side_by_side import BaseAndAdapter
 
-    def load(self, config: FineTuneConfig, run: RunDirectory) -> None:
-        """Write the initial adapter and the tier of each tensor."""
-        steps.write_initial_adapter_and_tiers(config, run, on_wait=self.on_message)
-        if note := describe_starting_adapter(config, run):
-            self.on_message(note)
-
-    def train(self, config: FineTuneConfig, run: RunDirectory) -> TrainResult:
-        """Train to the end; TrainingStopped where somebody asked to stop."""
-        return steps.train(config, run, on_start=self.on_training_start, on_wait=self.on_message)
-
-    def judge(self, config: FineTuneConfig, run: RunDirectory) -> Verdict:
-        """Judge the adapter; GateRejected where it does not pass."""
-        return steps.judge(config, run, on_wait=self.on_message)
-
-    def measure_test(self, config: FineTuneConfig, run: RunDirectory) -> float:
-        """The loss of the judged adapter on test.jsonl."""
-        return steps.measure_test(config, run, on_wait=self.on_message)
-
-    def register(self, config: FineTuneConfig, run: RunDirectory, champion: str | None) -> str:
-        """Add the adapter to the registry; return its version."""
-        return register_run(config, run, champion)
-
-    def promote(self, config: FineTuneConfig, version: str, champion: str | None) -> str:
-        """Promote the version as `registry.promote` says; return what became of it."""
-        done = promote_by_policy(config.registry, version, champion)
-        return done if isinstance(done, str) else done.outcome
+        if not self.run.adapter.is_dir():
+            raise ConfigError(f"{self.run.path} has no adapter to ask: nothing was trained.")
+        config = read_run_config(self.run)
+        trusts = config.trust_remote_code
+        return BaseAndAdapter(self.run.adapter, model=config.model, trust_remote_code=trusts)
 
 
 def finetune(
@@ -128,6 +111,7 @@ def finetune(
     hooks: Hooks | None = None,
     *,
     resume: bool = False,
+    progress: bool = True,
 ) -> FinetuneResult:
     """Validate, load, train and judge; register and promote where a registry is configured.
 
@@ -135,12 +119,14 @@ def finetune(
     happens, and may run the steps otherwise. What could fail at the end is tried before the run
     directory is made, and the disk's room before the first step. Where the policy of the registry's
     name is stricter than `config`, it counts, and `hooks` are told so before anything else.
-    Holds the run directory's lock.
+    Holds the run directory's lock. Without `hooks`, and unless `progress` is false, a line in a
+    terminal or a notebook shows how far it is.
     `resume` goes on with what is there. Raises what the steps raise: ConfigError, DatasetError,
     TrainingStopped, TrainingDiverged, GateRejected, DamagedError; each leaves a run directory that
     can be resumed or is complete, and report.html in it to look at.
     """
-    hooks = hooks or Hooks()
+    if hooks is None:
+        hooks = ShownProgress() if progress and can_show_progress() else Hooks()
     config, tightening = hold_to_policy(config)
     for sentence in tightening:
         hooks.on_message(sentence)

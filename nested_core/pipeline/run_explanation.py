@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from nested_core import backend
-from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
+from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE, TaskSection
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.rules.dataset_report import SplitStats
@@ -185,23 +185,49 @@ class RunExplanation:
         gate = self.config.gate
         yield (
             "refuses an adapter that equals the one it started from, has a tensor or a tier that "
-            "did not move, is not finite, or changes nothing that the model says."
+            "did not move, is not finite, or changes nothing that the model says. At most "
+            f"{gate.max_skipped_share:.2%} of a tier's updates may be skipped for gradients that "
+            "are not finite."
         )
+        if gate.min_relative_change:
+            yield f"Each tensor must move by {gate.min_relative_change:g} of its norm or more."
+        if gate.check_fused:
+            yield "Its change must survive fusing into the base."
         split = held_out_split(gate.held_out, self.splits)
         if split is not None or gate.held_out not in SPLITS_BY_HELD_OUT_CHOICE:
             file = gate.held_out if split is None else self.splits[split].file
             yield self._describe_loss_bound(file)
+            yield (
+                f"At most {gate.max_harmed_share:.2%} of these examples may lose far more than a "
+                f"nat a token while hardly any win as much."
+            )
             if gate.max_kl is not None:
                 yield f"Its predictions may move by {gate.max_kl:g} nats a token there."
         else:
             yield "No loss is compared: there is no valid and no test split."
+        if gate.max_general_loss_increase is not None:
+            yield (
+                f"Its loss on {gate.general_data} may not rise beyond noise, unless the rise is "
+                f"shown to be within {gate.max_general_loss_increase:.2%}."
+            )
         for task in gate.tasks:
-            bounds = []
-            if task.min is not None:
-                bounds.append(f"at least {task.min:.0%} right")
-            if task.max_drop is not None:
-                bounds.append(f"at most {task.max_drop:.0%} fewer right than before")
-            yield f"It answers {task.file} ({task.score}): {' and '.join(bounds) or 'no bound'}."
+            bounds = ", ".join(self._describe_suite_bounds(task)) or "no bound"
+            yield f"It answers {task.file} ({task.score}): {bounds}."
+        broken = "it is rejected" if gate.samples == "fail" else "it is not promoted by itself"
+        yield f"Where more than half of its sample answers are broken by training, {broken}."
+
+    def _describe_suite_bounds(self, task: TaskSection) -> Iterator[str]:
+        """Each bound of a suite; what it may lose is held against chance."""
+        if task.min is not None:
+            yield f"at least {task.min:.0%} right"
+        if task.min_gain is not None:
+            yield f"at least {task.min_gain:.0%} more right than before"
+        if task.max_drop is None:
+            return
+        drop = f"at most {task.max_drop:.0%} fewer right than before"
+        if self.config.gate.noise == "paired":
+            drop += " (losing fewer than 4, and winning none, is never beyond chance)"
+        yield drop
 
     def _describe_loss_bound(self, file: str) -> str:
         gate = self.config.gate

@@ -261,6 +261,17 @@ def read_gate(path: Path) -> dict[str, Any]:
     return gate
 
 
+def reason_names(gate: Mapping[str, Any]) -> list[str]:
+    """The code of each reason, with the suite that it is about: `task_below (capitals)`."""
+    reasons = gate.get("reasons")
+    found = [reason for reason in reasons or [] if isinstance(reason, dict)]
+    return [
+        f"{reason.get('code')} ({reason['suite']})" if reason.get("suite") else str(reason["code"])
+        for reason in found
+        if "code" in reason
+    ]
+
+
 def require_passed(gate: dict[str, Any], path: Path) -> None:
     """Raise GateRejected, with the gate's reasons, unless the verdict is "passed".
 
@@ -271,8 +282,7 @@ def require_passed(gate: dict[str, Any], path: Path) -> None:
         if reasons:
             raise DamagedError(f"{path} says passed and gives reasons against it: it was edited.")
         return
-    codes = [str(reason.get("code")) for reason in reasons or [] if isinstance(reason, dict)]
-    listed = ", ".join(codes[:MAX_LISTED_REASONS]) or "no reason given"
+    listed = ", ".join(reason_names(gate)[:MAX_LISTED_REASONS]) or "no reason given"
     raise GateRejected(
         f"The gate rejected this adapter: {listed} (see {path}). Only an adapter that passed "
         "enters a registry; mend what the reasons name and train again."

@@ -43,7 +43,7 @@ from nested_core.text.loss_format import format_difference, format_interval
 MAX_SHOWN_QUESTIONS = 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunComparison:
     """Runs beside each other, in the order given; in a notebook it shows itself.
 
@@ -193,6 +193,10 @@ class RunComparison:
         header = element("header", element("h1", f"{len(self.records)} runs compared"))
         return page("Runs compared", header, element("main", *self._sections()))
 
+    def __repr__(self) -> str:
+        runs = zip(self.names, self.records, strict=True)
+        return f"RunComparison({', '.join(f'{name}: {own.state}' for name, own in runs)})"
+
     def _repr_html_(self) -> str:
         return notebook_fragment(*self._sections())
 
@@ -335,7 +339,7 @@ def _describe_verdict(record: RunRecord) -> str | None:
         doubt = None if losses is None else losses.describe_inconclusive()
         passed = "passed, answers broken" if record.verdict.has_broken_answers else "passed"
         return passed if doubt is None else f"{passed}, {doubt}"
-    return f"failed: {', '.join(reason.code for reason in record.verdict.reasons[:3])}"
+    return f"failed: {', '.join(reason.name for reason in record.verdict.reasons[:3])}"
 
 
 def _describe_difference(difference: PairedDifference | None) -> str | None:

@@ -22,6 +22,7 @@ from nested_core.config.loading import render_config
 from nested_core.data.rules.finding_groups import group_findings
 from nested_core.errors import join_first_values
 from nested_core.gate.verdict import Verdict, describe_examples
+from nested_core.gate.verdict_table import CHECK_COLUMNS, list_checks
 from nested_core.report.curve_points import Point
 from nested_core.report.line_charts import (
     HOW_TO_GET_CHARTS,
@@ -64,7 +65,7 @@ MAX_CONFIG_CHARACTERS = 12_000
 _CSS_CLASS_BY_STATE = {"verified": "good", "rejected": "bad"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunReport:
     """The page of a run, and what it was made of; in a notebook it shows itself.
 
@@ -93,6 +94,9 @@ class RunReport:
         )
         title = f"{describe_outcome(self.record)[:60]} · {name}"
         return page(title, header, element("main", *self._sections()), footer)
+
+    def __repr__(self) -> str:
+        return f"RunReport({self.record.run.path}, {describe_outcome(self.record)})"
 
     def _repr_html_(self) -> str:
         return notebook_fragment(*self._sections())
@@ -133,6 +137,8 @@ class RunReport:
             parts += [paragraph("Damaged files:", class_="bad"), element("ul", *listed)]
         verdict = record.verdict
         if verdict is not None:
+            rows = [check.cells for check in list_checks(verdict)]
+            parts.append(table("What was checked", CHECK_COLUMNS, rows))
             if len(verdict.reasons) > 1:
                 parts.append(_reasons_table(verdict))
             parts += [
@@ -206,7 +212,7 @@ def _describe_verdict(verdict: Verdict) -> str:
 
 def _reasons_table(verdict: Verdict) -> Html:
     rows = [
-        (reason.code, truncated_text(reason.message), len(reason.tensors))
+        (reason.name, truncated_text(reason.message), len(reason.tensors))
         for reason in verdict.reasons[:MAX_SHOWN_REASONS]
     ]
     return table("Every reason against the adapter", ("code", "message", "tensors"), rows)

@@ -31,7 +31,7 @@ from nested_core.training.training_plan import TrainingPlan, read_plan
 Content = TypeVar("Content")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunRecord:
     """A run at one moment.
 
@@ -59,6 +59,9 @@ class RunRecord:
     offered_step: int | None = None
     answers: Sequence[AnswerRecord] = ()
     problems: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"RunRecord({self.run.path}, {self.state}, step {self.step})"
 
     @property
     def name(self) -> str:

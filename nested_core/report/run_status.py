@@ -48,6 +48,7 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
         "updates": latest.get("updates"),
         "checkpoint": _name_resume_checkpoint(run, state),
         "verdict": verdict,
+        "reasons": _list_reasons(gate),
         "answers_broken": has_broken_answers(gate),
         "conclusion": None if gate is None else (gate.get("validation") or {}).get("conclusion"),
     }
@@ -84,6 +85,14 @@ def _read_sound_gate(run: RunDirectory) -> dict[str, Any] | None:
             raise
         return None
     return gate
+
+
+def _list_reasons(gate: dict[str, Any] | None) -> list[str]:
+    if gate is None:
+        return []
+    from nested_core.registry.gate_file import reason_names  # brings mlx
+
+    return reason_names(gate)
 
 
 def describe_state(run: RunDirectory, holder: int | None, verdict: str | None) -> State:

@@ -6,7 +6,7 @@ checkpoint, what the steps computed is written into it by name and read back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple
 
 import mlx.core as mx
@@ -65,6 +65,9 @@ class Trainer:
 
         # Progress, which checkpoints keep
         self.state = TrainingState()
+
+        # Whoever is told of each step: the step, and the steps of the whole run
+        self.on_step: Callable[[int, int], None] | None = None
 
         # Requests to stop: of this process, and on how many ranks as of the step before
         self.stop_requested = False
@@ -191,6 +194,8 @@ class Trainer:
             self._evaluate_before_step(train_step, first, last)
             self._export_snapshots_before_step(train_step, first, last)
             result = self._take_step(train_step, first, last)
+            if self.on_step is not None:
+                self.on_step(self.state.step, self.steps)
             must_stop = self._must_stop_after(result)
             self._divergence_watch.add_step(self.state.step, self.optimizer.state[COUNTERS_KEY])
             self._check_updates(train_step, result, first, is_last=must_stop or self._is_over())

@@ -17,7 +17,8 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DatasetError, GateRejected
 from nested_core.pipeline import steps
 from nested_core.pipeline.device_lock import DEVICE_LOCK_VARIABLE
-from nested_core.pipeline.finetune import Hooks, finetune
+from nested_core.pipeline.finetune import finetune
+from nested_core.pipeline.hooks import Hooks
 from nested_core.registry import read_champion
 from nested_core.storage.run_directory import RunDirectory, open_run
 from tests.example import DATA, example_config

@@ -11,7 +11,8 @@ import pytest
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected
 from nested_core.gate.verdict import Verdict
-from nested_core.pipeline.finetune import FinetuneResult, Hooks, finetune
+from nested_core.pipeline.finetune import FinetuneResult, finetune
+from nested_core.pipeline.hooks import Hooks
 from nested_core.registry import audit, history, promote, read_champion
 from nested_core.storage.run_directory import RunDirectory, open_run
 from tests.example import example_config

@@ -132,6 +132,30 @@ def test_the_file_that_the_gate_measures_on_is_named(explanation: RunExplanation
     assert "may move by 0.1 nats a token" in said
 
 
+def test_every_bound_that_can_reject_is_named_with_its_number(explanation: RunExplanation) -> None:
+    task = {"name": "facts", "file": "q.jsonl", "score": "contains", "min": 0.9, "min_gain": 0.1}
+    changes = {
+        "max_val_loss_increase": 0.031,
+        "max_harmed_share": 0.022,
+        "max_skipped_share": 0.013,
+        "min_relative_change": 0.004,
+        "general_data": "general.jsonl",
+        "max_general_loss_increase": 0.05,
+        "max_kl": 0.6,
+        "check_fused": True,
+        "samples": "fail",
+        "tasks": [task | {"max_drop": 0.07}],
+    }
+    said = replace(explanation, config=example_config(gate=changes)).describe()["gate"]
+    for words in (
+        *("within 3.10%", "At most 2.20% of these examples", "At most 1.30% of a tier's updates"),
+        *("move by 0.004 of its norm", "general.jsonl", "within 5.00%", "move by 0.6 nats a token"),
+        *("survive fusing", "at least 90% right", "at least 10% more right", "at most 7% fewer"),
+        "answers are broken by training, it is rejected",
+    ):
+        assert words in said
+
+
 def test_what_no_run_could_train_on_is_refused_as_a_run_refuses_it(tmp_path: Path) -> None:
     shutil.copytree(DATA, tmp_path / "data")
     (tmp_path / "data" / "train.jsonl").write_text("{}\n")
