@@ -7,9 +7,11 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from flows.stop_signals import INTERRUPTED_EXIT_CODE
 from flows.terminal import print_progress
 from nested_core.errors import ConfigError
 from nested_core.text.digest_format import shorten_digest
@@ -131,9 +133,11 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
     try:
         with starting_server(settings) as server:
             print_progress(f"serving {registry_lines(server)} at {server.address}")
-            server.serve()
+            with suppress(KeyboardInterrupt):
+                server.serve()
+            print_progress("ending: answers under way are finished; Ctrl-C ends them")
     except KeyboardInterrupt:
-        print_progress("the server has ended")
+        return lambda: INTERRUPTED_EXIT_CODE
     finally:
         signal.signal(signal.SIGTERM, before)
     return lambda: 0

@@ -13,8 +13,8 @@ from nested_core.errors import NestedTuneError
 from nested_core.serve.champion_follower import ChampionFollower
 from nested_core.serve.response_generator import (
     RegistryResponseGenerator,
-    SwapWaitOver,
     VersionedRequest,
+    failure_status,
 )
 from nested_core.serve.served_version import BASE_VERSION
 
@@ -91,7 +91,9 @@ class RegistryHandler(APIHandler):
         generator.count_request(name)
         try:
             super().handle_completion(self._request, stop_words)
-        except (SwapWaitOver, RuntimeError) as error:
+        except ConnectionError:
+            raise
+        except Exception as error:  # whatever it is, the client is told
             self._end_begun_answer(error)
         finally:
             generator.forget(self._request)
@@ -102,11 +104,11 @@ class RegistryHandler(APIHandler):
             self.wfile.write(f"data: {json.dumps({'error': str(error)})}\n\n".encode())
             return
         self._headers_buffer: list[bytes] = []  # mlx_lm has written 200 there, and not sent it
-        self._send_json(503, {"error": str(error)})
+        self._send_json(failure_status(error), {"error": str(error)})
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
-        if self._request is not None and self._request.is_unavailable:
-            status_code = 503
+        if self._request is not None and self._request.failure_status is not None:
+            status_code = self._request.failure_status
         super()._set_completion_headers(status_code)
         if status_code == 503:
             self.send_header("Retry-After", str(AGAIN_AFTER_SECONDS))

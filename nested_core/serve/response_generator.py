@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from queue import Empty, Queue
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.server import (
     CompletionRequest,
@@ -29,13 +30,16 @@ from mlx_lm.server import (
     ModelProvider,
     ResponseGenerator,
     SamplingArguments,
+    _make_logits_processors,
 )
 
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.serve.served_version import ServedVersion
 
 WARM_UP_PROMPT = "1"
 RATE_WINDOW_SECONDS = 60
+SECONDS_BETWEEN_LOOKS = 0.05
+MAX_XTC_THRESHOLD = 0.5  # mlx_lm.sample_utils.apply_xtc
 
 
 class SwapWaitOver(Exception):
@@ -106,14 +110,14 @@ class VersionedRequest(CompletionRequest):
     pinned: the version that the request itself asked for; None for the champion.
     bound: the version that answers it, from when the generation thread took it.
     queue: where mlx_lm puts its answer, from then on.
-    is_unavailable: whether the server, not the request, is why there is no answer.
+    failure_status: the HTTP status where no answer could be begun.
     """
 
     name: str = ""
     pinned: ServedVersion | None = None
     bound: ServedVersion | None = field(default=None, init=False)
     queue: Queue[Any] | None = field(default=None, init=False)
-    is_unavailable: bool = field(default=False, init=False)
+    failure_status: int | None = field(default=None, init=False)
 
 
 class RegistryPromptCache(LRUPromptCache):
@@ -135,7 +139,8 @@ class RegistryPromptCache(LRUPromptCache):
 class RegistryModelProvider(ModelProvider):
     """mlx_lm's model provider: the base is loaded once, and `load` chooses among versions on it.
 
-    base: the base model, from `load_default` to `reset`. Everything runs in the generation thread.
+    base: the base model, from `load_default` to `reset`.
+    vocabulary_size: of the logits. Everything runs in the generation thread.
     """
 
     model: Any
@@ -152,6 +157,7 @@ class RegistryModelProvider(ModelProvider):
         self._prompt_cache = prompt_cache
         self._initial = tuple(initial)
         self.base: Any = None
+        self.vocabulary_size = 0
         self._has_retired_version = False
 
     def load_default(self) -> None:
@@ -166,6 +172,7 @@ class RegistryModelProvider(ModelProvider):
                 f"model: {self.cli_args.model} could not be loaded: {error}"
             ) from error
         self.base = self.model
+        self.vocabulary_size = self.base(mx.array([[0]])).shape[-1]  # traced, not computed
         for version in self._initial:
             version.build_model(self.base)
 
@@ -234,9 +241,11 @@ class RegistryResponseGenerator(ResponseGenerator):
         try:
             self._generate()
         except Exception as error:  # it is told by whoever waits for the server's end
-            self.failure = error
-            self._generation_failed = True
             logging.debug("the generation thread ended", exc_info=error)
+            # Frames hold arrays, which have to be freed in the thread that made them.
+            self.failure = error.with_traceback(None)
+            self._generation_failed = True
+            self.model_provider.reset()
         finally:
             self._is_ready.set()
 
@@ -283,9 +292,24 @@ class RegistryResponseGenerator(ResponseGenerator):
         args.model = ModelDescription(version.label, "default_model", version)  # type: ignore[arg-type]  # mlx_lm hands it to `load` as it is
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        """As mlx_lm's, which tells the client what is raised here.
+
+        What is raised later ends the generation thread, and what mlx_lm raises while it samples
+        leaves mlx's random state unusable. A bias for a token that there is none of writes out of
+        an array's bounds.
+        """
         tokenized = super()._tokenize(tokenizer, request, args)
         if not tokenized[0]:
             raise ValueError("The prompt has no tokens. Give a prompt that is not empty.")
+        size = self.model_provider.vocabulary_size
+        if args.sampling.top_k >= size:
+            raise ValueError(f"top_k must be below {size}")
+        if any(not 0 <= token < size for token in args.logits.logit_bias or ()):
+            raise ValueError(f"logit_bias must name tokens from 0 to {size - 1}")
+        if args.sampling.xtc_threshold > MAX_XTC_THRESHOLD:
+            raise ValueError(f"xtc_threshold must be at most {MAX_XTC_THRESHOLD}")
+        self._make_state_machine(self.model_provider.model_key, tokenizer, args.stop_words)
+        _make_logits_processors(args)
         return tokenized
 
     def generate(
@@ -297,8 +321,8 @@ class RegistryResponseGenerator(ResponseGenerator):
         """As mlx_lm's; then `request.bound` is the version. Call `forget` when it has ended."""
         try:
             context, responses = super().generate(request, generation_args, progress_callback)
-        except (SwapWaitOver, RuntimeError):
-            request.is_unavailable = True
+        except Exception as error:
+            request.failure_status = failure_status(error)
             raise
         return context, self._count_tokens(request.name, responses)
 
@@ -312,6 +336,14 @@ class RegistryResponseGenerator(ResponseGenerator):
         """Count a request of a client."""
         with self._lock:
             self.names[name].requests += 1
+
+    def wait_for_requests(self, seconds: float) -> None:
+        """Return when no request waits or is under way, or so many seconds are over."""
+        deadline = time.monotonic() + seconds
+        while (self.under_way or not self.requests.empty()) and time.monotonic() < deadline:
+            if not self.generation_available():
+                return
+            time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def forget(self, request: VersionedRequest) -> None:
         """The request has ended, however it did."""
@@ -364,6 +396,13 @@ class RegistryResponseGenerator(ResponseGenerator):
                         f"{version.label} waits (--swap-wait). Ask again."
                     )
                 )
+
+
+def failure_status(error: Exception) -> int:
+    """The HTTP status: 503 for the server's state, 404 for a version that is not had, or 400."""
+    if isinstance(error, SwapWaitOver | RuntimeError):
+        return 503
+    return 404 if isinstance(error, NestedTuneError) else 400
 
 
 def _greedy_arguments(max_tokens: int) -> GenerationArguments:

@@ -96,6 +96,8 @@ class RunningServer:
 def starting_server(settings: ServeSettings) -> Iterator[RunningServer]:
     """Load what is served, and listen; when the block ends, all of it ends.
 
+    Requests that are under way then are finished, for as long as a swap would wait for them, unless
+    the block ends by an exception.
     Raises ConfigError for a registry, name, base or port that cannot be served, DamagedError for a
     champion that is not what was registered.
     """
@@ -128,6 +130,7 @@ def starting_server(settings: ServeSettings) -> Iterator[RunningServer]:
             follower.start()
             try:
                 yield RunningServer(http, generator, follower)
+                generator.wait_for_requests(settings.swap_wait)
             finally:
                 generator.stop_and_join()
                 follower.stop()

@@ -88,7 +88,7 @@ def test_a_killed_server_leaves_a_sound_registry_and_the_next_one_ends_cleanly(
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 0
     assert list(records.iterdir()) == []
-    assert "the server has ended" in (tmp_path / "serve.log").read_text()
+    assert "ending: answers under way are finished" in (tmp_path / "serve.log").read_text()
 
 
 def test_two_servers_of_a_name_both_follow_and_both_say_so(

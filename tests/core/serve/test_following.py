@@ -12,12 +12,12 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm import generate, load
 
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.registry import champion_link, rollback
 from nested_core.storage.adapter import Adapter
 from tests.core.serve.versions import NAME, QUESTION, Client, serving, settings
-from tests.example import generate_answers
 from tests.waiting import wait_until
 
 Promote = Callable[..., str]
@@ -35,9 +35,12 @@ def wait_for(client: Client, version: str, name: str = NAME) -> None:
 
 
 def expected(base: Path, run: Path | None, prompt: str = QUESTION) -> str:
-    """What plain mlx_lm answers."""
-    adapter = None if run is None else run / "adapter"
-    return generate_answers(str(base), [prompt], adapter=adapter, max_tokens=12)[0]
+    """What mlx_lm.generate answers."""
+    adapter = None if run is None else str(run / "adapter")
+    model, tokenizer = load(str(base), adapter_path=adapter)[:2]
+    messages = [{"role": "user", "content": prompt}]
+    tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return generate(model, tokenizer, tokens, max_tokens=12).strip()
 
 
 def arrays_of(model: Any) -> dict[str, mx.array]:

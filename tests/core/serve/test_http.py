@@ -116,13 +116,39 @@ def test_what_would_go_past_the_registry_is_refused(client: Client, case: str) -
 def test_no_request_ends_the_generation_thread(client: Client) -> None:
     """mlx_lm's ends at an empty prompt, and at one that is an earlier prompt with its answer."""
     empty = client.send("POST", "/v1/completions", {"prompt": "", "model": NAME})
-    assert (empty.status, empty.json()["error"][:24]) == (404, "The prompt has no tokens")
+    assert (empty.status, empty.json()["error"][:24]) == (400, "The prompt has no tokens")
     body = {"model": f"{NAME}@base", "max_tokens": 4}
     first = client.send("POST", "/v1/completions", body | {"prompt": QUESTION}).json()
     went_on = f"{QUESTION} {first['choices'][0]['text']}"
     again = client.send("POST", "/v1/completions", body | {"prompt": went_on})
     assert again.status == 200
     assert client.health()["status"] == "ok"
+
+
+ENDING: dict[str, tuple[dict[str, Any], str]] = {
+    "a stop that is no text": ({"stop": [1]}, ""),
+    "stops that are no list": ({"stop": 5}, ""),
+    "more tokens than there are": ({"top_k": 10**6, "temperature": 1.0}, "top_k must be below"),
+    "a threshold out of bounds": (
+        {"xtc_probability": 0.5, "xtc_threshold": 0.9, "temperature": 1.0},
+        "xtc_threshold must be at most 0.5",
+    ),
+    "a token that there is none of": ({"logit_bias": {"999999": 5}}, "must name tokens from 0 to"),
+    "a negative token": ({"logit_bias": {"-3": 5}}, "must name tokens from 0 to"),
+    "a negative seed": ({"seed": -5}, ""),
+    "a seed out of bounds": ({"seed": 2**70}, ""),
+}
+
+
+@pytest.mark.parametrize("case", ENDING)
+def test_what_ends_mlx_lms_thread_or_process_is_a_wrong_request(
+    client: Client, case: str, version: str
+) -> None:
+    body, said = ENDING[case]
+    reply = client.chat(NAME, max_tokens=3, **body)
+    assert reply.status == 400
+    assert said in reply.json()["error"]
+    assert client.chat(NAME, max_tokens=3, temperature=1.0).version == version
 
 
 def test_bodies_that_are_no_request_are_told_apart(client: Client) -> None:

@@ -76,6 +76,18 @@ def test_a_swap_waits_no_longer_than_it_may_and_says_so_to_whom_it_ends(
     assert streamed.version == first
 
 
+def test_a_server_that_is_asked_to_end_finishes_what_is_under_way(
+    promote: Promote, registry: Path
+) -> None:
+    promote(1)
+    replies: list[Reply] = []
+    with serving(settings(registry, "--name", NAME)) as client:
+        thread = ask_in_thread(client, replies, **LONG)
+    thread.join()
+    (reply,) = replies
+    assert (reply.status, reply.json()["usage"]["completion_tokens"]) == (200, 400)
+
+
 def test_a_registry_that_is_gone_for_a_while_stops_nothing(
     promote: Promote, registry: Path
 ) -> None:

@@ -1,0 +1,32 @@
+"""serve under load: no answer lost, mixed or of another version than it names, over many swaps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.reliability.serving_load import SHAPES, hammer
+
+pytestmark = pytest.mark.reliability
+
+
+@pytest.mark.parametrize(
+    ("requests", "swaps"),
+    [(1_000, 5), pytest.param(10_000, 50, marks=pytest.mark.timeout(3600))],
+)
+def test_each_answer_is_that_of_the_version_it_names(
+    requests: int, swaps: int, tmp_path: Path
+) -> None:
+    seen = hammer(tmp_path, requests=requests, swaps=swaps, clients=8)
+    assert seen.wrong == []
+    assert seen.answers.total() == requests
+    assert len(seen.answers) == len(SHAPES)
+    assert seen.near_ties <= requests // 100
+    assert seen.base_is_the_same
+    figures = seen.summary()
+    assert figures["swaps"] == swaps
+    first, second = (
+        figures[f"megabytes_in_arrays_{half}_half_max"] for half in ("first", "second")
+    )
+    assert second <= first * 1.1, figures
