@@ -26,7 +26,7 @@ class Outcome(StrEnum):
     UNSOUND = "Rejected: unsound"  # its files are not an adapter of this base
     WORSE = "Rejected: worse"  # its losses are
     HARMED = "Rejected: harmed"  # good on average, and far worse on some examples
-    ANSWERS = "Rejected: answers"  # its answers are too often wrong
+    ANSWERS = "Rejected: answers"  # they are too often wrong, or broken
 
 
 # By the first reason of a verdict: each code of nested_core.gate.verdict.
@@ -49,4 +49,5 @@ OUTCOME_BY_CODE: dict[Code, Outcome] = {
     "examples_harmed": Outcome.HARMED,
     "task_below": Outcome.ANSWERS,
     "task_regressed": Outcome.ANSWERS,
+    "answers_broken": Outcome.ANSWERS,
 }

@@ -181,7 +181,7 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory, recorded: Mapping
         )
     require_same_verdict(verdict, recorded, run)
     require_same_task_results(config.gate, run, recorded)
-    require_same_samples(run, recorded)
+    require_same_samples(run, recorded, has_answers=run.sample_answers.name in bound)
 
 
 def _judge_without_model(config: FineTuneConfig, run: RunDirectory) -> tuple[Verdict, RunEvidence]:

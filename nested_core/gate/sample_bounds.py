@@ -45,12 +45,19 @@ def judge_samples(rows: Sequence[SampleAnswers]) -> SampleVerdict:
     )
 
 
-def require_same_samples(run: RunDirectory, recorded: Mapping[str, Any]) -> None:
-    """Raise DamagedError unless the recorded judgement is that of the answers in the run's file."""
+def require_same_samples(
+    run: RunDirectory, recorded: Mapping[str, Any], *, has_answers: bool
+) -> None:
+    """Raise DamagedError unless the recorded judgement is that of the answers in the run's file.
+
+    `has_answers` is whether the run's manifest lists that file. That nothing was asked is taken as
+    recorded where it does not.
+    """
     samples = recorded.get("samples")
-    if not isinstance(samples, dict) or samples.get("not_asked") is not None:
+    is_judged = isinstance(samples, dict) and samples.get("not_asked") is None
+    if not has_answers and not is_judged:
         return
-    now = judge_samples(read_sample_answers(run.sample_answers) if samples.get("asked") else ())
+    now = judge_samples(read_sample_answers(run.sample_answers) if has_answers else ())
     if samples != asdict(now):
         raise DamagedError(
             f"{run.gate} is not the verdict on {run.sample_answers.name} beside it: samples "

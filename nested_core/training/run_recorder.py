@@ -213,7 +213,7 @@ class RunRecorder:
         checkpoint.prune_checkpoints(
             setup.run.checkpoints,
             keep_last=setup.config.training.keep_checkpoints,
-            keep_steps=[state.best_step] if state.best_step is not None else [],
+            keep_steps=state.steps_to_keep(may_flush=setup.optimizer.accumulates),
         )
 
     def snapshots_between(self, first: int, last: int) -> list[int]:

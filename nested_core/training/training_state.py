@@ -28,6 +28,8 @@ class TrainingState:
         flushed: whether gathered gradients were applied at the end of training; `flush_steps` has
             the steps of all such flushes.
         ended: whether training is over, so that only `iters` can make it go on.
+        best_before, best_val_loss_before: the best but for the evaluation of this step, which a
+            flush of gathered gradients makes out of date.
     """
 
     # Position
@@ -50,6 +52,8 @@ class TrainingState:
     evaluated_step: int | None = None
     best_step: int | None = None
     best_val_loss: float | None = None
+    best_before: int | None = None
+    best_val_loss_before: float | None = None
     lowest_val_loss: float | None = None
     evaluations_without_improvement: int = 0
 
@@ -73,8 +77,15 @@ class TrainingState:
         self.flushed = True
         self.flush_steps.append(self.step)
         if self.best_step == self.step:
-            self.best_step = None
-            self.best_val_loss = None
+            self.best_step = self.best_before
+            self.best_val_loss = self.best_val_loss_before
+
+    def steps_to_keep(self, *, may_flush: bool) -> list[int]:
+        """The steps whose checkpoints may still be offered; `may_flush` where gradients gather."""
+        steps = [self.best_step]
+        if may_flush and self.best_step == self.step:
+            steps.append(self.best_before)
+        return [step for step in steps if step is not None]
 
     def record_evaluation(self, val_loss: float, *, is_candidate: bool) -> bool:
         """Record a validation loss; return whether it is the best among the candidates.
@@ -86,6 +97,7 @@ class TrainingState:
         best = math.inf if self.best_val_loss is None else self.best_val_loss
         is_best = is_candidate and val_loss < best
         if is_best:
+            self.best_before, self.best_val_loss_before = self.best_step, self.best_val_loss
             self.best_step = self.step
             self.best_val_loss = val_loss
         return is_best

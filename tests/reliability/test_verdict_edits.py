@@ -37,6 +37,7 @@ TAKEN_AS_RECORDED: set[Keys] = {
     ("validation", "loss_before"),
     ("validation", "loss_after"),
     ("validation", "selected_on_same_data"),
+    ("validation", "has_one_answer"),
     ("proof", "model"),
     ("proof", "prompts"),
     ("proof", "max_abs_difference_from_initial"),
@@ -164,12 +165,25 @@ def test_under_a_manifest_that_agrees_only_what_is_taken_as_recorded_may_differ(
     assert refused > 5 * taken.total()
 
 
+def value_at(document: Any, keys: Keys) -> Any:
+    """What stands at a place of a document, or REMOVED."""
+    for key in keys:
+        if isinstance(document, dict) and key not in document:
+            return REMOVED
+        document = document[key]
+    return document
+
+
 def is_harmless(gate: Any, made: Any, keys: Keys) -> bool:
     """Whether an accepted edit is of a field that is taken as recorded, and within its bounds."""
+    if value_at(made, keys) is REMOVED and not value_at(gate, keys):
+        return True  # no field says the same as null, false or []
     if keys == ("reasons",) or keys[:1] == ("reasons",):
         return not made.get("reasons")  # [], null and no field say the same
     if keys in {("general",), ("fused",), ("tasks",)}:  # nothing of that was asked for
         return not made.get(keys[0])
+    if keys[0] == "samples":  # that nothing was asked is said in other words
+        return bool(gate["samples"]["asked"] == 0)
     if keys not in TAKEN_AS_RECORDED:
         return False
     validation = made["validation"]

@@ -44,6 +44,25 @@ def test_only_a_new_best_among_the_candidates_is_told_as_one() -> None:
     assert answers == [False, True, False, True]
 
 
+def test_a_flush_at_the_step_of_the_best_brings_back_the_best_before_it() -> None:
+    state = evaluated([4.0, 3.0, 2.0, 2.5, 1.0])
+    assert state.steps_to_keep(may_flush=True) == [4, 2]
+    assert state.steps_to_keep(may_flush=False) == [4]
+    state.record_gradient_flush()
+    assert (state.best_step, state.best_val_loss) == (2, 2.0)
+    worse, better = replace(state), replace(state)
+    assert not worse.record_evaluation(2.1, is_candidate=True)
+    assert (worse.best_step, worse.steps_to_keep(may_flush=True)) == (2, [2])
+    assert better.record_evaluation(1.5, is_candidate=True)
+    assert (better.best_step, better.best_val_loss) == (4, 1.5)
+
+
+def test_a_best_that_is_behind_needs_no_other_checkpoint() -> None:
+    assert evaluated([4.0, 3.0, 2.0, 2.5]).steps_to_keep(may_flush=True) == [2]
+    assert evaluated([4.0, 3.0]).steps_to_keep(may_flush=True) == [1]
+    assert evaluated([4.0]).steps_to_keep(may_flush=True) == []
+
+
 def test_patience_counts_evaluations_that_are_not_better_by_min_delta() -> None:
     assert evaluated([4.0, 3.0, 3.0, 3.0]).evaluations_without_improvement == 2
     assert evaluated([4.0, 3.0, 3.0, 2.95]).evaluations_without_improvement == 0
