@@ -122,7 +122,9 @@ def load_config_from_flags(
     if config.hf_dataset and "data" in missing:
         missing.remove("data")
     if missing:
-        raise ConfigError(_describe_missing(missing, arguments.config))
+        is_validation = arguments.command == "validate" and "model" in missing
+        needs_none = " `validate --no-tokenize` needs no model." if is_validation else ""
+        raise ConfigError(_describe_missing(missing, arguments.config) + needs_none)
     epochs = config.training.epochs
     if epochs is not None and "iters" in config.model_fields_set:
         print_progress(f"training.epochs {epochs:g} decides the length: iters is not used")

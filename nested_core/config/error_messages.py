@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -107,10 +107,37 @@ def _describe_pydantic_error(detail: dict[str, Any], schema: type[BaseModel]) ->
         yield Problem(key, f"unknown key{_suggest_known_key(location, schema)}")
     elif isinstance(cause, SectionProblemsError):
         yield from (Problem(key, message) for message in cause.problems)
+    elif detail["type"] == "model_type" and isinstance(detail["input"], list):
+        yield Problem(key, _describe_list_for_section(location, detail["input"], schema))
     else:
         message = detail["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
         value = "" if detail["type"] == "value_error" else f"; found {detail['input']!r:.80}"
-        yield Problem(key, f"{message}{value}")
+        yield Problem(key, f"{message}{value}{_suggest_value(detail)}")
+
+
+def _describe_list_for_section(
+    location: tuple[Any, ...], given: list[Any], schema: type[BaseModel]
+) -> str:
+    """A list where a section is expected, with the section's key that takes one."""
+    section = _section_at(location, schema)
+    fields = {} if section is None else section.model_fields
+    lists = [name for name, field in fields.items() if get_origin(field.annotation) is tuple]
+    meant = f"; did you mean {{{lists[0]}: {given!r:.60}}}?" if lists else ""
+    return f"expected keys with their values, not a list{meant}"
+
+
+def _suggest_value(detail: Mapping[str, Any]) -> str:
+    """What was meant by a value: a word nearly spelt so, or a list without its brackets."""
+    given = detail["input"]
+    if not isinstance(given, str):
+        return ""
+    if detail["type"] == "literal_error":
+        words = re.findall(r"'([^']*)'", str(detail["ctx"]["expected"]))
+        close = difflib.get_close_matches(given, words, n=1)
+        return f"; did you mean {close[0]}?" if close else ""
+    if detail["type"] == "tuple_type" and "," in given:
+        return f"; did you mean [{given:.60}]?"
+    return ""
 
 
 def _suggest_known_key(location: tuple[Any, ...], schema: type[BaseModel]) -> str:

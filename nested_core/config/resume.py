@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
-from nested_core.config.key_properties import Key, iterate_keys
+from nested_core.config.key_properties import Key, iterate_keys, replace_configured_paths
 from nested_core.config.loading import parse_config, read_yaml
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.section import PathRule
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.run_directory import RunDirectory
 
@@ -33,7 +35,7 @@ def read_run_config(run: RunDirectory) -> FineTuneConfig:
 
 def refuse_differences_on_resume(old: FineTuneConfig, new: FineTuneConfig, run_dir: Path) -> None:
     """Raise ConfigError, listing every key that matters and differs, with both values."""
-    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    before, after = (_resolve_paths(config).model_dump(mode="json") for config in (old, new))
     free = {
         key.name
         for key in iterate_keys(FineTuneConfig)
@@ -55,6 +57,16 @@ def refuse_differences_on_resume(old: FineTuneConfig, new: FineTuneConfig, run_d
             + "\n".join(lines[:MAX_SHOWN_DIFFERENCES] + more)
             + "\nGive what the run began with, or another --run-dir for a new run."
         )
+
+
+def _resolve_paths(config: FineTuneConfig) -> FineTuneConfig:
+    """The configuration with the paths of what is here resolved: two spellings are one folder."""
+
+    def resolve(_: str, rule: PathRule, value: str) -> str:
+        """The folder or file itself; a name of the hub as it is."""
+        return os.path.realpath(value) if os.path.exists(value) else value
+
+    return replace_configured_paths(config, resolve)
 
 
 def may_differ_on_resume(key: Key) -> bool:

@@ -107,7 +107,8 @@ def _apply_file_rules(
     tables: Tables, settings: DataSettings, findings: Findings, *, lacks_template: bool
 ) -> None:
     """Add what is wrong or doubtful about a split as a whole."""
-    held = _describe_files_in_folder(settings) if tables["train"].source is None else ""
+    is_complete = all(tables[split].source is not None for split in ("train", "valid"))
+    held = "" if is_complete else _describe_files_in_folder(settings)
     rows = [
         {
             "file": table.file,

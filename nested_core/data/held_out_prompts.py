@@ -33,8 +33,12 @@ class HeldOutPrompt:
     line: int
 
 
-def read_held_out_prompts(settings: DataSettings, count: int) -> list[HeldOutPrompt]:
-    """The first prompts of test, or without it of valid; at most `count`.
+def read_held_out_prompts(
+    settings: DataSettings, count: int, held_out: str = "auto"
+) -> list[HeldOutPrompt]:
+    """The first prompts of the split that `gate.held_out` names; at most `count`.
+
+    Where it names a file of its own they are of valid, or without it of test.
 
     Empty for a data set of the hub, which would have to be read whole, and for plain text, which
     has no prompts.
@@ -43,9 +47,8 @@ def read_held_out_prompts(settings: DataSettings, count: int) -> list[HeldOutPro
         return []
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         splits = open_splits(settings, Path(spool))
-        file = next(
-            (splits[name] for name in SPLITS_BY_HELD_OUT_CHOICE["auto"] if name in splits), None
-        )
+        names = SPLITS_BY_HELD_OUT_CHOICE.get(held_out, ("valid", "test"))
+        file = next((splits[name] for name in names if name in splits), None)
         return [] if file is None else list(islice(_read_prompts(file, settings), count))
 
 

@@ -86,7 +86,8 @@ def _list_prompts(config: FineTuneConfig) -> Iterator[_SamplePrompt]:
     for text in config.samples:
         yield _SamplePrompt([{"role": "user", "content": text}], text, None, "samples")
     settings = DataSettings.from_config(config)
-    for prompt in read_held_out_prompts(settings, MAX_HELD_OUT_PROMPTS):
+    held_out = config.gate.held_out
+    for prompt in read_held_out_prompts(settings, MAX_HELD_OUT_PROMPTS, held_out):
         place = f"{prompt.file}:{prompt.line}"
         yield _SamplePrompt(prompt.messages, prompt.text, prompt.expected, place)
 

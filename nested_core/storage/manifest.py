@@ -89,6 +89,8 @@ def _describe_files(folder: Path) -> dict[str, Any]:
 
 def describe_file(path: Path) -> FileEntry:
     """The size and SHA-256 of a regular file; DamagedError if it is none, or is a link."""
+    if not path.exists() and not path.is_symlink():
+        raise DamagedError(f"{path} is missing. Bring it back, or make its folder again.")
     if path.is_symlink() or not path.is_file():
         raise DamagedError(f"{path} is not a regular file; only regular files belong here.")
     return {"bytes": path.stat().st_size, "sha256": regular_sha256(path)}

@@ -193,6 +193,11 @@ def open_run(path: str | Path, *, resume: bool = False) -> RunDirectory:
     path = Path(path)
     require_free_place(path, RUN_DIR_KEY, own_run=path)
     run = RunDirectory(path)
+    if run.is_nonempty() and not resume and (holder := run.holder()) is not None:
+        raise ConfigError(
+            f"{path} is in use by process {holder}, which trains there now. Wait for it, stop it "
+            f"with `nested-tune stop`, or give another --run-dir."
+        )
     if run.is_nonempty() and not resume:
         if run.config.is_file() and not run.tiers.exists() and run.holder() is None:
             raise ConfigError(

@@ -228,6 +228,35 @@ MISTAKES: dict[str, Mistake] = {
         changed("{rank: 4", "{keys: [q_proj], rank: 4"),
         "No module is named q_proj; did you mean self_attn.q_proj?",
     ),
+    "a list for a section": yaml_mistake(
+        f"{YAML}nested: [1, 2, 4]\n",
+        "nested: expected keys with their values, not a list; did you mean {frequencies: [1, 2, "
+        "4]}?",
+    ),
+    "a list without its brackets": yaml_mistake(
+        f"{YAML}nested: {{frequencies: '1,2,4'}}\n", "did you mean [1,2,4]?"
+    ),
+    "a word that is nearly a choice": yaml_mistake(
+        f"{YAML}gate: {{tasks: [{{name: a, file: q.jsonl, score: contians}}]}}\n",
+        "gate.tasks.0.score",
+        "did you mean contains?",
+    ),
+    "an adapter for a model": Mistake(
+        ("is an adapter, not a model. Give its base as model",),
+        yaml=changed(str(MODEL), "other/adapter"),
+        prepare=register_one,
+    ),
+    "a GGUF file for a model": Mistake(
+        ("is a GGUF file, which mlx-lm does not train",),
+        yaml=changed(str(MODEL), "base/x.gguf"),
+        files={"base/x.gguf": "GGUF"},
+    ),
+    "a suite with other keys": Mistake(
+        ("there is no such key in a question of this score", "expected `prompt` (or `messages`)"),
+        code=3,
+        yaml=f"{YAML}gate: {{tasks: [{{name: a, file: q.jsonl, score: contains}}]}}\n",
+        files={"q.jsonl": as_lines({"question": "Where?", "answer": "Here"})},
+    ),
     "tiers that descend": yaml_mistake(
         f"{YAML}nested: {{frequencies: [4, 1]}}\n",
         "nested: frequencies must ascend, fastest first; got (4, 1) (line 9)",
@@ -370,3 +399,15 @@ def test_of_epochs_and_iters_the_one_that_decides_is_named_and_a_flag_wins(
     assert done.code == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if "iters" in line]
     assert lines == ([] if said is None else [said])
+
+
+def test_a_validation_set_by_another_name_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text(chats(8))
+    (tmp_path / "data" / "val.jsonl").write_text(chats(4, 20))
+    (tmp_path / "lora.yaml").write_text(YAML)
+    done = called(*VALIDATE, "--json", cwd=tmp_path)
+    assert done.code == 0
+    (told,) = [f for f in json.loads(done.stdout)["findings"] if f["check"] == "no-validation-set"]
+    assert "which holds train.jsonl, val.jsonl" in told["message"]
+    assert "name the file valid.jsonl" in told["message"]

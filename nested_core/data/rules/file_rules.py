@@ -55,7 +55,8 @@ FILE_RULES = FrameRules(
             "no-validation-set",
             "warning",
             pl.col("is_present") | (pl.col("split") != "valid"),
-            "there is none in {folder}: the best checkpoint cannot be told from the last",
+            "there is none in {folder}, which holds {held}: the best checkpoint cannot be told "
+            "from the last; name the file valid.jsonl, or draw one: `nested-tune init --split 0.1`",
         ),
     ),
 )

@@ -58,7 +58,24 @@ def _load_tokenizer(source: TokenizerSource) -> Any:
             package, _, name = str(error.name).removeprefix("mlx_lm.").partition(".")
             key = TOKENIZER_CONFIG_KEY_BY_PACKAGE.get(package, package)
             reason = f"its {key} {shorten(name)!r} is not one that this mlx-lm has"
+        if other := _describe_other_folder(folder):
+            raise ConfigError(f"model: {folder} is {other}") from error
         raise ConfigError(
             f"model: no tokenizer could be loaded from {folder} ({reason}). Expected the model's "
             f"config.json, tokenizer.json and tokenizer_config.json there."
         ) from error
+
+
+def _describe_other_folder(folder: Path) -> str | None:
+    """What stands in the place of a model, with what to give instead; None for anything else."""
+    if folder.suffix == ".gguf":
+        return (
+            "a GGUF file, which mlx-lm does not train. Give the folder or the hub's name of the "
+            "model that it was made from."
+        )
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return (
+            "an adapter, not a model. Give its base as model; to go on from the adapter itself, "
+            "name its adapters.safetensors as resume_adapter_file."
+        )
+    return None

@@ -263,7 +263,10 @@ def _describe_first_problem(error: ValidationError) -> str:
     place = ".".join(str(part) for part in first["loc"])
     more = f" (and {len(problems) - 1} more in this line)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
-        return f"{place}: there is no such key in a question of this score{more}"
+        return (
+            f"{place}: there is no such key in a question of this score{more}; expected `prompt` "
+            f"(or `messages`) and `expected`: docs/gate.md#answers"
+        )
     if first["type"] == "missing":
         return f"{place} is missing{more}"
     message = first["msg"].removeprefix("Value error, ")

@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 
 from nested_core import DamagedError
-from nested_core.storage.manifest import read_manifest, verify_manifest, write_manifest
+from nested_core.storage.manifest import (
+    describe_file,
+    read_manifest,
+    verify_manifest,
+    write_manifest,
+)
 
 FACTS = {"step": 3}
 
@@ -169,3 +174,8 @@ def test_only_regular_files_are_listed_in_the_first_place(
 def test_a_file_of_another_size_is_not_read(folder: Path) -> None:
     os.truncate(folder / "a.bin", 50 * 2**30)  # sparse: hashing it would take minutes
     refused(folder, "a.bin has changed since it was written (size or SHA-256).")
+
+
+def test_a_file_that_is_gone_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(DamagedError, match=r"a\.bin is missing\. Bring it back"):
+        describe_file(tmp_path / "a.bin")

@@ -132,7 +132,7 @@ class TestOpening:
             open_run(run.path, resume=False)
         with (
             run.locked(),
-            pytest.raises(ConfigError, match=r"is not empty\. A run is never written over"),
+            pytest.raises(ConfigError, match=r"is in use by process \d+, which trains there now"),
         ):
             open_run(run.path, resume=False)  # it has not ended: it is still at work
         run.tiers.write_bytes(b"{}")

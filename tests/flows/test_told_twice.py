@@ -1,0 +1,195 @@
+"""One run, read through every view: each tells the same numbers, of the same split and step.
+
+The offered adapter is not the last one, so that a view which shows the last figures is found out.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core import compare_runs, finetune, open_run, read_report
+from nested_core.pipeline.finetune import FinetuneResult
+from nested_core.registry import promote
+from nested_core.storage.strict_files import read_json_object
+from nested_core.text.loss_format import format_loss
+from nested_core.training.metrics_file import read_metrics
+from tasks.champion_page import describe_champion
+from tasks.gate import describe_verdict
+from tasks.loss_picture import LossCurves, describe_curves
+from tasks.night_page import describe_night
+from tests.example import DATA, EXAMPLES, example_config
+from tests.flows.conftest import called
+
+SUITE = {
+    "name": "capitals",
+    "file": str(EXAMPLES / "geography" / "held_out.jsonl"),
+    "score": "contains",
+    "max_tokens": 16,
+    "max_drop": None,
+}
+
+
+@dataclass(frozen=True)
+class Told:
+    """A run and the figures that it wrote, from its files alone.
+
+    offered: the step whose adapter is offered, its validation loss and the gate's loss.
+    last: the step of the last evaluation and its loss; trained: the last training loss.
+    """
+
+    result: FinetuneResult
+    offered: tuple[int, float, float]
+    last: tuple[int, float]
+    trained: float
+    right: tuple[int, int]
+
+    @property
+    def folder(self) -> Path:
+        return self.result.run.path
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    folder = tmp_path_factory.mktemp("told")
+    data = folder / "data"  # the gate judges by test.jsonl, the step was chosen by valid.jsonl
+    data.mkdir()
+    rows = (DATA / "valid.jsonl").read_text().splitlines(keepends=True)
+    train = (DATA / "train.jsonl").read_text().splitlines(keepends=True)
+    (data / "train.jsonl").write_text("".join(train[:8]))
+    (data / "valid.jsonl").write_text("".join(rows[:5]))
+    (data / "test.jsonl").write_text("".join(rows[5:]))
+    config = example_config(
+        data=str(data),
+        learning_rate=8e-3,
+        iters=1000,
+        steps_per_eval=4,
+        steps_per_report=4,
+        training={"epochs": 6},
+        gate={"tasks": [SUITE]},
+        registry={"path": str(folder / "registry"), "name": "capitals"},
+    )
+    run = open_run(folder / "runs" / "one")
+    result = finetune(config, run)
+    assert result.version is not None
+    promote(folder / "registry", "capitals", result.version, by="ann")
+    records = read_metrics(run.metrics)
+    losses = {r["step"]: r["val_loss"] for r in records if "val_loss" in r}
+    gate = read_json_object(run.gate)
+    step = gate["adapter_step"]
+    last = max(losses)
+    assert step != last, f"choose settings whose best step is not the last: {losses}"
+    (suite,) = gate["tasks"]
+    counts = tuple(round(suite[key] * suite["questions"]) for key in ("base", "candidate"))
+    return Told(
+        result,
+        (step, losses[step], gate["validation"]["loss_after"]),
+        (last, losses[last]),
+        [r["loss"] for r in records if "loss" in r][-1],
+        counts,
+    )
+
+
+def run_json(told: Told, *command: str) -> Any:
+    done = called(*command, "--json", cwd=told.folder.parent.parent)
+    assert done.code == 0
+    return json.loads(done.stdout)
+
+
+def test_status_runs_and_compare_tell_the_same_numbers(told: Told) -> None:
+    status = run_json(told, "status", "runs/one")
+    (listed,) = run_json(told, "runs")["runs"]
+    compared = run_json(told, "compare", "runs/one")
+    (own,) = compared["runs"]
+    for view in (status, listed, own):
+        keys = ("offered_step", "offered_val_loss", "gate_loss")
+        assert tuple(view[key] for key in keys) == told.offered
+    assert status["current_val_loss"] == listed["val_loss"] == own["val_loss"] == told.last[1]
+    assert status["current_train_loss"] == listed["train_loss"] == told.trained
+    losses = compared["losses"]
+    assert (losses["validation_step"], losses["validation"]) == ([told.last[0]], [told.last[1]])
+    assert losses["training"] == [told.trained]
+    assert (losses["gate_step"], losses["gate_after"]) == ([told.offered[0]], [told.offered[2]])
+    assert (losses["gate_file"], losses["gate_examples"]) == (["test.jsonl"], [5])
+    assert (losses["validation_file"], losses["validation_examples"]) == (["valid.jsonl"], [5])
+    assert (status["step"], listed["step"], own["step"], own["epochs"]) == (24, 24, 24, 6.0)
+    assert (listed["steps"], own["steps"]) == (24, 24)
+    assert compared["tasks"] == {"capitals": [told.right[1] / 15]}
+
+
+def test_the_tables_of_the_command_line_tell_them_too(told: Told) -> None:
+    step, val_loss, gate_loss = told.offered
+    listed = called("runs", cwd=told.folder.parent.parent).stdout
+    cells = [cell.strip() for cell in re.findall(r"[^│\n]+", listed.splitlines()[3])]
+    assert cells[2:6] == ["24 of 24", str(step), format_loss(val_loss), format_loss(gate_loss)]
+    rows = {str(name): cells for name, *cells in compare_runs([told.folder]).rows()}
+    assert rows["offered: the adapter of step"] == [step]
+    assert rows["its validation loss"] == [val_loss]
+    assert rows["gate's loss after"] == [gate_loss]
+    assert rows["validation loss, last evaluation"] == [told.last[1]]
+    assert rows["trained"] == ["24 of 24 steps, 6 passes over train.jsonl"]
+    assert rows["right answers, capitals"] == [told.right[1] / 15]
+    assert "iters" not in compare_runs([told.folder, told.folder]).differing_settings()
+
+
+def test_the_page_the_card_and_python_tell_them(told: Told) -> None:
+    step, _, gate_loss = told.offered
+    page = html.unescape(re.sub(r"<[^>]+>", " ", read_report(told.folder).to_html()))
+    assert "24 of 24 steps, 6 passes over train.jsonl" in page
+    assert f"The adapter of step {step} is the one that was judged." in page
+    assert f"→ {format_loss(gate_loss)} on test.jsonl, 5 examples" in page
+    assert f"{told.right[1]} of 15 right answers to capitals" in page
+
+    card = called("card", "capitals", cwd=told.folder.parent.parent).stdout
+    assert "| steps | 24 of 24 |" in card
+    assert "| passes over train.jsonl | 6 |" in card
+    assert f"| step of this adapter | {step} |" in card
+    assert f"| mean loss, nats a token | test.jsonl, 5 examples | {before(told)} |" in card
+    assert f"| {format_loss(gate_loss)} |" in card
+    assert f"| {told.right[0]} of 15 | {told.right[1]} of 15 |" in card
+    assert "1000" not in card  # iters did not count
+
+    result = told.result
+    assert result.training is not None
+    assert result.verdict is not None
+    assert result.verdict.validation is not None
+    assert (result.training.adapter_step, result.verdict.adapter_step) == (step, step)
+    assert result.verdict.validation.loss_after == gate_loss
+    assert result.training.best_val_loss == told.offered[1]
+    assert result.training.val_loss == told.last[1]
+    assert f"-> {format_loss(gate_loss)} (test.jsonl, 5 examples, step {step} of 24)" in repr(
+        result
+    )
+
+
+def before(told: Told) -> str:
+    assert told.result.verdict is not None
+    assert told.result.verdict.validation is not None
+    return format_loss(told.result.verdict.validation.loss_before)
+
+
+def test_prefects_pages_tell_them(told: Told) -> None:
+    step, _, gate_loss = told.offered
+    gate = read_json_object(told.result.run.gate)
+    figures = f"{format_loss(gate_loss)} after, adapter of step {step} (test.jsonl, 5 examples)"
+    assert figures in str(describe_verdict(gate))
+    config = example_config(registry={"path": str(told.folder), "name": "capitals"})
+    night = str(describe_night(config, told.result.run, "Promoted", "done"))
+    assert figures in night
+    answers = f"{told.right[0]} of 15 right before, {told.right[1]} of 15 after"
+    assert f"capitals: {answers}" in night
+    registry = told.folder.parent.parent / "registry"
+    assert told.result.version is not None
+    champion = str(describe_champion(registry, "capitals", told.result.version))
+    assert figures in champion
+    assert answers in champion
+    curves = LossCurves.of_records(read_metrics(told.result.run.metrics))
+    drawn = str(describe_curves(curves, 24, "data"))
+    assert f"step {told.last[0]}" in drawn
+    assert format_loss(told.last[1]) in drawn
