@@ -153,7 +153,8 @@ class RunFollower(threading.Thread):
 
             reasons = _read_value(self._run.gate, "reasons")
             codes = ", ".join(reason_names({"reasons": reasons})[:MAX_SHOWN_REASONS])
-            self.view.outcome.append(f"verdict: {verdict}{f' ({codes})' if codes else ''}")
+            broken = ", answers broken" if _has_broken_answers(self._run) else ""
+            self.view.outcome.append(f"verdict: {verdict}{broken}{f' ({codes})' if codes else ''}")
 
     # As lines
 
@@ -252,6 +253,13 @@ def _inode_of(path: Path) -> int | None:
         return path.stat().st_ino
     except OSError:
         return None
+
+
+def _has_broken_answers(run: RunDirectory) -> bool:
+    """Whether the verdict says that training broke the answers to the sample prompts."""
+    from nested_core.report.run_figures import has_broken_answers
+
+    return has_broken_answers({"samples": _read_value(run.gate, "samples")})
 
 
 def _read_value(path: Path, key: str) -> Any:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nested_core.models.side_by_side import BaseAndAdapter
 
 NEW_CONVERSATION = "/new"
+HELP = "/help"
 INPUT_PROMPT = "> "
 
 
@@ -89,6 +90,9 @@ def _answer_each_prompt(both: BaseAndAdapter, prompts: Iterator[str], sampling: 
 
     conversations: dict[Any, list[dict[str, str]]] = {side: [] for side in SIDES}
     for prompt in prompts:
+        if prompt.strip() == HELP:
+            print_progress(f"Ctrl-D ends, {NEW_CONVERSATION} begins a new conversation.")
+            continue
         if prompt.strip() == NEW_CONVERSATION:
             conversations = {side: [] for side in SIDES}
             continue

@@ -88,8 +88,7 @@ def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
             (
                 run.name,
                 run.state,
-                f"{run.step} of {run.steps}" if run.step is not None and run.steps else run.step,
-                run.offered_step,
+                run.describe_step(),
                 run.describe_val_loss(),
                 run.gate_loss,
                 run.describe_verdict(),
@@ -97,10 +96,7 @@ def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
             )
             for run in runs
         ]
-        columns = (
-            *("run", "state", "step", "offered step", "val loss", "gate loss"),
-            *("verdict", "age"),
-        )
+        columns = (*("run", "state", "offered step", "val loss", "gate loss", "verdict", "age"),)
         print_table(columns, rows)
         print_line(
             "Losses in nats a token, of the adapter that is offered: on the validation set, and on "

@@ -57,6 +57,13 @@ class ListedRun:
             return "passed, inconclusive"
         return self.problem or self.verdict
 
+    def describe_step(self) -> str | None:
+        """The offered step of all: `33 of 36`; before one is offered `- (at 4 of 36)`."""
+        of_all = "" if self.steps is None else f" of {self.steps:,}"
+        if self.offered_step is not None:
+            return f"{self.offered_step:,}{of_all}"
+        return None if self.step is None else f"- (at {self.step:,}{of_all})"
+
     def describe_val_loss(self) -> str | None:
         """The offered adapter's validation loss; before one is offered the last, which it says."""
         if self.offered_step is not None:

@@ -115,12 +115,12 @@ class RunReport:
 
     def _sections(self) -> Iterator[Html]:
         yield self._verdict_section()
+        yield tasks_section(self.record)
         yield paired_losses_section(self.record)
         yield _curves_section(self.record)
         yield weight_change_section(self.record)
         yield tier_updates_section(self.record)
         yield _findings_section(self.record)
-        yield tasks_section(self.record)
         yield _reproduction_section(self.record)
 
     def _verdict_section(self) -> Html:

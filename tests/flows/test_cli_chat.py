@@ -38,7 +38,7 @@ def test_a_champion_is_asked_by_registry_and_name_a_line_at_a_time(
     command_run: CommandRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register_and_promote(command_run.run_dir, tmp_path / "registry", "capitals", {}, by="a test")
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n\n/new\n{QUESTION}\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n\n/help\n/new\n{QUESTION}\n"))
     done = ask(tmp_path / "registry" / "capitals", tmp_path)
     assert done.code == 0
     lines = done.stdout.splitlines()

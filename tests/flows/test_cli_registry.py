@@ -202,3 +202,13 @@ def test_a_run_that_did_not_pass_is_refused_and_nothing_is_made(
     assert done.code == 4
     assert "gate" in done.message()
     assert not (tmp_path / "registry" / NAME / "champion").exists()
+
+
+def test_a_person_who_promotes_broken_answers_is_warned(tmp_path: Path) -> None:
+    done = train_example(tmp_path / "run", learning_rate=0.2, iters=40)
+    steps.judge(done.config, done.run)
+    promoted = called("promote", "run", "--name", "x", cwd=tmp_path)
+    assert promoted.code == 0
+    told = " ".join(promoted.stderr.split())
+    assert "warning: training broke most of the sample answers of this adapter" in told
+    assert "To go back: nested-tune rollback x --registry registry" in told

@@ -127,7 +127,7 @@ def test_the_tables_of_the_command_line_tell_them_too(told: Told) -> None:
     step, val_loss, gate_loss = told.offered
     listed = called("runs", cwd=told.folder.parent.parent).stdout
     cells = [cell.strip() for cell in re.findall(r"[^│\n]+", listed.splitlines()[3])]
-    assert cells[2:6] == ["24 of 24", str(step), format_loss(val_loss), format_loss(gate_loss)]
+    assert cells[2:5] == [f"{step} of 24", format_loss(val_loss), format_loss(gate_loss)]
     rows = {str(name): cells for name, *cells in compare_runs([told.folder]).rows()}
     assert rows["offered: the adapter of step"] == [step]
     assert rows["its validation loss"] == [val_loss]

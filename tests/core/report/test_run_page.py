@@ -33,7 +33,7 @@ from tests.core.report.written_runs import (
 )
 from tests.hostile_text import HOSTILE, MARK, UNSAFE
 
-ORDER = ["verdict", "pairs", "curves", "change", "updates", "data", "answers", "reproduce"]
+ORDER = ["verdict", "answers", "pairs", "curves", "change", "updates", "data", "reproduce"]
 MAX_BYTES = 300 * 1024
 
 
