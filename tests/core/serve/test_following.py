@@ -17,7 +17,16 @@ from mlx_lm import generate, load
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.registry import champion_link, rollback
 from nested_core.storage.adapter import Adapter
-from tests.core.serve.versions import NAME, QUESTION, Client, serving, settings
+from tests.core.serve.versions import (
+    NAME,
+    QUESTION,
+    Client,
+    promote_run,
+    serving,
+    settings,
+    write_version_run,
+)
+from tests.example import MODEL
 from tests.waiting import wait_until
 
 Promote = Callable[..., str]
@@ -139,6 +148,22 @@ def test_a_damaged_champion_is_not_served_and_the_old_one_stays(
         wait_for(client, third)
         assert client.health()["names"][NAME]["refused"] is None
     assert list((registry / NAME / "serving").iterdir()) == []
+
+
+def test_a_champion_of_another_base_is_not_served(
+    promote: Promote, registry: Path, tmp_path: Path
+) -> None:
+    """The same model in another precision is another base."""
+    first = promote(1)
+    other = write_version_run(tmp_path / "other", MODEL, seed=9)
+    with serving(settings(registry, "--name", NAME)) as client:
+        second = promote_run(other, registry)
+        wait_until(lambda: client.health()["names"][NAME]["refused"] is not None)
+        status = client.health()["names"][NAME]
+        assert (status["version"], status["refused"]["version"]) == (first, second)
+        assert "is another model" in status["refused"]["reason"]
+        assert client.chat().version == first
+        assert "is another model" in client.chat(f"{NAME}@{second}").json()["error"]
 
 
 def promote_damaged(promote: Promote, registry: Path) -> str:
