@@ -106,7 +106,7 @@ def _describe_unknown(given: Path, registry: Path | None) -> str:
 
     where = registry or DEFAULT_REGISTRY
     names = ", ".join(list_names(where)[:5])
-    held = f"{where} holds {names}" if names else f"there is no registry {where} with names in it"
+    held = f"the registry {where} holds {names or 'no name'}"
     return (
         f"{given} is neither a run directory (it has no config.yaml) nor a name in a registry (it "
         f"has no {VERSIONS}/; {held}), nor an adapter's folder (it has no adapter_config.json). "

@@ -49,12 +49,12 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 def run_chat(arguments: argparse.Namespace) -> Callable[[], int]:
     """Load the base with the adapter, then answer what is asked until there is no more."""
-    from nested_core.models.generation import Sampling
-    from nested_core.models.side_by_side import BaseAndAdapter
-
     if arguments.max_tokens < 1 or arguments.temperature < 0:
         raise ConfigError("chat: --max-tokens is 1 or more, and --temperature 0 or more.")
     asked = find_named_adapter(arguments.adapter, arguments.registry)
+    from nested_core.models.generation import Sampling
+    from nested_core.models.side_by_side import BaseAndAdapter  # loads mlx_lm, which takes seconds
+
     print_progress(f"adapter: {asked.folder}")
     both = BaseAndAdapter(
         asked.folder, model=asked.model, trust_remote_code=asked.trusts_remote_code

@@ -101,6 +101,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def read_yaml_with_lines(path: Path) -> YamlFile:
     """`read_yaml`, with the lines of the keys."""
+    if path.suffix == ".jsonl":
+        raise ConfigError(
+            f"{path} is a file of data by its name, and -c takes a YAML configuration. Give the "
+            f"folder of the data as --data, or as the key data of a configuration."
+        )
     try:
         with open_regular(path, UNBOUNDED, follow_links=True) as (file, size):
             if size > MAX_YAML_BYTES:

@@ -31,7 +31,7 @@ def test_a_champion_has_one_folder_by_any_of_its_names(place: Path, given: str) 
 
 def test_a_name_is_looked_for_under_the_registry_that_is_given(place: Path) -> None:
     (place / "registry").rename(place / "other")
-    with pytest.raises(ConfigError, match="there is no registry registry with names in it"):
+    with pytest.raises(ConfigError, match="the registry registry holds no name"):
         find_named_adapter(Path("bot"))
     assert find_named_adapter(Path("bot"), Path("other")).folder.is_dir()
 
@@ -44,7 +44,7 @@ def test_an_adapters_folder_is_itself_and_what_exists_comes_before_a_name(place:
 
 
 def test_what_is_none_of_them_is_told_the_names_that_there_are(place: Path) -> None:
-    with pytest.raises(ConfigError, match=r"registry holds bot\), nor an adapter's folder"):
+    with pytest.raises(ConfigError, match=r"the registry registry holds bot\), nor an adapter"):
         find_named_adapter(Path("bto"))
 
 

@@ -37,6 +37,10 @@ WRONG: dict[str, tuple[list[str], str]] = {
     ),
     "a file without its flag": (["train", "config.yaml"], "Did you mean -c config.yaml? See:"),
     "a folder without its flag": (["validate", "."], "Did you mean --data .? See:"),
+    "data for a configuration": (
+        ["train", "-c", "train.jsonl"],
+        "train.jsonl is a file of data by its name, and -c takes a YAML configuration",
+    ),
     "a path into no registry": (["history", "a/b"], "a/b is no name in a registry"),
     "unknown flag": (
         ["train", "--fast"],
