@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from mlx_lm.lora import CONFIG_DEFAULTS
 
 from nested_core import ConfigError, FineTuneConfig
 from nested_core.config.loading import parse_config
+from nested_core.config.resume import refuse_differences_on_resume
 
 DIFFERS = {"adapter_path", "train", "config"}  # said in FineTuneConfig, and done by flags
 SCHEDULE = {"name": "cosine_decay", "arguments": [1e-5, 100]}
@@ -328,3 +330,16 @@ class TestIntervals:
         (line,) = problems(save_every=value)
         assert line.startswith("save_every: ")
         assert said in line
+
+
+def test_a_folder_by_another_spelling_is_the_same_on_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    began = FineTuneConfig(data="data")
+    for same in ("./data", str(tmp_path / "data"), "other/../data"):
+        refuse_differences_on_resume(began, FineTuneConfig(data=same), tmp_path)
+    with pytest.raises(ConfigError, match="  data: .*data in the run, .*other now"):
+        refuse_differences_on_resume(began, FineTuneConfig(data="other"), tmp_path)

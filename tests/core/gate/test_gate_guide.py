@@ -8,7 +8,9 @@ from typing import get_args
 
 import pytest
 
-from nested_core.config.gate import GateSection, TaskSection
+from nested_core.config.gate import GateSection, Score, TaskSection
+from nested_core.gate.answers.scorers import ScoringMethod
+from nested_core.gate.answers.suite_answers import Suite
 from nested_core.gate.verdict import GATE_GUIDE, Code, Reason
 from tests.core.gate.pairs import fresh_tensors, judge_pair
 
@@ -36,3 +38,25 @@ def test_a_verdict_names_the_place(tmp_path: Path) -> None:
     verdict = judge_pair(tmp_path, fresh_tensors(), fresh_tensors())
     assert verdict.reasons[0].message.endswith("; docs/gate.md#unchanged")
     assert "docs/gate.md#unchanged" in verdict.summary()
+
+
+def example_lines() -> list[tuple[str, str]]:
+    """A score and a line of the guide's block of examples, for each score that it names."""
+    block = TEXT.partition("A line of a suite for each score:")[2].split("```")[1]
+    pairs = [re.split(r"\s{2,}", line, maxsplit=1) for line in block.strip().splitlines()]
+    scores = {"any of several": "exact", "as a chat, any score": "contains"}
+    return [
+        (score, line) for line, named in pairs for score in scores.get(named, named).split(", ")
+    ]
+
+
+@pytest.mark.parametrize(("score", "line"), example_lines())
+def test_each_example_of_a_suites_line_is_one(tmp_path: Path, score: str, line: str) -> None:
+    (tmp_path / "suite.jsonl").write_text(f"{line}\n")
+    method = ScoringMethod(tmp_path / "suite.jsonl", score)  # type: ignore[arg-type]
+    (question,) = Suite.read("facts", method).questions
+    assert question.line == 1
+
+
+def test_every_score_but_python_has_an_example() -> None:
+    assert {score for score, _ in example_lines()} == set(get_args(Score)) - {"python"}

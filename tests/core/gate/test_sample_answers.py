@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from nested_core.config.gate import GateSection
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.held_out_prompts import read_held_out_prompts
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.gate import recheck_verdict
 from nested_core.gate.sample_answers import find_damage
@@ -183,3 +185,17 @@ def test_more_prompts_are_asked_where_the_bases_own_answers_are_broken(
     verdict = steps.judge(destroyed.config, destroyed.run)
     assert verdict.samples is not None
     assert (verdict.samples.asked, verdict.samples.judged) == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "file"),
+    [("auto", "test"), ("test", "test"), ("valid", "valid"), ("kept.jsonl", "valid")],
+)
+def test_prompts_are_of_the_split_that_judges_and_test_is_not_read_for_another(
+    tmp_path: Path, held_out: str, file: str
+) -> None:
+    for split in ("train", "valid", "test"):
+        row = {"prompt": f"Of {split}?", "completion": "Yes."}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    (prompt,) = read_held_out_prompts(DataSettings(str(tmp_path)), 3, held_out)
+    assert (prompt.file, prompt.text) == (f"{file}.jsonl", f"Of {file}?")
