@@ -51,6 +51,7 @@ NO_ALERTS_WARNING = (
     "the UI under Blocks, and give it: nested-tune deploy --notify TYPE/NAME, or --notify @FILE "
     "with a webhook's URL in the file"
 )
+ALERT = "nested-tune alert"  # so begin the names of the automations that tell somebody
 READ_PAGE_SIZE = 200
 
 
@@ -226,13 +227,15 @@ def complete_automation(
 ) -> AutomationCore:
     """An automation of automations.yaml with the id of its notification block.
 
-    Without `block` an alert goes where the server sends it already.
+    Without `block` an alert goes where the server sends it already, and one that the server does
+    not have yet where it sends the others.
     """
     wanted = {key: value for key, value in planned.items() if key != "notify"}
     there = _read_automations_named(client, planned["name"])
     if "notify" in planned:
-        if block is None and there:
-            block = alert_block(there[0])
+        if block is None:
+            alerts = there or [a for a in read_automations(client) if a.name.startswith(ALERT)]
+            block = next(filter(None, map(alert_block, alerts)), None)
         wanted["actions"] = [alert_action(client, block, planned["notify"])]
     wanted["enabled"] = there[0].enabled if there else True
     return AutomationCore.model_validate(wanted)

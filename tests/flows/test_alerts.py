@@ -18,8 +18,8 @@ from prefect.events.worker import EventsWorker
 from prefect.states import Completed, State
 
 from flows import early_warnings
-from flows.alerts import find_or_make_block, send_test_alert
-from flows.deploy import put_automations
+from flows.alerts import alert_block, find_or_make_block, send_test_alert
+from flows.deploy import ALERT, put_automations
 from flows.deployment_plan import make_plan
 from flows.early_warnings import DiskSpace, describe_full_disk, measure_newest_checkpoint
 from flows.reconcile import ReconcileParameters, reconcile
@@ -229,6 +229,17 @@ def test_the_url_of_a_webhook_is_in_a_block_alone(
     blocks = client.request("POST", "/block_documents/filter", json={}).text
     assert "nested-tune" in blocks
     assert SECRET_PATH not in automations + blocks
+
+
+def test_an_alert_that_a_person_removed_goes_where_the_others_go_when_it_is_deployed_again(
+    client: SyncPrefectClient, alerting: WebhookServer
+) -> None:
+    assert all(name.startswith(ALERT) for name in NAMES)
+    (removed,) = client.read_automations_by_name(NAMES[0])
+    client.delete_automation(removed.id)
+    list(put_automations(client, ALERTS, None))
+    (again,) = client.read_automations_by_name(NAMES[0])
+    assert alert_block(again) == alert_block(removed) is not None
 
 
 def test_without_a_block_deploy_and_doctor_say_that_nobody_is_told(

@@ -62,7 +62,8 @@ class Browser:
         port = port_file.read_text().splitlines()[0]
         pages = httpx.get(f"http://127.0.0.1:{port}/json/list", timeout=30).json()
         address = next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
-        return connect(address, max_size=None, open_timeout=30)
+        # Pings draw from the global `random`; a browser on this machine needs none.
+        return connect(address, max_size=None, open_timeout=30, ping_interval=None)
 
     def __enter__(self) -> Self:
         return self
