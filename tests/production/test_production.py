@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
-from prefect.client.schemas.schedules import CronSchedule
+from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.flow_runs import resume_flow_run
 
 from flows.deployment_plan import make_plan
@@ -55,14 +56,16 @@ def test_the_nightly_run_comes_by_its_schedule_and_its_adapter_is_champion(stack
     with stack.connected() as client:
         there = client.read_deployment_by_name(f"finetune/{NAME}-nightly")
         (schedule,) = there.schedules
-        every_minute = CronSchedule(cron="* * * * *")
-        client.update_deployment_schedule(there.id, schedule.id, active=True, schedule=every_minute)
+        # One night: of two that are due the earlier would be skipped.
+        soon = datetime.now(UTC) + timedelta(seconds=60)
+        daily = IntervalSchedule(interval=timedelta(days=1), anchor_date=soon)
+        client.update_deployment_schedule(there.id, schedule.id, active=True, schedule=daily)
     try:
         first = wait_for(
             lambda: [
-                r for r in stack.runs_of(f"finetune/{NAME}-nightly") if r.state_name == "Running"
+                r for r in stack.runs_of(f"finetune/{NAME}-nightly") if r.start_time is not None
             ],
-            150,
+            300,
         )[0]
     finally:
         with stack.connected() as client:
