@@ -43,7 +43,10 @@ class _Commands:
     def add_parser(self, name: str, *, help: str, **options: Any) -> argparse.ArgumentParser:
         """Add a command; `help` is its line, a sentence without capital and full stop."""
         description = f"{help[0].upper()}{help[1:]}."
-        parser = self._subparsers.add_parser(name, help=help, description=description, **options)
+        # `--lr` would be taken for `--lr-schedule`, whose error then speaks of a file's key.
+        parser = self._subparsers.add_parser(
+            name, help=help, description=description, allow_abbrev=False, **options
+        )
         self.parsers[name] = parser
         return parser
 

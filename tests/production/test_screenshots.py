@@ -293,7 +293,7 @@ def test_the_verdict_of_the_gate_is_a_page_to_read(nights: Nights, look: Any) ->
 
 def test_what_was_found_in_the_data_set_is_a_table(nights: Nights, look: Any) -> None:
     report = nights.artifact("promoted", "dataset-report")
-    words = ["train.jsonl", "valid.jsonl", "warning", "duplicate", "severity", "1 warning"]
+    words = ["train.jsonl", "valid.jsonl", "warning", "duplicate", "severity", "2 warning"]
     look(f"artifacts/artifact/{report.id}", "dataset-report", words, 560)
 
 
