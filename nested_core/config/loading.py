@@ -103,8 +103,8 @@ def read_yaml_with_lines(path: Path) -> YamlFile:
     """`read_yaml`, with the lines of the keys."""
     if path.suffix == ".jsonl":
         raise ConfigError(
-            f"{path} is a file of data by its name, and -c takes a YAML configuration. Give the "
-            f"folder of the data as --data, or as the key data of a configuration."
+            f"{path} is a file of data by its name, where YAML is expected. Data is given by its "
+            f"folder, as --data or as the key data of a configuration."
         )
     try:
         with open_regular(path, UNBOUNDED, follow_links=True) as (file, size):

@@ -280,16 +280,17 @@ def compare_losses(
 def describe_promotion(registry: Path, name: str, done: Promotion) -> str | None:
     """The losses of a version that was promoted, and of the champion that it replaced.
 
-    None where the champion has not changed, or the version was judged without held-out data.
+    That a version was judged without held-out data is said. None where the champion has not
+    changed.
     """
     if done.outcome != "promoted":
         return None
     try:
         candidate = read_candidate(registry, name, done.version, against=done.previous)
         if candidate.loss_after is None or candidate.file is None:
-            return None
+            return _describe_unmeasured(registry, name, done)
         change = format_change(candidate.loss_before, candidate.loss_after)
-        text = f"{shorten_digest(done.version)}: loss {change} in training, on {candidate.file}"
+        text = f"{shorten_digest(done.version)}: loss on {candidate.file} {change} by training"
         if done.previous is None:
             return f"{text}; there was no champion before it"
         losses = compare_losses(registry, name, candidate, done.previous)
@@ -300,6 +301,24 @@ def describe_promotion(registry: Path, name: str, done: Promotion) -> str | None
         return f"{text}; {previous}, the champion before, was not measured on that data"
     rival = format_loss(losses.champion_loss)
     return f"{text}; the champion before, {previous}: {rival} on the same examples"
+
+
+def _describe_unmeasured(registry: Path, name: str, done: Promotion) -> str:
+    """That nobody knows whether a version is good, and what is known of the one before it."""
+    text = (
+        f"{shorten_digest(done.version)}: its quality was not measured, for lack of held-out rows"
+    )
+    if done.previous is None:
+        return text
+    before = read_candidate(registry, name, done.previous)
+    if before.loss_after is None:
+        return text
+    loss_name = loss_name_for_file(before.file)
+    return (
+        f"{text}; the champion before, {shorten_digest(done.previous)}, has a {loss_name} of "
+        f"{format_loss(before.loss_after)}. To go back: nested-tune rollback {name} --registry "
+        f"{registry}"
+    )
 
 
 def warn_if_worse(registry: Path, name: str, done: Promotion) -> str | None:

@@ -25,7 +25,7 @@ SERVING_FOLDER_NAME = "serving"
 HEARTBEAT_SECONDS = 10.0
 MAX_HEARTBEAT_AGE = timedelta(minutes=1)
 MAX_FILE_BYTES = 64 * 1024
-FILE_PATTERN = re.compile(r"(?P<host>[A-Za-z0-9._-]+)-(?P<process>\d+)\.json")
+MAX_DIGITS = 20  # of a process
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def remove_records_of_ended_servers(folder: Path) -> None:
     """Remove files of processes of this machine that are gone, where that can be done."""
     with suppress(OSError):
         for path in (folder / SERVING_FOLDER_NAME).iterdir():
-            match = FILE_PATTERN.fullmatch(path.name)
-            if match is not None and match["host"] == _host() and not _runs(int(match["process"])):
+            host, process = parse_serving_name(path.name) or ("", 0)
+            if host == _host() and not _runs(process):
                 path.unlink(missing_ok=True)
 
 
@@ -80,13 +80,20 @@ def _iterate_records(folder: Path) -> Iterator[tuple[str, ServingRecord]]:
     if not folder.is_dir():
         return
     for path in sorted(folder.iterdir()):
-        if FILE_PATTERN.fullmatch(path.name) is None:
+        if parse_serving_name(path.name) is None:
             continue
         with suppress(DamagedError, OSError, TypeError, ValueError):
             fields: dict[str, Any] = read_json(path, MAX_FILE_BYTES)
             record = ServingRecord(**fields)
             record.is_alive(datetime.now(UTC))
             yield path.name, record
+
+
+def parse_serving_name(name: str) -> tuple[str, int] | None:
+    """Host and process of a file HOST-PID.json; None for any other."""
+    host, dash, process = name.removesuffix(".json").rpartition("-")
+    is_one = name.endswith(".json") and dash and process.isascii() and process.isdigit()
+    return (host, int(process)) if is_one and len(process) < MAX_DIGITS else None
 
 
 def _own_path(folder: Path) -> Path:

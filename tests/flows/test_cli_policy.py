@@ -65,7 +65,10 @@ def test_null_and_no_file_leave_a_key_to_the_run(folder: Path) -> None:
         (("--max-val-loss-increase", "much"), "expected a number, such as 0.02, or null"),
         (("--max-val-loss-increase", "-1"), "policy: max_val_loss_increase"),
         (("--tasks", "absent.yaml"), "absent.yaml"),
-        (("--tasks", "questions.jsonl"), "--tasks questions.jsonl has no suites. Expected YAML"),
+        (
+            ("--tasks", "questions.jsonl"),
+            "questions.jsonl is a file of data by its name, where YAML is expected",
+        ),
     ],
 )
 def test_what_is_no_policy_is_refused(folder: Path, words: tuple[str, ...], told: str) -> None:

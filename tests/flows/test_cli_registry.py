@@ -87,11 +87,11 @@ def test_a_promotion_tells_the_losses_with_their_data_and_those_of_the_champion_
     gates = [json.loads((folder / run / "gate.json").read_text()) for run in ("first", "second")]
     first, second = (gate["validation"] for gate in gates)
     said = " ".join(story["first"].stderr.split())
-    change = f"loss {first['loss_before']:.4g} -> {first['loss_after']:.4g} in training"
-    assert f"{versions[0][:12]}: {change}, on {first['file']}; there was no champion" in said
+    change = f"{first['loss_before']:.4g} -> {first['loss_after']:.4g} by training"
+    assert f"{versions[0][:12]}: loss on {first['file']} {change}; there was no champion" in said
     said = " ".join(story["second"].stderr.split())
     rival = f"the champion before, {versions[0][:12]}: {first['loss_after']:.4g}"
-    assert f"on {second['file']}; {rival} on the same examples" in said
+    assert f"by training; {rival} on the same examples" in said
 
 
 def test_a_promotion_for_another_champion_is_superseded_and_a_success(

@@ -39,7 +39,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a folder without its flag": (["validate", "."], "Did you mean --data .? See:"),
     "data for a configuration": (
         ["train", "-c", "train.jsonl"],
-        "train.jsonl is a file of data by its name, and -c takes a YAML configuration",
+        "train.jsonl is a file of data by its name, where YAML is expected",
     ),
     "a path into no registry": (["history", "a/b"], "a/b is no name in a registry"),
     "unknown flag": (

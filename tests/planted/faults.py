@@ -44,12 +44,6 @@ FAULTS = (
         "a swallowed error",
     ),
     Fault(
-        "nested_core/storage/safetensors_files.py",
-        "    if len(name) > MAX_NAME_LENGTH or not name.isprintable():",
-        "    if len(name) > MAX_NAME_LENGTH and not name.isprintable():",
-        "a condition turned",
-    ),
-    Fault(
         "nested_core/storage/manifest.py",
         "        if not matches_entry(folder / name, expected):",
         "        if not (folder / name).exists():",
@@ -122,10 +116,16 @@ FAULTS = (
         "a comparison turned",
     ),
     Fault(
-        "nested_core/gate/paired_difference.py",
-        "        return self.examples >= MIN_EXAMPLES",
-        "        return self.examples > MIN_EXAMPLES",
-        "a comparison turned",
+        "nested_core/serve/response_generator.py",
+        "            version = request.pinned or status.current",
+        "            version = status.current",
+        "a forgotten field",
+    ),
+    Fault(
+        "nested_core/serve/served_version.py",
+        "    if recorded is None or is_same_base(recorded, base):",
+        "    if recorded is None or base.exists():",
+        "a check skipped",
     ),
     Fault(
         "nested_core/gate/run_evidence.py",

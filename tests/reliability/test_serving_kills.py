@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nested_core.registry import audit, read_champion
-from nested_core.serve.serving_file import FILE_PATTERN
+from nested_core.serve.serving_file import parse_serving_name
 from tests.core.serve.versions import NAME, make_base, promote_run, write_version_run
 from tests.example import MODEL
 from tests.flows.conftest import PROGRAM
@@ -69,5 +69,5 @@ def test_a_kill_in_any_phase_leaves_a_sound_registry_that_the_next_server_follow
             wait_until(lambda: bool(health(address)["names"]))
             assert health(address)["names"][NAME]["version"] == version
             files = [path.name for path in (registry / NAME / "serving").iterdir()]
-            told = [name for name in files if FILE_PATTERN.fullmatch(name)]
+            told = [name for name in files if parse_serving_name(name)]
             assert [name.endswith(f"-{process.pid}.json") for name in told] == [True]

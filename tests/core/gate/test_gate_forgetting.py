@@ -164,7 +164,7 @@ def test_no_key_of_the_gate_lets_an_adapter_past_it(key: str) -> None:
     [
         (False, "gate: true and false mean nothing here"),
         ("off", "gate: Input should be"),
-        ([], "gate: Input should be"),
+        ([], "gate: expected keys with their values, not a list"),
     ],
 )
 def test_the_gate_cannot_be_something_other_than_its_bounds(value: object, message: str) -> None:

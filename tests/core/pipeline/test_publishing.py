@@ -32,7 +32,11 @@ from nested_core.registry import (
     registration,
 )
 from nested_core.registry.gate_file import read_gate, require_verdict_manifest, write_gate
-from nested_core.registry.promotion_policy import promote_by_policy, warn_if_worse
+from nested_core.registry.promotion_policy import (
+    describe_promotion,
+    promote_by_policy,
+    warn_if_worse,
+)
 from nested_core.storage.adapter import ADAPTER_FILES, write_adapter
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
@@ -366,6 +370,17 @@ class TestPromotionByAPerson:
         by_hand(make_run(1.0, loss=1.0))
         for run in (make_run(2.0, loss=5.0, data="d2"), make_run(3.0, loss=None)):
             assert warn_if_worse(tmp_path / "registry", NAME, by_hand(run)) is None
+
+    def test_an_adapter_that_was_never_measured_is_said_to_be_so_beside_the_one_that_was(
+        self, make_run: MakeRun, by_hand: Any, tmp_path: Path
+    ) -> None:
+        registry = tmp_path / "registry"
+        first = by_hand(make_run(1.0, loss=0.75))
+        done = by_hand(make_run(2.0, loss=None))
+        said = str(describe_promotion(registry, NAME, done))
+        assert said.startswith(f"{done.version[:12]}: its quality was not measured")
+        assert f"the champion before, {first.version[:12]}, has a validation loss of 0.75" in said
+        assert f"nested-tune rollback {NAME}" in said
 
     def test_a_champion_that_is_damaged_is_replaced_without_a_comparison(
         self, make_run: MakeRun, by_hand: Any, tmp_path: Path
