@@ -142,19 +142,19 @@ class RunFollower(threading.Thread):
     def _print_conclusion(self) -> None:
         """Say how it ended: which adapter is offered, or where training stopped; the verdict."""
         position = self.view.describe_position()
-        step = _read_value(self._run.result, "adapter_step")
+        step = _read_object(self._run.result).get("adapter_step")
         if step is None:
             self.view.outcome = [f"ended before training was done, at {position}"]
             return
         self.view.outcome = [self.view.describe_offered_adapter(step)]
-        verdict = _read_value(self._run.gate, "verdict")
-        if verdict is not None:
+        gate = _read_object(self._run.gate)
+        if "verdict" in gate:
             from nested_core.registry.gate_file import reason_names  # brings mlx
+            from nested_core.report.run_figures import describe_verdict
 
-            reasons = _read_value(self._run.gate, "reasons")
-            codes = ", ".join(reason_names({"reasons": reasons})[:MAX_SHOWN_REASONS])
-            broken = ", answers broken" if _has_broken_answers(self._run) else ""
-            self.view.outcome.append(f"verdict: {verdict}{broken}{f' ({codes})' if codes else ''}")
+            codes = ", ".join(reason_names(gate)[:MAX_SHOWN_REASONS])
+            because = f" ({codes})" if codes else ""
+            self.view.outcome.append(f"verdict: {describe_verdict(gate)}{because}")
 
     # As lines
 
@@ -179,7 +179,7 @@ class RunFollower(threading.Thread):
         """Print the last record, and once training is done which adapter it offers."""
         self._read_progress()
         self._print_line(is_last=True)
-        step = _read_value(self._run.result, "adapter_step")
+        step = _read_object(self._run.result).get("adapter_step")
         if self._began_at is None or step is None or self._has_offer:
             return
         self._has_offer = True
@@ -255,19 +255,12 @@ def _inode_of(path: Path) -> int | None:
         return None
 
 
-def _has_broken_answers(run: RunDirectory) -> bool:
-    """Whether the verdict says that training broke the answers to the sample prompts."""
-    from nested_core.report.run_figures import has_broken_answers
-
-    return has_broken_answers({"samples": _read_value(run.gate, "samples")})
-
-
-def _read_value(path: Path, key: str) -> Any:
-    """A value of a JSON file of the run; None where there is none, which others report."""
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON file of the run; empty where there is none or it is damaged, which others report."""
     try:
-        return read_json_object(path).get(key)
+        return read_json_object(path)
     except (DamagedError, MissingFileError, OSError):
-        return None
+        return {}
 
 
 def _record_or_none(line: bytes) -> dict[str, Any] | None:

@@ -31,7 +31,7 @@ def test_the_six_lines_train_judge_and_read_the_verdict(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     verdict, outcome = done.stdout.splitlines()
-    assert verdict.startswith("passed: ")
+    assert verdict.startswith("passed, better: ")
     adapter, version, promotion = outcome.split()
     assert adapter == "runs/first/adapter"
     assert (tmp_path / "registry" / "capitals" / "champion").resolve().name == version

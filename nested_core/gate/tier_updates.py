@@ -21,6 +21,10 @@ from nested_core.storage.checkpoint import MASTERS_PREFIX, OPTIMIZER_NAME
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import StoredTensor, read_tensors
 
+# Adam moves a weight by about the rate, and float32 numbers near 0.01 are 1e-9 apart.
+SMALLEST_USEFUL_RATE = 1e-9
+MAX_SAMPLED_STEPS = 1000
+
 
 @dataclass(frozen=True)
 class TierEvidence:
@@ -119,9 +123,32 @@ def _tier_reasons(
             c.name for c in own if not c.changed and evidence.is_missing_its_updates(c.name)
         ]
         if traceless:
-            message = f"{label}: {len(traceless)} tensors had gradients and stayed as they were"
+            why = _why_updates_left_no_trace(config, evidence, row)
+            noun = "tensor" if len(traceless) == 1 else "tensors"
+            message = (
+                f"{label}: {len(traceless)} {noun} had gradients and stayed as they were; {why}"
+            )
             reasons.append(Reason("updates_missing", message, tuple(traceless)))
     return reasons
+
+
+def _why_updates_left_no_trace(
+    config: FineTuneConfig, evidence: TierEvidence, row: TierChange
+) -> str:
+    """The likely cause and what to do: a learning rate too small for float32, or lost updates."""
+    rate = build_learning_rate(config)
+    if callable(rate):
+        due = range(row.frequency, evidence.step + 1, row.frequency)
+        sampled = due[:: max(1, len(due) // MAX_SAMPLED_STEPS)]
+        highest = max(to_float(rate(mx.array(step - 1))) for step in sampled)
+    else:
+        highest = rate
+    if highest < SMALLEST_USEFUL_RATE:
+        return (
+            f"a learning rate of {highest:.3g} is too small to move a float32 weight: raise "
+            f"learning_rate (1e-4 is usual for LoRA)"
+        )
+    return "the updates were computed and lost before they reached the weights"
 
 
 def _had_positive_learning_rate(

@@ -20,6 +20,8 @@ from nested_core.registry.loss_conclusion import (
     conclude,
     count_examples_needed,
     describe_conclusion,
+    describe_passed,
+    describe_smallest_visible,
     margin_of_loss,
 )
 from nested_core.storage.atomic import finite_or_none
@@ -191,7 +193,7 @@ class Validation:
             shown = (
                 "can show no difference"
                 if self.smallest_visible is None
-                else f"show a true difference of {self.smallest_visible:.2g} half the time"
+                else describe_smallest_visible(self.smallest_visible)
             )
             yield f"{self.examples} held-out {noun} {shown}"
         elif self.clusters is not None and self.clusters < min(
@@ -209,9 +211,9 @@ class Validation:
         if self.left_out:
             yield f"{self.left_out} left out that the adapter or a parent was trained on"
 
-    def describe_inconclusive(self) -> str | None:
-        """What an inconclusive comparison saw, and what would settle it; None for another word."""
-        return describe_conclusion(asdict(self)) if self.conclusion == "inconclusive" else None
+    def describe_conclusion(self) -> str | None:
+        """`better`, or what an inconclusive comparison saw and would settle it; None without."""
+        return describe_conclusion(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -584,21 +586,33 @@ class Verdict:
         changed = sum(tensor.changed for tensor in self.tensors)
         tensors = f"{changed} of {len(self.tensors)} tensors changed"
         answers = "".join(f"; {task.describe()}" for task in self.tasks)
-        broken = ", answers broken" if self.has_broken_answers else ""
         if self.validation is not None:
             before, after = self.validation.loss_before, self.validation.loss_after
             losses = f"{loss_name_for_file(self.validation.file)} {format_change(before, after)}"
             if self.validation.examples == 0:
                 losses = f"{loss_name_for_file(self.validation.file)} not judged"
             doubts = "".join(f"; {doubt}" for doubt in self.validation.doubts())
-            doubt = self.validation.describe_inconclusive()
-            passed = f"passed{broken}" if doubt is None else f"passed{broken}, {doubt}"
-            return f"{passed}: {tensors}, {losses} ({self.describe_data()}){doubts}{answers}"
+            return (
+                f"{self.describe_passed()}: {tensors}, {losses} ({self.describe_data()}){doubts}"
+                f"{answers}"
+            )
         if self.tasks:
-            return f"passed{broken}: {tensors}, no held-out loss{answers}"
+            return f"{self.describe_passed()}: {tensors}, no held-out loss{answers}"
         if self.tiers:  # a run, not any two adapters
-            return f"passed{broken}: changed and sound; quality not measured ({tensors})"
+            return f"{self.describe_passed()}: changed and sound ({tensors})"
         return f"passed: {tensors}"
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether held-out losses or answers to a suite say anything of the adapter's quality."""
+        return bool(self.tasks) or (self.validation is not None and self.validation.examples != 0)
+
+    def describe_passed(self) -> str:
+        """`passed, better` and the like; an inconclusive comparison with its figures."""
+        conclusion = None if self.validation is None else self.validation.describe_conclusion()
+        return describe_passed(
+            conclusion, is_measured=self.is_measured, is_broken=self.has_broken_answers
+        )
 
     def describe_data(self) -> str:
         """What the losses were measured on: "test.jsonl, 84 examples, step 150 of 200"."""

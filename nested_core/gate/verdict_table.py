@@ -80,12 +80,29 @@ def _tensor_check(verdict: Verdict) -> Check:
 
 
 def _update_checks(verdict: Verdict) -> Iterator[Check]:
-    if verdict.tiers:
-        expected = sum(tier.expected_updates for tier in verdict.tiers)
-        applied = sum(tier.applied_updates for tier in verdict.tiers)
-        reasons = [reason for reason in verdict.reasons if reason.code in UPDATE_CODES]
-        figures = (None, f"{applied:,} applied", f"{expected:,} were due")
-        yield _make_check("updates", figures, reasons)
+    """How many updates were applied; where some left no trace, also how many tensors they moved."""
+    if not verdict.tiers:
+        return
+    expected = sum(tier.expected_updates for tier in verdict.tiers)
+    applied = sum(tier.applied_updates for tier in verdict.tiers)
+    reasons = [reason for reason in verdict.reasons if reason.code in UPDATE_CODES]
+    counts = [reason for reason in reasons if _is_about_counts(verdict, reason)]
+    traces = [reason for reason in reasons if reason not in counts]
+    figures = (None, f"{applied:,} applied", f"{expected:,} were due")
+    yield _make_check("updates", figures, counts)
+    if traces:
+        moved = sum(tensor.changed for tensor in verdict.tensors)
+        figures = (None, f"{moved} of {len(verdict.tensors)} moved", "all with a gradient")
+        yield _make_check("tensors that updates moved", figures, traces)
+
+
+def _is_about_counts(verdict: Verdict, reason: Reason) -> bool:
+    """Whether a reason is about updates that were not applied, not about tensors that stayed."""
+    own = [tensor for tensor in verdict.tensors if tensor.name in reason.tensors]
+    tiers = [tier for tier in verdict.tiers if tier.tier in {tensor.tier for tensor in own}]
+    if any(t.applied_updates + t.skipped_updates != t.expected_updates for t in tiers):
+        return True
+    return any(t.skipped_updates for t in tiers) and any(tensor.changed for tensor in own)
 
 
 def _loss_checks(verdict: Verdict) -> Iterator[Check]:

@@ -131,19 +131,48 @@ def describe_conclusion(figures: Mapping[str, Any]) -> str | None:
     )
 
 
+def describe_passed(
+    conclusion: str | None, *, is_measured: bool = True, is_broken: bool = False
+) -> str:
+    """A verdict of passed in a few words: `passed, better`, `passed, quality not measured`.
+
+    Args:
+        conclusion: the word for the held-out loss, or what `describe_conclusion` gives; None
+            where nothing was compared.
+        is_measured: whether anything was: held-out losses or answers to a suite.
+        is_broken: whether training broke the answers to the sample prompts.
+    """
+    if is_broken:
+        return "passed, answers broken"
+    if not is_measured:
+        return "passed, quality not measured"
+    return "passed" if conclusion is None else f"passed, {conclusion.replace('_', ' ')}"
+
+
+def describe_smallest_visible(difference: float) -> str:
+    """What examples can show: `see differences of about 0.14 nats a token, smaller ones hardly`."""
+    return f"see differences of about {difference:.2g} nats a token, smaller ones hardly"
+
+
 def describe_inconclusive(
     difference: float,
     interval: Sequence[float] | None,
     margin: float | None,
     examples_needed: int | None,
 ) -> str:
-    """`inconclusive: +0.03, -0.05 to +0.11, margin 0.02; some 400 examples would tell`."""
-    figures = [_format_nats(difference)]
+    """What was seen, with its interval and the margin, and how many examples would settle it.
+
+    `inconclusive: +0.03 nats a token (95 % interval -0.05 to +0.11, margin 0.02); some 400 examples
+    would tell`
+    """
+    figures = []
     if interval is not None:
-        figures.append(f"{_format_nats(interval[0])} to {_format_nats(interval[1])}")
+        ends = f"{_format_nats(interval[0])} to {_format_nats(interval[1])}"
+        figures.append(f"95 % interval {ends}")
     if margin is not None:
         figures.append(f"margin {margin:.2g}")
-    text = f"inconclusive: {', '.join(figures)}"
+    seen = f" ({', '.join(figures)})" if figures else ""
+    text = f"inconclusive: {_format_nats(difference)} nats a token{seen}"
     if interval is None:
         return f"{text}; fewer than 5 independent examples tell little"
     if examples_needed is not None:

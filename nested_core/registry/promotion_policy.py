@@ -41,7 +41,7 @@ from nested_core.registry.judgements import (
     read_verdicts,
 )
 from nested_core.registry.ledger import NO_ORIGIN, Origin
-from nested_core.registry.loss_conclusion import is_better
+from nested_core.registry.loss_conclusion import describe_smallest_visible, is_better
 from nested_core.registry.name_folders import find_name_folder
 from nested_core.registry.policy import PromotionRule, find_looser_bounds, read_policy
 from nested_core.registry.versions import PROVENANCE_NAME, how_to_mend, version_folder
@@ -625,8 +625,7 @@ def _describe_comparison(
         )
     return (
         f"{losses} beyond noise ({data}): {format_difference(difference)} with a 95 % interval of "
-        f"{interval}; these examples show a true difference of {record.smallest_visible:.2g} half "
-        f"the time"
+        f"{interval}; these examples {describe_smallest_visible(record.smallest_visible)}"
     )
 
 

@@ -335,10 +335,7 @@ def _describe_verdict(record: RunRecord) -> str | None:
     if record.verdict is None:
         return None
     if record.verdict.has_passed:
-        losses = record.verdict.validation
-        doubt = None if losses is None else losses.describe_inconclusive()
-        passed = "passed, answers broken" if record.verdict.has_broken_answers else "passed"
-        return passed if doubt is None else f"{passed}, {doubt}"
+        return record.verdict.describe_passed()
     return f"failed: {', '.join(reason.name for reason in record.verdict.reasons[:3])}"
 
 
@@ -347,8 +344,9 @@ def _describe_difference(difference: PairedDifference | None) -> str | None:
         return None
     mean = format_difference(difference.mean)
     if not difference.is_measurable:
-        return mean
-    return f"{mean} ({format_interval((difference.low, difference.high))})"
+        return f"{mean} nats a token"
+    interval = format_interval((difference.low, difference.high))
+    return f"{mean} nats a token (95 % interval {interval})"
 
 
 def _run_to_json(record: RunRecord) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nested_core.errors import NestedTuneError
+from nested_core.registry.loss_conclusion import describe_passed
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
 from nested_core.training.loss_sentences import StepLoss
@@ -91,6 +92,25 @@ def has_broken_answers(gate: Mapping[str, Any] | None) -> bool:
     """Whether the content of gate.json says that training broke the answers to sample prompts."""
     samples = None if gate is None else gate.get("samples")
     return isinstance(samples, dict) and 2 * samples.get("broken", 0) > samples.get("judged", 0)
+
+
+def is_quality_measured(gate: Mapping[str, Any] | None) -> bool:
+    """Whether the content of gate.json has held-out losses or answers to a suite."""
+    if gate is None:
+        return False
+    losses = gate.get("validation")
+    return bool(gate.get("tasks")) or (isinstance(losses, dict) and losses.get("examples") != 0)
+
+
+def describe_verdict(gate: Mapping[str, Any]) -> str:
+    """The verdict in the content of gate.json in a few words: `passed, better`, or `failed`."""
+    if gate.get("verdict") != "passed":
+        return str(gate.get("verdict"))
+    return describe_passed(
+        (gate.get("validation") or {}).get("conclusion"),
+        is_measured=is_quality_measured(gate),
+        is_broken=has_broken_answers(gate),
+    )
 
 
 def describe_length(step: int, steps: int | None, plan: TrainingPlan | None) -> str:

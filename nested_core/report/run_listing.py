@@ -9,6 +9,7 @@ from typing import Any
 
 from nested_core.config.resume import read_run_config
 from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.registry.loss_conclusion import describe_passed
 from nested_core.report.run_start import count_steps, read_start_time
 from nested_core.report.run_status import read_status
 from nested_core.storage.run_directory import RunDirectory
@@ -26,6 +27,7 @@ class ListedRun:
     started: ISO 8601, UTC.
     answers_broken: whether training broke the answers to the sample prompts.
     conclusion: the gate's word for the held-out loss: better, no_worse, inconclusive or worse.
+    quality_measured: whether the gate had held-out losses or answers to a suite.
     """
 
     path: str
@@ -43,6 +45,7 @@ class ListedRun:
     problem: str | None = None
     conclusion: str | None = None
     answers_broken: bool = False
+    quality_measured: bool = False
 
     @property
     def name(self) -> str:
@@ -51,10 +54,10 @@ class ListedRun:
 
     def describe_verdict(self) -> str | None:
         """What is wrong with a damaged run, else what the gate said: `passed, inconclusive`."""
-        if self.verdict == "passed" and self.answers_broken:
-            return "passed, answers broken"
-        if self.verdict == "passed" and self.conclusion == "inconclusive":
-            return "passed, inconclusive"
+        if self.verdict == "passed":
+            return describe_passed(
+                self.conclusion, is_measured=self.quality_measured, is_broken=self.answers_broken
+            )
         return self.problem or self.verdict
 
     def describe_step(self) -> str | None:
@@ -117,4 +120,5 @@ def _read_listed_run(run: RunDirectory) -> ListedRun:
         not_finite=tuple(name.removeprefix("current_") for name in status["not_finite"]),
         conclusion=status["conclusion"],
         answers_broken=status["answers_broken"],
+        quality_measured=status["quality_measured"],
     )

@@ -189,12 +189,11 @@ def _describe_verdict(verdict: Verdict) -> str:
         noun = "reason" if more == 1 else "reasons"
         others = f" (and {more} more {noun})" if more else ""
         return f"Rejected, {first.code}: {first.message}{others}."
+    words = verdict.describe_passed()
+    passed = f"{words[0].upper()}{words[1:]}"
     losses = verdict.validation
     if losses is None and not verdict.tasks:
-        passed = "Passed, answers broken" if verdict.has_broken_answers else "Passed"
-        return (
-            f"{passed}: changed and sound; its quality was not measured, for nothing was held out."
-        )
+        return f"{passed}: changed and sound, and nothing was held out to measure it by."
     parts = []
     if losses is not None and losses.loss_before is not None and losses.loss_after is not None:
         before, after = format_loss(losses.loss_before), format_loss(losses.loss_after)
@@ -205,9 +204,7 @@ def _describe_verdict(verdict: Verdict) -> str:
         f"{task.candidate * task.questions:g} of {task.questions} right answers to {task.name}"
         for task in verdict.tasks
     ]
-    doubt = None if losses is None else losses.describe_inconclusive()
-    passed = "Passed, answers broken" if verdict.has_broken_answers else "Passed"
-    return f"{passed if doubt is None else f'{passed}, {doubt}'}: {', '.join(parts)}."
+    return f"{passed}: {', '.join(parts)}."
 
 
 def _reasons_table(verdict: Verdict) -> Html:

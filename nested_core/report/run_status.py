@@ -11,6 +11,7 @@ from nested_core.report.run_figures import (
     RunFigures,
     gate_loss_of,
     has_broken_answers,
+    is_quality_measured,
     read_offered_step,
 )
 from nested_core.storage.checkpoint_verification import list_checkpoints, newest_sound_checkpoint
@@ -49,6 +50,7 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
         "checkpoint": _name_resume_checkpoint(run, state),
         "verdict": verdict,
         "reasons": _list_reasons(gate),
+        "quality_measured": is_quality_measured(gate),
         "answers_broken": has_broken_answers(gate),
         "conclusion": None if gate is None else (gate.get("validation") or {}).get("conclusion"),
     }

@@ -36,7 +36,9 @@ def test_train_json_gives_one_document_on_standard_output(command_run: CommandRu
     assert (document["step"], document["run_dir"]) == (8, "run")
     assert document["val_loss"] < 4
     assert document["red_flags"] == []
-    assert document["summary"].startswith("passed: 84 of 84 tensors changed, validation loss")
+    assert document["summary"].startswith(
+        "passed, better: 84 of 84 tensors changed, validation loss"
+    )
 
 
 def test_progress_goes_to_standard_error(command_run: CommandRun) -> None:
@@ -120,7 +122,7 @@ def test_train_never_imports_prefect_and_prints_the_tier_table(tmp_path: Path) -
     *printed, modules = done.stdout.splitlines()
     assert modules == "[]"
     answers = [i for i, line in enumerate(printed) if line.startswith("    adapter:  ")]
-    passed = next(i for i, line in enumerate(printed) if line.startswith("passed: "))
+    passed = next(i for i, line in enumerate(printed) if line.startswith("passed, better: "))
     assert len(answers) == 3
     assert max(answers) < passed
     assert "  I want to see Ecuador. Where to? (valid.jsonl:1)" in printed

@@ -137,8 +137,8 @@ def require_right_decision(night: Night, compared: ChampionLoss) -> None:
         rf"test loss ({FIGURE}) is not better by more than 0.005 than the champion's ({FIGURE}) "
         rf"beyond noise "
         rf"\(test.jsonl, {compared.examples} examples[^)]*\): ({FIGURE}) with a 95 % interval of "
-        rf"({FIGURE}) to ({FIGURE}); these examples show a true difference of ({FIGURE}) "
-        rf"half the time",
+        rf"({FIGURE}) to ({FIGURE}); these examples see differences of about ({FIGURE}) "
+        rf"nats a token, smaller ones hardly",
         decision,
     )
     assert found is not None, decision

@@ -162,10 +162,10 @@ def test_an_inconclusive_verdict_says_what_would_settle_it() -> None:
     noise = np.random.default_rng(1).normal(0, 0.2, 26)
     validation = validation_of(losses_of(noise - noise.mean() + 0.03))
     assert validation.conclusion == "inconclusive"
-    text = validation.describe_inconclusive()
+    text = validation.describe_conclusion()
     assert text is not None
-    assert text.startswith("inconclusive: +0.03, -0.0")
-    assert text.endswith("margin 0.02; some 510 examples would tell")
+    assert text.startswith("inconclusive: +0.03 nats a token (95 % interval -0.0")
+    assert text.endswith("margin 0.02); some 510 examples would tell")
     spread = validation.standard_error * np.sqrt(26)
     assert ((1.645 + 0.8416) * spread / 0.02) ** 2 == pytest.approx(510, rel=0.02)
     assert count_examples_needed(0.0, 50.0, 30, 0.02) is None

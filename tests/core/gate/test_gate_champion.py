@@ -129,7 +129,7 @@ def test_a_candidate_that_is_not_better_beyond_noise_says_by_how_much(
     refused = decide(config, run, champion)
     assert "is not better by more than 0.005 than the champion's" in refused
     assert "beyond noise (valid.jsonl, " in refused
-    assert "these examples show a true difference of" in refused
+    assert "these examples see differences of about" in refused
 
 
 def test_the_improvement_that_is_asked_for_is_held_against_the_difference_itself(

@@ -14,6 +14,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected
 from nested_core.gate import Verdict, judge_run
 from nested_core.gate.held_out_loss import read_held_out_examples, read_nonempty_splits
+from nested_core.gate.verdict_table import list_checks
 from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
@@ -99,7 +100,14 @@ def test_one_tensor_of_a_tier_left_as_it_was_is_named(
     verdict = judge(config, run)
     (reason,) = [r for r in verdict.reasons if r.code == "updates_missing"]
     assert reason.tensors == (name,)
-    assert "1 tensors had gradients and stayed as they were" in reason.message
+    assert "1 tensor had gradients and stayed as they were; the updates were" in reason.message
+    checks = {check.name: check for check in list_checks(verdict)}
+    assert checks["updates"].verdict == "passed"  # all were applied: another row says what failed
+    moved = checks["tensors that updates moved"]
+    assert (moved.after, moved.verdict) == ("83 of 84 moved", "updates_missing")
+    slow = judge(config.model_copy(update={"learning_rate": 1e-12}), run)
+    (reason,) = [r for r in slow.reasons if r.code == "updates_missing"]
+    assert "a learning rate of 1e-12 is too small to move a float32 weight: raise" in reason.message
     assert ("no_effect" in codes(verdict)) is (leaf == "lora_b")
 
 
@@ -137,6 +145,8 @@ def test_a_tier_table_that_does_not_add_up_is_rejected(
     rewrite(change_state=change)
     verdict = judge(config, run)
     assert "updates_missing" in codes(verdict)
+    (updates,) = [check for check in list_checks(verdict) if check.name == "updates"]
+    assert updates.verdict == "updates_missing"
     assert any(message in reason.message for reason in verdict.reasons)
 
 

@@ -81,7 +81,7 @@ def test_the_page_has_the_table(rejected: Finished) -> None:
     [
         ("unchanged", "tensors"),
         ("non_finite", "tensors"),
-        ("tier_unchanged", "updates"),
+        ("tier_unchanged", "tensors that updates moved"),
         ("loss_regressed", "loss, valid.jsonl, 12 examples"),
     ],
 )

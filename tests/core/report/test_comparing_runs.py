@@ -10,14 +10,20 @@ import pytest
 from nested_core.errors import ConfigError
 from nested_core.gate.paired_difference import PairedDifference
 from nested_core.gate.verdict import Reason
+from nested_core.registry.gate_file import read_gate
 from nested_core.report.run_comparison import _describe_difference, compare_runs
+from nested_core.report.run_figures import describe_verdict
 from nested_core.report.run_listing import list_runs
+from nested_core.report.run_page import read_report
 from nested_core.report.run_start import read_start_time
 from tests.core.report.written_runs import (
     HOSTILE_ROW,
     add_metrics,
     begin_run,
     finished_run,
+    judge,
+    make_losses,
+    make_verdict,
     write_plan_of,
 )
 
@@ -122,5 +128,29 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_a_difference_has_its_interval_where_there_are_examples_enough() -> None:
     few, many = (PairedDifference(n, -0.25, 0.1, -0.45, -0.05) for n in (2, 40))
     assert _describe_difference(None) is None
-    assert _describe_difference(few) == "-0.25"
-    assert str(_describe_difference(many)).startswith("-0.25 (")
+    assert _describe_difference(few) == "-0.25 nats a token"
+    assert str(_describe_difference(many)) == "-0.25 nats a token (95 % interval -0.45 to -0.05)"
+
+
+@pytest.mark.parametrize(
+    ("is_held_out", "with_task", "words"),
+    [
+        (True, True, "passed, better"),
+        (False, False, "passed, quality not measured"),
+        (False, True, "passed"),
+    ],
+)
+def test_what_passed_has_the_same_words_in_every_list(
+    tmp_path: Path, is_held_out: bool, with_task: bool, words: str
+) -> None:
+    run = finished_run(tmp_path / "run")
+    losses = make_losses() if is_held_out else None
+    verdict = make_verdict(losses, step=8, with_task=with_task)
+    judge(run, verdict, losses, "How much is a pump?")
+    assert verdict.summary().startswith(f"{words}: ")
+    assert [row.describe_verdict() for row in list_runs(tmp_path)] == [words]
+    rows = {row[0]: row[1] for row in compare_runs([run.path]).rows()}
+    assert rows["verdict"] == words
+    page = read_report(run.path).to_html()
+    assert f"P{words[1:]}:" in page
+    assert describe_verdict(read_gate(run.gate)) == words  # the last screen of train

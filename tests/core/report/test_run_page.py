@@ -74,7 +74,7 @@ def test_a_passed_run_says_so_first_and_everything_in_its_order(tmp_path: Path) 
     page = page_of(finished_run(tmp_path / "run", champion=True))
     assert list(page.sections) == ORDER
     verdict = page.sections["verdict"]
-    assert "Passed: loss 3.55 → 2.675 on valid.jsonl, 12 examples" in verdict
+    assert "Passed, better: loss 3.55 → 2.675 on valid.jsonl, 12 examples" in verdict
     assert "2 of 3 right answers to capitals" in verdict
     assert "24 of 24" in verdict  # tensors changed
     pairs = page.sections["pairs"]
