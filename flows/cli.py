@@ -141,12 +141,18 @@ def _describe_unknown_arguments(
     parsed: argparse.Namespace, unknown: Sequence[str], parser: argparse.ArgumentParser
 ) -> str:
     """What of a command line is not understood, and what may have been meant."""
+    from nested_core.config.other_tools import OUR_KEYS_BY_OTHER_TOOLS_KEYS
+
     flags = list(parser._option_string_actions)  # argparse offers no other list of them
     hints = []
     for word in unknown:
         if word.startswith("--"):
-            close = difflib.get_close_matches(word.partition("=")[0], flags, n=1, cutoff=0.7)
-            hints += [f"Did you mean {flag}?" for flag in close]
+            given = word.partition("=")[0]
+            theirs = OUR_KEYS_BY_OTHER_TOOLS_KEYS.get(given[2:].replace("-", "_"), "")
+            ours = f"--{theirs.partition(';')[0].replace('_', '-')}"
+            meant = [flag for flag in flags if flag == ours or flag.endswith(f".{given[2:]}")]
+            meant += difflib.get_close_matches(given, flags, n=1, cutoff=0.7)
+            hints += [f"Did you mean {flag}?" for flag in meant[:1]]
         elif word.endswith((".yaml", ".yml")) and "--config" in flags:
             hints.append(f"Did you mean -c {word}?")
         elif "--data" in flags and os.path.isdir(word):

@@ -19,10 +19,16 @@ LONGEST_TEXT = 60
 LEARNT, LEARNT_STYLE = "*", "bold green"
 
 
-def print_examples(examples: Iterable[ShownExample]) -> None:
-    """Print each example below a line that says where it is from and how much of it is learnt."""
+def print_examples(examples: Iterable[ShownExample], note: str | None = None) -> None:
+    """Print each example below a line that says where it is from and how much of it is learnt.
+
+    `note` stands before the first, if there is one.
+    """
     console = output_console(WIDTH)
-    for example in examples:
+    for number, example in enumerate(examples):
+        if number == 0 and note is not None:
+            print_line("")
+            print_line(note)
         learnt = sum(token.supervised for token in example.tokens)
         place = f"{example.file}:{example.line}"
         print_line("")

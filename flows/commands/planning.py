@@ -47,7 +47,7 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
     """Look at the data and the model; write the configuration, over no file that is there."""
-    from nested_core.pipeline.suggested_config import suggest_config
+    from nested_core.pipeline.suggested_config import split_command, suggest_config
 
     output: Path | None = arguments.output
     target = None if output is None else require_output_file(output, "-o")
@@ -56,13 +56,21 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
     data = arguments.data
     split = None if arguments.split is None else _write_split(data, arguments.split)
     try:
-        text = suggest_config(arguments.model, data if split is None else str(split))
+        suggested = suggest_config(arguments.model, data if split is None else str(split))
+        text = suggested.text
         if target is not None:
             write_bytes(target, text.encode())
     except BaseException:
         if split is not None:
             shutil.rmtree(split)
         raise
+    if warnings := suggested.report.describe_warnings():
+        print_progress(warnings)
+    if suggested.report.splits.keys() == {"train"}:
+        print_progress(
+            f"note: there is nothing to judge the adapter by. To take rows out of train for it: "
+            f"{split_command(arguments.model, data)}"
+        )
     if target is not None:
         return text_printer(f"Written: {output}. Next: nested-tune explain -c {output}")
 

@@ -35,6 +35,8 @@ from nested_core.storage.run_directory import (
 
 if TYPE_CHECKING:
     from nested_core.config.registry import RegistrySection
+    from nested_core.config.schema import FineTuneConfig
+    from nested_core.data.rules.dataset_report import DatasetReport
     from nested_core.pipeline.finetune import FinetuneResult
 
 
@@ -104,9 +106,21 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
         print_table(("severity", "file", "line", "count", "check", "message"), rows)
         if explained := (*report.errors, *report.warnings):
             print_line(guide_sentence(explained))
-        print_examples(examples)
+        print_examples(examples, _describe_learnt_prompts(config, report))
 
     return result_printer(arguments, document, show, DatasetError.exit_code if report.errors else 0)
+
+
+def _describe_learnt_prompts(config: FineTuneConfig, report: DatasetReport) -> str | None:
+    """That prompts are learnt too, where the data has prompts and nothing masks them."""
+    train = report.splits.get("train")
+    learns_answers = config.mask_prompt or config.training.supervise == "all"
+    if learns_answers or train is None or train.format not in ("chat", "completion"):
+        return None
+    return (
+        "mask_prompt is false, as in mlx_lm: prompts are learnt too. With the file that "
+        "`nested-tune init` writes (-c FILE), or --mask-prompt, the answers alone."
+    )
 
 
 def _refuse_invalid_show_flag(arguments: argparse.Namespace) -> None:

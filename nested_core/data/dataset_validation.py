@@ -178,6 +178,8 @@ def _apply_row_count_rules(tables: Tables, settings: DataSettings, findings: Fin
             "split": split,
             "lines": table.frame.height,
             "rows": int((~table.frame["is_blank"]).sum()) - sum(map(len, table.dropped.values())),
+            "faulty": _describe_faulty_lines(len(findings.lines_with_errors(table.file))),
+            "is_whole": not is_cut_short(findings, table.file),
             "answers": table.frame["answer"].drop_nulls().n_unique(),
             "batch_size": settings.batch_size,
         }
@@ -188,6 +190,16 @@ def _apply_row_count_rules(tables: Tables, settings: DataSettings, findings: Fin
     schema = {"line": pl.Int32, **dict.fromkeys(counts, pl.Int64)}
     if rows:
         ROW_COUNT_RULES.add_findings(pl.DataFrame(rows, schema_overrides=schema), findings)
+
+
+def _describe_faulty_lines(number: int) -> str:
+    """` (1 with an error)`: they count as rows, for they will be some once they are mended."""
+    return f" ({number:,} with an error)" if number else ""
+
+
+def is_cut_short(findings: Findings, file: str) -> bool:
+    """Whether the rest of a file was not read, so that how many rows it holds is not known."""
+    return any(f.file == file and f.check == "damaged-file" for f in findings.listed)
 
 
 def _make_report(

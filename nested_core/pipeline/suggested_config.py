@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,8 +34,16 @@ _MEMORY_PLACEHOLDER = "MEMORY FORECAST"  # stands for it until it is known
 INSPECTED_LINES = 20
 
 
-def suggest_config(model: str, data: str) -> str:
-    """A configuration as YAML with comments, which loads and whose first step fits in memory.
+@dataclass(frozen=True)
+class SuggestedConfig:
+    """A configuration as YAML with comments, and the report on the data that it is for."""
+
+    text: str
+    report: DatasetReport
+
+
+def suggest_config(model: str, data: str) -> SuggestedConfig:
+    """A configuration that loads and whose first step fits in memory.
 
     Raises ConfigError if there is no such model or data, DatasetError if the data has errors.
     """
@@ -50,7 +59,7 @@ def suggest_config(model: str, data: str) -> str:
         text = text.replace(_MEMORY_PLACEHOLDER, memory.describe())
         if memory.fits:
             break
-    return text
+    return SuggestedConfig(text, report)
 
 
 def _find_field_names(data: str) -> dict[str, str]:
@@ -132,7 +141,7 @@ nested: {{frequencies: [1]}}
 # nested: {{frequencies: [1, 2, 4], fast: deep}}
 
 # The adapter may not leave held-out examples worse than it found them.
-{_describe_held_out(report)}gate:
+{_describe_held_out(base, report)}gate:
   max_val_loss_increase: 0.02
 
 # Where a verified adapter is registered, and when it becomes the champion by itself.
@@ -140,12 +149,19 @@ nested: {{frequencies: [1]}}
 """
 
 
-def _describe_held_out(report: DatasetReport) -> str:
+def split_command(model: str, data: str) -> str:
+    """The command that draws valid and test from train, to be pasted."""
+    options = ("--data", data, "--model", model, "--split", "0.1", "-o", "lora-split.yaml")
+    return shlex.join(("nested-tune", "init", *options))
+
+
+def _describe_held_out(base: dict[str, Any], report: DatasetReport) -> str:
     held_out = [stats for split, stats in report.splits.items() if split != "train"]
     if not held_out:
+        command = " ".join(split_command(base["model"], base["data"]).split())
         return (
             "# There is no valid and no test split, so the quality of what was trained is not "
-            "measured:\n# `nested-tune init --split 0.1` takes some rows out of train for both.\n"
+            f"measured.\n# To take some rows out of train for both:\n#   {command}\n"
         )
     listed = ", ".join(f"{stats.file} {stats.rows:,} examples" for stats in held_out)
     return f"# They are: {listed}.\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 from nested_core import load_config
@@ -48,12 +49,18 @@ def test_init_splits_data_that_has_only_train_in_a_new_folder(tmp_path: Path) ->
     (tmp_path / "data").mkdir()
     train = (DATA / "train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "data" / "train.jsonl").write_text("".join(train[:20]))
-    command = ("init", "--data", "data", "--model", str(MODEL), "--split", "0.1", "-o", "lora.yaml")
+    bare = called("init", "--data", "data", "--model", str(MODEL), "-o", "bare.yaml", cwd=tmp_path)
+    (note,) = [line for line in bare.stderr.splitlines() if line.startswith("note: ")]
+    assert "note: there is nothing to judge the adapter by." in note
+    pasted = shlex.split(note.partition(" for it: ")[2])  # as a person would
+    assert f"#   {shlex.join(pasted)}" in (tmp_path / "bare.yaml").read_text()
+    assert pasted[0] == "nested-tune"
+    command = pasted[1:]
     done = called(*command, cwd=tmp_path)
     assert done.code == 0
     assert "data-split (train.jsonl 16, valid.jsonl 2, test.jsonl 2 rows" in done.stderr
-    assert load_config(tmp_path / "lora.yaml").data == "data-split"
-    (tmp_path / "lora.yaml").unlink()
+    assert load_config(tmp_path / "lora-split.yaml").data == "data-split"
+    (tmp_path / "lora-split.yaml").unlink()
     again = called(*command, cwd=tmp_path)
     assert again.code == 2
     assert "data-split exists, and is not written over." in again.message()

@@ -22,6 +22,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "chat all": ("chat", ALL, (*SHOW, "--json")),
     "tools": ("tools", {"mask_prompt": True}, (*SHOW, "--json")),
     "read by a person": ("chat", ALL, SHOW),
+    "prompts too": ("chat", {"mask_prompt": False}, (*VALIDATE, "--show", "1")),
     "no tokenizer": ("text", {"mask_prompt": False}, (*SHOW, "--no-tokenize")),
     "none": ("text", {"mask_prompt": False}, (*VALIDATE, "--show", "0")),
 }
@@ -91,6 +92,12 @@ def test_a_person_reads_id_text_and_mark_within_a_hundred_columns(shown: dict[st
     example = " ".join(lines[first + 1 : lines.index("", first)])
     assert len(re.findall(r"\* *\d+ '", example)) == 22
     assert [line.split(":")[1] for line in lines if line.startswith("train.jsonl:")] == list("123")
+
+
+def test_that_prompts_are_learnt_too_is_said_where_they_are(shown: dict[str, Ended]) -> None:
+    note = "mask_prompt is false, as in mlx_lm: prompts are learnt too."
+    assert note in shown["prompts too"].stdout
+    assert note not in shown["read by a person"].stdout  # supervise: all learns answers alone
 
 
 def test_control_characters_are_escaped(shown: dict[str, Ended]) -> None:

@@ -43,9 +43,14 @@ WRONG: dict[str, tuple[list[str], str]] = {
     ),
     "a path into no registry": (["history", "a/b"], "a/b is no name in a registry"),
     "unknown flag": (
-        ["train", "--fast"],
-        "unrecognized arguments: --fast. See: nested-tune train --help",
+        ["train", "--quickly"],
+        "unrecognized arguments: --quickly. See: nested-tune train --help",
     ),
+    "a key without its section": (
+        ["train", "--epochs", "3"],
+        "unrecognized arguments: --epochs 3. Did you mean --training.epochs? See:",
+    ),
+    "another trainer's name": (["train", "--lr", "1e-4"], "Did you mean --learning-rate? See:"),
     "no number": (["train", "--iters", "many"], "invalid int value: 'many'"),
     "missing config": (["train", "-c", "none.yaml"], "none.yaml: No such file"),
     "resume nothing": (["train", "-c", "config.yaml", "--resume"], "--resume needs the --run-dir"),

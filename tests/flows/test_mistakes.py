@@ -156,6 +156,21 @@ MISTAKES: dict[str, Mistake] = {
         code=3,
         files={TRAIN_FILE: None, "data/train.csv": "question,answer\n" + "a,b\nc,d\n"},
     ),
+    "JSON lines in a file of another name": Mistake(
+        (
+            "is rejected: 1 error in 1 line.",
+            "train.json:1: damaged-file: expected an array of objects, [{...}, ...], found '{'; "
+            "name a file with an object a line .jsonl",
+        ),
+        code=3,
+        files={TRAIN_FILE: None, "data/train.json": chats(8)},
+    ),
+    "too few rows, one of them with an error": Mistake(
+        ("it holds 3 of the 64 rows that fill one batch (1 with an error); lower batch_size",),
+        code=3,
+        yaml=changed("batch_size: 2", "batch_size: 64"),
+        files={TRAIN_FILE: chats(2) + "{\n"},
+    ),
     "fields of no known name": data_mistake(
         as_lines(*({"foo": str(n), "bar": "b"} for n in range(4))),
         "train.jsonl:1: unknown-format: expected 'prompt' and 'completion', 'messages' or 'text'; "

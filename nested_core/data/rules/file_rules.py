@@ -56,7 +56,8 @@ FILE_RULES = FrameRules(
             "warning",
             pl.col("is_present") | (pl.col("split") != "valid"),
             "there is none in {folder}, which holds {held}: the best checkpoint cannot be told "
-            "from the last; name the file valid.jsonl, or draw one: `nested-tune init --split 0.1`",
+            "from the last; name the file valid.jsonl, or draw one from train with `nested-tune "
+            "init --data {folder} --model MODEL --split 0.1 -o lora-split.yaml`",
         ),
     ),
 )
@@ -68,6 +69,8 @@ ROW_COUNT_RULES = FrameRules(
         "rows": pl.Int64,
         "answers": pl.Int64,
         "batch_size": pl.Int64,
+        "faulty": pl.String,
+        "is_whole": pl.Boolean,
     },
     rules=(
         Rule(
@@ -81,8 +84,10 @@ ROW_COUNT_RULES = FrameRules(
             "error",
             (pl.col("split") != "train")
             | (pl.col("rows") == 0)
+            | ~pl.col("is_whole")
             | (pl.col("rows") >= pl.col("batch_size")),
-            "it holds {rows} of the {batch_size} rows that fill one batch; lower batch_size",
+            "it holds {rows} of the {batch_size} rows that fill one batch{faulty}; lower "
+            "batch_size",
         ),
         Rule(
             "few-held-out-rows",

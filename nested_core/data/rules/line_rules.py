@@ -179,8 +179,9 @@ def make_near_duplicate_rules(severity: Severity) -> FrameRules:
         "near-duplicate",
         severity,
         pl.col("near").is_null() | is_reported,
-        "{shared} % of its sequences of words are in {train_file}:{near}, digits and punctuation "
-        "aside; a loss on it says little about new data",
+        "nearly the row {train_file}:{near}, which is trained on: {shared} % of its sequences of "
+        "three words are in it, digits and punctuation aside. Its loss says little about new data: "
+        "take one of the two out, or set data_policy.near_duplicates: off if your rows are alike",
     )
     columns = {"near": pl.Int32, "shared": pl.Int32, "resembles": pl.Int32}
     return FrameRules(columns={**columns, "train_file": pl.Categorical}, rules=(near,))

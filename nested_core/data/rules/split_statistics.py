@@ -80,7 +80,11 @@ def make_token_stats(facts: TokenFacts, settings: DataSettings) -> TokenStats | 
 
 def describe_split_stats(stats: SplitStats, batch_size: int) -> Iterator[Finding]:
     """The counts as infos: rows, roles, tokens, supervised and padding share, digest."""
-    facts = {"rows": f"{stats.rows:,} {stats.format or ''} rows in {stats.lines:,} lines"}
+    format_name = f"{stats.format} " if stats.format else ""
+    noun = "line" if stats.lines == 1 else "lines"
+    facts = {"rows": f"{stats.rows:,} {format_name}rows in {stats.lines:,} {noun}"}
+    if stats.rejected:
+        facts["rows"] += f", {stats.rejected:,} rejected"
     if gone := sum(map(len, stats.dropped.values())):
         facts["rows"] += f", {gone:,} dropped"
     if stats.format == "chat":

@@ -187,7 +187,7 @@ def test_a_suggestion_loads_and_fits_the_data(
 ) -> None:
     write_rows(tmp_path / "data", fields)
     path = tmp_path / "lora.yaml"
-    path.write_text(suggest_config(str(MODEL), str(tmp_path / "data")))
+    path.write_text(suggest_config(str(MODEL), str(tmp_path / "data")).text)
     config = load_config(path)
     values = config.model_dump()
     assert {key: values[key] for key in named} == named
@@ -206,7 +206,7 @@ def test_a_suggestion_loads_and_fits_the_data(
 def test_the_intervals_of_a_suggestion_scale_with_the_length(tmp_path: Path) -> None:
     write_rows(tmp_path / "data", ("prompt", "completion"))
     path = tmp_path / "lora.yaml"
-    path.write_text(suggest_config(str(MODEL), str(tmp_path / "data")))
+    path.write_text(suggest_config(str(MODEL), str(tmp_path / "data")).text)
     longer = explain_run(load_config(path, {"training.epochs": 60}), measures_speed=False)
     assert longer.iterations == 180
     assert "A checkpoint every 18 batches." in longer.describe()["steps"]
@@ -217,10 +217,10 @@ def test_a_batch_that_does_not_fit_is_made_smaller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_rows(tmp_path / "data", ("prompt", "completion"))
-    text = suggest_config(str(MODEL), str(tmp_path / "data"))
+    text = suggest_config(str(MODEL), str(tmp_path / "data")).text
     needed = explain_run(parse_config(parse_yaml(text), source=""), measures_speed=False).memory
     monkeypatch.setattr("nested_core.backend.device_memory_bytes", lambda: needed.needed - 1)
-    smaller = load_config_text(suggest_config(str(MODEL), str(tmp_path / "data")))
+    smaller = load_config_text(suggest_config(str(MODEL), str(tmp_path / "data")).text)
     assert smaller.batch_size < 4 or smaller.grad_checkpoint
 
 
