@@ -25,7 +25,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 MODEL, DATA = EXAMPLES / "geography-base", EXAMPLES / "geography"
 SPEEDS = ("tokens_per_second", "iterations_per_second", "peak_memory_gb")
 
-# As in examples/geography.yaml, but with small batches and few of them.
+# As in examples/geography.yaml, but with small batches, few of them, and short sample answers.
 SETTINGS: dict[str, Any] = {
     "model": str(MODEL),
     "data": str(DATA),
@@ -36,7 +36,7 @@ SETTINGS: dict[str, Any] = {
     "mask_prompt": True,
     "lora_parameters": {"rank": 8, "scale": 2.0, "dropout": 0.0},
     "nested": {"frequencies": [1, 2, 4]},
-    "training": {"max_grad_norm": 1.0},
+    "training": {"max_grad_norm": 1.0, "sample_tokens": 12},
 }
 
 

@@ -6,6 +6,7 @@ each answer ending by itself. A model that mlx_lm cannot batch soundly answers o
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ BATCH_SIZE = 32
 MIN_TOKENS_OF_REPEATED_ANSWER = 4
 BATCHING_TEST_PROMPTS = ((1, 2, 3, 4, 5, 6, 7), (7, 3), (5, 4, 3, 2))
 ROUNDING_TOLERANCE = 16  # in units of the dtype's epsilon, relative to the largest log-probability
+_CAN_BATCH: dict[int, bool] = {}  # by the id of a model in memory
 OnAnswered = Callable[[int], None]
 Sampler = Callable[["mx.array"], "mx.array"] | None
 
@@ -259,8 +261,18 @@ def can_batch(model: nn.Module) -> bool:
     """Whether mlx_lm's batches of unequal prompts give this model's own log-probabilities.
 
     Not every cache can be batched, and some models take the mask of a batch for something else:
-    mlx_lm's Gemma 2 raises, or with as many prompts as key heads it answers wrongly.
+    mlx_lm's Gemma 2 raises, or with as many prompts as key heads it answers wrongly. That lies in
+    the model's code and not in its adapter, so each model in memory is tried once.
     """
+    known = _CAN_BATCH.get(id(model))
+    if known is None:
+        known = _CAN_BATCH[id(model)] = _try_to_batch(model)
+        weakref.finalize(model, _CAN_BATCH.pop, id(model), None)
+    return known
+
+
+def _try_to_batch(model: nn.Module) -> bool:
+    """Whether two tokens after each of BATCHING_TEST_PROMPTS are alike in a batch and alone."""
     import mlx.core as mx
     from mlx_lm.generate import generate_step
     from mlx_lm.models.cache import make_prompt_cache

@@ -51,6 +51,7 @@ def test_a_short_demo_promotes_an_adapter_that_answers_better(
     assert entry["version"] == read_champion(tmp_path / "out" / "registry", NAME)
 
 
+@pytest.mark.slow("a second demo")
 @pytest.mark.claim("A run that changed nothing does not pass")
 def test_a_short_demo_that_loses_its_updates_is_rejected_and_registers_nothing(
     prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -70,6 +70,7 @@ def health(address: str) -> Any:
     return document
 
 
+@pytest.mark.slow("starts the command twice")
 def test_a_killed_server_leaves_a_sound_registry_and_the_next_one_ends_cleanly(
     served: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -91,6 +92,7 @@ def test_a_killed_server_leaves_a_sound_registry_and_the_next_one_ends_cleanly(
     assert "ending: answers under way are finished" in (tmp_path / "serve.log").read_text()
 
 
+@pytest.mark.slow("starts the command twice")
 def test_two_servers_of_a_name_both_follow_and_both_say_so(
     served: tuple[Path, str], tmp_path: Path
 ) -> None:

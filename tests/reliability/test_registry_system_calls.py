@@ -145,6 +145,7 @@ def test_failure_at_a_call_leaves_the_old_or_the_new_champion_and_the_next_chang
         assert sum(points.values()) > 150
 
 
+@pytest.mark.slow("interrupts a process at many calls")
 @pytest.mark.parametrize("stride", [SAMPLE, EVERY_CALL])
 @pytest.mark.parametrize("failure", FAILURES)
 def test_failure_at_a_call_of_register_leaves_no_version_or_a_whole_one(
@@ -166,6 +167,7 @@ def test_failure_at_a_call_of_register_leaves_no_version_or_a_whole_one(
         assert_settled(copy)
 
 
+@pytest.mark.slow("interrupts a process at many calls")
 @pytest.mark.parametrize("stride", [SAMPLE, EVERY_CALL])
 @pytest.mark.parametrize("failure", FAILURES)
 def test_failure_at_a_call_of_gc_leaves_a_version_whole_or_collects_it(

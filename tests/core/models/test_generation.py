@@ -147,7 +147,8 @@ def test_a_model_that_takes_a_batch_for_something_else_is_not_batched(monkeypatc
         return logits + logits.mean(axis=0, keepdims=True)
 
     monkeypatch.setattr(type(model), "__call__", mixes_rows)
-    assert not generation.can_batch(model)
+    assert generation.can_batch(model)  # which is asked once
+    assert not generation.can_batch(build("llama"))
     assert not generation.can_batch(build("gemma2"))
 
 

@@ -65,6 +65,7 @@ def test_a_fine_tune_from_python_trains_judges_registers_and_promotes(tmp_path: 
     assert "Passed: loss" in result._repr_html_()
 
 
+@pytest.mark.slow("trains and judges")
 def test_a_version_that_is_not_to_be_promoted_is_registered_alone(tmp_path: Path) -> None:
     result = finetune(registered(tmp_path, "never", val_batches=0), open_run(tmp_path / "run"))
     assert result.version is not None
@@ -72,6 +73,7 @@ def test_a_version_that_is_not_to_be_promoted_is_registered_alone(tmp_path: Path
     assert read_champion(tmp_path / "registry", "capitals") is None
 
 
+@pytest.mark.slow("trains and judges")
 def test_without_a_registry_nothing_is_registered(tmp_path: Path) -> None:
     hooks = Recording()
     config = example_config(iters=4, data=data_with_a_test_set(tmp_path / "data"), test=True)

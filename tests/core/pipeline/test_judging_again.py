@@ -78,6 +78,7 @@ def test_a_better_run_that_was_registered_earlier_is_judged_again_and_promoted(c
     assert len(history(registry, NAME)) == 2
 
 
+@pytest.mark.slow("trains the same run twice")
 def test_a_run_reproduced_byte_for_byte_says_so(copy: Path, tmp_path: Path) -> None:
     registry, hooks = copy / "registry", Messages()
     result = finetune(configure(registry, "never"), open_run(tmp_path / "same"), hooks)

@@ -112,6 +112,7 @@ def test_the_core_does_not_import_mlflow() -> None:
 
 
 @needs_mlflow
+@pytest.mark.slow("imports mlflow and makes its database")
 @pytest.mark.filterwarnings("ignore")
 class TestExport:
     def test_every_version_is_there_with_its_losses_and_its_gate(

@@ -206,6 +206,7 @@ def seconds_of_writing(run: RunDirectory) -> float:
     return time.process_time() - began
 
 
+@pytest.mark.slow("pages of ten thousand steps")
 def test_ten_thousand_steps_stay_below_300_kilobytes_and_linear_in_their_lines(
     tmp_path: Path,
 ) -> None:

@@ -203,6 +203,7 @@ def test_a_tensor_that_is_not_swapped_is_seen_in_the_answers(
         assert client.chat().text.strip() != expected(base, runs[1])
 
 
+@pytest.mark.slow("asks a server from several threads")
 def test_no_answer_is_mixed_under_load(
     promote: Promote, runs: dict[int, Path], base: Path, registry: Path
 ) -> None:

@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from nested_core.registry import audit
 from nested_core.serve.serving_file import ServingRecord, read_serving_records
 from tests.core.serve.test_following import wait_for
@@ -53,6 +55,7 @@ def test_a_request_under_way_ends_with_the_version_it_began_with(
     assert long.text == alone.text
 
 
+@pytest.mark.slow("a server of its own, and answers of hundreds of tokens")
 def test_a_swap_waits_no_longer_than_it_may_and_says_so_to_whom_it_ends(
     promote: Promote, registry: Path
 ) -> None:
@@ -76,6 +79,7 @@ def test_a_swap_waits_no_longer_than_it_may_and_says_so_to_whom_it_ends(
     assert streamed.version == first
 
 
+@pytest.mark.slow("a server of its own, and answers of hundreds of tokens")
 def test_a_server_that_is_asked_to_end_finishes_what_is_under_way(
     promote: Promote, registry: Path
 ) -> None:

@@ -62,6 +62,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 STOPS = pytest.mark.slow("trains another run, stops and resumes it")
 
 
+@pytest.mark.slow("trains three times")
 @pytest.mark.parametrize(
     ("number", "step"),
     [
