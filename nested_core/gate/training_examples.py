@@ -12,10 +12,7 @@ from nested_core.registry.versions import PROVENANCE_NAME, read_provenance, vers
 
 
 def read_training_digests(version: Path) -> Digests:
-    """Digests of what a version and its ancestors were trained on; none where none are recorded.
-
-    Versions of earlier releases record none.
-    """
+    """Digests of what a version and its ancestors were trained on; none where none are recorded."""
     with suppress(DamagedError):  # `audit` and `promote` tell what is damaged
         return decode_digests(read_provenance(version).get("training_examples"))
     return decode_digests(None)

@@ -6,7 +6,6 @@ MLX is imported by loading alone: workers and the registry's commands ask for fo
 from __future__ import annotations
 
 import hashlib
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from nested_core.config.hub_names import HUB_NAME_PATTERN
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError, shorten
 from nested_core.storage.atomic import canonical_json
 from nested_core.storage.kept_hashes import cached_sha256
-from nested_core.storage.strict_files import UNBOUNDED, open_regular, read_json
+from nested_core.storage.strict_files import read_json
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
 FINGERPRINT_PREFIX = "sha256:"  # begins the fingerprints that cover every byte
-SAMPLED_BYTES = 4096  # of the rule of earlier releases
-SAMPLE_STRIDE_BYTES = 1024 * 1024
 
 
 def find_model_folder(model: str, revision: str | None = None) -> Path:
@@ -88,43 +85,22 @@ def fingerprint_base_model(folder: Path) -> str:
 
 
 def is_same_base(recorded: str, folder: Path) -> bool:
-    """Whether `folder` holds the base model that a fingerprint was taken of, by the rule it names.
+    """Whether `folder` holds the base model that a fingerprint was taken of.
 
-    Warns of a fingerprint that earlier releases took, which most changes of weights leave as it is.
+    Raises DamagedError for a fingerprint by another rule, with which nothing can be compared.
     """
-    if recorded.startswith(FINGERPRINT_PREFIX):
-        return recorded == fingerprint_base_model(folder)
-    is_same = recorded == sampled_fingerprint(folder)
-    if is_same:
-        warnings.warn(
-            f"The adapter's base was recorded by the rule of an earlier release, which reads 4 KiB "
-            f"of every MiB: {folder} agrees there, and may differ elsewhere.",
-            stacklevel=2,
+    if not recorded.startswith(FINGERPRINT_PREFIX):
+        raise DamagedError(
+            f"The adapter's base was recorded as {recorded:.40}, which is no fingerprint that this "
+            f"version takes (they begin with {FINGERPRINT_PREFIX}). Train or import it again."
         )
-    return is_same
+    return recorded == fingerprint_base_model(folder)
 
 
 def shorten_fingerprint(fingerprint: str) -> str:
     """A fingerprint's rule and its first 12 digits, for a message."""
     rule, separator, digest = fingerprint.rpartition(":")
     return f"{rule}{separator}{digest:.12}"
-
-
-def sampled_fingerprint(folder: Path) -> str:
-    """The fingerprint of earlier releases, which adapters made by them are still compared by.
-
-    SHA-256 over config.json and the model's own code, and over each weights file's name, size and
-    the first 4 KiB of each MiB.
-    """
-    digest = hashlib.sha256()
-    for path in _fingerprinted_files(folder):
-        with open_regular(path, UNBOUNDED, follow_links=True) as (file, size):
-            digest.update(canonical_json([path.name, size]))
-            stride = SAMPLE_STRIDE_BYTES if path.suffix == ".safetensors" else SAMPLED_BYTES
-            for offset in range(0, size, stride):
-                file.seek(offset)
-                digest.update(file.read(SAMPLED_BYTES))
-    return digest.hexdigest()
 
 
 def _fingerprinted_files(folder: Path) -> list[Path]:

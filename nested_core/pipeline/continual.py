@@ -15,7 +15,7 @@ from nested_core.config.key_properties import settings_that_shape_adapter
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.gate.verdict import Verdict, describe_examples
-from nested_core.models.base_model import find_model_folder, is_same_base, sampled_fingerprint
+from nested_core.models.base_model import find_model_folder, is_same_base
 from nested_core.registry import holding_champion, list_versions, read_champion, verify
 from nested_core.registry.name_folders import name_exists
 from nested_core.registry.promotion_policy import registry_location
@@ -91,22 +91,13 @@ def settings_digest(config: FineTuneConfig, base: str | None) -> str:
 
 
 def parent_version_of(config: FineTuneConfig, run: RunDirectory, initial_digest: str) -> str | None:
-    """The registered version that a run was trained from; None if it started fresh.
-
-    A version of an earlier release has the base's fingerprint by that release's rule in its digest.
-    """
+    """The registered version that a run was trained from; None if it started fresh."""
     if config.continual.start is None:
         return None
     registry, name = registry_location(config.registry)
     if not name_exists(registry, name):
         return None
-    versions = list_versions(registry, name)
-    if initial_digest in versions or not run.initial.is_dir():
-        return initial_digest if initial_digest in versions else None
-    initial = read_adapter(run.initial)
-    sampled = {"base_fingerprint": sampled_fingerprint(find_model_folder(config.model))}
-    digest = Adapter(initial.path, initial.config | sampled, initial.tensors).digest()
-    return digest if digest in versions else None
+    return initial_digest if initial_digest in list_versions(registry, name) else None
 
 
 def describe_starting_adapter(config: FineTuneConfig, run: RunDirectory) -> str | None:

@@ -37,8 +37,6 @@ def make_record(champion: str | None, ledger: Ledger) -> dict[str, Any] | None:
     record = {field: getattr(made_by, field, None) for field in FIELDS_FROM_LEDGER_ENTRY} | {
         "version": champion
     }
-    if ledger.last_line_sha256 is None:  # written by an earlier release, and not changed since
-        return record
     return record | {LEDGER_HASH_FIELD: ledger.last_line_sha256}
 
 

@@ -68,8 +68,9 @@ class Entry:
     `restored` that a version which was lost was registered again, `declined` that a person did not
     approve it, and `policy` that the registry's policy changed.
 
-    explicit: a rollback that named its version (`--to`); histories of earlier releases lack it, and
-        the hash of the line before (its bytes with the line end).
+    explicit: a rollback that named its version (`--to`).
+    previous_line_sha256: of the line before, its bytes with the line end; of no bytes for the
+        first line. The writer sets it.
     judgement: the hash of the judgement that a promotion rests on, where the version was judged
         again since it was registered.
     reason: what the person who asked gives as the reason.
@@ -85,7 +86,7 @@ class Entry:
     manifest: str | None = None
     automatic: bool = False
     explicit: bool = False
-    previous_line_sha256: str | None = None
+    previous_line_sha256: str = ""
     judgement: str | None = None
     reason: str | None = None
     against_policy: str | None = None
@@ -116,8 +117,7 @@ ENTRY_VALIDATOR = TypeAdapter(Entry)
 class Ledger:
     """The history as read: its entries, the bytes that they take, and a torn line after them.
 
-    end_sha256: the hash that the next line has to hold: the last line's, or without a chain yet
-        that of all bytes.
+    end_sha256: the hash that the next line has to hold: the last line's, or that of no bytes.
     """
 
     entries: tuple[Entry, ...] = ()
@@ -127,15 +127,13 @@ class Ledger:
 
     @property
     def last_line_sha256(self) -> str | None:
-        """The hash that champion.json has to hold; None if no line is chained yet."""
-        is_chained = bool(self.entries) and self.entries[-1].previous_line_sha256 is not None
-        return self.end_sha256 if is_chained else None
+        """The hash that champion.json has to hold; None before the first line."""
+        return self.end_sha256 if self.entries else None
 
     def without_last_line(self) -> Ledger:
         """The history as it was before its last line."""
         *entries, last = self.entries
-        end = last.previous_line_sha256 or self.end_sha256
-        return Ledger(tuple(entries), end_sha256=end)
+        return Ledger(tuple(entries), end_sha256=last.previous_line_sha256)
 
     def changes_since(self, end_sha256: str) -> list[Entry] | None:
         """The changes after the line with that hash; None if no line has it."""
@@ -170,18 +168,15 @@ class Ledger:
         """The champions that rollbacks go back through; the present one is on top.
 
         Promotions and `rollback --to` push a version, a plain rollback pops one, and a version that
-        was collected or forgotten cannot be gone back to. All other lines are passed over. In
-        histories without `explicit` a rollback to the version below the top counts as plain.
+        was collected or forgotten cannot be gone back to. All other lines are passed over.
         """
         stack = RollbackStack()
         for entry in self._effective_entries():
             is_plain = entry.action == "rollback" and not entry.explicit
             if entry.action in REMOVAL_ACTIONS:
                 stack.remove(entry.version)
-            elif entry.action not in ("promote", "rollback"):
+            elif entry.action not in ("promote", "rollback") or entry.version is None:
                 continue
-            elif entry.version is None:  # of an earlier release: somebody removed the link
-                stack.clear()
             elif is_plain and stack.second() == entry.version != stack.top():
                 stack.pop()
             elif stack.top() != entry.version:
@@ -357,24 +352,17 @@ def _parse_entry(line: bytes, path: Path, number: int) -> Entry:
 def _check_chain(path: Path, lines: list[bytes], entries: tuple[Entry, ...]) -> str:
     """Check that each line follows the one before; return the hash that the next has to hold."""
     champion: str | None = None
-    end = hashlib.sha256()  # of all lines up to the first that is chained, then of the last line
-    is_chained = False
+    end_sha256 = hashlib.sha256().hexdigest()
     for number, (line, entry) in enumerate(zip(lines, entries, strict=True), 1):
-        claimed = entry.previous_line_sha256
-        if claimed is None and is_chained:
-            raise _broken_chain_error(path, number, f"has no hash of line {number - 1}")
-        if claimed is not None and claimed != end.hexdigest():
-            before = f"line {number - 1}" if is_chained else "what is before it"
+        if entry.previous_line_sha256 != end_sha256:
+            before = f"line {number - 1}" if number > 1 else "an empty file"
             raise _broken_chain_error(path, number, f"does not hold the hash of {before}")
         if entry.action != "aborted" and entry.previous != champion:
             problem = f"replaced {entry.previous}, but the line before it left {champion}"
             raise _broken_chain_error(path, number, problem)
-        if claimed is not None:
-            is_chained = True
-            end = hashlib.sha256()
-        end.update(line + b"\n")
+        end_sha256 = hashlib.sha256(line + b"\n").hexdigest()
         champion = entry.champion_after
-    return end.hexdigest()
+    return end_sha256
 
 
 def _broken_chain_error(path: Path, number: int, problem: str) -> DamagedError:

@@ -49,11 +49,6 @@ class RollbackStack:
         below = NO_PLACE if self._top == NO_PLACE else self._below[self._top]
         return None if below == NO_PLACE else self._versions[below]
 
-    def clear(self) -> None:
-        """Take everything out."""
-        while self._top != NO_PLACE:
-            self.pop()
-
     def remove(self, version: str | None) -> None:
         """Take a version out wherever it stands; of equal neighbours one stays."""
         for place in self._places.pop(version or "", ()):

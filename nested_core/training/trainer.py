@@ -13,7 +13,6 @@ import mlx.core as mx
 
 from nested_core.errors import DamagedError, DatasetError, TrainingStopped
 from nested_core.kernels.optimized_model import using_optimized_layers
-from nested_core.models.base_model import find_model_folder, is_same_base
 from nested_core.models.parameters import read_parameters
 from nested_core.optim.gradient_checks import Flat
 from nested_core.optim.named_updates import apply_flat_updates_to_nested, flatten, verify_updates
@@ -129,10 +128,6 @@ class Trainer:
     def _refuse_changed_inputs(self, recorded: Mapping[str, str]) -> None:
         digests = self.setup.input_digests
         changed = [name for name in recorded if recorded[name] != digests.get(name)]
-        if "base" in changed and is_same_base(
-            recorded["base"], find_model_folder(self.config.model)
-        ):
-            changed.remove("base")  # recorded by the rule of an earlier release
         if not changed:
             return
         names = " and ".join(NAMES_OF_DIGESTED_INPUTS[name] for name in changed)

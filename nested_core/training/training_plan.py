@@ -71,10 +71,7 @@ def write_plan(path: Path, plan: TrainingPlan) -> None:
 
 
 def read_plan(path: Path) -> TrainingPlan | None:
-    """The plan, or None where there is none that can be read: it is shown, and nothing rests on it.
-
-    Runs of earlier releases have none.
-    """
+    """The plan, or None where none can be read: it is shown, and nothing rests on it."""
     try:
         return _PLAN_VALIDATOR.validate_python(read_json(path, MAX_PLAN_BYTES))
     except (DamagedError, ValidationError, OSError):

@@ -12,11 +12,9 @@ import pytest
 from huggingface_hub.utils._validators import validate_repo_id
 from mlx_lm.utils import _download
 
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, DamagedError
 from nested_core.models.base_model import (
     FINGERPRINT_PREFIX,
-    SAMPLE_STRIDE_BYTES,
-    SAMPLED_BYTES,
     context_length,
     find_model_folder,
     find_model_folder_offline,
@@ -24,14 +22,13 @@ from nested_core.models.base_model import (
     is_same_base,
     load_base_model,
     require_folder_or_hub_name,
-    sampled_fingerprint,
 )
 from tests.example import MODEL, example_config
 
 FILES = {
-    "config.json": b"{" + b" " * (3 * SAMPLED_BYTES) + b"}",
-    "own_model.py": b"# code\n" * SAMPLED_BYTES,
-    "model.safetensors": bytes(2 * SAMPLE_STRIDE_BYTES),
+    "config.json": b"{" + b" " * 12_000 + b"}",
+    "own_model.py": b"# code\n" * 4_000,
+    "model.safetensors": bytes(2 * 2**20),
 }
 
 
@@ -52,14 +49,14 @@ def change(path: Path, at: int) -> None:
     ("name", "at"),
     [
         ("config.json", 0),
-        ("config.json", 2 * SAMPLED_BYTES + 1),
+        ("config.json", 8_193),
         ("own_model.py", 0),
-        ("own_model.py", SAMPLED_BYTES + 1),
+        ("own_model.py", 4_097),
         ("own_model.py", -1),
         ("model.safetensors", 0),
-        ("model.safetensors", SAMPLE_STRIDE_BYTES),
-        ("model.safetensors", SAMPLED_BYTES + 5),
-        ("model.safetensors", 2 * SAMPLE_STRIDE_BYTES - 1),
+        ("model.safetensors", 2**20),
+        ("model.safetensors", 4_101),
+        ("model.safetensors", 2 * 2**20 - 1),
     ],
 )
 def test_another_byte_is_another_base(folder: Path, name: str, at: int) -> None:
@@ -110,25 +107,19 @@ def test_files_that_are_links_as_in_the_hubs_cache_give_the_same_fingerprint(
     for name in FILES:
         (snapshot / name).symlink_to(folder / name)
     assert fingerprint_base_model(snapshot) == fingerprint_base_model(folder)
-    assert sampled_fingerprint(snapshot) == sampled_fingerprint(folder)
 
 
-def test_fingerprints_of_earlier_releases_are_what_they_were() -> None:
-    recorded = "054802450fd3d37ae0cbe76d5d9743290f69d8f51a57e0479f4ca1f8354085ed"
-    assert sampled_fingerprint(MODEL) == recorded
-    with pytest.warns(UserWarning, match="reads 4 KiB of every MiB"):
-        assert is_same_base(recorded, MODEL)
-
-
-def test_a_base_is_compared_by_the_rule_that_its_fingerprint_names(folder: Path) -> None:
-    full, sampled = fingerprint_base_model(folder), sampled_fingerprint(folder)
-    assert is_same_base(full, folder)
-    change(folder / "model.safetensors", SAMPLED_BYTES + 5)  # the sampled rule does not see it
-    assert not is_same_base(full, folder)
-    with pytest.warns(UserWarning, match="may differ elsewhere"):
-        assert is_same_base(sampled, folder)
+def test_a_base_is_the_same_by_its_files_alone(folder: Path) -> None:
+    recorded = fingerprint_base_model(folder)
+    assert is_same_base(recorded, folder)
     change(folder / "model.safetensors", 0)
-    assert not is_same_base(sampled, folder)
+    assert not is_same_base(recorded, folder)
+
+
+@pytest.mark.parametrize("recorded", ["0548024", "crc32:00", ""])
+def test_a_fingerprint_by_another_rule_is_damage(folder: Path, recorded: str) -> None:
+    with pytest.raises(DamagedError, match="begin with sha256:"):
+        is_same_base(recorded, folder)
 
 
 def test_a_model_that_is_not_on_this_machine_is_not_fetched(tmp_path: Path) -> None:

@@ -20,19 +20,6 @@ def chained_line(registry: Path, entry: dict[str, Any]) -> bytes:
     return json.dumps(entry).encode() + b"\n"
 
 
-def make_earlier_release(registry: Path, *fields: str) -> None:
-    """Rewrite history and champion.json without a chain, as an earlier release wrote them."""
-    path, record = (registry / NAME / name for name in ("history.jsonl", "champion.json"))
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line in lines:
-        for field in ("previous_line_sha256", *fields):
-            del line[field]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    content = json.loads(record.read_text())
-    del content["last_line_sha256"]
-    record.write_text(json.dumps(content, indent=2))
-
-
 def assert_old_or_new_and_whole(registry: Path, old: str | None, new: str) -> None:
     """What a reader sees right after the crash."""
     champion = read_champion(registry, NAME)

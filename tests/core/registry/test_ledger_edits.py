@@ -27,7 +27,7 @@ from nested_core.registry import (
 from nested_core.registry.promotion_policy import promote_missed_versions
 from tests.core.registry.conftest import write_run
 from tests.core.registry.ledger_edits import Edit, ledger_edits
-from tests.core.registry.states import NAME, assert_settled, chained_line, make_earlier_release
+from tests.core.registry.states import NAME, assert_settled, chained_line
 
 pytestmark = pytest.mark.usefixtures("no_time_to_decide")
 MEMORY = Path("/dev/shm")
@@ -41,16 +41,14 @@ def memory() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.fixture(params=[0, 3], ids=["chained", "chained from line 4 on"])
-def registry(memory: Path, request: pytest.FixtureRequest) -> Path:
-    """A history with each action in it, of which a part may be an earlier release's."""
+@pytest.fixture
+def registry(memory: Path) -> Path:
+    """A history with each action in it."""
     registry = memory / "registry"
     versions = [register(write_run(memory / f"run-{n}", n), registry, NAME, {}) for n in range(4)]
     first, second, third, _ = versions
     for version in (first, second, third):
         promote(registry, NAME, version, by="ann")
-    if request.param:
-        make_earlier_release(registry)
     rollback(registry, NAME, by="bob")
     rollback(registry, NAME, to=first, by="bob")
     promote(registry, NAME, second, by="flow", expected_champion=first, automatic=True)

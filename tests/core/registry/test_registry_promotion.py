@@ -21,7 +21,7 @@ from nested_core.registry import (
 )
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.manifest import read_manifest
-from tests.core.registry.states import NAME, make_earlier_release
+from tests.core.registry.states import NAME
 
 
 def test_first_promotion_points_a_relative_link_at_the_version(add, registry):
@@ -150,17 +150,6 @@ def test_a_promotion_after_rollbacks_goes_back_to_the_version_that_it_replaced(t
     rollback(registry, NAME, by="ann")
     promote(registry, NAME, third, by="ann")
     assert rollback(registry, NAME, by="ann").version == first
-
-
-def test_a_history_of_an_earlier_release_is_read_and_its_rollbacks_are_told_apart(three, registry):
-    """It does not say which rollbacks named their version: one to the champion before is plain."""
-    first, second, third = three
-    promote(registry, NAME, third, by="ann")
-    rollback(registry, NAME, by="ann")
-    rollback(registry, NAME, to=third, by="ann")  # what a second plain one did then
-    make_earlier_release(registry, "explicit")
-    assert audit(registry, NAME).is_sound
-    assert [rollback(registry, NAME, by="ann").version for _ in range(2)] == [second, first]
 
 
 def test_rollback_to_any_registered_version_by_prefix(three, registry):

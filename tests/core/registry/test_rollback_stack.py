@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nested_core.registry.rollback_stack import RollbackStack
 
 ACTIONS = st.lists(
-    st.tuples(st.sampled_from(["push", "push", "pop", "remove", "clear"]), st.sampled_from("abcd")),
+    st.tuples(st.sampled_from(["push", "push", "pop", "remove"]), st.sampled_from("abcd")),
     max_size=40,
 )
 
@@ -29,7 +29,4 @@ def test_it_is_a_list_without_what_was_removed(actions: list[tuple[str, str]]) -
         elif action == "remove":
             stack.remove(version)
             expected = [left for left, _ in groupby(v for v in expected if v != version)]
-        elif action == "clear":
-            stack.clear()
-            expected = []
         assert stack.second() == (expected[-2] if len(expected) > 1 else None)
