@@ -141,10 +141,9 @@ class RunFollower(threading.Thread):
 
     def _print_conclusion(self) -> None:
         """Say how it ended: which adapter is offered, or where training stopped; the verdict."""
-        position = self.view.describe_position()
         step = _read_object(self._run.result).get("adapter_step")
         if step is None:
-            self.view.outcome = [f"ended before training was done, at {position}"]
+            self.view.outcome = [f"ended before training was done, at {self._describe_end()}"]
             return
         self.view.outcome = [self.view.describe_offered_adapter(step)]
         gate = _read_object(self._run.gate)
@@ -155,6 +154,17 @@ class RunFollower(threading.Thread):
             codes = ", ".join(reason_names(gate)[:MAX_SHOWN_REASONS])
             because = f" ({codes})" if codes else ""
             self.view.outcome.append(f"verdict: {describe_verdict(gate)}{because}")
+
+    def _describe_end(self) -> str:
+        """The step that it came to: a checkpoint may be of a later one than the last report."""
+        from nested_core.storage.checkpoint_verification import list_checkpoints  # brings mlx
+
+        checkpoints = list_checkpoints(self._run.checkpoints)
+        newest = int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
+        if newest > self.view.last_record["step"]:
+            of_all = "" if self.view.plan is None else f" of {self.view.plan.steps:,}"
+            return f"step {newest:,}{of_all}"
+        return self.view.describe_position()
 
     # As lines
 

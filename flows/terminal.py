@@ -94,7 +94,7 @@ class ProgressLine:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "") -> None:
-    """A table on standard output; wide enough not to fold where there is no terminal."""
+    """A table on standard output, as wide as the terminal; else COLUMNS or 120 columns."""
     console = output_console(WIDTH_WITHOUT_TERMINAL)
     headers = [Column(Text(escape(name)), overflow="fold") for name in columns]
     table = Table(*headers, title=Text(escape(title)) if title else None, title_justify="left")
@@ -104,8 +104,13 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
 
 
 def output_console(width: int) -> Console:
-    """A console for standard output, without markup; `width` holds where it is no terminal."""
-    width_or_none = None if sys.stdout.isatty() else width
+    """A console for standard output, without markup.
+
+    Where it is no terminal it has COLUMNS, as rich reads it, or without that `width`.
+    """
+    columns = os.environ.get("COLUMNS", "")
+    is_given = columns.isdecimal() and int(columns) > 0
+    width_or_none = None if sys.stdout.isatty() or is_given else width
     return Console(highlight=False, markup=False, emoji=False, width=width_or_none)
 
 

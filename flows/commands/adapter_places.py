@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nested_core.errors import ConfigError
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.digest_format import shorten_digest
 
 DEFAULT_REGISTRY = Path("registry")
 CHAMPION = "champion"
@@ -27,6 +28,12 @@ class NamedAdapter:
     folder: Path
     model: str | None = None
     trusts_remote_code: bool = False
+
+    def describe(self) -> str:
+        """The folder, or of a registry's version the name and the version's first digits."""
+        if self.folder.parent.name != VERSIONS:
+            return str(self.folder)
+        return f"{self.folder.parent.parent}, version {shorten_digest(self.folder.name)}"
 
 
 def add_registry_flag(parser: argparse.ArgumentParser) -> None:
@@ -77,12 +84,23 @@ def name_folder_of(path: Path) -> Path | None:
     return folder if (folder / VERSIONS).is_dir() else None
 
 
+def find_bare_name(given: Path, registry: Path | None) -> Path | None:
+    """The folder of a name without REGISTRY/ before it, in the registry; None where it is none."""
+    if len(given.parts) != 1:
+        return None
+    return name_folder_of((registry or DEFAULT_REGISTRY) / given)
+
+
 def find_named_adapter(given: Path, registry: Path | None = None) -> NamedAdapter:
     """The adapter that a person means.
 
     Of a run it is the one that it offers, or while it trains the newest checkpoint; of a name the
-    champion. What exists at the path comes before a name. Raises ConfigError for what is none.
+    champion. With `registry` a name that it holds comes first; without, an adapter at the path
+    comes before a name. Raises ConfigError for what is none.
     """
+    named = find_bare_name(given, registry)
+    if named is not None and registry is not None:
+        return NamedAdapter(champion_folder(named))
     run = RunDirectory(given)
     if run.config.is_file() and run.has_run_files():
         from nested_core.config.resume import read_run_config
@@ -90,14 +108,11 @@ def find_named_adapter(given: Path, registry: Path | None = None) -> NamedAdapte
         run.require_begun()
         config = read_run_config(run)
         return NamedAdapter(_adapter_of_run(run), config.model, config.trust_remote_code)
-    folder = name_folder_of(given)
-    is_bare_name = folder is None and len(given.parts) == 1 and not given.exists()
-    if is_bare_name and ((registry or DEFAULT_REGISTRY) / given / VERSIONS).is_dir():
-        folder = (registry or DEFAULT_REGISTRY) / given
-    if folder is not None:
-        return NamedAdapter(champion_folder(folder))
     if (given / "adapter_config.json").is_file():
         return NamedAdapter(given)
+    folder = name_folder_of(given) or named
+    if folder is not None:
+        return NamedAdapter(champion_folder(folder))
     raise ConfigError(_describe_unknown(given, registry))
 
 

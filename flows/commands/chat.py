@@ -55,7 +55,7 @@ def run_chat(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.models.generation import Sampling
     from nested_core.models.side_by_side import BaseAndAdapter  # loads mlx_lm, which takes seconds
 
-    print_progress(f"adapter: {asked.folder}")
+    print_progress(f"adapter: {asked.describe()}")
     both = BaseAndAdapter(
         asked.folder, model=asked.model, trust_remote_code=asked.trusts_remote_code
     )

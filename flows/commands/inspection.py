@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.adapter_places import (
-    DEFAULT_REGISTRY,
     add_registry_flag,
+    find_bare_name,
     find_named_adapter,
     name_folder_of,
 )
@@ -87,12 +87,9 @@ def run_verify(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def _find_folder(given: Path, registry: Path | None) -> Path:
     """The adapter's folder of a run or a name; any other path as it is, for the gate to look at."""
-    is_name = name_folder_of(given) is not None or (
-        len(given.parts) == 1
-        and not given.exists()
-        and name_folder_of((registry or DEFAULT_REGISTRY) / given) is not None
-    )
-    if is_name or RunDirectory(given).config.is_file():
+    is_path = registry is None and given.exists()
+    is_name = not is_path and find_bare_name(given, registry) is not None
+    if is_name or name_folder_of(given) is not None or RunDirectory(given).config.is_file():
         return find_named_adapter(given, registry).folder
     return given
 
@@ -155,15 +152,34 @@ def run_status(arguments: argparse.Namespace) -> Callable[[], int]:
     status = read_status(run)
 
     def show() -> None:
-        """A row a figure, each loss with its data and step."""
-        shown = {key: _join_list(value) for key, value in status.items() if value != []}
-        print_table(("", ""), list((shown | _describe_losses(run)).items()))
+        """A row a figure, each loss with its data and step; what is not known has no row."""
+        rows = _describe_status(status, _describe_losses(run))
+        print_table(("", ""), [row for row in rows if row[1] is not None])
 
     return result_printer(arguments, lambda: status, show)
 
 
-def _join_list(value: Any) -> Any:
-    return ", ".join(map(str, value)) if isinstance(value, list) else value
+def _describe_status(
+    status: Mapping[str, Any], losses: Mapping[str, str]
+) -> Iterator[tuple[str, Any]]:
+    """The rows of `status`, under the names that `compare` gives them."""
+    from nested_core.report.run_status import describe_status_verdict
+
+    process = status["process"]
+    yield "run", status["run_dir"]
+    yield "state", status["state"] if process is None else f"running, in process {process}"
+    yield "verdict", describe_status_verdict(status)
+    yield "offered: the adapter of step", status["offered_step"]
+    yield "its validation loss", status["offered_val_loss"]
+    yield "gate's loss after", status["gate_loss"]
+    yield "last report at step", status["step"]
+    if status["iteration"] != status["step"]:  # gradients are accumulated over several
+        yield "iterations until then", status["iteration"]
+    yield "training loss, last report", losses.get("current_train_loss")
+    yield "validation loss, last evaluation", losses.get("current_val_loss")
+    yield "learning rate", status["learning_rate"]
+    yield "updates of each tier", ", ".join(map(str, status["updates"] or ())) or None
+    yield "newest checkpoint", status["checkpoint"]
 
 
 def _describe_losses(run: RunDirectory) -> dict[str, str]:

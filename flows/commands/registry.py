@@ -25,9 +25,11 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     promote = commands.add_parser("promote", parents=[shared], help="make a run's adapter champion")
     promote.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     promote.add_argument("--if-champion", metavar="VERSION", help="only while this is the champion")
+    promote.add_argument("--json", action="store_true", help="as one JSON document")
     promote.set_defaults(run=run_promote)
     rollback = commands.add_parser("rollback", parents=[shared], help="go back to a version")
     rollback.add_argument("--to", metavar="VERSION", help="default: the champion before this one")
+    rollback.add_argument("--json", action="store_true", help="as one JSON document")
     rollback.set_defaults(run=run_rollback)
     history = commands.add_parser("history", parents=[shared], help="the changes of the champion")
     audit = commands.add_parser("audit", parents=[shared], help="re-hash every version")
@@ -106,7 +108,7 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
             f"{run.report}. To go back: nested-tune rollback {arguments.name} --registry "
             f"{arguments.registry}"
         )
-    print_change = _print_change(done)
+    print_change = _print_change(arguments, done)
 
     def finish() -> int:
         """Print the change, then how to ask the champion, if it is this run's adapter."""
@@ -123,7 +125,7 @@ def run_rollback(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.registry import rollback
 
     done = rollback(arguments.registry, arguments.name, to=arguments.to, by=current_user())
-    return _print_change(done)
+    return _print_change(arguments, done)
 
 
 def run_policy(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -205,34 +207,50 @@ def run_forget(arguments: argparse.Namespace) -> Callable[[], int]:
         by=arguments.by,
         reason=arguments.reason,
     )
-    return text_printer(f"forgotten: {version}")
+    return text_printer(f"forgotten: {shorten_digest(version)}")
 
 
-def _print_change(done: Promotion) -> Callable[[], int]:
-    """The champion after a change, and the one before it."""
-    return text_printer(f"{done.outcome}: {done.version} (before: {done.previous or 'none'})")
+def _print_change(arguments: argparse.Namespace, done: Promotion) -> Callable[[], int]:
+    """The champion after a change, and the one before it; in JSON with all digits."""
+    change = {"outcome": done.outcome, "version": done.version, "previous": done.previous}
+    before = "none" if done.previous is None else shorten_digest(done.previous)
+    text = f"{done.outcome}: {shorten_digest(done.version)} (before: {before})"
+    return result_printer(arguments, lambda: change, lambda: print_line(text))
 
 
 def run_history(arguments: argparse.Namespace) -> Callable[[], int]:
     """Show every change of the champion, oldest first."""
-    from nested_core.registry import history, read_champion
+    from nested_core.registry import history, read_champion, read_version_losses
 
     entries = history(arguments.registry, arguments.name)
     champion = read_champion(arguments.registry, arguments.name)
+    losses = read_version_losses(arguments.registry, arguments.name)
 
     def show() -> None:
-        """A line for each change, with versions shortened."""
-        columns = ("time", "action", "version", "previous", "by")
-        rows = [[_shorten_version(entry.get(column)) for column in columns] for entry in entries]
-        print_table(columns, rows, title=f"{arguments.name}: champion {_shorten_version(champion)}")
+        """A line for each change, with versions shortened and each one's loss."""
+        rows = [
+            (
+                str(entry["time"])[:16].replace("T", " "),
+                entry["action"],
+                _shorten_version(entry.get("version")),
+                losses.get(str(entry.get("version")), {}).get("loss"),
+                _shorten_version(entry.get("previous")),
+                entry.get("by"),
+            )
+            for entry in entries
+        ]
+        shown = _shorten_version(champion) or "none"
+        columns = ("time (UTC)", "action", "version", "its loss", "before", "by")
+        print_table(columns, rows, title=f"{arguments.name}: champion {shown}")
+        files = ", ".join(sorted({own["file"] for own in losses.values()})) or "none"
+        print_line(f"Losses: nats a token, on what each was judged by when it was made ({files}).")
 
-    document = {"name": arguments.name, "champion": champion, "history": entries}
+    document = {"name": arguments.name, "champion": champion, "history": entries, "losses": losses}
     return result_printer(arguments, lambda: document, show)
 
 
-def _shorten_version(value: Any) -> Any:
-    is_digest = isinstance(value, str) and len(value) == 64
-    return shorten_digest(value) if is_digest else value
+def _shorten_version(version: str | None) -> str | None:
+    return None if version is None else shorten_digest(version)
 
 
 def run_registry_audit(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -272,7 +290,7 @@ def run_gc(arguments: argparse.Namespace) -> Callable[[], int]:
         """Each version that was removed, and how much that is."""
         what = "would remove" if done.is_dry_run else "removed"
         for version in done.collected:
-            print_line(f"{what} {version}")
+            print_line(f"{what} {shorten_digest(version)}")
         print_line(
             f"{what} {len(done.collected)} versions ({done.bytes / 1e6:.1f} MB), kept "
             f"{len(done.kept)}; {len(done.leftovers)} leftovers of killed processes"

@@ -32,11 +32,13 @@ from nested_core.storage.run_directory import (
     new_run_name,
     open_run,
 )
+from nested_core.text.digest_format import shorten_digest
 
 if TYPE_CHECKING:
     from nested_core.config.registry import RegistrySection
     from nested_core.config.schema import FineTuneConfig
     from nested_core.data.rules.dataset_report import DatasetReport
+    from nested_core.data.rules.findings import Finding
     from nested_core.pipeline.finetune import FinetuneResult
 
 
@@ -78,6 +80,7 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.data.dataset_loading import load_dataset
     from nested_core.data.rules.finding_groups import group_findings
     from nested_core.data.rules.findings import guide_sentence
+    from nested_core.data.rules.split_statistics import describe_split_stats
     from nested_core.data.tokens.examples_for_display import decode_examples_for_display
     from nested_core.data.tokens.tokenizer_source import TokenizerSource
     from nested_core.errors import DatasetError
@@ -100,15 +103,33 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
         return report.to_json() | (shown if arguments.show else {})
 
     def show() -> None:
-        """The findings as a table, a row for each check and cause, then the examples."""
-        groups = group_findings(report.findings)
-        rows = [(g.severity, g.file, g.shown_lines, g.count, g.check, g.message) for g in groups]
-        print_table(("severity", "file", "line", "count", "check", "message"), rows)
+        """What is wrong, a row for each check and cause; a column of counts a file; examples."""
+        facts = {
+            stats.file: {f.check: f for f in describe_split_stats(stats, config.batch_size)}
+            for stats in report.splits.values()
+        }
+        findings = [f for f in report.findings if f not in facts.get(f.file, {}).values()]
+        if findings:
+            groups = group_findings(findings)
+            rows = [(g.severity, g.where, g.check, g.counted_message) for g in groups]
+            print_table(("severity", "where", "check", "message"), rows)
+        if not report.errors and not report.warnings:
+            print_line("No errors and no warnings.")
+        checks = dict.fromkeys(check for own in facts.values() for check in own)
+        counts = [[check, *(_cell(own.get(check)) for own in facts.values())] for check in checks]
+        print_table(("", *facts), counts)
         if explained := (*report.errors, *report.warnings):
             print_line(guide_sentence(explained))
         print_examples(examples, _describe_learnt_prompts(config, report))
 
     return result_printer(arguments, document, show, DatasetError.exit_code if report.errors else 0)
+
+
+def _cell(fact: Finding | None) -> str | None:
+    """A count of a file, its digest shortened."""
+    if fact is None:
+        return None
+    return shorten_digest(fact.message) if fact.check == "digest" else fact.message
 
 
 def _describe_learnt_prompts(config: FineTuneConfig, report: DatasetReport) -> str | None:
@@ -196,7 +217,7 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
 def _print_outcome(registry: RegistrySection, result: FinetuneResult) -> None:
     """What became of the adapter in the registry, where the page is, and how to go on."""
     if result.version is not None or result.kept_champion is not None:
-        version = "" if result.version is None else f" {result.version}"
+        version = "" if result.version is None else f" {shorten_digest(result.version)}"
         print_line(f"{registry.name}{version}: {result.promotion or 'registered'}")
     print_line(f"report: {result.run.report}")
     is_broken = result.verdict is not None and result.verdict.has_broken_answers

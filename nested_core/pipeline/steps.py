@@ -80,6 +80,7 @@ from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.storage.strict_files import read_json
+from nested_core.text.stages import stages
 from nested_core.training.parameter_importance import measure_parameter_importance
 from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD, World
 from nested_core.training.report_callbacks import TrainingCallback
@@ -232,9 +233,12 @@ def train(
     warn_if_unprepared()
     if run.result.exists() and _is_complete(config, run):
         try:
-            return read_result(run)
+            result = read_result(run)
         except DamagedError as error:  # the checkpoints are sound: it is written again from them
             warnings.warn(f"{error} It is made again from the checkpoints.", stacklevel=2)
+        else:
+            stages.info("%s is trained already: nothing is trained, it is judged again", run.path)
+            return result
     ranks = count_ranks(config)
     with (
         locking_devices(on_wait, ranks),

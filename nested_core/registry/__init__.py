@@ -29,6 +29,7 @@ from nested_core.registry.queries import (
     read_champion_changes,
     read_champion_changes_since,
     read_verified_adapter,
+    read_version_losses,
     verify,
 )
 from nested_core.registry.registration import register
@@ -56,6 +57,7 @@ __all__ = [
     "read_champion",
     "read_champion_card",
     "read_verified_adapter",
+    "read_version_losses",
     "register",
     "register_and_promote",
     "rollback",

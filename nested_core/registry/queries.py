@@ -11,6 +11,7 @@ from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry.adapter_card import CARD_NAME
 from nested_core.registry.champion_link import read_link
 from nested_core.registry.folder_lock import exclusive_folder_lock, shared_folder_lock
+from nested_core.registry.gate_file import GATE_NAME, read_gate
 from nested_core.registry.ledger import Entry, read_ledger
 from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME, find_name_folder
 from nested_core.registry.recovery import (
@@ -139,6 +140,26 @@ def check_champion(registry: Path, name: str) -> str | None:
         state = recover_after_crash(folder, lock)
         require_sound_champion(folder, state)
         return state.champion
+
+
+def read_version_losses(registry: Path, name: str) -> dict[str, dict[str, Any]]:
+    """Of each version with a held-out loss: `loss` in nats a token, and its `file`.
+
+    They are those of the verdict that it was registered with. A version whose verdict cannot be
+    read has none here; `audit` says what is wrong with it.
+    """
+    folder = find_name_folder(registry, name)
+    losses = {}
+    for version in registered_versions(folder):
+        try:
+            gate = read_gate(version_folder(registry, name, version) / GATE_NAME)
+        except (ConfigError, DamagedError):
+            continue
+        validation = gate.get("validation")
+        if isinstance(validation, dict) and validation.get("loss_after") is not None:
+            loss, file = validation["loss_after"], validation.get("file")
+            losses[version] = {"loss": loss, "file": file or "held-out examples"}
+    return losses
 
 
 def history(registry: Path, name: str) -> list[dict[str, Any]]:

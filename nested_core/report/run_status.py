@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from nested_core.config.resume import read_run_config
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.registry.loss_conclusion import describe_passed
 from nested_core.report.run_figures import (
     RunFigures,
     gate_loss_of,
@@ -54,6 +55,18 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
         "answers_broken": has_broken_answers(gate),
         "conclusion": None if gate is None else (gate.get("validation") or {}).get("conclusion"),
     }
+
+
+def describe_status_verdict(status: Mapping[str, Any]) -> str | None:
+    """The verdict of a status in words: `passed, better`, `failed: drift`; None without one."""
+    if status["verdict"] == "passed":
+        return describe_passed(
+            status["conclusion"],
+            is_measured=status["quality_measured"],
+            is_broken=status["answers_broken"],
+        )
+    because = ", ".join(status["reasons"])
+    return f"{status['verdict']}: {because}" if because else status["verdict"]
 
 
 def read_sound_verdict(run: RunDirectory) -> str | None:

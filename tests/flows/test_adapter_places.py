@@ -36,11 +36,25 @@ def test_a_name_is_looked_for_under_the_registry_that_is_given(place: Path) -> N
     assert find_named_adapter(Path("bot"), Path("other")).folder.is_dir()
 
 
-def test_an_adapters_folder_is_itself_and_what_exists_comes_before_a_name(place: Path) -> None:
+def test_an_adapter_at_the_path_comes_before_a_name_but_not_before_one_under_registry(
+    place: Path,
+) -> None:
     assert find_named_adapter(Path("run/adapter")).folder == Path("run/adapter")
+    champion = (place / "registry" / "bot" / "champion").resolve()
+    (place / "bot").mkdir()  # such as a folder of data: it hides no name
+    assert find_named_adapter(Path("bot")).folder.resolve() == champion
+    (place / "bot").rmdir()
+    (place / "run" / "adapter").rename(place / "bot")
+    assert find_named_adapter(Path("bot")).folder == Path("bot")
+    assert find_named_adapter(Path("bot"), Path("registry")).folder.resolve() == champion
+
+
+def test_verify_takes_a_name_under_registry_although_a_folder_has_it(place: Path) -> None:
     (place / "bot").mkdir()
-    with pytest.raises(ConfigError, match="neither a run directory"):
-        find_named_adapter(Path("bot"))
+    command = ("verify", "run/adapter", "bot")
+    named = called(*command, "--registry", "registry", cwd=place)
+    assert named.stdout.startswith("rejected: unchanged")  # its champion is that adapter
+    assert "bot/adapter_config.json" in called(*command, cwd=place).message()
 
 
 def test_what_is_none_of_them_is_told_the_names_that_there_are(place: Path) -> None:

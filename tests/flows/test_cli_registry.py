@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ import pytest
 
 from nested_core.pipeline import steps
 from nested_core.storage.adapter import read_adapter
+from nested_core.text.loss_format import format_loss
 from tests.example import train_example
 from tests.flows.conftest import CommandRun, Ended, called
 
@@ -41,7 +43,7 @@ def story(folder: Path) -> dict[str, Ended]:
         "first": command("promote", "first", "--name", NAME),
         "second": command("promote", "second", "--name", NAME, "--if-champion", first),
         "late": command("promote", "first", "--name", NAME, "--if-champion", first),
-        "rollback": command("rollback", NAME),
+        "rollback": command("rollback", NAME, "--json"),
         "again": command("promote", "first", "--name", NAME),
         "history": command("history", NAME, "--json"),
         "table": command("history", NAME),
@@ -63,9 +65,10 @@ def test_promoting_a_run_registers_it_and_makes_it_champion(
     story: dict[str, Ended], versions: tuple[str, str]
 ) -> None:
     assert story["first"].code == 0
-    assert story["first"].stdout == f"promoted: {versions[0]} (before: none)\n"
+    assert story["first"].stdout == f"promoted: {versions[0][:12]} (before: none)\n"
     assert story["second"].code == 0
-    assert story["second"].stdout == f"promoted: {versions[1]} (before: {versions[0]})\n"
+    second, first = versions[1][:12], versions[0][:12]
+    assert story["second"].stdout == f"promoted: {second} (before: {first})\n"
 
 
 def test_a_promotion_to_a_higher_loss_on_the_same_data_is_a_success_with_a_warning(
@@ -107,7 +110,9 @@ def test_rollback_goes_to_what_the_last_change_replaced(
     story: dict[str, Ended], versions: tuple[str, str]
 ) -> None:
     assert story["rollback"].code == 0
-    assert f"{versions[0]} (before: {versions[1]})" in story["rollback"].stdout
+    first, second = versions  # with all digits, for programs
+    document = {"outcome": "rolled_back", "version": first, "previous": second}
+    assert story["rollback"].document == document
 
 
 def test_promoting_the_champion_again_changes_nothing(
@@ -129,7 +134,10 @@ def test_history_tells_every_change_oldest_first(
     first, second = versions
     assert changes[:3] == [(first, None), (second, first), (first, second)]
     assert story["table"].code == 0
-    assert first[:12] in story["table"].stdout
+    told = re.search(rf"promote +│ {first[:12]} +│ ([0-9.]+)", story["table"].stdout)
+    assert told is not None
+    assert told[1] == format_loss(document["losses"][first]["loss"])
+    assert document["losses"].keys() == {first, second}
 
 
 def test_audit_of_a_sound_registry_finds_nothing(story: dict[str, Ended]) -> None:

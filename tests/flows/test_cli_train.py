@@ -90,7 +90,10 @@ def test_status_of_a_finished_run(command_run: CommandRun, nested_tune: Run) -> 
 def test_status_for_a_person_is_a_table(command_run: CommandRun, nested_tune: Run) -> None:
     done = nested_tune("status", command_run.run_dir)
     assert done.code == 0
-    assert "verified" in done.stdout
+    rows = dict(re.findall(r"│ (.*?) +│ (.*?) +│", done.stdout))
+    assert (rows["state"], rows["verdict"]) == ("verified", "passed, better")
+    assert (rows["last report at step"], rows["updates of each tier"]) == ("8", "8, 4, 2")
+    assert not [name for name in rows if "_" in name]  # words, not keys
     assert done.stderr == ""
 
 

@@ -76,7 +76,11 @@ def test_a_person_reads_the_same_in_a_table(validated: Validated) -> None:
     done = validated.ended["table"]
     assert done.code == 3
     for number in BAD:
-        assert any(f"train.jsonl │ {number} " in line for line in done.stdout.splitlines())
+        assert any(f"│ train.jsonl:{number} " in line for line in done.stdout.splitlines())
+    lines = done.stdout.splitlines()
+    (columns,) = [line for line in lines if "┃ train.jsonl" in line]
+    assert "┃ valid.jsonl" in columns
+    assert any("│ rows" in line and "3 chat rows in 6 lines, 3 rejected" in line for line in lines)
     assert "Traceback" not in done.stderr
 
 

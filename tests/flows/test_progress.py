@@ -95,6 +95,27 @@ def test_a_loss_that_is_not_finite_is_said_to_be(
     assert capsys.readouterr().err == "step 0: validation loss not finite\n"
 
 
+def test_a_run_that_was_stopped_is_said_to_end_at_the_step_of_its_checkpoint(
+    tmp_path: Path,
+) -> None:
+    """The last report may be of an earlier step than the checkpoint that the stop wrote."""
+    run = RunDirectory(tmp_path)
+    append_metrics(run.metrics, {"step": 10, "loss": 1.0})
+    (run.checkpoints / "step-0000011").mkdir(parents=True)
+    watcher = RunFollower(run)
+    watcher._print_conclusion()
+    assert watcher.view.outcome == ["ended before training was done, at step 11"]
+
+
+@pytest.mark.parametrize(("columns", "width"), [("80", 80), ("", 120), ("0", 120), ("wide", 120)])
+def test_a_table_in_a_pipe_keeps_to_columns(
+    columns: str, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    print_table(("what", "problem"), [("file", 30 * "words ")])
+    assert max(map(len, capsys.readouterr().out.splitlines())) == width
+
+
 def test_a_table_has_four_digits_of_a_number_and_the_whole_of_a_path(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

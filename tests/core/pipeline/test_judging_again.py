@@ -15,6 +15,7 @@ from nested_core.pipeline.finetune import FinetuneResult, finetune
 from nested_core.pipeline.hooks import Hooks
 from nested_core.registry import audit, history, promote, read_champion
 from nested_core.storage.run_directory import RunDirectory, open_run
+from nested_core.text.stages import stages
 from tests.example import example_config
 
 NAME = "capitals"
@@ -115,10 +116,15 @@ def test_a_champion_that_moves_while_the_gate_works_is_judged_against_once_more(
     assert history(registry, NAME)[-1]["previous"] == other
 
 
-def test_a_verdict_that_rejects_what_is_registered_counts(copy: Path) -> None:
+def test_a_verdict_that_rejects_what_is_registered_counts(
+    copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     registry = copy / "registry"
+    caplog.set_level("INFO", logger=stages.name)
     with pytest.raises(GateRejected):
         resumed(registry, "always", copy / "better", gate={"min_relative_change": 1.5})
+    told = f"{copy / 'better'} is trained already: nothing is trained, it is judged again"
+    assert caplog.messages[0] == told
     version = next(p.name for p in (registry / NAME / "judgements").iterdir())
     with pytest.raises(GateRejected, match="rejected this adapter"):
         promote(registry, NAME, version, by="ann")
