@@ -73,7 +73,7 @@ docs: $(VENV)/dev.stamp ## write the pages that are made from the code again, an
 example-model: $(VENV)/project.stamp ## remake the tiny base model in examples/
 	$(BIN)/python examples/make_model.py
 
-COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra cpu --extra report \
+COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra cpu \
 	--generate-hashes --no-emit-index-url --custom-compile-command "make lock" --quiet
 lock: $(VENV)/project.stamp ## pin the dependencies again; UPGRADE=--upgrade takes the newest
 	$(INSTALL) "uv>=0.13"

@@ -16,16 +16,11 @@ from nested_core.errors import ConfigError
 from nested_core.gate.held_out_choice import held_out_split
 from nested_core.gate.paired_difference import PairedDifference, compare_pairs
 from nested_core.report.curve_points import Point
-from nested_core.report.line_charts import (
-    HOW_TO_GET_CHARTS,
-    Chart,
-    Curve,
-    can_draw_charts,
-    draw_figure,
-)
+from nested_core.report.line_charts import draw_figure
 from nested_core.report.run_figures import describe_length
 from nested_core.report.run_page import describe_outcome
 from nested_core.report.run_record import RunRecord, read_run
+from nested_core.report.svg_chart import Chart, Curve
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.html_markup import (
     Html,
@@ -230,8 +225,6 @@ class RunComparison:
         yield table(caption, ("", *self.names), self.rows())
 
     def _loss_figures(self) -> Iterator[Html]:
-        if not can_draw_charts():
-            yield paragraph(HOW_TO_GET_CHARTS, class_="note")
         charts = [
             draw_figure([Chart(title, x, "nats a token", list(self._loss_curves(key, x)))])
             for title, key in (("Validation loss", "val_loss"), ("Training loss", "loss"))

@@ -24,15 +24,10 @@ from nested_core.errors import join_first_values
 from nested_core.gate.verdict import Verdict, describe_examples
 from nested_core.gate.verdict_table import CHECK_COLUMNS, list_checks
 from nested_core.report.curve_points import Point
-from nested_core.report.line_charts import (
-    HOW_TO_GET_CHARTS,
-    Chart,
-    Curve,
-    can_draw_charts,
-    draw_figure,
-)
+from nested_core.report.line_charts import draw_figure
 from nested_core.report.run_figures import describe_length
 from nested_core.report.run_record import RunRecord, read_run
+from nested_core.report.svg_chart import Chart, Curve
 from nested_core.report.verdict_sections import (
     decisive_numbers,
     paired_losses_section,
@@ -217,7 +212,6 @@ def _reasons_table(verdict: Verdict) -> Html:
 
 def _curves_section(record: RunRecord) -> Html:
     """Losses over steps and seconds, rate, gradient norm, speed and memory."""
-    note = Html("") if can_draw_charts() else paragraph(HOW_TO_GET_CHARTS, class_="note")
     drawn = [
         draw_figure([_loss_chart(record, "step"), _loss_chart(record, "seconds of training")]),
         _metric_figure(record, "Learning rate", "rate", {"learning rate": "learning_rate"}),
@@ -233,7 +227,7 @@ def _curves_section(record: RunRecord) -> Html:
     if not any(drawn):
         return section("curves", "Training", paragraph("Nothing was reported yet."))
     sentences = _describe_curves(record)
-    return section("curves", "Training", note, sentences, element("div", *drawn, class_="charts"))
+    return section("curves", "Training", sentences, element("div", *drawn, class_="charts"))
 
 
 def _describe_curves(record: RunRecord) -> Html:

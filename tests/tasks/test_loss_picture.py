@@ -7,6 +7,8 @@ import math
 import re
 from typing import Any
 
+import pytest
+
 from nested_core.training.training_plan import TrainingPlan
 from tasks.loss_picture import MAX_CURVE_POINTS, Curve, LossCurves, describe_curves, draw_curves
 
@@ -25,7 +27,8 @@ def test_the_first_report_is_a_picture_already() -> None:
 
 def test_both_losses_are_drawn_with_their_latest_value_in_four_digits() -> None:
     drawn = draw_curves(curves_of(50), steps=50)
-    assert drawn.count("<polyline") == 2
+    assert drawn.count('fill="none"') == 1  # a line; the one evaluation is a dot
+    assert drawn.count("<circle") == 51
     assert "training loss 0.08<" in drawn
     assert "validation loss 0.1235<" in drawn
 
@@ -56,11 +59,16 @@ def test_a_loss_that_is_not_finite_has_no_place_on_the_curve() -> None:
     assert "nan" not in draw_curves(curves, steps=3)
 
 
+def test_before_the_first_finite_loss_the_page_has_no_picture() -> None:
+    assert "data:image" not in str(describe_curves(LossCurves.of_records([]), 50, "data"))
+
+
 def test_losses_that_differ_by_much_are_drawn_on_a_logarithmic_axis() -> None:
     records = [{"step": 1, "loss": 10.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 0.1}]
     drawn = draw_curves(LossCurves.of_records(records), steps=3)
     heights = [float(y) for y in re.findall(r'cy="([\d.]+)" r', drawn)]
-    assert heights[1] - heights[0] == heights[2] - heights[1]
+    assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.15)
+    assert "nats a token (logarithmic)<" in drawn
 
 
 def test_with_the_plan_each_loss_names_its_data_and_step() -> None:

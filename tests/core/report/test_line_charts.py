@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 import xml.etree.ElementTree as ET
 
 import pytest
 
 from nested_core.report.curve_points import MAX_POINTS, Point, decimate
-from nested_core.report.line_charts import Chart, Curve, can_draw_charts, draw_chart, draw_figure
+from nested_core.report.line_charts import draw_figure
+from nested_core.report.svg_chart import Chart, Curve, draw_chart
 
 
 def parse(svg: str) -> ET.Element:
@@ -107,17 +107,24 @@ def test_a_chart_without_a_finite_value_is_left_out() -> None:
     assert draw_figure([chart([])]) == ""
 
 
-def test_without_the_extra_the_numbers_are_there_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "leather", None)
-    assert not can_draw_charts()
-    text = draw_figure([chart(spiky(10, 5))])
-    assert "<svg" not in text
-    assert text.count("scope=row") == 10
+def test_a_gap_breaks_the_line_and_a_point_alone_is_a_dot() -> None:
+    values = [1.0, 2.0, None, 3.0, None, 4.0, 5.0]
+    root = parse(draw_chart(chart([Point(i, y) for i, y in enumerate(values)])))
+    assert [path.attrib["d"].count("M") for path in root.iter("path")] == [2]
+    assert len([*root.iter("circle")]) == 1
 
 
-def test_a_chart_is_text_in_a_notebook_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There leather wraps what it draws in an object of IPython's."""
-    chart = Chart("Loss", "step", "nats", [Curve("training", [Point(0, 1.0), Point(1, 2.0)])])
-    as_ever = draw_chart(chart)
-    monkeypatch.setattr("leather.chart.IPythonSVG", lambda text: object())
-    assert draw_chart(chart) == as_ever
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([0.0, 10.0], ["0", "2", "4", "6", "8", "10"]),
+        ([2.31, 2.87], ["2.4", "2.6", "2.8"]),
+        ([3, 4], ["3", "4"]),
+        ([4_000.0, 5_000.0], ["4,000", "4,200", "4,400", "4,600", "4,800", "5,000"]),
+        ([7.0], ["0", "2", "4", "6"]),
+    ],
+)
+def test_the_axis_is_labelled_at_round_values(values: list[float], labels: list[str]) -> None:
+    drawn = parse(draw_chart(chart([Point(0, y) for y in values])))
+    found = [e.text for e in drawn.iter("text") if e.get("text-anchor") == "end"]
+    assert found == labels

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -352,13 +351,3 @@ def test_a_verdict_shows_itself_in_a_notebook() -> None:
     assert "&lt;b&gt;nothing&lt;/b&gt; moved" in text
     assert '"verdict bad"' in text
     assert "model.layers.0.mlp.down_proj.lora_a" in text
-
-
-def test_without_charts_the_page_says_how_to_get_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "leather", None)
-    page = page_of(finished_run(tmp_path / "run"))
-    assert "pip install 'nested-tune[report]'" in page.sections["curves"]
-    assert "svg" not in {tag for tag, _ in page.tags}
-    assert "learning rate" in page.sections["curves"]

@@ -1,0 +1,270 @@
+"""Line charts as SVG: the one drawing of curves for the report's page and for Prefect's.
+
+A page lends its colours as CSS variables, with a fallback, so that a chart can be dark with it. A
+picture that stands alone brings its own background and legend.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from nested_core.report.curve_points import Point, decimate
+from nested_core.text.html_markup import Html, escaped_html
+
+MAX_POINTS_WITH_DOTS = 60
+LARGEST_DRAWN_VALUE = 1e15  # beside a larger one nothing else could be seen
+LOGARITHMIC_AXIS_RATIO = 10.0  # largest over smallest value
+TICKS = 5  # about so many an axis
+CHARACTER_WIDTH, LINE_HEIGHT = 7, 16  # of labels, in the chart's units
+RIGHT_MARGIN = 20  # room for the half of the last label that stands beyond its axis
+LEGEND_WIDTH = 200  # of a curve's entry
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A named line of a chart; `has_dots` marks its points where they are few."""
+
+    name: str
+    points: Sequence[Point]
+    has_dots: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What a chart shows; `x` and `y` name its axes."""
+
+    title: str
+    x: str
+    y: str
+    curves: Sequence[Curve]
+    from_zero: bool = False
+
+
+@dataclass(frozen=True)
+class ChartStyle:
+    """How a chart looks: its size in CSS pixels, and colours as CSS has them.
+
+    background: None where the page around shows through.
+    has_legend: whether the curves' names stand in the chart, and not beside it.
+    """
+
+    width: int
+    height: int
+    label: str
+    grid: str
+    curves: Sequence[str]
+    background: str | None = None
+    has_legend: bool = False
+
+    def curve_colour(self, number: int) -> str:
+        """The colour of a curve by its place in the chart."""
+        return self.curves[number % len(self.curves)]
+
+
+STANDALONE_ATTRIBUTES = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" '
+CURVE_COLOURS = ("#1f5fbf", "#b8500b", "#0b7a3e", "#8a3ab9", "#5f5a00")
+ON_PAGE = ChartStyle(
+    width=436,  # legible at a phone's width, several beside each other on a screen
+    height=250,
+    label="var(--soft,#57606a)",
+    grid="var(--line,#d5d9de)",
+    curves=[f"var(--curve-{n},{colour})" for n, colour in enumerate(CURVE_COLOURS, start=1)],
+)
+STANDALONE = ChartStyle(
+    width=720,
+    height=300,
+    label="#57606a",
+    grid="#d5d9de",
+    curves=CURVE_COLOURS,
+    background="#ffffff",
+    has_legend=True,
+)
+
+
+def draw_chart(chart: Chart, style: ChartStyle = ON_PAGE) -> Html:
+    """The chart as an SVG element with a title.
+
+    A vertical axis over more than a factor of LOGARITHMIC_AXIS_RATIO is logarithmic, unless the
+    chart begins at zero. A value that is None or beyond LARGEST_DRAWN_VALUE is a gap, and nothing
+    is drawn where no other is left.
+    """
+    curves = [
+        replace(curve, points=decimate([_drawable_point(p) for p in curve.points]))
+        for curve in chart.curves
+    ]
+    values = [p.y for curve in curves for p in curve.points if p.y is not None]
+    if not values:
+        return Html("")
+    x_axis = _linear_axis([p.x for curve in curves for p in curve.points])
+    y_axis = _value_axis(values, from_zero=chart.from_zero)
+    area = _Area.within(style, y_axis)
+    unit = f"{chart.y} (logarithmic)" if y_axis.is_logarithmic else chart.y
+    words = escaped_html(f"{chart.title}: {unit} by {chart.x}")
+    parts = [
+        f"<svg {'' if style.background is None else STANDALONE_ATTRIBUTES}"
+        f'viewBox="0 0 {style.width} {style.height}" font-size="12" '
+        f'role="img" aria-label="{words}"><title>{words}</title>'
+    ]
+    if style.background is not None:
+        parts.append(f'<rect width="100%" height="100%" fill="{style.background}"/>')
+    parts += _draw_axes(area, x_axis, y_axis, style, chart.x)
+    if style.has_legend:
+        parts += _draw_legend(curves, style, unit)
+    for number, curve in enumerate(curves):
+        parts += _draw_curve(curve, area, x_axis, y_axis, style.curve_colour(number))
+    return Html("".join([*parts, "</svg>"]))
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """A range of values with the round ones that are labelled."""
+
+    low: float
+    high: float
+    ticks: Sequence[float]
+    is_logarithmic: bool = False
+
+    def share(self, value: float) -> float:
+        """How far along the axis a value is, from 0 to 1."""
+        if self.is_logarithmic:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+
+@dataclass(frozen=True)
+class _Area:
+    """Where the curves are, between the labels."""
+
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    @classmethod
+    def within(cls, style: ChartStyle, y_axis: _Axis) -> _Area:
+        widest = max((len(_format_tick(tick)) for tick in y_axis.ticks), default=0)
+        return cls(
+            left=widest * CHARACTER_WIDTH + LINE_HEIGHT,
+            right=style.width - RIGHT_MARGIN,
+            top=LINE_HEIGHT * (2 if style.has_legend else 1),
+            bottom=style.height - 2.5 * LINE_HEIGHT,
+        )
+
+    def x(self, share: float) -> float:
+        """From the left edge of the chart."""
+        return self.left + (self.right - self.left) * share
+
+    def y(self, share: float) -> float:
+        """From its upper edge."""
+        return self.bottom - (self.bottom - self.top) * share
+
+
+def _drawable_point(point: Point) -> Point:
+    x = min(point.x, LARGEST_DRAWN_VALUE)
+    is_beyond = point.y is not None and abs(point.y) > LARGEST_DRAWN_VALUE
+    return Point(x, None) if is_beyond else Point(x, point.y)
+
+
+def _value_axis(values: Sequence[float], *, from_zero: bool) -> _Axis:
+    low, high = min(values), max(values)
+    if not from_zero and low > 0 and high >= LOGARITHMIC_AXIS_RATIO * low:
+        return _Axis(low, high, _logarithmic_ticks(low, high), is_logarithmic=True)
+    return _linear_axis([*values, 0.0] if from_zero else values)
+
+
+def _linear_axis(values: Sequence[float]) -> _Axis:
+    """An axis over the values; around a single one, it begins or ends at zero."""
+    low, high = min(values), max(values)
+    if low == high:
+        low, high = (-1.0, 1.0) if low == 0 else (min(low, 0.0), max(high, 0.0))
+    step = _round_step((high - low) / TICKS)
+    if all(value == int(value) for value in values):
+        step = max(step, 1.0)
+    first, last = math.ceil(low / step), math.floor(high / step)
+    return _Axis(low, high, [number * step for number in range(first, last + 1)])
+
+
+def _round_step(step: float) -> float:
+    """The next of 1, 2 and 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(step))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * 0.999)
+
+
+def _logarithmic_ticks(low: float, high: float) -> list[float]:
+    """Round numbers within a range: powers of ten, and 2 and 5 between."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if len(powers) <= 4 else (1,)
+    ticks = [factor * 10.0**power for power in powers for factor in factors]
+    inside = [tick for tick in ticks if low <= tick <= high]
+    return inside[:: max(1, len(inside) // 6)]
+
+
+def _format_tick(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _draw_axes(
+    area: _Area, x_axis: _Axis, y_axis: _Axis, style: ChartStyle, name: str
+) -> Iterator[str]:
+    """A line and a label at each round value, and the horizontal axis's name."""
+    for tick in y_axis.ticks:
+        y = area.y(y_axis.share(tick))
+        yield _line(area.left, y, area.right, y, style.grid)
+        yield _text(area.left - 6, y + 4, _format_tick(tick), style.label, "end")
+    for tick in x_axis.ticks:
+        x = area.x(x_axis.share(tick))
+        yield _line(x, area.bottom, x, area.bottom + 4, style.grid)
+        yield _text(x, area.bottom + LINE_HEIGHT, _format_tick(tick), style.label, "middle")
+    middle = (area.left + area.right) / 2
+    yield _text(middle, area.bottom + 2 * LINE_HEIGHT, name, style.label, "middle")
+
+
+def _draw_legend(curves: Sequence[Curve], style: ChartStyle, unit: str) -> Iterator[str]:
+    """Each curve's name beside its colour, and the unit of the vertical axis."""
+    for number, curve in enumerate(curves):
+        x = LINE_HEIGHT + number * LEGEND_WIDTH
+        yield f'<path d="M{x} 14h18" stroke="{style.curve_colour(number)}" stroke-width="3"/>'
+        yield _text(x + 24, 18, curve.name, style.label, "start")
+    yield _text(style.width - RIGHT_MARGIN, 18, unit, style.label, "end")
+
+
+def _draw_curve(
+    curve: Curve, area: _Area, x_axis: _Axis, y_axis: _Axis, colour: str
+) -> Iterator[str]:
+    """A line through the points between two gaps, and dots where they are few or one alone."""
+    lines = [
+        [f"{area.x(x_axis.share(x)):.1f} {area.y(y_axis.share(y)):.1f}" for x, y in points]
+        for points in _split_at_gaps(curve.points)
+    ]
+    path = "".join(f"M{'L'.join(line)}" for line in lines if len(line) > 1)
+    if path:
+        yield f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+    is_dotted = curve.has_dots and len(curve.points) <= MAX_POINTS_WITH_DOTS
+    for line in lines:
+        for place in line if is_dotted or len(line) == 1 else ():
+            x, y = place.split()
+            yield f'<circle cx="{x}" cy="{y}" r="2.5" fill="{colour}"/>'
+
+
+def _split_at_gaps(points: Iterable[Point]) -> list[list[tuple[float, float]]]:
+    """The points between two gaps, of each stretch that has any."""
+    stretches: list[list[tuple[float, float]]] = [[]]
+    for point in points:
+        if point.y is None:
+            stretches.append([])
+        else:
+            stretches[-1].append((point.x, point.y))
+    return [stretch for stretch in stretches if stretch]
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"/>'
+
+
+def _text(x: float, y: float, words: str, colour: str, anchor: str) -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">'
+        f"{escaped_html(words)}</text>"
+    )
