@@ -12,6 +12,7 @@ from nested_core.errors import join_first_values, shorten
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
 from nested_core.text.foreign_text import escape
+from nested_core.text.loss_conclusion import describe_conclusion
 from nested_core.text.loss_format import format_change, format_loss, loss_name_for_file
 
 SHOWN_DIGITS = 6
@@ -51,8 +52,6 @@ def describe_loss(run: RunDirectory) -> str:
     change = format_change(losses["loss_before"], losses["loss_after"])
     doubt = ""
     if losses.get("conclusion") == "inconclusive":
-        from nested_core.registry.loss_conclusion import describe_conclusion  # loads mlx
-
         doubt = f", {describe_conclusion(losses)}"
     return f"{name} {change}{doubt}{_describe_broken_answers(verdict)}{_describe_champion(verdict)}"
 

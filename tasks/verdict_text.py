@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nested_core.gate.verdict import Drift
-from nested_core.registry.loss_conclusion import describe_conclusion
 from nested_core.text.digest_format import shorten_digest
+from nested_core.text.loss_conclusion import describe_conclusion
 from nested_core.text.loss_format import format_difference, format_interval, format_loss
 
 

@@ -24,9 +24,9 @@ from nested_core.gate.paired_difference import (
 )
 from nested_core.gate.recorded_verdict import is_close_figure
 from nested_core.gate.verdict import Reason, TaskResult
-from nested_core.registry.loss_conclusion import Conclusion
 from nested_core.storage.manifest import FileEntry, describe_file
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.loss_conclusion import Conclusion
 
 SCORE_ROUNDING = 1e-9  # of a mean of scores
 MAX_NAMED_QUESTIONS = 3

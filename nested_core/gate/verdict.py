@@ -15,7 +15,11 @@ from nested_core.gate.answers.answer_records import AnswerRecord
 from nested_core.gate.chosen_candidate import Candidates
 from nested_core.gate.example_losses import ExampleLosses, Vector
 from nested_core.gate.harmed_examples import HarmedExamples
-from nested_core.registry.loss_conclusion import (
+from nested_core.storage.atomic import finite_or_none
+from nested_core.storage.manifest import FileEntry
+from nested_core.storage.strict_files import read_regular
+from nested_core.text.html_markup import collapsed, notebook_fragment, paragraph, table
+from nested_core.text.loss_conclusion import (
     Conclusion,
     conclude,
     count_examples_needed,
@@ -24,10 +28,6 @@ from nested_core.registry.loss_conclusion import (
     describe_smallest_visible,
     margin_of_loss,
 )
-from nested_core.storage.atomic import finite_or_none
-from nested_core.storage.manifest import FileEntry
-from nested_core.storage.strict_files import read_regular
-from nested_core.text.html_markup import collapsed, notebook_fragment, paragraph, table
 from nested_core.text.loss_format import format_change, format_loss, loss_name_for_file
 
 Code = Literal[
@@ -118,7 +118,7 @@ class Validation:
     difference, standard_error, interval: of the paired differences after minus before, in nats a
         token; None with a loss that is not finite, and the last two with fewer than 5 clusters.
     smallest_visible: the smallest difference that the examples could have told from none.
-    conclusion: better, no_worse, inconclusive or worse (registry/loss_conclusion.py); None without
+    conclusion: better, no_worse, inconclusive or worse (text/loss_conclusion.py); None without
         a difference.
     margin: the rise, in nats a token, within which the loss has to be shown to stay.
     one_sided_high: the upper end of the one-sided 95 % interval, which is held against the margin.

@@ -16,8 +16,8 @@ import yaml
 
 from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.config.hub_names import HUB_NAME_PATTERN
-from nested_core.registry.loss_conclusion import describe_conclusion
 from nested_core.text.foreign_text import escape_markdown
+from nested_core.text.loss_conclusion import describe_conclusion
 from nested_core.text.loss_format import format_loss
 
 CARD_NAME = "README.md"

@@ -14,7 +14,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nested_core.errors import ConfigError, DamagedError, GateRejected, describe_first_problem
-from nested_core.registry.loss_conclusion import Conclusion, conclude, margin_of_loss
 from nested_core.storage.atomic import write_json
 from nested_core.storage.manifest import (
     MANIFEST_NAME,
@@ -25,6 +24,7 @@ from nested_core.storage.manifest import (
     write_manifest,
 )
 from nested_core.storage.strict_files import file_type, read_json
+from nested_core.text.loss_conclusion import Conclusion, conclude, margin_of_loss
 
 GATE_NAME = "gate.json"
 MAX_GATE_BYTES = 64 * 1024 * 1024

@@ -41,11 +41,11 @@ from nested_core.registry.judgements import (
     read_verdicts,
 )
 from nested_core.registry.ledger import NO_ORIGIN, Origin
-from nested_core.registry.loss_conclusion import describe_smallest_visible, is_better
 from nested_core.registry.name_folders import find_name_folder
 from nested_core.registry.policy import PromotionRule, find_looser_bounds, read_policy
 from nested_core.registry.versions import PROVENANCE_NAME, how_to_mend, version_folder
 from nested_core.text.digest_format import shorten_digest
+from nested_core.text.loss_conclusion import describe_smallest_visible, is_better
 from nested_core.text.loss_format import (
     format_change,
     format_difference,

@@ -9,11 +9,11 @@ from typing import Any
 
 from nested_core.config.resume import read_run_config
 from nested_core.errors import ConfigError, NestedTuneError
-from nested_core.registry.loss_conclusion import describe_passed
 from nested_core.report.run_start import count_steps, read_start_time
 from nested_core.report.run_status import read_status
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_age
+from nested_core.text.loss_conclusion import describe_passed
 from nested_core.text.loss_format import format_loss
 
 

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from nested_core.config.resume import read_run_config
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.registry.loss_conclusion import describe_passed
 from nested_core.report.run_figures import (
     RunFigures,
     gate_loss_of,
@@ -17,6 +16,7 @@ from nested_core.report.run_figures import (
 )
 from nested_core.storage.checkpoint_verification import list_checkpoints, newest_sound_checkpoint
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.loss_conclusion import describe_passed
 from nested_core.training.metrics_file import read_latest_values, read_loss_records
 
 State = Literal["running", "verified", "rejected", "trained", "resumable", "never began"]

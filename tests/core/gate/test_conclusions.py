@@ -19,17 +19,17 @@ from nested_core.gate.harmed_examples import HarmedExamples
 from nested_core.gate.loss_bounds import harm_reasons
 from nested_core.gate.paired_difference import compare_pairs, student_t_quantile
 from nested_core.gate.verdict import ChampionLoss, Validation
-from nested_core.registry.loss_conclusion import (
-    conclude,
-    count_examples_needed,
-    is_better,
-    margin_of_loss,
-)
 from nested_core.storage.validation_losses import (
     StepLosses,
     append_step_losses,
     read_step_losses,
     truncate_step_losses,
+)
+from nested_core.text.loss_conclusion import (
+    conclude,
+    count_examples_needed,
+    is_better,
+    margin_of_loss,
 )
 
 # (mean, standard error, low, high) of compare_pairs at commit 95bc16c: n, whether weighted.
