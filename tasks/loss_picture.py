@@ -7,10 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nested_core.report.curve_points import Point
-from nested_core.report.svg_chart import STANDALONE, Chart, draw_chart
-from nested_core.report.svg_chart import Curve as ChartCurve
 from nested_core.text.loss_format import format_loss
+from nested_core.text.svg_chart import STANDALONE, Chart, Point, draw_chart
+from nested_core.text.svg_chart import Curve as ChartCurve
 from nested_core.training.loss_sentences import (
     StepLoss,
     describe_training_loss,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from nested_core.report.svg_chart import ON_PAGE, Chart, Curve, draw_chart
 from nested_core.text.html_markup import Html, collapsed, element, join, table
+from nested_core.text.svg_chart import ON_PAGE, Chart, Curve, draw_chart
 
 MAX_TABLE_ROWS = 200  # of a table of a curve's numbers
 

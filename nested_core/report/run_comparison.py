@@ -15,12 +15,10 @@ from nested_core.config.key_properties import iterate_configured_paths
 from nested_core.errors import ConfigError
 from nested_core.gate.held_out_choice import held_out_split
 from nested_core.gate.paired_difference import PairedDifference, compare_pairs
-from nested_core.report.curve_points import Point
 from nested_core.report.line_charts import draw_figure
 from nested_core.report.run_figures import describe_length
 from nested_core.report.run_page import describe_outcome
 from nested_core.report.run_record import RunRecord, read_run
-from nested_core.report.svg_chart import Chart, Curve
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.html_markup import (
     Html,
@@ -34,6 +32,7 @@ from nested_core.text.html_markup import (
     truncated_text,
 )
 from nested_core.text.loss_format import format_difference, format_interval
+from nested_core.text.svg_chart import Chart, Curve, Point
 
 MAX_SHOWN_QUESTIONS = 20
 

@@ -23,11 +23,9 @@ from nested_core.data.rules.finding_groups import group_findings
 from nested_core.errors import join_first_values
 from nested_core.gate.verdict import Verdict, describe_examples
 from nested_core.gate.verdict_table import CHECK_COLUMNS, list_checks
-from nested_core.report.curve_points import Point
 from nested_core.report.line_charts import draw_figure
 from nested_core.report.run_figures import describe_length
 from nested_core.report.run_record import RunRecord, read_run
-from nested_core.report.svg_chart import Chart, Curve
 from nested_core.report.verdict_sections import (
     decisive_numbers,
     paired_losses_section,
@@ -51,6 +49,7 @@ from nested_core.text.html_markup import (
     truncated_text,
 )
 from nested_core.text.loss_format import format_loss
+from nested_core.text.svg_chart import Chart, Curve, Point
 
 MAX_SHOWN_FINDINGS = 60
 MAX_SHOWN_REASONS = 20

@@ -8,9 +8,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from nested_core.report.curve_points import MAX_POINTS, Point, decimate
 from nested_core.report.line_charts import draw_figure
-from nested_core.report.svg_chart import Chart, Curve, draw_chart
+from nested_core.text.svg_chart import MAX_POINTS, Chart, Curve, Point, decimate, draw_chart
 
 
 def parse(svg: str) -> ET.Element:

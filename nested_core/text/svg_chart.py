@@ -1,7 +1,8 @@
 """Line charts as SVG: the one drawing of curves for the report's page and for Prefect's.
 
-A page lends its colours as CSS variables, with a fallback, so that a chart can be dark with it. A
-picture that stands alone brings its own background and legend.
+Of many points few are drawn, and every peak is still seen. A page lends its colours as CSS
+variables, with a fallback, so that a chart can be dark with it; a picture that stands alone brings
+its own background and legend.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from nested_core.report.curve_points import Point, decimate
 from nested_core.text.html_markup import Html, escaped_html
 
+MAX_POINTS = 500  # of a curve
 MAX_POINTS_WITH_DOTS = 60
 LARGEST_DRAWN_VALUE = 1e15  # beside a larger one nothing else could be seen
 LOGARITHMIC_AXIS_RATIO = 10.0  # largest over smallest value
@@ -20,6 +21,14 @@ TICKS = 5  # about so many an axis
 CHARACTER_WIDTH, LINE_HEIGHT = 7, 16  # of labels, in the chart's units
 RIGHT_MARGIN = 20  # room for the half of the last label that stands beyond its axis
 LEGEND_WIDTH = 200  # of a curve's entry
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A point of a curve; `y` is None where the value was not finite."""
+
+    x: float
+    y: float | None
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,27 @@ STANDALONE = ChartStyle(
     background="#ffffff",
     has_legend=True,
 )
+
+
+def decimate(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
+    """At most `limit` of the points: the first and the last, and of each stretch its extremes.
+
+    Of each of (limit - 2) / 2 stretches of equal length the lowest and the highest point are kept,
+    in their order, so that a single spike among 10,000 values stays. A stretch without a finite
+    value keeps one point, the gap.
+    """
+    if len(points) <= limit:
+        return list(points)
+    inner = points[1:-1]
+    stretches = (limit - 2) // 2
+    kept = [points[0]]
+    for number in range(stretches):
+        first = number * len(inner) // stretches
+        stretch = inner[first : (number + 1) * len(inner) // stretches]
+        finite = [(point.y, i) for i, point in enumerate(stretch) if point.y is not None]
+        places = {min(finite)[1], max(finite)[1]} if finite else {0}
+        kept += [stretch[place] for place in sorted(places)]
+    return [*kept, points[-1]]
 
 
 def draw_chart(chart: Chart, style: ChartStyle = ON_PAGE) -> Html:
