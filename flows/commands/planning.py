@@ -64,9 +64,10 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
         if split is not None:
             shutil.rmtree(split)
         raise
-    if warnings := suggested.report.describe_warnings():
-        print_progress(warnings)
-    if suggested.report.splits.keys() == {"train"}:
+    if suggested.report.splits.keys() != {"train"}:
+        if warnings := suggested.report.describe_warnings():
+            print_progress(warnings)
+    else:
         print_progress(
             f"note: there is nothing to judge the adapter by. To take rows out of train for it: "
             f"{split_command(arguments.model, data)}"

@@ -87,16 +87,15 @@ def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
         rows = [
             (
                 run.name,
-                run.state,
+                run.describe_outcome(),
                 run.describe_step(),
                 run.describe_val_loss(),
                 run.gate_loss,
-                run.describe_verdict(),
                 run.describe_age(),
             )
             for run in runs
         ]
-        columns = (*("run", "state", "offered step", "val loss", "gate loss", "verdict", "age"),)
+        columns = ("run", "verdict or state", "offered step", "val loss", "gate loss", "age")
         print_table(columns, rows)
         print_line(
             "Losses in nats a token, of the adapter that is offered: on the validation set, and on "

@@ -103,16 +103,14 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
         return report.to_json() | (shown if arguments.show else {})
 
     def show() -> None:
-        """What is wrong, a row for each check and cause; a column of counts a file; examples."""
+        """What is wrong, a line for each check and cause; a column of counts a file; examples."""
         facts = {
             stats.file: {f.check: f for f in describe_split_stats(stats, config.batch_size)}
             for stats in report.splits.values()
         }
         findings = [f for f in report.findings if f not in facts.get(f.file, {}).values()]
-        if findings:
-            groups = group_findings(findings)
-            rows = [(g.severity, g.where, g.check, g.counted_message) for g in groups]
-            print_table(("severity", "where", "check", "message"), rows)
+        for group in group_findings(findings):
+            print_line(f"{group.severity}: {group}")
         if not report.errors and not report.warnings:
             print_line("No errors and no warnings.")
         checks = dict.fromkeys(check for own in facts.values() for check in own)

@@ -104,7 +104,7 @@ def read_tables(
 
         def report_progress(done: int) -> None:
             if on_progress is not None and total:  # files may all be empty
-                on_progress("reading", sum(sizes[:done]), total)
+                on_progress("reading the data", sum(sizes[:done]), total)
 
         answers = run_jobs(requests, processes=count_processes_for(total), on_done=report_progress)
         with closing(answers):  # type: ignore[type-var]

@@ -60,6 +60,12 @@ class ListedRun:
             )
         return self.problem or self.verdict
 
+    def describe_outcome(self) -> str:
+        """The verdict, or of a run without one, or that is being worked on, its state."""
+        if self.state == "running":
+            return self.state
+        return self.describe_verdict() or self.state
+
     def describe_step(self) -> str | None:
         """The offered step of all: `33 of 36`; before one is offered `- (at 4 of 36)`."""
         of_all = "" if self.steps is None else f" of {self.steps:,}"

@@ -24,7 +24,7 @@ def test_report_writes_the_page_and_names_it(
     assert run.report.read_text().startswith("<!doctype html>")
     elsewhere = tmp_path / "page.html"
     assert main(["report", str(run.path), "-o", str(elsewhere)]) == 0
-    assert "Passed: loss" in elsewhere.read_text()
+    assert "Passed, better: loss" in elsewhere.read_text()
 
 
 def test_report_of_a_damaged_run_is_written_and_exits_6(

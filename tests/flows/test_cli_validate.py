@@ -76,7 +76,7 @@ def test_a_person_reads_the_same_in_a_table(validated: Validated) -> None:
     done = validated.ended["table"]
     assert done.code == 3
     for number in BAD:
-        assert any(f"│ train.jsonl:{number} " in line for line in done.stdout.splitlines())
+        assert f"error: train.jsonl:{number}: " in done.stdout
     lines = done.stdout.splitlines()
     (columns,) = [line for line in lines if "┃ train.jsonl" in line]
     assert "┃ valid.jsonl" in columns

@@ -18,7 +18,7 @@ from nested_core import compare_runs, finetune, open_run, read_report
 from nested_core.pipeline.finetune import FinetuneResult
 from nested_core.registry import promote
 from nested_core.storage.strict_files import read_json_object
-from nested_core.text.loss_format import format_loss
+from nested_core.text.loss_format import format_difference, format_interval, format_loss
 from nested_core.training.metrics_file import read_metrics
 from tasks.champion_page import describe_champion
 from tasks.gate import describe_verdict
@@ -27,6 +27,7 @@ from tasks.night_page import describe_night
 from tests.example import DATA, EXAMPLES, example_config
 from tests.flows.conftest import called
 
+WORDS = "passed, answers broken"  # the best step is an early one here, and its loss is better
 SUITE = {
     "name": "capitals",
     "file": str(EXAMPLES / "geography" / "held_out.jsonl"),
@@ -41,11 +42,14 @@ class Told:
     """A run and the figures that it wrote, from its files alone.
 
     offered: the step whose adapter is offered, its validation loss and the gate's loss.
+    before: the gate's loss of the adapter that training began from; difference: with its interval.
     last: the step of the last evaluation and its loss; trained: the last training loss.
     """
 
     result: FinetuneResult
     offered: tuple[int, float, float]
+    before: float
+    difference: tuple[float, float, float]
     last: tuple[int, float]
     trained: float
     right: tuple[int, int]
@@ -90,6 +94,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     return Told(
         result,
         (step, losses[step], gate["validation"]["loss_after"]),
+        gate["validation"]["loss_before"],
+        (gate["validation"]["difference"], *gate["validation"]["interval"]),
         (last, losses[last]),
         [r["loss"] for r in records if "loss" in r][-1],
         counts,
@@ -127,8 +133,46 @@ def test_the_tables_of_the_command_line_tell_them_too(told: Told) -> None:
     step, val_loss, gate_loss = told.offered
     listed = called("runs", cwd=told.folder.parent.parent).stdout
     cells = [cell.strip() for cell in re.findall(r"[^│\n]+", listed.splitlines()[3])]
-    assert cells[2:5] == [f"{step} of 24", format_loss(val_loss), format_loss(gate_loss)]
-    rows = {str(name): cells for name, *cells in compare_runs([told.folder]).rows()}
+    assert cells[1:5] == [
+        WORDS,
+        f"{step} of 24",
+        format_loss(val_loss),
+        format_loss(gate_loss),
+    ]
+    status = called("status", "runs/one", cwd=told.folder.parent.parent).stdout
+    shown = dict(re.findall(r"│ (.*?) +│ (.*?) +│", status))
+    last_step, last_loss = told.last
+    assert shown["verdict"] == WORDS
+    assert shown["offered: the adapter of step"] == str(step)
+    assert shown["its validation loss"] == format_loss(val_loss)
+    assert shown["gate's loss after"] == format_loss(gate_loss)
+    assert shown["last report at step"] == "24"
+    train = "train.jsonl, mean since the last report, step 24"
+    assert shown["training loss, last report"] == f"{format_loss(told.trained)} ({train})"
+    assert shown["validation loss, last evaluation"].startswith(
+        f"{format_loss(last_loss)} (valid.jsonl, 5 examples, step {last_step})"
+    )
+    named = list(compare_runs([told.folder]).rows())
+    rows = {str(name): cells for name, *cells in named}
+    places = {str(name): number for number, (name, *_) in enumerate(named)}
+
+    def below(name: str, count: int) -> list[tuple[object, ...]]:
+        """The rows of the split and step that stand below a loss."""
+        return [tuple(row) for row in named[places[name] + 1 :][:count]]
+
+    assert rows["verdict"] == [WORDS]
+    assert rows["gate's loss before"] == [told.before]
+    assert below("gate's loss before", 2) == [("  file", "test.jsonl"), ("  examples", 5)]
+    assert rows["training loss, mean of the last report"] == [told.trained]
+    assert below("training loss, mean of the last report", 2) == [
+        ("  file", "train.jsonl"),
+        ("  at step", 24),
+    ]
+    assert below("validation loss, last evaluation", 3) == [
+        ("  file", "valid.jsonl"),
+        ("  examples", 5),
+        ("  at step", last_step),
+    ]
     assert rows["offered: the adapter of step"] == [step]
     assert rows["its validation loss"] == [val_loss]
     assert rows["gate's loss after"] == [gate_loss]
@@ -143,15 +187,28 @@ def test_the_page_the_card_and_python_tell_them(told: Told) -> None:
     page = html.unescape(re.sub(r"<[^>]+>", " ", read_report(told.folder).to_html()))
     assert "24 of 24 steps, 6 passes over train.jsonl" in page
     assert f"The adapter of step {step} is the one that was judged." in page
-    assert f"→ {format_loss(gate_loss)} on test.jsonl, 5 examples" in page
+    change = f"loss {format_loss(told.before)} → {format_loss(gate_loss)} on test.jsonl, 5 examples"
+    assert f"P{WORDS[1:]}: {change}" in page
+    difference, *interval = told.difference
+    words = " ".join(page.split())
+    assert f"Loss before {format_loss(told.before)} nats a token, test.jsonl, 5 examples" in words
+    assert f"Loss after {format_loss(gate_loss)} step {step}, same examples" in words
+    assert f"Difference {format_difference(difference)} after minus before" in words
+    assert f"95 % interval {format_interval(interval)}" in words
+    assert "Validation losses are of valid.jsonl, 5 examples." in words
+    for at, loss in ((step, told.offered[1]), told.last):  # in the table below the curve
+        assert re.search(
+            rf"(?<!\S){at} [0-9.]+ [0-9.]+ {re.escape(format_loss(loss))}(?!\S)", words
+        )
     assert f"{told.right[1]} of 15 right answers to capitals" in page
 
     card = called("card", "capitals", cwd=told.folder.parent.parent).stdout
     assert "| steps | 24 of 24 |" in card
     assert "| passes over train.jsonl | 6 |" in card
     assert f"| step of this adapter | {step} |" in card
-    assert f"| mean loss, nats a token | test.jsonl, 5 examples | {before(told)} |" in card
-    assert f"| {format_loss(gate_loss)} |" in card
+    losses = f"{format_loss(told.before)} | {format_loss(gate_loss)} |"
+    assert f"| mean loss, nats a token | test.jsonl, 5 examples | {losses}" in card
+    assert "the loss is better." in card
     assert f"| {told.right[0]} of 15 | {told.right[1]} of 15 |" in card
     assert "1000" not in card  # iters did not count
 
@@ -163,21 +220,17 @@ def test_the_page_the_card_and_python_tell_them(told: Told) -> None:
     assert result.verdict.validation.loss_after == gate_loss
     assert result.training.best_val_loss == told.offered[1]
     assert result.training.val_loss == told.last[1]
-    assert f"-> {format_loss(gate_loss)} (test.jsonl, 5 examples, step {step} of 24)" in repr(
-        result
-    )
-
-
-def before(told: Told) -> str:
-    assert told.result.verdict is not None
-    assert told.result.verdict.validation is not None
-    return format_loss(told.result.verdict.validation.loss_before)
+    change = f"{format_loss(told.before)} -> {format_loss(gate_loss)}"
+    assert f"{change} (test.jsonl, 5 examples, step {step} of 24)" in repr(result)
 
 
 def test_prefects_pages_tell_them(told: Told) -> None:
     step, _, gate_loss = told.offered
     gate = read_json_object(told.result.run.gate)
-    figures = f"{format_loss(gate_loss)} after, adapter of step {step} (test.jsonl, 5 examples)"
+    figures = (
+        f"{format_loss(told.before)} before training, {format_loss(gate_loss)} after, adapter of "
+        f"step {step} (test.jsonl, 5 examples)"
+    )
     assert figures in str(describe_verdict(gate))
     config = example_config(registry={"path": str(told.folder), "name": "capitals"})
     night = str(describe_night(config, told.result.run, "Promoted", "done"))

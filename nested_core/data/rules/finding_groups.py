@@ -35,16 +35,6 @@ class FindingGroup:
             return None
         return join_first_values(self.lines, MAX_SHOWN_LINES)
 
-    @property
-    def where(self) -> str:
-        """The file and the first lines: `train.jsonl:3, 6, 10`."""
-        return self.file if self.shown_lines is None else f"{self.file}:{self.shown_lines}"
-
-    @property
-    def counted_message(self) -> str:
-        """The message, and in how many lines it is where they are more than one."""
-        return self.message if self.count == 1 else f"{self.message} ({self.count:,} lines)"
-
     def __str__(self) -> str:
         """The first finding, and in how many more lines it is."""
         place = f"{self.file}:{self.lines[0]}" if self.lines else self.file

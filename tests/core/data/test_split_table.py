@@ -103,7 +103,7 @@ def test_progress_is_told_in_bytes(write_data: WriteData, monkeypatch: pytest.Mo
         DataSettings(str(folder)), None, on_progress=lambda *progress: told.append(progress)
     )
     size = sum(path.stat().st_size for path in Path(folder).iterdir())
-    assert told[-1] == ("reading", size, size)
+    assert told[-1] == ("reading the data", size, size)
     assert [done for _, done, _ in told] == sorted({done for _, done, _ in told})
 
 
