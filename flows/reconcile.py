@@ -27,6 +27,7 @@ from tasks.outcomes import Outcome
 from tasks.promote import check_champion
 from tasks.promote import promote_missed as reconcile_name
 from tasks.retrying import exception_of
+from tasks.serving import announce_servers
 
 
 class ReconcileParameters(Section):
@@ -65,12 +66,14 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
         return Failed(name=Outcome.DAMAGED, message="; ".join(damage + other_problems))
     if other_problems:
         return Failed(message="; ".join(other_problems))
-    _bring_pages_up_to_date(registry, names)
+    told = _bring_pages_up_to_date(registry, names)
     promoted = [name for name, state in decided.items() if "promoted" in state.result().values()]
     outcome = Outcome.PROMOTED if promoted else None
     message = f"promoted: {', '.join(promoted) or 'nothing'}"
     if absent:  # the hour comes before an adapter's first night
         message += f"; nothing is registered yet as {', '.join(absent)}"
+    if told:
+        message += f"; {'; '.join(told)}"
     if dead:
         message += f"; ended, for their processes are gone: {', '.join(dead)}"
     return Completed(name=outcome, message=message)
@@ -106,10 +109,16 @@ def _find_problems(
     return list(dict.fromkeys(damage)), list(dict.fromkeys(other))
 
 
-def _bring_pages_up_to_date(registry: Path, names: Sequence[str]) -> None:
-    """Publish the pages of champions that were changed at the command line."""
+def _bring_pages_up_to_date(registry: Path, names: Sequence[str]) -> list[str]:
+    """Publish the pages of champions that were changed at the command line or by a server.
+
+    Returns what servers did, a sentence each.
+    """
+    told = []
     for name in names:
         try:
-            publish_champion_if_changed(registry, name)
+            is_news = publish_champion_if_changed(registry, name)
+            told += announce_servers(registry, name, is_news=is_news)
         except Exception as error:  # of the server or the way to it; nothing depends on a page
             get_run_logger().warning("The page of %s's champion was not read: %s", name, error)
+    return told

@@ -213,6 +213,13 @@ def device() -> str:
     return "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
 
 
+def device_name() -> str:
+    """The default device's kind, "cpu" or "gpu", and what MLX calls it."""
+    import mlx.core as mx
+
+    return " ".join([device(), str(mx.device_info().get("device_name", ""))]).strip()
+
+
 def device_memory_bytes() -> int:
     """Bytes that the default device can hold: as Metal recommends, CUDA's total, or main memory."""
     import mlx.core as mx

@@ -16,6 +16,7 @@ from prefect.client.schemas.sorting import ArtifactSort
 from nested_core.errors import NestedTuneError
 from nested_core.registry import history, read_champion
 from nested_core.registry.gate_file import GATE_NAME, MAX_GATE_BYTES
+from nested_core.registry.serving_status import describe_server, read_servers
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.storage.strict_files import read_json
 from nested_core.text.digest_format import shorten_digest
@@ -69,14 +70,21 @@ def publish_champion(registry: Path, name: str) -> None:
         get_run_logger().warning("The page of %s's champion is not up to date: %s", name, error)
 
 
-def publish_champion_if_changed(registry: Path, name: str) -> None:
-    """Publish the page where the one on the server is of another champion, or there is none."""
+def publish_champion_if_changed(registry: Path, name: str) -> bool:
+    """Publish the page where the one on the server is of another champion or of other servers.
+
+    Returns whether there was no page of this champion.
+    """
     version = read_champion(registry, name)
     if version is None:
-        return
+        return False
     page = _read_newest_page(name)
-    if page is None or not str(page.description).startswith(shorten_digest(version)):
+    is_other = page is not None and not str(page.description).startswith(shorten_digest(version))
+    champion = _Champion.read(registry, name, version)
+    serving = [escape_markdown(text) for _, text in _list_servers(registry, name, champion)]
+    if page is None or is_other or not all(text in str(page.data) for text in serving):
         publish_champion(registry, name)
+    return page is None or is_other
 
 
 def had_champion(registry: Path, name: str) -> bool:
@@ -107,6 +115,7 @@ def describe_champion(registry: Path, name: str, version: str) -> MarkdownPage:
         [
             ("Loss when it was judged", champion.describe_loss()),
             ("Answers", champion.describe_answers()),
+            *_list_servers(registry, name, champion),
             ("Registered (UTC)", _describe_time(champion.provenance.get("registered_at"))),
             ("Run folder", str(champion.provenance.get("run_dir"))),
             ("Registry", _describe_place(registry, name)),
@@ -136,6 +145,12 @@ class _Champion:
         folder = version_folder(registry, name, version)
         verdict = read_json(folder / GATE_NAME, MAX_GATE_BYTES)
         return cls(name, version, read_provenance(folder), verdict)
+
+    @property
+    def served_at(self) -> tuple[str, ...]:
+        """The addresses of `serve.urls`, as recorded with the version."""
+        config = self.provenance.get("config") or {}
+        return tuple((config.get("serve") or {}).get("urls") or ())
 
     @property
     def run_folder_name(self) -> str:
@@ -183,6 +198,12 @@ class _Champion:
             LineageNode("run", (self.run_folder_name, step)),
             LineageNode("champion", (self.name, shorten_digest(self.version))),
         )
+
+
+def _list_servers(registry: Path, name: str, champion: _Champion) -> list[tuple[str, str]]:
+    """A fact for each server of the name: since when it serves the champion, or why it does not."""
+    servers = read_servers(registry, name, champion.served_at)
+    return [("Server", describe_server(server, champion.version)) for server in servers]
 
 
 def _list_changes(registry: Path, name: str) -> list[tuple[object, ...]]:

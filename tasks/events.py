@@ -1,4 +1,4 @@
-"""The events of an adapter: adapter.verified, rejected, promoted and rolled_back.
+"""The events of an adapter: adapter.verified, rejected, promoted, rolled_back and not_followed.
 
 An event is a hint that can get lost or come twice: nothing is decided by one.
 """
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from prefect.events import emit_event
 
-Happening = Literal["verified", "rejected", "promoted", "rolled_back"]
+Happening = Literal["verified", "rejected", "promoted", "rolled_back", "not_followed"]
 
 
 def emit_adapter_event(happening: Happening, name: str, payload: dict[str, Any]) -> None:

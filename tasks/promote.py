@@ -16,6 +16,7 @@ from tasks.champion_page import publish_champion
 from tasks.events import emit_adapter_event
 from tasks.retrying import REGISTRY_RETRY_DELAYS, retried_task
 from tasks.server_outage import tolerating_server_outage
+from tasks.serving import await_servers
 
 
 @retried_task("promote", "promote {section.name} {version:.12}", REGISTRY_RETRY_DELAYS)
@@ -133,5 +134,6 @@ def _announce_promotion(path: Path, name: str, version: str, done: Promotion | s
     if isinstance(done, Promotion) and outcome in ("promoted", "rolled_back"):
         payload = {"version": done.version, "previous": done.previous}
         emit_adapter_event("promoted" if outcome == "promoted" else "rolled_back", name, payload)
+        await_servers(path, name, done.version)
         publish_champion(path, name)
     return outcome

@@ -64,6 +64,11 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="YAML with the suites of gate.tasks that every run is asked; without FILE none",
     )
+    policy.add_argument(
+        "--canary",
+        choices=("refuse", "rollback", "null"),
+        help="what a server does with a champion that fails its canary; null: refuse",
+    )
     policy.add_argument("--json", action="store_true", help="as one JSON document")
     policy.set_defaults(run=run_policy)
     forget = commands.add_parser("forget", parents=[shared], help="say that a version is lost")
@@ -145,6 +150,7 @@ def run_policy(arguments: argparse.Namespace) -> Callable[[], int]:
         bound = policy.max_val_loss_increase
         rows.append(("max_val_loss_increase", "the run's own" if bound is None else f"{bound:g}"))
         rows += [(f"suite {task.name}", f"{task.score}, {task.file}") for task in policy.tasks]
+        rows.append(("canary", policy.canary or "refuse"))
         print_table(("key", "at least"), rows, title=f"{arguments.name}: policy")
 
     document = {"name": arguments.name, "policy": fields}
@@ -156,6 +162,8 @@ def _read_policy_changes(arguments: argparse.Namespace) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     if arguments.promote is not None:
         changes["promote"] = None if arguments.promote == "null" else arguments.promote
+    if arguments.canary is not None:
+        changes["canary"] = None if arguments.canary == "null" else arguments.canary
     if (bound := arguments.max_val_loss_increase) is not None:
         try:
             changes["max_val_loss_increase"] = None if bound == "null" else float(bound)

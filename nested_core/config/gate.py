@@ -40,6 +40,9 @@ class TaskSection(Section):
     temperature: NonNegativeFloat = key(0.0, "0 takes the likeliest token")
     seed: int = key(0, "of the draws where the temperature is above 0", ge=0, lt=2**32)
     tolerance: NonNegativeFloat = key(0.0, "for number, where a question has none of its own")
+    canary: bool = key(
+        False, "its answers are recorded, for a server to compare its own with after a swap"
+    )
 
     def problems(self) -> Iterator[str]:
         """A function is what scores python, and nothing else."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat
 
 from nested_core.config.adapter_names import NAME_PATTERN, why_invalid_adapter_name
 from nested_core.config.section import Section, key
@@ -41,6 +41,9 @@ class RegistrySection(Section):
         0.005, "for better: nats a token, of the difference itself"
     )
     require_validation: bool = key(True, "promote nothing that was not validated")
+    await_serving: PositiveFloat | None = key(
+        None, "seconds that a promotion waits for the servers of the name to follow", le=600
+    )
 
     def problems(self) -> Iterator[str]:
         """Path, name and what is promoted agree."""
@@ -48,6 +51,17 @@ class RegistrySection(Section):
             yield "registry needs both path and name, or neither"
         if self.promote != "never" and self.path is None:
             yield f"promote: {self.promote} needs a registry path and name"
+
+
+ServerAddress = Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9.:_\[\]-]+/?$")]
+
+
+class ServeSection(Section):
+    """Servers of the name that cannot write into the registry, and so are asked."""
+
+    urls: tuple[ServerAddress, ...] = key(
+        (), "addresses, http://HOST:PORT, whose /health is asked for what they serve", max_length=16
+    )
 
 
 class ContinualSection(Section):

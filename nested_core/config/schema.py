@@ -31,7 +31,7 @@ from nested_core.config.optimizers import (
     optimizer_problems,
     parse_optimizer_name,
 )
-from nested_core.config.registry import ContinualSection, RegistrySection
+from nested_core.config.registry import ContinualSection, RegistrySection, ServeSection
 from nested_core.config.section import Section, key, lay_out_form
 from nested_core.config.training import TrainingSection
 from nested_core.errors import ConfigError
@@ -215,6 +215,9 @@ class FineTuneConfig(_RootSection):
     gate: GateSection = key(GateSection(), "bounds of the gate", affects="output")
     registry: RegistrySection = key(
         RegistrySection(), "where a verified adapter goes", affects="output"
+    )
+    serve: ServeSection = key(
+        ServeSection(), "servers that are asked what they serve", affects="output"
     )
     continual: ContinualSection = key(
         ContinualSection(), "whether a run starts from the champion", affects="source"

@@ -24,6 +24,7 @@ from nested_core.errors import ConfigError, NestedTuneError, shorten
 from nested_core.gate.verdict import Reason
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.storage.atomic import finite_or_none
+from nested_core.storage.canary_file import MAX_CANARY_TOKENS
 from nested_core.storage.safetensors_files import read_tensors
 from nested_core.storage.strict_files import read_regular
 
@@ -43,6 +44,7 @@ class ProofRequest:
     """Base model, adapters and prompts; `expected` holds the trainer's logits, a row a prompt.
 
     initial: None compares the trained adapter with the base model alone.
+    questions: prompts in token ids that the trained model answers greedily, as it is stored.
     """
 
     model: Path
@@ -53,6 +55,26 @@ class ProofRequest:
     expected: Sequence[Sequence[float | None]] | None = None
     is_float32: bool = False
     trusts_remote_code: bool = False
+    questions: Sequence[Sequence[int]] = ()
+
+
+@dataclass(frozen=True)
+class GreedyAnswer:
+    """What a question was answered, in token ids and as text."""
+
+    tokens: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class StoredTypesAnswers:
+    """What the trained model computes in the types that it is stored in, as a server would.
+
+    logits: a row a prompt of the request. answers: in the order of its questions.
+    """
+
+    logits: Rows
+    answers: tuple[GreedyAnswer, ...]
 
 
 @dataclass(frozen=True)
@@ -60,23 +82,46 @@ class FreshProcessLogits:
     """Logits with either adapter, a row a prompt, and the LoRA factors of the trained model.
 
     base: the logits of the base model alone; None if those with the initial adapter are finite.
+    canary: None where the request has no questions.
     """
 
     initial: Rows
     trained: Rows
     base: Rows | None
     factors: set[str]
+    canary: StoredTypesAnswers | None = None
 
 
-def prove_effect_in_fresh_process(request: ProofRequest) -> tuple[dict[str, Any], list[Reason]]:
-    """The evidence for gate.json, and the reasons against the adapter.
+@dataclass(frozen=True)
+class Proof:
+    """What a fresh process showed: the evidence for gate.json, and the reasons against the adapter.
+
+    canary: the answers to the request's questions; None without any, or with an adapter that the
+        process could not use.
+    """
+
+    evidence: dict[str, Any]
+    reasons: tuple[Reason, ...] = ()
+    canary: StoredTypesAnswers | None = None
+
+
+def prove_effect_in_fresh_process(request: ProofRequest) -> Proof:
+    """Compute with base and adapter in a new process, and compare with what was recorded.
 
     Raises NestedTuneError if the process failed or was killed: that says nothing about the adapter.
     """
-    evidence: dict[str, Any] = {"model": str(request.model), "prompts": len(request.prompts)}
     answers = compute_logits_in_fresh_process(request)
     if isinstance(answers, Reason):
-        return evidence | {"error": answers.message}, [answers]
+        evidence = {"model": str(request.model), "prompts": len(request.prompts)}
+        return Proof(evidence | {"error": answers.message}, (answers,))
+    evidence, reasons = _judge_logits(request, answers)
+    return Proof(evidence, tuple(reasons), answers.canary)
+
+
+def _judge_logits(
+    request: ProofRequest, answers: FreshProcessLogits
+) -> tuple[dict[str, Any], list[Reason]]:
+    evidence: dict[str, Any] = {"model": str(request.model)}
     answers, expected = keep_prompts_with_finite_base(answers, request.expected)
     evidence["prompts"] = len(answers.initial)
     tensors = read_tensors(request.trained / WEIGHTS_NAME, follow_links=True)
@@ -203,6 +248,8 @@ def compute_logits_in_fresh_process(request: ProofRequest) -> FreshProcessLogits
         "columns": list(request.columns),
         "dtype": "float32" if request.is_float32 else None,
         "trust_remote_code": request.trusts_remote_code,
+        "questions": [list(question) for question in request.questions],
+        "max_answer_tokens": MAX_CANARY_TOKENS,
     }
     with tempfile.TemporaryDirectory(prefix="nested-tune-proof-") as folder:
         request_path, answer_path = Path(folder, "request.json"), Path(folder, "answer.json")
@@ -223,7 +270,15 @@ def compute_logits_in_fresh_process(request: ProofRequest) -> FreshProcessLogits
         trained=np.array(answers["trained"]["logits"], np.float64),
         base=None if base is None else np.array(base["logits"], np.float64),
         factors=set(answers["trained"]["factors"]),
+        canary=_parse_stored_types_answers(answers.get("canary")),
     )
+
+
+def _parse_stored_types_answers(given: dict[str, Any] | None) -> StoredTypesAnswers | None:
+    if given is None:
+        return None
+    answers = tuple(GreedyAnswer(tuple(row["tokens"]), row["text"]) for row in given["answers"])
+    return StoredTypesAnswers(np.array(given["logits"], np.float64), answers)
 
 
 def _run_program(arguments: Sequence[str]) -> None:

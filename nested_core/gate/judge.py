@@ -16,7 +16,11 @@ from nested_core.config.gate import GateSection
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, NestedTuneError
 from nested_core.gate.base_compatibility import base_reasons, config_reasons, fingerprint_reasons
-from nested_core.gate.fresh_process_check import ProofRequest, prove_effect_in_fresh_process
+from nested_core.gate.fresh_process_check import (
+    Proof,
+    ProofRequest,
+    prove_effect_in_fresh_process,
+)
 from nested_core.gate.lora_effect import no_effect_reasons, overflow_reasons, require_lora_factors
 from nested_core.gate.loss_bounds import drift_reasons, harm_reasons, loss_reasons
 from nested_core.gate.recorded_verdict import require_same_verdict
@@ -44,6 +48,7 @@ from nested_core.gate.verdict import (
 from nested_core.models.base_model import find_model_folder, model_compute_dtype
 from nested_core.registry.gate_file import require_verdict_manifest
 from nested_core.storage.adapter import Adapter, read_adapter
+from nested_core.storage.canary_file import CANARY_NAME, render_canary
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.sample_answers_file import render_sample_answers
@@ -166,8 +171,7 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory, recorded: Mapping
     bound = require_verdict_manifest(run.path, recorded)
     files = evidence.files | {run.config.name: describe_file(run.config)}
     written = {run.training_examples}
-    if run.sample_answers.name in bound:
-        written.add(run.sample_answers)
+    written |= {path for path in (run.sample_answers, run.canary) if path.name in bound}
     if run.gate_losses.name in bound or isinstance(recorded.get("validation"), dict):
         written.add(run.gate_losses)
     files |= {path.name: describe_file(path) for path in written}
@@ -383,6 +387,10 @@ def _prove_in_fresh_process(
     stages.info("gate: a new process loads the adapter, and must see the change")
     mx.clear_cache()  # this process has let go of the model; the new one needs the memory
     logits, dtype = evidence.record.logits, model_compute_dtype(config)
+    # Here, because `promote` confirms a verdict without a tokenizer.
+    from nested_core.gate.canary import choose_canary_prompts, make_canary
+
+    questions = choose_canary_prompts(config)
     request = ProofRequest(
         model=find_model_folder(config.model),
         initial=evidence.before.path,
@@ -392,8 +400,13 @@ def _prove_in_fresh_process(
         expected=logits.values,
         is_float32=dtype is not None and dtype == mx.float32,
         trusts_remote_code=config.trust_remote_code,
+        questions=[question.tokens for question in questions],
     )
-    return _add_proof(verdict, request)
+    proof = prove_effect_in_fresh_process(request)
+    files = dict(verdict.written_files)
+    if proof.canary is not None and not proof.reasons:
+        files[CANARY_NAME] = render_canary(make_canary(questions, request, proof.canary))
+    return replace(_add_proof(verdict, proof), written_files=files)
 
 
 def _prove_in_fresh_process_without_run(
@@ -411,9 +424,8 @@ def _prove_in_fresh_process_without_run(
         return _add_reasons(verdict, mismatch)
     is_float32 = backend.device() == "cpu"  # as training does there: smaller changes are seen
     request = ProofRequest(base, before.path, after.path, is_float32=is_float32)
-    return _add_proof(verdict, request)
+    return _add_proof(verdict, prove_effect_in_fresh_process(request))
 
 
-def _add_proof(verdict: Verdict, request: ProofRequest) -> Verdict:
-    proof, reasons = prove_effect_in_fresh_process(request)
-    return replace(_add_reasons(verdict, reasons), proof=proof)
+def _add_proof(verdict: Verdict, proof: Proof) -> Verdict:
+    return replace(_add_reasons(verdict, list(proof.reasons)), proof=proof.evidence)

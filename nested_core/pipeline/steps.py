@@ -284,8 +284,7 @@ def _train_model(
     if world.is_main:
         run.require_lock()
         # The run is made longer: what it ended with is out of date.
-        measured = (run.gate_losses, run.training_examples, run.answers, run.sample_answers)
-        for earlier in (run.report, run.manifest, run.gate, *measured, run.result):
+        for earlier in (run.report, run.manifest, run.gate, *run.measured, run.result):
             remove_file(earlier)
         write_plan(run.plan, _make_plan(trainer, report, read_plan(run.plan)))
     if on_start is not None:
@@ -393,7 +392,7 @@ def judge(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = No
 def _write_verdict(config: FineTuneConfig, run: RunDirectory, verdict: Verdict) -> None:
     """Write what was measured, then gate.json and the manifest that binds it to that."""
     remove_file(run.manifest)  # no verdict is bound to files that are written anew
-    for earlier in (run.gate_losses, run.training_examples, run.answers, run.sample_answers):
+    for earlier in run.measured:
         remove_file(earlier)
     judged = dict(verdict.judged_files)
     for name, content in verdict.written_files.items():

@@ -20,6 +20,7 @@ from nested_core.registry.forgetting import forget
 from nested_core.registry.garbage_collection import GarbageReport, collect_garbage
 from nested_core.registry.name_folders import list_names
 from nested_core.registry.queries import (
+    VerifiedVersion,
     check_champion,
     history,
     holding_champion,
@@ -28,7 +29,8 @@ from nested_core.registry.queries import (
     read_champion_card,
     read_champion_changes,
     read_champion_changes_since,
-    read_verified_adapter,
+    read_rollback_target,
+    read_verified_version,
     read_version_losses,
     verify,
 )
@@ -42,6 +44,7 @@ __all__ = [
     "AuditFinding",
     "Promotion",
     "Unset",
+    "VerifiedVersion",
     "audit",
     "check_champion",
     "collect_garbage",
@@ -56,7 +59,8 @@ __all__ = [
     "read_champion_changes_since",
     "read_champion",
     "read_champion_card",
-    "read_verified_adapter",
+    "read_rollback_target",
+    "read_verified_version",
     "read_version_losses",
     "register",
     "register_and_promote",

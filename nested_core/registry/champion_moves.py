@@ -157,13 +157,15 @@ def rollback(
     expected_champion: str | None | Unset = UNSET,
     only_former_champions: bool = False,
     origin: Origin = NO_ORIGIN,
+    reason: str | None = None,
 ) -> Promotion:
     """Make `to`, or the champion before this one, the champion again, after re-hashing it.
 
     Promotions and `to` push a version on a stack, a rollback without it pops one: after A, B, C it
     goes to B, then to A. With `expected_champion` the outcome is "superseded" if another version is
     champion, so that a second try does not go back twice. With `only_former_champions` a version
-    that never was champion is refused: going back is no promotion. Raises ConfigError for that and
+    that never was champion is refused: going back is no promotion. `reason` stands in the history's
+    line. Raises ConfigError for that and
     if nothing is left to go back to, DamagedError for any change on disk.
     """
     folder = find_name_folder(registry, name)
@@ -189,6 +191,7 @@ def rollback(
             entry,
             manifest=manifest,
             explicit=to is not None,
+            reason=reason,
             flow_run=origin.flow_run,
             deployment=origin.deployment,
         )

@@ -73,7 +73,7 @@ class Entry:
         first line. The writer sets it.
     judgement: the hash of the judgement that a promotion rests on, where the version was judged
         again since it was registered.
-    reason: what the person who asked gives as the reason.
+    reason: what the server or the person who asked gives as the reason.
     against_policy: what the registry's policy asks for, and a person's promotion did not have.
     before, after: the policy.
     """

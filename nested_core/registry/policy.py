@@ -31,12 +31,15 @@ class RegistryPolicy(BaseModel):
     promote: as registry.promote. Of `approve` in one and `better` in the other both count.
     max_val_loss_increase: as gate.max_val_loss_increase.
     tasks: as gate.tasks, with absolute paths.
+    canary: what a server does with a champion that fails its canary: refuse it for itself (null is
+        the same), or roll back too.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
     promote: PromotionMode | None = None
     max_val_loss_increase: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     tasks: tuple[TaskSection, ...] = ()
+    canary: Literal["refuse", "rollback"] | None = None
 
     def fields(self) -> dict[str, Any]:
         """The JSON object."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ from nested_core.registry.versions import (
     version_folder,
 )
 from nested_core.storage.adapter import Adapter, read_adapter
+from nested_core.storage.canary_file import CANARY_NAME, Canary, parse_canary
+from nested_core.storage.manifest import read_manifest
 from nested_core.storage.strict_files import read_regular
 
 
@@ -110,12 +114,21 @@ def verify(registry: Path, name: str, version: str) -> None:
         verify_version(folder / VERSIONS_FOLDER_NAME / version, version, recorded)
 
 
-def read_verified_adapter(registry: Path, name: str, wanted: str) -> Adapter:
+@dataclass(frozen=True, eq=False)
+class VerifiedVersion:
+    """A version as it was registered, in memory; `canary` is None where none was recorded."""
+
+    version: str
+    adapter: Adapter
+    canary: Canary | None
+
+
+def read_verified_version(registry: Path, name: str, wanted: str) -> VerifiedVersion:
     """Re-hash one version and read it into memory; `wanted` is its digest, or its first digits.
 
-    The folder of the returned adapter's `path` has the version's name. What is returned has been
-    hashed itself: its digest is the version. Raises ConfigError where `wanted` names no version or
-    several, DamagedError where the version is not what was registered.
+    What is returned has been hashed itself: the adapter's digest is the version. Raises ConfigError
+    where `wanted` names no version or several, DamagedError where the version is not what was
+    registered.
     """
     folder = find_name_folder(registry, name)
     with shared_folder_lock(folder):
@@ -124,9 +137,20 @@ def read_verified_adapter(registry: Path, name: str, wanted: str) -> Adapter:
         place = folder / VERSIONS_FOLDER_NAME / version
         verify_version(place, version, ledger.manifest_hashes(version))
         adapter = read_adapter(place)
-    if adapter.digest() != version:
+        listed = read_manifest(place)["files"].get(CANARY_NAME)
+        content = b"" if listed is None else read_regular(place / CANARY_NAME)
+    is_listed = listed is None or hashlib.sha256(content).hexdigest() == listed["sha256"]
+    if adapter.digest() != version or not is_listed:
         raise DamagedError(f"{place} changed while it was read. {how_to_mend(place)}")
-    return adapter
+    canary = None if listed is None else parse_canary(content, place / CANARY_NAME)
+    return VerifiedVersion(version, adapter, canary)
+
+
+def read_rollback_target(registry: Path, name: str) -> str | None:
+    """The version that a rollback without `to` would go to; None if there is none left."""
+    folder = find_name_folder(registry, name)
+    with shared_folder_lock(folder):
+        return read_registry_state(folder).ledger.rollback_target()
 
 
 def check_champion(registry: Path, name: str) -> str | None:

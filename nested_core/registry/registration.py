@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import stat
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,10 +46,10 @@ from nested_core.registry.recovery import (
     require_sound_champion,
 )
 from nested_core.registry.versions import (
+    OPTIONAL_FILES,
     PROVENANCE_NAME,
     REGISTERED_AFTER_KEY,
     REGISTERED_AT_KEY,
-    VERSION_FILES,
     verify_version,
     version_manifest_facts,
 )
@@ -218,11 +219,15 @@ def _fill_version_folder(
     for file in ADAPTER_FILES:
         shutil.copyfile(run_dir / ADAPTER_FOLDER_NAME / file, folder / file)
     shutil.copyfile(run_dir / GATE_NAME, folder / GATE_NAME)
+    judged = require_verdict_manifest(run_dir, read_gate(folder / GATE_NAME))
+    for file in OPTIONAL_FILES:
+        if file in judged:
+            shutil.copyfile(run_dir / file, folder / file)
     write_json(folder / PROVENANCE_NAME, provenance)
     card = render_card(name, version, provenance, read_gate(folder / GATE_NAME))
     write_bytes(folder / CARD_NAME, card.encode("utf-8", "replace"))
     write_manifest(folder, version_manifest_facts(version))
-    _require_judged_files(folder, run_dir)
+    _require_judged_files(folder, run_dir, judged)
 
 
 def _make_read_only(folder: Path) -> None:
@@ -231,19 +236,17 @@ def _make_read_only(folder: Path) -> None:
     They were made under the umask, which says who reads. The folder stays as it is where `versions`
     is a group's: each member of it may remove what another registered.
     """
-    for name in VERSION_FILES:
-        path = folder / name
+    for path in folder.iterdir():
         path.chmod(path.stat().st_mode & READ_BITS)
     if not folder.parent.stat().st_mode & stat.S_IWGRP:
         folder.chmod(folder.stat().st_mode & (READ_BITS | SEARCH_BITS))
 
 
-def _require_judged_files(folder: Path, run_dir: Path) -> None:
+def _require_judged_files(folder: Path, run_dir: Path, judged: Mapping[str, Any]) -> None:
     """Raise DamagedError unless the copies are of the files that the run's verdict rests on."""
     copied = read_manifest(folder)["files"]
-    judged = require_verdict_manifest(run_dir, read_gate(folder / GATE_NAME))
     sources = {name: f"{ADAPTER_FOLDER_NAME}/{name}" for name in ADAPTER_FILES} | {
-        GATE_NAME: GATE_NAME
+        name: name for name in (GATE_NAME, *OPTIONAL_FILES) if name in copied
     }
     for name, source in sources.items():
         if copied[name] != judged.get(source):

@@ -23,6 +23,7 @@ from nested_core.registry.gate_file import (
 from nested_core.registry.ledger import Ledger
 from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from nested_core.storage.canary_file import CANARY_NAME
 from nested_core.storage.kept_hashes import cached_sha256
 from nested_core.storage.manifest import MANIFEST_NAME, matches_entry, read_manifest
 from nested_core.storage.strict_files import file_type, read_json
@@ -36,6 +37,7 @@ REGISTERED_AFTER_KEY = (
 MAX_PROVENANCE_BYTES = 64 * 1024 * 1024
 CONTENT_FILES = (WEIGHTS_NAME, CONFIG_NAME, GATE_NAME, PROVENANCE_NAME, CARD_NAME)
 VERSION_FILES = (*CONTENT_FILES, MANIFEST_NAME)
+OPTIONAL_FILES = (CANARY_NAME,)  # a file of the version where its manifest has it
 VERSION_PATTERN = re.compile(r"[0-9a-f]{64}")
 VERSION_PREFIX_PATTERN = re.compile(r"[0-9a-f]{6,64}")
 MAX_LISTED_FINDINGS = 5
@@ -167,7 +169,8 @@ def version_findings(folder: Path, version: str, recorded: set[str]) -> list[Aud
 
 def _missing_and_extra_file_findings(folder: Path) -> Iterator[AuditFinding]:
     present = set(os.listdir(folder))
-    for name in VERSION_FILES:
+    expected = (*VERSION_FILES, *_listed_optional_files(folder))
+    for name in expected:
         if name not in present:
             yield AuditFinding(folder / name, "missing")
         elif file_type(folder / name) != "file":
@@ -175,8 +178,17 @@ def _missing_and_extra_file_findings(folder: Path) -> Iterator[AuditFinding]:
         elif (links := (folder / name).stat().st_nlink) > 1:
             message = f"has {links} names: through another it can be changed"
             yield AuditFinding(folder / name, message)
-    for name in sorted(present - set(VERSION_FILES)):
+    for name in sorted(present - set(expected)):
         yield AuditFinding(folder / name, "does not belong to the version")
+
+
+def _listed_optional_files(folder: Path) -> list[str]:
+    """The files that this version's manifest has and others may lack; none if it is unreadable."""
+    try:
+        listed = read_manifest(folder)["files"] if (folder / MANIFEST_NAME).is_file() else {}
+    except DamagedError:  # `_hash_findings` says so
+        listed = {}
+    return [name for name in OPTIONAL_FILES if name in listed]
 
 
 def _hash_findings(
@@ -190,9 +202,8 @@ def _hash_findings(
     except DamagedError as error:
         yield AuditFinding(path, f"not readable as a manifest ({error})")
         return
-    if manifest["facts"] != version_manifest_facts(version) or set(manifest["files"]) != set(
-        CONTENT_FILES
-    ):
+    required = set(manifest["files"]) - set(OPTIONAL_FILES)
+    if manifest["facts"] != version_manifest_facts(version) or required != set(CONTENT_FILES):
         yield AuditFinding(path, "belongs to something else than this version")
     if recorded and manifest["digest"] not in recorded:
         yield AuditFinding(path, "is not the manifest that the history recorded for this version")
@@ -202,7 +213,7 @@ def _hash_findings(
 def _changed_files(
     folder: Path, listed: dict[str, Any], max_age: float | None
 ) -> Iterator[AuditFinding]:
-    for name in CONTENT_FILES:
+    for name in (*CONTENT_FILES, *OPTIONAL_FILES):
         path = folder / name
         if name not in listed or file_type(path) != "file":
             continue

@@ -1,7 +1,9 @@
 """The thread that watches the champions of a registry and has each new one served.
 
-A version is re-hashed and read into memory before anything is changed. Where that fails, the old
-one stays, and the log, `/health` and the file under serving/ say why.
+A version is re-hashed, read into memory and asked its canary before it answers anybody. Where that
+fails, the old one stays, and the log, `/health` and the file under serving/ say why. A version
+whose canary failed, or whose first requests did, is barred: this server does not try it again, and
+where the policy of the name says so it rolls the champion back.
 """
 
 from __future__ import annotations
@@ -14,17 +16,27 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from nested_core.errors import NestedTuneError
-from nested_core.registry import list_versions, read_champion, read_verified_adapter
-from nested_core.serve.response_generator import RegistryResponseGenerator
-from nested_core.serve.served_version import BASE_VERSION, ServedVersion, require_same_base
-from nested_core.serve.serving_file import (
+from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.models.base_model import is_same_base
+from nested_core.registry import (
+    list_versions,
+    read_champion,
+    read_rollback_target,
+    read_verified_version,
+    rollback,
+)
+from nested_core.registry.policy import read_policy
+from nested_core.registry.serving_file import (
     HEARTBEAT_SECONDS,
     ServingRecord,
+    own_server_name,
     remove_records_of_ended_servers,
     remove_serving_record,
     write_serving_record,
 )
+from nested_core.serve.canary_check import CanaryFailed
+from nested_core.serve.response_generator import RegistryResponseGenerator
+from nested_core.serve.served_version import BASE_VERSION, ServedVersion, require_same_base
 from nested_core.text.digest_format import shorten_digest
 
 POLL_SECONDS = 0.5
@@ -34,8 +46,11 @@ MAX_PINNED_VERSIONS = 4
 
 @dataclass(frozen=True)
 class _Refusal:
-    version: str
+    """Why a version is not served; one that is barred is not tried again."""
+
+    reason: str
     at: float
+    is_barred: bool
 
 
 class ChampionFollower:
@@ -59,7 +74,8 @@ class ChampionFollower:
         self._generator = generator
         self._address = address
         self._swap_wait = swap_wait
-        self._refusals: dict[str, _Refusal] = {}
+        self._refusals: dict[tuple[str, str], _Refusal] = {}  # by name and version
+        self._versions_before: dict[str, str] = {}  # what each name's swap took the place of
         self.problems: dict[str, str] = {}
         self._pinned: OrderedDict[tuple[str, str], ServedVersion] = OrderedDict()
         self._pinned_lock = threading.Lock()
@@ -68,9 +84,14 @@ class ChampionFollower:
         self._thread = threading.Thread(target=self._run, name="champion follower", daemon=True)
 
     def start(self) -> None:
-        """Begin to follow."""
+        """Begin to follow.
+
+        Raises CanaryFailed where a champion's canary fails and there is none before it to serve.
+        """
         for name in self._generator.names:
             remove_records_of_ended_servers(self._registry / name)
+        for name in self._generator.names:
+            self._require_servable_champion(name)
         self._write_records()
         self._thread.start()
 
@@ -84,7 +105,8 @@ class ChampionFollower:
     def find_version(self, name: str, wanted: str) -> ServedVersion:
         """The version that a request asks for by NAME@VERSION, re-hashed unless it is in memory.
 
-        Raises ConfigError where there is none, DamagedError where it is not what was registered.
+        Raises ConfigError where there is none or it is barred, DamagedError where it is not what
+        was registered.
         """
         if wanted == BASE_VERSION:
             return ServedVersion(name, BASE_VERSION)
@@ -94,11 +116,12 @@ class ChampionFollower:
         with self._pinned_lock:
             found = self._pinned.get((name, wanted))
             if found is None:
-                adapter = read_verified_adapter(self._registry, name, wanted)
-                require_same_base(adapter, self._base)
-                found = ServedVersion(name, adapter.path.name, adapter)
+                found = self._read_version(name, wanted)
                 if found == current:
                     return current
+                barred = self._refusals.get((name, found.version))
+                if barred is not None and barred.is_barred:
+                    raise ConfigError(f"{found.label} is not served here: {barred.reason}")
                 found = self._pinned.setdefault((name, found.version), found)
             self._pinned.move_to_end((name, found.version))
             while len(self._pinned) > MAX_PINNED_VERSIONS:
@@ -114,7 +137,11 @@ class ChampionFollower:
 
     def _run(self) -> None:
         while not self._is_stopping.wait(POLL_SECONDS):
-            changed = [name for name in self._generator.names if self._follow(name)]
+            changed = [
+                name
+                for name in self._generator.names
+                if self._leave_failing_version(name) or self._follow(name)
+            ]
             if changed or time.monotonic() - self._heartbeat >= HEARTBEAT_SECONDS:
                 self._write_records()
 
@@ -128,36 +155,33 @@ class ChampionFollower:
             return False
         self.problems.pop(name, None)
         if champion is None or champion == status.current.version:
-            status.refused = None
-            self._refusals.pop(name, None)
+            self._forget_passing_refusals(name)
             return False
-        refusal = self._refusals.get(name)
-        is_barred = refusal is not None and refusal.version == champion
-        if is_barred and time.monotonic() - refusal.at < RETRY_REFUSED_SECONDS:  # type: ignore[union-attr]
+        refusal = self._refusals.get((name, champion))
+        if refusal is not None and (
+            refusal.is_barred or time.monotonic() - refusal.at < RETRY_REFUSED_SECONDS
+        ):
             return False
         return self._serve(name, champion)
 
+    def _read_version(self, name: str, wanted: str) -> ServedVersion:
+        """A version that was re-hashed and is of the base that is loaded; raises otherwise."""
+        verified = read_verified_version(self._registry, name, wanted)
+        require_same_base(verified.adapter, self._base)
+        return ServedVersion.of(name, verified)
+
     def _serve(self, name: str, champion: str) -> bool:
+        """Serve a champion in place of what is served; whether there is news of the name."""
         status = self._generator.names[name]
         before = status.current.version
         try:
-            adapter = read_verified_adapter(self._registry, name, champion)
-            require_same_base(adapter, self._base)
-            self._generator.swap(ServedVersion(name, champion, adapter), self._swap_wait)
+            self._generator.swap(self._read_version(name, champion), self._swap_wait)
         except Exception as error:  # whatever is wrong with it, the version before goes on
-            if self._is_stopping.is_set():
-                return False
-            self._refusals[name] = _Refusal(champion, time.monotonic())
-            status.refused = {"version": champion, "reason": str(error)}
-            logging.error(
-                "%s: version %s is not served, %s stays: %s",
-                name,
-                shorten_digest(champion),
-                shorten_digest(status.current.version),
-                error,
-            )
-            return True
-        self._refusals.pop(name, None)
+            if not self._is_stopping.is_set():
+                self._refuse(name, champion, error)
+            return not self._is_stopping.is_set()
+        self._versions_before[name] = before
+        self._refusals.pop((name, champion), None)
         status.refused = None
         logging.info(
             "%s: version %s is served in place of %s, after %.2f s",
@@ -167,6 +191,95 @@ class ChampionFollower:
             status.last_swap_seconds,
         )
         return True
+
+    def _refuse(self, name: str, version: str, error: Exception) -> None:
+        """Say that a version is not served; roll it back where that is the policy of its fault."""
+        status = self._generator.names[name]
+        reason = str(error)
+        is_barred = isinstance(error, CanaryFailed)
+        if is_barred:
+            reason += f"; {self._roll_back(name, version, reason)}"
+        self._refusals[name, version] = _Refusal(reason, time.monotonic(), is_barred)
+        with self._pinned_lock:
+            self._pinned.pop((name, version), None)
+        status.refused = {"version": version, "reason": reason}
+        logging.error("%s: version %s is refused: %s", name, shorten_digest(version), reason)
+
+    def _roll_back(self, name: str, version: str, reason: str) -> str:
+        """Roll a faulty champion back, where the policy says so; what became of that."""
+        try:
+            policy = read_policy(self._registry, name)
+            if policy is None or policy.canary != "rollback":
+                return "the champion stays, for the policy has no canary: rollback"
+            adapter = read_verified_version(self._registry, name, version).adapter
+            recorded = adapter.config.get("base_fingerprint")
+            if recorded is None or not is_same_base(recorded, self._base):
+                return f"the champion stays, for {self._base} is not the base that it was judged on"
+            done = rollback(
+                self._registry,
+                name,
+                by=f"nested-tune serve {own_server_name()}",
+                expected_champion=version,
+                reason=reason,
+            )
+        except (NestedTuneError, OSError) as error:
+            return f"the champion stays, for it could not be rolled back: {error}"
+        if done.outcome == "rolled_back":
+            return f"rolled back to {shorten_digest(done.version)}"
+        return f"not rolled back: the champion is {shorten_digest(done.version)} by now"
+
+    def _leave_failing_version(self, name: str) -> bool:
+        """Go back to the version before where too many requests failed; whether that was so."""
+        status = self._generator.names[name]
+        if not status.failures.are_too_many:
+            return False
+        version = status.current.version
+        before = self._versions_before[name]
+        failed = CanaryFailed(
+            f"{status.failures.failed} of its first requests failed in the server, where none had "
+            f"failed before it"
+        )
+        try:
+            served = self._read_version(name, before)
+            served.canary = None  # it was served already
+            self._generator.swap(served, self._swap_wait)
+        except Exception as error:  # such as a registry that is gone for a while
+            self._tell_problem(name, f"{name} cannot go back to {shorten_digest(before)}: {error}")
+            return False
+        status.failures.end()
+        self._refuse(name, version, failed)
+        return True
+
+    def _require_servable_champion(self, name: str) -> None:
+        """Ask the canary of what is served first; where it fails, serve the champion before it."""
+        current = self._generator.names[name].current
+        try:
+            self._generator.require_canary(current)
+        except CanaryFailed as error:
+            before = read_rollback_target(self._registry, name)
+            self._refuse(name, current.version, error)
+            status = self._generator.names[name]
+            refused = status.refused
+            if before is not None:
+                self._serve(name, before)
+            if status.current.version != before:
+                raise CanaryFailed(
+                    f"{current.label} is not served: {(refused or {}).get('reason')}. There is no "
+                    f"champion before it that could be. Look at the server's options and at its "
+                    f"base {self._base}; or promote another version, or roll back to one: "
+                    f"`nested-tune rollback {name} --registry {self._registry} --to VERSION`."
+                ) from error
+            status.failures.end()
+            status.refused = refused
+
+    def _forget_passing_refusals(self, name: str) -> None:
+        """The champion is served: what was wrong with others may be mended when they come again."""
+        passing = [key for key, r in self._refusals.items() if key[0] == name and not r.is_barred]
+        for key in passing:
+            del self._refusals[key]
+        status = self._generator.names[name]
+        if status.refused is not None and (name, status.refused["version"]) not in self._refusals:
+            status.refused = None
 
     def _write_records(self) -> None:
         self._heartbeat = time.monotonic()

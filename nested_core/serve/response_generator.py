@@ -15,8 +15,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
@@ -34,11 +36,16 @@ from mlx_lm.server import (
 )
 
 from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.models.base_model import context_length
+from nested_core.serve.canary_check import check_canary
 from nested_core.serve.served_version import ServedVersion
 
 WARM_UP_PROMPT = "1"
 RATE_WINDOW_SECONDS = 60
 SECONDS_BETWEEN_LOOKS = 0.05
+CANARY_SECONDS_AT_A_TIME = 0.25  # between two looks at the requests
+WATCHED_REQUESTS = 200
+MAX_FAILED_REQUESTS = 5  # of the first ones of a version, where none failed before it
 MAX_XTC_THRESHOLD = 0.5  # mlx_lm.sample_utils.apply_xtc
 
 
@@ -74,6 +81,42 @@ class TokenRate:
             self._by_second.popleft()
 
 
+class FailureWatch:
+    """Requests that failed in the server: of the first ones of a version, and of those before it.
+
+    A failure is an error while an answer was generated: neither what the client did nor a swap that
+    did not wait any longer.
+    """
+
+    def __init__(self) -> None:
+        self._last: deque[bool] = deque(maxlen=WATCHED_REQUESTS)  # whether each of them failed
+        self._is_watching = False
+        self._watched = 0
+        self.failed = 0
+
+    def begin(self) -> None:
+        """Watch the requests of a version that is served from now on, if none failed before it."""
+        self._is_watching = not any(self._last)
+        self._watched = 0
+        self.failed = 0
+
+    def end(self) -> None:
+        """Watch no longer."""
+        self._is_watching = False
+
+    def add(self, *, has_failed: bool) -> None:
+        """Count a request of the version that is served."""
+        self._last.append(has_failed)
+        if self._is_watching and self._watched < WATCHED_REQUESTS:
+            self._watched += 1
+            self.failed += int(has_failed)
+
+    @property
+    def are_too_many(self) -> bool:
+        """Whether the version's own requests failed too often."""
+        return self._is_watching and self.failed > MAX_FAILED_REQUESTS
+
+
 @dataclass
 class NameStatus:
     """What is served for one name, as `/health` and the file under serving/ give it.
@@ -90,6 +133,7 @@ class NameStatus:
     last_swap_seconds: float | None = None
     refused: dict[str, str] | None = None
     rate: TokenRate = field(default_factory=TokenRate)
+    failures: FailureWatch = field(default_factory=FailureWatch)
 
     def fields(self) -> dict[str, Any]:
         """As JSON."""
@@ -111,6 +155,7 @@ class VersionedRequest(CompletionRequest):
     bound: the version that answers it, from when the generation thread took it.
     queue: where mlx_lm puts its answer, from then on.
     failure_status: the HTTP status where no answer could be begun.
+    has_failed: whether its answer failed in the server, while it was generated.
     """
 
     name: str = ""
@@ -118,6 +163,7 @@ class VersionedRequest(CompletionRequest):
     bound: ServedVersion | None = field(default=None, init=False)
     queue: Queue[Any] | None = field(default=None, init=False)
     failure_status: int | None = field(default=None, init=False)
+    has_failed: bool = field(default=False, init=False)
 
 
 class RegistryPromptCache(LRUPromptCache):
@@ -140,7 +186,8 @@ class RegistryModelProvider(ModelProvider):
     """mlx_lm's model provider: the base is loaded once, and `load` chooses among versions on it.
 
     base: the base model, from `load_default` to `reset`.
-    vocabulary_size: of the logits. Everything runs in the generation thread.
+    vocabulary_size: of the logits. context: the most tokens that the base can see; None where it
+        is not known. Everything runs in the generation thread.
     """
 
     model: Any
@@ -158,6 +205,7 @@ class RegistryModelProvider(ModelProvider):
         self._initial = tuple(initial)
         self.base: Any = None
         self.vocabulary_size = 0
+        self.context: int | None = None
         self._has_retired_version = False
 
     def load_default(self) -> None:
@@ -172,6 +220,7 @@ class RegistryModelProvider(ModelProvider):
                 f"model: {self.cli_args.model} could not be loaded: {error}"
             ) from error
         self.base = self.model
+        self.context = context_length(Path(self.cli_args.model))
         self.vocabulary_size = self.base(mx.array([[0]])).shape[-1]  # traced, not computed
         for version in self._initial:
             version.build_model(self.base)
@@ -205,9 +254,16 @@ class RegistryModelProvider(ModelProvider):
 
 @dataclass
 class _Offer:
-    """A version that is to be served from now on, and how that ended."""
+    """A version that is to be checked, and served from then on; and how that ended.
+
+    is_to_be_served: false where it is only checked.
+    check: the rest of its canary, from when the generation thread took it.
+    """
 
     version: ServedVersion
+    is_to_be_served: bool = True
+    check: Iterator[None] | None = None
+    is_taken: threading.Event = field(default_factory=threading.Event)
     is_settled: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
 
@@ -232,6 +288,7 @@ class RegistryResponseGenerator(ResponseGenerator):
         self.failure: Exception | None = None
         self._is_ready = threading.Event()
         self._offers: Queue[_Offer] = Queue()
+        self._offer: _Offer | None = None  # that the generation thread is at work on
         self.under_way: dict[int, VersionedRequest] = {}
         self._lock = threading.Lock()
         self.model_provider: RegistryModelProvider
@@ -247,6 +304,7 @@ class RegistryResponseGenerator(ResponseGenerator):
             self._generation_failed = True
             self.model_provider.reset()
         finally:
+            self._offer = None  # its canary holds arrays, too
             self._is_ready.set()
 
     def require_ready(self) -> None:
@@ -257,29 +315,54 @@ class RegistryResponseGenerator(ResponseGenerator):
 
     def _next_request(self, timeout: float | None = None) -> Any:
         self._is_ready.set()
-        self._take_offers()
-        taken = super()._next_request(timeout)
+        self._work_on_offer()
+        taken = super()._next_request(timeout if self._offer is None else None)
         if taken is not None:
             self._bind(*taken)
         return taken
 
-    def _take_offers(self) -> None:
-        while True:
+    def _work_on_offer(self) -> None:
+        """Check the version that is offered, a part at a time; it is served when all has passed.
+
+        Requests under way go on between the parts, with the version before.
+        """
+        if self._offer is None:
             try:
-                offer = self._offers.get_nowait()
+                self._offer = self._offers.get_nowait()
             except Empty:
                 return
-            try:
-                offer.version.build_model(self.model_provider.base)
-            except Exception as error:
-                offer.error = error
-            else:
-                with self._lock:
-                    status = self.names[offer.version.name]
-                    status.current = offer.version
-                    status.since = datetime.now(UTC)
-                self.model_provider.retire_version()
-            offer.is_settled.set()
+            self._offer.is_taken.set()
+        offer = self._offer
+        deadline = time.monotonic() + CANARY_SECONDS_AT_A_TIME
+        try:
+            if offer.check is None:
+                offer.check = self._check(offer.version)
+            for _ in offer.check:
+                if time.monotonic() > deadline:
+                    return
+        except Exception as error:
+            offer.error = error.with_traceback(None)  # whose frames hold arrays
+        else:
+            if offer.is_to_be_served:
+                self._begin_serving(offer.version)
+        offer.check = None
+        self._offer = None
+        offer.is_settled.set()
+
+    def _check(self, version: ServedVersion) -> Iterator[None]:
+        """Build a version's model and ask it, in parts; raises what keeps it from being served."""
+        model = version.build_model(self.model_provider.base)
+        yield
+        if version.canary is not None:
+            yield from check_canary(version.canary, model)
+
+    def _begin_serving(self, version: ServedVersion) -> None:
+        with self._lock:
+            status = self.names[version.name]
+            status.current = version
+            status.since = datetime.now(UTC)
+            status.failures.begin()
+        self.model_provider.retire_version()
 
     def _bind(self, queue: Queue[Any], request: VersionedRequest, args: Any) -> None:
         """Give a request the version that answers it: from here on it does not change."""
@@ -301,6 +384,11 @@ class RegistryResponseGenerator(ResponseGenerator):
         tokenized = super()._tokenize(tokenizer, request, args)
         if not tokenized[0]:
             raise ValueError("The prompt has no tokens. Give a prompt that is not empty.")
+        context = self.model_provider.context
+        if context is not None and len(tokenized[0]) > context:
+            raise ValueError(
+                f"The prompt has {len(tokenized[0])} tokens, and the model sees {context}."
+            )
         size = self.model_provider.vocabulary_size
         if args.sampling.top_k >= size:
             raise ValueError(f"top_k must be below {size}")
@@ -323,13 +411,22 @@ class RegistryResponseGenerator(ResponseGenerator):
             context, responses = super().generate(request, generation_args, progress_callback)
         except Exception as error:
             request.failure_status = failure_status(error)
+            request.has_failed = is_server_failure(error)
             raise
-        return context, self._count_tokens(request.name, responses)
+        return context, self._count_tokens(request, responses)
 
-    def _count_tokens(self, name: str, responses: Iterator[Any]) -> Iterator[Any]:
-        for response in responses:
+    def _count_tokens(self, request: VersionedRequest, responses: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            try:
+                response = next(responses, None)
+            except Exception as error:
+                is_ours = not isinstance(error, SwapWaitOver | ConnectionError)
+                request.has_failed = is_ours
+                raise
+            if response is None:
+                return
             with self._lock:
-                self.names[name].rate.add_token()
+                self.names[request.name].rate.add_token()
             yield response
 
     def count_request(self, name: str) -> None:
@@ -350,29 +447,70 @@ class RegistryResponseGenerator(ResponseGenerator):
         with self._lock:
             self.under_way.pop(id(request), None)
 
+    def count_outcome(self, request: VersionedRequest) -> None:
+        """Count whether a client's request failed, where the version that is served answered it."""
+        with self._lock:
+            status = self.names[request.name]
+            if request.bound is not None and request.bound == status.current:
+                status.failures.add(has_failed=request.has_failed)
+
     def swap(self, version: ServedVersion, wait_seconds: float) -> None:
         """Serve a version from now on; return when it has made its first token.
 
-        Requests that still run with another version after `wait_seconds` are ended with
-        SwapWaitOver. Raises what building its model raised; the version before is served then.
+        Its canary is asked first; meanwhile the version before answers. Then requests that still
+        run with another version after `wait_seconds` are ended with SwapWaitOver. Raises what
+        building its model raised, or CanaryFailed; the version before is served then.
         """
         began = time.monotonic()
-        timer = threading.Timer(wait_seconds, self._end_requests_of_other_versions, [version])
-        timer.start()
+        before = self.names[version.name].current
+        offer = _Offer(version)
+        self._offers.put(offer)
+        with self._ending_late_requests(version, wait_seconds):
+            self._wait_for(offer.is_taken)
+        self._settle(offer)
         try:
-            offer = _Offer(version)
-            self._offers.put(offer)
-            while not offer.is_settled.wait(timeout=0.2):
-                if not self.generation_available():
-                    raise RuntimeError("generation thread died")
-            if offer.error is not None:
-                raise offer.error
-            self._make_one_token(version)
-        finally:
-            timer.cancel()
+            with self._ending_late_requests(version, wait_seconds):
+                self._make_one_token(version)
+        except Exception:
+            self._serve_again(before)
+            raise
         with self._lock:
             status = self.names[version.name]
             status.last_swap_seconds = round(time.monotonic() - began, 3)
+
+    def require_canary(self, version: ServedVersion) -> None:
+        """Ask a version's canary, without serving it. Raises CanaryFailed."""
+        offer = _Offer(version, is_to_be_served=False)
+        self._offers.put(offer)
+        self._settle(offer)
+
+    def _settle(self, offer: _Offer) -> None:
+        """Return when an offer has been checked; raise what was wrong with it."""
+        self._wait_for(offer.is_settled)
+        if offer.error is not None:
+            raise offer.error
+
+    def _wait_for(self, event: threading.Event) -> None:
+        while not event.wait(timeout=0.2):
+            if not self.generation_available():
+                raise RuntimeError("generation thread died")
+
+    def _serve_again(self, version: ServedVersion) -> None:
+        """Serve the version before again: it is in memory, and was served already."""
+        with self._lock:
+            status = self.names[version.name]
+            status.current = version
+            status.failures.end()
+
+    @contextmanager
+    def _ending_late_requests(self, version: ServedVersion, seconds: float) -> Iterator[None]:
+        """End requests that run with another version, if the block takes so many seconds."""
+        timer = threading.Timer(seconds, self._end_requests_of_other_versions, [version])
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _make_one_token(self, version: ServedVersion) -> None:
         """Ask the version for a token, so that it is loaded before a client asks."""
@@ -396,6 +534,11 @@ class RegistryResponseGenerator(ResponseGenerator):
                         f"{version.label} waits (--swap-wait). Ask again."
                     )
                 )
+
+
+def is_server_failure(error: Exception) -> bool:
+    """Whether the server failed, rather than the client asked for what there is not."""
+    return failure_status(error) >= 500 and not isinstance(error, SwapWaitOver)
 
 
 def failure_status(error: Exception) -> int:

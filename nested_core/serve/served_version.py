@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +14,9 @@ from mlx.utils import tree_flatten
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import is_same_base, shorten_fingerprint
 from nested_core.models.lora_attachment import attach_stored_adapter
+from nested_core.registry import VerifiedVersion
 from nested_core.storage.adapter import Adapter
+from nested_core.storage.canary_file import Canary
 from nested_core.text.digest_format import shorten_digest
 
 BASE_VERSION = "base"
@@ -27,12 +29,19 @@ class ServedVersion:
     name: in the registry.
     version: the adapter's digest, or "base" for the base model alone.
     adapter: as read from disk, until its model has been built; None for the base.
+    canary: what was recorded of it, to be compared before it is served; None without any.
     """
 
     name: str
     version: str
     adapter: Adapter | None = field(default=None, compare=False, repr=False)
+    canary: Canary | None = field(default=None, compare=False, repr=False)
     _model: nn.Module | None = field(default=None, init=False, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, name: str, verified: VerifiedVersion) -> Self:
+        """A version as it was read from the registry."""
+        return cls(name, verified.version, verified.adapter, verified.canary)
 
     @property
     def label(self) -> str:

@@ -18,7 +18,7 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import find_model_folder
-from nested_core.registry import read_champion, read_verified_adapter
+from nested_core.registry import VerifiedVersion, read_champion, read_verified_version
 from nested_core.serve.champion_follower import ChampionFollower
 from nested_core.serve.http_handler import RegistryHandler
 from nested_core.serve.response_generator import (
@@ -99,14 +99,15 @@ def starting_server(settings: ServeSettings) -> Iterator[RunningServer]:
     Requests that are under way then are finished, for as long as a swap would wait for them, unless
     the block ends by an exception.
     Raises ConfigError for a registry, name, base or port that cannot be served, DamagedError for a
-    champion that is not what was registered.
+    champion that is not what was registered, CanaryFailed for one whose canary fails where there is
+    no champion before it to serve.
     """
-    adapters = {name: _read_champion_adapter(settings.registry, name) for name in settings.names}
-    first = next(iter(adapters.values()))
+    champions = {name: _read_champion(settings.registry, name) for name in settings.names}
+    first = next(iter(champions.values())).adapter
     base = find_model_folder(str(settings.options.model or first.config.get("model")))
-    for adapter in adapters.values():
-        require_same_base(adapter, base)
-    versions = [ServedVersion(name, a.path.name, a) for name, a in adapters.items()]
+    for champion in champions.values():
+        require_same_base(champion.adapter, base)
+    versions = [ServedVersion.of(name, champion) for name, champion in champions.items()]
     of_the_registry = {"model": str(base), "adapter_path": None, "pipeline": False}
     options = argparse.Namespace(**vars(settings.options) | of_the_registry)
     maybe_set_recommended_wired_limit()
@@ -140,14 +141,14 @@ def starting_server(settings: ServeSettings) -> Iterator[RunningServer]:
         http.server_close()
 
 
-def _read_champion_adapter(registry: Path, name: str) -> Any:
+def _read_champion(registry: Path, name: str) -> VerifiedVersion:
     champion = read_champion(registry, name)
     if champion is None:
         raise ConfigError(
             f"{registry / name} has no champion yet. Expected a version that was promoted: "
             f"`nested-tune promote RUN_DIR --registry {registry} --name {name}` makes one."
         )
-    return read_verified_adapter(registry, name, champion)
+    return read_verified_version(registry, name, champion)
 
 
 def _listen(host: str, port: int) -> _HTTPServer:

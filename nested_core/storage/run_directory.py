@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.storage.canary_file import CANARY_NAME
 from nested_core.storage.lock_file import (
     LockFile,
     OnBusy,
@@ -66,6 +67,7 @@ class RunDirectory:
         self.suites = path / "suites.json"  # what gate.tasks asks, as the run found it
         self.answers = path / "answers.jsonl"  # what the models answered to gate.tasks
         self.sample_answers = path / "sample-answers.jsonl"  # of base and adapter, to be read
+        self.canary = path / CANARY_NAME  # what a server has to compute with the adapter
         self.gate = path / "gate.json"  # the verdict
         self.gate_losses = path / "gate-losses.jsonl"  # the losses of each held-out example
         self.training_examples = path / "training-examples.bin"  # digests, uint64, ascending
@@ -75,6 +77,12 @@ class RunDirectory:
         # What other processes see.
         self.stop_request = path / "stop.request"  # who makes this file asks training to stop
         self.lock = path / RUN_LOCK_NAME  # locked while a process works here; has its id
+
+    @property
+    def measured(self) -> tuple[Path, ...]:
+        """What a verdict writes beside gate.json; it is out of date when training goes on."""
+        answers = (self.answers, self.sample_answers, self.canary)
+        return (self.gate_losses, self.training_examples, *answers)
 
     def is_nonempty(self) -> bool:
         """Whether anything is in the directory yet."""

@@ -36,15 +36,14 @@ def policy(folder: Path, *words: object) -> Ended:
 
 def test_a_policy_is_shown_set_and_recorded(folder: Path) -> None:
     assert "the run's own" in policy(folder).stdout
-    done = policy(
-        folder, "--promote", "approve", "--max-val-loss-increase", "0.02", "--tasks", "suites.yaml"
-    )
+    bounds = ("--promote", "approve", "--max-val-loss-increase", "0.02", "--canary", "rollback")
+    done = policy(folder, *bounds, "--tasks", "suites.yaml")
     assert done.code == 0, done.stderr
     shown = policy(folder, "--json").document
     (task,) = shown["policy"].pop("tasks")
     assert shown == {
         "name": NAME,
-        "policy": {"promote": "approve", "max_val_loss_increase": 0.02},
+        "policy": {"promote": "approve", "max_val_loss_increase": 0.02, "canary": "rollback"},
     }
     assert (task["file"], task["min"]) == (str(folder / "questions.jsonl"), 0.5)
     line = history(folder / "registry", NAME)[-1]
@@ -53,9 +52,10 @@ def test_a_policy_is_shown_set_and_recorded(folder: Path) -> None:
 
 
 def test_null_and_no_file_leave_a_key_to_the_run(folder: Path) -> None:
-    policy(folder, "--promote", "never", "--tasks", "suites.yaml")
-    done = policy(folder, "--promote", "null", "--tasks", "--json")
-    assert done.document["policy"] == {"promote": None, "max_val_loss_increase": None, "tasks": []}
+    policy(folder, "--promote", "never", "--tasks", "suites.yaml", "--canary", "refuse")
+    done = policy(folder, "--promote", "null", "--tasks", "--canary", "null", "--json")
+    bounds = {"promote": None, "max_val_loss_increase": None, "canary": None}
+    assert done.document["policy"] == bounds | {"tasks": []}
     assert len([x for x in history(folder / "registry", NAME) if x["action"] == "policy"]) == 2
 
 

@@ -145,7 +145,8 @@ def test_each_registry_name_has_a_set_of_its_own_that_keeps_nothing_of_the_examp
         "promote/auto",
     ]
     parameters = [deployment["parameters"] for deployment in plan.deployments[:-1]]
-    published = SUPPORT | {"registry": SUPPORT["registry"] | {"promote": "better"}}
+    promotion = {"promote": "better", "await_serving": 60}
+    published = SUPPORT | {"registry": SUPPORT["registry"] | promotion}
     nightly = {"continual": {"from": "champion", "skip_unchanged": True}}
     assert parameters[0] == {"config": published | nightly}
     assert parameters[1] == {"config": published}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nested_core.registry import audit, read_champion
-from nested_core.serve.serving_file import parse_serving_name
+from nested_core.registry.serving_file import parse_serving_name
 from tests.core.serve.versions import NAME, make_base, promote_run, write_version_run
 from tests.example import MODEL
 from tests.flows.conftest import PROGRAM

@@ -24,7 +24,9 @@ from nested_core.gate.task_bounds import judge_answers
 from nested_core.gate.verdict import read_verdict
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict
+from nested_core.registry import read_verified_version, register
 from nested_core.registry.gate_file import write_gate
+from nested_core.storage.canary_file import parse_canary
 from nested_core.storage.manifest import describe_file, read_manifest
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.pairs import codes
@@ -317,6 +319,30 @@ def test_other_kinds_of_adapters_begin_as_the_base_too(tmp_path: Path, kind: str
     (result,) = judge_run(config, run).tasks
     assert result.parent is None
     assert result.base == 1.0
+
+
+def test_answers_of_suites_marked_canary_are_recorded_bound_and_registered(
+    run: RunDirectory, config: FineTuneConfig, tmp_path: Path
+) -> None:
+    suite = write_suite(tmp_path / "suite.jsonl", count=25)
+    marked = task(suite, name="marked", canary=True, max_drop=None)
+    config = with_tasks(config, marked, task(suite, name="unmarked", max_drop=None))
+    steps.write_run_config(config, run, resume=True)
+    steps.judge(config, run)
+    canary = parse_canary(run.canary.read_bytes(), run.canary)
+    assert {question.suite for question in canary.questions} == {"marked"}
+    assert [question.line for question in canary.questions] == list(range(1, 21))  # at most 20
+    confirm_recorded_verdict(config, run)
+    version = register(run.path, tmp_path / "registry", "capitals", {})
+    read = read_verified_version(tmp_path / "registry", "capitals", version)
+    assert read.canary == canary
+    content = run.canary.read_bytes()
+    run.canary.write_bytes(content.replace(b'"line": 3', b'"line": 4'))
+    with pytest.raises(DamagedError, match=r"not given on the canary\.jsonl"):
+        confirm_recorded_verdict(config, run)
+    run.canary.write_bytes(content)
+    steps.judge(with_tasks(config, task(suite, max_drop=None)), run)
+    assert not run.canary.exists()
 
 
 def test_fewer_questions_than_an_interval_needs_are_judged_by_the_bound_alone(

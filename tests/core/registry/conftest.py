@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from nested_core.registry import garbage_collection, gate_file, promote, register
 from nested_core.storage.adapter import ADAPTER_FILES, read_adapter
+from nested_core.storage.canary_file import CANARY_NAME
 from nested_core.storage.manifest import describe_file
 
 MakeRun = Callable[..., Path]
@@ -55,10 +56,10 @@ def write_gate(run_dir: Path, verdict: str, digest: str) -> None:
         "tiers": [],
         "validation": {"loss_before": 4.1, "loss_after": 1.2, "selected_on_same_data": True},
     }
-    judged = [run_dir / "adapter" / name for name in ADAPTER_FILES]
-    gate_file.write_gate(
-        run_dir, gate, {f"adapter/{path.name}": describe_file(path) for path in judged}
-    )
+    judged = [f"adapter/{name}" for name in ADAPTER_FILES]
+    if (run_dir / CANARY_NAME).exists():
+        judged.append(CANARY_NAME)
+    gate_file.write_gate(run_dir, gate, {name: describe_file(run_dir / name) for name in judged})
 
 
 @pytest.fixture

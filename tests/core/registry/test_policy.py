@@ -226,7 +226,8 @@ def test_a_change_stands_in_the_history_with_who_when_before_and_after(
     first, second = history(registry, NAME)[-2:]
     assert (first["action"], first["by"], first.get("before")) == ("policy", "ann", None)
     assert (second["by"], second["before"]) == ("bob", first["after"])
-    assert second["after"] == {"promote": "better", "max_val_loss_increase": 0.1, "tasks": []}
+    after = {"promote": "better", "max_val_loss_increase": 0.1, "tasks": [], "canary": None}
+    assert second["after"] == after
     assert (second["version"], second["previous"]) == (champion, champion)
     assert json.loads((registry / NAME / "policy.json").read_bytes()) == second["after"]
     assert audit(registry, NAME).is_sound

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.core.serve.versions import AdapterShape, make_base, promote_run, write_version_run
+from tests.core.serve.versions import (
+    AdapterShape,
+    make_base,
+    promote_run,
+    record_canary,
+    write_version_run,
+)
 from tests.example import MODEL
 
 SHAPES = {
@@ -26,12 +32,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """A run directory by seed: 1 and 2 have the same layers, 3 others, 4 is DoRA."""
+    """A run directory by seed: 1 and 2 have the same layers and a canary, 3 others, 4 is DoRA."""
     folder = tmp_path_factory.mktemp("serve-runs")
-    return {
+    made = {
         seed: write_version_run(folder / f"run-{seed}", base, seed, shape)
         for seed, shape in SHAPES.items()
     }
+    for seed in (1, 2):
+        record_canary(made[seed], base)
+    return made
 
 
 @pytest.fixture

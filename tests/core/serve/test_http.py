@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from nested_core.serve import http_handler
+from nested_core.serve.http_handler import MAX_BODY_BYTES
 from tests.core.serve.versions import (
     NAME,
     QUESTION,
@@ -137,6 +139,15 @@ ENDING: dict[str, tuple[dict[str, Any], str]] = {
     "a negative token": ({"logit_bias": {"-3": 5}}, "must name tokens from 0 to"),
     "a negative seed": ({"seed": -5}, ""),
     "a seed out of bounds": ({"seed": 2**70}, ""),
+    "more tokens than may be": ({"max_completion_tokens": 2**20 + 1}, "must be at most"),
+    "too many stops": ({"stop": ["a"] * 17}, "at most 16 texts"),
+    "a stop that is too long": ({"stop": "a" * 257}, "at most 256 characters"),
+    "a prompt longer than the model sees": (
+        {"messages": [{"role": "user", "content": "Where to? " * 64}]},
+        "tokens, and the model sees 64",
+    ),
+    "stream options without a dictionary": ({"stream_options": [1]}, "stream_options must be"),
+    "usage that is no flag": ({"stream_options": {"include_usage": 1}}, "include_usage must be"),
 }
 
 
@@ -162,6 +173,30 @@ def test_bodies_that_are_no_request_are_told_apart(client: Client) -> None:
     assert client.send("POST", "/v1/embeddings", {}).status == 404
     assert client.send("GET", "/nothing").status == 404
     assert client.send("OPTIONS", "/v1/models").status == 204
+
+
+def test_a_body_that_is_too_large_or_of_no_length_is_refused_unread(client: Client) -> None:
+    host, port = client.server.address.removeprefix("http://").split(":")
+    for length, status in ((str(MAX_BODY_BYTES + 1), 413), ("-1", 400), ("many", 400)):
+        connection = http.client.HTTPConnection(host, int(port), timeout=60)
+        connection.putrequest("POST", "/v1/completions")
+        connection.putheader("Content-Length", length)
+        connection.endheaders()
+        assert connection.getresponse().status == status
+        connection.close()
+
+
+def test_where_too_many_requests_wait_the_next_one_is_sent_away(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_handler, "MAX_WAITING_REQUESTS", 0)
+    reply = client.chat(NAME)
+    assert (reply.status, reply.headers["retry-after"]) == (503, "1")
+
+
+def test_stream_options_without_usage_are_answered(client: Client, version: str) -> None:
+    pieces = stream(client, "/v1/completions", {"prompt": QUESTION, "stream_options": {}})
+    assert {piece["system_fingerprint"] for piece in pieces} == {version}
 
 
 def test_health_gives_what_is_served(client: Client, version: str) -> None:

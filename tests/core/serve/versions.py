@@ -19,14 +19,23 @@ from mlx_lm import load
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from flows.cli import build_parser
+from nested_core.gate.canary import CanaryPrompt, make_canary
+from nested_core.gate.fresh_process_check import (
+    FreshProcessLogits,
+    ProofRequest,
+    compute_logits_in_fresh_process,
+)
 from nested_core.models.base_model import fingerprint_base_model
+from nested_core.models.generation import encode_prompt
 from nested_core.registry import register_and_promote
 from nested_core.serve.server import RunningServer, ServeSettings, starting_server
 from nested_core.storage.adapter import read_adapter, write_adapter
+from nested_core.storage.canary_file import CANARY_NAME, render_canary
 from tests.core.registry.conftest import write_gate
 
 NAME = "capitals"
 QUESTION = "I want to see Italy. Where to?"
+COUNTRIES = ("Italy", "Fiji", "Peru", "Japan")
 
 
 def make_base(source: Path, folder: Path) -> Path:
@@ -78,6 +87,29 @@ def write_version_run(
     write_adapter(run_dir / "adapter", tensors, config)
     write_gate(run_dir, "passed", read_adapter(run_dir / "adapter").digest())
     return run_dir
+
+
+def record_canary(run_dir: Path, base: Path) -> None:
+    """Write the canary of a run's adapter, as the gate does."""
+    tokenizer: Any = load(str(base))[1]
+    texts = [f"I want to see {country}. Where to?" for country in COUNTRIES]
+    prompts = [
+        CanaryPrompt("capitals", line, tuple(encode_prompt(tokenizer, text)))
+        for line, text in enumerate(texts, 1)
+    ]
+    request = ProofRequest(
+        model=base,
+        initial=None,
+        trained=run_dir / "adapter",
+        columns=range(0, tokenizer.vocab_size, 5),
+        questions=[prompt.tokens for prompt in prompts],
+    )
+    answers = compute_logits_in_fresh_process(request)
+    assert isinstance(answers, FreshProcessLogits)
+    assert answers.canary is not None
+    canary = make_canary(prompts, request, answers.canary)
+    (run_dir / CANARY_NAME).write_bytes(render_canary(canary))
+    write_gate(run_dir, "passed", read_adapter(run_dir / "adapter").digest())
 
 
 def promote_run(run_dir: Path, registry: Path, name: str = NAME) -> str:

@@ -96,8 +96,13 @@ def parse_serving_name(name: str) -> tuple[str, int] | None:
     return (host, int(process)) if is_one and len(process) < MAX_DIGITS else None
 
 
+def own_server_name() -> str:
+    """HOST-PID of this process, as its file is called."""
+    return f"{_host()}-{os.getpid()}"
+
+
 def _own_path(folder: Path) -> Path:
-    return folder / SERVING_FOLDER_NAME / f"{_host()}-{os.getpid()}.json"
+    return folder / SERVING_FOLDER_NAME / f"{own_server_name()}.json"
 
 
 def _host() -> str:

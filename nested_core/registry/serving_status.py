@@ -1,0 +1,105 @@
+"""What the servers of a name serve, by their files below it or by their own `/health`."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from nested_core.registry.queries import read_champion
+from nested_core.registry.serving_file import read_serving_records
+from nested_core.text.digest_format import shorten_digest
+
+SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_TO_ANSWER = 5.0
+MAX_HEALTH_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class ServerStatus:
+    """What one server says of a name.
+
+    address: http://HOST:PORT.
+    version: what it serves; None where it was asked and gave no answer.
+    since: when it began to serve that, UTC, ISO 8601.
+    problem: why it does not serve another version, or gave no answer; None for no problem.
+    """
+
+    address: str
+    version: str | None
+    since: str | None
+    problem: str | None = None
+
+
+def read_servers(registry: Path, name: str, urls: Sequence[str] = ()) -> list[ServerStatus]:
+    """The servers of a name: those whose file is at most a minute old, and those at `urls`.
+
+    A server that has a file is not asked again.
+    """
+    now = datetime.now(UTC)
+    records = read_serving_records(registry / name).values()
+    servers = [
+        ServerStatus(r.address, r.version, r.since, (r.refused or {}).get("reason"))
+        for r in records
+        if r.is_alive(now)
+    ]
+    known = {server.address for server in servers}
+    asked = [url.rstrip("/") for url in urls]
+    return servers + [_ask_server(url, name) for url in asked if url not in known]
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A server that sends elsewhere is not followed."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        """None: the answer stands as it is."""
+
+
+def _ask_server(url: str, name: str) -> ServerStatus:
+    """What a server's `/health` says of a name."""
+    opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{url}/health", timeout=SECONDS_TO_ANSWER) as answer:
+            status = json.loads(answer.read(MAX_HEALTH_BYTES))["names"][name]
+        refused = status["refused"] or {}
+        return ServerStatus(
+            url, str(status["version"]), str(status["since"]), refused.get("reason")
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"it did not say what it serves for {name} ({type(error).__name__})"
+        return ServerStatus(url, None, None, reason)
+
+
+def await_serving(
+    registry: Path, name: str, version: str, *, seconds: float, urls: Sequence[str] = ()
+) -> list[ServerStatus]:
+    """Wait until every server of a name serves a version, at most so many seconds.
+
+    Returns what they say then; at once where there is no server, or the champion is another again.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        servers = read_servers(registry, name, urls)
+        is_over = time.monotonic() >= deadline or read_champion(registry, name) != version
+        if is_over or not find_servers_behind(servers, version):
+            return servers
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def find_servers_behind(servers: Sequence[ServerStatus], version: str) -> list[ServerStatus]:
+    """The servers that do not serve a version."""
+    return [server for server in servers if server.version != version]
+
+
+def describe_server(server: ServerStatus, version: str) -> str:
+    """A sentence: since when a server serves a version, or that it does not and why."""
+    if server.version == version:
+        return f"serving since {server.since}, at {server.address}"
+    what = "nothing is known" if server.version is None else shorten_digest(server.version)
+    said = f"not served at {server.address}: {what} there"
+    return said if server.problem is None else f"{said}; {server.problem}"

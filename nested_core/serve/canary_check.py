@@ -1,0 +1,84 @@
+"""The canary of a version: what the server's own weights answer, against what was recorded.
+
+It finds faults of serving, such as a tensor that was not exchanged or a base that was loaded
+otherwise than it was judged. Whether an adapter is any good is for the gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.generate import generate_step
+
+from nested_core.errors import NestedTuneError
+from nested_core.gate.canary import describe_computation
+from nested_core.gate.fresh_process_check import (
+    TOLERANCE_FLOAT32,
+    TOLERANCE_NARROW_DTYPES,
+    relative_distance,
+)
+from nested_core.storage.canary_file import Canary, CanaryLogits, CanaryQuestion
+
+DIFFERING_SHARE = 0.05  # of the answers; one may always differ
+
+
+class CanaryFailed(NestedTuneError):
+    """A version whose logits or answers, in this server, are not those that were recorded."""
+
+
+def check_canary(canary: Canary, model: nn.Module) -> Iterator[None]:
+    """Compute what the canary recorded, and compare; yields after each token.
+
+    Raises CanaryFailed. Call it in the thread that generates.
+    """
+    _require_logits(canary.logits, model)
+    yield
+    differing = []
+    for question in canary.questions:
+        if not (yield from _answers_as_recorded(question, model)):
+            differing.append(question)
+    asked = len(canary.questions)
+    if len(differing) > max(1, DIFFERING_SHARE * asked):
+        first = differing[0]
+        raise CanaryFailed(
+            f"canary: {len(differing)} of {asked} answers are not those that were recorded, such "
+            f"as to line {first.line} of the suite {first.suite}"
+        )
+
+
+def _require_logits(recorded: CanaryLogits, model: nn.Module) -> None:
+    """Raise CanaryFailed where logits are further off than the proof of a fresh process allows.
+
+    The same device and versions of MLX give the same logits up to the order of sums in float32;
+    others may round in a narrower type.
+    """
+    is_same_computation = recorded.computation == describe_computation()
+    tolerance = TOLERANCE_FLOAT32 if is_same_computation else TOLERANCE_NARROW_DTYPES
+    expected = np.array(recorded.values, np.float64)  # None becomes NaN
+    rows = [_logits_after(model, prompt, recorded.columns) for prompt in recorded.prompts]
+    distance = relative_distance(np.array(rows, np.float64), expected)
+    if not distance <= tolerance:
+        raise CanaryFailed(
+            f"canary: the logits are not those that were recorded: relative distance "
+            f"{distance:.3g}, tolerance {tolerance:g}"
+        )
+
+
+def _logits_after(model: nn.Module, prompt: Sequence[int], columns: Sequence[int]) -> Any:
+    output = model(mx.array([list(prompt)]))
+    logits = (output[0] if isinstance(output, tuple) else output)[0, -1].astype(mx.float32)
+    return logits[mx.array(list(columns))].tolist()
+
+
+def _answers_as_recorded(question: CanaryQuestion, model: nn.Module) -> Generator[None, None, bool]:
+    """Whether the greedy answer has the recorded tokens; it ends at the first that differs."""
+    steps = generate_step(mx.array(list(question.prompt)), model, max_tokens=len(question.answer))
+    for (token, _), expected in zip(steps, question.answer, strict=True):
+        if int(token) != expected:
+            return False
+        yield
+    return True

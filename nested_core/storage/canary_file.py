@@ -1,0 +1,86 @@
+"""canary.jsonl: what plain mlx_lm computed with an adapter when it was judged.
+
+A server that takes the adapter into use compares what it computes itself. The first line has logits
+after fixed prompts, each other line a question with its greedy answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from nested_core.errors import DamagedError
+
+CANARY_NAME = "canary.jsonl"
+# Of all suites together, and of an answer: a server asks them one at a time before it serves.
+MAX_CANARY_QUESTIONS = 20
+MAX_CANARY_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class CanaryLogits:
+    """Logits after the last token of prompts of token ids, as computed in a process of its own.
+
+    columns: the tokens of the vocabulary whose logits are kept.
+    values: a row a prompt, in the order of the columns; None for one that is not finite.
+    computation: the device, and the versions of mlx and mlx-lm, that computed them.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    columns: tuple[int, ...]
+    values: tuple[tuple[float | None, ...], ...]
+    computation: dict[str, str]
+
+
+@dataclass(frozen=True)
+class CanaryQuestion:
+    """A question of a suite with its greedy answer, computed alone.
+
+    line: of the suite's file.
+    prompt: token ids.
+    answer: token ids, with the end of the text where the model gave it.
+    text: of the answer, to be read.
+    """
+
+    suite: str
+    line: int
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class Canary:
+    """The content of the file."""
+
+    logits: CanaryLogits
+    questions: tuple[CanaryQuestion, ...]
+
+
+_LOGITS_VALIDATOR = TypeAdapter(CanaryLogits)
+_QUESTION_VALIDATOR = TypeAdapter(CanaryQuestion)
+
+
+def render_canary(canary: Canary) -> bytes:
+    """The bytes of the file."""
+    rows: Sequence[Any] = (canary.logits, *canary.questions)
+    return "".join(json.dumps(asdict(row)) + "\n" for row in rows).encode()
+
+
+def parse_canary(content: bytes, place: object) -> Canary:
+    """What the bytes of a file hold; `place` names it in the DamagedError for anything else."""
+    first, *lines = content.splitlines() or [b""]
+    try:
+        return Canary(
+            _LOGITS_VALIDATOR.validate_json(first),
+            tuple(_QUESTION_VALIDATOR.validate_json(line) for line in lines),
+        )
+    except ValidationError as error:
+        raise DamagedError(
+            f"{place} does not hold recorded answers of a canary. Bring back what was there, or "
+            f"judge the run again with --resume."
+        ) from error

@@ -1,0 +1,82 @@
+"""What servers of a name do: waited for after a promotion, and told of where they do not follow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from prefect import get_run_logger
+
+from nested_core.registry import read_champion, read_champion_changes
+from nested_core.registry.serving_status import (
+    ServerStatus,
+    await_serving,
+    describe_server,
+    find_servers_behind,
+    read_servers,
+)
+from nested_core.registry.versions import read_provenance, version_folder
+from nested_core.text.digest_format import shorten_digest
+from tasks.events import emit_adapter_event
+
+TIME_TO_FOLLOW = timedelta(minutes=1)
+SERVER_AUTHOR = "nested-tune serve "  # begins who did it, in a line of the history by a server
+
+
+def await_servers(registry: Path, name: str, version: str) -> None:
+    """Wait as long as `registry.await_serving`, recorded with the version, says; tell who is late.
+
+    Nothing is waited for where it says nothing or there is no server.
+    """
+    seconds, urls = _read_recorded_settings(registry, name, version)
+    if seconds is None:
+        return
+    servers = await_serving(registry, name, version, seconds=seconds, urls=urls)
+    for server in servers:
+        said = describe_server(server, version)
+        get_run_logger().info("%s %s: %s", name, shorten_digest(version), said)
+    if read_champion(registry, name) == version:
+        tell_of_servers_behind(name, version, servers)
+    else:
+        announce_servers(registry, name, is_news=True)
+
+
+def tell_of_servers_behind(name: str, version: str, servers: Sequence[ServerStatus]) -> list[str]:
+    """Emit `adapter.not_followed` where servers do not serve a champion; a sentence for each."""
+    behind = find_servers_behind(servers, version)
+    sentences = [describe_server(server, version) for server in behind]
+    if sentences:
+        message = f"champion {shorten_digest(version)} is {'; '.join(sentences)}"
+        emit_adapter_event("not_followed", name, {"version": version, "message": message})
+    return sentences
+
+
+def announce_servers(registry: Path, name: str, *, is_news: bool) -> list[str]:
+    """Tell what the servers of a name did by themselves, and which of them do not follow.
+
+    is_news: whether the champion is another than the server's page has. A rollback by a server is
+    told then. Returns a sentence for each thing told.
+    """
+    changes = read_champion_changes(registry, name)
+    champion = read_champion(registry, name)
+    if champion is None or not changes:
+        return []
+    last, told = changes[-1], []
+    if is_news and last.action == "rollback" and last.by.startswith(SERVER_AUTHOR):
+        payload = {"version": last.version, "previous": last.previous, "reason": last.reason}
+        emit_adapter_event("rolled_back", name, payload)
+        told.append(f"rolled back to {shorten_digest(champion)} by {last.by}: {last.reason}")
+    if datetime.now(UTC) - datetime.fromisoformat(last.time) > TIME_TO_FOLLOW:
+        _, urls = _read_recorded_settings(registry, name, champion)
+        told += tell_of_servers_behind(name, champion, read_servers(registry, name, urls))
+    return [f"{name}: {sentence}" for sentence in told]
+
+
+def _read_recorded_settings(
+    registry: Path, name: str, version: str
+) -> tuple[float | None, Sequence[str]]:
+    """`registry.await_serving` and `serve.urls`, as they were recorded with a version."""
+    recorded = read_provenance(version_folder(registry, name, version)).get("config") or {}
+    section, serve = recorded.get("registry") or {}, recorded.get("serve") or {}
+    return section.get("await_serving"), tuple(serve.get("urls") or ())

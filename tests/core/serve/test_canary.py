@@ -1,0 +1,235 @@
+"""serve's canary: a fault of serving is found before a client is answered, and may roll back."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+import pytest
+
+from nested_core.models.lora_attachment import attach_stored_adapter
+from nested_core.registry import audit, history, promote, read_champion, rollback
+from nested_core.registry.policy import set_policy
+from nested_core.registry.versions import version_folder
+from nested_core.serve.canary_check import CanaryFailed
+from nested_core.serve.champion_follower import POLL_SECONDS
+from nested_core.serve.response_generator import FailureWatch, RegistryModelProvider
+from nested_core.serve.served_version import ServedVersion
+from nested_core.storage.adapter import Adapter
+from nested_core.storage.canary_file import CANARY_NAME
+from tests.core.serve.test_following import wait_for
+from tests.core.serve.versions import NAME, Client, serving, settings
+from tests.waiting import wait_until
+
+Promote = Callable[..., str]
+
+
+def leave_one_tensor_out(monkeypatch: pytest.MonkeyPatch, version: str | None = None) -> None:
+    """Plant the fault that one LoRA tensor (of a version) is not put into the model."""
+
+    def attach(model: Any, adapter: Adapter) -> Any:
+        fresh = attach_stored_adapter(model, adapter)
+        if version in (None, adapter.path.name):
+            adapter.tensors.pop(next(name for name in adapter.tensors if "lora_b" in name))
+        return fresh
+
+    monkeypatch.setattr("nested_core.serve.served_version.attach_stored_adapter", attach)
+
+
+def quantise_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plant the fault that a version is built on a base of fewer bits than it was judged on."""
+    build = ServedVersion.build_model
+    monkeypatch.setattr(
+        ServedVersion, "build_model", lambda version, base: build(version, _quantised(base))
+    )
+
+
+def _quantised(base: Any) -> Any:
+    nn.quantize(base, group_size=32, bits=4)
+    return base
+
+
+def refusals(client: Client) -> Any:
+    """What the server says that it refuses now; None for nothing."""
+    return client.health()["names"][NAME]["refused"]
+
+
+def refused(client: Client) -> dict[str, str]:
+    """What the server says that it refuses, once it does."""
+    wait_until(lambda: refusals(client) is not None, "it is refused")
+    return dict(refusals(client))
+
+
+def test_a_version_of_which_a_tensor_is_not_swapped_is_refused_and_barred(
+    promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = promote(1)
+    with serving(settings(registry, "--name", NAME)) as client:
+        before = client.chat(NAME).text
+        with monkeypatch.context() as patch:
+            leave_one_tensor_out(patch)
+            second = promote(2)
+            said = refused(client)
+        assert said["version"] == second
+        assert "canary: the logits are not those that were recorded" in said["reason"]
+        assert "the policy has no canary: rollback" in said["reason"]
+        (file,) = (registry / NAME / "serving").iterdir()
+        wait_until(lambda: json.loads(file.read_text())["refused"] == said, "its file says so")
+        reply = client.chat(NAME)
+        assert (reply.text, reply.version) == (before, first)
+        assert read_champion(registry, NAME) == second
+        pinned = client.chat(f"{NAME}@{second}")
+        assert (pinned.status, "is not served here" in pinned.json()["error"]) == (404, True)
+        rollback(registry, NAME, by="a test")
+        assert promote(2) == second  # the fault is gone: it is barred all the same
+        time.sleep(3 * POLL_SECONDS)
+        assert client.chat(NAME).version == first
+        third = promote(3)
+        wait_for(client, third)
+        assert client.health()["names"][NAME]["refused"] is None
+
+
+def test_where_the_policy_says_so_the_server_rolls_back_and_the_history_says_why(
+    promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = promote(1)
+    set_policy(registry, NAME, by="a test", changes={"canary": "rollback"})
+    with (
+        serving(settings(registry, "--name", NAME)) as client,
+        serving(settings(registry, "--name", NAME)) as other,
+        monkeypatch.context() as patch,
+    ):
+        leave_one_tensor_out(patch)
+        second = promote(2)
+        wait_until(lambda: read_champion(registry, NAME) == first, "it is rolled back")
+        # The one that looks second may find the champion back already.
+        wait_until(lambda: any(refusals(each) for each in (client, other)), "one says so")
+        assert [each.chat(NAME).version for each in (client, other)] == [first, first]
+        said = [each["reason"] for each in map(refusals, (client, other)) if each is not None]
+    assert len([reason for reason in said if f"rolled back to {first[:6]}" in reason]) == 1
+    (line,) = [each for each in history(registry, NAME) if each["action"] == "rollback"]
+    assert (line["version"], line["previous"]) == (first, second)
+    assert line["by"].startswith("nested-tune serve ")
+    assert "canary: the logits are not" in line["reason"]
+    tried = promote_automatically(registry, second)
+    assert tried == "barred"
+    assert audit(registry, NAME).is_sound
+
+
+def promote_automatically(registry: Path, version: str) -> str:
+    return promote(registry, NAME, version, by="a test", automatic=True).outcome
+
+
+def test_a_base_that_is_quantised_otherwise_than_the_judged_one_is_found(
+    promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = promote(1)
+    set_policy(registry, NAME, by="a test", changes={"canary": "rollback"})
+    with serving(settings(registry, "--name", NAME)) as client, monkeypatch.context() as patch:
+        quantise_base(patch)
+        promote(2)
+        said = refused(client)["reason"]
+        assert "canary: the logits" in said
+        assert f"rolled back to {first[:6]}" in said
+    assert read_champion(registry, NAME) == first
+
+
+def test_a_server_whose_base_is_not_the_judged_one_refuses_for_itself_alone(
+    promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(1)
+    set_policy(registry, NAME, by="a test", changes={"canary": "rollback"})
+    with serving(settings(registry, "--name", NAME)) as client, monkeypatch.context() as patch:
+        leave_one_tensor_out(patch)
+        # The base's files were those when it was loaded, and are others by now.
+        patch.setattr("nested_core.serve.champion_follower.is_same_base", lambda *_: False)
+        second = promote(2)
+        assert "is not the base that it was judged on" in refused(client)["reason"]
+    assert read_champion(registry, NAME) == second
+
+
+def test_a_champion_whose_canary_fails_at_the_start_gives_way_to_the_one_before(
+    promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = promote(1), promote(2)
+    leave_one_tensor_out(monkeypatch, second)
+    with serving(settings(registry, "--name", NAME)) as client:
+        assert client.chat(NAME).version == first
+        assert refused(client)["version"] == second
+
+
+def test_without_a_champion_before_it_a_server_does_not_start_on_a_failed_canary(
+    promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(1)
+    leave_one_tensor_out(monkeypatch)
+    with (
+        pytest.raises(CanaryFailed, match="no champion before it that could be"),
+        serving(settings(registry, "--name", NAME)),
+    ):
+        pass
+
+
+def test_a_canary_that_was_changed_or_removed_is_damage(promote: Promote, registry: Path) -> None:
+    version = promote(1)
+    folder = version_folder(registry, NAME, version)
+    folder.chmod(0o755)
+    canary = folder / CANARY_NAME
+    content = canary.read_bytes()
+    canary.unlink()
+    assert [finding.message for finding in audit(registry, NAME).findings] == ["missing"]
+    canary.write_bytes(content.replace(b'"line": 1', b'"line": 9'))
+    (finding,) = audit(registry, NAME).findings
+    assert finding.message.startswith("has changed")
+
+
+def test_requests_that_fail_where_none_failed_before_bring_the_version_before_back(
+    promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = promote(1)
+    set_policy(registry, NAME, by="a test", changes={"canary": "rollback"})
+    load = RegistryModelProvider.load
+
+    def fail(provider: Any, path: str, version: Any, draft: Any = None) -> Any:
+        if version.version == second and has_begun:
+            raise RuntimeError("a planted fault")
+        return load(provider, path, version, draft)
+
+    monkeypatch.setattr(RegistryModelProvider, "load", fail)
+    has_begun: list[int] = []
+    with serving(settings(registry, "--name", NAME)) as client:
+        second = ""
+        assert client.chat(NAME).version == first
+        second = promote(2)
+        wait_for(client, second)
+        has_begun.append(1)
+        client.chat(f"{NAME}@{first}")  # so that the next one is loaded again
+        failed = [client.chat(NAME) for _ in range(6)]
+        assert [reply.status for reply in failed] == [503] * 6
+        said = refused(client)
+        assert said["version"] == second
+        assert "6 of its first requests failed in the server" in said["reason"]
+        assert client.chat(NAME).version == first
+    assert read_champion(registry, NAME) == first
+
+
+def test_failures_count_only_of_the_first_requests_and_where_none_failed_before() -> None:
+    watch = FailureWatch()
+    watch.begin()
+    for number in range(250):
+        watch.add(has_failed=number >= 195)
+    assert (watch.failed, watch.are_too_many) == (5, False)
+    watch.begin()  # the version before it failed, too
+    for _ in range(10):
+        watch.add(has_failed=True)
+    assert not watch.are_too_many
+    for _ in range(200):
+        watch.add(has_failed=False)
+    watch.begin()
+    for _ in range(6):
+        watch.add(has_failed=True)
+    assert watch.are_too_many
