@@ -68,8 +68,8 @@ def drift_reasons(drift: Drift | None, data: str, bounds: GateSection) -> list[R
         return []
     moved = "not finite" if drift.kl_initial is None else f"{drift.kl_initial:.4g} nats a token"
     message = (
-        f"KL(initial || trained) is {moved} on {data}, {drift.tokens} tokens; gate.max_kl is "
-        f"{bounds.max_kl:g}"
+        f"the predictions moved by {moved} from those that training began from, in mean KL "
+        f"divergence on {data}, {drift.tokens} tokens; gate.max_kl is {bounds.max_kl:g}"
     )
     return [Reason("drift", message)]
 

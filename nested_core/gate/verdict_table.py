@@ -45,7 +45,8 @@ class Check:
     @property
     def cells(self) -> tuple[str | None, ...]:
         """The row, in the order of CHECK_COLUMNS."""
-        return (self.name, self.before, self.after, self.bound, self.verdict)
+        word = f"failed: {self.verdict}" if self.has_failed else self.verdict
+        return (self.name, self.before, self.after, self.bound, word)
 
 
 def list_checks(verdict: Verdict) -> list[Check]:

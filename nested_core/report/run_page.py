@@ -124,14 +124,19 @@ class RunReport:
             color = "warn"
         class_ = f"verdict {color}".strip()
         parts = [paragraph(describe_outcome(record), class_=class_)]
-        if self.error is not None:
+        is_told = record.verdict is not None and not record.verdict.has_passed
+        if self.error is not None and not is_told:  # a rejection has its reasons below
             parts.append(paragraph(truncated_text(self.error, 2000), class_="bad"))
         if record.problems:
             listed = [element("li", truncated_text(problem)) for problem in record.problems[:20]]
             parts += [paragraph("Damaged files:", class_="bad"), element("ul", *listed)]
         verdict = record.verdict
         if verdict is not None:
-            rows = [check.cells for check in list_checks(verdict)]
+            rows = [
+                (*cells, element("span", word, class_="bad") if check.has_failed else word)
+                for check in list_checks(verdict)
+                for *cells, word in [check.cells]
+            ]
             parts.append(table("What was checked", CHECK_COLUMNS, rows))
             if len(verdict.reasons) > 1:
                 parts.append(_reasons_table(verdict))

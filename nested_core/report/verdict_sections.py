@@ -21,7 +21,6 @@ from nested_core.gate.verdict import (
     describe_examples,
 )
 from nested_core.report.run_record import RunRecord
-from nested_core.storage.sample_answers_file import SampleAnswers
 from nested_core.storage.strict_files import open_regular
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.html_markup import (
@@ -371,7 +370,7 @@ def _answers_table(record: RunRecord, task: str, count: int) -> Html:
     """The questions of a suite: those that the candidate lost first, at most `count`."""
     own = [answer for answer in record.answers if answer.task == task]
     roles = [
-        r for r in ("base", "parent", "champion", "candidate") if any(a.model == r for a in own)
+        r for r in ("candidate", "base", "parent", "champion") if any(a.model == r for a in own)
     ]
     by_line: dict[int, dict[str, tuple[str, float]]] = {}
     questions = {answer.line: answer.question for answer in own}
@@ -407,17 +406,16 @@ def _answer_cell(answer: tuple[str, float] | None) -> Html:
 
 
 def _sample_answers_table(record: RunRecord) -> Html:
-    """What base, parent and candidate answered at the end, beside the data's own answer."""
-    columns = ("prompt", "base", "parent", "candidate", "the data's own")
-    rows = [
-        (truncated_text(f"{row.place}: {row.prompt}"), *map(_text_or_none, _answers_of(row)))
-        for row in record.sample_answers[:MAX_SHOWN_QUESTIONS]
-    ]
+    """What the candidate answered at the end, beside the data's own answer, base and parent."""
+    shown = record.sample_answers[:MAX_SHOWN_QUESTIONS]
+    parent = ("parent",) if any(row.parent is not None for row in shown) else ()
+    rows = []
+    for row in shown:
+        answers = (row.adapter, row.expected, row.base, row.parent)[: 3 + len(parent)]
+        prompt = truncated_text(f"{row.place}: {row.prompt}")
+        rows.append((prompt, *map(_text_or_none, answers)))
+    columns = ("prompt", "candidate", "expected", "base", *parent)
     return table("Greedy answers at the end of training; all: sample-answers.jsonl", columns, rows)
-
-
-def _answers_of(row: SampleAnswers) -> tuple[str | None, ...]:
-    return (row.base, row.parent, row.adapter, row.expected)
 
 
 def _text_or_none(text: str | None) -> Html | None:

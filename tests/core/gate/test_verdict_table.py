@@ -89,3 +89,6 @@ def test_each_reason_is_in_a_row(tmp_path: Path, code: str, row: str) -> None:
     run = finished_run(tmp_path / "run", reasons=[Reason(code, "why")])  # type: ignore[arg-type]
     failed: list[Check] = [c for c in list_checks(read_verdict(run.gate)) if c.has_failed]
     assert [(check.name, check.verdict) for check in failed] == [(row, code)]
+    assert failed[0].cells[-1] == f"failed: {code}"
+    page = read_report(run.path).to_html()
+    assert f'<span class="bad">failed: {code}</span>' in page
