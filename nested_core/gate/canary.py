@@ -6,6 +6,7 @@ one at a time, greedily, with base and adapter in the types that they are stored
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
@@ -76,9 +77,12 @@ def make_canary(
 
 
 def describe_computation() -> dict[str, str]:
-    """What logits depend on beside model and prompt: the device, and the versions of MLX."""
+    """What logits depend on beside model and prompt: machine, BLAS, and the versions of MLX."""
+    prepared = backend.get_process_preparation()
     return {
+        "host": platform.node(),  # a CPU's name does not say which instructions it has
         "device": backend.device_name(),
+        "blas": (prepared.blas if prepared is not None else None) or "MLX's",
         "mlx": installed_version("mlx"),
         "mlx-lm": installed_version("mlx-lm"),
     }

@@ -53,11 +53,13 @@ def check_canary(canary: Canary, model: nn.Module) -> Iterator[None]:
 def _require_logits(recorded: CanaryLogits, model: nn.Module) -> None:
     """Raise CanaryFailed where logits are further off than the proof of a fresh process allows.
 
-    The same device and versions of MLX give the same logits up to the order of sums in float32;
-    others may round in a narrower type.
+    The CPU of the same machine, with the same BLAS and versions of MLX, gives the same logits in
+    every type. Another BLAS was seen to move those of a bfloat16 base by 0.005, and nothing was
+    measured on a GPU.
     """
-    is_same_computation = recorded.computation == describe_computation()
-    tolerance = TOLERANCE_FLOAT32 if is_same_computation else TOLERANCE_NARROW_DTYPES
+    is_repeatable = recorded.computation["device"].startswith("cpu")
+    is_same = is_repeatable and recorded.computation == describe_computation()
+    tolerance = TOLERANCE_FLOAT32 if is_same else TOLERANCE_NARROW_DTYPES
     expected = np.array(recorded.values, np.float64)  # None becomes NaN
     rows = [_logits_after(model, prompt, recorded.columns) for prompt in recorded.prompts]
     distance = relative_distance(np.array(rows, np.float64), expected)

@@ -27,7 +27,7 @@ class CanaryLogits:
 
     columns: the tokens of the vocabulary whose logits are kept.
     values: a row a prompt, in the order of the columns; None for one that is not finite.
-    computation: the device, and the versions of mlx and mlx-lm, that computed them.
+    computation: the host, device, BLAS, and versions of mlx and mlx-lm that computed them.
     """
 
     prompts: tuple[tuple[int, ...], ...]

@@ -15,6 +15,7 @@ from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.registry import audit, history, promote, read_champion, rollback
 from nested_core.registry.policy import set_policy
 from nested_core.registry.versions import version_folder
+from nested_core.serve import canary_check
 from nested_core.serve.canary_check import CanaryFailed
 from nested_core.serve.champion_follower import POLL_SECONDS
 from nested_core.serve.response_generator import FailureWatch, RegistryModelProvider
@@ -152,6 +153,27 @@ def test_a_server_whose_base_is_not_the_judged_one_refuses_for_itself_alone(
     assert read_champion(registry, NAME) == second
 
 
+def test_logits_that_another_computation_recorded_may_be_as_far_off_as_rounding(
+    promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(1)
+    distances = iter([0.02, 0.02, 0.06])
+    monkeypatch.setattr(canary_check, "relative_distance", lambda *_: next(distances))
+    with pytest.raises(CanaryFailed, match=r"distance 0.02, tolerance 0.001"):
+        start(registry)
+    other = {"device": "cpu another", "blas": "MLX's", "mlx": "1", "mlx-lm": "1"}
+    monkeypatch.setattr(canary_check, "describe_computation", lambda: other)
+    start(registry)
+    with pytest.raises(CanaryFailed, match=r"distance 0.06, tolerance 0.05"):
+        start(registry)
+
+
+def start(registry: Path) -> None:
+    """Start a server, which asks the champion's canary, and end it."""
+    with serving(settings(registry, "--name", NAME)):
+        pass
+
+
 def test_a_champion_whose_canary_fails_at_the_start_gives_way_to_the_one_before(
     promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,11 +189,8 @@ def test_without_a_champion_before_it_a_server_does_not_start_on_a_failed_canary
 ) -> None:
     promote(1)
     leave_one_tensor_out(monkeypatch)
-    with (
-        pytest.raises(CanaryFailed, match="no champion before it that could be"),
-        serving(settings(registry, "--name", NAME)),
-    ):
-        pass
+    with pytest.raises(CanaryFailed, match="no champion before it that could be"):
+        start(registry)
 
 
 def test_a_canary_that_was_changed_or_removed_is_damage(promote: Promote, registry: Path) -> None:

@@ -20,8 +20,11 @@ from nested_core.storage.adapter import Adapter
 from tests.core.serve.versions import (
     NAME,
     QUESTION,
+    AdapterShape,
     Client,
     promote_run,
+    quantise_base,
+    record_canary,
     serving,
     settings,
     write_version_run,
@@ -86,6 +89,34 @@ def test_after_each_promotion_the_next_answer_is_the_new_version_s(
     for seed, texts in answers.items():
         assert {text.strip() for text in texts} == {expected(base, runs[seed])}
     assert len({texts[0] for texts in answers.values()}) == len(answers)
+
+
+def test_a_full_fine_tune_is_served_and_leaves_the_base_as_it_was(
+    promote: Promote, runs: dict[int, Path], base: Path, registry: Path, tmp_path: Path
+) -> None:
+    run = write_version_run(tmp_path / "full", base, 5, AdapterShape(fine_tune_type="full"))
+    promote(1)
+    with serving(settings(registry, "--name", NAME)) as client:
+        version = promote_run(run, registry)
+        wait_for(client, version)
+        reply = client.chat(NAME)
+        assert (reply.version, reply.text.strip()) == (version, expected(base, run))
+        assert client.chat(f"{NAME}@base").text.strip() == expected(base, None)
+        wait_for(client, promote(2))
+        assert client.chat(NAME).text.strip() == expected(base, runs[2])
+
+
+def test_adapters_of_a_quantised_base_are_served(
+    base: Path, registry: Path, tmp_path: Path
+) -> None:
+    small = quantise_base(base, tmp_path / "base-4-bits")
+    paths = [write_version_run(tmp_path / f"run-{seed}", small, seed) for seed in (1, 2)]
+    record_canary(paths[1], small)
+    promote_run(paths[0], registry)
+    with serving(settings(registry, "--name", NAME)) as client:
+        assert client.chat(NAME).text.strip() == expected(small, paths[0])
+        wait_for(client, promote_run(paths[1], registry))
+        assert client.chat(NAME).text.strip() == expected(small, paths[1])
 
 
 def test_a_version_and_the_base_are_asked_by_name(

@@ -51,6 +51,23 @@ def make_base(source: Path, folder: Path) -> Path:
     return folder
 
 
+def quantise_base(source: Path, folder: Path) -> Path:
+    """A base in 4 bits, with groups of 32 weights, as mlx_lm.convert writes one."""
+    model: Any = load(str(source))[0]
+    nn.quantize(model, group_size=32, bits=4)
+    folder.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.name != "model.safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization": {"group_size": 32, "bits": 4}})
+    )
+    leaves: Any = tree_flatten(model.parameters())
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(leaves))
+    return folder
+
+
 @dataclass(frozen=True)
 class AdapterShape:
     """What an adapter's layers are; two of different shapes need other layers."""
@@ -63,24 +80,31 @@ class AdapterShape:
 def write_version_run(
     run_dir: Path, base: Path, seed: int, shape: AdapterShape = AdapterShape()
 ) -> Path:
-    """A run directory with an adapter of random tensors that changes every answer."""
-    model: nn.Module = load(str(base))[0]
+    """A run directory with an adapter of random tensors that changes every answer.
+
+    A full fine-tune is the base's last layer with noise.
+    """
+    model: Any = load(str(base))[0]
     lora = {"rank": shape.rank, "scale": 4.0, "dropout": 0.0, "keys": list(shape.keys)}
-    use_dora = shape.fine_tune_type == "dora"
+    is_full = shape.fine_tune_type == "full"
     model.freeze()
-    linear_to_lora_layers(model, 6, lora, use_dora=use_dora)
+    if is_full:
+        model.layers[-1].unfreeze()
+    else:
+        linear_to_lora_layers(model, 6, lora, use_dora=shape.fine_tune_type == "dora")
     key = mx.random.key(seed)
     tensors = {}
     leaves: Any = tree_flatten(model.trainable_parameters())
     for name, value in leaves:
         key, drawn = mx.random.split(key)
         is_magnitude = name.rsplit(".", 1)[-1] == "m"
-        tensors[name] = value if is_magnitude else mx.random.normal(value.shape, key=drawn) * 0.2
+        noise = mx.random.normal(value.shape, key=drawn) * 0.2
+        tensors[name] = value + noise if is_full else value if is_magnitude else noise
     config = {
         "model": str(base),
         "fine_tune_type": shape.fine_tune_type,
-        "num_layers": 6,
-        "lora_parameters": lora,
+        "num_layers": 1 if is_full else 6,
+        "lora_parameters": None if is_full else lora,
         "base_fingerprint": fingerprint_base_model(base),
     }
     (run_dir / "adapter").mkdir(parents=True)
