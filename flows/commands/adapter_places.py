@@ -108,9 +108,10 @@ def find_named_adapter(given: Path, registry: Path | None = None) -> NamedAdapte
         run.require_begun()
         config = read_run_config(run)
         return NamedAdapter(_adapter_of_run(run), config.model, config.trust_remote_code)
-    if (given / "adapter_config.json").is_file():
+    folder = name_folder_of(given)
+    if folder is None and (given / "adapter_config.json").is_file():
         return NamedAdapter(given)
-    folder = name_folder_of(given) or named
+    folder = folder or named
     if folder is not None:
         return NamedAdapter(champion_folder(folder))
     raise ConfigError(_describe_unknown(given, registry))

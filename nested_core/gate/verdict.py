@@ -607,6 +607,12 @@ class Verdict:
         """Whether held-out losses or answers to a suite say anything of the adapter's quality."""
         return bool(self.tasks) or (self.validation is not None and self.validation.examples != 0)
 
+    @property
+    def is_conclusive(self) -> bool:
+        """Whether anything was measured, and the held-out loss, if it was, had a clear result."""
+        losses = self.validation
+        return self.is_measured and (losses is None or losses.conclusion != "inconclusive")
+
     def describe_passed(self) -> str:
         """`passed, better` and the like; an inconclusive comparison with its figures."""
         conclusion = None if self.validation is None else self.validation.describe_conclusion()

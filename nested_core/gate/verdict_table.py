@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nested_core.gate.answers.answer_records import AnswerRecord
+from nested_core.gate.harmed_examples import MIN_HARMED
 from nested_core.gate.verdict import (
     Code,
     GeneralLoss,
@@ -116,7 +117,7 @@ def _loss_checks(verdict: Verdict) -> Iterator[Check]:
         yield _make_check(f"loss, {describe_examples(losses)}", figures, reasons, word)
         harmed = _reasons_of(verdict, "examples_harmed")
         if losses.harmed is not None:
-            share = f"at most {bounds.get('max_harmed_share', 0):.2%}"
+            share = f"at most {bounds.get('max_harmed_share', 0):.2%}, or {MIN_HARMED - 1}"
             yield _make_check("examples that lost much", (None, str(losses.harmed), share), harmed)
     if verdict.drift is not None and bounds.get("max_kl") is not None:
         kl = f"{format_loss(verdict.drift.kl_initial)} nats a token"

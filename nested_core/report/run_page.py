@@ -120,17 +120,19 @@ class RunReport:
     def _verdict_section(self) -> Html:
         record = self.record
         color = _CSS_CLASS_BY_STATE.get(record.state, "")
-        if record.verdict is not None and record.verdict.has_broken_answers:
+        verdict = record.verdict
+        if verdict is not None and verdict.has_broken_answers:
             color = "warn"
+        elif color == "good" and verdict is not None and not verdict.is_conclusive:
+            color = ""
         class_ = f"verdict {color}".strip()
         parts = [paragraph(describe_outcome(record), class_=class_)]
-        is_told = record.verdict is not None and not record.verdict.has_passed
+        is_told = verdict is not None and not verdict.has_passed
         if self.error is not None and not is_told:  # a rejection has its reasons below
             parts.append(paragraph(truncated_text(self.error, 2000), class_="bad"))
         if record.problems:
             listed = [element("li", truncated_text(problem)) for problem in record.problems[:20]]
             parts += [paragraph("Damaged files:", class_="bad"), element("ul", *listed)]
-        verdict = record.verdict
         if verdict is not None:
             rows = [
                 (*cells, element("span", word, class_="bad") if check.has_failed else word)

@@ -200,16 +200,17 @@ def _worst_examples(record: RunRecord, losses: ExampleLosses) -> Html:
     rows = [
         (
             f"{losses.file}:{number}",
+            truncated_text(texts.get(number, "–"), 240),
             _finite_or_none(differences[place]),
             _finite_or_none(losses.before[place]),
             _finite_or_none(losses.after[place]),
-            None if champion is None else _finite_or_none(champion[place]),
+            *(() if champion is None else (_finite_or_none(champion[place]),)),
             int(losses.tokens[place]),
-            truncated_text(texts.get(number, "–"), 240),
         )
         for place, number in zip(order, numbers, strict=True)
     ]
-    columns = ("example", "difference", "before", "after", "champion", "tokens", "text")
+    figures = ("difference", "before", "after", *(() if champion is None else ("champion",)))
+    columns = ("example", "text", *figures, "tokens")
     caption = f"The {len(rows)} examples with the worst difference; all: gate-losses.jsonl"
     share = f"{improved} of {len(losses)} examples have a lower loss than before."
     return join((paragraph(share), table(caption, columns, rows)))

@@ -153,4 +153,6 @@ def test_what_passed_has_the_same_words_in_every_list(
     assert rows["verdict"] == words
     page = read_report(run.path).to_html()
     assert f"P{words[1:]}:" in page
+    is_good = words != "passed, quality not measured"  # which nothing was shown of: not green
+    assert ('class="verdict good"' in page) is is_good
     assert describe_verdict(read_gate(run.gate)) == words  # the last screen of train
