@@ -128,6 +128,7 @@ def test_the_metadata_offers_one_mlx_library_at_a_time_and_names_no_address(whee
     assert "Requires-Python: <3.14,>=3.11" in metadata
 
 
+@pytest.mark.slow("a process that imports all")
 def test_version_from_a_foreign_folder(command: Path, foreign: Path) -> None:
     done = run(command, "--version", cwd=foreign)
     assert done.returncode == 0, done.stderr

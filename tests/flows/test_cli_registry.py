@@ -212,6 +212,7 @@ def test_a_run_that_did_not_pass_is_refused_and_nothing_is_made(
     assert not (tmp_path / "registry" / NAME / "champion").exists()
 
 
+@pytest.mark.slow("trains a run that breaks the model")
 def test_a_person_who_promotes_broken_answers_is_warned(tmp_path: Path) -> None:
     done = train_example(tmp_path / "run", learning_rate=0.2, iters=40)
     steps.judge(done.config, done.run)

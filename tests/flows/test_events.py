@@ -75,6 +75,7 @@ def test_a_version_that_waits_for_approval_is_verified_and_not_promoted(tmp_path
     assert core.read_champion(tmp_path / "registry", "waiting") is None
 
 
+@pytest.mark.slow("a flow run of its own")
 def test_a_rejected_adapter_is_announced_with_the_reason(tmp_path: Path) -> None:
     gate = {"min_relative_change": 1e6}  # more than any training does
     state = run_flow(tmp_path, "refused", "always", gate=gate)

@@ -18,6 +18,7 @@ from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
+from tests.left_out import slow_except
 
 CALL = {"id": "1", "type": "function", "function": {"name": "river", "arguments": {"of": "A"}}}
 TOOL = {"type": "function", "function": {"name": "river", "parameters": {"type": "object"}}}
@@ -201,7 +202,9 @@ def random_chat(dice: random.Random) -> Example:
     return Example("chat", turns)
 
 
-@pytest.mark.parametrize("metaspace", [False, True])
+@pytest.mark.parametrize(
+    "metaspace", slow_except([False, True], False, reason="tokenises many chats twice")
+)
 @pytest.mark.parametrize(
     "template", [TEMPLATE, HEADED, UNHEADED, ONLY_LAST_THINKS, PLAIN, STRIPPING]
 )

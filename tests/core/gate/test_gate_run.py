@@ -201,6 +201,7 @@ def test_a_loss_that_rose_is_rejected_with_both_numbers(
     assert f"loss {losses['loss_before']:.4g} -> {losses['loss_after']:.4g}" in reason["message"]
 
 
+@pytest.mark.slow("judges a run three times")
 def test_a_loss_may_rise_by_the_share_that_is_configured(
     config: FineTuneConfig, run: RunDirectory, rewrite: Rewrite
 ) -> None:

@@ -31,6 +31,7 @@ from tests.core.report.written_runs import (
     write_plan_of,
 )
 from tests.hostile_text import HOSTILE, MARK, UNSAFE
+from tests.left_out import slow_except
 
 ORDER = ["verdict", "answers", "pairs", "curves", "change", "updates", "data", "reproduce"]
 MAX_BYTES = 300 * 1024
@@ -230,7 +231,9 @@ def test_a_page_holds_a_policy_and_nothing_that_runs_or_is_fetched(tmp_path: Pat
     assert '<script>alert("row")</script>' in page.words  # shown as text
 
 
-@pytest.mark.parametrize("attack", HOSTILE)
+@pytest.mark.parametrize(
+    "attack", slow_except(HOSTILE, *list(HOSTILE)[::3], reason="a page for each text")
+)
 def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path, attack: str) -> None:
     text = HOSTILE[attack].encode(errors="backslashreplace").decode()  # as a file can hold it
     finding = Finding(text, 1, "error", text, text)

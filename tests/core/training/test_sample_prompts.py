@@ -32,6 +32,7 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return train_example(tmp_path_factory.mktemp("samples") / "run", **SETTINGS)
 
 
+@pytest.mark.slow("trains a run of its own")
 def test_the_answers_of_each_evaluation_are_those_of_its_adapter_loaded_anew(
     sampled: Finished,
 ) -> None:

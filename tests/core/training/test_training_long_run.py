@@ -17,6 +17,8 @@ from tests.example import DATA, MODEL, Finished, example_config, generate_answer
 
 STEPS = 104
 
+pytestmark = pytest.mark.slow("trains more than a hundred steps")
+
 
 class MemoryProbe:
     """Memory held by MLX at every report, and its peak since the one before."""
