@@ -215,7 +215,7 @@ def _list_changes(registry: Path, name: str) -> list[tuple[object, ...]]:
             ACTION_VERBS[line["action"]],
             shorten_digest(line["version"] or "none"),
             _read_registered_loss(registry, name, line["version"]),
-            line["by"],
+            f"{line['by']}: {line['reason']}" if line.get("reason") else line["by"],
         )
         for line in moves[: -MAX_SHOWN_CHANGES - 1 : -1]
     ]

@@ -88,6 +88,7 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.registry.gate_file import read_gate
     from nested_core.registry.name_folders import check_name
     from nested_core.registry.promotion_policy import describe_promotion, warn_if_worse
+    from nested_core.registry.serving_status import await_configured
     from nested_core.report.run_figures import has_broken_answers
 
     check_name(arguments.name)
@@ -113,6 +114,8 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
             f"{run.report}. To go back: nested-tune rollback {arguments.name} --registry "
             f"{arguments.registry}"
         )
+    if done.outcome == "promoted":
+        print_progress(*await_configured(config.registry, config.serve.urls, done.version))
     print_change = _print_change(arguments, done)
 
     def finish() -> int:

@@ -12,8 +12,8 @@ from nested_core.pipeline.continual import describe_starting_adapter
 from nested_core.pipeline.publishing import register_run
 from nested_core.pipeline.steps import TrainResult
 from nested_core.registry import Promotion
-from nested_core.registry.promotion_policy import promote_by_policy, registry_location
-from nested_core.registry.serving_status import await_serving, describe_server
+from nested_core.registry.promotion_policy import promote_by_policy
+from nested_core.registry.serving_status import await_configured
 from nested_core.storage.run_directory import RunDirectory
 
 
@@ -87,11 +87,9 @@ class Hooks:
     def promote(self, config: FineTuneConfig, version: str, champion: str | None) -> str:
         """Promote the version as `registry.promote` says; return what became of it."""
         done = promote_by_policy(config.registry, version, champion)
-        seconds = config.registry.await_serving
-        if isinstance(done, Promotion) and done.outcome == "promoted" and seconds is not None:
-            place = registry_location(config.registry)
-            for server in await_serving(*place, version, seconds=seconds, urls=config.serve.urls):
-                self.on_message(describe_server(server, version))
+        if isinstance(done, Promotion) and done.outcome == "promoted":
+            for sentence in await_configured(config.registry, config.serve.urls, version):
+                self.on_message(sentence)
         return done if isinstance(done, str) else done.outcome
 
 

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from nested_core.config.registry import RegistrySection
 from nested_core.registry.queries import read_champion
 from nested_core.registry.serving_file import read_serving_records
 from nested_core.text.digest_format import shorten_digest
@@ -89,6 +90,17 @@ def await_serving(
         if is_over or not find_servers_behind(servers, version):
             return servers
         time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def await_configured(section: RegistrySection, urls: Sequence[str], version: str) -> list[str]:
+    """Wait as `registry.await_serving` says; a sentence for each server, none without the key."""
+    if section.await_serving is None or section.path is None or section.name is None:
+        return []
+    registry = Path(section.path)
+    servers = await_serving(
+        registry, section.name, version, seconds=section.await_serving, urls=urls
+    )
+    return [describe_server(server, version) for server in servers]
 
 
 def find_servers_behind(servers: Sequence[ServerStatus], version: str) -> list[ServerStatus]:

@@ -15,8 +15,15 @@ from pathlib import Path
 import pytest
 
 from nested_core.registry import audit, read_champion
+from nested_core.registry.policy import set_policy
 from nested_core.registry.serving_file import parse_serving_name
-from tests.core.serve.versions import NAME, make_base, promote_run, write_version_run
+from tests.core.serve.versions import (
+    NAME,
+    make_base,
+    promote_run,
+    record_canary,
+    write_version_run,
+)
 from tests.example import MODEL
 from tests.flows.conftest import PROGRAM
 from tests.flows.test_cli_serve import health, serve_process
@@ -43,8 +50,11 @@ def test_a_kill_in_any_phase_leaves_a_sound_registry_that_the_next_server_follow
 ) -> None:
     base = make_base(MODEL, tmp_path / "base")
     runs = [write_version_run(tmp_path / f"run-{seed}", base, seed) for seed in (1, 2)]
+    for run in runs:  # so that kills come while a canary is asked, too
+        record_canary(run, base)
     registry = tmp_path / "registry"
     promote_run(runs[0], registry)
+    set_policy(registry, NAME, by="a test", changes={"canary": "rollback"})
     draw = random.Random(35)
     words = ["serve", "--registry", str(registry), "--name", NAME, "--port", "0"]
     for _ in range(5):  # while it starts

@@ -42,10 +42,10 @@ def test_the_page_lists_the_champions_so_far_with_their_losses(tmp_path: Path) -
     first, second = register(tmp_path, 1), register(tmp_path, 2)
     core.promote(registry, NAME, first, by="ann")
     core.promote(registry, NAME, second, by="policy")
-    core.rollback(registry, NAME, by="bob")
+    core.rollback(registry, NAME, by="bob", reason="it is slow")
     rows = str(describe_champion(registry, NAME, first)).splitlines()[-3:]
     assert [row.split(" | ")[1:] for row in rows] == [
-        ["rolled back to", first[:12], "1.2", "bob |"],
+        ["rolled back to", first[:12], "1.2", "bob: it is slow |"],
         ["promoted", second[:12], "1.2", "policy |"],
         ["promoted", first[:12], "1.2", "ann |"],
     ]

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
+from nested_core.config.registry import RegistrySection
 from nested_core.registry import promote, rollback
 from nested_core.registry.serving_file import ServingRecord, write_serving_record
 from nested_core.registry.serving_status import (
     ServerStatus,
+    await_configured,
     await_serving,
     describe_server,
     read_servers,
@@ -105,6 +107,19 @@ def test_a_promotion_waits_until_the_server_follows_and_no_longer_than_it_may(
     (server,) = await_serving(registry, NAME, second, seconds=60)
     timer.join()
     assert (server.version, server.since) == (second, SINCE)
+
+
+def test_a_promotion_waits_as_it_is_configured_and_says_what_came_of_it(
+    three: tuple[str, str, str], registry: Path
+) -> None:
+    section = RegistrySection(path=str(registry), name=NAME)
+    write_record(registry, three[1])
+    assert await_configured(section, (), three[1]) == []
+    waiting = section.model_copy(update={"await_serving": 0.1})
+    assert await_configured(waiting, (), three[1]) == [
+        f"serving since {SINCE}, at http://127.0.0.1:1"
+    ]
+    assert await_configured(waiting, (), three[0])[0].startswith("not served at")
 
 
 def test_nobody_waits_for_a_version_that_was_rolled_back(
