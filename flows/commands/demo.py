@@ -72,6 +72,8 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
         _print_right_answer_counts(run)
         print_line(f"champion: {champion} -> {os.readlink(champion)}")
         print_line("talk to it:")
+        print_line(f"  {_path_of_program('nested-tune')} chat {champion.parent}")
+        print_line("or by mlx-lm alone:")
         print_line(
             f"  {_path_of_program('mlx_lm.generate')} --model {config.model} "
             f'--adapter-path {champion} --prompt "{rows[0][0]}"'

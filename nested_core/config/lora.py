@@ -33,7 +33,9 @@ class LoraParameters(Section):
 
     rank: PositiveInt = key(DEFAULT_RANK, "inner dimension of the two factors")
     dropout: Dropout = key(0.0, "share of the inputs left out in training")
-    scale: PositiveFloat = key(20.0, "factor on the product of the two matrices")
+    scale: PositiveFloat = key(
+        20.0, "factor on the product of the two matrices; or give alpha, which is scale times rank"
+    )
     modules: Modules | None = key(
         None, "names of the modules that get an adapter; null: all linear ones", alias="keys"
     )

@@ -190,7 +190,10 @@ class FineTuneConfig(_RootSection):
     lora_parameters: LoraParameters = key(LoraParameters(), "rank, scale and modules of LoRA")
     mask_prompt: bool = key(False, "train on the answers alone")
     report_to: str | None = key(
-        None, "report metrics to wandb or swanlab", affects="output", in_form=False
+        None,
+        "report metrics to wandb, swanlab, trackio or mlflow, or several: wandb,mlflow",
+        affects="output",
+        in_form=False,
     )
     project_name: str | None = key(
         None, "the project in these services", affects="output", in_form=False
