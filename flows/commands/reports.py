@@ -11,7 +11,7 @@ from typing import Any
 from flows.commands.adapter_places import add_registry_arguments
 from flows.commands.command_output import result_printer
 from flows.terminal import print_line, print_page, print_progress, print_table
-from nested_core.errors import DamagedError
+from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.output_places import require_output_file
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory
 
@@ -29,6 +29,9 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     runs = commands.add_parser("runs", parents=[shared], help="list the runs of a folder")
     runs.add_argument("folder", nargs="?", type=Path, default=DEFAULT_RUNS_FOLDER, metavar="DIR")
     runs.add_argument("--json", action="store_true", help="the list as one JSON document")
+    runs.add_argument("--prune", action="store_true", help="remove old runs that nothing names")
+    runs.add_argument("--keep", type=int, metavar="N", help="with --prune: the newest to keep")
+    runs.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     runs.set_defaults(run=run_listing)
     compare = commands.add_parser(
         "compare",
@@ -74,9 +77,13 @@ def run_report(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
-    """List the runs of a folder, newest first."""
+    """List the runs of a folder, newest first, or remove old ones."""
     from nested_core.report.run_listing import list_runs
 
+    if arguments.prune:
+        return run_pruning(arguments)
+    if arguments.keep is not None or arguments.dry_run:
+        raise ConfigError("--keep and --dry-run belong to --prune, which removes old runs.")
     runs = list_runs(arguments.folder)
 
     def show() -> None:
@@ -87,15 +94,16 @@ def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
         rows = [
             (
                 run.name,
+                run.adapter,
                 run.describe_outcome(),
                 run.describe_step(),
                 run.describe_val_loss(),
                 run.gate_loss,
-                run.describe_age(),
+                run.describe_minutes(),
             )
             for run in runs
         ]
-        columns = ("run", "verdict or state", "offered step", "val loss", "gate loss", "age")
+        columns = (*("run", "adapter", "outcome", "offered step", "val loss", "gate loss", "min"),)
         print_table(columns, rows)
         print_line(
             "Losses in nats a token, of the adapter that is offered: on the validation set, and on "
@@ -104,6 +112,26 @@ def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
         )
 
     return result_printer(arguments, lambda: {"runs": [asdict(run) for run in runs]}, show)
+
+
+def run_pruning(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Remove the runs of a folder that are old and that nothing names."""
+    from nested_core.report.run_pruning import prune_runs
+
+    if arguments.keep is None:
+        raise ConfigError("runs --prune needs --keep N: how many of the newest runs stay.")
+    done = prune_runs(arguments.folder, keep=arguments.keep, dry_run=arguments.dry_run)
+
+    def show() -> None:
+        """Each run that was removed, each old one that stays and why, and how much that is."""
+        what = "would remove" if done.is_dry_run else "removed"
+        for path in done.removed:
+            print_line(f"{what} {path}")
+        for path, reason in done.kept.items():
+            print_line(f"kept {path}: {reason}")
+        print_line(f"{what} {len(done.removed)} runs ({done.bytes / 1e6:.1f} MB)")
+
+    return result_printer(arguments, lambda: asdict(done), show)
 
 
 def run_compare(arguments: argparse.Namespace) -> Callable[[], int]:

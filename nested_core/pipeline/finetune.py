@@ -23,6 +23,7 @@ from nested_core.pipeline.continual import (
 from nested_core.pipeline.hooks import Hooks
 from nested_core.pipeline.preflight import check_before_start, require_room_for_checkpoints
 from nested_core.pipeline.publishing import (
+    describe_changed_held_out,
     describe_reproduction,
     record_rejection,
 )
@@ -192,6 +193,8 @@ def _judge(config: FineTuneConfig, run: RunDirectory, hooks: Hooks) -> Verdict:
     except GateRejected:
         record_rejection(config, run)
         raise
+    if note := describe_changed_held_out(config, run):
+        hooks.on_message(note)
     return verdict
 
 

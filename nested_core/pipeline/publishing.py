@@ -17,7 +17,7 @@ from nested_core.gate.training_examples import read_ancestor_training_digests
 from nested_core.models.base_model import find_model_folder_offline
 from nested_core.pipeline.continual import parent_version_of, settings_digest
 from nested_core.registry import UNSET, Promotion, Unset, register, register_and_promote
-from nested_core.registry.gate_file import read_gate, require_consistent, require_passed
+from nested_core.registry.gate_file import GATE_NAME, read_gate, require_consistent, require_passed
 from nested_core.registry.name_folders import name_exists
 from nested_core.registry.promotion_policy import describe_policy_refusal, registry_location
 from nested_core.registry.registration import register_rejection
@@ -120,6 +120,30 @@ def register_and_promote_run(
             expected_champion=expected_champion,
             against_policy=describe_policy_refusal(path, name, version, gate, recorded),
         )
+
+
+def describe_changed_held_out(config: FineTuneConfig, run: RunDirectory) -> str | None:
+    """That the gate judged by other examples than it judged the champion by, in a sentence.
+
+    None where they are the same, without a champion, or where one of the two is not recorded.
+    """
+    gate = read_gate(run.gate)
+    champion = (gate.get("champion") or {}).get("version")
+    if champion is None or config.registry.path is None:
+        return None
+    folder = version_folder(*registry_location(config.registry), champion)
+    before = read_provenance(folder).get("validation_digest")
+    now = _validation_digest(config, read_dataset_record(run.dataset), gate["validation"])
+    if before is None or now is None or before == now:
+        return None
+    counts = [
+        (each.get("validation") or {}).get("examples")
+        for each in (read_gate(folder / GATE_NAME), gate)
+    ]
+    return (
+        f"{gate['validation']['file']} has changed since the champion {shorten_digest(champion)} "
+        f"was judged by it: {counts[0]} examples then, {counts[1]} now"
+    )
 
 
 def make_provenance(

@@ -22,6 +22,7 @@ from nested_core.registry.name_folders import list_names
 from nested_core.registry.queries import (
     VerifiedVersion,
     check_champion,
+    find_decline,
     history,
     holding_champion,
     list_versions,
@@ -49,6 +50,7 @@ __all__ = [
     "check_champion",
     "collect_garbage",
     "decline",
+    "find_decline",
     "forget",
     "history",
     "holding_champion",

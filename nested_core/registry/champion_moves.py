@@ -257,15 +257,32 @@ def _record_and_swap(folder: Path, entry: Entry, ledger: Ledger, lock: LockFile)
 
 
 def decline(
-    registry: Path, name: str, version: str, *, by: str, origin: Origin = NO_ORIGIN
+    registry: Path,
+    name: str,
+    version: str,
+    *,
+    by: str,
+    reason: str | None = None,
+    origin: Origin = NO_ORIGIN,
 ) -> None:
-    """Record that a person did not approve a version; saying so again adds nothing."""
+    """Record that a person did not approve a version; saying so again adds nothing.
+
+    The line has the digests of its data set and settings: no other version of both is asked about.
+    """
     folder = find_name_folder(registry, name)
     with exclusive_folder_lock(folder) as lock:
         state = recover_after_crash(folder, lock)
         declined = resolve_version(folder, version, state.ledger)
-        if state.ledger.is_declined(declined):
+        if state.ledger.find_decline(declined) is not None:
             return
+        facts = read_verdicts(folder, declined)[-1].facts
         entry = new_entry("declined", declined, state.champion, by)
-        entry = replace(entry, flow_run=origin.flow_run, deployment=origin.deployment)
+        entry = replace(
+            entry,
+            reason=reason,
+            flow_run=origin.flow_run,
+            deployment=origin.deployment,
+            dataset_digest=facts.dataset_digest,
+            settings_digest=facts.settings_digest,
+        )
         record_line(folder, state, entry, lock)

@@ -144,12 +144,13 @@ def _is_new_and_unpromoted(folder: Path, version: str, ledger: Ledger) -> bool:
 
 def _waits_for_approval(folder: Path, version: str, ledger: Ledger) -> bool:
     """Whether the policy of a version, or of its name, leaves it to a person: none has said no."""
-    if ledger.is_declined(version):
-        return False
     try:
-        recorded = read_verdicts(folder, version)[-1].facts.policy or {}
+        facts = read_verdicts(folder, version)[-1].facts
     except (DamagedError, OSError):
         return False
+    if ledger.find_decline(version, facts.dataset_digest, facts.settings_digest) is not None:
+        return False
+    recorded = facts.policy or {}
     modes = (recorded.get("promote"), (ledger.policy() or {}).get("promote"))
     return "approve" in modes and "never" not in modes
 

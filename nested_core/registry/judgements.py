@@ -67,6 +67,8 @@ class JudgementFacts(BaseModel):
     validation_digest: str | None
     policy: dict[str, Any] | None
     run_dir: str | None = None
+    dataset_digest: str | None = None
+    settings_digest: str | None = None
 
     @classmethod
     def from_provenance(cls, provenance: Mapping[str, Any], number: int) -> JudgementFacts:
@@ -82,6 +84,8 @@ class JudgementFacts(BaseModel):
             validation_digest=provenance.get("validation_digest"),
             policy=config.get("registry"),
             run_dir=provenance.get("run_dir"),
+            dataset_digest=provenance.get("dataset_digest"),
+            settings_digest=provenance.get("settings_digest"),
         )
 
     def are_of_same_judging(self, other: JudgementFacts) -> bool:

@@ -47,6 +47,8 @@ OPTIONAL_FIELDS = (
     "after",
     "flow_run",
     "deployment",
+    "dataset_digest",
+    "settings_digest",
 )
 
 
@@ -73,7 +75,9 @@ class Entry:
         first line. The writer sets it.
     judgement: the hash of the judgement that a promotion rests on, where the version was judged
         again since it was registered.
-    reason: what the server or the person who asked gives as the reason.
+    reason: what the server, or the person who asked or declined, gives as the reason.
+    dataset_digest, settings_digest: of the run whose version was declined: of another version of
+        the same two nobody is asked.
     against_policy: what the registry's policy asks for, and a person's promotion did not have.
     before, after: the policy.
     """
@@ -94,6 +98,8 @@ class Entry:
     after: dict[str, Any] | None = None
     flow_run: str | None = None
     deployment: str | None = None
+    dataset_digest: str | None = None
+    settings_digest: str | None = None
 
     @property
     def champion_after(self) -> str | None:
@@ -246,14 +252,26 @@ class Ledger:
         lines = [entry for entry in self.entries if entry.version == version]
         return bool(lines) and lines[-1].action in REMOVAL_ACTIONS
 
-    def is_declined(self, version: str) -> bool:
-        """Whether a person declined a version against the champion that stands."""
+    def find_decline(
+        self, version: str, dataset_digest: str | None = None, settings_digest: str | None = None
+    ) -> Entry | None:
+        """The newest line in which a person declined a version, or one of the same two digests.
+
+        None where somebody has made that version champion since.
+        """
+        made_of = (dataset_digest, settings_digest)
         for entry in reversed(self.entries):
-            if entry.action in CHAMPION_CHANGE_ACTIONS:
-                return False
-            if entry.action == "declined" and entry.version == version:
-                return True
-        return False
+            if entry.version == version and entry.action in CHAMPION_CHANGE_ACTIONS:
+                return None
+            if entry.action != "declined":
+                continue
+            is_alike = None not in made_of and made_of == (
+                entry.dataset_digest,
+                entry.settings_digest,
+            )
+            if entry.version == version or is_alike:
+                return entry
+        return None
 
     def policy(self) -> dict[str, Any] | None:
         """The registry's policy, as its last change left it; None if none was ever set."""

@@ -25,6 +25,7 @@ from nested_core.registry import (
     UNSET,
     Promotion,
     Unset,
+    find_decline,
     list_versions,
     promote,
     read_champion,
@@ -56,6 +57,7 @@ from nested_core.text.loss_format import (
 
 DAMAGED_OUTCOME = "damaged"
 WAITING_OUTCOME = "waiting for approval"  # how an outcome begins that a person decides
+DECLINED_OUTCOME = "declined already"  # and one that a person has said no to
 COLLECTED_OUTCOME = "collected meanwhile"
 Result = TypeVar("Result")
 
@@ -118,6 +120,8 @@ class Candidate(BaseModel):
     registered_at: str
     registered_after: str | None = None
     validation_digest: str | None = None
+    dataset_digest: str | None = None
+    settings_digest: str | None = None
     initial: str | None
     loss_before: float | None
     loss_after: float | None
@@ -163,6 +167,8 @@ def _make_candidate(version: str, chosen: Judgement) -> Candidate:
         registered_at=facts.registered_at,
         registered_after=facts.registered_after,
         validation_digest=facts.validation_digest,
+        dataset_digest=facts.dataset_digest,
+        settings_digest=facts.settings_digest,
         initial=gate.get("initial", {}).get("digest"),
         loss_before=validation.get("loss_before"),
         loss_after=validation.get("loss_after"),
@@ -535,11 +541,28 @@ def find_refusal(
             reason = _why_not_better(section, candidate, champion, noise)
         if reason is not None:
             return reason
-    if rule.asks_person and not is_approved:
+    return _why_person_decides(section, candidate) if rule.asks_person and not is_approved else None
+
+
+def _why_person_decides(section: RegistrySection, candidate: Candidate) -> str:
+    """That a person is to be asked; or who has said no to a version of the same data and settings.
+
+    Such a version is as the one that was declined: nobody is asked about it again.
+    """
+    registry, name = registry_location(section)
+    line = find_decline(
+        registry, name, candidate.version, candidate.dataset_digest, candidate.settings_digest
+    )
+    if line is None:
         version = shorten_digest(candidate.version)
         whose = "registry.promote" if section.promote == "approve" else f"the policy of {name}"
         return f"{WAITING_OUTCOME} of {version}: {whose} is approve"
-    return None
+    which = "it" if line.version == candidate.version else shorten_digest(str(line.version))
+    reason = f": {line.reason}" if line.reason else ""
+    return (
+        f"{DECLINED_OUTCOME}: {line.by} declined {which} on {line.time[:10]}{reason}. Nobody is "
+        f"asked again until data or settings change"
+    )
 
 
 def _why_not_sound(candidate: Candidate, rule: PromotionRule) -> str | None:

@@ -106,6 +106,20 @@ def read_champion_changes_since(
     return [change for change in ledger.changes() if change.time >= registered_at]
 
 
+def find_decline(
+    registry: Path,
+    name: str,
+    version: str,
+    dataset_digest: str | None,
+    settings_digest: str | None,
+) -> Entry | None:
+    """The line in which a person declined a version, or one of the same data and settings."""
+    folder = find_name_folder(registry, name)
+    with shared_folder_lock(folder):
+        ledger = read_registry_state(folder).ledger
+    return ledger.find_decline(version, dataset_digest, settings_digest)
+
+
 def verify(registry: Path, name: str, version: str) -> None:
     """Re-hash one version; DamagedError if it is not what was registered."""
     folder = find_name_folder(registry, name)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from nested_core.config.resume import read_run_config
 from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.report.run_outcome import describe_outcome, measure_minutes
 from nested_core.report.run_start import count_steps, read_start_time
 from nested_core.report.run_status import read_status
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.text.duration_format import format_age
 from nested_core.text.loss_conclusion import describe_passed
 from nested_core.text.loss_format import format_loss
 
@@ -28,6 +27,9 @@ class ListedRun:
     answers_broken: whether training broke the answers to the sample prompts.
     conclusion: the gate's word for the held-out loss: better, no_worse, inconclusive or worse.
     quality_measured: whether the gate had held-out losses or answers to a suite.
+    adapter: the name that it registers under, None without a registry.
+    outcome: what became of it, in a word; `describe_outcome`.
+    minutes: from its beginning to the last that training or gate wrote.
     """
 
     path: str
@@ -46,6 +48,9 @@ class ListedRun:
     conclusion: str | None = None
     answers_broken: bool = False
     quality_measured: bool = False
+    adapter: str | None = None
+    outcome: str | None = None
+    minutes: float | None = None
 
     @property
     def name(self) -> str:
@@ -61,10 +66,15 @@ class ListedRun:
         return self.problem or self.verdict
 
     def describe_outcome(self) -> str:
-        """The verdict, or of a run without one, or that is being worked on, its state."""
-        if self.state == "running":
-            return self.state
-        return self.describe_verdict() or self.state
+        """What became of it, with the words of a verdict that passed: `promoted: passed, better`.
+
+        Of a run that is being worked on its state, of a damaged one what is wrong with it.
+        """
+        if self.outcome is None:
+            return f"damaged: {self.problem}"
+        if self.verdict != "passed" or self.state == "running":
+            return self.outcome
+        return f"{self.outcome}: {self.describe_verdict()}"
 
     def describe_step(self) -> str | None:
         """The offered step of all: `33 of 36`; before one is offered `- (at 4 of 36)`."""
@@ -81,10 +91,11 @@ class ListedRun:
             return None
         return f"{format_loss(self.val_loss)} (last)"
 
-    def describe_age(self, now: datetime | None = None) -> str:
-        """How long ago the run began: `3 min`, `5 h`, `12 days`."""
-        passed = (now or datetime.now(UTC)) - datetime.fromisoformat(self.started)
-        return format_age(passed.total_seconds())
+    def describe_minutes(self) -> str | None:
+        """How long it took: `0.4`, `12`."""
+        if self.minutes is None:
+            return None
+        return f"{self.minutes:.1f}" if self.minutes < 10 else f"{self.minutes:.0f}"
 
 
 def list_runs(folder: Path) -> list[ListedRun]:
@@ -127,4 +138,7 @@ def _read_listed_run(run: RunDirectory) -> ListedRun:
         conclusion=status["conclusion"],
         answers_broken=status["answers_broken"],
         quality_measured=status["quality_measured"],
+        adapter=config.registry.name,
+        outcome=describe_outcome(run, config, status),
+        minutes=measure_minutes(run),
     )

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from uuid import UUID
 
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.canary_file import CANARY_NAME
@@ -190,6 +191,20 @@ def new_run_name(started: datetime | None = None, key: str | None = None) -> str
     moment = (started or datetime.now(UTC)).astimezone(UTC)
     digits = (key or secrets.token_hex(4)).replace("-", "")[:8]
     return f"{moment:%Y%m%dT%H%M%SZ}-{digits}"
+
+
+def run_key(flow_run: UUID) -> str:
+    """What the folder of a flow run's name ends with.
+
+    The end of the id: the front of it is the time in some versions of UUID.
+    """
+    return flow_run.hex[-8:]
+
+
+def find_run_of(flow_run: UUID) -> RunDirectory | None:
+    """The folder in runs/ that a flow run began; None without one."""
+    begun = sorted(DEFAULT_RUNS_FOLDER.glob(f"*-{run_key(flow_run)}"))
+    return RunDirectory(begun[0]) if begun else None
 
 
 def open_run(path: str | Path, *, resume: bool = False) -> RunDirectory:

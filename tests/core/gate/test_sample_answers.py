@@ -113,7 +113,7 @@ def test_a_destroyed_model_is_said_to_be_that_and_is_not_promoted_by_itself(
     assert note.startswith("3 of 3 sample answers are broken (")
     assert "do not promote it" in note
     (listed,) = list_runs(run.path.parent)
-    assert listed.describe_verdict() == "passed, answers broken"
+    assert listed.describe_outcome() == "verified: passed, answers broken"
     page = read_report(run.path).to_html()
     assert "Passed, answers broken" in page
     assert "3 of 3 sample answers are broken" in page

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nested_core.text.duration_format import format_age, format_clock, format_duration
+from nested_core.text.duration_format import format_clock, format_duration
 
 
 def test_durations_have_their_largest_two_units() -> None:
@@ -13,10 +13,3 @@ def test_durations_have_their_largest_two_units() -> None:
 def test_what_is_timed_is_shown_as_on_a_clock() -> None:
     shown = [format_clock(seconds) for seconds in (0.44, 9.9, 75, 3725)]
     assert shown == ["0.4 s", "9.9 s", "1:15", "1:02:05"]
-
-
-def test_an_age_is_one_whole_unit() -> None:
-    hour = 3600
-    seconds = (-5, 59, 60, hour - 1, hour, 48 * hour - 1, 48 * hour)
-    shown = [format_age(each) for each in seconds]
-    assert shown == ["0 min", "0 min", "1 min", "59 min", "1 h", "47 h", "2 days"]
