@@ -8,31 +8,39 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Scheduled, State
+from prefect.states import Cancelled, Scheduled, State
 
-from nested_core.registry.promotion_policy import WAITING_OUTCOME
+from tasks.night_page import tell_night
+from tasks.outcomes import Outcome
 from tasks.server_outage import tolerating_server_outage
 
 PROMOTION = "promote/auto"
 
 
-def request_approval_if_waiting(registry: Path, name: str, version: str, outcome: str) -> None:
-    """Ask about a version whose promotion ended with `outcome`, where that waits for a person.
+def request_approval(registry: Path, name: str, version: str, night: UUID | None = None) -> None:
+    """Ask a person about a version whose promotion waits for that.
 
-    Where the server is away, the next reconcile asks.
+    `night` is the fine-tune's flow run, which is told the answer. Where the server is away, the
+    next reconcile asks.
     """
-    if not outcome.startswith(WAITING_OUTCOME):
-        return
     with tolerating_server_outage(f"nobody is asked about {name} {version:.12} yet"):
         try:
-            _request_approval(registry.resolve(), name, version)
+            _request_approval(registry.resolve(), name, version, night)
         except ObjectNotFound:
             get_run_logger().warning(
                 "Nobody is asked about %s %.12s: this server has no deployment %s, which "
@@ -43,9 +51,10 @@ def request_approval_if_waiting(registry: Path, name: str, version: str, outcome
             )
 
 
-def _request_approval(registry: Path, name: str, version: str) -> None:
+def _request_approval(registry: Path, name: str, version: str, night: UUID | None) -> None:
     """Start promote/auto for a version, or find the run that was started for it."""
-    config = {"registry": str(registry), "name": name, "version": version}
+    config: dict[str, Any] = {"registry": str(registry), "name": name, "version": version}
+    config["night"] = None if night is None else str(night)
     run: Any = run_deployment(
         PROMOTION,
         parameters={"config": config | {"requires_approval": True}},
@@ -71,3 +80,28 @@ def has_ended_unasked(run: FlowRun) -> bool:
         return False
     has_asked = bool(run.empirical_policy.pause_keys)
     return run.state.is_crashed() or (run.state.is_failed() and not has_asked)
+
+
+def close_older_questions(registry: str, name: str, own: UUID) -> None:
+    """End the questions about an adapter that were put before a flow run's own.
+
+    A person is to see one: the newest version. What the older ones asked about stays registered.
+    """
+    waiting = FlowRunFilter(
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PAUSED]))
+    )
+    promotions = FlowFilter(name=FlowFilterName(any_=["promote"]))
+    with get_client(sync_client=True) as client:
+        asked_at = client.read_flow_run(own).created
+        for run in client.read_flow_runs(flow_filter=promotions, flow_run_filter=waiting):
+            config = run.parameters.get("config") or {}
+            is_older = run.created is not None and asked_at is not None and run.created < asked_at
+            if not is_older or (config.get("registry"), config.get("name")) != (registry, name):
+                continue
+            message = "a newer version asks: this question is closed, and changed nothing"
+            closed: State[None] = Cancelled(name=Outcome.SUPERSEDED, message=message)
+            result = client.set_flow_run_state(run.id, closed)
+            if result.status != SetStateStatus.ACCEPT:
+                get_run_logger().warning("%s stays open: %s", run.name, result.details)
+            elif config.get("night") is not None:
+                tell_night(UUID(config["night"]), Outcome.SUPERSEDED, message)

@@ -37,8 +37,10 @@ from flows.deployment_plan import (
     DeploymentPlan,
     adapter_of,
     full_name,
+    replace_placeholders,
 )
 from nested_core.errors import ConfigError
+from tasks.nights_page import find_nights_page, make_nights_page
 
 TAG = "nested-tune"
 SCHEDULES_BY_KEY: dict[str, type[CronSchedule | IntervalSchedule | RRuleSchedule]] = {
@@ -72,6 +74,9 @@ def deploy(plan: DeploymentPlan, notify: str | None = None) -> Iterator[str]:
     with get_client(sync_client=True) as client:
         block = None if notify is None else find_or_make_block(client, notify)
         yield from _make_work_pools(client, plan.work_pools)
+        link_nights_page(
+            plan, find_nights_page(client, plan.adapter) or make_nights_page(client, plan.adapter)
+        )
         there = read_server_deployments(client)
         outdated = find_outdated(there, plan)
         _keep_schedules(plan, there, outdated)
@@ -83,6 +88,15 @@ def deploy(plan: DeploymentPlan, notify: str | None = None) -> Iterator[str]:
                 client.delete_deployment(old.response.id)
             yield f"deployment {old.name}: removed, for an earlier deploy left it"
         yield from put_automations(client, plan.automations, block)
+
+
+def link_nights_page(plan: DeploymentPlan, page: UUID | None) -> None:
+    """Put the address of the lead's page into the descriptions that name it."""
+    address = f"/artifacts/artifact/{page}"
+    for deployment in plan.deployments:
+        deployment |= replace_placeholders(
+            {"description": deployment.get("description")}, {"nights": address}
+        )
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,12 @@ from flows.deploy import (
     complete_automation,
     describe_automation,
     find_outdated,
+    link_nights_page,
     read_automations,
     read_server_deployments,
 )
 from flows.deployment_plan import DeploymentPlan, full_name
+from tasks.nights_page import find_nights_page
 
 MISSING = "-"
 Outcome = Literal["puts it", "keeps the server's", "removes it"]
@@ -42,6 +44,7 @@ class Difference:
 def find_differences(plan: DeploymentPlan) -> list[Difference]:
     """All differences between the server of PREFECT_API_URL and a plan."""
     with get_client(sync_client=True) as client:
+        link_nights_page(plan, find_nights_page(client, plan.adapter))
         return [
             *_compare_work_pools(client, plan),
             *_compare_deployments(client, plan),

@@ -21,9 +21,10 @@ from nested_core.registry.name_folders import create_name_folder, name_exists
 from nested_core.storage.strict_files import read_regular
 
 HOME, INTERPRETER = "NESTED_TUNE_HOME", "NESTED_TUNE_PYTHON"
+PENDING_SECONDS, DEFAULT_PENDING_SECONDS = "NESTED_TUNE_PENDING_SECONDS", "600"
 FINETUNE_ENTRYPOINT, SWEEP_ENTRYPOINT = "flows.finetune.finetune", "flows.sweep.sweep"
 RECONCILE_ENTRYPOINT = "flows.reconcile.reconcile"
-PLACEHOLDER_PATTERN = re.compile(r"\{\{ *(adapter|registry|\$NESTED_TUNE_\w+) *\}\}")
+PLACEHOLDER_PATTERN = re.compile(r"\{\{ *(adapter|registry|nights|\$NESTED_TUNE_\w+) *\}\}")
 ENTER_HOME = [  # the pull step of a file that has none
     {"prefect.deployments.steps.set_working_directory": {"directory": f"{{{{ ${HOME} }}}}"}}
 ]
@@ -81,7 +82,7 @@ def make_plan(file: Path | None = None, config: Path | None = None) -> Deploymen
         registry=registry,
         project=project,
         work_pools=read_deployments_yaml(folder / "work-pools.yaml")["work_pools"],
-        automations=read_deployments_yaml(folder / "automations.yaml")["automations"],
+        automations=read_automations_yaml(folder / "automations.yaml"),
     )
     for deployment in plan.deployments:
         _require_valid_parameters(deployment)
@@ -124,6 +125,21 @@ def read_deployments_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected keys and values, as in deployments/prefect.yaml.")
     return content
+
+
+def read_automations_yaml(path: Path) -> list[dict[str, Any]]:
+    """The automations, with the bounds that the environment gives; ConfigError for no number."""
+    bound = os.environ.get(PENDING_SECONDS) or DEFAULT_PENDING_SECONDS
+    listed = read_deployments_yaml(path)["automations"]
+    automations: list[dict[str, Any]] = replace_placeholders(listed, {f"${PENDING_SECONDS}": bound})
+    for automation in automations:
+        try:
+            automation["trigger"]["within"] = float(automation["trigger"]["within"])
+        except ValueError:
+            raise ConfigError(
+                f"{PENDING_SECONDS}={bound!r:.40} is no number. Expected seconds, such as 600."
+            ) from None
+    return automations
 
 
 def _require_deployments(project: dict[str, Any], path: Path) -> None:

@@ -1,26 +1,47 @@
-"""Events that warn before a night fails: an old champion, a disk that is nearly full.
+"""Events that warn before a night fails: an old champion, a full disk, a run that takes long.
 
 They are emitted for as long as their reason lasts; automations.yaml tells a person once a day.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
+from uuid import UUID
 
+from prefect import runtime
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events import emit_event
 
 from nested_core.errors import NestedTuneError
 from nested_core.registry import history
 from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER
+from nested_core.text.duration_format import format_duration
 from tasks.events import adapter_resource
+from tasks.outcomes import Outcome
+from tasks.server_outage import tolerating_server_outage
 
+TAG = "nested-tune"
+LONG_RUN, DEFAULT_LONG_RUN = "NESTED_TUNE_LONG_RUN", "2"
+LAST_RUNS = 5  # of a deployment, that a run's time is compared with
+SHORTEST_LONG_RUN = timedelta(minutes=1)
+ENDED_BEFORE_TRAINING = frozenset({Outcome.SKIPPED, Outcome.DATA_REFUSED})
 SMALLEST_FREE_SHARE = 0.1
 CHECKPOINTS_THAT_MUST_FIT = 3
 
@@ -120,3 +141,55 @@ def _iterate_checkpoints(runs: Path) -> Iterator[tuple[float, Path]]:
 def _show_bytes(count: int) -> str:
     """Such as 4.1 GB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def warn_of_long_runs() -> None:
+    """Emit `flow-run.long` for each run of ours that takes far longer than the last ones did."""
+    running = FlowRunFilter(
+        tags=FlowRunFilterTags(all_=[TAG]),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])),
+    )
+    times = float(os.environ.get(LONG_RUN) or DEFAULT_LONG_RUN)
+    with (
+        tolerating_server_outage("runs that take long are not looked for"),
+        get_client(sync_client=True) as client,
+    ):
+        for run in client.read_flow_runs(flow_run_filter=running):
+            if str(run.id) == str(runtime.flow_run.id) or run.deployment_id is None:
+                continue
+            last = _read_last_run_times(client, run.deployment_id)
+            if message := describe_long_run(run.name, run.estimated_run_time, last, times):
+                resource = {
+                    "prefect.resource.id": f"long-run.{run.id}",
+                    "prefect.resource.name": run.name,
+                }
+                emit_event("flow-run.long", resource=resource, payload={"message": message})
+
+
+def describe_long_run(
+    name: str, run_time: timedelta, last: Sequence[timedelta], times: float
+) -> str | None:
+    """A sentence about a run that takes more than `times` the longest of the last ones."""
+    if not last or run_time < max(times * max(last), SHORTEST_LONG_RUN):
+        return None
+    taken, longest = (format_duration(each.total_seconds()) for each in (run_time, max(last)))
+    return (
+        f"{name} has been running for {taken}; the longest of the last {len(last)} took {longest}. "
+        f"What waits for its place in the pool waits on. Look at its log, and cancel it where it "
+        f"does nothing: a checkpoint is kept."
+    )
+
+
+def _read_last_run_times(client: SyncPrefectClient, deployment: UUID) -> list[timedelta]:
+    """How long the last runs of a deployment took, of those that came to train."""
+    ended = FlowRunFilter(
+        deployment_id=FlowRunFilterDeploymentId(any_=[deployment]),
+        state=FlowRunFilterState(
+            type=FlowRunFilterStateType(any_=[StateType.COMPLETED, StateType.FAILED])
+        ),
+    )
+    runs = client.read_flow_runs(
+        flow_run_filter=ended, sort=FlowRunSort.END_TIME_DESC, limit=4 * LAST_RUNS
+    )
+    trained = [each for each in runs if each.state_name not in ENDED_BEFORE_TRAINING]
+    return [each.total_run_time for each in trained[:LAST_RUNS]]

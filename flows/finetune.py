@@ -8,6 +8,7 @@ That report would end a retry that has begun by then, so it must not be long in 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from prefect import flow, runtime
 from prefect.states import Cancelled, Completed, Failed, State
@@ -41,8 +42,10 @@ from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.run_directory import (
     DEFAULT_RUNS_FOLDER,
     RunDirectory,
+    find_run_of,
     new_run_name,
     open_run,
+    run_key,
 )
 from tasks.outcomes import OUTCOME_BY_CODE, Outcome
 
@@ -81,6 +84,7 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     for that would train again.
     """
     from tasks.night_page import publish_night
+    from tasks.nights_page import publish_nights
 
     tolerate_closed_output()
     hide_tracebacks_of_expected_errors()
@@ -101,6 +105,7 @@ def finetune(config: FinetuneParameters) -> State[Any]:
         raise
     if run.config.exists():
         publish_night(settings, run, str(state.name), str(state.message))
+    publish_nights(settings.registry.name, (str(runtime.flow_run.id), str(state.name)))
     return state
 
 
@@ -121,7 +126,7 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
         verdict = read_verdict(run.gate)
         if verdict.has_passed:  # the registry refused what this gate let through
             return _failed_state(error)
-        message = f"{resumed}{describe_rejection(run)}"
+        message = f"{resumed}{describe_rejection(run)}{_describe_held_out(config, run)}"
         if config.registry.name is not None:
             payload = {"run_dir": str(run.path.resolve()), "reason": message}
             emit_adapter_event("rejected", config.registry.name, payload)
@@ -134,7 +139,15 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
         message = f"{type(error).__name__}: {advise_retry_button(paragraph)}"
         return Failed(message=message, data=error)
     outcome, message = _describe_outcome(config, result)
-    return Completed(name=outcome, message=f"{resumed}{message}")
+    return Completed(name=outcome, message=f"{resumed}{message}{_describe_held_out(config, run)}")
+
+
+def _describe_held_out(config: FineTuneConfig, run: RunDirectory) -> str:
+    """`; valid.jsonl has changed ...` where the champion was judged by other examples."""
+    from nested_core.pipeline.publishing import describe_changed_held_out
+
+    note = describe_changed_held_out(config, run) if run.gate.exists() else None
+    return "" if note is None else f"; {note}"
 
 
 def _failed_state(error: NestedTuneError) -> State[Any]:
@@ -167,9 +180,15 @@ def _describe_outcome(config: FineTuneConfig, result: FinetuneResult) -> tuple[O
 def _find_outcome(config: FineTuneConfig, result: FinetuneResult) -> Outcome:
     """What became of a version that was registered."""
     from nested_core.pipeline.publishing import is_registered_from
+    from nested_core.registry.promotion_policy import DECLINED_OUTCOME, WAITING_OUTCOME
 
-    if result.promotion == "promoted":
+    promotion = str(result.promotion)
+    if promotion == "promoted":
         return Outcome.PROMOTED
+    if promotion.startswith(WAITING_OUTCOME):
+        return Outcome.WAITS_FOR_APPROVAL
+    if promotion.startswith(DECLINED_OUTCOME):
+        return Outcome.DECLINED
     if result.promotion == "already_champion":
         # A run that crashed after its promotion finds its own version there.
         is_own = is_registered_from(config, result.run, str(result.version))
@@ -195,13 +214,10 @@ def _open_run_directory(config: FinetuneParameters) -> RunDirectory:
         path = require_allowed(config.run_dir, "run_dir")
         is_retry = (runtime.flow_run.run_count or 1) > 1 and RunDirectory(path).is_nonempty()
         return open_run(path, resume=config.resume or is_retry)
-    # The end of the id: the front of it is the time in some versions of UUID. A retry has another
-    # scheduled start, so that a directory that is there already is found by the id alone.
-    key = str(runtime.flow_run.id).replace("-", "")[-8:]
-    begun = sorted(DEFAULT_RUNS_FOLDER.glob(f"*-{key}"))
-    path = (
-        begun[0]
-        if begun
-        else DEFAULT_RUNS_FOLDER / new_run_name(runtime.flow_run.scheduled_start_time, key)
-    )
+    # A retry has another scheduled start, so that a directory that is there already is found by the
+    # id alone.
+    flow_run = UUID(str(runtime.flow_run.id))
+    begun = find_run_of(flow_run)
+    name = new_run_name(runtime.flow_run.scheduled_start_time, run_key(flow_run))
+    path = DEFAULT_RUNS_FOLDER / name if begun is None else begun.path
     return open_run(path, resume=RunDirectory(path).is_nonempty())

@@ -7,12 +7,16 @@ from typing import Any
 from uuid import UUID
 
 from prefect import flow, runtime
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.exceptions import Pause
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from prefect.states import Completed, State
 from pydantic import Field
 
 from flows.allowed_folders import require_allowed
+from flows.approval_request import close_older_questions
 from flows.prefect_logs import hide_tracebacks_of_expected_errors
 from nested_core.config.adapter_names import NAME_PATTERN
 from nested_core.config.section import Section
@@ -23,7 +27,8 @@ from nested_core.registry.promotion_policy import (
     read_candidate,
     recorded_section,
 )
-from tasks.approval_page import approval_pause_key, publish_approval
+from tasks.approval_page import Question, approval_pause_key, publish_approval
+from tasks.night_page import tell_night
 from tasks.outcomes import Outcome
 from tasks.promote import decline, promote_approved, promote_by_recorded_policy
 
@@ -39,15 +44,21 @@ class PromoteParameters(Section):
     requires_approval: bool = Field(
         default=False, description="ask a person, whatever the policy recorded with the version"
     )
+    night: UUID | None = Field(
+        default=None, description="the fine-tune's flow run, which is told the answer"
+    )
 
 
 class Approval(RunInput):
-    """What a person answers in the UI: yes or no, and who it was."""
+    """What a person answers in the UI: yes or no, who it was, and why."""
 
     approve: bool
     by: str = Field(
         min_length=1,
         description="who decides, a free word that nobody checks; it stands in the history",
+    )
+    reason: str = Field(
+        default="", description="why; of a no it stands in the history, and is told to later nights"
     )
 
 
@@ -74,19 +85,50 @@ def promote(config: PromoteParameters) -> State[Any]:
         return Completed(message=reason)
     flow_run = UUID(str(runtime.flow_run.id))
     question = publish_approval(registry, config.name, config.version, champion, flow_run)
-    # Resumed, the flow gets the answer here; until then this line raises, and the process ends.
-    answer = suspend_flow_run(
-        wait_for_input=Approval.with_initial_data(description=question),
-        timeout=SECONDS_TO_APPROVE,
-        key=approval_pause_key(champion),
-    )
+    close_older_questions(config.registry, config.name, flow_run)
+    answer = _ask(question, approval_pause_key(champion), flow_run)
     if not answer.approve:
-        decline(registry, config.name, config.version, answer.by)
-        message = f"not approved by {answer.by}"
-        return Completed(name=Outcome.DECLINED, message=message)
-    return _completed_state(
-        promote_approved(registry, config.name, config.version, answer.by, champion)
-    )
+        decline(registry, config.name, config.version, answer.by, answer.reason or None)
+        why = f": {answer.reason}" if answer.reason else ""
+        return _told_state(config, Outcome.DECLINED, f"not approved by {answer.by}{why}")
+    outcome = promote_approved(registry, config.name, config.version, answer.by, champion)
+    if outcome == "promoted":
+        return _told_state(config, Outcome.APPROVED, f"promoted, approved by {answer.by}")
+    if outcome == "superseded":
+        return _told_state(config, Outcome.SUPERSEDED, "the champion changed after the question")
+    return Completed(message=outcome)
+
+
+def _ask(question: Question, key: str, flow_run: UUID) -> Approval:
+    """The answer, once there is one; until then this raises, and the process ends.
+
+    Prefect's state of a run that waits is named Suspended and says nothing: it is given a name and
+    the question's figures, from which an alert is made.
+    """
+    try:
+        return suspend_flow_run(
+            wait_for_input=Approval.with_initial_data(description=question.page),
+            timeout=SECONDS_TO_APPROVE,
+            key=key,
+        )
+    except Pause as pause:
+        if pause.state is not None:
+            waiting: State[Any] = State(
+                type=StateType.PAUSED,
+                name=Outcome.WAITS_FOR_APPROVAL,
+                message=question.summary,
+                state_details=pause.state.state_details,
+            )
+            with get_client(sync_client=True) as client:
+                client.set_flow_run_state(flow_run, waiting, force=True)
+        raise
+
+
+def _told_state(config: PromoteParameters, outcome: Outcome, message: str) -> State[Any]:
+    """The state in which a question ends; the night that asked it is told the same."""
+    if config.night is not None:
+        tell_night(config.night, outcome, message)
+    return Completed(name=outcome, message=message)
 
 
 def _asks_person(registry: Path, config: PromoteParameters) -> bool:

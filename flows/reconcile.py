@@ -11,18 +11,19 @@ from prefect.states import Completed, Failed, State
 from pydantic import Field
 
 from flows.allowed_folders import require_allowed
-from flows.approval_request import request_approval_if_waiting
+from flows.approval_request import request_approval
 from flows.dead_runs import end_dead_runs
-from flows.early_warnings import warn_of_full_disks, warn_of_old_champions
+from flows.early_warnings import warn_of_full_disks, warn_of_long_runs, warn_of_old_champions
 from flows.prefect_logs import hide_tracebacks_of_expected_errors
 from nested_core.config.registry import AdapterName
 from nested_core.config.section import Section
 from nested_core.errors import DamagedError
 from nested_core.registry import list_names
 from nested_core.registry.name_folders import name_exists
-from nested_core.registry.promotion_policy import DAMAGED_OUTCOME
+from nested_core.registry.promotion_policy import DAMAGED_OUTCOME, WAITING_OUTCOME
 from nested_core.text.digest_format import shorten_digest
 from tasks.champion_page import had_champion, publish_champion_if_changed
+from tasks.nights_page import publish_nights
 from tasks.outcomes import Outcome
 from tasks.promote import check_champion
 from tasks.promote import promote_missed as reconcile_name
@@ -57,16 +58,20 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
     if config.stale_after_nights is not None:
         warn_of_old_champions(registry, names, config.stale_after_nights)
     warn_of_full_disks([registry, Path.cwd()])
+    warn_of_long_runs()
     for name, state in decided.items():
-        for version, said in (state.result() if state.is_completed() else {}).items():
-            request_approval_if_waiting(registry, name, version, said)
+        outcomes = state.result() if state.is_completed() else {}
+        waiting = [v for v, said in outcomes.items() if said.startswith(WAITING_OUTCOME)]
+        for version in waiting[:1]:  # the newest: its question closes those about older ones
+            request_approval(registry, name, version)
     dead = end_dead_runs()
+    sound = [name for name in names if checked[name].is_completed()]
+    told = _bring_pages_up_to_date(registry, sound)
     damage, other_problems = _find_problems(registry, decided, checked, absent)
     if damage:
         return Failed(name=Outcome.DAMAGED, message="; ".join(damage + other_problems))
     if other_problems:
         return Failed(message="; ".join(other_problems))
-    told = _bring_pages_up_to_date(registry, names)
     promoted = [name for name, state in decided.items() if "promoted" in state.result().values()]
     outcome = Outcome.PROMOTED if promoted else None
     message = f"promoted: {', '.join(promoted) or 'nothing'}"
@@ -110,12 +115,13 @@ def _find_problems(
 
 
 def _bring_pages_up_to_date(registry: Path, names: Sequence[str]) -> list[str]:
-    """Publish the pages of champions that were changed at the command line or by a server.
+    """Publish the pages of champions that were changed elsewhere, and of nights that crashed.
 
     Returns what servers did, a sentence each.
     """
     told = []
     for name in names:
+        publish_nights(name)
         try:
             is_news = publish_champion_if_changed(registry, name)
             told += announce_servers(registry, name, is_news=is_news)

@@ -18,7 +18,7 @@ from prefect.states import Completed, Failed, State
 from pydantic import Field, JsonValue
 
 from flows.allowed_folders import with_allowed_paths, with_trusted_code
-from flows.approval_request import request_approval_if_waiting
+from flows.approval_request import request_approval
 from flows.flow_run_labels import SWEEP_TAG
 from flows.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
 from flows.state_messages import shorten_version
@@ -29,7 +29,7 @@ from nested_core.config.section import Section
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.gate.sweep_choice import SweepChoice
 from nested_core.pipeline.continual import champion_or_none
-from nested_core.registry.promotion_policy import effective_rule
+from nested_core.registry.promotion_policy import WAITING_OUTCOME, effective_rule
 from nested_core.storage.run_directory import RunDirectory
 from tasks.outcomes import Outcome
 from tasks.promote import promote
@@ -103,7 +103,8 @@ def sweep(config: SweepParameters) -> State[Any]:
     if best is None:
         return Failed(message=f"none of {len(points)} runs passed the gate")
     version, done = promote_choice(target, best, outcomes, champion)
-    request_approval_if_waiting(Path(target.path), target.name, version, done)
+    if done.startswith(WAITING_OUTCOME):
+        request_approval(Path(target.path), target.name, version)
     verified = sum(outcome.has_passed for outcome in outcomes)
     what = (
         f"{verified} of {len(points)} verified; best {shorten_version(version)}: {best.describe()}"

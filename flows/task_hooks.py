@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from uuid import UUID
 
-from prefect import get_run_logger
+from prefect import get_run_logger, runtime
 
-from flows.approval_request import request_approval_if_waiting
+from flows.approval_request import request_approval
 from flows.early_warnings import warn_of_full_disks
 from flows.state_messages import describe_test_loss
 from flows.stop_signals import Stopper
@@ -14,7 +15,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.verdict import Verdict, read_verdict
 from nested_core.pipeline.hooks import Hooks
 from nested_core.pipeline.steps import TrainResult
-from nested_core.registry.promotion_policy import registry_location
+from nested_core.registry.promotion_policy import WAITING_OUTCOME, registry_location
 from nested_core.storage.run_directory import RunDirectory
 from tasks.events import emit_adapter_event
 from tasks.gate import gate
@@ -83,5 +84,6 @@ class TaskHooks(Hooks):
         """The task `promote`; a person is asked about a version that needs one."""
         outcome = promote(config.registry, version, champion)
         path, name = registry_location(config.registry)
-        request_approval_if_waiting(path, name, version, outcome)
+        if outcome.startswith(WAITING_OUTCOME):
+            request_approval(path, name, version, UUID(str(runtime.flow_run.id)))
         return outcome

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -23,8 +24,9 @@ from tasks.verdict_text import describe_champion_loss, describe_losses, describe
 
 HOW_TO_ANSWER = (
     "To answer, press Resume on this flow run's page and fill in the form: approve on makes the "
-    "candidate champion, approve off leaves the champion as it is, and your name stands in the "
-    "history. Cancel, or no answer for 7 days, leaves it as it is too."
+    "candidate champion, approve off leaves the champion as it is and is remembered: nobody is "
+    "asked about another version of the same data and settings. Your name and reason stand in the "
+    "history. Cancel, or no answer for 7 days, leaves the champion as it is too."
 )
 PAUSE_KEY_PREFIX = (
     "approval-"  # of a pause; the champion that the version was shown against follows
@@ -36,30 +38,56 @@ def approval_pause_key(champion: str | None) -> str:
     return f"{PAUSE_KEY_PREFIX}{champion or 'none'}"
 
 
+@dataclass(frozen=True)
+class Question:
+    """What a person is asked: as a page of markdown for the form, and in one line."""
+
+    page: str
+    summary: str
+
+
 def publish_approval(
     registry: Path, name: str, version: str, champion: str | None, flow_run: UUID
-) -> str:
-    """Put the page beside the flow run; return it as markdown, for the form of the answer."""
-    page = describe_approval(
-        registry, name, version, champion, _read_champions_asked_about(flow_run)
-    )
+) -> Question:
+    """Put the page beside the flow run; return it, and the line that stands in state and alert."""
+    facts = list_approval_facts(registry, name, version, champion)
+    page = describe_approval(name, version, champion, facts, _read_champions_asked_about(flow_run))
     with ArtifactClient() as artifacts:
         artifacts.publish_page(
             artifact_key(name, "approval"),
             page,
             f"Waits for a person: is {shorten_digest(version)} to be the champion of {name}?",
         )
-    return str(page)
+    return Question(str(page), " ".join(f"{what}: {fact.rstrip('.')}." for what, fact in facts))
+
+
+def list_approval_facts(
+    registry: Path, name: str, version: str, champion: str | None
+) -> list[tuple[str, str]]:
+    """Candidate and champion, each with its losses and answers, and the two compared."""
+    verdict = read_newest_verdict(registry, name, version, champion)
+    facts = [("Candidate", f"{shorten_digest(version)}: {_describe_losses_and_answers(verdict)}")]
+    if champion is None:
+        return [*facts, ("Champion", "none yet")]
+    figures = _describe_losses_and_answers(read_newest_verdict(registry, name, champion))
+    return [
+        *facts,
+        ("Champion", f"{shorten_digest(champion)}: {figures}"),
+        ("Compared", _compare_losses(registry, name, version, champion, verdict)),
+    ]
 
 
 def describe_approval(
-    registry: Path, name: str, version: str, champion: str | None, champions_asked_about: list[str]
+    name: str,
+    version: str,
+    champion: str | None,
+    facts: list[tuple[str, str]],
+    champions_asked_about: list[str],
 ) -> MarkdownPage:
     """Candidate and champion with loss and answers; why it asks again, where it has asked before.
 
     `champions_asked_about` holds the champions, or "none", that it asked about so far.
     """
-    verdict = read_newest_verdict(registry, name, version, champion)
     page = MarkdownPage(f"Make {shorten_digest(version)} the champion of {name}?")
     earlier = [one for one in champions_asked_about if one != (champion or "none")]
     if earlier:
@@ -68,15 +96,7 @@ def describe_approval(
             f"{shorten_digest(champion or 'none')} after the last question; an answer given to "
             "that one promoted nothing."
         )
-    facts = [("Candidate", f"{shorten_digest(version)}: {_describe_losses_and_answers(verdict)}")]
-    if champion is None:
-        facts.append(("Champion", "none yet"))
-    else:
-        figures = _describe_losses_and_answers(read_newest_verdict(registry, name, champion))
-        facts.append(("Champion", f"{shorten_digest(champion)}: {figures}"))
-        facts.append(("Compared", _compare_losses(registry, name, version, champion, verdict)))
-    facts.append(("Version in full", version))
-    page.add_facts(facts)
+    page.add_facts([*facts, ("Version in full", version)])
     page.add_paragraph(HOW_TO_ANSWER)
     return page
 

@@ -46,14 +46,17 @@ def artifact_key(adapter: str | None, page: str) -> str:
 
 
 class ArtifactClient:
-    """Publishes artifacts of the run in whose context it is used, over one connection.
+    """Publishes artifacts of a flow run over one connection: of that in whose context it is used.
+
+    `flow_run` is another one, that has ended.
 
     What is published again under a key replaces what was there, in the same row of the server's
     database; so does what a flow run publishes after it is tried again. A server that is away takes
     nothing and fails nothing: the log says which page is not up to date.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, flow_run: UUID | None = None) -> None:
+        self._flow_run = flow_run
         self._client = get_client(sync_client=True)
         self._published: dict[str, UUID] = {}
 
@@ -90,6 +93,8 @@ class ArtifactClient:
         """Make an artifact, or replace the content of the one that this flow run has."""
         shown = escape_markdown(description)
         task_run, flow_run = get_task_and_flow_run_ids()
+        if self._flow_run is not None:
+            task_run, flow_run = None, self._flow_run
         earlier = self._published.get(key) or self._find_earlier(key, flow_run)
         if earlier is not None:
             update = ArtifactUpdate(data=data, description=shown)

@@ -1,15 +1,40 @@
-"""The events of an adapter: adapter.verified, rejected, promoted, rolled_back and not_followed.
+"""The events of an adapter: verified, rejected, not_followed, and one for each line of its history.
 
-An event is a hint that can get lost or come twice: nothing is decided by one.
+An event is a hint that can get lost or come twice: nothing is decided by one. Those of the history
+have an id of their line, so that whoever looks can send what the server has not heard of: the run
+or the command that made the change, and the hourly reconcile.
 """
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Literal
+from uuid import UUID, uuid5
 
-from prefect.events import emit_event
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.events import Event, emit_event
 
-Happening = Literal["verified", "rejected", "promoted", "rolled_back", "not_followed"]
+from nested_core import registry
+from nested_core.registry.ledger import Action
+from tasks.server_outage import tolerating_server_outage
+
+Happening = Literal["verified", "rejected", "not_followed"]
+HAPPENING_BY_ACTION: dict[Action, str] = {
+    "promote": "promoted",
+    "rollback": "rolled_back",
+    "moved": "moved",
+    "declined": "declined",
+    "forgotten": "forgotten",
+    "restored": "restored",
+    "policy": "policy_changed",
+}
+# How long ago a change may have been that the server is told of: it keeps events for a week, and
+# what it has dropped is not to be told again.
+MAX_AGE = timedelta(days=1)
+MAX_EVENTS = 50  # that the server answers at once
+PAYLOAD_FIELDS = ("version", "previous", "by", "reason", "before", "after")
+NAMESPACE = UUID("6b1d2c52-6a0e-4d56-9d0b-6f1d6d2f8f3a")
 
 
 def emit_adapter_event(happening: Happening, name: str, payload: dict[str, Any]) -> None:
@@ -17,6 +42,55 @@ def emit_adapter_event(happening: Happening, name: str, payload: dict[str, Any])
     emit_event(f"adapter.{happening}", resource=adapter_resource(name), payload=payload)
 
 
+def announce_changes(path: Path, name: str) -> None:
+    """Tell the server of the changes of an adapter that it has not heard of; in a flow run."""
+    with (
+        tolerating_server_outage(f"what was changed of {name} is told by the next reconcile"),
+        get_client(sync_client=True) as client,
+    ):
+        send_missing_events(client, path, name)
+
+
+def send_missing_events(client: SyncPrefectClient, path: Path, name: str) -> None:
+    """Send an event for each change of the last day that the server has none of."""
+    since = datetime.now(UTC) - MAX_AGE
+    events = [
+        _event_of_line(path, name, line)
+        for line in registry.history(path, name)[-MAX_EVENTS:]
+        if line["action"] in HAPPENING_BY_ACTION
+        and not line.get("unfinished")
+        and datetime.fromisoformat(line["time"]) > since
+    ]
+    if not events:
+        return
+    wanted = {"filter": {"id": {"id": [str(event.id) for event in events]}}, "limit": MAX_EVENTS}
+    answer = client.request("POST", "/events/filter", json=wanted).raise_for_status()
+    known = {UUID(event["id"]) for event in answer.json()["events"]}
+    missing = [event.model_dump(mode="json") for event in events if event.id not in known]
+    if missing:
+        client.request("POST", "/events", json=missing).raise_for_status()
+
+
 def adapter_resource(name: str) -> dict[str, str]:
     """The resource that all events of an adapter are about."""
     return {"prefect.resource.id": f"adapter.{name}", "prefect.resource.name": name}
+
+
+def _event_of_line(path: Path, name: str, line: dict[str, Any]) -> Event:
+    """The event of a line of the history: what was changed, by whom, and when."""
+    flow_run = line.get("flow_run")
+    related = {
+        "prefect.resource.id": f"prefect.flow-run.{flow_run}",
+        "prefect.resource.role": "flow-run",
+    }
+    place = f"{path.resolve()} {name} {line['previous_line_sha256']} {line['time']}"
+    return Event.model_validate(
+        {
+            "id": uuid5(NAMESPACE, place),
+            "occurred": line["time"],
+            "event": f"adapter.{HAPPENING_BY_ACTION[line['action']]}",
+            "resource": adapter_resource(name),
+            "related": [] if flow_run is None else [related],
+            "payload": {field: line[field] for field in PAYLOAD_FIELDS if field in line},
+        }
+    )

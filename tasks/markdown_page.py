@@ -5,8 +5,20 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from nested_core.text.foreign_text import escape, escape_markdown
+
+
+@dataclass(frozen=True)
+class Link:
+    """Text that leads to another page of the same server."""
+
+    text: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"[{escape_markdown(self.text)}]({self.path})"
 
 
 class MarkdownPage:
@@ -33,14 +45,18 @@ class MarkdownPage:
         lines = [f"- **{escape_markdown(name)}**: {escape_markdown(fact)}" for name, fact in facts]
         self._lines += [*lines, ""]
 
-    def add_code(self, text: str) -> None:
-        """Add a block of one line that is shown in the letters of a terminal, to be copied."""
-        self._lines += [f"    {escape(text)}", ""]
+    def add_code(self, *lines: str) -> None:
+        """Add a block of lines that are shown in the letters of a terminal, to be copied."""
+        self._lines += [*(f"    {escape(line)}" for line in lines), ""]
 
     def add_table(self, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Add a table, a row for each of `rows`; numbers have 4 significant digits."""
         self._lines += [_table_line(columns), "|" + "---|" * len(columns)]
         self._lines += [*map(_table_line, rows), ""]
+
+    def add_links(self, links: Iterable[tuple[str, str]]) -> None:
+        """Add a line of links: the text of each, and where on this server it leads."""
+        self._lines += [" | ".join(str(Link(text, path)) for text, path in links), ""]
 
     def add_picture(self, svg: str, alternative: str) -> None:
         """Add a drawing, within the page: no browser asks the network for it.
@@ -62,4 +78,8 @@ def format_cell(value: object) -> str:
 
 
 def _table_line(cells: Sequence[object]) -> str:
-    return f"| {' | '.join(escape_markdown(format_cell(cell)) for cell in cells)} |"
+    return f"| {' | '.join(map(_format_table_cell, cells))} |"
+
+
+def _format_table_cell(cell: object) -> str:
+    return str(cell) if isinstance(cell, Link) else escape_markdown(format_cell(cell))

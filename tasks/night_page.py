@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from prefect import get_run_logger
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.states import Completed, State
 
+from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import NestedTuneError
 from nested_core.gate.answers.answer_records import AnswerRecord, read_answers
-from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory, find_run_of
 from nested_core.storage.strict_files import read_json_object
 from nested_core.text.digest_format import shorten_digest
 from nested_core.training.metrics_file import read_metrics
 from nested_core.training.sample_prompts import SampleTable
 from tasks.artifact_client import ArtifactClient, artifact_key
 from tasks.markdown_page import MarkdownPage
+from tasks.nights_page import publish_nights
+from tasks.outcomes import Outcome
+from tasks.server_outage import tolerating_server_outage
 from tasks.verdict_text import (
     describe_champion_loss,
     describe_drift,
@@ -33,6 +43,7 @@ CRASHED_RUN_NOTE = (
 )
 MAX_SHOWN_ANSWERS = 5
 MAX_SHOWN_CHARACTERS = 160  # of a question or an answer
+MAX_CELL_CHARACTERS = 40  # two such columns fit a window of 1,280 pixels
 MAX_SHOWN_CHECKS = 4
 DATASET_PROBLEM_SEVERITIES = (
     "error",
@@ -40,10 +51,41 @@ DATASET_PROBLEM_SEVERITIES = (
 )  # of a finding that is more than a figure about the data
 
 
-def publish_night(config: FineTuneConfig, run: RunDirectory, outcome: str, message: str) -> None:
+def tell_night(night: UUID, outcome: Outcome, message: str) -> None:
+    """Say what became of the question that a night asked: in its state's name, and on its page.
+
+    `night` is the fine-tune's flow run. Its state stays of the type Completed, and when it ended
+    stays as it was. The page stays as it was where the run's folder is not on this machine.
+    """
+    with (
+        tolerating_server_outage("the night's page does not say what became of its question"),
+        get_client(sync_client=True) as client,
+    ):
+        state = client.read_flow_run(night).state
+        if state is None or state.type != StateType.COMPLETED or state.name == outcome:
+            return
+        said = f"{state.message}; {message}"
+        told: State[None] = Completed(name=outcome, message=said)
+        client.set_flow_run_state(night, told, force=True)
+        run = find_run_of(night)
+        if run is not None:
+            config = read_run_config(run)
+            publish_night(config, run, outcome, said, flow_run=night)
+            publish_nights(config.registry.name)
+
+
+def publish_night(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    outcome: str,
+    message: str,
+    *,
+    flow_run: UUID | None = None,
+) -> None:
     """Publish the page, or replace it; a file of the run that cannot be read is only logged.
 
-    `outcome` is the name of the flow run's state, `message` what the state says.
+    `outcome` is the name of the flow run's state, `message` what the state says; `flow_run` is the
+    run that the page belongs to, where that is not the one at work.
     """
     name = config.registry.name
     shown = _join_lines(message).removeprefix(f"{outcome.lower()}: ")
@@ -53,7 +95,7 @@ def publish_night(config: FineTuneConfig, run: RunDirectory, outcome: str, messa
     except (NestedTuneError, OSError) as error:  # the night is over: a page changes nothing
         get_run_logger().warning("The page of this night is not up to date: %s", error)
         return
-    with ArtifactClient() as artifacts:
+    with ArtifactClient(flow_run) as artifacts:
         artifacts.publish_page(artifact_key(name, "night"), page, description)
 
 
@@ -87,11 +129,15 @@ def describe_night(
     if outcome == UNDER_WAY:
         page.add_paragraph(CRASHED_RUN_NOTE)
     page.add_paragraph("The same again, on that machine:")
-    page.add_code(f"nested-tune train -c {shlex.quote(str(run.config.resolve()))} --run-dir again")
+    page.add_code(
+        "nested-tune train --run-dir again \\", f"  -c {shlex.quote(str(run.config.resolve()))}"
+    )
     answers = list(_pair_answers(run))
     if answers:
         page.add_heading("Answers before and after")
-        page.add_table(("score", "question", "before", "after"), answers)
+    for scores, question, before, after in answers:
+        page.add_paragraph(f"{question}: score {scores}")
+        page.add_table(("before", "after"), zip_longest(_wrap(before), _wrap(after), fillvalue=""))
     _add_samples(page, run, verdict)
     return page
 
@@ -209,11 +255,21 @@ def _add_samples(page: MarkdownPage, run: RunDirectory, verdict: Mapping[str, An
     page.add_paragraph(
         f"Answers at {samples.describe()}; all are in metrics.jsonl of the run folder."
     )
-    rows = [
-        (step, *(None if answer is None else _shorten_answer(answer) for answer in answers))
-        for step, answers in samples.rows
-    ]
-    page.add_table(("step", *map(_shorten_answer, samples.prompts)), rows)
+    for number, prompt in enumerate(samples.prompts):
+        page.add_paragraph(_shorten_answer(prompt))
+        rows = [
+            (step if line_number == 0 else "", line)
+            for step, answers in samples.rows
+            for line_number, line in enumerate(
+                _wrap(_shorten_answer(answers[number] or "-"), 2 * MAX_CELL_CHARACTERS)
+            )
+        ]
+        page.add_table(("step", "answer"), rows)
+
+
+def _wrap(text: str, width: int = MAX_CELL_CHARACTERS) -> list[str]:
+    """The lines of an answer in a table: one of Prefect's UIs cuts what is too wide for it."""
+    return textwrap.wrap(text, width) or [""]
 
 
 def _shorten_answer(text: str) -> str:

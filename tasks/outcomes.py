@@ -1,4 +1,4 @@
-"""The names of states that Prefect's lists show in place of Completed, Failed and Scheduled."""
+"""The names of states, which Prefect's lists show in place of Completed, Failed and the like."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ class Outcome(StrEnum):
     VERIFIED = "Verified"  # the gate passed it, and its policy did not ask for more
     KEPT_CHAMPION = "Kept the champion"  # sound, and not better
     SKIPPED = "Skipped"  # nothing to train, or another night at work
-    RESUMED = "Resumed"  # scheduled again by an automation after a crash; see automations.yaml
     ROLLED_BACK = "Rolled back"
-    DECLINED = "Declined"  # by a person who was asked
+    # Of a question that is put to a person, and of the night that asks it:
+    WAITS_FOR_APPROVAL = "Waits for approval"
+    APPROVED = "Approved"  # the version is champion by a person's word
+    DECLINED = "Declined"
+    SUPERSEDED = "Superseded"  # a newer version's question closed it
     # Of the type Failed:
     DAMAGED = "Damaged"  # a registry or run folder is not as it was written
     DATA_REFUSED = "Failed: data"  # the data set was rejected before anything was trained

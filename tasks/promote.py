@@ -13,7 +13,7 @@ from nested_core.registry.ledger import Entry, Origin
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.text.digest_format import shorten_digest
 from tasks.champion_page import publish_champion
-from tasks.events import emit_adapter_event
+from tasks.events import announce_changes
 from tasks.retrying import REGISTRY_RETRY_DELAYS, retried_task
 from tasks.server_outage import tolerating_server_outage
 from tasks.serving import await_servers
@@ -52,9 +52,10 @@ def promote_approved(
 
 
 @retried_task("decline", "decline {name} {version:.12}", REGISTRY_RETRY_DELAYS)
-def decline(path: Path, name: str, version: str, by: str) -> None:
-    """Record in the history that a person did not approve a version."""
-    registry.decline(path, name, version, by=by, origin=read_origin())
+def decline(path: Path, name: str, version: str, by: str, reason: str | None) -> None:
+    """Record in the history that a person did not approve a version, and why."""
+    registry.decline(path, name, version, by=by, reason=reason, origin=read_origin())
+    announce_changes(path, name)
 
 
 @retried_task("roll-back", "roll-back {name}", REGISTRY_RETRY_DELAYS)
@@ -78,17 +79,18 @@ def roll_back(path: Path, name: str, to: str | None, by: str, champion: str | No
 
 @retried_task("reconcile", "reconcile {name}", REGISTRY_RETRY_DELAYS)
 def promote_missed(path: Path, name: str) -> dict[str, str]:
-    """Promote what an event got lost for; the outcome of each version that never was champion."""
-    before = registry.read_champion(path, name)
+    """Promote what was missed; the outcome of each version that never was champion.
+
+    The server is told of what was changed at the command line, too.
+    """
     outcomes = promotion_policy.promote_missed_versions(path, name, origin=read_origin())
     if (late := _find_change_of_this_try(path, name)) is not None and late.version is not None:
         outcomes[late.version] = "promoted"
-        before = late.previous
     for version, outcome in outcomes.items():
         get_run_logger().info("%s %s: %s", name, shorten_digest(version), outcome)
         if outcome == "promoted":
-            emit_adapter_event("promoted", name, {"version": version, "previous": before})
             publish_champion(path, name)
+    announce_changes(path, name)
     return outcomes
 
 
@@ -125,15 +127,14 @@ def _find_change_of_this_try(path: Path, name: str) -> Entry | None:
 
 
 def _announce_promotion(path: Path, name: str, version: str, done: Promotion | str) -> str:
-    """Log what became of it; where the champion has moved, emit an event and publish its page."""
+    """Log what became of it; where the champion has moved, tell the server and publish its page."""
     if (late := _find_change_of_this_try(path, name)) is not None:
         outcomes = {"promote": "promoted", "rollback": "rolled_back"}
         done = Promotion(outcomes[late.action], str(late.version), late.previous)  # type: ignore[arg-type]
     outcome = done if isinstance(done, str) else done.outcome
     get_run_logger().info("%s %s: %s", name, shorten_digest(version), outcome)
     if isinstance(done, Promotion) and outcome in ("promoted", "rolled_back"):
-        payload = {"version": done.version, "previous": done.previous}
-        emit_adapter_event("promoted" if outcome == "promoted" else "rolled_back", name, payload)
+        announce_changes(path, name)
         await_servers(path, name, done.version)
         publish_champion(path, name)
     return outcome

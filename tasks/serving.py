@@ -18,7 +18,7 @@ from nested_core.registry.serving_status import (
 )
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.text.digest_format import shorten_digest
-from tasks.events import emit_adapter_event
+from tasks.events import announce_changes, emit_adapter_event
 
 TIME_TO_FOLLOW = timedelta(minutes=1)
 SERVER_AUTHOR = "nested-tune serve "  # begins who did it, in a line of the history by a server
@@ -39,6 +39,7 @@ def await_servers(registry: Path, name: str, version: str) -> None:
     if read_champion(registry, name) == version:
         tell_of_servers_behind(name, version, servers)
     else:
+        announce_changes(registry, name)
         announce_servers(registry, name, is_news=True)
 
 
@@ -56,7 +57,7 @@ def announce_servers(registry: Path, name: str, *, is_news: bool) -> list[str]:
     """Tell what the servers of a name did by themselves, and which of them do not follow.
 
     is_news: whether the champion is another than the server's page has. A rollback by a server is
-    told then. Returns a sentence for each thing told.
+    named then; its event is the history's. Returns a sentence for each thing told.
     """
     changes = read_champion_changes(registry, name)
     champion = read_champion(registry, name)
@@ -64,8 +65,6 @@ def announce_servers(registry: Path, name: str, *, is_news: bool) -> list[str]:
         return []
     last, told = changes[-1], []
     if is_news and last.action == "rollback" and last.by.startswith(SERVER_AUTHOR):
-        payload = {"version": last.version, "previous": last.previous, "reason": last.reason}
-        emit_adapter_event("rolled_back", name, payload)
         told.append(f"rolled back to {shorten_digest(champion)} by {last.by}: {last.reason}")
     if datetime.now(UTC) - datetime.fromisoformat(last.time) > TIME_TO_FOLLOW:
         _, urls = _read_recorded_settings(registry, name, champion)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flows.commands.adapter_places import add_registry_arguments
 from flows.commands.command_output import result_printer, text_printer
 from flows.current_user import current_user
+from flows.server_notice import tell_server
 from flows.terminal import print_line, print_progress, print_table
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.run_directory import RunDirectory
@@ -98,6 +99,7 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     config = config.model_copy(update={"registry": config.registry.model_copy(update=place)})
     expected = UNSET if arguments.if_champion is None else arguments.if_champion
     done = register_and_promote_run(config, run, by=current_user(), expected_champion=expected)
+    tell_server(arguments.registry, arguments.name)
     if done.against_policy is not None:
         print_progress(
             f"note: the policy of {arguments.name} would not have promoted it "
@@ -133,6 +135,7 @@ def run_rollback(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.registry import rollback
 
     done = rollback(arguments.registry, arguments.name, to=arguments.to, by=current_user())
+    tell_server(arguments.registry, arguments.name)
     return _print_change(arguments, done)
 
 
@@ -143,6 +146,7 @@ def run_policy(arguments: argparse.Namespace) -> Callable[[], int]:
     changes = _read_policy_changes(arguments)
     if changes:
         policy = set_policy(arguments.registry, arguments.name, by=current_user(), changes=changes)
+        tell_server(arguments.registry, arguments.name)
     else:
         policy = read_policy(arguments.registry, arguments.name) or RegistryPolicy()
     fields = policy.fields()
@@ -218,6 +222,7 @@ def run_forget(arguments: argparse.Namespace) -> Callable[[], int]:
         by=arguments.by,
         reason=arguments.reason,
     )
+    tell_server(arguments.registry, arguments.name)
     return text_printer(f"forgotten: {shorten_digest(version)}")
 
 

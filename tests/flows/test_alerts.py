@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,7 +15,7 @@ from prefect import flow, tags
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import StateType
 from prefect.events.worker import EventsWorker
-from prefect.states import Completed, State
+from prefect.states import Completed, Running, State
 
 from flows import early_warnings
 from flows.alerts import alert_block, find_or_make_block, send_test_alert
@@ -141,7 +141,7 @@ def test_a_crash_that_is_reported_twice_is_told_once(
 def test_where_all_is_well_there_is_silence(
     client: SyncPrefectClient, told: list[str], tmp_path: Path
 ) -> None:
-    names = ("Promoted", "Verified", "Kept the champion", "Skipped", "Resumed")
+    names = ("Promoted", "Verified", "Kept the champion", "Skipped", "Waits for approval")
     for name in names:
         end_run(client, name, Completed(name=name, message="val loss 0.02"))
     cancelled = State(type=StateType.CANCELLED, name="Cancelled", message="by a person")
@@ -177,7 +177,7 @@ def test_a_rollback_an_old_champion_and_a_full_disk_are_told(
     reconcile(ReconcileParameters(registry=str(registry), stale_after_nights=1e-9))
     EventsWorker.drain_all()
     back = wait_for_text(told, "Rolled back")
-    assert back.startswith(f"Rolled back: {NAME}\nThe champion is {str(before)[:6]} again;")
+    assert back.startswith(f"Rolled back: {NAME}\nThe champion is {str(before)[:6]} again, by bob;")
     assert str(champion)[:6] in back
     assert f"{NAME} has had no new champion since" in wait_for_text(told, "Old champion")
     full = wait_for_text(told, "Disk nearly full")
@@ -194,11 +194,59 @@ def test_a_damaged_champion_is_told_with_what_to_do(
     weights.chmod(0o600)
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with tags("nested-tune"):
-        state = reconcile(ReconcileParameters(registry=str(registry)), return_state=True)
+        for _ in range(2):
+            state = reconcile(ReconcileParameters(registry=str(registry)), return_state=True)
     assert state.name == "Damaged"
-    text = wait_for_text(told, "Damaged: ")
+    end_run(client, "after both hours", State(type=StateType.FAILED, name="Failed"))
+    wait_for_text(told, "after both hours")
+    (text,) = [text for text in told if "Damaged: " in text]
     assert "adapters.safetensors: has changed since it was written" in text
     assert "nested-tune forget" in text
+
+
+def test_a_person_is_told_that_a_version_waits_with_the_figures_and_a_link(
+    client: SyncPrefectClient, told: list[str]
+) -> None:
+    figures = "Candidate: 4e044e: loss 4.1 before training, 1.2 after."
+    waits = State(type=StateType.PAUSED, name="Waits for approval", message=figures)
+    end_run(client, "promote support-bot 4e044e", waits)
+    text = wait_for_text(told, "Waits for approval: ")
+    assert text.startswith(f"Waits for approval: promote support-bot 4e044e\n{figures} To answer,")
+    assert "/runs/flow-run/" in text
+
+
+def test_a_run_that_takes_far_longer_than_the_last_ones_is_told_once(
+    client: SyncPrefectClient, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NESTED_TUNE_ROOTS", str(tmp_path))
+    monkeypatch.setattr(early_warnings, "SHORTEST_LONG_RUN", timedelta(0))
+    monkeypatch.setenv("NESTED_TUNE_LONG_RUN", "0")  # times the last ones: any run is long
+    deployment = client.create_deployment(client.create_flow(night), name=str(uuid4()))
+    for name, end in (("the last one", Completed()), ("the long one", None)):
+        run = client.create_flow_run_from_deployment(deployment, name=name, tags=["nested-tune"])
+        client.set_flow_run_state(run.id, Running(), force=True)
+        if end is not None:
+            client.set_flow_run_state(run.id, end, force=True)
+    (tmp_path / "registry").mkdir()
+    for _ in range(2):
+        reconcile(ReconcileParameters(registry=str(tmp_path / "registry")))
+    EventsWorker.drain_all()
+    end_run(client, "after the long one", State(type=StateType.FAILED, name="Failed"))
+    wait_for_text(told, "after the long one")
+    (text,) = [text for text in told if "Runs long" in text]
+    assert text.startswith("Runs long: the long one\nthe long one has been running for ")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "last", "is_long"),
+    [(250, [60, 120], True), (230, [60, 120], False), (50, [10], False), (9999, [], False)],
+)
+def test_a_run_is_long_beyond_twice_the_longest_of_the_last_and_a_minute(
+    seconds: int, last: list[int], is_long: bool
+) -> None:
+    times = [timedelta(seconds=each) for each in last]
+    said = early_warnings.describe_long_run("x", timedelta(seconds=seconds), times, 2.0)
+    assert (said is not None) is is_long
 
 
 def test_a_failed_automation_is_told_and_a_failed_alert_is_not_told_for_ever(

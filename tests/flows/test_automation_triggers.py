@@ -13,7 +13,6 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-import yaml
 from prefect.settings import (
     PREFECT_SERVER_DATABASE_CONNECTION_URL,
     PREFECT_SERVER_DATABASE_TIMEOUT,
@@ -21,17 +20,18 @@ from prefect.settings import (
 )
 
 from flows.dead_runs import SECONDS_OF_SILENCE
+from flows.deployment_plan import read_automations_yaml
 from flows.packaged_files import packaged_folder
 from tasks.outcomes import Outcome
 from tests.prefect_home import DATABASE, new_prefect_home
 
 AUTOMATIONS = {
     each["name"].partition(": ")[2]: each
-    for each in yaml.safe_load((packaged_folder("deployments") / "automations.yaml").read_text())[
-        "automations"
-    ]
+    for each in read_automations_yaml(packaged_folder("deployments") / "automations.yaml")
 }
 FREE, RESUME = "free dead runs", "resume what crashed"
+STUCK, REMINDER = "a run does not begin", "an approval still waits"
+ASKED, DAY = (0, "Waits for approval"), 86_400
 RUNNING = {"Running": "RUNNING", "heartbeat": None, "Pending": "PENDING", "Submitting": "PENDING"}
 BEATS = [(0, "Running"), (1, "heartbeat"), (31, "heartbeat")]
 
@@ -71,6 +71,13 @@ CASES = [
     Case("crashed, and ended after all", [(0, "Crashed"), (10, "Promoted")], [21], []),
     Case("crashed a second time", [(0, "Crashed")], [21], [], run_count=2),
     Case("crashed before it began", [(0, "Crashed")], [21], [], run_count=0),
+    # In production the first of the two ends such a run, where it is watched.
+    Case("taken, and not begun", [(0, "Pending"), (4, "Submitting")], [590, 601], [FREE, STUCK]),
+    Case("begun after 9 minutes", [(0, "Pending"), (540, "Running")], [601], [FREE]),
+    Case("asked a day ago", [ASKED], [DAY - 10, DAY + 1], [REMINDER], flow="promote"),
+    Case("asked and answered", [ASKED, (DAY - 9, "Resuming")], [DAY + 1], [], flow="promote"),
+    Case("asked, and asked anew", [ASKED, (9, "Superseded")], [DAY + 1], [], flow="promote"),
+    Case("the night that asked", [ASKED], [DAY + 1], []),
     Case("another flow that crashed", [(0, "Crashed")], [21], [], flow="sweep"),
 ]
 
@@ -124,8 +131,9 @@ async def find_fired() -> dict[str, list[str]]:
     database: Any = provide_database_interface()
     await database.create_db()
     async with database.session_context(begin_transaction=True) as session:
-        for name in (FREE, RESUME):
+        for name in (FREE, RESUME, STUCK, REMINDER):
             planned = deepcopy(AUTOMATIONS[name]) | {"actions": [{"type": "do-nothing"}]}
+            planned.pop("notify", None)
             create: Any = automations.create_automation
             await create(session, Automation.model_validate(planned))
     with pytest.MonkeyPatch.context() as patch:
@@ -174,8 +182,7 @@ def test_an_automation_fires_for_what_is_dead_or_crashed_and_for_nothing_else(
 
 
 def test_every_name_in_which_a_run_ends_is_no_sign_of_death() -> None:
-    ends = [outcome for outcome in Outcome if outcome is not Outcome.RESUMED]
-    names = [*map(str, ends), "Completed", "Failed", "Cancelled"]
+    names = [*map(str, Outcome), "Completed", "Failed", "Cancelled"]
     for automation in (FREE, RESUME):
         expect = AUTOMATIONS[automation]["trigger"]["expect"]
         missing = [

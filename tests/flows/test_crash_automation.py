@@ -59,13 +59,13 @@ def resumed_run(client: SyncPrefectClient) -> UUID:
         runs.append(run_with_states(client, finetune, Pending(), Running(), Crashed()))
         until = time.monotonic() + 3 * SHORTEST
         while time.monotonic() < until:
-            if any(client.read_flow_run(run).state_name == "Resumed" for run in runs):
+            if any(client.read_flow_run(run).state_name == "Scheduled" for run in runs):
                 return True
             time.sleep(0.5)
         return False
 
     wait_until(is_one_resumed, "a crashed run scheduled again")
-    return next(run for run in runs if client.read_flow_run(run).state_name == "Resumed")
+    return next(run for run in runs if client.read_flow_run(run).state_name == "Scheduled")
 
 
 @pytest.mark.reliability  # it waits for the server to see that nothing happens for a while

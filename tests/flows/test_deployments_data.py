@@ -25,6 +25,7 @@ from nested_core.config.registry import RegistrySection
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.registry import audit
+from tasks.outcomes import Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = packaged_folder("deployments")
@@ -241,10 +242,12 @@ def test_a_file_of_ones_own_that_is_none_is_refused(
 
 def test_alerts_are_told_by_the_type_of_a_state_and_by_no_name_that_is_ours() -> None:
     """States of ours are named by their outcome; Late is a name that Prefect's server gives."""
-    alerts = [each for each in PLAN.automations if "notify" in each]
-    expected = {event for each in alerts for event in each["trigger"]["expect"]}
+    alerts = [each["trigger"] for each in PLAN.automations if "notify" in each]
+    reactive = [trigger for trigger in alerts if trigger["posture"] == "Reactive"]
+    expected = {event for trigger in reactive for event in trigger["expect"]}
     of_runs = {event for event in expected if event.startswith("prefect.flow-run.")}
-    assert of_runs == {"prefect.flow-run.*", "prefect.flow-run.Late"}
+    waits = f"prefect.flow-run.{Outcome.WAITS_FOR_APPROVAL}"
+    assert of_runs == {"prefect.flow-run.*", "prefect.flow-run.Late", waits}
     alert = next(each for each in PLAN.automations if "failed or crashed" in each["name"])
     assert alert["trigger"]["match"]["prefect.state-type"] == ["FAILED", "CRASHED"]
 

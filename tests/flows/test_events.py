@@ -1,21 +1,27 @@
-"""What whoever listens hears of an adapter: verified, rejected, promoted and rolled_back."""
+"""What whoever listens hears of an adapter: verified, rejected, and each change of its history."""
 
 from __future__ import annotations
 
 import json
 import re
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from flows import server_notice
+from flows.current_user import current_user
 from flows.finetune import FinetuneParameters, finetune
+from flows.reconcile import ReconcileParameters, reconcile
 from flows.rollback import RollbackParameters, rollback
 from nested_core import registry as core
 from tests.core.registry.conftest import write_run
 from tests.example import example_settings
+from tests.flows.conftest import Ended, called
 from tests.waiting import SECONDS
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -59,7 +65,7 @@ def test_a_verified_and_promoted_adapter_is_announced_with_what_promote_needs(
                 "run_dir": str(tmp_path / "run"),
             },
         ),
-        ("adapter.promoted", {"version": version, "previous": None}),
+        ("adapter.promoted", {"version": version, "previous": None, "by": "policy"}),
     ]
 
 
@@ -94,7 +100,83 @@ def test_a_rollback_is_announced(tmp_path: Path) -> None:
     ]
     for version in versions:
         core.promote(registry, name, version, by="ann")
-    rollback(RollbackParameters(registry=str(registry), name=name, by="ann"))
-    assert events_of(name, 1) == [
-        ("adapter.rolled_back", {"version": versions[0], "previous": versions[1]})
+    rollback(RollbackParameters(registry=str(registry), name=name, by="bob"))
+    promoted = [
+        ("adapter.promoted", {"version": version, "previous": previous, "by": "ann"})
+        for version, previous in zip(versions, [None, *versions], strict=False)
     ]
+    back = {"version": versions[0], "previous": versions[1], "by": "bob"}
+    assert events_of(name, 3) == [*promoted, ("adapter.rolled_back", back)]
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Path:
+    """A registry with a champion and a version before it, changed where no server was told."""
+    registry = tmp_path / "registry"
+    for seed in (1, 2):
+        run = write_run(tmp_path / str(seed), seed)
+        version = core.register(run, registry, tmp_path.name, {})
+        core.promote(registry, tmp_path.name, version, by="ann")
+    return registry
+
+
+def call_with_server(monkeypatch: pytest.MonkeyPatch, url: str, *arguments: object) -> Ended:
+    """A command in an environment that names a server."""
+    monkeypatch.setenv("PREFECT_API_URL", url)
+    with temporary_settings({PREFECT_API_URL: url}):
+        return called(*arguments, cwd=Path.cwd())
+
+
+def test_commands_tell_the_server_what_they_changed_and_who_did_it(
+    changed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = changed.parent.name
+    url = str(PREFECT_API_URL.value())
+    place = ("--registry", changed)
+    done = call_with_server(monkeypatch, url, "rollback", name, *place)
+    assert (done.code, done.stderr) == (0, "")
+    done = call_with_server(monkeypatch, url, "policy", name, *place, "--promote", "approve")
+    assert (done.code, done.stderr) == (0, "")
+    lost = core.list_versions(changed, name)
+    lost.remove(str(core.read_champion(changed, name)))
+    (changed / name / "versions" / lost[0] / "gate.json").unlink()
+    words = ("forget", name, lost[0], *place, "--by", "ann", "--reason", "a bad disk")
+    assert call_with_server(monkeypatch, url, *words).code == 0
+    found = events_of(name, 5)
+    assert [event for event, _ in found[2:]] == [
+        "adapter.rolled_back",
+        "adapter.policy_changed",
+        "adapter.forgotten",
+    ]
+    assert found[2][1]["by"] == current_user()
+    assert found[4][1] == {"version": lost[0], "reason": "a bad disk", "by": "ann"} | {
+        "previous": core.read_champion(changed, name)
+    }
+
+
+def test_reconcile_tells_once_what_no_server_was_told(
+    changed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NESTED_TUNE_ROOTS", str(changed.parent))
+    for _ in range(2):
+        reconcile(ReconcileParameters(registry=str(changed)))
+    core.rollback(changed, changed.parent.name, by="bob")
+    reconcile(ReconcileParameters(registry=str(changed)))
+    told = ["adapter.promoted", "adapter.promoted", "adapter.rolled_back"]
+    assert [event for event, _ in events_of(changed.parent.name, 3)] == told
+
+
+def test_a_server_that_is_away_fails_no_command(
+    changed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as silent:  # takes connections, and answers nothing
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setattr(server_notice, "SECONDS_TO_TELL", 0.3)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/api"
+        done = call_with_server(
+            monkeypatch, url, "rollback", changed.parent.name, "--registry", changed
+        )
+    assert done.code == 0
+    assert done.stdout.startswith("rolled_back: ")
+    assert "note: Prefect's server was not told (no answer within 0.3 seconds)" in done.stderr

@@ -22,15 +22,14 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import Pause
 from prefect.flow_engine import run_flow
 from prefect.flow_runs import resume_flow_run
-from prefect.states import Cancelled, Crashed, Failed
+from prefect.states import Cancelled, Completed, Crashed, Failed
 
-from flows.approval_request import request_approval_if_waiting
+from flows.approval_request import request_approval
 from flows.promote import PromoteParameters, promote
 from flows.reconcile import ReconcileParameters, reconcile
 from flows.rollback import RollbackParameters, rollback
 from nested_core import registry as core
 from nested_core.registry import champion_link
-from nested_core.registry.promotion_policy import WAITING_OUTCOME
 from tasks import promote as promotion_tasks
 from tests.core.registry.conftest import write_run
 from tests.flows.conftest import task_runs
@@ -62,7 +61,8 @@ def add(tmp_path: Path, registry: Path) -> Add:
 
 
 def parameters(registry: Path, version: str, **changes: Any) -> PromoteParameters:
-    return PromoteParameters(registry=str(registry), name=NAME, version=version, **changes)
+    given = {"registry": str(registry), "name": NAME, "version": version}
+    return PromoteParameters(**given | changes)
 
 
 def test_promote_promotes_by_the_recorded_policy_and_again_changes_nothing(
@@ -124,7 +124,7 @@ def waiting(add: Add, registry: Path) -> tuple[UUID, str, str]:
     version = add(2, "approve")
     run_id = deployed_run(parameters(registry, version))
     state = execute(run_id)
-    assert (state.type.value, state.name) == ("PAUSED", "Suspended")
+    assert (state.type.value, state.name) == ("PAUSED", "Waits for approval")
     assert core.read_champion(registry, NAME) == champion
     return run_id, version, champion
 
@@ -146,7 +146,8 @@ def test_approved_by_a_person_a_version_is_promoted_in_that_persons_name(
     run_id, version, champion = waiting
     answer(run_id, approve=True, by="ann")
     state = execute(run_id)
-    assert (state.is_completed(), state.message) == (True, "promoted")
+    assert (state.is_completed(), state.name) == (True, "Approved")
+    assert state.message == "promoted, approved by ann"
     last = core.history(registry, NAME)[-1]
     assert (last["version"], last["previous"], last["by"]) == (version, champion, "ann")
     assert last["automatic"] is False
@@ -154,13 +155,64 @@ def test_approved_by_a_person_a_version_is_promoted_in_that_persons_name(
 
 def test_not_approved_nothing_is_promoted(waiting: tuple[UUID, str, str], registry: Path) -> None:
     run_id, _, champion = waiting
-    answer(run_id, approve=False, by="bob")
+    answer(run_id, approve=False, by="bob", reason="too curt")
     state = execute(run_id)
-    assert (state.is_completed(), state.message) == (True, "not approved by bob")
+    assert (state.is_completed(), state.message) == (True, "not approved by bob: too curt")
     assert state.name == "Declined"
     line = core.history(registry, NAME)[-1]
     assert (line["action"], line["version"], line["by"]) == ("declined", waiting[1], "bob")
+    assert line["reason"] == "too curt"
     assert core.read_champion(registry, NAME) == champion
+
+
+def test_the_state_of_a_question_has_the_figures(waiting: tuple[UUID, str, str]) -> None:
+    run_id, version, champion = waiting
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(run_id).state
+    message = "" if state is None else str(state.message)
+    assert message.startswith(f"Candidate: {version[:12]}: loss 4.1 before training, 1.2 after")
+    assert f"Champion: {champion[:12]}: loss 4.1 before training, 1.2 after" in message
+    assert "Compared: not possible: the two were not judged on the same examples." in message
+
+
+def make_night() -> UUID:
+    """A fine-tune's flow run that has ended with a question."""
+    asked: State[Any] = Completed(name="Waits for approval", message="verified 4e044e")
+    with get_client(sync_client=True) as client:
+        night = client.create_flow_run(promote, name="capitals, 20 Nov")
+        client.set_flow_run_state(night.id, asked, force=True)
+    return night.id
+
+
+def test_the_night_that_asked_is_told_the_answer(add: Add, registry: Path) -> None:
+    night = make_night()
+    run_id = deployed_run(parameters(registry, add(1), requires_approval=True, night=night))
+    execute(run_id)
+    answer(run_id, approve=False, by="bob", reason="too curt")
+    execute(run_id)
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(night).state
+    assert state is not None
+    assert state.is_completed()
+    assert (state.name, state.message) == (
+        "Declined",
+        "verified 4e044e; not approved by bob: too curt",
+    )
+
+
+def test_a_newer_question_closes_the_older_one(
+    waiting: tuple[UUID, str, str], add: Add, registry: Path
+) -> None:
+    older = waiting[0]
+    newer = deployed_run(parameters(registry, add(3), requires_approval=True))
+    other = deployed_run(parameters(registry, add(4), requires_approval=True, name="other"))
+    assert execute(newer).name == "Waits for approval"
+    with get_client(sync_client=True) as client:
+        closed = client.read_flow_run(older).state
+        assert closed is not None
+        assert closed.type.value == "CANCELLED"
+        assert (closed.name, "a newer version asks" in str(closed.message)) == ("Superseded", True)
+        assert client.read_flow_run(other).state_name == "Scheduled"
 
 
 @pytest.mark.slow("several flow runs, each with an approval")
@@ -171,11 +223,11 @@ def test_an_approval_that_was_given_against_another_champion_is_asked_for_again(
     answer(run_id, approve=True, by="ann")
     other = add(3)
     core.promote(registry, NAME, other, by="bob")
-    assert execute(run_id).name == "Suspended"
+    assert execute(run_id).name == "Waits for approval"
     why = f"ASKED AGAIN: the champion changed from {champion[:12]} to {other[:12]}"
     assert why in approval_page(run_id)
     answer(run_id, approve=True, by="ann")
-    assert execute(run_id).message == "promoted"
+    assert execute(run_id).message == "promoted, approved by ann"
     assert core.history(registry, NAME)[-1]["previous"] == other
     assert core.read_champion(registry, NAME) == version
 
@@ -183,9 +235,9 @@ def test_an_approval_that_was_given_against_another_champion_is_asked_for_again(
 @pytest.mark.slow("several flow runs, each with an approval")
 def test_approval_can_be_required_whatever_the_policy(add: Add, registry: Path) -> None:
     run_id = deployed_run(parameters(registry, add(1), requires_approval=True))
-    assert execute(run_id).name == "Suspended"
+    assert execute(run_id).name == "Waits for approval"
     answer(run_id, approve=True, by="ann")
-    assert execute(run_id).message == "promoted"
+    assert execute(run_id).message == "promoted, approved by ann"
 
 
 def test_rollback_goes_back_and_automation_leaves_it_there(add: Add, registry: Path) -> None:
@@ -280,13 +332,15 @@ def test_a_try_after_a_late_error_says_what_the_first_one_did(
     monkeypatch.setattr(champion_link, "swap_link", fail_late)
     told: list[str] = []
     monkeypatch.setattr(
-        promotion_tasks, "emit_adapter_event", lambda happening, *_: told.append(happening)
+        promotion_tasks,
+        "announce_changes",
+        lambda path, name: told.append(core.history(path, name)[-1]["action"]),
     )
     given = RollbackParameters(registry=str(registry), name=NAME, by="ann")
     state = rollback(given, return_state=True)
     assert state.name == "Rolled back"
     assert core.read_champion(registry, NAME) == first
-    assert told == ["rolled_back"]
+    assert told == ["rollback"]
 
 
 def test_reconcile_goes_through_all_and_fails_naming_what_is_damaged(
@@ -343,10 +397,10 @@ def test_a_version_that_waits_is_asked_about_once_whoever_asks_how_often(
     for _ in range(2):
         state = reconcile(given, return_state=True)
         assert state.message == "promoted: nothing"
-    request_approval_again = flow(request_approval_if_waiting)
-    request_approval_again(registry, NAME, version, f"{WAITING_OUTCOME} of it")
+    request_approval_again = flow(request_approval)
+    request_approval_again(registry, NAME, version)
     (run,) = questions(promotion_deployment)
-    config = {"registry": str(registry), "name": NAME, "version": version}
+    config = {"registry": str(registry), "name": NAME, "version": version, "night": None}
     assert run.parameters == {"config": config | {"requires_approval": True}}
     assert NAME in run.tags
     other = add(2, "approve")

@@ -96,7 +96,8 @@ def test_what_a_server_did_is_announced_once(
     again = reconcile(parameters, return_state=True)
     assert "rolled back" not in str(again.message)
     wait_until(lambda: told_of("rolled_back") != [], "the server lists it")
-    assert told_of("rolled_back") == [{"version": first, "previous": second, "reason": reason}]
+    said = {"version": first, "previous": second, "reason": reason, "by": by}
+    assert told_of("rolled_back") == [said]
     write_record(registry, second)
     monkeypatch.setattr(serving, "TIME_TO_FOLLOW", -serving.TIME_TO_FOLLOW)
     late = reconcile(parameters, return_state=True)

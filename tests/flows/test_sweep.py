@@ -22,7 +22,6 @@ from flows.sweep import (
 )
 from nested_core.errors import ConfigError
 from nested_core.storage.run_directory import RunDirectory
-from tasks.outcomes import Outcome
 from tasks.sweep_results import SweepRunResult, choose_best_run
 from tests.core.gate.test_sweep_choice import sweep_of
 from tests.example import example_config
@@ -141,7 +140,7 @@ def test_a_run_that_passed_is_a_candidate_whatever_its_states_name(tmp_path: Pat
         (Crashed(), 1, 600.0, True),  # nobody resumes it
         (Crashed(), 0, 0.0, True),  # it never began
         (Crashed(), 2, 0.0, True),  # the second time
-        (Scheduled(name=Outcome.RESUMED), 1, 0.0, False),
+        (Scheduled(), 1, 0.0, False),
         (Completed(), 1, 0.0, True),
     ],
 )

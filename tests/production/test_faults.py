@@ -284,7 +284,7 @@ def test_a_person_is_asked_once_by_the_run_and_by_reconcile_whatever_events_come
     assert ended.state_name != "Failed", ended.state.message
     (version,) = core.list_versions(stack.registry, NAME)
     (question,) = questions(stack, version)
-    stack.wait(question.id, "Suspended")
+    stack.wait(question.id, "Waits for approval")
     for _ in range(2):  # the event, again, in every form
         announce(stack, version, NAME)
         announce(stack, "not a version", NAME)
@@ -295,13 +295,14 @@ def test_a_person_is_asked_once_by_the_run_and_by_reconcile_whatever_events_come
     stack.wait(stack.submit("reconcile/geography-hourly", names=[NAME]))
     stack.wait(stack.submit("reconcile/geography-hourly", names=[NAME]))
     (asked,) = questions(stack, lost)
-    stack.wait(asked.id, "Suspended")
+    stack.wait(asked.id, "Waits for approval")
     with stack.connected():
         resume_flow_run(asked.id, run_input={"approve": True, "by": "ann"})
-    assert stack.wait(asked.id).state_name in ("Promoted", "Approved")
+    assert stack.wait(asked.id).state_name == "Approved"
     assert champion(stack, NAME) == lost
     then = "one question, whoever asks; no event decides"
-    faults.add("approval: event lost, sent twice, malformed", "Suspended", "registered", None, then)
+    what = "approval: event lost, sent twice, malformed"
+    faults.add(what, "Waits for approval", "registered", None, then)
 
 
 def announce(stack: Stack, version: str, name: str) -> None:

@@ -314,7 +314,7 @@ def test_nothing_outside_was_read_and_nothing_of_it_is_on_a_page(
 def test_the_champion_stays_and_the_registry_is_sound(place: Place, outcomes: Outcomes) -> None:
     stack = place.stack
     assert core.read_champion(stack.registry, NAME) == place.champion
-    assert outcomes.said["promote what waits"].startswith("Suspended: ")
+    assert outcomes.said["promote what waits"].startswith("Waits for approval: ")
     history = core.history(stack.registry, NAME)
     assert [line["action"] for line in history] == ["promote", "policy"]
     audited = stack.nested_tune("audit", NAME, "--registry", "registry")

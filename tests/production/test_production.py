@@ -91,13 +91,13 @@ def test_a_version_that_needs_approval_is_promoted_in_the_name_of_who_approves(
 ) -> None:
     before, version = champion(stack), add(stack, 2, "approve")
     run_id = stack.submit(f"promote/{NAME}-approved", version=version)
-    stack.wait(run_id, "Suspended")
+    stack.wait(run_id, "Waits for approval")
     assert champion(stack) == before
     with stack.connected():
         resume_flow_run(run_id, run_input={"approve": True, "by": "ann"})
     ended = stack.wait(run_id)
     assert ended.state is not None
-    assert (ended.state.name, ended.state.message) == ("Promoted", "promoted")
+    assert (ended.state.name, ended.state.message) == ("Approved", "promoted, approved by ann")
     last = core.history(stack.registry, NAME)[-1]
     assert (last["version"], last["by"]) == (version, "ann")
 

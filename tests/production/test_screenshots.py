@@ -149,7 +149,9 @@ def nights(deployed: Nights, training: UUID) -> Nights:
     approved = {"path": "registry", "name": ADAPTER, "promote": "approve"}
     deployed.end("to approve", deployed.begin(10, registry=approved, seed=4, **anew))
     (deployed.runs["approval"],) = wait_for(
-        lambda: [run for run in stack.runs_of("promote/auto") if run.state_name == "Suspended"],
+        lambda: [
+            run for run in stack.runs_of("promote/auto") if run.state_name == "Waits for approval"
+        ],
         LONGEST_NIGHT,
     )
     return deployed
@@ -244,8 +246,8 @@ def test_the_list_of_runs_tells_each_night(nights: Nights, look: Any) -> None:
         "crashed twice": "Crashed",
         "promoted at once": "Promoted",
         "rolled back": "Rolled back",
-        "to approve": "Verified",
-        "approval": "Suspended",
+        "to approve": "Waits for approval",
+        "approval": "Waits for approval",
     }
     assert outcomes["resumed"] in ("Promoted", "Kept the champion")
     # Ten nights ago; without this the newer UI shows those of a week.

@@ -131,14 +131,32 @@ def test_a_night_without_a_registry_has_its_page(tmp_path: Path) -> None:
 
 def test_the_command_that_makes_it_again_is_there_to_copy(tmp_path: Path) -> None:
     page = page_of(tmp_path, UNDER_WAY, "begun")
-    assert f"    nested-tune train -c {tmp_path / 'config.yaml'} --run-dir again" in page
+    command = "    nested-tune train --run-dir again \\\n"
+    assert f"{command}      -c {tmp_path / 'config.yaml'}\n" in f"{page}\n"
 
 
 def test_answers_that_changed_come_first_and_are_no_markup(tmp_path: Path) -> None:
     write_files(tmp_path)
-    rows = page_of(tmp_path, "Promoted", "promoted").splitlines()[-2:]
-    assert rows[0] == r"| 0 -\> 1 | Question 2? | \<b\>Rome | Paris |"
-    assert rows[1].endswith("| Question 1? | same | same |")
+    answers = page_of(tmp_path, "Promoted", "promoted").partition("Answers before and after")[2]
+    lines = [line for line in answers.splitlines() if line and "---" not in line]
+    assert lines[0].replace("\\", "") == "Question 2?: score 0 -> 1"
+    assert lines[1:3] == ["| before | after |", r"| \<b\>Rome | Paris |"]
+    assert lines[3].replace("\\", "").startswith("Question 1?: score ")
+    assert lines[-1] == "| same | same |"
+
+
+def test_a_long_answer_goes_on_in_the_next_row_so_that_both_sides_fit_a_window(
+    tmp_path: Path,
+) -> None:
+    write_files(tmp_path)
+    long = " ".join(["word"] * 20)
+    write_answers(
+        tmp_path / "answers.jsonl", [answer("base", 1, long), answer("candidate", 1, "Paris")]
+    )
+    page = page_of(tmp_path, "Promoted", "promoted")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| word")]
+    assert [len(row) for row in rows] == [2, 2, 2]
+    assert all(len(row[0]) <= 42 for row in rows)
 
 
 def add_samples(folder: Path, steps: Iterable[int], prompts: int = 1) -> None:
@@ -154,23 +172,28 @@ def test_samples_are_shown_at_each_evaluation_and_the_judged_step_is_marked(tmp_
     write_files(tmp_path)
     add_samples(tmp_path, (0, 80, 120), prompts=2)
     page = page_of(tmp_path, "Promoted", "promoted")
-    assert "| step | Where to 0? | Where to 1? |" in page
-    assert "| 0 | after 0 | after 0 |" in page
-    assert "| 80 (judged) | after 80 | after 80 |" in page
-    assert "| 120 | after 120 | after 120 |" in page
+    shown = page.partition("## Samples")[2].replace("\\", "")
+    for prompt in ("Where to 0?", "Where to 1?"):
+        table = shown.partition(prompt)[2].split("\n\n")[1]
+        assert table.splitlines()[2:] == [
+            "| 0 | after 0 |",
+            "| 80 (judged) | after 80 |",
+            "| 120 | after 120 |",
+        ]
 
 
 def test_the_samples_of_a_long_night_are_a_small_table(tmp_path: Path) -> None:
     write_files(tmp_path)
     add_samples(tmp_path, range(0, 10_001, 10), prompts=50)
     samples = page_of(tmp_path, "Promoted", "promoted").partition("## Samples")[2]
-    rows = [line for line in samples.splitlines() if line.startswith("|")][2:]
+    tables = [part for part in samples.split("\n\n") if part.startswith("|")]
+    assert len(tables) == 4
+    rows = tables[0].splitlines()[2:]
     steps = [row.split("|")[1].strip() for row in rows]
     assert steps[0] == "0"
     assert steps[-1] == "10,000"
     assert "80 (judged)" in steps
     assert len(rows) <= 8
-    assert {row.count("|") for row in rows} == {6}
     assert "8 of 1001 evaluations to 4 of 50 prompts" in samples
 
 
