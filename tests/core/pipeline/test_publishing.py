@@ -17,6 +17,7 @@ from nested_core import ConfigError, DamagedError, FineTuneConfig, GateRejected,
 from nested_core.pipeline import publishing
 from nested_core.pipeline.continual import champion_or_none
 from nested_core.pipeline.publishing import (
+    describe_changed_held_out,
     make_provenance,
     register_and_promote_run,
     register_run,
@@ -435,3 +436,29 @@ class TestPromotionByAPerson:
         before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
         assert by_hand(run).outcome == "promoted"
         assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(("data", "is_said"), [("d1", False), ("d2", True)])
+def test_held_out_examples_that_are_not_the_champions_are_said(
+    make_run: MakeRun, configure: Configure, data: str, is_said: bool
+) -> None:
+    config = configure()
+    champion = register_run(config, judged_on(make_run(1.0), 10), None)
+    promote(Path(str(config.registry.path)), NAME, champion, by="ann")
+    said = describe_changed_held_out(config, judged_on(make_run(2.0, data=data), 16, champion))
+    assert said == (
+        f"valid.jsonl has changed since the champion {champion[:12]} was judged by it: 10 examples "
+        f"then, 16 now"
+        if is_said
+        else None
+    )
+
+
+def judged_on(run: RunDirectory, examples: int, champion: str | None = None) -> RunDirectory:
+    """The run, judged by so many examples of valid.jsonl and against a champion."""
+    gate = read_gate(run.gate)
+    gate["validation"] |= {"file": "valid.jsonl", "examples": examples}
+    gate["champion"] = None if champion is None else {"version": champion}
+    judged = {f"adapter/{name}": describe_file(run.adapter / name) for name in ADAPTER_FILES}
+    write_gate(run.path, gate, judged)
+    return run
