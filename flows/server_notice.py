@@ -30,11 +30,13 @@ def tell_server(registry: Path, name: str) -> None:
     def tell() -> None:
         """Ask and send; what goes wrong is only said."""
         from prefect.client.orchestration import get_client
+        from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
         from tasks.events import send_missing_events
 
         try:
-            with get_client(sync_client=True) as client:
+            once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
+            with once, get_client(sync_client=True) as client:
                 send_missing_events(client, registry, name)
         except Exception as error:  # of a server that nothing rests on
             problems.append(type(error).__name__)
