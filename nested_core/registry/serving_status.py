@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.config.registry import RegistrySection
+from nested_core.errors import shorten
 from nested_core.registry.queries import read_champion
 from nested_core.registry.serving_file import read_serving_records
 from nested_core.text.digest_format import shorten_digest
@@ -19,6 +20,7 @@ from nested_core.text.digest_format import shorten_digest
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_ANSWER = 5.0
 MAX_HEALTH_BYTES = 1024 * 1024
+MAX_REASON_LENGTH = 500
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,10 @@ def _ask_server(url: str, name: str) -> ServerStatus:
     try:
         with opener.open(f"{url}/health", timeout=SECONDS_TO_ANSWER) as answer:
             status = json.loads(answer.read(MAX_HEALTH_BYTES))["names"][name]
-        refused = status["refused"] or {}
-        return ServerStatus(
-            url, str(status["version"]), str(status["since"]), refused.get("reason")
-        )
+        version, since = shorten(status["version"], 64), shorten(status["since"])
+        reason = (status["refused"] or {}).get("reason")
+        problem = None if reason is None else shorten(reason, MAX_REASON_LENGTH)
+        return ServerStatus(url, version, since, problem)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"it did not say what it serves for {name} ({type(error).__name__})"
         return ServerStatus(url, None, None, reason)
