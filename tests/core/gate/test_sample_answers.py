@@ -110,13 +110,19 @@ def test_a_destroyed_model_is_said_to_be_that_and_is_not_promoted_by_itself(
     assert verdict.validation.conclusion == "better"  # the loss alone would have promoted it
     assert verdict.summary().startswith("passed, answers broken: ")
     (note,) = verdict.notes()
-    assert note.startswith("3 of 3 sample answers are broken (")
+    assert verdict.samples is not None
+    assert (verdict.samples.judged, verdict.samples.broken >= 2) == (
+        3,
+        True,
+    )  # chaos decides of one
+    told = f"{verdict.samples.broken} of 3 sample answers are broken"
+    assert note.startswith(f"{told} (")
     assert "do not promote it" in note
     (listed,) = list_runs(run.path.parent)
     assert listed.describe_outcome() == "verified: passed, answers broken"
     page = read_report(run.path).to_html()
     assert "Passed, answers broken" in page
-    assert "3 of 3 sample answers are broken" in page
+    assert told in page
 
     version = register_run(config, run, None)
     refusal = "3 of 3 sample answers are broken: a person decides"
@@ -127,7 +133,7 @@ def test_a_destroyed_model_is_said_to_be_that_and_is_not_promoted_by_itself(
 
 def test_with_fail_broken_answers_are_a_reason(destroyed: Finished) -> None:
     strict = destroyed.config.model_copy(update={"gate": GateSection(samples="fail")})
-    with pytest.raises(GateRejected, match=r"answers_broken \(3 of 3 sample answers are broken"):
+    with pytest.raises(GateRejected, match=r"answers_broken \([23] of 3 sample answers are broken"):
         steps.judge(strict, destroyed.run)
     assert [r["code"] for r in read_gate(destroyed.run.gate)["reasons"]] == ["answers_broken"]
 
