@@ -163,7 +163,16 @@ def warn_of_long_runs() -> None:
                     "prefect.resource.id": f"long-run.{run.id}",
                     "prefect.resource.name": run.name,
                 }
-                emit_event("flow-run.long", resource=resource, payload={"message": message})
+                related = {
+                    "prefect.resource.id": f"prefect.flow-run.{run.id}",
+                    "prefect.resource.role": "flow-run",
+                }
+                emit_event(
+                    "flow-run.long",
+                    resource=resource,
+                    related=[related],
+                    payload={"message": message},
+                )
 
 
 def describe_long_run(
@@ -175,8 +184,8 @@ def describe_long_run(
     taken, longest = (format_duration(each.total_seconds()) for each in (run_time, max(last)))
     return (
         f"{name} has been running for {taken}; the longest of the last {len(last)} took {longest}. "
-        f"What waits for its place in the pool waits on. Look at its log, and cancel it where it "
-        f"does nothing: a checkpoint is kept."
+        f"Other runs wait for its place in the pool. Look at its log, and cancel it where it does "
+        f"nothing: a checkpoint is kept."
     )
 
 

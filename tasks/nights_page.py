@@ -34,10 +34,10 @@ from tasks.server_outage import tolerating_server_outage
 
 PAGE = "nights"
 MAX_NIGHTS = 30
-COLUMNS = ("night", "outcome", "conclusion", "loss", "right answers", "min", "examples")
+COLUMNS = ("night", "outcome", "conclusion", "loss", "right", "min", "examples")
 HOW_TO_READ = (
     "Of losses and right answers the candidate's comes first, then the champion's. Losses are in "
-    "nats a token on the examples that the gate judged by; answers are those of all suites. "
+    "nats a token on the examples that the gate judged by; right: answers of all suites. "
     "Examples: trained on + judged by; * judged by others than the night before."
 )
 
