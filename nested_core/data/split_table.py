@@ -16,6 +16,7 @@ from typing import Any
 import polars as pl
 
 from nested_core.data.data_settings import SPLITS, DataSettings
+from nested_core.data.lines.asked_ngrams import AskedNgrams, TrainMatches
 from nested_core.data.lines.example_parsing import FieldNames
 from nested_core.data.lines.line_table import LINE_SCHEMA, RANGE_BYTES, run_line_range_job
 from nested_core.data.lines.word_ngrams import NGRAM_SCHEMA
@@ -31,6 +32,7 @@ from nested_core.data.rules.repeated_lines import add_repeat_columns
 from nested_core.data.sources.split_files import SplitFile
 from nested_core.storage.strict_files import read_regular
 
+HELD_OUT_SPLITS = SPLITS[1:]
 LINE_RANGE_JOB = f"{run_line_range_job.__module__}:{run_line_range_job.__name__}"
 
 
@@ -59,13 +61,18 @@ def read_tables_with_repeats(
 ) -> dict[str, SplitTable]:
     """Read the splits and relate their lines to each other; lines that go are in `dropped`."""
     has_ngrams = settings.policy.near_duplicates != "off" and len(files) > 1
-    tables = read_tables(files, settings.field_names, on_progress, has_ngrams=has_ngrams)
-    ngrams = [table.frame for table in tables.values()]
-    frames = [frame.drop(NGRAM_SCHEMA, strict=False) for frame in ngrams]
-    files_and_frames = zip([table.file for table in tables.values()], frames, strict=True)
-    train, *held_out = add_repeat_columns(list(files_and_frames))
+    tables, matches = _read_held_out_first(
+        files, settings.field_names, on_progress, has_ngrams=has_ngrams
+    )
+    ngrams = [table.frame for table in tables.values()][1:]
+    shared = matches.finish(tables["train"].frame["line"])
+    tables = {
+        name: replace(table, frame=table.frame.drop(NGRAM_SCHEMA, strict=False))
+        for name, table in tables.items()
+    }
+    train, *held_out = add_repeat_columns([(t.file, t.frame) for t in tables.values()])
     if has_ngrams:
-        near = [find_near_duplicates(ngrams[0], frame) for frame in ngrams[1:]]
+        near = [find_near_duplicates(shared, matches.examples, frame) for frame in ngrams]
         held_out = list(map(add_near_duplicate_columns, held_out, near))
     train, held_out, dropped = separate_dropped_lines(train, held_out, settings.policy)
     related = {
@@ -79,58 +86,111 @@ def read_tables(
     files: Mapping[str, SplitFile],
     field_names: FieldNames,
     on_progress: OnProgress | None = None,
-    *,
-    has_ngrams: bool = False,
 ) -> dict[str, SplitTable]:
     """Read train, valid and test, a missing one as empty; raises OSError, and DataWorkerFailed."""
-    frames: dict[str, list[pl.DataFrame]] = {split: [] for split in SPLITS}
-    hashers = {split: sha256() for split in SPLITS}
+    return _read_held_out_first(files, field_names, on_progress, has_ngrams=False)[0]
+
+
+def _read_held_out_first(
+    files: Mapping[str, SplitFile],
+    field_names: FieldNames,
+    on_progress: OnProgress | None,
+    *,
+    has_ngrams: bool,
+) -> tuple[dict[str, SplitTable], TrainMatches]:
+    """Read all splits, the held-out ones first; with n-grams train is asked for theirs alone."""
+    matches = TrainMatches()
     with TemporaryDirectory(prefix="nested-tune-") as folder:
+        reading = _Reading(files, field_names, on_progress, Path(folder))
+        held_out = {name: reading.read(name, has_ngrams=has_ngrams) for name in HELD_OUT_SPLITS}
+        asked = None
+        if has_ngrams:
+            asked = Path(folder, "asked")
+            AskedNgrams.of_frames([table.frame for table in held_out.values()]).write(asked)
+        train = reading.read("train", asked=asked, matches=matches)
+    return {"train": train} | held_out, matches
+
+
+class _Reading:
+    """The reading of a data set's files, whose lines workers put into a folder, range by range."""
+
+    def __init__(
+        self,
+        files: Mapping[str, SplitFile],
+        field_names: FieldNames,
+        on_progress: OnProgress | None,
+        folder: Path,
+    ) -> None:
+        self._files = files
+        self._field_names = field_names
+        self._on_progress = on_progress
+        self._folder = folder
+        self._ranges = {
+            split: cut_file_into_line_ranges(file.path, RANGE_BYTES)
+            for split, file in files.items()
+        }
+        self._total = sum(r.end - r.start for ranges in self._ranges.values() for r in ranges)
+        self._bytes_done = 0
+
+    def read(
+        self,
+        split: str,
+        *,
+        has_ngrams: bool = False,
+        asked: Path | None = None,
+        matches: TrainMatches | None = None,
+    ) -> SplitTable:
+        """Read a split; what its lines share with `asked` is added to `matches`."""
+        file = self._files.get(split)
+        ranges = self._ranges.get(split, [])
         requests: list[dict[str, Any]] = [
             {
                 "job": LINE_RANGE_JOB,
-                "split": split,
-                "path": str(file.path),
+                "path": str(self._files[split].path),
                 "byte_range": byte_range,
-                "field_names": asdict(field_names),
+                "field_names": asdict(self._field_names),
                 "has_ngrams": has_ngrams,
-                "out": f"{folder}/{split}-{byte_range.start}",
+                "asked": None if asked is None else str(asked),
+                "out": f"{self._folder}/{split}-{byte_range.start}",
             }
-            for split, file in files.items()
-            for byte_range in cut_file_into_line_ranges(file.path, RANGE_BYTES)
+            for byte_range in ranges
         ]
-        sizes = [request["byte_range"].end - request["byte_range"].start for request in requests]
-        total = sum(sizes)
-
-        def report_progress(done: int) -> None:
-            if on_progress is not None and total:  # files may all be empty
-                on_progress("reading the data", sum(sizes[:done]), total)
-
-        answers = run_jobs(requests, processes=count_processes_for(total), on_done=report_progress)
-        with closing(answers):  # type: ignore[type-var]
-            for request, _ in zip(requests, answers, strict=True):
-                frame, digests = _read_and_remove_job_files(request)
-                frames[request["split"]].append(frame)
-                hashers[request["split"]].update(digests)
-    return {
-        split: SplitTable(
-            files[split].name if split in files else f"{split}.jsonl",
-            files.get(split),
-            _join_range_frames(frames[split], files.get(split), has_ngrams=has_ngrams),
-            hashers[split].hexdigest(),
+        sizes = [byte_range.end - byte_range.start for byte_range in ranges]
+        answers = run_jobs(
+            requests,
+            processes=count_processes_for(sum(sizes)),
+            on_done=lambda done: self._report_progress(self._bytes_done + sum(sizes[:done])),
         )
-        for split in SPLITS
-    }
+        frames: list[pl.DataFrame] = []
+        hasher = sha256()
+        rows = 0
+        with closing(answers):  # type: ignore[type-var]
+            for request, answer in zip(requests, answers, strict=True):
+                out = request["out"]
+                frames.append(pl.read_ipc(_take_file(f"{out}.rows")))
+                hasher.update(_take_file(f"{out}.digests"))
+                if matches is not None and asked is not None:
+                    shared = pl.read_ipc(_take_file(f"{out}.shared"))
+                    matches.add_range(shared, answer["examples"], first_row=rows)
+                rows += frames[-1].height
+        self._bytes_done += sum(sizes)
+        return SplitTable(
+            file.name if file is not None else f"{split}.jsonl",
+            file,
+            _join_range_frames(frames, file, has_ngrams=has_ngrams),
+            hasher.hexdigest(),
+        )
+
+    def _report_progress(self, done: int) -> None:
+        if self._on_progress is not None and self._total:  # files may all be empty
+            self._on_progress("reading the data", done, self._total)
 
 
-def _read_and_remove_job_files(request: dict[str, Any]) -> tuple[pl.DataFrame, bytes]:
-    """What the job wrote, which is removed from the disk."""
-    rows = Path(f"{request['out']}.rows")
-    digests = Path(f"{request['out']}.digests")
-    result = pl.read_ipc(read_regular(rows)), read_regular(digests)
-    rows.unlink()
-    digests.unlink()
-    return result
+def _take_file(path: str) -> bytes:
+    """The content of a file that a job wrote, which is removed from the disk."""
+    content = read_regular(Path(path))
+    Path(path).unlink()
+    return content
 
 
 def _join_range_frames(

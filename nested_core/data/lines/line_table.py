@@ -6,6 +6,7 @@ Blank and bad lines have a row too. Keeps no text. The work of one process among
 from __future__ import annotations
 
 import codecs
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from nested_core.data.lines.asked_ngrams import AskedNgrams
 from nested_core.data.lines.example_parsing import WHITE_SPACE, FieldNames
 from nested_core.data.lines.line_rows import (
     BLANK_TURN_PATTERN,
@@ -21,7 +23,7 @@ from nested_core.data.lines.line_rows import (
     parse_plain_row,
 )
 from nested_core.data.lines.sensitive_data import find_sensitive_pattern_bits
-from nested_core.data.lines.word_ngrams import make_word_ngram_columns
+from nested_core.data.lines.word_ngrams import hash_word_ngrams
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
@@ -50,13 +52,34 @@ _CONTROL_CHARACTER_PATTERN = r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
 _REPLACEMENT_CHARACTER = "\ufffd"
 
 
-def read_line_range(
-    path: Path, byte_range: ByteRange, field_names: FieldNames, *, has_ngrams: bool = False
-) -> tuple[pl.DataFrame, bytes]:
-    """The rows of a range of lines, see LINE_SCHEMA, and the SHA-256 of each example in it, joined.
+@dataclass(frozen=True, eq=False)
+class LineRange:
+    """What was read of a range of lines.
 
-    With `has_ngrams` they have the columns of NGRAM_SCHEMA too. The row of a line does not
-    depend on the range it is read in. Raises OSError, and DatasetError if the file became shorter.
+    frame: a row each line, see LINE_SCHEMA; where n-grams are wanted, with NGRAM_SCHEMA's columns.
+    digests: the SHA-256 of each example in it, joined.
+    shared: what its texts share with those asked for, see MATCH_SCHEMA; None where none are.
+    examples: how many of its examples have n-grams, where some are asked for.
+    """
+
+    frame: pl.DataFrame
+    digests: bytes
+    shared: pl.DataFrame | None = None
+    examples: int = 0
+
+
+def read_line_range(
+    path: Path,
+    byte_range: ByteRange,
+    field_names: FieldNames,
+    *,
+    has_ngrams: bool = False,
+    asked: AskedNgrams | None = None,
+) -> LineRange:
+    """Read the rows of a range of lines, and what they share with `asked`.
+
+    The row of a line does not depend on the range it is read in. Raises OSError, and DatasetError
+    if the file became shorter.
     """
     size = byte_range.end - byte_range.start
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
@@ -86,18 +109,29 @@ def read_line_range(
         "has_mark": has_mark,
     }
     frame = pl.DataFrame(columns, schema=LINE_SCHEMA)
-    return frame.with_columns(**make_word_ngram_columns(text)) if has_ngrams else frame, digests
+    if has_ngrams:
+        frame = frame.with_columns(**hash_word_ngrams(text).to_columns())
+    if asked is None:
+        return LineRange(frame, digests)
+    ngrams = hash_word_ngrams(text)
+    shared = asked.find_in(ngrams, frame["content"])
+    return LineRange(frame, digests, shared, examples=len(np.unique(ngrams.owners)))
 
 
 def run_line_range_job(request: dict[str, Any]) -> dict[str, Any]:
-    """`read_line_range` as a job: writes OUT.rows and OUT.digests, answers the number of lines."""
-    byte_range = ByteRange(*request["byte_range"])
-    field_names = FieldNames(**request["field_names"])
-    path, has_ngrams = Path(request["path"]), request["has_ngrams"]
-    frame, digests = read_line_range(path, byte_range, field_names, has_ngrams=has_ngrams)
-    frame.write_ipc(f"{request['out']}.rows")
-    Path(f"{request['out']}.digests").write_bytes(digests)
-    return {"lines": frame.height}
+    """`read_line_range` as a job: writes OUT.rows, .digests and .shared, answers the examples."""
+    done = read_line_range(
+        Path(request["path"]),
+        ByteRange(*request["byte_range"]),
+        FieldNames(**request["field_names"]),
+        has_ngrams=request["has_ngrams"],
+        asked=AskedNgrams.read(Path(request["asked"])) if request["asked"] else None,
+    )
+    done.frame.write_ipc(f"{request['out']}.rows")
+    Path(f"{request['out']}.digests").write_bytes(done.digests)
+    if done.shared is not None:
+        done.shared.write_ipc(f"{request['out']}.shared")
+    return {"examples": done.examples}
 
 
 def _read_rows(

@@ -8,27 +8,33 @@ from __future__ import annotations
 
 import polars as pl
 
+from nested_core.data.lines.asked_ngrams import RARE_NGRAM_MAX_EXAMPLES
+
 MIN_SHARED_NGRAM_SHARE = 0.6  # of a held-out example's n-grams that are not common
 MIN_SHARED_NGRAMS = 2
-# An n-gram in more training examples is common; in a small training set it is so at fewer.
-RARE_NGRAM_MAX_EXAMPLES = 10
+# An n-gram in more than RARE_NGRAM_MAX_EXAMPLES is common; in a small training set at fewer.
 RARE_NGRAM_MAX_EXAMPLES_IN_SMALL_SET = 2
 RARE_NGRAM_TRAIN_SIZE_DIVISOR = 50
 
 
-def find_near_duplicates(train: pl.DataFrame, held_out: pl.DataFrame) -> pl.DataFrame:
+def find_near_duplicates(
+    shared: pl.DataFrame, examples: int, held_out: pl.DataFrame
+) -> pl.DataFrame:
     """For each row of `held_out` the line of train that it nearly is, and how much they share.
 
-    Both frames have line, content and the columns of `make_word_ngram_columns`. Returns near
-    (Int32), the first of the lines that share most, null if none shares enough, and shared (Int32),
-    per cent of the n-grams; 100 for an equal sequence of words.
+    `shared` is what `TrainMatches.finish` gives, of `examples` training examples; `held_out` has
+    the columns of NGRAM_SCHEMA. Returns near (Int32), the first of the lines that share most, null
+    if none shares enough, and shared (Int32), per cent of the n-grams; 100 for an equal sequence of
+    words.
     """
     rows = held_out.select("words", "ngrams", "halvings").with_row_index("row")
-    examples = train.filter(pl.col("content").is_not_null())
-    first = examples.group_by("words").agg(near=pl.col("line").min())
+    first = shared.filter(pl.col("ngram").is_null()).select("words", near="line")
     equal = rows.join(first, on="words").select("row", "near", shared=pl.lit(100.0))
-    found = pl.concat([equal, _pair_rows_by_shared_ngrams(examples, rows)])
-    best = found.sort("row", "shared", "near", descending=[False, True, False]).unique("row")
+    hits = shared.filter(pl.col("ngram").is_not_null())
+    found = pl.concat([equal, _pair_rows_by_shared_ngrams(hits, examples, rows)])
+    best = found.sort("row", "shared", "near", descending=[False, True, False]).unique(
+        "row", keep="first"
+    )
     return rows.join(best, on="row", how="left", maintain_order="left").select(
         pl.col("near"), pl.col("shared").round().cast(pl.Int32)
     )
@@ -41,27 +47,22 @@ def add_near_duplicate_columns(held_out: pl.DataFrame, found: pl.DataFrame) -> p
     )
 
 
-def _pair_rows_by_shared_ngrams(examples: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
+def _pair_rows_by_shared_ngrams(
+    hits: pl.DataFrame, examples: int, rows: pl.DataFrame
+) -> pl.DataFrame:
     """Row, near and shared for the pairs of a held-out row and a train line that share enough."""
     asked = rows.select("row", "halvings", ngram="ngrams").explode("ngram").drop_nulls("ngram")
     asked = asked.unique()
-    examples = examples.filter(pl.col("ngrams").list.len() > 0).with_row_index("example")
-    lengths = examples["ngrams"].list.len()
-    ngrams = examples["ngrams"].explode()
-    is_asked = ngrams.is_in(asked["ngram"].unique().implode())
-    owners = examples["example"].repeat_by(lengths).explode()
-    hits = pl.DataFrame({"example": owners.filter(is_asked), "ngram": ngrams.filter(is_asked)})
-    hits = hits.join(examples.select("example", "line", "content", "halvings"), on="example")
     most = min(
         RARE_NGRAM_MAX_EXAMPLES,
-        max(RARE_NGRAM_MAX_EXAMPLES_IN_SMALL_SET, examples.height // RARE_NGRAM_TRAIN_SIZE_DIVISOR),
+        max(RARE_NGRAM_MAX_EXAMPLES_IN_SMALL_SET, examples // RARE_NGRAM_TRAIN_SIZE_DIVISOR),
     )
     common = (
         hits.group_by("ngram").agg(pl.col("content").n_unique()).filter(pl.col("content") > most)
     )
     asked = asked.join(common, on="ngram", how="anti")
     sizes = asked.group_by("row").agg(size=pl.len())
-    pairs = asked.join(hits.unique(["example", "ngram"]), on="ngram", suffix="_in_train")
+    pairs = asked.join(hits, on="ngram", suffix="_in_train")
     counts = pairs.group_by("row", "line").agg(
         pl.len().alias("count"),
         # an n-gram of the row is in a longer example's sample only so often

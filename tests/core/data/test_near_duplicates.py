@@ -13,7 +13,8 @@ import pytest
 from nested_core.config.data import DataPolicy
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.lines.word_ngrams import MAX_NGRAMS_PER_TEXT, make_word_ngram_columns
+from nested_core.data.lines.asked_ngrams import AskedNgrams, TrainMatches
+from nested_core.data.lines.word_ngrams import MAX_NGRAMS_PER_TEXT, hash_word_ngrams
 from nested_core.data.rules.near_duplicates import find_near_duplicates
 from tests.example import DATA
 
@@ -22,19 +23,22 @@ ORDER = "Order 17, please: ship it to Berlin by 4 May!"
 OTHER = "Nothing in this sentence is in any other sentence of the whole set"
 
 
-def frame(texts: Sequence[str | None]) -> pl.DataFrame:
-    """The columns of the search for texts, a line each."""
-    series = pl.Series(texts, dtype=pl.String)
-    columns = {
-        "line": range(1, len(texts) + 1),
-        "content": series.hash(),
-        **make_word_ngram_columns(series),
-    }
-    return pl.DataFrame(columns, schema_overrides={"line": pl.Int32})
-
-
-def find(train: Sequence[str | None], held_out: Sequence[str | None]) -> list[int | None]:
-    return find_near_duplicates(frame(train), frame(held_out))["near"].to_list()
+def find(
+    train: Sequence[str | None], held_out: Sequence[str | None], range_lines: int = 1000
+) -> list[int | None]:
+    """The line of train that each held-out text nearly is, where train is read in ranges."""
+    columns = hash_word_ngrams(pl.Series(held_out, dtype=pl.String)).to_columns()
+    frame = pl.DataFrame(columns)
+    asked = AskedNgrams.of_frames([frame])
+    matches = TrainMatches()
+    for first in range(0, len(train), range_lines):
+        texts = pl.Series(train[first : first + range_lines], dtype=pl.String)
+        ngrams = hash_word_ngrams(texts)
+        shared = asked.find_in(ngrams, texts.hash())
+        matches.add_range(shared, len(set(ngrams.owners.tolist())), first)
+    lines = pl.Series(range(1, len(train) + 1), dtype=pl.Int32)
+    found = find_near_duplicates(matches.finish(lines), matches.examples, frame)
+    return found["near"].to_list()
 
 
 @pytest.mark.parametrize(
@@ -79,12 +83,63 @@ def test_long_texts_are_compared_by_a_sample_of_bounded_size() -> None:
         for third in "rstvw"
     ]
     long = " ".join(words * 4 + words[::-1] * 4 + words[::2] * 3 + words[::3] * 3)
-    columns = make_word_ngram_columns(pl.Series([long]))
-    assert len(columns["ngrams"][0]) <= 2 * MAX_NGRAMS_PER_TEXT
-    assert columns["halvings"][0] >= 3
+    ngrams = hash_word_ngrams(pl.Series([long]))
+    assert len(ngrams.ngrams) <= 2 * MAX_NGRAMS_PER_TEXT
+    assert ngrams.halvings[0] >= 3
     changed = long.split()
     changed[100:110] = ["something"] * 10
     assert find([OTHER, long], [" ".join(changed)]) == [2]
+
+
+def test_ranges_of_train_change_nothing() -> None:
+    changed = FOX.replace("jumps", "leaps")
+    train = [OTHER, changed, FOX, "hello", FOX, ORDER, None, changed]
+    held_out = [FOX + ".", "Hello", changed + " so", ORDER.replace("17", "18")]
+    for range_lines in (1, 3, 8):
+        assert find(train, held_out, range_lines) == [3, 4, 2, 6]
+
+
+def test_what_is_kept_of_train_does_not_grow_with_it(monkeypatch) -> None:
+    monkeypatch.setattr(TrainMatches, "_ROWS_BETWEEN_LOOKS", 1_000)
+    template = "please say in one short and polite sentence what the answer to {} is today"
+    asked = AskedNgrams.of_frames(
+        [pl.DataFrame(hash_word_ngrams(pl.Series([template.format("x")])).to_columns())]
+    )
+    matches = TrainMatches()
+    most = 0
+    for first in range(0, 20_000, 100):
+        texts = pl.Series([template.format(first + row) for row in range(100)])
+        ngrams = hash_word_ngrams(texts)
+        matches.add_range(asked.find_in(ngrams, texts.hash()), 100, first)
+        most = max(most, matches._kept.height)
+    assert matches.examples == 20_000
+    assert most < 2_000
+    kept = matches.finish(pl.Series(range(20_000), dtype=pl.Int32))
+    assert kept.height == 11 * kept["ngram"].n_unique() > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "same", "other"),
+    [
+        ("ÄRGER über Straßen", "ärger, über: straßen!", "arger uber strassen"),
+        ("١٧ Tage", "١٧ tage", "١٨ tage"),
+        ("x" * 70 + " y", "X" * 70 + "; Y", "x" * 71 + " y"),
+        ("12345678", "12345678.", "12345679"),
+        ("one two", "one\n\ttwo", "two one"),
+        ("a’b", "A—B", "ab"),
+    ],
+)
+def test_equal_words_have_equal_hashes(text, same, other) -> None:
+    words = hash_word_ngrams(pl.Series([text, same, other])).words.tolist()
+    assert words[0] == words[1] != words[2]
+
+
+def test_all_digits_count_as_one_in_ngrams() -> None:
+    texts = ["order 17 of ٤ please", "order 23 of ٩ please", "order no on four please"]
+    columns = hash_word_ngrams(pl.Series(texts)).to_columns()
+    sets = [set(ngrams) for ngrams in columns["ngrams"].to_list()]
+    assert sets[0] == sets[1]
+    assert not sets[0] & sets[2]
 
 
 def load(folder: Path, **policy: Any):

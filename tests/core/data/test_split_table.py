@@ -72,10 +72,11 @@ def test_a_reader_that_is_killed_is_one_error_and_leaves_nothing(
 ) -> None:
     private = tmp_path / "tmp"
     private.mkdir()
-    folder = write_data(train=GOOD, valid=HELD_OUT)
+    folder = write_data(train=GOOD, valid=[*HELD_OUT, *HELD_OUT])
     monkeypatch.setattr("tempfile.tempdir", str(private))
     monkeypatch.setattr(split_table, "LINE_RANGE_JOB", "tests.core.data.jobs:die")
     monkeypatch.setattr(split_table, "count_processes_for", lambda _: 2)
+    monkeypatch.setattr(split_table, "RANGE_BYTES", 1)  # one range would be read in this process
     with pytest.raises(DataWorkerFailed, match="ended by SIGKILL"):
         load_dataset(DataSettings(str(folder)), None)
     assert list(private.iterdir()) == []
