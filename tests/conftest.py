@@ -64,7 +64,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["TMPDIR"] = _FOLDER_OF_ALL_WORKERS  # of two workers one compiles a kernel
 
 from tests import child_output  # noqa: E402
-from tests.fork_server import forking_python, python  # noqa: E402
+from tests.fork_server import forking_python  # noqa: E402
 from tests.kernels import read_header_once  # noqa: E402
 from tests.left_out import LeftOut, check_reasons  # noqa: E402
 from tests.leftovers import WORKER_VARIABLE, Heard, Watch, explain  # noqa: E402
@@ -177,12 +177,17 @@ def _forked_proof() -> Iterator[None]:
         return
     from nested_core.gate import fresh_process_check
 
-    def run(command: list[str], *, env: dict[str, str], timeout: float, **_: Any) -> Any:
+    def fork(command: list[str], *, env: dict[str, str], **options: Any) -> Any:
         assert command[:2] == [sys.executable, "-P"]
-        done = python(*command[2:], env=env, timeout=timeout)
-        return SimpleNamespace(returncode=done.returncode, stderr=done.stderr.encode())
+        environment = {name: value for name, value in env.items() if name != "LD_PRELOAD"}
+        return subprocess.Popen([forking_python(), *command[1:]], env=environment, **options)
 
-    launched = SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired)
+    launched = SimpleNamespace(
+        Popen=fork,
+        PIPE=subprocess.PIPE,
+        DEVNULL=subprocess.DEVNULL,
+        TimeoutExpired=subprocess.TimeoutExpired,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fresh_process_check, "subprocess", launched)
         yield

@@ -48,6 +48,7 @@ LIBRARIES = (
 )
 FORKED_PROGRAMS = (  # a file's name or a module
     "fresh_process_main.py",
+    "limited.py",
     "astray.py",
     "nested_core.pipeline.rank_worker",
     "benchmarks.time_to_loss.worker",

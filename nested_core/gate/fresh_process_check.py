@@ -12,7 +12,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,11 @@ def prove_effect_in_fresh_process(request: ProofRequest) -> Proof:
 
     Raises NestedTuneError if the process failed or was killed: that says nothing about the adapter.
     """
-    answers = compute_logits_in_fresh_process(request)
+    with begin_proof(request) as proof:
+        return proof.judge()
+
+
+def _judge_answers(request: ProofRequest, answers: FreshProcessLogits | Reason) -> Proof:
     if isinstance(answers, Reason):
         evidence = {"model": str(request.model), "prompts": len(request.prompts)}
         return Proof(evidence | {"error": answers.message}, (answers,))
@@ -240,7 +245,144 @@ def compute_logits_in_fresh_process(request: ProofRequest) -> FreshProcessLogits
 
     Raises ConfigError if it refuses the base alone.
     """
-    document = {
+    with begin_proof(request) as proof:
+        return proof.wait_for_logits()
+
+
+class FreshProcess:
+    """A process that imports mlx_lm and then waits for a request on its standard input."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(FRESH_PROCESS_PROGRAM)],
+            env=_child_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+
+    def send_paths(self, *paths: Path) -> None:
+        """Send it paths, a line each; one that has ended is told of by `wait`."""
+        assert self._process.stdin is not None  # noqa: S101
+        with suppress(BrokenPipeError):
+            self._process.stdin.write("".join(f"{path}\n" for path in paths).encode())
+            self._process.stdin.flush()
+
+    def wait(self) -> None:
+        """Wait for its end; NestedTuneError if it gave no answer, never the adapter's fault."""
+        try:
+            _, errors = self._process.communicate(timeout=TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise NestedTuneError(
+                f"The proof process took more than {TIMEOUT_SECONDS} seconds."
+            ) from error
+        code = self._process.returncode
+        if code < 0:
+            raise NestedTuneError(
+                f"The process that loads base and adapter for the gate was killed by signal "
+                f"{-code}; most often memory was short. Judge again with --resume."
+            )
+        if code > 0:
+            lines = errors.decode(errors="replace").strip().splitlines()
+            problem = shorten(
+                " ".join(lines[-MAX_LISTED_ERROR_LINES:]) or "it gave no message", 400
+            )
+            raise NestedTuneError(
+                f"The process that loads base and adapter for the gate failed: {problem}. This "
+                f"says nothing about the adapter, and there is no verdict. Look for room in "
+                f"{tempfile.gettempdir()}, memory, open files and the C++ compiler, and judge "
+                f"again: a run with --resume."
+            )
+
+    def end(self) -> None:
+        """Kill it unless it has ended, and wait for that."""
+        self._process.kill()
+        self._process.communicate()
+
+
+_waiting: FreshProcess | None = None
+_is_proof_awaited = False
+
+
+def start_fresh_process() -> None:
+    """Start the process of the next proof, whose imports then run beside other work.
+
+    Only within `ending_waiting_process`: elsewhere nobody would end it.
+    """
+    global _waiting
+    if _is_proof_awaited and _waiting is None:
+        _waiting = FreshProcess()
+
+
+@contextmanager
+def ending_waiting_process() -> Iterator[None]:
+    """When the block ends, end a process that was started and got no request."""
+    global _waiting, _is_proof_awaited
+    _is_proof_awaited = True
+    try:
+        yield
+    finally:
+        _is_proof_awaited = False
+        if _waiting is not None:
+            _waiting.end()
+            _waiting = None
+
+
+class RunningProof:
+    """A proof under way: its process, and the folder of request and answer."""
+
+    def __init__(self, request: ProofRequest) -> None:
+        global _waiting
+        self.request = request
+        self._folder = tempfile.TemporaryDirectory(prefix="nested-tune-proof-")
+        try:
+            process, _waiting = _waiting or FreshProcess(), None
+            self._process = process
+            self._answer = Path(self._folder.name, "answer.json")
+            document = Path(self._folder.name, "request.json")
+            document.write_text(json.dumps(_describe_request(request)), encoding="utf-8")
+            self._process.send_paths(document, self._answer)
+        except BaseException:
+            self._folder.cleanup()
+            raise
+
+    def wait_for_logits(self) -> FreshProcessLogits | Reason:
+        """What the process computed, see `compute_logits_in_fresh_process`."""
+        self._process.wait()
+        answers = json.loads(read_regular(self._answer))  # with NaN, as Python writes it
+        if "refused" in answers:
+            return _describe_refusal(self.request, answers)
+        base = answers["base"]
+        return FreshProcessLogits(
+            initial=np.array(answers["initial"]["logits"], np.float64),
+            trained=np.array(answers["trained"]["logits"], np.float64),
+            base=None if base is None else np.array(base["logits"], np.float64),
+            factors=set(answers["trained"]["factors"]),
+            canary=_parse_stored_types_answers(answers.get("canary")),
+        )
+
+    def judge(self) -> Proof:
+        """Wait for it, and compare what it computed with what was recorded."""
+        return _judge_answers(self.request, self.wait_for_logits())
+
+    def end(self) -> None:
+        """End the process, whatever it is at, and remove the folder."""
+        self._process.end()
+        self._folder.cleanup()
+
+
+@contextmanager
+def begin_proof(request: ProofRequest) -> Iterator[RunningProof]:
+    """Have a fresh process compute while the block does other work; it is ended with the block."""
+    proof = RunningProof(request)
+    try:
+        yield proof
+    finally:
+        proof.end()
+
+
+def _describe_request(request: ProofRequest) -> dict[str, Any]:
+    return {
         "model": str(request.model),
         "initial": None if request.initial is None else str(request.initial.resolve()),
         "trained": str(request.trained.resolve()),
@@ -251,27 +393,16 @@ def compute_logits_in_fresh_process(request: ProofRequest) -> FreshProcessLogits
         "questions": [list(question) for question in request.questions],
         "max_answer_tokens": MAX_CANARY_TOKENS,
     }
-    with tempfile.TemporaryDirectory(prefix="nested-tune-proof-") as folder:
-        request_path, answer_path = Path(folder, "request.json"), Path(folder, "answer.json")
-        request_path.write_text(json.dumps(document), encoding="utf-8")
-        _run_program([str(request_path), str(answer_path)])
-        answers = json.loads(read_regular(answer_path))  # with NaN, as Python writes it
-    if "refused" in answers:
-        error = shorten(answers["error"], 300)
-        if answers["refused"] == "base":
-            code = "" if request.trusts_remote_code else " No code that a model brings is run here."
-            raise ConfigError(f"model: {request.model} could not be loaded: {error}.{code}")
-        side = answers["refused"]
-        message = f"mlx_lm.load in a new process could not use the {side} adapter: {error}"
-        return Reason("unreadable", message)
-    base = answers["base"]
-    return FreshProcessLogits(
-        initial=np.array(answers["initial"]["logits"], np.float64),
-        trained=np.array(answers["trained"]["logits"], np.float64),
-        base=None if base is None else np.array(base["logits"], np.float64),
-        factors=set(answers["trained"]["factors"]),
-        canary=_parse_stored_types_answers(answers.get("canary")),
-    )
+
+
+def _describe_refusal(request: ProofRequest, answers: dict[str, Any]) -> Reason:
+    """The reason against an adapter that mlx_lm.load refuses; ConfigError where it is the base."""
+    error, side = shorten(answers["error"], 300), answers["refused"]
+    if side == "base":
+        code = "" if request.trusts_remote_code else " No code that a model brings is run here."
+        raise ConfigError(f"model: {request.model} could not be loaded: {error}.{code}")
+    message = f"mlx_lm.load in a new process could not use the {side} adapter: {error}"
+    return Reason("unreadable", message)
 
 
 def _parse_stored_types_answers(given: dict[str, Any] | None) -> StoredTypesAnswers | None:
@@ -279,36 +410,6 @@ def _parse_stored_types_answers(given: dict[str, Any] | None) -> StoredTypesAnsw
         return None
     answers = tuple(GreedyAnswer(tuple(row["tokens"]), row["text"]) for row in given["answers"])
     return StoredTypesAnswers(np.array(given["logits"], np.float64), answers)
-
-
-def _run_program(arguments: Sequence[str]) -> None:
-    """Run the program; NestedTuneError if it gave no answer, which is never the adapter's fault."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", str(FRESH_PROCESS_PROGRAM), *arguments],
-            env=_child_environment(),
-            capture_output=True,
-            timeout=TIMEOUT_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise NestedTuneError(
-            f"The proof process took more than {TIMEOUT_SECONDS} seconds."
-        ) from error
-    if done.returncode < 0:
-        raise NestedTuneError(
-            f"The process that loads base and adapter for the gate was killed by signal "
-            f"{-done.returncode}; most often memory was short. Judge again with --resume."
-        )
-    if done.returncode > 0:
-        lines = done.stderr.decode(errors="replace").strip().splitlines()
-        problem = shorten(" ".join(lines[-MAX_LISTED_ERROR_LINES:]) or "it gave no message", 400)
-        raise NestedTuneError(
-            f"The process that loads base and adapter for the gate failed: {problem}. This says "
-            f"nothing about the adapter, and there is no verdict. Look for room in "
-            f"{tempfile.gettempdir()}, memory, open files and the C++ compiler, and judge again: "
-            f"a run with --resume."
-        )
 
 
 def _child_environment() -> dict[str, str]:

@@ -1,8 +1,9 @@
 """The program of the fresh process: loads base and adapter by mlx_lm.load, as any user's would.
 
-It reads a request and writes its answer, both JSON: logits, or that an adapter cannot be used. An
-error that ends it is the machine's or the base model's, and says nothing about an adapter. It
-imports nothing of this project.
+It waits for the path of a request and the path of its answer, a line each on standard input; where
+none come, it ends. Both files are JSON: logits, or that an adapter cannot be used. An error that
+ends it is the machine's or the base model's, and says nothing about an adapter. It imports nothing
+of this project.
 """
 
 import json
@@ -55,9 +56,8 @@ def compute_rows(request: dict[str, Any], model: Any) -> list[Any]:
     return rows
 
 
-def compute_canary(request: dict[str, Any]) -> dict[str, Any]:
+def compute_canary(request: dict[str, Any], model: Any, tokenizer: Any) -> dict[str, Any]:
     """Logits and greedy answers of the trained model in the types that it is stored in."""
-    model, tokenizer = load_model(request, request["trained"])
     answers = []
     for prompt in request["questions"]:
         answer = []
@@ -71,13 +71,16 @@ def compute_canary(request: dict[str, Any]) -> dict[str, Any]:
     return {"logits": compute_rows(request, model), "answers": answers}
 
 
-def compute_logits_with_adapter(request: dict[str, Any], adapter: str | None) -> dict[str, Any]:
-    """The answer with an adapter (or none), blaming it only for what the base alone does not give.
+def compute_logits_with_adapter(
+    request: dict[str, Any], adapter: str | None
+) -> tuple[dict[str, Any], Any, Any]:
+    """The answer with an adapter (or none), its model and tokenizer; blamed is what the base gives.
 
     An OSError, MemoryError or RuntimeError (MLX's for memory, files and compilers) blames nobody.
     """
     try:
-        return compute_logits(request, load_model(request, adapter)[0])
+        model, tokenizer = load_model(request, adapter)
+        return compute_logits(request, model), model, tokenizer
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         try:
             base = load_model(request, None)[0]
@@ -87,25 +90,69 @@ def compute_logits_with_adapter(request: dict[str, Any], adapter: str | None) ->
         raise AdapterRefused(f"{type(error).__name__}: {error}") from error
 
 
+def read_config(adapter: str) -> dict[str, Any]:
+    """What adapter_config.json says of the layers."""
+    with open(f"{adapter}/adapter_config.json", encoding="utf-8") as file:
+        config = json.load(file)
+    return {key: config.get(key) for key in ("fine_tune_type", "num_layers", "lora_parameters")}
+
+
+def replace_adapter(model: Any, loaded: str, other: str) -> bool:
+    """Load another adapter into the layers of one that is loaded; False where they are not alike.
+
+    It is what mlx_lm.load does last: `load_weights` of all tensors, here where both adapters have
+    tensors of the same names and shapes, and their configurations ask for the same layers.
+    """
+    if read_config(loaded) != read_config(other):
+        return False
+    files = [f"{adapter}/adapters.safetensors" for adapter in (loaded, other)]
+    weights: list[Any] = [mx.load(file) for file in files]
+    shapes = [{name: array.shape for name, array in tensors.items()} for tensors in weights]
+    if shapes[0] != shapes[1]:
+        return False
+    model.load_weights(list(weights[1].items()), strict=False)
+    return True
+
+
 def compute_all_logits(request: dict[str, Any]) -> dict[str, Any]:
     """An answer with either adapter, and without any if the first one's logits are not finite."""
     answers: dict[str, Any] = {"base": None}
-    for side in ("initial", "trained"):
+    initial, trained = request["initial"], request["trained"]
+    side = "trained"
+    try:
         try:
-            answers[side] = compute_logits_with_adapter(request, request[side])
-        except AdapterRefused as refusal:
-            return {"refused": side, "error": str(refusal)}
-        except BaseRefused as refusal:
-            return {"refused": "base", "error": str(refusal)}
+            answers["trained"], model, tokenizer = compute_logits_with_adapter(request, trained)
+        except AdapterRefused:
+            side = "initial"  # which is told first where neither can be used
+            compute_logits_with_adapter(request, initial)
+            side = "trained"
+            raise
+        is_as_stored = request["dtype"] is None
+        if request["questions"] and is_as_stored:
+            answers["canary"] = compute_canary(request, model, tokenizer)
+        side = "initial"
+        if initial is not None and replace_adapter(model, trained, initial):
+            answers["initial"] = compute_logits(request, model)
+        else:
+            del model  # two bases are not to be in memory at once
+            answers["initial"], _, _ = compute_logits_with_adapter(request, initial)
+    except AdapterRefused as refusal:
+        return {"refused": side, "error": str(refusal)}
+    except BaseRefused as refusal:
+        return {"refused": "base", "error": str(refusal)}
     if not all(abs(logit) < INFINITY for row in answers["initial"]["logits"] for logit in row):
         answers["base"] = compute_logits(request, load_model(request, None)[0])
-    if request["questions"]:
-        answers["canary"] = compute_canary(request)
+    if request["questions"] and not is_as_stored:
+        answers["canary"] = compute_canary(request, *load_model(request, trained))
     return answers
 
 
-def main(request_path: str, answer_path: str) -> None:
-    """Answer one request."""
+def main() -> None:
+    """Answer one request, or none."""
+    request_path = sys.stdin.readline().rstrip("\n")
+    answer_path = sys.stdin.readline().rstrip("\n")
+    if not answer_path:
+        return
     with open(request_path, encoding="utf-8") as file:
         request = json.load(file)
     answers = compute_all_logits(request)
@@ -114,4 +161,4 @@ def main(request_path: str, answer_path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main()

@@ -35,12 +35,8 @@ from nested_core.gate.prediction_comparison import ExamplePredictions, Predictio
 from nested_core.gate.run_evidence import RunEvidence
 from nested_core.gate.verdict import GeneralLoss, compare_losses
 from nested_core.kernels.optimized_model import using_optimized_layers
-from nested_core.models.base_model import find_model_folder, load_base_model
-from nested_core.models.lora_attachment import (
-    adapter_compute_dtype,
-    attach_adapter,
-    load_adapter_tensors,
-)
+from nested_core.models.kept_base import load_base_with_adapter, load_changeable_base
+from nested_core.models.lora_attachment import adapter_compute_dtype, load_adapter_tensors
 from nested_core.models.parameters import read_parameters, reference_trainable_parameters
 from nested_core.storage.adapter import WEIGHTS_NAME, Adapter
 from nested_core.storage.atomic import finite_or_none
@@ -68,14 +64,17 @@ class LoadedBase:
 
     @classmethod
     def load(cls, config: FineTuneConfig, *, as_stored: bool = False) -> LoadedBase:
-        """Load the base at the precision of the run, or as it is stored."""
-        model, tokenizer = load_base_model(config, as_stored=as_stored)
-        parameters = attach_adapter(model, config)
-        return cls(config, model, parameters, find_model_folder(config.model), tokenizer)
+        """Load the base at the precision of the run, or as it is stored.
+
+        At the run's precision it may be the one that the run trained on, see `kept_base`; a caller
+        that changes a base asks for it as it is stored.
+        """
+        loaded = load_changeable_base(config) if as_stored else load_base_with_adapter(config)
+        return cls(config, loaded.model, loaded.parameters, loaded.folder, loaded.tokenizer)
 
     def is_unchanged_by(self, adapter: Adapter) -> bool:
         """Whether an adapter leaves the base as it is: B is zero, or each weight is the base's."""
-        arrays = {name: tensor.to_mlx() for name, tensor in adapter.tensors.items()}
+        arrays = adapter.to_mlx()
         factors = [array for name, array in arrays.items() if name.endswith("lora_b")]
         if factors:
             return not any(mx.any(factor).item() for factor in factors)
@@ -270,7 +269,7 @@ def measure_example_losses(
     With them how far the predictions moved: from the initial adapter, and with `gate.drift` from
     the base, which costs a pass where training did not begin as the base.
     """
-    before, after = (load_arrays(a.path / WEIGHTS_NAME) for a in (evidence.before, evidence.after))
+    before, after = (adapter.to_mlx() for adapter in (evidence.before, evidence.after))
     adapters = [before, after]
     wants_base = base.config.gate.drift
     if wants_base and not base.is_unchanged_by(evidence.before):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from nested_core.gate.base_compatibility import base_reasons, config_reasons, fi
 from nested_core.gate.fresh_process_check import (
     Proof,
     ProofRequest,
+    begin_proof,
     prove_effect_in_fresh_process,
 )
 from nested_core.gate.lora_effect import no_effect_reasons, overflow_reasons, require_lora_factors
@@ -97,16 +99,35 @@ def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
     files = evidence.files | {run.config.name: config_file_entry(config)}
     verdict = replace(verdict, judged_files=files)
     divergence = _find_divergence(config, run, evidence)
-    if not _has_any(verdict.reasons, INCOMPARABLE_CODES | {"base_mismatch"}):
-        verdict = _compare_losses(verdict, config, run, evidence)
-    if not _has_any(verdict.reasons, INCOMPARABLE_CODES | {"unchanged", "base_mismatch"}):
-        verdict = _add_divergence(verdict, evidence, divergence)
-    if verdict.has_passed and config.gate.check_fused:
-        verdict = _check_fused_change(verdict, config, evidence)
-    if verdict.has_passed:
-        verdict = _prove_in_fresh_process(verdict, config, evidence)
-        if divergence is not None and divergence.has_risen:
-            verdict = replace(verdict, reasons=tuple(map(_reword_as_divergence, verdict.reasons)))
+    # Here, because `promote` confirms a verdict without a tokenizer.
+    from nested_core.gate.canary import choose_canary_prompts, make_canary
+
+    questions = choose_canary_prompts(config)
+    request = _make_proof_request(config, evidence, [question.tokens for question in questions])
+    with ExitStack() as stack:
+        proof = None
+        if verdict.has_passed and _has_room_for_two_bases():
+            proof = stack.enter_context(begin_proof(request))
+        if not _has_any(verdict.reasons, INCOMPARABLE_CODES | {"base_mismatch"}):
+            verdict = _compare_losses(verdict, config, run, evidence)
+        if not _has_any(verdict.reasons, INCOMPARABLE_CODES | {"unchanged", "base_mismatch"}):
+            verdict = _add_divergence(verdict, evidence, divergence)
+        if verdict.has_passed and config.gate.check_fused:
+            verdict = _check_fused_change(verdict, config, evidence)
+        if verdict.has_passed:
+            stages.info("gate: a new process loads the adapter, and must see the change")
+            if proof is None:
+                _release_kept_base()  # the new process needs the memory
+                mx.clear_cache()
+                proof = stack.enter_context(begin_proof(request))
+            shown = proof.judge()
+            files = dict(verdict.written_files)
+            if shown.canary is not None and not shown.reasons:
+                files[CANARY_NAME] = render_canary(make_canary(questions, request, shown.canary))
+            verdict = replace(_add_proof(verdict, shown), written_files=files)
+            if divergence is not None and divergence.has_risen:
+                reasons = tuple(map(_reword_as_divergence, verdict.reasons))
+                verdict = replace(verdict, reasons=reasons)
     return _add_guides(
         replace(verdict, reasons=_explain_by_divergence(verdict.reasons, divergence))
     )
@@ -370,28 +391,36 @@ def _check_fused_change(verdict: Verdict, config: FineTuneConfig, evidence: RunE
     from nested_core.gate.held_out_loss import LoadedBase
 
     stages.info("gate: whether the change survives fusing")
-    before, after = (
-        {name: tensor.to_mlx() for name, tensor in adapter.tensors.items()}
-        for adapter in (evidence.before, evidence.after)
-    )
+    before, after = evidence.before.to_mlx(), evidence.after.to_mlx()
     fused, reasons = judge_fused_change(
         LoadedBase.load(config, as_stored=True).model, before, after
     )
     return replace(_add_reasons(verdict, reasons), fused=fused)
 
 
-def _prove_in_fresh_process(
-    verdict: Verdict, config: FineTuneConfig, evidence: RunEvidence
-) -> Verdict:
-    """Add whether a new process computes with the offered adapter what the trainer computed."""
-    stages.info("gate: a new process loads the adapter, and must see the change")
-    mx.clear_cache()  # this process has let go of the model; the new one needs the memory
-    logits, dtype = evidence.record.logits, model_compute_dtype(config)
-    # Here, because `promote` confirms a verdict without a tokenizer.
-    from nested_core.gate.canary import choose_canary_prompts, make_canary
+def _has_room_for_two_bases() -> bool:
+    """Whether this process's base and a second one need no more memory than training did."""
+    from nested_core.models.kept_base import get_kept_base
 
-    questions = choose_canary_prompts(config)
-    request = ProofRequest(
+    base = get_kept_base()
+    if base is None or base.training_peak == 0:
+        return False
+    return base.evaluation_peak + base.frozen_bytes() <= base.training_peak
+
+
+def _release_kept_base() -> None:
+    # Here, because `promote` confirms a verdict without a model.
+    from nested_core.models.kept_base import release_kept_base
+
+    release_kept_base()
+
+
+def _make_proof_request(
+    config: FineTuneConfig, evidence: RunEvidence, questions: Sequence[Sequence[int]]
+) -> ProofRequest:
+    """Whether a new process computes with the offered adapter what the trainer computed."""
+    logits, dtype = evidence.record.logits, model_compute_dtype(config)
+    return ProofRequest(
         model=find_model_folder(config.model),
         initial=evidence.before.path,
         trained=evidence.after.path,
@@ -400,13 +429,8 @@ def _prove_in_fresh_process(
         expected=logits.values,
         is_float32=dtype is not None and dtype == mx.float32,
         trusts_remote_code=config.trust_remote_code,
-        questions=[question.tokens for question in questions],
+        questions=questions,
     )
-    proof = prove_effect_in_fresh_process(request)
-    files = dict(verdict.written_files)
-    if proof.canary is not None and not proof.reasons:
-        files[CANARY_NAME] = render_canary(make_canary(questions, request, proof.canary))
-    return replace(_add_proof(verdict, proof), written_files=files)
 
 
 def _prove_in_fresh_process_without_run(

@@ -48,16 +48,16 @@ def ask_samples(base: LoadedBase, evidence: RunEvidence) -> list[SampleAnswers]:
     asked: list[_SamplePrompt] = []
     of_base: list[Answer] = []
     broken: list[BrokenHow | None] = []
+    count = max(MIN_PROMPTS, len(config.samples))
     while remaining and sum(map(is_sound, broken)) < MIN_PROMPTS:
-        count = max(MIN_PROMPTS - sum(map(is_sound, broken)), len(config.samples) - len(asked))
-        chunk, remaining = remaining[:count], remaining[count:]
-        answers = _ask(base, None, chunk)
-        asked += chunk
-        of_base += answers
-        broken += [
-            find_damage(answer, prompt.expected, base.tokenizer)
-            for answer, prompt in zip(answers, chunk, strict=True)
-        ]
+        # First as many as are needed; where some are broken all others at once, in one batch.
+        chunk, remaining = (remaining, []) if asked else (remaining[:count], remaining[count:])
+        for prompt, answer in zip(chunk, _ask(base, None, chunk), strict=True):
+            if len(asked) >= count and sum(map(is_sound, broken)) >= MIN_PROMPTS:
+                break
+            asked.append(prompt)
+            of_base.append(answer)
+            broken.append(find_damage(answer, prompt.expected, base.tokenizer))
     if not asked:
         return []
     has_parent = not base.is_unchanged_by(evidence.before)
@@ -98,7 +98,7 @@ def _ask(
     """The answers with an adapter; None is the base alone."""
     tensors = base.parameters
     if adapter is not None:
-        tensors = {name: tensor.to_mlx() for name, tensor in adapter.tensors.items()}
+        tensors = adapter.to_mlx()
     load_adapter_tensors(base.model, tensors)
     encoded = [encode_messages(base.tokenizer, prompt.messages) for prompt in prompts]
     with in_evaluation_mode(base.model):

@@ -7,8 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import mlx.core as mx
-
 from nested_core import backend
 from nested_core.gate.answers.answer_cache import AnsweringModelDigests, open_user_answer_cache
 from nested_core.gate.answers.answer_records import AnsweringRole, AnswerRecord
@@ -52,7 +50,7 @@ class _AskedModel:
         return answers
 
     def _answer_now(self, suite: EncodedSuite) -> Sequence[Answer]:
-        tensors = self.base.parameters if self.adapter is None else _to_mlx_arrays(self.adapter)
+        tensors = self.base.parameters if self.adapter is None else self.adapter.to_mlx()
         load_adapter_tensors(self.base.model, tensors)
         return suite.answer(self.base.model, self.base.tokenizer)
 
@@ -93,10 +91,6 @@ def _asked_models(
     if champion is not None:
         asked.append(_AskedModel("champion", champion.base, champion.adapter))
     return [*asked, _AskedModel("candidate", base, evidence.after, is_asked_anew=True)]
-
-
-def _to_mlx_arrays(adapter: Adapter) -> dict[str, mx.array]:
-    return {name: tensor.to_mlx() for name, tensor in adapter.tensors.items()}
 
 
 def _ask_model(asked: _AskedModel, encoded: Sequence[EncodedSuite]) -> list[AnswerRecord]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from nested_core import backend
+from nested_core.models.kept_base import release_kept_base
 from nested_core.storage.lock_file import OnBusy, exclusive_lock_with_holder_id, read_holder
 from nested_core.storage.strict_files import private_user_folder
 
@@ -81,6 +82,7 @@ def _report_once(device: str, path: Path, on_wait: OnWait | None) -> OnBusy:
     def on_busy() -> None:
         """Say who has the device, once, and wait until the next try."""
         nonlocal has_reported
+        release_kept_base()  # its memory is the other process's to use
         if on_wait is not None and not has_reported:
             holder = read_holder(path) or "unknown"
             on_wait(f"device {device} is in use by process {holder}: waiting until it is free")

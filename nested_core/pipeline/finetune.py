@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Literal
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, GateRejected, NestedTuneError
+from nested_core.gate.fresh_process_check import ending_waiting_process
 from nested_core.gate.verdict import Verdict
+from nested_core.models.kept_base import keeping_base
 from nested_core.pipeline.continual import (
     champion_or_none,
     champion_trained_alike,
@@ -134,7 +136,12 @@ def finetune(
     check_before_start(config, run)
     with run.locked():
         hooks.begin(config, run, resume=resume)
-        with attaching_verdict_at_end(config, run), writing_report_at_end(run):
+        with (
+            attaching_verdict_at_end(config, run),
+            writing_report_at_end(run),
+            keeping_base(),
+            ending_waiting_process(),
+        ):
             return _finetune_locked(config, run, hooks)
 
 

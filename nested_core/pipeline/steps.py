@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from pydantic import TypeAdapter, ValidationError
 
 from nested_core.backend import warn_if_unprepared
@@ -37,6 +38,7 @@ from nested_core.gate.answers.configured_suites import (
     read_suites,
     record_or_compare_suites,
 )
+from nested_core.gate.fresh_process_check import start_fresh_process
 from nested_core.gate.held_out_choice import require_held_out, require_test_set
 from nested_core.gate.held_out_loss import measure_test_loss as test_loss
 from nested_core.gate.held_out_loss import (
@@ -46,9 +48,17 @@ from nested_core.gate.held_out_loss import (
     require_validated_data,
 )
 from nested_core.gate.task_bounds import task_file_entries
-from nested_core.models.base_model import find_model_folder, fingerprint_base_model, load_base_model
+from nested_core.models.base_model import (
+    find_model_folder,
+    fingerprint_base_model,
+    model_compute_dtype,
+)
+from nested_core.models.kept_base import (
+    BaseWithAdapter,
+    load_base_with_adapter,
+    load_changeable_base,
+)
 from nested_core.models.lora_attachment import (
-    attach_adapter,
     load_adapter_tensors,
     make_adapter_config,
     read_adapter_file,
@@ -193,9 +203,8 @@ def write_initial_adapter_and_tiers(
 
 
 def _write_initial_adapter(config: FineTuneConfig, run: RunDirectory) -> None:
-    model, _ = load_base_model(config, as_stored=True)
-    attach_adapter(model, config)
-    base = find_model_folder(config.model)
+    loaded = _load_base_for_initial_adapter(config)
+    model, base = loaded.model, loaded.folder
     if config.resume_adapter_file is not None:
         load_adapter_tensors(model, read_adapter_file(Path(config.resume_adapter_file), base))
     described = make_adapter_config(config, fingerprint_base_model(base))
@@ -207,6 +216,19 @@ def _write_initial_adapter(config: FineTuneConfig, run: RunDirectory) -> None:
     tiers = _assign_tiers(config, model)
     build_optimizer(config, tiers)  # refuses unusable arguments before training begins
     write_json(run.tiers, tiers.to_json())
+
+
+def _load_base_for_initial_adapter(config: FineTuneConfig) -> BaseWithAdapter:
+    """The base that training uses too, where its precision shows in nothing that is written.
+
+    Fresh LoRA factors do not depend on the base's values. DoRA's magnitudes, weights under `full`
+    and measured importances do: they are taken from the base as it is stored.
+    """
+    is_as_stored = model_compute_dtype(config) is None
+    depends = config.nested.strategy == "parameter_importance" or config.fine_tune_type != "lora"
+    if count_ranks(config) > 1 or (depends and not is_as_stored):
+        return load_changeable_base(config)
+    return load_base_with_adapter(config)
 
 
 def _assign_tiers(config: FineTuneConfig, model: Any) -> TierMap:
@@ -271,15 +293,16 @@ def _train_model(
     callback: TrainingCallback | None,
     on_start: Callable[[Any], None] | None,
 ) -> Trainer:
-    model, tokenizer = load_base_model(config)
+    base = load_base_with_adapter(config)
+    model = base.model
     report, splits = load_run_data(config)
     require_validated_data(run, report)
-    attach_adapter(model, config)
     load_adapter_tensors(model, load_arrays(run.initial / WEIGHTS_NAME))
     setup = prepare_training(
-        config, run, model, splits, tokenizer=tokenizer, callback=callback, world=world
+        config, run, model, splits, tokenizer=base.tokenizer, callback=callback, world=world
     )
     trainer = Trainer(setup)
+    trainer.on_near_end = start_fresh_process if world.is_single_process else None
     trainer.resume()
     if world.is_main:
         run.require_lock()
@@ -290,6 +313,8 @@ def _train_model(
     if on_start is not None:
         on_start(trainer)
     trainer.train()
+    base.evaluation_peak = trainer.evaluation_peak
+    base.training_peak = mx.get_peak_memory()
     return trainer
 
 

@@ -79,6 +79,10 @@ class Adapter:
             "base_fingerprint": self.config.get("base_fingerprint"),
         }
 
+    def to_mlx(self) -> dict[str, mx.array]:
+        """The tensors as MLX arrays, by name."""
+        return {name: tensor.to_mlx() for name, tensor in self.tensors.items()}
+
     def digest(self) -> str:
         """SHA-256 over the meaning, then names, dtypes, shapes and bytes in name order; kept."""
         if not self._digests:

@@ -6,6 +6,7 @@ checkpoint, what the steps computed is written into it by name and read back.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import astuple
 
@@ -30,6 +31,7 @@ from nested_core.training.train_step import StepResult, TrainStep
 from nested_core.training.training_setup import TrainingSetup
 from nested_core.training.training_state import TrainingState
 
+SECONDS_BEFORE_END = 20.0  # what the imports of a process take at most
 NAMES_OF_DIGESTED_INPUTS = {
     "initial": "initial/",
     "initial_files": "its files",
@@ -67,6 +69,10 @@ class Trainer:
 
         # Whoever is told of each step: the step, and the steps of the whole run
         self.on_step: Callable[[int, int], None] | None = None
+
+        # Called once, when the last SECONDS_BEFORE_END of training begin, by the steps so far
+        self.on_near_end: Callable[[], None] | None = None
+        self.evaluation_peak = 0  # most bytes of MLX up to the end of the first evaluation
 
         # Requests to stop: of this process, and on how many ranks as of the step before
         self.stop_requested = False
@@ -164,6 +170,7 @@ class Trainer:
                     read_parameters(self.setup.parameters), self.state.step
                 )
                 self._recorder.begin(self.state)
+                self.evaluation_peak = mx.get_peak_memory()
                 self._train_steps()
                 if not self.state.ended:
                     self._finish_training()
@@ -177,6 +184,7 @@ class Trainer:
         every = self.config.grad_accumulation_steps
         train_step = self._compile_step()
         must_stop = self._any_rank_requests_stop()
+        near_end = _NearEnd(self.state.step, self.steps, self.on_near_end)
         if not self.state.observed and not self._is_over():  # the last evaluation was interrupted
             self._record_what_is_due(
                 (self.state.iteration - 1) // every * every, self.state.iteration
@@ -191,6 +199,7 @@ class Trainer:
             result = self._take_step(train_step, first, last)
             if self.on_step is not None:
                 self.on_step(self.state.step, self.steps)
+            near_end.after_step(self.state.step)
             must_stop = self._must_stop_after(result)
             self._divergence_watch.add_step(self.state.step, self.optimizer.state[COUNTERS_KEY])
             self._check_updates(train_step, result, first, is_last=must_stop or self._is_over())
@@ -357,3 +366,22 @@ class Trainer:
             f"Training was stopped at step {self.state.step} of {self.steps}. Go on with "
             f"the same command, --run-dir {self.setup.run.path} --resume."
         )
+
+
+class _NearEnd:
+    """Calls a function once, when the rest of training takes no longer than SECONDS_BEFORE_END."""
+
+    def __init__(self, first: int, steps: int, callback: Callable[[], None] | None) -> None:
+        self._first = first
+        self._steps = steps
+        self._callback = callback
+        self._started = time.monotonic()
+
+    def after_step(self, step: int) -> None:
+        """Look at the time that the steps so far took, which includes all that came between."""
+        if self._callback is None or step <= self._first:
+            return
+        seconds_a_step = (time.monotonic() - self._started) / (step - self._first)
+        if (self._steps - step) * seconds_a_step <= SECONDS_BEFORE_END:
+            self._callback()
+            self._callback = None

@@ -211,3 +211,55 @@ def test_a_base_that_brings_code_is_a_configuration_error_and_its_code_is_not_ru
     with pytest.raises(ConfigError, match="could not be loaded: .* No code that a model brings"):
         compute_logits_in_fresh_process(ProofRequest(base, run.initial, run.adapter))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_process_that_was_started_before_computes_the_next_proof(run: RunDirectory) -> None:
+    with fresh_process_check.ending_waiting_process():
+        fresh_process_check.start_fresh_process()
+        waiting = fresh_process_check._waiting
+        assert waiting is not None
+        with fresh_process_check.begin_proof(
+            ProofRequest(MODEL, run.initial, run.adapter)
+        ) as proof:
+            assert proof._process is waiting
+            assert not isinstance(proof.wait_for_logits(), fresh_process_check.Reason)
+
+
+def test_a_process_that_gets_no_request_is_ended(run: RunDirectory) -> None:
+    with fresh_process_check.ending_waiting_process():
+        fresh_process_check.start_fresh_process()
+        waiting = fresh_process_check._waiting
+        assert waiting is not None
+    assert waiting._process.returncode is not None
+    with fresh_process_check.begin_proof(ProofRequest(MODEL, run.initial, run.adapter)) as proof:
+        begun = proof._process
+    assert begun._process.returncode is not None
+    assert not Path(proof._folder.name).exists()
+
+
+@pytest.mark.parametrize("differ", ["scale", "shape"])
+def test_an_initial_adapter_of_other_layers_is_loaded_by_itself(
+    run: RunDirectory, tmp_path: Path, differ: str
+) -> None:
+    request = ProofRequest(MODEL, run.initial, run.adapter)
+    expected = compute_logits_in_fresh_process(request)
+    other = tmp_path / "initial"
+    shutil.copytree(run.initial, other)
+    config = json.loads((other / "adapter_config.json").read_text())
+    tensors = load_arrays(other / "adapters.safetensors")
+    if differ == "scale":
+        config["lora_parameters"]["scale"] *= 2  # lora_b is zero: the logits stay
+    else:
+        rank = config["lora_parameters"]["rank"]
+        config["lora_parameters"]["rank"] = rank + 2
+        tensors = {
+            name: mx.pad(array, [(0, 0), (0, 2)] if name.endswith("lora_a") else [(0, 2), (0, 0)])
+            for name, array in tensors.items()
+        }
+    (other / "adapter_config.json").write_text(json.dumps(config))
+    save_arrays(other / "adapters.safetensors", tensors)
+    found = compute_logits_in_fresh_process(ProofRequest(MODEL, other, run.adapter))
+    assert not isinstance(expected, fresh_process_check.Reason)
+    assert not isinstance(found, fresh_process_check.Reason)
+    np.testing.assert_allclose(found.initial, expected.initial, atol=1e-3)
+    np.testing.assert_array_equal(found.trained, expected.trained)

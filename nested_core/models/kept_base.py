@@ -1,0 +1,205 @@
+"""The base model with an adapter attached: loaded once, and kept from step to step of a run.
+
+What is judged is still what is on disk: adapters are read into the base from their files. That the
+base in memory is still the base is proven by `checksum_frozen_tensors`, taken when it was loaded
+and again whenever it is handed on; where it differs, the base is loaded anew.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from nested_core.backend import to_int
+from nested_core.models.base_model import (
+    find_model_folder,
+    fingerprint_base_model,
+    load_base_model,
+    model_compute_dtype,
+)
+from nested_core.models.lora_attachment import attach_adapter, load_adapter_tensors
+from nested_core.models.parameters import trainable_parameters
+from nested_core.optim.named_updates import UNSIGNED_DTYPE_BY_BYTES
+
+if TYPE_CHECKING:
+    from nested_core.config.schema import FineTuneConfig
+
+_MAX_WORDS_AT_ONCE = 2**24
+Checksums = Mapping[str, tuple[int, int]]
+
+
+@dataclass(eq=False)
+class BaseWithAdapter:
+    """A base model with a fresh adapter attached, into which adapters are loaded.
+
+    parameters: those of the fresh adapter, by name.
+    description: what it was loaded from and how; an equal one is the same computation.
+    checksums: of the frozen tensors when it was loaded; None where it is not to be kept.
+    evaluation_peak, training_peak: most bytes of MLX in this process up to the first evaluation,
+        and in the whole training; 0 where this process did not train.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    parameters: dict[str, mx.array]
+    folder: Path
+    description: object = None
+    checksums: Checksums | None = field(default=None, repr=False)
+    evaluation_peak: int = 0
+    training_peak: int = 0
+    _modes: list[tuple[nn.Module, bool]] = field(default_factory=list, repr=False)
+    _random_key: mx.array | None = field(default=None, repr=False)
+
+    def note_state(self) -> None:
+        """Note which modules are in training mode, and the key of the next random draw."""
+        state: Any = mx.random.state
+        self._modes = [(module, module.training) for _, module in self.model.named_modules()]
+        self._random_key = mx.array(state[0])
+        mx.eval(self._random_key)
+
+    def restore_state(self) -> None:
+        """Put back what `note_state` noted, and the fresh adapter: all is as it was when loaded."""
+        state: Any = mx.random.state
+        for module, is_training in self._modes:
+            module._set_training_mode(is_training)
+        state[0][:] = self._random_key
+        load_adapter_tensors(self.model, self.parameters)
+
+    def frozen_bytes(self) -> int:
+        """The bytes of the base's own tensors."""
+        return sum(array.nbytes for array in frozen_tensors(self.model).values())
+
+
+_kept: BaseWithAdapter | None = None
+_is_keeping = False
+
+
+@contextmanager
+def keeping_base() -> Iterator[None]:
+    """Within the block, keep the base that `load_base_with_adapter` loaded last for the next."""
+    global _is_keeping
+    was_keeping = _is_keeping
+    _is_keeping = True
+    try:
+        yield
+    finally:
+        _is_keeping = was_keeping
+        if not was_keeping:
+            release_kept_base()
+
+
+def get_kept_base() -> BaseWithAdapter | None:
+    """The base that is kept, if one is."""
+    return _kept
+
+
+def release_kept_base() -> None:
+    """Let go of the base that is kept, if one is, and of the device's memory that it had."""
+    global _kept
+    if _kept is not None:
+        _kept = None
+        mx.clear_cache()
+
+
+def load_base_with_adapter(config: FineTuneConfig) -> BaseWithAdapter:
+    """The base, at the run's precision, with a fresh adapter attached.
+
+    Within `keeping_base` it is the one that this thread loaded before, if that was of the same
+    files, in the same way, and each of its frozen tensors has the bits that it had then. A base
+    that training changes, under `full`, is loaded anew each time.
+    """
+    global _kept
+    if not _is_keeping or config.fine_tune_type == "full":
+        return _load(config, as_stored=False)
+    description = _describe(config)
+    if _kept is not None and _kept.description == description:
+        if checksum_frozen_tensors(_kept.model) == _kept.checksums:
+            _kept.restore_state()
+            return _kept
+        warnings.warn(
+            f"The base model {_kept.folder} that this process holds is no longer what was loaded: "
+            f"memory or a program changed it. It is loaded anew; train again if this is repeated.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    release_kept_base()
+    loaded = _load(config, as_stored=False)
+    loaded.description = description
+    loaded.checksums = checksum_frozen_tensors(loaded.model)
+    loaded.note_state()
+    _kept = loaded
+    return loaded
+
+
+def load_changeable_base(config: FineTuneConfig) -> BaseWithAdapter:
+    """A base of the caller's own, as it is stored, with a fresh adapter attached."""
+    return _load(config, as_stored=True)
+
+
+def _load(config: FineTuneConfig, *, as_stored: bool) -> BaseWithAdapter:
+    model, tokenizer = load_base_model(config, as_stored=as_stored)
+    parameters = attach_adapter(model, config)
+    return BaseWithAdapter(model, tokenizer, parameters, find_model_folder(config.model))
+
+
+def _describe(config: FineTuneConfig) -> object:
+    """All that a base with a fresh adapter follows from; arrays belong to a thread as well."""
+    folder = find_model_folder(config.model)
+    return (
+        threading.get_ident(),
+        str(folder),
+        fingerprint_base_model(folder),
+        config.trust_remote_code,
+        model_compute_dtype(config),
+        config.fine_tune_type,
+        config.num_layers,
+        config.lora_parameters.model_dump(mode="json"),
+        config.seed,
+    )
+
+
+def frozen_tensors(model: nn.Module) -> dict[str, mx.array]:
+    """All arrays of a model but the trainable ones, by dotted name, those that MLX hides too."""
+    trainable = trainable_parameters(model).keys()
+    arrays = {
+        f"{prefix}.{key}" if prefix else key: value
+        for prefix, module in model.named_modules()
+        for key, value in module.items()
+        if isinstance(value, mx.array)
+    }
+    return {name: array for name, array in arrays.items() if name not in trainable}
+
+
+def checksum_frozen_tensors(model: nn.Module) -> Checksums:
+    """Two sums, modulo 2 ** 32, over the bits of each frozen tensor of a model, by name.
+
+    One is of the words of 32 bits, the other of each times an odd number that follows from its
+    place. A bit that moves changes both, whichever it is: by a power of two, and that times an odd
+    number. Integers are added, so the sums are exact in any order. Computed where the tensors are.
+    """
+    sums = {name: _sum_words(array) for name, array in frozen_tensors(model).items()}
+    return {name: (int(plain), int(placed)) for name, (plain, placed) in sums.items()}
+
+
+def _sum_words(array: mx.array) -> tuple[int, int]:
+    """Both sums of one tensor, a part at a time, so that they need little memory."""
+    if array.size == 0:
+        return 0, 0
+    words = array.reshape(-1).view(UNSIGNED_DTYPE_BY_BYTES[array.dtype.size])
+    if words.nbytes % 4 == 0:
+        words = words.view(mx.uint32)
+    totals = mx.zeros(2, mx.uint32)
+    for start in range(0, words.size, _MAX_WORDS_AT_ONCE):
+        part = words[start : start + _MAX_WORDS_AT_ONCE].astype(mx.uint32)
+        odd = mx.arange(start, start + part.size, dtype=mx.uint32) * 2 + 1
+        totals = totals + mx.stack([mx.sum(part), mx.sum(part * odd)])
+        mx.eval(totals)
+    return to_int(totals[0]), to_int(totals[1])
