@@ -121,10 +121,10 @@ def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
                 mx.clear_cache()
                 proof = stack.enter_context(begin_proof(request))
             shown = proof.judge()
-            files = dict(verdict.written_files)
+            written = dict(verdict.written_files)
             if shown.canary is not None and not shown.reasons:
-                files[CANARY_NAME] = render_canary(make_canary(questions, request, shown.canary))
-            verdict = replace(_add_proof(verdict, shown), written_files=files)
+                written[CANARY_NAME] = render_canary(make_canary(questions, request, shown.canary))
+            verdict = replace(_add_proof(verdict, shown), written_files=written)
             if divergence is not None and divergence.has_risen:
                 reasons = tuple(map(_reword_as_divergence, verdict.reasons))
                 verdict = replace(verdict, reasons=reasons)

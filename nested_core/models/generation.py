@@ -89,7 +89,7 @@ def answer_prompts(
         )
         for prompt in prompts
     ]
-    answer = _answer_in_batches if _can_batch_from_now_on(model) else _answer_one_by_one
+    answer = _answer_in_batches if can_batch(model) else _answer_one_by_one
     with _using_seed(sampling.seed):
         finished = answer(model, tokenizer.eos_token_ids, unfinished, _make_sampler(sampling))
         for count, _ in enumerate(finished, start=1):
@@ -255,17 +255,6 @@ def _answer_one_by_one(
             if answer.has_stopped:
                 break
         yield answer
-
-
-_can_batch: dict[int, tuple[weakref.ref[nn.Module], bool]] = {}  # by a model's id
-
-
-def _can_batch_from_now_on(model: nn.Module) -> bool:
-    """`can_batch`, asked once for each model in memory: it does not depend on the adapter."""
-    known = _can_batch.get(id(model))
-    if known is None or known[0]() is not model:
-        known = _can_batch[id(model)] = (weakref.ref(model), can_batch(model))
-    return known[1]
 
 
 def can_batch(model: nn.Module) -> bool:

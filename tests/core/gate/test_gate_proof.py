@@ -18,6 +18,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.gate import fresh_process_check, judge_run, verify_adapters
 from nested_core.gate.fresh_process_check import ProofRequest, compute_logits_in_fresh_process
+from nested_core.gate.verdict import Reason
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.core.gate.conftest import Rewrite
@@ -222,7 +223,7 @@ def test_a_process_that_was_started_before_computes_the_next_proof(run: RunDirec
             ProofRequest(MODEL, run.initial, run.adapter)
         ) as proof:
             assert proof._process is waiting
-            assert not isinstance(proof.wait_for_logits(), fresh_process_check.Reason)
+            assert not isinstance(proof.wait_for_logits(), Reason)
 
 
 def test_a_process_that_gets_no_request_is_ended(run: RunDirectory) -> None:
@@ -259,7 +260,7 @@ def test_an_initial_adapter_of_other_layers_is_loaded_by_itself(
     (other / "adapter_config.json").write_text(json.dumps(config))
     save_arrays(other / "adapters.safetensors", tensors)
     found = compute_logits_in_fresh_process(ProofRequest(MODEL, other, run.adapter))
-    assert not isinstance(expected, fresh_process_check.Reason)
-    assert not isinstance(found, fresh_process_check.Reason)
+    assert not isinstance(expected, Reason)
+    assert not isinstance(found, Reason)
     np.testing.assert_allclose(found.initial, expected.initial, atol=1e-3)
     np.testing.assert_array_equal(found.trained, expected.trained)

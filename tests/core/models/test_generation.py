@@ -72,7 +72,7 @@ def test_a_model_whose_cache_is_not_batched_answers_the_same(monkeypatch) -> Non
     prompts = encode("I want to see Fiji. Where to?", "What is the capital of France?")
     sampling = Sampling(max_tokens=20, stop=(".",))
     batched = answer_prompts(model, tokenizer, prompts, sampling)
-    monkeypatch.setattr(generation, "_can_batch_from_now_on", lambda model: False)
+    monkeypatch.setattr(generation, "can_batch", lambda model: False)
     assert answer_prompts(model, tokenizer, prompts, sampling) == batched
 
 
