@@ -80,7 +80,7 @@ def hash_word_ngrams(texts: pl.Series) -> WordNgrams:
         compared = compared.scatter((~is_ascii).arg_true(), others)
     hashes, folded, counts = _hash_words(compared)
     if not is_ascii.all():
-        has_digits = compared.str.contains(r"[\p{Nd}&&[^0-9]]")
+        has_digits = compared.str.contains(r"[\d&&[^0-9]]")
         if has_digits.any():
             unfolded = compared.filter(has_digits).str.replace_all(r"\d", "0")
             folded[np.repeat(has_digits.to_numpy(), counts)] = _hash_words(unfolded)[1]
