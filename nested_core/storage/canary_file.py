@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from nested_core.errors import DamagedError
 
 CANARY_NAME = "canary.jsonl"
@@ -61,10 +59,6 @@ class Canary:
     questions: tuple[CanaryQuestion, ...]
 
 
-_LOGITS_VALIDATOR = TypeAdapter(CanaryLogits)
-_QUESTION_VALIDATOR = TypeAdapter(CanaryQuestion)
-
-
 def render_canary(canary: Canary) -> bytes:
     """The bytes of the file."""
     rows: Sequence[Any] = (canary.logits, *canary.questions)
@@ -73,11 +67,15 @@ def render_canary(canary: Canary) -> bytes:
 
 def parse_canary(content: bytes, place: object) -> Canary:
     """What the bytes of a file hold; `place` names it in the DamagedError for anything else."""
+    # Here, because the command line reads the file's name before it listens to Ctrl-C.
+    from pydantic import TypeAdapter, ValidationError
+
     first, *lines = content.splitlines() or [b""]
+    question = TypeAdapter(CanaryQuestion)
     try:
         return Canary(
-            _LOGITS_VALIDATOR.validate_json(first),
-            tuple(_QUESTION_VALIDATOR.validate_json(line) for line in lines),
+            TypeAdapter(CanaryLogits).validate_json(first),
+            tuple(question.validate_json(line) for line in lines),
         )
     except ValidationError as error:
         raise DamagedError(
