@@ -7,6 +7,7 @@ kept of train does not grow with it: an n-gram of many training examples is comm
 from __future__ import annotations
 
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import polars as pl
 
 from nested_core.data.lines.word_ngrams import WordNgrams
+from nested_core.storage.strict_files import read_regular
 
 RARE_NGRAM_MAX_EXAMPLES = 10  # an n-gram in more training examples is common
 MATCH_SCHEMA: dict[str, type[pl.DataType]] = {
@@ -44,13 +46,14 @@ class AskedNgrams:
 
     def write(self, path: Path) -> None:
         """Write it for a worker process."""
-        with path.open("wb") as file:
-            np.savez(file, ngrams=self.ngrams, words=self.words)
+        content = BytesIO()
+        np.savez(content, ngrams=self.ngrams, words=self.words)
+        path.write_bytes(content.getvalue())
 
     @classmethod
     def read(cls, path: Path) -> AskedNgrams:
         """What `write` wrote."""
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(BytesIO(read_regular(path)), allow_pickle=False) as arrays:
             return cls(arrays["ngrams"], arrays["words"])
 
     def find_in(self, found: WordNgrams, contents: pl.Series) -> pl.DataFrame:
