@@ -393,7 +393,9 @@ def a_configuration_that_plain_mlx_lm_cannot_use(scene: Scene) -> None:
 
 @case("base_mismatch")
 def another_base_in_the_configuration(scene: Scene) -> None:
-    scene.rewrite(change_config=lambda meaning: meaning.update(base_fingerprint="0" * 64))
+    scene.rewrite(
+        change_config=lambda meaning: meaning.update(base_fingerprint="sha256:" + "0" * 64)
+    )
 
 
 @case("base_mismatch")
