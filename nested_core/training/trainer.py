@@ -29,7 +29,7 @@ from nested_core.training.run_recorder import RunRecorder, restore_random_key
 from nested_core.training.silent_failure_checks import UpdateCheck, warn_of_lost_updates
 from nested_core.training.train_step import StepResult, TrainStep
 from nested_core.training.training_setup import TrainingSetup
-from nested_core.training.training_state import TrainingState
+from nested_core.training.training_state import TrainingState, require_whole_state
 
 SECONDS_BEFORE_END = 20.0  # what the imports of a process take at most
 NAMES_OF_DIGESTED_INPUTS = {
@@ -124,10 +124,12 @@ class Trainer:
     def resume(self) -> None:
         """Continue from the run's last sound checkpoint; without one, train from the start.
 
-        Raises DamagedError or DatasetError if what the run began from has changed since.
+        Raises DamagedError or DatasetError if what the run began from has changed since, and
+        DamagedError if the checkpoint does not say all that is needed.
         """
         checkpoint = latest_checkpoint(self.setup.run.checkpoints)
         if checkpoint is not None:
+            require_whole_state(checkpoint.state, checkpoint.path)
             self._refuse_changed_inputs(checkpoint.state["found"])
             self._restore_checkpoint(checkpoint)
 

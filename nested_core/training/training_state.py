@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
+from nested_core.errors import DamagedError
 from nested_core.optim.tier_counters import TierStats
 from nested_core.storage.atomic import finite_or_none
+from nested_core.storage.checkpoint_verification import STATE_NAME
 
 
 @dataclass
@@ -68,9 +71,8 @@ class TrainingState:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> TrainingState:
-        """Read what `to_json` wrote; other keys are ignored."""
-        known = {key: value[key] for key in cls.__dataclass_fields__ if key in value}
-        return cls(**known)
+        """Read what `to_json` wrote; other keys are ignored. KeyError where one is missing."""
+        return cls(**{field.name: value[field.name] for field in fields(cls)})
 
     def record_gradient_flush(self) -> None:
         """Record that gathered gradients were applied: this step's evaluation no longer holds."""
@@ -103,6 +105,9 @@ class TrainingState:
         return is_best
 
 
+EVIDENCE_KEYS = {"wanted_iterations", "found", "tiers", "logits"}
+
+
 @dataclass(frozen=True)
 class CheckpointState:
     """The content of state.json: the training state, and the evidence that the gate judges by.
@@ -124,8 +129,18 @@ class CheckpointState:
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON values; a number that is not finite becomes None."""
         return self.state.to_json() | {
-            "wanted_iterations": self.wanted_iterations,
+            "wanted_iterations": self.wanted_iterations,  # each in EVIDENCE_KEYS
             "found": dict(self.input_digests),
             "tiers": [asdict(stats) for stats in self.tiers],
             "logits": finite_or_none(dict(self.logits)),
         }
+
+
+def require_whole_state(recorded: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raise DamagedError if a value of a checkpoint's state.json is missing."""
+    names = {field.name for field in fields(TrainingState)}
+    if missing := sorted((names | EVIDENCE_KEYS) - recorded.keys()):
+        raise DamagedError(
+            f"{checkpoint / STATE_NAME} has no {' and no '.join(missing)}: it is not what training "
+            f"wrote. Bring back what was there, or train again in a new run."
+        )

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nested_core.errors import DamagedError
 from nested_core.training.early_stopping import count_evaluations_without_improvement
-from nested_core.training.training_state import TrainingState
+from nested_core.training.training_state import (
+    EVIDENCE_KEYS,
+    TrainingState,
+    require_whole_state,
+)
 
 
 def evaluated(losses: list[float], *, min_delta: float = 0.0) -> TrainingState:
@@ -101,5 +107,10 @@ def test_it_survives_json_to_the_bit(
     assert asdict(TrainingState.from_json(json.loads(written))) == asdict(state)
 
 
-def test_a_key_that_an_older_version_did_not_write_has_its_default() -> None:
-    assert TrainingState.from_json({"step": 3}) == TrainingState(step=3)
+def test_a_state_that_lacks_a_value_is_damage_and_names_it() -> None:
+    whole = TrainingState(step=3).to_json() | dict.fromkeys(EVIDENCE_KEYS, 0)
+    require_whole_state(whole, Path("step-3"))
+    for key in whole:
+        rest = {name: value for name, value in whole.items() if name != key}
+        with pytest.raises(DamagedError, match=rf"state.json has no {key}:"):
+            require_whole_state(rest, Path("step-3"))
