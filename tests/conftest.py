@@ -48,7 +48,7 @@ os.environ.update(
     PREFECT_HOME=str(_PREFECT_HOME),
     NESTED_TUNE_CACHE=str(_PREFECT_HOME / "cache"),
 )
-for _name in ("PREFECT_API_URL", "PREFECT_PROFILE"):
+for _name in ("PREFECT_API_URL", "PREFECT_PROFILE", "COLUMNS"):
     os.environ.pop(_name, None)
 if "PYTEST_XDIST_WORKER" in os.environ:
     # A worker a core: further threads only wait, spinning.

@@ -102,5 +102,9 @@ def test_where_all_were_heard_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(seconds: float) -> None:
         raise AssertionError(seconds)
 
+    with get_client(sync_client=True) as client:  # what other tests have left at work
+        for run in client.read_flow_runs():
+            if run.state is not None and not run.state.is_final():
+                client.set_flow_run_state(run.id, Completed(), force=True)
     monkeypatch.setattr("flows.dead_runs.time.sleep", refuse)
     assert end_them() == []

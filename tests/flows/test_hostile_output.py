@@ -131,6 +131,7 @@ class SentArtifacts(ArtifactClient):
 
     def __init__(self) -> None:
         self._client: Any = self
+        self._flow_run = None
         self._published = {}
         self.data: dict[str, Any] = {}
         self.descriptions: list[str] = []

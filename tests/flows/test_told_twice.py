@@ -133,8 +133,9 @@ def test_the_tables_of_the_command_line_tell_them_too(told: Told) -> None:
     step, val_loss, gate_loss = told.offered
     listed = called("runs", cwd=told.folder.parent.parent).stdout
     cells = [cell.strip() for cell in re.findall(r"[^│\n]+", listed.splitlines()[3])]
-    assert cells[1:5] == [
-        WORDS,
+    assert cells[1:6] == [
+        "capitals",
+        f"promoted: {WORDS}",
         f"{step} of 24",
         format_loss(val_loss),
         format_loss(gate_loss),

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.models.base_model import load_base_model
+from nested_core.models.base_model import FINGERPRINT_PREFIX, load_base_model
 from nested_core.models.lora_attachment import attach_adapter, is_adapter_parameter
 from nested_core.models.parameters import trainable_parameters
 from nested_core.optim.named_updates import flatten
@@ -232,7 +232,7 @@ def test_an_adapter_of_another_base_model_is_a_warning(
     other = tmp_path / "adapter"
     shutil.copytree(every_step.run.adapter, other)
     described = json.loads((other / "adapter_config.json").read_bytes())
-    described["base_fingerprint"] = "0a" * 32
+    described["base_fingerprint"] = f"{FINGERPRINT_PREFIX}{'0a' * 32}"
     (other / "adapter_config.json").write_text(json.dumps(described))
     config = example_config(resume_adapter_file=str(other / "adapters.safetensors"))
     with pytest.warns(UserWarning, match="was made for another base model"):
