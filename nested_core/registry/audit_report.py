@@ -75,7 +75,8 @@ def audit(registry: Path, name: str) -> AuditReport:
     """Check all files of `name`; ConfigError for an unknown registry or name.
 
     Raises DamagedError if there are findings and the lock file was removed meanwhile: they may be
-    another process at work.
+    another process at work. One that goes on writing after its lock file was removed and before the
+    audit began is not noticed: an audit after it says whether its findings were damage.
     """
     folder = find_name_folder(registry, name)
     with shared_folder_lock(folder) as lock:

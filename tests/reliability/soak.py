@@ -16,8 +16,6 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 # Before anything is imported: one core, and no hub.
 os.environ |= {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -28,7 +26,7 @@ from nested_core.storage.compiled_kernels import environment_with_user_tmpdir  #
 
 backend.prepare()
 
-from tests.fork_server import python, start_server  # noqa: E402
+from tests.fork_server import forking_python  # noqa: E402
 
 # What the commands import; loaded once, so that a forked process begins with its work.
 IMPORTED = (
@@ -73,8 +71,7 @@ def run_kills(folder: Path, kills: int, seed: int) -> str:
     """Kill the commands of tests/reliability/kills.py so many times; return the figures."""
     for name in IMPORTED:
         import_module(name)
-    start_server()
-    fork_the_fresh_process()
+    sys.executable = forking_python()  # the gate of each forked command starts its process by it
     from tests.reliability.kills import KillSoak
 
     folder.mkdir()
@@ -94,18 +91,6 @@ def run_queue(runs: int) -> str:
         check=True,
     )
     return f"{runs} queued runs, none stuck, none promoted twice"
-
-
-def fork_the_fresh_process() -> None:
-    """Fork the process that loads an adapter for the gate from a server, which has mlx_lm."""
-    from nested_core.gate import fresh_process_check
-
-    def run(command: list[str], *, env: dict[str, str], timeout: float, **_: Any) -> Any:
-        done = python(*command[2:], env=env, timeout=timeout)
-        return SimpleNamespace(returncode=done.returncode, stderr=done.stderr.encode())
-
-    launched: Any = SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired)
-    vars(fresh_process_check)["subprocess"] = launched
 
 
 def _timed(volume: Callable[[], str]) -> None:
