@@ -6,7 +6,6 @@ kept of train does not grow with it: an n-gram of many training examples is comm
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from nested_core.data.lines.word_ngrams import WordNgrams
+from nested_core.data.lines.word_ngrams import (
+    NGRAM_SCHEMA,
+    WordHasher,
+    hash_word_ngrams,
+    hash_word_sequences,
+)
 from nested_core.storage.strict_files import read_regular
 
 RARE_NGRAM_MAX_EXAMPLES = 10  # an n-gram in more training examples is common
@@ -30,73 +34,96 @@ _TABLE_ENTRIES_PER_NGRAM = 32
 Values = np.ndarray[Any, np.dtype[Any]]
 
 
-@dataclass(frozen=True, eq=False)
 class AskedNgrams:
-    """The n-grams, uint32, and word sequences, uint64, of held-out texts; ascending, each once."""
+    """What is looked for in train: the n-grams and words of held-out texts.
 
-    ngrams: Values
-    words: Values
+    ngrams: uint32; words and bags: uint64, see NGRAM_SCHEMA. All ascending, each once.
+    """
+
+    def __init__(self, ngrams: Values, words: Values, bags: Values) -> None:
+        self.ngrams = ngrams
+        self.words = words
+        self.bags = bags
+        self._hasher = WordHasher()
+        self._is_common = np.zeros(len(ngrams), np.bool_)  # those are looked for no more
+        wanted = len(ngrams) * _TABLE_ENTRIES_PER_NGRAM
+        bits = min(_MAX_TABLE_BITS, max(_MIN_TABLE_BITS, wanted.bit_length()))
+        self._shift = np.uint32(32 - bits)
+        self._table = np.zeros(1 << bits, np.bool_)
+        self._table[ngrams >> self._shift] = True
 
     @classmethod
     def of_frames(cls, held_out: list[pl.DataFrame]) -> AskedNgrams:
         """Those of all rows of frames with the columns of NGRAM_SCHEMA."""
-        frame = pl.concat([frame.select("ngrams", "words") for frame in held_out])
+        frame = pl.concat([frame.select(list(NGRAM_SCHEMA)) for frame in held_out])
         ngrams = frame["ngrams"].explode().drop_nulls()
-        return cls(np.unique(ngrams.to_numpy()), np.unique(frame["words"].drop_nulls().to_numpy()))
+        with_words = frame.filter(pl.col("words").is_not_null())
+        return cls(
+            np.unique(ngrams.to_numpy()),
+            np.unique(with_words["words"].to_numpy()),
+            np.unique(with_words["bag"].to_numpy()),
+        )
 
     def write(self, path: Path) -> None:
         """Write it for a worker process."""
         content = BytesIO()
-        np.savez(content, ngrams=self.ngrams, words=self.words)
+        np.savez(content, ngrams=self.ngrams, words=self.words, bags=self.bags)
         path.write_bytes(content.getvalue())
 
     @classmethod
     def read(cls, path: Path) -> AskedNgrams:
         """What `write` wrote."""
         with np.load(BytesIO(read_regular(path)), allow_pickle=False) as arrays:
-            return cls(arrays["ngrams"], arrays["words"])
+            return cls(arrays["ngrams"], arrays["words"], arrays["bags"])
 
-    def find_in(self, found: WordNgrams, contents: pl.Series) -> pl.DataFrame:
-        """What texts share with those asked for, see MATCH_SCHEMA; `contents` has a key each."""
-        hits = np.flatnonzero(self._may_hold(found.ngrams))
-        hits = hits[_are_among(found.ngrams[hits], self.ngrams)]
-        rows = np.flatnonzero(_are_among(found.words, self.words))
-        owners = np.concatenate([found.owners[hits], rows])
+    def find_in(self, texts: pl.Series, contents: pl.Series) -> tuple[pl.DataFrame, int]:
+        """What texts share with those asked for, and how many of the texts have n-grams.
+
+        `contents` has a key for each text. The frame, see MATCH_SCHEMA, lacks n-grams that are
+        common in the texts of an earlier call: the frame of that call has enough examples of them.
+        """
+        found = hash_word_ngrams(texts, self._hasher)
+        hits = np.flatnonzero(self._table[found.ngrams >> self._shift])  # far too many by a little
+        is_asked, places = _find_among(found.ngrams[hits], self.ngrams)
+        is_asked &= ~self._is_common[places]
+        hits = hits[is_asked]
+        rows = self._rows_of_equal_words(texts, found.bags)
+        owners = np.concatenate([found.owners[hits], rows["row"].to_numpy()])
         shared = pl.DataFrame(
             {
                 "row": owners,
                 "content": contents.gather(owners),
                 "halvings": found.halvings[owners],
-                "ngram": pl.Series(found.ngrams[hits]).extend_constant(None, len(rows)),
-                "words": pl.concat(
-                    [
-                        pl.Series([None] * len(hits), dtype=pl.UInt64),
-                        pl.Series(found.words[rows]),
-                    ]
+                "ngram": pl.Series(found.ngrams[hits]).extend_constant(None, rows.height),
+                "words": pl.repeat(None, len(hits), dtype=pl.UInt64, eager=True).append(
+                    rows["words"]
                 ),
             },
             schema=MATCH_SCHEMA,
         )
-        return drop_common_ngrams(shared)
+        shared = drop_common_ngrams(shared)
+        self._remember_common(shared)
+        return shared, int(np.count_nonzero(np.diff(found.owners, prepend=-1)))
 
-    def _may_hold(self, ngrams: Values) -> Values:
-        """False for most of those that are not asked for: a look into a table that fits a cache."""
-        wanted = len(self.ngrams) * _TABLE_ENTRIES_PER_NGRAM
-        bits = min(_MAX_TABLE_BITS, max(_MIN_TABLE_BITS, wanted.bit_length()))
-        shift = np.uint32(32 - bits)
-        table = np.zeros(1 << bits, np.bool_)
-        table[self.ngrams >> shift] = True
-        may_hold: Values = table[ngrams >> shift]
-        return may_hold
+    def _rows_of_equal_words(self, texts: pl.Series, bags: Values) -> pl.DataFrame:
+        """Row and words of the texts that are the same words in the same order as one asked for."""
+        rows = np.flatnonzero(_find_among(bags, self.bags)[0])
+        words = hash_word_sequences(texts.gather(rows))
+        is_equal = _find_among(words.fill_null(0).to_numpy(), self.words)[0]
+        return pl.DataFrame({"row": rows, "words": words}).filter(is_equal)
+
+    def _remember_common(self, shared: pl.DataFrame) -> None:
+        examples = shared["ngram"].drop_nulls().value_counts()
+        common = examples.filter(pl.col("count") > RARE_NGRAM_MAX_EXAMPLES)["ngram"].to_numpy()
+        self._is_common[_find_among(common, self.ngrams)[1]] = True
 
 
-def _are_among(values: Values, ascending: Values) -> Values:
-    """Whether each value is among some ascending ones."""
+def _find_among(values: Values, ascending: Values) -> tuple[Values, Values]:
+    """Whether each value is among some ascending ones, and its place there."""
     if not len(ascending):
-        return np.zeros(len(values), np.bool_)
+        return np.zeros(len(values), np.bool_), np.zeros(len(values), np.int64)
     places = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
-    is_among: Values = ascending[places] == values
-    return is_among
+    return ascending[places] == values, places
 
 
 def drop_common_ngrams(shared: pl.DataFrame) -> pl.DataFrame:

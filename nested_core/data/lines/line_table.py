@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from nested_core.data.lines.line_rows import (
     parse_plain_row,
 )
 from nested_core.data.lines.sensitive_data import find_sensitive_pattern_bits
-from nested_core.data.lines.word_ngrams import hash_word_ngrams
+from nested_core.data.lines.word_ngrams import WordHasher, hash_word_ngrams
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
@@ -110,12 +111,10 @@ def read_line_range(
     }
     frame = pl.DataFrame(columns, schema=LINE_SCHEMA)
     if has_ngrams:
-        frame = frame.with_columns(**hash_word_ngrams(text).to_columns())
+        frame = frame.with_columns(**hash_word_ngrams(text, WordHasher()).to_columns(text))
     if asked is None:
         return LineRange(frame, digests)
-    ngrams = hash_word_ngrams(text)
-    shared = asked.find_in(ngrams, frame["content"])
-    return LineRange(frame, digests, shared, examples=len(np.unique(ngrams.owners)))
+    return LineRange(frame, digests, *asked.find_in(text, frame["content"]))
 
 
 def run_line_range_job(request: dict[str, Any]) -> dict[str, Any]:
@@ -125,13 +124,18 @@ def run_line_range_job(request: dict[str, Any]) -> dict[str, Any]:
         ByteRange(*request["byte_range"]),
         FieldNames(**request["field_names"]),
         has_ngrams=request["has_ngrams"],
-        asked=AskedNgrams.read(Path(request["asked"])) if request["asked"] else None,
+        asked=_read_asked(request["asked"]) if request["asked"] else None,
     )
     done.frame.write_ipc(f"{request['out']}.rows")
     Path(f"{request['out']}.digests").write_bytes(done.digests)
     if done.shared is not None:
         done.shared.write_ipc(f"{request['out']}.shared")
     return {"examples": done.examples}
+
+
+@lru_cache(maxsize=1)  # its tables serve all ranges that this process reads
+def _read_asked(path: str) -> AskedNgrams:
+    return AskedNgrams.read(Path(path))
 
 
 def _read_rows(

@@ -23,19 +23,22 @@ NGRAM_SCHEMA: dict[str, PolarsDataType] = {
     "words": pl.UInt64,  # equal for equal sequences of words, digits as they are; null without one
     "ngrams": pl.List(pl.UInt32),  # a sample of its NGRAM_LENGTH-word sequences, digits folded
     "halvings": pl.UInt8,  # how often the sample was halved: 2 ** halvings times as many are there
+    "bag": pl.UInt64,  # equal for texts of the same words in any order, digits folded
 }
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 # Odd numbers, so that the order of the words matters.
 _HASH_FACTORS = tuple(np.uint64(factor) for factor in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 1))
-_SEQUENCE_FACTOR = 0xD6E8FEB86659FD93
 _MIXING_FACTOR = np.uint64(0xBF58476D1CE4E5B9)
 _BYTES_A_LOAD = 8
-_MAX_LOADED_BYTES = 64  # a longer word is hashed by itself
+_MAX_LOADED_BYTES = 64  # a longer word's key is made by itself
+_KNOWN_WORDS_BITS = 20  # a table of 16 MiB
 _WORD_BYTES = frozenset((ascii_letters + digits + "_").encode()) | frozenset(range(128, 256))
-# ASCII in small letters, 0 for what is in no word; bytes of other letters stay.
-_SMALL_LETTERS = bytes(byte if byte in _WORD_BYTES else 0 for byte in bytes(range(256)).lower())
-_FOLDED_DIGITS = bytes(ord("0") if chr(byte) in digits else byte for byte in range(256))
+# ASCII in small letters with all digits as one, 0 for what is in no word; bytes of others stay.
+_FOLDED_BYTES = bytes(
+    byte if byte in _WORD_BYTES else 0
+    for byte in bytes(range(256)).lower().translate(bytes.maketrans(digits.encode(), b"0" * 10))
+)
 _KEPT_BITS = np.array([(1 << 8 * count) - 1 for count in range(_BYTES_A_LOAD + 1)], np.uint64)
 
 
@@ -43,98 +46,140 @@ _KEPT_BITS = np.array([(1 << 8 * count) - 1 for count in range(_BYTES_A_LOAD + 1
 class WordNgrams:
     """Hashes of the words of texts, which are the same in every process.
 
-    words: uint64 [texts], equal for equal sequences of words, digits as they are; 0 without a word.
     ngrams: uint32, a sample of the NGRAM_LENGTH-word sequences of all texts, digits folded.
     owners: int64, the index of the text that each n-gram is in, ascending.
     halvings: uint8 [texts], how often a text's sample was halved.
+    bags: uint64 [texts], equal for texts of the same words in any order, digits folded; 0 without.
     """
 
-    words: Hashes
     ngrams: np.ndarray[Any, np.dtype[np.uint32]]
     owners: Indices
     halvings: np.ndarray[Any, np.dtype[np.uint8]]
+    bags: Hashes
 
-    def to_columns(self) -> dict[str, pl.Series]:
-        """The columns of NGRAM_SCHEMA, a row each text."""
+    def to_columns(self, texts: pl.Series) -> dict[str, pl.Series]:
+        """The columns of NGRAM_SCHEMA, a row for each of the texts that were hashed."""
         sampled = pl.DataFrame(
             {"owner": self.owners, "ngrams": self.ngrams},
             schema={"owner": pl.Int64, "ngrams": pl.UInt32},
         )
         lists = sampled.group_by("owner", maintain_order=True).agg("ngrams")
-        rows = pl.DataFrame({"owner": pl.int_range(len(self.words), dtype=pl.Int64, eager=True)})
+        rows = pl.DataFrame({"owner": pl.int_range(len(texts), dtype=pl.Int64, eager=True)})
         joined = rows.join(lists, on="owner", how="left", maintain_order="left")["ngrams"]
-        words = pl.Series(self.words)
         return {
-            "words": words.set(words == 0, None),
+            "words": hash_word_sequences(texts),
             "ngrams": joined,
             "halvings": pl.Series(self.halvings),
+            "bag": pl.Series(self.bags),
         }
 
 
-def hash_word_ngrams(texts: pl.Series) -> WordNgrams:
+class WordHasher:
+    """Hashes words; keeps the hashes of those that it met, for most words come again and again.
+
+    A word's hash is the one that polars has for it: which n-grams of a long text are compared
+    depends on it, and so do the findings. It takes ten times as long as a look into a table.
+    """
+
+    def __init__(self) -> None:
+        self._keys: Hashes = np.zeros(1 << _KNOWN_WORDS_BITS, np.uint64)
+        self._hashes: Hashes = np.zeros(1 << _KNOWN_WORDS_BITS, np.uint64)
+
+    def hash_words(self, content: bytes, starts: Indices, ends: Indices) -> Hashes:
+        """The hash of each range of bytes, UTF-8; _BYTES_A_LOAD bytes more are behind the last."""
+        keys = _make_word_keys(content, starts, ends)
+        slots = (keys >> np.uint64(64 - _KNOWN_WORDS_BITS)).view(np.int64)
+        hashes: Hashes = self._hashes[slots]
+        unknown = np.flatnonzero(self._keys[slots] != keys)
+        if len(unknown):
+            distinct, first, places = np.unique(
+                keys[unknown], return_index=True, return_inverse=True
+            )
+            ranges = zip(starts[unknown[first]], ends[unknown[first]], strict=True)
+            words = pl.Series(
+                [content[start:end].decode() for start, end in ranges], dtype=pl.String
+            )
+            new = words.hash(seed=0).to_numpy()
+            hashes[unknown] = new[places]
+            self._keys[slots[unknown[first]]] = distinct
+            self._hashes[slots[unknown[first]]] = new
+        return hashes
+
+
+def hash_word_ngrams(texts: pl.Series, hasher: WordHasher) -> WordNgrams:
     """The words of each text as hashes; null and a text of more than MAX_CHARACTERS have none."""
-    compared = texts.set(texts.str.len_chars() > MAX_CHARACTERS, "").fill_null("")
+    compared = _leave_out_too_long(texts)
     is_ascii = compared.str.len_bytes() == compared.str.len_chars()
-    if not is_ascii.all():  # what only Unicode knows of small letters and words
+    if not is_ascii.all():  # what only Unicode knows of small letters, words and digits
         others = compared.filter(~is_ascii).str.to_lowercase().str.replace_all(r"\W", " ")
+        others = others.str.replace_all(r"[\d&&[^0-9]]", "0")
         compared = compared.scatter((~is_ascii).arg_true(), others)
-    hashes, folded, counts = _hash_words(compared)
-    if not is_ascii.all():
-        has_digits = compared.str.contains(r"[\d&&[^0-9]]")
-        if has_digits.any():
-            unfolded = compared.filter(has_digits).str.replace_all(r"\d", "0")
-            folded[np.repeat(has_digits.to_numpy(), counts)] = _hash_words(unfolded)[1]
-    ngrams, owners = _hash_neighbouring_words(folded, counts)
-    sizes = np.bincount(owners, minlength=len(texts))
+    hashes, counts = _hash_words(compared, hasher)
+    ngrams, owners = _hash_neighbouring_words(hashes, counts)
+    sizes = np.maximum(counts - (NGRAM_LENGTH - 1), 0)
     halvings = np.ceil(
         np.log2(np.maximum(sizes, MAX_NGRAMS_PER_TEXT) / MAX_NGRAMS_PER_TEXT)
     ).astype(np.uint8)
-    zeros = (np.uint64(1) << halvings[owners].astype(np.uint64)) - np.uint64(1)
-    is_sampled = ngrams & zeros == 0
+    zeros = (np.uint64(1) << halvings.astype(np.uint64)) - np.uint64(1)
+    is_sampled = ngrams & zeros[owners] == 0
     return WordNgrams(
-        words=_hash_sequences(hashes, counts),
         ngrams=(ngrams[is_sampled] >> np.uint64(32)).astype(np.uint32),
         owners=owners[is_sampled],
         halvings=halvings,
+        bags=_sum_by_text(hashes, counts),
     )
 
 
-def _hash_words(texts: pl.Series) -> tuple[Hashes, Hashes, Indices]:
-    """Hashes of all words, with digits as they are and folded, and how many each text has.
+def hash_word_sequences(texts: pl.Series) -> pl.Series:
+    """A hash of all words of each text in their order, digits as they are; null without a word.
+
+    It takes ten times as long as `hash_word_ngrams`.
+    """
+    words = _leave_out_too_long(texts).str.to_lowercase().str.extract_all(r"\w+")
+    sequences = words.list.join(" ")
+    has_words = words.list.len() > 0
+    return pl.select(pl.when(has_words).then(sequences.hash(seed=0))).to_series()
+
+
+def _leave_out_too_long(texts: pl.Series) -> pl.Series:
+    """The texts, an empty one in the place of null and of one of more than MAX_CHARACTERS."""
+    return texts.set(texts.str.len_chars() > MAX_CHARACTERS, "").fill_null("")
+
+
+def _hash_words(texts: pl.Series, hasher: WordHasher) -> tuple[Hashes, Indices]:
+    """Hashes of all words with digits folded, and how many each text has.
 
     Each byte beyond ASCII counts as one of a word.
     """
-    lengths = texts.str.len_bytes().to_numpy().astype(np.int64)
-    joined = b"\n" + texts.str.join("\n").item().encode() + bytes(2 * _BYTES_A_LOAD)
-    small = joined.translate(_SMALL_LETTERS)
-    is_word = np.frombuffer(small, np.uint8) != 0
+    ends_of_texts = np.cumsum(texts.str.len_bytes().to_numpy().astype(np.int64) + 1)
+    joined = "\n".join(texts.to_list()).encode()
+    folded = (b"\n" + joined + bytes(2 * _BYTES_A_LOAD)).translate(_FOLDED_BYTES)
+    is_word = np.frombuffer(folded, np.uint8) != 0
     edges = np.flatnonzero(is_word[1:] != is_word[:-1]) + 1
-    starts, ends = edges[::2], edges[1::2]
-    ends_of_texts = np.cumsum(lengths + 1)
+    starts, ends = edges[::2].copy(), edges[1::2].copy()
     counts = np.diff(np.searchsorted(starts, ends_of_texts, side="right"), prepend=0)
-    hashes = _hash_byte_ranges(small, starts, ends)
-    return hashes, _hash_byte_ranges(small.translate(_FOLDED_DIGITS), starts, ends), counts
+    return hasher.hash_words(folded, starts, ends), counts
 
 
-def _hash_byte_ranges(content: bytes, starts: Indices, ends: Indices) -> Hashes:
-    """A hash of each range of bytes; `content` has _BYTES_A_LOAD bytes more behind the last."""
+def _make_word_keys(content: bytes, starts: Indices, ends: Indices) -> Hashes:
+    """64 bits that tell words apart: all of one of at most 8 bytes, a hash of a longer one."""
     loads = np.ndarray(
         (len(content) - _BYTES_A_LOAD + 1,), dtype="<u8", buffer=content, strides=(1,)
     )
     lengths = ends - starts
-    hashes = _mix(loads[starts] & _KEPT_BITS[np.minimum(lengths, _BYTES_A_LOAD)])
+    keys = _mix(loads[starts] & _KEPT_BITS[np.minimum(lengths, _BYTES_A_LOAD)])
+    longer = np.arange(len(lengths))
     for offset in range(_BYTES_A_LOAD, _MAX_LOADED_BYTES, _BYTES_A_LOAD):
-        longer = np.flatnonzero(lengths > offset)
+        longer = longer[lengths[longer] > offset]
         if not len(longer):
-            return hashes
+            return keys
         kept = _KEPT_BITS[np.minimum(lengths[longer] - offset, _BYTES_A_LOAD)]
-        hashes[longer] = _mix(
-            hashes[longer] * _HASH_FACTORS[0] + (loads[starts[longer] + offset] & kept)
-        )
-    for index in np.flatnonzero(lengths > _MAX_LOADED_BYTES).tolist():
+        load = loads[starts[longer] + offset] & kept
+        keys[longer] = _mix(keys[longer] * _HASH_FACTORS[0] + load)
+    for index in longer[lengths[longer] > _MAX_LOADED_BYTES].tolist():
         word = content[starts[index] : ends[index]]
-        hashes[index] = int.from_bytes(blake2b(word, digest_size=8).digest(), "little")
-    return hashes
+        keys[index] = int.from_bytes(blake2b(word, digest_size=8).digest(), "little")
+    return keys
 
 
 def _mix(values: Hashes) -> Hashes:
@@ -143,18 +188,13 @@ def _mix(values: Hashes) -> Hashes:
     return mixed ^ (mixed >> np.uint64(27))
 
 
-def _hash_sequences(hashes: Hashes, counts: Indices) -> Hashes:
-    """A hash of all words of each text in their order; 0 for a text without one."""
-    sequences = np.zeros(len(counts), np.uint64)
+def _sum_by_text(hashes: Hashes, counts: Indices) -> Hashes:
+    """The sum of the hashes of each text, modulo 2**64."""
+    sums = np.zeros(len(counts), np.uint64)
     has_words = counts > 0
-    if not has_words.any():
-        return sequences
-    starts = np.cumsum(counts) - counts
-    powers = np.full(int(counts.max()), _SEQUENCE_FACTOR, np.uint64).cumprod()
-    places = np.arange(len(hashes)) - np.repeat(starts, counts)
-    sums = np.add.reduceat(hashes * powers[places], starts[has_words])
-    sequences[has_words] = np.maximum(_mix(sums), 1)
-    return sequences
+    if has_words.any():
+        sums[has_words] = np.add.reduceat(hashes, (np.cumsum(counts) - counts)[has_words])
+    return sums
 
 
 def _hash_neighbouring_words(hashes: Hashes, counts: Indices) -> tuple[Hashes, Indices]:

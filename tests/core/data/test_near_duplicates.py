@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,12 @@ from nested_core.config.data import DataPolicy
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.lines.asked_ngrams import AskedNgrams, TrainMatches
-from nested_core.data.lines.word_ngrams import MAX_NGRAMS_PER_TEXT, hash_word_ngrams
+from nested_core.data.lines.word_ngrams import (
+    MAX_NGRAMS_PER_TEXT,
+    WordHasher,
+    hash_word_ngrams,
+    hash_word_sequences,
+)
 from nested_core.data.rules.near_duplicates import find_near_duplicates
 from tests.example import DATA
 
@@ -23,19 +29,23 @@ ORDER = "Order 17, please: ship it to Berlin by 4 May!"
 OTHER = "Nothing in this sentence is in any other sentence of the whole set"
 
 
+def columns(texts: Sequence[str | None]) -> pl.DataFrame:
+    """A row each text, with the columns of NGRAM_SCHEMA."""
+    series = pl.Series(texts, dtype=pl.String)
+    return pl.DataFrame(hash_word_ngrams(series, WordHasher()).to_columns(series))
+
+
 def find(
     train: Sequence[str | None], held_out: Sequence[str | None], range_lines: int = 1000
 ) -> list[int | None]:
     """The line of train that each held-out text nearly is, where train is read in ranges."""
-    columns = hash_word_ngrams(pl.Series(held_out, dtype=pl.String)).to_columns()
-    frame = pl.DataFrame(columns)
+    frame = columns(held_out)
     asked = AskedNgrams.of_frames([frame])
     matches = TrainMatches()
     for first in range(0, len(train), range_lines):
         texts = pl.Series(train[first : first + range_lines], dtype=pl.String)
-        ngrams = hash_word_ngrams(texts)
-        shared = asked.find_in(ngrams, texts.hash())
-        matches.add_range(shared, len(set(ngrams.owners.tolist())), first)
+        shared, examples = asked.find_in(texts, texts.hash())
+        matches.add_range(shared, examples, first)
     lines = pl.Series(range(1, len(train) + 1), dtype=pl.Int32)
     found = find_near_duplicates(matches.finish(lines), matches.examples, frame)
     return found["near"].to_list()
@@ -83,7 +93,7 @@ def test_long_texts_are_compared_by_a_sample_of_bounded_size() -> None:
         for third in "rstvw"
     ]
     long = " ".join(words * 4 + words[::-1] * 4 + words[::2] * 3 + words[::3] * 3)
-    ngrams = hash_word_ngrams(pl.Series([long]))
+    ngrams = hash_word_ngrams(pl.Series([long]), WordHasher())
     assert len(ngrams.ngrams) <= 2 * MAX_NGRAMS_PER_TEXT
     assert ngrams.halvings[0] >= 3
     changed = long.split()
@@ -102,15 +112,13 @@ def test_ranges_of_train_change_nothing() -> None:
 def test_what_is_kept_of_train_does_not_grow_with_it(monkeypatch) -> None:
     monkeypatch.setattr(TrainMatches, "_ROWS_BETWEEN_LOOKS", 1_000)
     template = "please say in one short and polite sentence what the answer to {} is today"
-    asked = AskedNgrams.of_frames(
-        [pl.DataFrame(hash_word_ngrams(pl.Series([template.format("x")])).to_columns())]
-    )
+    asked = AskedNgrams.of_frames([columns([template.format("x")])])
     matches = TrainMatches()
     most = 0
     for first in range(0, 20_000, 100):
         texts = pl.Series([template.format(first + row) for row in range(100)])
-        ngrams = hash_word_ngrams(texts)
-        matches.add_range(asked.find_in(ngrams, texts.hash()), 100, first)
+        shared, examples = asked.find_in(texts, texts.hash())
+        matches.add_range(shared, examples, first)
         most = max(most, matches._kept.height)
     assert matches.examples == 20_000
     assert most < 2_000
@@ -130,16 +138,67 @@ def test_what_is_kept_of_train_does_not_grow_with_it(monkeypatch) -> None:
     ],
 )
 def test_equal_words_have_equal_hashes(text, same, other) -> None:
-    words = hash_word_ngrams(pl.Series([text, same, other])).words.tolist()
+    words = hash_word_sequences(pl.Series([text, same, other])).to_list()
     assert words[0] == words[1] != words[2]
+
+
+def test_the_same_words_in_another_order_are_no_equal_sequence() -> None:
+    train = ["two one", "one 2", "one two", "One; two!"]
+    assert find(train, ["one  two", "ONE 3", "...", "two, one"]) == [3, None, None, 1]
 
 
 def test_all_digits_count_as_one_in_ngrams() -> None:
     texts = ["order 17 of ٤ please", "order 23 of ٩ please", "order no on four please"]
-    columns = hash_word_ngrams(pl.Series(texts)).to_columns()
-    sets = [set(ngrams) for ngrams in columns["ngrams"].to_list()]
+    sets = [set(ngrams) for ngrams in columns(texts)["ngrams"].to_list()]
     assert sets[0] == sets[1]
     assert not sets[0] & sets[2]
+
+
+def sampled_ngrams(text: str) -> tuple[set[int], int]:
+    """The n-grams of a text that are compared, and how often their sample is halved, by polars."""
+    words = pl.Series([text.lower()]).str.extract_all(r"\w+").explode().str.replace_all(r"\d", "0")
+    hashes = words.hash(seed=0).to_list()
+    factors = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 1)
+    sums = [
+        sum(a * b for a, b in zip(hashes[start : start + 3], factors, strict=True)) % 2**64
+        for start in range(len(hashes) - 2)
+    ]
+    ngrams = [value ^ value >> 29 for value in sums]
+    halvings = 0
+    while len(ngrams) > MAX_NGRAMS_PER_TEXT * 2**halvings:
+        halvings += 1
+    return {value >> 32 for value in ngrams if value % 2**halvings == 0}, halvings
+
+
+@pytest.mark.parametrize("table_bits", [1, 20])
+def test_the_sample_of_a_text_is_by_the_hashes_of_polars(table_bits, monkeypatch) -> None:
+    """Findings depend on which n-grams are compared: another hash would find other lines."""
+    monkeypatch.setattr("nested_core.data.lines.word_ngrams._KNOWN_WORDS_BITS", table_bits)
+    dice = random.Random(3)
+    words = ["Straße", "ÄRGER", "x_1", "a’b", "日本", "४२", "ΣΊΣΥΦΟΣ", "İ", "3rd", "17", "Word"]
+    words += ["b" * length for length in (7, 8, 9, 16, 63, 64, 65, 200)]
+    words += ["".join(dice.choices("aeioukrt", k=dice.randint(1, 12))) for _ in range(400)]
+    texts = [" ".join(dice.choices(words, k=count)) for count in (1, 2, 3, 34, 35, 66, 67, 900)]
+    texts += [". ".join(dice.choices(words[-400:], k=count)) for count in (30, 60, 300)]
+    hasher = WordHasher()
+    for first in (0, 4, 0):  # words are new, and known from a text before
+        series = pl.Series(texts[first:])
+        frame = pl.DataFrame(hash_word_ngrams(series, hasher).to_columns(series))
+        for text, ngrams, halvings in zip(
+            texts[first:], frame["ngrams"].to_list(), frame["halvings"].to_list(), strict=True
+        ):
+            assert (set(ngrams or []), halvings) == sampled_ngrams(text)
+
+
+def test_common_ngrams_are_looked_for_no_more() -> None:
+    template = "please say in one short and polite sentence what the answer to {} is today"
+    asked = AskedNgrams.of_frames([columns([template.format("x"), FOX])])
+    texts = pl.Series([template.format(row) for row in range(12)] + [FOX])
+    first, _ = asked.find_in(texts, texts.hash())
+    again, _ = asked.find_in(texts, texts.hash())
+    common = first.filter(pl.col("ngram").is_in(again["ngram"].implode()).not_())
+    assert set(common.group_by("ngram").len()["len"]) == {11}
+    assert set(again["row"]) == {12}
 
 
 def load(folder: Path, **policy: Any):
