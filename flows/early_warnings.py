@@ -143,8 +143,12 @@ def _show_bytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def warn_of_long_runs() -> None:
-    """Emit `flow-run.long` for each run of ours that takes far longer than the last ones did."""
+def warn_of_long_runs() -> list[str]:
+    """Emit `flow-run.long` for each run of ours that takes far longer than the last ones did.
+
+    Returns the names of those runs.
+    """
+    long_runs: list[str] = []
     running = FlowRunFilter(
         tags=FlowRunFilterTags(all_=[TAG]),
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])),
@@ -173,6 +177,8 @@ def warn_of_long_runs() -> None:
                     related=[related],
                     payload={"message": message},
                 )
+                long_runs.append(run.name)
+    return long_runs
 
 
 def describe_long_run(

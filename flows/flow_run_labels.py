@@ -16,6 +16,7 @@ from nested_core.text.foreign_text import escape
 from tasks.server_outage import tolerating_server_outage
 
 SWEEP_TAG = "sweep"  # the tag of the runs that a sweep starts
+RESUMED_TAG = "resumed"  # of a run that went on after a crash, or by the Retry button
 
 
 def name_flow_run() -> str:
@@ -57,12 +58,13 @@ def find_trigger(flow_run: FlowRun) -> str:
 
 
 def tag_flow_run() -> None:
-    """Add the adapter's name and the trigger to the tags of the run that this process works on."""
+    """Add to the tags of this process's run: the adapter's name, the trigger, and RESUMED_TAG."""
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
         raise RuntimeError("A flow run is tagged by itself.")
     flow_run = context.flow_run
     tags = {*flow_run.tags, read_adapter_name(context.parameters or {}), find_trigger(flow_run)}
+    tags |= {RESUMED_TAG} if (flow_run.run_count or 1) > 1 else set()
     with (
         tolerating_server_outage("the run has no tags of its adapter and of what started it"),
         get_client(sync_client=True) as client,

@@ -28,7 +28,7 @@ from tasks.outcomes import Outcome
 from tasks.promote import check_champion
 from tasks.promote import promote_missed as reconcile_name
 from tasks.retrying import exception_of
-from tasks.serving import announce_servers
+from tasks.serving import announce_servers, describe_rollback
 
 
 class ReconcileParameters(Section):
@@ -58,7 +58,7 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
     if config.stale_after_nights is not None:
         warn_of_old_champions(registry, names, config.stale_after_nights)
     warn_of_full_disks([registry, Path.cwd()])
-    warn_of_long_runs()
+    long_runs = warn_of_long_runs()
     for name, state in decided.items():
         outcomes = state.result() if state.is_completed() else {}
         waiting = [v for v, said in outcomes.items() if said.startswith(WAITING_OUTCOME)]
@@ -66,19 +66,26 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
             request_approval(registry, name, version)
     dead = end_dead_runs()
     sound = [name for name in names if checked[name].is_completed()]
-    told = _bring_pages_up_to_date(registry, sound)
+    rollbacks, servers_behind = _bring_pages_up_to_date(registry, sound)
     damage, other_problems = _find_problems(registry, decided, checked, absent)
     if damage:
         return Failed(name=Outcome.DAMAGED, message="; ".join(damage + other_problems))
     if other_problems:
         return Failed(message="; ".join(other_problems))
     promoted = [name for name, state in decided.items() if "promoted" in state.result().values()]
-    outcome = Outcome.PROMOTED if promoted else None
+    happenings = {
+        Outcome.ENDED_DEAD_RUNS: dead,
+        Outcome.PROMOTED: promoted,
+        Outcome.ROLLED_BACK: rollbacks,
+        Outcome.RUNS_LONG: long_runs,
+    }
+    outcome = next((outcome for outcome, found in happenings.items() if found), None)
     message = f"promoted: {', '.join(promoted) or 'nothing'}"
     if absent:  # the hour comes before an adapter's first night
         message += f"; nothing is registered yet as {', '.join(absent)}"
-    if told:
-        message += f"; {'; '.join(told)}"
+    message += "".join(f"; {sentence}" for sentence in rollbacks + servers_behind)
+    if long_runs:
+        message += f"; take far longer than the runs before them: {', '.join(long_runs)}"
     if dead:
         message += f"; ended, for their processes are gone: {', '.join(dead)}"
     return Completed(name=outcome, message=message)
@@ -114,17 +121,20 @@ def _find_problems(
     return list(dict.fromkeys(damage)), list(dict.fromkeys(other))
 
 
-def _bring_pages_up_to_date(registry: Path, names: Sequence[str]) -> list[str]:
+def _bring_pages_up_to_date(registry: Path, names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Publish the pages of champions that were changed elsewhere, and of nights that crashed.
 
-    Returns what servers did, a sentence each.
+    Returns the rollbacks that no page had yet, and the servers that do not follow; a sentence each.
     """
-    told = []
+    rollbacks: list[str] = []
+    servers_behind: list[str] = []
     for name in names:
         publish_nights(name)
         try:
             is_news = publish_champion_if_changed(registry, name)
-            told += announce_servers(registry, name, is_news=is_news)
+            if is_news and (rollback := describe_rollback(registry, name)) is not None:
+                rollbacks.append(rollback)
+            servers_behind += announce_servers(registry, name)
         except Exception as error:  # of the server or the way to it; nothing depends on a page
             get_run_logger().warning("The page of %s's champion was not read: %s", name, error)
-    return told
+    return rollbacks, servers_behind

@@ -73,7 +73,7 @@ def publish_champion(registry: Path, name: str) -> None:
 def publish_champion_if_changed(registry: Path, name: str) -> bool:
     """Publish the page where the one on the server is of another champion or of other servers.
 
-    Returns whether there was no page of this champion.
+    Returns whether the server had a page, and of another champion.
     """
     version = read_champion(registry, name)
     if version is None:
@@ -84,7 +84,7 @@ def publish_champion_if_changed(registry: Path, name: str) -> bool:
     serving = [escape_markdown(text) for _, text in _list_servers(registry, name, champion)]
     if page is None or is_other or not all(text in str(page.data) for text in serving):
         publish_champion(registry, name)
-    return page is None or is_other
+    return is_other
 
 
 def had_champion(registry: Path, name: str) -> bool:

@@ -21,7 +21,6 @@ from nested_core.text.digest_format import shorten_digest
 from tasks.events import announce_changes, emit_adapter_event
 
 TIME_TO_FOLLOW = timedelta(minutes=1)
-SERVER_AUTHOR = "nested-tune serve "  # begins who did it, in a line of the history by a server
 
 
 def await_servers(registry: Path, name: str, version: str) -> None:
@@ -40,7 +39,6 @@ def await_servers(registry: Path, name: str, version: str) -> None:
         tell_of_servers_behind(name, version, servers)
     else:
         announce_changes(registry, name)
-        announce_servers(registry, name, is_news=True)
 
 
 def tell_of_servers_behind(name: str, version: str, servers: Sequence[ServerStatus]) -> list[str]:
@@ -53,23 +51,27 @@ def tell_of_servers_behind(name: str, version: str, servers: Sequence[ServerStat
     return sentences
 
 
-def announce_servers(registry: Path, name: str, *, is_news: bool) -> list[str]:
-    """Tell what the servers of a name did by themselves, and which of them do not follow.
-
-    is_news: whether the champion is another than the server's page has. A rollback by a server is
-    named then; its event is the history's. Returns a sentence for each thing told.
-    """
+def announce_servers(registry: Path, name: str) -> list[str]:
+    """Tell which servers of a name do not follow its champion; a sentence for each."""
     changes = read_champion_changes(registry, name)
     champion = read_champion(registry, name)
     if champion is None or not changes:
         return []
-    last, told = changes[-1], []
-    if is_news and last.action == "rollback" and last.by.startswith(SERVER_AUTHOR):
-        told.append(f"rolled back to {shorten_digest(champion)} by {last.by}: {last.reason}")
-    if datetime.now(UTC) - datetime.fromisoformat(last.time) > TIME_TO_FOLLOW:
-        _, urls = _read_recorded_settings(registry, name, champion)
-        told += tell_of_servers_behind(name, champion, read_servers(registry, name, urls))
-    return [f"{name}: {sentence}" for sentence in told]
+    if datetime.now(UTC) - datetime.fromisoformat(changes[-1].time) <= TIME_TO_FOLLOW:
+        return []
+    _, urls = _read_recorded_settings(registry, name, champion)
+    late = tell_of_servers_behind(name, champion, read_servers(registry, name, urls))
+    return [f"{name}: {sentence}" for sentence in late]
+
+
+def describe_rollback(registry: Path, name: str) -> str | None:
+    """Who went back to the champion that stands now, and why; None where it was promoted."""
+    changes = read_champion_changes(registry, name)
+    if not changes or changes[-1].action != "rollback":
+        return None
+    last = changes[-1]
+    reason = "" if last.reason is None else f": {last.reason}"
+    return f"{name}: rolled back to {shorten_digest(str(last.version))} by {last.by}{reason}"
 
 
 def _read_recorded_settings(

@@ -253,6 +253,22 @@ def test_rollback_goes_back_and_automation_leaves_it_there(add: Add, registry: P
     assert core.read_champion(registry, NAME) == first
 
 
+def test_the_hour_after_a_rollback_at_the_command_line_is_called_by_it(
+    add: Add, registry: Path
+) -> None:
+    first = add(1)
+    promote(parameters(registry, first))
+    promote(parameters(registry, add(2)))
+    given = ReconcileParameters(registry=str(registry))
+    reconcile(given)
+    core.rollback(registry, NAME, by="ann", reason="it was rude")
+    state = reconcile(given, return_state=True)
+    assert state.name == "Rolled back"
+    assert f"{NAME}: rolled back to {first[:12]} by ann: it was rude" in str(state.message)
+    again = reconcile(given, return_state=True)
+    assert (again.name, again.message) == ("Completed", "promoted: nothing")
+
+
 def test_reconcile_promotes_what_an_event_got_lost_for_once(add: Add, registry: Path) -> None:
     version = add(1)
     given = ReconcileParameters(registry=str(registry))

@@ -101,6 +101,7 @@ def test_in_the_second_one_is_unchanged_and_the_other_crashes_and_goes_on_by_its
     assert resumed.state is not None
     assert resumed.state.is_completed(), resumed.state
     assert "begun 2 times" in str(resumed.state.message)
+    assert "resumed" in resumed.tags
     wait_for(lambda: webhook.texts)
     (crashed,) = webhook.texts
     assert crashed.startswith(f"Crashed: {SUPPORT}, ")
