@@ -19,7 +19,7 @@ SERVER_VARIABLE = "PREFECT_API_URL"
 
 def tell_server(registry: Path, name: str) -> None:
     """Send the events of an adapter's changes that the server has not heard of."""
-    if not _may_be_configured():
+    if not may_have_server():
         return
     from prefect.settings import get_current_settings
 
@@ -53,7 +53,7 @@ def tell_server(registry: Path, name: str) -> None:
         )
 
 
-def _may_be_configured() -> bool:
+def may_have_server() -> bool:
     """Whether the environment or a profile names a server; seen without importing Prefect."""
     if os.environ.get(SERVER_VARIABLE):
         return True

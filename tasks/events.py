@@ -1,4 +1,4 @@
-"""The events of an adapter: verified, rejected, not_followed, and one for each line of its history.
+"""The events of an adapter: of runs, of servers, and one for each line of its history.
 
 An event is a hint that can get lost or come twice: nothing is decided by one. Those of the history
 have an id of their line, so that whoever looks can send what the server has not heard of: the run
@@ -14,12 +14,16 @@ from uuid import UUID, uuid5
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.events import Event, emit_event
+from prefect.exceptions import ObjectNotFound
 
 from nested_core import registry
 from nested_core.registry.ledger import Action
+from nested_core.registry.serving_status import is_served
 from tasks.server_outage import tolerating_server_outage
 
-Happening = Literal["verified", "rejected", "not_followed"]
+Happening = Literal["verified", "rejected", "served", "not_followed"]
+SERVED: Literal["served"] = "served"
+NOT_FOLLOWED: Literal["not_followed"] = "not_followed"
 HAPPENING_BY_ACTION: dict[Action, str] = {
     "promote": "promoted",
     "rollback": "rolled_back",
@@ -33,6 +37,7 @@ HAPPENING_BY_ACTION: dict[Action, str] = {
 # what it has dropped is not to be told again.
 MAX_AGE = timedelta(days=1)
 MAX_EVENTS = 50  # that the server answers at once
+LOOK_ROLE = "look-at-servers"  # of the deployment that automations.yaml runs after a change
 PAYLOAD_FIELDS = ("version", "previous", "by", "reason", "before", "after")
 NAMESPACE = UUID("6b1d2c52-6a0e-4d56-9d0b-6f1d6d2f8f3a")
 
@@ -40,6 +45,14 @@ NAMESPACE = UUID("6b1d2c52-6a0e-4d56-9d0b-6f1d6d2f8f3a")
 def emit_adapter_event(happening: Happening, name: str, payload: dict[str, Any]) -> None:
     """Emit `adapter.HAPPENING` on the resource `adapter.NAME`."""
     emit_event(f"adapter.{happening}", resource=adapter_resource(name), payload=payload)
+
+
+def send_adapter_event(
+    client: SyncPrefectClient, happening: Happening, name: str, payload: dict[str, Any]
+) -> None:
+    """Send `adapter.HAPPENING`, and return when the server has it; raises what the client does."""
+    event = Event(event=f"adapter.{happening}", resource=adapter_resource(name), payload=payload)  # type: ignore[arg-type]
+    client.request("POST", "/events", json=[event.model_dump(mode="json")]).raise_for_status()
 
 
 def announce_changes(path: Path, name: str) -> None:
@@ -68,7 +81,28 @@ def send_missing_events(client: SyncPrefectClient, path: Path, name: str) -> Non
     known = {UUID(event["id"]) for event in answer.json()["events"]}
     missing = [event.model_dump(mode="json") for event in events if event.id not in known]
     if missing:
+        look = _find_look_at_servers(client, path, name)
+        for event in missing:
+            event["related"] += look
         client.request("POST", "/events", json=missing).raise_for_status()
+
+
+def _find_look_at_servers(client: SyncPrefectClient, path: Path, name: str) -> list[dict[str, str]]:
+    """The deployment that automations.yaml runs a minute after a change; none without a server.
+
+    Whether the servers of the adapter have followed is for `reconcile` to see.
+    """
+    if not is_served(path, name):
+        return []
+    try:
+        deployment = client.read_deployment_by_name(f"reconcile/{name}-hourly")
+    except ObjectNotFound:
+        return []
+    resource = {
+        "prefect.resource.id": f"prefect.deployment.{deployment.id}",
+        "prefect.resource.role": LOOK_ROLE,
+    }
+    return [resource]
 
 
 def adapter_resource(name: str) -> dict[str, str]:

@@ -7,20 +7,30 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from prefect import get_run_logger
+from prefect.client.orchestration import SyncPrefectClient
 
 from nested_core.registry import read_champion, read_champion_changes
 from nested_core.registry.serving_status import (
     ServerStatus,
+    ServingNews,
     await_serving,
     describe_server,
     find_servers_behind,
     read_servers,
+    read_serving_settings,
 )
-from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.text.digest_format import shorten_digest
-from tasks.events import announce_changes, emit_adapter_event
+from tasks.events import (
+    NOT_FOLLOWED,
+    SERVED,
+    announce_changes,
+    emit_adapter_event,
+    send_adapter_event,
+    send_missing_events,
+)
 
 TIME_TO_FOLLOW = timedelta(minutes=1)
+TIME_HEARD_WITHIN = timedelta(hours=1)  # one that is silent is told of, one long gone is not
 
 
 def await_servers(registry: Path, name: str, version: str) -> None:
@@ -28,7 +38,7 @@ def await_servers(registry: Path, name: str, version: str) -> None:
 
     Nothing is waited for where it says nothing or there is no server.
     """
-    seconds, urls = _read_recorded_settings(registry, name, version)
+    seconds, urls = read_serving_settings(registry, name, version)
     if seconds is None:
         return
     servers = await_serving(registry, name, version, seconds=seconds, urls=urls)
@@ -44,11 +54,26 @@ def await_servers(registry: Path, name: str, version: str) -> None:
 def tell_of_servers_behind(name: str, version: str, servers: Sequence[ServerStatus]) -> list[str]:
     """Emit `adapter.not_followed` where servers do not serve a champion; a sentence for each."""
     behind = find_servers_behind(servers, version)
-    sentences = [describe_server(server, version) for server in behind]
-    if sentences:
-        message = f"champion {shorten_digest(version)} is {'; '.join(sentences)}"
-        emit_adapter_event("not_followed", name, {"version": version, "message": message})
-    return sentences
+    if behind:
+        emit_adapter_event(NOT_FOLLOWED, name, _describe_servers(version, behind))
+    return [describe_server(server, version) for server in behind]
+
+
+def send_serving_news(client: SyncPrefectClient, registry: Path, news: ServingNews) -> None:
+    """Send what a server did; before it the changes that are not known yet, a rollback by it too.
+
+    Raises what the client raises.
+    """
+    send_missing_events(client, registry, news.name)
+    happening = SERVED if news.server.version == news.champion else NOT_FOLLOWED
+    payload = _describe_servers(news.champion, [news.server])
+    send_adapter_event(client, happening, news.name, payload)
+
+
+def _describe_servers(champion: str, servers: Sequence[ServerStatus]) -> dict[str, str]:
+    """The payload of an event about servers of a champion."""
+    sentences = "; ".join(describe_server(server, champion) for server in servers)
+    return {"version": champion, "message": f"champion {shorten_digest(champion)}: {sentences}"}
 
 
 def announce_servers(registry: Path, name: str) -> list[str]:
@@ -59,8 +84,9 @@ def announce_servers(registry: Path, name: str) -> list[str]:
         return []
     if datetime.now(UTC) - datetime.fromisoformat(changes[-1].time) <= TIME_TO_FOLLOW:
         return []
-    _, urls = _read_recorded_settings(registry, name, champion)
-    late = tell_of_servers_behind(name, champion, read_servers(registry, name, urls))
+    _, urls = read_serving_settings(registry, name, champion)
+    servers = read_servers(registry, name, urls, heard_within=TIME_HEARD_WITHIN)
+    late = tell_of_servers_behind(name, champion, servers)
     return [f"{name}: {sentence}" for sentence in late]
 
 
@@ -72,12 +98,3 @@ def describe_rollback(registry: Path, name: str) -> str | None:
     last = changes[-1]
     reason = "" if last.reason is None else f": {last.reason}"
     return f"{name}: rolled back to {shorten_digest(str(last.version))} by {last.by}{reason}"
-
-
-def _read_recorded_settings(
-    registry: Path, name: str, version: str
-) -> tuple[float | None, Sequence[str]]:
-    """`registry.await_serving` and `serve.urls`, as they were recorded with a version."""
-    recorded = read_provenance(version_folder(registry, name, version)).get("config") or {}
-    section, serve = recorded.get("registry") or {}, recorded.get("serve") or {}
-    return section.get("await_serving"), tuple(serve.get("urls") or ())

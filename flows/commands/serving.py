@@ -114,28 +114,31 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
     """Serve until SIGINT or SIGTERM."""
     import logging
 
+    from flows.serving_news import NewsSender
     from nested_core.serve.server import ServeSettings, starting_server
 
     names = list(dict.fromkeys(arguments.name))
     if arguments.swap_wait < 0:
         raise ConfigError("serve: --swap-wait is 0 seconds or more.")
-    settings = ServeSettings(
-        registry=arguments.registry,
-        names=names,
-        swap_wait=arguments.swap_wait,
-        api_key=os.environ.get(API_KEY_VARIABLE) or None,
-        options=arguments,
-    )
     logging.basicConfig(
         level=arguments.log_level, format="%(asctime)s - %(levelname)s - %(message)s"
     )
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with starting_server(settings) as server:
-            print_progress(f"serving {registry_lines(server)} at {server.address}")
-            with suppress(KeyboardInterrupt):
-                server.serve()
-            print_progress("ending: answers under way are finished; Ctrl-C ends them")
+        with NewsSender(arguments.registry) as sender:
+            settings = ServeSettings(
+                registry=arguments.registry,
+                names=names,
+                swap_wait=arguments.swap_wait,
+                api_key=os.environ.get(API_KEY_VARIABLE) or None,
+                options=arguments,
+                tell=sender.send,
+            )
+            with starting_server(settings) as server:
+                print_progress(f"serving {registry_lines(server)} at {server.address}")
+                with suppress(KeyboardInterrupt):
+                    server.serve()
+                print_progress("ending: answers under way are finished; Ctrl-C ends them")
     except KeyboardInterrupt:
         return lambda: INTERRUPTED_EXIT_CODE
     finally:

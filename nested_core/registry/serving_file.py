@@ -45,9 +45,13 @@ class ServingRecord:
     heartbeat: str
     refused: dict[str, str] | None = None
 
+    def age(self, now: datetime) -> timedelta:
+        """How long ago the server wrote the file."""
+        return now - datetime.fromisoformat(self.heartbeat)
+
     def is_alive(self, now: datetime) -> bool:
         """Whether the server wrote the file within the last minute."""
-        return now - datetime.fromisoformat(self.heartbeat) <= MAX_HEARTBEAT_AGE
+        return self.age(now) <= MAX_HEARTBEAT_AGE
 
 
 def write_serving_record(folder: Path, record: ServingRecord) -> None:

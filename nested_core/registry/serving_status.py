@@ -7,14 +7,19 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from nested_core.config.registry import RegistrySection
-from nested_core.errors import shorten
+from nested_core.errors import DamagedError, shorten
 from nested_core.registry.queries import read_champion
-from nested_core.registry.serving_file import read_serving_records
+from nested_core.registry.serving_file import (
+    MAX_HEARTBEAT_AGE,
+    ServingRecord,
+    read_serving_records,
+)
+from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.text.digest_format import shorten_digest
 
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -39,21 +44,64 @@ class ServerStatus:
     problem: str | None = None
 
 
-def read_servers(registry: Path, name: str, urls: Sequence[str] = ()) -> list[ServerStatus]:
-    """The servers of a name: those whose file is at most a minute old, and those at `urls`.
+@dataclass(frozen=True)
+class ServingNews:
+    """What a server did with a champion of a name: it serves it, or says why it does not."""
 
-    A server that has a file is not asked again.
+    name: str
+    champion: str
+    server: ServerStatus
+
+
+def read_serving_settings(
+    registry: Path, name: str, version: str
+) -> tuple[float | None, Sequence[str]]:
+    """`registry.await_serving` and `serve.urls`, as they were recorded with a version."""
+    recorded = read_provenance(version_folder(registry, name, version)).get("config") or {}
+    section, serve = recorded.get("registry") or {}, recorded.get("serve") or {}
+    return section.get("await_serving"), tuple(serve.get("urls") or ())
+
+
+def is_served(registry: Path, name: str) -> bool:
+    """Whether a name has servers to be looked at: files of theirs, or recorded addresses.
+
+    A damaged champion is to be looked at as well.
+    """
+    if read_serving_records(registry / name):
+        return True
+    try:
+        champion = read_champion(registry, name)
+        return champion is not None and bool(read_serving_settings(registry, name, champion)[1])
+    except DamagedError:
+        return True
+
+
+def read_servers(
+    registry: Path,
+    name: str,
+    urls: Sequence[str] = (),
+    *,
+    heard_within: timedelta = MAX_HEARTBEAT_AGE,
+) -> list[ServerStatus]:
+    """The servers of a name: those whose file is at most so old, and those at `urls`.
+
+    A server that has a file is not asked again. One that has not written it for a minute has that
+    as its problem.
     """
     now = datetime.now(UTC)
     records = read_serving_records(registry / name).values()
-    servers = [
-        ServerStatus(r.address, r.version, r.since, (r.refused or {}).get("reason"))
-        for r in records
-        if r.is_alive(now)
-    ]
+    servers = [_status_of(r, now) for r in records if r.age(now) <= heard_within]
     known = {server.address for server in servers}
     asked = [url.rstrip("/") for url in urls]
     return servers + [_ask_server(url, name) for url in asked if url not in known]
+
+
+def _status_of(record: ServingRecord, now: datetime) -> ServerStatus:
+    """What a server's file says."""
+    problem = (record.refused or {}).get("reason")
+    if not record.is_alive(now):
+        problem = f"nothing was heard of it since {record.heartbeat}"
+    return ServerStatus(record.address, record.version, record.since, problem)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

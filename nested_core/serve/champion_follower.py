@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +35,7 @@ from nested_core.registry.serving_file import (
     remove_serving_record,
     write_serving_record,
 )
+from nested_core.registry.serving_status import ServerStatus, ServingNews
 from nested_core.serve.canary_check import CanaryFailed
 from nested_core.serve.response_generator import RegistryResponseGenerator
 from nested_core.serve.served_version import BASE_VERSION, ServedVersion, require_same_base
@@ -67,13 +69,19 @@ class ChampionFollower:
         *,
         address: str,
         swap_wait: float,
+        tell: Callable[[ServingNews], None],
     ) -> None:
-        """`swap_wait` is how many seconds a swap waits for running requests."""
+        """`swap_wait` is how many seconds a swap waits for running requests.
+
+        `tell` is called with what was done with each champion, and returns at once.
+        """
         self._registry = registry
         self._base = base
         self._generator = generator
         self._address = address
         self._swap_wait = swap_wait
+        self._tell = tell
+        self._told: dict[str, ServingNews] = {}  # by name, what was told last
         self._refusals: dict[tuple[str, str], _Refusal] = {}  # by name and version
         self._versions_before: dict[str, str] = {}  # what each name's swap took the place of
         self.problems: dict[str, str] = {}
@@ -93,6 +101,7 @@ class ChampionFollower:
         for name in self._generator.names:
             self._require_servable_champion(name)
         self._write_records()
+        self._tell_news()
         self._thread.start()
 
     def stop(self) -> None:
@@ -144,6 +153,8 @@ class ChampionFollower:
             ]
             if changed or time.monotonic() - self._heartbeat >= HEARTBEAT_SECONDS:
                 self._write_records()
+            if changed:
+                self._tell_news()
 
     def _follow(self, name: str) -> bool:
         """Serve the champion of a name, if it is another; whether there is news of the name."""
@@ -280,6 +291,18 @@ class ChampionFollower:
         status = self._generator.names[name]
         if status.refused is not None and (name, status.refused["version"]) not in self._refusals:
             status.refused = None
+
+    def _tell_news(self) -> None:
+        """Tell of each name what is served or refused, where that was not told before."""
+        for name, status in self._generator.names.items():
+            refused = status.refused or {}
+            served = status.current.version
+            since = status.since.isoformat(timespec="seconds")
+            server = ServerStatus(self._address, served, since, refused.get("reason"))
+            news = ServingNews(name, refused.get("version", served), server)
+            if news != self._told.get(name):
+                self._told[name] = news
+                self._tell(news)
 
     def _write_records(self) -> None:
         self._heartbeat = time.monotonic()

@@ -7,7 +7,7 @@ import logging
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
@@ -19,6 +19,7 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import find_model_folder
 from nested_core.registry import VerifiedVersion, read_champion, read_verified_version
+from nested_core.registry.serving_status import ServingNews
 from nested_core.serve.champion_follower import ChampionFollower
 from nested_core.serve.http_handler import RegistryHandler
 from nested_core.serve.response_generator import (
@@ -39,6 +40,7 @@ class ServeSettings:
     api_key: what clients have to send; None asks for none.
     options: those of mlx_lm.server, by its names; `model` is the base, or None for the one that the
         first champion's configuration names.
+    tell: called, from the thread that follows, with what was done with each champion.
     """
 
     registry: Path
@@ -46,6 +48,7 @@ class ServeSettings:
     swap_wait: float
     api_key: str | None
     options: argparse.Namespace
+    tell: Callable[[ServingNews], None] = lambda news: None
 
 
 class _HTTPServer(ThreadingHTTPServer):
@@ -124,6 +127,7 @@ def starting_server(settings: ServeSettings) -> Iterator[RunningServer]:
                 generator,
                 address=_address(http),
                 swap_wait=settings.swap_wait,
+                tell=settings.tell,
             )
             http.RequestHandlerClass = lambda *args: RegistryHandler(
                 generator, *args, follower=follower, api_key=settings.api_key

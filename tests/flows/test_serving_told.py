@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterKey,
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+)
+from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import ArtifactSort
+from prefect.exceptions import ObjectAlreadyExists
+from prefect.settings import get_current_settings
 
+from flows import serving_news
+from flows.deploy import put_automations, put_deployment
+from flows.deployment_plan import make_plan
 from flows.promote import PromoteParameters, promote
 from flows.reconcile import ReconcileParameters, reconcile
+from flows.serving_news import NewsSender
 from nested_core import registry as core
+from nested_core.registry.serving_status import ServerStatus, ServingNews
 from tasks import serving
 from tasks.artifact_client import artifact_key
+from tasks.events import send_missing_events
 from tests.core.registry.conftest import write_run
 from tests.core.registry.test_serving_status import SINCE, write_record
 from tests.flows.test_events import events_of
@@ -102,3 +119,84 @@ def test_what_a_server_did_is_announced_once(
     monkeypatch.setattr(serving, "TIME_TO_FOLLOW", -serving.TIME_TO_FOLLOW)
     late = reconcile(parameters, return_state=True)
     assert f"not served at http://127.0.0.1:1: {second[:12]} there" in str(late.message)
+    write_record(registry, second, age=120)  # such as a server that was suspended
+    late = reconcile(parameters, return_state=True)
+    assert f"{second[:12]} there; nothing was heard of it since 20" in str(late.message)
+    write_record(registry, second, age=4000)
+    gone = reconcile(parameters, return_state=True)
+    assert "not served" not in str(gone.message)
+
+
+def test_what_a_server_does_is_told_at_once_and_again_until_prefect_has_it(
+    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = add(1), add(2)
+    url = str(get_current_settings().api.url)
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")  # where nothing listens
+    monkeypatch.setattr(serving_news, "SECONDS_BETWEEN_TRIES", 0.1)
+    with NewsSender(registry) as sender:
+        core.promote(registry, NAME, first, by="ann")
+        sender.send(ServingNews(NAME, first, ServerStatus("http://here:1", first, SINCE)))
+        wait_until(lambda: "Prefect's server was not told" in caplog.text, "it is logged")
+        monkeypatch.setenv("PREFECT_API_URL", url)
+        wait_until(lambda: told_by("http://here:1", "served") != [], "the server lists it")
+        (served,) = told_by("http://here:1", "served")
+        message = f"champion {first[:12]}: serving since {SINCE}, at http://here:1"
+        assert served == {"version": first, "message": message}
+        core.promote(registry, NAME, second, by="ann")
+        by, reason = "nested-tune serve here-1", "canary: the logits differ"
+        core.rollback(registry, NAME, by=by, expected_champion=second, reason=reason)
+        status = ServerStatus("http://here:1", first, SINCE, reason)
+        sender.send(ServingNews(NAME, second, status))
+        wait_until(lambda: told_by("http://here:1", "not_followed") != [], "the server lists it")
+        (refused,) = told_by("http://here:1", "not_followed")
+        assert refused["version"] == second
+        assert refused["message"] == (
+            f"champion {second[:12]}: not served at http://here:1: {first[:12]} there; {reason}"
+        )
+        (back,) = [each for each in told_of("rolled_back") if each["by"] == by]
+        assert (back["version"], back["previous"]) == (first, second)
+        assert caplog.text.count("Prefect's server was not told") == 1
+
+
+def told_by(address: str, happening: str) -> list[dict[str, Any]]:
+    """What events about one server say."""
+    return [each for each in told_of(happening) if address in each["message"]]
+
+
+def test_a_minute_after_a_change_that_servers_are_to_follow_reconcile_looks(
+    add: Add, registry: Path
+) -> None:
+    first, second = add(1), add(2)
+    plan = make_plan()
+    (hourly,) = [each for each in plan.deployments if each["name"].endswith("-hourly")]
+    hourly |= {"name": f"{NAME}-hourly"}
+    looks = [each for each in plan.automations if each["name"].endswith("after a minute")]
+    with get_client(sync_client=True) as client:
+        with suppress(ObjectAlreadyExists):
+            client.create_work_pool(WorkPoolCreate(name=hourly["work_pool"]["name"]))
+        put_deployment(client, hourly, plan.project["pull"])
+        deployment = client.read_deployment_by_name(f"reconcile/{NAME}-hourly").id
+        list(put_automations(client, looks, None))
+
+        def change_champion() -> list[FlowRun]:
+            """Change it once more, for the server hears of a new automation late; runs by it."""
+            champion = core.read_champion(registry, NAME)
+            core.promote(registry, NAME, second if champion == first else first, by="ann")
+            send_missing_events(client, registry, NAME)
+            wanted = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[deployment]))
+            return client.read_flow_runs(flow_run_filter=wanted)
+
+        try:
+            for _ in range(3):
+                assert change_champion() == []  # no server is to follow
+            write_record(registry, first)
+            wait_until(lambda: change_champion() != [], "a run is scheduled")
+            run = change_champion()[-1]
+        finally:
+            for automation in client.read_automations():
+                client.delete_automation(automation.id)
+            client.delete_deployment(deployment)
+    assert run.expected_start_time is not None
+    waits = run.expected_start_time.timestamp() - time.time()
+    assert 30 < waits <= 60

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.registry import audit, history, promote, read_champion, rollback
 from nested_core.registry.policy import set_policy
+from nested_core.registry.serving_status import ServingNews
 from nested_core.registry.versions import version_folder
 from nested_core.serve import canary_check
 from nested_core.serve.canary_check import CanaryFailed
@@ -69,7 +71,8 @@ def test_a_version_of_which_a_tensor_is_not_swapped_is_refused_and_barred(
     promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = promote(1)
-    with serving(settings(registry, "--name", NAME)) as client:
+    told: list[ServingNews] = []
+    with serving(replace(settings(registry, "--name", NAME), tell=told.append)) as client:
         before = client.chat(NAME).text
         with monkeypatch.context() as patch:
             leave_one_tensor_out(patch)
@@ -92,6 +95,13 @@ def test_a_version_of_which_a_tensor_is_not_swapped_is_refused_and_barred(
         third = promote(3)
         wait_for(client, third)
         assert client.health()["names"][NAME]["refused"] is None
+        assert [(news.champion, news.server.version) for news in told] == [
+            (first, first),
+            (second, first),
+            (third, third),
+        ]
+        assert told[1].server.problem == said["reason"]
+        assert {news.server.address for news in told} == {client.server.address}
 
 
 def test_where_the_policy_says_so_the_server_rolls_back_and_the_history_says_why(
