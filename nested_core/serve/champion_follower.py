@@ -146,15 +146,24 @@ class ChampionFollower:
 
     def _run(self) -> None:
         while not self._is_stopping.wait(POLL_SECONDS):
-            changed = [
-                name
-                for name in self._generator.names
-                if self._leave_failing_version(name) or self._follow(name)
-            ]
-            if changed or time.monotonic() - self._heartbeat >= HEARTBEAT_SECONDS:
-                self._write_records()
-            if changed:
-                self._tell_news()
+            try:
+                self._look()
+            except Exception as error:  # unforeseen; a server that follows no longer would not tell
+                self._tell_problem("following", f"{type(error).__name__}: {error}")
+            else:
+                self.problems.pop("following", None)
+
+    def _look(self) -> None:
+        """Follow each name, and say what is new."""
+        changed = [
+            name
+            for name in self._generator.names
+            if self._leave_failing_version(name) or self._follow(name)
+        ]
+        if changed or time.monotonic() - self._heartbeat >= HEARTBEAT_SECONDS:
+            self._write_records()
+        if changed:
+            self._tell_news()
 
     def _follow(self, name: str) -> bool:
         """Serve the champion of a name, if it is another; whether there is news of the name."""
@@ -163,6 +172,7 @@ class ChampionFollower:
             champion = read_champion(self._registry, name)
         except (NestedTuneError, OSError) as error:
             self._tell_problem(name, f"the champion of {name} cannot be read: {error}")
+            self._forget_passing_refusals(name)  # what was read while it went away
             return False
         self.problems.pop(name, None)
         if champion is None or champion == status.current.version:
@@ -284,7 +294,7 @@ class ChampionFollower:
             status.refused = refused
 
     def _forget_passing_refusals(self, name: str) -> None:
-        """The champion is served: what was wrong with others may be mended when they come again."""
+        """What was wrong with versions that are not barred may be mended when they come again."""
         passing = [key for key, r in self._refusals.items() if key[0] == name and not r.is_barred]
         for key in passing:
             del self._refusals[key]

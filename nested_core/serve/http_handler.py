@@ -179,11 +179,16 @@ class RegistryHandler(APIHandler):
             self.send_header(VERSION_HEADER, self._request.bound.version)
 
     def handle_health_check(self) -> None:
-        """Whether answers are generated, and what is served for each name."""
+        """Whether answers are generated, what is served for each name, and what is in the way.
+
+        A registry that cannot be read is a problem, and no reason to stop a server that answers.
+        """
         is_healthy = self._generator.is_healthy
         names = {name: status.fields() for name, status in self._generator.names.items()}
         status = "ok" if is_healthy else "unavailable"
-        self._send_json(200 if is_healthy else 503, {"status": status, "names": names})
+        problems = list(self._follower.problems.values())
+        said = {"status": status, "names": names, "problems": problems}
+        self._send_json(200 if is_healthy else 503, said)
 
     def handle_models_request(self) -> None:
         """The names, their base, and every version that can be asked for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import http.client
 import json
 import logging
@@ -11,7 +12,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +36,8 @@ from tests.example import MODEL
 from tests.flows.conftest import PROGRAM, called
 from tests.waiting import wait_until
 
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2  # linux/prctl.h, capability.h
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
@@ -46,12 +49,17 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @contextmanager
-def serve_process(registry: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`nested-tune serve` at a free port, and the address that it said."""
+def serve_process(
+    registry: Path, folder: Path, begin: Callable[[], None] | None = None
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`nested-tune serve` at a free port, and the address that it said.
+
+    begin: called in the process before the command.
+    """
     log = folder / "serve.log"
     command = [str(PROGRAM), "serve", "--registry", str(registry), "--name", NAME, "--port", "0"]
     with log.open("w") as file:
-        process = subprocess.Popen(command, stderr=file, cwd=folder, text=True)
+        process = subprocess.Popen(command, stderr=file, cwd=folder, text=True, preexec_fn=begin)  # noqa: PLW1509
     try:
         wait_until(lambda: " at http" in log.read_text(), log.read_text, process)
         found = re.search(r" at (http://127\.0\.0\.1:\d+)", log.read_text())
@@ -90,6 +98,63 @@ def test_a_killed_server_leaves_a_sound_registry_and_the_next_one_ends_cleanly(
         assert process.wait() == 0
     assert list(records.iterdir()) == []
     assert "ending: answers under way are finished" in (tmp_path / "serve.log").read_text()
+
+
+@pytest.mark.slow("starts the command")
+def test_a_registry_that_is_away_or_closed_is_said_and_followed_again_when_it_is_back(
+    served: tuple[Path, str], tmp_path: Path
+) -> None:
+    registry, first = served
+    run = write_version_run(tmp_path / "run", registry.parent / "base", 2)
+    away = registry.with_name("away")
+    with serve_process(registry, tmp_path, begin=obey_modes) as (_, address):
+        assert health(address)["problems"] == []
+        registry.rename(away)
+        wait_until(lambda: problem(address, "There is no registry"), "it says so")
+        assert answered_by(address) == [first] * 3
+        assert not registry.exists()  # the server made none in its place
+        second = promote_run(run, away)
+        away.rename(registry)
+        wait_until(lambda: answered_by(address)[-1] == second, "it follows again")
+        assert health(address)["problems"] == []
+        registry.chmod(0)
+        try:
+            wait_until(lambda: problem(address, "Permission denied"), "it says so")
+            assert answered_by(address) == [second] * 3
+            assert health(address)["status"] == "ok"
+        finally:
+            registry.chmod(0o755)
+        rollback(registry, NAME, to=first, by="a test")
+        wait_until(lambda: answered_by(address)[-1] == first, "it follows again")
+        wait_until(lambda: health(address)["problems"] == [], "nothing is in the way")
+    assert audit(registry, NAME).is_sound
+
+
+def obey_modes() -> None:
+    """Have root obey the modes of files, as every other user does."""
+    if sys.platform == "linux":
+        for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+            ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+
+def problem(address: str, words: str) -> bool:
+    """Whether `/health` names a problem with these words."""
+    return any(words in text for text in health(address)["problems"])
+
+
+def answered_by(address: str) -> list[str | None]:
+    """The versions that answer three requests."""
+    body = json.dumps({"prompt": "I want to see Italy.", "max_tokens": 2})
+    versions = []
+    for _ in range(3):
+        connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=300)
+        connection.request("POST", "/v1/completions", body)
+        response = connection.getresponse()
+        assert response.status == 200
+        response.read()
+        versions.append(response.headers["X-Adapter-Version"])
+        connection.close()
+    return versions
 
 
 @pytest.mark.slow("starts the command twice")

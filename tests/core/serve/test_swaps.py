@@ -13,6 +13,7 @@ import pytest
 
 from nested_core.registry import audit
 from nested_core.registry.serving_file import ServingRecord, read_serving_records
+from nested_core.serve import champion_follower
 from tests.core.serve.test_following import wait_for
 from tests.core.serve.versions import NAME, Client, Reply, serving, settings
 from tests.waiting import wait_until
@@ -101,13 +102,30 @@ def test_a_registry_that_is_gone_for_a_while_stops_nothing(
         registry.rename(away)
         follower = client.server.follower
         wait_until(lambda: NAME in follower.problems, "the follower has seen it")
+        assert follower.problems[NAME] in client.health()["problems"]
         assert client.chat(NAME).version == first
         assert client.send("GET", "/v1/models").status == 200
         assert client.chat(f"{NAME}@{'0' * 64}").status == 404
         assert not registry.exists()
         away.rename(registry)
         wait_for(client, promote(2))
+        assert client.health()["problems"] == []
     assert audit(registry, NAME).is_sound
+
+
+def test_an_error_that_nobody_foresaw_is_said_and_does_not_end_the_following(
+    promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = promote(1)
+    with serving(settings(registry, "--name", NAME)) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(champion_follower, "read_champion", lambda *_: 1 / 0)
+            wait_until(
+                lambda: client.health()["problems"] == ["ZeroDivisionError: division by zero"]
+            )
+            assert client.chat(NAME).version == first
+        wait_for(client, promote(2))
+        assert client.health()["problems"] == []
 
 
 def test_a_server_that_cannot_write_to_the_registry_follows_it(
