@@ -1,4 +1,4 @@
-"""The canary of a version: what the server's own weights answer, against what was recorded.
+"""The canary of a version: the server's own weights and what they answer, against what is recorded.
 
 It finds faults of serving, such as a tensor that was not exchanged or a base that was loaded
 otherwise than it was judged. Whether an adapter is any good is for the gate.
@@ -6,12 +6,13 @@ otherwise than it was judged. Whether an adapter is any good is for the gate.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
 from nested_core.errors import NestedTuneError
@@ -21,13 +22,52 @@ from nested_core.gate.fresh_process_check import (
     TOLERANCE_NARROW_DTYPES,
     relative_distance,
 )
+from nested_core.optim.named_updates import UNSIGNED_DTYPE_BY_BYTES
 from nested_core.storage.canary_file import Canary, CanaryLogits, CanaryQuestion
+from nested_core.storage.safetensors_files import StoredTensor
 
 DIFFERING_SHARE = 0.05  # of the answers; one may always differ
 
 
 class CanaryFailed(NestedTuneError):
     """A version whose logits or answers, in this server, are not those that were recorded."""
+
+
+def require_version_in_layers(
+    model: nn.Module, stored: Mapping[str, StoredTensor], base_arrays: Collection[int]
+) -> None:
+    """Compare each array of a version's model with where it is to come from, bit by bit.
+
+    stored: the tensors of the version's file, by name; the model has to have their bits there.
+    base_arrays: the id() of each array that the base was loaded with; all others have to be those.
+    Raises CanaryFailed. Unlike logits it allows for no rounding, so that a tensor which moves them
+    little is found as well. Call it in the thread that generates.
+    """
+    leaves: Any = tree_flatten(model.parameters())
+    arrays: dict[str, mx.array] = dict(leaves)
+    wrong = [name for name, tensor in stored.items() if not _has_bits(arrays.get(name), tensor)]
+    if wrong:
+        raise CanaryFailed(
+            f"canary: {len(wrong)} of {len(stored)} tensors in the layers are not those of the "
+            f"version's file, such as {min(wrong)}"
+        )
+    foreign = [
+        name
+        for name, array in arrays.items()
+        if name not in stored and id(array) not in base_arrays
+    ]
+    if foreign:
+        raise CanaryFailed(
+            f"canary: {len(foreign)} tensors in the layers are neither the version's nor those "
+            f"that the base was loaded with, such as {min(foreign)}"
+        )
+
+
+def _has_bits(array: mx.array | None, tensor: StoredTensor) -> bool:
+    if array is None or array.shape != tensor.shape or array.nbytes != len(tensor.data):
+        return False
+    words = np.array(array.reshape(-1).view(UNSIGNED_DTYPE_BY_BYTES[array.dtype.size]))
+    return array.dtype == tensor.to_mlx().dtype and words.tobytes() == tensor.data
 
 
 def check_canary(canary: Canary, model: nn.Module) -> Iterator[None]:

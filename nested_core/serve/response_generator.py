@@ -23,6 +23,7 @@ from queue import Empty, Queue
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.server import (
     CompletionRequest,
@@ -37,7 +38,7 @@ from mlx_lm.server import (
 
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.models.base_model import context_length
-from nested_core.serve.canary_check import check_canary
+from nested_core.serve.canary_check import CanaryFailed, check_canary
 from nested_core.serve.served_version import ServedVersion
 
 WARM_UP_PROMPT = "1"
@@ -186,6 +187,7 @@ class RegistryModelProvider(ModelProvider):
     """mlx_lm's model provider: the base is loaded once, and `load` chooses among versions on it.
 
     base: the base model, from `load_default` to `reset`.
+    base_arrays: the arrays that it was loaded with, by id().
     vocabulary_size: of the logits. context: the most tokens that the base can see; None where it
         is not known. Everything runs in the generation thread.
     """
@@ -204,6 +206,7 @@ class RegistryModelProvider(ModelProvider):
         self._prompt_cache = prompt_cache
         self._initial = tuple(initial)
         self.base: Any = None
+        self.base_arrays: dict[int, mx.array] = {}
         self.vocabulary_size = 0
         self.context: int | None = None
         self._has_retired_version = False
@@ -220,6 +223,8 @@ class RegistryModelProvider(ModelProvider):
                 f"model: {self.cli_args.model} could not be loaded: {error}"
             ) from error
         self.base = self.model
+        leaves: Any = tree_flatten(self.base.parameters())
+        self.base_arrays = {id(array): array for _, array in leaves}
         self.context = context_length(Path(self.cli_args.model))
         self.vocabulary_size = self.base(mx.array([[0]])).shape[-1]  # traced, not computed
         for version in self._initial:
@@ -240,6 +245,7 @@ class RegistryModelProvider(ModelProvider):
         key = (self.cli_args.model, version.label, self.cli_args.draft_model)
         if self.model_key != key:
             self.model = version.build_model(self.base)
+            version.require_in_layers(self.model, self.base_arrays)
             self.model_key = key
             if self._has_retired_version:
                 self._prompt_cache.trim_to(n_sequences=0)
@@ -250,6 +256,7 @@ class RegistryModelProvider(ModelProvider):
         """Drop the models; arrays are freed in the thread that made them."""
         super().reset()
         self.base = None
+        self.base_arrays = {}
 
 
 @dataclass
@@ -352,6 +359,8 @@ class RegistryResponseGenerator(ResponseGenerator):
     def _check(self, version: ServedVersion) -> Iterator[None]:
         """Build a version's model and ask it, in parts; raises what keeps it from being served."""
         model = version.build_model(self.model_provider.base)
+        yield
+        version.require_in_layers(model, self.model_provider.base_arrays)
         yield
         if version.canary is not None:
             yield from check_canary(version.canary, model)
@@ -543,7 +552,7 @@ def is_server_failure(error: Exception) -> bool:
 
 def failure_status(error: Exception) -> int:
     """The HTTP status: 503 for the server's state, 404 for a version that is not had, or 400."""
-    if isinstance(error, SwapWaitOver | RuntimeError):
+    if isinstance(error, SwapWaitOver | RuntimeError | CanaryFailed):
         return 503
     return 404 if isinstance(error, NestedTuneError) else 400
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -15,8 +16,10 @@ from nested_core.errors import ConfigError
 from nested_core.models.base_model import is_same_base, shorten_fingerprint
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.registry import VerifiedVersion
+from nested_core.serve.canary_check import require_version_in_layers
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.canary_file import Canary
+from nested_core.storage.safetensors_files import StoredTensor
 from nested_core.text.digest_format import shorten_digest
 
 BASE_VERSION = "base"
@@ -30,18 +33,21 @@ class ServedVersion:
     version: the adapter's digest, or "base" for the base model alone.
     adapter: as read from disk, until its model has been built; None for the base.
     canary: what was recorded of it, to be compared before it is served; None without any.
+    stored: the tensors of its file, until those in its layers have been compared with them.
     """
 
     name: str
     version: str
     adapter: Adapter | None = field(default=None, compare=False, repr=False)
     canary: Canary | None = field(default=None, compare=False, repr=False)
+    stored: dict[str, StoredTensor] | None = field(default=None, compare=False, repr=False)
     _model: nn.Module | None = field(default=None, init=False, compare=False, repr=False)
 
     @classmethod
     def of(cls, name: str, verified: VerifiedVersion) -> Self:
         """A version as it was read from the registry."""
-        return cls(name, verified.version, verified.adapter, verified.canary)
+        stored = dict(verified.adapter.tensors)
+        return cls(name, verified.version, verified.adapter, verified.canary, stored)
 
     @property
     def label(self) -> str:
@@ -59,6 +65,15 @@ class ServedVersion:
             self._model = _attach_to_copy(base, self.adapter)
             self.adapter = None
         return base if self._model is None else self._model
+
+    def require_in_layers(self, model: nn.Module, base_arrays: Collection[int]) -> None:
+        """Compare the tensors of the model that was built with those of the file, the first time.
+
+        Raises CanaryFailed, as `require_version_in_layers` says.
+        """
+        if self.stored is not None:
+            require_version_in_layers(model, self.stored, base_arrays)
+            self.stored = None
 
 
 def require_same_base(adapter: Adapter, base: Path) -> None:

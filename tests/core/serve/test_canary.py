@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -9,22 +10,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx_lm import load
 
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.registry import audit, history, promote, read_champion, rollback
 from nested_core.registry.policy import set_policy
 from nested_core.registry.serving_status import ServingNews
 from nested_core.registry.versions import version_folder
-from nested_core.serve import canary_check
-from nested_core.serve.canary_check import CanaryFailed
+from nested_core.serve import canary_check, served_version
+from nested_core.serve.canary_check import CanaryFailed, require_version_in_layers
 from nested_core.serve.champion_follower import POLL_SECONDS
 from nested_core.serve.response_generator import FailureWatch, RegistryModelProvider
 from nested_core.serve.served_version import ServedVersion
-from nested_core.storage.adapter import Adapter
+from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.canary_file import CANARY_NAME
-from tests.core.serve.test_following import wait_for
+from tests.core.serve.test_following import arrays_of, wait_for
 from tests.core.serve.versions import NAME, Client, serving, settings
 from tests.waiting import wait_until
 
@@ -79,7 +82,7 @@ def test_a_version_of_which_a_tensor_is_not_swapped_is_refused_and_barred(
             second = promote(2)
             said = refused(client)
         assert said["version"] == second
-        assert "canary: the logits are not those that were recorded" in said["reason"]
+        assert "canary: 1 of 36 tensors in the layers are not those of" in said["reason"]
         assert "the policy has no canary: rollback" in said["reason"]
         (file,) = (registry / NAME / "serving").iterdir()
         wait_until(lambda: json.loads(file.read_text())["refused"] == said, "its file says so")
@@ -125,7 +128,7 @@ def test_where_the_policy_says_so_the_server_rolls_back_and_the_history_says_why
     (line,) = [each for each in history(registry, NAME) if each["action"] == "rollback"]
     assert (line["version"], line["previous"]) == (first, second)
     assert line["by"].startswith("nested-tune serve ")
-    assert "canary: the logits are not" in line["reason"]
+    assert "canary: 1 of 36 tensors in the layers are not" in line["reason"]
     tried = promote_automatically(registry, second)
     assert tried == "barred"
     assert audit(registry, NAME).is_sound
@@ -144,9 +147,72 @@ def test_a_base_that_is_quantised_otherwise_than_the_judged_one_is_found(
         quantise_base(patch)
         promote(2)
         said = refused(client)["reason"]
-        assert "canary: the logits" in said
+        assert "are neither the version's nor those that the base was loaded with" in said
         assert f"rolled back to {first[:6]}" in said
     assert read_champion(registry, NAME) == first
+
+
+@pytest.mark.parametrize("plant", [leave_one_tensor_out, quantise_base])
+def test_logits_find_what_no_comparison_of_tensors_does(
+    plant: Callable[[pytest.MonkeyPatch], None],
+    promote: Promote,
+    registry: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    promote(1)
+    with serving(settings(registry, "--name", NAME)) as client, monkeypatch.context() as patch:
+        patch.setattr(served_version, "require_version_in_layers", lambda *_: None)
+        plant(patch)
+        promote(2)
+        assert "canary: the logits are not those that were" in refused(client)["reason"]
+
+
+def test_each_single_tensor_that_is_not_swapped_is_found_whatever_it_does_to_logits(
+    runs: dict[int, Path], base: Path
+) -> None:
+    loaded: Any = load(str(base))[0]
+    base_arrays = {id(array) for array in arrays_of(loaded).values()}
+    stored = read_adapter(runs[1] / "adapter").tensors
+    model = build(runs[1], loaded)
+    require_version_in_layers(model, stored, base_arrays)
+    right, earlier = arrays_of(model), arrays_of(build(runs[2], loaded))
+    attached = copy.deepcopy(loaded)
+    attach_stored_adapter(attached, read_adapter(runs[1] / "adapter"))
+    fresh = arrays_of(attached)
+    assert len(stored) == 36
+    for name in stored:
+        for left in (earlier[name], fresh[name], one_bit_off(right[name])):
+            model.load_weights([(name, left)], strict=False)
+            with pytest.raises(CanaryFailed, match="1 of 36 tensors") as caught:
+                require_version_in_layers(model, stored, base_arrays)
+            assert str(caught.value).endswith(f"such as {name}")
+        model.load_weights([(name, right[name])], strict=False)
+    require_version_in_layers(model, stored, base_arrays)
+
+
+def test_versions_without_a_canary_and_those_asked_for_by_name_are_compared_too(
+    promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, first = promote(4), promote(1)
+    with serving(settings(registry, "--name", NAME)) as client:
+        leave_one_tensor_out(monkeypatch)
+        asked = client.chat(f"{NAME}@{other}")
+        assert (asked.status, "tensors in the layers are not" in asked.body) == (503, True)
+        third = promote(3)
+        assert refused(client)["version"] == third
+        assert client.chat(NAME).version == first
+
+
+def build(run: Path, base: Any) -> Any:
+    """The model of a run's adapter, as the server builds it."""
+    return ServedVersion(NAME, "0" * 64, read_adapter(run / "adapter")).build_model(base)
+
+
+def one_bit_off(array: mx.array) -> mx.array:
+    """A tensor whose first number has another last bit: a difference of about 1e-8."""
+    words = array.view(mx.uint32)
+    words[0, 0] = words[0, 0] ^ 1
+    return words.view(mx.float32)
 
 
 def test_a_server_whose_base_is_not_the_judged_one_refuses_for_itself_alone(
