@@ -3,7 +3,8 @@
     python -m tests.reliability.serving_load --requests 10000 --swaps 50
 
 Clients ask without a pause. After so many answers the next version is promoted; the versions are of
-two ranks and of other keys, so that layers are attached anew. Each answer is compared with that of
+two ranks and of other keys, so that layers are attached anew, and each has a canary of 20
+questions. Each answer is compared with that of
 plain mlx_lm for the version that it names, in float32. A batch may round otherwise than one request
 alone: where the first token that differs was a near tie there, it counts as such.
 """
@@ -41,6 +42,7 @@ from tests.core.serve.versions import (  # noqa: E402
     Client,
     make_base,
     promote_run,
+    record_canary,
     serving,
     settings,
     write_version_run,
@@ -53,8 +55,12 @@ SHAPES = (
     AdapterShape(rank=8, keys=("self_attn.k_proj", "mlp.up_proj")),
     AdapterShape(rank=8),
 )
-COUNTRIES = ("Italy", "Fiji", "Peru", "Norway", "Chad", "Japan", "Cuba", "Kenya")
-PROMPTS = tuple(f"I want to see {country}. Where to?" for country in COUNTRIES)
+COUNTRIES = (
+    *("Italy", "Fiji", "Peru", "Norway", "Chad", "Japan", "Cuba", "Kenya", "Spain", "France"),
+    *("Ghana", "Nepal", "Qatar", "Sudan", "Tonga", "Yemen", "Togo", "Oman", "Mali", "Laos"),
+)
+ASKED_BY_CLIENTS = 8
+PROMPTS = tuple(f"I want to see {country}. Where to?" for country in COUNTRIES[:ASKED_BY_CLIENTS])
 MAX_TOKENS = 12
 NEAR_TIE = 1e-3  # between the two likeliest tokens' logits
 
@@ -134,6 +140,8 @@ def hammer(folder: Path, *, requests: int, swaps: int, clients: int) -> Load:
         write_version_run(folder / f"run-{seed}", base, seed, shape)
         for seed, shape in enumerate(SHAPES, start=1)
     ]
+    for path in paths:
+        record_canary(path, base, COUNTRIES)
     registry = folder / "registry"
     runs = {promote_run(path, registry): path for path in paths}
     reference = Reference(base, runs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,16 @@ from nested_core.registry.policy import set_policy
 from nested_core.registry.serving_status import ServingNews
 from nested_core.registry.versions import version_folder
 from nested_core.serve import canary_check, served_version
-from nested_core.serve.canary_check import CanaryFailed, require_version_in_layers
+from nested_core.serve.canary_check import (
+    CanaryFailed,
+    check_canary,
+    require_version_in_layers,
+)
 from nested_core.serve.champion_follower import POLL_SECONDS
 from nested_core.serve.response_generator import FailureWatch, RegistryModelProvider
 from nested_core.serve.served_version import ServedVersion
 from nested_core.storage.adapter import Adapter, read_adapter
-from nested_core.storage.canary_file import CANARY_NAME
+from nested_core.storage.canary_file import CANARY_NAME, Canary, parse_canary
 from tests.core.serve.test_following import arrays_of, wait_for
 from tests.core.serve.versions import NAME, Client, serving, settings
 from tests.waiting import wait_until
@@ -213,6 +217,37 @@ def one_bit_off(array: mx.array) -> mx.array:
     words = array.view(mx.uint32)
     words[0, 0] = words[0, 0] ^ 1
     return words.view(mx.float32)
+
+
+def test_one_answer_may_differ_and_two_may_not_in_one_pass_and_token_by_token(
+    runs: dict[int, Path], base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: Any = load(str(base))[0]
+    model = build(runs[1], loaded)
+    canary = parse_canary((runs[1] / CANARY_NAME).read_bytes(), "the canary")
+    assert len(canary.questions) == 4
+
+    def differing(count: int) -> Canary:
+        """The canary with so many answers whose last token is another."""
+        wrong = [replace(q, answer=(*q.answer[:-1], q.answer[-1] ^ 1)) for q in canary.questions]
+        return replace(canary, questions=(*wrong[:count], *canary.questions[count:]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(canary_check, "_generates_answer", pytest.fail)
+        list(check_canary(canary, model))  # one pass is enough
+    list(check_canary(differing(1), model))
+    with pytest.raises(CanaryFailed, match="2 of 4 answers .* line 1 of the suite capitals"):
+        list(check_canary(differing(2), model))
+    # A pass over several tokens may find another one likeliest, where two are nearly as likely.
+    monkeypatch.setattr(canary_check, "_finds_answer_likeliest", finds_none)
+    list(check_canary(canary, model))
+    with pytest.raises(CanaryFailed, match="2 of 4 answers"):
+        list(check_canary(differing(2), model))
+
+
+def finds_none(*_: object) -> Generator[None, None, bool]:
+    yield
+    return False
 
 
 def test_a_server_whose_base_is_not_the_judged_one_refuses_for_itself_alone(

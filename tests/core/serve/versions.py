@@ -6,7 +6,7 @@ import argparse
 import http.client
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,10 +113,10 @@ def write_version_run(
     return run_dir
 
 
-def record_canary(run_dir: Path, base: Path) -> None:
-    """Write the canary of a run's adapter, as the gate does."""
+def record_canary(run_dir: Path, base: Path, countries: Sequence[str] = COUNTRIES) -> None:
+    """Write the canary of a run's adapter, as the gate does: a question about each country."""
     tokenizer: Any = load(str(base))[1]
-    texts = [f"I want to see {country}. Where to?" for country in COUNTRIES]
+    texts = [f"I want to see {country}. Where to?" for country in countries]
     prompts = [
         CanaryPrompt("capitals", line, tuple(encode_prompt(tokenizer, text)))
         for line, text in enumerate(texts, 1)
