@@ -17,6 +17,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from nested_core.errors import DamagedError
 from nested_core.storage.atomic import write_json
 from nested_core.storage.strict_files import read_json
@@ -54,6 +56,9 @@ class ServingRecord:
         return self.age(now) <= MAX_HEARTBEAT_AGE
 
 
+RECORD_VALIDATOR = TypeAdapter(ServingRecord)
+
+
 def write_serving_record(folder: Path, record: ServingRecord) -> None:
     """Write this process's file below a name's folder, which must exist. Raises OSError."""
     (folder / SERVING_FOLDER_NAME).mkdir(exist_ok=True)
@@ -89,6 +94,7 @@ def _iterate_records(folder: Path) -> Iterator[tuple[str, ServingRecord]]:
         with suppress(DamagedError, OSError, TypeError, ValueError):
             fields: dict[str, Any] = read_json(path, MAX_FILE_BYTES)
             record = ServingRecord(**fields)
+            RECORD_VALIDATOR.validate_python(asdict(record))
             record.is_alive(datetime.now(UTC))
             yield path.name, record
 

@@ -6,7 +6,7 @@ import json
 import time
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -98,10 +98,18 @@ def read_servers(
 
 def _status_of(record: ServingRecord, now: datetime) -> ServerStatus:
     """What a server's file says."""
-    problem = (record.refused or {}).get("reason")
-    if not record.is_alive(now):
-        problem = f"nothing was heard of it since {record.heartbeat}"
-    return ServerStatus(record.address, record.version, record.since, problem)
+    status = _shortened(record.address, record.version, record.since, record.refused)
+    if record.is_alive(now):
+        return status
+    return replace(status, problem=f"nothing was heard of it since {shorten(record.heartbeat)}")
+
+
+def _shortened(
+    address: str, version: str, since: str, refused: dict[str, str] | None
+) -> ServerStatus:
+    reason = (refused or {}).get("reason")
+    problem = None if reason is None else shorten(reason, MAX_REASON_LENGTH)
+    return ServerStatus(shorten(address, 200), shorten(version, 64), shorten(since), problem)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -117,10 +125,7 @@ def _ask_server(url: str, name: str) -> ServerStatus:
     try:
         with opener.open(f"{url}/health", timeout=SECONDS_TO_ANSWER) as answer:
             status = json.loads(answer.read(MAX_HEALTH_BYTES))["names"][name]
-        version, since = shorten(status["version"], 64), shorten(status["since"])
-        reason = (status["refused"] or {}).get("reason")
-        problem = None if reason is None else shorten(reason, MAX_REASON_LENGTH)
-        return ServerStatus(url, version, since, problem)
+        return _shortened(url, status["version"], status["since"], status["refused"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"it did not say what it serves for {name} ({type(error).__name__})"
         return ServerStatus(url, None, None, reason)

@@ -77,6 +77,20 @@ def test_a_server_is_known_by_its_file_while_its_heartbeat_is_new(
     assert read_servers(registry, NAME) == []
 
 
+def test_what_a_file_or_health_says_is_shortened(
+    three: tuple[str, str, str],
+    registry: Path,
+    health: tuple[str, dict[str, Any]],
+) -> None:
+    url, documents = health
+    said = {"version": three[0], "since": "s" * 5000, "refused": {"reason": "r" * 5000}}
+    documents["/health"] = {"names": {NAME: said}}
+    write_record(registry, three[0], refused={"reason": "r" * 5000})
+    for server in read_servers(registry, NAME, [url]):
+        assert len(server.problem or "") < 600
+        assert len(server.since or "") < 200
+
+
 def test_a_server_that_writes_no_file_is_asked(
     three: tuple[str, str, str], registry: Path, health: tuple[str, dict[str, Any]]
 ) -> None:

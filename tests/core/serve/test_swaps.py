@@ -152,6 +152,8 @@ def test_records_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
         "other-2.json": json.dumps(good | {"more": 1}),
         "time-3.json": json.dumps(good | {"heartbeat": "yesterday"}),
         "list-4.json": "[]",
+        "number-6.json": json.dumps(good | {"version": 5}),
+        "reasons-7.json": json.dumps(good | {"refused": ["no"]}),
         "name.json": json.dumps(good),
     }
     for name, text in (broken | {"host-5.json": json.dumps(good)}).items():
