@@ -1,4 +1,4 @@
-"""The README's six commands, as they stand there, from a folder of examples to a served answer."""
+"""The README's six commands and its curl, from a folder of examples to a served answer."""
 
 from __future__ import annotations
 
@@ -29,11 +29,16 @@ def read_commands() -> list[list[str]]:
     return [[folders.get(word, word) for word in line] for line in lines]
 
 
-def ask(address: str, question: str) -> tuple[str, str | None]:
-    """The answer to a question, and the version that the server names."""
+def ask(address: str, curl: list[str], question: str) -> tuple[str, str | None]:
+    """The answer to a question asked as curl asks it, and the version that the server names."""
+    _, url, option, content = curl
+    host, slash, path = url.partition("/")
+    assert (host, option) == ("127.0.0.1:8080", "-d")  # the port of `serve` without --port
+    body = json.loads(content)
+    body["messages"][0]["content"] = question
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=300)
-    body = {"model": "support-bot", "messages": [{"role": "user", "content": question}]}
-    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}  # as curl sends it
+    connection.request("POST", slash + path, json.dumps(body), headers)
     response = connection.getresponse()
     version = response.headers["X-Adapter-Version"]
     answer = json.load(response)["choices"][0]["message"]["content"]
@@ -43,7 +48,7 @@ def ask(address: str, question: str) -> tuple[str, str | None]:
 
 @pytest.mark.slow("six commands, each a process")
 def test_the_readme_s_six_commands_end_with_an_answer_of_ones_own_adapter(tmp_path: Path) -> None:
-    *commands, serve = read_commands()
+    *commands, serve, curl = read_commands()
     assert [command[:2] for command in (*commands, serve)] == [
         ["nested-tune", word] for word in ("init", "explain", "train", "promote", "chat", "serve")
     ]
@@ -66,7 +71,7 @@ def test_the_readme_s_six_commands_end_with_an_answer_of_ones_own_adapter(tmp_pa
     try:
         wait_until(lambda: " at http" in log.read_text(), log.read_text, process)
         (address,) = re.findall(r" at (http://127\.0\.0\.1:\d+)", log.read_text())
-        answer, version = ask(address, "I want to see Slovakia. Where to?")
+        answer, version = ask(address, curl, "I want to see Slovakia. Where to?")
     finally:
         process.kill()
         process.wait()
