@@ -38,7 +38,7 @@ def main() -> int:
     validation = Validation.from_losses(
         losses, selected_on_same_data=True, bounds=BOUNDS, candidates=candidates
     )
-    reasons = loss_reasons(validation, None, BOUNDS) + harm_reasons(losses, validation, BOUNDS)
+    reasons = loss_reasons(validation, BOUNDS) + harm_reasons(losses, validation, BOUNDS)
     champion = ChampionLoss.from_losses("champion", losses, BOUNDS, candidates)
     losses.render()
     middle = time.perf_counter()

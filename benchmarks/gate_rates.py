@@ -244,7 +244,7 @@ def copied_rows(
 def judge_losses(judged: ExampleLosses) -> tuple[Validation, list[str]]:
     """The verdict on losses before and after, and the codes of its reasons."""
     validation = Validation.from_losses(judged, selected_on_same_data=False, bounds=BOUNDS)
-    reasons = loss_reasons(validation, None, BOUNDS) + harm_reasons(judged, validation, BOUNDS)
+    reasons = loss_reasons(validation, BOUNDS) + harm_reasons(judged, validation, BOUNDS)
     return validation, [reason.code for reason in reasons]
 
 

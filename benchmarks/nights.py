@@ -3,9 +3,8 @@
     python -m benchmarks.nights [--json]
 
 Runs the example, the first hour's two trainings, the runs of the shipped deployments and five
-nights of continuing, and plants a few sets of losses. It uses commands and classes that commit
-95bc16c has too, so that the same file says what was done there: `git worktree add OLD 95bc16c`,
-then `cd OLD; PYTHONPATH=. python .../benchmarks/nights.py`. benchmarks/nights.md has both.
+nights of continuing, and plants a few sets of losses. benchmarks/nights.md has what it said at
+commit 95bc16c beside what it says now.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from nested_core.config.gate import GateSection
-from nested_core.gate import loss_bounds
 from nested_core.gate.example_losses import ExampleLosses
+from nested_core.gate.loss_bounds import harm_reasons, loss_reasons
 from nested_core.gate.verdict import Validation
 from tests.reliability.test_nightly_series import NIGHTS, run_nights
 
@@ -147,13 +146,8 @@ def list_planted() -> Iterator[Judged]:
         after = before + np.array(differences)
         tokens = np.full(count, 20.0)
         losses = ExampleLosses("test.jsonl", np.arange(1, count + 1), tokens, before, after)
-        planted: dict[str, Any] = {"selected_on_same_data": False}
-        if hasattr(Validation, "conclusion"):  # 95bc16c had no bounds here
-            planted["bounds"] = bounds
-        validation = Validation.from_losses(losses, **planted)
-        reasons = loss_bounds.loss_reasons(validation, None, bounds)
-        if hasattr(loss_bounds, "harm_reasons"):
-            reasons += loss_bounds.harm_reasons(losses, validation, bounds)
+        validation = Validation.from_losses(losses, selected_on_same_data=False, bounds=bounds)
+        reasons = loss_reasons(validation, bounds) + harm_reasons(losses, validation, bounds)
         gate = {
             "verdict": "failed" if reasons else "passed",
             "reasons": [asdict(reason) for reason in reasons],

@@ -1,20 +1,25 @@
 """The gate: judges the adapter that a run offers, from the files on disk, against the initial one.
 
-`judge.py` holds the order of the checks, and `verdict.py` what gate.json says. Each other file is
-one check: the run's files, the tensors, the LoRA products, the tiers' updates, the fit to the base
-model, losses on held-out examples, fusing, and the proof from a fresh process. The audit of one
-adapter without an initial one is adapter_audit.py, with adapter_layout.py for what it should hold.
+`judge.py` holds the order of the checks, `checks/` each of them, `judged.py` what a check is and
+what is known between two of them, and `verdict.py` what gate.json says. The other files measure:
+the run's files, the tensors, the LoRA products, the tiers' updates, losses on held-out examples,
+answers, fusing, and the fresh process. The audit of one adapter without an initial one is
+adapter_audit.py, with adapter_layout.py for what it should hold.
 """
 
-from nested_core.gate.judge import judge_run, recheck_verdict, verify_adapters
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from nested_core.gate.run_evidence import digests_for_result
 from nested_core.gate.verdict import Reason, Verdict
 
-__all__ = [
-    "Reason",
-    "Verdict",
-    "recheck_verdict",
-    "digests_for_result",
-    "judge_run",
-    "verify_adapters",
-]
+if TYPE_CHECKING:  # `promote` judges nothing anew, and need not wait for mlx-lm
+    from nested_core.gate.judge import judge_run, verify_adapters
+
+__all__ = ["Reason", "Verdict", "digests_for_result", "judge_run", "verify_adapters"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.judge"), name)

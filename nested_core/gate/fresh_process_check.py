@@ -46,6 +46,8 @@ class ProofRequest:
 
     initial: None compares the trained adapter with the base model alone.
     questions: prompts in token ids that the trained model answers greedily, as it is stored.
+    has_diverged: whether the training loss left: rounding is then as large as the weights, and
+        other logits than the trainer's are no sign of another configuration.
     """
 
     model: Path
@@ -57,6 +59,7 @@ class ProofRequest:
     is_float32: bool = False
     trusts_remote_code: bool = False
     questions: Sequence[Sequence[int]] = ()
+    has_diverged: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,9 @@ def _judge_logits(
         f"in a new process, the logits are not those that the trainer computed with this adapter: "
         f"relative distance {distance:.3g}, tolerance {tolerance:g}"
     )
-    return evidence, [Reason("config_mismatch", message)]
+    return evidence, [
+        Reason("loss_regressed" if request.has_diverged else "config_mismatch", message)
+    ]
 
 
 def keep_prompts_with_finite_base(

@@ -10,35 +10,30 @@ from nested_core.registry.gate_file import is_drift_within_bound
 from nested_core.text.loss_format import format_change, format_difference, format_interval
 
 
-def loss_reasons(
-    validation: Validation | None, general: GeneralLoss | None, bounds: GateSection
-) -> list[Reason]:
-    """Reasons for losses that are not finite, and for those that are worse beyond their bounds.
+def loss_reasons(validation: Validation, bounds: GateSection) -> list[Reason]:
+    """The reason for a held-out loss that is worse beyond its bound."""
+    if validation.conclusion != "worse":
+        return []
+    losses = format_change(validation.loss_before, validation.loss_after)
+    message = (
+        f"loss {losses} on {describe_examples(validation)}{describe_noise(validation)}; "
+        f"gate.max_val_loss_increase is {bounds.max_val_loss_increase:g}"
+    )
+    return [Reason("loss_regressed", message)]
 
-    One that is not finite with the initial adapter already is told as such.
-    """
-    reasons = []
-    if validation is not None and validation.examples != 0:
-        if reason := _non_finite_reason(validation, "loss"):
-            reasons.append(reason)
-        elif validation.conclusion == "worse":
-            losses = format_change(validation.loss_before, validation.loss_after)
-            message = (
-                f"loss {losses} on {describe_examples(validation)}{describe_noise(validation)}; "
-                f"gate.max_val_loss_increase is {bounds.max_val_loss_increase:g}"
-            )
-            reasons.append(Reason("loss_regressed", message))
-    if general is not None:
-        if reason := _non_finite_reason(general, "loss on general text"):
-            reasons.append(reason)
-        elif general.conclusion == "worse":
-            losses = format_change(general.loss_before, general.loss_after)
-            message = (
-                f"loss on general text {losses}{describe_noise(general)}; "
-                f"gate.max_general_loss_increase is {bounds.max_general_loss_increase:g}"
-            )
-            reasons.append(Reason("forgetting", message))
-    return reasons
+
+def general_loss_reasons(general: GeneralLoss, bounds: GateSection) -> list[Reason]:
+    """The reason for a loss on general text that is not finite, or worse beyond its bound."""
+    if reasons := non_finite_loss_reasons(general, "loss on general text"):
+        return reasons
+    if general.conclusion != "worse":
+        return []
+    losses = format_change(general.loss_before, general.loss_after)
+    message = (
+        f"loss on general text {losses}{describe_noise(general)}; "
+        f"gate.max_general_loss_increase is {bounds.max_general_loss_increase:g}"
+    )
+    return [Reason("forgetting", message)]
 
 
 def harm_reasons(
@@ -74,14 +69,15 @@ def drift_reasons(drift: Drift | None, data: str, bounds: GateSection) -> list[R
     return [Reason("drift", message)]
 
 
-def _non_finite_reason(losses: Validation | GeneralLoss, what: str) -> Reason | None:
+def non_finite_loss_reasons(losses: Validation | GeneralLoss, what: str) -> list[Reason]:
+    """The reason for a loss that is not finite; the initial adapter's own is told as such."""
     if losses.loss_before is None:
         message = f"{what} with the initial adapter is not finite already; training is not to blame"
-        return Reason("non_finite", message)
+        return [Reason("non_finite", message)]
     if losses.loss_after is None:
         message = f"{what} {format_change(losses.loss_before, None)} with the trained adapter"
-        return Reason("non_finite", message)
-    return None
+        return [Reason("non_finite", message)]
+    return []
 
 
 def describe_noise(losses: Validation | GeneralLoss) -> str:

@@ -122,8 +122,8 @@ def _squared_norm(values: Values) -> float:
     return squared
 
 
-def structure_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
-    """Reasons for differences in names, shapes, dtypes, configuration and base model."""
+def mismatch_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
+    """Reasons for tensors that cannot be compared: differences in names, shapes and dtypes."""
     before, after = initial.tensors, trained.tensors
     both = before.keys() & after.keys()
     missing = before.keys() - after.keys()
@@ -139,27 +139,26 @@ def structure_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
         *_reason_about_tensors(
             "dtype_mismatch", dtypes, "have another dtype than in the initial adapter"
         ),
-        *_configuration_reasons(initial, trained),
     ]
 
 
-def change_reasons(
-    initial: Adapter, changes: Sequence[TensorChange], min_relative_change: float
-) -> list[Reason]:
-    """Reasons for values that are not finite, and for a change of nothing or below the bound.
+def non_finite_tensor_reasons(initial: Adapter, changes: Sequence[TensorChange]) -> list[Reason]:
+    """Reasons for values that are not finite.
 
     Tensors that are not finite in `initial` already are told apart: training is not to blame.
     """
     broken = {change.name for change in changes if not change.finite}
     from_the_start = {n for n in broken if not math.isfinite(frobenius_norm(initial.tensors[n]))}
-    reasons = [
+    return [
         *_reason_about_tensors(
             "non_finite", from_the_start, "of the initial adapter hold NaN or infinity"
         ),
         *_reason_about_tensors("non_finite", broken - from_the_start, "hold NaN or infinity"),
     ]
-    if reasons:
-        return reasons
+
+
+def unchanged_reasons(changes: Sequence[TensorChange], min_relative_change: float) -> list[Reason]:
+    """The reason for a change of nothing, or of less than the bound."""
     names = tuple(change.name for change in changes)
     if not any(change.changed for change in changes):
         message = f"all {len(changes)} tensors equal the initial adapter, byte for byte"
@@ -185,19 +184,21 @@ def _fingerprint_rule(fingerprint: str | None) -> str | None:
     return None if fingerprint is None else fingerprint.rpartition(":")[0]
 
 
-def _configuration_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
+def configuration_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
+    """The reason for two adapter_config.json that describe different adapters."""
     before, after = initial.meaning(), trained.meaning()
-    base_before, base_after = before.pop("base_fingerprint"), after.pop("base_fingerprint")
-    reasons = []
-    differing = [key for key in before if before[key] != after[key]]
-    if differing:
-        pairs = ", ".join(f"{key}: {before[key]} -> {after[key]}" for key in differing)
-        reasons.append(Reason("config_mismatch", f"adapter_config.json differs in {pairs}"))
-    if base_before is None or _fingerprint_rule(base_before) != _fingerprint_rule(
-        base_after
-    ):  # not to be compared
-        base_before, base_after = initial.config.get("model"), trained.config.get("model")
-    if base_before != base_after:
-        message = f"made for base {base_before}, now for {base_after}"
-        reasons.append(Reason("base_mismatch", message))
-    return reasons
+    differing = [key for key in before if key != "base_fingerprint" and before[key] != after[key]]
+    if not differing:
+        return []
+    pairs = ", ".join(f"{key}: {before[key]} -> {after[key]}" for key in differing)
+    return [Reason("config_mismatch", f"adapter_config.json differs in {pairs}")]
+
+
+def named_base_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
+    """The reason for two adapter_config.json that name different base models."""
+    before, after = (adapter.meaning()["base_fingerprint"] for adapter in (initial, trained))
+    if before is None or _fingerprint_rule(before) != _fingerprint_rule(after):  # no comparison
+        before, after = initial.config.get("model"), trained.config.get("model")
+    if before == after:
+        return []
+    return [Reason("base_mismatch", f"made for base {before}, now for {after}")]

@@ -1,8 +1,4 @@
-"""Where a run's training diverged, from its metrics: for the gate's messages, and as a reason.
-
-The metrics say at which step the loss left; the logits that the trainer recorded with the offered
-checkpoint say whether its model still computed anything.
-"""
+"""Where a run's training diverged, from its metrics: at which step its loss left."""
 
 from __future__ import annotations
 
@@ -11,11 +7,6 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-import numpy as np
-
-from nested_core.gate.fresh_process_check import is_constant
-from nested_core.gate.run_evidence import RecordedLogits
-from nested_core.gate.verdict import Reason
 from nested_core.text.loss_format import format_loss
 
 # A loss has diverged if it is above the first one by more than half of it and a nat a token.
@@ -98,16 +89,3 @@ def _diverged_reports_at_end(
     """The reports at the end that have all diverged, oldest first."""
     count = len(list(takewhile(bool, reversed(has_diverged))))
     return reports[len(reports) - count :]
-
-
-def collapse_reason(logits: RecordedLogits) -> Reason | None:
-    """A reason if the trainer's own model gave no logits, or the same one for every token."""
-    values = np.array(logits.values, np.float64)  # None becomes NaN
-    if values.ndim != 2 or not values.size:
-        return None
-    if not np.isfinite(values).any():
-        return Reason("non_finite", "no logit that the trainer computed with it is finite")
-    if is_constant(values):
-        message = "every logit that the trainer computed with it is the same: numbers overflowed"
-        return Reason("non_finite", message)
-    return None

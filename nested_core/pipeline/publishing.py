@@ -10,9 +10,9 @@ import numpy as np
 from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.example_digests import encode_digests
-from nested_core.gate import recheck_verdict
 from nested_core.gate.base_compatibility import require_same_base
 from nested_core.gate.held_out_choice import held_out_split
+from nested_core.gate.recheck import recheck_verdict
 from nested_core.gate.training_examples import read_ancestor_training_digests
 from nested_core.models.base_model import find_model_folder_offline
 from nested_core.pipeline.continual import parent_version_of, settings_digest

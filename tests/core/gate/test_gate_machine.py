@@ -10,7 +10,8 @@ import pytest
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import NestedTuneError
-from nested_core.gate import fresh_process_check, judge, verify_adapters
+from nested_core.gate import fresh_process_check, verify_adapters
+from nested_core.gate.checks import losses
 from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 
@@ -104,7 +105,7 @@ def test_neither_has_the_gate_a_verdict_where_mlx_fails_in_its_own_process(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(judge, "_compare_losses", fail)
+    monkeypatch.setattr(losses, "measure_example_losses", fail)
     with pytest.raises(NestedTuneError, match="gives no verdict") as caught:
         steps.judge(config, run)
     assert caught.value.exit_code == 1

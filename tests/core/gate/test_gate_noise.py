@@ -49,9 +49,9 @@ def test_a_rise_within_noise_is_refused_by_the_bound_alone_only() -> None:
     validation = validation_of(differences)
     assert validation.loss_after > validation.loss_before  # type: ignore[operator]
     assert validation.conclusion == "inconclusive"
-    assert loss_reasons(validation, None, DEFAULT) == []
+    assert loss_reasons(validation, DEFAULT) == []
     zero = GateSection(noise="none", max_val_loss_increase=0.0)
-    (reason,) = loss_reasons(validation_of(differences, zero), None, zero)
+    (reason,) = loss_reasons(validation_of(differences, zero), zero)
     assert reason.code == "loss_regressed"
 
 
@@ -61,22 +61,22 @@ def test_a_rise_within_noise_is_refused_by_the_bound_alone_only() -> None:
 )
 def test_a_rise_beyond_bound_and_noise_is_refused_with_its_figures_and_its_data() -> None:
     validation = validation_of([0.2, 0.25, 0.3, 0.35] * 3)
-    (reason,) = loss_reasons(validation, None, GateSection())
+    (reason,) = loss_reasons(validation, GateSection())
     assert reason.message.startswith("loss 2 -> 2.275 on valid.jsonl, 12 examples, +0.275 with a")
     assert "95 % interval of +0.2" in reason.message
     wide = GateSection(max_val_loss_increase=0.2)
-    assert loss_reasons(validation_of([0.2, 0.25, 0.3, 0.35] * 3, wide), None, wide) == []
+    assert loss_reasons(validation_of([0.2, 0.25, 0.3, 0.35] * 3, wide), wide) == []
 
 
 def test_with_too_few_examples_for_an_interval_a_rise_by_more_than_a_tenth_counts() -> None:
     validation = validation_of([0.2, -0.1])
     assert (validation.interval, validation.smallest_visible) == (None, None)
     assert validation.conclusion == "inconclusive"
-    assert loss_reasons(validation, None, DEFAULT) == []
-    (reason,) = loss_reasons(validation_of([0.3, 0.12]), None, DEFAULT)
+    assert loss_reasons(validation, DEFAULT) == []
+    (reason,) = loss_reasons(validation_of([0.3, 0.12]), DEFAULT)
     assert "2 examples, +0.21; so few examples can show no difference" in reason.message
     zero = GateSection(max_val_loss_increase=0.0)
-    (reason,) = loss_reasons(validation_of([0.2, -0.1], zero), None, zero)
+    (reason,) = loss_reasons(validation_of([0.2, -0.1], zero), zero)
     assert reason.code == "loss_regressed"
 
 

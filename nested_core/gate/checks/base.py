@@ -1,0 +1,23 @@
+"""The check that the trained adapter fits the base model, which every later check loads it into."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nested_core.gate.base_compatibility import base_reasons
+from nested_core.gate.checks.tensors import UNLOADABLE
+from nested_core.gate.held_out_loss import LoadedBase
+from nested_core.gate.judged import Check, JudgedRun
+from nested_core.gate.verdict import Reason
+
+
+def _find_misfits(judged: JudgedRun) -> list[Reason]:
+    judged.base = LoadedBase.load(judged.config)
+    return base_reasons(judged.after, judged.base.parameters, judged.base.folder)
+
+
+BASE = Check(
+    "base", _find_misfits, stopped_by=UNLOADABLE, stage="the base model, which the tensors must fit"
+)
+# With a reason of one of these there is no model to measure with.
+WITHOUT_MODEL: tuple[Check[Any], ...] = (*UNLOADABLE, BASE)

@@ -1,0 +1,45 @@
+"""The checks of how training ended: what its own model computed, and where its loss went."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from nested_core.gate.checks.base import WITHOUT_MODEL
+from nested_core.gate.checks.losses import LOSSES
+from nested_core.gate.checks.tensors import CHANGE
+from nested_core.gate.fresh_process_check import is_constant
+from nested_core.gate.judged import Check, JudgedRun
+from nested_core.gate.verdict import Code, Reason
+
+
+def _find_collapse(judged: JudgedRun) -> Iterator[Reason]:
+    """It gave no logits, or the same one for every token."""
+    values = np.array(judged.evidence.record.logits.values, np.float64)  # None becomes NaN
+    if values.ndim != 2 or not values.size:
+        return
+    if not np.isfinite(values).any():
+        yield Reason("non_finite", "no logit that the trainer computed with it is finite")
+    elif is_constant(values):
+        message = "every logit that the trainer computed with it is the same: numbers overflowed"
+        yield Reason("non_finite", message)
+
+
+def _find_risen_training_loss(judged: JudgedRun) -> Iterator[Reason]:
+    """The training loss left, where there are no held-out losses to say so."""
+    divergence = judged.divergence
+    if divergence is not None and divergence.is_certain and judged.verdict.validation is None:
+        code: Code = "non_finite" if divergence.loss is None else "loss_regressed"
+        yield Reason(code, "the training loss is far above where it began")
+
+
+COLLAPSE = Check(
+    "trainer's logits",
+    _find_collapse,
+    stopped_by=(*WITHOUT_MODEL, CHANGE, LOSSES),
+    is_cause=True,
+)
+TRAINING_LOSS = Check(
+    "training loss", _find_risen_training_loss, stopped_by=(*WITHOUT_MODEL, CHANGE, COLLAPSE)
+)

@@ -1,0 +1,108 @@
+"""The checks of losses on held-out examples and on general text, with either adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from nested_core.data.example_digests import digest_examples
+from nested_core.gate.checks.base import WITHOUT_MODEL
+from nested_core.gate.chosen_candidate import Candidates, read_candidates
+from nested_core.gate.held_out_loss import (
+    measure_example_losses,
+    measure_general_loss,
+    read_held_out_examples,
+    read_nonempty_splits,
+)
+from nested_core.gate.judged import Check, JudgedRun
+from nested_core.gate.loss_bounds import (
+    drift_reasons,
+    general_loss_reasons,
+    harm_reasons,
+    loss_reasons,
+    non_finite_loss_reasons,
+)
+from nested_core.gate.training_examples import read_ancestor_training_digests
+from nested_core.gate.verdict import Drift, Reason, Validation, describe_examples
+
+
+def _find_non_finite_losses(judged: JudgedRun) -> Iterator[Reason]:
+    """Measure the loss of each held-out example, of those that no adapter was trained on."""
+    config, run = judged.config, judged.run
+    splits = read_nonempty_splits(config, run)
+    training_examples = digest_examples(splits["train"])
+    content = np.unique(training_examples).astype("<u8").tobytes()
+    judged.write(run.training_examples.name, content)
+    judged.candidates = Candidates()
+    judged.held_out = held_out = read_held_out_examples(config, splits)
+    if held_out is None:
+        return
+    losses = measure_example_losses(judged.base, judged.evidence, held_out)
+    ancestors = read_ancestor_training_digests(config, judged.before.digest())
+    seen = np.concatenate([training_examples, ancestors], dtype=np.uint64)
+    judged.losses = losses = losses.leaving_out(np.isin(held_out.digests, seen))
+    judged.write(run.gate_losses.name, losses.render())
+    if held_out.has_validation_examples:
+        judged.candidates = read_candidates(run.validation_losses)
+    validation = Validation.from_losses(
+        losses,
+        selected_on_same_data=held_out.selected_on_same_data,
+        has_one_answer=held_out.are_all_answers_equal,
+        bounds=judged.bounds,
+        candidates=judged.candidates,
+    )
+    drift = Drift.from_losses(losses)
+    judged.verdict = replace(judged.verdict, validation=validation, drift=drift)
+    if validation.examples != 0:
+        yield from non_finite_loss_reasons(validation, "loss")
+
+
+def _find_worse_loss(judged: JudgedRun) -> Iterator[Reason]:
+    validation = judged.verdict.validation
+    if validation is not None and validation.examples != 0:
+        yield from loss_reasons(validation, judged.bounds)
+
+
+def _find_forgetting(judged: JudgedRun) -> Iterator[Reason]:
+    general = measure_general_loss(judged.base, judged.run)
+    judged.verdict = replace(judged.verdict, general=general)
+    yield from () if general is None else general_loss_reasons(general, judged.bounds)
+
+
+def _find_harmed_examples(judged: JudgedRun) -> Iterator[Reason]:
+    validation = judged.verdict.validation
+    if judged.losses is not None and validation is not None:
+        yield from harm_reasons(judged.losses, validation, judged.bounds)
+
+
+def _find_drift(judged: JudgedRun) -> Iterator[Reason]:
+    validation = judged.verdict.validation
+    if validation is not None:
+        data = describe_examples(validation)
+        yield from drift_reasons(judged.verdict.drift, data, judged.bounds)
+
+
+LOSSES = Check(
+    "losses",
+    _find_non_finite_losses,
+    stopped_by=WITHOUT_MODEL,
+    stage="losses on held-out examples, before and after",
+)
+WORSE_LOSS = Check(
+    "worse loss",
+    _find_worse_loss,
+    stopped_by=(*WITHOUT_MODEL, LOSSES),
+    bounds=("max_val_loss_increase",),
+)
+GENERAL_TEXT = Check(
+    "general text",
+    _find_forgetting,
+    stopped_by=WITHOUT_MODEL,
+    bounds=("max_general_loss_increase",),
+)
+HARMED_EXAMPLES = Check(
+    "harmed examples", _find_harmed_examples, stopped_by=WITHOUT_MODEL, bounds=("max_harmed_share",)
+)
+DRIFT = Check("drift", _find_drift, stopped_by=WITHOUT_MODEL, bounds=("max_kl",))

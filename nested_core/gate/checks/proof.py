@@ -1,0 +1,58 @@
+"""The check by a fresh process: it loads base and adapter plainly, and must see the change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from nested_core import backend
+from nested_core.gate.base_compatibility import fingerprint_reasons
+from nested_core.gate.canary import make_canary
+from nested_core.gate.fresh_process_check import ProofRequest, prove_effect_in_fresh_process
+from nested_core.gate.judged import Check, Judged, JudgedRun
+from nested_core.gate.verdict import Reason
+from nested_core.models.kept_base import release_kept_base
+from nested_core.storage.canary_file import CANARY_NAME, render_canary
+
+
+def _find_unproven_effect(judged: JudgedRun) -> tuple[Reason, ...]:
+    if not judged.proof.is_running:
+        release_kept_base()  # the new process needs the memory
+        mx.clear_cache()
+    shown = judged.proof.begin().judge()
+    judged.verdict = replace(judged.verdict, proof=shown.evidence)
+    if shown.canary is not None and not shown.reasons:
+        canary = make_canary(judged.proof.questions, judged.proof.request, shown.canary)
+        judged.write(CANARY_NAME, render_canary(canary))
+    return shown.reasons
+
+
+def _find_unproven_effect_without_run(judged: Judged) -> Sequence[Reason]:
+    """The same for any two adapters, if the base that they name is a folder here."""
+    named = judged.after.config.get("model")
+    if not named or not Path(named, "config.json").is_file():
+        skipped = f"the base model {named} is not a folder here: nothing was loaded"
+        judged.verdict = replace(judged.verdict, proof={"skipped": skipped})
+        return []
+    base = Path(named)
+    if mismatch := fingerprint_reasons(judged.after.config, base) or fingerprint_reasons(
+        judged.before.config, base
+    ):
+        return mismatch
+    is_float32 = backend.device() == "cpu"  # as training does there: smaller changes are seen
+    request = ProofRequest(base, judged.before.path, judged.after.path, is_float32=is_float32)
+    shown = prove_effect_in_fresh_process(request)
+    judged.verdict = replace(judged.verdict, proof=shown.evidence)
+    return shown.reasons
+
+
+PROOF = Check(
+    "proof",
+    _find_unproven_effect,
+    needs_all=True,
+    stage="a new process loads the adapter, and must see the change",
+)
+PROOF_WITHOUT_RUN = Check("proof", _find_unproven_effect_without_run, needs_all=True)

@@ -1,0 +1,112 @@
+"""The checks of each tier's updates: against its clock, and for the trace that they left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+
+from nested_core.backend import to_float
+from nested_core.config.schema import FineTuneConfig
+from nested_core.gate.checks.tensors import CHANGE, FINITE_PRODUCTS, FINITE_TENSORS
+from nested_core.gate.judged import Check, JudgedRun
+from nested_core.gate.tier_updates import TierEvidence
+from nested_core.gate.verdict import Reason, TensorChange, TierChange
+from nested_core.optim.learning_rate_schedules import build_learning_rate
+
+# Adam moves a weight by about the rate, and float32 numbers near 0.01 are 1e-9 apart.
+SMALLEST_USEFUL_RATE = 1e-9
+MAX_SAMPLED_STEPS = 1000
+
+
+def _find_skipped_updates(judged: JudgedRun) -> Iterator[Reason]:
+    """Tiers of whose updates too many were skipped."""
+    bound = judged.bounds.max_skipped_share
+    for row in judged.verdict.tiers:
+        if row.skipped_updates > bound * row.expected_updates:
+            message = (
+                f"{_label(row)}: {row.skipped_updates} of {row.expected_updates} updates were "
+                f"skipped for non-finite gradients; gate.max_skipped_share is {bound:g}"
+            )
+            names = tuple(change.name for change in _changes_of_tier(judged, row))
+            yield Reason("updates_missing", message, names)
+
+
+def _find_missing_updates(judged: JudgedRun) -> Iterator[Reason]:
+    """Tiers that stayed as they were, updates that are not accounted for or left no trace."""
+    for row in judged.verdict.tiers:
+        own = _changes_of_tier(judged, row)
+        yield from _tier_reasons(judged.config, judged.tiers, row, own)
+
+
+def _changes_of_tier(judged: JudgedRun, row: TierChange) -> list[TensorChange]:
+    return [change for change in judged.verdict.tensors if change.tier == row.tier]
+
+
+def _label(row: TierChange) -> str:
+    return f"tier {row.tier} (every {row.frequency})"
+
+
+def _tier_reasons(
+    config: FineTuneConfig, evidence: TierEvidence, row: TierChange, own: Sequence[TensorChange]
+) -> list[Reason]:
+    label = _label(row)
+    names = tuple(change.name for change in own)
+    reasons = []
+    if row.applied_updates + row.skipped_updates != row.expected_updates:
+        message = (
+            f"{label}: {row.expected_updates} updates were due by step {evidence.step}, "
+            f"{row.applied_updates} were applied and {row.skipped_updates} skipped"
+        )
+        reasons.append(Reason("updates_missing", message, names))
+    if not row.changed or not any(map(evidence.had_gradient, names)):
+        return [*reasons, Reason("tier_unchanged", f"{label}: nothing was trained", names)]
+    if row.applied_updates and _had_positive_learning_rate(config, evidence, row):
+        traceless = [
+            c.name for c in own if not c.changed and evidence.is_missing_its_updates(c.name)
+        ]
+        if traceless:
+            why = _why_updates_left_no_trace(config, evidence, row)
+            noun = "tensor" if len(traceless) == 1 else "tensors"
+            message = (
+                f"{label}: {len(traceless)} {noun} had gradients and stayed as they were; {why}"
+            )
+            reasons.append(Reason("updates_missing", message, tuple(traceless)))
+    return reasons
+
+
+def _why_updates_left_no_trace(
+    config: FineTuneConfig, evidence: TierEvidence, row: TierChange
+) -> str:
+    """The likely cause and what to do: a learning rate too small for float32, or lost updates."""
+    rate = build_learning_rate(config)
+    if callable(rate):
+        due = range(row.frequency, evidence.step + 1, row.frequency)
+        sampled = due[:: max(1, len(due) // MAX_SAMPLED_STEPS)]
+        highest = max(to_float(rate(mx.array(step - 1))) for step in sampled)
+    else:
+        highest = rate
+    if highest < SMALLEST_USEFUL_RATE:
+        return (
+            f"a learning rate of {highest:.3g} is too small to move a float32 weight: raise "
+            f"learning_rate (1e-4 is usual for LoRA)"
+        )
+    return "the updates were computed and lost before they reached the weights"
+
+
+def _had_positive_learning_rate(
+    config: FineTuneConfig, evidence: TierEvidence, row: TierChange
+) -> bool:
+    """Whether the learning rate was above 0 at one of the tier's due steps at least."""
+    rate = build_learning_rate(config)
+    if not callable(rate):
+        return rate > 0
+    due = range(row.frequency, evidence.step + 1, row.frequency)
+    return bool(evidence.flush_steps) or any(to_float(rate(mx.array(step - 1))) > 0 for step in due)
+
+
+_STOPPED_BY = (FINITE_TENSORS, CHANGE, FINITE_PRODUCTS)
+SKIPPED_UPDATES = Check(
+    "skipped updates", _find_skipped_updates, stopped_by=_STOPPED_BY, bounds=("max_skipped_share",)
+)
+UPDATES = Check("updates", _find_missing_updates, stopped_by=_STOPPED_BY)

@@ -1,0 +1,77 @@
+"""The fresh process that proves a run's adapter, which may compute while the gate measures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from nested_core.config.schema import FineTuneConfig
+from nested_core.gate.canary import CanaryPrompt, choose_canary_prompts
+from nested_core.gate.fresh_process_check import ProofRequest, RunningProof
+from nested_core.gate.run_evidence import RunEvidence
+from nested_core.gate.training_divergence import Divergence
+from nested_core.models.base_model import find_model_folder, model_compute_dtype
+from nested_core.models.kept_base import get_kept_base
+
+
+class ProofOfRun:
+    """The fresh process that proves a run's adapter: begun ahead where there is room for it."""
+
+    def __init__(
+        self, config: FineTuneConfig, evidence: RunEvidence, divergence: Divergence | None
+    ) -> None:
+        self.questions: Sequence[CanaryPrompt] = choose_canary_prompts(config)
+        self.request = _make_request(config, evidence, divergence, self.questions)
+        self._running: RunningProof | None = None
+
+    def begin(self) -> RunningProof:
+        """Start it, unless it runs already."""
+        if self._running is None:
+            self._running = RunningProof(self.request)
+        return self._running
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was begun ahead."""
+        return self._running is not None
+
+    def close(self) -> None:
+        """End its process, if there is one."""
+        if self._running is not None:
+            self._running.end()
+
+    def begin_if_there_is_room(self) -> None:
+        """Begin it now, beside this process's work, where memory allows two bases."""
+        if _has_room_for_two_bases():
+            self.begin()
+
+
+def _has_room_for_two_bases() -> bool:
+    """Whether this process's base and a second one need no more memory than training did."""
+    base = get_kept_base()
+    if base is None or base.training_peak == 0:
+        return False
+    return base.evaluation_peak + base.frozen_bytes() <= base.training_peak
+
+
+def _make_request(
+    config: FineTuneConfig,
+    evidence: RunEvidence,
+    divergence: Divergence | None,
+    questions: Sequence[CanaryPrompt],
+) -> ProofRequest:
+    """Whether a new process computes with the offered adapter what the trainer computed."""
+    logits, dtype = evidence.record.logits, model_compute_dtype(config)
+    return ProofRequest(
+        model=find_model_folder(config.model),
+        initial=evidence.before.path,
+        trained=evidence.after.path,
+        prompts=logits.prompts,
+        columns=logits.columns,
+        expected=logits.values,
+        is_float32=dtype is not None and dtype == mx.float32,
+        trusts_remote_code=config.trust_remote_code,
+        questions=[question.tokens for question in questions],
+        has_diverged=divergence is not None and divergence.has_risen,
+    )
