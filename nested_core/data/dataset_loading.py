@@ -51,11 +51,11 @@ def load_dataset(
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         files = open_splits(settings, Path(spool))
         if tokenizer is None:
-            return _import_and_validate(settings, files, on_progress), {}
+            return _read_and_judge(settings, files, on_progress), {}
         if cache is None:
             with TemporaryDirectory(prefix="nested-tune-") as private:
                 folder = Path(private)
-                report = _import_and_validate(
+                report = _read_and_judge(
                     settings, files, on_progress, tokenizer=tokenizer, folder=folder
                 )
                 return report, write_manifest_and_open_tokens(folder)
@@ -64,7 +64,7 @@ def load_dataset(
         if cached is not None:
             return cached
         with entry.creating() as folder:
-            report = _import_and_validate(
+            report = _read_and_judge(
                 settings, files, on_progress, tokenizer=tokenizer, folder=folder
             )
             write_report_beside_tokens(folder, report)
@@ -73,7 +73,7 @@ def load_dataset(
             return report, write_manifest_and_open_tokens(folder)
 
 
-def _import_and_validate(
+def _read_and_judge(
     settings: DataSettings,
     files: Mapping[str, SplitFile],
     on_progress: OnProgress | None,
@@ -81,7 +81,13 @@ def _import_and_validate(
     tokenizer: TokenizerSource | None = None,
     folder: Path | None = None,
 ) -> DatasetReport:
-    """`validate_dataset`, imported when it is needed: its libraries take a second."""
-    from nested_core.data.dataset_validation import validate_dataset
+    """Read the files and `judge_dataset`; both are imported when needed, their libraries are slow.
 
-    return validate_dataset(settings, files, on_progress, tokenizer=tokenizer, folder=folder)
+    Those of the rules, which take 80 MiB, are so only when the processes that read are gone.
+    """
+    from nested_core.data.split_table import read_tables_with_repeats
+
+    tables = read_tables_with_repeats(files, settings, on_progress)
+    from nested_core.data.dataset_validation import judge_dataset
+
+    return judge_dataset(settings, tables, on_progress, tokenizer=tokenizer, folder=folder)

@@ -1,4 +1,4 @@
-"""A data set read, judged by the rules, and its sound lines tokenised: the whole of a validation.
+"""Tables of a data set's lines judged by the rules, and its sound lines tokenised.
 
 Refuses nothing by itself: the report says what is wrong. polars and pandera take a second to
 import; a data set in the cache does without this module, see dataset_loading.py.
@@ -36,8 +36,7 @@ from nested_core.data.rules.token_rules import (
     make_encoding_problem_frame,
     make_token_frame,
 )
-from nested_core.data.sources.split_files import SplitFile
-from nested_core.data.split_table import SplitTable, read_tables_with_repeats
+from nested_core.data.split_table import SplitTable
 from nested_core.data.tokens.example_encoding import has_chat_template
 from nested_core.data.tokens.parallel_tokenization import (
     LinesToTokenize,
@@ -54,16 +53,15 @@ MAX_SHOWN_FILE_NAMES = 5  # of a folder without train
 Tables = Mapping[str, SplitTable]
 
 
-def validate_dataset(
+def judge_dataset(
     settings: DataSettings,
-    files: Mapping[str, SplitFile],
+    tables: Tables,
     on_progress: OnProgress | None,
     *,
     tokenizer: TokenizerSource | None = None,
     folder: Path | None = None,
 ) -> DatasetReport:
-    """Read and judge every line; with a tokenizer, write the tokens of sound lines to a folder."""
-    tables = read_tables_with_repeats(files, settings, on_progress)
+    """Judge every line; with a tokenizer, write the tokens of sound lines to a folder."""
     has_template = tokenizer is None or has_chat_template(tokenizer.load())
     findings = Findings()
     _apply_line_rules(tables, settings, findings)
@@ -180,13 +178,13 @@ def _apply_row_count_rules(tables: Tables, settings: DataSettings, findings: Fin
             "rows": int((~table.frame["is_blank"]).sum()) - sum(map(len, table.dropped.values())),
             "faulty": _describe_faulty_lines(len(findings.lines_with_errors(table.file))),
             "is_whole": not is_cut_short(findings, table.file),
-            "answers": table.frame["answer"].drop_nulls().n_unique(),
+            "has_one_answer": table.frame["answer"].min() == table.frame["answer"].max(),
             "batch_size": settings.batch_size,
         }
         for split, table in tables.items()
         if table.source is not None
     ]
-    counts = ("lines", "rows", "answers", "batch_size")
+    counts = ("lines", "rows", "batch_size")
     schema = {"line": pl.Int32, **dict.fromkeys(counts, pl.Int64)}
     if rows:
         ROW_COUNT_RULES.add_findings(pl.DataFrame(rows, schema_overrides=schema), findings)

@@ -197,7 +197,7 @@ def _join_range_frames(
     frames: list[pl.DataFrame], file: SplitFile | None, *, has_ngrams: bool
 ) -> pl.DataFrame:
     empty = pl.DataFrame(schema={**LINE_SCHEMA, **(NGRAM_SCHEMA if has_ngrams else {})})
-    frame = pl.concat([empty, *frames], rechunk=True)
+    frame = pl.concat([empty, *frames], rechunk=False)
     frame = frame.with_columns(pl.int_range(1, pl.len() + 1, dtype=pl.Int32).alias("line"))
     if file is not None and file.problems:
         frame = _add_line_problems(frame, file.problems)
@@ -210,6 +210,6 @@ def _add_line_problems(frame: pl.DataFrame, problems: dict[int, tuple[str, str]]
     """What was wrong with a line before it was one, in the place of nothing."""
     checks, messages = zip(*problems.values(), strict=True)
     columns = {"line": list(problems), "check": checks, "message": messages}
-    schema = {"line": pl.Int32, "check": pl.Categorical, "message": pl.String}
+    schema = {"line": pl.Int32, "check": pl.Categorical, "message": pl.Categorical}
     broken = pl.DataFrame(columns, schema=schema).with_columns(is_blank=False)
     return frame.update(broken, on="line", how="left")

@@ -6,6 +6,7 @@ kept of train does not grow with it: an n-gram of many training examples is comm
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,9 @@ class AskedNgrams:
         self._is_common = np.zeros(len(ngrams), np.bool_)  # those are looked for no more
         wanted = len(ngrams) * _TABLE_ENTRIES_PER_NGRAM
         bits = min(_MAX_TABLE_BITS, max(_MIN_TABLE_BITS, wanted.bit_length()))
-        self._shift = np.uint32(32 - bits)
-        self._table = np.zeros(1 << bits, np.bool_)
-        self._table[ngrams >> self._shift] = True
+        self._shift = np.uint64(64 - bits)
+        self._table = np.zeros(1 << bits, np.bool_)  # True where an n-gram's first bits are
+        self._table[ngrams >> np.uint32(32 - bits)] = True
 
     @classmethod
     def of_frames(cls, held_out: list[pl.DataFrame]) -> AskedNgrams:
@@ -76,25 +77,26 @@ class AskedNgrams:
         with np.load(BytesIO(read_regular(path)), allow_pickle=False) as arrays:
             return cls(arrays["ngrams"], arrays["words"], arrays["bags"])
 
-    def find_in(self, texts: pl.Series, contents: pl.Series) -> tuple[pl.DataFrame, int]:
+    def find_in(self, texts: Sequence[str | None], contents: pl.Series) -> tuple[pl.DataFrame, int]:
         """What texts share with those asked for, and how many of the texts have n-grams.
 
         `contents` has a key for each text. The frame, see MATCH_SCHEMA, lacks n-grams that are
         common in the texts of an earlier call: the frame of that call has enough examples of them.
         """
         found = hash_word_ngrams(texts, self._hasher)
-        hits = np.flatnonzero(self._table[found.ngrams >> self._shift])  # far too many by a little
-        is_asked, places = _find_among(found.ngrams[hits], self.ngrams)
+        may_be_asked = self._table[found.hashes >> self._shift] & found.is_sampled
+        ngrams, hits = found.take(np.flatnonzero(may_be_asked))
+        is_asked, places = _find_among(ngrams, self.ngrams)
         is_asked &= ~self._is_common[places]
-        hits = hits[is_asked]
+        ngrams, hits = ngrams[is_asked], hits[is_asked]
         rows = self._rows_of_equal_words(texts, found.bags)
-        owners = np.concatenate([found.owners[hits], rows["row"].to_numpy()])
+        owners = np.concatenate([hits, rows["row"].to_numpy()])
         shared = pl.DataFrame(
             {
                 "row": owners,
                 "content": contents.gather(owners),
                 "halvings": found.halvings[owners],
-                "ngram": pl.Series(found.ngrams[hits]).extend_constant(None, rows.height),
+                "ngram": pl.Series(ngrams).extend_constant(None, rows.height),
                 "words": pl.repeat(None, len(hits), dtype=pl.UInt64, eager=True).append(
                     rows["words"]
                 ),
@@ -103,12 +105,13 @@ class AskedNgrams:
         )
         shared = drop_common_ngrams(shared)
         self._remember_common(shared)
-        return shared, int(np.count_nonzero(np.diff(found.owners, prepend=-1)))
+        sampled = np.concatenate([[0], np.cumsum(found.is_sampled)])[np.insert(found.ends, 0, 0)]
+        return shared, int(np.count_nonzero(np.diff(sampled)))
 
-    def _rows_of_equal_words(self, texts: pl.Series, bags: Values) -> pl.DataFrame:
+    def _rows_of_equal_words(self, texts: Sequence[str | None], bags: Values) -> pl.DataFrame:
         """Row and words of the texts that are the same words in the same order as one asked for."""
         rows = np.flatnonzero(_find_among(bags, self.bags)[0])
-        words = hash_word_sequences(texts.gather(rows))
+        words = hash_word_sequences([texts[row] for row in rows.tolist()])
         is_equal = _find_among(words.fill_null(0).to_numpy(), self.words)[0]
         return pl.DataFrame({"row": rows, "words": words}).filter(is_equal)
 

@@ -29,7 +29,6 @@ from nested_core.data.lines.json_decoding import (
     LineProblem,
     collect_strings,
     decode_json_object,
-    has_repeated_key,
 )
 from nested_core.data.lines.other_formats import describe_conversion, describe_sharegpt
 from nested_core.data.parallel_jobs import ByteRange
@@ -106,14 +105,6 @@ _STRICT_MODEL_CONFIG = ConfigDict(strict=True, extra="ignore")
 _Function = Annotated[dict[str, Any], AfterValidator(_require_function_name)]
 
 
-@with_config(ConfigDict(strict=True, extra="forbid"))
-class _PlainMessage(TypedDict):
-    """A turn with a role and a text and nothing else, as almost all are."""
-
-    role: Role
-    content: str
-
-
 @with_config(_STRICT_MODEL_CONFIG)
 class _TextMessage(TypedDict):
     role: Annotated[Role, WrapValidator(_check_role)]
@@ -156,9 +147,6 @@ _LINE_MODEL_BY_FORMAT = {"chat": _ChatLine, "completion": _CompletionLine, "text
 _VALIDATOR_BY_FORMAT = {
     name: TypeAdapter[Any](fields) for name, fields in _LINE_MODEL_BY_FORMAT.items()
 }
-# The validators inside the adapters: on this path an adapter's own call costs a tenth of the time.
-_PLAIN_CHAT_VALIDATOR = TypeAdapter(dict[str, list[_PlainMessage]]).validator
-_PLAIN_FIELDS_VALIDATOR = TypeAdapter(dict[str, str], config=ConfigDict(strict=True)).validator
 _PLAIN_MESSAGE_KEYS = frozenset(("role", "content"))
 # Keys that chat templates read; what else a message holds never reaches the model.
 _KNOWN_MESSAGE_KEYS = _PLAIN_MESSAGE_KEYS | {"name", "reasoning_content", "thinking"}
@@ -209,30 +197,6 @@ def parse_line(raw: bytes, field_names: FieldNames) -> Example:
     """Parse one line (no byte-order mark, no line end); raises LineProblem, nothing else."""
     row = decode_json_object(raw)
     return _validate_example(row, _choose_format(row, field_names), field_names)
-
-
-def parse_plain_chat(raw: bytes, key: str) -> list[dict[str, Any]] | None:
-    """The turns of a chat without tools and extras, else None; ValidationError for the rest."""
-    row: dict[str, Any] = _PLAIN_CHAT_VALIDATOR.validate_json(raw)
-    messages: list[dict[str, Any]] | None = row.get(key)
-    if messages is None or len(row) != 1:
-        return None
-    strings = 1 + 4 * len(messages)
-    if raw.count(b'"') != 2 * strings and has_repeated_key(raw, strings):  # most need no call
-        return None
-    return messages
-
-
-def parse_plain_fields(raw: bytes, field_names: FieldNames) -> tuple[Format, str, list[str]] | None:
-    """Format, roles and texts of a completion or a text without extras; as `parse_plain_chat`."""
-    row = _PLAIN_FIELDS_VALIDATOR.validate_json(raw)
-    if has_repeated_key(raw, 2 * len(row)):
-        return None
-    if len(row) == 2 and field_names.prompt in row and field_names.completion in row:
-        return "completion", "ua", [row[field_names.prompt], row[field_names.completion]]
-    if len(row) == 1 and field_names.text in row:
-        return "text", "", [row[field_names.text]]
-    return None
 
 
 def _choose_format(row: dict[str, Any], field_names: FieldNames) -> Format:

@@ -6,22 +6,22 @@ Never raises on content: what is wrong with a line stands in its row. Knows no o
 from __future__ import annotations
 
 import json
-from functools import lru_cache
-from operator import itemgetter
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
+from pydantic_core import from_json
 
 from nested_core.data.lines.example_parsing import (
     Example,
     FieldNames,
     is_tool_calling_message,
     parse_line,
-    parse_plain_chat,
-    parse_plain_fields,
     strip_line,
 )
-from nested_core.data.lines.json_decoding import LineProblem, collect_strings
+from nested_core.data.lines.json_decoding import (
+    LineProblem,
+    collect_strings,
+    has_repeated_key,
+)
 
 _LETTER_BY_ROLE = {"system": "s", "user": "u", "assistant": "a", "tool": "t"}
 # A turn without a text, in the content of a plain row: all that str.isspace takes for space.
@@ -30,8 +30,6 @@ _TOOL_CALL_LETTER = "c"
 _ORPHAN_RESULT_LETTER = "o"
 _OTHER_ROLE_LETTER = "x"
 _as_json = json.JSONEncoder(ensure_ascii=False).encode
-_role_of = itemgetter("role")
-_content_of = itemgetter("content")
 
 
 class LineRow(NamedTuple):
@@ -57,29 +55,36 @@ def parse_plain_row(raw: bytes, field_names: FieldNames) -> tuple[str, str, str]
     judge.
     """
     try:
-        if raw.startswith(b'{"messages"') or b'"role"' in raw:
-            messages = parse_plain_chat(raw, field_names.chat)
-            if not messages:
-                return None
-            letters = _letters_of_roles("".join(map(_role_of, messages)))
-            return "chat", letters, "\0".join((letters, *map(_content_of, messages)))
-        fields = parse_plain_fields(raw, field_names)
-    except ValidationError:
+        row = from_json(raw, cache_strings="keys")
+        messages = row.get(field_names.chat)
+        if messages is None:
+            return _read_plain_fields(raw, row, field_names)
+        roles = "".join([_LETTER_BY_ROLE[message["role"]] for message in messages])
+        content = "\0".join([roles, *[message["content"] for message in messages]])
+    except (ValueError, TypeError, KeyError, AttributeError):  # not the shape of a plain line
         return None
-    if fields is None:
+    # Had a turn or the line any other key, there would be more strings than these.
+    if not messages or has_repeated_key(raw, 1 + 4 * len(messages)):
         return None
-    name, roles, texts = fields
-    if name == "text":
-        return None if not texts[0] or texts[0].isspace() else (name, roles, texts[0])
-    return name, roles, "\0".join((roles, *texts))
+    return "chat", roles, content
 
 
-@lru_cache(maxsize=10_000)
-def _letters_of_roles(roles: str) -> str:
-    """The letters of role names that stand one after the other."""
-    for name, letter in _LETTER_BY_ROLE.items():
-        roles = roles.replace(name, letter)
-    return roles
+def _read_plain_fields(
+    raw: bytes, row: dict[str, str], field_names: FieldNames
+) -> tuple[str, str, str] | None:
+    """What `parse_plain_row` gives for a completion or a text; TypeError if a value is no text."""
+    if has_repeated_key(raw, 2 * len(row)):
+        return None
+    if len(row) == 2 and field_names.prompt in row and field_names.completion in row:
+        return (
+            "completion",
+            "ua",
+            "\0".join(["ua", row[field_names.prompt], row[field_names.completion]]),
+        )
+    if len(row) == 1 and field_names.text in row:
+        text = row[field_names.text]
+        return None if not text or text.isspace() else ("text", "", text)
+    return None
 
 
 def parse_line_to_row(raw: bytes, field_names: FieldNames, *, is_first: bool = False) -> LineRow:

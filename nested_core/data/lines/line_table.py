@@ -29,7 +29,7 @@ from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
 
-RANGE_BYTES = 4 * 2**20
+RANGE_BYTES = 2 * 2**20
 LINE_SCHEMA: dict[str, type[pl.DataType]] = {
     "format": pl.Categorical,
     "roles": pl.Categorical,
@@ -46,7 +46,7 @@ LINE_SCHEMA: dict[str, type[pl.DataType]] = {
     "blank_field": pl.Categorical,
     "unknown_keys": pl.Categorical,
     "check": pl.Categorical,
-    "message": pl.String,
+    "message": pl.Categorical,
 }
 _LOWERCASE_BYTE_TABLE = bytes(range(256)).lower()
 _CONTROL_CHARACTER_PATTERN = r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
@@ -95,7 +95,8 @@ def read_line_range(
     rows = _read_rows(lines, field_names, is_start=is_start, may_be_plain=b"\\u0000" not in content)
     digests, keys = _digests_and_keys(rows.pop("content"))
     raw = pl.Series(lines, dtype=pl.Binary)
-    text = pl.Series(rows.pop("shown"), dtype=pl.String)
+    shown: list[str | None] = rows.pop("shown")
+    text = pl.Series(shown, dtype=pl.String)
     has_mark = np.zeros(len(lines), bool)
     has_mark[:1] = is_start and lines[0].startswith(codecs.BOM_UTF8)
     columns: dict[str, Any] = {
@@ -111,10 +112,10 @@ def read_line_range(
     }
     frame = pl.DataFrame(columns, schema=LINE_SCHEMA)
     if has_ngrams:
-        frame = frame.with_columns(**hash_word_ngrams(text, WordHasher()).to_columns(text))
+        frame = frame.with_columns(**hash_word_ngrams(shown, WordHasher()).to_columns(shown))
     if asked is None:
         return LineRange(frame, digests)
-    return LineRange(frame, digests, *asked.find_in(text, frame["content"]))
+    return LineRange(frame, digests, *asked.find_in(shown, frame["content"]))
 
 
 def run_line_range_job(request: dict[str, Any]) -> dict[str, Any]:
@@ -160,11 +161,9 @@ def _digests_and_keys(contents: list[str | None]) -> tuple[bytes, dict[str, pl.S
     """The digests of the examples, joined, and the keys by which rows are compared."""
     encoded = [None if content is None else content.encode() for content in contents]
     digests = b"".join([sha256(content).digest() for content in encoded if content is not None])
-    prompts = [
-        (content.rpartition(b"\0")[0] or None) if content else None  # plain text has none
-        for content in encoded
-    ]
-    answers = [None if content is None else content.rpartition(b"\0")[2] for content in encoded]
+    parts = [None if content is None else content.rpartition(b"\0") for content in encoded]
+    prompts = [(part[0] or None) if part else None for part in parts]  # plain text has none
+    answers = [part[2] if part else None for part in parts]
     is_example = pl.Series(encoded, dtype=pl.Binary).is_not_null()
     content = np.zeros(len(contents), np.uint64)
     content[is_example.to_numpy()] = np.frombuffer(digests, "<u8")[::4]

@@ -6,6 +6,7 @@ digits count as one, so that "Order 17, please!" has the n-grams of "order 23 pl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from string import ascii_letters, digits
@@ -32,7 +33,7 @@ _HASH_FACTORS = tuple(np.uint64(factor) for factor in (0x9E3779B97F4A7C15, 0xC2B
 _MIXING_FACTOR = np.uint64(0xBF58476D1CE4E5B9)
 _BYTES_A_LOAD = 8
 _MAX_LOADED_BYTES = 64  # a longer word's key is made by itself
-_KNOWN_WORDS_BITS = 20  # a table of 16 MiB
+_KNOWN_WORDS_BITS = 19  # a table of 8 MiB
 _WORD_BYTES = frozenset((ascii_letters + digits + "_").encode()) | frozenset(range(128, 256))
 # ASCII in small letters with all digits as one, 0 for what is in no word; bytes of others stay.
 _FOLDED_BYTES = bytes(
@@ -46,22 +47,29 @@ _KEPT_BITS = np.array([(1 << 8 * count) - 1 for count in range(_BYTES_A_LOAD + 1
 class WordNgrams:
     """Hashes of the words of texts, which are the same in every process.
 
-    ngrams: uint32, a sample of the NGRAM_LENGTH-word sequences of all texts, digits folded.
-    owners: int64, the index of the text that each n-gram is in, ascending.
+    hashes: uint64 [words], of the NGRAM_LENGTH words from each word on, digits folded.
+    is_sampled: bool [words], whether they are in one text and in its sample.
+    ends: int64 [texts], the number of words up to the end of each text.
     halvings: uint8 [texts], how often a text's sample was halved.
     bags: uint64 [texts], equal for texts of the same words in any order, digits folded; 0 without.
     """
 
-    ngrams: np.ndarray[Any, np.dtype[np.uint32]]
-    owners: Indices
+    hashes: Hashes
+    is_sampled: np.ndarray[Any, np.dtype[np.bool_]]
+    ends: Indices
     halvings: np.ndarray[Any, np.dtype[np.uint8]]
     bags: Hashes
 
-    def to_columns(self, texts: pl.Series) -> dict[str, pl.Series]:
+    def take(self, places: Indices) -> tuple[np.ndarray[Any, np.dtype[np.uint32]], Indices]:
+        """The n-grams at some places, uint32, and the index of the text that each is in."""
+        ngrams = (self.hashes[places] >> np.uint64(32)).astype(np.uint32)
+        return ngrams, np.searchsorted(self.ends, places, side="right")
+
+    def to_columns(self, texts: Sequence[str | None]) -> dict[str, pl.Series]:
         """The columns of NGRAM_SCHEMA, a row for each of the texts that were hashed."""
+        ngrams, owners = self.take(np.flatnonzero(self.is_sampled))
         sampled = pl.DataFrame(
-            {"owner": self.owners, "ngrams": self.ngrams},
-            schema={"owner": pl.Int64, "ngrams": pl.UInt32},
+            {"owner": owners, "ngrams": ngrams}, schema={"owner": pl.Int64, "ngrams": pl.UInt32}
         )
         lists = sampled.group_by("owner", maintain_order=True).agg("ngrams")
         rows = pl.DataFrame({"owner": pl.int_range(len(texts), dtype=pl.Int64, eager=True)})
@@ -106,57 +114,56 @@ class WordHasher:
         return hashes
 
 
-def hash_word_ngrams(texts: pl.Series, hasher: WordHasher) -> WordNgrams:
-    """The words of each text as hashes; null and a text of more than MAX_CHARACTERS have none."""
-    compared = _leave_out_too_long(texts)
-    is_ascii = compared.str.len_bytes() == compared.str.len_chars()
-    if not is_ascii.all():  # what only Unicode knows of small letters, words and digits
-        others = compared.filter(~is_ascii).str.to_lowercase().str.replace_all(r"\W", " ")
-        others = others.str.replace_all(r"[\d&&[^0-9]]", "0")
-        compared = compared.scatter((~is_ascii).arg_true(), others)
-    hashes, counts = _hash_words(compared, hasher)
-    ngrams, owners = _hash_neighbouring_words(hashes, counts)
-    sizes = np.maximum(counts - (NGRAM_LENGTH - 1), 0)
-    halvings = np.ceil(
-        np.log2(np.maximum(sizes, MAX_NGRAMS_PER_TEXT) / MAX_NGRAMS_PER_TEXT)
-    ).astype(np.uint8)
+def hash_word_ngrams(texts: Sequence[str | None], hasher: WordHasher) -> WordNgrams:
+    """The words of each text as hashes; None and a text of more than MAX_CHARACTERS have none."""
+    hashes, counts = _hash_words(texts, hasher)
+    ends = np.cumsum(counts)
+    sizes = np.maximum(counts, MAX_NGRAMS_PER_TEXT + NGRAM_LENGTH - 1) - (NGRAM_LENGTH - 1)
+    halvings = np.ceil(np.log2(sizes / MAX_NGRAMS_PER_TEXT)).astype(np.uint8)
     zeros = (np.uint64(1) << halvings.astype(np.uint64)) - np.uint64(1)
-    is_sampled = ngrams & zeros[owners] == 0
-    return WordNgrams(
-        ngrams=(ngrams[is_sampled] >> np.uint64(32)).astype(np.uint32),
-        owners=owners[is_sampled],
-        halvings=halvings,
-        bags=_sum_by_text(hashes, counts),
-    )
+    ngrams = _hash_neighbouring_words(hashes)
+    is_sampled = ngrams & np.repeat(zeros, counts) == 0
+    for words_left in range(1, NGRAM_LENGTH):  # too few words of their text follow these
+        is_sampled[(ends - words_left)[counts >= words_left]] = False
+    return WordNgrams(ngrams, is_sampled, ends, halvings, _sum_by_text(hashes, counts))
 
 
-def hash_word_sequences(texts: pl.Series) -> pl.Series:
+def hash_word_sequences(texts: Sequence[str | None]) -> pl.Series:
     """A hash of all words of each text in their order, digits as they are; null without a word.
 
     It takes ten times as long as `hash_word_ngrams`.
     """
-    words = _leave_out_too_long(texts).str.to_lowercase().str.extract_all(r"\w+")
+    compared = pl.Series(_leave_out_too_long(texts), dtype=pl.String)
+    words = compared.str.to_lowercase().str.extract_all(r"\w+")
     sequences = words.list.join(" ")
     has_words = words.list.len() > 0
     return pl.select(pl.when(has_words).then(sequences.hash(seed=0))).to_series()
 
 
-def _leave_out_too_long(texts: pl.Series) -> pl.Series:
-    """The texts, an empty one in the place of null and of one of more than MAX_CHARACTERS."""
-    return texts.set(texts.str.len_chars() > MAX_CHARACTERS, "").fill_null("")
+def _leave_out_too_long(texts: Sequence[str | None]) -> list[str]:
+    """The texts, an empty one in the place of None and of one of more than MAX_CHARACTERS."""
+    return ["" if text is None or len(text) > MAX_CHARACTERS else text for text in texts]
 
 
-def _hash_words(texts: pl.Series, hasher: WordHasher) -> tuple[Hashes, Indices]:
+def _hash_words(texts: Sequence[str | None], hasher: WordHasher) -> tuple[Hashes, Indices]:
     """Hashes of all words with digits folded, and how many each text has.
 
     Each byte beyond ASCII counts as one of a word.
     """
-    ends_of_texts = np.cumsum(texts.str.len_bytes().to_numpy().astype(np.int64) + 1)
-    joined = "\n".join(texts.to_list()).encode()
-    folded = (b"\n" + joined + bytes(2 * _BYTES_A_LOAD)).translate(_FOLDED_BYTES)
+    compared = _leave_out_too_long(texts)
+    others = [index for index, text in enumerate(compared) if not text.isascii()]
+    if others:  # what only Unicode knows of small letters, words and digits
+        series = pl.Series([compared[index] for index in others]).str.to_lowercase()
+        series = series.str.replace_all(r"\W", " ").str.replace_all(r"[\d&&[^0-9]]", "0")
+        for index, text in zip(others, series.to_list(), strict=True):
+            compared[index] = text
+    encoded = [text.encode() for text in compared]
+    joined = b"\n".join([b"", *encoded, bytes(2 * _BYTES_A_LOAD)])
+    folded = joined.translate(_FOLDED_BYTES)
     is_word = np.frombuffer(folded, np.uint8) != 0
     edges = np.flatnonzero(is_word[1:] != is_word[:-1]) + 1
     starts, ends = edges[::2].copy(), edges[1::2].copy()
+    ends_of_texts = np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)) + 1)
     counts = np.diff(np.searchsorted(starts, ends_of_texts, side="right"), prepend=0)
     return hasher.hash_words(folded, starts, ends), counts
 
@@ -197,13 +204,11 @@ def _sum_by_text(hashes: Hashes, counts: Indices) -> Hashes:
     return sums
 
 
-def _hash_neighbouring_words(hashes: Hashes, counts: Indices) -> tuple[Hashes, Indices]:
-    """The hash of each LENGTH neighbouring words, and the index of the text that they are in."""
-    texts = np.repeat(np.arange(len(counts)), counts)
-    windows = max(0, len(hashes) - NGRAM_LENGTH + 1)
-    ngrams = np.zeros(windows, np.uint64)
+def _hash_neighbouring_words(hashes: Hashes) -> Hashes:
+    """The hash of the NGRAM_LENGTH words from each word on; the last ones have fewer."""
+    ngrams = np.zeros(len(hashes), np.uint64)
     for place, factor in enumerate(_HASH_FACTORS):
-        ngrams += hashes[place : place + windows] * factor
+        following = hashes[place:]
+        ngrams[: len(following)] += following * factor
     ngrams ^= ngrams >> np.uint64(29)  # the low bits, which choose the sample, need the high ones
-    is_within = texts[:windows] == texts[NGRAM_LENGTH - 1 : NGRAM_LENGTH - 1 + windows]
-    return ngrams[is_within], texts[:windows][is_within]
+    return ngrams

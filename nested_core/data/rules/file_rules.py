@@ -67,7 +67,7 @@ ROW_COUNT_RULES = FrameRules(
         "split": pl.String,
         "lines": pl.Int64,
         "rows": pl.Int64,
-        "answers": pl.Int64,
+        "has_one_answer": pl.Boolean,
         "batch_size": pl.Int64,
         "faulty": pl.String,
         "is_whole": pl.Boolean,
@@ -99,7 +99,7 @@ ROW_COUNT_RULES = FrameRules(
         Rule(
             "one-answer",
             "warning",
-            _IS_TRAIN_SPLIT | (pl.col("rows") < MIN_HELD_OUT_ROWS) | (pl.col("answers") > 1),
+            _IS_TRAIN_SPLIT | (pl.col("rows") < MIN_HELD_OUT_ROWS) | ~pl.col("has_one_answer"),
             "all {rows} answers are the same: a model that says nothing else would pass",
         ),
     ),

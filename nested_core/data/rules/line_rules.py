@@ -30,7 +30,7 @@ LINE_RULES = FrameRules(
         "has_control": pl.Boolean,
         "has_replacement": pl.Boolean,
         "check": pl.Categorical,
-        "message": pl.String,
+        "message": pl.Categorical,
         "format": pl.Categorical,
         "file_format": pl.Categorical,
         "blank_field": pl.Categorical,

@@ -5,10 +5,11 @@ Adds columns for the rules in line_rules.py; judges nothing.
 
 from __future__ import annotations
 
-from itertools import accumulate
-
+import numpy as np
 import polars as pl
-import polars.selectors as cs
+
+_KEYS = ("content", "folded", "prompt")
+_RELATIONS = ("repeats", "resembles", "answers_otherwise")
 
 
 def add_repeat_columns(files: list[tuple[str, pl.DataFrame]]) -> list[pl.DataFrame]:
@@ -17,35 +18,86 @@ def add_repeat_columns(files: list[tuple[str, pl.DataFrame]]) -> list[pl.DataFra
     Adds file, train_file, is_train, file_format, and the train lines `repeats` (equal content),
     `resembles` (equal but for case and white space) and `answers_otherwise` (equal prompt, other
     content); and for valid and test `repeats_held_out`, the first line of the same file with equal
-    content. The frame of test gets valid_file and `line_in_valid` (equal content) as well.
+    content. The frame of test gets valid_file and `line_in_valid` (equal content) as well. What the
+    rows were compared by, content, folded and prompt, is gone.
     """
-    named = [
-        frame.with_columns(
+    keys = [_select_keys(frame) for _, frame in files]
+    first_by_key = {key: _find_first_train_rows(keys, key) for key in _KEYS}
+    train, valid, test = (
+        frame.drop(_KEYS).with_columns(
+            _relate_to_train(rows, first_by_key, is_train=index == 0),
             file=pl.lit(file, pl.Categorical),
             train_file=pl.lit(files[0][0], pl.Categorical),
             is_train=pl.lit(index == 0),
-            content=pl.when(pl.col("format").is_not_null()).then("content"),
+            file_format=pl.lit(_most_frequent_format(frame), pl.Categorical),
         )
-        for index, (file, frame) in enumerate(files)
-    ]
-    frame = _add_file_format(pl.concat(named))
-    for key in ("content", "folded", "prompt"):
-        frame = _add_first_train_row_by_key(frame, key)
-    related = frame.with_columns(**_repeat_column_expressions())
-    related = related.drop("content", "folded", "prompt", cs.starts_with("first_"))
-    starts = accumulate((frame.height for _, frame in files), initial=0)
-    train, valid, test = (
-        related.slice(start, frame.height)  # a view, not a copy
-        for start, (_, frame) in zip(starts, files, strict=False)
+        for index, ((file, frame), rows) in enumerate(zip(files, keys, strict=True))
     )
     train = train.with_columns(repeats_held_out=pl.lit(None, pl.Int32))
-    valid = valid.with_columns(repeats_held_out=_earlier_line_by_content(named[1]))
+    valid = valid.with_columns(repeats_held_out=_earlier_line_by_content(keys[1]))
     test = test.with_columns(
-        repeats_held_out=_earlier_line_by_content(named[2]),
+        repeats_held_out=_earlier_line_by_content(keys[2]),
         valid_file=pl.lit(files[1][0], pl.Categorical),
-        line_in_valid=_first_line_by_content(named[2]["content"], named[1]),
+        line_in_valid=_first_line_by_content(keys[2]["content"], keys[1]),
     )
     return [train, valid, test]
+
+
+def _select_keys(frame: pl.DataFrame) -> pl.DataFrame:
+    """What the rows of a file are compared by; a line without an example has no content."""
+    content = pl.when(pl.col("format").is_not_null()).then("content")
+    return frame.select("line", content, "folded", "prompt").with_row_index("row")
+
+
+def _find_first_train_rows(files: list[pl.DataFrame], key: str) -> pl.DataFrame:
+    """Line and content of the first row of train with each key that more than one row has.
+
+    Grouping by keys that one row has would take 300 bytes a row.
+    """
+    keys = np.concatenate([file[key].drop_nulls().to_numpy() for file in files])
+    keys.sort()
+    repeated = pl.Series(np.unique(keys[1:][keys[1:] == keys[:-1]]))
+    rows = files[0].filter(pl.col(key).is_in(repeated.implode()))
+    line = pl.col("line").first().alias(f"first_line_by_{key}")
+    content = pl.col("content").first().alias(f"first_content_by_{key}")
+    return rows.group_by(key).agg(line, *([] if key == "content" else [content]))
+
+
+def _relate_to_train(
+    rows: pl.DataFrame, first_by_key: dict[str, pl.DataFrame], *, is_train: bool
+) -> list[pl.Series]:
+    """The train lines that each row repeats, resembles or answers otherwise; most have none."""
+    has_first = [pl.col(key).is_in(first[key].implode()) for key, first in first_by_key.items()]
+    related = rows.filter(pl.any_horizontal(has_first))
+    for key, first in first_by_key.items():
+        related = related.join(first, on=key, how="left", maintain_order="left")
+    related = related.with_columns(**_repeat_column_expressions(is_train=is_train))
+    nothing = pl.repeat(None, rows.height, dtype=pl.Int32, eager=True)
+    return [
+        nothing.clone().scatter(related["row"], related[name]).alias(name) for name in _RELATIONS
+    ]
+
+
+def _repeat_column_expressions(*, is_train: bool) -> dict[str, pl.Expr]:
+    is_own = pl.lit(is_train) & (pl.col("first_line_by_content") == pl.col("line"))
+    repeats = pl.when(~is_own).then("first_line_by_content")
+    is_other = pl.col("first_content_by_folded") != pl.col("content")
+    resembles = pl.when(is_other & repeats.is_null()).then("first_line_by_folded")
+    is_answered = pl.col("first_content_by_prompt") != pl.col("content")
+    is_new = ~pl.lit(is_train) & repeats.is_null() & resembles.is_null()
+    answers = pl.when(is_answered & is_new).then("first_line_by_prompt")
+    return {"repeats": repeats, "resembles": resembles, "answers_otherwise": answers}
+
+
+def _most_frequent_format(frame: pl.DataFrame) -> str | None:
+    """The format of most rows; of two as frequent, the one that comes first."""
+    formats = (
+        frame.filter(pl.col("format").is_not_null())
+        .group_by("format")
+        .agg(pl.len(), pl.col("line").min())
+        .sort("len", "line", descending=[True, False])
+    )
+    return formats["format"][0] if len(formats) else None
 
 
 def _earlier_line_by_content(file: pl.DataFrame) -> pl.Series:
@@ -60,38 +112,3 @@ def _first_line_by_content(contents: pl.Series, file: pl.DataFrame) -> pl.Series
     examples = file.filter(pl.col("content").is_not_null())
     first = examples.group_by("content").agg(pl.col("line").first())
     return contents.to_frame().join(first, on="content", how="left", maintain_order="left")["line"]
-
-
-def _add_file_format(frame: pl.DataFrame) -> pl.DataFrame:
-    """Add the format of most rows of the file; of two as frequent, the one that comes first."""
-    formats = (
-        frame.filter(pl.col("format").is_not_null())
-        .group_by("file", "format")
-        .agg(pl.len(), pl.col("line").min())
-        .sort("len", "line", descending=[True, False])
-        .group_by("file", maintain_order=True)
-        .agg(pl.col("format").first().alias("file_format"))
-    )
-    return frame.join(formats, on="file", how="left", maintain_order="left")
-
-
-def _add_first_train_row_by_key(frame: pl.DataFrame, key: str) -> pl.DataFrame:
-    """Add line and content of the first row of train with the same key; null matches nothing."""
-    content = pl.col("content").first().alias(f"first_content_by_{key}")
-    line = pl.col("line").first().alias(f"first_line_by_{key}")
-    keys = frame[key].drop_nulls().sort()
-    repeated = keys.filter(keys == keys.shift()).unique()  # grouping all keys takes 300 bytes a row
-    train = frame.filter(pl.col("is_train") & pl.col(key).is_in(repeated.implode()))
-    first = train.group_by(key).agg(*((line,) if key == "content" else (line, content)))
-    return frame.join(first, on=key, how="left", maintain_order="left")
-
-
-def _repeat_column_expressions() -> dict[str, pl.Expr]:
-    is_own = pl.col("is_train") & (pl.col("first_line_by_content") == pl.col("line"))
-    repeats = pl.when(~is_own).then("first_line_by_content")
-    is_other = pl.col("first_content_by_folded") != pl.col("content")
-    resembles = pl.when(is_other & repeats.is_null()).then("first_line_by_folded")
-    is_answered = pl.col("first_content_by_prompt") != pl.col("content")
-    is_new = ~pl.col("is_train") & repeats.is_null() & resembles.is_null()
-    answers = pl.when(is_answered & is_new).then("first_line_by_prompt")
-    return {"repeats": repeats, "resembles": resembles, "answers_otherwise": answers}

@@ -47,6 +47,7 @@ with _hiding_unknown_validation_depth():
 
 _PARSE_FORMAT_STRING = Formatter().parse
 MAX_LISTED_FINDINGS = 1_000  # of one check in one file; the rest are counted
+_ROWS_JUDGED_AT_ONCE = 250_000  # so that memory does not grow by all that rules compute of a row
 _MAX_SHOWN_LINES = 5
 _MAX_SHOWN_TURNS = 12
 _ROLE_NAME_BY_LETTER = {
@@ -165,6 +166,20 @@ class FrameRules:
 
     def _failing_rows(self, frame: pl.DataFrame) -> dict[Rule, pl.Series]:
         """The indices of the rows at which each rule fails, if there are any."""
+        failing: dict[Rule, list[pl.Series]] = {}
+        for first in range(0, frame.height, _ROWS_JUDGED_AT_ONCE):
+            part = frame.slice(first, _ROWS_JUDGED_AT_ONCE)
+            if self._holds_everywhere(part):
+                continue
+            holds = part.select(_holds(rule).alias(str(n)) for n, rule in enumerate(self.rules))
+            for rule, column in zip(self.rules, holds, strict=True):
+                rows = pl.arg_where(~column, eager=True)
+                if len(rows):
+                    failing.setdefault(rule, []).append(rows + first)
+        return {rule: pl.concat(rows) for rule, rows in failing.items()}
+
+    def _holds_everywhere(self, frame: pl.DataFrame) -> bool:
+        """Whether pandera finds that every rule holds; raises TypeError for a misfit frame."""
         errors: list[SchemaError] = []
         with config_context(
             validation_enabled=True, validation_depth=ValidationDepth.SCHEMA_AND_DATA
@@ -176,14 +191,7 @@ class FrameRules:
         misfits = [e for e in errors if e.reason_code is not SchemaErrorReason.DATAFRAME_CHECK]
         if misfits:
             raise TypeError(f"The rules do not fit their frame: {join_first_values(misfits, 3)}")
-        if not errors:
-            return {}
-        holds = frame.select(_holds(rule).alias(str(n)) for n, rule in enumerate(self.rules))
-        failing = {
-            rule: pl.arg_where(~column, eager=True)
-            for rule, column in zip(self.rules, holds, strict=True)
-        }
-        return {rule: rows for rule, rows in failing.items() if len(rows)}
+        return not errors
 
 
 def _holds(rule: Rule) -> pl.Expr:

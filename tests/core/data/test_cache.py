@@ -54,7 +54,7 @@ def test_the_second_load_gives_the_same_report_and_the_same_tokens_without_judgi
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first, tokens = load_dataset(settings, tokenizer, cache=cache)
-    monkeypatch.setattr("nested_core.data.dataset_loading._import_and_validate", None)
+    monkeypatch.setattr("nested_core.data.dataset_loading._read_and_judge", None)
     second, again = load_dataset(settings, tokenizer, cache=cache)
     assert second == first
     assert again["train"].tokens.tolist() == tokens["train"].tokens.tolist()
@@ -175,7 +175,7 @@ def test_of_two_that_make_the_same_entry_at_once_the_first_stays_and_both_have_t
     cache: DatasetCache,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    judge = dataset_loading._import_and_validate
+    judge = dataset_loading._read_and_judge
     found: list[tuple[DatasetReport, dict[str, TokenizedSplit]]] = []
     places: list[int] = []
 
@@ -185,7 +185,7 @@ def test_of_two_that_make_the_same_entry_at_once_the_first_stays_and_both_have_t
         places.extend(path.stat().st_ino for path in entries(cache) if path.name[0] != ".")
         return judge(*arguments, **options)
 
-    monkeypatch.setattr(dataset_loading, "_import_and_validate", meanwhile)
+    monkeypatch.setattr(dataset_loading, "_read_and_judge", meanwhile)
     report, tokens = load_dataset(settings, tokenizer, cache=cache)
     assert report == found[0][0]
     assert tokens["train"].tokens.tolist() == found[0][1]["train"].tokens.tolist()
@@ -335,14 +335,14 @@ def test_data_that_changes_while_it_is_judged_is_not_kept_as_what_it_was(
     cache: DatasetCache,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    judge, path = dataset_loading._import_and_validate, Path(settings.data, "train.jsonl")
+    judge, path = dataset_loading._read_and_judge, Path(settings.data, "train.jsonl")
     before = path.read_bytes()
 
     def changed(*arguments: Any, **options: Any) -> DatasetReport:
         path.write_bytes(before + b'{"text": "more of it"}\n')
         return judge(*arguments, **options)
 
-    monkeypatch.setattr(dataset_loading, "_import_and_validate", changed)
+    monkeypatch.setattr(dataset_loading, "_read_and_judge", changed)
     with pytest.raises(DatasetError, match="changed while it was judged"):
         load_dataset(settings, tokenizer, cache=cache)
     monkeypatch.undo()

@@ -133,6 +133,54 @@ def test_the_quick_path_reads_what_the_exact_one_reads(
         assert row.blank_field is None or is_doubtful
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"messages": [{"role": "user", "content": 5}]}',
+        b'{"messages": [{"role": "user", "content": null}]}',
+        b'{"messages": [{"role": "user", "content": "a"}, {}]}',
+        b'{"messages": [{"role": "user", "content": "a"}, null]}',
+        b'{"messages": [{"role": "user", "content": "a"}, NaN]}',
+        b'{"messages": [{"role": "user", "content": "a", "weight": 1}]}',
+        b'{"messages": [{"role": "user", "content": "a"}], "id": 7}',
+        b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}',
+        b'{"messages": [{"role": "person", "content": "a"}]}',
+        b'{"messages": [{"role": ["user"], "content": "a"}]}',
+        b'{"messages": [{"role": "user", "content": "a"}]} 1',
+        b'{"messages": {"role": "user", "content": "a"}}',
+        b'{"messages": "user"}',
+        b'{"messages": []}',
+        b'{"messages": 5}',
+        b'{"prompt": "a", "completion": 5}',
+        b'{"prompt": "a", "completion": "b", "text": "c"}',
+        b'{"prompt": "a", "prompt": "b", "completion": "c"}',
+        b'{"text": 5}',
+        b'{"text": ["a"]}',
+        b'{"text": {"a": "b"}}',
+        b'{"text": "\\ud800"}',
+        b'{"text": "\xff"}',
+        b'{"text": NaN}',
+        b'["text"]',
+        b'"text"',
+        b"5",
+        b"null",
+        b"",
+        b"{",
+    ],
+)
+def test_lines_of_another_shape_are_left_to_the_exact_path(raw: bytes) -> None:
+    assert parse_plain_row(raw, FieldNames()) is None
+
+
+def test_rules_over_parts_of_a_table_find_what_they_find_over_all_of_it(
+    write_data: WriteData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = DataSettings(str(write_data(train=LINES, valid=[*HELD_OUT, GOOD[1]], test=GOOD)))
+    expected = load_dataset(settings, None)[0].to_json()
+    monkeypatch.setattr("nested_core.data.rules.rule_table._ROWS_JUDGED_AT_ONCE", 3)
+    assert load_dataset(settings, None)[0].to_json() == expected
+
+
 @pytest.mark.parametrize("name", GOOD_LINES)
 def test_rows_of_every_range_have_one_schema(name: str, write_data: WriteData) -> None:
     folder = write_data(train=[GOOD_LINES[name]])
