@@ -44,9 +44,9 @@ from nested_core.gate.held_out_loss import HeldOutExamples
 from nested_core.gate.loss_bounds import harm_reasons, loss_reasons
 from nested_core.gate.task_bounds import judge_answers
 from nested_core.gate.verdict import ChampionLoss, Validation
+from nested_core.report.sweep_results import SweepRunResult, choose_best_run
 from nested_core.text.loss_conclusion import is_better
 from nested_core.training.training_state import TrainingState
-from tasks.sweep_results import SweepRunResult, choose_best_run
 
 PROCESSES = 2
 DRAWS_AT_ONCE = 100  # of a row, by one process: both end at about the same time

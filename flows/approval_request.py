@@ -25,7 +25,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Scheduled, State
 
-from tasks.night_page import tell_night
+from tasks.night_pages import tell_night
 from tasks.outcomes import Outcome
 from tasks.server_outage import tolerating_server_outage
 

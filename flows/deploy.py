@@ -40,7 +40,7 @@ from flows.deployment_plan import (
     replace_placeholders,
 )
 from nested_core.errors import ConfigError
-from tasks.nights_page import find_nights_page, make_nights_page
+from tasks.night_pages import find_nights_page, make_nights_page
 
 TAG = "nested-tune"
 SCHEDULES_BY_KEY: dict[str, type[CronSchedule | IntervalSchedule | RRuleSchedule]] = {

@@ -20,7 +20,7 @@ from flows.deploy import (
     read_server_deployments,
 )
 from flows.deployment_plan import DeploymentPlan, full_name
-from tasks.nights_page import find_nights_page
+from tasks.night_pages import find_nights_page
 
 MISSING = "-"
 Outcome = Literal["puts it", "keeps the server's", "removes it"]

@@ -83,8 +83,7 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     run directory by its id and goes on from the last checkpoint; the flow never retries by itself,
     for that would train again.
     """
-    from tasks.night_page import publish_night
-    from tasks.nights_page import publish_nights
+    from tasks.night_pages import publish_night, publish_nights
 
     tolerate_closed_output()
     hide_tracebacks_of_expected_errors()
@@ -105,7 +104,7 @@ def finetune(config: FinetuneParameters) -> State[Any]:
         raise
     if run.config.exists():
         publish_night(settings, run, str(state.name), str(state.message))
-    publish_nights(settings.registry.name, (str(runtime.flow_run.id), str(state.name)))
+    publish_nights(settings.registry.name, (UUID(str(runtime.flow_run.id)), str(state.name)))
     return state
 
 

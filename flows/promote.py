@@ -28,7 +28,7 @@ from nested_core.registry.promotion_policy import (
     recorded_section,
 )
 from tasks.approval_page import Question, approval_pause_key, publish_approval
-from tasks.night_page import tell_night
+from tasks.night_pages import tell_night
 from tasks.outcomes import Outcome
 from tasks.promote import decline, promote_approved, promote_by_recorded_policy
 

@@ -30,12 +30,13 @@ from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.gate.sweep_choice import SweepChoice
 from nested_core.pipeline.continual import champion_or_none
 from nested_core.registry.promotion_policy import WAITING_OUTCOME, effective_rule
+from nested_core.report.sweep_results import SweepRunResult, find_registered_version
 from nested_core.storage.run_directory import RunDirectory
 from tasks.outcomes import Outcome
 from tasks.promote import promote
 from tasks.register import register
 from tasks.server_outage import tolerating_server_outage
-from tasks.sweep_results import SweepRunResult, find_registered_version, pick_best_run
+from tasks.sweep import pick_best_run
 
 SECONDS_BETWEEN_LOOKS = 10.0
 MOST_RUNS = 256

@@ -16,11 +16,12 @@ from nested_core.gate.verdict import Verdict, read_verdict
 from nested_core.pipeline.hooks import Hooks
 from nested_core.pipeline.steps import TrainResult
 from nested_core.registry.promotion_policy import WAITING_OUTCOME, registry_location
+from nested_core.report.night_page import UNDER_WAY
 from nested_core.storage.run_directory import RunDirectory
 from tasks.events import emit_adapter_event
 from tasks.gate import gate
 from tasks.load import load
-from tasks.night_page import UNDER_WAY, publish_night
+from tasks.night_pages import publish_night
 from tasks.promote import promote
 from tasks.register import register
 from tasks.train import train

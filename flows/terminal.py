@@ -20,6 +20,7 @@ from rich.text import Text
 
 from nested_core.storage.atomic import finite_or_none
 from nested_core.text.foreign_text import escape, escape_but_keep_newlines
+from nested_core.text.value_format import format_value
 
 if TYPE_CHECKING:
     from nested_core.optim.tier_counters import TierStats
@@ -101,7 +102,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
     headers = [Column(Text(escape(name)), overflow="fold") for name in columns]
     table = Table(*headers, title=Text(escape(title)) if title else None, title_justify="left")
     for row in rows:
-        table.add_row(*map(_format_cell, row))
+        table.add_row(*(Text(escape(format_value(cell))) for cell in row))
     console.print(table)
 
 
@@ -114,15 +115,6 @@ def output_console(width: int) -> Console:
     is_given = columns.isdecimal() and int(columns) > 0
     width_or_none = None if sys.stdout.isatty() or is_given else width
     return Console(highlight=False, markup=False, emoji=False, width=width_or_none)
-
-
-def _format_cell(value: Any) -> Text:
-    """A value as a person reads it: four digits of a number, `-` for none."""
-    if isinstance(value, bool):
-        return Text("yes" if value else "no")
-    if isinstance(value, float):
-        return Text(f"{value:.4g}")
-    return Text("-" if value is None else escape(str(value)))
 
 
 def print_tiers(verdict: dict[str, Any]) -> None:

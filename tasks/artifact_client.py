@@ -23,7 +23,8 @@ from prefect.client.schemas.filters import (
 from prefect.utilities.context import get_task_and_flow_run_ids
 
 from nested_core.text.foreign_text import escape_markdown
-from tasks.markdown_page import MarkdownPage, format_cell
+from nested_core.text.markdown_page import MarkdownPage
+from nested_core.text.value_format import format_value
 from tasks.server_outage import tolerating_server_outage
 
 _INVALID_KEY_CHARACTERS = re.compile("[^a-z0-9]+")
@@ -123,6 +124,18 @@ class ArtifactClient:
         return earlier[0].id if earlier else None
 
 
+def publish_page(
+    adapter: str | None,
+    name: str,
+    page: MarkdownPage,
+    description: str,
+    flow_run: UUID | None = None,
+) -> None:
+    """Put a page of an adapter beside the flow run at work, or beside another one."""
+    with ArtifactClient(flow_run) as artifacts:
+        artifacts.publish_page(artifact_key(adapter, name), page, description)
+
+
 def _table_cell(value: Any) -> Any:
     is_plain = value is None or isinstance(value, bool | int)
-    return value if is_plain else escape_markdown(format_cell(value))
+    return value if is_plain else escape_markdown(format_value(value))

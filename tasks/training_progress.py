@@ -19,12 +19,12 @@ from prefect import get_run_logger, runtime
 from prefect.client.orchestration import SyncPrefectClient, get_client
 
 from nested_core.config.schema import FineTuneConfig
+from nested_core.report.loss_curves import LossCurves, describe_curves
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_duration
 from nested_core.training.metrics_file import read_metrics
 from nested_core.training.training_plan import TrainingPlan, read_plan
 from tasks.artifact_client import ArtifactClient, artifact_key
-from tasks.loss_picture import LossCurves, describe_curves
 from tasks.server_outage import tolerating_server_outage
 
 SECONDS_BETWEEN_LINES = 5.0

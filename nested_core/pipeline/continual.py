@@ -16,9 +16,10 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.gate.verdict import Verdict, describe_examples
 from nested_core.models.base_model import find_model_folder, is_same_base
-from nested_core.registry import holding_champion, list_versions, read_champion, verify
+from nested_core.registry import holding_champion, read_champion, verify
 from nested_core.registry.name_folders import name_exists
 from nested_core.registry.promotion_policy import registry_location
+from nested_core.registry.queries import parent_version_of
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.atomic import canonical_json
@@ -90,21 +91,11 @@ def settings_digest(config: FineTuneConfig, base: str | None) -> str:
     return hashlib.sha256(canonical_json([base, settings])).hexdigest()
 
 
-def parent_version_of(config: FineTuneConfig, run: RunDirectory, initial_digest: str) -> str | None:
-    """The registered version that a run was trained from; None if it started fresh."""
-    if config.continual.start is None:
-        return None
-    registry, name = registry_location(config.registry)
-    if not name_exists(registry, name):
-        return None
-    return initial_digest if initial_digest in list_versions(registry, name) else None
-
-
 def describe_starting_adapter(config: FineTuneConfig, run: RunDirectory) -> str | None:
     """One line that says where a run with `continual.from` started; None for other runs."""
     if config.continual.start is None:
         return None
-    parent = parent_version_of(config, run, read_adapter(run.initial).digest())
+    parent = parent_version_of(config, read_adapter(run.initial).digest())
     name = config.registry.name
     if parent is None:
         return f"{name} has no champion yet: starting from a fresh adapter"
@@ -129,7 +120,7 @@ def find_unbeaten_champion(
     if any(task.is_proven_gain for task in verdict.tasks):
         return None
     initial = verdict.initial.digest
-    is_start = verdict.rival in (initial, parent_version_of(config, run, initial))
+    is_start = verdict.rival in (initial, parent_version_of(config, initial))
     return verdict.rival if is_start else None
 
 

@@ -15,11 +15,12 @@ from nested_core.gate.held_out_choice import held_out_split
 from nested_core.gate.recheck import recheck_verdict
 from nested_core.gate.training_examples import read_ancestor_training_digests
 from nested_core.models.base_model import find_model_folder_offline
-from nested_core.pipeline.continual import parent_version_of, settings_digest
+from nested_core.pipeline.continual import settings_digest
 from nested_core.registry import UNSET, Promotion, Unset, register, register_and_promote
 from nested_core.registry.gate_file import GATE_NAME, read_gate, require_consistent, require_passed
 from nested_core.registry.name_folders import name_exists
 from nested_core.registry.promotion_policy import describe_policy_refusal, registry_location
+from nested_core.registry.queries import parent_version_of
 from nested_core.registry.registration import register_rejection
 from nested_core.registry.versions import REGISTERED_AT_KEY, read_provenance, version_folder
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
@@ -165,7 +166,7 @@ def make_provenance(
         "train_digest": dataset.splits["train"].digest,
         "validation_digest": _validation_digest(config, dataset, gate["validation"]),
         "gate_sha256": regular_sha256(run.gate),
-        "parent": parent_version_of(config, run, gate["initial"]["digest"]) or champion,
+        "parent": parent_version_of(config, gate["initial"]["digest"]) or champion,
         "champion_at_gate": champion,
         "training_examples": _training_example_digests(config, run, gate["initial"]["digest"]),
         "trained": _describe_trained(run),

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry.adapter_card import CARD_NAME
 from nested_core.registry.champion_link import read_link
 from nested_core.registry.folder_lock import exclusive_folder_lock, shared_folder_lock
 from nested_core.registry.gate_file import GATE_NAME, read_gate
 from nested_core.registry.ledger import Entry, read_ledger
-from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME, find_name_folder
+from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME, find_name_folder, name_exists
 from nested_core.registry.recovery import (
     lost_champion_error,
     read_registry_state,
@@ -80,6 +81,16 @@ def holding_champion(registry: Path, name: str) -> Iterator[str | None]:
 def list_versions(registry: Path, name: str) -> list[str]:
     """Every registered version, in the order of the digests."""
     return registered_versions(find_name_folder(registry, name))
+
+
+def parent_version_of(config: FineTuneConfig, initial_digest: str) -> str | None:
+    """The registered version that a run was trained from; None if it started fresh."""
+    path, name = config.registry.path, config.registry.name
+    if config.continual.start is None or path is None or name is None:
+        return None
+    if not name_exists(Path(path), name):
+        return None
+    return initial_digest if initial_digest in list_versions(Path(path), name) else None
 
 
 def read_champion_changes(registry: Path, name: str) -> list[Entry]:

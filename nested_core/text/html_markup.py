@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from nested_core.text.foreign_text import escape_but_keep_newlines
 from nested_core.text.html_style import STYLE
+from nested_core.text.value_format import format_value
 
 # Of an element: in text a quotation mark is escaped.
 _ID_ATTRIBUTE = re.compile(r'\b(id|aria-labelledby)="([a-z-]+)"')
@@ -28,24 +29,15 @@ class Html(str):
 def escaped_html(value: object) -> Html:
     """The value itself if it is markup, else its text escaped; None is a dash.
 
-    What does not print is shown as an escape, such as \\x1b; line ends stay.
+    Of whole numbers thousands are separated. What does not print is shown as an escape, such as
+    \\x1b; line ends stay.
     """
     if isinstance(value, Html):
         return value
-    return Html(
-        html.escape(escape_but_keep_newlines("–" if value is None else format_value(value)))
-    )
-
-
-def format_value(value: object) -> str:
-    """A value as a person reads it: yes or no, thousands separated, four digits of a fraction."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value)
+    text = "–" if value is None else format_value(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        text = f"{value:,}"
+    return Html(html.escape(escape_but_keep_newlines(text)))
 
 
 def element(tag: str, *children: object, **attributes: str) -> Html:

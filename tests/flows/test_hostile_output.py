@@ -21,11 +21,12 @@ from prefect.client.schemas.actions import ArtifactCreate
 from flows import os_errors, terminal, token_view
 from nested_core import errors
 from nested_core.data.tokens.examples_for_display import ShownExample, ShownToken
+from nested_core.report.lineage_picture import LineageNode, draw_lineage
 from nested_core.storage.adapter import CONFIG_NAME, write_adapter
+from nested_core.text.foreign_text import escape
+from nested_core.text.markdown_page import MarkdownPage
 from tasks import log_text
 from tasks.artifact_client import ArtifactClient
-from tasks.lineage import LineageNode, draw_lineage
-from tasks.markdown_page import MarkdownPage
 from tests.example import MODEL
 from tests.flows.conftest import called
 from tests.hostile_text import HOSTILE, MARK, UNSAFE, assert_safe
@@ -179,7 +180,7 @@ def test_a_picture_of_others_names_is_xml_of_ours(name: str) -> None:
 
 @given(st.text(st.characters(codec=None)))
 def test_no_text_at_all_gets_through(text: str) -> None:
-    assert UNSAFE.search(str(terminal._format_cell(text))) is None
+    assert UNSAFE.search(escape(text)) is None
 
 
 def hostile_data(folder: Path) -> Path:

@@ -9,8 +9,8 @@ from rich.cells import cell_len
 
 from flows.loss_curve import draw_curve
 from flows.run_view import RunView, draw_bar, draw_screen, format_line
+from nested_core.report.loss_curves import LossCurves
 from nested_core.training.training_plan import TrainingPlan
-from tasks.loss_picture import LossCurves
 
 PLAN = TrainingPlan(
     steps=200,

@@ -13,8 +13,8 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.runtime import deployment
 
 from flows.flow_run_labels import tag_flow_run
+from nested_core.text.markdown_page import MarkdownPage
 from tasks.artifact_client import ArtifactClient
-from tasks.markdown_page import MarkdownPage
 from tasks.promote import read_origin
 
 pytestmark = pytest.mark.usefixtures("prefect_server")

@@ -21,8 +21,8 @@ from flows.sweep import (
     sweep,
 )
 from nested_core.errors import ConfigError
+from nested_core.report.sweep_results import SweepRunResult, choose_best_run
 from nested_core.storage.run_directory import RunDirectory
-from tasks.sweep_results import SweepRunResult, choose_best_run
 from tests.core.gate.test_sweep_choice import sweep_of
 from tests.example import example_config
 

@@ -17,13 +17,13 @@ import pytest
 from nested_core import compare_runs, finetune, open_run, read_report
 from nested_core.pipeline.finetune import FinetuneResult
 from nested_core.registry import promote
+from nested_core.report.champion_page import ChampionRecord, describe_champion
+from nested_core.report.loss_curves import LossCurves, describe_curves
+from nested_core.report.night_page import describe_night
+from nested_core.report.verdict_page import describe_verdict
 from nested_core.storage.strict_files import read_json_object
 from nested_core.text.loss_format import format_difference, format_interval, format_loss
 from nested_core.training.metrics_file import read_metrics
-from tasks.champion_page import describe_champion
-from tasks.gate import describe_verdict
-from tasks.loss_picture import LossCurves, describe_curves
-from tasks.night_page import describe_night
 from tests.example import DATA, EXAMPLES, example_config
 from tests.flows.conftest import called
 
@@ -227,12 +227,12 @@ def test_the_page_the_card_and_python_tell_them(told: Told) -> None:
 
 def test_prefects_pages_tell_them(told: Told) -> None:
     step, _, gate_loss = told.offered
-    gate = read_json_object(told.result.run.gate)
+    assert told.result.verdict is not None
     figures = (
         f"{format_loss(told.before)} before training, {format_loss(gate_loss)} after, adapter of "
         f"step {step} (test.jsonl, 5 examples)"
     )
-    assert figures in str(describe_verdict(gate))
+    assert figures in str(describe_verdict(told.result.verdict))
     config = example_config(registry={"path": str(told.folder), "name": "capitals"})
     night = str(describe_night(config, told.result.run, "Promoted", "done"))
     assert figures in night
@@ -240,7 +240,8 @@ def test_prefects_pages_tell_them(told: Told) -> None:
     assert f"capitals: {answers}" in night
     registry = told.folder.parent.parent / "registry"
     assert told.result.version is not None
-    champion = str(describe_champion(registry, "capitals", told.result.version))
+    record = ChampionRecord.read(registry, "capitals", told.result.version)
+    champion = str(describe_champion(record))
     assert figures in champion
     assert answers in champion
     curves = LossCurves.of_records(read_metrics(told.result.run.metrics))

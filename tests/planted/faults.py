@@ -218,15 +218,15 @@ FAULTS = (
         "a condition turned",
     ),
     Fault(
-        "tasks/markdown_page.py",
+        "nested_core/text/value_format.py",
         'return f"{value:.4g}" if math.isfinite(value) else "not finite"',
         'return f"{value:.4g}" if not math.isnan(value) else "not finite"',
         "a forgotten case",
     ),
     Fault(
-        "tasks/verdict_text.py",
-        'text if task["verdict"] == "passed" else f"{text} (failed)"',
-        'text if task["verdict"] != "passed" else f"{text} (failed)"',
+        "nested_core/report/verdict_page.py",
+        'task.describe() if task.verdict == "passed"',
+        'task.describe() if task.verdict != "passed"',
         "a comparison turned",
     ),
     Fault(

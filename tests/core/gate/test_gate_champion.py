@@ -38,11 +38,11 @@ from nested_core.pipeline.publishing import confirm_recorded_verdict, register_r
 from nested_core.registry import promote, register
 from nested_core.registry.gate_file import read_gate, write_gate
 from nested_core.registry.promotion_policy import promote_by_policy
+from nested_core.report.verdict_page import describe_verdict
 from nested_core.storage.adapter import ADAPTER_FILES, read_adapter, write_adapter
 from nested_core.storage.manifest import describe_file, read_manifest
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
-from tasks.gate import describe_verdict
 from tests.core.gate.conftest import Rewrite
 from tests.core.gate.test_gate_tasks import write_suite
 
@@ -297,7 +297,7 @@ def test_a_candidate_whose_loss_is_not_finite_is_compared_with_nobody(
         steps.judge(config, run)
     gate = read_gate(run.gate)
     assert gate["champion"]["not_compared"] == "the candidate's loss is not finite"
-    assert "not compared" in str(vars(describe_verdict(gate)))
+    assert "not compared" in str(vars(describe_verdict(read_verdict(run.gate))))
 
 
 def with_suite(config: FineTuneConfig, path: Path, **bounds: Any) -> FineTuneConfig:

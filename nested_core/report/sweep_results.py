@@ -1,4 +1,4 @@
-"""The task that compares the runs of a sweep: a table of all, and the best that was verified."""
+"""The runs of a sweep compared: a row each, and the best that the gate verified."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
-
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from nested_core.config.registry import RegistrySection
 from nested_core.errors import DamagedError
@@ -18,7 +15,6 @@ from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
 from nested_core.text.loss_format import format_loss, loss_name_for_file
-from tasks.artifact_client import ArtifactClient
 
 
 @dataclass(frozen=True)
@@ -91,20 +87,6 @@ def choose_best_run(outcomes: Sequence[SweepRunResult]) -> SweepRunResult | None
         return first, second
 
     return min((one for one in outcomes if one.has_passed), key=order, default=None)
-
-
-@task(name="collect", task_run_name="collect the sweep's results", cache_policy=NO_CACHE)
-def pick_best_run(outcomes: Sequence[SweepRunResult]) -> SweepRunResult | None:
-    """Show all as a table; return the verified run of the lowest validation loss, or None."""
-    rows = [
-        outcome.point
-        | {"state": outcome.state, "val_loss": outcome.val_loss, "result": outcome.message}
-        for outcome in outcomes
-    ]
-    description = f"{len(rows)} runs of the sweep: settings, outcome and validation loss"
-    with ArtifactClient() as artifacts:
-        artifacts.publish_table("sweep-results", rows, description)
-    return choose_best_run(outcomes)
 
 
 def find_registered_version(section: RegistrySection, outcome: SweepRunResult) -> str:

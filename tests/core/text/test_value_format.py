@@ -1,10 +1,10 @@
-"""Cells of tables on Prefect's pages."""
+"""Values in tables, on the terminal and on pages."""
 
 from __future__ import annotations
 
 import pytest
 
-from tasks.markdown_page import format_cell
+from nested_core.text.value_format import format_value
 
 
 @pytest.mark.parametrize(
@@ -15,10 +15,11 @@ from tasks.markdown_page import format_cell
         (float("inf"), "not finite"),
         (-float("inf"), "not finite"),
         (7, "7"),
+        (True, "yes"),
         (None, "-"),
     ],
 )
 def test_a_cell_has_four_digits_of_a_number_and_says_what_is_not_finite(
     value: object, shown: str
 ) -> None:
-    assert format_cell(value) == shown
+    assert format_value(value) == shown

@@ -8,42 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.gate.answers.answer_records import AnsweringRole, AnswerRecord, write_answers
+from nested_core.report.night_page import UNDER_WAY, describe_night
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.metrics_file import append_metrics
-from tasks.night_page import UNDER_WAY, describe_night
+from tests.core.report.verdicts import GATE, LOSSES, SUITE
 from tests.example import example_config
 
-VERDICT: dict[str, Any] = {
-    "verdict": "passed",
-    "reasons": [],
-    "adapter_step": 80,
-    "initial": {"digest": "1417" * 16},
-    "trained": {"digest": "ada9" * 16},
-    "validation": {
-        "loss_before": 3.14159265,
-        "loss_after": 0.0213456789,
-        "file": "valid.jsonl",
-        "examples": 84,
-    },
+VERDICT = GATE | {
+    "validation": LOSSES,
     "champion": {
         "version": "c4a3" * 16,
         "loss": 0.0184123456,
         "difference": 0.0029333,
         "interval": [0.0011, 0.0047],
-        "not_compared": None,
+        "conclusion": "worse",
     },
     "drift": {"kl_initial": 0.4212345, "kl_base": None, "tokens": 840},
-    "tasks": [
-        {
-            "name": "capitals",
-            "questions": 15,
-            "base": 0.0,
-            "parent": None,
-            "champion": 1.0,
-            "candidate": 14 / 15,
-            "verdict": "passed",
-        }
-    ],
+    "tasks": [SUITE | {"champion": 1.0}],
 }
 DATASET = {
     "digest": "da7a" * 16,
@@ -101,13 +82,16 @@ def test_six_lines_tell_the_night(tmp_path: Path) -> None:
     assert list(facts) == ["Verdict", "Loss", "Answers", "Data", "Made of", "Run folder"]
     assert facts["Verdict"] == "verified ada9ad: promoted"
     assert facts["Loss"] == (
-        "3.142 before training, 0.02135 after, adapter of step 80 (valid.jsonl, 84 examples). "
+        "Loss 3.142 before training, 0.02135 after, adapter of step 80 (valid.jsonl, 84 examples). "
         "Champion c4a3c4a3c4a3: loss 0.01841 on the same examples; difference +0.002933, "
         "worse (95 % interval +0.0011 to +0.0047). The predictions moved by 0.4212 nats a token "
         "from those of the adapter that training began from (mean KL divergence, 840 tokens of the "
         "held-out examples)."
     )
-    assert facts["Answers"] == ("capitals: 0 of 15 right before, 14 of 15 after, champion 15 of 15")
+    assert facts["Answers"] == (
+        "capitals: 0 of 15 right before, 14 of 15 after (difference +0.933, 95 % interval +0.800 "
+        "to +1.000), champion 15 of 15"
+    )
     assert facts["Data"].endswith(
         "1,200 train, 84 valid examples; 2 warning (duplicate, near_duplicate)"
     )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nested_core.text.foreign_text import escape, escape_markdown
+from nested_core.text.value_format import format_value
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,9 @@ class MarkdownPage:
         return "\n".join(self._lines).rstrip("\n")
 
 
-def format_cell(value: object) -> str:
-    """A value as a person reads it: 4 significant digits of a number, `-` for none."""
-    if isinstance(value, float):
-        return f"{value:.4g}" if math.isfinite(value) else "not finite"
-    return "-" if value is None else str(value)
-
-
 def _table_line(cells: Sequence[object]) -> str:
     return f"| {' | '.join(map(_format_table_cell, cells))} |"
 
 
 def _format_table_cell(cell: object) -> str:
-    return str(cell) if isinstance(cell, Link) else escape_markdown(format_cell(cell))
+    return str(cell) if isinstance(cell, Link) else escape_markdown(format_value(cell))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nested_core.text.loss_format import format_loss
+from nested_core.text.markdown_page import MarkdownPage
 from nested_core.text.svg_chart import STANDALONE, Chart, Point, draw_chart
 from nested_core.text.svg_chart import Curve as ChartCurve
 from nested_core.training.loss_sentences import (
@@ -16,7 +17,6 @@ from nested_core.training.loss_sentences import (
     describe_validation_loss,
 )
 from nested_core.training.training_plan import TrainingPlan
-from tasks.markdown_page import MarkdownPage
 
 MAX_CURVE_POINTS = 400  # of a curve; above it every second one is dropped
 MAX_SHOWN_EVALUATIONS = 12

@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 
+from nested_core.report.loss_curves import (
+    MAX_CURVE_POINTS,
+    Curve,
+    LossCurves,
+    describe_curves,
+    draw_curves,
+)
 from nested_core.training.training_plan import TrainingPlan
-from tasks.loss_picture import MAX_CURVE_POINTS, Curve, LossCurves, describe_curves, draw_curves
 
 
 def curves_of(count: int) -> LossCurves:

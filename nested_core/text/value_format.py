@@ -1,0 +1,14 @@
+"""Values of any type as a person reads them in a table, on a terminal and on a page alike."""
+
+from __future__ import annotations
+
+import math
+
+
+def format_value(value: object) -> str:
+    """Yes or no, four significant digits of a fraction, `-` for None, any other as its text."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else "not finite"
+    return "-" if value is None else str(value)

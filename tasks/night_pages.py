@@ -1,0 +1,135 @@
+"""Publishes the page of a night's flow run, and the lead's page of all nights of an adapter."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from uuid import UUID
+
+from prefect import get_run_logger
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.client.schemas.filters import ArtifactFilter, FlowFilter, FlowRunFilter
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.states import Completed, State
+
+from nested_core.config.resume import read_run_config
+from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import NestedTuneError
+from nested_core.report.night_page import describe_night, join_lines
+from nested_core.report.nights_page import Night, describe_nights
+from nested_core.storage.run_directory import RunDirectory, find_run_of
+from nested_core.text.foreign_text import escape_markdown
+from nested_core.text.markdown_page import MarkdownPage
+from tasks.artifact_client import artifact_key, publish_page
+from tasks.outcomes import Outcome
+from tasks.server_outage import tolerating_server_outage
+
+NIGHTS_PAGE = "nights"
+OTHER_PAGES = ("champion", "night", "approval")
+MAX_NIGHTS = 30
+
+
+def tell_night(night: UUID, outcome: Outcome, message: str) -> None:
+    """Say what became of the question that a night asked: in its state's name, and on its page.
+
+    `night` is the fine-tune's flow run. Its state stays of the type Completed, and when it ended
+    stays as it was. The page stays as it was where the run's folder is not on this machine.
+    """
+    with (
+        tolerating_server_outage("the night's page does not say what became of its question"),
+        get_client(sync_client=True) as client,
+    ):
+        state = client.read_flow_run(night).state
+        if state is None or state.type != StateType.COMPLETED or state.name == outcome:
+            return
+        said = f"{state.message}; {message}"
+        told: State[None] = Completed(name=outcome, message=said)
+        client.set_flow_run_state(night, told, force=True)
+        run = find_run_of(night)
+        if run is not None:
+            config = read_run_config(run)
+            publish_night(config, run, outcome, said, flow_run=night)
+            publish_nights(config.registry.name)
+
+
+def publish_night(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    outcome: str,
+    message: str,
+    *,
+    flow_run: UUID | None = None,
+) -> None:
+    """Publish the page, or replace it; a file of the run that cannot be read is only logged.
+
+    `outcome` is the name of the flow run's state, `message` what the state says; `flow_run` is the
+    run that the page belongs to, where that is not the one at work.
+    """
+    shown = join_lines(message).removeprefix(f"{outcome.lower()}: ")
+    description = f"{outcome}: {shown}"  # a list shows the first 40 characters
+    try:
+        page = describe_night(config, run, outcome, message)
+    except (NestedTuneError, OSError) as error:  # the night is over: a page changes nothing
+        get_run_logger().warning("The page of this night is not up to date: %s", error)
+        return
+    publish_page(config.registry.name, "night", page, description, flow_run)
+
+
+def find_nights_page(client: SyncPrefectClient, name: str) -> UUID | None:
+    """The artifact of an adapter's page, which stays the same; None before there is one."""
+    wanted = ArtifactFilter.model_validate({"key": {"any_": [artifact_key(name, NIGHTS_PAGE)]}})
+    found = client.read_artifacts(artifact_filter=wanted, limit=1)
+    return found[0].id if found else None
+
+
+def make_nights_page(client: SyncPrefectClient, name: str) -> UUID:
+    """Make the page before the first night, so that a deployment's description can lead to it."""
+    created = ArtifactCreate(
+        key=artifact_key(name, NIGHTS_PAGE),
+        type="markdown",
+        description=f"The nights of {escape_markdown(name)}",
+        data=str(MarkdownPage(f"{name}: no night yet")),
+    )
+    return client.create_artifact(created).id
+
+
+def publish_nights(name: str | None, ended: tuple[UUID, str] | None = None) -> None:
+    """Publish the page of an adapter, or replace it; one page for all runs.
+
+    `ended` is the id of the flow run at work with the name of the state that it is about to have.
+    """
+    if name is None:
+        return
+    with (
+        tolerating_server_outage(f"the page of {name}'s nights is not up to date"),
+        get_client(sync_client=True) as client,
+    ):
+        outcomes = dict([] if ended is None else [ended])
+        nights = [night_of(run, outcomes.get(run.id)) for run in _read_runs(client, name)]
+        if nights:
+            links = [(page, f"/artifacts/key/{artifact_key(name, page)}") for page in OTHER_PAGES]
+            page = ArtifactUpdate(data=str(describe_nights(name, nights, links)))
+            there = find_nights_page(client, name) or make_nights_page(client, name)
+            client.update_artifact(there, page)
+
+
+def _read_runs(client: SyncPrefectClient, name: str) -> list[FlowRun]:
+    """The last fine-tunes of an adapter that were due, the latest first; those of sweeps apart."""
+    due = {"before_": datetime.now(UTC)}
+    runs = client.read_flow_runs(
+        flow_filter=FlowFilter.model_validate({"name": {"any_": ["finetune"]}}),
+        flow_run_filter=FlowRunFilter.model_validate(
+            {"tags": {"all_": [name]}, "expected_start_time": due}
+        ),
+        sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+        limit=MAX_NIGHTS,
+    )
+    return [run for run in runs if "sweep" not in run.tags]
+
+
+def night_of(run: FlowRun, outcome: str | None) -> Night:
+    """A flow run as a night; `outcome` where the server does not know it yet."""
+    due = run.expected_start_time or run.created or datetime.now(UTC)
+    minutes = run.estimated_run_time.total_seconds() / 60
+    return Night(run.id, due.astimezone(UTC), outcome or run.state_name, minutes)
