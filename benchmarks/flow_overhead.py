@@ -1,6 +1,6 @@
 """What the Prefect flow costs: `nested-tune run` against `nested-tune train` for the same work.
 
-The start of the embedded server is timed in the same go and taken off: whoever runs flows often has
+The start of the run's own server is timed in the same go and taken off: whoever runs flows often has
 a server. Two sizes of work tell what is paid once from what grows with the work.
 """
 
@@ -20,7 +20,7 @@ REPEATS = 5
 CONFIG = "examples/geography.yaml"
 SMALL, LARGE = 120, 480
 BAR_SECONDS, BAR_SHARE = 1.0, 0.01
-SERVER = "the embedded server's start"
+SERVER = "the run's own server's start"
 
 
 def main() -> None:
@@ -84,10 +84,10 @@ def _command(folder: Path, command: str, size: int) -> Callable[[int], float]:
 
 def _start_server(repeat: int) -> float:
     """Seconds until a server answers, alone on the machine; ended again outside of the time."""
-    from flows.embedded_server import EmbeddedServer
+    from flows.process.local_server import LocalServer
 
     began = time.perf_counter()
-    server = EmbeddedServer()
+    server = LocalServer()
     server.serve()
     server.wait()
     took = time.perf_counter() - began

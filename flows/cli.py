@@ -14,9 +14,9 @@ from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from flows.os_errors import explain, explain_file_limit, explain_missing_mlx
-from flows.stop_signals import INTERRUPTED_EXIT_CODE
-from flows.terminal import print_progress
+from flows.process.os_errors import explain, explain_file_limit, explain_missing_mlx
+from flows.process.stop_signals import INTERRUPTED_EXIT_CODE
+from flows.terminal.console import print_progress
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.text.foreign_text import escape
 
@@ -55,12 +55,12 @@ def build_parser() -> _Parser:
     """The parser of all commands; importing them takes long enough for a person to press Ctrl-C."""
     from flows.commands import (
         chat,
+        configuration,
         demo,
         deployment,
         doctor,
         inspection,
         peft,
-        planning,
         registry,
         reports,
         serving,
@@ -79,7 +79,7 @@ def build_parser() -> _Parser:
     parser.commands = commands.parsers
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    running = (demo, training, planning)
+    running = (demo, training, configuration)
     looking = (inspection, reports, chat, serving)
     keeping = (registry, peft, deployment, doctor)
     for module in (*running, *looking, *keeping):

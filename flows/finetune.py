@@ -13,22 +13,22 @@ from uuid import UUID
 from prefect import flow, runtime
 from prefect.states import Cancelled, Completed, Failed, State
 
-from flows.allowed_folders import (
+from flows.flow_runs.allowed_folders import (
     require_allowed,
     require_known_name,
     with_allowed_paths,
     with_trusted_code,
 )
-from flows.flow_run_labels import name_flow_run, tag_flow_run
-from flows.nights import find_other_night
-from flows.os_errors import explain
-from flows.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
-from flows.state_messages import (
+from flows.flow_runs.labels import name_flow_run, tag_flow_run
+from flows.flow_runs.other_nights import find_other_night
+from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
+from flows.flow_runs.state_messages import (
     advise_retry_button,
     describe_loss,
     describe_rejection,
     shorten_version,
 )
+from flows.process.os_errors import explain
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section import key
 from nested_core.errors import (
@@ -110,14 +110,14 @@ def finetune(config: FinetuneParameters) -> State[Any]:
 
 def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
     """Run the pipeline with its steps as tasks; the state in which that ends."""
-    from flows.task_hooks import TaskHooks
+    from flows.flow_runs.task_steps import StepsAsTasks
     from nested_core.gate.verdict import read_verdict
     from nested_core.pipeline.finetune import finetune as run_finetune
     from tasks.events import emit_adapter_event
 
     resumed = _describe_resumption(run)
     try:
-        result = run_finetune(config, run, TaskHooks(), resume=run.is_nonempty())
+        result = run_finetune(config, run, StepsAsTasks(), resume=run.is_nonempty())
     except TrainingStopped as error:
         advice = advise_retry_button(str(error))
         return Cancelled(message=f"resumable by a retry of this flow run: {advice}")

@@ -15,9 +15,9 @@ from prefect.input import RunInput
 from prefect.states import Completed, State
 from pydantic import Field
 
-from flows.allowed_folders import require_allowed
-from flows.approval_request import close_older_questions
-from flows.prefect_logs import hide_tracebacks_of_expected_errors
+from flows.flow_runs.allowed_folders import require_allowed
+from flows.flow_runs.approval_request import close_older_questions
+from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors
 from nested_core.config.adapter_names import NAME_PATTERN
 from nested_core.config.section import Section
 from nested_core.registry import read_champion

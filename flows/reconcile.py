@@ -10,11 +10,15 @@ from prefect import flow, get_run_logger
 from prefect.states import Completed, Failed, State
 from pydantic import Field
 
-from flows.allowed_folders import require_allowed
-from flows.approval_request import request_approval
-from flows.dead_runs import end_dead_runs
-from flows.early_warnings import warn_of_full_disks, warn_of_long_runs, warn_of_old_champions
-from flows.prefect_logs import hide_tracebacks_of_expected_errors
+from flows.flow_runs.allowed_folders import require_allowed
+from flows.flow_runs.approval_request import request_approval
+from flows.flow_runs.dead_runs import end_dead_runs
+from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors
+from flows.flow_runs.warning_events import (
+    warn_of_full_disks,
+    warn_of_long_runs,
+    warn_of_old_champions,
+)
 from nested_core.config.registry import AdapterName
 from nested_core.config.section import Section
 from nested_core.errors import DamagedError

@@ -17,11 +17,11 @@ from prefect.deployments import run_deployment
 from prefect.states import Completed, Failed, State
 from pydantic import Field, JsonValue
 
-from flows.allowed_folders import with_allowed_paths, with_trusted_code
-from flows.approval_request import request_approval
-from flows.flow_run_labels import SWEEP_TAG
-from flows.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
-from flows.state_messages import shorten_version
+from flows.flow_runs.allowed_folders import with_allowed_paths, with_trusted_code
+from flows.flow_runs.approval_request import request_approval
+from flows.flow_runs.labels import SWEEP_TAG
+from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
+from flows.flow_runs.state_messages import shorten_version
 from nested_core.config.registry import RegistrySection
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig

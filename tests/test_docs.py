@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import nested_core
-from flows.stop_signals import INTERRUPTED_EXIT_CODE
+from flows.process.stop_signals import INTERRUPTED_EXIT_CODE
 from nested_core.errors import NestedTuneError
 
 ROOT = Path(__file__).resolve().parents[1]

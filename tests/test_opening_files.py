@@ -20,9 +20,9 @@ MODULES_THAT_LOAD = {"mx", "np", "numpy", "json", "yaml", "pickle"}  # their loa
 # How often a file may do so at most, and why that is no path of others.
 EXCEPTIONS = {
     "flows/cli.py": (1, "/dev/null"),
-    "flows/prefect_logs.py": (1, "/dev/null"),
-    "flows/server_notice.py": (1, "this user's own profiles of Prefect"),
-    "flows/stop_signals.py": (1, "a pipe of its own"),
+    "flows/flow_runs/prefect_logs.py": (1, "/dev/null"),
+    "flows/commands/server_notice.py": (1, "this user's own profiles of Prefect"),
+    "flows/process/stop_signals.py": (1, "a pipe of its own"),
     "nested_core/storage/main_memory.py": (1, "a limit that the kernel shows in /sys"),
     "nested_core/storage/compiled_kernels.py": (7, "its own folder, mode 0700, owner checked"),
     "nested_core/gate/answers/scoring_process.py": (3, "what its parent wrote for it"),

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from flows import allowed_folders
 from flows.finetune import FinetuneParameters
+from flows.flow_runs import allowed_folders
 from nested_core.config.key_properties import iterate_keys
 from nested_core.config.section import Section, key
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.chat_view import show_answers
 from flows.commands.adapter_places import (
     ADAPTER_FORMS,
     add_registry_flag,
     find_named_adapter,
 )
-from flows.terminal import print_progress
+from flows.terminal.chat_view import show_answers
+from flows.terminal.console import print_progress
 from nested_core.errors import ConfigError
 
 if TYPE_CHECKING:

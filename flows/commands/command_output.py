@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from flows.terminal import print_json, print_line, print_progress
+from flows.terminal.console import print_json, print_line, print_progress
 from nested_core.errors import ConfigError
 from nested_core.storage.run_directory import RunDirectory
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
-from flows.terminal import print_progress
+from flows.terminal.console import print_progress
 from nested_core.config.key_properties import Key, iterate_configured_paths, iterate_keys
 from nested_core.config.loading import load_config, parse_yaml
 from nested_core.config.schema import FineTuneConfig

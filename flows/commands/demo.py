@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.command_output import naming_report_of_failure
-from flows.loss_curve import draw_curve
-from flows.packaged_files import packaged_folder
-from flows.run_follower import showing_run
-from flows.terminal import print_line, print_progress, print_table, print_tiers
+from flows.process.environment import packaged_folder
+from flows.terminal.console import print_line, print_progress, print_table, print_tiers
+from flows.terminal.loss_curve import draw_curve
+from flows.terminal.run_follower import showing_run
 from nested_core.config.loading import load_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.storage.output_places import require_free_place
@@ -105,11 +105,11 @@ def example_config(registry: Path) -> FineTuneConfig:
 
 
 def _run_flow(config: FineTuneConfig, run: RunDirectory) -> None:
-    from flows.embedded_server import prefect_server
+    from flows.process.local_server import prefect_server
 
     with prefect_server() as wait_for_server:
         from flows.finetune import FinetuneParameters, finetune  # while the server starts
-        from flows.prefect_logs import show_logs_from_level
+        from flows.flow_runs.prefect_logs import show_logs_from_level
 
         show_logs_from_level(
             logging.CRITICAL

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.command_output import result_printer
-from flows.terminal import print_line, print_progress, print_table
+from flows.terminal.console import print_line, print_progress, print_table
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.storage.strict_files import read_regular
 
@@ -74,9 +74,9 @@ def read_notify(given: str | None) -> str | None:
 def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
     from prefect.client.orchestration import get_client
 
-    from flows.alerts import send_test_alert
-    from flows.deploy import NO_ALERTS_WARNING, deploy, require_server
-    from flows.deployment_plan import begin_name, make_plan
+    from flows.deployment.alerts import send_test_alert
+    from flows.deployment.deploy import NO_ALERTS_WARNING, deploy, require_server
+    from flows.deployment.plan import begin_name, make_plan
 
     notify = read_notify(arguments.notify)
     require_server()
@@ -106,9 +106,9 @@ def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
 def _print_differences(arguments: argparse.Namespace) -> Callable[[], int]:
     from dataclasses import asdict
 
-    from flows.deploy import require_server
-    from flows.deployment_diff import find_differences
-    from flows.deployment_plan import make_plan
+    from flows.deployment.deploy import require_server
+    from flows.deployment.diff import find_differences
+    from flows.deployment.plan import make_plan
 
     require_server()
     found = find_differences(make_plan(arguments.file, arguments.config))

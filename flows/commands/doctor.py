@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from packaging.requirements import Requirement
 
 from flows.commands.command_output import result_printer
-from flows.doctor_check import Check
-from flows.terminal import print_table
+from flows.deployment.check import Check
+from flows.terminal.console import print_table
 from nested_core.errors import NestedTuneError
 from nested_core.text.digest_format import shorten_digest
 
@@ -55,7 +55,7 @@ def run_doctor(arguments: argparse.Namespace) -> Callable[[], int]:
     )
     checks = [*(check() for check in looks), *_iterate_serving_checks(arguments.registry)]
     if os.environ.get("PREFECT_API_URL"):
-        from flows.server_checks import iterate_server_checks
+        from flows.deployment.server_checks import iterate_server_checks
 
         checks += iterate_server_checks()
 
@@ -142,7 +142,7 @@ def _check_kernels() -> Check:
 
 def _check_server_address() -> Check:
     url = os.environ.get("PREFECT_API_URL")
-    return Check("prefect", True, f"server {url}" if url else "embedded server")
+    return Check("prefect", True, f"server {url}" if url else "one of the run's own")
 
 
 def _iterate_serving_checks(registry: Path) -> Iterator[Check]:

@@ -16,7 +16,7 @@ from flows.commands.adapter_places import (
     name_folder_of,
 )
 from flows.commands.command_output import result_printer, text_printer
-from flows.terminal import ProgressLine, print_line, print_progress, print_table
+from flows.terminal.console import ProgressLine, print_line, print_progress, print_table
 from nested_core.errors import ConfigError, GateRejected
 from nested_core.storage.run_directory import RunDirectory
 
@@ -184,7 +184,7 @@ def _describe_status(
 
 def _describe_losses(run: RunDirectory) -> dict[str, str]:
     """The last losses as a person reads them: with their split, examples and step."""
-    from flows.run_view import RunView
+    from flows.terminal.run_view import RunView
     from nested_core.training.metrics_file import read_loss_records
     from nested_core.training.training_plan import read_plan
 

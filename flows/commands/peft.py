@@ -13,7 +13,7 @@ from flows.commands.adapter_places import (
     find_named_adapter,
 )
 from flows.commands.command_output import result_printer
-from flows.terminal import print_line, print_progress
+from flows.terminal.console import print_line, print_progress
 from nested_core.storage.output_places import require_free_place
 
 if TYPE_CHECKING:

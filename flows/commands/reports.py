@@ -10,7 +10,7 @@ from typing import Any
 
 from flows.commands.adapter_places import add_registry_arguments
 from flows.commands.command_output import result_printer
-from flows.terminal import print_line, print_page, print_progress, print_table
+from flows.terminal.console import print_line, print_page, print_progress, print_table
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.output_places import require_output_file
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory

@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from flows.stop_signals import INTERRUPTED_EXIT_CODE
-from flows.terminal import print_progress
+from flows.process.stop_signals import INTERRUPTED_EXIT_CODE
+from flows.terminal.console import print_progress
 from nested_core.errors import ConfigError
 from nested_core.text.digest_format import shorten_digest
 

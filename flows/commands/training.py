@@ -12,19 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from flows.commands.command_output import naming_report_of_failure, result_printer, text_printer
 from flows.commands.config_flags import add_config_flags, add_run_flags, load_config_from_flags
-from flows.mlx_lm_log import MlxLmLog
-from flows.rejection_table import print_rejection
-from flows.run_follower import showing_run
-from flows.sample_text import format_sample_answers
-from flows.state_messages import describe_test_loss
-from flows.stop_signals import Stopper
-from flows.terminal import (
+from flows.flow_runs.state_messages import describe_test_loss
+from flows.process.stop_signals import Stopper
+from flows.terminal.console import (
     ProgressLine,
     print_line,
     print_progress,
     print_table,
     print_tiers,
 )
+from flows.terminal.mlx_lm_log import MlxLmLog
+from flows.terminal.run_follower import showing_run
+from flows.terminal.run_results import format_sample_answers, print_rejection
 from nested_core.errors import ConfigError, GateRejected, TrainingStopped
 from nested_core.storage.run_directory import (
     DEFAULT_RUNS_FOLDER,
@@ -75,7 +74,7 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     required = ["data"] if arguments.no_tokenize else ["model", "data"]
     config = load_config_from_flags(arguments, required)
     _refuse_invalid_show_flag(arguments)
-    from flows.token_view import print_examples
+    from flows.terminal.token_view import print_examples
     from nested_core.data.data_settings import DataSettings
     from nested_core.data.dataset_loading import load_dataset
     from nested_core.data.rules.finding_groups import group_findings
@@ -154,7 +153,7 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the whole pipeline in this process."""
     config = load_config_from_flags(arguments)
     run = _open_run_directory(arguments)
-    from flows.commands.terminal_hooks import TerminalHooks  # loads mlx, which takes seconds
+    from flows.commands.terminal_steps import TerminalSteps  # loads mlx, which takes seconds
     from nested_core.pipeline.finetune import finetune
 
     is_named = arguments.run_dir is not None
@@ -162,7 +161,7 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     log = None
     if arguments.log == "mlx_lm":
         log = MlxLmLog(config, run, sys.stderr if arguments.json else sys.__stdout__ or sys.stderr)
-    hooks = TerminalHooks(stopper, mlx_lm_log=log)
+    hooks = TerminalSteps(stopper, mlx_lm_log=log)
     with stopper.handling_signals(run):
         print_progress(f"run directory: {run.path}")
         try:
@@ -224,10 +223,10 @@ def _print_outcome(registry: RegistrySection, result: FinetuneResult) -> None:
 
 
 def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Run the Prefect flow here, with the embedded server unless PREFECT_API_URL is set."""
+    """Run the Prefect flow here, with the run's own server unless PREFECT_API_URL is set."""
     config = load_config_from_flags(arguments)
     run = _open_run_directory(arguments)
-    from flows.embedded_server import prefect_server
+    from flows.process.local_server import prefect_server
     from nested_core.pipeline.preflight import require_output_places  # loads mlx
     from nested_core.training.reporting_services import configured_services
 
@@ -238,7 +237,7 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     print_progress(f"run directory: {run.path}")
     with Stopper().handling_signals(run), prefect_server() as wait_for_server:
         from flows.finetune import FinetuneParameters, finetune  # while the server starts
-        from flows.prefect_logs import show_logs_from_level
+        from flows.flow_runs.prefect_logs import show_logs_from_level
 
         show_logs_from_level(logging.NOTSET)
         wait_for_server()

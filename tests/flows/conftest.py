@@ -30,8 +30,9 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from flows import cli, embedded_server
-from flows.embedded_server import EmbeddedServer
+from flows import cli
+from flows.process import local_server
+from flows.process.local_server import LocalServer
 from tests.child_output import note_output
 from tests.example import write_config
 from tests.fork_server import python
@@ -54,11 +55,11 @@ def prefect_server(prefect_home: Path) -> Iterator[None]:
     """A server with a database of its own; without heartbeats, which cost a second a flow run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_HOME", str(prefect_home))
-        server = EmbeddedServer()
+        server = LocalServer()
     try:
         server.serve()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(embedded_server, "SECONDS_TO_START", SECONDS)
+            patch.setattr(local_server, "SECONDS_TO_START", SECONDS)
             server.wait()
         settings = {PREFECT_API_URL: server.url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
         with temporary_settings(settings):

@@ -17,14 +17,14 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.worker import EventsWorker
 from prefect.states import Completed, Running, State
 
-from flows import early_warnings
-from flows.alerts import alert_block, find_or_make_block, send_test_alert
-from flows.deploy import ALERT, put_automations
-from flows.deployment_plan import make_plan
-from flows.early_warnings import DiskSpace, describe_full_disk, measure_newest_checkpoint
+from flows.deployment.alerts import alert_block, find_or_make_block, send_test_alert
+from flows.deployment.deploy import ALERT, put_automations
+from flows.deployment.plan import make_plan
+from flows.deployment.server_checks import check_alerts
+from flows.flow_runs import warning_events
+from flows.flow_runs.warning_events import DiskSpace, describe_full_disk, measure_newest_checkpoint
 from flows.reconcile import ReconcileParameters, reconcile
 from flows.rollback import RollbackParameters, rollback
-from flows.server_checks import check_alerts
 from nested_core import registry as core
 from nested_core.errors import ConfigError, NestedTuneError
 from tests.core.registry.conftest import write_run
@@ -154,7 +154,7 @@ def test_where_all_is_well_there_is_silence(
     core.register(write_run(tmp_path / "run", 1), registry, NAME, {"config": {}})
     (version,) = core.list_versions(registry, NAME)
     core.promote(registry, NAME, version, by="test", expected_champion=None)
-    early_warnings.warn_of_old_champions(registry, [NAME], nights=3)
+    warning_events.warn_of_old_champions(registry, [NAME], nights=3)
     EventsWorker.drain_all()
     end_run(client, "the last", State(type=StateType.FAILED, name="Failed"))
     wait_for_text(told, "the last")
@@ -224,7 +224,7 @@ def test_a_run_that_takes_far_longer_than_the_last_ones_is_told_once(
     client: SyncPrefectClient, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NESTED_TUNE_ROOTS", str(tmp_path))
-    monkeypatch.setattr(early_warnings, "SHORTEST_LONG_RUN", timedelta(0))
+    monkeypatch.setattr(warning_events, "SHORTEST_LONG_RUN", timedelta(0))
     monkeypatch.setenv("NESTED_TUNE_LONG_RUN", "0")  # times the last ones: any run is long
     deployment = client.create_deployment(client.create_flow(night), name=str(uuid4()))
     for name, end in (("the last one", Completed()), ("the long one", None)):
@@ -253,7 +253,7 @@ def test_a_run_is_long_beyond_twice_the_longest_of_the_last_and_a_minute(
     seconds: int, last: list[int], is_long: bool
 ) -> None:
     times = [timedelta(seconds=each) for each in last]
-    said = early_warnings.describe_long_run("x", timedelta(seconds=seconds), times, 2.0)
+    said = warning_events.describe_long_run("x", timedelta(seconds=seconds), times, 2.0)
     assert (said is not None) is is_long
 
 
@@ -354,5 +354,5 @@ def test_a_checkpoint_that_is_pruned_while_it_is_measured_fails_nothing(tmp_path
     kept.mkdir(parents=True)
     (kept / "state.json").write_bytes(b"four")
     pruned = (2.0, kept.with_name("step-0000002"))
-    with patch.object(early_warnings, "_iterate_checkpoints", return_value=[(1.0, kept), pruned]):
+    with patch.object(warning_events, "_iterate_checkpoints", return_value=[(1.0, kept), pruned]):
         assert measure_newest_checkpoint(tmp_path) == 4

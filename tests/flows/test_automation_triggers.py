@@ -19,9 +19,9 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from flows.dead_runs import SECONDS_OF_SILENCE
-from flows.deployment_plan import read_automations_yaml
-from flows.packaged_files import packaged_folder
+from flows.deployment.plan import read_automations_yaml
+from flows.flow_runs.dead_runs import SECONDS_OF_SILENCE
+from flows.process.environment import packaged_folder
 from tasks.outcomes import Outcome
 from tests.prefect_home import DATABASE, new_prefect_home
 

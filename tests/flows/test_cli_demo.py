@@ -1,4 +1,4 @@
-"""`demo`: the whole pipeline with the embedded server, and broken on purpose with a real one."""
+"""`demo`: the whole pipeline with the run's own server, and broken on purpose with a real one."""
 
 from __future__ import annotations
 

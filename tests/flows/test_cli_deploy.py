@@ -12,10 +12,10 @@ from prefect.client.orchestration import get_client
 from prefect.workers.process import ProcessWorker
 
 from flows.commands.deployment import read_notify
-from flows.deploy import _make_work_pools, deploy, put_deployment
-from flows.deployment_diff import find_differences
-from flows.deployment_plan import make_plan, read_deployments_yaml
-from flows.packaged_files import packaged_folder
+from flows.deployment.deploy import _make_work_pools, deploy, put_deployment
+from flows.deployment.diff import find_differences
+from flows.deployment.plan import make_plan, read_deployments_yaml
+from flows.process.environment import packaged_folder
 from nested_core.errors import ConfigError
 from tests.flows.conftest import Ended
 

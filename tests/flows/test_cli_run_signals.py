@@ -28,7 +28,7 @@ RUN = ("run", "-c", "config.yaml", "--run-dir", "run")
 
 
 def session(folder: Path, *flags: str) -> subprocess.Popen[str]:
-    """`nested-tune run` with an embedded server, in a session of its own as in a terminal."""
+    """`nested-tune run` with a server of its own, in a session of its own as in a terminal."""
     return subprocess.Popen(
         [str(PROGRAM), *RUN, *flags],
         cwd=folder,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from flows.stop_signals import STOPPING
+from flows.process.stop_signals import STOPPING
 from nested_core.storage.checkpoint import latest_checkpoint
 from nested_core.storage.checkpoint_verification import list_checkpoints
 from tests.example import write_config

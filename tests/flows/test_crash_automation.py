@@ -15,9 +15,9 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import State
 from prefect.states import Crashed, Pending, Running
 
-from flows.deploy import complete_automation
+from flows.deployment.deploy import complete_automation
 from flows.finetune import finetune
-from flows.packaged_files import packaged_folder
+from flows.process.environment import packaged_folder
 from flows.rollback import rollback
 from tests.waiting import wait_until
 

@@ -7,7 +7,7 @@ import pwd
 
 import pytest
 
-from flows.current_user import current_user
+from flows.process.environment import current_user
 
 
 @pytest.mark.parametrize("error", [KeyError, OSError])

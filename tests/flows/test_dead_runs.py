@@ -13,8 +13,8 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelling, Completed, Paused, Pending, Running, Scheduled
 
-from flows.dead_runs import end_dead_runs
 from flows.finetune import finetune
+from flows.flow_runs.dead_runs import end_dead_runs
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 SILENCE = 20.0  # seconds, in place of 300
@@ -77,7 +77,7 @@ def test_what_is_silent_is_ended_by_its_state_and_all_else_is_left_alone(
                 client.set_flow_run_state(ids[name], again, force=True)
             sleep(seconds)
 
-        monkeypatch.setattr("flows.dead_runs.time.sleep", meanwhile)
+        monkeypatch.setattr("flows.flow_runs.dead_runs.time.sleep", meanwhile)
         ended = sorted(end_them())
         monkeypatch.undo()
         runs = {name: client.read_flow_run(run) for name, run in ids.items()}
@@ -106,5 +106,5 @@ def test_where_all_were_heard_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> N
         for run in client.read_flow_runs():
             if run.state is not None and not run.state.is_final():
                 client.set_flow_run_state(run.id, Completed(), force=True)
-    monkeypatch.setattr("flows.dead_runs.time.sleep", refuse)
+    monkeypatch.setattr("flows.flow_runs.dead_runs.time.sleep", refuse)
     assert end_them() == []

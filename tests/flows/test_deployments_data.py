@@ -16,10 +16,10 @@ import pytest
 import yaml
 from prefect.flows import Flow
 
-from flows.allowed_folders import require_known_name
-from flows.deployment_plan import begin_name, full_name, make_plan
+from flows.deployment.plan import begin_name, full_name, make_plan
 from flows.finetune import FinetuneParameters
-from flows.packaged_files import packaged_folder
+from flows.flow_runs.allowed_folders import require_known_name
+from flows.process.environment import packaged_folder
 from flows.sweep import SweepParameters
 from nested_core.config.registry import RegistrySection
 from nested_core.config.schema import FineTuneConfig

@@ -13,9 +13,9 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import server_notice
-from flows.current_user import current_user
+from flows.commands import server_notice
 from flows.finetune import FinetuneParameters, finetune
+from flows.process.environment import current_user
 from flows.reconcile import ReconcileParameters, reconcile
 from flows.rollback import RollbackParameters, rollback
 from nested_core import registry as core

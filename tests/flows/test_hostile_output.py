@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prefect.client.schemas.actions import ArtifactCreate
 
-from flows import os_errors, terminal, token_view
+from flows.process import os_errors
+from flows.terminal import console, token_view
 from nested_core import errors
 from nested_core.data.tokens.examples_for_display import ShownExample, ShownToken
 from nested_core.report.lineage_picture import LineageNode, draw_lineage
@@ -39,7 +40,7 @@ ERRORS = [
 
 
 def print_a_table(text: str) -> None:
-    terminal.print_table((text, "b"), [(text, 1.5), (None, text)], title=text)
+    console.print_table((text, "b"), [(text, 1.5), (None, text)], title=text)
 
 
 def print_tokens(text: str) -> None:
@@ -47,15 +48,15 @@ def print_tokens(text: str) -> None:
 
 
 def show_progress(text: str) -> None:
-    terminal.print_progress(text, text)
+    console.print_progress(text, text)
 
 
 def print_a_line(text: str) -> None:
-    terminal.print_line(text)
+    console.print_line(text)
 
 
 def describe_an_os_error(text: str) -> None:
-    terminal.print_progress(os_errors.explain(OSError(2, "No such file or directory", text))[0])
+    console.print_progress(os_errors.explain(OSError(2, "No such file or directory", text))[0])
 
 
 PRINTERS: list[Callable[[str], None]] = [
@@ -83,7 +84,7 @@ def test_markup_of_rich_is_shown_and_not_obeyed(
     name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for text in ("[/red]", "[bold]a[/bold]", "[link=x]a[/link]", ":boom:"):
-        terminal.print_table(("a",), [(text + HOSTILE[name][:60],)])
+        console.print_table(("a",), [(text + HOSTILE[name][:60],)])
         assert text in capfd.readouterr().out
 
 
@@ -92,7 +93,7 @@ def test_a_document_is_json_and_keeps_the_text(
     name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     text = HOSTILE[name]
-    terminal.print_json({text: [text], "loss": float("nan"), "pair": (1.0, float("inf"))})
+    console.print_json({text: [text], "loss": float("nan"), "pair": (1.0, float("inf"))})
     written = capfd.readouterr().out
     assert UNSAFE.search(written) is None
     assert json.loads(written) == {text: [text], "loss": None, "pair": [1.0, None]}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flows.finetune import FinetuneParameters, finetune
-from flows.prefect_logs import RUN_LOGGERS
+from flows.flow_runs.prefect_logs import RUN_LOGGERS
 from flows.rollback import RollbackParameters, rollback
 from tests.example import example_settings
 from tests.left_out import slow_except
@@ -21,7 +21,7 @@ import logging, sys
 from pathlib import Path
 from types import SimpleNamespace
 from prefect.logging.configuration import setup_logging
-from flows import prefect_logs
+from flows.flow_runs import prefect_logs
 
 held, deployment = sys.argv[1:]
 setup_logging()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.os_errors import ADVICE_BY_PATH_ERRNO, explain
+from flows.process.os_errors import ADVICE_BY_PATH_ERRNO, explain
 from tests.core.limits import largest_file
 from tests.example import write_config
 from tests.flows.conftest import PROGRAM, Ended, called, completed

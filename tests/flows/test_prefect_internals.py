@@ -45,14 +45,14 @@ PUBLIC = {
 # "module.name" -> where it is used.
 PRIVATE = {
     "prefect.context.AssetContext": "tasks/lineage.py",
-    "prefect.context.FlowRunContext": "flows/flow_run_labels.py",
-    "prefect.events.schemas.automations.Automation": "flows/deploy.py",
-    "prefect.events.schemas.automations.AutomationCore": "flows/deploy.py",
-    "prefect.logging.configuration.setup_logging": "flows/prefect_logs.py",
-    "prefect.logging.handlers.PrefectConsoleHandler": "flows/prefect_logs.py",
-    "prefect.server.api.server.create_app": "flows/embedded_server.py",
-    "prefect.types.SecretDict": "flows/alerts.py",
-    "prefect.utilities.callables.parameter_schema": "flows/deploy.py",
+    "prefect.context.FlowRunContext": "flows/flow_runs/labels.py",
+    "prefect.events.schemas.automations.Automation": "flows/deployment/deploy.py",
+    "prefect.events.schemas.automations.AutomationCore": "flows/deployment/deploy.py",
+    "prefect.logging.configuration.setup_logging": "flows/flow_runs/prefect_logs.py",
+    "prefect.logging.handlers.PrefectConsoleHandler": "flows/flow_runs/prefect_logs.py",
+    "prefect.server.api.server.create_app": "flows/process/local_server.py",
+    "prefect.types.SecretDict": "flows/deployment/alerts.py",
+    "prefect.utilities.callables.parameter_schema": "flows/deployment/deploy.py",
     "prefect.utilities.context.get_task_and_flow_run_ids": "tasks/artifact_client.py",
 }
 
@@ -119,11 +119,11 @@ def test_the_words_of_the_engines_that_our_filter_looks_for_are_theirs() -> None
         assert [each for each in words if each not in source] == [], module
 
 
-def test_the_embedded_server_is_made_by_these_arguments() -> None:
+def test_the_local_server_is_made_by_these_arguments() -> None:
     from prefect.server.api.server import create_app
 
     assert {"ephemeral", "final"} <= inspect.signature(create_app).parameters.keys()
-    from flows.embedded_server import IMPORTED_BY_THE_FIRST_RUN
+    from flows.process.local_server import IMPORTED_BY_THE_FIRST_RUN
 
     assert all(import_module(each) for each in IMPORTED_BY_THE_FIRST_RUN)
 

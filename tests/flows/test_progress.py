@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.run_follower import RunFollower, showing_run
-from flows.terminal import ProgressLine, _wrap, print_table
+from flows.terminal.console import ProgressLine, _wrap, print_table
+from flows.terminal.run_follower import RunFollower, showing_run
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.metrics_file import append_metrics, read_metrics, truncate_metrics
 

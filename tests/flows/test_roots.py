@@ -9,13 +9,13 @@ from uuid import uuid4
 import pytest
 from pydantic import ValidationError
 
-from flows.allowed_folders import (
+from flows.finetune import FinetuneParameters
+from flows.flow_runs.allowed_folders import (
     require_allowed,
     require_known_name,
     with_allowed_paths,
     with_trusted_code,
 )
-from flows.finetune import FinetuneParameters
 from flows.reconcile import ReconcileParameters
 from flows.sweep import SweepParameters
 from nested_core.config.schema import FineTuneConfig

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from flows.loss_curve import draw_curve
-from flows.run_view import RunView, draw_bar, draw_screen, format_line
+from flows.terminal.loss_curve import draw_curve
+from flows.terminal.run_view import RunView, draw_bar, draw_screen, format_line
 from nested_core.report.loss_curves import LossCurves
 from nested_core.training.training_plan import TrainingPlan
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flows.sample_text import LONGEST_TEXT, format_sample_answers
+from flows.terminal.run_results import LONGEST_TEXT, format_sample_answers
 from nested_core.storage.sample_answers_file import SampleAnswers
 
 

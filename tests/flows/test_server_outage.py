@@ -12,7 +12,7 @@ from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.runtime import deployment
 
-from flows.flow_run_labels import tag_flow_run
+from flows.flow_runs.labels import tag_flow_run
 from nested_core.text.markdown_page import MarkdownPage
 from tasks.artifact_client import ArtifactClient
 from tasks.promote import read_origin
@@ -39,7 +39,7 @@ def publish_page() -> None:
             publish_page,
             ["the page away-night is not", "the page away-table is not"],
         ),
-        ("flows.flow_run_labels", tag_flow_run, ["the run has no tags"]),
+        ("flows.flow_runs.labels", tag_flow_run, ["the run has no tags"]),
     ],
 )
 def test_what_only_shows_is_logged_and_left_out(

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from flows.cli import build_parser
-from flows.packaged_files import packaged_folder
+from flows.process.environment import packaged_folder
 
 FOLDER = packaged_folder("deployments")
 UNITS = ("nested-tune-server.service", "nested-tune-worker@.service")

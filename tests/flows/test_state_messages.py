@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flows.state_messages import (
+from flows.flow_runs.state_messages import (
     advise_retry_button,
     describe_loss,
     describe_rejection,

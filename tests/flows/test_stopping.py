@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.stop_signals import Stopper
+from flows.process.stop_signals import Stopper
 from nested_core.errors import TrainingStopped
 from nested_core.storage.run_directory import RunDirectory
 

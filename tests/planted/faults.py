@@ -236,7 +236,7 @@ FAULTS = (
         "a comparison turned",
     ),
     Fault(
-        "flows/early_warnings.py",
+        "flows/flow_runs/warning_events.py",
         "    if now - since <= timedelta(days=nights):",
         "    if now - since >= timedelta(days=nights):",
         "a sign changed",

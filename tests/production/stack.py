@@ -29,7 +29,7 @@ from prefect.client.schemas.responses import SetStateStatus
 from prefect.deployments import run_deployment
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-from flows.packaged_files import packaged_folder
+from flows.process.environment import packaged_folder
 from tests.example import DATA, MODEL, example_settings
 from tests.production.postgresql import Cluster
 from tests.production.processes import command_of, end, free_port, processes_with, start_logged

@@ -204,7 +204,7 @@ def test_the_command_over_the_folder_gives_one_document(
 def test_the_table_has_a_row_an_adapter_at_80_columns(
     planted: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flows.terminal.WIDTH_WITHOUT_TERMINAL", 80)
+    monkeypatch.setattr("flows.terminal.console.WIDTH_WITHOUT_TERMINAL", 80)
     code, out, _ = run_command(capfd, planted, "--model", MODEL)
     assert code == 4
     assert max(map(len, out.splitlines())) <= 80

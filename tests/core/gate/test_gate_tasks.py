@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from flows.allowed_folders import with_trusted_code
+from flows.flow_runs.allowed_folders import with_trusted_code
 from nested_core.config.gate import GateSection
 from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig

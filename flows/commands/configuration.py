@@ -11,7 +11,7 @@ from typing import Any
 
 from flows.commands.command_output import result_printer, text_printer
 from flows.commands.config_flags import add_config_flags, load_config_from_flags
-from flows.terminal import print_line, print_page, print_progress
+from flows.terminal.console import print_line, print_page, print_progress
 from nested_core.errors import ConfigError
 from nested_core.storage.atomic import write_bytes
 from nested_core.storage.output_places import require_free_place, require_output_file

@@ -1,10 +1,12 @@
-"""Answers to prompts as lines, the base's above the adapter's; what the models wrote is escaped."""
+"""What a run came to: answers to prompts as lines, and of a rejection every check in a table."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from flows.terminal.console import print_table
+from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.foreign_text import escape
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ TITLE = "Answers to {count}, for you to read (greedy; the gate sees only whether
 
 
 def format_sample_answers(answers: Sequence[SampleAnswers]) -> Iterator[str]:
-    """A title, and for each prompt the prompt, the answers, and the data's own answer."""
+    """A title, and for each prompt the prompt, the answers, and the data's own; all is escaped."""
     if not answers:
         return
     noun = "prompt" if len(answers) == 1 else "prompts"
@@ -34,3 +36,22 @@ def format_sample_answers(answers: Sequence[SampleAnswers]) -> Iterator[str]:
 def _escape_and_shorten(text: str) -> str:
     shown = escape(text)
     return shown if len(shown) <= LONGEST_TEXT else f"{shown[:LONGEST_TEXT]}..."
+
+
+def print_rejection(run: RunDirectory) -> None:
+    """The checks of the run's verdict as a table, then wrong answers of each suite that failed."""
+    from nested_core.gate.answers.answer_records import read_answers
+    from nested_core.gate.verdict import read_verdict
+    from nested_core.gate.verdict_table import (
+        CHECK_COLUMNS,
+        LOST_COLUMNS,
+        list_checks,
+        lost_answers,
+    )
+
+    verdict = read_verdict(run.gate)
+    print_table(CHECK_COLUMNS, [check.cells for check in list_checks(verdict)])
+    if not verdict.tasks:
+        return
+    for suite, rows in lost_answers(verdict, read_answers(run.answers)):
+        print_table(LOST_COLUMNS, rows, title=f"{suite}: some of the questions that it failed")

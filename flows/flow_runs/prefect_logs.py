@@ -9,7 +9,7 @@ from prefect import runtime
 from prefect.logging.configuration import setup_logging
 from prefect.logging.handlers import PrefectConsoleHandler
 
-from flows.terminal import can_redraw, errors
+from flows.terminal.console import can_redraw, errors
 from nested_core.errors import NestedTuneError
 from tasks.outcomes import Outcome
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
 
-from flows.deploy import (
+from flows.deployment.deploy import (
     ServerDeployment,
     complete_automation,
     describe_automation,
@@ -19,7 +19,7 @@ from flows.deploy import (
     read_automations,
     read_server_deployments,
 )
-from flows.deployment_plan import DeploymentPlan, full_name
+from flows.deployment.plan import DeploymentPlan, full_name
 from tasks.night_pages import find_nights_page
 
 MISSING = "-"

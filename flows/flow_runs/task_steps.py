@@ -7,10 +7,10 @@ from uuid import UUID
 
 from prefect import get_run_logger, runtime
 
-from flows.approval_request import request_approval
-from flows.early_warnings import warn_of_full_disks
-from flows.state_messages import describe_test_loss
-from flows.stop_signals import Stopper
+from flows.flow_runs.approval_request import request_approval
+from flows.flow_runs.state_messages import describe_test_loss
+from flows.flow_runs.warning_events import warn_of_full_disks
+from flows.process.stop_signals import Stopper
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.verdict import Verdict, read_verdict
 from nested_core.pipeline.hooks import Hooks
@@ -28,7 +28,7 @@ from tasks.train import train
 from tasks.validate import validate
 
 
-class TaskHooks(Hooks):
+class StepsAsTasks(Hooks):
     """Each step of a fine-tune as a Prefect task, with the links and events around it."""
 
     def on_message(self, message: str) -> None:

@@ -21,7 +21,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.types import SecretDict
 from pydantic import SecretStr
 
-from flows.current_user import current_user
+from flows.process.environment import current_user
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.text.foreign_text import escape
 

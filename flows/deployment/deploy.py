@@ -31,8 +31,8 @@ from prefect.settings import get_current_settings
 from prefect.utilities.callables import parameter_schema
 from prefect.workers.process import ProcessWorker
 
-from flows.alerts import alert_action, alert_block, find_or_make_block
-from flows.deployment_plan import (
+from flows.deployment.alerts import alert_action, alert_block, find_or_make_block
+from flows.deployment.plan import (
     RECONCILE_ENTRYPOINT,
     DeploymentPlan,
     adapter_of,

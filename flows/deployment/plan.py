@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from flows.packaged_files import packaged_folder
+from flows.process.environment import packaged_folder
 from nested_core.config.error_messages import explain_problems, find_problems
 from nested_core.config.loading import read_yaml as read_config
 from nested_core.config.section import Section
@@ -261,8 +261,8 @@ def replace_placeholders(value: Any, values: dict[str, str]) -> Any:
 
 def _require_valid_parameters(deployment: dict[str, Any]) -> None:
     """ConfigError where the flow of a deployment that trains would refuse its configuration."""
-    from flows.allowed_folders import PYTHON_SCORERS_REFUSAL
     from flows.finetune import FinetuneParameters
+    from flows.flow_runs.allowed_folders import PYTHON_SCORERS_REFUSAL
     from flows.sweep import SweepParameters
 
     sections: dict[str, type[Section]] = {

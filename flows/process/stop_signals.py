@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from flows.terminal import print_progress, show_cursor
+from flows.terminal.console import print_progress, show_cursor
 from nested_core.errors import TrainingStopped
 from nested_core.storage.run_directory import RunDirectory
 

@@ -11,15 +11,15 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from flows.embedded_server import HOST, EmbeddedServer
+from flows.process.local_server import HOST, LocalServer
 
 SHOW = """
 from contextlib import suppress
 from nested_core.errors import NestedTuneError
-from flows.embedded_server import EmbeddedServer, prefect_server
+from flows.process.local_server import LocalServer, prefect_server
 begun = []
-start = EmbeddedServer.__init__
-EmbeddedServer.__init__ = lambda self: (start(self), begun.append(self))[0]
+start = LocalServer.__init__
+LocalServer.__init__ = lambda self: (start(self), begun.append(self))[0]
 with prefect_server() as wait:
     with suppress(NestedTuneError):  # there is no http://other
         wait()
@@ -54,7 +54,7 @@ def test_without_a_name_for_another_it_serves(tmp_path: Path) -> None:
 
 def test_its_port_is_its_own_before_it_serves() -> None:
     """Else another run's server could have it by then, and would be taken for this one."""
-    server = EmbeddedServer()
+    server = LocalServer()
     try:
         with socket.socket() as other, pytest.raises(OSError, match="in use"):
             other.bind((HOST, urlsplit(server.url).port))

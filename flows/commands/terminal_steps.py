@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from flows.mlx_lm_log import MlxLmLog
-from flows.stop_signals import Stopper
-from flows.terminal import ProgressLine, describe_tiers, print_progress
+from flows.process.stop_signals import Stopper
+from flows.terminal.console import ProgressLine, describe_tiers, print_progress
+from flows.terminal.mlx_lm_log import MlxLmLog
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.verdict import Verdict
 from nested_core.pipeline import steps
@@ -18,7 +18,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.sample_answers_file import SampleAnswers, read_sample_answers
 
 
-class TerminalHooks(Hooks):
+class TerminalSteps(Hooks):
     """Messages, progress and the loss curve on standard error; signals go to the trainer."""
 
     def __init__(self, stopper: Stopper, *, mlx_lm_log: MlxLmLog | None = None) -> None:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.live import Live
 
-from flows.run_view import RunView, draw_screen, format_line
-from flows.terminal import (
+from flows.terminal.console import (
     POLL_SECONDS,
     SECONDS_BETWEEN_LINES,
     can_redraw,
@@ -22,6 +21,7 @@ from flows.terminal import (
     print_progress,
     update_console_size,
 )
+from flows.terminal.run_view import RunView, draw_screen, format_line
 from nested_core.errors import DamagedError, MissingFileError
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import open_regular, read_json_object

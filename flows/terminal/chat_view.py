@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from flows.terminal import WIDTH_WITHOUT_TERMINAL, output_console, print_line
+from flows.terminal.console import WIDTH_WITHOUT_TERMINAL, output_console, print_line
 from nested_core.text.foreign_text import escape_but_keep_newlines
 
 COLUMN_NAMES = ("base", "adapter")

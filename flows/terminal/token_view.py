@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from rich.cells import cell_len
 from rich.text import Text
 
-from flows.terminal import output_console, print_line
+from flows.terminal.console import output_console, print_line
 from nested_core.data.tokens.examples_for_display import ShownExample, ShownToken
 from nested_core.text.foreign_text import escape
 

@@ -11,7 +11,7 @@ import threading
 from contextvars import copy_context
 from pathlib import Path
 
-from flows.terminal import print_progress
+from flows.terminal.console import print_progress
 
 SECONDS_TO_TELL = 5.0
 SERVER_VARIABLE = "PREFECT_API_URL"

@@ -14,18 +14,18 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
-from flows.alerts import alert_block
-from flows.allowed_folders import allowed_roots
-from flows.deploy import ServerDeployment, read_automations, read_server_deployments
-from flows.deployment_plan import (
+from flows.deployment.alerts import alert_block
+from flows.deployment.check import Check
+from flows.deployment.deploy import ServerDeployment, read_automations, read_server_deployments
+from flows.deployment.plan import (
     FINETUNE_ENTRYPOINT,
     adapter_of,
     full_name,
     read_deployments_yaml,
     replace_placeholders,
 )
-from flows.doctor_check import Check
-from flows.packaged_files import packaged_folder
+from flows.flow_runs.allowed_folders import allowed_roots
+from flows.process.environment import packaged_folder
 
 MAX_HEARTBEAT_AGE_SECONDS = 90
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")

@@ -41,7 +41,7 @@ def prefect_server() -> Iterator[Callable[[], None]]:
     hears no heartbeats, for nobody there would miss them. Its process is begun before the settings
     are known, because both take seconds to import; it serves once they name no other.
     """
-    server = None if os.environ.get(API_URL_VARIABLE) else EmbeddedServer()
+    server = None if os.environ.get(API_URL_VARIABLE) else LocalServer()
     from prefect.settings import (
         PREFECT_API_URL,
         PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
@@ -69,19 +69,19 @@ def _require_server() -> None:
         if error is not None:
             raise NestedTuneError(
                 f"The Prefect server at {client.api_url} does not answer ({error!s:.200}). Start "
-                f"it, or unset {API_URL_VARIABLE} to run with an embedded one; `nested-tune "
+                f"it, or unset {API_URL_VARIABLE} to run with one of its own; `nested-tune "
                 f"doctor` looks at it, and `nested-tune train` needs none."
             )
 
 
-def _import_and_wait(server: EmbeddedServer) -> None:
+def _import_and_wait(server: LocalServer) -> None:
     """Import what Prefect would at the first run: the server takes longer to start."""
     for module in IMPORTED_BY_THE_FIRST_RUN:
         import_module(module)
     server.wait()
 
 
-class EmbeddedServer:
+class LocalServer:
     """A server in a process of its own, on a port of its own, until this one ends.
 
     It is handed the bound socket: it takes seconds to listen there, and a port that was only chosen
@@ -116,7 +116,7 @@ class EmbeddedServer:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self._process.kill()
                 raise NestedTuneError(
-                    "Prefect's embedded server did not start; what it said stands above. "
+                    "The Prefect server of this run did not start; what it said stands above. "
                     "`nested-tune doctor` looks for the cause, and `nested-tune train` needs no "
                     "server."
                 )

@@ -1,0 +1,1 @@
+"""This process: its signals, its user and files, its own Prefect server, errors of the system."""
