@@ -1,7 +1,7 @@
 """What the Prefect flow costs: `nested-tune run` against `nested-tune train` for the same work.
 
-The start of the run's own server is timed in the same go and taken off: whoever runs flows often has
-a server. Two sizes of work tell what is paid once from what grows with the work.
+The start of the run's own server is timed in the same go and taken off: whoever runs flows often
+has a server. Two sizes of work tell what is paid once from what grows with the work.
 """
 
 from __future__ import annotations

@@ -115,8 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        text, code = explain(error)
-        return _print_error(error, code, arguments, text)
+        explained = explain(error)
+        return _print_error(error, explained.exit_code, arguments, str(explained))
     except (ImportError, ValueError) as error:
         text_or_none = explain_missing_mlx(error) or explain_file_limit(error)
         code = 1 if text_or_none is None else ConfigError.exit_code

@@ -23,7 +23,6 @@ from flows.flow_runs.labels import name_flow_run, tag_flow_run
 from flows.flow_runs.other_nights import find_other_night
 from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
 from flows.flow_runs.state_messages import (
-    advise_retry_button,
     describe_loss,
     describe_rejection,
     shorten_version,
@@ -119,8 +118,8 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
     try:
         result = run_finetune(config, run, StepsAsTasks(), resume=run.is_nonempty())
     except TrainingStopped as error:
-        advice = advise_retry_button(str(error))
-        return Cancelled(message=f"resumable by a retry of this flow run: {advice}")
+        message = error.describe_for("page")
+        return Cancelled(message=f"resumable by a retry of this flow run: {message}")
     except GateRejected as error:
         verdict = read_verdict(run.gate)
         if verdict.has_passed:  # the registry refused what this gate let through
@@ -134,8 +133,7 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
     except NestedTuneError as error:
         return _failed_state(error)
     except OSError as error:  # that a task's retries did not outlast
-        paragraph, _ = explain(error)
-        message = f"{type(error).__name__}: {advise_retry_button(paragraph)}"
+        message = f"{type(error).__name__}: {explain(error).describe_for('page')}"
         return Failed(message=message, data=error)
     outcome, message = _describe_outcome(config, result)
     return Completed(name=outcome, message=f"{resumed}{message}{_describe_held_out(config, run)}")
@@ -156,7 +154,7 @@ def _failed_state(error: NestedTuneError) -> State[Any]:
         name = Outcome.DAMAGED
     elif isinstance(error, DatasetError):
         name = Outcome.DATA_REFUSED
-    message = f"{type(error).__name__}: {advise_retry_button(str(error))}"
+    message = f"{type(error).__name__}: {error.describe_for('page')}"
     return Failed(name=name, message=message, data=error)
 
 

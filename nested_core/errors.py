@@ -5,8 +5,11 @@ A message is one paragraph: what is wrong, where, what was expected and what to 
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from nested_core.text.foreign_text import escape_but_keep_newlines
 
@@ -31,16 +34,70 @@ def describe_first_problem(error: ValidationError, name_of_whole: str = "the fil
     return f"{'.'.join(map(str, first['loc'])) or name_of_whole}: {first['msg']}"
 
 
+@dataclass(frozen=True)
+class Advice:
+    """What to do about an error, in a sentence for whoever reads it.
+
+    command: at the command line; page: on a page of Prefect, which has buttons; python: in a
+    notebook or a program.
+    """
+
+    command: str
+    page: str
+    python: str
+
+
+def go_on_with(run_dir: Path | None = None) -> Advice:
+    """The advice to go on with a run; without its folder, in words that name none."""
+    folder = "its --run-dir and" if run_dir is None else f"--run-dir {run_dir}"
+    path = "PATH" if run_dir is None else repr(str(run_dir))
+    return Advice(
+        command=f"Go on with the same command, {folder} --resume.",
+        page="Go on with the Retry button.",
+        python=f"Go on with finetune(config, open_run({path}, resume=True), resume=True).",
+    )
+
+
+JUDGE_AGAIN = Advice(
+    command="Judge the run again with --resume.",
+    page="Judge the run again with the Retry button.",
+    python="Judge the run again with finetune(config, open_run(PATH, resume=True), resume=True).",
+)
+BEGIN_AGAIN = Advice(
+    command="Begin again with the same command.",
+    page="Begin again with the Retry button.",
+    python="Begin again with the same call.",
+)
+
+
 class NestedTuneError(Exception):
     """Base of all errors of this project; `exit_code` is what the command line returns.
 
-    A message names files, keys and tensors that others named: as text it is safe to show.
+    A message names files, keys and tensors that others named: as text it is safe to show. `advice`
+    follows it in the words of the reader's tool, as text in those of the command line.
     """
 
     exit_code = 1
 
+    def __init__(self, message: str = "", *, advice: Advice | None = None) -> None:
+        super().__init__(message)
+        self.advice = advice
+
+    def describe_for(self, reader: Literal["command", "page", "python"]) -> str:
+        """The message with the advice for this reader."""
+        message = super().__str__()
+        if self.advice is not None:
+            separator = "" if message.endswith("\n") else " "
+            message += separator + getattr(self.advice, reader)
+        return escape_but_keep_newlines(message)
+
     def __str__(self) -> str:
-        return escape_but_keep_newlines(super().__str__())
+        return self.describe_for("command")
+
+    def _render_traceback_(self) -> list[str]:
+        """The lines that IPython shows of the error, in a notebook too."""
+        *frames, _ = traceback.format_exception(self)
+        return [*frames, f"{type(self).__name__}: {self.describe_for('python')}"]
 
 
 class ConfigError(NestedTuneError):

@@ -24,7 +24,7 @@ from flows.terminal.console import (
 from flows.terminal.mlx_lm_log import MlxLmLog
 from flows.terminal.run_follower import showing_run
 from flows.terminal.run_results import format_sample_answers, print_rejection
-from nested_core.errors import ConfigError, GateRejected, TrainingStopped
+from nested_core.errors import ConfigError, GateRejected, TrainingStopped, go_on_with
 from nested_core.storage.run_directory import (
     DEFAULT_RUNS_FOLDER,
     RunDirectory,
@@ -245,8 +245,8 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
             state = finetune(FinetuneParameters(**parameters), return_state=True)
     if state.is_cancelled():
         raise TrainingStopped(
-            f"The flow run was cancelled, {state.message} At the command line: the same command, "
-            f"--run-dir {run.path} --resume."
+            f"The flow run was cancelled, {state.message} At the command line:",
+            advice=go_on_with(run.path),
         )
     with naming_report_of_failure(run, is_named=is_named):
         state.result()  # raises what made it fail

@@ -74,7 +74,7 @@ class _ErrorAsParagraphFilter(logging.Filter):
         self._last = error
         setattr(record, PARAGRAPH_ATTRIBUTE, True)
         record.msg = "%s: %s"
-        record.args = (type(error).__name__, error)
+        record.args = (type(error).__name__, error.describe_for("page"))
         record.exc_info = None
         record.exc_text = None
         return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,16 +18,6 @@ SHOWN_DIGITS = 6
 MAX_EXPONENT = 709.0  # of e in a float
 MAX_SHOWN_REASONS = 3
 MAX_SHOWN_CHARACTERS = 160  # of a reason's own words
-# What an error advises at the command line, and in a page, which has a button for it.
-RETRY_ADVICE_REPLACEMENTS = (
-    (r"with the same command, --run-dir .{1,4096}? --resume", "with the Retry button"),
-    (r"with its --run-dir and --resume", "with the Retry button"),
-    (r"Give the command of the run again with --resume", "Press Retry"),
-    (r"with --resume", "with the Retry button"),
-    (r"--resume with", "Retry with"),
-    (r"with the same command(?=\.)", "with the Retry button"),
-    (r"`nested-tune train --resume`", "Retry"),
-)
 
 
 def shorten_version(version: str) -> str:
@@ -111,10 +100,3 @@ def _describe_champion(verdict: Mapping[str, Any]) -> str:
     if champion is None or champion["loss"] is None:
         return ""
     return f"; champion {shorten_version(champion['version'])} {format_loss(champion['loss'])}"
-
-
-def advise_retry_button(message: str) -> str:
-    """A message for somebody who reads it in a page: the Retry button in place of a command."""
-    for command, button in RETRY_ADVICE_REPLACEMENTS:
-        message = re.sub(command, button, message, flags=re.DOTALL)
-    return message

@@ -6,7 +6,7 @@ import errno
 import os
 import resource
 
-from nested_core.errors import ConfigError
+from nested_core.errors import BEGIN_AGAIN, Advice, ConfigError, NestedTuneError
 
 NO_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_ALLOWED_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -29,38 +29,46 @@ ADVICE_BY_PATH_ERRNO = {
     errno.EBUSY: "Another program uses it: wait for that, or give another path",
     errno.ETXTBSY: "It is a program that runs: give another path",
 }
+RUN_GOES_ON = Advice(
+    command="Give the command again; a run that has begun goes on from its last checkpoint with "
+    "its --run-dir and --resume.",
+    page="Press Retry: a run that has begun goes on from its last checkpoint.",
+    python="Call it again; a run that has begun goes on from its last checkpoint with "
+    "open_run(PATH, resume=True).",
+)
 LONGEST_SHOWN_PATH = 1_000
 OPEN_FILES_OF_MLX_LM = 4_096  # mlx_lm/utils.py
 
 
-def explain(error: OSError) -> tuple[str, int]:
-    """The paragraph and the exit code: 2 where another path or right is needed, else 1."""
-    place, reason = describe_path_of_error(error), error.strerror or str(error)
+def explain(error: OSError) -> NestedTuneError:
+    """The error in our own words: a ConfigError where another path or right is needed."""
+    place, reason = _describe_path(error), error.strerror or str(error)
     if error.errno in NO_SPACE_ERRNOS:
-        return (
+        return NestedTuneError(
             f"{place} cannot be written ({reason}). What stood on the disk before is as it "
-            f"was. Make room and give the command again; a run that has begun goes on from its "
-            f"last checkpoint with its --run-dir and --resume."
-        ), 1
+            f"was. Make room.",
+            advice=RUN_GOES_ON,
+        )
     if error.errno in NOT_ALLOWED_ERRNOS:
-        return (
+        return ConfigError(
             f"{place} cannot be read or written ({reason}). Check its owner, its "
             f"permissions and those of its folder, and how it is mounted, or give another path."
-        ), ConfigError.exit_code
+        )
     if error.errno in ADVICE_BY_PATH_ERRNO:
-        advice = ADVICE_BY_PATH_ERRNO[error.errno]
-        return f"{place} cannot be used ({reason}). {advice}.", ConfigError.exit_code
+        return ConfigError(
+            f"{place} cannot be used ({reason}). {ADVICE_BY_PATH_ERRNO[error.errno]}."
+        )
     if error.errno in NO_RESOURCES_ERRNOS:
-        return (
+        return NestedTuneError(
             f"The system gave no more of what {place} needed ({reason}). End other programs, or "
-            f"raise the limits of this one (`ulimit -n` for open files), and give the command "
-            f"again."
-        ), 1
-    return (
+            f"raise the limits of this one (`ulimit -n` for open files).",
+            advice=BEGIN_AGAIN,
+        )
+    return NestedTuneError(
         f"{place} cannot be read or written ({reason}). That is the disk's, the network's or the "
-        f"system's: look there, and give the command again; a run that has begun goes on from its "
-        f"last checkpoint with its --run-dir and --resume."
-    ), 1
+        f"system's: look there.",
+        advice=RUN_GOES_ON,
+    )
 
 
 def explain_file_limit(error: Exception) -> str | None:
@@ -89,7 +97,7 @@ def explain_missing_mlx(error: Exception) -> str | None:
     )
 
 
-def describe_path_of_error(error: OSError) -> str:
+def _describe_path(error: OSError) -> str:
     """The path that an error is about, the target of a copy, at most LONGEST_SHOWN_PATH long."""
     place = error.filename2 or error.filename
     if place is None or isinstance(place, int):

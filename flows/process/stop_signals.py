@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from flows.terminal.console import print_progress, show_cursor
-from nested_core.errors import TrainingStopped
+from nested_core.errors import BEGIN_AGAIN, TrainingStopped, go_on_with
 from nested_core.storage.run_directory import RunDirectory
 
 INTERRUPTED_EXIT_CODE = 130
@@ -60,12 +60,11 @@ class Stopper:
         try:
             yield
         except _StopNow:
-            raise TrainingStopped(
-                f"Stopped outside of training: what was done so far is on disk. Go on with the "
-                f"same command, --run-dir {run.path} --resume."
-                if run.is_nonempty()
-                else "Stopped before anything was done. Begin again with the same command."
-            ) from None
+            if not run.is_nonempty():
+                message = "Stopped before anything was done."
+                raise TrainingStopped(message, advice=BEGIN_AGAIN) from None
+            message = "Stopped outside of training: what was done so far is on disk."
+            raise TrainingStopped(message, advice=go_on_with(run.path)) from None
         finally:
             signal.set_wakeup_fd(fd_before)
             for number, handler in before.items():

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from nested_core import backend
-from nested_core.errors import ConfigError, NestedTuneError, shorten
+from nested_core.errors import JUDGE_AGAIN, ConfigError, NestedTuneError, shorten
 from nested_core.gate.verdict import Reason
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.storage.atomic import finite_or_none
@@ -285,7 +285,8 @@ class FreshProcess:
         if code < 0:
             raise NestedTuneError(
                 f"The process that loads base and adapter for the gate was killed by signal "
-                f"{-code}; most often memory was short. Judge again with --resume."
+                f"{-code}; most often memory was short.",
+                advice=JUDGE_AGAIN,
             )
         if code > 0:
             lines = errors.decode(errors="replace").strip().splitlines()
@@ -295,8 +296,8 @@ class FreshProcess:
             raise NestedTuneError(
                 f"The process that loads base and adapter for the gate failed: {problem}. This "
                 f"says nothing about the adapter, and there is no verdict. Look for room in "
-                f"{tempfile.gettempdir()}, memory, open files and the C++ compiler, and judge "
-                f"again: a run with --resume."
+                f"{tempfile.gettempdir()}, memory, open files and the C++ compiler.",
+                advice=JUDGE_AGAIN,
             )
 
     def end(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import DamagedError
+from nested_core.errors import JUDGE_AGAIN, DamagedError
 from nested_core.gate.file_checks import CHECKS_OF_FILES
 from nested_core.gate.judged import begin_judging_run, make_checks
 from nested_core.gate.recorded_verdict import require_same_verdict
@@ -31,8 +31,8 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory, recorded: Mapping
     verdict = judged.verdict
     if not verdict.has_passed:
         raise DamagedError(
-            f"{run.gate} says passed, and the files that it judged do not: {verdict.summary()}. "
-            f"Judge the run again with --resume."
+            f"{run.gate} says passed, and the files that it judged do not: {verdict.summary()}.",
+            advice=JUDGE_AGAIN,
         )
     bound = require_verdict_manifest(run.path, recorded)
     files = evidence.files | {run.config.name: describe_file(run.config)}
@@ -46,8 +46,9 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory, recorded: Mapping
     if changed := [name for name in names if files.get(name) != bound.get(name)]:
         raise DamagedError(
             f"{run.gate} was not given on the {' and '.join(changed)} that {run.path} holds: "
-            f"{run.manifest.name} has other digests of them. Bring back what was there, or judge "
-            f"the run again with --resume."
+            f"{run.manifest.name} has other digests of them. Bring back what was there; if it is "
+            f"lost:",
+            advice=JUDGE_AGAIN,
         )
     require_same_verdict(verdict, recorded, run)
     require_same_task_results(config.gate, run, recorded)

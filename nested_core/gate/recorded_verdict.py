@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nested_core.config.gate import GateSection
-from nested_core.errors import DamagedError
+from nested_core.errors import JUDGE_AGAIN, DamagedError
 from nested_core.gate.chosen_candidate import Candidates, read_candidates
 from nested_core.gate.example_losses import ExampleLosses, read_example_losses
 from nested_core.gate.fresh_process_check import TOLERANCE_FLOAT32, TOLERANCE_NARROW_DTYPES
@@ -36,8 +36,8 @@ def require_same_verdict(verdict: Verdict, recorded: Mapping[str, Any], run: Run
     wrong += _differing_losses(verdict, recorded, run)
     if wrong:
         raise DamagedError(
-            f"{run.gate} is not the verdict on the files beside it: {', '.join(wrong)} differ. "
-            f"Judge the run again with --resume."
+            f"{run.gate} is not the verdict on the files beside it: {', '.join(wrong)} differ.",
+            advice=JUDGE_AGAIN,
         )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from nested_core.errors import DamagedError
+from nested_core.errors import JUDGE_AGAIN, DamagedError
 from nested_core.gate.verdict import SampleVerdict
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.sample_answers_file import BrokenHow, SampleAnswers, read_sample_answers
@@ -61,5 +61,6 @@ def require_same_samples(
     if samples != asdict(now):
         raise DamagedError(
             f"{run.gate} is not the verdict on {run.sample_answers.name} beside it: samples "
-            f"differ. Judge the run again with --resume."
+            f"differ.",
+            advice=JUDGE_AGAIN,
         )

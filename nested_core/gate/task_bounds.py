@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nested_core.config.gate import GateSection, TaskSection
-from nested_core.errors import DamagedError, join_first_values
+from nested_core.errors import JUDGE_AGAIN, DamagedError, join_first_values
 from nested_core.gate.answers.answer_records import AnswerRecord, read_answers
 from nested_core.gate.harmed_examples import exchange_mid_p
 from nested_core.gate.paired_difference import (
@@ -204,8 +204,7 @@ def _group_answers(
         lines = {tuple(record.line for record in given) for given in answers.values()}
         if len(lines) != 1 or not {"base", "candidate"} <= answers.keys():
             raise DamagedError(
-                f"gate.tasks: the answers to {name} are not all there. Judge the run again with "
-                f"--resume."
+                f"gate.tasks: the answers to {name} are not all there.", advice=JUDGE_AGAIN
             )
     return grouped
 
@@ -292,8 +291,8 @@ def require_same_task_results(
     expected = [asdict(result) for result in results]
     if reasons or not _are_same_rows(recorded.get("tasks", []), expected):
         raise DamagedError(
-            f"{run.gate} is not the verdict on {run.answers.name} beside it: tasks differ. Judge "
-            f"the run again with --resume."
+            f"{run.gate} is not the verdict on {run.answers.name} beside it: tasks differ.",
+            advice=JUDGE_AGAIN,
         )
 
 

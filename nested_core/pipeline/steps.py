@@ -25,6 +25,7 @@ from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import (
+    JUDGE_AGAIN,
     ConfigError,
     DamagedError,
     GateRejected,
@@ -401,8 +402,8 @@ def judge(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = No
         except (MemoryError, RuntimeError) as error:  # MLX's own, for memory, files and compilers
             raise NestedTuneError(
                 f"The gate could not compute with {run.adapter}, and gives no verdict: {error}. "
-                f"Look for memory, room in the temporary folder and the C++ compiler, and judge "
-                f"again with --resume."
+                f"Look for memory, room in the temporary folder and the C++ compiler.",
+                advice=JUDGE_AGAIN,
             ) from error
     run.require_lock()
     _write_verdict(config, run, verdict)

@@ -13,7 +13,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nested_core.errors import ConfigError, DamagedError, GateRejected, describe_first_problem
+from nested_core.errors import (
+    JUDGE_AGAIN,
+    ConfigError,
+    DamagedError,
+    GateRejected,
+    describe_first_problem,
+    go_on_with,
+)
 from nested_core.storage.atomic import write_json
 from nested_core.storage.manifest import (
     MANIFEST_NAME,
@@ -30,7 +37,6 @@ GATE_NAME = "gate.json"
 MAX_GATE_BYTES = 64 * 1024 * 1024
 MAX_LISTED_REASONS = 5
 MIN_CHANGE_LEFT_BY_FUSING = 0.5  # of the whole change, that fusing must leave
-JUDGE_AGAIN_HINT = "`nested-tune train --resume` judges the run again."
 
 
 class _Losses(BaseModel):
@@ -234,7 +240,8 @@ def require_verdict_manifest(run_dir: Path, gate: Mapping[str, Any]) -> dict[str
     if not has_verdict_manifest(run_dir):
         raise DamagedError(
             f"{run_dir / MANIFEST_NAME} is missing: nothing says that {path} is the verdict on the "
-            f"files beside it, as in a run that an earlier version judged. {JUDGE_AGAIN_HINT}"
+            f"files beside it, as in a run that an earlier version judged.",
+            advice=JUDGE_AGAIN,
         )
     manifest = read_manifest(run_dir)
     files: dict[str, FileEntry] = manifest["files"]
@@ -243,7 +250,8 @@ def require_verdict_manifest(run_dir: Path, gate: Mapping[str, Any]) -> dict[str
     ):
         raise DamagedError(
             f"{path} has changed since the verdict was given: {MANIFEST_NAME} beside it holds "
-            f"another digest of it. Bring back what was there; {JUDGE_AGAIN_HINT}"
+            f"another digest of it. Bring back what was there; if it is lost:",
+            advice=JUDGE_AGAIN,
         )
     return files
 
@@ -253,7 +261,8 @@ def read_gate(path: Path) -> dict[str, Any]:
     if file_type(path, follow_links=True) == "missing":
         raise ConfigError(
             f"{path} is not there: no gate has judged this adapter. Expected the directory of a "
-            "finished run; let the run end, or resume it with --resume."
+            "finished run; let the run end.",
+            advice=go_on_with(),
         )
     gate = read_json(path, MAX_GATE_BYTES)
     if not isinstance(gate, dict) or gate.get("verdict") not in ("passed", "failed"):
@@ -298,8 +307,8 @@ def require_consistent(gate: dict[str, Any], path: Path) -> None:
     if problems:
         listed = "; ".join(problems[:MAX_LISTED_REASONS])
         raise DamagedError(
-            f"{path} says passed and contradicts itself: {listed}. It was edited; "
-            f"{JUDGE_AGAIN_HINT}"
+            f"{path} says passed and contradicts itself: {listed}. It was edited.",
+            advice=JUDGE_AGAIN,
         )
 
 

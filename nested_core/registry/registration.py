@@ -13,12 +13,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from nested_core.errors import DamagedError
+from nested_core.errors import JUDGE_AGAIN, DamagedError
 from nested_core.registry.adapter_card import CARD_NAME, render_card
 from nested_core.registry.folder_lock import exclusive_folder_lock
 from nested_core.registry.gate_file import (
     GATE_NAME,
-    JUDGE_AGAIN_HINT,
     read_gate,
     require_consistent,
     require_passed,
@@ -252,5 +251,6 @@ def _require_judged_files(folder: Path, run_dir: Path, judged: Mapping[str, Any]
         if copied[name] != judged.get(source):
             raise DamagedError(
                 f"{run_dir / source} has changed since the verdict was given: the run's manifest "
-                f"holds another digest of it. Bring back what was there; {JUDGE_AGAIN_HINT}"
+                f"holds another digest of it. Bring back what was there; if it is lost:",
+                advice=JUDGE_AGAIN,
             )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nested_core.errors import DamagedError
+from nested_core.errors import JUDGE_AGAIN, DamagedError
 
 CANARY_NAME = "canary.jsonl"
 # Of all suites together, and of an answer: a server asks them one at a time before it serves.
@@ -79,6 +79,7 @@ def parse_canary(content: bytes, place: object) -> Canary:
         )
     except ValidationError as error:
         raise DamagedError(
-            f"{place} does not hold recorded answers of a canary. Bring back what was there, or "
-            f"judge the run again with --resume."
+            f"{place} does not hold recorded answers of a canary. Bring back what was there; if "
+            f"it is lost:",
+            advice=JUDGE_AGAIN,
         ) from error

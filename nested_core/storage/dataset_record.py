@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from nested_core.errors import DamagedError, describe_first_problem
+from nested_core.errors import DamagedError, describe_first_problem, go_on_with
 from nested_core.storage.strict_files import read_json
 
 
@@ -37,7 +37,7 @@ def read_dataset_record(path: Path) -> DatasetRecord:
         return _RECORD_VALIDATOR.validate_python(document, strict=False)
     except ValidationError as error:
         raise DamagedError(
-            f"{path} is not the report on a data set ({describe_first_problem(error)}). Give the "
-            f"command of the run again with --resume: the data is validated anew, and the file is "
-            f"written."
+            f"{path} is not the report on a data set ({describe_first_problem(error)}). It is "
+            f"written anew where the run goes on.",
+            advice=go_on_with(),
         ) from error

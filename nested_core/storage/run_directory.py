@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
 
-from nested_core.errors import ConfigError, DamagedError
+from nested_core.errors import ConfigError, DamagedError, go_on_with
 from nested_core.storage.canary_file import CANARY_NAME
 from nested_core.storage.lock_file import (
     LockFile,
@@ -115,8 +115,9 @@ class RunDirectory:
         if has_run_files and os.path.lexists(self.config):
             raise DamagedError(
                 f"{self.config} is not a file. The run wrote one: bring it back, or move away "
-                f"what is there; --resume with the configuration that the run began with writes it "
-                f"again."
+                f"what is there: it is written again where the run goes on with the configuration "
+                f"that it began with.",
+                advice=go_on_with(self.path),
             )
         missing = "run.lock, dataset.json or tiers.json" if has_config else "config.yaml"
         raise ConfigError(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from nested_core.errors import ConfigError, TrainingProcessesDiffer
+from nested_core.errors import ConfigError, TrainingProcessesDiffer, go_on_with
 from nested_core.optim.gradient_checks import Flat
 from nested_core.training.loss.loss_interface import MicroBatch
 
@@ -82,9 +82,10 @@ class World:
             raise TrainingProcessesDiffer(
                 f"At step {step} rank {', '.join(map(str, odd_ranks))} of {self.size} holds other "
                 f"numbers than the rest, in {len(names)} of {len(arrays)} arrays, {names[0]} among "
-                f"them. Ranks must be equal to the bit. Nothing of this step was kept: go on from "
-                f"the last checkpoint with --resume, and look at that rank's machine: its MLX, its "
-                f"device, and whether it reads the same model, data and run directory."
+                f"them. Ranks must be equal to the bit. Nothing of this step was kept. "
+                f"Look at that rank's machine: its MLX, its device, and whether it reads the same "
+                f"model, data and run directory.",
+                advice=go_on_with(),
             )
 
 

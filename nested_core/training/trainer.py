@@ -12,7 +12,7 @@ from dataclasses import astuple
 
 import mlx.core as mx
 
-from nested_core.errors import DamagedError, DatasetError, TrainingStopped
+from nested_core.errors import DamagedError, DatasetError, TrainingStopped, go_on_with
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.parameters import read_parameters
 from nested_core.optim.gradient_checks import Flat
@@ -365,8 +365,8 @@ class Trainer:
             self._recorder.save_checkpoint(self.state)
         self.setup.run.stop_request.unlink(missing_ok=True)
         raise TrainingStopped(
-            f"Training was stopped at step {self.state.step} of {self.steps}. Go on with "
-            f"the same command, --run-dir {self.setup.run.path} --resume."
+            f"Training was stopped at step {self.state.step} of {self.steps}.",
+            advice=go_on_with(self.setup.run.path),
         )
 
 

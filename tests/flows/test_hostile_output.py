@@ -56,7 +56,8 @@ def print_a_line(text: str) -> None:
 
 
 def describe_an_os_error(text: str) -> None:
-    console.print_progress(os_errors.explain(OSError(2, "No such file or directory", text))[0])
+    error = os_errors.explain(OSError(2, "No such file or directory", text))
+    console.print_progress(str(error))
 
 
 PRINTERS: list[Callable[[str], None]] = [

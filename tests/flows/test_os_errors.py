@@ -27,43 +27,48 @@ def refused(number: int) -> OSError:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_exit_1_and_says_how_to_go_on(number: int) -> None:
-    text, code = explain(refused(number))
-    assert code == 1
+    error = explain(refused(number))
+    text = str(error)
+    assert error.exit_code == 1
     assert text.startswith(f"run/config.yaml cannot be written ({os.strerror(number)})")
     assert "--resume" in text
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
 def test_missing_rights_are_exit_2_and_name_the_path(number: int) -> None:
-    text, code = explain(refused(number))
-    assert code == 2
+    error = explain(refused(number))
+    text = str(error)
+    assert error.exit_code == 2
     assert text.startswith(f"run/config.yaml cannot be read or written ({os.strerror(number)})")
 
 
 @pytest.mark.parametrize("number", sorted(ADVICE_BY_PATH_ERRNO))
 def test_a_path_that_cannot_be_used_is_exit_2_and_says_what_to_give(number: int) -> None:
-    text, code = explain(refused(number))
-    assert code == 2
+    error = explain(refused(number))
+    text = str(error)
+    assert error.exit_code == 2
     assert text.startswith(f"run/config.yaml cannot be used ({os.strerror(number)}). ")
     assert len(text.splitlines()) == 1
 
 
 @pytest.mark.parametrize("number", sorted(errno.errorcode))
 def test_no_error_of_the_system_is_unexpected(number: int) -> None:
-    text, code = explain(refused(number))
+    error = explain(refused(number))
+    text = str(error)
     assert "run/config.yaml" in text
     assert os.strerror(number) in text
-    assert code in (1, 2)
+    assert error.exit_code in (1, 2)
 
 
 def test_an_error_of_the_device_is_exit_1_and_says_how_to_go_on() -> None:
-    text, code = explain(refused(errno.EIO))
-    assert code == 1
-    assert "--resume" in text
+    error = explain(refused(errno.EIO))
+    assert error.exit_code == 1
+    assert "--resume" in str(error)
+    assert "Retry" in error.describe_for("page")
 
 
 def test_an_error_without_number_or_path_is_a_paragraph_too() -> None:
-    assert explain(OSError("no free ports"))[0].startswith(
+    assert str(explain(OSError("no free ports"))).startswith(
         "a file or a connection cannot be read or written (no free ports)"
     )
 
@@ -92,8 +97,7 @@ def limit_open_files() -> None:
 
 def test_of_a_copy_the_file_that_could_not_be_written_is_named() -> None:
     error = OSError(errno.ENOSPC, "No space left on device", "from", None, "to")
-    text, _ = explain(error)
-    assert text.startswith("to cannot be written")
+    assert str(explain(error)).startswith("to cannot be written")
 
 
 def test_a_run_that_cannot_write_a_file_says_so_and_goes_on_once_it_can(tmp_path: Path) -> None:

@@ -6,10 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from flows.flow_runs.state_messages import (
-    advise_retry_button,
     describe_loss,
     describe_rejection,
     describe_test_loss,
@@ -63,27 +60,6 @@ def test_a_loss_is_told_with_the_champions(tmp_path: Path) -> None:
     run = run_with(tmp_path, validation=LOSSES, champion=CHAMPION)
     assert describe_loss(run) == "val loss 0.01842 -> 0.02131; champion 670791 0.01842"
     assert describe_loss(run_with(tmp_path)) == "no validation set"
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "Training was stopped at step 250 of 900. Go on with the same command, --run-dir a b/run "
-        "--resume.",
-        "Go on from the last checkpoint with the same command, --run-dir run --resume. The last",
-        "Stopped before anything was done. Begin again with the same command.",
-        "Bring back what was there, or judge the run again with --resume.",
-        "It was edited; `nested-tune train --resume` judges the run again.",
-        "Give the command of the run again with --resume: the data is validated anew.",
-        "a run that has begun goes on from its last checkpoint with its --run-dir and --resume.",
-        "Bring it back, or remove it: --resume with the configuration writes it again.",
-    ],
-)
-def test_a_page_has_a_button_in_place_of_a_command(command: str) -> None:
-    advice = advise_retry_button(command)
-    assert "--" not in advice
-    assert "nested-tune" not in advice
-    assert "Retry" in advice
 
 
 def test_the_test_loss_names_its_file_examples_and_adapter(tmp_path: Path) -> None:

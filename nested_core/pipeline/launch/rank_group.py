@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from nested_core import errors
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import NestedTuneError, TrainingProcessLost, TrainingStopped
+from nested_core.errors import NestedTuneError, TrainingProcessLost, TrainingStopped, go_on_with
 from nested_core.optim.tier_counters import TierStats
 from nested_core.pipeline.launch import end_with_parent
 from nested_core.pipeline.launch.mlx_launch import (
@@ -193,8 +193,8 @@ class RankGroup:
         last_lines = "\n".join([*map(str, causes), *self._last_lines][:MAX_KEPT_ERROR_LINES])
         raise TrainingProcessLost(
             f"{what} at step {self.current_step} or after it, before training was done; the others "
-            f"were ended with it. Go on from the last checkpoint with the same command, --run-dir "
-            f"{run_dir} --resume. The last lines that were printed:\n{last_lines}"
+            f"were ended with it. The last lines that were printed:\n{last_lines}\n",
+            advice=go_on_with(run_dir),
         )
 
 

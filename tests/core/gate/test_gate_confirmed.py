@@ -219,7 +219,9 @@ def test_a_verdict_of_an_earlier_version_has_to_be_given_again(
     judged: RunDirectory, config: FineTuneConfig
 ) -> None:
     judged.manifest.unlink()
-    with pytest.raises(DamagedError, match="is missing.*--resume` judges the run again") as caught:
+    with pytest.raises(
+        DamagedError, match="is missing.*Judge the run again with --resume"
+    ) as caught:
         confirm_recorded_verdict(config, judged)
     assert "\n" not in str(caught.value)
     steps.judge(config, judged)
@@ -327,7 +329,7 @@ def test_a_resumption_under_other_bounds_needs_a_new_verdict_and_the_same_one_no
     bounds = config.gate.model_copy(update={"max_val_loss_increase": 0.5})
     other = config.model_copy(update={"gate": bounds})
     steps.write_run_config(other, judged, resume=True)
-    with pytest.raises(DamagedError, match=r"config\.yaml.* judge the run again with --resume"):
+    with pytest.raises(DamagedError, match=r"config\.yaml.* Judge the run again with --resume"):
         confirm_recorded_verdict(read_run_config(judged), judged)
     steps.judge(other, judged)
     confirm_recorded_verdict(read_run_config(judged), judged)

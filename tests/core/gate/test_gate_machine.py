@@ -72,7 +72,7 @@ def test_a_run_has_no_verdict_then_and_gets_one_the_next_time(
     config: FineTuneConfig, run: RunDirectory, limited: Limit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limited(LIMITS["answer cannot be written"])
-    with pytest.raises(NestedTuneError, match="a run with --resume"):
+    with pytest.raises(NestedTuneError, match="Judge the run again with --resume"):
         steps.judge(config, run)
     assert not run.gate.exists()
     assert not run.manifest.exists()
