@@ -10,8 +10,7 @@ from typing import Annotated, Any
 from uuid import UUID
 
 from prefect import flow, get_run_logger, runtime
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.states import Completed, Failed, State
@@ -33,9 +32,9 @@ from nested_core.registry.promotion_policy import WAITING_OUTCOME, effective_rul
 from nested_core.report.sweep_results import SweepRunResult, find_registered_version
 from nested_core.storage.run_directory import RunDirectory
 from tasks.outcomes import Outcome
+from tasks.prefect_server import asking_server
 from tasks.promote import promote
-from tasks.register import register
-from tasks.server_outage import tolerating_server_outage
+from tasks.steps import register
 from tasks.sweep import pick_best_run
 
 SECONDS_BETWEEN_LOOKS = 10.0
@@ -207,12 +206,9 @@ def _wait_for_runs(run_ids: list[UUID]) -> list[FlowRun]:
     ended: dict[UUID, FlowRun] = {}
     crashed_at: dict[UUID, float] = {}
     while waiting := [run_id for run_id in run_ids if run_id not in ended]:
-        with (
-            tolerating_server_outage("the sweep's runs are looked at later"),
-            get_client(sync_client=True) as client,
-        ):
+        with asking_server("the sweep's runs are looked at later") as client:
             asked = waiting[:MAX_RUNS_READ]
-            wanted = FlowRunFilter(id=FlowRunFilterId(any_=asked))
+            wanted = FlowRunFilter.model_validate({"id": {"any_": asked}})
             found = client.read_flow_runs(flow_run_filter=wanted)
             if len(found) < len(asked):
                 raise NestedTuneError(f"sweep: {len(asked) - len(found)} of its runs were deleted.")

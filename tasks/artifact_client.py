@@ -15,17 +15,13 @@ from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
-from prefect.client.schemas.filters import (
-    ArtifactFilter,
-    ArtifactFilterFlowRunId,
-    ArtifactFilterKey,
-)
+from prefect.client.schemas.filters import ArtifactFilter
 from prefect.utilities.context import get_task_and_flow_run_ids
 
 from nested_core.text.foreign_text import escape_markdown
 from nested_core.text.markdown_page import MarkdownPage
 from nested_core.text.value_format import format_value
-from tasks.server_outage import tolerating_server_outage
+from tasks.prefect_server import tolerating_server_outage
 
 _INVALID_KEY_CHARACTERS = re.compile("[^a-z0-9]+")
 _DIGEST_DIGITS = 6
@@ -116,9 +112,8 @@ class ArtifactClient:
         """What this flow run has published under a key already."""
         if flow_run is None:
             return None
-        wanted = ArtifactFilter(
-            key=ArtifactFilterKey(any_=[key]),
-            flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run]),
+        wanted = ArtifactFilter.model_validate(
+            {"key": {"any_": [key]}, "flow_run_id": {"any_": [flow_run]}}
         )
         earlier = self._client.read_artifacts(artifact_filter=wanted, limit=1)
         return earlier[0].id if earlier else None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.client.schemas.filters import ArtifactFilter
 from prefect.client.schemas.objects import Artifact
 from prefect.client.schemas.sorting import ArtifactSort
 
@@ -72,7 +72,7 @@ def had_champion(registry: Path, name: str) -> bool:
 
 def _read_newest_page(name: str) -> Artifact | None:
     """The newest page of a name's champion; None without one."""
-    wanted = ArtifactFilter(key=ArtifactFilterKey(any_=[artifact_key(name, PAGE)]))
+    wanted = ArtifactFilter.model_validate({"key": {"any_": [artifact_key(name, PAGE)]}})
     with get_client(sync_client=True) as client:
         newest = client.read_artifacts(
             artifact_filter=wanted, sort=ArtifactSort.UPDATED_DESC, limit=1

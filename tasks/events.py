@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 from uuid import UUID, uuid5
 
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.events import Event, emit_event
 from prefect.exceptions import ObjectNotFound
 
 from nested_core import registry
 from nested_core.registry.ledger import Action
 from nested_core.registry.serving_status import is_served
-from tasks.server_outage import tolerating_server_outage
+from tasks.prefect_server import asking_server, named_resource, read_events, related_resource
 
 Happening = Literal["verified", "rejected", "served", "not_followed"]
 SERVED: Literal["served"] = "served"
@@ -57,10 +57,7 @@ def send_adapter_event(
 
 def announce_changes(path: Path, name: str) -> None:
     """Tell the server of the changes of an adapter that it has not heard of; in a flow run."""
-    with (
-        tolerating_server_outage(f"what was changed of {name} is told by the next reconcile"),
-        get_client(sync_client=True) as client,
-    ):
+    with asking_server(f"what was changed of {name} is told by the next reconcile") as client:
         send_missing_events(client, path, name)
 
 
@@ -76,9 +73,8 @@ def send_missing_events(client: SyncPrefectClient, path: Path, name: str) -> Non
     ]
     if not events:
         return
-    wanted = {"filter": {"id": {"id": [str(event.id) for event in events]}}, "limit": MAX_EVENTS}
-    answer = client.request("POST", "/events/filter", json=wanted).raise_for_status()
-    known = {UUID(event["id"]) for event in answer.json()["events"]}
+    told = read_events(client, MAX_EVENTS, id={"id": [str(event.id) for event in events]})
+    known = {UUID(event["id"]) for event in told}
     missing = [event.model_dump(mode="json") for event in events if event.id not in known]
     if missing:
         look = _find_look_at_servers(client, path, name)
@@ -98,25 +94,17 @@ def _find_look_at_servers(client: SyncPrefectClient, path: Path, name: str) -> l
         deployment = client.read_deployment_by_name(f"reconcile/{name}-hourly")
     except ObjectNotFound:
         return []
-    resource = {
-        "prefect.resource.id": f"prefect.deployment.{deployment.id}",
-        "prefect.resource.role": LOOK_ROLE,
-    }
-    return [resource]
+    return [related_resource(f"prefect.deployment.{deployment.id}", LOOK_ROLE)]
 
 
 def adapter_resource(name: str) -> dict[str, str]:
     """The resource that all events of an adapter are about."""
-    return {"prefect.resource.id": f"adapter.{name}", "prefect.resource.name": name}
+    return named_resource(f"adapter.{name}", name)
 
 
 def _event_of_line(path: Path, name: str, line: dict[str, Any]) -> Event:
     """The event of a line of the history: what was changed, by whom, and when."""
     flow_run = line.get("flow_run")
-    related = {
-        "prefect.resource.id": f"prefect.flow-run.{flow_run}",
-        "prefect.resource.role": "flow-run",
-    }
     place = f"{path.resolve()} {name} {line['previous_line_sha256']} {line['time']}"
     return Event.model_validate(
         {
@@ -124,7 +112,7 @@ def _event_of_line(path: Path, name: str, line: dict[str, Any]) -> Event:
             "occurred": line["time"],
             "event": f"adapter.{HAPPENING_BY_ACTION[line['action']]}",
             "resource": adapter_resource(name),
-            "related": [] if flow_run is None else [related],
+            "related": [] if flow_run is None else [related_resource(f"prefect.flow-run.{flow_run}", "flow-run")],
             "payload": {field: line[field] for field in PAYLOAD_FIELDS if field in line},
         }
     )

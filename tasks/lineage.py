@@ -17,6 +17,7 @@ from prefect.events import emit_event
 
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.foreign_text import escape
+from tasks.prefect_server import related_resource
 
 _INVALID_KEY_CHARACTERS = re.compile(r"[^A-Za-z0-9._~-]+")
 MATERIALIZATION_EVENT = "prefect.asset.materialization.succeeded"
@@ -52,9 +53,7 @@ def emit_materialization(
     """
     related = [AssetContext.asset_as_related(source) for source in made_of]
     related.append(AssetContext.related_materialized_by(MATERIALIZED_BY))
-    related.append(
-        {"prefect.resource.id": f"adapter.{adapter}", "prefect.resource.role": "adapter"}
-    )
+    related.append(related_resource(f"adapter.{adapter}", "adapter"))
     emit_event(
         MATERIALIZATION_EVENT,
         resource=AssetContext.asset_as_resource(asset),

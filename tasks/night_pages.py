@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from uuid import UUID
 
 from prefect import get_run_logger
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter, FlowFilter, FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, StateType
@@ -23,7 +23,7 @@ from nested_core.text.foreign_text import escape_markdown
 from nested_core.text.markdown_page import MarkdownPage
 from tasks.artifact_client import artifact_key, publish_page
 from tasks.outcomes import Outcome
-from tasks.server_outage import tolerating_server_outage
+from tasks.prefect_server import asking_server
 
 NIGHTS_PAGE = "nights"
 OTHER_PAGES = ("champion", "night", "approval")
@@ -36,10 +36,7 @@ def tell_night(night: UUID, outcome: Outcome, message: str) -> None:
     `night` is the fine-tune's flow run. Its state stays of the type Completed, and when it ended
     stays as it was. The page stays as it was where the run's folder is not on this machine.
     """
-    with (
-        tolerating_server_outage("the night's page does not say what became of its question"),
-        get_client(sync_client=True) as client,
-    ):
+    with asking_server("the night's page does not say what became of its question") as client:
         state = client.read_flow_run(night).state
         if state is None or state.type != StateType.COMPLETED or state.name == outcome:
             return
@@ -101,10 +98,7 @@ def publish_nights(name: str | None, ended: tuple[UUID, str] | None = None) -> N
     """
     if name is None:
         return
-    with (
-        tolerating_server_outage(f"the page of {name}'s nights is not up to date"),
-        get_client(sync_client=True) as client,
-    ):
+    with asking_server(f"the page of {name}'s nights is not up to date") as client:
         outcomes = dict([] if ended is None else [ended])
         nights = [night_of(run, outcomes.get(run.id)) for run in _read_runs(client, name)]
         if nights:

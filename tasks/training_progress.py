@@ -25,7 +25,7 @@ from nested_core.text.duration_format import format_duration
 from nested_core.training.metrics_file import read_metrics
 from nested_core.training.training_plan import TrainingPlan, read_plan
 from tasks.artifact_client import ArtifactClient, artifact_key
-from tasks.server_outage import tolerating_server_outage
+from tasks.prefect_server import tolerating_server_outage
 
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_CHECKS = 0.5

@@ -41,8 +41,8 @@ from flows.deployment.plan import (
 )
 from nested_core.errors import ConfigError
 from tasks.night_pages import find_nights_page, make_nights_page
+from tasks.prefect_server import TAG
 
-TAG = "nested-tune"
 SCHEDULES_BY_KEY: dict[str, type[CronSchedule | IntervalSchedule | RRuleSchedule]] = {
     "cron": CronSchedule,
     "interval": IntervalSchedule,

@@ -12,22 +12,15 @@ from uuid import UUID
 
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    FlowFilter,
-    FlowFilterName,
-    FlowRunFilter,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
+from prefect.client.schemas.filters import FlowFilter
 from prefect.client.schemas.objects import FlowRun, StateType
-from prefect.client.schemas.responses import SetStateStatus
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Scheduled, State
 
 from tasks.night_pages import tell_night
 from tasks.outcomes import Outcome
-from tasks.server_outage import tolerating_server_outage
+from tasks.prefect_server import flow_runs_in, set_run_state, tolerating_server_outage
 
 PROMOTION = "promote/auto"
 
@@ -65,10 +58,7 @@ def _request_approval(registry: Path, name: str, version: str, night: UUID | Non
     )
     if has_ended_unasked(run):
         with get_client(sync_client=True) as client:
-            again: State[None] = Scheduled()
-            result = client.set_flow_run_state(run.id, again)
-        if result.status != SetStateStatus.ACCEPT:
-            get_run_logger().warning("%s cannot be asked about again: %s", name, result.details)
+            set_run_state(client, run, Scheduled())
 
 
 def has_ended_unasked(run: FlowRun) -> bool:
@@ -87,10 +77,8 @@ def close_older_questions(registry: str, name: str, own: UUID) -> None:
 
     A person is to see one: the newest version. What the older ones asked about stays registered.
     """
-    waiting = FlowRunFilter(
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PAUSED]))
-    )
-    promotions = FlowFilter(name=FlowFilterName(any_=["promote"]))
+    waiting = flow_runs_in([StateType.PAUSED])
+    promotions = FlowFilter.model_validate({"name": {"any_": ["promote"]}})
     with get_client(sync_client=True) as client:
         asked_at = client.read_flow_run(own).created
         for run in client.read_flow_runs(flow_filter=promotions, flow_run_filter=waiting):
@@ -100,8 +88,5 @@ def close_older_questions(registry: str, name: str, own: UUID) -> None:
                 continue
             message = "a newer version asks: this question is closed, and changed nothing"
             closed: State[None] = Cancelled(name=Outcome.SUPERSEDED, message=message)
-            result = client.set_flow_run_state(run.id, closed)
-            if result.status != SetStateStatus.ACCEPT:
-                get_run_logger().warning("%s stays open: %s", run.name, result.details)
-            elif config.get("night") is not None:
+            if set_run_state(client, run, closed) and config.get("night") is not None:
                 tell_night(UUID(config["night"]), Outcome.SUPERSEDED, message)

@@ -14,20 +14,12 @@ from typing import Any
 from uuid import UUID
 
 from prefect import get_run_logger, runtime
-from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-    FlowRunFilterTags,
-)
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, StateType
-from prefect.client.schemas.responses import SetStateStatus
 from prefect.states import Cancelled, Crashed, State
 
-from tasks.server_outage import tolerating_server_outage
+from tasks.prefect_server import TAG, asking_server, flow_runs_in, read_events, set_run_state
 
-TAG = "nested-tune"
 SECONDS_OF_SILENCE = 300.0  # as in automations.yaml
 SECONDS_BETWEEN_LOOKS = 30.0
 ACTIVE_TYPES = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
@@ -58,10 +50,7 @@ def end_dead_runs(silence: float = SECONDS_OF_SILENCE) -> list[str]:
     cannot be reached meanwhile nothing is ended: the next hour looks again.
     """
     ended: list[str] = []
-    with (
-        tolerating_server_outage("dead runs are not looked for"),
-        get_client(sync_client=True) as client,
-    ):
+    with asking_server("dead runs are not looked for") as client:
         bound = datetime.now(UTC) - timedelta(seconds=silence)
         suspects = [sign for sign in _read_life_signs(client) if sign.at < bound]
         until = time.monotonic() + silence
@@ -75,23 +64,20 @@ def end_dead_runs(silence: float = SECONDS_OF_SILENCE) -> list[str]:
 
 def _read_life_signs(client: SyncPrefectClient) -> list[LifeSign]:
     """The active runs with our tag but this one, each with the last that was heard of it."""
-    active = FlowRunFilter(
-        tags=FlowRunFilterTags(all_=[TAG]),
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(ACTIVE_TYPES))),
-    )
+    active = flow_runs_in(ACTIVE_TYPES, tags={"all_": [TAG]})
     own = str(runtime.flow_run.id)
     runs = [run for run in client.read_flow_runs(flow_run_filter=active) if str(run.id) != own]
     return [_read_life_sign(client, run, run.state) for run in runs if run.state is not None]
 
 
 def _read_life_sign(client: SyncPrefectClient, run: FlowRun, state: State[Any]) -> LifeSign:
-    wanted = {
-        "event": {"name": ["prefect.flow-run.heartbeat"]},
-        "resource": {"id": [f"prefect.flow-run.{run.id}"]},
-        "order": "DESC",
-    }
-    answer = client.request("POST", "/events/filter", json={"filter": wanted, "limit": 1})
-    events = answer.raise_for_status().json()["events"]
+    events = read_events(
+        client,
+        1,
+        event={"name": ["prefect.flow-run.heartbeat"]},
+        resource={"id": [f"prefect.flow-run.{run.id}"]},
+        order="DESC",
+    )
     if not events:
         return LifeSign(run, state.id, None, state.timestamp)
     at = datetime.fromisoformat(events[0]["occurred"])
@@ -104,9 +90,7 @@ def _end_run(client: SyncPrefectClient, sign: LifeSign) -> bool:
     message = DEAD_MESSAGE.format(minutes=minutes)
     is_cancelling = sign.run.state_type == StateType.CANCELLING
     state: State[None] = Cancelled(message=message) if is_cancelling else Crashed(message=message)
-    result = client.set_flow_run_state(sign.run.id, state)
-    if result.status == SetStateStatus.ACCEPT:
+    is_ended = set_run_state(client, sign.run, state)
+    if is_ended:
         get_run_logger().warning("%s: %s", sign.run.name, message)
-        return True
-    get_run_logger().warning("%s is not ended: %s", sign.run.name, result.details)
-    return False
+    return is_ended

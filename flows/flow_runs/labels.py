@@ -7,13 +7,12 @@ from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Any
 
-from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 from pydantic import BaseModel
 
 from nested_core.text.foreign_text import escape
-from tasks.server_outage import tolerating_server_outage
+from tasks.prefect_server import asking_server
 
 SWEEP_TAG = "sweep"  # the tag of the runs that a sweep starts
 RESUMED_TAG = "resumed"  # of a run that went on after a crash, or by the Retry button
@@ -65,8 +64,5 @@ def tag_flow_run() -> None:
     flow_run = context.flow_run
     tags = {*flow_run.tags, read_adapter_name(context.parameters or {}), find_trigger(flow_run)}
     tags |= {RESUMED_TAG} if (flow_run.run_count or 1) > 1 else set()
-    with (
-        tolerating_server_outage("the run has no tags of its adapter and of what started it"),
-        get_client(sync_client=True) as client,
-    ):
+    with asking_server("the run has no tags of its adapter and of what started it") as client:
         client.update_flow_run(flow_run.id, tags=sorted(tags))

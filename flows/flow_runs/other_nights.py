@@ -12,18 +12,11 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 from prefect import runtime
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterDeploymentId,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import FlowRunContext
 
-from tasks.server_outage import tolerating_server_outage
+from tasks.prefect_server import asking_server, flow_runs_in
 
 MAX_NIGHTS_READ = 20
 WAITING_TYPES = frozenset({StateType.SCHEDULED, StateType.PENDING})
@@ -43,15 +36,9 @@ def find_other_night() -> str | None:
         return None
     if (runtime.flow_run.run_count or 1) > 1:
         return None
-    active = FlowRunFilter(
-        deployment_id=FlowRunFilterDeploymentId(any_=[own.deployment_id]),
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(ACTIVE_TYPES))),
-    )
+    active = flow_runs_in(ACTIVE_TYPES, deployment_id={"any_": [own.deployment_id]})
     nights: list[FlowRun] = []
-    with (
-        tolerating_server_outage("other nights of this adapter are not looked at"),
-        get_client(sync_client=True) as client,
-    ):
+    with asking_server("other nights of this adapter are not looked at") as client:
         nights = client.read_flow_runs(
             flow_run_filter=active,
             sort=FlowRunSort.EXPECTED_START_TIME_ASC,

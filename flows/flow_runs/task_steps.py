@@ -19,13 +19,9 @@ from nested_core.registry.promotion_policy import WAITING_OUTCOME, registry_loca
 from nested_core.report.night_page import UNDER_WAY
 from nested_core.storage.run_directory import RunDirectory
 from tasks.events import emit_adapter_event
-from tasks.gate import gate
-from tasks.load import load
 from tasks.night_pages import publish_night
 from tasks.promote import promote
-from tasks.register import register
-from tasks.train import train
-from tasks.validate import validate
+from tasks.steps import gate, load, register, train, validate
 
 
 class StepsAsTasks(Hooks):

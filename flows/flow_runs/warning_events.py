@@ -12,18 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple
 from uuid import UUID
 
 from prefect import runtime
-from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterDeploymentId,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-    FlowRunFilterTags,
-)
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events import emit_event
@@ -35,23 +27,20 @@ from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER
 from nested_core.text.duration_format import format_duration
 from tasks.events import adapter_resource
 from tasks.outcomes import Outcome
-from tasks.server_outage import tolerating_server_outage
+from tasks.prefect_server import (
+    TAG,
+    asking_server,
+    flow_runs_in,
+    named_resource,
+    related_resource,
+)
 
-TAG = "nested-tune"
 LONG_RUN, DEFAULT_LONG_RUN = "NESTED_TUNE_LONG_RUN", "2"
 LAST_RUNS = 5  # of a deployment, that a run's time is compared with
 SHORTEST_LONG_RUN = timedelta(minutes=1)
 ENDED_BEFORE_TRAINING = frozenset({Outcome.SKIPPED, Outcome.DATA_REFUSED})
 SMALLEST_FREE_SHARE = 0.1
 CHECKPOINTS_THAT_MUST_FIT = 3
-
-
-class DiskSpace(NamedTuple):
-    """Bytes of a disk, as shutil.disk_usage gives them."""
-
-    total: int
-    used: int
-    free: int
 
 
 def warn_of_old_champions(registry: Path, names: Iterable[str], nights: float) -> None:
@@ -87,33 +76,27 @@ def warn_of_full_disks(folders: Iterable[Path]) -> None:
             if disk in seen:
                 continue
             seen.add(disk)
-            space = DiskSpace(*shutil.disk_usage(folder))
-            if message := describe_full_disk(space, checkpoint_bytes):
+            space = shutil.disk_usage(folder)
+            if message := describe_full_disk(space.total, space.free, checkpoint_bytes):
                 host, path = platform.node(), str(folder.resolve())
                 emit_event(
                     "disk.nearly_full",
-                    resource={
-                        "prefect.resource.id": f"disk.{host}.{disk}",
-                        "prefect.resource.name": f"{path} on {host}",
-                    },
+                    resource=named_resource(f"disk.{host}.{disk}", f"{path} on {host}"),
                     payload={"message": message, "free_bytes": space.free},
                 )
 
 
-def describe_full_disk(space: DiskSpace, checkpoint_bytes: int | None) -> str | None:
+def describe_full_disk(total: int, free: int, checkpoint_bytes: int | None) -> str | None:
     """A sentence about a disk that is nearly full; None where it is not.
 
-    It is with less than 10 % free, or with room for fewer than three checkpoints.
+    `total` and `free` are bytes. It is with less than 10 % free, or with room for fewer than three
+    checkpoints.
     """
-    free_share = space.free / space.total if space.total else 0.0
-    has_room = (
-        checkpoint_bytes is None or space.free >= CHECKPOINTS_THAT_MUST_FIT * checkpoint_bytes
-    )
+    free_share = free / total if total else 0.0
+    has_room = checkpoint_bytes is None or free >= CHECKPOINTS_THAT_MUST_FIT * checkpoint_bytes
     if free_share >= SMALLEST_FREE_SHARE and has_room:
         return None
-    sentence = (
-        f"{_show_bytes(space.free)} of {_show_bytes(space.total)} are free ({free_share:.0%})"
-    )
+    sentence = f"{_show_bytes(free)} of {_show_bytes(total)} are free ({free_share:.0%})"
     if not has_room and checkpoint_bytes is not None:
         sentence += f", and a checkpoint takes {_show_bytes(checkpoint_bytes)}"
     return f"{sentence}. Remove old runs, or versions with `nested-tune gc`."
@@ -149,32 +132,18 @@ def warn_of_long_runs() -> list[str]:
     Returns the names of those runs.
     """
     long_runs: list[str] = []
-    running = FlowRunFilter(
-        tags=FlowRunFilterTags(all_=[TAG]),
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])),
-    )
+    running = flow_runs_in([StateType.RUNNING], tags={"all_": [TAG]})
     times = float(os.environ.get(LONG_RUN) or DEFAULT_LONG_RUN)
-    with (
-        tolerating_server_outage("runs that take long are not looked for"),
-        get_client(sync_client=True) as client,
-    ):
+    with asking_server("runs that take long are not looked for") as client:
         for run in client.read_flow_runs(flow_run_filter=running):
             if str(run.id) == str(runtime.flow_run.id) or run.deployment_id is None:
                 continue
             last = _read_last_run_times(client, run.deployment_id)
             if message := describe_long_run(run.name, run.estimated_run_time, last, times):
-                resource = {
-                    "prefect.resource.id": f"long-run.{run.id}",
-                    "prefect.resource.name": run.name,
-                }
-                related = {
-                    "prefect.resource.id": f"prefect.flow-run.{run.id}",
-                    "prefect.resource.role": "flow-run",
-                }
                 emit_event(
                     "flow-run.long",
-                    resource=resource,
-                    related=[related],
+                    resource=named_resource(f"long-run.{run.id}", run.name),
+                    related=[related_resource(f"prefect.flow-run.{run.id}", "flow-run")],
                     payload={"message": message},
                 )
                 long_runs.append(run.name)
@@ -197,11 +166,8 @@ def describe_long_run(
 
 def _read_last_run_times(client: SyncPrefectClient, deployment: UUID) -> list[timedelta]:
     """How long the last runs of a deployment took, of those that came to train."""
-    ended = FlowRunFilter(
-        deployment_id=FlowRunFilterDeploymentId(any_=[deployment]),
-        state=FlowRunFilterState(
-            type=FlowRunFilterStateType(any_=[StateType.COMPLETED, StateType.FAILED])
-        ),
+    ended = flow_runs_in(
+        [StateType.COMPLETED, StateType.FAILED], deployment_id={"any_": [deployment]}
     )
     runs = client.read_flow_runs(
         flow_run_filter=ended, sort=FlowRunSort.END_TIME_DESC, limit=4 * LAST_RUNS

@@ -22,7 +22,7 @@ from flows.deployment.deploy import ALERT, put_automations
 from flows.deployment.plan import make_plan
 from flows.deployment.server_checks import check_alerts
 from flows.flow_runs import warning_events
-from flows.flow_runs.warning_events import DiskSpace, describe_full_disk, measure_newest_checkpoint
+from flows.flow_runs.warning_events import describe_full_disk, measure_newest_checkpoint
 from flows.reconcile import ReconcileParameters, reconcile
 from flows.rollback import RollbackParameters, rollback
 from nested_core import registry as core
@@ -336,7 +336,7 @@ def test_a_url_that_lacks_its_scheme_is_not_repeated(client: SyncPrefectClient) 
 def test_a_disk_is_nearly_full_under_a_tenth_or_without_room_for_three_checkpoints(
     free: int, checkpoint: int | None, is_full: bool
 ) -> None:
-    assert (describe_full_disk(DiskSpace(100, 100 - free, free), checkpoint) is not None) is is_full
+    assert (describe_full_disk(100, free, checkpoint) is not None) is is_full
 
 
 def test_the_newest_checkpoint_of_all_runs_is_measured(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def publish_page() -> None:
             publish_page,
             ["the page away-night is not", "the page away-table is not"],
         ),
-        ("flows.flow_runs.labels", tag_flow_run, ["the run has no tags"]),
+        ("tasks.prefect_server", tag_flow_run, ["the run has no tags"]),
     ],
 )
 def test_what_only_shows_is_logged_and_left_out(

@@ -17,13 +17,9 @@ from nested_core.errors import DamagedError
 from nested_core.pipeline import steps
 from nested_core.registry.champion_link import PREPARED_PREFIX
 from nested_core.storage.run_directory import RunDirectory
-from tasks.gate import gate
-from tasks.load import load
 from tasks.promote import promote, promote_by_recorded_policy
-from tasks.register import register
 from tasks.retrying import retry_on_transient_error
-from tasks.train import train
-from tasks.validate import validate
+from tasks.steps import gate, load, register, train, validate
 from tests.core.registry.conftest import write_run
 from tests.example import Finished, example_config, train_example
 from tests.flows.conftest import task_runs

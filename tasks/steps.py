@@ -1,0 +1,159 @@
+"""The steps of a run as tasks: validate, load, train, gate and register.
+
+Each is tried again on an I/O error that may pass, but for the gate, which is never tried again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import DatasetError, GateRejected
+from nested_core.gate.verdict import Verdict, read_verdict
+from nested_core.pipeline import steps
+from nested_core.pipeline.continual import describe_starting_adapter
+from nested_core.pipeline.publishing import register_run
+from nested_core.pipeline.steps import TrainResult
+from nested_core.report.verdict_page import describe_verdict
+from nested_core.storage.dataset_record import read_dataset_record
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import read_json_object
+from nested_core.text.digest_format import shorten_digest
+from nested_core.training.trainer import Trainer
+from tasks.artifact_client import ArtifactClient, artifact_key, publish_page
+from tasks.lineage import champion_asset, dataset_asset, emit_materialization, run_asset
+from tasks.retrying import (
+    REGISTRY_RETRY_DELAYS,
+    RUN_RETRY_DELAYS,
+    retried_task,
+    retry_on_transient_or_memory_error,
+)
+from tasks.training_progress import PrefectProgress
+
+MAX_SHOWN_FINDINGS = 50
+
+
+@retried_task("validate", "validate {config.data}", RUN_RETRY_DELAYS)
+def validate(config: FineTuneConfig, run_dir: Path) -> Path:
+    """Judge the data set and write dataset.json; DatasetError where it has an error."""
+    run = RunDirectory(run_dir)
+    try:
+        report = steps.validate(config, run)
+    except DatasetError:
+        _publish_findings(config, run)
+        raise
+    _publish_findings(config, run)
+    count = len(report.warnings)
+    noun = "warning" if count == 1 else "warnings"
+    get_run_logger().info("The data set passed with %d %s.", count, noun)
+    return run.dataset
+
+
+def _publish_findings(config: FineTuneConfig, run: RunDirectory) -> None:
+    """A table of the findings, whether the data set passed or not."""
+    report = read_json_object(run.dataset)
+    counts = ", ".join(f"{count} {severity}" for severity, count in report["counts"].items())
+    with ArtifactClient() as artifacts:
+        artifacts.publish_table(
+            artifact_key(config.registry.name, "dataset-report"),
+            report["findings"][:MAX_SHOWN_FINDINGS],
+            f"{counts} in {config.data}. The first {MAX_SHOWN_FINDINGS} findings, errors first.",
+        )
+
+
+@retried_task("load", "load {config.model}", RUN_RETRY_DELAYS)
+def load(config: FineTuneConfig, run_dir: Path) -> Path:
+    """Write initial/ and tiers.json; return the initial adapter's directory."""
+    run = RunDirectory(run_dir)
+    steps.write_initial_adapter_and_tiers(config, run, on_wait=get_run_logger().info)
+    get_run_logger().info("The initial adapter is in %s.", run.initial)
+    if note := describe_starting_adapter(config, run):
+        get_run_logger().info("%s", note)
+    return run.initial
+
+
+@retried_task(
+    "train",
+    "train {config.length}, tiers {config.nested.frequencies}",
+    delays=(5, 30),
+    condition=retry_on_transient_or_memory_error,
+)
+def train(
+    config: FineTuneConfig, run_dir: Path, watch: Callable[[Trainer], None] | None = None
+) -> TrainResult:
+    """Train from initial/, or from the last checkpoint; write adapter/ and result.json.
+
+    `watch` is handed the trainer before its first step, so that a signal can stop it.
+    """
+    run = RunDirectory(run_dir)
+    progress = PrefectProgress(config, run)
+
+    def begin(trainer: Trainer) -> None:
+        """Say what it will need, and hand the trainer on."""
+        level = logging.INFO if trainer.memory.fits else logging.WARNING
+        get_run_logger().log(level, trainer.memory.describe())
+        progress.start(trainer)
+        if watch is not None:
+            watch(trainer)
+
+    try:
+        result = steps.train(config, run, progress, begin, on_wait=get_run_logger().info)
+    finally:
+        progress.finish()
+    for flag in result.red_flags:
+        get_run_logger().warning("red flag: %s", flag)
+    return result
+
+
+@task(name="gate", task_run_name="gate {run_dir.name}", retries=0, cache_policy=NO_CACHE)
+def gate(config: FineTuneConfig, run_dir: Path) -> Path:
+    """Judge adapter/ against initial/ and write gate.json; GateRejected where it did not pass."""
+    run = RunDirectory(run_dir)
+    try:
+        verdict = steps.judge(config, run, on_wait=get_run_logger().info)
+    except GateRejected:
+        _publish_verdict(config, read_verdict(run.gate))
+        raise
+    _publish_verdict(config, verdict)
+    get_run_logger().info("The gate: %s", verdict.summary())
+    return run.gate
+
+
+def _publish_verdict(config: FineTuneConfig, verdict: Verdict) -> None:
+    """The verdict as a page of its own: why, the losses, the suites and the tiers."""
+    codes = ", ".join(reason.code for reason in verdict.reasons)
+    word = f"failed: {codes}" if codes else "passed"
+    page = describe_verdict(verdict)
+    publish_page(
+        config.registry.name, "gate-verdict", page, f"{word}. The gate's verdict, with tiers"
+    )
+
+
+@retried_task("register", "register {config.registry.name}", REGISTRY_RETRY_DELAYS)
+def register(config: FineTuneConfig, run_dir: Path, champion: str | None) -> str:
+    """Register the run's adapter; return its version. Doing it twice changes nothing.
+
+    `champion` is the one that stood when the run was judged.
+    """
+    run = RunDirectory(run_dir)
+    version = register_run(config, run, champion)
+    get_run_logger().info(
+        "Registered %s as version %s.", config.registry.name, shorten_digest(version)
+    )
+    _emit_lineage(config, run, version)
+    return version
+
+
+def _emit_lineage(config: FineTuneConfig, run: RunDirectory, version: str) -> None:
+    """The verified run as an asset, made of its data set and of the champion that it began from."""
+    name = str(config.registry.name)
+    digest = read_dataset_record(run.dataset).digest
+    made_of = [dataset_asset(name, digest, config.data)]
+    if config.continual.start is not None:
+        made_of.append(champion_asset(name))
+    emit_materialization(run_asset(name, run.path.name), made_of, name, {"version": version})
