@@ -25,7 +25,6 @@ from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors, tol
 from flows.flow_runs.state_messages import (
     describe_loss,
     describe_rejection,
-    shorten_version,
 )
 from flows.process.os_errors import explain
 from nested_core.config.schema import FineTuneConfig
@@ -46,6 +45,7 @@ from nested_core.storage.run_directory import (
     open_run,
     run_key,
 )
+from nested_core.text.digest_format import shorten_digest
 from tasks.outcomes import OUTCOME_BY_CODE, Outcome
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
         verdict = read_verdict(run.gate)
         if verdict.has_passed:  # the registry refused what this gate let through
             return _failed_state(error)
-        message = f"{resumed}{describe_rejection(run)}{_describe_held_out(config, run)}"
+        message = f"{resumed}{describe_rejection(verdict)}{_describe_held_out(config, run)}"
         if config.registry.name is not None:
             payload = {"run_dir": str(run.path.resolve()), "reason": message}
             emit_adapter_event("rejected", config.registry.name, payload)
@@ -160,16 +160,16 @@ def _failed_state(error: NestedTuneError) -> State[Any]:
 
 def _describe_outcome(config: FineTuneConfig, result: FinetuneResult) -> tuple[Outcome, str]:
     """The outcome of a flow run that completed, and its message."""
-    if result.unchanged_since is not None:
-        champion = shorten_version(result.unchanged_since)
+    if result.verdict is None or result.unchanged_since is not None:
+        champion = shorten_digest(str(result.unchanged_since))
         return Outcome.SKIPPED, f"skipped: data unchanged since {champion}"
     if result.kept_champion is not None:
         return Outcome.KEPT_CHAMPION, str(result.promotion)
-    loss = describe_loss(result.run)
+    loss = describe_loss(result.verdict)
     if result.version is None:
         return Outcome.VERIFIED, f"passed the gate: {loss}"
     message = (
-        f"verified {shorten_version(result.version)}: {loss}; {result.promotion or 'registered'}"
+        f"verified {shorten_digest(result.version)}: {loss}; {result.promotion or 'registered'}"
     )
     return _find_outcome(config, result), message
 

@@ -20,7 +20,6 @@ from flows.flow_runs.allowed_folders import with_allowed_paths, with_trusted_cod
 from flows.flow_runs.approval_request import request_approval
 from flows.flow_runs.labels import SWEEP_TAG
 from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
-from flows.flow_runs.state_messages import shorten_version
 from nested_core.config.registry import RegistrySection
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
@@ -31,6 +30,7 @@ from nested_core.pipeline.continual import champion_or_none
 from nested_core.registry.promotion_policy import WAITING_OUTCOME, effective_rule
 from nested_core.report.sweep_results import SweepRunResult, find_registered_version
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.digest_format import shorten_digest
 from tasks.outcomes import Outcome
 from tasks.prefect_server import asking_server
 from tasks.promote import promote
@@ -107,7 +107,7 @@ def sweep(config: SweepParameters) -> State[Any]:
         request_approval(Path(target.path), target.name, version)
     verified = sum(outcome.has_passed for outcome in outcomes)
     what = (
-        f"{verified} of {len(points)} verified; best {shorten_version(version)}: {best.describe()}"
+        f"{verified} of {len(points)} verified; best {shorten_digest(version)}: {best.describe()}"
     )
     outcome = Outcome.PROMOTED if done == "promoted" else Outcome.VERIFIED
     return Completed(name=outcome, message=f"{what}; {done}")

@@ -105,6 +105,7 @@ def adapter_resource(name: str) -> dict[str, str]:
 def _event_of_line(path: Path, name: str, line: dict[str, Any]) -> Event:
     """The event of a line of the history: what was changed, by whom, and when."""
     flow_run = line.get("flow_run")
+    related = related_resource(f"prefect.flow-run.{flow_run}", "flow-run")
     place = f"{path.resolve()} {name} {line['previous_line_sha256']} {line['time']}"
     return Event.model_validate(
         {
@@ -112,7 +113,7 @@ def _event_of_line(path: Path, name: str, line: dict[str, Any]) -> Event:
             "occurred": line["time"],
             "event": f"adapter.{HAPPENING_BY_ACTION[line['action']]}",
             "resource": adapter_resource(name),
-            "related": [] if flow_run is None else [related_resource(f"prefect.flow-run.{flow_run}", "flow-run")],
+            "related": [] if flow_run is None else [related],
             "payload": {field: line[field] for field in PAYLOAD_FIELDS if field in line},
         }
     )

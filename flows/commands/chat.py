@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 from flows.commands.adapter_places import (
     ADAPTER_FORMS,
     add_registry_flag,
     find_named_adapter,
 )
-from flows.terminal.chat_view import show_answers
-from flows.terminal.console import print_progress
+from flows.terminal.console import (
+    WIDTH_WITHOUT_TERMINAL,
+    output_console,
+    print_line,
+    print_progress,
+)
 from nested_core.errors import ConfigError
+from nested_core.text.foreign_text import escape_but_keep_newlines
 
 if TYPE_CHECKING:
     from nested_core.models.side_by_side import BaseAndAdapter
@@ -23,6 +32,7 @@ if TYPE_CHECKING:
 NEW_CONVERSATION = "/new"
 HELP = "/help"
 INPUT_PROMPT = "> "
+COLUMN_NAMES = ("base", "adapter")
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -103,3 +113,34 @@ def _answer_each_prompt(both: BaseAndAdapter, prompts: Iterator[str], sampling: 
         answers = show_answers(both.stream_answers(conversations, sampling))
         for side, messages in conversations.items():
             messages.append({"role": "assistant", "content": answers[side]})
+
+
+def show_answers(pieces: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Show the pieces of either column's text as they come; return the whole texts.
+
+    Side by side in a terminal, else one line each at their end.
+    """
+    texts = dict.fromkeys(COLUMN_NAMES, "")
+    console = output_console(WIDTH_WITHOUT_TERMINAL)
+    if not sys.stdout.isatty() or console.is_dumb_terminal:
+        for column, piece in pieces:
+            texts[column] += piece
+        for column in COLUMN_NAMES:
+            print_line(f"{f'{column}:':<9}{texts[column].strip()}")
+        return texts
+    with Live(lay_out(texts), console=console, auto_refresh=False) as live:
+        for column, piece in pieces:
+            texts[column] += piece
+            live.update(lay_out(texts), refresh=True)
+    return texts
+
+
+def lay_out(texts: Mapping[str, str]) -> Table:
+    """A column a text; what a model wrote is escaped, but for its line ends."""
+    table = Table(expand=True)
+    for column in COLUMN_NAMES:
+        table.add_column(column, ratio=1, overflow="fold")
+    table.add_row(
+        *(Text(escape_but_keep_newlines(texts[column].strip())) for column in COLUMN_NAMES)
+    )
+    return table

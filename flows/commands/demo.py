@@ -10,19 +10,22 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.commands.command_output import naming_report_of_failure
 from flows.process.environment import packaged_folder
-from flows.terminal.console import print_line, print_progress, print_table, print_tiers
-from flows.terminal.loss_curve import draw_curve
+from flows.terminal.console import print_line, print_progress, print_table
 from flows.terminal.run_follower import showing_run
+from flows.terminal.run_results import print_tiers
+from flows.terminal.run_view import draw_curve
 from nested_core.config.loading import load_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.storage.output_places import require_free_place
 from nested_core.storage.run_directory import RunDirectory, new_run_name
-from nested_core.storage.strict_files import read_json_object
-from nested_core.text.loss_format import format_loss
+from nested_core.text.loss_format import format_loss, loss_name_for_file
+
+if TYPE_CHECKING:
+    from nested_core.gate.verdict import Verdict
 
 ADAPTER_NAME = "geography"
 
@@ -49,6 +52,7 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the flow on the example, then show what the model could not answer before."""
+    from nested_core.gate.verdict import read_verdict  # loads mlx
     from nested_core.registry.champion_link import LINK_NAME
 
     out: Path = arguments.out or Path("demo-broken" if arguments.break_training else "demo")
@@ -64,12 +68,16 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
         _run_flow(config, run)
     champion = out / "registry" / ADAPTER_NAME / LINK_NAME
     rows = _read_answers(config, run)
+    verdict = read_verdict(run.gate)
 
     def finish() -> int:
         """Print how the run went, and the answers before and after."""
-        _print_run(run)
+        _print_run(run, verdict)
         print_table(("question", "before", "after"), rows, title="Held-out countries")
-        _print_right_answer_counts(run)
+        for suite in verdict.tasks:
+            before, after = (round(s * suite.questions) for s in (suite.base, suite.candidate))
+            total = suite.questions
+            print_line(f"right answers: {before} of {total} before, {after} of {total} after")
         print_line(f"champion: {champion} -> {os.readlink(champion)}")
         print_line("talk to it:")
         print_line(f"  {_path_of_program('nested-tune')} chat {champion.parent}")
@@ -162,25 +170,15 @@ def _read_answers(config: FineTuneConfig, run: RunDirectory) -> list[tuple[str, 
     return list(zip(questions, before, after, strict=True))
 
 
-def _print_right_answer_counts(run: RunDirectory) -> None:
-    for task in read_json_object(run.gate)["tasks"]:
-        total = task["questions"]
-        before, after = (round(task[model] * total) for model in ("base", "candidate"))
-        print_line(f"right answers: {before} of {total} before, {after} of {total} after")
-
-
-def _print_run(run: RunDirectory) -> None:
-    from nested_core.gate.verdict import read_verdict
-    from nested_core.text.loss_format import loss_name_for_file
+def _print_run(run: RunDirectory, verdict: Verdict) -> None:
     from nested_core.training.metrics_file import read_metrics
 
     for line in draw_curve(read_metrics(run.metrics)).splitlines():
         print_line(line)
-    document = read_json_object(run.gate)
-    print_tiers(document)
-    losses = document["validation"]
-    print_line(
-        f"gate: {document['verdict']}; {loss_name_for_file(losses['file'])} "
-        f"{format_loss(losses['loss_before'])} before, {format_loss(losses['loss_after'])} after "
-        f"({read_verdict(run.gate).describe_data()})"
-    )
+    print_tiers(verdict)
+    losses = verdict.validation
+    if losses is not None:
+        print_line(
+            f"gate: passed; {loss_name_for_file(losses.file)} {format_loss(losses.loss_before)} "
+            f"before, {format_loss(losses.loss_after)} after ({verdict.describe_data()})"
+        )

@@ -147,13 +147,17 @@ def run_adapter_audit(arguments: argparse.Namespace) -> Callable[[], int]:
 def run_status(arguments: argparse.Namespace) -> Callable[[], int]:
     """Say where a run stands, from its folder."""
     from nested_core.report.run_status import read_status
+    from nested_core.training.loss_sentences import describe_last_losses
+    from nested_core.training.metrics_file import read_loss_records
+    from nested_core.training.training_plan import read_plan
 
     run = RunDirectory(arguments.run_dir)
     status = read_status(run)
 
     def show() -> None:
         """A row a figure, each loss with its data and step; what is not known has no row."""
-        rows = _describe_status(status, _describe_losses(run))
+        losses = describe_last_losses(read_loss_records(run.metrics), read_plan(run.plan))
+        rows = _describe_status(status, losses)
         print_table(("", ""), [row for row in rows if row[1] is not None])
 
     return result_printer(arguments, lambda: status, show)
@@ -175,27 +179,11 @@ def _describe_status(
     yield "last report at step", status["step"]
     if status["iteration"] != status["step"]:  # gradients are accumulated over several
         yield "iterations until then", status["iteration"]
-    yield "training loss, last report", losses.get("current_train_loss")
-    yield "validation loss, last evaluation", losses.get("current_val_loss")
+    yield "training loss, last report", losses.get("training loss")
+    yield "validation loss, last evaluation", losses.get("validation loss")
     yield "learning rate", status["learning_rate"]
     yield "updates of each tier", ", ".join(map(str, status["updates"] or ())) or None
     yield "newest checkpoint", status["checkpoint"]
-
-
-def _describe_losses(run: RunDirectory) -> dict[str, str]:
-    """The last losses as a person reads them: with their split, examples and step."""
-    from flows.terminal.run_view import RunView
-    from nested_core.training.metrics_file import read_loss_records
-    from nested_core.training.training_plan import read_plan
-
-    view = RunView(str(run.path), read_plan(run.plan), read_loss_records(run.metrics))
-    rows = {"current_train_loss": "training loss ", "current_val_loss": "validation loss "}
-    described = {}
-    for text in view.describe_losses():
-        for key, label in rows.items():
-            if text.startswith(label):
-                described[key] = text.removeprefix(label)
-    return described
 
 
 def run_stop(arguments: argparse.Namespace) -> Callable[[], int]:

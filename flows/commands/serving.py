@@ -114,7 +114,7 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
     """Serve until SIGINT or SIGTERM."""
     import logging
 
-    from flows.serving_news import NewsSender
+    from flows.commands.serving_news import NewsSender
     from nested_core.serve.server import ServeSettings, starting_server
 
     names = list(dict.fromkeys(arguments.name))

@@ -19,11 +19,10 @@ from flows.terminal.console import (
     print_line,
     print_progress,
     print_table,
-    print_tiers,
 )
 from flows.terminal.mlx_lm_log import MlxLmLog
 from flows.terminal.run_follower import showing_run
-from flows.terminal.run_results import format_sample_answers, print_rejection
+from flows.terminal.run_results import format_sample_answers, print_rejection, print_tiers
 from nested_core.errors import ConfigError, GateRejected, TrainingStopped, go_on_with
 from nested_core.storage.run_directory import (
     DEFAULT_RUNS_FOLDER,
@@ -199,13 +198,14 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
             return
         for line in format_sample_answers(hooks.sample_answers):
             print_line(line)
-        print_tiers(result.verdict.to_json())
+        print_tiers(result.verdict)
         print_line(result.verdict.summary())
         for note in result.verdict.notes():
             print_line(note)
         print_line(f"adapter: {run.adapter}")
         if result.test_loss is not None:
-            print_line(f"{describe_test_loss(config, run, result.test_loss)}.")
+            test = describe_test_loss(config, run, result.verdict, result.test_loss)
+            print_line(f"{test}.")
         _print_outcome(config.registry, result)
 
     return result_printer(arguments, document, show)

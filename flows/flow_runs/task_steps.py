@@ -62,7 +62,7 @@ class StepsAsTasks(Hooks):
     def measure_test(self, config: FineTuneConfig, run: RunDirectory) -> float:
         """Log the loss on the test set."""
         loss = super().measure_test(config, run)
-        get_run_logger().info("%s", describe_test_loss(config, run, loss))
+        get_run_logger().info("%s", describe_test_loss(config, run, read_verdict(run.gate), loss))
         return loss
 
     def register(self, config: FineTuneConfig, run: RunDirectory, champion: str | None) -> str:

@@ -24,6 +24,7 @@ from nested_core.errors import NestedTuneError
 from nested_core.registry import history
 from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER
+from nested_core.text.digest_format import shorten_digest
 from nested_core.text.duration_format import format_duration
 from tasks.events import adapter_resource
 from tasks.outcomes import Outcome
@@ -60,8 +61,9 @@ def describe_old_champion(registry: Path, name: str, nights: float, now: datetim
     since = datetime.fromisoformat(changes[-1]["time"])
     if now - since <= timedelta(days=nights):
         return None
+    version = shorten_digest(changes[-1]["version"])
     return (
-        f"{name} has had no new champion since {since:%d %b %Y}: {changes[-1]['version'][:6]} is "
+        f"{name} has had no new champion since {since:%d %b %Y}: {version} is "
         f"older than {nights:g} nights. The list of runs says what became of each night."
     )
 
@@ -76,13 +78,13 @@ def warn_of_full_disks(folders: Iterable[Path]) -> None:
             if disk in seen:
                 continue
             seen.add(disk)
-            space = shutil.disk_usage(folder)
-            if message := describe_full_disk(space.total, space.free, checkpoint_bytes):
+            total, _, free = shutil.disk_usage(folder)
+            if message := describe_full_disk(total, free, checkpoint_bytes):
                 host, path = platform.node(), str(folder.resolve())
                 emit_event(
                     "disk.nearly_full",
                     resource=named_resource(f"disk.{host}.{disk}", f"{path} on {host}"),
-                    payload={"message": message, "free_bytes": space.free},
+                    payload={"message": message, "free_bytes": free},
                 )
 
 

@@ -117,21 +117,6 @@ def output_console(width: int) -> Console:
     return Console(highlight=False, markup=False, emoji=False, width=width_or_none)
 
 
-def print_tiers(verdict: dict[str, Any]) -> None:
-    """The tier table of a verdict: frequencies, updates expected and applied, change."""
-    rows = []
-    for tier in verdict["tiers"]:
-        own = [t["relative_delta"] for t in verdict["tensors"] if t["tier"] == tier["tier"]]
-        deltas = [delta for delta in own if delta is not None]
-        change = f"{sum(deltas) / len(deltas):.3f}" if deltas else "-"
-        changed = f"{tier['changed']} of {tier['tensors']}"
-        counts = (tier["expected_updates"], tier["applied_updates"], tier["skipped_updates"])
-        rows.append((tier["tier"], f"every {tier['frequency']}", changed, *counts, change))
-    columns = ("tier", "updated", "tensors changed", "expected", "applied", "skipped", "change")
-    judged = f"step {verdict['adapter_step']}, whose adapter was judged"
-    print_table(columns, rows, title=f"Tiers up to {judged} (change: mean relative)")
-
-
 def describe_tiers(stats: Sequence[TierStats]) -> str:
     """What each tier holds and how often it is updated, on one line."""
     return "; ".join(

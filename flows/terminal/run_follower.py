@@ -78,17 +78,19 @@ class RunFollower(threading.Thread):
     @contextmanager
     def receiving_logged_stages(self) -> Iterator[None]:
         """Hear what is logged about the steps that follow training while the block runs."""
-        handler = _StageHandler(self)
         level = stages.level
         stages.setLevel(logging.INFO)
-        stages.addHandler(handler)
-        stages.propagate = False  # Prefect's log would show it a second time
+        stages.addFilter(self._take_stage)
         try:
             yield
         finally:
-            stages.removeHandler(handler)
+            stages.removeFilter(self._take_stage)
             stages.setLevel(level)
-            stages.propagate = True
+
+    def _take_stage(self, record: logging.LogRecord) -> bool:
+        """Take a record in place of its handlers: Prefect's log would show it a second time."""
+        self.add_stage(record.getMessage())
+        return False
 
     def run(self) -> None:
         """Poll until told to finish; one last look comes after that."""
@@ -234,18 +236,6 @@ class RunFollower(threading.Thread):
         records = [record for line in lines.splitlines() if (record := _record_or_none(line))]
         self.view.records += records
         return bool(records)
-
-
-class _StageHandler(logging.Handler):
-    """Hands on what is logged to a follower."""
-
-    def __init__(self, follower: RunFollower) -> None:
-        super().__init__(logging.INFO)
-        self._follower = follower
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Hand a record on."""
-        self._follower.add_stage(record.getMessage())
 
 
 class _Screen:

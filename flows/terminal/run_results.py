@@ -10,6 +10,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.foreign_text import escape
 
 if TYPE_CHECKING:
+    from nested_core.gate.verdict import Verdict
     from nested_core.storage.sample_answers_file import SampleAnswers
 
 LONGEST_TEXT = 300
@@ -55,3 +56,18 @@ def print_rejection(run: RunDirectory) -> None:
         return
     for suite, rows in lost_answers(verdict, read_answers(run.answers)):
         print_table(LOST_COLUMNS, rows, title=f"{suite}: some of the questions that it failed")
+
+
+def print_tiers(verdict: Verdict) -> None:
+    """The tier table of a verdict: frequencies, updates expected and applied, change."""
+    rows = []
+    for tier in verdict.tiers:
+        own = [t.relative_delta for t in verdict.tensors if t.tier == tier.tier]
+        deltas = [delta for delta in own if delta is not None]
+        change = f"{sum(deltas) / len(deltas):.3f}" if deltas else "-"
+        changed = f"{tier.changed} of {tier.tensors}"
+        counts = (tier.expected_updates, tier.applied_updates, tier.skipped_updates)
+        rows.append((tier.tier, f"every {tier.frequency}", changed, *counts, change))
+    columns = ("tier", "updated", "tensors changed", "expected", "applied", "skipped", "change")
+    judged = f"step {verdict.adapter_step}, whose adapter was judged"
+    print_table(columns, rows, title=f"Tiers up to {judged} (change: mean relative)")

@@ -5,20 +5,19 @@ Everything comes from the run directory and from what the gate logs; nothing her
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any
 
 from rich.text import Text
 
-from flows.terminal.loss_curve import LABEL_WIDTH, TRAINING_MARK, VALIDATION_MARK, draw_curve
 from nested_core.text.duration_format import format_clock
 from nested_core.text.foreign_text import escape
 from nested_core.text.loss_format import format_loss
-from nested_core.training.loss_sentences import describe_training_loss, describe_validation_loss
+from nested_core.training.loss_sentences import describe_last_losses
 from nested_core.training.training_plan import TrainingPlan
 
 MIN_PLOT_HEIGHT = 4
@@ -26,6 +25,11 @@ MIN_FINAL_PLOT_HEIGHT = 8
 MAX_PLOT_HEIGHT = 24
 BAR_PARTS = "▏▎▍▌▋▊▉"
 MAX_SHOWN_SAMPLES = 3
+SMALLEST_LOSS = 1e-6
+LABEL_WIDTH = 8
+TRAINING_MARK, VALIDATION_MARK = "·", "o"
+LEGEND = f"{TRAINING_MARK} training loss   {VALIDATION_MARK} validation loss"
+_SERIES = (("loss", TRAINING_MARK), ("val_loss", VALIDATION_MARK))  # the later is drawn on top
 
 
 @dataclass
@@ -110,20 +114,6 @@ class RunView:
             return ""
         limit = "" if self.plan is None else f" of {self.plan.memory_limit_gb:.3g}"
         return f"peak memory {peak:.3g}{limit} GB"
-
-    def describe_losses(self) -> list[str]:
-        """The last training and validation loss, each with its data and step."""
-        lines = []
-        report = next((r for r in reversed(self.records) if "loss" in r), None)
-        if report is not None:
-            lines.append(describe_training_loss((report["step"], report["loss"]), self.plan))
-        evaluated = [r for r in self.records if "val_loss" in r]
-        if evaluated:
-            losses = [(r["step"], r["val_loss"]) for r in evaluated]
-            finite = [point for point in losses if point[1] is not None]
-            lowest = min(finite, key=itemgetter(1), default=None)
-            lines.append(describe_validation_loss(losses[-1], lowest, self.plan))
-        return lines
 
     def describe_tiers(self) -> str:
         """Each tier's clock: how often it is updated, and how often it was."""
@@ -236,9 +226,49 @@ def _plot_lines(view: RunView, width: int, height: int) -> list[Text]:
     return lines
 
 
+def draw_curve(
+    records: Sequence[dict[str, Any]],
+    *,
+    width: int = 64,
+    height: int = 12,
+    last_step: int | None = None,
+) -> str:
+    """Training and validation losses of metrics.jsonl, on a logarithmic axis.
+
+    width, height: of the plot in characters, without its axes.
+    last_step: where the axis of steps ends; by default at the last record.
+    """
+    points = [
+        (record.get("step", 0), max(record[key], SMALLEST_LOSS), mark)
+        for key, mark in _SERIES
+        for record in records
+        if record.get(key) is not None
+    ]
+    if not points:
+        return "no loss yet"
+    last_step = max(last_step or 1, *(step for step, _, _ in points))
+    low = min(loss for _, loss, _ in points)
+    high = max(loss for _, loss, _ in points)
+    rows = [[" "] * width for _ in range(height)]
+    for step, loss, mark in points:
+        share = math.log(loss / low) / math.log(high / low) if high > low else 1.0
+        row = round((1 - share) * (height - 1))
+        rows[row][round(step / last_step * (width - 1))] = mark
+    labels = {0: format_loss(high)}
+    if high > low:
+        labels[height - 1] = format_loss(low)
+    lines = [
+        f"{labels.get(i, ''):>{LABEL_WIDTH}} |{''.join(row).rstrip()}" for i, row in enumerate(rows)
+    ]
+    margin = " " * LABEL_WIDTH
+    axis = f"{margin} +{'-' * width}\n{margin}  0{f'step {last_step:,}':>{width - 1}}"
+    return "\n".join([*lines, axis, f"{margin}  {LEGEND}   (logarithmic)"])
+
+
 def _body_lines(view: RunView, width: int) -> list[Text]:
+    losses = describe_last_losses(view.records, view.plan)
     sentences = [
-        *view.describe_losses(),
+        *(f"{name} {text}" for name, text in losses.items()),
         *_join_if_they_fit([view.describe_speed(), view.describe_memory()], width),
         view.describe_tiers(),
         *view.describe_stages(),

@@ -10,7 +10,11 @@ from typing import Any, Self
 from nested_core.gate.verdict import Verdict, read_verdict
 from nested_core.registry import history, read_version_losses
 from nested_core.registry.gate_file import GATE_NAME
-from nested_core.registry.serving_status import describe_server, read_servers
+from nested_core.registry.serving_status import (
+    describe_server,
+    read_servers,
+    read_serving_settings,
+)
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.report.lineage_picture import LineageNode, draw_lineage
 from nested_core.report.verdict_page import describe_losses, describe_suites
@@ -55,8 +59,7 @@ class ChampionRecord:
 
     def describe_servers(self) -> list[str]:
         """A sentence for each server of the name: since when it serves this, or why it does not."""
-        config = self.provenance.get("config") or {}
-        urls = (config.get("serve") or {}).get("urls") or ()
+        _, urls = read_serving_settings(self.registry, self.name, self.version)
         servers = read_servers(self.registry, self.name, urls)
         return [describe_server(server, self.version) for server in servers]
 

@@ -78,11 +78,10 @@ class LossCurves:
         """The last losses with their steps, and the lowest; with a plan, each with its data."""
         parts = []
         if self.training.last is not None:
-            parts.append(describe_training_loss(self.training.last, plan))
+            parts.append(f"training loss {describe_training_loss(self.training.last, plan)}")
         if self.validation.last is not None:
-            parts.append(
-                describe_validation_loss(self.validation.last, self.validation.lowest, plan)
-            )
+            last, lowest = self.validation.last, self.validation.lowest
+            parts.append(f"validation loss {describe_validation_loss(last, lowest, plan)}")
         return "; ".join(parts) or "no report yet"
 
 

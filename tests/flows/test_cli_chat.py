@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flows.commands import chat
-from flows.terminal.chat_view import lay_out, show_answers
+from flows.commands.chat import lay_out, show_answers
 from nested_core.models.generation import Sampling
 from nested_core.models.side_by_side import BaseAndAdapter
 from nested_core.registry import register_and_promote

@@ -52,7 +52,7 @@ def test_train_and_run_end_early_with_success(story: tuple[Path, dict[str, Ended
     assert champion is not None
     line = "skipped: data unchanged since {}\n"
     assert (ran["second"].code, ran["second"].stdout) == (0, line.format(champion))
-    assert (ran["flow"].code, ran["flow"].stdout) == (0, line.format(champion[:6]))
+    assert (ran["flow"].code, ran["flow"].stdout) == (0, line.format(champion[:12]))
     assert not (folder / "second" / "initial").exists()
     assert not (folder / "fourth" / "adapter").exists()
     assert list_versions(folder / "registry", NAME) == [champion]

@@ -226,7 +226,7 @@ def test_the_options_are_those_of_mlx_lm_with_its_defaults(monkeypatch: pytest.M
 
 def test_serving_imports_no_prefect() -> None:
     code = (
-        "import sys, flows.cli, flows.serving_news, nested_core.serve.server\n"
+        "import sys, flows.cli, flows.commands.serving_news, nested_core.serve.server\n"
         "flows.cli.build_parser()\n"
         "print([name for name in sys.modules if name.split('.')[0] == 'prefect'])"
     )

@@ -54,7 +54,7 @@ def test_a_verified_and_promoted_adapter_is_announced_with_what_promote_needs(
     version = core.read_champion(tmp_path / "registry", "announced")
     assert version is not None
     assert re.fullmatch(
-        rf"verified {version[:6]}: val loss [0-9.]+ -> [0-9.]+; promoted", str(state.message)
+        rf"verified {version[:12]}: val loss [0-9.]+ -> [0-9.]+; promoted", str(state.message)
     )
     assert events_of("announced", 2) == [
         (

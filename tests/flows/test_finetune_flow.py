@@ -117,7 +117,7 @@ def test_a_rise_beyond_bound_and_noise_is_rejected_with_the_champions_loss(
     said = (
         rf"rejected: loss_regressed {number} -> {number} on 10 examples; "
         rf"examples_harmed: 10 of 10 examples lost far more than a nat a token, .+; "
-        rf"champion {champion[:6]} {number}"
+        rf"champion {champion[:12]} {number}"
     )
     assert re.fullmatch(said, str(state.message))
 
@@ -127,7 +127,7 @@ def test_a_night_on_the_champions_own_data_is_skipped(completed: tuple[Path, Sta
     state = continued(folder, "skipped", data=str(DATA))
     champion = read_champion(folder / "registry", "capitals")
     assert (state.is_completed(), state.name) == (True, "Skipped")
-    assert state.message == f"skipped: data unchanged since {str(champion)[:6]}"
+    assert state.message == f"skipped: data unchanged since {str(champion)[:12]}"
 
 
 def test_what_cannot_be_used_in_the_end_fails_the_flow_before_there_is_a_run(

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from flows.terminal.loss_curve import draw_curve
-from flows.terminal.run_view import RunView, draw_bar, draw_screen, format_line
+from flows.terminal.run_view import RunView, draw_bar, draw_curve, draw_screen, format_line
 from nested_core.report.loss_curves import LossCurves
+from nested_core.training.loss_sentences import describe_last_losses
 from nested_core.training.training_plan import TrainingPlan
 
 PLAN = TrainingPlan(
@@ -71,7 +71,7 @@ def test_a_screen_tells_of_steps_time_losses_speed_memory_and_tiers() -> None:
 @pytest.mark.parametrize("last", [{}, {"loss": None}, {"val_loss": None}])
 def test_a_page_says_of_the_losses_what_the_screen_says(last: dict[str, None]) -> None:
     records = [*RECORDS, report(125, **last)]
-    said = "; ".join(view_of(*records).describe_losses())
+    said = "; ".join(f"{name} {text}" for name, text in describe_last_losses(records, PLAN).items())
     assert ("not finite" in said) == bool(last)
     assert LossCurves.of_records(records).describe(PLAN) == said
 

@@ -22,12 +22,12 @@ from prefect.client.schemas.sorting import ArtifactSort
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import get_current_settings
 
-from flows import serving_news
-from flows.deploy import put_automations, put_deployment
-from flows.deployment_plan import make_plan
+from flows.commands import serving_news
+from flows.commands.serving_news import NewsSender
+from flows.deployment.deploy import put_automations, put_deployment
+from flows.deployment.plan import make_plan
 from flows.promote import PromoteParameters, promote
 from flows.reconcile import ReconcileParameters, reconcile
-from flows.serving_news import NewsSender
 from nested_core import registry as core
 from nested_core.registry.serving_status import ServerStatus, ServingNews
 from tasks import serving

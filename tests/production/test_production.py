@@ -75,14 +75,14 @@ def test_the_nightly_run_comes_by_its_schedule_and_its_adapter_is_champion(stack
     assert ended.auto_scheduled
     version = champion(stack)
     assert version is not None
-    assert str(ended.state.message).startswith(f"verified {version[:6]}: val loss ")
+    assert str(ended.state.message).startswith(f"verified {version[:12]}: val loss ")
     assert str(ended.state.message).endswith("; promoted")
 
 
 def test_a_night_without_new_data_is_skipped(stack: Stack) -> None:
     ended = stack.wait(stack.submit(f"finetune/{NAME}-nightly"))
     assert ended.state is not None
-    assert ended.state.message == f"skipped: data unchanged since {str(champion(stack))[:6]}"
+    assert ended.state.message == f"skipped: data unchanged since {str(champion(stack))[:12]}"
     assert len(core.history(stack.registry, NAME)) == 1
 
 
@@ -147,7 +147,7 @@ def test_a_sweep_of_four_promotes_the_best_that_the_gate_verified(stack: Stack) 
     )
     version = champion(stack)
     assert version is not None
-    assert best["result"].startswith(f"verified {version[:6]}: ")
+    assert best["result"].startswith(f"verified {version[:12]}: ")
     assert str(ended.state.message).endswith("; promoted")
 
 

@@ -169,7 +169,7 @@ def check_registry(stack: Stack, trainings: list[FlowRun]) -> None:
     said = [str(run.state.message) for run in trainings if run.state is not None]
     verified = {words.split()[1].rstrip(":") for words in said if words.startswith("verified ")}
     versions = core.list_versions(stack.registry, NAME)
-    assert {version[:6] for version in versions} == verified
+    assert {version[:12] for version in versions} == verified
     history = core.history(stack.registry, NAME)
     promoted = sum(words.endswith("promoted") for words in said)
     assert promoted <= len(history) <= promoted + len(reconciled(stack, history))

@@ -83,7 +83,7 @@ def test_the_first_night_promotes_both_and_tells_nobody(
     for name, run in zip(ADAPTERS, runs, strict=True):
         assert run.name.startswith(f"{name}, ")
         version = core.read_champion(team.registry, name)
-        assert str(run.state.message).startswith(f"verified {str(version)[:6]}: ")  # type: ignore[union-attr]
+        assert str(run.state.message).startswith(f"verified {str(version)[:12]}: ")  # type: ignore[union-attr]
     assert webhook.texts == []
 
 

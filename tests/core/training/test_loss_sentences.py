@@ -7,12 +7,12 @@ from nested_core.training.loss_sentences import describe_training_loss, describe
 
 def test_a_loss_that_is_not_finite_is_said_and_the_lowest_is_told_beside_it() -> None:
     assert describe_training_loss((1200, None), None) == (
-        "training loss not finite (mean since the last report, step 1,200)"
+        "not finite (mean since the last report, step 1,200)"
     )
     assert describe_validation_loss((40, None), (30, 0.19994), None) == (
-        "validation loss not finite (step 40), lowest 0.1999 (step 30)"
+        "not finite (step 40), lowest 0.1999 (step 30)"
     )
 
 
 def test_the_lowest_loss_is_not_told_twice_where_it_is_the_last() -> None:
-    assert describe_validation_loss((40, 0.5), (40, 0.5), None) == "validation loss 0.5 (step 40)"
+    assert describe_validation_loss((40, 0.5), (40, 0.5), None) == "0.5 (step 40)"

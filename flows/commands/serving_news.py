@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any, Self
 
-from flows.server_notice import may_have_server
+from flows.commands.server_notice import may_have_server
 from nested_core.registry.serving_status import ServerStatus, ServingNews
 
 SECONDS_BETWEEN_TRIES, MAX_SECONDS_BETWEEN_TRIES = 30.0, 600.0
