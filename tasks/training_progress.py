@@ -19,9 +19,11 @@ from prefect import get_run_logger, runtime
 from prefect.client.orchestration import SyncPrefectClient, get_client
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.report.loss_curves import LossCurves, describe_curves
+from nested_core.report.loss_curves import describe_curves
+from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_duration
+from nested_core.training.loss_sentences import join_last_losses
 from nested_core.training.metrics_file import read_metrics
 from nested_core.training.training_plan import TrainingPlan, read_plan
 from tasks.artifact_client import ArtifactClient, artifact_key
@@ -41,40 +43,38 @@ CONSOLE_ONLY_LOG_EXTRA = {"send_to_api": False}  # a line of the log is a row of
 class TrainingPages:
     """The two artifacts, what they show, and when they are due.
 
-    `steps` are those of the whole run, `first_step` the one that it went on from.
+    `steps` are those of the whole run, `first_step` the one that it went on from; `records` are as
+    in metrics.jsonl, and not finite losses None.
     """
 
     config: FineTuneConfig
     steps: int
     first_step: int = 0
     clock: Callable[[], float] = time.monotonic
-    curves: LossCurves = field(default_factory=lambda: LossCurves.of_records([]))
+    records: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # When training began here, and when the pages are to be shown again
         self._began_at = self.clock()
         self._due_at = self._began_at
 
-        # Of the last report
-        self._tokens_per_second: float | None = None
-
     def add_earlier_reports(self, records: list[dict[str, Any]]) -> None:
         """Add the reports that a run made before it was stopped, up to where it goes on."""
-        self.curves = LossCurves.of_records(r for r in records if r["step"] <= self.first_step)
+        self.records += [record for record in records if record["step"] <= self.first_step]
 
     def add_training_loss(self, info: Mapping[str, Any]) -> None:
         """Add a report as mlx-lm's callbacks receive it; it touches no network."""
-        self.curves.training.add(info.get("step", info["iteration"]), info["train_loss"])
-        self._tokens_per_second = info.get("tokens_per_second")
+        step, loss = info.get("step", info["iteration"]), finite_or_none(info["train_loss"])
+        speed = info.get("tokens_per_second")
+        self.records.append({"step": step, "loss": loss, "tokens_per_second": speed})
 
     def add_validation_loss(self, step: int, loss: float) -> None:
         """Add an evaluation."""
-        self.curves.validation.add(step, loss)
+        self.records.append({"step": step, "val_loss": finite_or_none(loss)})
 
     def is_due(self) -> bool:
         """Whether there is something to show, and the last update is long enough ago."""
-        has_report = bool(self.curves.training.points or self.curves.validation.points)
-        return has_report and self.clock() >= self._due_at
+        return bool(self.records) and self.clock() >= self._due_at
 
     def show(self, artifacts: ArtifactClient, step: int) -> None:
         """Publish both as of a step."""
@@ -88,8 +88,8 @@ class TrainingPages:
         artifacts.publish_progress(
             artifact_key(name, "training-progress"), percent, self.describe(step)
         )
-        page = describe_curves(self.curves, self.steps, str(self.config.data))
-        description = f"The curves of {self.curves.describe()}"
+        page = describe_curves(self.records, self.steps, str(self.config.data))
+        description = f"The curves of {join_last_losses(self.records, None)}"
         artifacts.publish_page(artifact_key(name, "loss-curve"), page, description)
 
     def describe(self, step: int) -> str:
@@ -99,8 +99,9 @@ class TrainingPages:
         if done > 0 and step < self.steps:
             elapsed = self.clock() - self._began_at
             parts.append(f"{format_duration(elapsed / done * (self.steps - step))} left")
-        if self._tokens_per_second is not None:
-            parts.append(f"{self._tokens_per_second:,.0f} tokens/s")
+        speeds = (record.get("tokens_per_second") for record in reversed(self.records))
+        if (speed := next((each for each in speeds if each is not None), None)) is not None:
+            parts.append(f"{speed:,.0f} tokens/s")
         return "; ".join(parts)
 
 
@@ -182,7 +183,7 @@ class PrefectProgress:
                 self._trainer.stop_training()
 
     def _log_progress(self, pages: TrainingPages) -> None:
-        if pages.curves.training.last is None:
+        if not any("loss" in record for record in pages.records):
             return
         if time.monotonic() - self._logged_at < SECONDS_BETWEEN_LINES:
             return
@@ -192,4 +193,4 @@ class PrefectProgress:
     def _describe_progress(self, pages: TrainingPages) -> str:
         """A line of the log: the step, the time left, and the losses with their data."""
         position = pages.describe(self._trainer.current_step)
-        return f"{position}: {pages.curves.describe(self._plan)}"
+        return f"{position}: {join_last_losses(pages.records, self._plan)}"

@@ -192,9 +192,10 @@ class _Area:
 
 
 def _drawable_point(point: Point) -> Point:
-    x = min(point.x, LARGEST_DRAWN_VALUE)
-    is_beyond = point.y is not None and abs(point.y) > LARGEST_DRAWN_VALUE
-    return Point(x, None) if is_beyond else Point(x, point.y)
+    is_within = point.y is None or abs(point.y) <= LARGEST_DRAWN_VALUE
+    if is_within and point.x <= LARGEST_DRAWN_VALUE:
+        return point
+    return Point(min(point.x, LARGEST_DRAWN_VALUE), point.y if is_within else None)
 
 
 def _value_axis(values: Sequence[float], *, from_zero: bool) -> _Axis:

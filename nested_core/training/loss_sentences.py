@@ -29,6 +29,12 @@ def describe_last_losses(
     return described
 
 
+def join_last_losses(records: Sequence[Mapping[str, Any]], plan: TrainingPlan | None) -> str:
+    """Both in a line, or that there is none yet."""
+    losses = describe_last_losses(records, plan)
+    return "; ".join(f"{name} {text}" for name, text in losses.items()) or "no report yet"
+
+
 def describe_training_loss(last: StepLoss, plan: TrainingPlan | None) -> str:
     """`0.1234 (train.jsonl, mean since the last report, step 40)`."""
     step, loss = last

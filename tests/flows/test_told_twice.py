@@ -18,7 +18,7 @@ from nested_core import compare_runs, finetune, open_run, read_report
 from nested_core.pipeline.finetune import FinetuneResult
 from nested_core.registry import promote
 from nested_core.report.champion_page import ChampionRecord, describe_champion
-from nested_core.report.loss_curves import LossCurves, describe_curves
+from nested_core.report.loss_curves import describe_curves
 from nested_core.report.night_page import describe_night
 from nested_core.report.verdict_page import describe_verdict
 from nested_core.storage.strict_files import read_json_object
@@ -244,7 +244,7 @@ def test_prefects_pages_tell_them(told: Told) -> None:
     champion = str(describe_champion(record))
     assert figures in champion
     assert answers in champion
-    curves = LossCurves.of_records(read_metrics(told.result.run.metrics))
+    curves = read_metrics(told.result.run.metrics)
     drawn = str(describe_curves(curves, 24, "data"))
     assert f"step {told.last[0]}" in drawn
     assert format_loss(told.last[1]) in drawn

@@ -42,7 +42,15 @@ def test_the_time_left_of_a_resumed_run_counts_its_own_steps_alone() -> None:
 def test_a_resumed_run_shows_its_earlier_losses_up_to_where_it_goes_on() -> None:
     pages = TrainingPages(example_config(), steps=10, first_step=4)
     pages.add_earlier_reports([{"step": step, "loss": float(step)} for step in range(8)])
-    assert [step for step, _ in pages.curves.training.points_to_draw()] == [0, 1, 2, 3, 4]
+    assert [record["step"] for record in pages.records] == [0, 1, 2, 3, 4]
+
+
+def test_a_loss_that_is_not_finite_is_kept_as_none() -> None:
+    pages = TrainingPages(example_config(), steps=10, clock=Clock())
+    pages.add_training_loss(report(1) | {"train_loss": float("nan")})
+    pages.add_validation_loss(1, float("inf"))
+    assert pages.records[0]["loss"] is None
+    assert pages.records[1] == {"step": 1, "val_loss": None}
 
 
 def test_pages_are_due_at_the_first_report_and_not_before() -> None:

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import base64
-import math
 import re
 from typing import Any
 
 import pytest
 
-from nested_core.report.loss_curves import (
-    MAX_CURVE_POINTS,
-    Curve,
-    LossCurves,
-    describe_curves,
-    draw_curves,
-)
+from nested_core.report.loss_curves import describe_curves, draw_curves
+from nested_core.training.loss_sentences import join_last_losses
 from nested_core.training.training_plan import TrainingPlan
 
 
-def curves_of(count: int) -> LossCurves:
-    records: list[dict[str, float]] = [{"step": s, "loss": 4.0 / (s + 1)} for s in range(count)]
-    return LossCurves.of_records([*records, {"step": count, "val_loss": 0.123456789}])
+def curves_of(count: int) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = [{"step": s, "loss": 4.0 / (s + 1)} for s in range(count)]
+    return [*records, {"step": count, "val_loss": 0.123456789}]
 
 
 def test_the_first_report_is_a_picture_already() -> None:
-    drawn = draw_curves(LossCurves.of_records([{"step": 1, "loss": 2.5}]), steps=100)
+    drawn = draw_curves([{"step": 1, "loss": 2.5}], steps=100)
     assert drawn.count("<circle") == 1
     assert "training loss 2.5<" in drawn
     assert "validation loss: none yet<" in drawn
@@ -43,35 +37,20 @@ def test_a_picture_of_many_steps_is_as_small_as_one_of_few() -> None:
     assert len(draw_curves(curves_of(100_000), steps=100_000)) < 12_000
 
 
-def test_a_curve_keeps_its_ends_and_its_lowest_point() -> None:
-    curve = Curve()
-    for step in range(10 * MAX_CURVE_POINTS):
-        curve.add(step, 0.5 if step == 77 else 1.0 + step)
-    points = curve.points_to_draw()
-    assert len(points) <= MAX_CURVE_POINTS + 1
-    assert points[0] == (0, 1.0)
-    assert points[-1] == (10 * MAX_CURVE_POINTS - 1, 10.0 * MAX_CURVE_POINTS)
-    assert curve.lowest == (77, 0.5)
-
-
 def test_a_loss_that_is_not_finite_has_no_place_on_the_curve() -> None:
-    records: list[dict[str, Any]] = [
-        {"step": 1, "loss": 2.0},
-        {"step": 2, "loss": math.nan},
-        {"step": 3, "loss": None},
-    ]
-    curves = LossCurves.of_records(records)
-    assert curves.training.points_to_draw() == [(1, 2.0)]
-    assert "nan" not in draw_curves(curves, steps=3)
+    records: list[dict[str, Any]] = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}]
+    drawn = draw_curves(records, steps=3)
+    assert drawn.count("<circle") == 1
+    assert "training loss 2<" in drawn
 
 
 def test_before_the_first_finite_loss_the_page_has_no_picture() -> None:
-    assert "data:image" not in str(describe_curves(LossCurves.of_records([]), 50, "data"))
+    assert "data:image" not in str(describe_curves([], 50, "data"))
 
 
 def test_losses_that_differ_by_much_are_drawn_on_a_logarithmic_axis() -> None:
     records = [{"step": 1, "loss": 10.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 0.1}]
-    drawn = draw_curves(LossCurves.of_records(records), steps=3)
+    drawn = draw_curves(records, steps=3)
     heights = [float(y) for y in re.findall(r'cy="([\d.]+)" r', drawn)]
     assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.15)
     assert "nats a token (logarithmic)<" in drawn
@@ -91,7 +70,7 @@ def test_with_the_plan_each_loss_names_its_data_and_step() -> None:
         memory_forecast_gb=1.0,
         memory_limit_gb=2.0,
     )
-    assert curves_of(50).describe(plan) == (
+    assert join_last_losses(curves_of(50), plan) == (
         "training loss 0.08 (train.jsonl, mean since the last report, step 49); "
         "validation loss 0.1235 (valid.jsonl, 10 examples, step 50)"
     )
