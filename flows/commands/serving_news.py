@@ -94,7 +94,7 @@ class NewsSender:
 def main() -> None:
     """The process that sends: one piece of news, read from standard input."""
     os.nice(LOWER_PRIORITY)
-    given: dict[str, Any] = json.load(sys.stdin)
+    given: dict[str, Any] = json.loads(sys.stdin.read())
     news = ServingNews(given["name"], given["champion"], ServerStatus(**given["server"]))
 
     from prefect.client.orchestration import get_client
