@@ -50,6 +50,10 @@ OPERATIONS_PER_COMMIT_OF_LARGE_MODELS = "8"
 
 OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
 NO_OPENBLAS_VARIABLE = "NESTED_TUNE_NO_OPENBLAS"
+# Its threads wait for the next product in a loop, by default 2**26 cycles (20 ms), which is all of
+# the time between two products of a small model; after 2**18 (0.1 ms) they sleep.
+OPENBLAS_WAIT_VARIABLE = "OPENBLAS_THREAD_TIMEOUT"
+OPENBLAS_WAIT = "18"
 COMPILED_FUNCTION_TYPE = ("mlx.core", "_gc_func")  # the type of what mx.compile returns
 
 
@@ -73,11 +77,12 @@ def prepare() -> Preparation:
 
     On Linux kernels are compiled into a folder of this process alone (see compiled_kernels.py).
     There, with the MLX build for CPUs, it opens OpenBLAS for the whole process, if the system has
-    it, and lets freed memory up to 1 GiB stay with the process. With the build for CUDA kernels are
-    started without graphs, and plans of attention are kept for thousands of shapes, unless
-    MLX_USE_CUDA_GRAPHS and MLX_CUDA_SDPA_CACHE_SIZE are set. On macOS, where MLX uses Metal and
-    Accelerate, none of this is needed. On every platform compiled functions are dropped when the
-    process ends (`_drop_compiled_functions_at_exit`).
+    it, with threads that soon sleep where there is no product to compute unless
+    OPENBLAS_THREAD_TIMEOUT is set, and lets freed memory up to 1 GiB stay with the process. With
+    the build for CUDA kernels are started without graphs, and plans of attention are kept for
+    thousands of shapes, unless MLX_USE_CUDA_GRAPHS and MLX_CUDA_SDPA_CACHE_SIZE are set. On macOS,
+    where MLX uses Metal and Accelerate, none of this is needed. On every platform compiled
+    functions are dropped when the process ends (`_drop_compiled_functions_at_exit`).
 
     NESTED_TUNE_NO_OPENBLAS=1 leaves OpenBLAS out; the benchmarks compare with and without. Where
     mlx was imported before, a RuntimeWarning says what can no longer be done.
@@ -138,6 +143,7 @@ def _prepare_linux() -> Preparation:
 
 def _open_openblas() -> str | None:
     """Open OpenBLAS with its symbols for the whole process; None if the system has none."""
+    os.environ.setdefault(OPENBLAS_WAIT_VARIABLE, OPENBLAS_WAIT)  # read when the library is opened
     for name in OPENBLAS_NAMES:
         try:
             ctypes.CDLL(name, ctypes.RTLD_GLOBAL)

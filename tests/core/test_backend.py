@@ -19,7 +19,11 @@ LINUX = sys.platform == "linux"
 
 def run(code: str, *arguments: str, **environment: str) -> str:
     """Standard output of a Python process that starts without our variables."""
-    ours = (backend.CUDA_GRAPHS_VARIABLE, backend.OPERATIONS_PER_COMMIT_VARIABLE)
+    ours = (
+        backend.CUDA_GRAPHS_VARIABLE,
+        backend.OPERATIONS_PER_COMMIT_VARIABLE,
+        backend.OPENBLAS_WAIT_VARIABLE,
+    )
     clean = {k: v for k, v in os.environ.items() if k not in ours}
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -90,6 +94,29 @@ print(min(faults() for _ in range(3)))  # the system may take idle pages back me
 def test_arrays_take_memory_that_is_free_again_and_not_new_pages() -> None:
     pages_of_an_array = 1024 * 1024 * 4 // 4096
     assert int(run(FAULTS)) < pages_of_an_array  # of 100 arrays together
+
+
+PRODUCTS_WITH_PAUSES = """
+import os, time
+from nested_core import backend
+backend.prepare()
+import mlx.core as mx
+a = mx.random.normal((256, 256))
+mx.eval(a @ a)
+began = time.process_time()
+for _ in range(30):
+    mx.eval(a @ a)
+    time.sleep(0.02)
+print(os.environ.get("OPENBLAS_THREAD_TIMEOUT"), time.process_time() - began)
+"""
+
+
+@pytest.mark.skipif(not LINUX or backend.device() != "cpu", reason="about OpenBLAS on a Linux CPU")
+def test_threads_of_openblas_sleep_in_pauses_of_0_6_seconds_unless_somebody_set_how_long() -> None:
+    variable, seconds = run(PRODUCTS_WITH_PAUSES, OPENBLAS_NUM_THREADS="2").split()
+    assert variable == "18"
+    assert float(seconds) < 0.12  # 0.17 to 0.6 where they wait in a loop, as they do by themselves
+    assert run(PRODUCTS_WITH_PAUSES, OPENBLAS_THREAD_TIMEOUT="26").startswith("26 ")
 
 
 AT_THE_END = """
