@@ -261,7 +261,7 @@ def read_gate(path: Path) -> dict[str, Any]:
     if file_type(path, follow_links=True) == "missing":
         raise ConfigError(
             f"{path} is not there: no gate has judged this adapter. Expected the directory of a "
-            "finished run; let the run end.",
+            "finished run: let the run end; if it was stopped:",
             advice=go_on_with(),
         )
     gate = read_json(path, MAX_GATE_BYTES)

@@ -322,7 +322,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
     # The registry, and deployments
     "promoting a run that was not judged": Mistake(
-        ("no gate has judged this adapter", "let the run end, or resume it with --resume"),
+        ("let the run end; if it was stopped: Go on", "its --run-dir and --resume"),
         arguments=("promote", "run", "--name", "bot"),
         prepare=begin_other_run,
     ),
