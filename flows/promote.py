@@ -16,7 +16,12 @@ from prefect.states import Completed, State
 from pydantic import Field
 
 from flows.flow_runs.allowed_folders import require_allowed
-from flows.flow_runs.approval_request import close_older_questions
+from flows.flow_runs.approvals import (
+    Question,
+    approval_pause_key,
+    close_older_questions,
+    publish_approval,
+)
 from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors
 from nested_core.config.adapter_names import NAME_PATTERN
 from nested_core.config.section import Section
@@ -27,7 +32,6 @@ from nested_core.registry.promotion_policy import (
     read_candidate,
     recorded_section,
 )
-from tasks.approval_page import Question, approval_pause_key, publish_approval
 from tasks.night_pages import tell_night
 from tasks.outcomes import Outcome
 from tasks.promote import decline, promote_approved, promote_by_recorded_policy
@@ -35,11 +39,16 @@ from tasks.promote import decline, promote_approved, promote_by_recorded_policy
 SECONDS_TO_APPROVE = 7 * 24 * 3600
 
 
-class PromoteParameters(Section):
-    """Which version, in which registry."""
+class AdapterParameters(Section):
+    """Which adapter, in which registry."""
 
     registry: str = Field(description="the registry's folder, on the worker's machine")
     name: str = Field(pattern=f"^{NAME_PATTERN.pattern}$", description="the adapter's name in it")
+
+
+class PromoteParameters(AdapterParameters):
+    """Which version of an adapter."""
+
     version: str = Field(pattern="^[0-9a-f]{64}$", description="the folder's name under versions/")
     requires_approval: bool = Field(
         default=False, description="ask a person, whatever the policy recorded with the version"
@@ -80,7 +89,9 @@ def promote(config: PromoteParameters) -> State[Any]:
     if config.version == champion:
         return Completed(message="already_champion")
     if not config.requires_approval and not _asks_person(registry, config):
-        return _completed_state(promote_by_recorded_policy(registry, config.name, config.version))
+        outcome = promote_by_recorded_policy(registry, config.name, config.version)
+        name = Outcome.PROMOTED if outcome == "promoted" else None
+        return Completed(name=name, message=outcome)
     if reason := find_refusal_of_question(registry, config.name, config.version):
         return Completed(message=reason)
     flow_run = UUID(str(runtime.flow_run.id))
@@ -137,9 +148,3 @@ def _asks_person(registry: Path, config: PromoteParameters) -> bool:
     if candidate.policy is None:
         return False
     return effective_rule(recorded_section(registry, config.name, candidate)).asks_person
-
-
-def _completed_state(outcome: str) -> State[Any]:
-    """The state of a promotion that was decided on; its name says so where the champion moved."""
-    name = Outcome.PROMOTED if outcome == "promoted" else None
-    return Completed(name=name, message=outcome)

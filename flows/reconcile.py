@@ -11,7 +11,7 @@ from prefect.states import Completed, Failed, State
 from pydantic import Field
 
 from flows.flow_runs.allowed_folders import require_allowed
-from flows.flow_runs.approval_request import request_approval
+from flows.flow_runs.approvals import request_approval
 from flows.flow_runs.dead_runs import end_dead_runs
 from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors
 from flows.flow_runs.warning_events import (

@@ -17,9 +17,10 @@ from prefect.states import Completed, Failed, State
 from pydantic import Field, JsonValue
 
 from flows.flow_runs.allowed_folders import with_allowed_paths, with_trusted_code
-from flows.flow_runs.approval_request import request_approval
+from flows.flow_runs.approvals import request_approval
 from flows.flow_runs.labels import SWEEP_TAG
 from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
+from nested_core.config.loading import lay_over, parse_config
 from nested_core.config.registry import RegistrySection
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
@@ -157,20 +158,6 @@ def refuse_incomparable_keys(grid: dict[str, list[JsonValue]]) -> None:
         )
 
 
-def apply_grid_point(base: dict[str, Any], point: dict[str, JsonValue]) -> dict[str, Any]:
-    """The base's values with those of a point; `nested.fast` is the key `fast` of `nested`."""
-    values = dict(base)
-    for key, value in point.items():
-        section, _, name = key.rpartition(".")
-        if not section:
-            values[name] = value
-        elif isinstance(values.get(section), dict):
-            values[section] = values[section] | {name: value}
-        else:
-            raise ConfigError(f"sweep: grid key {key!r}: there is no section {section!r}.")
-    return values
-
-
 def _run_directory_of(index: int) -> RunDirectory:
     """Known before the run starts, so that its result is found; the same for a retried sweep."""
     key = str(runtime.flow_run.id).replace("-", "")[-8:]
@@ -179,9 +166,8 @@ def _run_directory_of(index: int) -> RunDirectory:
 
 def _settings_of_point(base: FineTuneConfig, point: dict[str, JsonValue]) -> dict[str, Any]:
     """The configuration of a point's run, which promotes nothing; an error if it cannot run."""
-    values = apply_grid_point(base.model_dump(mode="json"), point)
-    values["registry"] = values["registry"] | {"promote": "never"}
-    FineTuneConfig.model_validate(values)
+    values = lay_over(base.model_dump(mode="json"), point | {"registry.promote": "never"})
+    parse_config(values, source=f"sweep: the grid's point {point}")
     return values
 
 

@@ -17,6 +17,7 @@ from flows.commands.adapter_places import (
     add_registry_flag,
     find_named_adapter,
 )
+from flows.commands.command_output import printer
 from flows.terminal.console import (
     WIDTH_WITHOUT_TERMINAL,
     output_console,
@@ -70,14 +71,8 @@ def run_chat(arguments: argparse.Namespace) -> Callable[[], int]:
         asked.folder, model=asked.model, trust_remote_code=asked.trusts_remote_code
     )
     sampling = Sampling(arguments.max_tokens, temperature=arguments.temperature)
-
-    def finish() -> int:
-        """Answer the prompt, or each line that is typed; standard output is for the answers."""
-        prompts = iter([arguments.prompt]) if arguments.prompt is not None else _read_prompts()
-        _answer_each_prompt(both, prompts, sampling)
-        return 0
-
-    return finish
+    prompts = iter([arguments.prompt]) if arguments.prompt is not None else _read_prompts()
+    return printer(lambda: _answer_each_prompt(both, prompts, sampling))
 
 
 def _read_prompts() -> Iterator[str]:

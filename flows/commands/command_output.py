@@ -23,26 +23,23 @@ def result_printer(
 ) -> Callable[[], int]:
     """What prints the document where --json asks for it, else calls `show`; it returns `code`."""
 
+    return printer((lambda: print_json(document())) if arguments.json else show, code)
+
+
+def printer(show: Callable[[], object], code: int = 0) -> Callable[[], int]:
+    """What calls `show` and returns `code`, for a command without --json."""
+
     def finish() -> int:
         """Print the result."""
-        if arguments.json:
-            print_json(document())
-        else:
-            show()
+        show()
         return code
 
     return finish
 
 
 def text_printer(text: str) -> Callable[[], int]:
-    """What prints the text of a command that has no --json, and returns 0."""
-
-    def finish() -> int:
-        """Print the result."""
-        print_line(text)
-        return 0
-
-    return finish
+    """What prints a line and returns 0."""
+    return printer(lambda: print_line(text))
 
 
 @contextmanager

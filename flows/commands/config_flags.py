@@ -23,6 +23,7 @@ from nested_core.errors import ConfigError
 
 REQUIRED_KEYS = ("model", "data")  # mlx_lm.lora's defaults would be fetched from the hub
 OUTPUT_PATH_KEYS = ("adapter_path", "registry.path")  # which need not exist
+METAVARS = {str: "TEXT", int: "N", float: "NUMBER"}
 MLX_LM_FLAG_GROUP_TITLE = "as in mlx_lm.lora; a flag wins over the file"
 
 
@@ -75,17 +76,13 @@ def _argparse_options(key: Key) -> dict[str, Any]:
     """How argparse reads a key's flag."""
     value_type = _value_type(key.field.annotation)
     if key.name == "clear_cache_threshold":
-        return {"type": _parse_size, "metavar": "SIZE"}
+        return {"type": parse_size, "metavar": "SIZE"}
     if get_origin(value_type) is Literal:
         return {"choices": get_args(value_type)}
     if value_type is bool and "." not in key.name:  # mlx_lm.lora's are switches
         return {"action": "store_true"}
-    if value_type is str:
-        return {"metavar": "TEXT"}
-    if value_type is int:
-        return {"type": int, "metavar": "N"}
-    if value_type is float:
-        return {"type": float, "metavar": "NUMBER"}
+    if value_type in METAVARS:
+        return {"type": value_type, "metavar": METAVARS[value_type]}
     return {"type": parse_yaml, "metavar": "YAML"}
 
 
@@ -166,7 +163,8 @@ def _parse_path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def _parse_size(text: str) -> int:
+def parse_size(text: str) -> int:
+    """A number of bytes as mlx_lm writes it, such as 4GB."""
     from mlx_lm.utils import _parse_size as parse
 
     return int(parse(text))

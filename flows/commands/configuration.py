@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flows.commands.command_output import result_printer, text_printer
+from flows.commands.command_output import printer, result_printer, text_printer
 from flows.commands.config_flags import add_config_flags, load_config_from_flags
 from flows.terminal.console import print_line, print_page, print_progress
 from nested_core.errors import ConfigError
@@ -74,13 +74,7 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
         )
     if target is not None:
         return text_printer(f"Written: {output}. Next: nested-tune explain -c {output}")
-
-    def show() -> int:
-        """The configuration, as it would stand in a file."""
-        print_page(text)
-        return 0
-
-    return show
+    return printer(lambda: print_page(text))
 
 
 def _write_split(data: str, share: float) -> Path:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.command_output import naming_report_of_failure
+from flows.commands.command_output import naming_report_of_failure, printer
+from flows.commands.training import run_finetune_flow
 from flows.process.environment import packaged_folder
 from flows.terminal.console import print_line, print_progress, print_table
 from flows.terminal.run_follower import showing_run
@@ -52,7 +53,6 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the flow on the example, then show what the model could not answer before."""
-    from nested_core.gate.verdict import read_verdict  # loads mlx
     from nested_core.registry.champion_link import LINK_NAME
 
     out: Path = arguments.out or Path("demo-broken" if arguments.break_training else "demo")
@@ -65,12 +65,18 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
     print_progress(f"run directory: {run.path}")
     breaking = _breaking_updates() if arguments.break_training else contextlib.nullcontext()
     with naming_report_of_failure(run, is_named=True), breaking, showing_run(run):
-        _run_flow(config, run)
+        # what a person needs to know of an error is said at the end
+        state = run_finetune_flow(
+            config.model_dump() | {"run_dir": str(run.path)}, logging.CRITICAL
+        )
+        state.result()
     champion = out / "registry" / ADAPTER_NAME / LINK_NAME
     rows = _read_answers(config, run)
+    from nested_core.gate.verdict import read_verdict
+
     verdict = read_verdict(run.gate)
 
-    def finish() -> int:
+    def show() -> None:
         """Print how the run went, and the answers before and after."""
         _print_run(run, verdict)
         print_table(("question", "before", "after"), rows, title="Held-out countries")
@@ -88,9 +94,8 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
         )
         print_line("look at it:")
         print_line(f"  {run.report}")
-        return 0
 
-    return finish
+    return printer(show)
 
 
 def _path_of_program(program: str) -> str:
@@ -110,20 +115,6 @@ def example_config(registry: Path) -> FineTuneConfig:
     ]
     gate = config.gate.model_copy(update={"tasks": tuple(tasks)})
     return config.model_copy(update={"gate": gate})
-
-
-def _run_flow(config: FineTuneConfig, run: RunDirectory) -> None:
-    from flows.process.local_server import prefect_server
-
-    with prefect_server() as wait_for_server:
-        from flows.finetune import FinetuneParameters, finetune  # while the server starts
-        from flows.flow_runs.prefect_logs import show_logs_from_level
-
-        show_logs_from_level(
-            logging.CRITICAL
-        )  # what a person needs to know of an error is said at the end
-        wait_for_server()
-        finetune(FinetuneParameters(**config.model_dump(), run_dir=str(run.path)))
 
 
 @contextlib.contextmanager

@@ -167,10 +167,9 @@ def run_policy(arguments: argparse.Namespace) -> Callable[[], int]:
 def _read_policy_changes(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keys that the flags change; `null` leaves a key to the run."""
     changes: dict[str, Any] = {}
-    if arguments.promote is not None:
-        changes["promote"] = None if arguments.promote == "null" else arguments.promote
-    if arguments.canary is not None:
-        changes["canary"] = None if arguments.canary == "null" else arguments.canary
+    for key in ("promote", "canary"):
+        if (value := getattr(arguments, key)) is not None:
+            changes[key] = None if value == "null" else value
     if (bound := arguments.max_val_loss_increase) is not None:
         try:
             changes["max_val_loss_increase"] = None if bound == "null" else float(bound)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.adapter_places import add_registry_arguments
-from flows.commands.command_output import result_printer
+from flows.commands.command_output import printer, result_printer, text_printer
 from flows.terminal.console import print_line, print_page, print_progress, print_table
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.output_places import require_output_file
@@ -68,12 +68,8 @@ def run_report(arguments: argparse.Namespace) -> Callable[[], int]:
     for problem in report.record.problems:
         print_progress(f"warning: {problem}")
 
-    def finish() -> int:
-        """Print where the page is."""
-        print_line(f"report: {arguments.output or target}")
-        return DamagedError.exit_code if report.record.problems else 0
-
-    return finish
+    code = DamagedError.exit_code if report.record.problems else 0
+    return printer(lambda: print_line(f"report: {arguments.output or target}"), code)
 
 
 def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -168,12 +164,6 @@ def run_card(arguments: argparse.Namespace) -> Callable[[], int]:
     if target is not None:
         write_bytes(target, card.encode())
 
-    def finish() -> int:
-        """Print the card, or where it is."""
-        if arguments.output is None:
-            print_page(card)
-        else:
-            print_line(f"card: {arguments.output}")
-        return 0
-
-    return finish
+    if arguments.output is None:
+        return printer(lambda: print_page(card))
+    return text_printer(f"card: {arguments.output}")

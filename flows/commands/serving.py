@@ -8,9 +8,11 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flows.commands.config_flags import parse_size
 from flows.process.stop_signals import INTERRUPTED_EXIT_CODE
 from flows.terminal.console import print_progress
 from nested_core.errors import ConfigError
@@ -52,62 +54,31 @@ def add_mlx_lm_server_options(group: Any) -> None:
 
     mlx_lm builds its parser inside of `main`; a test compares these with what stands there.
     """
-    group.add_argument("--model", metavar="MODEL", help="the base; default: the adapter's own")
-    group.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1")
-    group.add_argument("--port", type=int, default=8080, help="0: any free one; default: 8080")
-    group.add_argument(
-        "--allowed-origins", type=_split, default="*", metavar="ORIGIN,...", help="default: *"
-    )
-    group.add_argument("--draft-model", metavar="MODEL", help="for speculative decoding")
-    group.add_argument("--num-draft-tokens", type=int, default=3, metavar="N", help="default: 3")
-    group.add_argument(
-        "--trust-remote-code", action="store_true", help="let the tokenizer bring code"
-    )
-    group.add_argument("--log-level", default="INFO", choices=LOG_LEVELS, help="default: INFO")
-    group.add_argument("--chat-template", default="", metavar="TEMPLATE", help="for the tokenizer")
-    group.add_argument(
-        "--use-default-chat-template", action="store_true", help="where the tokenizer has none"
-    )
-    group.add_argument("--temp", type=float, default=0.0, metavar="NUMBER", help="default: 0")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="NUMBER", help="default: 1")
-    group.add_argument("--top-k", type=int, default=0, metavar="N", help="default: 0, off")
-    group.add_argument("--min-p", type=float, default=0.0, metavar="NUMBER", help="default: 0, off")
-    group.add_argument(
-        "--max-tokens", type=int, default=512, metavar="N", help="of an answer; default: 512"
-    )
-    group.add_argument(
-        "--chat-template-args", type=json.loads, default="{}", metavar="JSON", help="default: {}"
-    )
-    group.add_argument(
-        "--decode-concurrency", type=int, default=32, metavar="N", help="answers at a time"
-    )
-    group.add_argument(
-        "--prompt-concurrency", type=int, default=8, metavar="N", help="prompts at a time"
-    )
-    group.add_argument(
-        "--prefill-step-size", type=int, default=2048, metavar="TOKENS", help="default: 2048"
-    )
-    group.add_argument(
-        "--prompt-cache-size", type=int, default=10, metavar="N", help="caches kept; default: 10"
-    )
-    group.add_argument(
-        "--prompt-cache-bytes", type=_parse_size, metavar="SIZE", help="of all caches, such as 4GB"
-    )
-    group.add_argument("--kv-bits", type=int, metavar="N", help="quantise the caches; default: off")
-    group.add_argument("--kv-group-size", type=int, default=64, metavar="N", help="default: 64")
-    group.add_argument(
-        "--quantized-kv-start", type=int, default=5000, metavar="TOKENS", help="default: 5000"
-    )
-
-
-def _split(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _parse_size(text: str) -> int:
-    from mlx_lm.utils import _parse_size as parse
-
-    return int(parse(text))
+    add, split = group.add_argument, partial(str.split, sep=",")
+    add("--model", metavar="MODEL", help="the base; default: the adapter's own")
+    add("--host", default="127.0.0.1", help="default: 127.0.0.1")
+    add("--port", type=int, default=8080, help="0: any free one; default: 8080")
+    add("--allowed-origins", type=split, default="*", metavar="ORIGIN,...", help="default: *")
+    add("--draft-model", metavar="MODEL", help="for speculative decoding")
+    add("--num-draft-tokens", type=int, default=3, metavar="N", help="default: 3")
+    add("--trust-remote-code", action="store_true", help="let the tokenizer bring code")
+    add("--log-level", default="INFO", choices=LOG_LEVELS, help="default: INFO")
+    add("--chat-template", default="", metavar="TEMPLATE", help="for the tokenizer")
+    add("--use-default-chat-template", action="store_true", help="where the tokenizer has none")
+    add("--temp", type=float, default=0.0, metavar="NUMBER", help="default: 0")
+    add("--top-p", type=float, default=1.0, metavar="NUMBER", help="default: 1")
+    add("--top-k", type=int, default=0, metavar="N", help="default: 0, off")
+    add("--min-p", type=float, default=0.0, metavar="NUMBER", help="default: 0, off")
+    add("--max-tokens", type=int, default=512, metavar="N", help="of an answer; default: 512")
+    add("--chat-template-args", type=json.loads, default="{}", metavar="JSON", help="default: {}")
+    add("--decode-concurrency", type=int, default=32, metavar="N", help="answers at a time")
+    add("--prompt-concurrency", type=int, default=8, metavar="N", help="prompts at a time")
+    add("--prefill-step-size", type=int, default=2048, metavar="TOKENS", help="default: 2048")
+    add("--prompt-cache-size", type=int, default=10, metavar="N", help="caches kept; default: 10")
+    add("--prompt-cache-bytes", type=parse_size, metavar="SIZE", help="of all caches, such as 4GB")
+    add("--kv-bits", type=int, metavar="N", help="quantise the caches; default: off")
+    add("--kv-group-size", type=int, default=64, metavar="N", help="default: 64")
+    add("--quantized-kv-start", type=int, default=5000, metavar="TOKENS", help="default: 5000")
 
 
 def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:

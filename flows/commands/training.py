@@ -33,6 +33,8 @@ from nested_core.storage.run_directory import (
 from nested_core.text.digest_format import shorten_digest
 
 if TYPE_CHECKING:
+    from prefect.states import State
+
     from nested_core.config.registry import RegistrySection
     from nested_core.config.schema import FineTuneConfig
     from nested_core.data.rules.dataset_report import DatasetReport
@@ -226,7 +228,6 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the Prefect flow here, with the run's own server unless PREFECT_API_URL is set."""
     config = load_config_from_flags(arguments)
     run = _open_run_directory(arguments)
-    from flows.process.local_server import prefect_server
     from nested_core.pipeline.preflight import require_output_places  # loads mlx
     from nested_core.training.reporting_services import configured_services
 
@@ -235,14 +236,12 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     is_named = arguments.run_dir is not None
     parameters = config.model_dump() | {"run_dir": str(run.path), "resume": arguments.resume}
     print_progress(f"run directory: {run.path}")
-    with Stopper().handling_signals(run), prefect_server() as wait_for_server:
-        from flows.finetune import FinetuneParameters, finetune  # while the server starts
-        from flows.flow_runs.prefect_logs import show_logs_from_level
-
-        show_logs_from_level(logging.NOTSET)
-        wait_for_server()
-        with naming_report_of_failure(run, is_named=is_named), showing_run(run):
-            state = finetune(FinetuneParameters(**parameters), return_state=True)
+    with (
+        Stopper().handling_signals(run),
+        naming_report_of_failure(run, is_named=is_named),
+        showing_run(run),
+    ):
+        state = run_finetune_flow(parameters, logging.NOTSET)
     if state.is_cancelled():
         raise TrainingStopped(
             f"The flow run was cancelled, {state.message} At the command line:",
@@ -253,6 +252,19 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     print_progress(str(state.message))
     print_progress(f"report: {run.report}")
     return text_printer(f"adapter: {run.adapter}" if run.adapter.exists() else str(state.message))
+
+
+def run_finetune_flow(parameters: dict[str, Any], log_level: int) -> State[Any]:
+    """Run the flow in this process; the state in which it ends."""
+    from flows.process.local_server import prefect_server
+
+    with prefect_server() as wait_for_server:
+        from flows.finetune import FinetuneParameters, finetune  # while the server starts
+        from flows.flow_runs.prefect_logs import show_logs_from_level
+
+        show_logs_from_level(log_level)
+        wait_for_server()
+        return finetune(FinetuneParameters(**parameters), return_state=True)
 
 
 def _open_run_directory(arguments: argparse.Namespace) -> RunDirectory:

@@ -65,7 +65,8 @@ def make_plan(file: Path | None = None, config: Path | None = None) -> Deploymen
     folder = packaged_folder("deployments")
     if config is None and file is None:
         config = folder / "geography.yaml"
-    given = {} if config is None else _drop_nulls(read_config(config))
+    given = {} if config is None else read_config(config)
+    given = {key: value for key, value in given.items() if value is not None}  # the default
     project_file = file or folder / "prefect.yaml"
     project = read_deployments_yaml(project_file)
     _require_deployments(project, project_file)
@@ -73,7 +74,10 @@ def make_plan(file: Path | None = None, config: Path | None = None) -> Deploymen
         _take_configuration(deployment, given) for deployment in project["deployments"]
     ]
     adapter, registry = _find_adapter(configurations, config or file)
-    values = {"adapter": adapter, "registry": registry} | _environment_values()
+    # No other variable of the environment is put into anything that the server is given.
+    interpreter = os.environ.get(INTERPRETER) or shlex.quote(sys.executable)
+    values = {"adapter": adapter, "registry": registry}
+    values |= {f"${HOME}": runs_home(), f"${INTERPRETER}": interpreter}
     project = replace_placeholders({"pull": ENTER_HOME} | project, values)
     for deployment, configuration in zip(project["deployments"], configurations, strict=True):
         _put_configuration(deployment, configuration)
@@ -187,21 +191,6 @@ def adapter_of(parameters: dict[str, Any]) -> str | None:
         names = config.get("names") or ()
         name = config.get("name") or (next(iter(names)) if len(names) == 1 else None)
     return None if name is None else str(name)
-
-
-def _environment_values() -> dict[str, str]:
-    """What `{{ $NESTED_TUNE_... }}` stands for: the runs' home and their interpreter.
-
-    No other variable of the environment is put into anything that the server is given.
-    """
-    home = runs_home()
-    interpreter = os.environ.get(INTERPRETER) or shlex.quote(sys.executable)
-    return {f"${HOME}": home, f"${INTERPRETER}": interpreter}
-
-
-def _drop_nulls(values: dict[str, Any]) -> dict[str, Any]:
-    """As in every configuration file, null at the top is the default."""
-    return {key: value for key, value in values.items() if value is not None}
 
 
 def _take_configuration(deployment: dict[str, Any], given: dict[str, Any]) -> dict[str, Any] | None:

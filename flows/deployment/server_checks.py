@@ -16,7 +16,7 @@ from prefect.settings import get_current_settings
 
 from flows.deployment.alerts import alert_block
 from flows.deployment.check import Check
-from flows.deployment.deploy import ServerDeployment, read_automations, read_server_deployments
+from flows.deployment.deploy import read_automations, read_server_deployments
 from flows.deployment.plan import (
     FINETUNE_ENTRYPOINT,
     adapter_of,
@@ -121,7 +121,8 @@ def _check_workers(client: SyncPrefectClient, pool: str) -> Check:
 def _check_deployments(client: SyncPrefectClient) -> Check:
     """Whether each adapter that the server trains has the whole set of deployments."""
     there = read_server_deployments(client)
-    adapters = sorted(_trained_adapters(there))
+    trainings = [d.response for d in there if d.response.entrypoint == FINETUNE_ENTRYPOINT]
+    adapters = sorted({name for each in trainings if (name := adapter_of(each.parameters))})
     if not adapters:
         return Check("deployments", False, "none are there", "nested-tune deploy -c CONFIG")
     shipped = read_deployments_yaml(packaged_folder("deployments") / "prefect.yaml")["deployments"]
@@ -140,12 +141,6 @@ def _check_deployments(client: SyncPrefectClient) -> Check:
     seen += f"; another limit: {', '.join(limits)}" if limits else ""
     is_well = not missing and not limits
     return Check("deployments", is_well, seen, "" if is_well else "nested-tune deploy -c CONFIG")
-
-
-def _trained_adapters(there: list[ServerDeployment]) -> set[str]:
-    """The adapters that a deployment of the server trains."""
-    trainings = [d.response for d in there if d.response.entrypoint == FINETUNE_ENTRYPOINT]
-    return {name for each in trainings if (name := adapter_of(each.parameters)) is not None}
 
 
 def _check_automations(client: SyncPrefectClient) -> Iterator[Check]:

@@ -11,45 +11,35 @@ from prefect.logging.handlers import PrefectConsoleHandler
 
 from flows.terminal.console import can_redraw, errors
 from nested_core.errors import NestedTuneError
+from tasks.log_text import LOGGERS_OF_RUNS
 from tasks.outcomes import Outcome
 
 OUTPUT_DESCRIPTORS = (1, 2)
-RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
 FAILED_STATE_MESSAGES = tuple(
     f"Finished in state {name}" for name in ("Failed", "Rejected", Outcome.DAMAGED)
 )
-PARAGRAPH_ATTRIBUTE = (
-    "is_an_error_in_a_paragraph"  # attribute of a record that the command line says too
-)
+PARAGRAPH_ATTRIBUTE = "is_an_error_in_a_paragraph"  # of a record that the command line says too
 # An error that the state says too, and the command line at its end; events that are sent at exit.
 MESSAGES_SHOWN_ELSEWHERE = ("Encountered exception during execution", "Still processing items")
 
 
-class _TerminalFilter(logging.Filter):
-    """Lets records through from a level on; of an error, which task failed and no more."""
-
-    def __init__(self, level: int) -> None:
-        super().__init__()
-        self._level = level
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to show the record, with its traceback taken off."""
-        message = record.getMessage()
-        if message.startswith(FAILED_STATE_MESSAGES):
-            record.msg, record.args = message.partition("(")[0], ()
-        record.exc_info = None
-        record.exc_text = None
-        is_said_elsewhere = message.startswith(MESSAGES_SHOWN_ELSEWHERE) or hasattr(
-            record, PARAGRAPH_ATTRIBUTE
-        )
-        return record.levelno >= self._level and not is_said_elsewhere
+def _take_off_traceback(record: logging.LogRecord) -> bool:
+    """A filter: of an error which task failed and no more, and nothing that is said elsewhere."""
+    message = record.getMessage()
+    if message.startswith(FAILED_STATE_MESSAGES):
+        record.msg, record.args = message.partition("(")[0], ()
+    record.exc_info = None
+    record.exc_text = None
+    is_said_elsewhere = message.startswith(MESSAGES_SHOWN_ELSEWHERE)
+    return not is_said_elsewhere and not hasattr(record, PARAGRAPH_ATTRIBUTE)
 
 
 def show_logs_from_level(level: int) -> None:
     """Show Prefect's records from `level` on; what failed, the command line says at its end."""
     setup_logging()  # later calls of it leave the handlers as they are
     for handler in _console_handlers():
-        handler.addFilter(_TerminalFilter(level))
+        handler.setLevel(level)
+        handler.addFilter(_take_off_traceback)
         if can_redraw():
             handler.console = errors  # its lines go above a live view, and not through it
 
@@ -85,7 +75,7 @@ _in_a_paragraph = _ErrorAsParagraphFilter()
 
 def hide_tracebacks_of_expected_errors() -> None:
     """Log errors that a person can cause without a traceback, unless Prefect logs at DEBUG."""
-    for name in RUN_LOGGERS:
+    for name in LOGGERS_OF_RUNS:
         logger = logging.getLogger(name)
         if not logger.isEnabledFor(logging.DEBUG):
             logger.addFilter(_in_a_paragraph)

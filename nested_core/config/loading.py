@@ -175,17 +175,24 @@ def load_config(
     """
     values, lines = read_yaml_with_lines(Path(path)) if path is not None else YamlFile({}, {})
     source = str(path) if path is not None else "the command line"
-    for name, value in flags.items():
-        section, _, key = name.rpartition(".")
-        if not section:
-            values[key] = value
-        elif isinstance(values.get(section) or {}, dict):
-            values[section] = (values.get(section) or {}) | {key: value}
+    values = lay_over(values, flags)
     _let_iters_flag_override_epochs(values, flags)
     known = {key: value for key, value in values.items() if value is not None}
     given_by_flag = {name for name, value in flags.items() if value is not None}
     in_file = {key: line for key, line in lines.items() if key not in given_by_flag}
     return parse_config(known, source=source, lines=in_file)
+
+
+def lay_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the values with those of `given`, by dotted name such as `nested.fast`."""
+    laid = dict(values)
+    for name, value in given.items():
+        section, _, key = name.rpartition(".")
+        if not section:
+            laid[key] = value
+        elif isinstance(laid.get(section) or {}, dict):
+            laid[section] = (laid.get(section) or {}) | {key: value}
+    return laid
 
 
 def _let_iters_flag_override_epochs(values: dict[str, Any], flags: Mapping[str, Any]) -> None:

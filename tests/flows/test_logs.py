@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from flows.finetune import FinetuneParameters, finetune
-from flows.flow_runs.prefect_logs import RUN_LOGGERS
 from flows.rollback import RollbackParameters, rollback
+from tasks.log_text import LOGGERS_OF_RUNS
 from tests.example import example_settings
 from tests.left_out import slow_except
 
@@ -77,7 +77,7 @@ class Lines(logging.Handler):
 @pytest.fixture
 def lines() -> Iterator[Lines]:
     handler = Lines()
-    loggers = [logging.getLogger(name) for name in RUN_LOGGERS]
+    loggers = [logging.getLogger(name) for name in LOGGERS_OF_RUNS]
     for logger in loggers:
         logger.addHandler(handler)
     yield handler

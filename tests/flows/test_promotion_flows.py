@@ -24,7 +24,7 @@ from prefect.flow_engine import run_flow
 from prefect.flow_runs import resume_flow_run
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
-from flows.flow_runs.approval_request import request_approval
+from flows.flow_runs.approvals import request_approval
 from flows.promote import PromoteParameters, promote
 from flows.reconcile import ReconcileParameters, reconcile
 from flows.rollback import RollbackParameters, rollback

@@ -14,7 +14,6 @@ from prefect.states import Completed, Crashed, Running, Scheduled, State
 from flows.sweep import (
     MOST_RUNS,
     SweepParameters,
-    apply_grid_point,
     grid_points,
     has_ended,
     promote_choice,
@@ -34,27 +33,20 @@ def test_the_grid_has_every_combination_in_the_order_of_the_keys_names() -> None
     assert grid_points(dict(reversed(grid.items()))) == expected
 
 
-def test_a_point_changes_its_keys_and_leaves_the_rest_of_a_section() -> None:
-    base = example_config().model_dump(mode="json")
-    values = apply_grid_point(base, {"seed": 7, "nested.fast": "deep"})
-    assert values["seed"] == 7
-    assert values["nested"] == base["nested"] | {"fast": "deep"}
-    assert base["nested"]["fast"] == "shallow"
-
-
-def test_a_key_in_a_section_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no section 'nseted'"):
-        apply_grid_point(example_config().model_dump(mode="json"), {"nseted.fast": "deep"})
-
-
-def test_a_point_that_cannot_run_is_found_before_any_is_started(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("grid", "problem"),
+    [({"iters": [4, -1]}, "iters"), ({"nseted.fast": ["deep"]}, "did you mean nested")],
+)
+def test_a_point_that_cannot_run_is_found_before_any_is_started(
+    grid: dict[str, list[Any]], problem: str, tmp_path: Path
+) -> None:
     registry = {"path": str(tmp_path / "registry"), "name": "capitals"}
     config = SweepParameters(
         base=example_config(registry=registry),
-        grid={"iters": [4, -1]},
+        grid=grid,
         deployment="finetune/capitals-manual",
     )
-    with patch("flows.sweep.run_deployment") as start, pytest.raises(ValueError, match="iters"):
+    with patch("flows.sweep.run_deployment") as start, pytest.raises(ConfigError, match=problem):
         sweep.fn(config)
     start.assert_not_called()
 

@@ -1,4 +1,4 @@
-"""Asks a person about a version that its policy promotes only then: a run of promote/auto.
+"""Asks a person about a version that its policy promotes only then, in a run of promote/auto.
 
 The run that registered the version asks, and so does the hourly reconcile for what nobody was asked
 about. A key for each version makes both ask for one and the same run: no event has to arrive.
@@ -6,6 +6,7 @@ about. A key for each version makes both ask for one and the same run: no event 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -18,11 +19,15 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Scheduled, State
 
+from nested_core.report.approval_page import describe_approval, list_approval_facts
+from nested_core.text.digest_format import shorten_digest
+from tasks.artifact_client import publish_page
 from tasks.night_pages import tell_night
 from tasks.outcomes import Outcome
 from tasks.prefect_server import flow_runs_in, set_run_state, tolerating_server_outage
 
 PROMOTION = "promote/auto"
+PAUSE_KEY_PREFIX = "approval-"  # of a pause; the champion that was shown follows
 
 
 def request_approval(registry: Path, name: str, version: str, night: UUID | None = None) -> None:
@@ -90,3 +95,36 @@ def close_older_questions(registry: str, name: str, own: UUID) -> None:
             closed: State[None] = Cancelled(name=Outcome.SUPERSEDED, message=message)
             if set_run_state(client, run, closed) and config.get("night") is not None:
                 tell_night(UUID(config["night"]), Outcome.SUPERSEDED, message)
+
+
+def approval_pause_key(champion: str | None) -> str:
+    """The key of the pause in which a person decides against this champion."""
+    return f"{PAUSE_KEY_PREFIX}{champion or 'none'}"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a person is asked: as a page of markdown for the form, and in one line."""
+
+    page: str
+    summary: str
+
+
+def publish_approval(
+    registry: Path, name: str, version: str, champion: str | None, flow_run: UUID
+) -> Question:
+    """Put the page beside the flow run; return it, and the line that stands in state and alert."""
+    facts = list_approval_facts(registry, name, version, champion)
+    page = describe_approval(name, version, champion, facts, _read_champions_asked_about(flow_run))
+    waits = f"Waits for a person: is {shorten_digest(version)} to be the champion of {name}?"
+    publish_page(name, "approval", page, waits)
+    return Question(str(page), " ".join(f"{what}: {fact.rstrip('.')}." for what, fact in facts))
+
+
+def _read_champions_asked_about(flow_run: UUID) -> list[str]:
+    """The champions that this flow run has asked about, oldest first, from its states."""
+    with get_client(sync_client=True) as client:
+        states = client.read_flow_run_states(flow_run)
+    states.sort(key=lambda state: state.timestamp)
+    keys = [state.state_details.pause_key or "" for state in states if state.is_paused()]
+    return [key.removeprefix(PAUSE_KEY_PREFIX) for key in keys if key.startswith(PAUSE_KEY_PREFIX)]
