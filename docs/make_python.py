@@ -32,7 +32,7 @@ show in [report.md](report.md#notebooks), what the optimizers do in
 ROOMS = {
     "A fine-tune": (
         *("prepare", "load_config", "FineTuneConfig", "open_run"),
-        *("finetune", "FinetuneResult", "Hooks"),
+        *("finetune", "FinetuneResult", "Steps", "Hooks"),
     ),
     "Looking at runs": ("read_report", "RunReport", "compare_runs", "RunComparison"),
     "Adapters": ("read_adapter", "Adapter"),
@@ -84,6 +84,9 @@ def render_page() -> str:
 
 def _describe(name: str, value: Any) -> Iterator[str]:
     yield f"\n### {name}\n\n"
+    if getattr(value, "__name__", name) != name:
+        yield f"Another name of `{value.__name__}`.\n"
+        return
     if not _is_exception(value):
         yield f"```text\n{_signature(name, value)}\n```\n\n"
     text = inspect.getdoc(value) or ""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from nested_core.optim.tier_counters import Tier, TierStats
     from nested_core.optim.tiered import NestedAdam, NestedAdamW, Tiered
     from nested_core.pipeline.finetune import FinetuneResult, finetune
-    from nested_core.pipeline.hooks import Hooks
+    from nested_core.pipeline.run_steps import Hooks, Steps
     from nested_core.report.run_comparison import RunComparison, compare_runs
     from nested_core.report.run_page import RunReport, read_report
     from nested_core.storage.adapter import Adapter, read_adapter
@@ -53,6 +53,7 @@ __all__ = [
     "RunComparison",
     "RunReport",
     "SilentUpdateWarning",
+    "Steps",
     "Tier",
     "TierMap",
     "TierStats",
@@ -83,7 +84,7 @@ _PUBLIC_NAMES_BY_MODULE = {
     "optim.named_updates": ("UpdateReport", "apply_flat_updates_to_nested", "verify_updates"),
     "optim.tier_assignment": ("TierMap", "assign_tiers"),
     "pipeline.finetune": ("FinetuneResult", "finetune"),
-    "pipeline.hooks": ("Hooks",),
+    "pipeline.run_steps": ("Hooks", "Steps"),
     "report.run_comparison": ("RunComparison", "compare_runs"),
     "report.run_page": ("RunReport", "read_report"),
     "storage.run_directory": ("open_run",),

@@ -73,8 +73,8 @@ BEGIN_AGAIN = Advice(
 class NestedTuneError(Exception):
     """Base of all errors of this project; `exit_code` is what the command line returns.
 
-    A message names files, keys and tensors that others named: as text it is safe to show. `advice`
-    follows it in the words of the reader's tool, as text in those of the command line.
+    message: names files, keys and tensors that others named: as text it is safe to show.
+    advice: follows the message in the words of the reader's tool; in text, the command line's.
     """
 
     exit_code = 1

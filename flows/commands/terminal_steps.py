@@ -12,13 +12,13 @@ from flows.terminal.mlx_lm_log import MlxLmLog
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.verdict import Verdict
 from nested_core.pipeline import steps
-from nested_core.pipeline.hooks import Hooks
+from nested_core.pipeline.run_steps import Steps
 from nested_core.pipeline.steps import TrainResult
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.sample_answers_file import SampleAnswers, read_sample_answers
 
 
-class TerminalSteps(Hooks):
+class TerminalSteps(Steps):
     """Messages, progress and the loss curve on standard error; signals go to the trainer."""
 
     def __init__(self, stopper: Stopper, *, mlx_lm_log: MlxLmLog | None = None) -> None:

@@ -13,7 +13,7 @@ from flows.flow_runs.warning_events import warn_of_full_disks
 from flows.process.stop_signals import Stopper
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.verdict import Verdict, read_verdict
-from nested_core.pipeline.hooks import Hooks
+from nested_core.pipeline.run_steps import Steps
 from nested_core.pipeline.steps import TrainResult
 from nested_core.registry.promotion_policy import WAITING_OUTCOME, registry_location
 from nested_core.report.night_page import UNDER_WAY
@@ -24,7 +24,7 @@ from tasks.promote import promote
 from tasks.steps import gate, load, register, train, validate
 
 
-class StepsAsTasks(Hooks):
+class StepsAsTasks(Steps):
     """Each step of a fine-tune as a Prefect task, with the links and events around it."""
 
     def on_message(self, message: str) -> None:

@@ -22,13 +22,13 @@ from nested_core.pipeline.continual import (
     describe_unbeaten_champion,
     find_unbeaten_champion,
 )
-from nested_core.pipeline.hooks import Hooks
 from nested_core.pipeline.preflight import check_before_start, require_room_for_checkpoints
 from nested_core.pipeline.publishing import (
     describe_changed_held_out,
     describe_reproduction,
     record_rejection,
 )
+from nested_core.pipeline.run_steps import Steps
 from nested_core.pipeline.shown_progress import ShownProgress, can_show_progress
 from nested_core.pipeline.steps import TrainResult
 from nested_core.registry.policy import hold_to_policy
@@ -111,7 +111,7 @@ class FinetuneResult:
 def finetune(
     config: FineTuneConfig,
     run: RunDirectory,
-    hooks: Hooks | None = None,
+    hooks: Steps | None = None,
     *,
     resume: bool = False,
     progress: bool = True,
@@ -129,7 +129,7 @@ def finetune(
     can be resumed or is complete, and report.html in it to look at.
     """
     if hooks is None:
-        hooks = ShownProgress() if progress and can_show_progress() else Hooks()
+        hooks = ShownProgress() if progress and can_show_progress() else Steps()
     config, tightening = hold_to_policy(config)
     for sentence in tightening:
         hooks.on_message(sentence)
@@ -145,7 +145,7 @@ def finetune(
             return _finetune_locked(config, run, hooks)
 
 
-def _finetune_locked(config: FineTuneConfig, run: RunDirectory, hooks: Hooks) -> FinetuneResult:
+def _finetune_locked(config: FineTuneConfig, run: RunDirectory, hooks: Steps) -> FinetuneResult:
     hooks.validate(config, run)
     unchanged = champion_trained_alike(config, run)
     if unchanged is not None:
@@ -179,7 +179,7 @@ def _finetune_locked(config: FineTuneConfig, run: RunDirectory, hooks: Hooks) ->
     )
 
 
-def _judge(config: FineTuneConfig, run: RunDirectory, hooks: Hooks) -> Verdict:
+def _judge(config: FineTuneConfig, run: RunDirectory, hooks: Steps) -> Verdict:
     """Judge, and once more where another version became champion meanwhile.
 
     A verdict that rejects what is registered already is kept beside the version: it counts.
@@ -213,7 +213,7 @@ def _current_champion(config: FineTuneConfig) -> str | None:
 
 
 def _publish(
-    config: FineTuneConfig, run: RunDirectory, verdict: Verdict, hooks: Hooks
+    config: FineTuneConfig, run: RunDirectory, verdict: Verdict, hooks: Steps
 ) -> tuple[str, str | None]:
     """Register, and promote where a policy asks for it; the version, and what became of it."""
     version = hooks.register(config, run, verdict.rival)

@@ -9,7 +9,7 @@ from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.verdict import Verdict
-from nested_core.pipeline.hooks import Hooks
+from nested_core.pipeline.run_steps import Steps
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_clock
 from nested_core.text.foreign_text import escape
@@ -24,7 +24,7 @@ def can_show_progress() -> bool:
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
-class ShownProgress(Hooks):
+class ShownProgress(Steps):
     """One line that is rewritten: what is read, then steps, losses and the time that is left."""
 
     def __init__(self) -> None:

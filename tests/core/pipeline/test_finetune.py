@@ -18,13 +18,13 @@ from nested_core.errors import DatasetError, GateRejected
 from nested_core.pipeline import steps
 from nested_core.pipeline.device_lock import DEVICE_LOCK_VARIABLE
 from nested_core.pipeline.finetune import finetune
-from nested_core.pipeline.hooks import Hooks
+from nested_core.pipeline.run_steps import Steps
 from nested_core.registry import read_champion
 from nested_core.storage.run_directory import RunDirectory, open_run
 from tests.example import DATA, example_config
 
 
-class Recording(Hooks):
+class Recording(Steps):
     """Notes which steps ran, in their order."""
 
     def __init__(self) -> None:
@@ -103,7 +103,8 @@ def test_a_rejected_adapter_is_not_registered(tmp_path: Path) -> None:
 def test_the_public_names_run_it(tmp_path: Path) -> None:
     assert nested_core.finetune is finetune
     assert nested_core.open_run is open_run
-    assert {"Hooks", "FinetuneResult", "finetune", "open_run", "prepare"} <= {*nested_core.__all__}
+    assert {"Steps", "FinetuneResult", "finetune", "open_run", "prepare"} <= {*nested_core.__all__}
+    assert nested_core.Hooks is nested_core.Steps
 
 
 HOLD = (

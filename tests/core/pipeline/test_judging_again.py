@@ -12,7 +12,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected
 from nested_core.gate.verdict import Verdict
 from nested_core.pipeline.finetune import FinetuneResult, finetune
-from nested_core.pipeline.hooks import Hooks
+from nested_core.pipeline.run_steps import Steps
 from nested_core.registry import audit, history, promote, read_champion
 from nested_core.storage.run_directory import RunDirectory, open_run
 from nested_core.text.stages import stages
@@ -21,7 +21,7 @@ from tests.example import example_config
 NAME = "capitals"
 
 
-class Messages(Hooks):
+class Messages(Steps):
     """Keeps what a person is told."""
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ def configure(registry: Path, policy: str, iters: int = 12, **changes: Any) -> F
 
 
 def resumed(
-    registry: Path, policy: str, run: Path, hooks: Hooks | None = None, **changes: Any
+    registry: Path, policy: str, run: Path, hooks: Steps | None = None, **changes: Any
 ) -> FinetuneResult:
     config = configure(registry, policy, **changes)
     return finetune(config, open_run(run, resume=True), hooks, resume=True)

@@ -14,7 +14,7 @@ import pytest
 from nested_core import ConfigError, FineTuneConfig, compare_runs, read_report
 from nested_core.pipeline import finetune as finetune_module
 from nested_core.pipeline.finetune import FinetuneResult, finetune
-from nested_core.pipeline.hooks import Hooks
+from nested_core.pipeline.run_steps import Steps
 from nested_core.pipeline.shown_progress import ShownProgress
 from nested_core.report.run_record import read_run
 from nested_core.storage.run_directory import open_run
@@ -78,18 +78,18 @@ def test_progress_is_one_line_that_is_rewritten_and_ends_with_the_verdict(sessio
 
 @pytest.mark.parametrize(
     ("is_shown", "progress", "expected"),
-    [(True, True, ShownProgress), (True, False, Hooks), (False, True, Hooks)],
+    [(True, True, ShownProgress), (True, False, Steps), (False, True, Steps)],
 )
 def test_one_argument_turns_it_off_and_without_a_terminal_there_is_none(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     is_shown: bool,
     progress: bool,
-    expected: type[Hooks],
+    expected: type[Steps],
 ) -> None:
-    used: list[Hooks] = []
+    used: list[Steps] = []
 
-    def keep(_: object, run: Any, hooks: Hooks) -> FinetuneResult:
+    def keep(_: object, run: Any, hooks: Steps) -> FinetuneResult:
         used.append(hooks)
         return FinetuneResult(run)
 

@@ -1,4 +1,4 @@
-"""What a caller of `finetune` is told, and how each step is run."""
+"""The steps of `finetune`, and what its caller is told on the way: both can be overridden."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from nested_core.registry.serving_status import await_configured
 from nested_core.storage.run_directory import RunDirectory
 
 
-class Hooks:
-    """What a caller of `finetune` can override: what it is told, and how each step is run."""
+class Steps:
+    """The steps of `finetune`, and what its caller is told: override what is to be otherwise."""
 
     def on_message(self, message: str) -> None:
         """Called with a line for a person: warnings about the data, what training starts from."""
@@ -93,10 +93,13 @@ class Hooks:
         return done if isinstance(done, str) else done.outcome
 
 
-class _ReportCallback:
-    """mlx-lm's callback protocol, handed on to `Hooks.on_report`."""
+Hooks = Steps  # its name in programs that were written before
 
-    def __init__(self, hooks: Hooks) -> None:
+
+class _ReportCallback:
+    """mlx-lm's callback protocol, handed on to `Steps.on_report`."""
+
+    def __init__(self, hooks: Steps) -> None:
         self._hooks = hooks
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
