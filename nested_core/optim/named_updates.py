@@ -120,18 +120,33 @@ def verify_updates(
         raise ValueError(
             f"no value before the update is known for: {_join_first(missing, len(missing), ', ')}"
         )
-    flags = []
-    for name, new in expected.items():
-        ref = _find_leaf(nested, name)
-        leaf = None if ref is None else ref.container[ref.key]
-        flags += [_has_equal_bits(leaf, new), _has_equal_bits(leaf, before[name])]
-    equal: Any = mx.stack(flags).tolist() if flags else []
-    is_new, is_old = equal[::2], equal[1::2]
+    leaves = [_read_leaf(nested, name) for name in expected]
+    old = [before[name] for name in expected]
+    equal = _have_equal_bits([*leaves, *leaves], [*expected.values(), *old])
+    is_new, is_old = equal[: len(leaves)], equal[len(leaves) :]
     return UpdateReport(
         checked=len(expected),
         not_applied=tuple(name for name, same in zip(expected, is_new, strict=True) if not same),
         unmoved=tuple(compress(expected, is_old)),
     )
+
+
+def find_not_applied(
+    expected: Mapping[str, mx.array], nested: dict[str, Any] | list[Any]
+) -> tuple[str, ...]:
+    """The names of `expected` whose arrays `nested` does not hold, bit for bit.
+
+    Where `nested` has the very array objects, the device has nothing to compare.
+    """
+    leaves = [_read_leaf(nested, name) for name in expected]
+    equal = _have_equal_bits(leaves, list(expected.values()))
+    return tuple(name for name, same in zip(expected, equal, strict=True) if not same)
+
+
+def _read_leaf(tree: Any, name: str) -> Any:
+    """What stands at this name; None where the tree does not have it."""
+    ref = _find_leaf(tree, name)
+    return None if ref is None else ref.container[ref.key]
 
 
 def _find_leaf(tree: Any, name: str) -> LeafRef | None:
@@ -202,10 +217,16 @@ def _join_first(words: Sequence[str], count: int, separator: str) -> str:
     )
 
 
+def _have_equal_bits(leaves: Sequence[Any], arrays: Sequence[mx.array]) -> list[bool]:
+    """Whether each leaf is an array of the same shape, dtype and bits, in one evaluation."""
+    pairs = list(zip(leaves, arrays, strict=True))
+    flags = [_has_equal_bits(leaf, array) for leaf, array in pairs if leaf is not array]
+    equal = iter(cast("list[bool]", mx.stack(flags).tolist()) if flags else [])
+    return [leaf is array or next(equal) for leaf, array in pairs]
+
+
 def _has_equal_bits(left: Any, right: mx.array) -> mx.array:
     """Whether both are arrays of the same shape, dtype and bits, as one flag on the device."""
-    if left is right:
-        return mx.array(True)
     if not isinstance(left, mx.array) or (left.shape, left.dtype) != (right.shape, right.dtype):
         return mx.array(False)
     unsigned = UNSIGNED_DTYPE_BY_BYTES[right.dtype.size]

@@ -24,7 +24,7 @@ from nested_core.optim.gradient_checks import (
     StateByParameter,
     optimizer_state_by_parameter,
 )
-from nested_core.optim.named_updates import flatten
+from nested_core.optim.named_updates import UNSIGNED_DTYPE_BY_BYTES, flatten
 from nested_core.optim.tier_assignment import TierMap
 from nested_core.optim.tier_counters import RESERVED_NAMES
 from nested_core.optim.tiered import Tiered
@@ -68,6 +68,14 @@ class PackedArray:
             )
             for (name, shape), (start, end) in zip(self.shapes.items(), ranges, strict=True)
         }
+
+    def count_changes(self, before: mx.array, after: mx.array) -> mx.array:
+        """In how many elements each tensor's bits differ, int32 [tensors], in their order."""
+        unsigned = UNSIGNED_DTYPE_BY_BYTES[before.dtype.size]
+        is_changed = (before.view(unsigned) != after.view(unsigned)).reshape(-1)
+        ends = accumulate(math.prod(shape) for shape in self.shapes.values())
+        counts_so_far = mx.cumsum(is_changed.astype(mx.int32))[mx.array(list(ends)) - 1]
+        return mx.concatenate([counts_so_far[:1], mx.diff(counts_so_far)])
 
 
 def _is_tall(shape: tuple[int, ...]) -> bool:
@@ -115,6 +123,16 @@ class Packing:
             for key, array in packed.items()
             for name, tensor in self.arrays[key].unpack(array).items()
         }
+
+    def find_unmoved(self, before: Mapping[str, mx.array], after: Flat) -> list[str]:
+        """The names of the tensors that have the same bits in some packed arrays before and after.
+
+        A few operations for each packed array, however many tensors it holds, and one evaluation.
+        """
+        changed = [self.arrays[key].count_changes(old, after[key]) for key, old in before.items()]
+        counts: Any = mx.concatenate(changed).tolist() if changed else []
+        names = [name for key in before for name in self.arrays[key].shapes]
+        return [name for name, count in zip(names, counts, strict=True) if count == 0]
 
     def tensor_shapes(self, key: str) -> Mapping[str, tuple[int, ...]]:
         """The names of the tensors in a packed array, with their shapes."""

@@ -18,10 +18,12 @@ import mlx.core as mx
 from nested_core.backend import to_float, to_int
 from nested_core.errors import SilentUpdateWarning
 from nested_core.optim.gradient_checks import Flat, find_gradient_mark
-from nested_core.optim.named_updates import UpdateReport, flatten, verify_updates
+from nested_core.optim.named_updates import UpdateReport, find_not_applied, flatten
 from nested_core.optim.tier_counters import COUNTERS_KEY
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.text.loss_format import format_change
+from nested_core.training.parameter_packing import Packing
+from nested_core.training.train_step import StepResult
 from nested_core.training.training_setup import TrainingSetup
 from nested_core.training.training_state import TrainingState
 
@@ -108,14 +110,20 @@ class UpdateCheck:
         return due in self._checked_due
 
     def check(
-        self, state: TrainingState, due: tuple[int, ...], *, before: Flat, expected: Flat
+        self, state: TrainingState, step: StepResult, *, packing: Packing, written: Flat
     ) -> None:
-        """Compare the model with what its due parameters were before a step and should be now.
+        """Read the parameters that a step updated back from the model, where they were written.
 
-        `before` and `expected` are parameters by name.
+        `written` are all parameters by name, as the step left them.
         """
-        self._checked_due.add(due)
-        report = verify_updates(before, expected, self._setup.model)
+        self._checked_due.add(step.due)
+        names = [name for key in step.updates for name in packing.tensor_shapes(key)]
+        expected = {name: written[name] for name in names}
+        report = UpdateReport(
+            checked=len(names),
+            not_applied=find_not_applied(expected, self._setup.model),
+            unmoved=tuple(packing.find_unmoved(step.before, step.updates)),
+        )
         warn_of_lost_updates(
             state, report, self._parameters_that_cannot_move(state.step, report.unmoved)
         )

@@ -271,9 +271,8 @@ class Trainer:
         written = self._sync_model_and_optimizer(train_step)
         self.world.require_equal_on_ranks(train_step.packed.arrays(), self.state.step)
         if result.updates:
-            before = train_step.packed.packing.unpack(result.before)
-            expected = {name: written[name] for name in before}
-            self._update_check.check(self.state, result.due, before=before, expected=expected)
+            packing = train_step.packed.packing
+            self._update_check.check(self.state, result, packing=packing, written=written)
 
     def _evaluate_before_step(self, train_step: TrainStep, first: int, last: int) -> None:
         """Make the evaluations before a step; if one is interrupted, resume repeats them all."""

@@ -207,3 +207,34 @@ def test_unpacked_tensors_stay_the_arrays_they_are() -> None:
     assert packing.pack_optimizer(optimizer, values) is optimizer
     assert all(packing.unpack(packing.pack(values))[name] is values[name] for name in values)
     assert packing.keys_of_tiers((1, 2)) == {"layers.1.a", "layers.1.b", "layers.2.a"}
+
+
+@pytest.mark.parametrize("by_tier", [True, False])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_tensors_that_a_step_left_as_they_were_are_found_by_their_bits(
+    dtype: mx.Dtype, by_tier: bool
+) -> None:
+    before = {name: value.astype(dtype) for name, value in random_values(5).items()}
+    before["layers.0.a"] = mx.full((8, 3), float("nan"), dtype)
+    before["layers.1.a"] = mx.zeros((8, 3), dtype)
+    packing = Packing(before, TIERS, by_tier=by_tier)
+    after = dict(before)
+    assert packing.find_unmoved(packing.pack(before), packing.pack(after)) == list(
+        packing.unpack(packing.pack(before))
+    )
+    after["layers.0.b"] = before["layers.0.b"] * mx.array([[1], [1], [-1]], dtype)  # its last row
+    after["layers.1.a"] = -before["layers.1.a"]  # -0.0
+    after["layers.1.b"] = mx.array(before["layers.1.b"])
+    after["layers.1.b"][0, 0, 0] += 1  # the first element beside the last of another tensor
+    unmoved = packing.find_unmoved(packing.pack(before), packing.pack(after))
+    assert sorted(unmoved) == ["layers.0.a", "layers.2.a"]
+
+
+def test_of_a_step_without_some_tiers_the_others_alone_are_looked_at() -> None:
+    before = random_values(6)
+    packing = Packing(before, TIERS, by_tier=True)
+    packed = packing.pack(before)
+    updates = {"tier1": packed["tier1"] + mx.zeros_like(packed["tier1"])}
+    old = {"tier1": packed["tier1"]}
+    assert packing.find_unmoved(old, updates) == ["layers.1.a", "layers.1.b"]
+    assert packing.find_unmoved({}, {}) == []
