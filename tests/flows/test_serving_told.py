@@ -127,6 +127,7 @@ def test_what_a_server_did_is_announced_once(
     assert "not served" not in str(gone.message)
 
 
+@pytest.mark.slow("starts processes that import Prefect")
 def test_what_a_server_does_is_told_at_once_and_again_until_prefect_has_it(
     add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,6 +12,7 @@ alone: where the first token that differs was a near tie there, it counts as suc
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -70,6 +71,8 @@ class Load:
     """What was seen.
 
     seconds_to_follow: from before a promotion to the first answer of the version.
+    bytes_at_rest: in arrays while nobody asks, of one version after one answer: before all, and
+        after all.
     """
 
     answers: Counter[str] = field(default_factory=Counter)
@@ -77,6 +80,7 @@ class Load:
     wrong: list[str] = field(default_factory=list)
     seconds_to_follow: list[float] = field(default_factory=list)
     bytes_after_swaps: list[int] = field(default_factory=list)
+    bytes_at_rest: list[int] = field(default_factory=list)
     base_is_the_same: bool = True
     seconds: float = 0.0
 
@@ -93,6 +97,7 @@ class Load:
             "seconds_to_follow_median": round(statistics.median(self.seconds_to_follow), 2),
             "seconds_to_follow_max": round(max(self.seconds_to_follow), 2),
             "base_is_the_same": self.base_is_the_same,
+            "bytes_at_rest": self.bytes_at_rest,
             "megabytes_in_arrays_first_half_max": round(
                 max(self.bytes_after_swaps[:half]) / 1e6, 2
             ),
@@ -154,6 +159,16 @@ def hammer(folder: Path, *, requests: int, swaps: int, clients: int) -> Load:
         provider = client.server.generator.model_provider
         arrays = leaves_of(provider.base)
 
+        def note_bytes_at_rest() -> None:
+            """Change to another version and back, which drops all caches, and ask once."""
+            for path in (paths[1], paths[0]):
+                follow(client, promote_run(path, registry))
+            client.chat(NAME, PROMPTS[0])
+            gc.collect()
+            seen.bytes_at_rest.append(mx.get_active_memory())
+
+        note_bytes_at_rest()
+
         def ask(first: int, count: int) -> None:
             for number in range(first, first + count):
                 prompt = PROMPTS[number % len(PROMPTS)]
@@ -167,17 +182,22 @@ def hammer(folder: Path, *, requests: int, swaps: int, clients: int) -> Load:
             while seen.answers.total() < (swap + 1) * requests // (swaps + 2):
                 time.sleep(0.01)
             began = time.monotonic()
-            version = promote_run(paths[(swap + 1) % len(paths)], registry)
-            while client.chat(NAME, max_tokens=1).version != version:
-                time.sleep(0.01)
+            follow(client, promote_run(paths[(swap + 1) % len(paths)], registry))
             seen.seconds_to_follow.append(time.monotonic() - began)
             seen.bytes_after_swaps.append(mx.get_active_memory())
         for thread in threads:
             thread.join()
+        note_bytes_at_rest()
         after = leaves_of(provider.base)
         seen.base_is_the_same = all(after[name] is array for name, array in arrays.items())
     seen.seconds = time.monotonic() - begin
     return seen
+
+
+def follow(client: Client, version: str) -> None:
+    """Ask until a version answers."""
+    while client.chat(NAME, max_tokens=1).version != version:
+        time.sleep(0.01)
 
 
 def leaves_of(model: Any) -> dict[str, mx.array]:

@@ -14,15 +14,17 @@ from typing import Any
 import pytest
 
 from nested_core.config.registry import RegistrySection
-from nested_core.registry import promote, rollback
+from nested_core.registry import promote, register, rollback
 from nested_core.registry.serving_file import ServingRecord, write_serving_record
 from nested_core.registry.serving_status import (
     ServerStatus,
     await_configured,
     await_serving,
     describe_server,
+    is_served,
     read_servers,
 )
+from tests.core.registry.conftest import write_run
 
 NAME = "capitals"
 SINCE = "2026-11-22T21:04:10+00:00"
@@ -75,6 +77,29 @@ def test_a_server_is_known_by_its_file_while_its_heartbeat_is_new(
     assert describe_server(server, three[0]) == f"serving since {SINCE}, at http://127.0.0.1:1"
     write_record(registry, three[0], age=61)
     assert read_servers(registry, NAME) == []
+
+
+def test_a_name_has_servers_by_their_files_or_recorded_addresses(
+    three: tuple[str, str, str], registry: Path, tmp_path: Path
+) -> None:
+    assert not is_served(registry, NAME)
+    provenance = {"config": {"serve": {"urls": ["http://127.0.0.1:1"]}}}
+    recorded = register(write_run(tmp_path / "run-9", 9), registry, NAME, provenance)
+    promote(registry, NAME, recorded, by="ann")
+    assert is_served(registry, NAME)
+    promote(registry, NAME, three[0], by="ann")
+    assert not is_served(registry, NAME)
+    write_record(registry, three[0], age=10**6)
+    assert is_served(registry, NAME)
+
+
+def test_servers_of_a_damaged_champion_are_looked_at(
+    three: tuple[str, str, str], registry: Path
+) -> None:
+    link = registry / NAME / "champion"
+    link.unlink()
+    link.symlink_to("elsewhere")
+    assert is_served(registry, NAME)
 
 
 def test_what_a_file_or_health_says_is_shortened(
