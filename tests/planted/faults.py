@@ -69,8 +69,8 @@ FAULTS = (
     ),
     Fault(
         "nested_core/text/duration_format.py",
-        "    if minutes < 60:",
-        "    if minutes <= 60:",
+        "    if minutes < 100:",
+        "    if minutes <= 100:",
         "a comparison turned",
     ),
     Fault(
