@@ -23,7 +23,7 @@ CONFIG: dict[str, Any] = {
     "fine_tune_type": "lora",
     "num_layers": 2,
     "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.0},
-    "base_fingerprint": "ba5e" * 16,
+    "base_fingerprint": "sha256:" + "ba5e" * 16,
 }
 
 

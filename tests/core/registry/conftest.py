@@ -36,7 +36,7 @@ def write_run(run_dir: Path, seed: int, verdict: str = "passed") -> Path:
         "fine_tune_type": "lora",
         "num_layers": 2,
         "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.0},
-        "base_fingerprint": "ba5e" * 16,
+        "base_fingerprint": "sha256:" + "ba5e" * 16,
     }
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     write_gate(run_dir, verdict, read_adapter(adapter).digest())
