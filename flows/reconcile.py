@@ -80,8 +80,8 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
     happenings = {
         Outcome.ENDED_DEAD_RUNS: dead,
         Outcome.PROMOTED: promoted,
-        Outcome.ROLLED_BACK: rollbacks,
-        Outcome.RUNS_LONG: long_runs,
+        Outcome.SAW_ROLLBACK: rollbacks,
+        Outcome.SAW_LONG_RUN: long_runs,
     }
     outcome = next((outcome for outcome, found in happenings.items() if found), None)
     message = f"promoted: {', '.join(promoted) or 'nothing'}"

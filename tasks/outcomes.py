@@ -19,7 +19,8 @@ class Outcome(StrEnum):
     ROLLED_BACK = "Rolled back"
     # Of the hourly look, by the first of these that it found:
     ENDED_DEAD_RUNS = "Ended dead runs"  # their processes were gone
-    RUNS_LONG = "Runs long"  # a run takes far longer than the last ones did
+    SAW_ROLLBACK = "Saw a rollback"  # that was done elsewhere
+    SAW_LONG_RUN = "Saw a long run"  # it takes far longer than the last ones did
     # Of a question that is put to a person, and of the night that asks it:
     WAITS_FOR_APPROVAL = "Waits for approval"
     APPROVED = "Approved"  # the version is champion by a person's word

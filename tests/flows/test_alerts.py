@@ -237,7 +237,7 @@ def test_a_run_that_takes_far_longer_than_the_last_ones_is_told_once(
     (tmp_path / "registry").mkdir()
     given = ReconcileParameters(registry=str(tmp_path / "registry"))
     states = [reconcile(given, return_state=True) for _ in range(2)]
-    assert [state.name for state in states] == ["Runs long"] * 2
+    assert [state.name for state in states] == ["Saw a long run"] * 2
     assert "take far longer than the runs before them: the long one" in str(states[0].message)
     EventsWorker.drain_all()
     end_run(client, "after the long one", State(type=StateType.FAILED, name="Failed"))

@@ -263,7 +263,7 @@ def test_the_hour_after_a_rollback_at_the_command_line_is_called_by_it(
     reconcile(given)
     core.rollback(registry, NAME, by="ann", reason="it was rude")
     state = reconcile(given, return_state=True)
-    assert state.name == "Rolled back"
+    assert state.name == "Saw a rollback"
     assert f"{NAME}: rolled back to {first[:12]} by ann: it was rude" in str(state.message)
     again = reconcile(given, return_state=True)
     assert (again.name, again.message) == ("Completed", "promoted: nothing")
