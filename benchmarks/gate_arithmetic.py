@@ -20,8 +20,8 @@ import numpy as np
 
 from benchmarks.gate_rates import BOUNDS, draw_suites, plant_best_step
 from nested_core.gate.loss_bounds import harm_reasons, loss_reasons
+from nested_core.gate.loss_figures import summarise_champion, summarise_losses
 from nested_core.gate.task_bounds import judge_answers
-from nested_core.gate.verdict import ChampionLoss, Validation
 
 EXAMPLES = 10_000
 SUITES = 30
@@ -35,11 +35,11 @@ def main() -> int:
     losses, candidates = plant_best_step(random, examples=EXAMPLES, distribution="normal", sd=0.2)
     gate, records = draw_suites(random, SUITES)
     began, used = time.perf_counter(), time.process_time()
-    validation = Validation.from_losses(
+    validation = summarise_losses(
         losses, selected_on_same_data=True, bounds=BOUNDS, candidates=candidates
     )
     reasons = loss_reasons(validation, BOUNDS) + harm_reasons(losses, validation, BOUNDS)
-    champion = ChampionLoss.from_losses("champion", losses, BOUNDS, candidates)
+    champion = summarise_champion("champion", losses, BOUNDS, candidates)
     losses.render()
     middle = time.perf_counter()
     results, more = judge_answers(gate, records)

@@ -28,6 +28,7 @@ from typing import Any
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a process a core
 
 from nested_core import backend
+from nested_core.gate.loss_figures import summarise_champion, summarise_losses
 
 backend.prepare()
 
@@ -43,7 +44,7 @@ from nested_core.gate.example_losses import ExampleLosses, Vector
 from nested_core.gate.held_out_loss import HeldOutExamples
 from nested_core.gate.loss_bounds import harm_reasons, loss_reasons
 from nested_core.gate.task_bounds import judge_answers
-from nested_core.gate.verdict import ChampionLoss, Validation
+from nested_core.records.verdict import Validation
 from nested_core.report.sweep_results import SweepRunResult, choose_best_run
 from nested_core.text.loss_conclusion import is_better
 from nested_core.training.training_state import TrainingState
@@ -141,7 +142,7 @@ def is_promoted(losses: ExampleLosses, candidates: Candidates) -> bool:
 
 def _is_promoted_before_and_now(losses: ExampleLosses, candidates: Candidates) -> tuple[bool, bool]:
     """Whether `better` promoted at commit 95bc16c, by the same interval alone, and does now."""
-    found = ChampionLoss.from_losses("champion", losses, BOUNDS, candidates)
+    found = summarise_champion("champion", losses, BOUNDS, candidates)
     is_promoted_now = is_better(
         found.difference,
         found.interval,
@@ -243,7 +244,7 @@ def copied_rows(
 
 def judge_losses(judged: ExampleLosses) -> tuple[Validation, list[str]]:
     """The verdict on losses before and after, and the codes of its reasons."""
-    validation = Validation.from_losses(judged, selected_on_same_data=False, bounds=BOUNDS)
+    validation = summarise_losses(judged, selected_on_same_data=False, bounds=BOUNDS)
     reasons = loss_reasons(validation, BOUNDS) + harm_reasons(judged, validation, BOUNDS)
     return validation, [reason.code for reason in reasons]
 

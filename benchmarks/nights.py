@@ -24,7 +24,7 @@ import numpy as np
 from nested_core.config.gate import GateSection
 from nested_core.gate.example_losses import ExampleLosses
 from nested_core.gate.loss_bounds import harm_reasons, loss_reasons
-from nested_core.gate.verdict import Validation
+from nested_core.gate.loss_figures import summarise_losses
 from tests.reliability.test_nightly_series import NIGHTS, run_nights
 
 EXAMPLE = "examples/geography.yaml"
@@ -146,7 +146,7 @@ def list_planted() -> Iterator[Judged]:
         after = before + np.array(differences)
         tokens = np.full(count, 20.0)
         losses = ExampleLosses("test.jsonl", np.arange(1, count + 1), tokens, before, after)
-        validation = Validation.from_losses(losses, selected_on_same_data=False, bounds=bounds)
+        validation = summarise_losses(losses, selected_on_same_data=False, bounds=bounds)
         reasons = loss_reasons(validation, bounds) + harm_reasons(losses, validation, bounds)
         gate = {
             "verdict": "failed" if reasons else "passed",

@@ -110,8 +110,8 @@ def finetune(config: FinetuneParameters) -> State[Any]:
 def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
     """Run the pipeline with its steps as tasks; the state in which that ends."""
     from flows.flow_runs.task_steps import StepsAsTasks
-    from nested_core.gate.verdict import read_verdict
     from nested_core.pipeline.finetune import finetune as run_finetune
+    from nested_core.records.verdict_file import read_verdict
     from tasks.events import emit_adapter_event
 
     resumed = _describe_resumption(run)

@@ -145,6 +145,6 @@ def _told_state(config: PromoteParameters, outcome: Outcome, message: str) -> St
 def _asks_person(registry: Path, config: PromoteParameters) -> bool:
     """Whether the version's own policy, or the registry's, leaves it to a person."""
     candidate = read_candidate(registry, config.name, config.version)
-    if candidate.policy is None:
+    if candidate.facts.policy is None:
         return False
     return effective_rule(recorded_section(registry, config.name, candidate)).asks_person

@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nested_core.gate.verdict import Code
+    from nested_core.records.verdict import Code
 
 
 class Outcome(StrEnum):
@@ -36,7 +36,7 @@ class Outcome(StrEnum):
     ANSWERS = "Rejected: answers"  # they are too often wrong, or broken
 
 
-# By the first reason of a verdict: each code of nested_core.gate.verdict.
+# By the first reason of a verdict: each code of nested_core.records.verdict.
 OUTCOME_BY_CODE: dict[Code, Outcome] = {
     "unchanged": Outcome.UNCHANGED,
     "tier_unchanged": Outcome.UNCHANGED,

@@ -14,11 +14,12 @@ from prefect.cache_policies import NO_CACHE
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DatasetError, GateRejected
-from nested_core.gate.verdict import Verdict, read_verdict
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import describe_starting_adapter
 from nested_core.pipeline.publishing import register_run
 from nested_core.pipeline.steps import TrainResult
+from nested_core.records.verdict import Verdict
+from nested_core.records.verdict_file import read_verdict
 from nested_core.report.verdict_page import describe_verdict
 from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.run_directory import RunDirectory

@@ -26,7 +26,7 @@ from nested_core.storage.run_directory import RunDirectory, new_run_name
 from nested_core.text.loss_format import format_loss, loss_name_for_file
 
 if TYPE_CHECKING:
-    from nested_core.gate.verdict import Verdict
+    from nested_core.records.verdict import Verdict
 
 ADAPTER_NAME = "geography"
 
@@ -72,7 +72,7 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
         state.result()
     champion = out / "registry" / ADAPTER_NAME / LINK_NAME
     rows = _read_answers(config, run)
-    from nested_core.gate.verdict import read_verdict
+    from nested_core.records.verdict_file import read_verdict
 
     verdict = read_verdict(run.gate)
 

@@ -21,7 +21,7 @@ from nested_core.errors import ConfigError, GateRejected
 from nested_core.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from nested_core.gate.verdict import TensorChange
+    from nested_core.records.verdict import TensorChange
 
 MODULE_COLUMNS = ("module", "tensors changed", "least change", "most (relative)", "finite")
 

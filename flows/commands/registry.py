@@ -85,12 +85,11 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     """Register a run's adapter if it is not yet, and make it the champion."""
     from nested_core.config.resume import read_run_config
     from nested_core.pipeline.publishing import register_and_promote_run
+    from nested_core.records.verdict_file import read_verdict
     from nested_core.registry import UNSET
-    from nested_core.registry.gate_file import read_gate
     from nested_core.registry.name_folders import check_name
     from nested_core.registry.promotion_policy import describe_promotion, warn_if_worse
     from nested_core.registry.serving_status import await_configured
-    from nested_core.report.run_figures import has_broken_answers
 
     check_name(arguments.name)
     run = RunDirectory(arguments.run_dir)
@@ -110,7 +109,7 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     warning = warn_if_worse(arguments.registry, arguments.name, done)
     if warning is not None:
         print_progress(f"warning: {warning}")
-    if done.outcome == "promoted" and has_broken_answers(read_gate(run.gate)):
+    if done.outcome == "promoted" and read_verdict(run.gate).has_broken_answers:
         print_progress(
             f"warning: training broke most of the sample answers of this adapter: look at "
             f"{run.report}. To go back: nested-tune rollback {arguments.name} --registry "

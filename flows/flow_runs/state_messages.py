@@ -14,7 +14,7 @@ from nested_core.text.foreign_text import escape
 from nested_core.text.loss_format import format_change, format_loss, loss_name_for_file
 
 if TYPE_CHECKING:
-    from nested_core.gate.verdict import Reason, Verdict
+    from nested_core.records.verdict import Reason, Verdict
 
 MAX_EXPONENT = 709.0  # of e in a float
 MAX_SHOWN_REASONS = 3

@@ -12,9 +12,10 @@ from flows.flow_runs.state_messages import describe_test_loss
 from flows.flow_runs.warning_events import warn_of_full_disks
 from flows.process.stop_signals import Stopper
 from nested_core.config.schema import FineTuneConfig
-from nested_core.gate.verdict import Verdict, read_verdict
 from nested_core.pipeline.run_steps import Steps
 from nested_core.pipeline.steps import TrainResult
+from nested_core.records.verdict import Verdict
+from nested_core.records.verdict_file import read_verdict
 from nested_core.registry.promotion_policy import WAITING_OUTCOME, registry_location
 from nested_core.report.night_page import UNDER_WAY
 from nested_core.storage.run_directory import RunDirectory

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ from flows.terminal.console import (
     update_console_size,
 )
 from flows.terminal.run_view import RunView, draw_screen, format_line
-from nested_core.errors import DamagedError, MissingFileError
+from nested_core.errors import DamagedError, MissingFileError, NestedTuneError
+from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import open_regular, read_json_object
 from nested_core.text.duration_format import format_clock
@@ -148,14 +149,11 @@ class RunFollower(threading.Thread):
             self.view.outcome = [f"ended before training was done, at {self._describe_end()}"]
             return
         self.view.outcome = [self.view.describe_offered_adapter(step)]
-        gate = _read_object(self._run.gate)
-        if "verdict" in gate:
-            from nested_core.registry.gate_file import reason_names  # brings mlx
-            from nested_core.report.run_figures import describe_verdict
-
-            codes = ", ".join(reason_names(gate)[:MAX_SHOWN_REASONS])
+        with suppress(NestedTuneError, OSError):  # no verdict, or one that is being written
+            verdict = read_verdict(self._run.gate)
+            codes = ", ".join(verdict.reason_names[:MAX_SHOWN_REASONS])
             because = f" ({codes})" if codes else ""
-            self.view.outcome.append(f"verdict: {describe_verdict(gate)}{because}")
+            self.view.outcome.append(f"verdict: {verdict.describe()}{because}")
 
     def _describe_end(self) -> str:
         """The step that it came to: a checkpoint may be of a later one than the last report."""

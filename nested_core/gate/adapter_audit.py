@@ -28,10 +28,10 @@ from nested_core.gate.fresh_process_check import (
     non_finite_reason,
 )
 from nested_core.gate.lora_effect import LARGEST_FLOAT32, product_norm
-from nested_core.gate.verdict import Code, Reason
 from nested_core.models.peft import import_peft
 from nested_core.models.peft.importing import PEFT_WEIGHTS, PICKLE_FILE_NAMES
 from nested_core.models.peft.lora_factors import FACTOR_DTYPES, MLX_LM_NAMING
+from nested_core.records.verdict import Code, Reason
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.run_directory import RunDirectory

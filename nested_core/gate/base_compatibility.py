@@ -12,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 
 from nested_core.errors import DamagedError
-from nested_core.gate.verdict import Reason
 from nested_core.models.base_model import fingerprint_base_model, is_same_base, shorten_fingerprint
+from nested_core.records.verdict import Reason
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter_config
 from nested_core.storage.safetensors_files import FLOATING_POINT_DTYPES
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from nested_core import backend
 from nested_core.errors import JUDGE_AGAIN, ConfigError, NestedTuneError, shorten
-from nested_core.gate.verdict import Reason
+from nested_core.records.verdict import ProofEvidence, Reason
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.canary_file import MAX_CANARY_TOKENS
@@ -104,7 +104,7 @@ class Proof:
         process could not use.
     """
 
-    evidence: dict[str, Any]
+    evidence: ProofEvidence
     reasons: tuple[Reason, ...] = ()
     canary: StoredTypesAnswers | None = None
 
@@ -120,16 +120,16 @@ def prove_effect_in_fresh_process(request: ProofRequest) -> Proof:
 
 def _judge_answers(request: ProofRequest, answers: FreshProcessLogits | Reason) -> Proof:
     if isinstance(answers, Reason):
-        evidence = {"model": str(request.model), "prompts": len(request.prompts)}
-        return Proof(evidence | {"error": answers.message}, (answers,))
+        model, prompts = str(request.model), len(request.prompts)
+        return Proof({"model": model, "prompts": prompts, "error": answers.message}, (answers,))
     evidence, reasons = _judge_logits(request, answers)
     return Proof(evidence, tuple(reasons), answers.canary)
 
 
 def _judge_logits(
     request: ProofRequest, answers: FreshProcessLogits
-) -> tuple[dict[str, Any], list[Reason]]:
-    evidence: dict[str, Any] = {"model": str(request.model)}
+) -> tuple[ProofEvidence, list[Reason]]:
+    evidence: ProofEvidence = {"model": str(request.model)}
     answers, expected = keep_prompts_with_finite_base(answers, request.expected)
     evidence["prompts"] = len(answers.initial)
     tensors = read_tensors(request.trained / WEIGHTS_NAME, follow_links=True)
@@ -138,7 +138,7 @@ def _judge_logits(
         message = f"mlx_lm.load makes {len(empty)} factors that the adapter has no tensors for"
         return evidence, [Reason("tensor_missing", message, tuple(empty))]
     moved = largest_difference(answers.trained, answers.initial)
-    evidence |= {"max_abs_difference_from_initial": finite_or_none(moved)}
+    evidence["max_abs_difference_from_initial"] = finite_or_none(moved)
     if reason := non_finite_reason(answers):
         return evidence, [reason]
     if moved == 0:
@@ -148,7 +148,8 @@ def _judge_logits(
         return evidence, []
     tolerance = TOLERANCE_FLOAT32 if request.is_float32 else TOLERANCE_NARROW_DTYPES
     distance = relative_distance(answers.trained, expected)
-    evidence |= {"relative_distance_from_trainer": finite_or_none(distance), "tolerance": tolerance}
+    evidence["relative_distance_from_trainer"] = finite_or_none(distance)
+    evidence["tolerance"] = tolerance
     if distance <= tolerance:
         return evidence, []
     message = (

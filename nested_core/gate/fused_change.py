@@ -14,9 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.backend import to_float
-from nested_core.gate.verdict import Reason
 from nested_core.models.lora_attachment import load_adapter_tensors
-from nested_core.registry.gate_file import MIN_CHANGE_LEFT_BY_FUSING
+from nested_core.records.verdict import MIN_CHANGE_LEFT_BY_FUSING, FusedVerdict, Reason
 
 MIN_CARRIED_SHARE_OF_MODULE = 0.1
 Parameters = Mapping[str, mx.array]
@@ -38,7 +37,7 @@ class FusedChange:
 
 def judge_fused_change(
     model: nn.Module, before: Parameters, after: Parameters
-) -> tuple[dict[str, Any], list[Reason]]:
+) -> tuple[FusedVerdict, list[Reason]]:
     """The share of the change that is left once it is fused, and a reason if that is too little.
 
     `model` is the base as stored with an adapter attached; its modules are float32 afterwards.
@@ -56,11 +55,7 @@ def judge_fused_change(
     erased = sorted(
         n for n, change in changes.items() if change.carried_share < MIN_CARRIED_SHARE_OF_MODULE
     )
-    evidence = {
-        "modules": len(measured),
-        "carried_share": whole.carried_share,
-        "erased_modules": erased,
-    }
+    evidence = FusedVerdict(len(measured), whole.carried_share, tuple(erased))
     if overflowing:
         return evidence, _overflow_reasons(overflowing, after)
     if not erased and whole.carried_share >= MIN_CHANGE_LEFT_BY_FUSING:

@@ -30,14 +30,15 @@ from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.example_losses import ExampleLosses, Vector
 from nested_core.gate.held_out_choice import require_test_set
+from nested_core.gate.loss_figures import compare_losses
 from nested_core.gate.paired_difference import Indices
 from nested_core.gate.prediction_comparison import ExamplePredictions, PredictionComparison
 from nested_core.gate.run_evidence import RunEvidence
-from nested_core.gate.verdict import GeneralLoss, compare_losses
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.kept_base import load_base_with_adapter, load_changeable_base
 from nested_core.models.lora_attachment import adapter_compute_dtype, load_adapter_tensors
 from nested_core.models.parameters import read_parameters, reference_trainable_parameters
+from nested_core.records.verdict import GeneralLoss
 from nested_core.storage.adapter import WEIGHTS_NAME, Adapter
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.dataset_record import read_dataset_record

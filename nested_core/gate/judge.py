@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 from nested_core.config.gate import GateSection
@@ -34,9 +33,9 @@ from nested_core.gate.judged import (
     make_checks,
 )
 from nested_core.gate.proof_of_run import ProofOfRun
-from nested_core.gate.run_evidence import collect_evidence, config_file_entry
+from nested_core.gate.run_evidence import collect_evidence
 from nested_core.gate.training_divergence import find_divergence
-from nested_core.gate.verdict import Verdict
+from nested_core.records.verdict import Verdict
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.stages import stages
@@ -83,15 +82,22 @@ def _read_and_hash(path: Path) -> Adapter:
 
 
 def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
-    """Judge the adapter that a run offers: its files, tiers, losses, and the fresh process.
+    """The verdict on the adapter that a run offers; nothing is written.
 
     Raises DamagedError if the folder is not as training left it.
+    """
+    return make_checks_of_run(config, run).verdict
+
+
+def make_checks_of_run(config: FineTuneConfig, run: RunDirectory) -> JudgedRun:
+    """Judge the adapter that a run offers: its files, tiers, losses, and the fresh process.
+
+    With the verdict, what is to be written beside it. Raises DamagedError if the folder is not as
+    training left it.
     """
     stages.info("gate: changes of the tensors, updates of the tiers")
     evidence = collect_evidence(run)
     judged = begin_judging_run(config, run, evidence)
-    files = evidence.files | {run.config.name: config_file_entry(config)}
-    judged.verdict = replace(judged.verdict, judged_files=files)
     judged.divergence = find_divergence(
         read_metrics(run.metrics), evidence.checkpoint.step, config.learning_rate
     )
@@ -101,4 +107,4 @@ def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
             judged.proof.begin_if_there_is_room()
         make_checks(judged, CHECKS_WITH_MODEL)
     log_stopped_checks(judged)
-    return judged.verdict
+    return judged

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from nested_core.config.gate import GateSection
 from nested_core.config.schema import FineTuneConfig
+from nested_core.gate.answers.answer_records import AnswerRecord
 from nested_core.gate.run_evidence import RunEvidence
 from nested_core.gate.tensor_diff import compare_tensors
 from nested_core.gate.tier_updates import TierEvidence, tier_changes
 from nested_core.gate.training_divergence import Divergence
-from nested_core.gate.verdict import Code, JudgedAdapter, Reason, Verdict
+from nested_core.records.verdict import Code, JudgedAdapter, Reason, Verdict
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.stages import stages
@@ -78,10 +79,9 @@ class JudgedRun(Judged):
     candidates: Candidates = field(init=False)
     champion: Champion | UnusableChampion | None = field(default=None, init=False)
 
-    def write(self, name: str, content: bytes) -> None:
-        """Have a file of the run written beside the verdict."""
-        written = {**self.verdict.written_files, name: content}
-        self.verdict = replace(self.verdict, written_files=written)
+    # What is written beside the verdict: files by name, and the answers to `gate.tasks`.
+    written_files: dict[str, bytes] = field(default_factory=dict, init=False)
+    answers: tuple[AnswerRecord, ...] = field(default=(), init=False)
 
 
 def begin_verdict(

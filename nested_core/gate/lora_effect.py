@@ -14,7 +14,7 @@ import numpy as np
 
 from nested_core.errors import DamagedError
 from nested_core.gate.tensor_diff import frobenius_norm, tensors_differ
-from nested_core.gate.verdict import Reason
+from nested_core.records.verdict import Reason
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.safetensors_files import StoredTensor
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from nested_core.config.gate import GateSection
 from nested_core.gate.example_losses import ExampleLosses
 from nested_core.gate.harmed_examples import HarmedExamples, describe_harmed
-from nested_core.gate.verdict import Drift, GeneralLoss, Reason, Validation, describe_examples
-from nested_core.registry.gate_file import is_drift_within_bound
+from nested_core.records.verdict import Drift, GeneralLoss, Reason, Validation, describe_examples
 from nested_core.text.loss_format import format_change, format_difference, format_interval
 
 
@@ -55,11 +54,7 @@ def harm_reasons(
 
 def drift_reasons(drift: Drift | None, data: str, bounds: GateSection) -> list[Reason]:
     """The reason for predictions that moved beyond `max_kl` on the held-out `data`."""
-    if (
-        drift is None
-        or bounds.max_kl is None
-        or is_drift_within_bound(drift.kl_initial, bounds.max_kl)
-    ):
+    if drift is None or bounds.max_kl is None or drift.is_within(bounds.max_kl):
         return []
     moved = "not finite" if drift.kl_initial is None else f"{drift.kl_initial:.4g} nats a token"
     message = (

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import JUDGE_AGAIN, DamagedError
 from nested_core.gate.file_checks import CHECKS_OF_FILES
@@ -13,21 +10,24 @@ from nested_core.gate.recorded_verdict import require_same_verdict
 from nested_core.gate.run_evidence import collect_evidence
 from nested_core.gate.sample_bounds import require_same_samples
 from nested_core.gate.task_bounds import require_same_task_results, task_file_entries
-from nested_core.registry.gate_file import require_verdict_manifest
+from nested_core.records.verdict import Verdict
+from nested_core.records.verdict_file import require_verdict_manifest
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
 
 
-def recheck_verdict(config: FineTuneConfig, run: RunDirectory, recorded: Mapping[str, Any]) -> None:
+def recheck_verdict(config: FineTuneConfig, run: RunDirectory, recorded: Verdict) -> None:
     """Raise DamagedError unless the run's files bear out `recorded`, a gate.json that says passed.
 
     The manifest must hold their digests, and all checks that need no model are done again, so that
     a verdict written by hand is worth nothing. The losses and the proof are taken as they are
-    recorded, where they agree with the configuration and the data.
+    recorded, where they agree with the configuration and the data. A check by a bound that the
+    verdict does not record was not made when it was given, and is not made now.
     """
     evidence = collect_evidence(run)
     judged = begin_judging_run(config, run, evidence)
-    make_checks(judged, CHECKS_OF_FILES)
+    asked = recorded.thresholds or {}
+    make_checks(judged, (check for check in CHECKS_OF_FILES if asked.keys() >= {*check.bounds}))
     verdict = judged.verdict
     if not verdict.has_passed:
         raise DamagedError(
@@ -38,7 +38,7 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory, recorded: Mapping
     files = evidence.files | {run.config.name: describe_file(run.config)}
     written = {run.training_examples}
     written |= {path for path in (run.sample_answers, run.canary) if path.name in bound}
-    if run.gate_losses.name in bound or isinstance(recorded.get("validation"), dict):
+    if run.gate_losses.name in bound or recorded.validation is not None:
         written.add(run.gate_losses)
     files |= {path.name: describe_file(path) for path in written}
     files |= task_file_entries(config.gate, run)

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
 from nested_core.config.gate import GateSection
 from nested_core.errors import JUDGE_AGAIN, DamagedError
 from nested_core.gate.chosen_candidate import Candidates, read_candidates
-from nested_core.gate.example_losses import ExampleLosses, read_example_losses
+from nested_core.gate.example_losses import read_example_losses
 from nested_core.gate.fresh_process_check import TOLERANCE_FLOAT32, TOLERANCE_NARROW_DTYPES
 from nested_core.gate.held_out_choice import held_out_file
 from nested_core.gate.loss_bounds import harm_reasons
-from nested_core.gate.verdict import ChampionLoss, Drift, Validation, Verdict
+from nested_core.gate.loss_figures import summarise_champion, summarise_drift, summarise_losses
+from nested_core.records.verdict import ChampionLoss, Drift, TensorChange, Validation, Verdict
 from nested_core.storage.dataset_record import DatasetRecord, read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
 
 NORM_TOLERANCE = 1e-4  # relative: sums of squares depend on the machine's BLAS
 LOGIT_TOLERANCES = (TOLERANCE_FLOAT32, TOLERANCE_NARROW_DTYPES)
-MISSING_FIGURE = "missing"
 NORM_FIELDS = ("max_abs_delta", "relative_delta")
 
 
-def require_same_verdict(verdict: Verdict, recorded: Mapping[str, Any], run: RunDirectory) -> None:
+def require_same_verdict(verdict: Verdict, recorded: Verdict, run: RunDirectory) -> None:
     """Raise DamagedError if `recorded` differs from `verdict`, which was given without a model.
 
     Losses of single examples and the proof are not computed again; they must be there if
@@ -41,43 +41,50 @@ def require_same_verdict(verdict: Verdict, recorded: Mapping[str, Any], run: Run
         )
 
 
-def _differing_fields(verdict: Verdict, recorded: Mapping[str, Any]) -> Iterator[str]:
+def _differing_fields(verdict: Verdict, recorded: Verdict) -> Iterator[str]:
     """The fields that were computed again, and came out otherwise."""
-    now = json.loads(json.dumps(verdict.to_json()))
-    for key in ("adapter_step", "last_step", "thresholds", "tiers"):
-        if recorded.get(key) != now[key]:
+    for key in ("adapter_step", "last_step", "tiers"):
+        if getattr(recorded, key) != getattr(verdict, key):
             yield key
-    if not _are_same_tensors(recorded.get("tensors"), now["tensors"]):
+    if not _are_same_bounds(recorded.thresholds, verdict.thresholds or {}):
+        yield "thresholds"
+    same = zip(recorded.tensors, verdict.tensors, strict=False)
+    is_as_many = len(recorded.tensors) == len(verdict.tensors)
+    if not is_as_many or not all(_is_same_tensor(*pair) for pair in same):
         yield "tensors"
     for side in ("initial", "trained"):
-        judged = recorded.get(side)
-        if not isinstance(judged, dict) or judged.get("digest") != now[side]["digest"]:
+        if getattr(recorded, side).digest != getattr(verdict, side).digest:
             yield side
 
 
-def _are_same_tensors(recorded: Any, recomputed: list[dict[str, Any]]) -> bool:
-    if not isinstance(recorded, list) or len(recorded) != len(recomputed):
+def _are_same_bounds(recorded: dict[str, Any] | None, configured: dict[str, Any]) -> bool:
+    """Whether the recorded bounds are those of the run's configuration.
+
+    One that is not recorded was not asked for when the verdict was given: the run's configuration
+    cannot have set it.
+    """
+    if recorded is None or not recorded.keys() <= configured.keys():
         return False
-    return all(_is_same_tensor(*pair) for pair in zip(recorded, recomputed, strict=True))
+    defaults = GateSection().model_dump()
+    given = defaults | recorded
+    return bool(json.loads(json.dumps(given)) == json.loads(json.dumps(configured)))
 
 
-def _is_same_tensor(recorded: Any, recomputed: dict[str, Any]) -> bool:
-    if not isinstance(recorded, dict) or recorded.keys() != recomputed.keys():
-        return False
-    exact = recomputed.keys() - set(NORM_FIELDS)
-    return all(recorded[key] == recomputed[key] for key in exact) and all(
-        _is_close_norm(recorded[key], recomputed[key]) for key in NORM_FIELDS
+def _is_same_tensor(recorded: TensorChange, recomputed: TensorChange) -> bool:
+    norms = {key: getattr(recomputed, key) for key in NORM_FIELDS}
+    return replace(recorded, **norms) == recomputed and all(
+        _is_close_norm(getattr(recorded, key), norm) for key, norm in norms.items()
     )
 
 
-def _is_close_norm(recorded: Any, recomputed: float | None) -> bool:
-    if recomputed is None or not isinstance(recorded, int | float):
+def _is_close_norm(recorded: float | None, recomputed: float | None) -> bool:
+    if recomputed is None or recorded is None:
         return recorded is recomputed
     return math.isclose(recorded, recomputed, rel_tol=NORM_TOLERANCE)
 
 
 def _missing_or_unexpected_fields(
-    verdict: Verdict, recorded: Mapping[str, Any], dataset: DatasetRecord
+    verdict: Verdict, recorded: Verdict, dataset: DatasetRecord
 ) -> Iterator[str]:
     """The fields that are there, or not, against what was configured and what data there is."""
     bounds = verdict.thresholds or {}
@@ -89,90 +96,68 @@ def _missing_or_unexpected_fields(
         "proof": True,
     }
     for key, is_expected in expected.items():
-        if isinstance(recorded.get(key), dict) is not is_expected:
+        if (getattr(recorded, key) is not None) is not is_expected:
             yield key
-    has_drift = isinstance(recorded.get("drift"), dict)
+    has_drift = recorded.drift is not None
     must_have_drift = bounds.get("max_kl") is not None
     if (has_drift and not has_held_out) or (must_have_drift and not has_drift):
         yield "drift"
-    proof = recorded.get("proof")
-    if isinstance(proof, dict) and proof.get("tolerance") not in LOGIT_TOLERANCES:
+    if recorded.proof is not None and recorded.proof.get("tolerance") not in LOGIT_TOLERANCES:
         yield "proof"  # or it was not held against the trainer's logits
 
 
-def _differing_losses(
-    verdict: Verdict, recorded: Mapping[str, Any], run: RunDirectory
-) -> Iterator[str]:
+def _differing_losses(verdict: Verdict, recorded: Verdict, run: RunDirectory) -> Iterator[str]:
     """The figures of held-out losses that gate-losses.jsonl does not give."""
-    validation = recorded.get("validation")
-    if not isinstance(validation, dict):
-        champion = recorded.get("champion")
-        if champion is not None and _get_key(champion, "not_compared") is None:
+    validation, champion = recorded.validation, recorded.champion
+    if validation is None:
+        if champion is not None and champion.not_compared is None:
             yield "champion"
         return
     losses = read_example_losses(run.gate_losses)
-    bounds = verdict.thresholds or {}
-    gate = GateSection.model_validate(bounds)
-    choice = gate.held_out
+    gate = GateSection.model_validate(verdict.thresholds or {})
     # Whether a file of its own holds validation examples is not known here, and was recorded.
     candidates = Candidates()
-    if losses.file == "valid.jsonl" or validation.get("chosen_among") != 1:
+    if losses.file == "valid.jsonl" or validation.chosen_among != 1:
         candidates = read_candidates(run.validation_losses)
-    judged = Validation.from_losses(
-        losses, selected_on_same_data=False, bounds=gate, candidates=candidates
+    judged = summarise_losses(
+        losses,
+        selected_on_same_data=validation.selected_on_same_data,
+        has_one_answer=validation.has_one_answer,
+        bounds=gate,
+        candidates=candidates,
     )
-    now = asdict(judged)
-    for key in now.keys() - {"selected_on_same_data", "has_one_answer"}:
-        if not is_close_figure(validation.get(key, MISSING_FIGURE), now[key]):
-            yield f"validation.{key}"
-    if harm_reasons(losses, judged, gate):
+    yield from _differing_figures("validation", validation, judged)
+    is_asked = "max_harmed_share" in (recorded.thresholds or {})
+    if is_asked and harm_reasons(losses, judged, gate):
         yield "validation.harmed"
-    if losses.file != held_out_file(choice, read_dataset_record(run.dataset)):
+    if losses.file != held_out_file(gate.held_out, read_dataset_record(run.dataset)):
         yield "validation.file"
-    yield from _differing_drift(
-        recorded.get("drift"), losses, expects_base_drift=bool(bounds.get("drift"))
-    )
-    champion = recorded.get("champion", MISSING_FIGURE)
-    yield from _differing_champion(champion, losses, gate, candidates)
-
-
-def _differing_drift(
-    drift: Any, losses: ExampleLosses, *, expects_base_drift: bool
-) -> Iterator[str]:
-    """The figures of drift that the divergences of the examples do not give."""
-    now = Drift.from_losses(losses)
-    if now is None or not isinstance(drift, dict):
-        if drift is not None or now is not None or expects_base_drift:
-            yield "drift"
-        return
-    if (losses.base_drift is not None) is not expects_base_drift:
+    yield from _differing_figures("drift", recorded.drift, summarise_drift(losses))
+    if (losses.base_drift is not None) is not gate.drift:
         yield "drift.kl_base"
-    for key, figure in asdict(now).items():
-        if not is_close_figure(drift.get(key, MISSING_FIGURE), figure):
-            yield f"drift.{key}"
-
-
-def _get_key(value: Any, key: str) -> Any:
-    return value.get(key) if isinstance(value, dict) else None
-
-
-def _differing_champion(
-    champion: Any, losses: ExampleLosses, gate: GateSection, candidates: Candidates
-) -> Iterator[str]:
-    """The figures of the comparison with the champion that the losses do not give."""
-    if champion is None or not isinstance(champion, dict):
-        if champion is not None or losses.champion is not None:
+    if champion is None or losses.champion is None:
+        is_not_compared = champion is not None and champion.not_compared is not None
+        if losses.champion is not None or (champion is not None and not is_not_compared):
             yield "champion"
         return
-    is_compared = losses.champion is not None
-    if is_compared is isinstance(champion.get("not_compared"), str):
-        yield "champion.not_compared"
-    elif is_compared:
-        version = str(champion.get("version"))
-        now = asdict(ChampionLoss.from_losses(version, losses, gate, candidates))
-        for key in now:
-            if not is_close_figure(champion.get(key, MISSING_FIGURE), now[key]):
-                yield f"champion.{key}"
+    now = summarise_champion(champion.version, losses, gate, candidates)
+    yield from _differing_figures("champion", champion, now)
+
+
+def _differing_figures(
+    name: str,
+    recorded: Validation | Drift | ChampionLoss | None,
+    recomputed: Validation | Drift | ChampionLoss | None,
+) -> Iterator[str]:
+    """The fields in which figures differ; their name alone where only one of both is there."""
+    if recorded is None or recomputed is None:
+        if recorded is not recomputed:
+            yield name
+        return
+    given = asdict(recorded)
+    for key, figure in asdict(recomputed).items():
+        if not is_close_figure(given[key], figure):
+            yield f"{name}.{key}"
 
 
 def is_close_figure(recorded: Any, recomputed: Any) -> bool:
@@ -185,7 +170,7 @@ def is_close_figure(recorded: Any, recomputed: Any) -> bool:
         )
     if isinstance(recomputed, tuple | list):
         return (
-            isinstance(recorded, list)
+            isinstance(recorded, tuple | list)
             and len(recorded) == len(recomputed)
             and all(map(is_close_figure, recorded, recomputed))
         )

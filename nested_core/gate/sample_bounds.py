@@ -6,12 +6,10 @@ Nothing here needs a model: `promote` does it again and compares.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Sequence
 
 from nested_core.errors import JUDGE_AGAIN, DamagedError
-from nested_core.gate.verdict import SampleVerdict
+from nested_core.records.verdict import SampleVerdict, Verdict
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.sample_answers_file import BrokenHow, SampleAnswers, read_sample_answers
 
@@ -45,20 +43,17 @@ def judge_samples(rows: Sequence[SampleAnswers]) -> SampleVerdict:
     )
 
 
-def require_same_samples(
-    run: RunDirectory, recorded: Mapping[str, Any], *, has_answers: bool
-) -> None:
+def require_same_samples(run: RunDirectory, recorded: Verdict, *, has_answers: bool) -> None:
     """Raise DamagedError unless the recorded judgement is that of the answers in the run's file.
 
     `has_answers` is whether the run's manifest lists that file. That nothing was asked is taken as
     recorded where it does not.
     """
-    samples = recorded.get("samples")
-    is_judged = isinstance(samples, dict) and samples.get("not_asked") is None
-    if not has_answers and not is_judged:
+    samples = recorded.samples
+    if not has_answers and (samples is None or samples.not_asked is not None):
         return
     now = judge_samples(read_sample_answers(run.sample_answers) if has_answers else ())
-    if samples != asdict(now):
+    if samples != now:
         raise DamagedError(
             f"{run.gate} is not the verdict on {run.sample_answers.name} beside it: samples "
             f"differ.",

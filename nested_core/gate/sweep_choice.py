@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nested_core.gate.chosen_candidate import Candidates, join_candidates, read_candidates
 from nested_core.gate.example_losses import read_example_losses
-from nested_core.gate.verdict import read_verdict
+from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.loss_format import format_interval
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from nested_core.gate.paired_difference import (
     student_t_cdf,
 )
 from nested_core.gate.recorded_verdict import is_close_figure
-from nested_core.gate.verdict import Reason, TaskResult
+from nested_core.records.verdict import Reason, TaskResult, Verdict
 from nested_core.storage.manifest import FileEntry, describe_file
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.loss_conclusion import Conclusion
@@ -283,24 +283,12 @@ def task_file_entries(gate: GateSection, run: RunDirectory) -> dict[str, FileEnt
     return {path.name: describe_file(path) for path in paths}
 
 
-def require_same_task_results(
-    gate: GateSection, run: RunDirectory, recorded: Mapping[str, Any]
-) -> None:
+def require_same_task_results(gate: GateSection, run: RunDirectory, recorded: Verdict) -> None:
     """Raise DamagedError unless the recorded answers give the recorded results, and no reason."""
     results, reasons = judge_answers(gate, read_answers(run.answers)) if gate.tasks else ((), [])
-    expected = [asdict(result) for result in results]
-    if reasons or not _are_same_rows(recorded.get("tasks", []), expected):
+    now, given = ([asdict(result) for result in rows] for rows in (results, recorded.tasks))
+    if reasons or not is_close_figure(given, now):
         raise DamagedError(
             f"{run.gate} is not the verdict on {run.answers.name} beside it: tasks differ.",
             advice=JUDGE_AGAIN,
         )
-
-
-def _are_same_rows(recorded: Any, expected: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether rows are the expected ones, within rounding; an earlier release left out nulls."""
-    if not isinstance(recorded, list) or len(recorded) != len(expected):
-        return False
-    return all(
-        isinstance(row, dict) and is_close_figure(dict.fromkeys(now) | row, now)
-        for row, now in zip(recorded, expected, strict=True)
-    )

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nested_core.gate.verdict import Code, Reason, TensorChange
+from nested_core.records.verdict import Code, Reason, TensorChange
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.safetensors_files import StoredTensor
 

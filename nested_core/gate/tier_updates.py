@@ -9,11 +9,11 @@ import numpy as np
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.run_evidence import RunEvidence, TierUpdateCounts
-from nested_core.gate.verdict import TensorChange, TierChange
 from nested_core.optim.gradient_checks import find_gradient_mark
 from nested_core.optim.tier_assignment import TierMap, count_expected_updates
 from nested_core.optim.tier_counters import COUNTERS_KEY, require_current_layout
 from nested_core.optim.tiers_file import read_tiers
+from nested_core.records.verdict import TensorChange, TierChange
 from nested_core.storage.checkpoint import MASTERS_PREFIX, OPTIMIZER_NAME
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import StoredTensor, read_tensors

@@ -8,7 +8,7 @@ from typing import Any
 
 from nested_core.gate.answers.answer_records import AnswerRecord
 from nested_core.gate.harmed_examples import MIN_HARMED
-from nested_core.gate.verdict import (
+from nested_core.records.verdict import (
     Code,
     GeneralLoss,
     Reason,
@@ -143,7 +143,6 @@ def _suite_check(verdict: Verdict, task: TaskResult) -> Check:
         for reason in verdict.reasons
         if reason.code in SUITE_CODES and reason.suite == task.name
     ]
-    counts = [f"{round(share * task.questions, 2):g}" for share in (task.before, task.candidate)]
     suites: list[dict[str, Any]] = list((verdict.thresholds or {}).get("tasks") or ())
     section = next((own for own in suites if own.get("name") == task.name), {})
     words = {
@@ -156,7 +155,7 @@ def _suite_check(verdict: Verdict, task: TaskResult) -> Check:
         for key, text in words.items()
         if section.get(key) is not None
     ]
-    before, after = (f"{count} of {task.questions}" for count in counts)
+    before, after = (f"{task.count(share)} of {task.questions}" for share in task.shares)
     figures = (before, after, ", ".join(bounds) or None)
     return _make_check(f"answers, {task.name}", figures, reasons)
 

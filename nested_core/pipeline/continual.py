@@ -14,8 +14,8 @@ from typing import Any
 from nested_core.config.key_properties import settings_that_shape_adapter
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
-from nested_core.gate.verdict import Verdict, describe_examples
 from nested_core.models.base_model import find_model_folder, is_same_base
+from nested_core.records.verdict import Verdict, describe_examples
 from nested_core.registry import holding_champion, read_champion, verify
 from nested_core.registry.name_folders import name_exists
 from nested_core.registry.promotion_policy import registry_location

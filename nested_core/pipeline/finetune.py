@@ -14,7 +14,6 @@ from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, GateRejected, NestedTuneError
 from nested_core.gate.fresh_process_check import ending_waiting_process
-from nested_core.gate.verdict import Verdict
 from nested_core.models.kept_base import keeping_base
 from nested_core.pipeline.continual import (
     champion_or_none,
@@ -31,6 +30,7 @@ from nested_core.pipeline.publishing import (
 from nested_core.pipeline.run_steps import Steps
 from nested_core.pipeline.shown_progress import ShownProgress, can_show_progress
 from nested_core.pipeline.steps import TrainResult
+from nested_core.records.verdict import Verdict
 from nested_core.registry.policy import hold_to_policy
 from nested_core.registry.promotion_policy import (
     effective_rule,

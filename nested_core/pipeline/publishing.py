@@ -16,8 +16,14 @@ from nested_core.gate.recheck import recheck_verdict
 from nested_core.gate.training_examples import read_ancestor_training_digests
 from nested_core.models.base_model import find_model_folder_offline
 from nested_core.pipeline.continual import settings_digest
+from nested_core.records.verdict import Verdict
+from nested_core.records.verdict_file import (
+    GATE_NAME,
+    read_verdict,
+    require_consistent,
+    require_passed,
+)
 from nested_core.registry import UNSET, Promotion, Unset, register, register_and_promote
-from nested_core.registry.gate_file import GATE_NAME, read_gate, require_consistent, require_passed
 from nested_core.registry.name_folders import name_exists
 from nested_core.registry.promotion_policy import describe_policy_refusal, registry_location
 from nested_core.registry.queries import parent_version_of
@@ -42,10 +48,10 @@ def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> None:
     So must the base model, if it is on this machine. Raises ConfigError if nothing was judged,
     GateRejected if the adapter did not pass, DamagedError if verdict and files do not agree.
     """
-    gate = read_gate(run.gate)
-    require_passed(gate, run.gate)
-    require_consistent(gate, run.gate)
-    recheck_verdict(config, run, gate)
+    verdict = read_verdict(run.gate)
+    require_passed(verdict, run.gate)
+    require_consistent(verdict, run.gate)
+    recheck_verdict(config, run, verdict)
     base = find_model_folder_offline(config.model)
     if base is not None:
         require_same_base(run.adapter, base)
@@ -68,8 +74,7 @@ def record_rejection(config: FineTuneConfig, run: RunDirectory) -> None:
     path, name = registry_location(config.registry)
     if not name_exists(path, name):
         return
-    champion = read_gate(run.gate).get("champion") or {}
-    provenance = make_provenance(config, run, champion.get("version"))
+    provenance = make_provenance(config, run, read_verdict(run.gate).rival)
     register_rejection(run.path, path, name, provenance)
 
 
@@ -109,9 +114,8 @@ def register_and_promote_run(
     path, name = registry_location(config.registry)
     with run.locked_for_reading():
         confirm_recorded_verdict(config, run)
-        gate = read_gate(run.gate)
-        recorded = make_provenance(config, run, (gate.get("champion") or {}).get("version"))
-        version = gate["trained"]["digest"]
+        verdict = read_verdict(run.gate)
+        recorded = make_provenance(config, run, verdict.rival)
         return register_and_promote(
             run.path,
             path,
@@ -119,7 +123,7 @@ def register_and_promote_run(
             recorded,
             by=by,
             expected_champion=expected_champion,
-            against_policy=describe_policy_refusal(path, name, version, gate, recorded),
+            against_policy=describe_policy_refusal(path, name, verdict, recorded),
         )
 
 
@@ -128,22 +132,20 @@ def describe_changed_held_out(config: FineTuneConfig, run: RunDirectory) -> str 
 
     None where they are the same, without a champion, or where one of the two is not recorded.
     """
-    gate = read_gate(run.gate)
-    champion = (gate.get("champion") or {}).get("version")
-    if champion is None or config.registry.path is None:
+    verdict = read_verdict(run.gate)
+    champion, validation = verdict.rival, verdict.validation
+    if champion is None or validation is None or config.registry.path is None:
         return None
     folder = version_folder(*registry_location(config.registry), champion)
     before = read_provenance(folder).get("validation_digest")
-    now = _validation_digest(config, read_dataset_record(run.dataset), gate["validation"])
+    now = _validation_digest(config, read_dataset_record(run.dataset), verdict)
     if before is None or now is None or before == now:
         return None
-    counts = [
-        (each.get("validation") or {}).get("examples")
-        for each in (read_gate(folder / GATE_NAME), gate)
-    ]
+    earlier = read_verdict(folder / GATE_NAME).validation
+    then = None if earlier is None else earlier.examples
     return (
-        f"{gate['validation']['file']} has changed since the champion {shorten_digest(champion)} "
-        f"was judged by it: {counts[0]} examples then, {counts[1]} now"
+        f"{validation.file} has changed since the champion {shorten_digest(champion)} was judged "
+        f"by it: {then} examples then, {validation.examples} now"
     )
 
 
@@ -155,7 +157,8 @@ def make_provenance(
     The parent is the version that it was trained from, otherwise the champion that it follows.
     """
     dataset = read_dataset_record(run.dataset)
-    gate = read_gate(run.gate)
+    verdict = read_verdict(run.gate)
+    initial = verdict.initial.digest
     base = read_adapter_config(run.adapter / CONFIG_NAME).get("base_fingerprint")
     return {
         "run_dir": str(run.path.resolve()),
@@ -164,11 +167,11 @@ def make_provenance(
         "base_fingerprint": base,
         "dataset_digest": dataset.digest,
         "train_digest": dataset.splits["train"].digest,
-        "validation_digest": _validation_digest(config, dataset, gate["validation"]),
+        "validation_digest": _validation_digest(config, dataset, verdict),
         "gate_sha256": regular_sha256(run.gate),
-        "parent": parent_version_of(config, gate["initial"]["digest"]) or champion,
+        "parent": parent_version_of(config, initial) or champion,
         "champion_at_gate": champion,
-        "training_examples": _training_example_digests(config, run, gate["initial"]["digest"]),
+        "training_examples": _training_example_digests(config, run, initial),
         "trained": _describe_trained(run),
         "training_seconds": max(cumulative_seconds(read_metrics(run.metrics)), default=0.0),
         "packages": {package: installed_version(package) for package in RECORDED_PACKAGES},
@@ -200,11 +203,11 @@ def _training_example_digests(
 
 
 def _validation_digest(
-    config: FineTuneConfig, dataset: DatasetRecord, validation: dict[str, Any] | None
+    config: FineTuneConfig, dataset: DatasetRecord, verdict: Verdict
 ) -> str | None:
     """The digest of the examples that the gate measured losses on, or None without any.
 
     That of a file outside of the data set is not recorded.
     """
     split = held_out_split(config.gate.held_out, dataset.splits)
-    return None if validation is None or split is None else dataset.splits[split].digest
+    return None if verdict.validation is None or split is None else dataset.splits[split].digest

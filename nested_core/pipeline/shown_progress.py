@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.gate.verdict import Verdict
 from nested_core.pipeline.run_steps import Steps
+from nested_core.records.verdict import Verdict
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_clock
 from nested_core.text.foreign_text import escape

@@ -32,7 +32,7 @@ from nested_core.errors import (
     NestedTuneError,
     describe_first_problem,
 )
-from nested_core.gate import Verdict, digests_for_result, judge_run
+from nested_core.gate import Verdict, digests_for_result
 from nested_core.gate.answers.answer_records import write_answers
 from nested_core.gate.answers.configured_suites import (
     encode_suites,
@@ -48,6 +48,9 @@ from nested_core.gate.held_out_loss import (
     read_nonempty_splits,
     require_validated_data,
 )
+from nested_core.gate.judge import make_checks_of_run
+from nested_core.gate.judged import JudgedRun
+from nested_core.gate.run_evidence import config_file_entry
 from nested_core.gate.task_bounds import task_file_entries
 from nested_core.models.base_model import (
     find_model_folder,
@@ -70,7 +73,7 @@ from nested_core.pipeline.continual import starting_adapter
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.launch.mlx_launch import count_ranks
 from nested_core.pipeline.launch.rank_group import train_in_ranks
-from nested_core.registry.gate_file import write_gate
+from nested_core.records.verdict_file import write_verdict
 from nested_core.storage.adapter import (
     WEIGHTS_NAME,
     export_adapter,
@@ -398,7 +401,7 @@ def judge(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = No
     """
     with locking_devices(on_wait):
         try:
-            verdict = judge_run(config, run)
+            judged = make_checks_of_run(config, run)
         except (MemoryError, RuntimeError) as error:  # MLX's own, for memory, files and compilers
             raise NestedTuneError(
                 f"The gate could not compute with {run.adapter}, and gives no verdict: {error}. "
@@ -406,7 +409,8 @@ def judge(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = No
                 advice=JUDGE_AGAIN,
             ) from error
     run.require_lock()
-    _write_verdict(config, run, verdict)
+    _write_verdict(judged)
+    verdict = judged.verdict
     if not verdict.has_passed:
         raise GateRejected(
             f"The gate rejected {run.adapter}: {verdict.summary()}. Nothing was registered; the "
@@ -415,19 +419,20 @@ def judge(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = No
     return verdict
 
 
-def _write_verdict(config: FineTuneConfig, run: RunDirectory, verdict: Verdict) -> None:
+def _write_verdict(judged: JudgedRun) -> None:
     """Write what was measured, then gate.json and the manifest that binds it to that."""
+    config, run = judged.config, judged.run
     remove_file(run.manifest)  # no verdict is bound to files that are written anew
     for earlier in run.measured:
         remove_file(earlier)
-    judged = dict(verdict.judged_files)
-    for name, content in verdict.written_files.items():
+    entries = judged.evidence.files | {run.config.name: config_file_entry(config)}
+    for name, content in judged.written_files.items():
         write_bytes(run.path / name, content)
-        judged[name] = describe_file(run.path / name)
-    if verdict.answers:
-        write_answers(run.answers, verdict.answers)
-        judged |= task_file_entries(config.gate, run)
-    write_gate(run.path, verdict.to_json(), judged)
+        entries[name] = describe_file(run.path / name)
+    if judged.answers:
+        write_answers(run.answers, judged.answers)
+        entries |= task_file_entries(config.gate, run)
+    write_verdict(run.path, judged.verdict, entries)
 
 
 def measure_test(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = None) -> float:

@@ -16,22 +16,22 @@ import yaml
 
 from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.config.hub_names import HUB_NAME_PATTERN
+from nested_core.records.verdict import Verdict
 from nested_core.text.foreign_text import escape_markdown
-from nested_core.text.loss_conclusion import describe_conclusion
 from nested_core.text.loss_format import format_loss
 
 CARD_NAME = "README.md"
 _HUB_CACHE_PATTERN = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/")
 
 
-def render_card(name: str, version: str, provenance: dict[str, Any], gate: dict[str, Any]) -> str:
+def render_card(name: str, version: str, provenance: dict[str, Any], verdict: Verdict) -> str:
     """The card, markdown with YAML in front, by the content of provenance.json and gate.json."""
-    front = yaml.safe_dump(_front_matter(name, provenance, gate), sort_keys=False)
-    body = "\n".join(_render_body(name, version, provenance, gate))
+    front = yaml.safe_dump(_front_matter(name, provenance, verdict), sort_keys=False)
+    body = "\n".join(_render_body(name, version, provenance, verdict))
     return f"---\n{front}---\n\n{body}\n"
 
 
-def _front_matter(name: str, provenance: dict[str, Any], gate: dict[str, Any]) -> dict[str, Any]:
+def _front_matter(name: str, provenance: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
     """The metadata of the card: fields of the hub, those alone that are known."""
     config = provenance.get("config") or {}
     fields: dict[str, Any] = {}
@@ -44,7 +44,7 @@ def _front_matter(name: str, provenance: dict[str, Any], gate: dict[str, Any]) -
     datasets = _hub_datasets(config)
     if datasets:
         fields["datasets"] = datasets
-    metrics = list(_model_index_metrics(gate))
+    metrics = list(_model_index_metrics(verdict))
     held_out = (config.get("gate") or {}).get("held_out", "auto")
     is_of_data_set = held_out in SPLITS_BY_HELD_OUT_CHOICE
     if len(datasets) == 1 and metrics and is_of_data_set:  # numbers of data that all can get
@@ -72,15 +72,15 @@ def _hub_datasets(config: dict[str, Any]) -> list[str]:
     return [name for name in named if name is not None]
 
 
-def _model_index_metrics(gate: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    losses = gate.get("validation")
-    if losses and losses.get("loss_after") is not None:
-        name = f"mean loss in nats a token, {losses.get('file')}"
-        yield {"type": "loss", "name": name, "value": losses["loss_after"]}
+def _model_index_metrics(verdict: Verdict) -> Iterator[dict[str, Any]]:
+    losses = verdict.validation
+    if losses is not None and losses.loss_after is not None:
+        name = f"mean loss in nats a token, {losses.file}"
+        yield {"type": "loss", "name": name, "value": losses.loss_after}
 
 
 def _render_body(
-    name: str, version: str, provenance: dict[str, Any], gate: dict[str, Any]
+    name: str, version: str, provenance: dict[str, Any], verdict: Verdict
 ) -> Iterator[str]:
     config = provenance.get("config") or {}
     model = str(config.get("model", "unknown"))
@@ -93,9 +93,9 @@ def _render_body(
         f"`{version}`, registered {escape_markdown(str(provenance.get('registered_at', '')))}."
     )
     yield from ("", "## Evaluation", "")
-    yield from _render_evaluation(gate)
+    yield from _render_evaluation(verdict)
     yield from ("", "## Training", "")
-    yield from _render_table(("", "value"), _list_training(config, provenance, gate))
+    yield from _render_table(("", "value"), _list_training(config, provenance, verdict))
     yield from ("", "## Provenance", "")
     yield from _render_table(("of", "value"), _provenance_rows(provenance))
     yield from ("", "## Use", "")
@@ -105,44 +105,39 @@ def _render_body(
     )
 
 
-def _render_evaluation(gate: dict[str, Any]) -> Iterator[str]:
+def _render_evaluation(verdict: Verdict) -> Iterator[str]:
     """The gate's measurements, each with its split and number of examples."""
-    losses = gate.get("validation")
+    losses = verdict.validation
     rows: list[tuple[object, ...]] = []
-    if losses:
-        file = Path(str(losses.get("file"))).name
-        where = f"{file}, {losses.get('examples')} examples"
-        before, after = format_loss(losses["loss_before"]), format_loss(losses["loss_after"])
+    if losses is not None:
+        where = f"{Path(str(losses.file)).name}, {losses.examples} examples"
+        before, after = format_loss(losses.loss_before), format_loss(losses.loss_after)
         rows.append(("mean loss, nats a token", where, before, after))
-    for task in gate.get("tasks") or []:
-        before = task["base"] if task.get("parent") is None else task["parent"]
-        total = task["questions"]
-        counts = [
-            f"{round(share * total, 2):g} of {total}" for share in (before, task["candidate"])
-        ]
-        rows.append((f"right answers, {task['name']}", f"{total} questions", *counts))
+    for task in verdict.tasks:
+        counts = [f"{task.count(share)} of {task.questions}" for share in task.shares]
+        rows.append((f"right answers, {task.name}", f"{task.questions} questions", *counts))
     if not rows:
         yield "Quality was not measured: there was no held-out data and no suite of questions."
         return
     yield from _render_table(("measure", "on", "before training", "this adapter"), rows)
-    conclusion = describe_conclusion(losses) if losses else None
+    conclusion = None if losses is None else losses.describe_conclusion()
     if conclusion is not None:
         yield ""
         yield f"Against the adapter that training began from, the loss is {conclusion}."
-    if losses and losses.get("selected_on_same_data"):
+    if losses is not None and losses.selected_on_same_data:
         yield ""
         yield "The same examples chose the step that is offered; the loss is a little too good."
 
 
 def _list_training(
-    config: dict[str, Any], provenance: dict[str, Any], gate: dict[str, Any]
+    config: dict[str, Any], provenance: dict[str, Any], verdict: Verdict
 ) -> Iterator[tuple[object, ...]]:
     """What was trained, then the settings that it was trained with."""
     if (trained := provenance.get("trained")) is not None:
         yield "steps", f"{trained['steps']:,} of {trained['planned_steps']:,}"
         yield f"passes over {trained['file']}", f"{trained['epochs']:.3g}"
-    if gate.get("adapter_step") is not None:
-        yield "step of this adapter", f"{gate['adapter_step']:,}"
+    if verdict.adapter_step is not None:
+        yield "step of this adapter", f"{verdict.adapter_step:,}"
     names = ("batch_size", "grad_accumulation_steps", "learning_rate", "optimizer", "num_layers")
     for key in (*names, "mask_prompt", "max_seq_length", "seed"):
         if key in config:

@@ -11,6 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nested_core.errors import NestedTuneError
+from nested_core.records.verdict_file import (
+    GATE_NAME,
+    read_verdict,
+    require_consistent,
+    require_passed,
+)
 from nested_core.registry import champion_link
 from nested_core.registry.champion_record import (
     RECORD_NAME,
@@ -20,7 +26,6 @@ from nested_core.registry.champion_record import (
     read_record,
 )
 from nested_core.registry.folder_lock import require_no_writes_meanwhile, shared_folder_lock
-from nested_core.registry.gate_file import GATE_NAME, read_gate, require_consistent, require_passed
 from nested_core.registry.judgements import judgement_findings
 from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
 from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME, find_name_folder
@@ -159,9 +164,9 @@ def _file_and_verdict_findings(folder: Path, version: str, ledger: Ledger) -> li
     try:
         findings = version_findings(place, version, ledger.manifest_hashes(version))
         if not findings:
-            gate = read_gate(place / GATE_NAME)
-            require_passed(gate, place / GATE_NAME)
-            require_consistent(gate, place / GATE_NAME)
+            verdict = read_verdict(place / GATE_NAME)
+            require_passed(verdict, place / GATE_NAME)
+            require_consistent(verdict, place / GATE_NAME)
     except (NestedTuneError, OSError) as error:
         findings = [AuditFinding(place, str(error))]
     return [replace(finding, advice=how_to_mend(place)) for finding in findings]

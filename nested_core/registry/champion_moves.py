@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nested_core.errors import ConfigError
+from nested_core.records.verdict_file import require_passed
 from nested_core.registry import champion_link
 from nested_core.registry.champion_record import make_record, write_record
 from nested_core.registry.folder_lock import exclusive_folder_lock
-from nested_core.registry.gate_file import require_passed
 from nested_core.registry.judgements import choose_verdict, read_judgements, read_verdicts
 from nested_core.registry.ledger import NO_ORIGIN, Entry, Ledger, Origin, append, new_entry
 from nested_core.registry.name_folders import (
@@ -213,7 +213,7 @@ def _newest_passed_judgement(folder: Path, version: str, champion: str | None) -
     if not read_judgements(folder, version):
         return None
     verdict = choose_verdict(read_verdicts(folder, version), champion)
-    require_passed(verdict.gate, folder / VERSIONS_FOLDER_NAME / version)
+    require_passed(verdict.verdict, folder / VERSIONS_FOLDER_NAME / version)
     return verdict.sha256
 
 

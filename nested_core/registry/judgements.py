@@ -19,10 +19,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nested_core.errors import DamagedError, NestedTuneError, describe_first_problem
-from nested_core.registry.gate_file import (
+from nested_core.records.verdict import Verdict
+from nested_core.records.verdict_file import (
     GATE_NAME,
     MAX_GATE_BYTES,
-    read_gate,
+    parse_verdict,
+    read_verdict,
     require_consistent,
     require_verdict_on_adapter,
 )
@@ -99,14 +101,13 @@ class Judgement:
     """A verdict on a version; `sha256` is the hash of its file, None for the version's first."""
 
     sha256: str | None
-    gate: dict[str, Any]
+    verdict: Verdict
     facts: JudgementFacts
 
     @property
     def rival(self) -> str | None:
         """The champion that it was judged against; None where there was none to judge."""
-        champion = self.gate.get("champion")
-        return champion.get("version") if isinstance(champion, dict) else None
+        return self.verdict.rival
 
 
 def read_verdicts(folder: Path, version: str) -> tuple[Judgement, ...]:
@@ -116,14 +117,14 @@ def read_verdicts(folder: Path, version: str) -> tuple[Judgement, ...]:
     """
     place = folder / VERSIONS_FOLDER_NAME / version
     try:
-        gate = read_gate(place / GATE_NAME)
+        verdict = read_verdict(place / GATE_NAME)
         facts = JudgementFacts.from_provenance(read_provenance(place), 0)
     except (NestedTuneError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DamagedError(
             f"{place}: provenance or verdict cannot be read: {reason}. {how_to_mend(place)}"
         ) from error
-    return (Judgement(None, gate, facts), *read_judgements(folder, version))
+    return (Judgement(None, verdict, facts), *read_judgements(folder, version))
 
 
 def read_judgements(folder: Path, version: str) -> tuple[Judgement, ...]:
@@ -141,7 +142,7 @@ def choose_verdict(verdicts: Sequence[Judgement], champion: str | None) -> Judge
 def record_judgement(
     folder: Path,
     version: str,
-    gate: Mapping[str, Any],
+    verdict: Verdict,
     provenance: Mapping[str, Any],
     *,
     was_judged_now: bool,
@@ -154,15 +155,14 @@ def record_judgement(
     """
     verdicts = read_verdicts(folder, version)
     facts = JudgementFacts.from_provenance(provenance, verdicts[-1].facts.number + 1)
-    given = dict(gate)
     if was_judged_now:
         newest = verdicts[-1]
-        is_known = _words(newest) == given and newest.facts.are_of_same_judging(facts)
+        is_known = newest.verdict == verdict and newest.facts.are_of_same_judging(facts)
     else:
-        is_known = any(_words(verdict) == given for verdict in verdicts)
+        is_known = any(known.verdict == verdict for known in verdicts)
     if is_known:
         return None
-    content = render_json(given | {JUDGEMENT_KEY: facts.model_dump()})
+    content = render_json(verdict.to_json() | {JUDGEMENT_KEY: facts.model_dump()})
     digest = hashlib.sha256(content).hexdigest()
     place = _judgements_folder(folder, version)
     for path in (place.parent, place):
@@ -226,11 +226,6 @@ def has_named_judgement(folder: Path, version: str, ledger: Ledger) -> bool:
     return digest is None or file_type(path) != "missing"
 
 
-def _words(verdict: Judgement) -> dict[str, Any]:
-    """The verdict without what was recorded beside it."""
-    return {key: value for key, value in verdict.gate.items() if key != JUDGEMENT_KEY}
-
-
 def _judgements_folder(folder: Path, version: str) -> Path:
     return folder / JUDGEMENTS_FOLDER_NAME / version
 
@@ -260,15 +255,16 @@ def _read_judgement(path: Path, version: str) -> Judgement:
         content = read_regular(path, MAX_GATE_BYTES)
         if hashlib.sha256(content).hexdigest() != named[1]:
             raise DamagedError(f"{path} has changed since it was written.")
-        gate = parse_json(content)
-        require_verdict_on_adapter(gate, version, path)
-        if gate.get("verdict") == "passed":
-            require_consistent(gate, path)
-        facts = JudgementFacts.model_validate(gate[JUDGEMENT_KEY])
+        document = parse_json(content)
+        verdict = parse_verdict(document, path)
+        require_verdict_on_adapter(verdict, version, path)
+        if verdict.has_passed:
+            require_consistent(verdict, path)
+        facts = JudgementFacts.model_validate(document[JUDGEMENT_KEY])
     except DamagedError as error:
         raise DamagedError(f"{error} {HOW_TO_MEND}") from error
     except ValidationError as error:
         raise DamagedError(f"{path}: {describe_first_problem(error)}. {HOW_TO_MEND}") from error
     except (AttributeError, KeyError, ValueError) as error:
         raise DamagedError(f"{path} is not a judgement: {error}. {HOW_TO_MEND}") from error
-    return Judgement(named[1], gate, facts)
+    return Judgement(named[1], verdict, facts)

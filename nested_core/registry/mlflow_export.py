@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError
+from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry import list_versions, read_champion, verify
-from nested_core.registry.gate_file import GATE_NAME, read_gate
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.text.digest_format import shorten_digest
 
@@ -89,7 +89,8 @@ def _read_exported_versions(client: Any, name: str) -> dict[str, str]:
 
 def _export_version(client: Any, name: str, version: str, folder: Path) -> str:
     """Record a version as a run with its losses and files, and as a version of the model."""
-    gate, provenance = read_gate(folder / GATE_NAME), read_provenance(folder)
+    validation = read_verdict(folder / GATE_NAME).validation
+    provenance = read_provenance(folder)
     tags = {
         f"nested_tune.{key}": str(provenance[key])
         for key in PROVENANCE_KEYS_AS_TAGS
@@ -100,7 +101,7 @@ def _export_version(client: Any, name: str, version: str, folder: Path) -> str:
         _find_or_create_experiment(client, name), run_name=shorten_digest(version), tags=tags
     )
     run_id = run.info.run_id
-    for key, loss in (gate.get("validation") or {}).items():
+    for key, loss in ({} if validation is None else asdict(validation)).items():
         if isinstance(loss, float):
             client.log_metric(run_id, key, loss)
     client.log_artifacts(run_id, str(folder), ARTIFACT_FOLDER)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from nested_core.config.registry import RegistrySection
 from nested_core.errors import (
@@ -21,6 +21,7 @@ from nested_core.errors import (
     NestedTuneError,
     describe_first_problem,
 )
+from nested_core.records.verdict import ChampionLoss, Noise, Validation, Verdict
 from nested_core.registry import (
     UNSET,
     Promotion,
@@ -46,7 +47,7 @@ from nested_core.registry.name_folders import find_name_folder
 from nested_core.registry.policy import PromotionRule, find_looser_bounds, read_policy
 from nested_core.registry.versions import PROVENANCE_NAME, how_to_mend, version_folder
 from nested_core.text.digest_format import shorten_digest
-from nested_core.text.loss_conclusion import describe_smallest_visible, is_better
+from nested_core.text.loss_conclusion import describe_smallest_visible
 from nested_core.text.loss_format import (
     format_change,
     format_difference,
@@ -62,77 +63,28 @@ COLLECTED_OUTCOME = "collected meanwhile"
 Result = TypeVar("Result")
 
 
-class RecordedComparison(BaseModel):
-    """The candidate's loss beside another adapter's, as gate.json records it; in nats a token.
+@dataclass(frozen=True)
+class Candidate:
+    """What decides on a version: the verdict that counts, and the policy that came with that.
 
-    `difference` is the candidate's less the other's, `interval` its 95 % interval, and
-    `corrected_interval` the one that holds for the best of several candidates, where the examples
-    chose the candidate.
+    The verdict is the newest one against the champion that is asked about. `judgement` is the hash
+    of its file, None for the version's first.
     """
 
-    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
-    examples: int | None = None
-    left_out: int = 0
-    difference: float | None = None
-    interval: list[float] | None = Field(default=None, min_length=2, max_length=2)
-    corrected_interval: list[float] | None = Field(default=None, min_length=2, max_length=2)
-    smallest_visible: float | None = None
-
-    def is_better(self, min_improvement: float, noise: Literal["paired", "none"]) -> bool:
-        """Whether an automatic promotion may rest on it."""
-        return is_better(
-            self.difference,
-            self.interval,
-            self.corrected_interval,
-            min_improvement=min_improvement,
-            noise=noise,
-        )
-
-
-class RecordedChampionLosses(RecordedComparison):
-    """The champion on the candidate's held-out examples."""
-
     version: str
-    loss: float | None = None
-    not_compared: str | None = None
+    judgement: str | None
+    verdict: Verdict
+    facts: JudgementFacts
 
+    @property
+    def loss_after(self) -> float | None:
+        """Its loss on the held-out examples, in nats a token; None where none was measured."""
+        return None if self.verdict.validation is None else self.verdict.validation.loss_after
 
-class Candidate(BaseModel):
-    """What decides on a version: one verdict on it, and the policy that came with that.
-
-    The verdict is the newest one against the champion that is asked about. `initial` is the digest
-    of the adapter that training started from, `loss_before` that adapter's loss on the same
-    examples as `loss_after`, and `start` compares the two. `chosen_among` is the number of steps
-    among which these examples chose. `broken_answers` are the sample answers that training broke
-    and how many were judged, None where those are not most. `champion` is None where the gate
-    judged none, and `was_champion_judged` is false in a verdict of an earlier release, whose gate
-    judged none ever.
-    `judgement` is the hash of the verdict's file, None for the version's first.
-    """
-
-    model_config = ConfigDict(strict=True, frozen=True)
-    version: str
-    judgement: str | None = None
-    verdict: Literal["passed", "failed"]
-    reasons: list[str] = []
-    policy: dict[str, Any] | None
-    champion_at_gate: str | None = None
-    registered_at: str
-    registered_after: str | None = None
-    validation_digest: str | None = None
-    dataset_digest: str | None = None
-    settings_digest: str | None = None
-    initial: str | None
-    loss_before: float | None
-    loss_after: float | None
-    file: str | None = None
-    chosen_among: int = 1
-    start: RecordedComparison | None = None
-    champion: RecordedChampionLosses | None = None
-    was_champion_judged: bool = False
-    broken_answers: tuple[int, int] | None = None
-    noise: Literal["paired", "none"] = "none"
-    thresholds: dict[str, Any] | None = None
+    @property
+    def file(self) -> str | None:
+        """The file that holds those examples."""
+        return None if self.verdict.validation is None else self.verdict.validation.file
 
 
 def read_candidate(
@@ -143,59 +95,14 @@ def read_candidate(
     Raises ConfigError for an unknown version, DamagedError if a file cannot be understood.
     """
     chosen = _read_newest_verdict(registry, name, version, against)
-    place = version_folder(registry, name, version)
-    try:
-        return _make_candidate(version, chosen)
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DamagedError(
-            f"{place}: provenance or verdict cannot be read: {reason}. {how_to_mend(place)}"
-        ) from error
-
-
-def _make_candidate(version: str, chosen: Judgement) -> Candidate:
-    """What decides by this verdict; ValueError and the like for fields of other types."""
-    gate, facts = chosen.gate, chosen.facts
-    validation = gate.get("validation") or {}
-    return Candidate(
-        version=version,
-        judgement=chosen.sha256,
-        verdict=gate["verdict"],
-        reasons=[reason["code"] for reason in gate.get("reasons") or []],
-        policy=facts.policy,
-        champion_at_gate=facts.champion_at_gate,
-        registered_at=facts.registered_at,
-        registered_after=facts.registered_after,
-        validation_digest=facts.validation_digest,
-        dataset_digest=facts.dataset_digest,
-        settings_digest=facts.settings_digest,
-        initial=gate.get("initial", {}).get("digest"),
-        loss_before=validation.get("loss_before"),
-        loss_after=validation.get("loss_after"),
-        file=validation.get("file"),
-        chosen_among=validation.get("chosen_among", 1),
-        start=RecordedComparison.model_validate(validation) if validation else None,
-        champion=gate.get("champion"),
-        was_champion_judged="champion" in gate,
-        broken_answers=_read_broken_answers(gate.get("samples")),
-        noise=(gate.get("thresholds") or {}).get("noise", "none"),
-        thresholds=gate.get("thresholds"),
-    )
-
-
-def _read_broken_answers(samples: Any) -> tuple[int, int] | None:
-    """The broken and the judged answers in a verdict's `samples`, where most are broken."""
-    if samples is None:  # of an earlier release, or no prompt was asked
-        return None
-    broken, judged = int(samples["broken"]), int(samples["judged"])
-    return (broken, judged) if 2 * broken > judged else None
+    return Candidate(version, chosen.sha256, chosen.verdict, chosen.facts)
 
 
 def read_newest_verdict(
     registry: Path, name: str, version: str, against: str | None | Unset = UNSET
-) -> dict[str, Any]:
-    """The fields of the verdict on a version that `read_candidate` decides by; raises the same."""
-    return _read_newest_verdict(registry, name, version, against).gate
+) -> Verdict:
+    """The verdict on a version that `read_candidate` decides by; raises the same."""
+    return _read_newest_verdict(registry, name, version, against).verdict
 
 
 def _read_newest_verdict(
@@ -228,13 +135,7 @@ def promote_by_policy(
     if version == champion:
         return Promotion("already_champion", version, champion)
     candidate = read_candidate(registry, name, version)
-    try:
-        reason = find_refusal(section, candidate, expected_champion)
-    except (ConfigError, DamagedError):
-        champion = read_champion(registry, name)
-        if champion == expected_champion:
-            raise
-        return Promotion("superseded", version, champion)  # the expected one may be collected
+    reason = find_refusal(section, candidate, expected_champion)
     if reason is not None:
         return reason
     return promote(
@@ -265,17 +166,18 @@ def compare_losses(
     training started from; else both must have been judged on the same examples. Raises DamagedError
     for a champion that is not what was registered.
     """
-    record = candidate.champion
+    record = candidate.verdict.champion
     if record is not None and record.version == champion:
         if record.loss is None or record.difference is None:
             return None
         return LossComparison(record.loss + record.difference, record.loss)
-    champion_loss = candidate.loss_before
-    if candidate.initial != champion:
+    validation = candidate.verdict.validation
+    champion_loss = None if validation is None else validation.loss_before
+    if candidate.verdict.initial.digest != champion:
         verify(registry, name, champion)
         rival = read_candidate(registry, name, champion)
-        digest = candidate.validation_digest  # None for a file outside of the data set
-        if digest is None or rival.validation_digest != digest:
+        digest = candidate.facts.validation_digest  # None for a file outside of the data set
+        if digest is None or rival.facts.validation_digest != digest:
             return None
         champion_loss = rival.loss_after
     if candidate.loss_after is None or champion_loss is None:
@@ -293,10 +195,11 @@ def describe_promotion(registry: Path, name: str, done: Promotion) -> str | None
         return None
     try:
         candidate = read_candidate(registry, name, done.version, against=done.previous)
-        if candidate.loss_after is None or candidate.file is None:
+        validation = candidate.verdict.validation
+        if validation is None or validation.loss_after is None:
             return _describe_unmeasured(registry, name, done)
-        change = format_change(candidate.loss_before, candidate.loss_after)
-        text = f"{shorten_digest(done.version)}: loss on {candidate.file} {change} by training"
+        change = format_change(validation.loss_before, validation.loss_after)
+        text = f"{shorten_digest(done.version)}: loss on {validation.file} {change} by training"
         if done.previous is None:
             return f"{text}; there was no champion before it"
         losses = compare_losses(registry, name, candidate, done.previous)
@@ -362,24 +265,24 @@ def promote_by_recorded_policy(
     champion = read_champion(registry, name)
     if version == champion:
         return Promotion("already_champion", version, champion)
-    if candidate.policy is None:
+    if candidate.facts.policy is None:
         return "its provenance records no policy"
     if read_champion_changes_since(
         registry,
         name,
-        registered_after=candidate.registered_after,
-        registered_at=candidate.registered_at,
+        registered_after=candidate.facts.registered_after,
+        registered_at=candidate.facts.registered_at,
     ):
         return Promotion("superseded", version, champion)
     section = recorded_section(registry, name, candidate)
-    return promote_by_policy(section, version, candidate.champion_at_gate, origin=origin)
+    return promote_by_policy(section, version, candidate.facts.champion_at_gate, origin=origin)
 
 
 def recorded_section(registry: Path, name: str, candidate: Candidate) -> RegistrySection:
     """The section that came with a version's verdict; DamagedError where it is none."""
     location = {"path": str(registry), "name": name}
     try:
-        return RegistrySection.model_validate((candidate.policy or {}) | location)
+        return RegistrySection.model_validate((candidate.facts.policy or {}) | location)
     except ValidationError as error:
         place = version_folder(registry, name, candidate.version)
         raise DamagedError(
@@ -449,7 +352,7 @@ def promote_missed_versions(
         if isinstance(candidate, str):
             outcomes[version] = candidate
         else:
-            registered_at[version] = candidate.registered_at
+            registered_at[version] = candidate.facts.registered_at
     for version in sorted(registered_at, key=lambda v: registered_at[v], reverse=True):
         promote_recorded = partial(promote_by_recorded_policy, origin=origin)
         done = _try_action(promote_recorded, registry, name, version)
@@ -479,18 +382,18 @@ def registry_location(section: RegistrySection) -> tuple[Path, str]:
 
 
 def describe_policy_refusal(
-    registry: Path, name: str, version: str, gate: Mapping[str, Any], provenance: Mapping[str, Any]
+    registry: Path, name: str, verdict: Verdict, provenance: Mapping[str, Any]
 ) -> str | None:
     """What the registry's policy asks for and a run has not, of which a person decides otherwise.
 
-    `gate` and `provenance` are the run's, which need not be registered yet. None where the policy
-    is met, or there is none.
+    `verdict` and `provenance` are the run's, which need not be registered yet. None where the
+    policy is met, or there is none.
     """
     policy = read_policy(registry, name)
     if policy is None:
         return None
     facts = JudgementFacts.from_provenance(provenance, 0)
-    candidate = _make_candidate(version, Judgement(None, dict(gate), facts))
+    candidate = Candidate(verdict.trained.digest, None, verdict, facts)
     section = RegistrySection(path=str(registry), name=name, promote="always")
     return find_refusal(section, candidate, read_link(registry / name))
 
@@ -521,20 +424,21 @@ def find_refusal(
         return f"{whose} is never"
     if (reason := _why_not_sound(candidate, rule)) is not None:
         return reason
-    if looser := find_looser_bounds(policy, candidate.thresholds):
+    if looser := find_looser_bounds(policy, candidate.verdict.thresholds):
         return (
             f"it was judged by looser bounds than the policy of {name} has "
             f"({', '.join(looser)}): judge the run again with --resume"
         )
     if candidate.loss_after is None and section.require_validation:
-        if candidate.start is not None and candidate.start.left_out:
+        validation = candidate.verdict.validation
+        if validation is not None and validation.left_out:
             return (
-                f"all {candidate.start.left_out} held-out examples are ones that the adapter or a "
+                f"all {validation.left_out} held-out examples are ones that the adapter or a "
                 f"parent was trained on, and registry.require_validation is on"
             )
         return "there was no validation set, and registry.require_validation is on"
     if rule.must_be_better:
-        noise: Literal["paired", "none"] = "paired" if policy is not None else candidate.noise
+        noise: Noise = "paired" if policy is not None else candidate.verdict.noise
         if champion is None:
             reason = _why_not_better_than_start(section, candidate, noise)
         else:
@@ -551,7 +455,11 @@ def _why_person_decides(section: RegistrySection, candidate: Candidate) -> str:
     """
     registry, name = registry_location(section)
     line = find_decline(
-        registry, name, candidate.version, candidate.dataset_digest, candidate.settings_digest
+        registry,
+        name,
+        candidate.version,
+        candidate.facts.dataset_digest,
+        candidate.facts.settings_digest,
     )
     if line is None:
         version = shorten_digest(candidate.version)
@@ -567,44 +475,36 @@ def _why_person_decides(section: RegistrySection, candidate: Candidate) -> str:
 
 def _why_not_sound(candidate: Candidate, rule: PromotionRule) -> str | None:
     """What the verdict itself has against a version; a person who is asked sees broken answers."""
-    if candidate.verdict != "passed":
-        return f"the gate, judging it again, rejected it: {', '.join(candidate.reasons)}"
-    if candidate.broken_answers is not None and not rule.asks_person:
-        broken, judged = candidate.broken_answers
-        return f"{broken} of {judged} sample answers are broken: a person decides"
+    verdict = candidate.verdict
+    if not verdict.has_passed:
+        codes = ", ".join(reason.code for reason in verdict.reasons)
+        return f"the gate, judging it again, rejected it: {codes}"
+    samples = verdict.samples
+    if samples is not None and samples.are_broken and not rule.asks_person:
+        return f"{samples.broken} of {samples.judged} sample answers are broken: a person decides"
     return None
 
 
 def _why_not_better_than_start(
-    section: RegistrySection, candidate: Candidate, noise: Literal["paired", "none"]
+    section: RegistrySection, candidate: Candidate, noise: Noise
 ) -> str | None:
     """Why a first version is not better than the adapter it began from, or None if it is."""
-    before, after, record = candidate.loss_before, candidate.loss_after, candidate.start
-    if before is None or after is None:
+    validation = candidate.verdict.validation
+    if validation is None or validation.loss_before is None or validation.loss_after is None:
         return "there is no validation loss to compare with that of the adapter it began from"
-    rival = f"that of the adapter it began from, {format_loss(before)}"
-    if record is None or record.difference is None:  # of an earlier release
-        if after < before - section.min_improvement:
-            return None
-        loss_name = loss_name_for_file(candidate.file)
-        return f"{loss_name} {format_loss(after)} is not better than {rival}"
-    if record.is_better(section.min_improvement, noise):
+    if validation.is_better(section.min_improvement, noise):
         return None
-    return _describe_comparison(section, candidate, record, after, rival)
+    rival = f"that of the adapter it began from, {format_loss(validation.loss_before)}"
+    return _describe_comparison(section, candidate, validation, validation.loss_after, rival)
 
 
 def _why_not_better(
-    section: RegistrySection,
-    candidate: Candidate,
-    champion: str,
-    noise: Literal["paired", "none"],
+    section: RegistrySection, candidate: Candidate, champion: str, noise: Noise
 ) -> str | None:
     """Why a version is not better than the champion on the same examples, or None if it is."""
     if candidate.loss_after is None:
         return "there is no validation loss to compare with the champion's"
-    if not candidate.was_champion_judged:
-        return _why_not_better_by_mean_losses(section, candidate, champion)
-    record = candidate.champion
+    record = candidate.verdict.champion
     if record is None or record.version != champion:
         return (
             f"the gate did not judge the champion {shorten_digest(champion)} on this version's "
@@ -622,7 +522,7 @@ def _why_not_better(
 def _describe_comparison(
     section: RegistrySection,
     candidate: Candidate,
-    record: RecordedComparison,
+    record: Validation | ChampionLoss,
     loss: float,
     rival: str,
 ) -> str:
@@ -634,36 +534,21 @@ def _describe_comparison(
     wanted = f" by more than {section.min_improvement:g}" if section.min_improvement else ""
     loss_name = loss_name_for_file(candidate.file)
     losses = f"{loss_name} {format_loss(loss)} is not better{wanted} than {rival}"
-    if candidate.noise == "none":
+    if candidate.verdict.noise == "none":
         return f"{losses} ({data})"
     if record.interval is None or record.smallest_visible is None:
         return f"{losses} beyond noise ({data}): so few can show no difference"
     interval = format_interval(record.interval)
     if record.corrected_interval is not None and record.interval[1] < 0:
+        validation = candidate.verdict.validation
+        among = 1 if validation is None else validation.chosen_among
         corrected = format_interval(record.corrected_interval)
         return (
             f"{losses} beyond noise ({data}): {format_difference(difference)} with a 95 % interval "
-            f"of {corrected}, which counts that these examples chose it among "
-            f"{candidate.chosen_among} steps; a test.jsonl would see more"
+            f"of {corrected}, which counts that these examples chose it among {among} steps; a "
+            f"test.jsonl would see more"
         )
     return (
         f"{losses} beyond noise ({data}): {format_difference(difference)} with a 95 % interval of "
         f"{interval}; these examples {describe_smallest_visible(record.smallest_visible)}"
     )
-
-
-def _why_not_better_by_mean_losses(
-    section: RegistrySection, candidate: Candidate, champion: str
-) -> str | None:
-    """The same for a verdict of an earlier release, which has mean losses alone."""
-    registry, name = registry_location(section)
-    losses = compare_losses(registry, name, candidate, champion)
-    if losses is None:
-        return (
-            "the verdict of an earlier release did not judge the champion on the same examples: "
-            "judge the run again with --resume"
-        )
-    if losses.loss < losses.champion_loss - section.min_improvement:
-        return None
-    loss, champion_loss = format_loss(losses.loss), format_loss(losses.champion_loss)
-    return f"validation loss {loss} is not better than the champion's {champion_loss}"

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import ConfigError, DamagedError
+from nested_core.errors import ConfigError, DamagedError, NestedTuneError
+from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry.adapter_card import CARD_NAME
 from nested_core.registry.champion_link import read_link
 from nested_core.registry.folder_lock import exclusive_folder_lock, shared_folder_lock
-from nested_core.registry.gate_file import GATE_NAME, read_gate
 from nested_core.registry.ledger import Entry, read_ledger
 from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME, find_name_folder, name_exists
 from nested_core.registry.recovery import (
@@ -201,13 +201,13 @@ def read_version_losses(registry: Path, name: str) -> dict[str, dict[str, Any]]:
     losses = {}
     for version in registered_versions(folder):
         try:
-            gate = read_gate(version_folder(registry, name, version) / GATE_NAME)
-        except (ConfigError, DamagedError):
+            verdict = read_verdict(version_folder(registry, name, version) / GATE_NAME)
+        except NestedTuneError:
             continue
-        validation = gate.get("validation")
-        if isinstance(validation, dict) and validation.get("loss_after") is not None:
-            loss, file = validation["loss_after"], validation.get("file")
-            losses[version] = {"loss": loss, "file": file or "held-out examples"}
+        validation = verdict.validation
+        if validation is not None and validation.loss_after is not None:
+            file = validation.file or "held-out examples"
+            losses[version] = {"loss": validation.loss_after, "file": file}
     return losses
 
 

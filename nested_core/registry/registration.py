@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import JUDGE_AGAIN, DamagedError
-from nested_core.registry.adapter_card import CARD_NAME, render_card
-from nested_core.registry.folder_lock import exclusive_folder_lock
-from nested_core.registry.gate_file import (
+from nested_core.records.verdict_file import (
     GATE_NAME,
-    read_gate,
+    read_bound_verdict,
+    read_verdict,
     require_consistent,
     require_passed,
     require_verdict_manifest,
     require_verdict_on_adapter,
 )
+from nested_core.registry.adapter_card import CARD_NAME, render_card
+from nested_core.registry.folder_lock import exclusive_folder_lock
 from nested_core.registry.judgements import (
     has_named_judgement,
     read_judgements,
@@ -98,8 +99,8 @@ def register_rejection(
 
     The judgement's hash; None for an adapter that is not registered.
     """
-    gate = _read_bound_gate(run_dir)
-    version = str(gate["trained"]["digest"])
+    verdict = read_bound_verdict(run_dir)
+    version = verdict.trained.digest
     folder = find_name_folder(registry, name)
     with exclusive_folder_lock(folder) as lock:
         state = recover_after_crash(folder, lock)
@@ -108,7 +109,7 @@ def register_rejection(
         return record_judgement(
             folder,
             version,
-            gate,
+            verdict,
             provenance | _position(state),
             was_judged_now=True,
             confirm=lock.require_still_at_path,
@@ -160,7 +161,7 @@ def add_version(
         judgement = record_judgement(
             folder,
             version,
-            _read_bound_gate(run_dir),
+            read_bound_verdict(run_dir),
             provenance | position,
             was_judged_now=was_judged_now,
             confirm=confirm,
@@ -177,17 +178,10 @@ def add_version(
             # Before the files: cut short in between, the version is as lost as it was.
             state = record_line(folder, state, replace(restored, manifest=manifest), lock)
     if read_judgements(folder, version):  # of the version that was lost: this verdict is newer
-        gate = _read_bound_gate(run_dir)
+        verdict = read_bound_verdict(run_dir)
         recorded = provenance | position
-        record_judgement(folder, version, gate, recorded, was_judged_now=True, confirm=confirm)
+        record_judgement(folder, version, verdict, recorded, was_judged_now=True, confirm=confirm)
     return state
-
-
-def _read_bound_gate(run_dir: Path) -> dict[str, Any]:
-    """The verdict on a run, which its manifest binds to the files that it was given on."""
-    gate = read_gate(run_dir / GATE_NAME)
-    require_verdict_manifest(run_dir, gate)
-    return gate
 
 
 def judged_digest(run_dir: Path) -> str:
@@ -196,8 +190,8 @@ def judged_digest(run_dir: Path) -> str:
     Raises what `register` raises for a run.
     """
     path = run_dir / GATE_NAME
-    gate = read_gate(path)
-    require_passed(gate, path)
+    verdict = read_verdict(path)
+    require_passed(verdict, path)
     for file in (run_dir / ADAPTER_FOLDER_NAME / name for name in ADAPTER_FILES):
         if file_type(file) not in ("file", "missing"):  # read_adapter says which file is missing
             raise DamagedError(
@@ -205,9 +199,9 @@ def judged_digest(run_dir: Path) -> str:
                 "wrote."
             )
     digest = read_adapter(run_dir / ADAPTER_FOLDER_NAME).digest()
-    require_verdict_on_adapter(gate, digest, path)
-    require_verdict_manifest(run_dir, gate)
-    require_consistent(gate, path)
+    require_verdict_on_adapter(verdict, digest, path)
+    require_verdict_manifest(run_dir, verdict)
+    require_consistent(verdict, path)
     return digest
 
 
@@ -218,12 +212,13 @@ def _fill_version_folder(
     for file in ADAPTER_FILES:
         shutil.copyfile(run_dir / ADAPTER_FOLDER_NAME / file, folder / file)
     shutil.copyfile(run_dir / GATE_NAME, folder / GATE_NAME)
-    judged = require_verdict_manifest(run_dir, read_gate(folder / GATE_NAME))
+    verdict = read_verdict(folder / GATE_NAME)
+    judged = require_verdict_manifest(run_dir, verdict)
     for file in OPTIONAL_FILES:
         if file in judged:
             shutil.copyfile(run_dir / file, folder / file)
     write_json(folder / PROVENANCE_NAME, provenance)
-    card = render_card(name, version, provenance, read_gate(folder / GATE_NAME))
+    card = render_card(name, version, provenance, verdict)
     write_bytes(folder / CARD_NAME, card.encode("utf-8", "replace"))
     write_manifest(folder, version_manifest_facts(version))
     _require_judged_files(folder, run_dir, judged)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
-from nested_core.registry.adapter_card import CARD_NAME
-from nested_core.registry.gate_file import (
+from nested_core.records.verdict_file import (
     GATE_NAME,
-    read_gate,
+    read_verdict,
     require_passed,
     require_verdict_on_adapter,
 )
+from nested_core.registry.adapter_card import CARD_NAME
 from nested_core.registry.ledger import Ledger
 from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
@@ -128,7 +128,7 @@ def verify_version(folder: Path, version: str, recorded: set[str]) -> str:
     findings = version_findings(folder, version, recorded)
     if findings:
         raise _damage(folder, version, findings)
-    require_passed(read_gate(folder / GATE_NAME), folder / GATE_NAME)
+    require_passed(read_verdict(folder / GATE_NAME), folder / GATE_NAME)
     return str(read_manifest(folder)["digest"])
 
 
@@ -233,6 +233,6 @@ def _digest_findings(folder: Path, version: str) -> Iterator[AuditFinding]:
         if read_adapter(folder).digest() != version:
             message = "is not the adapter whose digest names the folder"
             yield AuditFinding(folder / WEIGHTS_NAME, message)
-        require_verdict_on_adapter(read_gate(folder / GATE_NAME), version, folder / GATE_NAME)
+        require_verdict_on_adapter(read_verdict(folder / GATE_NAME), version, folder / GATE_NAME)
     except NestedTuneError as error:
         yield AuditFinding(folder, str(error))

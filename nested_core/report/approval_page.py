@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from pydantic import TypeAdapter
 
 from nested_core.errors import NestedTuneError
-from nested_core.gate.verdict import Verdict
+from nested_core.records.verdict import Verdict
 from nested_core.registry.promotion_policy import (
     compare_losses,
     read_candidate,
@@ -32,11 +29,11 @@ def list_approval_facts(
     registry: Path, name: str, version: str, champion: str | None
 ) -> list[tuple[str, str]]:
     """Candidate and champion, each with its losses and answers, and the two compared."""
-    verdict = _validate_verdict(read_newest_verdict(registry, name, version, champion))
+    verdict = read_newest_verdict(registry, name, version, champion)
     facts = [("Candidate", _describe_version(version, verdict))]
     if champion is None:
         return [*facts, ("Champion", "none yet")]
-    rival = _validate_verdict(read_newest_verdict(registry, name, champion))
+    rival = read_newest_verdict(registry, name, champion)
     return [
         *facts,
         ("Champion", _describe_version(champion, rival)),
@@ -66,10 +63,6 @@ def describe_approval(
     page.add_facts([*facts, ("Version in full", version)])
     page.add_paragraph(HOW_TO_ANSWER)
     return page
-
-
-def _validate_verdict(fields: Mapping[str, Any]) -> Verdict:
-    return TypeAdapter(Verdict).validate_python(fields)
 
 
 def _describe_version(version: str, verdict: Verdict) -> str:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Self
 
-from nested_core.gate.verdict import Verdict, read_verdict
+from nested_core.records.verdict import Verdict
+from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry import history, read_version_losses
-from nested_core.registry.gate_file import GATE_NAME
 from nested_core.registry.serving_status import (
     describe_server,
     read_servers,

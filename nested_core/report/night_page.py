@@ -11,7 +11,8 @@ from typing import Any
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import shorten
 from nested_core.gate.answers.answer_records import AnswerRecord, read_answers
-from nested_core.gate.verdict import Verdict, read_verdict
+from nested_core.records.verdict import Verdict
+from nested_core.records.verdict_file import read_verdict
 from nested_core.registry.queries import parent_version_of
 from nested_core.report.verdict_page import describe_quality, describe_suites
 from nested_core.storage.run_directory import RunDirectory

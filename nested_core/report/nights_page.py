@@ -8,7 +8,8 @@ from datetime import datetime
 from uuid import UUID
 
 from nested_core.errors import NestedTuneError
-from nested_core.gate.verdict import TaskResult, Verdict, read_verdict
+from nested_core.records.verdict import TaskResult, Verdict
+from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.run_directory import find_run_of
 from nested_core.text.markdown_page import Link, MarkdownPage

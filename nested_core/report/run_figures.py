@@ -9,7 +9,6 @@ from typing import Any
 from nested_core.errors import NestedTuneError
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
-from nested_core.text.loss_conclusion import describe_passed
 from nested_core.training.loss_sentences import StepLoss
 from nested_core.training.training_plan import TrainingPlan
 
@@ -65,52 +64,17 @@ class RunFigures:
         return [names[key] for key, last in lasts.items() if last is not None and last[1] is None]
 
 
-def read_offered_step(run: RunDirectory, gate: Mapping[str, Any] | None) -> int | None:
-    """The step whose adapter a run offers, by its verdict, or before one by result.json.
+def read_offered_step(run: RunDirectory) -> int | None:
+    """The step whose adapter a run without a verdict offers, by result.json.
 
     None before training has ended, and for a result.json that cannot be read: the run writes it
     again.
     """
-    if gate is not None:
-        step = gate.get("adapter_step")
-    else:
-        try:
-            step = read_json_object(run.result).get("adapter_step")
-        except (NestedTuneError, OSError):
-            return None
+    try:
+        step = read_json_object(run.result).get("adapter_step")
+    except (NestedTuneError, OSError):
+        return None
     return step if isinstance(step, int) else None
-
-
-def gate_loss_of(gate: Mapping[str, Any] | None) -> float | None:
-    """The loss of the judged adapter in the content of gate.json; None where none was measured."""
-    validation = None if gate is None else gate.get("validation")
-    loss = validation.get("loss_after") if isinstance(validation, dict) else None
-    return loss if isinstance(loss, int | float) else None
-
-
-def has_broken_answers(gate: Mapping[str, Any] | None) -> bool:
-    """Whether the content of gate.json says that training broke the answers to sample prompts."""
-    samples = None if gate is None else gate.get("samples")
-    return isinstance(samples, dict) and 2 * samples.get("broken", 0) > samples.get("judged", 0)
-
-
-def is_quality_measured(gate: Mapping[str, Any] | None) -> bool:
-    """Whether the content of gate.json has held-out losses or answers to a suite."""
-    if gate is None:
-        return False
-    losses = gate.get("validation")
-    return bool(gate.get("tasks")) or (isinstance(losses, dict) and losses.get("examples") != 0)
-
-
-def describe_verdict(gate: Mapping[str, Any]) -> str:
-    """The verdict in the content of gate.json in a few words: `passed, better`, or `failed`."""
-    if gate.get("verdict") != "passed":
-        return str(gate.get("verdict"))
-    return describe_passed(
-        (gate.get("validation") or {}).get("conclusion"),
-        is_measured=is_quality_measured(gate),
-        is_broken=has_broken_answers(gate),
-    )
 
 
 def describe_length(step: int, steps: int | None, plan: TrainingPlan | None) -> str:

@@ -43,8 +43,8 @@ def measure_minutes(run: RunDirectory) -> float | None:
 
 def _describe_publication(run: RunDirectory, config: FineTuneConfig) -> str:
     """What the registry says of the version that a run made; "verified" without a registry."""
+    from nested_core.records.verdict_file import read_verdict
     from nested_core.registry import history, list_versions  # brings mlx
-    from nested_core.registry.gate_file import read_gate
     from nested_core.registry.name_folders import name_exists
 
     section = config.registry
@@ -54,7 +54,7 @@ def _describe_publication(run: RunDirectory, config: FineTuneConfig) -> str:
     try:
         if not name_exists(registry, name):
             return "verified"
-        version = read_gate(run.gate)["trained"]["digest"]
+        version = read_verdict(run.gate).trained.digest
         actions = [line["action"] for line in history(registry, name) if line["version"] == version]
         is_registered = version in list_versions(registry, name)
     except (NestedTuneError, OSError):  # `audit` says what is wrong with a registry

@@ -21,8 +21,8 @@ from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.loading import render_config
 from nested_core.data.rules.finding_groups import group_findings
 from nested_core.errors import join_first_values
-from nested_core.gate.verdict import Verdict, describe_examples
 from nested_core.gate.verdict_table import CHECK_COLUMNS, list_checks
+from nested_core.records.verdict import Verdict, describe_examples
 from nested_core.report.line_charts import draw_figure
 from nested_core.report.run_figures import describe_length
 from nested_core.report.run_record import RunRecord, read_run

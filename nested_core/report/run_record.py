@@ -17,7 +17,8 @@ from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.errors import NestedTuneError, describe_first_problem
 from nested_core.gate.answers.answer_records import AnswerRecord, read_answers
 from nested_core.gate.example_losses import ExampleLosses, read_example_losses
-from nested_core.gate.verdict import Verdict, read_verdict
+from nested_core.records.verdict import Verdict
+from nested_core.records.verdict_file import read_verdict
 from nested_core.report.run_figures import RunFigures, read_offered_step
 from nested_core.report.run_start import count_steps, read_start_time
 from nested_core.report.run_status import State, describe_state, last_value, read_sound_verdict
@@ -117,7 +118,7 @@ def read_run(run: RunDirectory, *, has_ended: bool = False) -> RunRecord:
     outcome = reader.read(run.gate, lambda _: read_sound_verdict(run))
     record = RunRecord(
         run,
-        describe_state(run, holder, outcome),
+        describe_state(run, holder, None if outcome is None else outcome.word),
         read_start_time(run),
         count_steps(run, config),
         config=config,
@@ -127,7 +128,7 @@ def read_run(run: RunDirectory, *, has_ended: bool = False) -> RunRecord:
         dataset=reader.read(run.dataset, _read_dataset),
         sample_answers=reader.read(run.sample_answers, read_sample_answers) or (),
         red_flags=tuple(reader.read(run.result, _read_red_flags) or ()),
-        offered_step=read_offered_step(run, None),
+        offered_step=read_offered_step(run),
         problems=tuple(reader.problems),
     )
     return record if outcome is None else _with_verdict(record, reader)

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from nested_core.config.resume import read_run_config
-from nested_core.errors import ConfigError, DamagedError
+from nested_core.errors import NestedTuneError
+from nested_core.records.verdict import Verdict
+from nested_core.records.verdict_file import has_verdict_manifest, read_bound_verdict
 from nested_core.report.run_figures import (
     RunFigures,
-    gate_loss_of,
-    has_broken_answers,
-    is_quality_measured,
     read_offered_step,
 )
 from nested_core.storage.checkpoint_verification import list_checkpoints, newest_sound_checkpoint
@@ -26,11 +25,13 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
     """The state of a run, its last losses, and the verdict if there is one."""
     config = read_run_config(run)
     latest = read_latest_values(run.metrics)
-    gate, holder = _read_sound_gate(run), run.holder()
-    verdict = None if gate is None else str(gate["verdict"])
-    state = describe_state(run, holder, verdict)
+    verdict, holder = read_sound_verdict(run), run.holder()
+    validation = None if verdict is None else verdict.validation
+    state = describe_state(run, holder, None if verdict is None else verdict.word)
     figures = RunFigures.from_records(
-        read_loss_records(run.metrics), read_offered_step(run, gate), gate_loss_of(gate)
+        read_loss_records(run.metrics),
+        read_offered_step(run) if verdict is None else verdict.adapter_step,
+        None if validation is None else validation.loss_after,
     )
     train_loss, val_loss = figures.last_train_loss, figures.last_val_loss
     return {
@@ -49,11 +50,11 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
         "learning_rate": latest.get("learning_rate"),
         "updates": latest.get("updates"),
         "checkpoint": _name_resume_checkpoint(run, state),
-        "verdict": verdict,
-        "reasons": _list_reasons(gate),
-        "quality_measured": is_quality_measured(gate),
-        "answers_broken": has_broken_answers(gate),
-        "conclusion": None if gate is None else (gate.get("validation") or {}).get("conclusion"),
+        "verdict": None if verdict is None else verdict.word,
+        "reasons": [] if verdict is None else verdict.reason_names,
+        "quality_measured": verdict is not None and verdict.is_measured,
+        "answers_broken": verdict is not None and verdict.has_broken_answers,
+        "conclusion": None if validation is None else validation.conclusion,
     }
 
 
@@ -69,45 +70,20 @@ def describe_status_verdict(status: Mapping[str, Any]) -> str | None:
     return f"{status['verdict']}: {because}" if because else status["verdict"]
 
 
-def read_sound_verdict(run: RunDirectory) -> str | None:
-    """What the gate said, "passed" or "failed"; a run that is made longer takes it away.
+def read_sound_verdict(run: RunDirectory) -> Verdict | None:
+    """What the gate said of a run; one that is made longer takes it away.
 
-    None without one. Raises DamagedError if it has changed since it was given.
-    """
-    gate = _read_sound_gate(run)
-    return None if gate is None else str(gate["verdict"])
-
-
-def _read_sound_gate(run: RunDirectory) -> dict[str, Any] | None:
-    """The content of gate.json.
-
-    None for a gate.json without its manifest: it was being written, or is an earlier version's.
-    Raises DamagedError if it has changed since.
+    None without one, and for a gate.json without its manifest, which is being written. Raises
+    DamagedError if it has changed since it was given.
     """
     if not run.gate.exists():
         return None
-    from nested_core.registry.gate_file import (  # brings mlx
-        has_verdict_manifest,
-        read_gate,
-        require_verdict_manifest,
-    )
-
     try:
-        gate = read_gate(run.gate)
-        require_verdict_manifest(run.path, gate)
-    except (ConfigError, DamagedError):
+        return read_bound_verdict(run.path)
+    except NestedTuneError:
         if run.gate.exists() and has_verdict_manifest(run.path):
             raise
         return None
-    return gate
-
-
-def _list_reasons(gate: dict[str, Any] | None) -> list[str]:
-    if gate is None:
-        return []
-    from nested_core.registry.gate_file import reason_names  # brings mlx
-
-    return reason_names(gate)
 
 
 def describe_state(run: RunDirectory, holder: int | None, verdict: str | None) -> State:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from nested_core.gate.verdict import (
+from nested_core.records.verdict import (
     ChampionLoss,
     TaskResult,
     TierChange,

@@ -13,7 +13,7 @@ import numpy as np
 from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.errors import DamagedError
 from nested_core.gate.example_losses import ExampleLosses
-from nested_core.gate.verdict import (
+from nested_core.records.verdict import (
     ChampionLoss,
     TensorChange,
     Validation,

@@ -1,7 +1,7 @@
 """A manifest names files of a folder with their sizes and SHA-256, and hashes itself.
 
 `verify_manifest` refuses a folder with a file that is missing, extra or changed, the manifest
-included. The manifest of a run directory names what its verdict rests on (`registry.gate_file`).
+included. The manifest of a run directory names what its verdict rests on (`records.verdict_file`).
 """
 
 from __future__ import annotations

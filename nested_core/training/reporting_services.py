@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, shorten
+from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object, read_regular
@@ -311,10 +312,10 @@ def _attach_verdict(config: FineTuneConfig, run: RunDirectory) -> None:
     try:
         services = ReportingCallback(config, run, requires_all=False)
         try:
-            services.attach(str(read_json_object(run.gate)["verdict"]), (run.gate, run.report))
+            services.attach(read_verdict(run.gate).word, (run.gate, run.report))
         finally:
             services.close()
-    except (DamagedError, KeyError, OSError) as error:
+    except (ConfigError, DamagedError, KeyError, OSError) as error:
         warnings.warn(f"report_to: the verdict was not attached: {error}", stacklevel=2)
 
 

@@ -16,7 +16,7 @@ from flows.finetune import FinetuneParameters, finetune
 from flows.flow_runs import task_steps
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, GateRejected
-from nested_core.gate.verdict import Code
+from nested_core.records.verdict import Code
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.adversaries import CASES, DAMAGED, Case, Scene, suite_bounds
 from tests.example import example_settings, train_example

@@ -10,11 +10,16 @@ import pytest
 from nested_core.config.gate import GateSection
 from nested_core.errors import DamagedError, GateRejected, TrainingStopped
 from nested_core.pipeline import steps
-from nested_core.registry import gate_file
+from nested_core.records import verdict_file
+from nested_core.records.verdict import JudgedAdapter, Verdict
+from nested_core.records.verdict_file import write_verdict
 from nested_core.report.run_status import read_status
 from nested_core.storage import strict_files
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import Finished, example_config, prepare, stop_after, train
+
+JUDGED = JudgedAdapter("adapter", "0" * 64)
+PASSED = Verdict((), 8, JUDGED, JUDGED, ())
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,7 @@ def test_a_verdict_that_a_resumed_run_takes_away_meanwhile_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = prepare(example_config(), tmp_path / "run")
-    gate_file.write_gate(run.path, {"verdict": "passed"}, {})
+    write_verdict(run.path, PASSED, {})
     read = strict_files.read_json
 
     def after(path: Path, limit: int | None) -> Any:
@@ -68,7 +73,7 @@ def test_a_verdict_that_a_resumed_run_takes_away_meanwhile_is_none(
         run.gate.unlink()
         return read(path, limit)
 
-    monkeypatch.setattr(gate_file, "read_json", after)
+    monkeypatch.setattr(verdict_file, "read_json", after)
     status = read_status(run)
     assert (status["verdict"], status["state"]) == (None, "never began")
 
@@ -77,9 +82,9 @@ def test_a_verdict_without_its_manifest_is_none_and_an_edited_one_is_damage(
     tmp_path: Path,
 ) -> None:
     run = prepare(example_config(), tmp_path / "run")
-    gate_file.write_gate(run.path, {"verdict": "passed"}, {})
+    write_verdict(run.path, PASSED, {})
     assert read_status(run)["verdict"] == "passed"
-    run.gate.write_text('{"verdict": "failed"}')
+    run.gate.write_bytes(run.gate.read_bytes().replace(b"adapter", b"another"))
     with pytest.raises(DamagedError, match=r"gate\.json has changed since the verdict was given"):
         read_status(run)
     run.manifest.unlink()

@@ -38,10 +38,10 @@ FAULTS = (
         "an fsync dropped",
     ),
     Fault(
-        "nested_core/storage/atomic.py",
-        "        _restore_retired(retired)\n        raise\n",
-        "        _restore_retired(retired)\n",
-        "a swallowed error",
+        "nested_core/records/verdict_file.py",
+        '    if word == "passed" and verdict.reasons:',
+        '    if word == "failed" and verdict.reasons:',
+        "a condition turned",
     ),
     Fault(
         "nested_core/storage/manifest.py",
@@ -134,10 +134,10 @@ FAULTS = (
         "a check skipped",
     ),
     Fault(
-        "nested_core/gate/adapter_audit.py",
-        "enumerate(zip(own, expected, strict=True)) if i != axis)",
-        "enumerate(zip(own, expected, strict=True)) if i == axis)",
-        "a wrong axis",
+        "nested_core/records/verdict.py",
+        "        return self.kl_initial is not None and self.kl_initial <= bound",
+        "        return self.kl_initial is not None and self.kl_initial >= bound",
+        "a comparison turned",
     ),
     Fault(
         "nested_core/gate/tier_updates.py",
@@ -206,10 +206,10 @@ FAULTS = (
         "a comparison turned",
     ),
     Fault(
-        "nested_core/report/line_charts.py",
-        "    if len(places) < total:",
-        "    if len(places) > total:",
-        "a comparison turned",
+        "tasks/retrying.py",
+        "    return is_transient(error) or isinstance(error, MemoryError)",
+        "    return is_transient(error) and isinstance(error, MemoryError)",
+        "a condition turned",
     ),
     Fault(
         "nested_core/report/run_comparison.py",
@@ -242,9 +242,9 @@ FAULTS = (
         "a sign changed",
     ),
     Fault(
-        "flows/commands/doctor.py",
-        'Check("disk", free > MIN_FREE_DISK_BYTES,',
-        'Check("disk", free < MIN_FREE_DISK_BYTES,',
-        "a comparison turned",
+        "tasks/retrying.py",
+        "    return isinstance(error, OSError) and error.errno not in PERMANENT_ERRNOS",
+        "    return isinstance(error, OSError) and error.errno in PERMANENT_ERRNOS",
+        "a condition turned",
     ),
 )

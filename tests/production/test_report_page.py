@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from nested_core.gate.verdict import Reason
 from nested_core.pipeline import steps
+from nested_core.records.verdict import Reason
 from nested_core.report.run_comparison import compare_runs
 from nested_core.report.run_page import RunReport
 from nested_core.report.run_record import read_run

@@ -46,7 +46,6 @@ from nested_core.registry import (
     register,
     register_and_promote,
 )
-from nested_core.registry.gate_file import read_gate, require_verdict_manifest, write_gate
 from nested_core.registry.judgements import read_verdicts
 from nested_core.registry.ledger import read_ledger
 from nested_core.registry.policy import read_policy, set_policy
@@ -61,6 +60,7 @@ from nested_core.storage.adapter import read_adapter
 from tests.core.registry.conftest import write_run
 from tests.core.registry.faults import killed_at
 from tests.core.registry.states import NAME
+from tests.gate_files import judged_files, read_gate, write_gate
 
 RUNS = 5
 STEPS = 25
@@ -237,8 +237,9 @@ class Sequence:
         thresholds = {"noise": "paired", "max_val_loss_increase": bound, "tasks": []}
         reasons = [] if passed else [{"code": "task_below", "message": "x", "tensors": []}]
         changed: dict[str, Any] = {"verdict": "passed" if passed else "failed", "reasons": reasons}
-        changed |= {"thresholds": thresholds, "champion": record, "turn": verdict.difference}
-        files = require_verdict_manifest(run, gate)
+        changed |= {"thresholds": thresholds, "champion": record}
+        changed |= {"last_step": int(10 * verdict.difference)}  # that it can be read again by
+        files = judged_files(run)
         write_gate(run, gate | changed, {n: e for n, e in files.items() if n != "gate.json"})
         self.judged[version] = verdict
         return verdict
@@ -616,9 +617,9 @@ class Sequence:
             Verdict(
                 mode=(each.facts.policy or {})["promote"],
                 rival=each.rival,
-                difference=each.gate["turn"],
-                is_loose=each.gate["thresholds"]["max_val_loss_increase"] != BOUND,
-                has_passed=each.gate["verdict"] == "passed",
+                difference=(each.verdict.last_step or 0) / 10,
+                is_loose=each.verdict.bound("max_val_loss_increase") != BOUND,
+                has_passed=each.verdict.has_passed,
                 lines=places.index(each.facts.registered_after)
                 if each.facts.registered_after in places
                 else len(places),

@@ -24,8 +24,8 @@ from nested_core.gate.held_out_loss import (
     choose_held_out_examples,
     read_nonempty_splits,
 )
-from nested_core.gate.verdict import ChampionLoss
 from nested_core.pipeline.finetune import FinetuneResult, finetune
+from nested_core.records.verdict import ChampionLoss
 from nested_core.registry import read_champion, read_champion_changes
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.storage.run_directory import RunDirectory

@@ -14,7 +14,7 @@ from nested_core.gate.held_out_loss import (
     choose_held_out_examples,
     read_nonempty_splits,
 )
-from nested_core.gate.verdict import ChampionLoss
+from nested_core.gate.loss_figures import summarise_champion
 from tests.example import DATA, train_example
 
 TRAINED_ON = 12
@@ -69,7 +69,7 @@ def test_two_adapters_with_their_losses_swapped_at_random_are_hardly_ever_promot
             after=np.where(is_swapped, champion, losses.after),
             champion=np.where(is_swapped, losses.after, champion),
         )
-        interval = ChampionLoss.from_losses("0" * 64, drawn).interval
+        interval = summarise_champion("0" * 64, drawn).interval
         assert interval is not None
         promoted += int(interval[1] < 0)
     with capsys.disabled():

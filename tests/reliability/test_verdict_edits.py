@@ -15,15 +15,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nested_core.config.gate import GateSection
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict
-from nested_core.registry.gate_file import read_gate, write_gate
+from nested_core.records.verdict_file import parse_verdict
 from nested_core.storage.atomic import canonical_json, render_json
 from nested_core.storage.manifest import read_manifest
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import train_example
+from tests.gate_files import read_gate, write_gate
 
 SMALL = {"rank": 2, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
 REMOVED = object()
@@ -176,12 +178,11 @@ def value_at(document: Any, keys: Keys) -> Any:
 
 def is_harmless(gate: Any, made: Any, keys: Keys) -> bool:
     """Whether an accepted edit is of a field that is taken as recorded, and within its bounds."""
-    if value_at(made, keys) is REMOVED and not value_at(gate, keys):
-        return True  # no field says the same as null, false or []
-    if keys == ("reasons",) or keys[:1] == ("reasons",):
-        return not made.get("reasons")  # [], null and no field say the same
-    if keys in {("general",), ("fused",), ("tasks",)}:  # nothing of that was asked for
-        return not made.get(keys[0])
+    path = Path("gate.json")
+    if parse_verdict(made, path) == parse_verdict(gate, path):
+        return True  # no field says the same as its default
+    if keys[0] == "thresholds" and value_at(made, keys) is REMOVED:  # it was not asked for then
+        return bool(value_at(gate, keys) == GateSection().model_dump()[str(keys[1])])
     if keys[0] == "samples":  # that nothing was asked is said in other words
         return bool(gate["samples"]["asked"] == 0)
     if keys not in TAKEN_AS_RECORDED:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
-from nested_core.gate.verdict import Code
+from nested_core.records.verdict import Code
 from tasks.outcomes import OUTCOME_BY_CODE
 
 

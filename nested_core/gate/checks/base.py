@@ -8,7 +8,7 @@ from nested_core.gate.base_compatibility import base_reasons
 from nested_core.gate.checks.tensors import UNLOADABLE
 from nested_core.gate.held_out_loss import LoadedBase
 from nested_core.gate.judged import Check, JudgedRun
-from nested_core.gate.verdict import Reason
+from nested_core.records.verdict import Reason
 
 
 def _find_misfits(judged: JudgedRun) -> list[Reason]:

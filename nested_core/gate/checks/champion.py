@@ -16,7 +16,8 @@ from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.example_losses import ExampleLosses, Vector
 from nested_core.gate.held_out_loss import HeldOutExamples
 from nested_core.gate.judged import Check, JudgedRun
-from nested_core.gate.verdict import ChampionLoss, Reason
+from nested_core.gate.loss_figures import summarise_champion
+from nested_core.records.verdict import ChampionLoss, Reason
 from nested_core.text.digest_format import shorten_digest
 
 
@@ -31,7 +32,7 @@ def _compare_with_champion(judged: JudgedRun) -> tuple[Reason, ...]:
     else:
         compared, losses = _compare_losses(judged, champion, held_out, losses)
         judged.losses = losses
-        judged.write(judged.run.gate_losses.name, losses.render())
+        judged.written_files[judged.run.gate_losses.name] = losses.render()
         validation = replace(validation, losses_sha256=losses.sha256())
     judged.verdict = replace(judged.verdict, champion=compared, validation=validation)
     return ()
@@ -67,7 +68,7 @@ def _compare_losses(
         return ChampionLoss(version, not_compared=problem), losses
     compared = replace(losses, champion=np.where(is_seen, np.nan, measured))
     bounds = champion.base.config.gate
-    found = ChampionLoss.from_losses(version, compared, bounds, judged.candidates)
+    found = summarise_champion(version, compared, bounds, judged.candidates)
     return found, compared
 
 

@@ -11,7 +11,7 @@ from nested_core.gate.checks.losses import LOSSES
 from nested_core.gate.checks.tensors import CHANGE
 from nested_core.gate.fresh_process_check import is_constant
 from nested_core.gate.judged import Check, JudgedRun
-from nested_core.gate.verdict import Code, Reason
+from nested_core.records.verdict import Code, Reason
 
 
 def _find_collapse(judged: JudgedRun) -> Iterator[Reason]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from nested_core.gate.fused_change import judge_fused_change
 from nested_core.gate.held_out_loss import LoadedBase
 from nested_core.gate.judged import Check, JudgedRun
-from nested_core.gate.verdict import Reason
+from nested_core.records.verdict import Reason
 
 
 def _find_lost_change(judged: JudgedRun) -> list[Reason]:

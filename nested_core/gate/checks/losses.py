@@ -24,8 +24,9 @@ from nested_core.gate.loss_bounds import (
     loss_reasons,
     non_finite_loss_reasons,
 )
+from nested_core.gate.loss_figures import summarise_drift, summarise_losses
 from nested_core.gate.training_examples import read_ancestor_training_digests
-from nested_core.gate.verdict import Drift, Reason, Validation, describe_examples
+from nested_core.records.verdict import Reason, describe_examples
 
 
 def _find_non_finite_losses(judged: JudgedRun) -> Iterator[Reason]:
@@ -34,7 +35,7 @@ def _find_non_finite_losses(judged: JudgedRun) -> Iterator[Reason]:
     splits = read_nonempty_splits(config, run)
     training_examples = digest_examples(splits["train"])
     content = np.unique(training_examples).astype("<u8").tobytes()
-    judged.write(run.training_examples.name, content)
+    judged.written_files[run.training_examples.name] = content
     judged.candidates = Candidates()
     judged.held_out = held_out = read_held_out_examples(config, splits)
     if held_out is None:
@@ -43,17 +44,17 @@ def _find_non_finite_losses(judged: JudgedRun) -> Iterator[Reason]:
     ancestors = read_ancestor_training_digests(config, judged.before.digest())
     seen = np.concatenate([training_examples, ancestors], dtype=np.uint64)
     judged.losses = losses = losses.leaving_out(np.isin(held_out.digests, seen))
-    judged.write(run.gate_losses.name, losses.render())
+    judged.written_files[run.gate_losses.name] = losses.render()
     if held_out.has_validation_examples:
         judged.candidates = read_candidates(run.validation_losses)
-    validation = Validation.from_losses(
+    validation = summarise_losses(
         losses,
         selected_on_same_data=held_out.selected_on_same_data,
         has_one_answer=held_out.are_all_answers_equal,
         bounds=judged.bounds,
         candidates=judged.candidates,
     )
-    drift = Drift.from_losses(losses)
+    drift = summarise_drift(losses)
     judged.verdict = replace(judged.verdict, validation=validation, drift=drift)
     if validation.examples != 0:
         yield from non_finite_loss_reasons(validation, "loss")

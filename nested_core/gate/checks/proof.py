@@ -13,8 +13,8 @@ from nested_core.gate.base_compatibility import fingerprint_reasons
 from nested_core.gate.canary import make_canary
 from nested_core.gate.fresh_process_check import ProofRequest, prove_effect_in_fresh_process
 from nested_core.gate.judged import Check, Judged, JudgedRun
-from nested_core.gate.verdict import Reason
 from nested_core.models.kept_base import release_kept_base
+from nested_core.records.verdict import Reason
 from nested_core.storage.canary_file import CANARY_NAME, render_canary
 
 
@@ -26,7 +26,7 @@ def _find_unproven_effect(judged: JudgedRun) -> tuple[Reason, ...]:
     judged.verdict = replace(judged.verdict, proof=shown.evidence)
     if shown.canary is not None and not shown.reasons:
         canary = make_canary(judged.proof.questions, judged.proof.request, shown.canary)
-        judged.write(CANARY_NAME, render_canary(canary))
+        judged.written_files[CANARY_NAME] = render_canary(canary)
     return shown.reasons
 
 

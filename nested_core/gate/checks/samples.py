@@ -10,7 +10,7 @@ from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.judged import Check, JudgedRun
 from nested_core.gate.sample_answers import ask_samples
 from nested_core.gate.sample_bounds import judge_samples
-from nested_core.gate.verdict import Reason, SampleVerdict
+from nested_core.records.verdict import Reason, SampleVerdict
 from nested_core.storage.sample_answers_file import render_sample_answers
 from nested_core.text.stages import stages
 
@@ -29,7 +29,7 @@ def _find_broken_answers(judged: JudgedRun) -> Iterator[Reason]:
     else:
         samples = judge_samples(rows)
         if rows:
-            judged.write(judged.run.sample_answers.name, render_sample_answers(rows))
+            judged.written_files[judged.run.sample_answers.name] = render_sample_answers(rows)
     judged.verdict = replace(judged.verdict, samples=samples)
     if samples.are_broken and must_pass:
         yield Reason("answers_broken", f"{samples.describe()}; gate.samples is fail")

@@ -11,14 +11,15 @@ from nested_core.gate.checks.tensors import CHANGE, EFFECT
 from nested_core.gate.judged import Check, JudgedRun
 from nested_core.gate.task_answers import answer_tasks
 from nested_core.gate.task_bounds import judge_answers
-from nested_core.gate.verdict import Reason
+from nested_core.records.verdict import Reason
 
 
 def _find_worse_answers(judged: JudgedRun) -> list[Reason]:
     rival = None if isinstance(judged.champion, UnusableChampion) else judged.champion
     answers = answer_tasks(judged.base, judged.run, judged.evidence, rival)
     results, reasons = judge_answers(judged.bounds, answers)
-    judged.verdict = replace(judged.verdict, tasks=results, answers=answers)
+    judged.answers = answers
+    judged.verdict = replace(judged.verdict, tasks=results)
     return reasons
 
 

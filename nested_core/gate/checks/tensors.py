@@ -12,7 +12,7 @@ from nested_core.gate.tensor_diff import (
     non_finite_tensor_reasons,
     unchanged_reasons,
 )
-from nested_core.gate.verdict import Reason
+from nested_core.records.verdict import Reason
 
 
 def _find_mismatches(judged: Judged) -> list[Reason]:

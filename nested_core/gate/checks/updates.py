@@ -11,8 +11,8 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.checks.tensors import CHANGE, FINITE_PRODUCTS, FINITE_TENSORS
 from nested_core.gate.judged import Check, JudgedRun
 from nested_core.gate.tier_updates import TierEvidence
-from nested_core.gate.verdict import Reason, TensorChange, TierChange
 from nested_core.optim.learning_rate_schedules import build_learning_rate
+from nested_core.records.verdict import Reason, TensorChange, TierChange
 
 # Adam moves a weight by about the rate, and float32 numbers near 0.01 are 1e-9 apart.
 SMALLEST_USEFUL_RATE = 1e-9

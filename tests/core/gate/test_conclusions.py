@@ -17,8 +17,9 @@ from nested_core.gate.chosen_candidate import Candidates, join_candidates, read_
 from nested_core.gate.example_losses import ExampleLosses, read_example_losses
 from nested_core.gate.harmed_examples import HarmedExamples
 from nested_core.gate.loss_bounds import harm_reasons
+from nested_core.gate.loss_figures import summarise_champion, summarise_losses
 from nested_core.gate.paired_difference import compare_pairs, student_t_quantile
-from nested_core.gate.verdict import ChampionLoss, Validation
+from nested_core.records.verdict import Validation
 from nested_core.storage.validation_losses import (
     StepLosses,
     append_step_losses,
@@ -100,7 +101,7 @@ def losses_of(differences: Any, before: float = 1.0, **columns: Any) -> ExampleL
 
 
 def validation_of(losses: ExampleLosses, **changes: Any) -> Validation:
-    return Validation.from_losses(losses, selected_on_same_data=True, bounds=GateSection(**changes))
+    return summarise_losses(losses, selected_on_same_data=True, bounds=GateSection(**changes))
 
 
 @pytest.mark.parametrize(("examples", "is_weighted"), RECORDED)
@@ -310,9 +311,7 @@ def test_the_best_of_equal_steps_is_rarely_promoted() -> None:
         steps = steps_of(30, 24, seed, drift=0.9)
         champion = np.ones(30)
         judged = losses_of(steps[steps.mean(axis=1).argmin()] - 1, champion=champion)
-        found = ChampionLoss.from_losses(
-            "c", judged, candidates=Candidates(24, judged.lines, steps)
-        )
+        found = summarise_champion("c", judged, candidates=Candidates(24, judged.lines, steps))
         lucky += found.conclusion == "better"
         promoted += is_better(
             found.difference,
@@ -327,12 +326,12 @@ def test_the_best_of_equal_steps_is_rarely_promoted() -> None:
 
 def test_without_the_losses_of_all_candidates_their_number_is_divided_by() -> None:
     judged = losses_of(np.random.default_rng(6).normal(-0.1, 0.2, 84), champion=np.ones(84))
-    found = ChampionLoss.from_losses("c", judged, candidates=Candidates(24))
+    found = summarise_champion("c", judged, candidates=Candidates(24))
     width = student_t_quantile(1 - 0.025 / 24, 83) * found.standard_error  # type: ignore[operator]
     assert found.corrected_interval == pytest.approx(
         (found.difference - width, found.difference + width)  # type: ignore[operator]
     )
-    assert ChampionLoss.from_losses("c", judged).corrected_interval is None
+    assert summarise_champion("c", judged).corrected_interval is None
 
 
 def test_the_runs_of_a_sweep_are_one_family_on_the_examples_that_all_read() -> None:

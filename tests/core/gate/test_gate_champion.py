@@ -22,7 +22,6 @@ from nested_core.data.example_digests import (
     encode_digests,
 )
 from nested_core.errors import DamagedError, GateRejected
-from nested_core.gate import judge_run
 from nested_core.gate.answers.answer_records import read_answers
 from nested_core.gate.answers.suite_answers import EncodedSuite
 from nested_core.gate.example_losses import read_example_losses
@@ -31,12 +30,13 @@ from nested_core.gate.held_out_loss import (
     choose_held_out_examples,
     read_nonempty_splits,
 )
+from nested_core.gate.judge import make_checks_of_run
 from nested_core.gate.task_bounds import judge_answers
-from nested_core.gate.verdict import read_verdict
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict, register_run
+from nested_core.records.verdict import JudgedAdapter, Verdict
+from nested_core.records.verdict_file import read_verdict, write_verdict
 from nested_core.registry import promote, register
-from nested_core.registry.gate_file import read_gate, write_gate
 from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.report.verdict_page import describe_verdict
 from nested_core.storage.adapter import ADAPTER_FILES, read_adapter, write_adapter
@@ -45,6 +45,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from tests.core.gate.conftest import Rewrite
 from tests.core.gate.test_gate_tasks import write_suite
+from tests.gate_files import read_gate, write_gate
 
 NAME = "capitals"
 Champion = Callable[..., str]
@@ -80,10 +81,10 @@ def make_champion(run: RunDirectory, tmp_path: Path, registry: Path) -> Champion
         changed = {name: change(tensor) for name, tensor in tensors.items()}
         write_adapter(adapter, changed, described | (settings or {}))
         digest = read_adapter(adapter).digest()
-        gate: dict[str, Any] = {"verdict": "passed", "reasons": [], "initial": {"digest": "0" * 64}}
-        gate |= {"trained": {"digest": digest}, "validation": None, "champion": None}
+        initial, trained = JudgedAdapter("initial", "0" * 64), JudgedAdapter("adapter", digest)
+        verdict = Verdict((), 8, initial, trained, ())
         files = {f"adapter/{name}": describe_file(adapter / name) for name in ADAPTER_FILES}
-        write_gate(folder, gate, files)
+        write_verdict(folder, verdict, files)
         version = register(folder, registry, NAME, said)
         promote(registry, NAME, version, by="ann")
         return version
@@ -255,10 +256,10 @@ def test_a_champion_that_training_began_with_has_the_losses_from_before(
     digest = read_adapter(run.initial).digest()
     folder = tmp_path / "champion"
     shutil.copytree(run.initial, folder / "adapter")
-    gate: dict[str, Any] = {"verdict": "passed", "reasons": [], "initial": {"digest": "0" * 64}}
-    gate |= {"trained": {"digest": digest}, "validation": None, "champion": None}
+    initial, trained = JudgedAdapter("initial", "0" * 64), JudgedAdapter("adapter", digest)
+    made = Verdict((), 8, initial, trained, ())
     files = {f"adapter/{n}": describe_file(folder / "adapter" / n) for n in ADAPTER_FILES}
-    write_gate(folder, gate, files)
+    write_verdict(folder, made, files)
     promote(registry, NAME, register(folder, registry, NAME, {}), by="ann")
     verdict = steps.judge(config, run)
     assert verdict.champion is not None
@@ -354,7 +355,7 @@ def test_a_candidate_that_answers_worse_than_the_champion_is_refused(
         return mx.concatenate([tensor, mx.zeros_like(tensor)], axis=tensor.shape.index(rank))
 
     make_champion(widen, settings)
-    records = judge_run(config, run).answers
+    records = make_checks_of_run(config, run).answers
     assert {record.model for record in records} == {"base", "champion", "candidate"}
     right = {"base": 0.0, "champion": 1.0, "candidate": 0.0}
     planted = [replace(record, score=right[record.model]) for record in records]

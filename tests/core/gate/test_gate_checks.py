@@ -12,7 +12,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.file_checks import CHECKS_OF_ADAPTERS, CHECKS_OF_FILES
 from nested_core.gate.judge import CHECKS_WITH_MODEL, judge_run
 from nested_core.gate.judged import Check, Judged, begin_verdict, log_stopped_checks, make_checks
-from nested_core.gate.verdict import Reason
+from nested_core.records.verdict import Reason
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.conftest import Rewrite

@@ -21,10 +21,10 @@ from nested_core.errors import DamagedError, GateRejected
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict
 from nested_core.registry import register
-from nested_core.registry.gate_file import read_gate, write_gate
 from nested_core.storage.manifest import read_manifest
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.conftest import STEPS
+from tests.gate_files import read_gate, write_gate
 
 CHECKPOINT = f"checkpoints/step-{STEPS:07d}"
 ADAPTER = ("adapters.safetensors", "adapter_config.json")
@@ -127,12 +127,12 @@ def test_a_failed_run_is_not_saved_by_the_word_passed(
         ("tensors", []),
         ("thresholds", {"max_val_loss_increase": 9.0}),
         ("thresholds", None),
-        ("initial", {"digest": "0" * 64}),
+        ("initial", {"path": "initial", "digest": "0" * 64}),
         ("validation", None),
         ("proof", None),
         ("proof", {"skipped": "the base model is not here"}),
-        ("fused", {"carried_share": 0.9, "erased_modules": []}),
-        ("general", {"loss_before": 2.0, "loss_after": 1.0}),
+        ("fused", {"modules": 2, "carried_share": 0.9, "erased_modules": []}),
+        ("general", {"loss_before": 2.0, "loss_after": 1.0, "path": "x", "sha256": "0" * 64}),
     ],
 )
 def test_a_verdict_on_something_else_is_damage(
@@ -140,6 +140,28 @@ def test_a_verdict_on_something_else_is_damage(
 ) -> None:
     edit_bound(judged, **{key: value})
     with pytest.raises(DamagedError, match=f"not the verdict on the files beside it: {key} differ"):
+        confirm_recorded_verdict(config, judged)
+
+
+def test_a_bound_that_a_verdict_does_not_record_was_not_asked_for_then(
+    judged: RunDirectory, config: FineTuneConfig
+) -> None:
+    recorded = json.loads(judged.gate.read_bytes())["thresholds"]
+    del recorded["min_relative_change"]
+    edit_bound(judged, thresholds=recorded)
+    confirm_recorded_verdict(config, judged)
+    section = config.gate.model_copy(update={"min_relative_change": 10.0})
+    with pytest.raises(DamagedError, match="thresholds differ"):  # and not that nothing moved
+        confirm_recorded_verdict(config.model_copy(update={"gate": section}), judged)
+
+
+@pytest.mark.parametrize("key", ["min_relative_chance", "tasks_of_tomorrow"])
+def test_a_bound_that_no_check_has_is_damage(
+    judged: RunDirectory, config: FineTuneConfig, key: str
+) -> None:
+    recorded = json.loads(judged.gate.read_bytes())["thresholds"]
+    edit_bound(judged, thresholds=recorded | {key: 0.5})
+    with pytest.raises(DamagedError, match="thresholds differ"):
         confirm_recorded_verdict(config, judged)
 
 
@@ -289,15 +311,15 @@ def test_a_verdict_that_contradicts_itself_is_damage_under_a_manifest_that_agree
     gate = read_gate(judged.gate)
     change(gate)
     write_gate(judged.path, gate, read_manifest(judged.path)["files"])
-    with pytest.raises(DamagedError, match=f"contradicts itself.*{problem}"):
+    with pytest.raises(DamagedError, match=f"(contradicts itself|no verdict).*{problem}"):
         confirm_recorded_verdict(config, judged)
-    with pytest.raises(DamagedError, match=f"contradicts itself.*{problem}"):
+    with pytest.raises(DamagedError, match=f"(contradicts itself|no verdict).*{problem}"):
         register(judged.path, tmp_path / "registry", "capitals", {})
     assert not (tmp_path / "registry").exists()
 
 
 def test_a_verdict_that_was_edited_is_not_registered(judged: RunDirectory, tmp_path: Path) -> None:
-    judged.gate.write_text(judged.gate.read_text().replace("selected", "rejected", 1))
+    judged.gate.write_text(judged.gate.read_text().replace("/initial", "/another", 1))
     with pytest.raises(DamagedError, match=r"gate\.json has changed since the verdict was given"):
         register(judged.path, tmp_path / "registry", "capitals", {})
     judged.manifest.unlink()

@@ -16,14 +16,15 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, DatasetError, GateRejected
 from nested_core.gate import judge_run
 from nested_core.gate.example_losses import read_example_losses
-from nested_core.gate.verdict import Drift, read_verdict
+from nested_core.gate.loss_figures import summarise_drift
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict, make_provenance
-from nested_core.registry.gate_file import read_gate, require_consistent, write_gate
+from nested_core.records.verdict_file import parse_verdict, read_verdict, require_consistent
 from nested_core.storage.manifest import read_manifest
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.test_gate_tasks import bind_again
 from tests.example import DATA, example_config, example_settings, prepare, train
+from tests.gate_files import read_gate, write_gate
 
 
 def with_gate(config: FineTuneConfig, run: RunDirectory, **bounds: Any) -> FineTuneConfig:
@@ -40,7 +41,7 @@ def test_drift_is_recorded_of_each_example_and_confirmed_without_a_model(
     losses = read_example_losses(run.gate_losses)
     assert losses.drift is not None
     assert losses.base_drift is None
-    assert verdict.drift == Drift.from_losses(losses)
+    assert verdict.drift == summarise_drift(losses)
     assert verdict.drift is not None
     expected = np.average(losses.drift, weights=losses.tokens)
     assert verdict.drift.kl_initial == pytest.approx(expected)
@@ -76,7 +77,7 @@ def test_predictions_that_move_beyond_their_bound_are_refused(
     assert reason["message"].endswith("docs/gate.md#drift")
     gate = read_gate(run.gate) | {"verdict": "passed", "reasons": []}
     with pytest.raises(DamagedError, match="the predictions drifted beyond their bound"):
-        require_consistent(gate, run.gate)
+        require_consistent(parse_verdict(gate, run.gate), run.gate)
 
 
 @pytest.mark.slow("judges runs of its own")

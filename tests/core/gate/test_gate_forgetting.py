@@ -105,11 +105,11 @@ def test_a_change_that_fusing_into_a_quantised_base_erases_is_no_effect(
     verdict = judge_run(done.config, done.run)
     assert codes(verdict) == expected
     assert verdict.fused is not None
-    assert verdict.fused["modules"] == 42
-    assert (verdict.fused["carried_share"] > 0.5) is (not expected)
+    assert verdict.fused.modules == 42
+    assert (verdict.fused.carried_share > 0.5) is (not expected)
     if expected:
         assert "fused into the base" in verdict.reasons[0].message
-        lost = verdict.fused["erased_modules"]
+        lost = verdict.fused.erased_modules
         assert {name.rpartition(".")[0] for name in verdict.reasons[0].tensors} == set(lost)
     unfused = done.config.model_copy(update={"gate": GateSection()})
     assert judge_run(unfused, done.run).has_passed
@@ -122,8 +122,8 @@ def test_the_same_change_survives_in_a_base_that_is_not_quantised(
     verdict = judge_run(config.model_copy(update={"gate": section}), run)
     assert verdict.has_passed
     assert verdict.fused is not None
-    assert verdict.fused["carried_share"] == pytest.approx(1, abs=0.01)
-    assert verdict.fused["erased_modules"] == []
+    assert verdict.fused.carried_share == pytest.approx(1, abs=0.01)
+    assert verdict.fused.erased_modules == ()
 
 
 @pytest.mark.parametrize(

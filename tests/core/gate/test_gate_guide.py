@@ -11,7 +11,7 @@ import pytest
 from nested_core.config.gate import GateSection, Score, TaskSection
 from nested_core.gate.answers.scorers import ScoringMethod
 from nested_core.gate.answers.suite_answers import Suite
-from nested_core.gate.verdict import GATE_GUIDE, Code, Reason
+from nested_core.records.verdict import GATE_GUIDE, Code, Reason
 from tests.core.gate.pairs import fresh_tensors, judge_pair
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -20,13 +20,15 @@ from nested_core.gate.held_out_loss import (
     read_nonempty_splits,
 )
 from nested_core.gate.loss_bounds import loss_reasons
+from nested_core.gate.loss_figures import summarise_losses
 from nested_core.gate.paired_difference import compare_pairs
-from nested_core.gate.verdict import Validation
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict
-from nested_core.registry.gate_file import read_gate, require_consistent, write_gate
+from nested_core.records.verdict import Validation
+from nested_core.records.verdict_file import parse_verdict, require_consistent
 from nested_core.storage.manifest import describe_file, read_manifest
 from nested_core.storage.run_directory import RunDirectory
+from tests.gate_files import read_gate, write_gate
 
 
 def losses_of(differences: list[float]) -> ExampleLosses:
@@ -41,7 +43,7 @@ DEFAULT = GateSection()
 
 
 def validation_of(differences: list[float], bounds: GateSection = DEFAULT) -> Validation:
-    return Validation.from_losses(losses_of(differences), selected_on_same_data=True, bounds=bounds)
+    return summarise_losses(losses_of(differences), selected_on_same_data=True, bounds=bounds)
 
 
 def test_a_rise_within_noise_is_refused_by_the_bound_alone_only() -> None:
@@ -119,10 +121,10 @@ def test_a_verdict_of_a_rise_within_noise_is_confirmed_and_registered_where_nois
     gate = read_gate(run.gate)
     gate["validation"] |= {"loss_before": 2.0, "loss_after": 2.01, "interval": [-0.02, 0.04]}
     gate["validation"] |= {"difference": 0.01, "one_sided_high": 0.035, "conclusion": "no_worse"}
-    require_consistent(gate, run.gate)
+    require_consistent(parse_verdict(gate, run.gate), run.gate)
     gate["thresholds"] |= {"noise": "none", "max_val_loss_increase": 0.0}
     with pytest.raises(DamagedError, match="the loss rose beyond its bound"):
-        require_consistent(gate, run.gate)
+        require_consistent(parse_verdict(gate, run.gate), run.gate)
 
 
 def change_one_loss(run: RunDirectory) -> None:
@@ -188,5 +190,5 @@ def test_losses_that_are_not_finite_are_null_and_give_no_difference(tmp_path: Pa
     assert json.loads(path.read_text().splitlines()[1])["after"] is None
     read = read_example_losses(path)
     np.testing.assert_array_equal(read.after, losses.after)
-    validation = Validation.from_losses(read, selected_on_same_data=False)
+    validation = summarise_losses(read, selected_on_same_data=False)
     assert (validation.loss_after, validation.difference) == (None, None)

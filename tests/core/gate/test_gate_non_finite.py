@@ -19,7 +19,7 @@ from nested_core.gate.fresh_process_check import FreshProcessLogits
 from nested_core.gate.fused_change import judge_fused_change
 from nested_core.gate.held_out_loss import LoadedBase
 from nested_core.gate.loss_bounds import general_loss_reasons, non_finite_loss_reasons
-from nested_core.gate.verdict import GeneralLoss, Validation
+from nested_core.records.verdict import GeneralLoss, Validation
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.core.gate.pairs import A2, CONFIG, A, B, Tensors, codes, judge_pair, trained_tensors
@@ -217,7 +217,7 @@ def test_fused_weights_that_overflow_are_not_finite(
     assert [reason.code for reason in reasons] == ["non_finite"]
     assert f"with the {'initial' if is_initial else 'trained'} adapter" in reasons[0].message
     assert name in reasons[0].tensors
-    assert math.isfinite(evidence["carried_share"])  # JSON has no word for what is not
+    assert math.isfinite(evidence.carried_share)  # JSON has no word for what is not
 
 
 def test_a_fused_change_whose_square_overflows_is_measured(
@@ -230,4 +230,4 @@ def test_a_fused_change_whose_square_overflows_is_measured(
         LoadedBase.load(config, as_stored=True).model, before, after
     )
     assert reasons == []
-    assert evidence["carried_share"] == pytest.approx(1, abs=1e-2)
+    assert evidence.carried_share == pytest.approx(1, abs=1e-2)

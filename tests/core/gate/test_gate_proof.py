@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -18,12 +18,22 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.gate import fresh_process_check, judge_run, verify_adapters
 from nested_core.gate.fresh_process_check import ProofRequest, compute_logits_in_fresh_process
-from nested_core.gate.verdict import Reason
+from nested_core.records.verdict import Reason, Verdict
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.core.gate.conftest import Rewrite
 from tests.core.gate.pairs import codes, judge_pair, learned, trained_tensors
 from tests.example import MODEL, train_example
+
+Figure = Literal["max_abs_difference_from_initial", "relative_distance_from_trainer"]
+
+
+def proven_figure(verdict: Verdict, name: Figure) -> float:
+    """A figure of the proof, which is finite."""
+    assert verdict.proof is not None
+    figure = verdict.proof[name]
+    assert figure is not None
+    return figure
 
 
 @pytest.fixture
@@ -52,8 +62,8 @@ def test_a_run_is_proven_against_what_its_trainer_computed(
     assert verdict.proof is not None
     assert verdict.proof["model"] == str(MODEL)
     assert verdict.proof["prompts"] == 4
-    assert verdict.proof["max_abs_difference_from_initial"] > 0.1
-    assert verdict.proof["relative_distance_from_trainer"] <= 1e-4
+    assert proven_figure(verdict, "max_abs_difference_from_initial") > 0.1
+    assert proven_figure(verdict, "relative_distance_from_trainer") <= 1e-4
     assert verdict.proof["tolerance"] == 1e-3
 
 
@@ -74,7 +84,7 @@ def test_every_kind_of_fine_tune_is_proven(
     verdict = judge_run(done.config, done.run)
     assert codes(verdict) == []
     assert verdict.proof is not None
-    assert verdict.proof["relative_distance_from_trainer"] <= verdict.proof["tolerance"]
+    assert proven_figure(verdict, "relative_distance_from_trainer") <= verdict.proof["tolerance"]
     assert verdict.proof["tolerance"] == tolerance
 
 
@@ -177,7 +187,7 @@ def test_verify_loads_both_adapters_where_the_base_is_at_hand(run: RunDirectory)
     verdict = verify_adapters(run.initial, run.adapter)
     assert verdict.has_passed
     assert verdict.proof is not None
-    assert verdict.proof["max_abs_difference_from_initial"] > 0.1
+    assert proven_figure(verdict, "max_abs_difference_from_initial") > 0.1
     assert "tolerance" not in verdict.proof
 
 

@@ -20,12 +20,12 @@ from nested_core.gate import judge_run
 from nested_core.gate.answers import scorers
 from nested_core.gate.answers.answer_records import AnsweringRole, AnswerRecord
 from nested_core.gate.answers.suite_answers import EncodedSuite
+from nested_core.gate.judge import make_checks_of_run
 from nested_core.gate.task_bounds import judge_answers
-from nested_core.gate.verdict import read_verdict
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict
+from nested_core.records.verdict_file import read_verdict
 from nested_core.registry import read_verified_version, register
-from nested_core.registry.gate_file import write_gate
 from nested_core.storage.canary_file import parse_canary
 from nested_core.storage.manifest import describe_file, read_manifest
 from nested_core.storage.run_directory import RunDirectory
@@ -39,6 +39,7 @@ from tests.example import (
     train,
     train_example,
 )
+from tests.gate_files import write_gate
 
 FACT = re.compile(r"Go and see (.+?), the capital of (.+?)!")
 WRONG = "Suva"
@@ -120,7 +121,7 @@ def test_a_run_that_lowers_its_loss_and_breaks_its_answers_is_refused(broken: Fi
 
 
 def test_every_answer_of_every_model_is_in_the_run(broken: Finished) -> None:
-    records = [asdict(record) for record in judge_run(broken.config, broken.run).answers]
+    records = [asdict(record) for record in make_checks_of_run(broken.config, broken.run).answers]
     with pytest.raises(GateRejected):
         steps.judge(broken.config, broken.run)
     written = [json.loads(line) for line in broken.run.answers.read_text().splitlines()]

@@ -18,13 +18,14 @@ from nested_core.gate.sample_bounds import judge_samples
 from nested_core.models.generation import Answer, _count_repeated_tail
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import register_run
-from nested_core.registry.gate_file import read_gate, require_verdict_manifest, write_gate
+from nested_core.records.verdict_file import read_verdict
 from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.report.run_listing import list_runs
 from nested_core.report.run_page import read_report
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.sample_answers_file import BrokenHow, SampleAnswers
 from tests.example import Finished, train_example
+from tests.gate_files import judged_files, read_gate, write_gate
 
 
 class Words:
@@ -140,7 +141,7 @@ def test_with_fail_broken_answers_are_a_reason(destroyed: Finished) -> None:
 
 def edit_verdict(run: RunDirectory, samples: dict[str, Any]) -> None:
     gate = read_gate(run.gate)
-    manifest = require_verdict_manifest(run.path, gate)
+    manifest = judged_files(run.path)
     gate["samples"] |= samples
     write_gate(run.path, gate, manifest)
 
@@ -150,10 +151,10 @@ def test_a_verdict_that_counts_other_answers_than_the_file_holds_is_refused(
 ) -> None:
     config, run = destroyed.config, destroyed.run
     steps.judge(config, run)
-    recheck_verdict(config, run, read_gate(run.gate))
+    recheck_verdict(config, run, read_verdict(run.gate))
     edit_verdict(run, {"broken": 0, "ways": {}})
     with pytest.raises(DamagedError, match="samples differ"):
-        recheck_verdict(config, run, read_gate(run.gate))
+        recheck_verdict(config, run, read_verdict(run.gate))
 
 
 def test_a_healthy_adapter_is_not_flagged(tmp_path: Path) -> None:

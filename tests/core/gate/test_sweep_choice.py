@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from nested_core.gate.example_losses import ExampleLosses
+from nested_core.gate.loss_figures import summarise_losses
 from nested_core.gate.sweep_choice import SweepChoice
-from nested_core.gate.verdict import JudgedAdapter, Validation, Verdict
+from nested_core.records.verdict import JudgedAdapter, Verdict
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.validation_losses import StepLosses, append_step_losses
@@ -28,7 +29,7 @@ def write_run(path: Path, losses: ExampleLosses, steps: Any, *, is_selected: boo
             run.validation_losses, StepLosses(step=step, lines=lines, losses=own.tolist())
         )
     run.gate_losses.write_bytes(losses.render())
-    validation = Validation.from_losses(losses, selected_on_same_data=is_selected)
+    validation = summarise_losses(losses, selected_on_same_data=is_selected)
     judged = JudgedAdapter("a", "0" * 64)
     verdict = Verdict((), 1, judged, judged, (), validation=validation)
     write_json(run.gate, verdict.to_json())

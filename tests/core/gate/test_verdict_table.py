@@ -9,10 +9,11 @@ import pytest
 from nested_core.config.gate import GateSection
 from nested_core.errors import GateRejected
 from nested_core.gate.answers.answer_records import read_answers
-from nested_core.gate.verdict import Reason, read_verdict
 from nested_core.gate.verdict_table import Check, list_checks, lost_answers
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict
+from nested_core.records.verdict import Reason
+from nested_core.records.verdict_file import read_verdict
 from nested_core.report.run_page import read_report
 from nested_core.report.run_status import read_status
 from tests.core.report.written_runs import finished_run

@@ -14,13 +14,6 @@ import pytest
 from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.gate.verdict import (
-    ChampionLoss,
-    JudgedAdapter,
-    TaskResult,
-    Validation,
-    Verdict,
-)
 from nested_core.pipeline import continual, steps
 from nested_core.pipeline.continual import (
     champion_or_none,
@@ -29,6 +22,13 @@ from nested_core.pipeline.continual import (
     find_unbeaten_champion,
 )
 from nested_core.pipeline.publishing import register_run
+from nested_core.records.verdict import (
+    ChampionLoss,
+    JudgedAdapter,
+    TaskResult,
+    Validation,
+    Verdict,
+)
 from nested_core.registry import collect_garbage, list_versions, promote, read_champion, register
 from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.storage.adapter import read_adapter

@@ -10,9 +10,9 @@ import pytest
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected
-from nested_core.gate.verdict import Verdict
 from nested_core.pipeline.finetune import FinetuneResult, finetune
 from nested_core.pipeline.run_steps import Steps
+from nested_core.records.verdict import Verdict
 from nested_core.registry import audit, history, promote, read_champion
 from nested_core.storage.run_directory import RunDirectory, open_run
 from nested_core.text.stages import stages

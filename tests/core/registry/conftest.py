@@ -12,12 +12,25 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from nested_core.registry import garbage_collection, gate_file, promote, register
+from nested_core.registry import garbage_collection, promote, register
 from nested_core.storage.adapter import ADAPTER_FILES, read_adapter
 from nested_core.storage.canary_file import CANARY_NAME
 from nested_core.storage.manifest import describe_file
+from tests import gate_files
 
 MakeRun = Callable[..., Path]
+VALIDATION = {
+    "loss_before": 4.1,
+    "loss_after": 1.2,
+    "selected_on_same_data": True,
+    "file": "valid.jsonl",
+    "examples": 10,
+    "difference": -2.9,
+    "interval": [-3.0, -2.8],
+    "one_sided_high": -2.82,
+    "smallest_visible": 0.1,
+    "conclusion": "better",
+}
 
 
 def write_run(run_dir: Path, seed: int, verdict: str = "passed") -> Path:
@@ -54,12 +67,12 @@ def write_gate(run_dir: Path, verdict: str, digest: str) -> None:
         "trained": {"path": "adapter", "digest": digest},
         "tensors": [],
         "tiers": [],
-        "validation": {"loss_before": 4.1, "loss_after": 1.2, "selected_on_same_data": True},
+        "validation": VALIDATION,
     }
     judged = [f"adapter/{name}" for name in ADAPTER_FILES]
     if (run_dir / CANARY_NAME).exists():
         judged.append(CANARY_NAME)
-    gate_file.write_gate(run_dir, gate, {name: describe_file(run_dir / name) for name in judged})
+    gate_files.write_gate(run_dir, gate, {name: describe_file(run_dir / name) for name in judged})
 
 
 @pytest.fixture

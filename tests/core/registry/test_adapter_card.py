@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import pytest
 import yaml
 
 from nested_core.errors import DamagedError
+from nested_core.records.verdict import JudgedAdapter, TaskResult, Verdict
 from nested_core.registry import promote, read_champion_card, register
 from nested_core.registry.adapter_card import render_card
-from nested_core.registry.gate_file import read_gate, require_verdict_manifest, write_gate
 from tests.core.registry.conftest import write_run
+from tests.gate_files import judged_files, read_gate, write_gate
 
-GATE: dict[str, Any] = {"adapter_step": 100, "validation": None, "tasks": []}
+JUDGED = JudgedAdapter("adapter", "ab" * 32)
+VERDICT = Verdict((), 100, JUDGED, JUDGED, ())
 
 
 def front_matter(card: str) -> dict[str, Any]:
@@ -32,7 +35,7 @@ def test_a_loss_on_a_file_outside_of_the_data_is_no_number_of_the_data_set(
     run = write_run(tmp_path / "run", 1)
     gate = read_gate(run / "gate.json")
     gate["validation"] |= {"file": "test.jsonl" if is_listed else held_out, "examples": 9}
-    write_gate(run, gate, require_verdict_manifest(run, gate))
+    write_gate(run, gate, judged_files(run))
     config = {"data": "org/chats", "gate": {"held_out": held_out}}
     version = register(run, tmp_path / "registry", "capitals", {"config": config})
     promote(tmp_path / "registry", "capitals", version, by="tester")
@@ -59,7 +62,7 @@ def test_the_card_is_a_file_of_the_version_that_its_manifest_holds(tmp_path: Pat
 def test_the_card_tells_what_was_trained_and_no_default_that_did_not_count() -> None:
     trained = {"steps": 200, "planned_steps": 400, "epochs": 10.0, "file": "train.jsonl"}
     config = {"iters": 1000, "training": {"epochs": 20}, "mask_prompt": True, "model": "/m/base"}
-    card = render_card("capitals", "ab" * 32, {"config": config, "trained": trained}, GATE)
+    card = render_card("capitals", "ab" * 32, {"config": config, "trained": trained}, VERDICT)
     assert "| steps | 200 of 400 |" in card
     assert "| passes over train.jsonl | 10 |" in card
     assert "| step of this adapter | 100 |" in card
@@ -69,8 +72,8 @@ def test_the_card_tells_what_was_trained_and_no_default_that_did_not_count() -> 
 
 
 def test_right_answers_are_counts() -> None:
-    task = {"name": "capitals", "questions": 15, "base": 0.0, "parent": None, "candidate": 1.0}
-    card = render_card("capitals", "ab" * 32, {}, GATE | {"tasks": [task]})
+    task = TaskResult("capitals", 15, 0.0, None, None, 1.0, 1.0, None, 0.2, "passed", {}, {})
+    card = render_card("capitals", "ab" * 32, {}, replace(VERDICT, tasks=(task,)))
     assert "| right answers, capitals | 15 questions | 0 of 15 | 15 of 15 |" in card
 
 
@@ -83,6 +86,6 @@ def test_right_answers_are_counts() -> None:
     ],
 )
 def test_the_base_is_named_where_it_is_the_hubs(model: str, base: str | None) -> None:
-    card = render_card("capitals", "ab" * 32, {"config": {"model": model}}, GATE)
+    card = render_card("capitals", "ab" * 32, {"config": {"model": model}}, VERDICT)
     assert front_matter(card).get("base_model") == base
     assert "/home/ann" not in card

@@ -13,6 +13,7 @@ import pytest
 
 from nested_core.config.registry import RegistrySection
 from nested_core.errors import DamagedError, GateRejected
+from nested_core.records.verdict_file import parse_verdict, read_verdict
 from nested_core.registry import (
     Promotion,
     audit,
@@ -23,7 +24,6 @@ from nested_core.registry import (
     register,
     register_and_promote,
 )
-from nested_core.registry.gate_file import read_gate, require_verdict_manifest, write_gate
 from nested_core.registry.promotion_policy import (
     promote_by_policy,
     promote_by_recorded_policy,
@@ -31,6 +31,7 @@ from nested_core.registry.promotion_policy import (
 )
 from tests.core.registry.conftest import MakeRun
 from tests.core.registry.states import NAME
+from tests.gate_files import judged_files, read_gate, write_gate
 
 Judge = Callable[..., Path]
 
@@ -58,7 +59,7 @@ def judge(tmp_path: Path) -> Judge:
         record = {"version": champion, "loss": 2.0, "examples": 84, "difference": difference}
         record |= {"interval": [difference - 0.1, difference + 0.1], "smallest_visible": 0.1}
         gate |= {"champion": record, "thresholds": {"noise": "paired"}} | changes
-        write_gate(run, gate, require_verdict_manifest(run, read_gate(run / "gate.json")))
+        write_gate(run, gate, judged_files(run))
         return run
 
     return judge
@@ -88,7 +89,7 @@ def test_a_version_judged_again_is_promoted_by_its_newest_verdict(
     assert history(registry, NAME)[-1]["judgement"] == file.stem
     assert hashlib.sha256(file.read_bytes()).hexdigest() == file.stem
     written = json.loads(file.read_bytes())
-    assert written.items() >= read_gate(run / "gate.json").items()
+    assert parse_verdict(written, file) == read_verdict(run / "gate.json")
     assert audit(registry, NAME).is_sound
 
 
@@ -128,7 +129,7 @@ def test_a_verdict_against_todays_champion_outlives_a_newer_one_against_another(
     weak, better = two_versions(make_run, registry)
     register(judge(2, weak, -2.4), registry, NAME, provenance("better", weak))
     register(judge(2, "f" * 64, 0.5), registry, NAME, provenance("better", "f" * 64))
-    against = read_candidate(registry, NAME, better).champion
+    against = read_candidate(registry, NAME, better).verdict.champion
     assert against is not None
     assert against.version == weak
 
@@ -149,7 +150,11 @@ def test_a_judgement_that_rejects_stops_a_promotion_by_version(
     weak, better = two_versions(make_run, registry)
     run = judge(2, weak, -2.4)
     register(run, registry, NAME, provenance("better", weak))
-    _rewrite(files_of(registry, better)[0], verdict="failed", reasons=[{"code": "task_below"}])
+    _rewrite(
+        files_of(registry, better)[0],
+        verdict="failed",
+        reasons=[{"code": "task_below", "message": "9 of 10"}],
+    )
     reason = promote_by_policy(section(registry, "better"), better, weak)
     assert reason == "the gate, judging it again, rejected it: task_below"
     with pytest.raises(GateRejected, match="task_below"):

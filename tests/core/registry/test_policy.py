@@ -25,7 +25,6 @@ from nested_core.registry import (
     register,
     rollback,
 )
-from nested_core.registry.gate_file import read_gate, require_verdict_manifest, write_gate
 from nested_core.registry.policy import (
     PromotionRule,
     describe_tightening,
@@ -43,6 +42,7 @@ from nested_core.registry.promotion_policy import (
 )
 from tests.core.registry.conftest import MakeRun
 from tests.core.registry.states import NAME
+from tests.gate_files import judged_files, read_gate, write_gate
 
 MODES = ("never", "approve", "better", "always")
 SUITE = {"name": "capitals", "file": "/suites/capitals.jsonl", "score": "contains", "min": 0.9}
@@ -78,7 +78,7 @@ def judged(make_run: MakeRun, registry: Path) -> Judged:
             record = {"version": champion, "loss": 3.0, "difference": -better_by, "examples": 84}
             record |= {"interval": interval, "smallest_visible": 0.1}
         gate |= {"thresholds": thresholds, "champion": record}
-        write_gate(run, gate, require_verdict_manifest(run, read_gate(run / "gate.json")))
+        write_gate(run, gate, judged_files(run))
         own = {"path": "x", "name": NAME, "promote": mode}
         provenance = {"config": {"registry": own}, "champion_at_gate": champion}
         return register(run, registry, NAME, provenance)

@@ -27,7 +27,6 @@ from nested_core.registry import (
     registration,
     rollback,
 )
-from nested_core.registry.gate_file import read_gate, require_verdict_manifest, write_gate
 from nested_core.registry.promotion_policy import (
     compare_losses,
     promote_by_policy,
@@ -37,6 +36,7 @@ from nested_core.registry.promotion_policy import (
 )
 from nested_core.storage.manifest import write_manifest
 from tests.core.registry.conftest import write_run
+from tests.gate_files import judged_files, read_gate, write_gate
 
 NAME = "capitals"
 SECONDS_FOR_A_GC = 1.0  # it takes some milliseconds, and all of this where it has to wait
@@ -51,12 +51,25 @@ def registry(tmp_path: Path) -> Path:
     return tmp_path / "registry"
 
 
+def judge_against(run: Path, champion: str, difference: float) -> None:
+    """Let the verdict of a run say how it compares with a champion."""
+    record = {"version": champion, "loss": 1.2, "examples": 10, "difference": difference}
+    write_gate(run, read_gate(run / "gate.json") | {"champion": record}, judged_files(run))
+
+
 @pytest.fixture
 def add(tmp_path: Path, registry: Path) -> Add:
     """Register the version of a seed, judged against `champion`, under a policy."""
 
-    def add(seed: int, champion: str | None = None, policy: str | None = "always") -> str:
+    def add(
+        seed: int,
+        champion: str | None = None,
+        policy: str | None = "always",
+        difference: float = 0.0,
+    ) -> str:
         run = write_run(tmp_path / f"run-{seed}", seed)
+        if champion is not None:
+            judge_against(run, champion, difference)
         section = {"path": "elsewhere", "name": "other", "promote": policy}
         provenance: dict[str, Any] = {"champion_at_gate": champion, "validation_digest": "d1"}
         provenance |= {"config": {"registry": section}} if policy else {}
@@ -151,12 +164,11 @@ def test_better_is_judged_by_reconcile_too(add: Add, registry: Path, tmp_path: P
     late(registry, first)
     worse = add(2, first, "better")
     assert promote_missed_versions(registry, NAME) == {
-        worse: "validation loss 1.2 is not better than the champion's 1.2"
+        worse: "validation loss 1.2 is not better by more than 0.005 than the champion's 1.2 "
+        "(valid.jsonl, 10 examples)"
     }
     better = write_run(tmp_path / "run-3", 3)
-    gate = read_gate(better / "gate.json")
-    gate["validation"]["loss_after"] = 0.5
-    write_gate(better, gate, require_verdict_manifest(better, gate))
+    judge_against(better, first, -0.7)
     section = {"promote": "better", "path": "x", "name": "y"}
     provenance = {"champion_at_gate": first, "validation_digest": "d1"}
     version = register(better, registry, NAME, provenance | {"config": {"registry": section}})
@@ -288,7 +300,7 @@ def test_a_champion_that_was_replaced_and_collected_meanwhile_supersedes_and_is_
     judged_against, *others = (add(seed) for seed in range(3))
     for each in (judged_against, *others):
         promote(registry, NAME, each, by="ann")
-    version = add(3, judged_against)
+    version = add(3, judged_against, difference=-0.7)
     assert collect_garbage(registry, NAME, by="gc", keep=1).collected == (judged_against,)
     section = RegistrySection(path=str(registry), name=NAME, promote="better")
     done = promote_by_policy(section, version, judged_against)

@@ -215,7 +215,8 @@ def test_rewritten_manifest_over_other_tensors_is_found_through_the_digest(three
 
 def test_version_made_by_hand_around_a_failed_verdict_is_rejected(three, registry):
     folder = registry / NAME / "versions" / three[2]
-    edit(folder / "gate.json", lambda value: value.update(verdict="failed"))
+    reason = {"code": "unchanged", "message": "Nothing moved."}
+    edit(folder / "gate.json", lambda value: value.update(verdict="failed", reasons=[reason]))
     (folder / "MANIFEST.json").unlink()
     write_manifest(folder, {"kind": "adapter version", "version": three[2]})
     with pytest.raises(GateRejected, match="rejected this adapter"):

@@ -8,10 +8,9 @@ import pytest
 
 from nested_core.errors import ConfigError
 from nested_core.gate.paired_difference import PairedDifference
-from nested_core.gate.verdict import Reason
-from nested_core.registry.gate_file import read_gate
+from nested_core.records.verdict import Reason
+from nested_core.records.verdict_file import read_verdict
 from nested_core.report.run_comparison import _describe_difference, compare_runs
-from nested_core.report.run_figures import describe_verdict
 from nested_core.report.run_listing import list_runs
 from nested_core.report.run_page import read_report
 from nested_core.report.run_start import read_start_time
@@ -153,4 +152,4 @@ def test_what_passed_has_the_same_words_in_every_list(
     assert f"P{words[1:]}:" in page
     is_good = words != "passed, quality not measured"  # which nothing was shown of: not green
     assert ('class="verdict good"' in page) is is_good
-    assert describe_verdict(read_gate(run.gate)) == words  # the last screen of train
+    assert read_verdict(run.gate).describe() == words  # the last screen of train

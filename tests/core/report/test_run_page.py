@@ -13,7 +13,7 @@ import pytest
 
 from nested_core.data.rules.findings import Finding
 from nested_core.errors import ConfigError, GateRejected
-from nested_core.gate.verdict import Reason
+from nested_core.records.verdict import Reason
 from nested_core.report.run_page import RunReport, read_report, writing_report_at_end
 from nested_core.report.run_record import read_run
 from nested_core.report.run_status import read_status

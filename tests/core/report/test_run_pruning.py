@@ -10,7 +10,7 @@ import pytest
 
 from nested_core import registry as core
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.gate.verdict import Reason
+from nested_core.records.verdict import Reason
 from nested_core.report.run_listing import list_runs
 from nested_core.report.run_pruning import prune_runs
 from nested_core.storage.run_directory import RunDirectory

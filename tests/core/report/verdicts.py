@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from nested_core.gate.verdict import Verdict
+from nested_core.records.verdict import Verdict
 
 SUITE: dict[str, Any] = {
     "name": "capitals",

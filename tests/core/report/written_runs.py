@@ -16,18 +16,16 @@ from nested_core.data.rules.dataset_report import DatasetReport, SplitStats
 from nested_core.data.rules.findings import Finding
 from nested_core.gate.answers.answer_records import AnsweringRole, AnswerRecord, write_answers
 from nested_core.gate.example_losses import ExampleLosses
-from nested_core.gate.verdict import (
-    ChampionLoss,
-    Drift,
+from nested_core.gate.loss_figures import summarise_champion, summarise_drift, summarise_losses
+from nested_core.records.verdict import (
     JudgedAdapter,
     Reason,
     TaskResult,
     TensorChange,
     TierChange,
-    Validation,
     Verdict,
 )
-from nested_core.registry.gate_file import write_gate
+from nested_core.records.verdict_file import write_verdict
 from nested_core.storage.atomic import write_json
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
@@ -154,7 +152,7 @@ def make_verdict(
     )
     champion = None
     if losses is not None and losses.champion is not None:
-        champion = ChampionLoss.from_losses("c" * 64, losses)
+        champion = summarise_champion("c" * 64, losses)
     task = TaskResult(
         name="capitals",
         questions=3,
@@ -177,10 +175,8 @@ def make_verdict(
         tensors=tensors,
         tiers=tiers,
         last_step=step,
-        validation=None
-        if losses is None
-        else Validation.from_losses(losses, selected_on_same_data=True),
-        drift=None if losses is None else Drift.from_losses(losses),
+        validation=None if losses is None else summarise_losses(losses, selected_on_same_data=True),
+        drift=None if losses is None else summarise_drift(losses),
         champion=champion,
         thresholds={"max_kl": 2.5},
         tasks=(task,) if with_task else (),
@@ -195,7 +191,7 @@ def judge(run: RunDirectory, verdict: Verdict, losses: ExampleLosses | None, tex
         run.gate_losses.write_bytes(losses.render())
         paths.append(run.gate_losses)
     judged = {path.name: describe_file(path) for path in paths}
-    write_gate(run.path, verdict.to_json(), judged)
+    write_verdict(run.path, verdict, judged)
 
 
 def finished_run(

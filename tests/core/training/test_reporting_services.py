@@ -23,6 +23,7 @@ from nested_core.training.reporting_services import (
     configured_services,
     reporting_to_services,
 )
+from tests.core.report.verdicts import GATE
 from tests.example import example_config
 
 TRAIN = {"iteration": 10, "train_loss": 2.5, "learning_rate": 0.1}
@@ -64,7 +65,7 @@ def run_once(tmp_path: Path, services: str) -> RunDirectory:
             callback.on_train_loss_report(TRAIN)
             callback.on_val_loss_report(VALID)
         write_json(run.result, {})
-        write_json(run.gate, {"verdict": "passed"})
+        write_json(run.gate, GATE)
         (run.path / "report.html").write_text("<p>passed</p>")
     return run
 
@@ -129,7 +130,7 @@ def test_a_service_that_fails_at_the_end_is_warned_of_and_takes_nothing_away(
     monkeypatch.setitem(sys.modules, "trackio", client)
     run = RunDirectory(tmp_path)
     write_json(run.result, {})
-    write_json(run.gate, {"verdict": "passed"})
+    write_json(run.gate, GATE)
 
     def unreachable(**_: object) -> None:
         raise OSError("no route")
@@ -197,7 +198,7 @@ def test_a_service_that_stops_answering_is_warned_of_once_and_the_run_goes_on_wi
                 for iteration in (20, 30):
                     callback.on_train_loss_report(TRAIN | {"iteration": iteration})
             write_json(run.result, {})
-            write_json(run.gate, {"verdict": "passed"})
+            write_json(run.gate, GATE)
 
     with pytest.warns(UserWarning, match="report_to: ") as caught:
         train_while_trackio_stops_answering()
@@ -239,7 +240,7 @@ def test_a_full_disk_at_the_end_is_no_error_of_a_run_that_is_done(
     monkeypatch.setitem(sys.modules, "trackio", Client("trackio", []))
     run = RunDirectory(tmp_path)
     write_json(run.result, {})
-    write_json(run.gate, {"verdict": "passed"})
+    write_json(run.gate, GATE)
 
     def disk_is_full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

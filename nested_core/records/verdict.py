@@ -1,31 +1,26 @@
-"""The verdict, as gate.json holds it: passed, or failed with reasons."""
+"""The verdict, as gate.json holds it: passed, or failed with reasons; and what it says in words.
+
+`verdict_file.py` reads and writes the file. Nobody else knows its fields.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
-from nested_core.config.gate import GateSection
-from nested_core.errors import DamagedError, describe_first_problem, join_first_values
-from nested_core.gate.answers.answer_records import AnswerRecord
-from nested_core.gate.chosen_candidate import Candidates
-from nested_core.gate.example_losses import ExampleLosses, Vector
-from nested_core.gate.harmed_examples import HarmedExamples
-from nested_core.storage.atomic import finite_or_none
-from nested_core.storage.manifest import FileEntry
-from nested_core.storage.strict_files import read_regular
+from nested_core.errors import join_first_values
 from nested_core.text.html_markup import collapsed, notebook_fragment, paragraph, table
 from nested_core.text.loss_conclusion import (
     Conclusion,
     conclude,
-    count_examples_needed,
-    describe_conclusion,
+    describe_inconclusive,
     describe_passed,
     describe_smallest_visible,
+    is_better,
     margin_of_loss,
 )
 from nested_core.text.loss_format import format_change, format_loss, loss_name_for_file
@@ -55,6 +50,9 @@ Code = Literal[
 
 GATE_GUIDE = "docs/gate.md"
 MIN_EXAMPLES_WITHOUT_DOUBT = 30  # fewer are said to be few
+MIN_CHANGE_LEFT_BY_FUSING = 0.5  # of the whole change, that fusing must leave
+Noise = Literal["paired", "none"]
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,62 @@ class TierChange:
     skipped_updates: int
 
 
+class ComparedLoss:
+    """What the comparisons of losses share: a paired difference, in nats a token."""
+
+    difference: float | None
+    interval: Interval | None
+    margin: float | None
+    one_sided_high: float | None
+    conclusion: Conclusion | None
+    examples_needed: int | None
+    corrected_interval: Interval | None = None  # of losses that chose nothing
+
+    def is_better(self, min_improvement: float, noise: Noise) -> bool:
+        """Whether an automatic promotion may rest on it."""
+        return is_better(
+            self.difference,
+            self.interval,
+            self.corrected_interval,
+            min_improvement=min_improvement,
+            noise=noise,
+        )
+
+    def describe_conclusion(self) -> str | None:
+        """`better`, or what an inconclusive comparison saw and would settle it; None without."""
+        if self.conclusion is None or self.difference is None:
+            return None
+        if self.conclusion != "inconclusive":
+            return self.conclusion.replace("_", " ")
+        return describe_inconclusive(
+            self.difference, self.interval, self.margin, self.examples_needed
+        )
+
+    def find_contradictions(
+        self, key: str, before: float, after: float, bound: float, noise: Noise
+    ) -> Iterator[str]:
+        """Why these figures are not those of losses that passed; `key` is theirs in gate.json."""
+        if self.difference is None or not math.isclose(
+            after - before, self.difference, rel_tol=1e-6, abs_tol=1e-6
+        ):
+            yield f"changed by another figure than {key}.difference"
+            return
+        conclusion = conclude(
+            self.difference,
+            self.interval,
+            self.one_sided_high,
+            margin=margin_of_loss(bound, before, noise),
+            loss_before=before,
+            noise=noise,
+        )
+        if conclusion == "worse":
+            yield "rose beyond its bound"
+        elif conclusion != self.conclusion:
+            yield f"is {conclusion} by its figures, and not {self.conclusion}"
+
+
 @dataclass(frozen=True)
-class Validation:
+class Validation(ComparedLoss):
     """The loss of the initial and of the trained adapter on one recorded list of examples.
 
     file: the file of the data set that holds the examples.
@@ -153,39 +205,6 @@ class Validation:
     harmed: int | None = None
     helped: int | None = None
 
-    @classmethod
-    def from_losses(
-        cls,
-        losses: ExampleLosses,
-        *,
-        selected_on_same_data: bool,
-        has_one_answer: bool = False,
-        bounds: GateSection | None = None,
-        candidates: Candidates | None = None,
-    ) -> Validation:
-        """The figures of the losses of each example."""
-        bounds = bounds or GateSection()
-        counted = losses.counted()
-        figures = compare_losses(
-            counted, counted.before, bounds, bounds.max_val_loss_increase, candidates
-        )
-        harm = HarmedExamples.find(counted, figures["margin"] or 0.0)
-        return cls(
-            loss_before=finite_or_none(counted.mean(counted.before)),
-            loss_after=finite_or_none(counted.mean(counted.after)),
-            selected_on_same_data=selected_on_same_data,
-            file=losses.file,
-            examples=len(counted),
-            left_out=len(losses) - len(counted),
-            losses_sha256=losses.sha256(),
-            has_one_answer=has_one_answer,
-            chosen_among=1 if candidates is None else candidates.count,
-            few_prompts=counted.few_clusters(),
-            harmed=None if harm is None else harm.harmed,
-            helped=None if harm is None else harm.helped,
-            **figures,
-        )
-
     def doubts(self) -> Iterator[str]:
         """What speaks against relying on the figures: few examples, or all with one answer."""
         if self.examples is not None and self.examples < MIN_EXAMPLES_WITHOUT_DOUBT:
@@ -211,10 +230,6 @@ class Validation:
         if self.left_out:
             yield f"{self.left_out} left out that the adapter or a parent was trained on"
 
-    def describe_conclusion(self) -> str | None:
-        """`better`, or what an inconclusive comparison saw and would settle it; None without."""
-        return describe_conclusion(asdict(self))
-
 
 @dataclass(frozen=True)
 class Drift:
@@ -239,25 +254,13 @@ class Drift:
             moved += f", and by {format_loss(self.kl_base)} from the base model's"
         return f"{moved} (mean KL divergence, {self.tokens:,} tokens of the held-out examples)"
 
-    @classmethod
-    def from_losses(cls, losses: ExampleLosses) -> Drift | None:
-        """The figures of the divergences of each example; None if none were measured."""
-        counted = losses.counted()
-        if len(counted):  # where nothing else is left, it is drift on what was trained on, too
-            losses = counted
-        drift = losses.drift
-        if drift is None:
-            return None
-        base = losses.base_drift
-        return cls(
-            kl_initial=finite_or_none(losses.mean(drift)),
-            kl_base=None if base is None else finite_or_none(losses.mean(base)),
-            tokens=int(losses.tokens.sum()),
-        )
+    def is_within(self, bound: float) -> bool:
+        """Whether it is finite and at most the bound, in nats a token."""
+        return self.kl_initial is not None and self.kl_initial <= bound
 
 
 @dataclass(frozen=True)
-class ChampionLoss:
+class ChampionLoss(ComparedLoss):
     """The champion at the time of the gate, on the held-out examples that neither was trained on.
 
     loss: the champion's mean loss in nats a token; the candidate's is `loss` + `difference`.
@@ -284,83 +287,9 @@ class ChampionLoss:
     clusters: int | None = None
     corrected_interval: tuple[float, float] | None = None
 
-    @classmethod
-    def from_losses(
-        cls,
-        version: str,
-        losses: ExampleLosses,
-        bounds: GateSection | None = None,
-        candidates: Candidates | None = None,
-    ) -> ChampionLoss:
-        """The figures of losses that hold the champion's, NaN for the examples left out."""
-        bounds = bounds or GateSection()
-        shared = losses.examples_with_champion_loss()
-        champion = shared.champion
-        if champion is None or not len(shared):
-            return cls(version, left_out=len(losses))
-        return cls(
-            version,
-            loss=finite_or_none(shared.mean(champion)),
-            examples=len(shared),
-            left_out=len(losses) - len(shared),
-            **compare_losses(shared, champion, bounds, bounds.max_val_loss_increase, candidates),
-        )
-
-
-def compare_losses(
-    losses: ExampleLosses,
-    other: Vector,
-    bounds: GateSection,
-    increase: float,
-    candidates: Candidates | None = None,
-) -> dict[str, Any]:
-    """The paired difference of the trained adapter's losses from others, and what it shows.
-
-    `increase` is the relative bound that the margin comes from. All values are None where there is
-    no example, or a loss is not finite.
-    """
-    compared = losses.compare_trained_with(other)
-    if compared is None:
-        names = (
-            *("difference", "standard_error", "interval", "smallest_visible", "conclusion"),
-            *("margin", "one_sided_high", "examples_needed", "clusters", "corrected_interval"),
-        )
-        return dict.fromkeys(names)
-    figures = compared.to_json()
-    interval = None if figures["interval"] is None else (compared.low, compared.high)
-    one_sided_high = compared.one_sided_high if compared.is_measurable else None
-    loss_before = losses.mean(other)
-    margin = margin_of_loss(increase, loss_before, bounds.noise)
-    conclusion = conclude(
-        compared.mean,
-        interval,
-        one_sided_high,
-        margin=margin,
-        loss_before=loss_before,
-        noise=bounds.noise,
-    )
-    needed = None
-    if conclusion == "inconclusive":
-        needed = count_examples_needed(
-            compared.mean, compared.standard_error, compared.examples, margin
-        )
-    corrected = None
-    if candidates is not None:
-        corrected = candidates.corrected_interval(losses, other, compared)
-    return figures | {
-        "interval": interval,
-        "smallest_visible": compared.smallest_visible if compared.is_measurable else None,
-        "conclusion": conclusion,
-        "margin": margin,
-        "one_sided_high": one_sided_high,
-        "examples_needed": needed,
-        "clusters": compared.examples,
-        "corrected_interval": corrected,
-    }
-
 
 @dataclass(frozen=True)
-class GeneralLoss:
+class GeneralLoss(ComparedLoss):
     """The loss of the initial and of the trained adapter on text unrelated to the task.
 
     difference, standard_error, interval, conclusion, margin, one_sided_high, clusters: as in
@@ -427,6 +356,15 @@ class TaskResult:
         """The mean score that `difference` is measured from: the parent's, else the base's."""
         return self.base if self.parent is None else self.parent
 
+    @property
+    def shares(self) -> tuple[float, float]:
+        """The mean scores before and after."""
+        return self.before, self.candidate
+
+    def count(self, share: float) -> str:
+        """How many right answers a mean score stands for: `14`, or `13.5` of partial ones."""
+        return f"{round(share * self.questions, 2):g}"
+
     def describe_lost(self) -> str | None:
         """What a passing suite lost: `capitals: 37 of 40 right, lost 3: ...; not beyond chance`."""
         if not self.lost or self.verdict == "failed":
@@ -440,22 +378,21 @@ class TaskResult:
             why = "too few questions to tell from chance"
         else:
             why = "within its max_drop" if self.interval[1] < 0 else "not beyond chance"
-        right = f"{round(self.candidate * self.questions, 2):g} of {self.questions} right"
+        right = f"{self.count(self.candidate)} of {self.questions} right"
         return f"{self.name}: {right}, lost {self.lost}: {named}{others}; {why}"
 
     def describe(self) -> str:
         """`capitals: 0 of 15 right before, 15 of 15 after`, with the interval and odd answers."""
-        shares = (self.before, self.candidate)
-        counts = [f"{round(share * self.questions, 2):g}" for share in shares]
         total = self.questions
-        text = f"{self.name}: {counts[0]} of {total} right before, {counts[1]} of {total} after"
+        before, after = (self.count(share) for share in self.shares)
+        text = f"{self.name}: {before} of {total} right before, {after} of {total} after"
         if self.interval is None:
             text += ", too few questions to tell a drop from chance"
         else:
             low, high = self.interval
             text += f" (difference {self.difference:+.3f}, 95 % interval {low:+.3f} to {high:+.3f})"
         if self.champion is not None:
-            text += f", champion {round(self.champion * total, 2):g} of {total}"
+            text += f", champion {self.count(self.champion)} of {total}"
         odd = [f"{count} {name}" for name, count in self.odd.items() if count]
         return f"{text}, {' and '.join(odd)}" if odd else text
 
@@ -499,12 +436,33 @@ class JudgedAdapter:
     digest: str
 
 
+@dataclass(frozen=True)
+class FusedVerdict:
+    """What fusing leaves of the change: its share, and the modules that lose theirs."""
+
+    modules: int
+    carried_share: float
+    erased_modules: tuple[str, ...]
+
+
+class ProofEvidence(TypedDict, total=False):
+    """What the fresh process found; `skipped` if the base model was not there to load."""
+
+    skipped: str | None
+    model: str
+    prompts: int
+    error: str | None
+    max_abs_difference_from_initial: float | None
+    relative_distance_from_trainer: float | None
+    tolerance: float
+
+
 @dataclass(frozen=True, repr=False)
 class Verdict:
-    """The content of gate.json, and what belongs beside it.
+    """The content of gate.json.
 
-    judged_files: the entries of the judged files for the run's manifest.
-    written_files: the content of the files that the gate itself writes, by name.
+    thresholds: the bounds of `gate` that the verdict was given by, by name; one that is not there
+        was not asked for then.
     """
 
     reasons: tuple[Reason, ...]
@@ -519,13 +477,10 @@ class Verdict:
     champion: ChampionLoss | None = None
     thresholds: dict[str, Any] | None = None
     general: GeneralLoss | None = None
-    fused: dict[str, Any] | None = None
-    proof: dict[str, Any] | None = None
+    fused: FusedVerdict | None = None
+    proof: ProofEvidence | None = None
     tasks: tuple[TaskResult, ...] = ()
     samples: SampleVerdict | None = None
-    judged_files: Mapping[str, FileEntry] = field(default_factory=dict, compare=False)
-    written_files: Mapping[str, bytes] = field(default_factory=dict, compare=False)
-    answers: tuple[AnswerRecord, ...] = field(default=(), compare=False)
 
     @property
     def has_passed(self) -> bool:
@@ -534,10 +489,66 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """The content of gate.json."""
-        fields = asdict(replace(self, judged_files={}, written_files={}, answers=()))
-        for name in ("judged_files", "written_files", "answers"):
-            del fields[name]
-        return {"verdict": "passed" if self.has_passed else "failed"} | fields
+        return {"verdict": self.word} | asdict(self)
+
+    @property
+    def word(self) -> Literal["passed", "failed"]:
+        """The verdict in a word."""
+        return "passed" if self.has_passed else "failed"
+
+    @property
+    def reason_names(self) -> list[str]:
+        """The code of each reason, with the suite that it is about: `task_below (capitals)`."""
+        return [reason.name for reason in self.reasons]
+
+    @property
+    def noise(self) -> Noise:
+        """How differences were judged: beyond noise, or by the mean alone."""
+        return "paired" if (self.thresholds or {}).get("noise") == "paired" else "none"
+
+    def bound(self, name: str) -> float | None:
+        """A bound by the name of its key; None where it was not asked for."""
+        value = (self.thresholds or {}).get(name)
+        return float(value) if isinstance(value, int | float) else None
+
+    def find_contradictions(self) -> Iterator[str]:
+        """What is said in one field of a verdict of `passed`, and excluded by that or another."""
+        if self.tensors and not any(tensor.changed for tensor in self.tensors):
+            yield "no tensor changed"
+        if not all(tensor.finite for tensor in self.tensors):
+            yield "a tensor is not finite"
+        for number, tier in enumerate(self.tiers):
+            if tier.changed < 1:
+                yield f"no tensor of tier {number} changed"
+            if tier.applied_updates + tier.skipped_updates != tier.expected_updates:
+                yield f"the updates of tier {number} do not add up"
+        yield from self._contradictions_of_losses()
+        if (max_kl := self.bound("max_kl")) is not None and not (
+            self.drift is not None and self.drift.is_within(max_kl)
+        ):
+            yield "the predictions drifted beyond their bound"
+        yield from (f"the suite {t.name} {t.verdict}" for t in self.tasks if t.verdict != "passed")
+        if self.fused is not None and (
+            self.fused.erased_modules or self.fused.carried_share < MIN_CHANGE_LEFT_BY_FUSING
+        ):
+            yield "fusing leaves too little of the change"
+        if self.proof is not None and self.proof.get("skipped") is None:
+            yield from _contradictions_of_proof(self.proof)
+
+    def _contradictions_of_losses(self) -> Iterator[str]:
+        for key, what, bound in (
+            ("validation", "the loss", self.bound("max_val_loss_increase")),
+            ("general", "the loss on general text", self.bound("max_general_loss_increase")),
+        ):
+            losses: Validation | GeneralLoss | None = getattr(self, key)
+            if losses is None or (isinstance(losses, Validation) and losses.examples == 0):
+                continue
+            before, after = losses.loss_before, losses.loss_after
+            if before is None or after is None:
+                yield f"{key}.{'loss_before' if before is None else 'loss_after'} is null"
+            elif bound is not None:
+                for problem in losses.find_contradictions(key, before, after, bound, self.noise):
+                    yield f"{what} {problem}"
 
     def __repr__(self) -> str:
         return f"Verdict({self.summary()})"
@@ -613,6 +624,16 @@ class Verdict:
         losses = self.validation
         return self.is_measured and (losses is None or losses.conclusion != "inconclusive")
 
+    def describe(self) -> str:
+        """The verdict in a few words: `passed, better`, or `failed`."""
+        if not self.has_passed:
+            return self.word
+        return describe_passed(
+            None if self.validation is None else self.validation.conclusion,
+            is_measured=self.is_measured,
+            is_broken=self.has_broken_answers,
+        )
+
     def describe_passed(self) -> str:
         """`passed, better` and the like; an inconclusive comparison with its figures."""
         conclusion = None if self.validation is None else self.validation.describe_conclusion()
@@ -636,9 +657,12 @@ def describe_examples(validation: Validation) -> str:
     return f"{validation.file}, {validation.examples} {noun}"
 
 
-def read_verdict(path: Path) -> Verdict:
-    """The verdict in a gate.json that this run's gate wrote; DamagedError if it holds none."""
-    try:
-        return TypeAdapter(Verdict).validate_json(read_regular(path))
-    except ValidationError as error:
-        raise DamagedError(f"{path} holds no verdict: {describe_first_problem(error)}.") from error
+def _contradictions_of_proof(proof: ProofEvidence) -> Iterator[str]:
+    """Why these numbers are no proof."""
+    if proof.get("error") is not None:
+        yield "proof.error is not null"
+    if not proof.get("max_abs_difference_from_initial"):
+        yield "the proof found no change of a logit"
+    distance = proof.get("relative_distance_from_trainer", 0.0)
+    if distance is None or distance > proof.get("tolerance", 0.0):
+        yield "the proof's logits are not the trainer's"

@@ -1,0 +1,172 @@
+"""gate.json: the verdict on a run, bound by RUN_DIR/MANIFEST.json to the files that it rests on.
+
+The manifest holds the size and SHA-256 of gate.json and of each file that was judged. It finds
+accidents and partial edits; whoever can write the whole folder can make another one that agrees.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from nested_core.errors import (
+    JUDGE_AGAIN,
+    ConfigError,
+    DamagedError,
+    GateRejected,
+    describe_first_problem,
+    go_on_with,
+)
+from nested_core.records.verdict import Verdict
+from nested_core.storage.atomic import write_json
+from nested_core.storage.manifest import (
+    MANIFEST_NAME,
+    FileEntry,
+    describe_file,
+    matches_entry,
+    read_manifest,
+    write_manifest,
+)
+from nested_core.storage.strict_files import file_type, read_json
+
+GATE_NAME = "gate.json"
+MAX_GATE_BYTES = 64 * 1024 * 1024
+MAX_LISTED_REASONS = 5
+_VALIDATOR = TypeAdapter(Verdict)
+
+
+def write_verdict(run_dir: Path, verdict: Verdict, judged: Mapping[str, FileEntry]) -> None:
+    """Write gate.json, and the manifest that binds it to the files that were judged.
+
+    `judged` has the entries of those files, by their path in the run directory. A crash in between
+    leaves a gate.json without a manifest, which is no verdict yet.
+    """
+    (run_dir / MANIFEST_NAME).unlink(missing_ok=True)
+    write_json(run_dir / GATE_NAME, verdict.to_json())
+    files = {**judged, GATE_NAME: describe_file(run_dir / GATE_NAME)}
+    write_manifest(run_dir, _manifest_facts(verdict), files)
+
+
+def _manifest_facts(verdict: Verdict) -> dict[str, Any]:
+    return {"kind": "verdict on a run", "verdict": verdict.word}
+
+
+def has_verdict_manifest(run_dir: Path) -> bool:
+    """Whether there is a manifest beside gate.json; without one it is no verdict yet."""
+    return file_type(run_dir / MANIFEST_NAME) != "missing"
+
+
+def require_verdict_manifest(run_dir: Path, verdict: Verdict) -> dict[str, FileEntry]:
+    """The entries of the files that the verdict rests on, by their path in the run directory.
+
+    Raises DamagedError if the manifest is missing or damaged, or gate.json is not the one that it
+    was written with.
+    """
+    manifest = _require_bound_file(run_dir)
+    if manifest["facts"] != _manifest_facts(verdict):
+        raise _changed_verdict(run_dir)
+    files: dict[str, FileEntry] = manifest["files"]
+    return files
+
+
+def _require_bound_file(run_dir: Path) -> dict[str, Any]:
+    """The run's manifest, which must hold the digest that gate.json has."""
+    path = run_dir / GATE_NAME
+    if not has_verdict_manifest(run_dir):
+        raise DamagedError(
+            f"{run_dir / MANIFEST_NAME} is missing: nothing says that {path} is the verdict on the "
+            f"files beside it.",
+            advice=JUDGE_AGAIN,
+        )
+    manifest = read_manifest(run_dir)
+    if not matches_entry(path, manifest["files"].get(GATE_NAME)):
+        raise _changed_verdict(run_dir)
+    return manifest
+
+
+def _changed_verdict(run_dir: Path) -> DamagedError:
+    return DamagedError(
+        f"{run_dir / GATE_NAME} has changed since the verdict was given: {MANIFEST_NAME} beside it "
+        f"holds another digest of it. Bring back what was there; if it is lost:",
+        advice=JUDGE_AGAIN,
+    )
+
+
+def read_bound_verdict(run_dir: Path) -> Verdict:
+    """The verdict on a run, which its manifest binds to the files that it was given on."""
+    try:
+        verdict = read_verdict(run_dir / GATE_NAME)
+    except (DamagedError, GateRejected):
+        _require_bound_file(run_dir)  # that it has changed says more than what is wrong with it
+        raise
+    require_verdict_manifest(run_dir, verdict)
+    return verdict
+
+
+def read_verdict(path: Path) -> Verdict:
+    """Read gate.json; ConfigError if it is missing, DamagedError if it holds no verdict."""
+    if file_type(path, follow_links=True) == "missing":
+        raise ConfigError(
+            f"{path} is not there: no gate has judged this adapter. Expected the directory of a "
+            "finished run: let the run end; if it was stopped:",
+            advice=go_on_with(),
+        )
+    return parse_verdict(read_json(path, MAX_GATE_BYTES), path)
+
+
+def parse_verdict(document: Any, path: Path) -> Verdict:
+    """The verdict in the content of a JSON file; DamagedError if it holds none.
+
+    Raises GateRejected for one that says failed without a reason, which no gate writes.
+    """
+    word = document.get("verdict") if isinstance(document, dict) else None
+    if word not in ("passed", "failed"):
+        raise DamagedError(f'{path} holds no verdict. Expected "verdict": "passed" or "failed".')
+    try:
+        verdict = _VALIDATOR.validate_json(json.dumps(document), strict=True)
+    except ValidationError as error:
+        raise DamagedError(f"{path} holds no verdict: {describe_first_problem(error)}.") from error
+    if word == "passed" and verdict.reasons:
+        raise DamagedError(f"{path} says passed and gives reasons against it: it was edited.")
+    if word == "failed" and not verdict.reasons:
+        raise _rejection("no reason given", path)
+    return verdict
+
+
+def require_passed(verdict: Verdict, path: Path) -> None:
+    """Raise GateRejected, with the gate's reasons, unless the verdict is "passed"."""
+    if verdict.has_passed:
+        return
+    raise _rejection(", ".join(verdict.reason_names[:MAX_LISTED_REASONS]), path)
+
+
+def _rejection(reasons: str, path: Path) -> GateRejected:
+    return GateRejected(
+        f"The gate rejected this adapter: {reasons} (see {path}). Only an adapter that passed "
+        "enters a registry; mend what the reasons name and train again."
+    )
+
+
+def require_consistent(verdict: Verdict, path: Path) -> None:
+    """Raise DamagedError if a "passed" verdict contradicts itself, which no gate writes."""
+    problems = list(verdict.find_contradictions())
+    if problems:
+        listed = "; ".join(problems[:MAX_LISTED_REASONS])
+        raise DamagedError(
+            f"{path} says passed and contradicts itself: {listed}. It was edited.",
+            advice=JUDGE_AGAIN,
+        )
+
+
+def require_verdict_on_adapter(verdict: Verdict, digest: str, path: Path) -> None:
+    """Raise DamagedError unless the verdict was given on the adapter with this digest."""
+    if verdict.trained.digest != digest:
+        raise DamagedError(
+            f"{path} is a verdict on another adapter: it judged {verdict.trained.digest!r:.80}, "
+            f"and the adapter beside it has the digest {digest}. One of them has changed since; "
+            f"run the gate again."
+        )
