@@ -30,7 +30,7 @@ def configured(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in (config | changes).items() if value is not None}
 
 
-OTHER_BASE = "0dd" * 21 + "0"
+OTHER_BASE = "sha256:" + "0dd" * 21 + "0"
 CONFIGS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({}, {"lora_parameters": {"rank": 8}}, ["config_mismatch"]),
     ({}, {"lora_parameters": {"scale": 10.0}}, ["config_mismatch"]),
