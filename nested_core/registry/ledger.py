@@ -260,7 +260,7 @@ class Ledger:
         None where somebody has made that version champion since.
         """
         made_of = (dataset_digest, settings_digest)
-        for entry in reversed(self.entries):
+        for entry in reversed(self._effective_entries()):
             if entry.version == version and entry.action in CHAMPION_CHANGE_ACTIONS:
                 return None
             if entry.action != "declined":

@@ -181,7 +181,8 @@ class KillSoak:
             for name in sorted(self._expected.keys() | actual.keys())
             if self._expected.get(name) != actual.get(name)
         ]
-        assert different == [], f"{scenario}: {different}"
+        told = {name: (self._expected.get(name), actual.get(name)) for name in different[:1]}
+        assert different == [], f"{scenario}: {different}, expected and found: {str(told)[:2000]}"
         report = registry.audit(scenario / "registry", NAME)
         assert report.findings == (), report.findings
 

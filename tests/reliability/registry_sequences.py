@@ -101,12 +101,28 @@ class Model:
     change_lines: list[int] = field(default_factory=list)
     policy: dict[str, Any] = field(default_factory=dict)
     moves: int = 0
+    data: dict[str, str] = field(default_factory=dict)  # by version, the hash of its data set
+    said: list[tuple[str, str]] = field(default_factory=list)  # "champion" or "no", of a version
 
     def change(self, version: str | None, line: int) -> None:
         self.champion = version
         self.change_lines.append(line)
         if version is not None:
             self.standing.add(version)
+            self.said.append(("champion", version))
+
+    def decline(self, version: str) -> None:
+        own = [word for word, other in self.said if other == version]
+        if own[-1:] != ["no"]:
+            self.said.append(("no", version))
+
+    def has_a_no(self, version: str) -> bool:
+        """Whether a person said no to it or to one of the same data, since it was champion."""
+        since = 0
+        if ("champion", version) in self.said:
+            since = len(self.said) - self.said[::-1].index(("champion", version))
+        alike = {each for each, data in self.data.items() if data == self.data[version]}
+        return any(word == "no" and other in alike for word, other in self.said[since:])
 
     def push(self, version: str, line: int) -> None:
         if not self.stack or self.stack[-1] != version:
@@ -154,7 +170,9 @@ class Model:
                 return "did not judge the champion"
             if verdict.difference > 0:
                 return "is not better"
-        return "waiting for approval" if "approve" in modes else None
+        if "approve" not in modes:
+            return None
+        return "declined already" if self.has_a_no(version) else "waiting for approval"
 
     def outcome(self, version: str, mode: str, expected: str | None) -> str:
         if version == self.champion:
@@ -189,7 +207,9 @@ class Sequence:
         self.judged: dict[str, Verdict] = {}
         for number in range(RUNS):
             run = write_run(folder / f"run-{number}", number)
-            self.runs[read_adapter(run / "adapter").digest()] = run
+            version = read_adapter(run / "adapter").digest()
+            self.runs[version] = run
+            self.model.data[version] = f"{number // 2:064x}"  # two runs of the same, twice
         self.judge(self.any_run())
         self.register_first()
 
@@ -244,9 +264,10 @@ class Sequence:
         self.judged[version] = verdict
         return verdict
 
-    def provenance(self, verdict: Verdict) -> dict[str, Any]:
+    def provenance(self, version: str, verdict: Verdict) -> dict[str, Any]:
         own = {"path": "x", "name": NAME, "promote": verdict.mode}
-        return {"config": {"registry": own}, "champion_at_gate": verdict.rival}
+        made_of = {"dataset_digest": self.model.data[version], "settings_digest": "5" * 64}
+        return {"config": {"registry": own}, "champion_at_gate": verdict.rival} | made_of
 
     def record(self, model: Model, version: str, verdict: Verdict, *, now: bool) -> None:
         """What keeping a verdict does to the model."""
@@ -264,14 +285,16 @@ class Sequence:
     def register_first(self) -> None:
         version = next(iter(self.judged))
         verdict = self.judged[version]
-        register(self.runs[version], self.registry, NAME, self.provenance(verdict))
+        register(self.runs[version], self.registry, NAME, self.provenance(version, verdict))
         self.record(self.model, version, verdict, now=True)
 
     def step_register(self) -> None:
         version = self.any_run()
         verdict = self.judge(version)
         done = self.do(
-            lambda: register(self.runs[version], self.registry, NAME, self.provenance(verdict)),
+            lambda: register(
+                self.runs[version], self.registry, NAME, self.provenance(version, verdict)
+            ),
             lambda model: self.record(model, version, verdict, now=True),
         )
         assert done in (version, None)
@@ -281,7 +304,7 @@ class Sequence:
         verdict = self.judge(version, passed=False)
         self.do(
             lambda: register_rejection(
-                self.runs[version], self.registry, NAME, self.provenance(verdict)
+                self.runs[version], self.registry, NAME, self.provenance(version, verdict)
             ),
             lambda model: self.record(model, version, verdict, now=True),
         )
@@ -308,7 +331,7 @@ class Sequence:
 
         self.do(
             lambda: register_and_promote(
-                self.runs[version], self.registry, NAME, self.provenance(verdict), by="ann"
+                self.runs[version], self.registry, NAME, self.provenance(version, verdict), by="ann"
             ),
             expect,
         )
@@ -377,7 +400,7 @@ class Sequence:
             if version == model.champion:
                 return "already_champion"
             refusal = model.refusal(version, "approve", model.champion) if model.policy else None
-            if refusal not in (None, "waiting for approval"):
+            if refusal not in (None, "waiting for approval", "declined already"):
                 return refusal
             return self.by_person(model, version, line)
 
@@ -388,7 +411,10 @@ class Sequence:
 
     def step_declined(self) -> None:
         version = self.any_version()
-        self.do(lambda: decline(self.registry, NAME, version, by="eve"), lambda model: None)
+        self.do(
+            lambda: decline(self.registry, NAME, version, by="eve"),
+            lambda model: model.decline(version),
+        )
 
     def step_rollback(self) -> None:
         line = self.lines()
@@ -501,7 +527,8 @@ class Sequence:
 
     def state_of(self, model: Model) -> tuple[Any, ...]:
         policy = {k: v for k, v in model.policy.items() if v is not None}
-        return model.champion, sorted(model.verdicts), policy, model.target()
+        declined = [version for word, version in model.said if word == "no"]
+        return model.champion, sorted(model.verdicts), policy, model.target(), declined
 
     def read_state(self) -> tuple[Any, ...]:
         policy = read_policy(self.registry, NAME)
@@ -509,7 +536,9 @@ class Sequence:
         wanted = {k: v for k, v in fields.items() if v is not None and k != "tasks"}
         target = read_ledger(self.name_folder).rollback_target()
         champion = read_champion(self.registry, NAME)
-        return champion, list_versions(self.registry, NAME), wanted, target
+        lines = history(self.registry, NAME)
+        declined = [line["version"] for line in lines if line["action"] == "declined"]
+        return champion, list_versions(self.registry, NAME), wanted, target, declined
 
     # Damage from outside, and the way out that the audit names
 
@@ -580,7 +609,7 @@ class Sequence:
         verdict = self.judged[version]
         try:
             done = register_and_promote(
-                self.runs[version], self.registry, NAME, self.provenance(verdict), by="ann"
+                self.runs[version], self.registry, NAME, self.provenance(version, verdict), by="ann"
             )
         except GateRejected:  # judged again and rejected since: it is restored all the same
             done = None

@@ -15,6 +15,7 @@ from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import (
     Promotion,
     audit,
+    champion_link,
     decline,
     find_decline,
     history,
@@ -308,3 +309,21 @@ class TestADecline:
         assert [line["by"] for line in history(registry, NAME)] == ["bob"]
         promote(registry, NAME, first, by="ann")
         assert find_decline(registry, NAME, first, "d1", "s1") is None
+
+    def test_a_promotion_that_never_took_effect_does_not_forget_it(
+        self, registry, make_run, monkeypatch
+    ):
+        first = self.register(registry, make_run, 1, **self.MADE_OF)
+        decline(registry, NAME, first, by="bob")
+
+        def fail(*_: object, **__: object) -> None:
+            raise OSError("the disk is gone")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(champion_link, "swap_link", fail)
+            with pytest.raises(OSError, match="the disk is gone"):
+                promote(registry, NAME, first, by="ann")
+        self.register(registry, make_run, 2, **self.MADE_OF)  # a writer, which mends
+        actions = [line["action"] for line in history(registry, NAME)]
+        assert actions == ["declined", "promote", "aborted"]
+        assert find_decline(registry, NAME, first, "d1", "s1") is not None
