@@ -74,7 +74,9 @@ class GateSection(Section):
         "where training broke most answers to sample prompts (empty, repeated, endless): warn "
         "keeps it from being promoted by itself, fail rejects it",
     )
-    min_relative_change: NonNegativeFloat = key(0.0, "the least that a tensor must have moved")
+    min_relative_change: NonNegativeFloat = key(
+        0.0, "the least share of its norm that some tensor must have moved"
+    )
     max_skipped_share: Share = key(0.01, "of a tier's updates, skipped for non-finite gradients")
     general_data: str | None = key(
         None, "JSON Lines of text that the adapter must not forget", path="local"

@@ -29,14 +29,7 @@ CHECKS_OF_ADAPTERS: tuple[Check[Judged], ...] = (
     EFFECT,
 )
 CHECKS_OF_FILES: tuple[Check[JudgedRun], ...] = (
-    TENSORS,
-    CONFIGURATION,
-    NAMED_BASE,
-    LAYOUT,
-    FINITE_TENSORS,
-    CHANGE,
-    FINITE_PRODUCTS,
-    EFFECT,
+    *CHECKS_OF_ADAPTERS,
     SKIPPED_UPDATES,
     UPDATES,
 )

@@ -71,7 +71,8 @@ class JudgedRun(Judged):
     evidence: RunEvidence
     tiers: TierEvidence
 
-    # Set by `judge_run`, by the check of the base, and by those of losses and champion.
+    # Set when the checks of a run begin, by the check of the base, and by those of losses and
+    # champion; a check that is stopped where there is no base is `stopped_by=WITHOUT_MODEL`.
     proof: ProofOfRun = field(init=False)
     base: LoadedBase = field(init=False)
     held_out: HeldOutExamples | None = field(default=None, init=False)
@@ -131,8 +132,8 @@ class Check(Generic[J_contra]):
     needs_all: whether any reason does.
     is_cause: whether its reason stands first, as the cause of those that were given before.
     is_asked: whether these bounds ask for it.
-    bounds: the keys of `gate` that it judges by. A verdict that records none of that name was given
-        without this check, and `promote` does not make it either.
+    bounds: the keys of `gate` that it judges by. Where gate.json lacks them, the run was judged
+        without this check, and `promote` skips it too.
     stage: what it does, for whoever watches; None for what takes no time.
     """
 

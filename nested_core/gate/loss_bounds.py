@@ -1,4 +1,7 @@
-"""Losses and drift, from the initial to the trained adapter, against the bounds of the gate."""
+"""Losses and drift, from the initial to the trained adapter, against the bounds of the gate.
+
+Whether a loss is worse is decided by `conclude` in `text.loss_conclusion`.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,8 @@ def harm_reasons(
 ) -> list[Reason]:
     """The reason for examples that lost much while hardly any won as much.
 
-    None where the loss as a whole is better: what was lost is then listed, and refuses nothing.
+    None where the loss as a whole is better (what was lost is then listed, and refuses nothing),
+    and under `gate.noise: none`, which looks at the mean alone.
     """
     found = HarmedExamples.find(losses.counted(), validation.margin or 0.0)
     if found is None or validation.conclusion == "better" or bounds.noise == "none":

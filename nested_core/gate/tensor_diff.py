@@ -36,7 +36,10 @@ class TensorPairNorms:
 
     @property
     def is_finite(self) -> bool:
-        """Whether every value of both is finite: squares of float32 cannot overflow in float64."""
+        """Whether every value of both is finite, and none of float64 beyond 1e154.
+
+        Squares of float32 cannot overflow in float64.
+        """
         return math.isfinite(self.before) and math.isfinite(self.after)
 
 
@@ -131,13 +134,13 @@ def mismatch_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
     shapes = [name for name in both if before[name].shape != after[name].shape]
     dtypes = [name for name in both if before[name].dtype != after[name].dtype]
     return [
-        *_reason_about_tensors("tensor_missing", missing, "are not in the trained adapter"),
-        *_reason_about_tensors("tensor_unexpected", unexpected, "were not in the initial adapter"),
+        *_reason_about_tensors("tensor_missing", missing, "not in the trained adapter"),
+        *_reason_about_tensors("tensor_unexpected", unexpected, "not in the initial adapter"),
         *_reason_about_tensors(
-            "shape_mismatch", shapes, "have another shape than in the initial adapter"
+            "shape_mismatch", shapes, "of another shape than in the initial adapter"
         ),
         *_reason_about_tensors(
-            "dtype_mismatch", dtypes, "have another dtype than in the initial adapter"
+            "dtype_mismatch", dtypes, "of another dtype than in the initial adapter"
         ),
     ]
 
@@ -151,9 +154,9 @@ def non_finite_tensor_reasons(initial: Adapter, changes: Sequence[TensorChange])
     from_the_start = {n for n in broken if not math.isfinite(frobenius_norm(initial.tensors[n]))}
     return [
         *_reason_about_tensors(
-            "non_finite", from_the_start, "of the initial adapter hold NaN or infinity"
+            "non_finite", from_the_start, "with NaN or infinity in the initial adapter already"
         ),
-        *_reason_about_tensors("non_finite", broken - from_the_start, "hold NaN or infinity"),
+        *_reason_about_tensors("non_finite", broken - from_the_start, "with NaN or infinity"),
     ]
 
 
@@ -176,12 +179,8 @@ def unchanged_reasons(changes: Sequence[TensorChange], min_relative_change: floa
 def _reason_about_tensors(code: Code, names: Iterable[str], problem: str) -> list[Reason]:
     """One reason that lists the tensors, or none without any."""
     ordered = tuple(sorted(names))
-    return [Reason(code, f"{len(ordered)} tensors {problem}", ordered)] if ordered else []
-
-
-def _fingerprint_rule(fingerprint: str | None) -> str | None:
-    """The rule that a fingerprint was taken by; None where another program recorded none."""
-    return None if fingerprint is None else fingerprint.rpartition(":")[0]
+    noun = "tensor" if len(ordered) == 1 else "tensors"
+    return [Reason(code, f"{len(ordered)} {noun} {problem}", ordered)] if ordered else []
 
 
 def configuration_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
@@ -195,9 +194,12 @@ def configuration_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
 
 
 def named_base_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
-    """The reason for two adapter_config.json that name different base models."""
+    """The reason for two adapter_config.json that name different base models.
+
+    By fingerprint, or by `model` where another program recorded no fingerprint.
+    """
     before, after = (adapter.meaning()["base_fingerprint"] for adapter in (initial, trained))
-    if before is None or _fingerprint_rule(before) != _fingerprint_rule(after):  # no comparison
+    if before is None or after is None:
         before, after = initial.config.get("model"), trained.config.get("model")
     if before == after:
         return []

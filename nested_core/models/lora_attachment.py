@@ -229,7 +229,7 @@ def read_adapter_file(path: Path, base: Path) -> dict[str, mx.array]:
     broken = [name for name, array in arrays.items() if not mx.isfinite(array).all().item()]
     if broken:
         raise ConfigError(
-            f"resume_adapter_file: {len(broken)} tensors of {path} hold NaN or infinity, "
+            f"resume_adapter_file: {len(broken)} of the tensors of {path} hold NaN or infinity, "
             f"{broken[0]} among them. Nothing can be trained from there; give a sound adapter."
         )
     made_for = None

@@ -190,7 +190,8 @@ class RunExplanation:
             "are not finite."
         )
         if gate.min_relative_change:
-            yield f"Each tensor must move by {gate.min_relative_change:g} of its norm or more."
+            share = f"{gate.min_relative_change:g}"
+            yield f"At least one tensor must move by {share} of its norm or more."
         if gate.check_fused:
             yield "Its change must survive fusing into the base."
         split = held_out_split(gate.held_out, self.splits)

@@ -29,7 +29,7 @@ from nested_core.gate.training_examples import read_ancestor_training_digests
 from nested_core.records.verdict import Reason, describe_examples
 
 
-def _find_non_finite_losses(judged: JudgedRun) -> Iterator[Reason]:
+def _measure_losses(judged: JudgedRun) -> Iterator[Reason]:
     """Measure the loss of each held-out example, of those that no adapter was trained on."""
     config, run = judged.config, judged.run
     splits = read_nonempty_splits(config, run)
@@ -87,7 +87,7 @@ def _find_drift(judged: JudgedRun) -> Iterator[Reason]:
 
 LOSSES = Check(
     "losses",
-    _find_non_finite_losses,
+    _measure_losses,
     stopped_by=WITHOUT_MODEL,
     stage="losses on held-out examples, before and after",
 )

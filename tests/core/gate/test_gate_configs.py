@@ -42,6 +42,7 @@ CONFIGS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({"base_fingerprint": None}, {"base_fingerprint": None, "model": "other"}, ["base_mismatch"]),
     ({"base_fingerprint": None}, {"model": "other"}, ["base_mismatch"]),
     ({"base_fingerprint": None}, {}, []),
+    ({}, {"base_fingerprint": "md5:ba5e"}, ["base_mismatch"]),
     ({}, {"model": "moved/elsewhere"}, []),
     ({}, {"lora_parameters": {"dropout": 0.3}, "seed": 5}, []),
     ({}, {"batch_size": 64, "iters": 3}, []),

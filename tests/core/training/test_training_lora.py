@@ -198,7 +198,9 @@ def test_an_adapter_that_is_not_finite_is_refused_by_name(
     arrays[name][0, 0] = float("nan")
     save_file(arrays, tmp_path / "nan.safetensors")
     config = example_config(resume_adapter_file=str(tmp_path / "nan.safetensors"))
-    with pytest.raises(ConfigError, match=rf"1 tensors of .* hold NaN or infinity, {name} among"):
+    with pytest.raises(
+        ConfigError, match=rf"1 of the tensors of .* hold NaN or infinity, {name} among"
+    ):
         prepare(config, tmp_path / "run")
 
 
