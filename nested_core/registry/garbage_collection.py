@@ -128,13 +128,17 @@ def _last_use(folder: Path, version: str, ledger: Ledger) -> tuple[int, int, str
 def _is_new_and_unpromoted(folder: Path, version: str, ledger: Ledger) -> bool:
     """Whether a version is new and was not champion since it was registered.
 
-    One that a person is asked about is new for as long as the question stands.
+    One that a person is asked about is new for as long as the question stands. One whose removal
+    was cut short, the history says collected and its files are there, is not new.
     """
     if version in ledger.champion_versions():
         return False
+    moment, line = _registration_time_and_line(folder, version)
+    since = ledger.since(line)
+    if since is not None and since.is_removed(version):
+        return False
     try:
-        registered_at = datetime.fromisoformat(_registration_time_and_line(folder, version)[0])
-        age = datetime.now(UTC) - registered_at
+        age = datetime.now(UTC) - datetime.fromisoformat(moment)
     except (ValueError, TypeError):  # no time, or one without a zone
         return False
     if age < UNPROMOTED_GRACE_TIME:

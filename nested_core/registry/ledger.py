@@ -141,14 +141,19 @@ class Ledger:
         *entries, last = self.entries
         return Ledger(tuple(entries), end_sha256=last.previous_line_sha256)
 
-    def changes_since(self, end_sha256: str) -> list[Entry] | None:
-        """The changes after the line with that hash; None if no line has it."""
+    def since(self, end_sha256: str) -> Ledger | None:
+        """The lines after the one with that hash; None if no line has it."""
         if end_sha256 == self.end_sha256:
-            return []
+            return Ledger()
         for number, entry in enumerate(self.entries):
             if entry.previous_line_sha256 == end_sha256:
-                return Ledger(self.entries[number:]).changes()
+                return Ledger(self.entries[number:])
         return None
+
+    def changes_since(self, end_sha256: str) -> list[Entry] | None:
+        """The changes after the line with that hash; None if no line has it."""
+        lines = self.since(end_sha256)
+        return None if lines is None else lines.changes()
 
     @property
     def champion(self) -> str | None:

@@ -286,6 +286,24 @@ class TestTimeToDecide:
         monkeypatch.setattr(garbage_collection, "datetime", Clock)
         assert (five[3] not in collected(registry, 0)) == is_kept
 
+    def test_a_removal_that_was_cut_short_is_finished_and_what_is_registered_again_is_new(
+        self, five, registry, tmp_path, monkeypatch
+    ):
+        first = five[0]
+
+        def fail(*_: object) -> None:
+            raise OSError("killed")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(garbage_collection, "delete_version", fail)
+            with pytest.raises(OSError, match="killed"):
+                collect_garbage(registry, NAME, by="ann", keep=0)
+        assert history(registry, NAME)[-1]["action"] == "collected"
+        assert first in list_versions(registry, NAME)
+        assert collected(registry, 0) == {first}
+        assert register(tmp_path / "run-1", registry, NAME, {}) == first
+        assert first not in collected(registry, 0)
+
     @pytest.mark.parametrize(
         ("days", "mode", "is_declined", "is_kept"),
         [(6, "approve", False, True), (8, "approve", False, False), (6, "better", False, False)]
