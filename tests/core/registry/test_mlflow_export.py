@@ -125,7 +125,9 @@ class TestExport:
             assert found.tags["nested_tune.version"] == version
             assert found.tags["nested_tune.parent"] == "p" * 64
             run = client(store).get_run(found.run_id)
-            assert run.data.metrics == {"loss_before": 4.1, "loss_after": 1.2}
+            expected = {"loss_before": 4.1, "loss_after": 1.2, "difference": -2.9}
+            expected |= {"one_sided_high": -2.82, "smallest_visible": 0.1}
+            assert run.data.metrics == expected
             gate = client(store).download_artifacts(
                 found.run_id, "adapter/gate.json", str(tmp_path)
             )
