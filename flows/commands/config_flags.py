@@ -7,8 +7,10 @@ A key of a section is `--section.key`. What is neither text, number nor switch i
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -37,11 +39,10 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         section, _, _ = key.name.rpartition(".")
         if section not in groups:
             groups[section] = parser.add_argument_group(section)
-        flag = "--" + key.name.replace("_", "-")
         help_text = _help_text(key).replace("%", "%%")  # % is argparse's own
         group, form = groups[section], _argparse_options(key)
         group.add_argument(
-            flag, dest=_argparse_destination(key), default=None, help=help_text, **form
+            _flag(key), dest=_argparse_destination(key), default=None, help=help_text, **form
         )
         if section and "_" in key.name:  # as it is spelled in YAML, too
             form = {name: value for name, value in form.items() if name != "metavar"}
@@ -58,12 +59,17 @@ def _keys_with_flags() -> list[Key]:
     return [key for key in keys if not key.is_section and not key.name.startswith(lists)]
 
 
+def _flag(key: Key) -> str:
+    """The flag of a key: `--nested.learning-rate-scale`."""
+    return "--" + key.name.replace("_", "-")
+
+
 def _help_text(key: Key) -> str:
-    """What a key does, and its default where it has one."""
+    """What a key does, and its default, as a file has it, where it has one."""
     default = key.field.default
     if key.name in REQUIRED_KEYS or default in (None, PydanticUndefined, (), {}):
         return str(key.field.description)
-    text = str(default).lower() if isinstance(default, bool) else str(default)
+    text = default if isinstance(default, str) else json.dumps(default)
     return f"{key.field.description} (default: {text})"
 
 
@@ -83,7 +89,8 @@ def _argparse_options(key: Key) -> dict[str, Any]:
         return {"action": "store_true"}
     if value_type in METAVARS:
         return {"type": value_type, "metavar": METAVARS[value_type]}
-    return {"type": parse_yaml, "metavar": "YAML"}
+    read = partial(parse_yaml, source=f"the value of {_flag(key)}")
+    return {"type": read, "metavar": "YAML"}
 
 
 def _value_type(annotation: Any) -> Any:

@@ -63,8 +63,8 @@ def run_verify(arguments: argparse.Namespace) -> Callable[[], int]:
         return run_adapter_audit(arguments)
     if len(arguments.adapters) != 2:
         raise ConfigError(
-            f"verify takes two adapters, INITIAL and TRAINED, and {len(arguments.adapters)} were "
-            f"given. To audit adapters without an initial one, add --model BASE."
+            f"verify takes two adapters, INITIAL and TRAINED; given: {len(arguments.adapters)}. To "
+            f"audit adapters without an initial one, add --model BASE."
         )
     from nested_core.gate import verify_adapters
 

@@ -196,7 +196,8 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     def show() -> None:
         """Answers to a few prompts, the tiers, the verdict, and where the adapter is."""
         if result.verdict is None:
-            print_line(f"skipped: data unchanged since {result.unchanged_since}")
+            champion = shorten_digest(str(result.unchanged_since))
+            print_line(f"skipped: data unchanged since {champion}")
             return
         for line in format_sample_answers(hooks.sample_answers):
             print_line(line)

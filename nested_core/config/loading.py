@@ -115,7 +115,10 @@ def read_yaml_with_lines(path: Path) -> YamlFile:
         raise ConfigError(f"Cannot read the configuration {path}: {error.strerror}.") from error
     except MissingFileError as error:
         reason = os.strerror(errno.ENOENT)
-        raise ConfigError(f"Cannot read the configuration {path}: {reason}.") from error
+        raise ConfigError(
+            f"Cannot read the configuration {path}: {reason}. Give the path of a YAML file, such "
+            f"as one of `nested-tune init --data DATA --model MODEL -o FILE`."
+        ) from error
     except DamagedError as error:
         raise ConfigError(f"Cannot read the configuration: {error}") from error
     value, lines = _parse_yaml_with_lines(content, str(path))

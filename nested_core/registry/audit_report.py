@@ -198,8 +198,9 @@ def _audit_champion(folder: Path, snapshot: RegistrySnapshot) -> Iterator[AuditF
             return  # a crash came between the history and the link
         yield AuditFinding(
             folder / champion_link.LINK_NAME,
-            f"points to {champion}, but the history's last line leaves {ledger.champion}: the link "
-            "was moved by hand, or the history is not whole",
+            f"points to {shorten_digest(champion or 'nothing')}, but the history's last line "
+            f"leaves {shorten_digest(ledger.champion or 'none')}: the link was moved by hand, or "
+            f"the history is not whole",
             "The next promote, rollback or gc checks the version and records the move; or put back "
             "what the history says.",
         )

@@ -23,6 +23,7 @@ from nested_core.registry.rollback_stack import RollbackStack
 from nested_core.storage.atomic import Confirm, sync_descriptor, sync_path
 from nested_core.storage.lock_file import lock_open_file
 from nested_core.storage.strict_files import file_type, read_regular
+from nested_core.text.digest_format import shorten_digest
 
 LEDGER_NAME = "history.jsonl"
 Action = Literal[
@@ -381,7 +382,10 @@ def _check_chain(path: Path, lines: list[bytes], entries: tuple[Entry, ...]) -> 
             before = f"line {number - 1}" if number > 1 else "an empty file"
             raise _broken_chain_error(path, number, f"does not hold the hash of {before}")
         if entry.action != "aborted" and entry.previous != champion:
-            problem = f"replaced {entry.previous}, but the line before it left {champion}"
+            problem = (
+                f"replaced {shorten_digest(entry.previous or 'none')}, but the line before it left "
+                f"{shorten_digest(champion or 'none')}"
+            )
             raise _broken_chain_error(path, number, problem)
         end_sha256 = hashlib.sha256(line + b"\n").hexdigest()
         champion = entry.champion_after

@@ -27,7 +27,7 @@ from nested_core.storage.canary_file import CANARY_NAME
 from nested_core.storage.kept_hashes import cached_sha256
 from nested_core.storage.manifest import MANIFEST_NAME, matches_entry, read_manifest
 from nested_core.storage.strict_files import file_type, read_json
-from nested_core.text.digest_format import shorten_digest
+from nested_core.text.digest_format import SHOWN_DIGITS, shorten_digest
 
 PROVENANCE_NAME = "provenance.json"
 REGISTERED_AT_KEY = "registered_at"
@@ -112,7 +112,8 @@ def resolve_version(folder: Path, wanted: str, ledger: Ledger) -> str:
     matching = [version for version in known if version.startswith(wanted)]
     if len(matching) == 1:
         return matching[0]
-    found = ", ".join(version[: len(wanted) + 6] for version in (matching or known)[:5])
+    digits = max(SHOWN_DIGITS, len(wanted) + 6) if matching else SHOWN_DIGITS
+    found = ", ".join(version[:digits] for version in (matching or known)[:5])
     raise ConfigError(
         f"{wanted} names {len(matching) or 'no'} versions in {folder}. Expected the beginning of "
         f"exactly one of: {found or 'none is registered yet'}."

@@ -50,9 +50,9 @@ def test_train_and_run_end_early_with_success(story: tuple[Path, dict[str, Ended
     folder, ran = story
     champion = read_champion(folder / "registry", NAME)
     assert champion is not None
-    line = "skipped: data unchanged since {}\n"
-    assert (ran["second"].code, ran["second"].stdout) == (0, line.format(champion))
-    assert (ran["flow"].code, ran["flow"].stdout) == (0, line.format(champion[:12]))
+    line = f"skipped: data unchanged since {champion[:12]}\n"
+    assert (ran["second"].code, ran["second"].stdout) == (0, line)
+    assert (ran["flow"].code, ran["flow"].stdout) == (0, line)
     assert not (folder / "second" / "initial").exists()
     assert not (folder / "fourth" / "adapter").exists()
     assert list_versions(folder / "registry", NAME) == [champion]

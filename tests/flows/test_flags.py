@@ -54,8 +54,18 @@ def test_switches_and_sizes_are_those_of_mlx_lm() -> None:
     assert config.learning_rate == 1e-4
 
 
+def test_help_has_a_default_as_a_file_has_it() -> None:
+    parser = argparse.ArgumentParser()
+    add_config_flags(parser)
+    told = {name: action.help for action in parser._actions for name in action.option_strings}
+    assert str(told["--nested.frequencies"]).endswith("(default: [1])")
+    assert str(told["--mask-prompt"]).endswith("(default: false)")
+    assert str(told["--optimizer"]).endswith("(default: adam)")
+    assert str(told["--learning-rate"]).endswith("(default: 1e-05)")
+
+
 def test_a_value_that_is_no_yaml_and_a_section_that_is_none_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not usable YAML"):
+    with pytest.raises(ConfigError, match=r"^the value of --nested.frequencies is not usable YAML"):
         configured("--nested.frequencies", "[1, 2")
     path = tmp_path / "lora.yaml"
     path.write_text("nested: 3\n")

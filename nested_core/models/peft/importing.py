@@ -29,7 +29,7 @@ from nested_core.models.peft.peft_config import (
     read_peft_config,
 )
 from nested_core.models.peft.uniform_rank import make_rank_and_scale_uniform
-from nested_core.storage.adapter import write_adapter
+from nested_core.storage.adapter import CONFIG_NAME, write_adapter
 from nested_core.storage.safetensors_files import StoredTensor, read_tensors
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -92,13 +92,14 @@ def import_peft(folder: Path, out: Path, model: str) -> Conversion:
 
 def read_peft_adapter(folder: Path) -> tuple[PeftConfig, dict[str, StoredTensor]]:
     """Configuration and tensors of a PEFT adapter; only safetensors are opened."""
-    if not folder.is_dir():
-        raise ConfigError(
-            f"{folder} is not a directory. Expected a local folder with {PEFT_WEIGHTS} and "
-            f"adapter_config.json, as PEFT's save_pretrained writes it; fetch one of the hub first."
-        )
     path = folder / PEFT_WEIGHTS
     pickles = [name for name in PICKLE_FILE_NAMES if (folder / name).exists()]
+    if not pickles and not path.exists() and not (folder / CONFIG_NAME).exists():
+        what = "holds no PEFT adapter" if folder.is_dir() else "is not a directory"
+        raise ConfigError(
+            f"{folder} {what}. Expected a local folder with {PEFT_WEIGHTS} and {CONFIG_NAME}, "
+            f"as PEFT's save_pretrained writes it; fetch one of the hub first."
+        )
     if pickles and not path.exists():
         raise DamagedError(
             f"{folder / pickles[0]} is a pickle, and reading one can run code: it is not opened. "

@@ -177,7 +177,10 @@ class TestRefusedYaml:
         path = tmp_path / "no.yaml"
         with pytest.raises(ConfigError) as error:
             load_config(path, {})
-        expected = f"Cannot read the configuration {path}: No such file or directory."
+        expected = (
+            f"Cannot read the configuration {path}: No such file or directory. Give the path of a "
+            f"YAML file, such as one of `nested-tune init --data DATA --model MODEL -o FILE`."
+        )
         assert str(error.value) == expected
 
     @given(content=st.binary(max_size=40) | yaml_like)

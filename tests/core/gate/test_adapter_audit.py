@@ -442,7 +442,7 @@ def test_a_folder_without_an_adapter_is_bad_usage_and_others_beside_adapters_are
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["one"], "verify takes two adapters, INITIAL and TRAINED, and 1 were given"),
+        (["one"], "verify takes two adapters, INITIAL and TRAINED; given: 1. To audit"),
         (["none", "--model", str(MODEL)], "none is not a directory"),
         ([str(MODEL), "--model", "no/where"], "'no/where' is no local directory"),
     ],

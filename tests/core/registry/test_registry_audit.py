@@ -51,7 +51,13 @@ def test_sound_registry_has_no_finding(three, registry):
 def test_link_moved_by_hand_is_found_and_the_history_then_follows_the_link(three, registry, target):
     version = None if target is None else three[target]
     move_link(registry, version)
-    assert found_files(registry) == {"champion", "champion.json"}
+    findings = {finding.file.name: finding.message for finding in audit(registry, NAME).findings}
+    assert findings.keys() == {"champion", "champion.json"}
+    now = "nothing" if version is None else version[:12]
+    assert (
+        f"points to {now}, but the history's last line leaves {three[1][:12]}:"
+        in (findings["champion"])
+    )
     assert history(registry, NAME)[-1]["unfinished"] is True
     assert promote(registry, NAME, three[1], by="ann").previous == version
     assert audit(registry, NAME).is_sound

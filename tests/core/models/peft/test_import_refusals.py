@@ -203,6 +203,8 @@ class TestFiles:
     def test_what_is_no_folder_is_a_mistake(self, tmp_path: Path) -> None:
         text = refused(tmp_path / "nowhere", tmp_path / "out", ConfigError)
         assert "is not a directory. Expected a local folder with adapter_model.safetensors" in text
+        text = refused(tmp_path, tmp_path / "out", ConfigError)
+        assert f"{tmp_path} holds no PEFT adapter. Expected a local folder with" in text
 
 
 class TestOut:
