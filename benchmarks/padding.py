@@ -15,7 +15,7 @@ from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import iterate_batches
 
 from benchmarks.timing import keep
-from nested_core.data.batch_order import BatchOrder
+from nested_core.data.batches import BatchOrder
 
 ROWS = (2_000, 20_000)
 BATCH_SIZE, MAX_SEQ_LENGTH, SEED = 8, 2048, 0

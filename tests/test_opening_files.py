@@ -30,7 +30,7 @@ EXCEPTIONS = {
         6,
         "imports nothing of ours: what its parent wrote, and adapters as mlx_lm reads them",
     ),
-    "nested_core/data/lines/asked_ngrams.py": (1, "bytes that were read strictly before"),
+    "nested_core/data/lines/word_ngrams.py": (1, "bytes that were read strictly before"),
     "nested_core/registry/serving_status.py": (1, "an address, by HTTP"),
     "nested_core/kernels/cuda/kernel_launch.py": (1, "a file of this package"),
     "nested_core/data/sources/split_files.py": (1, "writes a file in a new folder"),

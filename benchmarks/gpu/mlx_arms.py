@@ -264,7 +264,7 @@ def draw_batches(
 
     Rows of unlike lengths come in the batches and with the loss that the trainer has for them.
     """
-    from nested_core.data.batch_order import BatchOrder
+    from nested_core.data.batches import BatchOrder
 
     rows = rows_of(options, shape.length)
     if rows is None:

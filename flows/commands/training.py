@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 
     from nested_core.config.registry import RegistrySection
     from nested_core.config.schema import FineTuneConfig
-    from nested_core.data.rules.dataset_report import DatasetReport
-    from nested_core.data.rules.findings import Finding
+    from nested_core.data.rules.dataset_report import DatasetReport, Finding
     from nested_core.pipeline.finetune import FinetuneResult
 
 
@@ -78,8 +77,7 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     from flows.terminal.token_view import print_examples
     from nested_core.data.data_settings import DataSettings
     from nested_core.data.dataset_loading import load_dataset
-    from nested_core.data.rules.finding_groups import group_findings
-    from nested_core.data.rules.findings import guide_sentence
+    from nested_core.data.rules.dataset_report import group_findings, guide_sentence
     from nested_core.data.rules.split_statistics import describe_split_stats
     from nested_core.data.tokens.examples_for_display import decode_examples_for_display
     from nested_core.data.tokens.tokenizer_source import TokenizerSource

@@ -15,16 +15,21 @@ import polars as pl
 
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.parallel_jobs import OnProgress
-from nested_core.data.rules.dataset_report import DatasetReport, SplitStats, sort_findings
-from nested_core.data.rules.dropped_lines import describe_dropped_lines
+from nested_core.data.rules.dataset_report import (
+    DatasetReport,
+    Findings,
+    Severity,
+    SplitStats,
+    sort_findings,
+)
 from nested_core.data.rules.file_rules import FILE_RULES, ROW_COUNT_RULES
-from nested_core.data.rules.findings import Findings, Severity
 from nested_core.data.rules.line_rules import (
     LINE_RULES,
     SENSITIVE_DATA_RULES,
     make_held_out_rules,
     make_near_duplicate_rules,
 )
+from nested_core.data.rules.related_lines import describe_dropped_lines
 from nested_core.data.rules.split_statistics import (
     describe_split_stats,
     make_split_stats,

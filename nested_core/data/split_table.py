@@ -16,19 +16,22 @@ from typing import Any
 import polars as pl
 
 from nested_core.data.data_settings import SPLITS, DataSettings
-from nested_core.data.lines.asked_ngrams import AskedNgrams, TrainMatches
 from nested_core.data.lines.example_parsing import FieldNames
 from nested_core.data.lines.line_table import LINE_SCHEMA, RANGE_BYTES, run_line_range_job
-from nested_core.data.lines.word_ngrams import NGRAM_SCHEMA
+from nested_core.data.lines.word_ngrams import NGRAM_SCHEMA, AskedNgrams, TrainMatches
 from nested_core.data.parallel_jobs import (
     OnProgress,
     count_processes_for,
     cut_file_into_line_ranges,
     run_jobs,
 )
-from nested_core.data.rules.dropped_lines import Dropped, separate_dropped_lines
-from nested_core.data.rules.near_duplicates import add_near_duplicate_columns, find_near_duplicates
-from nested_core.data.rules.repeated_lines import add_repeat_columns
+from nested_core.data.rules.related_lines import (
+    Dropped,
+    add_near_duplicate_columns,
+    add_repeat_columns,
+    find_near_duplicates,
+    separate_dropped_lines,
+)
 from nested_core.data.sources.split_files import SplitFile
 from nested_core.storage.strict_files import read_regular
 

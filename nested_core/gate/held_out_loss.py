@@ -17,15 +17,13 @@ import numpy as np
 from nested_core.config.data import DataPolicy
 from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.array_types import Bool
-from nested_core.data.batch_arrays import make_batch_arrays
-from nested_core.data.batch_order import choose_evaluation_batches
+from nested_core.data.batches import choose_evaluation_batches, make_batch_arrays
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset, load_run_data
 from nested_core.data.example_digests import Digests, digest_examples, digest_prompts
-from nested_core.data.group_values import read_group_values
+from nested_core.data.held_out_rows import read_group_values
 from nested_core.data.rules.dataset_report import DatasetReport
-from nested_core.data.tokens.tokenized_split import TokenizedSplit
+from nested_core.data.tokens.tokenized_split import Bool, TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.example_losses import ExampleLosses, Vector

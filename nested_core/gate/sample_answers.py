@@ -12,7 +12,7 @@ from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import DataSettings
-from nested_core.data.held_out_prompts import read_held_out_prompts
+from nested_core.data.held_out_rows import read_held_out_prompts
 from nested_core.gate.held_out_loss import LoadedBase
 from nested_core.gate.run_evidence import RunEvidence
 from nested_core.gate.sample_bounds import MIN_PROMPTS, is_sound

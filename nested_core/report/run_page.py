@@ -19,7 +19,7 @@ from typing import Any
 
 from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.loading import render_config
-from nested_core.data.rules.finding_groups import group_findings
+from nested_core.data.rules.dataset_report import group_findings
 from nested_core.errors import join_first_values
 from nested_core.gate.verdict_table import CHECK_COLUMNS, list_checks
 from nested_core.records.verdict import Verdict, describe_examples

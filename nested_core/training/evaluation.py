@@ -12,8 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from nested_core.backend import to_float
-from nested_core.data.batch_arrays import make_batch_arrays
-from nested_core.data.batch_order import choose_evaluation_batches
+from nested_core.data.batches import choose_evaluation_batches, make_batch_arrays
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.models.parameters import (
     ParameterRefs,

@@ -14,9 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from nested_core.config.schema import FineTuneConfig, Intervals
-from nested_core.data.array_types import Int32, Int64
-from nested_core.data.batch_order import BatchOrder, choose_evaluation_batches
-from nested_core.data.tokens.tokenized_split import TokenizedSplit
+from nested_core.data.batches import BatchOrder, choose_evaluation_batches
+from nested_core.data.tokens.tokenized_split import Int32, Int64, TokenizedSplit
 from nested_core.training.evaluation import load_evaluation_batches
 from nested_core.training.loss.loss_interface import BatchShape, MicroBatch
 from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD, World

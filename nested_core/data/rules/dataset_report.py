@@ -1,19 +1,135 @@
 """The report on a data set: findings by file and line, counts, and the paragraph that rejects it.
 
-Holds numbers and sentences only; it reads no file and judges nothing.
+Holds numbers and sentences only; it reads no file and judges nothing. Findings are shown in groups
+by check and cause, so that a fault of every line is read once. A cause is a message without its
+numbers: two lines may be bad JSON at different columns.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from nested_core.data.rules.finding_groups import group_findings
-from nested_core.data.rules.findings import Finding, Severity, guide_sentence
-from nested_core.errors import DatasetError, shorten
+from nested_core.errors import DatasetError, join_first_values, shorten
+
+Severity = Literal["error", "warning", "info"]
+DATA_GUIDE = "docs/data.md"
+_MAX_SHOWN_CHECKS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A check that failed: in which file, at which line (from 1; None is the whole file), and why.
+
+    count: for the one finding that stands for those of a check that are not listed, their number.
+    """
+
+    file: str
+    line: int | None
+    severity: Severity
+    check: str
+    message: str
+    count: int | None = None
+
+    def __str__(self) -> str:
+        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        return f"{place}: {self.check}: {self.message}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain JSON values; `count` only if there is one."""
+        values = asdict(self)
+        if self.count is None:
+            del values["count"]
+        return values
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The findings while a data set is judged, and every line that has an error, listed or not."""
+
+    listed: list[Finding] = field(default_factory=list)
+    error_lines: dict[str, set[int]] = field(default_factory=dict)  # by file
+
+    def lines_with_errors(self, file: str) -> frozenset[int]:
+        """The numbers of the lines of a file that have an error."""
+        return frozenset(self.error_lines.get(file, ()))
+
+
+def guide_sentence(findings: Iterable[Finding]) -> str:
+    """A sentence that names the places in the guide of the first checks that found something."""
+    places = [f"{DATA_GUIDE}#{check}" for check in dict.fromkeys(f.check for f in findings)]
+    return f"Explained in {join_first_values(places, _MAX_SHOWN_CHECKS)}"
+
+
+MAX_SHOWN_LINES = 3
+MAX_SHOWN_CAUSES = 5  # of one check in one file
+_NUMBER_PATTERN = re.compile(r"\d[\d,.]*")
+
+
+@dataclass(frozen=True)
+class FindingGroup:
+    """Findings of one check and cause in one file; `message` is that of the first of them."""
+
+    severity: Severity
+    file: str
+    check: str
+    message: str
+    lines: tuple[int, ...]  # the first of them; none where the findings are about the whole file
+    count: int
+
+    @property
+    def shown_lines(self) -> str | None:
+        """The first lines, separated by commas; None for a finding about the whole file."""
+        if not self.lines:
+            return None
+        return join_first_values(self.lines, MAX_SHOWN_LINES)
+
+    def __str__(self) -> str:
+        """The first finding, and in how many more lines it is."""
+        place = f"{self.file}:{self.lines[0]}" if self.lines else self.file
+        text = f"{place}: {self.check}: {self.message}"
+        if self.count == 1:
+            return text
+        others = (
+            join_first_values(self.lines[1:], MAX_SHOWN_LINES - 1) if len(self.lines) > 1 else "..."
+        )
+        noun = "line" if self.count == 2 else "lines"
+        return f"{text} (and {self.count - 1:,} more: {noun} {others})"
+
+
+def group_findings(findings: Iterable[Finding]) -> list[FindingGroup]:
+    """The groups in the order of their first findings, at most MAX_SHOWN_CAUSES a check and file.
+
+    What a check does not list (Finding.count) counts where the check has one cause. Of more causes
+    than are shown, the rest is one group.
+    """
+    checks: dict[tuple[Severity, str, str], dict[str, FindingGroup]] = {}
+    for finding in findings:
+        causes = checks.setdefault((finding.severity, finding.file, finding.check), {})
+        cause = _NUMBER_PATTERN.sub("#", finding.message)
+        if finding.count is not None and len(causes) == 1:
+            (cause,) = causes
+        elif cause not in causes and len(causes) >= MAX_SHOWN_CAUSES:
+            cause = ""
+        causes[cause] = _add_finding_to_group(causes.get(cause), finding, is_rest=not cause)
+    return [group for causes in checks.values() for group in causes.values()]
+
+
+def _add_finding_to_group(
+    group: FindingGroup | None, finding: Finding, *, is_rest: bool
+) -> FindingGroup:
+    lines = () if finding.line is None else (finding.line,)
+    count = 1 if finding.count is None else finding.count
+    if group is None:
+        message = f"of other causes; the first: {finding.message}" if is_rest else finding.message
+        return FindingGroup(finding.severity, finding.file, finding.check, message, lines, count)
+    shown = group.lines if len(group.lines) > MAX_SHOWN_LINES else group.lines + lines
+    return replace(group, lines=shown, count=group.count + count)
+
 
 _SEVERITY_ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
 _MAX_SHOWN_GROUPS = 10

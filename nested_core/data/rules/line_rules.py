@@ -1,7 +1,7 @@
 """The rules for one line of a data set: an error makes it unfit to train on, a warning doubtful.
 
 The columns are those of a line as it is read (lines/line_table.py) and of what relates it to other
-lines (repeated_lines.py).
+lines (related_lines.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import cache
 import polars as pl
 
 from nested_core.data.lines.sensitive_data import SENSITIVE_PATTERNS
-from nested_core.data.rules.findings import Severity
+from nested_core.data.rules.dataset_report import Severity
 from nested_core.data.rules.rule_table import FrameRules, Rule
 
 # A conversation so far: system first if at all, users and assistants in turn, results after a call.

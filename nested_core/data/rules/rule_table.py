@@ -16,7 +16,7 @@ from typing import Any
 
 import polars as pl
 
-from nested_core.data.rules.findings import Finding, Findings, Severity
+from nested_core.data.rules.dataset_report import Finding, Findings, Severity
 from nested_core.errors import join_first_values
 
 _VALIDATION_DEPTH_VARIABLE = "PANDERA_VALIDATION_DEPTH"

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 import numpy as np
 import polars as pl
 
+from nested_core.data.batches import sort_into_buckets
 from nested_core.data.data_settings import DataSettings
-from nested_core.data.length_buckets import sort_into_buckets
-from nested_core.data.rules.dataset_report import SplitStats, TokenStats
-from nested_core.data.rules.dropped_lines import Dropped
-from nested_core.data.rules.findings import Finding
+from nested_core.data.rules.dataset_report import Finding, SplitStats, TokenStats
+from nested_core.data.rules.related_lines import Dropped
 from nested_core.data.tokens.parallel_tokenization import TokenFacts
 
 _LETTER_PATTERN_BY_ROLE = {

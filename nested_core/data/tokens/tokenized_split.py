@@ -18,11 +18,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nested_core.data.array_types import Bool, Int32, Int64
 from nested_core.data.data_settings import SPLITS
 from nested_core.errors import DamagedError
 from nested_core.storage.manifest import read_manifest, verify_manifest, write_manifest
 from nested_core.storage.strict_files import UNBOUNDED, open_regular, read_regular
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+
 
 # The files of a split are named after the arrays of TokenizedSplit.
 TOKENS_ARRAY = "tokens"

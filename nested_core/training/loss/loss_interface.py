@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from nested_core import backend
-from nested_core.data.length_buckets import widen_to_fast_widths
+from nested_core.data.batches import widen_to_fast_widths
 from nested_core.models.parameters import ParameterRefs
 from nested_core.training.loss.output_head import OutputHead, find_output_head
 

@@ -16,11 +16,13 @@ from mlx_lm.tuner.datasets import CacheDataset
 
 from benchmarks import padding
 from benchmarks.padding import skewed_lengths
-from nested_core.data.batch_arrays import BatchRows, make_batch_arrays
-from nested_core.data.batch_order import BatchOrder, choose_evaluation_batches
-from nested_core.data.length_buckets import (
+from nested_core.data.batches import (
     MAX_DISTINCT_WIDTHS,
+    BatchOrder,
+    BatchRows,
+    choose_evaluation_batches,
     choose_padded_widths,
+    make_batch_arrays,
     sort_into_buckets,
     widen_to_fast_widths,
 )
@@ -196,7 +198,7 @@ def test_epochs_and_seeds_differ(seed: int) -> None:
 
 FINGERPRINT = """
 import hashlib, numpy as np
-from nested_core.data.batch_order import BatchOrder
+from nested_core.data.batches import BatchOrder
 plan = BatchOrder(np.random.default_rng(5).integers(2, 900, 333), 8, 42)
 batches = [plan.batch(index) for index in {order}]
 print(hashlib.sha256(repr([(b.rows.tolist(), b.width) for b in batches]).encode()).hexdigest())

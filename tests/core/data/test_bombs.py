@@ -14,7 +14,7 @@ import pytest
 
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.rules.findings import Finding
+from nested_core.data.rules.dataset_report import Finding
 from nested_core.data.sources import file_formats
 from nested_core.data.tokens import parallel_tokenization
 from nested_core.data.tokens.template_limit import TemplateTimeLimit, TemplateTooSlow

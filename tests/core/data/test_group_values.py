@@ -9,7 +9,7 @@ import pytest
 
 from nested_core.config.data import DataPolicy
 from nested_core.data.data_settings import DataSettings
-from nested_core.data.group_values import read_group_values
+from nested_core.data.held_out_rows import read_group_values
 from nested_core.errors import DatasetError
 
 

@@ -15,14 +15,15 @@ import pytest
 from nested_core.config.data import DataPolicy
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.lines.asked_ngrams import AskedNgrams, TrainMatches
 from nested_core.data.lines.word_ngrams import (
     MAX_NGRAMS_PER_TEXT,
+    AskedNgrams,
+    TrainMatches,
     WordHasher,
     hash_word_ngrams,
     hash_word_sequences,
 )
-from nested_core.data.rules.near_duplicates import find_near_duplicates
+from nested_core.data.rules.related_lines import find_near_duplicates
 from tests.example import DATA
 
 FOX = "The quick brown fox jumps over the lazy dog near the river every single day"

@@ -10,8 +10,7 @@ import pytest
 from nested_core.config.data import DataPolicy
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.rules.dataset_report import DatasetReport
-from nested_core.data.rules.findings import Finding
+from nested_core.data.rules.dataset_report import DatasetReport, Finding
 from nested_core.data.rules.token_rules import length_outlier_bound
 from nested_core.data.tokens import parallel_tokenization
 from nested_core.data.tokens.tokenizer_source import TokenizerSource

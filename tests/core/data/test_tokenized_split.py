@@ -195,7 +195,7 @@ USE = """
 import sys
 from contextlib import closing
 from pathlib import Path
-from nested_core.data.batch_order import BatchOrder
+from nested_core.data.batches import BatchOrder
 from nested_core.data.tokens.tokenized_split import open_tokens
 split = open_tokens(Path(sys.argv[1]))["train"]
 plan = BatchOrder(split.lengths, 8, 0)

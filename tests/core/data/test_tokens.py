@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.tuner.datasets import CacheDataset, create_dataset
 from mlx_lm.tuner.trainer import iterate_batches
 
-from nested_core.data.batch_order import choose_evaluation_batches
+from nested_core.data.batches import choose_evaluation_batches
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.lines.example_parsing import FieldNames, read_examples

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nested_core.data.batch_arrays import make_batch_arrays
-from nested_core.data.batch_order import choose_evaluation_batches
+from nested_core.data.batches import choose_evaluation_batches, make_batch_arrays
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.gate import prediction_comparison
 from nested_core.gate.held_out_loss import LoadedBase

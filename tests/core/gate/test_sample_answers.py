@@ -10,7 +10,7 @@ import pytest
 
 from nested_core.config.gate import GateSection
 from nested_core.data.data_settings import DataSettings
-from nested_core.data.held_out_prompts import read_held_out_prompts
+from nested_core.data.held_out_rows import read_held_out_prompts
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.gate.recheck import recheck_verdict
 from nested_core.gate.sample_answers import find_damage

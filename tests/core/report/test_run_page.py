@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nested_core.data.rules.findings import Finding
+from nested_core.data.rules.dataset_report import Finding
 from nested_core.errors import ConfigError, GateRejected
 from nested_core.records.verdict import Reason
 from nested_core.report.run_page import RunReport, read_report, writing_report_at_end

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.batch_order import BatchOrder
+from nested_core.data.batches import BatchOrder
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.tokens.tokenizer_source import TokenizerSource

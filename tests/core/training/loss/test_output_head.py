@@ -14,7 +14,7 @@ import pytest
 from mlx_lm.tuner.trainer import default_loss
 
 from nested_core import backend
-from nested_core.data.batch_order import BatchOrder
+from nested_core.data.batches import BatchOrder
 from nested_core.models.parameters import reference_trainable_parameters
 from nested_core.training.loss.chunked_cross_entropy import (
     find_supervised_positions,

@@ -1,0 +1,242 @@
+"""Lines related to other lines: which each repeats or nearly is, and which `data_policy` drops.
+
+Sequences of words that many training examples share, such as a template's, say nothing of two
+examples and are left out. So the cost is linear in the number of lines: an n-gram has few training
+examples, or none. A line that is in valid or test too is dropped from train, never from those: the
+data that a run is measured on stays the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import polars as pl
+
+from nested_core.config.data import DataPolicy
+from nested_core.data.lines.word_ngrams import RARE_NGRAM_MAX_EXAMPLES
+from nested_core.data.rules.dataset_report import Finding
+from nested_core.errors import join_first_values
+
+_KEYS = ("content", "folded", "prompt")
+_RELATIONS = ("repeats", "resembles", "answers_otherwise")
+
+
+def add_repeat_columns(files: list[tuple[str, pl.DataFrame]]) -> list[pl.DataFrame]:
+    """The frames of train, valid and test with columns that relate each row to other lines.
+
+    Adds file, train_file, is_train, file_format, and the train lines `repeats` (equal content),
+    `resembles` (equal but for case and white space) and `answers_otherwise` (equal prompt, other
+    content); and for valid and test `repeats_held_out`, the first line of the same file with equal
+    content. The frame of test gets valid_file and `line_in_valid` (equal content) as well. What the
+    rows were compared by, content, folded and prompt, is gone.
+    """
+    keys = [_select_keys(frame) for _, frame in files]
+    first_by_key = {key: _find_first_train_rows(keys, key) for key in _KEYS}
+    train, valid, test = (
+        frame.drop(_KEYS).with_columns(
+            _relate_to_train(rows, first_by_key, is_train=index == 0),
+            file=pl.lit(file, pl.Categorical),
+            train_file=pl.lit(files[0][0], pl.Categorical),
+            is_train=pl.lit(index == 0),
+            file_format=pl.lit(_most_frequent_format(frame), pl.Categorical),
+        )
+        for index, ((file, frame), rows) in enumerate(zip(files, keys, strict=True))
+    )
+    train = train.with_columns(repeats_held_out=pl.lit(None, pl.Int32))
+    valid = valid.with_columns(repeats_held_out=_earlier_line_by_content(keys[1]))
+    test = test.with_columns(
+        repeats_held_out=_earlier_line_by_content(keys[2]),
+        valid_file=pl.lit(files[1][0], pl.Categorical),
+        line_in_valid=_first_line_by_content(keys[2]["content"], keys[1]),
+    )
+    return [train, valid, test]
+
+
+def _select_keys(frame: pl.DataFrame) -> pl.DataFrame:
+    """What the rows of a file are compared by; a line without an example has no content."""
+    content = pl.when(pl.col("format").is_not_null()).then("content")
+    return frame.select("line", content, "folded", "prompt").with_row_index("row")
+
+
+def _find_first_train_rows(files: list[pl.DataFrame], key: str) -> pl.DataFrame:
+    """Line and content of the first row of train with each key that more than one row has.
+
+    Grouping by keys that one row has would take 300 bytes a row.
+    """
+    keys = np.concatenate([file[key].drop_nulls().to_numpy() for file in files])
+    keys.sort()
+    repeated = pl.Series(np.unique(keys[1:][keys[1:] == keys[:-1]]))
+    rows = files[0].filter(pl.col(key).is_in(repeated.implode()))
+    line = pl.col("line").first().alias(f"first_line_by_{key}")
+    content = pl.col("content").first().alias(f"first_content_by_{key}")
+    return rows.group_by(key).agg(line, *([] if key == "content" else [content]))
+
+
+def _relate_to_train(
+    rows: pl.DataFrame, first_by_key: dict[str, pl.DataFrame], *, is_train: bool
+) -> list[pl.Series]:
+    """The train lines that each row repeats, resembles or answers otherwise; most have none."""
+    has_first = [pl.col(key).is_in(first[key].implode()) for key, first in first_by_key.items()]
+    related = rows.filter(pl.any_horizontal(has_first))
+    for key, first in first_by_key.items():
+        related = related.join(first, on=key, how="left", maintain_order="left")
+    related = related.with_columns(**_repeat_column_expressions(is_train=is_train))
+    nothing = pl.repeat(None, rows.height, dtype=pl.Int32, eager=True)
+    return [
+        nothing.clone().scatter(related["row"], related[name]).alias(name) for name in _RELATIONS
+    ]
+
+
+def _repeat_column_expressions(*, is_train: bool) -> dict[str, pl.Expr]:
+    is_own = pl.lit(is_train) & (pl.col("first_line_by_content") == pl.col("line"))
+    repeats = pl.when(~is_own).then("first_line_by_content")
+    is_other = pl.col("first_content_by_folded") != pl.col("content")
+    resembles = pl.when(is_other & repeats.is_null()).then("first_line_by_folded")
+    is_answered = pl.col("first_content_by_prompt") != pl.col("content")
+    is_new = ~pl.lit(is_train) & repeats.is_null() & resembles.is_null()
+    answers = pl.when(is_answered & is_new).then("first_line_by_prompt")
+    return {"repeats": repeats, "resembles": resembles, "answers_otherwise": answers}
+
+
+def _most_frequent_format(frame: pl.DataFrame) -> str | None:
+    """The format of most rows; of two as frequent, the one that comes first."""
+    formats = (
+        frame.filter(pl.col("format").is_not_null())
+        .group_by("format")
+        .agg(pl.len(), pl.col("line").min())
+        .sort("len", "line", descending=[True, False])
+    )
+    return formats["format"][0] if len(formats) else None
+
+
+def _earlier_line_by_content(file: pl.DataFrame) -> pl.Series:
+    """The first line of the same file with the content of each row; null for that line itself."""
+    first = _first_line_by_content(file["content"], file)
+    repeated = pl.when(pl.col("line") > pl.col("first")).then("first").cast(pl.Int32)
+    return file.select("line").with_columns(first=first).select(repeated)["first"]
+
+
+def _first_line_by_content(contents: pl.Series, file: pl.DataFrame) -> pl.Series:
+    """The first line of a file with each of these contents, or null."""
+    examples = file.filter(pl.col("content").is_not_null())
+    first = examples.group_by("content").agg(pl.col("line").first())
+    return contents.to_frame().join(first, on="content", how="left", maintain_order="left")["line"]
+
+
+MIN_SHARED_NGRAM_SHARE = 0.6  # of a held-out example's n-grams that are not common
+MIN_SHARED_NGRAMS = 2
+# An n-gram in more than RARE_NGRAM_MAX_EXAMPLES is common; in a small training set at fewer.
+RARE_NGRAM_MAX_EXAMPLES_IN_SMALL_SET = 2
+RARE_NGRAM_TRAIN_SIZE_DIVISOR = 50
+
+
+def find_near_duplicates(
+    shared: pl.DataFrame, examples: int, held_out: pl.DataFrame
+) -> pl.DataFrame:
+    """For each row of `held_out` the line of train that it nearly is, and how much they share.
+
+    `shared` is what `TrainMatches.finish` gives, of `examples` training examples; `held_out` has
+    the columns of NGRAM_SCHEMA. Returns near (Int32), the first of the lines that share most, null
+    if none shares enough, and shared (Int32), per cent of the n-grams; 100 for an equal sequence of
+    words.
+    """
+    rows = held_out.select("words", "ngrams", "halvings").with_row_index("row")
+    first = shared.filter(pl.col("ngram").is_null()).select("words", near="line")
+    equal = rows.join(first, on="words").select("row", "near", shared=pl.lit(100.0))
+    hits = shared.filter(pl.col("ngram").is_not_null())
+    found = pl.concat([equal, _pair_rows_by_shared_ngrams(hits, examples, rows)])
+    best = found.sort("row", "shared", "near", descending=[False, True, False]).unique(
+        "row", keep="first"
+    )
+    return rows.join(best, on="row", how="left", maintain_order="left").select(
+        pl.col("near"), pl.col("shared").round().cast(pl.Int32)
+    )
+
+
+def add_near_duplicate_columns(held_out: pl.DataFrame, found: pl.DataFrame) -> pl.DataFrame:
+    """Add near and shared to related rows, but where the row equals a training example."""
+    return held_out.with_columns(found).with_columns(
+        near=pl.when(pl.col("repeats").is_null()).then("near")
+    )
+
+
+def _pair_rows_by_shared_ngrams(
+    hits: pl.DataFrame, examples: int, rows: pl.DataFrame
+) -> pl.DataFrame:
+    """Row, near and shared for the pairs of a held-out row and a train line that share enough."""
+    asked = rows.select("row", "halvings", ngram="ngrams").explode("ngram").drop_nulls("ngram")
+    asked = asked.unique()
+    most = min(
+        RARE_NGRAM_MAX_EXAMPLES,
+        max(RARE_NGRAM_MAX_EXAMPLES_IN_SMALL_SET, examples // RARE_NGRAM_TRAIN_SIZE_DIVISOR),
+    )
+    common = (
+        hits.group_by("ngram").agg(pl.col("content").n_unique()).filter(pl.col("content") > most)
+    )
+    asked = asked.join(common, on="ngram", how="anti")
+    sizes = asked.group_by("row").agg(size=pl.len())
+    pairs = asked.join(hits, on="ngram", suffix="_in_train")
+    counts = pairs.group_by("row", "line").agg(
+        pl.len().alias("count"),
+        # an n-gram of the row is in a longer example's sample only so often
+        halvings=(pl.col("halvings_in_train").cast(pl.Int32) - pl.col("halvings").cast(pl.Int32))
+        .first()
+        .clip(0),
+    )
+    share = pl.col("count") * 2 ** pl.col("halvings") / pl.col("size")
+    return (
+        counts.join(sizes, on="row")
+        .with_columns(shared=share.clip(0, 1) * 100.0)
+        .filter(
+            (pl.col("count") >= MIN_SHARED_NGRAMS)
+            & (pl.col("shared") >= MIN_SHARED_NGRAM_SHARE * 100)
+        )
+        .select("row", pl.col("line").alias("near"), "shared")
+    )
+
+
+Dropped = Mapping[str, frozenset[int]]
+_MAX_SHOWN_LINES = 20
+_DROP_REASON_TEXTS = {
+    "duplicate": "they repeat an earlier example",
+    "leakage": "valid or test has the same example",
+    "overlong": "they are longer than max_seq_length",
+}
+
+
+def separate_dropped_lines(
+    train: pl.DataFrame, held_out: list[pl.DataFrame], policy: DataPolicy
+) -> tuple[pl.DataFrame, list[pl.DataFrame], Dropped]:
+    """The frames to judge, and the lines of train that are dropped for their content, by reason.
+
+    In those frames `repeats` is null for what is dropped, so that no rule reports it as well.
+    """
+    dropped: dict[str, frozenset[int]] = {}
+    no_line = pl.lit(None, pl.Int32)
+    if policy.leakage == "drop":
+        leaked = pl.concat([frame["repeats"] for frame in held_out]).drop_nulls().unique().implode()
+        is_leaked = pl.col("line").is_in(leaked) | pl.col("repeats").is_in(leaked)
+        dropped["leakage"] = _line_numbers(train.filter(is_leaked))
+        train = train.with_columns(repeats=pl.when(~is_leaked).then("repeats"))
+        held_out = [frame.with_columns(repeats=no_line) for frame in held_out]
+    if policy.duplicates == "drop":
+        dropped["duplicate"] = _line_numbers(train.filter(pl.col("repeats").is_not_null()))
+        train = train.with_columns(repeats=no_line)
+    return train, held_out, dropped
+
+
+def _line_numbers(frame: pl.DataFrame) -> frozenset[int]:
+    return frozenset(frame["line"].to_list())
+
+
+def describe_dropped_lines(file: str, dropped: Dropped) -> Iterator[Finding]:
+    """One warning for each reason, at the first line, with the count and the first lines."""
+    for reason, lines in dropped.items():
+        if lines:
+            shown = sorted(lines)
+            message = (
+                f"lines dropped because {_DROP_REASON_TEXTS[reason]}: {len(lines):,} "
+                f"({join_first_values(shown, _MAX_SHOWN_LINES)})"
+            )
+            yield Finding(file, shown[0], "warning", f"dropped-{reason}", message)
