@@ -34,8 +34,7 @@ backend.prepare()
 
 import numpy as np
 
-from nested_core.config.gate import GateSection
-from nested_core.config.registry import RegistrySection
+from nested_core.config.sections import GateSection, RegistrySection
 from nested_core.data.example_digests import digest_examples
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.gate.answers.answer_records import AnsweringRole, AnswerRecord

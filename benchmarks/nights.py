@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from nested_core.config.gate import GateSection
+from nested_core.config.sections import GateSection
 from nested_core.gate.example_losses import ExampleLosses
 from nested_core.gate.loss_bounds import harm_reasons, loss_reasons
 from nested_core.gate.loss_figures import summarise_losses

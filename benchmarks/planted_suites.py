@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from nested_core.config.gate import GateSection
+from nested_core.config.sections import GateSection
 from nested_core.gate.answers.answer_records import (
     AnsweringRole,
     AnswerRecord,

@@ -23,7 +23,7 @@ from flows.flow_runs.approvals import (
     publish_approval,
 )
 from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors
-from nested_core.config.adapter_names import NAME_PATTERN
+from nested_core.config.names import NAME_PATTERN
 from nested_core.config.section import Section
 from nested_core.registry import read_champion
 from nested_core.registry.promotion_policy import (

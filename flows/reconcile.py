@@ -19,8 +19,8 @@ from flows.flow_runs.warning_events import (
     warn_of_long_runs,
     warn_of_old_champions,
 )
-from nested_core.config.registry import AdapterName
 from nested_core.config.section import Section
+from nested_core.config.sections import AdapterName
 from nested_core.errors import DamagedError
 from nested_core.registry import list_names
 from nested_core.registry.name_folders import name_exists

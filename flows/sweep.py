@@ -21,10 +21,10 @@ from flows.flow_runs.approvals import request_approval
 from flows.flow_runs.labels import SWEEP_TAG
 from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
 from nested_core.config.loading import lay_over, parse_config
-from nested_core.config.registry import RegistrySection
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section import Section
+from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.gate.sweep_choice import SweepChoice
 from nested_core.pipeline.continual import champion_or_none

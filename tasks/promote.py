@@ -7,7 +7,7 @@ from pathlib import Path
 from prefect import get_run_logger, runtime
 
 from nested_core import registry
-from nested_core.config.registry import RegistrySection
+from nested_core.config.sections import RegistrySection
 from nested_core.registry import Promotion, promotion_policy
 from nested_core.registry.ledger import Entry, Origin
 from nested_core.registry.promotion_policy import registry_location

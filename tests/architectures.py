@@ -20,7 +20,7 @@ from nested_core.models.parameters import (
     reference_trainable_parameters,
     restoring_parameters,
 )
-from nested_core.optim.gradient_checks import Flat
+from nested_core.optim.gradients import Flat
 from nested_core.training.loss.loss_interface import Loss, MicroBatch
 
 VOCABULARY = 96

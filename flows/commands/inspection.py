@@ -147,9 +147,8 @@ def run_adapter_audit(arguments: argparse.Namespace) -> Callable[[], int]:
 def run_status(arguments: argparse.Namespace) -> Callable[[], int]:
     """Say where a run stands, from its folder."""
     from nested_core.report.run_status import read_status
-    from nested_core.training.loss_sentences import describe_last_losses
-    from nested_core.training.metrics_file import read_loss_records
-    from nested_core.training.training_plan import read_plan
+    from nested_core.training.reports.metrics_file import read_loss_records
+    from nested_core.training.reports.training_plan import describe_last_losses, read_plan
 
     run = RunDirectory(arguments.run_dir)
     status = read_status(run)

@@ -185,8 +185,8 @@ def _read_suites(path: Path) -> list[dict[str, Any]]:
     """The suites of a YAML file's gate.tasks, with absolute paths; each is read to check it."""
     from pydantic import ValidationError
 
-    from nested_core.config.gate import GateSection
     from nested_core.config.loading import read_yaml
+    from nested_core.config.sections import GateSection
     from nested_core.errors import describe_first_problem
     from nested_core.gate.answers.configured_suites import read_suites
 

@@ -35,8 +35,8 @@ from nested_core.text.digest_format import shorten_digest
 if TYPE_CHECKING:
     from prefect.states import State
 
-    from nested_core.config.registry import RegistrySection
     from nested_core.config.schema import FineTuneConfig
+    from nested_core.config.sections import RegistrySection
     from nested_core.data.rules.dataset_report import DatasetReport, Finding
     from nested_core.pipeline.finetune import FinetuneResult
 
@@ -228,7 +228,7 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     config = load_config_from_flags(arguments)
     run = _open_run_directory(arguments)
     from nested_core.pipeline.preflight import require_output_places  # loads mlx
-    from nested_core.training.reporting_services import configured_services
+    from nested_core.training.reports.reporting_services import configured_services
 
     require_output_places(config, run)  # before a server is started, as what follows
     configured_services(config)

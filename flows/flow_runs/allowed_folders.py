@@ -19,12 +19,11 @@ from typing import Any, TypeVar
 
 from prefect import runtime
 
-from nested_core.config.data import HubDataset
-from nested_core.config.hub_names import HUB_NAME_PATTERN
 from nested_core.config.key_properties import replace_configured_paths
-from nested_core.config.registry import RegistrySection
+from nested_core.config.names import HUB_NAME_PATTERN
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section import PathRule
+from nested_core.config.sections import HubDataset, RegistrySection
 from nested_core.errors import ConfigError
 
 ROOTS_VARIABLE = "NESTED_TUNE_ROOTS"

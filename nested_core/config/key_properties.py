@@ -9,8 +9,8 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.config.section import Affects, PathRule, Section
+from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 
 SectionType = TypeVar("SectionType", bound=Section)
 

@@ -21,19 +21,22 @@ from pydantic import (
     ValidationError,
 )
 
-from nested_core.config.data import DataPolicy, HubDatasets
 from nested_core.config.error_messages import explain_problems, find_problems
-from nested_core.config.gate import GateSection
-from nested_core.config.lora import LoraParameters
-from nested_core.config.nested import NestedSection
-from nested_core.config.optimizers import (
+from nested_core.config.section import Section, key, lay_out_form
+from nested_core.config.sections import (
     MLX_LM_OPTIMIZERS,
+    ContinualSection,
+    DataPolicy,
+    GateSection,
+    HubDatasets,
+    LoraParameters,
+    NestedSection,
+    RegistrySection,
+    ServeSection,
+    TrainingSection,
     optimizer_problems,
     parse_optimizer_name,
 )
-from nested_core.config.registry import ContinualSection, RegistrySection, ServeSection
-from nested_core.config.section import Section, key, lay_out_form
-from nested_core.config.training import TrainingSection
 from nested_core.errors import ConfigError
 
 CountOrAll = Annotated[int, Field(ge=-1)]  # -1 is all

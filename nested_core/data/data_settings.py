@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from nested_core.config.data import DataPolicy, HubDataset
+from nested_core.config.sections import DataPolicy, HubDataset
 from nested_core.data.lines.example_parsing import FieldNames
 
 SPLITS = ("train", "valid", "test")

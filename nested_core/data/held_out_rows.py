@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
+from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.lines.example_parsing import Example, read_examples
 from nested_core.data.sources.split_files import SplitFile, open_splits

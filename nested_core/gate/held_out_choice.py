@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
+from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.storage.dataset_record import DatasetRecord
 

@@ -14,9 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from nested_core.config.data import DataPolicy
-from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE, DataPolicy
 from nested_core.data.batches import choose_evaluation_batches, make_batch_arrays
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset, load_run_data

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
-from nested_core.config.gate import GateSection
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import GateSection
 from nested_core.gate.checks.base import BASE
 from nested_core.gate.checks.champion import CHAMPION
 from nested_core.gate.checks.divergence import COLLAPSE, TRAINING_LOSS
@@ -39,7 +39,7 @@ from nested_core.records.verdict import Verdict
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.stages import stages
-from nested_core.training.metrics_file import read_metrics
+from nested_core.training.reports.metrics_file import read_metrics
 
 # After CHECKS_OF_FILES. Each says itself which earlier checks stop it.
 CHECKS_WITH_MODEL: tuple[Check[JudgedRun], ...] = (

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from nested_core.config.gate import GateSection
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import GateSection
 from nested_core.gate.answers.answer_records import AnswerRecord
 from nested_core.gate.run_evidence import RunEvidence
 from nested_core.gate.tensor_diff import compare_tensors

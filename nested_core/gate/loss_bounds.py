@@ -5,7 +5,7 @@ Whether a loss is worse is decided by `conclude` in `text.loss_conclusion`.
 
 from __future__ import annotations
 
-from nested_core.config.gate import GateSection
+from nested_core.config.sections import GateSection
 from nested_core.gate.example_losses import ExampleLosses
 from nested_core.gate.harmed_examples import HarmedExamples, describe_harmed
 from nested_core.records.verdict import Drift, GeneralLoss, Reason, Validation, describe_examples

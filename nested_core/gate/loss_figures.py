@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nested_core.config.gate import GateSection
+from nested_core.config.sections import GateSection
 from nested_core.gate.chosen_candidate import Candidates
 from nested_core.gate.example_losses import ExampleLosses, Vector
 from nested_core.gate.harmed_examples import HarmedExamples

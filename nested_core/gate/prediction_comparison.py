@@ -25,14 +25,18 @@ from nested_core.models.parameters import (
     in_evaluation_mode,
     restoring_parameters,
 )
-from nested_core.optim.gradient_checks import Flat
+from nested_core.optim.gradients import Flat
 from nested_core.training.loss.chunked_cross_entropy import (
     find_supervised_positions,
     gather_rows,
     rows_per_chunk,
 )
-from nested_core.training.loss.loss_interface import MicroBatch
-from nested_core.training.loss.output_head import OutputHead, extract_logits, find_output_head
+from nested_core.training.loss.loss_interface import (
+    MicroBatch,
+    OutputHead,
+    extract_logits,
+    find_output_head,
+)
 
 MAX_LOGITS_PER_CHUNK_ON_CPU = 2**21  # of one chunk and adapter: 8 MiB in float32
 MIN_ROWS_PER_CHUNK_ON_CPU = 64  # the output layer is read once a chunk

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from nested_core.config.gate import GateSection
+from nested_core.config.sections import GateSection
 from nested_core.errors import JUDGE_AGAIN, DamagedError
 from nested_core.gate.chosen_candidate import Candidates, read_candidates
 from nested_core.gate.example_losses import read_example_losses

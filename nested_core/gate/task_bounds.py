@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from nested_core.config.gate import GateSection, TaskSection
+from nested_core.config.sections import GateSection, TaskSection
 from nested_core.errors import JUDGE_AGAIN, DamagedError, join_first_values
 from nested_core.gate.answers.answer_records import AnswerRecord, read_answers
 from nested_core.gate.harmed_examples import exchange_mid_p

@@ -9,7 +9,7 @@ import numpy as np
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.run_evidence import RunEvidence, TierUpdateCounts
-from nested_core.optim.gradient_checks import find_gradient_mark
+from nested_core.optim.gradients import find_gradient_mark
 from nested_core.optim.tier_assignment import TierMap, count_expected_updates
 from nested_core.optim.tier_counters import COUNTERS_KEY, require_current_layout
 from nested_core.optim.tiers_file import read_tiers

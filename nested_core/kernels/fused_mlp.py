@@ -19,9 +19,9 @@ from nested_core.kernels.call_tracing import CallTrace, GatedMLP, find_gated_mlp
 from nested_core.kernels.cuda import gated_mlp as mlp_kernels
 from nested_core.kernels.cuda.concatenate import concatenate_flattened
 from nested_core.kernels.cuda.gated_mlp import gated_gradients_on_cuda, gated_product_on_cuda
+from nested_core.kernels.cuda.kernel_launch import has_kernel_for_rank, tiles_of_smallest_kernel
 from nested_core.kernels.cuda.lora_add import LowRankSumTerms, can_use_lora_kernels
 from nested_core.kernels.cuda.lora_matmuls import factor_gradients, project_to_rank
-from nested_core.kernels.cuda.rank_tiles import has_kernel_for_rank, tiles_of_smallest_kernel
 from nested_core.kernels.patching import replacing_calls
 
 

@@ -19,13 +19,13 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.kernels.cuda import lora_add, lora_matmuls
 from nested_core.kernels.cuda.concatenate import concatenate_flattened
+from nested_core.kernels.cuda.kernel_launch import has_kernel_for_rank, tiles_of_smallest_kernel
 from nested_core.kernels.cuda.lora_add import (
     LowRankSumTerms,
     can_use_lora_kernels,
     compute_low_rank_sums,
 )
 from nested_core.kernels.cuda.lora_matmuls import factor_gradients, project_to_rank
-from nested_core.kernels.cuda.rank_tiles import has_kernel_for_rank, tiles_of_smallest_kernel
 
 GROUP_ATTRIBUTE = "_shared_input"
 

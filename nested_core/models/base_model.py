@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nested_core import backend
-from nested_core.config.hub_names import HUB_NAME_PATTERN
+from nested_core.config.names import HUB_NAME_PATTERN
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError, shorten
 from nested_core.storage.atomic import canonical_json
 from nested_core.storage.kept_hashes import cached_sha256

@@ -2,6 +2,6 @@
 
 tiered.py has the optimizers, tier_assignment.py gives each parameter its tier, tiers_file.py reads
 the tiers of a run, learning_rate_schedules.py makes the learning rate of a run, named_updates.py
-puts updates into a model by name and reads them back. tier_counters.py (tiers with their counters),
-gradient_checks.py and gradient_clipping.py are parts of the optimizers.
+puts updates into a model by name and reads them back. tier_counters.py (tiers with their counters)
+and gradients.py are parts of the optimizers.
 """

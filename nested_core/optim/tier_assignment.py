@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nested_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nested_core.config.nested import Assignment, NestedSection
+    from nested_core.config.sections import Assignment, NestedSection
 
 LAYER_INDEX_PATTERN = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from nested_core.errors import DamagedError
-from nested_core.optim.gradient_checks import ArraySpec
+from nested_core.optim.gradients import ArraySpec
 
 COUNTERS_KEY = "nested"
 STATE_LAYOUT_VERSION = (

@@ -17,7 +17,7 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_map_with_path, tree_unflatten
 
 from nested_core.optim import tier_counters
-from nested_core.optim.gradient_checks import (
+from nested_core.optim.gradients import (
     HAD_GRADIENT,
     ArraySpec,
     Flags,
@@ -27,12 +27,13 @@ from nested_core.optim.gradient_checks import (
     all_used_gradients_finite,
     check_flushed_parameters,
     check_gradients,
+    clip_gradients,
     flatten_gradients,
     group_gradients_by_tier,
+    norm_of_due_gradients,
     optimizer_state_by_parameter,
     shapes_and_dtypes,
 )
-from nested_core.optim.gradient_clipping import clip_gradients, norm_of_due_gradients
 from nested_core.optim.named_updates import flatten
 from nested_core.optim.tier_counters import COUNTERS_KEY, Tier, TierStats
 

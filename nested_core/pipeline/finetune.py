@@ -27,8 +27,7 @@ from nested_core.pipeline.publishing import (
     describe_reproduction,
     record_rejection,
 )
-from nested_core.pipeline.run_steps import Steps
-from nested_core.pipeline.shown_progress import ShownProgress, can_show_progress
+from nested_core.pipeline.run_steps import ShownProgress, Steps, can_show_progress
 from nested_core.pipeline.steps import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.registry.policy import hold_to_policy
@@ -38,7 +37,7 @@ from nested_core.registry.promotion_policy import (
 )
 from nested_core.report.run_page import read_report, writing_report_at_end
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.reporting_services import attaching_verdict_at_end
+from nested_core.training.reports.reporting_services import attaching_verdict_at_end
 
 if TYPE_CHECKING:
     from nested_core.models.side_by_side import BaseAndAdapter

@@ -14,7 +14,7 @@ from nested_core.errors import ConfigError
 from nested_core.gate.answers.answer_cache import open_user_answer_cache
 from nested_core.gate.answers.configured_suites import read_suites
 from nested_core.models.base_model import require_folder_or_hub_name
-from nested_core.pipeline.launch.mlx_launch import count_ranks
+from nested_core.pipeline.launch.rank_group import count_ranks
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.registry.registration import require_usable_registry
 from nested_core.storage.adapter import WEIGHTS_NAME, make_adapter_folder
@@ -24,7 +24,7 @@ from nested_core.storage.output_places import require_adapter_place, require_fre
 from nested_core.storage.run_directory import RUN_DIR_KEY, RunDirectory
 from nested_core.storage.safetensors_files import BYTES_PER_ELEMENT, read_header
 from nested_core.storage.strict_files import open_regular, read_json_object
-from nested_core.training.reporting_services import configured_services
+from nested_core.training.reports.reporting_services import configured_services
 
 FLOAT32_BYTES = 4
 # Float32 values an optimizer of mlx keeps for each parameter; two for those not listed.

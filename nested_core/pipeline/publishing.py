@@ -34,12 +34,12 @@ from nested_core.storage.dataset_record import DatasetRecord, read_dataset_recor
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_regular, regular_sha256
 from nested_core.text.digest_format import shorten_digest
-from nested_core.training.metrics_file import (
+from nested_core.training.reports.metrics_file import (
     cumulative_seconds,
     read_latest_values,
     read_metrics,
 )
-from nested_core.training.training_plan import read_plan
+from nested_core.training.reports.training_plan import read_plan
 
 
 def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> None:

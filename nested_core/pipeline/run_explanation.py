@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import median
 
 from nested_core import backend
-from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE, TaskSection
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE, TaskSection
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.rules.dataset_report import SplitStats
 from nested_core.gate.held_out_choice import held_out_split
@@ -31,7 +31,7 @@ from nested_core.storage.run_directory import RunDirectory, open_run
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.text.duration_format import format_duration
 from nested_core.training.memory.memory_plan import MemoryPlan
-from nested_core.training.metrics_file import read_metrics
+from nested_core.training.reports.metrics_file import read_metrics
 from nested_core.training.trainer import Trainer
 from nested_core.training.training_setup import prepare_training
 

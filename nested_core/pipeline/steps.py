@@ -16,10 +16,10 @@ import mlx.core as mx
 from pydantic import TypeAdapter, ValidationError
 
 from nested_core.backend import warn_if_unprepared
-from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.config.loading import render_config
 from nested_core.config.resume import read_run_config, refuse_differences_on_resume
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.rules.dataset_report import DatasetReport
@@ -71,8 +71,7 @@ from nested_core.models.parameters import trainable_parameters
 from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_adapter
 from nested_core.pipeline.device_lock import OnWait, locking_devices
-from nested_core.pipeline.launch.mlx_launch import count_ranks
-from nested_core.pipeline.launch.rank_group import train_in_ranks
+from nested_core.pipeline.launch.rank_group import count_ranks, train_in_ranks
 from nested_core.records.verdict_file import write_verdict
 from nested_core.storage.adapter import (
     WEIGHTS_NAME,
@@ -97,15 +96,14 @@ from nested_core.storage.strict_files import read_json
 from nested_core.text.stages import stages
 from nested_core.training.parameter_importance import measure_parameter_importance
 from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD, World
-from nested_core.training.report_callbacks import TrainingCallback
-from nested_core.training.reporting_services import reporting_to_services
-from nested_core.training.trainer import Trainer
-from nested_core.training.training_plan import (
+from nested_core.training.reports.reporting_services import TrainingCallback, reporting_to_services
+from nested_core.training.reports.training_plan import (
     TrainingPlan,
     list_resumptions,
     read_plan,
     write_plan,
 )
+from nested_core.training.trainer import Trainer
 from nested_core.training.training_setup import build_optimizer, prepare_training
 
 MAX_RESULT_BYTES = 64 * 1024 * 1024

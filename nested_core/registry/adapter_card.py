@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
-from nested_core.config.hub_names import HUB_NAME_PATTERN
+from nested_core.config.names import HUB_NAME_PATTERN
+from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.records.verdict import Verdict
 from nested_core.text.foreign_text import escape_markdown
 from nested_core.text.loss_format import format_loss

@@ -10,7 +10,7 @@ import errno
 import os
 from pathlib import Path
 
-from nested_core.config.adapter_names import why_invalid_adapter_name
+from nested_core.config.names import why_invalid_adapter_name
 from nested_core.errors import ConfigError, DamagedError, join_first_values, shorten
 from nested_core.registry.folder_lock import exclusive_folder_lock
 from nested_core.storage.atomic import require_writable_place, sync_path

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nested_core.config.gate import GateSection, TaskSection
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import GateSection, TaskSection
 from nested_core.errors import ConfigError, DamagedError, describe_first_problem
 from nested_core.registry.folder_lock import exclusive_folder_lock, shared_folder_lock
 from nested_core.registry.ledger import LEDGER_NAME, Ledger, new_entry, read_ledger

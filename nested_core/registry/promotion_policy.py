@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from nested_core.config.registry import RegistrySection
+from nested_core.config.sections import RegistrySection
 from nested_core.errors import (
     ConfigError,
     DamagedError,

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from nested_core.config.registry import RegistrySection
+from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError, shorten
 from nested_core.registry.queries import read_champion
 from nested_core.registry.serving_file import (

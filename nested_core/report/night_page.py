@@ -19,8 +19,8 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.markdown_page import MarkdownPage
-from nested_core.training.metrics_file import read_metrics
-from nested_core.training.sample_prompts import SampleTable
+from nested_core.training.reports.metrics_file import read_metrics
+from nested_core.training.reports.sample_prompts import SampleTable
 
 UNDER_WAY = "Under way"
 CRASHED_RUN_NOTE = (

@@ -9,8 +9,7 @@ from typing import Any
 from nested_core.errors import NestedTuneError
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
-from nested_core.training.loss_sentences import StepLoss
-from nested_core.training.training_plan import TrainingPlan
+from nested_core.training.reports.training_plan import StepLoss, TrainingPlan
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from nested_core.storage.manifest import matches_entry, read_manifest
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.sample_answers_file import SampleAnswers, read_sample_answers
 from nested_core.storage.strict_files import file_type, read_json, read_json_object
-from nested_core.training.metrics_file import cumulative_seconds, read_metrics
-from nested_core.training.training_plan import TrainingPlan, read_plan
+from nested_core.training.reports.metrics_file import cumulative_seconds, read_metrics
+from nested_core.training.reports.training_plan import TrainingPlan, read_plan
 
 Content = TypeVar("Content")
 

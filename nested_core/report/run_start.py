@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.training_plan import read_plan
+from nested_core.training.reports.training_plan import read_plan
 
 _RUN_NAME_PATTERN = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{8}")
 

@@ -16,7 +16,7 @@ from nested_core.report.run_figures import (
 from nested_core.storage.checkpoint_verification import list_checkpoints, newest_sound_checkpoint
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.loss_conclusion import describe_passed
-from nested_core.training.metrics_file import read_latest_values, read_loss_records
+from nested_core.training.reports.metrics_file import read_latest_values, read_loss_records
 
 State = Literal["running", "verified", "rejected", "trained", "resumable", "never began"]
 

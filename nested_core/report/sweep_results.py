@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from nested_core.config.registry import RegistrySection
+from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError
 from nested_core.registry import list_versions
 from nested_core.registry.promotion_policy import registry_location

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
+from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.errors import DamagedError
 from nested_core.gate.example_losses import ExampleLosses
 from nested_core.records.verdict import (
@@ -36,7 +36,7 @@ from nested_core.text.html_markup import (
     truncated_text,
 )
 from nested_core.text.loss_format import format_difference, format_interval, format_loss
-from nested_core.training.sample_prompts import SampleTable
+from nested_core.training.reports.sample_prompts import SampleTable
 
 MAX_WORST_EXAMPLES = 5
 MAX_SHOWN_QUESTIONS = 12

@@ -1,9 +1,9 @@
 """Training: from a loaded model and tokenised data to a run directory with checkpoints.
 
 trainer.py is the loop, train_step.py one optimizer step, loss/ what it minimises; training_setup.py
-makes what they need, step_schedule.py says which batch, evaluation and report belong to a step.
-run_recorder.py writes metrics and checkpoints, silent_failure_checks.py and nonfinite_watch.py
-check that training does something, early_stopping.py ends it, memory/ predicts its peak. Others use
+makes what they need, schedule/ says which batch, evaluation and report belong to a step.
+run_recorder.py writes metrics and checkpoints, training_checks.py checks that training does
+something, reports/ is what a run tells, memory/ predicts its peak. Others use
 `trainer.Trainer`, `training_setup.prepare_training`, `evaluation.Evaluator`,
 `metrics_file.read_metrics` and `rank_communication.join_ranks`.
 """

@@ -20,9 +20,8 @@ from nested_core.models.parameters import (
     in_evaluation_mode,
     restoring_parameters,
 )
-from nested_core.optim.gradient_checks import Flat
-from nested_core.training.loss.loss_interface import Loss, MicroBatch
-from nested_core.training.loss.output_head import extract_logits
+from nested_core.optim.gradients import Flat
+from nested_core.training.loss.loss_interface import Loss, MicroBatch, extract_logits
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD, World
 

@@ -18,9 +18,9 @@ from nested_core.models.parameters import (
     reference_trainable_parameters,
     restoring_parameters,
 )
-from nested_core.optim.gradient_checks import Flat
+from nested_core.optim.gradients import Flat
 from nested_core.training.loss.supervised_loss import supervised_loss
-from nested_core.training.step_schedule import make_batch_order
+from nested_core.training.schedule.step_schedule import make_batch_order
 
 
 def measure_parameter_importance(

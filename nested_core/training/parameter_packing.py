@@ -18,7 +18,7 @@ from mlx.utils import tree_unflatten
 
 from nested_core.kernels.cuda.concatenate import concatenate_flattened
 from nested_core.models.parameters import ParameterRefs, read_parameters
-from nested_core.optim.gradient_checks import (
+from nested_core.optim.gradients import (
     HAD_GRADIENT,
     Flat,
     StateByParameter,

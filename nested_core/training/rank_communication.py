@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from nested_core.errors import ConfigError, TrainingProcessesDiffer, go_on_with
-from nested_core.optim.gradient_checks import Flat
+from nested_core.optim.gradients import Flat
 from nested_core.training.loss.loss_interface import MicroBatch
 
 Sums = dict[str, mx.array]

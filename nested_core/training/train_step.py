@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.models.parameters import ParameterRefs, assign_parameters, restoring_parameters
-from nested_core.optim.gradient_checks import Flat
+from nested_core.optim.gradients import Flat
 from nested_core.optim.named_updates import flatten
 from nested_core.optim.tier_assignment import TierMap
 from nested_core.optim.tiered import Tiered

@@ -15,21 +15,27 @@ import mlx.core as mx
 from nested_core.errors import DamagedError, DatasetError, TrainingStopped, go_on_with
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.parameters import read_parameters
-from nested_core.optim.gradient_checks import Flat
+from nested_core.optim.gradients import Flat
 from nested_core.optim.named_updates import apply_flat_updates_to_nested, flatten, verify_updates
 from nested_core.optim.tier_counters import COUNTERS_KEY, TierStats
 from nested_core.storage.checkpoint import Checkpoint, latest_checkpoint
-from nested_core.training.early_stopping import is_out_of_patience
 from nested_core.training.evaluation import EvaluationInterrupted, Evaluator
 from nested_core.training.memory.memory_plan import plan_memory
 from nested_core.training.memory.model_footprint import read_footprint
-from nested_core.training.nonfinite_watch import NonfiniteStepWatch
 from nested_core.training.parameter_packing import unflatten_names
 from nested_core.training.run_recorder import RunRecorder, restore_random_key
-from nested_core.training.silent_failure_checks import UpdateCheck, warn_of_lost_updates
 from nested_core.training.train_step import StepResult, TrainStep
+from nested_core.training.training_checks import (
+    NonfiniteStepWatch,
+    UpdateCheck,
+    warn_of_lost_updates,
+)
 from nested_core.training.training_setup import TrainingSetup
-from nested_core.training.training_state import TrainingState, require_whole_state
+from nested_core.training.training_state import (
+    TrainingState,
+    is_out_of_patience,
+    require_whole_state,
+)
 
 SECONDS_BEFORE_END = 20.0  # what the imports of a process take at most
 NAMES_OF_DIGESTED_INPUTS = {

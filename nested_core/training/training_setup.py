@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from nested_core.config.optimizers import optimizer_classes
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import optimizer_classes
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import find_model_folder, fingerprint_base_model
@@ -30,9 +30,9 @@ from nested_core.training.evaluation import Prompts, choose_prompts
 from nested_core.training.loss import LOSSES
 from nested_core.training.loss.loss_interface import Loss
 from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD, World
-from nested_core.training.report_callbacks import TrainingCallback
-from nested_core.training.sample_prompts import SamplePrompts
-from nested_core.training.step_schedule import StepSchedule, make_step_schedule
+from nested_core.training.reports.reporting_services import TrainingCallback
+from nested_core.training.reports.sample_prompts import SamplePrompts
+from nested_core.training.schedule.step_schedule import StepSchedule, make_step_schedule
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

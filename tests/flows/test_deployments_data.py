@@ -21,8 +21,8 @@ from flows.finetune import FinetuneParameters
 from flows.flow_runs.allowed_folders import require_known_name
 from flows.process.environment import packaged_folder
 from flows.sweep import SweepParameters
-from nested_core.config.registry import RegistrySection
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError
 from nested_core.registry import audit
 from tasks.outcomes import Outcome

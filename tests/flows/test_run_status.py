@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nested_core.config.gate import GateSection
+from nested_core.config.sections import GateSection
 from nested_core.errors import DamagedError, GateRejected, TrainingStopped
 from nested_core.pipeline import steps
 from nested_core.records import verdict_file

@@ -12,7 +12,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 
 from nested_core import registry as core
-from nested_core.config.registry import RegistrySection
+from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError
 from nested_core.pipeline import steps
 from nested_core.registry.champion_link import PREPARED_PREFIX

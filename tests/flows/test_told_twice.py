@@ -23,7 +23,7 @@ from nested_core.report.night_page import describe_night
 from nested_core.report.verdict_page import describe_verdict
 from nested_core.storage.strict_files import read_json_object
 from nested_core.text.loss_format import format_difference, format_interval, format_loss
-from nested_core.training.metrics_file import read_metrics
+from nested_core.training.reports.metrics_file import read_metrics
 from tests.example import DATA, EXAMPLES, example_config
 from tests.flows.conftest import called
 

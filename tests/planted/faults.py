@@ -56,7 +56,7 @@ FAULTS = (
         "a check skipped",
     ),
     Fault(
-        "nested_core/config/registry.py",
+        "nested_core/config/sections.py",
         '        if self.promote != "never" and self.path is None:',
         '        if self.promote == "always" and self.path is None:',
         "a comparison turned",
@@ -152,19 +152,19 @@ FAULTS = (
         "a wrong order",
     ),
     Fault(
-        "nested_core/kernels/cuda/rank_tiles.py",
+        "nested_core/kernels/cuda/kernel_launch.py",
         "if RANKS_PER_TILE * tiles >= rank)",
         "if RANKS_PER_TILE * tiles > rank)",
         "a comparison turned",
     ),
     Fault(
-        "nested_core/training/silent_failure_checks.py",
+        "nested_core/training/training_checks.py",
         "    if not is_moving and not has_learned:",
         "    if not is_moving and has_learned:",
         "a condition turned",
     ),
     Fault(
-        "nested_core/training/training_plan.py",
+        "nested_core/training/reports/training_plan.py",
         "if 0 < step <= first_step}))",
         "if 0 <= step < first_step}))",
         "a comparison turned",

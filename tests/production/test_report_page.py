@@ -20,7 +20,7 @@ from nested_core.report.run_comparison import compare_runs
 from nested_core.report.run_page import RunReport
 from nested_core.report.run_record import read_run
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.report_callbacks import TrainingCallback
+from nested_core.training.reports.reporting_services import TrainingCallback
 from tests.core.report.written_runs import HOSTILE_ROW, add_metrics, begin_run, finished_run
 from tests.example import example_config, prepare, train
 from tests.production.browser import Browser, find_chromium

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from flows import cli
-from nested_core.config.registry import RegistrySection
+from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, DamagedError, GateRejected
 from nested_core.registry import (
     Promotion,

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nested_core.config.gate import GateSection
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import GateSection
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import polars as pl
 
-from nested_core.config.data import DataPolicy
+from nested_core.config.sections import DataPolicy
 from nested_core.data.lines.word_ngrams import RARE_NGRAM_MAX_EXAMPLES
 from nested_core.data.rules.dataset_report import Finding
 from nested_core.errors import join_first_values

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from nested_core.config.data import HubDataset
+from nested_core.config.sections import HubDataset
 from nested_core.data.data_settings import SPLITS
 from nested_core.data.lines.example_parsing import completion_to_messages
 from nested_core.data.sources.file_formats import NumberedLine, row_to_json_line

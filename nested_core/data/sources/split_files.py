@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from nested_core.config.hub_names import HUB_NAME_PATTERN
+from nested_core.config.names import HUB_NAME_PATTERN
 from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.sources.file_formats import (
     MAX_LINE_BYTES,

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from nested_core.config.gate import GateSection, TaskSection
+from nested_core.config.sections import GateSection, TaskSection
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.gate.answers.scorers import ScoringMethod
 from nested_core.gate.answers.suite_answers import EncodedSuite, Suite

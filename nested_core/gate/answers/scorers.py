@@ -24,7 +24,7 @@ from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import Any, Literal
 
-from nested_core.config.gate import Score
+from nested_core.config.sections import Score
 from nested_core.errors import DatasetError, shorten
 from nested_core.gate.answers.suites import Question, describe_bad_questions
 

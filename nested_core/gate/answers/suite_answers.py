@@ -25,7 +25,7 @@ from nested_core.gate.answers.suites import Question, describe_bad_questions, re
 from nested_core.models.generation import Answer, OnAnswered, Sampling, answer_prompts
 from nested_core.models.parameters import in_evaluation_mode
 from nested_core.storage.strict_files import regular_sha256
-from nested_core.training.loss.output_head import extract_logits
+from nested_core.training.loss.loss_interface import extract_logits
 
 # Logits of one batch of choices at once: 256 MiB in float32.
 _MAX_LOGITS_AT_ONCE = 64 * 2**20

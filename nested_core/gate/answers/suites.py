@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from nested_core.config.gate import Score
+from nested_core.config.sections import Score
 from nested_core.data.lines.example_parsing import strip_line
 from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
 from nested_core.errors import ConfigError, DamagedError, DatasetError, shorten

@@ -12,10 +12,10 @@ from nested_core.kernels.cuda import lora_add
 from nested_core.kernels.cuda.kernel_launch import (
     KERNEL_DTYPE,
     MAX_THREADS_PER_BLOCK,
+    RANKS_PER_TILE,
     launch_kernel,
 )
 from nested_core.kernels.cuda.lora_add import LowRankSumTerms, random_low_rank_sum_terms
-from nested_core.kernels.cuda.rank_tiles import RANKS_PER_TILE
 from nested_core.kernels.cuda.self_check import checked_kernel
 
 GatedGradients = tuple[mx.array, mx.array, mx.array]  # of gate, of up; the product

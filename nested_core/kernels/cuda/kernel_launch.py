@@ -116,3 +116,17 @@ def read_source_with_includes(file: str) -> str:
     """A source file with the text of its includes in their place: the compiler sees no folder."""
     text = (files("nested_core.kernels") / "cuda" / file).read_text()
     return INCLUDE_PATTERN.sub(lambda include: read_source_with_includes(include[1]), text)
+
+
+RANKS_PER_TILE = 8  # rows of a factor in one fragment of a matrix instruction
+COMPILED_TILE_COUNTS = 1, 2, 3, 4, 6, 8  # numbers of tiles that a kernel is compiled for
+
+
+def has_kernel_for_rank(rank: int) -> bool:
+    """Whether a factor of this rank fills whole tiles, no more than a kernel is compiled for."""
+    return 0 < rank <= RANKS_PER_TILE * COMPILED_TILE_COUNTS[-1] and rank % RANKS_PER_TILE == 0
+
+
+def tiles_of_smallest_kernel(rank: int) -> int:
+    """The tiles of the smallest kernel that takes factors up to this rank."""
+    return min(tiles for tiles in COMPILED_TILE_COUNTS if RANKS_PER_TILE * tiles >= rank)

@@ -17,11 +17,9 @@ from nested_core.kernels.cuda.kernel_launch import (
     KERNEL_DTYPE,
     MAX_THREADS_PER_BLOCK,
     MULTIPROCESSORS,
-    launch_kernel,
-)
-from nested_core.kernels.cuda.rank_tiles import (
     RANKS_PER_TILE,
     has_kernel_for_rank,
+    launch_kernel,
     tiles_of_smallest_kernel,
 )
 from nested_core.kernels.cuda.self_check import CheckedKernel, checked_kernel, random_arrays

@@ -15,6 +15,7 @@ from nested_core.models.peft.lora_factors import (
     ModuleFactors,
     group_by_module,
     list_first_problems,
+    make_rank_and_scale_uniform,
     name_tensors,
     note_half_precision_dora,
 )
@@ -28,7 +29,6 @@ from nested_core.models.peft.peft_config import (
     PeftConfig,
     read_peft_config,
 )
-from nested_core.models.peft.uniform_rank import make_rank_and_scale_uniform
 from nested_core.storage.adapter import CONFIG_NAME, write_adapter
 from nested_core.storage.safetensors_files import StoredTensor, read_tensors
 

@@ -2,8 +2,7 @@
 
 loss_interface.py says what a loss declares; supervised_loss.py is the default,
 chunked_cross_entropy.py its form that computes few logits at a time, through the output head that
-output_head.py finds in a model; mlx_lm_loss.py is the loss of mlx_lm.lora. A step schedule names
-its loss.
+is found in a model; mlx_lm_loss.py is the loss of mlx_lm.lora. A step schedule names its loss.
 """
 
 from nested_core.training.loss.loss_interface import Loss

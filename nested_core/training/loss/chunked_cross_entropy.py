@@ -19,9 +19,9 @@ from nested_core.training.loss.loss_interface import (
     Arrays,
     Loss,
     MicroBatch,
+    OutputHead,
     widen_for_device,
 )
-from nested_core.training.loss.output_head import OutputHead
 
 MIN_COMPUTED_POSITIONS = 64
 SHARE_COMPUTED_AS_ALL = 0.9  # of the positions: so many are no fewer than all

@@ -1,8 +1,13 @@
-"""What a loss is: a function of a micro-batch, and how micro-batches are averaged."""
+"""What a loss is: a function of a micro-batch, and how micro-batches are averaged.
+
+A loss may compute few logits at a time, through the output head that is found in a model here.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,9 +17,136 @@ import mlx.nn as nn
 import numpy as np
 
 from nested_core import backend
+from nested_core.backend import to_float
 from nested_core.data.batches import widen_to_fast_widths
-from nested_core.models.parameters import ParameterRefs
-from nested_core.training.loss.output_head import OutputHead, find_output_head
+from nested_core.kernels.patching import replacing_call
+from nested_core.models.parameters import (
+    ParameterRefs,
+    assign_parameters,
+    in_evaluation_mode,
+    read_parameters,
+    restoring_parameters,
+)
+
+MAX_DEPTH = 3  # parts of a body's name at most: "model", "language_model.model", "model.norm"
+PROBE_TOKENS = [[1, 2, 3, 4], [4, 3, 1, 2]]
+PROBE_ROWS = [6, 1, 3]  # of the probe's eight positions, out of order
+TOLERANCE_IN_EPSILONS = 16  # in units of the dtype's epsilon, relative to the largest logit
+
+logger = logging.getLogger(__name__)
+
+
+def extract_logits(outputs: Any) -> mx.array:
+    """The logits in a model's output, which may be a tuple that starts with them."""
+    logits: mx.array = outputs[0] if isinstance(outputs, tuple) else outputs
+    return logits
+
+
+@dataclass(frozen=True, eq=False)
+class OutputHead:
+    """A model split in two: `body` computes the hidden states, the rest the logits."""
+
+    model: nn.Module
+    body: nn.Module
+
+    def hidden(self, inputs: mx.array) -> mx.array:
+        """The body's output (batch, length, width); the logits are never evaluated."""
+        outputs: list[mx.array] = []
+        own_call = type(self.body).__call__
+
+        def keep_output(*args: Any, **kwargs: Any) -> mx.array:
+            outputs.append(own_call(self.body, *args, **kwargs))
+            return outputs[-1]
+
+        with replacing_call(self.body, keep_output):
+            self.model(inputs)
+        return outputs[-1]
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Logits (rows, vocabulary) of any rows (rows, width) of the body's output."""
+        with replacing_call(self.body, lambda *args, **kwargs: hidden[None]):
+            logits = extract_logits(self.model(mx.zeros((1, hidden.shape[0]), mx.int32)))
+            return logits.squeeze(0)  # [0] would copy them, and scatter their gradient
+
+
+def find_output_head(model: nn.Module, parameters: ParameterRefs) -> OutputHead | None:
+    """The frozen output head of a model; None, with the reason in the log, if it has none."""
+    with in_evaluation_mode(model):
+        logits, outputs = _record_module_outputs(model, mx.array(PROBE_TOKENS))
+        for module, hidden in reversed(outputs):
+            if hidden.shape[-1] == logits.shape[-1]:
+                continue
+            head = OutputHead(model, module)
+            rows = hidden.reshape(-1, hidden.shape[-1])[mx.array(PROBE_ROWS)]
+            expected = logits.reshape(-1, logits.shape[-1])[mx.array(PROBE_ROWS)]
+            if not _computes_same_logits(head, rows, expected):
+                continue
+            if _has_trained_parameters(head, rows, parameters):
+                logger.info("The output layer is trained: logits are computed at every position.")
+                return None
+            return head
+    logger.info(
+        "The output layer of %s could not be told apart: logits are computed at every position.",
+        type(model).__module__,
+    )
+    return None
+
+
+def _record_module_outputs(
+    model: nn.Module, tokens: mx.array
+) -> tuple[mx.array, list[tuple[nn.Module, mx.array]]]:
+    """The model's logits, and the outputs (batch, length, width) of its outer modules, in order."""
+    outputs: list[tuple[nn.Module, mx.array]] = []
+
+    def keeping_output(module: nn.Module) -> Callable[..., Any]:
+        """The module's call, which also keeps an output that has a row for each token."""
+        own_call = type(module).__call__
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            output = own_call(module, *args, **kwargs)
+            if isinstance(output, mx.array) and output.shape[:-1] == tokens.shape:
+                outputs.append((module, output))
+            return output
+
+        return call
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if name and name.count(".") < MAX_DEPTH:
+                stack.enter_context(replacing_call(module, keeping_output(module)))
+        logits = extract_logits(model(tokens))
+    return logits, outputs
+
+
+def _computes_same_logits(head: OutputHead, rows: mx.array, expected: mx.array) -> bool:
+    """Whether the head gives the model's own logits for these rows alone, within rounding."""
+    try:
+        logits = head.logits(rows)
+    except (ValueError, TypeError, IndexError, AttributeError):
+        return False  # what follows this module needs more than its output
+    if logits.shape != expected.shape:
+        return False
+    bound = (
+        TOLERANCE_IN_EPSILONS
+        * float(mx.finfo(expected.dtype).eps)
+        * to_float(mx.abs(expected).max())
+    )
+    return to_float(mx.abs(logits - expected).max()) <= bound
+
+
+def _has_trained_parameters(head: OutputHead, rows: mx.array, parameters: ParameterRefs) -> bool:
+    """Whether the logits of given rows depend on a trainable parameter."""
+
+    def total(values: dict[str, mx.array]) -> mx.array:
+        assign_parameters(parameters, values)
+        return mx.square(head.logits(rows).astype(mx.float32)).sum()
+
+    with restoring_parameters(parameters):
+        gradients = mx.grad(total)(read_parameters(parameters))
+    # popped, so that each gradient can be freed once its maximum is known
+    largest = [mx.abs(gradients.pop(name)).max() for name in list(gradients)]
+    return to_float(mx.stack(largest).max()) > 0
+
 
 MicroBatch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]  # tokens, target mask
 Arrays = tuple[mx.array, mx.array]

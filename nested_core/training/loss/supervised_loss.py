@@ -8,8 +8,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.training.loss.chunked_cross_entropy import make_chunked_cross_entropy
-from nested_core.training.loss.loss_interface import Arrays, Loss, as_arrays, widen_for_device
-from nested_core.training.loss.output_head import extract_logits
+from nested_core.training.loss.loss_interface import (
+    Arrays,
+    Loss,
+    as_arrays,
+    extract_logits,
+    widen_for_device,
+)
 
 
 def supervised_loss(model: Any, tokens: mx.array, target_mask: mx.array) -> Arrays:

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.kernels.cuda.rank_tiles import has_kernel_for_rank
+from nested_core.kernels.cuda.kernel_launch import has_kernel_for_rank
 from nested_core.kernels.quantized_linear import dequantized_weight_bytes
 from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.named_updates import flatten

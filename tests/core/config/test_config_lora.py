@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nested_core.config.loading import load_config, parse_config
-from nested_core.config.lora import LoraParameters
+from nested_core.config.sections import LoraParameters
 from nested_core.errors import ConfigError
 
 

@@ -17,7 +17,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from nested_core.config.data import DataPolicy
+from nested_core.config.sections import DataPolicy
 from nested_core.data import dataset_cache as caching
 from nested_core.data import dataset_loading
 from nested_core.data.data_settings import DataSettings

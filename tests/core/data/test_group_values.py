@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nested_core.config.data import DataPolicy
+from nested_core.config.sections import DataPolicy
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.held_out_rows import read_group_values
 from nested_core.errors import DatasetError

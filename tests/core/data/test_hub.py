@@ -20,8 +20,8 @@ import polars as pl
 import pytest
 from mlx_lm.tuner import datasets as theirs
 
-from nested_core.config.data import HubDataset
 from nested_core.config.loading import parse_config
+from nested_core.config.sections import HubDataset
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.rules.dataset_report import DatasetReport

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from nested_core.config.data import DataPolicy
+from nested_core.config.sections import DataPolicy
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.lines.word_ngrams import (

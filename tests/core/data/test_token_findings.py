@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from nested_core.config.data import DataPolicy
+from nested_core.config.sections import DataPolicy
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.rules.dataset_report import DatasetReport, Finding

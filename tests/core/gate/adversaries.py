@@ -17,8 +17,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from nested_core.config.gate import GateSection
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import GateSection
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, files_sha256, read_adapter
 from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nested_core.config.gate import GateSection
+from nested_core.config.sections import GateSection
 from nested_core.errors import DamagedError
 from nested_core.gate.chosen_candidate import Candidates, join_candidates, read_candidates
 from nested_core.gate.example_losses import ExampleLosses, read_example_losses

@@ -13,9 +13,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nested_core.config.gate import GateSection
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import GateSection
 from nested_core.data.example_digests import (
     decode_digests,
     digest_examples,

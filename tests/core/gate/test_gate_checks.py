@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nested_core.config.gate import GateSection
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import GateSection
 from nested_core.gate.file_checks import CHECKS_OF_ADAPTERS, CHECKS_OF_FILES
 from nested_core.gate.judge import CHECKS_WITH_MODEL, judge_run
 from nested_core.gate.judged import Check, Judged, begin_verdict, log_stopped_checks, make_checks

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nested_core.config.gate import GateSection
 from nested_core.config.loading import parse_config
-from nested_core.config.registry import RegistrySection
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import GateSection, RegistrySection
 from nested_core.errors import ConfigError, DamagedError, DatasetError, GateRejected
 from nested_core.gate import judge_run
 from nested_core.gate.example_losses import read_example_losses

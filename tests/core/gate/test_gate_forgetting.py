@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from mlx_lm import convert
 
-from nested_core.config.gate import GateSection
 from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import GateSection
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate import judge_run
 from nested_core.storage.run_directory import RunDirectory

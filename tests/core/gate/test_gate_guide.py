@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from nested_core.config.gate import GateSection, Score, TaskSection
+from nested_core.config.sections import GateSection, Score, TaskSection
 from nested_core.gate.answers.scorers import ScoringMethod
 from nested_core.gate.answers.suite_answers import Suite
 from nested_core.records.verdict import GATE_GUIDE, Code, Reason

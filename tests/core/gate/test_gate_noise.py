@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nested_core.config.gate import GateSection
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import GateSection
 from nested_core.errors import DamagedError
 from nested_core.gate.example_losses import ExampleLosses, read_example_losses
 from nested_core.gate.held_out_loss import (

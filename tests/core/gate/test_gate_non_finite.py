@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nested_core.config.gate import GateSection
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import GateSection
 from nested_core.gate import fresh_process_check, verify_adapters
 from nested_core.gate.fresh_process_check import FreshProcessLogits
 from nested_core.gate.fused_change import judge_fused_change

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nested_core.config.gate import GateSection
+from nested_core.config.sections import GateSection
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.gate import verify_adapters
 from tests.core.gate.pairs import (

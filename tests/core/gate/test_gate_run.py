@@ -9,8 +9,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from nested_core.config.gate import GateSection
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import GateSection
 from nested_core.errors import GateRejected
 from nested_core.gate import Verdict, judge_run
 from nested_core.gate.held_out_loss import read_held_out_examples, read_nonempty_splits

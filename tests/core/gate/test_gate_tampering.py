@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nested_core.config.data import DataPolicy
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import DataPolicy
 from nested_core.errors import DamagedError, DatasetError, GateRejected
 from nested_core.gate import judge_run
 from nested_core.gate.run_evidence import collect_evidence

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from flows.flow_runs.allowed_folders import with_trusted_code
-from nested_core.config.gate import GateSection
 from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import GateSection
 from nested_core.errors import ConfigError, DamagedError, DatasetError, GateRejected
 from nested_core.gate import judge_run
 from nested_core.gate.answers import scorers

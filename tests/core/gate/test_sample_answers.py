@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nested_core.config.gate import GateSection
+from nested_core.config.sections import GateSection
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.held_out_rows import read_held_out_prompts
 from nested_core.errors import DamagedError, GateRejected

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nested_core.config.gate import GateSection
+from nested_core.config.sections import GateSection
 from nested_core.gate.answers.answer_records import AnsweringRole, AnswerRecord
 from nested_core.gate.harmed_examples import exchange_mid_p
 from nested_core.gate.task_bounds import judge_answers

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nested_core.config.gate import GateSection
+from nested_core.config.sections import GateSection
 from nested_core.errors import GateRejected
 from nested_core.gate.answers.answer_records import read_answers
 from nested_core.gate.verdict_table import Check, list_checks, lost_answers

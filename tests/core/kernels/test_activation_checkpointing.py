@@ -18,7 +18,7 @@ from nested_core.models.parameters import (
     reference_trainable_parameters,
     restoring_parameters,
 )
-from nested_core.optim.gradient_checks import Flat
+from nested_core.optim.gradients import Flat
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import batch, build, largest_difference
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nested_core import ConfigError, TierMap, assign_tiers
-from nested_core.config.nested import Assignment, NestedSection
+from nested_core.config.sections import Assignment, NestedSection
 from nested_core.optim.tier_assignment import count_expected_updates, refuse_tiers_never_due
 
 PARTS = ("self_attn.q_proj.lora_a", "self_attn.q_proj.lora_b", "mlp.up_proj.lora_a")

@@ -16,8 +16,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from nested_core import NestedAdamW, Tier, TierStats
 from nested_core.config.loading import parse_config
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.optim.gradient_checks import find_gradient_mark
-from nested_core.optim.gradient_clipping import clip_factor
+from nested_core.optim.gradients import clip_factor, find_gradient_mark
 from nested_core.optim.tier_assignment import TierMap
 from nested_core.optim.tiered import Tiered
 from nested_core.training.training_setup import build_optimizer

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nested_core.config.registry import RegistrySection
+from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.records.verdict_file import parse_verdict, read_verdict
 from nested_core.registry import (

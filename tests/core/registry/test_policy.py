@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from nested_core.config.registry import RegistrySection
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import (
     Promotion,

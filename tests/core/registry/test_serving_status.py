@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from nested_core.config.registry import RegistrySection
+from nested_core.config.sections import RegistrySection
 from nested_core.registry import promote, register, rollback
 from nested_core.registry.serving_file import ServingRecord, write_serving_record
 from nested_core.registry.serving_status import (

@@ -13,7 +13,7 @@ from nested_core.report.run_listing import list_runs
 from nested_core.report.run_page import read_report
 from nested_core.report.run_status import read_status
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.training_plan import read_plan
+from nested_core.training.reports.training_plan import read_plan
 from tests.core.report.written_runs import add_metrics, begin_run, write_plan_of
 
 RECORDS = [

@@ -19,7 +19,7 @@ from nested_core.report.run_record import read_run
 from nested_core.report.run_status import read_status
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.html_markup import CONTENT_SECURITY_POLICY
-from nested_core.training.training_plan import list_resumptions, read_plan
+from nested_core.training.reports.training_plan import list_resumptions, read_plan
 from tests.core.report.written_runs import (
     HOSTILE_ROW,
     add_metrics,

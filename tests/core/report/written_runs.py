@@ -28,7 +28,7 @@ from nested_core.records.verdict_file import write_verdict
 from nested_core.storage.atomic import write_json
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.training_plan import TrainingPlan, write_plan
+from nested_core.training.reports.training_plan import TrainingPlan, write_plan
 from tests.example import example_config
 
 MODULES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")

@@ -9,7 +9,7 @@ import warnings
 import pytest
 
 from nested_core import SilentUpdateWarning, UpdateReport
-from nested_core.training.silent_failure_checks import (
+from nested_core.training.training_checks import (
     warn_of_flat_loss,
     warn_of_lost_updates,
     warn_once,

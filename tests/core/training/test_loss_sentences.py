@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from nested_core.training.loss_sentences import describe_training_loss, describe_validation_loss
+from nested_core.training.reports.training_plan import (
+    describe_training_loss,
+    describe_validation_loss,
+)
 
 
 def test_a_loss_that_is_not_finite_is_said_and_the_lowest_is_told_beside_it() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx.optimizers import SGD, Muon
 
-from nested_core.optim.gradient_checks import Flat, optimizer_state_by_parameter
+from nested_core.optim.gradients import Flat, optimizer_state_by_parameter
 from nested_core.optim.named_updates import flatten
 from nested_core.optim.tier_assignment import TierMap
 from nested_core.optim.tier_counters import COUNTERS_KEY, Tier

@@ -16,8 +16,8 @@ from nested_core.pipeline.finetune import finetune
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
-from nested_core.training import reporting_services
-from nested_core.training.reporting_services import (
+from nested_core.training.reports import reporting_services
+from nested_core.training.reports.reporting_services import (
     ReportingCallback,
     attaching_verdict_at_end,
     configured_services,

@@ -11,7 +11,7 @@ from nested_core.errors import TrainingStopped
 from nested_core.models.base_model import load_base_model
 from nested_core.models.generation import Sampling, answer_prompts, encode_prompt
 from nested_core.models.lora_attachment import attach_adapter, load_adapter_tensors
-from nested_core.training.sample_prompts import SampleTable, samples_by_step
+from nested_core.training.reports.sample_prompts import SampleTable, samples_by_step
 from tests.example import (
     SPEEDS,
     Finished,

@@ -15,7 +15,7 @@ import pytest
 from mlx.utils import tree_map_with_path
 from mlx_lm import load
 
-from nested_core.config.gate import GateSection
+from nested_core.config.sections import GateSection
 from nested_core.errors import (
     DatasetError,
     GateRejected,

@@ -26,8 +26,8 @@ from nested_core.storage.checkpoint_verification import checkpoint_path, list_ch
 from nested_core.storage.run_directory import RunDirectory, open_run
 from nested_core.storage.safetensors_files import load_arrays, read_tensors
 from nested_core.storage.strict_files import regular_sha256
-from nested_core.training.metrics_file import cumulative_seconds
-from nested_core.training.training_plan import read_plan
+from nested_core.training.reports.metrics_file import cumulative_seconds
+from nested_core.training.reports.training_plan import read_plan
 from tests.example import (
     MODEL,
     SPEEDS,

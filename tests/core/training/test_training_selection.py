@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nested_core.config.gate import GateSection
+from nested_core.config.sections import GateSection
 from nested_core.pipeline import steps
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.checkpoint_verification import (

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nested_core.config.gate import Score
+from nested_core.config.sections import Score
 from nested_core.errors import DatasetError
 from nested_core.gate.answers import scorers
 from nested_core.gate.answers.scorers import (

@@ -22,7 +22,6 @@ from nested_core.kernels.cuda import (
     kernel_launch,
     lora_add,
     lora_matmuls,
-    rank_tiles,
 )
 from nested_core.kernels.cuda.self_check import CheckedKernel
 
@@ -81,7 +80,7 @@ def test_widths_and_counts_are_those_of_the_sources() -> None:
     assert "cvt.rn.bf16.f32" in COMMON
     assert ".bf16.bf16.f32" in COMMON
     assert f"threadIdx.x / 32) * {lora_add.WARP_COLUMNS};" in EXPAND
-    assert f"({rank_tiles.RANKS_PER_TILE} * min(i, n - 1)" in EXPAND
+    assert f"({kernel_launch.RANKS_PER_TILE} * min(i, n - 1)" in EXPAND
     for name in ("low_rank_sums", "gated_product", "gated_gradients"):
         assert f"first = blockIdx.y * steps * {lora_add.WARP_ROWS};" in SOURCES[name]
         assert (

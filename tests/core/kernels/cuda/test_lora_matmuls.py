@@ -11,9 +11,9 @@ import pytest
 
 from nested_core import backend
 from nested_core.kernels.cuda import lora_matmuls
-from nested_core.kernels.cuda.kernel_launch import MAX_THREADS_PER_BLOCK
-from nested_core.kernels.cuda.rank_tiles import (
+from nested_core.kernels.cuda.kernel_launch import (
     COMPILED_TILE_COUNTS,
+    MAX_THREADS_PER_BLOCK,
     has_kernel_for_rank,
     tiles_of_smallest_kernel,
 )

@@ -12,7 +12,13 @@ import pytest
 
 from nested_core import backend
 from nested_core.kernels import rms_norm, rope, swiglu
-from nested_core.kernels.cuda import concatenate, gated_mlp, lora_add, lora_matmuls, rank_tiles
+from nested_core.kernels.cuda import (
+    concatenate,
+    gated_mlp,
+    kernel_launch,
+    lora_add,
+    lora_matmuls,
+)
 from nested_core.kernels.cuda.self_check import CheckedKernel
 from tests.left_out import slow_except
 
@@ -255,6 +261,6 @@ def test_without_cuda_a_kernel_is_not_usable_and_not_launched(
 @pytest.mark.parametrize("name", CHECKS)
 def test_on_cuda_the_kernels_agree_with_mlx(name: str) -> None:
     kernel, variant = CHECKS[name].kernel, CHECKS[name].variant
-    of_tiles = [(number,) for number in rank_tiles.COMPILED_TILE_COUNTS]
+    of_tiles = [(number,) for number in kernel_launch.COMPILED_TILE_COUNTS]
     for each in of_tiles if variant == (3,) else [variant]:
         assert kernel.describe_disagreement(*each) is None

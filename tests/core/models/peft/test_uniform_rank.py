@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from nested_core.errors import ConfigError
-from nested_core.models.peft.lora_factors import ModuleFactors
-from nested_core.models.peft.uniform_rank import make_rank_and_scale_uniform
+from nested_core.models.peft.lora_factors import ModuleFactors, make_rank_and_scale_uniform
 from nested_core.storage.safetensors_files import StoredTensor
 
 STORED = {"F32": np.float32, "F16": np.float16}

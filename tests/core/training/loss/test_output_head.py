@@ -20,8 +20,7 @@ from nested_core.training.loss.chunked_cross_entropy import (
     find_supervised_positions,
     make_chunked_cross_entropy,
 )
-from nested_core.training.loss.loss_interface import Loss, MicroBatch
-from nested_core.training.loss.output_head import OutputHead, find_output_head
+from nested_core.training.loss.loss_interface import Loss, MicroBatch, OutputHead, find_output_head
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import ARCHITECTURES, batch, build, largest_difference, outcome
 

@@ -1,7 +1,7 @@
-"""What an adapter may be called in a registry.
+"""What an adapter may be called in a registry, and a repository of the Hugging Face hub.
 
-No path, and nothing that a file system of another kind would take for something else: a dot at the
-end, a device of Windows.
+An adapter's name is no path, and nothing that a file system of another kind would take for
+something else: a dot at the end, a device of Windows.
 """
 
 from __future__ import annotations
@@ -28,3 +28,6 @@ def why_invalid_adapter_name(name: str) -> str | None:
             "a dot at the end, and takes con, nul, com1 and the like for devices. Use another name."
         )
     return None
+
+
+HUB_NAME_PATTERN = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)

@@ -211,6 +211,6 @@ def make_step_schedule(
     """The length-bucketed schedule, or under `training.reference` mlx-lm's."""
     if config.training.reference is None:
         return BucketedSchedule(config, splits, world)
-    from nested_core.training.mlx_lm_batch_schedule import MlxLmSchedule
+    from nested_core.training.schedule.mlx_lm_batch_schedule import MlxLmSchedule
 
     return MlxLmSchedule(config, splits)

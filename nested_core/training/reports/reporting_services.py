@@ -1,8 +1,4 @@
-"""The services of `report_to`, each through its own client: losses as they come, then the verdict.
-
-What a service knows a run by is kept in RUN_DIR/report-to.json, so that a resumed run goes on in
-the same place and the verdict is added where the losses are.
-"""
+"""Training callbacks in mlx-lm's protocol."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import importlib.util
 import math
 import secrets
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +21,34 @@ from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object, read_regular
-from nested_core.training.report_callbacks import CallbackGroup, TrainingCallback
+
+
+class TrainingCallback(Protocol):
+    """What mlx_lm.tuner.callbacks.TrainingCallback offers."""
+
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+        """Called with the training loss at every report."""
+
+    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
+        """Called with the validation loss at every evaluation."""
+
+
+class CallbackGroup:
+    """Calls each of several callbacks in turn."""
+
+    def __init__(self, callbacks: Sequence[TrainingCallback]) -> None:
+        self._callbacks = tuple(callbacks)
+
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+        """Pass a training report on."""
+        for callback in self._callbacks:
+            callback.on_train_loss_report(train_info)
+
+    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
+        """Pass an evaluation on."""
+        for callback in self._callbacks:
+            callback.on_val_loss_report(val_info)
+
 
 DEFAULT_PROJECT = "nested-tune"
 

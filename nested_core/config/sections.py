@@ -1,0 +1,481 @@
+"""The sections of the configuration: a class each, and a line for each key.
+
+Nothing of `gate` lets an adapter past the gate.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from nested_core.config.names import NAME_PATTERN, why_invalid_adapter_name
+from nested_core.config.section import Section, key, lay_out_form
+
+Processes = Annotated[PositiveInt, Field(le=64)]
+
+# What a reference run may set here: none of it changes what mlx_lm.lora computes.
+KEYS_ALLOWED_IN_REFERENCE_RUN = frozenset(
+    {
+        "reference",
+        "keep_checkpoints",
+        "memory_limit_gb",
+        "flat_loss_reports",
+        "max_nonfinite_steps",
+        "min_delta",
+        "sample_tokens",
+        "processes",  # refused with a message of its own
+        "hostfile",  # likewise
+    }
+)
+
+
+class TrainingSection(Section):
+    """How the training loop runs, beyond what mlx-lm knows."""
+
+    max_grad_norm: NonNegativeFloat = key(0.0, "gradients are clipped to this norm; 0 is off")
+    warmup_steps: NonNegativeInt = key(0, "optimizer steps until the full learning rate")
+    epochs: PositiveFloat | None = key(
+        None, "passes over the data, in place of iters; a flag --iters wins over a file's epochs"
+    )
+    supervise: Literal["last", "all"] = key("last", "assistant turns to train on, in a chat")
+    early_stop_patience: PositiveInt | None = key(
+        None, "stop after so many evaluations without improvement"
+    )
+    min_delta: NonNegativeFloat = key(1e-4, "least fall of the loss that counts as improvement")
+    keep_checkpoints: PositiveInt = key(5, "checkpoints kept, with the best and the last always")
+    precision: Literal["auto", "float32", "bfloat16"] = key(
+        "auto", "dtype of the forward and backward pass"
+    )
+    memory_limit_gb: PositiveFloat | None = key(None, "GB of the device's memory to stay within")
+    max_nonfinite_steps: PositiveInt = key(5, "steps in a row until the run ends as diverged")
+    flat_loss_reports: int = key(10, "warn when the loss has not moved for so many reports", ge=2)
+    sample_tokens: PositiveInt = key(64, "most tokens of an answer to samples", affects="output")
+    processes: Processes = key(1, "processes on this machine that share each batch")
+    hostfile: str | None = key(None, "mlx.launch's list of machines, for processes", path="local")
+    reference: Literal["mlx_lm"] | None = key(None, "do what mlx_lm.lora does, bit for bit")
+
+    def changed_keys_unknown_to_mlx_lm(self) -> list[str]:
+        """The keys that are not at their defaults and that mlx_lm.lora knows nothing of."""
+        defaults = TrainingSection()
+        return [
+            name
+            for name in TrainingSection.model_fields
+            if name not in KEYS_ALLOWED_IN_REFERENCE_RUN
+            and getattr(self, name) != getattr(defaults, name)
+        ]
+
+
+Frequencies = Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)]
+
+
+class Assignment(Section):
+    """One rule of the manual strategy: names that match the pattern go to the tier."""
+
+    match: str = key(..., "a regular expression over parameter names")
+    tier: NonNegativeInt = key(..., "the tier that they go to; 0 is the fastest")
+
+    def problems(self) -> Iterator[str]:
+        """The pattern compiles."""
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            yield f"{self.match!r} is not a regular expression: {error}"
+
+
+class NestedSection(Section):
+    """Tiers of parameters, each updated every so many optimizer steps."""
+
+    frequencies: Frequencies = key((1,), "one a tier, ascending: updated every so many steps")
+    strategy: Literal["layer_depth", "parameter_importance", "manual"] = key(
+        "layer_depth", "what decides a parameter's tier"
+    )
+    fast: Literal["shallow", "deep"] = key("shallow", "end of the model updated at every step")
+    slow_gradients: Literal["skip", "accumulate"] = key(
+        "skip", "gradients of a tier that is not due: not computed, or gathered until it is due"
+    )
+    accumulate: Literal["mean", "sum"] = key("mean", "what becomes of gathered gradients")
+    learning_rate_scale: tuple[NonNegativeFloat, ...] | None = key(
+        None, "one factor a tier on the learning rate; null is 1 each"
+    )
+    weight_decay: tuple[NonNegativeFloat, ...] | None = key(
+        None, "one weight decay a tier; null is the optimizer's"
+    )
+    assignments: tuple[Assignment, ...] = key((), "for the strategy manual; the first match wins")
+    probe_batches: PositiveInt = key(8, "batches that parameter_importance measures gradients on")
+
+    def problems(self) -> Iterator[str]:
+        """Frequencies, numbers a tier and assignments agree."""
+        tiers = len(self.frequencies)
+        if list(self.frequencies) != sorted(self.frequencies):
+            yield f"frequencies must ascend, fastest first; got {self.frequencies}"
+        for name in ("learning_rate_scale", "weight_decay"):
+            values = getattr(self, name)
+            if values is not None and len(values) != tiers:
+                yield f"{name} needs one number a tier ({tiers}), got {len(values)}"
+        if (self.strategy == "manual") != bool(self.assignments):
+            yield "strategy manual needs assignments, and only manual takes them"
+        for assignment in self.assignments:
+            if assignment.tier >= tiers:
+                yield (
+                    f"the assignment {assignment.match!r} names tier {assignment.tier}; "
+                    f"{tiers} frequencies make tiers 0 to {tiers - 1}"
+                )
+
+
+DEFAULT_RANK = 8
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+Modules = Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+def _add_alpha_to_schema(schema: dict[str, Any]) -> None:
+    """Forms that are made from the schema (Prefect's) take alpha too."""
+    described = "scale times rank, as PEFT has it; in place of scale"
+    schema["properties"]["alpha"] = {"title": "Alpha", "type": "number", "description": described}
+    lay_out_form(schema)
+
+
+class LoraParameters(Section):
+    """The low-rank matrices: their rank, the factor on their product, where they go (`keys`).
+
+    `alpha` may be given in place of `scale`, and is kept as the scale that it means: alpha / rank
+    (peft/tuners/lora/layer.py). The attribute is not called `keys`, or dict() would take the
+    section for a mapping.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_add_alpha_to_schema)
+
+    rank: PositiveInt = key(DEFAULT_RANK, "inner dimension of the two factors")
+    dropout: Dropout = key(0.0, "share of the inputs left out in training")
+    scale: PositiveFloat = key(
+        20.0, "factor on the product of the two matrices; or give alpha, which is scale times rank"
+    )
+    modules: Modules | None = key(
+        None, "names of the modules that get an adapter; null: all linear ones", alias="keys"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _convert_alpha(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "alpha" not in values:
+            return values
+        others = {key: value for key, value in values.items() if key != "alpha"}
+        alpha, rank = values["alpha"], others.get("rank", DEFAULT_RANK)
+        if alpha is None:
+            return others
+        if others.get("scale") is not None:
+            raise ValueError(
+                f"alpha and scale say the same thing (scale = alpha / rank); found alpha {alpha!r} "
+                f"and scale {others['scale']!r}: give one of them"
+            )
+        if not _is_number(alpha) or not 0 < alpha <= sys.float_info.max:
+            raise ValueError(f"alpha should be a finite number above 0; found {alpha!r:.80}")
+        if not _is_number(rank) or not rank >= 1:
+            raise ValueError(f"rank should be a whole number above 0; found {rank!r:.80}")
+        return others | {"scale": alpha / rank}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+MLX_LM_OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
+
+
+@cache
+def optimizer_classes() -> Mapping[str, type]:
+    """mlx's optimizers by name; the first call imports mlx, which takes some 0.2 s."""
+    from mlx import optimizers
+
+    classes = [value for value in vars(optimizers).values() if isinstance(value, type)]
+    return {
+        cls.__name__.lower(): cls
+        for cls in classes
+        if "learning_rate" in inspect.signature(cls).parameters
+    }
+
+
+def parse_optimizer_name(name: str) -> str:
+    """The name in small letters, as mlx_lm.lora reads it; ValueError for one that mlx has not."""
+    name = name.lower()
+    if name not in MLX_LM_OPTIMIZERS and name not in optimizer_classes():
+        raise ValueError(f"{name!r} is no optimizer; there are {sorted(optimizer_classes())}")
+    return name
+
+
+def optimizer_problems(
+    optimizer: str, optimizer_config: Mapping[str, Mapping[str, Any]], nested: NestedSection
+) -> Iterator[str]:
+    """What `optimizer_config` and `nested` ask of the optimizer that it does not take."""
+    others = optimizer_config.keys() - set(MLX_LM_OPTIMIZERS)
+    strange = sorted(name for name in others if name not in optimizer_classes())
+    if strange:
+        known = sorted(optimizer_classes())
+        yield f"optimizer_config: {strange} are no optimizers; there are {known}"
+    arguments = optimizer_config.get(optimizer, {})
+    if not arguments and nested.weight_decay is None and nested.learning_rate_scale is None:
+        return  # nothing to ask mlx for
+    defaults = default_arguments(optimizer)
+    unknown = arguments.keys() - defaults
+    if unknown:
+        yield (
+            f"optimizer_config.{optimizer} does not take {sorted(unknown)}; "
+            f"it takes {sorted(defaults)}"
+        )
+    if nested.weight_decay is not None and "weight_decay" not in defaults:
+        yield f"nested.weight_decay needs optimizer: adamw or another with one, not {optimizer}"
+    computes_rate = (defaults | dict(arguments)).get("relative_step", False)
+    if nested.learning_rate_scale is not None and computes_rate:
+        yield (
+            f"nested.learning_rate_scale: {optimizer} computes its own step size; give "
+            f"optimizer_config.{optimizer}.relative_step: false"
+        )
+
+
+def default_arguments(optimizer: str) -> dict[str, Any]:
+    """What an optimizer takes beside its learning rate, each with mlx's default."""
+    parameters = inspect.signature(optimizer_classes()[optimizer]).parameters.values()
+    return {p.name: p.default for p in parameters if p.name != "learning_rate"}
+
+
+LOAD_DATASET_ARGUMENTS_WITH_OWN_KEYS = {"path", "split"}  # arguments of datasets.load_dataset
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+class HubDataset(Section):
+    """One data set, which splits of it to read, and the columns that hold the fields."""
+
+    path: NonEmpty = key(..., "the data set's name on the hub, or a folder", path="local_or_hub")
+    config: dict[str, Any] = key({}, "keyword arguments of datasets.load_dataset")
+    train_split: str = key("train[:80%]", "the split to train on")
+    valid_split: str = key("train[-10%:]", "the split to validate on")
+    test_split: str | None = key(None, "the split to test on")
+    prompt_feature: str = key("prompt", "the column of the prompt")
+    completion_feature: str = key("completion", "the column of the completion")
+    text_feature: str = key("text", "the column of plain text")
+    chat_feature: str = key("messages", "the column of the messages")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_name_outside_config(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "name" in value:
+            raise ValueError(
+                "name is not read by mlx-lm either; a configuration of the data set is "
+                f"chosen by config: {{name: {value['name']}}}"
+            )
+        return value
+
+    def problems(self) -> Iterator[str]:
+        """No argument of load_dataset is given twice."""
+        if twice := LOAD_DATASET_ARGUMENTS_WITH_OWN_KEYS & self.config.keys():
+            yield f"config: {sorted(twice)} have keys of their own: path, train_split"
+
+
+def _mapping_as_list(value: Any) -> Any:
+    """As in mlx-lm a mapping is a list of one."""
+    return [value] if isinstance(value, dict) else value
+
+
+HubDatasets = Annotated[tuple[HubDataset, ...], BeforeValidator(_mapping_as_list)]
+
+
+class DataPolicy(Section):
+    """What happens to examples that are too long, repeated, or in a held-out set as well."""
+
+    overlong: Literal["truncate", "drop", "error"] = key(
+        "truncate", "examples above max_seq_length"
+    )
+    duplicates: Literal["keep", "drop"] = key("keep", "training examples that come twice")
+    leakage: Literal["error", "drop"] = key("error", "training examples in a held-out set as well")
+    near_duplicates: Literal["warn", "error", "off"] = key(
+        "warn", "held-out examples that nearly are a training example"
+    )
+    roles: Literal["strict", "template"] = key(
+        "strict", "roles and order of a chat: by our rules, or whatever the chat template takes"
+    )
+    group: NonEmpty | None = key(
+        None, "a field of the rows, such as a document: held-out rows with one value count as one"
+    )
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Score = Literal["exact", "contains", "regex", "number", "json", "choice", "python"]
+TASK_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+# The splits that a value of held_out stands for, the first one that is there; others are files.
+SPLITS_BY_HELD_OUT_CHOICE = {"auto": ("test", "valid"), "test": ("test",), "valid": ("valid",)}
+SCORER_FUNCTION_PATTERN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+
+
+def _text_as_list(value: Any) -> Any:
+    """One text is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+Stops = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_text_as_list)]
+
+
+class TaskSection(Section):
+    """One suite of questions that the adapter has to answer, and the bounds of its score."""
+
+    name: str = key(..., "what messages and gate.json call it", pattern=TASK_NAME_PATTERN)
+    file: str = key(..., "JSON Lines, a question a line with the answer expected", path="local")
+    score: Score = key(..., "how an answer is compared with the expected one")
+    function: str | None = key(None, "for python, module:function", pattern=SCORER_FUNCTION_PATTERN)
+    min: Share | None = key(None, "the least share of right answers")
+    max_drop: Share | None = key(0.0, "the most that training may lose; null is any")
+    min_gain: Share | None = key(None, "the least that training must win")
+    max_tokens: PositiveInt = key(64, "of an answer", lt=2**20)
+    stop: Stops = key((), "texts at which an answer ends")
+    temperature: NonNegativeFloat = key(0.0, "0 takes the likeliest token")
+    seed: int = key(0, "of the draws where the temperature is above 0", ge=0, lt=2**32)
+    tolerance: NonNegativeFloat = key(0.0, "for number, where a question has none of its own")
+    canary: bool = key(
+        False, "its answers are recorded, for a server to compare its own with after a swap"
+    )
+
+    def problems(self) -> Iterator[str]:
+        """A function is what scores python, and nothing else."""
+        if (self.function is not None) != (self.score == "python"):
+            yield "score: python needs a function, module:function; no other score has one"
+        if self.tolerance and self.score != "number":
+            yield f"tolerance: for score: number; {self.score} compares no numbers"
+
+
+class GateSection(Section):
+    """The bounds that the gate judges by; they are recorded in gate.json."""
+
+    held_out: str = key(
+        "auto",
+        "what is judged on: valid, test, a JSON Lines file, or auto, which is test before valid",
+        path="local_or_split",
+        min_length=1,
+    )
+    max_val_loss_increase: NonNegativeFloat = key(
+        0.02,
+        "relative, at least 0.01 nats: the margin within which the loss has to be shown to stay; "
+        "0.0: none",
+    )
+    max_harmed_share: Share = key(
+        0.01, "of examples that lost far more than a nat a token, while none or few won as much"
+    )
+    samples: Literal["warn", "fail"] = key(
+        "warn",
+        "where training broke most answers to sample prompts (empty, repeated, endless): warn "
+        "keeps it from being promoted by itself, fail rejects it",
+    )
+    min_relative_change: NonNegativeFloat = key(
+        0.0, "the least share of its norm that some tensor must have moved"
+    )
+    max_skipped_share: Share = key(0.01, "of a tier's updates, skipped for non-finite gradients")
+    general_data: str | None = key(
+        None, "JSON Lines of text that the adapter must not forget", path="local"
+    )
+    max_general_loss_increase: NonNegativeFloat | None = key(None, "relative, on general_data")
+    check_fused: bool = key(False, "judge the adapter fused into the base model too")
+    max_kl: NonNegativeFloat | None = key(
+        None, "nats a held-out token that predictions may move from the initial adapter's"
+    )
+    drift: bool = key(False, "record how far predictions moved from the base model's, too")
+    tasks: tuple[TaskSection, ...] = key((), "suites of questions that the adapter has to answer")
+    allow_python_scorers: bool = key(
+        False, "let tasks run Python functions with your rights; never a flow's parameter"
+    )
+    noise: Literal["paired", "none"] = key(
+        "paired",
+        "paired: a loss or score counts as worse where the 95 % interval of the paired differences "
+        "says so and the margin may be passed; none: the bound alone, on the mean",
+    )
+
+    def problems(self) -> Iterator[str]:
+        """What belongs together: the general text and its bound, Python scorers and their key."""
+        if (self.general_data is None) != (self.max_general_loss_increase is None):
+            yield "gate needs general_data and max_general_loss_increase, or neither"
+        names = [task.name for task in self.tasks]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield f"gate.tasks: two have the name {name}"
+        for task in self.tasks:
+            if task.score == "python" and not self.allow_python_scorers:
+                yield (
+                    f"gate.tasks: {task.name} is scored by {task.function}, which would run with "
+                    f"your rights; set gate.allow_python_scorers if you trust it"
+                )
+
+
+def _require_adapter_name(name: Any) -> Any:
+    """Refuse a text that is no name; the pattern beside it is for forms."""
+    if isinstance(name, str) and (reason := why_invalid_adapter_name(name)) is not None:
+        raise ValueError(reason.removesuffix("."))
+    return name
+
+
+AdapterName = Annotated[
+    str, Field(pattern=f"^{NAME_PATTERN.pattern}$"), BeforeValidator(_require_adapter_name)
+]
+
+
+class RegistrySection(Section):
+    """Where verified adapters go, and which of them become champion by themselves.
+
+    `better` asks for a loss that is lower than the champion's on the same held-out examples (of a
+    first version, than its initial adapter's) by more than `min_improvement`, with the 95 %
+    interval of the difference below 0; `approve` leaves it to a person.
+    """
+
+    path: str | None = key(None, "the registry's folder, on the worker's machine", path="local")
+    name: AdapterName | None = key(None, "the adapter's name in the registry")
+    promote: Literal["never", "always", "better", "approve"] = key(
+        "never",
+        "whether a verified adapter becomes champion; better: on the same held-out data",
+    )
+    min_improvement: NonNegativeFloat = key(
+        0.005, "for better: nats a token, of the difference itself"
+    )
+    require_validation: bool = key(True, "promote nothing that was not validated")
+    await_serving: PositiveFloat | None = key(
+        None, "seconds that a promotion waits for the servers of the name to follow", le=600
+    )
+
+    def problems(self) -> Iterator[str]:
+        """Path, name and what is promoted agree."""
+        if (self.path is None) != (self.name is None):
+            yield "registry needs both path and name, or neither"
+        if self.promote != "never" and self.path is None:
+            yield f"promote: {self.promote} needs a registry path and name"
+
+
+ServerAddress = Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9.:_\[\]-]+/?$")]
+
+
+class ServeSection(Section):
+    """Servers of the name that cannot write into the registry, and so are asked."""
+
+    urls: tuple[ServerAddress, ...] = key(
+        (), "addresses, http://HOST:PORT, whose /health is asked for what they serve", max_length=16
+    )
+
+
+class ContinualSection(Section):
+    """Whether a run goes on from the champion; `from` is the champion, or nothing.
+
+    With `skip_unchanged`, a run on data and settings that the champion was trained with already
+    ends before it begins.
+    """
+
+    start: Literal["champion"] | None = key(
+        None, "champion: start from the registry's champion", alias="from"
+    )
+    skip_unchanged: bool = key(True, "end before training if data and settings are the same")
