@@ -132,7 +132,7 @@ def _describe_learnt_prompts(config: FineTuneConfig, report: DatasetReport) -> s
     """That prompts are learnt too, where the data has prompts and nothing masks them."""
     train = report.splits.get("train")
     learns_answers = config.mask_prompt or config.training.supervise == "all"
-    if learns_answers or train is None or train.format not in ("chat", "completion"):
+    if learns_answers or train is None or not train.has_prompts:
         return None
     return (
         "mask_prompt is false, as in mlx_lm: prompts are learnt too. With the file that "

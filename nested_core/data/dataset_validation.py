@@ -14,6 +14,7 @@ from pathlib import Path
 import polars as pl
 
 from nested_core.data.data_settings import DataSettings
+from nested_core.data.lines.example_parsing import TEMPLATED_FORMATS, UNTEMPLATED_FORMATS
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.rules.dataset_report import (
     DatasetReport,
@@ -123,7 +124,7 @@ def _apply_file_rules(
             "format": table.format,
             "mask_prompt": settings.mask_prompt,
             "supervise": settings.supervise,
-            "lacks_template": lacks_template and table.format in ("chat", "completion"),
+            "lacks_template": lacks_template and table.format in TEMPLATED_FORMATS,
         }
         for split, table in tables.items()
     ]
@@ -168,7 +169,7 @@ def _lines_to_tokenize(
             table.source, findings.lines_with_errors(table.file).union(*table.dropped.values())
         )
         for split, table in tables.items()
-        if table.source is not None and (table.format == "text" or has_template)
+        if table.source is not None and (table.format in UNTEMPLATED_FORMATS or has_template)
     }
 
 

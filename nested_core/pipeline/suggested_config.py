@@ -108,7 +108,7 @@ def _render_yaml(
     names = "".join(
         f"{key}: {json.dumps(name, ensure_ascii=False)}\n" for key, name in base.items()
     )
-    masks_prompt = str(train.format != "text").lower()
+    masks_prompt = str(train.has_prompts).lower()
     return f"""\
 # Written by `nested-tune init` from {train.rows:,} examples of {train.format} in {train.file}.
 # `nested-tune explain -c FILE` says what it will do, `nested-tune train -c FILE` does it. The keys

@@ -7,8 +7,9 @@ is a problem. Knows no other line and no tokenizer.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 
@@ -51,6 +52,11 @@ class FieldNames:
     allows_any_role: bool = False  # data_policy.roles: template
     group: str | None = None  # the field that data_policy.group names; no part of the example
 
+    def key_of(self, field: str) -> str:
+        """The key that holds a field of a format; its name, where none is configured."""
+        key: str = getattr(self, field, field)
+        return key
+
 
 class Example(NamedTuple):
     """What mlx-lm tokenises: messages and tools for a chat or a completion, else the text."""
@@ -75,12 +81,6 @@ def is_tool_calling_message(message: Any) -> bool:
     if not isinstance(message, dict) or message.get("role") != "assistant":
         return False
     return bool(message.get("tool_calls"))
-
-
-def completion_to_messages(prompt: str, completion: str) -> list[dict[str, Any]]:
-    """A completion as the two-turn chat that mlx-lm makes of it."""
-    user = {"role": "user", "content": prompt}
-    return [user, {"role": "assistant", "content": completion}]
 
 
 def _require_function_name(value: dict[str, Any]) -> dict[str, Any]:
@@ -143,10 +143,45 @@ class _TextLine(TypedDict):
     text: str
 
 
-_LINE_MODEL_BY_FORMAT = {"chat": _ChatLine, "completion": _CompletionLine, "text": _TextLine}
-_VALIDATOR_BY_FORMAT = {
-    name: TypeAdapter[Any](fields) for name, fields in _LINE_MODEL_BY_FORMAT.items()
+@dataclass(frozen=True)
+class RowFormat:
+    """A kind of row. To add one, add its entry to FORMATS, and its name to `Format`.
+
+    model: a TypedDict of the fields; each is under the key that FieldNames has for it, or its name.
+    fields: those that a row of this kind has to have, and is known by.
+    roles: where each of `fields` is the text of a turn, whose; else they are one field, which is a
+        conversation, or plain text.
+    is_templated: whether the chat template makes the tokens, so that there are prompts and answers.
+    """
+
+    model: type
+    fields: tuple[str, ...]
+    roles: tuple[Role, ...] = ()
+    is_templated: bool = True
+
+    @cached_property
+    def validator(self) -> TypeAdapter[Any]:
+        """Checks the fields of a row."""
+        return TypeAdapter(self.model)
+
+    def read_turns(self, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The turns in the fields of a row, as mlx-lm makes them; of plain text there are none."""
+        if self.roles:
+            pairs = zip(self.fields, self.roles, strict=True)
+            return [{"role": role, "content": values[field]} for field, role in pairs]
+        turns: list[dict[str, Any]] = values[self.fields[0]] if self.is_templated else []
+        return turns
+
+
+# In the order in which mlx-lm looks for them (tuner/datasets.py).
+FORMATS: dict[Format, RowFormat] = {
+    "completion": RowFormat(_CompletionLine, ("prompt", "completion"), ("user", "assistant")),
+    "chat": RowFormat(_ChatLine, ("chat",)),
+    "text": RowFormat(_TextLine, ("text",), is_templated=False),
 }
+TEMPLATED_FORMATS = [name for name, entry in FORMATS.items() if entry.is_templated]
+UNTEMPLATED_FORMATS = [name for name in FORMATS if name not in TEMPLATED_FORMATS]
+CONVERSATION_FORMATS = [name for name in TEMPLATED_FORMATS if not FORMATS[name].roles]
 _PLAIN_MESSAGE_KEYS = frozenset(("role", "content"))
 # Keys that chat templates read; what else a message holds never reaches the model.
 _KNOWN_MESSAGE_KEYS = _PLAIN_MESSAGE_KEYS | {"name", "reasoning_content", "thinking"}
@@ -200,63 +235,47 @@ def parse_line(raw: bytes, field_names: FieldNames) -> Example:
 
 
 def _choose_format(row: dict[str, Any], field_names: FieldNames) -> Format:
-    """The format by the keys that are there, in mlx-lm's order (tuner/datasets.py)."""
-    has_prompt, has_completion = field_names.prompt in row, field_names.completion in row
-    if has_prompt and has_completion:
-        return "completion"
-    if field_names.chat in row:
-        return "chat"
-    if field_names.text in row:
-        return "text"
-    if has_prompt or has_completion:
-        missing = field_names.completion if has_prompt else field_names.prompt
-        raise LineProblem(
-            "missing-field", f"{missing} is missing{_conversion_hint(row, field_names)}"
-        )
-    expected = f"{field_names.prompt!r} and {field_names.completion!r}, {field_names.chat!r} or "
+    """The format by the keys that are there."""
+    for name, kind in FORMATS.items():
+        if all(field_names.key_of(field) in row for field in kind.fields):
+            return name
+    keys = [list(map(field_names.key_of, kind.fields)) for kind in FORMATS.values()]
+    prompt, completion = field_names.prompt, field_names.completion
+    hint = describe_conversion(row, prompt=prompt, completion=completion)
+    for wanted in keys:
+        missing = [key for key in wanted if key not in row]
+        if len(missing) < len(wanted):
+            raise LineProblem("missing-field", f"{missing[0]} is missing{hint}")
+    *others, last = (" and ".join(map(repr, wanted)) for wanted in keys)
     present = shorten(", ".join(row) or "nothing")
-    hint = _conversion_hint(row, field_names)
-    message = f"expected {expected}{field_names.text!r}; found {present}{hint}"
+    message = f"expected {', '.join(others)} or {last}; found {present}{hint}"
     raise LineProblem("unknown-format", message)
-
-
-def _conversion_hint(row: dict[str, Any], field_names: FieldNames) -> str:
-    return describe_conversion(row, prompt=field_names.prompt, completion=field_names.completion)
 
 
 def _validate_example(row: dict[str, Any], name: Format, field_names: FieldNames) -> Example:
     """The example in a decoded line of this format; raises LineProblem for a wrong type."""
-    keys = {
-        field: getattr(field_names, field, field)
-        for field in _LINE_MODEL_BY_FORMAT[name].__annotations__
-    }
+    kind = FORMATS[name]
+    keys = {field: field_names.key_of(field) for field in kind.model.__annotations__}
     fields = {field: row[key] for field, key in keys.items() if key in row}
     try:
         context = _ANY_ROLE_CONTEXT if field_names.allows_any_role else None
-        _VALIDATOR_BY_FORMAT[name].validate_python(fields, context=context)
+        kind.validator.validate_python(fields, context=context)
     except ValidationError as error:
-        hint = describe_sharegpt(row) if name == "chat" else ""
+        hint = describe_sharegpt(row) if name in CONVERSATION_FORMATS else ""
         raise _describe_validation_error(error, keys, hint) from None
-    unknown = set(row.keys() - keys.values() - {field_names.group})
-    if name == "text":
-        return Example(name, [], text=fields["text"], unknown_keys=frozenset(unknown))
-    if name == "completion":
-        messages = completion_to_messages(fields["prompt"], fields["completion"])
-    else:
-        messages = fields["chat"]
+    messages = kind.read_turns(fields)
     odd = [turn for turn in messages if turn.keys() != _PLAIN_MESSAGE_KEYS]
+    unknown = set(row.keys() - keys.values() - {field_names.group})
     unknown |= {
-        f"{field_names.chat}[].{key}" for turn in odd for key in _unknown_message_keys(turn)
+        f"{field_names.chat}[].{key}"
+        for turn in odd
+        for key in _non_null_keys(turn)
+        - _KNOWN_MESSAGE_KEYS_BY_ROLE.get(turn["role"], _KNOWN_MESSAGE_KEYS)
     }
     tools = fields.get("tools")
     is_plain = tools is None and all(_non_null_keys(turn) == _PLAIN_MESSAGE_KEYS for turn in odd)
-    return Example(name, messages, tools, "", frozenset(unknown), is_plain)
-
-
-def _unknown_message_keys(message: dict[str, Any]) -> set[str]:
-    return _non_null_keys(message) - _KNOWN_MESSAGE_KEYS_BY_ROLE.get(
-        message["role"], _KNOWN_MESSAGE_KEYS
-    )
+    text = "" if kind.is_templated else fields[kind.fields[0]]
+    return Example(name, messages, tools, text, frozenset(unknown), is_plain)
 
 
 def _non_null_keys(message: dict[str, Any]) -> set[str]:

@@ -1,184 +1,32 @@
 """A range of lines of a JSONL file -> a polars frame with one flat row for each physical line.
 
-A row is what the rules need to know of a line, and its text to compare. Blank and bad lines have a
-row too: what is wrong with a line stands in its row. The frame keeps no text. The work of one
-process among several.
+Blank and bad lines have a row too. Keeps no text. The work of one process among several.
 """
 
 from __future__ import annotations
 
 import codecs
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import polars as pl
-from pydantic_core import from_json
 
-from nested_core.data.lines.example_parsing import (
-    WHITE_SPACE,
-    Example,
-    FieldNames,
-    is_tool_calling_message,
-    parse_line,
-    strip_line,
-)
-from nested_core.data.lines.json_decoding import (
-    LineProblem,
-    collect_strings,
-    has_repeated_key,
+from nested_core.data.lines.example_parsing import WHITE_SPACE, FieldNames
+from nested_core.data.lines.line_rows import (
+    BLANK_TURN_PATTERN,
+    LineRow,
+    parse_line_to_row,
+    parse_plain_row,
 )
 from nested_core.data.lines.sensitive_data import find_sensitive_pattern_bits
 from nested_core.data.lines.word_ngrams import AskedNgrams, WordHasher, hash_word_ngrams
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
-
-_LETTER_BY_ROLE = {"system": "s", "user": "u", "assistant": "a", "tool": "t"}
-# A turn without a text, in the content of a plain row: all that str.isspace takes for space.
-BLANK_TURN_PATTERN = r"\x00[\s\x1c-\x1f]*(?:\x00|$)"
-_TOOL_CALL_LETTER = "c"
-_ORPHAN_RESULT_LETTER = "o"
-_OTHER_ROLE_LETTER = "x"
-_as_json = json.JSONEncoder(ensure_ascii=False).encode
-
-
-class LineRow(NamedTuple):
-    """One line. `content` is all that is tokenised as one text, `shown` the texts in it."""
-
-    format: str | None = None  # None: blank, or no example in it
-    # A letter a turn: s(ystem), u(ser), a(ssistant), t(ool), c(all), o(rphan result), x (other).
-    roles: str | None = None
-    content: str | None = None
-    shown: str | None = None
-    blank_field: str | None = None
-    unknown_keys: str | None = None
-    is_blank: bool = False
-    check: str | None = None  # the failed check, where the line holds no example
-    message: str | None = None
-
-
-def parse_plain_row(raw: bytes, field_names: FieldNames) -> tuple[str, str, str] | None:
-    """(format, roles, content) of a line as almost all are, in one pass; None for all others.
-
-    Its caller looks at many lines at once for what is left out here: the line must not hold an
-    escaped NUL, and a content in which BLANK_TURN_PATTERN is found is for `parse_line_to_row` to
-    judge.
-    """
-    try:
-        row = from_json(raw, cache_strings="keys")
-        messages = row.get(field_names.chat)
-        if messages is None:
-            return _read_plain_fields(raw, row, field_names)
-        roles = "".join([_LETTER_BY_ROLE[message["role"]] for message in messages])
-        content = "\0".join([roles, *[message["content"] for message in messages]])
-    except (ValueError, TypeError, KeyError, AttributeError):  # not the shape of a plain line
-        return None
-    # Had a turn or the line any other key, there would be more strings than these.
-    if not messages or has_repeated_key(raw, 1 + 4 * len(messages)):
-        return None
-    return "chat", roles, content
-
-
-def _read_plain_fields(
-    raw: bytes, row: dict[str, str], field_names: FieldNames
-) -> tuple[str, str, str] | None:
-    """What `parse_plain_row` gives for a completion or a text; TypeError if a value is no text."""
-    if has_repeated_key(raw, 2 * len(row)):
-        return None
-    if len(row) == 2 and field_names.prompt in row and field_names.completion in row:
-        return (
-            "completion",
-            "ua",
-            "\0".join(["ua", row[field_names.prompt], row[field_names.completion]]),
-        )
-    if len(row) == 1 and field_names.text in row:
-        text = row[field_names.text]
-        return None if not text or text.isspace() else ("text", "", text)
-    return None
-
-
-def parse_line_to_row(raw: bytes, field_names: FieldNames, *, is_first: bool = False) -> LineRow:
-    """Flatten one line, with or without its line end, into a row; never raises."""
-    body = strip_line(raw, is_first=is_first)
-    if not body:
-        return LineRow(is_blank=True)
-    try:
-        example = parse_line(body, field_names)
-    except LineProblem as problem:
-        return LineRow(check=problem.check, message=problem.message)
-    return _flatten_example(example, field_names)
-
-
-def _flatten_example(example: Example, field_names: FieldNames) -> LineRow:
-    roles = _letters_of_turns(example)
-    content = _text_to_compare(example, roles)
-    shown = (
-        content
-        if example.is_plain
-        else "\n".join(collect_strings([example.messages, example.tools]))
-    )
-    unknown = ", ".join(sorted(example.unknown_keys)) or None
-    return LineRow(
-        example.format,
-        roles,
-        content,
-        shown,
-        _name_first_blank_field(example, field_names),
-        unknown,
-    )
-
-
-def _letters_of_turns(example: Example) -> str:
-    """One letter a turn; a tool's result whose id no call before it has is an orphan."""
-    letters = ""
-    ids: set[str] = set()
-    for message in example.messages:
-        letter = _LETTER_BY_ROLE.get(message["role"], _OTHER_ROLE_LETTER)
-        if is_tool_calling_message(message):
-            letter = _TOOL_CALL_LETTER
-            ids = _tool_call_ids(message["tool_calls"])
-        elif letter == "t" and ids and message.get("tool_call_id") not in ids | {None}:
-            letter = _ORPHAN_RESULT_LETTER
-        letters += letter
-    return letters
-
-
-def _tool_call_ids(calls: list[dict[str, Any]]) -> set[str]:
-    return {str(call["id"]) for call in calls if call.get("id") is not None}
-
-
-def _text_to_compare(example: Example, roles: str) -> str:
-    """All that is tokenised as one text; the last NUL in it ends the prompt.
-
-    Fields are joined by NUL, which no sound line contains, so that unequal examples stay unequal.
-    """
-    if example.format == "text":
-        return example.text
-    if example.is_plain:
-        return "\0".join([roles, *[message["content"] for message in example.messages]])
-    before = _as_json([example.tools, example.messages[:-1]])
-    return f"{before}\0{_as_json(example.messages[-1:])}"
-
-
-def _name_first_blank_field(example: Example, field_names: FieldNames) -> str | None:
-    """The name of the first field without any text; a system's or a tool's turn may be empty."""
-    if example.format == "text":
-        return None if example.text.strip() else field_names.text
-    for index, message in enumerate(example.messages):
-        content = message.get("content")
-        if content and not content.isspace():
-            continue
-        if message["role"] in ("user", "assistant") and not is_tool_calling_message(message):
-            if example.format == "completion":
-                return (field_names.prompt, field_names.completion)[index]
-            return f"{field_names.chat}[{index}].content"
-    return None
-
 
 RANGE_BYTES = 2 * 2**20
 LINE_SCHEMA: dict[str, type[pl.DataType]] = {

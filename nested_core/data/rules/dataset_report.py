@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
+from nested_core.data.lines.example_parsing import TEMPLATED_FORMATS
 from nested_core.errors import DatasetError, join_first_values, shorten
 
 Severity = Literal["error", "warning", "info"]
@@ -165,6 +166,11 @@ class SplitStats:
     digest: str
     dropped: dict[str, tuple[int, ...]] = field(default_factory=dict)  # lines by reason
     tokens: TokenStats | None = None
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether its rows have prompts with answers, as all but plain text has."""
+        return self.format in TEMPLATED_FORMATS
 
 
 @dataclass(frozen=True)

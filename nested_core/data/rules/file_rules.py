@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import polars as pl
 
+from nested_core.data.lines.example_parsing import UNTEMPLATED_FORMATS
 from nested_core.data.rules.rule_table import FrameRules, Rule
 
 MIN_HELD_OUT_ROWS = 5  # as many as an interval of paired differences needs
 _IS_TRAIN_SPLIT = pl.col("split") == "train"
-_IS_TEXT_FORMAT = pl.col("format") == "text"
+_IS_TEXT_FORMAT = pl.col("format").is_in(UNTEMPLATED_FORMATS)
 
 FILE_RULES = FrameRules(
     columns={

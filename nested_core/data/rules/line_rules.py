@@ -10,6 +10,7 @@ from functools import cache
 
 import polars as pl
 
+from nested_core.data.lines.example_parsing import CONVERSATION_FORMATS
 from nested_core.data.lines.sensitive_data import SENSITIVE_PATTERNS
 from nested_core.data.rules.dataset_report import Severity
 from nested_core.data.rules.rule_table import FrameRules, Rule
@@ -19,7 +20,7 @@ from nested_core.data.rules.rule_table import FrameRules, Rule
 _VALID_TURN_ORDER_PATTERN = r"^s?(?:u(?:c[to]+)*a)*(?:u(?:c[to]+)*c?)?$"
 _ORPHAN_RESULT_PATTERN = r"o|(?:^|[^cto])t"
 _ROLES_COLUMN = pl.col("roles").cast(pl.String)
-_CHAT_ROLES_COLUMN = pl.when(pl.col("format") == "chat").then(_ROLES_COLUMN)
+_CHAT_ROLES_COLUMN = pl.when(pl.col("format").is_in(CONVERSATION_FORMATS)).then(_ROLES_COLUMN)
 
 LINE_RULES = FrameRules(
     columns={

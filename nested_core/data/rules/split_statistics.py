@@ -12,6 +12,7 @@ import polars as pl
 
 from nested_core.data.batches import sort_into_buckets
 from nested_core.data.data_settings import DataSettings
+from nested_core.data.lines.example_parsing import CONVERSATION_FORMATS
 from nested_core.data.rules.dataset_report import Finding, SplitStats, TokenStats
 from nested_core.data.rules.related_lines import Dropped
 from nested_core.data.tokens.parallel_tokenization import TokenFacts
@@ -86,7 +87,7 @@ def describe_split_stats(stats: SplitStats, batch_size: int) -> Iterator[Finding
         facts["rows"] += f", {stats.rejected:,} rejected"
     if gone := sum(map(len, stats.dropped.values())):
         facts["rows"] += f", {gone:,} dropped"
-    if stats.format == "chat":
+    if stats.format in CONVERSATION_FORMATS:
         facts["roles"] = ", ".join(f"{role} {count:,}" for role, count in stats.roles.items())
     if (tokens := stats.tokens) is not None:
         lengths = f"a row: median {tokens.p50:,}, p95 {tokens.p95:,}, longest {tokens.max:,}"

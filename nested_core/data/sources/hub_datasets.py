@@ -15,7 +15,7 @@ from typing import Any
 
 from nested_core.config.sections import HubDataset
 from nested_core.data.data_settings import SPLITS
-from nested_core.data.lines.example_parsing import completion_to_messages
+from nested_core.data.lines.example_parsing import FORMATS
 from nested_core.data.sources.file_formats import NumberedLine, row_to_json_line
 from nested_core.errors import ConfigError, shorten
 
@@ -166,8 +166,8 @@ def _rename_fields(
     """The row with the fields under their default names, and its other columns that stay free."""
     fields = {names[column]: value for column, value in row.items() if column in names}
     if as_chat:
-        prompt, completion = fields.pop("prompt"), fields.pop("completion")
-        fields["messages"] = completion_to_messages(prompt, completion)
+        turns = {field: fields.pop(field) for field in FORMATS["completion"].fields}
+        fields["messages"] = FORMATS["completion"].read_turns(turns)
     others = {
         column: value
         for column, value in row.items()

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from nested_core.data.data_settings import Targets
-from nested_core.data.lines.example_parsing import Example
+from nested_core.data.lines.example_parsing import FORMATS, Example
 
 Span = tuple[int, int]
 # Adds what the template puts before an answer.
@@ -44,7 +44,7 @@ def encode_example(example: Example, tokenizer: Any, targets: Targets) -> Encode
     `last` starts where mlx-lm's prompt mask ends. `all` runs, for each assistant turn, from the end
     of the templated turns before it to the end of the templated turns up to it.
     """
-    if example.format == "text":
+    if not FORMATS[example.format].is_templated:
         tokens = _encode_text(example.text, tokenizer)
         return EncodedExample(tokens, ((0, len(tokens)),))
     tokens = _apply_template(tokenizer, example, len(example.messages))

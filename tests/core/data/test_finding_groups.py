@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nested_core.data.lines.example_parsing import FieldNames
-from nested_core.data.lines.line_table import parse_line_to_row
+from nested_core.data.lines.line_rows import parse_line_to_row
 from nested_core.data.rules.dataset_report import MAX_SHOWN_CAUSES, Finding, group_findings
 from tests.core.data.conftest import WriteData
 from tests.flows.conftest import called

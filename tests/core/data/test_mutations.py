@@ -17,7 +17,8 @@ from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.lines.example_parsing import FieldNames, parse_line
 from nested_core.data.lines.json_decoding import LineProblem
-from nested_core.data.lines.line_table import parse_line_to_row, read_line_range
+from nested_core.data.lines.line_rows import parse_line_to_row
+from nested_core.data.lines.line_table import read_line_range
 from nested_core.data.parallel_jobs import ByteRange
 from tests.left_out import slow_except
 
