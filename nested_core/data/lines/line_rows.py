@@ -6,7 +6,7 @@ Never raises on content: what is wrong with a line stands in its row. Knows no o
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic_core import from_json
 
@@ -127,15 +127,12 @@ def _letters_of_turns(example: Example) -> str:
         letter = _LETTER_BY_ROLE.get(message["role"], _OTHER_ROLE_LETTER)
         if is_tool_calling_message(message):
             letter = _TOOL_CALL_LETTER
-            ids = _tool_call_ids(message["tool_calls"])
+            calls = message["tool_calls"]
+            ids = {str(call["id"]) for call in calls if call.get("id") is not None}
         elif letter == "t" and ids and message.get("tool_call_id") not in ids | {None}:
             letter = _ORPHAN_RESULT_LETTER
         letters += letter
     return letters
-
-
-def _tool_call_ids(calls: list[dict[str, Any]]) -> set[str]:
-    return {str(call["id"]) for call in calls if call.get("id") is not None}
 
 
 def _text_to_compare(example: Example, roles: str) -> str:

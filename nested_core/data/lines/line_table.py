@@ -180,15 +180,11 @@ def _fold_case_and_space(encoded: list[bytes | None]) -> list[bytes | None]:
     return [
         None
         if content is None
-        else (content if content.isascii() else _casefold_utf8(content)).translate(
+        else (content if content.isascii() else content.decode().casefold().encode()).translate(
             _LOWERCASE_BYTE_TABLE, WHITE_SPACE
         )
         for content in encoded
     ]
-
-
-def _casefold_utf8(content: bytes) -> bytes:
-    return content.decode().casefold().encode()
 
 
 def _hash_to_keys(values: list[bytes | None]) -> pl.Series:

@@ -95,16 +95,12 @@ class SensitivePattern:
         return any(self.is_match(match[match.lastindex or 0]) for match in self.form.finditer(text))
 
 
-def _make_secret_pattern(
-    name: str, regex: str, is_match: IsMatch = _accept_any
-) -> SensitivePattern:
-    return SensitivePattern(name, "secret", re.compile(regex), is_match)
+def _secret(name: str, form: str, is_match: IsMatch = _accept_any) -> SensitivePattern:
+    return SensitivePattern(name, "secret", re.compile(form), is_match)
 
 
-def _make_personal_pattern(
-    name: str, regex: str, is_match: IsMatch = _accept_any
-) -> SensitivePattern:
-    return SensitivePattern(name, "personal", re.compile(regex), is_match)
+def _personal(name: str, form: str, is_match: IsMatch) -> SensitivePattern:
+    return SensitivePattern(name, "personal", re.compile(form), is_match)
 
 
 _ASSIGNED_SECRET_PATTERN = (
@@ -123,42 +119,26 @@ _PATTERNS_BY_HINT: tuple[tuple[str, tuple[SensitivePattern, ...]], ...] = (
     (
         "-----BEGIN|AKIA|ASIA|gh[pousr]_|github_pat_|glpat-|xox[abeoprs]-|AIza|sk-|hf_|eyJ",
         (
-            _make_secret_pattern(
-                "private key", r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
-            ),
-            _make_secret_pattern("AWS key", r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
-            _make_secret_pattern(
-                "GitHub token", r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,})\b"
-            ),
-            _make_secret_pattern(
-                "GitLab token", r"\bglpat-([\w-]{20,})", _has_upper_and_lower_case
-            ),
-            _make_secret_pattern(
-                "Slack token", r"\bxox[abeoprs]-([A-Za-z0-9-]{10,})", re.compile(r"\d").search
-            ),
-            _make_secret_pattern("Google key", r"\bAIza[\w-]{35}(?![\w-])"),
-            _make_secret_pattern(
-                "Anthropic key", r"\bsk-ant-([\w-]{20,})", _has_lower_upper_and_digits
-            ),
-            _make_secret_pattern(
-                "OpenAI key", r"\bsk-(?!ant-)([\w-]{20,})", _has_lower_upper_and_digits
-            ),
-            _make_secret_pattern(
-                "Hugging Face token", r"\bhf_([A-Za-z0-9]{30,})\b", _has_upper_and_lower_case
-            ),
-            _make_secret_pattern(
-                "JSON web token", _JSON_WEB_TOKEN_PATTERN, re.compile(r"\beyJ[\w-]{8}").search
-            ),
+            _secret("private key", r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"),
+            _secret("AWS key", r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
+            _secret("GitHub token", r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,})\b"),
+            _secret("GitLab token", r"\bglpat-([\w-]{20,})", _has_upper_and_lower_case),
+            _secret("Slack token", r"\bxox[abeoprs]-([A-Za-z0-9-]{10,})", re.compile(r"\d").search),
+            _secret("Google key", r"\bAIza[\w-]{35}(?![\w-])"),
+            _secret("Anthropic key", r"\bsk-ant-([\w-]{20,})", _has_lower_upper_and_digits),
+            _secret("OpenAI key", r"\bsk-(?!ant-)([\w-]{20,})", _has_lower_upper_and_digits),
+            _secret("Hugging Face token", r"\bhf_([A-Za-z0-9]{30,})\b", _has_upper_and_lower_case),
+            _secret("JSON web token", _JSON_WEB_TOKEN_PATTERN, re.compile(r"\beyJ[\w-]{8}").search),
         ),
     ),
     (
         "(?i)passw|passphrase|pwd|secret|api[_-]?key|token",
-        (_make_secret_pattern("password", _ASSIGNED_SECRET_PATTERN, _is_password),),
+        (_secret("password", _ASSIGNED_SECRET_PATTERN, _is_password),),
     ),
     (
         "@",
         (
-            _make_personal_pattern(
+            _personal(
                 "e-mail address",
                 r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![\w-])",
                 _is_email_address,
@@ -168,14 +148,12 @@ _PATTERNS_BY_HINT: tuple[tuple[str, tuple[SensitivePattern, ...]], ...] = (
     (
         "[0-9][0-9 ().-]{6,}[0-9]",
         (
-            _make_personal_pattern("phone number", _PHONE_NUMBER_PATTERN, _is_phone_number),
-            _make_personal_pattern(
+            _personal("phone number", _PHONE_NUMBER_PATTERN, _is_phone_number),
+            _personal(
                 "card number", r"(?<![\w.+-])(?:\d[ -]?){12,18}\d(?![\w-]|\.\d)", _is_card_number
             ),
-            _make_personal_pattern(
-                "IBAN",
-                r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b",
-                _is_iban,
+            _personal(
+                "IBAN", r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b", _is_iban
             ),
         ),
     ),
