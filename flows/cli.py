@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -40,13 +40,30 @@ class _Commands:
         self._subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
         self.parsers: dict[str, argparse.ArgumentParser] = {}
 
-    def add_parser(self, name: str, *, help: str, **options: Any) -> argparse.ArgumentParser:
-        """Add a command; `help` is its line, a sentence without capital and full stop."""
-        description = f"{help[0].upper()}{help[1:]}."
+    def add(
+        self,
+        name: str,
+        run: Callable[[argparse.Namespace], Any],
+        line: str,
+        *,
+        json: bool = False,
+        **options: Any,
+    ) -> argparse.ArgumentParser:
+        """Add a command; `line` is a sentence without capital and full stop.
+
+        `run` is called with the arguments; `json` is whether the command has that flag.
+        """
+        description = f"{line[0].upper()}{line[1:]}."
         # `--lr` would be taken for `--lr-schedule`, whose error then speaks of a file's key.
         parser = self._subparsers.add_parser(
-            name, help=help, description=description, allow_abbrev=False, **options
+            name, help=line, description=description, allow_abbrev=False, **options
         )
+        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if json:
+            parser.add_argument(
+                "--json", action="store_true", help="the result as one JSON document"
+            )
+        parser.set_defaults(run=run)
         self.parsers[name] = parser
         return parser
 
@@ -77,13 +94,11 @@ def build_parser() -> _Parser:
     )
     commands = _Commands(parser)
     parser.commands = commands.parsers
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
     running = (demo, training, configuration)
     looking = (inspection, reports, chat, serving)
     keeping = (registry, peft, deployment, doctor)
     for module in (*running, *looking, *keeping):
-        module.add_commands(commands, shared)
+        module.add_commands(commands)
     return parser
 
 

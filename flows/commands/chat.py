@@ -36,11 +36,9 @@ INPUT_PROMPT = "> "
 COLUMN_NAMES = ("base", "adapter")
 
 
-def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
+def add_commands(commands: Any) -> None:
     """Add the command."""
-    chat = commands.add_parser(
-        "chat", parents=[shared], help="ask the base and an adapter, and read both answers"
-    )
+    chat = commands.add("chat", run_chat, "ask the base and an adapter, and read both answers")
     chat.add_argument(
         "adapter",
         type=Path,
@@ -55,7 +53,6 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     chat.add_argument(
         "--temperature", type=float, default=0.0, metavar="NUMBER", help="default: 0, greedy"
     )
-    chat.set_defaults(run=run_chat)
 
 
 def run_chat(arguments: argparse.Namespace) -> Callable[[], int]:

@@ -17,10 +17,10 @@ from nested_core.storage.atomic import write_bytes
 from nested_core.storage.output_places import require_free_place, require_output_file
 
 
-def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
+def add_commands(commands: Any) -> None:
     """Add the commands of this module."""
-    init = commands.add_parser(
-        "init", parents=[shared], help="write a commented configuration for a data set and a model"
+    init = commands.add(
+        "init", run_init, "write a commented configuration for a data set and a model"
     )
     init.add_argument("--data", required=True, metavar="DIR", help="a folder with train.jsonl")
     init.add_argument("--model", required=True, metavar="MODEL", help="a folder or a hub name")
@@ -34,15 +34,13 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     init.add_argument(
         *("-o", "--output"), type=Path, metavar="FILE", help="default: standard output"
     )
-    init.set_defaults(run=run_init)
-    explain = commands.add_parser(
+    explain = commands.add(
         "explain",
-        parents=[shared],
-        help="in words, what a run will train, how long, in how much memory, and what judges it",
+        run_explain,
+        "in words, what a run will train, how long, in how much memory, and what judges it",
+        json=True,
     )
     add_config_flags(explain)
-    explain.add_argument("--json", action="store_true", help="as one JSON document")
-    explain.set_defaults(run=run_explain)
 
 
 def run_init(arguments: argparse.Namespace) -> Callable[[], int]:

@@ -31,11 +31,9 @@ if TYPE_CHECKING:
 ADAPTER_NAME = "geography"
 
 
-def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
+def add_commands(commands: Any) -> None:
     """Add the command."""
-    demo = commands.add_parser(
-        "demo", parents=[shared], help="the whole pipeline on the tiny example"
-    )
+    demo = commands.add("demo", run_demo, "the whole pipeline on the tiny example")
     demo.add_argument(
         "--break-training",
         action="store_true",
@@ -48,7 +46,6 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="default: demo, or demo-broken",
     )
-    demo.set_defaults(run=run_demo)
 
 
 def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:

@@ -15,10 +15,10 @@ from nested_core.storage.strict_files import read_regular
 MAX_NOTIFY_BYTES = 64 * 2**10
 
 
-def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
+def add_commands(commands: Any) -> None:
     """Add the command."""
-    deploy = commands.add_parser(
-        "deploy", parents=[shared], help="work pools, deployments and automations, on a server"
+    deploy = commands.add(
+        "deploy", run_deploy, "work pools, deployments and automations, on a server", json=True
     )
     deploy.add_argument(
         "-c",
@@ -39,8 +39,6 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     deploy.add_argument(
         "--diff", action="store_true", help="what differs between server and files; change nothing"
     )
-    deploy.add_argument("--json", action="store_true", help="what was done as one JSON document")
-    deploy.set_defaults(run=run_deploy)
 
 
 def run_deploy(arguments: argparse.Namespace) -> Callable[[], int]:

@@ -27,10 +27,9 @@ if TYPE_CHECKING:
 MIN_FREE_DISK_BYTES = 2 * 10**9
 
 
-def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
+def add_commands(commands: Any) -> None:
     """Add the command."""
-    doctor = commands.add_parser("doctor", parents=[shared], help="look this machine over")
-    doctor.add_argument("--json", action="store_true", help="the checks as one JSON document")
+    doctor = commands.add("doctor", run_doctor, "look this machine over", json=True)
     doctor.add_argument(
         "--registry",
         type=Path,
@@ -38,7 +37,6 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="whose servers are looked at; default: registry",
     )
-    doctor.set_defaults(run=run_doctor)
 
 
 def run_doctor(arguments: argparse.Namespace) -> Callable[[], int]:

@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 MODULE_COLUMNS = ("module", "tensors changed", "least change", "most (relative)", "finite")
 
 
-def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
+def add_commands(commands: Any) -> None:
     """Add the commands of this module."""
-    verify = commands.add_parser(
+    verify = commands.add(
         "verify",
-        parents=[shared],
-        help="the gate on any two adapters, or with --model the audit of adapters from anywhere",
+        run_verify,
+        "the gate on any two adapters, or with --model the audit of adapters from anywhere",
+        json=True,
         usage="%(prog)s INITIAL TRAINED [--json]\n       %(prog)s ADAPTER... --model BASE [--json]",
     )
     verify.add_argument(
@@ -46,15 +47,10 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
         "--model", metavar="BASE", help="the base to audit against: a folder or a hub repository"
     )
     verify.add_argument("--all", action="store_true", help="a row for each tensor, too")
-    verify.add_argument("--json", action="store_true", help="the verdict as one JSON document")
-    verify.set_defaults(run=run_verify)
-    status = commands.add_parser("status", parents=[shared], help="where a run stands")
+    status = commands.add("status", run_status, "where a run stands", json=True)
     status.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    status.add_argument("--json", action="store_true", help="the status as one JSON document")
-    status.set_defaults(run=run_status)
-    stop = commands.add_parser("stop", parents=[shared], help="checkpoint, then stop a run")
+    stop = commands.add("stop", run_stop, "checkpoint, then stop a run")
     stop.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    stop.set_defaults(run=run_stop)
 
 
 def run_verify(arguments: argparse.Namespace) -> Callable[[], int]:

@@ -20,18 +20,17 @@ if TYPE_CHECKING:
     from nested_core.models.peft import Conversion
 
 
-def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
+def add_commands(commands: Any) -> None:
     """Add the commands of this module."""
-    imports = commands.add_parser(
-        "import-peft", parents=[shared], help="a PEFT adapter, for mlx-lm and for here"
+    imports = commands.add(
+        "import-peft", run_peft_import, "a PEFT adapter, for mlx-lm and for here", json=True
     )
     imports.add_argument("folder", type=Path, metavar="PEFT_DIR")
     imports.add_argument(
         "--model", required=True, metavar="BASE", help="the base: a folder or a hub repository"
     )
-    imports.set_defaults(run=run_peft_import)
-    exports = commands.add_parser(
-        "export-peft", parents=[shared], help="an adapter, for PEFT and what reads its format"
+    exports = commands.add(
+        "export-peft", run_peft_export, "an adapter, for PEFT and what reads its format", json=True
     )
     exports.add_argument(
         "folder",
@@ -43,7 +42,6 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     exports.add_argument(
         "--model", metavar="BASE", help="base_model_name_or_path; default: as the adapter says"
     )
-    exports.set_defaults(run=run_peft_export)
     for parser in (imports, exports):
         parser.add_argument(
             *("-o", "--output", "--out"),
@@ -53,7 +51,6 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
             metavar="DIR",
             help="a new or empty folder",
         )
-        parser.add_argument("--json", action="store_true", help="the result as one JSON document")
 
 
 def run_peft_import(arguments: argparse.Namespace) -> Callable[[], int]:

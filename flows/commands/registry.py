@@ -21,33 +21,23 @@ if TYPE_CHECKING:
     from nested_core.registry import Promotion
 
 
-def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
+def add_commands(commands: Any) -> None:
     """Add the commands of this module."""
-    promote = commands.add_parser("promote", parents=[shared], help="make a run's adapter champion")
+    promote = commands.add("promote", run_promote, "make a run's adapter champion", json=True)
     promote.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     promote.add_argument("--if-champion", metavar="VERSION", help="only while this is the champion")
-    promote.add_argument("--json", action="store_true", help="as one JSON document")
-    promote.set_defaults(run=run_promote)
-    rollback = commands.add_parser("rollback", parents=[shared], help="go back to a version")
+    rollback = commands.add("rollback", run_rollback, "go back to a version", json=True)
     rollback.add_argument("--to", metavar="VERSION", help="default: the champion before this one")
-    rollback.add_argument("--json", action="store_true", help="as one JSON document")
-    rollback.set_defaults(run=run_rollback)
-    history = commands.add_parser("history", parents=[shared], help="the changes of the champion")
-    audit = commands.add_parser("audit", parents=[shared], help="re-hash every version")
-    for parser, function in ((history, run_history), (audit, run_registry_audit)):
-        parser.add_argument("--json", action="store_true", help="as one JSON document")
-        parser.set_defaults(run=function)
-    gc = commands.add_parser("gc", parents=[shared], help="remove versions that are not needed")
+    history = commands.add("history", run_history, "the changes of the champion", json=True)
+    audit = commands.add("audit", run_registry_audit, "re-hash every version", json=True)
+    gc = commands.add("gc", run_gc, "remove versions that are not needed", json=True)
     gc.add_argument("--keep", type=int, default=10, metavar="N", help="newest to keep; default: 10")
     gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    gc.add_argument("--json", action="store_true", help="as one JSON document")
-    gc.set_defaults(run=run_gc)
-    export = commands.add_parser(
-        "export-mlflow", parents=[shared], help="copy versions and champion to MLflow's registry"
+    export = commands.add(
+        "export-mlflow", run_mlflow_export, "copy versions and champion to MLflow's registry"
     )
     export.add_argument("--tracking-uri", metavar="URI", help="default: as MLflow is configured")
-    export.set_defaults(run=run_mlflow_export)
-    policy = commands.add_parser("policy", parents=[shared], help="what a promotion needs at least")
+    policy = commands.add("policy", run_policy, "what a promotion needs at least", json=True)
     policy.add_argument(
         "--promote",
         choices=("never", "approve", "better", "always", "null"),
@@ -70,10 +60,7 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
         choices=("refuse", "rollback", "null"),
         help="what a server does with a champion that fails its canary; null: refuse",
     )
-    policy.add_argument("--json", action="store_true", help="as one JSON document")
-    policy.set_defaults(run=run_policy)
-    forget = commands.add_parser("forget", parents=[shared], help="say that a version is lost")
-    forget.set_defaults(run=run_forget)
+    forget = commands.add("forget", run_forget, "say that a version is lost")
     for parser in (promote, rollback, history, audit, gc, export, forget, policy):
         add_registry_arguments(parser)
     forget.add_argument("version", metavar="VERSION", help="or its first 6 digits, or more")

@@ -16,27 +16,25 @@ from nested_core.storage.output_places import require_output_file
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory
 
 
-def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
+def add_commands(commands: Any) -> None:
     """Add the commands of this module."""
-    report = commands.add_parser(
-        "report", parents=[shared], help="write a run's page, report.html, at any state of the run"
+    report = commands.add(
+        "report", run_report, "write a run's page, report.html, at any state of the run"
     )
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     report.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="default: RUN_DIR/report.html"
     )
-    report.set_defaults(run=run_report)
-    runs = commands.add_parser("runs", parents=[shared], help="list the runs of a folder")
+    runs = commands.add("runs", run_listing, "list the runs of a folder", json=True)
     runs.add_argument("folder", nargs="?", type=Path, default=DEFAULT_RUNS_FOLDER, metavar="DIR")
-    runs.add_argument("--json", action="store_true", help="the list as one JSON document")
     runs.add_argument("--prune", action="store_true", help="remove old runs that nothing names")
     runs.add_argument("--keep", type=int, metavar="N", help="with --prune: the newest to keep")
     runs.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    runs.set_defaults(run=run_listing)
-    compare = commands.add_parser(
+    compare = commands.add(
         "compare",
-        parents=[shared],
-        help="what differs between runs: configuration, losses, verdicts, answers, speed",
+        run_compare,
+        "what differs between runs: configuration, losses, verdicts, answers, speed",
+        json=True,
     )
     compare.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN")
     compare.add_argument(
@@ -46,13 +44,8 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write a page with the curves",
     )
-    compare.add_argument("--json", action="store_true", help="as one JSON document")
-    compare.set_defaults(run=run_compare)
-    card = commands.add_parser(
-        "card", parents=[shared], help="a model card for the champion of a registry's name"
-    )
+    card = commands.add("card", run_card, "a model card for the champion of a registry's name")
     card.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: standard output")
-    card.set_defaults(run=run_card)
     add_registry_arguments(card)
 
 

@@ -22,11 +22,9 @@ API_KEY_VARIABLE = "NESTED_TUNE_API_KEY"
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
-def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
+def add_commands(commands: Any) -> None:
     """Add the command."""
-    serve = commands.add_parser(
-        "serve", parents=[shared], help="answer requests with the champions of a registry"
-    )
+    serve = commands.add("serve", run_serve, "answer requests with the champions of a registry")
     serve.add_argument(
         "--registry", type=Path, default=Path("registry"), metavar="DIR", help="default: registry"
     )
@@ -46,7 +44,6 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
         help="how long a new champion waits for answers that are under way; default: 30",
     )
     add_mlx_lm_server_options(serve.add_argument_group("options of mlx_lm.server"))
-    serve.set_defaults(run=run_serve)
 
 
 def add_mlx_lm_server_options(group: Any) -> None:

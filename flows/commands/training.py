@@ -41,25 +41,19 @@ if TYPE_CHECKING:
     from nested_core.pipeline.finetune import FinetuneResult
 
 
-def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
+def add_commands(commands: Any) -> None:
     """Add the commands of this module."""
-    validate = commands.add_parser(
-        "validate", parents=[shared], help="judge a data set, train nothing"
-    )
+    validate = commands.add("validate", run_validate, "judge a data set, train nothing", json=True)
     add_config_flags(validate)
-    validate.add_argument("--json", action="store_true", help="the report as one JSON document")
     validate.add_argument("--no-tokenize", action="store_true", help="judge the lines alone")
     validate.add_argument(
         "--show", type=int, metavar="N", help="print the first N examples of train token by token"
     )
-    validate.set_defaults(run=run_validate)
-    train = commands.add_parser("train", parents=[shared], help="fine-tune, without Prefect")
-    run = commands.add_parser("run", parents=[shared], help="fine-tune, as a Prefect flow")
-    for parser, function in ((train, run_train), (run, run_flow)):
+    train = commands.add("train", run_train, "fine-tune, without Prefect", json=True)
+    run = commands.add("run", run_flow, "fine-tune, as a Prefect flow")
+    for parser in (train, run):
         add_config_flags(parser)
         add_run_flags(parser)
-        parser.set_defaults(run=function)
-    train.add_argument("--json", action="store_true", help="the result as one JSON document")
     train.add_argument(
         "--log",
         choices=("auto", "mlx_lm"),
