@@ -194,7 +194,7 @@ class FineTuneConfig(_RootSection):
     mask_prompt: bool = key(False, "train on the answers alone")
     report_to: str | None = key(
         None,
-        "report metrics to wandb, swanlab, trackio or mlflow, or several: wandb,mlflow",
+        "report metrics to wandb or another service (docs/watching.md), or several: wandb,mlflow",
         affects="output",
         in_form=False,
     )

@@ -1,4 +1,4 @@
-"""Gradients as flat dictionaries of dotted names: checked against the parameters, and finite."""
+"""Gradients as flat dictionaries of dotted names: checked, finite, and clipped by their norm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Training callbacks in mlx-lm's protocol."""
+"""Training callbacks in mlx-lm's protocol, and the services of `report_to`, each by its own client.
+
+Losses are sent as they come, then the verdict. What a service knows a run by is kept in
+RUN_DIR/report-to.json, so that a resumed run goes on in the same place and the verdict is added
+where the losses are. To add a service, write its class here and enter it in SERVICES.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +26,8 @@ from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object, read_regular
+
+DEFAULT_PROJECT = "nested-tune"
 
 
 class TrainingCallback(Protocol):
@@ -50,9 +57,6 @@ class CallbackGroup:
             callback.on_val_loss_report(val_info)
 
 
-DEFAULT_PROJECT = "nested-tune"
-
-
 class ReportingService(Protocol):
     """One service: a run of it is opened, or opened again by `run_id`, and closed."""
 
@@ -68,10 +72,22 @@ class ReportingService(Protocol):
         """Send what is held back, and end the run there."""
 
 
-class _WeightsAndBiases:
+class _Client:
+    """A service whose client, or the run that it gives, has `log` and `finish`."""
+
+    run_id: str
+    _run: Any
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _WeightsAndBiases(_Client):
     def __init__(self, project: str, folder: Path, settings: Any, run_id: str | None) -> None:
         self._wandb: Any = importlib.import_module("wandb")
-        self._name = folder.name
         self._run = self._wandb.init(
             project=project,
             name=folder.name,
@@ -82,9 +98,6 @@ class _WeightsAndBiases:
         )
         self.run_id = str(self._run.id)
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
-
     def attach(self, verdict: str, files: Iterable[Path]) -> None:
         """The verdict in the run's summary, the files as one artifact."""
         self._run.summary["verdict"] = verdict
@@ -93,17 +106,14 @@ class _WeightsAndBiases:
             artifact.add_file(str(file))
         self._run.log_artifact(artifact)
 
-    def close(self) -> None:
-        self._run.finish()
 
-
-class _SwanLab:
+class _SwanLab(_Client):
     """It has no attachments: the files go as text, which is how it shows them."""
 
     def __init__(self, project: str, folder: Path, settings: Any, run_id: str | None) -> None:
-        self._swanlab: Any = importlib.import_module("swanlab")
+        self._run = importlib.import_module("swanlab")
         self.run_id = run_id or secrets.token_hex(11)[:21]  # it takes 21 characters
-        self._swanlab.init(
+        self._run.init(
             project=project,
             experiment_name=folder.name,
             logdir=str(folder / "swanlog"),
@@ -112,39 +122,27 @@ class _SwanLab:
             resume="allow",
         )
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._swanlab.log(dict(values), step=step)
-
     def attach(self, verdict: str, files: Iterable[Path]) -> None:
         """The verdict and each file as a text."""
-        texts = {"verdict": self._swanlab.Text(verdict)} | {
-            file.name: self._swanlab.Text(read_regular(file).decode(), caption=file.name)
+        texts = {"verdict": self._run.Text(verdict)} | {
+            file.name: self._run.Text(read_regular(file).decode(), caption=file.name)
             for file in files
         }
-        self._swanlab.log(texts)
-
-    def close(self) -> None:
-        self._swanlab.finish()
+        self._run.log(texts)
 
 
-class _Trackio:
+class _Trackio(_Client):
     """It goes on with a run of the same name."""
 
     def __init__(self, project: str, folder: Path, settings: Any, run_id: str | None) -> None:
-        self._trackio: Any = importlib.import_module("trackio")
+        self._run = importlib.import_module("trackio")
         self.run_id = run_id or folder.name
-        self._trackio.init(project=project, name=self.run_id, config=settings, resume="allow")
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._trackio.log(dict(values), step=step)
+        self._run.init(project=project, name=self.run_id, config=settings, resume="allow")
 
     def attach(self, verdict: str, files: Iterable[Path]) -> None:
-        self._trackio.log({"verdict": verdict})
+        self._run.log({"verdict": verdict})
         for file in files:
-            self._trackio.log_artifact(str(file), name=file.name, type="verdict")
-
-    def close(self) -> None:
-        self._trackio.finish()
+            self._run.log_artifact(str(file), name=file.name, type="verdict")
 
 
 class _Mlflow:
@@ -267,13 +265,10 @@ class ReportingCallback:
                     stacklevel=2,
                 )
             else:
-                self._forget_missing_from(name, iteration)
-
-    def _forget_missing_from(self, name: str, iteration: int) -> None:
-        """What a service lacked is sent anew where training goes on from before it."""
-        if iteration < self._record.missing_from.get(name, 0):
-            del self._record.missing_from[name]
-            self._record.write(self._run)
+                # What a service lacked is sent anew where training goes on from before it.
+                if iteration < self._record.missing_from.get(name, 0):
+                    del self._record.missing_from[name]
+                    self._record.write(self._run)
 
     def attach(self, verdict: str, files: Iterable[Path]) -> None:
         """Add the verdict and the files that are there; a service that refuses is warned of."""
