@@ -106,7 +106,7 @@ def measure(case: Case) -> None:
     from nested_core.training.loss.loss_interface import BatchShape
     from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
     from nested_core.training.memory.memory_plan import device_profile_for
-    from nested_core.training.memory.model_footprint import read_footprint
+    from nested_core.training.memory.model_footprint import compute_footprint
     from nested_core.training.memory.peak_estimate import estimate_peak_bytes
     from nested_core.training.train_step import TrainStep
 
@@ -124,7 +124,7 @@ def measure(case: Case) -> None:
     target_mask[:, : round(case.share * shape.length)] = True
     with using_optimized_layers(model, model.layers[: case.recomputed]):
         loss_fn = SUPERVISED_LOSS.for_model(model, refs)
-        footprint = read_footprint(config, model, refs, optimizer, loss_fn)
+        footprint = compute_footprint(config, model, refs, optimizer, loss_fn)
         batch = BatchShape(shape.batch, shape.length, int(target_mask.sum()))
         expected = estimate_peak_bytes(
             footprint, batch, device_profile_for(config), case.recomputed

@@ -229,7 +229,7 @@ class FineTuneConfig(_RootSection):
         ContinualSection(), "whether a run starts from the champion", affects="source"
     )
 
-    def problems(self) -> Iterator[str]:
+    def find_conflicts(self) -> Iterator[str]:
         """What sections ask of each other."""
         schedule = self.lr_schedule
         if schedule is not None and schedule.warmup and self.training.warmup_steps:

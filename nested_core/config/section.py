@@ -82,13 +82,13 @@ class Section(BaseModel):
         json_schema_extra=lay_out_form,
     )
 
-    def problems(self) -> Iterator[str]:
+    def find_conflicts(self) -> Iterator[str]:
         """What does not agree between the keys of this section; a section overrides this."""
         return iter(())
 
     @model_validator(mode="after")
     def _refuse_problems(self) -> Self:
-        problems = tuple(self.problems())
+        problems = tuple(self.find_conflicts())
         if problems:
             raise SectionProblemsError(problems)
         return self

@@ -89,7 +89,7 @@ class Assignment(Section):
     match: str = key(..., "a regular expression over parameter names")
     tier: NonNegativeInt = key(..., "the tier that they go to; 0 is the fastest")
 
-    def problems(self) -> Iterator[str]:
+    def find_conflicts(self) -> Iterator[str]:
         """The pattern compiles."""
         try:
             re.compile(self.match)
@@ -118,7 +118,7 @@ class NestedSection(Section):
     assignments: tuple[Assignment, ...] = key((), "for the strategy manual; the first match wins")
     probe_batches: PositiveInt = key(8, "batches that parameter_importance measures gradients on")
 
-    def problems(self) -> Iterator[str]:
+    def find_conflicts(self) -> Iterator[str]:
         """Frequencies, numbers a tier and assignments agree."""
         tiers = len(self.frequencies)
         if list(self.frequencies) != sorted(self.frequencies):
@@ -279,7 +279,7 @@ class HubDataset(Section):
             )
         return value
 
-    def problems(self) -> Iterator[str]:
+    def find_conflicts(self) -> Iterator[str]:
         """No argument of load_dataset is given twice."""
         if twice := LOAD_DATASET_ARGUMENTS_WITH_OWN_KEYS & self.config.keys():
             yield f"config: {sorted(twice)} have keys of their own: path, train_split"
@@ -347,7 +347,7 @@ class TaskSection(Section):
         False, "its answers are recorded, for a server to compare its own with after a swap"
     )
 
-    def problems(self) -> Iterator[str]:
+    def find_conflicts(self) -> Iterator[str]:
         """A function is what scores python, and nothing else."""
         if (self.function is not None) != (self.score == "python"):
             yield "score: python needs a function, module:function; no other score has one"
@@ -400,7 +400,7 @@ class GateSection(Section):
         "says so and the margin may be passed; none: the bound alone, on the mean",
     )
 
-    def problems(self) -> Iterator[str]:
+    def find_conflicts(self) -> Iterator[str]:
         """What belongs together: the general text and its bound, Python scorers and their key."""
         if (self.general_data is None) != (self.max_general_loss_increase is None):
             yield "gate needs general_data and max_general_loss_increase, or neither"
@@ -449,7 +449,7 @@ class RegistrySection(Section):
         None, "seconds that a promotion waits for the servers of the name to follow", le=600
     )
 
-    def problems(self) -> Iterator[str]:
+    def find_conflicts(self) -> Iterator[str]:
         """Path, name and what is promoted agree."""
         if (self.path is None) != (self.name is None):
             yield "registry needs both path and name, or neither"

@@ -134,7 +134,7 @@ def context_length(folder: Path) -> int | None:
     return None
 
 
-def find_base_model(config: FineTuneConfig) -> Path:
+def prepare_for_base_model(config: FineTuneConfig) -> Path:
     """The configured base model's folder; the backend is set up for a model of its size."""
     folder = find_model_folder(config.model)
     backend.set_operations_per_commit(estimate_weight_count(folder))
@@ -146,7 +146,7 @@ def load_base_model(config: FineTuneConfig, *, as_stored: bool = False) -> tuple
     import mlx.core as mx
     from mlx_lm import load
 
-    folder = find_base_model(config)
+    folder = prepare_for_base_model(config)
     try:
         model, tokenizer = load(
             str(folder),

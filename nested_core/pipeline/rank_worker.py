@@ -51,7 +51,7 @@ def main(run_dir: str, ranks: str) -> int:
 
 
 def _train_as_rank(run_dir: Path, ranks: int) -> None:
-    from nested_core.models.base_model import find_base_model
+    from nested_core.models.base_model import prepare_for_base_model
     from nested_core.pipeline import steps
     from nested_core.storage.run_directory import RunDirectory
     from nested_core.training.rank_communication import join_ranks
@@ -61,7 +61,7 @@ def _train_as_rank(run_dir: Path, ranks: int) -> None:
     run = RunDirectory(run_dir)
     run.watch_parents_lock()
     config = read_run_config(run)
-    find_base_model(config)  # before anything is computed
+    prepare_for_base_model(config)  # before anything is computed
     world = join_ranks(ranks)
     steps.train_as_rank(config, run, world, ReportSender(), listener.watch)
 

@@ -21,7 +21,7 @@ from nested_core.optim.tier_counters import COUNTERS_KEY, TierStats
 from nested_core.storage.checkpoint import Checkpoint, latest_checkpoint
 from nested_core.training.evaluation import EvaluationInterrupted, Evaluator
 from nested_core.training.memory.memory_plan import plan_memory
-from nested_core.training.memory.model_footprint import read_footprint
+from nested_core.training.memory.model_footprint import compute_footprint
 from nested_core.training.parameter_packing import unflatten_names
 from nested_core.training.run_recorder import RunRecorder, restore_random_key
 from nested_core.training.train_step import StepResult, TrainStep
@@ -64,7 +64,7 @@ class Trainer:
         self.optimizer = setup.optimizer
         self.step_schedule = setup.step_schedule
         self.world = setup.world
-        footprint = read_footprint(
+        footprint = compute_footprint(
             setup.config, setup.model, setup.parameters, setup.optimizer, setup.loss_fn
         )
         largest_batch = setup.step_schedule.largest_batch()

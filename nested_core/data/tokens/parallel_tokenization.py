@@ -23,7 +23,7 @@ from nested_core.data.lines.example_parsing import Example, FieldNames, read_exa
 from nested_core.data.parallel_jobs import ByteRange, OnProgress
 from nested_core.data.sources.split_files import SplitFile
 from nested_core.data.tokens.example_encoding import EncodedExample, Span, encode_example
-from nested_core.data.tokens.template_limit import (
+from nested_core.data.tokens.template_time_limit import (
     BASE_LIMIT_SECONDS,
     TemplateTimeLimit,
     TemplateTooSlow,

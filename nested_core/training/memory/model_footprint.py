@@ -41,7 +41,7 @@ EXPERTS_PER_TOKEN_ATTRIBUTES = ("top_k", "num_experts_per_tok")
 Modules = Mapping[str, Any]
 
 
-def read_footprint(
+def compute_footprint(
     config: FineTuneConfig,
     model: nn.Module,
     refs: ParameterRefs,

@@ -17,7 +17,7 @@ from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.rules.dataset_report import Finding
 from nested_core.data.sources import file_formats
 from nested_core.data.tokens import parallel_tokenization
-from nested_core.data.tokens.template_limit import TemplateTimeLimit, TemplateTooSlow
+from nested_core.data.tokens.template_time_limit import TemplateTimeLimit, TemplateTooSlow
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
 from tests.example import MODEL
