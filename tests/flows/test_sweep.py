@@ -35,9 +35,17 @@ def test_the_grid_has_every_combination_in_the_order_of_the_keys_names() -> None
 
 @pytest.mark.parametrize(
     ("grid", "problem"),
-    [({"iters": [4, -1]}, "iters"), ({"nseted.fast": ["deep"]}, "did you mean nested")],
+    [
+        ({"iters": [4, -1]}, "iters"),
+        ({"nseted.fast": ["deep"]}, "did you mean nested"),
+        *(  # what the loss is of, so that the losses could not be compared
+            ({key: ["a", "b"]}, f"varies {key}")
+            for key in ("mask_prompt", "training.supervise", "data", "gate.held_out")
+        ),
+        ({"registry.name": ["a", "b"]}, "varies registry.name"),
+    ],
 )
-def test_a_point_that_cannot_run_is_found_before_any_is_started(
+def test_a_grid_that_cannot_run_or_be_compared_is_refused_before_any_run(
     grid: dict[str, list[Any]], problem: str, tmp_path: Path
 ) -> None:
     registry = {"path": str(tmp_path / "registry"), "name": "capitals"}
@@ -72,24 +80,6 @@ def test_a_grid_has_at_most_256_points(tmp_path: Path) -> None:
             start(MOST_RUNS)
         with pytest.raises(ConfigError, match="the grid has 257 points, at most 256"):
             start(MOST_RUNS + 1)
-
-
-@pytest.mark.parametrize(
-    "key", ["mask_prompt", "training.supervise", "data", "gate.held_out", "registry.name"]
-)
-def test_a_grid_over_what_the_loss_is_of_is_refused_before_any_run(
-    tmp_path: Path, key: str
-) -> None:
-    registry = {"path": str(tmp_path / "registry"), "name": "capitals"}
-    config = SweepParameters(
-        base=example_config(registry=registry), grid={key: ["a", "b"]}, deployment="finetune/d"
-    )
-    with (
-        patch("flows.sweep.run_deployment") as start,
-        pytest.raises(ConfigError, match=f"varies {key}"),
-    ):
-        sweep.fn(config)
-    start.assert_not_called()
 
 
 def test_the_lowest_validation_loss_is_chosen_whatever_the_test_loss() -> None:

@@ -6,30 +6,17 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx import optimizers
-from mlx.utils import tree_flatten
 
 from nested_core import NestedAdam, NestedAdamW, Tier
 from nested_core.optim.tier_assignment import count_expected_updates
+from tests.core.optim.leaves import bits, values
 
 RATE = 1e-2
 by_combination = pytest.mark.parametrize("combination", ["mean", "sum"])
-
-
-def values(seed: int) -> dict[str, Any]:
-    """Random values of two layers; the same for the same seed."""
-    random = np.random.default_rng(seed)
-    shapes = {"fast": (3, 2), "slow": (2, 4)}
-    return {name: mx.array(random.normal(size=shape), mx.float32) for name, shape in shapes.items()}
-
-
-def bits(tree: Any) -> dict[str, bytes]:
-    """The bytes of every leaf."""
-    return {name: np.array(leaf).tobytes() for name, leaf in dict(tree_flatten(tree)).items()}
 
 
 def accumulating(frequency: int, **options: Any) -> NestedAdamW:

@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx import optimizers
-from mlx.utils import tree_flatten
 
 from nested_core import NestedAdamW, Tier
+from tests.core.optim.leaves import bits
 
 NAMES = ("fast", "slow")
 BAD = [mx.nan, mx.inf, -mx.inf]
@@ -21,11 +21,6 @@ def values(seed: int, **changes: mx.array) -> dict[str, Any]:
     """Random values of two layers; the same for the same seed."""
     random = np.random.default_rng(seed)
     return {name: mx.array(random.normal(size=6), mx.float32) for name in NAMES} | changes
-
-
-def bits(tree: Any) -> dict[str, bytes]:
-    """The bytes of every leaf."""
-    return {name: np.array(leaf).tobytes() for name, leaf in dict(tree_flatten(tree)).items()}
 
 
 def with_one(value: float) -> mx.array:

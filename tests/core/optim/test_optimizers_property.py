@@ -11,17 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx import optimizers
-from mlx.utils import tree_flatten
 
 from nested_core import NestedAdamW, Tier
+from tests.core.optim.leaves import bits
 
 STEPS = 13
 clocks = st.lists(st.integers(1, 6), min_size=1, max_size=8).map(sorted)
-
-
-def bits(tree: Any) -> dict[str, bytes]:
-    """The bytes of every leaf."""
-    return {name: np.array(leaf).tobytes() for name, leaf in dict(tree_flatten(tree)).items()}
 
 
 def values(tiers: int, seed: int) -> dict[str, mx.array]:

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx import optimizers
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from nested_core import NestedAdam, NestedAdamW, Tier, backend
+from tests.core.optim.leaves import bits
 
 SHAPES = {"fast": (3, 2), "middle": (4,), "slow": (2, 2, 2)}
 FREQUENCIES = {"fast": 1, "middle": 2, "slow": 4}
@@ -35,11 +36,6 @@ def tree(seed: int) -> dict[str, Any]:
     return {
         layer: {"w": mx.array(random.normal(size=s), mx.float32)} for layer, s in SHAPES.items()
     }
-
-
-def bits(tree: Any) -> dict[str, bytes]:
-    """The bytes of every leaf."""
-    return {name: np.array(leaf).tobytes() for name, leaf in dict(tree_flatten(tree)).items()}
 
 
 def of(layer: str, values: dict[str, bytes]) -> dict[str, bytes]:

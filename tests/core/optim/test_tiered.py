@@ -20,6 +20,7 @@ from nested_core.optim.gradients import clip_factor, find_gradient_mark
 from nested_core.optim.tier_assignment import TierMap
 from nested_core.optim.tiered import Tiered
 from nested_core.training.training_setup import build_optimizer
+from tests.core.optim.leaves import bits
 
 OPTIMIZERS = {
     "sgd": lambda: optimizers.SGD(1e-2, momentum=0.9),
@@ -36,11 +37,6 @@ def values(seed: int) -> dict[str, Any]:
     random = np.random.default_rng(seed)
     shapes = {"a": (3, 2), "b": (4,)}
     return {name: mx.array(random.normal(size=shape), mx.float32) for name, shape in shapes.items()}
-
-
-def bits(tree: Any) -> dict[str, bytes]:
-    """The bytes of every leaf."""
-    return {name: np.array(leaf).tobytes() for name, leaf in dict(tree_flatten(tree)).items()}
 
 
 def ready(name: str = "sgd", **options: Any) -> Tiered:
