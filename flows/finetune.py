@@ -19,8 +19,7 @@ from flows.flow_runs.allowed_folders import (
     with_allowed_paths,
     with_trusted_code,
 )
-from flows.flow_runs.labels import name_flow_run, tag_flow_run
-from flows.flow_runs.other_nights import find_other_night
+from flows.flow_runs.nights import find_other_night, name_flow_run, tag_flow_run
 from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
 from flows.flow_runs.state_messages import (
     describe_loss,

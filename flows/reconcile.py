@@ -26,7 +26,7 @@ from nested_core.registry import list_names
 from nested_core.registry.name_folders import name_exists
 from nested_core.registry.promotion_policy import DAMAGED_OUTCOME, WAITING_OUTCOME
 from nested_core.text.digest_format import shorten_digest
-from tasks.champion_page import had_champion, publish_champion_if_changed
+from tasks.champion import had_champion, publish_champion_if_changed
 from tasks.night_pages import publish_nights
 from tasks.outcomes import Outcome
 from tasks.promote import check_champion

@@ -18,7 +18,7 @@ from pydantic import Field, JsonValue
 
 from flows.flow_runs.allowed_folders import with_allowed_paths, with_trusted_code
 from flows.flow_runs.approvals import request_approval
-from flows.flow_runs.labels import SWEEP_TAG
+from flows.flow_runs.nights import SWEEP_TAG
 from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
 from nested_core.config.loading import lay_over, parse_config
 from nested_core.config.resume import read_run_config

@@ -27,7 +27,7 @@ from nested_core.storage.strict_files import read_json_object
 from nested_core.text.digest_format import shorten_digest
 from nested_core.training.trainer import Trainer
 from tasks.artifact_client import ArtifactClient, artifact_key, publish_page
-from tasks.lineage import champion_asset, dataset_asset, emit_materialization, run_asset
+from tasks.champion import champion_asset, dataset_asset, emit_materialization, run_asset
 from tasks.retrying import (
     REGISTRY_RETRY_DELAYS,
     RUN_RETRY_DELAYS,

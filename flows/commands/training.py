@@ -73,7 +73,7 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.data.dataset_loading import load_dataset
     from nested_core.data.rules.dataset_report import group_findings, guide_sentence
     from nested_core.data.rules.split_statistics import describe_split_stats
-    from nested_core.data.tokens.examples_for_display import decode_examples_for_display
+    from nested_core.data.tokens.tokenized_split import decode_examples_for_display
     from nested_core.data.tokens.tokenizer_source import TokenizerSource
     from nested_core.errors import DatasetError
 

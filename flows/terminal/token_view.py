@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from flows.terminal.console import output_console, print_line
-from nested_core.data.tokens.examples_for_display import ShownExample, ShownToken
+from nested_core.data.tokens.tokenized_split import ShownExample, ShownToken
 from nested_core.text.foreign_text import escape
 
 WIDTH, CELL = 100, 20

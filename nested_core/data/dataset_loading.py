@@ -1,28 +1,208 @@
 """A data set with train, valid and test: a report on all of it, and the tokens of what is sound.
 
-Both come from the cache if nothing has changed since they were made. Refuses nothing by itself: the
-caller asks the report with `raise_if_rejected`.
+Both come from the cache if nothing has changed since they were made: an entry is under everything
+that the result depends on, and hashed when it is read, so that one that is damaged is made again.
+It holds no data that the run directories' owner may not read, and a folder that others may write to
+is refused. Nothing else is refused here: the caller asks the report with `raise_if_rejected`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import errno
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import DataSettings
-from nested_core.data.dataset_cache import (
-    DatasetCache,
-    open_user_dataset_cache,
-    write_report_beside_tokens,
-)
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.sources.split_files import SplitFile, open_splits
-from nested_core.data.tokens.tokenized_split import TokenizedSplit, write_manifest_and_open_tokens
+from nested_core.data.tokens.tokenized_split import (
+    TokenizedSplit,
+    open_tokens,
+    write_manifest_and_open_tokens,
+)
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.errors import DatasetError
+from nested_core.errors import DamagedError, DatasetError
+from nested_core.storage.atomic import canonical_json, temporary_beside, write_json
+from nested_core.storage.compiled_kernels import cache_folder
+from nested_core.storage.private_folder import make_folder_only_user_may_write
+from nested_core.storage.strict_files import read_json, regular_sha256
+
+REPORT_NAME = "report.json"
+MAX_UNUSED_SECONDS = 30 * 24 * 3600
+_TOKENIZER_FILES = (
+    "*.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "*.model",
+    "*.txt",
+    "*.tiktoken",
+    "*.py",
+)
+# All that a line's judgement or tokens may depend on; jinja2 renders the chat templates.
+_LIBRARIES_IN_CACHE_KEY = (
+    "transformers",
+    "tokenizers",
+    "jinja2",
+    "mlx-lm",
+    "pydantic",
+    "pandera",
+    "polars",
+)
+# Modules outside of this package that decide what is read, or how a message is worded.
+_OTHER_CODE_IN_CACHE_KEY = ("errors.py", "storage/strict_files.py", "storage/atomic.py")
+_log = logging.getLogger(__name__)
+
+
+def write_report_beside_tokens(folder: Path, report: DatasetReport) -> None:
+    """Put the report beside the tokens, before they are sealed together."""
+    write_json(folder / REPORT_NAME, report.to_json())
+
+
+@dataclass(frozen=True)
+class DatasetCache:
+    """A folder of entries, one a data set; see `open_user_dataset_cache`."""
+
+    folder: Path
+
+    def entry_for(
+        self, settings: DataSettings, files: Mapping[str, SplitFile], tokenizer: TokenizerSource
+    ) -> CacheEntry:
+        """The place of a data set's judgement and tokens; ConfigError for an unsafe folder."""
+        make_folder_only_user_may_write(
+            self.folder, "judged data sets", "pass any data set as sound"
+        )
+        return CacheEntry(self.folder / _cache_key(settings, files, tokenizer))
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One data set's report and tokens, or the place for them."""
+
+    folder: Path
+
+    def read_report_and_tokens(self) -> tuple[DatasetReport, dict[str, TokenizedSplit]] | None:
+        """What is there, or None; what is damaged is taken away, with a warning."""
+        try:
+            splits = open_tokens(self.folder)
+            report = DatasetReport.from_json(read_json(self.folder / REPORT_NAME, None))
+            os.utime(self.folder)
+        except (DamagedError, FileNotFoundError) as error:
+            if self.folder.exists():  # else there was none, or another process took it away
+                _log.warning("The cached data set is damaged and is made again: %s", error)
+                self.remove()
+            return None
+        return report, splits
+
+    def remove(self) -> None:
+        """Rename before removing: nobody finds half an entry in its place."""
+        aside = temporary_beside(self.folder)
+        with suppress(FileNotFoundError):  # another process was faster
+            self.folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    @contextmanager
+    def creating(self) -> Iterator[Path]:
+        """A folder to write in that becomes the entry; entries long unused are removed first.
+
+        Several processes may make the same one at once. The first to end stays, and the folders of
+        the others go: what they hold is the same, and their maps of it stay good. Nothing is
+        synced, because an entry that a power failure cut short is found damaged and made again.
+        """
+        _remove_unused_entries(self.folder.parent)
+        unpublished = temporary_beside(self.folder)
+        unpublished.mkdir()
+        try:
+            yield unpublished
+            try:
+                unpublished.rename(self.folder)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+        finally:
+            shutil.rmtree(unpublished, ignore_errors=True)
+
+
+def open_user_dataset_cache() -> DatasetCache:
+    """The folder `datasets` in the folder for caches."""
+    return DatasetCache(cache_folder() / "datasets")
+
+
+def _remove_unused_entries(folder: Path) -> None:
+    oldest = time.time() - MAX_UNUSED_SECONDS
+    for entry in os.scandir(folder):
+        with suppress(FileNotFoundError):  # another process was faster
+            if entry.stat().st_mtime < oldest:
+                CacheEntry(Path(entry.path)).remove()
+
+
+def _cache_key(
+    settings: DataSettings, files: Mapping[str, SplitFile], tokenizer: TokenizerSource
+) -> str:
+    inputs: dict[str, Any] = {
+        "settings": to_jsonable_python(settings),
+        "files": {split: _describe_file_for_key(file) for split, file in files.items()},
+        "tokenizer": asdict(tokenizer),
+        "tokenizer_files": _hash_tokenizer_files(Path(tokenizer.folder)),
+        "rules": _hash_data_code(),
+        "libraries": _library_versions(),
+    }
+    return sha256(canonical_json(inputs)).hexdigest()
+
+
+def _describe_file_for_key(file: SplitFile) -> dict[str, Any]:
+    numbers = None if file.numbers is None else sha256(file.numbers.tobytes()).hexdigest()
+    return {
+        "name": file.name,
+        "content": regular_sha256(file.path, follow_links=True),
+        "numbers": numbers,
+        "problems": sorted(file.problems.items()),
+    }
+
+
+def _hash_tokenizer_files(folder: Path) -> dict[str, str]:
+    """Hashes of what a tokenizer may be made from, its template and the model's configuration."""
+    paths = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}
+    return _file_hashes(folder, sorted(paths))
+
+
+@lru_cache(maxsize=1)
+def _library_versions() -> dict[str, str]:
+    """The versions of the libraries that tokens depend on; each is read from a file of metadata."""
+    return {name: version(name) for name in _LIBRARIES_IN_CACHE_KEY}
+
+
+@lru_cache(maxsize=1)
+def _hash_data_code() -> str:
+    """A hash of the code that reads, judges and tokenises: no edit of a rule can be forgotten."""
+    root = Path(__file__).parents[1]
+    paths = [
+        *sorted((root / "data").rglob("*.py")),
+        *(root / name for name in _OTHER_CODE_IN_CACHE_KEY),
+    ]
+    return sha256(canonical_json(_file_hashes(root, paths))).hexdigest()
+
+
+def _file_hashes(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of each file, by its path in the folder."""
+    return {
+        path.relative_to(folder).as_posix(): regular_sha256(path, follow_links=True)
+        for path in paths
+    }
 
 
 def load_run_data(

@@ -21,7 +21,7 @@ from prefect.client.schemas.actions import ArtifactCreate
 from flows.process import os_errors
 from flows.terminal import console, token_view
 from nested_core import errors
-from nested_core.data.tokens.examples_for_display import ShownExample, ShownToken
+from nested_core.data.tokens.tokenized_split import ShownExample, ShownToken
 from nested_core.report.lineage_picture import LineageNode, draw_lineage
 from nested_core.storage.adapter import CONFIG_NAME, write_adapter
 from nested_core.text.foreign_text import escape

@@ -44,8 +44,8 @@ PUBLIC = {
 }
 # "module.name" -> where it is used.
 PRIVATE = {
-    "prefect.context.AssetContext": "tasks/lineage.py",
-    "prefect.context.FlowRunContext": "flows/flow_runs/labels.py",
+    "prefect.context.AssetContext": "tasks/champion.py",
+    "prefect.context.FlowRunContext": "flows/flow_runs/nights.py",
     "prefect.events.schemas.automations.Automation": "flows/deployment/deploy.py",
     "prefect.events.schemas.automations.AutomationCore": "flows/deployment/deploy.py",
     "prefect.logging.configuration.setup_logging": "flows/flow_runs/prefect_logs.py",

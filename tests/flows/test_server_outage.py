@@ -12,7 +12,7 @@ from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.runtime import deployment
 
-from flows.flow_runs.labels import tag_flow_run
+from flows.flow_runs.nights import tag_flow_run
 from nested_core.text.markdown_page import MarkdownPage
 from tasks.artifact_client import ArtifactClient
 from tasks.promote import read_origin

@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from nested_core.data.dataset_cache import MAX_UNUSED_SECONDS
+from nested_core.data.dataset_loading import MAX_UNUSED_SECONDS
 from nested_core.errors import DamagedError
 from nested_core.gate.answers.suite_answers import EncodedSuite
 from nested_core.models.generation import Answer

@@ -18,11 +18,15 @@ from unittest.mock import Mock
 import pytest
 
 from nested_core.config.sections import DataPolicy
-from nested_core.data import dataset_cache as caching
 from nested_core.data import dataset_loading
+from nested_core.data import dataset_loading as caching
 from nested_core.data.data_settings import DataSettings
-from nested_core.data.dataset_cache import MAX_UNUSED_SECONDS, DatasetCache, open_user_dataset_cache
-from nested_core.data.dataset_loading import load_dataset
+from nested_core.data.dataset_loading import (
+    MAX_UNUSED_SECONDS,
+    DatasetCache,
+    load_dataset,
+    open_user_dataset_cache,
+)
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.tokens import tokenized_split
 from nested_core.data.tokens.tokenized_split import TokenizedSplit

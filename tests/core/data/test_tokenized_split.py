@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from nested_core.data.data_settings import DataSettings
-from nested_core.data.dataset_cache import DatasetCache
-from nested_core.data.dataset_loading import load_dataset
+from nested_core.data.dataset_loading import DatasetCache, load_dataset
 from nested_core.data.sources.split_files import SplitFile
 from nested_core.data.tokens.parallel_tokenization import LinesToTokenize, tokenize_splits
 from nested_core.data.tokens.tokenized_split import open_tokens

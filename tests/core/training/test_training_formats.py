@@ -11,7 +11,7 @@ import pytest
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.tokens.examples_for_display import decode_examples_for_display
+from nested_core.data.tokens.tokenized_split import decode_examples_for_display
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.pipeline import steps
 from tests.example import example_config, train_example

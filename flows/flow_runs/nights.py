@@ -1,5 +1,6 @@
-"""A second night of one adapter does not train: the run that comes to it looks, and ends Skipped.
+"""A night's flow run: its name and tags in Prefect's lists, and whether another night is at work.
 
+A second night of one adapter does not train: the run that comes to it looks, and ends Skipped.
 Prefect's own answer, a deployment's concurrency limit with CANCEL_NEW, does not see a second night
 behind a pool that runs one at a time: no worker asks for it before the first has ended. And such a
 limit is a lease that the training has to renew: a server that is away for longer than a lease lasts
@@ -9,14 +10,73 @@ none of them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from pathlib import PurePath
+from typing import Any
 
 from prefect import runtime
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import FlowRunContext
+from pydantic import BaseModel
 
+from nested_core.text.foreign_text import escape
 from tasks.prefect_server import asking_server, flow_runs_in
+
+SWEEP_TAG = "sweep"  # the tag of the runs that a sweep starts
+RESUMED_TAG = "resumed"  # of a run that went on after a crash, or by the Retry button
+
+
+def name_flow_run() -> str:
+    """Prefect's callback that names a run: "support-bot, 21 Nov"."""
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:  # Prefect calls it within the run's context
+        raise RuntimeError("A flow run is named while it begins.")
+    return format_flow_run_name(context.flow_run, context.parameters or {})
+
+
+def format_flow_run_name(flow_run: FlowRun, parameters: Mapping[str, Any]) -> str:
+    """The adapter and the day (UTC) that a run was due; of a sweep, its point too.
+
+    A run that is tried again keeps the name that it has.
+    """
+    adapter = read_adapter_name(parameters)
+    if flow_run.name.startswith(f"{adapter}, "):
+        return flow_run.name
+    due = flow_run.expected_start_time or flow_run.created or datetime.now(UTC)
+    night = f"{adapter}, {due.astimezone(UTC).day} {due.astimezone(UTC):%b}"
+    return f"{night}: {flow_run.name}" if SWEEP_TAG in flow_run.tags else night
+
+
+def read_adapter_name(parameters: Mapping[str, Any]) -> str:
+    """The registry's name in the parameters of a fine-tune; without one, the base model's."""
+    config = parameters.get("config") or {}
+    values = config.model_dump() if isinstance(config, BaseModel) else dict(config)
+    name = (values.get("registry") or {}).get("name")
+    return escape(name or PurePath(str(values.get("model") or "fine-tune")).name)
+
+
+def find_trigger(flow_run: FlowRun) -> str:
+    """What started a run: "schedule", "sweep", "manual", or the "command" `nested-tune run`."""
+    if flow_run.deployment_id is None:
+        return "command"
+    if SWEEP_TAG in flow_run.tags:
+        return SWEEP_TAG
+    return "schedule" if flow_run.auto_scheduled else "manual"
+
+
+def tag_flow_run() -> None:
+    """Add to the tags of this process's run: the adapter's name, the trigger, and RESUMED_TAG."""
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        raise RuntimeError("A flow run is tagged by itself.")
+    flow_run = context.flow_run
+    tags = {*flow_run.tags, read_adapter_name(context.parameters or {}), find_trigger(flow_run)}
+    tags |= {RESUMED_TAG} if (flow_run.run_count or 1) > 1 else set()
+    with asking_server("the run has no tags of its adapter and of what started it") as client:
+        client.update_flow_run(flow_run.id, tags=sorted(tags))
+
 
 MAX_NIGHTS_READ = 20
 WAITING_TYPES = frozenset({StateType.SCHEDULED, StateType.PENDING})
