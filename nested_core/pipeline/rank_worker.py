@@ -22,7 +22,7 @@ from typing import Any
 from nested_core import backend
 from nested_core.config.resume import read_run_config
 from nested_core.errors import NestedTuneError, TrainingStopped
-from nested_core.pipeline.launch.rank_group import MESSAGE_PREFIX, rank_device
+from nested_core.pipeline.launch.mlx_launch import MESSAGE_PREFIX, rank_device
 
 
 def main(run_dir: str, ranks: str) -> int:

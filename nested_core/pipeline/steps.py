@@ -71,7 +71,8 @@ from nested_core.models.parameters import trainable_parameters
 from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_adapter
 from nested_core.pipeline.device_lock import OnWait, locking_devices
-from nested_core.pipeline.launch.rank_group import count_ranks, train_in_ranks
+from nested_core.pipeline.launch.mlx_launch import count_ranks
+from nested_core.pipeline.launch.rank_group import train_in_ranks
 from nested_core.records.verdict_file import write_verdict
 from nested_core.storage.adapter import (
     WEIGHTS_NAME,

@@ -7,7 +7,8 @@ import subprocess
 import sys
 from typing import Any
 
-from nested_core.pipeline.launch.rank_group import LAUNCHER_COMMAND, find_consecutive_free_ports
+from nested_core.pipeline.launch.mlx_launch import find_consecutive_free_ports
+from nested_core.pipeline.launch.rank_group import LAUNCHER_COMMAND
 
 MLX_LAUNCH = os.path.join(os.path.dirname(sys.executable), "mlx.launch")
 SECONDS_OF_SLEEP = 3

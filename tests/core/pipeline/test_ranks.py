@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from nested_core.config.resume import refuse_differences_on_resume
 from nested_core.errors import ConfigError
-from nested_core.pipeline.launch import rank_group
-from nested_core.pipeline.launch.rank_group import (
+from nested_core.pipeline.launch import mlx_launch
+from nested_core.pipeline.launch.mlx_launch import (
     count_ranks,
     find_consecutive_free_ports,
     launch_command,
@@ -151,7 +151,7 @@ def test_a_port_that_somebody_has_is_not_taken(monkeypatch: pytest.MonkeyPatch) 
     free = find_consecutive_free_ports(2)
     with socket.socket() as held:
         held.bind(("127.0.0.1", free + 1))
-        monkeypatch.setattr(rank_group, "PORTS", [free])
+        monkeypatch.setattr(mlx_launch, "PORTS", [free])
         with pytest.raises(OSError, match="no 2 free ports"):
             find_consecutive_free_ports(2)
         assert find_consecutive_free_ports(1) == free

@@ -12,7 +12,7 @@ import pytest
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import TrainingProcessesDiffer
 from nested_core.pipeline import steps
-from nested_core.pipeline.launch import rank_group
+from nested_core.pipeline.launch import mlx_launch
 from nested_core.pipeline.launch.rank_group import RankGroup
 from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory
@@ -115,7 +115,7 @@ def test_the_run_directory_is_that_of_one_process_and_passes_the_gate(pair: Pair
 def go_astray(monkeypatch: pytest.MonkeyPatch, how: str) -> FineTuneConfig:
     """Have rank 1 do at step 3 what astray.py describes."""
     monkeypatch.setattr(
-        rank_group, "RANK_WORKER_ARGUMENTS", (str(Path(__file__).with_name("astray.py")),)
+        mlx_launch, "RANK_WORKER_ARGUMENTS", (str(Path(__file__).with_name("astray.py")),)
     )
     monkeypatch.setenv("ASTRAY", how)
     training = {"processes": 2, "max_grad_norm": 1.0}
