@@ -112,8 +112,8 @@ def read_verdict(path: Path) -> Verdict:
     if file_type(path, follow_links=True) == "missing":
         raise ConfigError(
             f"{path} is not there: no gate has judged this adapter. Expected the directory of a "
-            "finished run: let the run end; if it was stopped:",
-            advice=go_on_with(),
+            "finished run. If it trains, let it end; if it was stopped, resume it.",
+            advice=go_on_with(path.parent),
         )
     return parse_verdict(read_json(path, MAX_GATE_BYTES), path)
 

@@ -322,7 +322,10 @@ MISTAKES: dict[str, Mistake] = {
     ),
     # The registry, and deployments
     "promoting a run that was not judged": Mistake(
-        ("let the run end; if it was stopped: Go on", "its --run-dir and --resume"),
+        (
+            "If it trains, let it end; if it was stopped, resume it. Go on with the same command",
+            "--run-dir run --resume.",
+        ),
         arguments=("promote", "run", "--name", "bot"),
         prepare=begin_other_run,
     ),
