@@ -113,13 +113,11 @@ class LocalServer:
         """Wait until it answers; NestedTuneError where it ends or takes too long."""
         deadline = time.monotonic() + SECONDS_TO_START
         while not _is_healthy(self._port):
-            if self._process.poll() is not None or time.monotonic() > deadline:
+            if self._process.poll() is not None:
+                raise _failed_start("ended; what it said stands above")
+            if time.monotonic() > deadline:
                 self._process.kill()
-                raise NestedTuneError(
-                    "The Prefect server of this run did not start; what it said stands above. "
-                    "`nested-tune doctor` looks for the cause, and `nested-tune train` needs no "
-                    "server."
-                )
+                raise _failed_start(f"does not answer after {SECONDS_TO_START:.0f} seconds")
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def stop(self) -> None:
@@ -130,6 +128,13 @@ class LocalServer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def _failed_start(problem: str) -> NestedTuneError:
+    return NestedTuneError(
+        f"The Prefect server of this run {problem}. `nested-tune doctor` looks for the cause, and "
+        f"`nested-tune train` needs no server. If the machine was busy, give the command again."
+    )
 
 
 def _is_healthy(port: int) -> bool:

@@ -171,5 +171,6 @@ def _require_adapter_of_checkpoint(
     for name in ADAPTER_FILES:
         if listed.get(name) != files[f"{run.adapter.name}/{name}"]:
             raise DamagedError(
-                f"{run.adapter} is not the adapter of {offered_checkpoint}: it has changed since."
+                f"{run.adapter} is not the adapter of {offered_checkpoint}: it has changed since. "
+                f"Copy {' and '.join(ADAPTER_FILES)} from the checkpoint back into it."
             )

@@ -11,7 +11,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from flows.process import local_server
 from flows.process.local_server import HOST, LocalServer
+from nested_core.errors import NestedTuneError
 
 SHOW = """
 from contextlib import suppress
@@ -58,6 +60,21 @@ def test_its_port_is_its_own_before_it_serves() -> None:
     try:
         with socket.socket() as other, pytest.raises(OSError, match="in use"):
             other.bind((HOST, urlsplit(server.url).port))
+    finally:
+        server.stop()
+
+
+def test_one_that_ended_and_one_that_is_too_slow_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local_server, "SECONDS_TO_START", 0.0)
+    server = LocalServer()
+    try:
+        with pytest.raises(NestedTuneError, match="does not answer after 0 seconds. `nested-tune"):
+            server.wait()
+        server._process.wait(10)  # it was killed
+        with pytest.raises(NestedTuneError, match="ended; what it said stands above. `nested-tune"):
+            server.wait()
     finally:
         server.stop()
 

@@ -58,7 +58,7 @@ TAMPERED: list[tuple[Callable[[RunDirectory], None], str]] = [
     (swapped_tiers, "tiers.json has changed since training began"),
     (changed_frequencies, "tiers.json has changed since training began"),
     (edited_state, "state.json has changed since it was written"),
-    (truncated_adapter, "it has changed since"),
+    (truncated_adapter, "changed since. Copy .* from the checkpoint back into it."),
 ]
 
 
