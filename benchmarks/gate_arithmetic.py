@@ -19,9 +19,13 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "2")  # before numpy
 import numpy as np
 
 from benchmarks.gate_rates import BOUNDS, draw_suites, plant_best_step
-from nested_core.gate.loss_bounds import harm_reasons, loss_reasons
-from nested_core.gate.loss_figures import summarise_champion, summarise_losses
-from nested_core.gate.task_bounds import judge_answers
+from nested_core.gate.answers.answer_bounds import judge_answers
+from nested_core.gate.loss_figures import (
+    harm_reasons,
+    loss_reasons,
+    summarise_champion,
+    summarise_losses,
+)
 
 EXAMPLES = 10_000
 SUITES = 30

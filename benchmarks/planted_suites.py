@@ -18,17 +18,16 @@ import numpy as np
 from scipy import stats
 
 from nested_core.config.sections import GateSection
-from nested_core.gate.answers.answer_records import (
+from nested_core.gate.answers.answer_bounds import judge_answers
+from nested_core.gate.answers.scorers import score_answers
+from nested_core.gate.answers.suite_answers import Suite, read_suites
+from nested_core.gate.answers.suites import question_label
+from nested_core.records.answers import (
     AnsweringRole,
     AnswerRecord,
     read_answers,
     write_answers,
 )
-from nested_core.gate.answers.configured_suites import read_suites
-from nested_core.gate.answers.scorers import score_answers
-from nested_core.gate.answers.suite_answers import Suite
-from nested_core.gate.answers.suites import question_label
-from nested_core.gate.task_bounds import judge_answers
 
 QUESTIONS = 200
 SUITES = 1_000

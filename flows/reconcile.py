@@ -23,7 +23,7 @@ from nested_core.config.section import Section
 from nested_core.config.sections import AdapterName
 from nested_core.errors import DamagedError
 from nested_core.registry import list_names
-from nested_core.registry.name_folders import name_exists
+from nested_core.registry.folders import name_exists
 from nested_core.registry.promotion_policy import DAMAGED_OUTCOME, WAITING_OUTCOME
 from nested_core.text.digest_format import shorten_digest
 from tasks.champion import had_champion, publish_champion_if_changed

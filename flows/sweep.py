@@ -26,7 +26,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section import Section
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, NestedTuneError
-from nested_core.gate.sweep_choice import SweepChoice
+from nested_core.gate.chosen_candidate import SweepChoice
 from nested_core.pipeline.continual import champion_or_none
 from nested_core.registry.promotion_policy import WAITING_OUTCOME, effective_rule
 from nested_core.report.sweep_results import SweepRunResult, find_registered_version

@@ -17,11 +17,11 @@ from nested_core.errors import DatasetError, GateRejected
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import describe_starting_adapter
 from nested_core.pipeline.publishing import register_run
-from nested_core.pipeline.steps import TrainResult
+from nested_core.records.dataset import read_dataset_record
+from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import read_verdict
 from nested_core.report.verdict_page import describe_verdict
-from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
 from nested_core.text.digest_format import shorten_digest

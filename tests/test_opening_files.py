@@ -39,7 +39,7 @@ EXCEPTIONS = {
     "nested_core/storage/safetensors_files.py": (1, "opened strictly before"),
     "nested_core/data/tokens/parallel_tokenization.py": (1, "writes a file in a new folder"),
     "nested_core/pipeline/device_lock.py": (2, "a lock in a folder of this user"),
-    "nested_core/registry/folder_lock.py": (3, "a lock, opened with O_NOFOLLOW and O_NONBLOCK"),
+    "nested_core/registry/folders.py": (3, "a lock, opened with O_NOFOLLOW and O_NONBLOCK"),
     "nested_core/storage/lock_file.py": (4, "locks, opened with O_NOFOLLOW and O_NONBLOCK"),
     "nested_core/storage/run_directory.py": (4, "a lock"),
     "nested_core/registry/ledger.py": (2, "appends and cuts, with O_NOFOLLOW, under the lock"),

@@ -50,7 +50,7 @@ def add_commands(commands: Any) -> None:
 
 def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the flow on the example, then show what the model could not answer before."""
-    from nested_core.registry.champion_link import LINK_NAME
+    from nested_core.registry.champion_files import LINK_NAME
 
     out: Path = arguments.out or Path("demo-broken" if arguments.break_training else "demo")
     require_free_place(out, "--out")
@@ -144,8 +144,8 @@ def _breaking_updates() -> Iterator[None]:
 
 def _read_answers(config: FineTuneConfig, run: RunDirectory) -> list[tuple[str, str, str]]:
     """What the gate asked, and what it was answered before and after training."""
-    from nested_core.gate.answers.answer_records import read_answers
     from nested_core.gate.answers.suites import read_suite
+    from nested_core.records.answers import read_answers
 
     (task,) = config.gate.tasks
     prompts = [question.prompt for question in read_suite(Path(task.file), task.score)]

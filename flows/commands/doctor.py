@@ -22,7 +22,7 @@ from nested_core.errors import NestedTuneError
 from nested_core.text.digest_format import shorten_digest
 
 if TYPE_CHECKING:
-    from nested_core.registry.serving_file import ServingRecord
+    from nested_core.registry.serving_status import ServingRecord
 
 MIN_FREE_DISK_BYTES = 2 * 10**9
 
@@ -145,7 +145,7 @@ def _check_server_address() -> Check:
 
 def _iterate_serving_checks(registry: Path) -> Iterator[Check]:
     """For each name that servers say they serve, whether each one follows its champion."""
-    from nested_core.registry.serving_file import SERVING_FOLDER_NAME, read_serving_records
+    from nested_core.registry.serving_status import SERVING_FOLDER_NAME, read_serving_records
 
     for folder in sorted(path.parent for path in registry.glob(f"*/{SERVING_FOLDER_NAME}")):
         for file, record in read_serving_records(folder).items():
@@ -154,7 +154,7 @@ def _iterate_serving_checks(registry: Path) -> Iterator[Check]:
 
 def _check_server(folder: Path, file: str, record: ServingRecord) -> Check:
     from nested_core.registry import read_champion
-    from nested_core.registry.serving_file import SERVING_FOLDER_NAME
+    from nested_core.registry.serving_status import SERVING_FOLDER_NAME
 
     name = f"serve {folder.name}"
     if not record.is_alive(datetime.now(UTC)):

@@ -74,7 +74,7 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.pipeline.publishing import register_and_promote_run
     from nested_core.records.verdict_file import read_verdict
     from nested_core.registry import UNSET
-    from nested_core.registry.name_folders import check_name
+    from nested_core.registry.folders import check_name
     from nested_core.registry.promotion_policy import describe_promotion, warn_if_worse
     from nested_core.registry.serving_status import await_configured
 
@@ -175,7 +175,7 @@ def _read_suites(path: Path) -> list[dict[str, Any]]:
     from nested_core.config.loading import read_yaml
     from nested_core.config.sections import GateSection
     from nested_core.errors import describe_first_problem
-    from nested_core.gate.answers.configured_suites import read_suites
+    from nested_core.gate.answers.suite_answers import read_suites
 
     values = read_yaml(path)
     section = values.get("gate", values)

@@ -12,10 +12,10 @@ from flows.terminal.mlx_lm_log import MlxLmLog
 from nested_core.config.schema import FineTuneConfig
 from nested_core.pipeline import steps
 from nested_core.pipeline.run_steps import Steps
-from nested_core.pipeline.steps import TrainResult
+from nested_core.records.answers import SampleAnswers, read_sample_answers
+from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.sample_answers_file import SampleAnswers, read_sample_answers
 
 
 class TerminalSteps(Steps):

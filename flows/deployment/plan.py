@@ -17,7 +17,7 @@ from nested_core.config.error_messages import explain_problems, find_problems
 from nested_core.config.loading import read_yaml as read_config
 from nested_core.config.section import Section
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
-from nested_core.registry.name_folders import create_name_folder, name_exists
+from nested_core.registry.folders import create_name_folder, name_exists
 from nested_core.storage.strict_files import read_regular
 
 HOME, INTERPRETER = "NESTED_TUNE_HOME", "NESTED_TUNE_PYTHON"

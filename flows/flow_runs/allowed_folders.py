@@ -112,7 +112,7 @@ def require_known_name(section: RegistrySection) -> None:
     """ConfigError where a deployment's run would begin a name that is not its to begin."""
     if runtime.deployment.id is None or section.path is None or section.name is None:
         return
-    from nested_core.registry.name_folders import name_exists  # loads mlx
+    from nested_core.registry.folders import name_exists  # loads mlx
 
     registries = {os.path.realpath(folder) for folder in _listed(REGISTRIES_VARIABLE)}
     if name_exists(Path(section.path), section.name):

@@ -13,7 +13,7 @@ from flows.flow_runs.warning_events import warn_of_full_disks
 from flows.process.stop_signals import Stopper
 from nested_core.config.schema import FineTuneConfig
 from nested_core.pipeline.run_steps import Steps
-from nested_core.pipeline.steps import TrainResult
+from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry.promotion_policy import WAITING_OUTCOME, registry_location

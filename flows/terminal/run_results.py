@@ -10,8 +10,8 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.foreign_text import escape
 
 if TYPE_CHECKING:
+    from nested_core.records.answers import SampleAnswers
     from nested_core.records.verdict import Verdict
-    from nested_core.storage.sample_answers_file import SampleAnswers
 
 LONGEST_TEXT = 300
 TITLE = "Answers to {count}, for you to read (greedy; the gate sees only whether they are broken):"
@@ -41,13 +41,13 @@ def _escape_and_shorten(text: str) -> str:
 
 def print_rejection(run: RunDirectory) -> None:
     """The checks of the run's verdict as a table, then wrong answers of each suite that failed."""
-    from nested_core.gate.answers.answer_records import read_answers
     from nested_core.gate.verdict_table import (
         CHECK_COLUMNS,
         LOST_COLUMNS,
         list_checks,
         lost_answers,
     )
+    from nested_core.records.answers import read_answers
     from nested_core.records.verdict_file import read_verdict
 
     verdict = read_verdict(run.gate)

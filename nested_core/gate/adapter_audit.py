@@ -18,7 +18,7 @@ import numpy as np
 from nested_core import backend
 from nested_core.errors import ConfigError, DamagedError, join_first_values, shorten
 from nested_core.gate.adapter_layout import AdapterLayout, BaseModelForAudit
-from nested_core.gate.base_compatibility import RANK_AXES, fingerprint_reasons
+from nested_core.gate.base_compatibility import RANK_AXES, fingerprint_reasons, leaf_name
 from nested_core.gate.fresh_process_check import (
     FreshProcessLogits,
     ProofRequest,
@@ -27,7 +27,8 @@ from nested_core.gate.fresh_process_check import (
     largest_difference,
     non_finite_reason,
 )
-from nested_core.gate.lora_effect import LARGEST_FLOAT32, product_norm
+from nested_core.gate.lora_effect import LARGEST_FLOAT32, factor_names, product_norm
+from nested_core.gate.tensor_diff import reasons_about_tensors
 from nested_core.models.peft import import_peft
 from nested_core.models.peft.importing import PEFT_WEIGHTS, PICKLE_FILE_NAMES
 from nested_core.models.peft.lora_factors import FACTOR_DTYPES, MLX_LM_NAMING
@@ -219,42 +220,42 @@ def _structure_reasons(layout: AdapterLayout, base: BaseModelForAudit) -> list[R
         return [*reasons, Reason("tensor_missing", "the file holds no tensor at all")]
     if layout.has_whole_weights:
         return reasons + _whole_weight_reasons(layout, base)
-    factors = {name for name in layout.tensors if _leaf_name(name) in MLX_LM_NAMING.leaves}
+    factors = {name for name in layout.tensors if leaf_name(name) in MLX_LM_NAMING.leaves}
     others = layout.tensors.keys() - factors
-    weights = {n for n in others if _leaf_name(n) in WHOLE_WEIGHT_LEAF_NAMES and ".lora_" not in n}
-    reasons += _reason_about_tensors(
+    weights = {n for n in others if leaf_name(n) in WHOLE_WEIGHT_LEAF_NAMES and ".lora_" not in n}
+    reasons += reasons_about_tensors(
         "tensor_unexpected",
         weights,
-        "are weights of the base or of a fused model where LoRA factors should be",
+        "with the names of weights of the base or of a fused model, where LoRA factors should be",
     )
-    reasons += _reason_about_tensors(
-        "tensor_unexpected", others - weights, "have no name of a LoRA factor"
+    reasons += reasons_about_tensors(
+        "tensor_unexpected", others - weights, "without the name of a LoRA factor"
     )
-    foreign = {name for name in factors if _module_name(name) not in base.modules}
-    reasons += _reason_about_tensors(
-        "base_mismatch", foreign, "are of modules that the base does not have"
+    foreign = {name for name in factors if name.rpartition(".")[0] not in base.modules}
+    reasons += reasons_about_tensors(
+        "base_mismatch", foreign, "of modules that the base does not have"
     )
     if layout.refusal is not None:
         return reasons
     factors -= foreign
     reasons += _shape_reasons(layout, factors & layout.expected.keys())
     unreached = factors - layout.expected.keys()
-    reasons += _reason_about_tensors(
-        "config_mismatch", unreached, f"are of no module and type that {CONFIG_NAME} calls for"
+    reasons += reasons_about_tensors(
+        "config_mismatch", unreached, f"of no module and type that {CONFIG_NAME} calls for"
     )
     if factors or not (foreign or others):
         missing = layout.expected.keys() - layout.tensors.keys()
-        problem = f"are called for by {CONFIG_NAME} and not in the file: their modules do nothing"
-        reasons += _reason_about_tensors("tensor_missing", missing, problem)
+        problem = f"called for by {CONFIG_NAME} and not in the file: their modules do nothing"
+        reasons += reasons_about_tensors("tensor_missing", missing, problem)
     return reasons
 
 
 def _whole_weight_reasons(layout: AdapterLayout, base: BaseModelForAudit) -> list[Reason]:
     foreign = layout.tensors.keys() - base.shapes.keys()
     misfits = [n for n in layout.tensors if n not in foreign and not _has_expected_shape(layout, n)]
-    return _reason_about_tensors(
-        "base_mismatch", foreign, "are no weights of the base"
-    ) + _reason_about_tensors("base_mismatch", misfits, "have other shapes than in the base")
+    return reasons_about_tensors(
+        "base_mismatch", foreign, "that the base has no weights for"
+    ) + reasons_about_tensors("base_mismatch", misfits, "of other shapes than in the base")
 
 
 def _shape_reasons(layout: AdapterLayout, names: Iterable[str]) -> list[Reason]:
@@ -280,7 +281,7 @@ def _shape_reasons(layout: AdapterLayout, names: Iterable[str]) -> list[Reason]:
 
 def _differs_in_rank_alone(layout: AdapterLayout, name: str) -> bool:
     own, expected = layout.tensors[name].shape, layout.expected[name]
-    axis = RANK_AXES.get((_leaf_name(name), len(own)))
+    axis = RANK_AXES.get((leaf_name(name), len(own)))
     if axis is None or len(own) != len(expected):
         return False
     return all(a == b for i, (a, b) in enumerate(zip(own, expected, strict=True)) if i != axis)
@@ -290,9 +291,9 @@ def _value_reasons(layout: AdapterLayout) -> list[Reason]:
     """Reasons for dtypes that hold no weights, and for NaN and infinity."""
     strange = {name for name, tensor in layout.tensors.items() if tensor.dtype not in FACTOR_DTYPES}
     broken = {n for n, t in layout.tensors.items() if n not in strange and not _is_finite(t)}
-    return _reason_about_tensors(
-        "dtype_mismatch", strange, f"have other dtypes than {', '.join(FACTOR_DTYPES)}"
-    ) + _reason_about_tensors("non_finite", broken, "hold NaN or infinity")
+    return reasons_about_tensors(
+        "dtype_mismatch", strange, f"of other dtypes than {', '.join(FACTOR_DTYPES)}"
+    ) + reasons_about_tensors("non_finite", broken, "with NaN or infinity")
 
 
 def _judge_effects(
@@ -415,25 +416,9 @@ def _is_finite(tensor: StoredTensor) -> bool:
     return bool(np.isfinite(tensor.to_numpy()).all())
 
 
-def _leaf_name(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _module_name(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def _reason_about_tensors(code: Code, names: Iterable[str], problem: str) -> list[Reason]:
-    """One reason that lists the tensors, or none without any."""
-    ordered = tuple(sorted(names))
-    if not ordered:
-        return []
-    return [Reason(code, f"{len(ordered)} tensors {problem}, {ordered[0]} first", ordered)]
-
-
 def _reason_about_modules(code: Code, modules: Sequence[str], problem: str) -> list[Reason]:
     """One reason that names the modules' factors, or none without any module."""
     if not modules:
         return []
-    names = tuple(f"{module}.{leaf}" for module in modules for leaf in ("lora_a", "lora_b"))
-    return [Reason(code, f"{len(modules)} modules {problem}, {modules[0]} first", names)]
+    message = f"{len(modules)} modules {problem}, {modules[0]} first"
+    return [Reason(code, message, factor_names(modules))]

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from nested_core.backend import to_float
 from nested_core.errors import ConfigError, shorten
-from nested_core.gate.fused_change import float32_weight
+from nested_core.gate.checks.fused import float32_weight
 from nested_core.models.base_model import find_model_folder_offline, fingerprint_base_model
 from nested_core.models.peft.importing import BaseModules, read_peft_adapter
 from nested_core.models.peft.lora_factors import MLX_LM_NAMING, PEFT_NAMING, transpose_as_stored

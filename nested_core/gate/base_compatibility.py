@@ -17,7 +17,8 @@ from nested_core.records.verdict import Reason
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter_config
 from nested_core.storage.safetensors_files import FLOATING_POINT_DTYPES
 
-TENSOR_NAMES_BY_FINE_TUNE_TYPE = {"lora": {"lora_a", "lora_b"}, "dora": {"lora_a", "lora_b", "m"}}
+LORA_FACTORS = {"lora_a", "lora_b"}
+TENSOR_NAMES_BY_FINE_TUNE_TYPE = {"lora": LORA_FACTORS, "dora": {*LORA_FACTORS, "m"}}
 # By name and number of dimensions: (in, rank) and (rank, out), or for experts (n, rank, in) and
 # (n, out, rank).
 RANK_AXES = {("lora_a", 2): 1, ("lora_b", 2): 0, ("lora_a", 3): 1, ("lora_b", 3): 2}
@@ -27,17 +28,15 @@ def config_reasons(adapter: Adapter) -> list[Reason]:
     """Reasons for tensors that contradict the adapter's own configuration, or lack a partner."""
     meaning = adapter.meaning()
     fine_tune_type, rank = str(meaning["fine_tune_type"]), meaning["rank"]
+    parts = TENSOR_NAMES_BY_FINE_TUNE_TYPE.get(fine_tune_type, set())
+    of_lora = {name for name in adapter.tensors if leaf_name(name) in (parts or LORA_FACTORS)}
     reasons = []
-    foreign = sorted(
-        name for name in adapter.tensors if not _is_tensor_of_type(name, fine_tune_type)
-    )
-    if foreign:
+    if foreign := sorted(adapter.tensors.keys() - of_lora if parts else of_lora):
         message = f"fine_tune_type {fine_tune_type} has no tensors like {foreign[0]}"
         reasons.append(Reason("config_mismatch", message, tuple(foreign)))
-    missing = sorted(
-        _missing_partner_tensors(adapter, TENSOR_NAMES_BY_FINE_TUNE_TYPE.get(fine_tune_type, set()))
-    )
-    if missing:
+    modules = {name.rpartition(".")[0] for name in of_lora}
+    wanted = {f"{module}.{part}" for module in modules for part in parts}
+    if missing := sorted(wanted - adapter.tensors.keys()):
         message = (
             f"{len(missing)} tensors are missing from modules that have others: {missing[0]} first"
         )
@@ -50,26 +49,16 @@ def config_reasons(adapter: Adapter) -> list[Reason]:
     return reasons
 
 
-def _leaf_name(name: str) -> str:
-    return name.rsplit(".", 1)[-1]
-
-
-def _is_tensor_of_type(name: str, fine_tune_type: str) -> bool:
-    if fine_tune_type in TENSOR_NAMES_BY_FINE_TUNE_TYPE:
-        return _leaf_name(name) in TENSOR_NAMES_BY_FINE_TUNE_TYPE[fine_tune_type]
-    return _leaf_name(name) not in TENSOR_NAMES_BY_FINE_TUNE_TYPE["lora"]
-
-
-def _missing_partner_tensors(adapter: Adapter, parts: Iterable[str]) -> set[str]:
-    modules = {name.rpartition(".")[0] for name in adapter.tensors if _leaf_name(name) in parts}
-    return {f"{module}.{part}" for module in modules for part in parts} - adapter.tensors.keys()
-
-
 def _tensors_of_other_rank(adapter: Adapter, rank: int) -> Iterable[str]:
     for name, tensor in adapter.tensors.items():
-        axis = RANK_AXES.get((_leaf_name(name), len(tensor.shape)))
+        axis = RANK_AXES.get((leaf_name(name), len(tensor.shape)))
         if axis is not None and tensor.shape[axis] != rank:
             yield name
+
+
+def leaf_name(name: str) -> str:
+    """The last part of a tensor's name, which says what it is of its module."""
+    return name.rpartition(".")[2]
 
 
 def fingerprint_reasons(adapter_config: Mapping[str, Any], base: Path) -> list[Reason]:

@@ -12,7 +12,7 @@ from nested_core.gate.base_compatibility import base_reasons, fingerprint_reason
 from nested_core.gate.held_out_loss import LoadedBase
 from nested_core.gate.training_examples import read_training_digests
 from nested_core.registry import holding_champion, verify
-from nested_core.registry.name_folders import name_exists
+from nested_core.registry.folders import name_exists
 from nested_core.registry.versions import version_folder
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.text.digest_format import shorten_digest

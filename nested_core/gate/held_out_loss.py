@@ -26,7 +26,6 @@ from nested_core.data.tokens.tokenized_split import Bool, TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.example_losses import ExampleLosses, Vector
-from nested_core.gate.held_out_choice import require_test_set
 from nested_core.gate.loss_figures import compare_losses
 from nested_core.gate.paired_difference import Indices
 from nested_core.gate.prediction_comparison import ExamplePredictions, PredictionComparison
@@ -35,10 +34,10 @@ from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.kept_base import load_base_with_adapter, load_changeable_base
 from nested_core.models.lora_attachment import adapter_compute_dtype, load_adapter_tensors
 from nested_core.models.parameters import read_parameters, reference_trainable_parameters
+from nested_core.records.dataset import read_dataset_record, require_test_set
 from nested_core.records.verdict import GeneralLoss
 from nested_core.storage.adapter import WEIGHTS_NAME, Adapter
 from nested_core.storage.atomic import finite_or_none
-from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.storage.strict_files import regular_sha256
@@ -329,7 +328,7 @@ def measure_general_loss(base: LoadedBase, run: RunDirectory) -> GeneralLoss | N
         clusters=examples.clusters,
     )
     figures = compare_losses(losses, other, base.config.gate, increase)
-    del figures["corrected_interval"]  # nothing was chosen by general text
+    figures.pop("corrected_interval", None)  # nothing was chosen by general text
     sha256 = regular_sha256(path, follow_links=True)
     return GeneralLoss(before, after, str(path), sha256, **figures)
 

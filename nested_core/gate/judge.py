@@ -12,13 +12,7 @@ from nested_core.gate.checks.base import BASE
 from nested_core.gate.checks.champion import CHAMPION
 from nested_core.gate.checks.divergence import COLLAPSE, TRAINING_LOSS
 from nested_core.gate.checks.fused import FUSED
-from nested_core.gate.checks.losses import (
-    DRIFT,
-    GENERAL_TEXT,
-    HARMED_EXAMPLES,
-    LOSSES,
-    WORSE_LOSS,
-)
+from nested_core.gate.checks.losses import DRIFT, GENERAL_TEXT, HARMED_EXAMPLES, LOSSES, WORSE_LOSS
 from nested_core.gate.checks.proof import PROOF, PROOF_WITHOUT_RUN
 from nested_core.gate.checks.samples import SAMPLES
 from nested_core.gate.checks.tasks import TASKS

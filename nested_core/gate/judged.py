@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
-from nested_core.gate.answers.answer_records import AnswerRecord
-from nested_core.gate.run_evidence import RunEvidence
+from nested_core.gate.run_evidence import RunEvidence, TierEvidence, tier_changes
 from nested_core.gate.tensor_diff import compare_tensors
-from nested_core.gate.tier_updates import TierEvidence, tier_changes
 from nested_core.gate.training_divergence import Divergence
+from nested_core.records.answers import AnswerRecord
 from nested_core.records.verdict import Code, JudgedAdapter, Reason, Verdict
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.run_directory import RunDirectory
@@ -119,10 +118,6 @@ J = TypeVar("J", bound=Judged)
 J_contra = TypeVar("J_contra", bound=Judged, contravariant=True)
 
 
-def _always(bounds: GateSection) -> bool:
-    return True
-
-
 @dataclass(frozen=True)
 class Check(Generic[J_contra]):
     """One check of the gate.
@@ -142,7 +137,7 @@ class Check(Generic[J_contra]):
     stopped_by: tuple[Check[Any], ...] = ()
     needs_all: bool = False
     is_cause: bool = False
-    is_asked: Callable[[GateSection], bool] = _always
+    is_asked: Callable[[GateSection], bool] = lambda _: True
     bounds: tuple[str, ...] = ()
     stage: str | None = None
 

@@ -7,7 +7,7 @@ no product. The norm is taken through QR factors in float64; the product itself 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,9 +44,13 @@ def no_effect_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
     ]
     if not idle:
         return []
-    names = tuple(f"{module}.{leaf}" for module in idle for leaf in FACTOR_NAMES)
     message = f"the product lora_a @ lora_b of {len(idle)} modules did not move, {idle[0]} first"
-    return [Reason("no_effect", message, names)]
+    return [Reason("no_effect", message, factor_names(idle))]
+
+
+def factor_names(modules: Iterable[str]) -> tuple[str, ...]:
+    """The names of the LoRA factors of modules."""
+    return tuple(f"{module}.{leaf}" for module in modules for leaf in FACTOR_NAMES)
 
 
 def overflow_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
@@ -61,13 +65,12 @@ def overflow_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
     reasons = []
     for modules, whose in ((before, "the initial adapter's"), (after, "the trained adapter's")):
         if modules:
-            first, *_ = ordered = sorted(modules)
-            names = tuple(f"{module}.{leaf}" for module in ordered for leaf in FACTOR_NAMES)
+            ordered = sorted(modules)
             message = (
                 f"{whose} scale * lora_a @ lora_b overflows float32 in {len(modules)} modules, "
-                f"{first} first"
+                f"{ordered[0]} first"
             )
-            reasons.append(Reason("non_finite", message, names))
+            reasons.append(Reason("non_finite", message, factor_names(ordered)))
     return reasons
 
 

@@ -1,16 +1,38 @@
-"""The figures of a verdict that come from the losses of each example."""
+"""The figures of a verdict that come from the losses of each example, against the gate's bounds.
+
+Whether a loss is worse is decided by `conclude` in `text.loss_conclusion`.
+"""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from nested_core.config.sections import GateSection
 from nested_core.gate.chosen_candidate import Candidates
 from nested_core.gate.example_losses import ExampleLosses, Vector
-from nested_core.gate.harmed_examples import HarmedExamples
-from nested_core.records.verdict import ChampionLoss, Drift, Validation
+from nested_core.gate.paired_difference import independent_clusters
+from nested_core.records.verdict import (
+    ChampionLoss,
+    Drift,
+    GeneralLoss,
+    Reason,
+    Validation,
+    describe_examples,
+)
 from nested_core.storage.atomic import finite_or_none
 from nested_core.text.loss_conclusion import conclude, count_examples_needed, margin_of_loss
+from nested_core.text.loss_format import format_change, format_difference, format_interval
+
+MIN_CHANGE = 1.0  # nats a token
+MIN_SPREADS = 6 * 1.48  # median absolute deviations; 1.48 of them are a normal standard deviation
+MIN_HARMED = 3
+MIN_LOSS_OF_FEWEST = 4.0  # nats a token, on average: three harmed examples may be an exchange
+MAX_CHANCE = 0.05  # that so many are harmed where the share is at its bound
+MAX_CHANCE_OF_EXCHANGE = 0.01  # that so many more are harmed than helped where both are as likely
 
 
 def summarise_losses(
@@ -27,7 +49,7 @@ def summarise_losses(
     figures = compare_losses(
         counted, counted.before, bounds, bounds.max_val_loss_increase, candidates
     )
-    harm = HarmedExamples.find(counted, figures["margin"] or 0.0)
+    harm = HarmedExamples.find(counted, figures.get("margin", 0.0))
     return Validation(
         loss_before=finite_or_none(counted.mean(counted.before)),
         loss_after=finite_or_none(counted.mean(counted.after)),
@@ -91,16 +113,12 @@ def compare_losses(
 ) -> dict[str, Any]:
     """The paired difference of the trained adapter's losses from others, and what it shows.
 
-    `increase` is the relative bound that the margin comes from. All values are None where there is
-    no example, or a loss is not finite.
+    `increase` is the relative bound that the margin comes from. Empty where there is no example, or
+    a loss is not finite.
     """
     compared = losses.compare_trained_with(other)
     if compared is None:
-        names = (
-            *("difference", "standard_error", "interval", "smallest_visible", "conclusion"),
-            *("margin", "one_sided_high", "examples_needed", "clusters", "corrected_interval"),
-        )
-        return dict.fromkeys(names)
+        return {}
     figures = compared.to_json()
     interval = None if figures["interval"] is None else (compared.low, compared.high)
     one_sided_high = compared.one_sided_high if compared.is_measurable else None
@@ -132,3 +150,182 @@ def compare_losses(
         "clusters": compared.examples,
         "corrected_interval": corrected,
     }
+
+
+def loss_reasons(validation: Validation, bounds: GateSection) -> list[Reason]:
+    """The reason for a held-out loss that is worse beyond its bound."""
+    if validation.conclusion != "worse":
+        return []
+    losses = format_change(validation.loss_before, validation.loss_after)
+    message = (
+        f"loss {losses} on {describe_examples(validation)}{describe_noise(validation)}; "
+        f"gate.max_val_loss_increase is {bounds.max_val_loss_increase:g}"
+    )
+    return [Reason("loss_regressed", message)]
+
+
+def general_loss_reasons(general: GeneralLoss, bounds: GateSection) -> list[Reason]:
+    """The reason for a loss on general text that is not finite, or worse beyond its bound."""
+    if reasons := non_finite_loss_reasons(general, "loss on general text"):
+        return reasons
+    if general.conclusion != "worse":
+        return []
+    losses = format_change(general.loss_before, general.loss_after)
+    message = (
+        f"loss on general text {losses}{describe_noise(general)}; "
+        f"gate.max_general_loss_increase is {bounds.max_general_loss_increase:g}"
+    )
+    return [Reason("forgetting", message)]
+
+
+def harm_reasons(
+    losses: ExampleLosses, validation: Validation, bounds: GateSection
+) -> list[Reason]:
+    """The reason for examples that lost much while hardly any won as much.
+
+    None where the loss as a whole is better (what was lost is then listed, and refuses nothing),
+    and under `gate.noise: none`, which looks at the mean alone.
+    """
+    found = HarmedExamples.find(losses.counted(), validation.margin or 0.0)
+    if found is None or validation.conclusion == "better" or bounds.noise == "none":
+        return []
+    share = bounds.max_harmed_share
+    if not found.is_beyond_chance(share):
+        return []
+    message = f"{describe_harmed(found, losses.file)}; gate.max_harmed_share is {share:g}"
+    return [Reason("examples_harmed", message)]
+
+
+def drift_reasons(drift: Drift | None, data: str, bounds: GateSection) -> list[Reason]:
+    """The reason for predictions that moved beyond `max_kl` on the held-out `data`."""
+    if drift is None or bounds.max_kl is None or drift.is_within(bounds.max_kl):
+        return []
+    moved = "not finite" if drift.kl_initial is None else f"{drift.kl_initial:.4g} nats a token"
+    message = (
+        f"the predictions moved by {moved} from those that training began from, in mean KL "
+        f"divergence on {data}, {drift.tokens} tokens; gate.max_kl is {bounds.max_kl:g}"
+    )
+    return [Reason("drift", message)]
+
+
+def non_finite_loss_reasons(losses: Validation | GeneralLoss, what: str) -> list[Reason]:
+    """The reason for a loss that is not finite; the initial adapter's own is told as such."""
+    if losses.loss_before is None:
+        message = f"{what} with the initial adapter is not finite already; training is not to blame"
+        return [Reason("non_finite", message)]
+    if losses.loss_after is None:
+        message = f"{what} {format_change(losses.loss_before, None)} with the trained adapter"
+        return [Reason("non_finite", message)]
+    return []
+
+
+def describe_noise(losses: Validation | GeneralLoss) -> str:
+    """The paired difference and what it says, after the losses; nothing if there is none."""
+    if losses.difference is None:
+        return ""
+    difference = format_difference(losses.difference)
+    if losses.interval is None:
+        return f", {difference}; so few examples can show no difference"
+    margin = "" if losses.margin is None else f" and a margin of {losses.margin:.2g}"
+    interval = format_interval(losses.interval)
+    return f", {difference} with a 95 % interval of {interval}{margin}"
+
+
+@dataclass(frozen=True)
+class HarmedExamples:
+    """How many independent examples were harmed and helped, of how many, and which lines.
+
+    A cluster counts as harmed where more of its examples are harmed than helped. `mean_rise` is how
+    much the harmed examples lost on average, in nats a token; 0 where none is harmed.
+    """
+
+    harmed: int
+    helped: int
+    examples: int
+    mean_rise: float
+    lines: tuple[int, ...] = ()
+
+    @classmethod
+    def find(cls, losses: ExampleLosses, margin: float = 0.0) -> HarmedExamples | None:
+        """Among examples with losses before and after; None where one is not finite.
+
+        `margin` is the rise of the mean loss that is allowed, in nats a token: what any example may
+        rise by is no harm.
+        """
+        differences = losses.after - losses.before
+        if not len(losses) or not np.isfinite(differences).all():
+            return None
+        deviation = np.abs(differences - np.median(differences))
+        threshold = max(MIN_CHANGE, margin, MIN_SPREADS * float(np.median(deviation)))
+        signs = (differences > threshold).astype(np.int64) - (differences < -threshold)
+        clusters = independent_clusters(losses.clusters)
+        balance = signs
+        if clusters is not None:
+            _, place = np.unique(clusters, return_inverse=True)
+            balance = np.bincount(place, signs)
+        order = np.argsort(-differences, kind="stable")[: int((signs > 0).sum())]
+        return cls(
+            harmed=int((balance > 0).sum()),
+            helped=int((balance < 0).sum()),
+            examples=len(balance),
+            mean_rise=float(differences[order].mean()) if len(order) else 0.0,
+            lines=tuple(int(line) for line in losses.lines[order]),
+        )
+
+    def is_beyond_chance(self, max_share: float) -> bool:
+        """Whether so many are harmed that it is more than `max_share`, and more than an exchange.
+
+        The exact one-sided 95 % lower bound of their share (Clopper and Pearson, 1934) is above
+        `max_share` where so many or more come with a chance of less than 5 % at that share. Where
+        some are helped, the sign test's mid-p of harmed against helped has to be at most 0.01.
+
+        Where none is helped, three are enough only if they lost 4 nats a token on average. An
+        adapter that harms as many examples as it helps shows three and none in up to 5 % of cases,
+        four and none in 2 % (docs/noise.md).
+        """
+        if self.harmed < MIN_HARMED:
+            return False
+        if binomial_upper_tail(self.harmed, self.examples, max_share) >= MAX_CHANCE:
+            return False
+        if self.helped:
+            return exchange_mid_p(self.harmed, self.helped) <= MAX_CHANCE_OF_EXCHANGE
+        return self.harmed > MIN_HARMED or self.mean_rise >= MIN_LOSS_OF_FEWEST
+
+
+def exchange_mid_p(lost: int, won: int) -> float:
+    """The one-sided mid-p of so many lost and won where both are as likely (McNemar's test).
+
+    P(X > lost) + P(X = lost) / 2 for X of lost + won fair coins (Fagerland, Lydersen and Laake, BMC
+    Medical Research Methodology 13:91, 2013).
+    """
+    changed = lost + won
+    more = binomial_upper_tail(lost + 1, changed, 0.5)
+    return (more + binomial_upper_tail(lost, changed, 0.5)) / 2
+
+
+def binomial_upper_tail(successes: int, trials: int, chance: float) -> float:
+    """P(X >= successes) of a binomial distribution."""
+    if successes <= 0 or chance >= 1:
+        return 1.0
+    if chance <= 0:
+        return 0.0
+    return math.fsum(
+        math.exp(
+            math.lgamma(trials + 1)
+            - math.lgamma(k + 1)
+            - math.lgamma(trials - k + 1)
+            + k * math.log(chance)
+            + (trials - k) * math.log1p(-chance)
+        )
+        for k in range(successes, trials + 1)
+    )
+
+
+def describe_harmed(found: HarmedExamples, file: str, max_lines: int = 3) -> str:
+    """`3 of 30 examples lost more than a nat a token and 0 won as much: valid.jsonl:4, 9, 17`."""
+    listed = ", ".join(str(line) for line in found.lines[:max_lines])
+    more = ", ..." if len(found.lines) > max_lines else ""
+    return (
+        f"{found.harmed} of {found.examples} examples lost far more than a nat a token, and "
+        f"{found.helped} won as much: {file}:{listed}{more}"
+    )

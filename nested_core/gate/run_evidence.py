@@ -1,45 +1,41 @@
 """A run's files checked against the digests that training recorded; any difference is damage.
 
 result.json names the offered checkpoint, and the checkpoint holds digests of what training began
-from. Damage (exit 6) never gets a verdict.
+from. Damage (exit 6) never gets a verdict. The updates of each tier are held against its clock.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, describe_first_problem
-from nested_core.storage.adapter import (
-    ADAPTER_FILES,
-    Adapter,
-    combined_sha256,
-    read_adapter,
+from nested_core.optim.gradients import find_gradient_mark
+from nested_core.optim.tier_assignment import TierMap, count_expected_updates
+from nested_core.optim.tier_counters import COUNTERS_KEY, require_current_layout
+from nested_core.optim.tiers_file import read_tiers
+from nested_core.records.dataset import read_dataset_record
+from nested_core.records.result import read_result
+from nested_core.records.verdict import TensorChange, TierChange
+from nested_core.storage.adapter import ADAPTER_FILES, Adapter, combined_sha256, read_adapter
+from nested_core.storage.checkpoint import (
+    MASTERS_PREFIX,
+    OPTIMIZER_NAME,
+    Checkpoint,
+    read_checkpoint,
 )
-from nested_core.storage.checkpoint import Checkpoint, read_checkpoint
 from nested_core.storage.checkpoint_verification import STATE_NAME, checkpoint_path
 from nested_core.storage.manifest import MANIFEST_NAME, FileEntry, describe_file, read_manifest
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import read_json, regular_sha256
-
-MAX_RESULT_BYTES = 64 * 1024 * 1024
-Model = TypeVar("Model", bound=BaseModel)
-
-
-class ResultRecord(BaseModel):
-    """What the gate needs of result.json."""
-
-    model_config = ConfigDict(strict=True)
-    adapter_step: int
-    step: int
-    evidence: dict[str, str]
+from nested_core.storage.safetensors_files import StoredTensor, read_tensors
+from nested_core.storage.strict_files import regular_sha256
 
 
 class TierUpdateCounts(BaseModel):
@@ -101,10 +97,13 @@ def digests_for_result(run: RunDirectory, offered_checkpoint: Path) -> dict[str,
 
 def collect_evidence(run: RunDirectory) -> RunEvidence:
     """Read a finished run; DamagedError if anything is not as training left it."""
-    result = _parse_record(ResultRecord, read_json(run.result, MAX_RESULT_BYTES), run.result)
+    result = read_result(run.result)
     offered = checkpoint_path(run.checkpoints, result.adapter_step)
     checkpoint = read_checkpoint(offered)
-    record = _parse_record(CheckpointEvidence, checkpoint.state, offered / STATE_NAME)
+    try:
+        record = CheckpointEvidence.model_validate(checkpoint.state)
+    except ValidationError as error:
+        raise DamagedError(f"{offered / STATE_NAME}: {describe_first_problem(error)}.") from error
     if digests_for_result(run, offered) != result.evidence:
         raise DamagedError(
             f"{offered}, {run.metrics} or {run.validation_losses.name} beside it is not what "
@@ -134,13 +133,6 @@ def config_file_entry(config: FineTuneConfig) -> FileEntry:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _parse_record(record_type: type[Model], value: Any, path: Path) -> Model:
-    try:
-        return record_type.model_validate(value)
-    except ValidationError as error:
-        raise DamagedError(f"{path}: {describe_first_problem(error)}.") from error
-
-
 def _require_unchanged_inputs(
     run: RunDirectory,
     digests: dict[str, str],
@@ -156,8 +148,7 @@ def _require_unchanged_inputs(
         )
     if files[run.tiers.name]["sha256"] != digests.get("tiers"):
         raise DamagedError(f"{run.tiers} has changed since training began.")
-    dataset = read_json(run.dataset, None)  # as large as the number of findings made it
-    if not isinstance(dataset, dict) or dataset.get("digest") != digests.get("data"):
+    if read_dataset_record(run.dataset).digest != digests.get("data"):
         raise DamagedError(
             f"{run.dataset} is not the report on the data that {offered_checkpoint} has seen."
         )
@@ -174,3 +165,61 @@ def _require_adapter_of_checkpoint(
                 f"{run.adapter} is not the adapter of {offered_checkpoint}: it has changed since. "
                 f"Copy {' and '.join(ADAPTER_FILES)} from the checkpoint back into it."
             )
+
+
+@dataclass(frozen=True)
+class TierEvidence:
+    """What a checkpoint says of the tiers: their map, their counts, the optimizer's state."""
+
+    tiers: TierMap
+    step: int
+    flush_steps: Sequence[int]
+    counts: Sequence[TierUpdateCounts]
+    optimizer_state: dict[str, StoredTensor]
+    initial: dict[str, StoredTensor]
+
+    @classmethod
+    def collect(
+        cls, config: FineTuneConfig, run: RunDirectory, evidence: RunEvidence
+    ) -> TierEvidence:
+        """Read it from the run directory and its verified checkpoint."""
+        optimizer_state = read_tensors(evidence.checkpoint.path / OPTIMIZER_NAME)
+        layout = optimizer_state.get(f"{COUNTERS_KEY}.layout")
+        require_current_layout(None if layout is None else layout.to_mlx())
+        return cls(
+            read_tiers(run.tiers),
+            evidence.checkpoint.step,
+            evidence.record.flush_steps,
+            evidence.record.tiers,
+            optimizer_state,
+            evidence.before.tensors,
+        )
+
+    def had_gradient(self, name: str) -> bool:
+        """Whether an update was applied to a parameter with a gradient that was not zero."""
+        evidence = find_gradient_mark(self.optimizer_state, name)
+        return evidence is not None and bool(np.frombuffer(evidence.data, np.uint8).any())
+
+    def is_missing_its_updates(self, name: str) -> bool:
+        """Whether a parameter that stayed as it was had gradients, and no master that moved.
+
+        A float32 master may move by less than the dtype that the parameter is published in can say.
+        """
+        master = self.optimizer_state.get(MASTERS_PREFIX + name)
+        before = self.initial[name].to_numpy()
+        has_moved = master is not None and not np.array_equal(master.to_numpy(), before)
+        return self.had_gradient(name) and not has_moved
+
+
+def tier_changes(evidence: TierEvidence, changes: Sequence[TensorChange]) -> list[TierChange]:
+    """The rows of the tier table."""
+    rows = []
+    for tier, frequency in enumerate(evidence.tiers.frequencies):
+        own = [change for change in changes if change.tier == tier]
+        expected = count_expected_updates(evidence.step, frequency, evidence.flush_steps)
+        counts = evidence.counts[tier]
+        moved = sum(change.changed for change in own)
+        rows.append(
+            TierChange(tier, frequency, len(own), moved, expected, counts.updates, counts.skipped)
+        )
+    return rows

@@ -134,12 +134,12 @@ def mismatch_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
     shapes = [name for name in both if before[name].shape != after[name].shape]
     dtypes = [name for name in both if before[name].dtype != after[name].dtype]
     return [
-        *_reason_about_tensors("tensor_missing", missing, "not in the trained adapter"),
-        *_reason_about_tensors("tensor_unexpected", unexpected, "not in the initial adapter"),
-        *_reason_about_tensors(
+        *reasons_about_tensors("tensor_missing", missing, "not in the trained adapter"),
+        *reasons_about_tensors("tensor_unexpected", unexpected, "not in the initial adapter"),
+        *reasons_about_tensors(
             "shape_mismatch", shapes, "of another shape than in the initial adapter"
         ),
-        *_reason_about_tensors(
+        *reasons_about_tensors(
             "dtype_mismatch", dtypes, "of another dtype than in the initial adapter"
         ),
     ]
@@ -153,10 +153,10 @@ def non_finite_tensor_reasons(initial: Adapter, changes: Sequence[TensorChange])
     broken = {change.name for change in changes if not change.finite}
     from_the_start = {n for n in broken if not math.isfinite(frobenius_norm(initial.tensors[n]))}
     return [
-        *_reason_about_tensors(
+        *reasons_about_tensors(
             "non_finite", from_the_start, "with NaN or infinity in the initial adapter already"
         ),
-        *_reason_about_tensors("non_finite", broken - from_the_start, "with NaN or infinity"),
+        *reasons_about_tensors("non_finite", broken - from_the_start, "with NaN or infinity"),
     ]
 
 
@@ -176,11 +176,14 @@ def unchanged_reasons(changes: Sequence[TensorChange], min_relative_change: floa
     return []
 
 
-def _reason_about_tensors(code: Code, names: Iterable[str], problem: str) -> list[Reason]:
+def reasons_about_tensors(code: Code, names: Iterable[str], problem: str) -> list[Reason]:
     """One reason that lists the tensors, or none without any."""
     ordered = tuple(sorted(names))
-    noun = "tensor" if len(ordered) == 1 else "tensors"
-    return [Reason(code, f"{len(ordered)} {noun} {problem}", ordered)] if ordered else []
+    if not ordered:
+        return []
+    count = "1 tensor" if len(ordered) == 1 else f"{len(ordered)} tensors"
+    first = "" if len(ordered) == 1 else " first"
+    return [Reason(code, f"{count} {problem}, {ordered[0]}{first}", ordered)]
 
 
 def configuration_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:

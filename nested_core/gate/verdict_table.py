@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nested_core.gate.answers.answer_records import AnswerRecord
-from nested_core.gate.harmed_examples import MIN_HARMED
+from nested_core.gate.loss_figures import MIN_HARMED
+from nested_core.records.answers import AnswerRecord
 from nested_core.records.verdict import (
     Code,
     GeneralLoss,

@@ -15,15 +15,15 @@ from nested_core.config.key_properties import settings_that_shape_adapter
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import find_model_folder, is_same_base
+from nested_core.records.dataset import read_dataset_record
 from nested_core.records.verdict import Verdict, describe_examples
 from nested_core.registry import holding_champion, read_champion, verify
-from nested_core.registry.name_folders import name_exists
+from nested_core.registry.folders import name_exists
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.registry.queries import parent_version_of
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.atomic import canonical_json
-from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.loss_format import format_change

@@ -28,7 +28,7 @@ from nested_core.pipeline.publishing import (
     record_rejection,
 )
 from nested_core.pipeline.run_steps import ShownProgress, Steps, can_show_progress
-from nested_core.pipeline.steps import TrainResult
+from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.registry.policy import hold_to_policy
 from nested_core.registry.promotion_policy import (

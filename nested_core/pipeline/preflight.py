@@ -12,7 +12,7 @@ from pathlib import Path
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.gate.answers.answer_cache import open_user_answer_cache
-from nested_core.gate.answers.configured_suites import read_suites
+from nested_core.gate.answers.suite_answers import read_suites
 from nested_core.models.base_model import require_folder_or_hub_name
 from nested_core.pipeline.launch.mlx_launch import count_ranks
 from nested_core.registry.promotion_policy import registry_location

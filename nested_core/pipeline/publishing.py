@@ -11,11 +11,11 @@ from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.example_digests import encode_digests
 from nested_core.gate.base_compatibility import require_same_base
-from nested_core.gate.held_out_choice import held_out_split
 from nested_core.gate.recheck import recheck_verdict
 from nested_core.gate.training_examples import read_ancestor_training_digests
 from nested_core.models.base_model import find_model_folder_offline
 from nested_core.pipeline.continual import settings_digest
+from nested_core.records.dataset import DatasetRecord, held_out_split, read_dataset_record
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import (
     GATE_NAME,
@@ -24,13 +24,12 @@ from nested_core.records.verdict_file import (
     require_passed,
 )
 from nested_core.registry import UNSET, Promotion, Unset, register, register_and_promote
-from nested_core.registry.name_folders import name_exists
+from nested_core.registry.folders import name_exists
 from nested_core.registry.promotion_policy import describe_policy_refusal, registry_location
 from nested_core.registry.queries import parent_version_of
 from nested_core.registry.registration import register_rejection
 from nested_core.registry.versions import REGISTERED_AT_KEY, read_provenance, version_folder
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
-from nested_core.storage.dataset_record import DatasetRecord, read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_regular, regular_sha256
 from nested_core.text.digest_format import shorten_digest

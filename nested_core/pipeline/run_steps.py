@@ -11,7 +11,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import describe_starting_adapter
 from nested_core.pipeline.publishing import register_run
-from nested_core.pipeline.steps import TrainResult
+from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.registry import Promotion
 from nested_core.registry.promotion_policy import promote_by_policy

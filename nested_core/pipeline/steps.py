@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from pydantic import TypeAdapter, ValidationError
 
 from nested_core.backend import warn_if_unprepared
 from nested_core.config.loading import render_config
@@ -30,17 +28,14 @@ from nested_core.errors import (
     DamagedError,
     GateRejected,
     NestedTuneError,
-    describe_first_problem,
 )
 from nested_core.gate import Verdict, digests_for_result
-from nested_core.gate.answers.answer_records import write_answers
-from nested_core.gate.answers.configured_suites import (
+from nested_core.gate.answers.suite_answers import (
     encode_suites,
     read_suites,
     record_or_compare_suites,
 )
 from nested_core.gate.fresh_process_check import start_fresh_process
-from nested_core.gate.held_out_choice import require_held_out, require_test_set
 from nested_core.gate.held_out_loss import measure_test_loss as test_loss
 from nested_core.gate.held_out_loss import (
     read_held_out_examples,
@@ -50,8 +45,8 @@ from nested_core.gate.held_out_loss import (
 )
 from nested_core.gate.judge import make_checks_of_run
 from nested_core.gate.judged import JudgedRun
+from nested_core.gate.recheck import task_file_entries
 from nested_core.gate.run_evidence import config_file_entry
-from nested_core.gate.task_bounds import task_file_entries
 from nested_core.models.base_model import (
     find_model_folder,
     fingerprint_base_model,
@@ -73,6 +68,9 @@ from nested_core.pipeline.continual import starting_adapter
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.launch.mlx_launch import count_ranks
 from nested_core.pipeline.launch.rank_group import train_in_ranks
+from nested_core.records.answers import write_answers
+from nested_core.records.dataset import read_dataset_record, require_held_out, require_test_set
+from nested_core.records.result import TrainResult, read_result, write_result
 from nested_core.records.verdict_file import write_verdict
 from nested_core.storage.adapter import (
     WEIGHTS_NAME,
@@ -80,7 +78,6 @@ from nested_core.storage.adapter import (
     write_adapter,
 )
 from nested_core.storage.atomic import (
-    finite_or_none,
     new_directory,
     remove_file,
     remove_leftovers,
@@ -89,11 +86,9 @@ from nested_core.storage.atomic import (
 )
 from nested_core.storage.checkpoint import latest_checkpoint, publish_adapter
 from nested_core.storage.checkpoint_verification import checkpoint_path, latest_state
-from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
-from nested_core.storage.strict_files import read_json
 from nested_core.text.stages import stages
 from nested_core.training.parameter_importance import measure_parameter_importance
 from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD, World
@@ -106,29 +101,6 @@ from nested_core.training.reports.training_plan import (
 )
 from nested_core.training.trainer import Trainer
 from nested_core.training.training_setup import build_optimizer, prepare_training
-
-MAX_RESULT_BYTES = 64 * 1024 * 1024
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What training ended with, as in result.json.
-
-    evidence: SHA-256 of the files that training wrote; the gate compares the folder with them.
-    """
-
-    run_dir: str
-    step: int
-    adapter_step: int
-    train_loss: float | None
-    val_loss: float | None
-    best_val_loss: float | None
-    verified_steps: int
-    red_flags: tuple[str, ...]
-    evidence: dict[str, str]
-
-
-_RESULT_VALIDATOR = TypeAdapter(TrainResult)
 
 
 def write_run_config(config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
@@ -258,7 +230,7 @@ def train(
     warn_if_unprepared()
     if run.result.exists() and _is_complete(config, run):
         try:
-            result = read_result(run)
+            result = read_result(run.result)
         except DamagedError as error:  # the checkpoints are sound: it is written again from them
             warnings.warn(f"{error} It is made again from the checkpoints.", stacklevel=2)
         else:
@@ -273,7 +245,7 @@ def train(
             trainer = _train_model(config, run, SINGLE_PROCESS_WORLD, callbacks, on_start)
             return _publish_result(run, trainer)
         train_in_ranks(config, run, ranks, callbacks, on_start)
-        return read_result(run)
+        return read_result(run.result)
 
 
 def train_as_rank(
@@ -379,17 +351,8 @@ def _publish_result(run: RunDirectory, trainer: Trainer) -> TrainResult:
         red_flags=tuple(state.red_flags),
         evidence=digests_for_result(run, offered),
     )
-    write_json(run.result, finite_or_none(asdict(result)), confirm=run.require_lock)
+    write_result(run.result, result, confirm=run.require_lock)
     return result
-
-
-def read_result(run: RunDirectory) -> TrainResult:
-    """Read result.json; DamagedError if it is not what training wrote."""
-    values = read_json(run.result, MAX_RESULT_BYTES)
-    try:
-        return _RESULT_VALIDATOR.validate_python(values)
-    except ValidationError as error:
-        raise DamagedError(f"{run.result}: {describe_first_problem(error)}.") from error
 
 
 def judge(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = None) -> Verdict:

@@ -103,26 +103,30 @@ class TierChange:
     skipped_updates: int
 
 
+@dataclass(frozen=True, kw_only=True)
 class ComparedLoss:
-    """What the comparisons of losses share: a paired difference, in nats a token."""
+    """What the comparisons of losses share: a paired difference, in nats a token.
 
-    difference: float | None
-    interval: Interval | None
-    margin: float | None
-    one_sided_high: float | None
-    conclusion: Conclusion | None
-    examples_needed: int | None
-    corrected_interval: Interval | None = None  # of losses that chose nothing
+    difference, standard_error, interval: of the paired differences after minus before, in nats a
+        token; None with a loss that is not finite, and the last two with fewer than 5 clusters.
+    smallest_visible: the smallest difference that the examples could have told from none.
+    conclusion: better, no_worse, inconclusive or worse (text/loss_conclusion.py); None without
+        a difference.
+    margin: the rise, in nats a token, within which the loss has to be shown to stay.
+    one_sided_high: the upper end of the one-sided 95 % interval, which is held against the margin.
+    examples_needed: about how many would settle an inconclusive comparison; None for none, or many.
+    clusters: how many of the counted examples are independent: those with one prompt are one.
+    """
 
-    def is_better(self, min_improvement: float, noise: Noise) -> bool:
-        """Whether an automatic promotion may rest on it."""
-        return is_better(
-            self.difference,
-            self.interval,
-            self.corrected_interval,
-            min_improvement=min_improvement,
-            noise=noise,
-        )
+    difference: float | None = None
+    standard_error: float | None = None
+    interval: Interval | None = None
+    smallest_visible: float | None = None
+    conclusion: Conclusion | None = None
+    margin: float | None = None
+    one_sided_high: float | None = None
+    examples_needed: int | None = None
+    clusters: int | None = None
 
     def describe_conclusion(self) -> str | None:
         """`better`, or what an inconclusive comparison saw and would settle it; None without."""
@@ -157,26 +161,39 @@ class ComparedLoss:
             yield f"is {conclusion} by its figures, and not {self.conclusion}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldOutComparison(ComparedLoss):
+    """A comparison on held-out examples, which may have chosen the adapter that they judge.
+
+    corrected_interval: the interval that holds for the best of so many candidates; None for one
+        alone.
+    left_out: how many examples were not counted, because an adapter was trained on them.
+    """
+
+    corrected_interval: Interval | None = None
+    left_out: int = 0
+
+    def is_better(self, min_improvement: float, noise: Noise) -> bool:
+        """Whether an automatic promotion may rest on it."""
+        return is_better(
+            self.difference,
+            self.interval,
+            self.corrected_interval,
+            min_improvement=min_improvement,
+            noise=noise,
+        )
+
+
 @dataclass(frozen=True)
-class Validation(ComparedLoss):
+class Validation(HeldOutComparison):
     """The loss of the initial and of the trained adapter on one recorded list of examples.
 
     file: the file of the data set that holds the examples.
     examples: how many were counted; RUN_DIR/gate-losses.jsonl has the losses of each.
     left_out: how many were not, because the candidate or a parent was trained on them.
-    clusters: how many of the counted ones are independent: those with one prompt are one.
     few_prompts: how many prompts there are, where they are too few to be what is drawn, so that
         every example counts as independent; None where they are not too few.
-    difference, standard_error, interval: of the paired differences after minus before, in nats a
-        token; None with a loss that is not finite, and the last two with fewer than 5 clusters.
-    smallest_visible: the smallest difference that the examples could have told from none.
-    conclusion: better, no_worse, inconclusive or worse (text/loss_conclusion.py); None without
-        a difference.
-    margin: the rise, in nats a token, within which the loss has to be shown to stay.
-    one_sided_high: the upper end of the one-sided 95 % interval, which is held against the margin.
-    examples_needed: about how many would settle an inconclusive comparison; None for none, or many.
     chosen_among: the candidates among which these examples chose; 1 where they chose nothing.
-    corrected_interval: the interval that holds for the best of so many; None for one alone.
     harmed, helped: independent examples that lost, or won, far more than a nat a token.
     losses_sha256: of gate-losses.jsonl.
     has_one_answer: whether what is learnt of the examples is the same in all of them.
@@ -187,20 +204,9 @@ class Validation(ComparedLoss):
     selected_on_same_data: bool
     file: str | None = None
     examples: int | None = None
-    difference: float | None = None
-    standard_error: float | None = None
-    interval: tuple[float, float] | None = None
-    smallest_visible: float | None = None
     losses_sha256: str | None = None
     has_one_answer: bool = False
-    conclusion: Conclusion | None = None
-    margin: float | None = None
-    one_sided_high: float | None = None
-    examples_needed: int | None = None
     chosen_among: int = 1
-    corrected_interval: tuple[float, float] | None = None
-    left_out: int = 0
-    clusters: int | None = None
     few_prompts: int | None = None
     harmed: int | None = None
     helped: int | None = None
@@ -260,55 +266,30 @@ class Drift:
 
 
 @dataclass(frozen=True)
-class ChampionLoss(ComparedLoss):
+class ChampionLoss(HeldOutComparison):
     """The champion at the time of the gate, on the held-out examples that neither was trained on.
 
-    loss: the champion's mean loss in nats a token; the candidate's is `loss` + `difference`.
+    loss: the champion's mean loss in nats a token; the candidate's is `loss` + `difference`, which
+        is candidate minus champion.
     examples: how many examples were compared; left_out: how many were not, because the champion,
         the candidate or an ancestor was trained on them.
-    difference, standard_error, interval, smallest_visible, conclusion, margin, one_sided_high,
-        examples_needed, clusters, corrected_interval: candidate minus champion, as in Validation.
     not_compared: why there is no comparison; then there are no figures.
     """
 
     version: str
     loss: float | None = None
     examples: int = 0
-    left_out: int = 0
-    difference: float | None = None
-    standard_error: float | None = None
-    interval: tuple[float, float] | None = None
-    smallest_visible: float | None = None
     not_compared: str | None = None
-    conclusion: Conclusion | None = None
-    margin: float | None = None
-    one_sided_high: float | None = None
-    examples_needed: int | None = None
-    clusters: int | None = None
-    corrected_interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class GeneralLoss(ComparedLoss):
-    """The loss of the initial and of the trained adapter on text unrelated to the task.
-
-    difference, standard_error, interval, conclusion, margin, one_sided_high, clusters: as in
-        Validation; None where a loss is not finite.
-    """
+    """The loss of the initial and of the trained adapter on text unrelated to the task."""
 
     loss_before: float | None
     loss_after: float | None
     path: str
     sha256: str
-    difference: float | None = None
-    standard_error: float | None = None
-    interval: tuple[float, float] | None = None
-    smallest_visible: float | None = None
-    conclusion: Conclusion | None = None
-    margin: float | None = None
-    one_sided_high: float | None = None
-    examples_needed: int | None = None
-    clusters: int | None = None
 
 
 @dataclass(frozen=True)
@@ -399,7 +380,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class SampleVerdict:
-    """Whether training broke the answers to sample prompts (gate/sample_answers.py).
+    """Whether training broke the answers to sample prompts (gate/checks/samples.py).
 
     asked: the prompts; judged: those to which the base's own answer is sound, 0 for too few.
     broken: of the judged ones, the answers that the candidate's damage counts in; ways: how.

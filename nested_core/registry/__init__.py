@@ -16,9 +16,8 @@ from nested_core.registry.champion_moves import (
     register_and_promote,
     rollback,
 )
-from nested_core.registry.forgetting import forget
-from nested_core.registry.garbage_collection import GarbageReport, collect_garbage
-from nested_core.registry.name_folders import list_names
+from nested_core.registry.folders import list_names
+from nested_core.registry.garbage_collection import GarbageReport, collect_garbage, forget
 from nested_core.registry.queries import (
     VerifiedVersion,
     check_champion,

@@ -17,18 +17,22 @@ from nested_core.records.verdict_file import (
     require_consistent,
     require_passed,
 )
-from nested_core.registry import champion_link
-from nested_core.registry.champion_record import (
+from nested_core.registry import champion_files
+from nested_core.registry.champion_files import (
     RECORD_NAME,
     find_disagreement,
     is_last_change_unfinished,
     make_record,
     read_record,
 )
-from nested_core.registry.folder_lock import require_no_writes_meanwhile, shared_folder_lock
+from nested_core.registry.folders import (
+    VERSIONS_FOLDER_NAME,
+    find_name_folder,
+    require_no_writes_meanwhile,
+    shared_folder_lock,
+)
 from nested_core.registry.judgements import judgement_findings
 from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
-from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME, find_name_folder
 from nested_core.registry.policy_file import policy_findings
 from nested_core.registry.recovery import lost_champion_error
 from nested_core.registry.versions import (
@@ -118,9 +122,9 @@ def _take_snapshot(folder: Path) -> RegistrySnapshot:
     champion = None
     ledger = Ledger()
     try:
-        champion = champion_link.read_link(folder)
+        champion = champion_files.read_link(folder)
     except (NestedTuneError, OSError) as error:
-        findings.append(AuditFinding(folder / champion_link.LINK_NAME, str(error)))
+        findings.append(AuditFinding(folder / champion_files.LINK_NAME, str(error)))
     try:
         ledger = read_ledger(folder)
     except (NestedTuneError, OSError) as error:
@@ -132,7 +136,7 @@ def _take_snapshot(folder: Path) -> RegistrySnapshot:
     return RegistrySnapshot(
         versions=tuple(registered_versions(folder)),
         champion=champion,
-        prepared=champion_link.read_prepared_link(folder),
+        prepared=champion_files.read_prepared_link(folder),
         record=record,
         ledger=ledger,
         findings=tuple(findings),
@@ -197,7 +201,7 @@ def _audit_champion(folder: Path, snapshot: RegistrySnapshot) -> Iterator[AuditF
         if last is not None and (last.version, last.previous) == (prepared, champion):
             return  # a crash came between the history and the link
         yield AuditFinding(
-            folder / champion_link.LINK_NAME,
+            folder / champion_files.LINK_NAME,
             f"points to {shorten_digest(champion or 'nothing')}, but the history's last line "
             f"leaves {shorten_digest(ledger.champion or 'none')}: the link was moved by hand, or "
             f"the history is not whole",

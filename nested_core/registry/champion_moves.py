@@ -13,17 +13,17 @@ from typing import Any, Literal
 
 from nested_core.errors import ConfigError
 from nested_core.records.verdict_file import require_passed
-from nested_core.registry import champion_link
-from nested_core.registry.champion_record import make_record, write_record
-from nested_core.registry.folder_lock import exclusive_folder_lock
-from nested_core.registry.judgements import choose_verdict, read_judgements, read_verdicts
-from nested_core.registry.ledger import NO_ORIGIN, Entry, Ledger, Origin, append, new_entry
-from nested_core.registry.name_folders import (
+from nested_core.registry import champion_files
+from nested_core.registry.champion_files import make_record, write_record
+from nested_core.registry.folders import (
     VERSIONS_FOLDER_NAME,
     check_name,
     create_name_folder,
+    exclusive_folder_lock,
     find_name_folder,
 )
+from nested_core.registry.judgements import choose_verdict, read_judgements, read_verdicts
+from nested_core.registry.ledger import NO_ORIGIN, Entry, Ledger, Origin, append, new_entry
 from nested_core.registry.recovery import RegistryState, record_line, recover_after_crash
 from nested_core.registry.registration import add_version, judged_digest
 from nested_core.registry.versions import VERSION_PREFIX_PATTERN, resolve_version, verify_version
@@ -250,10 +250,10 @@ def _require_rollback_target(folder: Path, state: RegistryState) -> str:
 def _record_and_swap(folder: Path, entry: Entry, ledger: Ledger, lock: LockFile) -> None:
     """Record the change, then make it: a crash in between leaves the old champion standing."""
     version = str(entry.version)
-    prepared = champion_link.prepare_link(folder, version)
+    prepared = champion_files.prepare_link(folder, version)
     ledger = append(folder, ledger, entry, confirm=lock.require_still_at_path)
     write_record(folder, make_record(version, ledger), confirm=lock.require_still_at_path)
-    champion_link.swap_link(folder, prepared, confirm=lock.require_still_at_path)
+    champion_files.swap_link(folder, prepared, confirm=lock.require_still_at_path)
 
 
 def decline(

@@ -1,35 +1,40 @@
-"""Garbage collection: removes versions that are no longer needed, each with a line in the history.
+"""Removal of versions that are no longer needed, or are lost, each with a line in the history.
 
-It never removes the champion, what it replaced last, what a rollback would go to, the versions
-used last, or one that is new and may still be promoted. A version that a rollback has barred stays
-barred, because the history is never shortened.
+Garbage collection never removes the champion, what it replaced last, what a rollback would go to,
+the versions used last, or one that is new and may still be promoted. A version that a rollback has
+barred stays barred, because the history is never shortened.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.registry import champion_link
-from nested_core.registry.folder_lock import exclusive_folder_lock, shared_folder_lock
-from nested_core.registry.judgements import read_judgements, read_verdicts, remove_judgements
+from nested_core.registry import champion_files
+from nested_core.registry.folders import (
+    VERSIONS_FOLDER_NAME,
+    exclusive_folder_lock,
+    find_name_folder,
+    shared_folder_lock,
+)
+from nested_core.registry.judgements import (
+    JudgementFacts,
+    has_named_judgement,
+    read_verdicts,
+    remove_judgements,
+)
 from nested_core.registry.ledger import Ledger, new_entry
-from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME, find_name_folder
 from nested_core.registry.recovery import (
     RegistryState,
     read_registry_state,
     record_line,
     recover_after_crash,
 )
-from nested_core.registry.versions import (
-    REGISTERED_AFTER_KEY,
-    REGISTERED_AT_KEY,
-    read_provenance,
-    registered_versions,
-)
+from nested_core.registry.versions import registered_versions, resolve_version, version_findings
 from nested_core.storage.atomic import (
     RETIRED_PREFIX,
     TEMPORARY_PREFIX,
@@ -39,6 +44,7 @@ from nested_core.storage.atomic import (
 )
 from nested_core.storage.lock_file import LockFile
 from nested_core.storage.strict_files import file_type
+from nested_core.text.digest_format import shorten_digest
 
 DEFAULT_KEPT_VERSIONS = 10
 UNPROMOTED_GRACE_TIME = timedelta(hours=1)  # between a version's registration and its promotion
@@ -79,7 +85,11 @@ def collect_garbage(
         state = recover_after_crash(folder, lock)
         plan = _plan_removals(folder, name, state, keep, dry_run=False)
         for version in plan.collected:
-            state = _remove_version(folder, version, state, by, lock)
+            # A crash after this leaves a whole version, which the next gc removes; one after the
+            # rename in `delete_version` files that every writer clears away.
+            entry = new_entry("collected", version, state.champion, by)
+            state = record_line(folder, state, entry, lock)
+            delete_version(folder, version, lock)
     return replace(plan, leftovers=leftovers)
 
 
@@ -88,11 +98,12 @@ def _plan_removals(
 ) -> GarbageReport:
     ledger = state.ledger
     versions = registered_versions(folder)
-    by_age = sorted(versions, key=lambda version: _last_use(folder, version, ledger), reverse=True)
+    facts = {version: _newest_facts(folder, version) for version in versions}
+    by_age = sorted(versions, key=lambda one: _last_use(one, facts[one], ledger), reverse=True)
     # Both ends of an interrupted change are needed too, and both ends of the last one.
-    needed = {state.champion, ledger.champion, champion_link.read_prepared_link(folder)}
+    needed = {state.champion, ledger.champion, champion_files.read_prepared_link(folder)}
     replaced = {change.previous for change in ledger.changes()[-1:]}
-    undecided = {version for version in versions if _is_new_and_unpromoted(folder, version, ledger)}
+    undecided = {one for one in versions if _is_new_and_unpromoted(one, facts[one], ledger)}
     kept = {*by_age[:keep], *needed, *replaced, *undecided, ledger.rollback_target()}
     collected = tuple(version for version in reversed(by_age) if version not in kept)
     return GarbageReport(
@@ -100,13 +111,17 @@ def _plan_removals(
         champion=state.champion,
         collected=collected,
         kept=tuple(version for version in versions if version in kept),
-        bytes=sum(_folder_size(folder / VERSIONS_FOLDER_NAME / version) for version in collected),
+        bytes=sum(
+            path.lstat().st_size
+            for version in collected
+            for path in (folder / VERSIONS_FOLDER_NAME / version).rglob("*")
+        ),
         leftovers=_find_leftovers(folder),
         is_dry_run=dry_run,
     )
 
 
-def _last_use(folder: Path, version: str, ledger: Ledger) -> tuple[int, int, str]:
+def _last_use(version: str, facts: JudgementFacts | None, ledger: Ledger) -> tuple[int, int, str]:
     """When a version was registered, became champion or was replaced, whichever came last.
 
     Told by places in the history, whatever the clocks were: the number of the change, then whether
@@ -118,75 +133,43 @@ def _last_use(folder: Path, version: str, ledger: Ledger) -> tuple[int, int, str
         for number, change in enumerate(changes, 1)
         if version in (change.version, change.previous)
     ]
-    registered_at, registered_after = _registration_time_and_line(folder, version)
-    since = ledger.changes_since(registered_after)
-    if since is None:  # registered by an earlier release: the clocks decide
-        since = [change for change in changes if change.time > registered_at]
+    since = changes if facts is None else ledger.since(facts.registered_after).changes()
+    registered_at = "" if facts is None else facts.registered_at
     return max([(len(changes) - len(since), 2, registered_at), *uses])
 
 
-def _is_new_and_unpromoted(folder: Path, version: str, ledger: Ledger) -> bool:
+def _is_new_and_unpromoted(version: str, facts: JudgementFacts | None, ledger: Ledger) -> bool:
     """Whether a version is new and was not champion since it was registered.
 
     One that a person is asked about is new for as long as the question stands. One whose removal
     was cut short, the history says collected and its files are there, is not new.
     """
-    if version in ledger.champion_versions():
+    if facts is None or version in ledger.champion_versions():
         return False
-    moment, line = _registration_time_and_line(folder, version)
-    since = ledger.since(line)
-    if since is not None and since.is_removed(version):
+    if ledger.since(facts.registered_after).is_removed(version):
         return False
     try:
-        age = datetime.now(UTC) - datetime.fromisoformat(moment)
+        age = datetime.now(UTC) - datetime.fromisoformat(facts.registered_at)
     except (ValueError, TypeError):  # no time, or one without a zone
         return False
-    if age < UNPROMOTED_GRACE_TIME:
-        return True
-    return age < APPROVAL_GRACE_TIME and _waits_for_approval(folder, version, ledger)
+    return age < UNPROMOTED_GRACE_TIME or (
+        age < APPROVAL_GRACE_TIME and _waits_for_approval(version, facts, ledger)
+    )
 
 
-def _waits_for_approval(folder: Path, version: str, ledger: Ledger) -> bool:
+def _waits_for_approval(version: str, facts: JudgementFacts, ledger: Ledger) -> bool:
     """Whether the policy of a version, or of its name, leaves it to a person: none has said no."""
-    try:
-        facts = read_verdicts(folder, version)[-1].facts
-    except (DamagedError, OSError):
-        return False
     if ledger.find_decline(version, facts.dataset_digest, facts.settings_digest) is not None:
         return False
-    recorded = facts.policy or {}
-    modes = (recorded.get("promote"), (ledger.policy() or {}).get("promote"))
+    modes = ((facts.policy or {}).get("promote"), (ledger.policy() or {}).get("promote"))
     return "approve" in modes and "never" not in modes
 
 
-def _registration_time_and_line(folder: Path, version: str) -> tuple[str, str]:
-    """When a version was registered or last judged again, and after which line.
-
-    Empty strings if it is not known.
-    """
-    try:
-        if judgements := read_judgements(folder, version):
-            facts = judgements[-1].facts
-            return facts.registered_at, facts.registered_after or ""
-        provenance = read_provenance(folder / VERSIONS_FOLDER_NAME / version)
-    except (DamagedError, OSError):
-        return "", ""  # an audit reports it; here it counts as the oldest
-    moment, line = (provenance.get(key) for key in (REGISTERED_AT_KEY, REGISTERED_AFTER_KEY))
-    return moment if isinstance(moment, str) else "", line if isinstance(line, str) else ""
-
-
-def _remove_version(
-    folder: Path, version: str, state: RegistryState, by: str, lock: LockFile
-) -> RegistryState:
-    """Record the removal, hide the version by one rename, then delete it; return the new state.
-
-    A crash after the record leaves a whole version, which the next gc removes; a crash after the
-    rename leaves files that every writer clears away.
-    """
-    entry = new_entry("collected", version, state.champion, by)
-    state = record_line(folder, state, entry, lock)
-    delete_version(folder, version, lock)
-    return state
+def _newest_facts(folder: Path, version: str) -> JudgementFacts | None:
+    """Of a version's last judging; None for a damaged one, which counts as the oldest."""
+    with suppress(DamagedError, OSError):  # an audit reports it
+        return read_verdicts(folder, version)[-1].facts
+    return None
 
 
 def delete_version(folder: Path, version: str, lock: LockFile) -> None:
@@ -208,5 +191,39 @@ def _find_leftovers(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(str(path.relative_to(folder)) for path in found))
 
 
-def _folder_size(place: Path) -> int:
-    return sum(path.lstat().st_size for path in place.rglob("*"))
+def forget(registry: Path, name: str, version: str, *, by: str, reason: str) -> str:
+    """Record that a version is lost and remove what is left of its files; return the version.
+
+    Raises ConfigError for the champion, for a version that is whole, and for one that neither the
+    folder nor the history knows; DamagedError for a registry that is damaged elsewhere.
+    """
+    if not by.strip() or not reason.strip():
+        raise ConfigError("forget: --by and --reason stand in the history, and cannot be empty.")
+    folder = find_name_folder(registry, name)
+    with exclusive_folder_lock(folder) as lock:
+        state = recover_after_crash(folder, lock)
+        lost = resolve_version(folder, version, state.ledger)
+        _require_lost(folder, lost, state)
+        entry = replace(new_entry("forgotten", lost, state.champion, by), reason=reason)
+        record_line(folder, state, entry, lock)
+        delete_version(folder, lost, lock)
+    return lost
+
+
+def _require_lost(folder: Path, version: str, state: RegistryState) -> None:
+    """Raise ConfigError for the champion, and for a version that is as it was registered."""
+    shown = shorten_digest(version)
+    if version == state.champion:
+        raise ConfigError(
+            f"{shown} is the champion of {folder.name}. Make another version champion first "
+            f"(`nested-tune rollback {folder.name} --registry {folder.parent} --to VERSION`, or "
+            f"promote another run; where there is none, remove {folder / 'champion'}); then it can "
+            f"be forgotten."
+        )
+    place = folder / VERSIONS_FOLDER_NAME / version
+    findings = version_findings(place, version, state.ledger.manifest_hashes(version))
+    if not findings and has_named_judgement(folder, version, state.ledger):
+        raise ConfigError(
+            f"{shown} is whole: nothing of it is lost. `nested-tune gc` removes versions that are "
+            f"not needed."
+        )

@@ -28,8 +28,8 @@ from nested_core.records.verdict_file import (
     require_consistent,
     require_verdict_on_adapter,
 )
+from nested_core.registry.folders import VERSIONS_FOLDER_NAME
 from nested_core.registry.ledger import Ledger
-from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME
 from nested_core.registry.versions import (
     VERSION_PATTERN,
     AuditFinding,
@@ -64,7 +64,7 @@ class JudgementFacts(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
     number: int = Field(ge=0)
     registered_at: str
-    registered_after: str | None
+    registered_after: str
     champion_at_gate: str | None
     validation_digest: str | None
     policy: dict[str, Any] | None
@@ -78,17 +78,8 @@ class JudgementFacts(BaseModel):
         config = provenance.get("config", {})
         if not isinstance(config, dict):
             raise ValueError("its config is no JSON object")
-        return cls(
-            number=number,
-            registered_at=str(provenance.get("registered_at") or ""),
-            registered_after=provenance.get("registered_after"),
-            champion_at_gate=provenance.get("champion_at_gate"),
-            validation_digest=provenance.get("validation_digest"),
-            policy=config.get("registry"),
-            run_dir=provenance.get("run_dir"),
-            dataset_digest=provenance.get("dataset_digest"),
-            settings_digest=provenance.get("settings_digest"),
-        )
+        recorded = {key: provenance.get(key) for key in cls.model_fields}
+        return cls.model_validate(recorded | {"number": number, "policy": config.get("registry")})
 
     def are_of_same_judging(self, other: JudgementFacts) -> bool:
         """Whether both describe one judging: a step that is tried again records nothing new."""
@@ -100,6 +91,7 @@ class JudgementFacts(BaseModel):
 class Judgement:
     """A verdict on a version; `sha256` is the hash of its file, None for the version's first."""
 
+    version: str
     sha256: str | None
     verdict: Verdict
     facts: JudgementFacts
@@ -108,6 +100,16 @@ class Judgement:
     def rival(self) -> str | None:
         """The champion that it was judged against; None where there was none to judge."""
         return self.verdict.rival
+
+    @property
+    def loss_after(self) -> float | None:
+        """Its loss on the held-out examples, in nats a token; None where none was measured."""
+        return None if self.verdict.validation is None else self.verdict.validation.loss_after
+
+    @property
+    def file(self) -> str | None:
+        """The file that holds those examples."""
+        return None if self.verdict.validation is None else self.verdict.validation.file
 
 
 def read_verdicts(folder: Path, version: str) -> tuple[Judgement, ...]:
@@ -124,7 +126,7 @@ def read_verdicts(folder: Path, version: str) -> tuple[Judgement, ...]:
         raise DamagedError(
             f"{place}: provenance or verdict cannot be read: {reason}. {how_to_mend(place)}"
         ) from error
-    return (Judgement(None, verdict, facts), *read_judgements(folder, version))
+    return (Judgement(version, None, verdict, facts), *read_judgements(folder, version))
 
 
 def read_judgements(folder: Path, version: str) -> tuple[Judgement, ...]:
@@ -267,4 +269,4 @@ def _read_judgement(path: Path, version: str) -> Judgement:
         raise DamagedError(f"{path}: {describe_first_problem(error)}. {HOW_TO_MEND}") from error
     except (AttributeError, KeyError, ValueError) as error:
         raise DamagedError(f"{path} is not a judgement: {error}. {HOW_TO_MEND}") from error
-    return Judgement(named[1], verdict, facts)
+    return Judgement(version, named[1], verdict, facts)

@@ -19,7 +19,6 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from nested_core.errors import DamagedError, MissingFileError, describe_first_problem
-from nested_core.registry.rollback_stack import RollbackStack
 from nested_core.storage.atomic import Confirm, sync_descriptor, sync_path
 from nested_core.storage.lock_file import lock_open_file
 from nested_core.storage.strict_files import file_type, read_regular
@@ -116,6 +115,59 @@ class Entry:
         }
 
 
+class RollbackStack:
+    """Versions from the first champion to the present one, which is on top.
+
+    No two neighbours are equal. A version that was removed is dropped when it would come up, so
+    that n entries take some n steps.
+    """
+
+    def __init__(self) -> None:
+        self._pushed: list[tuple[str, int]] = []  # each with the number of pushes until then
+        self._removed: dict[str, int] = {}  # and what was removed, with that number then
+        self._pushes = 0
+
+    def push(self, version: str) -> None:
+        """Put a version on top, unless it is there."""
+        if self.top() != version:
+            self._pushes += 1
+            self._pushed.append((version, self._pushes))
+
+    def pop(self) -> None:
+        """Take the top off."""
+        top = self.top()
+        self._pushed.pop()
+        self._drop_removed(top)
+
+    def top(self) -> str | None:
+        """The version on top, or None."""
+        self._drop_removed()
+        return self._pushed[-1][0] if self._pushed else None
+
+    def second(self) -> str | None:
+        """The version below the top, or None."""
+        top = self.top()
+        if top is None:
+            return None
+        place = self._pushed.pop()
+        self._drop_removed(top)
+        second = self._pushed[-1][0] if self._pushed else None
+        self._pushed.append(place)
+        return second
+
+    def remove(self, version: str | None) -> None:
+        """Take a version out wherever it stands; of equal neighbours one stays."""
+        self._removed[version or ""] = self._pushes
+
+    def _drop_removed(self, above: str | None = None) -> None:
+        """Take what was removed off the end, and what equals the version that stands above."""
+        while self._pushed:
+            version, number = self._pushed[-1]
+            if version != above and number > self._removed.get(version, 0):
+                return
+            self._pushed.pop()
+
+
 NO_ORIGIN = Origin()
 ENTRY_VALIDATOR = TypeAdapter(Entry)
 
@@ -142,19 +194,14 @@ class Ledger:
         *entries, last = self.entries
         return Ledger(tuple(entries), end_sha256=last.previous_line_sha256)
 
-    def since(self, end_sha256: str) -> Ledger | None:
-        """The lines after the one with that hash; None if no line has it."""
+    def since(self, end_sha256: str) -> Ledger:
+        """The lines after the one with that hash; all of them if no line has it."""
         if end_sha256 == self.end_sha256:
             return Ledger()
         for number, entry in enumerate(self.entries):
             if entry.previous_line_sha256 == end_sha256:
                 return Ledger(self.entries[number:])
-        return None
-
-    def changes_since(self, end_sha256: str) -> list[Entry] | None:
-        """The changes after the line with that hash; None if no line has it."""
-        lines = self.since(end_sha256)
-        return None if lines is None else lines.changes()
+        return self
 
     @property
     def champion(self) -> str | None:
@@ -191,7 +238,7 @@ class Ledger:
                 continue
             elif is_plain and stack.second() == entry.version != stack.top():
                 stack.pop()
-            elif stack.top() != entry.version:
+            else:
                 stack.push(entry.version)
         return stack
 

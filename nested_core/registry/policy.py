@@ -16,9 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection, TaskSection
 from nested_core.errors import ConfigError, DamagedError, describe_first_problem
-from nested_core.registry.folder_lock import exclusive_folder_lock, shared_folder_lock
+from nested_core.registry.folders import (
+    check_name,
+    create_name_folder,
+    exclusive_folder_lock,
+    name_exists,
+    shared_folder_lock,
+)
 from nested_core.registry.ledger import LEDGER_NAME, Ledger, new_entry, read_ledger
-from nested_core.registry.name_folders import check_name, create_name_folder, name_exists
 from nested_core.registry.policy_file import policy_findings, write_policy
 from nested_core.registry.recovery import record_line, recover_after_crash
 
@@ -128,7 +133,8 @@ def tighten(config: FineTuneConfig, policy: RegistryPolicy | None) -> FineTuneCo
     if gate.noise != "paired":
         changes["noise"] = "paired"
     if policy.tasks:
-        own = tuple(task for task in gate.tasks if task.name not in _names(policy))
+        named = {task.name for task in policy.tasks}
+        own = tuple(task for task in gate.tasks if task.name not in named)
         changes["tasks"] = (*own, *policy.tasks)
     if not changes:
         return config
@@ -177,10 +183,6 @@ def find_looser_bounds(
         if asked.get(task.name) != task.model_dump(mode="json"):
             looser.append(f"the suite {task.name}")
     return looser
-
-
-def _names(policy: RegistryPolicy) -> set[str]:
-    return {task.name for task in policy.tasks}
 
 
 def _parse_policy(fields: Mapping[str, Any], path: Path) -> RegistryPolicy:

@@ -34,18 +34,18 @@ from nested_core.registry import (
     read_champion_changes_since,
     verify,
 )
-from nested_core.registry.champion_link import read_link
-from nested_core.registry.folder_lock import shared_folder_lock
-from nested_core.registry.judgements import (
-    Judgement,
-    JudgementFacts,
-    choose_verdict,
-    read_verdicts,
-)
+from nested_core.registry.champion_files import read_link
+from nested_core.registry.folders import find_name_folder, shared_folder_lock
+from nested_core.registry.judgements import Judgement, JudgementFacts, choose_verdict, read_verdicts
 from nested_core.registry.ledger import NO_ORIGIN, Origin
-from nested_core.registry.name_folders import find_name_folder
 from nested_core.registry.policy import PromotionRule, find_looser_bounds, read_policy
-from nested_core.registry.versions import PROVENANCE_NAME, how_to_mend, version_folder
+from nested_core.registry.versions import (
+    PROVENANCE_NAME,
+    REGISTERED_AFTER_KEY,
+    REGISTERED_AT_KEY,
+    how_to_mend,
+    version_folder,
+)
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.loss_conclusion import describe_smallest_visible
 from nested_core.text.loss_format import (
@@ -63,51 +63,13 @@ COLLECTED_OUTCOME = "collected meanwhile"
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """What decides on a version: the verdict that counts, and the policy that came with that.
-
-    The verdict is the newest one against the champion that is asked about. `judgement` is the hash
-    of its file, None for the version's first.
-    """
-
-    version: str
-    judgement: str | None
-    verdict: Verdict
-    facts: JudgementFacts
-
-    @property
-    def loss_after(self) -> float | None:
-        """Its loss on the held-out examples, in nats a token; None where none was measured."""
-        return None if self.verdict.validation is None else self.verdict.validation.loss_after
-
-    @property
-    def file(self) -> str | None:
-        """The file that holds those examples."""
-        return None if self.verdict.validation is None else self.verdict.validation.file
-
-
 def read_candidate(
     registry: Path, name: str, version: str, against: str | None | Unset = UNSET
-) -> Candidate:
-    """Read the verdict on a version that counts `against` a champion: today's, if none is given.
+) -> Judgement:
+    """The verdict on a version that decides: the newest `against` a champion, today's if not given.
 
     Raises ConfigError for an unknown version, DamagedError if a file cannot be understood.
     """
-    chosen = _read_newest_verdict(registry, name, version, against)
-    return Candidate(version, chosen.sha256, chosen.verdict, chosen.facts)
-
-
-def read_newest_verdict(
-    registry: Path, name: str, version: str, against: str | None | Unset = UNSET
-) -> Verdict:
-    """The verdict on a version that `read_candidate` decides by; raises the same."""
-    return _read_newest_verdict(registry, name, version, against).verdict
-
-
-def _read_newest_verdict(
-    registry: Path, name: str, version: str, against: str | None | Unset
-) -> Judgement:
     folder = find_name_folder(registry, name)
     # Under the lock: a gc at the same time would leave half of the files, which looks like damage.
     with shared_folder_lock(folder):
@@ -158,7 +120,7 @@ class LossComparison:
 
 
 def compare_losses(
-    registry: Path, name: str, candidate: Candidate, champion: str
+    registry: Path, name: str, candidate: Judgement, champion: str
 ) -> LossComparison | None:
     """The losses of a version and of the champion; None if they were not measured on the same data.
 
@@ -267,18 +229,13 @@ def promote_by_recorded_policy(
         return Promotion("already_champion", version, champion)
     if candidate.facts.policy is None:
         return "its provenance records no policy"
-    if read_champion_changes_since(
-        registry,
-        name,
-        registered_after=candidate.facts.registered_after,
-        registered_at=candidate.facts.registered_at,
-    ):
+    if read_champion_changes_since(registry, name, candidate.facts.registered_after):
         return Promotion("superseded", version, champion)
     section = recorded_section(registry, name, candidate)
     return promote_by_policy(section, version, candidate.facts.champion_at_gate, origin=origin)
 
 
-def recorded_section(registry: Path, name: str, candidate: Candidate) -> RegistrySection:
+def recorded_section(registry: Path, name: str, candidate: Judgement) -> RegistrySection:
     """The section that came with a version's verdict; DamagedError where it is none."""
     location = {"path": str(registry), "name": name}
     try:
@@ -392,8 +349,9 @@ def describe_policy_refusal(
     policy = read_policy(registry, name)
     if policy is None:
         return None
-    facts = JudgementFacts.from_provenance(provenance, 0)
-    candidate = Candidate(verdict.trained.digest, None, verdict, facts)
+    position = dict.fromkeys((REGISTERED_AT_KEY, REGISTERED_AFTER_KEY), "")
+    facts = JudgementFacts.from_provenance({**provenance, **position}, 0)
+    candidate = Judgement(verdict.trained.digest, None, verdict, facts)
     section = RegistrySection(path=str(registry), name=name, promote="always")
     return find_refusal(section, candidate, read_link(registry / name))
 
@@ -406,7 +364,7 @@ def effective_rule(section: RegistrySection) -> PromotionRule:
 
 def find_refusal(
     section: RegistrySection,
-    candidate: Candidate,
+    candidate: Judgement,
     champion: str | None,
     *,
     is_approved: bool = False,
@@ -448,7 +406,7 @@ def find_refusal(
     return _why_person_decides(section, candidate) if rule.asks_person and not is_approved else None
 
 
-def _why_person_decides(section: RegistrySection, candidate: Candidate) -> str:
+def _why_person_decides(section: RegistrySection, candidate: Judgement) -> str:
     """That a person is to be asked; or who has said no to a version of the same data and settings.
 
     Such a version is as the one that was declined: nobody is asked about it again.
@@ -473,7 +431,7 @@ def _why_person_decides(section: RegistrySection, candidate: Candidate) -> str:
     )
 
 
-def _why_not_sound(candidate: Candidate, rule: PromotionRule) -> str | None:
+def _why_not_sound(candidate: Judgement, rule: PromotionRule) -> str | None:
     """What the verdict itself has against a version; a person who is asked sees broken answers."""
     verdict = candidate.verdict
     if not verdict.has_passed:
@@ -486,7 +444,7 @@ def _why_not_sound(candidate: Candidate, rule: PromotionRule) -> str | None:
 
 
 def _why_not_better_than_start(
-    section: RegistrySection, candidate: Candidate, noise: Noise
+    section: RegistrySection, candidate: Judgement, noise: Noise
 ) -> str | None:
     """Why a first version is not better than the adapter it began from, or None if it is."""
     validation = candidate.verdict.validation
@@ -499,7 +457,7 @@ def _why_not_better_than_start(
 
 
 def _why_not_better(
-    section: RegistrySection, candidate: Candidate, champion: str, noise: Noise
+    section: RegistrySection, candidate: Judgement, champion: str, noise: Noise
 ) -> str | None:
     """Why a version is not better than the champion on the same examples, or None if it is."""
     if candidate.loss_after is None:
@@ -521,7 +479,7 @@ def _why_not_better(
 
 def _describe_comparison(
     section: RegistrySection,
-    candidate: Candidate,
+    candidate: Judgement,
     record: Validation | ChampionLoss,
     loss: float,
     rival: str,

@@ -13,10 +13,15 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry.adapter_card import CARD_NAME
-from nested_core.registry.champion_link import read_link
-from nested_core.registry.folder_lock import exclusive_folder_lock, shared_folder_lock
+from nested_core.registry.champion_files import read_link
+from nested_core.registry.folders import (
+    VERSIONS_FOLDER_NAME,
+    exclusive_folder_lock,
+    find_name_folder,
+    name_exists,
+    shared_folder_lock,
+)
 from nested_core.registry.ledger import Entry, read_ledger
-from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME, find_name_folder, name_exists
 from nested_core.registry.recovery import (
     lost_champion_error,
     read_registry_state,
@@ -100,21 +105,15 @@ def read_champion_changes(registry: Path, name: str) -> list[Entry]:
         return read_registry_state(folder).ledger.changes()
 
 
-def read_champion_changes_since(
-    registry: Path, name: str, *, registered_after: str | None, registered_at: str
-) -> list[Entry]:
+def read_champion_changes_since(registry: Path, name: str, registered_after: str) -> list[Entry]:
     """Every change of the champion that took effect after a version was registered, oldest first.
 
-    Told by the place in the history that the version's provenance records. Versions of earlier
-    releases record only the time; then the clocks of the machines that wrote the two decide.
+    Told by the place in the history that the version's provenance records; every change where the
+    history has no such place, as one from a backup.
     """
     folder = find_name_folder(registry, name)
     with shared_folder_lock(folder):
-        ledger = read_registry_state(folder).ledger
-    since = None if registered_after is None else ledger.changes_since(registered_after)
-    if since is not None:
-        return since
-    return [change for change in ledger.changes() if change.time >= registered_at]
+        return read_registry_state(folder).ledger.since(registered_after).changes()
 
 
 def find_decline(

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import DamagedError
-from nested_core.registry import champion_link
-from nested_core.registry.champion_record import (
+from nested_core.registry import champion_files
+from nested_core.registry.champion_files import (
     find_disagreement,
     is_last_change_unfinished,
     make_record,
     read_record,
     write_record,
 )
+from nested_core.registry.folders import VERSIONS_FOLDER_NAME
 from nested_core.registry.judgements import clear_leftovers
 from nested_core.registry.ledger import (
     CHAMPION_CHANGE_ACTIONS,
@@ -31,7 +32,6 @@ from nested_core.registry.ledger import (
     new_entry,
     read_ledger,
 )
-from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME
 from nested_core.registry.policy_file import finish_policy_change
 from nested_core.registry.versions import how_to_mend, require_unchanged_files, verify_version
 from nested_core.storage.atomic import remove_leftovers
@@ -58,13 +58,13 @@ def read_registry_state(folder: Path) -> RegistryState:
     Raises DamagedError for a history that was edited, or a champion that no history knows of.
     """
     state = RegistryState(
-        champion_link.read_link(folder),
+        champion_files.read_link(folder),
         read_record(folder),
         read_ledger(folder),
     )
     if state.champion is not None and not state.ledger.entries:
         raise DamagedError(
-            f"{folder / champion_link.LINK_NAME} points to {shorten_digest(state.champion)}, and "
+            f"{folder / champion_files.LINK_NAME} points to {shorten_digest(state.champion)}, and "
             f"{folder / LEDGER_NAME} does not say how it became the champion. Restore the history "
             "from a backup, or remove the link and champion.json and promote the version again."
         )
@@ -97,7 +97,7 @@ def version_exists(folder: Path, version: str | None) -> bool:
 
 def lost_champion_error(folder: Path, champion: str, ledger: Ledger) -> DamagedError:
     """The error for a link to a version that is not there, with the ways out of it."""
-    link, place = folder / champion_link.LINK_NAME, folder / VERSIONS_FOLDER_NAME / champion
+    link, place = folder / champion_files.LINK_NAME, folder / VERSIONS_FOLDER_NAME / champion
     if champion in ledger.champion_versions():
         return DamagedError(
             f"{link} points to {shorten_digest(champion)}, whose folder is gone. "
@@ -122,7 +122,7 @@ def recover_after_crash(folder: Path, lock: LockFile) -> RegistryState:
     confirm = lock.require_still_at_path
     confirm()
     # What somebody without the lock has prepared can no longer take effect from here on.
-    champion_link.rename_links_of_other_writers(folder)
+    champion_files.rename_links_of_other_writers(folder)
     for place in (folder, folder / VERSIONS_FOLDER_NAME):
         remove_leftovers(place)
     state = read_registry_state(folder)
@@ -142,7 +142,7 @@ def recover_after_crash(folder: Path, lock: LockFile) -> RegistryState:
         write_record(folder, record, confirm=confirm)
     finish_policy_change(folder, ledger, confirm=confirm)
     confirm()
-    champion_link.discard_prepared_links(folder)
+    champion_files.discard_prepared_links(folder)
     return RegistryState(champion, record, ledger)
 
 
@@ -165,7 +165,7 @@ def _missing_entry(
     the link by hand. What it was moved to is verified first: DamagedError for a version that is not
     what was registered.
     """
-    prepared = champion_link.read_prepared_link(folder)
+    prepared = champion_files.read_prepared_link(folder)
     if ledger.champion == champion:
         return new_entry("aborted", prepared, champion, RECOVERY_AUTHOR)
     last = ledger.entries[-1]

@@ -24,20 +24,16 @@ from nested_core.records.verdict_file import (
     require_verdict_on_adapter,
 )
 from nested_core.registry.adapter_card import CARD_NAME, render_card
-from nested_core.registry.folder_lock import exclusive_folder_lock
-from nested_core.registry.judgements import (
-    has_named_judgement,
-    read_judgements,
-    record_judgement,
-)
-from nested_core.registry.ledger import new_entry
-from nested_core.registry.name_folders import (
+from nested_core.registry.folders import (
     VERSIONS_FOLDER_NAME,
     check_name,
     create_name_folder,
+    exclusive_folder_lock,
     find_name_folder,
     require_creatable,
 )
+from nested_core.registry.judgements import has_named_judgement, read_judgements, record_judgement
+from nested_core.registry.ledger import new_entry
 from nested_core.registry.recovery import (
     RegistryState,
     read_registry_state,

@@ -20,8 +20,8 @@ from nested_core.records.verdict_file import (
     require_verdict_on_adapter,
 )
 from nested_core.registry.adapter_card import CARD_NAME
+from nested_core.registry.folders import VERSIONS_FOLDER_NAME
 from nested_core.registry.ledger import Ledger
-from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from nested_core.storage.canary_file import CANARY_NAME
 from nested_core.storage.kept_hashes import cached_sha256

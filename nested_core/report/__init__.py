@@ -2,5 +2,5 @@
 
 Reads what runs and registries keep on disk, and changes nothing of it. run_record.py reads a run
 whole and run_status.py its state; run_page.py is report.html, run_comparison.py several runs beside
-each other, run_listing.py a folder of them, run_figures.py the figures that all of them lead with.
+each other and run_listing.py a folder of them.
 """

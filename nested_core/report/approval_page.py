@@ -7,11 +7,7 @@ from pathlib import Path
 
 from nested_core.errors import NestedTuneError
 from nested_core.records.verdict import Verdict
-from nested_core.registry.promotion_policy import (
-    compare_losses,
-    read_candidate,
-    read_newest_verdict,
-)
+from nested_core.registry.promotion_policy import compare_losses, read_candidate
 from nested_core.report.verdict_page import describe_champion_loss, describe_losses
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.loss_format import format_difference, format_loss
@@ -29,11 +25,11 @@ def list_approval_facts(
     registry: Path, name: str, version: str, champion: str | None
 ) -> list[tuple[str, str]]:
     """Candidate and champion, each with its losses and answers, and the two compared."""
-    verdict = read_newest_verdict(registry, name, version, champion)
+    verdict = read_candidate(registry, name, version, champion).verdict
     facts = [("Candidate", _describe_version(version, verdict))]
     if champion is None:
         return [*facts, ("Champion", "none yet")]
-    rival = read_newest_verdict(registry, name, champion)
+    rival = read_candidate(registry, name, champion).verdict
     return [
         *facts,
         ("Champion", _describe_version(champion, rival)),

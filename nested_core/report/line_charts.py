@@ -58,7 +58,10 @@ def _numbers_table(charts: Sequence[Chart]) -> Html:
         places = complete if len(complete) > 1 else places
         places = [*places[: -1 : -(-len(places) // MAX_TABLE_ROWS)], places[-1]]
     rows = [
-        [_to_int_if_whole(x), *(cells.get(x, Html("")) for cells in (*further, *values))]
+        [
+            int(x) if float(x).is_integer() else x,
+            *(cells.get(x, Html("")) for cells in (*further, *values)),
+        ]
         for x in places
     ]
     caption = f"{chart.title}: {chart.y} by {chart.x}"
@@ -72,7 +75,3 @@ def _match_x_in_other_chart(chart: Chart, other: Chart) -> dict[float, float | N
     """Where the points of a chart stand in another one of the same points over another x."""
     pairs = zip(chart.curves, other.curves, strict=True)
     return {p.x: q.x for one, two in pairs for p, q in zip(one.points, two.points, strict=True)}
-
-
-def _to_int_if_whole(x: float) -> float | int:
-    return int(x) if float(x).is_integer() else x

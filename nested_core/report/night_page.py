@@ -10,7 +10,7 @@ from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import shorten
-from nested_core.gate.answers.answer_records import AnswerRecord, read_answers
+from nested_core.records.answers import AnswerRecord, read_answers
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry.queries import parent_version_of

@@ -8,9 +8,9 @@ from datetime import datetime
 from uuid import UUID
 
 from nested_core.errors import NestedTuneError
+from nested_core.records.dataset import read_dataset_record
 from nested_core.records.verdict import TaskResult, Verdict
 from nested_core.records.verdict_file import read_verdict
-from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.run_directory import find_run_of
 from nested_core.text.markdown_page import Link, MarkdownPage
 from nested_core.text.svg_chart import STANDALONE, Chart, Curve, Point, draw_chart

@@ -13,12 +13,12 @@ import numpy as np
 
 from nested_core.config.key_properties import iterate_configured_paths
 from nested_core.errors import ConfigError
-from nested_core.gate.held_out_choice import held_out_split
 from nested_core.gate.paired_difference import PairedDifference, compare_pairs
+from nested_core.records.dataset import held_out_split
 from nested_core.report.line_charts import draw_figure
-from nested_core.report.run_figures import describe_length
 from nested_core.report.run_page import describe_outcome
 from nested_core.report.run_record import RunRecord, read_run
+from nested_core.report.run_status import describe_length
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.html_markup import (
     Html,
@@ -32,7 +32,7 @@ from nested_core.text.html_markup import (
     truncated_text,
 )
 from nested_core.text.loss_format import format_difference, format_interval
-from nested_core.text.svg_chart import Chart, Curve, Point
+from nested_core.text.svg_chart import Chart, Curve
 
 MAX_SHOWN_QUESTIONS = 20
 
@@ -233,14 +233,7 @@ class RunComparison:
 
     def _loss_curves(self, key: str, x: str) -> Iterator[Curve]:
         for name, record in zip(self.names, self.records, strict=True):
-            steps = [float(r.get("step", 0)) for r in record.metrics]
-            places = steps if x == "step" else list(record.seconds)
-            points = [
-                Point(place, None if metrics[key] is None else float(metrics[key]))
-                for place, metrics in zip(places, record.metrics, strict=True)
-                if key in metrics
-            ]
-            yield Curve(name, points, has_dots=key == "val_loss")
+            yield Curve(name, record.points(key, x), has_dots=key == "val_loss")
 
     def _answer_tables(self) -> Iterator[Html]:
         answers: dict[tuple[str, int], list[Html]] = {}

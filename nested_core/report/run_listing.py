@@ -8,9 +8,13 @@ from typing import Any
 
 from nested_core.config.resume import read_run_config
 from nested_core.errors import ConfigError, NestedTuneError
-from nested_core.report.run_outcome import describe_outcome, measure_minutes
-from nested_core.report.run_start import count_steps, read_start_time
-from nested_core.report.run_status import read_status
+from nested_core.report.run_status import (
+    count_steps,
+    describe_outcome,
+    measure_minutes,
+    read_start_time,
+    read_status,
+)
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.loss_conclusion import describe_passed
 from nested_core.text.loss_format import format_loss

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.loading import render_config
@@ -24,8 +23,8 @@ from nested_core.errors import join_first_values
 from nested_core.gate.verdict_table import CHECK_COLUMNS, list_checks
 from nested_core.records.verdict import Verdict, describe_examples
 from nested_core.report.line_charts import draw_figure
-from nested_core.report.run_figures import describe_length
 from nested_core.report.run_record import RunRecord, read_run
+from nested_core.report.run_status import describe_length
 from nested_core.report.verdict_sections import (
     decisive_numbers,
     paired_losses_section,
@@ -49,7 +48,7 @@ from nested_core.text.html_markup import (
     truncated_text,
 )
 from nested_core.text.loss_format import format_loss
-from nested_core.text.svg_chart import Chart, Curve, Point
+from nested_core.text.svg_chart import Chart, Curve
 
 MAX_SHOWN_FINDINGS = 60
 MAX_SHOWN_REASONS = 20
@@ -262,26 +261,16 @@ def _describe_curves(record: RunRecord) -> Html:
 
 
 def _loss_chart(record: RunRecord, x: str) -> Chart:
-    places = [r.get("step", 0) for r in record.metrics] if x == "step" else list(record.seconds)
     curves = [
-        Curve("training", _curve_points(record, places, "loss")),
-        Curve("validation", _curve_points(record, places, "val_loss"), has_dots=True),
+        Curve("training", record.points("loss", x)),
+        Curve("validation", record.points("val_loss", x), has_dots=True),
     ]
     return Chart("Loss", x, "nats a token", curves)
 
 
 def _metric_figure(record: RunRecord, title: str, unit: str, keys: dict[str, str]) -> Html:
-    steps = [r.get("step", 0) for r in record.metrics]
-    curves = [Curve(name, _curve_points(record, steps, key)) for name, key in keys.items()]
+    curves = [Curve(name, record.points(key)) for name, key in keys.items()]
     return draw_figure([Chart(title, "step", unit, curves, from_zero=title != "Gradient norm")])
-
-
-def _curve_points(record: RunRecord, places: list[Any], key: str) -> list[Point]:
-    return [
-        Point(float(x), None if metrics[key] is None else float(metrics[key]))
-        for x, metrics in zip(places, record.metrics, strict=True)
-        if key in metrics
-    ]
 
 
 def _findings_section(record: RunRecord) -> Html:

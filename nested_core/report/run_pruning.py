@@ -9,8 +9,8 @@ from pathlib import Path
 from nested_core.config.resume import read_run_config
 from nested_core.errors import ConfigError
 from nested_core.registry import list_names, list_versions
+from nested_core.registry.folders import find_name_folder
 from nested_core.registry.judgements import read_verdicts
-from nested_core.registry.name_folders import find_name_folder
 from nested_core.report.run_listing import ListedRun, list_runs
 from nested_core.storage.run_directory import RunDirectory
 

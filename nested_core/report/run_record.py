@@ -15,17 +15,30 @@ from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.errors import NestedTuneError, describe_first_problem
-from nested_core.gate.answers.answer_records import AnswerRecord, read_answers
 from nested_core.gate.example_losses import ExampleLosses, read_example_losses
+from nested_core.records.answers import (
+    AnswerRecord,
+    SampleAnswers,
+    read_answers,
+    read_sample_answers,
+)
+from nested_core.records.result import read_result
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import read_verdict
-from nested_core.report.run_figures import RunFigures, read_offered_step
-from nested_core.report.run_start import count_steps, read_start_time
-from nested_core.report.run_status import State, describe_state, last_value, read_sound_verdict
+from nested_core.report.run_status import (
+    RunFigures,
+    State,
+    count_steps,
+    describe_state,
+    last_value,
+    read_offered_step,
+    read_sound_verdict,
+    read_start_time,
+)
 from nested_core.storage.manifest import matches_entry, read_manifest
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.sample_answers_file import SampleAnswers, read_sample_answers
-from nested_core.storage.strict_files import file_type, read_json, read_json_object
+from nested_core.storage.strict_files import file_type, read_json
+from nested_core.text.svg_chart import Point
 from nested_core.training.reports.metrics_file import cumulative_seconds, read_metrics
 from nested_core.training.reports.training_plan import TrainingPlan, read_plan
 
@@ -78,6 +91,15 @@ class RunRecord:
         """The last reported value of a metric, or None."""
         return last_value(self.metrics, key)
 
+    def points(self, key: str, x: str = "step") -> list[Point]:
+        """The reports of a metric as points of a curve, over steps or seconds of training."""
+        places = [r.get("step", 0) for r in self.metrics] if x == "step" else self.seconds
+        return [
+            Point(float(place), None if metrics[key] is None else float(metrics[key]))
+            for place, metrics in zip(places, self.metrics, strict=True)
+            if key in metrics
+        ]
+
     @property
     def figures(self) -> RunFigures:
         """What the run offers, and its last losses."""
@@ -116,6 +138,7 @@ def read_run(run: RunDirectory, *, has_ended: bool = False) -> RunRecord:
     metrics = reader.read(run.metrics, read_metrics) or []
     holder = None if has_ended else run.holder()
     outcome = reader.read(run.gate, lambda _: read_sound_verdict(run))
+    result = reader.read(run.result, read_result)
     record = RunRecord(
         run,
         describe_state(run, holder, None if outcome is None else outcome.word),
@@ -127,7 +150,7 @@ def read_run(run: RunDirectory, *, has_ended: bool = False) -> RunRecord:
         seconds=cumulative_seconds(metrics),
         dataset=reader.read(run.dataset, _read_dataset),
         sample_answers=reader.read(run.sample_answers, read_sample_answers) or (),
-        red_flags=tuple(reader.read(run.result, _read_red_flags) or ()),
+        red_flags=() if result is None else result.red_flags,
         offered_step=read_offered_step(run),
         problems=tuple(reader.problems),
     )
@@ -159,12 +182,6 @@ def _with_verdict(record: RunRecord, reader: _DamageTolerantReader) -> RunRecord
         offered_step=record.offered_step if verdict is None else verdict.adapter_step,
         problems=tuple(reader.problems),
     )
-
-
-def _read_red_flags(path: Path) -> list[str]:
-    """What training warned of, from result.json."""
-    flags = read_json_object(path).get("red_flags")
-    return [str(flag) for flag in flags] if isinstance(flags, list) else []
 
 
 def _read_dataset(path: Path) -> DatasetReport:

@@ -9,11 +9,12 @@ from typing import Any, Self
 
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError
+from nested_core.records.result import read_result
+from nested_core.records.verdict_file import read_verdict
 from nested_core.registry import list_versions
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import read_json_object
 from nested_core.text.loss_format import format_loss, loss_name_for_file
 
 
@@ -49,20 +50,21 @@ class SweepRunResult:
         `state` is the name of the run's state, which is its outcome; `is_candidate` says that the
         run completed and registered what the gate passed.
         """
-        verdict = read_json_object(run.gate) if run.gate.exists() else {}
-        has_passed = verdict.get("verdict") == "passed" and is_candidate
-        validation = verdict.get("validation") or {}
-        result = read_json_object(run.result) if run.result.exists() else {}
-        best, last = result.get("best_val_loss"), result.get("val_loss")
+        verdict = read_verdict(run.gate) if run.gate.exists() else None
+        validation = None if verdict is None else verdict.validation
+        result = read_result(run.result) if run.result.exists() else None
+        val_loss = None if result is None else result.best_val_loss
+        if result is not None and val_loss is None:
+            val_loss = result.val_loss
         return cls(
             str(run.path),
             point,
             state,
             message,
-            has_passed,
-            loss=validation.get("loss_after"),
-            file=validation.get("file"),
-            val_loss=last if best is None else best,
+            is_candidate and verdict is not None and verdict.has_passed,
+            loss=None if validation is None else validation.loss_after,
+            file=None if validation is None else validation.file,
+            val_loss=val_loss,
         )
 
     def describe(self) -> str:

@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 
-from nested_core.records.verdict import (
-    ChampionLoss,
-    TaskResult,
-    TierChange,
-    Validation,
-    Verdict,
-    describe_examples,
-)
+from nested_core.records.verdict import ChampionLoss, TaskResult, Verdict, describe_examples
 from nested_core.text.digest_format import shorten_digest
-from nested_core.text.loss_conclusion import describe_conclusion
 from nested_core.text.loss_format import format_difference, format_interval, format_loss
 from nested_core.text.markdown_page import MarkdownPage
 
@@ -34,7 +25,11 @@ def describe_verdict(verdict: Verdict) -> MarkdownPage:
         page.add_paragraph(sentence)
     if verdict.tasks:
         page.add_table(SUITE_COLUMNS, map(_suite_row, verdict.tasks))
-    page.add_table(TIER_COLUMNS, map(_tier_row, verdict.tiers))
+    tiers = [
+        (t.tier, t.frequency, t.tensors, t.changed, t.expected_updates, t.applied_updates)
+        for t in verdict.tiers
+    ]
+    page.add_table(TIER_COLUMNS, tiers)
     return page
 
 
@@ -58,17 +53,13 @@ def describe_losses(verdict: Verdict) -> str:
     if losses is None:
         return "no loss was measured, for there was no validation set"
     before, after = format_loss(losses.loss_before), format_loss(losses.loss_after)
+    result = losses.describe_conclusion()
+    if losses.examples == 0:
+        result = f"not judged: all {losses.left_out} are ones that an adapter was trained on"
     return (
         f"loss {before} before training, {after} after, adapter of step {verdict.adapter_step} "
-        f"({describe_examples(losses)}){_describe_result(losses)}"
+        f"({describe_examples(losses)})" + ("" if result is None else f"; {result}")
     )
-
-
-def _describe_result(losses: Validation) -> str:
-    if losses.examples == 0:
-        return f"; not judged: all {losses.left_out} are ones that an adapter was trained on"
-    conclusion = losses.describe_conclusion()
-    return "" if conclusion is None else f"; {conclusion}"
 
 
 def describe_champion_loss(champion: ChampionLoss) -> str:
@@ -78,13 +69,12 @@ def describe_champion_loss(champion: ChampionLoss) -> str:
         return f"{version}: not compared; {champion.not_compared}"
     if champion.loss is None or champion.difference is None:
         return f"{version}: no loss on examples that neither was trained on"
-    word = describe_conclusion(asdict(champion))
     interval = ""
     if champion.interval is not None and champion.conclusion != "inconclusive":
         interval = f" (95 % interval {format_interval(champion.interval)})"
     return (
         f"{version}: loss {format_loss(champion.loss)} on the same examples; difference "
-        f"{format_difference(champion.difference)}, {word}{interval}"
+        f"{format_difference(champion.difference)}, {champion.describe_conclusion()}{interval}"
     )
 
 
@@ -107,8 +97,3 @@ def _suite_row(task: TaskResult) -> tuple[object, ...]:
         interval = f"{task.interval[0]:+.3f} to {task.interval[1]:+.3f}"
     scores = (task.base, task.parent, task.champion, task.candidate)
     return (task.name, task.questions, *scores, f"{task.difference:+.3f}", interval, task.verdict)
-
-
-def _tier_row(tier: TierChange) -> tuple[object, ...]:
-    updates = (tier.expected_updates, tier.applied_updates)
-    return (tier.tier, tier.frequency, tier.tensors, tier.changed, *updates)

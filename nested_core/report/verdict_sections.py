@@ -414,13 +414,9 @@ def _sample_answers_table(record: RunRecord) -> Html:
     for row in shown:
         answers = (row.adapter, row.expected, row.base, row.parent)[: 3 + len(parent)]
         prompt = truncated_text(f"{row.place}: {row.prompt}")
-        rows.append((prompt, *map(_text_or_none, answers)))
+        rows.append((prompt, *(None if one is None else truncated_text(one) for one in answers)))
     columns = ("prompt", "candidate", "expected", "base", *parent)
     return table("Greedy answers at the end of training; all: sample-answers.jsonl", columns, rows)
-
-
-def _text_or_none(text: str | None) -> Html | None:
-    return None if text is None else truncated_text(text)
 
 
 def _answers_by_evaluation_table(samples: SampleTable) -> Html:

@@ -27,15 +27,16 @@ from nested_core.registry import (
     rollback,
 )
 from nested_core.registry.policy import read_policy
-from nested_core.registry.serving_file import (
+from nested_core.registry.serving_status import (
     HEARTBEAT_SECONDS,
+    ServerStatus,
+    ServingNews,
     ServingRecord,
     own_server_name,
     remove_records_of_ended_servers,
     remove_serving_record,
     write_serving_record,
 )
-from nested_core.registry.serving_status import ServerStatus, ServingNews
 from nested_core.serve.canary_check import CanaryFailed
 from nested_core.serve.response_generator import RegistryResponseGenerator
 from nested_core.serve.served_version import BASE_VERSION, ServedVersion, require_same_base

@@ -8,8 +8,8 @@ Biopharmaceutics 15, 1987). What is neither shown to be worse nor no worse is in
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 Conclusion = Literal["better", "no_worse", "inconclusive", "worse"]
 
@@ -113,32 +113,14 @@ def count_examples_needed(
     return math.ceil(needed / unit) * unit
 
 
-def describe_conclusion(figures: Mapping[str, Any]) -> str | None:
-    """`better`, `no worse`, `worse` or `inconclusive: ...` of recorded figures; None without one.
-
-    `figures` are those of `validation`, `champion` or `general` in gate.json.
-    """
-    word = figures.get("conclusion")
-    if word is None or figures.get("difference") is None:
-        return None
-    if word != "inconclusive":
-        return str(word).replace("_", " ")
-    return describe_inconclusive(
-        figures["difference"],
-        figures.get("interval"),
-        figures.get("margin"),
-        figures.get("examples_needed"),
-    )
-
-
 def describe_passed(
     conclusion: str | None, *, is_measured: bool = True, is_broken: bool = False
 ) -> str:
     """A verdict of passed in a few words: `passed, better`, `passed, quality not measured`.
 
     Args:
-        conclusion: the word for the held-out loss, or what `describe_conclusion` gives; None
-            where nothing was compared.
+        conclusion: the word for the held-out loss, or an inconclusive one with its figures;
+            None where nothing was compared.
         is_measured: whether anything was: held-out losses or answers to a suite.
         is_broken: whether training broke the answers to the sample prompts.
     """

@@ -31,6 +31,6 @@ def format_interval(interval: Sequence[float]) -> str:
 
 
 def loss_name_for_file(file: str | None) -> str:
-    """The name of a loss by the file that it was measured on; earlier releases recorded no file."""
+    """The name of a loss by the file that it was measured on; without one, a validation loss."""
     names = {None: "validation loss", "valid.jsonl": "validation loss", "test.jsonl": "test loss"}
     return names.get(file, "held-out loss")

@@ -71,8 +71,5 @@ class MarkdownPage:
 
 
 def _table_line(cells: Sequence[object]) -> str:
-    return f"| {' | '.join(map(_format_table_cell, cells))} |"
-
-
-def _format_table_cell(cell: object) -> str:
-    return str(cell) if isinstance(cell, Link) else escape_markdown(format_value(cell))
+    shown = (str(c) if isinstance(c, Link) else escape_markdown(format_value(c)) for c in cells)
+    return f"| {' | '.join(shown)} |"

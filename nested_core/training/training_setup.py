@@ -22,8 +22,8 @@ from nested_core.optim.tier_assignment import TierMap, refuse_tiers_never_due
 from nested_core.optim.tier_counters import Tier
 from nested_core.optim.tiered import Tiered
 from nested_core.optim.tiers_file import read_tiers
+from nested_core.records.dataset import read_dataset_record
 from nested_core.storage.adapter import files_sha256, read_adapter
-from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import regular_sha256
 from nested_core.training.evaluation import Prompts, choose_prompts

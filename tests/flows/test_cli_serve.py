@@ -23,7 +23,7 @@ from mlx_lm import server as mlx_lm_server
 
 from flows.cli import build_parser
 from nested_core.registry import audit, rollback
-from nested_core.registry.serving_file import read_serving_records
+from nested_core.registry.serving_status import read_serving_records
 from tests.core.serve.versions import (
     NAME,
     make_base,

@@ -15,7 +15,7 @@ import pytest
 from flows.commands import doctor
 from flows.commands.doctor import MIN_FREE_DISK_BYTES
 from nested_core.registry import register_and_promote
-from nested_core.registry.serving_file import ServingRecord
+from nested_core.registry.serving_status import ServingRecord
 from tests.core.registry.conftest import write_run
 from tests.flows.conftest import called
 

@@ -22,7 +22,7 @@ from flows.process import os_errors
 from flows.terminal import console, token_view
 from nested_core import errors
 from nested_core.data.tokens.tokenized_split import ShownExample, ShownToken
-from nested_core.report.lineage_picture import LineageNode, draw_lineage
+from nested_core.report.champion_page import LineageNode, draw_lineage
 from nested_core.storage.adapter import CONFIG_NAME, write_adapter
 from nested_core.text.foreign_text import escape
 from nested_core.text.markdown_page import MarkdownPage

@@ -29,7 +29,7 @@ from flows.promote import PromoteParameters, promote
 from flows.reconcile import ReconcileParameters, reconcile
 from flows.rollback import RollbackParameters, rollback
 from nested_core import registry as core
-from nested_core.registry import champion_link
+from nested_core.registry import champion_files
 from tasks import promote as promotion_tasks
 from tests.core.registry.conftest import write_run
 from tests.flows.conftest import task_runs
@@ -337,7 +337,7 @@ def test_a_try_after_a_late_error_says_what_the_first_one_did(
     first, second = add(1), add(2)
     core.promote(registry, NAME, first, by="ann")
     core.promote(registry, NAME, second, by="ann")
-    swap = champion_link.swap_link
+    swap = champion_files.swap_link
     failures = [OSError(errno.EIO, "I/O error")]
 
     def fail_late(*arguments: Any, **options: Any) -> None:
@@ -345,7 +345,7 @@ def test_a_try_after_a_late_error_says_what_the_first_one_did(
         if failures:
             raise failures.pop()
 
-    monkeypatch.setattr(champion_link, "swap_link", fail_late)
+    monkeypatch.setattr(champion_files, "swap_link", fail_late)
     told: list[str] = []
     monkeypatch.setattr(
         promotion_tasks,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flows.terminal.run_results import LONGEST_TEXT, format_sample_answers
-from nested_core.storage.sample_answers_file import SampleAnswers
+from nested_core.records.answers import SampleAnswers
 
 
 def test_answers_stand_below_each_other_and_hostile_text_is_escaped() -> None:

@@ -20,6 +20,8 @@ from flows.sweep import (
     sweep,
 )
 from nested_core.errors import ConfigError
+from nested_core.records.verdict import JudgedAdapter, Validation, Verdict
+from nested_core.records.verdict_file import write_verdict
 from nested_core.report.sweep_results import SweepRunResult, choose_best_run
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.test_sweep_choice import sweep_of
@@ -105,8 +107,10 @@ def test_a_run_without_a_verdict_has_not_passed(tmp_path: Path) -> None:
 
 
 def test_a_run_that_passed_is_a_candidate_whatever_its_states_name(tmp_path: Path) -> None:
-    (tmp_path / "gate.json").write_text('{"verdict": "passed", "validation": {"loss_after": 0.5}}')
     run = RunDirectory(tmp_path)
+    losses = Validation(1.0, 0.5, selected_on_same_data=False, file="valid.jsonl")
+    adapters = (JudgedAdapter("initial", "0" * 64), JudgedAdapter("adapter", "1" * 64))
+    write_verdict(run.path, Verdict((), 4, *adapters, (), validation=losses), {})
     passed = SweepRunResult.read_from_run(run, {"seed": 1}, "Verified", "", is_candidate=True)
     kept = SweepRunResult.read_from_run(run, {"seed": 1}, "Kept the champion", "")
     assert passed.has_passed

@@ -15,7 +15,7 @@ from nested_core import registry as core
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError
 from nested_core.pipeline import steps
-from nested_core.registry.champion_link import PREPARED_PREFIX
+from nested_core.registry.champion_files import PREPARED_PREFIX
 from nested_core.storage.run_directory import RunDirectory
 from tasks.promote import promote, promote_by_recorded_policy
 from tasks.retrying import retry_on_transient_error

@@ -140,7 +140,7 @@ FAULTS = (
         "a comparison turned",
     ),
     Fault(
-        "nested_core/gate/tier_updates.py",
+        "nested_core/gate/run_evidence.py",
         "        return self.had_gradient(name) and not has_moved",
         "        return self.had_gradient(name) and has_moved",
         "a condition turned",

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nested_core import registry as core
-from nested_core.registry.folder_lock import shared_folder_lock
+from nested_core.registry.folders import shared_folder_lock
 from tests.production.faults import FaultTable
 from tests.production.processes import command_of
 from tests.production.stack import Stack, wait_for

@@ -16,7 +16,7 @@ import pytest
 
 from nested_core.registry import audit, read_champion
 from nested_core.registry.policy import set_policy
-from nested_core.registry.serving_file import parse_serving_name
+from nested_core.registry.serving_status import parse_serving_name
 from tests.core.serve.versions import (
     NAME,
     make_base,

@@ -17,14 +17,15 @@ from nested_core.gate.held_out_loss import (
     read_nonempty_splits,
 )
 from nested_core.gate.judged import Check, JudgedRun
-from nested_core.gate.loss_bounds import (
+from nested_core.gate.loss_figures import (
     drift_reasons,
     general_loss_reasons,
     harm_reasons,
     loss_reasons,
     non_finite_loss_reasons,
+    summarise_drift,
+    summarise_losses,
 )
-from nested_core.gate.loss_figures import summarise_drift, summarise_losses
 from nested_core.gate.training_examples import read_ancestor_training_digests
 from nested_core.records.verdict import Reason, describe_examples
 

@@ -1,18 +1,133 @@
-"""The check that training did not break the answers to a few sample prompts."""
+"""The check that training did not break the answers to a few sample prompts.
+
+The prompts are those of `samples` and of the held-out data. A loss can fall while every answer is
+one word again and again: teacher forcing never lets the model read its own words.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from nested_core.config.schema import FineTuneConfig
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.held_out_rows import read_held_out_prompts
 from nested_core.errors import NestedTuneError
+from nested_core.gate.answers.answer_bounds import MIN_PROMPTS, is_sound, judge_samples
 from nested_core.gate.checks.base import WITHOUT_MODEL
+from nested_core.gate.held_out_loss import LoadedBase
 from nested_core.gate.judged import Check, JudgedRun
-from nested_core.gate.sample_answers import ask_samples
-from nested_core.gate.sample_bounds import judge_samples
+from nested_core.gate.run_evidence import RunEvidence
+from nested_core.models.generation import Answer, Sampling, answer_prompts, encode_messages
+from nested_core.models.lora_attachment import load_adapter_tensors
+from nested_core.models.parameters import in_evaluation_mode
+from nested_core.records.answers import BrokenHow, SampleAnswers, render_sample_answers
 from nested_core.records.verdict import Reason, SampleVerdict
-from nested_core.storage.sample_answers_file import render_sample_answers
+from nested_core.storage.adapter import Adapter
 from nested_core.text.stages import stages
+
+MAX_HELD_OUT_PROMPTS = 9  # looked for until MIN_PROMPTS of the base's answers are sound
+MIN_REPEATED_TOKENS = 6
+ENDLESS_FACTOR = 4  # an answer without an end is broken where the expected one is a quarter as long
+
+
+@dataclass(frozen=True)
+class _SamplePrompt:
+    """A prompt, its turns for a chat template, and the data's own answer where it has one."""
+
+    messages: Sequence[Mapping[str, Any]]
+    text: str
+    expected: str | None
+    place: str
+
+
+def ask_samples(base: LoadedBase, evidence: RunEvidence) -> list[SampleAnswers]:
+    """Ask the base, the parent where there is one, and the candidate; empty without prompts.
+
+    Greedy, at most `training.sample_tokens` tokens an answer. Where the base's own answers are
+    broken, more held-out prompts are asked, up to MAX_HELD_OUT_PROMPTS.
+    """
+    config = base.config
+    remaining = list(_list_prompts(config))
+    asked: list[_SamplePrompt] = []
+    of_base: list[Answer] = []
+    broken: list[BrokenHow | None] = []
+    count = max(MIN_PROMPTS, len(config.samples))
+    while remaining and sum(map(is_sound, broken)) < MIN_PROMPTS:
+        # First as many as are needed; where some are broken all others at once, in one batch.
+        chunk, remaining = (remaining, []) if asked else (remaining[:count], remaining[count:])
+        for prompt, answer in zip(chunk, _ask(base, None, chunk), strict=True):
+            if len(asked) >= count and sum(map(is_sound, broken)) >= MIN_PROMPTS:
+                break
+            asked.append(prompt)
+            of_base.append(answer)
+            broken.append(find_damage(answer, prompt.expected, base.tokenizer))
+    if not asked:
+        return []
+    has_parent = not base.is_unchanged_by(evidence.before)
+    of_parent: list[str | None] = [None] * len(asked)
+    if has_parent:
+        of_parent = [answer.text.strip() for answer in _ask(base, evidence.before, asked)]
+    of_candidate = _ask(base, evidence.after, asked)
+    return [
+        SampleAnswers(
+            prompt=prompt.text,
+            expected=prompt.expected,
+            base=before.text.strip(),
+            parent=parent,
+            adapter=after.text.strip(),
+            place=prompt.place,
+            base_broken=was_broken,
+            adapter_broken=find_damage(after, prompt.expected, base.tokenizer),
+        )
+        for prompt, before, was_broken, parent, after in zip(
+            asked, of_base, broken, of_parent, of_candidate, strict=True
+        )
+    ]
+
+
+def _list_prompts(config: FineTuneConfig) -> Iterator[_SamplePrompt]:
+    for text in config.samples:
+        yield _SamplePrompt([{"role": "user", "content": text}], text, None, "samples")
+    settings = DataSettings.from_config(config)
+    held_out = config.gate.held_out
+    for prompt in read_held_out_prompts(settings, MAX_HELD_OUT_PROMPTS, held_out):
+        place = f"{prompt.file}:{prompt.line}"
+        yield _SamplePrompt(prompt.messages, prompt.text, prompt.expected, place)
+
+
+def _ask(
+    base: LoadedBase, adapter: Adapter | None, prompts: Sequence[_SamplePrompt]
+) -> list[Answer]:
+    """The answers with an adapter; None is the base alone."""
+    tensors = base.parameters
+    if adapter is not None:
+        tensors = adapter.to_mlx()
+    load_adapter_tensors(base.model, tensors)
+    encoded = [encode_messages(base.tokenizer, prompt.messages) for prompt in prompts]
+    with in_evaluation_mode(base.model):
+        sampling = Sampling(base.config.training.sample_tokens)
+        return answer_prompts(base.model, base.tokenizer, encoded, sampling)
+
+
+def find_damage(answer: Answer, expected: str | None, tokenizer: Any) -> BrokenHow | None:
+    """How an answer is broken, or None: empty, one token or pair to the end, or without an end.
+
+    Without an end it is broken only where the expected answer has at most a quarter of its tokens.
+    What the data itself expects is never broken.
+    """
+    if expected is not None and answer.text.strip() == expected.strip():
+        return None
+    if answer.is_empty:
+        return "empty"
+    if answer.repeated_tail >= max(MIN_REPEATED_TOKENS, answer.tokens / 2):
+        return "repeated"
+    if answer.is_endless and expected is not None:
+        tokens = len(tokenizer.encode(expected, add_special_tokens=False))
+        if tokens * ENDLESS_FACTOR <= answer.tokens:
+            return "endless"
+    return None
 
 
 def _find_broken_answers(judged: JudgedRun) -> Iterator[Reason]:

@@ -1,17 +1,142 @@
-"""The check of the answers to the suites of `gate.tasks`."""
+"""The check of the answers to `gate.tasks`, of base, parent, champion and candidate."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from nested_core.gate.champion_adapter import UnusableChampion
+from nested_core import backend
+from nested_core.gate.answers.answer_bounds import judge_answers
+from nested_core.gate.answers.answer_cache import AnsweringModelDigests, open_user_answer_cache
+from nested_core.gate.answers.suite_answers import (
+    EncodedSuite,
+    encode_suites,
+    read_suites,
+    record_or_compare_suites,
+)
+from nested_core.gate.answers.suites import question_label
+from nested_core.gate.champion_adapter import Champion, UnusableChampion
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.losses import LOSSES
 from nested_core.gate.checks.tensors import CHANGE, EFFECT
+from nested_core.gate.held_out_loss import LoadedBase
 from nested_core.gate.judged import Check, JudgedRun
-from nested_core.gate.task_answers import answer_tasks
-from nested_core.gate.task_bounds import judge_answers
+from nested_core.gate.run_evidence import RunEvidence
+from nested_core.models.base_model import fingerprint_base_model, model_compute_dtype
+from nested_core.models.generation import Answer
+from nested_core.models.lora_attachment import load_adapter_tensors
+from nested_core.records.answers import AnsweringRole, AnswerRecord
 from nested_core.records.verdict import Reason
+from nested_core.storage.adapter import Adapter
+from nested_core.storage.run_directory import RunDirectory
+
+
+@dataclass(frozen=True, eq=False)
+class _AskedModel:
+    """A base with an adapter; `adapter` is None for the base alone.
+
+    is_asked_anew: whether answers that are kept already do not count; they are kept either way.
+    """
+
+    role: AnsweringRole
+    base: LoadedBase
+    adapter: Adapter | None
+    is_asked_anew: bool = False
+
+    def cached_or_new_answers(self, suite: EncodedSuite) -> Sequence[Answer]:
+        """Its answers, from the cache or now."""
+        if not self.is_asked_anew:
+            return open_user_answer_cache().fetch(
+                self._content_for_cache(), suite, lambda: self._answer_now(suite)
+            )
+        answers = self._answer_now(suite)
+        open_user_answer_cache().store(self._content_for_cache(), suite, answers)
+        return answers
+
+    def _answer_now(self, suite: EncodedSuite) -> Sequence[Answer]:
+        tensors = self.base.parameters if self.adapter is None else self.adapter.to_mlx()
+        load_adapter_tensors(self.base.model, tensors)
+        return suite.answer(self.base.model, self.base.tokenizer)
+
+    def _content_for_cache(self) -> AnsweringModelDigests:
+        """What its answers are kept under."""
+        config = self.base.config
+        return AnsweringModelDigests(
+            base=fingerprint_base_model(self.base.folder),
+            adapter=None if self.adapter is None else self.adapter.digest(),
+            computation=f"{backend.device()} {model_compute_dtype(config)} {config.fine_tune_type}",
+        )
+
+
+def answer_tasks(
+    base: LoadedBase, run: RunDirectory, evidence: RunEvidence, champion: Champion | None
+) -> tuple[AnswerRecord, ...]:
+    """What base, parent (unless the initial adapter is fresh), champion and candidate answer.
+
+    Raises ConfigError or DatasetError if a suite is missing, has bad lines, changed since the run
+    began or does not fit the model, or if its scorer fails.
+    """
+    suites = read_suites(base.config.gate)
+    record_or_compare_suites(run, suites)
+    encoded = encode_suites(suites, base.tokenizer, base.folder)
+    return tuple(
+        record
+        for asked in _asked_models(base, evidence, champion)
+        for record in _ask_model(asked, encoded)
+    )
+
+
+def _asked_models(
+    base: LoadedBase, evidence: RunEvidence, champion: Champion | None
+) -> list[_AskedModel]:
+    asked = [_AskedModel("base", base, None)]
+    if not base.is_unchanged_by(evidence.before):
+        asked.append(_AskedModel("parent", base, evidence.before))
+    if champion is not None:
+        asked.append(_AskedModel("champion", champion.base, champion.adapter))
+    return [*asked, _AskedModel("candidate", base, evidence.after, is_asked_anew=True)]
+
+
+def _ask_model(asked: _AskedModel, encoded: Sequence[EncodedSuite]) -> list[AnswerRecord]:
+    records = []
+    for suite in encoded:
+        start = time.monotonic()
+        answers = asked.cached_or_new_answers(suite)
+        seconds = time.monotonic() - start
+        records += _score_answers(suite, asked.role, answers, seconds / len(answers))
+    return records
+
+
+def _score_answers(
+    encoded: EncodedSuite, role: AnsweringRole, answers: Sequence[Answer], seconds: float
+) -> list[AnswerRecord]:
+    scored = encoded.score(answers)
+    suite = encoded.suite
+    prompts = [json.dumps(question.prompt) for question in suite.questions]
+    first_lines: dict[str, int] = {}
+    for question, prompt in zip(suite.questions, prompts, strict=True):
+        first_lines.setdefault(prompt, question.line)
+    return [
+        AnswerRecord(
+            task=suite.name,
+            model=role,
+            line=question.line,
+            question=question_label(question),
+            answer=answer.text,
+            score=score,
+            tokens=answer.tokens,
+            empty=answer.is_empty,
+            endless=answer.is_endless,
+            repeated=answer.is_repeated,
+            seconds=seconds,
+            same_prompt_as=None if first_lines[prompt] == question.line else first_lines[prompt],
+        )
+        for question, prompt, answer, score in zip(
+            suite.questions, prompts, answers, scored.scores, strict=True
+        )
+    ]
 
 
 def _find_worse_answers(judged: JudgedRun) -> list[Reason]:

@@ -133,7 +133,7 @@ PLANTED: dict[Callable[[Path], None], tuple[str | None, str]] = {
     sound: (None, ""),
     zero: ("no_effect", "4 modules change nothing beyond the rounding of the base"),
     near_zero: ("no_effect", "4 modules change nothing beyond the rounding of the base"),
-    nan: ("non_finite", f"1 tensors hold NaN or infinity, {Q_PROJ}.lora_b first"),
+    nan: ("non_finite", f"1 tensor with NaN or infinity, {Q_PROJ}.lora_b"),
     wrong_base: ("base_mismatch", "is [48, 4] for [64, 4]"),
     missing_module: ("tensor_missing", "their modules do nothing"),
     inert_keys: (
@@ -143,7 +143,7 @@ PLANTED: dict[Callable[[Path], None], tuple[str | None, str]] = {
     peft: (None, ""),
     dora: (None, ""),
     rescaled: (None, ""),
-    fused_by_mistake: ("tensor_unexpected", "are weights of the base or of a fused model"),
+    fused_by_mistake: ("tensor_unexpected", "weights of the base or of a fused model"),
     truncated: ("unreadable", "is not a sound safetensors file"),
 }
 
@@ -271,12 +271,12 @@ CONFIG_EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str]] = {
     "fewer layers": (
         lambda config: config.update(num_layers=1),
         "config_mismatch",
-        "4 tensors are of no module and type",
+        "4 tensors of no module and type",
     ),
     "more layers": (
         lambda config: config.update(num_layers=6),
         "tensor_missing",
-        "16 tensors are called for",
+        "16 tensors called for",
     ),
     "another fingerprint": (
         lambda config: config.update(base_fingerprint="sha256:" + "0" * 64),
@@ -286,14 +286,18 @@ CONFIG_EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str]] = {
     "another type": (
         lambda config: config.update(fine_tune_type="full"),
         "base_mismatch",
-        "8 tensors are no weights of the base",
+        "8 tensors that the base has no weights for",
     ),
 }
 TENSOR_EDITS: dict[str, tuple[Callable[[Arrays], Any], str, str]] = {
     "one inert module": (silence_one_module, "no_effect", "1 modules change nothing"),
-    "no lora_b": (drop_lora_b, "tensor_missing", "4 tensors are called for"),
+    "no lora_b": (drop_lora_b, "tensor_missing", "4 tensors called for"),
     "no tensor": (lambda tensors: tensors.clear(), "tensor_missing", "no tensor at all"),
-    "the whole model saved": (add_whole_model, "tensor_unexpected", "56 tensors are weights"),
+    "the whole model saved": (
+        add_whole_model,
+        "tensor_unexpected",
+        "56 tensors with the names of weights",
+    ),
     "too weak for any logit": (scale_lora_b(1e-3), "no_effect", "no logit of 4 fixed prompts"),
 }
 

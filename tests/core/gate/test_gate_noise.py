@@ -19,8 +19,7 @@ from nested_core.gate.held_out_loss import (
     choose_held_out_examples,
     read_nonempty_splits,
 )
-from nested_core.gate.loss_bounds import loss_reasons
-from nested_core.gate.loss_figures import summarise_losses
+from nested_core.gate.loss_figures import loss_reasons, summarise_losses
 from nested_core.gate.paired_difference import compare_pairs
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict

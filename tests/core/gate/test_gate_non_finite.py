@@ -15,10 +15,10 @@ import pytest
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
 from nested_core.gate import fresh_process_check, verify_adapters
+from nested_core.gate.checks.fused import judge_fused_change
 from nested_core.gate.fresh_process_check import FreshProcessLogits
-from nested_core.gate.fused_change import judge_fused_change
 from nested_core.gate.held_out_loss import LoadedBase
-from nested_core.gate.loss_bounds import general_loss_reasons, non_finite_loss_reasons
+from nested_core.gate.loss_figures import general_loss_reasons, non_finite_loss_reasons
 from nested_core.records.verdict import GeneralLoss, Validation
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays, save_arrays

@@ -18,12 +18,12 @@ from nested_core.config.sections import GateSection
 from nested_core.errors import ConfigError, DamagedError, DatasetError, GateRejected
 from nested_core.gate import judge_run
 from nested_core.gate.answers import scorers
-from nested_core.gate.answers.answer_records import AnsweringRole, AnswerRecord
+from nested_core.gate.answers.answer_bounds import judge_answers
 from nested_core.gate.answers.suite_answers import EncodedSuite
 from nested_core.gate.judge import make_checks_of_run
-from nested_core.gate.task_bounds import judge_answers
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict
+from nested_core.records.answers import AnsweringRole, AnswerRecord
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry import read_verified_version, register
 from nested_core.storage.canary_file import parse_canary

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nested_core.gate import paired_difference
-from nested_core.gate.harmed_examples import exchange_mid_p
+from nested_core.gate.loss_figures import exchange_mid_p
 from nested_core.gate.paired_difference import (
     MIN_EXAMPLES,
     compare_pairs,

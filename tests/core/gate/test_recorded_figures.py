@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nested_core.gate.recorded_verdict import is_close_figure
+from nested_core.gate.recheck import is_close_figure
 
 RECORDED = {
     "name": "capitals",

@@ -12,18 +12,18 @@ from nested_core.config.sections import GateSection
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.held_out_rows import read_held_out_prompts
 from nested_core.errors import DamagedError, GateRejected
+from nested_core.gate.answers.answer_bounds import judge_samples
+from nested_core.gate.checks.samples import find_damage
 from nested_core.gate.recheck import recheck_verdict
-from nested_core.gate.sample_answers import find_damage
-from nested_core.gate.sample_bounds import judge_samples
 from nested_core.models.generation import Answer, _count_repeated_tail
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import register_run
+from nested_core.records.answers import BrokenHow, SampleAnswers
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.report.run_listing import list_runs
 from nested_core.report.run_page import read_report
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.sample_answers_file import BrokenHow, SampleAnswers
 from tests.example import Finished, train_example
 from tests.gate_files import judged_files, read_gate, write_gate
 
@@ -174,7 +174,7 @@ def test_a_model_that_cannot_be_asked_is_no_verdict_and_under_fail_an_error(
     def fail(*_: object) -> None:
         raise RuntimeError("no cache for this model")
 
-    monkeypatch.setattr("nested_core.gate.sample_answers.answer_prompts", fail)
+    monkeypatch.setattr("nested_core.gate.checks.samples.answer_prompts", fail)
     verdict = steps.judge(destroyed.config, destroyed.run)
     assert verdict.samples is not None
     assert verdict.samples.not_asked == "RuntimeError: no cache for this model"
@@ -188,7 +188,7 @@ def test_more_prompts_are_asked_where_the_bases_own_answers_are_broken(
     destroyed: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = iter(["empty", "empty", None, *[None] * 20])
-    monkeypatch.setattr("nested_core.gate.sample_answers.find_damage", lambda *_: next(found))
+    monkeypatch.setattr("nested_core.gate.checks.samples.find_damage", lambda *_: next(found))
     verdict = steps.judge(destroyed.config, destroyed.run)
     assert verdict.samples is not None
     assert (verdict.samples.asked, verdict.samples.judged) == (5, 3)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from nested_core.config.sections import GateSection
-from nested_core.gate.answers.answer_records import AnsweringRole, AnswerRecord
-from nested_core.gate.harmed_examples import exchange_mid_p
-from nested_core.gate.task_bounds import judge_answers
+from nested_core.gate.answers.answer_bounds import judge_answers
+from nested_core.gate.loss_figures import exchange_mid_p
+from nested_core.records.answers import AnsweringRole, AnswerRecord
 
 
 def answers_of(

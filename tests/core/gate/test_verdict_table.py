@@ -8,10 +8,10 @@ import pytest
 
 from nested_core.config.sections import GateSection
 from nested_core.errors import GateRejected
-from nested_core.gate.answers.answer_records import read_answers
 from nested_core.gate.verdict_table import Check, list_checks, lost_answers
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict
+from nested_core.records.answers import read_answers
 from nested_core.records.verdict import Reason
 from nested_core.records.verdict_file import read_verdict
 from nested_core.report.run_page import read_report

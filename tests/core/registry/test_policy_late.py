@@ -334,16 +334,31 @@ def test_a_clock_that_is_behind_changes_nothing_in_what_is_superseded(
     assert read_champion(registry, NAME) == first
 
 
-def test_versions_of_an_earlier_release_are_judged_by_the_clocks(add: Add, registry: Path) -> None:
-    first, second, third = add(1), add(2), add(3)
-    for version in (first, second, third):
-        folder = registry / NAME / "versions" / version
-        provenance = json.loads((folder / "provenance.json").read_text())
-        del provenance["registered_after"]
-        for name in ("provenance.json", "MANIFEST.json"):
-            (folder / name).unlink()
-        (folder / "provenance.json").write_text(json.dumps(provenance))
-        write_manifest(folder, {"kind": "adapter version", "version": version})
+def record_provenance(registry: Path, version: str, **changes: Any) -> None:
+    """Register a version with another provenance; None takes a field out."""
+    folder = registry / NAME / "versions" / version
+    provenance = json.loads((folder / "provenance.json").read_text()) | changes
+    for name in ("provenance.json", "MANIFEST.json"):
+        (folder / name).unlink()
+    kept = {key: value for key, value in provenance.items() if value is not None}
+    (folder / "provenance.json").write_text(json.dumps(kept))
+    write_manifest(folder, {"kind": "adapter version", "version": version})
+
+
+def test_a_place_that_the_history_does_not_have_is_before_all_of_it(
+    add: Add, registry: Path
+) -> None:
+    second, third = add(2), add(3)
+    for version in (second, third):
+        record_provenance(registry, version, registered_after="0" * 64)
     assert late(registry, second) == "promoted"
     assert late(registry, third) == "superseded"
-    assert collect_garbage(registry, NAME, by="gc", keep=2).collected == (first,)
+
+
+def test_a_provenance_without_its_place_in_the_history_is_damage(add: Add, registry: Path) -> None:
+    version = add(1)
+    record_provenance(registry, version, registered_after=None)
+    with pytest.raises(
+        DamagedError, match="provenance or verdict cannot be read: .*registered_after"
+    ):
+        late(registry, version)

@@ -21,7 +21,7 @@ from nested_core.registry import (
     read_champion,
     register,
 )
-from nested_core.registry.folder_lock import LOCK_NAME, exclusive_folder_lock
+from nested_core.registry.folders import LOCK_NAME, exclusive_folder_lock
 from nested_core.storage.adapter import read_adapter
 from tests.core.registry.faults import in_processes
 from tests.core.registry.states import NAME, assert_settled

@@ -14,7 +14,7 @@ from nested_core.registry import (
     Promotion,
     audit,
     audit_report,
-    champion_link,
+    champion_files,
     collect_garbage,
     decline,
     garbage_collection,
@@ -238,7 +238,7 @@ def test_reader_meanwhile_is_given_the_new_champion(five, registry, monkeypatch)
 
     def between(folder: Path) -> str | None:
         monkeypatch.undo()
-        old = champion_link.read_link(folder)
+        old = champion_files.read_link(folder)
         for version in five[3:]:
             promote(registry, NAME, version, by="ann")
         assert old in collected(registry, 0)

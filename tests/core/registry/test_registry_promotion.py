@@ -15,7 +15,7 @@ from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import (
     Promotion,
     audit,
-    champion_link,
+    champion_files,
     decline,
     find_decline,
     history,
@@ -322,7 +322,7 @@ class TestADecline:
             raise OSError("the disk is gone")
 
         with monkeypatch.context() as patch:
-            patch.setattr(champion_link, "swap_link", fail)
+            patch.setattr(champion_files, "swap_link", fail)
             with pytest.raises(OSError, match="the disk is gone"):
                 promote(registry, NAME, first, by="ann")
         self.register(registry, make_run, 2, **self.MADE_OF)  # a writer, which mends

@@ -15,14 +15,15 @@ import pytest
 
 from nested_core.config.sections import RegistrySection
 from nested_core.registry import promote, register, rollback
-from nested_core.registry.serving_file import ServingRecord, write_serving_record
 from nested_core.registry.serving_status import (
     ServerStatus,
+    ServingRecord,
     await_configured,
     await_serving,
     describe_server,
     is_served,
     read_servers,
+    write_serving_record,
 )
 from tests.core.registry.conftest import write_run
 

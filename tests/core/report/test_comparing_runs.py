@@ -13,7 +13,7 @@ from nested_core.records.verdict_file import read_verdict
 from nested_core.report.run_comparison import _describe_difference, compare_runs
 from nested_core.report.run_listing import list_runs
 from nested_core.report.run_page import read_report
-from nested_core.report.run_start import read_start_time
+from nested_core.report.run_status import read_start_time
 from tests.core.report.written_runs import (
     HOSTILE_ROW,
     add_metrics,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nested_core.gate.answers.answer_records import AnsweringRole, AnswerRecord, write_answers
+from nested_core.records.answers import AnsweringRole, AnswerRecord, write_answers
 from nested_core.report.night_page import UNDER_WAY, describe_night
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.reports.metrics_file import append_metrics

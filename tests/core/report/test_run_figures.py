@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from nested_core.report.run_comparison import compare_runs
-from nested_core.report.run_figures import RunFigures, describe_length
 from nested_core.report.run_listing import list_runs
 from nested_core.report.run_page import read_report
-from nested_core.report.run_status import read_status
+from nested_core.report.run_status import RunFigures, describe_length, read_status
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.reports.training_plan import read_plan
 from tests.core.report.written_runs import add_metrics, begin_run, write_plan_of

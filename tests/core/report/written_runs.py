@@ -13,9 +13,9 @@ import numpy as np
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.rules.dataset_report import DatasetReport, Finding, SplitStats
-from nested_core.gate.answers.answer_records import AnsweringRole, AnswerRecord, write_answers
 from nested_core.gate.example_losses import ExampleLosses
 from nested_core.gate.loss_figures import summarise_champion, summarise_drift, summarise_losses
+from nested_core.records.answers import AnsweringRole, AnswerRecord, write_answers
 from nested_core.records.verdict import (
     JudgedAdapter,
     Reason,

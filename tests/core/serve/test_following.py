@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import generate, load
 
 from nested_core.models.lora_attachment import attach_stored_adapter
-from nested_core.registry import champion_link, rollback
+from nested_core.registry import champion_files, rollback
 from nested_core.storage.adapter import Adapter
 from tests.core.serve.versions import (
     NAME,
@@ -199,7 +199,7 @@ def test_a_champion_of_another_base_is_not_served(
 
 def promote_damaged(promote: Promote, registry: Path) -> str:
     """Promote a version, with a byte of its tensors changed before the link leads to it."""
-    swap = champion_link.swap_link
+    swap = champion_files.swap_link
 
     def damage_and_swap(folder: Path, prepared: Path, **options: Any) -> None:
         weights = folder / prepared.readlink() / "adapters.safetensors"
@@ -210,7 +210,7 @@ def promote_damaged(promote: Promote, registry: Path) -> str:
         swap(folder, prepared, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(champion_link, "swap_link", damage_and_swap)
+        patch.setattr(champion_files, "swap_link", damage_and_swap)
         return promote(2)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nested_core.registry import audit
-from nested_core.registry.serving_file import ServingRecord, read_serving_records
+from nested_core.registry.serving_status import ServingRecord, read_serving_records
 from nested_core.serve import champion_follower
 from tests.core.serve.test_following import wait_for
 from tests.core.serve.versions import NAME, Client, Reply, serving, settings

@@ -1,19 +1,32 @@
-"""champion.json: who made the champion and when, and the hash of the history's last line.
+"""The champion: a relative symbolic link to a version, replaced by one rename, and champion.json.
 
-The hash is what the history's end is held to. After a crash it may be that of the line before: a
-change writes the history, then champion.json, then the link. Any other difference is damage.
+The next link is prepared beside it first, so that an interrupted change can be told from a link
+that was moved by hand. A link to anywhere but versions/<digest> is refused. champion.json says who
+made the champion and when, and has the hash of the history's last line, which the history's end is
+held to. After a crash it may be that of the line before: a change writes the history, then
+champion.json, then the link. Any other difference is damage.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nested_core.errors import DamagedError
+from nested_core.registry.folders import VERSIONS_FOLDER_NAME
 from nested_core.registry.ledger import LEDGER_NAME, Ledger
 from nested_core.registry.versions import AuditFinding
-from nested_core.storage.atomic import Confirm, write_json
+from nested_core.storage.atomic import Confirm, sync_path, write_json
 from nested_core.storage.strict_files import file_type, read_json
+
+LINK_NAME = "champion"
+PREPARED_PREFIX = ".champion-next"
+LINK_TARGET_PATTERN = re.compile(rf"{VERSIONS_FOLDER_NAME}/([0-9a-f]{{64}})")
 
 RECORD_NAME = "champion.json"
 MAX_RECORD_BYTES = 64 * 1024
@@ -23,6 +36,79 @@ IS_DIRECTORY_MESSAGE = (
     "is a directory. Expected the file that says who made the champion, and when. Remove it, and "
     "restore the file from a backup."
 )
+
+
+def read_link(folder: Path) -> str | None:
+    """The version that `champion` points to, or None without a link; it may not exist.
+
+    Raises DamagedError if it is no link or points anywhere else.
+    """
+    return _read_target(folder / LINK_NAME)
+
+
+def read_prepared_link(folder: Path) -> str | None:
+    """The version that an unfinished change was to make the champion."""
+    for path in _prepared_links(folder):
+        with suppress(DamagedError):
+            return _read_target(path)
+    return None
+
+
+def prepare_link(folder: Path, version: str) -> Path:
+    """Put the next link beside the champion, durably; readers ignore it. Its name is new."""
+    path = folder / f"{PREPARED_PREFIX}{uuid.uuid4().hex[:8]}"
+    os.symlink(f"{VERSIONS_FOLDER_NAME}/{version}", path)
+    sync_path(folder)
+    return path
+
+
+def swap_link(folder: Path, prepared: Path, *, confirm: Confirm) -> None:
+    """Rename the prepared link to `champion`: a reader sees the old one or the new one.
+
+    `confirm` is called just before, and raises where another process could be writing.
+    """
+    confirm()
+    os.replace(prepared, folder / LINK_NAME)
+    sync_path(folder)
+
+
+def rename_links_of_other_writers(folder: Path) -> None:
+    """Rename a link that another process prepared, so that `swap_link` fails there from now on."""
+    for path in _prepared_links(folder):
+        path.rename(folder / f"{PREPARED_PREFIX}{uuid.uuid4().hex[:8]}")
+
+
+def discard_prepared_links(folder: Path) -> None:
+    """Remove a prepared link that never became the champion."""
+    for path in _prepared_links(folder):
+        path.unlink()
+        sync_path(folder)
+
+
+def _prepared_links(folder: Path) -> list[Path]:
+    return [folder / name for name in os.listdir(folder) if name.startswith(PREPARED_PREFIX)]
+
+
+def _read_target(path: Path) -> str | None:
+    try:
+        target = os.readlink(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise DamagedError(_describe_wrong_link(path, "is not a symbolic link")) from None
+    match = LINK_TARGET_PATTERN.fullmatch(target)
+    if match is None:
+        raise DamagedError(_describe_wrong_link(path, f"points to {target!r:.120}"))
+    return match[1]
+
+
+def _describe_wrong_link(path: Path, what: str) -> str:
+    return (
+        f"{path} {what}. Expected a relative link to {VERSIONS_FOLDER_NAME}/<digest>. Remove it "
+        "and promote a version again; do not copy a registry in a way that follows links."
+    )
 
 
 def make_record(champion: str | None, ledger: Ledger) -> dict[str, Any] | None:

@@ -1,20 +1,20 @@
-"""The scores of `gate.tasks` against their bounds, from the answers that answers.jsonl holds.
+"""Answers against their bounds, from the files that hold them: `gate.tasks`, and sample prompts.
 
 Nothing here needs a model: `promote` does it again and compares.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from nested_core.config.sections import GateSection, TaskSection
 from nested_core.errors import JUDGE_AGAIN, DamagedError, join_first_values
-from nested_core.gate.answers.answer_records import AnswerRecord, read_answers
-from nested_core.gate.harmed_examples import exchange_mid_p
+from nested_core.gate.loss_figures import exchange_mid_p
 from nested_core.gate.paired_difference import (
     PairedDifference,
     compare_pairs,
@@ -22,10 +22,8 @@ from nested_core.gate.paired_difference import (
     smallest_visible_share,
     student_t_cdf,
 )
-from nested_core.gate.recorded_verdict import is_close_figure
-from nested_core.records.verdict import Reason, TaskResult, Verdict
-from nested_core.storage.manifest import FileEntry, describe_file
-from nested_core.storage.run_directory import RunDirectory
+from nested_core.records.answers import AnswerRecord, BrokenHow, SampleAnswers
+from nested_core.records.verdict import Reason, SampleVerdict, TaskResult
 from nested_core.text.loss_conclusion import Conclusion
 
 SCORE_ROUNDING = 1e-9  # of a mean of scores
@@ -34,6 +32,8 @@ CHAMPION = "the champion"  # as a rival in messages
 ALPHA = 0.025  # one-sided, of all suites and rivals together
 LARGE_SHARE = 0.25  # of the questions, lost net: refused whatever the number of suites
 BADNESS: tuple[Conclusion, ...] = ("better", "no_worse", "inconclusive", "worse")
+
+MIN_PROMPTS = 3  # fewer answers of a sound base judge nothing
 
 
 def judge_answers(
@@ -213,7 +213,10 @@ def _summarise_task(
     task: TaskSection, answers: Mapping[str, Sequence[AnswerRecord]], change: ScoreChange
 ) -> TaskResult:
     difference = change.difference
-    shares = {model: _mean_score(given) for model, given in answers.items()}
+    shares = {
+        model: sum(record.score for record in given) / len(given)
+        for model, given in answers.items()
+    }
     candidate = answers["candidate"]
     return TaskResult(
         name=task.name,
@@ -235,10 +238,6 @@ def _summarise_task(
         lost=len(change.lost),
         lost_first=change.lost[:MAX_NAMED_QUESTIONS],
     )
-
-
-def _mean_score(records: Sequence[AnswerRecord]) -> float:
-    return sum(record.score for record in records) / len(records)
 
 
 def _task_below_reasons(
@@ -277,18 +276,28 @@ def _task_regressed_reason(
     return Reason("task_regressed", message, suite=task.name)
 
 
-def task_file_entries(gate: GateSection, run: RunDirectory) -> dict[str, FileEntry]:
-    """The entries for the manifest of what the results rest on; none without suites."""
-    paths = (run.suites, run.answers) if gate.tasks else ()
-    return {path.name: describe_file(path) for path in paths}
+def is_sound(damage: BrokenHow | None) -> bool:
+    """Whether a base's answer lets its prompt judge: an answer that is merely long does."""
+    return damage not in ("empty", "repeated")
 
 
-def require_same_task_results(gate: GateSection, run: RunDirectory, recorded: Verdict) -> None:
-    """Raise DamagedError unless the recorded answers give the recorded results, and no reason."""
-    results, reasons = judge_answers(gate, read_answers(run.answers)) if gate.tasks else ((), [])
-    now, given = ([asdict(result) for result in rows] for rows in (results, recorded.tasks))
-    if reasons or not is_close_figure(given, now):
-        raise DamagedError(
-            f"{run.gate} is not the verdict on {run.answers.name} beside it: tasks differ.",
-            advice=JUDGE_AGAIN,
-        )
+def judge_samples(rows: Sequence[SampleAnswers]) -> SampleVerdict:
+    """How many of the answers training broke, of those to prompts whose base's answer is sound.
+
+    An answer without an end counts where the base's had one.
+    """
+    judged = [row for row in rows if is_sound(row.base_broken)]
+    if len(judged) < MIN_PROMPTS:
+        return SampleVerdict(asked=len(rows))
+    ways = Counter(
+        row.adapter_broken
+        for row in judged
+        if row.adapter_broken is not None
+        and not (row.adapter_broken == "endless" and row.base_broken == "endless")
+    )
+    return SampleVerdict(
+        asked=len(rows),
+        judged=len(judged),
+        broken=sum(ways.values()),
+        ways={str(way): count for way, count in sorted(ways.items())},
+    )
