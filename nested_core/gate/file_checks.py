@@ -24,7 +24,7 @@ CHECKS_OF_ADAPTERS: tuple[Check[Judged], ...] = (
     NAMED_BASE,
     LAYOUT,
     FINITE_TENSORS,
-    CHANGE,
+    *CHANGE,
     FINITE_PRODUCTS,
     EFFECT,
 )

@@ -111,7 +111,7 @@ def _are_same_bounds(recorded: dict[str, Any] | None, configured: dict[str, Any]
     One that is not recorded was not asked for when the verdict was given: the run's configuration
     cannot have set it.
     """
-    if recorded is None or not recorded.keys() <= configured.keys():
+    if not recorded or not recorded.keys() <= configured.keys():
         return False
     defaults = GateSection().model_dump()
     given = defaults | recorded

@@ -160,12 +160,19 @@ def non_finite_tensor_reasons(initial: Adapter, changes: Sequence[TensorChange])
     ]
 
 
-def unchanged_reasons(changes: Sequence[TensorChange], min_relative_change: float) -> list[Reason]:
-    """The reason for a change of nothing, or of less than the bound."""
+def unchanged_reasons(changes: Sequence[TensorChange]) -> list[Reason]:
+    """The reason for two adapters whose tensors are equal, byte for byte."""
+    if any(change.changed for change in changes):
+        return []
+    message = f"all {len(changes)} tensors equal the initial adapter, byte for byte"
+    return [Reason("unchanged", message, tuple(change.name for change in changes))]
+
+
+def small_change_reasons(
+    changes: Sequence[TensorChange], min_relative_change: float
+) -> list[Reason]:
+    """The reason for a change of which no tensor's is as large as the bound."""
     names = tuple(change.name for change in changes)
-    if not any(change.changed for change in changes):
-        message = f"all {len(changes)} tensors equal the initial adapter, byte for byte"
-        return [Reason("unchanged", message, names)]
     largest = max(change.relative_delta or 0.0 for change in changes)
     if largest < min_relative_change:
         message = (

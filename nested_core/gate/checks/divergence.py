@@ -37,9 +37,9 @@ def _find_risen_training_loss(judged: JudgedRun) -> Iterator[Reason]:
 COLLAPSE = Check(
     "trainer's logits",
     _find_collapse,
-    stopped_by=(*WITHOUT_MODEL, CHANGE, LOSSES),
+    stopped_by=(*WITHOUT_MODEL, *CHANGE, LOSSES),
     is_cause=True,
 )
 TRAINING_LOSS = Check(
-    "training loss", _find_risen_training_loss, stopped_by=(*WITHOUT_MODEL, CHANGE, COLLAPSE)
+    "training loss", _find_risen_training_loss, stopped_by=(*WITHOUT_MODEL, *CHANGE, COLLAPSE)
 )

@@ -151,7 +151,7 @@ def _find_worse_answers(judged: JudgedRun) -> list[Reason]:
 TASKS = Check(
     "answers",
     _find_worse_answers,
-    stopped_by=(*WITHOUT_MODEL, CHANGE, EFFECT, LOSSES),
+    stopped_by=(*WITHOUT_MODEL, *CHANGE, EFFECT, LOSSES),
     is_asked=lambda bounds: bool(bounds.tasks),
     bounds=("tasks",),
     stage="answers to gate.tasks",

@@ -10,6 +10,7 @@ from nested_core.gate.tensor_diff import (
     mismatch_reasons,
     named_base_reasons,
     non_finite_tensor_reasons,
+    small_change_reasons,
     unchanged_reasons,
 )
 from nested_core.records.verdict import Reason
@@ -37,13 +38,20 @@ FINITE_TENSORS: Check[Judged] = Check(
     lambda judged: non_finite_tensor_reasons(judged.before, judged.verdict.tensors),
     stopped_by=(TENSORS,),
 )
-CHANGE: Check[Judged] = Check(
+# Two checks, for `promote` makes the first whatever bounds a verdict records.
+ANY_CHANGE: Check[Judged] = Check(
     "change",
-    lambda judged: unchanged_reasons(judged.verdict.tensors, judged.bounds.min_relative_change),
+    lambda judged: unchanged_reasons(judged.verdict.tensors),
     stopped_by=(TENSORS, FINITE_TENSORS),
+)
+ENOUGH_CHANGE: Check[Judged] = Check(
+    "enough change",
+    lambda judged: small_change_reasons(judged.verdict.tensors, judged.bounds.min_relative_change),
+    stopped_by=(TENSORS, FINITE_TENSORS, ANY_CHANGE),
     bounds=("min_relative_change",),
 )
-_UNSOUND = (TENSORS, CONFIGURATION, NAMED_BASE, LAYOUT, FINITE_TENSORS, CHANGE)
+CHANGE = (ANY_CHANGE, ENOUGH_CHANGE)
+_UNSOUND = (TENSORS, CONFIGURATION, NAMED_BASE, LAYOUT, FINITE_TENSORS, *CHANGE)
 FINITE_PRODUCTS: Check[Judged] = Check(
     "finite products",
     lambda judged: overflow_reasons(judged.before, judged.after),

@@ -105,7 +105,7 @@ def _had_positive_learning_rate(
     return bool(evidence.flush_steps) or any(to_float(rate(mx.array(step - 1))) > 0 for step in due)
 
 
-_STOPPED_BY = (FINITE_TENSORS, CHANGE, FINITE_PRODUCTS)
+_STOPPED_BY = (FINITE_TENSORS, *CHANGE, FINITE_PRODUCTS)
 SKIPPED_UPDATES = Check(
     "skipped updates", _find_skipped_updates, stopped_by=_STOPPED_BY, bounds=("max_skipped_share",)
 )

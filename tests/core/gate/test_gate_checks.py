@@ -76,7 +76,9 @@ def test_what_could_not_be_checked_is_said_with_the_check_that_stopped_it(
         verdict = judge_run(config, run)
     assert set(codes(verdict)) == {"non_finite"}
     told = caplog.messages[-1]
-    assert told.startswith("gate: not checked: change, finite products, effect, skipped")
+    assert told.startswith(
+        "gate: not checked: change, enough change, finite products, effect, skipped"
+    )
     assert "updates, base, losses, trainer's logits, worse loss" in told
     assert told.endswith("training loss, proof, stopped by finite tensors")
 

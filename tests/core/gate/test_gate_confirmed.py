@@ -18,6 +18,7 @@ import yaml
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, GateRejected
+from nested_core.gate.file_checks import CHECKS_OF_FILES
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict
 from nested_core.registry import register
@@ -127,6 +128,7 @@ def test_a_failed_run_is_not_saved_by_the_word_passed(
         ("tensors", []),
         ("thresholds", {"max_val_loss_increase": 9.0}),
         ("thresholds", None),
+        ("thresholds", {}),
         ("initial", {"path": "initial", "digest": "0" * 64}),
         ("validation", None),
         ("proof", None),
@@ -147,12 +149,17 @@ def test_a_bound_that_a_verdict_does_not_record_was_not_asked_for_then(
     judged: RunDirectory, config: FineTuneConfig
 ) -> None:
     recorded = json.loads(judged.gate.read_bytes())["thresholds"]
-    del recorded["min_relative_change"]
+    del recorded["max_skipped_share"]
     edit_bound(judged, thresholds=recorded)
     confirm_recorded_verdict(config, judged)
-    section = config.gate.model_copy(update={"min_relative_change": 10.0})
-    with pytest.raises(DamagedError, match="thresholds differ"):  # and not that nothing moved
+    section = config.gate.model_copy(update={"max_skipped_share": 0.5})
+    with pytest.raises(DamagedError, match="thresholds differ"):
         confirm_recorded_verdict(config.model_copy(update={"gate": section}), judged)
+
+
+def test_no_bound_that_is_left_out_keeps_promote_from_looking_for_a_change() -> None:
+    left_out = [check.name for check in CHECKS_OF_FILES if check.bounds]
+    assert left_out == ["enough change", "skipped updates"]
 
 
 @pytest.mark.parametrize("key", ["min_relative_chance", "tasks_of_tomorrow"])
