@@ -22,16 +22,15 @@ from nested_core.storage.checkpoint import latest_checkpoint
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.reports.metrics_file import read_metrics
 from tests.production.faults import FaultTable
-from tests.production.stack import Stack, wait_for
+from tests.production.stack import DEAD_WITHIN, Stack, wait_for
 from tests.production.test_production import add, champion
 
-pytestmark = [pytest.mark.production, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.production, pytest.mark.timeout(1200)]
 
 NAME = "asked"  # the adapter that a person is asked about
 STEPS = 240
 LONG: dict[str, Any] = {"iters": STEPS, "save_every": 10, "val_batches": 1, "steps_per_eval": 120}
 SLOT_IS_FREE_WITHIN = 120
-DEAD_WITHIN = 400  # 300 seconds without a heartbeat, and what the server takes to look
 SECONDS_UNTIL_LAUNCHD_KILLS = 20  # launchd.plist(5), ExitTimeOut
 # A worker reports the end of a run's process a second time, after it has imported the flow: a retry
 # before that would be taken for the run that ended.

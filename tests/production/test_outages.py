@@ -13,7 +13,7 @@ from nested_core import registry as core
 from nested_core.training.reports.metrics_file import read_metrics
 from tests.production.faults import FaultTable
 from tests.production.processes import processes_with
-from tests.production.stack import Stack, wait_for
+from tests.production.stack import DEAD_WITHIN, Stack, wait_for
 from tests.production.test_faults import Training
 
 pytestmark = [pytest.mark.production, pytest.mark.timeout(3600)]
@@ -22,7 +22,6 @@ ENDLESS: dict[str, Any] = {"iters": 1_000_000, "save_every": 200, "steps_per_eva
 SECONDS_AWAY = (45, 90, 120, 200)
 SECONDS_WATCHED = 45  # after each: the first heartbeat, and the automation's looks
 SECONDS_OFF = 300
-DEAD_WITHIN = 900  # 300 s of silence, 300 s of looking again, and a loaded machine
 
 
 def last_reported_step(training: Training) -> int:
