@@ -18,8 +18,8 @@ from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.optim.tier_counters import COUNTERS_KEY
 from nested_core.training.loss.loss_interface import MicroBatch
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
+from nested_core.training.nonfinite_watch import NonfiniteStepWatch
 from nested_core.training.train_step import TrainStep
-from nested_core.training.training_checks import NonfiniteStepWatch
 
 Look = Callable[[float, Mapping[str, mx.array]], None]
 THIRDS = Arm((1, 2, 4))

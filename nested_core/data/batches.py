@@ -11,11 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from nested_core.data.tokens.tokenized_split import Bool, Int32, Int64, TokenizedSplit
+if TYPE_CHECKING:  # a loss imports this file, and needs numpy alone
+    from nested_core.data.tokens.tokenized_split import Bool, Int32, Int64, TokenizedSplit
 
 MAX_DISTINCT_WIDTHS = 96
 # What a width costs once, in positions of a batch: its trace, and the plans and memory of a GPU.
@@ -105,7 +107,7 @@ def choose_padded_widths(widths: Int64, counts: Int64, cost_of_width: float) -> 
     widths[j] * (batches after i, up to j).
     """
     done = np.cumsum(counts)
-    cost, before = (widths * done).astype(np.float64), list[Int64]()
+    cost, before = (widths * done).astype(np.float64), list[npt.NDArray[np.int64]]()
     totals = [cost[-1] + cost_of_width]  # by the number of widths
     is_after = np.tri(len(widths), dtype=bool)  # i >= j
     while len(totals) < min(len(widths), MAX_DISTINCT_WIDTHS):

@@ -22,11 +22,11 @@ from nested_core.storage.checkpoint import Checkpoint, latest_checkpoint
 from nested_core.training.evaluation import EvaluationInterrupted, Evaluator
 from nested_core.training.memory.memory_plan import plan_memory
 from nested_core.training.memory.model_footprint import compute_footprint
+from nested_core.training.nonfinite_watch import NonfiniteStepWatch
 from nested_core.training.parameter_packing import unflatten_names
 from nested_core.training.run_recorder import RunRecorder, restore_random_key
 from nested_core.training.train_step import StepResult, TrainStep
 from nested_core.training.training_checks import (
-    NonfiniteStepWatch,
     UpdateCheck,
     warn_of_lost_updates,
 )
