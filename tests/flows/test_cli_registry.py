@@ -187,6 +187,7 @@ def test_a_configuration_that_was_edited_after_the_run_is_damage(
     assert not (tmp_path / "registry").exists()
 
 
+@pytest.mark.usefixtures("story")
 def test_a_directory_in_place_of_champion_json_is_damage(folder: Path, tmp_path: Path) -> None:
     registry = shutil.copytree(folder / "registry", tmp_path / "registry", symlinks=True)
     path = registry / NAME / "champion.json"

@@ -29,10 +29,10 @@ LONG = NO_END | {"max_tokens": 400}
 def ask_in_thread(client: Client, replies: list[Reply], **more: Any) -> threading.Thread:
     """Ask for a long answer, and return once a version answers it."""
     under_way = client.server.generator.under_way
-    before = len(under_way)
+    before = dict(under_way)  # one of them may have its answer, and be gone in a moment
     thread = threading.Thread(target=lambda: replies.append(client.chat(NAME, **more)))
     thread.start()
-    wait_until(lambda: len(under_way) > before, "it is begun")
+    wait_until(lambda: any(key not in before for key in list(under_way)), "it is begun")
     return thread
 
 
