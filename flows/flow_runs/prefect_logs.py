@@ -27,7 +27,8 @@ def _take_off_traceback(record: logging.LogRecord) -> bool:
     """A filter: of an error which task failed and no more, and nothing that is said elsewhere."""
     message = record.getMessage()
     if message.startswith(FAILED_STATE_MESSAGES):
-        record.msg, record.args = message.partition("(")[0], ()
+        record.msg = message.partition("(")[0]
+        record.args = ()
     record.exc_info = None
     record.exc_text = None
     is_said_elsewhere = message.startswith(MESSAGES_SHOWN_ELSEWHERE)

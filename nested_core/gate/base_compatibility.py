@@ -12,13 +12,13 @@ from typing import Any
 import mlx.core as mx
 
 from nested_core.errors import DamagedError
+from nested_core.gate.lora_effect import LORA_FACTORS
 from nested_core.models.base_model import fingerprint_base_model, is_same_base, shorten_fingerprint
 from nested_core.records.verdict import Reason
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter_config
 from nested_core.storage.safetensors_files import FLOATING_POINT_DTYPES
 
-LORA_FACTORS = {"lora_a", "lora_b"}
-TENSOR_NAMES_BY_FINE_TUNE_TYPE = {"lora": LORA_FACTORS, "dora": {*LORA_FACTORS, "m"}}
+TENSOR_NAMES_BY_FINE_TUNE_TYPE = {"lora": {*LORA_FACTORS}, "dora": {*LORA_FACTORS, "m"}}
 # By name and number of dimensions: (in, rank) and (rank, out), or for experts (n, rank, in) and
 # (n, out, rank).
 RANK_AXES = {("lora_a", 2): 1, ("lora_b", 2): 0, ("lora_a", 3): 1, ("lora_b", 3): 2}

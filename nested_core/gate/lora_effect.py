@@ -30,7 +30,7 @@ PRECISION_BY_DTYPE = {
 # Of 3,000 random rescalings, rotations and permutations 99 % moved the product by less than 0.93
 # times the size of rounding, and one by more than 1.5: float16 below its smallest normal number.
 ROUNDING_FACTOR = 2.0
-FACTOR_NAMES = ("lora_a", "lora_b")
+LORA_FACTORS = ("lora_a", "lora_b")
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 SAMPLED_PRODUCT_ROWS = 64  # rows and columns of a product that are compared before the whole of it
 
@@ -50,7 +50,7 @@ def no_effect_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
 
 def factor_names(modules: Iterable[str]) -> tuple[str, ...]:
     """The names of the LoRA factors of modules."""
-    return tuple(f"{module}.{leaf}" for module in modules for leaf in FACTOR_NAMES)
+    return tuple(f"{module}.{leaf}" for module in modules for leaf in LORA_FACTORS)
 
 
 def overflow_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:

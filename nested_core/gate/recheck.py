@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -71,9 +70,9 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory, recorded: Verdict
             f"lost:",
             advice=JUDGE_AGAIN,
         )
-    wrong = list(_differing_fields(verdict, recorded))
-    wrong += _missing_or_unexpected_fields(verdict, recorded, read_dataset_record(run.dataset))
-    wrong += _differing_losses(verdict, recorded, run)
+    wrong = list(_differing_fields(config.gate, verdict, recorded))
+    wrong += _missing_or_unexpected_fields(config.gate, recorded, read_dataset_record(run.dataset))
+    wrong += _differing_losses(config.gate, recorded, run)
     wrong += _differing_answers(config.gate, run, recorded, run.sample_answers.name in bound)
     if wrong:
         files_of = {"tasks": run.answers.name, "samples": run.sample_answers.name}
@@ -90,12 +89,12 @@ def task_file_entries(gate: GateSection, run: RunDirectory) -> dict[str, FileEnt
     return {path.name: describe_file(path) for path in paths}
 
 
-def _differing_fields(verdict: Verdict, recorded: Verdict) -> Iterator[str]:
+def _differing_fields(gate: GateSection, verdict: Verdict, recorded: Verdict) -> Iterator[str]:
     """The fields that were computed again, and came out otherwise."""
     for key in ("adapter_step", "last_step", "tiers"):
         if getattr(recorded, key) != getattr(verdict, key):
             yield key
-    if not _are_same_bounds(recorded.thresholds, verdict.thresholds or {}):
+    if not _are_same_bounds(recorded.thresholds, gate):
         yield "thresholds"
     given, now = ([asdict(tensor) for tensor in own.tensors] for own in (recorded, verdict))
     if not is_close_figure(given, now, abs_tol=0.0):
@@ -105,43 +104,40 @@ def _differing_fields(verdict: Verdict, recorded: Verdict) -> Iterator[str]:
             yield side
 
 
-def _are_same_bounds(recorded: dict[str, Any] | None, configured: dict[str, Any]) -> bool:
+def _are_same_bounds(recorded: dict[str, Any] | None, configured: GateSection) -> bool:
     """Whether the recorded bounds are those of the run's configuration.
 
     One that is not recorded was not asked for when the verdict was given: the run's configuration
     cannot have set it.
     """
-    if not recorded or not recorded.keys() <= configured.keys():
+    if not recorded:
         return False
-    defaults = GateSection().model_dump()
-    given = defaults | recorded
-    return bool(json.loads(json.dumps(given)) == json.loads(json.dumps(configured)))
+    defaults = GateSection().model_dump(mode="json")
+    return defaults | recorded == configured.model_dump(mode="json")
 
 
 def _missing_or_unexpected_fields(
-    verdict: Verdict, recorded: Verdict, dataset: DatasetRecord
+    gate: GateSection, recorded: Verdict, dataset: DatasetRecord
 ) -> Iterator[str]:
     """The fields that are there, or not, against what was configured and what data there is."""
-    bounds = verdict.thresholds or {}
-    has_held_out = held_out_file(str(bounds.get("held_out", "auto")), dataset) is not None
+    has_held_out = held_out_file(gate.held_out, dataset) is not None
     expected = {
         "validation": has_held_out,
-        "general": bounds.get("general_data") is not None,
-        "fused": bool(bounds.get("check_fused")),
+        "general": gate.general_data is not None,
+        "fused": gate.check_fused,
         "proof": True,
     }
     for key, is_expected in expected.items():
         if (getattr(recorded, key) is not None) is not is_expected:
             yield key
     has_drift = recorded.drift is not None
-    must_have_drift = bounds.get("max_kl") is not None
-    if (has_drift and not has_held_out) or (must_have_drift and not has_drift):
+    if (has_drift and not has_held_out) or (gate.max_kl is not None and not has_drift):
         yield "drift"
     if recorded.proof is not None and recorded.proof.get("tolerance") not in LOGIT_TOLERANCES:
         yield "proof"  # or it was not held against the trainer's logits
 
 
-def _differing_losses(verdict: Verdict, recorded: Verdict, run: RunDirectory) -> Iterator[str]:
+def _differing_losses(gate: GateSection, recorded: Verdict, run: RunDirectory) -> Iterator[str]:
     """The figures of held-out losses that gate-losses.jsonl does not give."""
     validation, champion = recorded.validation, recorded.champion
     if validation is None:
@@ -149,7 +145,6 @@ def _differing_losses(verdict: Verdict, recorded: Verdict, run: RunDirectory) ->
             yield "champion"
         return
     losses = read_example_losses(run.gate_losses)
-    gate = GateSection.model_validate(verdict.thresholds or {})
     # Whether a file of its own holds validation examples is not known here, and was recorded.
     candidates = Candidates()
     if losses.file == "valid.jsonl" or validation.chosen_among != 1:

@@ -30,7 +30,7 @@ OWN_ROW_CODES: frozenset[Code] = frozenset(
 
 
 @dataclass(frozen=True)
-class Check:
+class CheckRow:
     """One row: what was checked, its figures before and after, the bound, and the verdict.
 
     has_failed: whether a reason against the adapter comes from it.
@@ -50,7 +50,7 @@ class Check:
         return (self.name, self.before, self.after, self.bound, word)
 
 
-def list_checks(verdict: Verdict) -> list[Check]:
+def list_checks(verdict: Verdict) -> list[CheckRow]:
     """Every check of a verdict, those that passed too."""
     return [
         _tensor_check(verdict),
@@ -66,12 +66,12 @@ def _make_check(
     figures: tuple[str | None, str | None, str | None],
     reasons: Sequence[Reason],
     word: str = "passed",
-) -> Check:
+) -> CheckRow:
     codes = ", ".join(dict.fromkeys(reason.code for reason in reasons))
-    return Check(name, *figures, codes or word, bool(reasons))
+    return CheckRow(name, *figures, codes or word, bool(reasons))
 
 
-def _tensor_check(verdict: Verdict) -> Check:
+def _tensor_check(verdict: Verdict) -> CheckRow:
     """Tensors, their configuration and effect: all reasons that no other row is about."""
     elsewhere = UPDATE_CODES | SUITE_CODES | OWN_ROW_CODES
     reasons = [reason for reason in verdict.reasons if reason.code not in elsewhere]
@@ -81,7 +81,7 @@ def _tensor_check(verdict: Verdict) -> Check:
     return _make_check("tensors", figures, reasons)
 
 
-def _update_checks(verdict: Verdict) -> Iterator[Check]:
+def _update_checks(verdict: Verdict) -> Iterator[CheckRow]:
     """How many updates were applied; where some left no trace, also how many tensors they moved."""
     if not verdict.tiers:
         return
@@ -107,7 +107,7 @@ def _is_about_counts(verdict: Verdict, reason: Reason) -> bool:
     return any(t.skipped_updates for t in tiers) and any(tensor.changed for tensor in own)
 
 
-def _loss_checks(verdict: Verdict) -> Iterator[Check]:
+def _loss_checks(verdict: Verdict) -> Iterator[CheckRow]:
     bounds = verdict.thresholds or {}
     losses = verdict.validation
     if losses is not None:
@@ -136,7 +136,7 @@ def _loss_figures(losses: Validation | GeneralLoss) -> tuple[str, str, str | Non
     return format_loss(losses.loss_before), format_loss(losses.loss_after), margin
 
 
-def _suite_check(verdict: Verdict, task: TaskResult) -> Check:
+def _suite_check(verdict: Verdict, task: TaskResult) -> CheckRow:
     """A suite: right answers, and the bounds that it has."""
     reasons = [
         reason
@@ -160,7 +160,7 @@ def _suite_check(verdict: Verdict, task: TaskResult) -> Check:
     return _make_check(f"answers, {task.name}", figures, reasons)
 
 
-def _sample_checks(verdict: Verdict) -> Iterator[Check]:
+def _sample_checks(verdict: Verdict) -> Iterator[CheckRow]:
     samples = verdict.samples
     if samples is not None and samples.judged:
         reasons = _reasons_of(verdict, "answers_broken")

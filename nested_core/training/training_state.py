@@ -99,7 +99,8 @@ class TrainingState:
         best = math.inf if self.best_val_loss is None else self.best_val_loss
         is_best = is_candidate and val_loss < best
         if is_best:
-            self.best_before, self.best_val_loss_before = self.best_step, self.best_val_loss
+            self.best_before = self.best_step
+            self.best_val_loss_before = self.best_val_loss
             self.best_step = self.step
             self.best_val_loss = val_loss
         return is_best

@@ -8,7 +8,7 @@ import pytest
 
 from nested_core.config.sections import GateSection
 from nested_core.errors import GateRejected
-from nested_core.gate.verdict_table import Check, list_checks, lost_answers
+from nested_core.gate.verdict_table import CheckRow, list_checks, lost_answers
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict
 from nested_core.records.answers import read_answers
@@ -88,7 +88,7 @@ def test_the_page_has_the_table(rejected: Finished) -> None:
 )
 def test_each_reason_is_in_a_row(tmp_path: Path, code: str, row: str) -> None:
     run = finished_run(tmp_path / "run", reasons=[Reason(code, "why")])  # type: ignore[arg-type]
-    failed: list[Check] = [c for c in list_checks(read_verdict(run.gate)) if c.has_failed]
+    failed: list[CheckRow] = [c for c in list_checks(read_verdict(run.gate)) if c.has_failed]
     assert [(check.name, check.verdict) for check in failed] == [(row, code)]
     assert failed[0].cells[-1] == f"failed: {code}"
     page = read_report(run.path).to_html()
