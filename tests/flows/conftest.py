@@ -40,6 +40,8 @@ from tests.prefect_home import new_prefect_home
 from tests.waiting import SECONDS
 
 build_parser_once = cache(cli.build_parser)  # of all commands, with a flag for each key
+ROOT = Path(__file__).resolve().parents[2]
+PATIENT_BROKER = "tests.flows.patient_messaging"
 PROGRAM = Path(sys.executable).with_name("nested-tune")
 MAX_LINES = 14
 
@@ -55,6 +57,8 @@ def prefect_server(prefect_home: Path) -> Iterator[None]:
     """A server with a database of its own; without heartbeats, which cost a second a flow run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_HOME", str(prefect_home))
+        patch.setenv("PREFECT_SERVER_EVENTS_MESSAGING_BROKER", PATIENT_BROKER)
+        patch.setenv("PYTHONPATH", str(ROOT))
         server = LocalServer()
     try:
         server.serve()
