@@ -23,9 +23,11 @@ from nested_core.training.trainer import Trainer
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 MODEL, DATA = EXAMPLES / "geography-base", EXAMPLES / "geography"
+ANSWERS = {"sample_tokens": 12}  # of the section `training`: enough to say one word for ever
 SPEEDS = ("tokens_per_second", "iterations_per_second", "peak_memory_gb")
 
-# As in examples/geography.yaml, but with small batches, few of them, and short sample answers.
+# As in examples/geography.yaml, but with small batches, few of them, and sample answers of one
+# token: longer ones take a judging as long as the losses. Tests that read answers ask for more.
 SETTINGS: dict[str, Any] = {
     "model": str(MODEL),
     "data": str(DATA),
@@ -36,7 +38,7 @@ SETTINGS: dict[str, Any] = {
     "mask_prompt": True,
     "lora_parameters": {"rank": 8, "scale": 2.0, "dropout": 0.0},
     "nested": {"frequencies": [1, 2, 4]},
-    "training": {"max_grad_norm": 1.0, "sample_tokens": 12},
+    "training": {"max_grad_norm": 1.0, "sample_tokens": 1},
 }
 
 

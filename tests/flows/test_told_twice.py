@@ -24,7 +24,7 @@ from nested_core.report.verdict_page import describe_verdict
 from nested_core.storage.strict_files import read_json_object
 from nested_core.text.loss_format import format_difference, format_interval, format_loss
 from nested_core.training.reports.metrics_file import read_metrics
-from tests.example import DATA, EXAMPLES, example_config
+from tests.example import ANSWERS, DATA, EXAMPLES, example_config
 from tests.flows.conftest import called
 
 WORDS = "passed, answers broken"  # the best step is an early one here, and its loss is better
@@ -75,7 +75,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
         iters=1000,
         steps_per_eval=4,
         steps_per_report=4,
-        training={"epochs": 6},
+        training={"epochs": 6, **ANSWERS},
         gate={"tasks": [SUITE]},
         registry={"path": str(folder / "registry"), "name": "capitals"},
     )

@@ -202,20 +202,23 @@ def random_chat(dice: random.Random) -> Example:
     return Example("chat", turns)
 
 
-@pytest.mark.parametrize(
-    "metaspace", slow_except([False, True], False, reason="tokenises many chats twice")
-)
+# How many chats, and whether texts are split as models with a SentencePiece vocabulary split them.
+CHATS = {"some": (50, False), "many": (150, False), "many with metaspace": (150, True)}
+
+
+@pytest.mark.parametrize("chats", slow_except(CHATS, "some", reason="tokenises many chats twice"))
 @pytest.mark.parametrize(
     "template", [TEMPLATE, HEADED, UNHEADED, ONLY_LAST_THINKS, PLAIN, STRIPPING]
 )
 def test_tokenising_a_chat_once_gives_the_spans_of_tokenising_each_beginning(
-    template: str, metaspace: bool
+    template: str, chats: str
 ) -> None:
+    count, metaspace = CHATS[chats]
     tokenizer = build_tokenizer(template).load()
-    if metaspace:  # as models with a SentencePiece vocabulary split their texts
+    if metaspace:
         tokenizer.backend_tokenizer.pre_tokenizer = Metaspace(prepend_scheme="first")
     dice = random.Random(template)
-    for _ in range(150):
+    for _ in range(count):
         example = random_chat(dice)
         assert encode_example(example, tokenizer, "all") == templated_one_by_one(example, tokenizer)
 

@@ -13,7 +13,10 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
 from nested_core.errors import GateRejected
 from nested_core.gate import Verdict, judge_run
+from nested_core.gate.file_checks import CHECKS_OF_FILES
 from nested_core.gate.held_out_loss import read_held_out_examples, read_nonempty_splits
+from nested_core.gate.judged import begin_judging_run, make_checks
+from nested_core.gate.run_evidence import collect_evidence
 from nested_core.gate.verdict_table import list_checks
 from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
@@ -33,6 +36,13 @@ def tier_names(run: RunDirectory, tier: int) -> list[str]:
 def judge(config: FineTuneConfig, run: RunDirectory) -> Verdict:
     """The verdict whatever the loss."""
     return judge_run(config.model_copy(update={"gate": ANY_LOSS}), run)
+
+
+def judge_files(config: FineTuneConfig, run: RunDirectory) -> Verdict:
+    """The verdict of the checks that need no model: those of tensors and of the tiers' updates."""
+    judged = begin_judging_run(config, run, collect_evidence(run))
+    make_checks(judged, CHECKS_OF_FILES)
+    return judged.verdict
 
 
 def test_an_honest_run_passes_with_every_number_in_place(
@@ -81,8 +91,11 @@ def test_a_tier_left_as_it_was_is_named(
 ) -> None:
     initial = load_arrays(run.initial / "adapters.safetensors")
     names = tier_names(run, 2)
-    rewrite(change_adapter=lambda t: t.update({name: initial[name] for name in names}))
-    verdict = judge(config, run)
+    rewrite(
+        change_adapter=lambda t: t.update({name: initial[name] for name in names}),
+        keeps_logits=True,
+    )
+    verdict = judge_files(config, run)
     assert set(codes(verdict)) == {"no_effect", "tier_unchanged"}
     (reason,) = [r for r in verdict.reasons if r.code == "tier_unchanged"]
     assert set(reason.tensors) == set(names)
@@ -96,8 +109,8 @@ def test_one_tensor_of_a_tier_left_as_it_was_is_named(
 ) -> None:
     initial = load_arrays(run.initial / "adapters.safetensors")
     name = next(name for name in tier_names(run, 1) if name.endswith(leaf))
-    rewrite(change_adapter=lambda t: t.update({name: initial[name]}))
-    verdict = judge(config, run)
+    rewrite(change_adapter=lambda t: t.update({name: initial[name]}), keeps_logits=True)
+    verdict = judge_files(config, run)
     (reason,) = [r for r in verdict.reasons if r.code == "updates_missing"]
     assert reason.tensors == (name,)
     assert "1 tensor had gradients and stayed as they were; the updates were" in reason.message
@@ -105,7 +118,7 @@ def test_one_tensor_of_a_tier_left_as_it_was_is_named(
     assert checks["updates"].verdict == "passed"  # all were applied: another row says what failed
     moved = checks["tensors that updates moved"]
     assert (moved.after, moved.verdict) == ("83 of 84 moved", "updates_missing")
-    slow = judge(config.model_copy(update={"learning_rate": 1e-12}), run)
+    slow = judge_files(config.model_copy(update={"learning_rate": 1e-12}), run)
     (reason,) = [r for r in slow.reasons if r.code == "updates_missing"]
     assert "a learning rate of 1e-12 is too small to move a float32 weight: raise" in reason.message
     assert ("no_effect" in codes(verdict)) is (leaf == "lora_b")
@@ -143,7 +156,7 @@ def test_a_tier_table_that_does_not_add_up_is_rejected(
     message: str,
 ) -> None:
     rewrite(change_state=change)
-    verdict = judge(config, run)
+    verdict = judge_files(config, run)
     assert "updates_missing" in codes(verdict)
     (updates,) = [check for check in list_checks(verdict) if check.name == "updates"]
     assert updates.verdict == "updates_missing"
@@ -154,7 +167,7 @@ def test_a_flush_that_never_was_does_not_add_up(
     config: FineTuneConfig, run: RunDirectory, rewrite: Rewrite
 ) -> None:
     rewrite(change_state=counted(2, "updates", 3))
-    verdict = judge(config, run)
+    verdict = judge_files(config, run)
     assert codes(verdict) == ["updates_missing"]
 
 
@@ -166,8 +179,8 @@ def test_skipped_updates_are_bounded_by_their_share(
         state["tiers"][0] |= {"updates": 7, "skipped": 1}
 
     rewrite(change_state=skip_one_of_eight)
-    bounds = GateSection(max_val_loss_increase=1e9, max_skipped_share=share)
-    verdict = judge_run(config.model_copy(update={"gate": bounds}), run)
+    bounds = GateSection(max_skipped_share=share)
+    verdict = judge_files(config.model_copy(update={"gate": bounds}), run)
     assert verdict.has_passed is passes
     assert codes(verdict) == ([] if passes else ["updates_missing"])
 
@@ -180,7 +193,7 @@ def test_a_tier_whose_moments_are_all_zero_was_not_trained(
             moments[f"{name}.v"] = mx.zeros_like(moments[f"{name}.v"])
 
     rewrite(change_moments=forget)
-    assert codes(judge(config, run)) == ["tier_unchanged"]
+    assert codes(judge_files(config, run)) == ["tier_unchanged"]
 
 
 def worse(tensors: dict[str, mx.array]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,12 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return train_example(folder / "run", **changes, gate=gate)
 
 
+@pytest.fixture(scope="module")
+def answers_of_broken(broken: Finished) -> Sequence[AnswerRecord]:
+    """What base and candidate answer to its suite."""
+    return make_checks_of_run(broken.config, broken.run).answers
+
+
 @pytest.mark.claim(
     "What was shown to be worse, in loss or answers, does not pass; "
     "too few examples to tell is said"
@@ -120,8 +127,10 @@ def test_a_run_that_lowers_its_loss_and_breaks_its_answers_is_refused(broken: Fi
     assert low <= result["difference"] <= high < 0
 
 
-def test_every_answer_of_every_model_is_in_the_run(broken: Finished) -> None:
-    records = [asdict(record) for record in make_checks_of_run(broken.config, broken.run).answers]
+def test_every_answer_of_every_model_is_in_the_run(
+    broken: Finished, answers_of_broken: Sequence[AnswerRecord]
+) -> None:
+    records = [asdict(record) for record in answers_of_broken]
     with pytest.raises(GateRejected):
         steps.judge(broken.config, broken.run)
     written = [json.loads(line) for line in broken.run.answers.read_text().splitlines()]
@@ -144,13 +153,15 @@ def test_every_answer_of_every_model_is_in_the_run(broken: Finished) -> None:
     ],
 )
 def test_the_bounds_of_a_suite(
-    broken: Finished, bounds: dict[str, Any], expected: list[str]
+    broken: Finished,
+    answers_of_broken: Sequence[AnswerRecord],
+    bounds: dict[str, Any],
+    expected: list[str],
 ) -> None:
     suite = broken.config.gate.tasks[0].file
-    verdict = judge_run(with_tasks(broken.config, task(Path(suite), **bounds)), broken.run)
-    assert codes(verdict) == expected
-    if not expected:
-        assert "; capitals: " in verdict.summary()
+    config = with_tasks(broken.config, task(Path(suite), **bounds))
+    _, reasons = judge_answers(config.gate, answers_of_broken)
+    assert [reason.code for reason in reasons] == expected
 
 
 def test_what_was_judged_is_judged_again_without_a_model_at_promotion(
@@ -161,6 +172,7 @@ def test_what_was_judged_is_judged_again_without_a_model_at_promotion(
     config = with_tasks(broken.config, bounds)
     steps.write_run_config(config, run, resume=True)
     verdict = steps.judge(config, run)
+    assert "; capitals: " in verdict.summary()
     written = json.loads(run.gate.read_bytes())
     assert json.loads(json.dumps(read_verdict(run.gate).to_json())) == written
     assert written["tasks"] == json.loads(json.dumps(verdict.to_json()))["tasks"]

@@ -24,7 +24,7 @@ from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.report.run_listing import list_runs
 from nested_core.report.run_page import read_report
 from nested_core.storage.run_directory import RunDirectory
-from tests.example import Finished, train_example
+from tests.example import ANSWERS, Finished, train_example
 from tests.gate_files import judged_files, read_gate, write_gate
 
 
@@ -98,7 +98,7 @@ def destroyed(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """Trained with a rate so high that the loss falls and the model says one word for ever."""
     folder = tmp_path_factory.mktemp("destroyed")
     registry = {"path": str(folder / "registry"), "name": "capitals", "promote": "always"}
-    changes = {"learning_rate": 0.2, "iters": 40, "registry": registry}
+    changes = {"learning_rate": 0.2, "iters": 40, "registry": registry, "training": ANSWERS}
     return train_example(folder / "runs" / "one", **changes)
 
 
@@ -158,7 +158,7 @@ def test_a_verdict_that_counts_other_answers_than_the_file_holds_is_refused(
 
 
 def test_a_healthy_adapter_is_not_flagged(tmp_path: Path) -> None:
-    done = train_example(tmp_path / "run", iters=30)
+    done = train_example(tmp_path / "run", iters=30, training=ANSWERS)
     verdict = steps.judge(done.config, done.run)
     assert verdict.samples is not None
     assert (verdict.samples.asked, verdict.samples.judged, verdict.samples.broken) == (3, 3, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -105,10 +106,25 @@ def add(make_run: MakeRun, registry: Path) -> Callable[[int], str]:
     return lambda seed: register(make_run(seed), registry, "capitals", {"seed": seed})
 
 
-@pytest.fixture
-def three(add: Callable[[int], str], registry: Path) -> tuple[str, str, str]:
-    """Versions A, B and C of `capitals`; A and then B have been promoted."""
-    first, second, third = add(1), add(2), add(3)
+@pytest.fixture(scope="session")
+def three_made_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, str, str]]:
+    """A folder with three runs and a registry of them, and the versions."""
+    folder = tmp_path_factory.mktemp("three")
+    registry = folder / "registry"
+    first, second, third = (
+        register(write_run(folder / f"run-{seed}", seed), registry, "capitals", {"seed": seed})
+        for seed in (1, 2, 3)
+    )
     promote(registry, "capitals", first, by="ann")
     promote(registry, "capitals", second, by="ann")
-    return first, second, third
+    return folder, (first, second, third)
+
+
+@pytest.fixture
+def three(
+    three_made_once: tuple[Path, tuple[str, str, str]], tmp_path: Path
+) -> tuple[str, str, str]:
+    """Versions A, B and C of `capitals`; A and then B have been promoted."""
+    folder, versions = three_made_once
+    shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
+    return versions

@@ -13,6 +13,7 @@ from nested_core.models.generation import Sampling, answer_prompts, encode_promp
 from nested_core.models.lora_attachment import attach_adapter, load_adapter_tensors
 from nested_core.training.reports.sample_prompts import SampleTable, samples_by_step
 from tests.example import (
+    ANSWERS,
     SPEEDS,
     Finished,
     example_config,
@@ -23,7 +24,7 @@ from tests.example import (
 )
 
 PROMPTS = ("I want to see Italy. Where to?", "The capital of Peru is Lima.")
-SETTINGS = {"samples": PROMPTS, "steps_per_eval": 4, "training": {"sample_tokens": 12}}
+SETTINGS = {"samples": PROMPTS, "steps_per_eval": 4, "training": ANSWERS}
 NOT_COMPARED = (*SPEEDS, "sample_seconds")
 
 
