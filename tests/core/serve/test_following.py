@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def wait_for(client: Client, version: str, name: str = NAME) -> None:
     )
 
 
+@cache
 def expected(base: Path, run: Path | None, prompt: str = QUESTION) -> str:
     """What mlx_lm.generate answers."""
     adapter = None if run is None else str(run / "adapter")
