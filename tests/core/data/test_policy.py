@@ -154,6 +154,19 @@ def test_overlong_examples_are_cut_dropped_or_refused(
     assert adds_up(report)
 
 
+def test_an_example_as_long_as_the_bound_is_neither_cut_nor_dropped(
+    write_data: WriteData, tokenizer: TokenizerSource
+) -> None:
+    folder = write_data(train=[A, LONG, B], valid=[C])
+    _, whole = load(folder, tokenizer, {}, max_seq_length=1000)
+    longest = int(whole["train"].lengths.max())
+    report, splits = load(folder, tokenizer, {"overlong": "drop"}, max_seq_length=longest)
+    assert splits["train"].lengths.tolist() == whole["train"].lengths.tolist()
+    assert report.splits["train"].dropped == {}
+    _, splits = load(folder, tokenizer, {"overlong": "drop"}, max_seq_length=longest - 1)
+    assert splits["train"].lines.tolist() == [1, 3]
+
+
 def test_a_line_with_an_error_is_rejected_and_not_dropped(
     write_data: WriteData, tokenizer: TokenizerSource
 ) -> None:
