@@ -99,6 +99,23 @@ def get_process_preparation() -> Preparation | None:
     return _preparation
 
 
+def import_mlx_lm() -> None:
+    """Import mlx_lm, and with it transformers, as if torch were not installed.
+
+    Where transformers finds torch it imports it, with whatever of its own needs torch, and neither
+    is needed for a tokenizer: on a machine with a GPU that was 9 of 11 s (benchmarks/README.md).
+    For processes of our own alone, for in this one transformers says from now on that there is no
+    torch; anything else can import it. Where torch or transformers were imported before, that
+    stays.
+    """
+    if not {"torch", "transformers"} & sys.modules.keys():
+        sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own: not to be found
+        try:
+            import mlx_lm  # noqa: F401
+        finally:
+            del sys.modules["torch"]
+
+
 def warn_if_unprepared() -> None:
     """Warn that training in this process is slow because `prepare` was not called."""
     if (

@@ -10,10 +10,16 @@ import json
 import sys
 from typing import Any
 
-import mlx.core as mx
-from mlx.utils import tree_flatten
-from mlx_lm import load
-from mlx_lm.generate import generate_step
+# mlx_lm's transformers would import torch where it is installed, which takes seconds: it is not to
+# be found until mlx_lm is there. What is loaded later can import it.
+sys.modules["torch"] = None  # type: ignore[assignment]
+
+import mlx.core as mx  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
+from mlx_lm import load  # noqa: E402
+from mlx_lm.generate import generate_step  # noqa: E402
+
+del sys.modules["torch"]
 
 INFINITY = float("inf")
 

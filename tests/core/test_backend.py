@@ -7,10 +7,12 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from nested_core import backend
+from nested_core.gate.fresh_process_check import FRESH_PROCESS_PROGRAM
 from nested_core.models.base_model import estimate_weight_count
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,3 +186,44 @@ print(os.environ["MLX_MAX_OPS_PER_BUFFER"])
 def test_a_run_chooses_by_its_base_model(tmp_path: Path) -> None:
     path = with_cuda_package(tmp_path)
     assert run(LOADED, str(tmp_path / "run"), PYTHONPATH=path) == "100"
+
+
+LOOK_FOR_TORCH = """
+import sys
+assert "mlx_lm" in sys.modules and "torch" not in sys.modules
+from transformers.utils import is_torch_available
+print(is_torch_available())
+import torch
+print(torch.__version__)
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "from nested_core import backend; backend.import_mlx_lm()",
+        f"import runpy; runpy.run_path({str(FRESH_PROCESS_PROGRAM)!r})",
+    ],
+    ids=["our processes", "the fresh process"],
+)
+def test_transformers_does_not_import_torch_and_whoever_wants_it_can(
+    imports: str, tmp_path: Path
+) -> None:
+    (tmp_path / "torch.py").write_text("__version__ = '2.11.0'")
+    folder = tmp_path / "torch-2.11.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0\n")
+    seen = run(f"{imports}\n{LOOK_FOR_TORCH}", PYTHONPATH=f"{ROOT}:{tmp_path}")
+    assert seen.split() == ["False", "2.11.0"]
+
+
+@pytest.mark.parametrize("name", ["torch", "transformers"])
+def test_torch_stays_visible_where_somebody_imported_it_or_transformers_before(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    there = ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, there)
+    backend.import_mlx_lm()
+    assert sys.modules[name] is there
+    assert sys.modules.get("torch", there) is there

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.serving_load import SHAPES, hammer
+from tests.reliability.serving_load import ASKED_BY_CLIENTS, SHAPES, hammer
 
 pytestmark = pytest.mark.reliability
 
@@ -19,6 +19,7 @@ def test_each_answer_is_that_of_the_version_it_names(
     requests: int, swaps: int, tmp_path: Path
 ) -> None:
     seen = hammer(tmp_path, requests=requests, swaps=swaps, clients=8)
+    assert seen.alone == {"equal": 2 * ASKED_BY_CLIENTS * len(SHAPES)}
     assert seen.wrong == []
     assert seen.answers.total() == requests
     assert len(seen.answers) == len(SHAPES)

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm import load
 from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import load_tokenizer
 
 from flows.cli import build_parser
 from nested_core.gate.canary import CanaryPrompt, make_canary
@@ -70,11 +71,16 @@ def quantise_base(source: Path, folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """What an adapter's layers are; two of different shapes need other layers."""
+    """What an adapter's layers are; two of different shapes need other layers.
+
+    layers: how many, from the last one on. noise: the standard deviation of its tensors.
+    """
 
     rank: int = 4
     keys: tuple[str, ...] = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
     fine_tune_type: str = "lora"
+    layers: int = 6
+    noise: float = 0.2
 
 
 def write_version_run(
@@ -91,19 +97,19 @@ def write_version_run(
     if is_full:
         model.layers[-1].unfreeze()
     else:
-        linear_to_lora_layers(model, 6, lora, use_dora=shape.fine_tune_type == "dora")
+        linear_to_lora_layers(model, shape.layers, lora, use_dora=shape.fine_tune_type == "dora")
     key = mx.random.key(seed)
     tensors = {}
     leaves: Any = tree_flatten(model.trainable_parameters())
     for name, value in leaves:
         key, drawn = mx.random.split(key)
         is_magnitude = name.rsplit(".", 1)[-1] == "m"
-        noise = mx.random.normal(value.shape, key=drawn) * 0.2
+        noise = mx.random.normal(value.shape, key=drawn) * shape.noise
         tensors[name] = value + noise if is_full else value if is_magnitude else noise
     config = {
         "model": str(base),
         "fine_tune_type": shape.fine_tune_type,
-        "num_layers": 1 if is_full else 6,
+        "num_layers": 1 if is_full else shape.layers,
         "lora_parameters": None if is_full else lora,
         "base_fingerprint": fingerprint_base_model(base),
     }
@@ -115,7 +121,7 @@ def write_version_run(
 
 def record_canary(run_dir: Path, base: Path, countries: Sequence[str] = COUNTRIES) -> None:
     """Write the canary of a run's adapter, as the gate does: a question about each country."""
-    tokenizer: Any = load(str(base))[1]
+    tokenizer: Any = load_tokenizer(base)
     texts = [f"I want to see {country}. Where to?" for country in countries]
     prompts = [
         CanaryPrompt("capitals", line, tuple(encode_prompt(tokenizer, text)))
