@@ -29,7 +29,7 @@ from typing import Any
 
 from benchmarks.commands import read_rows, write_model
 from benchmarks.gpu.shapes import KEYS, RANK, RATE, SCALE, SHAPES, Shape
-from nested_core.backend import import_mlx_lm, prepare, set_operations_per_commit
+from nested_core.backend import hide_torch_from_transformers, prepare, set_operations_per_commit
 
 REPORT, WARM, WINDOWS = 10, 4, 12  # steps a window, windows not counted, windows counted
 ROWS = 64
@@ -87,11 +87,11 @@ def start_process(what: str, size: str, folder: Path) -> dict[str, Any]:
 def run_part(what: str, shape: Shape, folder: Path) -> dict[str, Any]:
     """Write the inputs, or measure one of the two; this process's first use of MLX."""
     prepare()
+    hide_torch_from_transformers()
     set_operations_per_commit(shape.weights)
     if what == INPUTS:
         write_inputs(shape, folder)
         return {}
-    import_mlx_lm()
     return measure_step_alone(shape) if what == ALONE else measure_trainer(shape, folder)
 
 

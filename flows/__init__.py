@@ -1,7 +1,8 @@
 """The Prefect flows, and the command line that runs them.
 
-Prefect reads its settings when it is first imported, and MLX binds its BLAS then, so both are made
-ready here. A variable that the environment has already stays as it is.
+Prefect reads its settings when it is first imported, MLX binds its BLAS then, and transformers
+looks for torch, so all three are made ready here. A variable that the environment has already stays
+as it is.
 """
 
 import os
@@ -17,3 +18,4 @@ _ENVIRONMENT_DEFAULTS = {
 for _name, _value in _ENVIRONMENT_DEFAULTS.items():
     os.environ.setdefault(_name, _value)
 backend.prepare()
+backend.hide_torch_from_transformers()

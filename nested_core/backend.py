@@ -1,10 +1,11 @@
-"""What MLX needs of a process before it is imported (`prepare`), and what it computes on.
+"""What a process makes ready before it imports MLX or transformers, and what MLX computes on.
 
 The mlx wheel for Linux CPUs links the reference BLAS. A library opened with RTLD_GLOBAL before the
 first `import mlx.core` answers in its place, some thirty times faster in float32. MLX returns freed
 arrays to the C library, and that returns them to the system: glibc is asked to keep more of them.
 Nothing here happens on import: the command line, the flows, the tasks and every process that they
-start call `prepare`; a notebook may.
+start call `prepare`; a notebook may. transformers is to find no torch in those processes
+(`hide_torch_from_transformers`).
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
 from nested_core.storage import compiled_kernels
@@ -99,21 +103,45 @@ def get_process_preparation() -> Preparation | None:
     return _preparation
 
 
-def import_mlx_lm() -> None:
-    """Import mlx_lm, and with it transformers, as if torch were not installed.
+def hide_torch_from_transformers() -> None:
+    """Have transformers find no torch when this process first imports it, through mlx_lm or not.
 
     Where transformers finds torch it imports it, with whatever of its own needs torch, and neither
     is needed for a tokenizer: on a machine with a GPU that was 9 of 11 s (benchmarks/README.md).
-    For processes of our own alone, for in this one transformers says from now on that there is no
-    torch; anything else can import it. Where torch or transformers were imported before, that
-    stays.
+    For the processes of nested-tune alone, not for a notebook: in this one transformers says from
+    then on that there is no torch. Anything else can import it. Where torch or transformers were
+    imported before, that stays.
     """
-    if not {"torch", "transformers"} & sys.modules.keys():
-        sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own: not to be found
+    if "transformers" not in sys.modules and _FinderOfTransformers not in sys.meta_path:
+        sys.meta_path.insert(0, _FinderOfTransformers)
+
+
+class _FinderOfTransformers:
+    """Finds transformers where Python would, and has it loaded by `_LoaderWithoutTorch`."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The place of transformers; None for any other module."""
+        spec = PathFinder.find_spec(name, path, target) if name == "transformers" else None
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _LoaderWithoutTorch(spec.loader.name, spec.loader.path)
+        return spec
+
+
+class _LoaderWithoutTorch(SourceFileLoader):
+    """Runs a package's __init__ while torch cannot be found; transformers keeps what it finds."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Run it; torch can be imported again afterwards, whatever came of it."""
+        modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
+        modules.setdefault("torch", None)  # Python's own mark of a module that is not to be found
         try:
-            import mlx_lm  # noqa: F401
+            super().exec_module(module)
         finally:
-            del sys.modules["torch"]
+            if modules["torch"] is None:
+                del modules["torch"]
 
 
 def warn_if_unprepared() -> None:

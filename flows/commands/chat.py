@@ -24,7 +24,6 @@ from flows.terminal.console import (
     print_line,
     print_progress,
 )
-from nested_core import backend
 from nested_core.errors import ConfigError
 from nested_core.text.foreign_text import escape_but_keep_newlines
 
@@ -61,9 +60,8 @@ def run_chat(arguments: argparse.Namespace) -> Callable[[], int]:
     if arguments.max_tokens < 1 or arguments.temperature < 0:
         raise ConfigError("chat: --max-tokens is 1 or more, and --temperature 0 or more.")
     asked = find_named_adapter(arguments.adapter, arguments.registry)
-    backend.import_mlx_lm()  # takes seconds
     from nested_core.models.generation import Sampling
-    from nested_core.models.side_by_side import BaseAndAdapter
+    from nested_core.models.side_by_side import BaseAndAdapter  # loads mlx_lm, which takes seconds
 
     print_progress(f"adapter: {asked.describe()}")
     both = BaseAndAdapter(

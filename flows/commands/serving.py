@@ -15,7 +15,6 @@ from typing import Any
 from flows.commands.config_flags import parse_size
 from flows.process.stop_signals import INTERRUPTED_EXIT_CODE
 from flows.terminal.console import print_progress
-from nested_core import backend
 from nested_core.errors import ConfigError
 from nested_core.text.digest_format import shorten_digest
 
@@ -83,7 +82,6 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
     """Serve until SIGINT or SIGTERM."""
     import logging
 
-    backend.import_mlx_lm()  # takes seconds
     from flows.commands.serving_news import NewsSender
     from nested_core.serve.server import ServeSettings, starting_server
 

@@ -23,7 +23,6 @@ from flows.terminal.console import (
 from flows.terminal.mlx_lm_log import MlxLmLog
 from flows.terminal.run_follower import showing_run
 from flows.terminal.run_results import format_sample_answers, print_rejection, print_tiers
-from nested_core import backend
 from nested_core.errors import ConfigError, GateRejected, TrainingStopped, go_on_with
 from nested_core.storage.run_directory import (
     DEFAULT_RUNS_FOLDER,
@@ -147,8 +146,7 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the whole pipeline in this process."""
     config = load_config_from_flags(arguments)
     run = _open_run_directory(arguments)
-    backend.import_mlx_lm()  # takes seconds
-    from flows.commands.terminal_steps import TerminalSteps
+    from flows.commands.terminal_steps import TerminalSteps  # loads mlx, which takes seconds
     from nested_core.pipeline.finetune import finetune
 
     is_named = arguments.run_dir is not None
@@ -223,8 +221,7 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the Prefect flow here, with the run's own server unless PREFECT_API_URL is set."""
     config = load_config_from_flags(arguments)
     run = _open_run_directory(arguments)
-    backend.import_mlx_lm()
-    from nested_core.pipeline.preflight import require_output_places
+    from nested_core.pipeline.preflight import require_output_places  # loads mlx
     from nested_core.training.reports.reporting_services import configured_services
 
     require_output_places(config, run)  # before a server is started, as what follows

@@ -10,8 +10,9 @@ import json
 import sys
 from typing import Any
 
-# mlx_lm's transformers would import torch where it is installed, which takes seconds: it is not to
-# be found until mlx_lm is there. What is loaded later can import it.
+# transformers would import torch where it is installed, which takes seconds, so torch is not to be
+# found until mlx_lm is imported. backend.hide_torch_from_transformers() does the same for processes
+# of this project; this one, which has just started, shares no code with them.
 sys.modules["torch"] = None  # type: ignore[assignment]
 
 import mlx.core as mx  # noqa: E402

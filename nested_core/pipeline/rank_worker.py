@@ -32,6 +32,7 @@ def main(run_dir: str, ranks: str) -> int:
     the main one may still be writing.
     """
     backend.prepare()
+    backend.hide_torch_from_transformers()
     rank = int(os.environ["MLX_RANK"])
     device = rank_device(os.environ, rank)
     if device is not None:  # before CUDA is first used

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from nested_core import backend
 from nested_core.gate.fresh_process_check import FRESH_PROCESS_PROGRAM
 from nested_core.models.base_model import estimate_weight_count
+from tests.example import DATA, MODEL
+from tests.left_out import slow_except
 
 ROOT = Path(__file__).resolve().parents[2]
 LINUX = sys.platform == "linux"
@@ -188,42 +190,109 @@ def test_a_run_chooses_by_its_base_model(tmp_path: Path) -> None:
     assert run(LOADED, str(tmp_path / "run"), PYTHONPATH=path) == "100"
 
 
-LOOK_FOR_TORCH = """
+LOOK = """
 import sys
-assert "mlx_lm" in sys.modules and "torch" not in sys.modules
-from transformers.utils import is_torch_available
-print(is_torch_available())
-import torch
-print(torch.__version__)
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
+
+def load_tokenizer(request):
+    TokenizerSource(request["model"]).load()
+    return look()
+
+def look():
+    imported = ["mlx_lm" in sys.modules, "torch" in sys.modules]
+    from transformers.utils import is_torch_available
+    is_seen = is_torch_available()
+    import torch
+    return {"mlx_lm, torch": imported, "seen by transformers": is_seen, "later": torch.__version__}
+"""
+REQUEST = json.dumps({"job": "look:load_tokenizer", "model": str(MODEL)})
+# What imports mlx_lm in each process of nested-tune; a worker's job looks for itself.
+PROCESSES = {
+    "a command": f"""
+from flows.cli import main
+main(["validate", "--model", {str(MODEL)!r}, "--data", {str(DATA)!r}])
+""",
+    "a worker that reads data": f"""
+import io, sys
+from nested_core.data.parallel_jobs import serve_requests
+sys.stdin = io.StringIO({REQUEST!r})
+serve_requests()
+sys.exit()
+""",
+    "a flow that a worker of Prefect runs": "import flows.finetune, mlx_lm",
+    "a rank": """
+import os
+os.environ["MLX_RANK"] = "0"
+os.dup2(os.pipe()[0], 0)  # a rank ends when its standard input does
+from nested_core.pipeline.rank_worker import main
+main("/no/such/run", "1")
+""",
+    "the fresh process": f"import runpy; runpy.run_path({str(FRESH_PROCESS_PROGRAM)!r})",
+}
+FAST_PROCESSES = "a command", "a worker that reads data", "the fresh process"
+
+
+def install_torch(folder: Path) -> str:
+    """Install a torch of one line; the path on which it is found, and the project."""
+    (folder / "torch.py").write_text("__version__ = '2.11.0'")
+    description = folder / "torch-2.11.0.dist-info"
+    description.mkdir()
+    (description / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0\n")
+    return f"{folder}:{ROOT}"
+
+
+@pytest.mark.parametrize(
+    "process",
+    slow_except(PROCESSES, *FAST_PROCESSES, reason="imports what a training imports"),
+)
+def test_no_process_of_ours_imports_an_installed_torch_and_whoever_wants_it_can(
+    process: str, tmp_path: Path
+) -> None:
+    path = install_torch(tmp_path)
+    (tmp_path / "look.py").write_text(LOOK)
+    code = f"{PROCESSES[process]}\nimport json, look; print(json.dumps(look.look()))"
+    printed = json.loads(run(code, PYTHONPATH=path).splitlines()[-1])
+    assert printed.get("answer", printed) == {
+        "mlx_lm, torch": [True, False],
+        "seen by transformers": False,
+        "later": "2.11.0",
+    }
+
+
+HIDE = """
+import sys
+from nested_core.backend import hide_torch_from_transformers
+def hide():
+    hide_torch_from_transformers()
+    hide_torch_from_transformers()
+"""
+TRANSFORMERS = """
+from importlib.util import find_spec
+print("with torch" if find_spec("torch") else "without")
 """
 
 
 @pytest.mark.parametrize(
-    "imports",
+    ("code", "seen"),
     [
-        "from nested_core import backend; backend.import_mlx_lm()",
-        f"import runpy; runpy.run_path({str(FRESH_PROCESS_PROGRAM)!r})",
+        ("hide(); import transformers", "without"),
+        ("import torch; hide(); import transformers", "with torch"),
+        ("import transformers; hide()", "with torch"),
     ],
-    ids=["our processes", "the fresh process"],
+    ids=["nothing before", "torch before", "transformers before"],
 )
-def test_transformers_does_not_import_torch_and_whoever_wants_it_can(
-    imports: str, tmp_path: Path
-) -> None:
-    (tmp_path / "torch.py").write_text("__version__ = '2.11.0'")
-    folder = tmp_path / "torch-2.11.0.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0\n")
-    seen = run(f"{imports}\n{LOOK_FOR_TORCH}", PYTHONPATH=f"{ROOT}:{tmp_path}")
-    assert seen.split() == ["False", "2.11.0"]
-
-
-@pytest.mark.parametrize("name", ["torch", "transformers"])
 def test_torch_stays_visible_where_somebody_imported_it_or_transformers_before(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    code: str, seen: str, tmp_path: Path
 ) -> None:
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
-    there = ModuleType(name)
-    monkeypatch.setitem(sys.modules, name, there)
-    backend.import_mlx_lm()
-    assert sys.modules[name] is there
-    assert sys.modules.get("torch", there) is there
+    path = install_torch(tmp_path)
+    (tmp_path / "transformers.py").write_text(TRANSFORMERS)
+    assert run(f"{HIDE}\n{code}; import torch", PYTHONPATH=path) == seen
+
+
+def test_torch_can_be_imported_after_transformers_could_not(tmp_path: Path) -> None:
+    path = install_torch(tmp_path)
+    (tmp_path / "transformers.py").write_text("import no_such_module")
+    code = "hide()\ntry: import transformers\nexcept ImportError as error: print(error.name)"
+    end = "import torch; print(torch.__version__, len(set(sys.meta_path)) == len(sys.meta_path))"
+    printed = run(f"{HIDE}\n{code}\n{end}", PYTHONPATH=path)
+    assert printed.split() == ["no_such_module", "2.11.0", "True"]
