@@ -18,7 +18,7 @@ import numpy as np
 from nested_core import backend
 from nested_core.errors import ConfigError, DamagedError, join_first_values, shorten
 from nested_core.gate.adapter_layout import AdapterLayout, BaseModelForAudit
-from nested_core.gate.base_compatibility import RANK_AXES, fingerprint_reasons, leaf_name
+from nested_core.gate.base_compatibility import RANK_AXES, fingerprint_reasons
 from nested_core.gate.fresh_process_check import (
     FreshProcessLogits,
     ProofRequest,
@@ -31,7 +31,12 @@ from nested_core.gate.lora_effect import LARGEST_FLOAT32, factor_names, product_
 from nested_core.gate.tensor_diff import reasons_about_tensors
 from nested_core.models.peft import import_peft
 from nested_core.models.peft.importing import PEFT_WEIGHTS, PICKLE_FILE_NAMES
-from nested_core.models.peft.lora_factors import FACTOR_DTYPES, MLX_LM_NAMING
+from nested_core.models.peft.lora_factors import (
+    FACTOR_DTYPES,
+    MLX_LM_NAMING,
+    leaf_name,
+    module_name,
+)
 from nested_core.records.verdict import Code, Reason
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME
 from nested_core.storage.atomic import finite_or_none
@@ -231,7 +236,7 @@ def _structure_reasons(layout: AdapterLayout, base: BaseModelForAudit) -> list[R
     reasons += reasons_about_tensors(
         "tensor_unexpected", others - weights, "without the name of a LoRA factor"
     )
-    foreign = {name for name in factors if name.rpartition(".")[0] not in base.modules}
+    foreign = {name for name in factors if module_name(name) not in base.modules}
     reasons += reasons_about_tensors(
         "base_mismatch", foreign, "of modules that the base does not have"
     )

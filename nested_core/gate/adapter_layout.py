@@ -22,7 +22,13 @@ from nested_core.errors import ConfigError, shorten
 from nested_core.gate.checks.fused import float32_weight
 from nested_core.models.base_model import find_model_folder_offline, fingerprint_base_model
 from nested_core.models.peft.importing import BaseModules, read_peft_adapter
-from nested_core.models.peft.lora_factors import MLX_LM_NAMING, PEFT_NAMING, transpose_as_stored
+from nested_core.models.peft.lora_factors import (
+    MLX_LM_NAMING,
+    PEFT_NAMING,
+    leaf_name,
+    module_name,
+    transpose_as_stored,
+)
 from nested_core.models.peft.peft_config import PeftConfig
 from nested_core.records.verdict import Reason
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter, read_adapter_config
@@ -144,7 +150,7 @@ class BaseModelForAudit:
                 "unreadable", f"mlx-lm cannot attach what {CONFIG_NAME} says: {problem}"
             )
             return AdapterLayout("mlx-lm", adapter.config, adapter.tensors, refusal=refusal)
-        scales = dict.fromkeys({name.rpartition(".")[0] for name in expected}, scale)
+        scales = dict.fromkeys({module_name(name) for name in expected}, scale)
         return AdapterLayout("mlx-lm", adapter.config, adapter.tensors, expected, scales, unmatched)
 
     def _expected_mlx_lm_tensors(
@@ -163,7 +169,7 @@ class BaseModelForAudit:
         expected = {
             name: tuple(value.shape)
             for name, value in attached
-            if name not in self.shapes and name.rpartition(".")[2] in MLX_LM_NAMING.leaves
+            if name not in self.shapes and leaf_name(name) in MLX_LM_NAMING.leaves
         }
         keys = parameters.get("keys") or ()
         return expected, tuple(key for key in keys if key not in names | self.modules.keys())
@@ -184,7 +190,7 @@ class BaseModelForAudit:
             )
         targets = config.target_modules_of(self._sides)
         if targets is None:  # patterns of a stranger are not run: the tensors decide
-            targets = {name.rpartition(".")[0] for name in tensors} & self._sides.keys()
+            targets = {module_name(name) for name in tensors} & self._sides.keys()
         expected = {
             f"{module}.{leaf}": shape
             for module in targets

@@ -12,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 
 from nested_core.errors import DamagedError
-from nested_core.gate.lora_effect import LORA_FACTORS
 from nested_core.models.base_model import fingerprint_base_model, is_same_base, shorten_fingerprint
+from nested_core.models.peft.lora_factors import LORA_FACTORS, leaf_name, module_name
 from nested_core.records.verdict import Reason
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter_config
 from nested_core.storage.safetensors_files import FLOATING_POINT_DTYPES
@@ -34,7 +34,7 @@ def config_reasons(adapter: Adapter) -> list[Reason]:
     if foreign := sorted(adapter.tensors.keys() - of_lora if parts else of_lora):
         message = f"fine_tune_type {fine_tune_type} has no tensors like {foreign[0]}"
         reasons.append(Reason("config_mismatch", message, tuple(foreign)))
-    modules = {name.rpartition(".")[0] for name in of_lora}
+    modules = {module_name(name) for name in of_lora}
     wanted = {f"{module}.{part}" for module in modules for part in parts}
     if missing := sorted(wanted - adapter.tensors.keys()):
         message = (
@@ -54,11 +54,6 @@ def _tensors_of_other_rank(adapter: Adapter, rank: int) -> Iterable[str]:
         axis = RANK_AXES.get((leaf_name(name), len(tensor.shape)))
         if axis is not None and tensor.shape[axis] != rank:
             yield name
-
-
-def leaf_name(name: str) -> str:
-    """The last part of a tensor's name, which says what it is of its module."""
-    return name.rpartition(".")[2]
 
 
 def fingerprint_reasons(adapter_config: Mapping[str, Any], base: Path) -> list[Reason]:

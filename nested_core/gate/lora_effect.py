@@ -14,6 +14,7 @@ import numpy as np
 
 from nested_core.errors import DamagedError
 from nested_core.gate.tensor_diff import frobenius_norm, tensors_differ
+from nested_core.models.peft.lora_factors import LORA_FACTORS
 from nested_core.records.verdict import Reason
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.safetensors_files import StoredTensor
@@ -30,7 +31,6 @@ PRECISION_BY_DTYPE = {
 # Of 3,000 random rescalings, rotations and permutations 99 % moved the product by less than 0.93
 # times the size of rounding, and one by more than 1.5: float16 below its smallest normal number.
 ROUNDING_FACTOR = 2.0
-LORA_FACTORS = ("lora_a", "lora_b")
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 SAMPLED_PRODUCT_ROWS = 64  # rows and columns of a product that are compared before the whole of it
 

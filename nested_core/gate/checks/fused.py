@@ -17,6 +17,7 @@ from nested_core.backend import to_float
 from nested_core.gate.held_out_loss import LoadedBase
 from nested_core.gate.judged import Check, JudgedRun
 from nested_core.models.lora_attachment import load_adapter_tensors
+from nested_core.models.peft.lora_factors import module_name
 from nested_core.records.verdict import MIN_CHANGE_LEFT_BY_FUSING, FusedVerdict, Reason
 
 MIN_CARRIED_SHARE_OF_MODULE = 0.1
@@ -71,7 +72,7 @@ def judge_fused_change(
 
 
 def _tensor_names_of_modules(modules: Collection[str], adapter: Parameters) -> tuple[str, ...]:
-    return tuple(name for name in sorted(adapter) if name.rpartition(".")[0] in modules)
+    return tuple(name for name in sorted(adapter) if module_name(name) in modules)
 
 
 def _overflow_reasons(overflowing: Mapping[str, Overflow], after: Parameters) -> list[Reason]:

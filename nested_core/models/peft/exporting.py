@@ -18,6 +18,7 @@ from nested_core.models.peft.lora_factors import (
     ModuleFactors,
     group_by_module,
     list_first_problems,
+    module_name,
     name_tensors,
     note_half_precision_dora,
 )
@@ -140,7 +141,7 @@ def _read_factors(adapter: Adapter) -> dict[str, ModuleFactors]:
 def _describe_foreign_tensor(name: str, dimensions: int) -> str | None:
     if dimensions > 2:
         return "factors of expert layers, which are separate modules in PEFT"
-    if EMBEDDING_PATTERN.search(name.rpartition(".")[0]):
+    if EMBEDDING_PATTERN.search(module_name(name)):
         return "LoRA on an embedding, which PEFT does not apply to a tied output layer"
     return None
 

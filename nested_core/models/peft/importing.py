@@ -21,6 +21,7 @@ from nested_core.models.peft.lora_factors import (
     PEFT_NAMING,
     ModuleFactors,
     group_by_module,
+    leaf_name,
     list_first_problems,
     make_rank_and_scale_uniform,
     name_tensors,
@@ -111,7 +112,7 @@ class BaseModules:
                 f"trained on. mlx-lm says:\n{list_first_problems(reason.splitlines())}"
             ) from error
         added = self._module_names() - before
-        attached = {name for name in added if name.rpartition(".")[2] in MLX_LM_NAMING.leaves}
+        attached = {name for name in added if leaf_name(name) in MLX_LM_NAMING.leaves}
         if attached != set(tensors):
             strange = sorted(attached ^ set(tensors))
             raise ConfigError(

@@ -17,6 +17,7 @@ import numpy as np
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.safetensors_files import NUMPY_DTYPES, StoredTensor
 
+LORA_FACTORS = ("lora_a", "lora_b")
 FACTOR_DTYPES = ("F32", "F16", "BF16")
 MAX_SHOWN_PROBLEMS = 8
 MAX_PROBLEM_CHARACTERS = 300
@@ -68,6 +69,16 @@ PEFT_NAMING = TensorNaming(
 )
 
 
+def module_name(tensor: str) -> str:
+    """The module that a tensor of this dotted name belongs to; "" where the name has no dot."""
+    return tensor.rpartition(".")[0]
+
+
+def leaf_name(tensor: str) -> str:
+    """The last part of a tensor's dotted name, which says what it is of its module."""
+    return tensor.rpartition(".")[2]
+
+
 def group_by_module(
     tensors: Mapping[str, StoredTensor], naming: TensorNaming, *, has_magnitude: bool, path: Path
 ) -> dict[str, ModuleFactors]:
@@ -81,7 +92,7 @@ def group_by_module(
             continue
         module, leaf = place
         modules.setdefault(module, {})[leaf] = transpose_as_stored(tensor, naming)
-    wanted = ("lora_a", "lora_b", "m") if has_magnitude else ("lora_a", "lora_b")
+    wanted = (*LORA_FACTORS, "m") if has_magnitude else LORA_FACTORS
     for module, leaves in modules.items():
         problems += _module_problems(module, leaves, wanted, naming)
     if not modules:
