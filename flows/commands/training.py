@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from nested_core.config.sections import RegistrySection
     from nested_core.data.rules.dataset_report import DatasetReport, Finding
     from nested_core.pipeline.finetune import FinetuneResult
+    from nested_core.records.answers import SampleAnswers
 
 
 def add_commands(commands: Any) -> None:
@@ -166,44 +167,54 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
             print_rejection(run)
             raise
 
-    def document() -> dict[str, Any]:
-        """The result as --json prints it."""
-        if result.training is None or result.verdict is None:
-            return {
-                "run_dir": str(run.path),
-                "skipped": True,
-                "unchanged_since": result.unchanged_since,
-            }
-        return asdict(result.training) | {
-            "verdict": "passed",
-            "summary": result.verdict.summary(),
-            "notes": result.verdict.notes(),
-            "answers_broken": result.verdict.has_broken_answers,
-            "test_loss": result.test_loss,
-            "samples": [asdict(answers) for answers in hooks.sample_answers],
-            "version": result.version,
-            "promotion": result.promotion,
+    return result_printer(
+        arguments,
+        lambda: _make_result_document(result, hooks.sample_answers),
+        lambda: _print_result(config, result, hooks.sample_answers),
+    )
+
+
+def _make_result_document(
+    result: FinetuneResult, answers: Sequence[SampleAnswers]
+) -> dict[str, Any]:
+    """The result as --json prints it."""
+    if result.training is None or result.verdict is None:
+        return {
+            "run_dir": str(result.run.path),
+            "skipped": True,
+            "unchanged_since": result.unchanged_since,
         }
+    return asdict(result.training) | {
+        "verdict": "passed",
+        "summary": result.verdict.summary(),
+        "notes": result.verdict.notes(),
+        "answers_broken": result.verdict.has_broken_answers,
+        "test_loss": result.test_loss,
+        "samples": [asdict(each) for each in answers],
+        "version": result.version,
+        "promotion": result.promotion,
+    }
 
-    def show() -> None:
-        """Answers to a few prompts, the tiers, the verdict, and where the adapter is."""
-        if result.verdict is None:
-            champion = shorten_digest(str(result.unchanged_since))
-            print_line(f"skipped: data unchanged since {champion}")
-            return
-        for line in format_sample_answers(hooks.sample_answers):
-            print_line(line)
-        print_tiers(result.verdict)
-        print_line(result.verdict.summary())
-        for note in result.verdict.notes():
-            print_line(note)
-        print_line(f"adapter: {run.adapter}")
-        if result.test_loss is not None:
-            test = describe_test_loss(config, run, result.verdict, result.test_loss)
-            print_line(f"{test}.")
-        _print_outcome(config.registry, result)
 
-    return result_printer(arguments, document, show)
+def _print_result(
+    config: FineTuneConfig, result: FinetuneResult, answers: Sequence[SampleAnswers]
+) -> None:
+    """Answers to a few prompts, the tiers, the verdict, and where the adapter is."""
+    if result.verdict is None:
+        champion = shorten_digest(str(result.unchanged_since))
+        print_line(f"skipped: data unchanged since {champion}")
+        return
+    for line in format_sample_answers(answers):
+        print_line(line)
+    print_tiers(result.verdict)
+    print_line(result.verdict.summary())
+    for note in result.verdict.notes():
+        print_line(note)
+    print_line(f"adapter: {result.run.adapter}")
+    if result.test_loss is not None:
+        test = describe_test_loss(config, result.run, result.verdict, result.test_loss)
+        print_line(f"{test}.")
+    _print_outcome(config.registry, result)
 
 
 def _print_outcome(registry: RegistrySection, result: FinetuneResult) -> None:

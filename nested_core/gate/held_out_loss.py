@@ -275,7 +275,7 @@ def measure_example_losses(
     is_supervised = held_out.is_example_supervised
     tokens = predictions.tokens[is_supervised]
 
-    def a_token(sums: Vector) -> Vector:
+    def mean_per_token(sums: Vector) -> Vector:
         means: Vector = sums[is_supervised] / tokens
         return means
 
@@ -283,10 +283,10 @@ def measure_example_losses(
         file=held_out.file,
         lines=held_out.split.lines[is_supervised].astype(np.int64),
         tokens=tokens,
-        before=a_token(predictions.losses[-2]),
-        after=a_token(predictions.losses[-1]),
-        drift=a_token(predictions.divergences[-1]),
-        base_drift=a_token(predictions.divergences[0]) if wants_base else None,
+        before=mean_per_token(predictions.losses[-2]),
+        after=mean_per_token(predictions.losses[-1]),
+        drift=mean_per_token(predictions.divergences[-1]),
+        base_drift=mean_per_token(predictions.divergences[0]) if wants_base else None,
         clusters=held_out.clusters,
     )
 

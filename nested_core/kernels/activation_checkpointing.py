@@ -51,10 +51,12 @@ def _checkpoint_call_of_layers(
             return call(layer, *args, **kwargs)
 
         def with_parameters(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+            """The layer's own call; its parameters are an argument, so that they get gradients."""
             layer.update(parameters)
             return call(layer, *args, **kwargs)
 
         def with_random_key(key: mx.array, parameters: Any, *args: Any, **kwargs: Any) -> Any:
+            """The same from a random key, and the next key: recomputed, its masks are the same."""
             before = _read_random_key()
             _set_random_key(key)
             try:

@@ -174,6 +174,7 @@ class _Area:
 
     @classmethod
     def within(cls, style: ChartStyle, y_axis: _Axis) -> _Area:
+        """The area that a chart leaves to its curves, beside labels as wide as the y axis has."""
         widest = max((len(_format_tick(tick)) for tick in y_axis.ticks), default=0)
         return cls(
             left=widest * CHARACTER_WIDTH + LINE_HEIGHT,

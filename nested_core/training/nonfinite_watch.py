@@ -1,6 +1,6 @@
 """Steps whose gradients are not finite: each is logged, and too many in a row end training.
 
-In a file of its own, for the benchmarks use it where pydantic is not installed.
+It is a file of its own because benchmarks use it where pydantic is not installed.
 """
 
 from __future__ import annotations

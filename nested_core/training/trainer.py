@@ -26,10 +26,7 @@ from nested_core.training.nonfinite_watch import NonfiniteStepWatch
 from nested_core.training.parameter_packing import unflatten_names
 from nested_core.training.run_recorder import RunRecorder, restore_random_key
 from nested_core.training.train_step import StepResult, TrainStep
-from nested_core.training.training_checks import (
-    UpdateCheck,
-    warn_of_lost_updates,
-)
+from nested_core.training.training_checks import UpdateCheck, warn_of_lost_updates
 from nested_core.training.training_setup import TrainingSetup
 from nested_core.training.training_state import (
     TrainingState,

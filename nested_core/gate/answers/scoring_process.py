@@ -137,6 +137,7 @@ def main(request_path: str) -> None:
         request = json.load(file)
 
     def write(**fields: Any) -> None:
+        """Write a line of output, and let it be read at once."""
         output.write(json.dumps(fields) + "\n")
         output.flush()
 
@@ -171,6 +172,7 @@ def _choose_work(request: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
         known: dict[str, str | None] = {}  # most suites have one schema in all their lines
 
         def check(item: dict[str, Any]) -> str | None:
+            """What is wrong with the item's question, or None."""
             checked = {name: item["question"].get(name) for name in ("expected", "schema")}
             key = json.dumps(checked if score == "regex" else checked["schema"])
             if key not in known:
