@@ -33,8 +33,10 @@ PROGRAMS = ("mlx_lm.lora", "nested-tune train")
 TRAIN_ROWS, VALID_ROWS = 1200, 100
 WORDS_OF_A_CHAT = (140.0, 0.55)  # median and sigma of the log-normal, at 512 tokens of width
 SECONDS_BETWEEN_LOOKS = 0.05
-# Of the models: how much all layers add to a token, as a share of what they would; a logit.
-SHARE_OF_LAYERS, LOGIT_OF_NEXT_TOKEN = 0.1, 10.0
+# Of the models that `write_model` makes
+SHARE_OF_LAYERS = 0.1  # of what random layers add to a token, how much these add, all together
+LOGIT_OF_NEXT_TOKEN = 10.0
+SPECIAL_TOKENS = ("<unk>", "</s>", "<s>", "<|user|>", "<|assistant|>", "<|system|>", "<pad>", "<x>")
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def make_chats(vocabulary: int, length: int, count: int, seed: int) -> Iterator[
     """Chats of two turns whose words follow Zipf's law, log-normal in their lengths."""
     dice = np.random.default_rng(seed)
     median, sigma = WORDS_OF_A_CHAT
-    words = vocabulary - 8
+    words = vocabulary - len(SPECIAL_TOKENS)
     for _ in range(count):
         size = int(np.clip(dice.lognormal(np.log(median * length / 512 * 1.7), sigma), 8, length))
         drawn = np.minimum(dice.zipf(1.3, size) - 1, words - 1)
@@ -224,7 +226,7 @@ def make_chats(vocabulary: int, length: int, count: int, seed: int) -> Iterator[
 
 
 def write_model(folder: Path, shape: Shape) -> None:
-    """A Llama of random bfloat16 weights with a tokenizer of one token a word, as mlx_lm loads.
+    """Write a Llama of random bfloat16 weights with a tokenizer, as mlx_lm loads it.
 
     Its layers add little to the token that they get, and its output layer is the embedding moved by
     one row: the likeliest token is the next of the vocabulary, at a loss near that of chance. With
@@ -262,8 +264,13 @@ def write_model(folder: Path, shape: Shape) -> None:
     model.update(tree_map(lambda array: array.astype(mx.bfloat16), model.parameters()))
     weights: Any = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    special = ["<unk>", "</s>", "<s>", "<|user|>", "<|assistant|>", "<|system|>", "<pad>", "<x>"]
-    names = special + [f"w{index}" for index in range(shape.vocabulary - len(special))]
+    write_tokenizer(folder, shape.vocabulary)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
+    """Write a tokenizer of so many tokens: special ones, and the words w0, w1 and so on."""
+    words = [f"w{index}" for index in range(vocabulary - len(SPECIAL_TOKENS))]
     tokenizer = {
         "version": "1.0",
         "added_tokens": [
@@ -276,12 +283,12 @@ def write_model(folder: Path, shape: Shape) -> None:
                 "normalized": False,
                 "special": True,
             }
-            for index, name in enumerate(special)
+            for index, name in enumerate(SPECIAL_TOKENS)
         ],
         "pre_tokenizer": {"type": "WhitespaceSplit"},
         "model": {
             "type": "WordLevel",
-            "vocab": {name: index for index, name in enumerate(names)},
+            "vocab": {name: index for index, name in enumerate((*SPECIAL_TOKENS, *words))},
             "unk_token": "<unk>",
         },
     }
@@ -300,7 +307,6 @@ def write_model(folder: Path, shape: Shape) -> None:
         "chat_template": template,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def make_table(rows: list[dict[str, Any]]) -> Iterator[str]:

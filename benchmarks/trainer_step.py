@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.commands import read_rows, write_model
+from benchmarks.commands import SPECIAL_TOKENS, read_rows, write_model
 from benchmarks.gpu.shapes import KEYS, RANK, RATE, SCALE, SHAPES, Shape
 from nested_core.backend import hide_torch_from_transformers, prepare, set_operations_per_commit
 
@@ -160,7 +160,7 @@ def write_inputs(shape: Shape, folder: Path) -> None:
     data = folder / "data"
     write_model(folder / "model", shape)
     data.mkdir(parents=True, exist_ok=True)
-    words = shape.vocabulary - 8
+    words = shape.vocabulary - len(SPECIAL_TOKENS)
     with (data / "train.jsonl").open("w", encoding="utf-8") as file:
         for row in range(ROWS):
             drawn = [f"w{(row * 7919 + at * 104_729) % words}" for at in range(shape.length)]

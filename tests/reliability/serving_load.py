@@ -67,11 +67,22 @@ PROMPTS = tuple(f"I want to see {country}. Where to?" for country in COUNTRIES[:
 MAX_TOKENS = 12
 NEAR_TIE = 1e-3  # between the two likeliest tokens' logits
 
-# The example, and 0.49 billion weights beside its small vocabulary, by what differs from its
-# config.json; with the number of layers that have an adapter, and the noise of its tensors.
-SIZES: dict[str, tuple[dict[str, int], int, float]] = {
-    "example": ({}, 6, 0.2),
-    "0.5B": (
+
+@dataclass(frozen=True)
+class Size:
+    """A base by what differs from the example's config.json, and its adapters.
+
+    layers: how many have an adapter. noise: the standard deviation of its tensors.
+    """
+
+    changes: dict[str, int]
+    layers: int
+    noise: float
+
+
+SIZES = {
+    "example": Size({}, layers=6, noise=0.2),
+    "0.5B": Size(  # 0.49 billion weights beside the example's small vocabulary
         {
             "hidden_size": 1024,
             "intermediate_size": 2816,
@@ -79,8 +90,8 @@ SIZES: dict[str, tuple[dict[str, int], int, float]] = {
             "num_attention_heads": 16,
             "num_key_value_heads": 16,
         },
-        38,
-        0.05,
+        layers=38,
+        noise=0.05,
     ),
 }
 
@@ -130,16 +141,18 @@ class Load:
             "base_is_the_same": self.base_is_the_same,
             "bytes_at_rest": self.bytes_at_rest,
             "megabytes_in_arrays_first_half_max": round(
-                max(self.bytes_after_swaps[:half]) / 1e6, 2
+                max(self.bytes_after_swaps[:half], default=0) / 1e6, 2
             ),
             "megabytes_in_arrays_second_half_max": round(
-                max(self.bytes_after_swaps[half:]) / 1e6, 2
+                max(self.bytes_after_swaps[half:], default=0) / 1e6, 2
             ),
         }
 
 
 def describe_seconds(seconds: list[float]) -> dict[str, float]:
-    """How many, their median and the most."""
+    """How many, their median and the most; of none, their number alone."""
+    if not seconds:
+        return {"count": 0}
     return {
         "count": len(seconds),
         "median": round(statistics.median(seconds), 2),
@@ -283,7 +296,7 @@ def hammer(
 
 def make_sized_base(size: str, folder: Path) -> Path:
     """The example's model in float32, or one of random weights that has its tokenizer."""
-    changes = SIZES[size][0]
+    changes = SIZES[size].changes
     if not changes:
         return make_base(MODEL, folder)
     folder.mkdir(parents=True)
@@ -300,7 +313,7 @@ def make_sized_base(size: str, folder: Path) -> Path:
 
 def make_versions(size: str, folder: Path, base: Path) -> list[Path]:
     """A run of each shape, with its canary."""
-    _, layers, noise = SIZES[size]
+    layers, noise = SIZES[size].layers, SIZES[size].noise
     shapes = [replace(shape, layers=layers, noise=noise) for shape in SHAPES]
     paths = [
         write_version_run(folder / f"run-{seed}", base, seed, shape)
