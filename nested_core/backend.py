@@ -167,7 +167,7 @@ def _prepare_linux() -> Preparation:
         for variable, value in {CUDA_GRAPHS_VARIABLE: "0", **ATTENTION_CACHE_SIZES}.items():
             os.environ.setdefault(variable, value)
     else:
-        _keep_freed_memory()
+        keep_freed_memory()
     if os.environ.get(NO_OPENBLAS_VARIABLE):
         return Preparation(None, came_too_late)
     if came_too_late:
@@ -226,7 +226,7 @@ def _is_installed(package: str) -> bool:
     return True
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc reuse freed memory, by mallopt(3); any other C library is left alone."""
     library = ctypes.CDLL(None)
     if hasattr(library, "gnu_get_libc_version"):

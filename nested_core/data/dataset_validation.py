@@ -184,7 +184,7 @@ def _apply_row_count_rules(tables: Tables, settings: DataSettings, findings: Fin
             "rows": int((~table.frame["is_blank"]).sum()) - sum(map(len, table.dropped.values())),
             "faulty": _describe_faulty_lines(len(findings.lines_with_errors(table.file))),
             "is_whole": not is_cut_short(findings, table.file),
-            "has_one_answer": table.frame["answer"].min() == table.frame["answer"].max(),
+            "has_one_answer": table.has_one_answer,
             "batch_size": settings.batch_size,
         }
         for split, table in tables.items()

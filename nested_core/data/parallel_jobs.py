@@ -23,7 +23,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from nested_core import errors
-from nested_core.backend import hide_torch_from_transformers
+from nested_core.backend import hide_torch_from_transformers, keep_freed_memory
 from nested_core.errors import DataWorkerFailed, NestedTuneError
 from nested_core.storage.compiled_kernels import environment_with_user_tmpdir
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
@@ -214,6 +214,7 @@ def serve_requests() -> None:
     """What a worker process does, until standard input ends, as it does when the parent is gone."""
     hide_torch_from_transformers()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the parent's
+    keep_freed_memory()  # each request takes as much as the one before
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)  # what a library prints must not get between the answers
         for line in sys.stdin:

@@ -50,6 +50,7 @@ class SplitTable:
     source: SplitFile | None  # None: there is no such split
     frame: pl.DataFrame
     digest: str  # SHA-256 over the SHA-256 of each example in it
+    has_one_answer: bool  # no two examples have different answers
     dropped: Dropped = field(default_factory=dict)  # the lines that data_policy drops, by reason
 
     @property
@@ -164,24 +165,27 @@ class _Reading:
             processes=count_processes_for(sum(sizes)),
             on_done=lambda done: self._report_progress(self._bytes_done + sum(sizes[:done])),
         )
-        frames: list[pl.DataFrame] = []
         hasher = sha256()
+        answer_keys: set[int] = set()
         rows = 0
         with closing(answers):  # type: ignore[type-var]
             for request, answer in zip(requests, answers, strict=True):
                 out = request["out"]
-                frames.append(pl.read_ipc(_take_file(f"{out}.rows")))
                 hasher.update(_take_file(f"{out}.digests"))
+                answer_keys.update(answer["answer_keys"])
                 if matches is not None and asked is not None:
                     shared = pl.read_ipc(_take_file(f"{out}.shared"))
                     matches.add_range(shared, answer["examples"], first_row=rows)
-                rows += frames[-1].height
+                rows += answer["rows"]
         self._bytes_done += sum(sizes)
+        # The rows stay on the disk while there are workers: memory holds the ones or the others.
+        frames = _read_range_frames([f"{request['out']}.rows" for request in requests])
         return SplitTable(
             file.name if file is not None else f"{split}.jsonl",
             file,
             _join_range_frames(frames, file, has_ngrams=has_ngrams),
             hasher.hexdigest(),
+            has_one_answer=len(answer_keys) < 2,
         )
 
     def _report_progress(self, done: int) -> None:
@@ -196,12 +200,28 @@ def _take_file(path: str) -> bytes:
     return content
 
 
+def _read_range_frames(paths: list[str]) -> list[pl.DataFrame]:
+    """The rows of the ranges with their numbers, from 1; the files are removed.
+
+    All columns of one have the same chunks. Where they differ polars copies all of a frame.
+    """
+    frames: list[pl.DataFrame] = []
+    first = 1
+    for path in paths:
+        rows = pl.read_ipc(_take_file(path))
+        numbers = pl.int_range(first, first + rows.height, dtype=pl.Int32, eager=True)
+        frames.append(rows.with_columns(line=numbers))
+        first += rows.height
+    return frames
+
+
 def _join_range_frames(
     frames: list[pl.DataFrame], file: SplitFile | None, *, has_ngrams: bool
 ) -> pl.DataFrame:
-    empty = pl.DataFrame(schema={**LINE_SCHEMA, **(NGRAM_SCHEMA if has_ngrams else {})})
-    frame = pl.concat([empty, *frames], rechunk=False)
-    frame = frame.with_columns(pl.int_range(1, pl.len() + 1, dtype=pl.Int32).alias("line"))
+    schema = LINE_SCHEMA | (NGRAM_SCHEMA if has_ngrams else {}) | {"line": pl.Int32}
+    frame = pl.concat([pl.DataFrame(schema={"line": pl.Int32}), *frames], how="diagonal")
+    missing = [pl.lit(None, kind).alias(name) for name, kind in schema.items() if name not in frame]
+    frame = frame.with_columns(missing).select(list(schema))
     if file is not None and file.problems:
         frame = _add_line_problems(frame, file.problems)
     if file is not None and file.numbers is not None:

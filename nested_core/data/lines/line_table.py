@@ -34,7 +34,6 @@ LINE_SCHEMA: dict[str, type[pl.DataType]] = {
     "roles": pl.Categorical,
     "content": pl.UInt64,  # the first 64 bits of its SHA-256: what finds equal rows
     "prompt": pl.UInt64,  # equal for equal prompts
-    "answer": pl.UInt64,  # equal for equal answers; plain text is all answer
     "folded": pl.UInt64,  # equal for contents that differ in case and white space only
     "sensitive": pl.UInt32,  # what it may hold, see SENSITIVE_PATTERNS
     "has_control": pl.Boolean,
@@ -58,12 +57,15 @@ class LineRange:
 
     frame: a row each line, see LINE_SCHEMA; where n-grams are wanted, with NGRAM_SCHEMA's columns.
     digests: the SHA-256 of each example in it, joined.
+    answer_keys: of its answers those with the smallest and the largest key, which are equal for
+        equal answers; plain text is all answer.
     shared: what its texts share with those asked for, see MATCH_SCHEMA; None where none are.
     examples: how many of its examples have n-grams, where some are asked for.
     """
 
     frame: pl.DataFrame
     digests: bytes
+    answer_keys: frozenset[int]
     shared: pl.DataFrame | None = None
     examples: int = 0
 
@@ -93,6 +95,8 @@ def read_line_range(
     is_start = byte_range.start == 0
     rows = _read_rows(lines, field_names, is_start=is_start, may_be_plain=b"\\u0000" not in content)
     digests, keys = _digests_and_keys(rows.pop("content"))
+    answers = keys.pop("answer").drop_nulls().to_numpy()
+    answer_keys = frozenset(map(int, (answers.min(), answers.max()) if len(answers) else ()))
     raw = pl.Series(lines, dtype=pl.Binary)
     shown: list[str | None] = rows.pop("shown")
     text = pl.Series(shown, dtype=pl.String)
@@ -113,12 +117,15 @@ def read_line_range(
     if has_ngrams:
         frame = frame.with_columns(**hash_word_ngrams(shown, WordHasher()).to_columns(shown))
     if asked is None:
-        return LineRange(frame, digests)
-    return LineRange(frame, digests, *asked.find_in(shown, frame["content"]))
+        return LineRange(frame, digests, answer_keys)
+    return LineRange(frame, digests, answer_keys, *asked.find_in(shown, frame["content"]))
 
 
 def run_line_range_job(request: dict[str, Any]) -> dict[str, Any]:
-    """`read_line_range` as a job: writes OUT.rows, .digests and .shared, answers the examples."""
+    """`read_line_range` as a job: writes OUT.rows, .digests and .shared, answers what is small.
+
+    Columns that are null in each row are left out.
+    """
     done = read_line_range(
         Path(request["path"]),
         ByteRange(*request["byte_range"]),
@@ -126,11 +133,16 @@ def run_line_range_job(request: dict[str, Any]) -> dict[str, Any]:
         has_ngrams=request["has_ngrams"],
         asked=_read_asked(request["asked"]) if request["asked"] else None,
     )
-    done.frame.write_ipc(f"{request['out']}.rows")
+    frame = done.frame.select(column for column in done.frame if column.null_count() < len(column))
+    frame.write_ipc(f"{request['out']}.rows", compression="lz4")
     Path(f"{request['out']}.digests").write_bytes(done.digests)
     if done.shared is not None:
         done.shared.write_ipc(f"{request['out']}.shared")
-    return {"examples": done.examples}
+    return {
+        "rows": done.frame.height,
+        "examples": done.examples,
+        "answer_keys": list(done.answer_keys),
+    }
 
 
 @lru_cache(maxsize=1)  # its tables serve all ranges that this process reads

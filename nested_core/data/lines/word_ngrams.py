@@ -230,6 +230,7 @@ MATCH_SCHEMA: dict[str, type[pl.DataType]] = {
 }
 _MIN_TABLE_BITS, _MAX_TABLE_BITS = 16, 24  # a table of 64 KiB to 16 MiB
 _TABLE_ENTRIES_PER_NGRAM = 32
+_MATCHES_WORTH_A_LOOK = 1_000  # below this, those that can name no line cost less than finding them
 Values = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -278,8 +279,9 @@ class AskedNgrams:
     def find_in(self, texts: Sequence[str | None], contents: pl.Series) -> tuple[pl.DataFrame, int]:
         """What texts share with those asked for, and how many of the texts have n-grams.
 
-        `contents` has a key for each text. The frame, see MATCH_SCHEMA, lacks n-grams that are
-        common in the texts of an earlier call: the frame of that call has enough examples of them.
+        `contents` has a key for each text. Where there are many matches, those that can name no
+        line are left out of the frame, see MATCH_SCHEMA, and of those of later calls the n-grams
+        that are common here: this frame has enough examples of them.
         """
         found = hash_word_ngrams(texts, self._hasher)
         may_be_asked = self._table[found.hashes >> self._shift] & found.is_sampled
@@ -301,8 +303,9 @@ class AskedNgrams:
             },
             schema=MATCH_SCHEMA,
         )
-        shared = drop_common_ngrams(shared)
-        self._remember_common(shared)
+        if shared.height > _MATCHES_WORTH_A_LOOK:
+            shared = drop_common_ngrams(shared)
+            self._remember_common(shared)
         sampled = np.concatenate([[0], np.cumsum(found.is_sampled)])[np.insert(found.ends, 0, 0)]
         return shared, int(np.count_nonzero(np.diff(sampled)))
 
@@ -351,7 +354,7 @@ class TrainMatches:
     examples: how many training examples with an n-gram there were.
     """
 
-    _ROWS_BETWEEN_LOOKS = 200_000
+    _ROWS_BETWEEN_LOOKS = 50_000  # of which a look takes some 15 MiB for a moment
 
     def __init__(self) -> None:
         self.examples = 0

@@ -15,6 +15,7 @@ import pytest
 from nested_core.config.sections import DataPolicy
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
+from nested_core.data.lines import word_ngrams
 from nested_core.data.lines.word_ngrams import (
     MAX_NGRAMS_PER_TEXT,
     AskedNgrams,
@@ -107,7 +108,9 @@ def test_long_texts_are_compared_by_a_sample_of_bounded_size() -> None:
     assert find([OTHER, long], [" ".join(changed)]) == [2]
 
 
-def test_ranges_of_train_change_nothing() -> None:
+@pytest.mark.parametrize("worth_a_look", [0, 1_000])
+def test_ranges_of_train_change_nothing(worth_a_look, monkeypatch) -> None:
+    monkeypatch.setattr(word_ngrams, "_MATCHES_WORTH_A_LOOK", worth_a_look)
     changed = FOX.replace("jumps", "leaps")
     train = [OTHER, changed, FOX, "hello", FOX, ORDER, None, changed]
     held_out = [FOX + ".", "Hello", changed + " so", ORDER.replace("17", "18")]
@@ -195,7 +198,8 @@ def test_the_sample_of_a_text_is_by_the_hashes_of_polars(table_bits, monkeypatch
             assert (set(ngrams or []), halvings) == sampled_ngrams(text)
 
 
-def test_common_ngrams_are_looked_for_no_more() -> None:
+def test_common_ngrams_are_looked_for_no_more(monkeypatch) -> None:
+    monkeypatch.setattr(word_ngrams, "_MATCHES_WORTH_A_LOOK", 0)
     template = "please say in one short and polite sentence what the answer to {} is today"
     asked = AskedNgrams.of_frames([columns([template.format("x"), FOX])])
     texts = [template.format(row) for row in range(12)] + [FOX]
