@@ -126,13 +126,25 @@ def pytest_collection() -> Any:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Refuse a test that is slow without a reason, before `-m` selects; order the files."""
+    """Refuse a test that is slow without a reason, before `-m` selects; order the files.
+
+    Those with tests of Prefect's server come first. The first worker begins with them, and when
+    another has nothing left they are done: so there is one server, which takes ten seconds.
+    """
     check_reasons(items)
     seed = config.getoption("file_order_seed")
-    if seed is not None:
+    if seed is None:
+        served = {item.path for item in items if "prefect_server" in fixture_names(item)}
+        items.sort(key=lambda item: item.path not in served)
+    else:
         files = list(dict.fromkeys(item.path for item in items))
         random.Random(seed).shuffle(files)
         items.sort(key=lambda item: files.index(item.path))
+
+
+def fixture_names(item: pytest.Item) -> list[str]:
+    """The fixtures that a test is made with, those of its fixtures included."""
+    return item.fixturenames if isinstance(item, pytest.Function) else []
 
 
 def folders_to_write_in(root: Path) -> list[Path]:

@@ -135,18 +135,15 @@ def test_version_from_a_foreign_folder(command: Path, foreign: Path) -> None:
     assert PROJECT["version"] in done.stdout
 
 
-def test_validate_from_a_foreign_folder_accepts_and_rejects(command: Path, foreign: Path) -> None:
+def test_validate_from_a_foreign_folder_rejects_the_one_bad_line(
+    command: Path, foreign: Path
+) -> None:
     data = foreign / "data"
     data.mkdir()
-    (data / "train.jsonl").write_text("\n".join(chat(*pair) for pair in CAPITALS) + "\n")
+    lines = [*(chat(*pair) for pair in CAPITALS), '{"messages": [']
+    (data / "train.jsonl").write_text("\n".join(lines) + "\n")
     (foreign / "config.yaml").write_text("model: no-model\ndata: data\nbatch_size: 1\n")
     validate = (command, "validate", "-c", "config.yaml", "--no-tokenize", "--json")
-    accepted = run(*validate, cwd=foreign)
-    assert accepted.returncode == 0, accepted.stderr
-    assert [f for f in json.loads(accepted.stdout)["findings"] if f["severity"] == "error"] == []
-
-    with (data / "train.jsonl").open("a") as lines:
-        lines.write('{"messages": [\n')
     rejected = run(*validate, cwd=foreign)
     assert rejected.returncode == 3, rejected.stderr
     errors = [f for f in json.loads(rejected.stdout)["findings"] if f["severity"] == "error"]

@@ -190,6 +190,7 @@ def test_a_rollback_an_old_champion_and_a_full_disk_are_told(
     assert "3.0 GB of 100.0 GB are free (3%)" in full
 
 
+@pytest.mark.slow("two flow runs, and an alert of their end")
 def test_a_damaged_champion_is_told_with_what_to_do(
     client: SyncPrefectClient, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +223,7 @@ def test_a_person_is_told_that_a_version_waits_with_the_figures_and_a_link(
     assert "flow_run|ui_url" in alert["notify"]["body"]  # this server has no pages to link to
 
 
+@pytest.mark.slow("two flow runs, and alerts in the order of events")
 def test_a_run_that_takes_far_longer_than_the_last_ones_is_told_once(
     client: SyncPrefectClient, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,6 +302,7 @@ def test_an_alert_that_a_person_removed_goes_where_the_others_go_when_it_is_depl
     assert alert_block(again) == alert_block(removed) is not None
 
 
+@pytest.mark.slow("puts all automations three times")
 def test_without_a_block_deploy_and_doctor_say_that_nobody_is_told(
     client: SyncPrefectClient, told: list[str], webhook: WebhookServer
 ) -> None:

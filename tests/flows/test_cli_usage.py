@@ -203,7 +203,8 @@ def test_a_prefect_server_that_does_not_answer_is_one_paragraph(
     nested_tune: Run, tmp_path: Path
 ) -> None:
     write_config(tmp_path / "config.yaml")
-    done = nested_tune("run", "-c", "config.yaml", PREFECT_API_URL="http://127.0.0.1:9/api")
+    nowhere = {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PREFECT_CLIENT_MAX_RETRIES": "0"}
+    done = nested_tune("run", "-c", "config.yaml", **nowhere)
     assert done.code == 1
     assert "server at http://127.0.0.1:9/api/ does not answer" in done.message()
     assert not (tmp_path / "runs").exists()

@@ -111,6 +111,7 @@ def test_the_containers_publish_the_server_to_this_machine_alone() -> None:
     assert "ports" not in compose["services"]["database"]
 
 
+@pytest.mark.slow("a process that imports all of Prefect")
 def test_what_a_worker_imports_when_a_run_has_crashed_loads_no_mlx() -> None:
     code = "import flows.finetune, sys; print({'mlx', 'mlx_lm', 'polars'} & set(sys.modules))"
     command = [sys.executable, "-c", code]

@@ -154,6 +154,7 @@ def test_commands_tell_the_server_what_they_changed_and_who_did_it(
     }
 
 
+@pytest.mark.slow("three flow runs")
 def test_reconcile_tells_once_what_no_server_was_told(
     changed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

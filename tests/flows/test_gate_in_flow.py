@@ -131,6 +131,7 @@ def test_a_flow_whose_run_was_tampered_with_fails_without_a_verdict(
     assert not (folder / "registry").exists()
 
 
+@pytest.mark.slow("a flow run; others show that a sound run is promoted")
 @pytest.mark.parametrize("sabotaged", [HONEST], ids=["honest"], indirect=True)
 def test_the_same_flow_promotes_what_nobody_spoilt(sabotaged: tuple[Path, State[Any]]) -> None:
     folder, state = sabotaged

@@ -79,6 +79,7 @@ def test_one_that_ended_and_one_that_is_too_slow_are_told_apart(
         server.stop()
 
 
+@pytest.mark.slow("a process that imports all of Prefect")
 def test_a_server_named_in_the_environment_is_used_and_none_begun(tmp_path: Path) -> None:
     assert show(tmp_path, PREFECT_API_URL="http://other:1/api") == ["http://other:1/api", "[]"]
 

@@ -200,6 +200,7 @@ def test_the_night_that_asked_is_told_the_answer(add: Add, registry: Path) -> No
     )
 
 
+@pytest.mark.slow("three runs of a deployment")
 def test_a_newer_question_closes_the_older_one(
     waiting: tuple[UUID, str, str], add: Add, registry: Path
 ) -> None:
@@ -253,6 +254,7 @@ def test_rollback_goes_back_and_automation_leaves_it_there(add: Add, registry: P
     assert core.read_champion(registry, NAME) == first
 
 
+@pytest.mark.slow("five flow runs")
 def test_the_hour_after_a_rollback_at_the_command_line_is_called_by_it(
     add: Add, registry: Path
 ) -> None:
@@ -330,6 +332,7 @@ def test_a_line_of_the_history_has_the_flow_run(add: Add, registry: Path) -> Non
     assert line["flow_run"] == str(state.state_details.flow_run_id)
 
 
+@pytest.mark.slow("a flow run that tries twice")
 def test_a_try_after_a_late_error_says_what_the_first_one_did(
     add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

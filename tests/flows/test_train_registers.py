@@ -17,8 +17,10 @@ from tests.example import example_settings, train_example, write_config
 from tests.flows.conftest import completed
 
 NAME = "capitals"
-BOTH = pytest.mark.slow("the same configuration as a command and as a flow")
-pytestmark = [pytest.mark.usefixtures("prefect_server")]
+pytestmark = [
+    pytest.mark.usefixtures("prefect_server"),
+    pytest.mark.slow("trains two runs, and judges each as a command and as a flow"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +41,11 @@ def settings(registry: Path, policy: str, iters: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("policy", "run", "champion", "outcome"),
     [
-        pytest.param("never", "better", None, None, marks=BOTH),
-        pytest.param("always", "worse", "better", "promoted", marks=BOTH),
+        ("never", "better", None, None),
+        ("always", "worse", "better", "promoted"),
         ("better", "better", "worse", "promoted"),
-        pytest.param(
-            "better",
-            "worse",
-            "better",
-            "is not better by more than 0.005 than the champion's",
-            marks=BOTH,
-        ),
-        pytest.param("approve", "better", None, "waiting for approval", marks=BOTH),
+        ("better", "worse", "better", "is not better by more than 0.005 than the champion's"),
+        ("approve", "better", None, "waiting for approval"),
     ],
 )
 def test_train_does_with_a_verified_adapter_what_the_flow_does(

@@ -18,11 +18,14 @@ from nested_core.gate.loss_figures import exchange_mid_p
 from nested_core.gate.paired_difference import (
     MIN_EXAMPLES,
     compare_pairs,
+    count_resamples,
     smallest_visible_share,
 )
 
 SEEDS = 100
 QUESTIONS = 200
+SCIPYS_RESAMPLES = 20_000
+DEVIATIONS = 5.0  # beyond so many standard deviations lie six of ten million
 
 
 def scores_of(lost: float, won: float, seed: int) -> tuple[list[float], list[float]]:
@@ -53,19 +56,22 @@ def test_the_interval_is_scipys_bootstrap_at_the_expanded_level(
     second = first + getattr(random, skew)(size=examples)
     found = compare_pairs(first, second)
     quantile = stats.t.ppf(0.975, examples - 1) * math.sqrt(examples / (examples - 1))
+    tail = stats.norm.sf(quantile)
     expected = stats.bootstrap(
         (second - first,),
         np.mean,
-        n_resamples=4_000,
-        confidence_level=1 - 2 * stats.norm.sf(quantile),
+        n_resamples=SCIPYS_RESAMPLES,
         method="percentile",
+        batch=2_000,
         rng=np.random.default_rng(seed),
     )
-    low, high = expected.confidence_interval
-    rounding = 0.12 * (high - low)  # of two random sets of resamples
     assert found.mean == pytest.approx(np.mean(second - first))
-    assert found.low == pytest.approx(low, abs=rounding)
-    assert found.high == pytest.approx(high, abs=rounding)
+    # Which share of resamples lies beyond an end is binomial, whatever the values' distribution.
+    shares = 1 / count_resamples(examples) + 1 / SCIPYS_RESAMPLES
+    rounding = DEVIATIONS * math.sqrt(tail * (1 - tail) * shares)
+    means = expected.bootstrap_distribution
+    assert np.mean(means < found.low) == pytest.approx(tail, abs=rounding)
+    assert np.mean(means > found.high) == pytest.approx(tail, abs=rounding)
     assert found.standard_error == pytest.approx(expected.standard_error, rel=0.1)
     assert found.standard_error == pytest.approx(stats.sem(second - first))
 

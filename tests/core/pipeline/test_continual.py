@@ -38,7 +38,7 @@ from tests.core.registry.conftest import write_run
 from tests.example import DATA, MODEL, example_config, prepare, train
 
 NAME = "capitals"
-SECONDS_FOR_A_CHANGE = 1.0  # it takes some milliseconds, and all of this where it has to wait
+SECONDS_FOR_A_CHANGE = 0.25  # it takes some milliseconds, and all of this where it has to wait
 Configure = Callable[..., FineTuneConfig]
 
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
 from nested_core.pipeline.launch.mlx_launch import find_consecutive_free_ports
 from nested_core.pipeline.launch.rank_group import LAUNCHER_COMMAND
 
@@ -22,6 +24,7 @@ def launch_two(*command: object, **streams: Any) -> subprocess.Popen[bytes]:
     )
 
 
+@pytest.mark.slow("a launcher and two ranks")
 def test_the_launcher_computes_nothing_while_the_ranks_work() -> None:
     process = launch_two("sleep", SECONDS_OF_SLEEP, stdin=subprocess.PIPE)
     _, status, usage = os.wait4(process.pid, 0)

@@ -46,7 +46,7 @@ from nested_core.storage.strict_files import regular_sha256
 from tests.gate_files import judged_files, read_gate, write_gate
 
 NAME = "capitals"
-SECONDS_FOR_A_GC = 0.5  # it takes some milliseconds, and all of this where it has to wait
+SECONDS_FOR_A_GC = 0.25  # it takes some milliseconds, and all of this where it has to wait
 MakeRun = Callable[..., RunDirectory]
 Configure = Callable[..., FineTuneConfig]
 

@@ -39,7 +39,7 @@ from tests.core.registry.conftest import write_run
 from tests.gate_files import judged_files, read_gate, write_gate
 
 NAME = "capitals"
-SECONDS_FOR_A_GC = 1.0  # it takes some milliseconds, and all of this where it has to wait
+SECONDS_FOR_A_GC = 0.25  # it takes some milliseconds, and all of this where it has to wait
 Add = Callable[..., str]
 
 
