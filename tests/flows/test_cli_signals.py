@@ -51,7 +51,8 @@ def test_one_sigint_checkpoints_and_exits_5_after_the_step_in_hand(tmp_path: Pat
     assert stopped.code == 5
     checkpoint = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert checkpoint is not None
-    assert checkpoint.step <= reported + 2, "a report every 2 steps, and the step in hand"
+    # The report of every second step may be in hand, and with it the step after that.
+    assert checkpoint.step <= reported + 3
     assert f"Training was stopped at step {checkpoint.step} of 5000" in stopped.message()
 
 
