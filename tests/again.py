@@ -41,10 +41,11 @@ class Run:
     def command(self, folder: Path) -> list[str]:
         """The words to run; the seed also decides the order of files."""
         words = [sys.executable, "-m", "pytest", "-n", "auto", "--dist", "worksteal", "-q"]
-        words += ["--hypothesis-seed", str(self.seed), "--file-order-seed", str(self.seed)]
+        words += [f"--hypothesis-seed={self.seed}", f"--file-order-seed={self.seed}"]
         if self.selects == STARTERS_FOLDER:
             return [*words, f"@{write_starters(folder)}"]
-        return [*words, "-m", self.selects, "--note-starters", str(folder / STARTERS_FOLDER)]
+        # In one word: pytest would take a folder that is there for one of tests.
+        return [*words, "-m", self.selects, f"--note-starters={folder / STARTERS_FOLDER}"]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -14,6 +16,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelling, Completed, Paused, Pending, Running, Scheduled
 
 from flows.finetune import finetune
+from flows.flow_runs import dead_runs
 from flows.flow_runs.dead_runs import end_dead_runs
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -39,6 +42,11 @@ def run_in(
     heartbeat(client, run.id, timedelta(hours=1))
     client.set_flow_run_state(run.id, state, force=True)
     return run.id
+
+
+def clock_with(sleep: Callable[[float], None]) -> SimpleNamespace:
+    """In place of `time` in the module alone: other threads sleep as before."""
+    return SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
 
 
 def end_them() -> list[str]:
@@ -69,15 +77,14 @@ def test_what_is_silent_is_ended_by_its_state_and_all_else_is_left_alone(
         time.sleep(SILENCE - SECONDS_UNTIL_AN_EVENT_IS_KEPT)
         heartbeat(client, ids["heard"], timedelta(0))
         time.sleep(SECONDS_UNTIL_AN_EVENT_IS_KEPT)
-        sleep = time.sleep
 
         def meanwhile(seconds: float) -> None:
             again: State[Any] = Running()
             for name in ("heard", "heard again"):
                 client.set_flow_run_state(ids[name], again, force=True)
-            sleep(seconds)
+            time.sleep(seconds)
 
-        monkeypatch.setattr("flows.flow_runs.dead_runs.time.sleep", meanwhile)
+        monkeypatch.setattr(dead_runs, "time", clock_with(meanwhile))
         ended = sorted(end_them())
         monkeypatch.undo()
         runs = {name: client.read_flow_run(run) for name, run in ids.items()}
@@ -106,5 +113,5 @@ def test_where_all_were_heard_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> N
         for run in client.read_flow_runs():
             if run.state is not None and not run.state.is_final():
                 client.set_flow_run_state(run.id, Completed(), force=True)
-    monkeypatch.setattr("flows.flow_runs.dead_runs.time.sleep", refuse)
+    monkeypatch.setattr(dead_runs, "time", clock_with(refuse))
     assert end_them() == []
