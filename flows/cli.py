@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from flows.process.os_errors import explain, explain_file_limit, explain_missing_mlx
 from flows.process.stop_signals import INTERRUPTED_EXIT_CODE
 from flows.terminal.console import print_progress
+from nested_core.backend import collecting_no_garbage
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.text.foreign_text import escape
 
@@ -70,19 +71,20 @@ class _Commands:
 
 def build_parser() -> _Parser:
     """The parser of all commands; importing them takes long enough for a person to press Ctrl-C."""
-    from flows.commands import (
-        chat,
-        configuration,
-        demo,
-        deployment,
-        doctor,
-        inspection,
-        peft,
-        registry,
-        reports,
-        serving,
-        training,
-    )
+    with collecting_no_garbage():
+        from flows.commands import (
+            chat,
+            configuration,
+            demo,
+            deployment,
+            doctor,
+            inspection,
+            peft,
+            registry,
+            reports,
+            serving,
+            training,
+        )
 
     parser = _Parser(
         prog="nested-tune",

@@ -23,6 +23,7 @@ from flows.terminal.console import (
 from flows.terminal.mlx_lm_log import MlxLmLog
 from flows.terminal.run_follower import showing_run
 from flows.terminal.run_results import format_sample_answers, print_rejection, print_tiers
+from nested_core import backend
 from nested_core.errors import ConfigError, GateRejected, TrainingStopped, go_on_with
 from nested_core.storage.run_directory import (
     DEFAULT_RUNS_FOLDER,
@@ -147,8 +148,9 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the whole pipeline in this process."""
     config = load_config_from_flags(arguments)
     run = _open_run_directory(arguments)
-    from flows.commands.terminal_steps import TerminalSteps  # loads mlx, which takes seconds
-    from nested_core.pipeline.finetune import finetune
+    with backend.collecting_no_garbage():
+        from flows.commands.terminal_steps import TerminalSteps  # loads mlx, which takes seconds
+        from nested_core.pipeline.finetune import finetune
 
     is_named = arguments.run_dir is not None
     stopper = Stopper()

@@ -6,10 +6,12 @@ ends it is the machine's or the base model's, and says nothing about an adapter.
 of this project.
 """
 
+import gc
 import json
 import sys
 from typing import Any
 
+gc.disable()  # until all is imported, which stays: see backend.collecting_no_garbage()
 # transformers would import torch where it is installed, which takes seconds, so torch is not to be
 # found until mlx_lm is imported. backend.hide_torch_from_transformers() does the same for processes
 # of this project; this one, which has just started, shares no code with them.
@@ -21,6 +23,8 @@ from mlx_lm import load  # noqa: E402
 from mlx_lm.generate import generate_step  # noqa: E402
 
 del sys.modules["torch"]
+gc.freeze()
+gc.enable()
 
 INFINITY = float("inf")
 

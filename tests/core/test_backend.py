@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -296,3 +298,33 @@ def test_torch_can_be_imported_after_transformers_could_not(tmp_path: Path) -> N
     end = "import torch; print(torch.__version__, len(set(sys.meta_path)) == len(sys.meta_path))"
     printed = run(f"{HIDE}\n{code}\n{end}", PYTHONPATH=path)
     assert printed.split() == ["no_such_module", "2.11.0", "True"]
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_garbage_is_looked_for_after_imports_as_before(was_enabled: bool) -> None:
+    before = gc.isenabled(), gc.get_freeze_count()
+    try:
+        (gc.enable if was_enabled else gc.disable)()
+        with suppress(ImportError), backend.collecting_no_garbage():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() is was_enabled
+        assert gc.get_freeze_count() == before[1]  # nothing was imported
+    finally:
+        (gc.enable if before[0] else gc.disable)()
+
+
+def test_what_is_imported_is_left_out_of_collections_and_garbage_made_later_is_not() -> None:
+    code = """
+import gc, weakref
+from nested_core.backend import collecting_no_garbage
+with collecting_no_garbage():
+    import mlx.nn
+class Node: pass
+node = Node()
+node.itself, gone = node, weakref.ref(node)
+del node
+gc.collect()
+print(gc.get_freeze_count() > 10_000, gc.isenabled(), gone() is None)
+"""
+    assert run(code) == "True True True"

@@ -50,7 +50,7 @@ def test_the_program_knows_of_models_only_what_mlx_lm_tells() -> None:
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
     mlx_lm = {"mlx_lm", "mlx_lm.generate"}
-    assert imported == {"json", "sys", "typing", "mlx.core", "mlx.utils"} | mlx_lm
+    assert imported == {"gc", "json", "sys", "typing", "mlx.core", "mlx.utils"} | mlx_lm
 
 
 @pytest.mark.claim("The adapter works in a process that has only the files")
