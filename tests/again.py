@@ -1,9 +1,12 @@
 """The suite again and again: `python -m tests.again`, which goes on where it was ended.
 
 Ten runs of `make test` with another seed of hypothesis and another order of files each, four of
-them beside four busy processes; two runs of the tests that `make test-all` adds; and 200 runs of
-the tests that start threads or processes. Each run is a line of build/again/runs.jsonl; a run that
-is there is not made again. The exit code is 1 if one of them failed; its output is kept beside it.
+them beside four busy processes; two runs of the tests that `make test-all` adds; and 200 rounds of
+tests that start threads or processes, twenty in each call of pytest: a round has a test for each
+place in the code that starts one, as all such tests take minutes. The products are computed in turn
+by OpenBLAS' kernels for this processor, and for older ones, which round otherwise. Each run is a
+line of build/again/runs.jsonl; a run that is there is not made again. The exit code is 1 if one of
+them failed; its output is kept beside it.
 """
 
 from __future__ import annotations
@@ -11,12 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import re
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,14 +29,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FAST = "not slow and not reliability and not production"
 SLOW = "slow and not reliability and not production"
-FAST_RUNS, SLOW_RUNS, STARTER_RUNS = 10, 2, 200
+FAST_RUNS, SLOW_RUNS, STARTER_RUNS = 10, 2, 10
+ROUNDS_OF_STARTERS = 20  # in a run of them
 BUSY_RUNS, BUSY_PROCESSES = 4, 4
 STARTERS_FOLDER = "starters"  # where the runs of `make test` write which tests start something
+# OPENBLAS_CORETYPE of a run: none, for this processor's own kernels, or an older x86 processor's.
+KERNELS = "", "Haswell", "Sandybridge", "Prescott"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of pytest that is planned: what it selects, its seed, and what works beside it."""
+    """A run of pytest that is planned: what it selects, its seed, and what works beside it.
+
+    The seed also decides which of OpenBLAS' KERNELS it has.
+    """
 
     name: str
     selects: str
@@ -39,11 +50,12 @@ class Run:
     busy_processes: int = 0
 
     def command(self, folder: Path) -> list[str]:
-        """The words to run; the seed also decides the order of files."""
+        """The words to run; the seed is hypothesis', and decides the order of files."""
         words = [sys.executable, "-m", "pytest", "-n", "auto", "--dist", "worksteal", "-q"]
         words += [f"--hypothesis-seed={self.seed}", f"--file-order-seed={self.seed}"]
         if self.selects == STARTERS_FOLDER:
-            return [*words, f"@{write_starters(folder)}"]
+            rounds, tests = write_starters(folder, self.seed)
+            return [*words, f"--rounds={rounds}", f"@{tests}"]
         # In one word: pytest would take a folder that is there for one of tests.
         return [*words, "-m", self.selects, f"--note-starters={folder / STARTERS_FOLDER}"]
 
@@ -71,14 +83,38 @@ def planned_runs() -> list[Run]:
     return runs
 
 
-def write_starters(folder: Path) -> Path:
-    """The tests of `make test` that start a thread or a process, as a file of arguments."""
-    found: set[str] = set()
-    for path in (folder / STARTERS_FOLDER).glob("*.txt"):
-        found.update(path.read_text(encoding="utf-8").splitlines())
-    arguments = folder / "starters.txt"
-    arguments.write_text("\n".join(sorted(found)), encoding="utf-8")
-    return arguments
+def write_starters(folder: Path, seed: int) -> tuple[Path, Path]:
+    """Two files: in how many rounds of a run each test is, and the tests as arguments."""
+    starts = read_starters(folder / STARTERS_FOLDER)
+    counts = Counter[str]()
+    for number in range(ROUNDS_OF_STARTERS):
+        counts.update(draw_starters(starts, seed * ROUNDS_OF_STARTERS + number))
+    rounds, arguments = folder / "rounds.json", folder / "starters.txt"
+    rounds.write_text(json.dumps(counts), encoding="utf-8")
+    arguments.write_text("\n".join(counts), encoding="utf-8")
+    return rounds, arguments
+
+
+def read_starters(folder: Path) -> dict[str, set[str]]:
+    """The tests of `make test` that start threads or processes, and from which places each does."""
+    starts: dict[str, set[str]] = {}
+    for path in folder.glob("*.jsonl"):
+        for note in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            starts.setdefault(note["test"], set()).update(note["starts"])
+    return starts
+
+
+def draw_starters(starts: Mapping[str, Set[str]], seed: int) -> list[str]:
+    """Draw tests at random until each starting place is reached; one that adds none is skipped."""
+    tests = sorted(starts)
+    random.Random(seed).shuffle(tests)
+    seen: set[str] = set()
+    drawn = []
+    for test in tests:
+        if not starts[test] <= seen:
+            drawn.append(test)
+            seen |= starts[test]
+    return drawn
 
 
 @contextmanager
@@ -98,6 +134,8 @@ def make(run: Run, folder: Path) -> Outcome:
     """Make a run, and keep what it printed if it failed."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     environment = {name: value for name, value in os.environ.items() if name != "CI"}
+    if kernels := KERNELS[run.seed % len(KERNELS)]:
+        environment["OPENBLAS_CORETYPE"] = kernels
     with busy_processes(run.busy_processes):
         done = subprocess.run(
             run.command(folder),

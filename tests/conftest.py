@@ -7,7 +7,9 @@ synced. tests/left_out.py has the markers by which `make test` and `make test-al
 from __future__ import annotations
 
 import atexit
+import copy
 import gc
+import json
 import os
 import random
 import shutil
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,6 +100,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tests.again")
     group.addoption("--file-order-seed", type=int, help="shuffle the files by this seed")
     group.addoption("--note-starters", type=Path, help="folder for tests that start something")
+    group.addoption("--rounds", type=Path, help="file of how many rounds each test is part of")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -140,6 +144,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         files = list(dict.fromkeys(item.path for item in items))
         random.Random(seed).shuffle(files)
         items.sort(key=lambda item: files.index(item.path))
+    rounds: Path | None = config.getoption("rounds")
+    if rounds is not None:
+        items[:] = repeat_in_rounds(items, json.loads(rounds.read_text(encoding="utf-8")))
+
+
+def repeat_in_rounds(items: list[pytest.Item], counts: dict[str, int]) -> list[pytest.Item]:
+    """Each test as often as it is counted; a file's rounds follow each other, then the next file's.
+
+    So the fixtures that a file's tests share are made once for all its rounds.
+    """
+    repeated = []
+    for _, of_file in groupby(items, key=lambda item: item.path):
+        tests = list(of_file)
+        for number in range(max(counts[test.nodeid] for test in tests)):
+            repeated += [copy_test(test) for test in tests if counts[test.nodeid] > number]
+    return repeated
+
+
+def copy_test(item: pytest.Item) -> pytest.Item:
+    """The same test once more, with fixtures of its own."""
+    copied = copy.copy(item)
+    if isinstance(copied, pytest.Function):
+        copied._initrequest()  # noqa: SLF001 -- what pytest does before it runs one again
+    return copied
 
 
 def fixture_names(item: pytest.Item) -> list[str]:
@@ -179,10 +207,11 @@ def _a_leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     left = watch.end(compares_random_states=not is_hypothesis_test(request.function))
     folder: Path | None = request.config.getoption("note_starters")
-    if folder is not None and watch.starts_threads_or_processes:
+    if folder is not None and watch.starts:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"{os.getpid()}.txt").open("a", encoding="utf-8") as file:
-            file.write(request.node.nodeid + "\n")
+        with (folder / f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
+            note = {"test": request.node.nodeid, "starts": sorted(watch.starts)}
+            file.write(json.dumps(note) + "\n")
     if left:
         pytest.fail(explain(left), pytrace=False)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +117,24 @@ def train_example(path: Path, **changes: Any) -> Finished:
     """Prepare and train a run of the example with these changes."""
     config = example_config(**changes)
     return train(config, prepare(config, path))
+
+
+def train_until_answers_are_broken(path: Path, **changes: Any) -> Finished:
+    """A run whose loss falls far, and whose answers then say one word to their end.
+
+    It learns the example's answers, each with a word that is repeated after it. (Which rate is too
+    high for a model depends on how a processor rounds, and so is no way to break one in a test.)
+    """
+    data = path.parent / f"{path.name}-data"
+    data.mkdir(parents=True)
+    rows = list(map(json.loads, (DATA / "train.jsonl").read_text(encoding="utf-8").splitlines()))
+    for row in rows:
+        row["messages"][1]["content"] += " and" * 40
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (data / "train.jsonl").write_text(lines, encoding="utf-8")
+    shutil.copy(DATA / "valid.jsonl", data)
+    answers = {"sample_tokens": 36}  # an answer of the example takes some 12
+    return train_example(path, **{"data": str(data), "iters": 40, "training": answers} | changes)
 
 
 class AfterStep:

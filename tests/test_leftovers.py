@@ -48,7 +48,9 @@ def test_a_test_that_leaves_nothing_passes(watch: Watch, tmp_path: Path) -> None
     thread.start()
     thread.join()
     assert watch.end(compares_random_states=True) == []
-    assert watch.starts_threads_or_processes
+    code = test_a_test_that_leaves_nothing_passes.__code__
+    places = {f"tests/test_leftovers.py:{code.co_firstlineno + at}" for at in (3, 5)}
+    assert watch.starts == places
 
 
 def test_a_thread_is_named(watch: Watch, ended: list[Callable[[], object]]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from nested_core.pipeline import steps
 from nested_core.storage.adapter import read_adapter
 from nested_core.text.loss_format import format_loss
-from tests.example import ANSWERS, train_example
+from tests.example import train_example, train_until_answers_are_broken
 from tests.flows.conftest import CommandRun, Ended, called
 
 NAME = "capitals"
@@ -215,7 +215,7 @@ def test_a_run_that_did_not_pass_is_refused_and_nothing_is_made(
 
 @pytest.mark.slow("trains a run that breaks the model")
 def test_a_person_who_promotes_broken_answers_is_warned(tmp_path: Path) -> None:
-    done = train_example(tmp_path / "run", learning_rate=0.2, iters=40, training=ANSWERS)
+    done = train_until_answers_are_broken(tmp_path / "run")
     steps.judge(done.config, done.run)
     promoted = called("promote", "run", "--name", "x", cwd=tmp_path)
     assert promoted.code == 0

@@ -119,7 +119,8 @@ def test_a_fixed_comparison_of_independent_examples_has_the_figures_of_95bc16c(
     clusters = np.arange(examples) if numbers_clusters else None
     found = compare_pairs(first, second, weights if is_weighted else None, clusters)
     figures = (found.mean, found.standard_error, found.low, found.high)
-    assert figures == RECORDED[examples, is_weighted]
+    # NumPy adds up in another order on other processors, which moves the last bit.
+    assert figures == pytest.approx(RECORDED[examples, is_weighted], rel=1e-13, abs=0)
 
 
 @pytest.mark.parametrize(

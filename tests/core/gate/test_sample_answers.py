@@ -24,7 +24,7 @@ from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.report.run_listing import list_runs
 from nested_core.report.run_page import read_report
 from nested_core.storage.run_directory import RunDirectory
-from tests.example import ANSWERS, Finished, train_example
+from tests.example import ANSWERS, Finished, train_example, train_until_answers_are_broken
 from tests.gate_files import judged_files, read_gate, write_gate
 
 
@@ -95,11 +95,10 @@ def test_most_answers_of_a_sound_base_have_to_be_broken(
 
 @pytest.fixture(scope="module")
 def destroyed(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """Trained with a rate so high that the loss falls and the model says one word for ever."""
+    """Trained so that the loss falls and the model ends in one word for ever."""
     folder = tmp_path_factory.mktemp("destroyed")
     registry = {"path": str(folder / "registry"), "name": "capitals", "promote": "always"}
-    changes = {"learning_rate": 0.2, "iters": 40, "registry": registry, "training": ANSWERS}
-    return train_example(folder / "runs" / "one", **changes)
+    return train_until_answers_are_broken(folder / "runs" / "one", registry=registry)
 
 
 def test_a_destroyed_model_is_said_to_be_that_and_is_not_promoted_by_itself(
@@ -112,11 +111,8 @@ def test_a_destroyed_model_is_said_to_be_that_and_is_not_promoted_by_itself(
     assert verdict.summary().startswith("passed, answers broken: ")
     (note,) = verdict.notes()
     assert verdict.samples is not None
-    assert (verdict.samples.judged, verdict.samples.broken >= 2) == (
-        3,
-        True,
-    )  # chaos decides of one
-    told = f"{verdict.samples.broken} of 3 sample answers are broken"
+    assert (verdict.samples.judged, verdict.samples.broken) == (3, 3)
+    told = "3 of 3 sample answers are broken"
     assert note.startswith(f"{told} (")
     assert "do not promote it" in note
     (listed,) = list_runs(run.path.parent)
@@ -134,7 +130,7 @@ def test_a_destroyed_model_is_said_to_be_that_and_is_not_promoted_by_itself(
 
 def test_with_fail_broken_answers_are_a_reason(destroyed: Finished) -> None:
     strict = destroyed.config.model_copy(update={"gate": GateSection(samples="fail")})
-    with pytest.raises(GateRejected, match=r"answers_broken \([23] of 3 sample answers are broken"):
+    with pytest.raises(GateRejected, match=r"answers_broken \(3 of 3 sample answers are broken"):
         steps.judge(strict, destroyed.run)
     assert [r["code"] for r in read_gate(destroyed.run.gate)["reasons"]] == ["answers_broken"]
 
