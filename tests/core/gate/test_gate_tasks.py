@@ -260,7 +260,8 @@ def test_a_scorer_that_fails_gives_no_verdict_and_loses_nothing(
     run = RunDirectory(Path(shutil.copytree(broken.run.path, tmp_path / "run")))
     (tmp_path / "own_scorer.py").write_text(source)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scorers, "QUESTION_TIMEOUT_SECONDS", 1.0)
+    if problem == "more than":
+        monkeypatch.setattr(scorers, "QUESTION_TIMEOUT_SECONDS", 1.0)
     suite = write_suite(tmp_path / "suite.jsonl", count=2)
     scored = task(suite, name="own", score="python", function="own_scorer:score", max_tokens=2)
     gate = {"tasks": [scored], "allow_python_scorers": True}
