@@ -7,6 +7,7 @@ ends with the run's process, however that one ends.
 from __future__ import annotations
 
 import atexit
+import gc
 import http.client
 import os
 import signal
@@ -23,6 +24,7 @@ from nested_core.errors import NestedTuneError
 
 HOST = "127.0.0.1"
 SECONDS_TO_START, SECONDS_TO_END, SECONDS_BETWEEN_LOOKS = 90.0, 5.0, 0.05
+SECONDS_BETWEEN_COLLECTIONS, COLLECTIONS_OF_YOUNG = 0.5, 60  # between two of all objects
 API_URL_VARIABLE = "PREFECT_API_URL"
 IMPORTED_BY_THE_FIRST_RUN = (
     "prefect.flow_engine",
@@ -160,8 +162,30 @@ def main(socket_descriptor: int) -> None:
 
     is_asked_to_serve.wait()
     app = create_app(ephemeral=True, final=True)
+    collect_garbage_in_a_thread()
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
     server.run(sockets=[socket.socket(fileno=socket_descriptor)])
+
+
+def collect_garbage_in_a_thread() -> None:
+    """Have a thread of its own collect garbage from now on: the event loop's would stand still.
+
+    A statement that fails leaves its cursor in a cycle. Freeing one waits for the lock of its
+    connection (sqlite3_reset), and a thread that begins a transaction holds that lock until another
+    connection's transaction ends, or until Prefect's limit of 60 seconds. The event loop has to end
+    that transaction: if it is what waits, no request is answered for a minute.
+    """
+    gc.disable()
+    gc.freeze()  # what is imported stays
+    threading.Thread(target=_collect_garbage, daemon=True).start()
+
+
+def _collect_garbage() -> None:
+    while True:
+        for _ in range(COLLECTIONS_OF_YOUNG):
+            time.sleep(SECONDS_BETWEEN_COLLECTIONS)
+            gc.collect(1)
+        gc.collect()
 
 
 def _follow_parent_requests(is_asked_to_serve: threading.Event) -> None:

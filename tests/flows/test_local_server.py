@@ -30,6 +30,24 @@ with prefect_server() as wait:
 print(url, [server._process.poll() is not None for server in begun])
 """
 
+FREE = """
+import threading
+from flows.process import local_server
+local_server.SECONDS_BETWEEN_COLLECTIONS = 0.01
+local_server.collect_garbage_in_a_thread()
+freed, threads = threading.Event(), []
+class Cycle:
+    def __init__(self):
+        self.itself = self
+    def __del__(self):
+        threads.append(threading.current_thread())
+        freed.set()
+Cycle()
+kept = [[] for _ in range(100_000)]  # Python's own collections begin by such numbers
+assert freed.wait(100)
+print(threads[0] is threading.main_thread())
+"""
+
 
 def show(folder: Path, **environment: str) -> list[str]:
     home = {"PREFECT_HOME": str(folder / "home")}
@@ -77,6 +95,11 @@ def test_one_that_ended_and_one_that_is_too_slow_are_told_apart(
             server.wait()
     finally:
         server.stop()
+
+
+def test_no_garbage_is_freed_by_the_thread_of_the_event_loop() -> None:
+    done = subprocess.run([sys.executable, "-c", FREE], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.slow("a process that imports all of Prefect")
