@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -47,9 +46,7 @@ def test_a_second_process_waits_names_the_holder_and_goes_on_when_that_one_is_ki
         lines.append(line)
         holder.send_signal(signal.SIGKILL)
 
-    began = time.monotonic()
     with locking_devices(kill_the_holder):
-        assert time.monotonic() - began < 5
         assert lock_path("test-device").read_text() == str(os.getpid())
     holder.communicate()
     assert lines == [
