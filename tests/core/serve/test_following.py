@@ -47,6 +47,18 @@ def wait_for(client: Client, version: str, name: str = NAME) -> None:
     )
 
 
+def status_without(client: Client, version: str) -> dict[str, Any]:
+    """What is told of NAME once `version` is refused; AssertionError where it is served."""
+
+    def status() -> dict[str, Any]:
+        told: dict[str, Any] = client.health()["names"][NAME]
+        return told
+
+    wait_until(lambda: status()["refused"] is not None or status()["version"] == version)
+    assert status()["version"] != version
+    return status()
+
+
 @cache
 def expected(base: Path, run: Path | None, prompt: str = QUESTION) -> str:
     """What mlx_lm.generate answers."""
@@ -166,8 +178,7 @@ def test_a_damaged_champion_is_not_served_and_the_old_one_stays(
     with serving(settings(registry, "--name", NAME)) as client:
         before = client.chat().text
         damaged = promote_damaged(promote, registry)
-        wait_until(lambda: client.health()["names"][NAME]["refused"] is not None)
-        status = client.health()["names"][NAME]
+        status = status_without(client, damaged)
         assert status["version"] == first
         assert status["refused"]["version"] == damaged
         assert "is not what was registered" in status["refused"]["reason"]
@@ -191,8 +202,7 @@ def test_a_champion_of_another_base_is_not_served(
     other = write_version_run(tmp_path / "other", MODEL, seed=9)
     with serving(settings(registry, "--name", NAME)) as client:
         second = promote_run(other, registry)
-        wait_until(lambda: client.health()["names"][NAME]["refused"] is not None)
-        status = client.health()["names"][NAME]
+        status = status_without(client, second)
         assert (status["version"], status["refused"]["version"]) == (first, second)
         assert "is another model" in status["refused"]["reason"]
         assert client.chat().version == first
