@@ -149,7 +149,7 @@ def make(run: Run, folder: Path) -> Outcome:
         wall = time.monotonic() - began
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    failed = re.findall(r"^(?:FAILED|ERROR) (tests/\S+)", done.stdout, re.MULTILINE)
     if done.returncode != 0:
         (folder / f"{run.name}.txt").write_text(done.stdout, encoding="utf-8")
     counts = re.findall(r"^\d+ (?:passed|failed).* in [\d.]+s.*$", done.stdout, re.MULTILINE)

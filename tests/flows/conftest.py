@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -113,6 +113,12 @@ def task_runs(state: State[Any], *names: str) -> dict[str, TaskRun]:
         if (is_final and set(names) <= set(runs)) or time.monotonic() > deadline:
             return runs
         time.sleep(0.1)
+
+
+@pytest.fixture
+def new_name() -> str:
+    """A name that nothing on the shared server has, should this test run there again."""
+    return f"adapter-{uuid4().hex[:12]}"
 
 
 @dataclass(frozen=True)

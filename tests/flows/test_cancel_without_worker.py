@@ -39,21 +39,20 @@ def cancel_once_it_trains(run: RunDirectory, tag: str, state: State[None]) -> No
     ids=lambda state: str(state.name),
 )
 def test_a_training_that_is_cancelled_on_the_server_alone_ends_with_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: State[None]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_name: str, state: State[None]
 ) -> None:
     monkeypatch.setattr("tasks.training_progress.SECONDS_BETWEEN_CANCEL_CHECKS", 0.2)
     run = RunDirectory(tmp_path / "run")
-    name = f"only-{state.name}".lower()
     settings = example_settings(
         iters=STEPS,
         save_every=2,
         steps_per_report=1,
         steps_per_eval=STEPS,
-        registry={"path": str(tmp_path / "registry"), "name": name, "promote": "never"},
+        registry={"path": str(tmp_path / "registry"), "name": new_name, "promote": "never"},
     )
     given = FinetuneParameters.model_validate(settings | {"run_dir": str(run.path)})
     person = threading.Thread(
-        target=copy_context().run, args=(cancel_once_it_trains, run, name, state)
+        target=copy_context().run, args=(cancel_once_it_trains, run, new_name, state)
     )
     person.start()
     ended = finetune(given, return_state=True)

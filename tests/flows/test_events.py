@@ -48,15 +48,15 @@ def run_flow(folder: Path, name: str, promote: str, **changes: Any) -> Any:
 
 
 def test_a_verified_and_promoted_adapter_is_announced_with_what_promote_needs(
-    tmp_path: Path,
+    tmp_path: Path, new_name: str
 ) -> None:
-    state = run_flow(tmp_path, "announced", "always")
-    version = core.read_champion(tmp_path / "registry", "announced")
+    state = run_flow(tmp_path, new_name, "always")
+    version = core.read_champion(tmp_path / "registry", new_name)
     assert version is not None
     assert re.fullmatch(
         rf"verified {version[:12]}: val loss [0-9.]+ -> [0-9.]+; promoted", str(state.message)
     )
-    assert events_of("announced", 2) == [
+    assert events_of(new_name, 2) == [
         (
             "adapter.verified",
             {
@@ -70,53 +70,56 @@ def test_a_verified_and_promoted_adapter_is_announced_with_what_promote_needs(
 
 
 @pytest.mark.slow("a flow that trains and judges a run of its own")
-def test_a_version_that_waits_for_approval_is_verified_and_not_promoted(tmp_path: Path) -> None:
-    state = run_flow(tmp_path, "waiting", "approve")
-    (version,) = core.list_versions(tmp_path / "registry", "waiting")
+def test_a_version_that_waits_for_approval_is_verified_and_not_promoted(
+    tmp_path: Path, new_name: str
+) -> None:
+    state = run_flow(tmp_path, new_name, "approve")
+    (version,) = core.list_versions(tmp_path / "registry", new_name)
     assert state.is_completed()
     assert str(state.message).endswith(
         f"; waiting for approval of {version[:12]}: registry.promote is approve"
     )
-    assert [event for event, _ in events_of("waiting", 1)] == ["adapter.verified"]
-    assert core.read_champion(tmp_path / "registry", "waiting") is None
+    assert [event for event, _ in events_of(new_name, 1)] == ["adapter.verified"]
+    assert core.read_champion(tmp_path / "registry", new_name) is None
 
 
 @pytest.mark.slow("a flow run of its own")
-def test_a_rejected_adapter_is_announced_with_the_reason(tmp_path: Path) -> None:
+def test_a_rejected_adapter_is_announced_with_the_reason(tmp_path: Path, new_name: str) -> None:
     gate = {"min_relative_change": 1e6}  # more than any training does
-    state = run_flow(tmp_path, "refused", "always", gate=gate)
+    state = run_flow(tmp_path, new_name, "always", gate=gate)
     assert state.is_failed()
-    ((event, payload),) = events_of("refused", 1)
+    ((event, payload),) = events_of(new_name, 1)
     assert event == "adapter.rejected"
     assert payload["run_dir"] == str(tmp_path / "run")
     verdict = json.loads((tmp_path / "run" / "gate.json").read_bytes())
     assert verdict["reasons"][0]["code"] in payload["reason"]
 
 
-def test_a_rollback_is_announced(tmp_path: Path) -> None:
-    registry, name = tmp_path / "registry", "back"
+def test_a_rollback_is_announced(tmp_path: Path, new_name: str) -> None:
+    registry = tmp_path / "registry"
     versions = [
-        core.register(write_run(tmp_path / str(seed), seed), registry, name, {}) for seed in (1, 2)
+        core.register(write_run(tmp_path / str(seed), seed), registry, new_name, {})
+        for seed in (1, 2)
     ]
     for version in versions:
-        core.promote(registry, name, version, by="ann")
-    rollback(RollbackParameters(registry=str(registry), name=name, by="bob"))
+        core.promote(registry, new_name, version, by="ann")
+    rollback(RollbackParameters(registry=str(registry), name=new_name, by="bob"))
     promoted = [
         ("adapter.promoted", {"version": version, "previous": previous, "by": "ann"})
         for version, previous in zip(versions, [None, *versions], strict=False)
     ]
     back = {"version": versions[0], "previous": versions[1], "by": "bob"}
-    assert events_of(name, 3) == [*promoted, ("adapter.rolled_back", back)]
+    assert events_of(new_name, 3) == [*promoted, ("adapter.rolled_back", back)]
 
 
 @pytest.fixture
-def changed(tmp_path: Path) -> Path:
+def changed(tmp_path: Path, new_name: str) -> Path:
     """A registry with a champion and a version before it, changed where no server was told."""
     registry = tmp_path / "registry"
     for seed in (1, 2):
         run = write_run(tmp_path / str(seed), seed)
-        version = core.register(run, registry, tmp_path.name, {})
-        core.promote(registry, tmp_path.name, version, by="ann")
+        version = core.register(run, registry, new_name, {})
+        core.promote(registry, new_name, version, by="ann")
     return registry
 
 
@@ -128,21 +131,20 @@ def call_with_server(monkeypatch: pytest.MonkeyPatch, url: str, *arguments: obje
 
 
 def test_commands_tell_the_server_what_they_changed_and_who_did_it(
-    changed: Path, monkeypatch: pytest.MonkeyPatch
+    changed: Path, new_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = changed.parent.name
     url = str(PREFECT_API_URL.value())
     place = ("--registry", changed)
-    done = call_with_server(monkeypatch, url, "rollback", name, *place)
+    done = call_with_server(monkeypatch, url, "rollback", new_name, *place)
     assert (done.code, done.stderr) == (0, "")
-    done = call_with_server(monkeypatch, url, "policy", name, *place, "--promote", "approve")
+    done = call_with_server(monkeypatch, url, "policy", new_name, *place, "--promote", "approve")
     assert (done.code, done.stderr) == (0, "")
-    lost = core.list_versions(changed, name)
-    lost.remove(str(core.read_champion(changed, name)))
-    (changed / name / "versions" / lost[0] / "gate.json").unlink()
-    words = ("forget", name, lost[0], *place, "--by", "ann", "--reason", "a bad disk")
+    lost = core.list_versions(changed, new_name)
+    lost.remove(str(core.read_champion(changed, new_name)))
+    (changed / new_name / "versions" / lost[0] / "gate.json").unlink()
+    words = ("forget", new_name, lost[0], *place, "--by", "ann", "--reason", "a bad disk")
     assert call_with_server(monkeypatch, url, *words).code == 0
-    found = events_of(name, 5)
+    found = events_of(new_name, 5)
     assert [event for event, _ in found[2:]] == [
         "adapter.rolled_back",
         "adapter.policy_changed",
@@ -150,34 +152,32 @@ def test_commands_tell_the_server_what_they_changed_and_who_did_it(
     ]
     assert found[2][1]["by"] == current_user()
     assert found[4][1] == {"version": lost[0], "reason": "a bad disk", "by": "ann"} | {
-        "previous": core.read_champion(changed, name)
+        "previous": core.read_champion(changed, new_name)
     }
 
 
 @pytest.mark.slow("three flow runs")
 def test_reconcile_tells_once_what_no_server_was_told(
-    changed: Path, monkeypatch: pytest.MonkeyPatch
+    changed: Path, new_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NESTED_TUNE_ROOTS", str(changed.parent))
     for _ in range(2):
         reconcile(ReconcileParameters(registry=str(changed)))
-    core.rollback(changed, changed.parent.name, by="bob")
+    core.rollback(changed, new_name, by="bob")
     reconcile(ReconcileParameters(registry=str(changed)))
     told = ["adapter.promoted", "adapter.promoted", "adapter.rolled_back"]
-    assert [event for event, _ in events_of(changed.parent.name, 3)] == told
+    assert [event for event, _ in events_of(new_name, 3)] == told
 
 
 def test_a_server_that_is_away_fails_no_command(
-    changed: Path, monkeypatch: pytest.MonkeyPatch
+    changed: Path, new_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as silent:  # takes connections, and answers nothing
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         monkeypatch.setattr(server_notice, "SECONDS_TO_TELL", 0.3)
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/api"
-        done = call_with_server(
-            monkeypatch, url, "rollback", changed.parent.name, "--registry", changed
-        )
+        done = call_with_server(monkeypatch, url, "rollback", new_name, "--registry", changed)
     assert done.code == 0
     assert done.stdout.startswith("rolled_back: ")
     assert "note: Prefect's server was not told (no answer within 0.3 seconds)" in done.stderr

@@ -85,7 +85,7 @@ def run_tests(copy: Path, *words: str, **environment: str) -> tuple[int, str]:
         raise SystemExit(
             f"{unknown[0]}\nThe tests have changed: remove build/planted/reached.json."
         )
-    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     return done.returncode, failed[1] if failed else done.stdout[-300:].strip()
 
 

@@ -263,7 +263,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 class HubWithoutSets(BaseHTTPRequestHandler):
     """A hub that has no data set, and counts who asks."""
 
-    questions: ClassVar[list[str]] = []
+    questions: ClassVar[list[str]]
 
     def do_GET(self) -> None:
         self.questions.append(self.path)
@@ -280,8 +280,9 @@ class HubWithoutSets(BaseHTTPRequestHandler):
 
 @needs_library
 def test_a_name_that_the_hub_does_not_have_is_asked_for_once(
-    online: Callable[[str], None],
+    online: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(HubWithoutSets, "questions", [])
     with HTTPServer(("127.0.0.1", 0), HubWithoutSets) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         online(f"http://127.0.0.1:{server.server_port}")
