@@ -1,12 +1,12 @@
 """The suite again and again: `python -m tests.again`, which goes on where it was ended.
 
 Ten runs of `make test` with another seed of hypothesis and another order of files each, four of
-them beside four busy processes; two runs of the tests that `make test-all` adds; and 200 rounds of
-tests that start threads or processes, twenty in each call of pytest: a round has a test for each
-place in the code that starts one, as all such tests take minutes. The products are computed in turn
-by OpenBLAS' kernels for this processor, and for older ones, which round otherwise. Each run is a
-line of build/again/runs.jsonl; a run that is there is not made again. The exit code is 1 if one of
-them failed; its output is kept beside it.
+them beside four busy processes; two runs of the tests that `make test-all` adds; and 200 runs of
+tests that start threads or processes, each of which has a test for each place in the code that
+starts one, as all such tests take minutes. The products are computed in turn by OpenBLAS' kernels
+for this processor, and for older ones, which round otherwise. Each run is a line of
+build/again/runs.jsonl; a run that is there is not made again. The exit code is 1 if one of them
+failed; its output is kept beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import resource
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,8 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FAST = "not slow and not reliability and not production"
 SLOW = "slow and not reliability and not production"
-FAST_RUNS, SLOW_RUNS, STARTER_RUNS = 10, 2, 10
-ROUNDS_OF_STARTERS = 20  # in a run of them
+FAST_RUNS, SLOW_RUNS, STARTER_RUNS = 10, 2, 200
 BUSY_RUNS, BUSY_PROCESSES = 4, 4
 STARTERS_FOLDER = "starters"  # where the runs of `make test` write which tests start something
 # OPENBLAS_CORETYPE of a run: none, for this processor's own kernels, or an older x86 processor's.
@@ -54,8 +52,7 @@ class Run:
         words = [sys.executable, "-m", "pytest", "-n", "auto", "--dist", "worksteal", "-q"]
         words += [f"--hypothesis-seed={self.seed}", f"--file-order-seed={self.seed}"]
         if self.selects == STARTERS_FOLDER:
-            rounds, tests = write_starters(folder, self.seed)
-            return [*words, f"--rounds={rounds}", f"@{tests}"]
+            return [*words, f"@{write_starters(folder, self.seed)}"]
         # In one word: pytest would take a folder that is there for one of tests.
         return [*words, "-m", self.selects, f"--note-starters={folder / STARTERS_FOLDER}"]
 
@@ -83,16 +80,12 @@ def planned_runs() -> list[Run]:
     return runs
 
 
-def write_starters(folder: Path, seed: int) -> tuple[Path, Path]:
-    """Two files: in how many rounds of a run each test is, and the tests as arguments."""
-    starts = read_starters(folder / STARTERS_FOLDER)
-    counts = Counter[str]()
-    for number in range(ROUNDS_OF_STARTERS):
-        counts.update(draw_starters(starts, seed * ROUNDS_OF_STARTERS + number))
-    rounds, arguments = folder / "rounds.json", folder / "starters.txt"
-    rounds.write_text(json.dumps(counts), encoding="utf-8")
-    arguments.write_text("\n".join(counts), encoding="utf-8")
-    return rounds, arguments
+def write_starters(folder: Path, seed: int) -> Path:
+    """The tests of a run that start threads or processes, as a file of arguments."""
+    arguments = folder / "starters.txt"
+    drawn = draw_starters(read_starters(folder / STARTERS_FOLDER), seed)
+    arguments.write_text("\n".join(drawn), encoding="utf-8")
+    return arguments
 
 
 def read_starters(folder: Path) -> dict[str, set[str]]:

@@ -7,7 +7,6 @@ synced. tests/left_out.py has the markers by which `make test` and `make test-al
 from __future__ import annotations
 
 import atexit
-import copy
 import gc
 import json
 import os
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -100,7 +98,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tests.again")
     group.addoption("--file-order-seed", type=int, help="shuffle the files by this seed")
     group.addoption("--note-starters", type=Path, help="folder for tests that start something")
-    group.addoption("--rounds", type=Path, help="file of how many rounds each test is part of")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -144,30 +141,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         files = list(dict.fromkeys(item.path for item in items))
         random.Random(seed).shuffle(files)
         items.sort(key=lambda item: files.index(item.path))
-    rounds: Path | None = config.getoption("rounds")
-    if rounds is not None:
-        items[:] = repeat_in_rounds(items, json.loads(rounds.read_text(encoding="utf-8")))
-
-
-def repeat_in_rounds(items: list[pytest.Item], counts: dict[str, int]) -> list[pytest.Item]:
-    """Each test as often as it is counted; a file's rounds follow each other, then the next file's.
-
-    So the fixtures that a file's tests share are made once for all its rounds.
-    """
-    repeated = []
-    for _, of_file in groupby(items, key=lambda item: item.path):
-        tests = list(of_file)
-        for number in range(max(counts[test.nodeid] for test in tests)):
-            repeated += [copy_test(test) for test in tests if counts[test.nodeid] > number]
-    return repeated
-
-
-def copy_test(item: pytest.Item) -> pytest.Item:
-    """The same test once more, with fixtures of its own."""
-    copied = copy.copy(item)
-    if isinstance(copied, pytest.Function):
-        copied._initrequest()  # noqa: SLF001 -- what pytest does before it runs one again
-    return copied
 
 
 def fixture_names(item: pytest.Item) -> list[str]:

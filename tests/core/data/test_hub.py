@@ -263,7 +263,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 class HubWithoutSets(BaseHTTPRequestHandler):
     """A hub that has no data set, and counts who asks."""
 
-    questions: ClassVar[list[str]]
+    questions: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
         self.questions.append(self.path)
