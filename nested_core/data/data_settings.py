@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from nested_core.config.sections import DataPolicy, HubDataset
 from nested_core.data.lines.example_parsing import FieldNames
+from nested_core.errors import join_first_values
+from nested_core.text.foreign_text import escape
 
 SPLITS = ("train", "valid", "test")
+MAX_SHOWN_FILE_NAMES = 5  # of a folder without train
 
 
 # What the loss counts of an example: all of it, the last turn, or every turn of the assistant.
@@ -70,3 +74,19 @@ class DataSettings:
     def describe_source(self) -> str:
         """Where the data comes from, for people."""
         return ", ".join(entry.path for entry in self.hf_dataset) or self.data
+
+    @property
+    def describe_location(self) -> str:
+        """The whole path of a folder, or the name of a data set of the hub."""
+        folder = Path(self.data)
+        is_folder = not self.hf_dataset and folder.is_dir()
+        return escape(str(folder.absolute())) if is_folder else self.describe_source
+
+    @property
+    def describe_folder_content(self) -> str:
+        """The first names in a folder; a data set of the hub has splits instead."""
+        folder = Path(self.data)
+        if self.hf_dataset or not folder.is_dir():
+            return "no split of that name"
+        names = sorted(escape(path.name) for path in folder.iterdir())
+        return join_first_values(names, MAX_SHOWN_FILE_NAMES) or "nothing"

@@ -50,11 +50,7 @@ from nested_core.data.tokens.parallel_tokenization import (
     tokenize_splits,
 )
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.errors import join_first_values
 from nested_core.storage.atomic import canonical_json
-from nested_core.text.foreign_text import escape
-
-MAX_SHOWN_FILE_NAMES = 5  # of a folder without train
 
 Tables = Mapping[str, SplitTable]
 
@@ -112,13 +108,13 @@ def _apply_file_rules(
 ) -> None:
     """Add what is wrong or doubtful about a split as a whole."""
     is_complete = all(tables[split].source is not None for split in ("train", "valid"))
-    held = "" if is_complete else _describe_files_in_folder(settings)
+    held = "" if is_complete else settings.describe_folder_content
     rows = [
         {
             "file": table.file,
             "line": None,
             "split": split,
-            "folder": _describe_data_location(settings),
+            "folder": settings.describe_location,
             "held": held,
             "is_present": table.source is not None,
             "format": table.format,
@@ -130,22 +126,6 @@ def _apply_file_rules(
     ]
     frame = pl.DataFrame(rows, schema_overrides={"line": pl.Int32, "format": pl.String})
     FILE_RULES.add_findings(frame, findings)
-
-
-def _describe_data_location(settings: DataSettings) -> str:
-    """The whole path of a folder, or the name of a data set of the hub."""
-    folder = Path(settings.data)
-    is_folder = not settings.hf_dataset and folder.is_dir()
-    return escape(str(folder.absolute())) if is_folder else settings.describe_source
-
-
-def _describe_files_in_folder(settings: DataSettings) -> str:
-    """The first names in a folder; a data set of the hub has splits instead."""
-    folder = Path(settings.data)
-    if settings.hf_dataset or not folder.is_dir():
-        return "no split of that name"
-    names = sorted(escape(path.name) for path in folder.iterdir())
-    return join_first_values(names, MAX_SHOWN_FILE_NAMES) or "nothing"
 
 
 def _remove_rejected_lines_from_dropped(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import shutil
@@ -96,6 +97,26 @@ def test_changed_content_is_judged_anew(
     path.write_bytes(path.read_bytes() + b"{\n")
     report, _ = load_dataset(settings, tokenizer, cache=cache)
     assert [(f.line, f.check) for f in report.errors] == [(11, "bad-json")]
+
+
+def test_a_report_that_names_a_folder_is_that_folders(
+    tokenizer: TokenizerSource,
+    cache: DatasetCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("one", "two"):
+        folder = tmp_path / name / "data"
+        folder.mkdir(parents=True)
+        (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in TRAIN))
+        monkeypatch.chdir(folder.parent)
+        report, _ = load_dataset(DataSettings("data"), tokenizer, cache=cache)
+        (missing,) = [f for f in report.findings if f.check == "no-validation-set"]
+        assert f"there is none in {folder}, which holds train.jsonl" in missing.message
+    (folder / "notes.txt").touch()
+    report, _ = load_dataset(DataSettings("data"), tokenizer, cache=cache)
+    (missing,) = [f for f in report.findings if f.check == "no-validation-set"]
+    assert "which holds notes.txt, train.jsonl" in missing.message
 
 
 def test_another_template_is_another_entry(
