@@ -3,8 +3,8 @@
 Ten runs of `make test` with another seed of hypothesis and another order of files each, four of
 them beside four busy processes; two runs of the tests that `make test-all` adds; and 200 runs of
 tests that start threads or processes, each of which has a test for each place in the code that
-starts one, as all such tests take minutes. The products are computed in turn by OpenBLAS' kernels
-for this processor, and for older ones, which round otherwise. Each run is a line of
+starts one, as all such tests take minutes. OpenBLAS computes with its kernels for this processor
+and for older ones in turn, for they round differently. Each run is a line of
 build/again/runs.jsonl; a run that is there is not made again. The exit code is 1 if one of them
 failed; its output is kept beside it.
 """

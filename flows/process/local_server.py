@@ -24,7 +24,8 @@ from nested_core.errors import NestedTuneError
 
 HOST = "127.0.0.1"
 SECONDS_TO_START, SECONDS_TO_END, SECONDS_BETWEEN_LOOKS = 90.0, 5.0, 0.05
-SECONDS_BETWEEN_COLLECTIONS, COLLECTIONS_OF_YOUNG = 0.5, 60  # between two of all objects
+SECONDS_BETWEEN_COLLECTIONS = 0.5  # of young objects
+YOUNG_COLLECTIONS = 60  # between two collections of all objects
 API_URL_VARIABLE = "PREFECT_API_URL"
 IMPORTED_BY_THE_FIRST_RUN = (
     "prefect.flow_engine",
@@ -168,7 +169,7 @@ def main(socket_descriptor: int) -> None:
 
 
 def collect_garbage_in_a_thread() -> None:
-    """Have a thread of its own collect garbage from now on: the event loop's would stand still.
+    """Collect garbage in another thread from now on: the event loop's could wait in it a minute.
 
     A statement that fails leaves its cursor in a cycle. Freeing one waits for the lock of its
     connection (sqlite3_reset), and a thread that begins a transaction holds that lock until another
@@ -182,7 +183,7 @@ def collect_garbage_in_a_thread() -> None:
 
 def _collect_garbage() -> None:
     while True:
-        for _ in range(COLLECTIONS_OF_YOUNG):
+        for _ in range(YOUNG_COLLECTIONS):
             time.sleep(SECONDS_BETWEEN_COLLECTIONS)
             gc.collect(1)
         gc.collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from nested_core.errors import join_first_values
 from nested_core.text.foreign_text import escape
 
 SPLITS = ("train", "valid", "test")
-MAX_SHOWN_FILE_NAMES = 5  # of a folder without train
+MAX_SHOWN_FILE_NAMES = 5  # of a folder without train or valid
 
 
 # What the loss counts of an example: all of it, the last turn, or every turn of the assistant.
@@ -75,18 +76,17 @@ class DataSettings:
         """Where the data comes from, for people."""
         return ", ".join(entry.path for entry in self.hf_dataset) or self.data
 
-    @property
-    def describe_location(self) -> str:
-        """The whole path of a folder, or the name of a data set of the hub."""
-        folder = Path(self.data)
-        is_folder = not self.hf_dataset and folder.is_dir()
-        return escape(str(folder.absolute())) if is_folder else self.describe_source
+    def describe_incomplete_folder(self, splits: Collection[str]) -> tuple[str, str]:
+        """Where data without train or valid is and what it holds, for the report on it.
 
-    @property
-    def describe_folder_content(self) -> str:
-        """The first names in a folder; a data set of the hub has splits instead."""
+        That is the whole path of a folder and the first names in it, or the name of a data set of
+        the hub. Both texts are empty if `splits`, those that exist, have train and valid.
+        """
+        if {"train", "valid"} <= set(splits):
+            return "", ""
         folder = Path(self.data)
         if self.hf_dataset or not folder.is_dir():
-            return "no split of that name"
+            return self.describe_source, "no split of that name"
         names = sorted(escape(path.name) for path in folder.iterdir())
-        return join_first_values(names, MAX_SHOWN_FILE_NAMES) or "nothing"
+        held = join_first_values(names, MAX_SHOWN_FILE_NAMES) or "nothing"
+        return escape(str(folder.absolute())), held

@@ -153,12 +153,9 @@ def _remove_unused_entries(folder: Path) -> None:
 def _cache_key(
     settings: DataSettings, files: Mapping[str, SplitFile], tokenizer: TokenizerSource
 ) -> str:
-    is_complete = {"train", "valid"} <= files.keys()
     inputs: dict[str, Any] = {
         "settings": to_jsonable_python(settings),
-        # What the report says of a folder without one of them.
-        "folder": not is_complete
-        and (settings.describe_location, settings.describe_folder_content),
+        "incomplete_folder": settings.describe_incomplete_folder(files),
         "files": {split: _describe_file_for_key(file) for split, file in files.items()},
         "tokenizer": asdict(tokenizer),
         "tokenizer_files": _hash_tokenizer_files(Path(tokenizer.folder)),

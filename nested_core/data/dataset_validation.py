@@ -107,14 +107,14 @@ def _apply_file_rules(
     tables: Tables, settings: DataSettings, findings: Findings, *, lacks_template: bool
 ) -> None:
     """Add what is wrong or doubtful about a split as a whole."""
-    is_complete = all(tables[split].source is not None for split in ("train", "valid"))
-    held = "" if is_complete else settings.describe_folder_content
+    existing = [split for split, table in tables.items() if table.source is not None]
+    folder, held = settings.describe_incomplete_folder(existing)
     rows = [
         {
             "file": table.file,
             "line": None,
             "split": split,
-            "folder": settings.describe_location,
+            "folder": folder,
             "held": held,
             "is_present": table.source is not None,
             "format": table.format,
