@@ -3,8 +3,9 @@
 Ten runs of `make test` with another seed of hypothesis and another order of files each, four of
 them beside four busy processes; two runs of the tests that `make test-all` adds; and 200 runs of
 tests that start threads or processes, each of which has a test for each place in the code that
-starts one, as all such tests take minutes. OpenBLAS computes with its kernels for this processor
-and for older ones in turn, for they round differently. Each run is a line of
+starts one, as all such tests take minutes. Those run in one process each, three such processes on
+two cores, which costs less than two workers for each. OpenBLAS computes with its kernels for this
+processor and for older ones in turn, for they round differently. Each run is a line of
 build/again/runs.jsonl; a run that is there is not made again. The exit code is 1 if one of them
 failed; its output is kept beside it.
 """
@@ -16,11 +17,11 @@ import json
 import os
 import random
 import re
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ FAST = "not slow and not reliability and not production"
 SLOW = "slow and not reliability and not production"
 FAST_RUNS, SLOW_RUNS, STARTER_RUNS = 10, 2, 200
 BUSY_RUNS, BUSY_PROCESSES = 4, 4
+STARTER_RUNS_AT_ONCE = 3
 STARTERS_FOLDER = "starters"  # where the runs of `make test` write which tests start something
 # OPENBLAS_CORETYPE of a run: none, for this processor's own kernels, or an older x86 processor's.
 KERNELS = "", "Haswell", "Sandybridge", "Prescott"
@@ -49,12 +51,13 @@ class Run:
 
     def command(self, folder: Path) -> list[str]:
         """The words to run; the seed is hypothesis', and decides the order of files."""
-        words = [sys.executable, "-m", "pytest", "-n", "auto", "--dist", "worksteal", "-q"]
+        words = [sys.executable, "-m", "pytest", "-q"]
         words += [f"--hypothesis-seed={self.seed}", f"--file-order-seed={self.seed}"]
         if self.selects == STARTERS_FOLDER:
-            return [*words, f"@{write_starters(folder, self.seed)}"]
+            return [*words, "-n", "0", f"@{write_starters(folder, self)}"]
+        words += ["-n", "auto", "--dist", "worksteal", "-m", self.selects]
         # In one word: pytest would take a folder that is there for one of tests.
-        return [*words, "-m", self.selects, f"--note-starters={folder / STARTERS_FOLDER}"]
+        return [*words, f"--note-starters={folder / STARTERS_FOLDER}"]
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,10 @@ def planned_runs() -> list[Run]:
     return runs
 
 
-def write_starters(folder: Path, seed: int) -> Path:
+def write_starters(folder: Path, run: Run) -> Path:
     """The tests of a run that start threads or processes, as a file of arguments."""
-    arguments = folder / "starters.txt"
-    drawn = draw_starters(read_starters(folder / STARTERS_FOLDER), seed)
+    arguments = folder / f"{run.name}-arguments.txt"
+    drawn = draw_starters(read_starters(folder / STARTERS_FOLDER), run.seed)
     arguments.write_text("\n".join(drawn), encoding="utf-8")
     return arguments
 
@@ -124,29 +127,23 @@ def busy_processes(count: int) -> Iterator[None]:
 
 
 def make(run: Run, folder: Path) -> Outcome:
-    """Make a run, and keep what it printed if it failed."""
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    """Make a run; what it prints is kept beside the list of runs."""
+    began = time.monotonic()
     environment = {name: value for name, value in os.environ.items() if name != "CI"}
     if kernels := KERNELS[run.seed % len(KERNELS)]:
         environment["OPENBLAS_CORETYPE"] = kernels
-    with busy_processes(run.busy_processes):
-        done = subprocess.run(
-            run.command(folder),
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
+    output = folder / f"{run.name}.txt"
+    with busy_processes(run.busy_processes), output.open("w") as file:
+        process = subprocess.Popen(
+            run.command(folder), cwd=ROOT, env=environment, stdout=file, stderr=file
         )
-        wall = time.monotonic() - began
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    failed = re.findall(r"^(?:FAILED|ERROR) (tests/\S+)", done.stdout, re.MULTILINE)
-    if done.returncode != 0:
-        (folder / f"{run.name}.txt").write_text(done.stdout, encoding="utf-8")
-    counts = re.findall(r"^\d+ (?:passed|failed).* in [\d.]+s.*$", done.stdout, re.MULTILINE)
-    return Outcome(run.name, done.returncode, "".join(counts[-1:]), wall, cpu, failed)
+        _, status, used = os.wait4(process.pid, 0)  # what this run used, and no other
+    code = process.returncode = os.waitstatus_to_exitcode(status)
+    wall, cpu = time.monotonic() - began, used.ru_utime + used.ru_stime
+    printed = output.read_text(encoding="utf-8", errors="replace")
+    failed = re.findall(r"^(?:FAILED|ERROR) (tests/\S+)", printed, re.MULTILINE)
+    counts = re.findall(r"^\d+ (?:passed|failed).* in [\d.]+s.*$", printed, re.MULTILINE)
+    return Outcome(run.name, code, "".join(counts[-1:]), wall, cpu, failed)
 
 
 def read_outcomes(path: Path) -> dict[str, Outcome]:
@@ -168,13 +165,19 @@ def main(words: list[str]) -> int:
     path = folder / "runs.jsonl"
     outcomes = read_outcomes(path)
     planned = [run for run in planned_runs() if run.name.startswith(arguments.only)]
-    for run in planned:
-        if run.name in outcomes:
-            continue
-        outcome = outcomes[run.name] = make(run, folder)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(outcome)) + "\n")
-        print(f"{run.name}: exit {outcome.code}, {outcome.counts}; {outcome.cpu_seconds:.0f} CPU-s")
+    missing = [run for run in planned if run.name not in outcomes]
+    starters = [run for run in missing if run.selects == STARTERS_FOLDER]
+    # What the others note of starters must be there before one of these is drawn.
+    others = [run for run in missing if run not in starters]
+    for at_once, runs in (1, others), (STARTER_RUNS_AT_ONCE, starters):
+        with ThreadPoolExecutor(at_once) as pool:
+            for done in as_completed([pool.submit(make, run, folder) for run in runs]):
+                outcome = done.result()
+                outcomes[outcome.name] = outcome
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(outcome)) + "\n")
+                said = f"exit {outcome.code}, {outcome.counts}; {outcome.cpu_seconds:.0f} CPU-s"
+                print(f"{outcome.name}: {said}", flush=True)
     failed = [outcomes[run.name] for run in planned if outcomes[run.name].code != 0]
     for outcome in failed:
         print(f"{outcome.name} failed: {', '.join(outcome.failed)}; {folder / outcome.name}.txt")
