@@ -6,8 +6,9 @@ MLX is imported by loading alone: workers and the registry's commands ask for fo
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from nested_core import backend
 from nested_core.config.names import HUB_NAME_PATTERN
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
 
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
+LAYER_NUMBER_PATTERN = re.compile(r"\.\d+\.")
 FINGERPRINT_PREFIX = "sha256:"  # begins the fingerprints that cover every byte
 
 
@@ -141,8 +143,13 @@ def prepare_for_base_model(config: FineTuneConfig) -> Path:
     return folder
 
 
-def load_base_model(config: FineTuneConfig, *, as_stored: bool = False) -> tuple[nn.Module, Any]:
-    """Load model and tokenizer as mlx_lm.load does, at the configured precision or as stored."""
+def load_base_model(
+    config: FineTuneConfig, *, as_stored: bool = False, shares_layers: bool = False
+) -> tuple[nn.Module, Any]:
+    """Load model and tokenizer as mlx_lm.load does, at the configured precision or as stored.
+
+    `shares_layers` is for computations whose results do not count, see `share_layers`.
+    """
     import mlx.core as mx
     from mlx_lm import load
 
@@ -159,8 +166,26 @@ def load_base_model(config: FineTuneConfig, *, as_stored: bool = False) -> tuple
     dtype = model_compute_dtype(config)
     if dtype is not None and not as_stored:
         model.set_dtype(dtype)
+    if shares_layers:
+        share_layers(model)
     mx.eval(model.parameters())
     return model, tokenizer
+
+
+def share_layers(model: nn.Module) -> None:
+    """Give each layer of a model the weights of the first layer that has such tensors.
+
+    The model computes with the same kernels as before, on the memory of one layer of each kind;
+    weights that are not evaluated yet are not read from their file. What it computes is worthless.
+    """
+    from mlx.utils import tree_flatten, tree_unflatten
+
+    first: dict[tuple[object, ...], mx.array] = {}
+    shared = []
+    for name, array in cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters())):
+        kind = (LAYER_NUMBER_PATTERN.sub(".", name), tuple(array.shape), array.dtype)
+        shared.append((name, first.setdefault(kind, array)))
+    model.update(tree_unflatten(shared))
 
 
 def model_compute_dtype(config: FineTuneConfig) -> mx.Dtype | None:

@@ -109,12 +109,15 @@ def release_kept_base() -> None:
         mx.clear_cache()
 
 
-def load_base_with_adapter(config: FineTuneConfig) -> BaseWithAdapter:
+def load_base_with_adapter(
+    config: FineTuneConfig, *, shares_layers: bool = False
+) -> BaseWithAdapter:
     """The base, at the run's precision, with a fresh adapter attached.
 
     Within `keeping_base` it is the one that this thread loaded before, if that was of the same
     files, in the same way, and each of its frozen tensors has the bits that it had then. A base
-    that training changes, under `full`, is loaded anew each time.
+    that training changes, under `full`, is loaded anew each time. With `shares_layers` it is good
+    for compiling kernels alone, see `base_model.share_layers`; so are those loaded after it.
     """
     global _kept
     if not _is_keeping or config.fine_tune_type == "full":
@@ -131,7 +134,7 @@ def load_base_with_adapter(config: FineTuneConfig) -> BaseWithAdapter:
             stacklevel=2,
         )
     release_kept_base()
-    loaded = _load(config, as_stored=False)
+    loaded = _load(config, as_stored=False, shares_layers=shares_layers)
     loaded.description = description
     loaded.checksums = checksum_frozen_tensors(loaded.model)
     loaded.note_state()
@@ -144,8 +147,10 @@ def load_changeable_base(config: FineTuneConfig) -> BaseWithAdapter:
     return _load(config, as_stored=True)
 
 
-def _load(config: FineTuneConfig, *, as_stored: bool) -> BaseWithAdapter:
-    model, tokenizer = load_base_model(config, as_stored=as_stored)
+def _load(
+    config: FineTuneConfig, *, as_stored: bool, shares_layers: bool = False
+) -> BaseWithAdapter:
+    model, tokenizer = load_base_model(config, as_stored=as_stored, shares_layers=shares_layers)
     parameters = attach_adapter(model, config)
     return BaseWithAdapter(model, tokenizer, parameters, find_model_folder(config.model))
 

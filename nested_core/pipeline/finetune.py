@@ -21,6 +21,7 @@ from nested_core.pipeline.continual import (
     describe_unbeaten_champion,
     find_unbeaten_champion,
 )
+from nested_core.pipeline.launch.first_kernels import compiling_first_kernels
 from nested_core.pipeline.preflight import check_before_start, require_room_for_checkpoints
 from nested_core.pipeline.publishing import (
     describe_changed_held_out,
@@ -149,9 +150,10 @@ def _finetune_locked(config: FineTuneConfig, run: RunDirectory, hooks: Steps) ->
     unchanged = champion_trained_alike(config, run)
     if unchanged is not None:
         return FinetuneResult(run, unchanged_since=unchanged)
-    hooks.load(config, run)
-    require_room_for_checkpoints(config, run)
-    training = hooks.train(config, run)
+    with compiling_first_kernels(config, run, hooks.on_message):
+        hooks.load(config, run)
+        require_room_for_checkpoints(config, run)
+        training = hooks.train(config, run)
     verdict = _judge(config, run, hooks)
     test_loss = hooks.measure_test(config, run) if config.test else None
     version = None

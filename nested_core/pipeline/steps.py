@@ -66,6 +66,7 @@ from nested_core.models.parameters import trainable_parameters
 from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_adapter
 from nested_core.pipeline.device_lock import OnWait, locking_devices
+from nested_core.pipeline.launch.first_kernels import await_first_kernels
 from nested_core.pipeline.launch.mlx_launch import count_ranks
 from nested_core.pipeline.launch.rank_group import train_in_ranks
 from nested_core.records.answers import write_answers
@@ -174,10 +175,11 @@ def write_initial_adapter_and_tiers(
     if run.initial.exists() and run.tiers.exists():
         return
     with locking_devices(on_wait):
-        _write_initial_adapter(config, run)
+        write_initial_adapter(config, run)
 
 
-def _write_initial_adapter(config: FineTuneConfig, run: RunDirectory) -> None:
+def write_initial_adapter(config: FineTuneConfig, run: RunDirectory) -> None:
+    """Write both, whatever is there; the caller holds the device."""
     loaded = _load_base_for_initial_adapter(config)
     model, base = loaded.model, loaded.folder
     if config.resume_adapter_file is not None:
@@ -242,7 +244,7 @@ def train(
         reporting_to_services(config, run, callback) as callbacks,
     ):
         if ranks == 1:
-            trainer = _train_model(config, run, SINGLE_PROCESS_WORLD, callbacks, on_start)
+            trainer = train_model(config, run, SINGLE_PROCESS_WORLD, callbacks, on_start)
             return _publish_result(run, trainer)
         train_in_ranks(config, run, ranks, callbacks, on_start)
         return read_result(run.result)
@@ -256,18 +258,19 @@ def train_as_rank(
     on_start: Callable[[Trainer], None],
 ) -> None:
     """`train` in one of several processes; the main one reports and writes the result."""
-    trainer = _train_model(config, run, world, callback, on_start)
+    trainer = train_model(config, run, world, callback, on_start)
     if world.is_main:
         _publish_result(run, trainer)
 
 
-def _train_model(
+def train_model(
     config: FineTuneConfig,
     run: RunDirectory,
     world: World,
     callback: TrainingCallback | None,
     on_start: Callable[[Any], None] | None,
 ) -> Trainer:
+    """Train in this process, which holds the device; return the trainer at its end."""
     base = load_base_with_adapter(config)
     model = base.model
     report, splits = load_run_data(config)
@@ -287,6 +290,7 @@ def _train_model(
         write_plan(run.plan, _make_plan(trainer, report, read_plan(run.plan)))
     if on_start is not None:
         on_start(trainer)
+    await_first_kernels()
     trainer.train()
     base.evaluation_peak = trainer.evaluation_peak
     base.training_peak = mx.get_peak_memory()

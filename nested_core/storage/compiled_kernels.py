@@ -37,6 +37,7 @@ LOCK_NAME = ".lock"
 LOCK_SECONDS = 10.0
 DIGESTS_NAME = "recorded.json"
 RECORDED_FOLDER_NAME = "recorded"
+NAMES_SUFFIX = ".txt"  # of the file in which MLX lists a CUDA program's kernels, beside its .ptx
 NVIDIA_GPUS_FOLDER = Path("/proc/driver/nvidia/gpus")
 OTHERS_WRITE_BITS = stat.S_IWGRP | stat.S_IWOTH
 # Of a 64-bit ELF header: where the section headers begin (8 bytes), their size and number (2 each).
@@ -46,6 +47,7 @@ ELF_SECTION_COUNT = slice(0x3C, 0x3E)
 ELF_MAGIC = b"\x7fELF"
 
 _log = logging.getLogger(__name__)
+_process_store: tuple[KernelStore, Path] | None = None  # of this process, with its folder
 
 
 def use_private_kernel_folder() -> Path:
@@ -55,10 +57,12 @@ def use_private_kernel_folder() -> Path:
     folder, and have one of their own if they call this too. Where kernels cannot be kept, a log
     line says why, and they are compiled into a temporary folder that goes with the process.
     """
+    global _process_store
     _use_user_tmpdir_for_tempfile()
     try:
         store = KernelStore(open_kernel_store_folder())
         folder = store.new_process_folder()
+        _process_store = store, folder
     except (OSError, RuntimeError, ConfigError) as error:  # RuntimeError: there is no home
         _log.warning("MLX compiles its kernels for this process alone, and not again: %s", error)
         folder = _temporary_kernel_folder()
@@ -66,6 +70,19 @@ def use_private_kernel_folder() -> Path:
         atexit.register(_record_at_exit, store, folder, os.getpid())
     os.environ["TMPDIR"] = str(folder)
     return folder
+
+
+def began_without_kernels() -> bool:
+    """Whether this process keeps kernels, and began when none was recorded on this machine."""
+    return _process_store is not None and not _process_store[0].has_linked_any()
+
+
+def take_recorded_kernels() -> int:
+    """Link what other processes recorded since this one began; how many kernels that are."""
+    if _process_store is None:
+        return 0
+    store, folder = _process_store
+    return store.link_recorded(folder)
 
 
 def environment_with_user_tmpdir() -> dict[str, str]:
@@ -184,10 +201,26 @@ class KernelStore:
             _lock_descriptor(
                 os.open(folder / IN_USE_NAME, os.O_RDWR | os.O_CREAT, 0o600)
             )  # never closed
-            for name in sound:
-                link_or_copy(self._recorded / name, folder / name)
-        self._linked = set(sound)
+            self._link(sound, folder)
         return folder
+
+    def has_linked_any(self) -> bool:
+        """Whether anything was recorded for the folder of this process."""
+        return bool(self._linked)
+
+    def link_recorded(self, folder: Path) -> int:
+        """Link what was recorded since into a process's folder; how many kernels are new in it."""
+        with self._locked():
+            names = [
+                name for name in self._remove_damaged_kernels() if not (folder / name).exists()
+            ]
+            self._link(names, folder)
+        return sum(not name.endswith(NAMES_SUFFIX) for name in names)
+
+    def _link(self, names: list[str], folder: Path) -> None:
+        for name in names:
+            link_or_copy(self._recorded / name, folder / name)
+        self._linked.update(names)
 
     def record(self, folder: Path) -> None:
         """Keep the kernels that were compiled in a process's folder, with their digests."""
@@ -280,7 +313,7 @@ def is_complete_kernel(path: Path) -> bool:
 
     A linker writes the ELF header and the section headers, which end the file, at last.
     """
-    if path.suffix in (".ptx", ".txt"):
+    if path.suffix in (".ptx", NAMES_SUFFIX):
         return path.is_file()
     if path.suffix != ".so":
         return False

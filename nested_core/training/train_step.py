@@ -77,8 +77,9 @@ class TrainStep:
     uses_dropout: bool = False
     world: World = SINGLE_PROCESS_WORLD
 
-    # What steps advance
+    # What steps advance, and the state that compiled functions read and write beside arguments
     packed: PackedState = field(init=False)
+    captured: list[Any] = field(init=False)
 
     def __post_init__(self) -> None:
         self.packed = PackedState(
@@ -86,9 +87,9 @@ class TrainStep:
         )
         self._packing = self.packed.packing
         self._depth = {name: depth for depth, name in enumerate(self.parameters)}
-        self._captured = [self.packed.optimizer.state]
+        self.captured = [self.packed.optimizer.state]
         if self.uses_dropout:
-            self._captured.append(mx.random.state)
+            self.captured.append(mx.random.state)
         self._compiled: dict[tuple[int, ...], Callable[..., Any]] = {}  # by due tiers
         self._gradient_bytes: dict[tuple[int, ...], int] = {}
 
@@ -158,7 +159,7 @@ class TrainStep:
             Returns its sums, the accumulated gradients, the updates and the stop count.
             """
             due_params = {key: value for key, value in params.items() if key in due_keys}
-            micro_batch, gradients = self._forward_backward(params, due_params, tokens, target_mask)
+            micro_batch, gradients = self.forward_backward(params, due_params, tokens, target_mask)
             weight = micro_batch["weight"]
             if accumulated is not None:
                 gradients = {n: g + accumulated["gradients"][n] for n, g in gradients.items()}
@@ -171,11 +172,11 @@ class TrainStep:
                 self._gradient_bytes[due] = packed.nbytes
                 summed = self.world.sum_vector_over_ranks(packed)
                 gradients, weight, stop_count = unpack_summed_gradients(summed, gradients)
-            return micro_batch, None, self._update(gradients, weight, due_params), stop_count
+            return micro_batch, None, self.update(gradients, weight, due_params), stop_count
 
-        return mx.compile(train_step, inputs=self._captured, outputs=self._captured)
+        return mx.compile(train_step, inputs=self.captured, outputs=self.captured)
 
-    def _forward_backward(
+    def forward_backward(
         self, params: Flat, due_params: Flat, tokens: mx.array, target_mask: mx.array
     ) -> tuple[Sums, Flat]:
         """The sums of one micro-batch, and the packed gradients of the due parameters."""
@@ -223,7 +224,7 @@ class TrainStep:
         ordered = dict(zip(keys, mx.depends(packed, packed) if packed else [], strict=True))
         return {key: ordered[key].astype(value.dtype) for key, value in due_params.items()}
 
-    def _update(self, gradients: Flat, weight: mx.array, due_params: Flat) -> Flat:
+    def update(self, gradients: Flat, weight: mx.array, due_params: Flat) -> Flat:
         """The new values of the due parameters."""
         mean = {name: g / weight.astype(g.dtype) for name, g in gradients.items()}
         updated = self.packed.optimizer.apply_gradients(

@@ -7,7 +7,8 @@ checkpoint, what the steps computed is written into it by name and read back.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import astuple
 
 import mlx.core as mx
@@ -166,11 +167,8 @@ class Trainer:
         Raises TrainingStopped if a stop is requested before, TrainingDiverged after
         `max_nonfinite_steps` steps in a row whose gradients are not finite.
         """
-        self.model.train()
-        recomputed = self.memory.layers_to_recompute(self.model)
-        is_reference = self.config.training.reference is not None
         try:
-            with using_optimized_layers(self.model, recomputed, as_mlx_lm=is_reference):
+            with self.using_training_layers():
                 self.world.require_equal_on_ranks(
                     read_parameters(self.setup.parameters), self.state.step
                 )
@@ -184,10 +182,19 @@ class Trainer:
             self._save_and_raise_stopped()
         return self.state
 
+    @contextmanager
+    def using_training_layers(self) -> Iterator[None]:
+        """Within the block, the model's layers compute as they do in training."""
+        self.model.train()
+        recomputed = self.memory.layers_to_recompute(self.model)
+        is_reference = self.config.training.reference is not None
+        with using_optimized_layers(self.model, recomputed, as_mlx_lm=is_reference):
+            yield
+
     def _train_steps(self) -> None:
         """Take the run's remaining steps, each with what is due before and after it."""
         every = self.config.grad_accumulation_steps
-        train_step = self._compile_step()
+        train_step = self.make_train_step()
         must_stop = self._any_rank_requests_stop()
         near_end = _NearEnd(self.state.step, self.steps, self.on_near_end)
         if not self.state.observed and not self._is_over():  # the last evaluation was interrupted
@@ -212,7 +219,8 @@ class Trainer:
                 self._record_what_is_due(first, last)
         self._divergence_watch.finish()
 
-    def _compile_step(self) -> TrainStep:
+    def make_train_step(self) -> TrainStep:
+        """What takes the steps, from what the model holds now."""
         # A packed lora_a lies transposed, and BLAS may round its products otherwise than mlx_lm's.
         is_packed = self.config.fine_tune_type != "full" and self.config.training.reference is None
         return TrainStep(

@@ -304,3 +304,22 @@ def test_where_kernels_cannot_be_kept_they_go_into_a_temporary_folder_and_that_i
     assert done.stderr.startswith("MLX compiles its kernels for this process alone, and not again")
     assert str(tmp_path / "kernels") in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_others_recorded_meanwhile_is_linked_and_nothing_that_was_changed(
+    tmp_path: Path,
+) -> None:
+    one, other = KernelStore(tmp_path), KernelStore(tmp_path)
+    folder, others = one.new_process_folder(), other.new_process_folder()
+    assert not one.has_linked_any()
+    for name in ("sound", "changed"):
+        (others / f"{name}.ptx").write_text(name)
+        (others / f"{name}.txt").write_text("kernel\tname")
+    (folder / "own.ptx").write_text("compiled here")
+    other.record(others)
+    (others / "changed.ptx").write_text("another program")  # the recorded one is a link to it
+    assert one.link_recorded(folder) == 1
+    assert (folder / "sound.ptx").read_text() == "sound"
+    assert sorted(path.name for path in folder.glob("*.ptx")) == ["own.ptx", "sound.ptx"]
+    assert one.link_recorded(folder) == 0
+    assert one.has_linked_any()

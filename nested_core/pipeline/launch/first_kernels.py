@@ -1,0 +1,174 @@
+"""A machine's first kernels for CUDA, compiled in several processes before the first step.
+
+MLX compiles a kernel when it first computes with it, one after the other on one core, which took
+two thirds of a first run (benchmarks/README.md). So each of several processes, `kernel_worker`,
+computes one part of the run in small, on a base whose layers share their weights. What they compile
+is recorded as every process records it, and this one takes it over.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from nested_core import backend
+from nested_core.config.loading import render_config
+from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import ContinualSection, RegistrySection
+from nested_core.data.parallel_jobs import count_usable_cores
+from nested_core.errors import shorten
+from nested_core.pipeline.launch import end_with_parent
+from nested_core.pipeline.launch.mlx_launch import count_ranks
+from nested_core.storage import compiled_kernels
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.duration_format import format_clock
+
+PARTS = ("evaluation", "gradients", "updates", "answers")
+WORKER_COMMAND = (sys.executable, "-P", "-m", "nested_core.pipeline.kernel_worker")
+ERRORS_NAME = "errors.txt"
+MAX_SECONDS = 600.0  # after which a process is ended, and its kernels are compiled when needed
+
+_log = logging.getLogger(__name__)
+_under_way: FirstKernels | None = None
+
+
+@contextmanager
+def compiling_first_kernels(
+    config: FineTuneConfig, run: RunDirectory, on_message: Callable[[str], None]
+) -> Iterator[None]:
+    """Within the block, compile a run's kernels where this machine has none; its data is judged."""
+    global _under_way
+    if not are_worth_compiling_ahead(config, run):
+        yield
+        return
+    _under_way = FirstKernels(config, run, on_message)
+    try:
+        yield
+    finally:
+        _under_way.end()
+        _under_way = None
+
+
+def await_first_kernels() -> None:
+    """Wait for the processes that compile a run's first kernels, if there are any."""
+    if _under_way is not None:
+        _under_way.take()
+
+
+def are_worth_compiling_ahead(config: FineTuneConfig, run: RunDirectory) -> bool:
+    """Whether a run computes on CUDA, with no kernel kept, in one process, on cores enough.
+
+    Under `full` the layers cannot share weights, and measured importances take a pass over data.
+    """
+    return (
+        compiled_kernels.began_without_kernels()
+        and backend.computes_on_cuda()
+        and count_usable_cores() > len(PARTS)
+        and count_ranks(config) == 1
+        and config.fine_tune_type != "full"
+        and config.nested.strategy != "parameter_importance"
+        and not run.result.exists()
+    )
+
+
+class FirstKernels:
+    """The processes that compile a run's kernels, one a part, each with a folder of its own."""
+
+    def __init__(
+        self, config: FineTuneConfig, run: RunDirectory, on_message: Callable[[str], None]
+    ) -> None:
+        self._on_message = on_message
+        self._began = time.monotonic()
+        self._folder = TemporaryDirectory(prefix="nested-tune-first-kernels-")
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        on_message(
+            f"kernels: MLX has compiled none on this machine yet: {len(PARTS)} processes compile "
+            f"those of evaluation, gradients, updates and answers"
+        )
+        try:
+            for part in PARTS:
+                folder = self._folder_of(part)
+                write_small_run(config, run, part, folder)
+                self._processes[part] = start_worker(part, folder)
+        except BaseException:
+            self.end()
+            raise
+
+    def take(self) -> None:
+        """Wait for all, and take over what they compiled; say so, and who failed."""
+        deadline = self._began + MAX_SECONDS
+        for part, process in self._processes.items():
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            if process.returncode != 0:
+                _kill(process)
+                errors = self._folder_of(part) / ERRORS_NAME
+                last_line = errors.read_text(errors="replace").strip().rpartition("\n")[2]
+                problem = last_line or f"ended after {time.monotonic() - self._began:.0f} s"
+                _log.warning(
+                    "The kernels of %s are compiled as they are needed: the process that was to "
+                    "compile them ahead failed: %s",
+                    part,
+                    shorten(problem, 300),
+                )
+        count = compiled_kernels.take_recorded_kernels()
+        taken = format_clock(time.monotonic() - self._began)
+        self._on_message(f"kernels: {count} were compiled ahead in {taken}, and are kept")
+        self._processes = {}
+
+    def _folder_of(self, part: str) -> Path:
+        return Path(self._folder.name, part)
+
+    def end(self) -> None:
+        """End the processes that are left, and remove their folders."""
+        for process in self._processes.values():
+            _kill(process)
+        self._folder.cleanup()
+
+
+def write_small_run(config: FineTuneConfig, run: RunDirectory, part: str, folder: Path) -> None:
+    """Write a run directory that has as much of a run as a part needs: batches of one row."""
+    small = config.model_copy(
+        update={
+            "batch_size": 1,
+            "iters": max(config.nested.frequencies) * config.grad_accumulation_steps,
+            "val_batches": min(1, abs(config.val_batches)) if part == "evaluation" else 0,
+            "training": config.training.model_copy(update={"epochs": None}),
+            "continual": ContinualSection(),
+            "registry": RegistrySection(),
+            "adapter_path": None,
+            "report_to": None,
+        }
+    )
+    folder.mkdir()
+    target = RunDirectory(folder)
+    target.config.write_bytes(render_config(small))
+    shutil.copyfile(run.dataset, target.dataset)
+
+
+def start_worker(part: str, folder: Path) -> subprocess.Popen[bytes]:
+    """Start the process of a part; it ends with this one, however that ends."""
+    with (folder / ERRORS_NAME).open("wb") as errors:
+        return subprocess.Popen(
+            [sys.executable, "-P", end_with_parent.__file__, *WORKER_COMMAND, part, str(folder)],
+            env=compiled_kernels.environment_with_user_tmpdir(),
+            stdin=subprocess.PIPE,  # it is ended when this is closed
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,
+        )
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
