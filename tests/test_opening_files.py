@@ -39,6 +39,7 @@ EXCEPTIONS = {
     "nested_core/storage/safetensors_files.py": (1, "opened strictly before"),
     "nested_core/data/tokens/parallel_tokenization.py": (1, "writes a file in a new folder"),
     "nested_core/pipeline/device_lock.py": (2, "a lock in a folder of this user"),
+    "nested_core/pipeline/launch/first_kernels.py": (2, "in a temporary folder of its own"),
     "nested_core/registry/folders.py": (3, "a lock, opened with O_NOFOLLOW and O_NONBLOCK"),
     "nested_core/storage/lock_file.py": (4, "locks, opened with O_NOFOLLOW and O_NONBLOCK"),
     "nested_core/storage/run_directory.py": (4, "a lock"),

@@ -116,7 +116,7 @@ def test_a_registry_that_is_away_or_closed_is_said_and_followed_again_when_it_is
         second = promote_run(run, away)
         away.rename(registry)
         wait_until(lambda: answered_by(address)[-1] == second, "it follows again")
-        assert health(address)["problems"] == []
+        wait_until(lambda: health(address)["problems"] == [], "no problem is left")
         registry.chmod(0)
         try:
             wait_until(lambda: problem(address, "Permission denied"), "it says so")

@@ -109,7 +109,7 @@ def test_a_registry_that_is_gone_for_a_while_stops_nothing(
         assert not registry.exists()
         away.rename(registry)
         wait_for(client, promote(2))
-        assert client.health()["problems"] == []
+        wait_until(lambda: client.health()["problems"] == [], "no problem is left")
     assert audit(registry, NAME).is_sound
 
 
@@ -125,7 +125,7 @@ def test_an_error_that_nobody_foresaw_is_said_and_does_not_end_the_following(
             )
             assert client.chat(NAME).version == first
         wait_for(client, promote(2))
-        assert client.health()["problems"] == []
+        wait_until(lambda: client.health()["problems"] == [], "no problem is left")
 
 
 def test_a_server_that_cannot_write_to_the_registry_follows_it(
