@@ -7,7 +7,7 @@ starts one, as all such tests take minutes. Those run in one process each, three
 two cores, which costs less than two workers for each. OpenBLAS computes with its kernels for this
 processor and for older ones in turn, for they round differently. Each run is a line of
 build/again/runs.jsonl; a run that is there is not made again. The exit code is 1 if one of them
-failed; its output is kept beside it.
+failed. What each printed is kept beside that file.
 """
 
 from __future__ import annotations
@@ -146,6 +146,16 @@ def make(run: Run, folder: Path) -> Outcome:
     return Outcome(run.name, code, "".join(counts[-1:]), wall, cpu, failed)
 
 
+def make_all(runs: list[Run], folder: Path, at_once: int) -> Iterator[Outcome]:
+    """Make runs, so many at once; each outcome as it comes."""
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            for done in as_completed([pool.submit(make, run, folder) for run in runs]):
+                yield done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # where somebody ends it, no other run begins
+
+
 def read_outcomes(path: Path) -> dict[str, Outcome]:
     """The runs that were made, by name."""
     if not path.exists():
@@ -170,14 +180,12 @@ def main(words: list[str]) -> int:
     # What the others note of starters must be there before one of these is drawn.
     others = [run for run in missing if run not in starters]
     for at_once, runs in (1, others), (STARTER_RUNS_AT_ONCE, starters):
-        with ThreadPoolExecutor(at_once) as pool:
-            for done in as_completed([pool.submit(make, run, folder) for run in runs]):
-                outcome = done.result()
-                outcomes[outcome.name] = outcome
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(outcome)) + "\n")
-                said = f"exit {outcome.code}, {outcome.counts}; {outcome.cpu_seconds:.0f} CPU-s"
-                print(f"{outcome.name}: {said}", flush=True)
+        for outcome in make_all(runs, folder, at_once):
+            outcomes[outcome.name] = outcome
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(outcome)) + "\n")
+            said = f"exit {outcome.code}, {outcome.counts}; {outcome.cpu_seconds:.0f} CPU-s"
+            print(f"{outcome.name}: {said}", flush=True)
     failed = [outcomes[run.name] for run in planned if outcomes[run.name].code != 0]
     for outcome in failed:
         print(f"{outcome.name} failed: {', '.join(outcome.failed)}; {folder / outcome.name}.txt")

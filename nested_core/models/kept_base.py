@@ -117,7 +117,7 @@ def load_base_with_adapter(
     Within `keeping_base` it is the one that this thread loaded before, if that was of the same
     files, in the same way, and each of its frozen tensors has the bits that it had then. A base
     that training changes, under `full`, is loaded anew each time. With `shares_layers` it is good
-    for compiling kernels alone, see `base_model.share_layers`; so are those loaded after it.
+    for compiling kernels alone (`base_model.share_layers`), as are those that are kept after it.
     """
     global _kept
     if not _is_keeping or config.fine_tune_type == "full":

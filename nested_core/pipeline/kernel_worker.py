@@ -50,8 +50,8 @@ def compute_part(part: str, folder: Path) -> None:
         PART_FUNCTIONS[part](config, run)
 
 
-class _Stop:
-    """Ends training before its first step, or once it has evaluated; a training callback."""
+class _NoStep:
+    """Has a trainer compute something of the caller's, or the first evaluation, and no step."""
 
     def __init__(self, compute: Callable[[Trainer], None] | None = None) -> None:
         """`compute` is called with the trainer, before the first evaluation, and is all then."""
@@ -81,9 +81,9 @@ def _train(
     from nested_core.pipeline import steps
     from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD
 
-    stop = _Stop(compute)
+    part = _NoStep(compute)
     with suppress(TrainingStopped):
-        steps.train_model(config, run, SINGLE_PROCESS_WORLD, stop, stop.on_start)
+        steps.train_model(config, run, SINGLE_PROCESS_WORLD, part, part.on_start)
 
 
 def compute_gradients(trainer: Trainer) -> None:

@@ -290,7 +290,7 @@ def train_model(
         write_plan(run.plan, _make_plan(trainer, report, read_plan(run.plan)))
     if on_start is not None:
         on_start(trainer)
-    await_first_kernels()
+    await_first_kernels(lambda: trainer.stop_requested or run.stop_request.exists())
     trainer.train()
     base.evaluation_peak = trainer.evaluation_peak
     base.training_peak = mx.get_peak_memory()

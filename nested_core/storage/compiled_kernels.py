@@ -36,6 +36,7 @@ IN_USE_NAME = ".in-use"  # locked for as long as the process of a folder lives
 LOCK_NAME = ".lock"
 LOCK_SECONDS = 10.0
 DIGESTS_NAME = "recorded.json"
+UNFINISHED_NAME = ".copy"  # of a kernel that is copied
 RECORDED_FOLDER_NAME = "recorded"
 NAMES_SUFFIX = ".txt"  # of the file in which MLX lists a CUDA program's kernels, beside its .ptx
 NVIDIA_GPUS_FOLDER = Path("/proc/driver/nvidia/gpus")
@@ -218,7 +219,8 @@ class KernelStore:
         return sum(not name.endswith(NAMES_SUFFIX) for name in names)
 
     def _link(self, names: list[str], folder: Path) -> None:
-        for name in names:
+        # The list of a program's kernels before the program, which MLX looks for first.
+        for name in sorted(names, key=lambda name: not name.endswith(NAMES_SUFFIX)):
             link_or_copy(self._recorded / name, folder / name)
         self._linked.update(names)
 
@@ -305,7 +307,9 @@ def link_or_copy(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV):
             raise
-        shutil.copyfile(source, target)
+        unfinished = target.with_name(UNFINISHED_NAME)
+        shutil.copyfile(source, unfinished)
+        unfinished.replace(target)
 
 
 def is_complete_kernel(path: Path) -> bool:

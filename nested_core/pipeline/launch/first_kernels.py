@@ -1,9 +1,9 @@
 """A machine's first kernels for CUDA, compiled in several processes before the first step.
 
-MLX compiles a kernel when it first computes with it, one after the other on one core, which took
-two thirds of a first run (benchmarks/README.md). So each of several processes, `kernel_worker`,
-computes one part of the run in small, on a base whose layers share their weights. What they compile
-is recorded as every process records it, and this one takes it over.
+MLX compiles a kernel when it first computes with it, one after the other on one core, which is
+most of a first run of a few minutes (benchmarks/README.md). So each of several processes,
+`kernel_worker`, computes one part of the run in small, on a base whose layers share their weights.
+What they compile is recorded as every process records it, and this one takes it over.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,6 +26,8 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import ContinualSection, RegistrySection
 from nested_core.data.parallel_jobs import count_usable_cores
 from nested_core.errors import shorten
+from nested_core.models.base_model import model_compute_dtype
+from nested_core.pipeline.device_lock import locking_devices
 from nested_core.pipeline.launch import end_with_parent
 from nested_core.pipeline.launch.mlx_launch import count_ranks
 from nested_core.storage import compiled_kernels
@@ -35,6 +37,7 @@ from nested_core.text.duration_format import format_clock
 PARTS = ("evaluation", "gradients", "updates", "answers")
 WORKER_COMMAND = (sys.executable, "-P", "-m", "nested_core.pipeline.kernel_worker")
 ERRORS_NAME = "errors.txt"
+SECONDS_BETWEEN_LOOKS = 0.05
 MAX_SECONDS = 600.0  # after which a process is ended, and its kernels are compiled when needed
 
 _log = logging.getLogger(__name__)
@@ -45,36 +48,53 @@ _under_way: FirstKernels | None = None
 def compiling_first_kernels(
     config: FineTuneConfig, run: RunDirectory, on_message: Callable[[str], None]
 ) -> Iterator[None]:
-    """Within the block, compile a run's kernels where this machine has none; its data is judged."""
+    """Within the block, compile a run's kernels where this machine has none.
+
+    The run's data is validated by then. Waits for the device, and holds it while the processes are
+    started. Where they cannot be, a log line says why.
+    """
     global _under_way
     if not are_worth_compiling_ahead(config, run):
         yield
         return
-    _under_way = FirstKernels(config, run, on_message)
+    try:
+        with locking_devices(on_message):
+            started = FirstKernels(config, run, on_message)
+    except OSError as error:
+        _log.warning("MLX's kernels are compiled as they are needed, and not ahead: %s", error)
+        yield
+        return
+    _under_way = started
     try:
         yield
     finally:
-        _under_way.end()
-        _under_way = None
+        started.end()
+        if _under_way is started:
+            _under_way = None
 
 
-def await_first_kernels() -> None:
-    """Wait for the processes that compile a run's first kernels, if there are any."""
+def await_first_kernels(is_stop_requested: Callable[[], bool]) -> None:
+    """Wait for the processes that compile a run's first kernels, or until a stop is requested."""
     if _under_way is not None:
-        _under_way.take()
+        _under_way.take(is_stop_requested)
 
 
 def are_worth_compiling_ahead(config: FineTuneConfig, run: RunDirectory) -> bool:
     """Whether a run computes on CUDA, with no kernel kept, in one process, on cores enough.
 
-    Under `full` the layers cannot share weights, and measured importances take a pass over data.
+    Under `full`, and under DoRA at a precision of its own, layers do not share their weights;
+    measured importances take a pass over the data; a limit of memory is one for each process.
     """
+    has_shared_layers = config.fine_tune_type == "lora" or (
+        config.fine_tune_type == "dora" and model_compute_dtype(config) is None
+    )
     return (
         compiled_kernels.began_without_kernels()
         and backend.computes_on_cuda()
         and count_usable_cores() > len(PARTS)
         and count_ranks(config) == 1
-        and config.fine_tune_type != "full"
+        and has_shared_layers
+        and config.training.memory_limit_gb is None
         and config.nested.strategy != "parameter_importance"
         and not run.result.exists()
     )
@@ -88,7 +108,9 @@ class FirstKernels:
     ) -> None:
         self._on_message = on_message
         self._began = time.monotonic()
-        self._folder = TemporaryDirectory(prefix="nested-tune-first-kernels-")
+        self._folder = TemporaryDirectory(
+            prefix="nested-tune-first-kernels-", ignore_cleanup_errors=True
+        )
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         on_message(
             f"kernels: MLX has compiled none on this machine yet: {len(PARTS)} processes compile "
@@ -103,26 +125,43 @@ class FirstKernels:
             self.end()
             raise
 
-    def take(self) -> None:
+    def take(self, is_stop_requested: Callable[[], bool]) -> None:
         """Wait for all, and take over what they compiled; say so, and who failed."""
+        if not self._processes:  # taken before
+            return
         deadline = self._began + MAX_SECONDS
         for part, process in self._processes.items():
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
+            while process.poll() is None and time.monotonic() < deadline:
+                if is_stop_requested():
+                    self._end_processes()
+                    return
+                time.sleep(SECONDS_BETWEEN_LOOKS)
             if process.returncode != 0:
-                _kill(process)
-                errors = self._folder_of(part) / ERRORS_NAME
-                last_line = errors.read_text(errors="replace").strip().rpartition("\n")[2]
-                problem = last_line or f"ended after {time.monotonic() - self._began:.0f} s"
                 _log.warning(
                     "The kernels of %s are compiled as they are needed: the process that was to "
-                    "compile them ahead failed: %s",
+                    "compile them ahead %s",
                     part,
-                    shorten(problem, 300),
+                    self._describe_end(part, process.returncode),
                 )
-        count = compiled_kernels.take_recorded_kernels()
+        self._end_processes()
+        try:
+            count = compiled_kernels.take_recorded_kernels()
+        except OSError as error:
+            _log.warning("MLX's kernels that were compiled ahead cannot be used: %s", error)
+            return
         taken = format_clock(time.monotonic() - self._began)
         self._on_message(f"kernels: {count} were compiled ahead in {taken}, and are kept")
+
+    def _describe_end(self, part: str, code: int | None) -> str:
+        if code is None:
+            return f"took more than {MAX_SECONDS:.0f} s"
+        errors = self._folder_of(part) / ERRORS_NAME
+        last_line = errors.read_text(errors="replace").strip().rpartition("\n")[2]
+        return f"ended with code {code}: {shorten(last_line or 'it gave no message', 300)}"
+
+    def _end_processes(self) -> None:
+        for process in self._processes.values():
+            _kill(process)
         self._processes = {}
 
     def _folder_of(self, part: str) -> Path:
@@ -130,8 +169,7 @@ class FirstKernels:
 
     def end(self) -> None:
         """End the processes that are left, and remove their folders."""
-        for process in self._processes.values():
-            _kill(process)
+        self._end_processes()
         self._folder.cleanup()
 
 

@@ -170,9 +170,12 @@ def test_a_process_that_fails_is_told_of_and_the_run_goes_on(
     with caplog.at_level(logging.WARNING):
         result = finetune(example_config(iters=4), open_run(tmp_path / "run"), hooks)
     assert result.verdict is not None
-    failed = [record.getMessage() for record in caplog.records if "ahead failed" in record.message]
-    assert [message.rpartition(": ")[0].rpartition(": ")[2] for message in failed] == list(PARTS)
-    assert all(message.endswith("no room on the device") for message in failed)
+    failed = [record.getMessage() for record in caplog.records]
+    assert [message for message in failed if "compile them ahead" in message] == [
+        f"The kernels of {part} are compiled as they are needed: the process that was to compile "
+        f"them ahead ended with code 1: {part}: no room on the device"
+        for part in PARTS
+    ]
     told = [message for message in hooks.messages if message.startswith("kernels: ")]
     assert "4 processes compile those of evaluation, gradients, updates and answers" in told[0]
     assert "were compiled ahead in" in told[1]
@@ -200,8 +203,65 @@ def test_what_ends_a_run_ends_the_processes_that_compile_for_it(
         fail_in_the_block()
     assert all(process.returncode is not None for process in seen[0]._processes.values())
     assert not Path(seen[0]._folder.name).exists()
-    await_first_kernels()  # nothing is waited for any more
+    await_first_kernels(lambda: False)  # nothing is waited for any more
     assert len(messages) == 1
+
+
+def test_a_stop_that_is_requested_ends_the_wait_and_the_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_worker(monkeypatch, "import time; time.sleep(3600)")
+    config = example_config(iters=4)
+    run = prepare(config, tmp_path / "run")
+    messages: list[str] = []
+    with compiling_first_kernels(config, run, messages.append):
+        assert first_kernels._under_way is not None
+        processes = list(first_kernels._under_way._processes.values())
+        await_first_kernels(lambda: True)
+        assert all(process.returncode is not None for process in processes)
+    assert len(messages) == 1
+
+
+def test_what_was_compiled_is_taken_once_and_a_full_store_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_worker(monkeypatch, "")
+    config = example_config(iters=4)
+    run = prepare(config, tmp_path / "run")
+    monkeypatch.setattr(compiled_kernels, "take_recorded_kernels", lambda: 7)
+    messages: list[str] = []
+    with compiling_first_kernels(config, run, messages.append):
+        await_first_kernels(lambda: False)
+        await_first_kernels(lambda: False)
+    assert [message.partition(" in ")[0] for message in messages[1:]] == [
+        "kernels: 7 were compiled ahead"
+    ]
+
+    def fail() -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compiled_kernels, "take_recorded_kernels", fail)
+    with caplog.at_level(logging.WARNING), compiling_first_kernels(config, run, messages.append):
+        await_first_kernels(lambda: False)
+    assert "compiled ahead cannot be used: [Errno 28] No space left on device" in caplog.text
+
+
+def test_a_run_goes_on_where_the_processes_cannot_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_worker(monkeypatch, "import time; time.sleep(3600)")
+    config = example_config(iters=4)
+    run = prepare(config, tmp_path / "run")
+
+    def fail(part: str, folder: Path) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(first_kernels, "start_worker", fail)
+    went_on: list[str] = []
+    with caplog.at_level(logging.WARNING), compiling_first_kernels(config, run, went_on.append):
+        went_on.append("the block ran")
+    assert went_on[-1] == "the block ran"
+    assert "as they are needed, and not ahead: [Errno 12] Cannot allocate memory" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -209,6 +269,8 @@ def test_what_ends_a_run_ends_the_processes_that_compile_for_it(
     [
         ({}, True),
         ({"fine_tune_type": "full"}, False),
+        ({"fine_tune_type": "dora", "training": {"precision": "float32"}}, False),
+        ({"training": {"memory_limit_gb": 8}}, False),
         ({"nested": {"strategy": "parameter_importance", "frequencies": [1, 2]}}, False),
         ({"training": {"processes": 2}}, False),
         ({"kernels": True}, False),
