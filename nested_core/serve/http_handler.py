@@ -5,29 +5,37 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import select
+import socket
+from http import HTTPStatus
 from io import BytesIO
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 from mlx_lm.server import APIHandler, CompletionRequest
 
 from nested_core.errors import NestedTuneError
 from nested_core.serve.champion_follower import ChampionFollower
+from nested_core.serve.request_model import (
+    DEFAULT_MODEL,
+    ROUTES,
+    RequestRefused,
+    describe_error,
+    read_request,
+)
 from nested_core.serve.response_generator import (
     RegistryResponseGenerator,
-    SwapWaitOver,
     VersionedRequest,
+    failure_status,
 )
 from nested_core.serve.served_version import BASE_VERSION
+from nested_core.text.foreign_text import escape
 
 VERSION_HEADER = "X-Adapter-Version"
-DEFAULT_MODEL = "default_model"  # what mlx_lm takes for a request without `model`
 AGAIN_AFTER_SECONDS = 1
 MAX_BODY_BYTES = 4 * 1024 * 1024
-MAX_ANSWER_TOKENS = 2**20
-MAX_DRAFT_TOKENS = 64
-MAX_SEED = 2**64 - 1  # mx.random.seed
-MAX_STOPS = 16
-MAX_STOP_LENGTH = 256
+MAX_LENGTH_DIGITS = 9
 MAX_WAITING_REQUESTS = 1024
 
 
@@ -47,79 +55,101 @@ class RegistryHandler(APIHandler):
         self._follower = follower
         self._api_key = api_key
         self._request: VersionedRequest | None = None
+        self._is_streaming = False
         super().__init__(response_generator, *args, **kwargs)
 
     timeout = 120  # seconds without a byte, on a connection of which something is expected
 
     def do_POST(self) -> None:
-        """Answer, where the client may ask, and the body is no larger than a request is."""
-        if not self._require_api_key():
+        """Answer, where the client may ask, and what it asks is a request that is answered here."""
+        try:
+            self._require_permission()
+            body = json.dumps(read_request(self.path, self._read_body(), self._defaults())).encode()
+        except RequestRefused as refused:
+            self._refuse(refused)
             return
-        given = self.headers.get("Content-Length")
-        if given is not None and given.isascii() and given.isdigit():
-            if int(given) > MAX_BODY_BYTES:
-                self.close_connection = True  # the body is not read
-                self._send_json(413, {"error": f"A request has at most {MAX_BODY_BYTES} bytes."})
-                return
-            body = self.rfile.read(int(given))
-            try:
-                json.loads(body)
-            except (ValueError, RecursionError) as error:  # mlx_lm's handler ends at some of them
-                said = f"Invalid JSON in request body: {type(error).__name__}: {error}"
-                self._send_json(400, {"error": said})
-                return
-            self.rfile = BytesIO(body)
-        elif given is not None:  # mlx_lm's would wait for the end of the connection at -1
-            self._send_json(400, {"error": "Invalid Content-Length header"})
-            return
+        self.rfile = BytesIO(body)
+        self.headers.replace_header("Content-Length", str(len(body)))
         super().do_POST()
 
     def do_GET(self) -> None:
-        """As mlx_lm's; `/health` is open to all, so that a supervisor needs no key."""
-        if self.path == "/health" or self._require_api_key():
+        """As mlx_lm's; `/health` needs no key, so that a supervisor has none."""
+        try:
+            self._require_permission(needs_key=self.path != "/health")
+        except RequestRefused as refused:
+            self._refuse(refused)
+            return
+        if self.path == "/health" or self.path.startswith("/v1/models"):
             super().do_GET()
+        else:
+            self._refuse(_no_route(self.path))
 
-    def _require_api_key(self) -> bool:
-        """Whether the client may ask; else it is told that it may not."""
+    def do_OPTIONS(self) -> None:
+        """As mlx_lm's: what a browser asks before it lets a page of another origin ask."""
+        try:
+            self._require_permission(needs_key=False)
+        except RequestRefused as refused:
+            self._refuse(refused)
+            return
+        super().do_OPTIONS()
+
+    def _require_permission(self, *, needs_key: bool = True) -> None:
+        """Raise RequestRefused where the client, or the web page that asks, may not ask."""
+        options = self._generator.cli_args
+        origin = self.headers.get("Origin")
+        if "*" not in options.allowed_origins:
+            if origin is not None and origin not in options.allowed_origins:
+                raise RequestRefused(
+                    f"The origin {origin!r:.80} may not ask here; --allowed-origins of the server "
+                    f"names those that may.",
+                    403,
+                )
+            if not _is_own_host(self.headers.get("Host"), options.host):
+                raise RequestRefused(
+                    f"This server is {options.host}, and the request is for "
+                    f"{self.headers.get('Host')!r:.80}.",
+                    421,
+                )
         given = self.headers.get("Authorization", "")
-        if self._api_key is None or hmac.compare_digest(
-            given.encode("latin-1", "replace"), f"Bearer {self._api_key}".encode()
+        if (
+            needs_key
+            and self._api_key is not None
+            and not hmac.compare_digest(
+                given.encode("latin-1", "replace"), f"Bearer {self._api_key}".encode()
+            )
         ):
-            return True
-        self._send_json(401, {"error": "Give the server's API key: Authorization: Bearer KEY."})
-        return False
-
-    def validate_model_parameters(self) -> None:
-        """As mlx_lm's; what would load something past the registry is refused."""
-        super().validate_model_parameters()
-        self._validate_bounds()
-        if self.adapter is not None:
-            raise ValueError(
-                "adapters is not taken here: what is served is chosen by model, as NAME or "
-                "NAME@VERSION of the registry."
+            raise RequestRefused(
+                "Give the server's API key: Authorization: Bearer KEY.", 401, "invalid_api_key"
             )
-        if self.requested_draft_model != DEFAULT_MODEL:
-            raise ValueError("draft_model is not taken here: --draft-model chooses it.")
 
-    def _validate_bounds(self) -> None:
-        """Raise ValueError for what mlx_lm's handler takes without a bound."""
-        self._validate("max_tokens", int, max_val=MAX_ANSWER_TOKENS)
-        self._validate("num_draft_tokens", int, max_val=MAX_DRAFT_TOKENS)
-        self._validate("seed", int, min_val=0, max_val=MAX_SEED, optional=True)
-        self._validate("stream_options", dict, optional=True)
-        if self.stream_options is not None:  # which mlx_lm's reads as if the key were there
-            include_usage = self.stream_options.get("include_usage", False)
-            if not isinstance(include_usage, bool):
-                raise ValueError("stream_options.include_usage must be of type bool")
-            self.stream_options = {"include_usage": include_usage}
-        stop = self.body.get("stop")
-        stops = [stop] if isinstance(stop, str) else stop or []
-        is_list = isinstance(stops, list) and all(isinstance(text, str) for text in stops)
-        if not is_list or len(stops) > MAX_STOPS or any(len(s) > MAX_STOP_LENGTH for s in stops):
-            raise ValueError(
-                f"stop must be a text or a list of at most {MAX_STOPS} texts, each of at most "
-                f"{MAX_STOP_LENGTH} characters"
-            )
+    def _read_body(self) -> bytes:
+        """The bytes of the body. Raises RequestRefused where it is not to be read."""
+        if self.path not in ROUTES:
+            raise _no_route(self.path)
+        given = self.headers.get("Content-Length")
+        if given is None:
+            raise RequestRefused("The header Content-Length is required.", 411)
+        if not (given.isascii() and given.isdigit()):
+            raise RequestRefused("The header Content-Length is no number of bytes.")
+        if len(given) > MAX_LENGTH_DIGITS or int(given) > MAX_BODY_BYTES:
+            raise RequestRefused(f"A request has at most {MAX_BODY_BYTES} bytes.", 413)
+        return self.rfile.read(int(given))
+
+    def _defaults(self) -> dict[str, Any]:
+        """What the server's own options say where a request says nothing."""
+        options = self._generator.cli_args
+        return {
+            "max_tokens": options.max_tokens,
+            "temperature": options.temp,
+            "top_p": options.top_p,
+            "top_k": options.top_k,
+            "min_p": options.min_p,
+            "num_draft_tokens": options.num_draft_tokens,
+        }
+
+    def _refuse(self, refused: RequestRefused) -> None:
+        self.close_connection = True  # the body may not have been read
+        self._send_error_document(str(refused), refused.status, refused.code)
 
     def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
         """Answer with the version that the request is for, or say why it is not served."""
@@ -129,46 +159,58 @@ class RegistryHandler(APIHandler):
         name = generator.default_name if wanted == DEFAULT_MODEL else name
         if name not in generator.names:
             served = ", ".join(generator.names)
-            self._send_json(404, {"error": f"No model {wanted!r:.80} here; served: {served}."})
+            self._refuse(_no_model(f"No model {wanted!r:.80} here; served: {served}."))
             return
         try:
             pinned = self._follower.find_version(name, version) if version else None
         except (NestedTuneError, OSError) as error:
-            self._send_json(404, {"error": str(error)})
+            self._refuse(_no_model(str(error)))
             return
-        if generator.requests.qsize() >= MAX_WAITING_REQUESTS:
-            self._send_json(503, {"error": "Too many requests wait here. Ask again later."})
+        if generator.count_waiting() >= MAX_WAITING_REQUESTS:
+            self._send_error_document("Too many requests wait here. Ask again later.", 503)
             return
-        self._request = VersionedRequest(**vars(request), name=name, pinned=pinned)
+        self._request = VersionedRequest(
+            **vars(request), name=name, pinned=pinned, is_client_gone=self._is_client_gone
+        )
         generator.count_request(name)
         try:
             super().handle_completion(self._request, stop_words)
         except ConnectionError:
             raise
         except Exception as error:  # whatever it is, the client is told
-            self._end_begun_answer(error)
+            self._request.failure = None
+            self._send_failure(error)
         finally:
             generator.count_outcome(self._request)
             generator.forget(self._request)
 
-    def _end_begun_answer(self, error: Exception) -> None:
-        """Say that an answer which was begun will not be finished."""
-        if self.stream:
-            self.wfile.write(f"data: {json.dumps({'error': str(error)})}\n\n".encode())
+    def _is_client_gone(self) -> bool:
+        """Whether the client closed its connection."""
+        poll = select.poll()
+        poll.register(self.connection, select.POLLIN)
+        return bool(poll.poll(0)) and not self.connection.recv(1, socket.MSG_PEEK)
+
+    def _send_failure(self, error: Exception) -> None:
+        """Say that an answer cannot be given, or that a streamed one will not be finished."""
+        status = failure_status(error)
+        code = error.code if isinstance(error, RequestRefused) else None
+        if self._is_streaming:
+            document = describe_error(str(error), status, code)
+            self.wfile.write(f"data: {json.dumps(document)}\n\n".encode())
             return
         self._headers_buffer: list[bytes] = []  # mlx_lm has written 200 there, and not sent it
-        status = 503 if isinstance(error, SwapWaitOver | RuntimeError) else 500
-        self._send_json(status, {"error": str(error)})
+        self._send_error_document(str(error), status, code)
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
-        if self._request is not None and self._request.failure_status is not None:
-            status_code = self._request.failure_status
+        if self._request is not None and self._request.failure is not None:
+            raise self._request.failure  # mlx_lm would say it with status 404, in a shape of its own
         super()._set_completion_headers(status_code)
         if status_code == 503:
             self.send_header("Retry-After", str(AGAIN_AFTER_SECONDS))
         self._name_version()
 
     def _set_stream_headers(self, status_code: int = 200) -> None:
+        self._is_streaming = True
         super()._set_stream_headers(status_code)
         self._name_version()
 
@@ -214,6 +256,52 @@ class RegistryHandler(APIHandler):
         self.wfile.write(body)
         self.wfile.flush()
 
+    def _send_error_document(self, message: str, status: int, code: str | None = None) -> None:
+        self._send_json(status, describe_error(message, status, code))
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What http.server itself refuses, such as another method, in the shape of all errors."""
+        status = 405 if code == HTTPStatus.NOT_IMPLEMENTED else code
+        body = json.dumps(describe_error(message or HTTPStatus(status).phrase, status)).encode()
+        self.close_connection = True
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
     def log_message(self, format: str, *args: Any) -> None:
-        """One line a request, in the log."""
-        logging.info("%s %s", self.address_string(), format % args)
+        """One line a request, in the log, in which a client's control characters are escaped."""
+        logging.info("%s %s", self.address_string(), escape(format % args))
+
+
+def _no_route(path: str) -> RequestRefused:
+    routes = ", ".join([*ROUTES, "/v1/models", "/health"])
+    return RequestRefused(f"Nothing is at {path!r:.80}; there are {routes}.", 404)
+
+
+def _no_model(message: str) -> RequestRefused:
+    return RequestRefused(message, 404, "model_not_found")
+
+
+def _is_own_host(given: str | None, host: str) -> bool:
+    """Whether a request's Host is the server's; asked of one that listens to its own machine.
+
+    A web page whose name was made to lead to this machine sends that name.
+    """
+    if given is None or not is_loopback(host):
+        return True
+    try:
+        name = urlsplit(f"//{given}").hostname
+    except ValueError:
+        return False
+    return name is not None and (name == host or is_loopback(name))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine, reached from itself alone."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False

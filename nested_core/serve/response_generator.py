@@ -10,11 +10,13 @@ new one.
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
+import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -34,20 +36,24 @@ from mlx_lm.server import (
     ResponseGenerator,
     SamplingArguments,
     _make_logits_processors,
+    _make_sampler,
+    convert_chat,
+    process_message_content,
 )
 
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.models.base_model import context_length
 from nested_core.serve.canary_check import CanaryFailed, check_canary
+from nested_core.serve.request_model import RequestRefused
 from nested_core.serve.served_version import ServedVersion
 
 WARM_UP_PROMPT = "1"
 RATE_WINDOW_SECONDS = 60
 SECONDS_BETWEEN_LOOKS = 0.05
+SECONDS_BETWEEN_LOOKS_AT_CLIENT = 1.0
 CANARY_SECONDS_AT_A_TIME = 0.25  # between two looks at the requests
 WATCHED_REQUESTS = 200
 MAX_FAILED_REQUESTS = 5  # of the first ones of a version, where none failed before it
-MAX_XTC_THRESHOLD = 0.5  # mlx_lm.sample_utils.apply_xtc
 
 
 class SwapWaitOver(Exception):
@@ -155,15 +161,19 @@ class VersionedRequest(CompletionRequest):
     pinned: the version that the request itself asked for; None for the champion.
     bound: the version that answers it, from when the generation thread took it.
     queue: where mlx_lm puts its answer, from then on.
-    failure_status: the HTTP status where no answer could be begun.
+    is_client_gone: whether nobody waits for the answer any more.
+    tokenized: its prompt, as mlx_lm's `_tokenize` gives it, from before it is queued.
+    failure: why no answer could be begun.
     has_failed: whether its answer failed in the server, while it was generated.
     """
 
     name: str = ""
     pinned: ServedVersion | None = None
+    is_client_gone: Callable[[], bool] = lambda: False
+    tokenized: tuple[Any, ...] | None = field(default=None, init=False)
     bound: ServedVersion | None = field(default=None, init=False)
     queue: Queue[Any] | None = field(default=None, init=False)
-    failure_status: int | None = field(default=None, init=False)
+    failure: Exception | None = field(default=None, init=False)
     has_failed: bool = field(default=False, init=False)
 
 
@@ -188,8 +198,9 @@ class RegistryModelProvider(ModelProvider):
 
     base: the base model, from `load_default` to `reset`.
     base_arrays: the arrays that it was loaded with, by id().
-    vocabulary_size: of the logits. context: the most tokens that the base can see; None where it
-        is not known. Everything runs in the generation thread.
+    vocabulary_size: of the logits. longest_token: in bytes, of the tokenizer. context: the most
+        tokens that the base can see; None where it is not known. Models are built and run in the
+        generation thread.
     """
 
     model: Any
@@ -208,14 +219,17 @@ class RegistryModelProvider(ModelProvider):
         self.base: Any = None
         self.base_arrays: dict[int, mx.array] = {}
         self.vocabulary_size = 0
+        self.longest_token = 0
         self.context: int | None = None
         self._has_retired_version = False
 
     def load_default(self) -> None:
-        """Load the base, and build the models that are served first.
+        """Load the base, and build the models that are served first; only the first time.
 
         Raises ConfigError where the base cannot be loaded or an adapter does not fit it.
         """
+        if self.base is not None:
+            return
         try:
             self._load(self.cli_args.model, None, self.cli_args.draft_model)
         except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
@@ -227,6 +241,7 @@ class RegistryModelProvider(ModelProvider):
         self.base_arrays = {id(array): array for _, array in leaves}
         self.context = context_length(Path(self.cli_args.model))
         self.vocabulary_size = self.base(mx.array([[0]])).shape[-1]  # traced, not computed
+        self.longest_token = max(len(str(text).encode()) for text in self.tokenizer.get_vocab())
         for version in self._initial:
             version.build_model(self.base)
 
@@ -303,7 +318,12 @@ class RegistryResponseGenerator(ResponseGenerator):
 
     def _run_generate(self) -> None:
         try:
-            self._generate()
+            while True:
+                try:
+                    self._generate()
+                    return
+                except Exception as error:
+                    self._end_requests_under_way(error)
         except Exception as error:  # it is told by whoever waits for the server's end
             logging.debug("the generation thread ended", exc_info=error)
             # Frames hold arrays, which have to be freed in the thread that made them.
@@ -313,6 +333,18 @@ class RegistryResponseGenerator(ResponseGenerator):
         finally:
             self._offer = None  # its canary holds arrays, too
             self._is_ready.set()
+
+    def _end_requests_under_way(self, error: Exception) -> None:
+        """End the requests at which mlx_lm's loop ended; raise the error where there are none."""
+        with self._lock:
+            under_way = [r for r in self.under_way.values() if r.queue is not None]
+        if not under_way:
+            raise error
+        logging.exception("the answers under way could not be generated", exc_info=error)
+        for request in under_way:
+            request.queue.put(RuntimeError(f"{type(error).__name__}: {error}"))
+            self.forget(request)
+        mx.random.seed(time.time_ns())  # which is unusable where sampling was interrupted
 
     def require_ready(self) -> None:
         """Return when the base and the first versions are loaded; raise what prevented that."""
@@ -384,30 +416,83 @@ class RegistryResponseGenerator(ResponseGenerator):
         args.model = ModelDescription(version.label, "default_model", version)  # type: ignore[arg-type]  # mlx_lm hands it to `load` as it is
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
-        """As mlx_lm's, which tells the client what is raised here.
+        """What `_prepare` made of a client's prompt; the server's own requests come without."""
+        if request.tokenized is None:
+            return super()._tokenize(tokenizer, request, args)
+        return request.tokenized
+
+    def _prepare(self, request: VersionedRequest, args: GenerationArguments) -> None:
+        """Tokenise a client's prompt, and make all that its request sets, in the client's thread.
 
         What is raised later ends the generation thread, and what mlx_lm raises while it samples
         leaves mlx's random state unusable. A bias for a token that there is none of writes out of
-        an array's bounds.
+        an array's bounds. Raises RequestRefused, whatever it was that could not be made.
         """
-        tokenized = super()._tokenize(tokenizer, request, args)
-        if not tokenized[0]:
-            raise ValueError("The prompt has no tokens. Give a prompt that is not empty.")
-        context = self.model_provider.context
-        if context is not None and len(tokenized[0]) > context:
-            raise ValueError(
-                f"The prompt has {len(tokenized[0])} tokens, and the model sees {context}."
-            )
+        try:
+            self._require_in_bounds(args)
+            tokenizer = self.model_provider.tokenizer
+            self._require_short_text(tokenizer, request, args)
+            tokenized = super()._tokenize(tokenizer, request, args)
+            prompt, vision = tokenized[0], tokenized[-1]
+            if not prompt:
+                raise RequestRefused("The prompt has no tokens. Give a prompt that is not empty.")
+            context = self.model_provider.context
+            if context is not None and len(prompt) > context:
+                raise RequestRefused(
+                    f"The prompt has {len(prompt)} tokens, and the model sees {context}.",
+                    code="context_length_exceeded",
+                )
+            if vision is not None:
+                mx.eval(vision.pixel_values)
+            self._make_state_machine(self.model_provider.model_key, tokenizer, args.stop_words)
+            _make_sampler(args, tokenizer)
+            _make_logits_processors(args)
+        except RequestRefused:
+            raise
+        except Exception as error:
+            raise RequestRefused(
+                f"The prompt cannot be read: {type(error).__name__}: {error}"
+            ) from None
+        request.tokenized = tokenized
+
+    def _require_in_bounds(self, args: GenerationArguments) -> None:
+        """Raise RequestRefused for numbers of tokens that the model does not have."""
         size = self.model_provider.vocabulary_size
         if args.sampling.top_k >= size:
-            raise ValueError(f"top_k must be below {size}")
+            raise RequestRefused(f"top_k must be below {size}")
         if any(not 0 <= token < size for token in args.logits.logit_bias or ()):
-            raise ValueError(f"logit_bias must name tokens from 0 to {size - 1}")
-        if args.sampling.xtc_threshold > MAX_XTC_THRESHOLD:
-            raise ValueError(f"xtc_threshold must be at most {MAX_XTC_THRESHOLD}")
-        self._make_state_machine(self.model_provider.model_key, tokenizer, args.stop_words)
-        _make_logits_processors(args)
-        return tokenized
+            raise RequestRefused(f"logit_bias must name tokens from 0 to {size - 1}")
+
+    def _require_short_text(
+        self, tokenizer: Any, request: VersionedRequest, args: GenerationArguments
+    ) -> None:
+        """Raise RequestRefused for template arguments, and texts that no context has room for.
+
+        To encode a text takes seconds a megabyte.
+        """
+        text = request.prompt
+        if request.request_type == "chat" and tokenizer.has_chat_template:
+            given = args.chat_template_kwargs or {}
+            require_known_arguments(tokenizer, given)
+            process_message_content(
+                request.messages, keep_images=self.model_provider.processor is not None
+            )
+            text = tokenizer.apply_chat_template(
+                request.messages,
+                tools=request.tools,
+                tokenize=False,
+                add_generation_prompt=True,
+                **{**self.cli_args.chat_template_args, **given},
+            )
+        elif request.request_type == "chat":
+            text = convert_chat(request.messages, request.role_mapping)
+        context, size = self.model_provider.context, len(text.encode())
+        if context is not None and size > context * self.model_provider.longest_token:
+            raise RequestRefused(
+                f"The prompt has {size} bytes, and the model sees {context} tokens of at most "
+                f"{self.model_provider.longest_token} bytes.",
+                code="context_length_exceeded",
+            )
 
     def generate(
         self,
@@ -415,16 +500,22 @@ class RegistryResponseGenerator(ResponseGenerator):
         generation_args: GenerationArguments,
         progress_callback: Callable[[int, int], None] | None = None,
     ) -> tuple[Any, Iterator[Any]]:
-        """As mlx_lm's; then `request.bound` is the version. Call `forget` when it has ended."""
+        """As mlx_lm's; then `request.bound` is the version. Call `forget` when it has ended.
+
+        What a client sent is looked at here, in the client's thread: what is raised once the
+        request is queued is the server's failure.
+        """
         try:
+            self._prepare(request, generation_args)
             context, responses = super().generate(request, generation_args, progress_callback)
         except Exception as error:
-            request.failure_status = failure_status(error)
+            request.failure = error
             request.has_failed = is_server_failure(error)
             raise
         return context, self._count_tokens(request, responses)
 
     def _count_tokens(self, request: VersionedRequest, responses: Iterator[Any]) -> Iterator[Any]:
+        looked = time.monotonic()
         while True:
             try:
                 response = next(responses, None)
@@ -436,7 +527,15 @@ class RegistryResponseGenerator(ResponseGenerator):
                 return
             with self._lock:
                 self.names[request.name].rate.add_token()
+            if time.monotonic() - looked > SECONDS_BETWEEN_LOOKS_AT_CLIENT:
+                looked = time.monotonic()
+                if request.is_client_gone():
+                    raise ConnectionAbortedError("the client did not wait for its answer")
             yield response
+
+    def count_waiting(self) -> int:
+        """How many requests are queued or under way."""
+        return self.requests.qsize() + len(self.under_way)
 
     def count_request(self, name: str) -> None:
         """Count a request of a client."""
@@ -551,10 +650,29 @@ def is_server_failure(error: Exception) -> bool:
 
 
 def failure_status(error: Exception) -> int:
-    """The HTTP status: 503 for the server's state, 404 for a version that is not had, or 400."""
+    """The HTTP status: the client's fault, a version that is not had, the server's state, or 500."""
+    if isinstance(error, RequestRefused):
+        return error.status
     if isinstance(error, SwapWaitOver | RuntimeError | CanaryFailed):
         return 503
-    return 404 if isinstance(error, NestedTuneError) else 400
+    return 404 if isinstance(error, NestedTuneError) else 500
+
+
+def require_known_arguments(tokenizer: Any, given: Collection[str]) -> None:
+    """Raise RequestRefused for arguments that the model's own chat template does not read.
+
+    Others would reach the tokenizer: a template of the client's own, padding, cutting off.
+    """
+    template = tokenizer.chat_template
+    source = template if isinstance(template, str) else ""
+    of_the_tokenizer = inspect.signature(tokenizer._tokenizer.apply_chat_template).parameters
+    known = set(re.findall(r"\w+", source)) - set(of_the_tokenizer) | {"enable_thinking"}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise RequestRefused(
+            f"chat_template_kwargs: {', '.join(unknown):.200} not taken here. Expected arguments "
+            f"that the chat template of the model reads, or enable_thinking."
+        )
 
 
 def _greedy_arguments(max_tokens: int) -> GenerationArguments:

@@ -94,7 +94,10 @@ def test_a_version_of_which_a_tensor_is_not_swapped_is_refused_and_barred(
         assert (reply.text, reply.version) == (before, first)
         assert read_champion(registry, NAME) == second
         pinned = client.chat(f"{NAME}@{second}")
-        assert (pinned.status, "is not served here" in pinned.json()["error"]) == (404, True)
+        assert (pinned.status, "is not served here" in pinned.json()["error"]["message"]) == (
+            404,
+            True,
+        )
         rollback(registry, NAME, by="a test")
         assert promote(2) == second  # the fault is gone: it is barred all the same
         time.sleep(3 * POLL_SECONDS)

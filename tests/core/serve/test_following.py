@@ -188,7 +188,10 @@ def test_a_damaged_champion_is_not_served_and_the_old_one_stays(
         (file,) = (registry / NAME / "serving").iterdir()
         wait_until(lambda: json.loads(file.read_text())["refused"] == status["refused"])
         assert json.loads(file.read_text())["version"] == first
-        assert "is not what was registered" in client.chat(f"{NAME}@{damaged}").json()["error"]
+        assert (
+            "is not what was registered"
+            in client.chat(f"{NAME}@{damaged}").json()["error"]["message"]
+        )
         third = promote(3)
         wait_for(client, third)
     assert list((registry / NAME / "serving").iterdir()) == []
@@ -206,7 +209,7 @@ def test_a_champion_of_another_base_is_not_served(
         assert (status["version"], status["refused"]["version"]) == (first, second)
         assert "is another model" in status["refused"]["reason"]
         assert client.chat().version == first
-        assert "is another model" in client.chat(f"{NAME}@{second}").json()["error"]
+        assert "is another model" in client.chat(f"{NAME}@{second}").json()["error"]["message"]
 
 
 def promote_damaged(promote: Promote, registry: Path) -> str:

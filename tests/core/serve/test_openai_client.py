@@ -74,13 +74,20 @@ def test_the_library_raises_its_own_errors_with_what_the_server_said(
     stranger = client.with_options(api_key="other")
     wrong: list[tuple[openai.OpenAI, dict[str, Any], type[openai.APIStatusError], str]] = [
         (client, {"model": "other"}, openai.NotFoundError, "No model 'other' here"),
-        (client, {"adapters": "/x"}, openai.BadRequestError, "adapters is not taken here"),
+        (client, {"adapters": "/x"}, openai.BadRequestError, "adapters: not taken here"),
+        (client, {"messages": "hi"}, openai.BadRequestError, "messages: expected a list"),
         (stranger, {}, openai.AuthenticationError, "Give the server's API key"),
     ]
+    kinds: dict[type[openai.APIStatusError], str] = {
+        openai.NotFoundError: "not_found_error",
+        openai.BadRequestError: "invalid_request_error",
+        openai.AuthenticationError: "authentication_error",
+    }
     for asking, body, kind, said in wrong:
         with pytest.raises(kind) as raised:
             asking.chat.completions.create(model=NAME, messages=MESSAGES, extra_body=body)
-        assert said in raised.value.response.json()["error"]
+        assert said in raised.value.message
+        assert raised.value.type == kinds[kind]
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")

@@ -74,9 +74,9 @@ def test_a_swap_waits_no_longer_than_it_may_and_says_so_to_whom_it_ends(
         assert client.chat(NAME).version == second
     whole, streamed = sorted(replies, key=lambda reply: -reply.status)
     assert (whole.status, whole.headers["retry-after"], whole.version) == (503, "1", first)
-    assert "longer than a change to version" in whole.json()["error"]
+    assert "longer than a change to version" in whole.json()["error"]["message"]
     last = [line for line in streamed.body.splitlines() if line.startswith("data: ")][-1]
-    assert "longer than a change to version" in json.loads(last[6:])["error"]
+    assert "longer than a change to version" in json.loads(last[6:])["error"]["message"]
     assert streamed.version == first
 
 
