@@ -203,7 +203,7 @@ class RegistryHandler(APIHandler):
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
         if self._request is not None and self._request.failure is not None:
-            raise self._request.failure  # mlx_lm would say it with status 404, in a shape of its own
+            raise self._request.failure  # mlx_lm would say it with 404, in a shape of its own
         super()._set_completion_headers(status_code)
         if status_code == 503:
             self.send_header("Retry-After", str(AGAIN_AFTER_SECONDS))

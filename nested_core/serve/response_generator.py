@@ -205,6 +205,7 @@ class RegistryModelProvider(ModelProvider):
 
     model: Any
     model_key: Any
+    tokenizer: Any
 
     def __init__(
         self,
@@ -337,12 +338,13 @@ class RegistryResponseGenerator(ResponseGenerator):
     def _end_requests_under_way(self, error: Exception) -> None:
         """End the requests at which mlx_lm's loop ended; raise the error where there are none."""
         with self._lock:
-            under_way = [r for r in self.under_way.values() if r.queue is not None]
+            under_way = list(self.under_way.values())
         if not under_way:
             raise error
         logging.exception("the answers under way could not be generated", exc_info=error)
         for request in under_way:
-            request.queue.put(RuntimeError(f"{type(error).__name__}: {error}"))
+            if request.queue is not None:
+                request.queue.put(RuntimeError(f"{type(error).__name__}: {error}"))
             self.forget(request)
         mx.random.seed(time.time_ns())  # which is unusable where sampling was interrupted
 
@@ -650,7 +652,7 @@ def is_server_failure(error: Exception) -> bool:
 
 
 def failure_status(error: Exception) -> int:
-    """The HTTP status: the client's fault, a version that is not had, the server's state, or 500."""
+    """The HTTP status: the client's fault, no such version, the server's state, or 500."""
     if isinstance(error, RequestRefused):
         return error.status
     if isinstance(error, SwapWaitOver | RuntimeError | CanaryFailed):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 
 from nested_core.serve import http_handler
 from nested_core.serve.http_handler import MAX_BODY_BYTES
+from nested_core.serve.request_model import MAX_ANSWER_TOKENS
 from tests.core.serve.versions import (
     NAME,
     QUESTION,
@@ -21,6 +24,7 @@ from tests.core.serve.versions import (
     settings,
 )
 from tests.example import generate_answers
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -198,12 +202,192 @@ def test_a_body_that_is_too_large_or_of_no_length_is_refused_unread(client: Clie
         connection.close()
 
 
-def test_where_too_many_requests_wait_the_next_one_is_sent_away(
+LONG: dict[str, Any] = {"max_tokens": MAX_ANSWER_TOKENS, "logit_bias": {"0": -1000}}  # no end
+
+
+def begin_and_leave(client: Client, is_streamed: bool) -> socket.socket:
+    """A connection that asked for an answer without end, once it is generated."""
+    host, port = client.server.address.removeprefix("http://").split(":")
+    messages = [{"role": "user", "content": QUESTION}]
+    body = json.dumps({"messages": messages, "stream": is_streamed, **LONG}).encode()
+    connection = socket.create_connection((host, int(port)), timeout=60)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    wait_until(lambda: len(client.server.generator.under_way) > 0, "it is under way")
+    return connection
+
+
+def test_where_too_many_requests_are_under_way_the_next_one_is_sent_away(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_handler, "MAX_WAITING_REQUESTS", 0)
-    reply = client.chat(NAME)
+    monkeypatch.setattr(http_handler, "MAX_WAITING_REQUESTS", 1)
+    assert client.chat(NAME).status == 200
+    with begin_and_leave(client, is_streamed=False):
+        reply = client.chat(NAME)
     assert (reply.status, reply.headers["retry-after"]) == (503, "1")
+    assert reply.json()["error"]["type"] == "server_error"
+    wait_until(lambda: not client.server.generator.under_way, "nothing is under way")
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_an_answer_ends_when_its_client_is_gone(client: Client, is_streamed: bool) -> None:
+    with begin_and_leave(client, is_streamed):
+        pass
+    wait_until(lambda: not client.server.generator.under_way, "the answer has ended")
+    assert client.server.generator.names[NAME].failures.failed == 0
+
+
+IMAGE = "http://127.0.0.1:1/latest/meta-data/iam"
+NOT_DONE: dict[str, tuple[dict[str, Any], str]] = {
+    "an address that the server would fetch": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": IMAGE}]}]},
+        "this server fetches no address",
+    ),
+    "a template of the client's": (
+        {"chat_template_kwargs": {"chat_template": "{% for i in range(9) %}{% endfor %}"}},
+        "chat_template_kwargs: chat_template not taken here",
+    ),
+    "arguments of the tokenizer": (
+        {"chat_template_kwargs": {"padding": "max_length", "max_length": 4_000_000}},
+        "chat_template_kwargs: max_length, padding not taken here",
+    ),
+    "an unknown template argument": (
+        {"chat_template_kwargs": {"depth": 5}},
+        "chat_template_kwargs: depth not taken here",
+    ),
+    "several answers": ({"n": 3}, "n: Input should be less than or equal to 1"),
+    "log probabilities by number": ({"logprobs": 5}, "logprobs: Input should be a valid boolean"),
+    "an answer in JSON": (
+        {"response_format": {"type": "json_object"}},
+        "response_format.type: Input should be 'text'",
+    ),
+    "a tool that is to be called": ({"tool_choice": "required"}, "tool_choice: Input should be"),
+    "an unknown key": ({"beams": 4}, "beams: not taken here"),
+    "a number that is none": ({"temperature": float("nan")}, "NaN is no number of JSON"),
+    "half a character": ({"stop": "\ud800"}, "surrogates not allowed"),
+    "messages that are a text": ({"messages": "hi"}, "messages: expected a list of messages"),
+    "several problems": ({"top_p": 2, "n": 2}, "n: Input should be less than or equal to 1"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_DONE)
+def test_what_is_not_done_here_is_refused_with_its_reason(client: Client, case: str) -> None:
+    body, said = NOT_DONE[case]
+    reply = client.chat(NAME, max_tokens=3, **body)
+    assert reply.status == 400
+    error = reply.json()["error"]
+    assert said in error["message"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", None)
+
+
+def test_what_cannot_change_an_answer_is_taken_and_null_is_the_default(client: Client) -> None:
+    nulls = dict.fromkeys(("temperature", "max_tokens", "top_p", "stream", "logprobs", "n", "stop"))
+    more = {"user": "me", "metadata": {"a": "b"}, "store": False, "n": 1}
+    assert client.chat(NAME, **nulls).text == client.chat(NAME, **more).text == client.chat().text
+    listed = client.send("POST", "/v1/completions", {"prompt": [QUESTION]}).json()
+    alone = client.send("POST", "/v1/completions", {"prompt": QUESTION}).json()
+    assert listed["choices"] == alone["choices"]
+
+
+def test_a_text_that_no_context_has_room_for_is_refused_before_it_is_encoded(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider = client.server.generator.model_provider
+    tokenizer = provider.tokenizer
+    encoded: list[int] = []
+
+    def note_and_encode(text: str, **options: Any) -> Any:
+        encoded.append(len(text))
+        return type(tokenizer._tokenizer).encode(tokenizer._tokenizer, text, **options)
+
+    monkeypatch.setattr(tokenizer._tokenizer, "encode", note_and_encode, raising=False)
+    assert client.send("POST", "/v1/completions", {"prompt": QUESTION}).status == 200
+    reply = client.send("POST", "/v1/completions", {"prompt": "I want to see. " * 200_000})
+    error = reply.json()["error"]
+    assert (reply.status, error["code"]) == (400, "context_length_exceeded")
+    assert "The prompt has 3000000 bytes, and the model sees 64 tokens" in error["message"]
+    assert max(encoded) == len(QUESTION)
+
+
+def test_a_template_that_fails_at_what_a_client_sent_is_the_clients_fault(client: Client) -> None:
+    before = client.server.generator.names[NAME].failures.failed
+    roles = [{"role": "tool", "content": None}, {"role": "assistant"}, {"role": "assistant"}]
+    deep: Any = {}
+    for _ in range(300):
+        deep = {"a": deep}
+    function = {"name": "f", "parameters": deep}
+    for more in ({"messages": roles}, {"tools": [{"type": "function", "function": function}]}):
+        reply = client.chat(NAME, max_tokens=1, **more)
+        assert reply.status in (200, 400)
+    assert client.server.generator.names[NAME].failures.failed == before
+
+
+def test_what_is_raised_while_a_request_is_generated_ends_it_and_not_the_server(
+    client: Client, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    def raise_error(_: Any) -> Any:
+        raise ValueError("planted")
+
+    generator = client.server.generator
+    with monkeypatch.context() as patch:
+        patch.setattr(generator, "_log_cache_stats", lambda: raise_error(None))
+        reply = client.chat(NAME, max_tokens=3)
+    assert (reply.status, reply.json()["error"]["message"]) == (503, "ValueError: planted")
+    again = client.chat(NAME, max_tokens=3, temperature=1.0)
+    assert (again.status, again.version) == (200, version)
+    assert client.health()["status"] == "ok"
+
+
+def test_named_origins_keep_other_pages_out(version_and_registry: tuple[str, Path]) -> None:
+    flags = ("--name", NAME, "--allowed-origins", "https://mine.example")
+    body = {"prompt": "1", "model": NAME, "max_tokens": 1}
+    asked: dict[str, tuple[dict[str, str], int]] = {
+        "no page": ({}, 200),
+        "a page that is named": ({"Origin": "https://mine.example"}, 200),
+        "another page": ({"Origin": "https://evil.example"}, 403),
+        "the machine's other name": ({"Host": "localhost:80"}, 200),
+        "a name that was made to lead here": ({"Host": "evil.example:80"}, 421),
+        "no host": ({"Host": "["}, 421),
+    }
+    with serving(settings(version_and_registry[1], *flags)) as named:
+        for case, (headers, status) in asked.items():
+            assert named.send("POST", "/v1/completions", body, headers).status == status, case
+            assert named.send("GET", "/v1/models", None, headers).status == status, case
+        assert named.send("OPTIONS", "/v1/models", None, asked["another page"][0]).status == 403
+
+
+def test_every_wrong_request_has_an_answer_in_the_shape_of_errors(client: Client) -> None:
+    host, port = client.server.address.removeprefix("http://").split(":")
+    post = b"POST /v1/completions HTTP/1.1\r\n"
+    wrong: dict[bytes, int] = {
+        post + b"Content-Length: " + b"1" * 5000 + b"\r\n\r\n": 413,
+        post + b"Content-Length: 10\r\n\r\n" + '{"a"'.encode("utf-16"): 400,
+        post + b"Content-Length: 19\r\n\r\n" + b'{"logit_bias":null}': 400,
+        post + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n": 411,
+        b"POST /nothing HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}": 404,
+        b"GET /nothing HTTP/1.1\r\n\r\n": 404,
+        b"PUT / HTTP/1.1\r\n\r\n": 405,
+    }
+    for sent, status in wrong.items():
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            connection.sendall(sent)
+            response = http.client.HTTPResponse(connection)
+            response.begin()
+            assert response.status == status
+            assert set(json.loads(response.read())["error"]) == {"message", "type", "code"}
+
+
+def test_control_characters_of_a_client_are_escaped_in_the_log(
+    client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, port = client.server.address.removeprefix("http://").split(":")
+    asking = socket.create_connection((host, int(port)), timeout=60)
+    with caplog.at_level(logging.INFO), asking as connection:
+        connection.sendall(b"GET /\x1b]0;owned\x07\x9b31m HTTP/1.0\r\n\r\n")
+        while connection.recv(4096):
+            pass
+    (line,) = [text for text in caplog.messages if "owned" in text]
+    assert r"GET /\x1b]0;owned\x07\x9b31m HTTP/1.0" in line
 
 
 def test_stream_options_without_usage_are_answered(client: Client, version: str) -> None:
