@@ -19,6 +19,7 @@ from nested_core.errors import ConfigError
 from nested_core.text.digest_format import shorten_digest
 
 API_KEY_VARIABLE = "NESTED_TUNE_API_KEY"
+MAX_PORT = 2**16 - 1
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -88,6 +89,11 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
     names = list(dict.fromkeys(arguments.name))
     if arguments.swap_wait < 0:
         raise ConfigError("serve: --swap-wait is 0 seconds or more.")
+    if not 0 <= arguments.port <= MAX_PORT:
+        raise ConfigError(
+            f"serve: --port is {arguments.port}. Expected a number from 0 to {MAX_PORT}; 0 takes a "
+            f"port that is free."
+        )
     logging.basicConfig(
         level=arguments.log_level, format="%(asctime)s - %(levelname)s - %(message)s"
     )
