@@ -58,13 +58,16 @@ class RegistryHandler(APIHandler):
         self._is_streaming = False
         super().__init__(response_generator, *args, **kwargs)
 
+    server: Any  # server.py's, which counts connections
     timeout = 120  # seconds without a byte, on a connection of which something is expected
 
     def do_POST(self) -> None:
         """Answer, where the client may ask, and what it asks is a request that is answered here."""
         try:
             self._require_permission()
-            body = json.dumps(read_request(self.path, self._read_body(), self._defaults())).encode()
+            body = self._read_body()
+            self.server.note_request(self.connection)
+            body = json.dumps(read_request(self.path, body, self._defaults())).encode()
         except RequestRefused as refused:
             self._refuse(refused)
             return
@@ -75,6 +78,7 @@ class RegistryHandler(APIHandler):
     def do_GET(self) -> None:
         """As mlx_lm's; `/health` needs no key, so that a supervisor has none."""
         try:
+            self.server.note_request(self.connection)
             self._require_permission(needs_key=self.path != "/health")
         except RequestRefused as refused:
             self._refuse(refused)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -28,6 +29,9 @@ from nested_core.serve.response_generator import (
     RegistryResponseGenerator,
 )
 from nested_core.serve.served_version import ServedVersion, require_same_base
+
+MAX_CONNECTIONS_WITHOUT_REQUEST = 256
+SECONDS_TO_CLOSE = 0.5
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,55 @@ class ServeSettings:
 
 
 class _HTTPServer(ThreadingHTTPServer):
-    """A thread a connection; a client that goes away is no error."""
+    """A thread a connection; a client that goes away is no error.
+
+    Of the connections that have not sent a whole request, the oldest is closed where there are too
+    many, or where the process may open no more files.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._without_request: dict[int, socket.socket] = {}  # by id(), oldest first
+        self._has_changed = threading.Condition()
+        super().__init__(*args, **kwargs)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """As socketserver's, which asks again after an OSError."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._close_oldest()
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Begin its thread."""
+        with self._has_changed:
+            self._without_request[id(request)] = request
+            are_too_many = len(self._without_request) > MAX_CONNECTIONS_WITHOUT_REQUEST
+        if are_too_many:
+            self._close_oldest()
+        super().process_request(request, client_address)
+
+    def note_request(self, connection: Any) -> None:
+        """A connection has sent its whole request."""
+        with self._has_changed:
+            self._without_request.pop(id(connection), None)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        super().shutdown_request(request)
+        with self._has_changed:
+            self._without_request.pop(id(request), None)
+            self._has_changed.notify_all()
+
+    def _close_oldest(self) -> None:
+        """End the oldest connection without a request, and wait until any is closed."""
+        with self._has_changed:
+            oldest = next(iter(self._without_request.values()), None)
+            if oldest is not None:
+                with suppress(OSError):  # it was closed by its client
+                    oldest.shutdown(socket.SHUT_RDWR)
+            self._has_changed.wait(SECONDS_TO_CLOSE)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log it."""

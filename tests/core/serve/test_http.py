@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import logging
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from nested_core.serve import http_handler
+from nested_core.serve import http_handler, server
 from nested_core.serve.http_handler import MAX_BODY_BYTES
 from nested_core.serve.request_model import MAX_ANSWER_TOKENS
 from tests.core.serve.versions import (
@@ -281,8 +282,10 @@ def test_what_is_not_done_here_is_refused_with_its_reason(client: Client, case: 
 
 
 def test_what_cannot_change_an_answer_is_taken_and_null_is_the_default(client: Client) -> None:
-    nulls = dict.fromkeys(("temperature", "max_tokens", "top_p", "stream", "logprobs", "n", "stop"))
-    more = {"user": "me", "metadata": {"a": "b"}, "store": False, "n": 1}
+    nulls: dict[str, Any] = dict.fromkeys(
+        ("temperature", "max_tokens", "top_p", "stream", "logprobs", "n", "stop")
+    )
+    more: dict[str, Any] = {"user": "me", "metadata": {"a": "b"}, "store": False, "n": 1}
     assert client.chat(NAME, **nulls).text == client.chat(NAME, **more).text == client.chat().text
     listed = client.send("POST", "/v1/completions", {"prompt": [QUESTION]}).json()
     alone = client.send("POST", "/v1/completions", {"prompt": QUESTION}).json()
@@ -375,6 +378,20 @@ def test_every_wrong_request_has_an_answer_in_the_shape_of_errors(client: Client
             response.begin()
             assert response.status == status
             assert set(json.loads(response.read())["error"]) == {"message", "type", "code"}
+
+
+def test_connections_that_ask_for_nothing_are_closed_for_those_that_do(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "MAX_CONNECTIONS_WITHOUT_REQUEST", 2)
+    host, port = client.server.address.removeprefix("http://").split(":")
+    with contextlib.ExitStack() as stack:
+        idle = [
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=60))
+            for _ in range(4)
+        ]
+        assert client.health()["status"] == "ok"
+        assert [connection.recv(1) for connection in idle[:2]] == [b"", b""]
 
 
 def test_control_characters_of_a_client_are_escaped_in_the_log(
