@@ -25,7 +25,6 @@ from nested_core.gate.paired_difference import (
     PairedDifference,
     compare_pairs,
     has_too_few_clusters,
-    independent_clusters,
 )
 from nested_core.storage.strict_files import read_regular
 
@@ -67,6 +66,8 @@ class ExampleLosses:
     left_out: whether each example is one that the candidate or a parent was trained on, bool (n,);
         None where none is.
     clusters: the number of each example's cluster, int64 (n,); None where each is its own.
+    counts_rows: whether each row counts as independent although rows share clusters, decided on all
+        rows of the file; None where these are all.
     """
 
     file: str
@@ -79,6 +80,7 @@ class ExampleLosses:
     base_drift: Vector | None = None
     left_out: np.ndarray[Any, np.dtype[np.bool_]] | None = None
     clusters: Indices | None = None
+    counts_rows: bool | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -94,11 +96,23 @@ class ExampleLosses:
         """
         if not len(self) or not np.isfinite([other, self.after]).all():
             return None
-        return compare_pairs(other, self.after, self.tokens, independent_clusters(self.clusters))
+        return compare_pairs(other, self.after, self.tokens, self.drawn_clusters)
 
-    def few_clusters(self) -> int | None:
-        """The number of clusters where they are too few to be drawn; None where they are not."""
-        if self.clusters is None or not has_too_few_clusters(self.clusters):
+    @property
+    def are_rows_drawn(self) -> bool:
+        """Whether rows are the draw because all rows of the file have too few clusters."""
+        if self.counts_rows is None:
+            return has_too_few_clusters(self.clusters)
+        return self.counts_rows
+
+    @property
+    def drawn_clusters(self) -> Indices | None:
+        """The clusters that are drawn, int64 (n,); None where each row is drawn by itself."""
+        return None if self.are_rows_drawn else self.clusters
+
+    def few_prompts(self) -> int | None:
+        """How many prompts these rows have, where rows are drawn for lack of prompts; else None."""
+        if self.clusters is None or not self.are_rows_drawn:
             return None
         return len(np.unique(self.clusters))
 
@@ -121,7 +135,7 @@ class ExampleLosses:
         columns = {
             name: column[is_kept] for name in names if (column := getattr(self, name)) is not None
         }
-        return replace(self, **columns, left_out=None)
+        return replace(self, **columns, left_out=None, counts_rows=self.are_rows_drawn)
 
     def render(self) -> bytes:
         """The content of gate-losses.jsonl."""

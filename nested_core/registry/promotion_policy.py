@@ -395,14 +395,11 @@ def find_refusal(
                 f"parent was trained on, and registry.require_validation is on"
             )
         return "there was no validation set, and registry.require_validation is on"
-    if rule.must_be_better:
-        noise: Noise = "paired" if policy is not None else candidate.verdict.noise
-        if champion is None:
-            reason = _why_not_better_than_start(section, candidate, noise)
-        else:
-            reason = _why_not_better(section, candidate, champion, noise)
-        if reason is not None:
-            return reason
+    noise: Noise = "paired" if policy is not None else candidate.verdict.noise
+    if (
+        reason := _why_losses_promote_nothing(section, candidate, champion, rule, noise)
+    ) is not None:
+        return reason
     return _why_person_decides(section, candidate) if rule.asks_person and not is_approved else None
 
 
@@ -441,6 +438,36 @@ def _why_not_sound(candidate: Judgement, rule: PromotionRule) -> str | None:
     if samples is not None and samples.are_broken and not rule.asks_person:
         return f"{samples.broken} of {samples.judged} sample answers are broken: a person decides"
     return None
+
+
+def _why_losses_promote_nothing(
+    section: RegistrySection,
+    candidate: Judgement,
+    champion: str | None,
+    rule: PromotionRule,
+    noise: Noise,
+) -> str | None:
+    """Why the held-out losses are not what the rule needs, or None where they are."""
+    if not rule.must_be_better:
+        needs_enough = section.require_validation and not rule.asks_person
+        return _why_too_few_prompts(candidate, champion) if needs_enough else None
+    if champion is None:
+        return _why_not_better_than_start(section, candidate, noise)
+    return _why_not_better(section, candidate, champion, noise)
+
+
+def _why_too_few_prompts(candidate: Judgement, champion: str | None) -> str | None:
+    """That the held-out examples, or those compared with the champion, have under 5 prompts."""
+    record, which = candidate.verdict.champion, " that are compared with the champion's"
+    if record is None or record.version != champion or record.difference is None:
+        record, which = candidate.verdict.validation, ""
+    few = None if record is None else record.describe_few_prompts()
+    if record is None or few is None:
+        return None
+    return (
+        f"there are {record.examples} held-out examples{which}: {few} "
+        f"(registry.require_validation is on)"
+    )
 
 
 def _why_not_better_than_start(
@@ -492,6 +519,8 @@ def _describe_comparison(
     wanted = f" by more than {section.min_improvement:g}" if section.min_improvement else ""
     loss_name = loss_name_for_file(candidate.file)
     losses = f"{loss_name} {format_loss(loss)} is not better{wanted} than {rival}"
+    if (few := record.describe_few_prompts()) is not None:
+        return f"{losses} beyond noise ({data}): {few}"
     if candidate.verdict.noise == "none":
         return f"{losses} ({data})"
     if record.interval is None or record.smallest_visible is None:

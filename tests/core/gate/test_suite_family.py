@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -89,7 +89,7 @@ def test_many_small_suites_rarely_refuse_an_equal_adapter() -> None:
     assert refused <= 10  # 2.5 % are 5
 
 
-@lru_cache(maxsize=None)
+@cache
 def changed_answers(lost: int, won: int) -> ScoreChange:
     records = answers_of("s0", *losing(lost, won, questions=20))
     return ScoreChange.compare(records[:20], records[20:])
