@@ -54,6 +54,8 @@ CHEAP = 4  # times as many draws
 STEPS = 24
 DRIFT_OF_STEPS = 0.95  # correlation of an example's differences at two evaluations in a row
 QUESTIONS = 200
+NIGHTS = 50
+MAX_CREEP = 1.1  # times the first champion's loss, which is 1
 PROMPT_TOKENS, ANSWER_TOKENS = 6, 3
 BOUNDS = GateSection()
 MIN_IMPROVEMENT = RegistrySection().min_improvement
@@ -315,6 +317,31 @@ def caught(
     return bool(judge_losses(make_losses(before, after, tokens))[1])
 
 
+def crept(
+    random: np.random.Generator, *, examples: int, rise: float, sd: float, has_reference: bool
+) -> bool:
+    """Whether 50 nights that all pass leave the champion more than a tenth above the first one.
+
+    Each night's candidate is truly `rise` nats worse than the champion; whatever the gate does not
+    refuse is promoted, as by `always`, if it is shown to be within the margin of the reference.
+    """
+    _, tokens = draw_before(random, examples)
+    first = np.ones(examples)
+    loss = 1.0
+    for _ in range(NIGHTS):
+        champion = np.full(examples, loss)
+        after = champion + rise + draw_noise(random, examples, "normal", sd)
+        judged = make_losses(champion, after, tokens)
+        if judge_losses(judged)[1]:
+            continue
+        if has_reference:
+            against = summarise_champion("first", replace(judged, champion=first), BOUNDS)
+            if against.conclusion not in ("better", "no_worse"):
+                continue
+        loss += rise
+    return loss > MAX_CREEP
+
+
 def make_answers(scores: dict[AnsweringRole, Vector], suite: str) -> Iterator[AnswerRecord]:
     """Answers with these scores."""
     for role, own in scores.items():
@@ -411,6 +438,13 @@ def list_cases() -> Iterator[Case]:
         name = f"equal, by suites: {suites} of {questions} questions, a fifth lost and a fifth won"
         small = partial(refused_by_small_suites, suites=suites, questions=questions)
         yield Case("refused", (name,), small, 0.025, 1, 1_000)
+    for examples, rise, sd in ((400, 0.012, 0.05), (40, 0.05, 0.2)):
+        for has_reference in (False, True):
+            kind = "with a reference" if has_reference else "without a reference"
+            name = f"50 nights of +{rise:g}, {examples} examples, sd {sd}, {kind}"
+            creep = partial(crept, examples=examples, rise=rise, sd=sd)
+            trial = partial(creep, has_reference=has_reference)
+            yield Case("crept", (name,), trial, 0.01 if has_reference else None, 1, 40)
     for lost, suites, questions in itertools.product((0.3, 0.5), (1, 3, 10), (20, 50)):
         name = f"one of {suites} suites of {questions} questions, {lost:.0%} lost and 5% won"
         worse = partial(refused_by_small_suites, suites=suites, questions=questions)

@@ -1,10 +1,10 @@
 """The loss of every held-out example, as RUN_DIR/gate-losses.jsonl keeps it.
 
 A line an example: file, line, supervised tokens, and mean losses in nats a token with the initial
-adapter, the trained adapter, and the champion at the time of the gate; and how far the predictions
-moved, as KL divergence in nats a token from the initial adapter, and from the base if that is
-measured. An example that the candidate or a parent was trained on is marked `left_out`, and is in
-no mean; examples with the same `cluster` are drawn together.
+adapter, the trained adapter, the champion at the time of the gate and the policy's reference; how
+far the predictions moved, as KL divergence in nats a token from the initial adapter, and from the
+base if that is measured. An example that the candidate or a parent was trained on is marked
+`left_out`, and is in no mean; examples with the same `cluster` are drawn together.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nested_core.gate.paired_difference import (
 )
 from nested_core.storage.strict_files import read_regular
 
-OPTIONAL_COLUMNS = ("drift", "base_drift")
+OPTIONAL_COLUMNS = ("reference", "drift", "base_drift")
 REQUIRED_COLUMNS = ("lines", "tokens", "before", "after")
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -43,6 +43,7 @@ class _LossLine(BaseModel):
     before: float | None
     after: float | None
     champion: float | None
+    reference: float | None = None
     drift: float | None = None
     base_drift: float | None = None
     left_out: Literal[True] | None = None
@@ -61,6 +62,8 @@ class ExampleLosses:
     tokens: supervised tokens of each example, all above 0, float64 (n,).
     before, after, champion: mean losses in nats a token, float64 (n,); NaN where not finite.
         `champion` is None where no champion was judged, and NaN for an example left out.
+    reference: the same of the version that the policy names as the reference; None without one, and
+        where the champion is it.
     drift, base_drift: mean KL(initial || trained) and KL(base || trained) in nats a token,
         float64 (n,); None where not measured.
     left_out: whether each example is one that the candidate or a parent was trained on, bool (n,);
@@ -76,6 +79,7 @@ class ExampleLosses:
     before: Vector
     after: Vector
     champion: Vector | None = None
+    reference: Vector | None = None
     drift: Vector | None = None
     base_drift: Vector | None = None
     left_out: np.ndarray[Any, np.dtype[np.bool_]] | None = None
@@ -177,7 +181,7 @@ def read_example_losses(path: Path) -> ExampleLosses:
     clusters = [line.cluster for line in lines]
     has_champion = any(line.champion is not None for line in lines)
     written = lines[0].model_fields_set if lines else set()
-    optional = {
+    optional: dict[str, Any] = {
         name: _to_vector([getattr(line, name) for line in lines])
         for name in OPTIONAL_COLUMNS
         if name in written

@@ -461,6 +461,7 @@ class ProofEvidence(TypedDict, total=False):
 class Verdict:
     """The content of gate.json.
 
+    reference: the same as `champion`, of the version that the registry's policy names as reference.
     thresholds: the bounds of `gate` that the verdict was given by, by name; one that is not there
         was not asked for then.
     """
@@ -475,6 +476,7 @@ class Verdict:
     validation: Validation | None = None
     drift: Drift | None = None
     champion: ChampionLoss | None = None
+    reference: ChampionLoss | None = None
     thresholds: dict[str, Any] | None = None
     general: GeneralLoss | None = None
     fused: FusedVerdict | None = None

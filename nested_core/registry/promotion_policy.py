@@ -38,7 +38,13 @@ from nested_core.registry.champion_files import read_link
 from nested_core.registry.folders import find_name_folder, shared_folder_lock
 from nested_core.registry.judgements import Judgement, JudgementFacts, choose_verdict, read_verdicts
 from nested_core.registry.ledger import NO_ORIGIN, Origin
-from nested_core.registry.policy import PromotionRule, find_looser_bounds, read_policy
+from nested_core.registry.policy import (
+    PromotionRule,
+    RegistryPolicy,
+    find_looser_bounds,
+    read_policy,
+    read_reference,
+)
 from nested_core.registry.versions import (
     PROVENANCE_NAME,
     REGISTERED_AFTER_KEY,
@@ -400,7 +406,37 @@ def find_refusal(
         reason := _why_losses_promote_nothing(section, candidate, champion, rule, noise)
     ) is not None:
         return reason
-    return _why_person_decides(section, candidate) if rule.asks_person and not is_approved else None
+    if rule.asks_person:
+        return None if is_approved else _why_person_decides(section, candidate)
+    return _why_beyond_reference(registry, name, policy, candidate)
+
+
+def _why_beyond_reference(
+    registry: Path, name: str, policy: RegistryPolicy | None, candidate: Judgement
+) -> str | None:
+    """Why a version is not shown to be within the margin of the policy's reference, or None."""
+    if policy is None or (version := read_reference(registry, name)) is None:
+        return None
+    if version == candidate.version:
+        return None
+    which = f"the reference {shorten_digest(version)} (policy reference: {policy.reference})"
+    record = candidate.verdict.reference
+    if record is None or record.version != version:
+        return (
+            f"the gate did not judge {which} on this version's held-out examples: judge the run "
+            f"again with --resume"
+        )
+    if record.not_compared is not None or record.loss is None or record.difference is None:
+        return f"not compared with {which}: {record.not_compared or 'there is no loss'}"
+    if record.conclusion in ("better", "no_worse") and not record.has_few_prompts:
+        return None
+    margin = "none" if record.margin is None else f"+{record.margin:.2g}"
+    high = "not known" if record.one_sided_high is None else f"{record.one_sided_high:+.2g}"
+    return (
+        f"not shown to be within the margin of {which}: {format_difference(record.difference)} "
+        f"from its {format_loss(record.loss)} on {record.examples} examples, one-sided 95 % end "
+        f"{high}, margin {margin} nats a token"
+    )
 
 
 def _why_person_decides(section: RegistrySection, candidate: Judgement) -> str:
@@ -458,8 +494,9 @@ def _why_losses_promote_nothing(
 
 def _why_too_few_prompts(candidate: Judgement, champion: str | None) -> str | None:
     """That the held-out examples, or those compared with the champion, have under 5 prompts."""
-    record, which = candidate.verdict.champion, " that are compared with the champion's"
-    if record is None or record.version != champion or record.difference is None:
+    record: Validation | ChampionLoss | None = candidate.verdict.champion
+    which = " that are compared with the champion's"
+    if record is None or candidate.verdict.rival != champion or record.difference is None:
         record, which = candidate.verdict.validation, ""
     few = None if record is None else record.describe_few_prompts()
     if record is None or few is None:
