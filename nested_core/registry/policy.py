@@ -68,8 +68,8 @@ class RegistryPolicy(BaseModel):
 
     @property
     def bounds_creep(self) -> bool:
-        """Whether something bounds what many promotions may lose, each within its margin."""
-        return self.reference is not None or self.promote in ("better", "never")
+        """Whether a reference, `better` or a person bounds what many promotions may lose."""
+        return self.reference is not None or self.promote not in (None, "always")
 
     def fields(self) -> dict[str, Any]:
         """The JSON object."""
