@@ -43,7 +43,12 @@ def test_a_policy_is_shown_set_and_recorded(folder: Path) -> None:
     (task,) = shown["policy"].pop("tasks")
     assert shown == {
         "name": NAME,
-        "policy": {"promote": "approve", "max_val_loss_increase": 0.02, "canary": "rollback"},
+        "policy": {
+            "promote": "approve",
+            "max_val_loss_increase": 0.02,
+            "canary": "rollback",
+            "reference": None,
+        },
     }
     assert (task["file"], task["min"]) == (str(folder / "questions.jsonl"), 0.5)
     line = history(folder / "registry", NAME)[-1]
