@@ -45,7 +45,6 @@ from nested_core.gate.loss_figures import harm_reasons, loss_reasons
 from nested_core.records.answers import AnsweringRole, AnswerRecord
 from nested_core.records.verdict import Validation
 from nested_core.report.sweep_results import SweepRunResult, choose_best_run
-from nested_core.text.loss_conclusion import is_better
 from nested_core.training.training_state import TrainingState
 
 PROCESSES = 2
@@ -55,6 +54,8 @@ CHEAP = 4  # times as many draws
 STEPS = 24
 DRIFT_OF_STEPS = 0.95  # correlation of an example's differences at two evaluations in a row
 QUESTIONS = 200
+NIGHTS = 50
+MAX_CREEP = 1.1  # times the first champion's loss, which is 1
 PROMPT_TOKENS, ANSWER_TOKENS = 6, 3
 BOUNDS = GateSection()
 MIN_IMPROVEMENT = RegistrySection().min_improvement
@@ -142,13 +143,7 @@ def is_promoted(losses: ExampleLosses, candidates: Candidates) -> bool:
 def _is_promoted_before_and_now(losses: ExampleLosses, candidates: Candidates) -> tuple[bool, bool]:
     """Whether `better` promoted at commit 95bc16c, by the same interval alone, and does now."""
     found = summarise_champion("champion", losses, BOUNDS, candidates)
-    is_promoted_now = is_better(
-        found.difference,
-        found.interval,
-        found.corrected_interval,
-        min_improvement=MIN_IMPROVEMENT,
-        noise=BOUNDS.noise,
-    )
+    is_promoted_now = found.is_better(MIN_IMPROVEMENT, BOUNDS.noise)
     return found.interval is not None and found.interval[1] < 0, is_promoted_now
 
 
@@ -241,6 +236,29 @@ def copied_rows(
     return is_promoted(replace(judged, clusters=clusters), Candidates())
 
 
+def few_prompts(
+    random: np.random.Generator,
+    *,
+    prompts: int,
+    copies: int,
+    distribution: str,
+    sd: float,
+    seen: int = 0,
+) -> bool:
+    """An equal adapter on rows that vary by a tenth of what their prompts vary by.
+
+    The champion was trained on the first `seen` prompts.
+    """
+    place = np.repeat(np.arange(prompts), copies)
+    before, tokens = draw_before(random, place.size)
+    noise = draw_noise(random, prompts, distribution, sd)[place]
+    after = before + noise + draw_noise(random, place.size, distribution, sd / 10)
+    judged = make_losses(before, after, tokens)
+    champion = np.where(place < seen, np.nan, before)
+    clusters = plant_texts(prompts, copies).clusters
+    return is_promoted(replace(judged, champion=champion, clusters=clusters), Candidates())
+
+
 def judge_losses(judged: ExampleLosses) -> tuple[Validation, list[str]]:
     """The verdict on losses before and after, and the codes of its reasons."""
     validation = summarise_losses(judged, selected_on_same_data=False, bounds=BOUNDS)
@@ -299,6 +317,31 @@ def caught(
     return bool(judge_losses(make_losses(before, after, tokens))[1])
 
 
+def crept(
+    random: np.random.Generator, *, examples: int, rise: float, sd: float, has_reference: bool
+) -> bool:
+    """Whether 50 nights that all pass leave the champion more than a tenth above the first one.
+
+    Each night's candidate is truly `rise` nats worse than the champion; whatever the gate does not
+    refuse is promoted, as by `always`, if it is shown to be within the margin of the reference.
+    """
+    _, tokens = draw_before(random, examples)
+    first = np.ones(examples)
+    loss = 1.0
+    for _ in range(NIGHTS):
+        champion = np.full(examples, loss)
+        after = champion + rise + draw_noise(random, examples, "normal", sd)
+        judged = make_losses(champion, after, tokens)
+        if judge_losses(judged)[1]:
+            continue
+        if has_reference:
+            against = summarise_champion("first", replace(judged, champion=first), BOUNDS)
+            if against.conclusion not in ("better", "no_worse"):
+                continue
+        loss += rise
+    return loss > MAX_CREEP
+
+
 def make_answers(scores: dict[AnsweringRole, Vector], suite: str) -> Iterator[AnswerRecord]:
     """Answers with these scores."""
     for role, own in scores.items():
@@ -306,6 +349,48 @@ def make_answers(scores: dict[AnsweringRole, Vector], suite: str) -> Iterator[An
             yield AnswerRecord(
                 suite, role, line, f"q{line}", "", float(score), 1, False, False, False, 0.0
             )
+
+
+def draw_small_suites(
+    random: np.random.Generator, suites: int, questions: int, *, lost: float, won: float
+) -> tuple[GateSection, list[AnswerRecord]]:
+    """Suites of which the base knows every question but those that are won; the first is worse.
+
+    Of it `lost` and `won` of the questions change, of the others a fifth of all each way.
+    """
+    tasks = []
+    records: list[AnswerRecord] = []
+    for number in range(suites):
+        name = f"s{number}"
+        tasks.append({"name": name, "file": "q.jsonl", "score": "exact"})
+        fall, rise = (lost, won) if number == 0 else (0.2, 0.2)
+        chance = random.random(questions)
+        base = ((chance < fall) | (chance >= fall + rise)).astype(float)
+        scores: dict[AnsweringRole, Vector] = {"base": base}
+        records += make_answers(scores | {"candidate": (chance >= fall).astype(float)}, name)
+    return GateSection.model_validate({"tasks": tasks}), records
+
+
+def refused_by_small_suites(
+    random: np.random.Generator,
+    *,
+    suites: int,
+    questions: int,
+    lost: float = 0.2,
+    won: float = 0.2,
+) -> bool:
+    """An adapter that answers as well as the base, or one suite of which is worse."""
+    gate, records = draw_small_suites(random, suites, questions, lost=lost, won=won)
+    return any(reason.code == "task_regressed" for reason in judge_answers(gate, records)[1])
+
+
+def told_of_answers(
+    random: np.random.Generator, *, questions: int, lost: float, won: float
+) -> bool:
+    """Whether a suite that lost more than it won is told as no worse."""
+    gate, records = draw_small_suites(random, 1, questions, lost=lost, won=won)
+    (result,), _ = judge_answers(gate, records)
+    return result.difference < 0 and result.conclusion == "no_worse"
 
 
 def draw_suites(random: np.random.Generator, suites: int) -> tuple[GateSection, list[AnswerRecord]]:
@@ -349,6 +434,25 @@ def list_cases() -> Iterator[Case]:
         trial = partial(refused_by_suites, suites=suites)
         draws = CHEAP if suites == 1 else 1
         yield Case("refused", (name,), trial, bound, draws, 300 if suites == 30 else None)
+    for suites, questions in itertools.product((1, 10, 30), (10, 20)):
+        name = f"equal, by suites: {suites} of {questions} questions, a fifth lost and a fifth won"
+        small = partial(refused_by_small_suites, suites=suites, questions=questions)
+        yield Case("refused", (name,), small, 0.025, 1, 1_000)
+    for examples, rise, sd in ((400, 0.012, 0.05), (40, 0.05, 0.2)):
+        for has_reference in (False, True):
+            kind = "with a reference" if has_reference else "without a reference"
+            name = f"50 nights of +{rise:g}, {examples} examples, sd {sd}, {kind}"
+            creep = partial(crept, examples=examples, rise=rise, sd=sd)
+            trial = partial(creep, has_reference=has_reference)
+            yield Case("crept", (name,), trial, 0.01 if has_reference else None, 1, 40)
+    for lost, suites, questions in itertools.product((0.3, 0.5), (1, 3, 10), (20, 50)):
+        name = f"one of {suites} suites of {questions} questions, {lost:.0%} lost and 5% won"
+        worse = partial(refused_by_small_suites, suites=suites, questions=questions)
+        yield Case("refused", (name,), partial(worse, lost=lost, won=0.05))
+    for questions in (5, 10, 40):
+        name = f"answers lost net, {questions} questions, 15% lost and 10% won"
+        trial = partial(told_of_answers, questions=questions, lost=0.15, won=0.1)
+        yield Case("no_worse", (name,), trial, 0.0)
     for gain, examples in itertools.product((0.02, 0.05, 0.1, 0.2), (30, 84, 200, 1_000)):
         yield from _list_powers(gain, examples)
 
@@ -407,6 +511,11 @@ def _list_cases_of_noise(distribution: str, sd: float) -> Iterator[Case]:
         name = f"equal, {prompts} prompts x {copies} copies"
         trial = partial(copied_rows, prompts=prompts, copies=copies)
         yield case("promoted", name, trial, 0.04, is_cheap=prompts < 200)
+    for prompts, copies, seen in ((3, 50, 0), (4, 50, 0), (4, 5, 0), (4, 4, 0), (6, 40, 2)):
+        left = f", {seen} of which the champion saw" if seen else ""
+        name = f"equal, few prompts: {prompts} x {copies} rows{left}"
+        trial = partial(few_prompts, prompts=prompts, copies=copies, seen=seen)
+        yield Case("promoted", (f"{name}, {distribution}, sd {sd}",), partial(trial, **noise), 0.0)
     for examples, seen in ((10, 0), (30, 0), (84, 0), (200, 0), (60, 0), (60, 20)):
         name = f"equal, by loss, {examples} examples, {seen} of which the parent saw"
         trial = partial(refused_by_loss, examples=examples, seen=seen)

@@ -60,6 +60,11 @@ def add_commands(commands: Any) -> None:
         choices=("refuse", "rollback", "null"),
         help="what a server does with a champion that fails its canary; null: refuse",
     )
+    policy.add_argument(
+        "--reference",
+        metavar="VERSION|nights:N",
+        help="what no promotion by itself may be worse than by more than a margin; null: nothing",
+    )
     forget = commands.add("forget", run_forget, "say that a version is lost")
     for parser in (promote, rollback, history, audit, gc, export, forget, policy):
         add_registry_arguments(parser)
@@ -127,7 +132,7 @@ def run_rollback(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def run_policy(arguments: argparse.Namespace) -> Callable[[], int]:
     """Show the registry's policy for a name, or change keys of it."""
-    from nested_core.registry.policy import RegistryPolicy, read_policy, set_policy
+    from nested_core.registry.policy import NO_REFERENCE, RegistryPolicy, read_policy, set_policy
 
     changes = _read_policy_changes(arguments)
     if changes:
@@ -144,7 +149,10 @@ def run_policy(arguments: argparse.Namespace) -> Callable[[], int]:
         rows.append(("max_val_loss_increase", "the run's own" if bound is None else f"{bound:g}"))
         rows += [(f"suite {task.name}", f"{task.score}, {task.file}") for task in policy.tasks]
         rows.append(("canary", policy.canary or "refuse"))
+        rows.append(("reference", policy.reference or "none"))
         print_table(("key", "at least"), rows, title=f"{arguments.name}: policy")
+        if policy.promote == "always" and policy.reference is None:
+            print_progress(f"note: {NO_REFERENCE}")
 
     document = {"name": arguments.name, "policy": fields}
     return result_printer(arguments, lambda: document, show)
@@ -153,7 +161,7 @@ def run_policy(arguments: argparse.Namespace) -> Callable[[], int]:
 def _read_policy_changes(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keys that the flags change; `null` leaves a key to the run."""
     changes: dict[str, Any] = {}
-    for key in ("promote", "canary"):
+    for key in ("promote", "canary", "reference"):
         if (value := getattr(arguments, key)) is not None:
             changes[key] = None if value == "null" else value
     if (bound := arguments.max_val_loss_increase) is not None:

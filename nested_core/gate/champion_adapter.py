@@ -1,9 +1,10 @@
-"""The champion at the time of the gate: its adapter, and a base model that its tensors fit into."""
+"""The champion and the reference at the time of the gate, and bases that their tensors fit into."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.example_digests import Digests
@@ -11,8 +12,9 @@ from nested_core.errors import ConfigError
 from nested_core.gate.base_compatibility import base_reasons, fingerprint_reasons
 from nested_core.gate.held_out_loss import LoadedBase
 from nested_core.gate.training_examples import read_training_digests
-from nested_core.registry import holding_champion, verify
+from nested_core.registry import holding_champion, list_versions, verify
 from nested_core.registry.folders import name_exists
+from nested_core.registry.policy import read_reference
 from nested_core.registry.versions import version_folder
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.text.digest_format import shorten_digest
@@ -44,21 +46,27 @@ class UnusableChampion:
     problem: str
 
 
-def find_champion(base: LoadedBase, candidate: Adapter) -> Champion | UnusableChampion | None:
+def find_rival(
+    role: Literal["champion", "reference"], base: LoadedBase, candidate: Adapter
+) -> Champion | UnusableChampion | None:
     """The champion of `registry.name`, verified, read and fitted to the base; None without one.
 
-    Raises DamagedError for a champion that is not what was registered.
+    Or the version that the registry's policy names as the reference, likewise.
+    Raises DamagedError for a version that is not what was registered.
 
-    None, too, where the candidate is the champion: a run that is judged again after its promotion
+    None, too, where the candidate is that version: a run that is judged again after its promotion
     has no rival in itself, and gets the verdict that it had.
     """
     path, name = base.config.registry.path, base.config.registry.name
     if path is None or name is None or not name_exists(Path(path), name):
         return None
     registry = Path(path)
-    with holding_champion(registry, name) as version:
+    with holding_champion(registry, name) as champion:
+        version = champion if role == "champion" else read_reference(registry, name)
         if version is None or version == candidate.digest():
             return None
+        if version not in list_versions(registry, name):
+            return UnusableChampion(version, f"the {role} {shorten_digest(version)} is not there")
         folder = version_folder(registry, name, version)
         verify(registry, name, version)
         adapter = read_adapter(folder)
@@ -68,7 +76,7 @@ def find_champion(base: LoadedBase, candidate: Adapter) -> Champion | UnusableCh
         own_base = _find_base_for_champion(adapter, base, candidate)
     except ConfigError as error:
         problem = (
-            f"the champion {shorten_digest(version)} does not fit: {' '.join(str(error).split())}"
+            f"the {role} {shorten_digest(version)} does not fit: {' '.join(str(error).split())}"
         )
         return UnusableChampion(version, problem)
     return Champion(version, adapter, own_base, training_examples)

@@ -18,17 +18,16 @@ import numpy as np
 from nested_core.gate.example_losses import ExampleLosses, Vector, read_example_losses
 from nested_core.gate.paired_difference import (
     CONFIDENCE,
-    MIN_EXAMPLES,
     Indices,
     PairedDifference,
     count_drawn,
-    independent_clusters,
     student_t_quantile,
     sum_clusters,
 )
 from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.validation_losses import read_step_losses
+from nested_core.text.loss_conclusion import MIN_EXAMPLES
 from nested_core.text.loss_format import format_interval
 
 RESAMPLES = 4_000  # 100 of them lie beyond the 97.5 % point
@@ -77,11 +76,10 @@ class Candidates:
         _, own, theirs = np.intersect1d(self.lines, judged.lines, return_indices=True)
         differences = self.losses[:, own] - other[theirs]
         differences = differences[np.isfinite(differences).all(axis=1)]
-        clusters = None if judged.clusters is None else judged.clusters[theirs]
-        drawn = independent_clusters(clusters)
         weights = judged.tokens[theirs]
-        if drawn is not None:
-            differences, weights = sum_clusters(differences, weights, drawn)
+        if judged.drawn_clusters is not None:
+            clusters = judged.drawn_clusters[theirs]
+            differences, weights = sum_clusters(differences, weights, clusters)
         if weights.size < MIN_EXAMPLES or not len(differences):
             return independent
         return max(alone, min(independent, max_t_quantile(differences, weights)))

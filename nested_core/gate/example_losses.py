@@ -1,10 +1,10 @@
 """The loss of every held-out example, as RUN_DIR/gate-losses.jsonl keeps it.
 
 A line an example: file, line, supervised tokens, and mean losses in nats a token with the initial
-adapter, the trained adapter, and the champion at the time of the gate; and how far the predictions
-moved, as KL divergence in nats a token from the initial adapter, and from the base if that is
-measured. An example that the candidate or a parent was trained on is marked `left_out`, and is in
-no mean; examples with the same `cluster` are drawn together.
+adapter, the trained adapter, the champion at the time of the gate and the policy's reference; how
+far the predictions moved, as KL divergence in nats a token from the initial adapter, and from the
+base if that is measured. An example that the candidate or a parent was trained on is marked
+`left_out`, and is in no mean; examples with the same `cluster` are drawn together.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from nested_core.gate.paired_difference import (
     PairedDifference,
     compare_pairs,
     has_too_few_clusters,
-    independent_clusters,
 )
 from nested_core.storage.strict_files import read_regular
 
-OPTIONAL_COLUMNS = ("drift", "base_drift")
+OPTIONAL_COLUMNS = ("reference", "drift", "base_drift")
 REQUIRED_COLUMNS = ("lines", "tokens", "before", "after")
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -44,6 +43,7 @@ class _LossLine(BaseModel):
     before: float | None
     after: float | None
     champion: float | None
+    reference: float | None = None
     drift: float | None = None
     base_drift: float | None = None
     left_out: Literal[True] | None = None
@@ -62,11 +62,15 @@ class ExampleLosses:
     tokens: supervised tokens of each example, all above 0, float64 (n,).
     before, after, champion: mean losses in nats a token, float64 (n,); NaN where not finite.
         `champion` is None where no champion was judged, and NaN for an example left out.
+    reference: the same of the version that the policy names as the reference; None without one, and
+        where the champion is it.
     drift, base_drift: mean KL(initial || trained) and KL(base || trained) in nats a token,
         float64 (n,); None where not measured.
     left_out: whether each example is one that the candidate or a parent was trained on, bool (n,);
         None where none is.
     clusters: the number of each example's cluster, int64 (n,); None where each is its own.
+    counts_rows: whether each row counts as independent although rows share clusters, decided on all
+        rows of the file; None where these are all.
     """
 
     file: str
@@ -75,10 +79,12 @@ class ExampleLosses:
     before: Vector
     after: Vector
     champion: Vector | None = None
+    reference: Vector | None = None
     drift: Vector | None = None
     base_drift: Vector | None = None
     left_out: np.ndarray[Any, np.dtype[np.bool_]] | None = None
     clusters: Indices | None = None
+    counts_rows: bool | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -94,11 +100,23 @@ class ExampleLosses:
         """
         if not len(self) or not np.isfinite([other, self.after]).all():
             return None
-        return compare_pairs(other, self.after, self.tokens, independent_clusters(self.clusters))
+        return compare_pairs(other, self.after, self.tokens, self.drawn_clusters)
 
-    def few_clusters(self) -> int | None:
-        """The number of clusters where they are too few to be drawn; None where they are not."""
-        if self.clusters is None or not has_too_few_clusters(self.clusters):
+    @property
+    def are_rows_drawn(self) -> bool:
+        """Whether rows are the draw because all rows of the file have too few clusters."""
+        if self.counts_rows is None:
+            return has_too_few_clusters(self.clusters)
+        return self.counts_rows
+
+    @property
+    def drawn_clusters(self) -> Indices | None:
+        """The clusters that are drawn, int64 (n,); None where each row is drawn by itself."""
+        return None if self.are_rows_drawn else self.clusters
+
+    def few_prompts(self) -> int | None:
+        """How many prompts these rows have, where rows are drawn for lack of prompts; else None."""
+        if self.clusters is None or not self.are_rows_drawn:
             return None
         return len(np.unique(self.clusters))
 
@@ -121,7 +139,7 @@ class ExampleLosses:
         columns = {
             name: column[is_kept] for name in names if (column := getattr(self, name)) is not None
         }
-        return replace(self, **columns, left_out=None)
+        return replace(self, **columns, left_out=None, counts_rows=self.are_rows_drawn)
 
     def render(self) -> bytes:
         """The content of gate-losses.jsonl."""
@@ -163,7 +181,7 @@ def read_example_losses(path: Path) -> ExampleLosses:
     clusters = [line.cluster for line in lines]
     has_champion = any(line.champion is not None for line in lines)
     written = lines[0].model_fields_set if lines else set()
-    optional = {
+    optional: dict[str, Any] = {
         name: _to_vector([getattr(line, name) for line in lines])
         for name in OPTIONAL_COLUMNS
         if name in written

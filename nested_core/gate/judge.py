@@ -9,7 +9,7 @@ from pathlib import Path
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
 from nested_core.gate.checks.base import BASE
-from nested_core.gate.checks.champion import CHAMPION
+from nested_core.gate.checks.champion import CHAMPION, REFERENCE
 from nested_core.gate.checks.divergence import COLLAPSE, TRAINING_LOSS
 from nested_core.gate.checks.fused import FUSED
 from nested_core.gate.checks.losses import DRIFT, GENERAL_TEXT, HARMED_EXAMPLES, LOSSES, WORSE_LOSS
@@ -45,6 +45,7 @@ CHECKS_WITH_MODEL: tuple[Check[JudgedRun], ...] = (
     HARMED_EXAMPLES,
     DRIFT,
     CHAMPION,
+    REFERENCE,
     SAMPLES,
     TASKS,
     TRAINING_LOSS,

@@ -14,7 +14,6 @@ import numpy as np
 from nested_core.config.sections import GateSection
 from nested_core.gate.chosen_candidate import Candidates
 from nested_core.gate.example_losses import ExampleLosses, Vector
-from nested_core.gate.paired_difference import independent_clusters
 from nested_core.records.verdict import (
     ChampionLoss,
     Drift,
@@ -60,7 +59,7 @@ def summarise_losses(
         losses_sha256=losses.sha256(),
         has_one_answer=has_one_answer,
         chosen_among=1 if candidates is None else candidates.count,
-        few_prompts=counted.few_clusters(),
+        few_prompts=counted.few_prompts(),
         harmed=None if harm is None else harm.harmed,
         helped=None if harm is None else harm.helped,
         **figures,
@@ -100,6 +99,7 @@ def summarise_champion(
         loss=finite_or_none(shared.mean(champion)),
         examples=len(shared),
         left_out=len(losses) - len(shared),
+        few_prompts=shared.few_prompts(),
         **compare_losses(shared, champion, bounds, bounds.max_val_loss_increase, candidates),
     )
 
@@ -258,7 +258,7 @@ class HarmedExamples:
         deviation = np.abs(differences - np.median(differences))
         threshold = max(MIN_CHANGE, margin, MIN_SPREADS * float(np.median(deviation)))
         signs = (differences > threshold).astype(np.int64) - (differences < -threshold)
-        clusters = independent_clusters(losses.clusters)
+        clusters = losses.drawn_clusters
         balance = signs
         if clusters is not None:
             _, place = np.unique(clusters, return_inverse=True)

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from nested_core.text.loss_conclusion import MIN_EXAMPLES
+
 CONFIDENCE = 0.95
 ONE_SIDED_CONFIDENCE = 0.9  # of both sides: 5 % lie beyond either end
-MIN_EXAMPLES = 5  # with fewer the interval is all numbers: nothing can be shown
 MIN_ROWS_OF_FEW_CLUSTERS = 20  # so many rows of fewer clusters than MIN_EXAMPLES are drawn singly
 RESAMPLES = 10_000
 SEED = 20_251_121

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from nested_core.config.sections import GateSection
 from nested_core.errors import JUDGE_AGAIN, DamagedError
 from nested_core.gate.answers.answer_bounds import judge_answers, judge_samples
 from nested_core.gate.chosen_candidate import Candidates, read_candidates
-from nested_core.gate.example_losses import read_example_losses
+from nested_core.gate.example_losses import ExampleLosses, read_example_losses
 from nested_core.gate.file_checks import CHECKS_OF_FILES
 from nested_core.gate.fresh_process_check import TOLERANCE_FLOAT32, TOLERANCE_NARROW_DTYPES
 from nested_core.gate.judged import begin_judging_run, make_checks
@@ -140,9 +140,12 @@ def _missing_or_unexpected_fields(
 def _differing_losses(gate: GateSection, recorded: Verdict, run: RunDirectory) -> Iterator[str]:
     """The figures of held-out losses that gate-losses.jsonl does not give."""
     validation, champion = recorded.validation, recorded.champion
+    reference = recorded.reference
     if validation is None:
-        if champion is not None and champion.not_compared is None:
-            yield "champion"
+        for key in ("champion", "reference"):
+            rival = getattr(recorded, key)
+            if rival is not None and rival.not_compared is None:
+                yield key
         return
     losses = read_example_losses(run.gate_losses)
     # Whether a file of its own holds validation examples is not known here, and was recorded.
@@ -165,13 +168,29 @@ def _differing_losses(gate: GateSection, recorded: Verdict, run: RunDirectory) -
     yield from _differing_figures("drift", recorded.drift, summarise_drift(losses))
     if (losses.base_drift is not None) is not gate.drift:
         yield "drift.kl_base"
-    if champion is None or losses.champion is None:
-        is_not_compared = champion is not None and champion.not_compared is not None
-        if losses.champion is not None or (champion is not None and not is_not_compared):
-            yield "champion"
+    yield from _differing_rival("champion", champion, losses, gate, candidates)
+    if reference is not None and champion is not None and reference.version == champion.version:
+        yield from _differing_figures("reference", reference, champion)
         return
-    now = summarise_champion(champion.version, losses, gate, candidates)
-    yield from _differing_figures("champion", champion, now)
+    own = replace(losses, champion=losses.reference)
+    yield from _differing_rival("reference", reference, own, gate, candidates)
+
+
+def _differing_rival(
+    key: str,
+    recorded: ChampionLoss | None,
+    losses: ExampleLosses,
+    gate: GateSection,
+    candidates: Candidates,
+) -> Iterator[str]:
+    """The figures of champion or reference that its losses, as `champion`, do not give."""
+    if recorded is None or losses.champion is None:
+        is_not_compared = recorded is not None and recorded.not_compared is not None
+        if losses.champion is not None or (recorded is not None and not is_not_compared):
+            yield key
+        return
+    now = summarise_champion(recorded.version, losses, gate, candidates)
+    yield from _differing_figures(key, recorded, now)
 
 
 def _differing_figures(

@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 from nested_core.errors import join_first_values
 from nested_core.text.html_markup import collapsed, notebook_fragment, paragraph, table
 from nested_core.text.loss_conclusion import (
+    MIN_EXAMPLES,
     Conclusion,
     conclude,
     describe_inconclusive,
@@ -168,14 +169,34 @@ class HeldOutComparison(ComparedLoss):
     corrected_interval: the interval that holds for the best of so many candidates; None for one
         alone.
     left_out: how many examples were not counted, because an adapter was trained on them.
+    few_prompts: how many prompts there are, where they are too few to be what is drawn, so that
+        every example counts as independent; None where they are not too few.
     """
 
     corrected_interval: Interval | None = None
     left_out: int = 0
+    few_prompts: int | None = None
+
+    @property
+    def has_few_prompts(self) -> bool:
+        """Whether they have fewer than 5 prompts, on which nothing is promoted by itself."""
+        is_few = self.clusters is not None and self.clusters < MIN_EXAMPLES
+        return is_few or self.few_prompts is not None
+
+    def describe_few_prompts(self) -> str | None:
+        """That they have too few prompts for an automatic promotion; None where they have not."""
+        if not self.has_few_prompts:
+            return None
+        prompts = self.few_prompts or self.clusters
+        noun = "prompt" if prompts == 1 else "different prompts"
+        return (
+            f"they have {prompts} {noun}: on fewer than {MIN_EXAMPLES} nothing is promoted by "
+            f"itself"
+        )
 
     def is_better(self, min_improvement: float, noise: Noise) -> bool:
         """Whether an automatic promotion may rest on it."""
-        return is_better(
+        return not self.has_few_prompts and is_better(
             self.difference,
             self.interval,
             self.corrected_interval,
@@ -191,8 +212,6 @@ class Validation(HeldOutComparison):
     file: the file of the data set that holds the examples.
     examples: how many were counted; RUN_DIR/gate-losses.jsonl has the losses of each.
     left_out: how many were not, because the candidate or a parent was trained on them.
-    few_prompts: how many prompts there are, where they are too few to be what is drawn, so that
-        every example counts as independent; None where they are not too few.
     chosen_among: the candidates among which these examples chose; 1 where they chose nothing.
     harmed, helped: independent examples that lost, or won, far more than a nat a token.
     losses_sha256: of gate-losses.jsonl.
@@ -207,7 +226,6 @@ class Validation(HeldOutComparison):
     losses_sha256: str | None = None
     has_one_answer: bool = False
     chosen_among: int = 1
-    few_prompts: int | None = None
     harmed: int | None = None
     helped: int | None = None
 
@@ -229,7 +247,8 @@ class Validation(HeldOutComparison):
             noun = "prompt" if self.few_prompts == 1 else "prompts"
             yield (
                 f"the {self.examples} held-out examples have {self.few_prompts} {noun}: they count "
-                f"as independent, and may not be"
+                f"as independent, and may not be; on fewer than {MIN_EXAMPLES} nothing is promoted "
+                f"by itself"
             )
         if self.has_one_answer:
             yield "all held-out answers are the same"
@@ -442,6 +461,7 @@ class ProofEvidence(TypedDict, total=False):
 class Verdict:
     """The content of gate.json.
 
+    reference: the same as `champion`, of the version that the registry's policy names as reference.
     thresholds: the bounds of `gate` that the verdict was given by, by name; one that is not there
         was not asked for then.
     """
@@ -456,6 +476,7 @@ class Verdict:
     validation: Validation | None = None
     drift: Drift | None = None
     champion: ChampionLoss | None = None
+    reference: ChampionLoss | None = None
     thresholds: dict[str, Any] | None = None
     general: GeneralLoss | None = None
     fused: FusedVerdict | None = None
@@ -583,7 +604,7 @@ class Verdict:
             losses = f"{loss_name_for_file(self.validation.file)} {format_change(before, after)}"
             if self.validation.examples == 0:
                 losses = f"{loss_name_for_file(self.validation.file)} not judged"
-            doubts = "".join(f"; {doubt}" for doubt in self.validation.doubts())
+            doubts = "".join(f"; {doubt}" for doubt in self._doubts())
             return (
                 f"{self.describe_passed()}: {tensors}, {losses} ({self.describe_data()}){doubts}"
                 f"{answers}"
@@ -593,6 +614,16 @@ class Verdict:
         if self.tiers:  # a run, not any two adapters
             return f"{self.describe_passed()}: changed and sound ({tensors})"
         return f"passed: {tensors}"
+
+    def _doubts(self) -> Iterator[str]:
+        """What speaks against relying on the losses, and on their comparison with the champion."""
+        if self.validation is not None:
+            yield from self.validation.doubts()
+        champion, few = self.champion, None
+        if champion is not None and not (self.validation and self.validation.has_few_prompts):
+            few = champion.describe_few_prompts()
+        if champion is not None and few is not None:
+            yield f"{champion.examples} of them are compared with the champion: {few}"
 
     @property
     def is_measured(self) -> bool:

@@ -1,6 +1,7 @@
 """Removal of versions that are no longer needed, or are lost, each with a line in the history.
 
 Garbage collection never removes the champion, what it replaced last, what a rollback would go to,
+the policy's reference and the champions that become it,
 the versions used last, or one that is new and may still be promoted. A version that a rollback has
 barred stays barred, because the history is never shortened.
 """
@@ -28,6 +29,7 @@ from nested_core.registry.judgements import (
     remove_judgements,
 )
 from nested_core.registry.ledger import Ledger, new_entry
+from nested_core.registry.policy import read_policy_of_folder
 from nested_core.registry.recovery import (
     RegistryState,
     read_registry_state,
@@ -104,7 +106,9 @@ def _plan_removals(
     needed = {state.champion, ledger.champion, champion_files.read_prepared_link(folder)}
     replaced = {change.previous for change in ledger.changes()[-1:]}
     undecided = {one for one in versions if _is_new_and_unpromoted(one, facts[one], ledger)}
-    kept = {*by_age[:keep], *needed, *replaced, *undecided, ledger.rollback_target()}
+    policy = read_policy_of_folder(folder, ledger)
+    references = () if policy is None else policy.reference_versions(ledger)
+    kept = {*by_age[:keep], *needed, *replaced, *undecided, *references, ledger.rollback_target()}
     collected = tuple(version for version in reversed(by_age) if version not in kept)
     return GarbageReport(
         name=name,

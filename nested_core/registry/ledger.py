@@ -326,6 +326,16 @@ class Ledger:
                 return entry
         return None
 
+    def versions_since(self, promotions: int) -> list[str]:
+        """The champions of the last promotions, after the one before them; the oldest first.
+
+        Without those that were collected, forgotten, or left by a rollback.
+        """
+        last = [change for change in self.changes() if change.action == "promote"][-promotions:]
+        versions = [*(change.previous for change in last[:1]), *(change.version for change in last)]
+        usable = self.champion_versions() - self.barred_versions()
+        return [version for version in versions if version in usable]
+
     def policy(self) -> dict[str, Any] | None:
         """The registry's policy, as its last change left it; None if none was ever set."""
         return next((e.after for e in reversed(self.entries) if e.action == "policy"), None)

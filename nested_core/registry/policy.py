@@ -20,13 +20,20 @@ from nested_core.registry.folders import (
     check_name,
     create_name_folder,
     exclusive_folder_lock,
+    find_name_folder,
     name_exists,
     shared_folder_lock,
 )
 from nested_core.registry.ledger import LEDGER_NAME, Ledger, new_entry, read_ledger
 from nested_core.registry.policy_file import policy_findings, write_policy
 from nested_core.registry.recovery import record_line, recover_after_crash
+from nested_core.registry.versions import resolve_version
 
+NIGHTS_PREFIX = "nights:"
+NO_REFERENCE = (
+    "promote is always without a reference, so that nothing bounds what the small losses of many "
+    "promotions add up to (`nested-tune policy NAME --reference nights:30` would)"
+)
 PromotionMode = Literal["never", "approve", "better", "always"]
 
 
@@ -38,6 +45,8 @@ class RegistryPolicy(BaseModel):
     tasks: as gate.tasks, with absolute paths.
     canary: what a server does with a champion that fails its canary: refuse it for itself (null is
         the same), or roll back too.
+    reference: the version that no automatic promotion may be worse than by more than one margin:
+        its digest, or `nights:N` for the champion of N promotions ago; null asks for none.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
@@ -45,6 +54,22 @@ class RegistryPolicy(BaseModel):
     max_val_loss_increase: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     tasks: tuple[TaskSection, ...] = ()
     canary: Literal["refuse", "rollback"] | None = None
+    reference: str | None = Field(
+        default=None, pattern=rf"^({NIGHTS_PREFIX}[1-9][0-9]{{0,3}}|[0-9a-f]{{64}})$"
+    )
+
+    def reference_versions(self, ledger: Ledger) -> list[str]:
+        """The reference, and the versions that become it by and by; none without a reference."""
+        if self.reference is None:
+            return []
+        if self.reference.startswith(NIGHTS_PREFIX):
+            return ledger.versions_since(int(self.reference.removeprefix(NIGHTS_PREFIX)))
+        return [self.reference]
+
+    @property
+    def bounds_creep(self) -> bool:
+        """Whether a reference, `better` or a person bounds what many promotions may lose."""
+        return self.reference is not None or self.promote not in (None, "always")
 
     def fields(self) -> dict[str, Any]:
         """The JSON object."""
@@ -86,6 +111,16 @@ def read_policy_of_folder(folder: Path, ledger: Ledger) -> RegistryPolicy | None
     return None if recorded is None else _parse_policy(recorded, folder / LEDGER_NAME)
 
 
+def read_reference(registry: Path, name: str) -> str | None:
+    """The version that the policy's `reference` stands for today; None without one."""
+    folder = find_name_folder(registry, name)
+    with shared_folder_lock(folder):
+        ledger = read_ledger(folder)
+        policy = read_policy_of_folder(folder, ledger)
+    versions = [] if policy is None else policy.reference_versions(ledger)
+    return versions[0] if versions else None
+
+
 def set_policy(registry: Path, name: str, *, by: str, changes: Mapping[str, Any]) -> RegistryPolicy:
     """Change keys of a name's policy and record who did it; the name is made if it is not there.
 
@@ -96,6 +131,9 @@ def set_policy(registry: Path, name: str, *, by: str, changes: Mapping[str, Any]
     with exclusive_folder_lock(folder) as lock:
         state = recover_after_crash(folder, lock)
         before = state.ledger.policy()
+        wanted = changes.get("reference")
+        if isinstance(wanted, str) and not wanted.startswith(NIGHTS_PREFIX):
+            changes = {**changes, "reference": resolve_version(folder, wanted, state.ledger)}
         policy = _check_policy((before or RegistryPolicy().fields()) | dict(changes))
         entry = new_entry("policy", state.champion, state.champion, by)
         entry = replace(entry, before=before, after=policy.fields())
@@ -114,7 +152,10 @@ def hold_to_policy(config: FineTuneConfig) -> tuple[FineTuneConfig, list[str]]:
     if section.path is None or section.name is None:
         return config, []
     policy = read_policy(Path(section.path), section.name)
-    return tighten(config, policy), describe_tightening(config, policy)
+    told = describe_tightening(config, policy)
+    if section.promote == "always" and (policy is None or not policy.bounds_creep):
+        told.append(f"{section.name}: {NO_REFERENCE}")
+    return tighten(config, policy), told
 
 
 def tighten(config: FineTuneConfig, policy: RegistryPolicy | None) -> FineTuneConfig:

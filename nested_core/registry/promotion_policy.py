@@ -38,7 +38,13 @@ from nested_core.registry.champion_files import read_link
 from nested_core.registry.folders import find_name_folder, shared_folder_lock
 from nested_core.registry.judgements import Judgement, JudgementFacts, choose_verdict, read_verdicts
 from nested_core.registry.ledger import NO_ORIGIN, Origin
-from nested_core.registry.policy import PromotionRule, find_looser_bounds, read_policy
+from nested_core.registry.policy import (
+    PromotionRule,
+    RegistryPolicy,
+    find_looser_bounds,
+    read_policy,
+    read_reference,
+)
 from nested_core.registry.versions import (
     PROVENANCE_NAME,
     REGISTERED_AFTER_KEY,
@@ -395,15 +401,42 @@ def find_refusal(
                 f"parent was trained on, and registry.require_validation is on"
             )
         return "there was no validation set, and registry.require_validation is on"
-    if rule.must_be_better:
-        noise: Noise = "paired" if policy is not None else candidate.verdict.noise
-        if champion is None:
-            reason = _why_not_better_than_start(section, candidate, noise)
-        else:
-            reason = _why_not_better(section, candidate, champion, noise)
-        if reason is not None:
-            return reason
-    return _why_person_decides(section, candidate) if rule.asks_person and not is_approved else None
+    noise: Noise = "paired" if policy is not None else candidate.verdict.noise
+    if (
+        reason := _why_losses_promote_nothing(section, candidate, champion, rule, noise)
+    ) is not None:
+        return reason
+    if rule.asks_person:
+        return None if is_approved else _why_person_decides(section, candidate)
+    return _why_beyond_reference(registry, name, policy, candidate)
+
+
+def _why_beyond_reference(
+    registry: Path, name: str, policy: RegistryPolicy | None, candidate: Judgement
+) -> str | None:
+    """Why a version is not shown to be within the margin of the policy's reference, or None."""
+    if policy is None or (version := read_reference(registry, name)) is None:
+        return None
+    if version == candidate.version:
+        return None
+    which = f"the reference {shorten_digest(version)} (policy reference: {policy.reference})"
+    record = candidate.verdict.reference
+    if record is None or record.version != version:
+        return (
+            f"the gate did not judge {which} on this version's held-out examples: judge the run "
+            f"again with --resume"
+        )
+    if record.not_compared is not None or record.loss is None or record.difference is None:
+        return f"not compared with {which}: {record.not_compared or 'there is no loss'}"
+    if record.conclusion in ("better", "no_worse") and not record.has_few_prompts:
+        return None
+    margin = "none" if record.margin is None else f"+{record.margin:.2g}"
+    high = "not known" if record.one_sided_high is None else f"{record.one_sided_high:+.2g}"
+    return (
+        f"not shown to be within the margin of {which}: {format_difference(record.difference)} "
+        f"from its {format_loss(record.loss)} on {record.examples} examples, one-sided 95 % end "
+        f"{high}, margin {margin} nats a token"
+    )
 
 
 def _why_person_decides(section: RegistrySection, candidate: Judgement) -> str:
@@ -441,6 +474,37 @@ def _why_not_sound(candidate: Judgement, rule: PromotionRule) -> str | None:
     if samples is not None and samples.are_broken and not rule.asks_person:
         return f"{samples.broken} of {samples.judged} sample answers are broken: a person decides"
     return None
+
+
+def _why_losses_promote_nothing(
+    section: RegistrySection,
+    candidate: Judgement,
+    champion: str | None,
+    rule: PromotionRule,
+    noise: Noise,
+) -> str | None:
+    """Why the held-out losses are not what the rule needs, or None where they are."""
+    if not rule.must_be_better:
+        needs_enough = section.require_validation and not rule.asks_person
+        return _why_too_few_prompts(candidate, champion) if needs_enough else None
+    if champion is None:
+        return _why_not_better_than_start(section, candidate, noise)
+    return _why_not_better(section, candidate, champion, noise)
+
+
+def _why_too_few_prompts(candidate: Judgement, champion: str | None) -> str | None:
+    """That the held-out examples, or those compared with the champion, have under 5 prompts."""
+    record: Validation | ChampionLoss | None = candidate.verdict.champion
+    which = " that are compared with the champion's"
+    if record is None or candidate.verdict.rival != champion or record.difference is None:
+        record, which = candidate.verdict.validation, ""
+    few = None if record is None else record.describe_few_prompts()
+    if record is None or few is None:
+        return None
+    return (
+        f"there are {record.examples} held-out examples{which}: {few} "
+        f"(registry.require_validation is on)"
+    )
 
 
 def _why_not_better_than_start(
@@ -492,6 +556,8 @@ def _describe_comparison(
     wanted = f" by more than {section.min_improvement:g}" if section.min_improvement else ""
     loss_name = loss_name_for_file(candidate.file)
     losses = f"{loss_name} {format_loss(loss)} is not better{wanted} than {rival}"
+    if (few := record.describe_few_prompts()) is not None:
+        return f"{losses} beyond noise ({data}): {few}"
     if candidate.verdict.noise == "none":
         return f"{losses} ({data})"
     if record.interval is None or record.smallest_visible is None:

@@ -72,9 +72,11 @@ def describe_champion_loss(champion: ChampionLoss) -> str:
     interval = ""
     if champion.interval is not None and champion.conclusion != "inconclusive":
         interval = f" (95 % interval {format_interval(champion.interval)})"
+    few = "" if not champion.has_few_prompts else f"; {champion.describe_few_prompts()}"
     return (
         f"{version}: loss {format_loss(champion.loss)} on the same examples; difference "
         f"{format_difference(champion.difference)}, {champion.describe_conclusion()}{interval}"
+        f"{few}"
     )
 
 

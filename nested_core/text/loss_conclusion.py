@@ -13,6 +13,7 @@ from typing import Literal
 
 Conclusion = Literal["better", "no_worse", "inconclusive", "worse"]
 
+MIN_EXAMPLES = 5  # independent ones; fewer have no interval: nothing can be shown, nor promoted
 MIN_MARGIN = 0.01  # nats a token: a loss near 0 has a margin too
 MAX_RISE_OF_FEW = 0.1  # of the loss before, where there are too few examples for an interval
 MAX_NAMED_EXAMPLES = 100_000

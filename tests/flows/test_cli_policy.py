@@ -43,7 +43,12 @@ def test_a_policy_is_shown_set_and_recorded(folder: Path) -> None:
     (task,) = shown["policy"].pop("tasks")
     assert shown == {
         "name": NAME,
-        "policy": {"promote": "approve", "max_val_loss_increase": 0.02, "canary": "rollback"},
+        "policy": {
+            "promote": "approve",
+            "max_val_loss_increase": 0.02,
+            "canary": "rollback",
+            "reference": None,
+        },
     }
     assert (task["file"], task["min"]) == (str(folder / "questions.jsonl"), 0.5)
     line = history(folder / "registry", NAME)[-1]
@@ -54,7 +59,7 @@ def test_a_policy_is_shown_set_and_recorded(folder: Path) -> None:
 def test_null_and_no_file_leave_a_key_to_the_run(folder: Path) -> None:
     policy(folder, "--promote", "never", "--tasks", "suites.yaml", "--canary", "refuse")
     done = policy(folder, "--promote", "null", "--tasks", "--canary", "null", "--json")
-    bounds = {"promote": None, "max_val_loss_increase": None, "canary": None}
+    bounds = {"promote": None, "max_val_loss_increase": None, "canary": None, "reference": None}
     assert done.document["policy"] == bounds | {"tasks": []}
     assert len([x for x in history(folder / "registry", NAME) if x["action"] == "policy"]) == 2
 

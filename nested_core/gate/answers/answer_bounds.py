@@ -30,7 +30,6 @@ SCORE_ROUNDING = 1e-9  # of a mean of scores
 MAX_NAMED_QUESTIONS = 3
 CHAMPION = "the champion"  # as a rival in messages
 ALPHA = 0.025  # one-sided, of all suites and rivals together
-LARGE_SHARE = 0.25  # of the questions, lost net: refused whatever the number of suites
 BADNESS: tuple[Conclusion, ...] = ("better", "no_worse", "inconclusive", "worse")
 
 MIN_PROMPTS = 3  # fewer answers of a sound base judge nothing
@@ -100,18 +99,27 @@ def find_worse(family: Sequence[ScoreChange]) -> set[int]:
 
     Holm's procedure (Scandinavian Journal of Statistics 6, 1979) at 2.5 % one-sided: however many
     suites are asked, an adapter that answers as well is refused in at most 2.5 % of cases. A change
-    that is worse by itself, and lost a quarter of the questions net, needs no family. What is shown
+    of so few answers that it could not be worse even if all of them were lost is not counted
+    (Tarone, Biometrics 46, 1990): suites that hardly change cost the others nothing. What is shown
     to be within `max_drop` is not worse.
     """
-    tested = sorted((own for own in family if own.is_tested), key=lambda own: own.p_value)
+    remaining = sorted((own for own in family if own.is_tested), key=lambda own: own.p_value)
     worse = set()
-    is_rejecting = True
-    for rank, own in enumerate(tested):
-        is_rejecting = is_rejecting and own.p_value <= ALPHA / (len(tested) - rank)
-        is_large = own.p_value <= ALPHA and own.difference.mean <= -LARGE_SHARE
-        if (is_rejecting or is_large) and not own.is_within_bound:
+    while remaining and remaining[0].p_value <= ALPHA / _count_comparisons(remaining):
+        own = remaining.pop(0)
+        if not own.is_within_bound:
             worse.add(id(own))
     return worse
+
+
+def _count_comparisons(tested: Sequence[ScoreChange]) -> int:
+    """By how many the chance is divided: the least k such that at most k can reach ALPHA / k."""
+    smallest = [own.smallest_p_value for own in tested]
+    return next(
+        count
+        for count in range(1, len(tested) + 1)
+        if sum(least <= ALPHA / count for least in smallest) <= count
+    )
 
 
 @dataclass(frozen=True)
@@ -122,12 +130,15 @@ class ScoreChange:
         mid-p, for right and wrong answers; Student's t where the interval leaves out 0, else one
         half, for shares and for questions that share a prompt.
     max_drop: the fall that is allowed; None allows any.
+    smallest_p_value: what `p_value` would be if all answers that changed had been lost; 0 for
+        shares and for questions that share a prompt.
     """
 
     difference: PairedDifference
     lost: tuple[str, ...]
     p_value: float
     max_drop: float | None
+    smallest_p_value: float
 
     @classmethod
     def compare(
@@ -147,9 +158,10 @@ class ScoreChange:
         if clusters is None and np.isin(scores, (0.0, 1.0)).all():
             won = int((scores[1] > scores[0]).sum())
             chance = exchange_mid_p(len(lost), won)
+            smallest = exchange_mid_p(len(lost) + won, 0)
         else:
-            chance = _chance_of_fall(difference)
-        return cls(difference, lost, chance, max_drop)
+            chance, smallest = _chance_of_fall(difference), 0.0
+        return cls(difference, lost, chance, max_drop, smallest)
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -165,7 +177,11 @@ class ScoreChange:
     @property
     def is_below_bound(self) -> bool:
         """Whether more than `max_drop` was lost, by chance or not."""
-        return self.max_drop is not None and self.difference.mean < -self.max_drop - SCORE_ROUNDING
+        return self.max_drop is not None and self.is_below(-self.max_drop)
+
+    def is_below(self, bound: float) -> bool:
+        """Whether the mean difference is less than `bound`, beyond rounding."""
+        return self.difference.mean < bound - SCORE_ROUNDING
 
     @property
     def is_within_bound(self) -> bool:
@@ -173,12 +189,12 @@ class ScoreChange:
         return bool(self.max_drop) and self.difference.one_sided_low >= -(self.max_drop or 0.0)
 
     def conclude(self, *, is_worse: bool) -> Conclusion:
-        """The word for it; a bound of 0 is held against chance alone, and needs no margin."""
+        """The word for it; without a margin `no_worse` needs as many answers won as lost."""
         if is_worse:
             return "worse"
         if self.difference.is_above(0):
             return "better"
-        is_shown = not self.max_drop or self.is_within_bound
+        is_shown = self.is_within_bound if self.max_drop else not self.is_below(0.0)
         return "no_worse" if is_shown else "inconclusive"
 
 

@@ -1,4 +1,4 @@
-"""The check of the champion: its losses on the candidate's held-out examples, beside its own.
+"""The checks of champion and reference: their losses on the candidate's held-out examples.
 
 Whatever data the champion was trained or validated on, both are compared on the same examples.
 Examples that one of the two, or a version that it was trained from, has seen in training count for
@@ -11,10 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from nested_core.gate.champion_adapter import Champion, UnusableChampion, find_champion
+from nested_core.gate.champion_adapter import Champion, UnusableChampion, find_rival
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.example_losses import ExampleLosses, Vector
-from nested_core.gate.held_out_loss import HeldOutExamples
 from nested_core.gate.judged import Check, JudgedRun
 from nested_core.gate.loss_figures import summarise_champion
 from nested_core.records.verdict import ChampionLoss, Reason
@@ -23,53 +22,73 @@ from nested_core.text.digest_format import shorten_digest
 
 def _compare_with_champion(judged: JudgedRun) -> tuple[Reason, ...]:
     """Compare the losses, which gives no reason: of one that cannot be compared, it is said why."""
-    judged.champion = champion = find_champion(judged.base, judged.after)
+    judged.champion = champion = find_rival("champion", judged.base, judged.after)
     if champion is None:
         return ()
-    held_out, losses, validation = judged.held_out, judged.losses, judged.verdict.validation
-    if held_out is None or losses is None or validation is None:
-        compared = ChampionLoss(champion.version, not_compared="there are no held-out examples")
-    else:
-        compared, losses = _compare_losses(judged, champion, held_out, losses)
-        judged.losses = losses
-        judged.written_files[judged.run.gate_losses.name] = losses.render()
-        validation = replace(validation, losses_sha256=losses.sha256())
-    judged.verdict = replace(judged.verdict, champion=compared, validation=validation)
+    compared, measured = _compare_losses(judged, champion, "champion")
+    judged.verdict = replace(judged.verdict, champion=compared)
+    if judged.losses is not None and measured is not None:
+        _keep_losses(judged, replace(judged.losses, champion=measured))
     return ()
 
 
+def _compare_with_reference(judged: JudgedRun) -> tuple[Reason, ...]:
+    """The same with the version that the registry's policy names as the reference."""
+    reference = find_rival("reference", judged.base, judged.after)
+    champion = judged.verdict.champion
+    if reference is None:
+        return ()
+    if champion is not None and champion.version == reference.version:
+        judged.verdict = replace(judged.verdict, reference=champion)
+        return ()
+    compared, measured = _compare_losses(judged, reference, "reference")
+    judged.verdict = replace(judged.verdict, reference=compared)
+    if judged.losses is not None and measured is not None:
+        _keep_losses(judged, replace(judged.losses, reference=measured))
+    return ()
+
+
+def _keep_losses(judged: JudgedRun, losses: ExampleLosses) -> None:
+    """Take losses with a further adapter's beside them as the run's, in its files too."""
+    judged.losses = losses
+    judged.written_files[judged.run.gate_losses.name] = losses.render()
+    if judged.verdict.validation is not None:
+        validation = replace(judged.verdict.validation, losses_sha256=losses.sha256())
+        judged.verdict = replace(judged.verdict, validation=validation)
+
+
 def _compare_losses(
-    judged: JudgedRun,
-    champion: Champion | UnusableChampion,
-    held_out: HeldOutExamples,
-    losses: ExampleLosses,
-) -> tuple[ChampionLoss, ExampleLosses]:
-    """What gate.json says of the champion, and the losses with the champion's beside them."""
-    version = champion.version
-    if isinstance(champion, UnusableChampion):
-        return ChampionLoss(version, not_compared=champion.problem), losses
+    judged: JudgedRun, rival: Champion | UnusableChampion, role: str
+) -> tuple[ChampionLoss, Vector | None]:
+    """What gate.json says of a rival, and its losses, NaN where not compared; None without any."""
+    version, losses, held_out = rival.version, judged.losses, judged.held_out
+    if held_out is None or losses is None or judged.verdict.validation is None:
+        return ChampionLoss(version, not_compared="there are no held-out examples"), None
+    if isinstance(rival, UnusableChampion):
+        return ChampionLoss(version, not_compared=rival.problem), None
     if not np.isfinite(losses.after).all():
-        return ChampionLoss(version, not_compared="the candidate's loss is not finite"), losses
-    is_seen = np.isin(held_out.digests, champion.training_examples)
+        return ChampionLoss(version, not_compared="the candidate's loss is not finite"), None
+    is_seen = np.isin(held_out.digests, rival.training_examples)
     if losses.left_out is not None:
         is_seen |= losses.left_out
     if is_seen.all():
         problem = (
             f"each of the {len(losses)} held-out examples of {losses.file} is one that the "
-            f"champion, the candidate or an ancestor was trained on: nothing is left to compare by"
+            f"{role}, the candidate or an ancestor was trained on: nothing is left to compare by"
         )
-        return ChampionLoss(version, left_out=len(losses), not_compared=problem), losses
+        return ChampionLoss(version, left_out=len(losses), not_compared=problem), None
     measured: Vector = losses.before
-    if champion.adapter.digest() != judged.before.digest():
-        ((sums, _),) = champion.base.example_loss_sums((champion.adapter.path,), held_out.split)
+    if rival.adapter.digest() != judged.before.digest():
+        ((sums, _),) = rival.base.example_loss_sums((rival.adapter.path,), held_out.split)
         measured = sums[held_out.is_example_supervised] / losses.tokens
     if not np.isfinite(measured).all():
-        problem = f"the loss of the champion {shorten_digest(version)} is not finite"
-        return ChampionLoss(version, not_compared=problem), losses
-    compared = replace(losses, champion=np.where(is_seen, np.nan, measured))
-    bounds = champion.base.config.gate
-    found = summarise_champion(version, compared, bounds, judged.candidates)
-    return found, compared
+        problem = f"the loss of the {role} {shorten_digest(version)} is not finite"
+        return ChampionLoss(version, not_compared=problem), None
+    measured = np.where(is_seen, np.nan, measured)
+    bounds = rival.base.config.gate
+    compared = replace(losses, champion=measured)
+    return summarise_champion(version, compared, bounds, judged.candidates), measured
 
 
 CHAMPION = Check("champion", _compare_with_champion, stopped_by=WITHOUT_MODEL)
+REFERENCE = Check("reference", _compare_with_reference, stopped_by=WITHOUT_MODEL)

@@ -258,6 +258,35 @@ def test_one_instruction_for_all_examples_leaves_the_rows_as_the_draw() -> None:
     assert validation_of(losses_of(differences[:19], clusters=one[:19])).clusters == 1
 
 
+@pytest.mark.parametrize(("prompts", "is_enough"), [(4, False), (5, True)])
+def test_nothing_is_promoted_by_itself_on_fewer_than_five_prompts(
+    prompts: int, is_enough: bool
+) -> None:
+    fall = np.linspace(-0.6, -0.4, prompts * 50)
+    losses = losses_of(fall, clusters=np.arange(prompts * 50) % prompts)
+    validation = validation_of(losses)
+    champion = summarise_champion("c4a3", replace(losses, champion=losses.before))
+    assert (validation.conclusion, champion.conclusion) == ("better", "better")
+    for found in (validation, champion):
+        assert found.few_prompts == (None if is_enough else prompts)
+        assert found.is_better(0.005, "paired") is is_enough
+        assert found.is_better(0.005, "none") is is_enough
+        assert (found.describe_few_prompts() is None) is is_enough
+
+
+def test_prompts_that_the_champion_was_trained_on_leave_no_rows_to_promote_by() -> None:
+    prompts = np.repeat(np.arange(6), 40)
+    losses = losses_of(np.linspace(-0.6, -0.4, 240), clusters=prompts)
+    known = np.where(prompts < 2, np.nan, losses.before)
+    champion = summarise_champion("c4a3", replace(losses, champion=known))
+    assert (champion.examples, champion.clusters, champion.interval) == (160, 4, None)
+    assert not champion.is_better(0.005, "paired")
+    text = str(champion.describe_few_prompts())
+    assert "4 different prompts: on fewer than 5 nothing is promoted by itself" in text
+    parent = validation_of(losses.leaving_out(prompts < 2))
+    assert (parent.examples, parent.clusters, parent.interval) == (160, 4, None)
+
+
 def test_what_was_trained_on_is_in_no_mean_and_marked_in_the_file(tmp_path: Path) -> None:
     differences = np.full(12, -0.1)
     differences[:4] = 9.0

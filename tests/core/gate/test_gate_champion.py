@@ -37,6 +37,7 @@ from nested_core.records.answers import read_answers
 from nested_core.records.verdict import JudgedAdapter, Verdict
 from nested_core.records.verdict_file import read_verdict, write_verdict
 from nested_core.registry import promote, register
+from nested_core.registry.policy import set_policy
 from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.report.verdict_page import describe_verdict
 from nested_core.storage.adapter import ADAPTER_FILES, read_adapter, write_adapter
@@ -118,6 +119,32 @@ def test_a_candidate_better_than_a_champion_of_other_data_is_promoted(
     assert read_verdict(run.gate).champion == verdict.champion
     confirm_recorded_verdict(config, run)
     assert decide(config, run, champion) == "promoted"
+
+
+def test_the_policys_reference_is_judged_on_the_same_examples(
+    config: FineTuneConfig, run: RunDirectory, make_champion: Champion, tmp_path: Path
+) -> None:
+    reference = make_champion(lambda tensor: tensor * 0.25)
+    shutil.rmtree(tmp_path / "champion")
+    champion = make_champion(halve)
+    registry = Path(str(config.registry.path))
+    assert steps.judge(config, run).reference is None
+    set_policy(registry, NAME, by="ann", changes={"reference": champion})
+    verdict = steps.judge(config, run)
+    assert verdict.reference == verdict.champion
+    assert read_example_losses(run.gate_losses).reference is None
+    confirm_recorded_verdict(config, run)
+    set_policy(registry, NAME, by="ann", changes={"reference": "nights:2"})
+    verdict = steps.judge(config, run)
+    assert verdict.reference is not None
+    assert (verdict.reference.version, verdict.reference.conclusion) == (reference, "better")
+    losses = read_example_losses(run.gate_losses)
+    assert losses.reference is not None
+    assert losses.mean(losses.reference) == pytest.approx(verdict.reference.loss)
+    confirm_recorded_verdict(config, run)
+    always = config.registry.model_copy(update={"promote": "always"})
+    version = register_run(config, run, champion)
+    assert getattr(promote_by_policy(always, version, champion), "outcome", "") == "promoted"
 
 
 def test_a_candidate_that_is_not_better_beyond_noise_says_by_how_much(

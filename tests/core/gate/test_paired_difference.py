@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from nested_core.gate import paired_difference
 from nested_core.gate.loss_figures import exchange_mid_p
 from nested_core.gate.paired_difference import (
-    MIN_EXAMPLES,
     compare_pairs,
     count_resamples,
     smallest_visible_share,
 )
+from nested_core.text.loss_conclusion import MIN_EXAMPLES
 
 SEEDS = 100
 QUESTIONS = 200

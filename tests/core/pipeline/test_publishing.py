@@ -191,6 +191,28 @@ class TestPolicy:
         publish(make_run(1.0, loss=1.0), promote="always")
         assert outcome(publish(make_run(2.0, loss=3.0), promote="always")) == "promoted"
 
+    @pytest.mark.parametrize("few", [{"clusters": 4}, {"clusters": 84, "few_prompts": 4}])
+    @pytest.mark.parametrize("rival", ["its start", "the champion"])
+    def test_few_prompts_promote_nothing_by_themselves(
+        self, make_run: MakeRun, publish: Any, few: dict[str, int], rival: str
+    ) -> None:
+        champion = publish(make_run(1.0), promote="always").version
+        run = make_run(2.0)
+        gate = read_gate(run.gate)
+        gate["champion"] = {"version": champion, "loss": 1.5, "examples": 84, "difference": -0.5}
+        gate["champion"] |= {"interval": [-0.6, -0.4], "clusters": 84}
+        gate["validation" if rival == "its start" else "champion"] |= few
+        if rival == "its start":
+            gate["champion"] = {"version": champion, "not_compared": "it does not fit"}
+        write_gate(run.path, gate, judged_files(run.path))
+        said = outcome(publish(run, promote="always"))
+        assert "4 different prompts: on fewer than 5 nothing is promoted by itself" in said
+        assert outcome(publish(run, promote="approve")).startswith("waiting for approval")
+        if rival == "the champion":
+            assert "4 different prompts" in outcome(publish(run, promote="better"))
+        leave = {"promote": "always", "require_validation": False}
+        assert outcome(publish(run, **leave)) == "promoted"
+
     @pytest.mark.parametrize("promote", ["always", "better"])
     def test_without_validation_only_by_leave(
         self, make_run: MakeRun, publish: Any, promote: str

@@ -29,7 +29,9 @@ from nested_core.registry.policy import (
     PromotionRule,
     describe_tightening,
     find_looser_bounds,
+    hold_to_policy,
     read_policy,
+    read_reference,
     set_policy,
     tighten,
 )
@@ -67,6 +69,7 @@ def judged(make_run: MakeRun, registry: Path) -> Judged:
         mode: str = "always",
         champion: str | None = None,
         better_by: float = 1.0,
+        reference: dict[str, Any] | None = None,
         **bounds: Any,
     ) -> str:
         run = make_run(seed)
@@ -77,7 +80,7 @@ def judged(make_run: MakeRun, registry: Path) -> Judged:
             interval = [-better_by - 0.1, -better_by + 0.1]
             record = {"version": champion, "loss": 3.0, "difference": -better_by, "examples": 84}
             record |= {"interval": interval, "smallest_visible": 0.1}
-        gate |= {"thresholds": thresholds, "champion": record}
+        gate |= {"thresholds": thresholds, "champion": record, "reference": reference}
         write_gate(run, gate, judged_files(run))
         own = {"path": "x", "name": NAME, "promote": mode}
         provenance = {"config": {"registry": own}, "champion_at_gate": champion}
@@ -97,6 +100,76 @@ ROUTES: dict[str, Callable[[Path, str, str | None, str], object]] = {
         registry, NAME
     ).get(version),
 }
+
+
+def judged_by_reference(version: str, high: float) -> dict[str, Any]:
+    """A loss of the candidate that is surely lower than the reference's 1, or rises to `high`."""
+    figures = {"version": version, "loss": 1.0, "difference": 0.015, "examples": 84}
+    word = "no_worse" if high <= 0.02 else "worse"
+    figures |= {"interval": [0.001, high + 0.01], "one_sided_high": high, "margin": 0.02}
+    return figures | {"conclusion": word, "clusters": 84}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_no_route_promotes_what_is_not_shown_to_be_within_the_margin_of_the_reference(
+    judged: Judged, registry: Path, route: str
+) -> None:
+    first, champion = judged(1), judged(2)
+    for version in (first, champion):
+        promote(registry, NAME, version, by="ann")
+    set_keys(registry, promote="always", reference=first[:8])
+    policy = read_policy(registry, NAME)
+    assert policy is not None
+    assert policy.reference == read_reference(registry, NAME) == first
+    for seed, reference, said in (
+        (3, None, "the gate did not judge the reference"),
+        (4, judged_by_reference(champion, 0.019), "the gate did not judge the reference"),
+        (5, judged_by_reference(first, 0.03), f"within the margin of the reference {first[:12]}"),
+        (6, {"version": first, "not_compared": "it does not fit"}, "it does not fit"),
+        (7, judged_by_reference(first, 0.019), "promoted"),
+    ):
+        version = judged(seed, champion=champion, reference=reference)
+        done = ROUTES[route](registry, version, champion, "always")
+        text = done.outcome if isinstance(done, Promotion) else str(done)
+        assert said in text
+        if seed == 5:
+            assert "one-sided 95 % end +0.03, margin +0.02 nats a token" in text
+
+
+def test_a_reference_of_nights_is_the_champion_of_so_many_promotions_ago(
+    judged: Judged, registry: Path
+) -> None:
+    versions = [judged(seed) for seed in range(1, 6)]
+    set_keys(registry, reference="nights:2")
+    assert read_reference(registry, NAME) is None
+    expected = [versions[0], versions[0], versions[0], versions[1], versions[2]]
+    for version, reference in zip(versions, expected, strict=True):
+        promote(registry, NAME, version, by="ann")
+        assert read_reference(registry, NAME) == reference
+    collected = collect_garbage(registry, NAME, by="ann", keep=0).collected
+    assert set(collected) == set(versions[:2])
+    assert read_reference(registry, NAME) == versions[2]
+    rollback(registry, NAME, by="ann")  # leaves 5: 2 promotions ago is still 3
+    assert read_reference(registry, NAME) == versions[2]
+
+
+@pytest.mark.parametrize("wanted", ["nights:0", "nights:x", "abcdef", "champion"])
+def test_a_reference_that_is_none_is_refused(registry: Path, judged: Judged, wanted: str) -> None:
+    judged(1)
+    with pytest.raises(ConfigError):
+        set_keys(registry, reference=wanted)
+
+
+def test_always_without_a_reference_is_told(registry: Path) -> None:
+    def told(mode: str) -> str:
+        own = section(registry, mode).model_dump(mode="json")
+        return " ".join(hold_to_policy(FineTuneConfig.model_validate({"registry": own}))[1])
+
+    what = "nothing bounds what the small losses of many promotions add up to"
+    assert what in told("always")
+    assert what not in told("better")
+    set_keys(registry, reference="nights:30")
+    assert what not in told("always")
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -227,6 +300,7 @@ def test_a_change_stands_in_the_history_with_who_when_before_and_after(
     assert (first["action"], first["by"], first.get("before")) == ("policy", "ann", None)
     assert (second["by"], second["before"]) == ("bob", first["after"])
     after = {"promote": "better", "max_val_loss_increase": 0.1, "tasks": [], "canary": None}
+    after["reference"] = None
     assert second["after"] == after
     assert (second["version"], second["previous"]) == (champion, champion)
     assert json.loads((registry / NAME / "policy.json").read_bytes()) == second["after"]
