@@ -6,6 +6,7 @@ The decision rests on the version's own files. `promote` re-hashes them before t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from nested_core.errors import (
 from nested_core.records.verdict import ChampionLoss, Noise, Validation, Verdict
 from nested_core.registry import (
     UNSET,
+    HistoryChanged,
     Promotion,
     Unset,
     find_decline,
@@ -32,6 +34,7 @@ from nested_core.registry import (
     read_champion,
     read_champion_changes,
     read_champion_changes_since,
+    read_history_end,
     verify,
 )
 from nested_core.registry.champion_files import read_link
@@ -92,6 +95,29 @@ def promote_by_policy(
     stricter counts. `expected_champion` is the champion that the version was judged against. If
     another version is champion by now, the promotion is superseded.
     """
+    decide = partial(_decide_by_policy, section, version, expected_champion, origin)
+    return _decide_by_history(*registry_location(section), decide)
+
+
+def _decide_by_history(
+    registry: Path, name: str, decide: Callable[[str], Promotion | str]
+) -> Promotion | str:
+    """What `decide`, given the history's end, promotes or why it does not.
+
+    It decides anew where a policy, a no or a champion is recorded before its promotion is.
+    """
+    while True:
+        with suppress(HistoryChanged):
+            return decide(read_history_end(registry, name))
+
+
+def _decide_by_policy(
+    section: RegistrySection,
+    version: str,
+    expected_champion: str | None,
+    origin: Origin,
+    decided_at: str,
+) -> Promotion | str:
     registry, name = registry_location(section)
     champion = read_champion(registry, name)
     if version == champion:
@@ -108,6 +134,7 @@ def promote_by_policy(
         expected_champion=expected_champion,
         automatic=True,
         origin=origin,
+        decided_at=decided_at,
     )
 
 
@@ -223,6 +250,13 @@ def promote_by_recorded_policy(
     For delayed or duplicate events. Returns "superseded" if the champion changed after this version
     was registered, even if that change was later rolled back.
     """
+    decide = partial(_decide_by_recorded_policy, registry, name, version, origin)
+    return _decide_by_history(registry, name, decide)
+
+
+def _decide_by_recorded_policy(
+    registry: Path, name: str, version: str, origin: Origin, decided_at: str
+) -> Promotion | str:
     candidate = read_candidate(registry, name, version)
     champion = read_champion(registry, name)
     if version == champion:
@@ -232,7 +266,8 @@ def promote_by_recorded_policy(
     if read_champion_changes_since(registry, name, candidate.facts.registered_after):
         return Promotion("superseded", version, champion)
     section = recorded_section(registry, name, candidate)
-    return promote_by_policy(section, version, candidate.facts.champion_at_gate, origin=origin)
+    champion_at_gate = candidate.facts.champion_at_gate
+    return _decide_by_policy(section, version, champion_at_gate, origin, decided_at)
 
 
 def recorded_section(registry: Path, name: str, candidate: Judgement) -> RegistrySection:
@@ -262,6 +297,19 @@ def approve(
     The registry's policy counts but for the question itself; what the run asked for does not: it is
     a person's word. `by` is who answered, as that was typed.
     """
+    decide = partial(_decide_by_answer, registry, name, version, by, expected_champion, origin)
+    return _decide_by_history(registry, name, decide)
+
+
+def _decide_by_answer(
+    registry: Path,
+    name: str,
+    version: str,
+    by: str,
+    expected_champion: str | None,
+    origin: Origin,
+    decided_at: str,
+) -> Promotion | str:
     champion = read_champion(registry, name)
     if version == champion:
         return Promotion("already_champion", version, champion)
@@ -271,7 +319,13 @@ def approve(
     if reason is not None:
         return reason
     return promote(
-        registry, name, version, by=by, expected_champion=expected_champion, origin=origin
+        registry,
+        name,
+        version,
+        by=by,
+        expected_champion=expected_champion,
+        origin=origin,
+        decided_at=decided_at,
     )
 
 

@@ -27,7 +27,9 @@ from nested_core.registry import (
     registration,
     rollback,
 )
+from nested_core.registry.policy import set_policy
 from nested_core.registry.promotion_policy import (
+    approve,
     compare_losses,
     promote_by_policy,
     promote_by_recorded_policy,
@@ -261,6 +263,40 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, step: str, act: Callable[[], obje
         return taken(*arguments, **options)
 
     monkeypatch.setattr(promotion_policy, step, after)
+
+
+def approve_first(registry: Path, version: str) -> Any:
+    return approve(registry, NAME, version, by="ann", expected_champion=None)
+
+
+@pytest.mark.parametrize("decide", [late, approve_first])
+def test_a_policy_that_is_set_between_the_decision_and_the_promotion_is_obeyed(
+    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch, decide: Callable[..., Any]
+) -> None:
+    version = add(1)
+
+    def act() -> None:
+        set_policy(registry, NAME, by="admin", changes={"promote": "never"})
+
+    meanwhile(monkeypatch, "promote", act)
+    assert decide(registry, version) == f"the policy of {NAME} is never"
+    assert read_champion(registry, NAME) is None
+
+
+def test_a_champion_that_leaves_and_comes_back_after_the_decision_supersedes(
+    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = add(1)
+    late(registry, first)
+    version, third = add(2, first), add(3, first)
+
+    def act() -> None:
+        promote(registry, NAME, third, by="ann")
+        rollback(registry, NAME, by="ann")
+
+    meanwhile(monkeypatch, "promote", act)
+    assert late(registry, version) == "superseded"
+    assert read_champion(registry, NAME) == first
 
 
 @pytest.mark.parametrize("step", ["read_candidate", "promote_by_recorded_policy"])
