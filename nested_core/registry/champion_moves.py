@@ -75,8 +75,8 @@ def promote(
 
     With `expected_champion` the outcome is "superseded" if another version is champion; None
     expects that there is none. An `automatic` promotion of a version that a rollback left is
-    "barred". `against_policy` and `origin` stand in the history's line. `decided_at` is the end that
-    the history had when the promotion was decided, as `read_history_end` returns it: any other end
+    "barred". `against_policy` and `origin` stand in the history's line. `decided_at` is the end
+    that the history had when the promotion was decided, as `read_history_end` returns it: any other
     raises HistoryChanged. Raises ConfigError for an unknown registry, name or version, DamagedError
     for any change on disk, GateRejected for a verdict that is not "passed".
     """

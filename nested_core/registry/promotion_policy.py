@@ -297,36 +297,27 @@ def approve(
     The registry's policy counts but for the question itself; what the run asked for does not: it is
     a person's word. `by` is who answered, as that was typed.
     """
-    decide = partial(_decide_by_answer, registry, name, version, by, expected_champion, origin)
+
+    def decide(decided_at: str) -> Promotion | str:
+        champion = read_champion(registry, name)
+        if version == champion:
+            return Promotion("already_champion", version, champion)
+        if champion != expected_champion:
+            return Promotion("superseded", version, champion)
+        reason = find_refusal_of_question(registry, name, version)
+        if reason is not None:
+            return reason
+        return promote(
+            registry,
+            name,
+            version,
+            by=by,
+            expected_champion=expected_champion,
+            origin=origin,
+            decided_at=decided_at,
+        )
+
     return _decide_by_history(registry, name, decide)
-
-
-def _decide_by_answer(
-    registry: Path,
-    name: str,
-    version: str,
-    by: str,
-    expected_champion: str | None,
-    origin: Origin,
-    decided_at: str,
-) -> Promotion | str:
-    champion = read_champion(registry, name)
-    if version == champion:
-        return Promotion("already_champion", version, champion)
-    if champion != expected_champion:
-        return Promotion("superseded", version, champion)
-    reason = find_refusal_of_question(registry, name, version)
-    if reason is not None:
-        return reason
-    return promote(
-        registry,
-        name,
-        version,
-        by=by,
-        expected_champion=expected_champion,
-        origin=origin,
-        decided_at=decided_at,
-    )
 
 
 def find_refusal_of_question(registry: Path, name: str, version: str) -> str | None:
@@ -355,7 +346,7 @@ def promote_missed_versions(
     """
     was_champion = {change.version for change in read_champion_changes(registry, name)}
     outcomes = {}
-    registered_at = {}
+    registrations = {}
     for version in list_versions(registry, name):
         if version in was_champion:
             continue
@@ -363,8 +354,8 @@ def promote_missed_versions(
         if isinstance(candidate, str):
             outcomes[version] = candidate
         else:
-            registered_at[version] = candidate.facts.registered_at
-    for version in sorted(registered_at, key=lambda v: registered_at[v], reverse=True):
+            registrations[version] = candidate.facts.registration or 0
+    for version in sorted(registrations, key=lambda v: registrations[v], reverse=True):
         promote_recorded = partial(promote_by_recorded_policy, origin=origin)
         done = _try_action(promote_recorded, registry, name, version)
         outcomes[version] = done if isinstance(done, str) else done.outcome

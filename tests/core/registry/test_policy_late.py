@@ -151,6 +151,23 @@ def test_reconcile_promotes_the_newest_that_an_event_got_lost_for(add: Add, regi
     assert read_champion(registry, NAME) == newer
 
 
+class Clock2001(datetime):
+    """A clock that is years behind."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> Any:
+        return datetime(2001, 1, 1, tzinfo=UTC)
+
+
+def test_of_two_that_were_missed_the_later_is_promoted_though_its_clock_was_behind(
+    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = add(1)
+    monkeypatch.setattr(registration, "datetime", Clock2001)
+    newer = add(2)
+    assert promote_missed_versions(registry, NAME) == {newer: "promoted", older: "superseded"}
+
+
 def test_reconcile_leaves_what_its_policy_leaves(add: Add, registry: Path) -> None:
     versions = {policy: add(seed, None, policy) for seed, policy in enumerate(("never", "approve"))}
     unknown = add(9, None, None)
@@ -351,19 +368,14 @@ def test_a_clock_that_is_behind_changes_nothing_in_what_is_superseded(
     first, second = add(1), add(2)
     promote(registry, NAME, first, by="ann")
 
-    class Clock(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            return datetime(2001, 1, 1, tzinfo=UTC)
-
     with monkeypatch.context() as patch:
         if behind == "that registered":
-            patch.setattr(registration, "datetime", Clock)
+            patch.setattr(registration, "datetime", Clock2001)
         candidate, other = add(3, first), add(4, first)
     assert late(registry, candidate) == "promoted"
     rollback(registry, NAME, to=first, by="ann")
     with monkeypatch.context() as patch:
-        patch.setattr(ledger, "datetime", Clock)
+        patch.setattr(ledger, "datetime", Clock2001)
         promote(registry, NAME, second, by="ann")
         rollback(registry, NAME, to=first, by="ann")
     assert late(registry, other) == "superseded"
