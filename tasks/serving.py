@@ -10,6 +10,7 @@ from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient
 
 from nested_core.registry import read_champion, read_champion_changes
+from nested_core.registry.ledger import describe_author
 from nested_core.registry.serving_status import (
     ServerStatus,
     ServingNews,
@@ -96,5 +97,5 @@ def describe_rollback(registry: Path, name: str) -> str | None:
     if not changes or changes[-1].action != "rollback":
         return None
     last = changes[-1]
-    reason = "" if last.reason is None else f": {last.reason}"
-    return f"{name}: rolled back to {shorten_digest(str(last.version))} by {last.by}{reason}"
+    author = describe_author(last.fields())
+    return f"{name}: rolled back to {shorten_digest(str(last.version))} by {author}"

@@ -103,12 +103,13 @@ def test_a_rollback_is_announced(tmp_path: Path, new_name: str) -> None:
     ]
     for version in versions:
         core.promote(registry, new_name, version, by="ann")
-    rollback(RollbackParameters(registry=str(registry), name=new_name, by="bob"))
+    given = {"registry": str(registry), "name": new_name, "by": "bob", "reason": "it was rude"}
+    rollback(RollbackParameters.model_validate(given))
     promoted = [
         ("adapter.promoted", {"version": version, "previous": previous, "by": "ann"})
         for version, previous in zip(versions, [None, *versions], strict=False)
     ]
-    back = {"version": versions[0], "previous": versions[1], "by": "bob"}
+    back = {"version": versions[0], "previous": versions[1], "by": "bob", "reason": "it was rude"}
     assert events_of(new_name, 3) == [*promoted, ("adapter.rolled_back", back)]
 
 

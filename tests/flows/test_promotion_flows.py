@@ -246,9 +246,10 @@ def test_rollback_goes_back_and_automation_leaves_it_there(add: Add, registry: P
     core.promote(registry, NAME, first, by="ann")
     second = add(2)
     promote(parameters(registry, second))
-    given = RollbackParameters(registry=str(registry), name=NAME, by="ann")
+    given = RollbackParameters(registry=str(registry), name=NAME, by="ann", reason="it was rude")
     state = rollback(given, return_state=True)
-    assert state.message == f"rolled_back from {second[:12]} to {first[:12]} by ann"
+    told = f"rolled_back from {second[:12]} to {first[:12]} by ann: it was rude"
+    assert state.message == told
     assert promote(parameters(registry, second), return_state=True).message == "superseded"
     reconcile(ReconcileParameters(registry=str(registry)))
     assert core.read_champion(registry, NAME) == first
