@@ -60,7 +60,13 @@ def decline(path: Path, name: str, version: str, by: str, reason: str | None) ->
 
 @retried_task("roll-back", "roll-back {name}", REGISTRY_RETRY_DELAYS)
 def roll_back(
-    path: Path, name: str, to: str | None, by: str, champion: str | None, *, reason: str | None
+    path: Path,
+    name: str,
+    to: str | None,
+    by: str,
+    champion: str | None,
+    *,
+    reason: str | None = None,
 ) -> str:
     """Make `to`, or the champion before this one, the champion again; `by` and `reason` are noted.
 

@@ -21,6 +21,7 @@ from nested_core.registry.serving_status import (
     read_serving_settings,
 )
 from nested_core.text.digest_format import shorten_digest
+from tasks.deployed_registries import why_silent
 from tasks.events import (
     NOT_FOLLOWED,
     SERVED,
@@ -63,8 +64,10 @@ def tell_of_servers_behind(name: str, version: str, servers: Sequence[ServerStat
 def send_serving_news(client: SyncPrefectClient, registry: Path, news: ServingNews) -> None:
     """Send what a server did; before it the changes that are not known yet, a rollback by it too.
 
-    Raises what the client raises.
+    Nothing of a registry that no deployment names. Raises what the client raises.
     """
+    if why_silent(client, registry, news.name) is not None:
+        return
     send_missing_events(client, registry, news.name)
     happening = SERVED if news.server.version == news.champion else NOT_FOLLOWED
     payload = _describe_servers(news.champion, [news.server])
