@@ -175,7 +175,7 @@ def test_a_minute_after_a_change_that_servers_are_to_follow_reconcile_looks(
     plan = make_plan()
     (hourly,) = [each for each in plan.deployments if each["name"].endswith("-hourly")]
     hourly |= {"name": f"{NAME}-hourly"}
-    hourly["parameters"]["config"]["registry"] = str(registry)
+    hourly["parameters"] = {"config": {"registry": str(registry), "names": [NAME]}}
     looks = [each for each in plan.automations if each["name"].endswith("after a minute")]
     with get_client(sync_client=True) as client:
         with suppress(ObjectAlreadyExists):
