@@ -12,6 +12,7 @@ from flows.flow_runs.allowed_folders import require_allowed
 from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors
 from flows.promote import AdapterParameters
 from nested_core.registry import read_champion
+from nested_core.registry.ledger import describe_author
 from nested_core.text.digest_format import shorten_digest
 from tasks.outcomes import Outcome
 from tasks.promote import roll_back
@@ -22,6 +23,9 @@ class RollbackParameters(AdapterParameters):
 
     to: str | None = Field(default=None, description="default: the champion before this one")
     by: str = Field(min_length=1, description="who decides; it stands in the history")
+    reason: str | None = Field(
+        default=None, description="why; it stands in the history, the alert and the champion's page"
+    )
 
 
 @flow(name="rollback", retries=0, flow_run_name="rollback {config.name}")
@@ -30,9 +34,10 @@ def rollback(config: RollbackParameters) -> State[Any]:
     hide_tracebacks_of_expected_errors()
     registry = require_allowed(config.registry, "registry")
     champion = read_champion(registry, config.name)
-    outcome = roll_back(registry, config.name, config.to, config.by, champion)
+    outcome = roll_back(registry, config.name, config.to, config.by, champion, reason=config.reason)
     if outcome != "rolled_back":
         return Completed(message=outcome)
     now = read_champion(registry, config.name)
     versions = f"from {shorten_digest(champion or 'none')} to {shorten_digest(now or 'none')}"
-    return Completed(name=Outcome.ROLLED_BACK, message=f"rolled_back {versions} by {config.by}")
+    author = describe_author({"by": config.by, "reason": config.reason})
+    return Completed(name=Outcome.ROLLED_BACK, message=f"rolled_back {versions} by {author}")

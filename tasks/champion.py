@@ -22,7 +22,7 @@ from prefect.context import AssetContext
 from prefect.events import emit_event
 
 from nested_core.errors import NestedTuneError
-from nested_core.registry import read_champion
+from nested_core.registry import read_champion, read_champion_changes
 from nested_core.report.champion_page import ChampionRecord, describe_champion
 from nested_core.report.verdict_page import describe_losses
 from nested_core.text.digest_format import shorten_digest
@@ -87,7 +87,8 @@ def publish_champion(registry: Path, name: str) -> None:
             return
         champion = ChampionRecord.read(registry, name, version)
         loss = describe_losses(champion.verdict)
-        description = f"{shorten_digest(version)}: {loss}. The champion now"
+        since = read_champion_changes(registry, name)[-1].time[:16].replace("T", " ")
+        description = f"{shorten_digest(version)}: {loss}. Became champion at {since} UTC"
         publish_page(name, PAGE, describe_champion(champion), description)
         made_of = {
             "version": version,

@@ -1,17 +1,21 @@
 """The events of an adapter: of runs, of servers, and one for each line of its history.
 
 An event is a hint that can get lost or come twice: nothing is decided by one. Those of the history
-have an id of their line, so that whoever looks can send what the server has not heard of: the run
-or the command that made the change, and the hourly reconcile.
+have an id of their line, which holds the hash of the line before, and so of the first: no other
+registry has the same line but a copy, whose old lines are told already. So whoever looks can send
+what the server has not heard of: the run or the command that made the change, and the hourly
+reconcile. New lines of a copy are not told (tasks.deployed_registries).
 """
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 from uuid import UUID, uuid5
 
+from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.events import Event, emit_event
 from prefect.exceptions import ObjectNotFound
@@ -19,6 +23,7 @@ from prefect.exceptions import ObjectNotFound
 from nested_core import registry
 from nested_core.registry.ledger import Action
 from nested_core.registry.serving_status import is_served
+from tasks.deployed_registries import why_silent
 from tasks.prefect_server import asking_server, named_resource, read_events, related_resource
 
 Happening = Literal["verified", "rejected", "served", "not_followed"]
@@ -36,6 +41,9 @@ HAPPENING_BY_ACTION: dict[Action, str] = {
 # How long ago a change may have been that the server is told of: it keeps events for a week, and
 # what it has dropped is not to be told again.
 MAX_AGE = timedelta(days=1)
+# Until when a change is news, which alerts are sent for and servers looked at: two hourly looks.
+NEWS_AGE = timedelta(hours=2)
+NEWS_LABEL = {"nested-tune.news": "yes"}
 MAX_EVENTS = 50  # that the server answers at once
 LOOK_ROLE = "look-at-servers"  # of the deployment that automations.yaml runs after a change
 PAYLOAD_FIELDS = ("version", "previous", "by", "reason", "before", "after")
@@ -58,29 +66,39 @@ def send_adapter_event(
 def announce_changes(path: Path, name: str) -> None:
     """Tell the server of the changes of an adapter that it has not heard of; in a flow run."""
     with asking_server(f"what was changed of {name} is told by the next reconcile") as client:
-        send_missing_events(client, path, name)
+        if (reason := send_missing_events(client, path, name)) is not None:
+            get_run_logger().warning("%s", reason)
 
 
-def send_missing_events(client: SyncPrefectClient, path: Path, name: str) -> None:
-    """Send an event for each change of the last day that the server has none of."""
+def send_missing_events(client: SyncPrefectClient, path: Path, name: str) -> str | None:
+    """Send an event for each change of the last day that the server has none of.
+
+    Returns why none is sent where no deployment names this registry.
+    """
     since = datetime.now(UTC) - MAX_AGE
-    events = [
-        _event_of_line(path, name, line)
-        for line in registry.history(path, name)[-MAX_EVENTS:]
+    lines = [
+        line
+        for line in registry.history(path, name)
         if line["action"] in HAPPENING_BY_ACTION
         and not line.get("unfinished")
         and datetime.fromisoformat(line["time"]) > since
     ]
+    events = [_event_of_line(name, line) for line in lines[-MAX_EVENTS:]]
     if not events:
-        return
+        return None
     told = read_events(client, MAX_EVENTS, id={"id": [str(event.id) for event in events]})
     known = {UUID(event["id"]) for event in told}
     missing = [event.model_dump(mode="json") for event in events if event.id not in known]
-    if missing:
-        look = _find_look_at_servers(client, path, name)
-        for event in missing:
+    if not missing:
+        return None
+    if (reason := why_silent(client, path, name)) is not None:
+        return reason
+    look = _find_look_at_servers(client, path, name)
+    for event in missing:
+        if event["resource"].items() >= NEWS_LABEL.items():
             event["related"] += look
-        client.request("POST", "/events", json=missing).raise_for_status()
+    client.request("POST", "/events", json=missing).raise_for_status()
+    return None
 
 
 def _find_look_at_servers(client: SyncPrefectClient, path: Path, name: str) -> list[dict[str, str]]:
@@ -102,17 +120,17 @@ def adapter_resource(name: str) -> dict[str, str]:
     return named_resource(f"adapter.{name}", name)
 
 
-def _event_of_line(path: Path, name: str, line: dict[str, Any]) -> Event:
+def _event_of_line(name: str, line: dict[str, Any]) -> Event:
     """The event of a line of the history: what was changed, by whom, and when."""
+    is_news = datetime.now(UTC) - datetime.fromisoformat(line["time"]) <= NEWS_AGE
     flow_run = line.get("flow_run")
     related = related_resource(f"prefect.flow-run.{flow_run}", "flow-run")
-    place = f"{path.resolve()} {name} {line['previous_line_sha256']} {line['time']}"
     return Event.model_validate(
         {
-            "id": uuid5(NAMESPACE, place),
+            "id": uuid5(NAMESPACE, f"{name} {json.dumps(line, sort_keys=True)}"),
             "occurred": line["time"],
             "event": f"adapter.{HAPPENING_BY_ACTION[line['action']]}",
-            "resource": adapter_resource(name),
+            "resource": adapter_resource(name) | (NEWS_LABEL if is_news else {}),
             "related": [] if flow_run is None else [related],
             "payload": {field: line[field] for field in PAYLOAD_FIELDS if field in line},
         }

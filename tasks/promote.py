@@ -59,8 +59,16 @@ def decline(path: Path, name: str, version: str, by: str, reason: str | None) ->
 
 
 @retried_task("roll-back", "roll-back {name}", REGISTRY_RETRY_DELAYS)
-def roll_back(path: Path, name: str, to: str | None, by: str, champion: str | None) -> str:
-    """Make `to`, or the champion before this one, the champion again.
+def roll_back(
+    path: Path,
+    name: str,
+    to: str | None,
+    by: str,
+    champion: str | None,
+    *,
+    reason: str | None = None,
+) -> str:
+    """Make `to`, or the champion before this one, the champion again; `by` and `reason` are noted.
 
     `champion` is the one to leave: a try after one that failed late does not go back twice. `to`
     has to be a former champion: no parameter of a flow promotes what its policy does not.
@@ -72,6 +80,7 @@ def roll_back(path: Path, name: str, to: str | None, by: str, champion: str | No
         by=by,
         expected_champion=champion,
         only_former_champions=True,
+        reason=reason,
         origin=read_origin(),
     )
     return _announce_promotion(path, name, done.version, done)

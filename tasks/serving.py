@@ -10,6 +10,7 @@ from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient
 
 from nested_core.registry import read_champion, read_champion_changes
+from nested_core.registry.ledger import describe_author
 from nested_core.registry.serving_status import (
     ServerStatus,
     ServingNews,
@@ -20,6 +21,7 @@ from nested_core.registry.serving_status import (
     read_serving_settings,
 )
 from nested_core.text.digest_format import shorten_digest
+from tasks.deployed_registries import why_silent
 from tasks.events import (
     NOT_FOLLOWED,
     SERVED,
@@ -62,8 +64,10 @@ def tell_of_servers_behind(name: str, version: str, servers: Sequence[ServerStat
 def send_serving_news(client: SyncPrefectClient, registry: Path, news: ServingNews) -> None:
     """Send what a server did; before it the changes that are not known yet, a rollback by it too.
 
-    Raises what the client raises.
+    Nothing of a registry that no deployment names. Raises what the client raises.
     """
+    if why_silent(client, registry, news.name) is not None:
+        return
     send_missing_events(client, registry, news.name)
     happening = SERVED if news.server.version == news.champion else NOT_FOLLOWED
     payload = _describe_servers(news.champion, [news.server])
@@ -96,5 +100,5 @@ def describe_rollback(registry: Path, name: str) -> str | None:
     if not changes or changes[-1].action != "rollback":
         return None
     last = changes[-1]
-    reason = "" if last.reason is None else f": {last.reason}"
-    return f"{name}: rolled back to {shorten_digest(str(last.version))} by {last.by}{reason}"
+    author = describe_author(last.fields())
+    return f"{name}: rolled back to {shorten_digest(str(last.version))} by {author}"

@@ -28,6 +28,8 @@ def add_commands(commands: Any) -> None:
     promote.add_argument("--if-champion", metavar="VERSION", help="only while this is the champion")
     rollback = commands.add("rollback", run_rollback, "go back to a version", json=True)
     rollback.add_argument("--to", metavar="VERSION", help="default: the champion before this one")
+    rollback.add_argument("--by", metavar="WHO", help="stands in the history; default: this user")
+    rollback.add_argument("--reason", metavar="TEXT", help="why; stands in history and alert")
     history = commands.add("history", run_history, "the changes of the champion", json=True)
     audit = commands.add("audit", run_registry_audit, "re-hash every version", json=True)
     gc = commands.add("gc", run_gc, "remove versions that are not needed", json=True)
@@ -125,7 +127,13 @@ def run_rollback(arguments: argparse.Namespace) -> Callable[[], int]:
     """Make an earlier version the champion again."""
     from nested_core.registry import rollback
 
-    done = rollback(arguments.registry, arguments.name, to=arguments.to, by=current_user())
+    done = rollback(
+        arguments.registry,
+        arguments.name,
+        to=arguments.to,
+        by=arguments.by or current_user(),
+        reason=arguments.reason,
+    )
     tell_server(arguments.registry, arguments.name)
     return _print_change(arguments, done)
 
@@ -230,6 +238,7 @@ def _print_change(arguments: argparse.Namespace, done: Promotion) -> Callable[[]
 def run_history(arguments: argparse.Namespace) -> Callable[[], int]:
     """Show every change of the champion, oldest first."""
     from nested_core.registry import history, read_champion, read_version_losses
+    from nested_core.registry.ledger import describe_author
 
     entries = history(arguments.registry, arguments.name)
     champion = read_champion(arguments.registry, arguments.name)
@@ -244,7 +253,7 @@ def run_history(arguments: argparse.Namespace) -> Callable[[], int]:
                 _shorten_version(entry.get("version")),
                 losses.get(str(entry.get("version")), {}).get("loss"),
                 _shorten_version(entry.get("previous")),
-                entry.get("by"),
+                describe_author(entry),
             )
             for entry in entries
         ]

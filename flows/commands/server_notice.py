@@ -26,9 +26,10 @@ def tell_server(registry: Path, name: str) -> None:
     if get_current_settings().api.url is None:
         return
     problems: list[str] = []
+    silences: list[str] = []
 
     def tell() -> None:
-        """Ask and send; what goes wrong is only said."""
+        """Ask and send; what goes wrong, or why nothing is sent, is only said."""
         from prefect.client.orchestration import get_client
         from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
@@ -37,7 +38,8 @@ def tell_server(registry: Path, name: str) -> None:
         try:
             once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
             with once, get_client(sync_client=True) as client:
-                send_missing_events(client, registry, name)
+                if (reason := send_missing_events(client, registry, name)) is not None:
+                    silences.append(reason)
         except Exception as error:  # of a server that nothing rests on
             problems.append(type(error).__name__)
 
@@ -45,6 +47,8 @@ def tell_server(registry: Path, name: str) -> None:
     teller = threading.Thread(target=context.run, args=(tell,), name="tell-server", daemon=True)
     teller.start()
     teller.join(SECONDS_TO_TELL)
+    for reason in silences:
+        print_progress(f"note: {reason}")
     if problems or teller.is_alive():
         reason = problems[0] if problems else f"no answer within {SECONDS_TO_TELL:g} seconds"
         print_progress(

@@ -40,8 +40,8 @@ from flows.deployment.plan import (
     replace_placeholders,
 )
 from nested_core.errors import ConfigError
+from tasks.deployed_registries import READ_PAGE_SIZE, read_deployments
 from tasks.night_pages import find_nights_page, make_nights_page
-from tasks.prefect_server import TAG
 
 SCHEDULES_BY_KEY: dict[str, type[CronSchedule | IntervalSchedule | RRuleSchedule]] = {
     "cron": CronSchedule,
@@ -54,7 +54,6 @@ NO_ALERTS_WARNING = (
     "with a webhook's URL in the file"
 )
 ALERT = "nested-tune alert"  # so begin the names of the automations that tell somebody
-READ_PAGE_SIZE = 200
 
 
 def require_server() -> None:
@@ -116,18 +115,8 @@ class ServerDeployment:
 
 
 def read_server_deployments(client: SyncPrefectClient) -> list[ServerDeployment]:
-    """All deployments of a server that carry our tag."""
-    responses: list[DeploymentResponse] = []
-    while len(responses) % READ_PAGE_SIZE == 0:
-        wanted = {
-            "deployments": {"tags": {"all_": [TAG]}},
-            "limit": READ_PAGE_SIZE,
-            "offset": len(responses),
-        }
-        page = client.request("POST", "/deployments/filter", json=wanted).json()
-        responses += [DeploymentResponse.model_validate(each) for each in page]
-        if not page:
-            break
+    """All deployments of a server that carry our tag, with the names of their flows."""
+    responses = read_deployments(client)
     flows = {flow_id: client.read_flow(flow_id).name for flow_id in {r.flow_id for r in responses}}
     return [ServerDeployment(f"{flows[r.flow_id]}/{r.name}", r) for r in responses]
 

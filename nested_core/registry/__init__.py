@@ -9,6 +9,7 @@ what a crash left. Promotion by policy is in `promotion_policy`, the copy for ML
 from nested_core.registry.audit_report import AuditReport, audit
 from nested_core.registry.champion_moves import (
     UNSET,
+    HistoryChanged,
     Promotion,
     Unset,
     decline,
@@ -29,6 +30,7 @@ from nested_core.registry.queries import (
     read_champion_card,
     read_champion_changes,
     read_champion_changes_since,
+    read_history_end,
     read_rollback_target,
     read_verified_version,
     read_version_losses,
@@ -41,6 +43,7 @@ __all__ = [
     "UNSET",
     "AuditReport",
     "GarbageReport",
+    "HistoryChanged",
     "AuditFinding",
     "Promotion",
     "Unset",
@@ -60,6 +63,7 @@ __all__ = [
     "read_champion_changes_since",
     "read_champion",
     "read_champion_card",
+    "read_history_end",
     "read_rollback_target",
     "read_verified_version",
     "read_version_losses",

@@ -42,6 +42,10 @@ class Unset(Enum):
 UNSET = Unset.UNSET
 
 
+class HistoryChanged(Exception):
+    """A line was added to the history after a promotion was decided: it is to be decided anew."""
+
+
 @dataclass(frozen=True)
 class Promotion:
     """The outcome of promote or rollback for `version`; `previous` was the champion before it.
@@ -65,18 +69,22 @@ def promote(
     automatic: bool = False,
     against_policy: str | None = None,
     origin: Origin = NO_ORIGIN,
+    decided_at: str | None = None,
 ) -> Promotion:
     """Make `version` (a digest or its first 6 digits or more) the champion, after re-hashing it.
 
     With `expected_champion` the outcome is "superseded" if another version is champion; None
     expects that there is none. An `automatic` promotion of a version that a rollback left is
-    "barred". `against_policy` and `origin` stand in the history's line. Raises ConfigError for an
-    unknown registry, name or version, DamagedError for any
-    change on disk, GateRejected for a verdict that is not "passed".
+    "barred". `against_policy` and `origin` stand in the history's line. `decided_at` is the end
+    that the history had when the promotion was decided, as `read_history_end` returns it: any other
+    raises HistoryChanged. Raises ConfigError for an unknown registry, name or version, DamagedError
+    for any change on disk, GateRejected for a verdict that is not "passed".
     """
     folder = find_name_folder(registry, name)
     with exclusive_folder_lock(folder) as lock:
         state = recover_after_crash(folder, lock)
+        if decided_at not in (None, state.ledger.end_sha256):
+            raise HistoryChanged
         wanted = resolve_version(folder, version, state.ledger)
         change = _PromotionRequest(by, expected_champion, automatic, against_policy, origin)
         return _promote_locked(folder, wanted, change, state, lock)

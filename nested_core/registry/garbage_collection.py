@@ -9,12 +9,11 @@ barred stays barred, because the history is never shortened.
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from nested_core.errors import ConfigError, DamagedError
+from nested_core.errors import ConfigError
 from nested_core.registry import champion_files
 from nested_core.registry.folders import (
     VERSIONS_FOLDER_NAME,
@@ -25,7 +24,7 @@ from nested_core.registry.folders import (
 from nested_core.registry.judgements import (
     JudgementFacts,
     has_named_judgement,
-    read_verdicts,
+    read_newest_facts,
     remove_judgements,
 )
 from nested_core.registry.ledger import Ledger, new_entry
@@ -100,7 +99,7 @@ def _plan_removals(
 ) -> GarbageReport:
     ledger = state.ledger
     versions = registered_versions(folder)
-    facts = {version: _newest_facts(folder, version) for version in versions}
+    facts = {version: read_newest_facts(folder, version) for version in versions}
     by_age = sorted(versions, key=lambda one: _last_use(one, facts[one], ledger), reverse=True)
     # Both ends of an interrupted change are needed too, and both ends of the last one.
     needed = {state.champion, ledger.champion, champion_files.read_prepared_link(folder)}
@@ -125,7 +124,7 @@ def _plan_removals(
     )
 
 
-def _last_use(version: str, facts: JudgementFacts | None, ledger: Ledger) -> tuple[int, int, str]:
+def _last_use(version: str, facts: JudgementFacts | None, ledger: Ledger) -> tuple[int, int, int]:
     """When a version was registered, became champion or was replaced, whichever came last.
 
     Told by places in the history, whatever the clocks were: the number of the change, then whether
@@ -133,13 +132,13 @@ def _last_use(version: str, facts: JudgementFacts | None, ledger: Ledger) -> tup
     """
     changes = ledger.changes()
     uses = [
-        (number, int(change.version == version), "")
+        (number, int(change.version == version), 0)
         for number, change in enumerate(changes, 1)
         if version in (change.version, change.previous)
     ]
     since = changes if facts is None else ledger.since(facts.registered_after).changes()
-    registered_at = "" if facts is None else facts.registered_at
-    return max([(len(changes) - len(since), 2, registered_at), *uses])
+    registration = 0 if facts is None else facts.registration or 0
+    return max([(len(changes) - len(since), 2, registration), *uses])
 
 
 def _is_new_and_unpromoted(version: str, facts: JudgementFacts | None, ledger: Ledger) -> bool:
@@ -167,13 +166,6 @@ def _waits_for_approval(version: str, facts: JudgementFacts, ledger: Ledger) -> 
         return False
     modes = ((facts.policy or {}).get("promote"), (ledger.policy() or {}).get("promote"))
     return "approve" in modes and "never" not in modes
-
-
-def _newest_facts(folder: Path, version: str) -> JudgementFacts | None:
-    """Of a version's last judging; None for a damaged one, which counts as the oldest."""
-    with suppress(DamagedError, OSError):  # an audit reports it
-        return read_verdicts(folder, version)[-1].facts
-    return None
 
 
 def delete_version(folder: Path, version: str, lock: LockFile) -> None:

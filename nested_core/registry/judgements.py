@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from nested_core.registry.versions import (
     AuditFinding,
     how_to_mend,
     read_provenance,
+    registered_versions,
 )
 from nested_core.storage.atomic import (
     Confirm,
@@ -58,12 +60,14 @@ class JudgementFacts(BaseModel):
     """When and under which policy a version was judged, and against which champion.
 
     number: 1 for the second verdict on a version, and so on: no clock says which is the newest.
+    registration: above that of every verdict on a version of the name that was there.
     registered_after: the hash that the history's end had.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
     number: int = Field(ge=0)
     registered_at: str
+    registration: int | None = Field(default=None, ge=1)
     registered_after: str
     champion_at_gate: str | None
     validation_digest: str | None
@@ -133,6 +137,19 @@ def read_judgements(folder: Path, version: str) -> tuple[Judgement, ...]:
     """The verdicts on a version after its first, oldest first."""
     judgements = [_read_judgement(path, version) for path in _judgement_files(folder, version)]
     return tuple(sorted(judgements, key=lambda judgement: judgement.facts.number))
+
+
+def read_newest_facts(folder: Path, version: str) -> JudgementFacts | None:
+    """Of a version's last judging; None for a damaged one, which counts as the oldest."""
+    with suppress(DamagedError, OSError):  # an audit reports it
+        return read_verdicts(folder, version)[-1].facts
+    return None
+
+
+def next_registration(folder: Path) -> int:
+    """The number of the next registration or judging; call under the folder's lock."""
+    newest = [read_newest_facts(folder, version) for version in registered_versions(folder)]
+    return 1 + max((facts.registration or 0 for facts in newest if facts is not None), default=0)
 
 
 def choose_verdict(verdicts: Sequence[Judgement], champion: str | None) -> Judgement:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -341,6 +342,11 @@ class Ledger:
         return next((e.after for e in reversed(self.entries) if e.action == "policy"), None)
 
 
+def describe_author(line: Mapping[str, Any]) -> str:
+    """Who made a change, and the reason where one was given, of a line's JSON object."""
+    return f"{line['by']}: {line['reason']}" if line.get("reason") else str(line["by"])
+
+
 def new_entry(action: Action, version: str | None, previous: str | None, by: str) -> Entry:
     """An entry with the present time (UTC); what is not text in `by` is replaced by '?'."""
     return Entry(
@@ -348,8 +354,12 @@ def new_entry(action: Action, version: str | None, previous: str | None, by: str
         version=version,
         previous=previous,
         time=datetime.now(UTC).isoformat(timespec="microseconds"),
-        by=by.encode(errors="replace").decode(),
+        by=_replace_what_is_no_text(by),
     )
+
+
+def _replace_what_is_no_text(typed: str) -> str:
+    return typed.encode(errors="replace").decode()
 
 
 def read_ledger(folder: Path) -> Ledger:
@@ -380,7 +390,8 @@ def append(folder: Path, ledger: Ledger, entry: Entry, *, confirm: Confirm) -> L
     `confirm` is called just before, and raises where another process could be writing.
     """
     path = folder / LEDGER_NAME
-    entry = replace(entry, previous_line_sha256=ledger.end_sha256)
+    reason = None if entry.reason is None else _replace_what_is_no_text(entry.reason)
+    entry = replace(entry, previous_line_sha256=ledger.end_sha256, reason=reason)
     line = json.dumps(entry.fields()).encode() + b"\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:

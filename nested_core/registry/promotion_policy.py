@@ -6,6 +6,7 @@ The decision rests on the version's own files. `promote` re-hashes them before t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from nested_core.errors import (
 from nested_core.records.verdict import ChampionLoss, Noise, Validation, Verdict
 from nested_core.registry import (
     UNSET,
+    HistoryChanged,
     Promotion,
     Unset,
     find_decline,
@@ -32,6 +34,7 @@ from nested_core.registry import (
     read_champion,
     read_champion_changes,
     read_champion_changes_since,
+    read_history_end,
     verify,
 )
 from nested_core.registry.champion_files import read_link
@@ -98,6 +101,29 @@ def promote_by_policy(
     stricter counts. `expected_champion` is the champion that the version was judged against. If
     another version is champion by now, the promotion is superseded.
     """
+    decide = partial(_decide_by_policy, section, version, expected_champion, origin)
+    return _decide_by_history(*registry_location(section), decide)
+
+
+def _decide_by_history(
+    registry: Path, name: str, decide: Callable[[str], Promotion | str]
+) -> Promotion | str:
+    """What `decide`, given the history's end, promotes or why it does not.
+
+    It decides anew where a policy, a no or a champion is recorded before its promotion is.
+    """
+    while True:
+        with suppress(HistoryChanged):
+            return decide(read_history_end(registry, name))
+
+
+def _decide_by_policy(
+    section: RegistrySection,
+    version: str,
+    expected_champion: str | None,
+    origin: Origin,
+    decided_at: str,
+) -> Promotion | str:
     registry, name = registry_location(section)
     champion = read_champion(registry, name)
     if version == champion:
@@ -114,6 +140,7 @@ def promote_by_policy(
         expected_champion=expected_champion,
         automatic=True,
         origin=origin,
+        decided_at=decided_at,
     )
 
 
@@ -229,6 +256,13 @@ def promote_by_recorded_policy(
     For delayed or duplicate events. Returns "superseded" if the champion changed after this version
     was registered, even if that change was later rolled back.
     """
+    decide = partial(_decide_by_recorded_policy, registry, name, version, origin)
+    return _decide_by_history(registry, name, decide)
+
+
+def _decide_by_recorded_policy(
+    registry: Path, name: str, version: str, origin: Origin, decided_at: str
+) -> Promotion | str:
     candidate = read_candidate(registry, name, version)
     champion = read_champion(registry, name)
     if version == champion:
@@ -238,7 +272,8 @@ def promote_by_recorded_policy(
     if read_champion_changes_since(registry, name, candidate.facts.registered_after):
         return Promotion("superseded", version, champion)
     section = recorded_section(registry, name, candidate)
-    return promote_by_policy(section, version, candidate.facts.champion_at_gate, origin=origin)
+    champion_at_gate = candidate.facts.champion_at_gate
+    return _decide_by_policy(section, version, champion_at_gate, origin, decided_at)
 
 
 def recorded_section(registry: Path, name: str, candidate: Judgement) -> RegistrySection:
@@ -268,17 +303,27 @@ def approve(
     The registry's policy counts but for the question itself; what the run asked for does not: it is
     a person's word. `by` is who answered, as that was typed.
     """
-    champion = read_champion(registry, name)
-    if version == champion:
-        return Promotion("already_champion", version, champion)
-    if champion != expected_champion:
-        return Promotion("superseded", version, champion)
-    reason = find_refusal_of_question(registry, name, version)
-    if reason is not None:
-        return reason
-    return promote(
-        registry, name, version, by=by, expected_champion=expected_champion, origin=origin
-    )
+
+    def decide(decided_at: str) -> Promotion | str:
+        champion = read_champion(registry, name)
+        if version == champion:
+            return Promotion("already_champion", version, champion)
+        if champion != expected_champion:
+            return Promotion("superseded", version, champion)
+        reason = find_refusal_of_question(registry, name, version)
+        if reason is not None:
+            return reason
+        return promote(
+            registry,
+            name,
+            version,
+            by=by,
+            expected_champion=expected_champion,
+            origin=origin,
+            decided_at=decided_at,
+        )
+
+    return _decide_by_history(registry, name, decide)
 
 
 def find_refusal_of_question(registry: Path, name: str, version: str) -> str | None:
@@ -307,7 +352,7 @@ def promote_missed_versions(
     """
     was_champion = {change.version for change in read_champion_changes(registry, name)}
     outcomes = {}
-    registered_at = {}
+    registrations = {}
     for version in list_versions(registry, name):
         if version in was_champion:
             continue
@@ -315,8 +360,8 @@ def promote_missed_versions(
         if isinstance(candidate, str):
             outcomes[version] = candidate
         else:
-            registered_at[version] = candidate.facts.registered_at
-    for version in sorted(registered_at, key=lambda v: registered_at[v], reverse=True):
+            registrations[version] = candidate.facts.registration or 0
+    for version in sorted(registrations, key=lambda v: registrations[v], reverse=True):
         promote_recorded = partial(promote_by_recorded_policy, origin=origin)
         done = _try_action(promote_recorded, registry, name, version)
         outcomes[version] = done if isinstance(done, str) else done.outcome

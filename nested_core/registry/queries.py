@@ -98,6 +98,13 @@ def parent_version_of(config: FineTuneConfig, initial_digest: str) -> str | None
     return initial_digest if initial_digest in list_versions(Path(path), name) else None
 
 
+def read_history_end(registry: Path, name: str) -> str:
+    """The hash of the history's last line, or of no bytes: another one says that it has changed."""
+    folder = find_name_folder(registry, name)
+    with shared_folder_lock(folder):
+        return read_registry_state(folder).ledger.end_sha256
+
+
 def read_champion_changes(registry: Path, name: str) -> list[Entry]:
     """Every change of the champion that took effect, oldest first."""
     folder = find_name_folder(registry, name)

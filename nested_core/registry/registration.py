@@ -32,7 +32,12 @@ from nested_core.registry.folders import (
     find_name_folder,
     require_creatable,
 )
-from nested_core.registry.judgements import has_named_judgement, read_judgements, record_judgement
+from nested_core.registry.judgements import (
+    has_named_judgement,
+    next_registration,
+    read_judgements,
+    record_judgement,
+)
 from nested_core.registry.ledger import new_entry
 from nested_core.registry.recovery import (
     RegistryState,
@@ -46,6 +51,7 @@ from nested_core.registry.versions import (
     PROVENANCE_NAME,
     REGISTERED_AFTER_KEY,
     REGISTERED_AT_KEY,
+    REGISTRATION_KEY,
     verify_version,
     version_manifest_facts,
 )
@@ -106,16 +112,19 @@ def register_rejection(
             folder,
             version,
             verdict,
-            provenance | _position(state),
+            provenance | _position(folder, state),
             was_judged_now=True,
             confirm=lock.require_still_at_path,
         )
 
 
-def _position(state: RegistryState) -> dict[str, str]:
-    """When, and after which line of the history, something is registered."""
-    registered_at = datetime.now(UTC).isoformat(timespec="microseconds")
-    return {REGISTERED_AT_KEY: registered_at, REGISTERED_AFTER_KEY: state.ledger.end_sha256}
+def _position(folder: Path, state: RegistryState) -> dict[str, str | int]:
+    """When, as which, and after which line of the history, something is registered."""
+    return {
+        REGISTERED_AT_KEY: datetime.now(UTC).isoformat(timespec="microseconds"),
+        REGISTRATION_KEY: next_registration(folder),
+        REGISTERED_AFTER_KEY: state.ledger.end_sha256,
+    }
 
 
 def require_usable_registry(registry: Path, name: str) -> None:
@@ -150,7 +159,7 @@ def add_version(
     """
     target = folder / VERSIONS_FOLDER_NAME / version
     confirm = lock.require_still_at_path
-    position = _position(state)
+    position = _position(folder, state)
     restored = new_entry("restored", version, state.champion, by)
     if file_type(target) != "missing":
         manifest = verify_version(target, version, state.ledger.manifest_hashes(version))

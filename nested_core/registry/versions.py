@@ -34,6 +34,7 @@ REGISTERED_AT_KEY = "registered_at"
 REGISTERED_AFTER_KEY = (
     "registered_after"  # the history's `end_sha256` at that moment: no clock lies
 )
+REGISTRATION_KEY = "registration"  # 1, 2, ...: which of two was registered or judged last
 MAX_PROVENANCE_BYTES = 64 * 1024 * 1024
 CONTENT_FILES = (WEIGHTS_NAME, CONFIG_NAME, GATE_NAME, PROVENANCE_NAME, CARD_NAME)
 VERSION_FILES = (*CONTENT_FILES, MANIFEST_NAME)

@@ -11,6 +11,7 @@ from typing import Any, Self
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry import history, read_version_losses
+from nested_core.registry.ledger import describe_author
 from nested_core.registry.serving_status import describe_server, read_servers, read_serving_settings
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.report.verdict_page import describe_losses, describe_suites
@@ -174,7 +175,7 @@ def _list_changes(registry: Path, name: str) -> list[tuple[object, ...]]:
             ACTION_VERBS[line["action"]],
             shorten_digest(line["version"] or "none"),
             losses.get(line["version"], {}).get("loss"),
-            f"{line['by']}: {line['reason']}" if line.get("reason") else line["by"],
+            describe_author(line),
         )
         for line in moves[: -MAX_SHOWN_CHANGES - 1 : -1]
     ]

@@ -23,6 +23,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.events.worker import EventsWorker
+from prefect.exceptions import ObjectNotFound
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import (
     PREFECT_API_URL,
@@ -33,6 +34,8 @@ from prefect.settings import (
 from flows import cli
 from flows.process import local_server
 from flows.process.local_server import LocalServer
+from flows.reconcile import reconcile
+from tasks.prefect_server import TAG
 from tests.child_output import note_output
 from tests.example import write_config
 from tests.fork_server import python
@@ -119,6 +122,22 @@ def task_runs(state: State[Any], *names: str) -> dict[str, TaskRun]:
 def new_name() -> str:
     """A name that nothing on the shared server has, should this test run there again."""
     return f"adapter-{uuid4().hex[:12]}"
+
+
+@contextlib.contextmanager
+def naming(registry: Path, name: str) -> Iterator[UUID]:
+    """A deployment that names a registry for an adapter, as `nested-tune deploy` makes several."""
+    with get_client(sync_client=True) as client:
+        config = {"registry": str(registry), "names": [name]}
+        made = client.create_deployment(
+            client.create_flow(reconcile),
+            f"{name}-hourly",
+            parameters={"config": config},
+            tags=[TAG],
+        )
+        yield made
+        with contextlib.suppress(ObjectNotFound):
+            client.delete_deployment(made)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from flows.rollback import RollbackParameters, rollback
 from nested_core import registry as core
 from nested_core.errors import ConfigError, NestedTuneError
 from tests.core.registry.conftest import write_run
+from tests.flows.conftest import naming
 from tests.waiting import wait_until
 from tests.webhook_server import SECRET_PATH, WebhookServer, serving_webhook
 
@@ -176,7 +177,8 @@ def test_a_rollback_an_old_champion_and_a_full_disk_are_told(
         version = core.register(run, registry, NAME, {"config": {}})
         core.promote(registry, NAME, version, by="test", expected_champion=champion)
         before, champion = champion, version
-    rollback(RollbackParameters(registry=str(registry), name=NAME, by="bob"))
+    with naming(registry, NAME):
+        rollback(RollbackParameters(registry=str(registry), name=NAME, by="bob", reason="rude"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: (100 * 10**9, 97 * 10**9, 3 * 10**9))
     reconcile(ReconcileParameters(registry=str(registry), stale_after_nights=1e-9))
     EventsWorker.drain_all()
@@ -184,7 +186,7 @@ def test_a_rollback_an_old_champion_and_a_full_disk_are_told(
     assert back.startswith(
         f"Rolled back: {NAME}\nThe champion is {str(before)[:12]} again, by bob;"
     )
-    assert str(champion)[:12] in back
+    assert f"it was {str(champion)[:12]}. rude " in back
     assert f"{NAME} has had no new champion since" in wait_for_text(told, "Old champion")
     full = wait_for_text(told, "Disk nearly full")
     assert "3.0 GB of 100.0 GB are free (3%)" in full

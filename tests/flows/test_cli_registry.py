@@ -188,6 +188,20 @@ def test_a_configuration_that_was_edited_after_the_run_is_damage(
 
 
 @pytest.mark.usefixtures("story")
+def test_a_rollback_says_who_and_why_in_the_history(
+    folder: Path, tmp_path: Path, versions: tuple[str, str]
+) -> None:
+    registry = shutil.copytree(folder / "registry", tmp_path / "registry", symlinks=True)
+    words = ("--to", versions[1], "--by", "bob", "--reason", "it was rude")
+    assert called("rollback", NAME, "--registry", registry, *words, cwd=tmp_path).code == 0
+    shown = called("history", NAME, "--registry", registry, cwd=tmp_path).stdout
+    assert "bob: it was rude" in " ".join(shown.split())
+    document = called("history", NAME, "--registry", registry, "--json", cwd=tmp_path).document
+    last = document["history"][-1]
+    assert (last["action"], last["by"], last["reason"]) == ("rollback", "bob", "it was rude")
+
+
+@pytest.mark.usefixtures("story")
 def test_a_directory_in_place_of_champion_json_is_damage(folder: Path, tmp_path: Path) -> None:
     registry = shutil.copytree(folder / "registry", tmp_path / "registry", symlinks=True)
     path = registry / NAME / "champion.json"

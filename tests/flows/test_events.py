@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,23 @@ from flows.process.environment import current_user
 from flows.reconcile import ReconcileParameters, reconcile
 from flows.rollback import RollbackParameters, rollback
 from nested_core import registry as core
+from nested_core.registry import folders, ledger, recovery
+from nested_core.registry.policy import set_policy
+from tasks.events import MAX_EVENTS, send_missing_events
+from tasks.prefect_server import read_events
 from tests.core.registry.conftest import write_run
 from tests.example import example_settings
-from tests.flows.conftest import Ended, called
+from tests.flows.conftest import Ended, called, naming
 from tests.waiting import SECONDS
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+pytestmark = pytest.mark.usefixtures("deployed")
+
+
+@pytest.fixture
+def deployed(prefect_server: None, tmp_path: Path, new_name: str) -> Iterator[None]:
+    """A deployment of the server names the test's registry for the test's adapter."""
+    with naming(tmp_path / "registry", new_name):
+        yield
 
 
 def events_of(name: str, count: int) -> list[tuple[str, dict[str, Any]]]:
@@ -103,12 +117,13 @@ def test_a_rollback_is_announced(tmp_path: Path, new_name: str) -> None:
     ]
     for version in versions:
         core.promote(registry, new_name, version, by="ann")
-    rollback(RollbackParameters(registry=str(registry), name=new_name, by="bob"))
+    given = {"registry": str(registry), "name": new_name, "by": "bob", "reason": "it was rude"}
+    rollback(RollbackParameters.model_validate(given))
     promoted = [
         ("adapter.promoted", {"version": version, "previous": previous, "by": "ann"})
         for version, previous in zip(versions, [None, *versions], strict=False)
     ]
-    back = {"version": versions[0], "previous": versions[1], "by": "bob"}
+    back = {"version": versions[0], "previous": versions[1], "by": "bob", "reason": "it was rude"}
     assert events_of(new_name, 3) == [*promoted, ("adapter.rolled_back", back)]
 
 
@@ -167,6 +182,73 @@ def test_reconcile_tells_once_what_no_server_was_told(
     reconcile(ReconcileParameters(registry=str(changed)))
     told = ["adapter.promoted", "adapter.promoted", "adapter.rolled_back"]
     assert [event for event, _ in events_of(new_name, 3)] == told
+
+
+def test_a_copy_of_a_registry_is_silent_until_a_deployment_names_it(
+    changed: Path, new_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = str(PREFECT_API_URL.value())
+    words = ("policy", new_name, "--registry", changed, "--promote", "always")
+    assert call_with_server(monkeypatch, url, *words).stderr == ""
+    told = ["adapter.promoted", "adapter.promoted", "adapter.policy_changed"]
+    assert [event for event, _ in events_of(new_name, 3)] == told
+    copy = Path(shutil.copytree(changed, changed.with_name("bak"), symlinks=True))
+    back = ("rollback", new_name, "--registry", copy)
+    done = call_with_server(monkeypatch, url, *back)
+    assert (done.code, done.stdout.partition(":")[0]) == (0, "rolled_back")
+    silence = (
+        f"was told nothing of {new_name}: none of its deployments names {copy} as its registry"
+    )
+    assert silence in " ".join(done.stderr.split())
+    set_policy(changed, new_name, by="ann", changes={"promote": "never"})
+    reconcile(ReconcileParameters(registry=str(changed)))
+    told.append("adapter.policy_changed")
+    assert [event for event, _ in events_of(new_name, 4)] == told, "and no old line anew"
+    with naming(copy, new_name):
+        reconcile(ReconcileParameters(registry=str(copy)))
+        told.insert(3, "adapter.rolled_back")  # by the time at which it was done
+        assert [event for event, _ in events_of(new_name, 5)] == told, "what is new in it alone"
+
+
+def test_a_line_is_told_though_a_gc_has_written_many_after_it(
+    changed: Path, new_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = changed / new_name
+    with folders.exclusive_folder_lock(folder) as lock:
+        state = recovery.read_registry_state(folder)
+        for number in range(MAX_EVENTS + 1):
+            line = ledger.new_entry("collected", f"{number:064x}", state.champion, "gc")
+            state = recovery.record_line(folder, state, line, lock)
+    with get_client(sync_client=True) as client:
+        assert send_missing_events(client, changed, new_name) is None
+    assert [event for event, _ in events_of(new_name, 2)] == ["adapter.promoted"] * 2
+
+
+@pytest.mark.parametrize(("hours", "label"), [(1.9, {"nested-tune.news": "yes"}), (2.1, {})])
+def test_a_change_of_hours_ago_is_told_and_is_no_news(
+    tmp_path: Path,
+    new_name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    hours: float,
+    label: dict[str, str],
+) -> None:
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.now(UTC) - timedelta(hours=hours)
+
+    registry = tmp_path / "registry"
+    version = core.register(write_run(tmp_path / "1", 1), registry, new_name, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "datetime", Clock)
+        core.promote(registry, new_name, version, by="ann")
+    with get_client(sync_client=True) as client:
+        send_missing_events(client, registry, new_name)
+        assert len(events_of(new_name, 1)) == 1
+        wanted = {"resource": {"id": [f"adapter.{new_name}"]}}
+        (event,) = read_events(client, 2, **wanted)
+    name = {"prefect.resource.id": f"adapter.{new_name}", "prefect.resource.name": new_name}
+    assert event["resource"] == name | label
 
 
 def test_a_server_that_is_away_fails_no_command(

@@ -15,10 +15,12 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
+    ArtifactFilterKey,
     FlowRunFilter,
     FlowRunFilterDeploymentId,
 )
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.sorting import ArtifactSort
 from prefect.exceptions import Pause
 from prefect.flow_engine import run_flow
 from prefect.flow_runs import resume_flow_run
@@ -31,6 +33,7 @@ from flows.rollback import RollbackParameters, rollback
 from nested_core import registry as core
 from nested_core.registry import champion_files
 from tasks import promote as promotion_tasks
+from tasks.artifact_client import artifact_key
 from tests.core.registry.conftest import write_run
 from tests.flows.conftest import task_runs
 
@@ -73,6 +76,20 @@ def test_promote_promotes_by_the_recorded_policy_and_again_changes_nothing(
         state = promote(given, return_state=True)
         assert (state.is_completed(), state.message) == (True, expected)
     assert len(core.history(registry, NAME)) == 1
+
+
+def test_the_page_of_a_champion_says_when_it_became_champion_and_not_that_it_still_is(
+    add: Add, registry: Path
+) -> None:
+    version = add(1)
+    promote(parameters(registry, version))
+    wanted = ArtifactFilter(key=ArtifactFilterKey(any_=[artifact_key(NAME, "champion")]))
+    newest = ArtifactSort.UPDATED_DESC
+    with get_client(sync_client=True) as client:
+        (page,) = client.read_artifacts(artifact_filter=wanted, sort=newest, limit=1)
+    since = core.history(registry, NAME)[-1]["time"][:16].replace("T", " ")
+    assert str(page.description).startswith(f"{version[:12]}: ")
+    assert str(page.description).endswith(f". Became champion at {since} UTC")
 
 
 def test_a_late_event_completes_as_superseded(add: Add, registry: Path) -> None:
@@ -246,9 +263,10 @@ def test_rollback_goes_back_and_automation_leaves_it_there(add: Add, registry: P
     core.promote(registry, NAME, first, by="ann")
     second = add(2)
     promote(parameters(registry, second))
-    given = RollbackParameters(registry=str(registry), name=NAME, by="ann")
+    given = RollbackParameters(registry=str(registry), name=NAME, by="ann", reason="it was rude")
     state = rollback(given, return_state=True)
-    assert state.message == f"rolled_back from {second[:12]} to {first[:12]} by ann"
+    told = f"rolled_back from {second[:12]} to {first[:12]} by ann: it was rude"
+    assert state.message == told
     assert promote(parameters(registry, second), return_state=True).message == "superseded"
     reconcile(ReconcileParameters(registry=str(registry)))
     assert core.read_champion(registry, NAME) == first

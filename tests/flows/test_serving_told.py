@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from tasks.artifact_client import artifact_key
 from tasks.events import send_missing_events
 from tests.core.registry.conftest import write_run
 from tests.core.registry.test_serving_status import SINCE, write_record
+from tests.flows.conftest import naming
 from tests.flows.test_events import events_of
 from tests.waiting import wait_until
 
@@ -44,8 +45,10 @@ Add = Callable[..., str]
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Path:
-    return tmp_path / "registry"
+def registry(prefect_server: None, tmp_path: Path) -> Iterator[Path]:
+    """The path of a registry, which a deployment of the server names."""
+    with naming(tmp_path / "registry", NAME):
+        yield tmp_path / "registry"
 
 
 @pytest.fixture
@@ -172,6 +175,7 @@ def test_a_minute_after_a_change_that_servers_are_to_follow_reconcile_looks(
     plan = make_plan()
     (hourly,) = [each for each in plan.deployments if each["name"].endswith("-hourly")]
     hourly |= {"name": f"{NAME}-hourly"}
+    hourly["parameters"] = {"config": {"registry": str(registry), "names": [NAME]}}
     looks = [each for each in plan.automations if each["name"].endswith("after a minute")]
     with get_client(sync_client=True) as client:
         with suppress(ObjectAlreadyExists):

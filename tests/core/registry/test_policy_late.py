@@ -27,7 +27,9 @@ from nested_core.registry import (
     registration,
     rollback,
 )
+from nested_core.registry.policy import set_policy
 from nested_core.registry.promotion_policy import (
+    approve,
     compare_losses,
     promote_by_policy,
     promote_by_recorded_policy,
@@ -149,6 +151,23 @@ def test_reconcile_promotes_the_newest_that_an_event_got_lost_for(add: Add, regi
     assert read_champion(registry, NAME) == newer
 
 
+class Clock2001(datetime):
+    """A clock that is years behind."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> Any:
+        return datetime(2001, 1, 1, tzinfo=UTC)
+
+
+def test_of_two_that_were_missed_the_later_is_promoted_though_its_clock_was_behind(
+    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = add(1)
+    monkeypatch.setattr(registration, "datetime", Clock2001)
+    newer = add(2)
+    assert promote_missed_versions(registry, NAME) == {newer: "promoted", older: "superseded"}
+
+
 def test_reconcile_leaves_what_its_policy_leaves(add: Add, registry: Path) -> None:
     versions = {policy: add(seed, None, policy) for seed, policy in enumerate(("never", "approve"))}
     unknown = add(9, None, None)
@@ -263,6 +282,40 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, step: str, act: Callable[[], obje
     monkeypatch.setattr(promotion_policy, step, after)
 
 
+def approve_first(registry: Path, version: str) -> Any:
+    return approve(registry, NAME, version, by="ann", expected_champion=None)
+
+
+@pytest.mark.parametrize("decide", [late, approve_first])
+def test_a_policy_that_is_set_between_the_decision_and_the_promotion_is_obeyed(
+    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch, decide: Callable[..., Any]
+) -> None:
+    version = add(1)
+
+    def act() -> None:
+        set_policy(registry, NAME, by="admin", changes={"promote": "never"})
+
+    meanwhile(monkeypatch, "promote", act)
+    assert decide(registry, version) == f"the policy of {NAME} is never"
+    assert read_champion(registry, NAME) is None
+
+
+def test_a_champion_that_leaves_and_comes_back_after_the_decision_supersedes(
+    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = add(1)
+    late(registry, first)
+    version, third = add(2, first), add(3, first)
+
+    def act() -> None:
+        promote(registry, NAME, third, by="ann")
+        rollback(registry, NAME, by="ann")
+
+    meanwhile(monkeypatch, "promote", act)
+    assert late(registry, version) == "superseded"
+    assert read_champion(registry, NAME) == first
+
+
 @pytest.mark.parametrize("step", ["read_candidate", "promote_by_recorded_policy"])
 def test_a_version_that_a_gc_takes_meanwhile_keeps_reconcile_from_no_other(
     add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch, step: str
@@ -315,19 +368,14 @@ def test_a_clock_that_is_behind_changes_nothing_in_what_is_superseded(
     first, second = add(1), add(2)
     promote(registry, NAME, first, by="ann")
 
-    class Clock(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            return datetime(2001, 1, 1, tzinfo=UTC)
-
     with monkeypatch.context() as patch:
         if behind == "that registered":
-            patch.setattr(registration, "datetime", Clock)
+            patch.setattr(registration, "datetime", Clock2001)
         candidate, other = add(3, first), add(4, first)
     assert late(registry, candidate) == "promoted"
     rollback(registry, NAME, to=first, by="ann")
     with monkeypatch.context() as patch:
-        patch.setattr(ledger, "datetime", Clock)
+        patch.setattr(ledger, "datetime", Clock2001)
         promote(registry, NAME, second, by="ann")
         rollback(registry, NAME, to=first, by="ann")
     assert late(registry, other) == "superseded"

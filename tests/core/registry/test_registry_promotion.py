@@ -131,6 +131,13 @@ def test_rollbacks_go_back_through_the_champions_until_none_is_left(three, regis
     assert third not in (line["version"], line["previous"])
 
 
+def test_a_rollback_says_why_even_where_that_is_no_text(three, registry):
+    done = rollback(registry, NAME, by="bob", reason="rude \udcff")  # a byte of another encoding
+    assert done.outcome == "rolled_back"
+    line = history(registry, NAME)[-1]
+    assert (line["by"], line["reason"]) == ("bob", "rude ?")
+
+
 def test_a_second_try_of_a_rollback_does_not_go_back_twice(three, registry):
     first, second, third = three
     promote(registry, NAME, third, by="ann")

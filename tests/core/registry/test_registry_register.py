@@ -35,6 +35,7 @@ def test_version_is_the_digest_of_the_adapter_and_holds_its_proof(make_run, regi
     provenance = json.loads((folder / "provenance.json").read_text())
     registered_at = datetime.fromisoformat(provenance.pop("registered_at"))
     assert timedelta(0) <= datetime.now(UTC) - registered_at < timedelta(minutes=1)
+    assert provenance.pop("registration") == 1
     assert provenance.pop("registered_after") == hashlib.sha256(b"").hexdigest()
     assert provenance == {"dataset": "d1"}
     assert verify_manifest(folder) == {"kind": "adapter version", "version": version}

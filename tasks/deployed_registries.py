@@ -1,0 +1,66 @@
+"""Which registry of an adapter a Prefect server's deployments name: for it alone events are sent.
+
+A copy of a registry, or one that was moved, is another folder: it is silent until `nested-tune
+deploy` names it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.responses import DeploymentResponse
+
+from nested_core.storage.output_places import resolve_path
+from tasks.prefect_server import TAG
+
+READ_PAGE_SIZE = 200
+ENTER_STEP = "prefect.deployments.steps.set_working_directory"
+
+
+def read_deployments(client: SyncPrefectClient) -> list[DeploymentResponse]:
+    """All deployments of a server that carry our tag."""
+    responses: list[DeploymentResponse] = []
+    while len(responses) % READ_PAGE_SIZE == 0:
+        wanted = {
+            "deployments": {"tags": {"all_": [TAG]}},
+            "limit": READ_PAGE_SIZE,
+            "offset": len(responses),
+        }
+        page = client.request("POST", "/deployments/filter", json=wanted).json()
+        responses += [DeploymentResponse.model_validate(each) for each in page]
+        if not page:
+            break
+    return responses
+
+
+def why_silent(client: SyncPrefectClient, registry: Path, name: str) -> str | None:
+    """Why the server is told nothing of an adapter of this registry; None where it is."""
+    folder = resolve_path(registry)
+    if any(_names_registry(each, folder, name) for each in read_deployments(client)):
+        return None
+    return (
+        f"Prefect's server was told nothing of {name}: none of its deployments names {folder} as "
+        f"its registry, as is right for a copy. `nested-tune deploy -c CONFIG` names it."
+    )
+
+
+def _names_registry(deployment: DeploymentResponse, folder: Path, name: str) -> bool:
+    """Whether the parameters of a deployment name an adapter, or all, of the registry in a folder.
+
+    A relative path starts in the folder that the deployment's runs enter.
+    """
+    config = deployment.parameters.get("config")
+    if not isinstance(config, dict):
+        return False
+    section = config.get("base", config).get("registry")
+    if isinstance(section, dict):  # of a flow that trains
+        place, names = section.get("path"), [section.get("name")]
+    else:
+        place = section
+        names = [config["name"]] if "name" in config else config.get("names") or [name]
+    if place is None or name not in names:
+        return False
+    steps = [step[ENTER_STEP] for step in deployment.pull_steps or () if ENTER_STEP in step]
+    home = steps[-1]["directory"] if steps else "."
+    return resolve_path(Path(home, Path(str(place)).expanduser())) == folder
