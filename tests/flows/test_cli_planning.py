@@ -71,4 +71,6 @@ def test_a_split_that_init_cannot_use_is_taken_away_again(tmp_path: Path) -> Non
     (tmp_path / "data" / "train.jsonl").write_text("{}\n{ }\n" + '{"a": 1}\n{"a": 2}\n{"a": 3}\n')
     done = called("init", "--data", "data", "--model", str(MODEL), "--split", "0.2", cwd=tmp_path)
     assert done.code == 3
+    assert "Written" not in done.stderr
+    assert "The data set data is rejected" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
