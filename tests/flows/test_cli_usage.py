@@ -46,6 +46,10 @@ WRONG: dict[str, tuple[list[str], str]] = {
         ["train", "--quickly"],
         "unrecognized arguments: --quickly. See: nested-tune train --help",
     ),
+    "a flag like none": (
+        ["train", "--fused"],
+        "unrecognized arguments: --fused. See: nested-tune train --help",
+    ),
     "a key without its section": (
         ["train", "--epochs", "3"],
         "unrecognized arguments: --epochs 3. Did you mean --training.epochs? See:",
