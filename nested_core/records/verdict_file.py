@@ -137,7 +137,7 @@ def parse_verdict(document: Any, path: Path) -> Verdict:
     if word == "passed" and verdict.reasons:
         raise DamagedError(f"{path} says passed and gives reasons against it: it was edited.")
     if word == "failed" and not verdict.reasons:
-        raise _rejection("no reason given", path)
+        raise _rejection("no reason given", path, None)
     return verdict
 
 
@@ -145,13 +145,14 @@ def require_passed(verdict: Verdict, path: Path) -> None:
     """Raise GateRejected, with the gate's reasons, unless the verdict is "passed"."""
     if verdict.has_passed:
         return
-    raise _rejection(", ".join(verdict.reason_names[:MAX_LISTED_REASONS]), path)
+    raise _rejection(", ".join(verdict.reason_names[:MAX_LISTED_REASONS]), path, verdict)
 
 
-def _rejection(reasons: str, path: Path) -> GateRejected:
+def _rejection(reasons: str, path: Path, verdict: Verdict | None) -> GateRejected:
     return GateRejected(
         f"The gate rejected this adapter: {reasons} (see {path}). Only an adapter that passed "
-        "enters a registry; mend what the reasons name and train again."
+        "enters a registry; mend what the reasons name and train again.",
+        verdict=verdict,
     )
 
 
