@@ -81,8 +81,8 @@ def _read_only_split(data: str) -> Iterator[bytes]:
                 f"{reason}{more}. Correct the file first."
             )
         with open_regular(train.path, UNBOUNDED, follow_links=True) as (lines, _):
-            for line in lines:
-                if row := line.removeprefix(b"\xef\xbb\xbf").strip():
+            for raw in lines:
+                if row := raw.removeprefix(b"\xef\xbb\xbf").strip():
                     yield row
 
 
