@@ -223,5 +223,7 @@ def test_the_warnings_about_a_data_set_are_said_before_training(
     write_config(tmp_path / "config.yaml", data="data", num_layers=99)
     done = nested_tune("train", "-c", "config.yaml", "--run-dir", "run")
     assert done.code == 2
-    said = "data: 2 warnings (duplicate 1, no-validation-set 1), explained by `nested-tune validate`"
+    said = (
+        "data: 2 warnings (duplicate 1, no-validation-set 1), explained by `nested-tune validate`"
+    )
     assert said in done.stderr.splitlines()
