@@ -27,7 +27,6 @@ from nested_core.training.train_step import StepResult
 from nested_core.training.training_setup import TrainingSetup
 from nested_core.training.training_state import TrainingState
 
-
 FLAT_SHARE = 0.05  # of the loss: half a window that differs by more is movement to whoever reads it
 
 
