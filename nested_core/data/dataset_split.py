@@ -31,7 +31,8 @@ def split_dataset(data: str, share: float, target: Path) -> dict[str, int]:
         target: the folder to make.
 
     The order is drawn with a fixed seed: the same rows give the same files. Raises ConfigError for
-    data that cannot be split so, DatasetError where rows cannot be read, and FileExistsError where `target` is there.
+    data that cannot be split so, DatasetError where rows cannot be read, and FileExistsError where
+    `target` is there.
     """
     if not 0 < share < 0.5:
         raise ConfigError(
