@@ -217,8 +217,7 @@ def describe_bad_questions(summary: str, problems: Sequence[str]) -> str:
     listed = [f"  {problem}" for problem in problems[:MAX_LISTED_PROBLEMS]]
     if len(problems) > MAX_LISTED_PROBLEMS:
         more = len(problems) - MAX_LISTED_PROBLEMS
-        is_all = len(problems) <= MAX_PROBLEMS
-        listed.append(f"  and {more:,} more" if is_all else f"  and {more:,} more at least")
+        listed.append(f"  and {more:,} more")
     return "\n".join([f"gate.tasks: {summary} Nothing was judged.", *listed])
 
 
