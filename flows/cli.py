@@ -168,7 +168,9 @@ def _describe_unknown_arguments(
             theirs = OUR_KEYS_BY_OTHER_TOOLS_KEYS.get(given[2:].replace("-", "_"), "")
             ours = f"--{theirs.partition(';')[0].replace('_', '-')}"
             meant = [flag for flag in flags if flag == ours or flag.endswith(f".{given[2:]}")]
-            meant += difflib.get_close_matches(given, flags, n=1, cutoff=0.7)
+            names = {flag.lstrip("-"): flag for flag in flags}  # -- makes any two more alike
+            near = difflib.get_close_matches(given[2:], names, n=1, cutoff=0.7)
+            meant += [names[name] for name in near]
             hints += [f"Did you mean {flag}?" for flag in meant[:1]]
         elif word.endswith((".yaml", ".yml")) and "--config" in flags:
             hints.append(f"Did you mean -c {word}?")

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nested_core.text.foreign_text import escape_but_keep_newlines
 
@@ -113,9 +113,27 @@ class DatasetError(NestedTuneError):
 
 
 class GateRejected(NestedTuneError):
-    """An adapter that did not pass the gate; it is never retried and never registered."""
+    """An adapter that did not pass the gate; it is never retried and never registered.
+
+    run: the RunDirectory that was judged; None where an adapter of no run was refused.
+    verdict: the gate's Verdict, as in gate.json; None where that gives no reason.
+    reasons: those of the verdict, each with `code`, `message`, `tensors` and `suite`.
+    """
 
     exit_code = 4
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        advice: Advice | None = None,
+        run: Any = None,
+        verdict: Any = None,
+    ) -> None:
+        super().__init__(message, advice=advice)
+        self.run = run
+        self.verdict = verdict
+        self.reasons: tuple[Any, ...] = () if verdict is None else verdict.reasons
 
 
 class TrainingStopped(NestedTuneError):

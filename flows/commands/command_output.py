@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from flows.terminal.console import print_json, print_line, print_progress
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, DatasetError
 from nested_core.storage.run_directory import RunDirectory
 
 
@@ -43,18 +43,19 @@ def text_printer(text: str) -> Callable[[], int]:
 
 
 @contextmanager
-def naming_report_of_failure(run: RunDirectory, *, is_named: bool) -> Iterator[None]:
+def naming_report_of_failure(run: RunDirectory) -> Iterator[None]:
     """Say where the run's page is, if the block fails after the run began.
 
-    What is refused before the first step leaves nothing behind, unless a person named the folder.
+    A new run that is refused before its first step leaves nothing behind: the same command works
+    once what was wrong is corrected.
     """
+    is_new = not run.is_nonempty()
+    missing = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
     try:
         yield
-    except ConfigError:
-        if not is_named:
-            run.remove_if_never_began()
-        raise
-    except BaseException:
-        if run.report.is_file():
+    except BaseException as error:
+        if is_new and isinstance(error, (ConfigError, DatasetError)):
+            run.remove_if_never_began(missing)
+        if run.report.is_file() and not isinstance(error, ConfigError):
             print_progress(f"report: {run.report}")
         raise

@@ -12,7 +12,7 @@ from typing import Any
 from flows.commands.command_output import printer, result_printer, text_printer
 from flows.commands.config_flags import add_config_flags, load_config_from_flags
 from flows.terminal.console import print_line, print_page, print_progress
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, DatasetError
 from nested_core.storage.atomic import write_bytes
 from nested_core.storage.output_places import require_free_place, require_output_file
 
@@ -52,16 +52,21 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
     if target is not None and os.path.lexists(target):
         raise ConfigError(f"{output} exists, and is not written over. Give another name after -o.")
     data = arguments.data
-    split = None if arguments.split is None else _write_split(data, arguments.split)
+    split = None if arguments.split is None else _split_place(data)
+    written = "" if split is None else _write_split(data, arguments.split, split)
     try:
         suggested = suggest_config(arguments.model, data if split is None else str(split))
         text = suggested.text
         if target is not None:
             write_bytes(target, text.encode())
-    except BaseException:
+    except BaseException as error:
         if split is not None:
             shutil.rmtree(split)
+            if isinstance(error, DatasetError):  # name its lines in the files that stay
+                suggest_config(arguments.model, data)
         raise
+    if written:
+        print_progress(written)
     if suggested.report.splits.keys() != {"train"}:
         if warnings := suggested.report.describe_warnings():
             print_progress(warnings)
@@ -75,20 +80,24 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
     return printer(lambda: print_page(text))
 
 
-def _write_split(data: str, share: float) -> Path:
-    """Split a data set that has only train; say what is in the new folder, and return it."""
-    from nested_core.data.dataset_split import SPLIT_SEED, split_dataset
-
+def _split_place(data: str) -> Path:
+    """The folder for the split of a data set, which is not there yet."""
     folder = Path(f"{Path(data).resolve().name}-split")
     if os.path.lexists(require_free_place(folder, "--split")):
         raise ConfigError(
             f"{folder} exists, and is not written over. If it is the split that you want, give "
             f"--data {folder} without --split; else remove it."
         )
+    return folder
+
+
+def _write_split(data: str, share: float, folder: Path) -> str:
+    """Split a data set that has only train; the sentence that says what is in the new folder."""
+    from nested_core.data.dataset_split import SPLIT_SEED, split_dataset
+
     rows = split_dataset(data, share, folder)
     counts = ", ".join(f"{split}.jsonl {count:,}" for split, count in rows.items())
-    print_progress(f"Written: {folder} ({counts} rows, drawn with seed {SPLIT_SEED})")
-    return folder
+    return f"Written: {folder} ({counts} rows, drawn with seed {SPLIT_SEED})"
 
 
 def run_explain(arguments: argparse.Namespace) -> Callable[[], int]:

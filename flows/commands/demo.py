@@ -61,7 +61,7 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
     )
     print_progress(f"run directory: {run.path}")
     breaking = _breaking_updates() if arguments.break_training else contextlib.nullcontext()
-    with naming_report_of_failure(run, is_named=True), breaking, showing_run(run):
+    with naming_report_of_failure(run), breaking, showing_run(run):
         # what a person needs to know of an error is said at the end
         state = run_finetune_flow(
             config.model_dump() | {"run_dir": str(run.path)}, logging.CRITICAL

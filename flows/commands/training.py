@@ -152,7 +152,6 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
         from flows.commands.terminal_steps import TerminalSteps  # loads mlx, which takes seconds
         from nested_core.pipeline.finetune import finetune
 
-    is_named = arguments.run_dir is not None
     stopper = Stopper()
     log = None
     if arguments.log == "mlx_lm":
@@ -162,7 +161,7 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
         print_progress(f"run directory: {run.path}")
         try:
             watching = showing_run(run) if log is None else contextlib.nullcontext()
-            with naming_report_of_failure(run, is_named=is_named), watching:
+            with naming_report_of_failure(run), watching:
                 result = finetune(config, run, hooks, resume=arguments.resume)
         except GateRejected:
             print_progress(*format_sample_answers(hooks.sample_answers))
@@ -239,21 +238,16 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
 
     require_output_places(config, run)  # before a server is started, as what follows
     configured_services(config)
-    is_named = arguments.run_dir is not None
     parameters = config.model_dump() | {"run_dir": str(run.path), "resume": arguments.resume}
     print_progress(f"run directory: {run.path}")
-    with (
-        Stopper().handling_signals(run),
-        naming_report_of_failure(run, is_named=is_named),
-        showing_run(run),
-    ):
-        state = run_finetune_flow(parameters, logging.NOTSET)
-    if state.is_cancelled():
-        raise TrainingStopped(
-            f"The flow run was cancelled, {state.message} At the command line:",
-            advice=go_on_with(run.path),
-        )
-    with naming_report_of_failure(run, is_named=is_named):
+    with naming_report_of_failure(run):
+        with Stopper().handling_signals(run), showing_run(run):
+            state = run_finetune_flow(parameters, logging.NOTSET)
+        if state.is_cancelled():
+            raise TrainingStopped(
+                f"The flow run was cancelled, {state.message} At the command line:",
+                advice=go_on_with(run.path),
+            )
         state.result()  # raises what made it fail
     print_progress(str(state.message))
     print_progress(f"report: {run.report}")

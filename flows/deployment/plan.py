@@ -267,4 +267,4 @@ def _require_valid_parameters(deployment: dict[str, Any]) -> None:
     if (config.get("base", config).get("gate") or {}).get("allow_python_scorers"):
         raise ConfigError(f"{source}: {PYTHON_SCORERS_REFUSAL}")
     if problems:
-        raise ConfigError(explain_problems(problems, source, lines={}))
+        raise ConfigError(explain_problems(problems, source, places={}))

@@ -1,4 +1,4 @@
-"""Messages for a configuration that is refused: every problem, with its line and what was meant."""
+"""Messages for a configuration that is refused: every problem, its place, and what was meant."""
 
 from __future__ import annotations
 
@@ -25,24 +25,33 @@ class Problem(NamedTuple):
     message: str
 
 
-def explain_problems(problems: list[Problem], source: str, lines: Mapping[str, int]) -> str:
-    """All problems, one a line: `key: what is wrong`, with its line where the file has the key."""
+def explain_problems(problems: list[Problem], source: str, places: Mapping[str, str]) -> str:
+    """All problems, one a line: `key: what is wrong`, with the line or the flag that gives the key.
+
+    Where flags alone are wrong, the file is not named.
+    """
+    given = [_find_place(problem.key, places) for problem in problems]
+    are_flags = all(place.startswith("--") for place in given)
+    what = "The command line" if are_flags else f"The configuration in {escape(source)}"
     shown = [
-        escape(_format_problem_with_line(problem, lines))
-        for problem in problems[:MAX_SHOWN_PROBLEMS]
+        escape(_format_problem(problem, place))
+        for problem, place in list(zip(problems, given, strict=True))[:MAX_SHOWN_PROBLEMS]
     ]
     if len(problems) > MAX_SHOWN_PROBLEMS:
         shown.append(f"  and {len(problems) - MAX_SHOWN_PROBLEMS} more")
-    return f"The configuration in {escape(source)} cannot be used:\n" + "\n".join(shown)
+    return f"{what} cannot be used:\n" + "\n".join(shown)
 
 
-def _format_problem_with_line(problem: Problem, lines: Mapping[str, int]) -> str:
-    """One problem as text; a key of a list has its own line, or that of the key it is in."""
-    key = problem.key
-    while key and key not in lines:
+def _find_place(key: str, places: Mapping[str, str]) -> str:
+    """Where a key was given; a key of a list has its own place, or that of the key it is in."""
+    while key and key not in places:
         key = key.rpartition(".")[0]
-    place = f" (line {lines[key]})" if key else ""
-    return f"  {problem.key}: {problem.message}{place}" if problem.key else f"  {problem.message}"
+    return places.get(key, "")
+
+
+def _format_problem(problem: Problem, place: str) -> str:
+    at = f" ({place})" if place else ""
+    return f"  {problem.key}: {problem.message}{at}" if problem.key else f"  {problem.message}"
 
 
 def find_problems(schema: type[BaseModel], values: Mapping[str, Any]) -> list[Problem]:

@@ -174,16 +174,21 @@ def load_config(
 
     `flags` are by dotted name, such as `nested.fast`. As in mlx_lm.lora, a flag wins over the file
     and a null in the file means the default. Relative paths are kept as they are written: they
-    start at the working directory. Raises ConfigError with every problem, each with its line.
+    start at the working directory. Raises ConfigError with every problem, each with its flag or
+    its line.
     """
     values, lines = read_yaml_with_lines(Path(path)) if path is not None else YamlFile({}, {})
     source = str(path) if path is not None else "the command line"
     values = lay_over(values, flags)
     _let_iters_flag_override_epochs(values, flags)
     known = {key: value for key, value in values.items() if value is not None}
-    given_by_flag = {name for name, value in flags.items() if value is not None}
-    in_file = {key: line for key, line in lines.items() if key not in given_by_flag}
-    return parse_config(known, source=source, lines=in_file)
+    given_by_flag = [name for name, value in flags.items() if value is not None]
+    replaced = tuple(f"{name}." for name in given_by_flag)
+    places = {
+        key: f"line {line}" for key, line in lines.items() if not f"{key}.".startswith(replaced)
+    }
+    places |= {name: f"--{name.replace('_', '-')}" for name in given_by_flag}
+    return parse_config(known, source=source, places=places)
 
 
 def lay_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,17 +212,17 @@ def _let_iters_flag_override_epochs(values: dict[str, Any], flags: Mapping[str, 
 
 
 def parse_config(
-    values: Mapping[str, Any], *, source: str, lines: Mapping[str, int] = MappingProxyType({})
+    values: Mapping[str, Any], *, source: str, places: Mapping[str, str] = MappingProxyType({})
 ) -> FineTuneConfig:
     """Check values against the schema; ConfigError lists every problem, one a line.
 
-    `lines` are those of the keys in the file that the values come from.
+    `places` say where a key was given, by its dotted name: `line 9` of the file, or a flag.
     """
     try:
         return FineTuneConfig.model_validate(dict(values))
     except ValidationError as error:
         problems = find_problems(FineTuneConfig, values)
-        raise ConfigError(explain_problems(problems, source, lines)) from error
+        raise ConfigError(explain_problems(problems, source, places)) from error
 
 
 def render_config(config: FineTuneConfig) -> bytes:

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.sources.split_files import open_splits
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, DatasetError
 from nested_core.storage.atomic import canonical_json, new_directory
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
 
@@ -31,7 +31,8 @@ def split_dataset(data: str, share: float, target: Path) -> dict[str, int]:
         target: the folder to make.
 
     The order is drawn with a fixed seed: the same rows give the same files. Raises ConfigError for
-    data that cannot be split so, and FileExistsError where `target` is there.
+    data that cannot be split so, DatasetError where rows cannot be read, and FileExistsError where
+    `target` is there.
     """
     if not 0 < share < 0.5:
         raise ConfigError(
@@ -71,9 +72,18 @@ def _read_only_split(data: str) -> Iterator[bytes]:
                 f"--split takes rows out of train where there is neither valid nor test; {data} "
                 f"{there}. Leave --split out, or give another folder."
             )
-        with open_regular(splits["train"].path, UNBOUNDED, follow_links=True) as (lines, _):
-            for line in lines:
-                if row := line.removeprefix(b"\xef\xbb\xbf").strip():
+        train = splits["train"]
+        if train.problems:  # these rows are no lines of JSON, and would be missing in the split
+            line, (check, reason) = min(train.problems.items())
+            number = line if train.numbers is None else train.numbers[line - 1]
+            more = f" (and {len(train.problems) - 1:,} more)" if len(train.problems) > 1 else ""
+            raise DatasetError(
+                f"--split would lose rows of {data}: {train.name}:{number}: {check}: "
+                f"{reason}{more}. Correct the file first."
+            )
+        with open_regular(train.path, UNBOUNDED, follow_links=True) as (lines, _):
+            for raw in lines:
+                if row := raw.removeprefix(b"\xef\xbb\xbf").strip():
                     yield row
 
 

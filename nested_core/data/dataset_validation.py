@@ -50,6 +50,7 @@ from nested_core.data.tokens.parallel_tokenization import (
     tokenize_splits,
 )
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from nested_core.models.base_model import context_length
 from nested_core.storage.atomic import canonical_json
 
 Tables = Mapping[str, SplitTable]
@@ -70,20 +71,21 @@ def judge_dataset(
     _apply_file_rules(tables, settings, findings, lacks_template=not has_template)
     tables = _remove_rejected_lines_from_dropped(tables, findings)
     facts: dict[str, TokenFacts] = {}
+    context = None if tokenizer is None else context_length(Path(tokenizer.folder))
     if tokenizer is not None and folder is not None:
         sound = _lines_to_tokenize(tables, findings, has_template=has_template)
         facts = tokenize_splits(folder, sound, settings, tokenizer, on_progress=on_progress)
     for split, counted in facts.items():
         file = tables[split].file
         ENCODING_RULES.add_findings(make_encoding_problem_frame(counted, file), findings)
-        TOKEN_RULES.add_findings(make_token_frame(counted, file, settings), findings)
+        TOKEN_RULES.add_findings(make_token_frame(counted, file, settings, context), findings)
         if counted.overlong:
             dropped = {**tables[split].dropped, "overlong": counted.overlong}
             tables[split] = replace(tables[split], dropped=dropped)
     _apply_row_count_rules(tables, settings, findings)
     for table in tables.values():
         findings.listed.extend(describe_dropped_lines(table.file, table.dropped))
-    return _make_report(settings, tables, findings, facts)
+    return _make_report(settings, tables, findings, facts, context)
 
 
 def _apply_line_rules(tables: Tables, settings: DataSettings, findings: Findings) -> None:
@@ -191,6 +193,7 @@ def _make_report(
     tables: Tables,
     findings: Findings,
     facts: Mapping[str, TokenFacts],
+    context: int | None,
 ) -> DatasetReport:
     splits: dict[str, SplitStats] = {}
     for split, table in tables.items():
@@ -199,7 +202,7 @@ def _make_report(
         rejected = len(findings.lines_with_errors(table.file))
         stats = make_split_stats(table.file, table.frame, rejected, table.digest, table.dropped)
         if split in facts:
-            stats = replace(stats, tokens=make_token_stats(facts[split], settings))
+            stats = replace(stats, tokens=make_token_stats(facts[split], settings, context))
         splits[split] = stats
         findings.listed.extend(describe_split_stats(stats, settings.batch_size))
     digests = {split: stats.digest for split, stats in splits.items()}

@@ -267,6 +267,11 @@ def _describe_split(stats: SplitStats) -> str:
         text += f", {stats.tokens.total:,} tokens, {stats.tokens.supervised:,} of them trained on"
         if stats.tokens.truncated_rows:
             text += f", {stats.tokens.truncated_rows:,} cut to max_seq_length"
+        if stats.tokens.beyond_context:
+            text += (
+                f", {stats.tokens.beyond_context:,} longer than the {stats.tokens.context:,} "
+                f"tokens that the model can see"
+            )
     return text
 
 

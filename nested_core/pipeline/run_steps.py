@@ -59,7 +59,7 @@ class Steps:
         """Judge the data set; DatasetError where it has an error."""
         report = steps.validate(config, run, self.on_data_progress)
         if warnings := report.describe_warnings():
-            self.on_message(f"{warnings} (all: {run.dataset})")
+            self.on_message(warnings)
 
     def load(self, config: FineTuneConfig, run: RunDirectory) -> None:
         """Write the initial adapter and the tier of each tensor."""

@@ -380,7 +380,9 @@ def judge(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = No
     if not verdict.has_passed:
         raise GateRejected(
             f"The gate rejected {run.adapter}: {verdict.summary()}. Nothing was registered; the "
-            f"evidence is in {run.gate}."
+            f"evidence is in {run.gate}.",
+            run=run,
+            verdict=verdict,
         )
     return verdict
 

@@ -105,6 +105,10 @@ def _render_yaml(
     iterations = EPOCHS * math.ceil(train.rows / batch_size)
     length = max(SEQ_LENGTH_MULTIPLE, -(-tokens.max // SEQ_LENGTH_MULTIPLE) * SEQ_LENGTH_MULTIPLE)
     cut = f"; {tokens.truncated_rows:,} are longer and are cut" if tokens.truncated_rows else ""
+    if tokens.context is not None and tokens.context < length:
+        length = tokens.context  # more is cut, for the model could not see it
+        if tokens.beyond_context:
+            cut = f"; {tokens.beyond_context:,} are longer than the model can see and are cut"
     names = "".join(
         f"{key}: {json.dumps(name, ensure_ascii=False)}\n" for key, name in base.items()
     )

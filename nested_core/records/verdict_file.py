@@ -31,7 +31,7 @@ from nested_core.storage.manifest import (
     read_manifest,
     write_manifest,
 )
-from nested_core.storage.strict_files import file_type, read_json
+from nested_core.storage.strict_files import file_type, parse_json, read_json
 
 GATE_NAME = "gate.json"
 MAX_GATE_BYTES = 64 * 1024 * 1024
@@ -126,14 +126,18 @@ def parse_verdict(document: Any, path: Path) -> Verdict:
     word = document.get("verdict") if isinstance(document, dict) else None
     if word not in ("passed", "failed"):
         raise DamagedError(f'{path} holds no verdict. Expected "verdict": "passed" or "failed".')
+    content = json.dumps(document).encode()
     try:
-        verdict = _VALIDATOR.validate_json(json.dumps(document), strict=True)
+        parse_json(content)  # refuses numbers that no float holds
+        verdict = _VALIDATOR.validate_json(content, strict=True)
     except ValidationError as error:
         raise DamagedError(f"{path} holds no verdict: {describe_first_problem(error)}.") from error
+    except ValueError as error:
+        raise DamagedError(f"{path} holds no verdict: {error}.") from error
     if word == "passed" and verdict.reasons:
         raise DamagedError(f"{path} says passed and gives reasons against it: it was edited.")
     if word == "failed" and not verdict.reasons:
-        raise _rejection("no reason given", path)
+        raise _rejection("no reason given", path, None)
     return verdict
 
 
@@ -141,13 +145,14 @@ def require_passed(verdict: Verdict, path: Path) -> None:
     """Raise GateRejected, with the gate's reasons, unless the verdict is "passed"."""
     if verdict.has_passed:
         return
-    raise _rejection(", ".join(verdict.reason_names[:MAX_LISTED_REASONS]), path)
+    raise _rejection(", ".join(verdict.reason_names[:MAX_LISTED_REASONS]), path, verdict)
 
 
-def _rejection(reasons: str, path: Path) -> GateRejected:
+def _rejection(reasons: str, path: Path, verdict: Verdict | None) -> GateRejected:
     return GateRejected(
         f"The gate rejected this adapter: {reasons} (see {path}). Only an adapter that passed "
-        "enters a registry; mend what the reasons name and train again."
+        "enters a registry; mend what the reasons name and train again.",
+        verdict=verdict,
     )
 
 

@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -97,15 +97,25 @@ class RunDirectory:
         """Whether training was set up here, which comes after all that can be refused."""
         return self.plan.exists() or self.metrics.exists()
 
-    def remove_if_never_began(self) -> None:
-        """Remove the folder of a run that was refused before its first step, and an empty parent.
+    def remove_if_never_began(self, made: Sequence[Path]) -> None:
+        """Remove what a run left that was refused before its first step, and the folders of `made`.
 
-        For a folder that this process named and made; nobody else's is in it.
+        For a folder that was empty before this process worked in it; `made` are the folders that
+        were not there, the innermost first. Another process that works here keeps all of it.
         """
-        if self.path.is_dir() and not self.has_begun_training() and self.holder() is None:
-            shutil.rmtree(self.path)
-            with suppress(OSError):  # other runs are in it
-                self.path.parent.rmdir()
+        if not self.path.is_dir():
+            return
+        with suppress(ConfigError), self.locked():
+            if self.has_begun_training():
+                return
+            for path in self.path.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        for folder in made:
+            with suppress(OSError):  # something else is in it
+                folder.rmdir()
 
     def require_begun(self) -> None:
         """Raise ConfigError if no run began here, DamagedError if its config.yaml is no file."""

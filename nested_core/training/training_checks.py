@@ -27,12 +27,17 @@ from nested_core.training.train_step import StepResult
 from nested_core.training.training_setup import TrainingSetup
 from nested_core.training.training_state import TrainingState
 
+FLAT_SHARE = 0.05  # of the loss: half a window that differs by more is movement to whoever reads it
+
 
 def warn_once(state: TrainingState, code: str, message: str) -> None:
     """Warn, once a run for each code, and keep the message in the state."""
     if not any(flag.startswith(f"{code}:") for flag in state.red_flags):
         state.red_flags.append(f"{code}: {message}")
-        warnings.warn(f"{code}: {message}", SilentUpdateWarning, stacklevel=3)
+        # The step stands in the place of a file and a line of code, which tell a user nothing.
+        warnings.warn_explicit(
+            f"{code}: {message}", SilentUpdateWarning, "training step", state.step
+        )
 
 
 def warn_of_lost_updates(state: TrainingState, report: UpdateReport, idle: Sequence[str]) -> None:
@@ -77,24 +82,26 @@ def warn_of_flat_loss(state: TrainingState, losses: Sequence[float], window: int
     """Flag a training loss whose last `window` reports show no movement beyond their noise.
 
     It moves if the mean of the later half differs from that of the earlier half by more than two
-    standard errors. A loss that lies that far below the first report has converged and is not
-    flagged. Reports whose loss is not finite are left out.
+    standard errors, or by more than FLAT_SHARE of it, whatever the noise. A loss that lies two
+    standard deviations below the first report has converged and is not flagged. Reports whose loss
+    is not finite are left out.
     """
     finite = list(filter(math.isfinite, losses))
     recent = finite[-window:]
     if len(recent) < window:
         return
-    early, late = recent[: window // 2], recent[window // 2 :]
+    middle = window // 2
+    early, late = statistics.fmean(recent[:middle]), statistics.fmean(recent[middle:])
     spread = statistics.pstdev(recent)
-    noise = 2 * spread * (1 / len(early) + 1 / len(late)) ** 0.5
-    is_moving = abs(statistics.fmean(late) - statistics.fmean(early)) > noise
-    has_learned = finite[0] - statistics.fmean(late) > max(2 * spread, 1e-6)
+    noise = 2 * spread * (1 / middle + 1 / (window - middle)) ** 0.5
+    is_moving = abs(late - early) > min(noise, FLAT_SHARE * early)
+    has_learned = finite[0] - late > max(2 * spread, 1e-6)
     if not is_moving and not has_learned:
         warn_once(
             state,
             "loss_flat",
             f"the training loss has not moved beyond noise over {window} reports "
-            f"({format_change(recent[0], recent[-1])}).",
+            f"(means of their first and second half: {format_change(early, late)}).",
         )
 
 

@@ -26,6 +26,24 @@ def test_init_writes_a_configuration_that_explain_takes(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["lora.yaml"]
 
 
+def test_init_cuts_at_what_the_model_can_see_and_explain_counts_what_is_longer(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "data").mkdir()
+    rows = [{"prompt": f"Where is {n}?", "completion": "Near. " * (n * 4)} for n in range(1, 11)]
+    for split in ("train", "valid"):
+        lines = [json.dumps(row | {"prompt": f"{split}: {row['prompt']}"}) for row in rows]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(lines))
+    arguments = ("--data", "data", "--model", str(MODEL))
+    done = called("init", *arguments, "-o", "lora.yaml", cwd=tmp_path)
+    assert done.code == 0
+    assert load_config(tmp_path / "lora.yaml").max_seq_length == 64
+    assert "longer than the model can see and are cut" in (tmp_path / "lora.yaml").read_text()
+    assert "examples longer than the 64 tokens that the model can see" in done.stderr
+    explained = called("explain", *arguments, "--num-layers", "-1", cwd=tmp_path)
+    assert "longer than the 64 tokens that the model can see" in explained.stdout
+
+
 def test_init_prints_the_configuration_and_writes_over_no_file(tmp_path: Path) -> None:
     done = called(*INIT, cwd=tmp_path)
     assert (done.code, list(tmp_path.iterdir())) == (0, [])
@@ -71,4 +89,6 @@ def test_a_split_that_init_cannot_use_is_taken_away_again(tmp_path: Path) -> Non
     (tmp_path / "data" / "train.jsonl").write_text("{}\n{ }\n" + '{"a": 1}\n{"a": 2}\n{"a": 3}\n')
     done = called("init", "--data", "data", "--model", str(MODEL), "--split", "0.2", cwd=tmp_path)
     assert done.code == 3
+    assert "Written" not in done.stderr
+    assert "The data set data is rejected" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["data"]

@@ -46,6 +46,10 @@ WRONG: dict[str, tuple[list[str], str]] = {
         ["train", "--quickly"],
         "unrecognized arguments: --quickly. See: nested-tune train --help",
     ),
+    "a flag like none": (
+        ["train", "--fused"],
+        "unrecognized arguments: --fused. See: nested-tune train --help",
+    ),
     "a key without its section": (
         ["train", "--epochs", "3"],
         "unrecognized arguments: --epochs 3. Did you mean --training.epochs? See:",
@@ -219,5 +223,7 @@ def test_the_warnings_about_a_data_set_are_said_before_training(
     write_config(tmp_path / "config.yaml", data="data", num_layers=99)
     done = nested_tune("train", "-c", "config.yaml", "--run-dir", "run")
     assert done.code == 2
-    said = "data: 2 warnings, the first: train.jsonl:10: duplicate: the same example as line 1"
-    assert f"{said} (all: run/dataset.json)" in done.stderr.splitlines()
+    said = (
+        "data: 2 warnings (duplicate 1, no-validation-set 1), explained by `nested-tune validate`"
+    )
+    assert said in done.stderr.splitlines()

@@ -178,7 +178,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "Alpaca's format": data_mistake(
         as_lines(*({"instruction": "Say", "input": str(n), "output": "that"} for n in range(3))),
-        "this is Alpaca's: write instruction and input into one prompt, output into completion",
+        "training would leave out what stands in input: make each row a chat under messages",
     ),
     "ShareGPT's format": data_mistake(
         as_lines(*({"conversations": [{"from": "human", "value": str(n)}]} for n in range(3))),

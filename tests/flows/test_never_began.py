@@ -1,14 +1,16 @@
-"""A run refused before its first step: nothing is left, unless a person named its folder."""
+"""A run refused before its first step: nothing of it is left, and the same command begins anew."""
 
 from __future__ import annotations
 
-import json
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nested_core.report.run_page import read_report
+from flows.commands.command_output import naming_report_of_failure
+from nested_core.errors import ConfigError
+from nested_core.storage.run_directory import RunDirectory
 from tests.example import write_config
 from tests.flows.conftest import called
 
@@ -40,19 +42,57 @@ def test_other_runs_stay(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mine"]
 
 
-def test_a_folder_that_a_person_named_stays_and_never_began(tmp_path: Path) -> None:
+def test_the_same_command_works_once_the_mistake_is_corrected(tmp_path: Path) -> None:
     write_config(tmp_path / "lora.yaml", num_layers=99)
-    assert called("train", "-c", "lora.yaml", "--run-dir", "runs/one", cwd=tmp_path).code == 2
-    listed = called("runs", "--json", cwd=tmp_path)
-    (row,) = json.loads(listed.stdout)["runs"]
-    assert (row["state"], row["step"]) == ("never began", 0)
-    assert "Never began: " in read_report(tmp_path / "runs" / "one").to_html()
+    arguments = ("train", "-c", "lora.yaml", "--run-dir", "mine/one")
+    assert called(*arguments, cwd=tmp_path).code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.yaml"]
+    write_config(tmp_path / "lora.yaml", iters=8)
+    assert called(*arguments, cwd=tmp_path).code != 2
+    assert (tmp_path / "mine" / "one" / "result.json").is_file()
 
 
-def test_a_rejected_data_set_keeps_its_folder(tmp_path: Path) -> None:
+def test_folders_that_were_there_before_stay(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "one").mkdir(parents=True)
+    write_config(tmp_path / "lora.yaml", num_layers=99)
+    done = called("train", "-c", "lora.yaml", "--run-dir", "mine/one", cwd=tmp_path)
+    assert done.code == 2
+    assert list((tmp_path / "mine").rglob("*")) == [tmp_path / "mine" / "one"]
+
+
+def test_a_resume_that_is_refused_leaves_a_run_that_began_as_it_is(tmp_path: Path) -> None:
+    write_config(tmp_path / "lora.yaml", iters=8)
+    arguments = ("train", "-c", "lora.yaml", "--run-dir", "one")
+    called(*arguments, cwd=tmp_path)
+    files = set((tmp_path / "one").rglob("*"))
+    assert tmp_path / "one" / "result.json" in files
+    write_config(tmp_path / "lora.yaml", iters=8, num_layers=99)
+    assert called(*arguments, "--resume", cwd=tmp_path).code == 2
+    assert set((tmp_path / "one").rglob("*")) == files
+
+
+def test_a_run_that_had_begun_to_train_stays_whatever_refuses_it(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    with suppress(ConfigError), naming_report_of_failure(run):
+        with run.locked():
+            run.plan.write_text("{}")
+        raise ConfigError("the registry is gone")
+    assert run.plan.is_file()
+
+
+def test_what_another_process_works_on_stays(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    with ExitStack() as other:
+        with suppress(ConfigError), naming_report_of_failure(run):
+            other.enter_context(run.locked())
+            run.config.write_text("model: other")
+            raise ConfigError("in use")
+        assert run.config.is_file()
+
+
+def test_a_rejected_data_set_leaves_nothing_either(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("{}\n")
     write_config(tmp_path / "lora.yaml", data="data")
     assert called("train", "-c", "lora.yaml", cwd=tmp_path).code == 3
-    (run,) = (tmp_path / "runs").iterdir()
-    assert (run / "dataset.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "lora.yaml"]

@@ -31,7 +31,12 @@ from nested_core.data.lines.json_decoding import (
     collect_strings,
     decode_json_object,
 )
-from nested_core.data.lines.other_formats import describe_conversion, describe_sharegpt
+from nested_core.data.lines.other_formats import (
+    describe_conversion,
+    describe_filled_context,
+    describe_sharegpt,
+    list_filled_context,
+)
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError, shorten
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
@@ -266,6 +271,8 @@ def _validate_example(row: dict[str, Any], name: Format, field_names: FieldNames
     messages = kind.read_turns(fields)
     odd = [turn for turn in messages if turn.keys() != _PLAIN_MESSAGE_KEYS]
     unknown = set(row.keys() - keys.values() - {field_names.group})
+    if kind.is_templated and (dropped := list_filled_context(row, unknown)):
+        raise LineProblem("unread-field", describe_filled_context(dropped))
     unknown |= {
         f"{field_names.chat}[].{key}"
         for turn in odd

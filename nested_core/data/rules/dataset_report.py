@@ -139,7 +139,11 @@ _MAX_SHOWN_CHARACTERS = 400
 
 @dataclass(frozen=True)
 class TokenStats:
-    """Lengths in tokens after truncation, how many tokens are supervised, and what batches pad."""
+    """Lengths in tokens after truncation, how many tokens are supervised, and what batches pad.
+
+    context, beyond_context: how many tokens the model can see, where its config.json says so, and
+        how many examples are longer.
+    """
 
     total: int
     p50: int
@@ -150,6 +154,8 @@ class TokenStats:
     lost_tokens: int
     padding_share: float
     widths: int
+    context: int | None = None
+    beyond_context: int = 0
 
 
 @dataclass(frozen=True)
@@ -235,13 +241,20 @@ class DatasetReport:
         raise DatasetError("\n".join(lines))
 
     def describe_warnings(self) -> str:
-        """The number of warnings and the first of them, on one line; empty if there are none."""
+        """How many warnings there are of each check, on one line; empty if there are none.
+
+        In full, what the model cannot see of the data: no other warning may spoil a whole run.
+        """
         if not self.warnings:
             return ""
-        first = shorten(self.warnings[0], _MAX_SHOWN_CHARACTERS)
-        return (
-            f"data: {_format_count(_count_findings(self.warnings), 'warning')}, the first: {first}"
+        checks = dict.fromkeys(finding.check for finding in self.warnings)
+        kinds = ", ".join(
+            f"{check} {_count_findings(f for f in self.warnings if f.check == check):,}"
+            for check in checks
         )
+        number = _format_count(_count_findings(self.warnings), "warning")
+        unseen = next((f". {f}" for f in self.warnings if f.check == "beyond-context"), "")
+        return f"data: {number} ({kinds}), explained by `nested-tune validate`{unseen}"
 
 
 _REPORT_VALIDATOR = TypeAdapter(DatasetReport)

@@ -55,7 +55,9 @@ def _count_roles(roles: pl.Series) -> dict[str, int]:
     return {role: count for role, count in counts.items() if count}
 
 
-def make_token_stats(facts: TokenFacts, settings: DataSettings) -> TokenStats | None:
+def make_token_stats(
+    facts: TokenFacts, settings: DataSettings, context: int | None
+) -> TokenStats | None:
     """Lengths after truncation and what it cost; None for a split without examples."""
     if not len(facts.examples):
         return None
@@ -75,6 +77,8 @@ def make_token_stats(facts: TokenFacts, settings: DataSettings) -> TokenStats | 
         lost_tokens=int(lost.sum(dtype=np.int64)),
         padding_share=buckets.padding_share,
         widths=len(buckets.widths),
+        context=context,
+        beyond_context=0 if context is None else int((lengths > context).sum()),
     )
 
 

@@ -19,8 +19,13 @@ MIN_EXAMPLES_FOR_OUTLIERS = 20
 MIN_OUTLIER_RATIO = 4
 
 
-def make_token_frame(facts: TokenFacts, file: str, settings: DataSettings) -> pl.DataFrame:
-    """One row for each example, with the columns of TOKEN_RULES."""
+def make_token_frame(
+    facts: TokenFacts, file: str, settings: DataSettings, context: int | None
+) -> pl.DataFrame:
+    """One row for each example, with the columns of TOKEN_RULES.
+
+    `context` is how many tokens the model can see, where that is known.
+    """
     names = facts.examples.dtype.names or ()
     frame = pl.DataFrame({name: np.ascontiguousarray(facts.examples[name]) for name in names})
     lost = pl.col("full_length") - pl.col("length")
@@ -29,6 +34,7 @@ def make_token_frame(facts: TokenFacts, file: str, settings: DataSettings) -> pl
         lost=lost,
         lost_in_all=lost.cast(pl.Int64).sum(),
         max_seq_length=pl.lit(settings.max_seq_length),
+        context=pl.lit(context and min(context, np.iinfo(np.int64).max), pl.Int64),
         may_be_cut=pl.lit(settings.policy.overlong != "error"),
         outlier_bound=pl.lit(length_outlier_bound(facts.examples["full_length"])),
     )
@@ -71,6 +77,7 @@ TOKEN_RULES = FrameRules(
         "broken_turn": pl.Int32,
         "has_end": pl.Boolean,
         "max_seq_length": pl.Int32,
+        "context": pl.Int64,
         "may_be_cut": pl.Boolean,
         "outlier_bound": pl.Int32,
     },
@@ -106,6 +113,17 @@ TOKEN_RULES = FrameRules(
             "the worst is this one, of {full_length} tokens",
             once=True,
             worst="lost",
+        ),
+        Rule(
+            "beyond-context",
+            "warning",
+            pl.col("length") <= pl.col("context"),
+            "examples longer than the {context} tokens that the model can see "
+            "(max_position_embeddings of its config.json): {count}; the longest is this one, of "
+            "{length}. Set max_seq_length: {context}, which cuts them, shorten them, or take a "
+            "model that sees more",
+            once=True,
+            worst="length",
         ),
         Rule(
             "short-answer",

@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from io import BufferedReader, TextIOWrapper
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ _LINES_ALWAYS_ALLOWED = 100_000
 MAX_LINE_BYTES = 64 * 2**20
 _CHUNK_BYTES = 64 * 2**10
 _PARQUET_ROWS_AT_ONCE = 10_000  # converted at a time
+# As exported in other countries or from other programs; the comma first, for what fits both.
+_CSV_DELIMITERS = {",": "commas", ";": "semicolons (;)", "\t": "tabs", "|": "bars (|)"}
 _NON_SPACE_PATTERN = re.compile(r"[^ \t\n\r]")
 _LINE_ENDS_TO_SPACES = str.maketrans("\n\r", "  ")  # in valid JSON they stand between values only
 
@@ -207,7 +210,10 @@ def read_csv(path: Path, json_keys: frozenset[str]) -> Iterator[NumberedLine]:
         open_regular(path, UNBOUNDED, follow_links=True) as (raw, _),
         TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as file,
     ):
-        reader = csv.reader(_refuse_too_long_lines(file), strict=True)
+        lines = _refuse_too_long_lines(file)
+        header = next(lines, "")
+        _refuse_other_delimiter(header)
+        reader = csv.reader(chain([header], lines), strict=True)
         columns = _read_csv_header(reader)
         line = reader.line_num + 1
         while True:
@@ -232,6 +238,24 @@ def _refuse_too_long_lines(file: TextIOWrapper) -> Iterator[str]:
         if len(line) > MAX_LINE_BYTES:
             raise RestOfFileUnreadable(number, _too_long_line_message())
         yield line
+
+
+def _refuse_other_delimiter(header: str) -> None:
+    """Raise RestOfFileUnreadable if another delimiter than a comma makes more columns of it."""
+    found = max(_CSV_DELIMITERS, key=lambda delimiter: _count_csv_cells(header, delimiter))
+    if found != ",":
+        raise RestOfFileUnreadable(
+            1,
+            f"the cells are separated by {_CSV_DELIMITERS[found]}; expected commas. Write the file "
+            f"again with commas by the command in docs/data.md, Other formats",
+        )
+
+
+def _count_csv_cells(line: str, delimiter: str) -> int:
+    try:
+        return len(next(csv.reader([line], delimiter=delimiter, strict=True), []))
+    except csv.Error:  # quotes that do not end where this delimiter ends a cell
+        return 0
 
 
 def _read_csv_header(reader: Iterator[list[str]]) -> list[str]:

@@ -24,6 +24,10 @@ TOKENIZER_CONFIG_KEY_BY_PACKAGE = {
 }
 
 
+# As transformers' tokenization_utils_base.py names what it has warned of.
+TOO_LONG_WARNING = "sequence-length-is-longer-than-the-specified-maximum"
+
+
 @dataclass(frozen=True)
 class TokenizerSource:
     """A model's local folder. Its fields are plain values, so that workers can be sent them."""
@@ -49,7 +53,7 @@ def _load_tokenizer(source: TokenizerSource) -> Any:
     try:
         ends = load_config(folder).get("eos_token_id")
         extra = {"trust_remote_code": source.trust_remote_code}
-        return load_tokenizer(folder, extra, eos_token_ids=ends)
+        tokenizer = load_tokenizer(folder, extra, eos_token_ids=ends)
     except MemoryError:
         raise
     except Exception as error:  # tokenizers raises Exception itself, malformed JSON anything
@@ -64,6 +68,9 @@ def _load_tokenizer(source: TokenizerSource) -> Any:
             f"model: no tokenizer could be loaded from {folder} ({reason}). Expected the model's "
             f"config.json, tokenizer.json and tokenizer_config.json there."
         ) from error
+    # transformers would warn of a text beyond the model's context, which the data's report counts
+    tokenizer.deprecation_warnings[TOO_LONG_WARNING] = True
+    return tokenizer
 
 
 def _describe_other_folder(folder: Path) -> str | None:

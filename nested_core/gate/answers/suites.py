@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from nested_core.config.sections import Score
 from nested_core.data.lines.example_parsing import strip_line
 from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
-from nested_core.errors import ConfigError, DamagedError, DatasetError, shorten
+from nested_core.errors import ConfigError, DamagedError, DatasetError, join_first_values, shorten
 from nested_core.storage.strict_files import file_type, read_regular
 
 Turn = dict[str, str]
@@ -172,32 +172,44 @@ def read_suite(path: Path, score: Score) -> tuple[Question, ...]:
     if content.count(b"\n") > MAX_SUITE_LINES:
         raise DatasetError(f"gate.tasks: {path} has more than {MAX_SUITE_LINES:,} lines.")
     questions: list[Question] = []
-    problems = list(islice(_find_problems(path, content, score, questions), MAX_PROBLEMS + 1))
+    problems = list(islice(_find_problems(content, score, questions), MAX_PROBLEMS + 1))
+    summary = f"{path} is no suite of {score} questions."
     if not questions and not problems:
-        problems.append(f"{path}: there is no question in it")
+        raise DatasetError(describe_bad_questions(summary, [f"{path}: there is no question in it"]))
     if problems:
-        raise DatasetError(
-            describe_bad_questions(f"{path} is no suite of {score} questions.", problems)
-        )
+        lines_by_problem: dict[str, list[int]] = {}
+        for line, problem in problems[:MAX_PROBLEMS]:
+            lines_by_problem.setdefault(problem, []).append(line)
+        listed = [
+            f"{path}:{lines[0]}: {problem}{_describe_other_lines(lines[1:])}"
+            for problem, lines in lines_by_problem.items()
+        ]
+        if len(problems) > MAX_PROBLEMS:
+            summary += f" More than {MAX_PROBLEMS:,} lines are bad; the rest was not read."
+        raise DatasetError(describe_bad_questions(summary, listed))
     return tuple(questions)
 
 
+def _describe_other_lines(lines: Sequence[int]) -> str:
+    return f" (and {len(lines):,} more: {join_first_values(lines, 2)})" if lines else ""
+
+
 def _find_problems(
-    path: Path, content: bytes, score: Score, questions: list[Question]
-) -> Iterator[str]:
-    """Append the questions of a suite; yield a problem for each bad line as it is met."""
+    content: bytes, score: Score, questions: list[Question]
+) -> Iterator[tuple[int, str]]:
+    """Append the questions of a suite; yield line and problem of each bad line as it is met."""
     for line, raw in enumerate(BytesIO(content), start=1):
         body = strip_line(raw, is_first=line == 1)
         if not body:
             continue
         if len(questions) == MAX_QUESTIONS:
-            yield f"{path}:{line}: a suite has at most {MAX_QUESTIONS:,} questions"
+            yield line, f"a suite has at most {MAX_QUESTIONS:,} questions"
             return
         try:
             questions.append(_read_question(body, line, score))
         except (LineProblem, ValueError) as problem:
-            yield f"{path}:{line}: {problem}"
-    yield from _describe_repeated_names(path, questions)
+            yield line, str(problem)
+    yield from _describe_repeated_names(questions)
 
 
 def describe_bad_questions(summary: str, problems: Sequence[str]) -> str:
@@ -205,8 +217,7 @@ def describe_bad_questions(summary: str, problems: Sequence[str]) -> str:
     listed = [f"  {problem}" for problem in problems[:MAX_LISTED_PROBLEMS]]
     if len(problems) > MAX_LISTED_PROBLEMS:
         more = len(problems) - MAX_LISTED_PROBLEMS
-        is_all = len(problems) <= MAX_PROBLEMS
-        listed.append(f"  and {more:,} more" if is_all else f"  and {more:,} more at least")
+        listed.append(f"  and {more:,} more")
     return "\n".join([f"gate.tasks: {summary} Nothing was judged.", *listed])
 
 
@@ -273,16 +284,15 @@ def _describe_first_problem(error: ValidationError) -> str:
     return f"{place}: {message}{more}" if place else f"{message}{more}"
 
 
-def _describe_repeated_names(path: Path, questions: Iterable[Question]) -> Iterator[str]:
-    """A problem for each question whose own id another one has."""
+def _describe_repeated_names(questions: Iterable[Question]) -> Iterator[tuple[int, str]]:
+    """The line and a problem for each question whose own id another one has."""
     first: dict[str, int] = {}
     for question in questions:
         if question.fields.get("id") is None:
             continue
         line = first.setdefault(question.name, question.line)
         if line != question.line:
-            place = f"{path}:{question.line}"
-            yield f"{place}: the id {shorten(question.name)!r} is that of line {line}"
+            yield question.line, f"the id {shorten(question.name)!r} is that of line {line}"
 
 
 def question_label(question: Question) -> str:

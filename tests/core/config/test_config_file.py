@@ -62,8 +62,8 @@ class TestPrecedence:
         with pytest.raises(ConfigError) as error:
             load_config(None, {"iters": 0})
         assert str(error.value) == (
-            "The configuration in the command line cannot be used:\n"
-            "  iters: Input should be greater than 0; found 0"
+            "The command line cannot be used:\n"
+            "  iters: Input should be greater than 0; found 0 (--iters)"
         )
 
 
@@ -329,11 +329,22 @@ def test_a_default_in_the_place_of_a_refused_value_is_blamed_for_nothing(write: 
     ]
 
 
+def test_a_flag_in_a_section_of_the_file_is_refused_by_its_own_name(write: Write) -> None:
+    path = write("lora_parameters:\n  rank: 8\ngate:\n  tasks:\n  - {name: a, min: 3}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(path, {"lora_parameters.rank": 0, "gate.tasks": [{"name": "a", "min": 90}]})
+    first, *lines = str(error.value).splitlines()
+    assert first == "The command line cannot be used:"
+    assert lines[0].endswith("found 0 (--lora-parameters.rank)")
+    assert lines[1].startswith("  gate.tasks.0")
+    assert all(line.endswith(" (--gate.tasks)") for line in lines[1:])
+
+
 def test_a_flag_that_is_refused_has_no_line(write: Write) -> None:
     path = write("iters: 3\nbatch_size: 0\n")
     assert refused_lines(path, iters=0) == [
         "  batch_size: Input should be greater than 0; found 0 (line 2)",
-        "  iters: Input should be greater than 0; found 0",
+        "  iters: Input should be greater than 0; found 0 (--iters)",
     ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nested_core import ConfigError
+from nested_core import ConfigError, DatasetError
 from nested_core.data.dataset_split import split_dataset
 
 
@@ -80,6 +80,18 @@ def test_what_cannot_be_split_is_refused_and_leaves_nothing(
         (data / file).write_text((data / "train.jsonl").read_text())
     with pytest.raises(ConfigError, match=said):
         split_dataset(str(data), share, tmp_path / "split")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_rows_that_cannot_be_read_are_not_left_out_of_a_split(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = "".join(f"Where, {n}?,Here.\n" if n % 2 else f"Is {n}?,Yes.\n" for n in range(40))
+    (data / "train.csv").write_text(f"prompt,completion\n{rows}")
+    with pytest.raises(DatasetError) as refused:
+        split_dataset(str(data), 0.1, tmp_path / "split")
+    assert "train.csv:3: cell-count: expected 2 cells" in str(refused.value)
+    assert "(and 19 more)" in str(refused.value)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 

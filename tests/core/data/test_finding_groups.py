@@ -25,7 +25,20 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "Alpaca with input": (
         {"instruction": "Add.", "input": "1 and 1", "output": "2"},
-        "this is Alpaca's: write instruction and input into one prompt, output into completion",
+        "training would leave out what stands in input: make each row a chat under messages",
+    ),
+    "Alpaca with a history": (
+        {"instruction": "Yes.", "output": "2", "history": [["Add 1.", "1?"]], "system": "Count."},
+        "training would leave out what stands in history and system",
+    ),
+    "a preference pair": (
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        "chosen and rejected are preference pairs, and training on preferences (DPO, ORPO) is not "
+        "supported: to learn the chosen answers alone, set completion_feature: chosen",
+    ),
+    "a preference pair of chats": (
+        {"chosen": [{"role": "user", "content": "a"}], "rejected": []},
+        "to learn the chosen answers alone, set chat_feature: chosen",
     ),
     "ShareGPT": (
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
@@ -46,6 +59,10 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "a prompt and a response": (
         {"prompt": "a", "response": "b"},
         "completion is missing; set completion_feature: response",
+    ),
+    "columns in capitals": (
+        {"Question": "a", "Answer": "b"},
+        "set prompt_feature: Question and completion_feature: Answer",
     ),
     "text by another name": ({"content": "a"}, "set text_feature: content"),
 }
@@ -70,7 +87,59 @@ def test_the_hint_names_only_what_is_configured_otherwise() -> None:
     assert message.endswith("; set prompt_feature: prompt")
 
 
-@pytest.mark.parametrize("name", ["Alpaca with input", "ShareGPT"])
+UNREAD: dict[str, tuple[dict[str, Any], str]] = {
+    "input beside a configured instruction": (
+        {"instruction": "Add.", "input": "1 and 1", "output": "2"},
+        "input",
+    ),
+    "a history and a system prompt": (
+        {"instruction": "Yes.", "output": "2", "history": [["Add 1.", "1?"]], "system": "Count."},
+        "history and system",
+    ),
+    "a system prompt beside a chat": (
+        {"system": "Count.", "messages": [{"role": "user", "content": "a"}]},
+        "system",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_a_filled_field_of_the_conversation_that_nothing_reads_is_refused(name: str) -> None:
+    row, unread = UNREAD[name]
+    names = FieldNames(prompt="instruction", completion="output")
+    judged = parse_line_to_row(json.dumps(row).encode(), names)
+    assert judged.check == "unread-field"
+    assert str(judged.message).startswith(f"training would leave out what stands in {unread}: ")
+    assert judged.content is None  # so that it leaks into no other split either
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Add.", "input": "", "output": "2", "history": [], "system": None},
+        {"instruction": "Add.", "input": "1", "output": "2", "text": "Add. 1 2"},
+        {"instruction": "Add.", "output": "2", "source": "web"},
+    ],
+)
+def test_empty_fields_plain_text_and_other_fields_are_no_loss(row: dict[str, Any]) -> None:
+    names = FieldNames(prompt="instruction", completion="none" if "text" in row else "output")
+    assert parse_line_to_row(json.dumps(row).encode(), names).check is None
+
+
+def test_a_chosen_answer_is_trained_on_where_it_is_configured() -> None:
+    row = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}).encode()
+    judged = parse_line_to_row(row, FieldNames(completion="chosen"))
+    assert (judged.check, judged.content) == (None, "ua\0a\0b")
+
+
+CONVERTED = {
+    "Alpaca with input": ["Add.\n\n1 and 1", "2"],
+    "Alpaca with a history": ["Count.", "Add 1.", "1?", "Yes.", "2"],
+    "ShareGPT": ["a", "b"],
+}
+
+
+@pytest.mark.parametrize("name", CONVERTED)
 def test_the_script_of_the_documentation_makes_sound_lines(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,7 +147,8 @@ def test_the_script_of_the_documentation_makes_sound_lines(
     (script,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(ROWS[name][0]) + "\n"))
     exec(script, {})  # noqa: S102  # the documentation's own text
-    assert parse_line_to_row(capsys.readouterr().out.encode(), FieldNames()).check is None
+    row = parse_line_to_row(capsys.readouterr().out.encode(), FieldNames())
+    assert (row.check, str(row.content).split("\0")[1:]) == (None, CONVERTED[name])
 
 
 @pytest.mark.parametrize("name", slow_except(ROWS, "ShareGPT", reason="5,000 lines"))

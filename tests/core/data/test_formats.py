@@ -165,11 +165,29 @@ BAD_ROWS: dict[str, tuple[str, bytes, list[Found]]] = {
     "NUL in a csv": ("train.csv", b"text\none\na\0b\n", [("train.csv", 3, "nul-character")]),
     "columns that are not known": (
         "train.csv",
-        b"question;answer\na;b\n",
+        b"question,answer\na,b\n",
         [("train.csv", 2, "unknown-format")],
     ),
 }
 DAMAGED: dict[str, tuple[str, bytes, Found, str]] = {
+    "csv with semicolons": (
+        "train.csv",
+        b"prompt;completion\na;b\nc, d;e\n",
+        ("train.csv", 1, "damaged-file"),
+        "the cells are separated by semicolons (;); expected commas",
+    ),
+    "csv with semicolons between quotes": (
+        "train.csv",
+        b'\xef\xbb\xbf"prompt, all of it";"completion"\r\n"a";"b"\r\n',
+        ("train.csv", 1, "damaged-file"),
+        "the cells are separated by semicolons (;); expected commas",
+    ),
+    "csv with tabs": (
+        "train.csv",
+        b"prompt\tcompletion\na\tb\n",
+        ("train.csv", 1, "damaged-file"),
+        "the cells are separated by tabs; expected commas",
+    ),
     "cut gzip": (
         "train.jsonl.gz",
         gzip.compress(as_lines([{"text": f"{n * n:x} {n * 7919}"} for n in range(4000)]))[:-9000],

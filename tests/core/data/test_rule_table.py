@@ -95,7 +95,9 @@ def test_a_data_set_with_many_warnings_has_a_small_report(write_data: WriteData)
     rest = next(f for f in written["findings"] if f["line"] is None and f["check"] == "duplicate")
     assert rest["count"] == 28_999
     assert DatasetReport.from_json(json.loads(json.dumps(written))) == report
-    assert report.describe_warnings().startswith("data: 29,999 warnings, the first: ")
+    assert report.describe_warnings() == (
+        "data: 29,999 warnings (duplicate 29,999), explained by `nested-tune validate`"
+    )
 
 
 def test_lines_whose_error_is_not_listed_are_rejected_and_counted(write_data: WriteData) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
+from transformers import tokenization_utils_base
 
 from nested_core.config.sections import DataPolicy
 from nested_core.data.data_settings import DataSettings
@@ -167,3 +170,32 @@ def test_tools_count_among_the_characters_of_a_row(
     report = judged(folder, tokenizer, max_seq_length=8)
     found = [place for place in places(report.findings) if place[2] == "row-too-long"]
     assert found == [("train.jsonl", 5, "row-too-long")]
+
+
+def test_examples_beyond_the_models_context_are_counted(write_data: WriteData) -> None:
+    source = build_tokenizer(TEMPLATE)
+    Path(source.folder, "config.json").write_text('{"max_position_embeddings": 60}')
+    folder = write_data(train=[*GOOD, chat("A" * 90), chat("B" * 80)], valid=HELD_OUT)
+    report = judged(folder, source)
+    (finding,) = (f for f in report.warnings if f.check == "beyond-context")
+    assert (finding.file, finding.line) == ("train.jsonl", 5)
+    assert finding.message.startswith("examples longer than the 60 tokens that the model can see ")
+    assert ": 2; the longest is this one" in finding.message
+    tokens = report.splits["train"].tokens
+    assert tokens is not None
+    assert (tokens.context, tokens.beyond_context) == (60, 2)
+    assert str(finding) in report.describe_warnings()
+    cut = judged(folder, source, max_seq_length=60)
+    assert [finding.check for finding in cut.warnings] == ["truncated"]
+
+
+def test_transformers_does_not_warn_of_a_length_that_the_report_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = build_tokenizer(TEMPLATE)
+    settings = Path(source.folder, "tokenizer_config.json")
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 6}))
+    warned: list[str] = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", warned.append)
+    assert len(source.load().encode("The river is near. " * 9)) > 6
+    assert warned == []

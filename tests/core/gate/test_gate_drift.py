@@ -69,8 +69,12 @@ def test_predictions_that_move_beyond_their_bound_are_refused(
     config: FineTuneConfig, run: RunDirectory
 ) -> None:
     config = with_gate(config, run, max_kl=0.01)
-    with pytest.raises(GateRejected, match=r"drift \(the predictions moved by .* nats a token"):
+    moved = r"drift \(the predictions moved by .* nats a token"
+    with pytest.raises(GateRejected, match=moved) as rejected:
         steps.judge(config, run)
+    assert rejected.value.run == run
+    assert rejected.value.verdict.summary() == read_verdict(run.gate).summary()
+    assert [reason.code for reason in rejected.value.reasons] == ["drift"]
     (reason,) = read_gate(run.gate)["reasons"]
     assert "on valid.jsonl, 10 examples, 110 tokens; gate.max_kl is 0.01" in reason["message"]
     assert reason["message"].endswith("docs/gate.md#drift")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,16 @@ def test_a_verdict_of_a_rise_within_noise_is_confirmed_and_registered_where_nois
     gate["thresholds"] |= {"noise": "none", "max_val_loss_increase": 0.0}
     with pytest.raises(DamagedError, match="the loss rose beyond its bound"):
         require_consistent(parse_verdict(gate, run.gate), run.gate)
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), math.inf, math.nan])
+def test_a_verdict_with_a_number_that_no_float_holds_is_damaged(
+    judged: RunDirectory, number: float
+) -> None:
+    gate = read_gate(judged.gate)
+    gate["thresholds"]["max_kl"] = number
+    with pytest.raises(DamagedError, match="holds no verdict: .* is "):
+        parse_verdict(gate, judged.gate)
 
 
 def change_one_loss(run: RunDirectory) -> None:

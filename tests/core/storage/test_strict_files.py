@@ -7,6 +7,7 @@ import hashlib
 import os
 import socket
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from nested_core.storage.strict_files import (
     read_start,
     regular_sha256,
 )
+from nested_core.training.reports.training_plan import TrainingPlan, read_plan, write_plan
 
 MIB = 1024 * 1024
 
@@ -111,3 +113,30 @@ def test_a_duplicate_key_anywhere_is_named() -> None:
     for text in (b'{"a": 1, "a": 1}', b'[{"b": {"x": 0, "a": {}, "a": 2}}]'):
         with pytest.raises(ValueError, match="the key 'a' appears twice"):
             parse_json(text)
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1e999", "1" + "0" * 400, "-" + "9" * 5000])
+def test_a_number_that_no_float_holds_is_refused_anywhere(number: str) -> None:
+    with pytest.raises(ValueError, match="is beyond any float"):
+        parse_json(f'{{"a": [{{"b": {number}}}]}}'.encode())
+    assert parse_json(b"[1000000000000000019884624838656, -3]") == [10**30 + 19884624838656, -3]
+
+
+def test_a_plan_with_such_a_number_is_none(tmp_path: Path) -> None:
+    plan = TrainingPlan(
+        steps=10,
+        iterations=10,
+        epochs=1.0,
+        first_step=0,
+        frequencies=(1,),
+        offers_best=False,
+        training_file="train.jsonl",
+        validation_file=None,
+        validation_examples=0,
+        memory_forecast_gb=1.0,
+        memory_limit_gb=2.0,
+    )
+    write_plan(tmp_path / "plan.json", plan)
+    assert read_plan(tmp_path / "plan.json") == plan
+    write_plan(tmp_path / "plan.json", replace(plan, steps=10**400))
+    assert read_plan(tmp_path / "plan.json") is None

@@ -41,7 +41,8 @@ class TestFlatLoss:
         with pytest.warns(SilentUpdateWarning) as caught:
             warn_of_flat_loss(state, [2.5] * 10, 10)
         message = "loss_flat: the training loss has not moved beyond noise over 10 reports "
-        assert str(caught[0].message) == f"{message}(2.5 -> 2.5)."
+        halves = "(means of their first and second half: 2.5 -> 2.5)."
+        assert str(caught[0].message) == message + halves
         assert state.red_flags == [str(caught[0].message)]
 
     @pytest.mark.parametrize("window", [2, 3, 10])
@@ -54,6 +55,14 @@ class TestFlatLoss:
 
     def test_a_loss_that_falls_through_its_noise_is_not(self) -> None:
         assert not any(flagged(noisy(10, 3.0, 0.1, 0.05, seed)) for seed in range(100))
+
+    def test_a_loss_that_fell_by_a_fifth_is_not_flat_however_noisy_it_is(self) -> None:
+        noise = [0.0, 2.5, -2.5, 2.5, -2.5, 2.5, -2.5, 2.5, -2.5, 0.0]
+        fall = [14.84 - index * (14.84 - 11.91) / 9 for index in range(10)]
+        losses = [loss + offset for loss, offset in zip(fall, noise, strict=True)]
+        assert (losses[0], losses[-1]) == (14.84, 11.91)
+        assert not flagged(losses)
+        assert flagged([13.0 + offset for offset in noise])
 
     def test_a_loss_that_rises_is_not_flat(self) -> None:
         assert not flagged([1.0 + 0.1 * index for index in range(10)])
@@ -70,6 +79,16 @@ class TestFlatLoss:
 
     def test_only_the_last_reports_count(self) -> None:
         assert flagged([2.5, 2.4, 2.6, 2.5] + [2.5] * 10)
+
+
+def test_a_warning_is_printed_with_its_step_and_no_line_of_code() -> None:
+    with pytest.warns(SilentUpdateWarning) as caught:
+        warn_once(TrainingState(step=40), "loss_flat", "why")
+    (warning,) = caught
+    printed = warnings.formatwarning(
+        warning.message, warning.category, warning.filename, warning.lineno
+    )
+    assert printed == "training step:40: SilentUpdateWarning: loss_flat: why\n"
 
 
 class TestUpdates:

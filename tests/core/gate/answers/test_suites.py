@@ -98,9 +98,21 @@ def test_a_bad_line_is_told_with_its_place(tmp_path, score, line, problem) -> No
     assert error.value.exit_code == 3
 
 
+def test_bad_lines_of_one_kind_are_told_in_one_line(tmp_path) -> None:
+    good = {"prompt": "a", "expected": "b"}
+    path = write(tmp_path / "s.jsonl", *[good, {"prompt": "a", "answer": "b"}] * 20, b"{")
+    with pytest.raises(DatasetError) as error:
+        read_suite(path, "exact")
+    _, one, other = str(error.value).splitlines()
+    assert one.startswith(f"  {path}:2: answer: there is no such key")
+    assert one.endswith(" (and 19 more: 4, 6, ...)")
+    assert other.startswith(f"  {path}:41: ")
+
+
 def test_all_bad_lines_are_told_in_a_dozen_lines(tmp_path) -> None:
     good = {"prompt": "a", "expected": "b"}
-    path = write(tmp_path / "s.jsonl", *[good, b"{"] * 20)
+    bad = [{"prompt": "a", "expected": "b", f"key{n}": 1} for n in range(20)]
+    path = write(tmp_path / "s.jsonl", *[row for one in bad for row in (good, one)])
     with pytest.raises(DatasetError) as error:
         read_suite(path, "exact")
     lines = str(error.value).splitlines()
@@ -113,7 +125,7 @@ def test_reading_a_suite_ends_after_a_thousand_bad_lines(tmp_path) -> None:
     path = tmp_path / "s.jsonl"
     path.write_bytes(b"{\n" * 900_000)
     started = time.process_time()
-    with pytest.raises(DatasetError, match="and 993 more at least"):
+    with pytest.raises(DatasetError, match="More than 1,000 lines are bad"):
         read_suite(path, "exact")
     assert time.process_time() - started < 2
 
