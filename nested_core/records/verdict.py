@@ -13,6 +13,7 @@ from typing import Any, Literal
 from typing_extensions import TypedDict
 
 from nested_core.errors import join_first_values
+from nested_core.records.answers import BROKEN_WORDS
 from nested_core.text.html_markup import collapsed, notebook_fragment, paragraph, table
 from nested_core.text.loss_conclusion import (
     Conclusion,
@@ -399,14 +400,15 @@ class SampleVerdict:
         return 2 * self.broken > self.judged
 
     def describe(self) -> str:
-        """`3 of 3 sample answers are broken: 3 repeat one token or pair to the end`."""
-        words = {
-            "empty": "empty",
-            "repeated": "one token or pair repeated to the end",
-            "endless": "without an end",
-        }
-        ways = ", ".join(f"{count} {words.get(way, way)}" for way, count in self.ways.items())
+        """`3 of 3 sample answers are broken (3 one token or pair repeated)`."""
+        ways = ", ".join(f"{count} {BROKEN_WORDS.get(way, way)}" for way, count in self.ways.items())
         return f"{self.broken} of {self.judged} sample answers are broken ({ways})"
+
+    def suggest(self) -> str:
+        """What to try next: the same answer to every prompt is learnt too little, or too fast."""
+        if self.ways.get("same"):
+            return "train longer, or try a learning rate three times as high, or a third of it"
+        return "try a lower learning rate, a smaller lora_parameters.scale or fewer passes"
 
 
 @dataclass(frozen=True)
@@ -564,8 +566,8 @@ class Verdict:
         lost = [note for task in self.tasks if (note := task.describe_lost()) is not None]
         if self.samples is not None and self.samples.are_broken:
             lost.append(
-                f"{self.samples.describe()}: do not promote it; a lower learning rate or fewer "
-                f"passes may keep the model ({GATE_GUIDE}#answers_broken)"
+                f"{self.samples.describe()}: do not promote it, but {self.samples.suggest()} "
+                f"({GATE_GUIDE}#answers_broken)"
             )
         return lost
 

@@ -13,6 +13,7 @@ import numpy as np
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.errors import DamagedError
 from nested_core.gate.example_losses import ExampleLosses
+from nested_core.records.answers import BROKEN_WORDS, BrokenHow
 from nested_core.records.verdict import (
     ChampionLoss,
     TensorChange,
@@ -412,11 +413,21 @@ def _sample_answers_table(record: RunRecord) -> Html:
     parent = ("parent",) if any(row.parent is not None for row in shown) else ()
     rows = []
     for row in shown:
-        answers = (row.adapter, row.expected, row.base, row.parent)[: 3 + len(parent)]
+        adapter = _sample_cell(row.adapter, row.adapter_broken)
+        base = _sample_cell(row.base, row.base_broken)
+        others = (row.expected, row.parent)[: 1 + len(parent)]
+        expected, *of_parent = (None if one is None else truncated_text(one) for one in others)
         prompt = truncated_text(f"{row.place}: {row.prompt}")
-        rows.append((prompt, *(None if one is None else truncated_text(one) for one in answers)))
+        rows.append((prompt, adapter, expected, base, *of_parent))
     columns = ("prompt", "candidate", "expected", "base", *parent)
     return table("Greedy answers at the end of training; all: sample-answers.jsonl", columns, rows)
+
+
+def _sample_cell(answer: str, broken: BrokenHow | None) -> Html:
+    if broken is None:
+        return truncated_text(answer)
+    mark = element("small", f"✗ broken: {BROKEN_WORDS[broken]}", class_="bad")
+    return join((mark, truncated_text(answer)))
 
 
 def _answers_by_evaluation_table(samples: SampleTable) -> Html:
