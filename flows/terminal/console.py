@@ -118,7 +118,9 @@ def output_console(width: int) -> Console:
 
 
 def describe_tiers(stats: Sequence[TierStats]) -> str:
-    """What each tier holds and how often it is updated, on one line."""
+    """What each tier holds and how often it is updated, on one line; no tiers where all is one."""
+    if [s.frequency for s in stats] == [1]:
+        return f"training {stats[0].tensors} tensors, {stats[0].parameters:,} parameters"
     return "; ".join(
         f"tier {s.tier} (every {'step' if s.frequency == 1 else f'{s.frequency} steps'}): "
         f"{s.tensors} tensors, {s.parameters:,} parameters"
