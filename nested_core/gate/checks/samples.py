@@ -86,7 +86,7 @@ def ask_samples(base: LoadedBase, evidence: RunEvidence) -> list[SampleAnswers]:
             asked, of_base, broken, of_parent, of_candidate, strict=True
         )
     ]
-    return mark_same_answers(rows)
+    return mark_same_answers(rows, are_cut_off=any(answer.is_endless for answer in of_candidate))
 
 
 def _list_prompts(config: FineTuneConfig) -> Iterator[_SamplePrompt]:
@@ -124,7 +124,8 @@ def find_damage(answer: Answer, expected: str | None, tokenizer: Any) -> BrokenH
         return None
     if answer.is_empty:
         return "empty"
-    if _has_no_words(answer.text.strip(), expected):
+    is_begun = answer.is_endless and answer.tokens < MIN_REPEATED_TOKENS
+    if not is_begun and _has_no_words(answer.text.strip(), expected):
         return "no_words"
     if answer.repeated_tokens >= max(MIN_REPEATED_TOKENS, answer.tokens / 2):
         return "repeated"
@@ -145,18 +146,20 @@ def _has_no_words(text: str, expected: str | None) -> bool:
     return len(text) == 1 and expected is not None and len(expected.strip()) >= LENGTH_FACTOR
 
 
-def mark_same_answers(rows: Sequence[SampleAnswers]) -> list[SampleAnswers]:
+def mark_same_answers(rows: Sequence[SampleAnswers], *, are_cut_off: bool) -> list[SampleAnswers]:
     """The rows, those of an adapter that says the same to every prompt marked as broken so.
 
     There have to be MIN_SAME_ANSWERS different prompts. One answer may be right for all: what is
-    expected, or where the data has no answer what the base said, has to differ between them; and
-    an answer that the data expects of one prompt is an answer.
+    expected, or where the data has no answer what the base said, has to differ between them, of
+    answers that were cut off as far as these go; and what the data expects of one is an answer.
     """
     answers = {row.adapter for row in rows}
-    references = {row.base if row.expected is None else row.expected.strip() for row in rows}
-    expected = {row.expected.strip() for row in rows if row.expected is not None}
-    is_enough = len({row.prompt for row in rows}) >= MIN_SAME_ANSWERS
-    if not is_enough or len(answers) > 1 or len(references) == 1 or answers <= expected:
+    if len({row.prompt for row in rows}) < MIN_SAME_ANSWERS or len(answers) > 1:
+        return list(rows)
+    end = len(rows[0].adapter) if are_cut_off else None
+    expected = {row.expected.strip()[:end] for row in rows if row.expected is not None}
+    references = expected | {row.base[:end] for row in rows if row.expected is None}
+    if len(references) == 1 or answers <= expected:
         return list(rows)
     return [replace(row, adapter_broken=row.adapter_broken or "same") for row in rows]
 

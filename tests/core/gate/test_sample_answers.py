@@ -64,6 +64,8 @@ def answer(text: str, *, endless: bool = False) -> Answer:
         ("是", False, "不是", None),
         ("-", False, "+", None),
         (".,,..,.", False, "In Norway.", "no_words"),
+        (". . .", True, "In Norway.", None),  # cut off before it can tell
+        (". , . , , .", True, "In Norway.", "no_words"),
     ],
 )
 def test_how_an_answer_is_broken(
@@ -76,10 +78,12 @@ def rows(*pairs: tuple[BrokenHow | None, BrokenHow | None]) -> list[SampleAnswer
     return [SampleAnswers("p", None, "b", None, "a", "x:1", *pair) for pair in pairs]
 
 
-def same(*rows: tuple[str, str | None, str]) -> list[BrokenHow | None]:
+def same(
+    *rows: tuple[str, str | None, str], are_cut_off: bool = False
+) -> list[BrokenHow | None]:
     """How answers of "Hm." are broken, to prompts with what is expected and what the base said."""
     given = [SampleAnswers(p, e, b, None, "Hm.", "x:1") for p, e, b in rows]
-    return [row.adapter_broken for row in mark_same_answers(given)]
+    return [row.adapter_broken for row in mark_same_answers(given, are_cut_off=are_cut_off)]
 
 
 def test_the_same_answer_to_different_prompts_is_broken_where_others_would_differ() -> None:
@@ -103,7 +107,15 @@ def test_one_answer_may_be_right_for_all(rows: list[tuple[str, str | None, str]]
 
 def test_answers_that_differ_in_one_are_not_the_same() -> None:
     rows = [SampleAnswers(p, p.upper(), "b", None, a, "x:1") for p, a in zip("pqr", "aab")]
-    assert mark_same_answers(rows) == rows
+    assert mark_same_answers(rows, are_cut_off=False) == rows
+
+
+def test_answers_that_were_cut_off_are_compared_as_far_as_they_go() -> None:
+    alike = (("p", "See A.", "b"), ("q", "See B.", "b"), ("r", "See C.", "b"))
+    assert same(*alike) == ["same"] * 3
+    assert same(*alike, are_cut_off=True) == [None] * 3  # they begin alike
+    others = (("p", "A.", "b"), ("q", "B.", "b"), ("r", "C.", "b"))
+    assert same(*others, are_cut_off=True) == ["same"] * 3
 
 
 SOUND, BROKEN = (None, None), (None, "repeated")
