@@ -30,6 +30,11 @@ BROKEN_WORDS: Mapping[str, str] = {
 }
 
 
+def shown_answer(text: str) -> str:
+    """An answer without the space around it; of one without anything to read, that it is empty."""
+    return text.strip() or "(empty)"
+
+
 @dataclass(frozen=True)
 class AnswerRecord:
     """One answer of one model to one question of one suite.
@@ -42,6 +47,7 @@ class AnswerRecord:
     empty, endless, repeated: there is nothing to read, it was cut off, it is one token repeated.
     seconds: the suite's time with this model, divided by its questions.
     same_prompt_as: the first line of the suite with the same prompt; None for that line itself.
+    expected: the right answers, shortened; None where there is none, or from an earlier release.
     """
 
     task: str
@@ -56,6 +62,7 @@ class AnswerRecord:
     repeated: bool
     seconds: float
     same_prompt_as: int | None = None
+    expected: str | None = None
 
 
 _RECORD_VALIDATOR = TypeAdapter(AnswerRecord)

@@ -14,6 +14,7 @@ import numpy as np
 from nested_core.config.key_properties import iterate_configured_paths
 from nested_core.errors import ConfigError
 from nested_core.gate.paired_difference import PairedDifference, compare_pairs
+from nested_core.records.answers import shown_answer
 from nested_core.records.dataset import held_out_split
 from nested_core.report.line_charts import draw_figure
 from nested_core.report.run_page import describe_outcome
@@ -244,7 +245,7 @@ class RunComparison:
                     key = (answer.task, answer.line)
                     questions.setdefault(key, f"{answer.task}: {answer.question}")
                     cells = answers.setdefault(key, [escaped_html(None)] * len(self.records))
-                    cells[place] = truncated_text(f"{answer.score:.2g}: {answer.answer.strip()}")
+                    cells[place] = truncated_text(f"{answer.score:.2g}: {shown_answer(answer.answer)}")
         rows = [
             (truncated_text(questions[key]), *cells)
             for key, cells in answers.items()

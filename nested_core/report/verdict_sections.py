@@ -13,7 +13,7 @@ import numpy as np
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.errors import DamagedError
 from nested_core.gate.example_losses import ExampleLosses
-from nested_core.records.answers import BROKEN_WORDS, BrokenHow
+from nested_core.records.answers import BROKEN_WORDS, BrokenHow, shown_answer
 from nested_core.records.verdict import (
     ChampionLoss,
     TensorChange,
@@ -375,7 +375,7 @@ def _answers_table(record: RunRecord, task: str, count: int) -> Html:
         r for r in ("candidate", "base", "parent", "champion") if any(a.model == r for a in own)
     ]
     by_line: dict[int, dict[str, tuple[str, float]]] = {}
-    questions = {answer.line: answer.question for answer in own}
+    questions = {answer.line: (answer.question, answer.expected) for answer in own}
     for answer in own:
         by_line.setdefault(answer.line, {})[answer.model] = (answer.answer, answer.score)
 
@@ -386,12 +386,13 @@ def _answers_table(record: RunRecord, task: str, count: int) -> Html:
         return candidate - max(scores.values(), default=0.0)
 
     lines = sorted(by_line, key=gain)
-    rows = [
-        (truncated_text(questions[line], 200), *(_answer_cell(by_line[line].get(r)) for r in roles))
-        for line in lines[:count]
-    ]
+    rows = []
+    for line in lines[:count]:
+        question, expected = questions[line]
+        answers = [_answer_cell(by_line[line].get(role)) for role in roles]
+        rows.append((truncated_text(question, 200), expected, *answers))
     caption = f"{len(rows)} of {len(lines)} questions, lost ones first; all: answers.jsonl"
-    return table(caption, ("question", *roles), rows)
+    return table(caption, ("question", "expected", *roles), rows)
 
 
 def _answer_cell(answer: tuple[str, float] | None) -> Html:
@@ -402,7 +403,7 @@ def _answer_cell(answer: tuple[str, float] | None) -> Html:
     return join(
         (
             element("small", mark, class_="good" if score >= 1 else "bad"),
-            truncated_text(text.strip()),
+            truncated_text(shown_answer(text)),
         )
     )
 
@@ -424,10 +425,10 @@ def _sample_answers_table(record: RunRecord) -> Html:
 
 
 def _sample_cell(answer: str, broken: BrokenHow | None) -> Html:
+    shown = truncated_text(shown_answer(answer))
     if broken is None:
-        return truncated_text(answer)
-    mark = element("small", f"✗ broken: {BROKEN_WORDS[broken]}", class_="bad")
-    return join((mark, truncated_text(answer)))
+        return shown
+    return join((element("small", f"✗ broken: {BROKEN_WORDS[broken]}", class_="bad"), shown))
 
 
 def _answers_by_evaluation_table(samples: SampleTable) -> Html:
