@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -49,6 +49,27 @@ Code = Literal[
 ]
 
 
+REASON_WORDS: Mapping[Code, str] = {
+    "unchanged": "training changed nothing",
+    "tier_unchanged": "training did not change all tiers",
+    "updates_missing": "updates are missing",
+    "non_finite": "there are values that are not finite",
+    "tensor_missing": "tensors are missing",
+    "tensor_unexpected": "there are tensors that nobody asked for",
+    "shape_mismatch": "tensors have another shape",
+    "dtype_mismatch": "tensors have another dtype",
+    "no_effect": "it does not change what the model computes",
+    "loss_regressed": "the held-out loss is worse",
+    "forgetting": "the loss on general text is worse",
+    "drift": "its predictions moved too far",
+    "task_below": "too few answers are right",
+    "task_regressed": "answers that were right are lost",
+    "examples_harmed": "single examples lost much",
+    "answers_broken": "its sample answers are broken",
+    "unreadable": "its files cannot be read",
+    "config_mismatch": "its configuration is not the run's",
+    "base_mismatch": "it does not fit the base model",
+}
 GATE_GUIDE = "docs/gate.md"
 MIN_EXAMPLES_WITHOUT_DOUBT = 30  # fewer are said to be few
 MIN_CHANGE_LEFT_BY_FUSING = 0.5  # of the whole change, that fusing must leave
@@ -401,7 +422,9 @@ class SampleVerdict:
 
     def describe(self) -> str:
         """`3 of 3 sample answers are broken (3 one token or pair repeated)`."""
-        ways = ", ".join(f"{count} {BROKEN_WORDS.get(way, way)}" for way, count in self.ways.items())
+        ways = ", ".join(
+            f"{count} {BROKEN_WORDS.get(way, way)}" for way, count in self.ways.items()
+        )
         return f"{self.broken} of {self.judged} sample answers are broken ({ways})"
 
     def suggest(self) -> str:

@@ -63,6 +63,8 @@ def decisive_numbers(verdict: Verdict) -> Iterator[tuple[str, object, str]]:
         yield "Loss after", losses.loss_after, f"step {verdict.adapter_step or 0:,}, same examples"
         if losses.difference is not None:
             note = _describe_interval(losses.interval)
+            if losses.corrected_interval is not None:
+                note += f", not corrected for the choice among {losses.chosen_among}"
             yield "Difference", format_difference(losses.difference), f"after minus before, {note}"
         if losses.conclusion is not None:
             yield "Conclusion", losses.conclusion.replace("_", " "), _describe_margin(losses)
@@ -177,7 +179,7 @@ def _describe_checkpoint_selection(losses: Validation) -> str:
         corrected = ""
         if losses.corrected_interval is not None:
             interval = format_interval(losses.corrected_interval)
-            corrected = f" Corrected for that, the 95 % interval is {interval}."
+            corrected = f" Corrected for that choice, the 95 % interval is {interval}."
         return (
             f"{losses.file} also chose the step that is offered, among {losses.chosen_among}, so "
             f"that the loss after is a little better than on data that nothing was chosen on; a "
