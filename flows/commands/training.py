@@ -218,9 +218,7 @@ def _print_result(
     _print_outcome(config.registry, result, result.verdict)
 
 
-def _print_outcome(
-    registry: RegistrySection, result: FinetuneResult, verdict: Verdict
-) -> None:
+def _print_outcome(registry: RegistrySection, result: FinetuneResult, verdict: Verdict) -> None:
     """What became of the adapter in the registry, where the page is, and how to go on."""
     if result.version is not None or result.kept_champion is not None:
         version = "" if result.version is None else f" {shorten_digest(result.version)}"

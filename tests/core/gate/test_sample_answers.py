@@ -78,9 +78,7 @@ def rows(*pairs: tuple[BrokenHow | None, BrokenHow | None]) -> list[SampleAnswer
     return [SampleAnswers("p", None, "b", None, "a", "x:1", *pair) for pair in pairs]
 
 
-def same(
-    *rows: tuple[str, str | None, str], are_cut_off: bool = False
-) -> list[BrokenHow | None]:
+def same(*rows: tuple[str, str | None, str], are_cut_off: bool = False) -> list[BrokenHow | None]:
     """How answers of "Hm." are broken, to prompts with what is expected and what the base said."""
     given = [SampleAnswers(p, e, b, None, "Hm.", "x:1") for p, e, b in rows]
     return [row.adapter_broken for row in mark_same_answers(given, are_cut_off=are_cut_off)]
@@ -106,7 +104,9 @@ def test_one_answer_may_be_right_for_all(rows: list[tuple[str, str | None, str]]
 
 
 def test_answers_that_differ_in_one_are_not_the_same() -> None:
-    rows = [SampleAnswers(p, p.upper(), "b", None, a, "x:1") for p, a in zip("pqr", "aab")]
+    rows = [
+        SampleAnswers(p, p.upper(), "b", None, a, "x:1") for p, a in zip("pqr", "aab", strict=True)
+    ]
     assert mark_same_answers(rows, are_cut_off=False) == rows
 
 

@@ -61,6 +61,7 @@ def test_questions_that_failed_stand_with_both_answers(rejected: Finished) -> No
     assert suite == "hard"
     assert len(rows) == 3
     question, expected, before, after = rows[0]
+    assert question is not None
     assert "Where to?" in question
     assert expected == "Bratislava"
     assert before is not None
