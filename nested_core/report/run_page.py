@@ -120,14 +120,14 @@ class RunReport:
         record = self.record
         color = _CSS_CLASS_BY_STATE.get(record.state, "")
         verdict = record.verdict
-        if verdict is not None and verdict.has_broken_answers:
+        if verdict is not None and verdict.has_passed and verdict.has_broken_answers:
             color = "warn"
         elif color == "good" and verdict is not None and not verdict.is_conclusive:
             color = ""
         class_ = f"verdict {color}".strip()
         parts = [paragraph(describe_outcome(record), class_=class_)]
         if verdict is not None and not verdict.has_passed:
-            parts.append(paragraph(truncated_text(f"{verdict.reasons[0].message}.", 2000)))
+            parts.append(paragraph(f"{verdict.reasons[0].message[:2000]}."))
         elif self.error is not None:
             parts.append(paragraph(truncated_text(self.error, 2000), class_="bad"))
         if record.problems:
@@ -189,7 +189,8 @@ def _describe_verdict(verdict: Verdict) -> str:
         more = len(verdict.reasons) - 1
         noun = "reason" if more == 1 else "reasons"
         others = f", and {more} more {noun}" if more else ""
-        return f"Rejected: {REASON_WORDS[first.code]} ({first.name}){others}."
+        suite = "" if first.suite is None else f", {first.suite}"
+        return f"Rejected: {REASON_WORDS[first.code]} ({first.code}{suite}){others}."
     words = verdict.describe_passed()
     passed = f"{words[0].upper()}{words[1:]}"
     losses = verdict.validation
