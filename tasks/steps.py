@@ -80,7 +80,7 @@ def load(config: FineTuneConfig, run_dir: Path) -> Path:
 
 @retried_task(
     "train",
-    "train {config.length}, tiers {config.nested.frequencies}",
+    "train {config.length_and_tiers}",
     delays=(5, 30),
     condition=retry_on_transient_or_memory_error,
 )

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from nested_core.data.rules.dataset_report import DatasetReport, Finding
     from nested_core.pipeline.finetune import FinetuneResult
     from nested_core.records.answers import SampleAnswers
+    from nested_core.records.verdict import Verdict
 
 
 def add_commands(commands: Any) -> None:
@@ -200,7 +201,7 @@ def _make_result_document(
 def _print_result(
     config: FineTuneConfig, result: FinetuneResult, answers: Sequence[SampleAnswers]
 ) -> None:
-    """Answers to a few prompts, the tiers, the verdict, and where the adapter is."""
+    """Answers to a few prompts, the tiers, the verdict, where the adapter is, and what to do."""
     if result.verdict is None:
         champion = shorten_digest(str(result.unchanged_since))
         print_line(f"skipped: data unchanged since {champion}")
@@ -209,23 +210,22 @@ def _print_result(
         print_line(line)
     print_tiers(result.verdict)
     print_line(result.verdict.summary())
-    for note in result.verdict.notes():
-        print_line(note)
     print_line(f"adapter: {result.run.adapter}")
     if result.test_loss is not None:
         test = describe_test_loss(config, result.run, result.verdict, result.test_loss)
         print_line(f"{test}.")
-    _print_outcome(config.registry, result)
+    _print_outcome(config.registry, result, result.verdict)
 
 
-def _print_outcome(registry: RegistrySection, result: FinetuneResult) -> None:
+def _print_outcome(registry: RegistrySection, result: FinetuneResult, verdict: Verdict) -> None:
     """What became of the adapter in the registry, where the page is, and how to go on."""
     if result.version is not None or result.kept_champion is not None:
         version = "" if result.version is None else f" {shorten_digest(result.version)}"
         print_line(f"{registry.name}{version}: {result.promotion or 'registered'}")
     print_line(f"report: {result.run.report}")
-    is_broken = result.verdict is not None and result.verdict.has_broken_answers
-    if registry.path is None and not is_broken:
+    for note in verdict.notes():
+        print_line(note)
+    if registry.path is None and not verdict.has_broken_answers:
         print_progress(f"next: nested-tune promote {result.run.path} --name NAME")
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleDimensions  # noqa: TID251
 from rich.table import Column, Table
 from rich.text import Text
@@ -31,6 +32,7 @@ SECONDS_BEFORE_PROGRESS = 2.0
 MIN_SHARE_FOR_FORECAST = 0.05  # of the work: less says little of how long the rest takes
 SHOW_CURSOR = b"\x1b[?25h"
 WIDTH_WITHOUT_TERMINAL = 120
+CELL_BORDER = 3  # columns of a terminal: a line and a space on both sides
 
 errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
@@ -99,11 +101,35 @@ class ProgressLine:
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "") -> None:
     """A table on standard output, as wide as the terminal; else COLUMNS or 120 columns."""
     console = output_console(WIDTH_WITHOUT_TERMINAL)
-    headers = [Column(Text(escape(name)), overflow="fold") for name in columns]
+    names = [escape(name) for name in columns]
+    cells = [[escape(format_value(cell)) for cell in row] for row in rows]
+    widths = _fit_columns([names, *cells], console.width - CELL_BORDER * len(names) - 1)
+    headers = [
+        Column(Text(name), overflow="fold", width=width)
+        for name, width in zip(names, widths, strict=True)
+    ]
     table = Table(*headers, title=Text(escape(title)) if title else None, title_justify="left")
-    for row in rows:
-        table.add_row(*(Text(escape(format_value(cell))) for cell in row))
+    for row_cells in cells:
+        table.add_row(*map(Text, row_cells))
     console.print(table)
+
+
+def _fit_columns(rows: Sequence[Sequence[str]], available: int) -> list[int]:
+    """The width of each column in characters, so that cells are broken between words.
+
+    Where not even the longest words fit beside each other, those of the widest columns are broken.
+    """
+    columns = list(zip(*rows, strict=True))
+    whole = [max(max(map(cell_len, cell.split("\n"))) for cell in column) for column in columns]
+    widths = [
+        max(cell_len(word) for cell in column for word in ["", *cell.split()]) for column in columns
+    ]
+    while sum(widths) > available and max(widths) > 1:
+        widths[widths.index(max(widths))] -= 1
+    for _ in range(min(available, sum(whole)) - sum(widths)):
+        lines = [wanted / max(width, 1) for wanted, width in zip(whole, widths, strict=True)]
+        widths[lines.index(max(lines))] += 1
+    return widths
 
 
 def output_console(width: int) -> Console:
@@ -118,7 +144,9 @@ def output_console(width: int) -> Console:
 
 
 def describe_tiers(stats: Sequence[TierStats]) -> str:
-    """What each tier holds and how often it is updated, on one line."""
+    """What each tier holds and how often it is updated, on one line; no tiers where all is one."""
+    if [s.frequency for s in stats] == [1]:
+        return f"training {stats[0].tensors} tensors, {stats[0].parameters:,} parameters"
     return "; ".join(
         f"tier {s.tier} (every {'step' if s.frequency == 1 else f'{s.frequency} steps'}): "
         f"{s.tensors} tensors, {s.parameters:,} parameters"

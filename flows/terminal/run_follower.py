@@ -211,7 +211,7 @@ class RunFollower(threading.Thread):
         if self._began_at is not None:
             self.view.seconds = time.monotonic() - self._began_at
         if self._read_metrics():
-            self.view.reported_at = self.view.seconds
+            self.view.note_report_time()
         return self._began_at is not None
 
     def _read_metrics(self) -> bool:

@@ -10,7 +10,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.foreign_text import escape
 
 if TYPE_CHECKING:
-    from nested_core.records.answers import SampleAnswers
+    from nested_core.records.answers import BrokenHow, SampleAnswers
     from nested_core.records.verdict import Verdict
 
 LONGEST_TEXT = 300
@@ -25,13 +25,19 @@ def format_sample_answers(answers: Sequence[SampleAnswers]) -> Iterator[str]:
     yield TITLE.format(count=f"{len(answers)} {noun}")
     for row in answers:
         yield f"  {_escape_and_shorten(row.prompt)} ({row.place})"
-        yield f"    base:     {_escape_and_shorten(row.base)}"
+        yield f"    base:     {_escape_and_shorten(row.base)}{_describe_damage(row.base_broken)}"
         if row.parent is not None:
             yield f"    parent:   {_escape_and_shorten(row.parent)}"
-        damage = "" if row.adapter_broken is None else f" [broken: {row.adapter_broken}]"
+        damage = _describe_damage(row.adapter_broken)
         yield f"    adapter:  {_escape_and_shorten(row.adapter)}{damage}"
         if row.expected is not None:
             yield f"    expected: {_escape_and_shorten(row.expected)}"
+
+
+def _describe_damage(how: BrokenHow | None) -> str:
+    from nested_core.records.answers import BROKEN_WORDS
+
+    return "" if how is None else f" [broken: {BROKEN_WORDS[how]}]"
 
 
 def _escape_and_shorten(text: str) -> str:
@@ -59,7 +65,12 @@ def print_rejection(run: RunDirectory) -> None:
 
 
 def print_tiers(verdict: Verdict) -> None:
-    """The tier table of a verdict: frequencies, updates expected and applied, change."""
+    """The tier table of a verdict: frequencies, updates expected and applied, change.
+
+    None where all is updated at every step.
+    """
+    if [tier.frequency for tier in verdict.tiers] == [1]:
+        return
     rows = []
     for tier in verdict.tiers:
         own = [t.relative_delta for t in verdict.tensors if t.tier == tier.tier]

@@ -41,6 +41,7 @@ class RunView:
     stages: what followed training, such as the steps of the gate, with the seconds it began at.
     outcome: how it ended, a sentence each, once it has.
     seconds: since training began here; reported_at: the same when the last record came.
+    first_report: the iteration and the seconds of the first report of training that was seen here.
     """
 
     name: str
@@ -50,6 +51,7 @@ class RunView:
     outcome: list[str] = field(default_factory=list)
     seconds: float = 0.0
     reported_at: float = 0.0
+    first_report: tuple[int, float] | None = None
 
     @property
     def last_record(self) -> dict[str, Any]:
@@ -65,19 +67,27 @@ class RunView:
         """The last value that was reported under a key; None if there is none yet."""
         return next((r[key] for r in reversed(self.records) if r.get(key) is not None), None)
 
+    def note_report_time(self) -> None:
+        """Note that records came now."""
+        self.reported_at = self.seconds
+        if self.first_report is not None or self.plan is None:
+            return
+        last = self.last_record
+        if "loss" in last and last["step"] > self.plan.first_step:
+            self.first_report = (last["iteration"], self.seconds)
+
     def seconds_left(self) -> float | None:
-        """Seconds to the end of training at the speed so far; None while that is not known."""
-        if self.plan is None or not self.records:
-            return None
-        reported = [r for r in self.records if r["step"] > self.plan.first_step and "loss" in r]
-        if not reported:
+        """Seconds to the end of training at the speed since the first report; None before another.
+
+        The first steps are no measure: kernels are compiled, and the loss before training measured.
+        """
+        iteration: int = self.last_record.get("iteration", 0)
+        if self.plan is None or self.first_report is None or iteration <= self.first_report[0]:
             return None
         # Evaluations take their time too: hence the clock and not the reported speed.
-        begun = self.plan.first_step / self.plan.steps * self.plan.iterations
-        iteration: int = reported[-1]["iteration"]
-        done = iteration - begun
-        left = self.plan.iterations - iteration
-        return max(0.0, self.reported_at / done * left - (self.seconds - self.reported_at))
+        pace = (self.reported_at - self.first_report[1]) / (iteration - self.first_report[0])
+        left = pace * (self.plan.iterations - iteration)
+        return max(0.0, left - (self.seconds - self.reported_at))
 
     def describe_position(self) -> str:
         """`step 20 of 120`, and iterations where gradients are accumulated over several."""
@@ -119,11 +129,13 @@ class RunView:
         updates = self.latest_value("updates")
         if self.plan is None or updates is None:
             return ""
+        skipped = sum(self.latest_value("skipped") or [])
+        if list(self.plan.frequencies) == [1]:
+            return f"skipped updates: {skipped:,}" if skipped else ""
         clocks = [
             f"tier {tier} (every {'step' if every == 1 else every}) {count:,}"
             for tier, (every, count) in enumerate(zip(self.plan.frequencies, updates, strict=False))
         ]
-        skipped = sum(self.latest_value("skipped") or [])
         return f"updates: {' · '.join(clocks)}" + (f" · skipped {skipped:,}" if skipped else "")
 
     def describe_samples(self) -> list[str]:

@@ -255,7 +255,17 @@ class FineTuneConfig(_RootSection):
     def length(self) -> str:
         """How long a run trains, in words: `1,000 iterations`, or `3 epochs` where those decide."""
         epochs = self.training.epochs
-        return f"{self.iters:,} iterations" if epochs is None else f"{epochs:g} epochs"
+        if epochs is None:
+            return f"{self.iters:,} iterations" if self.iters != 1 else "1 iteration"
+        return f"{epochs:g} epochs" if epochs != 1 else "1 epoch"
+
+    @property
+    def length_and_tiers(self) -> str:
+        """How long, and where there are tiers how often: `3 epochs, tiers every 1, 2, 4 steps`."""
+        if self.nested.frequencies == (1,):
+            return self.length
+        steps = ", ".join(map(str, self.nested.frequencies))
+        return f"{self.length}, tiers every {steps} steps"
 
     def intervals(self, iterations: int) -> Intervals:
         """Those of a run of so many iterations; shares are rounded down."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nested_core.gate.loss_figures import MIN_HARMED
-from nested_core.records.answers import AnswerRecord
+from nested_core.records.answers import AnswerRecord, shown_answer
 from nested_core.records.verdict import (
     Code,
     GeneralLoss,
@@ -20,7 +20,7 @@ from nested_core.records.verdict import (
 from nested_core.text.loss_format import format_loss
 
 CHECK_COLUMNS = ("checked", "before", "after", "bound", "verdict")
-LOST_COLUMNS = ("question", "before", "after")
+LOST_COLUMNS = ("question", "expected", "before", "after")
 MAX_LOST_PER_SUITE = 3
 UPDATE_CODES: frozenset[Code] = frozenset({"tier_unchanged", "updates_missing"})
 SUITE_CODES: frozenset[Code] = frozenset({"task_below", "task_regressed"})
@@ -175,8 +175,8 @@ def _reasons_of(verdict: Verdict, code: Code) -> list[Reason]:
 
 def lost_answers(
     verdict: Verdict, answers: Sequence[AnswerRecord]
-) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
-    """Of each suite that failed its name, and wrong questions with the answers before and after.
+) -> Iterator[tuple[str, list[tuple[str | None, ...]]]]:
+    """Of each suite that failed its name, and rows of LOST_COLUMNS for questions answered wrong.
 
     Those that were right before come first; at most MAX_LOST_PER_SUITE.
     """
@@ -191,7 +191,12 @@ def lost_answers(
         yield (
             task.name,
             [
-                (answer.question, before[answer.line].answer.strip(), answer.answer.strip())
+                (
+                    answer.question,
+                    answer.expected,
+                    shown_answer(before[answer.line].answer),
+                    shown_answer(answer.answer),
+                )
                 for answer in wrong[:MAX_LOST_PER_SUITE]
             ],
         )

@@ -49,14 +49,14 @@ class Answer:
     tokens: how many were generated, without the end of the text.
     is_endless: it was cut off at max_tokens, or at the end of the model's context.
     is_repeated: it is one token, again and again.
-    repeated_tail: how many tokens at its end are one token, or one pair, again and again.
+    repeated_tokens: how many tokens in a row are one token, or one pair, again and again.
     """
 
     text: str
     tokens: int
     is_endless: bool
     is_repeated: bool
-    repeated_tail: int = 0
+    repeated_tokens: int = 0
 
     @property
     def is_empty(self) -> bool:
@@ -178,20 +178,19 @@ class _UnfinishedAnswer:
             len(self.tokens),
             is_endless,
             is_repeated,
-            _count_repeated_tail(self.tokens),
+            _count_repeated_tokens(self.tokens),
         )
 
 
-def _count_repeated_tail(tokens: Sequence[int]) -> int:
-    """How many tokens at the end repeat one token or one pair; 0 where nothing is said twice."""
+def _count_repeated_tokens(tokens: Sequence[int]) -> int:
+    """The longest row of tokens that repeats one token or one pair; 0 where nothing is repeated."""
     longest = 0
     for period in (1, 2):
-        start = len(tokens) - period
-        while start > 0 and tokens[start - 1] == tokens[start - 1 + period]:
-            start -= 1
-        length = len(tokens) - start
-        if length >= 2 * period:
-            longest = max(longest, length)
+        length = period
+        for earlier, token in zip(tokens, tokens[period:], strict=False):
+            length = length + 1 if earlier == token else period
+            if length >= 2 * period:
+                longest = max(longest, length)
     return longest
 
 

@@ -32,8 +32,9 @@ from nested_core.optim.named_updates import UNSIGNED_DTYPE_BY_BYTES
 if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
 
-_MAX_WORDS_AT_ONCE = 2**24
-Checksums = Mapping[str, tuple[int, int]]
+_MAX_WORDS_AT_ONCE = 2**22
+_PLACE_FACTOR = 0x9E3779B1  # odd: no two of 2 ** 32 places give the same product
+Checksums = Mapping[str, int]
 
 
 @dataclass(eq=False)
@@ -184,27 +185,34 @@ def frozen_tensors(model: nn.Module) -> dict[str, mx.array]:
 
 
 def checksum_frozen_tensors(model: nn.Module) -> Checksums:
-    """Two sums, modulo 2 ** 32, over the bits of each frozen tensor of a model, by name.
+    """A sum, modulo 2 ** 32, over the bits of each frozen tensor of a model, by name.
 
-    One is of the words of 32 bits, the other of each times an odd number that follows from its
-    place. A bit that moves changes both, whichever it is: by a power of two, and that times an odd
-    number. Integers are added, so the sums are exact in any order. Computed where the tensors are.
+    Each word of 32 bits is mixed with its place before it is added, as MurmurHash3 mixes the last
+    word of a hash. A change of one word always changes the sum; one of several words, such as of
+    all signs, leaves it as it was once in 2 ** 32. Integers are added, so the sum is exact in any
+    order. Computed where the tensors are.
     """
-    sums = {name: _sum_words(array) for name, array in frozen_tensors(model).items()}
-    return {name: (int(plain), int(placed)) for name, (plain, placed) in sums.items()}
+    return {name: _sum_mixed_words(array) for name, array in frozen_tensors(model).items()}
 
 
-def _sum_words(array: mx.array) -> tuple[int, int]:
-    """Both sums of one tensor, a part at a time, so that they need little memory."""
+def _sum_mixed_words(array: mx.array) -> int:
+    """The sum of one tensor, a part at a time, so that it needs little memory."""
     if array.size == 0:
-        return 0, 0
+        return 0
     words = array.reshape(-1).view(UNSIGNED_DTYPE_BY_BYTES[array.dtype.size])
     if words.nbytes % 4 == 0:
         words = words.view(mx.uint32)
-    totals = mx.zeros(2, mx.uint32)
+    total = mx.array(0, mx.uint32)
     for start in range(0, words.size, _MAX_WORDS_AT_ONCE):
         part = words[start : start + _MAX_WORDS_AT_ONCE].astype(mx.uint32)
-        odd = mx.arange(start, start + part.size, dtype=mx.uint32) * 2 + 1
-        totals = totals + mx.stack([mx.sum(part), mx.sum(part * odd)])
-        mx.eval(totals)
-    return to_int(totals[0]), to_int(totals[1])
+        places = mx.arange(start, start + part.size, dtype=mx.uint32)
+        total = total + mx.sum(_mix_bits(part ^ (places * _PLACE_FACTOR)))
+        mx.eval(total)
+    return to_int(total)
+
+
+def _mix_bits(words: mx.array) -> mx.array:
+    """MurmurHash3's fmix32: one to one, and each bit of a word changes half of the others."""
+    words = (words ^ (words >> 16)) * 0x85EBCA6B
+    words = (words ^ (words >> 13)) * 0xC2B2AE35
+    return words ^ (words >> 16)

@@ -6,7 +6,7 @@ sample-answers.jsonl has what base and adapter answered to a few prompts, to rea
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -20,7 +20,19 @@ from nested_core.storage.strict_files import read_regular
 
 AnsweringRole = Literal["base", "parent", "champion", "candidate"]
 
-BrokenHow = Literal["empty", "repeated", "endless"]
+BrokenHow = Literal["empty", "no_words", "repeated", "endless", "same"]
+BROKEN_WORDS: Mapping[str, str] = {
+    "empty": "empty",
+    "no_words": "a single character or punctuation alone",
+    "repeated": "one token or pair repeated",
+    "endless": "without an end",
+    "same": "the same to every prompt",
+}
+
+
+def shown_answer(text: str) -> str:
+    """An answer without the space around it; of one without anything to read, that it is empty."""
+    return text.strip() or "(empty)"
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,7 @@ class AnswerRecord:
     empty, endless, repeated: there is nothing to read, it was cut off, it is one token repeated.
     seconds: the suite's time with this model, divided by its questions.
     same_prompt_as: the first line of the suite with the same prompt; None for that line itself.
+    expected: the right answers, shortened; None where there is none, or from an earlier release.
     """
 
     task: str
@@ -49,6 +62,7 @@ class AnswerRecord:
     repeated: bool
     seconds: float
     same_prompt_as: int | None = None
+    expected: str | None = None
 
 
 _RECORD_VALIDATOR = TypeAdapter(AnswerRecord)
@@ -81,8 +95,9 @@ class SampleAnswers:
     base, adapter: what the base model and the trained adapter answered.
     parent: the adapter that training went on from; None for a fresh one, which is the base.
     place: where the prompt comes from, such as `valid.jsonl:3`.
-    base_broken, adapter_broken: how the answer is broken: empty, one token or pair repeated to the
-        end, or without an end where the expected one is a quarter as long; None where it is not.
+    base_broken, adapter_broken: how the answer is broken: empty, no words, one token or pair
+        repeated, without an end where the expected one is a quarter as long, or, of the adapter,
+        the same to every prompt; None where it is not.
     """
 
     prompt: str

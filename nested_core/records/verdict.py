@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
 from nested_core.errors import join_first_values
+from nested_core.records.answers import BROKEN_WORDS
 from nested_core.text.html_markup import collapsed, notebook_fragment, paragraph, table
 from nested_core.text.loss_conclusion import (
     MIN_EXAMPLES,
@@ -49,6 +50,27 @@ Code = Literal[
 ]
 
 
+REASON_WORDS: Mapping[Code, str] = {
+    "unchanged": "training changed nothing",
+    "tier_unchanged": "training did not change all tiers",
+    "updates_missing": "updates are missing",
+    "non_finite": "there are values that are not finite",
+    "tensor_missing": "tensors are missing",
+    "tensor_unexpected": "there are tensors that nobody asked for",
+    "shape_mismatch": "tensors have another shape",
+    "dtype_mismatch": "tensors have another dtype",
+    "no_effect": "it does not change what the model computes",
+    "loss_regressed": "the held-out loss is worse",
+    "forgetting": "the loss on general text is worse",
+    "drift": "its predictions moved too far",
+    "task_below": "too few answers are right",
+    "task_regressed": "answers that were right are lost",
+    "examples_harmed": "single examples lost much",
+    "answers_broken": "its sample answers are broken",
+    "unreadable": "its files cannot be read",
+    "config_mismatch": "its configuration is not the run's",
+    "base_mismatch": "it does not fit the base model",
+}
 GATE_GUIDE = "docs/gate.md"
 MIN_EXAMPLES_WITHOUT_DOUBT = 30  # fewer are said to be few
 MIN_CHANGE_LEFT_BY_FUSING = 0.5  # of the whole change, that fusing must leave
@@ -418,14 +440,17 @@ class SampleVerdict:
         return 2 * self.broken > self.judged
 
     def describe(self) -> str:
-        """`3 of 3 sample answers are broken: 3 repeat one token or pair to the end`."""
-        words = {
-            "empty": "empty",
-            "repeated": "one token or pair repeated to the end",
-            "endless": "without an end",
-        }
-        ways = ", ".join(f"{count} {words.get(way, way)}" for way, count in self.ways.items())
+        """`3 of 3 sample answers are broken (3 one token or pair repeated)`."""
+        ways = ", ".join(
+            f"{count} {BROKEN_WORDS.get(way, way)}" for way, count in self.ways.items()
+        )
         return f"{self.broken} of {self.judged} sample answers are broken ({ways})"
+
+    def suggest(self) -> str:
+        """What to try next: the same answer to every prompt is learnt too little, or too fast."""
+        if self.ways.get("same"):
+            return "train longer, or try a learning rate three times as high, or a third of it"
+        return "try a lower learning rate, a smaller lora_parameters.scale or fewer passes"
 
 
 @dataclass(frozen=True)
@@ -585,8 +610,8 @@ class Verdict:
         lost = [note for task in self.tasks if (note := task.describe_lost()) is not None]
         if self.samples is not None and self.samples.are_broken:
             lost.append(
-                f"{self.samples.describe()}: do not promote it; a lower learning rate or fewer "
-                f"passes may keep the model ({GATE_GUIDE}#answers_broken)"
+                f"{self.samples.describe()}: do not promote it, but {self.samples.suggest()} "
+                f"({GATE_GUIDE}#answers_broken)"
             )
         return lost
 

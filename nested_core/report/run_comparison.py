@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from nested_core.config.key_properties import iterate_configured_paths
+from nested_core.config.sections import TaskSection
 from nested_core.errors import ConfigError
 from nested_core.gate.paired_difference import PairedDifference, compare_pairs
+from nested_core.records.answers import shown_answer
 from nested_core.records.dataset import held_out_split
 from nested_core.report.line_charts import draw_figure
 from nested_core.report.run_page import describe_outcome
@@ -57,7 +59,10 @@ class RunComparison:
         return names
 
     def differing_settings(self) -> dict[str, list[Any]]:
-        """The keys of the configuration whose values differ, with the value of each run."""
+        """The keys of the configuration whose values differ, with the value of each run.
+
+        Of a suite that a run does not have, the keys that the others set.
+        """
         settings = [_flatten_config(record) for record in self.records]
         keys = dict.fromkeys(key for values in settings for key in values)
         columns = {key: [values.get(key) for values in settings] for key in keys}
@@ -65,6 +70,10 @@ class RunComparison:
             key: values
             for key, values in columns.items()
             if any(value != values[0] for value in values)
+            and not (
+                any(key not in own for own in settings)
+                and all(value in (None, _default_of_suite(key)) for value in values)
+            )
         }
 
     def losses(self) -> dict[str, list[Any]]:
@@ -244,7 +253,9 @@ class RunComparison:
                     key = (answer.task, answer.line)
                     questions.setdefault(key, f"{answer.task}: {answer.question}")
                     cells = answers.setdefault(key, [escaped_html(None)] * len(self.records))
-                    cells[place] = truncated_text(f"{answer.score:.2g}: {answer.answer.strip()}")
+                    cells[place] = truncated_text(
+                        f"{answer.score:.2g}: {shown_answer(answer.answer)}"
+                    )
         rows = [
             (truncated_text(questions[key]), *cells)
             for key, cells in answers.items()
@@ -260,22 +271,25 @@ class RunComparison:
 _GATE_ROWS = (
     ("gate's loss after", "gate_after"),
     ("gate's loss before", "gate_before"),
-    ("  file", "gate_file"),
-    ("  examples", "gate_examples"),
+    ("gate's loss: file", "gate_file"),
+    ("gate's loss: examples", "gate_examples"),
 )
 _LAST_LOSS_ROWS = (
     ("training loss, mean of the last report", "training"),
-    ("  file", "training_file"),
-    ("  at step", "training_step"),
+    ("training loss: file", "training_file"),
+    ("training loss: at step", "training_step"),
     ("validation loss, last evaluation", "validation"),
-    ("  file", "validation_file"),
-    ("  examples", "validation_examples"),
-    ("  at step", "validation_step"),
+    ("validation loss: file", "validation_file"),
+    ("validation loss: examples", "validation_examples"),
+    ("validation loss: at step", "validation_step"),
 )
 
 
 def _flatten_config(record: RunRecord) -> dict[str, Any]:
-    """The configuration of a run by dotted keys; empty where it is damaged."""
+    """The configuration of a run by dotted keys; empty where it is damaged.
+
+    A suite's are by its name: `gate.tasks.facts.min`.
+    """
     flat: dict[str, Any] = {}
 
     def add(prefix: str, values: dict[str, Any]) -> None:
@@ -283,6 +297,8 @@ def _flatten_config(record: RunRecord) -> dict[str, Any]:
         for name, value in values.items():
             if isinstance(value, dict) and value:
                 add(f"{prefix}{name}.", value)
+            elif prefix + name == "gate.tasks":
+                add("gate.tasks.", {task.pop("name"): task for task in value})
             else:
                 flat[prefix + name] = value
 
@@ -292,10 +308,20 @@ def _flatten_config(record: RunRecord) -> dict[str, Any]:
     add("", config.model_dump(mode="json", by_alias=True))
     if config.training.epochs is not None:
         del flat["iters"]  # epochs decide: it did not count
+    suites = {f"gate.tasks[{n}].file": task.name for n, task in enumerate(config.gate.tasks)}
     for key, rule, path in iterate_configured_paths(config):
         if rule == "local" or Path(path).exists():
-            flat[key] = os.path.realpath(path)  # one folder by two spellings is no difference
+            name = f"gate.tasks.{suites[key]}.file" if key in suites else key
+            flat[name] = os.path.realpath(path)  # one folder by two spellings is no difference
     return flat
+
+
+def _default_of_suite(key: str) -> object:
+    """What a key of a suite is where it is not set, as the configuration's JSON has it."""
+    if not key.startswith("gate.tasks."):
+        return None
+    suite = TaskSection(name="a", file="a", score="exact").model_dump(mode="json")
+    return suite.get(key.rpartition(".")[2])
 
 
 def _held_out_digest(record: RunRecord) -> str | None:

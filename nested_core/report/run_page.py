@@ -21,7 +21,7 @@ from nested_core.config.loading import render_config
 from nested_core.data.rules.dataset_report import group_findings
 from nested_core.errors import join_first_values
 from nested_core.gate.verdict_table import CHECK_COLUMNS, list_checks
-from nested_core.records.verdict import Verdict, describe_examples
+from nested_core.records.verdict import REASON_WORDS, Verdict, describe_examples
 from nested_core.report.line_charts import draw_figure
 from nested_core.report.run_record import RunRecord, read_run
 from nested_core.report.run_status import describe_length
@@ -120,14 +120,15 @@ class RunReport:
         record = self.record
         color = _CSS_CLASS_BY_STATE.get(record.state, "")
         verdict = record.verdict
-        if verdict is not None and verdict.has_broken_answers:
+        if verdict is not None and verdict.has_passed and verdict.has_broken_answers:
             color = "warn"
         elif color == "good" and verdict is not None and not verdict.is_conclusive:
             color = ""
         class_ = f"verdict {color}".strip()
         parts = [paragraph(describe_outcome(record), class_=class_)]
-        is_told = verdict is not None and not verdict.has_passed
-        if self.error is not None and not is_told:  # a rejection has its reasons below
+        if verdict is not None and not verdict.has_passed:
+            parts.append(paragraph(f"{verdict.reasons[0].message[:2000]}."))
+        elif self.error is not None:
             parts.append(paragraph(truncated_text(self.error, 2000), class_="bad"))
         if record.problems:
             listed = [element("li", truncated_text(problem)) for problem in record.problems[:20]]
@@ -187,8 +188,9 @@ def _describe_verdict(verdict: Verdict) -> str:
         first = verdict.reasons[0]
         more = len(verdict.reasons) - 1
         noun = "reason" if more == 1 else "reasons"
-        others = f" (and {more} more {noun})" if more else ""
-        return f"Rejected, {first.code}: {first.message}{others}."
+        others = f", and {more} more {noun}" if more else ""
+        suite = "" if first.suite is None else f", {first.suite}"
+        return f"Rejected: {REASON_WORDS[first.code]} ({first.code}{suite}){others}."
     words = verdict.describe_passed()
     passed = f"{words[0].upper()}{words[1:]}"
     losses = verdict.validation

@@ -13,6 +13,7 @@ import numpy as np
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.errors import DamagedError
 from nested_core.gate.example_losses import ExampleLosses
+from nested_core.records.answers import BROKEN_WORDS, BrokenHow, shown_answer
 from nested_core.records.verdict import (
     ChampionLoss,
     TensorChange,
@@ -62,6 +63,8 @@ def decisive_numbers(verdict: Verdict) -> Iterator[tuple[str, object, str]]:
         yield "Loss after", losses.loss_after, f"step {verdict.adapter_step or 0:,}, same examples"
         if losses.difference is not None:
             note = _describe_interval(losses.interval)
+            if losses.corrected_interval is not None:
+                note += f", not corrected for the choice among {losses.chosen_among}"
             yield "Difference", format_difference(losses.difference), f"after minus before, {note}"
         if losses.conclusion is not None:
             yield "Conclusion", losses.conclusion.replace("_", " "), _describe_margin(losses)
@@ -176,7 +179,7 @@ def _describe_checkpoint_selection(losses: Validation) -> str:
         corrected = ""
         if losses.corrected_interval is not None:
             interval = format_interval(losses.corrected_interval)
-            corrected = f" Corrected for that, the 95 % interval is {interval}."
+            corrected = f" Corrected for that choice, the 95 % interval is {interval}."
         return (
             f"{losses.file} also chose the step that is offered, among {losses.chosen_among}, so "
             f"that the loss after is a little better than on data that nothing was chosen on; a "
@@ -374,7 +377,7 @@ def _answers_table(record: RunRecord, task: str, count: int) -> Html:
         r for r in ("candidate", "base", "parent", "champion") if any(a.model == r for a in own)
     ]
     by_line: dict[int, dict[str, tuple[str, float]]] = {}
-    questions = {answer.line: answer.question for answer in own}
+    questions = {answer.line: (answer.question, answer.expected) for answer in own}
     for answer in own:
         by_line.setdefault(answer.line, {})[answer.model] = (answer.answer, answer.score)
 
@@ -385,12 +388,13 @@ def _answers_table(record: RunRecord, task: str, count: int) -> Html:
         return candidate - max(scores.values(), default=0.0)
 
     lines = sorted(by_line, key=gain)
-    rows = [
-        (truncated_text(questions[line], 200), *(_answer_cell(by_line[line].get(r)) for r in roles))
-        for line in lines[:count]
-    ]
+    rows = []
+    for line in lines[:count]:
+        question, expected = questions[line]
+        answers = [_answer_cell(by_line[line].get(role)) for role in roles]
+        rows.append((truncated_text(question, 200), expected, *answers))
     caption = f"{len(rows)} of {len(lines)} questions, lost ones first; all: answers.jsonl"
-    return table(caption, ("question", *roles), rows)
+    return table(caption, ("question", "expected", *roles), rows)
 
 
 def _answer_cell(answer: tuple[str, float] | None) -> Html:
@@ -401,7 +405,7 @@ def _answer_cell(answer: tuple[str, float] | None) -> Html:
     return join(
         (
             element("small", mark, class_="good" if score >= 1 else "bad"),
-            truncated_text(text.strip()),
+            truncated_text(shown_answer(text)),
         )
     )
 
@@ -412,11 +416,21 @@ def _sample_answers_table(record: RunRecord) -> Html:
     parent = ("parent",) if any(row.parent is not None for row in shown) else ()
     rows = []
     for row in shown:
-        answers = (row.adapter, row.expected, row.base, row.parent)[: 3 + len(parent)]
+        adapter = _sample_cell(row.adapter, row.adapter_broken)
+        base = _sample_cell(row.base, row.base_broken)
+        others = (row.expected, row.parent)[: 1 + len(parent)]
+        expected, *of_parent = (None if one is None else truncated_text(one) for one in others)
         prompt = truncated_text(f"{row.place}: {row.prompt}")
-        rows.append((prompt, *(None if one is None else truncated_text(one) for one in answers)))
+        rows.append((prompt, adapter, expected, base, *of_parent))
     columns = ("prompt", "candidate", "expected", "base", *parent)
     return table("Greedy answers at the end of training; all: sample-answers.jsonl", columns, rows)
+
+
+def _sample_cell(answer: str, broken: BrokenHow | None) -> Html:
+    shown = truncated_text(shown_answer(answer))
+    if broken is None:
+        return shown
+    return join((element("small", f"✗ broken: {BROKEN_WORDS[broken]}", class_="bad"), shown))
 
 
 def _answers_by_evaluation_table(samples: SampleTable) -> Html:

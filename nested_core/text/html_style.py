@@ -24,7 +24,7 @@ padding-top:1rem}
 .nested-tune .warn{color:var(--warn)}
 .nested-tune .note,.nested-tune caption,.nested-tune figcaption{color:var(--soft);
 font-size:.85rem}
-.nested-tune .scroll{overflow-x:auto;max-height:36rem;overflow-y:auto;margin:.4rem 0}
+.nested-tune .scroll{overflow-x:auto;margin:.4rem 0}
 .nested-tune table{border-collapse:collapse;font-size:.85rem;
 font-variant-numeric:tabular-nums;overflow-wrap:normal}
 .nested-tune caption{text-align:left;padding:.2rem 0}
@@ -66,5 +66,5 @@ font-size:.9em}
 .nested-tune .text{max-width:17rem}
 .nested-tune .verdict{font-size:1.1rem}
 .nested-tune .scroll .heat thead th{writing-mode:vertical-rl;text-align:right}}
-@media print{.nested-tune .scroll{max-height:none;overflow:visible}}
+@media print{.nested-tune .scroll{overflow:visible}}
 """

@@ -13,7 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from flows.commands.training import _print_result
+from nested_core.config.schema import FineTuneConfig
+from nested_core.pipeline.finetune import FinetuneResult
+from nested_core.records.verdict import JudgedAdapter, SampleVerdict, TierChange, Verdict
 from nested_core.storage.adapter import read_adapter
+from nested_core.storage.run_directory import RunDirectory
 from tests.example import write_config
 from tests.flows.conftest import CommandRun, Ended
 from tests.fork_server import python
@@ -138,6 +143,38 @@ def test_train_never_imports_prefect_and_prints_the_tier_table(tmp_path: Path) -
     ]
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert f"adapter: runs/{run_dir.name}/adapter" in printed
+
+
+@pytest.mark.parametrize(
+    ("broken", "last"),
+    [
+        (SampleVerdict(3, 3), "next: nested-tune promote runs/one --name NAME"),
+        (
+            SampleVerdict(3, 3, 3, {"same": 3}),
+            "3 of 3 sample answers are broken (3 the same to every prompt): do not promote it, but "
+            "train longer, or try a learning rate three times as high, or a third of it "
+            "(docs/gate.md#answers_broken)",
+        ),
+        (
+            SampleVerdict(3, 3, 2, {"no_words": 2}),
+            "2 of 3 sample answers are broken (2 a single character or punctuation alone): do not "
+            "promote it, but try a lower learning rate, a smaller lora_parameters.scale or fewer "
+            "passes (docs/gate.md#answers_broken)",
+        ),
+    ],
+)
+def test_the_last_line_is_to_promote_or_what_to_try_where_the_answers_are_broken(
+    broken: SampleVerdict, last: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    one = JudgedAdapter("adapter", "0" * 64)
+    tiers = (TierChange(0, 1, 84, 84, 8, 8, 0),)
+    verdict = Verdict((), 8, one, one, (), tiers, samples=broken)
+    run = RunDirectory(Path("runs/one"))
+    _print_result(FineTuneConfig(), FinetuneResult(run, verdict=verdict), ())
+    printed, told = capfd.readouterr()
+    lines = [*printed.splitlines(), *told.splitlines()]
+    assert lines[-1] == last
+    assert "Tiers" not in printed  # there is one alone, that is updated at every step
 
 
 def test_flags_win_over_the_file(tmp_path: Path, nested_tune: Run) -> None:

@@ -29,6 +29,6 @@ def test_training_in_two_ranks_is_one_task_of_the_flow(tmp_path: Path) -> None:
     assert str(state.message).startswith("passed the gate: val loss")
     tasks = task_runs(state, "validate", "load", "train", "gate")
     assert [task.run_count for task in tasks.values()] == [1] * 4
-    assert tasks["train"].name == "train 8 iterations, tiers (1, 2, 4)"
+    assert tasks["train"].name == "train 8 iterations, tiers every 1, 2, 4 steps"
     assert [r["step"] for r in read_metrics(run.metrics)] == [0, 2, 4, 6, 8]
     assert all("gradient_bytes" in record for record in read_metrics(run.metrics)[1:])

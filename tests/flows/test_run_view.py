@@ -41,7 +41,9 @@ RECORDS = [
 
 
 def view_of(*records: dict[str, Any]) -> RunView:
-    return RunView("runs/one", PLAN, list(records), seconds=12.0, reported_at=10.0)
+    return RunView(
+        "runs/one", PLAN, list(records), seconds=12.0, reported_at=10.0, first_report=(100, 5.0)
+    )
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 50), (40, 12)])
@@ -112,11 +114,26 @@ def test_a_line_has_the_losses_with_their_data_the_speed_the_memory_and_the_time
     )
 
 
-def test_the_time_left_of_a_resumed_run_is_reckoned_from_its_first_step() -> None:
-    view = view_of(*RECORDS)
-    assert view.seconds_left() == pytest.approx(8.0)  # 200 iterations took 10 s, 2 s ago
-    view.plan = TrainingPlan(**(vars(PLAN) | {"first_step": 90}))
-    assert view.seconds_left() == pytest.approx(98.0)  # 20 iterations took 10 s
+def test_the_time_left_follows_from_the_speed_since_the_first_report() -> None:
+    plan = TrainingPlan(**(vars(PLAN) | {"first_step": 25}))
+    view = RunView("runs/one", plan)
+    lefts = []
+    for record, seconds in zip(RECORDS, (3.0, 3.0, 63.0, 65.0, 67.0), strict=True):
+        view.records.append(record)  # the step before the first report is slow
+        view.seconds = seconds
+        view.note_report_time()
+        lefts.append(view.seconds_left())
+    assert lefts == [None, None, None, 10.0, 8.0]  # 50 iterations took 2 s, and 200 are left
+    view.seconds += 1.5
+    assert view.seconds_left() == 6.5
+
+
+def test_tiers_are_not_told_of_where_all_is_updated_at_each_step() -> None:
+    plan = TrainingPlan(**(vars(PLAN) | {"frequencies": (1,)}))
+    view = RunView("runs/one", plan, [report(25, updates=[25], skipped=[0])])
+    assert view.describe_tiers() == ""
+    view.records.append(report(50, updates=[48], skipped=[2]))
+    assert view.describe_tiers() == "skipped updates: 2"
 
 
 def test_bars_are_filled_in_eighths_of_a_character() -> None:

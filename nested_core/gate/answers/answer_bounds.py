@@ -294,7 +294,7 @@ def _task_regressed_reason(
 
 def is_sound(damage: BrokenHow | None) -> bool:
     """Whether a base's answer lets its prompt judge: an answer that is merely long does."""
-    return damage not in ("empty", "repeated")
+    return damage not in ("empty", "no_words", "repeated")
 
 
 def judge_samples(rows: Sequence[SampleAnswers]) -> SampleVerdict:

@@ -301,3 +301,10 @@ def question_label(question: Question) -> str:
     asked = shorten(prompt if isinstance(prompt, str) else prompt[-1]["content"], 60)
     name = f"line {question.line}" if question.fields.get("id") is None else question.name
     return f'{shorten(name)} ("{asked}")'
+
+
+def expected_label(question: Question) -> str | None:
+    """The right answers to a question on one line, shortened; None where there is none."""
+    answers = [answer for answer in question.accepted if answer is not None]
+    texts = [answer if isinstance(answer, str) else json.dumps(answer) for answer in answers]
+    return shorten(" or ".join(texts)) if texts else None

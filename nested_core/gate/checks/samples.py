@@ -29,7 +29,8 @@ from nested_core.text.stages import stages
 
 MAX_HELD_OUT_PROMPTS = 9  # looked for until MIN_PROMPTS of the base's answers are sound
 MIN_REPEATED_TOKENS = 6
-ENDLESS_FACTOR = 4  # an answer without an end is broken where the expected one is a quarter as long
+LENGTH_FACTOR = 4  # an answer is far too long, or too short, by this factor to the expected one
+MIN_SAME_ANSWERS = 3  # to as many different prompts
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def ask_samples(base: LoadedBase, evidence: RunEvidence) -> list[SampleAnswers]:
     if has_parent:
         of_parent = [answer.text.strip() for answer in _ask(base, evidence.before, asked)]
     of_candidate = _ask(base, evidence.after, asked)
-    return [
+    rows = [
         SampleAnswers(
             prompt=prompt.text,
             expected=prompt.expected,
@@ -85,6 +86,7 @@ def ask_samples(base: LoadedBase, evidence: RunEvidence) -> list[SampleAnswers]:
             asked, of_base, broken, of_parent, of_candidate, strict=True
         )
     ]
+    return mark_same_answers(rows, are_cut_off=any(answer.is_endless for answer in of_candidate))
 
 
 def _list_prompts(config: FineTuneConfig) -> Iterator[_SamplePrompt]:
@@ -112,22 +114,54 @@ def _ask(
 
 
 def find_damage(answer: Answer, expected: str | None, tokenizer: Any) -> BrokenHow | None:
-    """How an answer is broken, or None: empty, one token or pair to the end, or without an end.
+    """How an answer is broken by itself, or None; `mark_same_answers` compares it with the others.
 
-    Without an end it is broken only where the expected answer has at most a quarter of its tokens.
-    What the data itself expects is never broken.
+    It is empty; a single character or punctuation alone; one token or pair for half of it, whatever
+    ends it; or without an end where the expected answer has at most a quarter of its tokens. What
+    the data itself expects is never broken.
     """
     if expected is not None and answer.text.strip() == expected.strip():
         return None
     if answer.is_empty:
         return "empty"
-    if answer.repeated_tail >= max(MIN_REPEATED_TOKENS, answer.tokens / 2):
+    is_begun = answer.is_endless and answer.tokens < MIN_REPEATED_TOKENS
+    if not is_begun and _has_no_words(answer.text.strip(), expected):
+        return "no_words"
+    if answer.repeated_tokens >= max(MIN_REPEATED_TOKENS, answer.tokens / 2):
         return "repeated"
     if answer.is_endless and expected is not None:
         tokens = len(tokenizer.encode(expected, add_special_tokens=False))
-        if tokens * ENDLESS_FACTOR <= answer.tokens:
+        if tokens * LENGTH_FACTOR <= answer.tokens:
             return "endless"
     return None
+
+
+def _has_no_words(text: str, expected: str | None) -> bool:
+    """Whether it is punctuation alone where words are expected, or a single letter or digit.
+
+    A single one may be the name of a choice, unless a far longer answer is expected.
+    """
+    if not any(character.isalnum() for character in text):
+        return expected is None or any(character.isalnum() for character in expected)
+    return len(text) == 1 and expected is not None and len(expected.strip()) >= LENGTH_FACTOR
+
+
+def mark_same_answers(rows: Sequence[SampleAnswers], *, are_cut_off: bool) -> list[SampleAnswers]:
+    """The rows, those of an adapter that says the same to every prompt marked as broken so.
+
+    There have to be MIN_SAME_ANSWERS different prompts. One answer may be right for all: what is
+    expected, or where the data has no answer what the base said, has to differ between them, of
+    answers that were cut off as far as these go; and what the data expects of one is an answer.
+    """
+    answers = {row.adapter for row in rows}
+    if len({row.prompt for row in rows}) < MIN_SAME_ANSWERS or len(answers) > 1:
+        return list(rows)
+    end = len(rows[0].adapter) if are_cut_off else None
+    expected = {row.expected.strip()[:end] for row in rows if row.expected is not None}
+    references = expected | {row.base[:end] for row in rows if row.expected is None}
+    if len(references) == 1 or answers <= expected:
+        return list(rows)
+    return [replace(row, adapter_broken=row.adapter_broken or "same") for row in rows]
 
 
 def _find_broken_answers(judged: JudgedRun) -> Iterator[Reason]:

@@ -16,7 +16,7 @@ from nested_core.gate.answers.suite_answers import (
     read_suites,
     record_or_compare_suites,
 )
-from nested_core.gate.answers.suites import question_label
+from nested_core.gate.answers.suites import expected_label, question_label
 from nested_core.gate.champion_adapter import Champion, UnusableChampion
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.losses import LOSSES
@@ -132,6 +132,7 @@ def _score_answers(
             repeated=answer.is_repeated,
             seconds=seconds,
             same_prompt_as=None if first_lines[prompt] == question.line else first_lines[prompt],
+            expected=expected_label(question),
         )
         for question, prompt, answer, score in zip(
             suite.questions, prompts, answers, scored.scores, strict=True

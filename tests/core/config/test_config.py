@@ -259,6 +259,10 @@ class TestPartsThatHaveToAgree:
 
     def test_the_length_is_told_by_what_decides_it(self) -> None:
         assert parse_config({"iters": 1500}, source="").length == "1,500 iterations"
+        one = parse_config({"training": {"epochs": 1}}, source="")
+        assert one.length_and_tiers == "1 epoch"
+        tiers = parse_config({"iters": 8, "nested": {"frequencies": [1, 2, 4]}}, source="")
+        assert tiers.length_and_tiers == "8 iterations, tiers every 1, 2, 4 steps"
         epochs = {"iters": 1500, "training": {"epochs": 2.5}}
         assert parse_config(epochs, source="").length == "2.5 epochs"
 

@@ -13,9 +13,9 @@ from nested_core.data.data_settings import DataSettings
 from nested_core.data.held_out_rows import read_held_out_prompts
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.gate.answers.answer_bounds import judge_samples
-from nested_core.gate.checks.samples import find_damage
+from nested_core.gate.checks.samples import find_damage, mark_same_answers
 from nested_core.gate.recheck import recheck_verdict
-from nested_core.models.generation import Answer, _count_repeated_tail
+from nested_core.models.generation import Answer, _count_repeated_tokens
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import register_run
 from nested_core.records.answers import BrokenHow, SampleAnswers
@@ -38,7 +38,7 @@ class Words:
 def answer(text: str, *, endless: bool = False) -> Answer:
     words = text.split()
     ids = [sorted(set(words)).index(word) for word in words]
-    return Answer(text, len(words), endless, False, _count_repeated_tail(ids))
+    return Answer(text, len(words), endless, False, _count_repeated_tokens(ids))
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,18 @@ def answer(text: str, *, endless: bool = False) -> Answer:
         ("ha ha ha ha ha ha", False, "ha ha ha ha ha ha", None),  # what the data expects
         ("", False, "", None),
         ("one two three four five six seven ha ha ha ha ha ha", False, "x", None),  # below half
+        ("A day day day day day day day day .", False, "In Norway.", "repeated"),  # and a full stop
+        ("x x x x x y z z z z z", False, "In Norway.", None),  # neither row is half of it
+        (".", False, "In Norway.", "no_words"),
+        (" ....", False, None, "no_words"),
+        ("B", False, "In Norway.", "no_words"),
+        ("B", False, "C.", None),  # a choice that is wrong
+        ("B", False, None, None),  # it may be one
+        ("是", False, "不是", None),
+        ("-", False, "+", None),
+        (".,,..,.", False, "In Norway.", "no_words"),
+        (". . .", True, "In Norway.", None),  # cut off before it can tell
+        (". , . , , .", True, "In Norway.", "no_words"),
     ],
 )
 def test_how_an_answer_is_broken(
@@ -64,6 +76,46 @@ def test_how_an_answer_is_broken(
 
 def rows(*pairs: tuple[BrokenHow | None, BrokenHow | None]) -> list[SampleAnswers]:
     return [SampleAnswers("p", None, "b", None, "a", "x:1", *pair) for pair in pairs]
+
+
+def same(*rows: tuple[str, str | None, str], are_cut_off: bool = False) -> list[BrokenHow | None]:
+    """How answers of "Hm." are broken, to prompts with what is expected and what the base said."""
+    given = [SampleAnswers(p, e, b, None, "Hm.", "x:1") for p, e, b in rows]
+    return [row.adapter_broken for row in mark_same_answers(given, are_cut_off=are_cut_off)]
+
+
+def test_the_same_answer_to_different_prompts_is_broken_where_others_would_differ() -> None:
+    assert same(("p", "A.", "b"), ("q", "B.", "b"), ("r", "C.", "b")) == ["same"] * 3
+    assert same(("p", None, "a"), ("q", None, "b"), ("r", None, "c")) == ["same"] * 3
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [("p", "A.", "a"), ("q", "B.", "b")],  # two may be chance
+        [("p", "A.", "a"), ("p", "B.", "b"), ("q", "C.", "c")],  # two prompts
+        [("p", "spam", "a"), ("q", "spam", "b"), ("r", "spam", "c")],  # a class: wrong, not broken
+        [("p", "Hm.", "a"), ("q", "Ham.", "b"), ("r", "Ham.", "c")],  # right once
+        [("p", None, "a"), ("q", None, "a"), ("r", None, "a")],  # the base did so
+    ],
+)
+def test_one_answer_may_be_right_for_all(rows: list[tuple[str, str | None, str]]) -> None:
+    assert same(*rows) == [None] * len(rows)
+
+
+def test_answers_that_differ_in_one_are_not_the_same() -> None:
+    rows = [
+        SampleAnswers(p, p.upper(), "b", None, a, "x:1") for p, a in zip("pqr", "aab", strict=True)
+    ]
+    assert mark_same_answers(rows, are_cut_off=False) == rows
+
+
+def test_answers_that_were_cut_off_are_compared_as_far_as_they_go() -> None:
+    alike = (("p", "See A.", "b"), ("q", "See B.", "b"), ("r", "See C.", "b"))
+    assert same(*alike) == ["same"] * 3
+    assert same(*alike, are_cut_off=True) == [None] * 3  # they begin alike
+    others = (("p", "A.", "b"), ("q", "B.", "b"), ("r", "C.", "b"))
+    assert same(*others, are_cut_off=True) == ["same"] * 3
 
 
 SOUND, BROKEN = (None, None), (None, "repeated")
@@ -79,6 +131,8 @@ SOUND, BROKEN = (None, None), (None, "repeated")
         ([BROKEN, BROKEN, ("empty", "repeated")], 0, 0, False),  # a base that is broken itself
         ([("endless", "endless")] * 3, 3, 0, False),  # no end before, no end after
         ([("endless", "repeated")] * 3, 3, 3, True),
+        ([(None, "same")] * 3, 3, 3, True),
+        ([("no_words", "no_words")] * 3, 0, 0, False),
         ([], 0, 0, False),
     ],
 )

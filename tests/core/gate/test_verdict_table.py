@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,10 +60,19 @@ def test_questions_that_failed_stand_with_both_answers(rejected: Finished) -> No
     ((suite, rows),) = lost_answers(verdict, read_answers(rejected.run.answers))
     assert suite == "hard"
     assert len(rows) == 3
-    question, before, after = rows[0]
+    question, expected, before, after = rows[0]
+    assert question is not None
     assert "Where to?" in question
+    assert expected == "Bratislava"
+    assert before is not None
     assert before.startswith("Ask ")
     assert after
+
+
+def test_an_empty_answer_is_said_to_be_empty(rejected: Finished) -> None:
+    answers = [replace(a, answer=" \n") for a in read_answers(rejected.run.answers)]
+    ((_, rows),) = lost_answers(read_verdict(rejected.run.gate), answers)
+    assert [row[2:] for row in rows] == [("(empty)", "(empty)")] * 3
 
 
 def test_reasons_are_named_with_their_suites(rejected: Finished) -> None:

@@ -129,7 +129,7 @@ def test_empty_and_repeated_answers_are_told_apart() -> None:
     embedding.weight = mx.zeros_like(embedding.weight)  # every token is as likely: the first
     tokenizer = NumberTokenizer()
     (answer,) = answer_prompts(model, tokenizer, [[1, 2]], Sampling(8))
-    assert answer == Answer(" 0" * 8, 8, is_endless=True, is_repeated=True, repeated_tail=8)
+    assert answer == Answer(" 0" * 8, 8, is_endless=True, is_repeated=True, repeated_tokens=8)
     assert not answer.is_empty
     tokenizer.eos_token_ids = (0,)
     (answer,) = answer_prompts(model, tokenizer, [[1, 2]], Sampling(8))

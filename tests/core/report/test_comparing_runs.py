@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -153,3 +154,26 @@ def test_what_passed_has_the_same_words_in_every_list(
     is_good = words != "passed, quality not measured"  # which nothing was shown of: not green
     assert ('class="verdict good"' in page) is is_good
     assert read_verdict(run.gate).describe() == words  # the last screen of train
+
+
+def test_what_differs_of_a_suite_is_a_key_by_its_name(tmp_path: Path) -> None:
+    file = str(tmp_path / "q.jsonl")
+    suite = {"name": "facts", "file": file, "score": "contains"}
+    gates: list[dict[str, Any]] = [{"tasks": [suite | {"min": least}]} for least in (0.5, 0.9)]
+    runs = [finished_run(tmp_path / str(n), gate=gate) for n, gate in enumerate([*gates, {}])]
+    one_suite = compare_runs([run.path for run in runs[:2]]).differing_settings()
+    del one_suite["data"]
+    assert one_suite == {"gate.tasks.facts.min": [0.5, 0.9]}
+    settings = compare_runs([run.path for run in runs]).differing_settings()
+    del settings["data"]
+    assert settings == {
+        "gate.tasks.facts.file": [file, file, None],
+        "gate.tasks.facts.score": ["contains", "contains", None],
+        "gate.tasks.facts.min": [0.5, 0.9, None],
+    }
+
+
+def test_each_row_says_what_its_figure_is_of(tmp_path: Path) -> None:
+    names = [row[0] for row in compare_runs([finished_run(tmp_path / "run").path]).rows()]
+    assert len(set(names)) == len(names)
+    assert {"training loss: at step", "validation loss: at step", "gate's loss: file"} <= {*names}

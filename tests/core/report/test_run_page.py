@@ -8,12 +8,13 @@ import re
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from nested_core.data.rules.dataset_report import Finding
 from nested_core.errors import ConfigError, GateRejected
-from nested_core.records.verdict import Reason
+from nested_core.records.verdict import REASON_WORDS, Code, Reason
 from nested_core.report.run_page import RunReport, read_report, writing_report_at_end
 from nested_core.report.run_record import read_run
 from nested_core.report.run_status import read_status
@@ -113,6 +114,10 @@ def test_a_run_without_drift_claims_none(tmp_path: Path) -> None:
     assert "Drift" not in page.sections["pairs"]
 
 
+def test_each_reason_has_words_for_a_heading() -> None:
+    assert REASON_WORDS.keys() == set(get_args(Code))
+
+
 def test_a_rejected_run_gives_its_reason_in_the_first_sentence(tmp_path: Path) -> None:
     reasons = [
         Reason("loss_regressed", "the loss rose from 3.55 to 4.1"),
@@ -121,7 +126,8 @@ def test_a_rejected_run_gives_its_reason_in_the_first_sentence(tmp_path: Path) -
     page = page_of(finished_run(tmp_path / "run", reasons=reasons))
     verdict = page.sections["verdict"]
     assert (
-        "Rejected, loss_regressed: the loss rose from 3.55 to 4.1 (and 1 more reason)." in verdict
+        "Rejected: the held-out loss is worse (loss_regressed), and 1 more reason. the loss rose "
+        "from 3.55 to 4.1." in verdict
     )
     assert "tier_unchanged" in verdict
     assert "tier 2 did not move" in verdict
