@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,5 +102,4 @@ def test_training_on_bad_data_is_refused_with_the_lines(validated: Validated) ->
     assert done.code == 3
     for number in BAD:
         assert f"train.jsonl:{number}: " in done.message()
-    assert json.loads((run_dir / "dataset.json").read_bytes())["counts"]["error"] == 3
-    assert not (run_dir / "initial").exists()
+    assert not run_dir.exists() or not any(run_dir.iterdir())

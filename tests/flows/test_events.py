@@ -188,7 +188,7 @@ def test_a_copy_of_a_registry_is_silent_until_a_deployment_names_it(
     changed: Path, new_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = str(PREFECT_API_URL.value())
-    words = ("policy", new_name, "--registry", changed, "--promote", "always")
+    words = ("policy", new_name, "--registry", changed, "--promote", "better")
     assert call_with_server(monkeypatch, url, *words).stderr == ""
     told = ["adapter.promoted", "adapter.promoted", "adapter.policy_changed"]
     assert [event for event, _ in events_of(new_name, 3)] == told

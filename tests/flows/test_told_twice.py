@@ -167,16 +167,17 @@ def test_the_tables_of_the_command_line_tell_them_too(told: Told) -> None:
 
     assert rows["verdict"] == [WORDS]
     assert rows["gate's loss before"] == [told.before]
-    assert below("gate's loss before", 2) == [("  file", "test.jsonl"), ("  examples", 5)]
+    gate_rows = [("gate's loss: file", "test.jsonl"), ("gate's loss: examples", 5)]
+    assert below("gate's loss before", 2) == gate_rows
     assert rows["training loss, mean of the last report"] == [told.trained]
     assert below("training loss, mean of the last report", 2) == [
-        ("  file", "train.jsonl"),
-        ("  at step", 24),
+        ("training loss: file", "train.jsonl"),
+        ("training loss: at step", 24),
     ]
     assert below("validation loss, last evaluation", 3) == [
-        ("  file", "valid.jsonl"),
-        ("  examples", 5),
-        ("  at step", last_step),
+        ("validation loss: file", "valid.jsonl"),
+        ("validation loss: examples", 5),
+        ("validation loss: at step", last_step),
     ]
     assert rows["offered: the adapter of step"] == [step]
     assert rows["its validation loss"] == [val_loss]
