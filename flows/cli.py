@@ -14,6 +14,14 @@ from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any, NoReturn
 
+from flows.commands.help_pages import (
+    EXIT_CODES,
+    FullHelp,
+    ShortHelp,
+    describe_commands,
+    example_of,
+    is_key_flag,
+)
 from flows.process.os_errors import explain, explain_file_limit, explain_missing_mlx
 from flows.process.stop_signals import INTERRUPTED_EXIT_CODE
 from flows.terminal.console import print_progress
@@ -38,8 +46,11 @@ class _Commands:
     """argparse's sub-commands, where the line in the list of commands opens each one's own help."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self._subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+        self._subparsers = parser.add_subparsers(
+            dest="command", metavar="COMMAND", help=argparse.SUPPRESS, prog="nested-tune"
+        )
         self.parsers: dict[str, argparse.ArgumentParser] = {}
+        self.summaries: dict[str, str] = {}
 
     def add(
         self,
@@ -57,8 +68,15 @@ class _Commands:
         description = f"{line[0].upper()}{line[1:]}."
         # `--lr` would be taken for `--lr-schedule`, whose error then speaks of a file's key.
         parser = self._subparsers.add_parser(
-            name, help=line, description=description, allow_abbrev=False, **options
+            name,
+            description=f"{description}\n\nExample: {example_of(name)}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=EXIT_CODES,
+            allow_abbrev=False,
+            add_help=False,
+            **options,
         )
+        parser.add_argument("-h", "--help", action=ShortHelp)
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if json:
             parser.add_argument(
@@ -66,6 +84,7 @@ class _Commands:
             )
         parser.set_defaults(run=run)
         self.parsers[name] = parser
+        self.summaries[name] = line
         return parser
 
 
@@ -89,7 +108,8 @@ def build_parser() -> _Parser:
     parser = _Parser(
         prog="nested-tune",
         description="Fine-tuning pipelines for MLX that cannot silently do nothing.",
-        epilog="Start with `nested-tune demo`; then `nested-tune train --model M --data D`.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="nested-tune COMMAND [options]",
     )
     parser.add_argument(
         "--version", action="version", version=f"nested-tune {version('nested-tune')}"
@@ -101,6 +121,15 @@ def build_parser() -> _Parser:
     keeping = (registry, peft, deployment, doctor)
     for module in (*running, *looking, *keeping):
         module.add_commands(commands)
+    for name, command in commands.parsers.items():
+        if any(map(is_key_flag, command._actions)):  # argparse offers no other list of them
+            command.usage = f"nested-tune {name} -c FILE [options]"
+            command.add_argument("--help-all", action=FullHelp)
+    parser.epilog = (
+        f"{describe_commands(commands.summaries)}\n\n"
+        f"Start with `nested-tune demo`. `nested-tune COMMAND --help` has an example.\n"
+        f"{EXIT_CODES}"
+    )
     return parser
 
 

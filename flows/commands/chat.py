@@ -38,7 +38,7 @@ COLUMN_NAMES = ("base", "adapter")
 
 def add_commands(commands: Any) -> None:
     """Add the command."""
-    chat = commands.add("chat", run_chat, "ask the base and an adapter, and read both answers")
+    chat = commands.add("chat", run_chat, "ask base and adapter, and read both answers")
     chat.add_argument(
         "adapter",
         type=Path,

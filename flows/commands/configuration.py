@@ -37,7 +37,7 @@ def add_commands(commands: Any) -> None:
     explain = commands.add(
         "explain",
         run_explain,
-        "in words, what a run will train, how long, in how much memory, and what judges it",
+        "show what a run will train, how long, and in how much memory",
         json=True,
     )
     add_config_flags(explain)

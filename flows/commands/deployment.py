@@ -18,7 +18,10 @@ MAX_NOTIFY_BYTES = 64 * 2**10
 def add_commands(commands: Any) -> None:
     """Add the command."""
     deploy = commands.add(
-        "deploy", run_deploy, "work pools, deployments and automations, on a server", json=True
+        "deploy",
+        run_deploy,
+        "create work pools, deployments and automations on a server",
+        json=True,
     )
     deploy.add_argument(
         "-c",

@@ -31,7 +31,7 @@ def add_commands(commands: Any) -> None:
     verify = commands.add(
         "verify",
         run_verify,
-        "the gate on any two adapters, or with --model the audit of adapters from anywhere",
+        "compare two adapters, or check adapters against a base",
         json=True,
         usage="%(prog)s INITIAL TRAINED [--json]\n       %(prog)s ADAPTER... --model BASE [--json]",
     )
@@ -47,9 +47,11 @@ def add_commands(commands: Any) -> None:
         "--model", metavar="BASE", help="the base to audit against: a folder or a hub repository"
     )
     verify.add_argument("--all", action="store_true", help="a row for each tensor, too")
-    status = commands.add("status", run_status, "where a run stands", json=True)
+    status = commands.add(
+        "status", run_status, "show how far a run is and what came of it", json=True
+    )
     status.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    stop = commands.add("stop", run_stop, "checkpoint, then stop a run")
+    stop = commands.add("stop", run_stop, "stop a run after a checkpoint")
     stop.add_argument("run_dir", type=Path, metavar="RUN_DIR")
 
 

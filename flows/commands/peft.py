@@ -23,15 +23,13 @@ if TYPE_CHECKING:
 def add_commands(commands: Any) -> None:
     """Add the commands of this module."""
     imports = commands.add(
-        "import-peft", run_peft_import, "a PEFT adapter, for mlx-lm and for here", json=True
+        "import-peft", run_peft_import, "convert a PEFT adapter for mlx-lm", json=True
     )
     imports.add_argument("folder", type=Path, metavar="PEFT_DIR")
     imports.add_argument(
         "--model", required=True, metavar="BASE", help="the base: a folder or a hub repository"
     )
-    exports = commands.add(
-        "export-peft", run_peft_export, "an adapter, for PEFT and what reads its format", json=True
-    )
+    exports = commands.add("export-peft", run_peft_export, "convert an adapter for PEFT", json=True)
     exports.add_argument(
         "folder",
         type=Path,

@@ -30,8 +30,10 @@ def add_commands(commands: Any) -> None:
     rollback.add_argument("--to", metavar="VERSION", help="default: the champion before this one")
     rollback.add_argument("--by", metavar="WHO", help="stands in the history; default: this user")
     rollback.add_argument("--reason", metavar="TEXT", help="why; stands in history and alert")
-    history = commands.add("history", run_history, "the changes of the champion", json=True)
-    audit = commands.add("audit", run_registry_audit, "re-hash every version", json=True)
+    history = commands.add("history", run_history, "list the changes of the champion", json=True)
+    audit = commands.add(
+        "audit", run_registry_audit, "verify the registry, every file of it", json=True
+    )
     gc = commands.add("gc", run_gc, "remove versions that are not needed", json=True)
     gc.add_argument("--keep", type=int, default=10, metavar="N", help="newest to keep; default: 10")
     gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
@@ -39,7 +41,7 @@ def add_commands(commands: Any) -> None:
         "export-mlflow", run_mlflow_export, "copy versions and champion to MLflow's registry"
     )
     export.add_argument("--tracking-uri", metavar="URI", help="default: as MLflow is configured")
-    policy = commands.add("policy", run_policy, "what a promotion needs at least", json=True)
+    policy = commands.add("policy", run_policy, "show or set what a promotion needs", json=True)
     policy.add_argument(
         "--promote",
         choices=("never", "approve", "better", "always", "null"),
@@ -67,7 +69,7 @@ def add_commands(commands: Any) -> None:
         metavar="VERSION|nights:N",
         help="what no promotion by itself may be worse than by more than a margin; null: nothing",
     )
-    forget = commands.add("forget", run_forget, "say that a version is lost")
+    forget = commands.add("forget", run_forget, "record that a version is lost")
     for parser in (promote, rollback, history, audit, gc, export, forget, policy):
         add_registry_arguments(parser)
     forget.add_argument("version", metavar="VERSION", help="or its first 6 digits, or more")

@@ -18,9 +18,7 @@ from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory
 
 def add_commands(commands: Any) -> None:
     """Add the commands of this module."""
-    report = commands.add(
-        "report", run_report, "write a run's page, report.html, at any state of the run"
-    )
+    report = commands.add("report", run_report, "write a run's page, report.html")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     report.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="default: RUN_DIR/report.html"
@@ -33,7 +31,7 @@ def add_commands(commands: Any) -> None:
     compare = commands.add(
         "compare",
         run_compare,
-        "what differs between runs: configuration, losses, verdicts, answers, speed",
+        "show what differs between runs",
         json=True,
     )
     compare.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN")
@@ -44,7 +42,7 @@ def add_commands(commands: Any) -> None:
         metavar="FILE",
         help="write a page with the curves",
     )
-    card = commands.add("card", run_card, "a model card for the champion of a registry's name")
+    card = commands.add("card", run_card, "write a model card for the champion")
     card.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: standard output")
     add_registry_arguments(card)
 

@@ -25,7 +25,7 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 def add_commands(commands: Any) -> None:
     """Add the command."""
-    serve = commands.add("serve", run_serve, "answer requests with the champions of a registry")
+    serve = commands.add("serve", run_serve, "answer requests with the champions")
     serve.add_argument(
         "--registry", type=Path, default=Path("registry"), metavar="DIR", help="default: registry"
     )

@@ -46,14 +46,14 @@ if TYPE_CHECKING:
 
 def add_commands(commands: Any) -> None:
     """Add the commands of this module."""
-    validate = commands.add("validate", run_validate, "judge a data set, train nothing", json=True)
+    validate = commands.add("validate", run_validate, "check a data set", json=True)
     add_config_flags(validate)
     validate.add_argument("--no-tokenize", action="store_true", help="judge the lines alone")
     validate.add_argument(
         "--show", type=int, metavar="N", help="print the first N examples of train token by token"
     )
-    train = commands.add("train", run_train, "fine-tune, without Prefect", json=True)
-    run = commands.add("run", run_flow, "fine-tune, as a Prefect flow")
+    train = commands.add("train", run_train, "train an adapter and judge it", json=True)
+    run = commands.add("run", run_flow, "train an adapter as a Prefect flow")
     for parser in (train, run):
         add_config_flags(parser)
         add_run_flags(parser)

@@ -1,0 +1,59 @@
+"""The help: every command in a group, an example that parses, the common flags, 80 columns."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+
+import pytest
+
+from flows.cli import build_parser, main
+from flows.commands.help_pages import COMMON_FLAGS, GROUPS, is_key_flag
+
+EXAMPLES = {name: example for names in GROUPS.values() for name, example in names.items()}
+WITH_KEYS = ("validate", "train", "run", "explain")
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What a command line that asks for help prints."""
+    with pytest.raises(SystemExit, match="^0$"):
+        main(words)
+    return capsys.readouterr().out
+
+
+def test_each_command_is_in_one_group() -> None:
+    listed = Counter(name for names in GROUPS.values() for name in names)
+    assert listed == Counter(build_parser().commands.keys())
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_the_example_of_a_command_parses(command: str) -> None:
+    program, *words = shlex.split(EXAMPLES[command])
+    parsed = build_parser().parse_args(words)
+    assert (program, parsed.command) == ("nested-tune", command)
+
+
+def test_the_help_fits_80_columns_and_lists_every_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    helps = [printed(capsys, "--help"), *(printed(capsys, name, "--help") for name in EXAMPLES)]
+    assert [line for text in helps for line in text.splitlines() if len(line) > 80] == []
+    assert [name for name in EXAMPLES if f"\n  {name} " not in helps[0]] == []
+    assert "130 interrupted twice" in helps[1]
+
+
+@pytest.mark.parametrize("command", WITH_KEYS)
+def test_help_shows_the_common_flags_and_help_all_every_one(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {
+        action.option_strings[-1]
+        for action in build_parser().commands[command]._actions
+        if is_key_flag(action) and action.help != "==SUPPRESS=="
+    }
+    assert len(flags) > 90
+    short, whole = printed(capsys, command, "--help"), printed(capsys, command, "--help-all")
+    shown = {flag for flag in flags if f"{flag} " in short or f"{flag}\n" in short}
+    assert shown == flags & set(COMMON_FLAGS)
+    assert [flag for flag in flags if flag not in whole] == []
