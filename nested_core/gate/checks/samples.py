@@ -28,7 +28,7 @@ from nested_core.storage.adapter import Adapter
 from nested_core.text.stages import stages
 
 MAX_HELD_OUT_PROMPTS = 9  # looked for until MIN_PROMPTS of the base's answers are sound
-MIN_REPEATED_TOKENS = 6
+MIN_REPEATED_TOKENS = 6  # an answer cut off before so many is only begun: its words tell nothing
 LENGTH_FACTOR = 4  # an answer is far too long, or too short, by this factor to the expected one
 MIN_SAME_ANSWERS = 3  # to as many different prompts
 
@@ -86,7 +86,7 @@ def ask_samples(base: LoadedBase, evidence: RunEvidence) -> list[SampleAnswers]:
             asked, of_base, broken, of_parent, of_candidate, strict=True
         )
     ]
-    return mark_same_answers(rows, are_cut_off=any(answer.is_endless for answer in of_candidate))
+    return mark_same_answers(rows, of_candidate)
 
 
 def _list_prompts(config: FineTuneConfig) -> Iterator[_SamplePrompt]:
@@ -124,8 +124,7 @@ def find_damage(answer: Answer, expected: str | None, tokenizer: Any) -> BrokenH
         return None
     if answer.is_empty:
         return "empty"
-    is_begun = answer.is_endless and answer.tokens < MIN_REPEATED_TOKENS
-    if not is_begun and _has_no_words(answer.text.strip(), expected):
+    if not _is_only_begun(answer) and _has_no_words(answer.text.strip(), expected):
         return "no_words"
     if answer.repeated_tokens >= max(MIN_REPEATED_TOKENS, answer.tokens / 2):
         return "repeated"
@@ -134,6 +133,11 @@ def find_damage(answer: Answer, expected: str | None, tokenizer: Any) -> BrokenH
         if tokens * LENGTH_FACTOR <= answer.tokens:
             return "endless"
     return None
+
+
+def _is_only_begun(answer: Answer) -> bool:
+    """Whether `training.sample_tokens` cut it off before its words can be judged."""
+    return answer.is_endless and answer.tokens < MIN_REPEATED_TOKENS
 
 
 def _has_no_words(text: str, expected: str | None) -> bool:
@@ -146,16 +150,22 @@ def _has_no_words(text: str, expected: str | None) -> bool:
     return len(text) == 1 and expected is not None and len(expected.strip()) >= LENGTH_FACTOR
 
 
-def mark_same_answers(rows: Sequence[SampleAnswers], *, are_cut_off: bool) -> list[SampleAnswers]:
+def mark_same_answers(
+    rows: Sequence[SampleAnswers], of_candidate: Sequence[Answer]
+) -> list[SampleAnswers]:
     """The rows, those of an adapter that says the same to every prompt marked as broken so.
 
-    There have to be MIN_SAME_ANSWERS different prompts. One answer may be right for all: what is
-    expected, or where the data has no answer what the base said, has to differ between them, of
-    answers that were cut off as far as these go; and what the data expects of one is an answer.
+    Answers that are only begun are not compared. There have to be MIN_SAME_ANSWERS different
+    prompts. One answer may be right for all: what is expected, or where the data has no answer what
+    the base said, has to differ between them, of answers that were cut off as far as these go; and
+    what the data expects of one is an answer.
     """
     answers = {row.adapter for row in rows}
     if len({row.prompt for row in rows}) < MIN_SAME_ANSWERS or len(answers) > 1:
         return list(rows)
+    if all(map(_is_only_begun, of_candidate)):
+        return list(rows)
+    are_cut_off = any(answer.is_endless for answer in of_candidate)
     end = len(rows[0].adapter) if are_cut_off else None
     expected = {row.expected.strip()[:end] for row in rows if row.expected is not None}
     references = expected | {row.base[:end] for row in rows if row.expected is None}
