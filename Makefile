@@ -21,7 +21,7 @@ INSTALL := $(PIP) install --quiet --no-compile
 # The lock is complete, so nothing is resolved again: pip would ask for a hash of what it did not pick.
 LOCKED := $(INSTALL) --no-deps --only-binary :all: --require-hashes
 
-.PHONY: help demo test test-all check format bench production-test soak reliability docs example-model lock clean
+.PHONY: help demo test test-all check format bench production-test soak reliability docs pictures example-model lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -44,6 +44,7 @@ check: $(VENV)/dev.stamp ## format, lint and complexity, types, import direction
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 	$(BIN)/python docs/make_python.py --check
+	$(BIN)/python docs/check_prose.py --check
 	$(BIN)/python docs/build_site.py
 
 format: $(VENV)/dev.stamp ## format, and repair what lint can repair
@@ -69,6 +70,9 @@ docs: $(VENV)/dev.stamp ## write the pages that are made from the code again, an
 	$(BIN)/python -m docs.make_support
 	$(BIN)/python docs/build_site.py
 	@echo "Written: build/docs/site/index.html"
+
+pictures: $(VENV)/project.stamp ## draw the pictures of the documents again, from runs that it makes
+	$(BIN)/python docs/make_pictures.py
 
 example-model: $(VENV)/project.stamp ## remake the tiny base model in examples/
 	$(BIN)/python examples/make_model.py

@@ -25,7 +25,7 @@ HEAD = """\
 Written by `make docs` from the docstrings in `nested_core/`; do not edit it by hand.
 
 These names are public: `from nested_core import NAME`. What is not here may change in any version.
-How they go together stands in [README.md](../README.md#use-it-on-your-own-data), what notebooks
+How they go together stands in [README.md](../README.md#your-own-data), what notebooks
 show in [report.md](report.md#notebooks), what the optimizers do in
 [nested-optimizer.md](nested-optimizer.md).
 """

@@ -57,10 +57,7 @@ def test_a_rise_within_noise_is_refused_by_the_bound_alone_only() -> None:
     assert reason.code == "loss_regressed"
 
 
-@pytest.mark.claim(
-    "What was shown to be worse, in loss or answers, does not pass; "
-    "too few examples to tell is said"
-)
+@pytest.mark.claim("An adapter that is significantly worse, in loss or answers, does not pass")
 def test_a_rise_beyond_bound_and_noise_is_refused_with_its_figures_and_its_data() -> None:
     validation = validation_of([0.2, 0.25, 0.3, 0.35] * 3)
     (reason,) = loss_reasons(validation, GateSection())

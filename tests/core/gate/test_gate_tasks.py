@@ -102,10 +102,7 @@ def answers_of_broken(broken: Finished) -> Sequence[AnswerRecord]:
     return make_checks_of_run(broken.config, broken.run).answers
 
 
-@pytest.mark.claim(
-    "What was shown to be worse, in loss or answers, does not pass; "
-    "too few examples to tell is said"
-)
+@pytest.mark.claim("An adapter that is significantly worse, in loss or answers, does not pass")
 def test_a_run_that_lowers_its_loss_and_breaks_its_answers_is_refused(broken: Finished) -> None:
     with pytest.raises(GateRejected, match=r"task_regressed \(capitals: (\d+) of 20 right before"):
         steps.judge(broken.config, broken.run)

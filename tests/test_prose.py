@@ -1,0 +1,82 @@
+"""The counter of words and sentences, on texts whose figures are known."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOL = runpy.run_path(str(ROOT / "docs" / "check_prose.py"))
+PAGE = """\
+# A heading is not a sentence.
+
+One sentence with `some inline code` in it. Is this the second? Yes: it
+is; and a colon ends none.
+
+- An item of a list without its stop
+- a label
+
+| column | what it is |
+|---|---|
+| `x` | The first cell of the table. Its second sentence. |
+| 0.91 | mlx_lm.lora e.g. in version 0.32 of it |
+
+```
+A block of code is no prose at all.
+```
+"""
+
+
+def test_the_sentences_of_a_page_are_those_that_a_person_would_count() -> None:
+    assert list(TOOL["read_markdown"](PAGE)) == [
+        "One sentence with `code` in it.",
+        "Is this the second?",
+        "Yes: it is; and a colon ends none.",
+        "An item of a list without its stop",
+        "The first cell of the table.",
+        "Its second sentence.",
+        "mlx_lm.lora e.g. in version 0.32 of it",
+    ]
+
+
+def test_the_messages_of_errors_are_read_with_a_word_for_each_placeholder() -> None:
+    source = (
+        "def f(path, n):\n"
+        '    """A docstring is no message."""\n'
+        '    raise ConfigError(f"{path}, line {n}: `a key` is not known. "\n'
+        '                      "Give another one of the list.")\n'
+        'print("This is printed and not raised.")\n'
+    )
+    found = ["X, line X: `code` is not known.", "Give another one of the list."]
+    assert list(TOOL["read_messages"](source)) == found
+
+
+@pytest.mark.parametrize(
+    ("sentence", "problem"),
+    [
+        ("word " * 40 + "end.", "41 words, at most 40"),
+        ("The bounds stand in the settings file here.", "'stand'"),
+        ("That nothing changed is said in the log.", "'is said'"),
+        ("Who keeps runs has to prune them.", "'Who keeps'"),
+    ],
+)
+def test_each_limit_is_seen_to_be_passed(sentence: str, problem: str) -> None:
+    page = TOOL["Prose"]("page.md", (sentence, *["Four words are enough."] * 30))
+    (found,) = page.find_problems()
+    assert found.startswith("page.md: ")
+    assert problem in found
+
+
+def test_the_mean_the_share_of_long_ones_and_semicolons_are_limits_of_a_page() -> None:
+    long = TOOL["Prose"]("page.md", ("word " * 28 + "end.",) * 2 + ("Short; it is.",))
+    assert [line.partition(": ")[2] for line in long.find_problems()] == [
+        "20.3 words a sentence, at most 15",
+        "66.7% of the sentences have more than 28 words",
+        "33.3% of the sentences have a semicolon",
+    ]
+
+
+def test_the_pages_that_were_rewritten_are_within_the_limits() -> None:
+    assert TOOL["main"](["--check"]) == 0
