@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
+from flows.commands.config_flags import REQUIRED_KEYS
 from nested_core.config.key_properties import Key, iterate_keys
 from nested_core.config.other_tools import HINTS_FOR_UNSUPPORTED_KEYS, OUR_KEYS_BY_OTHER_TOOLS_KEYS
 from nested_core.config.resume import may_differ_on_resume
@@ -151,6 +152,8 @@ def _rows(keys: list[Key], section: str) -> Iterator[str]:
 
 
 def _default(key: Key) -> str:
+    if key.name in REQUIRED_KEYS:
+        return "required"
     if key.section is not None and key.field.default is not None:
         return f"[section](#{key.name.replace('.', '')})"
     if key.field.default is PydanticUndefined:

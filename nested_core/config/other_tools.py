@@ -18,7 +18,8 @@ _ALL_LINEAR_LAYERS_HINT = (
 )
 _RSLORA_HINT = "is not a key here: give lora_parameters.scale as alpha / sqrt(rank)"
 _HELD_OUT_SPLIT_HINT = (
-    "is not a key here: put the held-out examples into valid.jsonl and test.jsonl"
+    "is not a key here: put the held-out examples into valid.jsonl and test.jsonl, or draw them "
+    "with `nested-tune init --split 0.1`"
 )
 _CHAT_TEMPLATE_HINT = "is not a key here: the tokenizer's own chat template is used"
 _WEIGHT_DECAY_HINT = (
@@ -69,7 +70,7 @@ OUR_KEYS_BY_OTHER_TOOLS_KEYS = MappingProxyType(
         "scheduler": "lr_schedule",
         "lr_scheduler_type": "lr_schedule",
         "optim": "optimizer",
-        "warmup_ratio": "training.warmup_steps",
+        "warmup_ratio": "training.warmup_steps; the ratio times the number of optimizer steps",
         "bf16": "training.precision",
         "fp16": "training.precision",
         "early_stopping_patience": "training.early_stop_patience",
