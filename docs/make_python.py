@@ -35,6 +35,7 @@ ROOMS = {
         *("finetune", "FinetuneResult", "Steps", "Hooks"),
     ),
     "Looking at runs": ("read_report", "RunReport", "compare_runs", "RunComparison"),
+    "Judging without training": ("evaluate", "Evaluation"),
     "Adapters": ("read_adapter", "Adapter"),
     "Optimizers with tiers": (
         *("Tiered", "NestedAdam", "NestedAdamW", "Tier", "TierStats"),

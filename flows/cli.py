@@ -97,6 +97,7 @@ def build_parser() -> _Parser:
             demo,
             deployment,
             doctor,
+            evaluation,
             inspection,
             peft,
             registry,
@@ -117,7 +118,7 @@ def build_parser() -> _Parser:
     commands = _Commands(parser)
     parser.commands = commands.parsers
     running = (demo, training, configuration)
-    looking = (inspection, reports, chat, serving)
+    looking = (inspection, reports, evaluation, chat, serving)
     keeping = (registry, peft, deployment, doctor)
     for module in (*running, *looking, *keeping):
         module.add_commands(commands)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from nested_core.optim.tier_assignment import TierMap, assign_tiers
     from nested_core.optim.tier_counters import Tier, TierStats
     from nested_core.optim.tiered import NestedAdam, NestedAdamW, Tiered
+    from nested_core.pipeline.evaluation import Evaluation, evaluate
     from nested_core.pipeline.finetune import FinetuneResult, finetune
     from nested_core.pipeline.run_steps import Hooks, Steps
     from nested_core.report.run_comparison import RunComparison, compare_runs
@@ -43,6 +44,7 @@ __all__ = [
     "ConfigError",
     "DamagedError",
     "DatasetError",
+    "Evaluation",
     "FineTuneConfig",
     "FinetuneResult",
     "GateRejected",
@@ -65,6 +67,7 @@ __all__ = [
     "apply_flat_updates_to_nested",
     "assign_tiers",
     "compare_runs",
+    "evaluate",
     "finetune",
     "load_config",
     "open_run",
@@ -83,6 +86,7 @@ _PUBLIC_NAMES_BY_MODULE = {
     "optim.tiered": ("NestedAdam", "NestedAdamW", "Tiered"),
     "optim.named_updates": ("UpdateReport", "apply_flat_updates_to_nested", "verify_updates"),
     "optim.tier_assignment": ("TierMap", "assign_tiers"),
+    "pipeline.evaluation": ("Evaluation", "evaluate"),
     "pipeline.finetune": ("FinetuneResult", "finetune"),
     "pipeline.run_steps": ("Hooks", "Steps"),
     "report.run_comparison": ("RunComparison", "compare_runs"),

@@ -15,7 +15,6 @@ from rich.text import Text
 from flows.commands.adapter_places import (
     ADAPTER_FORMS,
     add_registry_flag,
-    find_named_adapter,
 )
 from flows.commands.command_output import printer
 from flows.terminal.console import (
@@ -25,6 +24,7 @@ from flows.terminal.console import (
     print_progress,
 )
 from nested_core.errors import ConfigError
+from nested_core.pipeline.named_adapters import find_named_adapter
 from nested_core.text.foreign_text import escape_but_keep_newlines
 
 if TYPE_CHECKING:

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from flows.commands.adapter_places import (
     add_registry_flag,
-    find_bare_name,
-    find_named_adapter,
-    name_folder_of,
 )
 from flows.commands.command_output import result_printer, text_printer
 from flows.terminal.console import ProgressLine, print_line, print_progress, print_table
 from nested_core.errors import ConfigError, GateRejected
+from nested_core.pipeline.named_adapters import find_bare_name, find_named_adapter, name_folder_of
 from nested_core.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from flows.commands.adapter_places import (
     ADAPTER_FORMS,
     add_registry_flag,
-    find_named_adapter,
 )
 from flows.commands.command_output import result_printer
 from flows.terminal.console import print_line, print_progress
+from nested_core.pipeline.named_adapters import find_named_adapter
 from nested_core.storage.output_places import require_free_place
 
 if TYPE_CHECKING:

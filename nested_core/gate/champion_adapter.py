@@ -89,18 +89,20 @@ def _find_base_for_champion(champion: Adapter, base: LoadedBase, candidate: Adap
     structure = champion.meaning()
     structure_of_candidate = candidate.meaning()
     if any(structure[key] != structure_of_candidate[key] for key in ADAPTER_STRUCTURE_KEYS):
-        base = LoadedBase.load(_config_shaped_like_adapter(champion, base.config))
+        base = LoadedBase.load(shape_like_adapter(champion, base.config))
     if reasons := base_reasons(champion, base.parameters, base.folder):
         raise ConfigError(reasons[0].message)
     return base
 
 
-def _config_shaped_like_adapter(adapter: Adapter, config: FineTuneConfig) -> FineTuneConfig:
+def shape_like_adapter(adapter: Adapter, config: FineTuneConfig) -> FineTuneConfig:
     """The configuration of a run, with the rank, scale and modules of another adapter."""
     recorded = adapter.config.get("lora_parameters") or {}
     known = {"rank": recorded.get("rank"), "scale": recorded.get("scale")}
     known = {key: value for key, value in known.items() if value is not None}
-    lora = config.lora_parameters.model_copy(update=known | {"modules": recorded.get("keys")})
+    keys = recorded.get("keys")
+    modules = None if keys is None else tuple(keys)
+    lora = config.lora_parameters.model_copy(update=known | {"modules": modules})
     changes = {
         "fine_tune_type": adapter.config.get("fine_tune_type", "lora"),
         "num_layers": adapter.config.get("num_layers"),

@@ -34,8 +34,8 @@ from nested_core.storage.run_directory import RunDirectory
 
 
 @dataclass(frozen=True, eq=False)
-class _AskedModel:
-    """A base with an adapter; `adapter` is None for the base alone.
+class AskedModel:
+    """A model to ask: a base with an adapter; `adapter` is None for the base alone.
 
     is_asked_anew: whether answers that are kept already do not count; they are kept either way.
     """
@@ -84,22 +84,23 @@ def answer_tasks(
     return tuple(
         record
         for asked in _asked_models(base, evidence, champion)
-        for record in _ask_model(asked, encoded)
+        for record in ask_model(asked, encoded)
     )
 
 
 def _asked_models(
     base: LoadedBase, evidence: RunEvidence, champion: Champion | None
-) -> list[_AskedModel]:
-    asked = [_AskedModel("base", base, None)]
+) -> list[AskedModel]:
+    asked = [AskedModel("base", base, None)]
     if not base.is_unchanged_by(evidence.before):
-        asked.append(_AskedModel("parent", base, evidence.before))
+        asked.append(AskedModel("parent", base, evidence.before))
     if champion is not None:
-        asked.append(_AskedModel("champion", champion.base, champion.adapter))
-    return [*asked, _AskedModel("candidate", base, evidence.after, is_asked_anew=True)]
+        asked.append(AskedModel("champion", champion.base, champion.adapter))
+    return [*asked, AskedModel("candidate", base, evidence.after, is_asked_anew=True)]
 
 
-def _ask_model(asked: _AskedModel, encoded: Sequence[EncodedSuite]) -> list[AnswerRecord]:
+def ask_model(asked: AskedModel, encoded: Sequence[EncodedSuite]) -> list[AnswerRecord]:
+    """A model's scored answers to every suite, in the order of suites and questions."""
     records = []
     for suite in encoded:
         start = time.monotonic()

@@ -1,0 +1,421 @@
+"""What models answer and predict, side by side, without training: `nested-tune evaluate`.
+
+The answers, the losses and what they show are computed by the gate's own functions, so that an
+adapter has the figures here that its verdict has.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from pydantic import ValidationError
+
+from nested_core.config.loading import parse_config
+from nested_core.config.resume import read_run_config
+from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import TaskSection
+from nested_core.data.example_digests import Digests, decode_digests
+from nested_core.errors import ConfigError, describe_first_problem
+from nested_core.gate.answers.answer_bounds import ScoreChange, find_worse
+from nested_core.gate.answers.suite_answers import encode_suites, read_suites
+from nested_core.gate.base_compatibility import base_reasons
+from nested_core.gate.champion_adapter import ADAPTER_STRUCTURE_KEYS, shape_like_adapter
+from nested_core.gate.checks.tasks import AskedModel, ask_model
+from nested_core.gate.example_losses import ExampleLosses, Vector
+from nested_core.gate.held_out_loss import HeldOutExamples, LoadedBase, read_held_out_examples
+from nested_core.gate.loss_figures import summarise_losses
+from nested_core.gate.training_examples import (
+    read_ancestor_training_digests,
+    read_training_digests,
+)
+from nested_core.models.peft import import_peft
+from nested_core.pipeline.named_adapters import NamedAdapter, find_named_adapter
+from nested_core.records.answers import AnswerRecord
+from nested_core.records.verdict import Validation
+from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import read_json
+from nested_core.text.loss_conclusion import Conclusion
+
+BASE = "base"
+MAX_ADAPTER_CONFIG_BYTES = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class ModelToEvaluate:
+    """A base, alone or with an adapter.
+
+    name: as a person gave it; "base" for the base that others are compared with.
+    model: the base's folder or its name on the hub.
+    adapter: None for the base alone.
+    seen: digests of the examples that it was trained on, as far as they are recorded.
+    """
+
+    name: str
+    model: str
+    adapter: Adapter | None = None
+    trust_remote_code: bool = False
+    seen: Digests = field(default_factory=lambda: decode_digests(None))
+
+
+@dataclass(frozen=True)
+class SuiteScore:
+    """How one model answered one suite; the difference is from the model compared with.
+
+    score: the share of right answers, from 0 to 1.
+    difference, interval, conclusion: None for the model compared with.
+    minimum: the least share that was asked for; None where none was.
+    """
+
+    suite: str
+    questions: int
+    score: float
+    difference: float | None = None
+    interval: tuple[float, float] | None = None
+    conclusion: Conclusion | None = None
+    minimum: float | None = None
+
+    @property
+    def is_below_minimum(self) -> bool:
+        """Whether fewer answers are right than were asked for."""
+        return self.minimum is not None and self.score < self.minimum
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """One model's figures.
+
+    loss: on the held-out file, `loss_before` being that of the model compared with and `loss_after`
+        its own, in nats a supervised token; None without a file, or with another tokenizer.
+    """
+
+    name: str
+    suites: tuple[SuiteScore, ...]
+    loss: Validation | None
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether a loss or a suite is significantly worse, or below its minimum."""
+        has_worse_loss = self.loss is not None and self.loss.conclusion == "worse"
+        return has_worse_loss or any(
+            suite.conclusion == "worse" or suite.is_below_minimum for suite in self.suites
+        )
+
+
+@dataclass(frozen=True)
+class AnsweredQuestion:
+    """A question with what is expected, and each model's answer and score by the model's name."""
+
+    suite: str
+    line: int
+    question: str
+    expected: str | None
+    answers: dict[str, str]
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` returns.
+
+    against: the name of the model that the others are compared with; it is the first of `models`.
+    models: the figures of each model.
+    answers: each question with the expected answer and that of each model.
+    data: the held-out file, None without one.
+    """
+
+    against: str
+    models: tuple[EvaluatedModel, ...]
+    answers: tuple[AnsweredQuestion, ...]
+    data: str | None = None
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether any model is significantly worse than `against`, or below a minimum."""
+        return any(model.is_worse for model in self.models)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `evaluate --json` prints them."""
+        return {
+            "against": self.against,
+            "data": self.data,
+            "models": [asdict(model) | {"is_worse": model.is_worse} for model in self.models],
+            "answers": [asdict(question) for question in self.answers],
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A flat row a model and suite or loss, as a data frame takes them."""
+        rows = []
+        for model in self.models:
+            for suite in model.suites:
+                rows.append({"model": model.name, "measured": suite.suite} | asdict(suite))
+            if model.loss is not None:
+                loss = model.loss
+                rows.append(
+                    {
+                        "model": model.name,
+                        "measured": self.data,
+                        "questions": loss.examples,
+                        "score": loss.loss_after,
+                        "difference": loss.difference,
+                        "interval": loss.interval,
+                        "conclusion": loss.conclusion,
+                    }
+                )
+        return rows
+
+    def __repr__(self) -> str:
+        word = "worse" if self.is_worse else "none worse"
+        models = ", ".join(model.name for model in self.models[1:]) or self.against
+        return f"Evaluation({models} against {self.against}: {word})"
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    *,
+    suites: Sequence[str | Path | Mapping[str, Any] | TaskSection] = (),
+    data: str | Path | None = None,
+    against: str | Path | None = None,
+    config: FineTuneConfig | None = None,
+    registry: Path | None = None,
+    base_model: str | None = None,
+) -> Evaluation:
+    """Ask suites and measure held-out losses of any models; nothing is trained or written.
+
+    Args:
+        models: bases, adapters of mlx_lm or PEFT, runs, NAME, NAME@VERSION or REGISTRY/NAME.
+        suites: files whose answers have to contain what is expected, or entries of `gate.tasks`;
+            those of `config` where none is given.
+        data: a JSON Lines file; the losses on it are compared example by example.
+        against: the model that the others are compared with; by default the base of the first one.
+        config: how data is read and batched. By default that of the first run among the models.
+        registry: where a NAME is looked for; `registry` by default.
+        base_model: the base of an adapter that names none, or another one than it names.
+
+    Raises ConfigError for a name that is none or an adapter that does not fit its base,
+    DatasetError for bad questions or examples, DamagedError for damaged files.
+    """
+    with ExitStack() as stack:
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nested-tune-")))
+        read = [
+            _find_model(str(given), registry, base_model, temporary / str(number))
+            for number, given in enumerate([*([against] if against else []), *models])
+        ]
+        found = [model for model, _ in read]
+        if against is None:
+            first = found[0]
+            found.insert(0, ModelToEvaluate(BASE, first.model, None, first.trust_remote_code))
+        names = [model.name for model in found]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"evaluate: a model is named twice: {', '.join(names)}.")
+        if config is None:
+            runs = [run for _, run in read if run is not None]
+            config = read_run_config(runs[0]) if runs else _plain_config(found[0].model)
+        tasks = tuple(map(_read_task, suites)) or config.gate.tasks
+        gate = config.gate.model_copy(update={"tasks": tasks})
+        if data is not None:
+            gate = gate.model_copy(update={"held_out": str(data)})
+        if not gate.tasks and data is None:
+            raise ConfigError("evaluate: nothing to ask: give a suite, a file of examples or both.")
+        config = config.model_copy(update={"gate": gate})
+        return _Evaluating(config, found, None if data is None else str(data)).run()
+
+
+def _read_task(given: str | Path | Mapping[str, Any] | TaskSection) -> TaskSection:
+    """A suite as `gate.tasks` has it; ConfigError for an entry that is none."""
+    if isinstance(given, (str, Path)):
+        given = {"name": Path(given).stem, "file": str(given), "score": "contains"}
+    try:
+        return TaskSection.model_validate(given)
+    except ValidationError as error:
+        raise ConfigError(f"evaluate: {describe_first_problem(error, 'a suite')}.") from error
+
+
+def _plain_config(model: str) -> FineTuneConfig:
+    return parse_config({"model": model, "num_layers": -1}, source="the model")
+
+
+def _find_model(
+    given: str, registry: Path | None, base_model: str | None, temporary: Path
+) -> tuple[ModelToEvaluate, RunDirectory | None]:
+    """The model that a person means, and its run if it is one."""
+    path = Path(given)
+    if (path / "config.json").is_file() and not (path / CONFIG_NAME).is_file():
+        return ModelToEvaluate(given, given), None
+    try:
+        named = find_named_adapter(path, registry)
+    except ConfigError as error:
+        raise ConfigError(f"{error} A base model is given by its folder.") from error
+    stored = read_json(named.folder / CONFIG_NAME, MAX_ADAPTER_CONFIG_BYTES, follow_links=True)
+    if "peft_type" in stored:
+        model = base_model or str(stored.get("base_model_name_or_path"))
+        import_peft(named.folder, temporary, model)
+        named = NamedAdapter(temporary, model)
+    adapter = read_adapter(named.folder, follow_links=True)
+    model = base_model or named.model or str(adapter.config.get("model"))
+    seen = _read_seen(named)
+    return (
+        ModelToEvaluate(given, model, adapter, named.trusts_remote_code, seen),
+        named.run,
+    )
+
+
+def _read_seen(named: NamedAdapter) -> Digests:
+    """What an adapter and its ancestors were trained on, as far as it is recorded."""
+    run = named.run
+    if run is None:
+        return read_training_digests(named.folder)
+    path = run.training_examples
+    own = np.fromfile(path, "<u8") if path.is_file() else decode_digests(None)
+    initial = read_adapter(run.initial).digest()
+    return np.concatenate(
+        [own, read_ancestor_training_digests(read_run_config(run), initial)], dtype=np.uint64
+    )
+
+
+class _Evaluating:
+    """The models of one evaluation, each loaded into a base that others of its form share."""
+
+    def __init__(
+        self, config: FineTuneConfig, models: Sequence[ModelToEvaluate], data: str | None
+    ) -> None:
+        self._config = config
+        self._models = models
+        self._data = data
+        self._records: dict[str, list[AnswerRecord]] = {}
+        self._losses: dict[str, tuple[HeldOutExamples, Vector, Vector]] = {}
+
+    def run(self) -> Evaluation:
+        """Load each base once, ask and measure all models of it, then compare."""
+        groups: dict[tuple[Any, ...], list[ModelToEvaluate]] = {}
+        for model in self._models:
+            groups.setdefault(_form(model, self._models), []).append(model)
+        for models in groups.values():
+            self._measure(models)
+        reference, *_ = self._models
+        return Evaluation(
+            against=reference.name,
+            models=tuple(self._compare(model, reference) for model in self._models),
+            answers=tuple(self._answered_questions()),
+            data=self._data,
+        )
+
+    def _measure(self, models: Sequence[ModelToEvaluate]) -> None:
+        """Answers and losses of models that fit into one base."""
+        first = models[0]
+        config = self._config.model_copy(
+            update={"model": first.model, "trust_remote_code": first.trust_remote_code}
+        )
+        shaped = next((model.adapter for model in models if model.adapter is not None), None)
+        base = LoadedBase.load(config if shaped is None else shape_like_adapter(shaped, config))
+        for model in models:
+            _require_fit(model, base)
+        suites = encode_suites(read_suites(config.gate), base.tokenizer, base.folder)
+        for model in models:
+            asked = AskedModel("candidate", base, model.adapter)
+            self._records[model.name] = ask_model(asked, suites)
+        if self._data is None:
+            return
+        held_out = read_held_out_examples(config, {})
+        if held_out is None:
+            raise ConfigError(f"evaluate: {self._data} names no file of examples.")
+        tensors = [_tensors(model, base) for model in models]
+        predictions = base.compare_predictions(tensors, held_out.split)
+        for model, losses in zip(models, predictions.losses, strict=True):
+            self._losses[model.name] = (held_out, losses, predictions.tokens)
+
+    def _compare(self, model: ModelToEvaluate, reference: ModelToEvaluate) -> EvaluatedModel:
+        """A model's figures beside those of the reference."""
+        tasks = self._config.gate.tasks
+        own, other = (_by_suite(self._records[of.name]) for of in (model, reference))
+        changes = {
+            task.name: ScoreChange.compare(other[task.name], own[task.name], task.max_drop)
+            for task in tasks
+        }
+        worse = find_worse(list(changes.values()))
+        is_reference = model is reference
+        scores = tuple(
+            SuiteScore(
+                suite=task.name,
+                questions=len(own[task.name]),
+                score=sum(record.score for record in own[task.name]) / len(own[task.name]),
+                minimum=None if is_reference else task.min,
+                difference=None if is_reference else changes[task.name].difference.mean,
+                interval=None if is_reference else changes[task.name].interval,
+                conclusion=None
+                if is_reference
+                else changes[task.name].conclude(is_worse=id(changes[task.name]) in worse),
+            )
+            for task in tasks
+        )
+        return EvaluatedModel(model.name, scores, self._compare_losses(model, reference))
+
+    def _compare_losses(
+        self, model: ModelToEvaluate, reference: ModelToEvaluate
+    ) -> Validation | None:
+        """The paired losses, without the examples that either was trained on."""
+        if self._data is None:
+            return None
+        held_out, own, tokens = self._losses[model.name]
+        _, other, other_tokens = self._losses[reference.name]
+        if not np.array_equal(tokens, other_tokens):
+            return None  # another tokenizer: nats a token are not comparable
+        counted = held_out.is_example_supervised
+        losses = ExampleLosses(
+            file=held_out.file,
+            lines=held_out.split.lines[counted].astype(np.int64),
+            tokens=tokens[counted],
+            before=other[counted] / tokens[counted],
+            after=own[counted] / tokens[counted],
+            clusters=held_out.clusters,
+        )
+        seen = np.concatenate([model.seen, reference.seen], dtype=np.uint64)
+        losses = losses.leaving_out(np.isin(held_out.digests, seen))
+        return summarise_losses(losses, selected_on_same_data=False, bounds=self._config.gate)
+
+    def _answered_questions(self) -> Iterator[AnsweredQuestion]:
+        for records in zip(*self._records.values(), strict=True):
+            first = records[0]
+            names = list(self._records)
+            yield AnsweredQuestion(
+                suite=first.task,
+                line=first.line,
+                question=first.question,
+                expected=first.expected,
+                answers=dict(zip(names, (record.answer for record in records), strict=True)),
+                scores=dict(zip(names, (record.score for record in records), strict=True)),
+            )
+
+
+def _form(model: ModelToEvaluate, models: Sequence[ModelToEvaluate]) -> tuple[Any, ...]:
+    """What models share that fit into one loaded base; the base alone fits with any adapter."""
+    adapter = model.adapter or next(
+        (other.adapter for other in models if other.model == model.model and other.adapter), None
+    )
+    meaning = {} if adapter is None else adapter.meaning()
+    return (model.model, *(str(meaning.get(key)) for key in ADAPTER_STRUCTURE_KEYS))
+
+
+def _require_fit(model: ModelToEvaluate, base: LoadedBase) -> None:
+    if model.adapter is None:
+        return
+    if reasons := base_reasons(model.adapter, base.parameters, base.folder):
+        raise ConfigError(f"{model.name} does not fit {model.model}: {reasons[0].message}.")
+
+
+def _tensors(model: ModelToEvaluate, base: LoadedBase) -> Mapping[str, mx.array]:
+    return base.parameters if model.adapter is None else model.adapter.to_mlx()
+
+
+def _by_suite(records: Sequence[AnswerRecord]) -> dict[str, list[AnswerRecord]]:
+    grouped: dict[str, list[AnswerRecord]] = {}
+    for record in records:
+        grouped.setdefault(record.task, []).append(record)
+    return grouped

@@ -1,0 +1,139 @@
+"""How a person names an adapter: NAME, NAME@VERSION, REGISTRY/NAME, a run, or a folder.
+
+The command line imports this before it reads its arguments: what takes long is imported later.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from nested_core.errors import ConfigError
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.digest_format import shorten_digest
+
+DEFAULT_REGISTRY = Path("registry")
+CHAMPION = "champion"
+VERSIONS = "versions"
+MIN_VERSION_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class NamedAdapter:
+    """An adapter's folder; `model` is the base that its run names, None where the adapter does.
+
+    trusts_remote_code: whether that base may bring code, by the run's configuration.
+    run: the run that it is of, None for a folder or a version.
+    """
+
+    folder: Path
+    model: str | None = None
+    trusts_remote_code: bool = False
+    run: RunDirectory | None = None
+
+    def describe(self) -> str:
+        """The folder, or of a registry's version the name and the version's first digits."""
+        if self.folder.parent.name != VERSIONS:
+            return str(self.folder)
+        return f"{self.folder.parent.parent}, version {shorten_digest(self.folder.name)}"
+
+
+def name_folder_of(path: Path) -> Path | None:
+    """The folder REGISTRY/NAME of that path or of its link `champion`; None for another path."""
+    folder = path.parent if path.name == CHAMPION else path
+    folder = Path(os.path.normpath(folder))
+    return folder if (folder / VERSIONS).is_dir() else None
+
+
+def find_bare_name(given: Path, registry: Path | None) -> Path | None:
+    """The folder of a name without REGISTRY/ before it, in the registry; None where it is none."""
+    if len(given.parts) != 1:
+        return None
+    return name_folder_of((registry or DEFAULT_REGISTRY) / given)
+
+
+def find_named_adapter(given: Path, registry: Path | None = None) -> NamedAdapter:
+    """The adapter that a person means.
+
+    Of a run it is the one that it offers, or while it trains the newest checkpoint; of a name the
+    champion; of NAME@VERSION that version, by its first digits. With `registry` a name that it
+    holds comes first; without, an adapter at the path comes before a name. Raises ConfigError for
+    what is none.
+    """
+    named = find_bare_name(given, registry)
+    if named is not None and registry is not None:
+        return NamedAdapter(champion_folder(named))
+    run = RunDirectory(given)
+    if run.config.is_file() and run.has_run_files():
+        from nested_core.config.resume import read_run_config
+
+        run.require_begun()
+        config = read_run_config(run)
+        return NamedAdapter(_adapter_of_run(run), config.model, config.trust_remote_code, run)
+    folder = name_folder_of(given)
+    if folder is None and (given / "adapter_config.json").is_file():
+        return NamedAdapter(given)
+    folder = folder or named
+    if folder is not None:
+        return NamedAdapter(champion_folder(folder))
+    version = _version_folder(given, registry)
+    if version is not None:
+        return NamedAdapter(version)
+    raise ConfigError(_describe_unknown(given, registry))
+
+
+def _version_folder(given: Path, registry: Path | None) -> Path | None:
+    """The folder of NAME@VERSION or REGISTRY/NAME@VERSION; None for another text."""
+    from nested_core.registry import list_versions
+
+    name, at, wanted = given.name.partition("@")
+    if not at:
+        return None
+    place = given.parent / name
+    folder = name_folder_of(place) or find_bare_name(place, registry)
+    if folder is None:
+        return None
+    versions = list_versions(folder.parent, folder.name)
+    matching = [version for version in versions if version.startswith(wanted)]
+    if len(matching) == 1 and len(wanted) >= MIN_VERSION_DIGITS:
+        return folder / VERSIONS / matching[0]
+    known = ", ".join(map(shorten_digest, versions[:5]))
+    raise ConfigError(
+        f"{given} names {len(matching) or 'no'} versions of {folder}. Expected at least "
+        f"{MIN_VERSION_DIGITS} digits of one of: {known or 'none is registered yet'}."
+    )
+
+
+def _describe_unknown(given: Path, registry: Path | None) -> str:
+    from nested_core.registry import list_names
+
+    where = registry or DEFAULT_REGISTRY
+    names = ", ".join(list_names(where)[:5])
+    held = f"the registry {where} holds {names or 'no name'}"
+    return (
+        f"{given} is neither a run directory (it has no config.yaml) nor a name in a registry (it "
+        f"has no {VERSIONS}/; {held}), nor an adapter's folder (it has no adapter_config.json). "
+        f"Give what `nested-tune train` printed, NAME with --registry DIR, or REGISTRY/NAME."
+    )
+
+
+def champion_folder(folder: Path) -> Path:
+    """The version's folder of a name's champion; ConfigError where there is none yet."""
+    from nested_core.registry import read_champion
+
+    champion = read_champion(folder.parent, folder.name)
+    if champion is None:
+        raise ConfigError(f"{folder} has no champion yet: `nested-tune promote` makes one.")
+    return folder / VERSIONS / champion
+
+
+def _adapter_of_run(run: RunDirectory) -> Path:
+    from nested_core.storage.checkpoint_verification import newest_sound_checkpoint
+
+    if run.adapter.is_dir():
+        return run.adapter
+    checkpoint = newest_sound_checkpoint(run.checkpoints)
+    if checkpoint is None:
+        raise ConfigError(f"{run.path} has no adapter and no checkpoint yet: nothing to ask.")
+    return checkpoint

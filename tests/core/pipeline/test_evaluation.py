@@ -1,0 +1,195 @@
+"""`evaluate`: the gate's figures of any model, without training; exit 4 for a worse one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nested_core.config.sections import TaskSection
+from nested_core.errors import ConfigError
+from nested_core.models.peft import export_peft
+from nested_core.pipeline.evaluation import Evaluation, evaluate
+from nested_core.pipeline.finetune import finetune
+from nested_core.records.verdict import Verdict
+from nested_core.storage.run_directory import RunDirectory
+from tests.example import DATA, MODEL, example_config
+from tests.flows.conftest import called
+
+CAPITALS = TaskSection(
+    name="capitals", file=str(DATA / "held_out.jsonl"), score="contains", max_tokens=16
+)
+CURRENCIES = CAPITALS.model_copy(update={"name": "again"})
+SUITES = (CAPITALS, CURRENCIES)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A run that was promoted, and the same adapter in every form that people have."""
+
+    folder: Path
+    run: RunDirectory
+    verdict: Verdict
+    version: str
+
+    @property
+    def forms(self) -> dict[str, str]:
+        """The adapter by form: a run, a champion, a version, mlx_lm's and PEFT's folder."""
+        registry = self.folder / "registry" / "capitals"
+        return {
+            "run": str(self.run.path),
+            "champion": str(registry),
+            "version": f"{registry}@{self.version[:8]}",
+            "mlx_lm": str(self.folder / "mlx_lm"),
+            "peft": str(self.folder / "peft"),
+        }
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Judged:
+    """Twenty steps, judged by two suites and valid.jsonl."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    config = example_config(
+        iters=20,
+        gate={"tasks": [suite.model_dump() for suite in SUITES]},
+        registry={"path": str(folder / "registry"), "name": "capitals", "promote": "always"},
+    )
+    run = RunDirectory(folder / "run")
+    run.path.mkdir()
+    result = finetune(config, run)
+    assert result.verdict is not None
+    assert result.version is not None
+    mlx_lm = Path(shutil.copytree(run.adapter, folder / "mlx_lm"))
+    written = json.loads((mlx_lm / "adapter_config.json").read_bytes())
+    del written["base_fingerprint"]  # mlx_lm.lora writes none
+    (mlx_lm / "adapter_config.json").write_text(json.dumps(written))
+    export_peft(run.adapter, folder / "peft", str(MODEL))
+    return Judged(folder, run, result.verdict, result.version)
+
+
+@pytest.fixture(scope="module")
+def evaluation(judged: Judged) -> Evaluation:
+    """Every form, beside the base, on both suites and the validation file."""
+    return evaluate(
+        [str(MODEL), *judged.forms.values()],
+        suites=SUITES,
+        data=DATA / "valid.jsonl",
+        against=str(judged.run.initial),
+        config=example_config(),
+    )
+
+
+def test_every_form_of_an_adapter_has_the_figures_of_its_verdict(
+    judged: Judged, evaluation: Evaluation
+) -> None:
+    before, base, *forms = evaluation.models
+    validation = judged.verdict.validation
+    assert validation is not None
+    assert [model.name for model in forms] == list(judged.forms.values())
+    for model in forms:
+        for suite, task in zip(model.suites, judged.verdict.tasks, strict=True):
+            assert (suite.suite, suite.questions) == (task.name, task.questions)
+            assert (suite.score, suite.difference) == (task.candidate, task.difference)
+            assert (suite.interval, suite.conclusion) == (task.interval, task.conclusion)
+        assert model.loss is not None
+        assert (model.loss.loss_before, model.loss.loss_after, model.loss.difference) == (
+            validation.loss_before,
+            validation.loss_after,
+            validation.difference,
+        )
+        assert (model.loss.interval, model.loss.conclusion) == (
+            validation.interval,
+            validation.conclusion,
+        )
+    assert before.loss is not None
+    assert base.loss is not None
+    assert base.loss.loss_after == before.loss.loss_after == validation.loss_before
+    assert [suite.score for suite in base.suites] == [task.base for task in judged.verdict.tasks]
+    assert not evaluation.is_worse
+
+
+def test_each_question_has_every_models_answer_beside_the_expected_one(
+    judged: Judged, evaluation: Evaluation
+) -> None:
+    assert len(evaluation.answers) == 2 * 15
+    first = evaluation.answers[0]
+    assert (first.suite, first.line, first.expected) == ("capitals", 1, "Bratislava")
+    assert list(first.answers) == [model.name for model in evaluation.models]
+    assert first.answers[str(judged.run.path)] == first.answers[judged.forms["peft"]]
+
+
+def test_it_is_a_line_and_rows(judged: Judged, evaluation: Evaluation) -> None:
+    assert repr(evaluation).endswith(f"against {judged.run.initial}: none worse)")
+    rows = evaluation.rows()
+    assert len(rows) == 7 * 3
+    assert {row["measured"] for row in rows} == {"capitals", "again", str(DATA / "valid.jsonl")}
+
+
+def test_what_is_significantly_worse_is_told_so(judged: Judged) -> None:
+    found = evaluate(
+        [judged.run.initial],
+        suites=[CAPITALS.model_copy(update={"min": 0.5})],
+        data=DATA / "valid.jsonl",
+        against=judged.run.path,
+    )
+    _, worse = found.models
+    assert worse.loss is not None
+    assert worse.loss.conclusion == "worse"
+    assert worse.suites[0].is_below_minimum
+    assert found.is_worse
+
+
+def test_examples_that_a_model_was_trained_on_are_left_out(judged: Judged, tmp_path: Path) -> None:
+    data = tmp_path / "mixed.jsonl"
+    trained = (DATA / "train.jsonl").read_text().splitlines()[:3]
+    data.write_text("\n".join([*trained, (DATA / "valid.jsonl").read_text()]))
+    found = evaluate([judged.run.path], data=data)
+    _, own = found.models
+    assert own.loss is not None
+    assert (own.loss.examples, own.loss.left_out) == (10, 3)
+    assert np.isfinite(own.loss.loss_after or np.nan)
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "message"),
+    [
+        (["none"], {}, "is neither a run directory"),
+        ([str(MODEL), str(MODEL)], {"data": DATA / "valid.jsonl"}, "named twice"),
+        ([str(MODEL)], {}, "nothing to ask"),
+        ([str(MODEL)], {"suites": [{"file": "a.jsonl", "score": "guess"}]}, "name"),
+        ([str(MODEL)], {"data": "none.jsonl"}, "none.jsonl is not a file"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(
+    models: list[str], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        evaluate(models, **options)
+
+
+def test_an_adapter_of_another_base_is_refused(judged: Judged, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(MODEL, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_bytes())
+    (other / "config.json").write_text(json.dumps(config | {"note": "another"}))
+    with pytest.raises(ConfigError, match="does not fit"):
+        evaluate([judged.run.adapter], base_model=str(other), data=DATA / "valid.jsonl")
+
+
+def test_the_command_ends_with_4_for_a_worse_one_and_prints_the_same(
+    judged: Judged, evaluation: Evaluation
+) -> None:
+    words = ("--suite", DATA / "held_out.jsonl", "--max-tokens", 16, "--json")
+    files = (*words, "--data", DATA / "valid.jsonl")
+    against = ("--against", judged.run.initial)
+    done = called("evaluate", judged.run.path, *against, *files, cwd=judged.folder)
+    assert done.code == 0
+    assert done.document["models"][1]["loss"] == json.loads(
+        json.dumps(evaluation.to_json()["models"][2]["loss"])
+    )
+    back = ("--against", judged.run.path)
+    assert called("evaluate", judged.run.initial, *back, *files, cwd=judged.folder).code == 4
