@@ -27,7 +27,11 @@ MAX_MODELS = len(ascii_uppercase) - 1  # each has a letter, and the base one
 def add_commands(commands: Any) -> None:
     """Add the command."""
     parser = commands.add(
-        "evaluate", run_evaluation, "ask models without training, and compare them", json=True
+        "evaluate",
+        run_evaluation,
+        "ask models without training, and compare them",
+        json=True,
+        usage="%(prog)s WHAT... [--suite FILE...] [--data FILE] [options]",
     )
     parser.add_argument(
         "models",
@@ -39,7 +43,11 @@ def add_commands(commands: Any) -> None:
         "--suite", nargs="+", type=Path, default=(), metavar="FILE", help="questions, a line each"
     )
     parser.add_argument(
-        "--score", choices=get_args(Score), default="contains", help="of --suite; default: contains"
+        "--score",
+        choices=get_args(Score),
+        default="contains",
+        metavar="SCORE",
+        help=f"of --suite, one of {', '.join(get_args(Score))}; default: contains",
     )
     parser.add_argument("--min", type=float, metavar="SHARE", help="the least share of each suite")
     parser.add_argument(

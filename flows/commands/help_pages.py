@@ -30,6 +30,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "report": "nested-tune report runs/first",
         "compare": "nested-tune compare runs/first runs/second",
         "verify": "nested-tune verify runs/first/initial runs/first/adapter",
+        "evaluate": "nested-tune evaluate runs/first --suite questions.jsonl",
         "chat": "nested-tune chat runs/first",
     },
     "Registry": {
