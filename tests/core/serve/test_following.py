@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import generate, load
 
 from nested_core.models.lora_attachment import attach_stored_adapter
-from nested_core.registry import champion_files, rollback
+from nested_core.registry import champion_files, read_verified_version, rollback
 from nested_core.serve import champion_follower
 from nested_core.storage.adapter import Adapter
 from tests.core.serve.versions import (
@@ -179,7 +179,7 @@ def test_a_version_asked_for_by_its_first_digits_is_read_from_disk_once(
     old, new = promote(1), promote(2)
     with serving(settings(registry, "--name", NAME)) as client:
         read: list[str] = []
-        read_version = champion_follower.read_verified_version
+        read_version = read_verified_version
 
         def note(registry: Path, name: str, version: str) -> Any:
             read.append(version)

@@ -93,7 +93,7 @@ def test_requests_that_come_to_run_late_hold_no_swap_up_and_the_server_says_that
         threads = [ask_in_thread(client, replies, **NO_END)]
         for version in ("base", first):  # each waits behind the one before
             late = threading.Thread(
-                target=lambda v=version: replies.append(client.chat(f"{NAME}@{v}", **NO_END))  # type: ignore[misc]
+                target=lambda v=version: replies.append(client.chat(f"{NAME}@{v}", **NO_END))
             )
             late.start()
             threads.append(late)
