@@ -44,8 +44,13 @@ class ReconcileParameters(Section):
         default=3.0, gt=0, description="an older champion is told of; null: never"
     )
 
+    @property
+    def subject(self) -> str:
+        """What a run is about, for its name in Prefect's list."""
+        return self.registry if self.names is None else ", ".join(self.names)
 
-@flow(name="reconcile", retries=0, flow_run_name="reconcile {config.registry}")
+
+@flow(name="reconcile", retries=0, flow_run_name="reconcile {config.subject}")
 def reconcile(config: ReconcileParameters) -> State[Any]:
     """Apply each version's own policy once more, and end dead runs; again, it changes nothing.
 

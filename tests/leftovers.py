@@ -85,6 +85,9 @@ MAY_STAY = (
         "mlx_lm sets it when it is imported",
     ),
     MayStay("file", r"/__pycache__(/|$)", "what Python compiles of a module when it is imported"),
+    MayStay(
+        "file", r"/\.hypothesis(/|$)", "the constants of our modules, which hypothesis draws from"
+    ),
 )
 
 

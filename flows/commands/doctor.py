@@ -51,7 +51,11 @@ def run_doctor(arguments: argparse.Namespace) -> Callable[[], int]:
         _check_server_address,
         _check_disk,
     )
-    checks = [*(check() for check in looks), *_iterate_serving_checks(arguments.registry)]
+    checks = [
+        *(check() for check in looks),
+        *_iterate_champion_checks(arguments.registry),
+        *_iterate_serving_checks(arguments.registry),
+    ]
     if os.environ.get("PREFECT_API_URL"):
         from flows.deployment.server_checks import iterate_server_checks
 
@@ -141,6 +145,23 @@ def _check_kernels() -> Check:
 def _check_server_address() -> Check:
     url = os.environ.get("PREFECT_API_URL")
     return Check("prefect", True, f"server {url}" if url else "one of the run's own")
+
+
+def _iterate_champion_checks(registry: Path) -> Iterator[Check]:
+    """For each name of the registry, whether its champion is what was registered."""
+    from nested_core.registry import list_names, read_champion, verify
+
+    for name in list_names(registry) if registry.is_dir() else ():
+        try:
+            champion = read_champion(registry, name)
+            if champion is None:
+                continue
+            verify(registry, name, champion)
+        except (NestedTuneError, OSError) as error:
+            mend = f"nested-tune audit --registry {registry} names all that is damaged"
+            yield Check(f"champion {name}", False, str(error), mend)
+        else:
+            yield Check(f"champion {name}", True, f"{shorten_digest(champion)}, as registered")
 
 
 def _iterate_serving_checks(registry: Path) -> Iterator[Check]:

@@ -21,7 +21,15 @@ def tell_server(registry: Path, name: str) -> None:
     """Send the events of an adapter's changes that the server has not heard of."""
     if not may_have_server():
         return
-    from prefect.settings import get_current_settings
+    # Not in the thread: where the process ends within an import of it, it is aborted.
+    from prefect.client.orchestration import get_client
+    from prefect.settings import (
+        PREFECT_CLIENT_MAX_RETRIES,
+        get_current_settings,
+        temporary_settings,
+    )
+
+    from tasks.events import send_missing_events
 
     if get_current_settings().api.url is None:
         return
@@ -30,11 +38,6 @@ def tell_server(registry: Path, name: str) -> None:
 
     def tell() -> None:
         """Ask and send; what goes wrong, or why nothing is sent, is only said."""
-        from prefect.client.orchestration import get_client
-        from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
-
-        from tasks.events import send_missing_events
-
         try:
             once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
             with once, get_client(sync_client=True) as client:

@@ -97,6 +97,7 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
     logging.basicConfig(
         level=arguments.log_level, format="%(asctime)s - %(levelname)s - %(message)s"
     )
+    server, code = None, 0
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with NewsSender(arguments.registry) as sender:
@@ -114,10 +115,13 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
                     server.serve()
                 print_progress("ending: answers under way are finished; Ctrl-C ends them")
     except KeyboardInterrupt:
-        return lambda: INTERRUPTED_EXIT_CODE
+        code = INTERRUPTED_EXIT_CODE
     finally:
         signal.signal(signal.SIGTERM, before)
-    return lambda: 0
+    if server is not None and not server.generator.has_ended:
+        print_progress("ended by force: an answer under way did not come to its end")
+        os._exit(1)  # the thread of the answer would keep the process
+    return lambda: code
 
 
 def registry_lines(server: Any) -> str:

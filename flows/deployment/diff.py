@@ -62,7 +62,8 @@ def _compare_work_pools(client: SyncPrefectClient, plan: DeploymentPlan) -> Iter
             continue
         if there != limit:
             values = (json.dumps(there), json.dumps(limit))
-            yield Difference(name, "concurrency_limit", *values, "keeps the server's")
+            outcome: Outcome = "puts it" if there is None else "keeps the server's"
+            yield Difference(name, "concurrency_limit", *values, outcome)
 
 
 def _compare_deployments(client: SyncPrefectClient, plan: DeploymentPlan) -> Iterator[Difference]:

@@ -83,8 +83,11 @@ def _check_database() -> Check:
     settings = get_current_settings()
     if urlsplit(str(settings.api.url)).hostname not in LOCAL_HOSTS:
         return Check("database", True, "known on the server's machine alone")
-    url = settings.server.database.connection_url
-    dialect = "sqlite" if url is None else url.get_secret_value().partition(":")[0]
+    database = settings.server.database
+    url = database.connection_url
+    if url is None or not database.model_fields_set & {"connection_url", "driver"}:
+        return Check("database", True, "unknown here: it is in the environment of the server alone")
+    dialect = url.get_secret_value().partition(":")[0]
     is_fit = not dialect.startswith("sqlite")
     mend = "" if is_fit else "PostgreSQL for what is scheduled: deployments/postgresql"
     return Check("database", is_fit, dialect, mend)

@@ -11,7 +11,7 @@ none of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Any
 
@@ -79,16 +79,13 @@ def tag_flow_run() -> None:
 
 
 MAX_NIGHTS_READ = 20
-WAITING_TYPES = frozenset({StateType.SCHEDULED, StateType.PENDING})
-ACTIVE_TYPES = (*WAITING_TYPES, StateType.RUNNING)
-SERVER_CLOCK_MARGIN = timedelta(minutes=1)  # the server's and this machine's
 
 
 def find_other_night() -> str | None:
     """Why this night need not train, in a sentence; None where it is to train.
 
-    Another night of its deployment is at work, or a later one is due already and will train on
-    newer data. A run that is tried again, or was not started by a schedule, is to train.
+    Another night of its deployment is at work. A run that is tried again, or was not started by a
+    schedule, is to train.
     """
     context = FlowRunContext.get()
     own = None if context is None else context.flow_run
@@ -96,21 +93,22 @@ def find_other_night() -> str | None:
         return None
     if (runtime.flow_run.run_count or 1) > 1:
         return None
-    active = flow_runs_in(ACTIVE_TYPES, deployment_id={"any_": [own.deployment_id]})
+    running = flow_runs_in([StateType.RUNNING], deployment_id={"any_": [own.deployment_id]})
     nights: list[FlowRun] = []
     with asking_server("other nights of this adapter are not looked at") as client:
         nights = client.read_flow_runs(
-            flow_run_filter=active,
+            flow_run_filter=running,
             sort=FlowRunSort.EXPECTED_START_TIME_ASC,
             limit=MAX_NIGHTS_READ,
         )
-    return describe_other_night(own, nights, datetime.now(UTC))
+    return describe_other_night(own, nights)
 
 
-def describe_other_night(own: FlowRun, nights: list[FlowRun], now: datetime) -> str | None:
+def describe_other_night(own: FlowRun, nights: list[FlowRun]) -> str | None:
     """The sentence about the first of `nights` in whose favour `own` is skipped, if there is one.
 
-    Of two nights that are at work the one due first trains; of two due at once the lower id.
+    Of two nights that are at work the one due first trains; of two due at once the lower id. One
+    that waits is no reason: it would skip for this one, should both begin at the same time.
     """
     for other in nights:
         if other.id == own.id or other.expected_start_time is None:
@@ -118,10 +116,4 @@ def describe_other_night(own: FlowRun, nights: list[FlowRun], now: datetime) -> 
         is_later = (other.expected_start_time, other.id) > (own.expected_start_time, own.id)
         if other.state_type == StateType.RUNNING and not is_later:
             return f"another night of this adapter is at work, flow run {other.name!r} ({other.id})"
-        is_due = other.expected_start_time <= now + SERVER_CLOCK_MARGIN
-        if other.state_type in WAITING_TYPES and is_later and is_due and other.auto_scheduled:
-            return (
-                f"a later night of this adapter is due already, flow run {other.name!r} "
-                f"({other.id}), and trains on what the data is then"
-            )
     return None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import TYPE_CHECKING
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import join_first_values, shorten
+from nested_core.errors import join_first_values
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
 from nested_core.text.digest_format import shorten_digest
@@ -79,7 +80,8 @@ def _describe_reason(reason: Reason, verdict: Verdict) -> str:
         return f"{reason.code} {change} on general text"
     own = {t.tier for t in verdict.tensors if t.tier is not None and t.name in reason.tensors}
     named = f" tier {join_first_values(sorted(own), MAX_SHOWN_REASONS)}" if own else ""
-    return f"{reason.code}{named}: {escape(shorten(reason.message, MAX_SHOWN_CHARACTERS))}"
+    said = textwrap.shorten(reason.message, MAX_SHOWN_CHARACTERS, placeholder=" ...")
+    return f"{reason.code}{named}: {escape(said)}"
 
 
 def _describe_champion(verdict: Verdict) -> str:

@@ -2,8 +2,9 @@
 
 A version is re-hashed, read into memory and asked its canary before it answers anybody. Where that
 fails, the old one stays, and the log, `/health` and the file under serving/ say why. A version
-whose canary failed, or whose first requests did, is barred: this server does not try it again, and
-where the policy of the name says so it rolls the champion back.
+whose canary failed, or whose first requests and then its canary did, is barred: this server does
+not try it again, and where the policy of the name says so it rolls the champion back. Where the
+version before it fails its canary too, the fault is the server's: nothing is barred or rolled back.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ from nested_core.registry.serving_status import (
     remove_serving_record,
     write_serving_record,
 )
+from nested_core.registry.versions import VERSION_PREFIX_PATTERN
 from nested_core.serve.canary_check import CanaryFailed
-from nested_core.serve.response_generator import RegistryResponseGenerator
+from nested_core.serve.response_generator import SECONDS_TO_END, RegistryResponseGenerator
 from nested_core.serve.served_version import BASE_VERSION, ServedVersion, require_same_base
 from nested_core.text.digest_format import shorten_digest
 
@@ -84,13 +86,17 @@ class ChampionFollower:
         self._tell = tell
         self._told: dict[str, ServingNews] = {}  # by name, what was told last
         self._refusals: dict[tuple[str, str], _Refusal] = {}  # by name and version
-        self._versions_before: dict[str, str] = {}  # what each name's swap took the place of
+        self._versions_before: dict[str, ServedVersion] = {}  # what each swap took the place of
         self.problems: dict[str, str] = {}
         self._pinned: OrderedDict[tuple[str, str], ServedVersion] = OrderedDict()
         self._pinned_lock = threading.Lock()
         self._is_stopping = threading.Event()
         self._heartbeat = 0.0
-        self._thread = threading.Thread(target=self._run, name="champion follower", daemon=True)
+        self._record_lock = threading.Lock()
+        self._threads = [
+            threading.Thread(target=self._run, name="champion follower", daemon=True),
+            threading.Thread(target=self._keep_alive, name="heartbeat", daemon=True),
+        ]
 
     def start(self) -> None:
         """Begin to follow.
@@ -103,12 +109,15 @@ class ChampionFollower:
             self._require_servable_champion(name)
         self._write_records()
         self._tell_news()
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
-        """Stop following, and remove this server's files; the generator has been stopped."""
+        """Stop following and the generator, and remove this server's files."""
         self._is_stopping.set()
-        self._thread.join()
+        self._generator.stop_and_join()
+        for thread in self._threads:
+            thread.join(SECONDS_TO_END)
         for name in self._generator.names:
             remove_serving_record(self._registry / name)
 
@@ -120,6 +129,7 @@ class ChampionFollower:
         """
         if wanted == BASE_VERSION:
             return ServedVersion(name, BASE_VERSION)
+        wanted = self._complete(name, wanted)
         current = self._generator.names[name].current
         if wanted == current.version:
             return current
@@ -138,6 +148,13 @@ class ChampionFollower:
                 self._pinned.popitem(last=False)
             return found
 
+    def _complete(self, name: str, wanted: str) -> str:
+        """The one version that begins with `wanted`; `wanted` where there is not just one."""
+        if VERSION_PREFIX_PATTERN.fullmatch(wanted) is None:
+            return wanted
+        matching = [each for each in self.list_versions(name) if each.startswith(wanted)]
+        return matching[0] if len(matching) == 1 else wanted
+
     def list_versions(self, name: str) -> list[str]:
         """Every registered version; the one that is served alone where the registry is away."""
         try:
@@ -154,6 +171,12 @@ class ChampionFollower:
             else:
                 self.problems.pop("following", None)
 
+    def _keep_alive(self) -> None:
+        """Say that this server lives, while a look waits for answers to end, too."""
+        while not self._is_stopping.wait(POLL_SECONDS):
+            if time.monotonic() - self._heartbeat >= HEARTBEAT_SECONDS:
+                self._write_records()
+
     def _look(self) -> None:
         """Follow each name, and say what is new."""
         changed = [
@@ -161,9 +184,8 @@ class ChampionFollower:
             for name in self._generator.names
             if self._leave_failing_version(name) or self._follow(name)
         ]
-        if changed or time.monotonic() - self._heartbeat >= HEARTBEAT_SECONDS:
-            self._write_records()
         if changed:
+            self._write_records()
             self._tell_news()
 
     def _follow(self, name: str) -> bool:
@@ -195,7 +217,7 @@ class ChampionFollower:
     def _serve(self, name: str, champion: str) -> bool:
         """Serve a champion in place of what is served; whether there is news of the name."""
         status = self._generator.names[name]
-        before = status.current.version
+        before = status.current
         try:
             self._generator.swap(self._read_version(name, champion), self._swap_wait)
         except Exception as error:  # whatever is wrong with it, the version before goes on
@@ -204,12 +226,13 @@ class ChampionFollower:
             return not self._is_stopping.is_set()
         self._versions_before[name] = before
         self._refusals.pop((name, champion), None)
+        self.problems.pop(f"{name}/failing", None)
         status.refused = None
         logging.info(
             "%s: version %s is served in place of %s, after %.2f s",
             name,
             shorten_digest(champion),
-            shorten_digest(before),
+            shorten_digest(before.version),
             status.last_swap_seconds,
         )
         return True
@@ -218,14 +241,27 @@ class ChampionFollower:
         """Say that a version is not served; roll it back where that is the policy of its fault."""
         status = self._generator.names[name]
         reason = str(error)
-        is_barred = isinstance(error, CanaryFailed)
-        if is_barred:
-            reason += f"; {self._roll_back(name, version, reason)}"
+        is_barred = False
+        if isinstance(error, CanaryFailed):
+            fault = self._find_own_fault(status.current)
+            is_barred = fault is None
+            reason += f"; {fault or self._roll_back(name, version, reason)}"
         self._refusals[name, version] = _Refusal(reason, time.monotonic(), is_barred)
         with self._pinned_lock:
             self._pinned.pop((name, version), None)
         status.refused = {"version": version, "reason": reason}
         logging.error("%s: version %s is refused: %s", name, shorten_digest(version), reason)
+
+    def _find_own_fault(self, served: ServedVersion) -> str | None:
+        """That the version which is served fails its canary too; None where it does not."""
+        try:
+            self._generator.require_canary(served)
+        except CanaryFailed as error:
+            return (
+                f"the champion stays, for this server is at fault: version "
+                f"{shorten_digest(served.version)}, which was served before, fails too: {error}"
+            )
+        return None
 
     def _roll_back(self, name: str, version: str, reason: str) -> str:
         """Roll a faulty champion back, where the policy says so; what became of that."""
@@ -251,48 +287,67 @@ class ChampionFollower:
         return f"not rolled back: the champion is {shorten_digest(done.version)} by now"
 
     def _leave_failing_version(self, name: str) -> bool:
-        """Go back to the version before where too many requests failed; whether that was so."""
+        """Go back to the version before where too many requests failed; whether that was so.
+
+        A version is left only where it fails when it is asked again, and the one before does not.
+        """
         status = self._generator.names[name]
-        if not status.failures.are_too_many:
+        current, failures = status.current, status.failures
+        if not failures.are_too_many:
+            if failures.is_over:
+                self.problems.pop(f"{name}/failing", None)
             return False
-        version = status.current.version
-        before = self._versions_before[name]
-        failed = CanaryFailed(
-            f"{status.failures.failed} of its first requests failed in the server, where none had "
-            f"failed before it"
-        )
+        failed = f"{failures.failed} of its first requests failed in the server"
         try:
-            served = self._read_version(name, before)
-            served.canary = None  # it was served already
-            self._generator.swap(served, self._swap_wait)
-        except Exception as error:  # such as a registry that is gone for a while
-            self._tell_problem(name, f"{name} cannot go back to {shorten_digest(before)}: {error}")
+            self._generator.require_answers(current, self._swap_wait)
+        except Exception as error:  # whatever a request may meet
+            failed += f", and it fails when it is asked again: {error}"
+        else:
+            self._tell_failing(current, f"{failed}, and it answers when it is asked again")
             return False
-        status.failures.end()
-        self._refuse(name, version, failed)
+        before = self._versions_before[name]
+        try:
+            self._generator.swap(before, self._swap_wait)
+        except Exception as error:
+            self._tell_failing(
+                current,
+                f"{failed}; this server is at fault: version {shorten_digest(before.version)}, "
+                f"which was served before, fails too: {error}",
+            )
+            return False
+        failures.end()
+        self._refuse(name, current.version, CanaryFailed(failed))
         return True
+
+    def _tell_failing(self, version: ServedVersion, problem: str) -> None:
+        """Say why a version that fails is not left, and watch the requests that come next."""
+        label = f"{version.name}@{shorten_digest(version.version)}"
+        self._tell_problem(f"{version.name}/failing", f"{label}: {problem}")
+        self._generator.names[version.name].failures.begin()
 
     def _require_servable_champion(self, name: str) -> None:
         """Ask the canary of what is served first; where it fails, serve the champion before it."""
-        current = self._generator.names[name].current
+        status = self._generator.names[name]
+        current = status.current
         try:
             self._generator.require_canary(current)
         except CanaryFailed as error:
             before = read_rollback_target(self._registry, name)
-            self._refuse(name, current.version, error)
-            status = self._generator.names[name]
-            refused = status.refused
+            problem = "There is no champion before it that could be"
             if before is not None:
-                self._serve(name, before)
-            if status.current.version != before:
+                try:
+                    self._generator.swap(self._read_version(name, before), self._swap_wait)
+                except (NestedTuneError, OSError, RuntimeError) as fault:
+                    problem = f"This server is at fault: the champion before fails too: {fault}"
+            if status.current == current:
                 raise CanaryFailed(
-                    f"{current.label} is not served: {(refused or {}).get('reason')}. There is no "
-                    f"champion before it that could be. Look at the server's options and at its "
-                    f"base {self._base}; or promote another version, or roll back to one: "
-                    f"`nested-tune rollback {name} --registry {self._registry} --to VERSION`."
+                    f"{current.label} is not served: {error}. {problem}. Look at the server's "
+                    f"options and at its base {self._base}; or promote another version, or roll "
+                    f"back to one: `nested-tune rollback {name} --registry {self._registry} --to "
+                    f"VERSION`."
                 ) from error
             status.failures.end()
-            status.refused = refused
+            self._refuse(name, current.version, error)
 
     def _forget_passing_refusals(self, name: str) -> None:
         """What was wrong with versions that are not barred may be mended when they come again."""
@@ -316,6 +371,10 @@ class ChampionFollower:
                 self._tell(news)
 
     def _write_records(self) -> None:
+        with self._record_lock:
+            self._write_records_locked()
+
+    def _write_records_locked(self) -> None:
         self._heartbeat = time.monotonic()
         now = datetime.now(UTC).isoformat(timespec="seconds")
         for name, status in self._generator.names.items():

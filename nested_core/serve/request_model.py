@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,13 +22,15 @@ from pydantic import (
     StringConstraints,
     Tag,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
 DEFAULT_MODEL = "default_model"  # what mlx_lm takes for a request without `model`
 MAX_ANSWER_TOKENS = 2**20
 MAX_DRAFT_TOKENS = 64
-MAX_SEED = 2**64 - 1  # mx.random.seed
+MIN_SEED, SEEDS = -(2**63), 2**64  # OpenAI's are signed, and mx.random.seed takes 64 bits
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_ARGUMENT_LENGTH = 4096  # of a text in chat_template_kwargs
@@ -204,6 +207,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
 ContextSize = Annotated[int, Field(ge=0, le=MAX_ANSWER_TOKENS)]
 TokenNumber = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+Seed = Annotated[int, Field(ge=MIN_SEED, le=SEEDS - 1), AfterValidator(lambda seed: seed % SEEDS)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
@@ -216,7 +220,7 @@ class _Request(_Strict):
     max_tokens: int = Field(512, ge=1, le=MAX_ANSWER_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_ANSWER_TOKENS)
     stop: Annotated[list[StopText], BeforeValidator(_as_list), Field(max_length=MAX_STOPS)] = []
-    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    seed: Seed | None = None
     num_draft_tokens: int = Field(3, ge=0, le=MAX_DRAFT_TOKENS)
     adapters: Annotated[object, BeforeValidator(_refuse_adapters)] = None
     draft_model: Annotated[object, BeforeValidator(_require_default_draft)] = DEFAULT_MODEL
@@ -263,10 +267,19 @@ class ChatRequest(_Request):
     chat_template_kwargs: dict[str, TemplateArgument] | None = None
 
     # OpenAI's, which would change the answer, and are not done here
-    tool_choice: Literal["auto"] = "auto"
-    parallel_tool_calls: Literal[True] = True
+    tool_choice: Literal["auto", "none"] = "auto"
+    parallel_tool_calls: bool = True
     response_format: TextFormat | None = None
     modalities: list[Literal["text"]] = ["text"]
+
+    @field_validator("tool_choice", "parallel_tool_calls")
+    @classmethod
+    def _let_the_model_choose(cls, value: object, info: ValidationInfo) -> object:
+        if info.data.get("tools") and value in ("none", False):
+            raise ValueError(
+                "the model chooses among the tools of a request, and how many it calls"
+            )
+        return value
 
 
 class CompletionBody(_Request):

@@ -53,7 +53,10 @@ SECONDS_BETWEEN_LOOKS = 0.05
 SECONDS_BETWEEN_LOOKS_AT_CLIENT = 1.0
 CANARY_SECONDS_AT_A_TIME = 0.25  # between two looks at the requests
 WATCHED_REQUESTS = 200
-MAX_FAILED_REQUESTS = 5  # of the first ones of a version, where none failed before it
+MAX_FAILED_REQUESTS = 5  # of the first ones of a version
+MAX_TIMES_AS_MANY = 2  # as failed before it, as a share of the requests
+STALL_SECONDS = 30.0  # without a token, a part of a prompt or a look at the requests
+SECONDS_TO_END = 3.0  # of the generation thread, once it is told to
 
 
 class SwapWaitOver(Exception):
@@ -92,19 +95,21 @@ class FailureWatch:
     """Requests that failed in the server: of the first ones of a version, and of those before it.
 
     A failure is an error while an answer was generated: neither what the client did nor a swap that
-    did not wait any longer.
+    did not wait any longer. What failed before a version came is no fault of it.
     """
 
     def __init__(self) -> None:
         self._last: deque[bool] = deque(maxlen=WATCHED_REQUESTS)  # whether each of them failed
         self._is_watching = False
-        self._watched = 0
+        self._share_before = 0.0
+        self.watched = 0
         self.failed = 0
 
     def begin(self) -> None:
-        """Watch the requests of a version that is served from now on, if none failed before it."""
-        self._is_watching = not any(self._last)
-        self._watched = 0
+        """Watch the requests that are answered from now on."""
+        self._is_watching = True
+        self._share_before = sum(self._last) / max(len(self._last), 1)
+        self.watched = 0
         self.failed = 0
 
     def end(self) -> None:
@@ -114,14 +119,20 @@ class FailureWatch:
     def add(self, *, has_failed: bool) -> None:
         """Count a request of the version that is served."""
         self._last.append(has_failed)
-        if self._is_watching and self._watched < WATCHED_REQUESTS:
-            self._watched += 1
+        if self._is_watching and not self.is_over:
+            self.watched += 1
             self.failed += int(has_failed)
 
     @property
+    def is_over(self) -> bool:
+        """Whether as many requests were watched as are."""
+        return self.watched >= WATCHED_REQUESTS
+
+    @property
     def are_too_many(self) -> bool:
-        """Whether the version's own requests failed too often."""
-        return self._is_watching and self.failed > MAX_FAILED_REQUESTS
+        """Whether the version's own requests failed too often, and more often than those before."""
+        usual = MAX_TIMES_AS_MANY * self._share_before * self.watched
+        return self._is_watching and self.failed > max(MAX_FAILED_REQUESTS, usual)
 
 
 @dataclass
@@ -161,6 +172,9 @@ class VersionedRequest(CompletionRequest):
     pinned: the version that the request itself asked for; None for the champion.
     bound: the version that answers it, from when the generation thread took it.
     queue: where mlx_lm puts its answer, from then on.
+    ended: why it is to end before its answer; None where it is not.
+    is_begun: whether the generation thread makes its answer. is_answered: whether the client's
+        thread has mlx_lm's context of it, by which that is stopped.
     is_client_gone: whether nobody waits for the answer any more.
     tokenized: its prompt, as mlx_lm's `_tokenize` gives it, from before it is queued.
     failure: why no answer could be begun.
@@ -173,6 +187,9 @@ class VersionedRequest(CompletionRequest):
     tokenized: tuple[Any, ...] | None = field(default=None, init=False)
     bound: ServedVersion | None = field(default=None, init=False)
     queue: Queue[Any] | None = field(default=None, init=False)
+    ended: SwapWaitOver | None = field(default=None, init=False)
+    is_begun: bool = field(default=False, init=False)
+    is_answered: bool = field(default=False, init=False)
     failure: Exception | None = field(default=None, init=False)
     has_failed: bool = field(default=False, init=False)
 
@@ -260,9 +277,9 @@ class RegistryModelProvider(ModelProvider):
         version: ServedVersion = adapter_path
         key = (self.cli_args.model, version.label, self.cli_args.draft_model)
         if self.model_key != key:
-            self.model = version.build_model(self.base)
-            version.require_in_layers(self.model, self.base_arrays)
-            self.model_key = key
+            model = version.build_model(self.base)
+            version.require_in_layers(model, self.base_arrays)
+            self.model, self.model_key = model, key
             if self._has_retired_version:
                 self._prompt_cache.trim_to(n_sequences=0)
                 self._has_retired_version = False
@@ -273,6 +290,19 @@ class RegistryModelProvider(ModelProvider):
         super().reset()
         self.base = None
         self.base_arrays = {}
+
+
+@dataclass(frozen=True)
+class _NotedQueue:
+    """A request's queue, of which each thing that the generation thread puts there is noted."""
+
+    queue: Queue[Any]
+    note: Callable[[], None]
+
+    def put(self, item: Any) -> None:
+        """As the queue's."""
+        self.note()
+        self.queue.put(item)
 
 
 @dataclass
@@ -310,6 +340,7 @@ class RegistryResponseGenerator(ResponseGenerator):
         self.default_name = initial[0].name
         self.failure: Exception | None = None
         self._is_ready = threading.Event()
+        self._seen_at = time.monotonic()  # when the generation thread was last seen at work
         self._offers: Queue[_Offer] = Queue()
         self._offer: _Offer | None = None  # that the generation thread is at work on
         self.under_way: dict[int, VersionedRequest] = {}
@@ -348,6 +379,24 @@ class RegistryResponseGenerator(ResponseGenerator):
             self.forget(request)
         mx.random.seed(time.time_ns())  # which is unusable where sampling was interrupted
 
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the generation thread is there, and gets on."""
+        return self.generation_available() and time.monotonic() - self._seen_at < STALL_SECONDS
+
+    def stop_and_join(self) -> None:
+        """Tell the generation thread to end, and wait some seconds; `has_ended` is how it went."""
+        self._stop = True
+        self._generation_thread.join(SECONDS_TO_END)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the generation thread is over."""
+        return not self._generation_thread.is_alive()
+
+    def _note_at_work(self) -> None:
+        self._seen_at = time.monotonic()
+
     def require_ready(self) -> None:
         """Return when the base and the first versions are loaded; raise what prevented that."""
         self._is_ready.wait()
@@ -356,11 +405,14 @@ class RegistryResponseGenerator(ResponseGenerator):
 
     def _next_request(self, timeout: float | None = None) -> Any:
         self._is_ready.set()
+        self._note_at_work()
         self._work_on_offer()
         taken = super()._next_request(timeout if self._offer is None else None)
-        if taken is not None:
-            self._bind(*taken)
-        return taken
+        if taken is None:
+            return None
+        self._bind(*taken)
+        queue, *rest = taken
+        return (_NotedQueue(queue, self._note_at_work), *rest)
 
     def _work_on_offer(self) -> None:
         """Check the version that is offered, a part at a time; it is served when all has passed.
@@ -418,7 +470,14 @@ class RegistryResponseGenerator(ResponseGenerator):
         args.model = ModelDescription(version.label, "default_model", version)  # type: ignore[arg-type]  # mlx_lm hands it to `load` as it is
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
-        """What `_prepare` made of a client's prompt; the server's own requests come without."""
+        """What `_prepare` made of a client's prompt; the server's own requests come without.
+
+        Raises what has ended the request while it waited.
+        """
+        with self._lock:
+            if request.ended is not None:
+                raise SwapWaitOver(*request.ended.args)  # anew: a traceback holds arrays
+            request.is_begun = True
         if request.tokenized is None:
             return super()._tokenize(tokenizer, request, args)
         return request.tokenized
@@ -510,6 +569,7 @@ class RegistryResponseGenerator(ResponseGenerator):
         try:
             self._prepare(request, generation_args)
             context, responses = super().generate(request, generation_args, progress_callback)
+            request.is_answered = True
         except Exception as error:
             request.failure = error
             request.has_failed = is_server_failure(error)
@@ -594,6 +654,12 @@ class RegistryResponseGenerator(ResponseGenerator):
         self._offers.put(offer)
         self._settle(offer)
 
+    def require_answers(self, version: ServedVersion, wait_seconds: float) -> None:
+        """Ask a version's canary, and for a token as a request does. Raises what is wrong."""
+        self.require_canary(version)
+        with self._ending_late_requests(version, wait_seconds):
+            self._make_one_token(version)
+
     def _settle(self, offer: _Offer) -> None:
         """Return when an offer has been checked; raise what was wrong with it."""
         self._wait_for(offer.is_settled)
@@ -602,8 +668,8 @@ class RegistryResponseGenerator(ResponseGenerator):
 
     def _wait_for(self, event: threading.Event) -> None:
         while not event.wait(timeout=0.2):
-            if not self.generation_available():
-                raise RuntimeError("generation thread died")
+            if self._stop or not self.generation_available():
+                raise RuntimeError("generation has ended")
 
     def _serve_again(self, version: ServedVersion) -> None:
         """Serve the version before again: it is in memory, and was served already."""
@@ -614,13 +680,25 @@ class RegistryResponseGenerator(ResponseGenerator):
 
     @contextmanager
     def _ending_late_requests(self, version: ServedVersion, seconds: float) -> Iterator[None]:
-        """End requests that run with another version, if the block takes so many seconds."""
-        timer = threading.Timer(seconds, self._end_requests_of_other_versions, [version])
-        timer.start()
+        """End requests that run with another version, once the block takes so many seconds.
+
+        Those too that come to run later, until the block ends.
+        """
+        is_over = threading.Event()
+
+        def end_late_requests() -> None:
+            pause = seconds
+            while not is_over.wait(pause):
+                self._end_requests_of_other_versions(version)
+                pause = SECONDS_BETWEEN_LOOKS
+
+        watch = threading.Thread(target=end_late_requests, daemon=True)
+        watch.start()
         try:
             yield
         finally:
-            timer.cancel()
+            is_over.set()
+            watch.join()
 
     def _make_one_token(self, version: ServedVersion) -> None:
         """Ask the version for a token, so that it is loaded before a client asks."""
@@ -634,16 +712,18 @@ class RegistryResponseGenerator(ResponseGenerator):
             self.forget(request)
 
     def _end_requests_of_other_versions(self, version: ServedVersion) -> None:
+        """End them, but for those whose answer is just being begun: the next look finds them."""
         with self._lock:
-            late = [r for r in self.under_way.values() if r.bound != version]
-        for request in late:
-            if request.queue is not None:
-                request.queue.put(
-                    SwapWaitOver(
-                        f"This answer was ended: it ran longer than a change to version "
-                        f"{version.label} waits (--swap-wait). Ask again."
-                    )
+            for request in self.under_way.values():
+                is_between = request.is_begun and not request.is_answered
+                if request.bound == version or request.ended is not None or is_between:
+                    continue
+                request.ended = SwapWaitOver(
+                    f"This answer was ended: it ran longer than a change to version "
+                    f"{version.label} waits (--swap-wait). Ask again."
                 )
+                if request.queue is not None:
+                    request.queue.put(request.ended)
 
 
 def is_server_failure(error: Exception) -> bool:

@@ -189,7 +189,6 @@ def starting_server(settings: ServeSettings) -> Iterator[RunningServer]:
                 yield RunningServer(http, generator, follower)
                 generator.wait_for_requests(settings.swap_wait)
             finally:
-                generator.stop_and_join()
                 follower.stop()
         finally:
             generator.stop_and_join()

@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,14 +50,17 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @contextmanager
 def serve_process(
-    registry: Path, folder: Path, begin: Callable[[], None] | None = None
+    registry: Path,
+    folder: Path,
+    begin: Callable[[], None] | None = None,
+    program: Sequence[str] = (str(PROGRAM),),
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`nested-tune serve` at a free port, and the address that it said.
 
     begin: called in the process before the command.
     """
     log = folder / "serve.log"
-    command = [str(PROGRAM), "serve", "--registry", str(registry), "--name", NAME, "--port", "0"]
+    command = [*program, "serve", "--registry", str(registry), "--name", NAME, "--port", "0"]
     with log.open("w") as file:
         process = subprocess.Popen(command, stderr=file, cwd=folder, text=True, preexec_fn=begin)  # noqa: PLW1509
     try:
@@ -98,6 +101,30 @@ def test_a_killed_server_leaves_a_sound_registry_and_the_next_one_ends_cleanly(
         assert process.wait() == 0
     assert list(records.iterdir()) == []
     assert "ending: answers under way are finished" in (tmp_path / "serve.log").read_text()
+
+
+@pytest.mark.slow("starts the command")
+def test_sigterm_ends_a_process_whose_generation_stands_still(
+    served: tuple[Path, str], tmp_path: Path
+) -> None:
+    planted = """if True:
+        import sys, time
+        from flows.cli import main
+        from nested_core.serve.response_generator import RegistryModelProvider
+        RegistryModelProvider.load = lambda *_: time.sleep(600)
+        sys.argv += ["--swap-wait", "0"]
+        sys.exit(main())
+    """
+    program = (sys.executable, "-c", planted)
+    with serve_process(served[0], tmp_path, program=program) as (process, address):
+        connection = http.client.HTTPConnection(address.removeprefix("http://"))
+        connection.request("POST", "/v1/completions", json.dumps({"prompt": "x"}))
+        wait_until(lambda: health(address)["names"][NAME]["requests"] == 1, "it is asked")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 1
+        connection.close()
+    assert "ended by force: an answer under way" in (tmp_path / "serve.log").read_text()
+    assert list((served[0] / NAME / "serving").iterdir()) == []
 
 
 @pytest.mark.slow("starts the command")

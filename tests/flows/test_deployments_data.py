@@ -20,6 +20,7 @@ from flows.deployment.plan import begin_name, full_name, make_plan
 from flows.finetune import FinetuneParameters
 from flows.flow_runs.allowed_folders import require_known_name
 from flows.process.environment import packaged_folder
+from flows.reconcile import ReconcileParameters
 from flows.sweep import SweepParameters
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import RegistrySection
@@ -79,6 +80,13 @@ def test_the_nightly_schedule_is_off_until_a_person_switches_it_on() -> None:
 def test_no_training_holds_a_lease_that_a_server_which_is_away_could_end_it_by() -> None:
     limited = [name for name, each in DEPLOYMENTS.items() if "concurrency_limit" in each]
     assert limited == ["hourly"]
+
+
+def test_a_look_at_the_servers_waits_for_the_one_before_and_is_not_lost() -> None:
+    limit = {"limit": 1, "collision_strategy": "ENQUEUE"}
+    assert DEPLOYMENTS["hourly"]["concurrency_limit"] == limit
+    one = ReconcileParameters(registry="registry", names=("capitals", "rivers"))
+    assert (one.subject, ReconcileParameters(registry="r").subject) == ("capitals, rivers", "r")
 
 
 def test_the_automation_that_frees_dead_runs_leaves_approvals() -> None:

@@ -11,9 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from prefect.settings import (
+    PREFECT_API_DATABASE_CONNECTION_URL,
+    PREFECT_API_URL,
+    temporary_settings,
+)
 
 from flows.commands import doctor
 from flows.commands.doctor import MIN_FREE_DISK_BYTES
+from flows.deployment.server_checks import _check_database
 from nested_core.registry import register_and_promote
 from nested_core.registry.serving_status import ServingRecord
 from tests.core.registry.conftest import write_run
@@ -58,6 +64,31 @@ def test_a_package_that_is_missing_or_of_a_version_that_does_not_fit_is_named(
     for name in ("sqlalchemy<2.1", "fastapi<0.151", "pandera"):
         assert f'"{name}' in packages["mend"]
     assert "prefect" not in packages["mend"]
+
+
+def test_a_champion_that_is_damaged_is_said_and_one_that_is_sound(tmp_path: Path) -> None:
+    registry = tmp_path / "registry"
+    for name, seed in (("capitals", 1), ("rivers", 2)):
+        register_and_promote(write_run(tmp_path / name, seed=seed), registry, name, {}, by="a test")
+    weights = registry / "rivers" / "champion" / "adapters.safetensors"
+    weights.chmod(0o644)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    done = called("doctor", "--json", "--registry", "registry", cwd=tmp_path)
+    checks = {each["name"]: each for each in done.document["checks"]}
+    assert checks["champion capitals"]["ok"]
+    damaged = checks["champion rivers"]
+    assert (damaged["ok"], "is not what was registered" in damaged["seen"]) == (False, True)
+    assert "nested-tune audit" in damaged["mend"]
+
+
+def test_of_a_database_that_this_environment_does_not_name_nothing_is_said() -> None:
+    here = {PREFECT_API_URL: "http://127.0.0.1:4200/api"}
+    with temporary_settings(here, restore_defaults={PREFECT_API_DATABASE_CONNECTION_URL}):
+        unknown = _check_database()
+    with temporary_settings(here | {PREFECT_API_DATABASE_CONNECTION_URL: "sqlite+aiosqlite:///x"}):
+        unfit = _check_database()
+    assert (unknown.ok, unknown.seen.startswith("unknown here")) == (True, True)
+    assert (unfit.ok, unfit.seen) == (False, "sqlite+aiosqlite")
 
 
 def test_whether_each_server_follows_its_champion_is_said(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -254,12 +256,23 @@ def test_a_change_of_hours_ago_is_told_and_is_no_news(
 def test_a_server_that_is_away_fails_no_command(
     changed: Path, new_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    was_imported: list[bool] = []
+    start = threading.Thread.start
+
+    def start_noted(thread: threading.Thread) -> None:
+        if thread.name == "tell-server":
+            was_imported.append("tasks.events" in sys.modules)
+        start(thread)
+
     with socket.socket() as silent:  # takes connections, and answers nothing
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         monkeypatch.setattr(server_notice, "SECONDS_TO_TELL", 0.3)
+        monkeypatch.setattr(threading.Thread, "start", start_noted)
+        monkeypatch.delitem(sys.modules, "tasks.events")
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/api"
         done = call_with_server(monkeypatch, url, "rollback", new_name, "--registry", changed)
     assert done.code == 0
+    assert was_imported == [True]  # before: a process that ends within an import is aborted
     assert done.stdout.startswith("rolled_back: ")
     assert "note: Prefect's server was not told (no answer within 0.3 seconds)" in done.stderr

@@ -17,7 +17,7 @@ from flows.flow_runs.nights import describe_other_night
 from tests.example import example_settings
 
 NOW = datetime(2026, 11, 22, 2, 0, tzinfo=UTC)
-AT_WORK, LATER = "another night of this adapter is at work", "a later night of this adapter is due"
+AT_WORK = "another night of this adapter is at work"
 
 
 def night(state: State[Any], hours: float, *, by_schedule: bool = True) -> FlowRun:
@@ -29,31 +29,36 @@ def night(state: State[Any], hours: float, *, by_schedule: bool = True) -> FlowR
 
 
 @pytest.mark.parametrize(
-    ("other", "now", "expected"),
+    ("other", "expected"),
     [
-        (night(Running(), -24), 0, AT_WORK),
-        (night(Running(), -24, by_schedule=False), 0, AT_WORK),
-        (night(Running(), 24), 24, None),  # that one gives way
-        (night(Scheduled(), 24), 25, LATER),
-        (night(Pending(), 24), 25, LATER),
-        (night(Scheduled(), 24), 0, None),  # not due yet
-        (night(Scheduled(), -24), 0, None),  # an earlier one, which gives way itself
-        (night(Scheduled(), 24, by_schedule=False), 25, None),  # a run by hand
+        (night(Running(), -24), AT_WORK),
+        (night(Running(), -24, by_schedule=False), AT_WORK),
+        (night(Running(), 24), None),  # that one gives way
+        (night(Scheduled(), 24), None),  # as that one will, if it begins before this one has ended
+        (night(Pending(), 24), None),
+        (night(Scheduled(), -24), None),
     ],
 )
-def test_the_night_that_is_due_last_trains_on_the_newest_data(
-    other: FlowRun, now: float, expected: str | None
+def test_of_two_nights_at_work_the_one_that_was_due_first_trains(
+    other: FlowRun, expected: str | None
 ) -> None:
     own = night(Running(), 0)
-    said = describe_other_night(own, [own, other], NOW + timedelta(hours=now))
+    said = describe_other_night(own, [own, other])
     assert (said is None) if expected is None else str(said).startswith(expected)
     assert said is None or str(other.id) in said
 
 
 def test_of_two_nights_due_at_once_one_trains() -> None:
     first, second = night(Running(), 0), night(Running(), 0)
-    said = [describe_other_night(own, [first, second], NOW) for own in (first, second)]
+    said = [describe_other_night(own, [first, second]) for own in (first, second)]
     assert sum(each is None for each in said) == 1
+
+
+def test_of_two_late_nights_that_begin_together_one_trains_whoever_looks_first() -> None:
+    first, second = night(Running(), -26), night(Pending(), -2)
+    begun = second.model_copy(update={"state_type": Running().type})
+    said = [describe_other_night(first, [first, second]), describe_other_night(begun, [first])]
+    assert (said[0], str(said[1]).startswith(AT_WORK)) == (None, True)
 
 
 def begin(deployment: UUID, monkeypatch: pytest.MonkeyPatch) -> State[Any]:

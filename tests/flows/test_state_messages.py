@@ -40,6 +40,12 @@ def test_a_rejection_for_tensors_names_the_tiers_and_why() -> None:
     assert describe_rejection(verdict) == "rejected: tier_unchanged tier 2: no gradient came"
 
 
+def test_a_long_reason_is_cut_between_words() -> None:
+    reasons = [{"code": "no_effect", "message": f"{'a' * 90} {'b' * 60} {'c' * 60}", "tensors": []}]
+    shown = describe_rejection(make_verdict(reasons=reasons))
+    assert shown == f"rejected: no_effect: {'a' * 90} {'b' * 60} ..."
+
+
 def test_names_in_a_reason_are_escaped_for_state_and_event() -> None:
     reasons = [{"code": "non_finite", "message": "tensor \x1b[2Ja\u202eb", "tensors": []}]
     shown = describe_rejection(make_verdict(reasons=reasons))

@@ -1,25 +1,29 @@
 """Requests to `serve` drawn from OpenAI's schema and beyond it, asked while the champion changes.
 
 A request is well formed, extreme, of wrong types, a body that is none, or one whose client leaves.
-What has to hold for each is in `ask`; what has to hold of the server, in `HostileRun`.
+What has to hold for each is in `ask`; what has to hold of the server, in `HostileRun`. Meanwhile
+another client asks plain questions, and looks at `/health`.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
+import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from openai.types import Completion
+from openai.types.chat import ChatCompletionChunk
 
 from nested_core.registry import read_champion
 from tests.core.serve.versions import COUNTRIES, NAME, Client, promote_run, serving, settings
@@ -116,38 +120,49 @@ FEW_OPTIONS = st.builds(
 )
 
 
+Leaves = Literal["never", "within the body", "before the answer"]
+LEAVES: st.SearchStrategy[Leaves] = st.sampled_from(
+    ["never", "never", "within the body", "before the answer"]
+)
+
+
 @dataclass(frozen=True)
 class Hostile:
-    """A request: of which route, with which body, and whether its client waits for the answer.
+    """A request: of which route, with which body, and when its client goes away.
 
     body: a dictionary, or bytes that are sent as they are.
     """
 
     route: str
     body: dict[str, Any] | bytes
-    leaves: bool = False
+    leaves: Leaves = "never"
 
 
-def _request(chat: bool, content: Any, options: dict[str, Any], leaves: bool) -> Hostile:
+def _request(
+    chat: bool, content: Any, options: dict[str, Any], leaves: Leaves, streamed: bool
+) -> Hostile:
     route, key = ("chat/completions", "messages") if chat else ("completions", "prompt")
-    return Hostile(route, {key: content, "max_tokens": MAX_TOKENS} | options, leaves)
+    body = {key: content, "max_tokens": MAX_TOKENS} | ({"stream": True} if streamed else {})
+    return Hostile(route, body | options, leaves)
 
 
 USUAL_MESSAGES = st.builds(
     lambda text: [{"role": "user", "content": text}], st.sampled_from(PROMPTS)
 )
+STREAMED = st.booleans()
 REQUESTS: st.SearchStrategy[Hostile] = st.one_of(
-    st.builds(_request, st.just(True), USUAL_MESSAGES, st.just({}), st.just(False)),
-    st.builds(_request, st.just(True), USUAL_MESSAGES, FEW_OPTIONS, st.booleans()),
-    st.builds(_request, st.just(True), MESSAGES, FEW_OPTIONS, st.just(False)),
+    st.builds(_request, st.just(True), USUAL_MESSAGES, st.just({}), st.just("never"), STREAMED),
+    st.builds(_request, st.just(True), USUAL_MESSAGES, FEW_OPTIONS, LEAVES, STREAMED),
+    st.builds(_request, st.just(True), MESSAGES, FEW_OPTIONS, st.just("never"), STREAMED),
     st.builds(
         _request,
         st.just(False),
         st.one_of(TEXTS, st.lists(TEXTS), JSON),
         FEW_OPTIONS,
-        st.booleans(),
+        LEAVES,
+        STREAMED,
     ),
-    st.builds(_request, st.booleans(), USUAL_MESSAGES, OPTIONS, st.booleans()),
+    st.builds(_request, st.booleans(), USUAL_MESSAGES, OPTIONS, LEAVES, STREAMED),
     st.builds(
         Hostile,
         st.sampled_from(["chat/completions", "completions"]),
@@ -165,6 +180,7 @@ class HostileRun:
     """A served champion that is asked, and what its answers were.
 
     texts: the answer of each version, by prompt. statuses: how many answers had which.
+    compared: how many answers were compared with their version's, by version.
     """
 
     client: Client
@@ -173,70 +189,86 @@ class HostileRun:
     asking: openai.OpenAI
     texts: dict[tuple[str, str], str] = field(default_factory=dict)
     statuses: Counter[int] = field(default_factory=Counter)
-
-    def swap(self, seed: int) -> None:
-        """Promote the run of a seed, wait until it is served, and keep what it answers."""
-        version = promote_run(self.runs[seed], self.registry)
-        wait_until(lambda: self.client.health()["names"][NAME]["version"] == version, "it swapped")
-        self.note_answers(version)
+    compared: Counter[str] = field(default_factory=Counter)
 
     def note_answers(self, version: str) -> None:
-        """Keep the answers of the version that is served."""
+        """Keep the answers of a version."""
         for prompt in PROMPTS:
-            reply = self.client.chat(NAME, prompt, max_tokens=MAX_TOKENS)
+            reply = self.client.chat(f"{NAME}@{version}", prompt, max_tokens=MAX_TOKENS)
             assert reply.version == version
             self.texts[version, prompt] = reply.text
 
     def ask(self, hostile: Hostile) -> None:
         """Ask once. An answer is its version's own; a refusal is 4xx as the library shows it."""
-        if hostile.leaves:
+        if hostile.leaves != "never":
             self._ask_and_leave(hostile)
             return
-        is_dictionary = isinstance(hostile.body, dict)
-        body = encode(hostile.body)
         try:
-            raw = self.asking.post(
-                f"/{hostile.route}",
-                cast_to=httpx.Response,
-                content=body,
-                options={"headers": {"Content-Type": "application/json"}},
-            )
+            version, text = self._ask(hostile)
         except openai.APIStatusError as error:
             self.statuses[error.status_code] += 1
             _require_shown_refusal(hostile, error)
             return
-        self.statuses[raw.status_code] += 1
-        version = raw.headers["X-Adapter-Version"]
-        assert is_dictionary, hostile
-        self._compare(hostile, version, raw.text)
-
-    def _compare(self, hostile: Hostile, version: str, text: str) -> None:
-        """Where a request was a plain question, its answer is that of the version it names."""
-        assert isinstance(hostile.body, dict)
-        plain = {"messages", "max_tokens"}
-        if set(hostile.body) != plain:
+        self.statuses[200] += 1
+        assert isinstance(hostile.body, dict), hostile
+        if hostile.body.keys() - {"stream"} != {"messages", "max_tokens"}:
             return
-        (message,) = hostile.body["messages"][-1:]
-        known = self.texts.get((version, str(message.get("content"))))
-        if known is not None and len(hostile.body["messages"]) == 1 and message["role"] == "user":
-            answer = json.loads(text)["choices"][0]["message"]["content"] or ""
-            assert answer == known, hostile
+        messages = hostile.body["messages"]
+        if messages in [[{"role": "user", "content": prompt}] for prompt in PROMPTS]:
+            assert text == self.texts[version, messages[0]["content"]], hostile
+            self.compared[version] += 1
+
+    def _ask(self, hostile: Hostile) -> tuple[str, str]:
+        """The version that answers and its text, whole or streamed, as OpenAI's library has it.
+
+        Raises what the library raises, also in the midst of a stream.
+        """
+        headers = {"headers": {"Content-Type": "application/json"}}
+        options: Any = {"content": encode(hostile.body), "options": headers}
+        path, is_chat = f"/{hostile.route}", hostile.route == "chat/completions"
+        if not isinstance(hostile.body, dict) or hostile.body.get("stream") is not True:
+            raw = self.asking.post(path, cast_to=httpx.Response, **options)
+            choice = json.loads(raw.text)["choices"][0]
+            text = choice["message"]["content"] if is_chat else choice["text"]
+            return raw.headers["X-Adapter-Version"], text or ""
+        kind = ChatCompletionChunk if is_chat else Completion
+        stream_cls = openai.Stream[kind]  # type: ignore[valid-type]
+        stream = self.asking.post(path, cast_to=kind, stream=True, stream_cls=stream_cls, **options)
+        texts = [
+            (piece.choices[0].delta.content if is_chat else piece.choices[0].text) or ""
+            for piece in stream
+            if piece.choices
+        ]
+        return stream.response.headers["X-Adapter-Version"], "".join(texts)
 
     def _ask_and_leave(self, hostile: Hostile) -> None:
         host, port = self.client.server.address.removeprefix("http://").split(":")
         body = encode(hostile.body)
-        head = f"POST /v1/{hostile.route} HTTP/1.1\r\nContent-Length: {len(body) + 1}\r\n\r\n"
+        head = f"POST /v1/{hostile.route} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
+        sent = body if hostile.leaves == "before the answer" else body[: len(body) // 2]
         with socket.create_connection((host, int(port)), timeout=60) as connection:
-            connection.sendall(head.encode() + body + b" ")
+            connection.sendall(head.encode() + sent)
+
+    def ask_plainly(self, is_over: threading.Event) -> None:
+        """Ask plain questions, whole and streamed, and look at `/health`, until it is over."""
+        for prompt, streamed in itertools.cycle(itertools.product(PROMPTS, (False, True))):
+            if is_over.wait(0.1):
+                return
+            health = self.client.health()
+            assert (health["status"], health["problems"]) == ("ok", [])
+            message = [{"role": "user", "content": prompt}]
+            options = {"stream": True} if streamed else {}
+            body = {"messages": message, "max_tokens": MAX_TOKENS} | options
+            self.ask(Hostile("chat/completions", body))
 
     def require_sound(self) -> None:
         """The server lives, has the champion, and says so; nothing was rolled back or barred."""
         wait_until(lambda: not self.client.server.generator.under_way, "nothing is under way")
-        health = self.client.health()
         champion = read_champion(self.registry, NAME)
-        served = health["names"][NAME]
+        wait_until(lambda: self.client.health()["names"][NAME]["version"] == champion, "followed")
+        health = self.client.health()
         assert (health["status"], health["problems"]) == ("ok", [])
-        assert (served["version"], served["refused"]) == (champion, None)
+        assert health["names"][NAME]["refused"] is None
         assert self.client.server.generator.names[NAME].failures.failed == 0
         assert "rollback" not in (self.registry / NAME / "history.jsonl").read_text()
         reply = self.client.chat(NAME, PROMPTS[0], max_tokens=MAX_TOKENS)
@@ -259,31 +291,38 @@ def encode(body: dict[str, Any] | bytes) -> bytes:
     return body if isinstance(body, bytes) else json.dumps(body).encode()
 
 
-@contextmanager
-def hostile_run(registry: Path, runs: dict[int, Path]) -> Iterator[HostileRun]:
-    """A server of the run of seed 1, and OpenAI's client of it."""
-    version = promote_run(runs[1], registry)
+def ask_over_two_swaps(registry: Path, runs: dict[int, Path], count: int) -> HostileRun:
+    """Ask so many drawn requests, while the champion changes to another version and back.
+
+    It changes after a third of them and after two thirds, without a pause of the requests.
+    """
+    versions = {seed: promote_run(runs[seed], registry) for seed in (2, 1)}
     flags = ("--name", NAME, "--log-level", "ERROR")
     with serving(settings(registry, *flags)) as client:
         address = f"{client.server.address}/v1"
         with openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=60) as asking:
             run = HostileRun(client, registry, runs, asking)
-            run.note_answers(version)
-            yield run
+            for version in versions.values():
+                run.note_answers(version)
+            is_over = threading.Event()
+            with ThreadPoolExecutor() as pool:
+                plain = pool.submit(run.ask_plainly, is_over)
+                try:
+                    _ask_drawn(run, count, swaps={count // 3: 2, 2 * count // 3: 1})
+                finally:
+                    is_over.set()
+                plain.result()
+            run.require_sound()
+    assert set(run.compared) == set(versions.values())
+    return run
 
 
-def ask_over_two_swaps(registry: Path, runs: dict[int, Path], count: int) -> Counter[int]:
-    """Ask so many drawn requests of each of three champions; how many answers had which status."""
-    with hostile_run(registry, runs) as run:
-        _ask_drawn(run, count)
-        for seed in (2, 1):
-            run.swap(seed)
-            _ask_drawn(run, count)
-    return run.statuses
+def _ask_drawn(run: HostileRun, count: int, swaps: dict[int, int]) -> None:
+    """Ask drawn requests; `swaps` has the seed that is promoted, by the request that it is before.
 
-
-def _ask_drawn(run: HostileRun, count: int) -> None:
-    """One that fails is not made smaller: the server has seen it, and may answer otherwise."""
+    One that fails is not made smaller: the server has seen it, and may answer otherwise.
+    """
+    asked = itertools.count()
 
     @hypothesis_settings(
         max_examples=count,
@@ -294,7 +333,8 @@ def _ask_drawn(run: HostileRun, count: int) -> None:
     )
     @given(REQUESTS)
     def ask(hostile: Hostile) -> None:
+        if (seed := swaps.get(next(asked))) is not None:
+            promote_run(run.runs[seed], run.registry)
         run.ask(hostile)
 
     ask()
-    run.require_sound()

@@ -20,7 +20,7 @@ from nested_core.registry import audit, history, promote, read_champion, rollbac
 from nested_core.registry.policy import set_policy
 from nested_core.registry.serving_status import ServingNews
 from nested_core.registry.versions import version_folder
-from nested_core.serve import canary_check, served_version
+from nested_core.serve import canary_check, response_generator, served_version
 from nested_core.serve.canary_check import (
     CanaryFailed,
     check_canary,
@@ -202,9 +202,12 @@ def test_versions_without_a_canary_and_those_asked_for_by_name_are_compared_too(
 ) -> None:
     other, first = promote(4), promote(1)
     with serving(settings(registry, "--name", NAME)) as client:
+        answer = client.chat(NAME).text
         leave_one_tensor_out(monkeypatch)
         asked = client.chat(f"{NAME}@{other}")
         assert (asked.status, "tensors in the layers are not" in asked.body) == (503, True)
+        reply = client.chat(NAME)
+        assert (reply.text, reply.version) == (answer, first)
         third = promote(3)
         assert refused(client)["version"] == third
         assert client.chat(NAME).version == first
@@ -350,19 +353,79 @@ def test_requests_that_fail_where_none_failed_before_bring_the_version_before_ba
     assert read_champion(registry, NAME) == first
 
 
-def test_failures_count_only_of_the_first_requests_and_where_none_failed_before() -> None:
+@pytest.mark.parametrize("is_server_at_fault", [False, True])
+def test_a_version_that_is_not_at_fault_itself_is_not_left_and_health_says_why(
+    is_server_at_fault: bool,
+    promote: Promote,
+    registry: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    promote(1)
+    set_policy(registry, NAME, by="a test", changes={"canary": "rollback"})
+    with serving(settings(registry, "--name", NAME)) as client:
+        second = promote(2)
+        wait_for(client, second)
+        if is_server_at_fault:
+            monkeypatch.setattr(response_generator, "check_canary", fail_canary)
+        failures = client.server.generator.names[NAME].failures
+        for _ in range(6):
+            failures.add(has_failed=True)
+        wait_until(lambda: client.health()["problems"], "it says what is wrong")
+        time.sleep(3 * POLL_SECONDS)
+        (problem,) = client.health()["problems"]
+        fault = "this server is at fault" if is_server_at_fault else "it answers when it is asked"
+        assert ("6 of its first requests failed" in problem, fault in problem) == (True, True)
+        assert [record.getMessage() for record in caplog.records].count(
+            f"{problem}; what is served stays"
+        ) == 1
+        assert (client.chat(NAME).version, refusals(client)) == (second, None)
+        for _ in range(200):
+            failures.add(has_failed=False)
+        wait_until(lambda: client.health()["problems"] == [], "it is forgotten")
+    assert read_champion(registry, NAME) == second
+
+
+def fail_canary(*_: object) -> Generator[None, None, None]:
+    """A canary that fails whatever is asked: the machine computes otherwise."""
+    yield
+    raise CanaryFailed("canary: planted")
+
+
+def test_a_server_on_which_every_canary_fails_rolls_nothing_back(
+    promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(1)
+    set_policy(registry, NAME, by="a test", changes={"canary": "rollback"})
+    with serving(settings(registry, "--name", NAME)) as client, monkeypatch.context() as patch:
+        patch.setattr(response_generator, "check_canary", fail_canary)
+        second = promote(2)
+        assert "this server is at fault" in refused(client)["reason"]
+        patch.undo()
+        assert client.chat(f"{NAME}@{second}").version == second  # it is not barred
+    monkeypatch.setattr(response_generator, "check_canary", fail_canary)
+    with pytest.raises(CanaryFailed, match="This server is at fault: the champion before"):
+        start(registry)
+    assert read_champion(registry, NAME) == second
+
+
+def test_only_so_many_failures_count_as_are_more_than_before() -> None:
     watch = FailureWatch()
     watch.begin()
     for number in range(250):
         watch.add(has_failed=number >= 195)
     assert (watch.failed, watch.are_too_many) == (5, False)
-    watch.begin()  # the version before it failed, too
+    watch.begin()  # 55 of the last 200 failed, before the version came
+    for number in range(50):
+        watch.add(has_failed=number % 2 == 0)
+    assert (watch.failed, watch.are_too_many) == (25, False)
     for _ in range(10):
         watch.add(has_failed=True)
-    assert not watch.are_too_many
-    for _ in range(200):
+    assert watch.are_too_many
+    for _ in range(199):
         watch.add(has_failed=False)
-    watch.begin()
+    watch.add(has_failed=True)
+    watch.begin()  # one bad request among the last 200 disarms nothing
     for _ in range(6):
         watch.add(has_failed=True)
     assert watch.are_too_many

@@ -16,7 +16,8 @@ from mlx.utils import tree_flatten
 from mlx_lm import generate, load
 
 from nested_core.models.lora_attachment import attach_stored_adapter
-from nested_core.registry import champion_files, rollback
+from nested_core.registry import champion_files, read_verified_version, rollback
+from nested_core.serve import champion_follower
 from nested_core.storage.adapter import Adapter
 from tests.core.serve.versions import (
     NAME,
@@ -170,6 +171,24 @@ def test_a_version_and_the_base_are_asked_by_name(
             NAME: 3,
             "rivers": 2,
         }
+
+
+def test_a_version_asked_for_by_its_first_digits_is_read_from_disk_once(
+    promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = promote(1), promote(2)
+    with serving(settings(registry, "--name", NAME)) as client:
+        read: list[str] = []
+        read_version = read_verified_version
+
+        def note(registry: Path, name: str, version: str) -> Any:
+            read.append(version)
+            return read_version(registry, name, version)
+
+        monkeypatch.setattr(champion_follower, "read_verified_version", note)
+        for version in (old, new, old, new):
+            assert client.chat(f"{NAME}@{version[:8]}").version == version
+    assert read == [old]
 
 
 def test_a_damaged_champion_is_not_served_and_the_old_one_stays(

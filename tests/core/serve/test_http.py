@@ -145,7 +145,10 @@ ENDING: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a token that there is none of": ({"logit_bias": {"999999": 5}}, "must name tokens from 0 to"),
     "a negative token": ({"logit_bias": {"-3": 5}}, "expected the number of a token"),
-    "a negative seed": ({"seed": -5}, "seed: Input should be greater than or equal to 0"),
+    "a seed far below 0": (
+        {"seed": -(2**70)},
+        "seed: Input should be greater than or equal to -92",
+    ),
     "a seed out of bounds": ({"seed": 2**70}, "seed: Input should be less than or equal to"),
     "more tokens than may be": (
         {"max_completion_tokens": 2**20 + 1},
@@ -263,6 +266,10 @@ NOT_DONE: dict[str, tuple[dict[str, Any], str]] = {
         "response_format.type: Input should be 'text'",
     ),
     "a tool that is to be called": ({"tool_choice": "required"}, "tool_choice: Input should be"),
+    "tools that are not to be called": (
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"},
+        "tool_choice: the model chooses among the tools",
+    ),
     "an unknown key": ({"beams": 4}, "beams: not taken here"),
     "a number that is none": ({"temperature": float("nan")}, "NaN is no number of JSON"),
     "half a character": ({"stop": "\ud800"}, "surrogates not allowed"),
@@ -286,6 +293,7 @@ def test_what_cannot_change_an_answer_is_taken_and_null_is_the_default(client: C
         ("temperature", "max_tokens", "top_p", "stream", "logprobs", "n", "stop")
     )
     more: dict[str, Any] = {"user": "me", "metadata": {"a": "b"}, "store": False, "n": 1}
+    more |= {"tool_choice": "none", "parallel_tool_calls": False, "tools": [], "seed": -1}
     assert client.chat(NAME, **nulls).text == client.chat(NAME, **more).text == client.chat().text
     listed = client.send("POST", "/v1/completions", {"prompt": [QUESTION]}).json()
     alone = client.send("POST", "/v1/completions", {"prompt": QUESTION}).json()

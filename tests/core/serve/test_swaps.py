@@ -13,7 +13,8 @@ import pytest
 
 from nested_core.registry import audit
 from nested_core.registry.serving_status import ServingRecord, read_serving_records
-from nested_core.serve import champion_follower
+from nested_core.serve import champion_follower, response_generator
+from nested_core.serve.response_generator import RegistryModelProvider
 from tests.core.serve.test_following import wait_for
 from tests.core.serve.versions import NAME, Client, Reply, serving, settings
 from tests.waiting import wait_until
@@ -78,6 +79,62 @@ def test_a_swap_waits_no_longer_than_it_may_and_says_so_to_whom_it_ends(
     last = [line for line in streamed.body.splitlines() if line.startswith("data: ")][-1]
     assert "longer than a change to version" in json.loads(last[6:])["error"]["message"]
     assert streamed.version == first
+
+
+@pytest.mark.slow("a server of its own, and answers of hundreds of tokens")
+def test_requests_that_come_to_run_late_hold_no_swap_up_and_the_server_says_that_it_lives(
+    promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(champion_follower, "HEARTBEAT_SECONDS", 0.0)
+    first = promote(1)
+    replies: list[Reply] = []
+    with serving(settings(registry, "--name", NAME, "--swap-wait", 3)) as client:
+        (file,) = (registry / NAME / "serving").iterdir()
+        threads = [ask_in_thread(client, replies, **NO_END)]
+        for version in ("base", first):  # each waits behind the one before
+            late = threading.Thread(
+                target=lambda v=version: replies.append(client.chat(f"{NAME}@{v}", **NO_END))
+            )
+            late.start()
+            threads.append(late)
+        generator = client.server.generator
+        wait_until(lambda: generator.count_waiting() == 3, "they wait")
+        second = promote(2)
+        wait_until(lambda: generator.names[NAME].current.version == second, "the swap has begun")
+        heard = file.read_text()
+        wait_until(lambda: file.read_text() != heard, "it says that it lives")
+        assert generator.names[NAME].last_swap_seconds is None
+        for thread in threads:
+            thread.join(60)
+        assert client.chat(NAME).version == second
+    assert [reply.status for reply in replies] == [503] * 3
+
+
+def test_health_says_that_generation_stands_still_and_the_server_ends_all_the_same(
+    promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(1)
+    monkeypatch.setattr(response_generator, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(response_generator, "SECONDS_TO_END", 0.5)
+    goes_on = threading.Event()
+    load = RegistryModelProvider.load
+
+    def wait_and_load(*given: Any) -> Any:
+        goes_on.wait(60)
+        return load(*given)
+
+    with serving(settings(registry, "--name", NAME, "--swap-wait", 0)) as client:
+        assert client.health()["status"] == "ok"
+        monkeypatch.setattr(RegistryModelProvider, "load", wait_and_load)
+        thread = threading.Thread(target=lambda: client.chat(NAME))
+        thread.start()
+        wait_until(lambda: client.send("GET", "/health").status == 503, "it says so")
+        assert client.health()["status"] == "unavailable"
+        generator = client.server.generator
+    assert not generator.has_ended
+    goes_on.set()
+    wait_until(lambda: generator.has_ended, "it ends")
+    thread.join(60)
 
 
 @pytest.mark.slow("a server of its own, and answers of hundreds of tokens")
