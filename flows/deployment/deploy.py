@@ -260,19 +260,18 @@ def _put_automation(client: SyncPrefectClient, wanted: AutomationCore) -> str:
     for automation in doubled:
         with _ignoring_missing():
             client.delete_automation(automation.id)
-    if describe_automation(kept) == describe_automation(wanted):
+    if _describe_automation(kept) == _describe_automation(wanted):
         return "there already" if done == "put in place" else done
     with _ignoring_missing():
         client.update_automation(kept.id, wanted)
     return done
 
 
-def describe_automation(automation: AutomationCore) -> dict[str, Any]:
+def _describe_automation(automation: AutomationCore) -> dict[str, Any]:
     """What an automation does and when; whether it is switched on is the server's to say."""
     described = automation.model_dump(
         mode="json", include={"description", "trigger", "actions"}, exclude_none=True
     )
-    described["actions"] = {str(i): action for i, action in enumerate(described["actions"])}
     for key in ("after", "expect", "for_each"):
         described["trigger"][key] = sorted(described["trigger"].get(key, ()))
     return described

@@ -13,7 +13,6 @@ from prefect.workers.process import ProcessWorker
 
 from flows.commands.deployment import read_notify
 from flows.deployment.deploy import _make_work_pools, deploy, put_deployment
-from flows.deployment.diff import find_differences
 from flows.deployment.plan import make_plan, read_deployments_yaml
 from flows.process.environment import packaged_folder
 from nested_core.errors import ConfigError
@@ -115,28 +114,30 @@ def test_a_configurations_own_braces_reach_the_server_and_no_variable_of_the_env
     assert "hf_only_in_tests" not in everything
 
 
-def test_what_was_deployed_differs_from_its_file_in_nothing(
+def test_deploying_again_puts_what_the_file_says_and_keeps_what_a_person_switched_on(
     prefect_server: None, tmp_path: Path
 ) -> None:
-    config = tmp_path / "braces.yaml"
-    registry = {"path": "registry", "name": "same"}
-    content = {"model": "m", "data": "d", "samples": TEMPLATES, "registry": registry}
-    config.write_text(yaml.safe_dump(content))
-    plan = make_plan(config=config)
-    list(deploy(plan))
-    own = [each for each in find_differences(plan) if each.name.startswith("deployment ")]
-    config.write_text(yaml.safe_dump(content | {"samples": ["Hello , bye"]}))
-    changed = [
-        each
-        for each in find_differences(make_plan(config=config))
-        if each.key == "parameters.config.samples"
-    ]
+    config = tmp_path / "again.yaml"
+    content = {"model": "m", "data": "d", "registry": {"path": "registry", "name": "again"}}
+    config.write_text(yaml.safe_dump(content | {"seed": 1}))
+    list(deploy(make_plan(config=config)))
     with get_client(sync_client=True) as client:
+        nightly = client.read_deployment_by_name("finetune/again-nightly")
+        client.update_deployment_schedule(nightly.id, nightly.schedules[0].id, active=True)
+        client.create_deployment(
+            nightly.flow_id, "old", parameters=nightly.parameters, tags=["nested-tune"]
+        )
+        config.write_text(yaml.safe_dump(content | {"seed": 2}))
+        done = list(deploy(make_plan(config=config)))
+        nightly = client.read_deployment_by_name("finetune/again-nightly")
+        names = {deployment.name for deployment in client.read_deployments()}
         for deployment in client.read_deployments():
             client.delete_deployment(deployment.id)
-    assert own == []
-    assert len(changed) == 2
-    assert "Hello {{ name }}, bye" in changed[0].server
+    assert "deployment finetune/again-nightly: in pool mlx-gpu, schedule nightly on" in done
+    assert "deployment finetune/old: removed, for an earlier deploy left it" in done
+    assert nightly.parameters["config"]["seed"] == 2
+    assert "old" not in names
+    assert all("there already" in line for line in done if line.startswith("automation"))
 
 
 @pytest.mark.parametrize(
