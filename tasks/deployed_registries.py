@@ -7,6 +7,7 @@ deploy` names it.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.responses import DeploymentResponse
@@ -50,17 +51,22 @@ def _names_registry(deployment: DeploymentResponse, folder: Path, name: str) -> 
 
     A relative path starts in the folder that the deployment's runs enter.
     """
-    config = deployment.parameters.get("config")
-    if not isinstance(config, dict):
+    place, names = adapters_in(deployment.parameters)
+    if place is None or name not in (names or (name,)):
         return False
+    steps = [step[ENTER_STEP] for step in deployment.pull_steps or () if ENTER_STEP in step]
+    home = steps[-1]["directory"] if steps else "."
+    return resolve_path(Path(home, Path(place).expanduser())) == folder
+
+
+def adapters_in(parameters: dict[str, Any]) -> tuple[str | None, tuple[str, ...]]:
+    """The registry that a deployment's parameters name, and its adapters there; () for all."""
+    config = parameters.get("config")
+    if not isinstance(config, dict):
+        return None, ()
     section = config.get("base", config).get("registry")
     if isinstance(section, dict):  # of a flow that trains
         place, names = section.get("path"), [section.get("name")]
     else:
-        place = section
-        names = [config["name"]] if "name" in config else config.get("names") or [name]
-    if place is None or name not in names:
-        return False
-    steps = [step[ENTER_STEP] for step in deployment.pull_steps or () if ENTER_STEP in step]
-    home = steps[-1]["directory"] if steps else "."
-    return resolve_path(Path(home, Path(str(place)).expanduser())) == folder
+        place, names = section, [config["name"]] if "name" in config else config.get("names") or []
+    return None if place is None else str(place), tuple(str(n) for n in names if n is not None)

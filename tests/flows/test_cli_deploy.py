@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
+from prefect.schedules import Schedule
 from prefect.workers.process import ProcessWorker
 
 from flows.commands.deployment import read_notify
 from flows.deployment.deploy import _make_work_pools, deploy, put_deployment
-from flows.deployment.plan import make_plan, read_deployments_yaml
-from flows.process.environment import packaged_folder
+from flows.deployment.plan import make_plan, read_work_pools
 from nested_core.errors import ConfigError
 from tests.flows.conftest import Ended
 
@@ -52,7 +52,7 @@ def test_work_pools_that_another_deploy_makes_meanwhile_are_made(
     prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two machines that start together may deploy together."""
-    pools = read_deployments_yaml(packaged_folder("deployments") / "work-pools.yaml")["work_pools"]
+    pools = read_work_pools()
     template = ProcessWorker.get_default_base_job_template
     with get_client(sync_client=True) as client:
 
@@ -145,16 +145,13 @@ def test_deploying_again_puts_what_the_file_says_and_keeps_what_a_person_switche
     [
         ({"entrypoint": "flows.nowhere.flow"}, "No module named 'flows.nowhere'"),
         ({"entrypoint": "flows.finetune.nothing"}, "nothing"),
-        ({"schedules": [{"cronn": "0 2 * * *"}]}, "one of cron, interval, rrule"),
-        ({"schedules": [{"cron": "0 2 * *"}]}, "cron"),
-        ({"schedules": [{"cron": "0 2 * * *", "zone": "UTC"}]}, "has no zone"),
-        ({"concurrency_limit": {"limit": 1, "collision_strategy": "WAIT"}}, "WAIT"),
+        ({"schedules": (Schedule(cron="0 2 * * *", timezone="Mars/Base"),)}, "Mars/Base"),
     ],
 )
 def test_a_deployment_that_cannot_be_made_is_refused_with_its_name(
     prefect_server: None, changes: dict[str, Any], expected: str
 ) -> None:
-    planned = make_plan().deployments[3] | changes
+    planned = make_plan().deployments[3].model_copy(update=changes)
     with (
         get_client(sync_client=True) as client,
         pytest.raises(ConfigError, match="geography-approved") as refused,
