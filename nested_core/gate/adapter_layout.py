@@ -19,9 +19,14 @@ from mlx.utils import tree_flatten
 
 from nested_core.backend import to_float
 from nested_core.errors import ConfigError, shorten
-from nested_core.gate.checks.fused import float32_weight
 from nested_core.models.base_model import find_model_folder_offline, fingerprint_base_model
-from nested_core.models.peft.importing import BaseModules, read_peft_adapter
+from nested_core.models.parameters import float32_weight
+from nested_core.models.peft.importing import (
+    PEFT_WEIGHTS,
+    PICKLE_FILE_NAMES,
+    BaseModules,
+    read_peft_adapter,
+)
 from nested_core.models.peft.lora_factors import (
     MLX_LM_NAMING,
     PEFT_NAMING,
@@ -31,10 +36,12 @@ from nested_core.models.peft.lora_factors import (
 )
 from nested_core.models.peft.peft_config import PeftConfig
 from nested_core.records.verdict import Reason
-from nested_core.storage.adapter import CONFIG_NAME, read_adapter, read_adapter_config
+from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter, read_adapter_config
 from nested_core.storage.safetensors_files import StoredTensor
 
 Shape = tuple[int, ...]
+PEFT_FILES = (PEFT_WEIGHTS, *PICKLE_FILE_NAMES)
+AdapterFormat = Literal["mlx-lm", "peft"]
 
 
 @dataclass(frozen=True)
@@ -45,11 +52,11 @@ class AdapterLayout:
     expected: the shape of each tensor that the configuration calls for.
     scales: the factor on lora_a @ lora_b, by module.
     unmatched_keys: keys or target_modules that name no module of the base within reach.
-    refusal: why mlx-lm, or the import from PEFT, takes no such configuration; the fields before it
-        are empty then.
+    refusal: why mlx-lm, or the import from PEFT, takes no such configuration or folder; the fields
+        before it are empty then. `format` is None for a folder without an adapter.
     """
 
-    format: Literal["mlx-lm", "peft"]
+    format: AdapterFormat | None
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     expected: Mapping[str, Shape] = field(default_factory=dict)
@@ -131,9 +138,16 @@ class BaseModelForAudit:
                 return name
         return None
 
-    def layout_of(self, folder: Path, *, is_peft: bool) -> AdapterLayout:
+    def layout_of(self, folder: Path) -> AdapterLayout:
         """Read an adapter folder; DamagedError if it is damaged or not safe to read."""
-        return self._peft_layout(folder) if is_peft else self._mlx_lm_layout(folder)
+        has_own_weights = (folder / WEIGHTS_NAME).exists()
+        if not has_own_weights and any((folder / name).exists() for name in PEFT_FILES):
+            return self._peft_layout(folder)
+        fused = [] if has_own_weights else sorted(folder.glob("model*.safetensors"))
+        if not fused:
+            return self._mlx_lm_layout(folder)
+        message = f"holds a model ({fused[0].name}) and no adapter: it was fused into its base"
+        return AdapterLayout(None, {}, {}, refusal=Reason("tensor_unexpected", message))
 
     def _mlx_lm_layout(self, folder: Path) -> AdapterLayout:
         adapter = read_adapter(folder, follow_links=True)
