@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
 from prefect.client.schemas.responses import DeploymentResponse
 
 from nested_core.storage.output_places import resolve_path
@@ -21,18 +22,13 @@ ENTER_STEP = "prefect.deployments.steps.set_working_directory"
 
 def read_deployments(client: SyncPrefectClient) -> list[DeploymentResponse]:
     """All deployments of a server that carry our tag."""
-    responses: list[DeploymentResponse] = []
-    while len(responses) % READ_PAGE_SIZE == 0:
-        wanted = {
-            "deployments": {"tags": {"all_": [TAG]}},
-            "limit": READ_PAGE_SIZE,
-            "offset": len(responses),
-        }
-        page = client.request("POST", "/deployments/filter", json=wanted).json()
-        responses += [DeploymentResponse.model_validate(each) for each in page]
-        if not page:
-            break
-    return responses
+    wanted = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
+    found: list[DeploymentResponse] = []
+    while page := client.read_deployments(
+        deployment_filter=wanted, limit=READ_PAGE_SIZE, offset=len(found)
+    ):
+        found += page
+    return found
 
 
 def why_silent(client: SyncPrefectClient, registry: Path, name: str) -> str | None:

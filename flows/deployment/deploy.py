@@ -230,8 +230,6 @@ def read_automations(client: SyncPrefectClient) -> list[Automation]:
     found: dict[UUID, Automation] = {}
     while page := client.read_automations(limit=READ_PAGE_SIZE, offset=len(found)):
         found |= {automation.id: automation for automation in page}
-        if len(page) < READ_PAGE_SIZE:
-            break
     return list(found.values())
 
 

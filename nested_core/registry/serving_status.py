@@ -12,14 +12,13 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError, shorten
@@ -55,6 +54,7 @@ class ServingRecord:
     since: str
     heartbeat: str
     refused: dict[str, str] | None = None
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     def age(self, now: datetime) -> timedelta:
         """How long ago the server wrote the file."""
@@ -91,21 +91,14 @@ def remove_records_of_ended_servers(folder: Path) -> None:
 
 def read_serving_records(folder: Path) -> dict[str, ServingRecord]:
     """Each server's record by the file's name; files that cannot be read are left out."""
-    return dict(_iterate_records(folder / SERVING_FOLDER_NAME))
-
-
-def _iterate_records(folder: Path) -> Iterator[tuple[str, ServingRecord]]:
-    if not folder.is_dir():
-        return
-    for path in sorted(folder.iterdir()):
-        if parse_serving_name(path.name) is None:
-            continue
-        with suppress(DamagedError, OSError, TypeError, ValueError):
-            fields: dict[str, Any] = read_json(path, MAX_FILE_BYTES)
-            record = ServingRecord(**fields)
-            RECORD_VALIDATOR.validate_python(asdict(record))
-            record.is_alive(datetime.now(UTC))
-            yield path.name, record
+    records = {}
+    for path in sorted((folder / SERVING_FOLDER_NAME).glob("*.json")):
+        if parse_serving_name(path.name) is not None:
+            with suppress(DamagedError, OSError, TypeError, ValueError):
+                record = RECORD_VALIDATOR.validate_python(read_json(path, MAX_FILE_BYTES))
+                record.is_alive(datetime.now(UTC))
+                records[path.name] = record
+    return records
 
 
 def parse_serving_name(name: str) -> tuple[str, int] | None:
