@@ -4,8 +4,7 @@
 and what is known between two of them; what gate.json says is records/verdict.py. The others
 measure: the run's files, the tensors, the LoRA products, the tiers' updates, losses on held-out
 examples, answers, fusing, and the fresh process. The audit of one adapter without
-an initial one is adapter_audit.py, with adapter_layout.py for what it should hold; its checks are
-checks/one_adapter.py.
+an initial one is adapter_audit.py, with adapter_layout.py for what it should hold.
 """
 
 from importlib import import_module

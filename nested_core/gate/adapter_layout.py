@@ -34,7 +34,6 @@ from nested_core.models.peft.lora_factors import (
     module_name,
     transpose_as_stored,
 )
-from nested_core.models.peft.peft_config import PeftConfig
 from nested_core.records.verdict import Reason
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter, read_adapter_config
 from nested_core.storage.safetensors_files import StoredTensor
@@ -116,11 +115,9 @@ class BaseModelForAudit:
         A model that is not on this machine cannot be compared, and of a quantized one only the
         weights that both hold in one dtype.
         """
-        if recorded_model not in self._other_weights:
-            self._other_weights[recorded_model] = self._compare_weights_with(recorded_model)
-        return self._other_weights[recorded_model]
-
-    def _compare_weights_with(self, recorded_model: str) -> str | None:
+        if recorded_model in self._other_weights:
+            return self._other_weights[recorded_model]
+        self._other_weights[recorded_model] = None
         folder = find_model_folder_offline(recorded_model)
         if folder is None or not (folder / "config.json").is_file():
             return None
@@ -135,6 +132,7 @@ class BaseModelForAudit:
             value, recorded_value = own.pop(name), other.pop(name)  # each pair is let go of
             is_comparable = value.dtype == recorded_value.dtype
             if is_comparable and not bool(mx.array_equal(value, recorded_value).item()):
+                self._other_weights[recorded_model] = name
                 return name
         return None
 
@@ -205,34 +203,20 @@ class BaseModelForAudit:
         targets = config.target_modules_of(self._sides)
         if targets is None:  # patterns of a stranger are not run: the tensors decide
             targets = {module_name(name) for name in tensors} & self._sides.keys()
-        expected = {
-            f"{module}.{leaf}": shape
-            for module in targets
-            for leaf, shape in self._factor_shapes(module, config).items()
-        }
-        return AdapterLayout(
-            "peft",
-            config.model_dump(),
-            tensors,
-            expected,
-            {module: config.scale_of(module) for module in targets},
-            self._unmatched_targets(config),
-        )
-
-    def _factor_shapes(self, module: str, config: PeftConfig) -> dict[str, Shape]:
-        inputs, outputs = self._sides[module]
-        rank = config.rank_of(module)
-        shapes: dict[str, Shape] = {"lora_a": (inputs, rank), "lora_b": (rank, outputs)}
-        return shapes | ({"m": (outputs,)} if config.use_dora else {})
-
-    def _unmatched_targets(self, config: PeftConfig) -> tuple[str, ...]:
-        if not isinstance(config.target_modules, list):
-            return ()
-        return tuple(
+        expected: dict[str, Shape] = {}
+        for module in targets:
+            (inputs, outputs), rank = self._sides[module], config.rank_of(module)
+            expected |= {f"{module}.lora_a": (inputs, rank), f"{module}.lora_b": (rank, outputs)}
+            if config.use_dora:
+                expected[f"{module}.m"] = (outputs,)
+        scales = {module: config.scale_of(module) for module in targets}
+        listed = config.target_modules if isinstance(config.target_modules, list) else []
+        unmatched = tuple(
             key
-            for key in config.target_modules
+            for key in listed
             if not any(name == key or name.endswith(f".{key}") for name in self._sides)
         )
+        return AdapterLayout("peft", config.model_dump(), tensors, expected, scales, unmatched)
 
 
 def _read_parameters(folder: Path) -> dict[str, mx.array]:

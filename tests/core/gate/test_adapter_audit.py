@@ -407,7 +407,7 @@ def test_a_prompt_that_the_base_cannot_answer_is_not_held_against_an_adapter(
         assert "the base is not sound" in audit.summary()
     else:
         assert audit.logits is not None
-        assert (audit.reasons, audit.logits.prompts) == ((), prompts)
+        assert (audit.reasons, audit.logits.prompts) == ([], prompts)
 
 
 def test_a_fused_model_is_no_adapter(tmp_path: Path, base: BaseModelForAudit) -> None:
@@ -427,7 +427,7 @@ def test_a_run_passes_and_the_adapter_it_began_from_does_not(
     run = train_example(tmp_path / "run", fine_tune_type=fine_tune_type, learning_rate=rate).run
     run.training_examples.write_bytes(bytes(8))  # as the gate leaves it; no weights of a pickle
     assert find_adapters(run.path, str(MODEL)) == ([run.adapter], [])
-    assert audit_adapter(run.adapter, base).reasons == ()
+    assert audit_adapter(run.adapter, base).reasons == []
     assert [reason.code for reason in audit_adapter(run.initial, base).reasons] == ["no_effect"]
 
 
