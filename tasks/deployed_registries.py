@@ -7,8 +7,10 @@ deploy` names it.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
 from prefect.client.schemas.responses import DeploymentResponse
 
 from nested_core.storage.output_places import resolve_path
@@ -20,18 +22,13 @@ ENTER_STEP = "prefect.deployments.steps.set_working_directory"
 
 def read_deployments(client: SyncPrefectClient) -> list[DeploymentResponse]:
     """All deployments of a server that carry our tag."""
-    responses: list[DeploymentResponse] = []
-    while len(responses) % READ_PAGE_SIZE == 0:
-        wanted = {
-            "deployments": {"tags": {"all_": [TAG]}},
-            "limit": READ_PAGE_SIZE,
-            "offset": len(responses),
-        }
-        page = client.request("POST", "/deployments/filter", json=wanted).json()
-        responses += [DeploymentResponse.model_validate(each) for each in page]
-        if not page:
-            break
-    return responses
+    wanted = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
+    found: list[DeploymentResponse] = []
+    while page := client.read_deployments(
+        deployment_filter=wanted, limit=READ_PAGE_SIZE, offset=len(found)
+    ):
+        found += page
+    return found
 
 
 def why_silent(client: SyncPrefectClient, registry: Path, name: str) -> str | None:
@@ -50,17 +47,22 @@ def _names_registry(deployment: DeploymentResponse, folder: Path, name: str) -> 
 
     A relative path starts in the folder that the deployment's runs enter.
     """
-    config = deployment.parameters.get("config")
-    if not isinstance(config, dict):
+    place, names = adapters_in(deployment.parameters)
+    if place is None or name not in (names or (name,)):
         return False
+    steps = [step[ENTER_STEP] for step in deployment.pull_steps or () if ENTER_STEP in step]
+    home = steps[-1]["directory"] if steps else "."
+    return resolve_path(Path(home, Path(place).expanduser())) == folder
+
+
+def adapters_in(parameters: dict[str, Any]) -> tuple[str | None, tuple[str, ...]]:
+    """The registry that a deployment's parameters name, and its adapters there; () for all."""
+    config = parameters.get("config")
+    if not isinstance(config, dict):
+        return None, ()
     section = config.get("base", config).get("registry")
     if isinstance(section, dict):  # of a flow that trains
         place, names = section.get("path"), [section.get("name")]
     else:
-        place = section
-        names = [config["name"]] if "name" in config else config.get("names") or [name]
-    if place is None or name not in names:
-        return False
-    steps = [step[ENTER_STEP] for step in deployment.pull_steps or () if ENTER_STEP in step]
-    home = steps[-1]["directory"] if steps else "."
-    return resolve_path(Path(home, Path(str(place)).expanduser())) == folder
+        place, names = section, [config["name"]] if "name" in config else config.get("names") or []
+    return None if place is None else str(place), tuple(str(n) for n in names if n is not None)

@@ -22,7 +22,7 @@ from prefect.exceptions import ObjectNotFound
 
 from nested_core import registry
 from nested_core.registry.ledger import Action
-from nested_core.registry.serving_status import is_served
+from nested_core.registry.serving_status import read_serving_records
 from tasks.deployed_registries import why_silent
 from tasks.prefect_server import asking_server, named_resource, read_events, related_resource
 
@@ -106,7 +106,7 @@ def _find_look_at_servers(client: SyncPrefectClient, path: Path, name: str) -> l
 
     Whether the servers of the adapter have followed is for `reconcile` to see.
     """
-    if not is_served(path, name):
+    if not read_serving_records(path / name):
         return []
     try:
         deployment = client.read_deployment_by_name(f"reconcile/{name}-hourly")

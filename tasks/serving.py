@@ -17,8 +17,8 @@ from nested_core.registry.serving_status import (
     await_serving,
     describe_server,
     find_servers_behind,
+    read_await_serving,
     read_servers,
-    read_serving_settings,
 )
 from nested_core.text.digest_format import shorten_digest
 from tasks.deployed_registries import why_silent
@@ -40,10 +40,10 @@ def await_servers(registry: Path, name: str, version: str) -> None:
 
     Nothing is waited for where it says nothing or there is no server.
     """
-    seconds, urls = read_serving_settings(registry, name, version)
+    seconds = read_await_serving(registry, name, version)
     if seconds is None:
         return
-    servers = await_serving(registry, name, version, seconds=seconds, urls=urls)
+    servers = await_serving(registry, name, version, seconds=seconds)
     for server in servers:
         said = describe_server(server, version)
         get_run_logger().info("%s %s: %s", name, shorten_digest(version), said)
@@ -88,8 +88,7 @@ def announce_servers(registry: Path, name: str) -> list[str]:
         return []
     if datetime.now(UTC) - datetime.fromisoformat(changes[-1].time) <= TIME_TO_FOLLOW:
         return []
-    _, urls = read_serving_settings(registry, name, champion)
-    servers = read_servers(registry, name, urls, heard_within=TIME_HEARD_WITHIN)
+    servers = read_servers(registry, name, heard_within=TIME_HEARD_WITHIN)
     late = tell_of_servers_behind(name, champion, servers)
     return [f"{name}: {sentence}" for sentence in late]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.command_output import result_printer
-from flows.terminal.console import print_line, print_progress, print_table
+from flows.terminal.console import print_line, print_progress
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.storage.strict_files import read_regular
 
@@ -39,17 +39,14 @@ def add_commands(commands: Any) -> None:
     deploy.add_argument(
         "--test-alert", action="store_true", help="send one alert, to try the block"
     )
-    deploy.add_argument(
-        "--diff", action="store_true", help="what differs between server and files; change nothing"
-    )
 
 
 def run_deploy(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Deploy, and say what was done; or say what would be."""
+    """Deploy, and say what was done."""
     import httpx
 
     try:
-        return _print_differences(arguments) if arguments.diff else _deploy_and_report(arguments)
+        return _deploy_and_report(arguments)
     except httpx.HTTPError as error:
         raise NestedTuneError(
             f"The server did not take it ({type(error).__name__}: {str(error):.300}). Expected a "
@@ -102,24 +99,3 @@ def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
             print_line(NO_ALERTS_WARNING)
 
     return result_printer(arguments, lambda: {"done": done}, show)
-
-
-def _print_differences(arguments: argparse.Namespace) -> Callable[[], int]:
-    from dataclasses import asdict
-
-    from flows.deployment.deploy import require_server
-    from flows.deployment.diff import find_differences
-    from flows.deployment.plan import make_plan
-
-    require_server()
-    found = find_differences(make_plan(arguments.file, arguments.config))
-    rows = [(d.name, d.key, d.server, d.file, d.outcome) for d in found]
-
-    def show() -> None:
-        """The differences as a table, or that there are none."""
-        if rows:
-            print_table(("what", "key", "server", "file", "deploy"), rows)
-        else:
-            print_line("the server has what the files say")
-
-    return result_printer(arguments, lambda: {"differences": list(map(asdict, found))}, show)

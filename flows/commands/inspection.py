@@ -125,9 +125,9 @@ def run_adapter_audit(arguments: argparse.Namespace) -> Callable[[], int]:
             print_table(("module", "rank", "scale", "effect"), modules)
             print_line(f"{audits[0].verdict}: {audits[0].summary()}")
         else:
-            parent = os.path.commonpath([Path(audit.path).absolute().parent for audit in audits])
+            parent = os.path.commonpath([audit.folder.absolute().parent for audit in audits])
             rows = [
-                (os.path.relpath(audit.path, parent), audit.verdict, audit.summary())
+                (os.path.relpath(audit.folder, parent), audit.verdict, audit.summary())
                 for audit in audits
             ]
             columns = ("adapter", "verdict", "changes, or reasons")

@@ -112,7 +112,7 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
             f"{arguments.registry}"
         )
     if done.outcome == "promoted":
-        print_progress(*await_configured(config.registry, config.serve.urls, done.version))
+        print_progress(*await_configured(config.registry, done.version))
     print_change = _print_change(arguments, done)
 
     def finish() -> int:

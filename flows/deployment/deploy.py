@@ -9,20 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import (
-    DeploymentScheduleCreate,
-    WorkPoolCreate,
-    WorkPoolUpdate,
-)
-from prefect.client.schemas.objects import ConcurrencyOptions
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.responses import DeploymentResponse
-from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
 from prefect.events.schemas.automations import Automation, AutomationCore
 from prefect.exceptions import (
     MissingFlowError,
@@ -31,6 +25,7 @@ from prefect.exceptions import (
     ScriptError,
 )
 from prefect.flows import Flow, load_flow_from_entrypoint
+from prefect.schedules import Schedule
 from prefect.settings import get_current_settings
 from prefect.utilities.callables import parameter_schema
 from prefect.workers.process import ProcessWorker
@@ -39,19 +34,13 @@ from flows.deployment.alerts import alert_action, alert_block, find_or_make_bloc
 from flows.deployment.plan import (
     RECONCILE_ENTRYPOINT,
     DeploymentPlan,
-    adapter_of,
-    full_name,
+    PlannedDeployment,
     replace_placeholders,
 )
 from nested_core.errors import ConfigError
-from tasks.deployed_registries import READ_PAGE_SIZE, read_deployments
+from tasks.deployed_registries import READ_PAGE_SIZE, adapters_in, read_deployments
 from tasks.night_pages import find_nights_page, make_nights_page
 
-SCHEDULES_BY_KEY: dict[str, type[CronSchedule | IntervalSchedule | RRuleSchedule]] = {
-    "cron": CronSchedule,
-    "interval": IntervalSchedule,
-    "rrule": RRuleSchedule,
-}
 NO_ALERTS_WARNING = (
     "alerts: NOBODY IS TOLD of a run that failed, crashed or is late. Make a notification block in "
     "the UI under Blocks, and give it: nested-tune deploy --notify TYPE/NAME, or --notify @FILE "
@@ -77,29 +66,22 @@ def deploy(plan: DeploymentPlan, notify: str | None = None) -> Iterator[str]:
     with get_client(sync_client=True) as client:
         block = None if notify is None else find_or_make_block(client, notify)
         yield from _make_work_pools(client, plan.work_pools)
-        link_nights_page(
-            plan, find_nights_page(client, plan.adapter) or make_nights_page(client, plan.adapter)
-        )
+        page = find_nights_page(client, plan.adapter) or make_nights_page(client, plan.adapter)
+        nights = {"nights": f"/artifacts/artifact/{page}"}
         there = read_server_deployments(client)
-        outdated = find_outdated(there, plan)
-        _keep_schedules(plan, there, outdated)
-        for deployment in plan.deployments:
-            put_deployment(client, deployment, plan.project["pull"])
-            yield _describe_deployment(client, deployment)
+        planned = {each.full_name for each in plan.deployments}
+        outdated = [each for each in there if each.name not in planned and each.is_for(plan)]
+        for each in plan.deployments:
+            settled = {
+                "description": replace_placeholders(each.description, nights),
+                "schedules": _keep_schedules(each, there, outdated),
+            }
+            yield put_deployment(client, each.model_copy(update=settled), plan.pull)
         for old in outdated:
             with suppress(ObjectNotFound):  # by another deploy, just now
                 client.delete_deployment(old.response.id)
             yield f"deployment {old.name}: removed, for an earlier deploy left it"
         yield from put_automations(client, plan.automations, block)
-
-
-def link_nights_page(plan: DeploymentPlan, page: UUID | None) -> None:
-    """Put the address of the lead's page into the descriptions that name it."""
-    address = f"/artifacts/artifact/{page}"
-    for deployment in plan.deployments:
-        deployment |= replace_placeholders(
-            {"description": deployment.get("description")}, {"nights": address}
-        )
 
 
 @dataclass(frozen=True)
@@ -111,11 +93,10 @@ class ServerDeployment:
 
     def is_for(self, plan: DeploymentPlan) -> bool:
         """Whether it is about the plan's adapter, or reconciles all adapters of its registry."""
-        parameters = self.response.parameters
-        adapter = adapter_of(parameters)
-        if adapter is None and self.response.entrypoint == RECONCILE_ENTRYPOINT:
-            return bool(parameters.get("config", {}).get("registry") == plan.registry)
-        return adapter == plan.adapter
+        registry, names = adapters_in(self.response.parameters)
+        if len(names) == 1:
+            return names[0] == plan.adapter
+        return self.response.entrypoint == RECONCILE_ENTRYPOINT and registry == plan.registry
 
 
 def read_server_deployments(client: SyncPrefectClient) -> list[ServerDeployment]:
@@ -125,99 +106,62 @@ def read_server_deployments(client: SyncPrefectClient) -> list[ServerDeployment]
     return [ServerDeployment(f"{flows[r.flow_id]}/{r.name}", r) for r in responses]
 
 
-def find_outdated(there: list[ServerDeployment], plan: DeploymentPlan) -> list[ServerDeployment]:
-    """The deployments of the plan's adapter that the plan does not have."""
-    planned = {full_name(deployment) for deployment in plan.deployments}
-    return [each for each in there if each.name not in planned and each.is_for(plan)]
-
-
-def _make_work_pools(client: SyncPrefectClient, work_pools: list[dict[str, Any]]) -> Iterator[str]:
+def _make_work_pools(client: SyncPrefectClient, work_pools: list[WorkPoolCreate]) -> Iterator[str]:
     for wanted in work_pools:
         try:
-            pool = client.read_work_pool(wanted["name"])
+            pool = client.read_work_pool(wanted.name)
             limit, done = pool.concurrency_limit, "there already"
             if limit is None:  # `prefect worker start` made it
-                limit, done = wanted["concurrency_limit"], "there without a limit, and has one now"
+                limit, done = wanted.concurrency_limit, "there without a limit, and has one now"
                 client.update_work_pool(pool.name, WorkPoolUpdate(concurrency_limit=limit))
             yield f"work pool {pool.name}: {done}, limit {limit}"
         except ObjectNotFound:
-            template = ProcessWorker.get_default_base_job_template()
+            template = {"base_job_template": ProcessWorker.get_default_base_job_template()}
             with suppress(ObjectAlreadyExists):  # by another deploy, just now
-                client.create_work_pool(WorkPoolCreate(**wanted, base_job_template=template))
-            yield f"work pool {wanted['name']}: made, limit {wanted['concurrency_limit']}"
+                client.create_work_pool(wanted.model_copy(update=template))
+            yield f"work pool {wanted.name}: made, limit {wanted.concurrency_limit}"
 
 
 def _keep_schedules(
-    plan: DeploymentPlan, there: list[ServerDeployment], outdated: list[ServerDeployment]
-) -> None:
+    planned: PlannedDeployment, there: list[ServerDeployment], outdated: list[ServerDeployment]
+) -> tuple[Schedule, ...]:
     """A schedule stays on or off as the server has it, else as an outdated deployment has it."""
-    for deployment in plan.deployments:
-        earlier = [d for d in outdated if d.response.entrypoint == deployment["entrypoint"]]
-        earlier += [d for d in there if d.name == full_name(deployment)]
-        is_active = {s.slug: s.active for d in earlier for s in d.response.schedules if s.slug}
-        for schedule in deployment.get("schedules", ()):
-            schedule["active"] = is_active.get(schedule.get("slug"), schedule["active"])
+    earlier = [d for d in outdated if d.response.entrypoint == planned.entrypoint]
+    earlier += [d for d in there if d.name == planned.full_name]
+    schedules = [schedule for each in earlier for schedule in each.response.schedules]
+    is_active: dict[str | None, bool] = {each.slug: each.active for each in schedules if each.slug}
+    return tuple(
+        replace(each, active=is_active.get(each.slug, each.active)) for each in planned.schedules
+    )
 
 
 def put_deployment(
-    client: SyncPrefectClient, planned: dict[str, Any], pull: list[dict[str, Any]]
-) -> None:
-    """Make or replace one deployment by the client's own calls.
+    client: SyncPrefectClient, planned: PlannedDeployment, pull: list[dict[str, Any]]
+) -> str:
+    """Make or replace one deployment by the client's own calls; a line on what is there then.
 
     `prefect deploy` would resolve {{ ... }} in every value, a person's prompts too, from blocks,
     variables and the environment of whoever deploys.
     """
     try:
-        flow: Flow[..., Any] = load_flow_from_entrypoint(planned["entrypoint"])
-        schedules = [_read_schedule(each) for each in planned.get("schedules") or ()]
-        concurrency = planned.get("concurrency_limit") or {}
-        options = {key: value for key, value in concurrency.items() if key != "limit"}
-        concurrency_options = ConcurrencyOptions.model_validate(options) if options else None
+        flow: Flow[..., Any] = load_flow_from_entrypoint(planned.entrypoint)
+        described = planned.describe()
     except (ScriptError, MissingFlowError, ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"deployment {full_name(planned)}: {type(error).__name__}: {error!s:.500} Expected an "
-            "entrypoint, schedules and a concurrency_limit as in deployments/prefect.yaml."
+            f"deployment {planned.full_name}: {type(error).__name__}: {error!s:.500} Expected an "
+            "entrypoint and schedules as in deployments/prefect.yaml."
         ) from error
-    work_pool = planned["work_pool"]
     client.create_deployment(
         client.create_flow(flow),
-        planned["name"],
-        entrypoint=planned["entrypoint"],
         version=flow.version,
-        description=planned.get("description"),
-        tags=planned.get("tags"),
-        parameters=planned.get("parameters"),
         parameter_openapi_schema=parameter_schema(flow).model_dump(exclude_unset=True),
         enforce_parameter_schema=True,
-        work_pool_name=work_pool["name"],
-        work_queue_name=work_pool.get("work_queue_name"),
-        job_variables=work_pool.get("job_variables"),
-        schedules=schedules,
-        concurrency_limit=concurrency.get("limit"),
-        concurrency_options=concurrency_options,
         pull_steps=pull,
+        **described,
     )
-
-
-def _read_schedule(planned: dict[str, Any]) -> DeploymentScheduleCreate:
-    """A schedule as prefect.yaml writes it: cron, interval or rrule, beside slug and active."""
-    found = [schedule for key, schedule in SCHEDULES_BY_KEY.items() if key in planned]
-    if len(found) != 1:
-        raise ValueError(f"A schedule has one of {', '.join(SCHEDULES_BY_KEY)}: {planned}.")
-    own = {key: value for key, value in planned.items() if key in ("slug", "active")}
-    rest = {key: value for key, value in planned.items() if key not in own}
-    if unknown := rest.keys() - found[0].model_fields.keys():
-        raise ValueError(f"A schedule has no {', '.join(sorted(unknown))}: {planned}.")
-    return DeploymentScheduleCreate(schedule=found[0].model_validate(rest), **own)
-
-
-def _describe_deployment(client: SyncPrefectClient, deployment: dict[str, Any]) -> str:
-    there = client.read_deployment_by_name(full_name(deployment))
-    schedules = [
-        f"{schedule.slug} {'on' if schedule.active else 'off'}" for schedule in there.schedules
-    ]
+    schedules = [f"{each.slug} {'on' if each.active else 'off'}" for each in planned.schedules]
     scheduled = f", schedule {', '.join(schedules)}" if schedules else ""
-    return f"deployment {full_name(deployment)}: in pool {there.work_pool_name}{scheduled}"
+    return f"deployment {planned.full_name}: in pool {planned.work_pool.name}{scheduled}"
 
 
 def put_automations(
@@ -268,19 +212,18 @@ def _put_automation(client: SyncPrefectClient, wanted: AutomationCore) -> str:
     for automation in doubled:
         with _ignoring_missing():
             client.delete_automation(automation.id)
-    if describe_automation(kept) == describe_automation(wanted):
+    if _describe_automation(kept) == _describe_automation(wanted):
         return "there already" if done == "put in place" else done
     with _ignoring_missing():
         client.update_automation(kept.id, wanted)
     return done
 
 
-def describe_automation(automation: AutomationCore) -> dict[str, Any]:
+def _describe_automation(automation: AutomationCore) -> dict[str, Any]:
     """What an automation does and when; whether it is switched on is the server's to say."""
     described = automation.model_dump(
         mode="json", include={"description", "trigger", "actions"}, exclude_none=True
     )
-    described["actions"] = {str(i): action for i, action in enumerate(described["actions"])}
     for key in ("after", "expect", "for_each"):
         described["trigger"][key] = sorted(described["trigger"].get(key, ()))
     return described
@@ -291,8 +234,6 @@ def read_automations(client: SyncPrefectClient) -> list[Automation]:
     found: dict[UUID, Automation] = {}
     while page := client.read_automations(limit=READ_PAGE_SIZE, offset=len(found)):
         found |= {automation.id: automation for automation in page}
-        if len(page) < READ_PAGE_SIZE:
-            break
     return list(found.values())
 
 

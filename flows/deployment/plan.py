@@ -6,11 +6,16 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
+from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyOptions
+from prefect.schedules import Schedule
+from pydantic import Field
 
 from flows.process.environment import packaged_folder
 from nested_core.config.error_messages import explain_problems, find_problems
@@ -29,12 +34,96 @@ ENTER_HOME = [  # the pull step of a file that has none
     {"prefect.deployments.steps.set_working_directory": {"directory": f"{{{{ ${HOME} }}}}"}}
 ]
 MAX_FILE_BYTES = 1024 * 1024
-# What a file of deployments may have, as Prefect's own format calls it; anything else is refused.
-PROJECT_KEYS = frozenset({"name", "prefect-version", "pull", "definitions", "deployments"})
-DEPLOYMENT_KEYS = frozenset(
-    {"name", "entrypoint", "description", "tags", "work_pool", "concurrency_limit", "schedules"}
-    | {"parameters"}
-)
+
+
+class DeploymentPool(Section):
+    """The work pool that a deployment's runs wait in, as Prefect's own format calls its keys."""
+
+    name: str
+    work_queue_name: str | None = None
+    job_variables: dict[str, Any] = {}
+
+
+class PlannedDeployment(Section):
+    """One deployment, as Prefect's own format writes it; any other key is refused."""
+
+    name: str
+    entrypoint: str
+    work_pool: DeploymentPool
+    description: str | None = None
+    tags: tuple[str, ...] = ()
+    schedules: tuple[Schedule, ...] = ()
+    concurrency_limit: ConcurrencyLimitConfig | None = None
+    parameters: dict[str, Any] = {}
+
+    @property
+    def full_name(self) -> str:
+        """FLOW/DEPLOYMENT; our flows are named as their functions are."""
+        return f"{self.entrypoint.rpartition('.')[2]}/{self.name}"
+
+    @property
+    def configuration(self) -> dict[str, Any] | None:
+        """The configuration of a fine-tune or of a sweep's base; None where nothing is trained."""
+        config: dict[str, Any] = self.parameters.get("config") or {}
+        if self.entrypoint == FINETUNE_ENTRYPOINT:
+            return config
+        return config.get("base") if self.entrypoint == SWEEP_ENTRYPOINT else None
+
+    def with_configuration(self, configuration: dict[str, Any]) -> Self:
+        """The same deployment, training by this configuration."""
+        config = configuration
+        if self.entrypoint == SWEEP_ENTRYPOINT:
+            config = self.parameters["config"] | {"base": configuration}
+        return self.model_copy(update={"parameters": self.parameters | {"config": config}})
+
+    def find_conflicts(self) -> Iterator[str]:
+        """A schedule without a time, and a flow that trains without a configuration."""
+        if any((each.cron or each.interval or each.rrule) is None for each in self.schedules):
+            yield "a schedule has one of cron, interval, rrule"
+        trains = self.entrypoint in (FINETUNE_ENTRYPOINT, SWEEP_ENTRYPOINT)
+        if trains and not isinstance(self.parameters.get("config"), dict):
+            yield "what trains has its configuration in parameters.config"
+        elif trains and not isinstance(self.configuration, dict):
+            yield "a sweep has its configuration in parameters.config.base"
+
+    def describe(self) -> dict[str, Any]:
+        """What Prefect's client is given of it. ValueError for a schedule that Prefect refuses."""
+        limit, options = self.concurrency_limit, None
+        if limit is not None:
+            options = ConcurrencyOptions(**limit.model_dump(exclude={"limit"}))
+        return {
+            "name": self.name,
+            "entrypoint": self.entrypoint,
+            "description": self.description,
+            "tags": list(self.tags),
+            "parameters": self.parameters,
+            "work_pool_name": self.work_pool.name,
+            "work_queue_name": self.work_pool.work_queue_name,
+            "job_variables": self.work_pool.job_variables,
+            "schedules": [DeploymentScheduleCreate.from_schedule(each) for each in self.schedules],
+            "concurrency_limit": None if limit is None else limit.limit,
+            "concurrency_options": options,
+        }
+
+
+class DeploymentsFile(Section):
+    """A prefect.yaml: what is deployed, and the steps that lead a run to its folder."""
+
+    name: str | None = None
+    prefect_version: str | None = Field(None, alias="prefect-version")
+    definitions: Any = None
+    pull: list[dict[str, Any]] = ENTER_HOME
+    deployments: tuple[PlannedDeployment, ...]
+
+    def filled(self, values: dict[str, str]) -> Self:
+        """The same with placeholders replaced, but in configurations: they keep each character."""
+        filled = type(self).model_validate(replace_placeholders(self.model_dump(), values))
+        pairs = zip(self.deployments, filled.deployments, strict=True)
+        deployments = [
+            new if old.configuration is None else new.with_configuration(old.configuration)
+            for old, new in pairs
+        ]
+        return filled.model_copy(update={"deployments": tuple(deployments)})
 
 
 @dataclass(frozen=True)
@@ -43,15 +132,10 @@ class DeploymentPlan:
 
     adapter: str
     registry: str
-    project: dict[str, Any]
-    work_pools: list[dict[str, Any]]
+    pull: list[dict[str, Any]]
+    deployments: tuple[PlannedDeployment, ...]
+    work_pools: list[WorkPoolCreate]
     automations: list[dict[str, Any]]
-
-    @property
-    def deployments(self) -> list[dict[str, Any]]:
-        """The deployments, each as prefect.yaml writes it."""
-        listed: list[dict[str, Any]] = self.project["deployments"]
-        return listed
 
 
 def make_plan(file: Path | None = None, config: Path | None = None) -> DeploymentPlan:
@@ -62,35 +146,33 @@ def make_plan(file: Path | None = None, config: Path | None = None) -> Deploymen
     its characters. ConfigError where the adapter's name is not known, or where a deployment that
     trains would be refused by its flow.
     """
-    folder = packaged_folder("deployments")
     if config is None and file is None:
-        config = folder / "geography.yaml"
+        config = packaged_folder("deployments") / "geography.yaml"
     given = {} if config is None else read_config(config)
     given = {key: value for key, value in given.items() if value is not None}  # the default
-    project_file = file or folder / "prefect.yaml"
-    project = read_deployments_yaml(project_file)
-    _require_deployments(project, project_file)
-    configurations = [
-        _take_configuration(deployment, given) for deployment in project["deployments"]
-    ]
-    adapter, registry = _find_adapter(configurations, config or file)
+    content = read_deployments_file(file)
+    deployments = tuple(
+        each.with_configuration(_merge_config(each.configuration, given))
+        if each.configuration is not None
+        else each
+        for each in content.deployments
+    )
+    adapter, registry = _find_adapter(deployments, config or file)
     # No other variable of the environment is put into anything that the server is given.
     interpreter = os.environ.get(INTERPRETER) or shlex.quote(sys.executable)
     values = {"adapter": adapter, "registry": registry}
     values |= {f"${HOME}": runs_home(), f"${INTERPRETER}": interpreter}
-    project = replace_placeholders({"pull": ENTER_HOME} | project, values)
-    for deployment, configuration in zip(project["deployments"], configurations, strict=True):
-        _put_configuration(deployment, configuration)
-    plan = DeploymentPlan(
+    content = content.model_copy(update={"deployments": deployments}).filled(values)
+    for deployment in content.deployments:
+        _require_valid_parameters(deployment)
+    return DeploymentPlan(
         adapter=adapter,
         registry=registry,
-        project=project,
-        work_pools=read_deployments_yaml(folder / "work-pools.yaml")["work_pools"],
-        automations=read_automations_yaml(folder / "automations.yaml"),
+        pull=content.pull,
+        deployments=content.deployments,
+        work_pools=read_work_pools(),
+        automations=read_automations_yaml(),
     )
-    for deployment in plan.deployments:
-        _require_valid_parameters(deployment)
-    return plan
 
 
 def runs_home() -> str:
@@ -120,21 +202,28 @@ def begin_name(plan: DeploymentPlan) -> str:
     return f"registry {registry}: {plan.adapter} begun"
 
 
-def read_deployments_yaml(path: Path) -> dict[str, Any]:
-    """One of the files of deployments/, or a person's own in its place; ConfigError for others."""
-    try:
-        content = yaml.safe_load(read_regular(path, MAX_FILE_BYTES, follow_links=True))
-    except (OSError, DamagedError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected keys and values, as in deployments/prefect.yaml.")
-    return content
+def read_deployments_file(file: Path | None = None) -> DeploymentsFile:
+    """A person's prefect.yaml, or the shipped one. ConfigError with everything wrong in it."""
+    path = file or packaged_folder("deployments") / "prefect.yaml"
+    content = _read_yaml(path)
+    if problems := find_problems(DeploymentsFile, content):
+        raise ConfigError(
+            f"{explain_problems(problems, str(path), places={})}\nExpected the list `deployments`, "
+            "as in deployments/prefect.yaml."
+        )
+    return DeploymentsFile.model_validate(content)
 
 
-def read_automations_yaml(path: Path) -> list[dict[str, Any]]:
+def read_work_pools() -> list[WorkPoolCreate]:
+    """The work pools that a server is to have."""
+    listed = _read_yaml(packaged_folder("deployments") / "work-pools.yaml")["work_pools"]
+    return [WorkPoolCreate(**each) for each in listed]
+
+
+def read_automations_yaml() -> list[dict[str, Any]]:
     """The automations, with the bounds that the environment gives; ConfigError for no number."""
     bound = os.environ.get(PENDING_SECONDS) or DEFAULT_PENDING_SECONDS
-    listed = read_deployments_yaml(path)["automations"]
+    listed = _read_yaml(packaged_folder("deployments") / "automations.yaml")["automations"]
     automations: list[dict[str, Any]] = replace_placeholders(listed, {f"${PENDING_SECONDS}": bound})
     for automation in automations:
         try:
@@ -146,68 +235,14 @@ def read_automations_yaml(path: Path) -> list[dict[str, Any]]:
     return automations
 
 
-def _require_deployments(project: dict[str, Any], path: Path) -> None:
-    """Raise ConfigError unless the file has deployments of the shape that a plan is made from."""
-    deployments = project.get("deployments")
-    if not isinstance(deployments, list) or not all(map(_is_deployment, deployments)):
-        raise ConfigError(
-            f"{path}: expected the list `deployments`, each with a name, an entrypoint and a "
-            "work_pool with a name, and parameters.config where it trains, as in "
-            "deployments/prefect.yaml."
-        )
-    unknown = project.keys() - PROJECT_KEYS
-    unknown |= {key for deployment in deployments for key in deployment.keys() - DEPLOYMENT_KEYS}
-    if unknown:
-        raise ConfigError(
-            f"{path}: `nested-tune deploy` does not know {', '.join(sorted(map(str, unknown)))}. "
-            f"Expected at the top {', '.join(sorted(PROJECT_KEYS))}, and of a deployment "
-            f"{', '.join(sorted(DEPLOYMENT_KEYS))}."
-        )
-
-
-def _is_deployment(value: object) -> bool:
-    if not isinstance(value, dict) or not {"name", "entrypoint", "work_pool"} <= value.keys():
-        return False
-    if not isinstance(value["work_pool"], dict) or "name" not in value["work_pool"]:
-        return False
-    config = (value.get("parameters") or {}).get("config")
-    if value["entrypoint"] == SWEEP_ENTRYPOINT:
-        return isinstance(config, dict) and isinstance(config.get("base"), dict)
-    return value["entrypoint"] != FINETUNE_ENTRYPOINT or isinstance(config, dict)
-
-
-def full_name(deployment: dict[str, Any]) -> str:
-    """FLOW/DEPLOYMENT; our flows are named as their functions are."""
-    return f"{deployment['entrypoint'].rpartition('.')[2]}/{deployment['name']}"
-
-
-def adapter_of(parameters: dict[str, Any]) -> str | None:
-    """The adapter that a deployment's parameters name; None where they name none or several."""
-    config = parameters.get("config", {})
-    registry = config.get("base", config).get("registry")
-    if isinstance(registry, dict):
-        name = registry.get("name")
-    else:
-        names = config.get("names") or ()
-        name = config.get("name") or (next(iter(names)) if len(names) == 1 else None)
-    return None if name is None else str(name)
-
-
-def _take_configuration(deployment: dict[str, Any], given: dict[str, Any]) -> dict[str, Any] | None:
-    """Take the configuration out of a deployment that trains, with `given` laid over it."""
-    if deployment["entrypoint"] == FINETUNE_ENTRYPOINT:
-        return _merge_config(deployment["parameters"].pop("config"), given)
-    if deployment["entrypoint"] == SWEEP_ENTRYPOINT:
-        return _merge_config(deployment["parameters"]["config"].pop("base"), given)
-    return None
-
-
-def _put_configuration(deployment: dict[str, Any], configuration: dict[str, Any] | None) -> None:
-    """Put a configuration back where it was taken from."""
-    if deployment["entrypoint"] == FINETUNE_ENTRYPOINT:
-        deployment["parameters"]["config"] = configuration
-    elif deployment["entrypoint"] == SWEEP_ENTRYPOINT:
-        deployment["parameters"]["config"]["base"] = configuration
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(read_regular(path, MAX_FILE_BYTES, follow_links=True))
+    except (OSError, DamagedError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected keys and values, as in deployments/prefect.yaml.")
+    return content
 
 
 def _merge_config(shipped: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -222,9 +257,10 @@ def _merge_config(shipped: dict[str, Any], given: dict[str, Any]) -> dict[str, A
 
 
 def _find_adapter(
-    configurations: list[dict[str, Any] | None], source: Path | None
+    deployments: tuple[PlannedDeployment, ...], source: Path | None
 ) -> tuple[str, str]:
     """The registry's name and path that all deployments that train agree on."""
+    configurations = [each.configuration for each in deployments]
     sections = [config.get("registry") or {} for config in configurations if config is not None]
     named = {(section.get("name"), section.get("path")) for section in sections}
     adapter, registry = named.pop() if len(named) == 1 else (None, None)
@@ -241,30 +277,26 @@ def replace_placeholders(value: Any, values: dict[str, str]) -> Any:
     """A copy with the placeholders that `values` has replaced in every text, once each."""
     if isinstance(value, dict):
         return {key: replace_placeholders(inner, values) for key, inner in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [replace_placeholders(inner, values) for inner in value]
     if isinstance(value, str):
         return PLACEHOLDER_PATTERN.sub(lambda found: values.get(found[1], found[0]), value)
     return value
 
 
-def _require_valid_parameters(deployment: dict[str, Any]) -> None:
+def _require_valid_parameters(deployment: PlannedDeployment) -> None:
     """ConfigError where the flow of a deployment that trains would refuse its configuration."""
     from flows.finetune import FinetuneParameters
     from flows.flow_runs.allowed_folders import PYTHON_SCORERS_REFUSAL
     from flows.sweep import SweepParameters
 
-    sections: dict[str, type[Section]] = {
-        FINETUNE_ENTRYPOINT: FinetuneParameters,
-        SWEEP_ENTRYPOINT: SweepParameters,
-    }
-    section = sections.get(deployment["entrypoint"])
-    if section is None:
+    configuration = deployment.configuration
+    if configuration is None:
         return
-    config = deployment["parameters"]["config"]
-    problems = find_problems(section, config)
-    source = f"deployment {full_name(deployment)}"
-    if (config.get("base", config).get("gate") or {}).get("allow_python_scorers"):
+    source = f"deployment {deployment.full_name}"
+    if (configuration.get("gate") or {}).get("allow_python_scorers"):
         raise ConfigError(f"{source}: {PYTHON_SCORERS_REFUSAL}")
-    if problems:
+    is_sweep = deployment.entrypoint == SWEEP_ENTRYPOINT
+    schema: type[Section] = SweepParameters if is_sweep else FinetuneParameters
+    if problems := find_problems(schema, deployment.parameters["config"]):
         raise ConfigError(explain_problems(problems, source, places={}))

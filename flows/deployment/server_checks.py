@@ -19,13 +19,12 @@ from flows.deployment.check import Check
 from flows.deployment.deploy import read_automations, read_server_deployments
 from flows.deployment.plan import (
     FINETUNE_ENTRYPOINT,
-    adapter_of,
-    full_name,
-    read_deployments_yaml,
-    replace_placeholders,
+    read_automations_yaml,
+    read_deployments_file,
+    read_work_pools,
 )
 from flows.flow_runs.allowed_folders import allowed_roots
-from flows.process.environment import packaged_folder
+from tasks.deployed_registries import adapters_in
 
 MAX_HEARTBEAT_AGE_SECONDS = 90
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -94,10 +93,8 @@ def _check_database() -> Check:
 
 
 def _check_pools(client: SyncPrefectClient) -> Iterator[Check]:
-    for wanted in read_deployments_yaml(packaged_folder("deployments") / "work-pools.yaml")[
-        "work_pools"
-    ]:
-        name = wanted["name"]
+    for wanted in read_work_pools():
+        name = wanted.name
         try:
             pool = client.read_work_pool(name)
         except ObjectNotFound:
@@ -105,7 +102,7 @@ def _check_pools(client: SyncPrefectClient) -> Iterator[Check]:
             continue
         is_well = pool.concurrency_limit is not None and not pool.is_paused
         seen = f"limit {pool.concurrency_limit}{', paused' if pool.is_paused else ''}"
-        mend = f"prefect work-pool set-concurrency-limit {name} {wanted['concurrency_limit']}"
+        mend = f"prefect work-pool set-concurrency-limit {name} {wanted.concurrency_limit}"
         if pool.is_paused:
             mend = f"prefect work-pool resume {name}"
         yield Check(f"pool {name}", is_well, seen, "" if is_well else mend)
@@ -125,19 +122,19 @@ def _check_deployments(client: SyncPrefectClient) -> Check:
     """Whether each adapter that the server trains has the whole set of deployments."""
     there = read_server_deployments(client)
     trainings = [d.response for d in there if d.response.entrypoint == FINETUNE_ENTRYPOINT]
-    adapters = sorted({name for each in trainings if (name := adapter_of(each.parameters))})
+    adapters = sorted({name for each in trainings for name in adapters_in(each.parameters)[1]})
     if not adapters:
         return Check("deployments", False, "none are there", "nested-tune deploy -c CONFIG")
-    shipped = read_deployments_yaml(packaged_folder("deployments") / "prefect.yaml")["deployments"]
-    sets = [replace_placeholders(shipped, {"adapter": a, "registry": ""}) for a in adapters]
-    wanted = {full_name(each): each for deployments in sets for each in deployments}
+    shipped = read_deployments_file()
+    sets = [shipped.filled({"adapter": adapter, "registry": ""}) for adapter in adapters]
+    wanted = {each.full_name: each for content in sets for each in content.deployments}
     server_limits = {d.name: d.response.global_concurrency_limit for d in there}
     missing = sorted(wanted.keys() - server_limits.keys())
     limits = []
     for name in sorted(wanted.keys() & server_limits.keys()):
-        limit = wanted[name].get("concurrency_limit", {}).get("limit")
+        limit = wanted[name].concurrency_limit
         server_limit = server_limits[name]
-        if limit is not None and (server_limit is None or server_limit.limit != limit):
+        if limit is not None and (server_limit is None or server_limit.limit != limit.limit):
             limits.append(name)
     seen = f"{len(wanted) - len(missing)} of {len(wanted)} are there, for {', '.join(adapters)}"
     seen += f"; missing: {', '.join(missing)}" if missing else ""
@@ -148,9 +145,7 @@ def _check_deployments(client: SyncPrefectClient) -> Check:
 
 def _check_automations(client: SyncPrefectClient) -> Iterator[Check]:
     """Whether all automations are in place and on, and whether alerts are sent to anybody."""
-    planned: list[dict[str, Any]] = read_deployments_yaml(
-        packaged_folder("deployments") / "automations.yaml"
-    )["automations"]
+    planned = read_automations_yaml()
     found = {automation.name: automation for automation in read_automations(client)}
     names = [each["name"] for each in planned]
     missing = [name for name in names if name not in found]

@@ -32,7 +32,6 @@ from nested_core.config.sections import (
     LoraParameters,
     NestedSection,
     RegistrySection,
-    ServeSection,
     TrainingSection,
     optimizer_problems,
     parse_optimizer_name,
@@ -221,9 +220,6 @@ class FineTuneConfig(_RootSection):
     gate: GateSection = key(GateSection(), "bounds of the gate", affects="output")
     registry: RegistrySection = key(
         RegistrySection(), "where a verified adapter goes", affects="output"
-    )
-    serve: ServeSection = key(
-        ServeSection(), "servers that are asked what they serve", affects="output"
     )
     continual: ContinualSection = key(
         ContinualSection(), "whether a run starts from the champion", affects="source"

@@ -457,17 +457,6 @@ class RegistrySection(Section):
             yield f"promote: {self.promote} needs a registry path and name"
 
 
-ServerAddress = Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9.:_\[\]-]+/?$")]
-
-
-class ServeSection(Section):
-    """Servers of the name that cannot write into the registry, and so are asked."""
-
-    urls: tuple[ServerAddress, ...] = key(
-        (), "addresses, http://HOST:PORT, whose /health is asked for what they serve", max_length=16
-    )
-
-
 class ContinualSection(Section):
     """Whether a run goes on from the champion; `from` is the champion, or nothing.
 

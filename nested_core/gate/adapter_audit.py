@@ -1,15 +1,16 @@
-"""The audit of an adapter from anywhere, with the base that it is for and no initial adapter.
+"""The audit of adapters from anywhere, each against the base that it is for, by a list of checks.
 
-It asks whether every module that the configuration names changes what the base computes: whether
-names and shapes fit the base, no value is NaN, no product is zero within rounding, and plain
-mlx_lm.load in a new process gives other logits than the base alone.
+Without an initial adapter they ask whether every module that the configuration names changes what
+the base computes: whether names and shapes fit the base, no value is NaN, no product is zero within
+rounding, and plain mlx_lm.load in a new process gives other logits than the base alone.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,20 +18,25 @@ import numpy as np
 
 from nested_core import backend
 from nested_core.errors import ConfigError, DamagedError, join_first_values, shorten
-from nested_core.gate.adapter_layout import AdapterLayout, BaseModelForAudit
+from nested_core.gate.adapter_layout import AdapterLayout, BaseModelForAudit, WeightNorms
 from nested_core.gate.base_compatibility import RANK_AXES, fingerprint_reasons
 from nested_core.gate.fresh_process_check import (
-    FreshProcessLogits,
     ProofRequest,
     compute_logits_in_fresh_process,
     keep_prompts_with_finite_base,
     largest_difference,
     non_finite_reason,
 )
-from nested_core.gate.lora_effect import LARGEST_FLOAT32, factor_names, product_norm
-from nested_core.gate.tensor_diff import reasons_about_tensors
+from nested_core.gate.judged import Check, Checked, make_checks
+from nested_core.gate.lora_effect import (
+    factor_names,
+    overflow_reasons_of,
+    product_norm,
+    product_overflows,
+)
+from nested_core.gate.tensor_diff import frobenius_norm, reasons_about_tensors
 from nested_core.models.peft import import_peft
-from nested_core.models.peft.importing import PEFT_WEIGHTS, PICKLE_FILE_NAMES
+from nested_core.models.peft.importing import PEFT_WEIGHTS
 from nested_core.models.peft.lora_factors import (
     FACTOR_DTYPES,
     MLX_LM_NAMING,
@@ -76,15 +82,21 @@ class LogitEffect:
     dtype: str
 
 
-@dataclass(frozen=True)
-class AdapterAudit:
-    """What the audit of one adapter folder says."""
+@dataclass
+class AdapterAudit(Checked):
+    """An adapter folder, what it should hold, and what the checks found."""
 
-    path: str
-    reasons: tuple[Reason, ...]
-    format: Literal["mlx-lm", "peft"] | None = None
-    modules: tuple[ModuleEffect, ...] = ()
-    logits: LogitEffect | None = None
+    folder: Path
+    layout: AdapterLayout
+    base: BaseModelForAudit
+    reasons: list[Reason] = field(default_factory=list, init=False)
+    modules: list[ModuleEffect] = field(default_factory=list, init=False)
+    logits: LogitEffect | None = field(default=None, init=False)
+
+    def add(self, check: Check[Any], reason: Reason) -> None:
+        """Add a reason that a check gives."""
+        self.given_by.append(check.name)
+        self.reasons.append(reason)
 
     @property
     def has_passed(self) -> bool:
@@ -98,18 +110,219 @@ class AdapterAudit:
 
     def to_json(self) -> dict[str, Any]:
         """The adapter's entry in the document that --json prints."""
-        fields: dict[str, Any] = finite_or_none(asdict(self))
-        return {"path": fields.pop("path"), "verdict": self.verdict} | fields
+        fields: dict[str, Any] = finite_or_none(
+            {
+                "path": str(self.folder),
+                "verdict": self.verdict,
+                "reasons": [asdict(reason) for reason in self.reasons],
+                "format": self.layout.format,
+                "modules": [asdict(module) for module in self.modules],
+                "logits": None if self.logits is None else asdict(self.logits),
+            }
+        )
+        return fields
 
     def summary(self) -> str:
         """One line: the reasons, or what the adapter changes."""
         if not self.has_passed:
             return "; ".join(f"{r.code}: {r.message}" for r in self.reasons[:4])
         changed = f"{len(self.modules)} modules" if self.modules else "whole weights"
-        moved = (
-            "" if self.logits is None else f", logits move by {self.logits.max_abs_difference:.3g}"
+        moved = "" if self.logits is None else self.logits.max_abs_difference
+        return f"{changed}, logits move by {moved:.3g}" if moved else changed
+
+
+def _find_refusal(audit: AdapterAudit) -> list[Reason]:
+    """Why the folder holds no adapter that could be attached."""
+    return [] if audit.layout.refusal is None else [audit.layout.refusal]
+
+
+def _find_other_base(audit: AdapterAudit) -> list[Reason]:
+    """A reason if what the configuration records of its base does not hold for this one."""
+    config, base = audit.layout.config, audit.base
+    if config.get("base_fingerprint") is not None:
+        return fingerprint_reasons(config, base.folder)
+    recorded = config.get("model") or config.get("base_model_name_or_path")
+    other = None if recorded is None else base.find_differing_weight(recorded)
+    if other is None:
+        return []
+    message = f"made for {shorten(recorded, 200)}, which has another {other} than {base.folder}"
+    return [Reason("base_mismatch", message)]
+
+
+def _find_unmatched_keys(audit: AdapterAudit) -> list[Reason]:
+    """A reason for keys, or target_modules, that name no module of the base within reach."""
+    if not audit.layout.unmatched_keys:
+        return []
+    keys = join_first_values(audit.layout.unmatched_keys, 3)
+    setting = "keys" if audit.layout.format == "mlx-lm" else "target_modules"
+    message = f"{setting} that match no module within reach of the adapter: {keys}"
+    return [Reason("config_mismatch", message)]
+
+
+def _find_unfit_tensors(audit: AdapterAudit) -> Iterator[Reason]:
+    """Tensors by what is wrong with them first, and those that the configuration calls for."""
+    layout = audit.layout
+    if not layout.tensors:
+        yield Reason("tensor_missing", "the file holds no tensor at all")
+        return
+    groups: dict[tuple[Code, str], list[str]] = {}
+    for name in sorted(layout.tensors):
+        if (found := _find_problem(name, layout, audit.base)) is not None:
+            groups.setdefault(found, []).append(name)
+    for (code, problem), names in groups.items():
+        (reason,) = reasons_about_tensors(code, names, problem)
+        shape = layout.tensors[names[0]].shape
+        if (expected := layout.expected.get(names[0], shape)) != shape:
+            message = f"{reason.message}: it is {list(shape)} for {list(expected)}"
+            reason = replace(reason, message=message)
+        yield reason
+    if not groups or layout.expected.keys() & layout.tensors.keys():
+        missing = layout.expected.keys() - layout.tensors.keys()
+        called_for = f"called for by {CONFIG_NAME} and not in the file: their modules do nothing"
+        yield from reasons_about_tensors("tensor_missing", missing, called_for)
+
+
+def _find_problem(
+    name: str, layout: AdapterLayout, base: BaseModelForAudit
+) -> tuple[Code, str] | None:
+    """What is wrong with a tensor that the adapter should not have, or not so."""
+    leaf = leaf_name(name)
+    if layout.has_whole_weights:
+        if name not in base.shapes:
+            return "base_mismatch", "that the base has no weights for"
+    elif leaf not in MLX_LM_NAMING.leaves:
+        if leaf not in WHOLE_WEIGHT_LEAF_NAMES or ".lora_" in name:
+            return "tensor_unexpected", "without the name of a LoRA factor"
+        problem = "with the names of weights of the base or of a fused model"
+        return "tensor_unexpected", f"{problem}, where LoRA factors should be"
+    elif module_name(name) not in base.modules:
+        return "base_mismatch", "of modules that the base does not have"
+    elif name not in layout.expected:
+        return "config_mismatch", f"of no module and type that {CONFIG_NAME} calls for"
+    return _find_problem_of_values(layout.tensors[name], leaf, layout.expected[name])
+
+
+def _find_problem_of_values(
+    tensor: StoredTensor, leaf: str, expected: Sequence[int]
+) -> tuple[Code, str] | None:
+    """What is wrong with a tensor's shape, dtype or numbers."""
+    if tensor.shape != expected:
+        if _differ_in_rank_alone(leaf, tensor.shape, expected):
+            return "config_mismatch", f"of other shapes than {CONFIG_NAME} calls for"
+        return "base_mismatch", "of other shapes than the base calls for"
+    if tensor.dtype not in FACTOR_DTYPES:
+        return "dtype_mismatch", f"of other dtypes than {', '.join(FACTOR_DTYPES)}"
+    if not math.isfinite(frobenius_norm(tensor)):
+        return "non_finite", "with NaN or infinity"
+    return None
+
+
+def _differ_in_rank_alone(leaf: str, shape: Sequence[int], expected: Sequence[int]) -> bool:
+    axis = RANK_AXES.get((leaf, len(shape)))
+    if axis is None or len(shape) != len(expected):
+        return False
+    return all(a == b for i, (a, b) in enumerate(zip(shape, expected, strict=True)) if i != axis)
+
+
+def _find_effects(audit: AdapterAudit) -> Iterator[Reason]:
+    """Measure each module whose tensors are sound: effects of none, or beyond all measure."""
+    layout, base = audit.layout, audit.base
+    unsound = {name for reason in audit.reasons for name in reason.tensors}
+    sound = layout.tensors.keys() - unsound
+    idle: list[str] = []
+    huge: list[str] = []
+    overflowing: list[str] = []
+    for module, scale in sorted(layout.scales.items()):
+        names = {f"{module}.{leaf}" for leaf in MLX_LM_NAMING.leaves} & layout.expected.keys()
+        if not names <= sound:
+            continue
+        lora_a = layout.tensors[f"{module}.lora_a"]
+        rank = lora_a.shape[RANK_AXES["lora_a", len(lora_a.shape)]]
+        update = scale * product_norm(layout.tensors, module)
+        weight = base.weight_norms(module)
+        effect = update / weight.frobenius if weight is not None and weight.frobenius else None
+        audit.modules.append(ModuleEffect(module, rank, scale, effect))
+        if product_overflows(layout.tensors, module, scale):
+            overflowing.append(module)
+        elif effect is not None and effect > MAX_RELATIVE_EFFECT:
+            huge.append(module)
+        elif not _has_effect(update, weight, layout.tensors.get(f"{module}.m"), base.rounding_step):
+            idle.append(module)
+    if idle:
+        message = f"{len(idle)} modules change nothing beyond the rounding of the base"
+        yield Reason("no_effect", f"{message}, {idle[0]} first", factor_names(idle))
+    yield from overflow_reasons_of(overflowing, "the adapter's")
+    if huge:
+        message = (
+            f"{len(huge)} modules have an update of more than {MAX_RELATIVE_EFFECT:g} times their "
+            f"weight, {huge[0]} first: the scale is not that of the training"
         )
-        return f"{changed}{moved}"
+        yield Reason("config_mismatch", message, factor_names(huge))
+
+
+def _has_effect(
+    update: float, weight: WeightNorms | None, magnitude: StoredTensor | None, rounding_step: float
+) -> bool:
+    """Whether an update of this norm moves outputs by more than half a rounding step.
+
+    An input along the update's largest direction sees about sqrt(n) times the ratio of the norms,
+    where n is the weight's shorter side. DoRA's magnitude counts where it is not the base's.
+    """
+    if weight is None or weight.frobenius == 0:
+        return update > 0
+    bound = rounding_step * weight.frobenius
+    if update * math.sqrt(weight.shorter_side) > bound / 2:
+        return True
+    if magnitude is None:
+        return False
+    return bool(np.linalg.norm(magnitude.to_numpy().astype(np.float64) - weight.rows) > bound)
+
+
+def _find_logits_that_stay(audit: AdapterAudit) -> Iterator[Reason]:
+    """Measure how far plain mlx_lm.load moves the logits in a new process."""
+    base, adapter = audit.base, audit.folder
+    with tempfile.TemporaryDirectory(prefix="nested-tune-audit-") as temporary:
+        if audit.layout.format == "peft":
+            adapter = Path(temporary, "adapter")
+            try:
+                import_peft(audit.folder, adapter, str(base.folder))
+            except (ConfigError, DamagedError) as error:
+                yield Reason("unreadable", shorten(error, 300))
+                return
+        is_float32 = backend.device() == "cpu"  # as training does there: smaller changes are seen
+        request = ProofRequest(base.folder, None, adapter, is_float32=is_float32)
+        answers = compute_logits_in_fresh_process(request)
+    if isinstance(answers, Reason):
+        yield answers
+        return
+    answers, _ = keep_prompts_with_finite_base(answers, None)
+    if (reason := non_finite_reason(answers)) is not None:
+        yield reason
+        return
+    pairs = list(zip(answers.initial, answers.trained, strict=True))
+    rows = [(largest_difference(trained, plain), _largest(plain)) for plain, trained in pairs]
+    moved, largest = max(rows, key=lambda row: row[0] / row[1] if row[1] else row[0])
+    rounding, dtype = base.rounding_step / 2 * largest, str(base.dtype).removeprefix("mlx.core.")
+    audit.logits = LogitEffect(len(rows), moved, rounding, dtype)
+    if moved <= rounding:
+        yield Reason(
+            "no_effect",
+            f"no logit of {len(rows)} fixed prompts moves beyond the rounding of {dtype}: by "
+            f"{moved:.3g} at most, and rounding by up to {rounding:.3g}",
+        )
+
+
+def _largest(logits: np.ndarray[Any, np.dtype[Any]]) -> float:
+    return float(np.abs(logits[np.isfinite(logits)]).max(initial=0))
+
+
+BASE = Check("base", _find_other_base)
+ADAPTER = Check("adapter", _find_refusal)
+KEYS = Check("keys", _find_unmatched_keys)
+TENSORS = Check("tensors", _find_unfit_tensors, stopped_by=(ADAPTER,))
+EFFECT = Check("effect", _find_effects, stopped_by=(ADAPTER,))
+LOGITS = Check("logits", _find_logits_that_stay, needs_all=True)
+CHECKS_OF_ONE_ADAPTER = (BASE, ADAPTER, KEYS, TENSORS, EFFECT, LOGITS)
 
 
 def find_adapters(path: Path, model: str) -> tuple[list[Path], list[Path]]:
@@ -161,12 +374,12 @@ def audit_adapters(
     audits = []
     for folder in folders:
         try:
-            audits.append(audit_adapter(folder, base))
+            layout = base.layout_of(folder)
         except DamagedError as error:
             if len(folders) == 1:
                 raise
-            reason = Reason("unreadable", shorten(error, 300))
-            audits.append(AdapterAudit(str(folder), (reason,)))
+            layout = AdapterLayout(None, {}, {}, refusal=Reason("unreadable", shorten(error, 300)))
+        audits.append(_make_checks_of(folder, layout, base))
         if on_audited is not None:
             on_audited("auditing adapters", len(audits), len(folders))
     return audits
@@ -174,256 +387,10 @@ def audit_adapters(
 
 def audit_adapter(folder: Path, base: BaseModelForAudit) -> AdapterAudit:
     """Audit one adapter folder; DamagedError if it is damaged or not safe to read."""
-    if (reason := _fused_model_reason(folder)) is not None:
-        return AdapterAudit(str(folder), (reason,))
-    is_peft = not (folder / WEIGHTS_NAME).exists() and any(
-        (folder / name).exists() for name in (PEFT_WEIGHTS, *PICKLE_FILE_NAMES)
-    )
-    layout = base.layout_of(folder, is_peft=is_peft)
-    reasons = _base_reasons(layout, base) + _structure_reasons(layout, base)
-    reasons += _value_reasons(layout)
-    effects, effect_reasons = _judge_effects(layout, base)
-    reasons += effect_reasons
-    logits = None
-    if not reasons:
-        logits, reasons = _judge_logits(folder, base, is_peft=is_peft)
-    return AdapterAudit(str(folder), tuple(reasons), layout.format, tuple(effects), logits)
+    return _make_checks_of(folder, base.layout_of(folder), base)
 
 
-def _fused_model_reason(folder: Path) -> Reason | None:
-    """A reason for a folder that mlx_lm.fuse wrote, which holds a model."""
-    if not folder.is_dir() or (folder / WEIGHTS_NAME).exists() or (folder / PEFT_WEIGHTS).exists():
-        return None
-    weights = sorted(path.name for path in folder.glob("model*.safetensors"))
-    if not weights:
-        return None
-    message = f"holds a model ({weights[0]}) and no adapter: it was fused into its base"
-    return Reason("tensor_unexpected", message)
-
-
-def _base_reasons(layout: AdapterLayout, base: BaseModelForAudit) -> list[Reason]:
-    """A reason if what the configuration records of its base does not hold for this one."""
-    if layout.config.get("base_fingerprint") is not None:
-        return fingerprint_reasons(layout.config, base.folder)
-    recorded = layout.config.get("model") or layout.config.get("base_model_name_or_path")
-    other = None if recorded is None else base.find_differing_weight(recorded)
-    if other is None:
-        return []
-    message = f"made for {shorten(recorded, 200)}, which has another {other} than {base.folder}"
-    return [Reason("base_mismatch", message)]
-
-
-def _structure_reasons(layout: AdapterLayout, base: BaseModelForAudit) -> list[Reason]:
-    """Reasons for tensors that do not fit the base, or not what the configuration calls for."""
-    reasons = [] if layout.refusal is None else [layout.refusal]
-    if layout.unmatched_keys:
-        keys = join_first_values(layout.unmatched_keys, 3)
-        setting = "keys" if layout.format == "mlx-lm" else "target_modules"
-        message = f"{setting} that match no module within reach of the adapter: {keys}"
-        reasons.append(Reason("config_mismatch", message))
-    if not layout.tensors and layout.refusal is None:
-        return [*reasons, Reason("tensor_missing", "the file holds no tensor at all")]
-    if layout.has_whole_weights:
-        return reasons + _whole_weight_reasons(layout, base)
-    factors = {name for name in layout.tensors if leaf_name(name) in MLX_LM_NAMING.leaves}
-    others = layout.tensors.keys() - factors
-    weights = {n for n in others if leaf_name(n) in WHOLE_WEIGHT_LEAF_NAMES and ".lora_" not in n}
-    reasons += reasons_about_tensors(
-        "tensor_unexpected",
-        weights,
-        "with the names of weights of the base or of a fused model, where LoRA factors should be",
-    )
-    reasons += reasons_about_tensors(
-        "tensor_unexpected", others - weights, "without the name of a LoRA factor"
-    )
-    foreign = {name for name in factors if module_name(name) not in base.modules}
-    reasons += reasons_about_tensors(
-        "base_mismatch", foreign, "of modules that the base does not have"
-    )
-    if layout.refusal is not None:
-        return reasons
-    factors -= foreign
-    reasons += _shape_reasons(layout, factors & layout.expected.keys())
-    unreached = factors - layout.expected.keys()
-    reasons += reasons_about_tensors(
-        "config_mismatch", unreached, f"of no module and type that {CONFIG_NAME} calls for"
-    )
-    if factors or not (foreign or others):
-        missing = layout.expected.keys() - layout.tensors.keys()
-        problem = f"called for by {CONFIG_NAME} and not in the file: their modules do nothing"
-        reasons += reasons_about_tensors("tensor_missing", missing, problem)
-    return reasons
-
-
-def _whole_weight_reasons(layout: AdapterLayout, base: BaseModelForAudit) -> list[Reason]:
-    foreign = layout.tensors.keys() - base.shapes.keys()
-    misfits = [n for n in layout.tensors if n not in foreign and not _has_expected_shape(layout, n)]
-    return reasons_about_tensors(
-        "base_mismatch", foreign, "that the base has no weights for"
-    ) + reasons_about_tensors("base_mismatch", misfits, "of other shapes than in the base")
-
-
-def _shape_reasons(layout: AdapterLayout, names: Iterable[str]) -> list[Reason]:
-    """Reasons for other ranks than the configuration says, and for dimensions of another base."""
-    misfits = sorted(name for name in names if not _has_expected_shape(layout, name))
-    of_rank = [name for name in misfits if _differs_in_rank_alone(layout, name)]
-    others = [name for name in misfits if name not in of_rank]
-    reasons = []
-    sides: list[tuple[Code, list[str], str]] = [
-        ("config_mismatch", of_rank, CONFIG_NAME),
-        ("base_mismatch", others, "the base"),
-    ]
-    for code, wrong, side in sides:
-        if wrong:
-            first = wrong[0]
-            message = (
-                f"{len(wrong)} tensors have other shapes than {side} calls for: {first} is "
-                f"{list(layout.tensors[first].shape)} for {list(layout.expected[first])}"
-            )
-            reasons.append(Reason(code, message, tuple(wrong)))
-    return reasons
-
-
-def _differs_in_rank_alone(layout: AdapterLayout, name: str) -> bool:
-    own, expected = layout.tensors[name].shape, layout.expected[name]
-    axis = RANK_AXES.get((leaf_name(name), len(own)))
-    if axis is None or len(own) != len(expected):
-        return False
-    return all(a == b for i, (a, b) in enumerate(zip(own, expected, strict=True)) if i != axis)
-
-
-def _value_reasons(layout: AdapterLayout) -> list[Reason]:
-    """Reasons for dtypes that hold no weights, and for NaN and infinity."""
-    strange = {name for name, tensor in layout.tensors.items() if tensor.dtype not in FACTOR_DTYPES}
-    broken = {n for n, t in layout.tensors.items() if n not in strange and not _is_finite(t)}
-    return reasons_about_tensors(
-        "dtype_mismatch", strange, f"of other dtypes than {', '.join(FACTOR_DTYPES)}"
-    ) + reasons_about_tensors("non_finite", broken, "with NaN or infinity")
-
-
-def _judge_effects(
-    layout: AdapterLayout, base: BaseModelForAudit
-) -> tuple[list[ModuleEffect], list[Reason]]:
-    """The effect of each sound module, and reasons for effects of none or beyond all measure."""
-    effects = []
-    idle: list[str] = []
-    huge: list[str] = []
-    overflowing: list[str] = []
-    for module, scale in sorted(layout.scales.items()):
-        names = [f"{module}.{leaf}" for leaf in MLX_LM_NAMING.leaves]
-        if not all(_is_sound_tensor(layout, name) for name in names if name in layout.expected):
-            continue
-        lora_a = layout.tensors[f"{module}.lora_a"]
-        rank = lora_a.shape[RANK_AXES["lora_a", len(lora_a.shape)]]
-        update = scale * product_norm(layout.tensors, module)
-        weight = base.weight_norms(module)
-        is_measured = weight is not None and weight.frobenius > 0
-        effect = update / weight.frobenius if weight is not None and is_measured else None
-        effects.append(ModuleEffect(module, rank, scale, effect))
-        if update > LARGEST_FLOAT32:
-            overflowing.append(module)
-        elif effect is not None and effect > MAX_RELATIVE_EFFECT:
-            huge.append(module)
-        elif not _has_effect(layout, module, update, base):
-            idle.append(module)
-    reasons = [
-        *_reason_about_modules("no_effect", idle, "change nothing beyond the rounding of the base"),
-        *_reason_about_modules(
-            "non_finite", overflowing, "overflow float32 in scale * lora_a @ lora_b"
-        ),
-        *_reason_about_modules(
-            "config_mismatch",
-            huge,
-            f"have an update of more than {MAX_RELATIVE_EFFECT:g} times their weight: the scale "
-            f"is not that of the training",
-        ),
-    ]
-    return effects, reasons
-
-
-def _has_effect(
-    layout: AdapterLayout, module: str, update_norm: float, base: BaseModelForAudit
-) -> bool:
-    """Whether a module's output can differ from the base's by more than half a rounding step.
-
-    An input along the update's largest direction sees about sqrt(n) times the ratio of the norms,
-    where n is the weight's shorter side. DoRA's magnitude counts where it is not the base's.
-    """
-    weight = base.weight_norms(module)
-    if weight is None or weight.frobenius == 0:
-        return update_norm > 0
-    bound = base.rounding_step / 2 * weight.frobenius
-    if update_norm * float(np.sqrt(weight.shorter_side)) > bound:
-        return True
-    magnitude = layout.tensors.get(f"{module}.m")
-    if magnitude is None:
-        return False
-    distance = magnitude.to_numpy().astype(np.float64) - weight.rows
-    return bool(np.linalg.norm(distance) > base.rounding_step * weight.frobenius)
-
-
-def _judge_logits(
-    folder: Path, base: BaseModelForAudit, *, is_peft: bool
-) -> tuple[LogitEffect | None, list[Reason]]:
-    """How far plain mlx_lm.load moves the logits in a new process, and a reason if it does not."""
-    with tempfile.TemporaryDirectory(prefix="nested-tune-audit-") as temporary:
-        adapter = folder
-        if is_peft:
-            adapter = Path(temporary, "adapter")
-            try:
-                import_peft(folder, adapter, str(base.folder))
-            except (ConfigError, DamagedError) as error:
-                return None, [Reason("unreadable", shorten(error, 300))]
-        is_float32 = backend.device() == "cpu"  # as training does there: smaller changes are seen
-        request = ProofRequest(base.folder, None, adapter, is_float32=is_float32)
-        answers = compute_logits_in_fresh_process(request)
-    if isinstance(answers, Reason):
-        return None, [answers]
-    answers, _ = keep_prompts_with_finite_base(answers, None)
-    if (reason := non_finite_reason(answers)) is not None:
-        return None, [reason]
-    effect = _measure_logits(answers, base)
-    if effect.max_abs_difference > effect.rounding:
-        return effect, []
-    message = (
-        f"no logit of {effect.prompts} fixed prompts moves beyond the rounding of {effect.dtype}: "
-        f"by {effect.max_abs_difference:.3g} at most, and rounding by up to {effect.rounding:.3g}"
-    )
-    return effect, [Reason("no_effect", message)]
-
-
-def _measure_logits(answers: FreshProcessLogits, base: BaseModelForAudit) -> LogitEffect:
-    rows = [
-        (
-            largest_difference(trained, plain),
-            float(np.abs(plain[np.isfinite(plain)]).max(initial=0)),
-        )
-        for plain, trained in zip(answers.initial, answers.trained, strict=True)
-    ]
-    moved, largest = max(rows, key=lambda row: row[0] / row[1] if row[1] else row[0])
-    dtype = str(base.dtype).removeprefix("mlx.core.")
-    return LogitEffect(len(rows), moved, base.rounding_step / 2 * largest, dtype)
-
-
-def _has_expected_shape(layout: AdapterLayout, name: str) -> bool:
-    return layout.tensors[name].shape == layout.expected[name]
-
-
-def _is_sound_tensor(layout: AdapterLayout, name: str) -> bool:
-    """Whether a tensor that is called for is there, fits, and holds finite numbers."""
-    tensor = layout.tensors.get(name)
-    if tensor is None or not _has_expected_shape(layout, name):
-        return False
-    return tensor.dtype in FACTOR_DTYPES and _is_finite(tensor)
-
-
-def _is_finite(tensor: StoredTensor) -> bool:
-    return bool(np.isfinite(tensor.to_numpy()).all())
-
-
-def _reason_about_modules(code: Code, modules: Sequence[str], problem: str) -> list[Reason]:
-    """One reason that names the modules' factors, or none without any module."""
-    if not modules:
-        return []
-    message = f"{len(modules)} modules {problem}, {modules[0]} first"
-    return [Reason(code, message, factor_names(modules))]
+def _make_checks_of(folder: Path, layout: AdapterLayout, base: BaseModelForAudit) -> AdapterAudit:
+    audit = AdapterAudit(folder, layout, base)
+    make_checks(audit, CHECKS_OF_ONE_ADAPTER)
+    return audit

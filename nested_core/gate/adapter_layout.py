@@ -19,9 +19,14 @@ from mlx.utils import tree_flatten
 
 from nested_core.backend import to_float
 from nested_core.errors import ConfigError, shorten
-from nested_core.gate.checks.fused import float32_weight
 from nested_core.models.base_model import find_model_folder_offline, fingerprint_base_model
-from nested_core.models.peft.importing import BaseModules, read_peft_adapter
+from nested_core.models.parameters import float32_weight
+from nested_core.models.peft.importing import (
+    PEFT_WEIGHTS,
+    PICKLE_FILE_NAMES,
+    BaseModules,
+    read_peft_adapter,
+)
 from nested_core.models.peft.lora_factors import (
     MLX_LM_NAMING,
     PEFT_NAMING,
@@ -29,12 +34,13 @@ from nested_core.models.peft.lora_factors import (
     module_name,
     transpose_as_stored,
 )
-from nested_core.models.peft.peft_config import PeftConfig
 from nested_core.records.verdict import Reason
-from nested_core.storage.adapter import CONFIG_NAME, read_adapter, read_adapter_config
+from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter, read_adapter_config
 from nested_core.storage.safetensors_files import StoredTensor
 
 Shape = tuple[int, ...]
+PEFT_FILES = (PEFT_WEIGHTS, *PICKLE_FILE_NAMES)
+AdapterFormat = Literal["mlx-lm", "peft"]
 
 
 @dataclass(frozen=True)
@@ -45,11 +51,11 @@ class AdapterLayout:
     expected: the shape of each tensor that the configuration calls for.
     scales: the factor on lora_a @ lora_b, by module.
     unmatched_keys: keys or target_modules that name no module of the base within reach.
-    refusal: why mlx-lm, or the import from PEFT, takes no such configuration; the fields before it
-        are empty then.
+    refusal: why mlx-lm, or the import from PEFT, takes no such configuration or folder; the fields
+        before it are empty then. `format` is None for a folder without an adapter.
     """
 
-    format: Literal["mlx-lm", "peft"]
+    format: AdapterFormat | None
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     expected: Mapping[str, Shape] = field(default_factory=dict)
@@ -109,11 +115,9 @@ class BaseModelForAudit:
         A model that is not on this machine cannot be compared, and of a quantized one only the
         weights that both hold in one dtype.
         """
-        if recorded_model not in self._other_weights:
-            self._other_weights[recorded_model] = self._compare_weights_with(recorded_model)
-        return self._other_weights[recorded_model]
-
-    def _compare_weights_with(self, recorded_model: str) -> str | None:
+        if recorded_model in self._other_weights:
+            return self._other_weights[recorded_model]
+        self._other_weights[recorded_model] = None
         folder = find_model_folder_offline(recorded_model)
         if folder is None or not (folder / "config.json").is_file():
             return None
@@ -128,12 +132,20 @@ class BaseModelForAudit:
             value, recorded_value = own.pop(name), other.pop(name)  # each pair is let go of
             is_comparable = value.dtype == recorded_value.dtype
             if is_comparable and not bool(mx.array_equal(value, recorded_value).item()):
+                self._other_weights[recorded_model] = name
                 return name
         return None
 
-    def layout_of(self, folder: Path, *, is_peft: bool) -> AdapterLayout:
+    def layout_of(self, folder: Path) -> AdapterLayout:
         """Read an adapter folder; DamagedError if it is damaged or not safe to read."""
-        return self._peft_layout(folder) if is_peft else self._mlx_lm_layout(folder)
+        has_own_weights = (folder / WEIGHTS_NAME).exists()
+        if not has_own_weights and any((folder / name).exists() for name in PEFT_FILES):
+            return self._peft_layout(folder)
+        fused = [] if has_own_weights else sorted(folder.glob("model*.safetensors"))
+        if not fused:
+            return self._mlx_lm_layout(folder)
+        message = f"holds a model ({fused[0].name}) and no adapter: it was fused into its base"
+        return AdapterLayout(None, {}, {}, refusal=Reason("tensor_unexpected", message))
 
     def _mlx_lm_layout(self, folder: Path) -> AdapterLayout:
         adapter = read_adapter(folder, follow_links=True)
@@ -191,34 +203,20 @@ class BaseModelForAudit:
         targets = config.target_modules_of(self._sides)
         if targets is None:  # patterns of a stranger are not run: the tensors decide
             targets = {module_name(name) for name in tensors} & self._sides.keys()
-        expected = {
-            f"{module}.{leaf}": shape
-            for module in targets
-            for leaf, shape in self._factor_shapes(module, config).items()
-        }
-        return AdapterLayout(
-            "peft",
-            config.model_dump(),
-            tensors,
-            expected,
-            {module: config.scale_of(module) for module in targets},
-            self._unmatched_targets(config),
-        )
-
-    def _factor_shapes(self, module: str, config: PeftConfig) -> dict[str, Shape]:
-        inputs, outputs = self._sides[module]
-        rank = config.rank_of(module)
-        shapes: dict[str, Shape] = {"lora_a": (inputs, rank), "lora_b": (rank, outputs)}
-        return shapes | ({"m": (outputs,)} if config.use_dora else {})
-
-    def _unmatched_targets(self, config: PeftConfig) -> tuple[str, ...]:
-        if not isinstance(config.target_modules, list):
-            return ()
-        return tuple(
+        expected: dict[str, Shape] = {}
+        for module in targets:
+            (inputs, outputs), rank = self._sides[module], config.rank_of(module)
+            expected |= {f"{module}.lora_a": (inputs, rank), f"{module}.lora_b": (rank, outputs)}
+            if config.use_dora:
+                expected[f"{module}.m"] = (outputs,)
+        scales = {module: config.scale_of(module) for module in targets}
+        listed = config.target_modules if isinstance(config.target_modules, list) else []
+        unmatched = tuple(
             key
-            for key in config.target_modules
+            for key in listed
             if not any(name == key or name.endswith(f".{key}") for name in self._sides)
         )
+        return AdapterLayout("peft", config.model_dump(), tensors, expected, scales, unmatched)
 
 
 def _read_parameters(folder: Path) -> dict[str, mx.array]:

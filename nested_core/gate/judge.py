@@ -65,7 +65,7 @@ def verify_adapters(
     bounds = bounds or GateSection()
     with ThreadPoolExecutor(2) as pool:
         before, after = pool.map(_read_and_hash, (initial, trained))
-    judged = Judged(before, after, bounds, begin_verdict(before, after, bounds, step))
+    judged = Judged(before, after, begin_verdict(before, after, bounds, step), bounds=bounds)
     make_checks(judged, (*CHECKS_OF_ADAPTERS, PROOF_WITHOUT_RUN))
     return judged.verdict
 

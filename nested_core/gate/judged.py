@@ -6,6 +6,7 @@ reasons once, in its own words. It says itself after which reasons it cannot be 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -33,20 +34,32 @@ EXPLAINED_BY_DIVERGENCE: frozenset[Code] = frozenset({"non_finite", "loss_regres
 
 
 @dataclass
-class Judged:
+class Checked(ABC):
+    """What checks are made of, in turn.
+
+    given_by: the name of the check that gave each of the reasons.
+    stopped: the checks that could not be made, by name, and the earlier check that stopped each.
+    """
+
+    bounds: GateSection = field(default_factory=GateSection, kw_only=True)
+    given_by: list[str] = field(default_factory=list, init=False)
+    stopped: dict[str, str] = field(default_factory=dict, init=False)
+
+    @abstractmethod
+    def add(self, check: Check[Any], reason: Reason) -> None:
+        """Add a reason that a check gives."""
+
+
+@dataclass
+class Judged(Checked):
     """Two adapters on disk, and the verdict so far.
 
-    given_by: the name of the check that gave each of the verdict's reasons.
-    stopped: the checks that could not be made, by name, and the earlier check that stopped each.
     divergence: where training diverged, for a run that did.
     """
 
     before: Adapter
     after: Adapter
-    bounds: GateSection
     verdict: Verdict
-    given_by: list[str] = field(default_factory=list, init=False)
-    stopped: dict[str, str] = field(default_factory=dict, init=False)
     divergence: Divergence | None = field(default=None, init=False)
 
     def add(self, check: Check[Any], reason: Reason) -> None:
@@ -111,11 +124,11 @@ def begin_judging_run(
     verdict = begin_verdict(before, after, config.gate, step, tiers.tiers.tensors)
     rows = tuple(tier_changes(tiers, verdict.tensors))
     verdict = replace(verdict, tiers=rows, last_step=evidence.last_step)
-    return JudgedRun(before, after, config.gate, verdict, config, run, evidence, tiers)
+    return JudgedRun(before, after, verdict, config, run, evidence, tiers, bounds=config.gate)
 
 
-J = TypeVar("J", bound=Judged)
-J_contra = TypeVar("J_contra", bound=Judged, contravariant=True)
+J = TypeVar("J", bound=Checked)
+J_contra = TypeVar("J_contra", bound=Checked, contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -161,7 +174,7 @@ def make_checks(judged: J, checks: Iterable[Check[J]]) -> None:
             judged.add(check, reason)
 
 
-def log_stopped_checks(judged: Judged) -> None:
+def log_stopped_checks(judged: Checked) -> None:
     """Say which checks could not be made, and which earlier one stopped them."""
     stopped: dict[str, list[str]] = {}
     for check, by in judged.stopped.items():

@@ -58,26 +58,35 @@ def overflow_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
 
     A module that overflows with the initial adapter already is told as the initial adapter's.
     """
-    before = {module for module in _module_names(initial) if _product_overflows(initial, module)}
-    after = {
-        module for module in _module_names(trained) if _product_overflows(trained, module)
-    } - before
-    reasons = []
-    for modules, whose in ((before, "the initial adapter's"), (after, "the trained adapter's")):
-        if modules:
-            ordered = sorted(modules)
-            message = (
-                f"{whose} scale * lora_a @ lora_b overflows float32 in {len(modules)} modules, "
-                f"{ordered[0]} first"
-            )
-            reasons.append(Reason("non_finite", message, factor_names(ordered)))
-    return reasons
+    before, after = (
+        {
+            module
+            for module in _module_names(adapter)
+            if product_overflows(adapter.tensors, module, adapter.meaning()["scale"] or 1.0)
+        }
+        for adapter in (initial, trained)
+    )
+    return [
+        *overflow_reasons_of(before, "the initial adapter's"),
+        *overflow_reasons_of(after - before, "the trained adapter's"),
+    ]
 
 
-def _product_overflows(adapter: Adapter, module: str) -> bool:
+def overflow_reasons_of(modules: Iterable[str], whose: str) -> list[Reason]:
+    """One reason that names the tensors of modules whose update overflows; none without any."""
+    ordered = sorted(modules)
+    if not ordered:
+        return []
+    message = (
+        f"{whose} scale * lora_a @ lora_b overflows float32 in {len(ordered)} modules, "
+        f"{ordered[0]} first"
+    )
+    return [Reason("non_finite", message, factor_names(ordered))]
+
+
+def product_overflows(tensors: Mapping[str, StoredTensor], module: str, scale: float) -> bool:
     """Whether an element of scale * lora_a @ lora_b is beyond float32; all factors are finite."""
-    a, b = _factor_pair(adapter.tensors, module)
-    scale = adapter.meaning()["scale"] or 1.0
+    a, b = _factor_pair(tensors, module)
     if scale * frobenius_norm(a) * frobenius_norm(b) <= LARGEST_FLOAT32:
         return False  # no element is larger than the product of the norms (Cauchy-Schwarz)
     left, right = _float64_factors((a, b), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -82,3 +82,12 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was_training in modes:
             module._set_training_mode(was_training)
+
+
+def float32_weight(module: Any) -> mx.array:
+    """The weight that a module computes with, dequantized if need be, in float32."""
+    weight: mx.array = module.weight
+    if "scales" in module:
+        format_ = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+        weight = mx.dequantize(weight, module.scales, module.get("biases"), **format_)
+    return weight.astype(mx.float32)

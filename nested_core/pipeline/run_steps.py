@@ -93,7 +93,7 @@ class Steps:
         """Promote the version as `registry.promote` says; return what became of it."""
         done = promote_by_policy(config.registry, version, champion)
         if isinstance(done, Promotion) and done.outcome == "promoted":
-            for sentence in await_configured(config.registry, config.serve.urls, version):
+            for sentence in await_configured(config.registry, version):
                 self.on_message(sentence)
         return done if isinstance(done, str) else done.outcome
 

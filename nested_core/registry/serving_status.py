@@ -1,26 +1,24 @@
-"""What the servers of a name serve, by their files below it or by their own `/health`.
+"""What the servers of a name serve, by their files below it.
 
 REGISTRY/NAME/serving/HOST-PID.json is no part of what was registered: a registry that cannot be
-written is served all the same. A server that was killed leaves its file; the heartbeat there tells,
-and the next server of the same machine removes it.
+written is served all the same, and where a server may write this one folder it is seen. A server
+that was killed leaves its file; the heartbeat there tells, and the next server of the same machine
+removes it.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError, shorten
@@ -37,8 +35,6 @@ MAX_FILE_BYTES = 64 * 1024
 MAX_DIGITS = 20  # of a process
 
 SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_TO_ANSWER = 5.0
-MAX_HEALTH_BYTES = 1024 * 1024
 MAX_REASON_LENGTH = 500
 
 
@@ -58,6 +54,7 @@ class ServingRecord:
     since: str
     heartbeat: str
     refused: dict[str, str] | None = None
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     def age(self, now: datetime) -> timedelta:
         """How long ago the server wrote the file."""
@@ -94,21 +91,14 @@ def remove_records_of_ended_servers(folder: Path) -> None:
 
 def read_serving_records(folder: Path) -> dict[str, ServingRecord]:
     """Each server's record by the file's name; files that cannot be read are left out."""
-    return dict(_iterate_records(folder / SERVING_FOLDER_NAME))
-
-
-def _iterate_records(folder: Path) -> Iterator[tuple[str, ServingRecord]]:
-    if not folder.is_dir():
-        return
-    for path in sorted(folder.iterdir()):
-        if parse_serving_name(path.name) is None:
-            continue
-        with suppress(DamagedError, OSError, TypeError, ValueError):
-            fields: dict[str, Any] = read_json(path, MAX_FILE_BYTES)
-            record = ServingRecord(**fields)
-            RECORD_VALIDATOR.validate_python(asdict(record))
-            record.is_alive(datetime.now(UTC))
-            yield path.name, record
+    records = {}
+    for path in sorted((folder / SERVING_FOLDER_NAME).glob("*.json")):
+        if parse_serving_name(path.name) is not None:
+            with suppress(DamagedError, OSError, TypeError, ValueError):
+                record = RECORD_VALIDATOR.validate_python(read_json(path, MAX_FILE_BYTES))
+                record.is_alive(datetime.now(UTC))
+                records[path.name] = record
+    return records
 
 
 def parse_serving_name(name: str) -> tuple[str, int] | None:
@@ -146,14 +136,14 @@ class ServerStatus:
     """What one server says of a name.
 
     address: http://HOST:PORT.
-    version: what it serves; None where it was asked and gave no answer.
+    version: what it serves.
     since: when it began to serve that, UTC, ISO 8601.
-    problem: why it does not serve another version, or gave no answer; None for no problem.
+    problem: why it does not serve another version, or that it is silent; None for no problem.
     """
 
     address: str
-    version: str | None
-    since: str | None
+    version: str
+    since: str
     problem: str | None = None
 
 
@@ -166,108 +156,55 @@ class ServingNews:
     server: ServerStatus
 
 
-def read_serving_settings(
-    registry: Path, name: str, version: str
-) -> tuple[float | None, Sequence[str]]:
-    """`registry.await_serving` and `serve.urls`, as they were recorded with a version."""
+def read_await_serving(registry: Path, name: str, version: str) -> float | None:
+    """`registry.await_serving`, in seconds, as it was recorded with a version."""
     recorded = read_provenance(version_folder(registry, name, version)).get("config") or {}
-    section, serve = recorded.get("registry") or {}, recorded.get("serve") or {}
-    return section.get("await_serving"), tuple(serve.get("urls") or ())
-
-
-def is_served(registry: Path, name: str) -> bool:
-    """Whether a name has servers to be looked at: files of theirs, or recorded addresses.
-
-    A damaged champion is to be looked at as well.
-    """
-    if read_serving_records(registry / name):
-        return True
-    try:
-        champion = read_champion(registry, name)
-        return champion is not None and bool(read_serving_settings(registry, name, champion)[1])
-    except DamagedError:
-        return True
+    seconds: float | None = (recorded.get("registry") or {}).get("await_serving")
+    return seconds
 
 
 def read_servers(
-    registry: Path,
-    name: str,
-    urls: Sequence[str] = (),
-    *,
-    heard_within: timedelta = MAX_HEARTBEAT_AGE,
+    registry: Path, name: str, *, heard_within: timedelta = MAX_HEARTBEAT_AGE
 ) -> list[ServerStatus]:
-    """The servers of a name: those whose file is at most so old, and those at `urls`.
+    """The servers of a name whose file is at most so old.
 
-    A server that has a file is not asked again. One that has not written it for a minute has that
-    as its problem.
+    One that has not written it for a minute has that as its problem.
     """
     now = datetime.now(UTC)
     records = read_serving_records(registry / name).values()
-    servers = [_status_of(r, now) for r in records if r.age(now) <= heard_within]
-    known = {server.address for server in servers}
-    asked = [url.rstrip("/") for url in urls]
-    return servers + [_ask_server(url, name) for url in asked if url not in known]
+    return [_status_of(record, now) for record in records if record.age(now) <= heard_within]
 
 
 def _status_of(record: ServingRecord, now: datetime) -> ServerStatus:
-    """What a server's file says."""
-    status = _shortened(record.address, record.version, record.since, record.refused)
-    if record.is_alive(now):
-        return status
-    return replace(status, problem=f"nothing was heard of it since {shorten(record.heartbeat)}")
-
-
-def _shortened(
-    address: str, version: str, since: str, refused: dict[str, str] | None
-) -> ServerStatus:
-    reason = (refused or {}).get("reason")
+    reason = (record.refused or {}).get("reason")
     problem = None if reason is None else shorten(reason, MAX_REASON_LENGTH)
-    return ServerStatus(shorten(address, 200), shorten(version, 64), shorten(since), problem)
+    if not record.is_alive(now):
+        problem = f"nothing was heard of it since {shorten(record.heartbeat)}"
+    return ServerStatus(
+        shorten(record.address, 200), shorten(record.version, 64), shorten(record.since), problem
+    )
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A server that sends elsewhere is not followed."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        """None: the answer stands as it is."""
-
-
-def _ask_server(url: str, name: str) -> ServerStatus:
-    """What a server's `/health` says of a name."""
-    opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(f"{url}/health", timeout=SECONDS_TO_ANSWER) as answer:
-            status = json.loads(answer.read(MAX_HEALTH_BYTES))["names"][name]
-        return _shortened(url, status["version"], status["since"], status["refused"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = f"it did not say what it serves for {name} ({type(error).__name__})"
-        return ServerStatus(url, None, None, reason)
-
-
-def await_serving(
-    registry: Path, name: str, version: str, *, seconds: float, urls: Sequence[str] = ()
-) -> list[ServerStatus]:
+def await_serving(registry: Path, name: str, version: str, *, seconds: float) -> list[ServerStatus]:
     """Wait until every server of a name serves a version, at most so many seconds.
 
     Returns what they say then; at once where there is no server, or the champion is another again.
     """
     deadline = time.monotonic() + seconds
     while True:
-        servers = read_servers(registry, name, urls)
+        servers = read_servers(registry, name)
         is_over = time.monotonic() >= deadline or read_champion(registry, name) != version
         if is_over or not find_servers_behind(servers, version):
             return servers
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def await_configured(section: RegistrySection, urls: Sequence[str], version: str) -> list[str]:
+def await_configured(section: RegistrySection, version: str) -> list[str]:
     """Wait as `registry.await_serving` says; a sentence for each server, none without the key."""
     if section.await_serving is None or section.path is None or section.name is None:
         return []
     registry = Path(section.path)
-    servers = await_serving(
-        registry, section.name, version, seconds=section.await_serving, urls=urls
-    )
+    servers = await_serving(registry, section.name, version, seconds=section.await_serving)
     return [describe_server(server, version) for server in servers]
 
 
@@ -280,6 +217,5 @@ def describe_server(server: ServerStatus, version: str) -> str:
     """A sentence: since when a server serves a version, or that it does not and why."""
     if server.version == version:
         return f"serving since {server.since}, at {server.address}"
-    what = "nothing is known" if server.version is None else shorten_digest(server.version)
-    said = f"not served at {server.address}: {what} there"
+    said = f"not served at {server.address}: {shorten_digest(server.version)} there"
     return said if server.problem is None else f"{said}; {server.problem}"

@@ -12,7 +12,7 @@ from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry import history, read_version_losses
 from nested_core.registry.ledger import describe_author
-from nested_core.registry.serving_status import describe_server, read_servers, read_serving_settings
+from nested_core.registry.serving_status import describe_server, read_servers
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.report.verdict_page import describe_losses, describe_suites
 from nested_core.text.digest_format import shorten_digest
@@ -122,8 +122,7 @@ class ChampionRecord:
 
     def describe_servers(self) -> list[str]:
         """A sentence for each server of the name: since when it serves this, or why it does not."""
-        _, urls = read_serving_settings(self.registry, self.name, self.version)
-        servers = read_servers(self.registry, self.name, urls)
+        servers = read_servers(self.registry, self.name)
         return [describe_server(server, self.version) for server in servers]
 
 

@@ -25,10 +25,7 @@ from flows.process.environment import packaged_folder
 from tasks.outcomes import Outcome
 from tests.prefect_home import DATABASE, new_prefect_home
 
-AUTOMATIONS = {
-    each["name"].partition(": ")[2]: each
-    for each in read_automations_yaml(packaged_folder("deployments") / "automations.yaml")
-}
+AUTOMATIONS = {each["name"].partition(": ")[2]: each for each in read_automations_yaml()}
 FREE, RESUME = "free dead runs", "resume what crashed"
 STUCK, REMINDER = "a run does not begin", "an approval still waits"
 ASKED, DAY = (0, "Waits for approval"), 86_400

@@ -10,13 +10,12 @@ import pytest
 import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolUpdate
+from prefect.schedules import Schedule
 from prefect.workers.process import ProcessWorker
 
 from flows.commands.deployment import read_notify
 from flows.deployment.deploy import _make_work_pools, deploy, put_deployment
-from flows.deployment.diff import _compare_work_pools, find_differences
-from flows.deployment.plan import make_plan, read_deployments_yaml
-from flows.process.environment import packaged_folder
+from flows.deployment.plan import make_plan, read_work_pools
 from nested_core.errors import ConfigError
 from tests.flows.conftest import Ended
 
@@ -54,7 +53,7 @@ def test_work_pools_that_another_deploy_makes_meanwhile_are_made(
     prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two machines that start together may deploy together."""
-    pools = read_deployments_yaml(packaged_folder("deployments") / "work-pools.yaml")["work_pools"]
+    pools = read_work_pools()
     template = ProcessWorker.get_default_base_job_template
     with get_client(sync_client=True) as client:
 
@@ -76,8 +75,6 @@ def test_a_pool_without_a_limit_as_a_worker_makes_it_gets_one_and_another_limit_
         list(_make_work_pools(client, plan.work_pools))
         for name, limit in (("mlx-gpu", None), ("cpu", 3)):
             client.update_work_pool(name, WorkPoolUpdate(concurrency_limit=limit))
-        told = {each.name: each.outcome for each in _compare_work_pools(client, plan)}
-        assert told == {"work pool mlx-gpu": "puts it", "work pool cpu": "keeps the server's"}
         lines = list(_make_work_pools(client, plan.work_pools))
         limits = [client.read_work_pool(name).concurrency_limit for name in ("mlx-gpu", "cpu")]
     assert limits == [1, 3]
@@ -131,28 +128,30 @@ def test_a_configurations_own_braces_reach_the_server_and_no_variable_of_the_env
     assert "hf_only_in_tests" not in everything
 
 
-def test_what_was_deployed_differs_from_its_file_in_nothing(
+def test_deploying_again_puts_what_the_file_says_and_keeps_what_a_person_switched_on(
     prefect_server: None, tmp_path: Path
 ) -> None:
-    config = tmp_path / "braces.yaml"
-    registry = {"path": "registry", "name": "same"}
-    content = {"model": "m", "data": "d", "samples": TEMPLATES, "registry": registry}
-    config.write_text(yaml.safe_dump(content))
-    plan = make_plan(config=config)
-    list(deploy(plan))
-    own = [each for each in find_differences(plan) if each.name.startswith("deployment ")]
-    config.write_text(yaml.safe_dump(content | {"samples": ["Hello , bye"]}))
-    changed = [
-        each
-        for each in find_differences(make_plan(config=config))
-        if each.key == "parameters.config.samples"
-    ]
+    config = tmp_path / "again.yaml"
+    content = {"model": "m", "data": "d", "registry": {"path": "registry", "name": "again"}}
+    config.write_text(yaml.safe_dump(content | {"seed": 1}))
+    list(deploy(make_plan(config=config)))
     with get_client(sync_client=True) as client:
+        nightly = client.read_deployment_by_name("finetune/again-nightly")
+        client.update_deployment_schedule(nightly.id, nightly.schedules[0].id, active=True)
+        client.create_deployment(
+            nightly.flow_id, "old", parameters=nightly.parameters, tags=["nested-tune"]
+        )
+        config.write_text(yaml.safe_dump(content | {"seed": 2}))
+        done = list(deploy(make_plan(config=config)))
+        nightly = client.read_deployment_by_name("finetune/again-nightly")
+        names = {deployment.name for deployment in client.read_deployments()}
         for deployment in client.read_deployments():
             client.delete_deployment(deployment.id)
-    assert own == []
-    assert len(changed) == 2
-    assert "Hello {{ name }}, bye" in changed[0].server
+    assert "deployment finetune/again-nightly: in pool mlx-gpu, schedule nightly on" in done
+    assert "deployment finetune/old: removed, for an earlier deploy left it" in done
+    assert nightly.parameters["config"]["seed"] == 2
+    assert "old" not in names
+    assert all("there already" in line for line in done if line.startswith("automation"))
 
 
 @pytest.mark.parametrize(
@@ -160,16 +159,13 @@ def test_what_was_deployed_differs_from_its_file_in_nothing(
     [
         ({"entrypoint": "flows.nowhere.flow"}, "No module named 'flows.nowhere'"),
         ({"entrypoint": "flows.finetune.nothing"}, "nothing"),
-        ({"schedules": [{"cronn": "0 2 * * *"}]}, "one of cron, interval, rrule"),
-        ({"schedules": [{"cron": "0 2 * *"}]}, "cron"),
-        ({"schedules": [{"cron": "0 2 * * *", "zone": "UTC"}]}, "has no zone"),
-        ({"concurrency_limit": {"limit": 1, "collision_strategy": "WAIT"}}, "WAIT"),
+        ({"schedules": (Schedule(cron="0 2 * * *", timezone="Mars/Base"),)}, "Mars/Base"),
     ],
 )
 def test_a_deployment_that_cannot_be_made_is_refused_with_its_name(
     prefect_server: None, changes: dict[str, Any], expected: str
 ) -> None:
-    planned = make_plan().deployments[3] | changes
+    planned = make_plan().deployments[3].model_copy(update=changes)
     with (
         get_client(sync_client=True) as client,
         pytest.raises(ConfigError, match="geography-approved") as refused,

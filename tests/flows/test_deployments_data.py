@@ -14,9 +14,10 @@ from uuid import uuid4
 
 import pytest
 import yaml
+from prefect.client.schemas.objects import ConcurrencyLimitConfig
 from prefect.flows import Flow
 
-from flows.deployment.plan import begin_name, full_name, make_plan
+from flows.deployment.plan import PlannedDeployment, begin_name, make_plan
 from flows.finetune import FinetuneParameters
 from flows.flow_runs.allowed_folders import require_known_name
 from flows.process.environment import packaged_folder
@@ -31,10 +32,10 @@ from tasks.outcomes import Outcome
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = packaged_folder("deployments")
 PLAN = make_plan()
-DEPLOYMENTS: dict[str, dict[str, Any]] = {  # of the adapter
-    each["name"].removeprefix("geography-"): each
+DEPLOYMENTS = {  # of the adapter
+    each.name.removeprefix("geography-"): each
     for each in PLAN.deployments
-    if each["name"] != "auto"  # for all adapters
+    if each.name != "auto"  # for all adapters
 }
 POOLS = yaml.safe_load((FOLDER / "work-pools.yaml").read_text())["work_pools"]
 
@@ -44,18 +45,18 @@ def settings() -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
 
 
-@pytest.mark.parametrize("deployment", PLAN.deployments, ids=full_name)
+@pytest.mark.parametrize("deployment", PLAN.deployments, ids=lambda each: each.full_name)
 def test_every_deployment_names_a_flow_that_is_there_and_a_pool_that_is_made(
-    deployment: dict[str, Any],
+    deployment: PlannedDeployment,
 ) -> None:
-    module, _, function = deployment["entrypoint"].rpartition(".")
+    module, _, function = deployment.entrypoint.rpartition(".")
     assert isinstance(getattr(import_module(module), function), Flow)
-    assert deployment["work_pool"]["name"] in [pool["name"] for pool in POOLS]
+    assert deployment.work_pool.name in [pool["name"] for pool in POOLS]
 
 
 def training_configs() -> dict[str, FineTuneConfig]:
     nightly, manual, sweep = (
-        DEPLOYMENTS[name]["parameters"]["config"] for name in ("nightly", "manual", "sweep")
+        DEPLOYMENTS[name].parameters["config"] for name in ("nightly", "manual", "sweep")
     )
     return {
         "nightly": FinetuneParameters.model_validate(nightly).configuration(),
@@ -73,24 +74,25 @@ def test_each_deployment_that_trains_has_tiers_clipping_and_automatic_promotion(
 
 
 def test_the_nightly_schedule_is_off_until_a_person_switches_it_on() -> None:
-    (schedule,) = DEPLOYMENTS["nightly"]["schedules"]
-    assert schedule["active"] is False
+    (schedule,) = DEPLOYMENTS["nightly"].schedules
+    assert schedule.active is False
 
 
 def test_no_training_holds_a_lease_that_a_server_which_is_away_could_end_it_by() -> None:
-    limited = [name for name, each in DEPLOYMENTS.items() if "concurrency_limit" in each]
+    limited = [name for name, each in DEPLOYMENTS.items() if each.concurrency_limit]
     assert limited == ["hourly"]
 
 
 def test_a_look_at_the_servers_waits_for_the_one_before_and_is_not_lost() -> None:
-    limit = {"limit": 1, "collision_strategy": "ENQUEUE"}
-    assert DEPLOYMENTS["hourly"]["concurrency_limit"] == limit
+    limit = DEPLOYMENTS["hourly"].concurrency_limit
+    assert isinstance(limit, ConcurrencyLimitConfig)
+    assert (limit.limit, limit.collision_strategy.value) == (1, "ENQUEUE")
     one = ReconcileParameters(registry="registry", names=("capitals", "rivers"))
     assert (one.subject, ReconcileParameters(registry="r").subject) == ("capitals, rivers", "r")
 
 
 def test_the_automation_that_frees_dead_runs_leaves_approvals() -> None:
-    watched = [name for name, each in DEPLOYMENTS.items() if "watched" in each["tags"]]
+    watched = [name for name, each in DEPLOYMENTS.items() if "watched" in each.tags]
     assert sorted(watched) == ["hourly", "manual", "nightly", "rollback", "sweep"]
 
 
@@ -144,7 +146,7 @@ def test_each_registry_name_has_a_set_of_its_own_that_keeps_nothing_of_the_examp
     tmp_path: Path,
 ) -> None:
     plan = make_plan(config=write(tmp_path / "support.yaml"))
-    names = [full_name(deployment) for deployment in plan.deployments]
+    names = [deployment.full_name for deployment in plan.deployments]
     assert names == [
         "finetune/support-bot-nightly",
         "finetune/support-bot-manual",
@@ -154,7 +156,7 @@ def test_each_registry_name_has_a_set_of_its_own_that_keeps_nothing_of_the_examp
         "rollback/support-bot-rollback",
         "promote/auto",
     ]
-    parameters = [deployment["parameters"] for deployment in plan.deployments[:-1]]
+    parameters = [deployment.parameters for deployment in plan.deployments[:-1]]
     promotion = {"promote": "better", "await_serving": 60}
     published = SUPPORT | {"registry": SUPPORT["registry"] | promotion}
     nightly = {"continual": {"from": "champion", "skip_unchanged": True}}
@@ -166,14 +168,14 @@ def test_each_registry_name_has_a_set_of_its_own_that_keeps_nothing_of_the_examp
     assert parameters[3] == {"config": approved}
     assert parameters[4] == {"config": {"registry": "/srv/adapters", "names": ["support-bot"]}}
     assert parameters[5] == {"config": {"registry": "/srv/adapters", "name": "support-bot"}}
-    assert "geography" not in yaml.safe_dump([plan.project, plan.automations])
-    assert all("support-bot" in each["tags"] for each in plan.deployments[:-1])
+    assert "geography" not in repr([plan.deployments, plan.pull, plan.automations])
+    assert all("support-bot" in each.tags for each in plan.deployments[:-1])
 
 
 def test_what_a_configuration_says_wins_over_what_a_deployment_says(tmp_path: Path) -> None:
     registry = SUPPORT["registry"] | {"promote": "approve"}
     config = write(tmp_path / "c.yaml", registry=registry, continual={"from": None})
-    nightly = make_plan(config=config).deployments[0]["parameters"]["config"]
+    nightly = make_plan(config=config).deployments[0].parameters["config"]
     assert nightly["registry"]["promote"] == "approve"
     assert nightly["continual"] == {"from": None, "skip_unchanged": True}
 
@@ -210,7 +212,10 @@ def test_a_file_of_ones_own_names_one_adapter_and_is_left_as_it_is(tmp_path: Pat
     file = tmp_path / "prefect.yaml"
     file.write_text(yaml.safe_dump({"deployments": [training]}))
     plan = make_plan(file)
-    assert (plan.adapter, plan.deployments) == ("support-bot", [training])
+    assert (plan.adapter, plan.deployments) == (
+        "support-bot",
+        (PlannedDeployment.model_validate(training),),
+    )
     other = SUPPORT | {"registry": {"path": "r", "name": "other"}}
     second = training | {"name": "second", "parameters": {"config": other}}
     file.write_text(yaml.safe_dump({"deployments": [training, second]}))
@@ -221,6 +226,12 @@ def test_a_file_of_ones_own_names_one_adapter_and_is_left_as_it_is(tmp_path: Pat
 TRAINS: dict[str, Any] = {"name": "mine", "entrypoint": "flows.finetune.finetune"}
 TRAINS |= {"work_pool": {"name": "mlx-gpu"}}
 COMPLETE = TRAINS | {"parameters": {"config": SUPPORT}}
+SWEEPS = COMPLETE | {"entrypoint": "flows.sweep.sweep"}
+LIMIT = {"limit": 1, "collision_strategy": "WAIT"}
+
+
+def scheduled(schedule: dict[str, Any]) -> dict[str, Any]:
+    return {"deployments": [COMPLETE | {"schedules": [schedule]}]}
 
 
 @pytest.mark.parametrize(
@@ -228,14 +239,23 @@ COMPLETE = TRAINS | {"parameters": {"config": SUPPORT}}
     [
         ([TRAINS], "expected keys and values"),
         (None, "expected keys and values"),
-        ({"deployment": [TRAINS]}, "expected the list `deployments`"),
-        ({"deployments": TRAINS}, "expected the list `deployments`"),
-        ({"deployments": [TRAINS]}, "parameters.config where it trains"),
-        ({"deployments": [TRAINS | {"parameters": None}]}, "parameters.config where it trains"),
-        ({"deployments": [{"name": "mine"}]}, "each with a name, an entrypoint and a work_pool"),
-        ({"deployments": [COMPLETE | {"work_pool": None}]}, "a work_pool with a name"),
-        ({"deployments": [COMPLETE | {"triggers": []}]}, "does not know triggers"),
-        ({"deployments": [COMPLETE], "build": None}, "does not know build"),
+        ({"deployment": [TRAINS]}, "deployment: unknown key; did you mean deployments?"),
+        ({"deployments": TRAINS}, "deployments: Input should be a list"),
+        ({"deployments": [TRAINS]}, "deployments.0: what trains has its configuration in param"),
+        ({"deployments": [TRAINS | {"parameters": None}]}, "deployments.0.parameters: "),
+        ({"deployments": [SWEEPS]}, "deployments.0: a sweep has its configuration in param"),
+        ({"deployments": [{"name": "mine"}]}, "deployments.0.work_pool: Field required"),
+        ({"deployments": [COMPLETE | {"work_pool": None}]}, "deployments.0.work_pool: "),
+        ({"deployments": [COMPLETE | {"triggers": []}]}, "deployments.0.triggers: unknown key"),
+        ({"deployments": [COMPLETE], "build": None}, "build: unknown key"),
+        (scheduled({"cronn": "0 2 * * *"}), "schedules.0.cronn: "),
+        (scheduled({"slug": "nightly"}), "a schedule has one of cron, interval, rrule"),
+        (scheduled({"cron": "0 2 * *"}), "schedules.0: Invalid cron string"),
+        (scheduled({"cron": "0 2 * * *", "zone": "UTC"}), "schedules.0.zone: "),
+        (
+            {"deployments": [COMPLETE | {"concurrency_limit": LIMIT}]},
+            "concurrency_limit.collision_strategy: Input should be 'ENQUEUE' or 'CANCEL_NEW'",
+        ),
     ],
 )
 def test_a_file_of_ones_own_that_is_none_is_refused(
@@ -245,7 +265,7 @@ def test_a_file_of_ones_own_that_is_none_is_refused(
     file.write_text(yaml.safe_dump(content))
     with pytest.raises(ConfigError) as refused:
         make_plan(file)
-    assert f"{file}: " in str(refused.value)
+    assert str(file) in str(refused.value)
     assert expected in str(refused.value)
 
 

@@ -37,6 +37,7 @@ PUBLIC = {
     "prefect.flow_runs",
     "prefect.flows",
     "prefect.input",
+    "prefect.schedules",
     "prefect.settings",
     "prefect.states",
     "prefect.tasks",

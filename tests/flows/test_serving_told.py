@@ -173,14 +173,14 @@ def test_a_minute_after_a_change_that_servers_are_to_follow_reconcile_looks(
 ) -> None:
     first, second = add(1), add(2)
     plan = make_plan()
-    (hourly,) = [each for each in plan.deployments if each["name"].endswith("-hourly")]
-    hourly |= {"name": f"{NAME}-hourly"}
-    hourly["parameters"] = {"config": {"registry": str(registry), "names": [NAME]}}
+    (hourly,) = [each for each in plan.deployments if each.name.endswith("-hourly")]
+    parameters = {"config": {"registry": str(registry), "names": [NAME]}}
+    hourly = hourly.model_copy(update={"name": f"{NAME}-hourly", "parameters": parameters})
     looks = [each for each in plan.automations if each["name"].endswith("after a minute")]
     with get_client(sync_client=True) as client:
         with suppress(ObjectAlreadyExists):
-            client.create_work_pool(WorkPoolCreate(name=hourly["work_pool"]["name"]))
-        put_deployment(client, hourly, plan.project["pull"])
+            client.create_work_pool(WorkPoolCreate(name=hourly.work_pool.name))
+        put_deployment(client, hourly, plan.pull)
         deployment = client.read_deployment_by_name(f"reconcile/{NAME}-hourly").id
         list(put_automations(client, looks, None))
 

@@ -47,7 +47,7 @@ def test_deploying_again_changes_nothing_that_a_person_has_set(stack: Stack) -> 
     with stack.connected() as client:
         assert {d.id: d.name for d in client.read_deployments()} == before
         names = [automation.name for automation in client.read_automations()]
-    own = {deployment["name"] for deployment in make_plan().deployments}
+    own = {deployment.name for deployment in make_plan().deployments}
     assert {f"{NAME}-nightly", f"{NAME}-manual"} <= own <= set(before.values())
     assert sorted(names) == sorted(automation["name"] for automation in make_plan().automations)
 

@@ -17,6 +17,7 @@ from nested_core.backend import to_float
 from nested_core.gate.held_out_loss import LoadedBase
 from nested_core.gate.judged import Check, JudgedRun
 from nested_core.models.lora_attachment import load_adapter_tensors
+from nested_core.models.parameters import float32_weight
 from nested_core.models.peft.lora_factors import module_name
 from nested_core.records.verdict import MIN_CHANGE_LEFT_BY_FUSING, FusedVerdict, Reason
 
@@ -126,15 +127,6 @@ def _load_each_adapter_in_turn(
     for tensors in (before, after):
         load_adapter_tensors(model, tensors)
         yield
-
-
-def float32_weight(module: Any) -> mx.array:
-    """The weight that a module computes with, dequantized if need be, in float32."""
-    weight: mx.array = module.weight
-    if "scales" in module:
-        format_ = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-        weight = mx.dequantize(weight, module.scales, module.get("biases"), **format_)
-    return weight.astype(mx.float32)
 
 
 def _find_lost_change(judged: JudgedRun) -> list[Reason]:

@@ -32,7 +32,6 @@ FREE_ON_RESUME = {
     "clear_cache_threshold",
     "train",
     "samples",
-    "serve",
 }
 NOT_IN_THE_DIGEST = {
     "data",
@@ -51,7 +50,6 @@ NOT_IN_THE_DIGEST = {
     "continual",
     "gate",
     "samples",
-    "serve",
 }
 CHANGED: dict[str, Any] = {
     "fine_tune_type": "dora",
@@ -67,7 +65,6 @@ CHANGED: dict[str, Any] = {
     "gate": {"max_val_loss_increase": 0.5},
     "registry": {"path": "registry", "name": "capitals"},
     "continual": {"skip_unchanged": False},
-    "serve": {"urls": ["http://127.0.0.1:8080"]},
 }
 
 

@@ -32,7 +32,7 @@ def begin(folder: Path, before: Tensors, after: Tensors) -> Judged:
     initial = read_adapter(write(folder / "initial", before))
     trained = read_adapter(write(folder / "trained", after))
     bounds = GateSection()
-    return Judged(initial, trained, bounds, begin_verdict(initial, trained, bounds))
+    return Judged(initial, trained, begin_verdict(initial, trained, bounds), bounds=bounds)
 
 
 def test_a_check_is_stopped_by_those_that_it_names_and_by_no_other(judged: Judged) -> None:

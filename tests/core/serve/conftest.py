@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.core.serve.versions import (
+    NAME,
     AdapterShape,
+    Client,
     make_base,
     promote_run,
     record_canary,
+    serving,
+    settings,
     write_version_run,
 )
 from tests.example import MODEL
@@ -41,6 +45,22 @@ def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path
     for seed in (1, 2):
         record_canary(made[seed], base)
     return made
+
+
+@pytest.fixture(scope="module")
+def version_and_registry(
+    runs: dict[int, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """A champion that the tests of a file do not replace, and its registry."""
+    registry = tmp_path_factory.mktemp("served") / "registry"
+    return promote_run(runs[1], registry), registry
+
+
+@pytest.fixture(scope="module")
+def client(version_and_registry: tuple[str, Path]) -> Iterator[Client]:
+    """A client of a server of it."""
+    with serving(settings(version_and_registry[1], "--name", NAME)) as running:
+        yield running
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import http.client
 import json
 import logging
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +19,11 @@ from tests.core.serve.versions import (
     NAME,
     QUESTION,
     Client,
-    promote_run,
     serving,
     settings,
 )
 from tests.example import generate_answers
 from tests.waiting import wait_until
-
-
-@pytest.fixture(scope="module")
-def version_and_registry(
-    runs: dict[int, Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Path]:
-    registry = tmp_path_factory.mktemp("served") / "registry"
-    return promote_run(runs[1], registry), registry
-
-
-@pytest.fixture(scope="module")
-def client(version_and_registry: tuple[str, Path]) -> Iterator[Client]:
-    with serving(settings(version_and_registry[1], "--name", NAME)) as running:
-        yield running
 
 
 @pytest.fixture

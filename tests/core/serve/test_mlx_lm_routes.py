@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.core.serve.versions import NAME, Client, promote_run, serving, settings
+from tests.core.serve.versions import NAME, Client, serving, settings
 
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 HELLO: list[dict[str, Any]] = [SYSTEM, {"role": "user", "content": "Hello!"}]
@@ -49,22 +49,11 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def registry(runs: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("routes") / "registry"
-    promote_run(runs[1], folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def client(registry: Path) -> Iterator[Client]:
-    with serving(settings(registry, "--name", NAME)) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def drafting(registry: Path, base: Path) -> Iterator[Client]:
+def drafting(version_and_registry: tuple[str, Path], base: Path) -> Iterator[Client]:
     """A server whose draft model is the base itself."""
-    with serving(settings(registry, "--name", NAME, "--draft-model", base)) as running:
+    with serving(
+        settings(version_and_registry[1], "--name", NAME, "--draft-model", base)
+    ) as running:
         yield running
 
 
@@ -101,9 +90,9 @@ def test_handle_completions(client: Client) -> None:
 
 
 @pytest.mark.parametrize("case", CONVERSATIONS)
-def test_handle_chat_completions(registry: Path, case: str) -> None:
+def test_handle_chat_completions(version_and_registry: tuple[str, Path], case: str) -> None:
     flags = ("--name", NAME, "--chat-template", TEMPLATE)
-    with serving(settings(registry, *flags)) as client:
+    with serving(settings(version_and_registry[1], *flags)) as client:
         body = chat(client, CONVERSATIONS[case], **SAMPLED)
     assert body["id"]
     assert body["choices"]

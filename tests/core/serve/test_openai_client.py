@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from tests.core.serve.test_following import expected
-from tests.core.serve.versions import NAME, QUESTION, promote_run, serving, settings
+from tests.core.serve.versions import NAME, QUESTION, serving, settings
 
 KEY = "only-in-tests"
 MESSAGES: list[openai.types.chat.ChatCompletionMessageParam] = [
@@ -23,11 +23,10 @@ MESSAGES: list[openai.types.chat.ChatCompletionMessageParam] = [
 
 @pytest.fixture(scope="module")
 def served(
-    runs: dict[int, Path], tmp_path_factory: pytest.TempPathFactory
+    version_and_registry: tuple[str, Path],
 ) -> Iterator[tuple[str, str]]:
     """The version that is champion, and the address of its server."""
-    registry = tmp_path_factory.mktemp("openai") / "registry"
-    version = promote_run(runs[1], registry)
+    version, registry = version_and_registry
     with serving(settings(registry, "--name", NAME, api_key=KEY)) as running:
         yield version, running.server.address
 
