@@ -1,14 +1,13 @@
-"""Compiles the kernels of one part of a run: `python -m nested_core.pipeline.kernel_worker`.
+"""Compiles the kernels of one part of a run, in a process of its own (`first_kernels`).
 
-Its words are the part and a run directory that is thrown away, with configuration and dataset.json.
-It computes as the run will, on a base whose layers share their weights, so that it needs little
-memory. Nothing that it computes is used: the kernels that MLX compiled for it are, which are
-recorded when it ends.
+A request names the part and a run directory that is thrown away, with configuration and
+dataset.json. It computes as the run will, on a base whose layers share their weights, so that it
+needs little memory. Nothing that it computes is used: the kernels that MLX compiled for it are,
+which are recorded when it ends.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
@@ -28,11 +27,11 @@ if TYPE_CHECKING:
 TOKENS_OF_ANSWER = 4
 
 
-def main(part: str, folder: str) -> None:
+def answer(request: dict[str, str]) -> None:
     """Prepare this process, and compute the part; the errors are those of the run itself."""
     backend.prepare()
     backend.hide_torch_from_transformers()
-    compute_part(part, Path(folder))
+    compute_part(request["part"], Path(request["folder"]))
 
 
 def compute_part(part: str, folder: Path) -> None:
@@ -135,7 +134,7 @@ def _due_parameters(step: TrainStep, due: tuple[int, ...]) -> Flat:
     return {key: value for key, value in step.packed.parameters.items() if key in keys}
 
 
-def answer(config: FineTuneConfig, run: RunDirectory) -> None:
+def compute_answers(config: FineTuneConfig, run: RunDirectory) -> None:
     """The gate's losses, and answers of the base as the gate and as plain mlx_lm gives them."""
     import mlx.core as mx
     from mlx_lm import load
@@ -175,9 +174,5 @@ PART_FUNCTIONS: dict[str, Callable[[FineTuneConfig, RunDirectory], None]] = {
     "evaluation": _train,
     "gradients": partial(_train, compute=compute_gradients),
     "updates": partial(_train, compute=compute_updates),
-    "answers": answer,
+    "answers": compute_answers,
 }
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -159,9 +159,6 @@ def test_workers_end_with_their_parent(sent: signal.Signals, tmp_path: Path) -> 
     workers = pids()
     parent.send_signal(sent)
     assert parent.wait(timeout=30) != 0
-    if sent == signal.SIGKILL:  # nobody is there to end them: they end with their work
-        for pid in workers:
-            os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not any(is_alive(pid) for pid in workers))
 
 
