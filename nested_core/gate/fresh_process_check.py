@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def prove_effect_in_fresh_process(request: ProofRequest) -> Proof:
 
     Raises NestedTuneError if the process failed or was killed: that says nothing about the adapter.
     """
-    with begin_proof(request) as proof:
+    with closing(RunningProof(request)) as proof:
         return proof.judge()
 
 
@@ -247,52 +247,23 @@ def compute_logits_in_fresh_process(request: ProofRequest) -> FreshProcessLogits
 
     Raises ConfigError if it refuses the base alone.
     """
-    with begin_proof(request) as proof:
+    with closing(RunningProof(request)) as proof:
         return proof.wait_for_logits()
 
 
-def _start_process() -> Child:
+def start_proof_process() -> Child:
     """A process that imports mlx_lm and then waits for a request."""
     prepared = backend.get_process_preparation()
     preload = {} if prepared is None or prepared.blas is None else {"LD_PRELOAD": prepared.blas}
     return Child(FRESH_PROCESS_PROGRAM, environment=os.environ | preload)
 
 
-_waiting: Child | None = None
-_is_proof_awaited = False
-
-
-def start_fresh_process() -> None:
-    """Start the process of the next proof, whose imports then run beside other work.
-
-    Only within `ending_waiting_process`: elsewhere nobody would end it.
-    """
-    global _waiting
-    if _is_proof_awaited and _waiting is None:
-        _waiting = _start_process()
-
-
-@contextmanager
-def ending_waiting_process() -> Iterator[None]:
-    """When the block ends, end a process that was started and got no request."""
-    global _waiting, _is_proof_awaited
-    _is_proof_awaited = True
-    try:
-        yield
-    finally:
-        _is_proof_awaited = False
-        if _waiting is not None:
-            _waiting.end()
-            _waiting = None
-
-
 class RunningProof:
-    """A proof under way."""
+    """A proof under way, in a process of its own or one that was started before."""
 
-    def __init__(self, request: ProofRequest) -> None:
-        global _waiting
+    def __init__(self, request: ProofRequest, process: Child | None = None) -> None:
         self.request = request
-        self._process, _waiting = _waiting or _start_process(), None
+        self._process = process or start_proof_process()
         self._process.send(_describe_request(request))
 
     def wait_for_logits(self) -> FreshProcessLogits | Reason:
@@ -325,19 +296,9 @@ class RunningProof:
         """Wait for it, and compare what it computed with what was recorded."""
         return _judge_answers(self.request, self.wait_for_logits())
 
-    def end(self) -> None:
+    def close(self) -> None:
         """End the process, whatever it is at."""
         self._process.end()
-
-
-@contextmanager
-def begin_proof(request: ProofRequest) -> Iterator[RunningProof]:
-    """Have a fresh process compute while the block does other work; it is ended with the block."""
-    proof = RunningProof(request)
-    try:
-        yield proof
-    finally:
-        proof.end()
 
 
 def _describe_request(request: ProofRequest) -> dict[str, Any]:

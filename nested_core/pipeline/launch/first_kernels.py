@@ -23,6 +23,7 @@ from nested_core.config.sections import ContinualSection, RegistrySection
 from nested_core.data.parallel_jobs import count_usable_cores
 from nested_core.errors import ChildFailed, NestedTuneError, shorten
 from nested_core.models.base_model import model_compute_dtype
+from nested_core.models.session import Session
 from nested_core.pipeline.device_lock import locking_devices
 from nested_core.pipeline.launch.mlx_launch import count_ranks
 from nested_core.process.child import Child
@@ -36,42 +37,33 @@ SECONDS_BETWEEN_LOOKS = 0.05
 MAX_SECONDS = 600.0  # after which a process is ended, and its kernels are compiled when needed
 
 _log = logging.getLogger(__name__)
-_under_way: FirstKernels | None = None
 
 
 @contextmanager
 def compiling_first_kernels(
-    config: FineTuneConfig, run: RunDirectory, on_message: Callable[[str], None]
+    config: FineTuneConfig, run: RunDirectory, on_message: Callable[[str], None], session: Session
 ) -> Iterator[None]:
     """Within the block, compile a run's kernels where this machine has none.
 
-    The run's data is validated by then. Waits for the device, and holds it while the processes are
-    started. Where they cannot be, a log line says why.
+    The run's data is validated by then; training waits by the session. Waits for the device, and
+    holds it while the processes are started. Where they cannot be, a log line says why.
     """
-    global _under_way
     if not are_worth_compiling_ahead(config, run):
         yield
         return
     try:
-        with locking_devices(on_message):
+        with locking_devices(on_message, session=session):
             started = FirstKernels(config, run, on_message)
     except OSError as error:
         _log.warning("MLX's kernels are compiled as they are needed, and not ahead: %s", error)
         yield
         return
-    _under_way = started
+    session.await_kernels = started.take
     try:
         yield
     finally:
+        session.await_kernels = None
         started.end()
-        if _under_way is started:
-            _under_way = None
-
-
-def await_first_kernels(is_stop_requested: Callable[[], bool]) -> None:
-    """Wait for the processes that compile a run's first kernels, or until a stop is requested."""
-    if _under_way is not None:
-        _under_way.take(is_stop_requested)
 
 
 def are_worth_compiling_ahead(config: FineTuneConfig, run: RunDirectory) -> bool:

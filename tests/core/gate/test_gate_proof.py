@@ -7,6 +7,7 @@ import copy
 import json
 import shutil
 import subprocess
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,9 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.gate import fresh_process_check, judge_run, verify_adapters
 from nested_core.gate.fresh_process_check import ProofRequest, compute_logits_in_fresh_process
+from nested_core.models.session import Session
 from nested_core.process import child
+from nested_core.process.child import Child
 from nested_core.records.verdict import Reason, Verdict
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
@@ -227,26 +230,29 @@ def test_a_base_that_brings_code_is_a_configuration_error_and_its_code_is_not_ru
 
 
 def test_a_process_that_was_started_before_computes_the_next_proof(run: RunDirectory) -> None:
-    with fresh_process_check.ending_waiting_process():
-        fresh_process_check.start_fresh_process()
-        waiting = fresh_process_check._waiting
+    with Session() as session:
+        session.keep_proof_process(fresh_process_check.start_proof_process)
+        waiting = session.take_proof_process()
         assert waiting is not None
-        with fresh_process_check.begin_proof(
-            ProofRequest(MODEL, run.initial, run.adapter)
-        ) as proof:
-            assert proof._process is waiting
+        assert session.take_proof_process() is None
+        request = ProofRequest(MODEL, run.initial, run.adapter)
+        with closing(fresh_process_check.RunningProof(request, waiting)) as proof:
             assert not isinstance(proof.wait_for_logits(), Reason)
+        assert waiting.process.returncode is not None
 
 
-def test_a_process_that_gets_no_request_is_ended(run: RunDirectory) -> None:
-    with fresh_process_check.ending_waiting_process():
-        fresh_process_check.start_fresh_process()
-        waiting = fresh_process_check._waiting
-        assert waiting is not None
-    assert waiting.process.returncode is not None
-    with fresh_process_check.begin_proof(ProofRequest(MODEL, run.initial, run.adapter)) as proof:
-        begun = proof._process
-    assert begun.process.returncode is not None
+def test_a_process_that_gets_no_request_is_ended() -> None:
+    started: list[Child] = []
+
+    def start() -> Child:
+        started.append(fresh_process_check.start_proof_process())
+        return started[-1]
+
+    with Session() as session:
+        session.keep_proof_process(start)
+        session.keep_proof_process(start)
+    (process,) = started
+    assert process.process.returncode is not None
 
 
 @pytest.mark.parametrize("differ", ["scale", "shape"])

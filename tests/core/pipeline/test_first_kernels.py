@@ -19,13 +19,13 @@ import pytest
 from nested_core import backend
 from nested_core.models.base_model import load_base_model
 from nested_core.models.parameters import trainable_parameters
+from nested_core.models.session import Session
 from nested_core.pipeline import kernel_worker
 from nested_core.pipeline.finetune import finetune
 from nested_core.pipeline.launch import first_kernels
 from nested_core.pipeline.launch.first_kernels import (
     PARTS,
     FirstKernels,
-    await_first_kernels,
     compiling_first_kernels,
     write_small_run,
 )
@@ -191,12 +191,12 @@ def test_what_ends_a_run_ends_the_processes_that_compile_for_it(
     config = example_config(iters=2)
     run = prepare(config, tmp_path / "run")
     messages: list[str] = []
+    session = Session()
     seen: list[FirstKernels] = []
 
     def fail_in_the_block() -> None:
-        with compiling_first_kernels(config, run, messages.append):
-            under_way = first_kernels._under_way
-            assert under_way is not None
+        with compiling_first_kernels(config, run, messages.append, session):
+            under_way = kernels_of(session)
             seen.append(under_way)
             codes = [each.process.poll() for each in under_way._processes.values()]
             assert codes == [None] * len(PARTS)
@@ -206,8 +206,15 @@ def test_what_ends_a_run_ends_the_processes_that_compile_for_it(
         fail_in_the_block()
     assert seen[0]._processes == {}
     assert not Path(seen[0]._folder.name).exists()
-    await_first_kernels(lambda: False)  # nothing is waited for any more
+    assert session.await_kernels is None  # nothing is waited for any more
     assert len(messages) == 1
+
+
+def kernels_of(session: Session) -> FirstKernels:
+    """What a training of the session waits for."""
+    found = getattr(session.await_kernels, "__self__", None)
+    assert isinstance(found, FirstKernels)
+    return found
 
 
 def test_a_stop_that_is_requested_ends_the_wait_and_the_processes(
@@ -217,10 +224,10 @@ def test_a_stop_that_is_requested_ends_the_wait_and_the_processes(
     config = example_config(iters=4)
     run = prepare(config, tmp_path / "run")
     messages: list[str] = []
-    with compiling_first_kernels(config, run, messages.append):
-        assert first_kernels._under_way is not None
-        processes = list(first_kernels._under_way._processes.values())
-        await_first_kernels(lambda: True)
+    session = Session()
+    with compiling_first_kernels(config, run, messages.append, session):
+        processes = list(kernels_of(session)._processes.values())
+        kernels_of(session).take(lambda: True)
         assert all(each.process.returncode is not None for each in processes)
     assert len(messages) == 1
 
@@ -233,9 +240,10 @@ def test_what_was_compiled_is_taken_once_and_a_full_store_ends_no_run(
     run = prepare(config, tmp_path / "run")
     monkeypatch.setattr(compiled_kernels, "take_recorded_kernels", lambda: 7)
     messages: list[str] = []
-    with compiling_first_kernels(config, run, messages.append):
-        await_first_kernels(lambda: False)
-        await_first_kernels(lambda: False)
+    session = Session()
+    with compiling_first_kernels(config, run, messages.append, session):
+        kernels_of(session).take(lambda: False)
+        kernels_of(session).take(lambda: False)
     assert [message.partition(" in ")[0] for message in messages[1:]] == [
         "kernels: 7 were compiled ahead"
     ]
@@ -244,8 +252,11 @@ def test_what_was_compiled_is_taken_once_and_a_full_store_ends_no_run(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(compiled_kernels, "take_recorded_kernels", fail)
-    with caplog.at_level(logging.WARNING), compiling_first_kernels(config, run, messages.append):
-        await_first_kernels(lambda: False)
+    with (
+        caplog.at_level(logging.WARNING),
+        compiling_first_kernels(config, run, messages.append, session),
+    ):
+        kernels_of(session).take(lambda: False)
     assert "compiled ahead cannot be used: [Errno 28] No space left on device" in caplog.text
 
 
@@ -261,7 +272,10 @@ def test_a_run_goes_on_where_the_processes_cannot_be_started(
 
     monkeypatch.setattr(first_kernels, "start_worker", fail)
     went_on: list[str] = []
-    with caplog.at_level(logging.WARNING), compiling_first_kernels(config, run, went_on.append):
+    with (
+        caplog.at_level(logging.WARNING),
+        compiling_first_kernels(config, run, went_on.append, Session()),
+    ):
         went_on.append("the block ran")
     assert went_on[-1] == "the block ran"
     assert "as they are needed, and not ahead: [Errno 12] Cannot allocate memory" in caplog.text
