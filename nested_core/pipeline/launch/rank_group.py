@@ -53,7 +53,7 @@ class RankGroup:
 
     Attributes:
         ranks: the number of processes.
-        steps, current_step, current_train_loss: as the main rank last reported them.
+        steps, current_step: as the main rank last reported them.
         gradient_bytes: bytes of gradients that each rank has sent so far.
         memory: the main rank's memory plan, known when `on_start` is called.
     """
@@ -64,7 +64,6 @@ class RankGroup:
         self.ranks = ranks
         self.steps = 1
         self.current_step = 0
-        self.current_train_loss: float | None = None
         self.gradient_bytes = 0
         self._callback = callback
         self._tiers: list[TierStats] = []
@@ -147,7 +146,6 @@ class RankGroup:
 
     def _report_to_callback(self, message_type: str, info: dict[str, Any]) -> None:
         self.current_step = info.get("step", self.current_step)
-        self.current_train_loss = info.get("train_loss", self.current_train_loss)
         self.gradient_bytes += info.get("gradient_bytes", 0)
         if self._callback is None:
             return
