@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import ConfigError
-from nested_core.storage.private_folder import make_folder_only_user_may_write
+from nested_core.storage.user_cache import UserCache
 
 
 def make(folder: Path) -> None:
-    make_folder_only_user_may_write(folder, "answers", "change them")
+    UserCache(folder, "answers", "change them").require_usable()
 
 
 @pytest.mark.parametrize(
