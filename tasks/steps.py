@@ -109,7 +109,7 @@ def train(
 
     try:
         on_wait = get_run_logger().info
-        result = steps.train(config, run, progress, begin, on_wait, session=session)
+        result = steps.train(config, run, None, begin, on_wait, session=session)
     finally:
         progress.finish()
     for flag in result.red_flags:
