@@ -28,7 +28,7 @@ from nested_core.data.tokens import tokenized_split
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
-from nested_core.storage.user_cache import MAX_UNUSED_SECONDS, UserCache
+from nested_core.storage.user_cache import UserCache
 from tests.core.data.conftest import WriteData
 
 TRAIN = [{"text": f"{n} is the river of {n}land."} for n in range(9)]
@@ -182,14 +182,6 @@ def test_a_folder_that_others_can_write_to_is_refused(
         load_dataset(settings, tokenizer, cache=cache)
 
 
-def test_a_folder_that_cannot_be_made_is_told_with_the_way_out(
-    settings: DataSettings, tokenizer: TokenizerSource, tmp_path: Path
-) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be made.*Set NESTED_TUNE_CACHE"):
-        load_dataset(settings, tokenizer, cache=dataset_cache(tmp_path / "file" / "cache"))
-
-
 def test_of_two_that_make_the_same_entry_at_once_the_first_stays_and_both_have_their_tokens(
     settings: DataSettings,
     tokenizer: TokenizerSource,
@@ -285,18 +277,6 @@ def report_of(settings: DataSettings, tokenizer: TokenizerSource, cache: UserCac
     return report.to_json()
 
 
-def test_entries_that_nobody_used_for_a_month_are_removed(
-    settings: DataSettings, tokenizer: TokenizerSource, cache: UserCache
-) -> None:
-    load_dataset(settings, tokenizer, cache=cache)
-    (old,) = entries(cache)
-    long_ago = time.time() - MAX_UNUSED_SECONDS - 60
-    os.utime(old, (long_ago, long_ago))
-    load_dataset(replace(settings, batch_size=2), tokenizer, cache=cache)
-    assert old not in entries(cache)
-    assert len(entries(cache)) == 1
-
-
 def test_an_entry_is_out_of_sight_before_it_is_removed(
     settings: DataSettings,
     tokenizer: TokenizerSource,
@@ -379,13 +359,3 @@ def test_an_entry_in_use_stays(
     os.utime(entry, (1, 1))
     load_dataset(settings, tokenizer, cache=cache)
     assert entry.stat().st_mtime > time.time() - 60
-
-
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NESTED_TUNE_CACHE", "/given")
-    assert dataset_cache().folder == Path("/given/datasets")
-    monkeypatch.delenv("NESTED_TUNE_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert dataset_cache().folder == Path("/cache/nested-tune/datasets")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert dataset_cache().folder == Path.home() / ".cache" / "nested-tune" / "datasets"

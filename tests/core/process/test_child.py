@@ -155,15 +155,21 @@ def test_all_that_it_started_ends_with_the_block(program: Path, tmp_path: Path) 
     wait_until(lambda: all(has_ended(int(each)) for each in pids.read_text().split()))
 
 
-def test_a_parent_that_is_killed_takes_along_what_is_at_work(program: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_what_is_at_work_ends_with_its_parent(
+    program: Path, tmp_path: Path, sent: signal.Signals
+) -> None:
     pids = tmp_path / "pids"
     code = (
-        "import sys; from nested_core.process.child import Child; from pathlib import Path\n"
+        "import signal, sys; from pathlib import Path\n"
+        "from nested_core.process.child import Child\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may have it ignored
         "Child(Path(sys.argv[1])).ask(['wait', sys.argv[2]])"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code, str(program), str(pids)])
+    command = [sys.executable, "-c", code, str(program), str(pids)]
+    parent = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     wait_until(lambda: pids.exists() and pids.read_text() != "")
-    parent.kill()
+    parent.send_signal(sent)
     parent.wait()
     wait_until(lambda: all(has_ended(int(each)) for each in pids.read_text().split()))
 

@@ -158,3 +158,16 @@ def test_a_cache_that_cannot_be_written_only_costs_time(
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     assert cached_sha256([file]) == [sha256(b"weights")]
     assert len(hashed) == 3
+
+
+def test_a_hash_that_was_made_a_month_ago_goes_when_another_is_kept(
+    file: Path, folder: Path, tmp_path: Path
+) -> None:
+    cached_sha256([file])
+    (old,) = folder.iterdir()
+    os.utime(old, (1, 1))
+    other = tmp_path / "other"
+    other.write_bytes(b"others")
+    cached_sha256([other])
+    assert [path.name for path in folder.iterdir()] != [old.name]
+    assert len(list(folder.iterdir())) == 1

@@ -230,8 +230,3 @@ def test_folders_among_the_kept_answers_end_no_judging(tmp_path, asked, caplog) 
         assert ask(encoded) == answers
     assert "Answers could not be kept for another night" in caplog.text
     assert not old.exists()
-
-
-def test_where_answers_are_kept(monkeypatch) -> None:
-    monkeypatch.setenv("NESTED_TUNE_CACHE", "/given")
-    assert answer_cache().folder == Path("/given/answers")
