@@ -111,7 +111,7 @@ def measure_trainer(shape: Shape, folder: Path) -> dict[str, Any]:
     import mlx.core as mx
 
     from nested_core.config.loading import load_config
-    from nested_core.models.kept_base import keeping_base
+    from nested_core.models.session import Session
     from nested_core.pipeline import steps
     from nested_core.storage.run_directory import RunDirectory
 
@@ -131,11 +131,11 @@ def measure_trainer(shape: Shape, folder: Path) -> dict[str, Any]:
         trainer.on_near_end = None
         mx.reset_peak_memory()
 
-    with run.locked(), keeping_base():
+    with run.locked(), Session() as session:
         steps.write_run_config(config, run, resume=False)
         steps.validate(config, run)
-        steps.write_initial_adapter_and_tiers(config, run)
-        steps.train(config, run, on_start=begin)
+        steps.write_initial_adapter_and_tiers(config, run, session=session)
+        steps.train(config, run, on_start=begin, session=session)
     pairs = list(zip(ends, ends[1:], strict=False))[WARM:]
     return describe([(end - start) / REPORT for start, end in pairs])
 

@@ -156,6 +156,10 @@ class DirectoryInsteadOfFileError(DamagedError, IsADirectoryError):
     """A directory where a file has to be written: damage, and an I/O error that may pass."""
 
 
+class ChildFailed(NestedTuneError):
+    """A process that was started to answer and gave no answer; it says what it did instead."""
+
+
 class DataWorkerFailed(NestedTuneError):
     """A process that read or tokenised a part of a data set ended before it was done."""
 

@@ -14,6 +14,7 @@ from prefect.cache_policies import NO_CACHE
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DatasetError, GateRejected
+from nested_core.models.session import Session
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import describe_starting_adapter
 from nested_core.pipeline.publishing import register_run
@@ -68,10 +69,11 @@ def _publish_findings(config: FineTuneConfig, run: RunDirectory) -> None:
 
 
 @retried_task("load", "load {config.model}", RUN_RETRY_DELAYS)
-def load(config: FineTuneConfig, run_dir: Path) -> Path:
+def load(config: FineTuneConfig, run_dir: Path, session: Session | None = None) -> Path:
     """Write initial/ and tiers.json; return the initial adapter's directory."""
     run = RunDirectory(run_dir)
-    steps.write_initial_adapter_and_tiers(config, run, on_wait=get_run_logger().info)
+    on_wait = get_run_logger().info
+    steps.write_initial_adapter_and_tiers(config, run, on_wait, session=session)
     get_run_logger().info("The initial adapter is in %s.", run.initial)
     if note := describe_starting_adapter(config, run):
         get_run_logger().info("%s", note)
@@ -85,7 +87,10 @@ def load(config: FineTuneConfig, run_dir: Path) -> Path:
     condition=retry_on_transient_or_memory_error,
 )
 def train(
-    config: FineTuneConfig, run_dir: Path, watch: Callable[[Trainer], None] | None = None
+    config: FineTuneConfig,
+    run_dir: Path,
+    session: Session | None = None,
+    watch: Callable[[Trainer], None] | None = None,
 ) -> TrainResult:
     """Train from initial/, or from the last checkpoint; write adapter/ and result.json.
 
@@ -103,7 +108,8 @@ def train(
             watch(trainer)
 
     try:
-        result = steps.train(config, run, progress, begin, on_wait=get_run_logger().info)
+        on_wait = get_run_logger().info
+        result = steps.train(config, run, None, begin, on_wait, session=session)
     finally:
         progress.finish()
     for flag in result.red_flags:
@@ -112,11 +118,11 @@ def train(
 
 
 @task(name="gate", task_run_name="gate {run_dir.name}", retries=0, cache_policy=NO_CACHE)
-def gate(config: FineTuneConfig, run_dir: Path) -> Path:
+def gate(config: FineTuneConfig, run_dir: Path, session: Session | None = None) -> Path:
     """Judge adapter/ against initial/ and write gate.json; GateRejected where it did not pass."""
     run = RunDirectory(run_dir)
     try:
-        verdict = steps.judge(config, run, on_wait=get_run_logger().info)
+        verdict = steps.judge(config, run, get_run_logger().info, session=session)
     except GateRejected:
         _publish_verdict(config, read_verdict(run.gate))
         raise

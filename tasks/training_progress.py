@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
 from contextvars import copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -20,11 +19,9 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.report.loss_curves import describe_curves
-from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.text.duration_format import format_duration
-from nested_core.training.reports.metrics_file import read_metrics
-from nested_core.training.reports.training_plan import TrainingPlan, join_last_losses, read_plan
+from nested_core.training.reports.run_progress import RunProgress
+from nested_core.training.reports.training_plan import join_last_losses
 from tasks.artifact_client import ArtifactClient, artifact_key
 from tasks.prefect_server import tolerating_server_outage
 
@@ -40,68 +37,38 @@ CONSOLE_ONLY_LOG_EXTRA = {"send_to_api": False}  # a line of the log is a row of
 
 @dataclass
 class TrainingPages:
-    """The two artifacts, what they show, and when they are due.
-
-    `steps` are those of the whole run, `first_step` the one that it went on from; `records` are as
-    in metrics.jsonl, and not finite losses None.
-    """
+    """The two artifacts, what they show, and when they are due."""
 
     config: FineTuneConfig
-    steps: int
-    first_step: int = 0
-    clock: Callable[[], float] = time.monotonic
-    records: list[dict[str, Any]] = field(default_factory=list)
+    progress: RunProgress
 
     def __post_init__(self) -> None:
-        # When training began here, and when the pages are to be shown again
-        self._began_at = self.clock()
-        self._due_at = self._began_at
+        self._due_at = 0.0  # in seconds since training began here
 
-    def add_earlier_reports(self, records: list[dict[str, Any]]) -> None:
-        """Add the reports that a run made before it was stopped, up to where it goes on."""
-        self.records += [record for record in records if record["step"] <= self.first_step]
-
-    def add_training_loss(self, info: Mapping[str, Any]) -> None:
-        """Add a report as mlx-lm's callbacks receive it; it touches no network."""
-        step, loss = info.get("step", info["iteration"]), finite_or_none(info["train_loss"])
-        speed = info.get("tokens_per_second")
-        self.records.append({"step": step, "loss": loss, "tokens_per_second": speed})
-
-    def add_validation_loss(self, step: int, loss: float) -> None:
-        """Add an evaluation."""
-        self.records.append({"step": step, "val_loss": finite_or_none(loss)})
+    def describe(self) -> str:
+        """The step, the time, and the speed of the last report."""
+        progress = self.progress
+        parts = (progress.describe_position(), progress.describe_time(), progress.describe_speed())
+        return "; ".join(filter(None, parts))
 
     def is_due(self) -> bool:
         """Whether there is something to show, and the last update is long enough ago."""
-        return bool(self.records) and self.clock() >= self._due_at
+        return bool(self.progress.records) and self.progress.seconds >= self._due_at
 
-    def show(self, artifacts: ArtifactClient, step: int) -> None:
-        """Publish both as of a step."""
-        now = self.clock()
-        pause = max(
-            MIN_SECONDS_BETWEEN_UPDATES, UPDATE_GAP_SHARE_OF_ELAPSED_TIME * (now - self._began_at)
+    def show(self, artifacts: ArtifactClient) -> None:
+        """Publish both."""
+        now = self.progress.seconds
+        self._due_at = now + max(
+            MIN_SECONDS_BETWEEN_UPDATES, UPDATE_GAP_SHARE_OF_ELAPSED_TIME * now
         )
-        self._due_at = now + pause
-        name = self.config.registry.name
-        percent = 100.0 * min(step / self.steps, 1.0) if self.steps else 100.0
-        artifacts.publish_progress(
-            artifact_key(name, "training-progress"), percent, self.describe(step)
-        )
-        page = describe_curves(self.records, self.steps, str(self.config.data))
-        description = f"The curves of {join_last_losses(self.records, None)}"
+        name, records, plan = self.config.registry.name, self.progress.records, self.progress.plan
+        steps = 0 if plan is None else plan.steps
+        percent = 100.0 * min(self.progress.last_record["step"] / max(steps, 1), 1.0)
+        key = artifact_key(name, "training-progress")
+        artifacts.publish_progress(key, percent, self.describe())
+        page = describe_curves(records, steps, str(self.config.data))
+        description = f"The curves of {join_last_losses(records, None)}"
         artifacts.publish_page(artifact_key(name, "loss-curve"), page, description)
-
-    def describe(self, step: int) -> str:
-        """`step 40 of 120; 3 min left; 1,234 tokens/s`."""
-        parts = [f"Step {step:,} of {self.steps:,}"]
-        done = step - self.first_step
-        if done > 0 and step < self.steps:
-            elapsed = self.clock() - self._began_at
-            parts.append(f"{format_duration(elapsed / done * (self.steps - step))} left")
-        speeds = (record.get("tokens_per_second") for record in reversed(self.records))
-        if (speed := next((each for each in speeds if each is not None), None)) is not None:
-            parts.append(f"{speed:,.0f} tokens/s")
-        return "; ".join(parts)
 
 
 class PrefectProgress:
@@ -115,14 +82,11 @@ class PrefectProgress:
     """
 
     def __init__(self, config: FineTuneConfig, run: RunDirectory) -> None:
-        self._config = config
-        self._run = run
+        self._pages = TrainingPages(config, RunProgress(run))
         self._logger = get_run_logger()
 
         # The thread, while a trainer is followed
         self._trainer: Any = None
-        self._plan: TrainingPlan | None = None
-        self._pages: TrainingPages | None = None
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -133,13 +97,9 @@ class PrefectProgress:
     def start(self, trainer: Any) -> None:
         """Follow a trainer, or the group of processes, from its first step on."""
         self._trainer = trainer
-        self._plan = read_plan(self._run.plan)
-        self._pages = TrainingPages(self._config, trainer.steps, trainer.current_step)
-        if trainer.current_step > 0:
-            self._pages.add_earlier_reports(read_metrics(self._run.metrics))
         context = copy_context()  # the run that artifacts belong to
         self._thread = threading.Thread(
-            target=context.run, args=(self._follow_run, self._pages), name="progress", daemon=True
+            target=context.run, args=(self._follow_run,), name="progress", daemon=True
         )
         self._thread.start()
 
@@ -148,27 +108,17 @@ class PrefectProgress:
         self._done.set()
         if self._thread is not None:
             self._thread.join(timeout=SECONDS_TO_FINISH)
-        if self._pages is not None:
-            self._logger.info("%s", self._describe_progress(self._pages))
+            self._logger.info("%s", self._describe_progress())
 
-    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
-        """Keep a report for the curve."""
-        if self._pages is not None:
-            self._pages.add_training_loss(train_info)
-
-    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
-        """Keep an evaluation for the curve."""
-        if self._pages is not None:
-            self._pages.add_validation_loss(self._trainer.current_step, val_info["val_loss"])
-
-    def _follow_run(self, pages: TrainingPages) -> None:
-        is_last = False
+    def _follow_run(self) -> None:
+        pages, is_last = self._pages, False
         with ArtifactClient() as artifacts, get_client(sync_client=True) as client:
             while not is_last:
                 is_last = self._done.wait(SECONDS_BETWEEN_CHECKS)
-                self._log_progress(pages)
+                pages.progress.read()
+                self._log_progress()
                 if pages.is_due() or is_last:
-                    pages.show(artifacts, self._trainer.current_step)
+                    pages.show(artifacts)
                 self._stop_if_cancelled(client)
 
     def _stop_if_cancelled(self, client: SyncPrefectClient) -> None:
@@ -181,15 +131,15 @@ class PrefectProgress:
                 self._logger.info("The run is cancelled: a checkpoint is written, and it ends.")
                 self._trainer.stop_training()
 
-    def _log_progress(self, pages: TrainingPages) -> None:
-        if not any("loss" in record for record in pages.records):
+    def _log_progress(self) -> None:
+        if not any("loss" in record for record in self._pages.progress.records):
             return
         if time.monotonic() - self._logged_at < SECONDS_BETWEEN_LINES:
             return
         self._logged_at = time.monotonic()
-        self._logger.info("%s", self._describe_progress(pages), extra=CONSOLE_ONLY_LOG_EXTRA)
+        self._logger.info("%s", self._describe_progress(), extra=CONSOLE_ONLY_LOG_EXTRA)
 
-    def _describe_progress(self, pages: TrainingPages) -> str:
+    def _describe_progress(self) -> str:
         """A line of the log: the step, the time left, and the losses with their data."""
-        position = pages.describe(self._trainer.current_step)
-        return f"{position}: {join_last_losses(pages.records, self._plan)}"
+        progress = self._pages.progress
+        return f"{self._pages.describe()}: {join_last_losses(progress.records, progress.plan)}"

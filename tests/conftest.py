@@ -23,11 +23,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nested_core.storage.compiled_kernels import (
-    KERNELS_FOLDER_VARIABLE,
-    USER_TMPDIR_VARIABLE,
-    cache_folder,
-)
+from nested_core.storage.compiled_kernels import KERNELS_FOLDER_VARIABLE, USER_TMPDIR_VARIABLE
+from nested_core.storage.user_cache import cache_folder
 
 SHARED_VARIABLE = "NESTED_TUNE_TESTS_SHARED"
 _PREFECT_HOME = Path(tempfile.mkdtemp(prefix="nested-tune-prefect-"))
@@ -66,7 +63,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["TMPDIR"] = _FOLDER_OF_ALL_WORKERS  # of two workers one compiles a kernel
 
 from tests import child_output  # noqa: E402
-from tests.fork_server import forking_python  # noqa: E402
+from tests.fork_server import FORKED_PROGRAMS, forking_python  # noqa: E402
 from tests.kernels import read_header_once  # noqa: E402
 from tests.left_out import LeftOut, check_reasons  # noqa: E402
 from tests.leftovers import WORKER_VARIABLE, Heard, Watch, explain  # noqa: E402
@@ -204,19 +201,18 @@ def _forked_proof() -> Iterator[None]:
     if "nested_core.gate" not in sys.modules:
         yield  # tests that judge nothing need not import the gate
         return
-    from nested_core.gate import fresh_process_check
+    from nested_core.process import child
 
     def fork(command: list[str], *, env: dict[str, str], **options: Any) -> Any:
-        assert command[:2] == [sys.executable, "-P"]
-        environment = {name: value for name, value in env.items() if name != "LD_PRELOAD"}
-        return subprocess.Popen([forking_python(), *command[1:]], env=environment, **options)
+        assert command[:3] == [sys.executable, "-P", str(child.PROGRAM)]
+        if Path(command[3]).name in FORKED_PROGRAMS:
+            env = {name: value for name, value in env.items() if name != "LD_PRELOAD"}
+            command = [forking_python(), *command[1:]]
+        return subprocess.Popen(command, env=env, **options)
 
     launched = SimpleNamespace(
-        Popen=fork,
-        PIPE=subprocess.PIPE,
-        DEVNULL=subprocess.DEVNULL,
-        TimeoutExpired=subprocess.TimeoutExpired,
+        Popen=fork, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fresh_process_check, "subprocess", launched)
+        patch.setattr(child, "subprocess", launched)
         yield

@@ -62,6 +62,8 @@ import json, os, signal, socket, sys
 
 words = sys.argv[1:]
 program = words[1] if words[0] in ("-P", "-m") else words[0]
+if os.path.basename(program) == "child_main.py":
+    program = words[2]
 if os.path.basename(program) not in {programs!r} or "LD_PRELOAD" in os.environ:
     os.execv({python!r}, [{python!r}, *words])
 request = {{"command": words, "cwd": os.getcwd(), "env": dict(os.environ)}}

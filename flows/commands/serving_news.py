@@ -6,11 +6,8 @@ answer, and has neither the memory nor the seconds for it.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import subprocess
-import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +15,8 @@ from queue import Queue
 from typing import Any, Self
 
 from flows.commands.server_notice import may_have_server
+from nested_core.errors import NestedTuneError, shorten
+from nested_core.process.child import Child
 from nested_core.registry.serving_status import ServerStatus, ServingNews
 
 SECONDS_BETWEEN_TRIES, MAX_SECONDS_BETWEEN_TRIES = 30.0, 600.0
@@ -64,25 +63,16 @@ class NewsSender:
 
     def _try_to_send(self, news: ServingNews) -> bool:
         """Whether it was sent; what prevents that is logged once."""
-        document = json.dumps({"registry": str(self._registry)} | asdict(news))
-        command = [sys.executable, "-P", "-m", __name__]
+        request = {"registry": str(self._registry)} | asdict(news)
         try:
-            subprocess.run(
-                command,
-                input=document,
-                capture_output=True,
-                text=True,
-                timeout=SECONDS_TO_SEND,
-                check=True,
-                start_new_session=True,  # a Ctrl-C at the server is not for it
-            )
-        except (OSError, subprocess.SubprocessError) as error:
-            said = (getattr(error, "stderr", None) or "").strip().splitlines()
-            problem = said[-1] if said else f"{type(error).__name__}: {error}"
+            with Child(f"{__name__}:send_to_prefect") as child:
+                child.ask(request, SECONDS_TO_SEND)
+        except (NestedTuneError, OSError, MemoryError) as error:
+            problem = shorten(error, 200)
             if problem != self._problem:
                 self._problem = problem
                 logging.warning(
-                    "Prefect's server was not told what is served (%.200s); it is tried again, "
+                    "Prefect's server was not told what is served (%s); it is tried again, "
                     "and the hourly reconcile looks at the registry itself",
                     problem,
                 )
@@ -91,25 +81,17 @@ class NewsSender:
         return True
 
 
-def main() -> None:
-    """The process that sends: one piece of news, read from standard input."""
+def send_to_prefect(request: dict[str, Any]) -> None:
+    """Send one piece of news, in the process that imports Prefect."""
     os.nice(LOWER_PRIORITY)
-    given: dict[str, Any] = json.loads(sys.stdin.read())
-    news = ServingNews(given["name"], given["champion"], ServerStatus(**given["server"]))
+    server = ServerStatus(**request["server"])
+    news = ServingNews(request["name"], request["champion"], server)
 
     from prefect.client.orchestration import get_client
     from prefect.settings import get_current_settings
 
     from tasks.serving import send_serving_news
 
-    if get_current_settings().api.url is None:
-        return
-    try:
+    if get_current_settings().api.url is not None:
         with get_client(sync_client=True) as client:
-            send_serving_news(client, Path(given["registry"]), news)
-    except Exception as error:  # of the server or the way to it; the sender tries again
-        sys.exit(f"{type(error).__name__}: {error}")
-
-
-if __name__ == "__main__":
-    main()
+            send_serving_news(client, Path(request["registry"]), news)

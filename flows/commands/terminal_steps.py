@@ -10,6 +10,7 @@ from flows.process.stop_signals import Stopper
 from flows.terminal.console import ProgressLine, describe_tiers, print_progress
 from flows.terminal.mlx_lm_log import MlxLmLog
 from nested_core.config.schema import FineTuneConfig
+from nested_core.models.session import Session
 from nested_core.pipeline import steps
 from nested_core.pipeline.run_steps import Steps
 from nested_core.records.answers import SampleAnswers, read_sample_answers
@@ -43,18 +44,20 @@ class TerminalSteps(Steps):
         print_progress(describe_tiers(trainer.tier_stats()))
         print_progress(("" if trainer.memory.fits else "warning: ") + trainer.memory.describe())
 
-    def train(self, config: FineTuneConfig, run: RunDirectory) -> TrainResult:
+    def train(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> TrainResult:
         """Train; then signals end the process where it is."""
         log = self._mlx_lm_log
         with contextlib.nullcontext() if log is None else log.printing():
-            result = steps.train(config, run, log, self.on_training_start, self.on_message)
+            result = steps.train(
+                config, run, log, self.on_training_start, self.on_message, session=session
+            )
         self._stopper.release_trainer()
         return result
 
-    def judge(self, config: FineTuneConfig, run: RunDirectory) -> Verdict:
+    def judge(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Verdict:
         """Judge, and keep what base and adapter answered to a few prompts."""
         try:
-            return super().judge(config, run)
+            return super().judge(config, run, session)
         finally:
             if run.sample_answers.exists():
                 self.sample_answers = read_sample_answers(run.sample_answers)

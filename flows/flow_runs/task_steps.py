@@ -12,6 +12,7 @@ from flows.flow_runs.state_messages import describe_test_loss
 from flows.flow_runs.warning_events import warn_of_full_disks
 from flows.process.stop_signals import Stopper
 from nested_core.config.schema import FineTuneConfig
+from nested_core.models.session import Session
 from nested_core.pipeline.run_steps import Steps
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
@@ -43,26 +44,26 @@ class StepsAsTasks(Steps):
         """The task `validate`."""
         validate(config, run.path)
 
-    def load(self, config: FineTuneConfig, run: RunDirectory) -> None:
+    def load(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> None:
         """The task `load`."""
-        load(config, run.path)
+        load(config, run.path, session)
 
-    def train(self, config: FineTuneConfig, run: RunDirectory) -> TrainResult:
+    def train(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> TrainResult:
         """The task `train`; at SIGINT or SIGTERM it saves a checkpoint."""
         stopper = Stopper()
         with stopper.handling_signals(run):
-            result = train(config, run.path, stopper.direct_signals_to)
+            result = train(config, run.path, session, stopper.direct_signals_to)
             stopper.release_trainer()
         return result
 
-    def judge(self, config: FineTuneConfig, run: RunDirectory) -> Verdict:
+    def judge(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Verdict:
         """The task `gate`."""
-        gate(config, run.path)
+        gate(config, run.path, session)
         return read_verdict(run.gate)
 
-    def measure_test(self, config: FineTuneConfig, run: RunDirectory) -> float:
+    def measure_test(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> float:
         """Log the loss on the test set."""
-        loss = super().measure_test(config, run)
+        loss = super().measure_test(config, run, session)
         get_run_logger().info("%s", describe_test_loss(config, run, read_verdict(run.gate), loss))
         return loss
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -21,14 +20,14 @@ from flows.terminal.console import (
     print_progress,
     update_console_size,
 )
-from flows.terminal.run_view import RunView, draw_screen, format_line
+from flows.terminal.run_view import draw_screen, format_line
 from nested_core.errors import DamagedError, MissingFileError, NestedTuneError
 from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import open_regular, read_json_object
+from nested_core.storage.strict_files import read_json_object
 from nested_core.text.duration_format import format_clock
 from nested_core.text.stages import stages
-from nested_core.training.reports.training_plan import read_plan
+from nested_core.training.reports.run_progress import RunProgress
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult  # noqa: TID251
@@ -58,20 +57,14 @@ class RunFollower(threading.Thread):
 
     def __init__(self, run: RunDirectory) -> None:
         super().__init__(name="follower", daemon=True)
-        self.view = RunView(str(run.path))
+        self.view = RunProgress(run)
         self._run = run
         self._can_redraw = can_redraw()
         self._done = threading.Event()
         self._lock = threading.RLock()
 
-        # Training begins when there is another plan than before.
-        self._plan_before = _inode_of(run.plan)
-        self._began_at: float | None = None
-
-        # How far metrics.jsonl was read, and the last record that was printed as a line.
-        self._inode = -1
-        self._offset = 0
-        self._read_metrics()
+        # The last record that was printed as a line
+        self.view.read_metrics()
         self._printed: dict[str, Any] | None = self.view.last_record if self.view.records else None
         self._printed_at = 0.0
         self._has_offer = False
@@ -100,7 +93,7 @@ class RunFollower(threading.Thread):
             return
         while not self._done.wait(POLL_SECONDS):
             with self._lock:
-                self._read_progress()
+                self.view.read()
                 self._print_line(is_last=False)
 
     def finish(self) -> None:
@@ -114,17 +107,17 @@ class RunFollower(threading.Thread):
     def add_stage(self, name: str) -> None:
         """Show a step that follows training; whoever calls it begins that step now."""
         with self._lock:
-            if self._began_at is None or not self._can_redraw:
+            if not self.view.has_begun or not self._can_redraw:
                 self._print_last_lines()
                 print_progress(name)
-            self._read_progress()
+            self.view.read()
             self.view.stages.append((name, self.view.seconds))
 
     # In a terminal
 
     def _redraw_until_closed(self) -> None:
         """Draw the screen anew until the end; before training begins there is none."""
-        while not self._read_progress():
+        while not self.view.read():
             if self._done.wait(POLL_SECONDS):
                 return
         is_last = False
@@ -134,7 +127,7 @@ class RunFollower(threading.Thread):
                 while not is_last and update_console_size() == size:
                     is_last = self._done.wait(POLL_SECONDS)
                     with self._lock:
-                        self._read_progress()
+                        self.view.read()
                         if is_last:
                             self._print_conclusion()
                     if update_console_size() == size:
@@ -187,10 +180,10 @@ class RunFollower(threading.Thread):
 
     def _print_last_lines(self) -> None:
         """Print the last record, and once training is done which adapter it offers."""
-        self._read_progress()
+        self.view.read()
         self._print_line(is_last=True)
         step = _read_object(self._run.result).get("adapter_step")
-        if self._began_at is None or step is None or self._has_offer:
+        if not self.view.has_begun or step is None or self._has_offer:
             return
         self._has_offer = True
         parts = (
@@ -201,56 +194,15 @@ class RunFollower(threading.Thread):
         )
         print_progress(", ".join(filter(None, parts)))
 
-    # From the run directory
-
-    def _read_progress(self) -> bool:
-        """Take in what is new on disk; return whether training has begun."""
-        if self._began_at is None and _inode_of(self._run.plan) != self._plan_before:
-            self.view.plan = read_plan(self._run.plan)
-            self._began_at = time.monotonic()
-        if self._began_at is not None:
-            self.view.seconds = time.monotonic() - self._began_at
-        if self._read_metrics():
-            self.view.note_report_time()
-        return self._began_at is not None
-
-    def _read_metrics(self) -> bool:
-        """Take in the whole lines that were appended; return whether there were any.
-
-        A file that was cut back is another one, and read from its start: it may have grown beyond
-        the old one since it was looked at.
-        """
-        try:
-            with open_regular(self._run.metrics) as (file, _):
-                inode, content = os.fstat(file.fileno()).st_ino, file.read()
-        except (DamagedError, OSError):  # training says what is wrong; here is only shown
-            return False
-        if inode != self._inode or len(content) < self._offset:
-            self._inode = inode
-            self._offset = 0
-            self.view.records = []
-        lines = content[self._offset : content.rfind(b"\n") + 1]
-        self._offset += len(lines)
-        records = [record for line in lines.splitlines() if (record := _record_or_none(line))]
-        self.view.records += records
-        return bool(records)
-
 
 class _Screen:
     """A run's view at the size that the terminal has when it is drawn."""
 
-    def __init__(self, view: RunView) -> None:
+    def __init__(self, view: RunProgress) -> None:
         self._view = view
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield draw_screen(self._view, options.max_width, console.size.height)
-
-
-def _inode_of(path: Path) -> int | None:
-    try:
-        return path.stat().st_ino
-    except OSError:
-        return None
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -259,12 +211,3 @@ def _read_object(path: Path) -> dict[str, Any]:
         return read_json_object(path)
     except (DamagedError, MissingFileError, OSError):
         return {}
-
-
-def _record_or_none(line: bytes) -> dict[str, Any] | None:
-    from nested_core.training.reports.metrics_file import parse_record
-
-    try:
-        return parse_record(line)
-    except ValueError:  # a damaged line, which training leaves out and names
-        return None

@@ -1,6 +1,6 @@
 """What is shown of a run while it goes on: a screen for a terminal, and lines for a log.
 
-Everything comes from the run directory and from what the gate logs; nothing here waits or prints.
+Everything comes from a `RunProgress`; nothing here waits or prints.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 from rich.text import Text
@@ -17,7 +16,8 @@ from rich.text import Text
 from nested_core.text.duration_format import format_clock
 from nested_core.text.foreign_text import escape
 from nested_core.text.loss_format import format_loss
-from nested_core.training.reports.training_plan import TrainingPlan, describe_last_losses
+from nested_core.training.reports.run_progress import RunProgress
+from nested_core.training.reports.training_plan import describe_last_losses
 
 MIN_PLOT_HEIGHT = 4
 MIN_FINAL_PLOT_HEIGHT = 8
@@ -31,148 +31,6 @@ LEGEND = f"{TRAINING_MARK} training loss   {VALIDATION_MARK} validation loss"
 _SERIES = (("loss", TRAINING_MARK), ("val_loss", VALIDATION_MARK))  # the later is drawn on top
 
 
-@dataclass
-class RunView:
-    """A run as it is watched.
-
-    name: the run directory.
-    plan: what the run set out to do; None for a run of an earlier release.
-    records: of metrics.jsonl so far.
-    stages: what followed training, such as the steps of the gate, with the seconds it began at.
-    outcome: how it ended, a sentence each, once it has.
-    seconds: since training began here; reported_at: the same when the last record came.
-    first_report: the iteration and the seconds of the first report of training that was seen here.
-    """
-
-    name: str
-    plan: TrainingPlan | None = None
-    records: list[dict[str, Any]] = field(default_factory=list)
-    stages: list[tuple[str, float]] = field(default_factory=list)
-    outcome: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    reported_at: float = 0.0
-    first_report: tuple[int, float] | None = None
-
-    @property
-    def last_record(self) -> dict[str, Any]:
-        """The last record."""
-        return self.records[-1] if self.records else {"step": 0, "iteration": 0}
-
-    @property
-    def training_seconds(self) -> float:
-        """Seconds that training took, or has taken so far."""
-        return self.stages[0][1] if self.stages else self.seconds
-
-    def latest_value(self, key: str) -> Any:
-        """The last value that was reported under a key; None if there is none yet."""
-        return next((r[key] for r in reversed(self.records) if r.get(key) is not None), None)
-
-    def note_report_time(self) -> None:
-        """Note that records came now."""
-        self.reported_at = self.seconds
-        if self.first_report is not None or self.plan is None:
-            return
-        last = self.last_record
-        if "loss" in last and last["step"] > self.plan.first_step:
-            self.first_report = (last["iteration"], self.seconds)
-
-    def seconds_left(self) -> float | None:
-        """Seconds to the end of training at the speed since the first report; None before another.
-
-        The first steps are no measure: kernels are compiled, and the loss before training measured.
-        """
-        iteration: int = self.last_record.get("iteration", 0)
-        if self.plan is None or self.first_report is None or iteration <= self.first_report[0]:
-            return None
-        # Evaluations take their time too: hence the clock and not the reported speed.
-        pace = (self.reported_at - self.first_report[1]) / (iteration - self.first_report[0])
-        left = pace * (self.plan.iterations - iteration)
-        return max(0.0, left - (self.seconds - self.reported_at))
-
-    def describe_position(self) -> str:
-        """`step 20 of 120`, and iterations where gradients are accumulated over several."""
-        step, iteration = self.last_record["step"], self.last_record.get("iteration", 0)
-        if self.plan is None:
-            return f"step {step:,}"
-        text = f"step {step:,} of {self.plan.steps:,}"
-        if self.plan.iterations != self.plan.steps:
-            text += f" (iteration {iteration:,} of {self.plan.iterations:,})"
-        return text
-
-    def describe_time(self) -> str:
-        """The time that training takes so far, and how much is left."""
-        text = f"{format_clock(self.training_seconds)} elapsed"
-        left = None if self.stages or self.outcome else self.seconds_left()
-        return text if left is None else f"{text}, about {format_clock(left)} left"
-
-    def describe_speed(self) -> str:
-        """Learning rate, gradient norm and speed of the last report."""
-        parts = []
-        if (rate := self.latest_value("learning_rate")) is not None:
-            parts.append(f"learning rate {rate:.3g}")
-        if (norm := self.latest_value("grad_norm")) is not None:
-            parts.append(f"gradient norm {norm:.3g}")
-        if (speed := self.latest_value("tokens_per_second")) is not None:
-            parts.append(f"{speed:,.0f} tokens/s")
-        return ", ".join(parts)
-
-    def describe_memory(self) -> str:
-        """Peak memory against what there is."""
-        peak = self.latest_value("peak_memory_gb")
-        if peak is None:
-            return ""
-        limit = "" if self.plan is None else f" of {self.plan.memory_limit_gb:.3g}"
-        return f"peak memory {peak:.3g}{limit} GB"
-
-    def describe_tiers(self) -> str:
-        """Each tier's clock: how often it is updated, and how often it was."""
-        updates = self.latest_value("updates")
-        if self.plan is None or updates is None:
-            return ""
-        skipped = sum(self.latest_value("skipped") or [])
-        if list(self.plan.frequencies) == [1]:
-            return f"skipped updates: {skipped:,}" if skipped else ""
-        clocks = [
-            f"tier {tier} (every {'step' if every == 1 else every}) {count:,}"
-            for tier, (every, count) in enumerate(zip(self.plan.frequencies, updates, strict=False))
-        ]
-        return f"updates: {' · '.join(clocks)}" + (f" · skipped {skipped:,}" if skipped else "")
-
-    def describe_samples(self) -> list[str]:
-        """The last answers to the configured prompts."""
-        answered = next((r for r in reversed(self.records) if r.get("samples")), None)
-        if answered is None:
-            return []
-        return [
-            f"{escape(sample['prompt'])} -> {escape(sample['answer'])} (step {answered['step']:,})"
-            for sample in answered["samples"]
-        ]
-
-    def describe_offered_adapter(self, adapter_step: int) -> str:
-        """Which step's adapter is offered, and why."""
-        text = f"offered: the adapter of step {adapter_step:,}"
-        evaluated = {
-            r["step"]: r["val_loss"] for r in self.records if "val_loss" in r and r["step"] > 0
-        }
-        if self.plan is None:
-            return text
-        if not self.plan.offers_best or evaluated.get(adapter_step) is None:
-            return f"{text}, the last one"
-        loss = format_loss(evaluated[adapter_step])
-        return (
-            f"{text}, the lowest validation loss of {len(evaluated)} "
-            f"({loss}; {self.plan.describe_validation()})"
-        )
-
-    def describe_stages(self) -> Iterator[str]:
-        """What follows training, a line each, with the seconds that it took."""
-        stages = list(self.stages)  # another thread adds to them
-        for number, (name, began) in enumerate(stages, start=1):
-            is_open = number == len(stages) and not self.outcome
-            ended = self.seconds if number == len(stages) else stages[number][1]
-            yield f"{name} ..." if is_open else f"{name}: {format_clock(ended - began)}"
-
-
 def draw_bar(share: float, width: int) -> str:
     """A bar that is filled to a share, in eighths of a character."""
     eighths = int(min(max(share, 0.0), 1.0) * width * 8)
@@ -181,7 +39,7 @@ def draw_bar(share: float, width: int) -> str:
     return f"{'█' * whole}{part}".ljust(width, "░")
 
 
-def draw_screen(view: RunView, width: int, height: int) -> Text:
+def draw_screen(view: RunProgress, width: int, height: int) -> Text:
     """The view for a terminal of `width` columns and `height` lines, of which it leaves one free.
 
     What does not fit is left out: first samples, then the plot gets smaller. The last screen, with
@@ -209,9 +67,9 @@ def draw_screen(view: RunView, width: int, height: int) -> Text:
     return screen
 
 
-def _head_lines(view: RunView, width: int) -> list[Text]:
+def _head_lines(view: RunProgress, width: int) -> list[Text]:
     position = view.describe_position()
-    lines = [Text(escape(view.name), "bold")]
+    lines = [Text(escape(str(view.run.path)), "bold")]
     if view.plan is None:
         lines.append(Text(position))
     else:
@@ -221,7 +79,7 @@ def _head_lines(view: RunView, width: int) -> list[Text]:
     return [*lines, Text(view.describe_time())]
 
 
-def _plot_lines(view: RunView, width: int, height: int) -> list[Text]:
+def _plot_lines(view: RunProgress, width: int, height: int) -> list[Text]:
     curve = draw_curve(
         view.records,
         width=max(10, width - LABEL_WIDTH - 4),
@@ -276,7 +134,7 @@ def draw_curve(
     return "\n".join([*lines, axis, f"{margin}  {LEGEND}   (logarithmic)"])
 
 
-def _body_lines(view: RunView, width: int) -> list[Text]:
+def _body_lines(view: RunProgress, width: int) -> list[Text]:
     losses = describe_last_losses(view.records, view.plan)
     sentences = [
         *(f"{name} {text}" for name, text in losses.items()),
@@ -303,7 +161,7 @@ def _escape_and_wrap(text: str, width: int) -> list[str]:
     return textwrap.wrap(escape(text), width, subsequent_indent="  ")
 
 
-def format_line(view: RunView) -> str:
+def format_line(view: RunProgress) -> str:
     """The last record on one line, for a log: losses, speed, memory, and the time that is left."""
     record = view.last_record
     parts = []

@@ -12,10 +12,9 @@ import errno
 import logging
 import os
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import lru_cache
 from hashlib import sha256
 from importlib.metadata import version
@@ -38,12 +37,10 @@ from nested_core.data.tokens.tokenized_split import (
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DamagedError, DatasetError
 from nested_core.storage.atomic import canonical_json, temporary_beside, write_json
-from nested_core.storage.compiled_kernels import cache_folder
-from nested_core.storage.private_folder import make_folder_only_user_may_write
 from nested_core.storage.strict_files import read_json, regular_sha256
+from nested_core.storage.user_cache import UserCache, cache_folder, remove_entry
 
 REPORT_NAME = "report.json"
-MAX_UNUSED_SECONDS = 30 * 24 * 3600
 _TOKENIZER_FILES = (
     "*.json",
     "*.jinja",
@@ -73,87 +70,54 @@ def write_report_beside_tokens(folder: Path, report: DatasetReport) -> None:
     write_json(folder / REPORT_NAME, report.to_json())
 
 
-@dataclass(frozen=True)
-class DatasetCache:
-    """A folder of entries, one a data set; see `open_user_dataset_cache`."""
-
-    folder: Path
-
-    def entry_for(
-        self, settings: DataSettings, files: Mapping[str, SplitFile], tokenizer: TokenizerSource
-    ) -> CacheEntry:
-        """The place of a data set's judgement and tokens; ConfigError for an unsafe folder."""
-        make_folder_only_user_may_write(
-            self.folder, "judged data sets", "pass any data set as sound"
-        )
-        return CacheEntry(self.folder / _cache_key(settings, files, tokenizer))
+def dataset_cache(folder: Path | None = None) -> UserCache:
+    """The data sets that are kept, by default in `datasets` of the folder for caches."""
+    place = folder or cache_folder() / "datasets"
+    return UserCache(place, "judged data sets", "pass any data set as sound")
 
 
-@dataclass(frozen=True)
-class CacheEntry:
-    """One data set's report and tokens, or the place for them."""
+def _read_report_and_tokens(
+    entry: Path,
+) -> tuple[DatasetReport, dict[str, TokenizedSplit]] | None:
+    """What is kept, or None; what is damaged is taken away, with a warning."""
+    try:
+        splits = open_tokens(entry)
+        report = DatasetReport.from_json(read_json(entry / REPORT_NAME, None))
+        os.utime(entry)
+    except (DamagedError, FileNotFoundError) as error:
+        if entry.exists():  # else there was none, or another process took it away
+            _log.warning("The cached data set is damaged and is made again: %s", error)
+            remove_entry(entry)
+        return None
+    return report, splits
 
-    folder: Path
 
-    def read_report_and_tokens(self) -> tuple[DatasetReport, dict[str, TokenizedSplit]] | None:
-        """What is there, or None; what is damaged is taken away, with a warning."""
+@contextmanager
+def _creating(entry: Path) -> Iterator[Path]:
+    """A folder to write in that becomes the entry.
+
+    Several processes may make the same one at once. The first to end stays, and the folders of
+    the others go: what they hold is the same, and their maps of it stay good. Nothing is
+    synced, because an entry that a power failure cut short is found damaged and made again.
+    """
+    unpublished = temporary_beside(entry)
+    unpublished.mkdir()
+    try:
+        yield unpublished
         try:
-            splits = open_tokens(self.folder)
-            report = DatasetReport.from_json(read_json(self.folder / REPORT_NAME, None))
-            os.utime(self.folder)
-        except (DamagedError, FileNotFoundError) as error:
-            if self.folder.exists():  # else there was none, or another process took it away
-                _log.warning("The cached data set is damaged and is made again: %s", error)
-                self.remove()
-            return None
-        return report, splits
-
-    def remove(self) -> None:
-        """Rename before removing: nobody finds half an entry in its place."""
-        aside = temporary_beside(self.folder)
-        with suppress(FileNotFoundError):  # another process was faster
-            self.folder.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
-
-    @contextmanager
-    def creating(self) -> Iterator[Path]:
-        """A folder to write in that becomes the entry; entries long unused are removed first.
-
-        Several processes may make the same one at once. The first to end stays, and the folders of
-        the others go: what they hold is the same, and their maps of it stay good. Nothing is
-        synced, because an entry that a power failure cut short is found damaged and made again.
-        """
-        _remove_unused_entries(self.folder.parent)
-        unpublished = temporary_beside(self.folder)
-        unpublished.mkdir()
-        try:
-            yield unpublished
-            try:
-                unpublished.rename(self.folder)
-            except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                    raise
-        finally:
-            shutil.rmtree(unpublished, ignore_errors=True)
+            unpublished.rename(entry)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+    finally:
+        shutil.rmtree(unpublished, ignore_errors=True)
 
 
-def open_user_dataset_cache() -> DatasetCache:
-    """The folder `datasets` in the folder for caches."""
-    return DatasetCache(cache_folder() / "datasets")
-
-
-def _remove_unused_entries(folder: Path) -> None:
-    oldest = time.time() - MAX_UNUSED_SECONDS
-    for entry in os.scandir(folder):
-        with suppress(FileNotFoundError):  # another process was faster
-            if entry.stat().st_mtime < oldest:
-                CacheEntry(Path(entry.path)).remove()
-
-
-def _cache_key(
+def _depends_on(
     settings: DataSettings, files: Mapping[str, SplitFile], tokenizer: TokenizerSource
-) -> str:
-    inputs: dict[str, Any] = {
+) -> dict[str, Any]:
+    """All that a data set's judgement and tokens depend on."""
+    return {
         "settings": to_jsonable_python(settings),
         "incomplete_folder": settings.describe_incomplete_folder(files),
         "files": {split: _describe_file_for_key(file) for split, file in files.items()},
@@ -162,7 +126,6 @@ def _cache_key(
         "rules": _hash_data_code(),
         "libraries": _library_versions(),
     }
-    return sha256(canonical_json(inputs)).hexdigest()
 
 
 def _describe_file_for_key(file: SplitFile) -> dict[str, Any]:
@@ -212,7 +175,7 @@ def load_run_data(
     """`load_dataset` for the configured data set, with the user's cache."""
     settings = DataSettings.from_config(config)
     tokenizer = TokenizerSource.from_config(config)
-    return load_dataset(settings, tokenizer, on_progress, cache=open_user_dataset_cache())
+    return load_dataset(settings, tokenizer, on_progress, cache=dataset_cache())
 
 
 def load_dataset(
@@ -220,7 +183,7 @@ def load_dataset(
     tokenizer: TokenizerSource | None,
     on_progress: OnProgress | None = None,
     *,
-    cache: DatasetCache | None = None,
+    cache: UserCache | None = None,
 ) -> tuple[DatasetReport, dict[str, TokenizedSplit]]:
     """Read, judge and (with a tokenizer) tokenise a data set, or take both from the cache.
 
@@ -240,16 +203,17 @@ def load_dataset(
                     settings, files, on_progress, tokenizer=tokenizer, folder=folder
                 )
                 return report, write_manifest_and_open_tokens(folder)
-        entry = cache.entry_for(settings, files, tokenizer)
-        cached = entry.read_report_and_tokens()
+        entry = cache.entry(_depends_on(settings, files, tokenizer))
+        cached = _read_report_and_tokens(entry)
         if cached is not None:
             return cached
-        with entry.creating() as folder:
+        cache.remove_unused()
+        with _creating(entry) as folder:
             report = _read_and_judge(
                 settings, files, on_progress, tokenizer=tokenizer, folder=folder
             )
             write_report_beside_tokens(folder, report)
-            if cache.entry_for(settings, files, tokenizer) != entry:  # else it is kept as another's
+            if cache.entry(_depends_on(settings, files, tokenizer)) != entry:
                 raise DatasetError(f"{settings.data} changed while it was judged. Start again.")
             return report, write_manifest_and_open_tokens(folder)
 

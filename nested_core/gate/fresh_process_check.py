@@ -6,14 +6,11 @@ recorded its own, equal those. No array of this process is trusted, only what th
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +19,12 @@ import numpy as np
 
 from nested_core import backend
 from nested_core.errors import JUDGE_AGAIN, ConfigError, NestedTuneError, shorten
+from nested_core.process.child import Child
 from nested_core.records.verdict import ProofEvidence, Reason
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.canary_file import MAX_CANARY_TOKENS
 from nested_core.storage.safetensors_files import read_tensors
-from nested_core.storage.strict_files import read_regular
 
 FRESH_PROCESS_PROGRAM = Path(__file__).with_name("fresh_process_main.py")
 # Relative to the centred norm of the trainer's logits. If the trainer computes in float32 the
@@ -35,7 +32,6 @@ FRESH_PROCESS_PROGRAM = Path(__file__).with_name("fresh_process_main.py")
 TOLERANCE_FLOAT32 = 1e-3
 TOLERANCE_NARROW_DTYPES = 5e-2
 TIMEOUT_SECONDS = 3600
-MAX_LISTED_ERROR_LINES = 3  # the last lines of the process's error that a message has
 PROMPTS_WITHOUT_DATA = [list(range(start, start + 8)) for start in (1, 9, 17, 25)]
 Rows = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -114,7 +110,7 @@ def prove_effect_in_fresh_process(request: ProofRequest) -> Proof:
 
     Raises NestedTuneError if the process failed or was killed: that says nothing about the adapter.
     """
-    with begin_proof(request) as proof:
+    with closing(RunningProof(request)) as proof:
         return proof.judge()
 
 
@@ -251,112 +247,40 @@ def compute_logits_in_fresh_process(request: ProofRequest) -> FreshProcessLogits
 
     Raises ConfigError if it refuses the base alone.
     """
-    with begin_proof(request) as proof:
+    with closing(RunningProof(request)) as proof:
         return proof.wait_for_logits()
 
 
-class FreshProcess:
-    """A process that imports mlx_lm and then waits for a request on its standard input."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(FRESH_PROCESS_PROGRAM)],
-            env=_child_environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-
-    def send_paths(self, *paths: Path) -> None:
-        """Send it paths, a line each; one that has ended is told of by `wait`."""
-        assert self._process.stdin is not None  # noqa: S101
-        with suppress(BrokenPipeError):
-            self._process.stdin.write("".join(f"{path}\n" for path in paths).encode())
-            self._process.stdin.flush()
-
-    def wait(self) -> None:
-        """Wait for its end; NestedTuneError if it gave no answer, never the adapter's fault."""
-        try:
-            _, errors = self._process.communicate(timeout=TIMEOUT_SECONDS)
-        except subprocess.TimeoutExpired as error:
-            raise NestedTuneError(
-                f"The proof process took more than {TIMEOUT_SECONDS} seconds."
-            ) from error
-        code = self._process.returncode
-        if code < 0:
-            raise NestedTuneError(
-                f"The process that loads base and adapter for the gate was killed by signal "
-                f"{-code}; most often memory was short.",
-                advice=JUDGE_AGAIN,
-            )
-        if code > 0:
-            lines = errors.decode(errors="replace").strip().splitlines()
-            problem = shorten(
-                " ".join(lines[-MAX_LISTED_ERROR_LINES:]) or "it gave no message", 400
-            )
-            raise NestedTuneError(
-                f"The process that loads base and adapter for the gate failed: {problem}. This "
-                f"says nothing about the adapter, and there is no verdict. Look for room in "
-                f"{tempfile.gettempdir()}, memory, open files and the C++ compiler.",
-                advice=JUDGE_AGAIN,
-            )
-
-    def end(self) -> None:
-        """Kill it unless it has ended, and wait for that."""
-        self._process.kill()
-        self._process.communicate()
-
-
-_waiting: FreshProcess | None = None
-_is_proof_awaited = False
-
-
-def start_fresh_process() -> None:
-    """Start the process of the next proof, whose imports then run beside other work.
-
-    Only within `ending_waiting_process`: elsewhere nobody would end it.
-    """
-    global _waiting
-    if _is_proof_awaited and _waiting is None:
-        _waiting = FreshProcess()
-
-
-@contextmanager
-def ending_waiting_process() -> Iterator[None]:
-    """When the block ends, end a process that was started and got no request."""
-    global _waiting, _is_proof_awaited
-    _is_proof_awaited = True
-    try:
-        yield
-    finally:
-        _is_proof_awaited = False
-        if _waiting is not None:
-            _waiting.end()
-            _waiting = None
+def start_proof_process() -> Child:
+    """A process that imports mlx_lm and then waits for a request."""
+    prepared = backend.get_process_preparation()
+    preload = {} if prepared is None or prepared.blas is None else {"LD_PRELOAD": prepared.blas}
+    return Child(FRESH_PROCESS_PROGRAM, environment=os.environ | preload)
 
 
 class RunningProof:
-    """A proof under way: its process, and the folder of request and answer."""
+    """A proof under way, in a process of its own or one that was started before."""
 
-    def __init__(self, request: ProofRequest) -> None:
-        global _waiting
+    def __init__(self, request: ProofRequest, process: Child | None = None) -> None:
         self.request = request
-        self._folder = tempfile.TemporaryDirectory(prefix="nested-tune-proof-")
-        try:
-            process, _waiting = _waiting or FreshProcess(), None
-            self._process = process
-            self._answer = Path(self._folder.name, "answer.json")
-            document = Path(self._folder.name, "request.json")
-            document.write_text(json.dumps(_describe_request(request)), encoding="utf-8")
-            self._process.send_paths(document, self._answer)
-        except BaseException:
-            self._folder.cleanup()
-            raise
+        self._process = process or start_proof_process()
+        self._process.send(_describe_request(request))
 
     def wait_for_logits(self) -> FreshProcessLogits | Reason:
-        """What the process computed, see `compute_logits_in_fresh_process`."""
-        self._process.wait()
-        answers = json.loads(read_regular(self._answer))  # with NaN, as Python writes it
+        """What the process computed, see `compute_logits_in_fresh_process`.
+
+        NestedTuneError if it gave no answer, which is never the adapter's fault.
+        """
+        try:
+            answers = self._process.receive(TIMEOUT_SECONDS)  # with NaN, as Python writes it
+        except (NestedTuneError, OSError, MemoryError) as error:
+            raise NestedTuneError(
+                f"The process that loads base and adapter for the gate failed: "
+                f"{shorten(error, 400)}. This says nothing about the adapter, and there is no "
+                f"verdict. Look for room in {tempfile.gettempdir()}, memory, open files and the "
+                f"C++ compiler.",
+                advice=JUDGE_AGAIN,
+            ) from error
         if "refused" in answers:
             return _describe_refusal(self.request, answers)
         base = answers["base"]
@@ -372,20 +296,9 @@ class RunningProof:
         """Wait for it, and compare what it computed with what was recorded."""
         return _judge_answers(self.request, self.wait_for_logits())
 
-    def end(self) -> None:
-        """End the process, whatever it is at, and remove the folder."""
+    def close(self) -> None:
+        """End the process, whatever it is at."""
         self._process.end()
-        self._folder.cleanup()
-
-
-@contextmanager
-def begin_proof(request: ProofRequest) -> Iterator[RunningProof]:
-    """Have a fresh process compute while the block does other work; it is ended with the block."""
-    proof = RunningProof(request)
-    try:
-        yield proof
-    finally:
-        proof.end()
 
 
 def _describe_request(request: ProofRequest) -> dict[str, Any]:
@@ -417,11 +330,3 @@ def _parse_stored_types_answers(given: dict[str, Any] | None) -> StoredTypesAnsw
         return None
     answers = tuple(GreedyAnswer(tuple(row["tokens"]), row["text"]) for row in given["answers"])
     return StoredTypesAnswers(np.array(given["logits"], np.float64), answers)
-
-
-def _child_environment() -> dict[str, str]:
-    """This process's own environment, with the OpenBLAS that it computes with preloaded."""
-    prepared = backend.get_process_preparation()
-    if prepared is None or prepared.blas is None:
-        return dict(os.environ)
-    return os.environ | {"LD_PRELOAD": prepared.blas}

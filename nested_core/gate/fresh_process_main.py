@@ -1,9 +1,8 @@
 """The program of the fresh process: loads base and adapter by mlx_lm.load, as any user's would.
 
-It waits for the path of a request and the path of its answer, a line each on standard input; where
-none come, it ends. Both files are JSON: logits, or that an adapter cannot be used. An error that
-ends it is the machine's or the base model's, and says nothing about an adapter. It imports nothing
-of this project.
+Its answer to a request is logits, or that an adapter cannot be used. An error that it raises is the
+machine's or the base model's, and says nothing about an adapter. It imports nothing of this
+project.
 """
 
 import gc
@@ -71,14 +70,14 @@ def compute_canary(request: dict[str, Any], model: Any, tokenizer: Any) -> dict[
     """Logits and greedy answers of the trained model in the types that it is stored in."""
     answers = []
     for prompt in request["questions"]:
-        answer = []
+        tokens = []
         for token, _ in generate_step(
             mx.array(prompt), model, max_tokens=request["max_answer_tokens"]
         ):
-            answer.append(int(token))
-            if answer[-1] in tokenizer.eos_token_ids:
+            tokens.append(int(token))
+            if tokens[-1] in tokenizer.eos_token_ids:
                 break
-        answers.append({"tokens": answer, "text": tokenizer.decode(answer)})
+        answers.append({"tokens": tokens, "text": tokenizer.decode(tokens)})
     return {"logits": compute_rows(request, model), "answers": answers}
 
 
@@ -125,7 +124,7 @@ def replace_adapter(model: Any, loaded: str, other: str) -> bool:
     return True
 
 
-def compute_all_logits(request: dict[str, Any]) -> dict[str, Any]:
+def answer(request: dict[str, Any]) -> dict[str, Any]:
     """An answer with either adapter, and without any if the first one's logits are not finite."""
     answers: dict[str, Any] = {"base": None}
     initial, trained = request["initial"], request["trained"]
@@ -156,20 +155,3 @@ def compute_all_logits(request: dict[str, Any]) -> dict[str, Any]:
     if request["questions"] and not is_as_stored:
         answers["canary"] = compute_canary(request, *load_model(request, trained))
     return answers
-
-
-def main() -> None:
-    """Answer one request, or none."""
-    request_path = sys.stdin.readline().rstrip("\n")
-    answer_path = sys.stdin.readline().rstrip("\n")
-    if not answer_path:
-        return
-    with open(request_path, encoding="utf-8") as file:
-        request = json.load(file)
-    answers = compute_all_logits(request)
-    with open(answer_path, "w", encoding="utf-8") as file:
-        json.dump(answers, file)
-
-
-if __name__ == "__main__":
-    main()

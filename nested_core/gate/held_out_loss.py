@@ -31,9 +31,10 @@ from nested_core.gate.paired_difference import Indices
 from nested_core.gate.prediction_comparison import ExamplePredictions, PredictionComparison
 from nested_core.gate.run_evidence import RunEvidence
 from nested_core.kernels.optimized_model import using_optimized_layers
-from nested_core.models.kept_base import load_base_with_adapter, load_changeable_base
+from nested_core.models.kept_base import load_base_with_adapter
 from nested_core.models.lora_attachment import adapter_compute_dtype, load_adapter_tensors
 from nested_core.models.parameters import read_parameters, reference_trainable_parameters
+from nested_core.models.session import Session
 from nested_core.records.dataset import read_dataset_record, require_test_set
 from nested_core.records.verdict import GeneralLoss
 from nested_core.storage.adapter import WEIGHTS_NAME, Adapter
@@ -60,13 +61,18 @@ class LoadedBase:
     tokenizer: Any
 
     @classmethod
-    def load(cls, config: FineTuneConfig, *, as_stored: bool = False) -> LoadedBase:
+    def load(
+        cls, config: FineTuneConfig, session: Session | None = None, *, as_stored: bool = False
+    ) -> LoadedBase:
         """Load the base at the precision of the run, or as it is stored.
 
-        At the run's precision it may be the one that the run trained on, see `kept_base`; a caller
-        that changes a base asks for it as it is stored.
+        Of a session, which is at the run's precision, it may be the one that the run trained on; a
+        caller that changes a base asks for one of its own.
         """
-        loaded = load_changeable_base(config) if as_stored else load_base_with_adapter(config)
+        if session is None:
+            loaded = load_base_with_adapter(config, as_stored=as_stored)
+        else:
+            loaded = session.load_base(config)
         return cls(config, loaded.model, loaded.parameters, loaded.folder, loaded.tokenizer)
 
     def is_unchanged_by(self, adapter: Adapter) -> bool:
@@ -291,14 +297,15 @@ def measure_example_losses(
     )
 
 
-def measure_test_loss(config: FineTuneConfig, run: RunDirectory) -> float:
+def measure_test_loss(config: FineTuneConfig, run: RunDirectory, session: Session) -> float:
     """Mean loss of the run's adapter on `test_batches` batches of test.jsonl, as `test` asks for.
 
     Raises DatasetError if there is no test set.
     """
     require_test_set(read_dataset_record(run.dataset), config.data)
     split = read_nonempty_splits(config, run)["test"]
-    return LoadedBase.load(config).mean_losses((run.adapter,), split, config.test_batches)[0]
+    base = LoadedBase.load(config, session)
+    return base.mean_losses((run.adapter,), split, config.test_batches)[0]
 
 
 def measure_general_loss(base: LoadedBase, run: RunDirectory) -> GeneralLoss | None:

@@ -29,6 +29,7 @@ from nested_core.gate.judged import (
 from nested_core.gate.proof_of_run import ProofOfRun
 from nested_core.gate.run_evidence import collect_evidence
 from nested_core.gate.training_divergence import find_divergence
+from nested_core.models.session import Session
 from nested_core.records.verdict import Verdict
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.run_directory import RunDirectory
@@ -84,7 +85,9 @@ def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
     return make_checks_of_run(config, run).verdict
 
 
-def make_checks_of_run(config: FineTuneConfig, run: RunDirectory) -> JudgedRun:
+def make_checks_of_run(
+    config: FineTuneConfig, run: RunDirectory, session: Session | None = None
+) -> JudgedRun:
     """Judge the adapter that a run offers: its files, tiers, losses, and the fresh process.
 
     With the verdict, what is to be written beside it. Raises DamagedError if the folder is not as
@@ -93,11 +96,12 @@ def make_checks_of_run(config: FineTuneConfig, run: RunDirectory) -> JudgedRun:
     stages.info("gate: changes of the tensors, updates of the tiers")
     evidence = collect_evidence(run)
     judged = begin_judging_run(config, run, evidence)
+    judged.session = session or Session()
     judged.divergence = find_divergence(
         read_metrics(run.metrics), evidence.checkpoint.step, config.learning_rate
     )
     make_checks(judged, CHECKS_OF_FILES)
-    with closing(ProofOfRun(config, evidence, judged.divergence)) as judged.proof:
+    with closing(ProofOfRun(config, evidence, judged.divergence, judged.session)) as judged.proof:
         if judged.verdict.has_passed:
             judged.proof.begin_if_there_is_room()
         make_checks(judged, CHECKS_WITH_MODEL)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # `promote` judges an adapter's files again, and loads no mod
     from nested_core.gate.example_losses import ExampleLosses
     from nested_core.gate.held_out_loss import HeldOutExamples, LoadedBase
     from nested_core.gate.proof_of_run import ProofOfRun
+    from nested_core.models.session import Session
 
 # The first of these says where training diverged, if it did.
 EXPLAINED_BY_DIVERGENCE: frozenset[Code] = frozenset({"non_finite", "loss_regressed"})
@@ -85,6 +86,7 @@ class JudgedRun(Judged):
 
     # Set when the checks of a run begin, by the check of the base, and by those of losses and
     # champion; a check that is stopped where there is no base is `stopped_by=WITHOUT_MODEL`.
+    session: Session = field(init=False)
     proof: ProofOfRun = field(init=False)
     base: LoadedBase = field(init=False)
     held_out: HeldOutExamples | None = field(default=None, init=False)

@@ -12,15 +12,20 @@ from nested_core.gate.fresh_process_check import ProofRequest, RunningProof
 from nested_core.gate.run_evidence import RunEvidence
 from nested_core.gate.training_divergence import Divergence
 from nested_core.models.base_model import find_model_folder, model_compute_dtype
-from nested_core.models.kept_base import get_kept_base
+from nested_core.models.session import Session
 
 
 class ProofOfRun:
     """The fresh process that proves a run's adapter: begun ahead where there is room for it."""
 
     def __init__(
-        self, config: FineTuneConfig, evidence: RunEvidence, divergence: Divergence | None
+        self,
+        config: FineTuneConfig,
+        evidence: RunEvidence,
+        divergence: Divergence | None,
+        session: Session,
     ) -> None:
+        self._session = session
         self.questions: Sequence[CanaryPrompt] = choose_canary_prompts(config)
         self.request = _make_request(config, evidence, divergence, self.questions)
         self._running: RunningProof | None = None
@@ -28,7 +33,7 @@ class ProofOfRun:
     def begin(self) -> RunningProof:
         """Start it, unless it runs already."""
         if self._running is None:
-            self._running = RunningProof(self.request)
+            self._running = RunningProof(self.request, self._session.take_proof_process())
         return self._running
 
     @property
@@ -39,20 +44,15 @@ class ProofOfRun:
     def close(self) -> None:
         """End its process, if there is one."""
         if self._running is not None:
-            self._running.end()
+            self._running.close()
 
     def begin_if_there_is_room(self) -> None:
-        """Begin it now, beside this process's work, where memory allows two bases."""
-        if _has_room_for_two_bases():
+        """Begin it now, where two bases need no more memory than training did."""
+        base = self._session.base
+        if base is None or base.training_peak == 0:
+            return
+        if base.evaluation_peak + base.frozen_bytes() <= base.training_peak:
             self.begin()
-
-
-def _has_room_for_two_bases() -> bool:
-    """Whether this process's base and a second one need no more memory than training did."""
-    base = get_kept_base()
-    if base is None or base.training_peak == 0:
-        return False
-    return base.evaluation_peak + base.frozen_bytes() <= base.training_peak
 
 
 def _make_request(

@@ -1,16 +1,13 @@
-"""The base model with an adapter attached: loaded once, and kept from step to step of a run.
+"""The base model with an adapter attached, and what proves that it is still what was loaded.
 
-What is judged is still what is on disk: adapters are read into the base from their files. That the
-base in memory is still the base is proven by `checksum_frozen_tensors`, taken when it was loaded
-and again whenever it is handed on; where it differs, the base is loaded anew.
+Adapters are read into the base from their files. A `Session` keeps it from step to step of a run:
+`checksum_frozen_tensors` is taken when it was loaded and again whenever it is handed on.
 """
 
 from __future__ import annotations
 
 import threading
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,84 +76,16 @@ class BaseWithAdapter:
         return sum(array.nbytes for array in frozen_tensors(self.model).values())
 
 
-_kept: BaseWithAdapter | None = None
-_is_keeping = False
-
-
-@contextmanager
-def keeping_base() -> Iterator[None]:
-    """Within the block, keep the base that `load_base_with_adapter` loaded last for the next."""
-    global _is_keeping
-    was_keeping = _is_keeping
-    _is_keeping = True
-    try:
-        yield
-    finally:
-        _is_keeping = was_keeping
-        if not was_keeping:
-            release_kept_base()
-
-
-def get_kept_base() -> BaseWithAdapter | None:
-    """The base that is kept, if one is."""
-    return _kept
-
-
-def release_kept_base() -> None:
-    """Let go of the base that is kept, if one is, and of the device's memory that it had."""
-    global _kept
-    if _kept is not None:
-        _kept = None
-        mx.clear_cache()
-
-
 def load_base_with_adapter(
-    config: FineTuneConfig, *, shares_layers: bool = False
+    config: FineTuneConfig, *, as_stored: bool = False, shares_layers: bool = False
 ) -> BaseWithAdapter:
-    """The base, at the run's precision, with a fresh adapter attached.
-
-    Within `keeping_base` it is the one that this thread loaded before, if that was of the same
-    files, in the same way, and each of its frozen tensors has the bits that it had then. A base
-    that training changes, under `full`, is loaded anew each time. With `shares_layers` it is good
-    for compiling kernels alone (`base_model.share_layers`), as are those that are kept after it.
-    """
-    global _kept
-    if not _is_keeping or config.fine_tune_type == "full":
-        return _load(config, as_stored=False)
-    description = _describe(config)
-    if _kept is not None and _kept.description == description:
-        if checksum_frozen_tensors(_kept.model) == _kept.checksums:
-            _kept.restore_state()
-            return _kept
-        warnings.warn(
-            f"The base model {_kept.folder} that this process holds is no longer what was loaded: "
-            f"memory or a program changed it. It is loaded anew; train again if this is repeated.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    release_kept_base()
-    loaded = _load(config, as_stored=False, shares_layers=shares_layers)
-    loaded.description = description
-    loaded.checksums = checksum_frozen_tensors(loaded.model)
-    loaded.note_state()
-    _kept = loaded
-    return loaded
-
-
-def load_changeable_base(config: FineTuneConfig) -> BaseWithAdapter:
-    """A base of the caller's own, as it is stored, with a fresh adapter attached."""
-    return _load(config, as_stored=True)
-
-
-def _load(
-    config: FineTuneConfig, *, as_stored: bool, shares_layers: bool = False
-) -> BaseWithAdapter:
+    """A base of the caller's own, at the run's precision or as it is stored, with fresh adapter."""
     model, tokenizer = load_base_model(config, as_stored=as_stored, shares_layers=shares_layers)
     parameters = attach_adapter(model, config)
     return BaseWithAdapter(model, tokenizer, parameters, find_model_folder(config.model))
 
 
-def _describe(config: FineTuneConfig) -> object:
+def describe_base(config: FineTuneConfig) -> object:
     """All that a base with a fresh adapter follows from; arrays belong to a thread as well."""
     folder = find_model_folder(config.model)
     return (

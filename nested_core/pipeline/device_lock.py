@@ -17,7 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from nested_core import backend
-from nested_core.models.kept_base import release_kept_base
+from nested_core.models.session import Session
 from nested_core.storage.lock_file import OnBusy, exclusive_lock_with_holder_id, read_holder
 from nested_core.storage.strict_files import private_user_folder
 
@@ -29,18 +29,21 @@ OnWait = Callable[[str], None]
 
 
 @contextmanager
-def locking_devices(on_wait: OnWait | None = None, processes: int = 1) -> Iterator[None]:
+def locking_devices(
+    on_wait: OnWait | None = None, processes: int = 1, session: Session | None = None
+) -> Iterator[None]:
     """Hold this process's GPU, or one for each of several processes, while the block runs.
 
     Waits for another process that holds one; `on_wait` is then called, once a device, with a line
-    that names that process. Several devices are always taken in the same order, so that two runs
-    never wait for each other. When the block ends, memory that MLX keeps for reuse is freed.
+    that names that process, and the session's base is let go. Several devices are always taken in
+    the same order, so that two runs never wait for each other. When the block ends, memory that MLX
+    keeps for reuse is freed.
     """
     devices = sorted(device_names(processes))
     with ExitStack() as stack:
         for device in devices:
             path = lock_path(device)
-            on_busy = _report_once(device, path, on_wait)
+            on_busy = _report_once(device, path, on_wait, session)
             stack.enter_context(exclusive_lock_with_holder_id(path, mode=0o600, on_busy=on_busy))
         try:
             yield
@@ -75,14 +78,17 @@ def lock_path(device: str) -> Path:
     return folder / f"device-{hashlib.sha256(device.encode()).hexdigest()[:16]}.lock"
 
 
-def _report_once(device: str, path: Path, on_wait: OnWait | None) -> OnBusy:
+def _report_once(
+    device: str, path: Path, on_wait: OnWait | None, session: Session | None
+) -> OnBusy:
     """What calls `on_wait` the first time that the device is found locked, and waits a little."""
     has_reported = False
 
     def on_busy() -> None:
         """Say who has the device, once, and wait until the next try."""
         nonlocal has_reported
-        release_kept_base()  # its memory is the other process's to use
+        if session is not None:
+            session.release_base()  # its memory is the other process's to use
         if on_wait is not None and not has_reported:
             holder = read_holder(path) or "unknown"
             on_wait(f"device {device} is in use by process {holder}: waiting until it is free")

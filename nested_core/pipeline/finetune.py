@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, GateRejected, NestedTuneError
-from nested_core.gate.fresh_process_check import ending_waiting_process
-from nested_core.models.kept_base import keeping_base
+from nested_core.models.session import Session
 from nested_core.pipeline.continual import (
     champion_or_none,
     champion_trained_alike,
@@ -139,23 +138,24 @@ def finetune(
         with (
             attaching_verdict_at_end(config, run),
             writing_report_at_end(run),
-            keeping_base(),
-            ending_waiting_process(),
+            Session() as session,
         ):
-            return _finetune_locked(config, run, hooks)
+            return _finetune_locked(config, run, hooks, session)
 
 
-def _finetune_locked(config: FineTuneConfig, run: RunDirectory, hooks: Steps) -> FinetuneResult:
+def _finetune_locked(
+    config: FineTuneConfig, run: RunDirectory, hooks: Steps, session: Session
+) -> FinetuneResult:
     hooks.validate(config, run)
     unchanged = champion_trained_alike(config, run)
     if unchanged is not None:
         return FinetuneResult(run, unchanged_since=unchanged)
-    with compiling_first_kernels(config, run, hooks.on_message):
-        hooks.load(config, run)
+    with compiling_first_kernels(config, run, hooks.on_message, session):
+        hooks.load(config, run, session)
         require_room_for_checkpoints(config, run)
-        training = hooks.train(config, run)
-    verdict = _judge(config, run, hooks)
-    test_loss = hooks.measure_test(config, run) if config.test else None
+        training = hooks.train(config, run, session)
+    verdict = _judge(config, run, hooks, session)
+    test_loss = hooks.measure_test(config, run, session) if config.test else None
     version = None
     promotion = None
     kept = None
@@ -180,7 +180,7 @@ def _finetune_locked(config: FineTuneConfig, run: RunDirectory, hooks: Steps) ->
     )
 
 
-def _judge(config: FineTuneConfig, run: RunDirectory, hooks: Steps) -> Verdict:
+def _judge(config: FineTuneConfig, run: RunDirectory, hooks: Steps, session: Session) -> Verdict:
     """Judge, and once more where another version became champion meanwhile.
 
     A verdict that rejects what is registered already is kept beside the version: it counts.
@@ -188,7 +188,7 @@ def _judge(config: FineTuneConfig, run: RunDirectory, hooks: Steps) -> Verdict:
     champion = _current_champion(config)
     try:
         try:
-            verdict = hooks.judge(config, run)
+            verdict = hooks.judge(config, run, session)
             has_moved = _current_champion(config) not in (verdict.rival, verdict.trained.digest)
         except (NestedTuneError, OSError) as error:
             # A gc may have taken the former champion while the gate was reading it.
@@ -197,7 +197,7 @@ def _judge(config: FineTuneConfig, run: RunDirectory, hooks: Steps) -> Verdict:
                 raise
         if has_moved:
             hooks.on_message("the champion changed while the gate was at work: judging once more")
-            verdict = hooks.judge(config, run)
+            verdict = hooks.judge(config, run, session)
     except GateRejected:
         record_rejection(config, run)
         raise

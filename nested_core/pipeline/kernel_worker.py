@@ -1,14 +1,13 @@
-"""Compiles the kernels of one part of a run: `python -m nested_core.pipeline.kernel_worker`.
+"""Compiles the kernels of one part of a run, in a process of its own (`first_kernels`).
 
-Its words are the part and a run directory that is thrown away, with configuration and dataset.json.
-It computes as the run will, on a base whose layers share their weights, so that it needs little
-memory. Nothing that it computes is used: the kernels that MLX compiled for it are, which are
-recorded when it ends.
+A request names the part and a run directory that is thrown away, with configuration and
+dataset.json. It computes as the run will, on a base whose layers share their weights, so that it
+needs little memory. Nothing that it computes is used: the kernels that MLX compiled for it are,
+which are recorded when it ends.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
@@ -20,6 +19,7 @@ from nested_core.errors import TrainingStopped
 
 if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
+    from nested_core.models.session import Session
     from nested_core.optim.gradients import Flat
     from nested_core.storage.run_directory import RunDirectory
     from nested_core.training.train_step import TrainStep
@@ -28,26 +28,26 @@ if TYPE_CHECKING:
 TOKENS_OF_ANSWER = 4
 
 
-def main(part: str, folder: str) -> None:
+def answer(request: dict[str, str]) -> None:
     """Prepare this process, and compute the part; the errors are those of the run itself."""
     backend.prepare()
     backend.hide_torch_from_transformers()
-    compute_part(part, Path(folder))
+    compute_part(request["part"], Path(request["folder"]))
 
 
 def compute_part(part: str, folder: Path) -> None:
     """Compute a part of the run of a folder."""
     from nested_core.config.resume import read_run_config
-    from nested_core.models.kept_base import keeping_base, load_base_with_adapter
+    from nested_core.models.session import Session
     from nested_core.pipeline import steps
     from nested_core.storage.run_directory import RunDirectory
 
     run = RunDirectory(folder)
     config = read_run_config(run)
-    with run.locked(), keeping_base():
-        load_base_with_adapter(config, shares_layers=True)
-        steps.write_initial_adapter(config, run)
-        PART_FUNCTIONS[part](config, run)
+    with run.locked(), Session() as session:
+        session.load_base(config, shares_layers=True)
+        steps.write_initial_adapter(config, run, session)
+        PART_FUNCTIONS[part](config, run, session)
 
 
 class _NoStep:
@@ -76,14 +76,16 @@ class _NoStep:
 
 
 def _train(
-    config: FineTuneConfig, run: RunDirectory, compute: Callable[[Trainer], None] | None = None
+    config: FineTuneConfig,
+    run: RunDirectory,
+    session: Session,
+    compute: Callable[[Trainer], None] | None = None,
 ) -> None:
     from nested_core.pipeline import steps
-    from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD
 
     part = _NoStep(compute)
     with suppress(TrainingStopped):
-        steps.train_model(config, run, SINGLE_PROCESS_WORLD, part, part.on_start)
+        steps.train_model(config, run, part, part.on_start, session=session)
 
 
 def compute_gradients(trainer: Trainer) -> None:
@@ -135,7 +137,7 @@ def _due_parameters(step: TrainStep, due: tuple[int, ...]) -> Flat:
     return {key: value for key, value in step.packed.parameters.items() if key in keys}
 
 
-def answer(config: FineTuneConfig, run: RunDirectory) -> None:
+def compute_answers(config: FineTuneConfig, run: RunDirectory, session: Session) -> None:
     """The gate's losses, and answers of the base as the gate and as plain mlx_lm gives them."""
     import mlx.core as mx
     from mlx_lm import load
@@ -151,7 +153,7 @@ def answer(config: FineTuneConfig, run: RunDirectory) -> None:
 
     _, splits = load_run_data(config)
     prompts = choose_prompts(splits)
-    base = LoadedBase.load(config)
+    base = LoadedBase.load(config, session)
     adapter = load_arrays(run.initial / WEIGHTS_NAME)
     split = splits["valid"] if len(splits.get("valid", ())) else splits["train"]
     base.compare_predictions([adapter, adapter], split, max_batches=1)
@@ -171,13 +173,9 @@ def answer(config: FineTuneConfig, run: RunDirectory) -> None:
         list(generate_step(mx.array(list(prompt)), plain, max_tokens=TOKENS_OF_ANSWER))
 
 
-PART_FUNCTIONS: dict[str, Callable[[FineTuneConfig, RunDirectory], None]] = {
+PART_FUNCTIONS: dict[str, Callable[[FineTuneConfig, RunDirectory, Session], None]] = {
     "evaluation": _train,
     "gradients": partial(_train, compute=compute_gradients),
     "updates": partial(_train, compute=compute_updates),
-    "answers": answer,
+    "answers": compute_answers,
 }
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
-from nested_core.gate.answers.answer_cache import open_user_answer_cache
+from nested_core.gate.answers.answer_cache import answer_cache
 from nested_core.gate.answers.suite_answers import read_suites
 from nested_core.models.base_model import require_folder_or_hub_name
 from nested_core.pipeline.launch.mlx_launch import count_ranks
@@ -47,7 +47,7 @@ def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:
     if config.registry.path is not None:
         require_usable_registry(*registry_location(config.registry))
     if read_suites(config.gate):
-        open_user_answer_cache().require_usable()
+        answer_cache().require_usable()
     require_writable_place(run.path, "a run directory", "--run-dir or run_dir")
     if adapter_folder is not None:
         make_adapter_folder(adapter_folder)

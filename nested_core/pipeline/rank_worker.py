@@ -23,6 +23,7 @@ from nested_core import backend
 from nested_core.config.resume import read_run_config
 from nested_core.errors import NestedTuneError, TrainingStopped
 from nested_core.pipeline.launch.mlx_launch import MESSAGE_PREFIX, rank_device
+from nested_core.process.child_main import describe_error
 
 
 def main(run_dir: str, ranks: str) -> int:
@@ -74,9 +75,8 @@ def _silence_warnings() -> None:
 
 
 def _send_end(rank: int, error: BaseException | None, code: int) -> int:
-    name = None if error is None else type(error).__name__
-    number = error.errno if isinstance(error, OSError) else None
-    send_message("end", rank=rank, error=name, message=str(error), errno=number)
+    described = None if error is None else describe_error(error)
+    send_message("end", rank=rank, error=described)
     return code
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
+from nested_core.models.session import Session
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import describe_starting_adapter
 from nested_core.pipeline.publishing import register_run
@@ -23,7 +24,10 @@ from nested_core.text.loss_format import format_loss
 
 
 class Steps:
-    """The steps of `finetune`, and what its caller is told: override what is to be otherwise."""
+    """The steps of `finetune`, and what its caller is told: override what is to be otherwise.
+
+    `session` holds what a step leaves in memory for the next, such as the base model.
+    """
 
     def on_message(self, message: str) -> None:
         """Called with a line for a person: warnings about the data, what training starts from."""
@@ -61,13 +65,13 @@ class Steps:
         if warnings := report.describe_warnings():
             self.on_message(warnings)
 
-    def load(self, config: FineTuneConfig, run: RunDirectory) -> None:
+    def load(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> None:
         """Write the initial adapter and the tier of each tensor."""
-        steps.write_initial_adapter_and_tiers(config, run, on_wait=self.on_message)
+        steps.write_initial_adapter_and_tiers(config, run, self.on_message, session=session)
         if note := describe_starting_adapter(config, run):
             self.on_message(note)
 
-    def train(self, config: FineTuneConfig, run: RunDirectory) -> TrainResult:
+    def train(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> TrainResult:
         """Train to the end; TrainingStopped where somebody asked to stop."""
 
         def begin(trainer: Any) -> None:
@@ -75,15 +79,16 @@ class Steps:
             trainer.on_step = self.on_step
             self.on_training_start(trainer)
 
-        return steps.train(config, run, _ReportCallback(self), begin, self.on_message)
+        callback = _ReportCallback(self)
+        return steps.train(config, run, callback, begin, self.on_message, session=session)
 
-    def judge(self, config: FineTuneConfig, run: RunDirectory) -> Verdict:
+    def judge(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Verdict:
         """Judge the adapter; GateRejected where it does not pass."""
-        return steps.judge(config, run, on_wait=self.on_message)
+        return steps.judge(config, run, self.on_message, session=session)
 
-    def measure_test(self, config: FineTuneConfig, run: RunDirectory) -> float:
+    def measure_test(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> float:
         """The loss of the judged adapter on test.jsonl."""
-        return steps.measure_test(config, run, on_wait=self.on_message)
+        return steps.measure_test(config, run, self.on_message, session=session)
 
     def register(self, config: FineTuneConfig, run: RunDirectory, champion: str | None) -> str:
         """Add the adapter to the registry; return its version."""
@@ -160,10 +165,10 @@ class ShownProgress(Steps):
             parts.append(f"about {format_clock(left)} left")
         self._rewrite(", ".join(parts), is_last=step == steps)
 
-    def judge(self, config: FineTuneConfig, run: RunDirectory) -> Verdict:
+    def judge(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Verdict:
         """Judge, and show the verdict with what has to be known beside it."""
         self._rewrite("gate: judging the adapter ...", is_last=True)
-        verdict = super().judge(config, run)
+        verdict = super().judge(config, run, session)
         for line in (verdict.summary(), *verdict.notes()):
             self.on_message(line)
         return verdict

@@ -35,7 +35,7 @@ from nested_core.gate.answers.suite_answers import (
     read_suites,
     record_or_compare_suites,
 )
-from nested_core.gate.fresh_process_check import start_fresh_process
+from nested_core.gate.fresh_process_check import start_proof_process
 from nested_core.gate.held_out_loss import measure_test_loss as test_loss
 from nested_core.gate.held_out_loss import (
     read_held_out_examples,
@@ -52,21 +52,17 @@ from nested_core.models.base_model import (
     fingerprint_base_model,
     model_compute_dtype,
 )
-from nested_core.models.kept_base import (
-    BaseWithAdapter,
-    load_base_with_adapter,
-    load_changeable_base,
-)
+from nested_core.models.kept_base import BaseWithAdapter, load_base_with_adapter
 from nested_core.models.lora_attachment import (
     load_adapter_tensors,
     make_adapter_config,
     read_adapter_file,
 )
 from nested_core.models.parameters import trainable_parameters
+from nested_core.models.session import Session
 from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_adapter
 from nested_core.pipeline.device_lock import OnWait, locking_devices
-from nested_core.pipeline.launch.first_kernels import await_first_kernels
 from nested_core.pipeline.launch.mlx_launch import count_ranks
 from nested_core.pipeline.launch.rank_group import train_in_ranks
 from nested_core.records.answers import write_answers
@@ -165,7 +161,11 @@ def require_held_out_examples(config: FineTuneConfig, run: RunDirectory) -> None
 
 
 def write_initial_adapter_and_tiers(
-    config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = None
+    config: FineTuneConfig,
+    run: RunDirectory,
+    on_wait: OnWait | None = None,
+    *,
+    session: Session | None = None,
 ) -> None:
     """Write the initial adapter and the tier of each tensor.
 
@@ -174,13 +174,14 @@ def write_initial_adapter_and_tiers(
     """
     if run.initial.exists() and run.tiers.exists():
         return
-    with locking_devices(on_wait):
-        write_initial_adapter(config, run)
+    session = session or Session()
+    with locking_devices(on_wait, session=session):
+        write_initial_adapter(config, run, session)
 
 
-def write_initial_adapter(config: FineTuneConfig, run: RunDirectory) -> None:
+def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Session) -> None:
     """Write both, whatever is there; the caller holds the device."""
-    loaded = _load_base_for_initial_adapter(config)
+    loaded = _load_base_for_initial_adapter(config, session)
     model, base = loaded.model, loaded.folder
     if config.resume_adapter_file is not None:
         load_adapter_tensors(model, read_adapter_file(Path(config.resume_adapter_file), base))
@@ -195,7 +196,7 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory) -> None:
     write_json(run.tiers, tiers.to_json())
 
 
-def _load_base_for_initial_adapter(config: FineTuneConfig) -> BaseWithAdapter:
+def _load_base_for_initial_adapter(config: FineTuneConfig, session: Session) -> BaseWithAdapter:
     """The base that training uses too, where its precision shows in nothing that is written.
 
     Fresh LoRA factors do not depend on the base's values. DoRA's magnitudes, weights under `full`
@@ -204,8 +205,8 @@ def _load_base_for_initial_adapter(config: FineTuneConfig) -> BaseWithAdapter:
     is_as_stored = model_compute_dtype(config) is None
     depends = config.nested.strategy == "parameter_importance" or config.fine_tune_type != "lora"
     if count_ranks(config) > 1 or (depends and not is_as_stored):
-        return load_changeable_base(config)
-    return load_base_with_adapter(config)
+        return load_base_with_adapter(config, as_stored=True)
+    return session.load_base(config)
 
 
 def _assign_tiers(config: FineTuneConfig, model: Any) -> TierMap:
@@ -222,6 +223,8 @@ def train(
     callback: TrainingCallback | None = None,
     on_start: Callable[[Any], None] | None = None,
     on_wait: OnWait | None = None,
+    *,
+    session: Session | None = None,
 ) -> TrainResult:
     """Train from the initial adapter, or from the last sound checkpoint, to the end.
 
@@ -240,11 +243,11 @@ def train(
             return result
     ranks = count_ranks(config)
     with (
-        locking_devices(on_wait, ranks),
+        locking_devices(on_wait, ranks, session),
         reporting_to_services(config, run, callback) as callbacks,
     ):
         if ranks == 1:
-            trainer = train_model(config, run, SINGLE_PROCESS_WORLD, callbacks, on_start)
+            trainer = train_model(config, run, callbacks, on_start, session=session)
             return _publish_result(run, trainer)
         train_in_ranks(config, run, ranks, callbacks, on_start)
         return read_result(run.result)
@@ -258,7 +261,7 @@ def train_as_rank(
     on_start: Callable[[Trainer], None],
 ) -> None:
     """`train` in one of several processes; the main one reports and writes the result."""
-    trainer = train_model(config, run, world, callback, on_start)
+    trainer = train_model(config, run, callback, on_start, world=world)
     if world.is_main:
         _publish_result(run, trainer)
 
@@ -266,12 +269,14 @@ def train_as_rank(
 def train_model(
     config: FineTuneConfig,
     run: RunDirectory,
-    world: World,
     callback: TrainingCallback | None,
     on_start: Callable[[Any], None] | None,
+    *,
+    session: Session | None = None,
+    world: World = SINGLE_PROCESS_WORLD,
 ) -> Trainer:
     """Train in this process, which holds the device; return the trainer at its end."""
-    base = load_base_with_adapter(config)
+    base = (session or Session()).load_base(config)
     model = base.model
     report, splits = load_run_data(config)
     require_validated_data(run, report)
@@ -280,7 +285,8 @@ def train_model(
         config, run, model, splits, tokenizer=base.tokenizer, callback=callback, world=world
     )
     trainer = Trainer(setup)
-    trainer.on_near_end = start_fresh_process if world.is_single_process else None
+    if session is not None:
+        trainer.on_near_end = lambda: session.keep_proof_process(start_proof_process)
     trainer.resume()
     if world.is_main:
         run.require_lock()
@@ -290,7 +296,8 @@ def train_model(
         write_plan(run.plan, _make_plan(trainer, report, read_plan(run.plan)))
     if on_start is not None:
         on_start(trainer)
-    await_first_kernels(lambda: trainer.stop_requested or run.stop_request.exists())
+    if session is not None and session.await_kernels is not None:
+        session.await_kernels(lambda: trainer.stop_requested or run.stop_request.exists())
     trainer.train()
     base.evaluation_peak = trainer.evaluation_peak
     base.training_peak = mx.get_peak_memory()
@@ -359,15 +366,22 @@ def _publish_result(run: RunDirectory, trainer: Trainer) -> TrainResult:
     return result
 
 
-def judge(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = None) -> Verdict:
+def judge(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    on_wait: OnWait | None = None,
+    *,
+    session: Session | None = None,
+) -> Verdict:
     """Judge the run's adapter and write gate.json; GateRejected where it did not pass.
 
     Holds the device meanwhile: the gate loads the base model, and so does the process of its proof.
     What fails for the machine is an error to try again, and nothing is written.
     """
-    with locking_devices(on_wait):
+    session = session or Session()
+    with locking_devices(on_wait, session=session):
         try:
-            judged = make_checks_of_run(config, run)
+            judged = make_checks_of_run(config, run, session)
         except (MemoryError, RuntimeError) as error:  # MLX's own, for memory, files and compilers
             raise NestedTuneError(
                 f"The gate could not compute with {run.adapter}, and gives no verdict: {error}. "
@@ -403,7 +417,14 @@ def _write_verdict(judged: JudgedRun) -> None:
     write_verdict(run.path, judged.verdict, entries)
 
 
-def measure_test(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = None) -> float:
+def measure_test(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    on_wait: OnWait | None = None,
+    *,
+    session: Session | None = None,
+) -> float:
     """Mean loss of the run's adapter on test.jsonl, in nats a supervised token, for `test`."""
-    with locking_devices(on_wait):
-        return test_loss(config, run)
+    session = session or Session()
+    with locking_devices(on_wait, session=session):
+        return test_loss(config, run, session)

@@ -26,9 +26,9 @@ from importlib import metadata
 from pathlib import Path
 
 from nested_core.errors import ConfigError
+from nested_core.storage.user_cache import UserCache, cache_folder
 
 KERNELS_FOLDER_VARIABLE = "NESTED_TUNE_KERNELS"
-CACHE_VARIABLE = "NESTED_TUNE_CACHE"
 # The TMPDIR that the user had, for child processes: theirs is the kernel folder of their parent.
 USER_TMPDIR_VARIABLE = "NESTED_TUNE_TMPDIR"
 PROCESS_FOLDER_PREFIX = "nested-tune-kernels-"
@@ -40,7 +40,6 @@ UNFINISHED_NAME = ".copy"  # of a kernel that is copied
 RECORDED_FOLDER_NAME = "recorded"
 NAMES_SUFFIX = ".txt"  # of the file in which MLX lists a CUDA program's kernels, beside its .ptx
 NVIDIA_GPUS_FOLDER = Path("/proc/driver/nvidia/gpus")
-OTHERS_WRITE_BITS = stat.S_IWGRP | stat.S_IWOTH
 # Of a 64-bit ELF header: where the section headers begin (8 bytes), their size and number (2 each).
 ELF_SECTION_TABLE_OFFSET = slice(0x28, 0x30)
 ELF_SECTION_HEADER_SIZE = slice(0x3A, 0x3C)
@@ -131,20 +130,20 @@ def open_kernel_store_folder() -> Path:
     """
     given = os.environ.get(KERNELS_FOLDER_VARIABLE)
     root = Path(given) if given else cache_folder() / "kernels"
-    root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = root / _machine_type()
-    for directory in (root, folder):
-        directory.mkdir(mode=0o700, exist_ok=True)
-        _refuse_unsafe_folder(directory)
+    danger = "have this process run their code"
+    for place in (root, folder):
+        is_link = place.is_symlink()
+        if not is_link:
+            store = UserCache(place, "MLX's kernels", danger, KERNELS_FOLDER_VARIABLE)
+            store.require_usable()
+        if is_link or os.statvfs(place).f_flag & os.ST_NOEXEC:
+            problem = "is a link" if is_link else "is mounted noexec"
+            raise ConfigError(
+                f"{place}, where MLX's kernels are kept, {problem}. Set {KERNELS_FOLDER_VARIABLE} "
+                f"to a folder that is yours alone."
+            )
     return folder
-
-
-def cache_folder() -> Path:
-    """$NESTED_TUNE_CACHE, else nested-tune in $XDG_CACHE_HOME or ~/.cache."""
-    given = os.environ.get(CACHE_VARIABLE)
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nested-tune"
 
 
 def _machine_type() -> str:
@@ -155,30 +154,6 @@ def _machine_type() -> str:
     if gpus:
         words.append(hashlib.sha256(b"".join(gpus)).hexdigest()[:8])
     return "-".join(words).replace(" ", "-")
-
-
-def _refuse_unsafe_folder(folder: Path) -> None:
-    """Whoever else can write there, or in the folder above it, could have us load their code."""
-    own, above = folder.lstat(), folder.parent.stat()
-    is_sticky = bool(above.st_mode & stat.S_ISVTX)
-    if not stat.S_ISDIR(own.st_mode):
-        problem = "is a link or no folder"
-    elif own.st_uid != os.getuid():
-        problem = "belongs to another user"
-    elif own.st_mode & OTHERS_WRITE_BITS or (above.st_mode & stat.S_IWOTH and not is_sticky):
-        problem = "can be written or replaced by others"
-    elif above.st_uid not in (0, os.getuid()):
-        problem = "lies in another user's folder"
-    elif os.statvfs(folder).f_flag & os.ST_NOEXEC:
-        problem = "is mounted noexec"
-    else:
-        folder.chmod(0o700)
-        return
-    raise ConfigError(
-        f"{folder}, where the kernels that MLX compiles are kept, {problem}: code from there would "
-        f"run in this process. Remove it, or set {KERNELS_FOLDER_VARIABLE} to a folder that is "
-        "yours alone."
-    )
 
 
 class KernelStore:

@@ -8,9 +8,9 @@ changes below the file system, such as a disk that loses bits, is not seen until
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +19,12 @@ from pathlib import Path
 
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.atomic import write_bytes
-from nested_core.storage.compiled_kernels import cache_folder
-from nested_core.storage.private_folder import make_folder_only_user_may_write
-from nested_core.storage.strict_files import open_regular, parse_json, read_start, regular_sha256
+from nested_core.storage.strict_files import open_regular, read_start, regular_sha256
+from nested_core.storage.user_cache import UserCache, cache_folder
 
-FOLDER_NAME = "hashes"
 MIN_FILE_AGE_TO_KEEP_HASH = 2.0
-MAX_ENTRY_BYTES = 4096
+HASH_PATTERN = re.compile("[0-9a-f]{64}")
+MAX_ENTRY_BYTES = 64
 MAX_THREADS = 8
 
 
@@ -36,22 +35,29 @@ def cached_sha256(paths: Sequence[Path], *, max_age: float = math.inf) -> list[s
     written, or that others may write to, only costs time. Raises DamagedError for what is no
     regular file, and OSError.
     """
-    folder = _private_cache_folder()
+    cache: UserCache | None = None
+    with suppress(ConfigError, OSError, RuntimeError):  # RuntimeError: there is no home
+        folder = cache_folder() / "hashes"
+        danger = "pass another base model as the one of a training"
+        user_cache = UserCache(folder, "hashes", danger)
+        user_cache.require_usable()
+        cache = user_cache
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda path: _hash_file(path, folder, max_age), paths))
+        return list(pool.map(lambda path: _hash_file(path, cache, max_age), paths))
 
 
-def _hash_file(path: Path, folder: Path | None, max_age: float) -> str:
+def _hash_file(path: Path, cache: UserCache | None, max_age: float) -> str:
     before = _file_identity(path)
-    entry = None if folder is None else folder / f"{before['device']:x}-{before['inode']:x}.json"
-    known = None if entry is None else _read_entry(entry, before, max_age)
+    entry = None if cache is None else cache.entry(before)
+    known = None if entry is None else _read_entry(entry, max_age)
     if known is not None:
         return known
     is_settled = time.time() - before["ctime_ns"] / 1e9 > MIN_FILE_AGE_TO_KEEP_HASH
     digest = regular_sha256(path, follow_links=True)
-    if entry is not None and is_settled and _file_identity(path) == before:
+    if cache is not None and entry is not None and is_settled and _file_identity(path) == before:
         with suppress(OSError):
-            write_bytes(entry, json.dumps(before | {"sha256": digest}).encode())
+            cache.remove_unused()
+            write_bytes(entry, digest.encode())
     return digest
 
 
@@ -67,29 +73,14 @@ def _file_identity(path: Path) -> dict[str, int]:
     }
 
 
-def _read_entry(entry: Path, identity: dict[str, int], max_age: float) -> str | None:
-    """The hash in an entry of this user's about the file as it is now; None for any other."""
+def _read_entry(entry: Path, max_age: float) -> str | None:
+    """The hash in an entry of this user's; None for any other."""
     try:
         with open_regular(entry, MAX_ENTRY_BYTES) as (file, size):
             status = os.fstat(file.fileno())
             if status.st_uid != os.getuid() or time.time() - status.st_mtime > max_age:
                 return None
-            fields = parse_json(read_start(file, size, entry))
+            digest = read_start(file, size, entry).decode("ascii")
     except (DamagedError, OSError, ValueError):
         return None
-    if not isinstance(fields, dict) or not isinstance(fields.get("sha256"), str):
-        return None
-    digest: str = fields["sha256"]
-    return digest if fields == identity | {"sha256": digest} else None
-
-
-def _private_cache_folder() -> Path | None:
-    """The folder of the entries, made if it is missing; None if it cannot be used safely."""
-    try:
-        folder = cache_folder() / FOLDER_NAME
-        make_folder_only_user_may_write(
-            folder, "hashes", "pass another base model as the one of a training"
-        )
-    except (ConfigError, OSError, RuntimeError):
-        return None
-    return folder
+    return digest if HASH_PATTERN.fullmatch(digest) else None

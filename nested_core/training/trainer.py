@@ -20,12 +20,13 @@ from nested_core.optim.gradients import Flat
 from nested_core.optim.named_updates import apply_flat_updates_to_nested, flatten, verify_updates
 from nested_core.optim.tier_counters import COUNTERS_KEY, TierStats
 from nested_core.storage.checkpoint import Checkpoint, latest_checkpoint
+from nested_core.training.due_parts import Reporter, Saver, Validation, restore_random_key
 from nested_core.training.evaluation import EvaluationInterrupted, Evaluator
 from nested_core.training.memory.memory_plan import plan_memory
 from nested_core.training.memory.model_footprint import compute_footprint
 from nested_core.training.nonfinite_watch import NonfiniteStepWatch
 from nested_core.training.parameter_packing import unflatten_names
-from nested_core.training.run_recorder import RunRecorder, restore_random_key
+from nested_core.training.schedule.step_schedule import passes_multiple
 from nested_core.training.train_step import StepResult, TrainStep
 from nested_core.training.training_checks import UpdateCheck, warn_of_lost_updates
 from nested_core.training.training_setup import TrainingSetup
@@ -91,7 +92,9 @@ class Trainer:
             is_stop_requested=self._any_rank_requests_stop,
             world=setup.world,
         )
-        self._recorder = RunRecorder(setup, evaluator)
+        self._reporter = Reporter(setup)
+        self._validation = Validation(setup, evaluator)
+        self._saver = Saver(setup, self._reporter.window, evaluator)
         self._update_check = UpdateCheck(setup)
         self._divergence_watch = NonfiniteStepWatch(
             setup.config.training.max_nonfinite_steps, setup.config.learning_rate
@@ -101,16 +104,6 @@ class Trainer:
     def current_step(self) -> int:
         """Optimizer steps done."""
         return self.state.step
-
-    @property
-    def current_train_loss(self) -> float | None:
-        """The training loss of the last report."""
-        return self.state.train_loss
-
-    @property
-    def current_val_loss(self) -> float | None:
-        """The validation loss of the last evaluation."""
-        return self.state.val_loss
 
     @property
     def steps(self) -> int:
@@ -172,15 +165,25 @@ class Trainer:
                 self.world.require_equal_on_ranks(
                     read_parameters(self.setup.parameters), self.state.step
                 )
-                self._recorder.begin(self.state)
-                self.evaluation_peak = mx.get_peak_memory()
+                self._begin()
                 self._train_steps()
                 if not self.state.ended:
-                    self._finish_training()
+                    self._apply_remaining_gradients()
+                    self.state.ended = True
+                    self._observe(self.state.iteration)
         except EvaluationInterrupted:
             self.state.ended = False
             self._save_and_raise_stopped()
         return self.state
+
+    def _begin(self) -> None:
+        """Open what the parts write to, at the state's step; evaluate what training begins from."""
+        self._reporter.begin(self.state)
+        self._saver.begin(self.state)
+        if self.state.step == 0:
+            self._reporter.write(self.state, 0, self._validation.evaluate(self.state, 0))
+        self._reporter.window.restart_clock()
+        self.evaluation_peak = mx.get_peak_memory()
 
     @contextmanager
     def using_training_layers(self) -> Iterator[None]:
@@ -198,16 +201,13 @@ class Trainer:
         must_stop = self._any_rank_requests_stop()
         near_end = _NearEnd(self.state.step, self.steps, self.on_near_end)
         if not self.state.observed and not self._is_over():  # the last evaluation was interrupted
-            self._record_what_is_due(
-                (self.state.iteration - 1) // every * every, self.state.iteration
-            )
+            self._observe((self.state.iteration - 1) // every * every)
         while not self._is_over():
             if must_stop:
                 self._save_and_raise_stopped()
             first = self.state.iteration
             last = min(first + every, self.step_schedule.iterations)
-            self._evaluate_before_step(train_step, first, last)
-            self._export_snapshots_before_step(train_step, first, last)
+            self._observe_before_step(train_step, first, last)
             result = self._take_step(train_step, first, last)
             if self.on_step is not None:
                 self.on_step(self.state.step, self.steps)
@@ -216,7 +216,7 @@ class Trainer:
             self._divergence_watch.add_step(self.state.step, self.optimizer.state[COUNTERS_KEY])
             self._check_updates(train_step, result, first, is_last=must_stop or self._is_over())
             if not self._is_over():
-                self._record_what_is_due(first, last)
+                self._observe(first)
         self._divergence_watch.finish()
 
     def make_train_step(self) -> TrainStep:
@@ -252,7 +252,7 @@ class Trainer:
             self.state.step = step
         self.state.iteration = last
         self.state.observed = False
-        self._recorder.add_step(self.state, first, result)
+        self._reporter.add_step(self.state, first, result)
         return result
 
     def _sync_model_and_optimizer(self, train_step: TrainStep) -> Flat:
@@ -276,7 +276,8 @@ class Trainer:
         Raises TrainingProcessesDiffer if the ranks are no longer equal.
         """
         events = astuple(self.step_schedule.intervals)
-        is_read = is_last or any(self._has_passed_multiple_since(first, every) for every in events)
+        last = self.state.iteration
+        is_read = is_last or any(passes_multiple(every, first, last) for every in events)
         if not is_read and self._update_check.has_checked_tiers(result.due):
             return
         written = self._sync_model_and_optimizer(train_step)
@@ -285,56 +286,40 @@ class Trainer:
             packing = train_step.packed.packing
             self._update_check.check(self.state, result, packing=packing, written=written)
 
-    def _evaluate_before_step(self, train_step: TrainStep, first: int, last: int) -> None:
-        """Make the evaluations before a step; if one is interrupted, resume repeats them all."""
+    def _observe_before_step(self, train_step: TrainStep, first: int, last: int) -> None:
+        """Evaluate and export what is due within the step [first, last), before it is applied.
+
+        If an evaluation is interrupted, resume repeats them all.
+        """
         reported = self.state.reported
         try:
-            for done in self.step_schedule.evaluations_before_step(first, last):
+            for done in self._validation.due_before_step(first, last):
                 self._sync_model_and_optimizer(train_step)
-                self._recorder.record_what_is_due(self.state, iteration=done, evaluate=True)
+                with self._reporter.window.pausing_clock():
+                    evaluation = self._validation.evaluate(self.state, done)
+                    if evaluation:
+                        self._reporter.write(self.state, done, evaluation)
         except EvaluationInterrupted:
             self.state.reported = reported
             raise
-
-    def _export_snapshots_before_step(self, train_step: TrainStep, first: int, last: int) -> None:
-        """Write the snapshots that are due within a step, which the step does not change yet."""
-        due = self._recorder.snapshots_between(first, last)
-        if due:
+        if snapshots := self._saver.snapshots_due_before_step(first, last):
             self._sync_model_and_optimizer(train_step)
-            self._recorder.export_snapshots(due)
+            self._saver.export_snapshots(snapshots)
 
-    def _record_what_is_due(self, first: int, last: int) -> None:
-        """Report, evaluate and save what is due after the step [first, last)."""
-        intervals = self.step_schedule.intervals
-        is_evaluation = self._has_passed_multiple_since(first, intervals.evaluation)
-        self._recorder.record_what_is_due(
-            self.state,
-            report=last in self.step_schedule.reports_within(first, last),
-            evaluate=self.step_schedule.evaluates_after_step and is_evaluation,
-            save=self._has_passed_multiple_since(first, intervals.save),
-        )
-
-    def _has_passed_multiple_since(self, first: int, every: int) -> bool:
-        """Whether the last step completed a multiple of `every` iterations."""
-        return self.state.iteration // every > first // every
+    def _observe(self, first: int) -> None:
+        """Evaluate, report and save what is due after the step that began at iteration `first`."""
+        with self._reporter.window.pausing_clock():
+            evaluation = self._validation.after_step(self.state, first)
+        with self._reporter.window.pausing_clock():
+            self.state.observed = True
+            self._reporter.after_step(self.state, first, evaluation)
+            self._saver.after_step(self.state, first)
 
     def _is_over(self) -> bool:
         """Whether all iterations are done, or early stopping has run out of patience."""
         has_all_iterations = self.state.iteration >= self.step_schedule.iterations
         patience = self.config.training.early_stop_patience
         return has_all_iterations or is_out_of_patience(self.state, patience)
-
-    def _finish_training(self) -> None:
-        """Apply gradients that are still gathered, evaluate the result, and save it."""
-        self._apply_remaining_gradients()
-        is_evaluated = self.state.evaluated_step == self.state.step and not self.state.flushed
-        self.state.ended = True
-        self._recorder.record_what_is_due(
-            self.state,
-            report=self._recorder.window.is_open,
-            evaluate=self.step_schedule.evaluates_after_step and not is_evaluated,
-            save=True,
-        )
 
     def _apply_remaining_gradients(self) -> None:
         """Apply the gradients that slow tiers have gathered since they were last due."""
@@ -372,7 +357,7 @@ class Trainer:
     def _save_and_raise_stopped(self) -> None:
         """Save, and raise TrainingStopped."""
         if self.state.step > 0:
-            self._recorder.save_checkpoint(self.state)
+            self._saver.save(self.state)
         self.setup.run.stop_request.unlink(missing_ok=True)
         raise TrainingStopped(
             f"Training was stopped at step {self.state.step} of {self.steps}.",

@@ -54,7 +54,7 @@ class Saboteur:
     def __init__(self, case: Case, trained: tuple[RunDirectory, RunDirectory]) -> None:
         self._case, self._trained = case, trained
 
-    def __call__(self, config: FineTuneConfig, run_dir: Path, watch: object) -> None:
+    def __call__(self, config: FineTuneConfig, run_dir: Path, *_: object) -> None:
         run, (honest, other) = RunDirectory(run_dir), self._trained
         for name in ("checkpoints", "adapter"):
             shutil.copytree(honest.path / name, run.path / name)

@@ -12,6 +12,7 @@ from flows.terminal.console import ProgressLine, _wrap, print_table
 from flows.terminal.run_follower import RunFollower, showing_run
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.reports.metrics_file import append_metrics, read_metrics, truncate_metrics
+from nested_core.training.reports.run_progress import RunProgress
 
 
 @pytest.fixture
@@ -79,12 +80,13 @@ def test_metrics_that_were_cut_back_and_have_grown_since_are_read_from_their_sta
     path = tmp_path / "metrics.jsonl"
     for step in range(5):
         append_metrics(path, {"step": step, "loss": 1.0})
-    watcher = RunFollower(RunDirectory(tmp_path))
+    progress = RunProgress(RunDirectory(tmp_path))
+    progress.read()
     truncate_metrics(path, 1, 9)
     for step in range(2, 20):
         append_metrics(path, {"step": step, "loss": step / 3})
-    watcher._read_progress()
-    assert watcher.view.records == read_metrics(path)
+    progress.read()
+    assert progress.records == read_metrics(path)
 
 
 def test_a_loss_that_is_not_finite_is_said_to_be(

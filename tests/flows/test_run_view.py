@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.cells import cell_len
 
-from flows.terminal.run_view import RunView, draw_bar, draw_curve, draw_screen, format_line
+from flows.terminal.run_view import draw_bar, draw_curve, draw_screen, format_line
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.training.reports.run_progress import RunProgress
 from nested_core.training.reports.training_plan import TrainingPlan, join_last_losses
 
 PLAN = TrainingPlan(
@@ -40,9 +43,14 @@ RECORDS = [
 ]
 
 
-def view_of(*records: dict[str, Any]) -> RunView:
-    return RunView(
-        "runs/one", PLAN, list(records), seconds=12.0, reported_at=10.0, first_report=(100, 5.0)
+def view_of(*records: dict[str, Any]) -> RunProgress:
+    return RunProgress(
+        RunDirectory(Path("runs/one")),
+        PLAN,
+        list(records),
+        seconds=12.0,
+        reported_at=10.0,
+        first_report=(100, 5.0),
     )
 
 
@@ -116,7 +124,7 @@ def test_a_line_has_the_losses_with_their_data_the_speed_the_memory_and_the_time
 
 def test_the_time_left_follows_from_the_speed_since_the_first_report() -> None:
     plan = TrainingPlan(**(vars(PLAN) | {"first_step": 25}))
-    view = RunView("runs/one", plan)
+    view = RunProgress(RunDirectory(Path("runs/one")), plan)
     lefts = []
     for record, seconds in zip(RECORDS, (3.0, 3.0, 63.0, 65.0, 67.0), strict=True):
         view.records.append(record)  # the step before the first report is slow
@@ -130,7 +138,9 @@ def test_the_time_left_follows_from_the_speed_since_the_first_report() -> None:
 
 def test_tiers_are_not_told_of_where_all_is_updated_at_each_step() -> None:
     plan = TrainingPlan(**(vars(PLAN) | {"frequencies": (1,)}))
-    view = RunView("runs/one", plan, [report(25, updates=[25], skipped=[0])])
+    view = RunProgress(
+        RunDirectory(Path("runs/one")), plan, [report(25, updates=[25], skipped=[0])]
+    )
     assert view.describe_tiers() == ""
     view.records.append(report(50, updates=[48], skipped=[2]))
     assert view.describe_tiers() == "skipped updates: 2"
@@ -146,7 +156,11 @@ def test_bars_are_filled_in_eighths_of_a_character() -> None:
 
 
 def test_names_of_files_and_suites_are_escaped_on_the_screen() -> None:
-    view = RunView("run", stages=[("asking \x1b[2Jsuite", 0.0)], outcome=["rejected (\x1b[2J)"])
+    view = RunProgress(
+        RunDirectory(Path("run")),
+        stages=[("asking \x1b[2Jsuite", 0.0)],
+        outcome=["rejected (\x1b[2J)"],
+    )
     shown = draw_screen(view, 80, 40).plain
     assert "\x1b" not in shown
     assert shown.count(r"\x1b[2J") == 2

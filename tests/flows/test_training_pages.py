@@ -15,9 +15,13 @@ from prefect import flow, runtime, task
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.training.reports.run_progress import RunProgress
+from nested_core.training.reports.training_plan import TrainingPlan
 from tasks.artifact_client import ArtifactClient
 from tasks.training_progress import TrainingPages
 from tests.example import example_config
+from tests.flows.test_run_view import PLAN
 from tests.prefect_home import DATABASE
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -26,33 +30,21 @@ MOST_ROWS = 20
 MOST_SECONDS = 2.0  # of this process: training goes on while a page waits for the server
 
 
-class Clock:
-    """Time that a test moves."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def replay(artifacts: ArtifactClient, steps: int) -> float:
     """Report every step, and an evaluation in ten, as hours go by; the pages' processor time."""
-    clock = Clock()
     config = example_config(registry={"path": "registry", "name": f"replayed-{steps}"})
-    pages = TrainingPages(config, steps, clock=clock)
+    plan = TrainingPlan(**(vars(PLAN) | {"steps": steps, "iterations": steps}))
+    progress = RunProgress(RunDirectory(Path("run")), plan)
+    pages = TrainingPages(config, progress)
     seconds = 0.0
     for step in range(1, steps + 1):
-        clock.now += SECONDS_A_STEP
+        progress.seconds += SECONDS_A_STEP
         started = time.process_time()
-        pages.add_training_loss(
-            {"iteration": step, "step": step, "train_loss": 3 / step, "tokens_per_second": 1234.5}
-        )
-        is_evaluation = step % 10 == 0
-        if is_evaluation:
-            pages.add_validation_loss(step, 3.5 / step)
+        record = {"step": step, "iteration": step, "loss": 3 / step, "tokens_per_second": 1234.5}
+        evaluation = {"val_loss": 3.5 / step} if step % 10 == 0 else {}
+        progress.records.append(record | evaluation)
         if pages.is_due() or step == steps:
-            pages.show(artifacts, step)
+            pages.show(artifacts)
         seconds += time.process_time() - started
     return seconds
 

@@ -8,12 +8,9 @@ folder that others may write to is refused.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from importlib.metadata import version
@@ -22,14 +19,12 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from nested_core.data.dataset_loading import MAX_UNUSED_SECONDS
 from nested_core.errors import DamagedError
 from nested_core.gate.answers.suite_answers import EncodedSuite
 from nested_core.models.generation import Answer
 from nested_core.storage.atomic import canonical_json, write_json
-from nested_core.storage.compiled_kernels import cache_folder
-from nested_core.storage.private_folder import make_folder_only_user_may_write
 from nested_core.storage.strict_files import read_json, regular_sha256
+from nested_core.storage.user_cache import UserCache, cache_folder
 
 MAX_CACHE_FILE_BYTES = 256 * 2**20
 _LIBRARIES_IN_CACHE_KEY = ("mlx", "mlx-lm", "transformers", "tokenizers")
@@ -53,66 +48,47 @@ class AnsweringModelDigests:
     computation: str
 
 
-@dataclass(frozen=True)
-class AnswerCache:
-    """A folder with a file for each model and suite asked; see `open_user_answer_cache`."""
-
-    folder: Path
-
-    def fetch(
-        self,
-        model: AnsweringModelDigests,
-        encoded: EncodedSuite,
-        answer: Callable[[], Sequence[Answer]],
-    ) -> tuple[Answer, ...]:
-        """The answers that are kept, or those that `answer` gives now, which are kept then.
-
-        Raises ConfigError if the folder is not this user's alone.
-        """
-        kept = _read_answers(self._path(model, encoded))
-        if kept is not None and len(kept) == len(encoded.prompts):
-            return kept
-        answers = tuple(answer())
-        self.store(model, encoded, answers)
-        return answers
-
-    def store(
-        self, model: AnsweringModelDigests, encoded: EncodedSuite, answers: Sequence[Answer]
-    ) -> None:
-        """Keep answers that were given now; ConfigError if the folder is not this user's alone.
-
-        Where they cannot be written there is a warning: the next night pays for them again.
-        """
-        path = self._path(model, encoded)
-        rows = [asdict(given) for given in answers]
-        self._remove_unused()
-        try:
-            write_json(path, {"digest": _digest_rows(rows), "answers": rows})
-        except (OSError, DamagedError) as error:
-            _log.warning("Answers could not be kept for another night: %s", error)
-
-    def require_usable(self) -> None:
-        """Make the folder; ConfigError if it cannot be made or is not this user's alone."""
-        make_folder_only_user_may_write(
-            self.folder, "answers", "have any adapter look better than another"
-        )
-
-    def _path(self, model: AnsweringModelDigests, encoded: EncodedSuite) -> Path:
-        """The file of a model and a suite, in a folder that nobody else can write to."""
-        self.require_usable()
-        return self.folder / f"{_cache_key(model, encoded)}.json"
-
-    def _remove_unused(self) -> None:
-        oldest = time.time() - MAX_UNUSED_SECONDS
-        for path in self.folder.glob("*.json"):
-            with suppress(OSError):  # another process was faster, or it is no file
-                if path.stat().st_mtime < oldest:
-                    path.unlink()
+def answer_cache(folder: Path | None = None) -> UserCache:
+    """The answers that are kept, by default in `answers` of the folder for caches."""
+    place = folder or cache_folder() / "answers"
+    return UserCache(place, "answers", "have any adapter look better than another")
 
 
-def open_user_answer_cache() -> AnswerCache:
-    """The folder `answers` in the folder for caches."""
-    return AnswerCache(cache_folder() / "answers")
+def fetch_answers(
+    cache: UserCache,
+    model: AnsweringModelDigests,
+    encoded: EncodedSuite,
+    answer: Callable[[], Sequence[Answer]],
+) -> tuple[Answer, ...]:
+    """The answers that are kept, or those that `answer` gives now, which are kept then.
+
+    Raises ConfigError if the folder is not this user's alone.
+    """
+    kept = _read_answers(cache.entry(_depends_on(model, encoded)))
+    if kept is not None and len(kept) == len(encoded.prompts):
+        return kept
+    answers = tuple(answer())
+    store_answers(cache, model, encoded, answers)
+    return answers
+
+
+def store_answers(
+    cache: UserCache,
+    model: AnsweringModelDigests,
+    encoded: EncodedSuite,
+    answers: Sequence[Answer],
+) -> None:
+    """Keep answers that were given now; ConfigError if the folder is not this user's alone.
+
+    Where they cannot be written there is a warning: the next night pays for them again.
+    """
+    entry = cache.entry(_depends_on(model, encoded))
+    rows = [asdict(given) for given in answers]
+    cache.remove_unused()
+    try:
+        write_json(entry, {"digest": _digest_rows(rows), "answers": rows})
+    except (OSError, DamagedError) as error:
+        _log.warning("Answers could not be kept for another night: %s", error)
 
 
 def _read_answers(path: Path) -> tuple[Answer, ...] | None:
@@ -134,9 +110,9 @@ def _digest_rows(rows: Sequence[dict[str, Any]]) -> str:
     return sha256(canonical_json(rows)).hexdigest()
 
 
-def _cache_key(model: AnsweringModelDigests, encoded: EncodedSuite) -> str:
+def _depends_on(model: AnsweringModelDigests, encoded: EncodedSuite) -> dict[str, Any]:
     root = Path(__file__).parents[2]
-    inputs = {
+    return {
         "model": asdict(model),
         "prompts": encoded.prompts,
         "choices": encoded.choices,
@@ -146,4 +122,3 @@ def _cache_key(model: AnsweringModelDigests, encoded: EncodedSuite) -> str:
         "libraries": {name: version(name) for name in _LIBRARIES_IN_CACHE_KEY},
         "code": {name: regular_sha256(root / name) for name in _CODE_IN_CACHE_KEY},
     }
-    return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

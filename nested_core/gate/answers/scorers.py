@@ -7,32 +7,26 @@ which has a time limit and whose every word is looked at.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import selectors
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 import unicodedata
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import Any, Literal
 
 from nested_core.config.sections import Score
-from nested_core.errors import DatasetError, shorten
+from nested_core.errors import ChildFailed, DatasetError, NestedTuneError, shorten
 from nested_core.gate.answers.suites import Question, describe_bad_questions
+from nested_core.process.child import Child
 
 SCORING_PROGRAM = Path(__file__).with_name("scoring_process.py")
 START_TIMEOUT_SECONDS = 60.0
 QUESTION_TIMEOUT_SECONDS = 10.0
 SUITE_CHECK_TIMEOUT_SECONDS = 120.0  # to compile all patterns or schemas
-MAX_OUTPUT_LINE_BYTES = 4096
+MAX_ANSWER_BYTES = 4096
 MAX_PROBLEM_CHARACTERS = 300
 _SIGN_PATTERN = r"(?:(?<![\d.])[-+\u2212])?"  # in 3-4 there is none
 _NUMBER_PATTERN = re.compile(
@@ -143,9 +137,9 @@ def _check_in_process(method: ScoringMethod, questions: Sequence[Question]) -> I
         for problem in _run_scoring_process(method, "check", items):
             if time.monotonic() - started > SUITE_CHECK_TIMEOUT_SECONDS:
                 limit = f"{SUITE_CHECK_TIMEOUT_SECONDS:g} seconds"
-                raise _ScoringProcessFailed(f"those up to here took more than {limit}")
+                raise _ScoringFailed(f"those up to here took more than {limit}")
             yield None if problem is None else shorten(problem, MAX_PROBLEM_CHARACTERS)
-    except _ScoringProcessFailed as failure:
+    except _ScoringFailed as failure:
         yield f"{_describe_what_came_along(method)}: {failure}"
 
 
@@ -155,9 +149,9 @@ def _score_in_process(method: ScoringMethod, pairs: Sequence[tuple[Question, str
     try:
         for score in _run_scoring_process(method, "score", items):
             if not isinstance(score, float) or not 0 <= score <= 1:
-                raise _ScoringProcessFailed(f"it answered {shorten(score)}, not a score")
+                raise _ScoringFailed(f"it answered {shorten(score)}, not a score")
             scores.append(score)
-    except _ScoringProcessFailed as failure:
+    except _ScoringFailed as failure:
         place = str(method.place)
         if scores or pairs:
             place += f":{pairs[len(scores)][0].line}"
@@ -167,7 +161,7 @@ def _score_in_process(method: ScoringMethod, pairs: Sequence[tuple[Question, str
     return scores
 
 
-class _ScoringProcessFailed(Exception):
+class _ScoringFailed(Exception):
     """What the process did instead of giving the next result."""
 
 
@@ -176,8 +170,7 @@ def _run_scoring_process(
 ) -> Iterator[Any]:
     """Yield the result of each item in turn; without items see only that the scorer can be loaded.
 
-    The process is the head of a group, all of which is killed in the end. Raises
-    _ScoringProcessFailed where an item raises, takes too long, or the process says anything else.
+    Raises _ScoringFailed where an item raises, takes too long, or the process says anything else.
     """
     request = {
         "work": work,
@@ -185,79 +178,15 @@ def _run_scoring_process(
         "function": method.function,
         "folder": os.getcwd(),
         "most_seconds": int(2 * START_TIMEOUT_SECONDS),
-        "items": items,
     }
-    with tempfile.TemporaryDirectory(prefix="nested-tune-scores-") as folder:
-        path = Path(folder, "request.json")
-        path.write_text(json.dumps(request), encoding="utf-8")
-        with subprocess.Popen(
-            [sys.executable, "-P", str(SCORING_PROGRAM), str(path)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        ) as process:
-            try:
-                lines = _LineReader(process)
-                lines.read_field("ready", START_TIMEOUT_SECONDS)
-                for _ in items:
-                    yield lines.read_field("result", QUESTION_TIMEOUT_SECONDS)
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-
-
-class _LineReader:
-    """Reads what the process says, line by line, each in bounded time and length."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdout is not None  # noqa: S101  # it is a pipe
-        self._process = process
-        self._output = process.stdout
-        self._unread = b""
-
-    def read_field(self, name: str, seconds: float) -> Any:
-        """The value of the only field of the next line; raises _ScoringProcessFailed."""
-        line = self._read_line(seconds)
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError):
-            fields = None
-        if isinstance(fields, dict) and list(fields) == ["error"]:
-            raise _ScoringProcessFailed(shorten(fields["error"], MAX_PROBLEM_CHARACTERS))
-        if not isinstance(fields, dict) or list(fields) != [name]:
-            raise _ScoringProcessFailed("something else than a score came from its process")
-        return fields[name]
-
-    def _read_line(self, seconds: float) -> bytes:
-        deadline = time.monotonic() + seconds
-        while b"\n" not in self._unread:
-            if len(self._unread) > MAX_OUTPUT_LINE_BYTES:
-                raise _ScoringProcessFailed("something else than a score came from its process")
-            left = deadline - time.monotonic()
-            if left <= 0 or not self._has_output(left):
-                raise _ScoringProcessFailed(f"it took more than {seconds:g} seconds")
-            more = os.read(self._output.fileno(), 65_536)
-            if not more:
-                raise _ScoringProcessFailed(_describe_process_end(self._process))
-            self._unread += more
-        line, _, self._unread = self._unread.partition(b"\n")
-        return line
-
-    def _has_output(self, seconds: float) -> bool:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._output, selectors.EVENT_READ)
-            return bool(selector.select(seconds))
-
-
-def _describe_process_end(process: subprocess.Popen[bytes]) -> str:
     try:
-        status = process.wait(QUESTION_TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired:
-        return "it closed its output"
-    if status < 0:
-        return f"its process was ended by {signal.Signals(-status).name}"
-    return f"its process ended with exit status {status}"
+        with Child(SCORING_PROGRAM, max_answer_bytes=MAX_ANSWER_BYTES) as child:
+            child.ask(request | {"item": None}, START_TIMEOUT_SECONDS)
+            for item in items:
+                yield child.ask(request | {"item": item}, QUESTION_TIMEOUT_SECONDS)
+    except (NestedTuneError, OSError) as error:  # whatever class of error a function raised
+        kind = "" if isinstance(error, ChildFailed) else f"{type(error).__name__}: "
+        raise _ScoringFailed(shorten(f"{kind}{error}", MAX_PROBLEM_CHARACTERS)) from None
 
 
 def _describe_what_came_along(method: ScoringMethod) -> str:

@@ -1,9 +1,8 @@
-"""The program of the process that runs what a suite brings along: functions, patterns, schemas.
+"""The process that runs what a suite brings along: functions, patterns, schemas.
 
-It reads a request, a JSON file, and writes one JSON line an item on standard output: the score of
-an answer, or what is wrong with a question's pattern or schema. It imports nothing of this project,
-and prints nothing: what a scorer prints goes nowhere. Who started it ends it when an item takes too
-long.
+Its answer to an item is the score of an answer, or what is wrong with a question's pattern or
+schema. It imports nothing of this project, and what a scorer prints goes nowhere. Who started it
+ends it when an item takes too long.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -127,31 +127,30 @@ def require_valid_score(score: Any) -> float:
     return value
 
 
-def main(request_path: str) -> None:
-    """Do the items of a request in turn, until one raises."""
-    output = os.fdopen(os.dup(1), "w", encoding="utf-8")
+def answer(request: dict[str, Any]) -> Any:
+    """What comes of an item; None where there is none, and all is only made ready."""
+    signal.alarm(request["most_seconds"])  # should who started it be gone
+    do_item = prepare(request["work"], request["score"], request["function"], request["folder"])
+    return None if request["item"] is None else do_item(request["item"])
+
+
+@lru_cache(maxsize=1)
+def prepare(
+    work: str, score: str, function: str | None, folder: str
+) -> Callable[[dict[str, Any]], Any]:
+    """What is done with each item: a question is checked, or an answer scored."""
     nowhere = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):
+    for descriptor in (1, 2):
         os.dup2(nowhere, descriptor)
-    with open(request_path, encoding="utf-8") as file:
-        request = json.load(file)
-
-    def write(**fields: Any) -> None:
-        """Write a line of output, and let it be read at once."""
-        output.write(json.dumps(fields) + "\n")
-        output.flush()
-
-    try:
-        signal.alarm(request["most_seconds"])  # should who started it be gone
-        if request["function"] is None:
-            _limit_memory()
-        do_item = _choose_work(request)
-        write(ready=True)
-        for item in request["items"]:
-            signal.alarm(request["most_seconds"])
-            write(result=do_item(item))
-    except BaseException as error:  # a scorer may raise SystemExit or KeyboardInterrupt
-        write(error=f"{type(error).__name__}: {error}"[:300])
+    if function is None:
+        _limit_memory()
+    if score == "json":
+        import_module("jsonschema")  # now, and not in the time of the first question
+    if work == "check":
+        return _make_check(score)
+    own: dict[str, Scorer] = {"regex": score_regex, "json": score_json}
+    scorer = own.get(score) or load_scorer_function(str(function), folder)
+    return lambda item: require_valid_score(scorer(item["answer"], item["question"]))
 
 
 def _limit_memory() -> None:
@@ -161,29 +160,17 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most, hard))
 
 
-def _choose_work(request: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
-    """What is done with each item: a question is checked, or an answer scored."""
-    score = request["score"]
-    if score == "json":
-        import_module("jsonschema")  # now, and not in the time of the first question
-    if request["work"] == "check":
-        finders = {"regex": find_regex_problem, "json": find_schema_problem}
-        find_problem = finders[score]
-        known: dict[str, str | None] = {}  # most suites have one schema in all their lines
+def _make_check(score: str) -> Callable[[dict[str, Any]], str | None]:
+    """What says of an item what is wrong with its question, or None."""
+    find_problem = {"regex": find_regex_problem, "json": find_schema_problem}[score]
+    known: dict[str, str | None] = {}  # most suites have one schema in all their lines
 
-        def check(item: dict[str, Any]) -> str | None:
-            """What is wrong with the item's question, or None."""
-            checked = {name: item["question"].get(name) for name in ("expected", "schema")}
-            key = json.dumps(checked if score == "regex" else checked["schema"])
-            if key not in known:
-                known[key] = find_problem(item["question"])
-            return known[key]
+    def check(item: dict[str, Any]) -> str | None:
+        """What is wrong with the item's question, or None."""
+        checked = {name: item["question"].get(name) for name in ("expected", "schema")}
+        key = json.dumps(checked if score == "regex" else checked["schema"])
+        if key not in known:
+            known[key] = find_problem(item["question"])
+        return known[key]
 
-        return check
-    own: dict[str, Scorer] = {"regex": score_regex, "json": score_json}
-    scorer = own.get(score) or load_scorer_function(request["function"], request["folder"])
-    return lambda item: require_valid_score(scorer(item["answer"], item["question"]))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    return check

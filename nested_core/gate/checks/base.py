@@ -12,7 +12,7 @@ from nested_core.records.verdict import Reason
 
 
 def _find_misfits(judged: JudgedRun) -> list[Reason]:
-    judged.base = LoadedBase.load(judged.config)
+    judged.base = LoadedBase.load(judged.config, judged.session)
     return base_reasons(judged.after, judged.base.parameters, judged.base.folder)
 
 

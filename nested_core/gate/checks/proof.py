@@ -13,14 +13,13 @@ from nested_core.gate.base_compatibility import fingerprint_reasons
 from nested_core.gate.canary import make_canary
 from nested_core.gate.fresh_process_check import ProofRequest, prove_effect_in_fresh_process
 from nested_core.gate.judged import Check, Judged, JudgedRun
-from nested_core.models.kept_base import release_kept_base
 from nested_core.records.verdict import Reason
 from nested_core.storage.canary_file import CANARY_NAME, render_canary
 
 
 def _find_unproven_effect(judged: JudgedRun) -> tuple[Reason, ...]:
     if not judged.proof.is_running:
-        release_kept_base()  # the new process needs the memory
+        judged.session.release_base()  # the new process needs the memory
         mx.clear_cache()
     shown = judged.proof.begin().judge()
     judged.verdict = replace(judged.verdict, proof=shown.evidence)

@@ -9,7 +9,12 @@ from dataclasses import dataclass, replace
 
 from nested_core import backend
 from nested_core.gate.answers.answer_bounds import judge_answers
-from nested_core.gate.answers.answer_cache import AnsweringModelDigests, open_user_answer_cache
+from nested_core.gate.answers.answer_cache import (
+    AnsweringModelDigests,
+    answer_cache,
+    fetch_answers,
+    store_answers,
+)
 from nested_core.gate.answers.suite_answers import (
     EncodedSuite,
     encode_suites,
@@ -48,11 +53,11 @@ class AskedModel:
     def cached_or_new_answers(self, suite: EncodedSuite) -> Sequence[Answer]:
         """Its answers, from the cache or now."""
         if not self.is_asked_anew:
-            return open_user_answer_cache().fetch(
-                self._content_for_cache(), suite, lambda: self._answer_now(suite)
+            return fetch_answers(
+                answer_cache(), self._content_for_cache(), suite, lambda: self._answer_now(suite)
             )
         answers = self._answer_now(suite)
-        open_user_answer_cache().store(self._content_for_cache(), suite, answers)
+        store_answers(answer_cache(), self._content_for_cache(), suite, answers)
         return answers
 
     def _answer_now(self, suite: EncodedSuite) -> Sequence[Answer]:

@@ -9,11 +9,7 @@ What they compile is recorded as every process records it, and this one takes it
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,58 +21,49 @@ from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import ContinualSection, RegistrySection
 from nested_core.data.parallel_jobs import count_usable_cores
-from nested_core.errors import shorten
+from nested_core.errors import ChildFailed, NestedTuneError, shorten
 from nested_core.models.base_model import model_compute_dtype
+from nested_core.models.session import Session
 from nested_core.pipeline.device_lock import locking_devices
-from nested_core.pipeline.launch import end_with_parent
 from nested_core.pipeline.launch.mlx_launch import count_ranks
+from nested_core.process.child import Child
 from nested_core.storage import compiled_kernels
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_clock
 
 PARTS = ("evaluation", "gradients", "updates", "answers")
-WORKER_COMMAND = (sys.executable, "-P", "-m", "nested_core.pipeline.kernel_worker")
-ERRORS_NAME = "errors.txt"
+WORKER: str | Path = "nested_core.pipeline.kernel_worker:answer"
 SECONDS_BETWEEN_LOOKS = 0.05
 MAX_SECONDS = 600.0  # after which a process is ended, and its kernels are compiled when needed
 
 _log = logging.getLogger(__name__)
-_under_way: FirstKernels | None = None
 
 
 @contextmanager
 def compiling_first_kernels(
-    config: FineTuneConfig, run: RunDirectory, on_message: Callable[[str], None]
+    config: FineTuneConfig, run: RunDirectory, on_message: Callable[[str], None], session: Session
 ) -> Iterator[None]:
     """Within the block, compile a run's kernels where this machine has none.
 
-    The run's data is validated by then. Waits for the device, and holds it while the processes are
-    started. Where they cannot be, a log line says why.
+    The run's data is validated by then; training waits by the session. Waits for the device, and
+    holds it while the processes are started. Where they cannot be, a log line says why.
     """
-    global _under_way
     if not are_worth_compiling_ahead(config, run):
         yield
         return
     try:
-        with locking_devices(on_message):
+        with locking_devices(on_message, session=session):
             started = FirstKernels(config, run, on_message)
     except OSError as error:
         _log.warning("MLX's kernels are compiled as they are needed, and not ahead: %s", error)
         yield
         return
-    _under_way = started
+    session.await_kernels = started.take
     try:
         yield
     finally:
+        session.await_kernels = None
         started.end()
-        if _under_way is started:
-            _under_way = None
-
-
-def await_first_kernels(is_stop_requested: Callable[[], bool]) -> None:
-    """Wait for the processes that compile a run's first kernels, or until a stop is requested."""
-    if _under_way is not None:
-        _under_way.take(is_stop_requested)
 
 
 def are_worth_compiling_ahead(config: FineTuneConfig, run: RunDirectory) -> bool:
@@ -111,14 +98,14 @@ class FirstKernels:
         self._folder = TemporaryDirectory(
             prefix="nested-tune-first-kernels-", ignore_cleanup_errors=True
         )
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._processes: dict[str, Child] = {}
         on_message(
             f"kernels: MLX has compiled none on this machine yet: {len(PARTS)} processes compile "
             f"those of evaluation, gradients, updates and answers"
         )
         try:
             for part in PARTS:
-                folder = self._folder_of(part)
+                folder = Path(self._folder.name, part)
                 write_small_run(config, run, part, folder)
                 self._processes[part] = start_worker(part, folder)
         except BaseException:
@@ -131,17 +118,21 @@ class FirstKernels:
             return
         deadline = self._began + MAX_SECONDS
         for part, process in self._processes.items():
-            while process.poll() is None and time.monotonic() < deadline:
-                if is_stop_requested():
-                    self._end_processes()
-                    return
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-            if process.returncode != 0:
+            try:
+                while not process.has_answer(SECONDS_BETWEEN_LOOKS):
+                    if is_stop_requested():
+                        self._end_processes()
+                        return
+                    if time.monotonic() > deadline:
+                        raise ChildFailed(f"it took more than {MAX_SECONDS:g} seconds")  # noqa: TRY301
+                process.receive()
+                process.finish()  # which records what it compiled
+            except (NestedTuneError, OSError, MemoryError) as error:
                 _log.warning(
                     "The kernels of %s are compiled as they are needed: the process that was to "
-                    "compile them ahead %s",
+                    "compile them ahead failed: %s",
                     part,
-                    self._describe_end(part, process.returncode),
+                    shorten(error, 300),
                 )
         self._end_processes()
         try:
@@ -152,20 +143,10 @@ class FirstKernels:
         taken = format_clock(time.monotonic() - self._began)
         self._on_message(f"kernels: {count} were compiled ahead in {taken}, and are kept")
 
-    def _describe_end(self, part: str, code: int | None) -> str:
-        if code is None:
-            return f"took more than {MAX_SECONDS:.0f} s"
-        errors = self._folder_of(part) / ERRORS_NAME
-        last_line = errors.read_text(errors="replace").strip().rpartition("\n")[2]
-        return f"ended with code {code}: {shorten(last_line or 'it gave no message', 300)}"
-
     def _end_processes(self) -> None:
         for process in self._processes.values():
-            _kill(process)
+            process.end()
         self._processes = {}
-
-    def _folder_of(self, part: str) -> Path:
-        return Path(self._folder.name, part)
 
     def end(self) -> None:
         """End the processes that are left, and remove their folders."""
@@ -193,20 +174,8 @@ def write_small_run(config: FineTuneConfig, run: RunDirectory, part: str, folder
     shutil.copyfile(run.dataset, target.dataset)
 
 
-def start_worker(part: str, folder: Path) -> subprocess.Popen[bytes]:
-    """Start the process of a part; it ends with this one, however that ends."""
-    with (folder / ERRORS_NAME).open("wb") as errors:
-        return subprocess.Popen(
-            [sys.executable, "-P", end_with_parent.__file__, *WORKER_COMMAND, part, str(folder)],
-            env=compiled_kernels.environment_with_user_tmpdir(),
-            stdin=subprocess.PIPE,  # it is ended when this is closed
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            start_new_session=True,
-        )
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+def start_worker(part: str, folder: Path) -> Child:
+    """Start the process of a part."""
+    worker = Child(WORKER, environment=compiled_kernels.environment_with_user_tmpdir())
+    worker.send({"part": part, "folder": str(folder)})
+    return worker

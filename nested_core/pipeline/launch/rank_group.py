@@ -21,9 +21,8 @@ from typing import IO, Any
 
 import mlx.core as mx
 
-from nested_core import errors
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import NestedTuneError, TrainingProcessLost, TrainingStopped, go_on_with
+from nested_core.errors import TrainingProcessLost, TrainingStopped, go_on_with
 from nested_core.optim.tier_counters import TierStats
 from nested_core.pipeline.launch import end_with_parent
 from nested_core.pipeline.launch.mlx_launch import (
@@ -31,6 +30,7 @@ from nested_core.pipeline.launch.mlx_launch import (
     launch_command,
     rank_environment,
 )
+from nested_core.process.child import rebuild_error
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.foreign_text import escape
 from nested_core.training.memory.memory_plan import MemoryPlan
@@ -53,7 +53,7 @@ class RankGroup:
 
     Attributes:
         ranks: the number of processes.
-        steps, current_step, current_train_loss: as the main rank last reported them.
+        steps, current_step: as the main rank last reported them.
         gradient_bytes: bytes of gradients that each rank has sent so far.
         memory: the main rank's memory plan, known when `on_start` is called.
     """
@@ -64,7 +64,6 @@ class RankGroup:
         self.ranks = ranks
         self.steps = 1
         self.current_step = 0
-        self.current_train_loss: float | None = None
         self.gradient_bytes = 0
         self._callback = callback
         self._tiers: list[TierStats] = []
@@ -138,7 +137,8 @@ class RankGroup:
                 on_start(self)
         elif message_type == "end":
             self._end_messages[message["rank"]] = message
-            ended_well = message["error"] in (None, TrainingStopped.__name__)
+            error = message["error"]
+            ended_well = error is None or error["type"] == TrainingStopped.__name__
             if not ended_well or len(self._end_messages) == self.ranks:
                 self._kill_after_grace_period()  # else the others may still be writing
         else:
@@ -146,7 +146,6 @@ class RankGroup:
 
     def _report_to_callback(self, message_type: str, info: dict[str, Any]) -> None:
         self.current_step = info.get("step", self.current_step)
-        self.current_train_loss = info.get("train_loss", self.current_train_loss)
         self.gradient_bytes += info.get("gradient_bytes", 0)
         if self._callback is None:
             return
@@ -218,15 +217,9 @@ def _kill_group(process: subprocess.Popen[str]) -> None:
 
 def _message_to_error(message: dict[str, Any]) -> Exception:
     """The error that a rank ended with, of the class that it had there."""
-    error_class = getattr(errors, message["error"], None)
-    if isinstance(error_class, type) and issubclass(error_class, NestedTuneError):
-        return error_class(message["message"])
-    text = f"rank {message['rank']}: {message['message']}"
-    if message["errno"] is not None:
-        return OSError(message["errno"], text)
-    if message["error"] == "MemoryError":
-        return MemoryError(text)
-    return TrainingProcessLost(f"rank {message['rank']}: {message['error']}: {message['message']}")
+    described = message["error"]
+    text = f"rank {message['rank']}: {described['type']}: {described['text']}"
+    return rebuild_error(described) or TrainingProcessLost(text)
 
 
 def train_in_ranks(

@@ -30,7 +30,7 @@ class MlxLmSchedule:
 
     loss_name = "mlx_lm"
     offers_best = False
-    evaluates_after_step = False
+    follows_mlx_lm = True
     keeps_random_state = True
 
     def __init__(self, config: FineTuneConfig, splits: Mapping[str, TokenizedSplit]) -> None:
@@ -92,15 +92,6 @@ class MlxLmSchedule:
     def is_complete_step(self, first: int, last: int) -> bool:
         """A partial accumulation at the end is computed and never applied."""
         return last - first == self._config.grad_accumulation_steps
-
-    def evaluations_before_step(self, first: int, last: int) -> list[int]:
-        """Those before the iterations that are due, except the first, which begins the run."""
-        return [it - 1 for it in range(max(first + 1, 2), last + 1) if self._is_evaluated_at(it)]
-
-    def reports_within(self, first: int, last: int) -> list[int]:
-        """At every multiple of `steps_per_report`, within an accumulation too."""
-        every = self.intervals.report
-        return [it for it in range(first + 1, last + 1) if it % every == 0]
 
     def _is_evaluated_at(self, iteration: int) -> bool:
         every = self.intervals.evaluation

@@ -36,7 +36,8 @@ class StepSchedule(Protocol):
         intervals: iterations between two reports, evaluations and checkpoints.
         epochs: passes over the training data of the whole run.
         offers_best: whether the run offers its best checkpoint by validation loss, or its last.
-        evaluates_after_step: whether evaluations follow the step that they are due at.
+        follows_mlx_lm: whether reports and evaluations are due as in mlx_lm.lora: at iterations,
+            within a step too, and evaluations before the update that they are due with.
         keeps_random_state: whether random draws continue from step to step, so that a checkpoint
             has to hold the random key.
         validation_examples: how many examples an evaluation reads.
@@ -48,7 +49,7 @@ class StepSchedule(Protocol):
     intervals: Intervals
     epochs: float
     offers_best: bool
-    evaluates_after_step: bool
+    follows_mlx_lm: bool
     keeps_random_state: bool
     validation_examples: int
 
@@ -76,11 +77,10 @@ class StepSchedule(Protocol):
     def is_complete_step(self, first: int, last: int) -> bool:
         """Whether the gradients of these micro-batches are applied."""
 
-    def evaluations_before_step(self, first: int, last: int) -> list[int]:
-        """The evaluations before this step is applied, each as the number of iterations done."""
 
-    def reports_within(self, first: int, last: int) -> list[int]:
-        """The reports within this step, each as the number of iterations done."""
+def passes_multiple(every: int, first: int, last: int) -> bool:
+    """Whether the iterations after `first`, up to `last`, complete a multiple of `every`."""
+    return last // every > first // every
 
 
 class BucketedSchedule:
@@ -92,7 +92,7 @@ class BucketedSchedule:
 
     loss_name = "supervised"
     offers_best = True
-    evaluates_after_step = True
+    follows_mlx_lm = False
     keeps_random_state = False
 
     def __init__(
@@ -178,15 +178,6 @@ class BucketedSchedule:
     def is_complete_step(self, first: int, last: int) -> bool:
         """A partial accumulation at the end is a step too."""
         return True
-
-    def evaluations_before_step(self, first: int, last: int) -> list[int]:
-        """None: they come after the step."""
-        return []
-
-    def reports_within(self, first: int, last: int) -> list[int]:
-        """One, after the step that completes a multiple of `steps_per_report`."""
-        every = self.intervals.report
-        return [last] if last // every > first // every else []
 
 
 def _count_validation_examples(config: FineTuneConfig, valid: TokenizedSplit | None) -> int:

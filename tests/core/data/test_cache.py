@@ -22,17 +22,13 @@ from nested_core.config.sections import DataPolicy
 from nested_core.data import dataset_loading
 from nested_core.data import dataset_loading as caching
 from nested_core.data.data_settings import DataSettings
-from nested_core.data.dataset_loading import (
-    MAX_UNUSED_SECONDS,
-    DatasetCache,
-    load_dataset,
-    open_user_dataset_cache,
-)
+from nested_core.data.dataset_loading import dataset_cache, load_dataset
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.tokens import tokenized_split
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
+from nested_core.storage.user_cache import UserCache
 from tests.core.data.conftest import WriteData
 
 TRAIN = [{"text": f"{n} is the river of {n}land."} for n in range(9)]
@@ -44,18 +40,18 @@ def settings(write_data: WriteData) -> DataSettings:
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> DatasetCache:
-    return DatasetCache(tmp_path / "cache")
+def cache(tmp_path: Path) -> UserCache:
+    return dataset_cache(tmp_path / "cache")
 
 
-def entries(cache: DatasetCache) -> list[Path]:
+def entries(cache: UserCache) -> list[Path]:
     return sorted(cache.folder.iterdir())
 
 
 def test_the_second_load_gives_the_same_report_and_the_same_tokens_without_judging(
     settings: DataSettings,
     tokenizer: TokenizerSource,
-    cache: DatasetCache,
+    cache: UserCache,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first, tokens = load_dataset(settings, tokenizer, cache=cache)
@@ -79,7 +75,7 @@ def test_the_second_load_gives_the_same_report_and_the_same_tokens_without_judgi
 def test_another_setting_is_another_entry(
     settings: DataSettings,
     tokenizer: TokenizerSource,
-    cache: DatasetCache,
+    cache: UserCache,
     change: dict[str, Any],
 ) -> None:
     load_dataset(settings, tokenizer, cache=cache)
@@ -90,7 +86,7 @@ def test_another_setting_is_another_entry(
 
 
 def test_changed_content_is_judged_anew(
-    settings: DataSettings, tokenizer: TokenizerSource, cache: DatasetCache
+    settings: DataSettings, tokenizer: TokenizerSource, cache: UserCache
 ) -> None:
     load_dataset(settings, tokenizer, cache=cache)
     path = Path(settings.data, "train.jsonl")
@@ -101,7 +97,7 @@ def test_changed_content_is_judged_anew(
 
 def test_a_report_that_names_a_folder_is_that_folders(
     tokenizer: TokenizerSource,
-    cache: DatasetCache,
+    cache: UserCache,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -120,7 +116,7 @@ def test_a_report_that_names_a_folder_is_that_folders(
 
 
 def test_another_template_is_another_entry(
-    settings: DataSettings, tokenizer: TokenizerSource, cache: DatasetCache, tmp_path: Path
+    settings: DataSettings, tokenizer: TokenizerSource, cache: UserCache, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(tokenizer.folder, tmp_path / "model"))
     load_dataset(settings, TokenizerSource(str(copy)), cache=cache)
@@ -131,7 +127,7 @@ def test_another_template_is_another_entry(
 
 
 def test_an_additional_template_is_another_entry(
-    settings: DataSettings, tokenizer: TokenizerSource, cache: DatasetCache, tmp_path: Path
+    settings: DataSettings, tokenizer: TokenizerSource, cache: UserCache, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(tokenizer.folder, tmp_path / "model"))
     source = TokenizerSource(str(copy))
@@ -147,7 +143,7 @@ def test_an_additional_template_is_another_entry(
 def test_other_rules_are_another_entry(
     settings: DataSettings,
     tokenizer: TokenizerSource,
-    cache: DatasetCache,
+    cache: UserCache,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     load_dataset(settings, tokenizer, cache=cache)
@@ -160,7 +156,7 @@ def test_other_rules_are_another_entry(
 def test_a_damaged_entry_is_told_and_made_again(
     settings: DataSettings,
     tokenizer: TokenizerSource,
-    cache: DatasetCache,
+    cache: UserCache,
     caplog: pytest.LogCaptureFixture,
     name: str,
 ) -> None:
@@ -178,7 +174,7 @@ def test_a_damaged_entry_is_told_and_made_again(
 
 
 def test_a_folder_that_others_can_write_to_is_refused(
-    settings: DataSettings, tokenizer: TokenizerSource, cache: DatasetCache
+    settings: DataSettings, tokenizer: TokenizerSource, cache: UserCache
 ) -> None:
     cache.folder.mkdir()
     cache.folder.chmod(0o777)
@@ -186,18 +182,10 @@ def test_a_folder_that_others_can_write_to_is_refused(
         load_dataset(settings, tokenizer, cache=cache)
 
 
-def test_a_folder_that_cannot_be_made_is_told_with_the_way_out(
-    settings: DataSettings, tokenizer: TokenizerSource, tmp_path: Path
-) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be made.*Set NESTED_TUNE_CACHE"):
-        load_dataset(settings, tokenizer, cache=DatasetCache(tmp_path / "file" / "cache"))
-
-
 def test_of_two_that_make_the_same_entry_at_once_the_first_stays_and_both_have_their_tokens(
     settings: DataSettings,
     tokenizer: TokenizerSource,
-    cache: DatasetCache,
+    cache: UserCache,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     judge = dataset_loading._read_and_judge
@@ -220,7 +208,7 @@ def test_of_two_that_make_the_same_entry_at_once_the_first_stays_and_both_have_t
 def test_an_entry_that_goes_while_it_is_read_is_made_again_without_a_warning(
     settings: DataSettings,
     tokenizer: TokenizerSource,
-    cache: DatasetCache,
+    cache: UserCache,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -242,7 +230,7 @@ def test_an_entry_that_goes_while_it_is_read_is_made_again_without_a_warning(
 def test_a_maker_that_fails_leaves_nothing(
     settings: DataSettings,
     tokenizer: TokenizerSource,
-    cache: DatasetCache,
+    cache: UserCache,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
@@ -268,7 +256,7 @@ def pool() -> Iterator[ProcessPoolExecutor]:
 def test_processes_that_load_one_data_set_at_once_all_get_it(
     settings: DataSettings,
     tokenizer: TokenizerSource,
-    cache: DatasetCache,
+    cache: UserCache,
     pool: ProcessPoolExecutor,
     damaged: bool,
 ) -> None:
@@ -283,28 +271,16 @@ def test_processes_that_load_one_data_set_at_once_all_get_it(
         assert [load.result() for load in loads] == [expected] * 8
 
 
-def report_of(settings: DataSettings, tokenizer: TokenizerSource, cache: DatasetCache) -> Any:
+def report_of(settings: DataSettings, tokenizer: TokenizerSource, cache: UserCache) -> Any:
     report, tokens = load_dataset(settings, tokenizer, cache=cache)
     assert len(tokens["train"]) == 10
     return report.to_json()
 
 
-def test_entries_that_nobody_used_for_a_month_are_removed(
-    settings: DataSettings, tokenizer: TokenizerSource, cache: DatasetCache
-) -> None:
-    load_dataset(settings, tokenizer, cache=cache)
-    (old,) = entries(cache)
-    long_ago = time.time() - MAX_UNUSED_SECONDS - 60
-    os.utime(old, (long_ago, long_ago))
-    load_dataset(replace(settings, batch_size=2), tokenizer, cache=cache)
-    assert old not in entries(cache)
-    assert len(entries(cache)) == 1
-
-
 def test_an_entry_is_out_of_sight_before_it_is_removed(
     settings: DataSettings,
     tokenizer: TokenizerSource,
-    cache: DatasetCache,
+    cache: UserCache,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     load_dataset(settings, tokenizer, cache=cache)
@@ -324,7 +300,7 @@ def test_an_entry_is_out_of_sight_before_it_is_removed(
 def test_an_entry_of_which_half_is_removed_while_it_is_mapped_is_made_again_whole(
     settings: DataSettings,
     tokenizer: TokenizerSource,
-    cache: DatasetCache,
+    cache: UserCache,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first, _ = load_dataset(settings, tokenizer, cache=cache)
@@ -344,7 +320,7 @@ def test_an_entry_of_which_half_is_removed_while_it_is_mapped_is_made_again_whol
 def test_an_entry_that_came_and_went_while_another_was_made_is_no_error(
     settings: DataSettings,
     tokenizer: TokenizerSource,
-    cache: DatasetCache,
+    cache: UserCache,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     there = Mock(side_effect=OSError(errno.ENOTEMPTY, "Directory not empty"))
@@ -357,7 +333,7 @@ def test_an_entry_that_came_and_went_while_another_was_made_is_no_error(
 def test_data_that_changes_while_it_is_judged_is_not_kept_as_what_it_was(
     settings: DataSettings,
     tokenizer: TokenizerSource,
-    cache: DatasetCache,
+    cache: UserCache,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     judge, path = dataset_loading._read_and_judge, Path(settings.data, "train.jsonl")
@@ -376,20 +352,10 @@ def test_data_that_changes_while_it_is_judged_is_not_kept_as_what_it_was(
 
 
 def test_an_entry_in_use_stays(
-    settings: DataSettings, tokenizer: TokenizerSource, cache: DatasetCache
+    settings: DataSettings, tokenizer: TokenizerSource, cache: UserCache
 ) -> None:
     load_dataset(settings, tokenizer, cache=cache)
     (entry,) = entries(cache)
     os.utime(entry, (1, 1))
     load_dataset(settings, tokenizer, cache=cache)
     assert entry.stat().st_mtime > time.time() - 60
-
-
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NESTED_TUNE_CACHE", "/given")
-    assert open_user_dataset_cache().folder == Path("/given/datasets")
-    monkeypatch.delenv("NESTED_TUNE_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert open_user_dataset_cache().folder == Path("/cache/nested-tune/datasets")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert open_user_dataset_cache().folder == Path.home() / ".cache" / "nested-tune" / "datasets"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from nested_core.data.data_settings import DataSettings
-from nested_core.data.dataset_loading import DatasetCache, load_dataset
+from nested_core.data.dataset_loading import dataset_cache, load_dataset
 from nested_core.data.sources.split_files import SplitFile
 from nested_core.data.tokens.parallel_tokenization import LinesToTokenize, tokenize_splits
 from nested_core.data.tokens.tokenized_split import open_tokens
@@ -128,7 +128,7 @@ def test_a_tokenizers_own_code_runs_in_workers_where_it_is_trusted_and_nowhere_e
 def kept(write_data: WriteData, tmp_path: Path, tokenizer: TokenizerSource) -> Path:
     """The folder of tokens in a cache."""
     folder = write_data(train=[{"text": f"{n} is here."} for n in range(9)], valid=[])
-    cache = DatasetCache(tmp_path / "cache")
+    cache = dataset_cache(tmp_path / "cache")
     _, splits = load_dataset(DataSettings(str(folder)), tokenizer, cache=cache)
     assert [len(splits["train"]), len(splits["valid"])] == [9, 0]
     (entry,) = cache.folder.iterdir()

@@ -28,7 +28,6 @@ echo compilation terminated. >&2
 exit 1
 """
 LIMITS = {
-    "answer cannot be written": "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))",
     "temporary folder is full": NEW_KERNELS
     + "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))",
     "no temporary folder": "os.environ['TMPDIR'] = {folder!r} + '/absent'",
@@ -50,7 +49,7 @@ def limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Limit:
         compiler.chmod(0o755)
         program = tmp_path / "limited.py"
         code = f"import os, resource, runpy, sys\n{line.format(folder=str(folder))}\n"
-        program.write_text(code + f"runpy.run_path({str(REAL)!r}, run_name='__main__')\n")
+        program.write_text(code + f"answer = runpy.run_path({str(REAL)!r})['answer']\n")
         monkeypatch.setattr(fresh_process_check, "FRESH_PROCESS_PROGRAM", program)
 
     return limit
@@ -71,7 +70,7 @@ def test_what_the_fresh_process_lacks_says_nothing_about_the_adapter(
 def test_a_run_has_no_verdict_then_and_gets_one_the_next_time(
     config: FineTuneConfig, run: RunDirectory, limited: Limit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limited(LIMITS["answer cannot be written"])
+    limited(LIMITS["compiler fails"])
     with pytest.raises(NestedTuneError, match="Judge the run again with --resume"):
         steps.judge(config, run)
     assert not run.gate.exists()

@@ -7,6 +7,7 @@ import copy
 import json
 import shutil
 import subprocess
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,9 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.gate import fresh_process_check, judge_run, verify_adapters
 from nested_core.gate.fresh_process_check import ProofRequest, compute_logits_in_fresh_process
+from nested_core.models.session import Session
+from nested_core.process import child
+from nested_core.process.child import Child
 from nested_core.records.verdict import Reason, Verdict
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
@@ -39,7 +43,7 @@ def proven_figure(verdict: Verdict, name: Figure) -> float:
 @pytest.fixture
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gate starts its process as for a user; in all other tests it is forked (conftest.py)."""
-    monkeypatch.setattr(fresh_process_check, "subprocess", subprocess)
+    monkeypatch.setattr(child, "subprocess", subprocess)
 
 
 def test_the_program_knows_of_models_only_what_mlx_lm_tells() -> None:
@@ -197,7 +201,7 @@ def test_a_killed_process_says_nothing_about_the_adapter(
     program = tmp_path / "killed.py"
     program.write_text("import os; os.kill(os.getpid(), 9)")
     monkeypatch.setattr(fresh_process_check, "FRESH_PROCESS_PROGRAM", program)
-    with pytest.raises(NestedTuneError, match="was killed by signal 9") as error:
+    with pytest.raises(NestedTuneError, match="ended by SIGKILL") as error:
         verify_adapters(run.initial, run.adapter)
     assert error.value.exit_code == 1
 
@@ -226,27 +230,29 @@ def test_a_base_that_brings_code_is_a_configuration_error_and_its_code_is_not_ru
 
 
 def test_a_process_that_was_started_before_computes_the_next_proof(run: RunDirectory) -> None:
-    with fresh_process_check.ending_waiting_process():
-        fresh_process_check.start_fresh_process()
-        waiting = fresh_process_check._waiting
+    with Session() as session:
+        session.keep_proof_process(fresh_process_check.start_proof_process)
+        waiting = session.take_proof_process()
         assert waiting is not None
-        with fresh_process_check.begin_proof(
-            ProofRequest(MODEL, run.initial, run.adapter)
-        ) as proof:
-            assert proof._process is waiting
+        assert session.take_proof_process() is None
+        request = ProofRequest(MODEL, run.initial, run.adapter)
+        with closing(fresh_process_check.RunningProof(request, waiting)) as proof:
             assert not isinstance(proof.wait_for_logits(), Reason)
+        assert waiting.process.returncode is not None
 
 
-def test_a_process_that_gets_no_request_is_ended(run: RunDirectory) -> None:
-    with fresh_process_check.ending_waiting_process():
-        fresh_process_check.start_fresh_process()
-        waiting = fresh_process_check._waiting
-        assert waiting is not None
-    assert waiting._process.returncode is not None
-    with fresh_process_check.begin_proof(ProofRequest(MODEL, run.initial, run.adapter)) as proof:
-        begun = proof._process
-    assert begun._process.returncode is not None
-    assert not Path(proof._folder.name).exists()
+def test_a_process_that_gets_no_request_is_ended() -> None:
+    started: list[Child] = []
+
+    def start() -> Child:
+        started.append(fresh_process_check.start_proof_process())
+        return started[-1]
+
+    with Session() as session:
+        session.keep_proof_process(start)
+        session.keep_proof_process(start)
+    (process,) = started
+    assert process.process.returncode is not None
 
 
 @pytest.mark.parametrize("differ", ["scale", "shape"])

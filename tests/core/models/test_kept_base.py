@@ -12,13 +12,9 @@ import mlx.nn as nn
 import pytest
 
 from nested_core.models import kept_base
-from nested_core.models.kept_base import (
-    checksum_frozen_tensors,
-    keeping_base,
-    load_base_with_adapter,
-    load_changeable_base,
-)
+from nested_core.models.kept_base import checksum_frozen_tensors, load_base_with_adapter
 from nested_core.models.parameters import trainable_parameters
+from nested_core.models.session import Session
 from tests.example import example_config
 
 
@@ -82,36 +78,33 @@ def test_the_checksum_of_a_tensor_in_parts_depends_on_where_in_all_a_word_is(
 
 
 def test_the_base_is_kept_and_comes_back_as_it_was_loaded(config: Any) -> None:
-    with keeping_base():
-        first = load_base_with_adapter(config)
+    with Session() as session:
+        first = session.load_base(config)
         fresh = {name: mx.array(array) for name, array in first.parameters.items()}
         state: Any = mx.random.state
         key = state[0].tolist()
         first.model.train()
         mx.random.normal((3,))
         first.model.load_weights([(n, a + 1) for n, a in fresh.items()], strict=False)
-        again = load_base_with_adapter(config)
+        again = session.load_base(config)
         assert again.model is first.model
         found = trainable_parameters(again.model)
         assert all(mx.array_equal(found[name], array).item() for name, array in fresh.items())
         assert state[0].tolist() == key
-        assert (
-            load_base_with_adapter(config.model_copy(update={"seed": 7})).model is not first.model
-        )
-        kept = kept_base.get_kept_base()
-        assert kept is not None
-        assert load_changeable_base(config).model is not kept.model
-    assert kept_base.get_kept_base() is None
-    assert load_base_with_adapter(config).checksums is None
+        other = session.load_base(config.model_copy(update={"seed": 7}))
+        assert other.model is not first.model
+        assert session.base is other
+        assert load_base_with_adapter(config).model is not other.model
+    assert session.base is None
 
 
 def test_one_bit_of_one_frozen_tensor_that_moved_is_caught(config: Any) -> None:
-    with keeping_base():
-        first = load_base_with_adapter(config)
+    with Session() as session:
+        first = session.load_base(config)
         norm = first.model.model.norm
         norm["weight"] = flip_bit(norm["weight"], 3, 0)
         with pytest.warns(RuntimeWarning, match="is no longer what was loaded"):
-            again = load_base_with_adapter(config)
+            again = session.load_base(config)
         assert again.model is not first.model
         assert not mx.array_equal(again.model.model.norm["weight"], norm["weight"]).item()
 
@@ -120,15 +113,15 @@ def test_a_base_whose_files_changed_is_loaded_anew(config: Any, tmp_path: Path) 
     folder = tmp_path / "base"
     shutil.copytree(config.model, folder)
     changed = config.model_copy(update={"model": str(folder)})
-    with keeping_base():
-        first = load_base_with_adapter(changed)
+    with Session() as session:
+        first = session.load_base(changed)
         text = (folder / "config.json").read_text()
         (folder / "config.json").write_text(text + "\n")
-        assert load_base_with_adapter(changed).model is not first.model
+        assert session.load_base(changed).model is not first.model
 
 
 def test_a_base_that_training_changes_is_never_kept(config: Any) -> None:
     full = config.model_copy(update={"fine_tune_type": "full"})
-    with keeping_base():
-        assert load_base_with_adapter(full).model is not load_base_with_adapter(full).model
-        assert kept_base.get_kept_base() is None
+    with Session() as session:
+        assert session.load_base(full).model is not session.load_base(full).model
+        assert session.base is None

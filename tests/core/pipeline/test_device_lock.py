@@ -12,12 +12,14 @@ import pytest
 
 from nested_core import backend
 from nested_core.errors import ConfigError
+from nested_core.models.session import Session
 from nested_core.pipeline.device_lock import (
     DEVICE_LOCK_VARIABLE,
     device_names,
     lock_path,
     locking_devices,
 )
+from tests.example import example_config
 
 HOLD = (
     "import sys, time\n"
@@ -46,8 +48,11 @@ def test_a_second_process_waits_names_the_holder_and_goes_on_when_that_one_is_ki
         lines.append(line)
         holder.send_signal(signal.SIGKILL)
 
-    with locking_devices(kill_the_holder):
+    session = Session()
+    session.load_base(example_config())
+    with locking_devices(kill_the_holder, session=session):
         assert lock_path("test-device").read_text() == str(os.getpid())
+    assert session.base is None  # its memory was the other process's to use
     holder.communicate()
     assert lines == [
         f"device test-device is in use by process {holder.pid}: waiting until it is free"

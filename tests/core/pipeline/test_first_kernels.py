@@ -19,13 +19,13 @@ import pytest
 from nested_core import backend
 from nested_core.models.base_model import load_base_model
 from nested_core.models.parameters import trainable_parameters
+from nested_core.models.session import Session
 from nested_core.pipeline import kernel_worker
 from nested_core.pipeline.finetune import finetune
 from nested_core.pipeline.launch import first_kernels
 from nested_core.pipeline.launch.first_kernels import (
     PARTS,
     FirstKernels,
-    await_first_kernels,
     compiling_first_kernels,
     write_small_run,
 )
@@ -146,9 +146,11 @@ def test_layers_share_the_weights_of_the_first() -> None:
     assert not mx.array_equal(own, parameters["model.layers.1.mlp.up_proj.weight"]).item()
 
 
-def fake_worker(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
-    """Have such a program run in place of each worker, wherever it would compute."""
-    monkeypatch.setattr(first_kernels, "WORKER_COMMAND", (sys.executable, "-c", program))
+def fake_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    """Have each worker answer with such a function, wherever it would compute."""
+    program = tmp_path / "worker.py"
+    program.write_text(f"def answer(request):\n    {body}\n")
+    monkeypatch.setattr(first_kernels, "WORKER", program)
     monkeypatch.setattr(first_kernels, "are_worth_compiling_ahead", lambda config, run: True)
 
 
@@ -165,15 +167,16 @@ class Told(Steps):
 def test_a_process_that_fails_is_told_of_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fake_worker(monkeypatch, "import sys; sys.exit(f'{sys.argv[1]}: no room on the device')")
+    fake_worker(tmp_path, monkeypatch, "raise RuntimeError(request['part'] + ': no room')")
     hooks = Told()
     with caplog.at_level(logging.WARNING):
         result = finetune(example_config(iters=4), open_run(tmp_path / "run"), hooks)
     assert result.verdict is not None
     failed = [record.getMessage() for record in caplog.records]
-    assert [message for message in failed if "compile them ahead" in message] == [
+    said = [message.partition(": no room")[0] for message in failed if "them ahead" in message]
+    assert said == [
         f"The kernels of {part} are compiled as they are needed: the process that was to compile "
-        f"them ahead ended with code 1: {part}: no room on the device"
+        f"them ahead failed: RuntimeError: {part}"
         for part in PARTS
     ]
     told = [message for message in hooks.messages if message.startswith("kernels: ")]
@@ -184,55 +187,63 @@ def test_a_process_that_fails_is_told_of_and_the_run_goes_on(
 def test_what_ends_a_run_ends_the_processes_that_compile_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_worker(monkeypatch, "import time; time.sleep(3600)")
+    fake_worker(tmp_path, monkeypatch, "import time; time.sleep(3600)")
     config = example_config(iters=2)
     run = prepare(config, tmp_path / "run")
     messages: list[str] = []
+    session = Session()
     seen: list[FirstKernels] = []
 
     def fail_in_the_block() -> None:
-        with compiling_first_kernels(config, run, messages.append):
-            under_way = first_kernels._under_way
-            assert under_way is not None
+        with compiling_first_kernels(config, run, messages.append, session):
+            under_way = kernels_of(session)
             seen.append(under_way)
-            codes = [process.poll() for process in under_way._processes.values()]
+            codes = [each.process.poll() for each in under_way._processes.values()]
             assert codes == [None] * len(PARTS)
             raise RuntimeError("the load failed")
 
     with pytest.raises(RuntimeError, match="the load failed"):
         fail_in_the_block()
-    assert all(process.returncode is not None for process in seen[0]._processes.values())
+    assert seen[0]._processes == {}
     assert not Path(seen[0]._folder.name).exists()
-    await_first_kernels(lambda: False)  # nothing is waited for any more
+    assert session.await_kernels is None  # nothing is waited for any more
     assert len(messages) == 1
+
+
+def kernels_of(session: Session) -> FirstKernels:
+    """What a training of the session waits for."""
+    found = getattr(session.await_kernels, "__self__", None)
+    assert isinstance(found, FirstKernels)
+    return found
 
 
 def test_a_stop_that_is_requested_ends_the_wait_and_the_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_worker(monkeypatch, "import time; time.sleep(3600)")
+    fake_worker(tmp_path, monkeypatch, "import time; time.sleep(3600)")
     config = example_config(iters=4)
     run = prepare(config, tmp_path / "run")
     messages: list[str] = []
-    with compiling_first_kernels(config, run, messages.append):
-        assert first_kernels._under_way is not None
-        processes = list(first_kernels._under_way._processes.values())
-        await_first_kernels(lambda: True)
-        assert all(process.returncode is not None for process in processes)
+    session = Session()
+    with compiling_first_kernels(config, run, messages.append, session):
+        processes = list(kernels_of(session)._processes.values())
+        kernels_of(session).take(lambda: True)
+        assert all(each.process.returncode is not None for each in processes)
     assert len(messages) == 1
 
 
 def test_what_was_compiled_is_taken_once_and_a_full_store_ends_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fake_worker(monkeypatch, "")
+    fake_worker(tmp_path, monkeypatch, "return None")
     config = example_config(iters=4)
     run = prepare(config, tmp_path / "run")
     monkeypatch.setattr(compiled_kernels, "take_recorded_kernels", lambda: 7)
     messages: list[str] = []
-    with compiling_first_kernels(config, run, messages.append):
-        await_first_kernels(lambda: False)
-        await_first_kernels(lambda: False)
+    session = Session()
+    with compiling_first_kernels(config, run, messages.append, session):
+        kernels_of(session).take(lambda: False)
+        kernels_of(session).take(lambda: False)
     assert [message.partition(" in ")[0] for message in messages[1:]] == [
         "kernels: 7 were compiled ahead"
     ]
@@ -241,15 +252,18 @@ def test_what_was_compiled_is_taken_once_and_a_full_store_ends_no_run(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(compiled_kernels, "take_recorded_kernels", fail)
-    with caplog.at_level(logging.WARNING), compiling_first_kernels(config, run, messages.append):
-        await_first_kernels(lambda: False)
+    with (
+        caplog.at_level(logging.WARNING),
+        compiling_first_kernels(config, run, messages.append, session),
+    ):
+        kernels_of(session).take(lambda: False)
     assert "compiled ahead cannot be used: [Errno 28] No space left on device" in caplog.text
 
 
 def test_a_run_goes_on_where_the_processes_cannot_be_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fake_worker(monkeypatch, "import time; time.sleep(3600)")
+    fake_worker(tmp_path, monkeypatch, "import time; time.sleep(3600)")
     config = example_config(iters=4)
     run = prepare(config, tmp_path / "run")
 
@@ -258,7 +272,10 @@ def test_a_run_goes_on_where_the_processes_cannot_be_started(
 
     monkeypatch.setattr(first_kernels, "start_worker", fail)
     went_on: list[str] = []
-    with caplog.at_level(logging.WARNING), compiling_first_kernels(config, run, went_on.append):
+    with (
+        caplog.at_level(logging.WARNING),
+        compiling_first_kernels(config, run, went_on.append, Session()),
+    ):
         went_on.append("the block ran")
     assert went_on[-1] == "the block ran"
     assert "as they are needed, and not ahead: [Errno 12] Cannot allocate memory" in caplog.text

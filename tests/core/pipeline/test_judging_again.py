@@ -10,6 +10,7 @@ import pytest
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected
+from nested_core.models.session import Session
 from nested_core.pipeline.finetune import FinetuneResult, finetune
 from nested_core.pipeline.run_steps import Steps
 from nested_core.records.verdict import Verdict
@@ -103,8 +104,8 @@ def test_a_champion_that_moves_while_the_gate_works_is_judged_against_once_more(
     other = finetune(configure(registry, "never", 5), open_run(copy / "other")).version
 
     class Meanwhile(Messages):
-        def judge(self, config: FineTuneConfig, run: RunDirectory) -> Verdict:
-            verdict = super().judge(config, run)
+        def judge(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Verdict:
+            verdict = super().judge(config, run, session)
             if read_champion(registry, NAME) != other:
                 promote(registry, NAME, str(other), by="bob")
             return verdict

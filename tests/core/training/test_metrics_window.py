@@ -5,8 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
+from nested_core.training.due_parts import MetricsWindow
 from nested_core.training.rank_communication import Sums, World
-from nested_core.training.run_recorder import MetricsWindow
 
 
 class Clock:
@@ -22,7 +22,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("nested_core.training.run_recorder.time.perf_counter", clock)
+    monkeypatch.setattr("nested_core.training.due_parts.time.perf_counter", clock)
     return clock
 
 

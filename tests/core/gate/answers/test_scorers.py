@@ -191,11 +191,12 @@ while True:
 @pytest.mark.parametrize(
     ("written", "problem"),
     [
-        ("b'x' * 60_000", "something else than a score came from its process"),
-        ("b'\\xff\\xfe\\n'", "something else than a score came from its process"),
-        ("b'{\"ready\": true}\\n'", "something else than a score came from its process"),
-        ("b'{\"result\": 1e300}\\n'", r"it answered 1e\+300, not a score"),
-        ("b'{\"result\": true}\\n'", "it answered True, not a score"),
+        ("b'x' * 60_000", "something else than an answer came from its process"),
+        ("b'\\xff\\xfe\\n'", "something else than an answer came from its process"),
+        ("b'{\"ready\": true}\\n'", "something else than an answer came from its process"),
+        ("b'{\"error\": 7}\\n'", "something else than an answer came from its process"),
+        ("b'{\"answer\": 1e300}\\n'", r"it answered 1e\+300, not a score"),
+        ("b'{\"answer\": true}\\n'", "it answered True, not a score"),
         pytest.param(
             "b'x' + bytes(__import__('time').sleep(0.01) or 0)",
             "it took more than 1 seconds",

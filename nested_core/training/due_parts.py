@@ -1,4 +1,7 @@
-"""What a run writes and reports while it trains: metrics.jsonl, callbacks, checkpoints."""
+"""The parts of training that know when they are due: reports, evaluations and checkpoints.
+
+The loop (trainer.py) calls each after every step.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,7 @@ from nested_core.training.evaluation import Evaluation, Evaluator
 from nested_core.training.loss.loss_interface import MicroBatch
 from nested_core.training.rank_communication import Sums, World
 from nested_core.training.reports.metrics_file import append_metrics, read_metrics, truncate_metrics
+from nested_core.training.schedule.step_schedule import passes_multiple
 from nested_core.training.train_step import StepResult
 from nested_core.training.training_checks import (
     warn_of_flat_loss,
@@ -185,80 +189,59 @@ def make_train_info(step: int, iteration: int, record: dict[str, Any]) -> dict[s
     return info
 
 
-class RunRecorder:
-    """Reports, evaluates and saves; it reads the model and the optimizer and changes neither.
+class Reporter:
+    """Reports training, and writes metrics.jsonl: a line for a report, an evaluation or both.
 
     All ranks call it, since what is reported is summed over them; the main one writes.
     """
 
-    def __init__(self, setup: TrainingSetup, evaluator: Evaluator) -> None:
+    def __init__(self, setup: TrainingSetup) -> None:
         self.setup = setup
         self.window = MetricsWindow(setup.world, is_mean=setup.loss_fn.is_mean)
-        self._evaluator = evaluator
         self._losses: list[float] = []
-        self._validation_targets = setup.step_schedule.validation_targets()
-        initial = load_arrays(setup.run.initial / WEIGHTS_NAME)
-        self._published_dtypes = {name: array.dtype for name, array in initial.items()}
 
     def begin(self, state: TrainingState) -> None:
-        """Open metrics.jsonl: on resume at the state's step, else with step 0, before training."""
-        is_resumed = state.step > 0
+        """Cut metrics.jsonl back to the state's step, and go on with the report that was open."""
         if self.setup.world.is_main:
             metrics = self.setup.run.metrics
             state.reported = truncate_metrics(metrics, state.step, state.reported)
-            truncate_step_losses(self.setup.run.validation_losses, state.step)
             records = read_metrics(metrics)
             self._losses = [r["loss"] for r in records if r.get("loss") is not None]
-            if is_resumed:  # the process before may have ended between checkpoint and snapshot
-                self._export_checkpoint_if_due(
-                    checkpoint_path(self.setup.run.checkpoints, state.step), state
-                )
         if state.open_report:
             self.window.reopen(state.open_report)
-        if not is_resumed:
-            self._append_metrics_record(state, {"iteration": 0} | self._evaluate(state, 0))
-        self.window.restart_clock()
 
     def add_step(self, state: TrainingState, first: int, result: StepResult) -> None:
-        """Add a step's micro-batches, from number `first`, with the reports between them."""
+        """Add a step's micro-batches, from number `first`; by mlx-lm's rule report in between."""
         self.window.add_gradient_bytes(result.gradient_bytes)
         last = first + len(result.micro_batches)
-        reports = set(self.setup.step_schedule.reports_within(first, last)) - {last}
         for done, micro_batch in enumerate(result.micro_batches, start=first + 1):
             self.window.add_micro_batch(micro_batch)
-            if done in reports:
-                self.record_what_is_due(state, iteration=done, report=True)
+            if (
+                self.setup.step_schedule.follows_mlx_lm
+                and done < last
+                and self._is_due(done - 1, done)
+            ):
+                with self.window.pausing_clock():
+                    self.write(state, done, self._report(state, done))
 
-    def record_what_is_due(
-        self,
-        state: TrainingState,
-        *,
-        iteration: int | None = None,
-        report: bool = False,
-        evaluate: bool = False,
-        save: bool = False,
-    ) -> None:
-        """Do what is due now: one line of metrics, a checkpoint of this step or of the best.
+    def after_step(self, state: TrainingState, first: int, evaluation: dict[str, Any]) -> None:
+        """Report if it is due, or training ended with one open; write it with an evaluation."""
+        if self.setup.step_schedule.follows_mlx_lm:
+            first = state.iteration - 1  # reports before that are made within the step
+        is_due = self.window.is_open if state.ended else self._is_due(first, state.iteration)
+        record = self._report(state, state.iteration) if is_due else {}
+        if record or evaluation:
+            self.write(state, state.iteration, record | evaluation)
 
-        Raises EvaluationInterrupted if a stop is requested in the evaluation; nothing has changed
-        then.
-        """
-        done = state.iteration if iteration is None else iteration
-        with self.window.pausing_clock():
-            evaluation = self._evaluate(state, done) if evaluate else {}
-        with self.window.pausing_clock():
-            state.observed = True
-            record = (self._report(state, done) if report else {}) | evaluation
-            if record:
-                self._append_metrics_record(state, {"iteration": done} | record)
-            is_best = evaluate and state.best_step == state.step
-            if save or (is_best and self.setup.step_schedule.offers_best):
-                self.save_checkpoint(state)
+    def _is_due(self, first: int, last: int) -> bool:
+        return passes_multiple(self.setup.step_schedule.intervals.report, first, last)
 
-    def _append_metrics_record(self, state: TrainingState, record: dict[str, Any]) -> None:
+    def write(self, state: TrainingState, iteration: int, values: dict[str, Any]) -> None:
+        """Write a line of metrics.jsonl."""
         if self.setup.world.is_main:
             self.setup.run.require_lock()
-            append_metrics(self.setup.run.metrics, {"step": state.step} | record)
+            record = {"step": state.step, "iteration": iteration} | values
+            append_metrics(self.setup.run.metrics, record)
         state.reported += 1
 
     def _report(self, state: TrainingState, iteration: int) -> dict[str, Any]:
@@ -273,16 +256,51 @@ class RunRecorder:
             self.setup.callback.on_train_loss_report(make_train_info(state.step, iteration, record))
         return record
 
-    def _evaluate(self, state: TrainingState, iteration: int) -> dict[str, Any]:
+
+class Validation:
+    """Measures the validation loss, and has the prompts of `samples` answered.
+
+    It reads the model and changes nothing of it. Its methods raise EvaluationInterrupted if a stop
+    is requested meanwhile; nothing has changed then.
+    """
+
+    def __init__(self, setup: TrainingSetup, evaluator: Evaluator) -> None:
+        self.setup = setup
+        self._evaluator = evaluator
+        self._targets = setup.step_schedule.validation_targets()
+
+    def due_before_step(self, first: int, last: int) -> list[int]:
+        """Under mlx-lm's rule, evaluations before the update, as the number of iterations done.
+
+        The first one of all begins the run.
+        """
+        schedule = self.setup.step_schedule
+        if not schedule.follows_mlx_lm:
+            return []
+        iterations = range(max(first + 1, 2), last + 1)
+        every, end = schedule.intervals.evaluation, schedule.iterations
+        return [each - 1 for each in iterations if each == end or each % every == 0]
+
+    def after_step(self, state: TrainingState, first: int) -> dict[str, Any]:
+        """Evaluate if it is due, or training ended and what it ended with is not evaluated."""
+        schedule = self.setup.step_schedule
+        is_due = passes_multiple(schedule.intervals.evaluation, first, state.iteration)
+        if state.ended:
+            is_due = state.evaluated_step != state.step or state.flushed
+        return (
+            self.evaluate(state, state.iteration) if is_due and not schedule.follows_mlx_lm else {}
+        )
+
+    def evaluate(self, state: TrainingState, iteration: int) -> dict[str, Any]:
         """The validation loss, and the answers to `samples`; empty without either."""
         batches = self.setup.step_schedule.validation_batches(iteration)
-        losses = {} if batches is None else self._measure_validation_loss(state, iteration, batches)
+        losses = {} if batches is None else self._measure_loss(state, iteration, batches)
         if not self.setup.world.is_main:
             return losses
         values = read_parameters(self.setup.parameters)
         return losses | self.setup.samples.answer(self.setup.model, self.setup.parameters, values)
 
-    def _measure_validation_loss(
+    def _measure_loss(
         self, state: TrainingState, iteration: int, batches: Iterable[MicroBatch]
     ) -> dict[str, Any]:
         started = time.perf_counter()
@@ -290,7 +308,8 @@ class RunRecorder:
         val_loss = evaluation.mean_loss
         is_candidate = all(tier.updates > 0 for tier in self.setup.optimizer.get_tier_stats())
         state.record_evaluation(val_loss, is_candidate=is_candidate)
-        self._keep_example_losses(state, evaluation, is_candidate=is_candidate)
+        if is_candidate and self.setup.step_schedule.offers_best and self.setup.world.is_main:
+            self._keep_example_losses(state, evaluation)
         min_delta = self.setup.config.training.min_delta
         count_evaluations_without_improvement(state, val_loss, min_delta=min_delta)
         seconds = time.perf_counter() - started
@@ -299,16 +318,12 @@ class RunRecorder:
             self.setup.callback.on_val_loss_report(info)
         return {"val_loss": val_loss}
 
-    def _keep_example_losses(
-        self, state: TrainingState, evaluation: Evaluation, *, is_candidate: bool
-    ) -> None:
+    def _keep_example_losses(self, state: TrainingState, evaluation: Evaluation) -> None:
         """Append the losses of an evaluation whose step could be offered, for the gate."""
-        if not (is_candidate and self.setup.step_schedule.offers_best and self.setup.world.is_main):
-            return
         self.setup.run.require_lock()
         losses = StepLosses(step=state.step, lines=None, losses=None)
-        if evaluation.row_sums is not None and self._validation_targets is not None:
-            lines, tokens = self._validation_targets
+        if evaluation.row_sums is not None and self._targets is not None:
+            lines, tokens = self._targets
             is_counted = tokens > 0
             means = evaluation.row_sums[: len(tokens)][is_counted] / tokens[is_counted]
             losses = StepLosses(
@@ -318,9 +333,39 @@ class RunRecorder:
             )
         append_step_losses(self.setup.run.validation_losses, losses)
 
-    def save_checkpoint(self, state: TrainingState) -> None:
+
+class Saver:
+    """Writes checkpoints, and the snapshots that mlx_lm.lora would write to adapter_path.
+
+    All ranks call it; the main one writes.
+    """
+
+    def __init__(self, setup: TrainingSetup, window: MetricsWindow, evaluator: Evaluator) -> None:
+        """`window` has the report that is open, which a checkpoint keeps."""
+        self.setup = setup
+        self._window = window
+        self._evaluator = evaluator
+        self._every = setup.step_schedule.intervals.save
+        initial = load_arrays(setup.run.initial / WEIGHTS_NAME)
+        self._published_dtypes = {name: array.dtype for name, array in initial.items()}
+
+    def begin(self, state: TrainingState) -> None:
+        """Forget losses of later steps; make the snapshot that the process before may have owed."""
+        run = self.setup.run
+        if self.setup.world.is_main:
+            truncate_step_losses(run.validation_losses, state.step)
+            if state.step > 0:
+                self._export_checkpoint_if_due(checkpoint_path(run.checkpoints, state.step), state)
+
+    def after_step(self, state: TrainingState, first: int) -> None:
+        """Save if it is due, the step is the best so far, or training ended."""
+        is_best = self.setup.step_schedule.offers_best and state.best_step == state.step
+        if state.ended or is_best or passes_multiple(self._every, first, state.iteration):
+            self.save(state)
+
+    def save(self, state: TrainingState) -> None:
         """Write a checkpoint and remove those that are no longer to be kept."""
-        state.open_report = self.window.sums_for_checkpoint()
+        state.open_report = self._window.sums_for_checkpoint()
         setup = self.setup
         if not setup.world.is_main:
             return
@@ -354,12 +399,11 @@ class RunRecorder:
             keep_steps=state.steps_to_keep(may_flush=setup.optimizer.accumulates),
         )
 
-    def snapshots_between(self, first: int, last: int) -> list[int]:
+    def snapshots_due_before_step(self, first: int, last: int) -> list[int]:
         """The iterations between the micro-batches [first, last) at which a snapshot is due."""
         if self.setup.config.adapter_path is None:
             return []
-        every = self.setup.step_schedule.intervals.save
-        return [done for done in range(first + 1, last) if done % every == 0]
+        return [done for done in range(first + 1, last) if done % self._every == 0]
 
     def export_snapshots(self, iterations: Sequence[int]) -> None:
         """Copy what the model holds to adapter_path, under each of these iterations.
@@ -382,7 +426,7 @@ class RunRecorder:
         Checkpoints that are written for another reason, such as the best, are not copied.
         """
         adapter_path = self.setup.config.adapter_path
-        is_due = state.iteration % self.setup.step_schedule.intervals.save == 0
+        is_due = state.iteration % self._every == 0
         if adapter_path is not None and is_due:
             run_dir, iteration = self.setup.run.path, state.iteration
             export_snapshot(checkpoint_folder, adapter_path, run_dir, iteration)

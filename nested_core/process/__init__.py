@@ -1,0 +1,1 @@
+"""Processes of ours that answer requests: `Child` asks one, child_main.py is its program."""

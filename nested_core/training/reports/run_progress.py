@@ -1,0 +1,224 @@
+"""A run as it goes on, read from its directory: what everybody who watches one shows.
+
+plan.json and metrics.jsonl hold how far training is; nothing here waits or prints. Whoever watches
+calls `read` now and then, from a thread of its own, and shows what the methods describe.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from nested_core.errors import DamagedError
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import open_regular
+from nested_core.text.duration_format import format_clock
+from nested_core.text.foreign_text import escape
+from nested_core.text.loss_format import format_loss
+from nested_core.training.reports.training_plan import TrainingPlan, read_plan
+
+
+@dataclass
+class RunProgress:
+    """How far a run is.
+
+    run: its directory.
+    plan: what the run set out to do; None for a run of an earlier release.
+    records: of metrics.jsonl so far.
+    stages: what followed training, such as the steps of the gate, with the seconds it began at.
+    outcome: how it ended, a sentence each, once it has.
+    seconds: since training began here; reported_at: the same when the last record came.
+    first_report: the iteration and the seconds of the first report of training that was seen here.
+    """
+
+    run: RunDirectory
+    plan: TrainingPlan | None = None
+    records: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[tuple[str, float]] = field(default_factory=list)
+    outcome: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    reported_at: float = 0.0
+    first_report: tuple[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        # Training begins when there is another plan than before.
+        self._plan_before = self._inode_of_plan()
+        self._began_at: float | None = None
+
+        # How far metrics.jsonl was read
+        self._inode = -1
+        self._offset = 0
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether training has begun since this was made."""
+        return self._began_at is not None
+
+    @property
+    def last_record(self) -> dict[str, Any]:
+        """The last record."""
+        return self.records[-1] if self.records else {"step": 0, "iteration": 0}
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds that training took, or has taken so far."""
+        return self.stages[0][1] if self.stages else self.seconds
+
+    def latest_value(self, key: str) -> Any:
+        """The last value that was reported under a key; None if there is none yet."""
+        return next((r[key] for r in reversed(self.records) if r.get(key) is not None), None)
+
+    def note_report_time(self) -> None:
+        """Note that records came now."""
+        self.reported_at = self.seconds
+        if self.first_report is not None or self.plan is None:
+            return
+        last = self.last_record
+        if "loss" in last and last["step"] > self.plan.first_step:
+            self.first_report = (last["iteration"], self.seconds)
+
+    def seconds_left(self) -> float | None:
+        """Seconds to the end of training at the speed since the first report; None before another.
+
+        The first steps are no measure: kernels are compiled, and the loss before training measured.
+        """
+        iteration: int = self.last_record.get("iteration", 0)
+        if self.plan is None or self.first_report is None or iteration <= self.first_report[0]:
+            return None
+        # Evaluations take their time too: hence the clock and not the reported speed.
+        pace = (self.reported_at - self.first_report[1]) / (iteration - self.first_report[0])
+        left = pace * (self.plan.iterations - iteration)
+        return max(0.0, left - (self.seconds - self.reported_at))
+
+    def describe_position(self) -> str:
+        """`step 20 of 120`, and iterations where gradients are accumulated over several."""
+        step, iteration = self.last_record["step"], self.last_record.get("iteration", 0)
+        if self.plan is None:
+            return f"step {step:,}"
+        text = f"step {step:,} of {self.plan.steps:,}"
+        if self.plan.iterations != self.plan.steps:
+            text += f" (iteration {iteration:,} of {self.plan.iterations:,})"
+        return text
+
+    def describe_time(self) -> str:
+        """The time that training takes so far, and how much is left."""
+        text = f"{format_clock(self.training_seconds)} elapsed"
+        left = None if self.stages or self.outcome else self.seconds_left()
+        return text if left is None else f"{text}, about {format_clock(left)} left"
+
+    def describe_speed(self) -> str:
+        """Learning rate, gradient norm and speed of the last report."""
+        parts = []
+        if (rate := self.latest_value("learning_rate")) is not None:
+            parts.append(f"learning rate {rate:.3g}")
+        if (norm := self.latest_value("grad_norm")) is not None:
+            parts.append(f"gradient norm {norm:.3g}")
+        if (speed := self.latest_value("tokens_per_second")) is not None:
+            parts.append(f"{speed:,.0f} tokens/s")
+        return ", ".join(parts)
+
+    def describe_memory(self) -> str:
+        """Peak memory against what there is."""
+        peak = self.latest_value("peak_memory_gb")
+        if peak is None:
+            return ""
+        limit = "" if self.plan is None else f" of {self.plan.memory_limit_gb:.3g}"
+        return f"peak memory {peak:.3g}{limit} GB"
+
+    def describe_tiers(self) -> str:
+        """Each tier's clock: how often it is updated, and how often it was."""
+        updates = self.latest_value("updates")
+        if self.plan is None or updates is None:
+            return ""
+        skipped = sum(self.latest_value("skipped") or [])
+        if list(self.plan.frequencies) == [1]:
+            return f"skipped updates: {skipped:,}" if skipped else ""
+        clocks = [
+            f"tier {tier} (every {'step' if every == 1 else every}) {count:,}"
+            for tier, (every, count) in enumerate(zip(self.plan.frequencies, updates, strict=False))
+        ]
+        return f"updates: {' · '.join(clocks)}" + (f" · skipped {skipped:,}" if skipped else "")
+
+    def describe_samples(self) -> list[str]:
+        """The last answers to the configured prompts."""
+        answered = next((r for r in reversed(self.records) if r.get("samples")), None)
+        if answered is None:
+            return []
+        return [
+            f"{escape(sample['prompt'])} -> {escape(sample['answer'])} (step {answered['step']:,})"
+            for sample in answered["samples"]
+        ]
+
+    def describe_offered_adapter(self, adapter_step: int) -> str:
+        """Which step's adapter is offered, and why."""
+        text = f"offered: the adapter of step {adapter_step:,}"
+        evaluated = {
+            r["step"]: r["val_loss"] for r in self.records if "val_loss" in r and r["step"] > 0
+        }
+        if self.plan is None:
+            return text
+        if not self.plan.offers_best or evaluated.get(adapter_step) is None:
+            return f"{text}, the last one"
+        loss = format_loss(evaluated[adapter_step])
+        return (
+            f"{text}, the lowest validation loss of {len(evaluated)} "
+            f"({loss}; {self.plan.describe_validation()})"
+        )
+
+    def describe_stages(self) -> Iterator[str]:
+        """What follows training, a line each, with the seconds that it took."""
+        stages = list(self.stages)  # another thread adds to them
+        for number, (name, began) in enumerate(stages, start=1):
+            is_open = number == len(stages) and not self.outcome
+            ended = self.seconds if number == len(stages) else stages[number][1]
+            yield f"{name} ..." if is_open else f"{name}: {format_clock(ended - began)}"
+
+    def read(self) -> bool:
+        """Take in what is new on disk; return whether training has begun."""
+        if self._began_at is None and self._inode_of_plan() != self._plan_before:
+            self.plan = read_plan(self.run.plan)
+            self._began_at = time.monotonic()
+        if self._began_at is not None:
+            self.seconds = time.monotonic() - self._began_at
+        if self.read_metrics():
+            self.note_report_time()
+        return self.has_begun
+
+    def read_metrics(self) -> bool:
+        """Take in the whole lines that were appended; return whether there were any.
+
+        A file that was cut back is another one, and read from its start: it may have grown beyond
+        the old one since it was looked at.
+        """
+        try:
+            with open_regular(self.run.metrics) as (file, _):
+                inode, content = os.fstat(file.fileno()).st_ino, file.read()
+        except (DamagedError, OSError):  # training says what is wrong; here is only shown
+            return False
+        if inode != self._inode or len(content) < self._offset:
+            self._inode = inode
+            self._offset = 0
+            self.records = []
+        lines = content[self._offset : content.rfind(b"\n") + 1]
+        self._offset += len(lines)
+        records = [record for line in lines.splitlines() if (record := _record_or_none(line))]
+        self.records += records
+        return bool(records)
+
+    def _inode_of_plan(self) -> int | None:
+        try:
+            return self.run.plan.stat().st_ino
+        except OSError:
+            return None
+
+
+def _record_or_none(line: bytes) -> dict[str, Any] | None:
+    from nested_core.training.reports.metrics_file import parse_record
+
+    try:
+        return parse_record(line)
+    except ValueError:  # a damaged line, which training leaves out and names
+        return None
