@@ -128,7 +128,8 @@ class FineTuneConfig(_RootSection):
     )
     data: str = key(
         "mlx-community/WikiSQL",
-        "a folder with train.jsonl and valid.jsonl, or a data set of the hub",
+        "a folder with train.jsonl and valid.jsonl, a file or a pattern of files to train on, or a "
+        "data set of the hub",
         affects="source",
         path="local_or_hub",
     )

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
-from typing import IO, Any, AnyStr, NamedTuple, Protocol, cast
+from typing import IO, Any, AnyStr, NamedTuple, cast
 
 from nested_core.errors import shorten
 from nested_core.storage.atomic import finite_or_none
@@ -79,23 +79,18 @@ def limit_expansion(
         yield line
 
 
-class _HasLines(Protocol[AnyStr]):
-    def readline(self, size: int, /) -> AnyStr:
-        """The next line, or so much of it."""
-
-
 @contextmanager
-def _open_bytes(path: Path) -> Iterator[BufferedReader | gzip.GzipFile]:
+def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
     """The content of a file, unpacked where its name ends in .gz."""
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, _size):
         if path.suffix == ".gz":
             with gzip.GzipFile(fileobj=file) as unpacked:
-                yield unpacked
+                yield cast(IO[bytes], unpacked)
         else:
             yield file
 
 
-def _read_bounded_lines(file: _HasLines[AnyStr]) -> Iterator[AnyStr]:
+def _read_bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
     """The lines of a file; RestOfFileUnreadable at one that is too long to be held, or damaged."""
     number = 0
     while True:
@@ -273,9 +268,7 @@ def _open_table(path: Path) -> Iterator[TextIOWrapper]:
     csv.field_size_limit(MAX_LINE_BYTES)  # of the whole process; its own is less than a document
     with (
         _open_bytes(path) as raw,
-        TextIOWrapper(
-            cast(IO[bytes], raw), "utf-8-sig", errors="surrogateescape", newline=""
-        ) as file,
+        TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as file,
     ):
         yield file
 

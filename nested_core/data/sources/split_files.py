@@ -52,7 +52,6 @@ _READER_BY_SUFFIX: dict[str, Callable[[Path], Iterator[NumberedLine]]] = {
 _TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 SUFFIXES = (".jsonl", *_READER_BY_SUFFIX, *_TABLE_SUFFIXES)
 _SUFFIX_PATTERN = re.compile(f"({'|'.join(map(re.escape, SUFFIXES))})$", re.IGNORECASE)
-_GLOB_CHARACTERS = "*?["
 _COPIED_BYTES = 2**20  # at a time
 _MAX_SHOWN_PARTS = 2
 
@@ -103,15 +102,11 @@ def open_splits(settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
         return _write_hub_tables(
             open_dataset_by_name(settings.data, trust_remote_code=is_trusted), spool
         )
-    what = "does not exist"
-    if set(_GLOB_CHARACTERS) & set(settings.data):
-        what = "matches no file with such a name"
-    elif folder.exists():
-        what = "has another name"
+    what = "is a file" if folder.is_file() else "does not exist"
     raise ConfigError(
-        f"data: {settings.data!r} is neither a folder here nor a data file: {folder.absolute()} "
-        f"{what}. Expected a folder with train.jsonl (or {', '.join(SUFFIXES[1:])}), and best "
-        f"valid and test beside it; or, for train alone, one file or a pattern such as rows/*.csv."
+        f"data: {settings.data!r} is not a folder here: {folder.absolute()} {what}. Expected one "
+        f"with train.jsonl (or {', '.join(SUFFIXES[1:])}), and best valid and test beside it; or, "
+        f"to train on alone, one such file or a pattern of them, as rows/*.csv."
     )
 
 

@@ -107,7 +107,7 @@ def test_two_files_for_one_split_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_data_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train.txt").touch()
-    with pytest.raises(ConfigError, match="is neither a folder here nor a data file"):
+    with pytest.raises(ConfigError, match="is not a folder"):
         judge(tmp_path / "train.txt")
 
 
