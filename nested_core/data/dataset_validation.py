@@ -6,7 +6,7 @@ import; a data set in the cache does without this module, see dataset_loading.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -170,7 +170,7 @@ def _apply_row_count_rules(tables: Tables, settings: DataSettings, findings: Fin
             "lines": table.frame.height,
             "rows": int((~table.frame["is_blank"]).sum()) - sum(map(len, table.dropped.values())),
             "faulty": _describe_faulty_lines(len(findings.lines_with_errors(table.file))),
-            "is_whole": not is_cut_short(findings, table.file),
+            "is_whole": not is_cut_short(findings, table.file_names),
             "has_one_answer": table.has_one_answer,
             "batch_size": settings.batch_size,
         }
@@ -188,9 +188,9 @@ def _describe_faulty_lines(number: int) -> str:
     return f" ({number:,} with an error)" if number else ""
 
 
-def is_cut_short(findings: Findings, file: str) -> bool:
+def is_cut_short(findings: Findings, files: Collection[str]) -> bool:
     """Whether the rest of a file was not read, so that how many rows it holds is not known."""
-    return any(f.file == file and f.check == "damaged-file" for f in findings.listed)
+    return any(f.file in files and f.check == "damaged-file" for f in findings.listed)
 
 
 def _make_report(
@@ -214,11 +214,7 @@ def _make_report(
         findings.listed.extend(describe_split_stats(stats, settings.batch_size))
     digests = {split: stats.digest for split, stats in splits.items()}
     digest = sha256(canonical_json(digests)).hexdigest()
-    files = [
-        name
-        for table in tables.values()
-        for name in (table.file, *(part.name for part in findings.parts.get(table.file, ())))
-    ]
+    files = [name for table in tables.values() for name in table.file_names]
     return DatasetReport(
         settings.describe_source, digest, splits, sort_findings(findings.listed, files)
     )

@@ -78,7 +78,7 @@ def _is_unlike_openai(turn: Any) -> bool:
 def _rename_sharegpt_turn(turn: dict[str, Any], place: str) -> dict[str, Any]:
     renamed = {key: value for key, value in turn.items() if key not in ("from", "value")}
     for ours, theirs in (("role", "from"), ("content", "value")):
-        if theirs in turn:
+        if theirs in turn and renamed.get(ours) is None:  # a table has null for what is not there
             renamed[ours] = turn[theirs]
     speaker = renamed.get("role")
     speaker = speaker.casefold() if isinstance(speaker, str) else speaker
@@ -137,7 +137,7 @@ def list_unread_fields(
 ) -> list[str]:
     """Those of `keys` with something that belongs to the conversation and is not in `trained`.
 
-    That is more than one word, any text under a key that is known for it, and what is no text.
+    That is more than one word, any text under a key that is known for it, and an image or sound.
     """
     names = [key for key in row if key in keys]
     if not names:
@@ -150,7 +150,7 @@ def _is_lost(key: str, value: Any, learnt: str) -> bool:
     if key in _MEDIA_KEYS:
         return bool(value)
     return any(
-        (key in _CONTEXT_KEYS or not _LABEL_PATTERN.fullmatch(text)) and text.strip() not in learnt
+        key in _CONTEXT_KEYS if _LABEL_PATTERN.fullmatch(text) else text.strip() not in learnt
         for text in _texts_in(value)
     )
 
@@ -171,7 +171,7 @@ def describe_unread_fields(row: Mapping[str, Any], keys: Collection[str]) -> str
     names = ", ".join(shorten(key.rpartition("[].")[2]) for key in keys)
     alpaca = (
         "data_format: alpaca reads input, history and system; "
-        if {"instruction", "output"} <= row.keys()
+        if {"instruction", "output"} <= row.keys() and {"input", "history", "system"} & set(keys)
         else ""
     )
     return (

@@ -83,7 +83,7 @@ def limit_expansion(
 def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
     """The content of a file, unpacked where its name ends in .gz."""
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, _size):
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             with gzip.GzipFile(fileobj=file) as unpacked:
                 yield cast(IO[bytes], unpacked)
         else:

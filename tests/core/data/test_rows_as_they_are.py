@@ -306,6 +306,21 @@ READ: dict[str, tuple[Files, dict[str, Any], str, list[dict[str, Any]]]] = {
         "and semicolons",
         [chat("a", "b"), chat("c", "d")],
     ),
+    "a table's nulls, and labels": (
+        {
+            "train.jsonl": lines(
+                sharegpt(
+                    said("human", "a") | {"role": None, "content": None},
+                    turn("assistant", "b", **{"from": None, "value": None}),
+                    title=None,
+                    source="web",
+                )
+            )
+        },
+        {},
+        "train.jsonl: sharegpt, 1 of 1 row",
+        [chat("a", "b")],
+    ),
     "one file": (
         {"rows.CSV": b"text|prompt|completion\n|a|b\n"},
         {"data": "rows.CSV", "data_format": "completions", "drop_fields": ("text",)},
@@ -392,8 +407,13 @@ BROKEN_ROWS: dict[str, tuple[list[Any], dict[str, Any], str, str]] = {
         GOOD_ALPACA,
         alpaca("a", "b", **{"note.to": "Think before."}),
         "unread-field",
-        "leave out what stands in note.to; data_format: alpaca reads input, history and system; "
-        "drop_fields: [note.to] leaves it out on purpose",
+        "leave out what stands in note.to; drop_fields: [note.to] leaves it out on purpose",
+    ),
+    "a filled input beside configured names": (
+        [{"q": "a", "output": "b"}, {"q": "c", "output": "d"}],
+        {"q": "Is it 1?", "output": "Yes.", "input": "1"},
+        "unread-field",
+        "leave out what stands in input; drop_fields: [input]",
     ),
     "an image": (
         GOOD_ALPACA,
@@ -552,7 +572,11 @@ BROKEN_FILES: dict[str, tuple[Files, dict[str, Any], tuple[str, int, str, str]]]
     ),
 }
 BROKEN_FILES |= {
-    name: ({"train.jsonl": lines(*good, row)}, {}, at(3, check, says))
+    name: (
+        {"train.jsonl": lines(*good, row)},
+        {"prompt_feature": "q", "completion_feature": "output"} if "q" in row else {},
+        at(3, check, says),
+    )
     for name, (good, row, check, says) in BROKEN_ROWS.items()
 }
 
