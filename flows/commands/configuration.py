@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +23,26 @@ def add_commands(commands: Any) -> None:
     init = commands.add(
         "init", run_init, "write a commented configuration for a data set and a model"
     )
-    init.add_argument("--data", required=True, metavar="DIR", help="a folder with train.jsonl")
+    init.add_argument(
+        "--data",
+        required=True,
+        metavar="DATA",
+        help="a folder with train.jsonl, or a file, or a pattern such as 'rows/*.csv'",
+    )
     init.add_argument("--model", required=True, metavar="MODEL", help="a folder or a hub name")
     init.add_argument(
         "--split",
         type=float,
         metavar="SHARE",
         help="take this share of train's rows for valid and as much for test, in a new folder "
-        "here; DIR is left as it is",
+        "here; DATA is left as it is",
+    )
+    init.add_argument(
+        "--drop-fields",
+        nargs="+",
+        default=(),
+        metavar="FIELD",
+        help="fields of the rows that are left out on purpose, though they hold text",
     )
     init.add_argument(
         *("-o", "--output"), type=Path, metavar="FILE", help="default: standard output"
@@ -55,7 +68,8 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
     split = None if arguments.split is None else _split_place(data)
     written = "" if split is None else _write_split(data, arguments.split, split)
     try:
-        suggested = suggest_config(arguments.model, data if split is None else str(split))
+        dropped = arguments.drop_fields
+        suggested = suggest_config(arguments.model, data if split is None else str(split), dropped)
         text = suggested.text
         if target is not None:
             write_bytes(target, text.encode())
@@ -63,10 +77,11 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
         if split is not None:
             shutil.rmtree(split)
             if isinstance(error, DatasetError):  # name its lines in the files that stay
-                suggest_config(arguments.model, data)
+                suggest_config(arguments.model, data, dropped)
         raise
     if written:
         print_progress(written)
+    print_progress(*(stats.describe_format() for stats in suggested.report.splits.values()))
     if suggested.report.splits.keys() != {"train"}:
         if warnings := suggested.report.describe_warnings():
             print_progress(warnings)
@@ -82,7 +97,10 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def _split_place(data: str) -> Path:
     """The folder for the split of a data set, which is not there yet."""
-    folder = Path(f"{Path(data).resolve().name}-split")
+    name = Path(data).resolve().name
+    if not Path(data).is_dir():  # a file, or a pattern
+        name = re.split(r"[.*?\[]", name)[0].strip("-_") or Path(data).resolve().parent.name
+    folder = Path(f"{name}-split")
     if os.path.lexists(require_free_place(folder, "--split")):
         raise ConfigError(
             f"{folder} exists, and is not written over. If it is the split that you want, give "

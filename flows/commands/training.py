@@ -89,8 +89,10 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
         require_askable_suites(config)
     examples = []
     if tokenizer is not None and "train" in splits:
-        file, count = report.splits["train"].file, arguments.show or 0
-        examples = decode_examples_for_display(splits["train"], file, tokenizer.load(), count)
+        train, count = report.splits["train"], arguments.show or 0
+        examples = decode_examples_for_display(
+            splits["train"], train.file, tokenizer.load(), count, train.parts
+        )
 
     def document() -> dict[str, Any]:
         """The report, with the examples that --show asks for."""
@@ -98,7 +100,9 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
         return report.to_json() | (shown if arguments.show else {})
 
     def show() -> None:
-        """What is wrong, a line for each check and cause; a column of counts a file; examples."""
+        """Formats; what is wrong, a line for each check and cause; counts a file; examples."""
+        for stats in report.splits.values():
+            print_line(stats.describe_format())
         facts = {
             stats.file: {f.check: f for f in describe_split_stats(stats, config.batch_size)}
             for stats in report.splits.values()

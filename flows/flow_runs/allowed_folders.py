@@ -65,6 +65,9 @@ def require_allowed(path: str, what: str) -> Path:
         for file in resolved.iterdir():
             if file.is_symlink():
                 _resolve_allowed(file, what, str(file))
+    elif not resolved.exists():  # a pattern of data files: its folders may be links, too
+        for match in glob.glob(str(resolved), recursive=True):
+            _resolve_allowed(Path(match), what, match)
     return _as_opened(resolved)
 
 

@@ -26,10 +26,12 @@ from nested_core.config.section import Section, key, lay_out_form
 from nested_core.config.sections import (
     MLX_LM_OPTIMIZERS,
     ContinualSection,
+    DataFormat,
     DataPolicy,
     GateSection,
     HubDatasets,
     LoraParameters,
+    Names,
     NestedSection,
     RegistrySection,
     TrainingSection,
@@ -125,7 +127,8 @@ class FineTuneConfig(_RootSection):
     )
     data: str = key(
         "mlx-community/WikiSQL",
-        "a folder with train.jsonl and valid.jsonl, or a data set of the hub",
+        "a folder with train.jsonl and valid.jsonl, a file or a pattern of files to train on, or a "
+        "data set of the hub",
         affects="source",
         path="local_or_hub",
     )
@@ -210,6 +213,12 @@ class FineTuneConfig(_RootSection):
     completion_feature: str = key("completion", "the key of the completion in a row", in_form=False)
     text_feature: str = key("text", "the key of plain text in a row", in_form=False)
     chat_feature: str = key("messages", "the key of the messages in a row", in_form=False)
+    data_format: DataFormat = key(
+        "auto", "the format of the rows; auto finds it, csv takes tables alone", in_form=False
+    )
+    drop_fields: Names = key(
+        (), "fields of the rows that are left out on purpose, though they hold text", in_form=False
+    )
     hf_dataset: HubDatasets = key((), "data sets of the hub with their splits", in_form=False)
     nested: NestedSection = key(NestedSection(), "tiers of parameters, each with its own frequency")
     training: TrainingSection = key(TrainingSection(), "clipping, warm-up, early stop, precision")
@@ -315,5 +324,7 @@ def _mlx_lm_reference_problems(config: FineTuneConfig) -> Iterator[str]:
         changed.append("nested")
     if config.data_policy != DataPolicy():
         changed.append("data_policy")
+    if config.data_format in ("alpaca", "sharegpt", "csv"):
+        changed.append(f"data_format {config.data_format}")
     if changed:
         yield f"training.reference: mlx_lm.lora knows nothing of {', '.join(changed)}"

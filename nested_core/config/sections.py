@@ -293,6 +293,10 @@ def _mapping_as_list(value: Any) -> Any:
 HubDatasets = Annotated[tuple[HubDataset, ...], BeforeValidator(_mapping_as_list)]
 
 
+# The format of the rows, but csv: the files are tables, whose rows are found out as by auto.
+DataFormat = Literal["auto", "chat", "completions", "text", "tools", "alpaca", "sharegpt", "csv"]
+
+
 class DataPolicy(Section):
     """What happens to examples that are too long, repeated, or in a held-out set as well."""
 
@@ -325,7 +329,7 @@ def _text_as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Stops = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_text_as_list)]
+Names = Annotated[tuple[NonEmpty, ...], BeforeValidator(_text_as_list)]
 
 
 class TaskSection(Section):
@@ -339,7 +343,7 @@ class TaskSection(Section):
     max_drop: Share | None = key(0.0, "the most that training may lose; null is any")
     min_gain: Share | None = key(None, "the least that training must win")
     max_tokens: PositiveInt = key(64, "of an answer", lt=2**20)
-    stop: Stops = key((), "texts at which an answer ends")
+    stop: Names = key((), "texts at which an answer ends")
     temperature: NonNegativeFloat = key(0.0, "0 takes the likeliest token")
     seed: int = key(0, "of the draws where the temperature is above 0", ge=0, lt=2**32)
     tolerance: NonNegativeFloat = key(0.0, "for number, where a question has none of its own")

@@ -1,13 +1,14 @@
-"""The part of a configuration that decides what is read and how."""
+"""The part of a configuration that decides what is read and how, and the files of a split."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, fields
+import shlex
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from nested_core.config.sections import DataPolicy, HubDataset
+from nested_core.config.sections import DataFormat, DataPolicy, HubDataset
 from nested_core.data.lines.example_parsing import FieldNames
 from nested_core.errors import join_first_values
 from nested_core.text.foreign_text import escape
@@ -18,6 +19,22 @@ MAX_SHOWN_FILE_NAMES = 5  # of a folder without train or valid
 
 # What the loss counts of an example: all of it, the last turn, or every turn of the assistant.
 Targets = Literal["whole", "last", "all"]
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """One of the files of a split: its name, and how many lines those before it are counted as."""
+
+    name: str
+    lines_before: int
+
+
+def find_place(parts: Sequence[FilePart], file: str, line: int) -> tuple[str, int]:
+    """The file and the line there of a line of a split, which is counted through its parts."""
+    for part in reversed(parts):
+        if line > part.lines_before:
+            return part.name, line - part.lines_before
+    return file, line
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,8 @@ class DataSettings:
     completion_feature: str = "completion"
     text_feature: str = "text"
     chat_feature: str = "messages"
+    data_format: DataFormat = "auto"
+    drop_fields: tuple[str, ...] = ()
     hf_dataset: tuple[HubDataset, ...] = ()
     trust_remote_code: bool = False
     policy: DataPolicy = DataPolicy()
@@ -54,22 +73,26 @@ class DataSettings:
     @property
     def field_names(self) -> FieldNames:
         """The JSON keys to read; those of hub's data sets are renamed to the default ones."""
-        allows_any_role = self.policy.roles == "template"
+        names = FieldNames(
+            allows_any_role=self.policy.roles == "template",
+            group=self.policy.group,
+            data_format=self.data_format,
+            drop=self.drop_fields,
+        )
         if self.hf_dataset:
-            return FieldNames(allows_any_role=allows_any_role, group=self.policy.group)
-        return FieldNames(
-            self.prompt_feature,
-            self.completion_feature,
-            self.text_feature,
-            self.chat_feature,
-            allows_any_role,
-            self.policy.group,
+            return names
+        return replace(
+            names,
+            prompt=self.prompt_feature,
+            completion=self.completion_feature,
+            text=self.text_feature,
+            chat=self.chat_feature,
         )
 
     @property
     def json_keys(self) -> frozenset[str]:
         """The columns of a table of texts whose cells hold JSON."""
-        return frozenset({self.chat_feature, "tools"})
+        return frozenset({self.chat_feature, "tools"}.difference(self.drop_fields))
 
     @property
     def describe_source(self) -> str:
@@ -86,7 +109,7 @@ class DataSettings:
             return "", ""
         folder = Path(self.data)
         if self.hf_dataset or not folder.is_dir():
-            return self.describe_source, "no split of that name"
+            return shlex.quote(self.describe_source), "no split of that name"
         names = sorted(escape(path.name) for path in folder.iterdir())
         held = join_first_values(names, MAX_SHOWN_FILE_NAMES) or "nothing"
         return escape(str(folder.absolute())), held

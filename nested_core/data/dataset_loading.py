@@ -135,6 +135,8 @@ def _describe_file_for_key(file: SplitFile) -> dict[str, Any]:
         "content": regular_sha256(file.path, follow_links=True),
         "numbers": numbers,
         "problems": sorted(file.problems.items()),
+        "parts": to_jsonable_python(file.parts),
+        "delimiters": file.delimiters,
     }
 
 

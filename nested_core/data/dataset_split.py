@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from glob import glob
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from nested_core.data.data_settings import DataSettings
+from nested_core.data.data_settings import DataSettings, find_place
 from nested_core.data.sources.split_files import open_splits
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.storage.atomic import canonical_json, new_directory
@@ -26,7 +27,7 @@ def split_dataset(data: str, share: float, target: Path) -> dict[str, int]:
     """Write train.jsonl, valid.jsonl and test.jsonl in a new folder; return the rows of each.
 
     Args:
-        data: a folder with train and neither valid nor test; it is read alone.
+        data: a folder with train and neither valid nor test, or files; they are read alone.
         share: of the rows, for valid and as much for test: at least one row each.
         target: the folder to make.
 
@@ -61,8 +62,8 @@ def split_dataset(data: str, share: float, target: Path) -> dict[str, int]:
 
 def _read_only_split(data: str) -> Iterator[bytes]:
     """The rows of train, each a line of JSON; ConfigError where there is another split, or none."""
-    if not Path(data).is_dir():
-        raise ConfigError(f"--split takes a folder with train.jsonl; {data} is none.")
+    if not (Path(data).exists() or glob(data, recursive=True)):
+        raise ConfigError(f"--split takes a folder with train.jsonl, or files; {data} is neither.")
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         splits = open_splits(DataSettings(data), Path(spool))
         others = [file.name for split, file in splits.items() if split != "train"]
@@ -75,10 +76,10 @@ def _read_only_split(data: str) -> Iterator[bytes]:
         train = splits["train"]
         if train.problems:  # these rows are no lines of JSON, and would be missing in the split
             line, (check, reason) = min(train.problems.items())
-            number = line if train.numbers is None else train.numbers[line - 1]
+            file, number = find_place(train.parts, train.name, train.number_of(line))
             more = f" (and {len(train.problems) - 1:,} more)" if len(train.problems) > 1 else ""
             raise DatasetError(
-                f"--split would lose rows of {data}: {train.name}:{number}: {check}: "
+                f"--split would lose rows of {data}: {file}:{number}: {check}: "
                 f"{reason}{more}. Correct the file first."
             )
         with open_regular(train.path, UNBOUNDED, follow_links=True) as (lines, _):

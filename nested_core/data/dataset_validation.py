@@ -6,7 +6,7 @@ import; a data set in the cache does without this module, see dataset_loading.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -30,7 +30,7 @@ from nested_core.data.rules.line_rules import (
     make_held_out_rules,
     make_near_duplicate_rules,
 )
-from nested_core.data.rules.related_lines import describe_dropped_lines
+from nested_core.data.rules.related_lines import add_dropped_lines
 from nested_core.data.rules.split_statistics import (
     describe_split_stats,
     make_split_stats,
@@ -66,7 +66,12 @@ def judge_dataset(
 ) -> DatasetReport:
     """Judge every line; with a tokenizer, write the tokens of sound lines to a folder."""
     has_template = tokenizer is None or has_chat_template(tokenizer.load())
-    findings = Findings()
+    parts = {
+        table.file: table.source.parts
+        for table in tables.values()
+        if table.source is not None and table.source.parts
+    }
+    findings = Findings(parts=parts)
     _apply_line_rules(tables, settings, findings)
     _apply_file_rules(tables, settings, findings, lacks_template=not has_template)
     tables = _remove_rejected_lines_from_dropped(tables, findings)
@@ -84,7 +89,7 @@ def judge_dataset(
             tables[split] = replace(tables[split], dropped=dropped)
     _apply_row_count_rules(tables, settings, findings)
     for table in tables.values():
-        findings.listed.extend(describe_dropped_lines(table.file, table.dropped))
+        add_dropped_lines(table.file, table.dropped, findings)
     return _make_report(settings, tables, findings, facts, context)
 
 
@@ -165,7 +170,7 @@ def _apply_row_count_rules(tables: Tables, settings: DataSettings, findings: Fin
             "lines": table.frame.height,
             "rows": int((~table.frame["is_blank"]).sum()) - sum(map(len, table.dropped.values())),
             "faulty": _describe_faulty_lines(len(findings.lines_with_errors(table.file))),
-            "is_whole": not is_cut_short(findings, table.file),
+            "is_whole": not is_cut_short(findings, table.file_names),
             "has_one_answer": table.has_one_answer,
             "batch_size": settings.batch_size,
         }
@@ -183,9 +188,9 @@ def _describe_faulty_lines(number: int) -> str:
     return f" ({number:,} with an error)" if number else ""
 
 
-def is_cut_short(findings: Findings, file: str) -> bool:
+def is_cut_short(findings: Findings, files: Collection[str]) -> bool:
     """Whether the rest of a file was not read, so that how many rows it holds is not known."""
-    return any(f.file == file and f.check == "damaged-file" for f in findings.listed)
+    return any(f.file in files and f.check == "damaged-file" for f in findings.listed)
 
 
 def _make_report(
@@ -201,13 +206,15 @@ def _make_report(
             continue
         rejected = len(findings.lines_with_errors(table.file))
         stats = make_split_stats(table.file, table.frame, rejected, table.digest, table.dropped)
+        source = table.source
+        stats = replace(stats, parts=source.parts, delimiters=source.delimiters)
         if split in facts:
             stats = replace(stats, tokens=make_token_stats(facts[split], settings, context))
         splits[split] = stats
         findings.listed.extend(describe_split_stats(stats, settings.batch_size))
     digests = {split: stats.digest for split, stats in splits.items()}
     digest = sha256(canonical_json(digests)).hexdigest()
-    files = [table.file for table in tables.values()]
+    files = [name for table in tables.values() for name in table.file_names]
     return DatasetReport(
         settings.describe_source, digest, splits, sort_findings(findings.listed, files)
     )

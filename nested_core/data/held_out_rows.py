@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
-from nested_core.data.data_settings import DataSettings
+from nested_core.data.data_settings import DataSettings, find_place
 from nested_core.data.lines.example_parsing import Example, read_examples
 from nested_core.data.sources.split_files import SplitFile, open_splits
 from nested_core.errors import DatasetError
@@ -64,7 +64,8 @@ def _read_prompts(file: SplitFile, settings: DataSettings) -> Iterator[HeldOutPr
             if _ends_with_answer(example):
                 *turns, answer = example.messages
                 text, expected = str(turns[-1].get("content")), str(answer["content"])
-                yield HeldOutPrompt(tuple(turns), text, expected, file.name, line)
+                place = find_place(file.parts, file.name, file.number_of(line))
+                yield HeldOutPrompt(tuple(turns), text, expected, *place)
     except DatasetError:  # a line that the validation left out: those before it are enough
         return
 

@@ -54,6 +54,12 @@ class SplitTable:
     dropped: Dropped = field(default_factory=dict)  # the lines that data_policy drops, by reason
 
     @property
+    def file_names(self) -> list[str]:
+        """What findings call it, and the files of which it is made where they are several."""
+        parts = () if self.source is None else self.source.parts
+        return [self.file, *(part.name for part in parts)]
+
+    @property
     def format(self) -> str | None:
         """The format of most rows; None without any example."""
         formats = self.frame["file_format"].drop_nulls()

@@ -360,10 +360,10 @@ def read_nonempty_splits(config: FineTuneConfig, run: RunDirectory) -> dict[str,
 
 @contextmanager
 def _as_test_set_alone(path: Path, settings: DataSettings) -> Iterator[DataSettings]:
-    """The settings for a data set that has this file as its test set, and no other."""
+    """The settings for a data set that has this file as its test set, of whatever format."""
     with tempfile.TemporaryDirectory(prefix="nested-tune-held-out-") as folder:
         Path(folder, "test.jsonl").symlink_to(path.resolve())
-        yield replace(settings, data=folder)
+        yield replace(settings, data=folder, data_format="auto")
 
 
 def _read_and_validate_file(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
+from nested_core.data.lines.example_parsing import MLX_LM_FORMATS
 from nested_core.models.session import Session
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import describe_starting_adapter
@@ -62,6 +63,9 @@ class Steps:
     def validate(self, config: FineTuneConfig, run: RunDirectory) -> None:
         """Judge the data set; DatasetError where it has an error."""
         report = steps.validate(config, run, self.on_data_progress)
+        for stats in report.splits.values():
+            if stats.format not in MLX_LM_FORMATS or stats.delimiters:
+                self.on_message(stats.describe_format())
         if warnings := report.describe_warnings():
             self.on_message(warnings)
 

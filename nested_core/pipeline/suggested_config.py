@@ -9,16 +9,20 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import islice
+from codecs import BOM_UTF8
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pydantic_core import from_json
+
 from nested_core.config.loading import parse_config, parse_yaml
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_run_data
+from nested_core.data.lines.example_parsing import find_format
 from nested_core.data.lines.other_formats import suggest_field_names
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.sources.split_files import open_splits
@@ -31,7 +35,6 @@ BATCH_SIZES = (8, 4, 2, 1)
 EVALUATION_INTERVAL = 0.1  # of the run
 SEQ_LENGTH_MULTIPLE = 64  # max_seq_length is a multiple of it
 _MEMORY_PLACEHOLDER = "MEMORY FORECAST"  # stands for it until it is known
-INSPECTED_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,23 @@ class SuggestedConfig:
     report: DatasetReport
 
 
-def suggest_config(model: str, data: str) -> SuggestedConfig:
+def suggest_config(model: str, data: str, drop_fields: Sequence[str] = ()) -> SuggestedConfig:
     """A configuration that loads and whose first step fits in memory.
+
+    Args:
+        model, data: as the keys of these names.
+        drop_fields: fields of the rows to leave out on purpose.
 
     Raises ConfigError if there is no such model or data, DatasetError if the data has errors.
     """
-    fields = _find_field_names(data)
-    base: dict[str, Any] = {"model": model, "data": data, **fields}
+    base: dict[str, Any] = {"model": model, "data": data}
+    if drop_fields:
+        base["drop_fields"] = list(drop_fields)
+    base |= _find_field_names(DataSettings(data, drop_fields=tuple(drop_fields)))
     report, _ = load_run_data(parse_config(base, source="the suggestion"))
     report.raise_if_rejected()
+    formats = {stats.data_format for stats in report.splits.values()}
+    base["data_format"] = formats.pop() if len(formats) == 1 else "auto"
     text = ""
     for batch_size, recomputes in _batch_sizes_and_recomputation(report):
         text = _render_yaml(base, report, batch_size, recomputes=recomputes)
@@ -62,29 +73,27 @@ def suggest_config(model: str, data: str) -> SuggestedConfig:
     return SuggestedConfig(text, report)
 
 
-def _find_field_names(data: str) -> dict[str, str]:
-    """The keys for fields that have other names than ours, by the first lines of train."""
-    settings = DataSettings(data)
+def _find_field_names(settings: DataSettings) -> dict[str, str]:
+    """The keys for fields that have other names than ours, in more rows of train than any other.
+
+    Empty if the rows need none.
+    """
+    names = settings.field_names
+    counts: Counter[tuple[tuple[str, str], ...]] = Counter()
     with TemporaryDirectory(prefix="nested-tune-") as spool:
-        splits = open_splits(replace(settings, batch_size=1), Path(spool))
+        splits = open_splits(settings, Path(spool))
         if "train" not in splits:
             return {}
         with open_regular(splits["train"].path, UNBOUNDED, follow_links=True) as (lines, _):
-            for line in islice(lines, INSPECTED_LINES):
+            for line in lines:
                 try:
-                    row = json.loads(line)
+                    row = from_json(line.removeprefix(BOM_UTF8), cache_strings="keys")
                 except ValueError:
                     continue  # the report says what is wrong with it
-                if isinstance(row, dict) and not _has_expected_field_names(row, settings):
-                    return suggest_field_names(row)
-    return {}
-
-
-def _has_expected_field_names(row: dict[str, Any], settings: DataSettings) -> bool:
-    names = settings.field_names
-    return bool({names.text, names.chat} & row.keys()) or (
-        {names.prompt, names.completion} <= row.keys()
-    )
+                if isinstance(row, dict):
+                    needed = {} if find_format(row, names) else suggest_field_names(row)
+                    counts[tuple(needed.items())] += 1
+    return dict(counts.most_common(1)[0][0]) if counts else {}
 
 
 def _batch_sizes_and_recomputation(report: DatasetReport) -> Iterator[tuple[int, bool]]:
@@ -114,7 +123,7 @@ def _render_yaml(
     )
     masks_prompt = str(train.has_prompts).lower()
     return f"""\
-# Written by `nested-tune init` from {train.rows:,} examples of {train.format} in {train.file}.
+# Written by `nested-tune init` for {train.describe_format()}.
 # `nested-tune explain -c FILE` says what it will do, `nested-tune train -c FILE` does it. The keys
 # at the top are mlx_lm.lora's own. Every key: docs/configuration.md.
 {names}

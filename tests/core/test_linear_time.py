@@ -27,6 +27,7 @@ from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
 from nested_core.data.lines.sensitive_data import SENSITIVE_PATTERNS
 from nested_core.data.sources.file_formats import (
     RestOfFileUnreadable,
+    find_csv_delimiter,
     read_csv,
     read_gzip_jsonl,
     read_json_array,
@@ -165,7 +166,7 @@ PARSERS = {
         30_000,
     ),
     "train.csv": Parser(
-        lambda path, _: list(read_csv(path, frozenset())),
+        lambda path, _: list(read_csv(path, frozenset(), find_csv_delimiter(path))),
         {
             "quotes": lambda n: b"text\n" + b'"' * n,
             "doubled quotes": lambda n: b'text\n"' + b'""' * (n // 2),

@@ -146,10 +146,10 @@ MISTAKES: dict[str, Mistake] = {
         code=3,
         files={TRAIN_FILE: None},
     ),
-    "a CSV in the place of the folder": Mistake(
-        ("FOLDER/data/train.csv is a file. Expected one with train.jsonl (or",),
-        yaml=changed("data: data", "data: data/train.csv"),
-        files={"data/train.csv": "prompt,completion\na,b\n"},
+    "a file of another kind in the place of the folder": Mistake(
+        ("FOLDER/data/train.txt is a file. Expected one with train.jsonl (or",),
+        yaml=changed("data: data", "data: data/train.txt"),
+        files={"data/train.txt": "prompt,completion\na,b\n"},
     ),
     "a CSV with other columns": Mistake(
         ("train.csv:2: unknown-format", "set prompt_feature: question and completion_feature: ans"),
@@ -173,17 +173,19 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "fields of no known name": data_mistake(
         as_lines(*({"foo": str(n), "bar": "b"} for n in range(4))),
-        "train.jsonl:1: unknown-format: expected 'prompt' and 'completion', 'messages' or 'text'; "
-        "found foo, bar (and 3 more: lines 2, 3, ...)",
+        "train.jsonl:1: unknown-format: expected 'prompt' and 'completion', 'messages', 'text', "
+        "'conversations' or 'instruction' and 'output'; found foo, bar (and 3 more: lines 2, 3, "
+        "...)",
     ),
-    "Alpaca's format": data_mistake(
-        as_lines(*({"instruction": "Say", "input": str(n), "output": "that"} for n in range(3))),
-        "training would leave out what stands in input: make each row a chat under messages",
+    "Alpaca's format with more in it": data_mistake(
+        as_lines(*({"instruction": f"{n}?", "notes": "Do so.", "output": "No"} for n in range(3))),
+        "training would leave out what stands in notes;",
+        "drop_fields: [notes] leaves it out on purpose",
     ),
-    "ShareGPT's format": data_mistake(
-        as_lines(*({"conversations": [{"from": "human", "value": str(n)}]} for n in range(3))),
-        "conversations is ShareGPT's: make each turn {from, value} a turn {role, content} under "
-        "messages, human as user and gpt as assistant",
+    "preference pairs": data_mistake(
+        as_lines(*({"prompt": f"{n}?", "chosen": "Yes", "rejected": "No"} for n in range(3))),
+        "chosen and rejected are preference pairs, and training on preferences (DPO, ORPO) is not "
+        "supported",
     ),
     "a trailing comma": data_mistake(
         chats(4) + '{"text": "a",}\n',

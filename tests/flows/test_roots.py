@@ -73,6 +73,14 @@ def test_a_path_that_leads_outside_is_refused_in_every_key(home: Path, key: str,
         with_allowed_paths(config(**{key: path}))
 
 
+@pytest.mark.parametrize(
+    "path", ["*.jsonl", "data/../../*.jsonl", "l*/secret.jsonl", "**/s*.jsonl"]
+)
+def test_a_pattern_that_matches_files_outside_is_refused(home: Path, path: str) -> None:
+    with pytest.raises(ConfigError, match="^data: .* is outside of the folders"):
+        with_allowed_paths(config(data=path))
+
+
 @pytest.mark.parametrize("path", ["/etc", "..", "../../etc", "linked", "./linked/home/../.."])
 def test_a_data_set_outside_is_refused_by_its_path(home: Path, path: str) -> None:
     with pytest.raises(ConfigError, match=r"^hf_dataset\[0\]\.path: .* is outside of the folders"):

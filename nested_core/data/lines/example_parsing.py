@@ -1,13 +1,14 @@
 """One line of JSONL -> one `Example`, or a `LineProblem` that names the check it failed.
 
-The formats are those that mlx-lm trains on. Nothing is converted: a number in the place of a text
-is a problem. Knows no other line and no tokenizer.
+The one place that makes turns of a row, whatever its format: those that mlx-lm trains on, and those
+of other programs. No value is converted: a number in the place of a text is a problem. Knows no
+other line and no tokenizer.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from pydantic import (
     AfterValidator,
     ConfigDict,
     Discriminator,
+    Field,
     Tag,
     TypeAdapter,
     ValidationError,
@@ -32,23 +34,28 @@ from nested_core.data.lines.json_decoding import (
     decode_json_object,
 )
 from nested_core.data.lines.other_formats import (
-    describe_conversion,
-    describe_filled_context,
-    describe_sharegpt,
-    list_filled_context,
+    SHAREGPT_SPELLINGS,
+    describe_field_names,
+    describe_preference_pair,
+    describe_unread_fields,
+    is_preference_pair,
+    list_unread_fields,
+    parse_json_text,
+    read_openai_turns,
+    wrap_function,
 )
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError, shorten
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
 
 Role = Literal["system", "user", "assistant", "tool"]
-Format = Literal["chat", "completion", "text"]
+Format = Literal["chat", "completion", "text", "sharegpt", "alpaca"]
 WHITE_SPACE = b" \t\n\r"
 
 
 @dataclass(frozen=True)
 class FieldNames:
-    """The JSON keys that hold the fields, as in mlx-lm's `*_feature` settings; and the roles."""
+    """How a row is read: mlx-lm's `*_feature` settings, and the keys of ours about rows."""
 
     prompt: str = "prompt"
     completion: str = "completion"
@@ -56,6 +63,8 @@ class FieldNames:
     chat: str = "messages"
     allows_any_role: bool = False  # data_policy.roles: template
     group: str | None = None  # the field that data_policy.group names; no part of the example
+    data_format: str = "auto"
+    drop: Sequence[str] = ()  # keys of rows and turns that are as good as absent
 
     def key_of(self, field: str) -> str:
         """The key that holds a field of a format; its name, where none is configured."""
@@ -72,6 +81,7 @@ class Example(NamedTuple):
     text: str = ""
     unknown_keys: frozenset[str] = frozenset()
     is_plain: bool = True  # no tools, and each message is a role and a content
+    places: tuple[str, ...] = ()  # the field of each turn, where it is not that of a chat
 
     @property
     def approximate_characters(self) -> int:
@@ -148,45 +158,141 @@ class _TextLine(TypedDict):
     text: str
 
 
+@with_config(_STRICT_MODEL_CONFIG)
+class _ShareGptLine(TypedDict):
+    conversations: list[_Message]
+    system: NotRequired[str | None]
+    tools: NotRequired[list[_Function] | None]
+
+
+@with_config(_STRICT_MODEL_CONFIG)
+class _AlpacaLine(TypedDict):
+    instruction: str
+    output: str
+    input: NotRequired[str | None]
+    system: NotRequired[str | None]
+    history: NotRequired[list[Annotated[list[str], Field(min_length=2, max_length=2)]] | None]
+    tools: NotRequired[list[_Function] | None]
+
+
+class Turns(NamedTuple):
+    """The turns in a row, and the field that each is from, for messages."""
+
+    messages: list[dict[str, Any]]
+    places: tuple[str, ...] = ()
+
+
+Fields = dict[str, Any]
+
+
+def read_completion(fields: Fields) -> Turns:
+    """The two turns that mlx-lm makes of a prompt and a completion."""
+    return Turns(
+        [
+            {"role": "user", "content": fields["prompt"]},
+            {"role": "assistant", "content": fields["completion"]},
+        ]
+    )
+
+
+def _prepare_chat(fields: Fields, place: str) -> Fields:
+    fields["chat"] = read_openai_turns(fields["chat"], place)
+    return fields
+
+
+def _prepare_sharegpt(fields: Fields, place: str) -> Fields:
+    turns = read_openai_turns(parse_json_text(fields["conversations"]), place, is_sharegpt=True)
+    return _prepare_tools(fields) | {"conversations": turns}
+
+
+def _prepare_alpaca(fields: Fields, _: str) -> Fields:
+    return _prepare_tools(fields) | {"history": parse_json_text(fields.get("history"))}
+
+
+def _prepare_tools(fields: Fields) -> Fields:
+    """Tools may be the text of a JSON array, and be functions alone."""
+    tools = parse_json_text(fields.get("tools"))
+    return fields | {"tools": list(map(wrap_function, tools)) if isinstance(tools, list) else tools}
+
+
+def _read_sharegpt(fields: Fields) -> Turns:
+    """The conversation, after the system prompt that LLaMA-Factory has in a field of its own."""
+    turns = fields["conversations"]
+    places = tuple(f"conversations[{index}].value" for index in range(len(turns)))
+    system = _system_turn(fields)
+    return Turns(system + turns, ("system",) * len(system) + places)
+
+
+def _read_alpaca(fields: Fields) -> Turns:
+    """System, history, instruction and input on a new line, output: as LLaMA-Factory reads it."""
+    asked = [text for key in ("instruction", "input") if (text := fields.get(key)) and text.strip()]
+    texts = [text for pair in fields.get("history") or () for text in pair]
+    places = [f"history[{index // 2}][{index % 2}]" for index in range(len(texts))]
+    texts += ["\n".join(asked), fields["output"]]
+    turns = [
+        {"role": "assistant" if index % 2 else "user", "content": text}
+        for index, text in enumerate(texts)
+    ]
+    system = _system_turn(fields)
+    return Turns(system + turns, (*("system",) * len(system), *places, "instruction", "output"))
+
+
+def _system_turn(fields: Fields) -> list[dict[str, Any]]:
+    system = fields.get("system")
+    return [{"role": "system", "content": system}] if system and system.strip() else []
+
+
 @dataclass(frozen=True)
 class RowFormat:
     """A kind of row. To add one, add its entry to FORMATS, and its name to `Format`.
 
     model: a TypedDict of the fields; each is under the key that FieldNames has for it, or its name.
     fields: those that a row of this kind has to have, and is known by.
-    roles: where each of `fields` is the text of a turn, whose; else they are one field, which is a
-        conversation, or plain text.
-    is_templated: whether the chat template makes the tokens, so that there are prompts and answers.
+    read: makes turns of the fields, once they fit the model; None for plain text.
+    prepare: makes of the fields what the model describes, where others write them otherwise too;
+        gets the key of the first field as well, for messages.
+    is_conversation: whether roles and their order are the row's own, and so are judged.
     """
 
     model: type
     fields: tuple[str, ...]
-    roles: tuple[Role, ...] = ()
-    is_templated: bool = True
+    read: Callable[[Fields], Turns] | None
+    prepare: Callable[[Fields, str], Fields] | None = None
+    is_conversation: bool = True
 
     @cached_property
     def validator(self) -> TypeAdapter[Any]:
         """Checks the fields of a row."""
         return TypeAdapter(self.model)
 
-    def read_turns(self, values: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The turns in the fields of a row, as mlx-lm makes them; of plain text there are none."""
-        if self.roles:
-            pairs = zip(self.fields, self.roles, strict=True)
-            return [{"role": role, "content": values[field]} for field, role in pairs]
-        turns: list[dict[str, Any]] = values[self.fields[0]] if self.is_templated else []
-        return turns
+    @property
+    def is_templated(self) -> bool:
+        """Whether the chat template makes the tokens, so that there are prompts and answers."""
+        return self.read is not None
 
 
-# In the order in which mlx-lm looks for them (tuner/datasets.py).
+# Those of mlx-lm in the order in which it looks for them (tuner/datasets.py), then the others: what
+# it reads, it reads as before.
 FORMATS: dict[Format, RowFormat] = {
-    "completion": RowFormat(_CompletionLine, ("prompt", "completion"), ("user", "assistant")),
-    "chat": RowFormat(_ChatLine, ("chat",)),
-    "text": RowFormat(_TextLine, ("text",), is_templated=False),
+    "completion": RowFormat(
+        _CompletionLine, ("prompt", "completion"), read_completion, is_conversation=False
+    ),
+    "chat": RowFormat(_ChatLine, ("chat",), lambda fields: Turns(fields["chat"]), _prepare_chat),
+    "text": RowFormat(_TextLine, ("text",), None, is_conversation=False),
+    "sharegpt": RowFormat(_ShareGptLine, ("conversations",), _read_sharegpt, _prepare_sharegpt),
+    "alpaca": RowFormat(_AlpacaLine, ("instruction", "output"), _read_alpaca, _prepare_alpaca),
 }
+_FIELDS_BY_FORMAT = {name: entry.fields for name, entry in FORMATS.items()}
+# The one format that a value of `data_format` asks for, and the fields that each row has then.
+_FIELDS_BY_SETTING: dict[str, dict[Format, tuple[str, ...]]] = {
+    **{name: {name: fields} for name, fields in _FIELDS_BY_FORMAT.items()},
+    "completions": {"completion": FORMATS["completion"].fields},
+    "tools": {"chat": ("chat", "tools")},
+}
+MLX_LM_FORMATS: tuple[Format, ...] = ("completion", "chat", "text")
 TEMPLATED_FORMATS = [name for name, entry in FORMATS.items() if entry.is_templated]
 UNTEMPLATED_FORMATS = [name for name in FORMATS if name not in TEMPLATED_FORMATS]
-CONVERSATION_FORMATS = [name for name in TEMPLATED_FORMATS if not FORMATS[name].roles]
+CONVERSATION_FORMATS = [name for name, entry in FORMATS.items() if entry.is_conversation]
 _PLAIN_MESSAGE_KEYS = frozenset(("role", "content"))
 # Keys that chat templates read; what else a message holds never reaches the model.
 _KNOWN_MESSAGE_KEYS = _PLAIN_MESSAGE_KEYS | {"name", "reasoning_content", "thinking"}
@@ -194,6 +300,15 @@ _KNOWN_MESSAGE_KEYS_BY_ROLE = {
     "assistant": _KNOWN_MESSAGE_KEYS | {"tool_calls"},
     "tool": _KNOWN_MESSAGE_KEYS | {"tool_call_id"},
 }
+
+
+def formats_of_plain_rows(field_names: FieldNames) -> frozenset[Format]:
+    """The formats whose rows without any other key are read as they are."""
+    read = {field_names.key_of(field) for entry in FORMATS.values() for field in entry.fields}
+    if (read | _PLAIN_MESSAGE_KEYS).intersection(field_names.drop):
+        return frozenset()
+    formats = _formats_to_look_for(field_names)
+    return frozenset(name for name in formats if formats[name] == _FIELDS_BY_FORMAT[name])
 
 
 def read_examples(
@@ -236,53 +351,85 @@ def strip_line(raw: bytes, *, is_first: bool) -> bytes:
 def parse_line(raw: bytes, field_names: FieldNames) -> Example:
     """Parse one line (no byte-order mark, no line end); raises LineProblem, nothing else."""
     row = decode_json_object(raw)
-    return _validate_example(row, _choose_format(row, field_names), field_names)
+    if field_names.drop:
+        row = _drop_keys(row, frozenset(field_names.drop), field_names.chat)
+    return _read_example(row, _choose_format(row, field_names), field_names)
+
+
+def _drop_keys(row: dict[str, Any], keys: frozenset[str], chat: str) -> dict[str, Any]:
+    """The row without these keys, and its turns without them."""
+    kept = {key: value for key, value in row.items() if key not in keys}
+    for key in kept.keys() & {chat, "conversations"}:
+        if isinstance(kept[key], list):
+            kept[key] = [_drop_keys(t, keys, "") if isinstance(t, dict) else t for t in kept[key]]
+    return kept
+
+
+def find_format(row: Mapping[str, Any], field_names: FieldNames) -> Format | None:
+    """The configured format, if the row has its fields, or the first whose fields it has."""
+    for name, fields in _formats_to_look_for(field_names).items():
+        if all(field_names.key_of(field) in row for field in fields):
+            return name
+    return None
+
+
+def _formats_to_look_for(field_names: FieldNames) -> Mapping[Format, tuple[str, ...]]:
+    return _FIELDS_BY_SETTING.get(field_names.data_format, _FIELDS_BY_FORMAT)
 
 
 def _choose_format(row: dict[str, Any], field_names: FieldNames) -> Format:
-    """The format by the keys that are there."""
-    for name, kind in FORMATS.items():
-        if all(field_names.key_of(field) in row for field in kind.fields):
-            return name
-    keys = [list(map(field_names.key_of, kind.fields)) for kind in FORMATS.values()]
+    """The format of a row; raises LineProblem where it has none, and for a preference pair."""
     prompt, completion = field_names.prompt, field_names.completion
-    hint = describe_conversion(row, prompt=prompt, completion=completion)
-    for wanted in keys:
-        missing = [key for key in wanted if key not in row]
-        if len(missing) < len(wanted):
-            raise LineProblem("missing-field", f"{missing[0]} is missing{hint}")
-    *others, last = (" and ".join(map(repr, wanted)) for wanted in keys)
+    if is_preference_pair(row) and "chosen" not in (completion, field_names.text, field_names.chat):
+        raise LineProblem("preference-pair", describe_preference_pair(row, prompt))
+    if found := find_format(row, field_names):
+        return found
+    formats = _formats_to_look_for(field_names)
+    is_wanted = formats is not _FIELDS_BY_FORMAT
+    hint = "" if is_wanted else describe_field_names(row, prompt=prompt, completion=completion)
+    keys = [list(map(field_names.key_of, fields)) for fields in formats.values()]
+    for expected in keys:
+        missing = [key for key in expected if key not in row]
+        if is_wanted or len(missing) < len(expected):
+            asked = f", which data_format: {field_names.data_format} needs" if is_wanted else ""
+            raise LineProblem("missing-field", f"{missing[0]} is missing{asked}{hint}")
+    *others, last = (" and ".join(map(repr, expected)) for expected in keys)
     present = shorten(", ".join(row) or "nothing")
     message = f"expected {', '.join(others)} or {last}; found {present}{hint}"
     raise LineProblem("unknown-format", message)
 
 
-def _validate_example(row: dict[str, Any], name: Format, field_names: FieldNames) -> Example:
+def _read_example(row: dict[str, Any], name: Format, field_names: FieldNames) -> Example:
     """The example in a decoded line of this format; raises LineProblem for a wrong type."""
     kind = FORMATS[name]
     keys = {field: field_names.key_of(field) for field in kind.model.__annotations__}
     fields = {field: row[key] for field, key in keys.items() if key in row}
+    if kind.prepare is not None:
+        fields = kind.prepare(fields, keys[kind.fields[0]])
     try:
         context = _ANY_ROLE_CONTEXT if field_names.allows_any_role else None
         kind.validator.validate_python(fields, context=context)
     except ValidationError as error:
-        hint = describe_sharegpt(row) if name in CONVERSATION_FORMATS else ""
-        raise _describe_validation_error(error, keys, hint) from None
-    messages = kind.read_turns(fields)
-    odd = [turn for turn in messages if turn.keys() != _PLAIN_MESSAGE_KEYS]
+        raise _describe_validation_error(error, keys, row) from None
     unknown = set(row.keys() - keys.values() - {field_names.group})
-    if kind.is_templated and (dropped := list_filled_context(row, unknown)):
-        raise LineProblem("unread-field", describe_filled_context(dropped))
-    unknown |= {
-        f"{field_names.chat}[].{key}"
-        for turn in odd
-        for key in _non_null_keys(turn)
-        - _KNOWN_MESSAGE_KEYS_BY_ROLE.get(turn["role"], _KNOWN_MESSAGE_KEYS)
-    }
+    if kind.read is None:
+        return Example(name, [], None, fields[kind.fields[0]], frozenset(unknown))
+    messages, places = kind.read(fields)
+    odd = [turn for turn in messages if turn.keys() != _PLAIN_MESSAGE_KEYS]
     tools = fields.get("tools")
+    unread = list_unread_fields(row, unknown, [messages, tools]) if unknown else []
+    prefix = f"{field_names.key_of(kind.fields[0])}[]."
+    for turn in odd:
+        strange = _non_null_keys(turn)
+        strange -= _KNOWN_MESSAGE_KEYS_BY_ROLE.get(turn["role"], _KNOWN_MESSAGE_KEYS)
+        if strange:
+            read = [{**turn, **dict.fromkeys(strange)}]
+            unread += [prefix + key for key in list_unread_fields(turn, strange, read)]
+            unknown |= {prefix + key for key in strange}
+    if unread:
+        raise LineProblem("unread-field", describe_unread_fields(row, list(dict.fromkeys(unread))))
     is_plain = tools is None and all(_non_null_keys(turn) == _PLAIN_MESSAGE_KEYS for turn in odd)
-    text = "" if kind.is_templated else fields[kind.fields[0]]
-    return Example(name, messages, tools, text, frozenset(unknown), is_plain)
+    return Example(name, messages, tools, "", frozenset(unknown), is_plain, places)
 
 
 def _non_null_keys(message: dict[str, Any]) -> set[str]:
@@ -291,23 +438,35 @@ def _non_null_keys(message: dict[str, Any]) -> set[str]:
 
 
 def _describe_validation_error(
-    error: ValidationError, keys: dict[str, str], hint: str
+    error: ValidationError, keys: dict[str, str], row: dict[str, Any]
 ) -> LineProblem:
     """The first of pydantic's errors as the problem of this line, and how many more there are."""
     problems = error.errors(include_url=False)
     first = problems[0]
     path = [part for part in first["loc"] if part not in ("speaking", "calling")]
     check = _name_of_failed_check(first["type"], path, first["input"])
-    place = keys[str(path[0])] + "".join(
-        f"[{part}]" if isinstance(part, int) else f".{part}" for part in path[1:]
-    )
+    place = _name_place(path, keys, row)
     more = f" (and {len(problems) - 1} more in this line)" if len(problems) > 1 else ""
     if check == "missing-field":
-        return LineProblem(check, f"{place} is missing{more}{hint}")
+        return LineProblem(check, f"{place} is missing{more}")
     expected = first["msg"].removeprefix("Value error, ")
     expected = expected[0].lower() + expected[1:]
     shown = _show_without_content(first["input"], check)
     return LineProblem(check, f"{place}: {expected}, found {shown}{more}")
+
+
+def _name_place(path: list[int | str], keys: dict[str, str], row: dict[str, Any]) -> str:
+    """A place in the row, such as `messages[0].content`, by the keys that are in the row."""
+    place = keys[str(path[0])]
+    value = parse_json_text(row.get(place))
+    for part in path[1:]:
+        if isinstance(part, int):
+            place += f"[{part}]"
+            value = value[part] if isinstance(value, list) else None
+        else:
+            is_sharegpt = isinstance(value, dict) and ("from" in value or "value" in value)
+            place += f".{SHAREGPT_SPELLINGS.get(part, part) if is_sharegpt else part}"
+    return place
 
 
 def _show_without_content(value: Any, check: str) -> str:

@@ -158,7 +158,9 @@ def _name_first_blank_field(example: Example, field_names: FieldNames) -> str | 
         if content and not content.isspace():
             continue
         if message["role"] in ("user", "assistant") and not is_tool_calling_message(message):
-            if kind.roles:
+            if example.places:
+                return example.places[index]
+            if not kind.is_conversation:
                 return field_names.key_of(kind.fields[index])
             return f"{field_names.chat}[{index}].content"
     return None

@@ -15,7 +15,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from nested_core.data.lines.example_parsing import WHITE_SPACE, FieldNames
+from nested_core.data.lines.example_parsing import (
+    WHITE_SPACE,
+    FieldNames,
+    formats_of_plain_rows,
+)
 from nested_core.data.lines.line_rows import (
     BLANK_TURN_PATTERN,
     LineRow,
@@ -155,7 +159,10 @@ def _read_rows(
 ) -> dict[str, list[Any]]:
     """The fields of each line's `LineRow`, as columns."""
     columns = {name: [default] * len(lines) for name, default in LineRow._field_defaults.items()}
-    plain = [parse_plain_row(raw, field_names) if may_be_plain else None for raw in lines]
+    formats = formats_of_plain_rows(field_names) if may_be_plain else ()
+    plain = [parse_plain_row(raw, field_names) if formats else None for raw in lines]
+    if len(formats) == 1:
+        plain = [row if row and row[0] in formats else None for row in plain]
     columns["format"] = [row and row[0] for row in plain]
     columns["roles"] = [row and row[1] for row in plain]
     columns["content"] = [row and row[2] for row in plain]

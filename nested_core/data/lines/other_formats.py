@@ -1,14 +1,17 @@
-"""Rows in formats of other programs (Alpaca, ShareGPT, other names): how to convert them.
+"""Rows of other programs: ShareGPT's turns made OpenAI's, fields that nothing reads, what to set.
 
-Looks at the keys of a row, and at whether they hold texts or turns; never at what a text says.
+Spellings are those of the formats' own readers: ShareGPT's of FastChat, axolotl and LLaMA-Factory
+(data/converter.py), Alpaca's of stanford_alpaca and LLaMA-Factory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from nested_core.data.lines.json_decoding import collect_strings
+from nested_core.data.lines.json_decoding import LineProblem, collect_strings
 from nested_core.errors import shorten
 
 _PROMPT_KEYS = ("prompt", "question", "query", "instruction", "input", "problem", "user")
@@ -22,69 +25,191 @@ _COMPLETION_KEYS = (
     "target",
 )
 _TEXT_KEYS = ("content", "document", "body", "story", "code")
-# What belongs to a conversation, beside its last prompt and answer, in Alpaca's and such formats.
-_CONTEXT_KEYS = ("system", "history", "instruction", "input")
-DOCS_SECTION = "docs/data.md, Other formats"
+# Beside a prompt and an answer these hold a part of the conversation, however short it is.
+_CONTEXT_KEYS = frozenset(("system", "system_prompt", "history", "instruction", "input", "context"))
+_MEDIA_KEYS = frozenset(("image", "images", "audio", "audios", "video", "videos"))
+# What stands in a field that says something of a row: a word, an id, an address, a hash.
+_LABEL_PATTERN = re.compile(r"\s*(?:[!-~]*|\w{1,12})\s*")
+
+_ROLE_BY_SPEAKER = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
+_CALLING_SPEAKERS = ("function_call", "tool_call")
+SHAREGPT_SPELLINGS = {"role": "from", "content": "value", "tool_calls": "value"}
 
 
-def describe_conversion(row: Mapping[str, Any], *, prompt: str, completion: str) -> str:
-    """What to set or to convert, after a semicolon; empty for a row of no format known here.
+def read_openai_turns(turns: Any, place: str, *, is_sharegpt: bool = False) -> Any:
+    """Turns {role, content}, made of turns {from, value} and of contents in parts of text.
 
-    `prompt` and `completion` are the keys that are configured for these fields.
+    What is no list of turns is left as it is, to be judged with the rest. Parts are joined as
+    mlx_lm.server joins them (process_message_content). LineProblem names a part that is no text.
+    `is_sharegpt`: roles may have ShareGPT's names under `role`, too.
     """
-    if sharegpt := describe_sharegpt(row):
-        return sharegpt
-    if _is_preference_pair(row):
-        return _describe_preference_pair(row, prompt)
-    names = suggest_field_names(row, prompt=prompt, completion=completion)
-    if "chat_feature" in names:
-        chat = shorten(names["chat_feature"])
-        return f"; {chat} holds turns: set chat_feature: {chat}"
-    if "text_feature" not in names:
-        unread = list_filled_context(row, {*row} - {prompt, completion, *names.values()})
-        if names and unread:
-            return f"; {describe_filled_context(unread)}"
-    settings = [f"{key}: {name}" for key, name in names.items()]
-    return f"; set {' and '.join(settings)}" if settings else ""
+    if not isinstance(turns, list) or not (is_sharegpt or any(map(_is_unlike_openai, turns))):
+        return turns
+    read = []
+    for index, turn in enumerate(turns):
+        if isinstance(turn, dict):
+            if is_sharegpt or "from" in turn:
+                turn = _rename_sharegpt_turn(turn, f"{place}[{index}]")
+            if isinstance(turn.get("content"), list):
+                text = _join_text_parts(turn["content"], f"{place}[{index}].content")
+                turn = turn | {"content": text}
+        read.append(turn)
+    return read
 
 
-def list_filled_context(row: Mapping[str, Any], keys: Collection[str]) -> list[str]:
-    """Those of `keys` that are part of a row's conversation and have a text in them."""
-    return [
-        key
-        for key in row
-        if key in keys
-        and key.casefold() in _CONTEXT_KEYS
-        and any(not text.isspace() for text in collect_strings(row[key]) if text)
-    ]
+def _is_unlike_openai(turn: Any) -> bool:
+    return isinstance(turn, dict) and ("from" in turn or isinstance(turn.get("content"), list))
 
 
-def describe_filled_context(keys: Collection[str]) -> str:
-    """What training would leave out of a row that has these keys, and what to do about it."""
-    listed = " and ".join(map(shorten, keys))
-    return (
-        f"training would leave out what stands in {listed}: make each row a chat under messages "
-        f"({DOCS_SECTION}, has a script), or take {listed} out of the rows"
+def _rename_sharegpt_turn(turn: dict[str, Any], place: str) -> dict[str, Any]:
+    renamed = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    for ours, theirs in (("role", "from"), ("content", "value")):
+        if theirs in turn and renamed.get(ours) is None:  # a table has null for what is not there
+            renamed[ours] = turn[theirs]
+    speaker = renamed.get("role")
+    speaker = speaker.casefold() if isinstance(speaker, str) else speaker
+    if speaker in _CALLING_SPEAKERS:
+        calls = _read_function_calls(renamed.get("content"), f"{place}.value")
+        return renamed | {"role": "assistant", "content": "", "tool_calls": calls}
+    return renamed | ({"role": _ROLE_BY_SPEAKER[speaker]} if speaker in _ROLE_BY_SPEAKER else {})
+
+
+def _read_function_calls(value: Any, place: str) -> list[dict[str, Any]]:
+    """OpenAI's tool calls of {"name": ..., "arguments": ...}, or of a list of them, as JSON."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        reason = f"{place} is not the JSON of a call, {{name, arguments}}: {error}"
+        raise LineProblem("malformed-tool-calls", reason) from None
+    return [wrap_function(call) for call in (value if isinstance(value, list) else [value])]
+
+
+def wrap_function(function: Any) -> Any:
+    """A tool or a call as OpenAI has it; other programs leave out what is around the function."""
+    if isinstance(function, dict) and "function" not in function:
+        return {"type": "function", "function": function}
+    return function
+
+
+def _join_text_parts(parts: list[Any], place: str) -> str:
+    texts: list[str] = []
+    for index, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        text = part.get("text") if isinstance(part, dict) and kind == "text" else None
+        if not isinstance(text, str):
+            raise LineProblem(
+                "wrong-type",
+                f"{place}[{index}]: expected a part of text, {{type: text, text: ...}}, "
+                f"found {shorten(kind)!r}; nothing else can be trained on",
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def parse_json_text(value: Any) -> Any:
+    """The value of a text that is JSON, as cells of tables and LLaMA-Factory's `tools` are."""
+    if not isinstance(value, str):
+        return value
+    if not value or value.isspace():
+        return None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value  # judged as a text in the place of something else
+
+
+def list_unread_fields(
+    row: Mapping[str, Any], keys: Collection[str], trained: Collection[Any]
+) -> list[str]:
+    """Those of `keys` with something that belongs to the conversation and is not in `trained`.
+
+    That is more than one word, any text under a key that is known for it, and an image or sound.
+    """
+    names = [key for key in row if key in keys]
+    if not names:
+        return []
+    learnt = "\0".join(collect_strings(list(trained)))
+    return [key for key in names if _is_lost(key.casefold(), row[key], learnt)]
+
+
+def _is_lost(key: str, value: Any, learnt: str) -> bool:
+    if key in _MEDIA_KEYS:
+        return bool(value)
+    return any(
+        key in _CONTEXT_KEYS if _LABEL_PATTERN.fullmatch(text) else text.strip() not in learnt
+        for text in _texts_in(value)
     )
 
 
-def _is_preference_pair(row: Mapping[str, Any]) -> bool:
+def _texts_in(value: Any) -> Iterator[str]:
+    """The texts of a JSON value that are more than white space, without keys."""
+    if isinstance(value, str):
+        if value and not value.isspace():
+            yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts_in(item)
+
+
+def describe_unread_fields(row: Mapping[str, Any], keys: Collection[str]) -> str:
+    """What training would leave out of a row that has these keys, and what to do about it."""
+    listed = " and ".join(map(shorten, keys))
+    names = ", ".join(shorten(key.rpartition("[].")[2]) for key in keys)
+    alpaca = (
+        "data_format: alpaca reads input, history and system; "
+        if {"instruction", "output"} <= row.keys() and {"input", "history", "system"} & set(keys)
+        else ""
+    )
+    return (
+        f"training would leave out what stands in {listed}; {alpaca}drop_fields: [{names}] leaves "
+        f"it out on purpose"
+    )
+
+
+def describe_field_names(row: Mapping[str, Any], *, prompt: str, completion: str) -> str:
+    """The keys to set, after a semicolon; empty for a row of no format known here.
+
+    `prompt` and `completion` are the keys that are configured for these fields.
+    """
+    names = suggest_field_names(row, prompt=prompt, completion=completion)
+    settings = [f"{key}: {shorten(name)}" for key, name in names.items()]
+    return f"; set {' and '.join(settings)}" if settings else ""
+
+
+def is_preference_pair(row: Mapping[str, Any]) -> bool:
+    """Whether a row has an answer that is preferred to another."""
     return {"chosen", "rejected"} <= row.keys()
 
 
-def _describe_preference_pair(row: Mapping[str, Any], prompt: str) -> str:
-    """What training on the preferred answer alone would need."""
+def describe_preference_pair(row: Mapping[str, Any], prompt: str) -> str:
+    """What it is, and what training on the preferred answer alone would need."""
     asked = _first_text_key(row, _PROMPT_KEYS)
-    if _is_list_of_turns(row["chosen"], "role"):
-        settings = "chat_feature: chosen"
-    elif asked is None:
-        settings = "text_feature: chosen"
+    others = [value for key, value in row.items() if key not in ("chosen", "rejected")]
+    if _is_list_of_turns(row["chosen"]):
+        advice = "set chat_feature: chosen and drop_fields: [rejected]"
+    elif not isinstance(row["chosen"], str) or any(map(_is_list_of_turns, others)):
+        advice = "make each the last turn of its row, and leave rejected out"
     else:
-        settings = "completion_feature: chosen"
-        settings = settings if asked == prompt else f"prompt_feature: {asked} and {settings}"
+        named = "text_feature: chosen" if asked is None else "completion_feature: chosen"
+        named = named if asked in (None, prompt) else f"prompt_feature: {asked}, {named}"
+        advice = f"set {named} and drop_fields: [rejected]"
     return (
-        "; chosen and rejected are preference pairs, and training on preferences (DPO, ORPO) is "
-        f"not supported: to learn the chosen answers alone, set {settings}"
+        "chosen and rejected are preference pairs, and training on preferences (DPO, ORPO) is not "
+        f"supported: to learn the chosen answers alone, {advice}"
     )
 
 
@@ -95,9 +220,9 @@ def suggest_field_names(
 
     None for a preference pair: to leave out what was rejected is for a person to decide.
     """
-    if _is_preference_pair(row):
+    if is_preference_pair(row):
         return {}
-    chat = next((key for key, value in row.items() if _is_list_of_turns(value, "role")), None)
+    chat = next((key for key, value in row.items() if _is_list_of_turns(value)), None)
     if chat is not None:
         return {"chat_feature": chat}
     found = {
@@ -111,22 +236,11 @@ def suggest_field_names(
     return {"text_feature": text} if text is not None else {}
 
 
-def describe_sharegpt(row: Mapping[str, Any]) -> str:
-    """How turns {from, value} become turns {role, content}; empty where there are none."""
-    key = next((key for key, value in row.items() if _is_list_of_turns(value, "from")), None)
-    if key is None:
-        return ""
-    return (
-        f"; {shorten(key)} is ShareGPT's: make each turn {{from, value}} a turn {{role, content}} "
-        f"under messages, human as user and gpt as assistant ({DOCS_SECTION})"
-    )
-
-
-def _is_list_of_turns(value: Any, key: str) -> bool:
-    """Whether this is a list of objects of which the first has the key, as turns do."""
-    return (
-        isinstance(value, list) and bool(value) and isinstance(value[0], dict) and key in value[0]
-    )
+def _is_list_of_turns(value: Any) -> bool:
+    """Whether this is a list of objects of which the first says who speaks, as turns do."""
+    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+        return False
+    return bool(value[0].keys() & {"role", "from"})
 
 
 def _first_text_key(row: Mapping[str, Any], names: Collection[str]) -> str | None:

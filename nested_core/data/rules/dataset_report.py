@@ -8,12 +8,14 @@ numbers: two lines may be bad JSON at different columns.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
+from pydantic_core import to_jsonable_python
 
+from nested_core.data.data_settings import FilePart, find_place
 from nested_core.data.lines.example_parsing import TEMPLATED_FORMATS
 from nested_core.errors import DatasetError, join_first_values, shorten
 
@@ -50,14 +52,30 @@ class Finding:
 
 @dataclass(frozen=True)
 class Findings:
-    """The findings while a data set is judged, and every line that has an error, listed or not."""
+    """The findings while a data set is judged, and every line that has an error, listed or not.
+
+    parts: of the splits that have several files, by the split's name. Their lines are counted
+        through in `error_lines`, as in tables; a finding has the file itself and its line there.
+    """
 
     listed: list[Finding] = field(default_factory=list)
     error_lines: dict[str, set[int]] = field(default_factory=dict)  # by file
+    parts: Mapping[str, Sequence[FilePart]] = field(default_factory=dict)
 
     def lines_with_errors(self, file: str) -> frozenset[int]:
         """The numbers of the lines of a file that have an error."""
         return frozenset(self.error_lines.get(file, ()))
+
+    def find_place(self, file: str, line: int) -> tuple[str, int]:
+        """The file and the line in it that a person finds a line of a table by."""
+        return find_place(self.parts.get(file, ()), file, line)
+
+    def name_lines(self, file: str, lines: Iterable[int], most: int) -> str:
+        """The first of some lines of a table: numbers, or where there are parts places."""
+        places = (self.find_place(file, line) for line in lines)
+        return join_first_values(
+            [f"{name}:{line}" if file in self.parts else line for name, line in places], most
+        )
 
 
 def guide_sentence(findings: Iterable[Finding]) -> str:
@@ -160,7 +178,12 @@ class TokenStats:
 
 @dataclass(frozen=True)
 class SplitStats:
-    """One file counted: lines = blank + rejected + dropped + rows, and rows are what trains."""
+    """One split counted: lines = blank + rejected + dropped + rows, and rows are what trains.
+
+    in_format: how many lines, rejected and dropped ones too, have the format of most.
+    delimiters: of tables: commas, semicolons ...
+    parts: where there are several files; then `file` names them all.
+    """
 
     file: str
     format: str | None
@@ -172,6 +195,21 @@ class SplitStats:
     digest: str
     dropped: dict[str, tuple[int, ...]] = field(default_factory=dict)  # lines by reason
     tokens: TokenStats | None = None
+    in_format: int = 0
+    delimiters: tuple[str, ...] = ()
+    parts: tuple[FilePart, ...] = ()
+
+    @property
+    def data_format(self) -> str:
+        """The format of most rows, as the key data_format has it."""
+        return {"completion": "completions", None: "no format"}.get(self.format, str(self.format))
+
+    def describe_format(self) -> str:
+        """Such as `train.csv: alpaca, 207 of 208 rows, separated by semicolons`."""
+        rows = self.lines - self.blank
+        of_all = f"{self.in_format:,} of {_format_count(rows, 'row')}"
+        tables = f", separated by {' and '.join(self.delimiters)}" if self.delimiters else ""
+        return f"{self.file}: {self.data_format}, {of_all}{tables}"
 
     @property
     def has_prompts(self) -> bool:
@@ -206,7 +244,7 @@ class DatasetReport:
         return {
             "folder": self.folder,
             "digest": self.digest,
-            "splits": {split: asdict(stats) for split, stats in self.splits.items()},
+            "splits": to_jsonable_python(self.splits),
             "findings": [finding.to_json() for finding in self.findings],
             "counts": {
                 severity: _count_findings(self._findings_of_severity(severity))

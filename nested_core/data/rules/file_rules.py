@@ -31,7 +31,8 @@ FILE_RULES = FrameRules(
             "missing-train-file",
             "error",
             pl.col("is_present") | (pl.col("split") != "train"),
-            "there is none in {folder}, which holds {held}; name the file to train on train.jsonl",
+            "there is none in {folder}, which holds {held}; name the file to train on train.jsonl, "
+            "or several train-1.jsonl, train-2.jsonl",
         ),
         Rule(
             "mask-prompt-on-text",

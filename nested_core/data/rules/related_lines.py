@@ -8,15 +8,14 @@ data that a run is measured on stays the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import polars as pl
 
 from nested_core.config.sections import DataPolicy
 from nested_core.data.lines.word_ngrams import RARE_NGRAM_MAX_EXAMPLES
-from nested_core.data.rules.dataset_report import Finding
-from nested_core.errors import join_first_values
+from nested_core.data.rules.dataset_report import Finding, Findings
 
 _KEYS = ("content", "folded", "prompt")
 _RELATIONS = ("repeats", "resembles", "answers_otherwise")
@@ -230,13 +229,13 @@ def _line_numbers(frame: pl.DataFrame) -> frozenset[int]:
     return frozenset(frame["line"].to_list())
 
 
-def describe_dropped_lines(file: str, dropped: Dropped) -> Iterator[Finding]:
-    """One warning for each reason, at the first line, with the count and the first lines."""
+def add_dropped_lines(file: str, dropped: Dropped, findings: Findings) -> None:
+    """Add a warning for each reason, at the first line, with the count and the first lines."""
     for reason, lines in dropped.items():
         if lines:
-            shown = sorted(lines)
+            shown = findings.name_lines(file, sorted(lines), _MAX_SHOWN_LINES)
             message = (
-                f"lines dropped because {_DROP_REASON_TEXTS[reason]}: {len(lines):,} "
-                f"({join_first_values(shown, _MAX_SHOWN_LINES)})"
+                f"lines dropped because {_DROP_REASON_TEXTS[reason]}: {len(lines):,} ({shown})"
             )
-            yield Finding(file, shown[0], "warning", f"dropped-{reason}", message)
+            place = findings.find_place(file, min(lines))
+            findings.listed.append(Finding(*place, "warning", f"dropped-{reason}", message))

@@ -50,6 +50,15 @@ MAX_LISTED_FINDINGS = 1_000  # of one check in one file; the rest are counted
 _ROWS_JUDGED_AT_ONCE = 250_000  # so that memory does not grow by all that rules compute of a row
 _MAX_SHOWN_LINES = 5
 _MAX_SHOWN_TURNS = 12
+# Those that hold a line: of the file in train_file or valid_file, or else of the row's own.
+_LINE_COLUMNS = {
+    "repeats",
+    "resembles",
+    "answers_otherwise",
+    "near",
+    "repeats_held_out",
+    "line_in_valid",
+}
 _ROLE_NAME_BY_LETTER = {
     "s": "system",
     "u": "user",
@@ -159,7 +168,7 @@ class FrameRules:
             rows = frame.select({"file", "line", *rule.columns})[failing[rule]]
             groups = ["file"] if rule.by is None else ["file", rule.by]
             for group in rows.partition_by(groups, maintain_order=True):
-                findings.listed.extend(_make_findings(rule, group))
+                findings.listed.extend(_make_findings(rule, group, findings))
                 if rule.severity == "error":
                     lines = group["line"].drop_nulls().to_list()
                     findings.error_lines.setdefault(group["file"][0], set()).update(lines)
@@ -199,17 +208,16 @@ def _holds(rule: Rule) -> pl.Expr:
     return rule.expression.fill_null(value=True)
 
 
-def _make_findings(rule: Rule, rows: pl.DataFrame) -> Iterator[Finding]:
+def _make_findings(rule: Rule, rows: pl.DataFrame, findings: Findings) -> Iterator[Finding]:
     """The findings of one rule for failing rows of one file."""
     if rule.once:
         place = 0 if rule.worst is None else rows[rule.worst].arg_max() or 0
-        lines = join_first_values(rows["line"].to_list(), _MAX_SHOWN_LINES)
-        yield _make_finding(
-            rule, rows.row(place, named=True) | {"count": rows.height, "places": lines}
-        )
+        lines = findings.name_lines(rows["file"][0], rows["line"].to_list(), _MAX_SHOWN_LINES)
+        facts = {"count": rows.height, "places": lines}
+        yield _make_finding(rule, rows.row(place, named=True) | facts, findings)
         return
     for row in rows.head(MAX_LISTED_FINDINGS).iter_rows(named=True):
-        yield _make_finding(rule, row)
+        yield _make_finding(rule, row, findings)
     rest = rows.height - MAX_LISTED_FINDINGS
     if rest > 0:
         row = rows.row(0, named=True)
@@ -218,9 +226,30 @@ def _make_findings(rule: Rule, rows: pl.DataFrame) -> Iterator[Finding]:
         yield Finding(row["file"], None, rule.severity, name, message, count=rest)
 
 
-def _make_finding(rule: Rule, row: dict[str, Any]) -> Finding:
-    message = rule.message.format_map(row | {"turns": _spell_out_roles(row.get("roles") or "")})
-    return Finding(row["file"], row["line"], rule.severity, rule.name.format_map(row), message)
+def _make_finding(rule: Rule, row: dict[str, Any], findings: Findings) -> Finding:
+    shown = row | {"turns": _spell_out_roles(row.get("roles") or "")}
+    if findings.parts:
+        shown |= _places_in_parts(row, findings)
+    message = rule.message.format_map(shown)
+    name = rule.name.format_map(row)
+    return Finding(shown["file"], shown["line"], rule.severity, name, message)
+
+
+def _places_in_parts(row: dict[str, Any], findings: Findings) -> dict[str, Any]:
+    """The lines that a row names, and its own, with the files that they are in."""
+    shown: dict[str, Any] = {"file": row["file"], "line": row["line"]}
+    if row["line"] is not None:
+        shown["file"], shown["line"] = findings.find_place(row["file"], row["line"])
+    for column in row.keys() & _LINE_COLUMNS:
+        if row[column] is None:
+            continue
+        file_column = "valid_file" if column == "line_in_valid" else "train_file"
+        name, line = findings.find_place(row.get(file_column, row["file"]), row[column])
+        if file_column in row:
+            shown[file_column], shown[column] = name, line
+        else:
+            shown[column] = line if name == shown["file"] else f"{line} of {name}"
+    return shown
 
 
 def _spell_out_roles(roles: str) -> str:

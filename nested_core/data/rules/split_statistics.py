@@ -41,6 +41,7 @@ def make_split_stats(
         rows=frame.height - blank - rejected - sum(map(len, dropped.values())),
         roles=_count_roles(frame["roles"]),
         digest=digest,
+        in_format=int((frame["format"] == frame["file_format"]).sum()),
         dropped={reason: tuple(sorted(lines)) for reason, lines in dropped.items()},
     )
 

@@ -11,10 +11,10 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from io import BufferedReader, TextIOWrapper
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, AnyStr, NamedTuple, cast
 
 from nested_core.errors import shorten
 from nested_core.storage.atomic import finite_or_none
@@ -29,8 +29,9 @@ _LINES_ALWAYS_ALLOWED = 100_000
 MAX_LINE_BYTES = 64 * 2**20
 _CHUNK_BYTES = 64 * 2**10
 _PARQUET_ROWS_AT_ONCE = 10_000  # converted at a time
-# As exported in other countries or from other programs; the comma first, for what fits both.
-_CSV_DELIMITERS = {",": "commas", ";": "semicolons (;)", "\t": "tabs", "|": "bars (|)"}
+# As exported in other countries or from other programs; the comma first, for what fits all alike.
+CSV_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_SNIFFED_BYTES = 2**20  # of a table, in which its delimiter is looked for
 _NON_SPACE_PATTERN = re.compile(r"[^ \t\n\r]")
 _LINE_ENDS_TO_SPACES = str.maketrans("\n\r", "  ")  # in valid JSON they stand between values only
 
@@ -78,28 +79,41 @@ def limit_expansion(
         yield line
 
 
-def read_gzip_jsonl(path: Path, _: frozenset[str] = frozenset()) -> Iterator[NumberedLine]:
+@contextmanager
+def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
+    """The content of a file, unpacked where its name ends in .gz."""
+    with open_regular(path, UNBOUNDED, follow_links=True) as (file, _size):
+        if path.suffix.lower() == ".gz":
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                yield cast(IO[bytes], unpacked)
+        else:
+            yield file
+
+
+def _read_bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
+    """The lines of a file; RestOfFileUnreadable at one that is too long to be held, or damaged."""
+    number = 0
+    while True:
+        number += 1
+        try:
+            line = file.readline(MAX_LINE_BYTES + 1)
+        except EOFError:
+            raise RestOfFileUnreadable(number, "the gzip file is cut off in this line") from None
+        except (gzip.BadGzipFile, zlib.error) as error:
+            message = f"the gzip file is damaged: {shorten(error, 80)}"
+            raise RestOfFileUnreadable(number, message) from None
+        if not line:
+            return
+        if len(line) > MAX_LINE_BYTES:
+            raise RestOfFileUnreadable(number, _too_long_line_message())
+        yield line
+
+
+def read_gzip_jsonl(path: Path) -> Iterator[NumberedLine]:
     """Yield the lines of a .jsonl.gz as they are."""
-    line = 0
-    with (
-        open_regular(path, UNBOUNDED, follow_links=True) as (packed, _size),
-        gzip.GzipFile(fileobj=packed) as file,
-    ):
-        while True:
-            line += 1
-            try:
-                raw = file.readline(MAX_LINE_BYTES + 1)
-            except EOFError:
-                raise RestOfFileUnreadable(line, "the gzip file is cut off in this line") from None
-            except (gzip.BadGzipFile, zlib.error) as error:
-                raise RestOfFileUnreadable(
-                    line, f"the gzip file is damaged: {shorten(error, 80)}"
-                ) from None
-            if not raw:
-                return
-            if len(raw) > MAX_LINE_BYTES:
-                raise RestOfFileUnreadable(line, _too_long_line_message())
-            yield NumberedLine(line, raw.removesuffix(b"\n"))
+    with _open_bytes(path) as file:
+        for number, line in enumerate(_read_bounded_lines(file), start=1):
+            yield NumberedLine(number, line.removesuffix(b"\n"))
 
 
 def find_start_of_too_long_line(path: Path) -> int | None:
@@ -141,7 +155,7 @@ def read_lines_before(path: Path, end: int) -> Iterator[NumberedLine]:
     raise RestOfFileUnreadable(number, _too_long_line_message())
 
 
-def read_json_array(path: Path, _: frozenset[str] = frozenset()) -> Iterator[NumberedLine]:
+def read_json_array(path: Path) -> Iterator[NumberedLine]:
     """Yield the elements of a .json file, which is one array; all of it is held in memory."""
     raw = read_regular(path, follow_links=True)
     try:
@@ -203,17 +217,36 @@ def _describe_position(text: str, position: int) -> str:
     return f"line {line} column {position - text.rfind(chr(10), 0, position)}"
 
 
-def read_csv(path: Path, json_keys: frozenset[str]) -> Iterator[NumberedLine]:
-    """Yield the records of a .csv; its first names the columns, and quotes must be balanced."""
-    csv.field_size_limit(MAX_LINE_BYTES)  # of the whole process; its own is less than a document
-    with (
-        open_regular(path, UNBOUNDED, follow_links=True) as (raw, _),
-        TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as file,
-    ):
-        lines = _refuse_too_long_lines(file)
-        header = next(lines, "")
-        _refuse_other_delimiter(header)
-        reader = csv.reader(chain([header], lines), strict=True)
+def find_csv_delimiter(path: Path) -> str:
+    """The delimiter by which most of a table's records have as many cells as its header.
+
+    Its first MiB is looked at. A comma where none makes several cells of the header, or all do
+    alike. What is damaged in the file is for `read_csv` to say.
+    """
+    with _open_table(path) as file:
+        lines: list[str] = []
+        size = 0
+        with suppress(RestOfFileUnreadable):
+            for line in _read_bounded_lines(file):
+                lines.append(line)
+                size += len(line)
+                if size > _SNIFFED_BYTES:
+                    break
+    return max(CSV_DELIMITERS, key=lambda delimiter: _count_fitting_records(lines, delimiter))
+
+
+def _count_fitting_records(lines: list[str], delimiter: str) -> int:
+    """How many records have as many cells as the first, and several."""
+    sizes: list[int] = []
+    with suppress(csv.Error):  # such as quotes that do not end where this delimiter ends a cell
+        sizes.extend(map(len, csv.reader(lines, delimiter=delimiter, strict=True)))
+    return sizes.count(sizes[0]) if sizes and sizes[0] > 1 else 0
+
+
+def read_csv(path: Path, json_keys: frozenset[str], delimiter: str) -> Iterator[NumberedLine]:
+    """Yield the records of a table; its first names the columns, and quotes must be balanced."""
+    with _open_table(path) as file:
+        reader = csv.reader(_read_bounded_lines(file), delimiter=delimiter, strict=True)
         columns = _read_csv_header(reader)
         line = reader.line_num + 1
         while True:
@@ -230,32 +263,14 @@ def read_csv(path: Path, json_keys: frozenset[str]) -> Iterator[NumberedLine]:
             line = reader.line_num + 1
 
 
-def _refuse_too_long_lines(file: TextIOWrapper) -> Iterator[str]:
-    """The lines of a text file; raises RestOfFileUnreadable at one that is too long to be held."""
-    number = 0
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if len(line) > MAX_LINE_BYTES:
-            raise RestOfFileUnreadable(number, _too_long_line_message())
-        yield line
-
-
-def _refuse_other_delimiter(header: str) -> None:
-    """Raise RestOfFileUnreadable if another delimiter than a comma makes more columns of it."""
-    found = max(_CSV_DELIMITERS, key=lambda delimiter: _count_csv_cells(header, delimiter))
-    if found != ",":
-        raise RestOfFileUnreadable(
-            1,
-            f"the cells are separated by {_CSV_DELIMITERS[found]}; expected commas. Write the file "
-            f"again with commas by the command in docs/data.md, Other formats",
-        )
-
-
-def _count_csv_cells(line: str, delimiter: str) -> int:
-    try:
-        return len(next(csv.reader([line], delimiter=delimiter, strict=True), []))
-    except csv.Error:  # quotes that do not end where this delimiter ends a cell
-        return 0
+@contextmanager
+def _open_table(path: Path) -> Iterator[TextIOWrapper]:
+    csv.field_size_limit(MAX_LINE_BYTES)  # of the whole process; its own is less than a document
+    with (
+        _open_bytes(path) as raw,
+        TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as file,
+    ):
+        yield file
 
 
 def _read_csv_header(reader: Iterator[list[str]]) -> list[str]:
@@ -267,7 +282,8 @@ def _read_csv_header(reader: Iterator[list[str]]) -> list[str]:
         raise RestOfFileUnreadable(
             1, "expected a header with the names of the columns, found nothing"
         )
-    if len(set(columns)) < len(columns):
+    named = [column for column in columns if column]
+    if len(set(named)) < len(named):
         raise RestOfFileUnreadable(
             1, f"two columns of the header have one name: {shorten(', '.join(columns))}"
         )
@@ -277,13 +293,15 @@ def _read_csv_header(reader: Iterator[list[str]]) -> list[str]:
 def _csv_cells_to_json_line(
     columns: list[str], cells: list[str], json_keys: frozenset[str]
 ) -> tuple[bytes, tuple[str, str] | None]:
-    if not cells:
-        return b"", None
+    if not cells or (len(cells) > 1 and not any(map(str.strip, cells))):
+        return b"", None  # as spreadsheets write rows that are empty
     if len(cells) != len(columns):
         message = f"expected {len(columns)} cells as in the header, found {len(cells)}"
         return b"", ("cell-count", message)
     fields = []
     for column, cell in zip(columns, cells, strict=True):
+        if not column and not cell.strip():
+            continue  # what a delimiter at the end of each line makes
         value = json.dumps(cell, ensure_ascii=False)
         if column in json_keys:
             if not cell.strip():
@@ -300,7 +318,7 @@ def _csv_cells_to_json_line(
         return b"", ("not-utf8", "a byte is not UTF-8; save the file as UTF-8")
 
 
-def read_parquet(path: Path, _: frozenset[str] = frozenset()) -> Iterator[NumberedLine]:
+def read_parquet(path: Path) -> Iterator[NumberedLine]:
     """Yield the rows of a .parquet; a list or a struct becomes a JSON array or object."""
     import polars as pl  # takes half a second; no other format needs it
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from nested_core.config.sections import HubDataset
 from nested_core.data.data_settings import SPLITS
-from nested_core.data.lines.example_parsing import FORMATS
+from nested_core.data.lines.example_parsing import FORMATS, read_completion
 from nested_core.data.sources.file_formats import NumberedLine, row_to_json_line
 from nested_core.errors import ConfigError, shorten
 
@@ -167,7 +167,7 @@ def _rename_fields(
     fields = {names[column]: value for column, value in row.items() if column in names}
     if as_chat:
         turns = {field: fields.pop(field) for field in FORMATS["completion"].fields}
-        fields["messages"] = FORMATS["completion"].read_turns(turns)
+        fields["messages"] = read_completion(turns).messages
     others = {
         column: value
         for column, value in row.items()

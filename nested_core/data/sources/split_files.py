@@ -1,25 +1,33 @@
 """The splits of a data set, each as a file of JSON lines, so that all else reads one format.
 
-A .jsonl file is read where it lies; any other is turned into one in a folder of the caller's.
+A .jsonl file is read where it lies; any other, and several files of one split, are turned into one
+in a folder of the caller's.
 """
 
 from __future__ import annotations
 
+import codecs
+import os
+import re
 from array import array
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from glob import glob
 from os.path import lexists
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 
 from nested_core.config.names import HUB_NAME_PATTERN
-from nested_core.data.data_settings import SPLITS, DataSettings
+from nested_core.data.data_settings import SPLITS, DataSettings, FilePart
 from nested_core.data.sources.file_formats import (
+    CSV_DELIMITERS,
     MAX_LINE_BYTES,
     NumberedLine,
     RestOfFileUnreadable,
+    find_csv_delimiter,
     find_start_of_too_long_line,
     limit_expansion,
     read_csv,
@@ -34,29 +42,35 @@ from nested_core.data.sources.hub_datasets import (
     open_dataset_by_name,
 )
 from nested_core.errors import ConfigError
+from nested_core.storage.strict_files import UNBOUNDED, open_regular
 
-_READER_BY_SUFFIX: dict[str, Callable[[Path, frozenset[str]], Iterable[NumberedLine]]] = {
+_READER_BY_SUFFIX: dict[str, Callable[[Path], Iterator[NumberedLine]]] = {
     ".jsonl.gz": read_gzip_jsonl,
     ".json": read_json_array,
-    ".csv": read_csv,
     ".parquet": read_parquet,
 }
-SUFFIXES = (".jsonl", *_READER_BY_SUFFIX)
-_PACKED_SUFFIXES = (".jsonl.gz", ".parquet")
+_TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+SUFFIXES = (".jsonl", *_READER_BY_SUFFIX, *_TABLE_SUFFIXES)
+_SUFFIX_PATTERN = re.compile(f"({'|'.join(map(re.escape, SUFFIXES))})$", re.IGNORECASE)
+_COPIED_BYTES = 2**20  # at a time
+_MAX_SHOWN_PARTS = 2
 
 
 @dataclass(frozen=True, eq=False)
 class SplitFile:
     """One split: its name in findings, its lines of JSON, and the number that each has for people.
 
-    The number is the line of a .jsonl or .jsonl.gz, the line of a .csv that a record begins in, the
-    element of a .json array and the row of a .parquet or of a hub's data set, all from 1.
+    The number is the line of a .jsonl or .jsonl.gz, the line of a table that a record begins in,
+    the element of a .json array and the row of a .parquet or of a hub's data set, all from 1. Of
+    several files it is counted through; `parts` tell the file, and the number in it.
     """
 
     name: str
     path: Path
     numbers: npt.NDArray[np.int32] | None = None  # by line of `path`; None: they are the same
     problems: dict[int, tuple[str, str]] = field(default_factory=dict)  # by line: check, message
+    parts: tuple[FilePart, ...] = ()  # where there are several files
+    delimiters: tuple[str, ...] = ()  # of tables: commas, semicolons ...
 
     def physical_lines_of(self, numbers: set[int]) -> set[int]:
         """The lines of `path`, from 1, that have these numbers."""
@@ -64,29 +78,60 @@ class SplitFile:
             return numbers
         return set((np.searchsorted(self.numbers, sorted(numbers)) + 1).tolist())
 
+    def number_of(self, line: int) -> int:
+        """The number of a line of `path`, from 1."""
+        return line if self.numbers is None else int(self.numbers[line - 1])
+
 
 def open_splits(settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
     """The splits that the data set has, made into JSON lines in `spool` unless they are.
 
     Raises ConfigError if there is no such data set, or two files for one split; and OSError.
     """
-    folder = Path(settings.data)
     is_trusted = settings.trust_remote_code
     if settings.hf_dataset:
         return _write_hub_tables(
             open_configured_datasets(settings.hf_dataset, trust_remote_code=is_trusted), spool
         )
+    if paths := _find_split_files(settings.data):
+        return {split: _open_files(paths[split], settings, spool) for split in paths}
+    folder = Path(settings.data)
     if folder.is_dir():
-        return _open_split_folder(folder, settings.json_keys, spool)
+        return {}
     if HUB_NAME_PATTERN.fullmatch(settings.data) and not folder.exists():
         return _write_hub_tables(
             open_dataset_by_name(settings.data, trust_remote_code=is_trusted), spool
         )
+    what = "is a file" if folder.is_file() else "does not exist"
     raise ConfigError(
-        f"data: {settings.data!r} is not a folder here: {folder.absolute()} "
-        f"{'is a file' if folder.is_file() else 'does not exist'}. Expected one with train.jsonl "
-        f"(or {', '.join(SUFFIXES[1:])}), and best valid and test beside it."
+        f"data: {settings.data!r} is not a folder here: {folder.absolute()} {what}. Expected one "
+        f"with train.jsonl (or {', '.join(SUFFIXES[1:])}), and best valid and test beside it; or, "
+        f"to train on alone, one such file or a pattern of them, as rows/*.csv."
     )
+
+
+def _find_split_files(data: str) -> dict[str, list[Path]]:
+    """The files of each split that there is: of a folder by their names, else all are of train."""
+    folder = Path(data)
+    if not folder.is_dir():
+        names = sorted(glob(data, recursive=True)) if not folder.is_file() else [data]
+        files = [Path(name) for name in names if _SUFFIX_PATTERN.search(name)]
+        return {"train": files} if files else {}
+    found = {}
+    for split in SPLITS:
+        paths = [path for suffix in SUFFIXES if lexists(path := folder / f"{split}{suffix}")]
+        if len(paths) > 1:
+            listed = " and ".join(path.name for path in paths)
+            raise ConfigError(
+                f"data: {folder} holds {listed}; each would be the {split} split. Keep one of them."
+            )
+        if not paths:
+            numbered = re.compile(rf"{split}[-_.]?\d.*")
+            paths = [p for p in folder.iterdir() if numbered.fullmatch(p.name)]
+            paths = sorted(path for path in paths if _SUFFIX_PATTERN.search(path.name))
+        if paths:
+            found[split] = paths
+    return found
 
 
 def _write_hub_tables(tables: HubTables, spool: Path) -> dict[str, SplitFile]:
@@ -96,37 +141,83 @@ def _write_hub_tables(tables: HubTables, spool: Path) -> dict[str, SplitFile]:
     }
 
 
-def _open_split_folder(
-    folder: Path, json_keys: frozenset[str], spool: Path
-) -> dict[str, SplitFile]:
-    files = {}
-    for split in SPLITS:
-        paths = [path for suffix in SUFFIXES if lexists(path := folder / f"{split}{suffix}")]
-        if len(paths) > 1:
-            names = " and ".join(path.name for path in paths)
-            raise ConfigError(
-                f"data: {folder} holds {names}; each would be the {split} split. Keep one of them."
-            )
-        if paths:
-            files[split] = _open_split_file(paths[0], json_keys, spool)
-    return files
+def _open_files(paths: Sequence[Path], settings: DataSettings, spool: Path) -> SplitFile:
+    """The files of one split as one, in their order."""
+    if len(paths) == 1:
+        return _open_file(paths[0], settings, spool)
+    are_told_by_name = len({path.name for path in paths}) == len(paths)
+    names = [path.name if are_told_by_name else str(path) for path in paths]
+    joined = spool / f"{names[0].replace(os.sep, '-')}.joined.jsonl"
+    numbers: list[npt.NDArray[np.int32]] = []
+    problems: dict[int, tuple[str, str]] = {}
+    parts: list[FilePart] = []
+    delimiters: dict[str, None] = {}
+    lines_before = numbers_before = 0
+    with joined.open("wb") as file:
+        for name, path in zip(names, paths, strict=True):
+            part = _open_file(path, settings, spool)
+            lines = _append_lines(part.path, file)
+            own = np.arange(1, lines + 1, dtype=np.int32) if part.numbers is None else part.numbers
+            parts.append(FilePart(name, numbers_before))
+            numbers.append(own + np.int32(numbers_before))
+            problems |= {line + lines_before: problem for line, problem in part.problems.items()}
+            delimiters |= dict.fromkeys(part.delimiters)
+            lines_before += lines
+            numbers_before += int(own[-1]) if lines else 0
+            if part.path.parent == spool:
+                part.path.unlink()
+    shown = " + ".join(names[:_MAX_SHOWN_PARTS])
+    more = f" + {len(names) - _MAX_SHOWN_PARTS} more" if len(names) > _MAX_SHOWN_PARTS else ""
+    return SplitFile(
+        shown + more, joined, np.concatenate(numbers), problems, tuple(parts), tuple(delimiters)
+    )
 
 
-def _open_split_file(path: Path, json_keys: frozenset[str], spool: Path) -> SplitFile:
+def _append_lines(path: Path, file: IO[bytes]) -> int:
+    """Append a file of lines, without its byte-order mark; returns how many lines it has."""
+    lines = 0
+    last = b"\n"
+    with open_regular(path, UNBOUNDED, follow_links=True) as (part, _):
+        content = part.read(_COPIED_BYTES).removeprefix(codecs.BOM_UTF8)
+        while content:
+            file.write(content)
+            lines += content.count(b"\n")
+            last = content[-1:]
+            content = part.read(_COPIED_BYTES)
+    if last != b"\n":
+        file.write(b"\n")
+        lines += 1
+    return lines
+
+
+def _open_file(path: Path, settings: DataSettings, spool: Path) -> SplitFile:
     spooled = spool / f"{path.name}.jsonl"
     if not path.is_file():  # a pipe would be waited for without end
         return _make_split_of_unreadable_path(path, spooled)
-    suffix = path.name[path.name.index(".") :]
+    suffix = _SUFFIX_PATTERN.findall(path.name)[0].lower()
     size = path.stat().st_size
+    if settings.data_format == "csv" and suffix not in _TABLE_SUFFIXES:
+        raise ConfigError(
+            f"data_format: csv, but {path} is no table ({', '.join(_TABLE_SUFFIXES)}). Leave "
+            f"data_format out, or give tables alone."
+        )
     if suffix == ".jsonl":
         end = find_start_of_too_long_line(path) if size > MAX_LINE_BYTES else None
         if end is None:
             return SplitFile(path.name, path)
         return _write_split_lines(path.name, read_lines_before(path, end), spooled)
-    lines = limit_expansion(
-        _READER_BY_SUFFIX[suffix](path, json_keys), size, is_packed=suffix in _PACKED_SUFFIXES
+    is_packed = suffix.endswith((".gz", ".parquet"))
+    delimiters: tuple[str, ...] = ()
+    if suffix in _TABLE_SUFFIXES:
+        delimiter = find_csv_delimiter(path)
+        delimiters = (CSV_DELIMITERS[delimiter],)
+        lines = read_csv(path, settings.json_keys, delimiter)
+    else:
+        lines = _READER_BY_SUFFIX[suffix](path)
+    split = _write_split_lines(
+        path.name, limit_expansion(lines, size, is_packed=is_packed), spooled
     )
-    return _write_split_lines(path.name, lines, spooled)
+    return replace(split, delimiters=delimiters)
 
 
 def _make_split_of_unreadable_path(path: Path, spooled: Path) -> SplitFile:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nested_core.data.data_settings import SPLITS
+from nested_core.data.data_settings import SPLITS, FilePart, find_place
 from nested_core.errors import DamagedError
 from nested_core.storage.manifest import read_manifest, verify_manifest, write_manifest
 from nested_core.storage.strict_files import UNBOUNDED, open_regular, read_regular
@@ -204,7 +204,7 @@ class ShownExample:
 
 
 def decode_examples_for_display(
-    split: TokenizedSplit, file: str, tokenizer: Any, count: int
+    split: TokenizedSplit, file: str, tokenizer: Any, count: int, parts: Sequence[FilePart] = ()
 ) -> list[ShownExample]:
     """The first examples of a split, at most `count`; `tokenizer` is the one it was made with."""
     shown = []
@@ -214,7 +214,7 @@ def decode_examples_for_display(
             ShownToken(token, _decode_token(token, tokenizer), is_supervised)
             for token, is_supervised in zip(split.example(index).tolist(), mask, strict=True)
         )
-        shown.append(ShownExample(file, int(split.lines[index]), tokens))
+        shown.append(ShownExample(*find_place(parts, file, int(split.lines[index])), tokens))
     return shown
 
 

@@ -61,6 +61,7 @@ CHANGED: dict[str, Any] = {
     "nested": {"frequencies": [1, 2]},
     "training": {"keep_checkpoints": 7},
     "samples": ["Who?"],
+    "data_format": "alpaca",
     "data_policy": {"overlong": "drop"},
     "gate": {"max_val_loss_increase": 0.5},
     "registry": {"path": "registry", "name": "capitals"},

@@ -71,7 +71,7 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
     ),
     "repeated key in an extra": (b'{"text": "a", "m": {"k": 1, "k": 2}}', "duplicate-key"),
     "no field": ({}, "unknown-format"),
-    "other fields": ({"instruction": "a", "output": "b"}, "unknown-format"),
+    "other fields": ({"inquiry": "a", "reply": "b"}, "unknown-format"),
     "prompt alone": ({"prompt": "a"}, "missing-field"),
     "completion alone": ({"completion": "a"}, "missing-field"),
     "turn without content": (
@@ -88,7 +88,7 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
     "list as text": ({"text": ["a"]}, "wrong-type"),
     "string as messages": ({"messages": "user: a"}, "wrong-type"),
     "string as turn": ({"messages": ["a", "b"]}, "wrong-type"),
-    "content parts": (chat("a", [{"type": "text", "text": "b"}]), "wrong-type"),
+    "part of an image": (chat("a", [{"type": "image_url", "image_url": "b"}]), "wrong-type"),
     "number as role": ({"messages": [turn(5, "a")]}, "wrong-type"),
     "unknown role": (talk("user", "bot"), "unknown-role"),
     "role in capitals": (talk("User", "assistant"), "unknown-role"),

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,38 +16,19 @@ from tests.flows.conftest import called
 from tests.left_out import slow_except
 
 ROWS: dict[str, tuple[dict[str, Any], str]] = {
-    "Alpaca": (
-        {"instruction": "Add.", "input": "", "output": "2"},
-        "set prompt_feature: instruction and completion_feature: output",
-    ),
-    "Alpaca with input": (
-        {"instruction": "Add.", "input": "1 and 1", "output": "2"},
-        "training would leave out what stands in input: make each row a chat under messages",
-    ),
-    "Alpaca with a history": (
-        {"instruction": "Yes.", "output": "2", "history": [["Add 1.", "1?"]], "system": "Count."},
-        "training would leave out what stands in history and system",
-    ),
     "a preference pair": (
         {"prompt": "a", "chosen": "b", "rejected": "c"},
         "chosen and rejected are preference pairs, and training on preferences (DPO, ORPO) is not "
-        "supported: to learn the chosen answers alone, set completion_feature: chosen",
+        "supported: to learn the chosen answers alone, set completion_feature: chosen and "
+        "drop_fields: [rejected]",
     ),
     "a preference pair of chats": (
         {"chosen": [{"role": "user", "content": "a"}], "rejected": []},
         "to learn the chosen answers alone, set chat_feature: chosen",
     ),
-    "ShareGPT": (
-        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-        "conversations is ShareGPT's: make each turn {from, value} a turn {role, content}",
-    ),
-    "ShareGPT under messages": (
-        {"messages": [{"from": "human", "value": "a"}]},
-        "messages is ShareGPT's",
-    ),
     "a chat under another name": (
         {"dialogue": [{"role": "user", "content": "a"}]},
-        "dialogue holds turns: set chat_feature: dialogue",
+        "; set chat_feature: dialogue",
     ),
     "question and answer": (
         {"id": 1, "question": "a", "answer": "b"},
@@ -109,7 +87,8 @@ def test_a_filled_field_of_the_conversation_that_nothing_reads_is_refused(name: 
     names = FieldNames(prompt="instruction", completion="output")
     judged = parse_line_to_row(json.dumps(row).encode(), names)
     assert judged.check == "unread-field"
-    assert str(judged.message).startswith(f"training would leave out what stands in {unread}: ")
+    assert str(judged.message).startswith(f"training would leave out what stands in {unread}; ")
+    assert f"drop_fields: [{unread.replace(' and', ',')}] leaves it out" in str(judged.message)
     assert judged.content is None  # so that it leaks into no other split either
 
 
@@ -132,26 +111,7 @@ def test_a_chosen_answer_is_trained_on_where_it_is_configured() -> None:
     assert (judged.check, judged.content) == (None, "ua\0a\0b")
 
 
-CONVERTED = {
-    "Alpaca with input": ["Add.\n\n1 and 1", "2"],
-    "Alpaca with a history": ["Count.", "Add 1.", "1?", "Yes.", "2"],
-    "ShareGPT": ["a", "b"],
-}
-
-
-@pytest.mark.parametrize("name", CONVERTED)
-def test_the_script_of_the_documentation_makes_sound_lines(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
-    (script,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(ROWS[name][0]) + "\n"))
-    exec(script, {})  # noqa: S102  # the documentation's own text
-    row = parse_line_to_row(capsys.readouterr().out.encode(), FieldNames())
-    assert (row.check, str(row.content).split("\0")[1:]) == (None, CONVERTED[name])
-
-
-@pytest.mark.parametrize("name", slow_except(ROWS, "ShareGPT", reason="5,000 lines"))
+@pytest.mark.parametrize("name", slow_except(ROWS, "question and answer", reason="5,000 lines"))
 def test_five_thousand_lines_of_one_wrong_format_are_one_row(
     name: str, write_data: WriteData, tmp_path: Path
 ) -> None:

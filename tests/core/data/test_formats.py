@@ -105,10 +105,10 @@ def test_two_files_for_one_split_are_refused_by_name(tmp_path: Path) -> None:
         judge(tmp_path)
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "train.csv").touch()
+def test_a_file_that_is_no_data_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").touch()
     with pytest.raises(ConfigError, match="is not a folder"):
-        judge(tmp_path / "train.csv")
+        judge(tmp_path / "train.txt")
 
 
 BAD_ROWS: dict[str, tuple[str, bytes, list[Found]]] = {
@@ -170,24 +170,6 @@ BAD_ROWS: dict[str, tuple[str, bytes, list[Found]]] = {
     ),
 }
 DAMAGED: dict[str, tuple[str, bytes, Found, str]] = {
-    "csv with semicolons": (
-        "train.csv",
-        b"prompt;completion\na;b\nc, d;e\n",
-        ("train.csv", 1, "damaged-file"),
-        "the cells are separated by semicolons (;); expected commas",
-    ),
-    "csv with semicolons between quotes": (
-        "train.csv",
-        b'\xef\xbb\xbf"prompt, all of it";"completion"\r\n"a";"b"\r\n',
-        ("train.csv", 1, "damaged-file"),
-        "the cells are separated by semicolons (;); expected commas",
-    ),
-    "csv with tabs": (
-        "train.csv",
-        b"prompt\tcompletion\na\tb\n",
-        ("train.csv", 1, "damaged-file"),
-        "the cells are separated by tabs; expected commas",
-    ),
     "cut gzip": (
         "train.jsonl.gz",
         gzip.compress(as_lines([{"text": f"{n * n:x} {n * 7919}"} for n in range(4000)]))[:-9000],
