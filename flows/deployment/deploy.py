@@ -15,7 +15,7 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.schemas.automations import Automation, AutomationCore
 from prefect.exceptions import (
@@ -110,7 +110,11 @@ def _make_work_pools(client: SyncPrefectClient, work_pools: list[WorkPoolCreate]
     for wanted in work_pools:
         try:
             pool = client.read_work_pool(wanted.name)
-            yield f"work pool {pool.name}: there already, limit {pool.concurrency_limit}"
+            limit, done = pool.concurrency_limit, "there already"
+            if limit is None:  # `prefect worker start` made it
+                limit, done = wanted.concurrency_limit, "there without a limit, and has one now"
+                client.update_work_pool(pool.name, WorkPoolUpdate(concurrency_limit=limit))
+            yield f"work pool {pool.name}: {done}, limit {limit}"
         except ObjectNotFound:
             template = {"base_job_template": ProcessWorker.get_default_base_job_template()}
             with suppress(ObjectAlreadyExists):  # by another deploy, just now

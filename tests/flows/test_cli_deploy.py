@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.schedules import Schedule
 from prefect.workers.process import ProcessWorker
 
@@ -65,6 +66,19 @@ def test_work_pools_that_another_deploy_makes_meanwhile_are_made(
         first, again = list(_make_work_pools(client, pools)), list(_make_work_pools(client, pools))
     assert "made, limit" in first[0]
     assert all("there already" in line for line in [*first[1:], *again])
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_pool_without_a_limit_as_a_worker_makes_it_gets_one_and_another_limit_is_kept() -> None:
+    plan = make_plan()
+    with get_client(sync_client=True) as client:
+        list(_make_work_pools(client, plan.work_pools))
+        for name, limit in (("mlx-gpu", None), ("cpu", 3)):
+            client.update_work_pool(name, WorkPoolUpdate(concurrency_limit=limit))
+        lines = list(_make_work_pools(client, plan.work_pools))
+        limits = [client.read_work_pool(name).concurrency_limit for name in ("mlx-gpu", "cpu")]
+    assert limits == [1, 3]
+    assert lines[0] == "work pool mlx-gpu: there without a limit, and has one now, limit 1"
 
 
 TEMPLATES = [
