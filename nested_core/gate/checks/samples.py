@@ -86,7 +86,7 @@ def ask_samples(base: LoadedBase, evidence: RunEvidence) -> list[SampleAnswers]:
             asked, of_base, broken, of_parent, of_candidate, strict=True
         )
     ]
-    return mark_same_answers(rows, are_cut_off=any(answer.is_endless for answer in of_candidate))
+    return mark_same_answers(rows, of_candidate)
 
 
 def _list_prompts(config: FineTuneConfig) -> Iterator[_SamplePrompt]:
@@ -124,8 +124,7 @@ def find_damage(answer: Answer, expected: str | None, tokenizer: Any) -> BrokenH
         return None
     if answer.is_empty:
         return "empty"
-    is_begun = answer.is_endless and answer.tokens < MIN_REPEATED_TOKENS
-    if not is_begun and _has_no_words(answer.text.strip(), expected):
+    if not _is_begun(answer) and _has_no_words(answer.text.strip(), expected):
         return "no_words"
     if answer.repeated_tokens >= max(MIN_REPEATED_TOKENS, answer.tokens / 2):
         return "repeated"
@@ -134,6 +133,11 @@ def find_damage(answer: Answer, expected: str | None, tokenizer: Any) -> BrokenH
         if tokens * LENGTH_FACTOR <= answer.tokens:
             return "endless"
     return None
+
+
+def _is_begun(answer: Answer) -> bool:
+    """Whether it was cut off after so few tokens that nothing follows from it."""
+    return answer.is_endless and answer.tokens < MIN_REPEATED_TOKENS
 
 
 def _has_no_words(text: str, expected: str | None) -> bool:
@@ -146,17 +150,22 @@ def _has_no_words(text: str, expected: str | None) -> bool:
     return len(text) == 1 and expected is not None and len(expected.strip()) >= LENGTH_FACTOR
 
 
-def mark_same_answers(rows: Sequence[SampleAnswers], *, are_cut_off: bool) -> list[SampleAnswers]:
+def mark_same_answers(
+    rows: Sequence[SampleAnswers], of_adapter: Sequence[Answer]
+) -> list[SampleAnswers]:
     """The rows, those of an adapter that says the same to every prompt marked as broken so.
 
-    There have to be MIN_SAME_ANSWERS different prompts. One answer may be right for all: what is
-    expected, or where the data has no answer what the base said, has to differ between them, of
-    answers that were cut off as far as these go; and what the data expects of one is an answer.
+    `of_adapter` are its answers; one that was cut off after a few tokens shows nothing. There have
+    to be MIN_SAME_ANSWERS different prompts. One answer may be right for all: what is expected, or
+    where the data has no answer what the base said, has to differ between them, of answers that
+    were cut off as far as these go; and what the data expects of one is an answer.
     """
     answers = {row.adapter for row in rows}
     if len({row.prompt for row in rows}) < MIN_SAME_ANSWERS or len(answers) > 1:
         return list(rows)
-    end = len(rows[0].adapter) if are_cut_off else None
+    if any(map(_is_begun, of_adapter)):
+        return list(rows)
+    end = len(rows[0].adapter) if any(answer.is_endless for answer in of_adapter) else None
     expected = {row.expected.strip()[:end] for row in rows if row.expected is not None}
     references = expected | {row.base[:end] for row in rows if row.expected is None}
     if len(references) == 1 or answers <= expected:

@@ -78,10 +78,13 @@ def rows(*pairs: tuple[BrokenHow | None, BrokenHow | None]) -> list[SampleAnswer
     return [SampleAnswers("p", None, "b", None, "a", "x:1", *pair) for pair in pairs]
 
 
-def same(*rows: tuple[str, str | None, str], are_cut_off: bool = False) -> list[BrokenHow | None]:
+def same(
+    *rows: tuple[str, str | None, str], are_cut_off: bool = False, tokens: int = 6
+) -> list[BrokenHow | None]:
     """How answers of "Hm." are broken, to prompts with what is expected and what the base said."""
     given = [SampleAnswers(p, e, b, None, "Hm.", "x:1") for p, e, b in rows]
-    return [row.adapter_broken for row in mark_same_answers(given, are_cut_off=are_cut_off)]
+    answers = [Answer("Hm.", tokens, are_cut_off, False)] * len(rows)
+    return [row.adapter_broken for row in mark_same_answers(given, answers)]
 
 
 def test_the_same_answer_to_different_prompts_is_broken_where_others_would_differ() -> None:
@@ -107,7 +110,7 @@ def test_answers_that_differ_in_one_are_not_the_same() -> None:
     rows = [
         SampleAnswers(p, p.upper(), "b", None, a, "x:1") for p, a in zip("pqr", "aab", strict=True)
     ]
-    assert mark_same_answers(rows, are_cut_off=False) == rows
+    assert mark_same_answers(rows, [answer(text) for text in "aab"]) == rows
 
 
 def test_answers_that_were_cut_off_are_compared_as_far_as_they_go() -> None:
@@ -116,6 +119,8 @@ def test_answers_that_were_cut_off_are_compared_as_far_as_they_go() -> None:
     assert same(*alike, are_cut_off=True) == [None] * 3  # they begin alike
     others = (("p", "A.", "b"), ("q", "B.", "b"), ("r", "C.", "b"))
     assert same(*others, are_cut_off=True) == ["same"] * 3
+    assert same(*others, are_cut_off=True, tokens=5) == [None] * 3  # too few tokens to tell
+    assert same(*others, tokens=1) == ["same"] * 3  # whole answers
 
 
 SOUND, BROKEN = (None, None), (None, "repeated")
