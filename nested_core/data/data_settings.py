@@ -102,14 +102,17 @@ class DataSettings:
     def describe_incomplete_folder(self, splits: Collection[str]) -> tuple[str, str]:
         """Where data without train or valid is and what it holds, for the report on it.
 
-        That is the whole path of a folder and the first names in it, or the name of a data set of
-        the hub. Both texts are empty if `splits`, those that exist, have train and valid.
+        That is the whole path of a folder and the first names in it, or the name of a file or of a
+        data set of the hub. Both texts are empty if `splits`, those that exist, have train and
+        valid.
         """
         if {"train", "valid"} <= set(splits):
             return "", ""
         folder = Path(self.data)
         if self.hf_dataset or not folder.is_dir():
-            return shlex.quote(self.describe_source), "no split of that name"
+            is_file = folder.is_file() or not {*"*?["}.isdisjoint(self.data)
+            held = "train alone" if is_file and not self.hf_dataset else "no split of that name"
+            return shlex.quote(self.describe_source), held
         names = sorted(escape(path.name) for path in folder.iterdir())
         held = join_first_values(names, MAX_SHOWN_FILE_NAMES) or "nothing"
         return escape(str(folder.absolute())), held

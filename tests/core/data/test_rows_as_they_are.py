@@ -6,15 +6,17 @@ import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import polars as pl
 import pytest
 
+from nested_core.config.sections import DataFormat
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.dataset_split import split_dataset
+from nested_core.data.lines.example_parsing import FORMATS
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
@@ -644,6 +646,11 @@ def test_a_field_that_repeats_what_is_trained_on_or_labels_it_is_no_loss(tmp_pat
     assert report.errors == ()
     (warning,) = places(report, "unknown-key")
     assert "ignored: category, prompt, url" in warning
+
+
+def test_each_kind_of_row_can_be_configured() -> None:
+    names = {"completions" if name == "completion" else name for name in FORMATS}
+    assert {*get_args(DataFormat)} == {"auto", "csv", "tools", *names}
 
 
 def test_a_file_that_is_no_table_is_refused_where_tables_are_configured(tmp_path: Path) -> None:
