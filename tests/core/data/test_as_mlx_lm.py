@@ -65,12 +65,16 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"question": QUESTION, "response": ANSWER},
     ),
     "chat_feature": ({"chat_feature": "chosen"}, {"chosen": [HELLO, REPLY]}),
+    # Text that would be left out is refused unless a key says that it is to be left out.
     "completions win over chat and text": (
-        {},
+        {"drop_fields": ["text", "messages"]},
         {"text": TEXT, "prompt": QUESTION, "completion": ANSWER, "messages": [HELLO, REPLY]},
     ),
-    "chat wins over text": ({}, {"text": TEXT, "messages": [HELLO, REPLY]}),
-    "a prompt alone is no completion": ({}, {"prompt": QUESTION, "messages": [HELLO, REPLY]}),
+    "chat wins over text": ({"drop_fields": ["text"]}, {"text": TEXT, "messages": [HELLO, REPLY]}),
+    "a prompt alone is no completion": (
+        {"drop_fields": ["prompt"]},
+        {"prompt": QUESTION, "messages": [HELLO, REPLY]},
+    ),
     "other keys beside": ({}, {"id": 7, "text": TEXT, "meta": {"a": [1]}}),
     "max_seq_length": ({"max_seq_length": 12}, {"messages": [SYSTEM, HELLO, REPLY]}),
 }
