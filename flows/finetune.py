@@ -35,6 +35,7 @@ from nested_core.errors import (
     NestedTuneError,
     TrainingStopped,
 )
+from nested_core.records.outcome import Outcome
 from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.run_directory import (
     DEFAULT_RUNS_FOLDER,
@@ -45,7 +46,6 @@ from nested_core.storage.run_directory import (
     run_key,
 )
 from nested_core.text.digest_format import shorten_digest
-from tasks.outcomes import OUTCOME_BY_CODE, Outcome
 
 if TYPE_CHECKING:
     from nested_core.pipeline.finetune import FinetuneResult
@@ -127,7 +127,7 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
         if config.registry.name is not None:
             payload = {"run_dir": str(run.path.resolve()), "reason": message}
             emit_adapter_event("rejected", config.registry.name, payload)
-        name = OUTCOME_BY_CODE[verdict.reasons[0].code]
+        name = verdict.outcome
         return Failed(name=name, message=message, data=error)
     except NestedTuneError as error:
         return _failed_state(error)

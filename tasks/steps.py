@@ -23,7 +23,6 @@ from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import read_verdict
 from nested_core.report.verdict_page import describe_verdict
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import read_json_object
 from nested_core.text.digest_format import shorten_digest
 from nested_core.training.trainer import Trainer
 from tasks.artifact_client import ArtifactClient, artifact_key, publish_page
@@ -57,12 +56,12 @@ def validate(config: FineTuneConfig, run_dir: Path) -> Path:
 
 def _publish_findings(config: FineTuneConfig, run: RunDirectory) -> None:
     """A table of the findings, whether the data set passed or not."""
-    report = read_json_object(run.dataset)
-    counts = ", ".join(f"{count} {severity}" for severity, count in report["counts"].items())
+    report = read_dataset_record(run.dataset)
+    counts = ", ".join(f"{count} {severity}" for severity, count in report.counts.items())
     with ArtifactClient() as artifacts:
         artifacts.publish_table(
             artifact_key(config.registry.name, "dataset-report"),
-            report["findings"][:MAX_SHOWN_FINDINGS],
+            [finding.to_json() for finding in report.findings[:MAX_SHOWN_FINDINGS]],
             f"{counts} in {config.data}. The first {MAX_SHOWN_FINDINGS} findings, errors first.",
         )
 

@@ -58,16 +58,17 @@ def run_report(arguments: argparse.Namespace) -> Callable[[], int]:
         target = require_output_file(arguments.output, "-o", own_run=arguments.run_dir)
     report = read_report(arguments.run_dir)
     report.write(target)
-    for problem in report.record.problems:
+    for problem in report.run.problems:
         print_progress(f"warning: {problem}")
 
-    code = DamagedError.exit_code if report.record.problems else 0
+    code = DamagedError.exit_code if report.run.problems else 0
     return printer(lambda: print_line(f"report: {arguments.output or target}"), code)
 
 
 def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
     """List the runs of a folder, newest first, or remove old ones."""
-    from nested_core.report.run_listing import list_runs
+    from nested_core.records.run import list_runs
+    from nested_core.report.run_outcome import LIST_COLUMNS, LIST_NOTE, list_row, run_to_json
 
     if arguments.prune:
         return run_pruning(arguments)
@@ -80,27 +81,10 @@ def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
         if not runs:
             print_line(f"no runs in {arguments.folder}")
             return
-        rows = [
-            (
-                run.name,
-                run.adapter,
-                run.describe_outcome(),
-                run.describe_step(),
-                run.describe_val_loss(),
-                run.gate_loss,
-                run.describe_minutes(),
-            )
-            for run in runs
-        ]
-        columns = (*("run", "adapter", "outcome", "offered step", "val loss", "gate loss", "min"),)
-        print_table(columns, rows)
-        print_line(
-            "Losses in nats a token, of the adapter that is offered: on the validation set, and on "
-            "the examples that the gate judged by. (last): of the last evaluation, for nothing is "
-            "offered yet."
-        )
+        print_table(LIST_COLUMNS, [list_row(run) for run in runs])
+        print_line(LIST_NOTE)
 
-    return result_printer(arguments, lambda: {"runs": [asdict(run) for run in runs]}, show)
+    return result_printer(arguments, lambda: {"runs": [run_to_json(run) for run in runs]}, show)
 
 
 def run_pruning(arguments: argparse.Namespace) -> Callable[[], int]:

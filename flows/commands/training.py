@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
     from nested_core.config.schema import FineTuneConfig
     from nested_core.config.sections import RegistrySection
-    from nested_core.data.rules.dataset_report import DatasetReport, Finding
     from nested_core.pipeline.finetune import FinetuneResult
     from nested_core.records.answers import SampleAnswers
+    from nested_core.records.dataset import DatasetReport, Finding
     from nested_core.records.verdict import Verdict
 
 
@@ -74,11 +74,11 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     from flows.terminal.token_view import print_examples
     from nested_core.data.data_settings import DataSettings
     from nested_core.data.dataset_loading import load_dataset
-    from nested_core.data.rules.dataset_report import group_findings, guide_sentence
     from nested_core.data.rules.split_statistics import describe_split_stats
     from nested_core.data.tokens.tokenized_split import decode_examples_for_display
     from nested_core.data.tokens.tokenizer_source import TokenizerSource
     from nested_core.errors import DatasetError
+    from nested_core.records.dataset import group_findings, guide_sentence
 
     tokenizer = None if arguments.no_tokenize else TokenizerSource.from_config(config)
     settings = DataSettings.from_config(config)
@@ -128,8 +128,10 @@ def _cell(fact: Finding | None) -> str | None:
 def _describe_learnt_prompts(config: FineTuneConfig, report: DatasetReport) -> str | None:
     """That prompts are learnt too, where the data has prompts and nothing masks them."""
     train = report.splits.get("train")
+    from nested_core.data.lines.example_parsing import TEMPLATED_FORMATS
+
     learns_answers = config.mask_prompt or config.training.supervise == "all"
-    if learns_answers or train is None or not train.has_prompts:
+    if learns_answers or train is None or train.format not in TEMPLATED_FORMATS:
         return None
     return (
         "mask_prompt is false, as in mlx_lm: prompts are learnt too. With the file that "

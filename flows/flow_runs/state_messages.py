@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import join_first_values, shorten
+from nested_core.records.dataset import read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import read_json_object
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.foreign_text import escape
 from nested_core.text.loss_format import format_change, format_loss, loss_name_for_file
@@ -51,7 +51,7 @@ def describe_test_loss(
     examples = "all examples"
     if config.test_batches >= 0:
         examples = f"at most {config.test_batches} batches of {config.batch_size}"
-    file = read_json_object(run.dataset)["splits"]["test"]["file"]
+    file = read_dataset_record(run.dataset).splits["test"].file
     perplexity = math.exp(loss) if loss < MAX_EXPONENT else math.inf
     return (
         f"Test loss {format_loss(loss)}, Test ppl {format_loss(perplexity)} "

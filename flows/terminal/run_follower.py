@@ -23,12 +23,12 @@ from flows.terminal.console import (
 )
 from flows.terminal.run_view import RunView, draw_screen, format_line
 from nested_core.errors import DamagedError, MissingFileError, NestedTuneError
+from nested_core.records.plan import read_plan
 from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import open_regular, read_json_object
 from nested_core.text.duration_format import format_clock
 from nested_core.text.stages import stages
-from nested_core.training.reports.training_plan import read_plan
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult  # noqa: TID251
@@ -262,7 +262,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _record_or_none(line: bytes) -> dict[str, Any] | None:
-    from nested_core.training.reports.metrics_file import parse_record
+    from nested_core.records.metrics import parse_record
 
     try:
         return parse_record(line)

@@ -53,14 +53,13 @@ def print_rejection(run: RunDirectory) -> None:
         list_checks,
         lost_answers,
     )
-    from nested_core.records.answers import read_answers
-    from nested_core.records.verdict_file import read_verdict
+    from nested_core.records.run import Run
 
-    verdict = read_verdict(run.gate)
-    print_table(CHECK_COLUMNS, [check.cells for check in list_checks(verdict)])
-    if not verdict.tasks:
+    read = Run(run)
+    if read.verdict is None:
         return
-    for suite, rows in lost_answers(verdict, read_answers(run.answers)):
+    print_table(CHECK_COLUMNS, [check.cells for check in list_checks(read.verdict)])
+    for suite, rows in lost_answers(read.verdict, read.answers):
         print_table(LOST_COLUMNS, rows, title=f"{suite}: some of the questions that it failed")
 
 

@@ -28,7 +28,6 @@ from pydantic_core import to_jsonable_python
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.parallel_jobs import OnProgress
-from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.sources.split_files import SplitFile, open_splits
 from nested_core.data.tokens.tokenized_split import (
     TokenizedSplit,
@@ -37,6 +36,7 @@ from nested_core.data.tokens.tokenized_split import (
 )
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DamagedError, DatasetError
+from nested_core.records.dataset import DatasetReport
 from nested_core.storage.atomic import canonical_json, temporary_beside, write_json
 from nested_core.storage.compiled_kernels import cache_folder
 from nested_core.storage.private_folder import make_folder_only_user_may_write

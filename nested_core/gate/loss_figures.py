@@ -13,7 +13,7 @@ import numpy as np
 
 from nested_core.config.sections import GateSection
 from nested_core.gate.chosen_candidate import Candidates
-from nested_core.gate.example_losses import ExampleLosses, Vector
+from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import (
     ChampionLoss,
     Drift,

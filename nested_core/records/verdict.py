@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 
 from nested_core.errors import join_first_values
 from nested_core.records.answers import BROKEN_WORDS
+from nested_core.records.outcome import Outcome
 from nested_core.text.html_markup import collapsed, notebook_fragment, paragraph, table
 from nested_core.text.loss_conclusion import (
     MIN_EXAMPLES,
@@ -70,6 +71,28 @@ REASON_WORDS: Mapping[Code, str] = {
     "unreadable": "its files cannot be read",
     "config_mismatch": "its configuration is not the run's",
     "base_mismatch": "it does not fit the base model",
+}
+# By the first reason of a verdict.
+OUTCOME_BY_CODE: Mapping[Code, Outcome] = {
+    "unchanged": Outcome.UNCHANGED,
+    "tier_unchanged": Outcome.UNCHANGED,
+    "updates_missing": Outcome.UNCHANGED,
+    "no_effect": Outcome.UNCHANGED,
+    "non_finite": Outcome.UNSOUND,
+    "tensor_missing": Outcome.UNSOUND,
+    "tensor_unexpected": Outcome.UNSOUND,
+    "shape_mismatch": Outcome.UNSOUND,
+    "dtype_mismatch": Outcome.UNSOUND,
+    "unreadable": Outcome.UNSOUND,
+    "config_mismatch": Outcome.UNSOUND,
+    "base_mismatch": Outcome.UNSOUND,
+    "loss_regressed": Outcome.WORSE,
+    "forgetting": Outcome.WORSE,
+    "drift": Outcome.WORSE,
+    "examples_harmed": Outcome.HARMED,
+    "task_below": Outcome.ANSWERS,
+    "task_regressed": Outcome.ANSWERS,
+    "answers_broken": Outcome.ANSWERS,
 }
 GATE_GUIDE = "docs/gate.md"
 MIN_EXAMPLES_WITHOUT_DOUBT = 30  # fewer are said to be few
@@ -522,6 +545,11 @@ class Verdict:
     def word(self) -> Literal["passed", "failed"]:
         """The verdict in a word."""
         return "passed" if self.has_passed else "failed"
+
+    @property
+    def outcome(self) -> Outcome:
+        """What becomes of the run by this verdict alone: verified, or rejected for which cause."""
+        return Outcome.VERIFIED if self.has_passed else OUTCOME_BY_CODE[self.reasons[0].code]
 
     @property
     def reason_names(self) -> list[str]:

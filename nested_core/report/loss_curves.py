@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nested_core.records.plan import join_last_losses
 from nested_core.text.loss_format import format_loss
 from nested_core.text.markdown_page import MarkdownPage
 from nested_core.text.svg_chart import STANDALONE, Chart, Curve, Point, draw_chart
-from nested_core.training.reports.training_plan import join_last_losses
 
 MAX_SHOWN_EVALUATIONS = 12
 CURVE_NAMES = {"loss": "training loss", "val_loss": "validation loss"}

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import shlex
 import textwrap
-from collections.abc import Mapping
 from itertools import zip_longest
-from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import shorten
-from nested_core.records.answers import AnswerRecord, read_answers
+from nested_core.records.answers import AnswerRecord
+from nested_core.records.dataset import DatasetReport, Severity
+from nested_core.records.outcome import Outcome
+from nested_core.records.run import Run
 from nested_core.records.verdict import Verdict
-from nested_core.records.verdict_file import read_verdict
 from nested_core.registry.queries import parent_version_of
 from nested_core.report.verdict_page import describe_quality, describe_suites
-from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import read_json_object
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.markdown_page import MarkdownPage
-from nested_core.training.reports.metrics_file import read_metrics
 from nested_core.training.reports.sample_prompts import SampleTable
 
-UNDER_WAY = "Under way"
 CRASHED_RUN_NOTE = (
     "A run whose state is Crashed or Cancelled was ended before it could say so here: Retry goes "
     "on from its last checkpoint."
@@ -31,7 +27,7 @@ MAX_SHOWN_ANSWERS = 5
 MAX_SHOWN_CHARACTERS = 160  # of a question or an answer
 MAX_CELL_CHARACTERS = 40  # two such columns fit a window of 1,280 pixels
 MAX_SHOWN_CHECKS = 4
-PROBLEM_SEVERITIES = ("error", "warning")  # of a finding that is more than a figure about the data
+PROBLEM_SEVERITIES: tuple[Severity, ...] = ("error", "warning")  # of a finding that is more than a figure about the data
 
 
 def join_lines(message: str) -> str:
@@ -43,13 +39,10 @@ def join_lines(message: str) -> str:
     return joined
 
 
-def describe_night(
-    config: FineTuneConfig, run: RunDirectory, outcome: str, message: str
-) -> MarkdownPage:
+def describe_night(config: FineTuneConfig, run: Run, outcome: str, message: str) -> MarkdownPage:
     """The page, from the files of the run directory that are there."""
-    dataset = read_json_object(run.dataset) if run.dataset.exists() else {}
-    verdict = read_verdict(run.gate) if run.gate.exists() else None
-    yet = " yet" if outcome == UNDER_WAY else ""
+    dataset, verdict = run.dataset, run.verdict
+    yet = " yet" if outcome == Outcome.RUNNING else ""
     page = MarkdownPage(f"{config.registry.name or 'Fine-tune'}: {outcome}")
     page.add_facts(
         [
@@ -61,12 +54,11 @@ def describe_night(
             ("Run folder", f"{run.path.resolve()} on the worker's machine"),
         ]
     )
-    if outcome == UNDER_WAY:
+    if outcome == Outcome.RUNNING:
         page.add_paragraph(CRASHED_RUN_NOTE)
     page.add_paragraph("The same again, on that machine:")
-    page.add_code(
-        "nested-tune train --run-dir again \\", f"  -c {shlex.quote(str(run.config.resolve()))}"
-    )
+    config_file = shlex.quote(str(run.folder.config.resolve()))
+    page.add_code("nested-tune train --run-dir again \\", f"  -c {config_file}")
     pairs = _pair_answers(run)
     if pairs:
         page.add_heading("Answers before and after")
@@ -79,23 +71,21 @@ def describe_night(
     return page
 
 
-def _describe_data(config: FineTuneConfig, dataset: Mapping[str, Any]) -> str:
+def _describe_data(config: FineTuneConfig, dataset: DatasetReport | None) -> str:
     """Which data, how many examples of each split, and what was found in them."""
     source = str(config.data)
-    if not dataset:
+    if dataset is None:
         return f"{source}, not read yet"
-    rows = ", ".join(f"{split['rows']:,} {name}" for name, split in dataset["splits"].items())
-    counts = [(dataset["counts"].get(severity), severity) for severity in PROBLEM_SEVERITIES]
-    totals = ", ".join(f"{count} {severity}" for count, severity in counts if count)
-    checks = sorted(
-        {f["check"] for f in dataset["findings"] if f["severity"] in PROBLEM_SEVERITIES}
-    )
+    rows = ", ".join(f"{split.rows:,} {name}" for name, split in dataset.splits.items())
+    counts = dataset.counts
+    totals = ", ".join(f"{counts[s]} {s}" for s in PROBLEM_SEVERITIES if counts[s])
+    checks = sorted({finding.check for finding in (*dataset.errors, *dataset.warnings)})
     named = f" ({', '.join(checks[:MAX_SHOWN_CHECKS])})" if checks else ""
     return f"{source}: {rows} examples; {totals or 'no error and no warning'}{named}"
 
 
 def _describe_model_and_digests(
-    config: FineTuneConfig, dataset: Mapping[str, Any], verdict: Verdict | None
+    config: FineTuneConfig, dataset: DatasetReport | None, verdict: Verdict | None
 ) -> str:
     """The model, where training began and how it went on, and the digests of what went in and out.
 
@@ -107,8 +97,8 @@ def _describe_model_and_digests(
     parts.append(f"{config.length}, learning rate {config.learning_rate:g}, seed {config.seed}")
     if config.registry.name is not None:
         parts.append(f"registry.promote: {config.registry.promote}")
-    if dataset:
-        parts.append(f"data {shorten_digest(dataset['digest'])}")
+    if dataset is not None:
+        parts.append(f"data {shorten_digest(dataset.digest)}")
     if verdict is not None:
         parts.append(f"initial adapter {shorten_digest(verdict.initial.digest)}")
         parts.append(f"adapter {shorten_digest(verdict.trained.digest)}")
@@ -123,10 +113,10 @@ def _describe_initial_adapter(config: FineTuneConfig, digest: str) -> str:
     return "a fresh adapter" if given is None else f"the adapter {given}"
 
 
-def _pair_answers(run: RunDirectory) -> list[tuple[AnswerRecord, AnswerRecord]]:
+def _pair_answers(run: Run) -> list[tuple[AnswerRecord, AnswerRecord]]:
     """A few questions' answers before and after; those that changed come first."""
     by_question: dict[tuple[str, int], dict[str, AnswerRecord]] = {}
-    for record in read_answers(run.answers) if run.answers.exists() else ():
+    for record in run.answers:
         by_question.setdefault((record.task, record.line), {})[record.model] = record
     pairs = []
     for models in by_question.values():
@@ -136,9 +126,9 @@ def _pair_answers(run: RunDirectory) -> list[tuple[AnswerRecord, AnswerRecord]]:
     return sorted(pairs, key=lambda pair: pair[0].answer == pair[1].answer)[:MAX_SHOWN_ANSWERS]
 
 
-def _add_samples(page: MarkdownPage, run: RunDirectory, judged_step: int | None) -> None:
+def _add_samples(page: MarkdownPage, run: Run, judged_step: int | None) -> None:
     """The answers to the prompts of `samples` at the evaluations, if there were any prompts."""
-    samples = SampleTable.from_metrics(read_metrics(run.metrics), judged_step)
+    samples = SampleTable.from_metrics(run.metrics, judged_step)
     if samples is None:
         return
     page.add_heading("Samples")

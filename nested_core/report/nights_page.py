@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from nested_core.errors import NestedTuneError
-from nested_core.records.dataset import read_dataset_record
+from nested_core.records.run import Run
 from nested_core.records.verdict import TaskResult, Verdict
-from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.run_directory import find_run_of
 from nested_core.text.markdown_page import Link, MarkdownPage
 from nested_core.text.svg_chart import STANDALONE, Chart, Curve, Point, draw_chart
@@ -97,13 +95,13 @@ def _draw_losses(dates: Sequence[str], figures: Sequence[_Figures]) -> str:
 def _read_figures(night: Night) -> _Figures:
     """What the run's folder says, where it is on this machine and can be read."""
     folder = find_run_of(night.flow_run)
-    if folder is None or not folder.dataset.exists():
+    if folder is None:
         return _Figures()
-    try:
-        splits = read_dataset_record(folder.dataset).splits
-        verdict = read_verdict(folder.gate) if folder.gate.exists() else None
-    except (NestedTuneError, OSError):  # its own page and `status` say what is wrong with it
+    run = Run(folder)
+    verdict = run.verdict
+    if run.dataset is None or run.errors:  # its own page and `status` say what is wrong with it
         return _Figures()
+    splits = run.dataset.splits
     trained_on = str(splits["train"].rows if "train" in splits else 0)
     if verdict is None:
         return _Figures(examples=trained_on)

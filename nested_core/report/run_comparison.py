@@ -14,13 +14,12 @@ import numpy as np
 from nested_core.config.key_properties import iterate_configured_paths
 from nested_core.config.sections import TaskSection
 from nested_core.errors import ConfigError
-from nested_core.gate.paired_difference import PairedDifference, compare_pairs
 from nested_core.records.answers import shown_answer
-from nested_core.records.dataset import held_out_split
+from nested_core.records.paired_difference import PairedDifference, compare_pairs
+from nested_core.records.run import Run, read_run
 from nested_core.report.line_charts import draw_figure
-from nested_core.report.run_page import describe_outcome
-from nested_core.report.run_record import RunRecord, read_run
-from nested_core.report.run_status import describe_length
+from nested_core.report.run_outcome import describe_outcome, run_to_json
+from nested_core.report.run_page import describe_in_a_sentence
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.html_markup import (
     Html,
@@ -46,12 +45,12 @@ class RunComparison:
     records: what was read of each run.
     """
 
-    records: tuple[RunRecord, ...]
+    records: tuple[Run, ...]
 
     @property
     def names(self) -> list[str]:
         """A name for each run, the shortest end of its path that no other run has."""
-        paths = [record.run.path.resolve().parts for record in self.records]
+        paths = [record.path.resolve().parts for record in self.records]
         for length in range(1, max(map(len, paths)) + 1):
             names = ["/".join(path[-length:]) for path in paths]
             if len(set(names)) == len(set(paths)):
@@ -84,21 +83,26 @@ class RunComparison:
         gates = [None if r.verdict is None else r.verdict.validation for r in self.records]
         paired = self.paired_with_first()
         plans = [record.plan for record in self.records]
-        figures = [record.figures for record in self.records]
-        train = [own.last_train_loss or (None, None) for own in figures]
-        valid = [own.last_val_loss or (None, None) for own in figures]
-        names = {"last_train_loss": "training", "last_val_loss": "validation"}
+        train = [record.last_loss("train_loss") for record in self.records]
+        valid = [record.last_loss("val_loss") for record in self.records]
         return {
-            "training": [loss for _, loss in train],
-            "validation": [loss for _, loss in valid],
-            "not_finite": [own.not_finite(names) for own in figures],
+            "training": [None if last is None else last[1] for last in train],
+            "validation": [None if last is None else last[1] for last in valid],
+            "not_finite": [
+                [
+                    name
+                    for name, last in (("training", trained), ("validation", evaluated))
+                    if last is not None and last[1] is None
+                ]
+                for trained, evaluated in zip(train, valid, strict=True)
+            ],
             "training_file": [None if plan is None else plan.training_file for plan in plans],
-            "training_step": [step for step, _ in train],
+            "training_step": [None if last is None else last[0] for last in train],
             "validation_file": [None if plan is None else plan.validation_file for plan in plans],
             "validation_examples": [
                 None if plan is None else plan.validation_examples for plan in plans
             ],
-            "validation_step": [step for step, _ in valid],
+            "validation_step": [None if last is None else last[0] for last in valid],
             "gate_file": [None if gate is None else gate.file for gate in gates],
             "gate_examples": [None if gate is None else gate.examples for gate in gates],
             "gate_step": [
@@ -115,7 +119,7 @@ class RunComparison:
         None for the first, and where the two are not known to be judged on the same examples.
         """
         first = self.records[0].losses
-        digest = _held_out_digest(self.records[0])
+        digest = self.records[0].held_out_digest
         differences: list[PairedDifference | None] = [None]
         for record in self.records[1:]:
             own = record.losses
@@ -123,7 +127,7 @@ class RunComparison:
                 own is not None
                 and first is not None
                 and digest is not None
-                and _held_out_digest(record) == digest
+                and record.held_out_digest == digest
                 and np.array_equal(own.lines, first.lines)
                 and np.array_equal(own.tokens, first.tokens)
                 and np.isfinite([own.after, first.after]).all()
@@ -150,13 +154,13 @@ class RunComparison:
                 _median_metric(record, "tokens_per_second") for record in self.records
             ],
             "training_seconds": [max(record.seconds, default=None) for record in self.records],
-            "peak_memory_gb": [record.last_metric("peak_memory_gb") for record in self.records],
+            "peak_memory_gb": [record.last("peak_memory_gb") for record in self.records],
         }
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain values: a list has one value for each run."""
         return {
-            "runs": [_run_to_json(record) for record in self.records],
+            "runs": [run_to_json(record) for record in self.records],
             "config": self.differing_settings(),
             "losses": self.losses(),
             "tasks": self.tasks(),
@@ -166,23 +170,22 @@ class RunComparison:
 
     def has_same_held_out_examples(self) -> bool:
         """Whether the losses are known to be of the same examples, and so may be compared."""
-        digests = {_held_out_digest(record) for record in self.records}
+        digests = {record.held_out_digest for record in self.records}
         return len(digests) == 1 and None not in digests
 
     def rows(self) -> Iterator[tuple[object, ...]]:
         """A row for each figure, then for each key that differs: its name, and a value a run."""
         yield ("state", *(record.state for record in self.records))
-        yield ("verdict", *(_describe_verdict(record) for record in self.records))
-        figures = [record.figures for record in self.records]
-        yield ("offered: the adapter of step", *(own.offered_step for own in figures))
-        yield ("its validation loss", *(own.offered_val_loss for own in figures))
+        yield ("outcome", *map(describe_outcome, self.records))
+        yield ("offered: the adapter of step", *(own.offered_step for own in self.records))
+        yield ("its validation loss", *(own.offered_val_loss for own in self.records))
         losses = self.losses()
         for name, key in _GATE_ROWS:
             yield (name, *losses[key])
         yield ("difference to the first", *map(_describe_difference, self.paired_with_first()))
         for name, shares in self.tasks().items():
             yield (f"right answers, {name}", *shares)
-        yield ("trained", *(describe_length(r.step, r.steps, r.plan) for r in self.records))
+        yield ("trained", *(r.describe_length() for r in self.records))
         for name, key in _LAST_LOSS_ROWS:
             cells = zip(losses[key], losses["not_finite"], strict=True)
             yield (name, *("not finite" if key in names else value for value, names in cells))
@@ -205,7 +208,7 @@ class RunComparison:
 
     def _sections(self) -> Iterator[Html]:
         outcomes = [
-            (name, truncated_text(describe_outcome(record)))
+            (name, truncated_text(describe_in_a_sentence(record)))
             for name, record in zip(self.names, self.records, strict=True)
         ]
         problems = [
@@ -285,7 +288,7 @@ _LAST_LOSS_ROWS = (
 )
 
 
-def _flatten_config(record: RunRecord) -> dict[str, Any]:
+def _flatten_config(record: Run) -> dict[str, Any]:
     """The configuration of a run by dotted keys; empty where it is damaged.
 
     A suite's are by its name: `gate.tasks.facts.min`.
@@ -324,30 +327,9 @@ def _default_of_suite(key: str) -> object:
     return suite.get(key.rpartition(".")[2])
 
 
-def _held_out_digest(record: RunRecord) -> str | None:
-    """The digest of the examples that the gate measures losses on.
-
-    None where it is not known: of damaged files, and of a file outside of the data set.
-    """
-    if record.dataset is None or record.config is None:
-        return None
-    split = held_out_split(record.config.gate.held_out, record.dataset.splits)
-    return None if split is None else record.dataset.splits[split].digest
-
-
-def _median_metric(record: RunRecord, key: str) -> float | None:
+def _median_metric(record: Run, key: str) -> float | None:
     values = [r[key] for r in record.metrics if r.get(key) is not None]
     return median(values) if values else None
-
-
-def _describe_verdict(record: RunRecord) -> str | None:
-    if record.problems:
-        return "damaged"
-    if record.verdict is None:
-        return None
-    if record.verdict.has_passed:
-        return record.verdict.describe_passed()
-    return f"failed: {', '.join(reason.name for reason in record.verdict.reasons[:3])}"
 
 
 def _describe_difference(difference: PairedDifference | None) -> str | None:
@@ -358,23 +340,6 @@ def _describe_difference(difference: PairedDifference | None) -> str | None:
         return f"{mean} nats a token"
     interval = format_interval((difference.low, difference.high))
     return f"{mean} nats a token (95 % interval {interval})"
-
-
-def _run_to_json(record: RunRecord) -> dict[str, Any]:
-    verdict, last = record.verdict, record.figures.last_val_loss
-    return {
-        "path": str(record.run.path),
-        "state": record.state,
-        "step": record.step,
-        "steps": record.steps,
-        "epochs": None if record.plan is None else record.plan.passes_until(record.step),
-        **record.figures.leading_to_json(),
-        "val_loss": None if last is None else last[1],
-        "verdict": None if verdict is None else "passed" if verdict.has_passed else "failed",
-        "reasons": [] if verdict is None else [reason.code for reason in verdict.reasons],
-        "started": record.started.isoformat(timespec="seconds"),
-        "problems": list(record.problems),
-    }
 
 
 def compare_runs(run_dirs: Sequence[str | Path]) -> RunComparison:

@@ -18,13 +18,12 @@ from pathlib import Path
 
 from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.loading import render_config
-from nested_core.data.rules.dataset_report import group_findings
 from nested_core.errors import join_first_values
 from nested_core.gate.verdict_table import CHECK_COLUMNS, list_checks
+from nested_core.records.dataset import group_findings
+from nested_core.records.run import Run, read_run
 from nested_core.records.verdict import REASON_WORDS, Verdict, describe_examples
 from nested_core.report.line_charts import draw_figure
-from nested_core.report.run_record import RunRecord, read_run
-from nested_core.report.run_status import describe_length
 from nested_core.report.verdict_sections import (
     decisive_numbers,
     paired_losses_section,
@@ -62,16 +61,16 @@ _CSS_CLASS_BY_STATE = {"verified": "good", "rejected": "bad"}
 class RunReport:
     """The page of a run, and what it was made of; in a notebook it shows itself.
 
-    record: what was read of the run.
+    run: as it was read.
     error: what ended the run, where this process knows.
     """
 
-    record: RunRecord
+    run: Run
     error: str | None = None
 
     def to_html(self) -> str:
         """The whole page."""
-        name = self.record.name
+        name = self.run.name
         header = element(
             "header",
             element("h1", "Run ", element("code", name)),
@@ -85,11 +84,11 @@ class RunReport:
                 class_="note",
             ),
         )
-        title = f"{describe_outcome(self.record)[:60]} · {name}"
+        title = f"{describe_in_a_sentence(self.run)[:60]} · {name}"
         return page(title, header, element("main", *self._sections()), footer)
 
     def __repr__(self) -> str:
-        return f"RunReport({self.record.run.path}, {describe_outcome(self.record)})"
+        return f"RunReport({self.run.path}, {describe_in_a_sentence(self.run)})"
 
     def _repr_html_(self) -> str:
         return notebook_fragment(*self._sections())
@@ -100,24 +99,24 @@ class RunReport:
 
     def _describe_progress(self) -> str:
         now = datetime.now(UTC)
-        length = describe_length(self.record.step, self.record.steps, self.record.plan)
+        length = self.run.describe_length()
         return (
-            f"{self.record.state}, {length}; begun "
-            f"{self.record.started:%Y-%m-%d %H:%M} UTC, this page {now:%Y-%m-%d %H:%M} UTC"
+            f"{self.run.state}, {length}; begun "
+            f"{self.run.started:%Y-%m-%d %H:%M} UTC, this page {now:%Y-%m-%d %H:%M} UTC"
         )
 
     def _sections(self) -> Iterator[Html]:
         yield self._verdict_section()
-        yield tasks_section(self.record)
-        yield paired_losses_section(self.record)
-        yield _curves_section(self.record)
-        yield weight_change_section(self.record)
-        yield tier_updates_section(self.record)
-        yield _findings_section(self.record)
-        yield _reproduction_section(self.record)
+        yield tasks_section(self.run)
+        yield paired_losses_section(self.run)
+        yield _curves_section(self.run)
+        yield weight_change_section(self.run)
+        yield tier_updates_section(self.run)
+        yield _findings_section(self.run)
+        yield _reproduction_section(self.run)
 
     def _verdict_section(self) -> Html:
-        record = self.record
+        record = self.run
         color = _CSS_CLASS_BY_STATE.get(record.state, "")
         verdict = record.verdict
         if verdict is not None and verdict.has_passed and verdict.has_broken_answers:
@@ -125,7 +124,7 @@ class RunReport:
         elif color == "good" and verdict is not None and not verdict.is_conclusive:
             color = ""
         class_ = f"verdict {color}".strip()
-        parts = [paragraph(describe_outcome(record), class_=class_)]
+        parts = [paragraph(describe_in_a_sentence(record), class_=class_)]
         if verdict is not None and not verdict.has_passed:
             parts.append(paragraph(f"{verdict.reasons[0].message[:2000]}."))
         elif self.error is not None:
@@ -146,8 +145,9 @@ class RunReport:
                 paragraph(truncated_text(note, 600), class_="warn") for note in verdict.notes()
             ]
             parts.append(key_numbers(decisive_numbers(verdict)))
-        if record.red_flags:
-            flags = [element("li", truncated_text(flag)) for flag in record.red_flags[:10]]
+        red_flags = () if record.result is None else record.result.red_flags
+        if red_flags:
+            flags = [element("li", truncated_text(flag)) for flag in red_flags[:10]]
             parts += [
                 paragraph("Red flags while it trained:", class_="warn"),
                 element("ul", *flags),
@@ -155,19 +155,18 @@ class RunReport:
         return section("verdict", "Verdict", *parts)
 
 
-def describe_outcome(record: RunRecord) -> str:
+def describe_in_a_sentence(record: Run) -> str:
     """The verdict in one sentence, or how far a run without one has come."""
     verdict = record.verdict
     if verdict is not None:
         return _describe_verdict(verdict)
     of_all = "" if record.steps is None else f" of {record.steps:,}"
     step = f"step {record.step:,}{of_all}"
-    figures = record.figures
     losses = [
         f"{name} loss {format_loss(last[1])}"
         for name, last in (
-            ("training", figures.last_train_loss),
-            ("validation", figures.last_val_loss),
+            ("training", record.last_loss("train_loss")),
+            ("validation", record.last_loss("val_loss")),
         )
         if last is not None
     ]
@@ -217,7 +216,7 @@ def _reasons_table(verdict: Verdict) -> Html:
     return table("Every reason against the adapter", ("code", "message", "tensors"), rows)
 
 
-def _curves_section(record: RunRecord) -> Html:
+def _curves_section(record: Run) -> Html:
     """Losses over steps and seconds, rate, gradient norm, speed and memory."""
     drawn = [
         draw_figure([_loss_chart(record, "step"), _loss_chart(record, "seconds of training")]),
@@ -237,7 +236,7 @@ def _curves_section(record: RunRecord) -> Html:
     return section("curves", "Training", sentences, element("div", *drawn, class_="charts"))
 
 
-def _describe_curves(record: RunRecord) -> Html:
+def _describe_curves(record: Run) -> Html:
     """Where it was resumed, the judged step, the losses' data, and the memory that was planned."""
     sentences = []
     plan, verdict = record.plan, record.verdict
@@ -262,7 +261,7 @@ def _describe_curves(record: RunRecord) -> Html:
     return paragraph(" ".join(sentences), class_="note") if sentences else Html("")
 
 
-def _loss_chart(record: RunRecord, x: str) -> Chart:
+def _loss_chart(record: Run, x: str) -> Chart:
     curves = [
         Curve("training", record.points("loss", x)),
         Curve("validation", record.points("val_loss", x), has_dots=True),
@@ -270,12 +269,12 @@ def _loss_chart(record: RunRecord, x: str) -> Chart:
     return Chart("Loss", x, "nats a token", curves)
 
 
-def _metric_figure(record: RunRecord, title: str, unit: str, keys: dict[str, str]) -> Html:
+def _metric_figure(record: Run, title: str, unit: str, keys: dict[str, str]) -> Html:
     curves = [Curve(name, record.points(key)) for name, key in keys.items()]
     return draw_figure([Chart(title, "step", unit, curves, from_zero=title != "Gradient norm")])
 
 
-def _findings_section(record: RunRecord) -> Html:
+def _findings_section(record: Run) -> Html:
     """What the validation of the data said, by file and line."""
     if record.dataset is None:
         return section("data", "Data", paragraph("The data was not validated yet."))
@@ -299,9 +298,9 @@ def _findings_section(record: RunRecord) -> Html:
     return section("data", "Data", paragraph(sentence), content)
 
 
-def _reproduction_section(record: RunRecord) -> Html:
+def _reproduction_section(record: Run) -> Html:
     """Configuration, digests, versions and the command of the run."""
-    path = record.run.path
+    path = record.path
     command = f"nested-tune train -c {shlex.quote(str(path / 'config.yaml'))} --run-dir NEW_FOLDER"
     parts = [preformatted("Command", command)]
     if record.config is not None:
@@ -317,7 +316,7 @@ def _reproduction_section(record: RunRecord) -> Html:
     return section("reproduce", "To reproduce", *parts)
 
 
-def _list_digests(record: RunRecord) -> Iterator[tuple[str, Html]]:
+def _list_digests(record: Run) -> Iterator[tuple[str, Html]]:
     verdict, dataset = record.verdict, record.dataset
     if dataset is not None:
         yield "data set", _code_element(dataset.digest)

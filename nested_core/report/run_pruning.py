@@ -6,13 +6,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from nested_core.config.resume import read_run_config
 from nested_core.errors import ConfigError
+from nested_core.records.run import Run, list_runs
 from nested_core.registry import list_names, list_versions
 from nested_core.registry.folders import find_name_folder
 from nested_core.registry.judgements import read_verdicts
-from nested_core.report.run_listing import ListedRun, list_runs
-from nested_core.storage.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -43,44 +41,40 @@ def prune_runs(folder: Path, *, keep: int, dry_run: bool = False) -> PruneReport
     for run in old:
         reason = _why_kept(run, named)
         if reason is not None:
-            kept[run.path] = reason
+            kept[str(run.path)] = reason
             continue
-        size += sum(path.lstat().st_size for path in Path(run.path).rglob("*"))
-        removed.append(run.path)
+        size += sum(path.lstat().st_size for path in run.path.rglob("*"))
+        removed.append(str(run.path))
         if not dry_run:
-            directory = RunDirectory(Path(run.path))
-            with directory.locked():  # no process begins to work on it meanwhile
-                shutil.rmtree(directory.path)
+            with run.folder.locked():  # no process begins to work on it meanwhile
+                shutil.rmtree(run.path)
     return PruneReport(tuple(removed), kept, size, dry_run)
 
 
-def _why_kept(run: ListedRun, named: dict[str, str]) -> str | None:
+def _why_kept(run: Run, named: dict[str, str]) -> str | None:
     """Why an old run stays, or None."""
-    if run.problem is not None:
+    if run.state == "damaged":
         return "damaged"
     if run.state == "running":
         return "a process works on it"
-    resolved = str(Path(run.path).resolve())
+    resolved = str(run.path.resolve())
     if resolved in named:
         return named[resolved]
-    if run.verdict == "passed" and (missing := _missing_registry(run)) is not None:
+    if run.state == "verified" and (missing := _missing_registry(run)) is not None:
         return f"its registry {missing} is not found from this folder"
     return None
 
 
-def _missing_registry(run: ListedRun) -> str | None:
+def _missing_registry(run: Run) -> str | None:
     """The registry that a run names, where it is not there; None where it is, or none is named."""
-    path = read_run_config(RunDirectory(Path(run.path))).registry.path
+    path = None if run.config is None else run.config.registry.path
     return None if path is None or Path(path).is_dir() else path
 
 
-def _read_named_runs(runs: list[ListedRun]) -> dict[str, str]:
+def _read_named_runs(runs: list[Run]) -> dict[str, str]:
     """By run folder, which version of the runs' registries names it."""
-    registries: set[Path] = set()
-    for run in runs:
-        if run.problem is None:
-            path = read_run_config(RunDirectory(Path(run.path))).registry.path
-            registries |= set() if path is None else {Path(path).resolve()}
+    paths = [run.config.registry.path for run in runs if run.config is not None]
+    registries = {Path(path).resolve() for path in paths if path is not None}
     named: dict[str, str] = {}
     for registry in sorted(registries):
         for name in list_names(registry):

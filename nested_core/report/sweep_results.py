@@ -9,8 +9,7 @@ from typing import Any, Self
 
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError
-from nested_core.records.result import read_result
-from nested_core.records.verdict_file import read_verdict
+from nested_core.records.run import Run
 from nested_core.registry import list_versions
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.adapter import read_adapter
@@ -50,9 +49,9 @@ class SweepRunResult:
         `state` is the name of the run's state, which is its outcome; `is_candidate` says that the
         run completed and registered what the gate passed.
         """
-        verdict = read_verdict(run.gate) if run.gate.exists() else None
+        read = Run(run)
+        verdict, result = read.verdict, read.result
         validation = None if verdict is None else verdict.validation
-        result = read_result(run.result) if run.result.exists() else None
         val_loss = None if result is None else result.best_val_loss
         if result is not None and val_loss is None:
             val_loss = result.val_loss

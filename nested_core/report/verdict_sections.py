@@ -12,8 +12,9 @@ import numpy as np
 
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.errors import DamagedError
-from nested_core.gate.example_losses import ExampleLosses
 from nested_core.records.answers import BROKEN_WORDS, BrokenHow, shown_answer
+from nested_core.records.losses import ExampleLosses
+from nested_core.records.run import Run
 from nested_core.records.verdict import (
     ChampionLoss,
     TensorChange,
@@ -21,7 +22,6 @@ from nested_core.records.verdict import (
     Verdict,
     describe_examples,
 )
-from nested_core.report.run_record import RunRecord
 from nested_core.storage.strict_files import open_regular
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.html_markup import (
@@ -101,7 +101,7 @@ def _describe_drift_bound(verdict: Verdict) -> str:
     return f"KL from the initial adapter, nats a token; {allowed}"
 
 
-def paired_losses_section(record: RunRecord) -> Html:
+def paired_losses_section(record: Run) -> Html:
     """The candidate against what it started from and the champion, on the same examples."""
     verdict = record.verdict
     if verdict is None or verdict.validation is None:
@@ -188,7 +188,7 @@ def _describe_checkpoint_selection(losses: Validation) -> str:
     return f"{losses.file} had no part in choosing the step that is offered."
 
 
-def _worst_examples(record: RunRecord, losses: ExampleLosses) -> Html:
+def _worst_examples(record: Run, losses: ExampleLosses) -> Html:
     """The examples that the candidate lost most on, with their text as the file has it now."""
     losses = losses.counted()
     differences = losses.after - losses.before
@@ -223,7 +223,7 @@ def _finite_or_none(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _example_texts(record: RunRecord, file: str, numbers: Sequence[int]) -> dict[int, str]:
+def _example_texts(record: Run, file: str, numbers: Sequence[int]) -> dict[int, str]:
     """Lines of a file of the data set by number; none where it is gone, packed, or too large."""
     if record.dataset is None or not file.endswith(".jsonl") or not numbers:
         return {}
@@ -259,7 +259,7 @@ class _ModuleChange:
         return cls(change, tensors[0].tier, not all(tensor.changed for tensor in tensors))
 
 
-def weight_change_section(record: RunRecord) -> Html:
+def weight_change_section(record: Run) -> Html:
     """The relative change of each module as a map, layer by module, with the tiers marked."""
     heading = "Change by layer and module"
     if record.verdict is None or not record.verdict.tensors:
@@ -317,7 +317,7 @@ def _heat_cell(module: _ModuleChange | None, largest: float, *, with_tier: bool)
     return f'<td{mark} style="background:rgba(var(--heat),{share:.2f})">{value}{tier}'
 
 
-def tier_updates_section(record: RunRecord) -> Html:
+def tier_updates_section(record: Run) -> Html:
     """Updates that were due and that were applied, a row for each tier."""
     heading = "Updates expected and applied"
     if record.verdict is not None and record.verdict.tiers:
@@ -335,7 +335,7 @@ def tier_updates_section(record: RunRecord) -> Html:
         caption = f"Up to step {record.verdict.adapter_step or 0:,}, the step that is offered"
         judged = ["tier", "updated every", "tensors changed", "expected", "applied", "skipped"]
         return section("updates", heading, table(caption, judged, rows))
-    applied, skipped = record.last_metric("updates"), record.last_metric("skipped")
+    applied, skipped = record.last("updates"), record.last("skipped")
     if not isinstance(applied, list) or record.config is None:
         return section("updates", heading, paragraph("No step was reported yet."))
     frequencies = record.config.nested.frequencies
@@ -350,7 +350,7 @@ def tier_updates_section(record: RunRecord) -> Html:
     return section("updates", heading, table(f"Up to step {record.step:,}", columns, rows))
 
 
-def tasks_section(record: RunRecord) -> Html:
+def tasks_section(record: Run) -> Html:
     """What base, parent, champion and candidate answered, the lost questions first."""
     heading = "Answers of base, champion and candidate"
     parts: list[Html] = []
@@ -370,7 +370,7 @@ def tasks_section(record: RunRecord) -> Html:
     return section("answers", heading, *parts)
 
 
-def _answers_table(record: RunRecord, task: str, count: int) -> Html:
+def _answers_table(record: Run, task: str, count: int) -> Html:
     """The questions of a suite: those that the candidate lost first, at most `count`."""
     own = [answer for answer in record.answers if answer.task == task]
     roles = [
@@ -410,7 +410,7 @@ def _answer_cell(answer: tuple[str, float] | None) -> Html:
     )
 
 
-def _sample_answers_table(record: RunRecord) -> Html:
+def _sample_answers_table(record: Run) -> Html:
     """What the candidate answered at the end, beside the data's own answer, base and parent."""
     shown = record.sample_answers[:MAX_SHOWN_QUESTIONS]
     parent = ("parent",) if any(row.parent is not None for row in shown) else ()

@@ -91,7 +91,7 @@ def test_verify_takes_names_and_folders(place: Path) -> None:
 def test_compare_writes_its_page_by_the_same_flag_as_other_commands(
     tmp_path: Path, flag: str
 ) -> None:
-    from tests.core.report.written_runs import finished_run
+    from tests.runs import finished_run
 
     finished_run(tmp_path / "one")
     done = called("compare", "one", flag, "page.html", cwd=tmp_path)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from flows.finetune import FinetuneParameters, finetune
+from nested_core.records.metrics import read_metrics
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.reports.metrics_file import read_metrics
 from tests.example import example_settings
 from tests.flows.conftest import task_runs
 

@@ -8,7 +8,7 @@ import pytest
 from rich.cells import cell_len
 
 from flows.terminal.run_view import RunView, draw_bar, draw_curve, draw_screen, format_line
-from nested_core.training.reports.training_plan import TrainingPlan, join_last_losses
+from nested_core.records.plan import TrainingPlan, join_last_losses
 
 PLAN = TrainingPlan(
     steps=200,

@@ -16,6 +16,8 @@ import pytest
 
 from nested_core import compare_runs, finetune, open_run, read_report
 from nested_core.pipeline.finetune import FinetuneResult
+from nested_core.records.metrics import read_metrics
+from nested_core.records.run import Run
 from nested_core.registry import promote
 from nested_core.report.champion_page import ChampionRecord, describe_champion
 from nested_core.report.loss_curves import describe_curves
@@ -23,7 +25,6 @@ from nested_core.report.night_page import describe_night
 from nested_core.report.verdict_page import describe_verdict
 from nested_core.storage.strict_files import read_json_object
 from nested_core.text.loss_format import format_difference, format_interval, format_loss
-from nested_core.training.reports.metrics_file import read_metrics
 from tests.example import DATA, EXAMPLES, example_config
 from tests.flows.conftest import called
 
@@ -239,7 +240,7 @@ def test_prefects_pages_tell_them(told: Told) -> None:
     )
     assert figures in str(describe_verdict(told.result.verdict))
     config = example_config(registry={"path": str(told.folder), "name": "capitals"})
-    night = str(describe_night(config, told.result.run, "Promoted", "done"))
+    night = str(describe_night(config, Run(told.result.run), "Promoted", "done"))
     assert figures in night
     answers = f"{told.right[0]} of 15 right before, {told.right[1]} of 15 after"
     assert f"capitals: {answers}" in night

@@ -164,7 +164,7 @@ FAULTS = (
         "a condition turned",
     ),
     Fault(
-        "nested_core/training/reports/training_plan.py",
+        "nested_core/records/plan.py",
         "if 0 < step <= first_step}))",
         "if 0 <= step < first_step}))",
         "a comparison turned",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
-from nested_core.records.verdict import Code
-from tasks.outcomes import OUTCOME_BY_CODE
+from nested_core.records.verdict import OUTCOME_BY_CODE, Code
 
 
 def test_every_reason_of_the_gate_has_a_name_that_tells_what_was_wrong() -> None:

@@ -15,8 +15,8 @@ import polars as pl
 
 from nested_core.config.sections import DataPolicy
 from nested_core.data.lines.word_ngrams import RARE_NGRAM_MAX_EXAMPLES
-from nested_core.data.rules.dataset_report import Finding
 from nested_core.errors import join_first_values
+from nested_core.records.dataset import Finding
 
 _KEYS = ("content", "folded", "prompt")
 _RELATIONS = ("repeats", "resembles", "answers_otherwise")

@@ -28,11 +28,11 @@ from nested_core.data.dataset_loading import (
     load_dataset,
     open_user_dataset_cache,
 )
-from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.tokens import tokenized_split
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
+from nested_core.records.dataset import DatasetReport
 from tests.core.data.conftest import WriteData
 
 TRAIN = [{"text": f"{n} is the river of {n}land."} for n in range(9)]

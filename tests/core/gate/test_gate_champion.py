@@ -24,7 +24,6 @@ from nested_core.data.example_digests import (
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.gate.answers.answer_bounds import judge_answers
 from nested_core.gate.answers.suite_answers import EncodedSuite
-from nested_core.gate.example_losses import read_example_losses
 from nested_core.gate.held_out_loss import (
     LoadedBase,
     choose_held_out_examples,
@@ -34,6 +33,7 @@ from nested_core.gate.judge import make_checks_of_run
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict, register_run
 from nested_core.records.answers import read_answers
+from nested_core.records.losses import read_example_losses
 from nested_core.records.verdict import JudgedAdapter, Verdict
 from nested_core.records.verdict_file import read_verdict, write_verdict
 from nested_core.registry import promote, register

@@ -13,12 +13,12 @@ from nested_core.gate.verdict_table import CheckRow, list_checks, lost_answers
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict
 from nested_core.records.answers import read_answers
+from nested_core.records.run import Run
 from nested_core.records.verdict import Reason
 from nested_core.records.verdict_file import read_verdict
 from nested_core.report.run_page import read_report
-from nested_core.report.run_status import read_status
-from tests.core.report.written_runs import finished_run
 from tests.example import EXAMPLES, Finished, train_example
+from tests.runs import finished_run
 
 SUITE = {"file": str(EXAMPLES / "geography" / "held_out.jsonl"), "score": "contains"}
 
@@ -76,7 +76,7 @@ def test_an_empty_answer_is_said_to_be_empty(rejected: Finished) -> None:
 
 
 def test_reasons_are_named_with_their_suites(rejected: Finished) -> None:
-    assert read_status(rejected.run)["reasons"] == ["drift", "task_below (hard)"]
+    assert Run(rejected.run).to_json()["reasons"] == ["drift", "task_below (hard)"]
     with pytest.raises(GateRejected, match=r"rejected this adapter: drift, task_below \(hard\) "):
         confirm_recorded_verdict(rejected.config, rejected.run)
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from nested_core.errors import ConfigError
-from nested_core.gate.paired_difference import PairedDifference
+from nested_core.records.paired_difference import PairedDifference
+from nested_core.records.run import Run, list_runs
 from nested_core.records.verdict import Reason
 from nested_core.records.verdict_file import read_verdict
 from nested_core.report.run_comparison import _describe_difference, compare_runs
-from nested_core.report.run_listing import list_runs
+from nested_core.report.run_outcome import describe_outcome
 from nested_core.report.run_page import read_report
-from nested_core.report.run_status import read_start_time
-from tests.core.report.written_runs import (
+from tests.runs import (
     HOSTILE_ROW,
     add_metrics,
     begin_run,
@@ -68,7 +68,7 @@ def test_a_rejected_and_a_going_run_are_compared_too(tmp_path: Path) -> None:
     add_metrics(going, 4)
     comparison = compare_runs([rejected.path, going.path])
     rows = {str(name): cells for name, *cells in comparison.rows()}
-    assert rows["verdict"] == ["failed: unchanged", None]
+    assert rows["outcome"] == ["Rejected: unchanged", "Resumable"]
     assert rows["trained"] == ["8 of 8 steps", "4 of 8 steps"]
     assert comparison.names == ["one", "two"]
 
@@ -96,16 +96,11 @@ def test_the_list_is_newest_first_and_a_damaged_run_says_so(tmp_path: Path) -> N
     (tmp_path / "no run").mkdir()
     rows = list_runs(tmp_path)
     assert [row.name for row in rows] == [new.path.name, old.path.name]
-    assert (rows[0].state, rows[0].verdict, rows[0].step, rows[0].steps) == (
-        "verified",
-        "passed",
-        8,
-        8,
-    )
-    assert rows[0].val_loss == pytest.approx(7.5 / 8**0.5)
+    assert (rows[0].state, rows[0].step, rows[0].steps) == ("verified", 8, 8)
+    assert rows[0].offered_val_loss == pytest.approx(7.5 / 8**0.5)
     assert rows[1].state == "damaged"
-    assert str(old.gate) in str(rows[1].problem)
-    assert rows[0].outcome == "verified"
+    assert str(old.gate) in describe_outcome(rows[1])
+    assert describe_outcome(rows[0]) == "Verified: passed, better"
 
 
 def test_a_name_whose_digits_are_no_moment_and_a_file_that_goes_are_no_error(
@@ -115,7 +110,7 @@ def test_a_name_whose_digits_are_no_moment_and_a_file_that_goes_are_no_error(
     files = list(run.path.iterdir())
     monkeypatch.setattr(Path, "iterdir", lambda _: iter([*files, run.path / "replaced.tmp"]))
     oldest = min(file.stat().st_mtime for file in files)
-    assert read_start_time(run).timestamp() == pytest.approx(oldest, abs=1e-3)
+    assert Run(run).started.timestamp() == pytest.approx(oldest, abs=1e-3)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -146,9 +141,9 @@ def test_what_passed_has_the_same_words_in_every_list(
     verdict = make_verdict(losses, step=8, with_task=with_task)
     judge(run, verdict, losses, "How much is a pump?")
     assert verdict.summary().startswith(f"{words}: ")
-    assert [row.describe_outcome() for row in list_runs(tmp_path)] == [f"verified: {words}"]
+    assert [describe_outcome(row) for row in list_runs(tmp_path)] == [f"Verified: {words}"]
     rows = {row[0]: row[1] for row in compare_runs([run.path]).rows()}
-    assert rows["verdict"] == words
+    assert rows["outcome"] == f"Verified: {words}"
     page = read_report(run.path).to_html()
     assert f"P{words[1:]}:" in page
     is_good = words != "passed, quality not measured"  # which nothing was shown of: not green

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from nested_core.records.plan import TrainingPlan, join_last_losses
 from nested_core.report.loss_curves import describe_curves, draw_curves
-from nested_core.training.reports.training_plan import TrainingPlan, join_last_losses
 
 
 def curves_of(count: int) -> list[dict[str, Any]]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from nested_core.records.answers import AnsweringRole, AnswerRecord, write_answers
-from nested_core.report.night_page import UNDER_WAY, describe_night
+from nested_core.records.dataset import Finding
+from nested_core.records.metrics import append_metrics
+from nested_core.records.outcome import Outcome
+from nested_core.records.run import Run
+from nested_core.records.verdict_file import write_verdict
+from nested_core.report.night_page import describe_night
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.reports.metrics_file import append_metrics
-from tests.core.report.verdicts import GATE, LOSSES, SUITE
+from tests.core.report.verdicts import LOSSES, SUITE, make_verdict
 from tests.example import example_config
+from tests.runs import write_dataset
 
-VERDICT = GATE | {
+VERDICT: dict[str, Any] = {
     "validation": LOSSES,
     "champion": {
         "version": "c4a3" * 16,
@@ -26,16 +30,11 @@ VERDICT = GATE | {
     "drift": {"kl_initial": 0.4212345, "kl_base": None, "tokens": 840},
     "tasks": [SUITE | {"champion": 1.0}],
 }
-DATASET = {
-    "digest": "da7a" * 16,
-    "counts": {"error": 0, "warning": 2, "info": 1},
-    "findings": [
-        {"check": "duplicate", "severity": "warning"},
-        {"check": "near_duplicate", "severity": "warning"},
-        {"check": "rows", "severity": "info"},
-    ],
-    "splits": {"train": {"rows": 1200}, "valid": {"rows": 84}},
-}
+FINDINGS = [
+    Finding("train.jsonl", 1, "warning", "duplicate", "line 1 again"),
+    Finding("train.jsonl", 2, "warning", "near_duplicate", "line 2, nearly"),
+    Finding("train.jsonl", None, "info", "rows", "1200"),
+]
 
 
 def answer(model: AnsweringRole, line: int, text: str) -> AnswerRecord:
@@ -58,7 +57,7 @@ def answer(model: AnsweringRole, line: int, text: str) -> AnswerRecord:
 def page_of(folder: Path, outcome: str, message: str, **changes: Any) -> str:
     registry = {"path": "registry", "name": "support-bot"}
     config = example_config(registry=registry, **changes)
-    return str(describe_night(config, RunDirectory(folder), outcome, message))
+    return str(describe_night(config, Run(RunDirectory(folder)), outcome, message))
 
 
 def facts_of(page: str) -> dict[str, str]:
@@ -67,8 +66,8 @@ def facts_of(page: str) -> dict[str, str]:
 
 
 def write_files(folder: Path) -> None:
-    (folder / "gate.json").write_text(json.dumps(VERDICT))
-    (folder / "dataset.json").write_text(json.dumps(DATASET))
+    write_verdict(folder, make_verdict(**VERDICT), {})
+    write_dataset(RunDirectory(folder), FINDINGS, train=1200, valid=84)
     rows = [answer("base", 1, "same"), answer("candidate", 1, "same")]
     rows += [answer("base", 2, "<b>Rome"), answer("candidate", 2, "Paris")]
     write_answers(folder / "answers.jsonl", rows)
@@ -108,13 +107,15 @@ def test_a_night_of_epochs_names_no_iterations(tmp_path: Path) -> None:
 
 def test_a_night_without_a_registry_has_its_page(tmp_path: Path) -> None:
     write_files(tmp_path)
-    page = str(describe_night(example_config(), RunDirectory(tmp_path), "Verified", "verified"))
+    page = str(
+        describe_night(example_config(), Run(RunDirectory(tmp_path)), "Verified", "verified")
+    )
     assert page.startswith("# Fine-tune: Verified")
     assert "from a fresh adapter, 8 iterations" in facts_of(page)["Made of"]
 
 
 def test_the_command_that_makes_it_again_is_there_to_copy(tmp_path: Path) -> None:
-    page = page_of(tmp_path, UNDER_WAY, "begun")
+    page = page_of(tmp_path, Outcome.RUNNING, "begun")
     command = "    nested-tune train --run-dir again \\\n"
     assert f"{command}      -c {tmp_path / 'config.yaml'}\n" in f"{page}\n"
 
@@ -182,7 +183,7 @@ def test_the_samples_of_a_long_night_are_a_small_table(tmp_path: Path) -> None:
 
 
 def test_a_night_without_a_verdict_says_so(tmp_path: Path) -> None:
-    facts = facts_of(page_of(tmp_path, UNDER_WAY, "begun"))
+    facts = facts_of(page_of(tmp_path, Outcome.RUNNING, "begun"))
     assert facts["Loss"] == "not judged yet"
     assert facts["Answers"] == "not asked yet"
     assert facts["Data"].endswith("not read yet")

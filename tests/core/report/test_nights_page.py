@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,10 +11,12 @@ from uuid import uuid4
 
 import pytest
 
+from nested_core.records.verdict_file import write_verdict
 from nested_core.report.nights_page import Night, describe_nights
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory, run_key
-from tests.core.report.verdicts import CHAMPION, GATE, LOSSES
+from tests.core.report.verdicts import CHAMPION, LOSSES, make_verdict
 from tests.core.report.verdicts import SUITE as COMPLETE_SUITE
+from tests.runs import write_dataset
 
 NONE = "\\-"  # as markdown shows a dash
 SUITE = COMPLETE_SUITE | {"champion": 0.8}
@@ -29,10 +30,10 @@ def night(day: int, outcome: str, digest: str | None = None, **gate: Any) -> Nig
     if digest is not None:
         folder = RunDirectory(DEFAULT_RUNS_FOLDER / f"20261122T020000Z-{run_key(run.flow_run)}")
         folder.path.mkdir(parents=True)
-        splits = {"train": {"digest": "t", "rows": 40}, "valid": {"digest": digest, "rows": 10}}
-        folder.dataset.write_text(json.dumps({"digest": "d", "splits": splits}))
+        write_dataset(folder, train=40, valid=10)
+        folder.dataset.write_text(folder.dataset.read_text().replace("valid-digest", digest))
         if gate:
-            folder.gate.write_text(json.dumps(GATE | gate))
+            write_verdict(folder.path, make_verdict(**gate), {})
     return run
 
 

@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nested_core.records.run import Run, list_runs
 from nested_core.report.run_comparison import compare_runs
-from nested_core.report.run_listing import list_runs
+from nested_core.report.run_outcome import list_row
 from nested_core.report.run_page import read_report
-from nested_core.report.run_status import RunFigures, describe_length, read_status
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.reports.training_plan import read_plan
-from tests.core.report.written_runs import add_metrics, begin_run, write_plan_of
-
-RECORDS = [
-    {"step": 0, "val_loss": 3.0},
-    {"step": 100, "loss": 0.9, "val_loss": 0.807},
-    {"step": 200, "loss": 0.4, "val_loss": 1.178},
-]
+from tests.runs import add_metrics, begin_run, finished_run, write_plan_of
 
 
-def test_the_offered_steps_loss_leads_and_the_last_one_stays_the_last() -> None:
-    figures = RunFigures.from_records(RECORDS, 100, 0.8)
-    assert figures.leading_to_json() == {
-        "offered_step": 100,
-        "offered_val_loss": 0.807,
-        "gate_loss": 0.8,
-    }
-    assert (figures.last_train_loss, figures.last_val_loss) == ((200, 0.4), (200, 1.178))
+def test_the_offered_steps_loss_leads_and_the_last_one_stays_the_last(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    rows: list[dict[str, Any]] = [
+        {"step": 0, "val_loss": 3.0},
+        {"step": 8, "loss": 0.9, "val_loss": 0.807},
+        {"step": 16, "loss": 0.4, "val_loss": 1.178},
+    ]
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = Run(run)
+    assert (read.offered_step, read.offered_val_loss) == (8, 0.807)
+    assert read.gate_loss == pytest.approx(2.675)
+    assert (read.last_loss("train_loss"), read.last_loss("val_loss")) == ((16, 0.4), (16, 1.178))
 
 
 @pytest.fixture
@@ -46,10 +44,8 @@ def diverged(tmp_path: Path) -> RunDirectory:
 def test_a_last_loss_that_is_not_finite_is_said_to_be_so_everywhere(
     diverged: RunDirectory,
 ) -> None:
-    status = read_status(diverged)
-    assert (status["current_train_loss"], status["not_finite"]) == (None, ["current_train_loss"])
-    (listed,) = list_runs(diverged.path.parent)
-    assert (listed.train_loss, listed.not_finite) == (None, ("train_loss",))
+    document = Run(diverged).to_json()
+    assert (document["train_loss"], document["not_finite"]) == (None, ["train_loss"])
     comparison = compare_runs([diverged.path])
     assert comparison.losses()["not_finite"] == [["training"]]
     rows = {str(name): cells for name, *cells in comparison.rows()}
@@ -62,14 +58,14 @@ def test_before_anything_is_offered_the_last_validation_loss_is_shown_as_that(
 ) -> None:
     (listed,) = list_runs(diverged.path.parent)
     assert listed.offered_step is None
-    assert listed.describe_val_loss() == f"{listed.val_loss:.4g} (last)"
+    *_, step, val_loss, gate_loss, _ = list_row(listed)
+    assert (step, val_loss, gate_loss) == ("- (at 11 of 100)", f"{7.5 / 10**0.5:.4g} (last)", None)
 
 
 def test_what_was_trained_is_told_in_steps_and_passes(diverged: RunDirectory) -> None:
-    plan = read_plan(diverged.plan)  # 100 steps, 20 passes
-    assert describe_length(25, 100, plan) == "25 of 100 steps, 5 passes over train.jsonl"
-    assert describe_length(5, 100, plan) == "5 of 100 steps, 1 pass over train.jsonl"
-    assert describe_length(5, None, None) == "5 steps"
+    with diverged.metrics.open("a") as file:  # of 100 steps, 20 passes
+        file.write(json.dumps({"step": 25, "loss": 1.0}) + "\n")
+    assert Run(diverged).describe_length() == "25 of 100 steps, 5 passes over train.jsonl"
 
 
 def test_iters_are_no_setting_of_a_run_whose_epochs_decide(tmp_path: Path) -> None:

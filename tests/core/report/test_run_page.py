@@ -12,16 +12,17 @@ from typing import get_args
 
 import pytest
 
-from nested_core.data.rules.dataset_report import Finding
 from nested_core.errors import ConfigError, GateRejected
+from nested_core.records.dataset import Finding
+from nested_core.records.plan import list_resumptions, read_plan
+from nested_core.records.run import Run, read_run
 from nested_core.records.verdict import REASON_WORDS, Code, Reason
 from nested_core.report.run_page import RunReport, read_report, writing_report_at_end
-from nested_core.report.run_record import read_run
-from nested_core.report.run_status import read_status
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.html_markup import CONTENT_SECURITY_POLICY
-from nested_core.training.reports.training_plan import list_resumptions, read_plan
-from tests.core.report.written_runs import (
+from tests.hostile_text import HOSTILE, MARK, UNSAFE
+from tests.left_out import slow_except
+from tests.runs import (
     HOSTILE_ROW,
     add_metrics,
     begin_run,
@@ -31,8 +32,6 @@ from tests.core.report.written_runs import (
     make_verdict,
     write_plan_of,
 )
-from tests.hostile_text import HOSTILE, MARK, UNSAFE
-from tests.left_out import slow_except
 
 ORDER = ["verdict", "answers", "pairs", "curves", "change", "updates", "data", "reproduce"]
 MAX_BYTES = 300 * 1024
@@ -90,7 +89,7 @@ def test_a_passed_run_says_so_first_and_everything_in_its_order(tmp_path: Path) 
         "nested-tune train -c",
         "learning_rate: 0.002",
         "a" * 64,
-        "data-digest",
+        "da7a" * 16,
         "mlx-lm",
     ):
         assert words in page.sections["reproduce"]
@@ -326,9 +325,9 @@ def test_a_run_whose_lock_is_gone_does_not_write_its_page_over_anothers(tmp_path
 
 def test_the_page_disturbs_neither_status_nor_verdict(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
-    before = read_status(run)
+    before = Run(run).to_json()
     read_report(run.path).write(run.report)
-    assert read_status(run) == before
+    assert Run(run).to_json() == before
     assert before["verdict"] == "passed"
 
 

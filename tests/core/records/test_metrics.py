@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nested_core.training.reports import metrics_file
-from nested_core.training.reports.metrics_file import (
+from nested_core.records import metrics as metrics_file
+from nested_core.records.metrics import (
     append_metrics,
     read_latest_values,
     read_loss_records,

@@ -10,10 +10,14 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from nested_core.data.lines.json_decoding import collect_strings, has_repeated_key
 from nested_core.errors import MissingFileError
 from nested_core.storage.atomic import finite_or_none, write_bytes
-from nested_core.storage.strict_files import append_regular, open_regular
+from nested_core.storage.strict_files import (
+    append_regular,
+    collect_strings,
+    has_repeated_key,
+    open_regular,
+)
 
 MAX_METRICS_BYTES = 2**30
 MAX_RECORD_BYTES = 16 * 2**20

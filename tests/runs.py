@@ -12,10 +12,11 @@ import numpy as np
 
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.rules.dataset_report import DatasetReport, Finding, SplitStats
-from nested_core.gate.example_losses import ExampleLosses
 from nested_core.gate.loss_figures import summarise_champion, summarise_drift, summarise_losses
 from nested_core.records.answers import AnsweringRole, AnswerRecord, write_answers
+from nested_core.records.dataset import DatasetReport, Finding, SplitStats
+from nested_core.records.losses import ExampleLosses
+from nested_core.records.plan import TrainingPlan, write_plan
 from nested_core.records.verdict import (
     JudgedAdapter,
     Reason,
@@ -28,7 +29,6 @@ from nested_core.records.verdict_file import write_verdict
 from nested_core.storage.atomic import write_json
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.reports.training_plan import TrainingPlan, write_plan
 from tests.example import example_config
 
 MODULES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
@@ -56,12 +56,7 @@ def begin_run(
     config = example_config(data=str(data), **changes)
     run.config.write_bytes(render_config(config))
     write_json(run.tiers, {"frequencies": [1, 2, 4], "tensors": {}})
-    splits = {
-        split: SplitStats(f"{split}.jsonl", "chat", rows, 0, 0, rows, {}, f"{split}-digest")
-        for split, rows in (("train", 40), ("valid", 12))
-    }
-    report = DatasetReport(str(data), "data-digest", splits, tuple(findings))
-    write_json(run.dataset, report.to_json())
+    write_dataset(run, findings, folder=str(data), train=40, valid=12)
     return run
 
 
@@ -180,6 +175,18 @@ def make_verdict(
         thresholds={"max_kl": 2.5},
         tasks=(task,) if with_task else (),
     )
+
+
+def write_dataset(
+    run: RunDirectory, findings: Sequence[Finding] = (), *, folder: str = "data", **rows: int
+) -> None:
+    """A dataset.json with so many examples of each split, whose digest is `<split>-digest`."""
+    splits = {
+        split: SplitStats(f"{split}.jsonl", "chat", count, 0, 0, count, {}, f"{split}-digest")
+        for split, count in rows.items()
+    }
+    report = DatasetReport(folder, "da7a" * 16, splits, tuple(findings))
+    write_json(run.dataset, report.to_json())
 
 
 def judge(run: RunDirectory, verdict: Verdict, losses: ExampleLosses | None, text: str) -> None:

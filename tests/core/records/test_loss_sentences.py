@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nested_core.training.reports.training_plan import (
+from nested_core.records.plan import (
     describe_training_loss,
     describe_validation_loss,
 )

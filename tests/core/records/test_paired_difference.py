@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nested_core.gate import paired_difference
 from nested_core.gate.loss_figures import exchange_mid_p
-from nested_core.gate.paired_difference import (
+from nested_core.records import paired_difference
+from nested_core.records.paired_difference import (
     compare_pairs,
     count_resamples,
     smallest_visible_share,

@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 
 from nested_core.errors import DamagedError, describe_first_problem
-from nested_core.gate.paired_difference import (
+from nested_core.records.paired_difference import (
     Indices,
     PairedDifference,
     compare_pairs,

@@ -1,17 +1,14 @@
-"""The names of states, which Prefect's lists show in place of Completed, Failed and the like."""
+"""What becomes of a run, in one spelling for every screen: Prefect's states, lists and pages."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from nested_core.records.verdict import Code
 
 
 class Outcome(StrEnum):
-    """What became of a flow run; its state's type stays Prefect's own."""
+    """What became of a run; as a state's name, beside Prefect's own type."""
 
+    RUNNING = "Running"  # a process works on it
     PROMOTED = "Promoted"  # the version of this run is champion
     VERIFIED = "Verified"  # the gate passed it, and its policy did not ask for more
     KEPT_CHAMPION = "Kept the champion"  # sound, and not better
@@ -34,27 +31,3 @@ class Outcome(StrEnum):
     WORSE = "Rejected: worse"  # its losses are
     HARMED = "Rejected: harmed"  # good on average, and far worse on some examples
     ANSWERS = "Rejected: answers"  # they are too often wrong, or broken
-
-
-# By the first reason of a verdict: each code of nested_core.records.verdict.
-OUTCOME_BY_CODE: dict[Code, Outcome] = {
-    "unchanged": Outcome.UNCHANGED,
-    "tier_unchanged": Outcome.UNCHANGED,
-    "updates_missing": Outcome.UNCHANGED,
-    "no_effect": Outcome.UNCHANGED,
-    "non_finite": Outcome.UNSOUND,
-    "tensor_missing": Outcome.UNSOUND,
-    "tensor_unexpected": Outcome.UNSOUND,
-    "shape_mismatch": Outcome.UNSOUND,
-    "dtype_mismatch": Outcome.UNSOUND,
-    "unreadable": Outcome.UNSOUND,
-    "config_mismatch": Outcome.UNSOUND,
-    "base_mismatch": Outcome.UNSOUND,
-    "loss_regressed": Outcome.WORSE,
-    "forgetting": Outcome.WORSE,
-    "drift": Outcome.WORSE,
-    "examples_harmed": Outcome.HARMED,
-    "task_below": Outcome.ANSWERS,
-    "task_regressed": Outcome.ANSWERS,
-    "answers_broken": Outcome.ANSWERS,
-}
