@@ -44,7 +44,7 @@ from nested_core.gate.loss_figures import harm_reasons, loss_reasons
 from nested_core.records.answers import AnsweringRole, AnswerRecord
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import Validation
-from nested_core.report.sweep_results import SweepRunResult, choose_best_run
+from nested_core.report.sweep import SweepRunResult, choose_best_run
 from nested_core.training.training_state import TrainingState
 
 PROCESSES = 2

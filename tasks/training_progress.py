@@ -21,7 +21,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from nested_core.config.schema import FineTuneConfig
 from nested_core.records.metrics import read_metrics
 from nested_core.records.plan import TrainingPlan, join_last_losses, read_plan
-from nested_core.report.loss_curves import describe_curves
+from nested_core.report.curves import describe_curves
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_duration

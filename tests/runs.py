@@ -102,22 +102,36 @@ def make_losses(*, champion: bool = False, with_drift: bool = True) -> ExampleLo
     )
 
 
+def make_answer(
+    model: AnsweringRole, line: int, text: str, question: str = "", **changes: Any
+) -> AnswerRecord:
+    """An answer to the question of a line, which is right where it is `Paris`."""
+    values: dict[str, Any] = {
+        "task": "capitals",
+        "model": model,
+        "line": line,
+        "question": question or f"Question {line}?",
+        "answer": text,
+        "score": float(text == "Paris"),
+        "tokens": 4,
+        "empty": False,
+        "endless": False,
+        "repeated": False,
+        "seconds": 0.1,
+    }
+    return AnswerRecord(**values | changes)
+
+
 def make_answers(text: str, questions: int = 3) -> list[AnswerRecord]:
     """The base is wrong on all questions and the candidate right on all but the first."""
     roles: tuple[AnsweringRole, ...] = ("base", "candidate")
     return [
-        AnswerRecord(
-            task="capitals",
-            model=role,
-            line=line,
-            question=f"line {line} ({text})",
-            answer=f"{role}: {text}",
+        make_answer(
+            role,
+            line,
+            f"{role}: {text}",
+            f"line {line} ({text})",
             score=float(role == "candidate" and line > 1),
-            tokens=4,
-            empty=False,
-            endless=False,
-            repeated=False,
-            seconds=0.1,
         )
         for role in roles
         for line in range(1, questions + 1)

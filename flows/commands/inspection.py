@@ -144,7 +144,7 @@ def run_adapter_audit(arguments: argparse.Namespace) -> Callable[[], int]:
 def run_status(arguments: argparse.Namespace) -> Callable[[], int]:
     """Say where a run stands, from its folder; DamagedError for its configuration or verdict."""
     from nested_core.records.run import Run
-    from nested_core.report.run_outcome import run_to_json
+    from nested_core.report.outcome import run_to_json
 
     run = Run(RunDirectory(arguments.run_dir))
     run.folder.require_begun()
@@ -166,6 +166,8 @@ def run_status(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def _describe_status(run: Run, status: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The rows of `status`, under the names that `compare` gives them."""
+    from nested_core.records.verdict_document import list_checks
+
     losses = run.describe_last_losses()
     yield "run", run.path
     yield "state", run.state if run.process is None else f"running, in process {run.process}"
@@ -173,12 +175,12 @@ def _describe_status(run: Run, status: Mapping[str, Any]) -> Iterator[tuple[str,
     yield "verdict", None if run.verdict is None else run.verdict.describe()
     yield "offered: the adapter of step", run.offered_step
     yield "its validation loss", run.offered_val_loss
-    yield "gate's loss after", run.gate_loss
+    if run.verdict is not None:
+        yield from ((check.name, check.figures) for check in list_checks(run.verdict))
     yield "last report at step", run.step
     if status["iteration"] != run.step:  # gradients are accumulated over several
         yield "iterations until then", status["iteration"]
-    yield "training loss, last report", losses.get("training loss")
-    yield "validation loss, last evaluation", losses.get("validation loss")
+    yield from ((f"{name}, last report", text) for name, text in losses.items())
     yield "learning rate", status["learning_rate"]
     yield "updates of each tier", ", ".join(map(str, status["updates"] or ())) or None
     yield "newest checkpoint", status["checkpoint"]

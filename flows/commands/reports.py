@@ -10,7 +10,7 @@ from typing import Any
 
 from flows.commands.adapter_places import add_registry_arguments
 from flows.commands.command_output import printer, result_printer, text_printer
-from flows.terminal.console import print_line, print_page, print_progress, print_table
+from flows.terminal.console import print_blocks, print_line, print_page, print_progress, print_table
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.output_places import require_output_file
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory
@@ -51,7 +51,7 @@ def add_commands(commands: Any) -> None:
 
 def run_report(arguments: argparse.Namespace) -> Callable[[], int]:
     """Write a run's page; exit 6 where a file of the run is damaged, which the page says."""
-    from nested_core.report.run_page import read_report
+    from nested_core.report.run_report import read_report
 
     target = RunDirectory(arguments.run_dir).report
     if arguments.output is not None:
@@ -68,7 +68,7 @@ def run_report(arguments: argparse.Namespace) -> Callable[[], int]:
 def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
     """List the runs of a folder, newest first, or remove old ones."""
     from nested_core.records.run import list_runs
-    from nested_core.report.run_outcome import LIST_COLUMNS, LIST_NOTE, list_row, run_to_json
+    from nested_core.report.outcome import LIST_COLUMNS, LIST_NOTE, list_row, run_to_json
 
     if arguments.prune:
         return run_pruning(arguments)
@@ -89,7 +89,7 @@ def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def run_pruning(arguments: argparse.Namespace) -> Callable[[], int]:
     """Remove the runs of a folder that are old and that nothing names."""
-    from nested_core.report.run_pruning import prune_runs
+    from nested_core.report.pruning import prune_runs
 
     if arguments.keep is None:
         raise ConfigError("runs --prune needs --keep N: how many of the newest runs stay.")
@@ -109,7 +109,7 @@ def run_pruning(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def run_compare(arguments: argparse.Namespace) -> Callable[[], int]:
     """Show runs beside each other."""
-    from nested_core.report.run_comparison import compare_runs
+    from nested_core.report.comparison import compare_runs
     from nested_core.storage.atomic import write_bytes
 
     output: Path | None = arguments.output
@@ -120,11 +120,7 @@ def run_compare(arguments: argparse.Namespace) -> Callable[[], int]:
 
     def show() -> None:
         """The figures, then the settings that differ."""
-        print_table(("", *comparison.names), list(comparison.rows()))
-        if not comparison.has_same_held_out_examples():
-            print_line("These runs are not known to be judged on the same held-out examples.")
-        for problem in (problem for r in comparison.records for problem in r.problems):
-            print_line(f"damaged: {problem}")
+        print_blocks(*comparison.describe_figures(), *comparison.describe_damage())
         if output is not None:
             print_line(f"page: {output}")
 

@@ -25,6 +25,7 @@ from flows.terminal.run_follower import showing_run
 from flows.terminal.run_results import format_sample_answers, print_rejection, print_tiers
 from nested_core import backend
 from nested_core.errors import ConfigError, GateRejected, TrainingStopped, go_on_with
+from nested_core.records.outcome import Outcome
 from nested_core.storage.run_directory import (
     DEFAULT_RUNS_FOLDER,
     RunDirectory,
@@ -174,7 +175,7 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     return result_printer(
         arguments,
         lambda: _make_result_document(result, hooks.sample_answers),
-        lambda: _print_result(config, result, hooks.sample_answers),
+        lambda: print_result(config, result, hooks.sample_answers),
     )
 
 
@@ -200,13 +201,13 @@ def _make_result_document(
     }
 
 
-def _print_result(
+def print_result(
     config: FineTuneConfig, result: FinetuneResult, answers: Sequence[SampleAnswers]
 ) -> None:
     """Answers to a few prompts, the tiers, the verdict, where the adapter is, and what to do."""
     if result.verdict is None:
         champion = shorten_digest(str(result.unchanged_since))
-        print_line(f"skipped: data unchanged since {champion}")
+        print_line(f"{Outcome.SKIPPED}: data unchanged since {champion}")
         return
     for line in format_sample_answers(answers):
         print_line(line)
@@ -221,9 +222,13 @@ def _print_result(
 
 def _print_outcome(registry: RegistrySection, result: FinetuneResult, verdict: Verdict) -> None:
     """What became of the adapter in the registry, where the page is, and how to go on."""
+    from nested_core.records.run import Run
+    from nested_core.report.outcome import describe_outcome
+
     if result.version is not None or result.kept_champion is not None:
         version = "" if result.version is None else f" {shorten_digest(result.version)}"
         print_line(f"{registry.name}{version}: {result.promotion or 'registered'}")
+    print_line(f"outcome: {describe_outcome(Run(result.run))}")
     print_line(f"report: {result.run.report}")
     for note in verdict.notes():
         print_line(note)
@@ -251,7 +256,7 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
                 advice=go_on_with(run.path),
             )
         state.result()  # raises what made it fail
-    print_progress(str(state.message))
+    print_progress(f"{state.name}: {state.message}")
     print_progress(f"report: {run.report}")
     return text_printer(f"adapter: {run.adapter}" if run.adapter.exists() else str(state.message))
 

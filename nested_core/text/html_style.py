@@ -18,7 +18,7 @@ body.nested-tune{margin:0 auto;padding:16px;max-width:1120px;overflow-wrap:anywh
 .nested-tune h2{font-size:1.1rem;margin:2rem 0 .5rem;border-top:1px solid var(--line);
 padding-top:1rem}
 .nested-tune h3{font-size:.95rem;margin:1rem 0 .25rem}
-.nested-tune p{margin:.4rem 0;max-width:75ch}
+.nested-tune p{margin:.4rem 0;max-width:75ch;white-space:pre-line}
 .nested-tune .verdict{font-size:1.3rem;line-height:1.35;font-weight:600;margin:.5rem 0}
 .nested-tune .good{color:var(--good)}.nested-tune .bad{color:var(--bad)}
 .nested-tune .warn{color:var(--warn)}

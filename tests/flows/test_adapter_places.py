@@ -55,7 +55,7 @@ def test_verify_takes_a_name_under_registry_although_a_folder_has_it(place: Path
     (place / "bot").mkdir()
     command = ("verify", "run/adapter", "bot")
     named = called(*command, "--registry", "registry", cwd=place)
-    assert named.stdout.startswith("rejected: unchanged")  # its champion is that adapter
+    assert named.stdout.startswith("Rejected: unchanged")  # its champion is that adapter
     assert "bot/adapter_config.json" in called(*command, cwd=place).message()
 
 

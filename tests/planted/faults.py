@@ -212,7 +212,7 @@ FAULTS = (
         "a condition turned",
     ),
     Fault(
-        "nested_core/report/run_comparison.py",
+        "nested_core/report/comparison.py",
         "    if not difference.is_measurable:",
         "    if difference.is_measurable:",
         "a condition turned",
@@ -224,10 +224,10 @@ FAULTS = (
         "a forgotten case",
     ),
     Fault(
-        "nested_core/report/verdict_page.py",
-        'task.describe() if task.verdict == "passed"',
-        'task.describe() if task.verdict != "passed"',
-        "a comparison turned",
+        "nested_core/records/verdict_document.py",
+        "        if self.has_failed:",
+        "        if not self.has_failed:",
+        "a condition turned",
     ),
     Fault(
         "flows/sweep.py",

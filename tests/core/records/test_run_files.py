@@ -1,4 +1,4 @@
-"""Each file of a run is opened in records/ alone, and whoever shows a run reads it through `Run`."""
+"""Each file of a run is opened in records/ alone; whoever shows a run reads it through `Run`."""
 
 from __future__ import annotations
 

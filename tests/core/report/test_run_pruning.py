@@ -12,8 +12,8 @@ from nested_core.errors import ConfigError, DamagedError
 from nested_core.records.dataset import Finding
 from nested_core.records.run import list_runs
 from nested_core.records.verdict import Reason
-from nested_core.report.run_outcome import list_row
-from nested_core.report.run_pruning import prune_runs
+from nested_core.report.outcome import list_row
+from nested_core.report.pruning import prune_runs
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.registry.conftest import write_run
 from tests.runs import begin_run, finished_run

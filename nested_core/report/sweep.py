@@ -71,7 +71,7 @@ class SweepRunResult:
         settings = ", ".join(f"{key}={value}" for key, value in self.point.items())
         if self.loss is None:
             return settings
-        name = loss_name_for_file(self.file).replace("validation", "val")
+        name = loss_name_for_file(self.file)
         return f"{settings} ({name} {format_loss(self.loss)})"
 
 

@@ -17,21 +17,10 @@ from nested_core.errors import ConfigError
 from nested_core.records.answers import shown_answer
 from nested_core.records.paired_difference import PairedDifference, compare_pairs
 from nested_core.records.run import Run, read_run
-from nested_core.report.line_charts import draw_figure
-from nested_core.report.run_outcome import describe_outcome, run_to_json
-from nested_core.report.run_page import describe_in_a_sentence
+from nested_core.records.verdict_document import list_checks
+from nested_core.report.outcome import describe_end, describe_outcome, run_to_json
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.text.html_markup import (
-    Html,
-    element,
-    escaped_html,
-    notebook_fragment,
-    page,
-    paragraph,
-    section,
-    table,
-    truncated_text,
-)
+from nested_core.text.document import Block, Document, Figures, Section, Table, Text
 from nested_core.text.loss_format import format_difference, format_interval
 from nested_core.text.svg_chart import Chart, Curve
 
@@ -42,15 +31,15 @@ MAX_SHOWN_QUESTIONS = 20
 class RunComparison:
     """Runs beside each other, in the order given; in a notebook it shows itself.
 
-    records: what was read of each run.
+    runs: as they were read.
     """
 
-    records: tuple[Run, ...]
+    runs: tuple[Run, ...]
 
     @property
     def names(self) -> list[str]:
         """A name for each run, the shortest end of its path that no other run has."""
-        paths = [record.path.resolve().parts for record in self.records]
+        paths = [run.path.resolve().parts for run in self.runs]
         for length in range(1, max(map(len, paths)) + 1):
             names = ["/".join(path[-length:]) for path in paths]
             if len(set(names)) == len(set(paths)):
@@ -62,7 +51,7 @@ class RunComparison:
 
         Of a suite that a run does not have, the keys that the others set.
         """
-        settings = [_flatten_config(record) for record in self.records]
+        settings = [_flatten_config(run) for run in self.runs]
         keys = dict.fromkeys(key for values in settings for key in values)
         columns = {key: [values.get(key) for values in settings] for key in keys}
         return {
@@ -80,37 +69,30 @@ class RunComparison:
 
         Beside each stand the file, the number of examples and the step that it is of.
         """
-        gates = [None if r.verdict is None else r.verdict.validation for r in self.records]
+        gates = [None if run.verdict is None else run.verdict.validation for run in self.runs]
+        plans = [run.plan for run in self.runs]
+        lasts = {
+            "training": [run.last_loss("train_loss") for run in self.runs],
+            "validation": [run.last_loss("val_loss") for run in self.runs],
+        }
+        steps = [None if run.verdict is None else run.verdict.adapter_step for run in self.runs]
         paired = self.paired_with_first()
-        plans = [record.plan for record in self.records]
-        train = [record.last_loss("train_loss") for record in self.records]
-        valid = [record.last_loss("val_loss") for record in self.records]
         return {
-            "training": [None if last is None else last[1] for last in train],
-            "validation": [None if last is None else last[1] for last in valid],
+            **{name: [last and last[1] for last in own] for name, own in lasts.items()},
+            **{f"{name}_step": [last and last[0] for last in own] for name, own in lasts.items()},
             "not_finite": [
-                [
-                    name
-                    for name, last in (("training", trained), ("validation", evaluated))
-                    if last is not None and last[1] is None
-                ]
-                for trained, evaluated in zip(train, valid, strict=True)
+                [name for name, own in lasts.items() if (last := own[place]) and last[1] is None]
+                for place in range(len(self.runs))
             ],
-            "training_file": [None if plan is None else plan.training_file for plan in plans],
-            "training_step": [None if last is None else last[0] for last in train],
-            "validation_file": [None if plan is None else plan.validation_file for plan in plans],
-            "validation_examples": [
-                None if plan is None else plan.validation_examples for plan in plans
-            ],
-            "validation_step": [None if last is None else last[0] for last in valid],
-            "gate_file": [None if gate is None else gate.file for gate in gates],
-            "gate_examples": [None if gate is None else gate.examples for gate in gates],
-            "gate_step": [
-                None if r.verdict is None else r.verdict.adapter_step for r in self.records
-            ],
-            "gate_before": [None if gate is None else gate.loss_before for gate in gates],
-            "gate_after": [None if gate is None else gate.loss_after for gate in gates],
-            "difference_to_first": [None if p is None else p.to_json() for p in paired],
+            "training_file": [plan and plan.training_file for plan in plans],
+            "validation_file": [plan and plan.validation_file for plan in plans],
+            "validation_examples": [plan and plan.validation_examples for plan in plans],
+            "gate_file": [gate and gate.file for gate in gates],
+            "gate_examples": [gate and gate.examples for gate in gates],
+            "gate_step": steps,
+            "gate_before": [gate and gate.loss_before for gate in gates],
+            "gate_after": [gate and gate.loss_after for gate in gates],
+            "difference_to_first": [pair and pair.to_json() for pair in paired],
         }
 
     def paired_with_first(self) -> list[PairedDifference | None]:
@@ -118,16 +100,16 @@ class RunComparison:
 
         None for the first, and where the two are not known to be judged on the same examples.
         """
-        first = self.records[0].losses
-        digest = self.records[0].held_out_digest
+        first = self.runs[0].losses
+        digest = self.runs[0].held_out_digest
         differences: list[PairedDifference | None] = [None]
-        for record in self.records[1:]:
-            own = record.losses
+        for run in self.runs[1:]:
+            own = run.losses
             is_same = (
                 own is not None
                 and first is not None
                 and digest is not None
-                and record.held_out_digest == digest
+                and run.held_out_digest == digest
                 and np.array_equal(own.lines, first.lines)
                 and np.array_equal(own.tokens, first.tokens)
                 and np.isfinite([own.after, first.after]).all()
@@ -142,7 +124,7 @@ class RunComparison:
         """The share of right answers of each run's adapter, by suite."""
         shares = [
             {} if r.verdict is None else {task.name: task.candidate for task in r.verdict.tasks}
-            for r in self.records
+            for r in self.runs
         ]
         names = dict.fromkeys(name for own in shares for name in own)
         return {name: [own.get(name) for own in shares] for name in names}
@@ -150,17 +132,15 @@ class RunComparison:
     def speed(self) -> dict[str, list[float | None]]:
         """Tokens a second (the median of the reports), seconds of training, and peak memory."""
         return {
-            "tokens_per_second": [
-                _median_metric(record, "tokens_per_second") for record in self.records
-            ],
-            "training_seconds": [max(record.seconds, default=None) for record in self.records],
-            "peak_memory_gb": [record.last("peak_memory_gb") for record in self.records],
+            "tokens_per_second": [_median_metric(run, "tokens_per_second") for run in self.runs],
+            "training_seconds": [max(run.seconds, default=None) for run in self.runs],
+            "peak_memory_gb": [run.last("peak_memory_gb") for run in self.runs],
         }
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain values: a list has one value for each run."""
         return {
-            "runs": [run_to_json(record) for record in self.records],
+            "runs": [run_to_json(run) for run in self.runs],
             "config": self.differing_settings(),
             "losses": self.losses(),
             "tasks": self.tasks(),
@@ -170,125 +150,103 @@ class RunComparison:
 
     def has_same_held_out_examples(self) -> bool:
         """Whether the losses are known to be of the same examples, and so may be compared."""
-        digests = {record.held_out_digest for record in self.records}
+        digests = {run.held_out_digest for run in self.runs}
         return len(digests) == 1 and None not in digests
 
     def rows(self) -> Iterator[tuple[object, ...]]:
         """A row for each figure, then for each key that differs: its name, and a value a run."""
-        yield ("state", *(record.state for record in self.records))
-        yield ("outcome", *map(describe_outcome, self.records))
-        yield ("offered: the adapter of step", *(own.offered_step for own in self.records))
-        yield ("its validation loss", *(own.offered_val_loss for own in self.records))
-        losses = self.losses()
-        for name, key in _GATE_ROWS:
-            yield (name, *losses[key])
+        yield ("state", *(run.state for run in self.runs))
+        yield ("outcome", *map(describe_outcome, self.runs))
+        yield ("offered: the adapter of step", *(own.offered_step for own in self.runs))
+        yield ("its validation loss", *(own.offered_val_loss for own in self.runs))
+        yield from self._check_rows()
         yield ("difference to the first", *map(_describe_difference, self.paired_with_first()))
-        for name, shares in self.tasks().items():
-            yield (f"right answers, {name}", *shares)
-        yield ("trained", *(r.describe_length() for r in self.records))
-        for name, key in _LAST_LOSS_ROWS:
-            cells = zip(losses[key], losses["not_finite"], strict=True)
-            yield (name, *("not finite" if key in names else value for value, names in cells))
+        yield ("trained", *(r.describe_length() for r in self.runs))
+        lasts = [run.describe_last_losses() for run in self.runs]
+        for name in ("training loss", "validation loss"):
+            yield (f"{name}, last report", *(own.get(name) for own in lasts))
         for name, values in self.speed().items():
             yield (name.replace("_", " "), *values)
         for key, values in self.differing_settings().items():
             yield (key, *(None if value is None else str(value) for value in values))
 
+    def _check_rows(self) -> Iterator[tuple[object, ...]]:
+        """What each verdict measured, a row for each check that one of them has."""
+        measured = [
+            {} if run.verdict is None else {c.name: c.figures for c in list_checks(run.verdict)}
+            for run in self.runs
+        ]
+        for name in dict.fromkeys(name for own in measured for name in own):
+            yield (name, *(own.get(name) for own in measured))
+
+    def describe(self) -> Document:
+        """All of it: outcomes, figures and settings, curves, and answers that differ."""
+        pairs = zip(self.names, self.runs, strict=True)
+        outcomes = [(name, describe_outcome(run), describe_end(run)) for name, run in pairs]
+        each = Table("What became of each run", ("run", "outcome", "verdict"), outcomes)
+        return Document(
+            f"{len(self.runs)} runs compared",
+            [
+                Section("Outcomes", [each, *self.describe_damage()], "outcomes"),
+                Section("Figures and settings", self.describe_figures(), "figures"),
+                Section("Losses", [Figures(list(self._loss_figures()))], "curves"),
+                Section("Answers that differ", [self._list_answers()], "answers"),
+            ],
+        )
+
     def to_html(self) -> str:
         """The whole page."""
-        header = element("header", element("h1", f"{len(self.records)} runs compared"))
-        return page("Runs compared", header, element("main", *self._sections()))
+        return self.describe().to_html()
 
     def __repr__(self) -> str:
-        runs = zip(self.names, self.records, strict=True)
+        runs = zip(self.names, self.runs, strict=True)
         return f"RunComparison({', '.join(f'{name}: {own.state}' for name, own in runs)})"
 
     def _repr_html_(self) -> str:
-        return notebook_fragment(*self._sections())
+        return self.describe().to_fragment()
 
-    def _sections(self) -> Iterator[Html]:
-        outcomes = [
-            (name, truncated_text(describe_in_a_sentence(record)))
-            for name, record in zip(self.names, self.records, strict=True)
-        ]
-        problems = [
-            element("li", truncated_text(problem)) for r in self.records for problem in r.problems
-        ]
-        damage = [paragraph("Damaged files:", class_="bad"), element("ul", *problems)]
-        yield section(
-            "outcomes",
-            "Outcomes",
-            table("Each run in a sentence", ("run", "outcome"), outcomes),
-            *(damage if problems else []),
-        )
-        yield section("figures", "Figures and settings", *self._number_tables())
-        yield section("curves", "Losses", *self._loss_figures())
-        yield section("answers", "Answers that differ", *self._answer_tables())
+    def describe_damage(self) -> list[Block]:
+        """A line for each file that is damaged."""
+        return [Text(f"Damaged: {p}", "bad") for run in self.runs for p in run.problems]
 
-    def _number_tables(self) -> Iterator[Html]:
-        if not self.has_same_held_out_examples():
-            yield paragraph(
-                "These runs are not known to be judged on the same held-out examples: their "
-                "losses may be of different data.",
-                class_="warn",
-            )
+    def describe_figures(self) -> list[Block]:
+        """The figures and the settings that differ, a column for each run."""
         caption = "Losses in nats a token; of the settings those that differ"
-        yield table(caption, ("", *self.names), self.rows())
+        table = Table(caption, ("", *self.names), list(self.rows()))
+        if self.has_same_held_out_examples():
+            return [table]
+        doubt = (
+            "These runs are not known to be judged on the same held-out examples: their losses may "
+            "be of different data."
+        )
+        return [Text(doubt, "warn"), table]
 
-    def _loss_figures(self) -> Iterator[Html]:
-        charts = [
-            draw_figure([Chart(title, x, "nats a token", list(self._loss_curves(key, x)))])
-            for title, key in (("Validation loss", "val_loss"), ("Training loss", "loss"))
-            for x in ("step", "seconds of training")
-        ]
-        yield element("div", *charts, class_="charts")
+    def _loss_figures(self) -> Iterator[list[Chart]]:
+        for title, key in (("Validation loss", "val_loss"), ("Training loss", "loss")):
+            for x in ("step", "seconds of training"):
+                curves = [
+                    Curve(name, run.points(key, x), has_dots=key == "val_loss")
+                    for name, run in zip(self.names, self.runs, strict=True)
+                ]
+                yield [Chart(title, x, "nats a token", curves)]
 
-    def _loss_curves(self, key: str, x: str) -> Iterator[Curve]:
-        for name, record in zip(self.names, self.records, strict=True):
-            yield Curve(name, record.points(key, x), has_dots=key == "val_loss")
-
-    def _answer_tables(self) -> Iterator[Html]:
-        answers: dict[tuple[str, int], list[Html]] = {}
-        questions: dict[tuple[str, int], str] = {}
-        for place, record in enumerate(self.records):
-            for answer in record.answers:
+    def _list_answers(self) -> Block:
+        answers: dict[str, list[str | None]] = {}
+        for place, run in enumerate(self.runs):
+            for answer in run.answers:
                 if answer.model == "candidate":
-                    key = (answer.task, answer.line)
-                    questions.setdefault(key, f"{answer.task}: {answer.question}")
-                    cells = answers.setdefault(key, [escaped_html(None)] * len(self.records))
-                    cells[place] = truncated_text(
-                        f"{answer.score:.2g}: {shown_answer(answer.answer)}"
-                    )
-        rows = [
-            (truncated_text(questions[key]), *cells)
-            for key, cells in answers.items()
-            if any(cell != cells[0] for cell in cells)
-        ]
+                    question = f"{answer.task}: {answer.question}"
+                    key = f"{answer.line} of {question}"
+                    cells = answers.setdefault(key, [None] * len(self.runs))
+                    cells[place] = f"{answer.score:.2g}: {shown_answer(answer.answer)}"
+        rows = [(key, *cells) for key, cells in answers.items() if len(set(cells)) > 1]
         if not rows:
-            yield paragraph("None: no question was asked, or all were answered alike.")
-            return
+            return Text("None: no question was asked, or all were answered alike.")
         caption = f"Score and answer of each run's adapter, {len(rows)} questions"
-        yield table(caption, ("question", *self.names), rows[:MAX_SHOWN_QUESTIONS])
+        return Table(caption, ("question", *self.names), rows[:MAX_SHOWN_QUESTIONS])
 
 
-_GATE_ROWS = (
-    ("gate's loss after", "gate_after"),
-    ("gate's loss before", "gate_before"),
-    ("gate's loss: file", "gate_file"),
-    ("gate's loss: examples", "gate_examples"),
-)
-_LAST_LOSS_ROWS = (
-    ("training loss, mean of the last report", "training"),
-    ("training loss: file", "training_file"),
-    ("training loss: at step", "training_step"),
-    ("validation loss, last evaluation", "validation"),
-    ("validation loss: file", "validation_file"),
-    ("validation loss: examples", "validation_examples"),
-    ("validation loss: at step", "validation_step"),
-)
-
-
-def _flatten_config(record: Run) -> dict[str, Any]:
+def _flatten_config(run: Run) -> dict[str, Any]:
     """The configuration of a run by dotted keys; empty where it is damaged.
 
     A suite's are by its name: `gate.tasks.facts.min`.
@@ -305,7 +263,7 @@ def _flatten_config(record: Run) -> dict[str, Any]:
             else:
                 flat[prefix + name] = value
 
-    config = record.config
+    config = run.config
     if config is None:
         return flat
     add("", config.model_dump(mode="json", by_alias=True))
@@ -327,8 +285,8 @@ def _default_of_suite(key: str) -> object:
     return suite.get(key.rpartition(".")[2])
 
 
-def _median_metric(record: Run, key: str) -> float | None:
-    values = [r[key] for r in record.metrics if r.get(key) is not None]
+def _median_metric(run: Run, key: str) -> float | None:
+    values = [r[key] for r in run.metrics if r.get(key) is not None]
     return median(values) if values else None
 
 

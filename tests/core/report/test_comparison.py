@@ -1,4 +1,4 @@
-"""Runs beside each other and in a list: what differs, on which examples, and which are damaged."""
+"""Runs beside each other: what differs, and on which examples."""
 
 from __future__ import annotations
 
@@ -9,20 +9,13 @@ import pytest
 
 from nested_core.errors import ConfigError
 from nested_core.records.paired_difference import PairedDifference
-from nested_core.records.run import Run, list_runs
 from nested_core.records.verdict import Reason
-from nested_core.records.verdict_file import read_verdict
-from nested_core.report.run_comparison import _describe_difference, compare_runs
-from nested_core.report.run_outcome import describe_outcome
-from nested_core.report.run_page import read_report
+from nested_core.report.comparison import _describe_difference, compare_runs
 from tests.runs import (
     HOSTILE_ROW,
     add_metrics,
     begin_run,
     finished_run,
-    judge,
-    make_losses,
-    make_verdict,
     write_plan_of,
 )
 
@@ -89,66 +82,11 @@ def test_nothing_to_compare_is_refused() -> None:
         compare_runs([])
 
 
-def test_the_list_is_newest_first_and_a_damaged_run_says_so(tmp_path: Path) -> None:
-    old = finished_run(tmp_path / "20261120T100000Z-00000001")
-    new = finished_run(tmp_path / "20261121T100000Z-00000002")
-    old.gate.write_text("{")
-    (tmp_path / "no run").mkdir()
-    rows = list_runs(tmp_path)
-    assert [row.name for row in rows] == [new.path.name, old.path.name]
-    assert (rows[0].state, rows[0].step, rows[0].steps) == ("verified", 8, 8)
-    assert rows[0].offered_val_loss == pytest.approx(7.5 / 8**0.5)
-    assert rows[1].state == "damaged"
-    assert str(old.gate) in describe_outcome(rows[1])
-    assert describe_outcome(rows[0]) == "Verified: passed, better"
-
-
-def test_a_name_whose_digits_are_no_moment_and_a_file_that_goes_are_no_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = finished_run(tmp_path / "20269999T999999Z-00000001")
-    files = list(run.path.iterdir())
-    monkeypatch.setattr(Path, "iterdir", lambda _: iter([*files, run.path / "replaced.tmp"]))
-    oldest = min(file.stat().st_mtime for file in files)
-    assert Run(run).started.timestamp() == pytest.approx(oldest, abs=1e-3)
-
-
-def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is not a folder"):
-        list_runs(tmp_path / "runs")
-
-
 def test_a_difference_has_its_interval_where_there_are_examples_enough() -> None:
     few, many = (PairedDifference(n, -0.25, 0.1, -0.45, -0.05) for n in (2, 40))
     assert _describe_difference(None) is None
     assert _describe_difference(few) == "-0.25 nats a token"
     assert str(_describe_difference(many)) == "-0.25 nats a token (95 % interval -0.45 to -0.05)"
-
-
-@pytest.mark.parametrize(
-    ("is_held_out", "with_task", "words"),
-    [
-        (True, True, "passed, better"),
-        (False, False, "passed, quality not measured"),
-        (False, True, "passed"),
-    ],
-)
-def test_what_passed_has_the_same_words_in_every_list(
-    tmp_path: Path, is_held_out: bool, with_task: bool, words: str
-) -> None:
-    run = finished_run(tmp_path / "run")
-    losses = make_losses() if is_held_out else None
-    verdict = make_verdict(losses, step=8, with_task=with_task)
-    judge(run, verdict, losses, "How much is a pump?")
-    assert verdict.summary().startswith(f"{words}: ")
-    assert [describe_outcome(row) for row in list_runs(tmp_path)] == [f"Verified: {words}"]
-    rows = {row[0]: row[1] for row in compare_runs([run.path]).rows()}
-    assert rows["outcome"] == f"Verified: {words}"
-    page = read_report(run.path).to_html()
-    assert f"P{words[1:]}:" in page
-    is_good = words != "passed, quality not measured"  # which nothing was shown of: not green
-    assert ('class="verdict good"' in page) is is_good
-    assert read_verdict(run.gate).describe() == words  # the last screen of train
 
 
 def test_what_differs_of_a_suite_is_a_key_by_its_name(tmp_path: Path) -> None:
@@ -171,4 +109,5 @@ def test_what_differs_of_a_suite_is_a_key_by_its_name(tmp_path: Path) -> None:
 def test_each_row_says_what_its_figure_is_of(tmp_path: Path) -> None:
     names = [row[0] for row in compare_runs([finished_run(tmp_path / "run").path]).rows()]
     assert len(set(names)) == len(names)
-    assert {"training loss: at step", "validation loss: at step", "gate's loss: file"} <= {*names}
+    assert {"validation loss, valid.jsonl, 12 examples", "answers, capitals"} <= {*names}
+    assert {"training loss, last report", "validation loss, last report"} <= {*names}

@@ -8,12 +8,18 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from nested_core.report.line_charts import draw_figure
+from nested_core.text.document import Figures, to_html
 from nested_core.text.svg_chart import MAX_POINTS, Chart, Curve, Point, decimate, draw_chart
 
 
 def parse(svg: str) -> ET.Element:
     return ET.fromstring(svg)  # noqa: S314, for it is our own
+
+
+def draw_figure(charts: list[Chart]) -> str:
+    """What a page has of charts of the same numbers."""
+    text = to_html(Figures([charts]))
+    return text.removeprefix('<div class="charts">').removesuffix("</div>")
 
 
 def spiky(count: int, spike: int) -> list[Point]:

@@ -66,6 +66,19 @@ def describe_outcome(run: Run) -> str:
     return f"{outcome}: {run.verdict.describe()}"
 
 
+def describe_end(run: Run) -> str:
+    """The verdict in a line, or how far a run without one has come."""
+    if run.verdict is not None:
+        return f"{run.verdict.summary()}."
+    if run.state == "never began":
+        return "Nothing was trained."
+    of_all = "" if run.steps is None else f" of {run.steps:,}"
+    losses = {"training": run.last_loss("train_loss"), "validation": run.last_loss("val_loss")}
+    told = [f", {name} loss {format_loss(own[1])}" for name, own in losses.items() if own]
+    goes_on = "; --resume goes on from its last checkpoint" if run.state == "resumable" else ""
+    return f"At step {run.step:,}{of_all}{''.join(told)}{goes_on}."
+
+
 LIST_COLUMNS = ("run", "adapter", "outcome", "offered step", "val loss", "gate loss", "min")
 LIST_NOTE = (
     "Losses in nats a token, of the adapter that is offered: on the validation set, and on the "
