@@ -165,22 +165,14 @@ def run_status(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def _describe_status(run: Run, status: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The rows of `status`, under the names that `compare` gives them."""
-    from nested_core.records.verdict_document import list_checks
+    """The rows of `compare` for one run, and what only counts while it goes on."""
+    from nested_core.report.comparison import RunComparison
 
-    losses = run.describe_last_losses()
     yield "run", run.path
-    yield "state", run.state if run.process is None else f"running, in process {run.process}"
-    yield "outcome", status["outcome"]
-    yield "verdict", None if run.verdict is None else run.verdict.describe()
-    yield "offered: the adapter of step", run.offered_step
-    yield "its validation loss", run.offered_val_loss
-    if run.verdict is not None:
-        yield from ((check.name, check.figures) for check in list_checks(run.verdict))
-    yield "last report at step", run.step
+    yield "process", run.process
+    yield from ((str(name), cell) for name, cell in RunComparison((run,)).rows())
     if status["iteration"] != run.step:  # gradients are accumulated over several
-        yield "iterations until then", status["iteration"]
-    yield from ((f"{name}, last report", text) for name, text in losses.items())
+        yield "iterations", status["iteration"]
     yield "learning rate", status["learning_rate"]
     yield "updates of each tier", ", ".join(map(str, status["updates"] or ())) or None
     yield "newest checkpoint", status["checkpoint"]

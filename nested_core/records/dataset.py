@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -308,15 +308,7 @@ def read_dataset_record(path: Path) -> DatasetReport:
         ) from error
 
 
-class CountedSplit(Protocol):
-    """A split of the data set, of which it is known how many examples it has."""
-
-    @property
-    def rows(self) -> int:
-        """The number of examples."""
-
-
-def held_out_split(choice: str, splits: Mapping[str, CountedSplit]) -> str | None:
+def held_out_split(choice: str, splits: Mapping[str, SplitStats]) -> str | None:
     """The split that losses are measured on: the first one with examples that the choice allows.
 
     None where there is none, and where the choice is a file outside of the data set.

@@ -30,7 +30,6 @@ from nested_core.text.loss_conclusion import (
 from nested_core.text.loss_format import (
     format_change,
     format_difference,
-    format_interval,
     format_loss,
     loss_name_for_file,
 )
@@ -339,12 +338,10 @@ class ChampionLoss(HeldOutComparison):
             return f"{version} not compared: {self.not_compared}"
         if self.loss is None or self.difference is None:
             return f"{version} without a loss on examples that neither was trained on"
-        interval = ""
-        if self.interval is not None and self.conclusion != "inconclusive":
-            interval = f" (95 % interval {format_interval(self.interval)})"
+        interval = None if self.conclusion == "inconclusive" else self.interval
         parts = [
             f"{version} {format_loss(self.loss)}",
-            f"difference {format_difference(self.difference)}{interval}",
+            f"difference {format_difference(self.difference, interval)}",
         ]
         parts += filter(None, [self.describe_conclusion(), self.describe_few_prompts()])
         return ", ".join(parts)

@@ -27,7 +27,6 @@ from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import Block, Cell, Table, Text, Tone
 from nested_core.text.loss_format import (
     format_difference,
-    format_interval,
     format_loss,
     loss_name_for_file,
 )
@@ -227,11 +226,10 @@ def _rival_check(role: str, rival: ChampionLoss) -> CheckRow:
 
 
 def _difference(compared: ComparedLoss) -> str | None:
-    """`-0.25 (-0.31 to -0.12)`; below 0 is better."""
+    """Below 0 is better."""
     if compared.difference is None:
         return None
-    interval = "" if compared.interval is None else f" ({format_interval(compared.interval)})"
-    return f"{format_difference(compared.difference)}{interval}"
+    return format_difference(compared.difference, compared.interval)
 
 
 def _suite_check(verdict: Verdict, task: TaskResult) -> CheckRow:

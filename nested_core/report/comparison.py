@@ -21,7 +21,7 @@ from nested_core.records.verdict_document import list_checks
 from nested_core.report.outcome import describe_end, describe_outcome, run_to_json
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.document import Block, Document, Figures, Section, Table, Text
-from nested_core.text.loss_format import format_difference, format_interval
+from nested_core.text.loss_format import format_difference
 from nested_core.text.svg_chart import Chart, Curve
 
 MAX_SHOWN_QUESTIONS = 20
@@ -211,7 +211,10 @@ class RunComparison:
 
     def describe_figures(self) -> list[Block]:
         """The figures and the settings that differ, a column for each run."""
-        caption = "Losses in nats a token; of the settings those that differ"
+        caption = (
+            "Losses in nats a token, differences with their 95 % interval; of the settings those "
+            "that differ"
+        )
         table = Table(caption, ("", *self.names), list(self.rows()))
         if self.has_same_held_out_examples():
             return [table]
@@ -293,11 +296,8 @@ def _median_metric(run: Run, key: str) -> float | None:
 def _describe_difference(difference: PairedDifference | None) -> str | None:
     if difference is None:
         return None
-    mean = format_difference(difference.mean)
-    if not difference.is_measurable:
-        return f"{mean} nats a token"
-    interval = format_interval((difference.low, difference.high))
-    return f"{mean} nats a token (95 % interval {interval})"
+    interval = (difference.low, difference.high) if difference.is_measurable else None
+    return format_difference(difference.mean, interval)
 
 
 def compare_runs(run_dirs: Sequence[str | Path]) -> RunComparison:

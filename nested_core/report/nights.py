@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import shlex
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import zip_longest
 from uuid import UUID
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import shorten
-from nested_core.records.answers import AnswerRecord
 from nested_core.records.dataset import DatasetReport, Severity
 from nested_core.records.outcome import Outcome
 from nested_core.records.run import Run
 from nested_core.records.verdict import TaskResult, Verdict
 from nested_core.records.verdict_document import check_table
 from nested_core.registry.queries import parent_version_of
+from nested_core.report.run_report import list_answers
 from nested_core.storage.run_directory import find_run_of
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import (
-    Block,
     Cell,
     Code,
     Document,
@@ -33,15 +29,11 @@ from nested_core.text.document import (
     Text,
 )
 from nested_core.text.svg_chart import Chart, Curve, Point
-from nested_core.training.reports.sample_prompts import SampleTable
 
 CRASHED_RUN_NOTE = (
     "A run whose state is Crashed or Cancelled was ended before it could say so here: Retry goes "
     "on from its last checkpoint."
 )
-MAX_SHOWN_ANSWERS = 5
-MAX_SHOWN_CHARACTERS = 160  # of a question or an answer
-MAX_CELL_CHARACTERS = 40  # two such columns fit a window of 1,280 pixels
 MAX_SHOWN_CHECKS = 4
 PROBLEMS: tuple[Severity, ...] = ("error", "warning")  # findings that are more than a figure
 COLUMNS = ("night", "outcome", "conclusion", "loss", "right", "min", "examples")
@@ -74,7 +66,7 @@ def describe_night(config: FineTuneConfig, run: Run, outcome: str, message: str)
     ]
     config_file = shlex.quote(str(run.folder.config.resolve()))
     command = f"nested-tune train --run-dir again \\\n  -c {config_file}"
-    pairs = _pair_answers(run.answers)
+    answers = Section("Answers", list_answers(run))
     return Document(
         f"{config.registry.name or 'Fine-tune'}: {outcome}",
         [
@@ -83,8 +75,7 @@ def describe_night(config: FineTuneConfig, run: Run, outcome: str, message: str)
             *([Text(CRASHED_RUN_NOTE)] if yet else []),
             Text("The same again, on that machine:"),
             Code("Command", command),
-            *([Section("Answers before and after", list(_show_pairs(pairs)))] if pairs else []),
-            *_list_samples(run),
+            answers,
         ],
     )
 
@@ -131,53 +122,6 @@ def _describe_initial_adapter(config: FineTuneConfig, digest: str) -> str:
         return f"version {shorten_digest(parent)}"
     given = config.resume_adapter_file
     return "a fresh adapter" if given is None else f"the adapter {given}"
-
-
-def _pair_answers(answers: Sequence[AnswerRecord]) -> list[tuple[AnswerRecord, AnswerRecord]]:
-    """A few questions' answers before and after; those that changed come first."""
-    by_question: dict[tuple[str, int], dict[str, AnswerRecord]] = {}
-    for record in answers:
-        by_question.setdefault((record.task, record.line), {})[record.model] = record
-    pairs = []
-    for models in by_question.values():
-        before = models.get("parent") or models.get("base")
-        if before is not None and "candidate" in models:
-            pairs.append((before, models["candidate"]))
-    return sorted(pairs, key=lambda pair: pair[0].answer == pair[1].answer)[:MAX_SHOWN_ANSWERS]
-
-
-def _show_pairs(pairs: Sequence[tuple[AnswerRecord, AnswerRecord]]) -> Iterator[Block]:
-    for before, after in pairs:
-        scores = f"{before.score:.3g} -> {after.score:.3g}"
-        yield Text(f"{shorten(after.question, MAX_SHOWN_CHARACTERS)}: score {scores}")
-        rows = zip_longest(_wrap(before.answer), _wrap(after.answer), fillvalue="")
-        yield Table("", ("before", "after"), list(rows))
-
-
-def _list_samples(run: Run) -> Iterator[Block]:
-    """The answers to the prompts of `samples` at the evaluations, if there were any prompts."""
-    judged = None if run.verdict is None else run.verdict.adapter_step
-    samples = SampleTable.from_metrics(run.metrics, judged)
-    if samples is None:
-        return
-    where = f"Answers at {samples.describe()}; all are in metrics.jsonl of the run folder."
-    blocks: list[Block] = [Text(where)]
-    for number, prompt in enumerate(samples.prompts):
-        rows = [
-            (step if line_number == 0 else "", line)
-            for step, answers in samples.rows
-            for line_number, line in enumerate(
-                _wrap(answers[number] or "-", 2 * MAX_CELL_CHARACTERS)
-            )
-        ]
-        shown = shorten(prompt, MAX_SHOWN_CHARACTERS)
-        blocks.append(Table(shown, ("step", "answer"), rows))
-    yield Section("Samples", blocks)
-
-
-def _wrap(text: str, width: int = MAX_CELL_CHARACTERS) -> list[str]:
-    """The lines of an answer in a table: one of Prefect's UIs cuts what is too wide for it."""
-    return textwrap.wrap(shorten(text, MAX_SHOWN_CHARACTERS), width) or [""]
 
 
 @dataclass(frozen=True)

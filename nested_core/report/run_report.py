@@ -101,7 +101,7 @@ def describe_run(run: Run, error: str | None = None) -> Document:
         f"Run {run.name}",
         [
             _describe_verdict(run, error),
-            Section("Answers of base, champion and candidate", _list_answers(run), "answers"),
+            Section("Answers of base, champion and candidate", list_answers(run), "answers"),
             Section("Against champion and parent", list(_compare_examples(run)), "pairs"),
             Section("Training", list(_describe_training(run)), "curves"),
             Section("Change by layer and module", list(_map_changes(run)), "change"),
@@ -340,7 +340,7 @@ def _count_updates(run: Run) -> Block:
     return Table(f"Up to step {run.step:,}", columns, rows)
 
 
-def _list_answers(run: Run) -> list[Block]:
+def list_answers(run: Run) -> list[Block]:
     """What base, parent, champion and candidate answered, the lost questions first."""
     blocks: list[Block] = []
     names = list(dict.fromkeys(answer.task for answer in run.answers))

@@ -6,8 +6,10 @@ Text of others is shown as it stands in each of them, and is markup in none.
 from __future__ import annotations
 
 import base64
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Literal
 
 from nested_core.text import html_markup as h
@@ -17,6 +19,7 @@ from nested_core.text.value_format import format_value
 
 Tone = Literal["", "good", "bad", "warn", "note"]
 MAX_PARAGRAPH, MAX_CELL = 2_000, 400  # characters of a page; a longer text is cut
+MAX_MARKDOWN_WIDTH = 48  # characters of a cell; of a longer one the rest is in further rows
 MIN_WRAPPED = 60  # characters of a cell that gets a width of its own
 MAX_HEAT_OPACITY = 0.55  # share of the colour behind the largest value: text on it stays legible
 MAX_NUMBER_ROWS = 200  # of the table of a curve's numbers
@@ -259,12 +262,8 @@ def to_markdown(block: Block, level: int = 2) -> Iterator[str]:
             yield ""
         case Code(_, text):
             yield from (*(f"    {escape(line)}" for line in text.split("\n")), "")
-        case Table(caption, columns, rows):
-            if caption:
-                yield from (escape_markdown(caption), "")
-            yield _markdown_row(columns)
-            yield "|" + "---|" * len(columns)
-            yield from (*map(_markdown_row, rows), "")
+        case Table():
+            yield from _markdown_table(block)
         case Figures(figures):
             for charts in figures:
                 yield from _markdown_picture(charts[0])
@@ -274,6 +273,23 @@ def to_markdown(block: Block, level: int = 2) -> Iterator[str]:
                 yield from to_markdown(inner, level + 1)
 
 
+def _markdown_table(table: Table) -> Iterator[str]:
+    if table.caption:
+        yield from (escape_markdown(table.caption), "")
+    yield _markdown_row(table.columns)
+    yield "|" + "---|" * len(table.columns)
+    for row in table.rows:
+        yield from map(_markdown_row, zip_longest(*map(_wrap, row), fillvalue=""))
+    yield ""
+
+
+def _wrap(cell: object) -> list[object]:
+    """A cell, or its lines, each for a row: one of Prefect's UIs cuts what is too wide for it."""
+    if isinstance(cell, Cell) and cell.path is not None:
+        return [cell]
+    return [*textwrap.wrap(h.cut(format_value(_plain(cell)), MAX_CELL), MAX_MARKDOWN_WIDTH)] or [""]
+
+
 def _markdown_row(cells: Iterable[object]) -> str:
     return f"| {' | '.join(map(_markdown_cell, cells))} |"
 
@@ -281,7 +297,7 @@ def _markdown_row(cells: Iterable[object]) -> str:
 def _markdown_cell(cell: object) -> str:
     if not isinstance(cell, Cell):
         return escape_markdown(format_value(cell))
-    shown = escape_markdown(f"{cell.mark} {format_value(cell.value)}".strip())
+    shown = escape_markdown(format_value(_plain(cell)))
     return shown if cell.path is None else f"[{shown}]({cell.path})"
 
 

@@ -96,8 +96,9 @@ def test_status_for_a_person_is_a_table(command_run: CommandRun, nested_tune: Ru
     done = nested_tune("status", command_run.run_dir)
     assert done.code == 0
     rows = dict(re.findall(r"│ (.*?) +│ (.*?) +│", done.stdout))
-    assert (rows["outcome"], rows["verdict"]) == ("Verified", "passed, better")
-    assert (rows["last report at step"], rows["updates of each tier"]) == ("8", "8, 4, 2")
+    assert (rows["state"], rows["outcome"]) == ("verified", "Verified: passed, better")
+    assert rows["updates of each tier"] == "8, 4, 2"
+    assert rows["trained"].startswith("8 of 8 steps, ")
     assert not [name for name in rows if "_" in name]  # words, not keys
     assert done.stderr == ""
 

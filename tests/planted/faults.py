@@ -213,8 +213,8 @@ FAULTS = (
     ),
     Fault(
         "nested_core/report/comparison.py",
-        "    if not difference.is_measurable:",
-        "    if difference.is_measurable:",
+        "if difference.is_measurable else None",
+        "if not difference.is_measurable else None",
         "a condition turned",
     ),
     Fault(

@@ -11,7 +11,7 @@ from nested_core.records.verdict import OUTCOME_BY_CODE, Code
 from tests.core.report.verdicts import CHAMPION, LOSSES, SUITE, make_verdict
 
 LOSS = "validation loss 3.142 -> 0.02135 (valid.jsonl, 84 examples, step 80)"
-RIVAL = "champion c4a3c4a3c4a3 1.191, difference -1.17 (95 % interval -1.2 to -1.1), better"
+RIVAL = "champion c4a3c4a3c4a3 1.191, difference -1.17 (-1.2 to -1.1), better"
 
 
 def reason(code: str, message: str = "why", suite: str | None = None) -> dict[str, Any]:

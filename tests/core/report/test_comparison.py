@@ -85,8 +85,8 @@ def test_nothing_to_compare_is_refused() -> None:
 def test_a_difference_has_its_interval_where_there_are_examples_enough() -> None:
     few, many = (PairedDifference(n, -0.25, 0.1, -0.45, -0.05) for n in (2, 40))
     assert _describe_difference(None) is None
-    assert _describe_difference(few) == "-0.25 nats a token"
-    assert str(_describe_difference(many)) == "-0.25 nats a token (95 % interval -0.45 to -0.05)"
+    assert _describe_difference(few) == "-0.25"
+    assert _describe_difference(many) == "-0.25 (-0.45 to -0.05)"
 
 
 def test_what_differs_of_a_suite_is_a_key_by_its_name(tmp_path: Path) -> None:

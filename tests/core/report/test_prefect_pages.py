@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ def test_a_few_lines_and_a_table_tell_the_night(judged: Path) -> None:
     assert facts["Outcome"] == "verified ada9ad: promoted"
     assert facts["Loss"] == (
         "validation loss 3.142 -> 0.02135 (valid.jsonl, 84 examples, step 80); champion "
-        "c4a3c4a3c4a3 1.191, difference -1.17 (95 % interval -1.2 to -1.1), better"
+        "c4a3c4a3c4a3 1.191, difference -1.17 (-1.2 to -1.1), better"
     )
     assert "| answers, capitals (champion 15) | 0 of 15 | 14 of 15 | +0.933 (" in plain(page)
     assert facts["Data"].endswith(
@@ -99,40 +98,15 @@ def test_a_night_of_epochs_or_without_a_registry_has_its_page(tmp_path: Path) ->
     assert night_of(tmp_path, Outcome.VERIFIED, registry={}).startswith("# Fine-tune: Verified")
 
 
-def test_answers_that_changed_come_first_and_are_no_markup(judged: Path) -> None:
-    answers = night_of(judged, Outcome.PROMOTED).partition("Answers before and after")[2]
-    lines = [line for line in answers.splitlines() if line and "---" not in line]
-    assert lines[0].replace("\\", "") == "Question 2?: score 0 -> 1"
-    assert lines[1:3] == ["| before | after |", r"| \<b\>Rome | Paris |"]
-    assert lines[-1] == "| same | same |"
-
-
-def test_a_long_answer_goes_on_in_the_next_row_so_that_both_sides_fit_a_window(
-    judged: Path,
-) -> None:
-    long = make_answer("base", 1, " ".join(["word"] * 20))
-    write_answers(judged / "answers.jsonl", [long, make_answer("candidate", 1, "Paris")])
-    rows = re.findall(r"^\| (word.*?) \| .*\|$", night_of(judged, "Promoted"), re.MULTILINE)
-    assert len(rows) == 3
-    assert max(map(len, rows)) <= 40
-
-
-def add_samples(folder: Path, steps: Iterable[int], prompts: int) -> None:
-    for step in steps:
-        samples = [
-            {"prompt": f"Where to {number}?", "answer": f"after {step}", "tokens": 1}
-            for number in range(prompts)
-        ]
-        append_metrics(folder / "metrics.jsonl", {"step": step, "samples": samples})
-
-
-def test_samples_are_a_small_table_in_which_the_judged_step_is_marked(judged: Path) -> None:
-    add_samples(judged, range(0, 10_001, 10), prompts=50)
-    samples = plain(night_of(judged, Outcome.PROMOTED)).partition("## Samples")[2]
-    assert "8 of 1001 evaluations to 4 of 50 prompts" in samples
-    assert "Where to 0?\n\n| step | answer |\n|---|---|\n| 0 | after 0 |\n" in samples
-    assert samples.count("| 80 (judged) | after 80 |\n") == samples.count("| 10,000 |") == 4
-    assert samples.count("\n| ") <= 4 * 9
+def test_answers_and_samples_are_those_of_the_report_and_no_markup(judged: Path) -> None:
+    for step in range(0, 10_001, 10):
+        samples = [{"prompt": f"Where to {number}?", "answer": "There."} for number in range(50)]
+        append_metrics(judged / "metrics.jsonl", {"step": step, "samples": samples})
+    answers = night_of(judged, Outcome.PROMOTED).partition("## Answers")[2]
+    assert "| Question 2? | \\- | ✓ right Paris | ✗ wrong \\<b\\>Rome |" in answers
+    assert "8 of 1001 evaluations to 4 of 50 prompts" in answers
+    assert "| 80 (judged) | There. | There. | There. | There. |" in answers.replace("\\", "")
+    assert answers.count("| There. |") == 8 * 2
 
 
 def test_a_night_without_a_verdict_says_so(tmp_path: Path) -> None:

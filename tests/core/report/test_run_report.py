@@ -55,7 +55,7 @@ def test_a_passed_run_says_so_first_and_everything_in_its_order(tmp_path: Path) 
     assert "Drift: the predictions moved by 0.25 nats a token" in pairs
     assert "11 of 12 examples have a lower loss than before." in pairs
     assert pairs.index("valid.jsonl:3") < pairs.index("valid.jsonl:1 ")  # the worst first
-    assert "How much is a pump?" in pairs
+    assert "much is a pump?" in pairs
     assert "| tier 1 | every 2 | 6 of 6 | 4 | 4 | 0 |" in page["updates"]
     assert "layer 1 · tier 1" in page["change"]
     assert "lost ones first" in page["answers"]

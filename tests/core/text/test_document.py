@@ -158,6 +158,13 @@ def test_text_of_others_is_no_markup_in_markdown(attack: str) -> None:
                 assert re.search(rf"(?<!\\){re.escape(markup)}", line) is None, line
 
 
+def test_a_wide_cell_of_markdown_goes_on_in_the_next_row_so_that_a_window_holds_it() -> None:
+    lines = list(to_markdown(Table("", ("a", "b"), [("x", " ".join(["word"] * 20))])))
+    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| x", "| ", "| "]
+    assert max(map(len, lines)) <= 56
+    assert sum(line.count("word") for line in lines) == 20
+
+
 def test_a_long_text_is_cut_on_a_page_and_keeps_its_lines() -> None:
     assert "x" * 400 + " …" in to_html(Table("", ("a",), [("x" * 500,)]))
     assert '<span class="text">one\ntwo</span>' in to_html(Table("", ("a",), [("one\ntwo",)]))
