@@ -287,7 +287,11 @@ def _wrap(cell: object) -> list[object]:
     """A cell, or its lines, each for a row: one of Prefect's UIs cuts what is too wide for it."""
     if isinstance(cell, Cell) and cell.path is not None:
         return [cell]
-    return [*textwrap.wrap(h.cut(format_value(_plain(cell)), MAX_CELL), MAX_MARKDOWN_WIDTH)] or [""]
+    text = h.cut(format_value(_plain(cell)), MAX_CELL)
+    lines = textwrap.wrap(  # a digest stays whole
+        text, MAX_MARKDOWN_WIDTH, break_long_words=False, break_on_hyphens=False
+    )
+    return [*lines] or [""]
 
 
 def _markdown_row(cells: Iterable[object]) -> str:
