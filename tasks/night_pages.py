@@ -62,14 +62,15 @@ def publish_night(
     `outcome` is the name of the flow run's state, `message` what the state says; `flow_run` is the
     run that the page belongs to, where that is not the one at work.
     """
-    shown = join_lines(message).removeprefix(f"{outcome}: ")
-    description = f"{outcome}: {shown}"  # a list shows the first 40 characters
+    shown = join_lines(message)
+    if not shown.startswith(outcome):
+        shown = f"{outcome}: {shown}"  # a list shows the first 40 characters
     read = Run(run)
     page = describe_night(config, read, outcome, message)
     if read.problems:  # the night is over: a page changes nothing
         get_run_logger().warning("The page of this night is not up to date: %s", read.problems[0])
         return
-    publish_page(config.registry.name, "night", page, description, flow_run)
+    publish_page(config.registry.name, "night", page, shown, flow_run)
 
 
 def find_nights_page(client: SyncPrefectClient, name: str) -> UUID | None:
