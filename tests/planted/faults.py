@@ -218,16 +218,16 @@ FAULTS = (
         "a condition turned",
     ),
     Fault(
+        "nested_core/report/outcome.py",
+        '    if "promote" in actions:',
+        '    if "rollback" in actions:',
+        "a wrong name",
+    ),
+    Fault(
         "nested_core/text/value_format.py",
         'return f"{value:.4g}" if math.isfinite(value) else "not finite"',
         'return f"{value:.4g}" if not math.isnan(value) else "not finite"',
         "a forgotten case",
-    ),
-    Fault(
-        "nested_core/records/verdict_document.py",
-        "        if self.has_failed:",
-        "        if not self.has_failed:",
-        "a condition turned",
     ),
     Fault(
         "flows/sweep.py",
