@@ -103,24 +103,6 @@ def read_latest_values(path: Path) -> dict[str, Any]:
     return latest
 
 
-def read_loss_records(path: Path) -> list[dict[str, Any]]:
-    """The records with a validation loss, and before or after them the last with a training loss.
-
-    Damaged lines are left out without a warning, which whoever reads all of them gives.
-    """
-    evaluated = []
-    trained: dict[str, Any] | None = None
-    with warnings.catch_warnings(action="ignore"):
-        for record in filter(None, _iterate_records(path)):
-            if "val_loss" in record:
-                evaluated.append(record)
-            if "loss" in record:
-                trained = record
-    if trained is None or trained in evaluated[-1:]:
-        return evaluated
-    return sorted([*evaluated, trained], key=lambda record: record.get("step", 0))
-
-
 def cumulative_seconds(records: Sequence[dict[str, Any]]) -> list[float]:
     """Seconds spent in training steps up to each record, over all sessions, from its speed.
 

@@ -225,7 +225,8 @@ class Run:
     def last_loss(self, key: str) -> StepLoss | None:
         """The step and value of the last `train_loss` or `val_loss`; the value None: not finite."""
         name = _LAST_LOSSES[key]
-        return next(((r["step"], r[name]) for r in reversed(self.metrics) if name in r), None)
+        reports = ((r.get("step", 0), r[name]) for r in reversed(self.metrics) if name in r)
+        return next(reports, None)
 
     def describe_last_losses(self) -> dict[str, str]:
         """`training loss` and `validation loss`, each with its data and step."""

@@ -16,7 +16,6 @@ from nested_core.records import metrics as metrics_file
 from nested_core.records.metrics import (
     append_metrics,
     read_latest_values,
-    read_loss_records,
     read_metrics,
     truncate_metrics,
 )
@@ -149,18 +148,6 @@ def test_the_latest_values_are_those_of_the_last_records_that_have_them(path: Pa
     append_metrics(path, {"step": 5, "loss": None, "val_loss": 0.25})
     assert read_latest_values(path) == {"step": 5, "loss": 4 / 3, "val_loss": 0.25}
     assert read_latest_values(path.with_name("none")) == {}
-
-
-def test_of_all_reports_those_with_a_validation_loss_and_the_last_can_be_read_alone(
-    path: Path,
-) -> None:
-    assert read_loss_records(path) == [{"step": 4, "loss": 4 / 3}]
-    append_metrics(path, {"step": 4, "val_loss": 2.0})
-    append_metrics(path, {"step": 5, "loss": 0.5, "val_loss": 1.0})
-    assert [record.get("val_loss") for record in read_loss_records(path)] == [2.0, 1.0]
-    append_metrics(path, {"step": 6, "loss": None})
-    assert [record["step"] for record in read_loss_records(path)] == [4, 5, 6]
-    assert read_loss_records(path.with_name("none")) == []
 
 
 def test_a_line_without_an_end_is_read_in_bounded_memory(
