@@ -39,12 +39,12 @@ from nested_core.data.example_digests import digest_examples
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.gate.answers.answer_bounds import judge_answers
 from nested_core.gate.chosen_candidate import Candidates, join_candidates
-from nested_core.gate.example_losses import ExampleLosses, Vector
 from nested_core.gate.held_out_loss import HeldOutExamples
 from nested_core.gate.loss_figures import harm_reasons, loss_reasons
 from nested_core.records.answers import AnsweringRole, AnswerRecord
+from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import Validation
-from nested_core.report.sweep_results import SweepRunResult, choose_best_run
+from nested_core.report.sweep import SweepRunResult, choose_best_run
 from nested_core.training.training_state import TrainingState
 
 PROCESSES = 2

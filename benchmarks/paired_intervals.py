@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from nested_core.gate.paired_difference import compare_pairs
+from nested_core.records.paired_difference import compare_pairs
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 Draw = Callable[[np.random.Generator, int], Vector]

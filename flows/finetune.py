@@ -21,10 +21,6 @@ from flows.flow_runs.allowed_folders import (
 )
 from flows.flow_runs.nights import find_other_night, name_flow_run, tag_flow_run
 from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
-from flows.flow_runs.state_messages import (
-    describe_loss,
-    describe_rejection,
-)
 from flows.process.os_errors import explain
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section import key
@@ -35,6 +31,7 @@ from nested_core.errors import (
     NestedTuneError,
     TrainingStopped,
 )
+from nested_core.records.outcome import Outcome
 from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.run_directory import (
     DEFAULT_RUNS_FOLDER,
@@ -45,7 +42,7 @@ from nested_core.storage.run_directory import (
     run_key,
 )
 from nested_core.text.digest_format import shorten_digest
-from tasks.outcomes import OUTCOME_BY_CODE, Outcome
+from nested_core.text.foreign_text import escape
 
 if TYPE_CHECKING:
     from nested_core.pipeline.finetune import FinetuneResult
@@ -87,7 +84,7 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     hide_tracebacks_of_expected_errors()
     tag_flow_run()
     if other := find_other_night():
-        return Completed(name=Outcome.SKIPPED, message=f"skipped: {other}")
+        return Completed(name=Outcome.SKIPPED, message=other)
     try:
         settings = with_trusted_code(with_allowed_paths(config.configuration()))
         require_known_name(settings.registry)
@@ -123,11 +120,11 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
         verdict = read_verdict(run.gate)
         if verdict.has_passed:  # the registry refused what this gate let through
             return _failed_state(error)
-        message = f"{resumed}{describe_rejection(verdict)}{_describe_held_out(config, run)}"
+        message = f"{resumed}{escape(verdict.summary())}{_describe_held_out(config, run)}"
         if config.registry.name is not None:
             payload = {"run_dir": str(run.path.resolve()), "reason": message}
             emit_adapter_event("rejected", config.registry.name, payload)
-        name = OUTCOME_BY_CODE[verdict.reasons[0].code]
+        name = verdict.outcome
         return Failed(name=name, message=message, data=error)
     except NestedTuneError as error:
         return _failed_state(error)
@@ -161,10 +158,10 @@ def _describe_outcome(config: FineTuneConfig, result: FinetuneResult) -> tuple[O
     """The outcome of a flow run that completed, and its message."""
     if result.verdict is None or result.unchanged_since is not None:
         champion = shorten_digest(str(result.unchanged_since))
-        return Outcome.SKIPPED, f"skipped: data unchanged since {champion}"
+        return Outcome.SKIPPED, f"data unchanged since {champion}"
     if result.kept_champion is not None:
         return Outcome.KEPT_CHAMPION, str(result.promotion)
-    loss = describe_loss(result.verdict)
+    loss = escape(result.verdict.describe_losses())
     if result.version is None:
         return Outcome.VERIFIED, f"passed the gate: {loss}"
     message = (

@@ -11,10 +11,10 @@ from pydantic import Field
 from flows.flow_runs.allowed_folders import require_allowed
 from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors
 from flows.promote import AdapterParameters
+from nested_core.records.outcome import Outcome
 from nested_core.registry import read_champion
 from nested_core.registry.ledger import describe_author
 from nested_core.text.digest_format import shorten_digest
-from tasks.outcomes import Outcome
 from tasks.promote import roll_back
 
 

@@ -28,11 +28,11 @@ from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.gate.chosen_candidate import SweepChoice
 from nested_core.pipeline.continual import champion_or_none
+from nested_core.records.outcome import Outcome
 from nested_core.registry.promotion_policy import WAITING_OUTCOME, effective_rule
-from nested_core.report.sweep_results import SweepRunResult, find_registered_version
+from nested_core.report.sweep import SweepRunResult, find_registered_version
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
-from tasks.outcomes import Outcome
 from tasks.prefect_server import asking_server
 from tasks.promote import promote
 from tasks.steps import register

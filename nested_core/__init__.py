@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from nested_core.pipeline.evaluation import Evaluation, evaluate
     from nested_core.pipeline.finetune import FinetuneResult, finetune
     from nested_core.pipeline.run_steps import Hooks, Steps
-    from nested_core.report.run_comparison import RunComparison, compare_runs
-    from nested_core.report.run_page import RunReport, read_report
+    from nested_core.report.comparison import RunComparison, compare_runs
+    from nested_core.report.run_report import RunReport, read_report
     from nested_core.storage.adapter import Adapter, read_adapter
     from nested_core.storage.run_directory import open_run
 
@@ -89,8 +89,8 @@ _PUBLIC_NAMES_BY_MODULE = {
     "pipeline.evaluation": ("Evaluation", "evaluate"),
     "pipeline.finetune": ("FinetuneResult", "finetune"),
     "pipeline.run_steps": ("Hooks", "Steps"),
-    "report.run_comparison": ("RunComparison", "compare_runs"),
-    "report.run_page": ("RunReport", "read_report"),
+    "report.comparison": ("RunComparison", "compare_runs"),
+    "report.run_report": ("RunReport", "read_report"),
     "storage.run_directory": ("open_run",),
 }
 _MODULE_OF_PUBLIC_NAME = {

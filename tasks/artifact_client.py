@@ -1,7 +1,7 @@
 """The artifacts of a flow run on Prefect's server: each published once, and replaced in place.
 
 Prefect's pages show artifacts as markdown, cells and descriptions too. Everything that comes in
-here as text is escaped; the markup is what `MarkdownPage` adds.
+here as text is escaped; the markup is what a document's own tree adds.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter
 from prefect.utilities.context import get_task_and_flow_run_ids
 
+from nested_core.text.document import Document
 from nested_core.text.foreign_text import escape_markdown
-from nested_core.text.markdown_page import MarkdownPage
 from nested_core.text.value_format import format_value
 from tasks.prefect_server import tolerating_server_outage
 
@@ -64,7 +64,7 @@ class ArtifactClient:
     def __exit__(self, *exception: Any) -> None:
         self._client.__exit__(*exception)
 
-    def publish_page(self, key: str, page: MarkdownPage, description: str) -> None:
+    def publish_page(self, key: str, page: Document, description: str) -> None:
         """Put a page beside the flow run."""
         self._publish("markdown", key, str(page), description)
 
@@ -122,7 +122,7 @@ class ArtifactClient:
 def publish_page(
     adapter: str | None,
     name: str,
-    page: MarkdownPage,
+    page: Document,
     description: str,
     flow_run: UUID | None = None,
 ) -> None:

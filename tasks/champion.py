@@ -1,8 +1,8 @@
 """A champion for Prefect: its page, and data set, run and champion as assets.
 
 The open-source server keeps a materialization as an event whose related resources are what the
-asset was made of; it has no page of assets (Prefect Cloud has), so the champion's page has a
-picture of the same.
+asset was made of; it has no page of assets (Prefect Cloud has), so the champion's page names
+the same.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from prefect.events import emit_event
 
 from nested_core.errors import NestedTuneError
 from nested_core.registry import read_champion, read_champion_changes
-from nested_core.report.champion_page import ChampionRecord, describe_champion
-from nested_core.report.verdict_page import describe_losses
+from nested_core.report.champion import ChampionRecord, describe_champion
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.foreign_text import escape, escape_markdown
 from tasks.artifact_client import artifact_key, publish_page
@@ -86,7 +85,7 @@ def publish_champion(registry: Path, name: str) -> None:
         if version is None:
             return
         champion = ChampionRecord.read(registry, name, version)
-        loss = describe_losses(champion.verdict)
+        loss = champion.verdict.describe_loss()
         since = read_champion_changes(registry, name)[-1].time[:16].replace("T", " ")
         description = f"{shorten_digest(version)}: {loss}. Became champion at {since} UTC"
         publish_page(name, PAGE, describe_champion(champion), description)

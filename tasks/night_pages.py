@@ -15,14 +15,13 @@ from prefect.states import Completed, State
 
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import NestedTuneError
-from nested_core.report.night_page import describe_night, join_lines
-from nested_core.report.nights_page import Night, describe_nights
+from nested_core.records.outcome import Outcome
+from nested_core.records.run import Run
+from nested_core.report.nights import Night, describe_night, describe_nights, join_lines
 from nested_core.storage.run_directory import RunDirectory, find_run_of
+from nested_core.text.document import Document
 from nested_core.text.foreign_text import escape_markdown
-from nested_core.text.markdown_page import MarkdownPage
 from tasks.artifact_client import artifact_key, publish_page
-from tasks.outcomes import Outcome
 from tasks.prefect_server import asking_server
 
 NIGHTS_PAGE = "nights"
@@ -63,14 +62,15 @@ def publish_night(
     `outcome` is the name of the flow run's state, `message` what the state says; `flow_run` is the
     run that the page belongs to, where that is not the one at work.
     """
-    shown = join_lines(message).removeprefix(f"{outcome.lower()}: ")
-    description = f"{outcome}: {shown}"  # a list shows the first 40 characters
-    try:
-        page = describe_night(config, run, outcome, message)
-    except (NestedTuneError, OSError) as error:  # the night is over: a page changes nothing
-        get_run_logger().warning("The page of this night is not up to date: %s", error)
+    shown = join_lines(message)
+    if not shown.startswith(outcome):
+        shown = f"{outcome}: {shown}"  # a list shows the first 40 characters
+    read = Run(run)
+    page = describe_night(config, read, outcome, message)
+    if read.problems:  # the night is over: a page changes nothing
+        get_run_logger().warning("The page of this night is not up to date: %s", read.problems[0])
         return
-    publish_page(config.registry.name, "night", page, description, flow_run)
+    publish_page(config.registry.name, "night", page, shown, flow_run)
 
 
 def find_nights_page(client: SyncPrefectClient, name: str) -> UUID | None:
@@ -86,7 +86,7 @@ def make_nights_page(client: SyncPrefectClient, name: str) -> UUID:
         key=artifact_key(name, NIGHTS_PAGE),
         type="markdown",
         description=f"The nights of {escape_markdown(name)}",
-        data=str(MarkdownPage(f"{name}: no night yet")),
+        data=str(Document(f"{name}: no night yet", [])),
     )
     return client.create_artifact(created).id
 

@@ -21,11 +21,11 @@ from nested_core.pipeline.publishing import register_run
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
+from nested_core.records.verdict_document import describe_verdict, tier_table
 from nested_core.records.verdict_file import read_verdict
-from nested_core.report.verdict_page import describe_verdict
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import read_json_object
 from nested_core.text.digest_format import shorten_digest
+from nested_core.text.document import Document
 from nested_core.training.trainer import Trainer
 from tasks.artifact_client import ArtifactClient, artifact_key, publish_page
 from tasks.champion import champion_asset, dataset_asset, emit_materialization, run_asset
@@ -58,12 +58,12 @@ def validate(config: FineTuneConfig, run_dir: Path) -> Path:
 
 def _publish_findings(config: FineTuneConfig, run: RunDirectory) -> None:
     """A table of the findings, whether the data set passed or not."""
-    report = read_json_object(run.dataset)
-    counts = ", ".join(f"{count} {severity}" for severity, count in report["counts"].items())
+    report = read_dataset_record(run.dataset)
+    counts = ", ".join(f"{count} {severity}" for severity, count in report.counts.items())
     with ArtifactClient() as artifacts:
         artifacts.publish_table(
             artifact_key(config.registry.name, "dataset-report"),
-            report["findings"][:MAX_SHOWN_FINDINGS],
+            [finding.to_json() for finding in report.findings[:MAX_SHOWN_FINDINGS]],
             f"{counts} in {config.data}. The first {MAX_SHOWN_FINDINGS} findings, errors first.",
         )
 
@@ -133,12 +133,10 @@ def gate(config: FineTuneConfig, run_dir: Path, session: Session | None = None) 
 
 def _publish_verdict(config: FineTuneConfig, verdict: Verdict) -> None:
     """The verdict as a page of its own: why, the losses, the suites and the tiers."""
-    codes = ", ".join(reason.code for reason in verdict.reasons)
-    word = f"failed: {codes}" if codes else "passed"
-    page = describe_verdict(verdict)
-    publish_page(
-        config.registry.name, "gate-verdict", page, f"{word}. The gate's verdict, with tiers"
-    )
+    said = f"{verdict.outcome}: {verdict.describe()}" if verdict.has_passed else verdict.outcome
+    page = Document(verdict.outcome, [*describe_verdict(verdict, said), tier_table(verdict)])
+    line = f"{said}. The gate's verdict, with tiers"
+    publish_page(config.registry.name, "gate-verdict", page, line)
 
 
 @retried_task("register", "register {config.registry.name}", REGISTRY_RETRY_DELAYS)

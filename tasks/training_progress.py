@@ -18,10 +18,10 @@ from prefect import get_run_logger, runtime
 from prefect.client.orchestration import SyncPrefectClient, get_client
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.report.loss_curves import describe_curves
+from nested_core.records.plan import join_last_losses
+from nested_core.report.curves import describe_curves
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.reports.run_progress import RunProgress
-from nested_core.training.reports.training_plan import join_last_losses
 from tasks.artifact_client import ArtifactClient, artifact_key
 from tasks.prefect_server import tolerating_server_outage
 

@@ -15,11 +15,11 @@ from mlx_lm import load
 from nested_core.config.schema import FineTuneConfig
 from nested_core.models.generation import Sampling, answer_prompts
 from nested_core.pipeline import steps
+from nested_core.records.metrics import read_metrics
 from nested_core.records.result import TrainResult
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.reports.metrics_file import read_metrics
 from nested_core.training.reports.reporting_services import TrainingCallback
 from nested_core.training.trainer import Trainer
 

@@ -159,7 +159,7 @@ def _read_answers(config: FineTuneConfig, run: RunDirectory) -> list[tuple[str, 
 
 
 def _print_run(run: RunDirectory, verdict: Verdict) -> None:
-    from nested_core.training.reports.metrics_file import read_metrics
+    from nested_core.records.metrics import read_metrics
 
     for line in draw_curve(read_metrics(run.metrics)).splitlines():
         print_line(line)

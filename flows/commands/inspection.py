@@ -19,6 +19,7 @@ from nested_core.pipeline.named_adapters import find_bare_name, find_named_adapt
 from nested_core.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
+    from nested_core.records.run import Run
     from nested_core.records.verdict import TensorChange
 
 MODULE_COLUMNS = ("module", "tensors changed", "least change", "most (relative)", "finite")
@@ -141,41 +142,37 @@ def run_adapter_audit(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def run_status(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Say where a run stands, from its folder."""
-    from nested_core.report.run_status import read_status
-    from nested_core.training.reports.metrics_file import read_loss_records
-    from nested_core.training.reports.training_plan import describe_last_losses, read_plan
+    """Say where a run stands, from its folder; DamagedError for its configuration or verdict."""
+    from nested_core.records.run import Run
+    from nested_core.report.outcome import run_to_json
 
-    run = RunDirectory(arguments.run_dir)
-    status = read_status(run)
+    run = Run(RunDirectory(arguments.run_dir))
+    run.folder.require_begun()
+    status = run_to_json(run)
+    if run.state == "damaged":
+        raise run.errors[0]
+    for problem in run.problems:
+        print_progress(f"warning: {problem}")
+    status["run_dir"] = status["path"]
+    status["checkpoint"] = run.find_checkpoint()
+    status |= {f"current_{name}": status[name] for name in ("train_loss", "val_loss")}
 
     def show() -> None:
         """A row a figure, each loss with its data and step; what is not known has no row."""
-        losses = describe_last_losses(read_loss_records(run.metrics), read_plan(run.plan))
-        rows = _describe_status(status, losses)
-        print_table(("", ""), [row for row in rows if row[1] is not None])
+        print_table(("", ""), [row for row in _describe_status(run, status) if row[1] is not None])
 
     return result_printer(arguments, lambda: status, show)
 
 
-def _describe_status(
-    status: Mapping[str, Any], losses: Mapping[str, str]
-) -> Iterator[tuple[str, Any]]:
-    """The rows of `status`, under the names that `compare` gives them."""
-    from nested_core.report.run_status import describe_status_verdict
+def _describe_status(run: Run, status: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The rows of `compare` for one run, and what only counts while it goes on."""
+    from nested_core.report.comparison import RunComparison
 
-    process = status["process"]
-    yield "run", status["run_dir"]
-    yield "state", status["state"] if process is None else f"running, in process {process}"
-    yield "verdict", describe_status_verdict(status)
-    yield "offered: the adapter of step", status["offered_step"]
-    yield "its validation loss", status["offered_val_loss"]
-    yield "gate's loss after", status["gate_loss"]
-    yield "last report at step", status["step"]
-    if status["iteration"] != status["step"]:  # gradients are accumulated over several
-        yield "iterations until then", status["iteration"]
-    yield "training loss, last report", losses.get("training loss")
-    yield "validation loss, last evaluation", losses.get("validation loss")
+    yield "run", run.path
+    yield "process", run.process
+    yield from ((str(name), cell) for name, cell in RunComparison((run,)).rows())
+    if status["iteration"] != run.step:  # gradients are accumulated over several
+        yield "iterations", status["iteration"]
     yield "learning rate", status["learning_rate"]
     yield "updates of each tier", ", ".join(map(str, status["updates"] or ())) or None
     yield "newest checkpoint", status["checkpoint"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from flows.commands.adapter_places import add_registry_arguments
 from flows.commands.command_output import printer, result_printer, text_printer
-from flows.terminal.console import print_line, print_page, print_progress, print_table
+from flows.terminal.console import print_blocks, print_line, print_page, print_progress, print_table
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.output_places import require_output_file
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory
@@ -49,23 +49,24 @@ def add_commands(commands: Any) -> None:
 
 def run_report(arguments: argparse.Namespace) -> Callable[[], int]:
     """Write a run's page; exit 6 where a file of the run is damaged, which the page says."""
-    from nested_core.report.run_page import read_report
+    from nested_core.report.run_report import read_report
 
     target = RunDirectory(arguments.run_dir).report
     if arguments.output is not None:
         target = require_output_file(arguments.output, "-o", own_run=arguments.run_dir)
     report = read_report(arguments.run_dir)
     report.write(target)
-    for problem in report.record.problems:
+    for problem in report.run.problems:
         print_progress(f"warning: {problem}")
 
-    code = DamagedError.exit_code if report.record.problems else 0
+    code = DamagedError.exit_code if report.run.problems else 0
     return printer(lambda: print_line(f"report: {arguments.output or target}"), code)
 
 
 def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
     """List the runs of a folder, newest first, or remove old ones."""
-    from nested_core.report.run_listing import list_runs
+    from nested_core.records.run import list_runs
+    from nested_core.report.outcome import LIST_COLUMNS, LIST_NOTE, list_row, run_to_json
 
     if arguments.prune:
         return run_pruning(arguments)
@@ -78,32 +79,15 @@ def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
         if not runs:
             print_line(f"no runs in {arguments.folder}")
             return
-        rows = [
-            (
-                run.name,
-                run.adapter,
-                run.describe_outcome(),
-                run.describe_step(),
-                run.describe_val_loss(),
-                run.gate_loss,
-                run.describe_minutes(),
-            )
-            for run in runs
-        ]
-        columns = (*("run", "adapter", "outcome", "offered step", "val loss", "gate loss", "min"),)
-        print_table(columns, rows)
-        print_line(
-            "Losses in nats a token, of the adapter that is offered: on the validation set, and on "
-            "the examples that the gate judged by. (last): of the last evaluation, for nothing is "
-            "offered yet."
-        )
+        print_table(LIST_COLUMNS, [list_row(run) for run in runs])
+        print_line(LIST_NOTE)
 
-    return result_printer(arguments, lambda: {"runs": [asdict(run) for run in runs]}, show)
+    return result_printer(arguments, lambda: {"runs": [run_to_json(run) for run in runs]}, show)
 
 
 def run_pruning(arguments: argparse.Namespace) -> Callable[[], int]:
     """Remove the runs of a folder that are old and that nothing names."""
-    from nested_core.report.run_pruning import prune_runs
+    from nested_core.report.pruning import prune_runs
 
     if arguments.keep is None:
         raise ConfigError("runs --prune needs --keep N: how many of the newest runs stay.")
@@ -123,7 +107,7 @@ def run_pruning(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def run_compare(arguments: argparse.Namespace) -> Callable[[], int]:
     """Show runs beside each other."""
-    from nested_core.report.run_comparison import compare_runs
+    from nested_core.report.comparison import compare_runs
     from nested_core.storage.atomic import write_bytes
 
     output: Path | None = arguments.output
@@ -134,11 +118,7 @@ def run_compare(arguments: argparse.Namespace) -> Callable[[], int]:
 
     def show() -> None:
         """The figures, then the settings that differ."""
-        print_table(("", *comparison.names), list(comparison.rows()))
-        if not comparison.has_same_held_out_examples():
-            print_line("These runs are not known to be judged on the same held-out examples.")
-        for problem in (problem for r in comparison.records for problem in r.problems):
-            print_line(f"damaged: {problem}")
+        print_blocks(*comparison.describe_figures(), *comparison.describe_damage())
         if output is not None:
             print_line(f"page: {output}")
 

@@ -25,6 +25,7 @@ from flows.terminal.run_follower import showing_run
 from flows.terminal.run_results import format_sample_answers, print_rejection, print_tiers
 from nested_core import backend
 from nested_core.errors import ConfigError, GateRejected, TrainingStopped, go_on_with
+from nested_core.records.outcome import Outcome
 from nested_core.storage.run_directory import (
     DEFAULT_RUNS_FOLDER,
     RunDirectory,
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
 
     from nested_core.config.schema import FineTuneConfig
     from nested_core.config.sections import RegistrySection
-    from nested_core.data.rules.dataset_report import DatasetReport, Finding
     from nested_core.pipeline.finetune import FinetuneResult
     from nested_core.records.answers import SampleAnswers
+    from nested_core.records.dataset import DatasetReport, Finding
     from nested_core.records.verdict import Verdict
 
 
@@ -74,11 +75,11 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     from flows.terminal.token_view import print_examples
     from nested_core.data.data_settings import DataSettings
     from nested_core.data.dataset_loading import load_dataset
-    from nested_core.data.rules.dataset_report import group_findings, guide_sentence
     from nested_core.data.rules.split_statistics import describe_split_stats
     from nested_core.data.tokens.tokenized_split import decode_examples_for_display
     from nested_core.data.tokens.tokenizer_source import TokenizerSource
     from nested_core.errors import DatasetError
+    from nested_core.records.dataset import group_findings, guide_sentence
 
     tokenizer = None if arguments.no_tokenize else TokenizerSource.from_config(config)
     settings = DataSettings.from_config(config)
@@ -132,8 +133,10 @@ def _cell(fact: Finding | None) -> str | None:
 def _describe_learnt_prompts(config: FineTuneConfig, report: DatasetReport) -> str | None:
     """That prompts are learnt too, where the data has prompts and nothing masks them."""
     train = report.splits.get("train")
+    from nested_core.data.lines.example_parsing import TEMPLATED_FORMATS
+
     learns_answers = config.mask_prompt or config.training.supervise == "all"
-    if learns_answers or train is None or not train.has_prompts:
+    if learns_answers or train is None or train.format not in TEMPLATED_FORMATS:
         return None
     return (
         "mask_prompt is false, as in mlx_lm: prompts are learnt too. With the file that "
@@ -176,7 +179,7 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     return result_printer(
         arguments,
         lambda: _make_result_document(result, hooks.sample_answers),
-        lambda: _print_result(config, result, hooks.sample_answers),
+        lambda: print_result(config, result, hooks.sample_answers),
     )
 
 
@@ -202,13 +205,13 @@ def _make_result_document(
     }
 
 
-def _print_result(
+def print_result(
     config: FineTuneConfig, result: FinetuneResult, answers: Sequence[SampleAnswers]
 ) -> None:
     """Answers to a few prompts, the tiers, the verdict, where the adapter is, and what to do."""
     if result.verdict is None:
         champion = shorten_digest(str(result.unchanged_since))
-        print_line(f"skipped: data unchanged since {champion}")
+        print_line(f"{Outcome.SKIPPED}: data unchanged since {champion}")
         return
     for line in format_sample_answers(answers):
         print_line(line)
@@ -223,9 +226,13 @@ def _print_result(
 
 def _print_outcome(registry: RegistrySection, result: FinetuneResult, verdict: Verdict) -> None:
     """What became of the adapter in the registry, where the page is, and how to go on."""
+    from nested_core.records.run import Run
+    from nested_core.report.outcome import describe_outcome
+
     if result.version is not None or result.kept_champion is not None:
         version = "" if result.version is None else f" {shorten_digest(result.version)}"
         print_line(f"{registry.name}{version}: {result.promotion or 'registered'}")
+    print_line(f"outcome: {describe_outcome(Run(result.run))}")
     print_line(f"report: {result.run.report}")
     for note in verdict.notes():
         print_line(note)
@@ -253,7 +260,7 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
                 advice=go_on_with(run.path),
             )
         state.result()  # raises what made it fail
-    print_progress(str(state.message))
+    print_progress(f"{state.name}: {state.message}")
     print_progress(f"report: {run.report}")
     return text_printer(f"adapter: {run.adapter}" if run.adapter.exists() else str(state.message))
 

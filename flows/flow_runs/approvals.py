@@ -19,11 +19,11 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Scheduled, State
 
-from nested_core.report.approval_page import describe_approval, list_approval_facts
+from nested_core.records.outcome import Outcome
+from nested_core.report.approval import Approval
 from nested_core.text.digest_format import shorten_digest
 from tasks.artifact_client import publish_page
 from tasks.night_pages import tell_night
-from tasks.outcomes import Outcome
 from tasks.prefect_server import flow_runs_in, set_run_state, tolerating_server_outage
 
 PROMOTION = "promote/auto"
@@ -114,11 +114,12 @@ def publish_approval(
     registry: Path, name: str, version: str, champion: str | None, flow_run: UUID
 ) -> Question:
     """Put the page beside the flow run; return it, and the line that stands in state and alert."""
-    facts = list_approval_facts(registry, name, version, champion)
-    page = describe_approval(name, version, champion, facts, _read_champions_asked_about(flow_run))
+    approval = Approval.read(registry, name, version, champion)
+    page = approval.describe(_read_champions_asked_about(flow_run))
     waits = f"Waits for a person: is {shorten_digest(version)} to be the champion of {name}?"
     publish_page(name, "approval", page, waits)
-    return Question(str(page), " ".join(f"{what}: {fact.rstrip('.')}." for what, fact in facts))
+    said = " ".join(f"{what}: {fact.rstrip('.')}." for what, fact in approval.facts)
+    return Question(str(page), said)
 
 
 def _read_champions_asked_about(flow_run: UUID) -> list[str]:

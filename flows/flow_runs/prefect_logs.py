@@ -11,8 +11,8 @@ from prefect.logging.handlers import PrefectConsoleHandler
 
 from flows.terminal.console import can_redraw, errors
 from nested_core.errors import NestedTuneError
+from nested_core.records.outcome import Outcome
 from tasks.log_text import LOGGERS_OF_RUNS
-from tasks.outcomes import Outcome
 
 OUTPUT_DESCRIPTORS = (1, 2)
 FAILED_STATE_MESSAGES = tuple(

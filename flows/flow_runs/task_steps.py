@@ -14,11 +14,11 @@ from flows.process.stop_signals import Stopper
 from nested_core.config.schema import FineTuneConfig
 from nested_core.models.session import Session
 from nested_core.pipeline.run_steps import Steps
+from nested_core.records.outcome import Outcome
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry.promotion_policy import WAITING_OUTCOME, registry_location
-from nested_core.report.night_page import UNDER_WAY
 from nested_core.storage.run_directory import RunDirectory
 from tasks.events import emit_adapter_event
 from tasks.night_pages import publish_night
@@ -38,7 +38,7 @@ class StepsAsTasks(Steps):
         super().begin(config, run, resume=resume)
         warn_of_full_disks([run.path])
         message = "goes on from its last checkpoint" if resume else "has begun"
-        publish_night(config, run, UNDER_WAY, message)
+        publish_night(config, run, Outcome.RUNNING, message)
 
     def validate(self, config: FineTuneConfig, run: RunDirectory) -> None:
         """The task `validate`."""

@@ -21,13 +21,13 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events import emit_event
 
 from nested_core.errors import NestedTuneError
+from nested_core.records.outcome import Outcome
 from nested_core.registry import history
 from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.duration_format import format_duration
 from tasks.events import adapter_resource
-from tasks.outcomes import Outcome
 from tasks.prefect_server import (
     TAG,
     asking_server,

@@ -25,6 +25,7 @@ from nested_core.text.value_format import format_value
 
 if TYPE_CHECKING:
     from nested_core.optim.tier_counters import TierStats
+    from nested_core.text.document import Block
 
 SECONDS_BETWEEN_LINES = 2.0
 POLL_SECONDS = 0.25
@@ -112,6 +113,18 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
     for row_cells in cells:
         table.add_row(*map(Text, row_cells))
     console.print(table)
+
+
+def print_blocks(*blocks: Block) -> None:
+    """Blocks of a document on standard output: its lines, and its tables as wide as a terminal."""
+    from nested_core.text.document import to_terminal
+
+    for block in blocks:
+        for part in to_terminal(block):
+            if isinstance(part, str):
+                print_line(part)
+            else:
+                print_table(part.columns, part.rows, title=part.caption)
 
 
 def _fit_columns(rows: Sequence[Sequence[str]], available: int) -> list[int]:

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import IO, Any
 
 from nested_core.config.schema import FineTuneConfig
+from nested_core.records.plan import read_plan
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.reports.training_plan import read_plan
 
 
 class MlxLmLog:

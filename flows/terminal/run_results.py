@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from flows.terminal.console import print_table
+from flows.terminal.console import print_blocks, print_line
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.foreign_text import escape
 
@@ -46,39 +46,19 @@ def _escape_and_shorten(text: str) -> str:
 
 
 def print_rejection(run: RunDirectory) -> None:
-    """The checks of the run's verdict as a table, then wrong answers of each suite that failed."""
-    from nested_core.gate.verdict_table import (
-        CHECK_COLUMNS,
-        LOST_COLUMNS,
-        list_checks,
-        lost_answers,
-    )
-    from nested_core.records.answers import read_answers
-    from nested_core.records.verdict_file import read_verdict
+    """The outcome, every check as a table, then wrong answers of each suite that failed."""
+    from nested_core.records.run import Run
+    from nested_core.records.verdict_document import check_table, lost_answers
 
-    verdict = read_verdict(run.gate)
-    print_table(CHECK_COLUMNS, [check.cells for check in list_checks(verdict)])
-    if not verdict.tasks:
-        return
-    for suite, rows in lost_answers(verdict, read_answers(run.answers)):
-        print_table(LOST_COLUMNS, rows, title=f"{suite}: some of the questions that it failed")
+    read = Run(run)
+    if read.verdict is not None:
+        print_line(read.verdict.outcome)
+        print_blocks(check_table(read.verdict), *lost_answers(read.verdict, read.answers))
 
 
 def print_tiers(verdict: Verdict) -> None:
-    """The tier table of a verdict: frequencies, updates expected and applied, change.
+    """The tiers of a verdict, where not all is updated at every step."""
+    from nested_core.records.verdict_document import tier_table
 
-    None where all is updated at every step.
-    """
-    if [tier.frequency for tier in verdict.tiers] == [1]:
-        return
-    rows = []
-    for tier in verdict.tiers:
-        own = [t.relative_delta for t in verdict.tensors if t.tier == tier.tier]
-        deltas = [delta for delta in own if delta is not None]
-        change = f"{sum(deltas) / len(deltas):.3f}" if deltas else "-"
-        changed = f"{tier.changed} of {tier.tensors}"
-        counts = (tier.expected_updates, tier.applied_updates, tier.skipped_updates)
-        rows.append((tier.tier, f"every {tier.frequency}", changed, *counts, change))
-    columns = ("tier", "updated", "tensors changed", "expected", "applied", "skipped", "change")
-    judged = f"step {verdict.adapter_step}, whose adapter was judged"
-    print_table(columns, rows, title=f"Tiers up to {judged} (change: mean relative)")
+    if [tier.frequency for tier in verdict.tiers] != [1]:
+        print_blocks(tier_table(verdict))

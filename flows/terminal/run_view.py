@@ -13,11 +13,11 @@ from typing import Any
 
 from rich.text import Text
 
+from nested_core.records.plan import describe_last_losses
 from nested_core.text.duration_format import format_clock
 from nested_core.text.foreign_text import escape
 from nested_core.text.loss_format import format_loss
 from nested_core.training.reports.run_progress import RunProgress
-from nested_core.training.reports.training_plan import describe_last_losses
 
 MIN_PLOT_HEIGHT = 4
 MIN_FINAL_PLOT_HEIGHT = 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,22 +19,6 @@ MAX_SHOWN_FILE_NAMES = 5  # of a folder without train or valid
 
 # What the loss counts of an example: all of it, the last turn, or every turn of the assistant.
 Targets = Literal["whole", "last", "all"]
-
-
-@dataclass(frozen=True)
-class FilePart:
-    """One of the files of a split: its name, and how many lines those before it are counted as."""
-
-    name: str
-    lines_before: int
-
-
-def find_place(parts: Sequence[FilePart], file: str, line: int) -> tuple[str, int]:
-    """The file and the line there of a line of a split, which is counted through its parts."""
-    for part in reversed(parts):
-        if line > part.lines_before:
-            return part.name, line - part.lines_before
-    return file, line
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from pydantic_core import to_jsonable_python
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.parallel_jobs import OnProgress
-from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.sources.split_files import SplitFile, open_splits
 from nested_core.data.tokens.tokenized_split import (
     TokenizedSplit,
@@ -36,6 +35,7 @@ from nested_core.data.tokens.tokenized_split import (
 )
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DamagedError, DatasetError
+from nested_core.records.dataset import DatasetReport
 from nested_core.storage.atomic import canonical_json, temporary_beside, write_json
 from nested_core.storage.strict_files import read_json, regular_sha256
 from nested_core.storage.user_cache import UserCache, cache_folder, remove_entry

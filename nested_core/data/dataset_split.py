@@ -13,9 +13,10 @@ from glob import glob
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from nested_core.data.data_settings import DataSettings, find_place
+from nested_core.data.data_settings import DataSettings
 from nested_core.data.sources.split_files import open_splits
 from nested_core.errors import ConfigError, DatasetError
+from nested_core.records.dataset import find_place
 from nested_core.storage.atomic import canonical_json, new_directory
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
 

@@ -16,13 +16,6 @@ import polars as pl
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.lines.example_parsing import TEMPLATED_FORMATS, UNTEMPLATED_FORMATS
 from nested_core.data.parallel_jobs import OnProgress
-from nested_core.data.rules.dataset_report import (
-    DatasetReport,
-    Findings,
-    Severity,
-    SplitStats,
-    sort_findings,
-)
 from nested_core.data.rules.file_rules import FILE_RULES, ROW_COUNT_RULES
 from nested_core.data.rules.line_rules import (
     LINE_RULES,
@@ -51,6 +44,13 @@ from nested_core.data.tokens.parallel_tokenization import (
 )
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.models.base_model import context_length
+from nested_core.records.dataset import (
+    DatasetReport,
+    Findings,
+    Severity,
+    SplitStats,
+    sort_findings,
+)
 from nested_core.storage.atomic import canonical_json
 
 Tables = Mapping[str, SplitTable]

@@ -14,10 +14,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
-from nested_core.data.data_settings import DataSettings, find_place
+from nested_core.data.data_settings import DataSettings
 from nested_core.data.lines.example_parsing import Example, read_examples
 from nested_core.data.sources.split_files import SplitFile, open_splits
 from nested_core.errors import DatasetError
+from nested_core.records.dataset import find_place
 from nested_core.storage.atomic import canonical_json
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nested_core.gate.example_losses import ExampleLosses, Vector, read_example_losses
-from nested_core.gate.paired_difference import (
+from nested_core.records.losses import ExampleLosses, Vector, read_example_losses
+from nested_core.records.paired_difference import (
     CONFIDENCE,
     Indices,
     PairedDifference,

@@ -21,13 +21,10 @@ from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset, load_run_data
 from nested_core.data.example_digests import Digests, digest_examples, digest_prompts
 from nested_core.data.held_out_rows import read_group_values
-from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.tokens.tokenized_split import Bool, TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
-from nested_core.gate.example_losses import ExampleLosses, Vector
 from nested_core.gate.loss_figures import compare_losses
-from nested_core.gate.paired_difference import Indices
 from nested_core.gate.prediction_comparison import ExamplePredictions, PredictionComparison
 from nested_core.gate.run_evidence import RunEvidence
 from nested_core.kernels.optimized_model import using_optimized_layers
@@ -35,7 +32,9 @@ from nested_core.models.kept_base import load_base_with_adapter
 from nested_core.models.lora_attachment import adapter_compute_dtype, load_adapter_tensors
 from nested_core.models.parameters import read_parameters, reference_trainable_parameters
 from nested_core.models.session import Session
-from nested_core.records.dataset import read_dataset_record, require_test_set
+from nested_core.records.dataset import DatasetReport, read_dataset_record, require_test_set
+from nested_core.records.losses import ExampleLosses, Vector
+from nested_core.records.paired_difference import Indices
 from nested_core.records.verdict import GeneralLoss
 from nested_core.storage.adapter import WEIGHTS_NAME, Adapter
 from nested_core.storage.atomic import finite_or_none

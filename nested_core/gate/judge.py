@@ -30,11 +30,11 @@ from nested_core.gate.proof_of_run import ProofOfRun
 from nested_core.gate.run_evidence import collect_evidence
 from nested_core.gate.training_divergence import find_divergence
 from nested_core.models.session import Session
+from nested_core.records.metrics import read_metrics
 from nested_core.records.verdict import Verdict
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.stages import stages
-from nested_core.training.reports.metrics_file import read_metrics
 
 # After CHECKS_OF_FILES. Each says itself which earlier checks stop it.
 CHECKS_WITH_MODEL: tuple[Check[JudgedRun], ...] = (

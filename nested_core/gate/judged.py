@@ -25,10 +25,10 @@ from nested_core.text.stages import stages
 if TYPE_CHECKING:  # `promote` judges an adapter's files again, and loads no model for that
     from nested_core.gate.champion_adapter import Champion, UnusableChampion
     from nested_core.gate.chosen_candidate import Candidates
-    from nested_core.gate.example_losses import ExampleLosses
     from nested_core.gate.held_out_loss import HeldOutExamples, LoadedBase
     from nested_core.gate.proof_of_run import ProofOfRun
     from nested_core.models.session import Session
+    from nested_core.records.losses import ExampleLosses
 
 # The first of these says where training diverged, if it did.
 EXPLAINED_BY_DIVERGENCE: frozenset[Code] = frozenset({"non_finite", "loss_regressed"})

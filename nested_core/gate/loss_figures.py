@@ -13,8 +13,9 @@ import numpy as np
 
 from nested_core.config.sections import GateSection
 from nested_core.gate.chosen_candidate import Candidates
-from nested_core.gate.example_losses import ExampleLosses, Vector
+from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import (
+    MIN_HARMED,
     ChampionLoss,
     Drift,
     GeneralLoss,
@@ -28,7 +29,6 @@ from nested_core.text.loss_format import format_change, format_difference, forma
 
 MIN_CHANGE = 1.0  # nats a token
 MIN_SPREADS = 6 * 1.48  # median absolute deviations; 1.48 of them are a normal standard deviation
-MIN_HARMED = 3
 MIN_LOSS_OF_FEWEST = 4.0  # nats a token, on average: three harmed examples may be an exchange
 MAX_CHANCE = 0.05  # that so many are harmed where the share is at its bound
 MAX_CHANCE_OF_EXCHANGE = 0.01  # that so many more are harmed than helped where both are as likely

@@ -13,7 +13,6 @@ from nested_core.config.sections import GateSection
 from nested_core.errors import JUDGE_AGAIN, DamagedError
 from nested_core.gate.answers.answer_bounds import judge_answers, judge_samples
 from nested_core.gate.chosen_candidate import Candidates, read_candidates
-from nested_core.gate.example_losses import ExampleLosses, read_example_losses
 from nested_core.gate.file_checks import CHECKS_OF_FILES
 from nested_core.gate.fresh_process_check import TOLERANCE_FLOAT32, TOLERANCE_NARROW_DTYPES
 from nested_core.gate.judged import begin_judging_run, make_checks
@@ -25,7 +24,8 @@ from nested_core.gate.loss_figures import (
 )
 from nested_core.gate.run_evidence import collect_evidence
 from nested_core.records.answers import read_answers, read_sample_answers
-from nested_core.records.dataset import DatasetRecord, held_out_file, read_dataset_record
+from nested_core.records.dataset import DatasetReport, held_out_file, read_dataset_record
+from nested_core.records.losses import ExampleLosses, read_example_losses
 from nested_core.records.verdict import ChampionLoss, Drift, Validation, Verdict
 from nested_core.records.verdict_file import require_verdict_manifest
 from nested_core.storage.manifest import FileEntry, describe_file
@@ -117,7 +117,7 @@ def _are_same_bounds(recorded: dict[str, Any] | None, configured: GateSection) -
 
 
 def _missing_or_unexpected_fields(
-    gate: GateSection, recorded: Verdict, dataset: DatasetRecord
+    gate: GateSection, recorded: Verdict, dataset: DatasetReport
 ) -> Iterator[str]:
     """The fields that are there, or not, against what was configured and what data there is."""
     has_held_out = held_out_file(gate.held_out, dataset) is not None

@@ -28,7 +28,6 @@ from nested_core.gate.answers.suite_answers import encode_suites, read_suites
 from nested_core.gate.base_compatibility import base_reasons
 from nested_core.gate.champion_adapter import ADAPTER_STRUCTURE_KEYS, shape_like_adapter
 from nested_core.gate.checks.tasks import AskedModel, ask_model
-from nested_core.gate.example_losses import ExampleLosses, Vector
 from nested_core.gate.held_out_loss import HeldOutExamples, LoadedBase, read_held_out_examples
 from nested_core.gate.loss_figures import summarise_losses
 from nested_core.gate.training_examples import (
@@ -38,6 +37,7 @@ from nested_core.gate.training_examples import (
 from nested_core.models.peft import import_peft
 from nested_core.pipeline.named_adapters import NamedAdapter, find_named_adapter
 from nested_core.records.answers import AnswerRecord
+from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import Validation
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter
 from nested_core.storage.run_directory import RunDirectory

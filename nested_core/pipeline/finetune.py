@@ -35,7 +35,7 @@ from nested_core.registry.promotion_policy import (
     effective_rule,
     registry_location,
 )
-from nested_core.report.run_page import read_report, writing_report_at_end
+from nested_core.report.run_report import read_report, writing_report_at_end
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.reports.reporting_services import attaching_verdict_at_end
 

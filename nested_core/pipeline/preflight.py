@@ -15,6 +15,7 @@ from nested_core.gate.answers.answer_cache import answer_cache
 from nested_core.gate.answers.suite_answers import read_suites
 from nested_core.models.base_model import require_folder_or_hub_name
 from nested_core.pipeline.launch.mlx_launch import count_ranks
+from nested_core.records.dataset import read_dataset_record
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.registry.registration import require_usable_registry
 from nested_core.storage.adapter import WEIGHTS_NAME, make_adapter_folder
@@ -23,7 +24,7 @@ from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.output_places import require_adapter_place, require_free_place
 from nested_core.storage.run_directory import RUN_DIR_KEY, RunDirectory
 from nested_core.storage.safetensors_files import BYTES_PER_ELEMENT, read_header
-from nested_core.storage.strict_files import open_regular, read_json_object
+from nested_core.storage.strict_files import open_regular
 from nested_core.training.reports.reporting_services import configured_services
 
 FLOAT32_BYTES = 4
@@ -92,7 +93,7 @@ def _estimate_iterations(config: FineTuneConfig, run: RunDirectory) -> int:
     """How long the run is; by the number of its examples where epochs decide."""
     if config.training.epochs is None:
         return config.iters
-    examples = int(read_json_object(run.dataset)["splits"]["train"]["rows"])
+    examples = read_dataset_record(run.dataset).splits["train"].rows
     return ceil(config.training.epochs * ceil(examples / config.batch_size))
 
 

@@ -15,7 +15,13 @@ from nested_core.gate.recheck import recheck_verdict
 from nested_core.gate.training_examples import read_ancestor_training_digests
 from nested_core.models.base_model import find_model_folder_offline
 from nested_core.pipeline.continual import settings_digest
-from nested_core.records.dataset import DatasetRecord, held_out_split, read_dataset_record
+from nested_core.records.dataset import DatasetReport, held_out_split, read_dataset_record
+from nested_core.records.metrics import (
+    cumulative_seconds,
+    read_latest_values,
+    read_metrics,
+)
+from nested_core.records.plan import read_plan
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import (
     GATE_NAME,
@@ -33,12 +39,6 @@ from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_regular, regular_sha256
 from nested_core.text.digest_format import shorten_digest
-from nested_core.training.reports.metrics_file import (
-    cumulative_seconds,
-    read_latest_values,
-    read_metrics,
-)
-from nested_core.training.reports.training_plan import read_plan
 
 
 def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> None:
@@ -202,7 +202,7 @@ def _training_example_digests(
 
 
 def _validation_digest(
-    config: FineTuneConfig, dataset: DatasetRecord, verdict: Verdict
+    config: FineTuneConfig, dataset: DatasetReport, verdict: Verdict
 ) -> str | None:
     """The digest of the examples that the gate measured losses on, or None without any.
 

@@ -17,21 +17,20 @@ from nested_core import backend
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE, TaskSection
 from nested_core.data.dataset_loading import load_run_data
-from nested_core.data.rules.dataset_report import SplitStats
 from nested_core.models.base_model import load_base_model
 from nested_core.models.lora_attachment import attach_adapter, load_adapter_tensors
 from nested_core.models.parameters import trainable_parameters
 from nested_core.optim.tier_assignment import count_expected_updates
 from nested_core.pipeline import steps
 from nested_core.pipeline.device_lock import OnWait, locking_devices
-from nested_core.records.dataset import held_out_split
+from nested_core.records.dataset import SplitStats, held_out_split
+from nested_core.records.metrics import read_metrics
 from nested_core.registry.policy import hold_to_policy
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.storage.run_directory import RunDirectory, open_run
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.text.duration_format import format_duration
 from nested_core.training.memory.memory_plan import MemoryPlan
-from nested_core.training.reports.metrics_file import read_metrics
 from nested_core.training.trainer import Trainer
 from nested_core.training.training_setup import prepare_training
 

@@ -20,7 +20,6 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.parallel_jobs import OnProgress
-from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import (
     JUDGE_AGAIN,
@@ -66,7 +65,18 @@ from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.launch.mlx_launch import count_ranks
 from nested_core.pipeline.launch.rank_group import train_in_ranks
 from nested_core.records.answers import write_answers
-from nested_core.records.dataset import read_dataset_record, require_held_out, require_test_set
+from nested_core.records.dataset import (
+    DatasetReport,
+    read_dataset_record,
+    require_held_out,
+    require_test_set,
+)
+from nested_core.records.plan import (
+    TrainingPlan,
+    list_resumptions,
+    read_plan,
+    write_plan,
+)
 from nested_core.records.result import TrainResult, read_result, write_result
 from nested_core.records.verdict_file import write_verdict
 from nested_core.storage.adapter import (
@@ -90,12 +100,6 @@ from nested_core.text.stages import stages
 from nested_core.training.parameter_importance import measure_parameter_importance
 from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD, World
 from nested_core.training.reports.reporting_services import TrainingCallback, reporting_to_services
-from nested_core.training.reports.training_plan import (
-    TrainingPlan,
-    list_resumptions,
-    read_plan,
-    write_plan,
-)
 from nested_core.training.trainer import Trainer
 from nested_core.training.training_setup import build_optimizer, prepare_training
 

@@ -22,11 +22,11 @@ from pydantic_core import from_json
 from nested_core.config.loading import parse_config, parse_yaml
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_run_data
-from nested_core.data.lines.example_parsing import find_format
+from nested_core.data.lines.example_parsing import TEMPLATED_FORMATS, find_format
 from nested_core.data.lines.other_formats import suggest_field_names
-from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.sources.split_files import open_splits
 from nested_core.pipeline.run_explanation import explain_run
+from nested_core.records.dataset import DatasetReport
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
 
 LEARNING_RATE = 1e-4
@@ -121,7 +121,7 @@ def _render_yaml(
     names = "".join(
         f"{key}: {json.dumps(name, ensure_ascii=False)}\n" for key, name in base.items()
     )
-    masks_prompt = str(train.has_prompts).lower()
+    masks_prompt = str(train.format in TEMPLATED_FORMATS).lower()
     return f"""\
 # Written by `nested-tune init` for {train.describe_format()}.
 # `nested-tune explain -c FILE` says what it will do, `nested-tune train -c FILE` does it. The keys

@@ -8,24 +8,31 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import PurePath
 from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
 from nested_core.errors import join_first_values
 from nested_core.records.answers import BROKEN_WORDS
-from nested_core.text.html_markup import collapsed, notebook_fragment, paragraph, table
+from nested_core.records.outcome import Outcome
+from nested_core.text.digest_format import shorten_digest
+from nested_core.text.document import Block, Details, Document, Table, Text
 from nested_core.text.loss_conclusion import (
     MIN_EXAMPLES,
     Conclusion,
     conclude,
     describe_inconclusive,
-    describe_passed,
     describe_smallest_visible,
     is_better,
     margin_of_loss,
 )
-from nested_core.text.loss_format import format_change, format_loss, loss_name_for_file
+from nested_core.text.loss_format import (
+    format_change,
+    format_difference,
+    format_loss,
+    loss_name_for_file,
+)
 
 Code = Literal[
     "unchanged",
@@ -50,28 +57,30 @@ Code = Literal[
 ]
 
 
-REASON_WORDS: Mapping[Code, str] = {
-    "unchanged": "training changed nothing",
-    "tier_unchanged": "training did not change all tiers",
-    "updates_missing": "updates are missing",
-    "non_finite": "there are values that are not finite",
-    "tensor_missing": "tensors are missing",
-    "tensor_unexpected": "there are tensors that nobody asked for",
-    "shape_mismatch": "tensors have another shape",
-    "dtype_mismatch": "tensors have another dtype",
-    "no_effect": "it does not change what the model computes",
-    "loss_regressed": "the held-out loss is worse",
-    "forgetting": "the loss on general text is worse",
-    "drift": "its predictions moved too far",
-    "task_below": "too few answers are right",
-    "task_regressed": "answers that were right are lost",
-    "examples_harmed": "single examples lost much",
-    "answers_broken": "its sample answers are broken",
-    "unreadable": "its files cannot be read",
-    "config_mismatch": "its configuration is not the run's",
-    "base_mismatch": "it does not fit the base model",
+# By the first reason of a verdict.
+OUTCOME_BY_CODE: Mapping[Code, Outcome] = {
+    "unchanged": Outcome.UNCHANGED,
+    "tier_unchanged": Outcome.UNCHANGED,
+    "updates_missing": Outcome.UNCHANGED,
+    "no_effect": Outcome.UNCHANGED,
+    "non_finite": Outcome.UNSOUND,
+    "tensor_missing": Outcome.UNSOUND,
+    "tensor_unexpected": Outcome.UNSOUND,
+    "shape_mismatch": Outcome.UNSOUND,
+    "dtype_mismatch": Outcome.UNSOUND,
+    "unreadable": Outcome.UNSOUND,
+    "config_mismatch": Outcome.UNSOUND,
+    "base_mismatch": Outcome.UNSOUND,
+    "loss_regressed": Outcome.WORSE,
+    "forgetting": Outcome.WORSE,
+    "drift": Outcome.WORSE,
+    "examples_harmed": Outcome.HARMED,
+    "task_below": Outcome.ANSWERS,
+    "task_regressed": Outcome.ANSWERS,
+    "answers_broken": Outcome.ANSWERS,
 }
 GATE_GUIDE = "docs/gate.md"
+MIN_HARMED = 3  # fewer examples that lost much are no reason against an adapter
 MIN_EXAMPLES_WITHOUT_DOUBT = 30  # fewer are said to be few
 MIN_CHANGE_LEFT_BY_FUSING = 0.5  # of the whole change, that fusing must leave
 Noise = Literal["paired", "none"]
@@ -322,6 +331,21 @@ class ChampionLoss(HeldOutComparison):
     examples: int = 0
     not_compared: str | None = None
 
+    def describe(self) -> str:
+        """The champion's loss on the same examples and the candidate's difference, or why not."""
+        version = f"champion {shorten_digest(self.version)}"
+        if self.not_compared is not None:
+            return f"{version} not compared: {self.not_compared}"
+        if self.loss is None or self.difference is None:
+            return f"{version} without a loss on examples that neither was trained on"
+        interval = None if self.conclusion == "inconclusive" else self.interval
+        parts = [
+            f"{version} {format_loss(self.loss)}",
+            f"difference {format_difference(self.difference, interval)}",
+        ]
+        parts += filter(None, [self.describe_conclusion(), self.describe_few_prompts()])
+        return ", ".join(parts)
+
 
 @dataclass(frozen=True)
 class GeneralLoss(ComparedLoss):
@@ -524,6 +548,11 @@ class Verdict:
         return "passed" if self.has_passed else "failed"
 
     @property
+    def outcome(self) -> Outcome:
+        """What becomes of the run by this verdict alone: verified, or rejected for which cause."""
+        return Outcome.VERIFIED if self.has_passed else OUTCOME_BY_CODE[self.reasons[0].code]
+
+    @property
     def reason_names(self) -> list[str]:
         """The code of each reason, with the suite that it is about: `task_below (capitals)`."""
         return [reason.name for reason in self.reasons]
@@ -581,17 +610,17 @@ class Verdict:
         return f"Verdict({self.summary()})"
 
     def _repr_html_(self) -> str:
-        reasons = [(reason.code, reason.message) for reason in self.reasons]
+        reasons = [(reason.name, reason.message) for reason in self.reasons]
         tiers = [(t.tier, t.frequency, t.expected_updates, t.applied_updates) for t in self.tiers]
         tensors = [(t.name, t.changed, t.relative_delta, t.finite) for t in self.tensors]
-        return notebook_fragment(
-            paragraph(self.summary(), class_="verdict good" if self.has_passed else "verdict bad"),
-            table("Reasons", ("code", "message"), reasons),
-            table("Updates", ("tier", "every", "expected", "applied"), tiers),
-            collapsed(
-                "Tensors", table("Change", ("tensor", "changed", "relative", "finite"), tensors)
-            ),
-        )
+        change = Table("Change", ("tensor", "changed", "relative", "finite"), tensors)
+        blocks: list[Block] = [
+            Text(self.summary(), "good" if self.has_passed else "bad", is_headline=True),
+            Table("Reasons", ("code", "message"), reasons),
+            Table("Updates", ("tier", "every", "expected", "applied"), tiers),
+            Details("Tensors", [change]),
+        ]
+        return Document("Verdict", blocks).to_fragment()
 
     @property
     def has_broken_answers(self) -> bool:
@@ -620,22 +649,14 @@ class Verdict:
         if not self.has_passed:
             first, *others = self.reasons
             also = f"; also {', '.join(reason.name for reason in others)}" if others else ""
-            return f"rejected: {first.code} ({first.message}){also}"
+            rival = "" if self.champion is None else f"; {self.champion.describe()}"
+            return f"{self.outcome} ({first.name}: {first.message}){also}{rival}"
         changed = sum(tensor.changed for tensor in self.tensors)
         tensors = f"{changed} of {len(self.tensors)} tensors changed"
-        answers = "".join(f"; {task.describe()}" for task in self.tasks)
-        if self.validation is not None:
-            before, after = self.validation.loss_before, self.validation.loss_after
-            losses = f"{loss_name_for_file(self.validation.file)} {format_change(before, after)}"
-            if self.validation.examples == 0:
-                losses = f"{loss_name_for_file(self.validation.file)} not judged"
-            doubts = "".join(f"; {doubt}" for doubt in self._doubts())
-            return (
-                f"{self.describe_passed()}: {tensors}, {losses} ({self.describe_data()}){doubts}"
-                f"{answers}"
-            )
-        if self.tasks:
-            return f"{self.describe_passed()}: {tensors}, no held-out loss{answers}"
+        if self.validation is not None or self.tasks:
+            further = [*self._doubts(), *(task.describe() for task in self.tasks)]
+            measured = "; ".join([self.describe_loss(), *further])
+            return f"{self.describe_passed()}: {tensors}, {measured}"
         if self.tiers:  # a run, not any two adapters
             return f"{self.describe_passed()}: changed and sound ({tensors})"
         return f"passed: {tensors}"
@@ -663,20 +684,42 @@ class Verdict:
 
     def describe(self) -> str:
         """The verdict in a few words: `passed, better`, or `failed`."""
-        if not self.has_passed:
-            return self.word
-        return describe_passed(
-            None if self.validation is None else self.validation.conclusion,
-            is_measured=self.is_measured,
-            is_broken=self.has_broken_answers,
-        )
+        conclusion = None if self.validation is None else self.validation.conclusion
+        return self._describe(conclusion) if self.has_passed else self.word
 
     def describe_passed(self) -> str:
         """`passed, better` and the like; an inconclusive comparison with its figures."""
-        conclusion = None if self.validation is None else self.validation.describe_conclusion()
-        return describe_passed(
-            conclusion, is_measured=self.is_measured, is_broken=self.has_broken_answers
-        )
+        losses = self.validation
+        return self._describe(None if losses is None else losses.describe_conclusion())
+
+    def _describe(self, conclusion: str | None) -> str:
+        if self.has_broken_answers:
+            return "passed, answers broken"
+        if not self.is_measured:
+            return "passed, quality not measured"
+        return "passed" if conclusion is None else f"passed, {conclusion.replace('_', ' ')}"
+
+    def describe_loss(self) -> str:
+        """`test loss 3.142 -> 0.0213 (test.jsonl, 84 examples, step 150 of 200)`, or none."""
+        losses = self.validation
+        if losses is None:
+            return "no held-out loss"
+        name = loss_name_for_file(losses.file)
+        if losses.examples == 0:
+            return f"{name} not judged, for all held-out examples were trained on"
+        change = format_change(losses.loss_before, losses.loss_after)
+        return f"{name} {change} ({self.describe_data()})"
+
+    def describe_losses(self) -> str:
+        """The held-out loss, what it shows, and the champion's on the same examples."""
+        parts = [self.describe_loss()]
+        if self.validation is not None:
+            parts.append(self.validation.describe_conclusion() or "")
+        if self.samples is not None and self.samples.are_broken:
+            parts.append(self.samples.describe())
+        if self.champion is not None:
+            parts.append(self.champion.describe())
+        return "; ".join(filter(None, parts))
 
     def describe_data(self) -> str:
         """What the losses were measured on: "test.jsonl, 84 examples, step 150 of 200"."""
@@ -691,7 +734,7 @@ def describe_examples(validation: Validation) -> str:
     if validation.examples is None:
         return "held-out examples"
     noun = "example" if validation.examples == 1 else "examples"
-    return f"{validation.file}, {validation.examples} {noun}"
+    return f"{PurePath(str(validation.file)).name}, {validation.examples} {noun}"
 
 
 def _contradictions_of_proof(proof: ProofEvidence) -> Iterator[str]:

@@ -17,18 +17,21 @@ import yaml
 from nested_core.config.names import HUB_NAME_PATTERN
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.records.verdict import Verdict
-from nested_core.text.foreign_text import escape_markdown
-from nested_core.text.loss_format import format_loss
+from nested_core.records.verdict_document import check_table
+from nested_core.text.document import Block, Document, Section, Table, Text
 
 CARD_NAME = "README.md"
+HOW_TO_USE = (
+    "The folder of this file is an adapter folder of mlx-lm: give it to mlx_lm.generate as "
+    "--adapter-path, with the base model above as --model."
+)
 _HUB_CACHE_PATTERN = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/")
 
 
 def render_card(name: str, version: str, provenance: dict[str, Any], verdict: Verdict) -> str:
     """The card, markdown with YAML in front, by the content of provenance.json and gate.json."""
     front = yaml.safe_dump(_front_matter(name, provenance, verdict), sort_keys=False)
-    body = "\n".join(_render_body(name, version, provenance, verdict))
-    return f"---\n{front}---\n\n{body}\n"
+    return f"---\n{front}---\n\n{describe_card(name, version, provenance, verdict)}\n"
 
 
 def _front_matter(name: str, provenance: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
@@ -79,54 +82,39 @@ def _model_index_metrics(verdict: Verdict) -> Iterator[dict[str, Any]]:
         yield {"type": "loss", "name": name, "value": losses.loss_after}
 
 
-def _render_body(
+def describe_card(
     name: str, version: str, provenance: dict[str, Any], verdict: Verdict
-) -> Iterator[str]:
+) -> Document:
+    """The text of the card."""
     config = provenance.get("config") or {}
     model = str(config.get("model", "unknown"))
     model = _hub_name(model) or Path(model).name  # a card is published: no path of this machine
-    yield f"# {escape_markdown(name)}"
-    yield ""
-    yield (
-        f"An adapter ({escape_markdown(str(config.get('fine_tune_type', 'lora')))}) for "
-        f"{escape_markdown(model)}, trained and judged by nested-tune. Version "
-        f"`{version}`, registered {escape_markdown(str(provenance.get('registered_at', '')))}."
-    )
-    yield from ("", "## Evaluation", "")
-    yield from _render_evaluation(verdict)
-    yield from ("", "## Training", "")
-    yield from _render_table(("", "value"), _list_training(config, provenance, verdict))
-    yield from ("", "## Provenance", "")
-    yield from _render_table(("of", "value"), _provenance_rows(provenance))
-    yield from ("", "## Use", "")
-    yield (
-        "The folder of this file is an adapter folder of mlx-lm: give it to `mlx_lm.generate` as "
-        "`--adapter-path`, with the base model above as `--model`."
+    return Document(
+        name,
+        [
+            Text(
+                f"An adapter ({config.get('fine_tune_type', 'lora')}) for {model}, trained and "
+                f"judged by nested-tune. Version {version}, registered "
+                f"{provenance.get('registered_at', '')}."
+            ),
+            Section("Evaluation", list(_describe_evaluation(verdict))),
+            Section("Training", [_two_columns(_list_training(config, provenance, verdict))]),
+            Section("Provenance", [_two_columns(_list_provenance(provenance))]),
+            Section("Use", [Text(HOW_TO_USE)]),
+        ],
     )
 
 
-def _render_evaluation(verdict: Verdict) -> Iterator[str]:
-    """The gate's measurements, each with its split and number of examples."""
-    losses = verdict.validation
-    rows: list[tuple[object, ...]] = []
-    if losses is not None:
-        where = f"{Path(str(losses.file)).name}, {losses.examples} examples"
-        before, after = format_loss(losses.loss_before), format_loss(losses.loss_after)
-        rows.append(("mean loss, nats a token", where, before, after))
-    for task in verdict.tasks:
-        counts = [f"{task.count(share)} of {task.questions}" for share in task.shares]
-        rows.append((f"right answers, {task.name}", f"{task.questions} questions", *counts))
-    if not rows:
-        yield "Quality was not measured: there was no held-out data and no suite of questions."
-        return
-    yield from _render_table(("measure", "on", "before training", "this adapter"), rows)
-    conclusion = None if losses is None else losses.describe_conclusion()
-    if conclusion is not None:
-        yield ""
-        yield f"Against the adapter that training began from, the loss is {conclusion}."
-    if losses is not None and losses.selected_on_same_data:
-        yield ""
-        yield "The same examples chose the step that is offered; the loss is a little too good."
+def _describe_evaluation(verdict: Verdict) -> Iterator[Block]:
+    """The outcome, and the gate's measurements with their files and numbers of examples."""
+    yield Text(f"{verdict.outcome}: {verdict.describe()}.")
+    if not verdict.is_measured:
+        yield Text("There was no held-out data and no suite of questions to measure it by.")
+    yield check_table(verdict)
+    if verdict.validation is not None and verdict.validation.selected_on_same_data:
+        yield Text(
+            "The same examples chose the step that is offered; the loss is a little too good."
+        )
 
 
 def _list_training(
@@ -152,7 +140,7 @@ def _list_training(
         yield "training, seconds", f"{seconds:.4g}"
 
 
-def _provenance_rows(provenance: dict[str, Any]) -> Iterator[tuple[object, ...]]:
+def _list_provenance(provenance: dict[str, Any]) -> Iterator[tuple[object, ...]]:
     for name in ("base_fingerprint", "dataset_digest", "train_digest", "validation_digest"):
         if provenance.get(name) is not None:
             yield name, provenance[name]
@@ -161,8 +149,5 @@ def _provenance_rows(provenance: dict[str, Any]) -> Iterator[tuple[object, ...]]
     yield from sorted((provenance.get("packages") or {}).items())
 
 
-def _render_table(columns: tuple[str, ...], rows: Any) -> Iterator[str]:
-    yield f"| {' | '.join(columns)} |"
-    yield "|" + "---|" * len(columns)
-    for row in rows:
-        yield f"| {' | '.join(escape_markdown(str(cell)) for cell in row)} |"
+def _two_columns(rows: Iterator[tuple[object, ...]]) -> Table:
+    return Table("", ("of", "value"), list(rows))

@@ -201,6 +201,37 @@ def _parse_integer(text: str) -> int:
     return int(text)
 
 
+def has_repeated_key(raw: bytes, string_count: int) -> bool:
+    """Whether valid JSON has more strings, keys and values, than the `string_count` decoded ones.
+
+    The decoder keeps the last of two equal keys and says nothing. Counting quotes finds it at a
+    tenth of the cost of decoding again, for each one delimits a string or follows a backslash.
+    """
+    if raw.count(b'"') == 2 * string_count:
+        return False
+    unescaped = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    return unescaped.count(b'"') != 2 * string_count
+
+
+def collect_strings(value: Any) -> list[str]:
+    """Every string of a JSON value, keys included."""
+    texts: list[str] = []
+    _append_strings(value, texts)
+    return texts
+
+
+def _append_strings(value: Any, texts: list[str]) -> None:
+    if isinstance(value, str):
+        texts.append(value)
+    elif isinstance(value, dict):
+        texts.extend(value)
+        for item in value.values():
+            _append_strings(item, texts)
+    elif isinstance(value, list):
+        for item in value:
+            _append_strings(item, texts)
+
+
 def private_user_folder(content: str, advice: str, given: str | None = None) -> Path:
     """A folder of this user alone: `given`, or one in the temporary folder; made if it is missing.
 

@@ -1,7 +1,7 @@
 """HTML that text of others cannot change: every string is escaped unless these functions made it.
 
 A page is one file without scripts and without anything to fetch; its content security policy
-forbids both. Tables have headers with a scope, and scroll by themselves where they are too wide.
+forbids both. What is too wide scrolls by itself.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from nested_core.text.foreign_text import escape_but_keep_newlines
 from nested_core.text.html_style import STYLE
@@ -41,10 +41,11 @@ def escaped_html(value: object) -> Html:
 
 
 def element(tag: str, *children: object, **attributes: str) -> Html:
-    """`<tag attributes>children</tag>`; `class_` is the attribute class, `_` in a name is `-`."""
+    """`<tag attributes>children</tag>`; `class_` is class, `_` in a name is `-`; none is ""."""
     pairs = "".join(
         f' {name.rstrip("_").replace("_", "-")}="{escaped_html(value)}"'
         for name, value in attributes.items()
+        if value
     )
     return Html(f"<{tag}{pairs}>{join(children)}</{tag}>")
 
@@ -52,27 +53,6 @@ def element(tag: str, *children: object, **attributes: str) -> Html:
 def join(parts: Iterable[object]) -> Html:
     """The parts one after the other."""
     return Html("".join(map(escaped_html, parts)))
-
-
-def table(caption: str, columns: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
-    """A table whose first column names its rows. End tags that HTML lets one omit are omitted."""
-    head = "".join(f"<th scope=col>{escaped_html(column)}" for column in columns)
-    lines = []
-    for first, *others in rows:
-        cells = "".join(f"<td{_number_class(cell)}>{escaped_html(cell)}" for cell in others)
-        lines.append(f"<tr><th scope=row>{escaped_html(first)}{cells}\n")
-    body = Html(f"<table>{table_caption(caption)}<thead><tr>{head}<tbody>{''.join(lines)}</table>")
-    return scrolling(caption, body)
-
-
-def table_caption(text: str) -> Html:
-    """A caption that stays in sight where its table is scrolled."""
-    return element("caption", element("span", text))
-
-
-def _number_class(cell: object) -> str:
-    is_number = isinstance(cell, int | float) and not isinstance(cell, bool)
-    return " class=n" if is_number else ""
 
 
 def scrolling(label: str, content: Html) -> Html:
@@ -128,18 +108,11 @@ def page(title: str, *content: object) -> str:
     )
 
 
-def key_numbers(entries: Iterable[tuple[str, object, str]]) -> Html:
-    """Numbers to look at first: of each its name, its value and a word of explanation."""
-    return element(
-        "dl",
-        *(
-            element("div", element("dt", name), element("dd", value, element("small", note)))
-            for name, value, note in entries
-        ),
-    )
-
-
 def truncated_text(value: str, limit: int = 400) -> Html:
     """Text of others in its own lines, cut after `limit` characters."""
-    shown = value if len(value) <= limit else f"{value[:limit]} …"
-    return element("span", shown, class_="text")
+    return element("span", cut(value, limit), class_="text")
+
+
+def cut(value: str, limit: int) -> str:
+    """The text without what follows `limit` characters, which it says by an ellipsis."""
+    return value if len(value) <= limit else f"{value[:limit]} …"

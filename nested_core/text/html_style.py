@@ -18,7 +18,7 @@ body.nested-tune{margin:0 auto;padding:16px;max-width:1120px;overflow-wrap:anywh
 .nested-tune h2{font-size:1.1rem;margin:2rem 0 .5rem;border-top:1px solid var(--line);
 padding-top:1rem}
 .nested-tune h3{font-size:.95rem;margin:1rem 0 .25rem}
-.nested-tune p{margin:.4rem 0;max-width:75ch}
+.nested-tune p{margin:.4rem 0;max-width:75ch;white-space:pre-line}
 .nested-tune .verdict{font-size:1.3rem;line-height:1.35;font-weight:600;margin:.5rem 0}
 .nested-tune .good{color:var(--good)}.nested-tune .bad{color:var(--bad)}
 .nested-tune .warn{color:var(--warn)}
@@ -47,12 +47,7 @@ grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}
 .nested-tune .key{display:inline-block;width:1.2em;height:.2em;vertical-align:middle;
 margin:0 .3em 0 .8em}
 .nested-tune summary{cursor:pointer;color:var(--soft);font-size:.85rem;padding:.35rem 0}
-.nested-tune dl{display:grid;gap:.5rem;margin:.6rem 0;
-grid-template-columns:repeat(auto-fill,minmax(min(100%,240px),1fr))}
-.nested-tune dl>div{background:var(--panel);border-radius:8px;padding:.6rem .75rem}
-.nested-tune dt{float:none;width:auto;color:var(--soft);font-size:.8rem}
-.nested-tune dd{margin:0;font-size:1.15rem;font-weight:600;font-variant-numeric:tabular-nums}
-.nested-tune dd small{display:block;font-weight:400;font-size:.8rem;color:var(--soft)}
+.nested-tune dl>div{margin:.4rem 0}.nested-tune dt{color:var(--soft);font-size:.8rem}
 .nested-tune pre{background:var(--panel);color:var(--ink);border-radius:8px;padding:.75rem;
 overflow-x:auto;font:.8rem/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;
 margin:.4rem 0}
@@ -62,7 +57,6 @@ font-size:.9em}
 .nested-tune .scroll .heat td{text-align:center;padding:.2rem .35rem;border:1px solid var(--paper)}
 .nested-tune .scroll .heat thead th{padding-right:.35rem;text-align:center}
 @media(max-width:480px){body.nested-tune{padding:12px;font-size:14px}
-.nested-tune dl{grid-template-columns:repeat(2,minmax(0,1fr))}
 .nested-tune .text{max-width:17rem}
 .nested-tune .verdict{font-size:1.1rem}
 .nested-tune .scroll .heat thead th{writing-mode:vertical-rl;text-align:right}}

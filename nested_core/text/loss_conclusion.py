@@ -114,24 +114,6 @@ def count_examples_needed(
     return math.ceil(needed / unit) * unit
 
 
-def describe_passed(
-    conclusion: str | None, *, is_measured: bool = True, is_broken: bool = False
-) -> str:
-    """A verdict of passed in a few words: `passed, better`, `passed, quality not measured`.
-
-    Args:
-        conclusion: the word for the held-out loss, or an inconclusive one with its figures;
-            None where nothing was compared.
-        is_measured: whether anything was: held-out losses or answers to a suite.
-        is_broken: whether training broke the answers to the sample prompts.
-    """
-    if is_broken:
-        return "passed, answers broken"
-    if not is_measured:
-        return "passed, quality not measured"
-    return "passed" if conclusion is None else f"passed, {conclusion.replace('_', ' ')}"
-
-
 def describe_smallest_visible(difference: float) -> str:
     """What examples can show: `see differences of about 0.14 nats a token, smaller ones hardly`."""
     return f"see differences of about {difference:.2g} nats a token, smaller ones hardly"

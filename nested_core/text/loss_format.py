@@ -19,9 +19,10 @@ def format_change(before: float | None, after: float | None) -> str:
     return f"{format_loss(before)} -> {format_loss(after)}"
 
 
-def format_difference(difference: float) -> str:
-    """A difference of losses, with its sign: "+0.0029"."""
-    return f"{difference:+.4g}"
+def format_difference(difference: float, interval: Sequence[float] | None = None) -> str:
+    """A difference with its sign, and its interval: "+0.0029 (-0.0004 to +0.0062)"."""
+    within = "" if interval is None else f" ({format_interval(interval)})"
+    return f"{difference:+.4g}{within}"
 
 
 def format_interval(interval: Sequence[float]) -> str:

@@ -4,6 +4,6 @@ trainer.py is the loop, train_step.py one optimizer step, loss/ what it minimise
 makes what they need, schedule/ says which batch, evaluation and report belong to a step.
 run_recorder.py writes metrics and checkpoints, training_checks.py checks that training does
 something, reports/ is what a run tells, memory/ predicts its peak. Others use
-`trainer.Trainer`, `training_setup.prepare_training`, `evaluation.Evaluator`,
-`metrics_file.read_metrics` and `rank_communication.join_ranks`.
+`trainer.Trainer`, `training_setup.prepare_training`, `evaluation.Evaluator` and
+`rank_communication.join_ranks`.
 """

@@ -21,6 +21,7 @@ from nested_core.models.parameters import read_parameters
 from nested_core.optim.gradients import Flat, clip_factor
 from nested_core.optim.tier_counters import COUNTERS_KEY
 from nested_core.optim.tiered import Tiered
+from nested_core.records.metrics import append_metrics, read_metrics, truncate_metrics
 from nested_core.storage import checkpoint
 from nested_core.storage.adapter import (
     CONFIG_NAME,
@@ -40,7 +41,6 @@ from nested_core.storage.validation_losses import (
 from nested_core.training.evaluation import Evaluation, Evaluator
 from nested_core.training.loss.loss_interface import MicroBatch
 from nested_core.training.rank_communication import Sums, World
-from nested_core.training.reports.metrics_file import append_metrics, read_metrics, truncate_metrics
 from nested_core.training.schedule.step_schedule import passes_multiple
 from nested_core.training.train_step import StepResult
 from nested_core.training.training_checks import (

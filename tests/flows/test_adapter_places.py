@@ -56,7 +56,7 @@ def test_verify_takes_a_name_under_registry_although_a_folder_has_it(place: Path
     (place / "bot").mkdir()
     command = ("verify", "run/adapter", "bot")
     named = called(*command, "--registry", "registry", cwd=place)
-    assert named.stdout.startswith("rejected: unchanged")  # its champion is that adapter
+    assert named.stdout.startswith("Rejected: unchanged")  # its champion is that adapter
     assert "bot/adapter_config.json" in called(*command, cwd=place).message()
 
 
@@ -92,7 +92,7 @@ def test_verify_takes_names_and_folders(place: Path) -> None:
 def test_compare_writes_its_page_by_the_same_flag_as_other_commands(
     tmp_path: Path, flag: str
 ) -> None:
-    from tests.core.report.written_runs import finished_run
+    from tests.runs import finished_run
 
     finished_run(tmp_path / "one")
     done = called("compare", "one", flag, "page.html", cwd=tmp_path)

@@ -22,7 +22,7 @@ from prefect.settings import (
 from flows.deployment.plan import read_automations_yaml
 from flows.flow_runs.dead_runs import SECONDS_OF_SILENCE
 from flows.process.environment import packaged_folder
-from tasks.outcomes import Outcome
+from nested_core.records.outcome import Outcome
 from tests.prefect_home import DATABASE, new_prefect_home
 
 AUTOMATIONS = {each["name"].partition(": ")[2]: each for each in read_automations_yaml()}

@@ -50,7 +50,7 @@ def test_train_and_run_end_early_with_success(story: tuple[Path, dict[str, Ended
     folder, ran = story
     champion = read_champion(folder / "registry", NAME)
     assert champion is not None
-    line = f"skipped: data unchanged since {champion[:12]}\n"
+    line = f"Skipped: data unchanged since {champion[:12]}\n"
     assert (ran["second"].code, ran["second"].stdout) == (0, line)
     assert (ran["flow"].code, ran["flow"].stdout) == (0, line)
     assert not (folder / "second" / "initial").exists()

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from nested_core.records.metrics import read_metrics
 from nested_core.storage.checkpoint import latest_checkpoint
 from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.reports.metrics_file import read_metrics
 from tests.example import write_config
 from tests.flows.conftest import Ended, called, completed, ended, start
 from tests.waiting import wait_until

@@ -12,7 +12,7 @@ import yaml
 from flows.cli import main
 from nested_core.registry import audit, promote, register
 from tests.core.registry.conftest import write_run
-from tests.core.report.written_runs import finished_run
+from tests.runs import finished_run
 
 
 def test_report_writes_the_page_and_names_it(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.commands.training import _print_result
+from flows.commands.training import print_result
 from nested_core.config.schema import FineTuneConfig
 from nested_core.pipeline.finetune import FinetuneResult
 from nested_core.records.verdict import JudgedAdapter, SampleVerdict, TierChange, Verdict
@@ -96,8 +96,9 @@ def test_status_for_a_person_is_a_table(command_run: CommandRun, nested_tune: Ru
     done = nested_tune("status", command_run.run_dir)
     assert done.code == 0
     rows = dict(re.findall(r"│ (.*?) +│ (.*?) +│", done.stdout))
-    assert (rows["state"], rows["verdict"]) == ("verified", "passed, better")
-    assert (rows["last report at step"], rows["updates of each tier"]) == ("8", "8, 4, 2")
+    assert (rows["state"], rows["outcome"]) == ("verified", "Verified: passed, better")
+    assert rows["updates of each tier"] == "8, 4, 2"
+    assert rows["trained"].startswith("8 of 8 steps, ")
     assert not [name for name in rows if "_" in name]  # words, not keys
     assert done.stderr == ""
 
@@ -137,9 +138,9 @@ def test_train_never_imports_prefect_and_prints_the_tier_table(tmp_path: Path) -
     assert "    expected: Go and see Quito, the capital of Ecuador!" in printed
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed if "│" in line]
     assert [row[:6] for row in rows] == [
-        ["0", "every 1", "28 of 28", "4", "4", "0"],
-        ["1", "every 2", "28 of 28", "2", "2", "0"],
-        ["2", "every 4", "14 of 28", "1", "1", "0"],  # lora_a moves with the second update
+        ["tier 0", "every 1", "28 of 28", "4", "4", "0"],
+        ["tier 1", "every 2", "28 of 28", "2", "2", "0"],
+        ["tier 2", "every 4", "14 of 28", "1", "1", "0"],  # lora_a moves with the second update
     ]
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert f"adapter: runs/{run_dir.name}/adapter" in printed
@@ -170,7 +171,7 @@ def test_the_last_line_is_to_promote_or_what_to_try_where_the_answers_are_broken
     tiers = (TierChange(0, 1, 84, 84, 8, 8, 0),)
     verdict = Verdict((), 8, one, one, (), tiers, samples=broken)
     run = RunDirectory(Path("runs/one"))
-    _print_result(FineTuneConfig(), FinetuneResult(run, verdict=verdict), ())
+    print_result(FineTuneConfig(), FinetuneResult(run, verdict=verdict), ())
     printed, told = capfd.readouterr()
     lines = [*printed.splitlines(), *told.splitlines()]
     assert lines[-1] == last

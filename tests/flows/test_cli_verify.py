@@ -66,7 +66,7 @@ def test_a_person_reads_the_verdict_first_and_then_a_row_a_module(
     assert with_all.count("model.layers.") == 84
     rejected = called("verify", adapters[1], adapters[1], cwd=command_run.folder)
     assert rejected.code == 4
-    assert rejected.stdout.splitlines()[0].startswith("rejected: unchanged (all 84 tensors")
+    assert rejected.stdout.splitlines()[0].startswith("Rejected: unchanged (unchanged: all 84")
 
 
 def truncated(path: Path) -> None:

@@ -26,8 +26,8 @@ from flows.sweep import SweepParameters
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError
+from nested_core.records.outcome import Outcome
 from nested_core.registry import audit
-from tasks.outcomes import Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = packaged_folder("deployments")

@@ -69,9 +69,8 @@ def test_a_verified_and_promoted_adapter_is_announced_with_what_promote_needs(
     state = run_flow(tmp_path, new_name, "always")
     version = core.read_champion(tmp_path / "registry", new_name)
     assert version is not None
-    assert re.fullmatch(
-        rf"verified {version[:12]}: val loss [0-9.]+ -> [0-9.]+; promoted", str(state.message)
-    )
+    said = rf"verified {version[:12]}: validation loss [0-9.]+ -> [0-9.]+ .+; promoted"
+    assert re.fullmatch(said, str(state.message))
     assert events_of(new_name, 2) == [
         (
             "adapter.verified",

@@ -105,7 +105,7 @@ def test_the_flow_fails_with_the_reason_and_promotes_nothing(
     folder, state = sabotaged
     code = request.node.callspec.id
     assert state.is_failed()
-    assert str(state.message).startswith(f"rejected: {code}")
+    assert str(state.message).startswith(f"{state.name} ({code}: ")
     with pytest.raises(GateRejected, match=code):
         state.result()
     document = json.loads((folder / "run" / "gate.json").read_bytes())

@@ -22,10 +22,9 @@ from flows.process import os_errors
 from flows.terminal import console, token_view
 from nested_core import errors
 from nested_core.data.tokens.tokenized_split import ShownExample, ShownToken
-from nested_core.report.champion_page import LineageNode, draw_lineage
 from nested_core.storage.adapter import CONFIG_NAME, write_adapter
+from nested_core.text.document import Cell, Document, Facts, Section, Table, Text
 from nested_core.text.foreign_text import escape
-from nested_core.text.markdown_page import MarkdownPage
 from tasks import log_text
 from tasks.artifact_client import ArtifactClient
 from tests.example import MODEL
@@ -60,11 +59,17 @@ def describe_an_os_error(text: str) -> None:
     console.print_progress(str(error))
 
 
+def print_a_document(text: str) -> None:
+    table = Table(text, (text,), [(Cell(text, "bad", text),)])
+    console.print_blocks(Text(text), Facts([(text, text)]), Section(text, [table]))
+
+
 PRINTERS: list[Callable[[str], None]] = [
     print_a_table,
     print_tokens,
     show_progress,
     print_a_line,
+    print_a_document,
     describe_an_os_error,
 ]
 
@@ -147,35 +152,16 @@ class SentArtifacts(ArtifactClient):
 @pytest.mark.parametrize("name", HOSTILE)
 def test_an_artifact_holds_no_markup_of_others(name: str) -> None:
     text, sent = HOSTILE[name], SentArtifacts()
-    page = MarkdownPage(text)
-    page.add_heading(text)
-    page.add_paragraph(text)
-    page.add_bullets([(text, text)])
-    page.add_facts([(text, text)])
-    page.add_table([text], [[text]])
-    sent.publish_page("page", page, text)
+    sent.publish_page("page", Document(text, [Text(text)]), text)
     sent.publish_table("table", [{text: text, "loss": 1.5}], text)
     sent.publish_progress("progress", 50.0, text)
-    lines = sent.data["page"].splitlines()
-    assert len(lines) == 13
-    assert lines[-1].replace("\\|", "").count("|") == 2
-    others = [line.partition("`: ")[2] or line for line in lines]  # a code span holds no markup
     (row,) = json.loads(sent.data["table"])
     assert len(sent.descriptions) == 3
-    for shown in (*others, *row, *sent.descriptions):
+    for shown in (sent.data["page"].replace("\n", ""), *row, *sent.descriptions):
         assert UNSAFE.search(shown) is None
         for markup in ("](", "<img", "<script", "https://", "www."):
             assert re.search(rf"(?<!\\){re.escape(markup)}", shown) is None
     assert row["loss"] == "1.5"
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_picture_of_others_names_is_xml_of_ours(name: str) -> None:
-    node = LineageNode(HOSTILE[name], (HOSTILE[name],))
-    drawn = draw_lineage([node], node, node)
-    elements = set(re.findall(r"<[^a-z]*([^ >/]*)", drawn))
-    assert elements == {"svg", "rect", "defs", "marker", "path", "text"}
-    assert UNSAFE.search(drawn) is None
 
 
 @given(st.text(st.characters(codec=None)))

@@ -10,8 +10,8 @@ import pytest
 
 from flows.terminal.console import ProgressLine, _wrap, print_table
 from flows.terminal.run_follower import RunFollower, showing_run
+from nested_core.records.metrics import append_metrics, read_metrics, truncate_metrics
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.reports.metrics_file import append_metrics, read_metrics, truncate_metrics
 from nested_core.training.reports.run_progress import RunProgress
 
 

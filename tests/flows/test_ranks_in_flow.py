@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from flows.finetune import FinetuneParameters, finetune
+from nested_core.records.metrics import read_metrics
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.reports.metrics_file import read_metrics
 from tests.example import example_settings
 from tests.flows.conftest import task_runs
 
@@ -26,7 +26,7 @@ def test_training_in_two_ranks_is_one_task_of_the_flow(tmp_path: Path) -> None:
         FinetuneParameters.model_validate(settings | {"run_dir": str(run.path)}), return_state=True
     )
     assert state.is_completed()
-    assert str(state.message).startswith("passed the gate: val loss")
+    assert str(state.message).startswith("passed the gate: validation loss")
     tasks = task_runs(state, "validate", "load", "train", "gate")
     assert [task.run_count for task in tasks.values()] == [1] * 4
     assert tasks["train"].name == "train 8 iterations, tiers every 1, 2, 4 steps"

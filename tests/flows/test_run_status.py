@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from nested_core.config.sections import GateSection
-from nested_core.errors import DamagedError, GateRejected, TrainingStopped
+from nested_core.errors import GateRejected, TrainingStopped
 from nested_core.pipeline import steps
 from nested_core.records import verdict_file
+from nested_core.records.run import Run
 from nested_core.records.verdict import JudgedAdapter, Verdict
 from nested_core.records.verdict_file import write_verdict
-from nested_core.report.run_status import read_status
 from nested_core.storage import strict_files
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import Finished, example_config, prepare, stop_after, train
@@ -30,7 +30,7 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Fi
     seen: dict[str, str] = {}
 
     def look(stage: str) -> None:
-        seen[stage] = read_status(run)["state"]
+        seen[stage] = Run(run).state
 
     prepare(config, run.path)
     look("loaded")
@@ -74,8 +74,8 @@ def test_a_verdict_that_a_resumed_run_takes_away_meanwhile_is_none(
         return read(path, limit)
 
     monkeypatch.setattr(verdict_file, "read_json", after)
-    status = read_status(run)
-    assert (status["verdict"], status["state"]) == (None, "never began")
+    taken_away = Run(run)
+    assert (taken_away.verdict, taken_away.state, taken_away.problems) == (None, "never began", [])
 
 
 def test_a_verdict_without_its_manifest_is_none_and_an_edited_one_is_damage(
@@ -83,12 +83,13 @@ def test_a_verdict_without_its_manifest_is_none_and_an_edited_one_is_damage(
 ) -> None:
     run = prepare(example_config(), tmp_path / "run")
     write_verdict(run.path, PASSED, {})
-    assert read_status(run)["verdict"] == "passed"
+    assert Run(run).state == "verified"
     run.gate.write_bytes(run.gate.read_bytes().replace(b"adapter", b"another"))
-    with pytest.raises(DamagedError, match=r"gate\.json has changed since the verdict was given"):
-        read_status(run)
+    edited = Run(run)
+    assert (edited.verdict, edited.state) == (None, "damaged")
+    assert "gate.json has changed since the verdict was given" in edited.problems[0]
     run.manifest.unlink()
-    assert read_status(run)["verdict"] is None
+    assert (Run(run).verdict, Run(run).problems) == (None, [])
 
 
 def test_a_verified_run_that_was_made_longer_and_stopped_is_resumable(
@@ -98,7 +99,7 @@ def test_a_verified_run_that_was_made_longer_and_stopped_is_resumable(
     steps.write_run_config(longer, run, resume=True)
     with pytest.raises(TrainingStopped):
         train(longer, run, on_start=stop_after(12))
-    assert read_status(run)["state"] == "resumable"
+    assert Run(run).state == "resumable"
 
 
 def test_the_checkpoint_that_a_killed_run_goes_on_from_is_named(tmp_path: Path) -> None:
@@ -107,8 +108,7 @@ def test_the_checkpoint_that_a_killed_run_goes_on_from_is_named(tmp_path: Path) 
     prepare(config, run.path)
     with pytest.raises(TrainingStopped):
         train(config, run, on_start=stop_after(5))
-    status = read_status(run)
-    assert (status["state"], Path(status["checkpoint"]).name) == ("resumable", "step-0000005")
+    assert (Run(run).state, Run(run).find_checkpoint()) == ("resumable", "step-0000005")
     weights = run.checkpoints / "step-0000005" / "adapters.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
-    assert Path(read_status(run)["checkpoint"]).name == "step-0000004"
+    assert Run(run).find_checkpoint() == "step-0000004"

@@ -9,9 +9,9 @@ import pytest
 from rich.cells import cell_len
 
 from flows.terminal.run_view import draw_bar, draw_curve, draw_screen, format_line
+from nested_core.records.plan import TrainingPlan, join_last_losses
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.reports.run_progress import RunProgress
-from nested_core.training.reports.training_plan import TrainingPlan, join_last_losses
 
 PLAN = TrainingPlan(
     steps=200,

@@ -13,7 +13,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.runtime import deployment
 
 from flows.flow_runs.nights import tag_flow_run
-from nested_core.text.markdown_page import MarkdownPage
+from nested_core.text.document import Document
 from tasks.artifact_client import ArtifactClient
 from tasks.promote import read_origin
 
@@ -27,7 +27,7 @@ def connect_nowhere(sync_client: bool) -> SyncPrefectClient:
 
 def publish_page() -> None:
     with ArtifactClient() as artifacts:
-        artifacts.publish_page("away-night", MarkdownPage("night"), "a page")
+        artifacts.publish_page("away-night", Document("night", []), "a page")
         artifacts.publish_table("away-table", [{"a": 1}], "a table")
 
 

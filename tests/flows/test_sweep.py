@@ -22,7 +22,7 @@ from flows.sweep import (
 from nested_core.errors import ConfigError
 from nested_core.records.verdict import JudgedAdapter, Validation, Verdict
 from nested_core.records.verdict_file import write_verdict
-from nested_core.report.sweep_results import SweepRunResult, choose_best_run
+from nested_core.report.sweep import SweepRunResult, choose_best_run
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.test_sweep_choice import sweep_of
 from tests.example import example_config
@@ -115,7 +115,7 @@ def test_a_run_that_passed_is_a_candidate_whatever_its_states_name(tmp_path: Pat
     kept = SweepRunResult.read_from_run(run, {"seed": 1}, "Kept the champion", "")
     assert passed.has_passed
     assert not kept.has_passed
-    assert passed.describe() == "seed=1 (val loss 0.5)"
+    assert passed.describe() == "seed=1 (validation loss 0.5)"
 
 
 @pytest.mark.parametrize(

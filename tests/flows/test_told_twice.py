@@ -5,25 +5,25 @@ The offered adapter is not the last one, so that a view which shows the last fig
 
 from __future__ import annotations
 
-import html
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from nested_core import compare_runs, finetune, open_run, read_report
 from nested_core.pipeline.finetune import FinetuneResult
+from nested_core.records.metrics import read_metrics
+from nested_core.records.run import Run
+from nested_core.records.verdict_document import describe_verdict
 from nested_core.registry import promote
-from nested_core.report.champion_page import ChampionRecord, describe_champion
-from nested_core.report.loss_curves import describe_curves
-from nested_core.report.night_page import describe_night
-from nested_core.report.verdict_page import describe_verdict
+from nested_core.report.champion import ChampionRecord, describe_champion
+from nested_core.report.curves import describe_curves
+from nested_core.report.nights import describe_night
+from nested_core.report.run_report import describe_run
 from nested_core.storage.strict_files import read_json_object
+from nested_core.text.document import Document
 from nested_core.text.loss_format import format_difference, format_interval, format_loss
-from nested_core.training.reports.metrics_file import read_metrics
 from tests.example import DATA, EXAMPLES, example_config
 from tests.flows.conftest import called
 
@@ -53,6 +53,11 @@ class Told:
     last: tuple[int, float]
     trained: float
     right: tuple[int, int]
+
+    @property
+    def change(self) -> str:
+        """The gate's loss before and after."""
+        return f"{format_loss(self.before)} -> {format_loss(self.offered[2])}"
 
     @property
     def folder(self) -> Path:
@@ -106,150 +111,98 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     )
 
 
-def run_json(told: Told, *command: str) -> Any:
-    done = called(*command, "--json", cwd=told.folder.parent.parent)
+def asked(told: Told, *command: str) -> str:
+    done = called(*command, cwd=told.folder.parent.parent)
     assert done.code == 0
-    return json.loads(done.stdout)
+    return done.stdout
 
 
 def test_status_runs_and_compare_tell_the_same_numbers(told: Told) -> None:
-    status = run_json(told, "status", "runs/one")
-    (listed,) = run_json(told, "runs")["runs"]
-    compared = run_json(told, "compare", "runs/one")
+    status = json.loads(asked(told, "status", "runs/one", "--json"))
+    (listed,) = json.loads(asked(told, "runs", "--json"))["runs"]
+    compared = json.loads(asked(told, "compare", "runs/one", "--json"))
     (own,) = compared["runs"]
     for view in (status, listed, own):
-        keys = ("offered_step", "offered_val_loss", "gate_loss")
-        assert tuple(view[key] for key in keys) == told.offered
-    assert status["current_val_loss"] == listed["val_loss"] == own["val_loss"] == told.last[1]
-    assert status["current_train_loss"] == listed["train_loss"] == told.trained
+        assert (view["offered_step"], view["offered_val_loss"], view["gate_loss"]) == told.offered
+        assert (view["train_loss"], view["val_loss"]) == (told.trained, told.last[1])
+        assert (view["step"], view["steps"], view["epochs"]) == (24, 24, 6.0)
+        assert (view["outcome"], view["conclusion"]) == ("Promoted", "better")
+    assert status["current_val_loss"] == told.last[1]
     losses = compared["losses"]
     assert (losses["validation_step"], losses["validation"]) == ([told.last[0]], [told.last[1]])
     assert losses["training"] == [told.trained]
     assert (losses["gate_step"], losses["gate_after"]) == ([told.offered[0]], [told.offered[2]])
     assert (losses["gate_file"], losses["gate_examples"]) == (["test.jsonl"], [5])
     assert (losses["validation_file"], losses["validation_examples"]) == (["valid.jsonl"], [5])
-    assert (status["step"], listed["step"], own["step"], own["epochs"]) == (24, 24, 24, 6.0)
-    assert (listed["steps"], own["steps"]) == (24, 24)
     assert compared["tasks"] == {"capitals": [told.right[1] / 15]}
+    assert "iters" not in compare_runs([told.folder, told.folder]).differing_settings()
+
+
+def rows_of(table: str) -> dict[str, list[str]]:
+    """The cells of a terminal's table behind the first of each row."""
+    lines = [line.strip("│").split("│") for line in table.splitlines() if line.startswith("│")]
+    return {name.strip(): [cell.strip() for cell in cells] for name, *cells in lines}
 
 
 def test_the_tables_of_the_command_line_tell_them_too(told: Told) -> None:
     step, val_loss, gate_loss = told.offered
-    listed = called("runs", cwd=told.folder.parent.parent).stdout
-    cells = [cell.strip() for cell in re.findall(r"[^│\n]+", listed.splitlines()[3])]
-    assert cells[1:6] == [
-        "capitals",
-        f"promoted: {WORDS}",
-        f"{step} of 24",
-        format_loss(val_loss),
-        format_loss(gate_loss),
-    ]
-    status = called("status", "runs/one", cwd=told.folder.parent.parent).stdout
-    shown = dict(re.findall(r"│ (.*?) +│ (.*?) +│", status))
+    listed = rows_of(asked(told, "runs"))["one"]
+    losses = [format_loss(val_loss), format_loss(gate_loss)]
+    assert listed[:-1] == ["capitals", f"Promoted: {WORDS}", f"{step} of 24", *losses]
+    status = rows_of(asked(told, "status", "runs/one"))
+    compared = rows_of(asked(told, "compare", "runs/one"))
+    data = "train.jsonl, mean since the last report, step 24"
     last_step, last_loss = told.last
-    assert shown["verdict"] == WORDS
-    assert shown["offered: the adapter of step"] == str(step)
-    assert shown["its validation loss"] == format_loss(val_loss)
-    assert shown["gate's loss after"] == format_loss(gate_loss)
-    assert shown["last report at step"] == "24"
-    train = "train.jsonl, mean since the last report, step 24"
-    assert shown["training loss, last report"] == f"{format_loss(told.trained)} ({train})"
-    assert shown["validation loss, last evaluation"].startswith(
-        f"{format_loss(last_loss)} (valid.jsonl, 5 examples, step {last_step})"
-    )
-    named = list(compare_runs([told.folder]).rows())
-    rows = {str(name): cells for name, *cells in named}
-    places = {str(name): number for number, (name, *_) in enumerate(named)}
-
-    def below(name: str, count: int) -> list[tuple[object, ...]]:
-        """The rows of the split and step that stand below a loss."""
-        return [tuple(row) for row in named[places[name] + 1 :][:count]]
-
-    assert rows["verdict"] == [WORDS]
-    assert rows["gate's loss before"] == [told.before]
-    gate_rows = [("gate's loss: file", "test.jsonl"), ("gate's loss: examples", 5)]
-    assert below("gate's loss before", 2) == gate_rows
-    assert rows["training loss, mean of the last report"] == [told.trained]
-    assert below("training loss, mean of the last report", 2) == [
-        ("training loss: file", "train.jsonl"),
-        ("training loss: at step", 24),
-    ]
-    assert below("validation loss, last evaluation", 3) == [
-        ("validation loss: file", "valid.jsonl"),
-        ("validation loss: examples", 5),
-        ("validation loss: at step", last_step),
-    ]
-    assert rows["offered: the adapter of step"] == [step]
-    assert rows["its validation loss"] == [val_loss]
-    assert rows["gate's loss after"] == [gate_loss]
-    assert rows["validation loss, last evaluation"] == [told.last[1]]
-    assert rows["trained"] == ["24 of 24 steps, 6 passes over train.jsonl"]
-    assert rows["right answers, capitals"] == [told.right[1] / 15]
-    assert "iters" not in compare_runs([told.folder, told.folder]).differing_settings()
+    for shown in (status, compared):
+        assert shown["outcome"] == [f"Promoted: {WORDS}"]
+        assert shown["trained"] == ["24 of 24 steps, 6 passes over train.jsonl"]
+        assert shown["offered: the adapter of step"] == [str(step)]
+        assert shown["its validation loss"] == [format_loss(val_loss)]
+        assert shown["test loss, test.jsonl, 5 examples"] == [told.change]
+        assert shown["answers, capitals"] == [f"{told.right[0]} of 15 -> {told.right[1]} of 15"]
+        assert shown["training loss, last report"] == [f"{format_loss(told.trained)} ({data})"]
+        evaluated = f"{format_loss(last_loss)} (valid.jsonl, 5 examples, step {last_step})"
+        assert shown["validation loss, last report"][0].startswith(evaluated)
 
 
-def test_the_page_the_card_and_python_tell_them(told: Told) -> None:
+def test_each_page_has_the_same_rows_and_the_loss_in_the_same_words(told: Told) -> None:
     step, _, gate_loss = told.offered
-    page = html.unescape(re.sub(r"<[^>]+>", " ", read_report(told.folder).to_html()))
-    assert "24 of 24 steps, 6 passes over train.jsonl" in page
-    assert f"The adapter of step {step} is the one that was judged." in page
-    change = f"loss {format_loss(told.before)} → {format_loss(gate_loss)} on test.jsonl, 5 examples"
-    assert f"P{WORDS[1:]}: {change}" in page
-    difference, *interval = told.difference
-    words = " ".join(page.split())
-    assert f"Loss before {format_loss(told.before)} nats a token, test.jsonl, 5 examples" in words
-    assert f"Loss after {format_loss(gate_loss)} step {step}, same examples" in words
-    assert f"Difference {format_difference(difference)} after minus before" in words
-    assert f"95 % interval {format_interval(interval)}" in words
-    assert "Validation losses are of valid.jsonl, 5 examples." in words
-    for at, loss in ((step, told.offered[1]), told.last):  # in the table below the curve
-        assert re.search(
-            rf"(?<!\S){at} [0-9.]+ [0-9.]+ {re.escape(format_loss(loss))}(?!\S)", words
-        )
-    assert f"{told.right[1]} of 15 right answers to capitals" in page
-
-    card = called("card", "capitals", cwd=told.folder.parent.parent).stdout
-    assert "| steps | 24 of 24 |" in card
-    assert "| passes over train.jsonl | 6 |" in card
-    assert f"| step of this adapter | {step} |" in card
-    losses = f"{format_loss(told.before)} | {format_loss(gate_loss)} |"
-    assert f"| mean loss, nats a token | test.jsonl, 5 examples | {losses}" in card
-    assert "the loss is better." in card
-    assert f"| {told.right[0]} of 15 | {told.right[1]} of 15 |" in card
-    assert "1000" not in card  # iters did not count
-
-    result = told.result
-    assert result.training is not None
+    result, folder = told.result, told.folder.parent.parent
     assert result.verdict is not None
-    assert result.verdict.validation is not None
+    assert result.version is not None
+    config = example_config(registry={"path": str(told.folder), "name": "capitals"})
+    record = ChampionRecord.read(folder / "registry", "capitals", result.version)
+    pages = {
+        "report": str(describe_run(Run(result.run))),
+        "gate": str(Document("", list(describe_verdict(result.verdict, "Verified")))),
+        "night": str(describe_night(config, Run(result.run), "Promoted", "done")),
+        "champion": str(describe_champion(record)),
+        "card": asked(told, "card", "capitals"),
+        "repr": repr(result),
+    }
+    plain = {name: page.replace("\\", "") for name, page in pages.items()}
+    losses = f"{format_loss(told.before)} | {format_loss(gate_loss)}"
+    difference, *interval = told.difference
+    differs = f"{format_difference(difference)} ({format_interval(interval)})"
+    rows = (
+        f"| test loss, test.jsonl, 5 examples | {losses} | {differs} |",
+        f"| answers, capitals | {told.right[0]} of 15 | {told.right[1]} of 15 |",
+    )
+    for name in plain.keys() - {"repr"}:
+        assert [row for row in rows if row not in plain[name]] == [], name
+    loss = f"test loss {told.change} (test.jsonl, 5 examples, step {step} of 24)"
+    for name in plain.keys() - {"card"}:
+        assert loss in plain[name], name
+    for words in ("| steps | 24 of 24 |", "| passes over train.jsonl | 6 |"):
+        assert words in plain["card"]
+    assert f"| step of this adapter | {step} |" in plain["card"]
+    assert "1000" not in plain["card"]  # iters did not count
+    assert "24 of 24 steps, 6 passes over train.jsonl" in read_report(told.folder).to_html()
+    assert f"The adapter of step {step} is the one that was judged." in plain["report"]
+    assert "Validation losses are of valid.jsonl, 5 examples." in plain["report"]
+    assert result.training is not None
     assert (result.training.adapter_step, result.verdict.adapter_step) == (step, step)
-    assert result.verdict.validation.loss_after == gate_loss
     assert result.training.best_val_loss == told.offered[1]
     assert result.training.val_loss == told.last[1]
-    change = f"{format_loss(told.before)} -> {format_loss(gate_loss)}"
-    assert f"{change} (test.jsonl, 5 examples, step {step} of 24)" in repr(result)
-
-
-def test_prefects_pages_tell_them(told: Told) -> None:
-    step, _, gate_loss = told.offered
-    assert told.result.verdict is not None
-    figures = (
-        f"{format_loss(told.before)} before training, {format_loss(gate_loss)} after, adapter of "
-        f"step {step} (test.jsonl, 5 examples)"
-    )
-    assert figures in str(describe_verdict(told.result.verdict))
-    config = example_config(registry={"path": str(told.folder), "name": "capitals"})
-    night = str(describe_night(config, told.result.run, "Promoted", "done"))
-    assert figures in night
-    answers = f"{told.right[0]} of 15 right before, {told.right[1]} of 15 after"
-    assert f"capitals: {answers}" in night
-    registry = told.folder.parent.parent / "registry"
-    assert told.result.version is not None
-    record = ChampionRecord.read(registry, "capitals", told.result.version)
-    champion = str(describe_champion(record))
-    assert figures in champion
-    assert answers in champion
-    curves = read_metrics(told.result.run.metrics)
-    drawn = str(describe_curves(curves, 24, "data"))
-    assert f"step {told.last[0]}" in drawn
-    assert format_loss(told.last[1]) in drawn
+    drawn = str(describe_curves(Run(result.run).metrics, 24, "data"))
+    assert f"{format_loss(told.last[1])} (step {told.last[0]})" in drawn.replace("\\", "")

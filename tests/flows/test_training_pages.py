@@ -15,9 +15,9 @@ from prefect import flow, runtime, task
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
+from nested_core.records.plan import TrainingPlan
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.reports.run_progress import RunProgress
-from nested_core.training.reports.training_plan import TrainingPlan
 from tasks.artifact_client import ArtifactClient
 from tasks.training_progress import TrainingPages
 from tests.example import example_config

@@ -164,7 +164,7 @@ FAULTS = (
         "a condition turned",
     ),
     Fault(
-        "nested_core/training/reports/training_plan.py",
+        "nested_core/records/plan.py",
         "if 0 < step <= first_step}))",
         "if 0 <= step < first_step}))",
         "a comparison turned",
@@ -212,22 +212,22 @@ FAULTS = (
         "a condition turned",
     ),
     Fault(
-        "nested_core/report/run_comparison.py",
-        "    if not difference.is_measurable:",
-        "    if difference.is_measurable:",
+        "nested_core/report/comparison.py",
+        "if difference.is_measurable else None",
+        "if not difference.is_measurable else None",
         "a condition turned",
+    ),
+    Fault(
+        "nested_core/report/outcome.py",
+        '    if "promote" in actions:',
+        '    if "rollback" in actions:',
+        "a wrong name",
     ),
     Fault(
         "nested_core/text/value_format.py",
         'return f"{value:.4g}" if math.isfinite(value) else "not finite"',
         'return f"{value:.4g}" if not math.isnan(value) else "not finite"',
         "a forgotten case",
-    ),
-    Fault(
-        "nested_core/report/verdict_page.py",
-        'task.describe() if task.verdict == "passed"',
-        'task.describe() if task.verdict != "passed"',
-        "a comparison turned",
     ),
     Fault(
         "flows/sweep.py",

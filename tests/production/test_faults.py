@@ -18,9 +18,9 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.flow_runs import resume_flow_run
 
 from nested_core import registry as core
+from nested_core.records.metrics import read_metrics
 from nested_core.storage.checkpoint import latest_checkpoint
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.reports.metrics_file import read_metrics
 from tests.production.faults import FaultTable
 from tests.production.stack import DEAD_WITHIN, Stack, wait_for
 from tests.production.test_production import add, champion

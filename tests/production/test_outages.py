@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nested_core import registry as core
-from nested_core.training.reports.metrics_file import read_metrics
+from nested_core.records.metrics import read_metrics
 from tests.production.faults import FaultTable
 from tests.production.processes import processes_with
 from tests.production.stack import DEAD_WITHIN, Stack, wait_for

@@ -82,7 +82,7 @@ def test_the_nightly_run_comes_by_its_schedule_and_its_adapter_is_champion(stack
 def test_a_night_without_new_data_is_skipped(stack: Stack) -> None:
     ended = stack.wait(stack.submit(f"finetune/{NAME}-nightly"))
     assert ended.state is not None
-    assert ended.state.message == f"skipped: data unchanged since {str(champion(stack))[:12]}"
+    assert ended.state.message == f"data unchanged since {str(champion(stack))[:12]}"
     assert len(core.history(stack.registry, NAME)) == 1
 
 
@@ -110,7 +110,7 @@ def test_a_rejected_adapter_fails_its_run_with_the_reason_and_promotes_nothing(
     ended = stack.wait(stack.submit(f"finetune/{NAME}-manual", gate=gate))
     assert ended.state is not None
     assert ended.state.name == "Rejected: unchanged"
-    assert str(ended.state.message).startswith("rejected: ")
+    assert str(ended.state.message).startswith("Rejected: ")
     assert champion(stack) == before
     assert core.list_versions(stack.registry, NAME) == versions
 

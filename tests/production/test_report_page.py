@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 
 from nested_core.pipeline import steps
+from nested_core.records.run import read_run
 from nested_core.records.verdict import Reason
-from nested_core.report.run_comparison import compare_runs
-from nested_core.report.run_page import RunReport
-from nested_core.report.run_record import read_run
+from nested_core.report.comparison import compare_runs
+from nested_core.report.run_report import RunReport
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.reports.reporting_services import TrainingCallback
-from tests.core.report.written_runs import HOSTILE_ROW, add_metrics, begin_run, finished_run
 from tests.example import example_config, prepare, train
 from tests.production.browser import Browser, find_chromium
 from tests.production.stack import wait_for
+from tests.runs import HOSTILE_ROW, add_metrics, begin_run, finished_run
 
 pytestmark = [pytest.mark.production, pytest.mark.timeout(600)]
 

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.gate.example_losses import ExampleLosses, read_example_losses
 from nested_core.gate.held_out_loss import (
     LoadedBase,
     choose_held_out_examples,
     read_nonempty_splits,
 )
 from nested_core.pipeline.finetune import FinetuneResult, finetune
+from nested_core.records.losses import ExampleLosses, read_example_losses
 from nested_core.records.verdict import ChampionLoss
 from nested_core.registry import read_champion, read_champion_changes
 from nested_core.registry.versions import read_provenance, version_folder

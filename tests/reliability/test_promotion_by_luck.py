@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nested_core.gate.example_losses import ExampleLosses
 from nested_core.gate.held_out_loss import (
     LoadedBase,
     choose_held_out_examples,
     read_nonempty_splits,
 )
 from nested_core.gate.loss_figures import summarise_champion
+from nested_core.records.losses import ExampleLosses
 from tests.example import DATA, train_example
 
 TRAINED_ON = 12

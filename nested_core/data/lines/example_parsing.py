@@ -28,11 +28,7 @@ from pydantic import (
 )
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
-from nested_core.data.lines.json_decoding import (
-    LineProblem,
-    collect_strings,
-    decode_json_object,
-)
+from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
 from nested_core.data.lines.other_formats import (
     SHAREGPT_SPELLINGS,
     describe_field_names,
@@ -46,7 +42,7 @@ from nested_core.data.lines.other_formats import (
 )
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError, shorten
-from nested_core.storage.strict_files import UNBOUNDED, open_regular
+from nested_core.storage.strict_files import UNBOUNDED, collect_strings, open_regular
 
 Role = Literal["system", "user", "assistant", "tool"]
 Format = Literal["chat", "completion", "text", "sharegpt", "alpaca"]

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from nested_core.errors import shorten
+from nested_core.storage.strict_files import collect_strings, has_repeated_key
 
 # Outside of the texts; one that never ends is passed over whole, so that none is looked at twice.
 _NAN_OR_INFINITY_PATTERN = re.compile(
@@ -43,37 +44,6 @@ def decode_json_object(raw: bytes) -> dict[str, Any]:
     if b"\\u0000" in raw and any("\0" in text for text in collect_strings(row)):
         raise LineProblem("nul-character", "a text holds a NUL character (\\u0000)")
     return row
-
-
-def has_repeated_key(raw: bytes, string_count: int) -> bool:
-    """Whether valid JSON has more strings, keys and values, than the `string_count` decoded ones.
-
-    The decoder keeps the last of two equal keys and says nothing. Counting quotes finds it at a
-    tenth of the cost of decoding again, for each one delimits a string or follows a backslash.
-    """
-    if raw.count(b'"') == 2 * string_count:
-        return False
-    unescaped = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
-    return unescaped.count(b'"') != 2 * string_count
-
-
-def collect_strings(value: Any) -> list[str]:
-    """Every string of a JSON value, keys included."""
-    texts: list[str] = []
-    _append_strings(value, texts)
-    return texts
-
-
-def _append_strings(value: Any, texts: list[str]) -> None:
-    if isinstance(value, str):
-        texts.append(value)
-    elif isinstance(value, dict):
-        texts.extend(value)
-        for item in value.values():
-            _append_strings(item, texts)
-    elif isinstance(value, list):
-        for item in value:
-            _append_strings(item, texts)
 
 
 def _refuse_repeated_key(raw: bytes) -> None:

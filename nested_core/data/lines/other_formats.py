@@ -11,8 +11,9 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from nested_core.data.lines.json_decoding import LineProblem, collect_strings
+from nested_core.data.lines.json_decoding import LineProblem
 from nested_core.errors import shorten
+from nested_core.storage.strict_files import collect_strings
 
 _PROMPT_KEYS = ("prompt", "question", "query", "instruction", "input", "problem", "user")
 _COMPLETION_KEYS = (

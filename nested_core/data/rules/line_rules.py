@@ -12,8 +12,8 @@ import polars as pl
 
 from nested_core.data.lines.example_parsing import CONVERSATION_FORMATS
 from nested_core.data.lines.sensitive_data import SENSITIVE_PATTERNS
-from nested_core.data.rules.dataset_report import Severity
 from nested_core.data.rules.rule_table import FrameRules, Rule
+from nested_core.records.dataset import Severity
 
 # A conversation so far: system first if at all, users and assistants in turn, results after a call.
 # An orphan result (o) counts as one here, for it has a check of its own.

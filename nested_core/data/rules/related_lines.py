@@ -15,7 +15,7 @@ import polars as pl
 
 from nested_core.config.sections import DataPolicy
 from nested_core.data.lines.word_ngrams import RARE_NGRAM_MAX_EXAMPLES
-from nested_core.data.rules.dataset_report import Finding, Findings
+from nested_core.records.dataset import Finding, Findings
 
 _KEYS = ("content", "folded", "prompt")
 _RELATIONS = ("repeats", "resembles", "answers_otherwise")

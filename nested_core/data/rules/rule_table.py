@@ -16,8 +16,8 @@ from typing import Any
 
 import polars as pl
 
-from nested_core.data.rules.dataset_report import Finding, Findings, Severity
 from nested_core.errors import join_first_values
+from nested_core.records.dataset import Finding, Findings, Severity
 
 _VALIDATION_DEPTH_VARIABLE = "PANDERA_VALIDATION_DEPTH"
 _VALIDATION_DEPTHS = {"SCHEMA_ONLY", "DATA_ONLY", "SCHEMA_AND_DATA"}

@@ -13,9 +13,9 @@ import polars as pl
 from nested_core.data.batches import sort_into_buckets
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.lines.example_parsing import CONVERSATION_FORMATS
-from nested_core.data.rules.dataset_report import Finding, SplitStats, TokenStats
 from nested_core.data.rules.related_lines import Dropped
 from nested_core.data.tokens.parallel_tokenization import TokenFacts
+from nested_core.records.dataset import Finding, SplitStats, TokenStats
 
 _LETTER_PATTERN_BY_ROLE = {
     "system": "s",

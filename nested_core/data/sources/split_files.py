@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nested_core.config.names import HUB_NAME_PATTERN
-from nested_core.data.data_settings import SPLITS, DataSettings, FilePart
+from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.sources.file_formats import (
     CSV_DELIMITERS,
     MAX_LINE_BYTES,
@@ -42,6 +42,7 @@ from nested_core.data.sources.hub_datasets import (
     open_dataset_by_name,
 )
 from nested_core.errors import ConfigError
+from nested_core.records.dataset import FilePart
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
 
 _READER_BY_SUFFIX: dict[str, Callable[[Path], Iterator[NumberedLine]]] = {

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nested_core.data.data_settings import SPLITS, FilePart, find_place
+from nested_core.data.data_settings import SPLITS
 from nested_core.errors import DamagedError
+from nested_core.records.dataset import FilePart, find_place
 from nested_core.storage.manifest import read_manifest, verify_manifest, write_manifest
 from nested_core.storage.strict_files import UNBOUNDED, open_regular, read_regular
 

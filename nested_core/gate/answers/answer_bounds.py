@@ -15,14 +15,14 @@ import numpy as np
 from nested_core.config.sections import GateSection, TaskSection
 from nested_core.errors import JUDGE_AGAIN, DamagedError, join_first_values
 from nested_core.gate.loss_figures import exchange_mid_p
-from nested_core.gate.paired_difference import (
+from nested_core.records.answers import AnswerRecord, BrokenHow, SampleAnswers
+from nested_core.records.paired_difference import (
     PairedDifference,
     compare_pairs,
     independent_clusters,
     smallest_visible_share,
     student_t_cdf,
 )
-from nested_core.records.answers import AnswerRecord, BrokenHow, SampleAnswers
 from nested_core.records.verdict import Reason, SampleVerdict, TaskResult
 from nested_core.text.loss_conclusion import Conclusion
 

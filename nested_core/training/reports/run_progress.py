@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nested_core.errors import DamagedError
+from nested_core.records.plan import TrainingPlan, read_plan
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import open_regular
 from nested_core.text.duration_format import format_clock
 from nested_core.text.foreign_text import escape
 from nested_core.text.loss_format import format_loss
-from nested_core.training.reports.training_plan import TrainingPlan, read_plan
 
 
 @dataclass
@@ -216,7 +216,7 @@ class RunProgress:
 
 
 def _record_or_none(line: bytes) -> dict[str, Any] | None:
-    from nested_core.training.reports.metrics_file import parse_record
+    from nested_core.records.metrics import parse_record
 
     try:
         return parse_record(line)

@@ -14,12 +14,12 @@ import pytest
 
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.rules.dataset_report import Finding
 from nested_core.data.sources import file_formats
 from nested_core.data.tokens import parallel_tokenization
 from nested_core.data.tokens.template_time_limit import TemplateTimeLimit, TemplateTooSlow
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
+from nested_core.records.dataset import Finding
 from tests.example import MODEL
 
 LINE = b'{"text": "Where is Oslo? In Norway."}\n'

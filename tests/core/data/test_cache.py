@@ -22,12 +22,15 @@ from nested_core.config.sections import DataPolicy
 from nested_core.data import dataset_loading
 from nested_core.data import dataset_loading as caching
 from nested_core.data.data_settings import DataSettings
-from nested_core.data.dataset_loading import dataset_cache, load_dataset
-from nested_core.data.rules.dataset_report import DatasetReport
+from nested_core.data.dataset_loading import (
+    dataset_cache,
+    load_dataset,
+)
 from nested_core.data.tokens import tokenized_split
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
+from nested_core.records.dataset import DatasetReport
 from nested_core.storage.user_cache import UserCache
 from tests.core.data.conftest import WriteData
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nested_core.data.rules.dataset_report import DATA_GUIDE, Finding, guide_sentence
 from nested_core.data.rules.file_rules import FILE_RULES, ROW_COUNT_RULES
 from nested_core.data.rules.line_rules import LINE_RULES, SENSITIVE_DATA_RULES, make_held_out_rules
 from nested_core.data.rules.rule_table import FrameRules
 from nested_core.data.rules.token_rules import ENCODING_RULES, TOKEN_RULES
+from nested_core.records.dataset import DATA_GUIDE, Finding, guide_sentence
 
 ROOT = Path(__file__).parents[3]
 DATA = ROOT / "nested_core" / "data"

@@ -13,9 +13,9 @@ import pytest
 
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DatasetError
+from nested_core.records.dataset import DatasetReport
 from tests.core.data.conftest import WriteData
 
 
@@ -168,7 +168,7 @@ def test_switching_pandera_off_from_outside_changes_nothing(write_data: WriteDat
 def test_naming_the_package_loads_no_pandera_no_polars_and_no_mlx() -> None:
     script = (
         "import sys; before = set(sys.modules); import nested_core.data; "
-        "import nested_core.data.rules.dataset_report, nested_core.data.lines.line_rows; "
+        "import nested_core.records.dataset, nested_core.data.lines.line_rows; "
         "print(sorted({name.split('.')[0] for name in set(sys.modules) - before} "
         "& {'pandera', 'polars', 'mlx_lm', 'transformers'}))"
     )

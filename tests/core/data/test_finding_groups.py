@@ -10,7 +10,7 @@ import pytest
 
 from nested_core.data.lines.example_parsing import FieldNames
 from nested_core.data.lines.line_rows import parse_line_to_row
-from nested_core.data.rules.dataset_report import MAX_SHOWN_CAUSES, Finding, group_findings
+from nested_core.records.dataset import MAX_SHOWN_CAUSES, Finding, group_findings
 from tests.core.data.conftest import WriteData
 from tests.flows.conftest import called
 from tests.left_out import slow_except

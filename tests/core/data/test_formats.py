@@ -16,9 +16,9 @@ import pytest
 
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.sources import file_formats
 from nested_core.errors import ConfigError
+from nested_core.records.dataset import DatasetReport
 
 Found = tuple[str, int | None, str]
 

@@ -10,9 +10,9 @@ import pytest
 from nested_core.config.sections import DataPolicy
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from nested_core.records.dataset import DatasetReport
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
 
 Splits = dict[str, TokenizedSplit]

@@ -17,10 +17,10 @@ from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.dataset_split import split_dataset
 from nested_core.data.lines.example_parsing import FORMATS
-from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
+from nested_core.records.dataset import DatasetReport
 
 Turn = dict[str, Any]
 Files = dict[str, bytes]

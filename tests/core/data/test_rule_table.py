@@ -12,9 +12,9 @@ import pytest
 
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.rules.dataset_report import DatasetReport, Findings
 from nested_core.data.rules.rule_table import MAX_LISTED_FINDINGS, FrameRules, Rule
 from nested_core.errors import DatasetError
+from nested_core.records.dataset import DatasetReport, Findings
 from nested_core.storage.atomic import canonical_json
 from tests.core.data.conftest import WriteData
 

@@ -13,10 +13,10 @@ from transformers import tokenization_utils_base
 from nested_core.config.sections import DataPolicy
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.rules.dataset_report import DatasetReport, Finding
 from nested_core.data.rules.token_rules import length_outlier_bound
 from nested_core.data.tokens import parallel_tokenization
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from nested_core.records.dataset import DatasetReport, Finding
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
 
 

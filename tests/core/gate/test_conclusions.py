@@ -14,14 +14,14 @@ import pytest
 from nested_core.config.sections import GateSection
 from nested_core.errors import DamagedError
 from nested_core.gate.chosen_candidate import Candidates, join_candidates, read_candidates
-from nested_core.gate.example_losses import ExampleLosses, read_example_losses
 from nested_core.gate.loss_figures import (
     HarmedExamples,
     harm_reasons,
     summarise_champion,
     summarise_losses,
 )
-from nested_core.gate.paired_difference import compare_pairs, student_t_quantile
+from nested_core.records.losses import ExampleLosses, read_example_losses
+from nested_core.records.paired_difference import compare_pairs, student_t_quantile
 from nested_core.records.verdict import Validation
 from nested_core.storage.validation_losses import (
     StepLosses,

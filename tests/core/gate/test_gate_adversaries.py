@@ -64,7 +64,7 @@ def test_a_rejected_run_ends_with_the_reason_in_the_message(
     config, (original, other) = runs
     run = RunDirectory(Path(shutil.copytree(original.path, tmp_path / "run")))
     next(case for case in CASES if case.expected == ("unchanged",)).build(Scene(config, run, other))
-    with pytest.raises(GateRejected, match=r"rejected: unchanged \(all 84 tensors equal") as error:
+    with pytest.raises(GateRejected, match=r"Rejected: unchanged \(unchanged: all 84") as error:
         steps.judge(config, run)
     assert error.value.exit_code == 4
 

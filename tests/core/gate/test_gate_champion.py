@@ -24,7 +24,6 @@ from nested_core.data.example_digests import (
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.gate.answers.answer_bounds import judge_answers
 from nested_core.gate.answers.suite_answers import EncodedSuite
-from nested_core.gate.example_losses import read_example_losses
 from nested_core.gate.held_out_loss import (
     LoadedBase,
     choose_held_out_examples,
@@ -34,12 +33,13 @@ from nested_core.gate.judge import make_checks_of_run
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict, register_run
 from nested_core.records.answers import read_answers
+from nested_core.records.losses import read_example_losses
 from nested_core.records.verdict import JudgedAdapter, Verdict
+from nested_core.records.verdict_document import check_table
 from nested_core.records.verdict_file import read_verdict, write_verdict
 from nested_core.registry import promote, register
 from nested_core.registry.policy import set_policy
 from nested_core.registry.promotion_policy import promote_by_policy
-from nested_core.report.verdict_page import describe_verdict
 from nested_core.storage.adapter import ADAPTER_FILES, read_adapter, write_adapter
 from nested_core.storage.manifest import describe_file, read_manifest
 from nested_core.storage.run_directory import RunDirectory
@@ -325,7 +325,7 @@ def test_a_candidate_whose_loss_is_not_finite_is_compared_with_nobody(
         steps.judge(config, run)
     gate = read_gate(run.gate)
     assert gate["champion"]["not_compared"] == "the candidate's loss is not finite"
-    assert "not compared" in str(vars(describe_verdict(read_verdict(run.gate))))
+    assert "not compared" in str(check_table(read_verdict(run.gate)))
 
 
 def with_suite(config: FineTuneConfig, path: Path, **bounds: Any) -> FineTuneConfig:

@@ -14,10 +14,10 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection, RegistrySection
 from nested_core.errors import ConfigError, DamagedError, DatasetError, GateRejected
 from nested_core.gate import judge_run
-from nested_core.gate.example_losses import read_example_losses
 from nested_core.gate.loss_figures import summarise_drift
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict, make_provenance
+from nested_core.records.losses import read_example_losses
 from nested_core.records.verdict_file import parse_verdict, read_verdict, require_consistent
 from nested_core.storage.manifest import read_manifest
 from nested_core.storage.run_directory import RunDirectory

@@ -14,16 +14,16 @@ import pytest
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
 from nested_core.errors import DamagedError
-from nested_core.gate.example_losses import ExampleLosses, read_example_losses
 from nested_core.gate.held_out_loss import (
     LoadedBase,
     choose_held_out_examples,
     read_nonempty_splits,
 )
 from nested_core.gate.loss_figures import loss_reasons, summarise_losses
-from nested_core.gate.paired_difference import compare_pairs
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict
+from nested_core.records.losses import ExampleLosses, read_example_losses
+from nested_core.records.paired_difference import compare_pairs
 from nested_core.records.verdict import Validation
 from nested_core.records.verdict_file import parse_verdict, require_consistent
 from nested_core.storage.manifest import describe_file, read_manifest

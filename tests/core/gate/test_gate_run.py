@@ -17,8 +17,8 @@ from nested_core.gate.file_checks import CHECKS_OF_FILES
 from nested_core.gate.held_out_loss import read_held_out_examples, read_nonempty_splits
 from nested_core.gate.judged import begin_judging_run, make_checks
 from nested_core.gate.run_evidence import collect_evidence
-from nested_core.gate.verdict_table import list_checks
 from nested_core.pipeline import steps
+from nested_core.records.verdict_document import list_checks
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from tests.core.gate.conftest import STEPS, Rewrite

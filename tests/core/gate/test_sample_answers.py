@@ -19,10 +19,11 @@ from nested_core.models.generation import Answer, _count_repeated_tokens
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import register_run
 from nested_core.records.answers import BrokenHow, SampleAnswers
+from nested_core.records.run import list_runs
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry.promotion_policy import promote_by_policy
-from nested_core.report.run_listing import list_runs
-from nested_core.report.run_page import read_report
+from nested_core.report.outcome import describe_outcome
+from nested_core.report.run_report import read_report
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import ANSWERS, Finished, train_example, train_until_answers_are_broken
 from tests.gate_files import judged_files, read_gate, write_gate
@@ -176,9 +177,9 @@ def test_a_destroyed_model_is_said_to_be_that_and_is_not_promoted_by_itself(
     assert note.startswith(f"{told} (")
     assert "do not promote it" in note
     (listed,) = list_runs(run.path.parent)
-    assert listed.describe_outcome() == "verified: passed, answers broken"
+    assert describe_outcome(listed) == "Verified: passed, answers broken"
     page = read_report(run.path).to_html()
-    assert "Passed, answers broken" in page
+    assert "Verified: passed, answers broken" in page
     assert told in page
 
     version = register_run(config, run, None)
@@ -190,7 +191,7 @@ def test_a_destroyed_model_is_said_to_be_that_and_is_not_promoted_by_itself(
 
 def test_with_fail_broken_answers_are_a_reason(destroyed: Finished) -> None:
     strict = destroyed.config.model_copy(update={"gate": GateSection(samples="fail")})
-    with pytest.raises(GateRejected, match=r"answers_broken \(3 of 3 sample answers are broken"):
+    with pytest.raises(GateRejected, match=r"answers_broken: 3 of 3 sample answers are broken"):
         steps.judge(strict, destroyed.run)
     assert [r["code"] for r in read_gate(destroyed.run.gate)["reasons"]] == ["answers_broken"]
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from nested_core.gate.chosen_candidate import SweepChoice
-from nested_core.gate.example_losses import ExampleLosses
 from nested_core.gate.loss_figures import summarise_losses
+from nested_core.records.losses import ExampleLosses
 from nested_core.records.verdict import JudgedAdapter, Verdict
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory

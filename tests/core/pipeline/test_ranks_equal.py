@@ -14,10 +14,10 @@ from nested_core.errors import TrainingProcessesDiffer
 from nested_core.pipeline import steps
 from nested_core.pipeline.launch import mlx_launch
 from nested_core.pipeline.launch.rank_group import RankGroup
+from nested_core.records.metrics import read_metrics
 from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
-from nested_core.training.reports.metrics_file import read_metrics
 from tests.example import example_config, prepare
 from tests.left_out import slow_except
 

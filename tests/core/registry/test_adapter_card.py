@@ -66,7 +66,7 @@ def test_the_card_tells_what_was_trained_and_no_default_that_did_not_count() -> 
     assert "| steps | 200 of 400 |" in card
     assert "| passes over train.jsonl | 10 |" in card
     assert "| step of this adapter | 100 |" in card
-    assert "prompt | True |" in card
+    assert "prompt | yes |" in card
     assert "1000" not in card
     assert "/m/" not in card
 
@@ -74,7 +74,7 @@ def test_the_card_tells_what_was_trained_and_no_default_that_did_not_count() -> 
 def test_right_answers_are_counts() -> None:
     task = TaskResult("capitals", 15, 0.0, None, None, 1.0, 1.0, None, 0.2, "passed", {}, {})
     card = render_card("capitals", "ab" * 32, {}, replace(VERDICT, tasks=(task,)))
-    assert "| right answers, capitals | 15 questions | 0 of 15 | 15 of 15 |" in card
+    assert "| answers, capitals | 0 of 15 | 15 of 15 |" in card
 
 
 @pytest.mark.parametrize(

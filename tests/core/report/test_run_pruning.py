@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,14 @@ import pytest
 
 from nested_core import registry as core
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.records.dataset import Finding
+from nested_core.records.run import list_runs
 from nested_core.records.verdict import Reason
-from nested_core.report.run_listing import list_runs
-from nested_core.report.run_pruning import prune_runs
+from nested_core.report.outcome import list_row
+from nested_core.report.pruning import prune_runs
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.registry.conftest import write_run
-from tests.core.report.written_runs import begin_run, finished_run
+from tests.runs import begin_run, finished_run
 
 NAME = "support-bot"
 
@@ -80,12 +81,11 @@ def test_a_negative_number_of_runs_is_refused(tmp_path: Path) -> None:
 def test_the_list_says_the_adapter_the_outcome_and_the_minutes(tmp_path: Path) -> None:
     rejected = make_run(tmp_path, 2, reasons=[Reason("loss_regressed", "worse")])
     kept = make_run(tmp_path, 3, text="of another adapter")
-    refused = begin_run(tmp_path / "runs" / "20261104T020000Z-00000004")
-    refused.dataset.write_text(json.dumps({"counts": {"error": 1}}))
+    bad = [Finding("train.jsonl", 7, "error", "bad-json", "column 46")]
+    refused = begin_run(tmp_path / "runs" / "20261104T020000Z-00000004", findings=bad)
     register_for(rejected, tmp_path, 1)
-    by_name = {run.name: run for run in list_runs(tmp_path / "runs")}
-    assert by_name[rejected.path.name].describe_outcome() == "rejected: loss_regressed"
-    assert by_name[refused.path.name].describe_outcome() == "failed: data"
-    listed = by_name[kept.path.name]
-    assert (listed.adapter, listed.outcome) == (NAME, "kept the champion")
-    assert listed.describe_minutes() == "0.0"
+    rows = {run.name: list_row(run) for run in list_runs(tmp_path / "runs")}
+    assert rows[rejected.path.name][2] == "Rejected: worse"
+    assert rows[refused.path.name][2] == "Failed: data"
+    _, adapter, outcome, *_, minutes = rows[kept.path.name]
+    assert (adapter, outcome, minutes) == (NAME, "Kept the champion: passed, better", "0.0")

@@ -29,7 +29,13 @@ LOSSES: dict[str, Any] = {
     "file": "valid.jsonl",
     "examples": 84,
 }
-CHAMPION: dict[str, Any] = {"version": "c4a3" * 16, "loss": 1.191, "conclusion": "better"}
+CHAMPION: dict[str, Any] = {
+    "version": "c4a3" * 16,
+    "loss": 1.191,
+    "difference": -1.17,
+    "interval": [-1.2, -1.1],
+    "conclusion": "better",
+}
 GATE: dict[str, Any] = {
     "verdict": "passed",
     "reasons": [],

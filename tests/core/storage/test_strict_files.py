@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import DamagedError
+from nested_core.records.plan import TrainingPlan, read_plan, write_plan
 from nested_core.storage.strict_files import (
     append_regular,
     open_regular,
@@ -21,7 +22,6 @@ from nested_core.storage.strict_files import (
     read_start,
     regular_sha256,
 )
-from nested_core.training.reports.training_plan import TrainingPlan, read_plan, write_plan
 
 MIB = 1024 * 1024
 

@@ -20,14 +20,14 @@ from nested_core.errors import (
     TrainingStopped,
 )
 from nested_core.pipeline import steps
+from nested_core.records.metrics import cumulative_seconds
+from nested_core.records.plan import read_plan
 from nested_core.storage import manifest
 from nested_core.storage.checkpoint import OPTIMIZER_NAME
 from nested_core.storage.checkpoint_verification import checkpoint_path, list_checkpoints
 from nested_core.storage.run_directory import RunDirectory, open_run
 from nested_core.storage.safetensors_files import load_arrays, read_tensors
 from nested_core.storage.strict_files import regular_sha256
-from nested_core.training.reports.metrics_file import cumulative_seconds
-from nested_core.training.reports.training_plan import read_plan
 from tests.example import (
     MODEL,
     SPEEDS,

@@ -1,0 +1,33 @@
+"""What becomes of a run, in one spelling for every screen: Prefect's states, lists and pages."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Outcome(StrEnum):
+    """What became of a run; as a state's name, beside Prefect's own type."""
+
+    RUNNING = "Running"  # a process works on it
+    PROMOTED = "Promoted"  # the version of this run is champion
+    VERIFIED = "Verified"  # the gate passed it, and its policy did not ask for more
+    KEPT_CHAMPION = "Kept the champion"  # sound, and not better
+    SKIPPED = "Skipped"  # nothing to train, or another night at work
+    ROLLED_BACK = "Rolled back"
+    # Of the hourly look, by the first of these that it found:
+    ENDED_DEAD_RUNS = "Ended dead runs"  # their processes were gone
+    SAW_ROLLBACK = "Saw a rollback"  # that was done elsewhere
+    SAW_LONG_RUN = "Saw a long run"  # it takes far longer than the last ones did
+    # Of a question that is put to a person, and of the night that asks it:
+    WAITS_FOR_APPROVAL = "Waits for approval"
+    APPROVED = "Approved"  # the version is champion by a person's word
+    DECLINED = "Declined"
+    SUPERSEDED = "Superseded"  # a newer version's question closed it
+    # Of the type Failed:
+    DAMAGED = "Damaged"  # a registry or run folder is not as it was written
+    DATA_REFUSED = "Failed: data"  # the data set was rejected before anything was trained
+    UNCHANGED = "Rejected: unchanged"  # by the gate, as those below: training did not reach it
+    UNSOUND = "Rejected: unsound"  # its files are not an adapter of this base
+    WORSE = "Rejected: worse"  # its losses are
+    HARMED = "Rejected: harmed"  # good on average, and far worse on some examples
+    ANSWERS = "Rejected: answers"  # they are too often wrong, or broken

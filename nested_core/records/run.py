@@ -1,0 +1,365 @@
+"""A run as anybody looks at it: each of its files is read once, and only when it is asked for.
+
+What is damaged is gathered, and the rest is read. Whoever needs a file, or else an error, calls its
+own reader in the module beside this one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from nested_core.config.resume import read_run_config
+from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import ConfigError, DamagedError, NestedTuneError
+from nested_core.records.answers import (
+    AnswerRecord,
+    SampleAnswers,
+    read_answers,
+    read_sample_answers,
+)
+from nested_core.records.dataset import DatasetReport, held_out_split, read_dataset_record
+from nested_core.records.metrics import cumulative_seconds, read_metrics
+from nested_core.records.plan import StepLoss, TrainingPlan, describe_last_losses, read_plan
+from nested_core.records.result import TrainResult, read_result
+from nested_core.records.verdict import Verdict
+from nested_core.records.verdict_file import has_verdict_manifest, read_bound_verdict
+from nested_core.storage.checkpoint_verification import list_checkpoints, newest_sound_checkpoint
+from nested_core.storage.manifest import matches_entry, read_manifest
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import file_type
+from nested_core.text.svg_chart import Point
+
+if TYPE_CHECKING:
+    from nested_core.records.losses import ExampleLosses
+
+State = Literal["running", "verified", "rejected", "trained", "resumable", "never began", "damaged"]
+Content = TypeVar("Content")
+
+_RUN_NAME_PATTERN = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{8}")
+_LAST_LOSSES = {"train_loss": "loss", "val_loss": "val_loss"}  # by the names of metrics.jsonl
+
+
+@dataclass(eq=False, repr=False)
+class Run:
+    """A run at one moment; what a file would say is None, or empty, where it is missing or damaged.
+
+    has_ended: asked by the process that works on it, when it is done.
+    errors: one for each file that is damaged, of those that were asked for.
+    """
+
+    folder: RunDirectory
+    has_ended: bool = False
+    errors: list[NestedTuneError] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"Run({self.folder.path}, {self.state}, step {self.step})"
+
+    @property
+    def path(self) -> Path:
+        """Its folder, as it was given."""
+        return self.folder.path
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.path.resolve().name
+
+    @property
+    def problems(self) -> list[str]:
+        """A sentence for each file that is damaged, of those that were asked for."""
+        return [str(error) for error in self.errors]
+
+    def read_all(self) -> Run:
+        """Read every file, so that `problems` is complete; also what changed since the verdict."""
+        if self.verdict is not None:
+            self._is_as_judged(self.folder.metrics)
+        for name in ("config", "metrics", "dataset", "result", "losses", "answers"):
+            getattr(self, name)
+        _ = self.sample_answers
+        return self
+
+    def _read(self, path: Path, reader: Callable[[Path], Content]) -> Content | None:
+        """What `reader` makes of a file; None where it is missing or damaged."""
+        if file_type(path) == "missing":
+            return None
+        try:
+            return reader(path)
+        except NestedTuneError as error:
+            self.errors.append(error)
+        except OSError as error:
+            self.errors.append(DamagedError(f"{path} cannot be read: {error.strerror}."))
+        return None
+
+    def _is_as_judged(self, path: Path) -> bool:
+        """Whether a file that a verdict rests on is as it was then."""
+        if self.verdict is None:
+            return False
+        entry = self._judged_files.get(path.name)
+        if entry is None or self._read(path, lambda file: matches_entry(file, entry)):
+            return True
+        self.errors.append(DamagedError(f"{path} has changed since the verdict was given."))
+        return False
+
+    @cached_property
+    def _judged_files(self) -> Mapping[str, Any]:
+        listed = self._read(self.folder.manifest, lambda _: read_manifest(self.path)["files"])
+        return listed or {}
+
+    @cached_property
+    def config(self) -> FineTuneConfig | None:
+        """What it was asked to do."""
+        return self._read(self.folder.config, lambda _: read_run_config(self.folder))
+
+    @cached_property
+    def plan(self) -> TrainingPlan | None:
+        """How long it is to train, on what."""
+        return read_plan(self.folder.plan)
+
+    @cached_property
+    def dataset(self) -> DatasetReport | None:
+        """What was found in its data."""
+        return self._read(self.folder.dataset, read_dataset_record)
+
+    @cached_property
+    def metrics(self) -> Sequence[dict[str, Any]]:
+        """Its reports, in order."""
+        return self._read(self.folder.metrics, read_metrics) or ()
+
+    @cached_property
+    def result(self) -> TrainResult | None:
+        """What training ended with."""
+        return self._read(self.folder.result, read_result)
+
+    @cached_property
+    def verdict(self) -> Verdict | None:
+        """What the gate said; None while it writes, and once the run is made longer."""
+        if not has_verdict_manifest(self.path):
+            return None
+        known = len(self.errors)
+        verdict = self._read(self.folder.gate, lambda _: read_bound_verdict(self.path))
+        if not self._has_bound_verdict():
+            del self.errors[known:]  # it was taken away meanwhile
+        return verdict
+
+    def _has_bound_verdict(self) -> bool:
+        return self.folder.gate.exists() and has_verdict_manifest(self.path)
+
+    @cached_property
+    def losses(self) -> ExampleLosses | None:
+        """The loss of each held-out example, if that is as it was judged."""
+        from nested_core.records.losses import read_example_losses  # numpy
+
+        path = self.folder.gate_losses
+        return self._read(path, read_example_losses) if self._is_as_judged(path) else None
+
+    @cached_property
+    def answers(self) -> Sequence[AnswerRecord]:
+        """What the models answered to the suites, if that is as it was judged."""
+        path = self.folder.answers
+        return (self._read(path, read_answers) if self._is_as_judged(path) else None) or ()
+
+    @cached_property
+    def sample_answers(self) -> Sequence[SampleAnswers]:
+        """What base and adapter answered to the sample prompts."""
+        return self._read(self.folder.sample_answers, read_sample_answers) or ()
+
+    @cached_property
+    def process(self) -> int | None:
+        """The process that works on it."""
+        return None if self.has_ended else self.folder.holder()
+
+    @cached_property
+    def state(self) -> State:
+        """Where it stands."""
+        if self.process is not None:
+            return "running"
+        if self.verdict is not None:
+            return "verified" if self.verdict.has_passed else "rejected"
+        if self.config is None or self._has_bound_verdict():
+            return "damaged"
+        if self.folder.result.exists():
+            return "trained"
+        return "resumable" if self.folder.has_begun_training() else "never began"
+
+    @cached_property
+    def started(self) -> datetime:
+        """When it began: its name says so, else the oldest of its files."""
+        named = _RUN_NAME_PATTERN.fullmatch(self.name)
+        if named is not None:
+            with suppress(ValueError):  # digits that are no moment
+                return datetime.strptime(named[1], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+        times = []
+        for path in self.path.iterdir():
+            with suppress(FileNotFoundError):  # a temporary file of a run that is going on
+                times.append(path.lstat().st_mtime)
+        return datetime.fromtimestamp(min(times, default=0.0), UTC)
+
+    @property
+    def minutes(self) -> float | None:
+        """From its configuration to the last that training or gate wrote; None before that."""
+        folder = self.folder
+        written = [folder.gate, folder.result, folder.metrics, folder.dataset]
+        try:
+            begun = folder.config.stat().st_mtime
+            ended = max((path.stat().st_mtime for path in written if path.exists()), default=begun)
+        except OSError:
+            return None
+        return max(0.0, ended - begun) / 60
+
+    @cached_property
+    def seconds(self) -> Sequence[float]:
+        """Seconds of training up to each report."""
+        return cumulative_seconds(self.metrics)
+
+    def last(self, key: str) -> Any:
+        """The last reported value of a metric that is not null, or None."""
+        return next((r[key] for r in reversed(self.metrics) if r.get(key) is not None), None)
+
+    def last_loss(self, key: str) -> StepLoss | None:
+        """The step and value of the last `train_loss` or `val_loss`; the value None: not finite."""
+        name = _LAST_LOSSES[key]
+        reports = ((r.get("step", 0), r[name]) for r in reversed(self.metrics) if name in r)
+        return next(reports, None)
+
+    def describe_last_losses(self) -> dict[str, str]:
+        """`training loss` and `validation loss`, each with its data and step."""
+        return describe_last_losses(self.metrics, self.plan)
+
+    def points(self, key: str, x: str = "step") -> list[Point]:
+        """The reports of a metric as points of a curve, over steps or seconds of training."""
+        places = [r.get("step", 0) for r in self.metrics] if x == "step" else self.seconds
+        return [
+            Point(float(place), None if metrics[key] is None else float(metrics[key]))
+            for place, metrics in zip(places, self.metrics, strict=True)
+            if key in metrics
+        ]
+
+    @property
+    def step(self) -> int:
+        """The last optimizer step that was reported."""
+        return int(self.last("step") or 0)
+
+    @cached_property
+    def steps(self) -> int | None:
+        """How many it is to take; None where epochs decide, before they are counted."""
+        if self.plan is not None:
+            return self.plan.steps
+        config = self.config
+        if config is None or config.training.epochs is not None:
+            return None
+        per_step = config.grad_accumulation_steps
+        is_rounded_down = config.training.reference is not None
+        return config.iters // per_step if is_rounded_down else -(-config.iters // per_step)
+
+    def describe_length(self) -> str:
+        """What was trained: "200 of 200 steps, 20 passes over train.jsonl"."""
+        of_all = "" if self.steps is None else f" of {self.steps:,}"
+        text = f"{self.step:,}{of_all} steps"
+        if self.plan is None:
+            return text
+        passes = f"{self.plan.passes_until(self.step):.3g}"
+        noun = "pass" if passes == "1" else "passes"
+        return f"{text}, {passes} {noun} over {self.plan.training_file}"
+
+    @property
+    def offered_step(self) -> int | None:
+        """The step whose adapter it offers; None before training has ended."""
+        if self.verdict is not None:
+            return self.verdict.adapter_step
+        return None if self.result is None else self.result.adapter_step
+
+    @property
+    def offered_val_loss(self) -> float | None:
+        """The validation loss of what it offers; None where it has none, or one not finite."""
+        at_step = (r for r in reversed(self.metrics) if r.get("step") == self.offered_step)
+        return next((r["val_loss"] for r in at_step if "val_loss" in r), None)
+
+    @property
+    def gate_loss(self) -> float | None:
+        """The loss of what it offers, on the examples that the gate judged by."""
+        validation = None if self.verdict is None else self.verdict.validation
+        return None if validation is None else validation.loss_after
+
+    @property
+    def held_out_digest(self) -> str | None:
+        """The digest of the examples that the gate measures losses on.
+
+        None where it is not known: of damaged files, and of a file outside of the data set.
+        """
+        if self.dataset is None or self.config is None:
+            return None
+        split = held_out_split(self.config.gate.held_out, self.dataset.splits)
+        return None if split is None else self.dataset.splits[split].digest
+
+    def find_checkpoint(self) -> str | None:
+        """The checkpoint that it would go on from: hashed if it is to be, else the newest."""
+        checkpoints = self.folder.checkpoints
+        if self.state == "resumable":
+            path = newest_sound_checkpoint(checkpoints)
+        else:
+            path = next(reversed(list_checkpoints(checkpoints)), None)
+        return None if path is None else path.name
+
+    def to_json(self) -> dict[str, Any]:
+        """What `status`, `runs` and `compare` say of it with `--json`; losses in nats a token."""
+        config, verdict, lasts = (
+            self.config,
+            self.verdict,
+            {n: self.last_loss(n) for n in _LAST_LOSSES},
+        )
+        validation = None if verdict is None else verdict.validation
+        has_iterations = config is not None and config.training.epochs is None
+        values = {
+            "path": str(self.path),
+            "state": self.state,
+            "process": self.process,
+            "started": self.started.isoformat(timespec="seconds"),
+            "minutes": self.minutes,
+            "adapter": None if config is None else config.registry.name,
+            "step": self.step,
+            "steps": self.steps,
+            "epochs": None if self.plan is None else self.plan.passes_until(self.step),
+            "iteration": self.last("iteration") or 0,
+            "iterations": config.iters if config is not None and has_iterations else None,
+            "offered_step": self.offered_step,
+            "offered_val_loss": self.offered_val_loss,
+            "gate_loss": self.gate_loss,
+            **{name: None if last is None else last[1] for name, last in lasts.items()},
+            "not_finite": [n for n, last in lasts.items() if last is not None and last[1] is None],
+            "learning_rate": self.last("learning_rate"),
+            "updates": self.last("updates"),
+            "verdict": None if verdict is None else verdict.word,
+            "reasons": [] if verdict is None else verdict.reason_names,
+            "conclusion": None if validation is None else validation.conclusion,
+            "quality_measured": verdict is not None and verdict.is_measured,
+            "answers_broken": verdict is not None and verdict.has_broken_answers,
+        }
+        return values | {"problem": next(iter(self.problems), None), "problems": self.problems}
+
+
+def read_run(folder: RunDirectory, *, has_ended: bool = False) -> Run:
+    """A run with all of its files read; ConfigError if `folder` is no run directory."""
+    folder.require_begun()
+    return Run(folder, has_ended).read_all()
+
+
+def list_runs(folder: Path) -> list[Run]:
+    """The runs in a folder, and the folder itself where it is one, newest first.
+
+    Folders that no run has begun in are passed over. ConfigError where there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder.absolute()} is not a folder. Give the one that holds your runs; without "
+            f"--run-dir they go to runs/ in the folder that the command is given in."
+        )
+    candidates = [RunDirectory(path) for path in (folder, *folder.iterdir()) if path.is_dir()]
+    runs = [Run(run) for run in candidates if run.has_run_files()]
+    return sorted(runs, key=lambda run: run.started, reverse=True)

@@ -1,0 +1,294 @@
+"""A verdict as a document: what was checked, before, after, the bound, and what came of it.
+
+`list_checks` has a row for each figure of a verdict. Every page, the card, `compare` and the
+terminal show these rows, so that a new figure is a field of the verdict and a row here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nested_core.records.answers import AnswerRecord, shown_answer
+from nested_core.records.verdict import (
+    MIN_HARMED,
+    ChampionLoss,
+    Code,
+    ComparedLoss,
+    GeneralLoss,
+    Reason,
+    TaskResult,
+    Validation,
+    Verdict,
+    describe_examples,
+)
+from nested_core.text.digest_format import shorten_digest
+from nested_core.text.document import Block, Cell, Table, Text, Tone
+from nested_core.text.loss_format import (
+    format_difference,
+    format_loss,
+    loss_name_for_file,
+)
+
+CHECK_COLUMNS = ("checked", "before", "after", "difference", "bound", "verdict")
+CHECKED = "What was checked; losses in nats a token, differences with their 95 % interval"
+LOST_COLUMNS = ("question", "expected", "before", "after")
+MAX_LOST_PER_SUITE = 3
+MAX_SHOWN_REASONS = 20
+UPDATE_CODES: frozenset[Code] = frozenset({"tier_unchanged", "updates_missing"})
+SUITE_CODES: frozenset[Code] = frozenset({"task_below", "task_regressed"})
+OWN_ROW_CODES: frozenset[Code] = frozenset(
+    {"loss_regressed", "examples_harmed", "drift", "forgetting", "answers_broken"}
+)
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """One row: what was checked, its figures, the bound, and the verdict.
+
+    has_failed: whether a reason against the adapter comes from it.
+    """
+
+    name: str
+    before: str | None = None
+    after: str | None = None
+    difference: str | None = None
+    bound: str | None = None
+    verdict: str | None = "passed"
+    has_failed: bool = False
+
+    @property
+    def figures(self) -> str | None:
+        """`3.142 -> 0.0213`; without a figure before, the one after; else the verdict."""
+        if self.before is None or self.after is None:
+            return self.after or self.verdict
+        return f"{self.before} -> {self.after}"
+
+    @property
+    def cells(self) -> tuple[object, ...]:
+        """The row, in the order of CHECK_COLUMNS."""
+        word: object = self.verdict
+        if self.has_failed:
+            word = Cell(f"failed: {self.verdict}", "bad")
+        return (self.name, self.before, self.after, self.difference, self.bound, word)
+
+
+def describe_verdict(verdict: Verdict, headline: str) -> Iterator[Block]:
+    """All that a verdict says, under a headline that has its outcome."""
+    yield Text(headline, _tone(verdict), is_headline=True)
+    yield Text(f"{verdict.summary()}.")
+    yield check_table(verdict)
+    if len(verdict.reasons) > 1:
+        rows = [(r.name, r.message, len(r.tensors)) for r in verdict.reasons[:MAX_SHOWN_REASONS]]
+        columns = ("code", "message", "tensors")
+        yield Table("Every reason against the adapter", columns, rows)
+    yield from (Text(f"{note}.", "warn") for note in verdict.notes())
+
+
+def _tone(verdict: Verdict) -> Tone:
+    if not verdict.has_passed:
+        return "bad"
+    if verdict.has_broken_answers:
+        return "warn"
+    return "good" if verdict.is_conclusive else ""
+
+
+def check_table(verdict: Verdict) -> Table:
+    """Every check of a verdict as a table."""
+    return Table(CHECKED, CHECK_COLUMNS, [check.cells for check in list_checks(verdict)])
+
+
+def tier_table(verdict: Verdict) -> Table:
+    """Updates that were due and that were applied, and the mean relative change, a row a tier."""
+    rows = []
+    for tier in verdict.tiers:
+        own = [t.relative_delta for t in verdict.tensors if t.tier == tier.tier]
+        deltas = [delta for delta in own if delta is not None]
+        change = f"{sum(deltas) / len(deltas):.3f}" if deltas else None
+        counts = (tier.expected_updates, tier.applied_updates, tier.skipped_updates)
+        changed = f"{tier.changed} of {tier.tensors}"
+        rows.append((f"tier {tier.tier}", f"every {tier.frequency}", changed, *counts, change))
+    columns = ("tier", "updated", "tensors changed", "expected", "applied", "skipped", "change")
+    judged = f"step {verdict.adapter_step or 0:,}, whose adapter was judged"
+    return Table(f"Tiers up to {judged} (change: mean relative)", columns, rows)
+
+
+def list_checks(verdict: Verdict) -> list[CheckRow]:
+    """Every check of a verdict, those that passed too."""
+    return [
+        _tensor_check(verdict),
+        *_update_checks(verdict),
+        *_loss_checks(verdict),
+        *(_suite_check(verdict, task) for task in verdict.tasks),
+        *_sample_checks(verdict),
+    ]
+
+
+def _make_check(
+    name: str, reasons: Sequence[Reason], word: str | None = "passed", **figures: str | None
+) -> CheckRow:
+    codes = ", ".join(dict.fromkeys(reason.code for reason in reasons))
+    return CheckRow(name, **figures, verdict=codes or word, has_failed=bool(reasons))
+
+
+def _tensor_check(verdict: Verdict) -> CheckRow:
+    """Tensors, their configuration and effect: all reasons that no other row is about."""
+    elsewhere = UPDATE_CODES | SUITE_CODES | OWN_ROW_CODES
+    reasons = [reason for reason in verdict.reasons if reason.code not in elsewhere]
+    changed = sum(tensor.changed for tensor in verdict.tensors)
+    after = f"{changed} of {len(verdict.tensors)} changed"
+    return _make_check("tensors", reasons, after=after, bound="finite, with an effect")
+
+
+def _update_checks(verdict: Verdict) -> Iterator[CheckRow]:
+    """How many updates were applied; where some left no trace, also how many tensors they moved."""
+    if not verdict.tiers:
+        return
+    expected = sum(tier.expected_updates for tier in verdict.tiers)
+    applied = sum(tier.applied_updates for tier in verdict.tiers)
+    reasons = _reasons_of(verdict, *UPDATE_CODES)
+    counts = [reason for reason in reasons if _is_about_counts(verdict, reason)]
+    traces = [reason for reason in reasons if reason not in counts]
+    due = f"{expected:,} were due"
+    yield _make_check("updates", counts, after=f"{applied:,} applied", bound=due)
+    if traces:
+        moved = sum(tensor.changed for tensor in verdict.tensors)
+        after = f"{moved} of {len(verdict.tensors)} moved"
+        name = "tensors that updates moved"
+        yield _make_check(name, traces, after=after, bound="all with a gradient")
+
+
+def _is_about_counts(verdict: Verdict, reason: Reason) -> bool:
+    """Whether a reason is about updates that were not applied, not about tensors that stayed."""
+    own = [tensor for tensor in verdict.tensors if tensor.name in reason.tensors]
+    tiers = [tier for tier in verdict.tiers if tier.tier in {tensor.tier for tensor in own}]
+    if any(t.applied_updates + t.skipped_updates != t.expected_updates for t in tiers):
+        return True
+    return any(t.skipped_updates for t in tiers) and any(tensor.changed for tensor in own)
+
+
+def _loss_checks(verdict: Verdict) -> Iterator[CheckRow]:
+    bounds = verdict.thresholds or {}
+    losses, drift, general = verdict.validation, verdict.drift, verdict.general
+    if losses is not None:
+        name = f"{loss_name_for_file(losses.file)}, {describe_examples(losses)}"
+        yield _loss_check(name, losses, _reasons_of(verdict, "loss_regressed"))
+        if losses.harmed is not None:
+            bound = f"at most {bounds.get('max_harmed_share', 0):.2%}, or {MIN_HARMED - 1}"
+            harmed = _reasons_of(verdict, "examples_harmed")
+            after = str(losses.harmed)
+            yield _make_check("examples that lost much", harmed, after=after, bound=bound)
+    for role, other in (("champion", verdict.champion), ("reference", verdict.reference)):
+        if other is not None:
+            yield _rival_check(role, other)
+    if drift is not None:
+        max_kl = bounds.get("max_kl")
+        bound_or_none = None if max_kl is None else f"at most {max_kl:g}"
+        reasons = _reasons_of(verdict, "drift")
+        after = format_loss(drift.kl_initial)
+        word = None if max_kl is None else "passed"
+        yield _make_check("drift of predictions", reasons, word, after=after, bound=bound_or_none)
+        if drift.kl_base is not None:
+            yield CheckRow("drift from the base", after=format_loss(drift.kl_base), verdict=None)
+    if general is not None:
+        reasons = _reasons_of(verdict, "forgetting")
+        yield _loss_check("loss on general text", general, reasons)
+
+
+def _loss_check(name: str, losses: Validation | GeneralLoss, reasons: Sequence[Reason]) -> CheckRow:
+    """A loss before and after, their difference, and the margin that it has to stay within."""
+    return _make_check(
+        name,
+        reasons,
+        (losses.conclusion or "not judged").replace("_", " "),
+        before=format_loss(losses.loss_before),
+        after=format_loss(losses.loss_after),
+        difference=_difference(losses),
+        bound=None if losses.margin is None else f"at most +{losses.margin:.2g}",
+    )
+
+
+def _rival_check(role: str, rival: ChampionLoss) -> CheckRow:
+    """The candidate beside another version, on the examples that neither was trained on."""
+    name = f"{role} {shorten_digest(rival.version)}, {rival.examples} examples"
+    if rival.not_compared is not None:
+        return CheckRow(name, verdict=f"not compared: {rival.not_compared}")
+    if rival.loss is None or rival.difference is None:
+        return CheckRow(name, verdict="no loss on examples that neither was trained on")
+    return CheckRow(
+        name,
+        format_loss(rival.loss),
+        format_loss(rival.loss + rival.difference),
+        _difference(rival),
+        verdict=rival.describe_few_prompts() or (rival.conclusion or "").replace("_", " ") or None,
+    )
+
+
+def _difference(compared: ComparedLoss) -> str | None:
+    """Below 0 is better."""
+    if compared.difference is None:
+        return None
+    return format_difference(compared.difference, compared.interval)
+
+
+def _suite_check(verdict: Verdict, task: TaskResult) -> CheckRow:
+    """A suite: right answers, and the bounds that it has."""
+    reasons = [r for r in _reasons_of(verdict, *SUITE_CODES) if r.suite == task.name]
+    suites: list[dict[str, Any]] = list((verdict.thresholds or {}).get("tasks") or ())
+    section = next((own for own in suites if own.get("name") == task.name), {})
+    words = {
+        "min": "at least {}",
+        "min_gain": "gain {} beyond chance",
+        "max_drop": "lose at most {}",
+    }
+    bounds = [
+        text.format(f"{section[key]:.0%}")
+        for key, text in words.items()
+        if section.get(key) is not None
+    ]
+    before, after = (f"{task.count(share)} of {task.questions}" for share in task.shares)
+    champion = "" if task.champion is None else f" (champion {task.count(task.champion)})"
+    interval = "" if task.interval is None else " ({:+.3f} to {:+.3f})".format(*task.interval)
+    return _make_check(
+        f"answers, {task.name}{champion}",
+        reasons,
+        task.verdict,
+        before=before,
+        after=after,
+        difference=f"{task.difference:+.3f}{interval}",
+        bound=", ".join(bounds) or None,
+    )
+
+
+def _sample_checks(verdict: Verdict) -> Iterator[CheckRow]:
+    samples = verdict.samples
+    if samples is not None and samples.judged:
+        reasons = _reasons_of(verdict, "answers_broken")
+        after = f"{samples.broken} of {samples.judged} broken"
+        word = "broken" if samples.are_broken else "passed"
+        yield _make_check("sample answers", reasons, word, after=after, bound="at most half")
+
+
+def _reasons_of(verdict: Verdict, *codes: Code) -> list[Reason]:
+    return [reason for reason in verdict.reasons if reason.code in codes]
+
+
+def lost_answers(verdict: Verdict, answers: Sequence[AnswerRecord]) -> Iterator[Table]:
+    """Of each suite that failed, a table of questions answered wrong, with both answers.
+
+    Those that were right before come first; at most MAX_LOST_PER_SUITE.
+    """
+    for task in verdict.tasks:
+        if task.verdict == "passed":
+            continue
+        own = [answer for answer in answers if answer.task == task.name]
+        earlier_role = "parent" if any(answer.model == "parent" for answer in own) else "base"
+        before = {answer.line: answer for answer in own if answer.model == earlier_role}
+        wrong = [answer for answer in own if answer.model == "candidate" and answer.score < 1]
+        wrong.sort(key=lambda answer: (answer.score - before[answer.line].score, answer.line))
+        rows = [
+            (a.question, a.expected, shown_answer(before[a.line].answer), shown_answer(a.answer))
+            for a in wrong[:MAX_LOST_PER_SUITE]
+        ]
+        yield Table(f"{task.name}: some of the questions that it failed", LOST_COLUMNS, rows)

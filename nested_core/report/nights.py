@@ -1,0 +1,242 @@
+"""The pages of an adapter's nights: one night's own, and the lead's of the last ones."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from nested_core.config.schema import FineTuneConfig
+from nested_core.records.dataset import DatasetReport, Severity
+from nested_core.records.outcome import Outcome
+from nested_core.records.run import Run
+from nested_core.records.verdict import TaskResult, Verdict
+from nested_core.records.verdict_document import check_table
+from nested_core.registry.queries import parent_version_of
+from nested_core.report.run_report import list_answers
+from nested_core.storage.run_directory import find_run_of
+from nested_core.text.digest_format import shorten_digest
+from nested_core.text.document import (
+    Cell,
+    Code,
+    Document,
+    Facts,
+    Figures,
+    Section,
+    Table,
+    Text,
+)
+from nested_core.text.svg_chart import Chart, Curve, Point
+
+CRASHED_RUN_NOTE = (
+    "A run whose state is Crashed or Cancelled was ended before it could say so here: Retry goes "
+    "on from its last checkpoint."
+)
+MAX_SHOWN_CHECKS = 4
+PROBLEMS: tuple[Severity, ...] = ("error", "warning")  # findings that are more than a figure
+COLUMNS = ("night", "outcome", "conclusion", "loss", "right", "min", "examples")
+HOW_TO_READ = (
+    "Of losses and right answers the candidate's comes first, then the champion's. Losses are in "
+    "nats a token on the examples that the gate judged by; right: answers of all suites. "
+    "Examples: trained on + judged by; * judged by others than the night before."
+)
+
+
+def join_lines(message: str) -> str:
+    """The message on one line; an error in a data set lists what was found, a line each."""
+    joined = ""
+    for line in filter(None, map(str.strip, message.splitlines())):
+        separator = "" if not joined else " " if joined.endswith((".", ":")) else "; "
+        joined += f"{separator}{line}"
+    return joined
+
+
+def describe_night(config: FineTuneConfig, run: Run, outcome: str, message: str) -> Document:
+    """The page, from the files of the run directory that are there."""
+    verdict = run.verdict
+    yet = " yet" if outcome == Outcome.RUNNING else ""
+    facts = [
+        ("Outcome", join_lines(message)),
+        ("Loss", f"not judged{yet}" if verdict is None else verdict.describe_losses()),
+        ("Data", _describe_data(config, run.dataset)),
+        ("Made of", _describe_model_and_digests(config, run.dataset, verdict)),
+        ("Run folder", f"{run.path.resolve()} on the worker's machine"),
+    ]
+    config_file = shlex.quote(str(run.folder.config.resolve()))
+    command = f"nested-tune train --run-dir again \\\n  -c {config_file}"
+    answers = Section("Answers", list_answers(run))
+    return Document(
+        f"{config.registry.name or 'Fine-tune'}: {outcome}",
+        [
+            Facts(facts),
+            *([] if verdict is None else [check_table(verdict)]),
+            *([Text(CRASHED_RUN_NOTE)] if yet else []),
+            Text("The same again, on that machine:"),
+            Code("Command", command),
+            answers,
+        ],
+    )
+
+
+def _describe_data(config: FineTuneConfig, dataset: DatasetReport | None) -> str:
+    """Which data, how many examples of each split, and what was found in them."""
+    source = str(config.data)
+    if dataset is None:
+        return f"{source}, not read yet"
+    rows = ", ".join(f"{split.rows:,} {name}" for name, split in dataset.splits.items())
+    counts = dataset.counts
+    totals = ", ".join(
+        f"{counts[severity]} {severity}" for severity in PROBLEMS if counts[severity]
+    )
+    checks = sorted({finding.check for finding in (*dataset.errors, *dataset.warnings)})
+    named = f" ({', '.join(checks[:MAX_SHOWN_CHECKS])})" if checks else ""
+    return f"{source}: {rows} examples; {totals or 'no error and no warning'}{named}"
+
+
+def _describe_model_and_digests(
+    config: FineTuneConfig, dataset: DatasetReport | None, verdict: Verdict | None
+) -> str:
+    """The model, where training began and how it went on, and the digests of what went in and out.
+
+    These are the settings that two nights of one adapter differ by most often.
+    """
+    parts = [f"model {config.model}"]
+    if verdict is not None:
+        parts.append(f"from {_describe_initial_adapter(config, verdict.initial.digest)}")
+    parts.append(f"{config.length}, learning rate {config.learning_rate:g}, seed {config.seed}")
+    if config.registry.name is not None:
+        parts.append(f"registry.promote: {config.registry.promote}")
+    if dataset is not None:
+        parts.append(f"data {shorten_digest(dataset.digest)}")
+    if verdict is not None:
+        parts.append(f"initial adapter {shorten_digest(verdict.initial.digest)}")
+        parts.append(f"adapter {shorten_digest(verdict.trained.digest)}")
+    return ", ".join(parts)
+
+
+def _describe_initial_adapter(config: FineTuneConfig, digest: str) -> str:
+    parent = parent_version_of(config, digest)
+    if parent is not None:
+        return f"version {shorten_digest(parent)}"
+    given = config.resume_adapter_file
+    return "a fresh adapter" if given is None else f"the adapter {given}"
+
+
+@dataclass(frozen=True)
+class Night:
+    """A night as the server knows it: its flow run, when it was due (UTC), and what became of it.
+
+    minutes: how long it took, or has taken so far.
+    """
+
+    flow_run: UUID
+    due: datetime
+    outcome: str | None
+    minutes: float
+
+
+@dataclass(frozen=True)
+class _NightFigures:
+    """What the files of a run say of its night; None where it did not come so far."""
+
+    conclusion: str | None = None
+    loss: float | None = None
+    champion_loss: float | None = None
+    answers: str | None = None
+    examples: str | None = None
+    judged_on: str | None = None  # digest of the examples
+
+
+def describe_nights(
+    name: str, nights: Sequence[Night], links: Sequence[tuple[str, str]]
+) -> Document:
+    """The losses over the nights, a table, the latest night first, and links to other pages."""
+    figures = [_read_figures(night) for night in nights]
+    dates = [f"{night.due:%d %b}" for night in nights]
+    rows = []
+    judged_on = None
+    for night, date, seen in zip(nights[::-1], dates[::-1], figures[::-1], strict=True):
+        is_changed = None not in (judged_on, seen.judged_on) and judged_on != seen.judged_on
+        judged_on = seen.judged_on or judged_on
+        rows.append(
+            (
+                Cell(date, path=f"/runs/flow-run/{night.flow_run}"),
+                night.outcome,
+                seen.conclusion,
+                _join_two(seen.loss, seen.champion_loss),
+                seen.answers,
+                f"{night.minutes:.1f}",
+                f"{seen.examples}*" if is_changed else seen.examples,
+            )
+        )
+    return Document(
+        f"{name}: the last nights",
+        [
+            Figures([[_draw_losses(dates[::-1], figures[::-1])]]),
+            Table(HOW_TO_READ, COLUMNS, rows[::-1]),
+            Facts([("Page", Cell(text, path=path)) for text, path in links]),
+        ],
+    )
+
+
+def _draw_losses(dates: Sequence[str], figures: Sequence[_NightFigures]) -> Chart:
+    """The losses over the nights, the oldest first."""
+    sides = {
+        "candidate": [each.loss for each in figures],
+        "champion": [each.champion_loss for each in figures],
+    }
+    curves = [
+        Curve(name, [Point(night, loss) for night, loss in enumerate(losses, 1)], has_dots=True)
+        for name, losses in sides.items()
+    ]
+    axis = f"night, 1 is {dates[0]}, {len(dates)} is {dates[-1]}"
+    return Chart("Loss", axis, "nats a token", curves)
+
+
+def _read_figures(night: Night) -> _NightFigures:
+    """What the run's folder says, where it is on this machine and can be read."""
+    folder = find_run_of(night.flow_run)
+    run = None if folder is None else Run(folder)
+    if run is None or run.dataset is None:
+        return _NightFigures()
+    splits, verdict = run.dataset.splits, run.verdict
+    trained_on = str(splits["train"].rows if "train" in splits else 0)
+    if verdict is None:
+        return _NightFigures(examples=trained_on)
+    losses, champion = verdict.validation, verdict.champion
+    compared = champion or losses
+    conclusion = None if compared is None else compared.conclusion
+    held_out = splits.get("test") or splits.get("valid")
+    return _NightFigures(
+        conclusion=None if conclusion is None else conclusion.replace("_", " "),
+        loss=None if losses is None else losses.loss_after,
+        champion_loss=None if champion is None else champion.loss,
+        answers=_count_right(verdict),
+        examples=trained_on if losses is None else f"{trained_on}+{losses.examples}",
+        judged_on=None if losses is None or held_out is None else held_out.digest,
+    )
+
+
+def _join_two(candidate: float | None, champion: float | None) -> str | None:
+    """`0.0764 / 0.0547`: what the candidate has, and the champion."""
+    if candidate is None:
+        return None
+    return f"{candidate:.3g} / {'-' if champion is None else f'{champion:.3g}'}"
+
+
+def _count_right(verdict: Verdict) -> str | None:
+    """`12 / 13 of 15`: right answers of all suites, the candidate's and the champion's."""
+    if not verdict.tasks:
+        return None
+    candidate = _sum_right(verdict.tasks, [task.candidate for task in verdict.tasks])
+    champion = _sum_right(verdict.tasks, [task.champion for task in verdict.tasks])
+    return f"{candidate} / {champion} of {sum(task.questions for task in verdict.tasks)}"
+
+
+def _sum_right(tasks: Sequence[TaskResult], shares: Sequence[float | None]) -> str:
+    if None in shares:
+        return "-"
+    right = sum((share or 0) * task.questions for share, task in zip(shares, tasks, strict=True))
+    return f"{round(right, 2):g}"

@@ -1,0 +1,114 @@
+"""What became of a run, by its files and by what its registry says of its version now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nested_core.errors import NestedTuneError
+from nested_core.records.outcome import Outcome
+from nested_core.records.run import Run
+from nested_core.records.verdict import Verdict
+from nested_core.text.loss_format import format_loss
+
+
+def find_outcome(run: Run) -> Outcome | None:
+    """The outcome of a run; None of one that has not ended, and of one that began nothing."""
+    if run.state in ("running", "damaged"):
+        return Outcome.RUNNING if run.state == "running" else Outcome.DAMAGED
+    if run.verdict is not None:
+        is_verified = run.verdict.outcome == Outcome.VERIFIED
+        return _find_in_registry(run, run.verdict) if is_verified else run.verdict.outcome
+    if run.state != "never began" or run.dataset is None or run.config is None:
+        return None
+    if run.dataset.errors:
+        return Outcome.DATA_REFUSED
+    is_continual = run.config.continual.start is not None and run.config.continual.skip_unchanged
+    return Outcome.SKIPPED if is_continual else None
+
+
+def _find_in_registry(run: Run, verdict: Verdict) -> Outcome:
+    """What the registry says of the version that a run made; verified without a registry."""
+    from nested_core.registry import history, list_versions  # brings mlx
+    from nested_core.registry.folders import name_exists
+
+    section = None if run.config is None else run.config.registry
+    if section is None or section.path is None or section.name is None:
+        return Outcome.VERIFIED
+    registry, name = Path(section.path), section.name
+    version = verdict.trained.digest
+    try:
+        if not name_exists(registry, name):
+            return Outcome.VERIFIED
+        actions = [line["action"] for line in history(registry, name) if line["version"] == version]
+        is_registered = version in list_versions(registry, name)
+    except (NestedTuneError, OSError):  # `audit` says what is wrong with a registry
+        return Outcome.VERIFIED
+    if "promote" in actions:
+        return Outcome.PROMOTED
+    if "declined" in actions:
+        return Outcome.DECLINED
+    return Outcome.VERIFIED if is_registered or actions else Outcome.KEPT_CHAMPION
+
+
+def describe_outcome(run: Run) -> str:
+    """The outcome in a line, with the words of a verdict that passed: `Promoted: passed, better`.
+
+    Of a run without one its state, of a damaged one what is wrong with it.
+    """
+    outcome = find_outcome(run)
+    if outcome is None:
+        return run.state.capitalize()
+    if outcome == Outcome.DAMAGED and run.problems:
+        return f"{outcome}: {run.problems[0]}"
+    if outcome == Outcome.RUNNING or run.verdict is None or not run.verdict.has_passed:
+        return outcome
+    return f"{outcome}: {run.verdict.describe()}"
+
+
+def describe_end(run: Run) -> str:
+    """The verdict in a line, or how far a run without one has come."""
+    if run.verdict is not None:
+        return f"{run.verdict.summary()}."
+    if run.state == "never began":
+        return "Nothing was trained."
+    of_all = "" if run.steps is None else f" of {run.steps:,}"
+    losses = {"training": run.last_loss("train_loss"), "validation": run.last_loss("val_loss")}
+    told = [f", {name} loss {format_loss(own[1])}" for name, own in losses.items() if own]
+    goes_on = "; --resume goes on from its last checkpoint" if run.state == "resumable" else ""
+    return f"At step {run.step:,}{of_all}{''.join(told)}{goes_on}."
+
+
+LIST_COLUMNS = ("run", "adapter", "outcome", "offered step", "val loss", "gate loss", "min")
+LIST_NOTE = (
+    "Losses in nats a token, of the adapter that is offered: on the validation set, and on the "
+    "examples that the gate judged by. (last): of the last evaluation, for nothing is offered yet."
+)
+
+
+def list_row(run: Run) -> tuple[object, ...]:
+    """The row of a run in a list, in the order of LIST_COLUMNS."""
+    if run.state == "damaged":
+        return (run.name, None, describe_outcome(run), None, None, None, None)
+    of_all = "" if run.steps is None else f" of {run.steps:,}"
+    last, minutes = run.last_loss("val_loss"), run.minutes
+    if run.offered_step is not None:
+        step = f"{run.offered_step:,}{of_all}"
+        val_loss = None if run.offered_val_loss is None else format_loss(run.offered_val_loss)
+    else:
+        step = f"- (at {run.step:,}{of_all})"
+        val_loss = None if last is None else f"{format_loss(last[1])} (last)"
+    return (
+        run.name,
+        None if run.config is None else run.config.registry.name,
+        describe_outcome(run),
+        step,
+        val_loss,
+        run.gate_loss,
+        None if minutes is None else f"{minutes:.1f}" if minutes < 10 else f"{minutes:.0f}",
+    )
+
+
+def run_to_json(run: Run) -> dict[str, Any]:
+    """What the commands say of a run with `--json`: its figures, and its outcome in words."""
+    return run.to_json() | {"outcome": find_outcome(run) or run.state.capitalize()}

@@ -1,0 +1,497 @@
+"""report.html: a run as one page, at any of its states.
+
+One file that runs nothing and fetches nothing, light and dark, readable on a phone. It is made of
+the run's other files and no file rests on it: it can be removed and written again.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import shlex
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from nested_core.backend import RECORDED_PACKAGES
+from nested_core.config.loading import render_config
+from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
+from nested_core.errors import DamagedError, join_first_values
+from nested_core.records.answers import (
+    BROKEN_WORDS,
+    AnswerRecord,
+    BrokenHow,
+    SampleAnswers,
+    shown_answer,
+)
+from nested_core.records.dataset import group_findings
+from nested_core.records.losses import ExampleLosses
+from nested_core.records.run import Run, read_run
+from nested_core.records.verdict import TensorChange, Validation
+from nested_core.records.verdict_document import describe_verdict, tier_table
+from nested_core.report.outcome import describe_end, describe_outcome
+from nested_core.storage.atomic import finite_or_none, write_bytes
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import open_regular
+from nested_core.text.document import (
+    Block,
+    Cell,
+    Code,
+    Details,
+    Document,
+    Figures,
+    Section,
+    Table,
+    Text,
+)
+from nested_core.text.loss_format import format_interval
+from nested_core.text.svg_chart import Chart, Curve
+from nested_core.training.reports.sample_prompts import SampleTable
+
+MAX_SHOWN_FINDINGS = 60
+MAX_SHOWN_RESUMPTIONS = 5
+MAX_SHOWN_PROBLEMS = 20
+MAX_SHOWN_FLAGS = 10
+MAX_SHOWN_QUESTIONS = 12
+MAX_SHOWN_CHARACTERS = 240  # of a finding, a question or an example
+MAX_CONFIG_CHARACTERS = 12_000
+MAX_WORST_EXAMPLES = 5
+MAX_DATA_BYTES = 64 * 1024 * 1024  # of a file of data that examples are read from
+MAX_LINE_BYTES = 64 * 1024
+_LAYER_NAME_PATTERN = re.compile(r"^(.*?\blayers\.)(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True, repr=False)
+class RunReport:
+    """The page of a run, and what it was made of; in a notebook it shows itself.
+
+    run: as it was read.
+    error: what ended the run, where this process knows.
+    """
+
+    run: Run
+    error: str | None = None
+
+    def to_html(self) -> str:
+        """The whole page."""
+        return describe_run(self.run, self.error).to_html()
+
+    def __repr__(self) -> str:
+        return f"RunReport({self.run.path}, {describe_outcome(self.run)})"
+
+    def _repr_html_(self) -> str:
+        return describe_run(self.run, self.error).to_fragment()
+
+    def write(self, path: Path) -> None:
+        """Write the page, atomically."""
+        write_bytes(path, self.to_html().encode("utf-8", "replace"))
+
+
+def describe_run(run: Run, error: str | None = None) -> Document:
+    """All there is to say of a run; `error` is what ended it."""
+    now = datetime.now(UTC)
+    return Document(
+        f"Run {run.name}",
+        [
+            _describe_verdict(run, error),
+            Section("Answers of base, champion and candidate", list_answers(run), "answers"),
+            Section("Against champion and parent", list(_compare_examples(run)), "pairs"),
+            Section("Training", list(_describe_training(run)), "curves"),
+            Section("Change by layer and module", list(_map_changes(run)), "change"),
+            Section("Updates expected and applied", [_count_updates(run)], "updates"),
+            Section("Data", list(_list_findings(run)), "data"),
+            Section("To reproduce", list(_describe_reproduction(run)), "reproduce"),
+        ],
+        above=f"{run.state}, {run.describe_length()}; begun {run.started:%Y-%m-%d %H:%M} UTC, "
+        f"this page {now:%Y-%m-%d %H:%M} UTC",
+        below="Written by nested-tune from the files of the run; `nested-tune report` writes it "
+        "again.",
+    )
+
+
+def _describe_verdict(run: Run, error: str | None) -> Section:
+    """The outcome, why, damaged files, every check, and what training warned of."""
+    blocks: list[Block] = [Text(describe_outcome(run), is_headline=True), Text(describe_end(run))]
+    if run.verdict is not None:
+        blocks = [*describe_verdict(run.verdict, describe_outcome(run))]
+    if error is not None and (run.verdict is None or run.verdict.has_passed):
+        blocks.insert(1, Text(error, "bad"))
+    blocks[1:1] = [Text(f"Damaged: {each}", "bad") for each in run.problems[:MAX_SHOWN_PROBLEMS]]
+    flags = () if run.result is None else run.result.red_flags[:MAX_SHOWN_FLAGS]
+    blocks += [Text(f"Red flag while it trained: {flag}", "warn") for flag in flags]
+    return Section("Verdict", blocks, "verdict")
+
+
+def _describe_training(run: Run) -> Iterator[Block]:
+    """Losses over steps and seconds, rate, gradient norm, speed and memory."""
+    figures = [
+        [_loss_chart(run, "step"), _loss_chart(run, "seconds of training")],
+        _metric_figure(run, "Learning rate", "rate", {"learning rate": "learning_rate"}),
+        _metric_figure(
+            run,
+            "Gradient norm",
+            "norm",
+            {"before clipping": "grad_norm", "after clipping": "clipped_grad_norm"},
+        ),
+        _metric_figure(run, "Peak memory", "GB", {"peak memory": "peak_memory_gb"}),
+        _metric_figure(run, "Speed", "tokens a second", {"tokens/s": "tokens_per_second"}),
+    ]
+    if not run.metrics:
+        yield Text("Nothing was reported yet.")
+        return
+    if sentences := " ".join(_describe_curves(run)):
+        yield Text(sentences, "note")
+    yield Figures(figures)
+
+
+def _describe_curves(run: Run) -> Iterator[str]:
+    """Where it was resumed, the judged step, the losses' data, and the memory that was planned."""
+    plan = run.plan
+    if plan is not None and plan.resumed_at:
+        noun = "step" if len(plan.resumed_at) == 1 else "steps"
+        places = join_first_values([f"{step:,}" for step in plan.resumed_at], MAX_SHOWN_RESUMPTIONS)
+        yield (
+            f"The run was resumed at {noun} {places}: the curves go on from the checkpoint there, "
+            f"and each step and its seconds of training are counted once."
+        )
+    if run.verdict is not None and run.verdict.adapter_step is not None:
+        yield f"The adapter of step {run.verdict.adapter_step:,} is the one that was judged."
+    if plan is not None and plan.validation_file is not None:
+        yield f"Validation losses are of {plan.describe_validation()}."
+    if plan is not None:
+        yield (
+            f"Memory: {plan.memory_forecast_gb:.3g} GB were forecast, {plan.memory_limit_gb:.3g} "
+            f"GB may be used."
+        )
+
+
+def _loss_chart(run: Run, x: str) -> Chart:
+    curves = [
+        Curve("training", run.points("loss", x)),
+        Curve("validation", run.points("val_loss", x), has_dots=True),
+    ]
+    return Chart("Loss", x, "nats a token", curves)
+
+
+def _metric_figure(run: Run, title: str, unit: str, keys: dict[str, str]) -> list[Chart]:
+    curves = [Curve(name, run.points(key)) for name, key in keys.items()]
+    return [Chart(title, "step", unit, curves, from_zero=title != "Gradient norm")]
+
+
+def _compare_examples(run: Run) -> Iterator[Block]:
+    """What the comparison rests on, and the examples that the candidate lost most on."""
+    verdict = run.verdict
+    if verdict is None or verdict.validation is None:
+        why = (
+            "the run is not judged yet."
+            if verdict is None
+            else "there is no validation set and no test.jsonl, so that quality was not measured."
+        )
+        yield Text(f"No held-out example was compared: {why}")
+        return
+    yield Text(_describe_checkpoint_selection(verdict.validation), "note")
+    if verdict.drift is not None:
+        yield Text(f"Drift: {verdict.drift.describe()}.")
+    if verdict.champion is None:
+        yield Text("There was no champion when the run was judged.", "note")
+    if run.losses is not None:
+        yield from _list_worst_examples(run, run.losses.counted())
+
+
+def _describe_checkpoint_selection(losses: Validation) -> str:
+    if losses.chosen_among <= 1:
+        return f"{losses.file} had no part in choosing the step that is offered."
+    corrected = ""
+    if losses.corrected_interval is not None:
+        interval = format_interval(losses.corrected_interval)
+        corrected = f" Corrected for that choice, the 95 % interval is {interval}."
+    return (
+        f"{losses.file} also chose the step that is offered, among {losses.chosen_among}, so "
+        f"that the loss after is a little better than on data that nothing was chosen on; a "
+        f"test.jsonl would be that.{corrected}"
+    )
+
+
+def _list_worst_examples(run: Run, losses: ExampleLosses) -> Iterator[Block]:
+    """The examples that the candidate lost most on, with their text as the file has it now."""
+    differences = losses.after - losses.before
+    comparable = np.isfinite(differences)
+    improved = int((differences[comparable] < 0).sum())
+    worst = np.argsort(-np.where(comparable, differences, np.inf), kind="stable")
+    order = worst[:MAX_WORST_EXAMPLES]
+    texts = _example_texts(run, losses.file, [int(losses.lines[place]) for place in order])
+    columns = {"difference": differences, "before": losses.before, "after": losses.after}
+    if losses.champion is not None:
+        columns["champion"] = losses.champion
+    rows = [
+        (
+            f"{losses.file}:{losses.lines[place]}",
+            texts.get(int(losses.lines[place]), "–")[:MAX_SHOWN_CHARACTERS],
+            *(finite_or_none(float(column[place])) for column in columns.values()),
+            int(losses.tokens[place]),
+        )
+        for place in order
+    ]
+    yield Text(f"{improved} of {len(losses)} examples have a lower loss than before.")
+    caption = f"The {len(rows)} examples with the worst difference; all: gate-losses.jsonl"
+    yield Table(caption, ("example", "text", *columns, "tokens"), rows)
+
+
+def _example_texts(run: Run, file: str, numbers: Sequence[int]) -> dict[int, str]:
+    """Lines of a file of the data set by number; none where it is gone, packed, or too large."""
+    if run.dataset is None or not file.endswith(".jsonl") or not numbers:
+        return {}
+    choice = "auto" if run.config is None else run.config.gate.held_out
+    is_in_data_set = choice in SPLITS_BY_HELD_OUT_CHOICE
+    path = Path(run.dataset.folder, file) if is_in_data_set else Path(file)
+    texts: dict[int, str] = {}
+    try:
+        with open_regular(path, MAX_DATA_BYTES, follow_links=True) as (lines, _):
+            for number, line in enumerate(lines, 1):
+                if number in numbers:
+                    texts[number] = line[:MAX_LINE_BYTES].decode(errors="replace").strip()
+                if number >= max(numbers):
+                    break
+    except (DamagedError, OSError):
+        return {}
+    return texts
+
+
+def _map_changes(run: Run) -> Iterator[Block]:
+    """The relative change of each module as a map, layer by module, with the tiers marked."""
+    tensors = () if run.verdict is None else run.verdict.tensors
+    if not tensors:
+        yield Text("The gate has not compared the adapters yet.")
+        return
+    unchanged = [tensor.name for tensor in tensors if not tensor.changed]
+    if unchanged:
+        shown = ", ".join(unchanged[:8]) + (" …" if len(unchanged) > 8 else "")
+        yield Text(f"Not changed: {len(unchanged)} tensors, {shown}", "bad")
+    places = sorted(((*_place_of(t), t) for t in tensors), key=lambda place: place[:2])
+    modules = {
+        key: [tensor for *_, tensor in group]
+        for key, group in groupby(places, key=lambda place: place[:2])
+    }
+    changes = {key: _mean_change(group) for key, group in modules.items()}
+    largest = max((c for c in changes.values() if c is not None), default=0) or 1.0
+    columns = sorted({column for _, column in modules})
+    rows = []
+    for layer in sorted({layer for layer, _ in modules}):
+        own = {t.tier for c in columns for t in modules.get((layer, c), ()) if t.tier is not None}
+        marks = f" · tier {', '.join(map(str, sorted(own)))}" if own else ""
+        name = "outside layers" if layer < 0 else f"layer {layer}"
+        cells = [
+            _heat_cell(modules.get((layer, c), ()), largest, with_tier=len(own) > 1)
+            for c in columns
+        ]
+        rows.append((f"{name}{marks}", *cells))
+    yield Table(
+        "Mean relative change of a module's tensors, from initial to trained adapter. A fresh "
+        "lora_b starts at zero, which counts as a change of 1.",
+        ("layer", *columns),
+        rows,
+    )
+
+
+def _place_of(tensor: TensorChange) -> tuple[int, str]:
+    """The layer of a tensor's module, -1 outside of layers, and the module's name within it."""
+    module = tensor.name.rpartition(".")[0] or tensor.name
+    matched = _LAYER_NAME_PATTERN.match(module)
+    return (int(matched[2]), matched[3]) if matched else (-1, module)
+
+
+def _mean_change(tensors: Sequence[TensorChange]) -> float | None:
+    known = [t.relative_delta for t in tensors if t.relative_delta is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _heat_cell(tensors: Sequence[TensorChange], largest: float, *, with_tier: bool) -> Cell:
+    """The change of a module, coloured by its share of the largest."""
+    if not tensors:
+        return Cell("", heat=0.0)
+    change = _mean_change(tensors)
+    value = "–" if change is None else f"{change:.2g}"
+    tier = f" tier {tensors[0].tier}" if with_tier and tensors[0].tier is not None else ""
+    is_changed = all(tensor.changed for tensor in tensors)
+    return Cell(f"{value}{tier}", "" if is_changed else "bad", heat=(change or 0.0) / largest)
+
+
+def _count_updates(run: Run) -> Block:
+    """Updates that were due and that were applied, a row for each tier."""
+    if run.verdict is not None and run.verdict.tiers:
+        return tier_table(run.verdict)
+    applied, skipped = run.last("updates"), run.last("skipped")
+    if not isinstance(applied, list) or run.config is None:
+        return Text("No step was reported yet.")
+    rows = [
+        (f"tier {number}", f"every {every}", run.step // every, done, missed)
+        for number, (every, done, missed) in enumerate(
+            zip(run.config.nested.frequencies, applied, skipped or [0] * len(applied), strict=False)
+        )
+    ]
+    columns = ("tier", "updated", "expected", "applied", "skipped")
+    return Table(f"Up to step {run.step:,}", columns, rows)
+
+
+def list_answers(run: Run) -> list[Block]:
+    """What base, parent, champion and candidate answered, the lost questions first."""
+    blocks: list[Block] = []
+    names = list(dict.fromkeys(answer.task for answer in run.answers))
+    count = max(2, MAX_SHOWN_QUESTIONS // max(1, len(names)))
+    for name in names[:MAX_SHOWN_QUESTIONS]:
+        own = [answer for answer in run.answers if answer.task == name]
+        blocks.append(Section(name, [_answers_table(own, count)]))
+    if run.sample_answers:
+        shown = run.sample_answers[:MAX_SHOWN_QUESTIONS]
+        blocks.append(Section("To read, not scored", [_sample_answers_table(shown)]))
+    judged = None if run.verdict is None else run.verdict.adapter_step
+    samples = SampleTable.from_metrics(run.metrics, judged)
+    if samples is not None:
+        caption = f"Greedy answers at {samples.describe()}; all: metrics.jsonl"
+        rows = [(step, *answers) for step, answers in samples.rows]
+        blocks.append(Section("Samples", [Table(caption, ("step", *samples.prompts), rows)]))
+    none = "No question was asked: neither `gate.tasks` nor `samples` names one."
+    return blocks or [Text(none if run.state != "running" else "No answer yet.")]
+
+
+def _answers_table(answers: Sequence[AnswerRecord], count: int) -> Table:
+    """The questions of a suite: those that the candidate lost first, at most `count`."""
+    roles = [
+        r for r in ("candidate", "base", "parent", "champion") if any(a.model == r for a in answers)
+    ]
+    by_line: dict[int, dict[str, AnswerRecord]] = {}
+    for answer in answers:
+        by_line.setdefault(answer.line, {})[answer.model] = answer
+
+    def gain(line: int) -> float:
+        """The candidate's score minus the best of the others."""
+        scores = {role: answer.score for role, answer in by_line[line].items()}
+        candidate = scores.pop("candidate", 0.0)
+        return candidate - max(scores.values(), default=0.0)
+
+    lines = sorted(by_line, key=gain)
+    rows = []
+    for line in lines[:count]:
+        own = by_line[line]
+        some = next(iter(own.values()))
+        cells = [_answer_cell(own[role]) if role in own else None for role in roles]
+        rows.append((some.question[:MAX_SHOWN_CHARACTERS], some.expected, *cells))
+    caption = f"{len(rows)} of {len(lines)} questions, lost ones first; all: answers.jsonl"
+    return Table(caption, ("question", "expected", *roles), rows)
+
+
+def _answer_cell(answer: AnswerRecord) -> Cell:
+    score = answer.score
+    mark = "✓ right" if score >= 1 else "✗ wrong" if score <= 0 else f"{score:.2g}"
+    return Cell(shown_answer(answer.answer), "good" if score >= 1 else "bad", mark)
+
+
+def _sample_answers_table(shown: Sequence[SampleAnswers]) -> Table:
+    """What the candidate answered at the end, beside the data's own answer, base and parent."""
+    has_parent = any(row.parent is not None for row in shown)
+    rows = [
+        (
+            f"{row.place}: {row.prompt}",
+            _sample_cell(row.adapter, row.adapter_broken),
+            row.expected,
+            _sample_cell(row.base, row.base_broken),
+            *((row.parent,) if has_parent else ()),
+        )
+        for row in shown
+    ]
+    columns = ("prompt", "candidate", "expected", "base", *(("parent",) if has_parent else ()))
+    return Table("Greedy answers at the end of training; all: sample-answers.jsonl", columns, rows)
+
+
+def _sample_cell(answer: str, broken: BrokenHow | None) -> Cell:
+    if broken is None:
+        return Cell(shown_answer(answer))
+    return Cell(shown_answer(answer), "bad", f"✗ broken: {BROKEN_WORDS[broken]}")
+
+
+def _list_findings(run: Run) -> Iterator[Block]:
+    """What the validation of the data said, by file and line."""
+    if run.dataset is None:
+        yield Text("The data was not validated yet.")
+        return
+    groups = group_findings(run.dataset.findings)
+    rows = [
+        (g.severity, g.file, g.shown_lines, g.count, g.check, g.message[:MAX_SHOWN_CHARACTERS])
+        for g in groups[:MAX_SHOWN_FINDINGS]
+    ]
+    serious = sum(group.severity != "info" for group in groups)
+    columns = ("severity", "file", "line", "count", "check", "message")
+    listed = Table(f"Findings in {run.dataset.folder}; all: dataset.json", columns, rows)
+    yield Text(f"{serious} to look at, first." if serious else "No error and no warning.")
+    yield listed if serious else Details("What was counted", [listed])
+
+
+def _describe_reproduction(run: Run) -> Iterator[Block]:
+    """Configuration, digests, versions and the command of the run."""
+    command = f"nested-tune train -c {shlex.quote(str(run.folder.config))} --run-dir NEW_FOLDER"
+    yield Code("Command", command)
+    if run.config is not None:
+        text = render_config(run.config).decode()
+        cut = "" if len(text) <= MAX_CONFIG_CHARACTERS else "…\n"
+        shown = Code("config.yaml", text[:MAX_CONFIG_CHARACTERS] + cut)
+        yield Details("config.yaml", [shown])
+    yield Table("Digests", ("of", "digest"), list(_list_digests(run)))
+    rows = [("Python", platform.python_version()), ("platform", platform.platform())]
+    rows += [(package, _installed_version(package)) for package in RECORDED_PACKAGES]
+    caption = "Versions of the process that wrote this page"
+    yield Details("Versions", [Table(caption, ("package", "version"), rows)])
+
+
+def _list_digests(run: Run) -> Iterator[tuple[str, str]]:
+    verdict, dataset = run.verdict, run.dataset
+    if dataset is not None:
+        yield "data set", dataset.digest
+        for split, stats in dataset.splits.items():
+            yield f"{split}, {stats.rows:,} examples", stats.digest
+    if verdict is not None:
+        yield "initial adapter", verdict.initial.digest
+        yield "trained adapter", verdict.trained.digest
+        if verdict.champion is not None:
+            yield "champion", verdict.champion.version
+        if verdict.validation is not None and verdict.validation.losses_sha256 is not None:
+            yield "gate-losses.jsonl", verdict.validation.losses_sha256
+
+
+def _installed_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def read_report(run_dir: str | Path) -> RunReport:
+    """The report of a run, at any state; ConfigError if `run_dir` is no run directory."""
+    return RunReport(read_run(RunDirectory(Path(run_dir))))
+
+
+@contextmanager
+def writing_report_at_end(run: RunDirectory) -> Iterator[None]:
+    """Write the run's report.html when the block ends, with what ended it; under the run's lock.
+
+    A page that cannot be written is a warning: no run fails for want of it.
+    """
+    error: str | None = None
+    try:
+        yield
+    except BaseException as raised:
+        error = str(raised) or type(raised).__name__
+        raise
+    finally:
+        try:
+            report = RunReport(read_run(run, has_ended=True), error)
+            run.require_lock()
+            report.write(run.report)
+        except Exception as failure:
+            warnings.warn(f"{run.report} was not written: {failure}", stacklevel=3)

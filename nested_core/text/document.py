@@ -1,0 +1,341 @@
+"""A document: what there is to say, as a small tree, rendered as a page, markdown or a terminal's.
+
+Text of others is shown as it stands in each of them, and is markup in none.
+"""
+
+from __future__ import annotations
+
+import base64
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import Literal
+
+from nested_core.text import html_markup as h
+from nested_core.text.foreign_text import escape, escape_markdown
+from nested_core.text.svg_chart import ON_PAGE, STANDALONE, Chart, draw_chart
+from nested_core.text.value_format import format_value
+
+Tone = Literal["", "good", "bad", "warn", "note"]
+MAX_PARAGRAPH, MAX_CELL = 2_000, 400  # characters of a page; a longer text is cut
+MAX_MARKDOWN_WIDTH = 48  # characters of a cell; of a longer one the rest is in further rows
+MIN_WRAPPED = 60  # characters of a cell that gets a width of its own
+MAX_HEAT_OPACITY = 0.55  # share of the colour behind the largest value: text on it stays legible
+MAX_NUMBER_ROWS = 200  # of the table of a curve's numbers
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph; a headline is the sentence to read first."""
+
+    text: str
+    tone: Tone = ""
+    is_headline: bool = False
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names with what there is to say of each: a value, or a `Cell`."""
+
+    rows: Sequence[tuple[str, object]]
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text as it would stand in a file or a terminal, to be copied; a terminal leaves it out."""
+
+    label: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value that is more than itself.
+
+    mark: a word before the value; tone: of the mark, else of the value.
+    heat: from 0 to 1, how strongly the cell is coloured.
+    path: where on Prefect's server it leads.
+    """
+
+    value: object
+    tone: Tone = ""
+    mark: str = ""
+    heat: float | None = None
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, whose first column names its rows; a cell is a value or a `Cell`."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Figures beside each other; each is one chart or several of the same numbers."""
+
+    figures: Sequence[Sequence[Chart]]
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a reader opens on a page; a terminal leaves it out."""
+
+    summary: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Blocks under a heading; `name` identifies it on a page."""
+
+    heading: str
+    blocks: Sequence[Block]
+    name: str = ""
+
+
+Block = Text | Facts | Code | Table | Figures | Details | Section
+
+
+@dataclass(frozen=True)
+class Document:
+    """A title, blocks, and small lines above and below them."""
+
+    title: str
+    blocks: Sequence[Block]
+    above: str = ""
+    below: str = ""
+
+    def __str__(self) -> str:
+        """As markdown."""
+        lines = [f"# {escape_markdown(self.title)}", "", *self._markdown_lines()]
+        return "\n".join(lines).rstrip("\n")
+
+    def _markdown_lines(self) -> Iterator[str]:
+        for block in self.blocks:
+            yield from to_markdown(block)
+
+    def to_html(self) -> str:
+        """A whole page: one file that runs nothing and fetches nothing."""
+        note = h.paragraph(self.above, class_="note")
+        header = h.element("header", h.element("h1", self.title), note)
+        footer = h.element("footer", h.paragraph(self.below, class_="note"))
+        return h.page(self.title, header, h.element("main", *map(to_html, self.blocks)), footer)
+
+    def to_fragment(self) -> str:
+        """The blocks for a notebook's cell."""
+        return h.notebook_fragment(*map(to_html, self.blocks))
+
+
+def to_html(block: Block, *, is_inner: bool = False) -> h.Html:
+    """A block as markup; within a section headings are smaller."""
+    match block:
+        case Text(text, tone, is_headline):
+            classes = f"verdict {tone}".strip() if is_headline else tone
+            return h.paragraph(h.cut(text, MAX_PARAGRAPH), class_=classes)
+        case Facts(rows):
+            return h.element("dl", *(_html_fact(*row) for row in rows))
+        case Code(label, text):
+            return h.preformatted(label, text)
+        case Table():
+            return _html_table(block)
+        case Figures(figures):
+            return h.element("div", *map(_html_figure, figures), class_="charts")
+        case Details(summary, blocks):
+            return h.collapsed(summary, h.join(map(to_html, blocks)))
+        case Section(heading, blocks, name):
+            inner = [to_html(each, is_inner=True) for each in blocks]
+            if is_inner:
+                return h.join((h.element("h3", heading), *inner))
+            return h.section(name, heading, *inner)
+
+
+def _html_fact(name: str, value: object) -> h.Html:
+    return h.element("div", h.element("dt", name), h.element("dd", _html_value(value)))
+
+
+def _html_table(table: Table) -> h.Html:
+    """End tags that HTML lets one omit are omitted."""
+    head = "".join(f"<th scope=col>{h.escaped_html(column)}" for column in table.columns)
+    lines = []
+    for first, *others in table.rows:
+        cells = "".join(map(_html_cell, others))
+        lines.append(f"<tr><th scope=row>{_html_value(first)}{cells}\n")
+    caption = h.element("caption", h.element("span", table.caption))
+    has_heat = any(
+        getattr(cell, "heat", None) is not None for row in table.rows[:1] for cell in row
+    )
+    start = '<table class="heat">' if has_heat else "<table>"
+    body = h.Html(f"{start}{caption}<thead><tr>{head}<tbody>{''.join(lines)}</table>")
+    return h.scrolling(table.caption, body)
+
+
+def _html_cell(cell: object) -> str:
+    """A cell that is not the first of its row."""
+    if not isinstance(cell, Cell):
+        is_number = isinstance(cell, int | float) and not isinstance(cell, bool)
+        return f"<td{' class=n' if is_number else ''}>{_html_value(cell)}"
+    if cell.heat is None:
+        return f"<td>{_html_value(cell)}"
+    tone = f' class="{cell.tone}"' if cell.tone else ""
+    style = f"background:rgba(var(--heat),{MAX_HEAT_OPACITY * cell.heat:.2f})"
+    return f'<td{tone} style="{style}">{_html_value(replace(cell, tone="", heat=None))}'
+
+
+def _html_value(value: object) -> h.Html:
+    """A long text, or one of several lines, gets a width of its own and keeps its lines."""
+    if isinstance(value, Cell):
+        shown = _html_value(value.value)
+        if value.mark:
+            return h.join((h.element("small", value.mark, class_=value.tone), " ", shown))
+        return h.element("span", shown, class_=value.tone) if value.tone else shown
+    if isinstance(value, str) and (len(value) > MIN_WRAPPED or "\n" in value):
+        return h.truncated_text(value, MAX_CELL)
+    return h.escaped_html(value)
+
+
+def _html_figure(charts: Sequence[Chart]) -> h.Html:
+    """Charts of the same numbers, a legend, and the numbers; nothing without a finite point."""
+    charts = [_without_empty_curves(chart) for chart in charts]
+    curves = charts[0].curves
+    if not curves:
+        return h.Html("")
+    colours = map(ON_PAGE.curve_colour, range(len(curves) if len(curves) > 1 else 0))
+    keys = [
+        h.join((h.Html(f'<span class="key" style="background:{colour}"></span>'), curve.name))
+        for colour, curve in zip(colours, curves, strict=False)
+    ]
+    caption = h.element("figcaption", charts[0].title, *keys)
+    pictures = h.element("div", *map(draw_chart, charts), class_="charts")
+    numbers = h.collapsed("The numbers", _html_table(_tabulate(charts)))
+    return h.element("figure", caption, pictures, numbers, class_="wide" if len(charts) > 1 else "")
+
+
+def _without_empty_curves(chart: Chart) -> Chart:
+    curves = [curve for curve in chart.curves if any(p.y is not None for p in curve.points)]
+    return replace(chart, curves=curves)
+
+
+def _tabulate(charts: Sequence[Chart]) -> Table:
+    """A row for each x of the first chart, with the x of the others as further columns.
+
+    Of more than MAX_NUMBER_ROWS those are shown, evenly spaced, at which all curves have a value.
+    """
+    chart, *others = charts
+    values = [{point.x: point.y for point in curve.points} for curve in chart.curves]
+    further: list[dict[float, float | None]] = [
+        {
+            p.x: q.x
+            for one, two in zip(chart.curves, other.curves, strict=True)
+            for p, q in zip(one.points, two.points, strict=True)
+        }
+        for other in others
+    ]
+    places = sorted({x for curve in values for x in curve})
+    total = len(places)
+    if total > MAX_NUMBER_ROWS:
+        complete = [x for x in places if all(x in curve for curve in values)]
+        places = complete if len(complete) > 1 else places
+        places = [*places[: -1 : -(-len(places) // MAX_NUMBER_ROWS)], places[-1]]
+    rows = [
+        (int(x) if float(x).is_integer() else x, *(c.get(x, "") for c in (*further, *values)))
+        for x in places
+    ]
+    caption = f"{chart.title}: {chart.y} by {chart.x}"
+    if len(places) < total:
+        caption += f", {len(places)} of {total:,}; all: metrics.jsonl"
+    names = [chart.x, *(other.x for other in others), *(curve.name for curve in chart.curves)]
+    return Table(caption, names, rows)
+
+
+def to_markdown(block: Block, level: int = 2) -> Iterator[str]:
+    """A block as lines of markdown, with an empty one at its end."""
+    match block:
+        case Text(text):
+            yield from (escape_markdown(text), "")
+        case Facts(rows):
+            yield from (f"- **{escape_markdown(n)}**: {_markdown_cell(v)}" for n, v in rows)
+            yield ""
+        case Code(_, text):
+            yield from (*(f"    {escape(line)}" for line in text.split("\n")), "")
+        case Table():
+            yield from _markdown_table(block)
+        case Figures(figures):
+            for charts in figures:
+                yield from _markdown_picture(charts[0])
+        case Details(heading, blocks) | Section(heading, blocks):
+            yield from (f"{'#' * level} {escape_markdown(heading)}", "")
+            for inner in blocks:
+                yield from to_markdown(inner, level + 1)
+
+
+def _markdown_table(table: Table) -> Iterator[str]:
+    if table.caption:
+        yield from (escape_markdown(table.caption), "")
+    yield _markdown_row(table.columns)
+    yield "|" + "---|" * len(table.columns)
+    for row in table.rows:
+        yield from map(_markdown_row, zip_longest(*map(_wrap, row), fillvalue=""))
+    yield ""
+
+
+def _wrap(cell: object) -> list[object]:
+    """A cell, or its lines, each for a row: one of Prefect's UIs cuts what is too wide for it."""
+    if isinstance(cell, Cell) and cell.path is not None:
+        return [cell]
+    text = h.cut(format_value(_plain(cell)), MAX_CELL)
+    lines = textwrap.wrap(  # a digest stays whole
+        text, MAX_MARKDOWN_WIDTH, break_long_words=False, break_on_hyphens=False
+    )
+    return [*lines] or [""]
+
+
+def _markdown_row(cells: Iterable[object]) -> str:
+    return f"| {' | '.join(map(_markdown_cell, cells))} |"
+
+
+def _markdown_cell(cell: object) -> str:
+    if not isinstance(cell, Cell):
+        return escape_markdown(format_value(cell))
+    shown = escape_markdown(format_value(_plain(cell)))
+    return shown if cell.path is None else f"[{shown}]({cell.path})"
+
+
+def _markdown_picture(chart: Chart) -> Iterator[str]:
+    """A drawing within the page: no browser asks the network for it.
+
+    Of Prefect 3.8's two UIs both show it as a data URI; neither shows SVG among the markdown.
+    """
+    drawn = draw_chart(chart, STANDALONE)
+    if drawn:
+        data = base64.b64encode(drawn.encode()).decode()
+        title = escape_markdown(chart.title)
+        yield from (f"![{title}](data:image/svg+xml;base64,{data})", "")
+
+
+def to_terminal(block: Block) -> Iterator[str | Table]:
+    """A block as lines, and tables that a console lays out; whoever prints them escapes them."""
+    match block:
+        case Text(text):
+            yield text
+        case Facts(rows):
+            yield from (f"{name}: {format_value(_plain(value))}" for name, value in rows)
+        case Table(caption, columns, rows):
+            yield Table(caption, columns, [[_plain(cell) for cell in row] for row in rows])
+        case Section(heading, blocks):
+            yield heading
+            for inner in blocks:
+                yield from to_terminal(inner)
+        case Code() | Details() | Figures():
+            pass
+
+
+def _plain(cell: object) -> object:
+    """A cell as plain text, or its value."""
+    if not isinstance(cell, Cell):
+        return cell
+    return f"{cell.mark} {format_value(cell.value)}" if cell.mark else cell.value

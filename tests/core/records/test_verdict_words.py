@@ -1,0 +1,74 @@
+"""A verdict in words: one spelling of an outcome, of a loss and of the champion's."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+
+from nested_core.records.outcome import Outcome
+from nested_core.records.verdict import OUTCOME_BY_CODE, Code
+from tests.core.report.verdicts import CHAMPION, LOSSES, SUITE, make_verdict
+
+LOSS = "validation loss 3.142 -> 0.02135 (valid.jsonl, 84 examples, step 80)"
+RIVAL = "champion c4a3c4a3c4a3 1.191, difference -1.17 (-1.2 to -1.1), better"
+
+
+def reason(code: str, message: str = "why", suite: str | None = None) -> dict[str, Any]:
+    return {"code": code, "message": message, "tensors": [], "suite": suite}
+
+
+def test_every_reason_of_the_gate_has_an_outcome_that_tells_what_was_wrong() -> None:
+    assert set(OUTCOME_BY_CODE) == set(get_args(Code))
+    named = {outcome.removeprefix("Rejected: ") for outcome in OUTCOME_BY_CODE.values()}
+    assert named == {"unchanged", "unsound", "worse", "harmed", "answers"}
+    for code, outcome in OUTCOME_BY_CODE.items():
+        verdict = make_verdict(reasons=[reason(code)])
+        assert verdict.summary() == f"{outcome} ({code}: why)"
+    assert make_verdict().outcome == Outcome.VERIFIED
+
+
+def test_a_rejection_names_its_suites_and_the_further_reasons() -> None:
+    reasons = [reason("task_below", "2 of 15", "hard"), reason("drift"), reason("forgetting")]
+    assert make_verdict(reasons=reasons).summary() == (
+        "Rejected: answers (task_below (hard): 2 of 15); also drift, forgetting"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "no held-out loss"),
+        ({"validation": LOSSES}, LOSS),
+        ({"validation": LOSSES, "champion": CHAMPION}, f"{LOSS}; {RIVAL}"),
+        (
+            {"validation": LOSSES | {"examples": 0}},
+            "validation loss not judged, for all held-out examples were trained on",
+        ),
+        (
+            {"validation": LOSSES | {"file": "/a/exam.jsonl", "conclusion": "no_worse"}},
+            "held-out loss 3.142 -> 0.02135 (exam.jsonl, 84 examples, step 80)",
+        ),
+        (
+            {"champion": {"version": "c4a3" * 16, "not_compared": "it is gone"}},
+            "no held-out loss; champion c4a3c4a3c4a3 not compared: it is gone",
+        ),
+        (
+            {"samples": {"asked": 3, "judged": 3, "broken": 3, "ways": {"empty": 3}}},
+            "no held-out loss; 3 of 3 sample answers are broken (3 empty)",
+        ),
+    ],
+)
+def test_a_loss_has_one_spelling(fields: dict[str, Any], words: str) -> None:
+    assert make_verdict(**fields).describe_losses() == words
+
+
+def test_the_summary_has_the_loss_in_that_spelling_and_what_speaks_against_it() -> None:
+    few = LOSSES | {"examples": 2, "conclusion": "better", "difference": -3.12}
+    verdict = make_verdict(validation=few, tasks=[SUITE])
+    assert verdict.describe() == "passed, better"
+    loss = LOSS.replace("84", "2")
+    assert verdict.summary().startswith(f"passed, better: 0 of 0 tensors changed, {loss}; 2 held-")
+    assert (
+        "; capitals: 0 of 15 right before, 14 of 15 after (difference +0.933" in verdict.summary()
+    )

@@ -1,0 +1,242 @@
+"""Prefect's pages of an adapter: a night, the last nights, its champion, and the curves."""
+
+from __future__ import annotations
+
+import base64
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from nested_core import registry as core
+from nested_core.records.answers import write_answers
+from nested_core.records.dataset import Finding
+from nested_core.records.metrics import append_metrics
+from nested_core.records.outcome import Outcome
+from nested_core.records.plan import join_last_losses
+from nested_core.records.run import Run
+from nested_core.records.verdict_file import write_verdict
+from nested_core.report.champion import ChampionRecord, describe_champion
+from nested_core.report.curves import chart_losses, describe_curves
+from nested_core.report.nights import Night, describe_night, describe_nights
+from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory, run_key
+from nested_core.text.svg_chart import STANDALONE, draw_chart
+from tests.core.registry.conftest import write_run
+from tests.core.report.verdicts import CHAMPION, LOSSES, SUITE, make_verdict
+from tests.example import example_config
+from tests.runs import make_answer, write_dataset
+
+NAME = "support-bot"
+FINDINGS = [
+    Finding("train.jsonl", 1, "warning", "duplicate", "line 1 again"),
+    Finding("train.jsonl", 2, "warning", "near_duplicate", "line 2, nearly"),
+    Finding("train.jsonl", None, "info", "rows", "1200"),
+]
+
+
+def plain(page: object) -> str:
+    """A page without the backslashes of markdown."""
+    return str(page).replace("\\", "")
+
+
+def facts_of(page: object) -> dict[str, str]:
+    return dict(re.findall(r"^- \*\*(.*?)\*\*: (.*)$", plain(page), re.MULTILINE))
+
+
+def picture_of(page: object) -> str:
+    data = re.search(r"base64,([A-Za-z0-9+/=]+)\)", str(page))
+    assert data is not None
+    return base64.b64decode(data[1]).decode()
+
+
+def night_of(folder: Path, outcome: str, message: str = "said", **changes: Any) -> str:
+    registry = {"path": "registry", "name": NAME}
+    config = example_config(**{"registry": registry} | changes)
+    return str(describe_night(config, Run(RunDirectory(folder)), outcome, message))
+
+
+@pytest.fixture
+def judged(tmp_path: Path) -> Path:
+    """The folder of a run with a verdict, a data set and two questions."""
+    verdict = make_verdict(validation=LOSSES, champion=CHAMPION, tasks=[SUITE | {"champion": 1.0}])
+    write_verdict(tmp_path, verdict, {})
+    write_dataset(RunDirectory(tmp_path), FINDINGS, train=1200, valid=84)
+    rows = [make_answer("base", 1, "same"), make_answer("candidate", 1, "same")]
+    rows += [make_answer("base", 2, "<b>Rome"), make_answer("candidate", 2, "Paris")]
+    write_answers(tmp_path / "answers.jsonl", rows)
+    return tmp_path
+
+
+def test_a_few_lines_and_a_table_tell_the_night(judged: Path) -> None:
+    page = night_of(judged, Outcome.PROMOTED, "verified ada9ad: promoted")
+    assert page.startswith("# support-bot: Promoted")
+    facts = facts_of(page)
+    assert list(facts) == ["Outcome", "Loss", "Data", "Made of", "Run folder"]
+    assert facts["Outcome"] == "verified ada9ad: promoted"
+    assert facts["Loss"] == (
+        "validation loss 3.142 -> 0.02135 (valid.jsonl, 84 examples, step 80); champion "
+        "c4a3c4a3c4a3 1.191, difference -1.17 (-1.2 to -1.1), better"
+    )
+    assert "| answers, capitals (champion 15) | 0 of 15 | 14 of 15 | +0.933 (" in plain(page)
+    assert facts["Data"].endswith(
+        "1,200 train, 84 valid examples; 2 warning (duplicate, near_duplicate)"
+    )
+    assert "from a fresh adapter, 8 iterations, learning rate 0.002" in facts["Made of"]
+    assert "seed 0, registry.promote: " in facts["Made of"]
+    for digest in ("da7ada7ada7a", "141714171417", "ada9ada9ada9"):
+        assert digest in facts["Made of"]
+    command = "    nested-tune train --run-dir again \\\n"
+    assert f"{command}      -c {judged / 'config.yaml'}\n" in page
+
+
+def test_a_night_of_epochs_or_without_a_registry_has_its_page(tmp_path: Path) -> None:
+    page = night_of(tmp_path, Outcome.PROMOTED, training={"epochs": 3})
+    assert ", 3 epochs, learning rate" in facts_of(page)["Made of"]
+    assert night_of(tmp_path, Outcome.VERIFIED, registry={}).startswith("# Fine-tune: Verified")
+
+
+def test_answers_and_samples_are_those_of_the_report_and_no_markup(judged: Path) -> None:
+    for step in range(0, 10_001, 10):
+        samples = [{"prompt": f"Where to {number}?", "answer": "There."} for number in range(50)]
+        append_metrics(judged / "metrics.jsonl", {"step": step, "samples": samples})
+    answers = night_of(judged, Outcome.PROMOTED).partition("## Answers")[2]
+    assert "| Question 2? | \\- | ✓ right Paris | ✗ wrong \\<b\\>Rome |" in answers
+    assert "8 of 1001 evaluations to 4 of 50 prompts" in answers
+    assert "| 80 (judged) | There. | There. | There. | There. |" in answers.replace("\\", "")
+    assert answers.count("| There. |") == 8 * 2
+
+
+def test_a_night_without_a_verdict_says_so(tmp_path: Path) -> None:
+    facts = facts_of(night_of(tmp_path, Outcome.RUNNING))
+    assert facts["Loss"] == "not judged yet"
+    assert facts["Data"].endswith("not read yet")
+    assert facts_of(night_of(tmp_path, Outcome.SKIPPED))["Loss"] == "not judged"
+
+
+def test_an_error_of_several_lines_is_told_on_one(tmp_path: Path) -> None:
+    message = "DatasetError: rejected: 1 error.\n  train.jsonl:4: bad-json: no value\nCorrect it."
+    told = "DatasetError: rejected: 1 error. train.jsonl:4: bad-json: no value; Correct it."
+    assert facts_of(night_of(tmp_path, "Failed", message))["Outcome"] == told
+
+
+def make_night(day: int, outcome: str, digest: str | None = None, **gate: Any) -> Night:
+    """A fine-tune's run with the files of its folder: a data set, and a verdict where given."""
+    night = Night(uuid4(), datetime(2026, 11, day, 2, tzinfo=UTC), outcome, 1.5)
+    if digest is not None:
+        folder = RunDirectory(DEFAULT_RUNS_FOLDER / f"20261122T020000Z-{run_key(night.flow_run)}")
+        folder.path.mkdir(parents=True)
+        write_dataset(folder, train=40, valid=10)
+        folder.dataset.write_text(folder.dataset.read_text().replace("valid-digest", digest))
+        if gate:
+            write_verdict(folder.path, make_verdict(**gate), {})
+    return night
+
+
+@pytest.fixture
+def nights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Night]:
+    """The latest night first, as the server gives them."""
+    monkeypatch.chdir(tmp_path)
+    validation = LOSSES | {"loss_after": 1.25, "examples": 10, "conclusion": "better"}
+    return [
+        make_night(22, "Crashed"),
+        make_night(21, "Promoted", "v2", validation=validation, champion=CHAMPION),
+        make_night(20, "Failed: data", "v1"),
+        make_night(19, "Promoted", "v1", validation=validation, tasks=[SUITE | {"champion": 0.8}]),
+        make_night(18, "Promoted", "v1", validation=validation | {"loss_after": 1.5}),
+    ]
+
+
+def test_a_night_is_a_row_with_its_figures_and_a_link_and_a_star_for_other_examples(
+    nights: list[Night],
+) -> None:
+    page = plain(describe_nights(NAME, nights, [("champion", "/artifacts/key/c")]))
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| [")]
+    assert [row[1] for row in rows] == [night.outcome for night in nights]
+    assert rows[3] == [
+        f"[19 Nov](/runs/flow-run/{nights[3].flow_run})",
+        *("Promoted", "better", "1.25 / -", "14 / 12 of 15", "1.5", "40+10"),
+    ]
+    assert rows[1][3] == "1.25 / 1.19"
+    assert rows[0][2:] == [*["-"] * 3, "1.5", "-"]
+    assert [row[-1] for row in rows] == ["-", "40+10*", "40", "40+10", "40+10"]
+    assert "[champion](/artifacts/key/c)" in page
+
+
+def test_the_losses_of_the_nights_are_a_line_from_the_oldest_to_the_latest(
+    nights: list[Night],
+) -> None:
+    drawn = picture_of(describe_nights(NAME, nights, []))
+    assert "night, 1 is 18 Nov, 5 is 22 Nov" in drawn
+    dots = re.findall(r'<circle cx="([^"]*)" cy="([^"]*)" r="[^"]*" fill="([^"]*)"', drawn)
+    colours = [colour for _, _, colour in dots]
+    candidate = [(float(x), float(y)) for x, y, colour in dots if colour == colours[0]]
+    assert candidate == sorted(candidate), "the oldest is left"
+    assert candidate[0][1] < candidate[1][1] == candidate[2][1], "and a lower loss is lower"
+    assert (len(candidate), len(set(colours)), len(dots)) == (3, 2, 4)
+    assert "18 Nov" in picture_of(describe_nights(NAME, nights[-1:], []))
+
+
+def register(folder: Path, seed: int, **provenance: Any) -> str:
+    run = write_run(folder / f"night-{seed}", seed)
+    config = {"data": "tickets/<b>2026", "model": "Qwen/Qwen3-0.6B"}
+    recorded = {"run_dir": str(run), "config": config, "dataset_digest": "da7a" * 16} | provenance
+    return core.register(run, folder / "registry", NAME, recorded)
+
+
+def test_a_champions_page_says_what_it_was_made_of_and_lists_those_before(tmp_path: Path) -> None:
+    registry = tmp_path / "registry"
+    first = register(tmp_path, 1)
+    second = register(tmp_path, 2, parent=first)
+    core.promote(registry, NAME, first, by="ann")
+    core.promote(registry, NAME, second, by="policy")
+    page = describe_champion(ChampionRecord.read(registry, NAME, second))
+    facts = facts_of(page)
+    assert facts["Data set"] == "tickets/<b>2026, da7ada7ada7a"
+    assert (facts["Base model"], facts["Parent"]) == ("Qwen/Qwen3-0.6B", first[:12])
+    assert facts["Run folder"].endswith("night-2")
+    assert "<svg" not in str(page)
+    assert "base64" not in str(page)
+    core.rollback(registry, NAME, by="bob", reason="it is slow")
+    page = describe_champion(ChampionRecord.read(registry, NAME, first))
+    assert [row.split(" | ")[1:] for row in str(page).splitlines()[-3:]] == [
+        ["rolled back to", first[:12], "1.2", "bob: it is slow |"],
+        ["promoted", second[:12], "1.2", "policy |"],
+        ["promoted", first[:12], "1.2", "ann |"],
+    ]
+
+
+def curves_of(count: int) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = [{"step": s, "loss": 4.0 / (s + 1)} for s in range(count)]
+    return [*records, {"step": count, "val_loss": 0.123456789}]
+
+
+def test_the_curves_name_their_latest_values_and_need_no_network() -> None:
+    page = str(describe_curves(curves_of(50), 50, "examples/*bold*"))
+    drawn = picture_of(page)
+    assert drawn.count('fill="none"') == 1  # a line; the one evaluation is a dot
+    assert "training loss 0.08<" in drawn
+    assert "validation loss 0.1235<" in drawn
+    assert "http" not in page
+    assert "validation loss 0.1235 (step 50)" in page.replace("\\", "")
+    assert r"examples/\*bold\*" in page
+    assert join_last_losses(curves_of(50), None) in page.replace("\\", "")
+
+
+def test_the_first_report_is_a_picture_and_nothing_before_it_and_no_loss_that_is_not_finite() -> (
+    None
+):
+    records: list[dict[str, Any]] = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": None}]
+    drawn = draw_chart(chart_losses(records, 100), STANDALONE)
+    assert drawn.count("<circle") == 1
+    assert "training loss 2.5<" in drawn
+    assert "validation loss: none yet<" in drawn
+    assert "data:image" not in str(describe_curves([], 50, "data"))
+
+
+def test_a_picture_of_many_steps_is_as_small_as_one_of_few() -> None:
+    drawn = draw_chart(chart_losses(curves_of(100_000), 100_000), STANDALONE)
+    assert len(drawn) < 12_000
+    assert "nats a token (logarithmic)<" in drawn

@@ -1,0 +1,154 @@
+"""One spelling of each outcome: on every screen that shows a run, the words are the same."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.commands.inspection import run_status
+from flows.commands.reports import run_compare, run_listing
+from flows.commands.training import print_result
+from flows.terminal.run_results import print_rejection
+from nested_core import registry as core
+from nested_core.pipeline.finetune import FinetuneResult
+from nested_core.records.dataset import Finding
+from nested_core.records.outcome import Outcome
+from nested_core.records.run import Run
+from nested_core.records.verdict import Code, JudgedAdapter, Reason
+from nested_core.registry.adapter_card import render_card
+from nested_core.report.nights import describe_night
+from nested_core.report.outcome import find_outcome
+from nested_core.report.run_report import read_report
+from nested_core.storage.run_directory import RunDirectory
+from tests.core.registry.conftest import write_run
+from tests.runs import begin_run, config_of, finished_run, judge, make_losses, make_verdict
+
+NAME = "support-bot"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def rejected(code: Code) -> Callable[[Path], RunDirectory]:
+    return lambda folder: finished_run(folder / "run", reasons=[Reason(code, "why")])
+
+
+def registered(folder: Path, decide: Callable[[Path, str], object]) -> RunDirectory:
+    """A run whose adapter is a version, about which something is decided."""
+    registry = folder / "registry"
+    version = core.register(write_run(folder / "written", 1), registry, NAME, {})
+    run = finished_run(folder / "run", registry={"path": str(registry), "name": NAME})
+    verdict = replace(make_verdict(make_losses()), trained=JudgedAdapter("adapter", version))
+    judge(run, verdict, make_losses(), "text")
+    decide(registry, version)
+    return run
+
+
+def promoted(folder: Path) -> RunDirectory:
+    return registered(folder, lambda registry, v: core.promote(registry, NAME, v, by="ann"))
+
+
+def declined(folder: Path) -> RunDirectory:
+    return registered(
+        folder, lambda registry, v: core.decline(registry, NAME, v, by="ann", reason="too curt")
+    )
+
+
+def kept(folder: Path) -> RunDirectory:
+    core.register(write_run(folder / "written", 1), folder / "registry", NAME, {})
+    registry = {"path": str(folder / "registry"), "name": NAME}
+    return finished_run(folder / "run", registry=registry)
+
+
+def refused(folder: Path) -> RunDirectory:
+    finding = Finding("train.jsonl", 7, "error", "bad-json", "column 46")
+    return begin_run(folder / "run", findings=[finding])
+
+
+def skipped(folder: Path) -> RunDirectory:
+    registry = {"path": str(folder / "registry"), "name": NAME}
+    return begin_run(folder / "run", registry=registry, continual={"from": "champion"})
+
+
+def damaged(folder: Path) -> RunDirectory:
+    run = finished_run(folder / "run")
+    run.gate.write_text("{")
+    return run
+
+
+RUNS: dict[Outcome, Callable[[Path], RunDirectory]] = {
+    Outcome.RUNNING: lambda folder: begin_run(folder / "run"),
+    Outcome.PROMOTED: promoted,
+    Outcome.VERIFIED: lambda folder: finished_run(folder / "run"),
+    Outcome.KEPT_CHAMPION: kept,
+    Outcome.DECLINED: declined,
+    Outcome.SKIPPED: skipped,
+    Outcome.DATA_REFUSED: refused,
+    Outcome.DAMAGED: damaged,
+    Outcome.UNCHANGED: rejected("unchanged"),
+    Outcome.UNSOUND: rejected("unreadable"),
+    Outcome.WORSE: rejected("loss_regressed"),
+    Outcome.HARMED: rejected("examples_harmed"),
+    Outcome.ANSWERS: rejected("task_below"),
+}
+
+
+def ask(command: Callable[[argparse.Namespace], Callable[[], int]], **arguments: Any) -> None:
+    """Print what a command prints."""
+    flags = {"json": False, "output": None, "prune": False, "keep": None, "dry_run": False}
+    command(argparse.Namespace(**flags | arguments))()
+
+
+@pytest.mark.parametrize("outcome", RUNS)
+def test_an_outcome_has_the_same_words_on_every_screen(
+    outcome: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RUNS[outcome](tmp_path)
+    with ExitStack() as stack:
+        if outcome == Outcome.RUNNING:
+            stack.enter_context(run.locked())
+        assert find_outcome(Run(run)) == outcome
+        screens = {"report": read_report(run.path).to_html()}
+        for name, show in {
+            "runs": lambda: ask(run_listing, folder=run.path.parent),
+            "compare": lambda: ask(run_compare, run_dirs=[run.path]),
+            "status": lambda: ask(run_status, run_dir=run.path),
+        }.items():
+            if (name, outcome) != ("status", Outcome.DAMAGED):  # which is an error
+                show()
+                screens[name] = capsys.readouterr().out
+        read = Run(run)
+        screens["page"] = str(describe_night(config_of(run), read, outcome, "said"))
+        if read.verdict is not None and read.verdict.has_passed and outcome != Outcome.RUNNING:
+            print_result(config_of(run), FinetuneResult(run, verdict=read.verdict), ())
+            screens["terminal"] = capsys.readouterr().out
+        elif read.verdict is not None:
+            print_rejection(run)
+            screens["terminal"] = capsys.readouterr().out
+    missing = [name for name, text in screens.items() if outcome not in " ".join(text.split())]
+    assert missing == []
+    others = {other for other in Outcome if other not in (outcome, Outcome.RUNNING)}
+    beside = [line for line in screens["runs"].splitlines() if "│" in line]
+    assert not {other for other in others if any(other in line for line in beside)}
+
+
+def test_the_card_of_a_version_has_the_words_of_what_was_verified() -> None:
+    card = render_card(NAME, "ab" * 32, {}, make_verdict(make_losses()))
+    assert f"{Outcome.VERIFIED}: passed, better." in card
+
+
+def test_a_state_of_prefect_is_named_by_an_outcome_and_by_no_words_of_its_own() -> None:
+    named = []
+    for path in [*(ROOT / "flows").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = getattr(node, "func", None)
+            if getattr(called, "id", None) in ("Completed", "Failed", "Cancelled"):
+                names = [k.value for k in node.keywords if k.arg == "name"]  # type: ignore[attr-defined]
+                named += [(path.name, name) for name in names]
+    assert len(named) > 8
+    assert [path for path, name in named if isinstance(name, ast.Constant)] == []
