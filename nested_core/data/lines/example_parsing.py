@@ -214,7 +214,7 @@ def _prepare_tools(fields: Fields) -> Fields:
 def _read_sharegpt(fields: Fields) -> Turns:
     """The conversation, after the system prompt that LLaMA-Factory has in a field of its own."""
     turns = fields["conversations"]
-    places = tuple(f"conversations[{index}].value" for index in range(len(turns)))
+    places = tuple(f"conversations[{index}]" for index in range(len(turns)))
     system = _system_turn(fields)
     return Turns(system + turns, ("system",) * len(system) + places)
 

@@ -458,7 +458,7 @@ BROKEN_ROWS: dict[str, tuple[list[Any], dict[str, Any], str, str]] = {
         GOOD_SHAREGPT,
         sharegpt(said("human", ""), said("gpt", "b"), system="s"),
         "blank-field",
-        "conversations[0].value has no text",
+        "conversations[0] has no text",
     ),
     "a call that is no JSON": (
         GOOD_SHAREGPT,
