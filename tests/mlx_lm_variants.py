@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 # same: as in mlx_lm.lora; better: taken, and more is done or less is wrong; refused: exit code 2.
 Relation = Literal["same", "better", "refused"]
@@ -365,149 +365,123 @@ TRAINED = (
     ),
 )
 
+
+def _refused(*, code: int = 2, **fields: Any) -> Variant:
+    """A variant that ends in an error here."""
+    return Variant(relation="refused", code=code, **fields)
+
+
 REFUSED = (
-    Variant(
+    _refused(
         name="typo",
         yaml="learning-rate: 1e-3\n",
         shows="a key that mlx_lm.lora passes over",
-        relation="refused",
-        code=2,
         here="learning-rate: unknown key; did you mean learning_rate? (line 13)",
     ),
-    Variant(
+    _refused(
         name="lora_layers",
         yaml="lora_layers: 2\n",
         shows="a key of earlier mlx-lm, which it passes over now",
-        relation="refused",
-        code=2,
         here="lora_layers: unknown key; did you mean num_layers?",
     ),
-    Variant(
+    _refused(
         name="alpha and scale",
         yaml="lora_parameters: {rank: 8, alpha: 16, scale: 10.0, dropout: 0.0}\n",
         shows="two values for one number, of which mlx_lm.lora takes scale",
-        relation="refused",
-        code=2,
         here="alpha and scale say the same thing",
     ),
-    Variant(
+    _refused(
         name="config in the file",
         yaml="config: other.yaml\n",
         shows="a file within a file, which mlx_lm.lora passes over",
-        relation="refused",
-        code=2,
         here="config: unknown key; config is the flag -c",
     ),
-    Variant(
+    _refused(
         name="anchor",
         yaml="data: &data $chats\n",
         shows="YAML by reference",
-        relation="refused",
-        code=2,
         here="an anchor or alias (& or *) is not allowed here",
     ),
-    Variant(
+    _refused(
         name="key twice",
         yaml="seed: 1\nseed: 2\n",
         shows="a key given twice, of which mlx_lm.lora takes the last",
-        relation="refused",
-        code=2,
         here="the key 'seed', which stands in line 13 too, is not allowed here",
     ),
-    Variant(
+    _refused(
         name="octal",
         yaml="seed: 010\n",
         shows="8 to some readers and 10 to others",
-        relation="refused",
-        code=2,
         here="is octal to some readers",
     ),
-    Variant(
+    _refused(
         name="rate 0",
         yaml="learning_rate: 0\n",
         shows="a training that changes nothing",
-        relation="refused",
-        code=2,
         here="learning_rate: Input should be greater than 0",
     ),
-    Variant(
+    _refused(
         name="save_every 0",
         yaml="save_every: 0\n",
         shows="a division by zero there",
-        relation="refused",
-        code=2,
         here="save_every: Input should be greater than 0",
         there="ZeroDivisionError",
     ),
-    Variant(
+    _refused(
         name="too many layers",
         yaml="num_layers: 3\n",
         shows="more layers than the model has",
-        relation="refused",
-        code=2,
         here="num_layers: 3 layers",
         there="Requested to train 3 layers",
     ),
-    Variant(
+    _refused(
         name="arguments",
         yaml="optimizer_config: {adam: {weight_decay: 0.1}}\n",
         shows="an argument that the optimizer does not take",
-        relation="refused",
-        code=2,
         here="optimizer_config.adam does not take ['weight_decay']",
         there="unexpected keyword argument 'weight_decay'",
     ),
-    Variant(
+    _refused(
         name="masked text",
         yaml="data: $texts\nmask_prompt: true\n",
         shows="plain text has no prompt to mask",
-        relation="refused",
         code=3,
         here="mask_prompt needs prompts; plain text has none",
         there="Prompt masking not supported for text dataset",
     ),
-    Variant(
+    _refused(
         name="few examples",
         yaml="batch_size: 16\nval_batches: -1\n",
         shows="a batch larger than the data set",
-        relation="refused",
         code=3,
         here="it holds 12 of the 16 rows that fill one batch; lower batch_size",
         there="must have at least batch_size=16",
     ),
-    Variant(
+    _refused(
         name="keys of nothing",
         yaml="lora_parameters: {rank: 2, scale: 2.0, dropout: 0.0, keys: [q_proj]}\n",
         shows="names that no module has",
-        relation="refused",
-        code=2,
         here="nothing would be trained. No module is named q_proj",
         there="Must specify at least one argument",
     ),
-    Variant(
+    _refused(
         name="no model",
         yaml="model: null\n",
         shows="mlx_lm.lora's default model would be fetched from the hub",
-        relation="refused",
-        code=2,
         here="No model given",
         there="Cannot find an appropriate cached snapshot",
     ),
-    Variant(
+    _refused(
         name="no data",
         yaml="data: null\n",
         shows="its default data set, too",
-        relation="refused",
-        code=2,
         here="No data given",
         there="mlx-community/WikiSQL",
     ),
-    Variant(
+    _refused(
         name="service not installed",
         yaml="report_to: swanlab\n",
         shows="a service whose client is not there",
-        relation="refused",
-        code=2,
         here="report_to: swanlab is not installed",
         there="swanlab is not installed",
     ),

@@ -83,25 +83,11 @@ WRONG: dict[str, tuple[list[str], str]] = {
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "unknown key": (
-        {"learning_rat": 1},
-        ["learning_rat: unknown key; did you mean learning_rate?"],
-    ),
-    "unknown key in a section": (
-        {"nested": {"frequences": [1]}},
-        ["nested.frequences: unknown key; did you mean frequencies?"],
-    ),
     "two problems": (
         {"iters": 0, "batch_size": "many"},
         ["iters: Input should be greater than 0", "batch_size: Input should be a valid integer"],
     ),
     "many problems": ({f"key_{n}": n for n in range(30)}, ["key_0: unknown key", "and 20 more"]),
-    "frequencies that descend": (
-        {"nested": {"frequencies": [4, 1]}},
-        ["frequencies must ascend, fastest first; got (4, 1)"],
-    ),
-    "no such model": ({"model": "no/such/model"}, ["model: 'no/such/model' is no local directory"]),
-    "no such data": ({"data": "nowhere"}, ["data: 'nowhere' is not a folder here"]),
 }
 
 
@@ -126,8 +112,8 @@ def misconfigured(folder: Path) -> dict[str, Ended]:
     for case, (changes, _) in CONFIGS.items():
         (folder / case).mkdir()
         write_config(folder / case / "config.yaml", **changes)
-        flags = [] if case == "no such model" else ["--no-tokenize"]
-        outcomes[case] = called("validate", "-c", "config.yaml", *flags, cwd=folder / case)
+        validate = ("validate", "-c", "config.yaml", "--no-tokenize")
+        outcomes[case] = called(*validate, cwd=folder / case)
     return outcomes
 
 

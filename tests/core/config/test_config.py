@@ -155,33 +155,22 @@ class TestAllProblemsAtOnce:
 
 class TestPartsThatHaveToAgree:
     @pytest.mark.parametrize(
-        ("nested", "message"),
+        ("nested", "named"),
         [
-            ({"frequencies": [4, 2]}, "frequencies must ascend, fastest first; got (4, 2)"),
-            (
-                {"frequencies": [1, 2], "learning_rate_scale": [1.0]},
-                "learning_rate_scale needs one number a tier (2), got 1",
-            ),
-            (
-                {"frequencies": [1], "weight_decay": [0.1, 0.2]},
-                "weight_decay needs one number a tier (1), got 2",
-            ),
-            (
-                {"strategy": "manual"},
-                "strategy manual needs assignments, and only manual takes them",
-            ),
-            (
-                {"assignments": [{"match": "a", "tier": 0}]},
-                "strategy manual needs assignments, and only manual takes them",
-            ),
+            ({"frequencies": [4, 2]}, "frequencies must"),
+            ({"frequencies": [1, 2], "learning_rate_scale": [1.0]}, "learning_rate_scale needs"),
+            ({"frequencies": [1], "weight_decay": [0.1, 0.2]}, "weight_decay needs"),
+            ({"strategy": "manual"}, "strategy manual"),
+            ({"assignments": [{"match": "a", "tier": 0}]}, "strategy manual"),
             (
                 {"strategy": "manual", "assignments": [{"match": "a", "tier": 1}]},
-                "the assignment 'a' names tier 1; 1 frequencies make tiers 0 to 0",
+                "the assignment 'a' names tier 1",
             ),
         ],
     )
-    def test_tiers(self, nested: dict[str, Any], message: str) -> None:
-        assert problems(nested=nested) == [f"nested: {message}"]
+    def test_tiers(self, nested: dict[str, Any], named: str) -> None:
+        (line,) = problems(nested=nested)
+        assert line.startswith(f"nested: {named}")
 
     @pytest.mark.parametrize("key", ["batch_size", "max_seq_length"])
     def test_counts_stay_below_2_to_the_31(self, key: str) -> None:

@@ -14,13 +14,8 @@ from typing import Any
 import polars as pl
 import pytest
 
-from nested_core.data.data_settings import DataSettings
-from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.rules.dataset_report import DatasetReport
-from nested_core.data.sources import file_formats
 from nested_core.errors import ConfigError
-
-Found = tuple[str, int | None, str]
+from tests.builders.data_sets import Found, errors_in, json_lines, load
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 TOOL = {"type": "function", "function": {"name": "f", "description": "d"}}
@@ -48,15 +43,11 @@ TOOLS: list[dict[str, Any]] = [
 ROWS = {"chats": CHATS, "completions": COMPLETIONS, "texts": TEXTS, "tools": TOOLS}
 
 
-def as_lines(rows: list[dict[str, Any]]) -> bytes:
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-
-
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     if path.name.endswith(".jsonl"):
-        path.write_bytes(as_lines(rows))
+        path.write_bytes(json_lines(rows))
     elif path.name.endswith(".gz"):
-        path.write_bytes(gzip.compress(as_lines(rows)))
+        path.write_bytes(gzip.compress(json_lines(rows)))
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
     elif path.suffix == ".csv":
@@ -70,14 +61,6 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         pl.DataFrame(rows).write_parquet(path)
 
 
-def judge(folder: Path, **settings: Any) -> DatasetReport:
-    return load_dataset(DataSettings(str(folder), **settings), None)[0]
-
-
-def errors_in(folder: Path, **settings: Any) -> list[Found]:
-    return [(found.file, found.line, found.check) for found in judge(folder, **settings).errors]
-
-
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("suffix", ["jsonl.gz", "json", "csv", "parquet"])
 def test_every_format_gives_the_digest_of_the_same_jsonl(
@@ -89,7 +72,7 @@ def test_every_format_gives_the_digest_of_the_same_jsonl(
         folder.mkdir()
         write_rows(folder / f"train.{name}", ROWS[kind][:4])
         write_rows(folder / f"valid.{name}", ROWS[kind][4:])
-        reports.append(judge(folder))
+        reports.append(load(folder)[0])
     plain, other = reports
     assert other.errors == ()
     assert other.digest == plain.digest
@@ -102,19 +85,19 @@ def test_two_files_for_one_split_are_refused_by_name(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", TEXTS)
     write_rows(tmp_path / "train.csv", TEXTS)
     with pytest.raises(ConfigError, match=re.escape("holds train.jsonl and train.csv")):
-        judge(tmp_path)
+        load(tmp_path)[0]
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train.csv").touch()
     with pytest.raises(ConfigError, match="is not a folder"):
-        judge(tmp_path / "train.csv")
+        load(tmp_path / "train.csv")[0]
 
 
 BAD_ROWS: dict[str, tuple[str, bytes, list[Found]]] = {
     "line of gzip": (
         "train.jsonl.gz",
-        gzip.compress(as_lines(TEXTS) + b"\n\n{bad}\n"),
+        gzip.compress(json_lines(TEXTS) + b"\n\n{bad}\n"),
         [("train.jsonl.gz", 9, "bad-json")],
     ),
     "element of an array, over several lines": (
@@ -169,125 +152,116 @@ BAD_ROWS: dict[str, tuple[str, bytes, list[Found]]] = {
         [("train.csv", 2, "unknown-format")],
     ),
 }
-DAMAGED: dict[str, tuple[str, bytes, Found, str]] = {
+# The file, its content, the line of the damage (none: the last one that was read), the message.
+DAMAGED: dict[str, tuple[str, bytes, int | None, str]] = {
     "csv with semicolons": (
         "train.csv",
         b"prompt;completion\na;b\nc, d;e\n",
-        ("train.csv", 1, "damaged-file"),
+        1,
         "the cells are separated by semicolons (;); expected commas",
     ),
     "csv with semicolons between quotes": (
         "train.csv",
         b'\xef\xbb\xbf"prompt, all of it";"completion"\r\n"a";"b"\r\n',
-        ("train.csv", 1, "damaged-file"),
+        1,
         "the cells are separated by semicolons (;); expected commas",
     ),
     "csv with tabs": (
         "train.csv",
         b"prompt\tcompletion\na\tb\n",
-        ("train.csv", 1, "damaged-file"),
+        1,
         "the cells are separated by tabs; expected commas",
     ),
     "cut gzip": (
         "train.jsonl.gz",
-        gzip.compress(as_lines([{"text": f"{n * n:x} {n * 7919}"} for n in range(4000)]))[:-9000],
-        ("train.jsonl.gz", 0, "damaged-file"),
+        gzip.compress(json_lines([{"text": f"{n * n:x} {n * 7919}"} for n in range(4000)]))[:-9000],
+        None,
         "the gzip file is cut off in this line",
     ),
-    "no gzip": ("train.jsonl.gz", b"{}\n", ("train.jsonl.gz", 1, "damaged-file"), "damaged"),
+    "no gzip": ("train.jsonl.gz", b"{}\n", 1, "damaged"),
     "flipped checksum": (
         "train.jsonl.gz",
-        gzip.compress(as_lines(TEXTS))[:-8] + b"12345678",
-        ("train.jsonl.gz", 7, "damaged-file"),
+        gzip.compress(json_lines(TEXTS))[:-8] + b"12345678",
+        7,
         "damaged: CRC check failed",
     ),
     "array cut in the middle": (
         "train.json",
         json.dumps(TEXTS).encode()[:-20],
-        ("train.json", 6, "damaged-file"),
+        6,
         "not valid JSON at line 1 column",
     ),
     "array broken in the middle": (
         "train.json",
         b'[{"text": "a"},\n {"text": "b"},\n {"text" "c"},\n {"text": "d"}]',
-        ("train.json", 3, "damaged-file"),
+        3,
         "not valid JSON at line 3 column 10: Expecting ':' delimiter",
     ),
     "comma at the end": (
         "train.json",
         b'[{"text": "a"},\n]',
-        ("train.json", 2, "damaged-file"),
+        2,
         "a comma before the closing ] at line 2 column 1",
     ),
     "missing comma": (
         "train.json",
         b'[{"text": "a"} {"text": "b"}]',
-        ("train.json", 2, "damaged-file"),
+        2,
         "expected a comma or ] at line 1 column 16",
     ),
     "array without an end": (
         "train.json",
         b'[{"text": "a"}\n',
-        ("train.json", 2, "damaged-file"),
+        2,
         "expected a comma or ] at line 2 column 1",
     ),
     "text after the array": (
         "train.json",
         b'[{"text": "a"}]\n[]',
-        ("train.json", 2, "damaged-file"),
+        2,
         "text after the array at line 2 column 1",
     ),
     "an object": (
         "train.json",
         b'{"text": "a"}\n',
-        ("train.json", 1, "damaged-file"),
+        1,
         "expected an array of objects, [{...}, ...], found '{'; name a file with an object a line "
         ".jsonl",
     ),
-    "empty .json": ("train.json", b"", ("train.json", 1, "damaged-file"), "found nothing"),
+    "empty .json": ("train.json", b"", 1, "found nothing"),
     "deep nesting": (
         "train.json",
         b"[" * 100_000,
-        ("train.json", 1, "damaged-file"),
+        1,
         "the value at line 1 column 2 is nested too deep",
     ),
     "latin-1 array": (
         "train.json",
         '[\n{"text": "é"}]'.encode("latin-1"),
-        ("train.json", 1, "damaged-file"),
+        1,
         "byte 0xe9 in line 2 is not UTF-8; save the file as UTF-8",
     ),
     "text after a quote": (
         "train.csv",
         b'text\none\n"two" and a half\nthree\n',
-        ("train.csv", 3, "damaged-file"),
+        3,
         "not valid CSV in this line: ',' expected after '\"'",
     ),
     "open quote": (
         "train.csv",
         b'text\none\n"two\nthree\n',
-        ("train.csv", 3, "damaged-file"),
+        3,
         "not valid CSV in lines 3 to 4: unexpected end of data",
     ),
-    "empty csv": ("train.csv", b"", ("train.csv", 1, "damaged-file"), "expected a header"),
+    "empty csv": ("train.csv", b"", 1, "expected a header"),
     "header twice the same": (
         "train.csv",
         b"text,text\na,b\n",
-        ("train.csv", 1, "damaged-file"),
+        1,
         "two columns of the header have one name: text, text",
     ),
-    "no parquet": (
-        "train.parquet",
-        b"PAR1 but not really",
-        ("train.parquet", 1, "damaged-file"),
-        "the parquet file cannot be read",
-    ),
-    "empty parquet": (
-        "train.parquet",
-        b"",
-        ("train.parquet", 1, "damaged-file"),
-        "the parquet file cannot be read",
-    ),
+    "no parquet": ("train.parquet", b"PAR1 but not really", 1, "the parquet file cannot be read"),
+    "empty parquet": ("train.parquet", b"", 1, "the parquet file cannot be read"),
 }
 
 
@@ -299,7 +273,7 @@ def test_null_keys_that_a_table_fills_in_are_as_good_as_absent(tmp_path: Path) -
     (tmp_path / "jsonl").mkdir()
     write_rows(tmp_path / "jsonl" / "train.jsonl", rows)
     pl.DataFrame(rows).write_parquet(tmp_path / "train.parquet")
-    plain, table = judge(tmp_path / "jsonl"), judge(tmp_path)
+    plain, table = load(tmp_path / "jsonl")[0], load(tmp_path)[0]
     assert [f.check for f in table.warnings] == ["no-validation-set"]
     assert table.errors == ()
     assert table.splits["train"].roles == plain.splits["train"].roles
@@ -316,37 +290,16 @@ def test_a_bad_record_is_named_by_the_number_a_person_finds_it_by(
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damage_is_named_with_its_place(name: str, tmp_path: Path) -> None:
-    file, content, expected, message = DAMAGED[name]
+    file, content, line, message = DAMAGED[name]
     (tmp_path / file).write_bytes(content)
-    report = judge(tmp_path, batch_size=1)
+    report = load(tmp_path, batch_size=1)[0]
     finding = next(found for found in report.errors if found.check == "damaged-file")
-    assert finding.file == expected[0]
+    assert finding.file == file
     assert message in finding.message
     assert finding.message.endswith("; nothing from there on was read")
     counted = report.splits["train"]
-    assert finding.line == (expected[1] or counted.lines)
+    assert finding.line == (line or counted.lines)
     assert counted.rows + counted.blank + counted.rejected == counted.lines
-
-
-def test_a_gzip_bomb_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_formats, "_BYTES_ALWAYS_ALLOWED", 1000)
-    line = b'{"text": "' + b"a" * 10_000 + b'"}\n'
-    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(line * 3000))
-    report = judge(tmp_path, batch_size=1)
-    assert [found.check for found in report.errors] == ["damaged-file"]
-    assert "unpacks to more than 200 times its size" in report.errors[0].message
-    assert report.splits["train"].lines < 3000
-
-
-def test_a_line_without_an_end_is_cut_short(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(file_formats, "MAX_LINE_BYTES", 5000)
-    content = b'{"text": "one"}\n' + b"a" * 9000
-    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(content))
-    finding = judge(tmp_path, batch_size=1).errors[0]
-    assert (finding.line, finding.check) == (2, "damaged-file")
-    assert finding.message.startswith("the line is longer than 5,000 bytes")
 
 
 def test_tokens_come_from_any_format_with_the_numbers_of_its_file(
@@ -354,9 +307,7 @@ def test_tokens_come_from_any_format_with_the_numbers_of_its_file(
 ) -> None:
     record = b'"Long ' + b"word " * 400 + b'\nend"\n'
     (tmp_path / "train.csv").write_bytes(b"text\n" + b"one\n\n" + record + b'two\n""\nthree\n')
-    report, splits = load_dataset(
-        DataSettings(str(tmp_path), batch_size=1, max_seq_length=50), tokenizer
-    )
+    report, splits = load(tmp_path, tokenizer, batch_size=1, max_seq_length=50)
     assert [(f.line, f.check) for f in report.errors] == [(7, "blank-field")]
     assert len(splits["train"]) == 4
     truncated = [f.line for f in report.warnings if f.check == "truncated"]
@@ -368,7 +319,7 @@ def test_nothing_of_a_spool_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     private.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(private))
     write_rows(tmp_path / "train.csv", TEXTS)
-    judge(tmp_path)
+    load(tmp_path)[0]
     assert list(private.iterdir()) == []
 
 
@@ -400,7 +351,7 @@ def test_what_has_the_name_of_a_split_and_is_no_file_is_an_error(
         (tmp_path / "train.json").unlink()
     make, message = ODD[name]
     make(tmp_path / file)
-    report = judge(tmp_path, batch_size=1)
+    report = load(tmp_path, batch_size=1)[0]
     assert [(each.file, each.line, each.check) for each in report.errors] == [
         (file, 1, "damaged-file")
     ]

@@ -28,19 +28,12 @@ from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.sources.hub_datasets import open_dataset_by_name
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
+from tests.builders.data_sets import chat, write_lines
 
 has_library = importlib.util.find_spec("datasets") is not None
 needs_library = pytest.mark.skipif(not has_library, reason="the extra `hub` is not installed")
 ROWS = [{"question": f"Where is {n}?", "response": f"In {n}land.", "id": n} for n in range(20)]
-CHATS = [
-    {
-        "chosen": [
-            {"role": "user", "content": f"Which one is {n}?"},
-            {"role": "assistant", "content": f"The {n}th."},
-        ]
-    }
-    for n in range(10)
-]
+CHATS = [{"chosen": chat(f"Which one is {n}?", f"The {n}th.")["messages"]} for n in range(10)]
 
 
 @pytest.fixture(autouse=True)
@@ -49,21 +42,20 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
+def write_parquet(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    folder.mkdir()
+    pl.DataFrame(rows).write_parquet(folder / "train.parquet")
+    return folder
+
+
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
-    folder = tmp_path / "questions"
-    folder.mkdir()
-    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
-    (folder / "train.jsonl").write_text(lines, encoding="utf-8")
-    return folder
+    return write_lines(tmp_path / "questions" / "train.jsonl", ROWS).parent
 
 
 @pytest.fixture
 def chats(tmp_path: Path) -> Path:
-    folder = tmp_path / "chats"
-    folder.mkdir()
-    pl.DataFrame(CHATS).write_parquet(folder / "train.parquet")
-    return folder
+    return write_parquet(tmp_path / "chats", CHATS)
 
 
 def settings_of(entries: Any, **more: Any) -> DataSettings:
@@ -96,10 +88,8 @@ def test_a_mapping_reads_the_splits_and_columns_it_names(questions: Path) -> Non
 
 @needs_library
 def test_a_bad_row_is_named_by_its_number(tmp_path: Path) -> None:
-    folder = tmp_path / "bad"
-    folder.mkdir()
     rows = [*ROWS[:5], {"question": " ", "response": "b", "id": 0}, *ROWS[5:]]
-    pl.DataFrame(rows).write_parquet(folder / "train.parquet")
+    folder = write_parquet(tmp_path / "bad", rows)
     report = judge(entry(folder, **FIELDS, train_split="train[:80%]"))
     found = [(f.file, f.line, f.check) for f in report.errors]
     assert found == [(f"{folder}:train[:80%]", 6, "blank-field")]
@@ -137,10 +127,8 @@ def test_one_column_named_for_two_fields_is_the_one_that_mlx_lm_takes_it_for(
     tmp_path: Path, tokenizer: TokenizerSource
 ) -> None:
     """mlx-lm's example has `prompt_feature: text`, and text_feature is `text` by default."""
-    folder = tmp_path / "bills"
-    folder.mkdir()
     bills = [{"text": f"A bill of {n} lines", "summary": f"Bill {n}", "title": n} for n in range(9)]
-    pl.DataFrame(bills).write_parquet(folder / "train.parquet")
+    folder = write_parquet(tmp_path / "bills", bills)
     bill = entry(folder, prompt_feature="text", completion_feature="summary")
     arguments = types.SimpleNamespace(hf_dataset=dict(bill), train=True, test=False)
     expected, _, _ = theirs.load_dataset(arguments, tokenizer.load())

@@ -13,13 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nested_core.data.data_settings import DataSettings
-from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.lines.example_parsing import FieldNames, parse_line
 from nested_core.data.lines.json_decoding import LineProblem
 from nested_core.data.lines.line_rows import parse_line_to_row
 from nested_core.data.lines.line_table import read_line_range
 from nested_core.data.parallel_jobs import ByteRange
+from tests.builders.data_sets import load
 from tests.left_out import slow_except
 
 MUTATIONS = 2000
@@ -119,7 +118,7 @@ def judge_mutations(suffix: str, count: int, folder: Path, seed: int) -> None:
         written = {split: mutate(good, dice) for split in ("train", "valid", "test")}
         for split, content in written.items():
             (folder / f"{split}.{suffix}").write_bytes(content)
-        report, _ = load_dataset(DataSettings(str(folder)), None)
+        report, _ = load(folder)
         assert set(report.splits) == set(written)
         for split, counted in report.splits.items():
             bad = {f.line for f in report.errors if f.file == counted.file and f.line}

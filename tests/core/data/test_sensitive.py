@@ -11,6 +11,7 @@ import pytest
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.lines.sensitive_data import SENSITIVE_PATTERNS, find_sensitive_pattern_bits
+from tests.builders.data_sets import load
 from tests.core.data.conftest import WriteData
 
 # In two halves, so that no scanner takes this file for a leak.
@@ -140,7 +141,7 @@ def test_the_arguments_of_a_tool_are_looked_at_too(write_data: WriteData) -> Non
         {"role": "assistant", "content": None, "tool_calls": [call]},
     ]
     folder = write_data(train=[{"messages": turns}], valid=[{"text": "x"}])
-    report, _ = load_dataset(DataSettings(str(folder), batch_size=1), None)
+    report, _ = load(folder, batch_size=1)
     found = [(f.file, f.line) for f in report.warnings if f.check == "personal-data"]
     assert found == [("train.jsonl", 1)]
 

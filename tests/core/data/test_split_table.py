@@ -21,8 +21,9 @@ from nested_core.data.parallel_jobs import ByteRange
 from nested_core.data.sources.split_files import SplitFile
 from nested_core.data.split_table import read_tables
 from nested_core.errors import DatasetError, DataWorkerFailed
+from tests.builders.data_sets import GOOD, HELD_OUT, load
 from tests.core.data.conftest import WriteData
-from tests.core.data.test_bad_lines import BAD_LINES, GOOD, GOOD_LINES, HELD_OUT
+from tests.core.data.test_bad_lines import BAD_LINES, GOOD_LINES
 
 LINES = [
     b"\xef\xbb\xbf" + json.dumps(GOOD[0]).encode(),
@@ -78,7 +79,7 @@ def test_a_reader_that_is_killed_is_one_error_and_leaves_nothing(
     monkeypatch.setattr(split_table, "count_processes_for", lambda _: 2)
     monkeypatch.setattr(split_table, "RANGE_BYTES", 1)  # one range would be read in this process
     with pytest.raises(DataWorkerFailed, match="ended by SIGKILL"):
-        load_dataset(DataSettings(str(folder)), None)
+        load(folder)
     assert list(private.iterdir()) == []
 
 

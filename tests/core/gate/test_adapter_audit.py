@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,40 +14,23 @@ import pytest
 
 from flows import cli
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.gate.adapter_audit import audit_adapter, find_adapters
+from nested_core.gate.adapter_audit import AdapterAudit, audit_adapter, find_adapters
 from nested_core.gate.adapter_layout import BaseModelForAudit
+from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
+from tests.builders.adapter_folders import Arrays, base_copy, change_config, change_tensors
 from tests.core.models.peft.adapters import peft_copy, random_adapter
 from tests.example import MODEL, train_example
 from tests.left_out import slow_except
 from tests.reliability.adapter_edits import REMOVED, VALUES
 
-Arrays = dict[str, mx.array]
-WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 Q_PROJ = "model.layers.5.self_attn.q_proj"
 TWO_KEYS = ["self_attn.q_proj", "mlp.up_proj"]
 
 
-def change_tensors(folder: Path, change: Callable[[Arrays], Any]) -> Path:
-    """Write an adapter's tensors again, changed."""
-    tensors = load_arrays(folder / WEIGHTS)
-    change(tensors)
-    save_arrays(folder / WEIGHTS, tensors)
-    return folder
-
-
-def change_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    """Write adapter_config.json again, changed."""
-    config = json.loads((folder / CONFIG).read_bytes())
-    change(config)
-    (folder / CONFIG).write_text(json.dumps(config))
-    return folder
-
-
 def scale_lora_b(factor: float) -> Callable[[Arrays], None]:
     def change(tensors: Arrays) -> None:
-        scaled = {n: v * factor for n, v in tensors.items() if n.endswith("lora_b")}
-        tensors.update(scaled)
+        tensors.update({n: v * factor for n, v in tensors.items() if n.endswith("lora_b")})
 
     return change
 
@@ -58,93 +40,77 @@ def drop_q_proj(tensors: Arrays) -> None:
         del tensors[f"{Q_PROJ}.{leaf}"]
 
 
-def sound(folder: Path) -> None:
-    random_adapter(folder)
+def spoil(tensors: Arrays) -> None:
+    tensors[f"{Q_PROJ}.lora_b"][0, 0] = float("nan")
 
 
-def zero(folder: Path) -> None:
-    change_tensors(random_adapter(folder), scale_lora_b(0.0))
+def narrow(tensors: Arrays) -> None:
+    tensors.update({n: v[:48] if n.endswith("lora_a") else v for n, v in tensors.items()})
 
 
-def near_zero(folder: Path) -> None:
-    change_tensors(random_adapter(folder), scale_lora_b(1e-12))
+def rescale(tensors: Arrays) -> None:
+    factors = {"a": 1e5, "b": 1e-2}
+    tensors.update({name: value * factors[name[-1]] for name, value in tensors.items()})
 
 
-def nan(folder: Path) -> None:
-    def spoil(tensors: Arrays) -> None:
-        tensors[f"{Q_PROJ}.lora_b"][0, 0] = float("nan")
-
-    change_tensors(random_adapter(folder), spoil)
-
-
-def wrong_base(folder: Path) -> None:
-    """Of a model that is 48 wide where the example's is 64."""
-
-    def narrow(tensors: Arrays) -> None:
-        tensors.update({n: v[:48] if n.endswith("lora_a") else v for n, v in tensors.items()})
-
-    change_tensors(random_adapter(folder), narrow)
-
-
-def missing_module(folder: Path) -> None:
-    change_tensors(random_adapter(folder), drop_q_proj)
-
-
-def inert_keys(folder: Path) -> None:
-    def add(config: dict[str, Any]) -> None:
-        config["lora_parameters"]["keys"] = [*TWO_KEYS, "attn.c_attn"]
-
-    change_config(random_adapter(folder), add)
-
-
-def peft(folder: Path) -> None:
-    peft_copy(folder)
-
-
-def dora(folder: Path) -> None:
-    random_adapter(folder, kind="dora")
-
-
-def rescaled(folder: Path) -> None:
+def rescaled(folder: Path) -> Path:
     """The same products, from factors and a scale of other sizes."""
-
-    def strengthen(config: dict[str, Any]) -> None:
-        config["lora_parameters"]["scale"] *= 1e-3
-
-    def rescale(tensors: Arrays) -> None:
-        factors = {"a": 1e5, "b": 1e-2}
-        tensors.update({name: value * factors[name[-1]] for name, value in tensors.items()})
-
-    change_config(change_tensors(random_adapter(folder), rescale), strengthen)
+    change_tensors(random_adapter(folder), rescale)
+    return change_config(folder, lora_setting(scale=2e-3))
 
 
-def fused_by_mistake(folder: Path) -> None:
+def fused_by_mistake(folder: Path) -> Path:
     """The base's weights where the adapter's tensors should be."""
-    random_adapter(folder)
-    save_arrays(folder / WEIGHTS, load_arrays(MODEL / "model.safetensors"))
+    save_arrays(random_adapter(folder) / WEIGHTS_NAME, load_arrays(MODEL / "model.safetensors"))
+    return folder
 
 
-def truncated(folder: Path) -> None:
-    path = random_adapter(folder) / WEIGHTS
+def truncated(folder: Path) -> Path:
+    path = random_adapter(folder) / WEIGHTS_NAME
     path.write_bytes(path.read_bytes()[:5000])
+    return folder
 
 
-PLANTED: dict[Callable[[Path], None], tuple[str | None, str]] = {
-    sound: (None, ""),
-    zero: ("no_effect", "4 modules change nothing beyond the rounding of the base"),
-    near_zero: ("no_effect", "4 modules change nothing beyond the rounding of the base"),
-    nan: ("non_finite", f"1 tensor with NaN or infinity, {Q_PROJ}.lora_b"),
-    wrong_base: ("base_mismatch", "is [48, 4] for [64, 4]"),
-    missing_module: ("tensor_missing", "their modules do nothing"),
-    inert_keys: (
+def with_tensors(change: Callable[[Arrays], object]) -> Callable[[Path], Path]:
+    return lambda folder: change_tensors(random_adapter(folder), change)
+
+
+def lora_setting(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config["lora_parameters"].update(changes)
+
+
+# How each is made, the reason that it fails for, and words of its message.
+PLANTED: dict[str, tuple[Callable[[Path], Path], str | None, str]] = {
+    "sound": (random_adapter, None, ""),
+    "zero": (
+        with_tensors(scale_lora_b(0.0)),
+        "no_effect",
+        "4 modules change nothing beyond the rounding of the base",
+    ),
+    "near_zero": (with_tensors(scale_lora_b(1e-12)), "no_effect", "4 modules change nothing"),
+    "nan": (
+        with_tensors(spoil),
+        "non_finite",
+        f"1 tensor with NaN or infinity, {Q_PROJ}.lora_b",
+    ),
+    "wrong_base": (with_tensors(narrow), "base_mismatch", "is [48, 4] for [64, 4]"),
+    "missing_module": (with_tensors(drop_q_proj), "tensor_missing", "their modules do nothing"),
+    "inert_keys": (
+        lambda folder: change_config(
+            random_adapter(folder), lora_setting(keys=[*TWO_KEYS, "attn.c_attn"])
+        ),
         "config_mismatch",
         "keys that match no module within reach of the adapter: attn.c_attn",
     ),
-    peft: (None, ""),
-    dora: (None, ""),
-    rescaled: (None, ""),
-    fused_by_mistake: ("tensor_unexpected", "weights of the base or of a fused model"),
-    truncated: ("unreadable", "is not a sound safetensors file"),
+    "peft": (peft_copy, None, ""),
+    "dora": (lambda folder: random_adapter(folder, kind="dora"), None, ""),
+    "rescaled": (rescaled, None, ""),
+    "fused_by_mistake": (
+        fused_by_mistake,
+        "tensor_unexpected",
+        "weights of the base or of a fused model",
+    ),
+    "truncated": (truncated, "unreadable", "is not a sound safetensors file"),
 }
 
 
@@ -157,8 +123,8 @@ def base() -> BaseModelForAudit:
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with each of the planted adapters."""
     folder = tmp_path_factory.mktemp("planted")
-    for plant in PLANTED:
-        plant(folder / plant.__name__)
+    for name, (make, *_) in PLANTED.items():
+        make(folder / name)
     return folder
 
 
@@ -170,21 +136,26 @@ def run_command(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[
     return code, out, err
 
 
-@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
+@pytest.mark.parametrize("name", PLANTED)
 def test_each_planted_adapter_passes_or_fails_for_its_reason(
-    plant: Callable[[Path], None], planted: Path, base: BaseModelForAudit
+    name: str, planted: Path, base: BaseModelForAudit
 ) -> None:
-    code, message = PLANTED[plant]
-    if plant is truncated:
+    _, code, message = PLANTED[name]
+    if name == "truncated":
         with pytest.raises(DamagedError, match=message):
-            audit_adapter(planted / plant.__name__, base)
+            audit_adapter(planted / name, base)
         return
-    audit = audit_adapter(planted / plant.__name__, base)
-    assert [reason.code for reason in audit.reasons] == ([] if code is None else [code])
-    assert message in audit.summary()
+    audit = require_reasons(audit_adapter(planted / name, base), code, message)
     if code is None:
         assert audit.logits is not None
         assert audit.logits.max_abs_difference > audit.logits.rounding > 0
+
+
+def require_reasons(audit: AdapterAudit, code: str | None, message: str) -> AdapterAudit:
+    """Expect this reason alone, or none, in these words."""
+    assert [reason.code for reason in audit.reasons] == ([] if code is None else [code])
+    assert message in audit.summary()
+    return audit
 
 
 def test_the_command_over_the_folder_gives_one_document(
@@ -194,8 +165,8 @@ def test_the_command_over_the_folder_gives_one_document(
     assert code == 4
     rows = {Path(row["path"]).name: row for row in json.loads(out)["adapters"]}
     assert len(rows) == len(PLANTED) == 12
-    for plant, (expected, message) in PLANTED.items():
-        row = rows[plant.__name__]
+    for name, (_, expected, message) in PLANTED.items():
+        row = rows[name]
         assert row["verdict"] == ("passed" if expected is None else "failed")
         assert [r["code"] for r in row["reasons"]] == ([] if expected is None else [expected])
         assert message in "".join(r["message"] for r in row["reasons"])
@@ -211,8 +182,8 @@ def test_the_table_has_a_row_an_adapter_at_80_columns(
     words = [line.split() for line in out.splitlines()]
     verdicts = [word for line in words for word in line if word in ("passed", "failed")]
     assert (verdicts.count("passed"), verdicts.count("failed")) == (4, 8)
-    for plant, (expected, _) in PLANTED.items():
-        assert plant.__name__ in out
+    for name, (_, expected, _) in PLANTED.items():
+        assert name in out
         assert expected is None or expected in out
     assert "docs/gate.md#one-adapter-alone" in out
 
@@ -232,10 +203,6 @@ def test_one_damaged_adapter_is_exit_6_with_nothing_on_standard_output(
     code, out, err = run_command(capfd, planted / "truncated", "--model", MODEL, "--json")
     assert (code, out) == (6, "")
     assert "is not a sound safetensors file" in err
-
-
-def lora_setting(**changes: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda config: config["lora_parameters"].update(changes)
 
 
 def drop_scale(config: dict[str, Any]) -> None:
@@ -318,8 +285,7 @@ def test_tensors_that_do_nothing_or_do_not_belong_fail(
 ) -> None:
     change, code, message = TENSOR_EDITS[edit]
     audit = audit_adapter(change_tensors(random_adapter(tmp_path / "a"), change), base)
-    assert [reason.code for reason in audit.reasons] == [code]
-    assert message in audit.summary()
+    require_reasons(audit, code, message)
 
 
 def peft_zero(tensors: Arrays) -> None:
@@ -352,8 +318,7 @@ def peft_without_a_module(tensors: Arrays) -> None:
 def test_peft_adapters_fail_for_the_same_reasons(
     change: Callable[[Arrays], Any], code: str, tmp_path: Path, base: BaseModelForAudit
 ) -> None:
-    audit = audit_adapter(peft_copy(tmp_path / "a", change=change), base)
-    assert [reason.code for reason in audit.reasons] == [code]
+    require_reasons(audit_adapter(peft_copy(tmp_path / "a", change=change), base), code, "")
 
 
 @pytest.mark.parametrize(
@@ -367,27 +332,16 @@ def test_peft_adapters_fail_for_the_same_reasons(
 def test_peft_configurations_that_do_not_fit_fail(
     settings: dict[str, Any], code: str, message: str, tmp_path: Path, base: BaseModelForAudit
 ) -> None:
-    audit = audit_adapter(peft_copy(tmp_path / "a", **settings), base)
-    assert [reason.code for reason in audit.reasons] == [code]
-    assert message in audit.summary()
-
-
-def other_weights(folder: Path) -> Path:
-    """The example's base after some training: other values of the same shapes."""
-    shutil.copytree(MODEL, folder)
-    weights = load_arrays(folder / "model.safetensors")
-    save_arrays(folder / "model.safetensors", {n: v * 1.5 for n, v in weights.items()})
-    return folder
+    require_reasons(audit_adapter(peft_copy(tmp_path / "a", **settings), base), code, message)
 
 
 def test_a_base_of_the_same_shapes_is_told_apart_where_the_named_one_is_here(
     tmp_path: Path, base: BaseModelForAudit
 ) -> None:
-    recorded = other_weights(tmp_path / "other")
+    recorded = base_copy(tmp_path / "other", lambda w: w.update({n: v * 1.5 for n, v in w.items()}))
     audit = audit_adapter(random_adapter(tmp_path / "a", model=str(recorded)), base)
-    assert [reason.code for reason in audit.reasons] == ["base_mismatch"]
-    assert f"made for {recorded}, which has another model." in audit.summary()
-    copied = Path(shutil.copytree(MODEL, tmp_path / "copy"))
+    require_reasons(audit, "base_mismatch", f"made for {recorded}, which has another model.")
+    copied = base_copy(tmp_path / "copy")
     (copied / "config.json").write_text((copied / "config.json").read_text() + "\n")
     assert audit_adapter(random_adapter(tmp_path / "b", model=str(copied)), base).has_passed
     assert audit_adapter(random_adapter(tmp_path / "c", model="org/elsewhere"), base).has_passed
@@ -397,24 +351,21 @@ def test_a_base_of_the_same_shapes_is_told_apart_where_the_named_one_is_here(
 def test_a_prompt_that_the_base_cannot_answer_is_not_held_against_an_adapter(
     broken_rows: list[int], prompts: int | None, tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(MODEL, tmp_path / "base"))
-    weights = load_arrays(folder / "model.safetensors")
-    weights["model.embed_tokens.weight"][mx.array(broken_rows)] = float("nan")
-    save_arrays(folder / "model.safetensors", weights)
-    audit = audit_adapter(random_adapter(tmp_path / "a", model="x"), BaseModelForAudit(str(folder)))
+    def spoil_rows(weights: Arrays) -> None:
+        weights["model.embed_tokens.weight"][mx.array(broken_rows)] = float("nan")
+
+    broken = BaseModelForAudit(str(base_copy(tmp_path / "base", spoil_rows)))
+    audit = audit_adapter(random_adapter(tmp_path / "a", model="x"), broken)
     if prompts is None:
-        assert [reason.code for reason in audit.reasons] == ["non_finite"]
-        assert "the base is not sound" in audit.summary()
+        require_reasons(audit, "non_finite", "the base is not sound")
     else:
         assert audit.logits is not None
         assert (audit.reasons, audit.logits.prompts) == ((), prompts)
 
 
 def test_a_fused_model_is_no_adapter(tmp_path: Path, base: BaseModelForAudit) -> None:
-    folder = Path(shutil.copytree(MODEL, tmp_path / "fused"))
-    audit = audit_adapter(folder, base)
-    assert [reason.code for reason in audit.reasons] == ["tensor_unexpected"]
-    assert "it was fused into its base" in audit.summary()
+    audit = audit_adapter(base_copy(tmp_path / "fused"), base)
+    require_reasons(audit, "tensor_unexpected", "it was fused into its base")
 
 
 @pytest.mark.parametrize(
@@ -438,7 +389,7 @@ def test_a_folder_without_an_adapter_is_bad_usage_and_others_beside_adapters_are
     with pytest.raises(ConfigError, match="holds no adapter, nor do the folders in it"):
         find_adapters(tmp_path, str(MODEL))
     random_adapter(tmp_path / "a")
-    base = Path(shutil.copytree(MODEL, tmp_path / "base"))
+    base = base_copy(tmp_path / "base")
     others = [base, tmp_path / "notes"]
     assert find_adapters(tmp_path, str(base)) == ([tmp_path / "a"], others)
 

@@ -6,8 +6,6 @@ import gc
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
 import pytest
 
 from nested_core import backend
@@ -21,7 +19,16 @@ from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.kernels.patching import replacing_call
 from nested_core.models.parameters import reference_trainable_parameters
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
-from tests.architectures import batch, build, largest_difference, outcome
+from tests.architectures import (
+    batch,
+    build,
+    kinds_of,
+    largest_difference,
+    leave_by_error,
+    outcome,
+    require_near,
+    uncompiled,
+)
 
 PROJECTIONS = "gate_proj", "up_proj", "down_proj"
 
@@ -30,14 +37,6 @@ def in_bfloat16(name: str, **arguments: Any) -> Any:
     model = build(name, **{"rank": 8} | arguments)
     model.set_dtype(mx.bfloat16)
     return model
-
-
-def run(function: Any) -> Any:
-    return function
-
-
-def kinds_of(model: nn.Module) -> dict[str, tuple[int, type]]:
-    return {name: (id(module), type(module)) for name, module in model.named_modules()}
 
 
 @pytest.fixture
@@ -73,17 +72,14 @@ def test_checkpointed_layers_have_their_gated_mlps_found(kernel_calls: list[str]
 def test_compiled_equals_uncompiled_to_the_bit(name: str, kernel_calls: list[str]) -> None:
     model = in_bfloat16(name)
     with using_fused_mlps(find_fusable_mlps(trace_calls(model))):
-        plain = outcome(model, SUPERVISED_LOSS, batch(), compiled=run)
+        plain = outcome(model, SUPERVISED_LOSS, batch(), compiled=uncompiled)
         compiled = outcome(model, SUPERVISED_LOSS, batch())
     assert "backward" in kernel_calls
     assert compiled.loss == plain.loss
     assert compiled.value == plain.value
     for key, gradient in plain.gradients.items():
         again = compiled.gradients[key]
-        assert (
-            np.array(gradient.view(mx.uint16)).tobytes()
-            == np.array(again.view(mx.uint16)).tobytes()
-        )
+        assert mx.array_equal(gradient.view(mx.uint16), again.view(mx.uint16)).item()
 
 
 @pytest.mark.parametrize("chosen", [*PROJECTIONS, "layers.1.", "self_attn", "gate_proj.lora_b"])
@@ -116,15 +112,12 @@ def test_modules_are_given_back_after_an_error(kernel_calls: list[str]) -> None:
     model = in_bfloat16("llama")
     before = kinds_of(model)
 
-    def fail_inside() -> None:
-        with using_optimized_layers(model):
-            assert kinds_of(model).keys() == before.keys()
-            assert type(model.layers[0].mlp) is not before["model.layers.0.mlp"][1]
-            assert type(model.layers[0].mlp.gate_proj) is OptimizedLoRALinear
-            raise RuntimeError("on purpose")
+    def are_others() -> None:
+        assert kinds_of(model).keys() == before.keys()
+        assert type(model.layers[0].mlp) is not before["model.layers.0.mlp"][1]
+        assert type(model.layers[0].mlp.gate_proj) is OptimizedLoRALinear
 
-    with pytest.raises(RuntimeError, match="on purpose"):
-        fail_inside()
+    leave_by_error(using_optimized_layers(model), are_others)
     assert kinds_of(model) == before
     assert kernel_calls == []
 
@@ -213,8 +206,7 @@ def test_an_optimized_model_gives_mlx_lms_gradients(
         "factor_gradients",
         "concatenate",
     }
-    assert found.loss == pytest.approx(expected.loss, rel=2e-3)
-    assert largest_difference(found.gradients, expected.gradients) < 0.08
+    require_near(found, expected, loss=2e-3, gradients=0.08)
 
 
 @pytest.mark.parametrize("rank", [4, 12, 72])

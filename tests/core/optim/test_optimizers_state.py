@@ -12,6 +12,7 @@ from mlx import nn, optimizers
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from nested_core import NestedAdam, NestedAdamW, Tier, TierStats
+from tests.core.optim.leaves import bits
 
 MODES = ["skip", "accumulate"]
 
@@ -23,12 +24,6 @@ class Model(nn.Module):
         super().__init__()
         self.layers = [nn.ReLU(), nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 3), nn.ReLU()]
         self.empty: dict[str, Any] = {}
-
-
-def bits(tree: Any) -> dict[str, Any]:
-    """Dtype, shape and bytes of every leaf."""
-    flat = dict(tree_flatten(tree))
-    return {name: (a.dtype, a.shape, np.array(a).tobytes()) for name, a in flat.items()}
 
 
 def parameters() -> Any:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import pytest
 from mlx_lm.models.activations import swiglu
 
-from nested_core.backend import to_float
 from nested_core.kernels.cuda import gated_mlp, lora_add
 from nested_core.kernels.cuda.kernel_launch import MAX_THREADS_PER_BLOCK
 from nested_core.kernels.cuda.lora_add import LowRankSumTerms
+from tests.core.kernels.arrays import is_near, note_launches
 
 ROUNDING = {mx.float32: 5e-6, mx.bfloat16: 2**-8}  # half a unit in the last place, of bfloat16
 RANKS = 8, 24, 16  # of gate, of up, and of the gradient
@@ -30,11 +29,6 @@ def sum_of(rank: int, rows: int, width: int, dtype: mx.Dtype, size: float = 1) -
 
 def three(dtype: mx.Dtype = mx.bfloat16, size: float = 1) -> list[LowRankSumTerms]:
     return [sum_of(rank, 20, 96, dtype, size) for rank in RANKS]
-
-
-def is_near(found: mx.array, expected: mx.array, share: float) -> bool:
-    difference = to_float(mx.abs(found.astype(mx.float32) - expected).max())
-    return difference <= share * to_float(mx.abs(expected).max())
 
 
 @pytest.mark.parametrize("size", [0.1, 1, 4])
@@ -122,18 +116,7 @@ def test_a_base_of_another_dtype_goes_to_mlx(
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What each launch was given; it gives zeros."""
-    launches: list[dict[str, Any]] = []
-
-    def note(
-        name: str, inputs: Sequence[mx.array], outputs: Any, numbers: Sequence[int], **grid: Any
-    ) -> list[mx.array]:
-        launches.append(
-            {"name": name, "inputs": inputs, "outputs": outputs, "numbers": numbers} | grid
-        )
-        return [mx.zeros(shape, dtype) for shape, dtype in outputs]
-
-    monkeypatch.setattr(gated_mlp, "launch_kernel", note)
-    return launches
+    return note_launches(gated_mlp, monkeypatch)
 
 
 def test_a_launch_has_each_sums_arrays_and_tiles_and_fills_arrays_like_gates(

@@ -9,16 +9,12 @@ import mlx.core as mx
 import pytest
 
 from nested_core import backend
-from nested_core.backend import to_float
 from nested_core.kernels.cuda import lora_add
 from nested_core.kernels.cuda.kernel_launch import COMPILED_TILE_COUNTS, MAX_THREADS_PER_BLOCK
 from nested_core.kernels.cuda.lora_add import LowRankSumTerms
+from tests.core.kernels.arrays import is_near, normal, note_launches
 
 ROUNDING = {mx.float32: 2e-6, mx.bfloat16: 2**-8}  # half a unit in the last place, of bfloat16
-
-
-def normal(*shape: int, dtype: mx.Dtype = mx.bfloat16, seed: int = 0) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
 
 
 def sums_of(
@@ -33,11 +29,6 @@ def sums_of(
         )
         for i, (rank, width) in enumerate(sizes)
     ]
-
-
-def is_near(found: mx.array, expected: mx.array, share: float) -> bool:
-    difference = to_float(mx.abs(found.astype(mx.float32) - expected).max())
-    return difference <= share * to_float(mx.abs(expected).max())
 
 
 @pytest.fixture
@@ -57,22 +48,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What each launch was given; it gives zeros."""
-    launches: list[dict[str, Any]] = []
-
-    def note(
-        name: str,
-        inputs: Sequence[mx.array],
-        outputs: Any,
-        numbers: Sequence[int],
-        **grid: Any,
-    ) -> list[mx.array]:
-        launches.append(
-            {"name": name, "inputs": inputs, "outputs": outputs, "numbers": numbers} | grid
-        )
-        return [mx.zeros(shape, dtype) for shape, dtype in outputs]
-
-    monkeypatch.setattr(lora_add, "launch_kernel", note)
-    return launches
+    return note_launches(lora_add, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
