@@ -99,9 +99,7 @@ def bounds(case: Case, folder: Path) -> dict[str, Any]:
     ids=INJECTED,
     indirect=True,
 )
-def test_the_flow_fails_with_the_reason_and_promotes_nothing(
-    sabotaged: tuple[Path, State[Any]], request: pytest.FixtureRequest
-) -> None:
+def test_the_flow_fails_with_the_reason_and_promotes_nothing(sabotaged, request) -> None:
     folder, state = sabotaged
     code = request.node.callspec.id
     assert state.is_failed()
@@ -120,9 +118,7 @@ HONEST = next(case for case in CASES if not case.expected)
 
 @pytest.mark.slow("a flow run for each kind of tampering")
 @pytest.mark.parametrize("sabotaged", HARMED, ids=lambda case: case.name, indirect=True)
-def test_a_flow_whose_run_was_tampered_with_fails_without_a_verdict(
-    sabotaged: tuple[Path, State[Any]],
-) -> None:
+def test_a_flow_whose_run_was_tampered_with_fails_without_a_verdict(sabotaged) -> None:
     folder, state = sabotaged
     assert state.is_failed()
     with pytest.raises(DamagedError):

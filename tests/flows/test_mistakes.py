@@ -364,9 +364,7 @@ def make_folder(folder: Path, mistake: Mistake) -> None:
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_answered_with_what_to_do(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mistake_is_answered_with_what_to_do(name, tmp_path, monkeypatch) -> None:
     mistake = MISTAKES[name]
     make_folder(tmp_path, mistake)
     if name == "no MLX for this machine":

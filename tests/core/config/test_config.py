@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,9 +70,7 @@ class TestUnknownKeys:
             ("lora_parameters", "rnk", "rank"),
         ],
     )
-    def test_the_nearest_known_key_is_suggested(
-        self, section: str | None, key: str, meant: str
-    ) -> None:
+    def test_the_nearest_known_key_is_suggested(self, section, key, meant) -> None:
         values = {key: 1} if section is None else {section: {key: 1}}
         name = key if section is None else f"{section}.{key}"
         assert problems(**values) == [f"{name}: unknown key; did you mean {meant}?"]
@@ -91,9 +88,7 @@ class TestUnknownKeys:
             ),
         ],
     )
-    def test_deeper_keys_are_refused_by_their_whole_name(
-        self, values: dict[str, Any], name: str
-    ) -> None:
+    def test_deeper_keys_are_refused_by_their_whole_name(self, values, name) -> None:
         assert problems(**values)[0].startswith(f"{name}: unknown key")
 
 
@@ -303,9 +298,7 @@ class TestIntervals:
     @pytest.mark.parametrize(
         ("iterations", "counts"), [(600, (30, 60, 150)), (30, (1, 3, 7)), (4, (1, 1, 1))]
     )
-    def test_a_share_scales_with_the_length(
-        self, iterations: int, counts: tuple[int, int, int]
-    ) -> None:
+    def test_a_share_scales_with_the_length(self, iterations, counts) -> None:
         values = {"steps_per_report": 0.05, "steps_per_eval": 0.1, "save_every": 0.25}
         found = parse_config(values, source="").intervals(iterations)
         assert (found.report, found.evaluation, found.save) == counts
@@ -325,9 +318,7 @@ class TestIntervals:
         assert said in line
 
 
-def test_a_folder_by_another_spelling_is_the_same_on_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_by_another_spelling_is_the_same_on_resume(tmp_path, monkeypatch) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path)

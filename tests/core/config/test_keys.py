@@ -95,9 +95,7 @@ def test_a_key_may_differ_on_resume_or_is_refused_by_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FineTuneConfig.model_fields)
-def test_a_key_changes_the_digest_of_settings_or_the_adapter_does_not_depend_on_it(
-    name: str,
-) -> None:
+def test_a_key_changes_the_digest_of_settings_or_the_adapter_does_not_depend_on_it(name) -> None:
     before, after = (settings_digest(each, "base") for each in (FineTuneConfig(), changed(name)))
     assert (before == after) == (name in NOT_IN_THE_DIGEST)
 

@@ -129,9 +129,7 @@ def test_the_inputs_of_mlx_lm_tests_repeat_train_in_valid_which_we_name(
     assert found_in(report) == [("valid.jsonl", line, "leakage") for line in range(1, 5)]
 
 
-def test_plain_text_with_masked_prompts_is_refused_by_both(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_plain_text_with_masked_prompts_is_refused_by_both(write_data, tokenizer) -> None:
     folder = write_data(train=[{"text": TEXT}] * 4)
     arguments = types.SimpleNamespace(data=str(folder), train=True, test=False, mask_prompt=True)
     with pytest.raises(ValueError, match="Prompt masking not supported for text dataset"):

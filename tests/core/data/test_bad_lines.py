@@ -147,16 +147,12 @@ def line_of(name: str) -> int:
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
-def test_a_bad_line_is_named_with_its_file_its_number_and_its_check(
-    name: str, checks_of_lines: dict[int | None, list[str]]
-) -> None:
+def test_a_bad_line_is_named_with_its_file_its_number_and_its_check(name, checks_of_lines) -> None:
     expected = [BAD_LINES[name][1]] + ([ALSO[name]] if name in ALSO else [])
     assert checks_of_lines[line_of(name)] == expected
 
 
-def test_all_bad_lines_are_reported_at_once_and_no_others(
-    checks_of_lines: dict[int | None, list[str]],
-) -> None:
+def test_all_bad_lines_are_reported_at_once_and_no_others(checks_of_lines) -> None:
     assert set(checks_of_lines) == set(map(line_of, BAD_LINES))
 
 

@@ -46,9 +46,7 @@ def test_a_gzip_of_nothing_but_line_ends_is_cut_off_by_its_lines(tmp_path: Path)
 
 @pytest.mark.usefixtures("small_limits")
 @pytest.mark.parametrize("suffix", ["jsonl.gz", "parquet"])
-def test_a_file_that_repeats_one_row_without_end_is_cut_off_by_its_bytes(
-    tmp_path: Path, suffix: str
-) -> None:
+def test_a_file_that_repeats_one_row_without_end_is_cut_off_by_its_bytes(tmp_path, suffix) -> None:
     path, text = tmp_path / f"train.{suffix}", "a" * 10_000
     if suffix == "parquet":
         pl.DataFrame({"text": [text] * 3_000}).write_parquet(path)
@@ -94,9 +92,7 @@ def test_the_first_line_that_is_too_long_is_found_wherever_it_stands(
     ],
     ids=["csv", "gzip"],
 )
-def test_a_line_that_never_ends_is_damage_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, line: int
-) -> None:
+def test_a_line_that_never_ends_is_damage_there(tmp_path, monkeypatch, name, content, line) -> None:
     monkeypatch.setattr(file_formats, "MAX_LINE_BYTES", 1_000)
     (tmp_path / name).write_bytes(content)
     damage = damage_in(tmp_path)
@@ -129,9 +125,7 @@ LOOPS = {
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_a_chat_template_that_loops_is_refused_in_one_message(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chat_template_that_loops_is_refused_in_one_message(name, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(parallel_tokenization, "TemplateTimeLimit", lambda: TemplateTimeLimit(0.5))
     said: dict[str, Any] = {"chat_template": LOOPS[name]}
     folder = base_copy(tmp_path / "model", file="tokenizer_config.json", **said)

@@ -87,10 +87,7 @@ def test_the_second_load_gives_the_same_report_and_the_same_tokens_without_judgi
         {"policy": DataPolicy(duplicates="drop")},
     ],
 )
-def test_another_setting_is_another_entry(
-    cached: CachedLoads,
-    change: dict[str, Any],
-) -> None:
+def test_another_setting_is_another_entry(cached, change) -> None:
     cached.load()
     report, _ = cached.load(**change)
     assert report == load_dataset(replace(cached.settings, **change), cached.tokenizer)[0]
@@ -105,9 +102,7 @@ def test_changed_content_is_judged_anew(cached: CachedLoads) -> None:
     assert [(f.line, f.check) for f in report.errors] == [(11, "bad-json")]
 
 
-def test_a_report_that_names_a_folder_is_that_folders(
-    cached: CachedLoads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_report_that_names_a_folder_is_that_folders(cached, tmp_path, monkeypatch) -> None:
     for name in ("one", "two"):
         folder = tmp_path / name / "data"
         write_lines(folder / "train.jsonl", TRAIN)
@@ -142,10 +137,7 @@ def test_an_additional_template_is_another_entry(cached: CachedLoads, tmp_path: 
         assert len(cached.entries()) == number
 
 
-def test_other_rules_are_another_entry(
-    cached: CachedLoads,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_other_rules_are_another_entry(cached, monkeypatch) -> None:
     cached.load()
     monkeypatch.setattr(caching, "_hash_data_code", lambda: "the next release")
     cached.load()
@@ -153,11 +145,7 @@ def test_other_rules_are_another_entry(
 
 
 @pytest.mark.parametrize("name", ["train.tokens", "report.json", "MANIFEST.json"])
-def test_a_damaged_entry_is_told_and_made_again(
-    cached: CachedLoads,
-    caplog: pytest.LogCaptureFixture,
-    name: str,
-) -> None:
+def test_a_damaged_entry_is_told_and_made_again(cached, caplog, name) -> None:
     first, _ = cached.load()
     path = cached.entries()[0] / name
     content = bytearray(path.read_bytes())
@@ -178,9 +166,7 @@ def test_a_folder_that_others_can_write_to_is_refused(cached: CachedLoads) -> No
         cached.load()
 
 
-def test_a_folder_that_cannot_be_made_is_told_with_the_way_out(
-    cached: CachedLoads, tmp_path: Path
-) -> None:
+def test_a_folder_that_cannot_be_made_is_told_with_the_way_out(cached, tmp_path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be made.*Set NESTED_TUNE_CACHE"):
         replace(cached, cache=DatasetCache(tmp_path / "file" / "cache")).load()
@@ -227,10 +213,7 @@ def test_an_entry_that_goes_while_it_is_read_is_made_again_without_a_warning(
     assert caplog.text == ""
 
 
-def test_a_maker_that_fails_leaves_nothing(
-    cached: CachedLoads,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_maker_that_fails_leaves_nothing(cached, monkeypatch) -> None:
     monkeypatch.setattr(
         dataset_loading,
         "write_report_beside_tokens",
@@ -251,11 +234,7 @@ def pool() -> Iterator[ProcessPoolExecutor]:
 
 @pytest.mark.slow("starts processes that import transformers")
 @pytest.mark.parametrize("damaged", [False, True])
-def test_processes_that_load_one_data_set_at_once_all_get_it(
-    cached: CachedLoads,
-    pool: ProcessPoolExecutor,
-    damaged: bool,
-) -> None:
+def test_processes_that_load_one_data_set_at_once_all_get_it(cached, pool, damaged) -> None:
     expected = cached.load()[0].to_json()
     for _ in range(3):
         (entry,) = cached.entries()
@@ -283,10 +262,7 @@ def test_entries_that_nobody_used_for_a_month_are_removed(cached: CachedLoads) -
     assert len(cached.entries()) == 1
 
 
-def test_an_entry_is_out_of_sight_before_it_is_removed(
-    cached: CachedLoads,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_entry_is_out_of_sight_before_it_is_removed(cached, monkeypatch) -> None:
     cached.load()
     (old,) = cached.entries()
     os.utime(old, (1, 1))

@@ -10,7 +10,6 @@ import pytest
 
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
 from tests.builders.data_sets import (
     GOOD,
@@ -27,9 +26,7 @@ from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
 TEXTS = [{"text": f"{place} is in {place}land."} for place in "ABCD"]
 
 
-def test_a_sound_data_set_gives_no_error_and_no_warning(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_a_sound_data_set_gives_no_error_and_no_warning(write_data, tokenizer) -> None:
     folder = write_data(train=GOOD, valid=HELD_OUT, test=[chat("Where is Y?", "In Yland.")])
     assert errors_in(folder, tokenizer=tokenizer, mask_prompt=True) == []
     assert warnings_in(folder, tokenizer, mask_prompt=True) == []
@@ -153,9 +150,7 @@ def test_a_doubtful_line_is_named(name: str, write_data: WriteData) -> None:
     assert errors_in(folder) == []
 
 
-def test_an_example_cut_before_its_answer_is_an_error(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_an_example_cut_before_its_answer_is_an_error(write_data, tokenizer) -> None:
     folder = write_data(train=[*GOOD, chat("x" * 200, "y")], valid=HELD_OUT)
     settings: dict[str, Any] = {"tokenizer": tokenizer, "max_seq_length": 64}
     assert errors_in(folder, mask_prompt=True, **settings) == [
@@ -164,9 +159,7 @@ def test_an_example_cut_before_its_answer_is_an_error(
     assert errors_in(folder, **settings) == []
 
 
-def test_truncation_is_counted_and_the_worst_line_is_named(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_truncation_is_counted_and_the_worst_line_is_named(write_data, tokenizer) -> None:
     long = [chat("q", "y" * 100), chat("q", "z" * 150)]
     folder = write_data(train=[*GOOD, *long], valid=HELD_OUT)
     report, splits = load(folder, tokenizer, max_seq_length=64)
@@ -198,9 +191,7 @@ def test_a_template_that_writes_nothing_leaves_nothing_to_learn(write_data: Writ
     assert len(found) == 5
 
 
-def test_a_missing_chat_template_is_an_error_for_chats_only(
-    write_data: WriteData, bare_tokenizer: TokenizerSource
-) -> None:
+def test_a_missing_chat_template_is_an_error_for_chats_only(write_data, bare_tokenizer) -> None:
     folder = write_data(train=GOOD, valid=TEXTS)
     found = errors_in(folder, tokenizer=bare_tokenizer)
     assert found == [("train.jsonl", None, "chat-template-missing")]
@@ -217,9 +208,7 @@ def test_a_template_that_refuses_a_role_names_each_line(write_data: WriteData) -
     assert len(splits["train"]) == 4
 
 
-def test_answers_of_one_token_and_without_an_end_are_told_once_a_file(
-    write_data: WriteData,
-) -> None:
+def test_answers_of_one_token_and_without_an_end_are_told_once_a_file(write_data) -> None:
     endless = TEMPLATE.replace("<|end|>{% endfor %}", "{% endfor %}")
     folder = write_data(train=[chat(str(n), "x") for n in range(4)], valid=HELD_OUT)
     found = warnings_in(folder, build_tokenizer(endless), mask_prompt=True)
@@ -235,9 +224,7 @@ def test_a_folder_that_does_not_exist_is_a_configuration_error() -> None:
         load(Path("nowhere/at/all"))
 
 
-def test_few_held_out_rows_and_answers_that_are_all_the_same_are_said(
-    write_data: WriteData,
-) -> None:
+def test_few_held_out_rows_and_answers_that_are_all_the_same_are_said(write_data) -> None:
     same = [chat(f"Is {place} here?", "No.") for place in "PQRST"]
     folder = write_data(train=GOOD, valid=same, test=HELD_OUT)
     assert warnings_in(folder) == [("valid.jsonl", None, "one-answer")]

@@ -30,9 +30,7 @@ def test_every_line_is_counted_once(write_data: WriteData) -> None:
     assert train.format == "chat"
 
 
-def test_the_json_holds_the_findings_the_counts_and_the_digest(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_the_json_holds_the_findings_the_counts_and_the_digest(write_data, tokenizer) -> None:
     report = report_on(write_data(train=[*GOOD, b"{"], valid=HELD_OUT), tokenizer)
     written = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert written["findings"][0] == {

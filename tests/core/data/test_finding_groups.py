@@ -14,7 +14,6 @@ import pytest
 from nested_core.data.lines.example_parsing import FieldNames
 from nested_core.data.lines.line_rows import parse_line_to_row
 from nested_core.data.rules.dataset_report import MAX_SHOWN_CAUSES, Finding, group_findings
-from tests.core.data.conftest import WriteData
 from tests.flows.conftest import called
 from tests.left_out import slow_except
 
@@ -140,9 +139,7 @@ CONVERTED = {
 
 
 @pytest.mark.parametrize("name", CONVERTED)
-def test_the_script_of_the_documentation_makes_sound_lines(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_script_of_the_documentation_makes_sound_lines(name, monkeypatch, capsys) -> None:
     page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
     (script,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(ROWS[name][0]) + "\n"))
@@ -152,9 +149,7 @@ def test_the_script_of_the_documentation_makes_sound_lines(
 
 
 @pytest.mark.parametrize("name", slow_except(ROWS, "ShareGPT", reason="5,000 lines"))
-def test_five_thousand_lines_of_one_wrong_format_are_one_row(
-    name: str, write_data: WriteData, tmp_path: Path
-) -> None:
+def test_five_thousand_lines_of_one_wrong_format_are_one_row(name, write_data, tmp_path) -> None:
     folder = write_data(train=[ROWS[name][0]] * 5_000, valid=[{"text": "a"}])
     arguments = ("validate", "--data", folder, "--no-tokenize", "--model", tmp_path)
     done = called(*arguments, cwd=tmp_path)

@@ -26,9 +26,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize("name", ["valid.jsonl", "valid.json"])
-def test_equal_values_are_one_group_and_a_row_without_the_field_has_none(
-    tmp_path: Path, name: str
-) -> None:
+def test_equal_values_are_one_group_and_a_row_without_the_field_has_none(tmp_path, name) -> None:
     write_lines(tmp_path / name, [ROWS] if name == "valid.json" else ROWS)
     values = read_group_values(settings_for(tmp_path, "document"), "valid", [1, 2, 3, 4])
     assert values == ["7", None, "7", '"7"']

@@ -106,9 +106,7 @@ def test_a_list_is_read_one_after_the_other_in_one_format(questions: Path, chats
 
 
 @needs_library
-def test_tokens_are_those_of_mlx_lm(
-    questions: Path, chats: Path, tokenizer: TokenizerSource
-) -> None:
+def test_tokens_are_those_of_mlx_lm(questions, chats, tokenizer) -> None:
     entries = [entry(questions, **FIELDS), entry(chats, chat_feature="chosen")]
     arguments = types.SimpleNamespace(
         hf_dataset=json.loads(json.dumps(entries)), train=True, test=False, mask_prompt=True
@@ -148,9 +146,7 @@ def test_a_prompt_without_a_completion_is_said_to_lack_it(questions: Path, chats
 
 
 @needs_library
-def test_a_name_in_data_reads_train_valid_and_test(
-    questions: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_in_data_reads_train_valid_and_test(questions, monkeypatch) -> None:
     """A folder of files is read by ourselves; what is not a folder goes to the library."""
     datasets = importlib.import_module("datasets")
     found = datasets.load_dataset(str(questions), cache_dir=str(questions / ".cache"))
@@ -202,9 +198,7 @@ def test_code_of_a_data_set_needs_trust(questions: Path) -> None:
         judge(asking)
 
 
-def test_without_the_library_one_paragraph_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_the_library_one_paragraph_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     for settings in (DataSettings("org/name"), settings_of({"path": "org/name"})):
         with pytest.raises(ConfigError, match=r"pip install 'nested-tune\[hub\]'"):
@@ -267,9 +261,7 @@ class HubWithoutSets(BaseHTTPRequestHandler):
 
 
 @needs_library
-def test_a_name_that_the_hub_does_not_have_is_asked_for_once(
-    online: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_that_the_hub_does_not_have_is_asked_for_once(online, monkeypatch) -> None:
     monkeypatch.setattr(HubWithoutSets, "questions", [])
     with HTTPServer(("127.0.0.1", 0), HubWithoutSets) as server:
         Thread(target=server.serve_forever, daemon=True).start()
@@ -281,9 +273,7 @@ def test_a_name_that_the_hub_does_not_have_is_asked_for_once(
 
 
 @needs_library
-def test_a_hub_that_cannot_be_reached_is_no_wait(
-    online: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_cannot_be_reached_is_no_wait(online, monkeypatch) -> None:
     online("http://127.0.0.1:9")  # the port to discard: nobody listens
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)

@@ -77,9 +77,7 @@ def test_the_data_is_bad_in_many_ways(expected: tuple[int, list[dict[str, Any]]]
     slow_except([*OFF, GARBAGE], OFF[0], reason="a process that imports pandera"),
     ids=lambda variables: "-".join(variables),
 )
-def test_no_variable_of_pandera_changes_a_finding(
-    environment: dict[str, str], bad_data: Path, expected: tuple[int, list[dict[str, Any]]]
-) -> None:
+def test_no_variable_of_pandera_changes_a_finding(environment, bad_data, expected) -> None:
     assert validate(bad_data, environment) == expected
 
 

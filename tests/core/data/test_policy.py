@@ -28,9 +28,7 @@ def adds_up(report: DatasetReport) -> bool:
     )
 
 
-def test_duplicates_are_kept_with_a_warning_by_default(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_duplicates_are_kept_with_a_warning_by_default(write_data, tokenizer) -> None:
     report, splits = judge(write_data(train=[A, B, A], valid=[C]), tokenizer)
     assert ("train.jsonl", 3, "duplicate") in found_in(report, "warning")
     assert report.splits["train"].dropped == {}
@@ -96,9 +94,7 @@ def test_rows_that_come_twice_in_a_held_out_file_are_said_once_a_file(
     )
 
 
-def test_held_out_sets_stay_as_they_are_under_every_policy(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_held_out_sets_stay_as_they_are_under_every_policy(write_data, tokenizer) -> None:
     folder = write_data(train=[A, B], valid=[B, C], test=[C, B, D])
     report, splits = judge(folder, tokenizer, policy={"leakage": "drop"})
     assert found_in(report) == []
@@ -120,9 +116,7 @@ def test_a_repeated_leak_is_counted_once(write_data: WriteData, tokenizer: Token
     assert adds_up(report)
 
 
-def test_overlong_examples_are_cut_dropped_or_refused(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_overlong_examples_are_cut_dropped_or_refused(write_data, tokenizer) -> None:
     folder = write_data(train=[A, LONG, B], valid=[C, LONG | {"text": LONG["text"][3:]}])
     report, splits = judge(folder, tokenizer, max_seq_length=64)
     assert ("train.jsonl", 2, "truncated") in found_in(report, "warning")
@@ -142,9 +136,7 @@ def test_overlong_examples_are_cut_dropped_or_refused(
     assert adds_up(report)
 
 
-def test_an_example_as_long_as_the_bound_is_neither_cut_nor_dropped(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_an_example_as_long_as_the_bound_is_neither_cut_nor_dropped(write_data, tokenizer) -> None:
     folder = write_data(train=[A, LONG, B], valid=[C])
     _, whole = judge(folder, tokenizer, max_seq_length=1000)
     longest = int(whole["train"].lengths.max())
@@ -155,9 +147,7 @@ def test_an_example_as_long_as_the_bound_is_neither_cut_nor_dropped(
     assert splits["train"].lines.tolist() == [1, 3]
 
 
-def test_a_line_with_an_error_is_rejected_and_not_dropped(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_a_line_with_an_error_is_rejected_and_not_dropped(write_data, tokenizer) -> None:
     bad = {"text": "A is the river.", "x": 1}
     folder = write_data(train=[A, b"{", A, bad, {"text": " "}, {"text": " "}], valid=[C])
     report, _ = judge(folder, tokenizer, policy={"duplicates": "drop"})
@@ -169,9 +159,7 @@ def test_a_line_with_an_error_is_rejected_and_not_dropped(
 @pytest.mark.parametrize(
     ("row", "policy"), [(B, {"leakage": "drop"}), (LONG, {"overlong": "drop"})]
 )
-def test_a_file_of_which_nothing_is_left_is_an_error(
-    write_data: WriteData, tokenizer: TokenizerSource, row: Any, policy: dict[str, Any]
-) -> None:
+def test_a_file_of_which_nothing_is_left_is_an_error(write_data, tokenizer, row, policy) -> None:
     folder = write_data(train=[row, row], valid=[B])
     report, _ = judge(folder, tokenizer, policy=policy, max_seq_length=64)
     assert found_in(report) == [("train.jsonl", None, "empty-file")]
@@ -201,9 +189,7 @@ def chats(*conversations: Any) -> list[dict[str, Any]]:
     return [{"messages": messages} for messages in conversations]
 
 
-def test_roles_and_their_order_are_judged_by_default(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_roles_and_their_order_are_judged_by_default(write_data, tokenizer) -> None:
     folder = write_data(train=chats(DEVELOPER, GREETING, SYSTEM_LATER, GREETING[1:]))
     report, _ = judge(folder, tokenizer, policy={"roles": "strict"})
     assert report == judge(folder, tokenizer)[0]
@@ -231,9 +217,7 @@ def test_a_chat_template_that_takes_other_roles_decides_where_it_is_asked(
     assert report.splits["train"].roles == {"user": 2, "assistant": 3, "other": 1}
 
 
-def test_a_line_that_the_chat_template_refuses_is_an_error_with_its_message(
-    write_data: WriteData,
-) -> None:
+def test_a_line_that_the_chat_template_refuses_is_an_error_with_its_message(write_data) -> None:
     template = TEMPLATE.replace(
         "{% for m in messages %}",
         "{% for m in messages %}{% if m.role not in ('user', 'assistant', 'developer') %}"
@@ -248,9 +232,7 @@ def test_a_line_that_the_chat_template_refuses_is_an_error_with_its_message(
     assert splits["train"].lines.tolist() == [1]
 
 
-def test_what_is_no_text_is_an_error_in_any_role(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_what_is_no_text_is_an_error_in_any_role(write_data, tokenizer) -> None:
     bad = [{"role": 3, "content": "x"}], [{"role": "developer", "content": 3}], [{"content": "x"}]
     report, _ = judge(write_data(train=chats(*bad)), tokenizer, policy={"roles": "template"})
     assert found_in(report)[:3] == [

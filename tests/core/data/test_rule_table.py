@@ -111,9 +111,7 @@ def test_lines_whose_error_is_not_listed_are_rejected_and_counted(write_data: Wr
         report.raise_if_rejected()
 
 
-def test_judging_changes_no_setting_of_pandera_and_no_variable(
-    write_data: WriteData, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_judging_changes_no_setting_of_pandera_and_no_variable(write_data, monkeypatch) -> None:
     from pandera.api.base.schema import BaseSchema
     from pandera.config import get_config_context, get_config_global
 

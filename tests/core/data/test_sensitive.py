@@ -100,9 +100,7 @@ def test_every_kind_is_tried() -> None:
     assert {kind.name for kind in SENSITIVE_PATTERNS} == set(HOLDING)
 
 
-def test_a_file_is_told_once_a_kind_with_the_count_and_the_first_lines(
-    write_data: WriteData,
-) -> None:
+def test_a_file_is_told_once_a_kind_with_the_count_and_the_first_lines(write_data) -> None:
     secret, address = HOLDING["GitHub token"][0], "jane.doe@firm.org"
     train = [{"text": f"plain text {n}"} for n in range(10)]
     train += [{"text": f"{n} {address}"} for n in range(8)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import pytest
@@ -51,9 +50,7 @@ STARTS = pytest.mark.slow("starts processes that import polars, a line each")
         (10**9, 1),
     ],
 )
-def test_ranges_and_processes_change_nothing(
-    size: int, processes: int, write_data: WriteData, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranges_and_processes_change_nothing(size, processes, write_data, monkeypatch) -> None:
     settings = DataSettings(str(write_data(train=LINES, valid=[*HELD_OUT, GOOD[1]], test=[])))
     expected = load_dataset(settings, None)[0].to_json()
     monkeypatch.setattr(split_table, "RANGE_BYTES", size)
@@ -121,9 +118,7 @@ examples = (
 
 
 @given(examples, st.booleans())
-def test_the_quick_path_reads_what_the_exact_one_reads(
-    example: dict[str, Any], ascii_: bool
-) -> None:
+def test_the_quick_path_reads_what_the_exact_one_reads(example, ascii_) -> None:
     raw = json.dumps(example, ensure_ascii=ascii_).encode()
     plain, row = parse_plain_row(raw, FieldNames()), parse_line_to_row(raw, FieldNames())
     if plain is not None:

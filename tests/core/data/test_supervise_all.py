@@ -77,9 +77,7 @@ def test_every_assistant_turn_is_learnt_and_nothing_else(
     assert splits["train"].example(0).tolist() == whole
 
 
-def test_calls_and_answers_are_learnt_and_results_of_tools_are_not(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_calls_and_answers_are_learnt_and_results_of_tools_are_not(write_data, tokenizer) -> None:
     turns = [
         {"role": "user", "content": "river"},
         {"role": "assistant", "content": "Look:", "tool_calls": [CALL]},
@@ -96,17 +94,13 @@ def test_calls_and_answers_are_learnt_and_results_of_tools_are_not(
     assert second == "The Seine.<|end|>"
 
 
-def test_a_completion_has_one_turn_to_learn(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_a_completion_has_one_turn_to_learn(write_data, tokenizer) -> None:
     folder = write_data(train=[{"prompt": "Where?", "completion": "Here."}])
     _, splits = load_all(folder, tokenizer)
     assert learnt(splits["train"], tokenizer) == ["Here.<|end|>"]
 
 
-def test_turns_beyond_the_cut_are_not_learnt(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_turns_beyond_the_cut_are_not_learnt(write_data, tokenizer) -> None:
     folder = write_data(train=[{"messages": TURNS}])
     whole = load_all(folder, tokenizer)[1]["train"]
     ends = np.flatnonzero(np.diff(whole.example_mask(0), prepend=False, append=False))
@@ -115,9 +109,7 @@ def test_turns_beyond_the_cut_are_not_learnt(
         assert cut.example_mask(0).tolist() == whole.example_mask(0)[:length].tolist()
 
 
-def test_a_template_that_rewrites_an_earlier_turn_is_an_error_that_names_it(
-    write_data: WriteData,
-) -> None:
+def test_a_template_that_rewrites_an_earlier_turn_is_an_error_that_names_it(write_data) -> None:
     turns = [turn | {"thinking": "Hm."} for turn in TURNS]
     folder = write_data(train=[{"messages": turns[1:3]}, {"messages": turns}])
     report, _ = load_all(folder, build_tokenizer(ONLY_LAST_THINKS))

@@ -86,9 +86,7 @@ def test_the_bound_of_outliers_is_the_outer_fence_on_a_logarithmic_scale() -> No
     assert length_outlier_bound(skewed) > skewed.max()
 
 
-def test_truncation_says_how_many_the_worst_and_the_tokens_lost(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_truncation_says_how_many_the_worst_and_the_tokens_lost(write_data, tokenizer) -> None:
     rows = [*GOOD, chat("y" * 80), chat("z" * 150), chat("w" * 100)]
     folder = write_data(train=rows, valid=HELD_OUT)
     report, splits = load(folder, tokenizer, max_seq_length=64)
@@ -102,9 +100,7 @@ def test_truncation_says_how_many_the_worst_and_the_tokens_lost(
     assert report.warnings[0].message == message
 
 
-def test_the_infos_count_tokens_and_padding(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_the_infos_count_tokens_and_padding(write_data, tokenizer) -> None:
     rows = [{"text": "ab " * n} for n in (2, 4, 14, 16, 40)]
     folder = write_data(train=rows, valid=[{"text": "somewhere else"}])
     report, splits = load(folder, tokenizer, batch_size=2)
@@ -154,9 +150,7 @@ def test_a_row_of_too_many_characters_is_not_given_to_the_tokenizer(
     assert "row-too-long" not in {finding.check for finding in allowed.findings}
 
 
-def test_tools_count_among_the_characters_of_a_row(
-    write_data: WriteData, tokenizer: TokenizerSource, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tools_count_among_the_characters_of_a_row(write_data, tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(parallel_tokenization, "MAX_ROW_CHARACTERS", 300)
     tool = {"type": "function", "function": {"name": "f", "description": "x" * 400}}
     folder = write_data(train=[*GOOD, chat("A land.") | {"tools": [tool]}], valid=HELD_OUT)
@@ -182,9 +176,7 @@ def test_examples_beyond_the_models_context_are_counted(write_data: WriteData) -
     assert [finding.check for finding in cut.warnings] == ["truncated"]
 
 
-def test_transformers_does_not_warn_of_a_length_that_the_report_counts(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_transformers_does_not_warn_of_a_length_that_the_report_counts(monkeypatch) -> None:
     source = build_tokenizer(TEMPLATE)
     settings = Path(source.folder, "tokenizer_config.json")
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 6}))

@@ -136,9 +136,7 @@ def kept(write_data: WriteData, tmp_path: Path, tokenizer: TokenizerSource) -> P
     return entry
 
 
-def test_what_was_written_is_read_again_from_the_folder(
-    kept: Path, write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_what_was_written_is_read_again_from_the_folder(kept, write_data, tokenizer) -> None:
     again = open_tokens(kept)
     fresh = load_dataset(DataSettings(str(write_data())), tokenizer)[1]
     assert list(again) == ["train", "valid"]

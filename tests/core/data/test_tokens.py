@@ -113,9 +113,7 @@ def one_by_one(reference: Any, max_seq_length: int) -> Any:
         yield next(iter(iterate_batches([reference[index]], 1, max_seq_length)))
 
 
-def test_arrays_are_flat_with_the_documented_types(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_arrays_are_flat_with_the_documented_types(write_data, tokenizer) -> None:
     split = train_split(write_data, tokenizer, "chat", max_seq_length=48)
     assert split.tokens.dtype == np.int32
     assert split.starts.dtype == np.int64
@@ -127,9 +125,7 @@ def test_arrays_are_flat_with_the_documented_types(
     assert len(split.tokens) == split.starts[-1]
 
 
-def test_rows_with_an_error_are_left_out_and_the_order_is_kept(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_rows_with_an_error_are_left_out_and_the_order_is_kept(write_data, tokenizer) -> None:
     rows: list[Any] = [{"text": "one"}, b"", {"text": ""}, {"text": "two"}, b"{", {"text": "three"}]
     _, splits = load(write_data(train=rows), tokenizer)
     split = splits["train"]
@@ -143,9 +139,7 @@ def test_a_file_that_changes_after_it_was_judged_is_refused(write_data: WriteDat
         list(read_examples(path, FieldNames(), skip=set()))
 
 
-def test_an_empty_split_is_an_empty_split(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_an_empty_split_is_an_empty_split(write_data, tokenizer) -> None:
     folder = write_data(train=[{"text": "a"}] * 4, valid=[])
     split = load(folder, tokenizer)[1]["valid"]
     assert len(split) == 0

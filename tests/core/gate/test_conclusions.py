@@ -259,9 +259,7 @@ def test_one_instruction_for_all_examples_leaves_the_rows_as_the_draw() -> None:
 
 
 @pytest.mark.parametrize(("prompts", "is_enough"), [(4, False), (5, True)])
-def test_nothing_is_promoted_by_itself_on_fewer_than_five_prompts(
-    prompts: int, is_enough: bool
-) -> None:
+def test_nothing_is_promoted_by_itself_on_fewer_than_five_prompts(prompts, is_enough) -> None:
     fall = np.linspace(-0.6, -0.4, prompts * 50)
     losses = losses_of(fall, clusters=np.arange(prompts * 50) % prompts)
     validation = validation_of(losses)

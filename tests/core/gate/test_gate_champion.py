@@ -100,14 +100,12 @@ def halve(tensor: mx.array) -> mx.array:
     return tensor * 0.5
 
 
-def test_a_candidate_better_than_a_champion_of_other_data_is_promoted(
-    challenger: Challenger,
-) -> None:
+def test_a_candidate_better_than_a_champion_of_other_data_is_promoted(challenger) -> None:
     champion = challenger.meet(halve)
     found = challenger.compare()
     assert (found.version, found.left_out) == (champion, 0)
     low, high = found.interval or (0.0, 0.0)
-    assert low < found.difference < high < 0  # type: ignore[operator]
+    assert low < found.difference < high < 0
     losses = read_example_losses(challenger.run.gate_losses)
     assert losses.champion is not None
     assert losses.mean(losses.champion) == pytest.approx(found.loss)
@@ -137,9 +135,7 @@ def test_the_policys_reference_is_judged_on_the_same_examples(challenger: Challe
     assert challenger.decide(champion, promote="always") == "promoted"
 
 
-def test_a_candidate_that_is_not_better_beyond_noise_says_by_how_much(
-    challenger: Challenger,
-) -> None:
+def test_a_candidate_that_is_not_better_beyond_noise_says_by_how_much(challenger) -> None:
     key = mx.random.key(0)
     champion = challenger.meet(lambda own: own + 1e-4 * mx.random.normal(own.shape, key=key))
     challenger.judge()
@@ -167,18 +163,14 @@ def test_a_champion_of_another_rank_is_judged_with_its_own(challenger: Challenge
     assert found.loss == pytest.approx(own, rel=1e-5)
 
 
-def test_a_champion_of_another_base_is_not_compared_and_not_replaced_by_itself(
-    challenger: Challenger,
-) -> None:
+def test_a_champion_of_another_base_is_not_compared_and_not_replaced_by_itself(challenger) -> None:
     champion = challenger.meet(halve, {"base_fingerprint": "sha256:" + "0" * 64})
     assert "made for the base" in str(challenger.compare().not_compared)
     challenger.confirm()
     assert "does not fit: made for the base" in challenger.decide(champion)
 
 
-def test_examples_that_the_champion_was_trained_on_are_left_out_and_counted(
-    challenger: Challenger,
-) -> None:
+def test_examples_that_the_champion_was_trained_on_are_left_out_and_counted(challenger) -> None:
     held_out = challenger.held_out()
     champion = challenger.meet(halve, training_examples=encode_digests(held_out.digests[:3]))
     found = challenger.compare()
@@ -191,9 +183,7 @@ def test_examples_that_the_champion_was_trained_on_are_left_out_and_counted(
     assert challenger.decide(champion) == "promoted"
 
 
-def test_where_the_champion_was_trained_on_every_example_nothing_is_promoted(
-    challenger: Challenger,
-) -> None:
+def test_where_the_champion_was_trained_on_every_example_nothing_is_promoted(challenger) -> None:
     digests = encode_digests(challenger.held_out().digests)
     champion = challenger.meet(halve, training_examples=digests)
     challenger.judge()
@@ -242,9 +232,7 @@ def test_a_champion_that_training_began_with_has_the_losses_from_before(
     challenger.confirm()
 
 
-def test_the_champion_costs_one_pass(
-    challenger: Challenger, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_champion_costs_one_pass(challenger, monkeypatch) -> None:
     passes: list[int] = []
     compare = LoadedBase.compare_predictions
 
@@ -259,9 +247,7 @@ def test_the_champion_costs_one_pass(
     assert passes == [2, 2, 1]
 
 
-def test_a_candidate_whose_loss_is_not_finite_is_compared_with_nobody(
-    challenger: Challenger,
-) -> None:
+def test_a_candidate_whose_loss_is_not_finite_is_compared_with_nobody(challenger) -> None:
     challenger.meet(halve)
     challenger.rewrite(change_adapter=shifted(1e17))
     challenger.require_rejected("non_finite")
@@ -293,9 +279,7 @@ def test_the_champion_answers_the_suites_too_and_only_once(
     assert len(asked) == 5  # the champion said the same when it was the candidate
 
 
-def test_a_candidate_that_answers_worse_than_the_champion_is_refused(
-    challenger: Challenger,
-) -> None:
+def test_a_candidate_that_answers_worse_than_the_champion_is_refused(challenger) -> None:
     challenger.meet_wider()
     gate = challenger.with_suite().config.gate
     records = make_checks_of_run(challenger.with_suite().config, challenger.run).answers

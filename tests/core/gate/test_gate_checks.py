@@ -100,9 +100,7 @@ def test_every_bound_of_the_gate_belongs_to_one_check_that_judges_by_it() -> Non
     assert sorted(bounds) == sorted(GateSection.model_fields.keys() - NO_BOUNDS)
 
 
-def test_tensors_that_cannot_be_compared_leave_nothing_to_say_of_their_values(
-    tmp_path: Path,
-) -> None:
+def test_tensors_that_cannot_be_compared_leave_nothing_to_say_of_their_values(tmp_path) -> None:
     after = trained_tensors()
     after[A] = after[A][:, :2]
     judged = begin(tmp_path, trained_tensors(), after)

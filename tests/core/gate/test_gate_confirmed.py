@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +38,7 @@ def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_bytes()) | values))
 
 
-def test_a_run_without_the_losses_of_its_steps_is_not_judged_as_if_nothing_chose(
-    judged: Candidate,
-) -> None:
+def test_a_run_without_the_losses_of_its_steps_is_not_judged_as_if_nothing_chose(judged) -> None:
     path = judged.run.validation_losses
     for lose in (lambda: path.write_text(""), path.unlink):
         lose()
@@ -121,9 +118,7 @@ def test_a_bound_that_no_check_has_is_damage(judged: Candidate, key: str) -> Non
     judged.require_damaged("thresholds differ")
 
 
-def test_a_report_on_other_data_is_damage_and_a_pipe_keeps_nobody_waiting(
-    judged: Candidate,
-) -> None:
+def test_a_report_on_other_data_is_damage_and_a_pipe_keeps_nobody_waiting(judged) -> None:
     edit(judged.run.dataset, digest="0" * 64)
     judged.require_damaged(r"dataset\.json is not the report on the data")
     for path in (judged.run.dataset, judged.run.gate):
@@ -136,9 +131,7 @@ def test_a_report_on_other_data_is_damage_and_a_pipe_keeps_nobody_waiting(
 
 @pytest.mark.parametrize("change", [lambda content: content + b" ", None], ids=["space", "gone"])
 @pytest.mark.parametrize("name", FILES)
-def test_any_file_that_is_not_as_it_was_judged_is_damage(
-    judged: Candidate, name: str, change: Callable[[bytes], bytes] | None
-) -> None:
+def test_any_file_that_is_not_as_it_was_judged_is_damage(judged, name, change) -> None:
     path = judged.run.path / name
     if change is None:
         path.unlink()
@@ -158,9 +151,7 @@ def test_any_file_that_is_not_as_it_was_judged_is_damage(
     ],
     ids=lambda values: next(iter(values)),
 )
-def test_a_configuration_that_was_edited_after_the_verdict_is_damage(
-    judged: Candidate, values: dict[str, Any]
-) -> None:
+def test_a_configuration_that_was_edited_after_the_verdict_is_damage(judged, values) -> None:
     edit_config(judged.run, values)
     judged.reread().require_damaged(r"gate\.json was not given on the config\.yaml that ")
 
@@ -197,9 +188,7 @@ def test_the_manifest_lists_all_that_the_verdict_rests_on(judged: Candidate) -> 
 
 
 @pytest.mark.parametrize("byte", range(0, 100, 7))
-def test_one_changed_byte_of_the_verdict_or_its_manifest_is_damage(
-    judged: Candidate, byte: int
-) -> None:
+def test_one_changed_byte_of_the_verdict_or_its_manifest_is_damage(judged, byte) -> None:
     path = (judged.run.gate, judged.run.manifest)[byte % 2]
     content = bytearray(path.read_bytes())
     place = byte * len(content) // 100
@@ -260,9 +249,7 @@ def test_norms_that_another_machine_rounds_otherwise_are_the_same(judged: Candid
     judged.require_damaged("tensors differ")
 
 
-def test_a_resumption_under_other_bounds_needs_a_new_verdict_and_the_same_one_none(
-    judged: Candidate,
-) -> None:
+def test_a_resumption_under_other_bounds_needs_a_new_verdict_and_the_same_one_none(judged) -> None:
     steps.write_run_config(judged.config, judged.run, resume=True)
     judged.reread().confirm()
     other = judged.resumed(max_val_loss_increase=0.5)

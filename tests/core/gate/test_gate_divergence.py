@@ -18,9 +18,7 @@ from tests.left_out import slow_except
 @pytest.mark.parametrize(
     "frequencies", slow_except([[1], [1, 2, 4]], [1, 2, 4], reason="trains another run")
 )
-def test_a_learning_rate_of_50_is_not_finite_and_named_with_the_step(
-    tmp_path: Path, frequencies: list[int]
-) -> None:
+def test_a_learning_rate_of_50_is_not_finite_and_named_with_the_step(tmp_path, frequencies) -> None:
     fast: dict[str, Any] = {"learning_rate": 50.0, "steps_per_report": 2, "val_batches": 1}
     done = train_candidate(tmp_path / "run", nested={"frequencies": frequencies}, **fast)
     verdict = done.verdict()
@@ -77,9 +75,7 @@ def test_the_step_at_which_a_loss_left_is_that_of_the_first_report_above() -> No
         (reports("grad_norm", 1.0, None), Divergence(10, 1.0, None, None, False, 1)),
     ],
 )
-def test_training_has_diverged_where_it_never_came_back(
-    records: list[dict[str, Any]], expected: Divergence | None
-) -> None:
+def test_training_has_diverged_where_it_never_came_back(records, expected) -> None:
     assert find_divergence(records, 100, 1.0) == expected
 
 
@@ -102,9 +98,7 @@ def diverge(candidate: Candidate) -> None:
 
 
 @pytest.mark.slow("trains and judges a run of its own")
-def test_logits_that_differ_after_a_divergence_are_no_other_configuration(
-    candidate: Candidate,
-) -> None:
+def test_logits_that_differ_after_a_divergence_are_no_other_configuration(candidate) -> None:
     def halve(state: dict[str, Any]) -> None:
         state["logits"]["values"] = [[x / 2 for x in row] for row in state["logits"]["values"]]
 

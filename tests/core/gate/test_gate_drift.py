@@ -21,9 +21,7 @@ from tests.builders.data_sets import write_lines
 from tests.example import DATA, example_config, prepare
 
 
-def test_drift_is_recorded_of_each_example_and_confirmed_without_a_model(
-    candidate: Candidate,
-) -> None:
+def test_drift_is_recorded_of_each_example_and_confirmed_without_a_model(candidate) -> None:
     verdict = candidate.judge()
     losses = read_example_losses(candidate.run.gate_losses)
     assert losses.drift is not None
@@ -97,9 +95,7 @@ def test_a_verdict_without_the_newer_figures_is_still_confirmed(judged: Candidat
     judged.confirm()
 
 
-def test_the_held_out_examples_may_be_a_file_of_their_own(
-    candidate: Candidate, tmp_path: Path
-) -> None:
+def test_the_held_out_examples_may_be_a_file_of_their_own(candidate, tmp_path) -> None:
     lines = (DATA / "valid.jsonl").read_text().splitlines(keepends=True)
     exam = tmp_path / "exam.jsonl"
     exam.write_text("".join(lines[:6]))
@@ -119,9 +115,7 @@ def test_the_held_out_examples_may_be_a_file_of_their_own(
     edited.require_damaged(r"thresholds, validation\.file differ")
 
 
-def test_few_examples_and_answers_that_are_all_the_same_are_said(
-    candidate: Candidate, tmp_path: Path
-) -> None:
+def test_few_examples_and_answers_that_are_all_the_same_are_said(candidate, tmp_path) -> None:
     lines = (DATA / "valid.jsonl").read_text().splitlines()[:6]
     chats = [json.loads(line)["messages"] for line in lines]
     answer = chats[0][-1]

@@ -59,9 +59,7 @@ def test_a_loss_on_general_text_that_rose_beyond_its_bound_is_forgetting(
     assert verdict.to_json()["thresholds"]["max_general_loss_increase"] == 0.0
 
 
-def test_general_data_that_cannot_be_read_is_an_error_and_no_verdict(
-    candidate: Candidate, tmp_path: Path
-) -> None:
+def test_general_data_that_cannot_be_read_is_an_error_and_no_verdict(candidate, tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"gate.general_data: .*missing.jsonl is not a file"):
         verdict_within(candidate, tmp_path / "missing.jsonl", 0.1)
     broken = tmp_path / "broken.jsonl"
@@ -175,9 +173,7 @@ def test_the_gate_has_bounds_and_no_switches_but_those_that_ask_for_more() -> No
     assert GateSection().check_fused is False
 
 
-def test_a_rise_on_general_text_within_noise_is_no_forgetting(
-    candidate: Candidate, tmp_path: Path
-) -> None:
+def test_a_rise_on_general_text_within_noise_is_no_forgetting(candidate, tmp_path) -> None:
     names = ("France", "Japan", "Brazil", "Peru", "Kenya", "Egypt", "Chile", "Spain")
     lines = [{"text": f"In {name} people trade with Italy, {i}."} for i, name in enumerate(names)]
     path = write_lines(tmp_path / "general.jsonl", lines)

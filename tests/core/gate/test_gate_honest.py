@@ -153,9 +153,7 @@ def test_a_run_that_reports_a_loss_at_every_step_and_never_changes_is_rejected(
     assert [tier["changed"] for tier in verdict["tiers"]] == [0, 0, 0]
 
 
-def test_a_run_that_loses_the_updates_of_one_tier_is_rejected_for_that_tier(
-    tmp_path: Path,
-) -> None:
+def test_a_run_that_loses_the_updates_of_one_tier_is_rejected_for_that_tier(tmp_path) -> None:
     def shallow_only(model: Any, updates: dict[str, Any]) -> None:
         kept = {n: v for n, v in updates.items() if ".layers.0." in n or ".layers.1." in n}
         apply_flat_updates_to_nested(model, kept)

@@ -109,9 +109,7 @@ def test_neither_has_the_gate_a_verdict_where_mlx_fails_in_its_own_process(
     assert not candidate.run.gate.exists()
 
 
-def test_a_base_that_cannot_be_loaded_is_not_the_adapters_fault(
-    candidate: Candidate, tmp_path: Path
-) -> None:
+def test_a_base_that_cannot_be_loaded_is_not_the_adapters_fault(candidate, tmp_path) -> None:
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text('{"model_type": "nobody knows"}')
@@ -144,9 +142,7 @@ def test_an_adapter_that_mlx_lm_cannot_use_is_unreadable_and_named(
     assert f"could not use the {named}" in reason.message
 
 
-def test_without_a_compiler_the_proof_is_computed_uncompiled(
-    candidate: Candidate, limited: Limit, tmp_path: Path
-) -> None:
+def test_without_a_compiler_the_proof_is_computed_uncompiled(candidate, limited, tmp_path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     limited(f"os.environ.update(TMPDIR={str(empty)!r}, PATH={str(empty)!r})")

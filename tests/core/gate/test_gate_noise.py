@@ -116,9 +116,7 @@ def test_a_verdict_of_a_rise_within_noise_is_confirmed_and_registered_where_nois
 
 
 @pytest.mark.parametrize("number", [10**400, -(10**400), math.inf, math.nan])
-def test_a_verdict_with_a_number_that_no_float_holds_is_damaged(
-    judged: Candidate, number: float
-) -> None:
+def test_a_verdict_with_a_number_that_no_float_holds_is_damaged(judged, number) -> None:
     gate = judged.gate
     gate["thresholds"]["max_kl"] = number
     with pytest.raises(DamagedError, match="holds no verdict: .* is "):
@@ -167,9 +165,7 @@ def test_losses_that_were_edited_are_damage_with_or_without_a_manifest_that_agre
         ("smallest_visible", 0.0),
     ],
 )
-def test_figures_that_the_losses_do_not_give_are_damage(
-    judged: Candidate, key: str, value: Any
-) -> None:
+def test_figures_that_the_losses_do_not_give_are_damage(judged, key, value) -> None:
     judged.edit_gate(validation=judged.gate["validation"] | {key: value})
     judged.require_damaged(rf"validation\.{key}")
 

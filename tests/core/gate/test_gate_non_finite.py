@@ -66,17 +66,13 @@ def to(leaf: str, value: float) -> Callable[[Arrays], None]:
         (to("down_proj.lora_b", 1e21), "every logit with the trained adapter is the same"),
     ],
 )
-def test_weights_under_which_no_logit_is_finite_do_not_pass_verify(
-    pair: Callable[..., tuple[Path, Path]], change: Callable[[Arrays], None], message: str
-) -> None:
+def test_weights_under_which_no_logit_is_finite_do_not_pass_verify(pair, change, message) -> None:
     verdict = verify_adapters(*pair(change))
     assert codes(verdict) == ["non_finite"]
     assert message in verdict.reasons[0].message
 
 
-def test_a_base_that_is_not_finite_is_told_as_such(
-    pair: Callable[..., tuple[Path, Path]], tmp_path: Path
-) -> None:
+def test_a_base_that_is_not_finite_is_told_as_such(pair, tmp_path) -> None:
     def spoil(weights: Arrays) -> None:
         weights[next(name for name in sorted(weights) if "norm" in name)] *= NAN
 
@@ -87,18 +83,14 @@ def test_a_base_that_is_not_finite_is_told_as_such(
     assert "the adapter is not to blame" in reason.message
 
 
-def test_an_initial_adapter_that_is_not_finite_is_told_as_such(
-    pair: Callable[..., tuple[Path, Path]],
-) -> None:
+def test_an_initial_adapter_that_is_not_finite_is_told_as_such(pair) -> None:
     (reason,) = verify_adapters(*pair(initial=to("lora_b", 1e36))).reasons
     assert reason.code == "non_finite"
     assert "with the initial adapter are not finite already" in reason.message
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_tensors_of_the_initial_adapter_that_are_not_finite_are_told_apart(
-    tmp_path: Path, value: float
-) -> None:
+def test_tensors_of_the_initial_adapter_that_are_not_finite_are_told_apart(tmp_path, value) -> None:
     before, after = trained_tensors(), trained_tensors()
     before[A][0, 0] = after[A][0, 0] = value
     after[A2][1, 1] = value
@@ -127,9 +119,7 @@ def filled(a: float, b: float) -> Tensors:
         (1e19, -1e19, True),
     ],
 )
-def test_a_product_beyond_float32_is_not_finite_without_a_model(
-    tmp_path: Path, a: float, b: float, overflows: bool
-) -> None:
+def test_a_product_beyond_float32_is_not_finite_without_a_model(tmp_path, a, b, overflows) -> None:
     config = CONFIG | {"model": "none"}
     verdict = judge_pair(tmp_path, trained_tensors(), filled(a, b), (config, config))
     assert ("non_finite" in codes(verdict)) is overflows
@@ -165,9 +155,7 @@ def rows(*values: float) -> np.ndarray:
         (rows(1, 1, 1), rows(5, 5, 5), None, None),  # as before training
     ],
 )
-def test_whose_logits_are_not_finite(
-    initial: np.ndarray, trained: np.ndarray, base: np.ndarray | None, message: str | None
-) -> None:
+def test_whose_logits_are_not_finite(initial, trained, base, message) -> None:
     reason = fresh_process_check.non_finite_reason(
         FreshProcessLogits(initial, trained, base, set())
     )
@@ -185,9 +173,7 @@ def test_whose_logits_are_not_finite(
         (None, None, "with the initial adapter is not finite already"),
     ],
 )
-def test_losses_that_are_not_finite_are_no_regression(
-    before: float | None, after: float | None, message: str
-) -> None:
+def test_losses_that_are_not_finite_are_no_regression(before, after, message) -> None:
     validation = Validation(before, after, selected_on_same_data=True)
     (reason,) = non_finite_loss_reasons(validation, "loss")
     general = GeneralLoss(before, after, "general.jsonl", "0" * 64)

@@ -51,9 +51,7 @@ def test_the_program_knows_of_models_only_what_mlx_lm_tells() -> None:
 
 
 @pytest.mark.claim("The adapter works in a process that has only the files")
-def test_a_run_is_proven_against_what_its_trainer_computed(
-    new_process: None, candidate: Candidate
-) -> None:
+def test_a_run_is_proven_against_what_its_trainer_computed(new_process, candidate) -> None:
     verdict = candidate.verdict()
     assert verdict.has_passed
     assert verdict.proof is not None
@@ -74,9 +72,7 @@ def test_a_run_is_proven_against_what_its_trainer_computed(
     ],
     ids=["dora", "full", "bfloat16"],
 )
-def test_every_kind_of_fine_tune_is_proven(
-    tmp_path: Path, changes: dict[str, Any], tolerance: float
-) -> None:
+def test_every_kind_of_fine_tune_is_proven(tmp_path, changes, tolerance) -> None:
     verdict = train_candidate(tmp_path / "run", **changes).verdict()
     assert codes(verdict) == []
     assert verdict.proof is not None
@@ -125,9 +121,7 @@ def test_an_effect_too_small_for_any_logit_is_no_effect(candidate: Candidate) ->
 
 
 @pytest.mark.claim("The adapter works in a process that has only the files")
-def test_an_adapter_that_plain_mlx_lm_cannot_load_is_unreadable(
-    new_process: None, candidate: Candidate
-) -> None:
+def test_an_adapter_that_plain_mlx_lm_cannot_load_is_unreadable(new_process, candidate) -> None:
     for side in candidate.sides:
         change_config(side, lambda config: config.pop("num_layers"))
     verdict = verify_adapters(*candidate.sides)

@@ -114,11 +114,7 @@ def counted(tier: int, key: str, value: int) -> Callable[[dict[str, Any]], objec
         (counted(0, "skipped", 1), "8 updates were due by step 8, 8 were applied and 1 skipped"),
     ],
 )
-def test_a_tier_table_that_does_not_add_up_is_rejected(
-    candidate: Candidate,
-    change: Callable[[dict[str, Any]], None],
-    message: str,
-) -> None:
+def test_a_tier_table_that_does_not_add_up_is_rejected(candidate, change, message) -> None:
     candidate.rewrite(change_state=change)
     verdict = judge_files(candidate)
     assert "updates_missing" in codes(verdict)
@@ -128,9 +124,7 @@ def test_a_tier_table_that_does_not_add_up_is_rejected(
 
 
 @pytest.mark.parametrize(("share", "passes"), [(0.01, False), (0.124, False), (0.125, True)])
-def test_skipped_updates_are_bounded_by_their_share(
-    candidate: Candidate, share: float, passes: bool
-) -> None:
+def test_skipped_updates_are_bounded_by_their_share(candidate, share, passes) -> None:
     def skip_one_of_eight(state: dict[str, Any]) -> None:
         state["tiers"][0] |= {"updates": 7, "skipped": 1}
 

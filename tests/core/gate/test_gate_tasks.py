@@ -81,9 +81,7 @@ def test_a_run_that_lowers_its_loss_and_breaks_its_answers_is_refused(broken: Ca
     assert low <= result["difference"] <= high < 0
 
 
-def test_every_answer_of_every_model_is_in_the_run(
-    broken: Candidate, answers_of_broken: Sequence[AnswerRecord]
-) -> None:
+def test_every_answer_of_every_model_is_in_the_run(broken, answers_of_broken) -> None:
     records = [asdict(record) for record in answers_of_broken]
     with pytest.raises(GateRejected):
         broken.judge()
@@ -106,17 +104,13 @@ def test_every_answer_of_every_model_is_in_the_run(
         ({"min": 0.5}, ["task_below", "task_regressed"]),
     ],
 )
-def test_the_bounds_of_a_suite(
-    answers_of_broken: Sequence[AnswerRecord], bounds: dict[str, Any], expected: list[str]
-) -> None:
+def test_the_bounds_of_a_suite(answers_of_broken, bounds, expected) -> None:
     gate = GateSection.model_validate({"tasks": [task(Path("suite.jsonl"), **bounds)]})
     _, reasons = judge_answers(gate, answers_of_broken)
     assert [reason.code for reason in reasons] == expected
 
 
-def test_what_was_judged_is_judged_again_without_a_model_at_promotion(
-    broken: Candidate, tmp_path: Path
-) -> None:
+def test_what_was_judged_is_judged_again_without_a_model_at_promotion(broken, tmp_path) -> None:
     bounds = task(Path(broken.config.gate.tasks[0].file), max_drop=None)
     copied = broken.copy(tmp_path / "run").resumed(tasks=[bounds])
     verdict = copied.judge()
@@ -134,9 +128,7 @@ def test_what_was_judged_is_judged_again_without_a_model_at_promotion(
     copied.require_damaged(r"answers\.jsonl")
 
 
-def test_a_verdict_by_hand_that_leaves_the_suites_out_is_refused(
-    broken: Candidate, tmp_path: Path
-) -> None:
+def test_a_verdict_by_hand_that_leaves_the_suites_out_is_refused(broken, tmp_path) -> None:
     copied = broken.copy(tmp_path / "run")
     with pytest.raises(GateRejected):
         copied.judge()

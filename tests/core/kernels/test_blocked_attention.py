@@ -27,9 +27,7 @@ from tests.architectures import (
 
 @pytest.mark.parametrize("length", [63, 64, 65, 130])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_causal_attention_in_blocks_gives_mlxs_output_and_gradients(
-    length: int, kv_heads: int
-) -> None:
+def test_causal_attention_in_blocks_gives_mlxs_output_and_gradients(length, kv_heads) -> None:
     mx.random.seed(0)
     queries, g = (mx.random.normal((2, 4, length, 8)) for _ in range(2))
     keys, values = (mx.random.normal((2, kv_heads, length, 8)) for _ in range(2))

@@ -83,9 +83,7 @@ def test_compiled_equals_uncompiled_to_the_bit(name: str, kernel_calls: list[str
 
 
 @pytest.mark.parametrize("chosen", [*PROJECTIONS, "layers.1.", "self_attn", "gate_proj.lora_b"])
-def test_gradients_of_some_factors_alone_are_those_among_all(
-    chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_of_some_factors_alone_are_those_among_all(chosen, monkeypatch) -> None:
     monkeypatch.setattr(fused_mlp, "can_use_lora_kernels", lambda x, factors: True)
     model = build("llama")
     everything = reference_trainable_parameters(model)
@@ -139,9 +137,7 @@ def test_a_model_is_traced_once_and_nothing_of_it_is_kept_while_it_is_optimized(
 
 @pytest.mark.usefixtures("kernel_calls", "without_norms_and_ropes")
 @pytest.mark.parametrize(("name", "together"), [("llama", 3), ("qwen2", 3), ("cohere", 3)])
-def test_a_fused_mlps_layers_share_with_no_others_in_an_optimized_model(
-    name: str, together: int
-) -> None:
+def test_a_fused_mlps_layers_share_with_no_others_in_an_optimized_model(name, together) -> None:
     model = in_bfloat16(name)
     with using_optimized_layers(model):
         for layer in model.layers:
@@ -191,9 +187,7 @@ def test_where_its_kernels_disagree_a_gated_mlp_shares_its_input_as_other_layers
 @pytest.mark.usefixtures("without_norms_and_ropes")
 @pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "granite", "cohere"])
-def test_an_optimized_model_gives_mlx_lms_gradients(
-    name: str, recomputes: bool, kernel_calls: list[str]
-) -> None:
+def test_an_optimized_model_gives_mlx_lms_gradients(name, recomputes, kernel_calls) -> None:
     model = in_bfloat16(name)
     expected = outcome(model, SUPERVISED_LOSS, batch())
     with using_optimized_layers(model, model.layers if recomputes else ()):
@@ -210,25 +204,19 @@ def test_an_optimized_model_gives_mlx_lms_gradients(
 
 
 @pytest.mark.parametrize("rank", [4, 12, 72])
-def test_mlps_of_ranks_that_no_kernel_takes_are_not_fused(
-    rank: int, kernel_calls: list[str]
-) -> None:
+def test_mlps_of_ranks_that_no_kernel_takes_are_not_fused(rank, kernel_calls) -> None:
     assert find_fusable_mlps(trace_calls(build("llama", rank=rank))) == []
     assert kernel_calls == []
 
 
-def test_without_cuda_no_mlp_is_fused(
-    kernel_calls: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_cuda_no_mlp_is_fused(kernel_calls, monkeypatch) -> None:
     model = build("llama", rank=8)
     assert len(find_fusable_mlps(trace_calls(model))) == 2
     monkeypatch.setattr(backend, "computes_on_cuda", lambda: False)
     assert find_fusable_mlps(trace_calls(model)) == []
 
 
-def test_all_kernels_of_an_mlp_are_checked_before_it_is_fused(
-    kernel_calls: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_kernels_of_an_mlp_are_checked_before_it_is_fused(kernel_calls, monkeypatch) -> None:
     """Forwards the ranks of gate and up choose a kernel, backwards that of down too."""
     model = build("llama", rank=8, keys=[f"mlp.{key}" for key in PROJECTIONS])
     for layer in model.layers:

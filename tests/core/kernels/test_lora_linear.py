@@ -132,9 +132,7 @@ class Sharing(nn.Module):
         ([(2.0, 4)] * 6, [[0, 1, 2, 3, 4, 5]]),
     ],
 )
-def test_only_layers_of_one_scale_and_rank_share_their_products(
-    kinds: list[tuple[float, int]], together: list[list[int]]
-) -> None:
+def test_only_layers_of_one_scale_and_rank_share_their_products(kinds, together) -> None:
     model, tokens = Sharing(*kinds), mx.zeros((2, 5), mx.int32)
     groups = group_layers_by_input(trace_calls(model))
     places = {id(layer): place for place, layer in enumerate(model.layers)}

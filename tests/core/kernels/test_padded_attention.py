@@ -45,9 +45,7 @@ def outputs_of(function: Any, given: list[mx.array]) -> list[mx.array]:
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("length", [31, 137])
-def test_outputs_and_gradients_are_those_without_padding(
-    length: int, kv_heads: int, dtype: mx.Dtype
-) -> None:
+def test_outputs_and_gradients_are_those_without_padding(length, kv_heads, dtype) -> None:
     given = heads(kv_heads, length, dtype)
     found, plain = outputs_of(attention, given), outputs_of(plain_attention, given)
     exact = outputs_of(plain_attention, [each.astype(mx.float32) for each in given])

@@ -68,9 +68,7 @@ def test_the_plain_backward_pass_is_the_formulas() -> None:
         (WIDTH, mx.float16, mx.bfloat16),
     ],
 )
-def test_arrays_that_the_kernel_does_not_take_go_to_mlx(
-    width: int, dtype: mx.Dtype, of_weight: mx.Dtype
-) -> None:
+def test_arrays_that_the_kernel_does_not_take_go_to_mlx(width, dtype, of_weight) -> None:
     module = make(width, of_weight)
     call = rms_norm.make_norm_call(module, forbidden)
     x = normal(2, width, dtype=dtype)
@@ -103,9 +101,7 @@ def test_a_launch_has_a_block_a_row_up_to_a_number_from_which_each_takes_several
     ("width", "threads", "packs"),
     [(8, 32, 1), (264, 64, 1), (1024, 128, 1), (1032, 128, 2), (5000, 128, 8)],
 )
-def test_a_blocks_threads_take_a_whole_row(
-    width: int, threads: int, packs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_blocks_threads_take_a_whole_row(width, threads, packs, monkeypatch) -> None:
     launches, rows = note_launches(rms_norm, monkeypatch), mx.zeros((2, width))
     rms_norm.input_gradient_on_cuda(rows, mx.zeros(width), 1e-5, rows)
     (given,) = launches
@@ -164,9 +160,7 @@ def test_a_trained_weight_keeps_its_gradient() -> None:
     assert to_float(mx.abs(found).max()) > 0
 
 
-def test_without_cuda_or_with_a_kernel_that_disagrees_norms_stay(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_cuda_or_with_a_kernel_that_disagrees_norms_stay(monkeypatch) -> None:
     model = several()
     for has_cuda, agrees in ((False, True), (True, False)):
         monkeypatch.setattr(backend, "computes_on_cuda", lambda has=has_cuda: has)

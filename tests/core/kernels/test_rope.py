@@ -38,9 +38,7 @@ def forbidden(x: mx.array, table: mx.array, back: bool) -> mx.array:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("name", ROTATIONS)
-def test_a_rotation_from_its_table_gives_its_output_and_gradient(
-    name: str, dtype: mx.Dtype, compiled: bool
-) -> None:
+def test_a_rotation_from_its_table_gives_its_output_and_gradient(name, dtype, compiled) -> None:
     module = ROTATIONS[name]()
     x, g = normal(2, 4, 37, WIDTH, dtype=dtype), normal(2, 4, 37, WIDTH, dtype=dtype, seed=1)
     exact, slope = x.astype(mx.float32), g.astype(mx.float32)
@@ -59,9 +57,7 @@ def test_a_rotation_from_its_table_gives_its_output_and_gradient(
 
 
 @pytest.mark.parametrize("name", ROTATIONS)
-def test_positions_dtypes_and_heads_that_the_kernel_does_not_take_go_to_the_module(
-    name: str,
-) -> None:
+def test_positions_dtypes_and_heads_that_the_kernel_does_not_take_go_to_the_module(name) -> None:
     module = ROTATIONS[name]()
     call = rope.make_rotation_call(module, forbidden, {})
     x = normal(1, 4, 5, WIDTH)
@@ -132,9 +128,7 @@ def test_a_rotation_of_a_part_of_each_head_goes_to_the_module() -> None:
     assert mx.array_equal(rope.make_rotation_call(module, forbidden, {})(x), module(x)).item()
 
 
-def test_without_cuda_a_models_rotations_stay_what_they_are(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_cuda_a_models_rotations_stay_what_they_are(monkeypatch) -> None:
     monkeypatch.setattr(backend, "computes_on_cuda", lambda: False)
     model = build("llama")
     with rope.using_rope_tables(model):
@@ -144,9 +138,7 @@ def test_without_cuda_a_models_rotations_stay_what_they_are(
 @pytest.mark.parametrize(
     "name", slow_except(["llama", "phi3", "gemma2"], "llama", reason="compiles another model")
 )
-def test_a_model_with_its_rotations_from_tables_gives_the_same_gradients(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_with_its_rotations_from_tables_gives_the_same_gradients(name, monkeypatch) -> None:
     asked = []
 
     def turn(x: mx.array, table: mx.array, back: bool) -> mx.array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 SHAPES = {"fast": (3, 2), "slow": (2, 4)}
 
 
-def values(seed: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, Any]:
+def values(seed: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> dict[str, Any]:
     """Random values of some layers; the same for the same seed."""
     random = np.random.default_rng(seed)
     return {name: mx.array(random.normal(size=shape), mx.float32) for name, shape in shapes.items()}

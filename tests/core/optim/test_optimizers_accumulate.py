@@ -92,9 +92,7 @@ def test_every_tier_has_to_bring_its_gradients_at_every_step() -> None:
 
 @by_combination
 @pytest.mark.parametrize("compiled", [False, True])
-def test_flush_applies_an_open_chunk_as_the_gradients_that_came(
-    combination: Any, compiled: bool
-) -> None:
+def test_flush_applies_an_open_chunk_as_the_gradients_that_came(combination, compiled) -> None:
     optimizer = accumulating(4, accumulate=combination)
     weights = train(optimizer, 6)
     flush = optimizer.flush

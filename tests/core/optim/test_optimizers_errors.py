@@ -90,9 +90,7 @@ def test_a_dtype_that_differs(make: Make) -> None:
         (mx.ones((2,), mx.bfloat16), "dtype mlx.core.bfloat16 now, mlx.core.float32"),
     ],
 )
-def test_a_shape_or_dtype_that_changed_between_steps(
-    make: Make, other: mx.array, said: str
-) -> None:
+def test_a_shape_or_dtype_that_changed_between_steps(make, other, said) -> None:
     optimizer = ready(make)
     optimizer.apply_gradients(gradients(), parameters())
     with refused(f"a: {said} when the optimizer was initialised"):

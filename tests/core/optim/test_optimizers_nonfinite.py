@@ -37,9 +37,7 @@ def two_tiers(frequency: int = 2, **options: Any) -> NestedAdamW:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize("where", NAMES)
-def test_one_bad_element_skips_the_step_for_every_tier(
-    where: str, value: float, compiled: bool
-) -> None:
+def test_one_bad_element_skips_the_step_for_every_tier(where, value, compiled) -> None:
     optimizer = two_tiers()
     step = step_of(optimizer, compiled)
     before = step(values(1), values(0))

@@ -120,9 +120,7 @@ def test_a_tier_off_its_step_keeps_parameters_and_moments_exactly(mode: Any) -> 
 
 @settings(max_examples=10)
 @given(seed=st.integers(0, 2**31), bias_correction=st.booleans(), decay=st.floats(0, 0.5))
-def test_under_skip_a_tier_is_adamw_on_every_fth_gradient(
-    seed: int, bias_correction: bool, decay: float
-) -> None:
+def test_under_skip_a_tier_is_adamw_on_every_fth_gradient(seed, bias_correction, decay) -> None:
     """Its bias correction and moments run on its own updates."""
     options: Any = {"weight_decay": decay, "bias_correction": bias_correction}
     optimizer = NestedAdamW(1e-2, tiers=tiers(), **options)

@@ -134,9 +134,7 @@ def gradients_at(step: int) -> dict[str, Any]:
 @by_name
 @pytest.mark.parametrize("bound", [0.0, 0.5])
 @pytest.mark.parametrize("mode", ["skip", "accumulate"])
-def test_a_tier_is_mlx_own_optimizer_on_its_due_steps_alone(
-    mode: Any, bound: float, name: str
-) -> None:
+def test_a_tier_is_mlx_own_optimizer_on_its_due_steps_alone(mode, bound, name) -> None:
     optimizer = Tiered(OPTIMIZERS[name], TIERS, slow_gradients=mode, max_grad_norm=bound)
     alone = {key: OPTIMIZERS[name]() for key in ("a", "b")}
     found = expected = matrices(0)

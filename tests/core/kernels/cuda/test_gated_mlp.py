@@ -33,9 +33,7 @@ def three(dtype: mx.Dtype = mx.bfloat16, size: float = 1) -> list[LowRankSumTerm
 
 @pytest.mark.parametrize("size", [0.1, 1, 4])
 @pytest.mark.parametrize("dtype", ROUNDING)
-def test_the_plain_passes_are_mlx_lms_swiglu_and_its_gradients(
-    dtype: mx.Dtype, size: float
-) -> None:
+def test_the_plain_passes_are_mlx_lms_swiglu_and_its_gradients(dtype, size) -> None:
     sums = three(dtype, size)
     gate, up, g = (each.computed_in_float32() for each in sums)
     (output,), (d_gate, d_up) = mx.vjp(lambda a, b: swiglu(a, b), [gate, up], [g])
@@ -102,9 +100,7 @@ def test_bases_of_bfloat16_go_to_the_kernels(kernel_calls: list[str]) -> None:
 
 @pytest.mark.parametrize("other", [mx.float32, mx.float16])
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_base_of_another_dtype_goes_to_mlx(
-    place: int, other: mx.Dtype, kernel_calls: list[str]
-) -> None:
+def test_a_base_of_another_dtype_goes_to_mlx(place, other, kernel_calls) -> None:
     sums = three()
     sums[place] = sums[place]._replace(base=sums[place].base.astype(other))
     wanted = other if place == 0 else mx.bfloat16
@@ -119,9 +115,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return note_launches(gated_mlp, monkeypatch)
 
 
-def test_a_launch_has_each_sums_arrays_and_tiles_and_fills_arrays_like_gates(
-    launched: list[dict[str, Any]],
-) -> None:
+def test_a_launch_has_each_sums_arrays_and_tiles_and_fills_arrays_like_gates(launched) -> None:
     sums = three()
     assert gated_mlp.gated_product_on_cuda(*sums[:2]).shape == (20, 96)
     assert [each.shape for each in gated_mlp.gated_gradients_on_cuda(*sums)] == [(20, 96)] * 3
@@ -135,9 +129,7 @@ def test_a_launch_has_each_sums_arrays_and_tiles_and_fills_arrays_like_gates(
     assert [each["name"] for each in launched] == ["gated_product", "gated_gradients"]
 
 
-def test_the_check_has_rows_left_over_and_warps_that_take_rows_more_than_once(
-    launched: list[dict[str, Any]],
-) -> None:
+def test_the_check_has_rows_left_over_and_warps_that_take_rows_more_than_once(launched) -> None:
     for kernel in (gated_mlp.gated_product_on_cuda, gated_mlp.gated_gradients_on_cuda):
         assert str(kernel.describe_disagreement(4)).startswith("it differs by")
     assert len(launched) == 2

@@ -247,9 +247,7 @@ def test_each_variant_is_compared_for_itself_and_once() -> None:
     assert compared == [1, 2]
 
 
-def test_without_cuda_a_kernel_is_not_usable_and_not_launched(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_cuda_a_kernel_is_not_usable_and_not_launched(monkeypatch) -> None:
     kernel = kernel_of(fail)
     monkeypatch.setattr(backend, "computes_on_cuda", lambda: False)
     assert kernel.is_usable() is False
