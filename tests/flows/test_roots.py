@@ -146,17 +146,8 @@ def test_roots_of_the_environment_replace_the_folder_of_the_run(home, monkeypatc
 
 
 KEYS_OF_PATHS = [
-    "model",
-    "data",
-    "resume_adapter_file",
-    "adapter_path",
-    "run_dir",
-    "training.hostfile",
-    "gate.held_out",
-    "gate.general_data",
-    "gate.tasks",
-    "registry.path",
-    "hf_dataset",
+    *("model", "data", "resume_adapter_file", "adapter_path", "run_dir", "training.hostfile"),
+    *("gate.held_out", "gate.general_data", "gate.tasks", "registry.path", "hf_dataset"),
 ]
 
 

@@ -105,14 +105,8 @@ class TestAllProblemsAtOnce:
             registry={"path": "somewhere"},
         )
         assert [line.split(":")[0] for line in found] == [
-            "optimizer",
-            "batch_size",
-            "lora_parameters.dropout",
-            "nested",
-            "training.max_grad_norm",
-            "gate.max_skipped_share",
-            "registry",
-            "itres",
+            *("optimizer", "batch_size", "lora_parameters.dropout", "nested"),
+            *("training.max_grad_norm", "gate.max_skipped_share", "registry", "itres"),
         ]
 
     def test_every_disagreement_of_a_section_has_its_line(self) -> None:

@@ -42,30 +42,12 @@ SEED_FILE = b"\n".join(
     json.dumps(row, ensure_ascii=bool(n % 2)).encode() for n, row in enumerate(GOOD)
 )
 TOKENS = [
-    b"\n",
-    b"\r\n",
-    b"\0",
-    b'"',
-    b"\\",
-    b"\\u0000",
-    b"\\ud800",
-    b"{",
-    b"}",
-    b"[",
-    b"]",
-    b"null",
+    *(b"\n", b"\r\n", b"\0", b'"', b"\\", b"\\u0000", b"\\ud800", b"{", b"}", b"["),
+    *(b"]", b"null"),
 ]
 TOKENS += [
-    b"\xff",
-    b"\xef\xbb\xbf",
-    b":",
-    b",",
-    b"1e999",
-    b'"role"',
-    b'"tool"',
-    b" ",
-    b"-",
-    b"\xed\xa0\x80",
+    *(b"\xff", b"\xef\xbb\xbf", b":", b",", b"1e999", b'"role"', b'"tool"', b" "),
+    *(b"-", b"\xed\xa0\x80"),
 ]
 
 

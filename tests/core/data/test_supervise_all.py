@@ -148,17 +148,8 @@ PLAIN = (  # no special token at all, so that all turns are split as one text
 )
 STRIPPING = TEMPLATE.replace("m.content or ''", "(m.content or '') | trim")
 PIECES = [
-    "Where",
-    " is",
-    " the river?",
-    " ",
-    "\n",
-    "\n\n",
-    "  x",
-    "é",
-    "\U0001f600",
-    "1234567",
-    "'s",
+    *("Where", " is", " the river?", " ", "\n", "\n\n", "  x", "é", "\U0001f600"),
+    *("1234567", "'s"),
 ]
 PIECES += ["<|end|>", "<|assistant|>", "<|", "\u0301", "_", "\t", "...", "Paris."]
 

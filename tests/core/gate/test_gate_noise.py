@@ -13,42 +13,30 @@ import pytest
 
 from nested_core.config.sections import GateSection
 from nested_core.errors import DamagedError
-from nested_core.gate.example_losses import ExampleLosses, read_example_losses
+from nested_core.gate.example_losses import read_example_losses
 from nested_core.gate.held_out_loss import (
     LoadedBase,
 )
 from nested_core.gate.loss_figures import loss_reasons, summarise_losses
 from nested_core.gate.paired_difference import compare_pairs
-from nested_core.records.verdict import Validation
 from nested_core.records.verdict_file import parse_verdict, require_consistent
 from nested_core.storage.manifest import describe_file
 from tests.builders.candidates import Candidate
 from tests.builders.data_sets import write_lines
-
-
-def losses_of(differences: list[float]) -> ExampleLosses:
-    """Examples of 10 tokens whose loss of 2 nats changed by these differences."""
-    before = np.full(len(differences), 2.0)
-    lines = np.arange(1, len(differences) + 1)
-    tokens = np.full(len(differences), 10.0)
-    return ExampleLosses("valid.jsonl", lines, tokens, before, before + np.array(differences))
-
+from tests.builders.losses import losses_of, validation_of
 
 DEFAULT = GateSection()
 
 
-def validation_of(differences: list[float], bounds: GateSection = DEFAULT) -> Validation:
-    return summarise_losses(losses_of(differences), selected_on_same_data=True, bounds=bounds)
-
-
 def test_a_rise_within_noise_is_refused_by_the_bound_alone_only() -> None:
     differences = [0.5, -0.4, 0.3, -0.3, 0.15, -0.1] * 2
-    validation = validation_of(differences)
+    validation = validation_of(losses_of(differences, before=2.0))
     assert validation.loss_after > validation.loss_before  # type: ignore[operator]
     assert validation.conclusion == "inconclusive"
     assert loss_reasons(validation, DEFAULT) == []
-    zero = GateSection(noise="none", max_val_loss_increase=0.0)
-    (reason,) = loss_reasons(validation_of(differences, zero), zero)
+    bounds: dict[str, Any] = {"noise": "none", "max_val_loss_increase": 0.0}
+    risen = validation_of(losses_of(differences, before=2.0), **bounds)
+    (reason,) = loss_reasons(risen, GateSection(**bounds))
     assert reason.code == "loss_regressed"
 
 
@@ -57,23 +45,24 @@ def test_a_rise_within_noise_is_refused_by_the_bound_alone_only() -> None:
     "too few examples to tell is said"
 )
 def test_a_rise_beyond_bound_and_noise_is_refused_with_its_figures_and_its_data() -> None:
-    validation = validation_of([0.2, 0.25, 0.3, 0.35] * 3)
+    validation = validation_of(losses_of([0.2, 0.25, 0.3, 0.35] * 3, before=2.0))
     (reason,) = loss_reasons(validation, GateSection())
     assert reason.message.startswith("loss 2 -> 2.275 on valid.jsonl, 12 examples, +0.275 with a")
     assert "95 % interval of +0.2" in reason.message
-    wide = GateSection(max_val_loss_increase=0.2)
-    assert loss_reasons(validation_of([0.2, 0.25, 0.3, 0.35] * 3, wide), wide) == []
+    risen = losses_of([0.2, 0.25, 0.3, 0.35] * 3, before=2.0)
+    wide = validation_of(risen, max_val_loss_increase=0.2)
+    assert loss_reasons(wide, GateSection(max_val_loss_increase=0.2)) == []
 
 
 def test_with_too_few_examples_for_an_interval_a_rise_by_more_than_a_tenth_counts() -> None:
-    validation = validation_of([0.2, -0.1])
+    validation = validation_of(losses_of([0.2, -0.1], before=2.0))
     assert (validation.interval, validation.smallest_visible) == (None, None)
     assert validation.conclusion == "inconclusive"
     assert loss_reasons(validation, DEFAULT) == []
-    (reason,) = loss_reasons(validation_of([0.3, 0.12]), DEFAULT)
+    (reason,) = loss_reasons(validation_of(losses_of([0.3, 0.12], before=2.0)), DEFAULT)
     assert "2 examples, +0.21; so few examples can show no difference" in reason.message
-    zero = GateSection(max_val_loss_increase=0.0)
-    (reason,) = loss_reasons(validation_of([0.2, -0.1], zero), zero)
+    risen = validation_of(losses_of([0.2, -0.1], before=2.0), max_val_loss_increase=0.0)
+    (reason,) = loss_reasons(risen, GateSection(max_val_loss_increase=0.0))
     assert reason.code == "loss_regressed"
 
 
@@ -171,7 +160,7 @@ def test_figures_that_the_losses_do_not_give_are_damage(judged, key, value) -> N
 
 
 def test_losses_that_are_not_finite_are_null_and_give_no_difference(tmp_path: Path) -> None:
-    losses = losses_of([0.1, np.nan, 0.2])
+    losses = losses_of([0.1, np.nan, 0.2], before=2.0)
     path = tmp_path / "gate-losses.jsonl"
     path.write_bytes(losses.render())
     assert json.loads(path.read_text().splitlines()[1])["after"] is None
