@@ -288,7 +288,9 @@ def test_a_models_code_runs_only_where_the_worker_lists_the_model(home, monkeypa
     assert with_trusted_code(trusting[2]) == trusting[2]
 
 
-def test_of_a_trusted_model_of_the_hub_the_listed_revision_is_loaded(home, monkeypatch) -> None:
+def test_of_a_trusted_model_of_the_hub_the_listed_revision_is_loaded(
+    home: Path, monkeypatch
+) -> None:
     asked: list[tuple[str, str | None]] = []
 
     def download(model: str, revision: str | None = None) -> Path:

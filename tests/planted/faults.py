@@ -7,10 +7,8 @@ from tests.planted.planting import Fault
 FAULTS = (
     Fault(
         "nested_core/errors.py",
-        '"""An adapter that did not pass the gate; it is never retried and never registered."""\n\n'
-        "    exit_code = 4",
-        '"""An adapter that did not pass the gate; it is never retried and never registered."""\n\n'
-        "    exit_code = 1",
+        "exit_code = 4",
+        "exit_code = 1",
         "a wrong exit code",
     ),
     Fault(
