@@ -160,10 +160,7 @@ def test_where_all_is_well_there_is_silence(client, told, tmp_path) -> None:
 
 
 def test_a_rollback_an_old_champion_and_a_full_disk_are_told(
-    client: SyncPrefectClient,
-    told: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    client: SyncPrefectClient, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NESTED_TUNE_ROOTS", str(tmp_path))
     monkeypatch.chdir(tmp_path)  # on one disk with the registry

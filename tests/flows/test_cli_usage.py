@@ -66,10 +66,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no run to stop": (["stop", "none"], "none is not a run directory"),
     "no adapter": (["verify", "none", "none"], "none is not a directory"),
     "no name": (["promote", "run"], "one of the arguments NAME --name is required"),
-    "two names": (
-        ["history", "a", "--name", "b"],
-        "--name: not allowed with argument NAME",
-    ),
+    "two names": (["history", "a", "--name", "b"], "--name: not allowed with argument NAME"),
     "no such registry": (["history", "a"], "There is no registry at registry."),
     "a name with a path": (
         ["promote", "run", "--name=../a", "--registry", "registry"],

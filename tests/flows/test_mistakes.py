@@ -131,7 +131,7 @@ MISTAKES: dict[str, Mistake] = {
         changed(str(MODEL), "./data"), "no tokenizer could be loaded from", "Expected the model's"
     ),
     "no MLX for this machine": Mistake(
-        ("MLX cannot be imported", "pip install 'nested-tune[cpu]' or 'nested-tune[cuda]'"),
+        ("MLX cannot be imported", "pip install 'nested-tune[cpu]' or 'nested-tune[cuda]'")
     ),
     # The data
     "a data folder that is not there": yaml_mistake(
@@ -402,10 +402,7 @@ def test_what_is_no_mistake_is_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "said"),
-    [
-        ((), "training.epochs 2 decides the length: iters is not used"),
-        (("--iters", "6"), None),
-    ],
+    [((), "training.epochs 2 decides the length: iters is not used"), (("--iters", "6"), None)],
 )
 def test_of_epochs_and_iters_the_one_that_decides_is_named_and_a_flag_wins(
     flags: tuple[str, ...], said: str | None, tmp_path: Path

@@ -42,15 +42,7 @@ from tests.flows.conftest import called
 from tests.fork_server import python
 from tests.mlx_lm_runs import Job, Request
 from tests.mlx_lm_stand_ins import make_stand_ins
-from tests.mlx_lm_variants import (
-    EXAMPLES,
-    FLAGS,
-    KEYS,
-    REFUSED,
-    TRAINED,
-    Variant,
-    flag_variants,
-)
+from tests.mlx_lm_variants import EXAMPLES, FLAGS, KEYS, REFUSED, TRAINED, Variant, flag_variants
 
 ROOT = Path(__file__).parents[2]
 # One of each kind of file and tensor, in half a second; `make reliability` trains all of them.

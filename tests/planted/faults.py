@@ -5,12 +5,7 @@ from __future__ import annotations
 from tests.planted.planting import Fault
 
 FAULTS = (
-    Fault(
-        "nested_core/errors.py",
-        "exit_code = 4",
-        "exit_code = 1",
-        "a wrong exit code",
-    ),
+    Fault("nested_core/errors.py", "exit_code = 4", "exit_code = 1", "a wrong exit code"),
     Fault(
         "nested_core/errors.py",
         '[*map(str, values[:count]), *(["..."] if len(values) > count else [])]',

@@ -66,8 +66,7 @@ def cached(write_data: WriteData, tokenizer: TokenizerSource, tmp_path: Path) ->
 
 
 def test_the_second_load_gives_the_same_report_and_the_same_tokens_without_judging(
-    cached: CachedLoads,
-    monkeypatch: pytest.MonkeyPatch,
+    cached: CachedLoads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, tokens = cached.load()
     monkeypatch.setattr("nested_core.data.dataset_loading._read_and_judge", None)
@@ -173,8 +172,7 @@ def test_a_folder_that_cannot_be_made_is_told_with_the_way_out(cached, tmp_path)
 
 
 def test_of_two_that_make_the_same_entry_at_once_the_first_stays_and_both_have_their_tokens(
-    cached: CachedLoads,
-    monkeypatch: pytest.MonkeyPatch,
+    cached: CachedLoads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = dataset_loading._read_and_judge
     found: list[tuple[DatasetReport, dict[str, TokenizedSplit]]] = []
@@ -194,9 +192,7 @@ def test_of_two_that_make_the_same_entry_at_once_the_first_stays_and_both_have_t
 
 
 def test_an_entry_that_goes_while_it_is_read_is_made_again_without_a_warning(
-    cached: CachedLoads,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    cached: CachedLoads, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Another process has found it damaged, or unused for a month."""
     first, _ = cached.load()
@@ -278,8 +274,7 @@ def test_an_entry_is_out_of_sight_before_it_is_removed(cached, monkeypatch) -> N
 
 
 def test_an_entry_of_which_half_is_removed_while_it_is_mapped_is_made_again_whole(
-    cached: CachedLoads,
-    monkeypatch: pytest.MonkeyPatch,
+    cached: CachedLoads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, _ = cached.load()
 
@@ -296,8 +291,7 @@ def test_an_entry_of_which_half_is_removed_while_it_is_mapped_is_made_again_whol
 
 
 def test_an_entry_that_came_and_went_while_another_was_made_is_no_error(
-    cached: CachedLoads,
-    monkeypatch: pytest.MonkeyPatch,
+    cached: CachedLoads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = Mock(side_effect=OSError(errno.ENOTEMPTY, "Directory not empty"))
     monkeypatch.setattr(Path, "rename", there)
@@ -307,8 +301,7 @@ def test_an_entry_that_came_and_went_while_another_was_made_is_no_error(
 
 
 def test_data_that_changes_while_it_is_judged_is_not_kept_as_what_it_was(
-    cached: CachedLoads,
-    monkeypatch: pytest.MonkeyPatch,
+    cached: CachedLoads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge, path = dataset_loading._read_and_judge, Path(cached.settings.data, "train.jsonl")
     before = path.read_bytes()

@@ -128,10 +128,7 @@ WARNINGS: dict[str, tuple[dict[str, list[Any]], list[Found]]] = {
         [("train.jsonl", line, "control-character") for line in (5, 6, 7)],
     ),
     "control character in a call": (
-        {
-            "train": [*GOOD, chat("a\x02", "b", tools=[{"name": "f"}])],
-            "valid": HELD_OUT,
-        },
+        {"train": [*GOOD, chat("a\x02", "b", tools=[{"name": "f"}])], "valid": HELD_OUT},
         [("train.jsonl", 5, "control-character")],
     ),
     "replacement characters": (

@@ -55,10 +55,7 @@ def test_leakage_is_an_error_by_default_and_dropped_from_train_by_policy(
 ) -> None:
     folder = write_data(train=[A, B, C, B, D], valid=[B], test=[b" ", D])
     report, _ = judge(folder, tokenizer)
-    assert found_in(report) == [
-        ("valid.jsonl", 1, "leakage"),
-        ("test.jsonl", 2, "leakage"),
-    ]
+    assert found_in(report) == [("valid.jsonl", 1, "leakage"), ("test.jsonl", 2, "leakage")]
     report, splits = judge(folder, tokenizer, policy={"leakage": "drop"})
     assert found_in(report) == []
     assert splits["train"].lines.tolist() == [1, 3]
@@ -129,10 +126,7 @@ def test_overlong_examples_are_cut_dropped_or_refused(write_data, tokenizer) -> 
     assert "truncated" not in [check for _, _, check in found_in(report, "warning")]
     assert adds_up(report)
     report, _ = judge(folder, tokenizer, policy={"overlong": "error"}, max_seq_length=64)
-    assert found_in(report) == [
-        ("train.jsonl", 2, "overlong"),
-        ("valid.jsonl", 2, "overlong"),
-    ]
+    assert found_in(report) == [("train.jsonl", 2, "overlong"), ("valid.jsonl", 2, "overlong")]
     assert adds_up(report)
 
 

@@ -59,12 +59,7 @@ def test_one_finding_stands_for_all_rows_of_a_habit_at_the_first_or_the_worst() 
 
 
 @pytest.mark.parametrize(
-    "columns",
-    [
-        {"size": [1]},
-        {"size": ["1"], "is_good": [True]},
-        {"size": [1], "is_good": [None]},
-    ],
+    "columns", [{"size": [1]}, {"size": ["1"], "is_good": [True]}, {"size": [1], "is_good": [None]}]
 )
 def test_a_frame_that_does_not_fit_is_an_error_and_never_a_pass(columns: dict[str, Any]) -> None:
     frame = pl.DataFrame(columns).with_columns(file=pl.lit("a"), line=pl.lit(1))

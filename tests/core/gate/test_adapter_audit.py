@@ -88,11 +88,7 @@ PLANTED: dict[str, tuple[Callable[[Path], Path], str | None, str]] = {
         "4 modules change nothing beyond the rounding of the base",
     ),
     "near_zero": (with_tensors(scale_lora_b(1e-12)), "no_effect", "4 modules change nothing"),
-    "nan": (
-        with_tensors(spoil),
-        "non_finite",
-        f"1 tensor with NaN or infinity, {Q_PROJ}.lora_b",
-    ),
+    "nan": (with_tensors(spoil), "non_finite", f"1 tensor with NaN or infinity, {Q_PROJ}.lora_b"),
     "wrong_base": (with_tensors(narrow), "base_mismatch", "is [48, 4] for [64, 4]"),
     "missing_module": (with_tensors(drop_q_proj), "tensor_missing", "their modules do nothing"),
     "inert_keys": (

@@ -15,11 +15,7 @@ from nested_core.config.sections import GateSection
 from nested_core.errors import DamagedError
 from nested_core.gate.chosen_candidate import Candidates, join_candidates, read_candidates
 from nested_core.gate.example_losses import read_example_losses
-from nested_core.gate.loss_figures import (
-    HarmedExamples,
-    harm_reasons,
-    summarise_champion,
-)
+from nested_core.gate.loss_figures import HarmedExamples, harm_reasons, summarise_champion
 from nested_core.gate.paired_difference import compare_pairs, student_t_quantile
 from nested_core.storage.validation_losses import (
     StepLosses,

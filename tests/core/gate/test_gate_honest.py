@@ -19,15 +19,7 @@ from nested_core.pipeline import steps
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.training import trainer
 from tests.core.gate.pairs import codes
-from tests.example import (
-    MODEL,
-    Finished,
-    example_config,
-    prepare,
-    stop_after,
-    train,
-    train_example,
-)
+from tests.example import MODEL, Finished, example_config, prepare, stop_after, train, train_example
 from tests.left_out import slow_except
 
 ATTENTION = {"rank": 4, "keys": ["self_attn.q_proj", "self_attn.v_proj"]}
@@ -63,9 +55,7 @@ HONEST: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     "name",
     slow_except(
-        HONEST,
-        "gathered gradients and a flush",
-        reason="trains and judges a run of its own",
+        HONEST, "gathered gradients and a flush", reason="trains and judges a run of its own"
     ),
 )
 def test_an_honest_run_passes(tmp_path: Path, name: str) -> None:

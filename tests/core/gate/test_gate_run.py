@@ -158,11 +158,7 @@ def test_a_loss_may_rise_by_the_share_that_is_configured(candidate: Candidate) -
 
 @pytest.mark.parametrize(
     ("changes", "is_selected"),
-    [
-        ({}, True),
-        ({"val_batches": 0}, False),
-        (REFERENCE, False),
-    ],
+    [({}, True), ({"val_batches": 0}, False), (REFERENCE, False)],
     ids=["best step", "no evaluation", "last step"],
 )
 def test_examples_chose_the_step_only_where_the_best_one_is_offered(

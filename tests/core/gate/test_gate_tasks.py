@@ -27,11 +27,7 @@ from tests.builders.candidates import Candidate, train_candidate
 from tests.builders.data_sets import write_lines
 from tests.builders.suites import KNOWN, WRONG, note_who_is_asked, task, write_suite
 from tests.core.gate.pairs import codes
-from tests.example import (
-    example_config,
-    prepare,
-    require_refused,
-)
+from tests.example import example_config, prepare, require_refused
 
 
 def with_tasks(config: FineTuneConfig, *tasks: dict[str, Any]) -> FineTuneConfig:
@@ -177,11 +173,7 @@ def test_a_suite_that_changed_since_the_run_began_is_refused(tmp_path: Path) -> 
     ],
 )
 def test_a_scorer_that_fails_gives_no_verdict_and_loses_nothing(
-    candidate: Candidate,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    source: str,
-    problem: str,
+    candidate: Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, problem: str
 ) -> None:
     (tmp_path / "own_scorer.py").write_text(source)
     monkeypatch.chdir(tmp_path)

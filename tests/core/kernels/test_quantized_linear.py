@@ -17,13 +17,7 @@ from nested_core.kernels.quantized_linear import (
     multiplying_by_dequantized_weights,
 )
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
-from tests.architectures import (
-    batch,
-    build,
-    leave_by_error,
-    outcome,
-    require_near,
-)
+from tests.architectures import batch, build, leave_by_error, outcome, require_near
 from tests.core.kernels.arrays import normal
 
 KINDS: list[dict[str, Any]] = [
