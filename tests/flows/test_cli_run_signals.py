@@ -21,7 +21,7 @@ from tests.prefect_home import new_prefect_home
 from tests.waiting import wait_until
 
 pytestmark = [
-    pytest.mark.slow("starts a server and trains until it is stopped, each in a process"),
+    pytest.mark.slow("starts a server and trains until it is stopped, each in a process")
 ]  # several processes, each with a server of its own
 
 RUN = ("run", "-c", "config.yaml", "--run-dir", "run")

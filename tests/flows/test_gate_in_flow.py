@@ -65,9 +65,7 @@ class Saboteur:
 
 @pytest.fixture
 def sabotaged(
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
-    trained: tuple[RunDirectory, RunDirectory],
+    request: pytest.FixtureRequest, tmp_path: Path, trained: tuple[RunDirectory, RunDirectory]
 ) -> Iterator[tuple[Path, State[Any]]]:
     """A flow whose training was spoilt, and how it ended."""
     case: Case = request.param
