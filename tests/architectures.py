@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import pytest
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from nested_core.backend import to_float, to_int
@@ -128,6 +130,33 @@ def outcome(
         value, _ = loss.evaluation_function_or_default(model, *arrays)
         mx.eval(total, count, gradients, value)
     return Outcome(to_float(total), to_int(count), to_float(value), gradients)
+
+
+def require_near(found: Outcome, expected: Outcome, *, loss: float, gradients: float) -> None:
+    """Expect the same loss and gradients within these shares of them."""
+    assert found.loss == pytest.approx(expected.loss, rel=loss)
+    assert largest_difference(found.gradients, expected.gradients) < gradients
+
+
+def uncompiled(function: Any) -> Any:
+    """In place of `mx.compile`: the function as it is."""
+    return function
+
+
+def kinds_of(model: nn.Module) -> dict[str, tuple[int, type]]:
+    """Each module of a model, and its class: those that a block has to give back."""
+    return {name: (id(module), type(module)) for name, module in model.named_modules()}
+
+
+def leave_by_error(block: AbstractContextManager[object], check: Callable[[], object]) -> None:
+    """Enter a block, check what holds within it, and leave it by an error."""
+
+    class OnPurpose(Exception):
+        pass
+
+    with suppress(OnPurpose), block:
+        check()
+        raise OnPurpose
 
 
 def largest_difference(found: Flat, expected: Flat) -> float:

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from mlx_lm import load
 
+from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import ConfigError
 from nested_core.models.generation import Sampling, answer_prompts
 from nested_core.pipeline import steps
 from nested_core.records.metrics import read_metrics
@@ -57,6 +60,12 @@ def example_settings(**changes: Any) -> dict[str, Any]:
 def example_config(**changes: Any) -> FineTuneConfig:
     """A configuration of the example, with changes."""
     return FineTuneConfig.model_validate(example_settings(**changes))
+
+
+def require_refused(pattern: str, **changes: Any) -> None:
+    """Expect that a configuration of the example with these changes cannot be used."""
+    with pytest.raises(ConfigError, match=pattern):
+        parse_config(example_settings(**changes), source="test.yaml")
 
 
 def write_config(path: Path, **changes: Any) -> Path:

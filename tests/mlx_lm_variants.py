@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 # same: as in mlx_lm.lora; better: taken, and more is done or less is wrong; refused: exit code 2.
 Relation = Literal["same", "better", "refused"]
@@ -32,7 +32,7 @@ adapter_path: adapters
 """
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Variant:
     """A lora.yaml or a command line, and what it shows.
 
@@ -117,433 +117,363 @@ SCHEDULE = "lr_schedule: {{name: {}, arguments: {}}}\n"
 
 EXAMPLES = (
     Variant(
-        name="lora_config.yaml",
-        yaml=EXAMPLE,
+        "lora_config.yaml",
+        "mlx-lm's example file; flags win over it",
+        EXAMPLE,
         flags=EXAMPLE_FLAGS,
         whole=True,
-        shows="mlx-lm's example file; flags win over it",
     ),
     Variant(
-        name="lora_config.yaml, schedule",
-        yaml=EXAMPLE + COMMENTED_OUT,
+        "lora_config.yaml, schedule",
+        "the same with its commented-out optimizer_config and lr_schedule",
+        EXAMPLE + COMMENTED_OUT,
         flags=EXAMPLE_FLAGS,
         whole=True,
-        shows="the same with its commented-out optimizer_config and lr_schedule",
     ),
     Variant(
-        name="lora_config.yaml, wandb",
-        yaml=EXAMPLE + "report_to: wandb\nproject_name: capitals\n",
+        "lora_config.yaml, wandb",
+        "the same with its commented-out report_to and project_name",
+        EXAMPLE + "report_to: wandb\nproject_name: capitals\n",
         flags=EXAMPLE_FLAGS,
         whole=True,
-        shows="the same with its commented-out report_to and project_name",
     ),
     Variant(
-        name="lora_config.yaml, hub",
-        yaml=EXAMPLE
+        "lora_config.yaml, hub",
+        "the same with its commented-out hf_dataset",
+        EXAMPLE
         + "hf_dataset:\n  path: $questions\n  train_split: 'train[:8]'\n"
         + "  valid_split: 'train[-4:]'\n  prompt_feature: text\n  completion_feature: summary\n"
         + "  config: {cache_dir: $cache}\n",
         flags=(*EXAMPLE_FLAGS[:2], *EXAMPLE_FLAGS[4:]),
         whole=True,
-        shows="the same with its commented-out hf_dataset",
         needs="datasets",
     ),
     Variant(
-        name="LORA.md, features",
-        yaml="data: $renamed\nprompt_feature: input\ncompletion_feature: output\n",
-        shows="the documented keys for prompts and completions of another name",
+        "LORA.md, features",
+        "the documented keys for prompts and completions of another name",
+        "data: $renamed\nprompt_feature: input\ncompletion_feature: output\n",
     ),
     Variant(
-        name="LORA.md, two data sets",
-        yaml="hf_dataset:\n"
+        "LORA.md, two data sets",
+        "the documented list of data sets",
+        "hf_dataset:\n"
         "- {path: $questions, train_split: 'train[:90%]', valid_split: 'train[-10%:]',\n"
         "   prompt_feature: text, completion_feature: summary, config: {cache_dir: $cache}}\n"
         "- {path: $conversations, train_split: 'train[:90%]', valid_split: 'train[-10%:]',\n"
         "   chat_feature: chosen, config: {cache_dir: $cache}}\n",
-        shows="the documented list of data sets",
         needs="datasets",
     ),
     Variant(
-        name="LORA.md, text of the hub",
-        yaml="test: true\nhf_dataset: {path: $bodies, train_split: train, test_split: test,\n"
+        "LORA.md, text of the hub",
+        "a data set of texts, with its split for testing",
+        "test: true\nhf_dataset: {path: $bodies, train_split: train, test_split: test,\n"
         "  valid_split: validation, text_feature: body, config: {cache_dir: $cache}}\n",
-        shows="a data set of texts, with its split for testing",
         needs="datasets",
     ),
     Variant(
-        name="LORA.md, little memory",
-        yaml="model: $base\n",
+        "LORA.md, little memory",
+        "the documented command for little memory; all else as by default",
+        "model: $base\n",
         flags=(
             *("--train", "--batch-size", "1", "--num-layers", "2", "--data", "$chats"),
             *("--iters", "2", "--adapter-path", "adapters"),
         ),
         whole=True,
-        shows="the documented command for little memory; all else as by default",
     ),
 )
 
 TRAINED = (
-    Variant(name="plain", shows="the smallest file: model, data, length and snapshots"),
+    Variant("plain", "the smallest file: model, data, length and snapshots"),
     Variant(
-        name="dora",
-        yaml="fine_tune_type: dora\nlora_parameters: {rank: 4, scale: 2.0, dropout: 0.0}\n",
-        shows="DoRA, with its magnitudes",
+        "dora",
+        "DoRA, with its magnitudes",
+        "fine_tune_type: dora\nlora_parameters: {rank: 4, scale: 2.0, dropout: 0.0}\n",
+    ),
+    Variant("full", "weights of one layer", "fine_tune_type: full\nnum_layers: 1\n"),
+    Variant("quantised", "QLoRA: a base of 4 bits", "model: $quantised\n"),
+    Variant(
+        "adamw",
+        "an optimizer with arguments",
+        "optimizer: adamw\noptimizer_config: {adamw: {weight_decay: 0.1, betas: [0.9, 0.95]}}\n",
     ),
     Variant(
-        name="full", yaml="fine_tune_type: full\nnum_layers: 1\n", shows="weights of one layer"
+        "sgd", "sgd with momentum", "optimizer: sgd\noptimizer_config: {sgd: {momentum: 0.9}}\n"
     ),
-    Variant(name="quantised", yaml="model: $quantised\n", shows="QLoRA: a base of 4 bits"),
+    Variant("muon", "muon", "optimizer: muon\n"),
+    Variant("adafactor", "adafactor", "optimizer: adafactor\n"),
     Variant(
-        name="adamw",
-        yaml="optimizer: adamw\n"
-        "optimizer_config: {adamw: {weight_decay: 0.1, betas: [0.9, 0.95]}}\n",
-        shows="an optimizer with arguments",
-    ),
-    Variant(
-        name="sgd",
-        yaml="optimizer: sgd\noptimizer_config: {sgd: {momentum: 0.9}}\n",
-        shows="sgd with momentum",
-    ),
-    Variant(name="muon", yaml="optimizer: muon\n", shows="muon"),
-    Variant(name="adafactor", yaml="optimizer: adafactor\n", shows="adafactor"),
-    Variant(
-        name="optimizer in capitals",
-        yaml="optimizer: AdamW\noptimizer_config: {adamw: {weight_decay: 0.1}}\n",
-        shows="a name in capitals, which mlx_lm.lora takes in a file",
+        "optimizer in capitals",
+        "a name in capitals, which mlx_lm.lora takes in a file",
+        "optimizer: AdamW\noptimizer_config: {adamw: {weight_decay: 0.1}}\n",
     ),
     Variant(
-        name="cosine",
-        yaml="lr_schedule:\n  name: cosine_decay\n  warmup: 2\n  warmup_init: 1e-7\n"
+        "cosine",
+        "a schedule with its warm-up",
+        "lr_schedule:\n  name: cosine_decay\n  warmup: 2\n  warmup_init: 1e-7\n"
         "  arguments: [1e-3, 4, 1e-5]\n",
-        shows="a schedule with its warm-up",
+    ),
+    Variant("linear", "linear_schedule", SCHEDULE.format("linear_schedule", "[1e-3, 1e-4, 4]")),
+    Variant(
+        "exponential", "exponential_decay", SCHEDULE.format("exponential_decay", "[1e-3, 0.9]")
+    ),
+    Variant("steps", "step_decay", SCHEDULE.format("step_decay", "[1e-3, 0.5, 2]")),
+    Variant(
+        "accumulation",
+        "snapshots 3 and 6: the first is within an update, and has the weights before it",
+        "iters: 8\ngrad_accumulation_steps: 2\nsave_every: 3\n",
     ),
     Variant(
-        name="linear",
-        yaml=SCHEDULE.format("linear_schedule", "[1e-3, 1e-4, 4]"),
-        shows="linear_schedule",
+        "accumulation, every iteration",
+        "four snapshots of a single update",
+        "iters: 4\ngrad_accumulation_steps: 4\nsave_every: 1\n",
     ),
     Variant(
-        name="exponential",
-        yaml=SCHEDULE.format("exponential_decay", "[1e-3, 0.9]"),
-        shows="exponential_decay",
-    ),
-    Variant(name="steps", yaml=SCHEDULE.format("step_decay", "[1e-3, 0.5, 2]"), shows="step_decay"),
-    Variant(
-        name="accumulation",
-        yaml="iters: 8\ngrad_accumulation_steps: 2\nsave_every: 3\n",
-        shows="snapshots 3 and 6: the first is within an update, and has the weights before it",
-    ),
-    Variant(
-        name="accumulation, every iteration",
-        yaml="iters: 4\ngrad_accumulation_steps: 4\nsave_every: 1\n",
-        shows="four snapshots of a single update",
-    ),
-    Variant(
-        name="accumulation, remainder",
-        yaml="iters: 5\ngrad_accumulation_steps: 2\nsave_every: 5\n",
-        shows="a last update of one micro-batch, which mlx_lm.lora leaves out",
+        "accumulation, remainder",
+        "a last update of one micro-batch, which mlx_lm.lora leaves out",
+        "iters: 5\ngrad_accumulation_steps: 2\nsave_every: 5\n",
         relation="better",
     ),
-    Variant(name="every iteration", yaml="save_every: 1\n", shows="a snapshot each iteration"),
-    Variant(name="no snapshot", yaml="save_every: 9\n", shows="save_every above iters"),
+    Variant("every iteration", "a snapshot each iteration", "save_every: 1\n"),
+    Variant("no snapshot", "save_every above iters", "save_every: 9\n"),
     Variant(
-        name="last one is no snapshot",
-        yaml="iters: 5\nsave_every: 3\n",
-        shows="iters that are no multiple of save_every: snapshot 3 alone",
+        "last one is no snapshot",
+        "iters that are no multiple of save_every: snapshot 3 alone",
+        "iters: 5\nsave_every: 3\n",
     ),
-    Variant(name="mask_prompt", yaml="mask_prompt: true\n", shows="answers alone are trained on"),
+    Variant("mask_prompt", "answers alone are trained on", "mask_prompt: true\n"),
+    Variant("completions", "prompts and completions", "data: $completions\nmask_prompt: true\n"),
+    Variant("texts", "plain text", "data: $texts\n"),
+    Variant("text_feature", "plain text under another key", "data: $bodies\ntext_feature: body\n"),
     Variant(
-        name="completions",
-        yaml="data: $completions\nmask_prompt: true\n",
-        shows="prompts and completions",
+        "chat_feature", "chats under another key", "data: $dialogues\nchat_feature: dialogue\n"
     ),
-    Variant(name="texts", yaml="data: $texts\n", shows="plain text"),
+    Variant("tools", "chats that call tools", "data: $tools\n"),
     Variant(
-        name="text_feature",
-        yaml="data: $bodies\ntext_feature: body\n",
-        shows="plain text under another key",
-    ),
-    Variant(
-        name="chat_feature",
-        yaml="data: $dialogues\nchat_feature: dialogue\n",
-        shows="chats under another key",
-    ),
-    Variant(name="tools", yaml="data: $tools\n", shows="chats that call tools"),
-    Variant(
-        name="grad_checkpoint",
-        yaml="grad_checkpoint: true\n",
-        shows="recomputed layers, same loss; with dropout mlx_lm.lora takes the gradient under "
+        "grad_checkpoint",
+        "recomputed layers, same loss; with dropout mlx_lm.lora takes the gradient under "
         "other masks than the loss",
+        "grad_checkpoint: true\n",
     ),
-    Variant(name="all layers", yaml="num_layers: -1\n", shows="-1 is every layer"),
-    Variant(name="0 layers", yaml="num_layers: 0\n", shows="0 is every layer too"),
+    Variant("all layers", "-1 is every layer", "num_layers: -1\n"),
+    Variant("0 layers", "0 is every layer too", "num_layers: 0\n"),
     Variant(
-        name="keys",
-        yaml="lora_parameters:\n  keys: [self_attn.q_proj, mlp.down_proj]\n"
+        "keys",
+        "chosen modules; a whole number as scale; dropout",
+        "lora_parameters:\n  keys: [self_attn.q_proj, mlp.down_proj]\n"
         "  rank: 2\n  scale: 4\n  dropout: 0.1\n",
-        shows="chosen modules; a whole number as scale; dropout",
     ),
     Variant(
-        name="embeddings",
-        yaml="lora_parameters: {rank: 2, scale: 2.0, dropout: 0.0, keys: [model.embed_tokens]}\n",
-        shows="a module outside of the layers",
+        "embeddings",
+        "a module outside of the layers",
+        "lora_parameters: {rank: 2, scale: 2.0, dropout: 0.0, keys: [model.embed_tokens]}\n",
     ),
     Variant(
-        name="from an adapter",
-        yaml="resume_adapter_file: $adapter\n",
-        shows="training goes on from an adapters.safetensors",
+        "from an adapter",
+        "training goes on from an adapters.safetensors",
+        "resume_adapter_file: $adapter\n",
     ),
-    Variant(name="seed", yaml="seed: 7\n", shows="another seed"),
+    Variant("seed", "another seed", "seed: 7\n"),
     Variant(
-        name="whole evaluations",
-        yaml="val_batches: -1\ntest: true\ntest_batches: -1\n",
-        shows="-1 is the whole validation and test set",
+        "whole evaluations",
+        "-1 is the whole validation and test set",
+        "val_batches: -1\ntest: true\ntest_batches: -1\n",
     ),
+    Variant("test", "the loss on test.jsonl at the end", "test: true\ntest_batches: 1\n"),
+    Variant("truncated", "examples longer than max_seq_length", "max_seq_length: 12\n"),
+    Variant("no valid.jsonl", "training without validation", "data: $only_train\n"),
     Variant(
-        name="test", yaml="test: true\ntest_batches: 1\n", shows="the loss on test.jsonl at the end"
-    ),
-    Variant(
-        name="truncated", yaml="max_seq_length: 12\n", shows="examples longer than max_seq_length"
-    ),
-    Variant(name="no valid.jsonl", yaml="data: $only_train\n", shows="training without validation"),
-    Variant(
-        name="words of YAML",
-        yaml="train: yes\nmask_prompt: on\ngrad_checkpoint: no\nlearning_rate: 1.0E-3\n"
+        "words of YAML",
+        "yes, on and no; an exponent; null is the default",
+        "train: yes\nmask_prompt: on\ngrad_checkpoint: no\nlearning_rate: 1.0E-3\n"
         "resume_adapter_file: ~\nlr_schedule: null\n",
-        shows="yes, on and no; an exponent; null is the default",
     ),
     Variant(
-        name="mlx_lm's own adapter_config.json",
-        yaml='{"adapter_path": "adapters", "batch_size": 2, "data": "$chats", "fine_tune_type": '
+        "mlx_lm's own adapter_config.json",
+        "the adapter_config.json that it wrote, without the key config",
+        '{"adapter_path": "adapters", "batch_size": 2, "data": "$chats", "fine_tune_type": '
         '"lora", "iters": 4, "learning_rate": 1e-03, "lora_parameters": {"dropout": 0.0, "rank": '
         '8, "scale": 20.0}, "lr_schedule": null, "model": "$base", "num_layers": 2, "optimizer": '
         '"adam", "optimizer_config": {"adafactor": {}, "adam": {}, "adamw": {}, "muon": {}, "sgd": '
         '{}}, "report_to": null, "save_every": 2, "train": true, "val_batches": 1}\n',
         whole=True,
-        shows="the adapter_config.json that it wrote, without the key config",
     ),
-    Variant(name="underscore", yaml="iters: 1_0\n", shows="a number of YAML 1.1, which is 10"),
+    Variant("underscore", "a number of YAML 1.1, which is 10", "iters: 1_0\n"),
     Variant(
-        name="clear_cache_threshold",
-        yaml="clear_cache_threshold: 1000000\n",
-        shows="mlx_lm.lora takes it from the flag alone",
+        "clear_cache_threshold",
+        "mlx_lm.lora takes it from the flag alone",
+        "clear_cache_threshold: 1000000\n",
         relation="better",
     ),
     Variant(
-        name="trust_remote_code",
-        yaml="model: $own_code\ntrust_remote_code: true\n",
-        shows="mlx_lm.lora takes it from the flag alone, and refuses the model",
+        "trust_remote_code",
+        "mlx_lm.lora takes it from the flag alone, and refuses the model",
+        "model: $own_code\ntrust_remote_code: true\n",
         relation="better",
         there="trust_remote_code",
     ),
     Variant(
-        name="rank alone",
-        yaml="lora_parameters: {rank: 4}\n",
-        shows="what is left out of lora_parameters has its default",
+        "rank alone",
+        "what is left out of lora_parameters has its default",
+        "lora_parameters: {rank: 4}\n",
         relation="better",
         there="missing required key 'scale'",
     ),
     Variant(
-        name="alpha",
-        yaml="lora_parameters: {rank: 4, alpha: 8, dropout: 0.0}\n",
-        shows="PEFT's alpha in place of scale",
+        "alpha",
+        "PEFT's alpha in place of scale",
+        "lora_parameters: {rank: 4, alpha: 8, dropout: 0.0}\n",
         relation="better",
         there="missing required key 'scale'",
     ),
     Variant(
-        name="val_batches 0",
-        yaml="val_batches: 0\n",
-        shows="no validation, where mlx_lm.lora divides by zero tokens",
+        "val_batches 0",
+        "no validation, where mlx_lm.lora divides by zero tokens",
+        "val_batches: 0\n",
         relation="better",
     ),
     Variant(
-        name="train left out",
+        "train left out",
+        "the command trains without being told",
         without="train",
-        shows="the command trains without being told",
         relation="better",
         there="at least one of --train or --test",
     ),
 )
 
+
+def _refused(name: str, shows: str, yaml: str, here: str, code: int = 2, **fields: Any) -> Variant:
+    """A variant that ends in an error here."""
+    return Variant(name, shows, yaml, relation="refused", code=code, here=here, **fields)
+
+
 REFUSED = (
-    Variant(
-        name="typo",
-        yaml="learning-rate: 1e-3\n",
-        shows="a key that mlx_lm.lora passes over",
-        relation="refused",
-        code=2,
-        here="learning-rate: unknown key; did you mean learning_rate? (line 13)",
+    _refused(
+        "typo",
+        "a key that mlx_lm.lora passes over",
+        "learning-rate: 1e-3\n",
+        "learning-rate: unknown key; did you mean learning_rate? (line 13)",
     ),
-    Variant(
-        name="lora_layers",
-        yaml="lora_layers: 2\n",
-        shows="a key of earlier mlx-lm, which it passes over now",
-        relation="refused",
-        code=2,
-        here="lora_layers: unknown key; did you mean num_layers?",
+    _refused(
+        "lora_layers",
+        "a key of earlier mlx-lm, which it passes over now",
+        "lora_layers: 2\n",
+        "lora_layers: unknown key; did you mean num_layers?",
     ),
-    Variant(
-        name="alpha and scale",
-        yaml="lora_parameters: {rank: 8, alpha: 16, scale: 10.0, dropout: 0.0}\n",
-        shows="two values for one number, of which mlx_lm.lora takes scale",
-        relation="refused",
-        code=2,
-        here="alpha and scale say the same thing",
+    _refused(
+        "alpha and scale",
+        "two values for one number, of which mlx_lm.lora takes scale",
+        "lora_parameters: {rank: 8, alpha: 16, scale: 10.0, dropout: 0.0}\n",
+        "alpha and scale say the same thing",
     ),
-    Variant(
-        name="config in the file",
-        yaml="config: other.yaml\n",
-        shows="a file within a file, which mlx_lm.lora passes over",
-        relation="refused",
-        code=2,
-        here="config: unknown key; config is the flag -c",
+    _refused(
+        "config in the file",
+        "a file within a file, which mlx_lm.lora passes over",
+        "config: other.yaml\n",
+        "config: unknown key; config is the flag -c",
     ),
-    Variant(
-        name="anchor",
-        yaml="data: &data $chats\n",
-        shows="YAML by reference",
-        relation="refused",
-        code=2,
-        here="an anchor or alias (& or *) is not allowed here",
+    _refused(
+        "anchor",
+        "YAML by reference",
+        "data: &data $chats\n",
+        "an anchor or alias (& or *) is not allowed here",
     ),
-    Variant(
-        name="key twice",
-        yaml="seed: 1\nseed: 2\n",
-        shows="a key given twice, of which mlx_lm.lora takes the last",
-        relation="refused",
-        code=2,
-        here="the key 'seed', which stands in line 13 too, is not allowed here",
+    _refused(
+        "key twice",
+        "a key given twice, of which mlx_lm.lora takes the last",
+        "seed: 1\nseed: 2\n",
+        "the key 'seed', which stands in line 13 too, is not allowed here",
     ),
-    Variant(
-        name="octal",
-        yaml="seed: 010\n",
-        shows="8 to some readers and 10 to others",
-        relation="refused",
-        code=2,
-        here="is octal to some readers",
+    _refused(
+        "octal", "8 to some readers and 10 to others", "seed: 010\n", "is octal to some readers"
     ),
-    Variant(
-        name="rate 0",
-        yaml="learning_rate: 0\n",
-        shows="a training that changes nothing",
-        relation="refused",
-        code=2,
-        here="learning_rate: Input should be greater than 0",
+    _refused(
+        "rate 0",
+        "a training that changes nothing",
+        "learning_rate: 0\n",
+        "learning_rate: Input should be greater than 0",
     ),
-    Variant(
-        name="save_every 0",
-        yaml="save_every: 0\n",
-        shows="a division by zero there",
-        relation="refused",
-        code=2,
-        here="save_every: Input should be greater than 0",
+    _refused(
+        "save_every 0",
+        "a division by zero there",
+        "save_every: 0\n",
+        "save_every: Input should be greater than 0",
         there="ZeroDivisionError",
     ),
-    Variant(
-        name="too many layers",
-        yaml="num_layers: 3\n",
-        shows="more layers than the model has",
-        relation="refused",
-        code=2,
-        here="num_layers: 3 layers",
+    _refused(
+        "too many layers",
+        "more layers than the model has",
+        "num_layers: 3\n",
+        "num_layers: 3 layers",
         there="Requested to train 3 layers",
     ),
-    Variant(
-        name="arguments",
-        yaml="optimizer_config: {adam: {weight_decay: 0.1}}\n",
-        shows="an argument that the optimizer does not take",
-        relation="refused",
-        code=2,
-        here="optimizer_config.adam does not take ['weight_decay']",
+    _refused(
+        "arguments",
+        "an argument that the optimizer does not take",
+        "optimizer_config: {adam: {weight_decay: 0.1}}\n",
+        "optimizer_config.adam does not take ['weight_decay']",
         there="unexpected keyword argument 'weight_decay'",
     ),
-    Variant(
-        name="masked text",
-        yaml="data: $texts\nmask_prompt: true\n",
-        shows="plain text has no prompt to mask",
-        relation="refused",
+    _refused(
+        "masked text",
+        "plain text has no prompt to mask",
+        "data: $texts\nmask_prompt: true\n",
+        "mask_prompt needs prompts; plain text has none",
         code=3,
-        here="mask_prompt needs prompts; plain text has none",
         there="Prompt masking not supported for text dataset",
     ),
-    Variant(
-        name="few examples",
-        yaml="batch_size: 16\nval_batches: -1\n",
-        shows="a batch larger than the data set",
-        relation="refused",
+    _refused(
+        "few examples",
+        "a batch larger than the data set",
+        "batch_size: 16\nval_batches: -1\n",
+        "it holds 12 of the 16 rows that fill one batch; lower batch_size",
         code=3,
-        here="it holds 12 of the 16 rows that fill one batch; lower batch_size",
         there="must have at least batch_size=16",
     ),
-    Variant(
-        name="keys of nothing",
-        yaml="lora_parameters: {rank: 2, scale: 2.0, dropout: 0.0, keys: [q_proj]}\n",
-        shows="names that no module has",
-        relation="refused",
-        code=2,
-        here="nothing would be trained. No module is named q_proj",
+    _refused(
+        "keys of nothing",
+        "names that no module has",
+        "lora_parameters: {rank: 2, scale: 2.0, dropout: 0.0, keys: [q_proj]}\n",
+        "nothing would be trained. No module is named q_proj",
         there="Must specify at least one argument",
     ),
-    Variant(
-        name="no model",
-        yaml="model: null\n",
-        shows="mlx_lm.lora's default model would be fetched from the hub",
-        relation="refused",
-        code=2,
-        here="No model given",
+    _refused(
+        "no model",
+        "mlx_lm.lora's default model would be fetched from the hub",
+        "model: null\n",
+        "No model given",
         there="Cannot find an appropriate cached snapshot",
     ),
-    Variant(
-        name="no data",
-        yaml="data: null\n",
-        shows="its default data set, too",
-        relation="refused",
-        code=2,
-        here="No data given",
+    _refused(
+        "no data",
+        "its default data set, too",
+        "data: null\n",
+        "No data given",
         there="mlx-community/WikiSQL",
     ),
-    Variant(
-        name="service not installed",
-        yaml="report_to: swanlab\n",
-        shows="a service whose client is not there",
-        relation="refused",
-        code=2,
-        here="report_to: swanlab is not installed",
+    _refused(
+        "service not installed",
+        "a service whose client is not there",
+        "report_to: swanlab\n",
+        "report_to: swanlab is not installed",
         there="swanlab is not installed",
     ),
 )
 
 # Each flag of mlx_lm.lora's parser by itself, beside a file that has the other keys.
+_FLAGS = """
+--model $base; --train; --data $completions; --fine-tune-type dora; --optimizer adamw
+--mask-prompt; --num-layers 1; --batch-size 3; --iters 2; --val-batches 2
+--learning-rate 1e-4; --steps-per-report 1; --steps-per-eval 3; --grad-accumulation-steps 2
+--resume-adapter-file $adapter; --adapter-path elsewhere; --save-every 3; --test
+--test-batches 1; --max-seq-length 16; -c $other; --config $other; --grad-checkpoint
+--clear-cache-threshold 1MB; --report-to wandb; --project-name capitals; --seed 5
+--trust-remote-code
+"""
 FLAGS = MappingProxyType(
     {
-        "--model": ("--model", "$base"),
-        "--train": ("--train",),
-        "--data": ("--data", "$completions"),
-        "--fine-tune-type": ("--fine-tune-type", "dora"),
-        "--optimizer": ("--optimizer", "adamw"),
-        "--mask-prompt": ("--mask-prompt",),
-        "--num-layers": ("--num-layers", "1"),
-        "--batch-size": ("--batch-size", "3"),
-        "--iters": ("--iters", "2"),
-        "--val-batches": ("--val-batches", "2"),
-        "--learning-rate": ("--learning-rate", "1e-4"),
-        "--steps-per-report": ("--steps-per-report", "1"),
-        "--steps-per-eval": ("--steps-per-eval", "3"),
-        "--grad-accumulation-steps": ("--grad-accumulation-steps", "2"),
-        "--resume-adapter-file": ("--resume-adapter-file", "$adapter"),
-        "--adapter-path": ("--adapter-path", "elsewhere"),
-        "--save-every": ("--save-every", "3"),
-        "--test": ("--test",),
-        "--test-batches": ("--test-batches", "1"),
-        "--max-seq-length": ("--max-seq-length", "16"),
-        "-c": ("-c", "$other"),
-        "--config": ("--config", "$other"),
-        "--grad-checkpoint": ("--grad-checkpoint",),
-        "--clear-cache-threshold": ("--clear-cache-threshold", "1MB"),
-        "--report-to": ("--report-to", "wandb"),
-        "--project-name": ("--project-name", "capitals"),
-        "--seed": ("--seed", "5"),
-        "--trust-remote-code": ("--trust-remote-code",),
+        words[0]: words
+        for part in _FLAGS.replace("\n", ";").split(";")
+        if (words := tuple(part.split()))
     }
 )
 

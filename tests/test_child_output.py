@@ -27,9 +27,7 @@ def test_that_passes():
 """
 
 
-def test_a_failure_shows_the_streams_of_the_tests_own_processes(
-    pytester: pytest.Pytester,
-) -> None:
+def test_a_failure_shows_the_streams_of_the_tests_own_processes(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(FILE)
     result = pytester.runpytest_inprocess("-p", "tests.child_output")
     result.assert_outcomes(passed=1, failed=2)

@@ -14,15 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders.data_sets import chat, write_lines
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 CAPITALS = [("France", "Paris"), ("Peru", "Lima"), ("Kenya", "Nairobi"), ("Japan", "Tokyo")]
-
-
-def chat(country: str, capital: str) -> str:
-    """One line of a chat data set."""
-    question = {"role": "user", "content": f"What is the capital of {country}?"}
-    return json.dumps({"messages": [question, {"role": "assistant", "content": f"{capital}."}]})
 
 
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -36,17 +32,8 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dist")
-    build: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--outdir",
-        out,
-        ROOT,
-    ]
-    done = run(*build, cwd=out)
+    build = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir")
+    done = run(*build, out, ROOT, cwd=out)
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = out.glob("*.whl")
     return built
@@ -61,14 +48,7 @@ def command(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     dependencies = [
         entry for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))
     ]
-    pip: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        folder / "bin" / "python",
-        "install",
-    ]
+    pip = (sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install")
     done = run(*pip, "--no-deps", "--no-index", "--quiet", wheel, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     # Behind the wheel's own files; as lines of a .pth their own .pth files, an editable install's
@@ -138,10 +118,8 @@ def test_version_from_a_foreign_folder(command: Path, foreign: Path) -> None:
 def test_validate_from_a_foreign_folder_rejects_the_one_bad_line(
     command: Path, foreign: Path
 ) -> None:
-    data = foreign / "data"
-    data.mkdir()
-    lines = [*(chat(*pair) for pair in CAPITALS), '{"messages": [']
-    (data / "train.jsonl").write_text("\n".join(lines) + "\n")
+    chats = [chat(f"What is the capital of {name}?", f"{capital}.") for name, capital in CAPITALS]
+    write_lines(foreign / "data" / "train.jsonl", [*chats, b'{"messages": ['])
     (foreign / "config.yaml").write_text("model: no-model\ndata: data\nbatch_size: 1\n")
     validate = (command, "validate", "-c", "config.yaml", "--no-tokenize", "--json")
     rejected = run(*validate, cwd=foreign)

@@ -19,7 +19,7 @@ from benchmarks.time_to_loss.models import SIZES, is_made, pretrain
 from tests.fork_server import python
 
 pytestmark = [
-    pytest.mark.slow("eleven short trainings, each in a process that imports mlx_lm"),
+    pytest.mark.slow("eleven short trainings, each in a process that imports mlx_lm")
 ]  # seven short processes, each of which imports mlx_lm
 ARMS = ["mlx_lm", "ours"]
 ONLY_THESE = """

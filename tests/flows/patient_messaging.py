@@ -10,11 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from prefect.server.utilities.messaging import memory
-from prefect.server.utilities.messaging.memory import (
-    Publisher,
-    break_topic,
-    ephemeral_subscription,
-)
+from prefect.server.utilities.messaging.memory import Publisher, break_topic, ephemeral_subscription
 
 __all__ = ["Consumer", "Publisher", "break_topic", "ephemeral_subscription"]
 

@@ -126,9 +126,7 @@ def test_runs_that_failed_crashed_or_are_late_are_told_by_type_whatever_their_st
     assert "Late: three, 21 Nov\nIt was to begin at 20" in wait_for_text(told, "three,")
 
 
-def test_a_crash_that_is_reported_twice_is_told_once(
-    client: SyncPrefectClient, told: list[str]
-) -> None:
+def test_a_crash_that_is_reported_twice_is_told_once(client, told) -> None:
     run = client.create_flow_run(night, name="once, 21 Nov", tags=["nested-tune"])
     client.set_flow_run_state(run.id, Running(), force=True)
     for message in ("by the worker", "by the server"):
@@ -143,9 +141,7 @@ def test_a_crash_that_is_reported_twice_is_told_once(
     assert not any("by the server" in text for text in told)
 
 
-def test_where_all_is_well_there_is_silence(
-    client: SyncPrefectClient, told: list[str], tmp_path: Path
-) -> None:
+def test_where_all_is_well_there_is_silence(client, told, tmp_path) -> None:
     names = ("Promoted", "Verified", "Kept the champion", "Skipped", "Waits for approval")
     for name in names:
         end_run(client, name, Completed(name=name, message="val loss 0.02"))
@@ -164,10 +160,7 @@ def test_where_all_is_well_there_is_silence(
 
 
 def test_a_rollback_an_old_champion_and_a_full_disk_are_told(
-    client: SyncPrefectClient,
-    told: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    client: SyncPrefectClient, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NESTED_TUNE_ROOTS", str(tmp_path))
     monkeypatch.chdir(tmp_path)  # on one disk with the registry
@@ -193,9 +186,7 @@ def test_a_rollback_an_old_champion_and_a_full_disk_are_told(
 
 
 @pytest.mark.slow("two flow runs, and an alert of their end")
-def test_a_damaged_champion_is_told_with_what_to_do(
-    client: SyncPrefectClient, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_champion_is_told_with_what_to_do(client, told, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("NESTED_TUNE_ROOTS", str(tmp_path))
     registry = tmp_path / "registry"
     core.register_and_promote(write_run(tmp_path / "run", 1), registry, NAME, {}, by="test")
@@ -213,9 +204,7 @@ def test_a_damaged_champion_is_told_with_what_to_do(
     assert "nested-tune forget" in text
 
 
-def test_a_person_is_told_that_a_version_waits_with_the_figures_and_a_link(
-    client: SyncPrefectClient, told: list[str]
-) -> None:
+def test_a_person_is_told_that_a_version_waits_with_the_figures_and_a_link(client, told) -> None:
     figures = "Candidate: 4e044e: loss 4.1 before training, 1.2 after."
     waits = State(type=StateType.PAUSED, name="Waits for approval", message=figures)
     end_run(client, "promote support-bot 4e044e", waits)
@@ -284,9 +273,7 @@ def test_one_test_alert_is_sent_on_demand_and_a_webhook_that_refuses_it_is_an_er
     assert SECRET_PATH not in str(refused.value)
 
 
-def test_the_url_of_a_webhook_is_in_a_block_alone(
-    client: SyncPrefectClient, told: list[str]
-) -> None:
+def test_the_url_of_a_webhook_is_in_a_block_alone(client, told) -> None:
     automations = client.request("POST", "/automations/filter", json={}).text
     blocks = client.request("POST", "/block_documents/filter", json={}).text
     assert "nested-tune" in blocks
@@ -305,9 +292,7 @@ def test_an_alert_that_a_person_removed_goes_where_the_others_go_when_it_is_depl
 
 
 @pytest.mark.slow("puts all automations three times")
-def test_without_a_block_deploy_and_doctor_say_that_nobody_is_told(
-    client: SyncPrefectClient, told: list[str], webhook: WebhookServer
-) -> None:
+def test_without_a_block_deploy_and_doctor_say_that_nobody_is_told(client, told, webhook) -> None:
     again = list(put_automations(client, ALERTS, None))
     assert not any("NOBODY IS TOLD" in line for line in again), "the block of before stays"
     assert check_alerts(client, ALERTS).ok
@@ -323,9 +308,7 @@ def test_without_a_block_deploy_and_doctor_say_that_nobody_is_told(
 @pytest.mark.parametrize(
     "notify", ["slack-webhook/nobody", "ftp://example.org/x", "https://", "https://[hooks/x"]
 )
-def test_a_block_or_url_that_cannot_be_used_is_refused(
-    client: SyncPrefectClient, notify: str
-) -> None:
+def test_a_block_or_url_that_cannot_be_used_is_refused(client, notify) -> None:
     with pytest.raises(ConfigError, match="--notify"):
         find_or_make_block(client, notify)
 

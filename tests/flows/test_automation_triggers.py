@@ -172,9 +172,7 @@ def fired(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[s
 
 @pytest.mark.slow("imports Prefect's server into this process, and has it look some hundred times")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.title)
-def test_an_automation_fires_for_what_is_dead_or_crashed_and_for_nothing_else(
-    case: Case, fired: dict[str, list[str]]
-) -> None:
+def test_an_automation_fires_for_what_is_dead_or_crashed_and_for_nothing_else(case, fired) -> None:
     assert fired[case.title] == case.fires
 
 

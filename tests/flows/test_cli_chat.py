@@ -22,9 +22,7 @@ def ask(target: object, cwd: Path, *more: object) -> Ended:
     return called("chat", target, "--max-tokens", 12, *more, cwd=cwd)
 
 
-def test_one_prompt_is_answered_by_both_as_plain_mlx_lm_answers_it(
-    command_run: CommandRun,
-) -> None:
+def test_one_prompt_is_answered_by_both_as_plain_mlx_lm_answers_it(command_run) -> None:
     done = ask("run", command_run.folder, "--prompt", QUESTION)
     adapter = command_run.run_dir / "adapter"
     (base,) = generate_answers(str(MODEL), [QUESTION], max_tokens=12)
@@ -54,9 +52,7 @@ def test_a_champion_is_asked_by_registry_and_name_a_line_at_a_time(
     ],
     ids=["tokens", "characters"],
 )
-def test_what_the_model_cannot_see_is_refused(
-    command_run: CommandRun, prompt: str, said: str
-) -> None:
+def test_what_the_model_cannot_see_is_refused(command_run, prompt, said) -> None:
     done = ask("run", command_run.folder, "--prompt", prompt)
     assert done.code == 2
     assert said in " ".join(done.message().split())
@@ -80,9 +76,7 @@ def test_what_is_no_run_and_no_name_is_said(tmp_path: Path) -> None:
     assert called("chat", tmp_path, "--max-tokens", "0", cwd=tmp_path).code == 2
 
 
-def test_ctrl_c_in_an_answer_ends_with_130(
-    command_run: CommandRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_in_an_answer_ends_with_130(command_run, monkeypatch) -> None:
     def interrupted(*_: object) -> dict[str, str]:
         raise KeyboardInterrupt
 

@@ -38,9 +38,7 @@ def story(
     }
 
 
-def test_the_first_run_says_that_there_is_no_champion(
-    story: tuple[Path, dict[str, Ended]],
-) -> None:
+def test_the_first_run_says_that_there_is_no_champion(story) -> None:
     _, ran = story
     assert (ran["first"].code, ran["promote"].code) == (0, 0)
     assert "has no champion yet: starting from a fresh adapter" in ran["first"].stderr
@@ -68,9 +66,7 @@ def test_as_json_it_names_the_champion(story: tuple[Path, dict[str, Ended]]) -> 
     }
 
 
-def test_a_champion_whose_provenance_is_damaged_ends_with_6(
-    story: tuple[Path, dict[str, Ended]], tmp_path: Path
-) -> None:
+def test_a_champion_whose_provenance_is_damaged_ends_with_6(story, tmp_path) -> None:
     folder = shutil.copytree(story[0], tmp_path / "copy", symlinks=True)
     path = folder / "registry" / NAME / "champion" / "provenance.json"
     path.chmod(0o644)

@@ -42,9 +42,7 @@ def test_a_run_directory_stands_for_the_adapter_that_it_offers(
     assert config["layers_to_transform"] == [0, 1, 2, 3, 4, 5]
 
 
-def test_the_champion_is_exported_through_its_link(
-    command_run: CommandRun, nested_tune: Run, tmp_path: Path
-) -> None:
+def test_the_champion_is_exported_through_its_link(command_run, nested_tune, tmp_path) -> None:
     target = ("--registry", "registry", "--name", "geo")
     assert nested_tune("promote", command_run.run_dir, *target).code == 0
     champion = tmp_path / "registry" / "geo" / "champion"

@@ -26,9 +26,7 @@ def test_init_writes_a_configuration_that_explain_takes(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["lora.yaml"]
 
 
-def test_init_cuts_at_what_the_model_can_see_and_explain_counts_what_is_longer(
-    tmp_path: Path,
-) -> None:
+def test_init_cuts_at_what_the_model_can_see_and_explain_counts_what_is_longer(tmp_path) -> None:
     (tmp_path / "data").mkdir()
     rows = [{"prompt": f"Where is {n}?", "completion": "Near. " * (n * 4)} for n in range(1, 11)]
     for split in ("train", "valid"):

@@ -20,7 +20,7 @@ from tests.flows.conftest import Ended, called, completed, ended, start
 from tests.waiting import wait_until
 
 pytestmark = [
-    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc"),
+    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 ]
 
 TRAIN = ("train", "-c", "config.yaml", "--run-dir", "run")

@@ -21,7 +21,7 @@ from tests.prefect_home import new_prefect_home
 from tests.waiting import wait_until
 
 pytestmark = [
-    pytest.mark.slow("starts a server and trains until it is stopped, each in a process"),
+    pytest.mark.slow("starts a server and trains until it is stopped, each in a process")
 ]  # several processes, each with a server of its own
 
 RUN = ("run", "-c", "config.yaml", "--run-dir", "run")
@@ -112,9 +112,7 @@ def test_neither_a_second_ctrl_c_nor_a_kill_leaves_a_server_behind(tmp_path: Pat
     wait_for_no_servers(tmp_path)
 
 
-def test_sigterm_while_training_ends_as_a_cancelled_flow_run(
-    prefect_server: None, tmp_path: Path
-) -> None:
+def test_sigterm_while_training_ends_as_a_cancelled_flow_run(prefect_server, tmp_path) -> None:
     write_config(tmp_path / "config.yaml", iters=5000, val_batches=1, steps_per_report=2)
     server = str(get_current_settings().api.url)
     process = start(*RUN, cwd=tmp_path, PREFECT_API_URL=server)

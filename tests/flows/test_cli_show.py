@@ -68,9 +68,7 @@ def write_third_line(path: Path, row: dict[str, Any]) -> None:
         ("tools", ANSWER),
     ],
 )
-def test_the_document_has_every_token_and_which_are_learnt(
-    shown: dict[str, Ended], case: str, learnt: str
-) -> None:
+def test_the_document_has_every_token_and_which_are_learnt(shown, case, learnt) -> None:
     done = shown[case]
     assert done.code == 0, done.stderr
     examples = done.document["examples"]

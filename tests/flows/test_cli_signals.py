@@ -85,9 +85,7 @@ def test_a_second_sigint_in_a_long_step_exits_130_at_once_and_keeps_the_checkpoi
 
 
 @pytest.mark.slow("trains and judges in two processes")
-def test_a_signal_while_the_gate_judges_exits_5_and_the_resumed_run_is_judged(
-    tmp_path: Path,
-) -> None:
+def test_a_signal_while_the_gate_judges_exits_5_and_the_resumed_run_is_judged(tmp_path) -> None:
     write_config(tmp_path / "config.yaml", iters=4, val_batches=1)
     process = start(*TRAIN, cwd=tmp_path)
     result = tmp_path / "run" / "result.json"

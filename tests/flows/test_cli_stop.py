@@ -127,9 +127,7 @@ def test_the_resumed_run_ends_and_passes_the_gate(story: Story) -> None:
 
 
 @pytest.mark.slow("trains and judges in two processes")
-def test_a_signal_before_training_begins_exits_5_and_the_run_can_be_resumed(
-    tmp_path: Path,
-) -> None:
+def test_a_signal_before_training_begins_exits_5_and_the_run_can_be_resumed(tmp_path) -> None:
     write_config(tmp_path / "config.yaml", iters=4, val_batches=0)
     process = start(*TRAIN, cwd=tmp_path)
     wait_until((tmp_path / "run" / "config.yaml").exists, process=process)

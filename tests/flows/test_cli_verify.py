@@ -13,9 +13,7 @@ from tests.flows.conftest import CommandRun, Ended, called
 Run = Callable[..., Ended]
 
 
-def test_an_adapter_against_itself_is_unchanged_and_exit_4(
-    command_run: CommandRun, nested_tune: Run
-) -> None:
+def test_an_adapter_against_itself_is_unchanged_and_exit_4(command_run, nested_tune) -> None:
     adapter = command_run.run_dir / "adapter"
     done = nested_tune("verify", adapter, adapter, "--json")
     assert done.code == 4
@@ -50,9 +48,7 @@ def test_the_document_has_the_keys_of_design_and_nothing_else_is_printed(
     assert done.stderr == ""
 
 
-def test_a_person_reads_the_verdict_first_and_then_a_row_a_module(
-    command_run: CommandRun,
-) -> None:
+def test_a_person_reads_the_verdict_first_and_then_a_row_a_module(command_run) -> None:
     adapters = [command_run.run_dir / "initial", command_run.run_dir / "adapter"]
     done = called("verify", *adapters, cwd=command_run.folder)
     assert done.code == 0
@@ -78,9 +74,7 @@ def replaced_by_a_pickle(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncated, replaced_by_a_pickle])
-def test_a_damaged_adapter_is_named_and_exit_6(
-    command_run: CommandRun, nested_tune: Run, tmp_path: Path, damage: Callable[[Path], None]
-) -> None:
+def test_a_damaged_adapter_is_named_and_exit_6(command_run, nested_tune, tmp_path, damage) -> None:
     copy = shutil.copytree(command_run.run_dir / "adapter", tmp_path / "copy")
     damage(copy / "adapters.safetensors")
     done = nested_tune("verify", command_run.run_dir / "initial", copy, "--json")

@@ -58,9 +58,7 @@ def end_them() -> list[str]:
 
 
 @pytest.mark.slow("it waits for a heartbeat to be kept, and then for silence: 40 seconds")
-def test_what_is_silent_is_ended_by_its_state_and_all_else_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_is_silent_is_ended_by_its_state_and_all_else_is_left_alone(monkeypatch) -> None:
     states: dict[str, State[Any]] = {
         "at work": Running(),
         "pending": Pending(),

@@ -85,9 +85,7 @@ def test_a_verified_and_promoted_adapter_is_announced_with_what_promote_needs(
 
 
 @pytest.mark.slow("a flow that trains and judges a run of its own")
-def test_a_version_that_waits_for_approval_is_verified_and_not_promoted(
-    tmp_path: Path, new_name: str
-) -> None:
+def test_a_version_that_waits_for_approval_is_verified_and_not_promoted(tmp_path, new_name) -> None:
     state = run_flow(tmp_path, new_name, "approve")
     (version,) = core.list_versions(tmp_path / "registry", new_name)
     assert state.is_completed()
@@ -173,9 +171,7 @@ def test_commands_tell_the_server_what_they_changed_and_who_did_it(
 
 
 @pytest.mark.slow("three flow runs")
-def test_reconcile_tells_once_what_no_server_was_told(
-    changed: Path, new_name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reconcile_tells_once_what_no_server_was_told(changed, new_name, monkeypatch) -> None:
     monkeypatch.setenv("NESTED_TUNE_ROOTS", str(changed.parent))
     for _ in range(2):
         reconcile(ReconcileParameters(registry=str(changed)))

@@ -66,9 +66,7 @@ def test_the_flow_completes_and_registers_a_champion(completed: tuple[Path, Stat
     assert adapter.read_bytes() == (folder / "run" / "adapter" / adapter.name).read_bytes()
 
 
-def test_the_flow_run_has_the_adapters_name_the_night_and_its_outcome(
-    completed: tuple[Path, State[Any]],
-) -> None:
+def test_the_flow_run_has_the_adapters_name_the_night_and_its_outcome(completed) -> None:
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(flow_run_id(completed[1]))
     due = run.expected_start_time
@@ -91,9 +89,7 @@ def continued(folder: Path, path: str, **changes: Any) -> State[Any]:
 
 
 @pytest.mark.slow("a flow run of its own")
-def test_a_sound_run_that_is_no_better_than_its_start_keeps_the_champion(
-    completed: tuple[Path, State[Any]],
-) -> None:
+def test_a_sound_run_that_is_no_better_than_its_start_keeps_the_champion(completed) -> None:
     folder, _ = completed
     champion = read_champion(folder / "registry", "capitals")
     worse = {"learning_rate": 0.05, "iters": 4, "gate": {"max_val_loss_increase": 1e3}}
@@ -106,9 +102,7 @@ def test_a_sound_run_that_is_no_better_than_its_start_keeps_the_champion(
 
 
 @pytest.mark.slow("a flow run of its own")
-def test_a_rise_beyond_bound_and_noise_is_rejected_with_the_champions_loss(
-    completed: tuple[Path, State[Any]],
-) -> None:
+def test_a_rise_beyond_bound_and_noise_is_rejected_with_the_champions_loss(completed) -> None:
     folder, _ = completed
     champion = str(read_champion(folder / "registry", "capitals"))
     state = continued(folder, "rejected", learning_rate=0.05, iters=4)
@@ -129,9 +123,7 @@ def test_a_night_on_the_champions_own_data_is_skipped(completed: tuple[Path, Sta
     assert state.message == f"data unchanged since {str(champion)[:12]}"
 
 
-def test_what_cannot_be_used_in_the_end_fails_the_flow_before_there_is_a_run(
-    tmp_path: Path,
-) -> None:
+def test_what_cannot_be_used_in_the_end_fails_the_flow_before_there_is_a_run(tmp_path) -> None:
     state = run_flow(parameters(tmp_path, registry={"path": "/proc/x", "name": "capitals"}))
     assert (state.is_failed(), state.name) == (True, "Failed")
     assert "nothing can be written in /proc" in str(state.message)
@@ -192,9 +184,7 @@ def rejected(
 
 
 @pytest.mark.slow("a flow that trains and judges a run of its own")
-def test_a_failing_gate_fails_the_flow_with_the_reason_in_its_message(
-    rejected: tuple[Path, State[Any]],
-) -> None:
+def test_a_failing_gate_fails_the_flow_with_the_reason_in_its_message(rejected) -> None:
     _, state = rejected
     assert state.is_failed()
     with get_client(sync_client=True) as client:
@@ -207,9 +197,7 @@ def test_a_failing_gate_fails_the_flow_with_the_reason_in_its_message(
 
 
 @pytest.mark.slow("a flow that trains and judges a run of its own")
-def test_a_failing_gate_is_not_tried_again_and_nothing_is_registered(
-    rejected: tuple[Path, State[Any]],
-) -> None:
+def test_a_failing_gate_is_not_tried_again_and_nothing_is_registered(rejected) -> None:
     folder, state = rejected
     runs = task_runs(state, *TASKS)
     assert tuple(runs) == TASKS

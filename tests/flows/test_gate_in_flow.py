@@ -65,9 +65,7 @@ class Saboteur:
 
 @pytest.fixture
 def sabotaged(
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
-    trained: tuple[RunDirectory, RunDirectory],
+    request: pytest.FixtureRequest, tmp_path: Path, trained: tuple[RunDirectory, RunDirectory]
 ) -> Iterator[tuple[Path, State[Any]]]:
     """A flow whose training was spoilt, and how it ended."""
     case: Case = request.param
@@ -99,9 +97,7 @@ def bounds(case: Case, folder: Path) -> dict[str, Any]:
     ids=INJECTED,
     indirect=True,
 )
-def test_the_flow_fails_with_the_reason_and_promotes_nothing(
-    sabotaged: tuple[Path, State[Any]], request: pytest.FixtureRequest
-) -> None:
+def test_the_flow_fails_with_the_reason_and_promotes_nothing(sabotaged, request) -> None:
     folder, state = sabotaged
     code = request.node.callspec.id
     assert state.is_failed()
@@ -120,9 +116,7 @@ HONEST = next(case for case in CASES if not case.expected)
 
 @pytest.mark.slow("a flow run for each kind of tampering")
 @pytest.mark.parametrize("sabotaged", HARMED, ids=lambda case: case.name, indirect=True)
-def test_a_flow_whose_run_was_tampered_with_fails_without_a_verdict(
-    sabotaged: tuple[Path, State[Any]],
-) -> None:
+def test_a_flow_whose_run_was_tampered_with_fails_without_a_verdict(sabotaged) -> None:
     folder, state = sabotaged
     assert state.is_failed()
     with pytest.raises(DamagedError):

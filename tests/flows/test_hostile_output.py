@@ -75,9 +75,7 @@ PRINTERS: list[Callable[[str], None]] = [
 
 
 @pytest.mark.parametrize("show", PRINTERS)
-def test_what_is_printed_is_safe_and_shows_the_text(
-    show: Callable[[str], None], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_printed_is_safe_and_shows_the_text(show, capfd) -> None:
     for name, text in HOSTILE.items():
         show(text)
         written = "".join(capfd.readouterr())
@@ -86,18 +84,14 @@ def test_what_is_printed_is_safe_and_shows_the_text(
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_markup_of_rich_is_shown_and_not_obeyed(
-    name: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_markup_of_rich_is_shown_and_not_obeyed(name, capfd) -> None:
     for text in ("[/red]", "[bold]a[/bold]", "[link=x]a[/link]", ":boom:"):
         console.print_table(("a",), [(text + HOSTILE[name][:60],)])
         assert text in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_document_is_json_and_keeps_the_text(
-    name: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_document_is_json_and_keeps_the_text(name, capfd) -> None:
     text = HOSTILE[name]
     console.print_json({text: [text], "loss": float("nan"), "pair": (1.0, float("inf"))})
     written = capfd.readouterr().out
@@ -201,9 +195,7 @@ def test_validate_prints_hostile_data_safely(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_configuration_of_hostile_keys_and_values_is_refused_safely(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_configuration_of_hostile_keys_and_values_is_refused_safely(name, tmp_path) -> None:
     text = HOSTILE[name]
     content = {text: 1, "model": text, "nested": {text: 1, "fast": text}, "iters": text}
     try:

@@ -86,9 +86,7 @@ def lines() -> Iterator[Lines]:
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_an_error_of_a_flow_or_of_its_task_is_logged_once_in_a_paragraph(
-    tmp_path: Path, lines: Lines
-) -> None:
+def test_an_error_of_a_flow_or_of_its_task_is_logged_once_in_a_paragraph(tmp_path, lines) -> None:
     missing = str(tmp_path / "none")
     state = rollback(RollbackParameters(registry=missing, name="a", by="me"), return_state=True)
     assert state.is_failed()

@@ -131,7 +131,7 @@ MISTAKES: dict[str, Mistake] = {
         changed(str(MODEL), "./data"), "no tokenizer could be loaded from", "Expected the model's"
     ),
     "no MLX for this machine": Mistake(
-        ("MLX cannot be imported", "pip install 'nested-tune[cpu]' or 'nested-tune[cuda]'"),
+        ("MLX cannot be imported", "pip install 'nested-tune[cpu]' or 'nested-tune[cuda]'")
     ),
     # The data
     "a data folder that is not there": yaml_mistake(
@@ -366,9 +366,7 @@ def make_folder(folder: Path, mistake: Mistake) -> None:
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_answered_with_what_to_do(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mistake_is_answered_with_what_to_do(name, tmp_path, monkeypatch) -> None:
     mistake = MISTAKES[name]
     make_folder(tmp_path, mistake)
     if name == "no MLX for this machine":
@@ -406,10 +404,7 @@ def test_what_is_no_mistake_is_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "said"),
-    [
-        ((), "training.epochs 2 decides the length: iters is not used"),
-        (("--iters", "6"), None),
-    ],
+    [((), "training.epochs 2 decides the length: iters is not used"), (("--iters", "6"), None)],
 )
 def test_of_epochs_and_iters_the_one_that_decides_is_named_and_a_flag_wins(
     flags: tuple[str, ...], said: str | None, tmp_path: Path

@@ -49,10 +49,7 @@ def printed_by_ours(tmp_path: Path, **settings: Any) -> str:
     "settings",
     [
         {},
-        {
-            "training": {"reference": "mlx_lm", "max_grad_norm": 0.0},
-            "nested": {"frequencies": [1]},
-        },
+        {"training": {"reference": "mlx_lm", "max_grad_norm": 0.0}, "nested": {"frequencies": [1]}},
     ],
     ids=["ours", "reference"],
 )

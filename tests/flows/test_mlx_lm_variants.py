@@ -42,15 +42,7 @@ from tests.flows.conftest import called
 from tests.fork_server import python
 from tests.mlx_lm_runs import Job, Request
 from tests.mlx_lm_stand_ins import make_stand_ins
-from tests.mlx_lm_variants import (
-    EXAMPLES,
-    FLAGS,
-    KEYS,
-    REFUSED,
-    TRAINED,
-    Variant,
-    flag_variants,
-)
+from tests.mlx_lm_variants import EXAMPLES, FLAGS, KEYS, REFUSED, TRAINED, Variant, flag_variants
 
 ROOT = Path(__file__).parents[2]
 # One of each kind of file and tensor, in half a second; `make reliability` trains all of them.
@@ -300,9 +292,7 @@ def agrees(ours: Any, theirs: Any) -> bool:
 
 
 @pytest.mark.parametrize("variant", named((*EXAMPLES, *TRAINED, *FLAG_VARIANTS)))
-def test_both_programs_read_the_same(
-    variant: Variant, theirs: dict[str, Theirs], stand_ins: Mapping[str, str], tmp_path: Path
-) -> None:
+def test_both_programs_read_the_same(variant, theirs, stand_ins, tmp_path) -> None:
     config = configured(write_command(variant, tmp_path / "ours", stand_ins), tmp_path / "ours")
     ours = config.model_dump(mode="json", by_alias=True)
     read = theirs[variant.name].values
@@ -370,9 +360,7 @@ def require_loadable(config: FineTuneConfig, adapters: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", named(TRAINED_HERE, slow=TRAINED_HERE[1:]))
-def test_training_leaves_what_mlx_lm_leaves(
-    variant: Variant, theirs: dict[str, Theirs], stand_ins: Mapping[str, str], tmp_path: Path
-) -> None:
+def test_training_leaves_what_mlx_lm_leaves(variant, theirs, stand_ins, tmp_path) -> None:
     done = train_here(variant, tmp_path / "ours", stand_ins)
     assert done.config.adapter_path is not None
     adapters = tmp_path / "ours" / done.config.adapter_path

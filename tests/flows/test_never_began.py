@@ -25,9 +25,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("changes", REFUSED.values(), ids=REFUSED.keys())
-def test_a_run_refused_before_its_first_step_leaves_nothing(
-    tmp_path: Path, changes: dict[str, Any]
-) -> None:
+def test_a_run_refused_before_its_first_step_leaves_nothing(tmp_path, changes) -> None:
     (tmp_path / "empty").mkdir()
     write_config(tmp_path / "lora.yaml", **changes)
     done = called("train", "-c", "lora.yaml", cwd=tmp_path)

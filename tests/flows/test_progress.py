@@ -31,9 +31,7 @@ def test_short_work_shows_nothing(clock: list[float], capsys: pytest.CaptureFixt
     assert capsys.readouterr() == ("", "")
 
 
-def test_long_work_is_a_line_now_and_then(
-    clock: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_long_work_is_a_line_now_and_then(clock, capsys) -> None:
     show = ProgressLine()
     for done in range(1, 101):
         clock[0] += 0.07
@@ -48,9 +46,7 @@ def test_long_work_is_a_line_now_and_then(
     ]
 
 
-def test_a_first_part_of_no_bytes_says_no_time_left(
-    clock: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_first_part_of_no_bytes_says_no_time_left(clock, capsys) -> None:
     show = ProgressLine()
     for done in (0, 0, 5, 10):
         clock[0] += 3
@@ -89,17 +85,13 @@ def test_metrics_that_were_cut_back_and_have_grown_since_are_read_from_their_sta
     assert progress.records == read_metrics(path)
 
 
-def test_a_loss_that_is_not_finite_is_said_to_be(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_loss_that_is_not_finite_is_said_to_be(tmp_path, capsys) -> None:
     with showing_run(RunDirectory(tmp_path)):
         append_metrics(tmp_path / "metrics.jsonl", {"step": 0, "val_loss": math.nan})
     assert capsys.readouterr().err == "step 0: validation loss not finite\n"
 
 
-def test_a_run_that_was_stopped_is_said_to_end_at_the_step_of_its_checkpoint(
-    tmp_path: Path,
-) -> None:
+def test_a_run_that_was_stopped_is_said_to_end_at_the_step_of_its_checkpoint(tmp_path) -> None:
     """The last report may be of an earlier step than the checkpoint that the stop wrote."""
     run = RunDirectory(tmp_path)
     append_metrics(run.metrics, {"step": 10, "loss": 1.0})
@@ -110,17 +102,13 @@ def test_a_run_that_was_stopped_is_said_to_end_at_the_step_of_its_checkpoint(
 
 
 @pytest.mark.parametrize(("columns", "width"), [("80", 80), ("", 120), ("0", 120), ("wide", 120)])
-def test_a_table_in_a_pipe_keeps_to_columns(
-    columns: str, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_in_a_pipe_keeps_to_columns(columns, width, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     print_table(("what", "problem"), [("file", 30 * "words ")])
     assert max(map(len, capsys.readouterr().out.splitlines())) == width
 
 
-def test_a_table_has_four_digits_of_a_number_and_the_whole_of_a_path(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_table_has_four_digits_of_a_number_and_the_whole_of_a_path(capsys) -> None:
     path = "registry/capitals/versions/" + 4 * "0123456789abcdef" + "/adapters.safetensors"
     print_table(("what", "changed", "by", "note"), [(path, True, 1.0778199771389183, None)] * 2)
     shown = capsys.readouterr().out

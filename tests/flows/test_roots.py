@@ -60,9 +60,7 @@ def hub(path: str, **arguments: Any) -> FineTuneConfig:
         config(hf_dataset=[{"path": "data"}, {"path": "owner/other"}]),
     ],
 )
-def test_names_of_the_hub_addresses_and_paths_inside_are_allowed(
-    home: Path, allowed: FineTuneConfig
-) -> None:
+def test_names_of_the_hub_addresses_and_paths_inside_are_allowed(home, allowed) -> None:
     with_allowed_paths(allowed)
 
 
@@ -101,9 +99,7 @@ def test_a_data_set_outside_is_refused_by_its_path(home: Path, path: str) -> Non
     ],
 )
 @pytest.mark.parametrize("loader", ["json", "owner/data-set", "data"])
-def test_data_files_outside_are_refused_however_they_are_written(
-    home: Path, loader: str, files: Any
-) -> None:
+def test_data_files_outside_are_refused_however_they_are_written(home, loader, files) -> None:
     with pytest.raises(ConfigError, match=r"^hf_dataset\[0\]\.config\.data_files: .* is outside"):
         with_allowed_paths(hub(loader, data_files=files))
 
@@ -142,17 +138,13 @@ def test_files_that_start_at_a_folder_given_beside_them_are_followed(home: Path)
         with_allowed_paths(hub("json", data_dir="data", data_files="../../secret.jsonl"))
 
 
-def test_a_run_at_a_command_line_goes_where_its_person_may(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_at_a_command_line_goes_where_its_person_may(home, monkeypatch) -> None:
     monkeypatch.delenv("PREFECT__RUNTIME__DEPLOYMENT__ID")
     with_allowed_paths(hub("json", data_files="/etc/passwd"))
     assert require_allowed("/etc", "data") == Path("/etc")
 
 
-def test_roots_of_the_environment_replace_the_folder_of_the_run(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_roots_of_the_environment_replace_the_folder_of_the_run(home, monkeypatch) -> None:
     monkeypatch.setenv("NESTED_TUNE_ROOTS", str(home.parent))
     with_allowed_paths(hub("json", data_files="/".join([str(home.parent), "secret.jsonl"])))
     monkeypatch.setenv("NESTED_TUNE_ROOTS", str(home / "data"))
@@ -162,17 +154,8 @@ def test_roots_of_the_environment_replace_the_folder_of_the_run(
 
 
 KEYS_OF_PATHS = [
-    "model",
-    "data",
-    "resume_adapter_file",
-    "adapter_path",
-    "run_dir",
-    "training.hostfile",
-    "gate.held_out",
-    "gate.general_data",
-    "gate.tasks",
-    "registry.path",
-    "hf_dataset",
+    *("model", "data", "resume_adapter_file", "adapter_path", "run_dir", "training.hostfile"),
+    *("gate.held_out", "gate.general_data", "gate.tasks", "registry.path", "hf_dataset"),
 ]
 
 
@@ -210,9 +193,7 @@ def parameters(key: str, path: str) -> FinetuneParameters:
         ("data/.git/config", "is hidden"),
     ],
 )
-def test_no_key_leads_outside_by_any_spelling(
-    home: Path, monkeypatch: pytest.MonkeyPatch, key: str, path: str, problem: str
-) -> None:
+def test_no_key_leads_outside_by_any_spelling(home, monkeypatch, key, path, problem) -> None:
     (home.parent / "somebody").mkdir()
     (home / "~").mkdir()  # what is no home folder to who does not expand it
     monkeypatch.setenv("HOME", str(home.parent / "somebody"))
@@ -276,9 +257,7 @@ def test_only_one_plain_address_over_https_or_of_the_hub_is_taken(home: Path, ad
 
 
 @pytest.mark.parametrize("loader", ["pandas", "webdataset", "imagefolder", "pandas/", "./eval"])
-def test_a_loader_that_reads_more_than_data_is_refused(
-    home: Path, loader: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loader_that_reads_more_than_data_is_refused(home, loader, monkeypatch) -> None:
     pytest.importorskip("datasets")
     with pytest.raises(ConfigError, match="is a loader of `datasets`"):
         with_allowed_paths(hub(loader, data_files="https://data.example/x"))
@@ -301,9 +280,7 @@ def test_arguments_that_name_code_credentials_or_folders_to_write_in_are_refused
         with_allowed_paths(hub("json", **arguments))
 
 
-def test_a_models_code_runs_only_where_the_worker_lists_the_model(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_models_code_runs_only_where_the_worker_lists_the_model(home, monkeypatch) -> None:
     (home / "model").mkdir()
     (home / "other").mkdir()
     trusting = [config(model=name, trust_remote_code=True) for name in ("model", "other", "a/b")]
@@ -320,7 +297,7 @@ def test_a_models_code_runs_only_where_the_worker_lists_the_model(
 
 
 def test_of_a_trusted_model_of_the_hub_the_listed_revision_is_loaded(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, monkeypatch
 ) -> None:
     asked: list[tuple[str, str | None]] = []
 

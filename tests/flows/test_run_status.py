@@ -61,9 +61,7 @@ def test_each_stage_of_a_run_has_its_state(states: tuple[dict[str, str], Finishe
     }
 
 
-def test_a_verdict_that_a_resumed_run_takes_away_meanwhile_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_verdict_that_a_resumed_run_takes_away_meanwhile_is_none(tmp_path, monkeypatch) -> None:
     run = prepare(example_config(), tmp_path / "run")
     write_verdict(run.path, PASSED, {})
     read = strict_files.read_json
@@ -78,9 +76,7 @@ def test_a_verdict_that_a_resumed_run_takes_away_meanwhile_is_none(
     assert (taken_away.verdict, taken_away.state, taken_away.problems) == (None, "never began", [])
 
 
-def test_a_verdict_without_its_manifest_is_none_and_an_edited_one_is_damage(
-    tmp_path: Path,
-) -> None:
+def test_a_verdict_without_its_manifest_is_none_and_an_edited_one_is_damage(tmp_path) -> None:
     run = prepare(example_config(), tmp_path / "run")
     write_verdict(run.path, PASSED, {})
     assert Run(run).state == "verified"
@@ -92,9 +88,7 @@ def test_a_verdict_without_its_manifest_is_none_and_an_edited_one_is_damage(
     assert (Run(run).verdict, Run(run).problems) == (None, [])
 
 
-def test_a_verified_run_that_was_made_longer_and_stopped_is_resumable(
-    states: tuple[dict[str, str], Finished], tmp_path: Path
-) -> None:
+def test_a_verified_run_that_was_made_longer_and_stopped_is_resumable(states, tmp_path) -> None:
     longer, run = example_config(val_batches=0, iters=16), states[1].run
     steps.write_run_config(longer, run, resume=True)
     with pytest.raises(TrainingStopped):

@@ -11,14 +11,7 @@ import pytest
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Completed, Crashed, Running, Scheduled, State
 
-from flows.sweep import (
-    MOST_RUNS,
-    SweepParameters,
-    grid_points,
-    has_ended,
-    promote_choice,
-    sweep,
-)
+from flows.sweep import MOST_RUNS, SweepParameters, grid_points, has_ended, promote_choice, sweep
 from nested_core.errors import ConfigError
 from nested_core.records.verdict import JudgedAdapter, Validation, Verdict
 from nested_core.records.verdict_file import write_verdict
@@ -52,9 +45,7 @@ def test_a_grid_that_cannot_run_or_be_compared_is_refused_before_any_run(
 ) -> None:
     registry = {"path": str(tmp_path / "registry"), "name": "capitals"}
     config = SweepParameters(
-        base=example_config(registry=registry),
-        grid=grid,
-        deployment="finetune/capitals-manual",
+        base=example_config(registry=registry), grid=grid, deployment="finetune/capitals-manual"
     )
     with patch("flows.sweep.run_deployment") as start, pytest.raises(ConfigError, match=problem):
         sweep.fn(config)

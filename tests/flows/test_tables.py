@@ -10,9 +10,7 @@ LONG = "passed, inconclusive: +0.01 nats a token; some 4,000 examples would tell
 
 
 @pytest.mark.parametrize("columns", ["60", "80"])
-def test_no_word_is_broken_where_all_fit(
-    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_word_is_broken_where_all_fit(columns, monkeypatch, capsys) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     names = ("", "first", "second")
     print_table(names, [("lora_parameters.rank", "8", "16"), ("verdict", LONG, "task_below")])
@@ -24,9 +22,7 @@ def test_no_word_is_broken_where_all_fit(
     assert " ".join(cells[2].strip() for cells in rows[1:]) == LONG
 
 
-def test_the_longest_word_is_broken_where_the_terminal_is_too_narrow(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_longest_word_is_broken_where_the_terminal_is_too_narrow(monkeypatch, capsys) -> None:
     monkeypatch.setenv("COLUMNS", "30")
     print_table(("key", "value"), [("a" * 40, "task_below")])
     printed = capsys.readouterr().out

@@ -66,9 +66,7 @@ CASES: dict[str, tuple[Any, Callable[[RunDirectory], Path], int]] = {
 
 @pytest.mark.filterwarnings("ignore:.*made again from the checkpoints")
 @pytest.mark.parametrize("name", CASES)
-def test_an_io_error_that_may_pass_is_tried_again_as_the_table_says(
-    run: RunDirectory, tmp_path: Path, name: str
-) -> None:
+def test_an_io_error_that_may_pass_is_tried_again_as_the_table_says(run, tmp_path, name) -> None:
     task, place, expected = CASES[name]
     target = {"path": str(tmp_path / "registry"), "name": "capitals", "promote": "always"}
     config = example_config(iters=4, val_batches=0, registry=target)
@@ -91,9 +89,7 @@ def test_damage_is_not_tried_again(run: RunDirectory, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("task", [promote, promote_by_recorded_policy])
-def test_an_io_error_of_the_registry_that_may_pass_is_tried_again(
-    tmp_path: Path, task: Any
-) -> None:
+def test_an_io_error_of_the_registry_that_may_pass_is_tried_again(tmp_path, task) -> None:
     registry = tmp_path / "registry"
     policy = {"config": {"registry": {"path": "r", "name": "capitals", "promote": "always"}}}
     version = core.register(write_run(tmp_path / "run", 1), registry, "capitals", policy)
@@ -106,9 +102,7 @@ def test_an_io_error_of_the_registry_that_may_pass_is_tried_again(
         state.result()
 
 
-def test_a_second_try_completes_where_the_error_has_passed(
-    judged: Finished, run: RunDirectory
-) -> None:
+def test_a_second_try_completes_where_the_error_has_passed(judged, run) -> None:
     expected = run.tiers.read_bytes()
     shutil.rmtree(run.initial)
     directory_in_place_of(run.tiers)

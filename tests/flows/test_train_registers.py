@@ -68,8 +68,7 @@ def test_train_does_with_a_verified_adapter_what_the_flow_does(
     assert done.code == 0, done.stderr
     values = example_settings(**settings(tmp_path / "flow-registry", policy, iters))
     state = finetune(
-        FinetuneParameters(**values, run_dir=str(tmp_path / "flow"), resume=True),
-        return_state=True,
+        FinetuneParameters(**values, run_dir=str(tmp_path / "flow"), resume=True), return_state=True
     )
     assert state.is_completed(), state.message
 

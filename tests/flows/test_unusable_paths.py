@@ -75,9 +75,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("name", "kind"), cases())
-def test_a_path_that_cannot_be_used_is_exit_2_and_named_as_it_was_given(
-    name: str, kind: str, folder: Path
-) -> None:
+def test_a_path_that_cannot_be_used_is_exit_2_and_named_as_it_was_given(name, kind, folder) -> None:
     path = PATHS[kind]
     done = called(*(part.replace("@", path) for part in COMMANDS[name]), cwd=folder)
     message = done.message()

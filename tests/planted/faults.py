@@ -5,14 +5,7 @@ from __future__ import annotations
 from tests.planted.planting import Fault
 
 FAULTS = (
-    Fault(
-        "nested_core/errors.py",
-        '"""An adapter that did not pass the gate; it is never retried and never registered."""\n\n'
-        "    exit_code = 4",
-        '"""An adapter that did not pass the gate; it is never retried and never registered."""\n\n'
-        "    exit_code = 1",
-        "a wrong exit code",
-    ),
+    Fault("nested_core/errors.py", "exit_code = 4", "exit_code = 1", "a wrong exit code"),
     Fault(
         "nested_core/errors.py",
         '[*map(str, values[:count]), *(["..."] if len(values) > count else [])]',

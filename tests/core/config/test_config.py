@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,9 +70,7 @@ class TestUnknownKeys:
             ("lora_parameters", "rnk", "rank"),
         ],
     )
-    def test_the_nearest_known_key_is_suggested(
-        self, section: str | None, key: str, meant: str
-    ) -> None:
+    def test_the_nearest_known_key_is_suggested(self, section, key, meant) -> None:
         values = {key: 1} if section is None else {section: {key: 1}}
         name = key if section is None else f"{section}.{key}"
         assert problems(**values) == [f"{name}: unknown key; did you mean {meant}?"]
@@ -91,9 +88,7 @@ class TestUnknownKeys:
             ),
         ],
     )
-    def test_deeper_keys_are_refused_by_their_whole_name(
-        self, values: dict[str, Any], name: str
-    ) -> None:
+    def test_deeper_keys_are_refused_by_their_whole_name(self, values, name) -> None:
         assert problems(**values)[0].startswith(f"{name}: unknown key")
 
 
@@ -110,14 +105,8 @@ class TestAllProblemsAtOnce:
             registry={"path": "somewhere"},
         )
         assert [line.split(":")[0] for line in found] == [
-            "optimizer",
-            "batch_size",
-            "lora_parameters.dropout",
-            "nested",
-            "training.max_grad_norm",
-            "gate.max_skipped_share",
-            "registry",
-            "itres",
+            *("optimizer", "batch_size", "lora_parameters.dropout", "nested"),
+            *("training.max_grad_norm", "gate.max_skipped_share", "registry", "itres"),
         ]
 
     def test_every_disagreement_of_a_section_has_its_line(self) -> None:
@@ -155,33 +144,22 @@ class TestAllProblemsAtOnce:
 
 class TestPartsThatHaveToAgree:
     @pytest.mark.parametrize(
-        ("nested", "message"),
+        ("nested", "named"),
         [
-            ({"frequencies": [4, 2]}, "frequencies must ascend, fastest first; got (4, 2)"),
-            (
-                {"frequencies": [1, 2], "learning_rate_scale": [1.0]},
-                "learning_rate_scale needs one number a tier (2), got 1",
-            ),
-            (
-                {"frequencies": [1], "weight_decay": [0.1, 0.2]},
-                "weight_decay needs one number a tier (1), got 2",
-            ),
-            (
-                {"strategy": "manual"},
-                "strategy manual needs assignments, and only manual takes them",
-            ),
-            (
-                {"assignments": [{"match": "a", "tier": 0}]},
-                "strategy manual needs assignments, and only manual takes them",
-            ),
+            ({"frequencies": [4, 2]}, "frequencies must"),
+            ({"frequencies": [1, 2], "learning_rate_scale": [1.0]}, "learning_rate_scale needs"),
+            ({"frequencies": [1], "weight_decay": [0.1, 0.2]}, "weight_decay needs"),
+            ({"strategy": "manual"}, "strategy manual"),
+            ({"assignments": [{"match": "a", "tier": 0}]}, "strategy manual"),
             (
                 {"strategy": "manual", "assignments": [{"match": "a", "tier": 1}]},
-                "the assignment 'a' names tier 1; 1 frequencies make tiers 0 to 0",
+                "the assignment 'a' names tier 1",
             ),
         ],
     )
-    def test_tiers(self, nested: dict[str, Any], message: str) -> None:
-        assert problems(nested=nested) == [f"nested: {message}"]
+    def test_tiers(self, nested: dict[str, Any], named: str) -> None:
+        (line,) = problems(nested=nested)
+        assert line.startswith(f"nested: {named}")
 
     @pytest.mark.parametrize("key", ["batch_size", "max_seq_length"])
     def test_counts_stay_below_2_to_the_31(self, key: str) -> None:
@@ -314,9 +292,7 @@ class TestIntervals:
     @pytest.mark.parametrize(
         ("iterations", "counts"), [(600, (30, 60, 150)), (30, (1, 3, 7)), (4, (1, 1, 1))]
     )
-    def test_a_share_scales_with_the_length(
-        self, iterations: int, counts: tuple[int, int, int]
-    ) -> None:
+    def test_a_share_scales_with_the_length(self, iterations, counts) -> None:
         values = {"steps_per_report": 0.05, "steps_per_eval": 0.1, "save_every": 0.25}
         found = parse_config(values, source="").intervals(iterations)
         assert (found.report, found.evaluation, found.save) == counts
@@ -336,9 +312,7 @@ class TestIntervals:
         assert said in line
 
 
-def test_a_folder_by_another_spelling_is_the_same_on_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_by_another_spelling_is_the_same_on_resume(tmp_path, monkeypatch) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path)

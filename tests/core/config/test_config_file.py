@@ -95,9 +95,7 @@ class TestNumbers:
         assert read_yaml(write(f"model: {text}\n")) == {"model": text.strip("'")}
 
     @given(st.floats(allow_nan=False, allow_infinity=False))
-    def test_every_float_that_python_writes_is_read_back(
-        self, tmp_path_factory: pytest.TempPathFactory, number: float
-    ) -> None:
+    def test_every_float_that_python_writes_is_read_back(self, tmp_path_factory, number) -> None:
         path = tmp_path_factory.getbasetemp() / "number.yaml"
         path.write_text(f"learning_rate: {number!r}\n")
         assert read_yaml(path) == {"learning_rate": number}
@@ -130,9 +128,7 @@ class TestRefusedYaml:
             ),
         ],
     )
-    def test_by_reference_by_type_and_twice(
-        self, write: Write, content: str, place: str, what: str
-    ) -> None:
+    def test_by_reference_by_type_and_twice(self, write, content, place, what) -> None:
         expected = f"FILE is not usable YAML: {place}: {what} is not allowed here."
         assert refusal(write(content)) == expected
 
@@ -244,9 +240,7 @@ def test_what_only_some_readers_take_for_a_number_is_none(write: Write, text: st
 
 
 @pytest.mark.parametrize("text", ["010", "-07", "0_1", "00"])
-def test_a_number_that_may_be_octal_is_refused_and_a_quoted_one_is_text(
-    write: Write, text: str
-) -> None:
+def test_a_number_that_may_be_octal_is_refused_and_a_quoted_one_is_text(write, text) -> None:
     assert f"{text}, which is octal to some readers" in refusal(write(f"iters: {text}\n"))
     assert parse_yaml(f"'{text}'") == text
 
@@ -362,9 +356,7 @@ def test_a_flag_that_is_refused_has_no_line(write: Write) -> None:
         ("quantization", "quantization is not a key here: give a base model that is quantised"),
     ],
 )
-def test_a_key_of_another_tool_is_answered_with_ours(
-    write: Write, theirs: str, answer: str
-) -> None:
+def test_a_key_of_another_tool_is_answered_with_ours(write, theirs, answer) -> None:
     (line,) = refused_lines(write(f"{theirs}: 3\n"))
     assert line.startswith(f"  {theirs}: unknown key; {answer}")
 

@@ -19,37 +19,14 @@ from nested_core.storage.atomic import canonical_json
 
 ROOT = Path(__file__).resolve().parents[3]
 FREE_ON_RESUME = {
-    "iters",
-    "steps_per_report",
-    "save_every",
-    "test",
-    "test_batches",
-    "adapter_path",
-    "gate",
-    "registry",
-    "report_to",
-    "project_name",
-    "clear_cache_threshold",
-    "train",
-    "samples",
+    *("iters", "steps_per_report", "save_every", "test", "test_batches", "adapter_path", "gate"),
+    *("registry", "report_to", "project_name", "clear_cache_threshold", "train"),
+    *("samples"),
 }
 NOT_IN_THE_DIGEST = {
-    "data",
-    "model",
-    "train",
-    "test",
-    "test_batches",
-    "adapter_path",
-    "report_to",
-    "project_name",
-    "steps_per_report",
-    "save_every",
-    "clear_cache_threshold",
-    "trust_remote_code",
-    "registry",
-    "continual",
-    "gate",
-    "samples",
+    *("data", "model", "train", "test", "test_batches", "adapter_path", "report_to"),
+    *("project_name", "steps_per_report", "save_every", "clear_cache_threshold"),
+    *("trust_remote_code", "registry", "continual", "gate", "samples"),
 }
 CHANGED: dict[str, Any] = {
     "fine_tune_type": "dora",
@@ -93,9 +70,7 @@ def test_a_key_may_differ_on_resume_or_is_refused_by_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FineTuneConfig.model_fields)
-def test_a_key_changes_the_digest_of_settings_or_the_adapter_does_not_depend_on_it(
-    name: str,
-) -> None:
+def test_a_key_changes_the_digest_of_settings_or_the_adapter_does_not_depend_on_it(name) -> None:
     before, after = (settings_digest(each, "base") for each in (FineTuneConfig(), changed(name)))
     assert (before == after) == (name in NOT_IN_THE_DIGEST)
 

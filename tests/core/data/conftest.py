@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from tests.builders.data_sets import write_lines
 
 TEMPLATE = (
     "{% if tools %}<|tools|>{{ tools | tojson }}<|end|>{% endif %}"
@@ -57,12 +57,6 @@ def tokenizer() -> TokenizerSource:
 @pytest.fixture(scope="session")
 def bare_tokenizer() -> TokenizerSource:
     return build_tokenizer(None)
-
-
-def write_lines(path: Path, lines: Iterable[Any]) -> None:
-    """Write a file; a line is bytes as they are, or a value to dump as JSON."""
-    raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
-    path.write_bytes(b"".join(line + b"\n" for line in raw))
 
 
 @pytest.fixture

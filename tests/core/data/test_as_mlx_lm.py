@@ -17,6 +17,7 @@ from nested_core.config.loading import load_config
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from tests.builders.data_sets import found_in, load
 from tests.core.data.conftest import WriteData
 
 TEXT = "This is an example for the model."
@@ -127,19 +128,15 @@ def test_the_inputs_of_mlx_lm_tests_repeat_train_in_valid_which_we_name(
 ) -> None:
     row = {"prompt": QUESTION, "completion": ANSWER}
     folder = write_data(train=[row] * 4, valid=[row] * 4)
-    report, ours = load_dataset(DataSettings(str(folder)), tokenizer)
+    report, ours = load(folder, tokenizer)
     assert len(ours["train"]) == 4
-    assert [(f.file, f.line, f.check) for f in report.errors] == [
-        ("valid.jsonl", line, "leakage") for line in range(1, 5)
-    ]
+    assert found_in(report) == [("valid.jsonl", line, "leakage") for line in range(1, 5)]
 
 
-def test_plain_text_with_masked_prompts_is_refused_by_both(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_plain_text_with_masked_prompts_is_refused_by_both(write_data, tokenizer) -> None:
     folder = write_data(train=[{"text": TEXT}] * 4)
     arguments = types.SimpleNamespace(data=str(folder), train=True, test=False, mask_prompt=True)
     with pytest.raises(ValueError, match="Prompt masking not supported for text dataset"):
         theirs.load_dataset(arguments, tokenizer.load())
-    report, _ = load_dataset(DataSettings(str(folder), mask_prompt=True), tokenizer)
+    report, _ = load(folder, tokenizer, mask_prompt=True)
     assert [f.check for f in report.errors] == ["mask-prompt-on-text"]

@@ -9,11 +9,8 @@ from typing import Any
 
 import pytest
 
-from nested_core.data.data_settings import DataSettings
-from nested_core.data.dataset_loading import load_dataset
-from tests.core.data.conftest import WriteData, write_lines
-
-Expected = tuple[str, int | None, str]
+from tests.builders.data_sets import GOOD, HELD_OUT, chat, errors_in, load, write_lines
+from tests.core.data.conftest import WriteData
 
 
 def turn(role: Any, content: Any, **more: Any) -> dict[str, Any]:
@@ -24,15 +21,14 @@ def talk(*roles: str) -> dict[str, Any]:
     return {"messages": [turn(role, f"{role} {index}") for index, role in enumerate(roles)]}
 
 
-def chat(question: str, answer: Any, **more: Any) -> dict[str, Any]:
-    return {"messages": [turn("user", question), turn("assistant", answer)], **more}
+def asked(*turns: Any) -> dict[str, Any]:
+    """A conversation that begins with a question."""
+    return {"messages": [turn("user", "a"), *turns]}
 
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
 CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
-GOOD = [chat(f"Where is {place}?", f"In {place}land.") for place in "ABCD"]
-HELD_OUT = [chat("Where is Z?", "In Zland.")]
 
 BAD_LINES: dict[str, tuple[Any, str]] = {
     "latin-1 byte": (b'{"text": "caf\xe9"}', "not-utf8"),
@@ -97,12 +93,9 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
     "tools as object": (chat("a", "b", tools=TOOL), "malformed-tools"),
     "tool without a name": (chat("a", "b", tools=[{"type": "function"}]), "malformed-tools"),
     "tool of null": (chat("a", "b", tools=[None]), "malformed-tools"),
-    "call as text": (
-        {"messages": [turn("user", "a"), turn("assistant", "", tool_calls="f()")]},
-        "malformed-tool-calls",
-    ),
+    "call as text": (asked(turn("assistant", "", tool_calls="f()")), "malformed-tool-calls"),
     "call without a name": (
-        {"messages": [turn("user", "a"), turn("assistant", "", tool_calls=[{"id": "1"}])]},
+        asked(turn("assistant", "", tool_calls=[{"id": "1"}])),
         "malformed-tool-calls",
     ),
     "blank question": (chat(" \n", "b"), "blank-field"),
@@ -114,38 +107,20 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
     "question only": (talk("user"), "no-assistant-turn"),
     "question last": (talk("user", "assistant", "user"), "last-turn-not-assistant"),
     "system last": (talk("user", "assistant", "system"), "last-turn-not-assistant"),
-    "result last": (
-        {"messages": [turn("user", "a"), CALLING, turn("tool", "1", tool_call_id="1")]},
-        "last-turn-not-assistant",
-    ),
+    "result last": (asked(CALLING, turn("tool", "1", tool_call_id="1")), "last-turn-not-assistant"),
     "answer first": (talk("assistant", "user", "assistant"), "role-order"),
     "system twice": (talk("system", "system", "user", "assistant"), "role-order"),
     "system in between": (talk("user", "system", "assistant"), "role-order"),
     "two questions": (talk("user", "user", "assistant"), "role-order"),
     "two answers": (talk("user", "assistant", "assistant"), "role-order"),
-    "call without its result": (
-        {"messages": [turn("user", "a"), CALLING, turn("assistant", "b")]},
-        "role-order",
-    ),
+    "call without its result": (asked(CALLING, turn("assistant", "b")), "role-order"),
     "result without a call": (talk("user", "tool", "assistant"), "tool-without-call"),
     "result of another call": (
-        {
-            "messages": [
-                turn("user", "a"),
-                CALLING,
-                turn("tool", "1", tool_call_id="2"),
-                turn("assistant", "b"),
-            ]
-        },
+        asked(CALLING, turn("tool", "1", tool_call_id="2"), turn("assistant", "b")),
         "tool-without-call",
     ),
 }
 ALSO = {"system last": "role-order"}  # what is wrong twice is said twice
-
-
-def errors_in(folder: Any, **settings: Any) -> list[Expected]:
-    report, _ = load_dataset(DataSettings(str(folder), **settings), None)
-    return [(finding.file, finding.line, finding.check) for finding in report.errors]
 
 
 @pytest.fixture(scope="module")
@@ -172,16 +147,12 @@ def line_of(name: str) -> int:
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
-def test_a_bad_line_is_named_with_its_file_its_number_and_its_check(
-    name: str, checks_of_lines: dict[int | None, list[str]]
-) -> None:
+def test_a_bad_line_is_named_with_its_file_its_number_and_its_check(name, checks_of_lines) -> None:
     expected = [BAD_LINES[name][1]] + ([ALSO[name]] if name in ALSO else [])
     assert checks_of_lines[line_of(name)] == expected
 
 
-def test_all_bad_lines_are_reported_at_once_and_no_others(
-    checks_of_lines: dict[int | None, list[str]],
-) -> None:
+def test_all_bad_lines_are_reported_at_once_and_no_others(checks_of_lines) -> None:
     assert set(checks_of_lines) == set(map(line_of, BAD_LINES))
 
 
@@ -191,22 +162,15 @@ GOOD_LINES: dict[str, Any] = {
     "several turns": talk("user", "assistant", "user", "assistant"),
     "null tools": chat("a", "b", tools=None),
     "bare tool": chat("a", "b", tools=[{"name": "f", "parameters": {}}]),
-    "ends with a call": {"messages": [turn("user", "a"), CALLING], "tools": [TOOL]},
-    "call without content": {
-        "messages": [turn("user", "a"), {"role": "assistant", "tool_calls": [CALL]}]
-    },
-    "two results": {
-        "messages": [
-            turn("user", "a"),
-            {"role": "assistant", "content": "", "tool_calls": [CALL, CALL | {"id": "2"}]},
-            turn("tool", "", tool_call_id="2"),
-            turn("tool", "1", tool_call_id="1"),
-            turn("assistant", "b"),
-        ]
-    },
-    "result without ids": {
-        "messages": [turn("user", "a"), CALLING, turn("tool", "1"), turn("assistant", "b")]
-    },
+    "ends with a call": asked(CALLING) | {"tools": [TOOL]},
+    "call without content": asked({"role": "assistant", "tool_calls": [CALL]}),
+    "two results": asked(
+        {"role": "assistant", "content": "", "tool_calls": [CALL, CALL | {"id": "2"}]},
+        turn("tool", "", tool_call_id="2"),
+        turn("tool", "1", tool_call_id="1"),
+        turn("assistant", "b"),
+    ),
+    "result without ids": asked(CALLING, turn("tool", "1"), turn("assistant", "b")),
     "quotes and backslashes": chat('a "b" \\', '"\\\\"\\" : "text": "'),
     "escaped text of a NUL": chat("a \\u0000", "b"),
     "names of numbers that are none": chat('"NaN, \\', "-Infinity", score=None),
@@ -239,6 +203,6 @@ COLUMNS = {
 
 def test_the_message_gives_the_column_in_characters(write_data: WriteData) -> None:
     folder = write_data(train=[*GOOD, *(line.encode() for line in COLUMNS)], valid=HELD_OUT)
-    report, _ = load_dataset(DataSettings(str(folder)), None)
+    report, _ = load(folder)
     messages = [f"not valid JSON at {column}" for column in COLUMNS.values()]
     assert [error.message for error in report.errors] == messages

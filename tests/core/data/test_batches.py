@@ -44,9 +44,7 @@ def split_of(lengths: list[int], learnt: list[bool] | None = None) -> TokenizedS
 
 
 @given(lengths_lists, batch_sizes, seeds, st.integers(0, 5))
-def test_each_example_is_used_once_an_epoch(
-    lengths: list[int], batch_size: int, seed: int, epoch: int
-) -> None:
+def test_each_example_is_used_once_an_epoch(lengths, batch_size, seed, epoch) -> None:
     plan = BatchOrder(lengths, batch_size, seed)
     first = epoch * plan.batches_per_epoch
     batches = [plan.batch(first + index) for index in range(plan.batches_per_epoch)]
@@ -56,9 +54,7 @@ def test_each_example_is_used_once_an_epoch(
 
 
 @given(lengths_lists, batch_sizes, seeds)
-def test_shapes_come_from_the_fixed_set_and_hold_every_token(
-    lengths: list[int], batch_size: int, seed: int
-) -> None:
+def test_shapes_come_from_the_fixed_set_and_hold_every_token(lengths, batch_size, seed) -> None:
     split = split_of(lengths)
     plan = BatchOrder(split.lengths, batch_size, seed, max_seq_length=700)
     seen = 0
@@ -93,9 +89,7 @@ def test_the_mask_selects_the_supervised_targets_and_never_a_pad_token(
     st.lists(st.integers(1, 9), min_size=7, max_size=7),
     st.floats(0.0, 300.0),
 )
-def test_no_other_choice_of_widths_costs_less(
-    widths: list[int], counts: list[int], cost_of_width: float
-) -> None:
+def test_no_other_choice_of_widths_costs_less(widths, counts, cost_of_width) -> None:
     needed, batches = np.sort(np.array(widths)) * 4, np.array(counts[: len(widths)])
     found = choose_padded_widths(needed, batches, cost_of_width)
 
@@ -145,9 +139,7 @@ def test_widths_are_even_or_a_near_multiple_of_128_and_little_wider_than_allowed
 @pytest.mark.parametrize(
     ("rows", "most_widths", "most_padding"), [(2_000, 30, 0.07), (20_000, 45, 0.045)]
 )
-def test_skewed_lengths_have_few_widths_and_little_padding(
-    rows: int, most_widths: int, most_padding: float
-) -> None:
+def test_skewed_lengths_have_few_widths_and_little_padding(rows, most_widths, most_padding) -> None:
     lengths = skewed_lengths(rows)
     found = padding.ours(lengths)
     assert found.share <= most_padding
@@ -235,9 +227,7 @@ def test_evaluation_uses_every_row_in_order_of_length(lengths: list[int], batch_
 
 
 @given(lengths_lists, batch_sizes, st.integers(0, 30))
-def test_a_limited_evaluation_is_fixed_and_spread(
-    lengths: list[int], batch_size: int, limit: int
-) -> None:
+def test_a_limited_evaluation_is_fixed_and_spread(lengths, batch_size, limit) -> None:
     split = split_of(lengths)
     everything = choose_evaluation_batches(split, batch_size)
     some = choose_evaluation_batches(split, batch_size, limit)

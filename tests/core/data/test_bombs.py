@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -12,21 +10,16 @@ from typing import Any
 import polars as pl
 import pytest
 
-from nested_core.data.data_settings import DataSettings
-from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.sources import file_formats
 from nested_core.data.tokens import parallel_tokenization
 from nested_core.data.tokens.template_time_limit import TemplateTimeLimit, TemplateTooSlow
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
 from nested_core.records.dataset import Finding
-from tests.example import MODEL
+from tests.builders.adapter_folders import base_copy
+from tests.builders.data_sets import json_lines, load, write_lines
 
 LINE = b'{"text": "Where is Oslo? In Norway."}\n'
-
-
-def judge(folder: Path) -> tuple[Finding, ...]:
-    return load_dataset(DataSettings(str(folder), batch_size=1), None)[0].errors
 
 
 @pytest.fixture
@@ -36,20 +29,33 @@ def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_formats, "_BYTES_ALWAYS_ALLOWED", 64 * 2**10)
 
 
+def damage_in(folder: Path) -> Finding:
+    """The first damage that is found."""
+    report, _ = load(folder, batch_size=1)
+    return next(each for each in report.errors if each.check == "damaged-file")
+
+
 @pytest.mark.usefixtures("small_limits")
 def test_a_gzip_of_nothing_but_line_ends_is_cut_off_by_its_lines(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(LINE * 3 + b"\n" * 60_000))
-    (damage, *_) = [f for f in judge(tmp_path) if f.check == "damaged-file"]
+    damage = damage_in(tmp_path)
     assert "it unpacks to more lines than one for 4 of its bytes" in damage.message
     size = (tmp_path / "train.jsonl.gz").stat().st_size
     assert damage.line == 1_000 + size // 4 + 1
 
 
 @pytest.mark.usefixtures("small_limits")
-def test_a_parquet_that_repeats_one_row_without_end_is_cut_off_by_its_bytes(tmp_path: Path) -> None:
-    pl.DataFrame({"text": ["a" * 1_000] * 20_000}).write_parquet(tmp_path / "train.parquet")
-    (damage, *_) = [f for f in judge(tmp_path) if f.check == "damaged-file"]
-    assert "it unpacks to more than 200 times its size" in damage.message
+@pytest.mark.parametrize("suffix", ["jsonl.gz", "parquet"])
+def test_a_file_that_repeats_one_row_without_end_is_cut_off_by_its_bytes(tmp_path, suffix) -> None:
+    path, text = tmp_path / f"train.{suffix}", "a" * 10_000
+    if suffix == "parquet":
+        pl.DataFrame({"text": [text] * 3_000}).write_parquet(path)
+    else:
+        path.write_bytes(gzip.compress(json_lines([{"text": text}]) * 3_000))
+    report, _ = load(tmp_path, batch_size=1)
+    assert [each.check for each in report.errors] == ["damaged-file"]
+    assert "it unpacks to more than 200 times its size" in report.errors[0].message
+    assert report.splits["train"].lines < 3_000
 
 
 def test_a_sparse_file_of_forty_gigabytes_is_refused_at_its_hole(tmp_path: Path) -> None:
@@ -57,8 +63,8 @@ def test_a_sparse_file_of_forty_gigabytes_is_refused_at_its_hole(tmp_path: Path)
         file.write(LINE * 3)
         file.truncate(40 * 2**30)
     began = time.process_time()
-    (damage,) = judge(tmp_path)
-    assert (damage.check, damage.line) == ("damaged-file", 4)
+    damage = damage_in(tmp_path)
+    assert damage.line == 4
     assert "the line is longer than 67,108,864 bytes" in damage.message
     assert time.process_time() - began < 5
 
@@ -78,13 +84,20 @@ def test_the_first_line_that_is_too_long_is_found_wherever_it_stands(
         assert file_formats.find_start_of_too_long_line(path) == expected
 
 
-def test_a_csv_whose_line_never_ends_is_damaged_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("train.csv", b"text\na\nb\n" + b"c" * 5_000, 4),
+        ("train.jsonl.gz", gzip.compress(LINE + b"c" * 5_000, mtime=0), 2),
+    ],
+    ids=["csv", "gzip"],
+)
+def test_a_line_that_never_ends_is_damage_there(tmp_path, monkeypatch, name, content, line) -> None:
     monkeypatch.setattr(file_formats, "MAX_LINE_BYTES", 1_000)
-    (tmp_path / "train.csv").write_bytes(b"text\na\nb\n" + b"c" * 5_000)
-    (damage, *_) = judge(tmp_path)
-    assert (damage.check, damage.line) == ("damaged-file", 4)
+    (tmp_path / name).write_bytes(content)
+    damage = damage_in(tmp_path)
+    assert damage.line == line
+    assert damage.message.startswith("the line is longer than 1,000 bytes")
 
 
 @pytest.mark.parametrize("key", ["chat_template_type", "tool_parser_type"])
@@ -92,22 +105,14 @@ def test_a_csv_whose_line_never_ends_is_damaged_there(
 def test_a_template_or_parser_that_mlx_lm_does_not_have_is_one_sentence(
     key: str, value: str, tmp_path: Path
 ) -> None:
-    folder = model_with(tmp_path, **{key: value})
+    changes: dict[str, Any] = {key: value}
+    folder = base_copy(tmp_path / "model", file="tokenizer_config.json", **changes)
     with pytest.raises(ConfigError) as refused:
         TokenizerSource(str(folder)).load()
     assert "no tokenizer could be loaded" in str(refused.value)
     assert "\x1b" not in str(refused.value)
     if value == "no_such_thing":
         assert f"its {key} 'no_such_thing' is not one that this mlx-lm has" in str(refused.value)
-
-
-def model_with(folder: Path, **config: Any) -> Path:
-    """The example's model with other keys in tokenizer_config.json."""
-    model = folder / "model"
-    shutil.copytree(MODEL, model)
-    path = model / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_bytes()) | config))
-    return model
 
 
 LOOPS = {
@@ -120,17 +125,16 @@ LOOPS = {
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_a_chat_template_that_loops_is_refused_in_one_message(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chat_template_that_loops_is_refused_in_one_message(name, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(parallel_tokenization, "TemplateTimeLimit", lambda: TemplateTimeLimit(0.5))
-    folder = model_with(tmp_path, chat_template=LOOPS[name])
+    said: dict[str, Any] = {"chat_template": LOOPS[name]}
+    folder = base_copy(tmp_path / "model", file="tokenizer_config.json", **said)
     (folder / "chat_template.jinja").write_text(LOOPS[name])
     row = {"prompt": "Where is Oslo?", "completion": "In Norway."}
-    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    write_lines(tmp_path / "train.jsonl", [row])
     began = time.process_time()
     with pytest.raises(ConfigError, match=r"line 1 of train.jsonl, and may never end") as refused:
-        load_dataset(DataSettings(str(tmp_path), batch_size=1), TokenizerSource(str(folder)))
+        load(tmp_path, TokenizerSource(str(folder)), batch_size=1)
     assert str(folder) in str(refused.value)
     assert time.process_time() - began < 20
 

@@ -10,37 +10,26 @@ import pytest
 
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
+from tests.builders.data_sets import (
+    GOOD,
+    HELD_OUT,
+    Found,
+    chat,
+    errors_in,
+    found_in,
+    load,
+    warnings_in,
+)
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
 
-Found = tuple[str, int | None, str]
-
-
-def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"messages": turns, **more}
-
-
-GOOD = [chat(f"Where is {place}?", f"In {place}land.") for place in "ABCD"]
-HELD_OUT = [chat("Where is Z?", "In Zland.")]
 TEXTS = [{"text": f"{place} is in {place}land."} for place in "ABCD"]
 
 
-def found_in(
-    folder: Any, severity: str = "error", tokenizer: TokenizerSource | None = None, **settings: Any
-) -> list[Found]:
-    report, _ = load_dataset(DataSettings(str(folder), **settings), tokenizer)
-    findings = [finding for finding in report.findings if finding.severity == severity]
-    return [(finding.file, finding.line, finding.check) for finding in findings]
-
-
-def test_a_sound_data_set_gives_no_error_and_no_warning(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_a_sound_data_set_gives_no_error_and_no_warning(write_data, tokenizer) -> None:
     folder = write_data(train=GOOD, valid=HELD_OUT, test=[chat("Where is Y?", "In Yland.")])
-    assert found_in(folder, tokenizer=tokenizer, mask_prompt=True) == []
-    assert found_in(folder, "warning", tokenizer, mask_prompt=True) == []
+    assert errors_in(folder, tokenizer=tokenizer, mask_prompt=True) == []
+    assert warnings_in(folder, tokenizer, mask_prompt=True) == []
 
 
 FILE_ERRORS: dict[str, tuple[dict[str, list[Any]], list[Found]]] = {
@@ -71,7 +60,7 @@ FILE_ERRORS: dict[str, tuple[dict[str, list[Any]], list[Found]]] = {
 @pytest.mark.parametrize("name", FILE_ERRORS)
 def test_an_unfit_file_is_named(name: str, write_data: WriteData) -> None:
     splits, expected = FILE_ERRORS[name]
-    assert found_in(write_data(**splits)) == expected
+    assert errors_in(write_data(**splits)) == expected
 
 
 def test_names_that_are_not_utf8_do_no_harm_and_are_shown_escaped(
@@ -83,20 +72,20 @@ def test_names_that_are_not_utf8_do_no_harm_and_are_shown_escaped(
     folder = write_data(train=GOOD, valid=HELD_OUT).rename(working / "data")
     (folder / os.fsdecode(b"caf\xe9.txt")).touch()
     monkeypatch.chdir(working)
-    assert found_in("data") == []
+    assert errors_in(Path("data")) == []
     (folder / "train.jsonl").unlink()
-    report, _ = load_dataset(DataSettings("data"), None)
+    report, _ = load(Path("data"))
     assert "r\\xe9sum\\xe9/data, which holds caf\\xe9.txt, valid.jsonl;" in report.errors[0].message
 
 
 def test_masking_prompts_of_plain_text_is_refused(write_data: WriteData) -> None:
     folder = write_data(train=TEXTS)
-    assert found_in(folder, mask_prompt=True) == [("train.jsonl", None, "mask-prompt-on-text")]
+    assert errors_in(folder, mask_prompt=True) == [("train.jsonl", None, "mask-prompt-on-text")]
 
 
 def test_an_odd_first_row_is_the_one_that_is_named(write_data: WriteData) -> None:
     folder = write_data(train=[TEXTS[0], *GOOD])
-    assert found_in(folder) == [("train.jsonl", 1, "mixed-format")]
+    assert errors_in(folder) == [("train.jsonl", 1, "mixed-format")]
 
 
 WARNINGS: dict[str, tuple[dict[str, list[Any]], list[Found]]] = {
@@ -139,10 +128,7 @@ WARNINGS: dict[str, tuple[dict[str, list[Any]], list[Found]]] = {
         [("train.jsonl", line, "control-character") for line in (5, 6, 7)],
     ),
     "control character in a call": (
-        {
-            "train": [*GOOD, chat("a\x02", "b", tools=[{"name": "f"}])],
-            "valid": HELD_OUT,
-        },
+        {"train": [*GOOD, chat("a\x02", "b", tools=[{"name": "f"}])], "valid": HELD_OUT},
         [("train.jsonl", 5, "control-character")],
     ),
     "replacement characters": (
@@ -157,27 +143,23 @@ WARNINGS: dict[str, tuple[dict[str, list[Any]], list[Found]]] = {
 def test_a_doubtful_line_is_named(name: str, write_data: WriteData) -> None:
     splits, expected = WARNINGS[name]
     folder = write_data(**splits)
-    assert found_in(folder, "warning") == expected
-    assert found_in(folder) == []
+    assert warnings_in(folder) == expected
+    assert errors_in(folder) == []
 
 
-def test_an_example_cut_before_its_answer_is_an_error(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_an_example_cut_before_its_answer_is_an_error(write_data, tokenizer) -> None:
     folder = write_data(train=[*GOOD, chat("x" * 200, "y")], valid=HELD_OUT)
     settings: dict[str, Any] = {"tokenizer": tokenizer, "max_seq_length": 64}
-    assert found_in(folder, mask_prompt=True, **settings) == [
+    assert errors_in(folder, mask_prompt=True, **settings) == [
         ("train.jsonl", 5, "no-supervised-token")
     ]
-    assert found_in(folder, **settings) == []
+    assert errors_in(folder, **settings) == []
 
 
-def test_truncation_is_counted_and_the_worst_line_is_named(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_truncation_is_counted_and_the_worst_line_is_named(write_data, tokenizer) -> None:
     long = [chat("q", "y" * 100), chat("q", "z" * 150)]
     folder = write_data(train=[*GOOD, *long], valid=HELD_OUT)
-    report, splits = load_dataset(DataSettings(str(folder), max_seq_length=64), tokenizer)
+    report, splits = load(folder, tokenizer, max_seq_length=64)
     warning = report.warnings[0]
     assert (warning.line, warning.check) == (6, "truncated")
     tokens = report.splits["train"].tokens
@@ -192,25 +174,23 @@ def test_a_template_that_rewrites_the_prompt_cannot_be_masked(write_data: WriteD
     rewriting = "{{ messages | length }}" + TEMPLATE
     folder = write_data(train=GOOD, valid=HELD_OUT)
     tokenizer = build_tokenizer(rewriting)
-    found = found_in(folder, tokenizer=tokenizer, mask_prompt=True)
+    found = errors_in(folder, tokenizer=tokenizer, mask_prompt=True)
     assert found == [
         *(("train.jsonl", line, "prompt-not-a-prefix") for line in (1, 2, 3, 4)),
         ("valid.jsonl", 1, "prompt-not-a-prefix"),
     ]
-    assert found_in(folder, tokenizer=tokenizer) == []
+    assert errors_in(folder, tokenizer=tokenizer) == []
 
 
 def test_a_template_that_writes_nothing_leaves_nothing_to_learn(write_data: WriteData) -> None:
-    found = found_in(write_data(train=GOOD, valid=HELD_OUT), tokenizer=build_tokenizer(""))
+    found = errors_in(write_data(train=GOOD, valid=HELD_OUT), tokenizer=build_tokenizer(""))
     assert {check for _, _, check in found} == {"no-supervised-token"}
     assert len(found) == 5
 
 
-def test_a_missing_chat_template_is_an_error_for_chats_only(
-    write_data: WriteData, bare_tokenizer: TokenizerSource
-) -> None:
+def test_a_missing_chat_template_is_an_error_for_chats_only(write_data, bare_tokenizer) -> None:
     folder = write_data(train=GOOD, valid=TEXTS)
-    found = found_in(folder, tokenizer=bare_tokenizer)
+    found = errors_in(folder, tokenizer=bare_tokenizer)
     assert found == [("train.jsonl", None, "chat-template-missing")]
 
 
@@ -225,12 +205,10 @@ def test_a_template_that_refuses_a_role_names_each_line(write_data: WriteData) -
     assert len(splits["train"]) == 4
 
 
-def test_answers_of_one_token_and_without_an_end_are_told_once_a_file(
-    write_data: WriteData,
-) -> None:
+def test_answers_of_one_token_and_without_an_end_are_told_once_a_file(write_data) -> None:
     endless = TEMPLATE.replace("<|end|>{% endfor %}", "{% endfor %}")
     folder = write_data(train=[chat(str(n), "x") for n in range(4)], valid=HELD_OUT)
-    found = found_in(folder, "warning", build_tokenizer(endless), mask_prompt=True)
+    found = warnings_in(folder, build_tokenizer(endless), mask_prompt=True)
     assert found == [
         ("train.jsonl", 1, "short-answer"),
         ("train.jsonl", 1, "no-end-of-sequence"),
@@ -240,16 +218,14 @@ def test_answers_of_one_token_and_without_an_end_are_told_once_a_file(
 
 def test_a_folder_that_does_not_exist_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match="'nowhere/at/all' is not a folder"):
-        load_dataset(DataSettings("nowhere/at/all"), None)
+        load(Path("nowhere/at/all"))
 
 
-def test_few_held_out_rows_and_answers_that_are_all_the_same_are_said(
-    write_data: WriteData,
-) -> None:
+def test_few_held_out_rows_and_answers_that_are_all_the_same_are_said(write_data) -> None:
     same = [chat(f"Is {place} here?", "No.") for place in "PQRST"]
     folder = write_data(train=GOOD, valid=same, test=HELD_OUT)
-    assert found_in(folder, "warning") == [("valid.jsonl", None, "one-answer")]
-    assert ("test.jsonl", None, "few-held-out-rows") in found_in(folder, "info")
+    assert warnings_in(folder) == [("valid.jsonl", None, "one-answer")]
+    assert ("test.jsonl", None, "few-held-out-rows") in found_in(load(folder)[0], "info")
     different = write_data(train=GOOD, valid=[*same[:4], chat("Is U here?", "Yes.")])
-    assert found_in(different, "warning") == []
-    assert ("valid.jsonl", None, "few-held-out-rows") not in found_in(different, "info")
+    assert warnings_in(different) == []
+    assert ("valid.jsonl", None, "few-held-out-rows") not in found_in(load(different)[0], "info")

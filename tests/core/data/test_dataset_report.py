@@ -11,25 +11,15 @@ from typing import Any
 
 import pytest
 
-from nested_core.data.data_settings import DataSettings
-from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DatasetError
 from nested_core.records.dataset import DatasetReport
+from tests.builders.data_sets import GOOD, HELD_OUT, chat, load
 from tests.core.data.conftest import WriteData
 
 
-def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"messages": turns, **more}
-
-
-GOOD = [chat(f"Where is {place}?", f"In {place}land.") for place in "ABCD"]
-HELD_OUT = [chat("Where is Z?", "In Zland.")]
-
-
 def report_on(folder: Any, tokenizer: TokenizerSource | None = None) -> DatasetReport:
-    return load_dataset(DataSettings(str(folder)), tokenizer)[0]
+    return load(folder, tokenizer)[0]
 
 
 def test_every_line_is_counted_once(write_data: WriteData) -> None:
@@ -40,9 +30,7 @@ def test_every_line_is_counted_once(write_data: WriteData) -> None:
     assert train.format == "chat"
 
 
-def test_the_json_holds_the_findings_the_counts_and_the_digest(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_the_json_holds_the_findings_the_counts_and_the_digest(write_data, tokenizer) -> None:
     report = report_on(write_data(train=[*GOOD, b"{"], valid=HELD_OUT), tokenizer)
     written = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert written["findings"][0] == {

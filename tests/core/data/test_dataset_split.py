@@ -9,13 +9,12 @@ import pytest
 
 from nested_core import ConfigError, DatasetError
 from nested_core.data.dataset_split import split_dataset
+from tests.builders.data_sets import write_lines
 
 
 def write_train(folder: Path, rows: int, *, file: str = "train.jsonl") -> Path:
-    folder.mkdir()
-    lines = [json.dumps({"prompt": f"What is {n}?", "completion": f"{n}."}) for n in range(rows)]
-    (folder / file).write_text("\n".join(lines) + "\n")
-    return folder
+    lines = ({"prompt": f"What is {n}?", "completion": f"{n}."} for n in range(rows))
+    return write_lines(folder / file, lines).parent
 
 
 def read_split(folder: Path, split: str) -> list[str]:

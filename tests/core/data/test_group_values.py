@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,33 +10,30 @@ from nested_core.config.sections import DataPolicy
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.held_out_rows import read_group_values
 from nested_core.errors import DatasetError
+from tests.builders.data_sets import write_lines
 
 
 def settings_for(folder: Path, group: str) -> DataSettings:
     return DataSettings(data=str(folder), policy=DataPolicy(group=group))
 
 
-def write_rows(path: Path) -> None:
-    rows = [{"text": "a", "document": 7}, {"text": "b"}, {"text": "c", "document": 7}]
-    rows.append({"text": "d", "document": "7"})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+ROWS = [
+    {"text": "a", "document": 7},
+    {"text": "b"},
+    {"text": "c", "document": 7},
+    {"text": "d", "document": "7"},
+]
 
 
 @pytest.mark.parametrize("name", ["valid.jsonl", "valid.json"])
-def test_equal_values_are_one_group_and_a_row_without_the_field_has_none(
-    tmp_path: Path, name: str
-) -> None:
-    write_rows(tmp_path / "valid.jsonl")
-    if name == "valid.json":
-        rows = [json.loads(line) for line in (tmp_path / "valid.jsonl").read_text().splitlines()]
-        (tmp_path / "valid.jsonl").unlink()
-        (tmp_path / name).write_text(json.dumps(rows))
+def test_equal_values_are_one_group_and_a_row_without_the_field_has_none(tmp_path, name) -> None:
+    write_lines(tmp_path / name, [ROWS] if name == "valid.json" else ROWS)
     values = read_group_values(settings_for(tmp_path, "document"), "valid", [1, 2, 3, 4])
     assert values == ["7", None, "7", '"7"']
     assert read_group_values(settings_for(tmp_path, "document"), "valid", [2, 3]) == [None, "7"]
 
 
 def test_a_field_that_no_row_has_is_an_error(tmp_path: Path) -> None:
-    write_rows(tmp_path / "valid.jsonl")
+    write_lines(tmp_path / "valid.jsonl", ROWS)
     with pytest.raises(DatasetError, match=r"no row of valid\.jsonl has a field 'doc'"):
         read_group_values(settings_for(tmp_path, "doc"), "valid", [1, 2])

@@ -28,19 +28,12 @@ from nested_core.data.sources.hub_datasets import open_dataset_by_name
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
 from nested_core.records.dataset import DatasetReport
+from tests.builders.data_sets import chat, write_lines
 
 has_library = importlib.util.find_spec("datasets") is not None
 needs_library = pytest.mark.skipif(not has_library, reason="the extra `hub` is not installed")
 ROWS = [{"question": f"Where is {n}?", "response": f"In {n}land.", "id": n} for n in range(20)]
-CHATS = [
-    {
-        "chosen": [
-            {"role": "user", "content": f"Which one is {n}?"},
-            {"role": "assistant", "content": f"The {n}th."},
-        ]
-    }
-    for n in range(10)
-]
+CHATS = [{"chosen": chat(f"Which one is {n}?", f"The {n}th.")["messages"]} for n in range(10)]
 
 
 @pytest.fixture(autouse=True)
@@ -49,21 +42,20 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
+def write_parquet(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    folder.mkdir()
+    pl.DataFrame(rows).write_parquet(folder / "train.parquet")
+    return folder
+
+
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
-    folder = tmp_path / "questions"
-    folder.mkdir()
-    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
-    (folder / "train.jsonl").write_text(lines, encoding="utf-8")
-    return folder
+    return write_lines(tmp_path / "questions" / "train.jsonl", ROWS).parent
 
 
 @pytest.fixture
 def chats(tmp_path: Path) -> Path:
-    folder = tmp_path / "chats"
-    folder.mkdir()
-    pl.DataFrame(CHATS).write_parquet(folder / "train.parquet")
-    return folder
+    return write_parquet(tmp_path / "chats", CHATS)
 
 
 def settings_of(entries: Any, **more: Any) -> DataSettings:
@@ -96,10 +88,8 @@ def test_a_mapping_reads_the_splits_and_columns_it_names(questions: Path) -> Non
 
 @needs_library
 def test_a_bad_row_is_named_by_its_number(tmp_path: Path) -> None:
-    folder = tmp_path / "bad"
-    folder.mkdir()
     rows = [*ROWS[:5], {"question": " ", "response": "b", "id": 0}, *ROWS[5:]]
-    pl.DataFrame(rows).write_parquet(folder / "train.parquet")
+    folder = write_parquet(tmp_path / "bad", rows)
     report = judge(entry(folder, **FIELDS, train_split="train[:80%]"))
     found = [(f.file, f.line, f.check) for f in report.errors]
     assert found == [(f"{folder}:train[:80%]", 6, "blank-field")]
@@ -116,9 +106,7 @@ def test_a_list_is_read_one_after_the_other_in_one_format(questions: Path, chats
 
 
 @needs_library
-def test_tokens_are_those_of_mlx_lm(
-    questions: Path, chats: Path, tokenizer: TokenizerSource
-) -> None:
+def test_tokens_are_those_of_mlx_lm(questions, chats, tokenizer) -> None:
     entries = [entry(questions, **FIELDS), entry(chats, chat_feature="chosen")]
     arguments = types.SimpleNamespace(
         hf_dataset=json.loads(json.dumps(entries)), train=True, test=False, mask_prompt=True
@@ -137,10 +125,8 @@ def test_one_column_named_for_two_fields_is_the_one_that_mlx_lm_takes_it_for(
     tmp_path: Path, tokenizer: TokenizerSource
 ) -> None:
     """mlx-lm's example has `prompt_feature: text`, and text_feature is `text` by default."""
-    folder = tmp_path / "bills"
-    folder.mkdir()
     bills = [{"text": f"A bill of {n} lines", "summary": f"Bill {n}", "title": n} for n in range(9)]
-    pl.DataFrame(bills).write_parquet(folder / "train.parquet")
+    folder = write_parquet(tmp_path / "bills", bills)
     bill = entry(folder, prompt_feature="text", completion_feature="summary")
     arguments = types.SimpleNamespace(hf_dataset=dict(bill), train=True, test=False)
     expected, _, _ = theirs.load_dataset(arguments, tokenizer.load())
@@ -160,9 +146,7 @@ def test_a_prompt_without_a_completion_is_said_to_lack_it(questions: Path, chats
 
 
 @needs_library
-def test_a_name_in_data_reads_train_valid_and_test(
-    questions: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_in_data_reads_train_valid_and_test(questions, monkeypatch) -> None:
     """A folder of files is read by ourselves; what is not a folder goes to the library."""
     datasets = importlib.import_module("datasets")
     found = datasets.load_dataset(str(questions), cache_dir=str(questions / ".cache"))
@@ -214,9 +198,7 @@ def test_code_of_a_data_set_needs_trust(questions: Path) -> None:
         judge(asking)
 
 
-def test_without_the_library_one_paragraph_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_the_library_one_paragraph_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     for settings in (DataSettings("org/name"), settings_of({"path": "org/name"})):
         with pytest.raises(ConfigError, match=r"pip install 'nested-tune\[hub\]'"):
@@ -279,9 +261,7 @@ class HubWithoutSets(BaseHTTPRequestHandler):
 
 
 @needs_library
-def test_a_name_that_the_hub_does_not_have_is_asked_for_once(
-    online: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_that_the_hub_does_not_have_is_asked_for_once(online, monkeypatch) -> None:
     monkeypatch.setattr(HubWithoutSets, "questions", [])
     with HTTPServer(("127.0.0.1", 0), HubWithoutSets) as server:
         Thread(target=server.serve_forever, daemon=True).start()
@@ -293,9 +273,7 @@ def test_a_name_that_the_hub_does_not_have_is_asked_for_once(
 
 
 @needs_library
-def test_a_hub_that_cannot_be_reached_is_no_wait(
-    online: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_cannot_be_reached_is_no_wait(online, monkeypatch) -> None:
     online("http://127.0.0.1:9")  # the port to discard: nobody listens
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)

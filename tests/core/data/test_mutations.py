@@ -13,13 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nested_core.data.data_settings import DataSettings
-from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.lines.example_parsing import FieldNames, parse_line
 from nested_core.data.lines.json_decoding import LineProblem
 from nested_core.data.lines.line_rows import parse_line_to_row
 from nested_core.data.lines.line_table import read_line_range
 from nested_core.data.parallel_jobs import ByteRange
+from tests.builders.data_sets import load
 from tests.left_out import slow_except
 
 MUTATIONS = 2000
@@ -43,30 +42,12 @@ SEED_FILE = b"\n".join(
     json.dumps(row, ensure_ascii=bool(n % 2)).encode() for n, row in enumerate(GOOD)
 )
 TOKENS = [
-    b"\n",
-    b"\r\n",
-    b"\0",
-    b'"',
-    b"\\",
-    b"\\u0000",
-    b"\\ud800",
-    b"{",
-    b"}",
-    b"[",
-    b"]",
-    b"null",
+    *(b"\n", b"\r\n", b"\0", b'"', b"\\", b"\\u0000", b"\\ud800", b"{", b"}", b"["),
+    *(b"]", b"null"),
 ]
 TOKENS += [
-    b"\xff",
-    b"\xef\xbb\xbf",
-    b":",
-    b",",
-    b"1e999",
-    b'"role"',
-    b'"tool"',
-    b" ",
-    b"-",
-    b"\xed\xa0\x80",
+    *(b"\xff", b"\xef\xbb\xbf", b":", b",", b"1e999", b'"role"', b'"tool"', b" "),
+    *(b"-", b"\xed\xa0\x80"),
 ]
 
 
@@ -119,7 +100,7 @@ def judge_mutations(suffix: str, count: int, folder: Path, seed: int) -> None:
         written = {split: mutate(good, dice) for split in ("train", "valid", "test")}
         for split, content in written.items():
             (folder / f"{split}.{suffix}").write_bytes(content)
-        report, _ = load_dataset(DataSettings(str(folder)), None)
+        report, _ = load(folder)
         assert set(report.splits) == set(written)
         for split, counted in report.splits.items():
             bad = {f.line for f in report.errors if f.file == counted.file and f.line}

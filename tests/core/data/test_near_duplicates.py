@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +11,6 @@ import numpy as np
 import polars as pl
 import pytest
 
-from nested_core.config.sections import DataPolicy
-from nested_core.data.data_settings import DataSettings
-from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.lines import word_ngrams
 from nested_core.data.lines.word_ngrams import (
     MAX_NGRAMS_PER_TEXT,
@@ -25,6 +21,7 @@ from nested_core.data.lines.word_ngrams import (
     hash_word_sequences,
 )
 from nested_core.data.rules.related_lines import find_near_duplicates
+from tests.builders.data_sets import load, write_lines
 from tests.example import DATA
 
 FOX = "The quick brown fox jumps over the lazy dog near the river every single day"
@@ -210,34 +207,27 @@ def test_common_ngrams_are_looked_for_no_more(monkeypatch) -> None:
     assert set(again["row"]) == {12}
 
 
-def load(folder: Path, **policy: Any):
-    settings = DataSettings(str(folder), batch_size=1, policy=DataPolicy(**policy))
-    return load_dataset(settings, None)[0]
-
-
-def findings(report) -> list[tuple[str, int | None, str, str]]:
-    return [
-        (finding.file, finding.line, finding.severity, finding.message)
-        for finding in report.findings
-        if finding.check == "near-duplicate"
-    ]
+def near_duplicates(folder: Path, **policy: Any) -> list[tuple[str, int | None, str, str]]:
+    """File, line, severity and message of each near-duplicate that is found."""
+    report, _ = load(folder, batch_size=1, policy=policy)
+    found = [finding for finding in report.findings if finding.check == "near-duplicate"]
+    return [(each.file, each.line, each.severity, each.message) for each in found]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    files = {
+    files: dict[str, list[str]] = {
         "train": [OTHER, FOX, ORDER, OTHER + " but one"],
         "valid": [FOX + "!", "A text of its own, unlike all the rest"],
         "test": [OTHER, "Order 9 please ship it to Berlin by 8 May", FOX.lower()],
     }
     for name, texts in files.items():
-        lines = [json.dumps({"text": text}) for text in texts]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        write_lines(tmp_path / f"{name}.jsonl", ({"text": text} for text in texts))
     return tmp_path
 
 
 def test_by_default_it_is_a_warning(folder) -> None:
-    found = findings(load(folder))
+    found = near_duplicates(folder)
     assert [entry[:3] for entry in found] == [
         ("valid.jsonl", 1, "warning"),
         ("test.jsonl", 2, "warning"),
@@ -252,16 +242,12 @@ def test_by_default_it_is_a_warning(folder) -> None:
 
 
 def test_by_policy_it_is_an_error_or_nothing(folder) -> None:
-    errors = [
-        entry[:2]
-        for entry in findings(load(folder, near_duplicates="error"))
-        if entry[2] == "error"
-    ]
-    assert errors == [("valid.jsonl", 1), ("test.jsonl", 2), ("test.jsonl", 3)]
-    assert [entry[:2] for entry in findings(load(folder, near_duplicates="off"))] == [
-        ("test.jsonl", 3)
-    ]
+    errors = near_duplicates(folder, near_duplicates="error")
+    places = [("valid.jsonl", 1), ("test.jsonl", 2), ("test.jsonl", 3)]
+    assert [entry[:2] for entry in errors if entry[2] == "error"] == places
+    left = near_duplicates(folder, near_duplicates="off")
+    assert [entry[:2] for entry in left] == [("test.jsonl", 3)]
 
 
 def test_the_shipped_examples_have_none() -> None:
-    assert findings(load(DATA)) == []
+    assert near_duplicates(DATA) == []

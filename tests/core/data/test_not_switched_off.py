@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.builders.data_sets import GOOD, chat, write_lines
 from tests.fork_server import python
 from tests.left_out import slow_except
 
@@ -25,11 +26,6 @@ assert "pandera" not in sys.modules  # which reads the variables when it is impo
 COMMAND = f"{NEW_PROCESS}from flows.cli import main; sys.exit(main())"
 AFTER_PANDERA = f"{NEW_PROCESS}import pandera.polars; from flows.cli import main; sys.exit(main())"
 ROOT = Path(__file__).parents[3]
-
-
-def chat(question: str, answer: str) -> dict[str, Any]:
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"messages": turns}
 
 
 def validate(
@@ -49,12 +45,10 @@ def validate(
 
 @pytest.fixture(scope="module")
 def bad_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    train: list[Any] = [chat(f"Where is {place}?", f"In {place}land.") for place in "ABCD"]
-    train += [train[0], chat("a", ""), chat("Mail?", "jane.doe@firm.org"), chat("b", "c" * 90)]
+    train = [*GOOD, GOOD[0], chat("a", ""), chat("Mail?", "jane.doe@firm.org"), chat("b", "c" * 90)]
     folder = tmp_path_factory.mktemp("bad")
-    for split, rows in (("train", train), ("test", train[1:2])):
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{split}.jsonl").write_text(lines + "{\n" * (split == "train"))
+    write_lines(folder / "train.jsonl", [*train, b"{"])
+    write_lines(folder / "test.jsonl", train[1:2])
     return folder
 
 
@@ -83,9 +77,7 @@ def test_the_data_is_bad_in_many_ways(expected: tuple[int, list[dict[str, Any]]]
     slow_except([*OFF, GARBAGE], OFF[0], reason="a process that imports pandera"),
     ids=lambda variables: "-".join(variables),
 )
-def test_no_variable_of_pandera_changes_a_finding(
-    environment: dict[str, str], bad_data: Path, expected: tuple[int, list[dict[str, Any]]]
-) -> None:
+def test_no_variable_of_pandera_changes_a_finding(environment, bad_data, expected) -> None:
     assert validate(bad_data, environment) == expected
 
 

@@ -10,12 +10,11 @@ from typing import Any
 import polars as pl
 import pytest
 
-from nested_core.data.data_settings import DataSettings
-from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.rules.rule_table import MAX_LISTED_FINDINGS, FrameRules, Rule
 from nested_core.errors import DatasetError
 from nested_core.records.dataset import DatasetReport, Findings
 from nested_core.storage.atomic import canonical_json
+from tests.builders.data_sets import load
 from tests.core.data.conftest import WriteData
 
 TABLE = FrameRules(
@@ -60,12 +59,7 @@ def test_one_finding_stands_for_all_rows_of_a_habit_at_the_first_or_the_worst() 
 
 
 @pytest.mark.parametrize(
-    "columns",
-    [
-        {"size": [1]},
-        {"size": ["1"], "is_good": [True]},
-        {"size": [1], "is_good": [None]},
-    ],
+    "columns", [{"size": [1]}, {"size": ["1"], "is_good": [True]}, {"size": [1], "is_good": [None]}]
 )
 def test_a_frame_that_does_not_fit_is_an_error_and_never_a_pass(columns: dict[str, Any]) -> None:
     frame = pl.DataFrame(columns).with_columns(file=pl.lit("a"), line=pl.lit(1))
@@ -86,7 +80,7 @@ def test_at_most_a_thousand_findings_of_a_check_are_listed_and_the_rest_are_coun
 def test_a_data_set_with_many_warnings_has_a_small_report(write_data: WriteData) -> None:
     rows = [b'{"text": "The river is near."}'] * 30_000
     folder = write_data(train=rows, valid=[{"text": "A lake."}])
-    report, _ = load_dataset(DataSettings(str(folder)), None)
+    report, _ = load(folder)
     duplicates = [f for f in report.findings if f.check == "duplicate"]
     assert len(duplicates) == MAX_LISTED_FINDINGS + 1
     written = report.to_json()
@@ -103,7 +97,7 @@ def test_a_data_set_with_many_warnings_has_a_small_report(write_data: WriteData)
 def test_lines_whose_error_is_not_listed_are_rejected_and_counted(write_data: WriteData) -> None:
     bad: list[Any] = [{"prompt": str(number)} for number in range(1_500)] + [b"{"] * 1_200
     folder = write_data(train=[*[{"text": f"a {n}"} for n in range(8)], *bad], valid=[])
-    report, _ = load_dataset(DataSettings(str(folder)), None)
+    report, _ = load(folder)
     assert report.splits["train"].rejected == 2_700
     assert report.splits["train"].rows == 8
     counted = {f.check: f.count for f in report.errors if f.count is not None}
@@ -112,9 +106,7 @@ def test_lines_whose_error_is_not_listed_are_rejected_and_counted(write_data: Wr
         report.raise_if_rejected()
 
 
-def test_judging_changes_no_setting_of_pandera_and_no_variable(
-    write_data: WriteData, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_judging_changes_no_setting_of_pandera_and_no_variable(write_data, monkeypatch) -> None:
     from pandera.api.base.schema import BaseSchema
     from pandera.config import get_config_context, get_config_global
 
@@ -122,6 +114,6 @@ def test_judging_changes_no_setting_of_pandera_and_no_variable(
     before = dict(os.environ), str(get_config_global()), str(get_config_context())
     backends = dict(BaseSchema.BACKEND_REGISTRY)
     folder: Path = write_data(train=[{"text": "a"}] * 4, valid=[])
-    assert load_dataset(DataSettings(str(folder)), None)[0].warnings
+    assert load(folder)[0].warnings
     assert (dict(os.environ), str(get_config_global()), str(get_config_context())) == before
     assert backends == BaseSchema.BACKEND_REGISTRY

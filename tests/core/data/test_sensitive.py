@@ -11,6 +11,7 @@ import pytest
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.lines.sensitive_data import SENSITIVE_PATTERNS, find_sensitive_pattern_bits
+from tests.builders.data_sets import load
 from tests.core.data.conftest import WriteData
 
 # In two halves, so that no scanner takes this file for a leak.
@@ -99,9 +100,7 @@ def test_every_kind_is_tried() -> None:
     assert {kind.name for kind in SENSITIVE_PATTERNS} == set(HOLDING)
 
 
-def test_a_file_is_told_once_a_kind_with_the_count_and_the_first_lines(
-    write_data: WriteData,
-) -> None:
+def test_a_file_is_told_once_a_kind_with_the_count_and_the_first_lines(write_data) -> None:
     secret, address = HOLDING["GitHub token"][0], "jane.doe@firm.org"
     train = [{"text": f"plain text {n}"} for n in range(10)]
     train += [{"text": f"{n} {address}"} for n in range(8)]
@@ -140,48 +139,18 @@ def test_the_arguments_of_a_tool_are_looked_at_too(write_data: WriteData) -> Non
         {"role": "assistant", "content": None, "tool_calls": [call]},
     ]
     folder = write_data(train=[{"messages": turns}], valid=[{"text": "x"}])
-    report, _ = load_dataset(DataSettings(str(folder), batch_size=1), None)
+    report, _ = load(folder, batch_size=1)
     found = [(f.file, f.line) for f in report.warnings if f.check == "personal-data"]
     assert found == [("train.jsonl", 1)]
 
 
 # What a pattern could try again from each place: beginnings, words, separators, without an end.
 PIECES = [
-    "-eyJaaaaaaaa",
-    "eyJaaaaaaaa",
-    "eyJaaaaaaaa.",
-    "-eyJaaaaaaaa.eyJaaaaaaaa",
-    "-----BEGIN A",
-    "-----BEGIN ",
-    "A ",
-    "AKIA",
-    "ghp_aaaaaaaa",
-    "github_pat_",
-    "glpat-a",
-    "xoxb-a",
-    "AIza",
-    "sk-ant-",
-    "sk-a",
-    "hf_",
-    "hf_a ",
-    "password ",
-    "password=",
-    "password = '",
-    "api_key: (",
-    "a@a.",
-    "a@",
-    "a.",
-    "aB3",
-    "1",
-    "1 ",
-    "1-",
-    "+1 ",
-    "(415) ",
-    "DE12 ",
-    "A1",
-    "DE89 3704 ",
-    " ",
-    "\n",
+    *("-eyJaaaaaaaa", "eyJaaaaaaaa", "eyJaaaaaaaa.", "-eyJaaaaaaaa.eyJaaaaaaaa", "-----BEGIN A"),
+    *("-----BEGIN ", "A ", "AKIA", "ghp_aaaaaaaa", "github_pat_", "glpat-a", "xoxb-a", "AIza"),
+    *("sk-ant-", "sk-a", "hf_", "hf_a ", "password ", "password=", "password = '", "api_key: ("),
+    *("a@a.", "a@", "a.", "aB3", "1", "1 ", "1-", "+1 ", "(415) ", "DE12 ", "A1", "DE89 3704 "),
+    *(" ", "\n"),
 ]
 STARTS = ["", "-----BEGIN ", "password ", "a@", "eyJaaaaaaaa.eyJaaaaaaaa", "ghp_", "+1", "DE12"]
 

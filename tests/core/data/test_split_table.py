@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import pytest
@@ -21,8 +20,9 @@ from nested_core.data.parallel_jobs import ByteRange
 from nested_core.data.sources.split_files import SplitFile
 from nested_core.data.split_table import read_tables
 from nested_core.errors import DatasetError, DataWorkerFailed
+from tests.builders.data_sets import GOOD, HELD_OUT, load
 from tests.core.data.conftest import WriteData
-from tests.core.data.test_bad_lines import BAD_LINES, GOOD, GOOD_LINES, HELD_OUT
+from tests.core.data.test_bad_lines import BAD_LINES, GOOD_LINES
 
 LINES = [
     b"\xef\xbb\xbf" + json.dumps(GOOD[0]).encode(),
@@ -50,9 +50,7 @@ STARTS = pytest.mark.slow("starts processes that import polars, a line each")
         (10**9, 1),
     ],
 )
-def test_ranges_and_processes_change_nothing(
-    size: int, processes: int, write_data: WriteData, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranges_and_processes_change_nothing(size, processes, write_data, monkeypatch) -> None:
     settings = DataSettings(str(write_data(train=LINES, valid=[*HELD_OUT, GOOD[1]], test=[])))
     expected = load_dataset(settings, None)[0].to_json()
     monkeypatch.setattr(split_table, "RANGE_BYTES", size)
@@ -78,7 +76,7 @@ def test_a_reader_that_is_killed_is_one_error_and_leaves_nothing(
     monkeypatch.setattr(split_table, "count_processes_for", lambda _: 2)
     monkeypatch.setattr(split_table, "RANGE_BYTES", 1)  # one range would be read in this process
     with pytest.raises(DataWorkerFailed, match="ended by SIGKILL"):
-        load_dataset(DataSettings(str(folder)), None)
+        load(folder)
     assert list(private.iterdir()) == []
 
 
@@ -120,9 +118,7 @@ examples = (
 
 
 @given(examples, st.booleans())
-def test_the_quick_path_reads_what_the_exact_one_reads(
-    example: dict[str, Any], ascii_: bool
-) -> None:
+def test_the_quick_path_reads_what_the_exact_one_reads(example, ascii_) -> None:
     raw = json.dumps(example, ensure_ascii=ascii_).encode()
     plain, row = parse_plain_row(raw, FieldNames()), parse_line_to_row(raw, FieldNames())
     if plain is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,12 @@ import pytest
 from tokenizers.pre_tokenizers import Metaspace
 
 from nested_core.config.loading import parse_config
-from nested_core.data.data_settings import DataSettings
-from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.lines.example_parsing import Example
 from nested_core.data.tokens.example_encoding import EncodedExample, encode_example
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
+from tests.builders.data_sets import found_in, load
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
 from tests.left_out import slow_except
 
@@ -44,9 +44,7 @@ UNHEADED = (  # a prompt that does not say whose turn it is
 )
 
 
-def load(folder: Any, tokenizer: TokenizerSource, **more: Any) -> Any:
-    settings = DataSettings(str(folder), supervise="all", batch_size=1, **more)
-    return load_dataset(settings, tokenizer)
+load_all = partial(load, supervise="all", batch_size=1)
 
 
 def learnt(split: TokenizedSplit, tokenizer: TokenizerSource, index: int = 0) -> list[str]:
@@ -72,16 +70,14 @@ def test_every_assistant_turn_is_learnt_and_nothing_else(
 ) -> None:
     tokenizer = build_tokenizer(template)
     folder = write_data(train=[{"messages": TURNS}])
-    report, splits = load(folder, tokenizer, mask_prompt=mask_prompt)
+    report, splits = load_all(folder, tokenizer, mask_prompt=mask_prompt)
     assert report.errors == ()
     assert learnt(splits["train"], tokenizer) == expected
     whole = tokenizer.load().apply_chat_template(TURNS, return_dict=False)
     assert splits["train"].example(0).tolist() == whole
 
 
-def test_calls_and_answers_are_learnt_and_results_of_tools_are_not(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_calls_and_answers_are_learnt_and_results_of_tools_are_not(write_data, tokenizer) -> None:
     turns = [
         {"role": "user", "content": "river"},
         {"role": "assistant", "content": "Look:", "tool_calls": [CALL]},
@@ -89,7 +85,7 @@ def test_calls_and_answers_are_learnt_and_results_of_tools_are_not(
         {"role": "assistant", "content": "The Seine."},
     ]
     folder = write_data(train=[{"messages": turns, "tools": [TOOL]}])
-    report, splits = load(folder, tokenizer)
+    report, splits = load_all(folder, tokenizer)
     assert report.errors == ()
     first, second = learnt(splits["train"], tokenizer)
     assert first.startswith("Look:")
@@ -98,46 +94,38 @@ def test_calls_and_answers_are_learnt_and_results_of_tools_are_not(
     assert second == "The Seine.<|end|>"
 
 
-def test_a_completion_has_one_turn_to_learn(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_a_completion_has_one_turn_to_learn(write_data, tokenizer) -> None:
     folder = write_data(train=[{"prompt": "Where?", "completion": "Here."}])
-    _, splits = load(folder, tokenizer)
+    _, splits = load_all(folder, tokenizer)
     assert learnt(splits["train"], tokenizer) == ["Here.<|end|>"]
 
 
-def test_turns_beyond_the_cut_are_not_learnt(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_turns_beyond_the_cut_are_not_learnt(write_data, tokenizer) -> None:
     folder = write_data(train=[{"messages": TURNS}])
-    whole = load(folder, tokenizer)[1]["train"]
+    whole = load_all(folder, tokenizer)[1]["train"]
     ends = np.flatnonzero(np.diff(whole.example_mask(0), prepend=False, append=False))
     for length in (ends[0] + 1, ends[1], ends[2], ends[2] + 1):
-        cut = load(folder, tokenizer, max_seq_length=int(length))[1]["train"]
+        cut = load_all(folder, tokenizer, max_seq_length=int(length))[1]["train"]
         assert cut.example_mask(0).tolist() == whole.example_mask(0)[:length].tolist()
 
 
-def test_a_template_that_rewrites_an_earlier_turn_is_an_error_that_names_it(
-    write_data: WriteData,
-) -> None:
+def test_a_template_that_rewrites_an_earlier_turn_is_an_error_that_names_it(write_data) -> None:
     turns = [turn | {"thinking": "Hm."} for turn in TURNS]
     folder = write_data(train=[{"messages": turns[1:3]}, {"messages": turns}])
-    report, _ = load(folder, build_tokenizer(ONLY_LAST_THINKS))
-    found = [(finding.file, finding.line, finding.check) for finding in report.errors]
-    assert found == [("train.jsonl", 2, "prompt-not-a-prefix")]
+    report, _ = load_all(folder, build_tokenizer(ONLY_LAST_THINKS))
+    assert found_in(report) == [("train.jsonl", 2, "prompt-not-a-prefix")]
     assert "up to messages[2] otherwise by itself" in report.errors[0].message
 
 
 def test_a_prompt_that_the_whole_does_not_begin_with_is_an_error(write_data: WriteData) -> None:
     folder = write_data(train=[{"messages": TURNS}])
-    report, _ = load(folder, build_tokenizer("{{ messages | length }}" + TEMPLATE))
-    found = [(finding.file, finding.line, finding.check) for finding in report.errors]
-    assert found == [("train.jsonl", 1, "prompt-not-a-prefix")]
+    report, _ = load_all(folder, build_tokenizer("{{ messages | length }}" + TEMPLATE))
+    assert found_in(report) == [("train.jsonl", 1, "prompt-not-a-prefix")]
 
 
 def test_plain_text_has_no_turns(write_data: WriteData, tokenizer: TokenizerSource) -> None:
     folder = write_data(train=[{"text": "The capital."}])
-    found = [(f.file, f.line, f.check) for f in load(folder, tokenizer)[0].errors]
+    found = found_in(load_all(folder, tokenizer)[0])
     assert found == [("train.jsonl", None, "supervise-all-on-text")]
 
 
@@ -160,17 +148,8 @@ PLAIN = (  # no special token at all, so that all turns are split as one text
 )
 STRIPPING = TEMPLATE.replace("m.content or ''", "(m.content or '') | trim")
 PIECES = [
-    "Where",
-    " is",
-    " the river?",
-    " ",
-    "\n",
-    "\n\n",
-    "  x",
-    "é",
-    "\U0001f600",
-    "1234567",
-    "'s",
+    *("Where", " is", " the river?", " ", "\n", "\n\n", "  x", "é", "\U0001f600"),
+    *("1234567", "'s"),
 ]
 PIECES += ["<|end|>", "<|assistant|>", "<|", "\u0301", "_", "\t", "...", "Paris."]
 

@@ -10,13 +10,10 @@ import numpy as np
 import pytest
 from transformers import tokenization_utils_base
 
-from nested_core.config.sections import DataPolicy
-from nested_core.data.data_settings import DataSettings
-from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.rules.token_rules import length_outlier_bound
 from nested_core.data.tokens import parallel_tokenization
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.records.dataset import DatasetReport, Finding
+from tests.builders.data_sets import found_in, load, warnings_in
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
 
 
@@ -33,22 +30,14 @@ HELD_OUT = [chat("In Zland.")]
 GOOD = [chat(f"In {place}land.") for place in "ABCD"]
 
 
-def judged(folder: Any, tokenizer: TokenizerSource, **settings: Any) -> DatasetReport:
-    return load_dataset(DataSettings(str(folder), **settings), tokenizer)[0]
-
-
-def places(findings: tuple[Finding, ...]) -> list[tuple[str, int | None, str]]:
-    return [(finding.file, finding.line, finding.check) for finding in findings]
-
-
 @pytest.mark.parametrize("targets", [{"mask_prompt": True}, {"supervise": "all"}])
 def test_an_answer_of_one_token_is_counted_from_the_first_such_line(
     targets: dict[str, Any], write_data: WriteData, tokenizer: TokenizerSource
 ) -> None:
     train = [*GOOD, chat("A"), chat("AB."), chat("B")]
     folder = write_data(train=train, valid=HELD_OUT)
-    report = judged(folder, tokenizer, **targets)
-    assert places(report.warnings) == [("train.jsonl", 5, "short-answer")]
+    report = load(folder, tokenizer, **targets)[0]
+    assert found_in(report, "warning") == [("train.jsonl", 5, "short-answer")]
     expected = "examples with an answer of less than two tokens before its end: 2, from this one on"
     assert report.warnings[0].message == expected
 
@@ -57,8 +46,8 @@ def test_under_all_one_short_turn_makes_a_short_answer_and_under_last_only_the_l
     write_data: WriteData, tokenizer: TokenizerSource
 ) -> None:
     folder = write_data(train=[*GOOD, chat("A", "In Aland.")], valid=HELD_OUT)
-    assert places(judged(folder, tokenizer, mask_prompt=True).warnings) == []
-    found = places(judged(folder, tokenizer, supervise="all").warnings)
+    assert warnings_in(folder, tokenizer, mask_prompt=True) == []
+    found = warnings_in(folder, tokenizer, supervise="all")
     assert found == [("train.jsonl", 5, "short-answer")]
 
 
@@ -70,9 +59,9 @@ def test_under_all_every_turn_needs_its_end(write_data: WriteData) -> None:
     asked = only_last_ends.replace("loop.last or", "(loop.last and messages | length > 2) or")
     tokenizer = build_tokenizer(asked)
     folder = write_data(train=[chat("In A.", "In B.")], valid=[])
-    found = places(judged(folder, tokenizer, supervise="all", batch_size=1).warnings)
+    found = warnings_in(folder, tokenizer, supervise="all", batch_size=1)
     assert ("train.jsonl", 1, "no-end-of-sequence") in found
-    found = places(judged(folder, tokenizer, mask_prompt=True, batch_size=1).warnings)
+    found = warnings_in(folder, tokenizer, mask_prompt=True, batch_size=1)
     assert ("train.jsonl", 1, "no-end-of-sequence") not in found
 
 
@@ -82,8 +71,8 @@ def test_an_example_far_longer_than_the_rest_is_named_with_how_many_there_are(
     rows = [{"text": "river " * (4 + n % 5) + str(n)} for n in range(40)]
     rows[6], rows[20] = {"text": "lake " * 200}, {"text": "sea " * 300}
     folder = write_data(train=rows, valid=[{"text": "somewhere else"}])
-    report = judged(folder, tokenizer, max_seq_length=4096)
-    assert places(report.warnings) == [("train.jsonl", 21, "length-outlier")]
+    report = load(folder, tokenizer, max_seq_length=4096)[0]
+    assert found_in(report, "warning") == [("train.jsonl", 21, "length-outlier")]
     assert ": 2; the longest is this one, of " in report.warnings[0].message
 
 
@@ -97,14 +86,12 @@ def test_the_bound_of_outliers_is_the_outer_fence_on_a_logarithmic_scale() -> No
     assert length_outlier_bound(skewed) > skewed.max()
 
 
-def test_truncation_says_how_many_the_worst_and_the_tokens_lost(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_truncation_says_how_many_the_worst_and_the_tokens_lost(write_data, tokenizer) -> None:
     rows = [*GOOD, chat("y" * 80), chat("z" * 150), chat("w" * 100)]
     folder = write_data(train=rows, valid=HELD_OUT)
-    report, splits = load_dataset(DataSettings(str(folder), max_seq_length=64), tokenizer)
-    assert places(report.warnings) == [("train.jsonl", 6, "truncated")]
-    whole = load_dataset(DataSettings(str(folder)), tokenizer)[1]["train"].lengths
+    report, splits = load(folder, tokenizer, max_seq_length=64)
+    assert found_in(report, "warning") == [("train.jsonl", 6, "truncated")]
+    whole = load(folder, tokenizer)[1]["train"].lengths
     cut = splits["train"].lengths
     message = (
         f"examples cut to 64 tokens: 3, tokens lost: {(whole - cut).sum()}; "
@@ -113,12 +100,10 @@ def test_truncation_says_how_many_the_worst_and_the_tokens_lost(
     assert report.warnings[0].message == message
 
 
-def test_the_infos_count_tokens_and_padding(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_the_infos_count_tokens_and_padding(write_data, tokenizer) -> None:
     rows = [{"text": "ab " * n} for n in (2, 4, 14, 16, 40)]
     folder = write_data(train=rows, valid=[{"text": "somewhere else"}])
-    report, splits = load_dataset(DataSettings(str(folder), batch_size=2), tokenizer)
+    report, splits = load(folder, tokenizer, batch_size=2)
     lengths = splits["train"].lengths
     infos = {f.check: f.message for f in report.findings if f.file == "train.jsonl"}
     p50, longest = sorted(lengths)[2], max(lengths)
@@ -147,28 +132,30 @@ def test_a_row_of_too_many_characters_is_not_given_to_the_tokenizer(
     monkeypatch.setattr(parallel_tokenization, "MAX_ROW_CHARACTERS", 300)
     short, long = {"text": "x" * 300}, {"text": "x" * 301}
     folder = write_data(train=[{"text": "a b"}, long, short, {"text": "c"}, {"text": "d"}])
-    settings = {"max_seq_length": 8, "batch_size": 2, "policy": DataPolicy(overlong=overlong)}
-    report = judged(folder, tokenizer, **settings)
+    settings: dict[str, Any] = {
+        "max_seq_length": 8,
+        "batch_size": 2,
+        "policy": {"overlong": overlong},
+    }
+    report = load(folder, tokenizer, **settings)[0]
     found = [finding for finding in report.findings if finding.check == "row-too-long"]
     if overlong == "drop":
         assert found == []
         assert report.splits["train"].dropped["overlong"] == (2, 3)
         return
-    assert places(tuple(found)) == [("train.jsonl", 2, "row-too-long")]
+    assert [(each.file, each.line) for each in found] == [("train.jsonl", 2)]
     assert found[0].severity == "error"
     assert found[0].message.startswith("301 characters, of which 8 tokens (max_seq_length) would")
-    allowed = judged(folder, tokenizer, **settings | {"max_seq_length": 16})
+    allowed = load(folder, tokenizer, **settings | {"max_seq_length": 16})[0]
     assert "row-too-long" not in {finding.check for finding in allowed.findings}
 
 
-def test_tools_count_among_the_characters_of_a_row(
-    write_data: WriteData, tokenizer: TokenizerSource, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tools_count_among_the_characters_of_a_row(write_data, tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(parallel_tokenization, "MAX_ROW_CHARACTERS", 300)
     tool = {"type": "function", "function": {"name": "f", "description": "x" * 400}}
     folder = write_data(train=[*GOOD, chat("A land.") | {"tools": [tool]}], valid=HELD_OUT)
-    report = judged(folder, tokenizer, max_seq_length=8)
-    found = [place for place in places(report.findings) if place[2] == "row-too-long"]
+    report = load(folder, tokenizer, max_seq_length=8)[0]
+    found = [place for place in found_in(report) if place[2] == "row-too-long"]
     assert found == [("train.jsonl", 5, "row-too-long")]
 
 
@@ -176,7 +163,7 @@ def test_examples_beyond_the_models_context_are_counted(write_data: WriteData) -
     source = build_tokenizer(TEMPLATE)
     Path(source.folder, "config.json").write_text('{"max_position_embeddings": 60}')
     folder = write_data(train=[*GOOD, chat("A" * 90), chat("B" * 80)], valid=HELD_OUT)
-    report = judged(folder, source)
+    report = load(folder, source)[0]
     (finding,) = (f for f in report.warnings if f.check == "beyond-context")
     assert (finding.file, finding.line) == ("train.jsonl", 5)
     assert finding.message.startswith("examples longer than the 60 tokens that the model can see ")
@@ -185,13 +172,11 @@ def test_examples_beyond_the_models_context_are_counted(write_data: WriteData) -
     assert tokens is not None
     assert (tokens.context, tokens.beyond_context) == (60, 2)
     assert str(finding) in report.describe_warnings()
-    cut = judged(folder, source, max_seq_length=60)
+    cut = load(folder, source, max_seq_length=60)[0]
     assert [finding.check for finding in cut.warnings] == ["truncated"]
 
 
-def test_transformers_does_not_warn_of_a_length_that_the_report_counts(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_transformers_does_not_warn_of_a_length_that_the_report_counts(monkeypatch) -> None:
     source = build_tokenizer(TEMPLATE)
     settings = Path(source.folder, "tokenizer_config.json")
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 6}))

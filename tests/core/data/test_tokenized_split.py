@@ -19,6 +19,7 @@ from nested_core.data.tokens.parallel_tokenization import LinesToTokenize, token
 from nested_core.data.tokens.tokenized_split import open_tokens
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DamagedError
+from tests.builders.data_sets import load
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
 
 ROWS = 3_000
@@ -135,9 +136,7 @@ def kept(write_data: WriteData, tmp_path: Path, tokenizer: TokenizerSource) -> P
     return entry
 
 
-def test_what_was_written_is_read_again_from_the_folder(
-    kept: Path, write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_what_was_written_is_read_again_from_the_folder(kept, write_data, tokenizer) -> None:
     again = open_tokens(kept)
     fresh = load_dataset(DataSettings(str(write_data())), tokenizer)[1]
     assert list(again) == ["train", "valid"]
@@ -159,7 +158,7 @@ def test_files_that_nobody_keeps_are_gone_and_can_still_be_read(
     private.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(private))
     folder = write_data(train=[{"text": f"{n} is here."} for n in range(9)])
-    _, splits = load_dataset(DataSettings(str(folder)), tokenizer)
+    _, splits = load(folder, tokenizer)
     assert list(private.iterdir()) == []
     train = splits["train"]
     train.release_pages()

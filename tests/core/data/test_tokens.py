@@ -13,11 +13,11 @@ from mlx_lm.tuner.trainer import iterate_batches
 
 from nested_core.data.batches import choose_evaluation_batches
 from nested_core.data.data_settings import DataSettings
-from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.lines.example_parsing import FieldNames, read_examples
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DatasetError
+from tests.builders.data_sets import load
 from tests.core.data.conftest import WriteData
 
 CALL = {"id": "1", "type": "function", "function": {"name": "river", "arguments": {"of": "A"}}}
@@ -62,11 +62,10 @@ CASES = [
 ]
 
 
-def load(
+def train_split(
     write_data: WriteData, tokenizer: TokenizerSource, kind: str, **more: Any
 ) -> TokenizedSplit:
-    folder = write_data(train=ROWS[kind])
-    report, splits = load_dataset(DataSettings(str(folder), **more), tokenizer)
+    report, splits = load(write_data(train=ROWS[kind]), tokenizer, **more)
     assert report.errors == ()
     return splits["train"]
 
@@ -75,10 +74,10 @@ def load(
 def test_tokens_and_mask_offsets_are_those_of_mlx_lm(
     kind: str, mask_prompt: bool, write_data: WriteData, tokenizer: TokenizerSource
 ) -> None:
-    split = load(write_data, tokenizer, kind, mask_prompt=mask_prompt)
+    split = train_split(write_data, tokenizer, kind, mask_prompt=mask_prompt)
     config = DataSettings("", mask_prompt=mask_prompt)  # it reads the same attribute names
     rows = [json.loads(json.dumps(row)) for row in ROWS[kind]]
-    reference = mlx_lm_dataset(rows, tokenizer.load(), config)
+    reference = create_dataset(rows, tokenizer.load(), config)
     assert len(split) == len(rows)
     for index, row in enumerate(rows):
         tokens, offset = reference.process(row)
@@ -96,10 +95,10 @@ def test_what_is_supervised_is_what_mlx_lm_supervises_without_its_pad_token(
     write_data: WriteData,
     tokenizer: TokenizerSource,
 ) -> None:
-    folder = write_data(train=ROWS[kind])
-    settings = DataSettings(str(folder), max_seq_length=max_seq_length, mask_prompt=mask_prompt)
-    split = load_dataset(settings, tokenizer)[1]["train"]
-    reference = CacheDataset(mlx_lm_dataset(list(ROWS[kind]), tokenizer.load(), settings))
+    settings: Any = {"max_seq_length": max_seq_length, "mask_prompt": mask_prompt}
+    split = load(write_data(train=ROWS[kind]), tokenizer, **settings)[1]["train"]
+    config = DataSettings("", mask_prompt=mask_prompt)
+    reference = CacheDataset(create_dataset(list(ROWS[kind]), tokenizer.load(), config))
     for index, (batch, lengths) in enumerate(one_by_one(reference, max_seq_length)):
         steps = mx.arange(1, batch.shape[1])
         mask = np.array((steps >= lengths[:, 0:1]) & (steps < lengths[:, 1:]))
@@ -108,20 +107,14 @@ def test_what_is_supervised_is_what_mlx_lm_supervises_without_its_pad_token(
         assert example[split.example_mask(index)].tolist() == targets.tolist()
 
 
-def mlx_lm_dataset(rows: Any, tokenizer: Any, config: Any) -> Any:
-    return create_dataset(rows, tokenizer, config)
-
-
 def one_by_one(reference: Any, max_seq_length: int) -> Any:
     """mlx-lm's own batch of each row by itself, in order."""
     for index in range(len(reference)):
         yield next(iter(iterate_batches([reference[index]], 1, max_seq_length)))
 
 
-def test_arrays_are_flat_with_the_documented_types(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
-    split = load(write_data, tokenizer, "chat", max_seq_length=48)
+def test_arrays_are_flat_with_the_documented_types(write_data, tokenizer) -> None:
+    split = train_split(write_data, tokenizer, "chat", max_seq_length=48)
     assert split.tokens.dtype == np.int32
     assert split.starts.dtype == np.int64
     assert split.target_mask.dtype == np.bool_
@@ -132,11 +125,9 @@ def test_arrays_are_flat_with_the_documented_types(
     assert len(split.tokens) == split.starts[-1]
 
 
-def test_rows_with_an_error_are_left_out_and_the_order_is_kept(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_rows_with_an_error_are_left_out_and_the_order_is_kept(write_data, tokenizer) -> None:
     rows: list[Any] = [{"text": "one"}, b"", {"text": ""}, {"text": "two"}, b"{", {"text": "three"}]
-    _, splits = load_dataset(DataSettings(str(write_data(train=rows))), tokenizer)
+    _, splits = load(write_data(train=rows), tokenizer)
     split = splits["train"]
     texts = [tokenizer.load().decode(split.example(index).tolist()) for index in range(len(split))]
     assert texts == ["one<|end|>", "two<|end|>", "three<|end|>"]
@@ -148,11 +139,9 @@ def test_a_file_that_changes_after_it_was_judged_is_refused(write_data: WriteDat
         list(read_examples(path, FieldNames(), skip=set()))
 
 
-def test_an_empty_split_is_an_empty_split(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_an_empty_split_is_an_empty_split(write_data, tokenizer) -> None:
     folder = write_data(train=[{"text": "a"}] * 4, valid=[])
-    split = load_dataset(DataSettings(str(folder)), tokenizer)[1]["valid"]
+    split = load(folder, tokenizer)[1]["valid"]
     assert len(split) == 0
     assert split.lengths.tolist() == []
     assert choose_evaluation_batches(split, 4) == []

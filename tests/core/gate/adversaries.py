@@ -1,13 +1,12 @@
 """Runs that look trained and are not, and honest ones: a table of what the gate must say of each.
 
 Each is made of a finished run of eight steps on tiers [1, 2, 4], whose initial adapter is fresh:
-lora_a at random, lora_b zero. The pairs of bare adapters are in file_pairs.py.
+lora_a at random, lora_b zero. The pairs of bare adapters are in test_gate_pairs.py.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,52 +17,34 @@ import mlx.core as mx
 import numpy as np
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.config.sections import GateSection
-from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, files_sha256, read_adapter
+from nested_core.storage.adapter import WEIGHTS_NAME, files_sha256, read_adapter
 from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
-from tests.core.gate.rewriting import Arrays, rewrite_run
-from tests.example import DATA
+from tests.builders.adapter_folders import Arrays, base_copy, change_config
+from tests.builders.candidates import Candidate, shifted
+from tests.builders.data_sets import write_lines
+from tests.builders.suites import task, write_suite
 
 DAMAGED = "damaged"  # no verdict at all: exit 6
 STEP = 8
 
 
 @dataclass(frozen=True)
-class Scene:
-    """A copy of the finished run to spoil, another run of the same kind, and the configuration."""
+class Scene(Candidate):
+    """A copy of the finished run to spoil, and another run of the same kind."""
 
-    config: FineTuneConfig
-    run: RunDirectory
     other: RunDirectory
 
-    @property
-    def initial(self) -> Arrays:
-        """The tensors that training began from."""
-        return load_arrays(self.run.initial / WEIGHTS_NAME)
+    def leave_out(self, names: list[str]) -> None:
+        """Offer an adapter in which these tensors are as training found them."""
+        self.offer({name: self.initial[name] for name in names})
 
-    @property
-    def offered(self) -> Path:
-        """The checkpoint that the adapter comes from."""
-        return checkpoint_path(self.run.checkpoints, STEP)
-
-    def names(self, tier: int, leaf: str = "") -> list[str]:
-        """The tensors of a tier."""
-        owners = json.loads(self.run.tiers.read_bytes())["tensors"]
-        return [name for name, owner in owners.items() if owner == tier and name.endswith(leaf)]
-
-    def rewrite(self, **changes: Any) -> None:
-        """As a trainer with a fault would have left the run."""
-        rewrite_run(self.config, self.run, **changes)
-
-    def offer(self, tensors: Arrays) -> None:
-        """These tensors in place of the trained ones; the rest stays the trained one's."""
-        self.rewrite(change_adapter=lambda t: t.update(tensors))
-
-    def bounded(self, **bounds: Any) -> FineTuneConfig:
-        """The configuration with other bounds of the gate."""
-        return self.config.model_copy(update={"gate": GateSection(**bounds)})
+    def change_one(
+        self, name: str, change: Callable[[mx.array], mx.array], *, keeps_logits: bool = True
+    ) -> None:
+        """Offer an adapter with one tensor changed."""
+        self.offer({name: change(self.trained[name])}, keeps_logits=keeps_logits)
 
 
 Build = Callable[[Scene], FineTuneConfig | None]
@@ -79,19 +60,35 @@ class Case:
     name: str
     build: Build
     expected: tuple[str, ...]
+    says: str | None = None
 
 
 CASES: list[Case] = []
 
 
-def case(*expected: str) -> Callable[[Build], Build]:
-    """Enter a builder into the table, under its name."""
+def case(*expected: str, says: str | None = None) -> Callable[[Build], Build]:
+    """Enter a builder into the table, under its name; `says` is what damage has to be called."""
 
     def enter(build: Build) -> Build:
-        CASES.append(Case(build.__name__, build, expected))
+        CASES.append(Case(build.__name__, build, expected, says))
         return build
 
     return enter
+
+
+def leafwise(tensors: Arrays, **changes: Callable[[mx.array], mx.array]) -> Arrays:
+    """The tensors with each lora_a or lora_b changed, as `a=` or `b=` says."""
+    return {n: changes[n[-1]](v) if n[-1] in changes else v for n, v in tensors.items()}
+
+
+def zeroed(*endings: str) -> Callable[[Arrays], None]:
+    """Zeros for all tensors whose names end so."""
+
+    def change(tensors: Arrays) -> None:
+        for name in [name for name in tensors if name.endswith(endings)]:
+            tensors[name] = mx.zeros_like(tensors[name])
+
+    return change
 
 
 # Nothing was learned.
@@ -104,66 +101,46 @@ def updates_counted_and_reported_but_not_applied(scene: Scene) -> None:
     assert json.loads(scene.run.metrics.read_text().splitlines()[-1])["loss"] > 0
 
 
-@case("no_effect", "tier_unchanged", "tier_unchanged", "tier_unchanged")
+@case("no_effect", *["tier_unchanged"] * 3)
 def weight_decay_alone_moves_lora_a(scene: Scene) -> None:
-    def decayed(tensors: Arrays) -> None:
-        factors = {name: 0.999 if name.endswith("a") else 1.0 for name in tensors}
-        tensors.update({name: value * factors[name] for name, value in scene.initial.items()})
-
-    def nothing_gathered(moments: Arrays) -> None:
-        for name in [n for n in moments if n.endswith((".m", ".v"))]:
-            moments[name] = mx.zeros_like(moments[name])
-
-    scene.rewrite(change_adapter=decayed, change_moments=nothing_gathered)
+    decayed = leafwise(scene.initial, a=lambda a: 0.999 * a)
+    scene.offer(decayed, change_moments=zeroed(".m", ".v"))
 
 
-@case("no_effect", "updates_missing", "updates_missing", "updates_missing")
+@case("no_effect", *["updates_missing"] * 3)
 def weight_decay_alone_with_the_moments_of_real_training(scene: Scene) -> None:
-    initial = scene.initial
-    scene.offer({n: v * (0.999 if n.endswith("a") else 1.0) for n, v in initial.items()})
+    scene.offer(leafwise(scene.initial, a=lambda a: 0.999 * a))
 
 
-@case("no_effect", "updates_missing", "updates_missing", "updates_missing")
+@case("no_effect", *["updates_missing"] * 3)
 def a_fresh_adapter_of_another_seed(scene: Scene) -> None:
     values = np.random.default_rng(99)
     scene.offer(
-        {
-            name: mx.array(values.uniform(-0.1, 0.1, value.shape).astype("f4"))
-            if name.endswith("a")
-            else value
-            for name, value in scene.initial.items()
-        }
+        leafwise(scene.initial, a=lambda a: mx.array(values.uniform(-0.1, 0.1, a.shape), a.dtype))
     )
 
 
 @case("no_effect")
 def every_tensor_zero(scene: Scene) -> None:
     # lora_b was zero before: only lora_a moved, and had no gradient to move by.
-    def no_gradients(moments: Arrays) -> None:
-        for name in [n for n in moments if ".lora_b." in n]:
-            moments[name] = mx.zeros_like(moments[name])
-
-    zeros = {name: mx.zeros_like(value) for name, value in scene.initial.items()}
-    scene.rewrite(change_adapter=lambda t: t.update(zeros), change_moments=no_gradients)
+    no_gradients = zeroed("lora_b.m", "lora_b.v")
+    scene.offer(leafwise(scene.initial, a=mx.zeros_like), change_moments=no_gradients)
 
 
-@case("no_effect", "updates_missing", "updates_missing", "updates_missing")
+@case("no_effect", *["updates_missing"] * 3)
 def zeros_that_turned_negative(scene: Scene) -> None:
-    initial = scene.initial
-    scene.offer({name: -value if name.endswith("b") else value for name, value in initial.items()})
+    scene.offer(leafwise(scene.initial, b=lambda b: -b))
 
 
-@case("updates_missing", "updates_missing", "updates_missing")
+@case(*["updates_missing"] * 3)
 def a_change_of_1e_30(scene: Scene) -> None:
-    initial = scene.initial
-    scene.offer({n: v + 1e-30 if n.endswith("b") else v for n, v in initial.items()})
+    scene.offer(leafwise(scene.initial, b=lambda b: b + 1e-30))
 
 
 @case("no_effect")
 def a_change_of_1e_30_everywhere(scene: Scene) -> None:
     """It is there in the files and in every product, and no logit knows of it."""
-    tiny = {"a": 1e-7, "b": 1e-30}
-    scene.offer({name: value + tiny[name[-1]] for name, value in scene.initial.items()})
+    scene.offer(leafwise(scene.initial, a=lambda a: a + 1e-7, b=lambda b: b + 1e-30))
 
 
 # A part of it was learned.
@@ -171,55 +148,43 @@ def a_change_of_1e_30_everywhere(scene: Scene) -> None:
 
 @case("no_effect", "tier_unchanged")
 def the_slowest_tier_left_out(scene: Scene) -> None:
-    initial = scene.initial
-    scene.offer({name: initial[name] for name in scene.names(2)})
+    scene.leave_out(scene.names(2))
 
 
 @case("no_effect", "tier_unchanged")
 def the_fastest_tier_left_out(scene: Scene) -> None:
-    initial = scene.initial
-    scene.offer({name: initial[name] for name in scene.names(0)})
+    scene.leave_out(scene.names(0))
 
 
 @case("updates_missing")
 def one_lora_a_left_out(scene: Scene) -> None:
-    name = scene.names(1, "lora_a")[0]
-    scene.offer({name: scene.initial[name]})
+    scene.leave_out(scene.names(1, "lora_a")[:1])
 
 
 @case("no_effect", "updates_missing")
 def one_lora_b_left_out(scene: Scene) -> None:
-    name = scene.names(1, "lora_b")[0]
-    scene.offer({name: scene.initial[name]})
+    scene.leave_out(scene.names(1, "lora_b")[:1])
 
 
 @case("no_effect", "updates_missing")
 def one_module_left_out(scene: Scene) -> None:
     module = scene.names(0, "lora_a")[0].removesuffix("lora_a")
-    scene.offer({name: value for name, value in scene.initial.items() if name.startswith(module)})
+    scene.leave_out([name for name in scene.initial if name.startswith(module)])
 
 
-@case("updates_missing", "updates_missing", "updates_missing")
+@case(*["updates_missing"] * 3)
 def only_lora_b_trained(scene: Scene) -> None:
-    scene.offer({name: value for name, value in scene.initial.items() if name.endswith("a")})
+    scene.leave_out([name for name in scene.initial if name.endswith("a")])
 
 
 @case("tier_unchanged")
 def a_tier_that_has_no_moment_anywhere(scene: Scene) -> None:
-    def forget(moments: Arrays) -> None:
-        for name in scene.names(1):
-            moments[f"{name}.v"] = mx.zeros_like(moments[f"{name}.v"])
-
-    scene.rewrite(change_moments=forget)
+    scene.rewrite(change_moments=zeroed(*(f"{name}.v" for name in scene.names(1))))
 
 
-@case("tier_unchanged", "tier_unchanged", "tier_unchanged")
+@case(*["tier_unchanged"] * 3)
 def all_moments_zero(scene: Scene) -> None:
-    def forget(moments: Arrays) -> None:
-        for name in [name for name in moments if name.endswith(".v")]:
-            moments[name] = mx.zeros_like(moments[name])
-
-    scene.rewrite(change_moments=forget)
+    scene.rewrite(change_moments=zeroed(".v"))
 
 
 # Counts that do not add up.
@@ -264,18 +229,16 @@ def a_flush_that_never_was(scene: Scene) -> None:
 
 @case("non_finite")
 def a_nan_that_differs(scene: Scene) -> None:
-    name = scene.names(0)[0]
-    scene.rewrite(change_adapter=lambda t: t.update({name: t[name] * float("nan")}))
+    scene.change_one(scene.names(0)[0], lambda tensor: tensor * float("nan"), keeps_logits=False)
 
 
 @case("non_finite")
 def one_infinity(scene: Scene) -> None:
-    name = scene.names(2, "lora_b")[0]
+    def spoil(tensor: mx.array) -> mx.array:
+        tensor[0, 0] = float("-inf")
+        return tensor
 
-    def spoil(tensors: Arrays) -> None:
-        tensors[name][0, 0] = float("-inf")
-
-    scene.rewrite(change_adapter=spoil)
+    scene.change_one(scene.names(2, "lora_b")[0], spoil, keeps_logits=False)
 
 
 @case("non_finite")
@@ -292,17 +255,14 @@ def one_tensor_missing(scene: Scene) -> None:
 
 @case("tensor_missing", "tier_unchanged")
 def one_tier_missing(scene: Scene) -> None:
-    def drop(tensors: Arrays) -> None:
-        for name in scene.names(2):
-            del tensors[name]
-
-    scene.rewrite(change_adapter=drop, keeps_logits=True)
+    names = scene.names(2)
+    scene.rewrite(change_adapter=lambda t: [t.pop(name) for name in names], keeps_logits=True)
 
 
 @case("tensor_unexpected")
 def one_tensor_too_many(scene: Scene) -> None:
     name = "model.layers.9.self_attn.q_proj.lora_a"
-    scene.rewrite(change_adapter=lambda t: t.update({name: mx.ones((64, 8))}), keeps_logits=True)
+    scene.offer({name: mx.ones((64, 8))}, keeps_logits=True)
 
 
 @case("tensor_missing", "tensor_unexpected")
@@ -313,33 +273,23 @@ def one_tensor_renamed(scene: Scene) -> None:
 
 @case("shape_mismatch")
 def one_tensor_transposed(scene: Scene) -> None:
-    name = scene.names(0, "lora_a")[0]
-    scene.rewrite(change_adapter=lambda t: t.update({name: t[name].T}), keeps_logits=True)
+    scene.change_one(scene.names(0, "lora_a")[0], lambda tensor: tensor.T)
 
 
 @case("shape_mismatch")
 def half_the_rank(scene: Scene) -> None:
-    def halve(tensors: Arrays) -> None:
-        for name, value in tensors.items():
-            tensors[name] = value[:, :4] if name.endswith("a") else value[:4]
-
-    scene.rewrite(change_adapter=halve, keeps_logits=True)
+    scene.offer(leafwise(scene.trained, a=lambda a: a[:, :4], b=lambda b: b[:4]), keeps_logits=True)
 
 
 @case("dtype_mismatch")
 def narrowed_to_bfloat16(scene: Scene) -> None:
-    def narrow(tensors: Arrays) -> None:
-        tensors.update({name: value.astype(mx.bfloat16) for name, value in tensors.items()})
-
-    scene.rewrite(change_adapter=narrow, keeps_logits=True)
+    narrow = {name: value.astype(mx.bfloat16) for name, value in scene.trained.items()}
+    scene.offer(narrow, keeps_logits=True)
 
 
 @case("dtype_mismatch")
 def one_tensor_as_integers(scene: Scene) -> None:
-    name = scene.names(0, "lora_a")[0]
-    scene.rewrite(
-        change_adapter=lambda t: t.update({name: t[name].view(mx.uint32)}), keeps_logits=True
-    )
+    scene.change_one(scene.names(0, "lora_a")[0], lambda tensor: tensor.view(mx.uint32))
 
 
 # Configurations.
@@ -377,14 +327,8 @@ def another_kind_in_the_configuration(scene: Scene) -> None:
 @case("unreadable")
 def a_configuration_that_plain_mlx_lm_cannot_use(scene: Scene) -> None:
     """Without num_layers from the start, as a faulty loader would have written it."""
-    path = scene.run.initial / CONFIG_NAME
-    meaning = json.loads(path.read_bytes())
-    del meaning["num_layers"]
-    path.write_text(json.dumps(meaning))
-    found = {
-        "initial": read_adapter(scene.run.initial).digest(),
-        "initial_files": files_sha256(scene.run.initial),
-    }
+    initial = change_config(scene.run.initial, lambda meaning: meaning.pop("num_layers"))
+    found = {"initial": read_adapter(initial).digest(), "initial_files": files_sha256(initial)}
     scene.rewrite(
         change_config=lambda meaning: meaning.pop("num_layers"),
         change_state=lambda state: state["found"].update(found),
@@ -393,17 +337,14 @@ def a_configuration_that_plain_mlx_lm_cannot_use(scene: Scene) -> None:
 
 @case("base_mismatch")
 def another_base_in_the_configuration(scene: Scene) -> None:
-    scene.rewrite(
-        change_config=lambda meaning: meaning.update(base_fingerprint="sha256:" + "0" * 64)
-    )
+    other = "sha256:" + "0" * 64
+    scene.rewrite(change_config=lambda meaning: meaning.update(base_fingerprint=other))
 
 
 @case("base_mismatch")
 def a_base_exchanged_since(scene: Scene) -> FineTuneConfig:
-    folder = Path(shutil.copytree(scene.config.model, scene.run.path.parent / "base"))
-    config = json.loads((folder / "config.json").read_bytes())
-    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 500_000.0}))
-    return scene.config.model_copy(update={"model": str(folder)})
+    folder = base_copy(scene.run.path.parent / "base", rope_theta=500_000.0)
+    return scene.configured(model=str(folder)).config
 
 
 # What was written is not what was trained.
@@ -411,32 +352,25 @@ def a_base_exchanged_since(scene: Scene) -> FineTuneConfig:
 
 @case("config_mismatch")
 def the_adapter_of_another_run_in_the_checkpoint(scene: Scene) -> None:
-    other = load_arrays(scene.other.adapter / WEIGHTS_NAME)
-    scene.rewrite(change_adapter=lambda t: t.update(other), keeps_logits=True)
+    scene.offer(load_arrays(scene.other.adapter / WEIGHTS_NAME), keeps_logits=True)
 
 
 @case("config_mismatch")
 def two_tiers_tensors_exchanged(scene: Scene) -> None:
-    def swap(tensors: Arrays) -> None:
-        pairs = [(a, b) for a in scene.names(0) for b in scene.names(2) if a[15:] == b[15:]]
-        for fast, slow in pairs:
-            tensors[fast], tensors[slow] = tensors[slow], tensors[fast]
-
-    scene.rewrite(change_adapter=swap, keeps_logits=True)
+    own, fast, slow = scene.trained, scene.names(0), scene.names(2)
+    pairs = [(a, b) for a in fast for b in slow if a[15:] == b[15:]]
+    swapped = {a: own[b] for a, b in pairs} | {b: own[a] for a, b in pairs}
+    scene.offer(swapped, keeps_logits=True)
 
 
 @case("config_mismatch")
 def an_adapter_written_half_as_strong(scene: Scene) -> None:
-    def halve(tensors: Arrays) -> None:
-        tensors.update({n: v / 2 if n.endswith("b") else v for n, v in tensors.items()})
-
-    scene.rewrite(change_adapter=halve, keeps_logits=True)
+    scene.offer(leafwise(scene.trained, b=lambda b: b / 2), keeps_logits=True)
 
 
 @case("config_mismatch")
 def an_adapter_with_one_module_of_noise(scene: Scene) -> None:
-    name = scene.names(2, "lora_b")[0]
-    scene.rewrite(change_adapter=lambda t: t.update({name: t[name] + 0.05}), keeps_logits=True)
+    scene.change_one(scene.names(2, "lora_b")[0], lambda tensor: tensor + 0.05)
 
 
 # Losses.
@@ -444,92 +378,97 @@ def an_adapter_with_one_module_of_noise(scene: Scene) -> None:
 
 @case("loss_regressed")
 def a_worse_adapter(scene: Scene) -> None:
-    scene.rewrite(change_adapter=lambda t: t.update({n: v + 0.5 for n, v in t.items()}))
+    scene.rewrite(change_adapter=shifted(0.5))
 
 
 @case("non_finite")
 def finite_weights_whose_product_overflows(scene: Scene) -> None:
-    scene.rewrite(change_adapter=lambda t: t.update({n: v + 1e30 for n, v in t.items()}))
+    scene.rewrite(change_adapter=shifted(1e30))
 
 
 @case("non_finite")
 def finite_products_that_overflow_in_the_model(scene: Scene) -> None:
-    scene.rewrite(change_adapter=lambda t: t.update({n: v + 1e17 for n, v in t.items()}))
+    scene.rewrite(change_adapter=shifted(1e17))
 
 
 @case("non_finite")
 def one_module_whose_product_overflows(scene: Scene) -> None:
     name = scene.names(2, "lora_b")[0]
-    scene.rewrite(change_adapter=lambda t: t.update({name: t[name] * 0 + 3e38}))
+    scene.change_one(name, lambda tensor: tensor * 0 + 3e38, keeps_logits=False)
 
 
 @case("loss_regressed", "examples_harmed")
 def the_learned_direction_turned_around(scene: Scene) -> None:
-    scene.rewrite(
-        change_adapter=lambda t: t.update({n: -v if n.endswith("b") else v for n, v in t.items()})
-    )
+    scene.offer(leafwise(scene.trained, b=lambda b: -b))
 
 
 def suite_bounds(folder: Path, code: str) -> dict[str, Any]:
     """The gate's section with a suite that a worse adapter fails for this reason alone."""
-    text = (DATA / "train.jsonl").read_text(encoding="utf-8")
-    facts = re.findall(r"Go and see (.+?), the capital of (.+?)!", text)
-    lines = [
-        json.dumps({"prompt": f"The capital of {country} is", "expected": capital})
-        for capital, country in facts[:20]
-    ]
-    path = folder / "suite.jsonl"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    suite = {"name": "capitals", "file": str(path), "score": "contains", "max_tokens": 6}
     bounds = {"min": 1.0, "max_drop": None} if code == "task_below" else {"max_drop": 0.0}
-    return {"max_val_loss_increase": 1e9, "tasks": [suite | bounds]}
+    suite = task(write_suite(folder / "suite.jsonl"), **bounds)
+    return {"max_val_loss_increase": 1e9, "tasks": [suite]}
 
 
 @case("task_below")
 def answers_that_became_too_few(scene: Scene) -> FineTuneConfig:
     a_worse_adapter(scene)
-    return scene.bounded(**suite_bounds(scene.run.path.parent, "task_below"))
+    return scene.bounded(**suite_bounds(scene.run.path.parent, "task_below")).config
 
 
 @case("task_regressed")
 def answers_that_became_worse(scene: Scene) -> FineTuneConfig:
     a_worse_adapter(scene)
-    return scene.bounded(**suite_bounds(scene.run.path.parent, "task_regressed"))
+    return scene.bounded(**suite_bounds(scene.run.path.parent, "task_regressed")).config
 
 
 @case("drift")
 def predictions_that_moved_too_far(scene: Scene) -> FineTuneConfig:
-    return scene.bounded(max_kl=0.001)
+    return scene.bounded(max_kl=0.001).config
+
+
+def general_text(folder: Path, increase: float) -> dict[str, Any]:
+    """The gate's keys that bound what becomes of one sentence that the base knows."""
+    path = write_lines(folder / "general.jsonl", [{"text": "The capital of France is Paris."}])
+    return {"general_data": str(path), "max_general_loss_increase": increase}
 
 
 @case("forgetting")
 def general_text_forgotten(scene: Scene) -> FineTuneConfig:
-    path = scene.run.path.parent / "general.jsonl"
-    path.write_text('{"text": "The capital of France is Paris."}\n')
-    return scene.bounded(general_data=str(path), max_general_loss_increase=0.0)
+    return scene.bounded(**general_text(scene.run.path.parent, 0.0)).config
 
 
 @case("unchanged")
 def a_change_below_the_bound(scene: Scene) -> FineTuneConfig:
-    return scene.bounded(min_relative_change=1.1)
+    return scene.bounded(min_relative_change=1.1).config
 
 
 # Tampered with afterwards: damage.
 
+NOT_THE_INITIAL = "initial is not the adapter that training began from"
+TIERS_CHANGED = r"tiers\.json has changed since training began"
+STATE_CHANGED = r"state\.json has changed since it was written"
+COPY_IT_BACK = r"it has changed since\. Copy .* from the checkpoint back into it\."
 
-@case(DAMAGED)
+
+@case(DAMAGED, says=NOT_THE_INITIAL)
 def an_adapter_written_over_its_own_initial_file(scene: Scene) -> None:
     shutil.copyfile(scene.run.adapter / WEIGHTS_NAME, scene.run.initial / WEIGHTS_NAME)
 
 
-@case(DAMAGED)
+@case(DAMAGED, says=NOT_THE_INITIAL)
 def a_re_randomised_initial_adapter(scene: Scene) -> None:
     shutil.copyfile(scene.other.initial / WEIGHTS_NAME, scene.run.initial / WEIGHTS_NAME)
 
 
-@case(DAMAGED)
+@case(DAMAGED, says=COPY_IT_BACK)
 def the_adapter_of_another_run(scene: Scene) -> None:
     shutil.copyfile(scene.other.adapter / WEIGHTS_NAME, scene.run.adapter / WEIGHTS_NAME)
+
+
+@case(DAMAGED, says=COPY_IT_BACK)
+def an_adapter_cut_short(scene: Scene) -> None:
+    path = scene.run.adapter / WEIGHTS_NAME
+    path.write_bytes(path.read_bytes()[:1000])
 
 
 @case(DAMAGED)
@@ -550,26 +489,26 @@ def a_result_that_names_another_step(scene: Scene) -> None:
     scene.run.result.write_text(json.dumps(result | {"adapter_step": 4}))
 
 
-@case(DAMAGED)
+@case(DAMAGED, says=TIERS_CHANGED)
 def tiers_exchanged_in_tiers_json(scene: Scene) -> None:
     tiers = json.loads(scene.run.tiers.read_bytes())
     tiers["tensors"] = {name: 2 - tier for name, tier in tiers["tensors"].items()}
     scene.run.tiers.write_text(json.dumps(tiers))
 
 
-@case(DAMAGED)
+@case(DAMAGED, says=TIERS_CHANGED)
 def another_frequency_in_tiers_json(scene: Scene) -> None:
     content = scene.run.tiers.read_text()
     scene.run.tiers.write_text(content.replace("4", "8", 1))
 
 
-@case(DAMAGED)
+@case(DAMAGED, says=STATE_CHANGED)
 def edited_counts_in_state_json(scene: Scene) -> None:
     path = scene.offered / "state.json"
     path.write_text(path.read_text().replace('"updates": 8', '"updates": 9'))
 
 
-@case(DAMAGED)
+@case(DAMAGED, says=STATE_CHANGED)
 def edited_logits_in_state_json(scene: Scene) -> None:
     path = scene.offered / "state.json"
     state = json.loads(path.read_bytes())
@@ -598,27 +537,23 @@ def an_honest_run(scene: Scene) -> None:
 
 @case()
 def an_honest_run_within_every_bound(scene: Scene) -> FineTuneConfig:
-    path = scene.run.path.parent / "general.jsonl"
-    path.write_text('{"text": "The capital of France is Paris."}\n')
-    bounds = {"general_data": str(path), "max_general_loss_increase": 100.0}
-    return scene.bounded(min_relative_change=1e-4, check_fused=True, **bounds)
+    bounds = general_text(scene.run.path.parent, 100.0)
+    return scene.bounded(min_relative_change=1e-4, check_fused=True, **bounds).config
 
 
 @case()
 def a_skipped_update_within_the_bound(scene: Scene) -> FineTuneConfig:
     scene.rewrite(change_state=_counted(0, updates=7, skipped=1))
-    return scene.bounded(max_skipped_share=0.125)
+    return scene.bounded(max_skipped_share=0.125).config
 
 
 @case()
 def a_loss_that_rose_within_the_bound(scene: Scene) -> FineTuneConfig:
-    scene.rewrite(change_adapter=lambda t: t.update({n: v + 0.5 for n, v in t.items()}))
-    return scene.bounded(max_val_loss_increase=100.0)
+    a_worse_adapter(scene)
+    return scene.bounded(max_val_loss_increase=100.0).config
 
 
 @case()
-def a_change_of_a_ten_thousandth(scene: Scene) -> FineTuneConfig:
-    trained = load_arrays(scene.run.adapter / WEIGHTS_NAME)
-    initial = scene.initial
+def a_change_of_a_ten_thousandth(scene: Scene) -> None:
+    trained, initial = scene.trained, scene.initial
     scene.offer({name: value + 1e-4 * (trained[name] - value) for name, value in initial.items()})
-    return scene.config

@@ -1,66 +1,39 @@
-"""A finished run, and copies of it that a test may tamper with."""
+"""A finished run before the gate, and copies of it that a test may tamper with."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from nested_core.config.schema import FineTuneConfig
-from nested_core.pipeline import steps
-from nested_core.storage.run_directory import RunDirectory
-from tests.core.gate.rewriting import rewrite_run
-from tests.example import DATA, train_example
+from tests.builders.candidates import Candidate, example_data, train_candidate
 
 STEPS = 8
-Rewrite = Callable[..., RunDirectory]
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[FineTuneConfig, RunDirectory]:
-    """Eight steps of tiers [1, 2, 4], with a test set of its own."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Candidate:
+    """Eight steps of tiers [1, 2, 4], with a data set of its own."""
     folder = tmp_path_factory.mktemp("gate")
-    data = folder / "data"
-    data.mkdir()
-    for name in ("train.jsonl", "valid.jsonl"):
-        shutil.copyfile(DATA / name, data / name)
-    done = train_example(folder / "run", iters=STEPS, data=str(data))
-    return done.config, done.run
+    data = example_data(folder / "data")
+    return train_candidate(folder / "run", iters=STEPS, data=str(data))
 
 
 @pytest.fixture
-def run(finished: tuple[FineTuneConfig, RunDirectory], tmp_path: Path) -> RunDirectory:
+def candidate(finished: Candidate, tmp_path: Path) -> Candidate:
     """A copy of the finished run."""
-    return RunDirectory(Path(shutil.copytree(finished[1].path, tmp_path / "copy")))
+    return finished.copy(tmp_path / "copy")
 
 
 @pytest.fixture(scope="session")
-def judged_once(
-    finished: tuple[FineTuneConfig, RunDirectory], tmp_path_factory: pytest.TempPathFactory
-) -> RunDirectory:
+def judged_once(finished: Candidate, tmp_path_factory: pytest.TempPathFactory) -> Candidate:
     """A copy of the finished run that the gate has passed."""
-    config, run = finished
-    copied = RunDirectory(tmp_path_factory.mktemp("judged") / "run")
-    shutil.copytree(run.path, copied.path)
-    assert steps.judge(config, copied).has_passed
+    copied = finished.copy(tmp_path_factory.mktemp("judged") / "run")
+    assert copied.judge().has_passed
     return copied
 
 
 @pytest.fixture
-def judged(judged_once: RunDirectory, tmp_path: Path) -> RunDirectory:
+def judged(judged_once: Candidate, tmp_path: Path) -> Candidate:
     """A copy of the finished run with its verdict."""
-    return RunDirectory(Path(shutil.copytree(judged_once.path, tmp_path / "judged")))
-
-
-@pytest.fixture
-def config(finished: tuple[FineTuneConfig, RunDirectory]) -> FineTuneConfig:
-    return finished[0]
-
-
-@pytest.fixture
-def rewrite(run: RunDirectory, config: FineTuneConfig) -> Rewrite:
-    """Put a sound checkpoint that says something else in the last one's place, and offer it."""
-    return partial(rewrite_run, config, run)
+    return judged_once.copy(tmp_path / "judged")

@@ -18,11 +18,9 @@ from nested_core.gate.loss_figures import (
     HarmedExamples,
     harm_reasons,
     summarise_champion,
-    summarise_losses,
 )
-from nested_core.records.losses import ExampleLosses, read_example_losses
+from nested_core.records.losses import read_example_losses
 from nested_core.records.paired_difference import compare_pairs, student_t_quantile
-from nested_core.records.verdict import Validation
 from nested_core.storage.validation_losses import (
     StepLosses,
     append_step_losses,
@@ -35,76 +33,23 @@ from nested_core.text.loss_conclusion import (
     is_better,
     margin_of_loss,
 )
+from tests.builders.losses import losses_of, validation_of
 
-# (mean, standard error, low, high) of compare_pairs at commit 95bc16c: n, whether weighted.
+# Of compare_pairs at commit 95bc16c: examples, weights, mean, standard error, low and high.
+FIGURES = """\
+5 plain 0.04623230148537858 0.08830959602716798 -0.14767074967653393 0.29151511770275607
+5 weighted -0.027209656974746196 0.0822938453357087 -0.14868831914418562 0.29670167734504277
+30 plain 0.005989621090341116 0.03456925767437033 -0.06225811957038733 0.07854973099296396
+30 weighted 0.0010709511653281972 0.03531194488038234 -0.06893575047211192 0.07836918981331178
+84 plain -0.011704276532458526 0.02287403083095489 -0.05670897874595421 0.033494085135904676
+84 weighted -0.013183035315640391 0.025275854579614926 -0.06261887753395273 0.036657308977502516
+333 plain -0.0069964172446797136 0.011891976649959005 -0.03015198456534537 0.016969053655784782
+333 weighted -0.018623336402012414 0.013649268357640638 -0.04520048753485844 0.008917150403237255
+"""
 RECORDED = {
-    (5, False): (
-        0.04623230148537858,
-        0.08830959602716798,
-        -0.14767074967653393,
-        0.29151511770275607,
-    ),
-    (5, True): (
-        -0.027209656974746196,
-        0.0822938453357087,
-        -0.14868831914418562,
-        0.29670167734504277,
-    ),
-    (30, False): (
-        0.005989621090341116,
-        0.03456925767437033,
-        -0.06225811957038733,
-        0.07854973099296396,
-    ),
-    (30, True): (
-        0.0010709511653281972,
-        0.03531194488038234,
-        -0.06893575047211192,
-        0.07836918981331178,
-    ),
-    (84, False): (
-        -0.011704276532458526,
-        0.02287403083095489,
-        -0.05670897874595421,
-        0.033494085135904676,
-    ),
-    (84, True): (
-        -0.013183035315640391,
-        0.025275854579614926,
-        -0.06261887753395273,
-        0.036657308977502516,
-    ),
-    (333, False): (
-        -0.0069964172446797136,
-        0.011891976649959005,
-        -0.03015198456534537,
-        0.016969053655784782,
-    ),
-    (333, True): (
-        -0.018623336402012414,
-        0.013649268357640638,
-        -0.04520048753485844,
-        0.008917150403237255,
-    ),
+    (int(examples), weights == "weighted"): tuple(map(float, figures))
+    for examples, weights, *figures in map(str.split, FIGURES.splitlines())
 }
-
-
-def losses_of(differences: Any, before: float = 1.0, **columns: Any) -> ExampleLosses:
-    """Examples of 10 tokens, all with one loss before."""
-    after = before + np.asarray(differences, np.float64)
-    count = len(after)
-    return ExampleLosses(
-        "valid.jsonl",
-        np.arange(1, count + 1),
-        np.full(count, 10.0),
-        np.full(count, before),
-        after,
-        **columns,
-    )
-
-
-def validation_of(losses: ExampleLosses, **changes: Any) -> Validation:
-    return summarise_losses(losses, selected_on_same_data=True, bounds=GateSection(**changes))
 
 
 @pytest.mark.parametrize(("examples", "is_weighted"), RECORDED)
@@ -259,9 +204,7 @@ def test_one_instruction_for_all_examples_leaves_the_rows_as_the_draw() -> None:
 
 
 @pytest.mark.parametrize(("prompts", "is_enough"), [(4, False), (5, True)])
-def test_nothing_is_promoted_by_itself_on_fewer_than_five_prompts(
-    prompts: int, is_enough: bool
-) -> None:
+def test_nothing_is_promoted_by_itself_on_fewer_than_five_prompts(prompts, is_enough) -> None:
     fall = np.linspace(-0.6, -0.4, prompts * 50)
     losses = losses_of(fall, clusters=np.arange(prompts * 50) % prompts)
     validation = validation_of(losses)

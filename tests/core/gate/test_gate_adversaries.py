@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
-from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.gate import judge_run
 from nested_core.pipeline import steps
-from nested_core.storage.run_directory import RunDirectory
+from tests.builders.candidates import train_candidate
 from tests.core.gate.adversaries import CASES, DAMAGED, Case, Scene
 from tests.core.gate.pairs import codes
-from tests.example import train_example
 from tests.left_out import slow_except
 
 
@@ -25,14 +22,20 @@ def one_of_each_verdict() -> list[Case]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[FineTuneConfig, list[RunDirectory]]:
+def finished_scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     """Two runs that differ by their seed, with checkpoints at steps 4 and 8."""
     folder = tmp_path_factory.mktemp("adversaries")
-    done = [
-        train_example(folder / str(seed), seed=seed, save_every=4, steps_per_report=1)
+    run, other = (
+        train_candidate(folder / str(seed), seed=seed, save_every=4, steps_per_report=1)
         for seed in (0, 1)
-    ]
-    return done[0].config, [each.run for each in done]
+    )
+    return Scene(run.config, run.run, other.run)
+
+
+@pytest.fixture
+def scene(finished_scene: Scene, tmp_path: Path) -> Scene:
+    """A copy of it to spoil."""
+    return finished_scene.copy(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -40,32 +43,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[FineTuneConfig, list
     slow_except(CASES, *one_of_each_verdict(), reason="another run with a verdict that one has"),
     ids=lambda case: case.name,
 )
-def test_the_verdict_is_the_one_of_the_table(
-    runs: tuple[FineTuneConfig, list[RunDirectory]], tmp_path: Path, case: Case
-) -> None:
-    config, (original, other) = runs
-    run = RunDirectory(Path(shutil.copytree(original.path, tmp_path / "run")))
-    bounds = case.build(Scene(config, run, other)) or config
+def test_the_verdict_is_the_one_of_the_table(scene: Scene, case: Case) -> None:
+    bounds = case.build(scene) or scene.config
     if case.expected == (DAMAGED,):
-        with pytest.raises(DamagedError) as damage:
-            steps.judge(bounds, run)
-        assert damage.value.exit_code == 6
-        assert not run.gate.exists()
+        with pytest.raises(DamagedError, match=case.says):
+            steps.judge(bounds, scene.run)
+        assert not scene.run.gate.exists()
         return
-    verdict = judge_run(bounds, run)
+    verdict = judge_run(bounds, scene.run)
     assert tuple(codes(verdict)) == case.expected
     assert verdict.has_passed is (not case.expected)
     assert verdict.to_json()["thresholds"] == bounds.gate.model_dump()
 
 
-def test_a_rejected_run_ends_with_the_reason_in_the_message(
-    runs: tuple[FineTuneConfig, list[RunDirectory]], tmp_path: Path
-) -> None:
-    config, (original, other) = runs
-    run = RunDirectory(Path(shutil.copytree(original.path, tmp_path / "run")))
-    next(case for case in CASES if case.expected == ("unchanged",)).build(Scene(config, run, other))
+def test_a_rejected_run_ends_with_the_reason_in_the_message(scene: Scene) -> None:
+    next(case for case in CASES if case.expected == ("unchanged",)).build(scene)
     with pytest.raises(GateRejected, match=r"Rejected: unchanged \(unchanged: all 84") as error:
-        steps.judge(config, run)
+        scene.judge()
     assert error.value.exit_code == 4
 
 

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
 from nested_core.gate.file_checks import CHECKS_OF_ADAPTERS, CHECKS_OF_FILES
-from nested_core.gate.judge import CHECKS_WITH_MODEL, judge_run
+from nested_core.gate.judge import CHECKS_WITH_MODEL
 from nested_core.gate.judged import Check, Judged, begin_verdict, log_stopped_checks, make_checks
 from nested_core.records.verdict import Reason
 from nested_core.storage.adapter import read_adapter
-from nested_core.storage.run_directory import RunDirectory
-from tests.core.gate.conftest import Rewrite
+from tests.builders.candidates import Candidate
 from tests.core.gate.pairs import A, Tensors, codes, trained_tensors, write
 
 # What the losses are measured on, how differences are judged, and what else is recorded.
@@ -68,12 +66,14 @@ def test_a_check_that_the_bounds_do_not_ask_for_is_neither_made_nor_stopped(judg
 
 
 def test_what_could_not_be_checked_is_said_with_the_check_that_stopped_it(
-    config: FineTuneConfig, run: RunDirectory, rewrite: Rewrite, caplog: pytest.LogCaptureFixture
+    candidate: Candidate, caplog: pytest.LogCaptureFixture
 ) -> None:
-    name = next(iter(read_adapter(run.adapter).tensors))
-    rewrite(change_adapter=lambda tensors: tensors.update({name: tensors[name] * float("nan")}))
+    name = next(iter(read_adapter(candidate.run.adapter).tensors))
+    candidate.rewrite(
+        change_adapter=lambda tensors: tensors.update({name: tensors[name] * float("nan")})
+    )
     with caplog.at_level(logging.INFO, "nested_core.text.stages"):
-        verdict = judge_run(config, run)
+        verdict = candidate.verdict()
     assert set(codes(verdict)) == {"non_finite"}
     told = caplog.messages[-1]
     assert told.startswith(
@@ -100,9 +100,7 @@ def test_every_bound_of_the_gate_belongs_to_one_check_that_judges_by_it() -> Non
     assert sorted(bounds) == sorted(GateSection.model_fields.keys() - NO_BOUNDS)
 
 
-def test_tensors_that_cannot_be_compared_leave_nothing_to_say_of_their_values(
-    tmp_path: Path,
-) -> None:
+def test_tensors_that_cannot_be_compared_leave_nothing_to_say_of_their_values(tmp_path) -> None:
     after = trained_tensors()
     after[A] = after[A][:, :2]
     judged = begin(tmp_path, trained_tensors(), after)

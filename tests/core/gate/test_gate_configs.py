@@ -50,9 +50,7 @@ CONFIGS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(("before", "after", "expected"), CONFIGS, ids=str)
-def test_configurations_are_compared_in_what_they_mean(
-    tmp_path: Path, before: dict[str, Any], after: dict[str, Any], expected: list[str]
-) -> None:
+def test_configurations_are_compared_in_what_they_mean(tmp_path, before, after, expected) -> None:
     tensors = trained_tensors()
     learned(tensors)
     configs = configured(**before), configured(**after)

@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nested_core.config.schema import FineTuneConfig
-from nested_core.gate import judge_run
 from nested_core.gate.training_divergence import Divergence, find_divergence
-from nested_core.storage.checkpoint_verification import checkpoint_path
-from nested_core.storage.run_directory import RunDirectory
-from tests.core.gate.conftest import STEPS, Rewrite
+from nested_core.records.metrics import read_metrics
+from tests.builders.candidates import Candidate, example_data, train_candidate, vouch
+from tests.builders.data_sets import write_lines
 from tests.core.gate.pairs import codes
-from tests.core.gate.rewriting import vouch
-from tests.example import DATA, train_example
 from tests.left_out import slow_except
 
 
 @pytest.mark.parametrize(
     "frequencies", slow_except([[1], [1, 2, 4]], [1, 2, 4], reason="trains another run")
 )
-def test_a_learning_rate_of_50_is_not_finite_and_named_with_the_step(
-    tmp_path: Path, frequencies: list[int]
-) -> None:
-    done = train_example(
-        tmp_path / "run",
-        learning_rate=50.0,
-        nested={"frequencies": frequencies},
-        steps_per_report=2,
-        val_batches=1,
-    )
-    verdict = judge_run(done.config, done.run)
+def test_a_learning_rate_of_50_is_not_finite_and_named_with_the_step(tmp_path, frequencies) -> None:
+    fast: dict[str, Any] = {"learning_rate": 50.0, "steps_per_report": 2, "val_batches": 1}
+    done = train_candidate(tmp_path / "run", nested={"frequencies": frequencies}, **fast)
+    verdict = done.verdict()
     assert codes(verdict)[0] == "non_finite"
     assert "config_mismatch" not in codes(verdict)
     first = verdict.reasons[0].message
@@ -42,19 +29,16 @@ def test_a_learning_rate_of_50_is_not_finite_and_named_with_the_step(
 
 
 def test_without_held_out_data_the_training_loss_speaks(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    shutil.copyfile(DATA / "train.jsonl", data / "train.jsonl")
-    done = train_example(
-        tmp_path / "run", data=str(data), nested={"frequencies": [1]}, steps_per_report=1
-    )
-    assert judge_run(done.config, done.run).has_passed
-    records = done.metrics()
+    data = example_data(tmp_path / "data", "train")
+    one_tier = {"frequencies": [1]}
+    done = train_candidate(tmp_path / "run", data=str(data), nested=one_tier, steps_per_report=1)
+    assert done.verdict().has_passed
+    records = read_metrics(done.run.metrics)
     for record in records[4:]:
         record["loss"] += 100
-    done.run.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
-    vouch(done.run, checkpoint_path(done.run.checkpoints, 8))
-    verdict = judge_run(done.config, done.run)
+    write_lines(done.run.metrics, records)
+    vouch(done.run, done.offered)
+    verdict = done.verdict()
     assert codes(verdict) == ["loss_regressed"]
     assert "at learning_rate 0.002: the loss left by step 4" in verdict.reasons[0].message
 
@@ -91,48 +75,42 @@ def test_the_step_at_which_a_loss_left_is_that_of_the_first_report_above() -> No
         (reports("grad_norm", 1.0, None), Divergence(10, 1.0, None, None, False, 1)),
     ],
 )
-def test_training_has_diverged_where_it_never_came_back(
-    records: list[dict[str, Any]], expected: Divergence | None
-) -> None:
+def test_training_has_diverged_where_it_never_came_back(records, expected) -> None:
     assert find_divergence(records, 100, 1.0) == expected
 
 
 def test_two_reports_above_are_noise_where_nothing_else_speaks() -> None:
-    two = find_divergence(reports("loss", 4.0, 9.0, 9.0), 100, 1.0)
-    assert two is not None
-    assert not two.is_certain
-    skipped = find_divergence(reports("loss", 4.0, None), 100, 1.0)  # one step without a loss
-    assert skipped is not None
-    assert not skipped.is_certain
-    lost = find_divergence(reports("loss", 4.0, None, None, None), 100, 1.0)
-    assert lost is not None
-    assert lost.is_certain
+    for losses, is_certain in (
+        ((4.0, 9.0, 9.0), False),
+        ((4.0, None), False),  # one step without a loss
+        ((4.0, None, None, None), True),
+    ):
+        found = find_divergence(reports("loss", *losses), 100, 1.0)
+        assert found is not None
+        assert found.is_certain is is_certain
+
+
+def diverge(candidate: Candidate) -> None:
+    """Let the last report say that the loss left."""
+    records = read_metrics(candidate.run.metrics)
+    write_lines(candidate.run.metrics, [*records, records[-1] | {"val_loss": 50.0}])
+    vouch(candidate.run, candidate.offered)
 
 
 @pytest.mark.slow("trains and judges a run of its own")
-def test_logits_that_differ_after_a_divergence_are_no_other_configuration(
-    config: FineTuneConfig, run: RunDirectory, rewrite: Rewrite
-) -> None:
+def test_logits_that_differ_after_a_divergence_are_no_other_configuration(candidate) -> None:
     def halve(state: dict[str, Any]) -> None:
         state["logits"]["values"] = [[x / 2 for x in row] for row in state["logits"]["values"]]
 
-    rewrite(change_state=halve)
-    assert codes(judge_run(config, run)) == ["config_mismatch"]
-    last = json.loads(run.metrics.read_text().splitlines()[-1])
-    with run.metrics.open("a") as file:
-        file.write(json.dumps(last | {"val_loss": 50.0}) + "\n")
-    vouch(run, checkpoint_path(run.checkpoints, STEPS))
-    (reason,) = judge_run(config, run).reasons
+    candidate.rewrite(change_state=halve)
+    assert codes(candidate.verdict()) == ["config_mismatch"]
+    diverge(candidate)
+    (reason,) = candidate.verdict().reasons
     assert reason.code == "loss_regressed"
     assert "at learning_rate 0.002: the loss left by step 8: 50 after 7.96" in reason.message
 
 
-def test_a_configuration_that_differs_is_told_whatever_the_loss_did(
-    config: FineTuneConfig, run: RunDirectory, rewrite: Rewrite
-) -> None:
-    rewrite(change_config=lambda meaning: meaning["lora_parameters"].update(scale=20.0))
-    last = json.loads(run.metrics.read_text().splitlines()[-1])
-    with run.metrics.open("a") as file:
-        file.write(json.dumps(last | {"val_loss": 50.0}) + "\n")
-    vouch(run, checkpoint_path(run.checkpoints, STEPS))
-    assert "config_mismatch" in codes(judge_run(config, run))
+def test_a_configuration_that_differs_is_told_whatever_the_loss_did(candidate: Candidate) -> None:
+    candidate.rewrite(change_config=lambda meaning: meaning["lora_parameters"].update(scale=20.0))
+    diverge(candidate)
+    assert "config_mismatch" in codes(candidate.verdict())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +99,7 @@ FRESH: list[tuple[Change, list[str]]] = [
 
 
 @pytest.mark.parametrize(("change", "expected"), FRESH, ids=[c.__name__ for c, _ in FRESH])
-def test_an_adapter_trained_from_lora_b_of_zero_is_judged(
-    tmp_path: Path, change: Change, expected: list[str]
-) -> None:
+def test_an_adapter_trained_from_lora_b_of_zero_is_judged(tmp_path, change, expected) -> None:
     after = fresh_tensors()
     change(after)
     assert codes(judge_pair(tmp_path, fresh_tensors(), after)) == expected
@@ -131,9 +129,7 @@ def rescaled(tensors: Tensors) -> Tensors:
     ],
     ids=["magnitude", "magnitude and rescaled", "rescaled alone", "nothing", "NaN magnitude"],
 )
-def test_a_dora_magnitude_that_moved_is_an_effect(
-    tmp_path: Path, after: Tensors, expected: list[str]
-) -> None:
+def test_a_dora_magnitude_that_moved_is_an_effect(tmp_path, after, expected) -> None:
     configs = (CONFIG | {"fine_tune_type": "dora"},) * 2
     assert codes(judge_pair(tmp_path, dora(), after, configs)) == expected
 
@@ -175,9 +171,7 @@ def one_expert_learned(t: Tensors) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_the_factors_of_experts_are_judged_expert_by_expert(
-    tmp_path: Path, change: Callable[[Tensors], None], expected: list[str]
-) -> None:
+def test_the_factors_of_experts_are_judged_expert_by_expert(tmp_path, change, expected) -> None:
     after = experts()
     change(after)
     assert codes(judge_pair(tmp_path, experts(), after)) == expected

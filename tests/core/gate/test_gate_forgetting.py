@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,13 @@ from typing import Any
 import pytest
 from mlx_lm import convert
 
-from nested_core.config.loading import parse_config
-from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
 from nested_core.errors import ConfigError, DatasetError
-from nested_core.gate import judge_run
-from nested_core.storage.run_directory import RunDirectory
+from nested_core.gate import Verdict
+from tests.builders.candidates import Candidate, train_candidate
+from tests.builders.data_sets import write_lines
 from tests.core.gate.pairs import codes
-from tests.example import MODEL, example_settings, train_example
+from tests.example import MODEL, require_refused
 
 GENERAL = [
     "The capital of France is Paris.",
@@ -29,20 +27,18 @@ GENERAL = [
 @pytest.fixture
 def general(tmp_path: Path) -> Path:
     """Text that the base knows well and the fine-tune has nothing to do with."""
-    path = tmp_path / "general.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in GENERAL))
-    return path
+    return write_lines(tmp_path / "general.jsonl", ({"text": text} for text in GENERAL))
 
 
-def bounded(config: FineTuneConfig, path: Path, increase: float) -> FineTuneConfig:
-    section = GateSection(general_data=str(path), max_general_loss_increase=increase)
-    return config.model_copy(update={"gate": section})
+def verdict_within(candidate: Candidate, path: Path, increase: float) -> Verdict:
+    bounds = {"general_data": str(path), "max_general_loss_increase": increase}
+    return candidate.bounded(**bounds).verdict()
 
 
 def test_a_loss_on_general_text_that_rose_beyond_its_bound_is_forgetting(
-    config: FineTuneConfig, run: RunDirectory, general: Path
+    candidate: Candidate, general: Path
 ) -> None:
-    verdict = judge_run(bounded(config, general, 0.0), run)
+    verdict = verdict_within(candidate, general, 0.0)
     assert codes(verdict) == ["forgetting"]
     measured = verdict.general
     assert measured is not None
@@ -56,25 +52,24 @@ def test_a_loss_on_general_text_that_rose_beyond_its_bound_is_forgetting(
     assert measured.sha256 == sha256(general.read_bytes()).hexdigest()
     # Three examples have no interval: a rise by a tenth, or the margin, is what counts.
     assert after / before - 1 < 0.1
-    few = judge_run(bounded(config, general, 0.02), run)
+    few = verdict_within(candidate, general, 0.02)
     assert few.has_passed
     assert few.general is not None
     assert few.general.conclusion == "inconclusive"
     assert verdict.to_json()["thresholds"]["max_general_loss_increase"] == 0.0
 
 
-def test_general_data_that_cannot_be_read_is_an_error_and_no_verdict(
-    config: FineTuneConfig, run: RunDirectory, tmp_path: Path
-) -> None:
+def test_general_data_that_cannot_be_read_is_an_error_and_no_verdict(candidate, tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"gate.general_data: .*missing.jsonl is not a file"):
-        judge_run(bounded(config, tmp_path / "missing.jsonl", 0.1), run)
+        verdict_within(candidate, tmp_path / "missing.jsonl", 0.1)
     broken = tmp_path / "broken.jsonl"
-    broken.write_text('{"text": "one"}\n{"text": \n')
-    with pytest.raises(DatasetError, match=r"broken.jsonl holds no sound text(.|\n)*line 2"):
-        judge_run(bounded(config, broken, 0.1), run)
-    broken.write_text("")
-    with pytest.raises(DatasetError, match="holds no sound text"):
-        judge_run(bounded(config, broken, 0.1), run)
+    for content, said in (
+        ('{"text": "one"}\n{"text": \n', r"broken.jsonl holds no sound text(.|\n)*line 2"),
+        ("", "holds no sound text"),
+    ):
+        broken.write_text(content)
+        with pytest.raises(DatasetError, match=said):
+            verdict_within(candidate, broken, 0.1)
 
 
 TRAINS_ANOTHER = pytest.mark.slow("trains another run on a quantised base, and judges it twice")
@@ -101,8 +96,8 @@ def test_a_change_that_fusing_into_a_quantised_base_erases_is_no_effect(
 ) -> None:
     changes: dict[str, Any] = {"model": str(quantised), "learning_rate": rate}
     changes |= {"fine_tune_type": kind, "gate": {"check_fused": True}}
-    done = train_example(tmp_path / "run", **changes)
-    verdict = judge_run(done.config, done.run)
+    done = train_candidate(tmp_path / "run", **changes)
+    verdict = done.verdict()
     assert codes(verdict) == expected
     assert verdict.fused is not None
     assert verdict.fused.modules == 42
@@ -111,83 +106,53 @@ def test_a_change_that_fusing_into_a_quantised_base_erases_is_no_effect(
         assert "fused into the base" in verdict.reasons[0].message
         lost = verdict.fused.erased_modules
         assert {name.rpartition(".")[0] for name in verdict.reasons[0].tensors} == set(lost)
-    unfused = done.config.model_copy(update={"gate": GateSection()})
-    assert judge_run(unfused, done.run).has_passed
+    assert done.bounded().verdict().has_passed
 
 
-def test_the_same_change_survives_in_a_base_that_is_not_quantised(
-    config: FineTuneConfig, run: RunDirectory
-) -> None:
-    section = GateSection(check_fused=True)
-    verdict = judge_run(config.model_copy(update={"gate": section}), run)
+def test_the_same_change_survives_in_a_base_that_is_not_quantised(candidate: Candidate) -> None:
+    verdict = candidate.bounded(check_fused=True).verdict()
     assert verdict.has_passed
     assert verdict.fused is not None
     assert verdict.fused.carried_share == pytest.approx(1, abs=0.01)
     assert verdict.fused.erased_modules == ()
 
 
+OVERRIDES = ["skip", "enabled", "force", "override", "allow_unchanged", "ignore", "signed_off_by"]
+
+
 @pytest.mark.parametrize(
-    ("section", "message"),
+    ("gate", "message"),
     [
         ({"general_data": "a.jsonl"}, "general_data and max_general_loss_increase, or neither"),
         ({"max_general_loss_increase": 0.1}, "general_data and max_general_loss_increase"),
         ({"max_general_loss_increase": -1}, "max_general_loss_increase: Input should be greater"),
+        ({"max_kl": -1.0}, "gate.max_kl: Input should be greater"),
         ({"check_fused": "maybe"}, "gate.check_fused: Input should be a valid boolean"),
-    ],
-)
-def test_a_gate_section_that_does_not_agree_with_itself_is_refused(
-    section: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        parse_config(example_settings(gate=section), source="test.yaml")
-
-
-def test_a_full_fine_tune_has_nothing_to_fuse() -> None:
-    settings = example_settings(fine_tune_type="full", gate={"check_fused": True})
-    with pytest.raises(ConfigError, match="a full fine-tune has no adapter to fuse"):
-        parse_config(settings, source="test.yaml")
-
-
-OVERRIDES = ["skip", "enabled", "force", "override", "allow_unchanged", "ignore", "signed_off_by"]
-
-
-@pytest.mark.parametrize("key", OVERRIDES)
-def test_no_key_of_the_gate_lets_an_adapter_past_it(key: str) -> None:
-    with pytest.raises(ConfigError, match=f"gate.{key}: unknown key"):
-        parse_config(example_settings(gate={key: True}), source="test.yaml")
-    with pytest.raises(ConfigError, match=f"{key}: unknown key"):
-        parse_config(example_settings(**{key: True}), source="test.yaml")
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
         (False, "gate: true and false mean nothing here"),
         ("off", "gate: Input should be"),
         ([], "gate: expected keys with their values, not a list"),
+        *(({key: True}, f"gate.{key}: unknown key") for key in OVERRIDES),
     ],
 )
-def test_the_gate_cannot_be_something_other_than_its_bounds(value: object, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        parse_config(example_settings() | {"gate": value}, source="test.yaml")
+def test_a_gate_section_that_does_not_agree_with_itself_is_refused(gate: Any, message: str) -> None:
+    require_refused(message, gate=gate)
+
+
+@pytest.mark.parametrize("key", OVERRIDES)
+def test_no_key_lets_an_adapter_past_the_gate(key: str) -> None:
+    require_refused(f"{key}: unknown key", **{key: True})
+
+
+def test_a_full_fine_tune_has_nothing_to_fuse() -> None:
+    settings: dict[str, Any] = {"fine_tune_type": "full", "gate": {"check_fused": True}}
+    require_refused("a full fine-tune has no adapter to fuse", **settings)
 
 
 def test_the_gate_has_bounds_and_no_switches_but_those_that_ask_for_more() -> None:
     assert set(GateSection.model_fields) == {
-        "max_val_loss_increase",
-        "max_harmed_share",
-        "samples",
-        "min_relative_change",
-        "max_skipped_share",
-        "general_data",
-        "max_general_loss_increase",
-        "check_fused",
-        "tasks",
-        "allow_python_scorers",
-        "noise",
-        "held_out",
-        "max_kl",
-        "drift",
+        *("max_val_loss_increase", "max_harmed_share", "samples", "min_relative_change"),
+        *("max_skipped_share", "general_data", "max_general_loss_increase", "check_fused"),
+        *("tasks", "allow_python_scorers", "noise", "held_out", "max_kl", "drift"),
     }
     assert [n for n, f in GateSection.model_fields.items() if f.annotation is bool] == [
         "check_fused",
@@ -197,14 +162,11 @@ def test_the_gate_has_bounds_and_no_switches_but_those_that_ask_for_more() -> No
     assert GateSection().check_fused is False
 
 
-def test_a_rise_on_general_text_within_noise_is_no_forgetting(
-    config: FineTuneConfig, run: RunDirectory, tmp_path: Path
-) -> None:
+def test_a_rise_on_general_text_within_noise_is_no_forgetting(candidate, tmp_path) -> None:
     names = ("France", "Japan", "Brazil", "Peru", "Kenya", "Egypt", "Chile", "Spain")
-    path = tmp_path / "general.jsonl"
     lines = [{"text": f"In {name} people trade with Italy, {i}."} for i, name in enumerate(names)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    verdict = judge_run(bounded(config, path, 0.0), run)
+    path = write_lines(tmp_path / "general.jsonl", lines)
+    verdict = verdict_within(candidate, path, 0.0)
     found = verdict.general
     assert found is not None
     assert found.interval is not None

@@ -19,15 +19,7 @@ from nested_core.pipeline import steps
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.training import trainer
 from tests.core.gate.pairs import codes
-from tests.example import (
-    MODEL,
-    Finished,
-    example_config,
-    prepare,
-    stop_after,
-    train,
-    train_example,
-)
+from tests.example import MODEL, Finished, example_config, prepare, stop_after, train, train_example
 from tests.left_out import slow_except
 
 ATTENTION = {"rank": 4, "keys": ["self_attn.q_proj", "self_attn.v_proj"]}
@@ -63,9 +55,7 @@ HONEST: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     "name",
     slow_except(
-        HONEST,
-        "gathered gradients and a flush",
-        reason="trains and judges a run of its own",
+        HONEST, "gathered gradients and a flush", reason="trains and judges a run of its own"
     ),
 )
 def test_an_honest_run_passes(tmp_path: Path, name: str) -> None:
@@ -153,9 +143,7 @@ def test_a_run_that_reports_a_loss_at_every_step_and_never_changes_is_rejected(
     assert [tier["changed"] for tier in verdict["tiers"]] == [0, 0, 0]
 
 
-def test_a_run_that_loses_the_updates_of_one_tier_is_rejected_for_that_tier(
-    tmp_path: Path,
-) -> None:
+def test_a_run_that_loses_the_updates_of_one_tier_is_rejected_for_that_tier(tmp_path) -> None:
     def shallow_only(model: Any, updates: dict[str, Any]) -> None:
         kept = {n: v for n, v in updates.items() if ".layers.0." in n or ".layers.1." in n}
         apply_flat_updates_to_nested(model, kept)

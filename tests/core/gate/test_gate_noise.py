@@ -11,82 +11,63 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
 from nested_core.errors import DamagedError
 from nested_core.gate.held_out_loss import (
     LoadedBase,
-    choose_held_out_examples,
-    read_nonempty_splits,
 )
 from nested_core.gate.loss_figures import loss_reasons, summarise_losses
-from nested_core.pipeline import steps
-from nested_core.pipeline.publishing import confirm_recorded_verdict
-from nested_core.records.losses import ExampleLosses, read_example_losses
+from nested_core.records.losses import read_example_losses
 from nested_core.records.paired_difference import compare_pairs
-from nested_core.records.verdict import Validation
 from nested_core.records.verdict_file import parse_verdict, require_consistent
-from nested_core.storage.manifest import describe_file, read_manifest
-from nested_core.storage.run_directory import RunDirectory
-from tests.gate_files import read_gate, write_gate
-
-
-def losses_of(differences: list[float]) -> ExampleLosses:
-    """Examples of 10 tokens whose loss of 2 nats changed by these differences."""
-    before = np.full(len(differences), 2.0)
-    lines = np.arange(1, len(differences) + 1)
-    tokens = np.full(len(differences), 10.0)
-    return ExampleLosses("valid.jsonl", lines, tokens, before, before + np.array(differences))
-
+from nested_core.storage.manifest import describe_file
+from tests.builders.candidates import Candidate
+from tests.builders.data_sets import write_lines
+from tests.builders.losses import losses_of, validation_of
 
 DEFAULT = GateSection()
 
 
-def validation_of(differences: list[float], bounds: GateSection = DEFAULT) -> Validation:
-    return summarise_losses(losses_of(differences), selected_on_same_data=True, bounds=bounds)
-
-
 def test_a_rise_within_noise_is_refused_by_the_bound_alone_only() -> None:
     differences = [0.5, -0.4, 0.3, -0.3, 0.15, -0.1] * 2
-    validation = validation_of(differences)
+    validation = validation_of(losses_of(differences, before=2.0))
     assert validation.loss_after > validation.loss_before  # type: ignore[operator]
     assert validation.conclusion == "inconclusive"
     assert loss_reasons(validation, DEFAULT) == []
-    zero = GateSection(noise="none", max_val_loss_increase=0.0)
-    (reason,) = loss_reasons(validation_of(differences, zero), zero)
+    bounds: dict[str, Any] = {"noise": "none", "max_val_loss_increase": 0.0}
+    risen = validation_of(losses_of(differences, before=2.0), **bounds)
+    (reason,) = loss_reasons(risen, GateSection(**bounds))
     assert reason.code == "loss_regressed"
 
 
 @pytest.mark.claim("An adapter that is significantly worse, in loss or answers, does not pass")
 def test_a_rise_beyond_bound_and_noise_is_refused_with_its_figures_and_its_data() -> None:
-    validation = validation_of([0.2, 0.25, 0.3, 0.35] * 3)
+    validation = validation_of(losses_of([0.2, 0.25, 0.3, 0.35] * 3, before=2.0))
     (reason,) = loss_reasons(validation, GateSection())
     assert reason.message.startswith("loss 2 -> 2.275 on valid.jsonl, 12 examples, +0.275 with a")
     assert "95 % interval of +0.2" in reason.message
-    wide = GateSection(max_val_loss_increase=0.2)
-    assert loss_reasons(validation_of([0.2, 0.25, 0.3, 0.35] * 3, wide), wide) == []
+    risen = losses_of([0.2, 0.25, 0.3, 0.35] * 3, before=2.0)
+    wide = validation_of(risen, max_val_loss_increase=0.2)
+    assert loss_reasons(wide, GateSection(max_val_loss_increase=0.2)) == []
 
 
 def test_with_too_few_examples_for_an_interval_a_rise_by_more_than_a_tenth_counts() -> None:
-    validation = validation_of([0.2, -0.1])
+    validation = validation_of(losses_of([0.2, -0.1], before=2.0))
     assert (validation.interval, validation.smallest_visible) == (None, None)
     assert validation.conclusion == "inconclusive"
     assert loss_reasons(validation, DEFAULT) == []
-    (reason,) = loss_reasons(validation_of([0.3, 0.12]), DEFAULT)
+    (reason,) = loss_reasons(validation_of(losses_of([0.3, 0.12], before=2.0)), DEFAULT)
     assert "2 examples, +0.21; so few examples can show no difference" in reason.message
-    zero = GateSection(max_val_loss_increase=0.0)
-    (reason,) = loss_reasons(validation_of([0.2, -0.1], zero), zero)
+    risen = validation_of(losses_of([0.2, -0.1], before=2.0), max_val_loss_increase=0.0)
+    (reason,) = loss_reasons(risen, GateSection(max_val_loss_increase=0.0))
     assert reason.code == "loss_regressed"
 
 
-def test_the_losses_of_each_example_are_kept_and_give_the_figures(
-    config: FineTuneConfig, run: RunDirectory
-) -> None:
-    verdict = steps.judge(config, run)
-    losses = read_example_losses(run.gate_losses)
-    validation = read_gate(run.gate)["validation"]
-    held_out = choose_held_out_examples(read_nonempty_splits(config, run))
-    assert held_out is not None
+def test_the_losses_of_each_example_are_kept_and_give_the_figures(candidate: Candidate) -> None:
+    verdict = candidate.judge()
+    losses = read_example_losses(candidate.run.gate_losses)
+    validation = candidate.gate["validation"]
+    held_out = candidate.held_out()
     assert losses.lines.tolist() == held_out.split.lines.tolist()
     assert (losses.file, losses.champion) == ("valid.jsonl", None)
     assert validation["examples"] == len(losses) == len(held_out.split)
@@ -95,73 +76,64 @@ def test_the_losses_of_each_example_are_kept_and_give_the_figures(
     assert validation["difference"] == paired.mean
     before, after = validation["loss_before"], validation["loss_after"]
     assert after - before == pytest.approx(paired.mean)
-    assert validation["losses_sha256"] == describe_file(run.gate_losses)["sha256"]
+    assert validation["losses_sha256"] == describe_file(candidate.run.gate_losses)["sha256"]
     assert f"(valid.jsonl, {len(losses)} examples, step 8 of 8)" in verdict.summary()
 
 
-def test_an_examples_loss_is_the_one_that_it_has_alone(
-    config: FineTuneConfig, run: RunDirectory
-) -> None:
-    held_out = choose_held_out_examples(read_nonempty_splits(config, run))
-    assert held_out is not None
-    alone = config.model_copy(update={"batch_size": 1})
-    (together,) = LoadedBase.load(config).example_loss_sums([run.adapter], held_out.split)
-    (single,) = LoadedBase.load(alone).example_loss_sums([run.adapter], held_out.split)
+def test_an_examples_loss_is_the_one_that_it_has_alone(candidate: Candidate) -> None:
+    held_out, adapters = candidate.held_out().split, [candidate.run.adapter]
+    alone = candidate.configured(batch_size=1).config
+    (together,) = LoadedBase.load(candidate.config).example_loss_sums(adapters, held_out)
+    (single,) = LoadedBase.load(alone).example_loss_sums(adapters, held_out)
     np.testing.assert_allclose(together[0], single[0], rtol=1e-4)
     np.testing.assert_array_equal(together[1], single[1])
 
 
 def test_a_verdict_of_a_rise_within_noise_is_confirmed_and_registered_where_noise_counts(
-    judged: RunDirectory,
+    judged: Candidate,
 ) -> None:
-    run = judged
-    gate = read_gate(run.gate)
+    gate = judged.gate
     gate["validation"] |= {"loss_before": 2.0, "loss_after": 2.01, "interval": [-0.02, 0.04]}
     gate["validation"] |= {"difference": 0.01, "one_sided_high": 0.035, "conclusion": "no_worse"}
-    require_consistent(parse_verdict(gate, run.gate), run.gate)
+    require_consistent(parse_verdict(gate, judged.run.gate), judged.run.gate)
     gate["thresholds"] |= {"noise": "none", "max_val_loss_increase": 0.0}
     with pytest.raises(DamagedError, match="the loss rose beyond its bound"):
-        require_consistent(parse_verdict(gate, run.gate), run.gate)
+        require_consistent(parse_verdict(gate, judged.run.gate), judged.run.gate)
 
 
 @pytest.mark.parametrize("number", [10**400, -(10**400), math.inf, math.nan])
-def test_a_verdict_with_a_number_that_no_float_holds_is_damaged(
-    judged: RunDirectory, number: float
-) -> None:
-    gate = read_gate(judged.gate)
+def test_a_verdict_with_a_number_that_no_float_holds_is_damaged(judged, number) -> None:
+    gate = judged.gate
     gate["thresholds"]["max_kl"] = number
     with pytest.raises(DamagedError, match="holds no verdict: .* is "):
-        parse_verdict(gate, judged.gate)
+        parse_verdict(gate, judged.run.gate)
 
 
-def change_one_loss(run: RunDirectory) -> None:
-    lines = run.gate_losses.read_text().splitlines()
-    row = json.loads(lines[0])
-    lines[0] = json.dumps(row | {"after": row["after"] - 0.5})
-    run.gate_losses.write_text("\n".join(lines) + "\n")
+Rows = list[dict[str, Any]]
 
 
-def drop_one_example(run: RunDirectory) -> None:
-    run.gate_losses.write_text("".join(run.gate_losses.read_text().splitlines(True)[1:]))
+def change_one_loss(rows: Rows) -> Rows:
+    return [rows[0] | {"after": rows[0]["after"] - 0.5}, *rows[1:]]
 
 
-def write_no_losses(run: RunDirectory) -> None:
-    run.gate_losses.write_text('{"file": "valid.jsonl"}\n')
+def drop_one_example(rows: Rows) -> Rows:
+    return rows[1:]
+
+
+def write_no_losses(rows: Rows) -> Rows:
+    return [{"file": "valid.jsonl"}]
 
 
 @pytest.mark.parametrize("change", [change_one_loss, drop_one_example, write_no_losses])
 def test_losses_that_were_edited_are_damage_with_or_without_a_manifest_that_agrees(
-    config: FineTuneConfig, judged: RunDirectory, change: Callable[[RunDirectory], None]
+    judged: Candidate, change: Callable[[Rows], Rows]
 ) -> None:
-    run = judged
-    change(run)
-    with pytest.raises(DamagedError, match=r"was not given on the gate-losses\.jsonl"):
-        confirm_recorded_verdict(config, run)
-    files = read_manifest(run.path)["files"]
-    files[run.gate_losses.name] = describe_file(run.gate_losses)
-    write_gate(run.path, read_gate(run.gate), files)
-    with pytest.raises(DamagedError, match=r"validation\.|gate-losses\.jsonl: "):
-        confirm_recorded_verdict(config, run)
+    path = judged.run.gate_losses
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    write_lines(path, change(rows))
+    judged.require_damaged(r"was not given on the gate-losses\.jsonl")
+    judged.bind_again()
+    judged.require_damaged(r"validation\.|gate-losses\.jsonl: ")
 
 
 @pytest.mark.parametrize(
@@ -179,19 +151,13 @@ def test_losses_that_were_edited_are_damage_with_or_without_a_manifest_that_agre
         ("smallest_visible", 0.0),
     ],
 )
-def test_figures_that_the_losses_do_not_give_are_damage(
-    config: FineTuneConfig, judged: RunDirectory, key: str, value: Any
-) -> None:
-    run = judged
-    gate = read_gate(run.gate)
-    gate["validation"][key] = value
-    write_gate(run.path, gate, read_manifest(run.path)["files"])
-    with pytest.raises(DamagedError, match=rf"validation\.{key}"):
-        confirm_recorded_verdict(config, run)
+def test_figures_that_the_losses_do_not_give_are_damage(judged, key, value) -> None:
+    judged.edit_gate(validation=judged.gate["validation"] | {key: value})
+    judged.require_damaged(rf"validation\.{key}")
 
 
 def test_losses_that_are_not_finite_are_null_and_give_no_difference(tmp_path: Path) -> None:
-    losses = losses_of([0.1, np.nan, 0.2])
+    losses = losses_of([0.1, np.nan, 0.2], before=2.0)
     path = tmp_path / "gate-losses.jsonl"
     path.write_bytes(losses.render())
     assert json.loads(path.read_text().splitlines()[1])["after"] is None

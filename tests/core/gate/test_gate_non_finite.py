@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +10,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
 from nested_core.gate import fresh_process_check, verify_adapters
 from nested_core.gate.checks.fused import judge_fused_change
@@ -20,8 +17,8 @@ from nested_core.gate.fresh_process_check import FreshProcessLogits
 from nested_core.gate.held_out_loss import LoadedBase
 from nested_core.gate.loss_figures import general_loss_reasons, non_finite_loss_reasons
 from nested_core.records.verdict import GeneralLoss, Validation
-from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.safetensors_files import load_arrays, save_arrays
+from tests.builders.adapter_folders import base_copy, change_tensors, name_base
+from tests.builders.candidates import Candidate
 from tests.core.gate.pairs import A2, CONFIG, A, B, Tensors, codes, judge_pair, trained_tensors
 from tests.example import MODEL
 
@@ -29,24 +26,22 @@ NAN, INF = math.nan, math.inf
 Arrays = dict[str, mx.array]
 
 
+def keep(tensors: Arrays) -> None:
+    pass
+
+
 @pytest.fixture
-def pair(run: RunDirectory, tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
+def pair(candidate: Candidate) -> Callable[..., tuple[Path, Path]]:
     """The run's two adapters, either changed by a function, and for another base model."""
 
     def make(
-        trained: Callable[[Arrays], None] | None = None,
-        initial: Callable[[Arrays], None] | None = None,
+        trained: Callable[[Arrays], None] = keep,
+        initial: Callable[[Arrays], None] = keep,
         model: Path = MODEL,
     ) -> tuple[Path, Path]:
-        for folder, change in ((run.initial, initial), (run.adapter, trained)):
-            tensors = load_arrays(folder / "adapters.safetensors")
-            if change is not None:
-                change(tensors)
-                save_arrays(folder / "adapters.safetensors", tensors)
-            config = json.loads((folder / "adapter_config.json").read_bytes())
-            del config["base_fingerprint"]
-            (folder / "adapter_config.json").write_text(json.dumps(config | {"model": str(model)}))
-        return run.initial, run.adapter
+        for folder, change in ((candidate.run.initial, initial), (candidate.run.adapter, trained)):
+            name_base(change_tensors(folder, change), model)
+        return candidate.sides
 
     return make
 
@@ -71,40 +66,31 @@ def to(leaf: str, value: float) -> Callable[[Arrays], None]:
         (to("down_proj.lora_b", 1e21), "every logit with the trained adapter is the same"),
     ],
 )
-def test_weights_under_which_no_logit_is_finite_do_not_pass_verify(
-    pair: Callable[..., tuple[Path, Path]], change: Callable[[Arrays], None], message: str
-) -> None:
+def test_weights_under_which_no_logit_is_finite_do_not_pass_verify(pair, change, message) -> None:
     verdict = verify_adapters(*pair(change))
     assert codes(verdict) == ["non_finite"]
     assert message in verdict.reasons[0].message
 
 
-def test_a_base_that_is_not_finite_is_told_as_such(
-    pair: Callable[..., tuple[Path, Path]], tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(MODEL, tmp_path / "base"))
-    weights = load_arrays(folder / "model.safetensors")
-    name = next(name for name in sorted(weights) if "norm" in name)
-    weights[name] = weights[name] * NAN
-    save_arrays(folder / "model.safetensors", weights)
+def test_a_base_that_is_not_finite_is_told_as_such(pair, tmp_path) -> None:
+    def spoil(weights: Arrays) -> None:
+        weights[next(name for name in sorted(weights) if "norm" in name)] *= NAN
+
+    folder = base_copy(tmp_path / "base", spoil)
     (reason,) = verify_adapters(*pair(model=folder)).reasons
     assert reason.code == "non_finite"
     assert "of the base model alone are not finite" in reason.message
     assert "the adapter is not to blame" in reason.message
 
 
-def test_an_initial_adapter_that_is_not_finite_is_told_as_such(
-    pair: Callable[..., tuple[Path, Path]],
-) -> None:
+def test_an_initial_adapter_that_is_not_finite_is_told_as_such(pair) -> None:
     (reason,) = verify_adapters(*pair(initial=to("lora_b", 1e36))).reasons
     assert reason.code == "non_finite"
     assert "with the initial adapter are not finite already" in reason.message
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_tensors_of_the_initial_adapter_that_are_not_finite_are_told_apart(
-    tmp_path: Path, value: float
-) -> None:
+def test_tensors_of_the_initial_adapter_that_are_not_finite_are_told_apart(tmp_path, value) -> None:
     before, after = trained_tensors(), trained_tensors()
     before[A][0, 0] = after[A][0, 0] = value
     after[A2][1, 1] = value
@@ -133,9 +119,7 @@ def filled(a: float, b: float) -> Tensors:
         (1e19, -1e19, True),
     ],
 )
-def test_a_product_beyond_float32_is_not_finite_without_a_model(
-    tmp_path: Path, a: float, b: float, overflows: bool
-) -> None:
+def test_a_product_beyond_float32_is_not_finite_without_a_model(tmp_path, a, b, overflows) -> None:
     config = CONFIG | {"model": "none"}
     verdict = judge_pair(tmp_path, trained_tensors(), filled(a, b), (config, config))
     assert ("non_finite" in codes(verdict)) is overflows
@@ -171,9 +155,7 @@ def rows(*values: float) -> np.ndarray:
         (rows(1, 1, 1), rows(5, 5, 5), None, None),  # as before training
     ],
 )
-def test_whose_logits_are_not_finite(
-    initial: np.ndarray, trained: np.ndarray, base: np.ndarray | None, message: str | None
-) -> None:
+def test_whose_logits_are_not_finite(initial, trained, base, message) -> None:
     reason = fresh_process_check.non_finite_reason(
         FreshProcessLogits(initial, trained, base, set())
     )
@@ -191,9 +173,7 @@ def test_whose_logits_are_not_finite(
         (None, None, "with the initial adapter is not finite already"),
     ],
 )
-def test_losses_that_are_not_finite_are_no_regression(
-    before: float | None, after: float | None, message: str
-) -> None:
+def test_losses_that_are_not_finite_are_no_regression(before, after, message) -> None:
     validation = Validation(before, after, selected_on_same_data=True)
     (reason,) = non_finite_loss_reasons(validation, "loss")
     general = GeneralLoss(before, after, "general.jsonl", "0" * 64)
@@ -205,16 +185,14 @@ def test_losses_that_are_not_finite_are_no_regression(
 
 
 @pytest.mark.parametrize("is_initial", [True, False])
-def test_fused_weights_that_overflow_are_not_finite(
-    config: FineTuneConfig, run: RunDirectory, is_initial: bool
-) -> None:
-    before = load_arrays(run.initial / "adapters.safetensors")
-    after = load_arrays(run.adapter / "adapters.safetensors")
+def test_fused_weights_that_overflow_are_not_finite(candidate: Candidate, is_initial: bool) -> None:
+    before = candidate.initial
+    after = candidate.trained
     name = next(name for name in after if name.endswith("lora_b"))
     for tensors in (before, after) if is_initial else (after,):
         tensors[name] = mx.full(tensors[name].shape, 3e38)
     evidence, reasons = judge_fused_change(
-        LoadedBase.load(config, as_stored=True).model, before, after
+        LoadedBase.load(candidate.config, as_stored=True).model, before, after
     )
     assert [reason.code for reason in reasons] == ["non_finite"]
     assert f"with the {'initial' if is_initial else 'trained'} adapter" in reasons[0].message
@@ -222,14 +200,12 @@ def test_fused_weights_that_overflow_are_not_finite(
     assert math.isfinite(evidence.carried_share)  # JSON has no word for what is not
 
 
-def test_a_fused_change_whose_square_overflows_is_measured(
-    config: FineTuneConfig, run: RunDirectory
-) -> None:
-    before = load_arrays(run.initial / "adapters.safetensors")
+def test_a_fused_change_whose_square_overflows_is_measured(candidate: Candidate) -> None:
+    before = candidate.initial
     after = {name: value * 1e10 for name, value in before.items()}
     after |= {n: mx.full(v.shape, 1e15) for n, v in after.items() if n.endswith("lora_b")}
     evidence, reasons = judge_fused_change(
-        LoadedBase.load(config, as_stored=True).model, before, after
+        LoadedBase.load(candidate.config, as_stored=True).model, before, after
     )
     assert reasons == []
     assert evidence.carried_share == pytest.approx(1, abs=1e-2)

@@ -152,9 +152,7 @@ TRAINED: list[tuple[Change, list[str], list[str]]] = [
 @pytest.mark.parametrize(
     ("change", "expected", "tensors"), TRAINED, ids=[change.__name__ for change, _, _ in TRAINED]
 )
-def test_a_trained_adapter_is_judged(
-    tmp_path: Path, change: Change, expected: list[str], tensors: list[str]
-) -> None:
+def test_a_trained_adapter_is_judged(tmp_path, change, expected, tensors) -> None:
     after = trained_tensors()
     change(after)
     verdict = judge_pair(tmp_path, trained_tensors(), after)
@@ -164,9 +162,7 @@ def test_a_trained_adapter_is_judged(
 
 
 @pytest.mark.parametrize(("bound", "expected"), [(0.02, ["unchanged"]), (0.005, [])])
-def test_a_change_below_min_relative_change_counts_as_none(
-    tmp_path: Path, bound: float, expected: list[str]
-) -> None:
+def test_a_change_below_min_relative_change_counts_as_none(tmp_path, bound, expected) -> None:
     after = trained_tensors()
     learned(after)  # by 1 % of the norm
     section = GateSection(min_relative_change=bound)

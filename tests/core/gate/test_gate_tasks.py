@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,70 +11,23 @@ from typing import Any
 import pytest
 
 from flows.flow_runs.allowed_folders import with_trusted_code
-from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
 from nested_core.errors import ConfigError, DamagedError, DatasetError, GateRejected
-from nested_core.gate import judge_run
 from nested_core.gate.answers import scorers
 from nested_core.gate.answers.answer_bounds import judge_answers
-from nested_core.gate.answers.suite_answers import EncodedSuite
 from nested_core.gate.judge import make_checks_of_run
 from nested_core.pipeline import steps
-from nested_core.pipeline.publishing import confirm_recorded_verdict
 from nested_core.records.answers import AnsweringRole, AnswerRecord
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry import read_verified_version, register
 from nested_core.storage.canary_file import parse_canary
-from nested_core.storage.manifest import describe_file, read_manifest
 from nested_core.storage.run_directory import RunDirectory
+from tests.builders.candidates import Candidate, train_candidate
+from tests.builders.data_sets import write_lines
+from tests.builders.suites import KNOWN, WRONG, note_who_is_asked, task, write_suite
 from tests.core.gate.pairs import codes
-from tests.example import (
-    DATA,
-    Finished,
-    example_config,
-    example_settings,
-    prepare,
-    train,
-    train_example,
-)
-from tests.gate_files import write_gate
-
-FACT = re.compile(r"Go and see (.+?), the capital of (.+?)!")
-WRONG = "Suva"
-
-
-def capitals() -> dict[str, str]:
-    """The capitals of the example's training data, by country."""
-    text = (DATA / "train.jsonl").read_text(encoding="utf-8")
-    return {country: capital for capital, country in FACT.findall(text)}
-
-
-KNOWN = [pair for pair in capitals().items() if pair[1] != WRONG]
-
-
-def fact(name: str, capital: str) -> dict[str, str]:
-    return {"text": f"The capital of {name} is {capital}."}
-
-
-def write_lines(path: Path, lines: list[Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return path
-
-
-def write_suite(path: Path, count: int = 20) -> Path:
-    """Capitals that the base model knows, as the beginning of a sentence."""
-    lines = [
-        {"id": country, "prompt": f"The capital of {country} is", "expected": capital}
-        for country, capital in KNOWN[-count:]
-    ]
-    return write_lines(path, lines)
-
-
-def task(path: Path, **changes: Any) -> dict[str, Any]:
-    fields = {"name": "capitals", "file": str(path), "score": "contains", "max_tokens": 6}
-    return fields | changes
+from tests.example import example_config, prepare, require_refused
 
 
 def with_tasks(config: FineTuneConfig, *tasks: dict[str, Any]) -> FineTuneConfig:
@@ -84,29 +35,28 @@ def with_tasks(config: FineTuneConfig, *tasks: dict[str, Any]) -> FineTuneConfig
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Candidate:
     """A run that was trained on one wrong capital for every country: its loss falls."""
     folder = tmp_path_factory.mktemp("broken")
     for name, countries in (("train", KNOWN[:14]), ("valid", KNOWN[14:20])):
-        write_lines(
-            folder / "data" / f"{name}.jsonl", [fact(country, WRONG) for country, _ in countries]
-        )
+        rows = [{"text": f"The capital of {country} is {WRONG}."} for country, _ in countries]
+        write_lines(folder / "data" / f"{name}.jsonl", rows)
     gate = {"tasks": [task(write_suite(folder / "suite.jsonl"))]}
     changes: dict[str, Any] = {"data": str(folder / "data"), "iters": 60, "mask_prompt": False}
-    return train_example(folder / "run", **changes, gate=gate)
+    return train_candidate(folder / "run", **changes, gate=gate)
 
 
 @pytest.fixture(scope="module")
-def answers_of_broken(broken: Finished) -> Sequence[AnswerRecord]:
+def answers_of_broken(broken: Candidate) -> Sequence[AnswerRecord]:
     """What base and candidate answer to its suite."""
     return make_checks_of_run(broken.config, broken.run).answers
 
 
 @pytest.mark.claim("An adapter that is significantly worse, in loss or answers, does not pass")
-def test_a_run_that_lowers_its_loss_and_breaks_its_answers_is_refused(broken: Finished) -> None:
+def test_a_run_that_lowers_its_loss_and_breaks_its_answers_is_refused(broken: Candidate) -> None:
     with pytest.raises(GateRejected, match=r"task_regressed \(capitals: (\d+) of 20 right before"):
-        steps.judge(broken.config, broken.run)
-    gate = json.loads(broken.run.gate.read_bytes())
+        broken.judge()
+    gate = broken.gate
     assert gate["validation"]["loss_after"] < gate["validation"]["loss_before"]
     (reason,) = gate["reasons"]
     assert reason["code"] == "task_regressed"
@@ -124,12 +74,10 @@ def test_a_run_that_lowers_its_loss_and_breaks_its_answers_is_refused(broken: Fi
     assert low <= result["difference"] <= high < 0
 
 
-def test_every_answer_of_every_model_is_in_the_run(
-    broken: Finished, answers_of_broken: Sequence[AnswerRecord]
-) -> None:
+def test_every_answer_of_every_model_is_in_the_run(broken, answers_of_broken) -> None:
     records = [asdict(record) for record in answers_of_broken]
     with pytest.raises(GateRejected):
-        steps.judge(broken.config, broken.run)
+        broken.judge()
     written = [json.loads(line) for line in broken.run.answers.read_text().splitlines()]
     assert [r | {"seconds": 0} for r in written] == [r | {"seconds": 0} for r in records]
     assert [r["model"] for r in records] == ["base"] * 20 + ["candidate"] * 20
@@ -149,65 +97,39 @@ def test_every_answer_of_every_model_is_in_the_run(
         ({"min": 0.5}, ["task_below", "task_regressed"]),
     ],
 )
-def test_the_bounds_of_a_suite(
-    broken: Finished,
-    answers_of_broken: Sequence[AnswerRecord],
-    bounds: dict[str, Any],
-    expected: list[str],
-) -> None:
-    suite = broken.config.gate.tasks[0].file
-    config = with_tasks(broken.config, task(Path(suite), **bounds))
-    _, reasons = judge_answers(config.gate, answers_of_broken)
+def test_the_bounds_of_a_suite(answers_of_broken, bounds, expected) -> None:
+    gate = GateSection.model_validate({"tasks": [task(Path("suite.jsonl"), **bounds)]})
+    _, reasons = judge_answers(gate, answers_of_broken)
     assert [reason.code for reason in reasons] == expected
 
 
-def test_what_was_judged_is_judged_again_without_a_model_at_promotion(
-    broken: Finished, tmp_path: Path
-) -> None:
-    run = RunDirectory(Path(shutil.copytree(broken.run.path, tmp_path / "run")))
+def test_what_was_judged_is_judged_again_without_a_model_at_promotion(broken, tmp_path) -> None:
     bounds = task(Path(broken.config.gate.tasks[0].file), max_drop=None)
-    config = with_tasks(broken.config, bounds)
-    steps.write_run_config(config, run, resume=True)
-    verdict = steps.judge(config, run)
+    copied = broken.copy(tmp_path / "run").resumed(tasks=[bounds])
+    verdict = copied.judge()
     assert "; capitals: " in verdict.summary()
-    written = json.loads(run.gate.read_bytes())
-    assert json.loads(json.dumps(read_verdict(run.gate).to_json())) == written
+    written = copied.gate
+    assert json.loads(json.dumps(read_verdict(copied.run.gate).to_json())) == written
     assert written["tasks"] == json.loads(json.dumps(verdict.to_json()))["tasks"]
-    confirm_recorded_verdict(config, run)
-    answers = run.answers.read_bytes()
-    run.answers.write_bytes(answers.replace(b'"score":0.0', b'"score":1.0', 1))
-    with pytest.raises(DamagedError, match=r"not given on the answers\.jsonl"):
-        confirm_recorded_verdict(config, run)
-    bind_again(run)
-    with pytest.raises(DamagedError, match=r"not the verdict on answers\.jsonl"):
-        confirm_recorded_verdict(config, run)
-    run.answers.unlink()
-    with pytest.raises(DamagedError, match=r"answers\.jsonl"):
-        confirm_recorded_verdict(config, run)
+    copied.confirm()
+    answers = copied.run.answers.read_bytes()
+    copied.run.answers.write_bytes(answers.replace(b'"score":0.0', b'"score":1.0', 1))
+    copied.require_damaged(r"not given on the answers\.jsonl")
+    copied.bind_again()
+    copied.require_damaged(r"not the verdict on answers\.jsonl")
+    copied.run.answers.unlink()
+    copied.require_damaged(r"answers\.jsonl")
 
 
-def test_a_verdict_by_hand_that_leaves_the_suites_out_is_refused(
-    broken: Finished, tmp_path: Path
-) -> None:
-    run = RunDirectory(Path(shutil.copytree(broken.run.path, tmp_path / "run")))
+def test_a_verdict_by_hand_that_leaves_the_suites_out_is_refused(broken, tmp_path) -> None:
+    copied = broken.copy(tmp_path / "run")
     with pytest.raises(GateRejected):
-        steps.judge(broken.config, run)
-    gate = json.loads(run.gate.read_bytes())
-    for tasks in ([], [gate["tasks"][0] | {"verdict": "passed"}]):
-        edited = gate | {"verdict": "passed", "reasons": [], "tasks": tasks}
-        edited["proof"] = {"tolerance": 1e-3, "max_abs_difference_from_initial": 1.0}
-        run.gate.write_text(json.dumps(edited))
-        bind_again(run)
-        with pytest.raises(DamagedError, match="tasks differ"):
-            confirm_recorded_verdict(broken.config, run)
-
-
-def bind_again(run: RunDirectory) -> None:
-    """A manifest that agrees with the files as they are now."""
-    files = read_manifest(run.path)["files"]
-    gate = json.loads(run.gate.read_bytes())
-    entries = {name: describe_file(run.path / name) for name in files if name != run.gate.name}
-    write_gate(run.path, gate, entries)
+        copied.judge()
+    (given,) = copied.gate["tasks"]
+    proof = {"tolerance": 1e-3, "max_abs_difference_from_initial": 1.0}
+    for tasks in ([], [given | {"verdict": "passed"}]):
+        copied.edit_gate(verdict="passed", reasons=[], tasks=tasks, proof=proof)
+        copied.require_damaged("tasks differ")
 
 
 def test_a_suite_is_checked_before_the_first_step(tmp_path: Path) -> None:
@@ -248,25 +170,17 @@ def test_a_suite_that_changed_since_the_run_began_is_refused(tmp_path: Path) -> 
     ],
 )
 def test_a_scorer_that_fails_gives_no_verdict_and_loses_nothing(
-    broken: Finished,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    source: str,
-    problem: str,
+    candidate: Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, problem: str
 ) -> None:
-    run = RunDirectory(Path(shutil.copytree(broken.run.path, tmp_path / "run")))
     (tmp_path / "own_scorer.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     if problem == "more than":
         monkeypatch.setattr(scorers, "QUESTION_TIMEOUT_SECONDS", 1.0)
     suite = write_suite(tmp_path / "suite.jsonl", count=2)
     scored = task(suite, name="own", score="python", function="own_scorer:score", max_tokens=2)
-    gate = {"tasks": [scored], "allow_python_scorers": True}
-    config = broken.config.model_copy(update={"gate": GateSection.model_validate(gate)})
-    before = run.gate.read_bytes() if run.gate.exists() else None
     with pytest.raises(DatasetError, match=f"own_scorer:score: .*{problem}"):
-        steps.judge(config, run)
-    assert (run.gate.read_bytes() if run.gate.exists() else None) == before
+        candidate.bounded(tasks=[scored], allow_python_scorers=True).judge()
+    assert not candidate.run.gate.exists()
 
 
 @pytest.mark.parametrize(
@@ -283,8 +197,7 @@ def test_a_scorer_that_fails_gives_no_verdict_and_loses_nothing(
 )
 def test_a_task_that_makes_no_sense_is_refused(tasks: list[dict[str, Any]], message: str) -> None:
     entries = [task(Path("suite.jsonl"), **changes) for changes in tasks]
-    with pytest.raises(ConfigError, match=message):
-        parse_config(example_settings(gate={"tasks": entries}), source="test.yaml")
+    require_refused(message, gate={"tasks": entries})
 
 
 def test_no_parameter_of_a_flow_lets_python_functions_run() -> None:
@@ -295,22 +208,14 @@ def test_no_parameter_of_a_flow_lets_python_functions_run() -> None:
 
 @pytest.mark.slow("trains and judges a run of its own")
 def test_a_run_that_went_on_from_an_adapter_is_compared_with_it_and_pays_for_itself_alone(
-    broken: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    broken: Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = str(broken.run.adapter / "adapters.safetensors")
     settings = broken.config.model_dump() | {"resume_adapter_file": file, "iters": 4}
     config = FineTuneConfig.model_validate(settings)
-    done = train(config, prepare(config, tmp_path / "run"))
-    asked: list[str] = []
-    answer = EncodedSuite.answer
-
-    def count_and_answer(self: EncodedSuite, *arguments: Any) -> Any:
-        asked.append(self.suite.name)
-        return answer(self, *arguments)
-
-    monkeypatch.setenv("NESTED_TUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(EncodedSuite, "answer", count_and_answer)
-    results = [judge_run(config, done.run).tasks[0] for _ in range(2)]
+    done = train_candidate(tmp_path / "run", config)
+    asked = note_who_is_asked(tmp_path, monkeypatch)
+    results = [done.verdict().tasks[0] for _ in range(2)]
     assert asked == ["capitals"] * 4  # base, parent and candidate; then the candidate alone
     for result in results:
         assert result.base >= 0.9
@@ -325,42 +230,41 @@ def test_a_run_that_went_on_from_an_adapter_is_compared_with_it_and_pays_for_its
 @pytest.mark.parametrize("kind", ["dora", "full"])
 def test_other_kinds_of_adapters_begin_as_the_base_too(tmp_path: Path, kind: str) -> None:
     suite = write_suite(tmp_path / "suite.jsonl", count=5)
-    config = with_tasks(example_config(fine_tune_type=kind, iters=4), task(suite))
-    run = train(config, prepare(config, tmp_path / "run")).run
-    (result,) = judge_run(config, run).tasks
+    gate = {"tasks": [task(suite)]}
+    done = train_candidate(tmp_path / "run", fine_tune_type=kind, iters=4, gate=gate)
+    (result,) = done.verdict().tasks
     assert result.parent is None
     assert result.base == 1.0
 
 
 def test_answers_of_suites_marked_canary_are_recorded_bound_and_registered(
-    run: RunDirectory, config: FineTuneConfig, tmp_path: Path
+    candidate: Candidate, tmp_path: Path
 ) -> None:
     suite = write_suite(tmp_path / "suite.jsonl", count=25)
     marked = task(suite, name="marked", canary=True, max_drop=None)
-    config = with_tasks(config, marked, task(suite, name="unmarked", max_drop=None))
-    steps.write_run_config(config, run, resume=True)
-    steps.judge(config, run)
-    canary = parse_canary(run.canary.read_bytes(), run.canary)
+    unmarked = task(suite, name="unmarked", max_drop=None)
+    candidate = candidate.resumed(tasks=[marked, unmarked])
+    candidate.judge()
+    canary = parse_canary(candidate.run.canary.read_bytes(), candidate.run.canary)
     assert {question.suite for question in canary.questions} == {"marked"}
     assert [question.line for question in canary.questions] == list(range(1, 21))  # at most 20
-    confirm_recorded_verdict(config, run)
-    version = register(run.path, tmp_path / "registry", "capitals", {})
+    candidate.confirm()
+    version = register(candidate.run.path, tmp_path / "registry", "capitals", {})
     read = read_verified_version(tmp_path / "registry", "capitals", version)
     assert read.canary == canary
-    content = run.canary.read_bytes()
-    run.canary.write_bytes(content.replace(b'"line": 3', b'"line": 4'))
-    with pytest.raises(DamagedError, match=r"not given on the canary\.jsonl"):
-        confirm_recorded_verdict(config, run)
-    run.canary.write_bytes(content)
-    steps.judge(with_tasks(config, task(suite, max_drop=None)), run)
-    assert not run.canary.exists()
+    content = candidate.run.canary.read_bytes()
+    candidate.run.canary.write_bytes(content.replace(b'"line": 3', b'"line": 4'))
+    candidate.require_damaged(r"not given on the canary\.jsonl")
+    candidate.run.canary.write_bytes(content)
+    candidate.bounded(tasks=[unmarked]).judge()
+    assert not candidate.run.canary.exists()
 
 
 def test_fewer_questions_than_an_interval_needs_are_judged_by_the_bound_alone(
-    broken: Finished, tmp_path: Path
+    broken: Candidate, tmp_path: Path
 ) -> None:
     suite = write_suite(tmp_path / "suite.jsonl", count=3)
-    verdict = judge_run(with_tasks(broken.config, task(suite, name="few")), broken.run)
+    verdict = broken.bounded(tasks=[task(suite, name="few")]).verdict()
     assert codes(verdict) == ["task_regressed"]
     assert (
         "0 of 3 after, too few questions to tell a drop from chance" in verdict.reasons[0].message

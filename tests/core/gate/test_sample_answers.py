@@ -69,9 +69,7 @@ def answer(text: str, *, endless: bool = False) -> Answer:
         (". , . , , .", True, "In Norway.", "no_words"),
     ],
 )
-def test_how_an_answer_is_broken(
-    text: str, endless: bool, expected: str | None, damage: BrokenHow | None
-) -> None:
+def test_how_an_answer_is_broken(text, endless, expected, damage) -> None:
     assert find_damage(answer(text, endless=endless), expected, Words()) == damage
 
 
@@ -143,12 +141,7 @@ SOUND, BROKEN = (None, None), (None, "repeated")
         ([], 0, 0, False),
     ],
 )
-def test_most_answers_of_a_sound_base_have_to_be_broken(
-    pairs: list[tuple[BrokenHow | None, BrokenHow | None]],
-    judged: int,
-    broken: int,
-    are_broken: bool,
-) -> None:
+def test_most_answers_of_a_sound_base_have_to_be_broken(pairs, judged, broken, are_broken) -> None:
     found = judge_samples(rows(*pairs))
     assert (found.asked, found.judged, found.broken) == (len(pairs), judged, broken)
     assert found.are_broken is are_broken
@@ -162,9 +155,7 @@ def destroyed(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return train_until_answers_are_broken(folder / "runs" / "one", registry=registry)
 
 
-def test_a_destroyed_model_is_said_to_be_that_and_is_not_promoted_by_itself(
-    destroyed: Finished,
-) -> None:
+def test_a_destroyed_model_is_said_to_be_that_and_is_not_promoted_by_itself(destroyed) -> None:
     config, run = destroyed.config, destroyed.run
     verdict = steps.judge(config, run)
     assert verdict.validation is not None
@@ -203,9 +194,7 @@ def edit_verdict(run: RunDirectory, samples: dict[str, Any]) -> None:
     write_gate(run.path, gate, manifest)
 
 
-def test_a_verdict_that_counts_other_answers_than_the_file_holds_is_refused(
-    destroyed: Finished,
-) -> None:
+def test_a_verdict_that_counts_other_answers_than_the_file_holds_is_refused(destroyed) -> None:
     config, run = destroyed.config, destroyed.run
     steps.judge(config, run)
     recheck_verdict(config, run, read_verdict(run.gate))

@@ -104,9 +104,7 @@ def planted_change(lost: int, won: int) -> ScoreChange:
     ("questions", "lost", "won", "word"),
     [(5, 4, 0, "inconclusive"), (10, 4, 0, "inconclusive"), (200, 7, 7, "no_worse")],
 )
-def test_answers_are_no_worse_only_where_as_many_were_won(
-    questions: int, lost: int, won: int, word: str
-) -> None:
+def test_answers_are_no_worse_only_where_as_many_were_won(questions, lost, won, word) -> None:
     records = answers_of("s0", *losing(lost, won, questions=questions))
     (result,), reasons = judge_answers(gate_of(1), records)
     assert (result.conclusion, reasons) == (word, [])

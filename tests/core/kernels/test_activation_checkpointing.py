@@ -42,10 +42,7 @@ def gradients_of(
     if compiled:
         gradient = mx.compile(gradient, inputs=[state], outputs=[state])
     layers = model.layers[recomputed]
-    with (
-        using_optimized_layers(model, layers, as_mlx_lm=as_mlx_lm),
-        restoring_parameters(refs),
-    ):
+    with using_optimized_layers(model, layers, as_mlx_lm=as_mlx_lm), restoring_parameters(refs):
         mx.random.seed(SEED)
         value, gradients = gradient(params, *loss.prepare_batch(batch()))
         mx.eval(value, gradients, state)

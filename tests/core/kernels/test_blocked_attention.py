@@ -14,14 +14,20 @@ from nested_core.kernels import blocked_attention
 from nested_core.kernels.exponential import exponential
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
-from tests.architectures import batch, build, largest_difference, outcome
+from tests.architectures import (
+    batch,
+    build,
+    kinds_of,
+    largest_difference,
+    outcome,
+    require_near,
+    uncompiled,
+)
 
 
 @pytest.mark.parametrize("length", [63, 64, 65, 130])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_causal_attention_in_blocks_gives_mlxs_output_and_gradients(
-    length: int, kv_heads: int
-) -> None:
+def test_causal_attention_in_blocks_gives_mlxs_output_and_gradients(length, kv_heads) -> None:
     mx.random.seed(0)
     queries, g = (mx.random.normal((2, 4, length, 8)) for _ in range(2))
     keys, values = (mx.random.normal((2, kv_heads, length, 8)) for _ in range(2))
@@ -57,15 +63,14 @@ def test_an_optimized_model_gives_mlx_lms_loss_and_gradients(name: str) -> None:
     model = build(name)
     given = batch(rows=2, width=80)
     expected = outcome(model, SUPERVISED_LOSS, given)
-    kinds = {name: type(module) for name, module in model.named_modules()}
+    kinds = kinds_of(model)
     with using_optimized_layers(model):
         found = outcome(model, SUPERVISED_LOSS, given)
-        plain = outcome(model, SUPERVISED_LOSS, given, compiled=lambda function: function)
-    assert found.loss == pytest.approx(expected.loss, rel=2e-6)
-    assert largest_difference(found.gradients, expected.gradients) < 3e-5
+        plain = outcome(model, SUPERVISED_LOSS, given, compiled=uncompiled)
+    require_near(found, expected, loss=2e-6, gradients=3e-5)
     assert plain.loss == found.loss
     assert largest_difference(found.gradients, plain.gradients) == 0
-    assert {name: type(module) for name, module in model.named_modules()} == kinds
+    assert kinds_of(model) == kinds
     assert llama.scaled_dot_product_attention is blocked_attention.plain_attention
 
 

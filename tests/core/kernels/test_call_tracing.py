@@ -42,9 +42,7 @@ def in_each_layer(*groups: list[str]) -> list[list[str]]:
         ("olmoe", [ATTENTION]),
     ],
 )
-def test_layers_with_one_input_are_found_by_tracing_not_by_name(
-    name: str, expected: list[list[str]]
-) -> None:
+def test_layers_with_one_input_are_found_by_tracing_not_by_name(name, expected) -> None:
     model = build(name)
     assert names_of(model, group_layers_by_input(trace_calls(model))) == in_each_layer(*expected)
 
@@ -53,9 +51,7 @@ def test_layers_with_one_input_are_found_by_tracing_not_by_name(
     ("name", "expected"),
     [("llama", [ATTENTION]), ("cohere", [ATTENTION]), ("granite", [ATTENTION])],
 )
-def test_layers_that_are_to_stay_apart_are_in_no_group(
-    name: str, expected: list[list[str]]
-) -> None:
+def test_layers_that_are_to_stay_apart_are_in_no_group(name, expected) -> None:
     model = build(name)
     apart = chain(*(mlp.layers for mlp in find_gated_mlps(trace_calls(model))))
     assert names_of(model, group_layers_by_input(trace_calls(model), apart)) == in_each_layer(
@@ -73,9 +69,7 @@ def test_a_group_of_which_one_layer_is_left_is_none() -> None:
 
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_gated_mlps_of_an_architecture_are_those_that_are_nothing_else(
-    name: str, quantized: bool
-) -> None:
+def test_the_gated_mlps_of_an_architecture_are_those_that_are_nothing_else(name, quantized) -> None:
     model = build(name, quantized=quantized)
     found = find_gated_mlps(trace_calls(model))
     expected = in_each_layer(WHOLE) if name in WITH_GATED else []

@@ -17,7 +17,8 @@ from nested_core.kernels.call_tracing import GatedMLP, find_gated_mlps, trace_ca
 from nested_core.kernels.fused_mlp import find_fusable_mlps, make_fused_mlp_call, using_fused_mlps
 from nested_core.optim.gradients import Flat
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
-from tests.architectures import Outcome, batch, build, largest_difference, outcome
+from tests.architectures import Outcome, batch, build, largest_difference, outcome, require_near
+from tests.core.kernels.arrays import normal
 
 COMPILES = pytest.mark.slow("compiles another model")
 MODELS = [("llama", False), ("qwen2", False), ("granite", False), ("cohere", False)]
@@ -87,10 +88,6 @@ def make(*ranks: int, dtype: mx.Dtype = mx.float32, **arguments: Any) -> Gated:
     return module
 
 
-def normal(*shape: int, dtype: mx.Dtype = mx.float32, seed: int = 5) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
-
-
 def gradients(module: Gated, call: Callable[[mx.array], mx.array], x: mx.array) -> Flat:
     """The output, and gradients with respect to the input and each factor."""
     layers = {"gate": module.gate, "up": module.up, "down": module.down}
@@ -118,7 +115,7 @@ def gradients(module: Gated, call: Callable[[mx.array], mx.array], x: mx.array) 
 def test_the_function_gives_the_modules_output_and_gradients_in_float32(
     shape: tuple[int, ...], ranks: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, x = make(*ranks, bias=bias), normal(*shape)
+    module, x = make(*ranks, bias=bias), normal(*shape, dtype=mx.float32)
     expected = gradients(module, module, x)
     own: list[Any] = []
     monkeypatch.setattr(fused_mlp, "can_use_lora_kernels", lambda x, factors: True)
@@ -132,7 +129,7 @@ def test_the_function_gives_the_modules_output_and_gradients_in_float32(
 
 
 def test_a_quantised_base_gives_its_gradients_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, x = make(8, 8, 8), normal(10, 64)
+    module, x = make(8, 8, 8), normal(10, 64, dtype=mx.float32)
     nn.quantize(module, group_size=32, bits=4)
     assert isinstance(module.down.linear, nn.QuantizedLinear)
     expected = gradients(module, module, x)
@@ -149,8 +146,7 @@ def test_a_whole_model_in_float32_is_mlx_lms(monkeypatch: pytest.MonkeyPatch) ->
         expected = outcome(model, SUPERVISED_LOSS, batch())
         with using_fused_mlps(find_gated_mlps(trace_calls(model))):
             found = outcome(model, SUPERVISED_LOSS, batch())
-        assert found.loss == pytest.approx(expected.loss, rel=2e-6)
-        assert largest_difference(found.gradients, expected.gradients) < 3e-5
+        require_near(found, expected, loss=2e-6, gradients=3e-5)
 
 
 @pytest.mark.parametrize(

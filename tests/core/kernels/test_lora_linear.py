@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -24,7 +23,17 @@ from nested_core.kernels.lora_linear import (
 )
 from nested_core.optim.named_updates import flatten
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
-from tests.architectures import ARCHITECTURES, batch, build, largest_difference, outcome
+from tests.architectures import (
+    ARCHITECTURES,
+    batch,
+    build,
+    kinds_of,
+    largest_difference,
+    leave_by_error,
+    outcome,
+    require_near,
+    uncompiled,
+)
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -37,25 +46,19 @@ def test_loss_and_gradients_are_those_of_mlx_lm(name: str, grouped: bool) -> Non
         model, group_layers_by_input(trace_calls(model)) if grouped else ()
     ):
         found = outcome(model, SUPERVISED_LOSS, batch())
-    assert found.loss == pytest.approx(expected.loss, rel=2e-6)
-    assert largest_difference(found.gradients, expected.gradients) < 3e-5
+    require_near(found, expected, loss=2e-6, gradients=3e-5)
 
 
 def test_dropout_draws_what_mlx_lm_draws() -> None:
     model = build("llama", dropout=0.4)
     model.train()
     mx.random.seed(7)
-    expected = outcome(model, SUPERVISED_LOSS, batch(), compiled=run)
+    expected = outcome(model, SUPERVISED_LOSS, batch(), compiled=uncompiled)
     with using_optimized_lora_layers(model, group_layers_by_input(trace_calls(model))):
         mx.random.seed(7)
-        found = outcome(model, SUPERVISED_LOSS, batch(), compiled=run)
-    assert found.loss == pytest.approx(expected.loss, rel=2e-6)
-    assert largest_difference(found.gradients, expected.gradients) < 3e-5
+        found = outcome(model, SUPERVISED_LOSS, batch(), compiled=uncompiled)
+    require_near(found, expected, loss=2e-6, gradients=3e-5)
     assert found.value != found.loss  # a second pass draws anew
-
-
-def run(function: Any) -> Any:
-    return function
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
@@ -72,7 +75,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 def test_compiled_equals_uncompiled_to_the_bit() -> None:
     model = build("llama")
     with using_optimized_lora_layers(model, group_layers_by_input(trace_calls(model))):
-        plain = outcome(model, SUPERVISED_LOSS, batch(), compiled=run)
+        plain = outcome(model, SUPERVISED_LOSS, batch(), compiled=uncompiled)
         compiled = outcome(model, SUPERVISED_LOSS, batch())
     assert compiled.loss == plain.loss
     for name, gradient in plain.gradients.items():
@@ -129,9 +132,7 @@ class Sharing(nn.Module):
         ([(2.0, 4)] * 6, [[0, 1, 2, 3, 4, 5]]),
     ],
 )
-def test_only_layers_of_one_scale_and_rank_share_their_products(
-    kinds: list[tuple[float, int]], together: list[list[int]]
-) -> None:
+def test_only_layers_of_one_scale_and_rank_share_their_products(kinds, together) -> None:
     model, tokens = Sharing(*kinds), mx.zeros((2, 5), mx.int32)
     groups = group_layers_by_input(trace_calls(model))
     places = {id(layer): place for place, layer in enumerate(model.layers)}
@@ -210,24 +211,18 @@ def test_a_float32_base_in_a_bfloat16_model_gives_its_input_a_bfloat16_gradient(
     assert mx.allclose(found, expected.astype(mx.bfloat16), rtol=0.02, atol=0.05).item()
 
 
-def test_modules_parameters_and_names_are_given_back_after_an_error(tmp_path: Path) -> None:
+def test_modules_parameters_and_names_are_given_back_after_an_error() -> None:
     model = build("llama")
-    before = {name: (module, type(module)) for name, module in model.named_modules()}
+    before = kinds_of(model)
 
-    def fail_inside() -> None:
-        with using_optimized_lora_layers(model, group_layers_by_input(trace_calls(model))):
-            assert any(isinstance(m, OptimizedLoRALinear) for _, m in model.named_modules())
-            assert dict(model.named_modules()).keys() == before.keys()
-            raise RuntimeError("on purpose")
+    def are_others() -> None:
+        assert any(isinstance(m, OptimizedLoRALinear) for _, m in model.named_modules())
+        assert kinds_of(model).keys() == before.keys()
 
-    with pytest.raises(RuntimeError, match="on purpose"):
-        fail_inside()
-    after = {name: (module, type(module)) for name, module in model.named_modules()}
-    assert after.keys() == before.keys()
-    for name, (module, kind) in after.items():
-        assert module is before[name][0]
-        assert kind is before[name][1]
-        assert "_shared_input" not in vars(module)
+    groups = group_layers_by_input(trace_calls(model))
+    leave_by_error(using_optimized_lora_layers(model, groups), are_others)
+    assert kinds_of(model) == before
+    assert not any(GROUP_ATTRIBUTE in vars(module) for _, module in model.named_modules())
 
 
 @pytest.mark.parametrize("has_cuda", [True, False])

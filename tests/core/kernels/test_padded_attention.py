@@ -12,7 +12,7 @@ from nested_core.kernels import padded_attention
 from nested_core.kernels.blocked_attention import plain_attention
 from nested_core.kernels.padded_attention import change_length_in_mlx, make_padded_attention
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
-from tests.architectures import batch, build, largest_difference, outcome
+from tests.architectures import batch, build, outcome, require_near, uncompiled
 
 LENGTHS: list[int] = []
 
@@ -45,9 +45,7 @@ def outputs_of(function: Any, given: list[mx.array]) -> list[mx.array]:
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("length", [31, 137])
-def test_outputs_and_gradients_are_those_without_padding(
-    length: int, kv_heads: int, dtype: mx.Dtype
-) -> None:
+def test_outputs_and_gradients_are_those_without_padding(length, kv_heads, dtype) -> None:
     given = heads(kv_heads, length, dtype)
     found, plain = outputs_of(attention, given), outputs_of(plain_attention, given)
     exact = outputs_of(plain_attention, [each.astype(mx.float32) for each in given])
@@ -94,13 +92,12 @@ def test_a_model_in_training_pads_every_layer_and_in_evaluation_none(
     model.set_dtype(mx.float16)
     model.train()
     given = batch(rows=2, width=40)
-    expected = outcome(model, SUPERVISED_LOSS, given, compiled=lambda function: function)
+    expected = outcome(model, SUPERVISED_LOSS, given, compiled=uncompiled)
     with padded_attention.using_padded_attention(model):
-        found = outcome(model, SUPERVISED_LOSS, given, compiled=lambda function: function)
+        found = outcome(model, SUPERVISED_LOSS, given, compiled=uncompiled)
         assert LENGTHS.count(128) == 2 * 2 + 2  # forwards and back, and the loss alone
         model.eval()
         LENGTHS.clear()
         mx.eval(model(mx.array(given[0])))
         assert LENGTHS == []
-    assert found.loss == pytest.approx(expected.loss, rel=1e-3)
-    assert largest_difference(found.gradients, expected.gradients) < 0.02
+    require_near(found, expected, loss=1e-3, gradients=0.02)

@@ -9,12 +9,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import pytest
 from mlx_lm.models import llama
 
 from nested_core.kernels.patching import replacing_call, replacing_function
 from nested_core.kernels.swiglu import plain_swiglu
-from tests.architectures import build
+from tests.architectures import build, leave_by_error
 
 
 def test_one_module_answers_otherwise_and_the_others_of_its_class_as_before() -> None:
@@ -38,15 +37,12 @@ def test_a_module_is_given_back_after_an_error_and_from_within_another_block() -
     module = nn.Linear(2, 2)
     x = mx.ones((1, 2))
 
-    def fail_inside() -> None:
-        with replacing_call(module, lambda x: 2 * x):
-            with replacing_call(module, lambda x: 3 * x):
-                assert module(x).tolist() == [[3.0, 3.0]]
-            assert module(x).tolist() == [[2.0, 2.0]]
-            raise RuntimeError("on purpose")
+    def answers_otherwise() -> None:
+        with replacing_call(module, lambda x: 3 * x):
+            assert module(x).tolist() == [[3.0, 3.0]]
+        assert module(x).tolist() == [[2.0, 2.0]]
 
-    with pytest.raises(RuntimeError, match="on purpose"):
-        fail_inside()
+    leave_by_error(replacing_call(module, lambda x: 2 * x), answers_otherwise)
     assert type(module) is nn.Linear
 
 
@@ -72,13 +68,10 @@ def test_a_name_in_the_models_code_is_given_back_after_an_error() -> None:
     def ours(gate: mx.array, x: mx.array) -> mx.array:
         return gate
 
-    def fail_inside() -> None:
-        with replacing_function(build("llama"), "swiglu", plain_swiglu, ours):
-            assert llama.swiglu is ours
-            raise RuntimeError("on purpose")
+    def is_ours() -> None:
+        assert llama.swiglu is ours
 
-    with pytest.raises(RuntimeError, match="on purpose"):
-        fail_inside()
+    leave_by_error(replacing_function(build("llama"), "swiglu", plain_swiglu, ours), is_ours)
     assert llama.swiglu is plain_swiglu
 
 

@@ -12,7 +12,8 @@ from nested_core import backend
 from nested_core.backend import to_float
 from nested_core.kernels import rms_norm
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
-from tests.architectures import batch, build, largest_difference, outcome
+from tests.architectures import batch, build, kinds_of, largest_difference, leave_by_error, outcome
+from tests.core.kernels.arrays import normal, note_launches
 
 WIDTH = 40
 
@@ -31,10 +32,6 @@ def make(width: int = WIDTH, dtype: mx.Dtype = mx.bfloat16) -> nn.RMSNorm:
     module.weight = mx.random.normal((width,), key=mx.random.key(5)).astype(dtype)
     module.freeze()
     return module
-
-
-def normal(*shape: int, dtype: mx.Dtype = mx.bfloat16, seed: int = 0) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
 
 
 def forbidden(x: mx.array, weight: mx.array, eps: float, g: mx.array) -> mx.array:
@@ -71,9 +68,7 @@ def test_the_plain_backward_pass_is_the_formulas() -> None:
         (WIDTH, mx.float16, mx.bfloat16),
     ],
 )
-def test_arrays_that_the_kernel_does_not_take_go_to_mlx(
-    width: int, dtype: mx.Dtype, of_weight: mx.Dtype
-) -> None:
+def test_arrays_that_the_kernel_does_not_take_go_to_mlx(width, dtype, of_weight) -> None:
     module = make(width, of_weight)
     call = rms_norm.make_norm_call(module, forbidden)
     x = normal(2, width, dtype=dtype)
@@ -93,16 +88,11 @@ def test_arrays_that_the_kernel_takes_go_to_it(width: int) -> None:
 def test_a_launch_has_a_block_a_row_up_to_a_number_from_which_each_takes_several(
     rows: int, blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: dict[str, Any] = {}
-
-    def note(name: str, inputs: Any, outputs: Any, numbers: Any, **grid: Any) -> list[mx.array]:
-        given.update(grid, numbers=numbers)
-        return [mx.zeros(shape, dtype) for shape, dtype in outputs]
-
-    monkeypatch.setattr(rms_norm, "launch_kernel", note)
+    launches = note_launches(rms_norm, monkeypatch)
     shape = (rows, 1, WIDTH)
     found = rms_norm.input_gradient_on_cuda(mx.zeros(shape), mx.zeros(WIDTH), 1e-5, mx.zeros(shape))
     assert found.shape == shape
+    (given,) = launches
     assert given["blocks"] == (blocks, 1)
     assert given["numbers"] == [rows, WIDTH, 1e-5]
 
@@ -111,19 +101,10 @@ def test_a_launch_has_a_block_a_row_up_to_a_number_from_which_each_takes_several
     ("width", "threads", "packs"),
     [(8, 32, 1), (264, 64, 1), (1024, 128, 1), (1032, 128, 2), (5000, 128, 8)],
 )
-def test_a_blocks_threads_take_a_whole_row(
-    width: int, threads: int, packs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: dict[str, Any] = {}
-
-    def note(name: str, inputs: Any, outputs: Any, numbers: Any, **grid: Any) -> list[mx.array]:
-        given.update(grid)
-        return [mx.zeros(shape, dtype) for shape, dtype in outputs]
-
-    monkeypatch.setattr(rms_norm, "launch_kernel", note)
-    rms_norm.input_gradient_on_cuda(
-        mx.zeros((2, width)), mx.zeros(width), 1e-5, mx.zeros((2, width))
-    )
+def test_a_blocks_threads_take_a_whole_row(width, threads, packs, monkeypatch) -> None:
+    launches, rows = note_launches(rms_norm, monkeypatch), mx.zeros((2, width))
+    rms_norm.input_gradient_on_cuda(rows, mx.zeros(width), 1e-5, rows)
+    (given,) = launches
     assert (given["threads"], given["PACKS"]) == (threads, packs)
     assert threads * packs * 8 >= width
 
@@ -145,24 +126,21 @@ def several() -> Any:
 @pytest.mark.usefixtures("on_cuda")
 def test_only_frozen_rms_norms_are_replaced_and_given_back() -> None:
     model = several()
-    before = {name: type(module) for name, module in model.named_modules()}
+    before = kinds_of(model)
     with rms_norm.using_frozen_norms(model):
-        inside = {name: type(module) for name, module in model.named_modules()}
-    assert {n for n, kind in inside.items() if kind is not before[n]} == {"frozen", "layers.1"}
-    assert {name: type(module) for name, module in model.named_modules()} == before
+        inside = kinds_of(model)
+    assert {n for n, kind in inside.items() if kind != before[n]} == {"frozen", "layers.1"}
+    assert kinds_of(model) == before
 
 
 @pytest.mark.usefixtures("on_cuda")
 def test_norms_are_given_back_after_an_error() -> None:
     model = several()
 
-    def fail_inside() -> None:
-        with rms_norm.using_frozen_norms(model):
-            assert type(model.frozen) is not nn.RMSNorm
-            raise RuntimeError("on purpose")
+    def is_another() -> None:
+        assert type(model.frozen) is not nn.RMSNorm
 
-    with pytest.raises(RuntimeError, match="on purpose"):
-        fail_inside()
+    leave_by_error(rms_norm.using_frozen_norms(model), is_another)
     assert type(model.frozen) is nn.RMSNorm
 
 
@@ -182,9 +160,7 @@ def test_a_trained_weight_keeps_its_gradient() -> None:
     assert to_float(mx.abs(found).max()) > 0
 
 
-def test_without_cuda_or_with_a_kernel_that_disagrees_norms_stay(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_cuda_or_with_a_kernel_that_disagrees_norms_stay(monkeypatch) -> None:
     model = several()
     for has_cuda, agrees in ((False, True), (True, False)):
         monkeypatch.setattr(backend, "computes_on_cuda", lambda has=has_cuda: has)

@@ -11,10 +11,10 @@ import pytest
 from mlx_lm.models.rope_utils import Llama3RoPE, SuScaledRoPE, YarnRoPE
 
 from nested_core import backend
-from nested_core.backend import to_float
 from nested_core.kernels import rope
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
-from tests.architectures import batch, build, largest_difference, outcome
+from tests.architectures import batch, build, kinds_of, outcome, require_near
+from tests.core.kernels.arrays import is_near, normal
 from tests.left_out import slow_except
 
 WIDTH = 48
@@ -31,27 +31,16 @@ ROTATIONS: dict[str, Callable[[], Any]] = {
 }
 
 
-def heads(*shape: int, dtype: mx.Dtype = mx.bfloat16, seed: int = 0) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
-
-
 def forbidden(x: mx.array, table: mx.array, back: bool) -> mx.array:
     raise AssertionError("the kernel was asked")
-
-
-def is_near(found: mx.array, expected: mx.array, share: float) -> bool:
-    difference = to_float(mx.abs(found.astype(mx.float32) - expected).max())
-    return difference <= share * to_float(mx.abs(expected).max())
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("name", ROTATIONS)
-def test_a_rotation_from_its_table_gives_its_output_and_gradient(
-    name: str, dtype: mx.Dtype, compiled: bool
-) -> None:
+def test_a_rotation_from_its_table_gives_its_output_and_gradient(name, dtype, compiled) -> None:
     module = ROTATIONS[name]()
-    x, g = heads(2, 4, 37, WIDTH, dtype=dtype), heads(2, 4, 37, WIDTH, dtype=dtype, seed=1)
+    x, g = normal(2, 4, 37, WIDTH, dtype=dtype), normal(2, 4, 37, WIDTH, dtype=dtype, seed=1)
     exact, slope = x.astype(mx.float32), g.astype(mx.float32)
     (expected,), (gradient,) = mx.vjp(lambda x: module(x), [exact], [slope])
     turned = rope.make_rotation_call(module, rope.rotate_in_mlx, {})
@@ -68,18 +57,16 @@ def test_a_rotation_from_its_table_gives_its_output_and_gradient(
 
 
 @pytest.mark.parametrize("name", ROTATIONS)
-def test_positions_dtypes_and_heads_that_the_kernel_does_not_take_go_to_the_module(
-    name: str,
-) -> None:
+def test_positions_dtypes_and_heads_that_the_kernel_does_not_take_go_to_the_module(name) -> None:
     module = ROTATIONS[name]()
     call = rope.make_rotation_call(module, forbidden, {})
-    x = heads(1, 4, 5, WIDTH)
+    x = normal(1, 4, 5, WIDTH)
     for count in (1, 3, 4):
         with pytest.raises(AssertionError, match="was asked"):
             call(x[:, :count])
     assert mx.array_equal(call(x, offset=3), module(x, offset=3)).item()
     assert mx.array_equal(call(x, 3), module(x, 3)).item()
-    others = [x.astype(mx.float32), x[0], heads(1, 4, 5, WIDTH + 16)]
+    others = [x.astype(mx.float32), x[0], normal(1, 4, 5, WIDTH + 16)]
     for other in others:
         assert mx.array_equal(call(other), module(other)).item()
 
@@ -98,7 +85,7 @@ def test_a_table_is_made_again_only_for_more_positions(monkeypatch: pytest.Monke
     monkeypatch.setattr(rope, "make_rotation_table", noting)
     call = rope.make_rotation_call(nn.RoPE(WIDTH), turn, {})
     for length in (5, 9, 5, 16):
-        mx.eval(call(heads(1, 4, length, WIDTH)))
+        mx.eval(call(normal(1, 4, length, WIDTH)))
     assert made == [rope.PROBE_LENGTH, 16]
     assert [table.shape for table in seen] == [(n, WIDTH) for n in (5, 9, 5, 16)]
     assert {table.dtype for table in seen} == {mx.float32}
@@ -137,13 +124,11 @@ def test_neighbours_parts_odd_widths_and_other_modules_are_no_such_rotation(modu
 
 def test_a_rotation_of_a_part_of_each_head_goes_to_the_module() -> None:
     module = nn.RoPE(16)
-    x = heads(1, 4, 5, WIDTH)
+    x = normal(1, 4, 5, WIDTH)
     assert mx.array_equal(rope.make_rotation_call(module, forbidden, {})(x), module(x)).item()
 
 
-def test_without_cuda_a_models_rotations_stay_what_they_are(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_cuda_a_models_rotations_stay_what_they_are(monkeypatch) -> None:
     monkeypatch.setattr(backend, "computes_on_cuda", lambda: False)
     model = build("llama")
     with rope.using_rope_tables(model):
@@ -153,9 +138,7 @@ def test_without_cuda_a_models_rotations_stay_what_they_are(
 @pytest.mark.parametrize(
     "name", slow_except(["llama", "phi3", "gemma2"], "llama", reason="compiles another model")
 )
-def test_a_model_with_its_rotations_from_tables_gives_the_same_gradients(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_with_its_rotations_from_tables_gives_the_same_gradients(name, monkeypatch) -> None:
     asked = []
 
     def turn(x: mx.array, table: mx.array, back: bool) -> mx.array:
@@ -168,14 +151,13 @@ def test_a_model_with_its_rotations_from_tables_gives_the_same_gradients(
     model = build(name)
     model.set_dtype(mx.bfloat16)
     expected = outcome(model, SUPERVISED_LOSS, batch())
-    kinds = {name: type(module) for name, module in model.named_modules()}
+    kinds = kinds_of(model)
     with rope.using_rope_tables(model):
         assert type(model.layers[0].self_attn.rope) is not nn.RoPE
         found = outcome(model, SUPERVISED_LOSS, batch())
     assert {True, False} == set(asked)
-    assert found.loss == pytest.approx(expected.loss, rel=2e-3)
-    assert largest_difference(found.gradients, expected.gradients) < 0.08
-    assert {name: type(module) for name, module in model.named_modules()} == kinds
+    require_near(found, expected, loss=2e-3, gradients=0.08)
+    assert kinds_of(model) == kinds
 
 
 def test_rotations_that_turn_alike_share_a_table_of_the_longest_length_so_far() -> None:

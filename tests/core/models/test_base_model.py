@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from nested_core.models.base_model import (
     load_base_model,
     require_folder_or_hub_name,
 )
-from tests.example import MODEL, example_config
+from tests.builders.adapter_folders import base_copy
+from tests.example import example_config
 
 FILES = {
     "config.json": b"{" + b" " * 12_000 + b"}",
@@ -141,13 +141,9 @@ def test_what_no_repository_is_called_is_no_folder_here(name: str) -> None:
 
 
 @pytest.mark.claim("Data, adapters and model folders can run nothing here")
-def test_code_in_a_models_folder_is_run_only_where_the_configuration_trusts_it(
-    tmp_path: Path,
-) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(MODEL, model)
+def test_code_in_a_models_folder_is_run_only_where_the_configuration_trusts_it(tmp_path) -> None:
+    model = base_copy(tmp_path / "model", model_file="own.py")
     config = json.loads((model / "config.json").read_bytes())
-    (model / "config.json").write_text(json.dumps(config | {"model_file": "own.py"}))
     (model / "own.py").write_text(
         f"import pathlib\npathlib.Path({str(tmp_path / 'trace')!r}).touch()\n"
         f"from mlx_lm.models.{config['model_type']} import Model, ModelArgs\n"

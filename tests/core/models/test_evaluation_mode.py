@@ -60,9 +60,7 @@ def mixed() -> Any:
 
 
 @pytest.mark.parametrize("use", USES)
-def test_whoever_evaluates_a_model_gives_each_module_its_own_mode_back(
-    use: str, mixed: Any
-) -> None:
+def test_whoever_evaluates_a_model_gives_each_module_its_own_mode_back(use, mixed) -> None:
     before = modes_of(mixed)
     assert set(before.values()) == {False, True}
     USES[use](mixed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -12,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx import optimizers
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from nested_core import NestedAdam, NestedAdamW
+from tests.core.optim.leaves import bits, step_of
 from tests.left_out import slow_except
 
 STEPS, COMPARED_EVERY = 200, 20
@@ -41,15 +41,6 @@ arrays = st.lists(
 seeds = st.integers(0, 2**31)
 
 
-def bits(tree: Any) -> dict[str, Any]:
-    """Dtype, shape and bytes of every leaf; bfloat16 widens to float32 exactly."""
-    flat = dict(tree_flatten(tree))
-    return {
-        name: (leaf.dtype, leaf.shape, np.array(leaf.astype(mx.float32)).tobytes())
-        for name, leaf in flat.items()
-    }
-
-
 def draw(shapes: Shapes, seed: int, steps: int, dtype: mx.Dtype) -> Any:
     """A tree with an empty layer in it; each leaf holds `steps` random values of one shape."""
     random = np.random.default_rng(seed)
@@ -66,9 +57,7 @@ def run(optimizer: Any, shapes: Shapes, seed: int, dtype: mx.Dtype, *, compiled:
     parameters = tree_map(lambda leaf: leaf[0], draw(shapes, seed, 1, dtype))
     gradients = draw(shapes, seed + 1, STEPS, dtype)
     optimizer.init(parameters)
-    step = optimizer.apply_gradients
-    if compiled:
-        step = partial(mx.compile, inputs=optimizer.state, outputs=optimizer.state)(step)
+    step = step_of(optimizer, compiled)
     seen = []
     for index in range(STEPS):
         parameters = step(tree_map(lambda leaf, at=index: leaf[at], gradients), parameters)

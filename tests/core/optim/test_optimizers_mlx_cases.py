@@ -209,8 +209,7 @@ def test_multi_optimizer_with_parameterless_layers(make: Make) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     mx.eval(model.parameters())
     optimizer = optimizers.MultiOptimizer(
-        [optimizers.Muon(learning_rate=0.01), make(learning_rate=0.01)],
-        [lambda _, w: w.ndim >= 2],
+        [optimizers.Muon(learning_rate=0.01), make(learning_rate=0.01)], [lambda _, w: w.ndim >= 2]
     )
     _, grads = nn.value_and_grad(model, lambda m, x: m(x).sum())(model, mx.ones((1, 4)))
     optimizer.update(model, grads)

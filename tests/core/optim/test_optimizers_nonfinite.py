@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from mlx import optimizers
 
 from nested_core import NestedAdamW, Tier
-from tests.core.optim.leaves import bits
+from tests.core.optim import leaves
+from tests.core.optim.leaves import bits, counts, step_of
 
 NAMES = ("fast", "slow")
 BAD = [mx.nan, mx.inf, -mx.inf]
 
 
 def values(seed: int, **changes: mx.array) -> dict[str, Any]:
-    """Random values of two layers; the same for the same seed."""
-    random = np.random.default_rng(seed)
-    return {name: mx.array(random.normal(size=6), mx.float32) for name in NAMES} | changes
+    """Random values of two layers, some of them others."""
+    return leaves.values(seed, {name: (6,) for name in NAMES}) | changes
 
 
 def with_one(value: float) -> mx.array:
@@ -36,21 +34,12 @@ def two_tiers(frequency: int = 2, **options: Any) -> NestedAdamW:
     return optimizer
 
 
-def counts(optimizer: NestedAdamW) -> list[tuple[int, int]]:
-    """Updates applied and skipped, a tier."""
-    return [(tier.updates, tier.skipped) for tier in optimizer.get_tier_stats()]
-
-
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize("where", NAMES)
-def test_one_bad_element_skips_the_step_for_every_tier(
-    where: str, value: float, compiled: bool
-) -> None:
+def test_one_bad_element_skips_the_step_for_every_tier(where, value, compiled) -> None:
     optimizer = two_tiers()
-    step = optimizer.apply_gradients
-    if compiled:
-        step = partial(mx.compile, inputs=optimizer.state, outputs=optimizer.state)(step)
+    step = step_of(optimizer, compiled)
     before = step(values(1), values(0))
     moments = bits([optimizer.state[name] for name in NAMES])
     after = step(values(2, **{where: with_one(value)}), before)
@@ -137,9 +126,7 @@ def test_gradients_below_the_bound_are_left_as_they_are() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_norm_that_overflows_skips_the_step_where_it_would_clip(compiled: bool) -> None:
     optimizer = two_tiers(max_grad_norm=1.0)
-    step = optimizer.apply_gradients
-    if compiled:
-        step = partial(mx.compile, inputs=optimizer.state, outputs=optimizer.state)(step)
+    step = step_of(optimizer, compiled)
     before = step(values(1), values(0))
     after = step(values(2, fast=mx.full((6,), 1e20)), before)
     assert bits(after) == bits(before)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx import optimizers
 
 from nested_core import NestedAdamW, Tier
-from tests.core.optim.leaves import bits
+from tests.core.optim import leaves
+from tests.core.optim.leaves import bits, step_of
 
 STEPS = 13
 clocks = st.lists(st.integers(1, 6), min_size=1, max_size=8).map(sorted)
@@ -21,8 +20,7 @@ clocks = st.lists(st.integers(1, 6), min_size=1, max_size=8).map(sorted)
 
 def values(tiers: int, seed: int) -> dict[str, mx.array]:
     """A vector a tier; the same for the same seed."""
-    random = np.random.default_rng(seed)
-    return {f"p{i}": mx.array(random.normal(size=3), mx.float32) for i in range(tiers)}
+    return leaves.values(seed, {f"p{i}": (3,) for i in range(tiers)})
 
 
 def expected(frequency: int, name: str, tiers: int, mode: str) -> tuple[mx.array, int]:
@@ -50,9 +48,7 @@ def test_one_to_eight_tiers_of_any_frequencies_are_an_adamw_each(
     tiers = [Tier(every, frozenset({f"p{i}"})) for i, every in enumerate(frequencies)]
     optimizer = NestedAdamW(1e-2, tiers=tiers, slow_gradients=mode)
     optimizer.init(values(count, 0))
-    step, weights = optimizer.apply_gradients, values(count, 0)
-    if compiled:
-        step = partial(mx.compile, inputs=optimizer.state, outputs=optimizer.state)(step)
+    step, weights = step_of(optimizer, compiled), values(count, 0)
     for n in range(1, STEPS + 1):
         assert optimizer.due_tiers() == tuple(i for i in range(count) if n % frequencies[i] == 0)
         weights = step(values(count, n), weights)

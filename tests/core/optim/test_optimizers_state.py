@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +11,7 @@ from mlx import nn, optimizers
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from nested_core import NestedAdam, NestedAdamW, Tier, TierStats
+from tests.core.optim.leaves import bits
 
 MODES = ["skip", "accumulate"]
 
@@ -23,12 +23,6 @@ class Model(nn.Module):
         super().__init__()
         self.layers = [nn.ReLU(), nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 3), nn.ReLU()]
         self.empty: dict[str, Any] = {}
-
-
-def bits(tree: Any) -> dict[str, Any]:
-    """Dtype, shape and bytes of every leaf."""
-    flat = dict(tree_flatten(tree))
-    return {name: (a.dtype, a.shape, np.array(a).tobytes()) for name, a in flat.items()}
 
 
 def parameters() -> Any:
@@ -57,9 +51,7 @@ def train(optimizer: optimizers.Optimizer, weights: Any, steps: range) -> Any:
 
 @pytest.mark.parametrize("with_init", [True, False])
 @pytest.mark.parametrize("mode", MODES)
-def test_training_goes_on_from_a_file_bit_for_bit(
-    mode: str, with_init: bool, tmp_path: Path
-) -> None:
+def test_training_goes_on_from_a_file_bit_for_bit(mode, with_init, tmp_path) -> None:
     straight, stopped, resumed = make(mode), make(mode), make(mode)
     expected = train(straight, parameters(), range(1, 12))
     weights = train(stopped, parameters(), range(1, 6))
@@ -101,9 +93,7 @@ def test_the_state_of_a_drop_in_is_mlx_own_until_its_first_step(ours: Any, their
 @pytest.mark.parametrize(
     ("ours", "theirs"), [(NestedAdam, optimizers.Adam), (NestedAdamW, optimizers.AdamW)]
 )
-def test_training_that_mlx_began_goes_on_bit_for_bit(
-    ours: Any, theirs: Any, bias_correction: bool
-) -> None:
+def test_training_that_mlx_began_goes_on_bit_for_bit(ours, theirs, bias_correction) -> None:
     straight = theirs(1e-2, bias_correction=bias_correction)
     begun = train(straight, parameters(), range(1, 8))
     resumed = ours(1e-2, bias_correction=bias_correction)

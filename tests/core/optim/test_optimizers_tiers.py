@@ -14,7 +14,7 @@ from mlx import optimizers
 from mlx.utils import tree_map
 
 from nested_core import NestedAdam, NestedAdamW, Tier, backend
-from tests.core.optim.leaves import bits
+from tests.core.optim.leaves import bits, step_of
 
 SHAPES = {"fast": (3, 2), "middle": (4,), "slow": (2, 2, 2)}
 FREQUENCIES = {"fast": 1, "middle": 2, "slow": 4}
@@ -53,9 +53,7 @@ def train(optimizer: NestedAdam, steps: int, *, compiled: bool = False) -> tuple
     """Weights and state, as bits, after some steps on random gradients."""
     parameters = tree(0)
     optimizer.init(parameters)
-    step = optimizer.apply_gradients
-    if compiled:
-        step = partial(mx.compile, inputs=optimizer.state, outputs=optimizer.state)(step)
+    step = step_of(optimizer, compiled)
     for n in range(1, steps + 1):
         parameters = step(tree(n), parameters)
         mx.eval(parameters, optimizer.state)
@@ -122,9 +120,7 @@ def test_a_tier_off_its_step_keeps_parameters_and_moments_exactly(mode: Any) -> 
 
 @settings(max_examples=10)
 @given(seed=st.integers(0, 2**31), bias_correction=st.booleans(), decay=st.floats(0, 0.5))
-def test_under_skip_a_tier_is_adamw_on_every_fth_gradient(
-    seed: int, bias_correction: bool, decay: float
-) -> None:
+def test_under_skip_a_tier_is_adamw_on_every_fth_gradient(seed, bias_correction, decay) -> None:
     """Its bias correction and moments run on its own updates."""
     options: Any = {"weight_decay": decay, "bias_correction": bias_correction}
     optimizer = NestedAdamW(1e-2, tiers=tiers(), **options)
@@ -154,9 +150,7 @@ def test_under_skip_gradients_of_tiers_not_due_do_not_matter(compiled: bool) -> 
         optimizer = NestedAdamW(1e-2, tiers=tiers(), max_grad_norm=1.0)
         parameters = tree(0)
         optimizer.init(parameters)
-        step = optimizer.apply_gradients
-        if compiled:
-            step = partial(mx.compile, inputs=optimizer.state, outputs=optimizer.state)(step)
+        step = step_of(optimizer, compiled)
         for n in range(1, 9):
             parameters = parameters | step(choose(optimizer, tree(n)), parameters)
         results.append((bits(parameters), bits(optimizer.state)))

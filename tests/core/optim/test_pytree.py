@@ -75,9 +75,7 @@ def test_a_frozen_parameter_can_be_set_by_name() -> None:
     assert block.scale.tolist() == [3.0, 4.0]
 
 
-def test_other_leaves_and_all_containers_stay_the_same_objects(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_other_leaves_and_all_containers_stay_the_same_objects(monkeypatch) -> None:
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("a tree was copied")
 
@@ -142,9 +140,7 @@ def test_arrays_directly_in_lists_and_flat_dicts_with_dotted_keys_are_trees_too(
         ("pair.0", mx.zeros((2,)), "the tree has no such name"),
     ],
 )
-def test_an_update_that_does_not_fit_is_named_and_nothing_is_applied(
-    name: str, update: Any, message: str
-) -> None:
+def test_an_update_that_does_not_fit_is_named_and_nothing_is_applied(name, update, message) -> None:
     tree = {"layers": [{"w": mx.zeros((2,))}], "v": mx.zeros((1,)), "pair": (mx.zeros((2,)),)}
     with pytest.raises(UpdateNotApplied) as raised:
         apply_flat_updates_to_nested(tree, {"v": mx.ones((1,)), name: update})
@@ -186,9 +182,7 @@ TREES = st.dictionaries(KEYS, BRANCHES | LEAVES, min_size=1, max_size=4)
 
 
 @given(TREES, st.data())
-def test_any_subset_of_updates_gives_what_module_update_gives(
-    tree: dict[str, Any], data: st.DataObject
-) -> None:
+def test_any_subset_of_updates_gives_what_module_update_gives(tree, data) -> None:
     pairs = tree_flatten(tree)
     updates = {
         f"tree.{name}": leaf + 1 for name, leaf in flatten(tree).items() if data.draw(st.booleans())

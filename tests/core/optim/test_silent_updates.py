@@ -6,7 +6,6 @@ import contextlib
 import copy
 import io
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +70,7 @@ def walked_deepcopy(model: nn.Module, updates: Updates) -> None:
         (apply_flat_updates_to_nested, 4),
     ],
 )
-def test_how_many_of_four_updates_arrive_by_each_way_of_writing_them(
-    write: Callable[[nn.Module, Updates], object], arrived: int
-) -> None:
+def test_how_many_of_four_updates_arrive_by_each_way_of_writing_them(write, arrived) -> None:
     model = Model()
     before = flatten(model)
     updates = {name: old + 1 for name, old in before.items()}

@@ -71,21 +71,14 @@ class TestLayerDepth:
         assert tier_map.tensors.keys() == set(names)
 
     def test_too_few_layers_are_refused(self) -> None:
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(ConfigError, match=r"^3 tiers .* there are 2\. .*num_layers"):
             assign_tiers(names_of([4, 5]), section(3))
-        assert str(error.value) == (
-            "3 tiers need at least 3 layers that carry trainable parameters; there are 2. Raise "
-            "num_layers or give fewer nested.frequencies."
-        )
 
     def test_parameters_outside_the_layers_go_to_the_slowest_with_a_warning(self) -> None:
         names = [*names_of([0, 1]), "model.embed_tokens.lora_a", "lm_head.lora_b"]
         with pytest.warns(UserWarning, match="have no tier") as caught:
             tiers = assign_tiers(names, section(2))
-        assert str(caught[0].message) == (
-            "2 trainable parameters have no tier and go to the slowest, tier 1: "
-            "lm_head.lora_b, model.embed_tokens.lora_a"
-        )
+        assert "tier 1: lm_head.lora_b, model.embed_tokens.lora_a" in str(caught[0].message)
         assert tiers.tensors["lm_head.lora_b"] == tiers.tensors["model.embed_tokens.lora_a"] == 1
 
     def test_a_warning_names_at_most_eight(self) -> None:
@@ -136,12 +129,8 @@ class TestManual:
         }
 
     def test_a_pattern_that_matches_nothing_is_refused(self) -> None:
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(ConfigError, match=r"^nested.assignments: .*'v_proj' .*up_proj"):
             assign_tiers(names_of([0]), manual(2, ("q_proj", 0), (r"v_proj", 1)))
-        assert str(error.value) == (
-            "nested.assignments: the pattern 'v_proj' matched no trainable parameter. Names look "
-            "like 'model.layers.0.mlp.up_proj.lora_a'."
-        )
 
     def test_a_tier_without_parameters_is_refused(self) -> None:
         rules = manual(3, ("q_proj", 0), (".", 2))
@@ -172,12 +161,8 @@ class TestTierMap:
 
 def test_a_tier_that_is_never_due_is_refused() -> None:
     refuse_tiers_never_due((1, 8), 8)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match=r"^Tier 1 updates every 8 .* only 7 "):
         refuse_tiers_never_due((1, 8), 7)
-    assert str(error.value).startswith(
-        "Tier 1 updates every 8 optimizer steps, but the run has only 7 "
-        "(iterations / grad_accumulation_steps): it would never be trained."
-    )
 
 
 @given(steps=st.integers(0, 300), frequency=st.integers(1, 40), flushed=st.booleans())

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from mlx import optimizers
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
@@ -20,7 +17,8 @@ from nested_core.optim.gradients import clip_factor, find_gradient_mark
 from nested_core.optim.tier_assignment import TierMap
 from nested_core.optim.tiered import Tiered
 from nested_core.training.training_setup import build_optimizer
-from tests.core.optim.leaves import bits
+from tests.core.optim import leaves
+from tests.core.optim.leaves import bits, counts, refused, step_of
 
 OPTIMIZERS = {
     "sgd": lambda: optimizers.SGD(1e-2, momentum=0.9),
@@ -33,10 +31,8 @@ by_name = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
 def values(seed: int) -> dict[str, Any]:
-    """Random values of two parameters; the same for the same seed."""
-    random = np.random.default_rng(seed)
-    shapes = {"a": (3, 2), "b": (4,)}
-    return {name: mx.array(random.normal(size=shape), mx.float32) for name, shape in shapes.items()}
+    """Random values of a matrix and a vector."""
+    return leaves.values(seed, {"a": (3, 2), "b": (4,)})
 
 
 def ready(name: str = "sgd", **options: Any) -> Tiered:
@@ -46,11 +42,6 @@ def ready(name: str = "sgd", **options: Any) -> Tiered:
     return optimizer
 
 
-def refused(message: str) -> Any:
-    """Expect a ValueError with these words in it."""
-    return pytest.raises(ValueError, match=re.escape(message))
-
-
 @pytest.mark.parametrize(
     ("name", "compiled"), [("sgd", False), ("muon", False), ("adafactor", False), ("sgd", True)]
 )
@@ -58,10 +49,7 @@ def test_weights_and_state_are_the_inner_optimizers_own(name: str, compiled: boo
     plain, optimizer = OPTIMIZERS[name](), ready(name)
     plain.init(values(0))
     found = expected = values(0)
-    ours, theirs = optimizer.apply_gradients, plain.apply_gradients
-    if compiled:
-        ours = partial(mx.compile, inputs=optimizer.state, outputs=optimizer.state)(ours)
-        theirs = partial(mx.compile, inputs=plain.state, outputs=plain.state)(theirs)
+    ours, theirs = step_of(optimizer, compiled), step_of(plain, compiled)
     for n in range(1, 11):
         found, expected = ours(values(n), found), theirs(values(n), expected)
     assert bits(found) == bits(expected)
@@ -133,10 +121,8 @@ def test_a_bound_that_bounds_nothing(bound: float) -> None:
 
 
 def matrices(seed: int) -> dict[str, Any]:
-    """Random values of two matrices; the same for the same seed."""
-    random = np.random.default_rng(seed)
-    shapes = {"a": (3, 2), "b": (4, 3)}
-    return {name: mx.array(random.normal(size=shape), mx.float32) for name, shape in shapes.items()}
+    """Random values of two matrices."""
+    return leaves.values(seed, {"a": (3, 2), "b": (4, 3)})
 
 
 def gradients_at(step: int) -> dict[str, Any]:
@@ -148,9 +134,7 @@ def gradients_at(step: int) -> dict[str, Any]:
 @by_name
 @pytest.mark.parametrize("bound", [0.0, 0.5])
 @pytest.mark.parametrize("mode", ["skip", "accumulate"])
-def test_a_tier_is_mlx_own_optimizer_on_its_due_steps_alone(
-    mode: Any, bound: float, name: str
-) -> None:
+def test_a_tier_is_mlx_own_optimizer_on_its_due_steps_alone(mode, bound, name) -> None:
     optimizer = Tiered(OPTIMIZERS[name], TIERS, slow_gradients=mode, max_grad_norm=bound)
     alone = {key: OPTIMIZERS[name]() for key in ("a", "b")}
     found = expected = matrices(0)
@@ -176,8 +160,7 @@ def test_a_tier_is_mlx_own_optimizer_on_its_due_steps_alone(
     for key, plain in alone.items():
         leaf = {part: optimizer.state[key][part] for part in plain.state[key]}
         assert bits(leaf) == bits(plain.state[key])
-    counts = [(tier.updates, tier.skipped) for tier in optimizer.get_tier_stats()]
-    assert counts == [(7, 2), (3, 1)]
+    assert counts(optimizer) == [(7, 2), (3, 1)]
 
 
 @pytest.mark.parametrize("make", [OPTIMIZERS["sgd"], lambda: optimizers.Lion(1e-2)])
@@ -188,9 +171,7 @@ def test_one_compiled_step_is_right_at_every_step(make: Any, mode: Any) -> None:
         optimizer = Tiered(make, TIERS, slow_gradients=mode)
         weights = matrices(0)
         optimizer.init(weights)
-        step = optimizer.apply_gradients
-        if compiled:
-            step = partial(mx.compile, inputs=optimizer.state, outputs=optimizer.state)(step)
+        step = step_of(optimizer, compiled)
         for n in range(1, 10):
             weights = step(gradients_at(n), weights)
         ends.append((bits(weights), bits(optimizer.state)))

@@ -78,9 +78,7 @@ def test_choices_are_weighed_by_the_log_probability_of_a_float64_reference(tmp_p
         (100, {64, 100}),
     ],
 )
-def test_choices_are_weighed_in_few_widths_within_the_context(
-    tmp_path: Path, context: int | None, widths: set[int]
-) -> None:
+def test_choices_are_weighed_in_few_widths_within_the_context(tmp_path, context, widths) -> None:
     """MLX on CUDA keeps a plan for each shape of attention, and ends in an error at 512."""
     model, _ = example()
     seen: list[tuple[int, ...]] = []

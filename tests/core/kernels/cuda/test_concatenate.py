@@ -64,9 +64,7 @@ def test_one_array_is_its_elements_in_a_row(kernel_calls: list[int]) -> None:
         (mx.float32, 6, False),
     ],
 )
-def test_the_kernel_takes_arrays_of_whole_loads(
-    dtype: mx.Dtype, odd: int, fits: bool, kernel_calls: list[int]
-) -> None:
+def test_the_kernel_takes_arrays_of_whole_loads(dtype, odd, fits, kernel_calls) -> None:
     arrays = arrays_of((16, 8), (odd,), (24,), dtype=dtype)
     assert is_same(concatenate.concatenate_flattened(arrays), arrays)
     assert kernel_calls == ([3] if fits else [])

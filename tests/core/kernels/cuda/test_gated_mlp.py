@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import pytest
 from mlx_lm.models.activations import swiglu
 
-from nested_core.backend import to_float
 from nested_core.kernels.cuda import gated_mlp, lora_add
 from nested_core.kernels.cuda.kernel_launch import MAX_THREADS_PER_BLOCK
 from nested_core.kernels.cuda.lora_add import LowRankSumTerms
+from tests.core.kernels.arrays import is_near, note_launches
 
 ROUNDING = {mx.float32: 5e-6, mx.bfloat16: 2**-8}  # half a unit in the last place, of bfloat16
 RANKS = 8, 24, 16  # of gate, of up, and of the gradient
@@ -32,16 +31,9 @@ def three(dtype: mx.Dtype = mx.bfloat16, size: float = 1) -> list[LowRankSumTerm
     return [sum_of(rank, 20, 96, dtype, size) for rank in RANKS]
 
 
-def is_near(found: mx.array, expected: mx.array, share: float) -> bool:
-    difference = to_float(mx.abs(found.astype(mx.float32) - expected).max())
-    return difference <= share * to_float(mx.abs(expected).max())
-
-
 @pytest.mark.parametrize("size", [0.1, 1, 4])
 @pytest.mark.parametrize("dtype", ROUNDING)
-def test_the_plain_passes_are_mlx_lms_swiglu_and_its_gradients(
-    dtype: mx.Dtype, size: float
-) -> None:
+def test_the_plain_passes_are_mlx_lms_swiglu_and_its_gradients(dtype, size) -> None:
     sums = three(dtype, size)
     gate, up, g = (each.computed_in_float32() for each in sums)
     (output,), (d_gate, d_up) = mx.vjp(lambda a, b: swiglu(a, b), [gate, up], [g])
@@ -108,9 +100,7 @@ def test_bases_of_bfloat16_go_to_the_kernels(kernel_calls: list[str]) -> None:
 
 @pytest.mark.parametrize("other", [mx.float32, mx.float16])
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_base_of_another_dtype_goes_to_mlx(
-    place: int, other: mx.Dtype, kernel_calls: list[str]
-) -> None:
+def test_a_base_of_another_dtype_goes_to_mlx(place, other, kernel_calls) -> None:
     sums = three()
     sums[place] = sums[place]._replace(base=sums[place].base.astype(other))
     wanted = other if place == 0 else mx.bfloat16
@@ -122,23 +112,10 @@ def test_a_base_of_another_dtype_goes_to_mlx(
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What each launch was given; it gives zeros."""
-    launches: list[dict[str, Any]] = []
-
-    def note(
-        name: str, inputs: Sequence[mx.array], outputs: Any, numbers: Sequence[int], **grid: Any
-    ) -> list[mx.array]:
-        launches.append(
-            {"name": name, "inputs": inputs, "outputs": outputs, "numbers": numbers} | grid
-        )
-        return [mx.zeros(shape, dtype) for shape, dtype in outputs]
-
-    monkeypatch.setattr(gated_mlp, "launch_kernel", note)
-    return launches
+    return note_launches(gated_mlp, monkeypatch)
 
 
-def test_a_launch_has_each_sums_arrays_and_tiles_and_fills_arrays_like_gates(
-    launched: list[dict[str, Any]],
-) -> None:
+def test_a_launch_has_each_sums_arrays_and_tiles_and_fills_arrays_like_gates(launched) -> None:
     sums = three()
     assert gated_mlp.gated_product_on_cuda(*sums[:2]).shape == (20, 96)
     assert [each.shape for each in gated_mlp.gated_gradients_on_cuda(*sums)] == [(20, 96)] * 3
@@ -152,9 +129,7 @@ def test_a_launch_has_each_sums_arrays_and_tiles_and_fills_arrays_like_gates(
     assert [each["name"] for each in launched] == ["gated_product", "gated_gradients"]
 
 
-def test_the_check_has_rows_left_over_and_warps_that_take_rows_more_than_once(
-    launched: list[dict[str, Any]],
-) -> None:
+def test_the_check_has_rows_left_over_and_warps_that_take_rows_more_than_once(launched) -> None:
     for kernel in (gated_mlp.gated_product_on_cuda, gated_mlp.gated_gradients_on_cuda):
         assert str(kernel.describe_disagreement(4)).startswith("it differs by")
     assert len(launched) == 2

@@ -16,13 +16,7 @@ import numpy as np
 import pytest
 
 from nested_core.kernels import padded_attention, rms_norm, rope, swiglu
-from nested_core.kernels.cuda import (
-    concatenate,
-    gated_mlp,
-    kernel_launch,
-    lora_add,
-    lora_matmuls,
-)
+from nested_core.kernels.cuda import concatenate, gated_mlp, kernel_launch, lora_add, lora_matmuls
 from nested_core.kernels.cuda.self_check import CheckedKernel
 
 FOLDER = Path(kernel_launch.__file__).parent
@@ -165,9 +159,7 @@ def test_a_launch_gives_what_the_source_takes(name: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("blocks", "grid"), [((3, 5), (3 * 256, 5, 1)), ((3, 5, 4), (3 * 256, 5, 4))]
 )
-def test_a_grid_is_of_threads_across_and_of_blocks_down_and_deep(
-    blocks: tuple[int, ...], grid: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_grid_is_of_threads_across_and_of_blocks_down_and_deep(blocks, grid, monkeypatch) -> None:
     given: dict[str, Any] = {}
 
     def note(**arguments: Any) -> list[mx.array]:
@@ -212,17 +204,13 @@ def test_a_number_is_given_as_the_float32_that_is_nearest(number: float) -> None
     assert found == pytest.approx(number, rel=2**-24)
 
 
-def test_without_cuda_core_a_person_is_told_what_to_install(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_cuda_core_a_person_is_told_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.core", None)
     with pytest.raises(RuntimeError, match=r": install nested-tune\[cuda\]$"):
         kernel_launch.compile_kernel("concatenate")
 
 
-def test_a_kernel_without_cuda_core_is_found_to_fail_not_raised(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_kernel_without_cuda_core_is_found_to_fail_not_raised(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.core", None)
     monkeypatch.setattr(kernel_launch, "compile_kernel", kernel_launch.compile_kernel.__wrapped__)
     kernels: list[tuple[CheckedKernel[Any, Any], tuple[int, ...]]] = [

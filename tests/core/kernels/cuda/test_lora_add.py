@@ -9,16 +9,12 @@ import mlx.core as mx
 import pytest
 
 from nested_core import backend
-from nested_core.backend import to_float
 from nested_core.kernels.cuda import lora_add
 from nested_core.kernels.cuda.kernel_launch import COMPILED_TILE_COUNTS, MAX_THREADS_PER_BLOCK
 from nested_core.kernels.cuda.lora_add import LowRankSumTerms
+from tests.core.kernels.arrays import is_near, normal, note_launches
 
 ROUNDING = {mx.float32: 2e-6, mx.bfloat16: 2**-8}  # half a unit in the last place, of bfloat16
-
-
-def normal(*shape: int, dtype: mx.Dtype = mx.bfloat16, seed: int = 0) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
 
 
 def sums_of(
@@ -33,11 +29,6 @@ def sums_of(
         )
         for i, (rank, width) in enumerate(sizes)
     ]
-
-
-def is_near(found: mx.array, expected: mx.array, share: float) -> bool:
-    difference = to_float(mx.abs(found.astype(mx.float32) - expected).max())
-    return difference <= share * to_float(mx.abs(expected).max())
 
 
 @pytest.fixture
@@ -57,22 +48,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What each launch was given; it gives zeros."""
-    launches: list[dict[str, Any]] = []
-
-    def note(
-        name: str,
-        inputs: Sequence[mx.array],
-        outputs: Any,
-        numbers: Sequence[int],
-        **grid: Any,
-    ) -> list[mx.array]:
-        launches.append(
-            {"name": name, "inputs": inputs, "outputs": outputs, "numbers": numbers} | grid
-        )
-        return [mx.zeros(shape, dtype) for shape, dtype in outputs]
-
-    monkeypatch.setattr(lora_add, "launch_kernel", note)
-    return launches
+    return note_launches(lora_add, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -124,9 +100,7 @@ def test_bfloat16_arrays_of_whole_tiles_are_for_the_kernels(rank: int, on_cuda: 
     ],
 )
 @pytest.mark.usefixtures("on_cuda")
-def test_other_dtypes_odd_rows_other_ranks_and_uneven_widths_are_not(
-    shape: tuple[int, ...], dtypes: tuple[mx.Dtype, mx.Dtype], factor: tuple[int, int]
-) -> None:
+def test_other_dtypes_odd_rows_other_ranks_and_uneven_widths_are_not(shape, dtypes, factor) -> None:
     fits, other = normal(8, 64), normal(*factor, dtype=dtypes[1])
     x = normal(*shape, dtype=dtypes[0])
     for factors in ([other], [fits, other], [other, fits]):
@@ -143,9 +117,7 @@ def test_without_cuda_or_a_kernel_that_agrees_nothing_is(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("bad", COMPILED_TILE_COUNTS)
-def test_factors_are_not_for_kernels_of_which_one_disagrees(
-    bad: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_factors_are_not_for_kernels_of_which_one_disagrees(bad, monkeypatch) -> None:
     monkeypatch.setattr(backend, "computes_on_cuda", lambda: True)
     monkeypatch.setattr(
         lora_add.low_rank_sums_on_cuda, "agrees_with_reference", lambda tiles: tiles != bad
@@ -177,9 +149,7 @@ def test_a_base_of_another_dtype_takes_all_sums_to_mlx(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("count", "groups"), [(1, [1]), (3, [3]), (4, [4]), (5, [4, 1]), (9, [4, 4, 1])]
 )
-def test_a_launch_has_four_sums_of_which_some_are_of_no_size(
-    count: int, groups: list[int], launched: list[dict[str, Any]]
-) -> None:
+def test_a_launch_has_four_sums_of_which_some_are_of_no_size(count, groups, launched) -> None:
     sums = sums_of(*[(8 + 8 * (i % 3), 64 + 32 * i) for i in range(count)])
     found = lora_add.low_rank_sums_on_cuda(sums)
     assert [each.shape for each in found] == [each.base.shape for each in sums]
@@ -212,9 +182,7 @@ def test_a_grid_covers_every_row_and_column_and_no_block_is_for_nothing(width: i
         assert steps == 1 or across * down >= lora_add.MIN_BLOCKS // 2
 
 
-def test_the_check_has_rows_left_over_and_warps_that_take_rows_more_than_once(
-    launched: list[dict[str, Any]],
-) -> None:
+def test_the_check_has_rows_left_over_and_warps_that_take_rows_more_than_once(launched) -> None:
     assert str(lora_add.low_rank_sums_on_cuda.describe_disagreement(3)).startswith("it differs by")
     (given,) = launched
     rows, steps, *sizes = given["numbers"]

@@ -17,12 +17,9 @@ from nested_core.kernels.cuda.kernel_launch import (
     has_kernel_for_rank,
     tiles_of_smallest_kernel,
 )
+from tests.core.kernels.arrays import normal
 
 SIZES = ((8, 64), (16, 128), (8, 192), (64, 64), (24, 128), (8, 64))  # rank and width
-
-
-def normal(*shape: int, dtype: mx.Dtype = mx.bfloat16, seed: int = 0) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
 
 
 def narrow_pairs(

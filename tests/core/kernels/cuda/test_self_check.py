@@ -12,13 +12,7 @@ import pytest
 
 from nested_core import backend
 from nested_core.kernels import rms_norm, rope, swiglu
-from nested_core.kernels.cuda import (
-    concatenate,
-    gated_mlp,
-    kernel_launch,
-    lora_add,
-    lora_matmuls,
-)
+from nested_core.kernels.cuda import concatenate, gated_mlp, kernel_launch, lora_add, lora_matmuls
 from nested_core.kernels.cuda.self_check import CheckedKernel
 from tests.left_out import slow_except
 
@@ -247,9 +241,7 @@ def test_each_variant_is_compared_for_itself_and_once() -> None:
     assert compared == [1, 2]
 
 
-def test_without_cuda_a_kernel_is_not_usable_and_not_launched(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_cuda_a_kernel_is_not_usable_and_not_launched(monkeypatch) -> None:
     kernel = kernel_of(fail)
     monkeypatch.setattr(backend, "computes_on_cuda", lambda: False)
     assert kernel.is_usable() is False

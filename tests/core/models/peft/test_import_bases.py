@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,7 +13,8 @@ from mlx_lm.utils import load_model
 
 from nested_core.models.peft import export_peft, import_peft
 from nested_core.storage.adapter import read_adapter
-from nested_core.storage.safetensors_files import load_arrays, save_arrays
+from nested_core.storage.safetensors_files import load_arrays
+from tests.builders.adapter_folders import base_copy
 from tests.core.models.peft.adapters import PREFIX, Arrays, peft_copy, same_bytes
 from tests.core.models.peft.make_golden import GOLDEN, TOKENS
 from tests.example import MODEL
@@ -24,15 +23,11 @@ from tests.example import MODEL
 @pytest.fixture
 def untied(tmp_path: Path) -> Path:
     """The example model with an output layer of its own, a copy of the embedding."""
-    folder = Path(shutil.copytree(MODEL, tmp_path / "untied"))
-    config = json.loads((folder / "config.json").read_bytes())
-    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
-    weights = load_arrays(folder / "model.safetensors")
-    save_arrays(
-        folder / "model.safetensors",
-        weights | {"lm_head.weight": weights["model.embed_tokens.weight"]},
-    )
-    return folder
+
+    def add_head(weights: Arrays) -> None:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+
+    return base_copy(tmp_path / "untied", add_head, tie_word_embeddings=False)
 
 
 def logits(model: Path, adapter: Path | None = None) -> np.ndarray:

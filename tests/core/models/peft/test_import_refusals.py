@@ -59,9 +59,7 @@ def refused(folder: Path, out: Path, kind: type[NestedTuneError], model: Path = 
 
 
 @pytest.mark.parametrize(("change", "message"), CONFIG_CASES.values(), ids=CONFIG_CASES)
-def test_a_key_that_mlx_lm_cannot_carry_out(
-    change: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_a_key_that_mlx_lm_cannot_carry_out(change, message, tmp_path) -> None:
     text = refused(peft_copy(tmp_path / "peft", **change), tmp_path / "out", ConfigError)
     assert "describes an adapter that mlx-lm cannot carry out" in text
     assert message in text
@@ -110,9 +108,7 @@ def remove(name: str) -> Callable[[Arrays], object]:
         (add(f"{PREFIX}lm_head.modules_to_save.weight", 9, 4), "whole modules were trained"),
     ],
 )
-def test_a_tensor_that_mlx_lm_has_no_place_for(
-    change: Callable[[Arrays], object], message: str, tmp_path: Path
-) -> None:
+def test_a_tensor_that_mlx_lm_has_no_place_for(change, message, tmp_path) -> None:
     folder = peft_copy(tmp_path / "peft", change=change)
     text = refused(folder, tmp_path / "out", ConfigError)
     assert "holds tensors that an mlx-lm adapter has no place for" in text
@@ -135,9 +131,7 @@ def test_a_tensor_that_mlx_lm_has_no_place_for(
         (lambda t: t.clear(), "no tensor at all"),
     ],
 )
-def test_tensors_that_are_no_whole_adapter(
-    change: Callable[[Arrays], object], message: str, tmp_path: Path
-) -> None:
+def test_tensors_that_are_no_whole_adapter(change, message, tmp_path) -> None:
     folder = peft_copy(tmp_path / "peft", change=change)
     text = refused(folder, tmp_path / "out", DamagedError)
     assert "does not hold a whole adapter as its configuration describes it" in text
@@ -154,9 +148,7 @@ def test_tensors_that_are_no_whole_adapter(
         ({"exclude_modules": ["layers.3.self_attn.v_proj"]}, "layers.3.self_attn.v_proj: has"),
     ],
 )
-def test_tensors_and_configuration_that_disagree(
-    change: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_tensors_and_configuration_that_disagree(change, message, tmp_path) -> None:
     text = refused(peft_copy(tmp_path / "peft", **change), tmp_path / "out", DamagedError)
     assert message in text
 
