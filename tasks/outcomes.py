@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nested_core.records.verdict import Code
+    from nested_core.registry import decision
 
 
 class Outcome(StrEnum):
@@ -36,6 +37,12 @@ class Outcome(StrEnum):
     ANSWERS = "Rejected: answers"  # they are too often wrong, or broken
 
 
+# Of a version that was registered; what the others are called depends on the verdict.
+OUTCOME_BY_DECISION: dict[decision.Outcome, Outcome] = {
+    "promoted": Outcome.PROMOTED,
+    "waiting": Outcome.WAITS_FOR_APPROVAL,
+    "declined": Outcome.DECLINED,
+}
 # By the first reason of a verdict: each code of nested_core.records.verdict.
 OUTCOME_BY_CODE: dict[Code, Outcome] = {
     "unchanged": Outcome.UNCHANGED,

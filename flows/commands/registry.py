@@ -18,7 +18,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 
 if TYPE_CHECKING:
-    from nested_core.registry import Promotion
+    from nested_core.registry import Decision
 
 
 def add_commands(commands: Any) -> None:
@@ -227,7 +227,7 @@ def run_forget(arguments: argparse.Namespace) -> Callable[[], int]:
     return text_printer(f"forgotten: {shorten_digest(version)}")
 
 
-def _print_change(arguments: argparse.Namespace, done: Promotion) -> Callable[[], int]:
+def _print_change(arguments: argparse.Namespace, done: Decision) -> Callable[[], int]:
     """The champion after a change, and the one before it; in JSON with all digits."""
     change = {"outcome": done.outcome, "version": done.version, "previous": done.previous}
     before = "none" if done.previous is None else shorten_digest(done.previous)

@@ -23,7 +23,7 @@ from nested_core.records.verdict_file import (
     require_consistent,
     require_passed,
 )
-from nested_core.registry import UNSET, Promotion, Unset, register, register_and_promote
+from nested_core.registry import UNSET, Decision, Unset, register, register_and_promote
 from nested_core.registry.folders import name_exists
 from nested_core.registry.promotion_policy import describe_policy_refusal, registry_location
 from nested_core.registry.queries import parent_version_of
@@ -103,7 +103,7 @@ def register_and_promote_run(
     *,
     by: str,
     expected_champion: str | None | Unset = UNSET,
-) -> Promotion:
+) -> Decision:
     """Add the adapter of a run that was judged to the registry, and make it the champion.
 
     For a person, who decides over the policy. Holds the run for reading, and the registry from the

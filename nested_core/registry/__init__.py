@@ -10,13 +10,13 @@ from nested_core.registry.audit_report import AuditReport, audit
 from nested_core.registry.champion_moves import (
     UNSET,
     HistoryChanged,
-    Promotion,
     Unset,
     decline,
     promote,
     register_and_promote,
     rollback,
 )
+from nested_core.registry.decision import Decision
 from nested_core.registry.folders import list_names
 from nested_core.registry.garbage_collection import GarbageReport, collect_garbage, forget
 from nested_core.registry.queries import (
@@ -45,7 +45,7 @@ __all__ = [
     "GarbageReport",
     "HistoryChanged",
     "AuditFinding",
-    "Promotion",
+    "Decision",
     "Unset",
     "VerifiedVersion",
     "audit",

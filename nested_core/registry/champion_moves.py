@@ -15,6 +15,7 @@ from nested_core.errors import ConfigError
 from nested_core.records.verdict_file import require_passed
 from nested_core.registry import champion_files
 from nested_core.registry.champion_files import make_record, write_record
+from nested_core.registry.decision import Decision
 from nested_core.registry.folders import (
     VERSIONS_FOLDER_NAME,
     check_name,
@@ -30,8 +31,6 @@ from nested_core.registry.versions import VERSION_PREFIX_PATTERN, resolve_versio
 from nested_core.storage.lock_file import LockFile
 from nested_core.text.digest_format import shorten_digest
 
-Outcome = Literal["promoted", "rolled_back", "already_champion", "superseded", "barred"]
-
 
 class Unset(Enum):
     """The type of UNSET: no champion is expected, not even that there is none."""
@@ -46,19 +45,6 @@ class HistoryChanged(Exception):
     """A line was added to the history after a promotion was decided: it is to be decided anew."""
 
 
-@dataclass(frozen=True)
-class Promotion:
-    """The outcome of promote or rollback for `version`; `previous` was the champion before it.
-
-    `against_policy` is what the registry's policy asks for and a person's promotion did not have.
-    """
-
-    outcome: Outcome
-    version: str
-    previous: str | None
-    against_policy: str | None = None
-
-
 def promote(
     registry: Path,
     name: str,
@@ -70,7 +56,7 @@ def promote(
     against_policy: str | None = None,
     origin: Origin = NO_ORIGIN,
     decided_at: str | None = None,
-) -> Promotion:
+) -> Decision:
     """Make `version` (a digest or its first 6 digits or more) the champion, after re-hashing it.
 
     With `expected_champion` the outcome is "superseded" if another version is champion; None
@@ -99,7 +85,7 @@ def register_and_promote(
     by: str,
     expected_champion: str | None | Unset = UNSET,
     against_policy: str | None = None,
-) -> Promotion:
+) -> Decision:
     """`register` and `promote` under one lock: no gc comes between the two.
 
     Raises what the two raise.
@@ -136,7 +122,7 @@ class _PromotionRequest:
 
 def _promote_locked(
     folder: Path, version: str, change: _PromotionRequest, state: RegistryState, lock: LockFile
-) -> Promotion:
+) -> Decision:
     manifest = _verify_version(folder, version, state)
     judgement = _newest_passed_judgement(folder, version, state.champion)
     refusal = _find_refusal(state, version, change.expected_champion, change.automatic)
@@ -153,7 +139,7 @@ def _promote_locked(
         )
         _record_and_swap(folder, entry, state.ledger, lock)
     against = None if refusal is not None else change.against_policy
-    return Promotion(refusal or "promoted", version, state.champion, against)
+    return Decision(refusal or "promoted", version, state.champion, against_policy=against)
 
 
 def rollback(
@@ -166,7 +152,7 @@ def rollback(
     only_former_champions: bool = False,
     origin: Origin = NO_ORIGIN,
     reason: str | None = None,
-) -> Promotion:
+) -> Decision:
     """Make `to`, or the champion before this one, the champion again, after re-hashing it.
 
     Promotions and `to` push a version on a stack, a rollback without it pops one: after A, B, C it
@@ -183,7 +169,7 @@ def rollback(
             state.champion, expected_champion
         )
         if not is_expected and state.champion is not None:
-            return Promotion("superseded", state.champion, state.champion)
+            return Decision("superseded", state.champion, state.champion)
         wanted = _require_rollback_target(folder, state) if to is None else to
         wanted = resolve_version(folder, wanted, state.ledger)
         if only_former_champions and wanted not in state.ledger.champion_versions():
@@ -193,7 +179,7 @@ def rollback(
             )
         manifest = _verify_version(folder, wanted, state)
         if wanted == state.champion:
-            return Promotion("already_champion", wanted, state.champion)
+            return Decision("already_champion", wanted, state.champion)
         entry = new_entry("rollback", wanted, state.champion, by)
         entry = replace(
             entry,
@@ -204,7 +190,7 @@ def rollback(
             deployment=origin.deployment,
         )
         _record_and_swap(folder, entry, state.ledger, lock)
-    return Promotion("rolled_back", wanted, state.champion)
+    return Decision("rolled_back", wanted, state.champion)
 
 
 def _verify_version(folder: Path, version: str, state: RegistryState) -> str:

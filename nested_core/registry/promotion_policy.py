@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -26,7 +26,6 @@ from nested_core.records.verdict import ChampionLoss, Noise, Validation, Verdict
 from nested_core.registry import (
     UNSET,
     HistoryChanged,
-    Promotion,
     Unset,
     find_decline,
     list_versions,
@@ -38,6 +37,7 @@ from nested_core.registry import (
     verify,
 )
 from nested_core.registry.champion_files import read_link
+from nested_core.registry.decision import Decision
 from nested_core.registry.folders import find_name_folder, shared_folder_lock
 from nested_core.registry.judgements import Judgement, JudgementFacts, choose_verdict, read_verdicts
 from nested_core.registry.ledger import NO_ORIGIN, Origin
@@ -65,12 +65,6 @@ from nested_core.text.loss_format import (
     loss_name_for_file,
 )
 
-DAMAGED_OUTCOME = "damaged"
-WAITING_OUTCOME = "waiting for approval"  # how an outcome begins that a person decides
-DECLINED_OUTCOME = "declined already"  # and one that a person has said no to
-COLLECTED_OUTCOME = "collected meanwhile"
-Result = TypeVar("Result")
-
 
 def read_candidate(
     registry: Path, name: str, version: str, against: str | None | Unset = UNSET
@@ -94,8 +88,8 @@ def promote_by_policy(
     expected_champion: str | None,
     *,
     origin: Origin = NO_ORIGIN,
-) -> Promotion | str:
-    """Promote a registered version if run and registry ask for it; otherwise return why not.
+) -> Decision:
+    """Promote a registered version if run and registry ask for it; otherwise say why not.
 
     Every automatic promotion comes through here. Of `section` and the registry's policy the
     stricter counts. `expected_champion` is the champion that the version was judged against. If
@@ -105,9 +99,7 @@ def promote_by_policy(
     return _decide_by_history(*registry_location(section), decide)
 
 
-def _decide_by_history(
-    registry: Path, name: str, decide: Callable[[str], Promotion | str]
-) -> Promotion | str:
+def _decide_by_history(registry: Path, name: str, decide: Callable[[str], Decision]) -> Decision:
     """What `decide`, given the history's end, promotes or why it does not.
 
     It decides anew where a policy, a no or a champion is recorded before its promotion is.
@@ -123,15 +115,15 @@ def _decide_by_policy(
     expected_champion: str | None,
     origin: Origin,
     decided_at: str,
-) -> Promotion | str:
+) -> Decision:
     registry, name = registry_location(section)
     champion = read_champion(registry, name)
     if version == champion:
-        return Promotion("already_champion", version, champion)
+        return Decision("already_champion", version, champion)
     candidate = read_candidate(registry, name, version)
-    reason = find_refusal(section, candidate, expected_champion)
-    if reason is not None:
-        return reason
+    refusal = find_refusal(section, candidate, expected_champion)
+    if refusal is not None:
+        return refusal
     return promote(
         registry,
         name,
@@ -180,7 +172,7 @@ def compare_losses(
     return LossComparison(candidate.loss_after, champion_loss)
 
 
-def describe_promotion(registry: Path, name: str, done: Promotion) -> str | None:
+def describe_promotion(registry: Path, name: str, done: Decision) -> str | None:
     """The losses of a version that was promoted, and of the champion that it replaced.
 
     That a version was judged without held-out data is said. None where the champion has not
@@ -207,7 +199,7 @@ def describe_promotion(registry: Path, name: str, done: Promotion) -> str | None
     return f"{text}; the champion before, {previous}: {rival} on the same examples"
 
 
-def _describe_unmeasured(registry: Path, name: str, done: Promotion) -> str:
+def _describe_unmeasured(registry: Path, name: str, done: Decision) -> str:
     """That nobody knows whether a version is good, and what is known of the one before it."""
     text = (
         f"{shorten_digest(done.version)}: its quality was not measured, for lack of held-out rows"
@@ -225,7 +217,7 @@ def _describe_unmeasured(registry: Path, name: str, done: Promotion) -> str:
     )
 
 
-def warn_if_worse(registry: Path, name: str, done: Promotion) -> str | None:
+def warn_if_worse(registry: Path, name: str, done: Decision) -> str | None:
     """A warning about a promotion by a person to a version with a higher loss on the same data.
 
     None where the champion has not changed, or the two cannot be compared.
@@ -250,7 +242,7 @@ def warn_if_worse(registry: Path, name: str, done: Promotion) -> str | None:
 
 def promote_by_recorded_policy(
     registry: Path, name: str, version: str, *, origin: Origin = NO_ORIGIN
-) -> Promotion | str:
+) -> Decision:
     """Promote by the policy, and against the champion, that were recorded with the version.
 
     For delayed or duplicate events. Returns "superseded" if the champion changed after this version
@@ -262,15 +254,15 @@ def promote_by_recorded_policy(
 
 def _decide_by_recorded_policy(
     registry: Path, name: str, version: str, origin: Origin, decided_at: str
-) -> Promotion | str:
+) -> Decision:
     candidate = read_candidate(registry, name, version)
     champion = read_champion(registry, name)
     if version == champion:
-        return Promotion("already_champion", version, champion)
+        return Decision("already_champion", version, champion)
     if candidate.facts.policy is None:
-        return "its provenance records no policy"
+        return Decision("refused", version, champion, "its provenance records no policy")
     if read_champion_changes_since(registry, name, candidate.facts.registered_after):
-        return Promotion("superseded", version, champion)
+        return Decision("superseded", version, champion)
     section = recorded_section(registry, name, candidate)
     champion_at_gate = candidate.facts.champion_at_gate
     return _decide_by_policy(section, version, champion_at_gate, origin, decided_at)
@@ -297,22 +289,22 @@ def approve(
     by: str,
     expected_champion: str | None,
     origin: Origin = NO_ORIGIN,
-) -> Promotion | str:
-    """Promote what a person has approved while this champion stood; otherwise return why not.
+) -> Decision:
+    """Promote what a person has approved while this champion stood; otherwise say why not.
 
     The registry's policy counts but for the question itself; what the run asked for does not: it is
     a person's word. `by` is who answered, as that was typed.
     """
 
-    def decide(decided_at: str) -> Promotion | str:
+    def decide(decided_at: str) -> Decision:
         champion = read_champion(registry, name)
         if version == champion:
-            return Promotion("already_champion", version, champion)
+            return Decision("already_champion", version, champion)
         if champion != expected_champion:
-            return Promotion("superseded", version, champion)
-        reason = find_refusal_of_question(registry, name, version)
-        if reason is not None:
-            return reason
+            return Decision("superseded", version, champion)
+        refusal = find_refusal_of_question(registry, name, version)
+        if refusal is not None:
+            return refusal
         return promote(
             registry,
             name,
@@ -326,7 +318,7 @@ def approve(
     return _decide_by_history(registry, name, decide)
 
 
-def find_refusal_of_question(registry: Path, name: str, version: str) -> str | None:
+def find_refusal_of_question(registry: Path, name: str, version: str) -> Decision | None:
     """Why a person is not asked about a version: the registry's policy refuses it whatever he says.
 
     None without a policy.
@@ -343,43 +335,34 @@ def find_refusal_of_question(registry: Path, name: str, version: str) -> str | N
 
 def promote_missed_versions(
     registry: Path, name: str, *, origin: Origin = NO_ORIGIN
-) -> dict[str, str]:
+) -> dict[str, Decision]:
     """Promote versions whose event was lost, newest first; a second call changes nothing.
 
-    Returns the outcome of each version that never was champion. A damaged version is left alone,
-    with an outcome that begins with DAMAGED_OUTCOME; it keeps no other version from being promoted,
-    and neither does one that a gc removes meanwhile.
+    Returns what was decided of each version that never was champion. One that is damaged, or that a
+    gc removes meanwhile, keeps no other version from being promoted.
     """
     was_champion = {change.version for change in read_champion_changes(registry, name)}
-    outcomes = {}
     registrations = {}
-    for version in list_versions(registry, name):
-        if version in was_champion:
-            continue
-        candidate = _try_action(read_candidate, registry, name, version)
-        if isinstance(candidate, str):
-            outcomes[version] = candidate
-        else:
-            registrations[version] = candidate.facts.registration or 0
-    for version in sorted(registrations, key=lambda v: registrations[v], reverse=True):
-        promote_recorded = partial(promote_by_recorded_policy, origin=origin)
-        done = _try_action(promote_recorded, registry, name, version)
-        outcomes[version] = done if isinstance(done, str) else done.outcome
-    return outcomes
+    for version in set(list_versions(registry, name)) - was_champion:
+        try:
+            registrations[version] = read_candidate(registry, name, version).facts.registration or 0
+        except (DamagedError, ConfigError):  # told below
+            registrations[version] = 0
+    return {
+        version: _promote_missed(registry, name, version, origin)
+        for version in sorted(registrations, key=lambda v: registrations[v], reverse=True)
+    }
 
 
-def _try_action(
-    action: Callable[[Path, str, str], Result], registry: Path, name: str, version: str
-) -> Result | str:
-    """The result of an action on a version, or why there is none."""
+def _promote_missed(registry: Path, name: str, version: str, origin: Origin) -> Decision:
     try:
-        return action(registry, name, version)
+        return promote_by_recorded_policy(registry, name, version, origin=origin)
     except (DamagedError, GateRejected) as error:
-        return f"{DAMAGED_OUTCOME}: {error}"
+        return Decision("damaged", version, reason=f"damaged: {error}")
     except ConfigError:
         if version in list_versions(registry, name):
             raise
-        return COLLECTED_OUTCOME
+        return Decision("collected", version, reason="collected meanwhile")
 
 
 def registry_location(section: RegistrySection) -> tuple[Path, str]:
@@ -404,7 +387,8 @@ def describe_policy_refusal(
     facts = JudgementFacts.from_provenance({**provenance, **position}, 0)
     candidate = Judgement(verdict.trained.digest, None, verdict, facts)
     section = RegistrySection(path=str(registry), name=name, promote="always")
-    return find_refusal(section, candidate, read_link(registry / name))
+    refusal = find_refusal(section, candidate, read_link(registry / name))
+    return None if refusal is None else refusal.sentence
 
 
 def effective_rule(section: RegistrySection) -> PromotionRule:
@@ -419,7 +403,7 @@ def find_refusal(
     champion: str | None,
     *,
     is_approved: bool = False,
-) -> str | None:
+) -> Decision | None:
     """Why a version is not promoted by itself, or None: the decision, in one place.
 
     Of the run's section and the registry's policy the stricter counts. With `is_approved` a person
@@ -428,6 +412,23 @@ def find_refusal(
     registry, name = registry_location(section)
     policy = read_policy(registry, name)
     rule = PromotionRule.of(section.promote, None if policy is None else policy.promote)
+    reason = _why_not_promoted(section, candidate, champion, rule, policy)
+    if reason is None and rule.asks_person:
+        return None if is_approved else _ask_person(section, candidate, champion)
+    if reason is None:
+        reason = _why_beyond_reference(registry, name, policy, candidate)
+    return None if reason is None else Decision("refused", candidate.version, champion, reason)
+
+
+def _why_not_promoted(
+    section: RegistrySection,
+    candidate: Judgement,
+    champion: str | None,
+    rule: PromotionRule,
+    policy: RegistryPolicy | None,
+) -> str | None:
+    """Why verdict and policy do not promote a version, but for a person and the reference."""
+    name = section.name
     if rule.is_never:
         whose = "registry.promote" if section.promote == "never" else f"the policy of {name}"
         return f"{whose} is never"
@@ -447,13 +448,7 @@ def find_refusal(
             )
         return "there was no validation set, and registry.require_validation is on"
     noise: Noise = "paired" if policy is not None else candidate.verdict.noise
-    if (
-        reason := _why_losses_promote_nothing(section, candidate, champion, rule, noise)
-    ) is not None:
-        return reason
-    if rule.asks_person:
-        return None if is_approved else _why_person_decides(section, candidate)
-    return _why_beyond_reference(registry, name, policy, candidate)
+    return _why_losses_promote_nothing(section, candidate, champion, rule, noise)
 
 
 def _why_beyond_reference(
@@ -484,7 +479,7 @@ def _why_beyond_reference(
     )
 
 
-def _why_person_decides(section: RegistrySection, candidate: Judgement) -> str:
+def _ask_person(section: RegistrySection, candidate: Judgement, champion: str | None) -> Decision:
     """That a person is to be asked; or who has said no to a version of the same data and settings.
 
     Such a version is as the one that was declined: nobody is asked about it again.
@@ -500,13 +495,15 @@ def _why_person_decides(section: RegistrySection, candidate: Judgement) -> str:
     if line is None:
         version = shorten_digest(candidate.version)
         whose = "registry.promote" if section.promote == "approve" else f"the policy of {name}"
-        return f"{WAITING_OUTCOME} of {version}: {whose} is approve"
+        reason = f"waiting for approval of {version}: {whose} is approve"
+        return Decision("waiting", candidate.version, champion, reason)
     which = "it" if line.version == candidate.version else shorten_digest(str(line.version))
-    reason = f": {line.reason}" if line.reason else ""
-    return (
-        f"{DECLINED_OUTCOME}: {line.by} declined {which} on {line.time[:10]}{reason}. Nobody is "
-        f"asked again until data or settings change"
+    why = f": {line.reason}" if line.reason else ""
+    reason = (
+        f"declined already: {line.by} declined {which} on {line.time[:10]}{why}. Nobody is asked "
+        f"again until data or settings change"
     )
+    return Decision("declined", candidate.version, champion, reason)
 
 
 def _why_not_sound(candidate: Judgement, rule: PromotionRule) -> str | None:

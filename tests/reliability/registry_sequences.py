@@ -34,7 +34,7 @@ from flows import cli
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, DamagedError, GateRejected
 from nested_core.registry import (
-    Promotion,
+    Decision,
     audit,
     check_champion,
     decline,
@@ -478,7 +478,7 @@ class Sequence:
             done = act()
         except GateRejected:
             done = "GateRejected"
-        outcome = done.outcome if isinstance(done, Promotion) else done
+        outcome = done.sentence if isinstance(done, Decision) else done
         if isinstance(expected, str):
             assert isinstance(outcome, str)
             assert expected in outcome, f"{outcome!r}, expected {expected!r}"

@@ -23,7 +23,7 @@ from nested_core.pipeline.publishing import (
     register_run,
 )
 from nested_core.registry import (
-    Promotion,
+    Decision,
     champion_moves,
     collect_garbage,
     garbage_collection,
@@ -114,10 +114,10 @@ def configure(tmp_path: Path) -> Configure:
 
 
 @pytest.fixture
-def publish(configure: Configure) -> Callable[..., Promotion | str]:
+def publish(configure: Configure) -> Callable[..., Decision]:
     """Register a run and let the policy decide; the champion now is the one it was judged with."""
 
-    def publish(run: RunDirectory, **section: Any) -> Promotion | str:
+    def publish(run: RunDirectory, **section: Any) -> Decision:
         config = configure(**section)
         champion = champion_or_none(Path(str(config.registry.path)), NAME)
         version = register_run(config, run, champion)
@@ -126,8 +126,8 @@ def publish(configure: Configure) -> Callable[..., Promotion | str]:
     return publish
 
 
-def outcome(result: Promotion | str) -> str:
-    return result if isinstance(result, str) else result.outcome
+def outcome(result: Decision) -> str:
+    return result.sentence
 
 
 class TestRegister:
@@ -176,13 +176,13 @@ class TestRegister:
 
 class TestPolicy:
     def test_never_promotes_nothing(self, make_run: MakeRun, publish: Any, tmp_path: Path) -> None:
-        assert publish(make_run(1.0)) == "registry.promote is never"
+        assert outcome(publish(make_run(1.0))) == "registry.promote is never"
         assert champion_or_none(tmp_path / "registry", NAME) is None
 
     def test_always_promotes(self, make_run: MakeRun, publish: Any, tmp_path: Path) -> None:
         run = make_run(1.0)
         version = read_adapter(run.adapter).digest()
-        assert publish(run, promote="always") == Promotion("promoted", version, None)
+        assert publish(run, promote="always") == Decision("promoted", version, None)
         assert read_champion(tmp_path / "registry", NAME) == version
 
     def test_always_does_not_ask_whether_it_is_better(
@@ -218,7 +218,7 @@ class TestPolicy:
         self, make_run: MakeRun, publish: Any, promote: str
     ) -> None:
         run = make_run(1.0, loss=None)
-        assert publish(run, promote=promote) == (
+        assert outcome(publish(run, promote=promote)) == (
             "there was no validation set, and registry.require_validation is on"
         )
         result = outcome(publish(run, promote=promote, require_validation=False))
@@ -314,7 +314,7 @@ class TestPolicy:
         publish(make_run(1.0), promote="always")
         champion = read_champion(tmp_path / "registry", NAME)
         result = promote_by_policy(config.registry, version, None)
-        assert result == Promotion("superseded", version, champion)
+        assert result == Decision("superseded", version, champion)
         assert read_champion(tmp_path / "registry", NAME) == champion
 
     def test_the_same_adapter_again_is_the_champion_already(
@@ -327,7 +327,7 @@ class TestPolicy:
     def test_approve_leaves_it_to_a_person(self, make_run: MakeRun, publish: Any) -> None:
         run = make_run(1.0)
         version = read_adapter(run.adapter).digest()
-        assert publish(run, promote="approve") == (
+        assert outcome(publish(run, promote="approve")) == (
             f"waiting for approval of {version[:12]}: registry.promote is approve"
         )
 
@@ -351,7 +351,7 @@ class TestPromotionByAPerson:
     @pytest.fixture
     def by_hand(
         self, configure: Configure, monkeypatch: pytest.MonkeyPatch
-    ) -> Callable[[RunDirectory], Promotion]:
+    ) -> Callable[[RunDirectory], Decision]:
         """Promote a run whose files were written by hand: they hold no evidence to confirm."""
         monkeypatch.setattr(publishing, "confirm_recorded_verdict", lambda config, run: None)
         return lambda run: register_and_promote_run(configure(), run, by="ann")

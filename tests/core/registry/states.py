@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.registry import audit, history, read_champion
+from nested_core.registry.promotion_policy import promote_missed_versions
 from nested_core.storage.adapter import read_adapter
 
 NAME = "capitals"
+
+
+def missed(registry: Path) -> dict[str, str]:
+    """What `reconcile` decides, in its sentences."""
+    decisions = promote_missed_versions(registry, NAME)
+    return {version: decision.sentence for version, decision in decisions.items()}
 
 
 def chained_line(registry: Path, entry: dict[str, Any]) -> bytes:

@@ -15,7 +15,7 @@ from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.records.verdict_file import parse_verdict, read_verdict
 from nested_core.registry import (
-    Promotion,
+    Decision,
     audit,
     collect_garbage,
     history,
@@ -78,13 +78,13 @@ def test_a_version_judged_again_is_promoted_by_its_newest_verdict(
 ) -> None:
     weak, better = two_versions(make_run, registry)
     refused = promote_by_policy(section(registry, "better"), better, weak)
-    assert isinstance(refused, str)
+    assert refused.outcome == "refused"
     lines = len(history(registry, NAME))
     run = judge(2, weak, -2.4)
     assert register(run, registry, NAME, provenance("better", weak)) == better
     assert len(history(registry, NAME)) == lines
     done = promote_by_policy(section(registry, "better"), better, weak)
-    assert done == Promotion("promoted", better, weak)
+    assert done == Decision("promoted", better, weak)
     (file,) = files_of(registry, better)
     assert history(registry, NAME)[-1]["judgement"] == file.stem
     assert hashlib.sha256(file.read_bytes()).hexdigest() == file.stem
@@ -105,7 +105,7 @@ def test_the_policy_of_the_newest_verdict_decides_for_a_late_event(
     weak, better = two_versions(make_run, registry)
     register(judge(2, weak, -2.4), registry, NAME, provenance("better", weak))
     done = promote_by_recorded_policy(registry, NAME, better)
-    assert done == Promotion("promoted", better, weak)
+    assert done == Decision("promoted", better, weak)
 
 
 def test_what_was_judged_against_a_former_champion_does_not_count_now(
@@ -116,10 +116,9 @@ def test_what_was_judged_against_a_former_champion_does_not_count_now(
     third = register(make_run(3), registry, NAME, provenance("never"))
     promote(registry, NAME, third, by="ann")
     reason = promote_by_policy(section(registry, "better"), better, third)
-    assert isinstance(reason, str)
-    assert "did not judge the champion" in reason
+    assert reason.outcome == "refused"
+    assert "did not judge the champion" in reason.sentence
     late = promote_by_recorded_policy(registry, NAME, better)
-    assert isinstance(late, Promotion)
     assert late.outcome == "superseded"
 
 
@@ -156,7 +155,7 @@ def test_a_judgement_that_rejects_stops_a_promotion_by_version(
         reasons=[{"code": "task_below", "message": "9 of 10"}],
     )
     reason = promote_by_policy(section(registry, "better"), better, weak)
-    assert reason == "the gate, judging it again, rejected it: task_below"
+    assert reason.sentence == "the gate, judging it again, rejected it: task_below"
     with pytest.raises(GateRejected, match="task_below"):
         promote(registry, NAME, better, by="ann")
     assert read_champion(registry, NAME) == weak

@@ -14,7 +14,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import (
-    Promotion,
+    Decision,
     audit,
     collect_garbage,
     history,
@@ -89,16 +89,16 @@ def judged(make_run: MakeRun, registry: Path) -> Judged:
     return judged
 
 
-ROUTES: dict[str, Callable[[Path, str, str | None, str], object]] = {
+ROUTES: dict[str, Callable[[Path, str, str | None, str], Decision]] = {
     "fine-tune, sweep": lambda registry, version, champion, mode: promote_by_policy(
         section(registry, mode), version, champion
     ),
     "event": lambda registry, version, champion, mode: promote_by_recorded_policy(
         registry, NAME, version
     ),
-    "reconcile": lambda registry, version, champion, mode: promote_missed_versions(
-        registry, NAME
-    ).get(version),
+    "reconcile": lambda registry, version, champion, mode: promote_missed_versions(registry, NAME)[
+        version
+    ],
 }
 
 
@@ -130,7 +130,7 @@ def test_no_route_promotes_what_is_not_shown_to_be_within_the_margin_of_the_refe
     ):
         version = judged(seed, champion=champion, reference=reference)
         done = ROUTES[route](registry, version, champion, "always")
-        text = done.outcome if isinstance(done, Promotion) else str(done)
+        text = done.sentence
         assert said in text
         if seed == 5:
             assert "one-sided 95 % end +0.03, margin +0.02 nats a token" in text
@@ -183,7 +183,7 @@ def test_every_route_needs_what_the_stricter_of_the_two_needs(
     set_keys(registry, promote=held)
     version = judged(2, mode=own, champion=champion)
     done = ROUTES[route](registry, version, champion, own)
-    text = done.outcome if isinstance(done, Promotion) else str(done)
+    text = done.sentence
     if "never" in (own, held):
         assert "is never" in text
     elif "approve" in (own, held):
@@ -315,7 +315,7 @@ def test_a_name_may_have_a_policy_before_its_first_version(judged: Judged, regis
     assert audit(registry, NAME).is_sound
     version = judged(1)
     assert "waiting" in str(promote_by_recorded_policy(registry, NAME, version))
-    assert approve(registry, NAME, version, by="x", expected_champion=None) == Promotion(
+    assert approve(registry, NAME, version, by="x", expected_champion=None) == Decision(
         "promoted", version, None
     )
     assert audit(registry, NAME).is_sound

@@ -11,7 +11,7 @@ import pytest
 
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import (
-    Promotion,
+    Decision,
     audit,
     audit_report,
     champion_files,
@@ -61,7 +61,7 @@ def collected(registry: Path, keep: int) -> set[str]:
 def test_champion_and_what_a_rollback_goes_to_are_never_removed(five, registry):
     assert collected(registry, 0) == {five[0], five[3], five[4]}
     assert list_versions(registry, NAME) == sorted(five[1:3])
-    assert rollback(registry, NAME, by="ann") == Promotion("rolled_back", five[1], five[2])
+    assert rollback(registry, NAME, by="ann") == Decision("rolled_back", five[1], five[2])
     assert_settled(registry)
 
 
