@@ -44,7 +44,7 @@ def promote_approved(
     done = promotion_policy.approve(
         path, name, version, by=by, expected_champion=expected_champion, origin=read_origin()
     )
-    if warning := promotion_policy.warn_if_worse(path, name, done):
+    if warning := promotion_policy.describe_promotion(path, name, done).warning:
         get_run_logger().warning("%s", warning)
     return _announce_promotion(path, name, done)
 
@@ -136,6 +136,7 @@ def _find_change_of_this_try(path: Path, name: str) -> Entry | None:
 def _announce_promotion(path: Path, name: str, done: Decision) -> Decision:
     """Log what became of it; where the champion has moved, tell the server and publish its page."""
     if (late := _find_change_of_this_try(path, name)) is not None:
+        registry.check_champion(path, name)  # a writer, which finishes what that try began
         outcome: Outcome = "rolled_back" if late.action == "rollback" else "promoted"
         done = Decision(outcome, str(late.version), late.previous)
     get_run_logger().info("%s %s: %s", name, shorten_digest(done.version), done.sentence)

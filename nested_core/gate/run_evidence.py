@@ -24,7 +24,14 @@ from nested_core.optim.tiers_file import read_tiers
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.result import read_result
 from nested_core.records.verdict import TensorChange, TierChange
-from nested_core.storage.adapter import ADAPTER_FILES, Adapter, combined_sha256, read_adapter
+from nested_core.storage.adapter import (
+    ADAPTER_FILES,
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Adapter,
+    combined_sha256,
+    read_adapter,
+)
 from nested_core.storage.checkpoint import (
     MASTERS_PREFIX,
     OPTIMIZER_NAME,
@@ -32,7 +39,13 @@ from nested_core.storage.checkpoint import (
     read_checkpoint,
 )
 from nested_core.storage.checkpoint_verification import STATE_NAME, checkpoint_path
-from nested_core.storage.manifest import MANIFEST_NAME, FileEntry, describe_file, read_manifest
+from nested_core.storage.manifest import (
+    MANIFEST_NAME,
+    FileEntry,
+    describe_content,
+    describe_file,
+    read_manifest,
+)
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import StoredTensor, read_tensors
 from nested_core.storage.strict_files import regular_sha256
@@ -110,21 +123,25 @@ def collect_evidence(run: RunDirectory) -> RunEvidence:
             f"training wrote: result.json holds other digests. Bring back what was there, or train "
             f"again."
         )
-    files = _hash_judged_files(run, offered)
+    before, after = read_adapter(run.initial), read_adapter(run.adapter)
+    files = _hash_judged_files(run, offered, before, after)
     _require_unchanged_inputs(run, record.input_digests, offered, files)
     _require_adapter_of_checkpoint(run, offered, files)
-    before, after = read_adapter(run.initial), read_adapter(run.adapter)
     if before.digest() != record.input_digests.get("initial"):
         raise DamagedError(f"{run.initial} is not the adapter that {offered} was trained from.")
     return RunEvidence(before, after, checkpoint, record, files, result.step)
 
 
-def _hash_judged_files(run: RunDirectory, offered_checkpoint: Path) -> dict[str, FileEntry]:
+def _hash_judged_files(
+    run: RunDirectory, offered_checkpoint: Path, *adapters: Adapter
+) -> dict[str, FileEntry]:
     """Size and SHA-256 of all that a verdict rests on but the configuration, by path in the run."""
     paths = [run.dataset, run.tiers, run.metrics, run.result, offered_checkpoint / MANIFEST_NAME]
     paths += [path for path in (run.validation_losses,) if path.is_file()]
-    paths += [folder / name for folder in (run.initial, run.adapter) for name in ADAPTER_FILES]
-    return {path.relative_to(run.path).as_posix(): describe_file(path) for path in paths}
+    paths += [adapter.path / CONFIG_NAME for adapter in adapters]
+    entries = {path: describe_file(path) for path in paths}
+    entries |= {a.path / WEIGHTS_NAME: describe_content(a.content) for a in adapters}
+    return {path.relative_to(run.path).as_posix(): entry for path, entry in entries.items()}
 
 
 def config_file_entry(config: FineTuneConfig) -> FileEntry:

@@ -5,12 +5,11 @@ The decision rests on the version's own files. `promote` re-hashes them before t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -22,7 +21,7 @@ from nested_core.errors import (
     NestedTuneError,
     describe_first_problem,
 )
-from nested_core.records.verdict import ChampionLoss, Noise, Validation, Verdict
+from nested_core.records.verdict import ChampionLoss, Noise, Validation
 from nested_core.registry import (
     UNSET,
     HistoryChanged,
@@ -32,15 +31,13 @@ from nested_core.registry import (
     promote,
     read_champion,
     read_champion_changes,
-    read_champion_changes_since,
     read_history_end,
     verify,
 )
-from nested_core.registry.champion_files import read_link
 from nested_core.registry.decision import Decision
-from nested_core.registry.folders import find_name_folder, shared_folder_lock
-from nested_core.registry.judgements import Judgement, JudgementFacts, choose_verdict, read_verdicts
+from nested_core.registry.judgements import Judgement, choose_verdict, read_verdicts
 from nested_core.registry.ledger import NO_ORIGIN, Origin
+from nested_core.registry.name_folder import read_link, reading
 from nested_core.registry.policy import (
     PromotionRule,
     RegistryPolicy,
@@ -50,8 +47,6 @@ from nested_core.registry.policy import (
 )
 from nested_core.registry.versions import (
     PROVENANCE_NAME,
-    REGISTERED_AFTER_KEY,
-    REGISTERED_AT_KEY,
     how_to_mend,
     version_folder,
 )
@@ -73,13 +68,12 @@ def read_candidate(
 
     Raises ConfigError for an unknown version, DamagedError if a file cannot be understood.
     """
-    folder = find_name_folder(registry, name)
     # Under the lock: a gc at the same time would leave half of the files, which looks like damage.
-    with shared_folder_lock(folder):
+    with reading(registry, name) as (folder, ledger):
         if version not in list_versions(registry, name):
             raise ConfigError(f"{registry / name} has no version {version!r:.80}.")
         champion = read_link(folder) if isinstance(against, Unset) else against
-        return choose_verdict(read_verdicts(folder, version), champion)
+        return choose_verdict(read_verdicts(folder, version, ledger), champion)
 
 
 def promote_by_policy(
@@ -172,31 +166,56 @@ def compare_losses(
     return LossComparison(candidate.loss_after, champion_loss)
 
 
-def describe_promotion(registry: Path, name: str, done: Decision) -> str | None:
+@dataclass(frozen=True)
+class PromotionNotes:
+    """What is to be said of a version that was promoted; None where there is nothing to say.
+
+    losses: its losses, and those of the champion that it replaced.
+    warning: that it has a higher loss than that one on the same data.
+    """
+
+    losses: str | None = None
+    warning: str | None = None
+
+
+def describe_promotion(
+    registry: Path, name: str, done: Decision, candidate: Judgement | None = None
+) -> PromotionNotes:
     """The losses of a version that was promoted, and of the champion that it replaced.
 
-    That a version was judged without held-out data is said. None where the champion has not
-    changed.
+    That a version was judged without held-out data is said. Nothing where the champion has not
+    changed. `candidate` is the verdict on it; else it is read.
     """
     if done.outcome != "promoted":
-        return None
+        return PromotionNotes()
     try:
-        candidate = read_candidate(registry, name, done.version, against=done.previous)
+        if candidate is None:
+            candidate = read_candidate(registry, name, done.version, against=done.previous)
         validation = candidate.verdict.validation
         if validation is None or validation.loss_after is None:
-            return _describe_unmeasured(registry, name, done)
+            return PromotionNotes(_describe_unmeasured(registry, name, done))
         change = format_change(validation.loss_before, validation.loss_after)
         text = f"{shorten_digest(done.version)}: loss on {validation.file} {change} by training"
         if done.previous is None:
-            return f"{text}; there was no champion before it"
+            return PromotionNotes(f"{text}; there was no champion before it")
         losses = compare_losses(registry, name, candidate, done.previous)
     except (NestedTuneError, OSError):  # it is promoted; an audit tells what is damaged
-        return None
+        return PromotionNotes()
     previous = shorten_digest(done.previous)
     if losses is None:
-        return f"{text}; {previous}, the champion before, was not measured on that data"
+        text += f"; {previous}, the champion before, was not measured on that data"
+        return PromotionNotes(text)
     rival = format_loss(losses.champion_loss)
-    return f"{text}; the champion before, {previous}: {rival} on the same examples"
+    text += f"; the champion before, {previous}: {rival} on the same examples"
+    if losses.loss <= losses.champion_loss:
+        return PromotionNotes(text)
+    warning = (
+        f"version {shorten_digest(done.version)} has a higher "
+        f"{loss_name_for_file(candidate.file)} on the same data, {format_loss(losses.loss)}, than "
+        f"the champion that it replaced, {previous}, {rival}. To go back: nested-tune rollback "
+        f"{name} --registry {registry}"
+    )
+    return PromotionNotes(text, warning)
 
 
 def _describe_unmeasured(registry: Path, name: str, done: Decision) -> str:
@@ -209,33 +228,9 @@ def _describe_unmeasured(registry: Path, name: str, done: Decision) -> str:
     before = read_candidate(registry, name, done.previous)
     if before.loss_after is None:
         return text
-    loss_name = loss_name_for_file(before.file)
     return (
-        f"{text}; the champion before, {shorten_digest(done.previous)}, has a {loss_name} of "
-        f"{format_loss(before.loss_after)}. To go back: nested-tune rollback {name} --registry "
-        f"{registry}"
-    )
-
-
-def warn_if_worse(registry: Path, name: str, done: Decision) -> str | None:
-    """A warning about a promotion by a person to a version with a higher loss on the same data.
-
-    None where the champion has not changed, or the two cannot be compared.
-    """
-    if done.outcome != "promoted" or done.previous is None:
-        return None
-    try:
-        candidate = read_candidate(registry, name, done.version, against=done.previous)
-        losses = compare_losses(registry, name, candidate, done.previous)
-    except (NestedTuneError, OSError):  # it is promoted; an audit tells what is damaged
-        return None
-    if losses is None or losses.loss <= losses.champion_loss:
-        return None
-    loss_name = loss_name_for_file(candidate.file)
-    return (
-        f"version {shorten_digest(done.version)} has a higher {loss_name} on the "
-        f"same data, {format_loss(losses.loss)}, than the champion that it replaced, "
-        f"{shorten_digest(done.previous)}, {format_loss(losses.champion_loss)}. To go back: "
+        f"{text}; the champion before, {shorten_digest(done.previous)}, has a "
+        f"{loss_name_for_file(before.file)} of {format_loss(before.loss_after)}. To go back: "
         f"nested-tune rollback {name} --registry {registry}"
     )
 
@@ -261,7 +256,7 @@ def _decide_by_recorded_policy(
         return Decision("already_champion", version, champion)
     if candidate.facts.policy is None:
         return Decision("refused", version, champion, "its provenance records no policy")
-    if read_champion_changes_since(registry, name, candidate.facts.registered_after):
+    if read_champion_changes(registry, name, since=candidate.place + 1):
         return Decision("superseded", version, champion)
     section = recorded_section(registry, name, candidate)
     champion_at_gate = candidate.facts.champion_at_gate
@@ -342,15 +337,15 @@ def promote_missed_versions(
     gc removes meanwhile, keeps no other version from being promoted.
     """
     was_champion = {change.version for change in read_champion_changes(registry, name)}
-    registrations = {}
+    places = {}
     for version in set(list_versions(registry, name)) - was_champion:
         try:
-            registrations[version] = read_candidate(registry, name, version).facts.registration or 0
+            places[version] = read_candidate(registry, name, version).place
         except (DamagedError, ConfigError):  # told below
-            registrations[version] = 0
+            places[version] = -1
     return {
         version: _promote_missed(registry, name, version, origin)
-        for version in sorted(registrations, key=lambda v: registrations[v], reverse=True)
+        for version in sorted(places, key=lambda v: places[v], reverse=True)
     }
 
 
@@ -372,20 +367,14 @@ def registry_location(section: RegistrySection) -> tuple[Path, str]:
     return Path(section.path), section.name
 
 
-def describe_policy_refusal(
-    registry: Path, name: str, verdict: Verdict, provenance: Mapping[str, Any]
-) -> str | None:
+def describe_policy_refusal(registry: Path, name: str, candidate: Judgement) -> str | None:
     """What the registry's policy asks for and a run has not, of which a person decides otherwise.
 
-    `verdict` and `provenance` are the run's, which need not be registered yet. None where the
-    policy is met, or there is none.
+    `candidate` is the run's verdict, which need not be registered yet. None where the policy is
+    met, or there is none.
     """
-    policy = read_policy(registry, name)
-    if policy is None:
+    if read_policy(registry, name) is None:
         return None
-    position = dict.fromkeys((REGISTERED_AT_KEY, REGISTERED_AFTER_KEY), "")
-    facts = JudgementFacts.from_provenance({**provenance, **position}, 0)
-    candidate = Judgement(verdict.trained.digest, None, verdict, facts)
     section = RegistrySection(path=str(registry), name=name, promote="always")
     refusal = find_refusal(section, candidate, read_link(registry / name))
     return None if refusal is None else refusal.sentence

@@ -18,7 +18,7 @@ from nested_core.storage.atomic import canonical_json, write_bytes, write_json
 from nested_core.storage.output_places import ADAPTER_PATH_KEY, require_free_place
 from nested_core.storage.safetensors_files import (
     StoredTensor,
-    read_tensors,
+    read_tensors_and_bytes,
     refuse_unsafe_format,
     save_arrays,
 )
@@ -59,11 +59,13 @@ class Adapter:
     path: where it was read.
     config: adapter_config.json.
     tensors: adapters.safetensors by name, each with its dtype, shape and bytes.
+    content: the bytes of adapters.safetensors, of which the tensors are parts.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
+    content: memoryview = field(default=memoryview(b""), repr=False, compare=False)
     # Not functools.cached_property: in Python 3.11 it has one lock for all, and two are hashed.
     _digests: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -108,7 +110,8 @@ def read_adapter(path: Path, *, follow_links: bool = False) -> Adapter:
         for other in sorted(path.iterdir()):
             refuse_unsafe_format(other)
     config = read_adapter_config(path / CONFIG_NAME, follow_links=follow_links)
-    return Adapter(path, config, read_tensors(path / WEIGHTS_NAME, follow_links=follow_links))
+    tensors, content = read_tensors_and_bytes(path / WEIGHTS_NAME, follow_links=follow_links)
+    return Adapter(path, config, tensors, content)
 
 
 def require_adapter_directory(path: Path) -> None:

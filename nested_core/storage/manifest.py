@@ -96,6 +96,11 @@ def describe_file(path: Path) -> FileEntry:
     return {"bytes": path.stat().st_size, "sha256": regular_sha256(path)}
 
 
+def describe_content(content: bytes | memoryview) -> FileEntry:
+    """The entry of a file with this content."""
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
 def matches_entry(path: Path, entry: Any) -> bool:
     """Whether a file is the described one; its size is compared first, and then its bytes.
 

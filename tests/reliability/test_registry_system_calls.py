@@ -17,6 +17,7 @@ import pytest
 
 from nested_core.registry import (
     audit,
+    check_champion,
     collect_garbage,
     garbage_collection,
     history,
@@ -27,7 +28,7 @@ from nested_core.registry import (
     register_and_promote,
     rollback,
 )
-from nested_core.registry.registration import judged_digest
+from nested_core.registry.registration import read_judged_run
 from tests.core.registry.conftest import write_run
 from tests.core.registry.states import NAME, assert_old_or_new_and_whole, assert_settled
 from tests.core.registry.system_calls import (
@@ -114,7 +115,7 @@ def test_failure_at_a_call_leaves_the_old_or_the_new_champion_and_the_next_chang
 ) -> None:
     first, old, third = versions
     run = write_run(memory / "run-9", 9)
-    fourth = judged_digest(run)
+    fourth = read_judged_run(run).verdict.trained.digest
     actions: dict[str, tuple[str, Callable[[Path], object]]] = {
         "promote": (third, lambda place: promote(place, NAME, third, by="ann")),
         "rollback": (first, lambda place: rollback(place, NAME, by="ann")),
@@ -127,9 +128,10 @@ def test_failure_at_a_call_leaves_the_old_or_the_new_champion_and_the_next_chang
     points = {old: 0, new: 0}
     for copy, has_returned in each_call(memory, failure, stride, action):
         assert_old_or_new_and_whole(copy, old, new)
-        before = read_champion(copy, NAME)
+        assert read_champion(copy, NAME) == new or not has_returned
+        before = check_champion(copy, NAME)  # a writer, which finishes
         assert before is not None
-        assert before == new or not has_returned
+        assert_settled(copy)
         points[before] += 1
         other = third if new == first else first
         settled = promote(copy, NAME, other, by="bob", expected_champion=before)

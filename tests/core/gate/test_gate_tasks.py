@@ -181,28 +181,9 @@ def test_what_was_judged_is_judged_again_without_a_model_at_promotion(
     run.answers.write_bytes(answers.replace(b'"score":0.0', b'"score":1.0', 1))
     with pytest.raises(DamagedError, match=r"not given on the answers\.jsonl"):
         confirm_recorded_verdict(config, run)
-    bind_again(run)
-    with pytest.raises(DamagedError, match=r"not the verdict on answers\.jsonl"):
-        confirm_recorded_verdict(config, run)
     run.answers.unlink()
     with pytest.raises(DamagedError, match=r"answers\.jsonl"):
         confirm_recorded_verdict(config, run)
-
-
-def test_a_verdict_by_hand_that_leaves_the_suites_out_is_refused(
-    broken: Finished, tmp_path: Path
-) -> None:
-    run = RunDirectory(Path(shutil.copytree(broken.run.path, tmp_path / "run")))
-    with pytest.raises(GateRejected):
-        steps.judge(broken.config, run)
-    gate = json.loads(run.gate.read_bytes())
-    for tasks in ([], [gate["tasks"][0] | {"verdict": "passed"}]):
-        edited = gate | {"verdict": "passed", "reasons": [], "tasks": tasks}
-        edited["proof"] = {"tolerance": 1e-3, "max_abs_difference_from_initial": 1.0}
-        run.gate.write_text(json.dumps(edited))
-        bind_again(run)
-        with pytest.raises(DamagedError, match="tasks differ"):
-            confirm_recorded_verdict(broken.config, run)
 
 
 def bind_again(run: RunDirectory) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.registry import audit, history, read_champion
+from nested_core.registry.ledger import read_ledger
 from nested_core.registry.promotion_policy import promote_missed_versions
 from nested_core.storage.adapter import read_adapter
 
@@ -18,6 +19,11 @@ def missed(registry: Path) -> dict[str, str]:
     """What `reconcile` decides, in its sentences."""
     decisions = promote_missed_versions(registry, NAME)
     return {version: decision.sentence for version, decision in decisions.items()}
+
+
+def last_line(registry: Path) -> dict[str, Any]:
+    """The last line of the history, whatever it is about."""
+    return read_ledger(registry / NAME).entries[-1].fields()
 
 
 def chained_line(registry: Path, entry: dict[str, Any]) -> bytes:
@@ -43,9 +49,9 @@ def assert_settled(registry: Path) -> None:
     report = audit(registry, NAME)
     assert report.findings == ()
     assert report.unfinished is None
-    last = history(registry, NAME)[-1]
-    assert "unfinished" not in last
-    is_change = last["action"] in ("promote", "rollback")
+    assert not any("unfinished" in line for line in history(registry, NAME))
+    last = last_line(registry)
+    is_change = last["action"] in ("promote", "rollback", "moved")
     assert last["version" if is_change else "previous"] == report.champion
     lines = (registry / NAME / "history.jsonl").read_bytes().split(b"\n")
     assert lines.pop() == b""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Callable
@@ -24,7 +23,6 @@ from nested_core.registry import (
     promotion_policy,
     read_champion,
     register,
-    registration,
     rollback,
 )
 from nested_core.registry.policy import set_policy
@@ -35,7 +33,6 @@ from nested_core.registry.promotion_policy import (
     promote_by_recorded_policy,
     read_candidate,
 )
-from nested_core.storage.manifest import write_manifest
 from tests.core.registry.conftest import write_run
 from tests.core.registry.states import missed
 from tests.gate_files import judged_files, read_gate, write_gate
@@ -162,7 +159,7 @@ def test_of_two_that_were_missed_the_later_is_promoted_though_its_clock_was_behi
     add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     older = add(1)
-    monkeypatch.setattr(registration, "datetime", Clock2001)
+    monkeypatch.setattr(ledger, "datetime", Clock2001)
     newer = add(2)
     assert missed(registry) == {newer: "promoted", older: "superseded"}
 
@@ -369,7 +366,7 @@ def test_a_clock_that_is_behind_changes_nothing_in_what_is_superseded(
 
     with monkeypatch.context() as patch:
         if behind == "that registered":
-            patch.setattr(registration, "datetime", Clock2001)
+            patch.setattr(ledger, "datetime", Clock2001)
         candidate, other = add(3, first), add(4, first)
     assert late(registry, candidate) == "promoted"
     rollback(registry, NAME, to=first, by="ann")
@@ -379,33 +376,3 @@ def test_a_clock_that_is_behind_changes_nothing_in_what_is_superseded(
         rollback(registry, NAME, to=first, by="ann")
     assert late(registry, other) == "superseded"
     assert read_champion(registry, NAME) == first
-
-
-def record_provenance(registry: Path, version: str, **changes: Any) -> None:
-    """Register a version with another provenance; None takes a field out."""
-    folder = registry / NAME / "versions" / version
-    provenance = json.loads((folder / "provenance.json").read_text()) | changes
-    for name in ("provenance.json", "MANIFEST.json"):
-        (folder / name).unlink()
-    kept = {key: value for key, value in provenance.items() if value is not None}
-    (folder / "provenance.json").write_text(json.dumps(kept))
-    write_manifest(folder, {"kind": "adapter version", "version": version})
-
-
-def test_a_place_that_the_history_does_not_have_is_before_all_of_it(
-    add: Add, registry: Path
-) -> None:
-    second, third = add(2), add(3)
-    for version in (second, third):
-        record_provenance(registry, version, registered_after="0" * 64)
-    assert late(registry, second) == "promoted"
-    assert late(registry, third) == "superseded"
-
-
-def test_a_provenance_without_its_place_in_the_history_is_damage(add: Add, registry: Path) -> None:
-    version = add(1)
-    record_provenance(registry, version, registered_after=None)
-    with pytest.raises(
-        DamagedError, match="provenance or verdict cannot be read: .*registered_after"
-    ):
-        late(registry, version)

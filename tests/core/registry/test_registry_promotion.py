@@ -15,7 +15,6 @@ from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import (
     Decision,
     audit,
-    champion_files,
     decline,
     find_decline,
     history,
@@ -60,7 +59,9 @@ def test_history_says_who_changed_what_to_what_and_when(three, registry):
 
 def test_history_is_one_json_object_a_line(three, registry):
     lines = (registry / NAME / "history.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == history(registry, NAME)
+    told = [line for line in map(json.loads, lines) if line["action"] != "registered"]
+    assert told == history(registry, NAME)
+    assert len(lines) == 5
 
 
 def test_champion_json_tells_the_last_change(three, registry):
@@ -317,21 +318,3 @@ class TestADecline:
         assert [line["by"] for line in history(registry, NAME)] == ["bob"]
         promote(registry, NAME, first, by="ann")
         assert find_decline(registry, NAME, first, "d1", "s1") is None
-
-    def test_a_promotion_that_never_took_effect_does_not_forget_it(
-        self, registry, make_run, monkeypatch
-    ):
-        first = self.register(registry, make_run, 1, **self.MADE_OF)
-        decline(registry, NAME, first, by="bob")
-
-        def fail(*_: object, **__: object) -> None:
-            raise OSError("the disk is gone")
-
-        with monkeypatch.context() as patch:
-            patch.setattr(champion_files, "swap_link", fail)
-            with pytest.raises(OSError, match="the disk is gone"):
-                promote(registry, NAME, first, by="ann")
-        self.register(registry, make_run, 2, **self.MADE_OF)  # a writer, which mends
-        actions = [line["action"] for line in history(registry, NAME)]
-        assert actions == ["declined", "promote", "aborted"]
-        assert find_decline(registry, NAME, first, "d1", "s1") is not None
