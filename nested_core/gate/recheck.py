@@ -16,19 +16,20 @@ from nested_core.gate.judged import begin_judging_run, make_checks
 from nested_core.gate.run_evidence import collect_evidence
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import BoundVerdict
+from nested_core.storage.adapter import Adapter
 from nested_core.storage.manifest import FileEntry, describe_file
 from nested_core.storage.run_directory import RunDirectory
 
 NORM_TOLERANCE = 1e-4  # relative: sums of squares depend on the machine's BLAS
 
 
-def recheck_verdict(config: FineTuneConfig, run: RunDirectory, bound: BoundVerdict) -> None:
-    """Raise DamagedError unless the run's files bear out `bound`, a verdict that says passed.
+def recheck_verdict(config: FineTuneConfig, run: RunDirectory, bound: BoundVerdict) -> Adapter:
+    """The run's adapter, where the files bear out `bound`, a verdict that says passed.
 
     The manifest must hold their digests, and all checks that need no model are done again: tensors,
     updates of the tiers and bounds are those that gate.json records. Figures of losses and answers
     are taken as they are recorded. A check by a bound that the verdict does not record was not made
-    when it was given, and is not made now.
+    when it was given, and is not made now. Raises DamagedError.
     """
     evidence = collect_evidence(run)
     judged = begin_judging_run(config, run, evidence)
@@ -58,6 +59,7 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory, bound: BoundVerdi
             f"{run.gate} is not the verdict on the files beside it: {', '.join(wrong)} differ.",
             advice=JUDGE_AGAIN,
         )
+    return evidence.after
 
 
 def task_file_entries(gate: GateSection, run: RunDirectory) -> dict[str, FileEntry]:

@@ -19,7 +19,6 @@ from nested_core.records.dataset import DatasetRecord, held_out_split, read_data
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import (
     GATE_NAME,
-    BoundVerdict,
     bind_verdict,
     read_verdict,
     require_passed,
@@ -29,9 +28,9 @@ from nested_core.registry.folders import name_exists
 from nested_core.registry.judgements import Judgement
 from nested_core.registry.promotion_policy import describe_policy_refusal, registry_location
 from nested_core.registry.queries import parent_version_of
-from nested_core.registry.registration import read_judged_run, register_rejection
+from nested_core.registry.registration import PassedRun, read_passed_run, register_rejection
 from nested_core.registry.versions import REGISTERED_AT_KEY, read_provenance, version_folder
-from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
+from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter_config
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_regular
 from nested_core.text.digest_format import shorten_digest
@@ -43,7 +42,7 @@ from nested_core.training.reports.metrics_file import (
 from nested_core.training.reports.training_plan import read_plan
 
 
-def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> BoundVerdict:
+def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> PassedRun:
     """Read gate.json, which has to say passed, and check that the files of the run bear that out.
 
     So must the base model, if it is on this machine. Raises ConfigError if nothing was judged,
@@ -51,11 +50,11 @@ def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> Bound
     """
     bound = bind_verdict(run.path)
     require_passed(bound.verdict, run.gate)
-    recheck_verdict(config, run, bound)
+    adapter = recheck_verdict(config, run, bound)
     base = find_model_folder_offline(config.model)
     if base is not None:
-        require_same_base(run.adapter, base)
-    return bound
+        require_same_base(adapter, base)
+    return PassedRun(bound, adapter)
 
 
 def register_run(config: FineTuneConfig, run: RunDirectory, champion: str | None) -> str:
@@ -65,8 +64,9 @@ def register_run(config: FineTuneConfig, run: RunDirectory, champion: str | None
     say that the adapter passed.
     """
     path, name = registry_location(config.registry)
-    bound = read_judged_run(run.path)
-    return register(run.path, path, name, make_provenance(config, run, bound, champion), run=bound)
+    passed = read_passed_run(run.path)
+    recorded = make_provenance(config, run, passed, champion)
+    return register(run.path, path, name, recorded, run=passed)
 
 
 def record_rejection(config: FineTuneConfig, run: RunDirectory) -> None:
@@ -77,8 +77,9 @@ def record_rejection(config: FineTuneConfig, run: RunDirectory) -> None:
     if not name_exists(path, name):
         return
     bound = bind_verdict(run.path)
-    provenance = make_provenance(config, run, bound, bound.verdict.rival)
-    register_rejection(bound, path, name, provenance)
+    settings = read_adapter_config(run.adapter / CONFIG_NAME)
+    judged = PassedRun(bound, Adapter(run.adapter, settings, {}))
+    register_rejection(bound, path, name, make_provenance(config, run, judged, bound.verdict.rival))
 
 
 def is_registered_from(config: FineTuneConfig, run: RunDirectory, version: str) -> bool:
@@ -117,9 +118,10 @@ def register_and_promote_run(
     """
     path, name = registry_location(config.registry)
     with run.locked_for_reading():
-        bound = confirm_recorded_verdict(config, run)
-        recorded = make_provenance(config, run, bound, bound.verdict.rival)
-        candidate = Judgement.of_run(bound.verdict, recorded)
+        passed = confirm_recorded_verdict(config, run)
+        verdict = passed.bound.verdict
+        recorded = make_provenance(config, run, passed, verdict.rival)
+        candidate = Judgement.of_run(verdict, recorded)
         done = register_and_promote(
             run.path,
             path,
@@ -128,7 +130,7 @@ def register_and_promote_run(
             by=by,
             expected_champion=expected_champion,
             against_policy=describe_policy_refusal(path, name, candidate),
-            run=bound,
+            run=passed,
         )
     return done, candidate
 
@@ -156,16 +158,16 @@ def describe_changed_held_out(config: FineTuneConfig, run: RunDirectory) -> str 
 
 
 def make_provenance(
-    config: FineTuneConfig, run: RunDirectory, bound: BoundVerdict, champion: str | None
+    config: FineTuneConfig, run: RunDirectory, judged: PassedRun, champion: str | None
 ) -> dict[str, Any]:
     """The content of provenance.json: configuration, data, base, gate, parent and tool versions.
 
     The parent is the version that it was trained from, otherwise the champion that it follows.
     """
     dataset = read_dataset_record(run.dataset)
-    verdict = bound.verdict
+    verdict = judged.bound.verdict
     initial = verdict.initial.digest
-    base = read_adapter_config(run.adapter / CONFIG_NAME).get("base_fingerprint")
+    base = judged.adapter.config.get("base_fingerprint")
     return {
         "run_dir": str(run.path.resolve()),
         "config": config.model_dump(mode="json"),
@@ -174,7 +176,7 @@ def make_provenance(
         "dataset_digest": dataset.digest,
         "train_digest": dataset.splits["train"].digest,
         "validation_digest": _validation_digest(config, dataset, verdict),
-        "gate_sha256": bound.files[GATE_NAME]["sha256"],
+        "gate_sha256": judged.bound.files[GATE_NAME]["sha256"],
         "parent": parent_version_of(config, initial) or champion,
         "champion_at_gate": champion,
         "training_examples": _training_example_digests(config, run, initial),

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError
-from nested_core.records.verdict_file import BoundVerdict, require_passed
+from nested_core.records.verdict_file import require_passed
 from nested_core.registry.decision import Decision
 from nested_core.registry.folders import check_name, create_name_folder
 from nested_core.registry.judgements import choose_verdict, read_judgements, read_verdicts
 from nested_core.registry.ledger import NO_ORIGIN, Origin
 from nested_core.registry.name_folder import NameFolder, writing, writing_folder
-from nested_core.registry.registration import add_version, read_judged_run
+from nested_core.registry.registration import PassedRun, add_version, read_passed_run
 from nested_core.registry.versions import VERSION_PREFIX_PATTERN, resolve_version
 from nested_core.text.digest_format import shorten_digest
 
@@ -75,19 +75,19 @@ def register_and_promote(
     by: str,
     expected_champion: str | None | Unset = UNSET,
     against_policy: str | None = None,
-    run: BoundVerdict | None = None,
+    run: PassedRun | None = None,
 ) -> Decision:
     """`register` and `promote` under one lock: no gc comes between the two.
 
-    `against_policy` stands in the history's line. `run` is the run's verdict where it and the files
-    have been checked already; else they are read here. Raises what the two raise.
+    `against_policy` stands in the history's line. `run` is the run where it has been read and
+    checked already; else it is read here. Raises what the two raise.
     """
     check_name(name)
-    run = run or read_judged_run(run_dir)
+    run = run or read_passed_run(run_dir)
     with writing_folder(create_name_folder(registry, name)) as held:
         manifest = add_version(held, run, provenance, by=by, was_judged_now=False)
         fields = {"by": by, "manifest": manifest, "against_policy": against_policy}
-        return _promote_held(held, run.verdict.trained.digest, expected_champion, fields)
+        return _promote_held(held, run.version, expected_champion, fields)
 
 
 def _promote_held(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import stat
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,9 @@ from nested_core.registry.versions import (
     verify_version,
     version_manifest_facts,
 )
-from nested_core.storage.adapter import ADAPTER_FILES, read_adapter
+from nested_core.storage.adapter import ADAPTER_FILES, Adapter, read_adapter
 from nested_core.storage.atomic import new_directory, render_json, write_bytes
-from nested_core.storage.manifest import FileEntry, describe_content, describe_file, write_manifest
+from nested_core.storage.manifest import describe_content, describe_file, write_manifest
 from nested_core.storage.strict_files import file_type
 
 ADAPTER_FOLDER_NAME = "adapter"
@@ -68,21 +69,21 @@ def register(
     name: str,
     provenance: dict[str, Any],
     *,
-    run: BoundVerdict | None = None,
+    run: PassedRun | None = None,
 ) -> str:
     """Add the adapter of a finished run as a version of `name`; return the version (its digest).
 
     The provenance is recorded with the time. A sound version that exists already stays as it is,
     with its first verdict and provenance; a further verdict is kept beside it, as a judgement.
-    `run` is what `read_judged_run` gives, where the run has been read already. Raises ConfigError
+    `run` is what `read_passed_run` gives, where the run has been read already. Raises ConfigError
     for a run without a verdict or a bad name, GateRejected if the verdict is not "passed",
     DamagedError if adapter, verdict or an existing version do not agree.
     """
     check_name(name)
-    run = run or read_judged_run(run_dir)
+    run = run or read_passed_run(run_dir)
     with writing_folder(create_name_folder(registry, name)) as held:
         add_version(held, run, provenance, by=REGISTRATION_AUTHOR, was_judged_now=True)
-    return run.verdict.trained.digest
+    return run.version
 
 
 def register_rejection(
@@ -120,28 +121,41 @@ def require_sound_champion(held: NameFolder) -> None:
     verify_version(place, champion, recorded, max_age=HASHED_AGAIN_AFTER_SECONDS)
 
 
-def read_judged_run(run_dir: Path) -> BoundVerdict:
-    """A finished run's verdict, which passed the adapter that the run offers.
+@dataclass(frozen=True)
+class PassedRun:
+    """A run read once: its verdict, and the adapter that it was given on, in memory."""
+
+    bound: BoundVerdict
+    adapter: Adapter
+
+    @property
+    def version(self) -> str:
+        """The digest of the adapter, which is that of the version."""
+        return self.bound.verdict.trained.digest
+
+
+def read_passed_run(run_dir: Path) -> PassedRun:
+    """A finished run whose verdict passed the adapter that the run offers.
 
     Raises what `register` raises for a run.
     """
-    run = bind_verdict(run_dir)
+    bound = bind_verdict(run_dir)
     path = run_dir / GATE_NAME
-    require_passed(run.verdict, path)
+    require_passed(bound.verdict, path)
     for file in (run_dir / ADAPTER_FOLDER_NAME / name for name in ADAPTER_FILES):
         if file_type(file) not in ("file", "missing"):  # read_adapter says which file is missing
             raise DamagedError(
                 f"{file} is not a regular file: a version is a copy of files that the run itself "
                 "wrote."
             )
-    digest = read_adapter(run_dir / ADAPTER_FOLDER_NAME).digest()
-    require_verdict_on_adapter(run.verdict, digest, path)
-    return run
+    adapter = read_adapter(run_dir / ADAPTER_FOLDER_NAME)
+    require_verdict_on_adapter(bound.verdict, adapter.digest(), path)
+    return PassedRun(bound, adapter)
 
 
 def add_version(
     held: NameFolder,
-    run: BoundVerdict,
+    run: PassedRun,
     provenance: dict[str, Any],
     *,
     by: str,
@@ -149,20 +163,18 @@ def add_version(
 ) -> str:
     """Copy a run's adapter to `versions/`, or keep its verdict on the version that is there.
 
-    `run` is what `read_judged_run` gives. Returns the hash of the version's manifest. A version
+    `run` is what `read_passed_run` gives. Returns the hash of the version's manifest. A version
     that was registered and whose files are lost gets a line `restored`.
     """
-    version = run.verdict.trained.digest
+    version, verdict = run.version, run.bound.verdict
     place = held.place_of(version)
     if file_type(place) != "missing":
         manifest = held.verify(version)
         if has_all_judgements(held.path, version, held.ledger):
-            _judge(held, run.verdict, provenance, by=by, was_judged_now=was_judged_now)
+            _judge(held, verdict, provenance, by=by, was_judged_now=was_judged_now)
         else:
             facts = JudgementFacts.from_provenance(provenance)
-            judgement = write_judgement(
-                held.path, version, run.verdict, facts, confirm=held.confirm
-            )
+            judgement = write_judgement(held.path, version, verdict, facts, confirm=held.confirm)
             held.record("restored", version, by, manifest=manifest, judgement=judgement)
         return manifest
     is_lost = version in held.ledger.standing
@@ -205,36 +217,33 @@ def _judge(
 
 
 def _fill_version_folder(
-    folder: Path, name: str, run: BoundVerdict, provenance: dict[str, Any]
+    folder: Path, name: str, run: PassedRun, provenance: dict[str, Any]
 ) -> str:
     """Write all files of a version of `name` into its new folder; its manifest's hash.
 
     Raises DamagedError unless the copies are of the files that the run's verdict rests on.
     """
-    version = run.verdict.trained.digest
+    bound = run.bound
     now = datetime.now(UTC).isoformat(timespec="microseconds")
     recorded = provenance | {REGISTERED_AT_KEY: now}
-    card = render_card(name, version, recorded, run.verdict)
-    entries: dict[str, FileEntry] = {}
-    for written, content in (
-        (GATE_NAME, run.content),
-        (PROVENANCE_NAME, render_json(recorded)),
-        (CARD_NAME, card.encode("utf-8", "replace")),
-    ):
+    card = render_card(name, run.version, recorded, bound.verdict).encode("utf-8", "replace")
+    own = {GATE_NAME: bound.content, PROVENANCE_NAME: render_json(recorded), CARD_NAME: card}
+    for written, content in {**own, **run.adapter.files}.items():
         write_bytes(folder / written, content)
-        entries[written] = describe_content(content)
-    sources = {file: f"{ADAPTER_FOLDER_NAME}/{file}" for file in ADAPTER_FILES}
-    sources |= {file: file for file in OPTIONAL_FILES if file in run.files}
-    for file, source in sources.items():
-        shutil.copyfile(run.run_dir / source, folder / file)
+    for file in (file for file in OPTIONAL_FILES if file in bound.files):
+        shutil.copyfile(bound.run_dir / file, folder / file)
+    entries = {written: describe_content(content) for written, content in own.items()}
+    judged = {file: f"{ADAPTER_FOLDER_NAME}/{file}" for file in ADAPTER_FILES}
+    judged |= {file: file for file in OPTIONAL_FILES if file in bound.files}
+    for file, source in judged.items():
         entries[file] = describe_file(folder / file)
-        if entries[file] != run.files.get(source):
+        if entries[file] != bound.files.get(source):
             raise DamagedError(
-                f"{run.run_dir / source} has changed since the verdict was given: the run's "
+                f"{bound.run_dir / source} has changed since the verdict was given: the run's "
                 f"manifest holds another digest of it. Bring back what was there; if it is lost:",
                 advice=JUDGE_AGAIN,
             )
-    return write_manifest(folder, version_manifest_facts(version), entries)
+    return write_manifest(folder, version_manifest_facts(run.version), entries)
 
 
 def _make_read_only(folder: Path) -> None:

@@ -39,6 +39,12 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
 
     Raises DamagedError naming the first file that is missing, extra or changed.
     """
+    facts: dict[str, Any] = read_verified_manifest(folder)["facts"]
+    return facts
+
+
+def read_verified_manifest(folder: Path) -> dict[str, Any]:
+    """`verify_manifest`, and the whole manifest: `facts`, `files` and its own `digest`."""
     manifest = read_manifest(folder)
     listed: dict[str, Any] = manifest["files"]
     found = _list_files(folder)
@@ -51,8 +57,12 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
             raise DamagedError(
                 f"{folder / name} has changed since it was written (size or SHA-256)."
             )
-    facts: dict[str, Any] = manifest["facts"]
-    return facts
+    return manifest
+
+
+def describe_manifest(manifest: Mapping[str, Any]) -> FileEntry:
+    """The entry of MANIFEST.json itself, which is written in one way only."""
+    return describe_content(render_json(dict(manifest)))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from nested_core.gate.loss_figures import summarise_drift
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict, make_provenance
 from nested_core.records.verdict_file import (
-    bind_verdict,
     read_verdict,
 )
+from nested_core.registry.registration import read_passed_run
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.test_gate_tasks import bind_again
 from tests.example import DATA, example_config, example_settings, prepare, train
@@ -121,7 +121,7 @@ def test_the_held_out_examples_may_be_a_file_of_their_own(
     confirm_recorded_verdict(config, run)
     section = RegistrySection(path=str(tmp_path / "registry"), name="capitals")
     registered = config.model_copy(update={"registry": section})
-    recorded = make_provenance(registered, run, bind_verdict(run.path), None)
+    recorded = make_provenance(registered, run, read_passed_run(run.path), None)
     assert recorded["validation_digest"] is None
     edited = with_gate(config, run)
     with pytest.raises(DamagedError, match=r"config\.yaml"):

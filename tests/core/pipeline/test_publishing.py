@@ -22,7 +22,6 @@ from nested_core.pipeline.publishing import (
     register_and_promote_run,
     register_run,
 )
-from nested_core.records.verdict_file import bind_verdict
 from nested_core.registry import (
     Decision,
     changes,
@@ -39,7 +38,7 @@ from nested_core.registry.promotion_policy import (
     promote_by_policy,
     read_candidate,
 )
-from nested_core.registry.registration import read_judged_run
+from nested_core.registry.registration import read_passed_run
 from nested_core.storage.adapter import ADAPTER_FILES, write_adapter
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
@@ -149,7 +148,7 @@ class TestRegister:
         assert (
             written.items()
             >= json.loads(
-                json.dumps(make_provenance(config, second, bind_verdict(second.path), parent))
+                json.dumps(make_provenance(config, second, read_passed_run(second.path), parent))
             ).items()
         )
         assert written["run_dir"] == str(second.path)
@@ -165,13 +164,13 @@ class TestRegister:
         lines.insert(0, {"iteration": 0, "val_loss": 3.0})
         run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
         assert (
-            make_provenance(configure(), run, bind_verdict(run.path), None)["training_seconds"]
+            make_provenance(configure(), run, read_passed_run(run.path), None)["training_seconds"]
             == 2.0 + 5.0
         )
 
     def test_a_first_version_has_no_parent(self, make_run: MakeRun, configure: Configure) -> None:
         run = make_run(1.0)
-        recorded = make_provenance(configure(), run, bind_verdict(run.path), None)
+        recorded = make_provenance(configure(), run, read_passed_run(run.path), None)
         assert recorded["parent"] is None
 
     def test_a_rejected_run_is_not_registered(
@@ -366,7 +365,7 @@ class TestPromotionByAPerson:
     ) -> Callable[[RunDirectory], Decision]:
         """Promote a run whose files were written by hand: they hold no evidence to confirm."""
         monkeypatch.setattr(
-            publishing, "confirm_recorded_verdict", lambda config, run: read_judged_run(run.path)
+            publishing, "confirm_recorded_verdict", lambda config, run: read_passed_run(run.path)
         )
         return lambda run: register_and_promote_run(configure(), run, by="ann")[0]
 

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import ConfigError, DamagedError, GateRejected
-from nested_core.registry import history, list_versions, promote, read_champion, register
+from nested_core.registry import (
+    history,
+    list_versions,
+    promote,
+    read_champion,
+    register,
+    registration,
+)
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.manifest import verify_manifest
 from tests.core.registry.states import last_line
@@ -130,13 +137,13 @@ def test_run_without_a_verdict_is_refused_with_what_to_do(make_run, registry):
 
 def test_failed_copy_leaves_no_version_behind(make_run, registry, monkeypatch):
     run = make_run()
-    monkeypatch.setattr("shutil.copyfile", _raise_disk_full)
+    monkeypatch.setattr(registration, "write_bytes", _raise_disk_full)
     with pytest.raises(OSError, match="disk full"):
         register(run, registry, "capitals", {})
     assert list((registry / "capitals" / "versions").iterdir()) == []
 
 
-def _raise_disk_full(*_: object) -> None:
+def _raise_disk_full(*_: object, **__: object) -> None:
     raise OSError(28, "disk full")
 
 
