@@ -385,7 +385,7 @@ class Sequence:
         changes = {line["version"] for line in history(self.registry, NAME)}
         outcomes = promote_missed_versions(self.registry, NAME)
         champion = read_champion(self.registry, NAME)
-        promoted = [v for v, outcome in outcomes.items() if outcome == "promoted"]
+        promoted = [v for v, decision in outcomes.items() if decision.outcome == "promoted"]
         assert len(promoted) <= 1
         assert all(self.model.late(version) == "promoted" for version in promoted)
         if not promoted:
