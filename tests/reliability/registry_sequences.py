@@ -750,6 +750,7 @@ class Sequence:
 
     def damage_judgement(self) -> None:
         """A judgement is edited or lost."""
+        self.command("gc", NAME, "--keep", "99")  # a writer, which removes what no line names
         files = sorted((self.name_folder / "judgements").glob("*/*.json"))
         if not files:
             return
