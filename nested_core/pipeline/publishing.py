@@ -21,7 +21,6 @@ from nested_core.records.verdict_file import (
     GATE_NAME,
     bind_verdict,
     read_verdict,
-    require_passed,
 )
 from nested_core.registry import UNSET, Decision, Unset, register, register_and_promote
 from nested_core.registry.folders import name_exists
@@ -48,8 +47,7 @@ def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> Passe
     So must the base model, if it is on this machine. Raises ConfigError if nothing was judged,
     GateRejected if the adapter did not pass, DamagedError if verdict and files do not agree.
     """
-    bound = bind_verdict(run.path)
-    require_passed(bound.verdict, run.gate)
+    bound = bind_verdict(run.path, must_pass=True)
     adapter = recheck_verdict(config, run, bound)
     base = find_model_folder_offline(config.model)
     if base is not None:

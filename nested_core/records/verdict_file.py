@@ -75,15 +75,26 @@ class BoundVerdict:
     files: dict[str, FileEntry]
 
 
-def bind_verdict(run_dir: Path) -> BoundVerdict:
+def bind_verdict(run_dir: Path, *, must_pass: bool = False) -> BoundVerdict:
     """Read gate.json and the manifest beside it, once each.
 
     Raises ConfigError without a gate.json, DamagedError if the manifest is missing or damaged, or
-    gate.json is not the one that it was written with, or holds no verdict.
+    gate.json is not the one that it was written with, or holds no verdict; with `must_pass`
+    GateRejected, before anything is said of the manifest, for a verdict that is not "passed".
     """
     path = run_dir / GATE_NAME
     _require_judged(path)
     content = read_regular(path, MAX_GATE_BYTES)
+    unreadable: DamagedError | None = None
+    verdict = None
+    try:
+        verdict = parse_verdict(parse_json(content), path)
+    except DamagedError as error:
+        unreadable = error
+    except ValueError as error:
+        unreadable = DamagedError(f"{path} is not valid JSON: {error}.")
+    if must_pass and verdict is not None:
+        require_passed(verdict, path)
     if not has_verdict_manifest(run_dir):
         raise DamagedError(
             f"{run_dir / MANIFEST_NAME} is missing: nothing says that {path} is the verdict on the "
@@ -92,12 +103,9 @@ def bind_verdict(run_dir: Path) -> BoundVerdict:
         )
     manifest = read_manifest(run_dir)
     if manifest["files"].get(GATE_NAME) != describe_content(content):
-        raise _changed_verdict(run_dir)
-    try:
-        document = parse_json(content)
-    except ValueError as error:
-        raise DamagedError(f"{path} is not valid JSON: {error}.") from error
-    verdict = parse_verdict(document, path)
+        raise _changed_verdict(run_dir)  # says more than what is wrong with it
+    if verdict is None:
+        raise unreadable or _changed_verdict(run_dir)
     if manifest["facts"] != _manifest_facts(verdict):
         raise _changed_verdict(run_dir)
     return BoundVerdict(run_dir, content, verdict, manifest["files"])

@@ -19,7 +19,6 @@ from nested_core.records.verdict_file import (
     GATE_NAME,
     BoundVerdict,
     bind_verdict,
-    require_passed,
     require_verdict_on_adapter,
 )
 from nested_core.registry.adapter_card import CARD_NAME, render_card
@@ -139,9 +138,8 @@ def read_passed_run(run_dir: Path) -> PassedRun:
 
     Raises what `register` raises for a run.
     """
-    bound = bind_verdict(run_dir)
+    bound = bind_verdict(run_dir, must_pass=True)
     path = run_dir / GATE_NAME
-    require_passed(bound.verdict, path)
     for file in (run_dir / ADAPTER_FOLDER_NAME / name for name in ADAPTER_FILES):
         if file_type(file) not in ("file", "missing"):  # read_adapter says which file is missing
             raise DamagedError(

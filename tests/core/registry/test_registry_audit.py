@@ -64,18 +64,6 @@ def test_link_moved_by_hand_is_found_and_the_history_then_follows_the_link(three
     assert audit(registry, NAME).is_sound
 
 
-def test_link_moved_back_by_hand_is_recorded_as_moved(three, registry):
-    first, second, third = three
-    move_link(registry, first)
-    promote(registry, NAME, third, by="ann")
-    assert actions(registry)[1:] == [
-        ("promote", second, first),
-        ("moved", first, second),
-        ("promote", third, first),
-    ]
-    assert rollback(registry, NAME, by="ann").version == second
-
-
 def test_link_moved_by_hand_to_a_barred_version_does_not_lift_the_bar(three, registry):
     first, second, _ = three
     rollback(registry, NAME, to=first, by="ann")
