@@ -31,7 +31,7 @@ from nested_core.errors import (
     NestedTuneError,
     TrainingStopped,
 )
-from nested_core.records.outcome import Outcome
+from nested_core.records.outcome import OUTCOME_BY_DECISION, Outcome
 from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.run_directory import (
     DEFAULT_RUNS_FOLDER,
@@ -46,10 +46,6 @@ from nested_core.text.foreign_text import escape
 
 if TYPE_CHECKING:
     from nested_core.pipeline.finetune import FinetuneResult
-
-
-# Of an automatic promotion that the champion's move decided, and not the losses.
-OUTCOMES_NOT_FROM_LOSSES = frozenset({"superseded", "barred"})
 
 
 class FinetuneParameters(FineTuneConfig):
@@ -173,21 +169,16 @@ def _describe_outcome(config: FineTuneConfig, result: FinetuneResult) -> tuple[O
 def _find_outcome(config: FineTuneConfig, result: FinetuneResult) -> Outcome:
     """What became of a version that was registered."""
     from nested_core.pipeline.publishing import is_registered_from
-    from nested_core.registry.promotion_policy import DECLINED_OUTCOME, WAITING_OUTCOME
 
-    promotion = str(result.promotion)
-    if promotion == "promoted":
-        return Outcome.PROMOTED
-    if promotion.startswith(WAITING_OUTCOME):
-        return Outcome.WAITS_FOR_APPROVAL
-    if promotion.startswith(DECLINED_OUTCOME):
-        return Outcome.DECLINED
-    if result.promotion == "already_champion":
+    outcome = None if result.decision is None else result.decision.outcome
+    if outcome in OUTCOME_BY_DECISION:
+        return OUTCOME_BY_DECISION[outcome]
+    if outcome == "already_champion":
         # A run that crashed after its promotion finds its own version there.
         is_own = is_registered_from(config, result.run, str(result.version))
         return Outcome.PROMOTED if is_own else Outcome.KEPT_CHAMPION
     has_rival = result.verdict is not None and result.verdict.champion is not None
-    is_refused = result.must_be_better and result.promotion not in OUTCOMES_NOT_FROM_LOSSES
+    is_refused = result.must_be_better and outcome in ("refused", None)
     return Outcome.KEPT_CHAMPION if has_rival and is_refused else Outcome.VERIFIED
 
 

@@ -89,11 +89,11 @@ def promote(config: PromoteParameters) -> State[Any]:
     if config.version == champion:
         return Completed(message="already_champion")
     if not config.requires_approval and not _asks_person(registry, config):
-        outcome = promote_by_recorded_policy(registry, config.name, config.version)
-        name = Outcome.PROMOTED if outcome == "promoted" else None
-        return Completed(name=name, message=outcome)
-    if reason := find_refusal_of_question(registry, config.name, config.version):
-        return Completed(message=reason)
+        decision = promote_by_recorded_policy(registry, config.name, config.version)
+        name = Outcome.PROMOTED if decision.outcome == "promoted" else None
+        return Completed(name=name, message=decision.sentence)
+    if refusal := find_refusal_of_question(registry, config.name, config.version):
+        return Completed(message=refusal.sentence)
     flow_run = UUID(str(runtime.flow_run.id))
     question = publish_approval(registry, config.name, config.version, champion, flow_run)
     close_older_questions(config.registry, config.name, flow_run)
@@ -102,12 +102,12 @@ def promote(config: PromoteParameters) -> State[Any]:
         decline(registry, config.name, config.version, answer.by, answer.reason or None)
         why = f": {answer.reason}" if answer.reason else ""
         return _told_state(config, Outcome.DECLINED, f"not approved by {answer.by}{why}")
-    outcome = promote_approved(registry, config.name, config.version, answer.by, champion)
-    if outcome == "promoted":
+    decision = promote_approved(registry, config.name, config.version, answer.by, champion)
+    if decision.outcome == "promoted":
         return _told_state(config, Outcome.APPROVED, f"promoted, approved by {answer.by}")
-    if outcome == "superseded":
+    if decision.outcome == "superseded":
         return _told_state(config, Outcome.SUPERSEDED, "the champion changed after the question")
-    return Completed(message=outcome)
+    return Completed(message=decision.sentence)
 
 
 def _ask(question: Question, key: str, flow_run: UUID) -> Approval:

@@ -25,7 +25,6 @@ from nested_core.errors import DamagedError
 from nested_core.records.outcome import Outcome
 from nested_core.registry import list_names
 from nested_core.registry.folders import name_exists
-from nested_core.registry.promotion_policy import DAMAGED_OUTCOME, WAITING_OUTCOME
 from nested_core.text.digest_format import shorten_digest
 from tasks.champion import had_champion, publish_champion_if_changed
 from tasks.night_pages import publish_nights
@@ -70,7 +69,7 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
     long_runs = warn_of_long_runs()
     for name, state in decided.items():
         outcomes = state.result() if state.is_completed() else {}
-        waiting = [v for v, said in outcomes.items() if said.startswith(WAITING_OUTCOME)]
+        waiting = [v for v, decision in outcomes.items() if decision.outcome == "waiting"]
         for version in waiting[:1]:  # the newest: its question closes those about older ones
             request_approval(registry, name, version)
     dead = end_dead_runs()
@@ -81,7 +80,11 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
         return Failed(name=Outcome.DAMAGED, message="; ".join(damage + other_problems))
     if other_problems:
         return Failed(message="; ".join(other_problems))
-    promoted = [name for name, state in decided.items() if "promoted" in state.result().values()]
+    promoted = [
+        name
+        for name, state in decided.items()
+        if any(decision.outcome == "promoted" for decision in state.result().values())
+    ]
     happenings = {
         Outcome.ENDED_DEAD_RUNS: dead,
         Outcome.PROMOTED: promoted,
@@ -117,9 +120,9 @@ def _find_problems(
     for name, state in decided.items():
         outcomes = state.result() if state.is_completed() else {}
         damage += [
-            f"{name} {shorten_digest(version)}: {outcome}"
-            for version, outcome in outcomes.items()
-            if outcome.startswith(DAMAGED_OUTCOME)
+            f"{name} {shorten_digest(version)}: {decision.sentence}"
+            for version, decision in outcomes.items()
+            if decision.outcome == "damaged"
         ]
     damage += [
         f"{name}: {registry / name} is gone, and it had a champion. Is a disk or a share not "

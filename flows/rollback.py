@@ -34,10 +34,12 @@ def rollback(config: RollbackParameters) -> State[Any]:
     hide_tracebacks_of_expected_errors()
     registry = require_allowed(config.registry, "registry")
     champion = read_champion(registry, config.name)
-    outcome = roll_back(registry, config.name, config.to, config.by, champion, reason=config.reason)
-    if outcome != "rolled_back":
-        return Completed(message=outcome)
-    now = read_champion(registry, config.name)
-    versions = f"from {shorten_digest(champion or 'none')} to {shorten_digest(now or 'none')}"
+    decision = roll_back(
+        registry, config.name, config.to, config.by, champion, reason=config.reason
+    )
+    if decision.outcome != "rolled_back":
+        return Completed(message=decision.sentence)
+    before = shorten_digest(decision.previous or "none")
+    versions = f"from {before} to {shorten_digest(decision.version)}"
     author = describe_author({"by": config.by, "reason": config.reason})
     return Completed(name=Outcome.ROLLED_BACK, message=f"rolled_back {versions} by {author}")

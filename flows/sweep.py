@@ -29,7 +29,8 @@ from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.gate.chosen_candidate import SweepChoice
 from nested_core.pipeline.continual import champion_or_none
 from nested_core.records.outcome import Outcome
-from nested_core.registry.promotion_policy import WAITING_OUTCOME, effective_rule
+from nested_core.registry import Decision
+from nested_core.registry.promotion_policy import effective_rule
 from nested_core.report.sweep import SweepRunResult, find_registered_version
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
@@ -103,15 +104,16 @@ def sweep(config: SweepParameters) -> State[Any]:
         return Completed(name=Outcome.KEPT_CHAMPION, message=message)
     if best is None:
         return Failed(message=f"none of {len(points)} runs passed the gate")
-    version, done = promote_choice(target, best, outcomes, champion)
-    if done.startswith(WAITING_OUTCOME):
-        request_approval(Path(target.path), target.name, version)
+    decision = promote_choice(target, best, outcomes, champion)
+    if decision.outcome == "waiting":
+        request_approval(Path(target.path), target.name, decision.version)
     verified = sum(outcome.has_passed for outcome in outcomes)
     what = (
-        f"{verified} of {len(points)} verified; best {shorten_digest(version)}: {best.describe()}"
+        f"{verified} of {len(points)} verified; best {shorten_digest(decision.version)}: "
+        f"{best.describe()}"
     )
-    outcome = Outcome.PROMOTED if done == "promoted" else Outcome.VERIFIED
-    return Completed(name=outcome, message=f"{what}; {done}")
+    outcome = Outcome.PROMOTED if decision.outcome == "promoted" else Outcome.VERIFIED
+    return Completed(name=outcome, message=f"{what}; {decision.sentence}")
 
 
 def promote_choice(
@@ -119,8 +121,8 @@ def promote_choice(
     best: SweepRunResult,
     outcomes: Sequence[SweepRunResult],
     champion: str | None,
-) -> tuple[str, str]:
-    """The version of the best run, and what came of its promotion by the policy of the sweep.
+) -> Decision:
+    """What came of the promotion of the best run's version, by the policy of the sweep.
 
     The runs of the points promote nothing, and a choice that may be luck stays under their policy:
     its own verdict does not know of the other points, and `reconcile` would go by that.
@@ -131,10 +133,10 @@ def promote_choice(
         runs = [RunDirectory(Path(outcome.run_dir)) for outcome in outcomes]
         luck = SweepChoice.read(run, runs).why_not_better()
         if luck is not None:
-            return version, luck
+            return Decision("refused", version, champion, luck)
     config = read_run_config(run).model_copy(update={"registry": target})
     register(config, run.path, champion)
-    return version, promote(target, version, champion)
+    return promote(target, version, champion)
 
 
 def grid_points(grid: dict[str, list[JsonValue]]) -> list[dict[str, JsonValue]]:

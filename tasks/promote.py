@@ -8,7 +8,8 @@ from prefect import get_run_logger, runtime
 
 from nested_core import registry
 from nested_core.config.sections import RegistrySection
-from nested_core.registry import Promotion, promotion_policy
+from nested_core.registry import Decision, promotion_policy
+from nested_core.registry.decision import Outcome
 from nested_core.registry.ledger import Entry, Origin
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.text.digest_format import shorten_digest
@@ -20,35 +21,32 @@ from tasks.serving import await_servers
 
 
 @retried_task("promote", "promote {section.name} {version:.12}", REGISTRY_RETRY_DELAYS)
-def promote(section: RegistrySection, version: str, expected_champion: str | None) -> str:
-    """Promote by policy; return the outcome, or why nothing was promoted."""
+def promote(section: RegistrySection, version: str, expected_champion: str | None) -> Decision:
+    """Promote by policy, or say why nothing was promoted."""
     origin = read_origin()
     done = promotion_policy.promote_by_policy(section, version, expected_champion, origin=origin)
     registry_path, name = registry_location(section)
-    return _announce_promotion(registry_path, name, version, done)
+    return _announce_promotion(registry_path, name, done)
 
 
 @retried_task("promote-recorded", "promote-recorded {name} {version:.12}", REGISTRY_RETRY_DELAYS)
-def promote_by_recorded_policy(path: Path, name: str, version: str) -> str:
+def promote_by_recorded_policy(path: Path, name: str, version: str) -> Decision:
     """Promote by the policy that was recorded with the version."""
     done = promotion_policy.promote_by_recorded_policy(path, name, version, origin=read_origin())
-    return _announce_promotion(path, name, version, done)
+    return _announce_promotion(path, name, done)
 
 
 @retried_task("promote-approved", "promote-approved {name} {version:.12}", REGISTRY_RETRY_DELAYS)
 def promote_approved(
     path: Path, name: str, version: str, by: str, expected_champion: str | None
-) -> str:
+) -> Decision:
     """Promote what a person has approved, while the champion is the one it was shown against."""
     done = promotion_policy.approve(
         path, name, version, by=by, expected_champion=expected_champion, origin=read_origin()
     )
-    warning = None
-    if not isinstance(done, str):
-        warning = promotion_policy.warn_if_worse(path, name, done)
-    if warning is not None:
+    if warning := promotion_policy.describe_promotion(path, name, done).warning:
         get_run_logger().warning("%s", warning)
-    return _announce_promotion(path, name, version, done)
+    return _announce_promotion(path, name, done)
 
 
 @retried_task("decline", "decline {name} {version:.12}", REGISTRY_RETRY_DELAYS)
@@ -67,7 +65,7 @@ def roll_back(
     champion: str | None,
     *,
     reason: str | None = None,
-) -> str:
+) -> Decision:
     """Make `to`, or the champion before this one, the champion again; `by` and `reason` are noted.
 
     `champion` is the one to leave: a try after one that failed late does not go back twice. `to`
@@ -83,21 +81,21 @@ def roll_back(
         reason=reason,
         origin=read_origin(),
     )
-    return _announce_promotion(path, name, done.version, done)
+    return _announce_promotion(path, name, done)
 
 
 @retried_task("reconcile", "reconcile {name}", REGISTRY_RETRY_DELAYS)
-def promote_missed(path: Path, name: str) -> dict[str, str]:
+def promote_missed(path: Path, name: str) -> dict[str, Decision]:
     """Promote what was missed; the outcome of each version that never was champion.
 
     The server is told of what was changed at the command line, too.
     """
     outcomes = promotion_policy.promote_missed_versions(path, name, origin=read_origin())
     if (late := _find_change_of_this_try(path, name)) is not None and late.version is not None:
-        outcomes[late.version] = "promoted"
-    for version, outcome in outcomes.items():
-        get_run_logger().info("%s %s: %s", name, shorten_digest(version), outcome)
-        if outcome == "promoted":
+        outcomes[late.version] = Decision("promoted", late.version, late.previous)
+    for version, decision in outcomes.items():
+        get_run_logger().info("%s %s: %s", name, shorten_digest(version), decision.sentence)
+        if decision.outcome == "promoted":
             publish_champion(path, name)
     announce_changes(path, name)
     return outcomes
@@ -135,15 +133,15 @@ def _find_change_of_this_try(path: Path, name: str) -> Entry | None:
     return last[0] if last and last[0].flow_run == read_origin().flow_run else None
 
 
-def _announce_promotion(path: Path, name: str, version: str, done: Promotion | str) -> str:
+def _announce_promotion(path: Path, name: str, done: Decision) -> Decision:
     """Log what became of it; where the champion has moved, tell the server and publish its page."""
     if (late := _find_change_of_this_try(path, name)) is not None:
-        outcomes = {"promote": "promoted", "rollback": "rolled_back"}
-        done = Promotion(outcomes[late.action], str(late.version), late.previous)  # type: ignore[arg-type]
-    outcome = done if isinstance(done, str) else done.outcome
-    get_run_logger().info("%s %s: %s", name, shorten_digest(version), outcome)
-    if isinstance(done, Promotion) and outcome in ("promoted", "rolled_back"):
+        registry.check_champion(path, name)  # a writer, which finishes what that try began
+        outcome: Outcome = "rolled_back" if late.action == "rollback" else "promoted"
+        done = Decision(outcome, str(late.version), late.previous)
+    get_run_logger().info("%s %s: %s", name, shorten_digest(done.version), done.sentence)
+    if done.outcome in ("promoted", "rolled_back"):
         announce_changes(path, name)
         await_servers(path, name, done.version)
         publish_champion(path, name)
-    return outcome
+    return done

@@ -18,7 +18,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 
 if TYPE_CHECKING:
-    from nested_core.registry import Promotion
+    from nested_core.registry import Decision
 
 
 def add_commands(commands: Any) -> None:
@@ -81,10 +81,9 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     """Register a run's adapter if it is not yet, and make it the champion."""
     from nested_core.config.resume import read_run_config
     from nested_core.pipeline.publishing import register_and_promote_run
-    from nested_core.records.verdict_file import read_verdict
     from nested_core.registry import UNSET
     from nested_core.registry.folders import check_name
-    from nested_core.registry.promotion_policy import describe_promotion, warn_if_worse
+    from nested_core.registry.promotion_policy import describe_promotion
     from nested_core.registry.serving_status import await_configured
 
     check_name(arguments.name)
@@ -93,19 +92,21 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     place = {"path": str(arguments.registry), "name": arguments.name}
     config = config.model_copy(update={"registry": config.registry.model_copy(update=place)})
     expected = UNSET if arguments.if_champion is None else arguments.if_champion
-    done = register_and_promote_run(config, run, by=current_user(), expected_champion=expected)
+    done, candidate = register_and_promote_run(
+        config, run, by=current_user(), expected_champion=expected
+    )
     tell_server(arguments.registry, arguments.name)
     if done.against_policy is not None:
         print_progress(
             f"note: the policy of {arguments.name} would not have promoted it "
             f"({done.against_policy}); a person's word counts above it, and the history says so"
         )
-    if losses := describe_promotion(arguments.registry, arguments.name, done):
-        print_progress(losses)
-    warning = warn_if_worse(arguments.registry, arguments.name, done)
-    if warning is not None:
-        print_progress(f"warning: {warning}")
-    if done.outcome == "promoted" and read_verdict(run.gate).has_broken_answers:
+    notes = describe_promotion(arguments.registry, arguments.name, done, candidate)
+    if notes.losses is not None:
+        print_progress(notes.losses)
+    if notes.warning is not None:
+        print_progress(f"warning: {notes.warning}")
+    if done.outcome == "promoted" and candidate.verdict.has_broken_answers:
         print_progress(
             f"warning: training broke most of the sample answers of this adapter: look at "
             f"{run.report}. To go back: nested-tune rollback {arguments.name} --registry "
@@ -229,7 +230,7 @@ def run_forget(arguments: argparse.Namespace) -> Callable[[], int]:
     return text_printer(f"forgotten: {shorten_digest(version)}")
 
 
-def _print_change(arguments: argparse.Namespace, done: Promotion) -> Callable[[], int]:
+def _print_change(arguments: argparse.Namespace, done: Decision) -> Callable[[], int]:
     """The champion after a change, and the one before it; in JSON with all digits."""
     change = {"outcome": done.outcome, "version": done.version, "previous": done.previous}
     before = "none" if done.previous is None else shorten_digest(done.previous)

@@ -18,7 +18,8 @@ from nested_core.records.outcome import Outcome
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import read_verdict
-from nested_core.registry.promotion_policy import WAITING_OUTCOME, registry_location
+from nested_core.registry import Decision
+from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.run_directory import RunDirectory
 from tasks.events import emit_adapter_event
 from tasks.night_pages import publish_night
@@ -79,10 +80,10 @@ class StepsAsTasks(Steps):
         emit_adapter_event("verified", str(registry.name), payload)
         return version
 
-    def promote(self, config: FineTuneConfig, version: str, champion: str | None) -> str:
+    def promote(self, config: FineTuneConfig, version: str, champion: str | None) -> Decision:
         """The task `promote`; a person is asked about a version that needs one."""
-        outcome = promote(config.registry, version, champion)
+        decision = promote(config.registry, version, champion)
         path, name = registry_location(config.registry)
-        if outcome.startswith(WAITING_OUTCOME):
+        if decision.outcome == "waiting":
             request_approval(path, name, version, UUID(str(runtime.flow_run.id)))
-        return outcome
+        return decision

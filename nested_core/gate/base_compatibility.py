@@ -15,7 +15,7 @@ from nested_core.errors import DamagedError
 from nested_core.models.base_model import fingerprint_base_model, is_same_base, shorten_fingerprint
 from nested_core.models.peft.lora_factors import LORA_FACTORS, leaf_name, module_name
 from nested_core.records.verdict import Reason
-from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter_config
+from nested_core.storage.adapter import Adapter
 from nested_core.storage.safetensors_files import FLOATING_POINT_DTYPES
 
 TENSOR_NAMES_BY_FINE_TUNE_TYPE = {"lora": {*LORA_FACTORS}, "dora": {*LORA_FACTORS, "m"}}
@@ -69,11 +69,11 @@ def fingerprint_reasons(adapter_config: Mapping[str, Any], base: Path) -> list[R
     return [Reason("base_mismatch", message)]
 
 
-def require_same_base(adapter: Path, base: Path) -> None:
-    """Raise DamagedError if the model in `base` is not the one that an adapter folder names."""
-    if reasons := fingerprint_reasons(read_adapter_config(adapter / CONFIG_NAME), base):
+def require_same_base(adapter: Adapter, base: Path) -> None:
+    """Raise DamagedError if the model in `base` is not the one that an adapter names."""
+    if reasons := fingerprint_reasons(adapter.config, base):
         raise DamagedError(
-            f"{adapter}: {reasons[0].message}. The base model has changed since the adapter "
+            f"{adapter.path}: {reasons[0].message}. The base model has changed since the adapter "
             f"was trained and judged, and the verdict does not hold for this one. Bring back the "
             f"model that was there, or train again on the one that is there now."
         )

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -24,7 +25,12 @@ from nested_core.optim.tiers_file import read_tiers
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.result import read_result
 from nested_core.records.verdict import TensorChange, TierChange
-from nested_core.storage.adapter import ADAPTER_FILES, Adapter, combined_sha256, read_adapter
+from nested_core.storage.adapter import (
+    ADAPTER_FILES,
+    Adapter,
+    combined_sha256,
+    read_adapter,
+)
 from nested_core.storage.checkpoint import (
     MASTERS_PREFIX,
     OPTIMIZER_NAME,
@@ -32,7 +38,14 @@ from nested_core.storage.checkpoint import (
     read_checkpoint,
 )
 from nested_core.storage.checkpoint_verification import STATE_NAME, checkpoint_path
-from nested_core.storage.manifest import MANIFEST_NAME, FileEntry, describe_file, read_manifest
+from nested_core.storage.manifest import (
+    MANIFEST_NAME,
+    FileEntry,
+    describe_content,
+    describe_file,
+    describe_manifest,
+    read_manifest,
+)
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import StoredTensor, read_tensors
 from nested_core.storage.strict_files import regular_sha256
@@ -81,13 +94,17 @@ class RunEvidence:
     last_step: int
 
 
-def digests_for_result(run: RunDirectory, offered_checkpoint: Path) -> dict[str, str]:
+def digests_for_result(
+    run: RunDirectory, offered_checkpoint: Path, manifest: Mapping[str, Any] | None = None
+) -> dict[str, str]:
     """What result.json records of the run: digests of the offered checkpoint and of what chose it.
+
+    `manifest` is that of the checkpoint; else it is read.
 
     Without the losses of the evaluated steps the gate would take the choice for one among one.
     """
     digests = {
-        "checkpoint": str(read_manifest(offered_checkpoint)["digest"]),
+        "checkpoint": str((manifest or read_manifest(offered_checkpoint))["digest"]),
         "metrics": regular_sha256(run.metrics),
     }
     if run.validation_losses.is_file():
@@ -104,27 +121,33 @@ def collect_evidence(run: RunDirectory) -> RunEvidence:
         record = CheckpointEvidence.model_validate(checkpoint.state)
     except ValidationError as error:
         raise DamagedError(f"{offered / STATE_NAME}: {describe_first_problem(error)}.") from error
-    if digests_for_result(run, offered) != result.evidence:
+    if digests_for_result(run, offered, checkpoint.manifest) != result.evidence:
         raise DamagedError(
             f"{offered}, {run.metrics} or {run.validation_losses.name} beside it is not what "
             f"training wrote: result.json holds other digests. Bring back what was there, or train "
             f"again."
         )
-    files = _hash_judged_files(run, offered)
-    _require_unchanged_inputs(run, record.input_digests, offered, files)
-    _require_adapter_of_checkpoint(run, offered, files)
     before, after = read_adapter(run.initial), read_adapter(run.adapter)
+    files = _hash_judged_files(run, checkpoint, before, after)
+    _require_unchanged_inputs(run, record.input_digests, offered, files)
+    _require_adapter_of_checkpoint(run, checkpoint, files)
     if before.digest() != record.input_digests.get("initial"):
         raise DamagedError(f"{run.initial} is not the adapter that {offered} was trained from.")
     return RunEvidence(before, after, checkpoint, record, files, result.step)
 
 
-def _hash_judged_files(run: RunDirectory, offered_checkpoint: Path) -> dict[str, FileEntry]:
+def _hash_judged_files(
+    run: RunDirectory, offered: Checkpoint, *adapters: Adapter
+) -> dict[str, FileEntry]:
     """Size and SHA-256 of all that a verdict rests on but the configuration, by path in the run."""
-    paths = [run.dataset, run.tiers, run.metrics, run.result, offered_checkpoint / MANIFEST_NAME]
+    paths = [run.dataset, run.tiers, run.metrics, run.result]
     paths += [path for path in (run.validation_losses,) if path.is_file()]
-    paths += [folder / name for folder in (run.initial, run.adapter) for name in ADAPTER_FILES]
-    return {path.relative_to(run.path).as_posix(): describe_file(path) for path in paths}
+    entries = {path: describe_file(path) for path in paths}
+    entries[offered.path / MANIFEST_NAME] = describe_manifest(offered.manifest)
+    for adapter in adapters:
+        for name, content in adapter.files.items():
+            entries[adapter.path / name] = describe_content(content)
+    return {path.relative_to(run.path).as_posix(): entry for path, entry in entries.items()}
 
 
 def config_file_entry(config: FineTuneConfig) -> FileEntry:
@@ -155,14 +178,14 @@ def _require_unchanged_inputs(
 
 
 def _require_adapter_of_checkpoint(
-    run: RunDirectory, offered_checkpoint: Path, files: Mapping[str, FileEntry]
+    run: RunDirectory, offered: Checkpoint, files: Mapping[str, FileEntry]
 ) -> None:
     """Compare the adapter with the checkpoint's manifest, against which its files were hashed."""
-    listed = read_manifest(offered_checkpoint)["files"]
+    listed = offered.manifest["files"]
     for name in ADAPTER_FILES:
         if listed.get(name) != files[f"{run.adapter.name}/{name}"]:
             raise DamagedError(
-                f"{run.adapter} is not the adapter of {offered_checkpoint}: it has changed since. "
+                f"{run.adapter} is not the adapter of {offered.path}: it has changed since. "
                 f"Copy {' and '.join(ADAPTER_FILES)} from the checkpoint back into it."
             )
 

@@ -30,6 +30,7 @@ from nested_core.pipeline.publishing import (
 from nested_core.pipeline.run_steps import ShownProgress, Steps, can_show_progress
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
+from nested_core.registry import Decision
 from nested_core.registry.policy import hold_to_policy
 from nested_core.registry.promotion_policy import (
     effective_rule,
@@ -56,7 +57,7 @@ class FinetuneResult:
     version: the version in the registry, where one is configured.
     kept_champion: the champion that the run started from, and is no better than: then nothing was
         registered.
-    promotion: "promoted", or why the version was not; None where it is not to be promoted.
+    decision: what became of the version; None where it is not to be promoted.
     must_be_better: whether run or registry promote only what is better than the champion.
     """
 
@@ -67,8 +68,13 @@ class FinetuneResult:
     test_loss: float | None = None
     version: str | None = None
     kept_champion: str | None = None
-    promotion: str | None = None
+    decision: Decision | None = None
     must_be_better: bool = False
+
+    @property
+    def promotion(self) -> str | None:
+        """ "promoted", or why the version was not; None where it is not to be promoted."""
+        return None if self.decision is None else self.decision.sentence
 
     def __repr__(self) -> str:
         if self.verdict is None:
@@ -157,7 +163,7 @@ def _finetune_locked(
     verdict = _judge(config, run, hooks, session)
     test_loss = hooks.measure_test(config, run, session) if config.test else None
     version = None
-    promotion = None
+    decision = None
     kept = None
     must_be_better = False
     if config.registry.path is not None:
@@ -165,9 +171,10 @@ def _finetune_locked(
         if must_be_better:
             kept = find_unbeaten_champion(config, run, verdict)
         if kept is not None:
-            promotion = describe_unbeaten_champion(verdict, kept)
+            reason = describe_unbeaten_champion(verdict, kept)
+            decision = Decision("refused", verdict.trained.digest, kept, reason)
         else:
-            version, promotion = _publish(config, run, verdict, hooks)
+            version, decision = _publish(config, run, verdict, hooks)
     return FinetuneResult(
         run,
         verdict=verdict,
@@ -175,7 +182,7 @@ def _finetune_locked(
         test_loss=test_loss,
         version=version,
         kept_champion=kept,
-        promotion=promotion,
+        decision=decision,
         must_be_better=must_be_better,
     )
 
@@ -215,7 +222,7 @@ def _current_champion(config: FineTuneConfig) -> str | None:
 
 def _publish(
     config: FineTuneConfig, run: RunDirectory, verdict: Verdict, hooks: Steps
-) -> tuple[str, str | None]:
+) -> tuple[str, Decision | None]:
     """Register, and promote where a policy asks for it; the version, and what became of it."""
     version = hooks.register(config, run, verdict.rival)
     if note := describe_reproduction(config, run, version):

@@ -25,35 +25,34 @@ from nested_core.records.plan import read_plan
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import (
     GATE_NAME,
+    bind_verdict,
     read_verdict,
-    require_consistent,
-    require_passed,
 )
-from nested_core.registry import UNSET, Promotion, Unset, register, register_and_promote
+from nested_core.registry import UNSET, Decision, Unset, register, register_and_promote
 from nested_core.registry.folders import name_exists
+from nested_core.registry.judgements import Judgement
 from nested_core.registry.promotion_policy import describe_policy_refusal, registry_location
 from nested_core.registry.queries import parent_version_of
-from nested_core.registry.registration import register_rejection
+from nested_core.registry.registration import PassedRun, read_passed_run, register_rejection
 from nested_core.registry.versions import REGISTERED_AT_KEY, read_provenance, version_folder
-from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
+from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter_config
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import read_regular, regular_sha256
+from nested_core.storage.strict_files import read_regular
 from nested_core.text.digest_format import shorten_digest
 
 
-def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> None:
-    """Check that gate.json says passed, and that the files of the run bear that out.
+def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> PassedRun:
+    """Read gate.json, which has to say passed, and check that the files of the run bear that out.
 
     So must the base model, if it is on this machine. Raises ConfigError if nothing was judged,
     GateRejected if the adapter did not pass, DamagedError if verdict and files do not agree.
     """
-    verdict = read_verdict(run.gate)
-    require_passed(verdict, run.gate)
-    require_consistent(verdict, run.gate)
-    recheck_verdict(config, run, verdict)
+    bound = bind_verdict(run.path, must_pass=True)
+    adapter = recheck_verdict(config, run, bound)
     base = find_model_folder_offline(config.model)
     if base is not None:
-        require_same_base(run.adapter, base)
+        require_same_base(adapter, base)
+    return PassedRun(bound, adapter)
 
 
 def register_run(config: FineTuneConfig, run: RunDirectory, champion: str | None) -> str:
@@ -63,7 +62,9 @@ def register_run(config: FineTuneConfig, run: RunDirectory, champion: str | None
     say that the adapter passed.
     """
     path, name = registry_location(config.registry)
-    return register(run.path, path, name, make_provenance(config, run, champion))
+    passed = read_passed_run(run.path)
+    recorded = make_provenance(config, run, passed, champion)
+    return register(run.path, path, name, recorded, run=passed)
 
 
 def record_rejection(config: FineTuneConfig, run: RunDirectory) -> None:
@@ -73,8 +74,10 @@ def record_rejection(config: FineTuneConfig, run: RunDirectory) -> None:
     path, name = registry_location(config.registry)
     if not name_exists(path, name):
         return
-    provenance = make_provenance(config, run, read_verdict(run.gate).rival)
-    register_rejection(run.path, path, name, provenance)
+    bound = bind_verdict(run.path)
+    settings = read_adapter_config(run.adapter / CONFIG_NAME)
+    judged = PassedRun(bound, Adapter(run.adapter, settings, {}))
+    register_rejection(bound, path, name, make_provenance(config, run, judged, bound.verdict.rival))
 
 
 def is_registered_from(config: FineTuneConfig, run: RunDirectory, version: str) -> bool:
@@ -103,27 +106,31 @@ def register_and_promote_run(
     *,
     by: str,
     expected_champion: str | None | Unset = UNSET,
-) -> Promotion:
+) -> tuple[Decision, Judgement]:
     """Add the adapter of a run that was judged to the registry, and make it the champion.
 
-    For a person, who decides over the policy. Holds the run for reading, and the registry from the
-    one to the other. Raises what `confirm_recorded_verdict`, `register` and `promote` raise, and
-    ConfigError while another process works on the run.
+    For a person, who decides over the policy. Returns what became of it, and the run's verdict.
+    Holds the run for reading, and the registry from the one to the other. Raises what
+    `confirm_recorded_verdict`, `register` and `promote` raise, and ConfigError while another
+    process works on the run.
     """
     path, name = registry_location(config.registry)
     with run.locked_for_reading():
-        confirm_recorded_verdict(config, run)
-        verdict = read_verdict(run.gate)
-        recorded = make_provenance(config, run, verdict.rival)
-        return register_and_promote(
+        passed = confirm_recorded_verdict(config, run)
+        verdict = passed.bound.verdict
+        recorded = make_provenance(config, run, passed, verdict.rival)
+        candidate = Judgement.of_run(verdict, recorded)
+        done = register_and_promote(
             run.path,
             path,
             name,
             recorded,
             by=by,
             expected_champion=expected_champion,
-            against_policy=describe_policy_refusal(path, name, verdict, recorded),
+            against_policy=describe_policy_refusal(path, name, candidate),
+            run=passed,
         )
+    return done, candidate
 
 
 def describe_changed_held_out(config: FineTuneConfig, run: RunDirectory) -> str | None:
@@ -149,16 +156,16 @@ def describe_changed_held_out(config: FineTuneConfig, run: RunDirectory) -> str 
 
 
 def make_provenance(
-    config: FineTuneConfig, run: RunDirectory, champion: str | None
+    config: FineTuneConfig, run: RunDirectory, judged: PassedRun, champion: str | None
 ) -> dict[str, Any]:
     """The content of provenance.json: configuration, data, base, gate, parent and tool versions.
 
     The parent is the version that it was trained from, otherwise the champion that it follows.
     """
     dataset = read_dataset_record(run.dataset)
-    verdict = read_verdict(run.gate)
+    verdict = judged.bound.verdict
     initial = verdict.initial.digest
-    base = read_adapter_config(run.adapter / CONFIG_NAME).get("base_fingerprint")
+    base = judged.adapter.config.get("base_fingerprint")
     return {
         "run_dir": str(run.path.resolve()),
         "config": config.model_dump(mode="json"),
@@ -167,7 +174,7 @@ def make_provenance(
         "dataset_digest": dataset.digest,
         "train_digest": dataset.splits["train"].digest,
         "validation_digest": _validation_digest(config, dataset, verdict),
-        "gate_sha256": regular_sha256(run.gate),
+        "gate_sha256": judged.bound.files[GATE_NAME]["sha256"],
         "parent": parent_version_of(config, initial) or champion,
         "champion_at_gate": champion,
         "training_examples": _training_example_digests(config, run, initial),

@@ -15,7 +15,7 @@ from nested_core.pipeline.continual import describe_starting_adapter
 from nested_core.pipeline.publishing import register_run
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
-from nested_core.registry import Promotion
+from nested_core.registry import Decision
 from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.registry.serving_status import await_configured
 from nested_core.storage.run_directory import RunDirectory
@@ -98,13 +98,13 @@ class Steps:
         """Add the adapter to the registry; return its version."""
         return register_run(config, run, champion)
 
-    def promote(self, config: FineTuneConfig, version: str, champion: str | None) -> str:
+    def promote(self, config: FineTuneConfig, version: str, champion: str | None) -> Decision:
         """Promote the version as `registry.promote` says; return what became of it."""
         done = promote_by_policy(config.registry, version, champion)
-        if isinstance(done, Promotion) and done.outcome == "promoted":
+        if done.outcome == "promoted":
             for sentence in await_configured(config.registry, version):
                 self.on_message(sentence)
-        return done if isinstance(done, str) else done.outcome
+        return done
 
 
 Hooks = Steps  # its name in programs that were written before

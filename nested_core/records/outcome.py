@@ -31,3 +31,12 @@ class Outcome(StrEnum):
     WORSE = "Rejected: worse"  # its losses are
     HARMED = "Rejected: harmed"  # good on average, and far worse on some examples
     ANSWERS = "Rejected: answers"  # they are too often wrong, or broken
+
+
+# Of a version that was registered, by the outcome of its decision (registry/decision.py); what the
+# others are called depends on the verdict.
+OUTCOME_BY_DECISION: dict[str, Outcome] = {
+    "promoted": Outcome.PROMOTED,
+    "waiting": Outcome.WAITS_FOR_APPROVAL,
+    "declined": Outcome.DECLINED,
+}

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePath
@@ -21,11 +20,9 @@ from nested_core.text.document import Block, Details, Document, Table, Text
 from nested_core.text.loss_conclusion import (
     MIN_EXAMPLES,
     Conclusion,
-    conclude,
     describe_inconclusive,
     describe_smallest_visible,
     is_better,
-    margin_of_loss,
 )
 from nested_core.text.loss_format import (
     format_change,
@@ -169,28 +166,6 @@ class ComparedLoss:
         return describe_inconclusive(
             self.difference, self.interval, self.margin, self.examples_needed
         )
-
-    def find_contradictions(
-        self, key: str, before: float, after: float, bound: float, noise: Noise
-    ) -> Iterator[str]:
-        """Why these figures are not those of losses that passed; `key` is theirs in gate.json."""
-        if self.difference is None or not math.isclose(
-            after - before, self.difference, rel_tol=1e-6, abs_tol=1e-6
-        ):
-            yield f"changed by another figure than {key}.difference"
-            return
-        conclusion = conclude(
-            self.difference,
-            self.interval,
-            self.one_sided_high,
-            margin=margin_of_loss(bound, before, noise),
-            loss_before=before,
-            noise=noise,
-        )
-        if conclusion == "worse":
-            yield "rose beyond its bound"
-        elif conclusion != self.conclusion:
-            yield f"is {conclusion} by its figures, and not {self.conclusion}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -567,45 +542,6 @@ class Verdict:
         value = (self.thresholds or {}).get(name)
         return float(value) if isinstance(value, int | float) else None
 
-    def find_contradictions(self) -> Iterator[str]:
-        """What is said in one field of a verdict of `passed`, and excluded by that or another."""
-        if self.tensors and not any(tensor.changed for tensor in self.tensors):
-            yield "no tensor changed"
-        if not all(tensor.finite for tensor in self.tensors):
-            yield "a tensor is not finite"
-        for number, tier in enumerate(self.tiers):
-            if tier.changed < 1:
-                yield f"no tensor of tier {number} changed"
-            if tier.applied_updates + tier.skipped_updates != tier.expected_updates:
-                yield f"the updates of tier {number} do not add up"
-        yield from self._contradictions_of_losses()
-        if (max_kl := self.bound("max_kl")) is not None and not (
-            self.drift is not None and self.drift.is_within(max_kl)
-        ):
-            yield "the predictions drifted beyond their bound"
-        yield from (f"the suite {t.name} {t.verdict}" for t in self.tasks if t.verdict != "passed")
-        if self.fused is not None and (
-            self.fused.erased_modules or self.fused.carried_share < MIN_CHANGE_LEFT_BY_FUSING
-        ):
-            yield "fusing leaves too little of the change"
-        if self.proof is not None and self.proof.get("skipped") is None:
-            yield from _contradictions_of_proof(self.proof)
-
-    def _contradictions_of_losses(self) -> Iterator[str]:
-        for key, what, bound in (
-            ("validation", "the loss", self.bound("max_val_loss_increase")),
-            ("general", "the loss on general text", self.bound("max_general_loss_increase")),
-        ):
-            losses: Validation | GeneralLoss | None = getattr(self, key)
-            if losses is None or (isinstance(losses, Validation) and losses.examples == 0):
-                continue
-            before, after = losses.loss_before, losses.loss_after
-            if before is None or after is None:
-                yield f"{key}.{'loss_before' if before is None else 'loss_after'} is null"
-            elif bound is not None:
-                for problem in losses.find_contradictions(key, before, after, bound, self.noise):
-                    yield f"{what} {problem}"
-
     def __repr__(self) -> str:
         return f"Verdict({self.summary()})"
 
@@ -735,14 +671,3 @@ def describe_examples(validation: Validation) -> str:
         return "held-out examples"
     noun = "example" if validation.examples == 1 else "examples"
     return f"{PurePath(str(validation.file)).name}, {validation.examples} {noun}"
-
-
-def _contradictions_of_proof(proof: ProofEvidence) -> Iterator[str]:
-    """Why these numbers are no proof."""
-    if proof.get("error") is not None:
-        yield "proof.error is not null"
-    if not proof.get("max_abs_difference_from_initial"):
-        yield "the proof found no change of a logit"
-    distance = proof.get("relative_distance_from_trainer", 0.0)
-    if distance is None or distance > proof.get("tolerance", 0.0):
-        yield "the proof's logits are not the trainer's"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ from nested_core.storage.atomic import write_json
 from nested_core.storage.manifest import (
     MANIFEST_NAME,
     FileEntry,
+    describe_content,
     describe_file,
-    matches_entry,
     read_manifest,
     write_manifest,
 )
-from nested_core.storage.strict_files import file_type, parse_json, read_json
+from nested_core.storage.strict_files import file_type, parse_json, read_json, read_regular
 
 GATE_NAME = "gate.json"
 MAX_GATE_BYTES = 64 * 1024 * 1024
@@ -60,22 +61,40 @@ def has_verdict_manifest(run_dir: Path) -> bool:
     return file_type(run_dir / MANIFEST_NAME) != "missing"
 
 
-def require_verdict_manifest(run_dir: Path, verdict: Verdict) -> dict[str, FileEntry]:
-    """The entries of the files that the verdict rests on, by their path in the run directory.
+@dataclass(frozen=True)
+class BoundVerdict:
+    """A run's verdict, read once, and the files that its manifest says it was given on.
 
-    Raises DamagedError if the manifest is missing or damaged, or gate.json is not the one that it
-    was written with.
+    content: the bytes of gate.json.
+    files: the entries of the judged files and of gate.json, by their path in the run directory.
     """
-    manifest = _require_bound_file(run_dir)
-    if manifest["facts"] != _manifest_facts(verdict):
-        raise _changed_verdict(run_dir)
-    files: dict[str, FileEntry] = manifest["files"]
-    return files
+
+    run_dir: Path
+    content: bytes
+    verdict: Verdict
+    files: dict[str, FileEntry]
 
 
-def _require_bound_file(run_dir: Path) -> dict[str, Any]:
-    """The run's manifest, which must hold the digest that gate.json has."""
+def bind_verdict(run_dir: Path, *, must_pass: bool = False) -> BoundVerdict:
+    """Read gate.json and the manifest beside it, once each.
+
+    Raises ConfigError without a gate.json, DamagedError if the manifest is missing or damaged, or
+    gate.json is not the one that it was written with, or holds no verdict; with `must_pass`
+    GateRejected, before anything is said of the manifest, for a verdict that is not "passed".
+    """
     path = run_dir / GATE_NAME
+    _require_judged(path)
+    content = read_regular(path, MAX_GATE_BYTES)
+    unreadable: DamagedError | None = None
+    verdict = None
+    try:
+        verdict = parse_verdict(parse_json(content), path)
+    except DamagedError as error:
+        unreadable = error
+    except ValueError as error:
+        unreadable = DamagedError(f"{path} is not valid JSON: {error}.")
+    if must_pass and verdict is not None:
+        require_passed(verdict, path)
     if not has_verdict_manifest(run_dir):
         raise DamagedError(
             f"{run_dir / MANIFEST_NAME} is missing: nothing says that {path} is the verdict on the "
@@ -83,9 +102,18 @@ def _require_bound_file(run_dir: Path) -> dict[str, Any]:
             advice=JUDGE_AGAIN,
         )
     manifest = read_manifest(run_dir)
-    if not matches_entry(path, manifest["files"].get(GATE_NAME)):
+    if manifest["files"].get(GATE_NAME) != describe_content(content):
+        raise _changed_verdict(run_dir)  # says more than what is wrong with it
+    if verdict is None:
+        raise unreadable or _changed_verdict(run_dir)
+    if manifest["facts"] != _manifest_facts(verdict):
         raise _changed_verdict(run_dir)
-    return manifest
+    return BoundVerdict(run_dir, content, verdict, manifest["files"])
+
+
+def read_bound_verdict(run_dir: Path) -> Verdict:
+    """The verdict on a run, which its manifest binds to the files that it was given on."""
+    return bind_verdict(run_dir).verdict
 
 
 def _changed_verdict(run_dir: Path) -> DamagedError:
@@ -96,26 +124,20 @@ def _changed_verdict(run_dir: Path) -> DamagedError:
     )
 
 
-def read_bound_verdict(run_dir: Path) -> Verdict:
-    """The verdict on a run, which its manifest binds to the files that it was given on."""
-    try:
-        verdict = read_verdict(run_dir / GATE_NAME)
-    except (DamagedError, GateRejected):
-        _require_bound_file(run_dir)  # that it has changed says more than what is wrong with it
-        raise
-    require_verdict_manifest(run_dir, verdict)
-    return verdict
-
-
 def read_verdict(path: Path) -> Verdict:
     """Read gate.json; ConfigError if it is missing, DamagedError if it holds no verdict."""
+    _require_judged(path)
+    return parse_verdict(read_json(path, MAX_GATE_BYTES), path)
+
+
+def _require_judged(path: Path) -> None:
+    """Raise ConfigError where there is no gate.json."""
     if file_type(path, follow_links=True) == "missing":
         raise ConfigError(
             f"{path} is not there: no gate has judged this adapter. Expected the directory of a "
             "finished run. If it trains, let it end; if it was stopped, resume it.",
             advice=go_on_with(path.parent),
         )
-    return parse_verdict(read_json(path, MAX_GATE_BYTES), path)
 
 
 def parse_verdict(document: Any, path: Path) -> Verdict:
@@ -154,17 +176,6 @@ def _rejection(reasons: str, path: Path, verdict: Verdict | None) -> GateRejecte
         "enters a registry; mend what the reasons name and train again.",
         verdict=verdict,
     )
-
-
-def require_consistent(verdict: Verdict, path: Path) -> None:
-    """Raise DamagedError if a "passed" verdict contradicts itself, which no gate writes."""
-    problems = list(verdict.find_contradictions())
-    if problems:
-        listed = "; ".join(problems[:MAX_LISTED_REASONS])
-        raise DamagedError(
-            f"{path} says passed and contradicts itself: {listed}. It was edited.",
-            advice=JUDGE_AGAIN,
-        )
 
 
 def require_verdict_on_adapter(verdict: Verdict, digest: str, path: Path) -> None:

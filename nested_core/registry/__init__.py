@@ -1,22 +1,22 @@
 """The registry: for each name, adapters that passed the gate, one champion, and its history.
 
-A version never changes once it is registered, `champion` is a symbolic link to one of them, and the
-ledger (history.jsonl) is only appended to. Every writer holds the folder's lock and first recovers
-what a crash left. Promotion by policy is in `promotion_policy`, the copy for MLflow in
-`mlflow_export`; both are imported where they are used.
+A version never changes once it is registered. What is done to a name is a line of its history,
+and the history decides: the link `champion`, champion.json and policy.json are views of it. Every
+writer holds the folder's lock, and first finishes what a crash cut short. Promotion by policy is in
+`promotion_policy`, the copy for MLflow in `mlflow_export`; both are imported where they are used.
 """
 
 from nested_core.registry.audit_report import AuditReport, audit
-from nested_core.registry.champion_moves import (
+from nested_core.registry.changes import (
     UNSET,
     HistoryChanged,
-    Promotion,
     Unset,
     decline,
     promote,
     register_and_promote,
     rollback,
 )
+from nested_core.registry.decision import Decision
 from nested_core.registry.folders import list_names
 from nested_core.registry.garbage_collection import GarbageReport, collect_garbage, forget
 from nested_core.registry.queries import (
@@ -29,7 +29,6 @@ from nested_core.registry.queries import (
     read_champion,
     read_champion_card,
     read_champion_changes,
-    read_champion_changes_since,
     read_history_end,
     read_rollback_target,
     read_verified_version,
@@ -45,7 +44,7 @@ __all__ = [
     "GarbageReport",
     "HistoryChanged",
     "AuditFinding",
-    "Promotion",
+    "Decision",
     "Unset",
     "VerifiedVersion",
     "audit",
@@ -60,7 +59,6 @@ __all__ = [
     "list_versions",
     "promote",
     "read_champion_changes",
-    "read_champion_changes_since",
     "read_champion",
     "read_champion_card",
     "read_history_end",

@@ -8,45 +8,21 @@ barred stays barred, because the history is never shortened.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from nested_core.errors import ConfigError
-from nested_core.registry import champion_files
-from nested_core.registry.folders import (
-    VERSIONS_FOLDER_NAME,
-    exclusive_folder_lock,
-    find_name_folder,
-    shared_folder_lock,
-)
-from nested_core.registry.judgements import (
-    JudgementFacts,
-    has_named_judgement,
-    read_newest_facts,
-    remove_judgements,
-)
-from nested_core.registry.ledger import Ledger, new_entry
-from nested_core.registry.policy import read_policy_of_folder
-from nested_core.registry.recovery import (
-    RegistryState,
-    read_registry_state,
-    record_line,
-    recover_after_crash,
-)
-from nested_core.registry.versions import registered_versions, resolve_version, version_findings
-from nested_core.storage.atomic import (
-    RETIRED_PREFIX,
-    TEMPORARY_PREFIX,
-    remove_leftovers,
-    sync_path,
-    temporary_beside,
-)
-from nested_core.storage.lock_file import LockFile
-from nested_core.storage.strict_files import file_type
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.registry.folders import VERSIONS_FOLDER_NAME, find_name_folder
+from nested_core.registry.judgements import has_all_judgements, read_verdicts
+from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, Ledger
+from nested_core.registry.name_folder import read_link, reading, writing
+from nested_core.registry.policy import policy_of
+from nested_core.registry.versions import inspect_version, registered_versions, resolve_version
+from nested_core.storage.atomic import RETIRED_PREFIX, TEMPORARY_PREFIX
 from nested_core.text.digest_format import shorten_digest
 
+USES = ("registered", "restored", "judged", *CHAMPION_CHANGE_ACTIONS)
 DEFAULT_KEPT_VERSIONS = 10
 UNPROMOTED_GRACE_TIME = timedelta(hours=1)  # between a version's registration and its promotion
 APPROVAL_GRACE_TIME = timedelta(days=7)  # as long as the flow `promote` waits for an answer
@@ -77,41 +53,32 @@ def collect_garbage(
     """
     if keep < 0:
         raise ConfigError(f"--keep {keep}: expected the number of versions to keep, 0 or more.")
-    folder = find_name_folder(registry, name)
     if dry_run:
-        with shared_folder_lock(folder):
-            return _plan_removals(folder, name, read_registry_state(folder), keep, dry_run=True)
-    with exclusive_folder_lock(folder) as lock:
-        leftovers = _find_leftovers(folder)
-        state = recover_after_crash(folder, lock)
-        plan = _plan_removals(folder, name, state, keep, dry_run=False)
+        with reading(registry, name) as (folder, ledger):
+            return _plan_removals(folder, name, ledger, keep, dry_run=True)
+    leftovers = _find_leftovers(find_name_folder(registry, name))
+    with writing(registry, name) as held:
+        plan = _plan_removals(held.path, name, held.ledger, keep, dry_run=False)
         for version in plan.collected:
-            # A crash after this leaves a whole version, which the next gc removes; one after the
-            # rename in `delete_version` files that every writer clears away.
-            entry = new_entry("collected", version, state.champion, by)
-            state = record_line(folder, state, entry, lock)
-            delete_version(folder, version, lock)
+            held.record("collected", version, by)
     return replace(plan, leftovers=leftovers)
 
 
 def _plan_removals(
-    folder: Path, name: str, state: RegistryState, keep: int, *, dry_run: bool
+    folder: Path, name: str, ledger: Ledger, keep: int, *, dry_run: bool
 ) -> GarbageReport:
-    ledger = state.ledger
     versions = registered_versions(folder)
-    facts = {version: read_newest_facts(folder, version) for version in versions}
-    by_age = sorted(versions, key=lambda one: _last_use(one, facts[one], ledger), reverse=True)
-    # Both ends of an interrupted change are needed too, and both ends of the last one.
-    needed = {state.champion, ledger.champion, champion_files.read_prepared_link(folder)}
+    by_age = sorted(versions, key=lambda version: _last_use(version, ledger), reverse=True)
+    needed = {ledger.champion, read_link(folder)}  # both ends of a change that was cut short
     replaced = {change.previous for change in ledger.changes()[-1:]}
-    undecided = {one for one in versions if _is_new_and_unpromoted(one, facts[one], ledger)}
-    policy = read_policy_of_folder(folder, ledger)
+    undecided = {one for one in versions if _is_new_and_unpromoted(folder, one, ledger)}
+    policy = policy_of(folder, ledger)
     references = () if policy is None else policy.reference_versions(ledger)
     kept = {*by_age[:keep], *needed, *replaced, *undecided, *references, ledger.rollback_target()}
     collected = tuple(version for version in reversed(by_age) if version not in kept)
     return GarbageReport(
         name=name,
-        champion=state.champion,
+        champion=ledger.champion,
         collected=collected,
         kept=tuple(version for version in versions if version in kept),
         bytes=sum(
@@ -124,59 +91,46 @@ def _plan_removals(
     )
 
 
-def _last_use(version: str, facts: JudgementFacts | None, ledger: Ledger) -> tuple[int, int, int]:
-    """When a version was registered, became champion or was replaced, whichever came last.
+def _last_use(version: str, ledger: Ledger) -> tuple[int, bool]:
+    """When a version was registered, judged, became champion or was replaced, whichever came last.
 
-    Told by places in the history, whatever the clocks were: the number of the change, then whether
-    the version was replaced in it (0), became champion (1), or was registered after it (2).
+    Told by the number of the line, whatever the clocks were; in one line it becomes champion after
+    another is replaced.
     """
-    changes = ledger.changes()
     uses = [
-        (number, int(change.version == version), 0)
-        for number, change in enumerate(changes, 1)
-        if version in (change.version, change.previous)
+        (number, entry.version == version)
+        for number, entry in enumerate(ledger.entries)
+        if (entry.version == version and entry.action in USES)
+        or (entry.previous == version and entry.action in CHAMPION_CHANGE_ACTIONS)
     ]
-    since = changes if facts is None else ledger.since(facts.registered_after).changes()
-    registration = 0 if facts is None else facts.registration or 0
-    return max([(len(changes) - len(since), 2, registration), *uses])
+    return max(uses, default=(len(ledger.entries), True))
 
 
-def _is_new_and_unpromoted(version: str, facts: JudgementFacts | None, ledger: Ledger) -> bool:
+def _is_new_and_unpromoted(folder: Path, version: str, ledger: Ledger) -> bool:
     """Whether a version is new and was not champion since it was registered.
 
-    One that a person is asked about is new for as long as the question stands. One whose removal
-    was cut short, the history says collected and its files are there, is not new.
+    One that a person is asked about is new for as long as the question stands.
     """
-    if facts is None or version in ledger.champion_versions():
+    lines = ledger.standing.get(version, [])
+    if version in ledger.champion_versions():
         return False
-    if ledger.since(facts.registered_after).is_removed(version):
-        return False
-    try:
-        age = datetime.now(UTC) - datetime.fromisoformat(facts.registered_at)
-    except (ValueError, TypeError):  # no time, or one without a zone
-        return False
+    times = [datetime.fromisoformat(e.time) for _, e in lines if e.action in USES]
+    age = datetime.now(UTC) - max(times, default=datetime.now(UTC))
     return age < UNPROMOTED_GRACE_TIME or (
-        age < APPROVAL_GRACE_TIME and _waits_for_approval(version, facts, ledger)
+        age < APPROVAL_GRACE_TIME and _waits_for_approval(folder, version, ledger)
     )
 
 
-def _waits_for_approval(version: str, facts: JudgementFacts, ledger: Ledger) -> bool:
+def _waits_for_approval(folder: Path, version: str, ledger: Ledger) -> bool:
     """Whether the policy of a version, or of its name, leaves it to a person: none has said no."""
+    try:
+        facts = read_verdicts(folder, version, ledger)[-1].facts
+    except DamagedError:  # an audit reports it
+        return False
     if ledger.find_decline(version, facts.dataset_digest, facts.settings_digest) is not None:
         return False
     modes = ((facts.policy or {}).get("promote"), (ledger.policy() or {}).get("promote"))
     return "approve" in modes and "never" not in modes
-
-
-def delete_version(folder: Path, version: str, lock: LockFile) -> None:
-    """Delete the files of a version that the history says is removed, and its judgements."""
-    place = folder / VERSIONS_FOLDER_NAME / version
-    lock.require_still_at_path()
-    if file_type(place) != "missing":
-        os.rename(place, temporary_beside(place))
-        sync_path(folder / VERSIONS_FOLDER_NAME)
-    remove_leftovers(folder / VERSIONS_FOLDER_NAME)
-    remove_judgements(folder, version)
 
 
 def _find_leftovers(folder: Path) -> tuple[str, ...]:
@@ -195,21 +149,17 @@ def forget(registry: Path, name: str, version: str, *, by: str, reason: str) -> 
     """
     if not by.strip() or not reason.strip():
         raise ConfigError("forget: --by and --reason stand in the history, and cannot be empty.")
-    folder = find_name_folder(registry, name)
-    with exclusive_folder_lock(folder) as lock:
-        state = recover_after_crash(folder, lock)
-        lost = resolve_version(folder, version, state.ledger)
-        _require_lost(folder, lost, state)
-        entry = replace(new_entry("forgotten", lost, state.champion, by), reason=reason)
-        record_line(folder, state, entry, lock)
-        delete_version(folder, lost, lock)
+    with writing(registry, name) as held:
+        lost = resolve_version(held.path, version, held.ledger)
+        _require_lost(held.path, lost, held.ledger)
+        held.record("forgotten", lost, by, reason=reason)
     return lost
 
 
-def _require_lost(folder: Path, version: str, state: RegistryState) -> None:
+def _require_lost(folder: Path, version: str, ledger: Ledger) -> None:
     """Raise ConfigError for the champion, and for a version that is as it was registered."""
     shown = shorten_digest(version)
-    if version == state.champion:
+    if version == ledger.champion:
         raise ConfigError(
             f"{shown} is the champion of {folder.name}. Make another version champion first "
             f"(`nested-tune rollback {folder.name} --registry {folder.parent} --to VERSION`, or "
@@ -217,8 +167,8 @@ def _require_lost(folder: Path, version: str, state: RegistryState) -> None:
             f"be forgotten."
         )
     place = folder / VERSIONS_FOLDER_NAME / version
-    findings = version_findings(place, version, state.ledger.manifest_hashes(version))
-    if not findings and has_named_judgement(folder, version, state.ledger):
+    findings, _ = inspect_version(place, version, ledger.manifest_hashes(version))
+    if not findings and has_all_judgements(folder, version, ledger):
         raise ConfigError(
             f"{shown} is whole: nothing of it is lost. `nested-tune gc` removes versions that are "
             f"not needed."

@@ -1,9 +1,9 @@
-"""The ledger, history.jsonl: a line for each change of the champion and each version collected.
+"""The ledger, history.jsonl: whatever was done to a name is a line of it, and the lines decide.
 
-It is only appended to. Each line holds the SHA-256 of the line before it, the first such line that
-of all before it, and champion.json that of the last line: an edit anywhere is found by who reads.
-A last line without its line end was torn by a crash before its change took effect: readers ignore
-it, and the next writer removes it. Any other line that cannot be read or does not follow is damage.
+It is only appended to. Each line holds the SHA-256 of the line before it, and champion.json that of
+the last line: an edit anywhere is found by who reads. A last line without its line end was torn by
+a crash: readers ignore it, and the next writer removes it. Any other line that cannot be read or
+does not follow is damage.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +28,13 @@ from nested_core.storage.strict_files import file_type, read_regular
 from nested_core.text.digest_format import shorten_digest
 
 LEDGER_NAME = "history.jsonl"
+LAYOUT = 2  # of the lines, and of what they are about: stands in the first one
 Action = Literal[
+    "registered",
+    "judged",
     "promote",
     "rollback",
     "moved",
-    "aborted",
     "collected",
     "forgotten",
     "restored",
@@ -39,6 +43,7 @@ Action = Literal[
 ]
 CHAMPION_CHANGE_ACTIONS = ("promote", "rollback", "moved")
 REMOVAL_ACTIONS = ("collected", "forgotten")
+REGISTRATION_ACTIONS = ("registered", "judged")
 # Fields that few lines have: left out of a line where they are null.
 OPTIONAL_FIELDS = (
     "judgement",
@@ -50,6 +55,7 @@ OPTIONAL_FIELDS = (
     "deployment",
     "dataset_digest",
     "settings_digest",
+    "layout",
 )
 
 
@@ -60,27 +66,31 @@ class Origin:
     flow_run: str | None = None
     deployment: str | None = None
 
+    def fields(self) -> dict[str, str | None]:
+        """The two fields of a line."""
+        return {"flow_run": self.flow_run, "deployment": self.deployment}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One line of the history.
 
     `previous` is the champion before it, and after it too unless the action moved the champion:
-    `promote`, `rollback`, and `moved` (the link was found moved by hand). `aborted` says that
-    `version` did not become the champion, `collected` and `forgotten` that it was removed,
-    `restored` that a version which was lost was registered again, `declined` that a person did not
-    approve it, and `policy` that the registry's policy changed.
+    `promote`, `rollback`, and `moved` (the link was found moved by hand). `registered` says that
+    `version` was added, `judged` that its run was judged again, `collected` and `forgotten` that it
+    was removed, `restored` that a version which was lost was registered again, `declined` that a
+    person did not approve it, and `policy` that the registry's policy changed.
 
     explicit: a rollback that named its version (`--to`).
     previous_line_sha256: of the line before, its bytes with the line end; of no bytes for the
         first line. The writer sets it.
-    judgement: the hash of the judgement that a promotion rests on, where the version was judged
-        again since it was registered.
+    judgement: the hash of a judgement's file: what a run was judged, or a promotion rests on.
     reason: what the server, or the person who asked or declined, gives as the reason.
     dataset_digest, settings_digest: of the run whose version was declined: of another version of
         the same two nobody is asked.
     against_policy: what the registry's policy asks for, and a person's promotion did not have.
     before, after: the policy.
+    layout: LAYOUT, in the first line.
     """
 
     action: Action
@@ -101,6 +111,7 @@ class Entry:
     deployment: str | None = None
     dataset_digest: str | None = None
     settings_digest: str | None = None
+    layout: int | None = None
 
     @property
     def champion_after(self) -> str | None:
@@ -116,61 +127,11 @@ class Entry:
         }
 
 
-class RollbackStack:
-    """Versions from the first champion to the present one, which is on top.
-
-    No two neighbours are equal. A version that was removed is dropped when it would come up, so
-    that n entries take some n steps.
-    """
-
-    def __init__(self) -> None:
-        self._pushed: list[tuple[str, int]] = []  # each with the number of pushes until then
-        self._removed: dict[str, int] = {}  # and what was removed, with that number then
-        self._pushes = 0
-
-    def push(self, version: str) -> None:
-        """Put a version on top, unless it is there."""
-        if self.top() != version:
-            self._pushes += 1
-            self._pushed.append((version, self._pushes))
-
-    def pop(self) -> None:
-        """Take the top off."""
-        top = self.top()
-        self._pushed.pop()
-        self._drop_removed(top)
-
-    def top(self) -> str | None:
-        """The version on top, or None."""
-        self._drop_removed()
-        return self._pushed[-1][0] if self._pushed else None
-
-    def second(self) -> str | None:
-        """The version below the top, or None."""
-        top = self.top()
-        if top is None:
-            return None
-        place = self._pushed.pop()
-        self._drop_removed(top)
-        second = self._pushed[-1][0] if self._pushed else None
-        self._pushed.append(place)
-        return second
-
-    def remove(self, version: str | None) -> None:
-        """Take a version out wherever it stands; of equal neighbours one stays."""
-        self._removed[version or ""] = self._pushes
-
-    def _drop_removed(self, above: str | None = None) -> None:
-        """Take what was removed off the end, and what equals the version that stands above."""
-        while self._pushed:
-            version, number = self._pushed[-1]
-            if version != above and number > self._removed.get(version, 0):
-                return
-            self._pushed.pop()
-
-
 NO_ORIGIN = Origin()
 ENTRY_VALIDATOR = TypeAdapter(Entry)
+
+
+NO_LINE_SHA256 = hashlib.sha256().hexdigest()
 
 
 @dataclass(frozen=True)
@@ -183,77 +144,83 @@ class Ledger:
     entries: tuple[Entry, ...] = ()
     whole_bytes: int = 0
     torn: bytes = b""
-    end_sha256: str = hashlib.sha256().hexdigest()
-
-    @property
-    def last_line_sha256(self) -> str | None:
-        """The hash that champion.json has to hold; None before the first line."""
-        return self.end_sha256 if self.entries else None
-
-    def without_last_line(self) -> Ledger:
-        """The history as it was before its last line."""
-        *entries, last = self.entries
-        return Ledger(tuple(entries), end_sha256=last.previous_line_sha256)
-
-    def since(self, end_sha256: str) -> Ledger:
-        """The lines after the one with that hash; all of them if no line has it."""
-        if end_sha256 == self.end_sha256:
-            return Ledger()
-        for number, entry in enumerate(self.entries):
-            if entry.previous_line_sha256 == end_sha256:
-                return Ledger(self.entries[number:])
-        return self
+    end_sha256: str = NO_LINE_SHA256
 
     @property
     def champion(self) -> str | None:
         """The champion according to the last line."""
         return self.entries[-1].champion_after if self.entries else None
 
-    def changes(self) -> list[Entry]:
-        """The changes that took effect: promotions and rollbacks but the aborted ones."""
-        return [
-            entry for entry in self._effective_entries() if entry.action in CHAMPION_CHANGE_ACTIONS
-        ]
+    def changes(self, since: int = 0) -> list[Entry]:
+        """The changes of the champion, of all lines or of those from number `since` (0 first)."""
+        return [e for e in self.entries[since:] if e.action in CHAMPION_CHANGE_ACTIONS]
+
+    @cached_property
+    def standing(self) -> dict[str, list[tuple[int, Entry]]]:
+        """The lines about each version that is there, with their numbers from 0.
+
+        Those since it was last restored; nothing of a version that was collected or forgotten.
+        """
+        lines: dict[str, list[tuple[int, Entry]]] = {}
+        for number, entry in enumerate(self.entries):
+            if entry.version is None or entry.action == "policy":
+                continue
+            if entry.action in REMOVAL_ACTIONS:
+                lines.pop(entry.version, None)
+            elif entry.action == "restored":
+                lines[entry.version] = [(number, entry)]
+            else:
+                lines.setdefault(entry.version, []).append((number, entry))
+        return lines
+
+    def is_removed(self, version: str) -> bool:
+        """Whether a version was collected or forgotten, and not registered since."""
+        return version not in self.standing and any(e.version == version for e in self.entries)
+
+    def manifest_hashes(self, version: str) -> set[str]:
+        """The manifest hashes that were recorded for `version` as it is there now."""
+        return {e.manifest for _, e in self.standing.get(version, ()) if e.manifest is not None}
+
+    def judgements(self, version: str) -> list[tuple[int, str]]:
+        """Of each verdict on a version after its first, its line's number and its hash."""
+        lines = self.standing.get(version, ())
+        actions = ("judged", "restored")
+        return [(n, e.judgement) for n, e in lines if e.judgement and e.action in actions]
+
+    def champion_versions(self) -> set[str]:
+        """Every version that was champion and was not collected or forgotten since."""
+        champions: set[str] = set()
+        for entry in self.entries:
+            if entry.version is not None and entry.action in CHAMPION_CHANGE_ACTIONS:
+                champions.add(entry.version)
+            elif entry.version is not None and entry.action in REMOVAL_ACTIONS:
+                champions.discard(entry.version)
+        return champions
 
     def rollback_target(self) -> str | None:
         """The version that a rollback without `--to` goes to, or None if there is none left.
 
-        Where the link was moved by hand, that is the champion before somebody moved it.
+        Promotions and `rollback --to` push a version on a stack, a plain rollback pops one, and a
+        version that was collected or forgotten is taken out. All other lines are passed over: where
+        the link was moved by hand, the target is the champion before somebody moved it.
         """
-        stack = self._champion_stack()
-        top = stack.top()
-        return stack.second() if top is None or top == self.champion else top
-
-    def _champion_stack(self) -> RollbackStack:
-        """The champions that rollbacks go back through; the present one is on top.
-
-        Promotions and `rollback --to` push a version, a plain rollback pops one, and a version that
-        was collected or forgotten cannot be gone back to. All other lines are passed over.
-        """
-        stack = RollbackStack()
-        for entry in self._effective_entries():
-            is_plain = entry.action == "rollback" and not entry.explicit
-            if entry.action in REMOVAL_ACTIONS:
-                stack.remove(entry.version)
+        stack: list[str] = []
+        for entry in self.entries:
+            if entry.action in REMOVAL_ACTIONS and entry.version in stack:
+                stack = [v for v, _ in groupby(v for v in stack if v != entry.version)]
             elif entry.action not in ("promote", "rollback") or entry.version is None:
                 continue
-            elif is_plain and stack.second() == entry.version != stack.top():
+            elif (
+                entry.action == "rollback"
+                and not entry.explicit
+                and stack[-2:-1] == [entry.version]
+            ):
                 stack.pop()
-            else:
-                stack.push(entry.version)
-        return stack
-
-    def _effective_entries(self) -> list[Entry]:
-        """The entries without aborted changes and the lines that abort them."""
-        effective: list[Entry] = []
-        for entry in self.entries:
-            if entry.action != "aborted":
-                effective.append(entry)
-                continue
-            last = effective[-1] if effective else entry
-            if last.action in ("promote", "rollback") and last.version == entry.version:
-                effective.pop()
-        return effective
+            elif stack[-1:] != [entry.version]:
+                stack.append(entry.version)
+        if stack[-1:] == [self.champion]:
+            stack.pop()
+        return stack[-1] if stack else None
 
     def barred_versions(self) -> set[str]:
         """Versions that a rollback left and that nobody has promoted by name since."""
@@ -265,47 +232,6 @@ class Ledger:
                 barred.discard(change.version)
         return barred
 
-    def champion_versions(self) -> set[str]:
-        """Every version that was champion and was not collected or forgotten since."""
-        standing = self._manifest_hashes_by_version().keys()
-        return {v for change in self.changes() if (v := change.version) in standing}
-
-    def manifest_hashes(self, version: str) -> set[str]:
-        """The manifest hashes that were recorded for `version` as it is there now."""
-        return self._manifest_hashes_by_version().get(version, set())
-
-    def _manifest_hashes_by_version(self) -> dict[str, set[str]]:
-        """Manifest hashes by version, since it was last removed or restored."""
-        manifests: dict[str, set[str]] = {}
-        for entry in self.entries:
-            if entry.version is None:
-                continue
-            if entry.action in REMOVAL_ACTIONS:
-                manifests.pop(entry.version, None)
-            elif entry.action == "restored":
-                manifests[entry.version] = {str(entry.manifest)}
-            elif entry.action in CHAMPION_CHANGE_ACTIONS:
-                known = manifests.setdefault(entry.version, set())
-                known |= {entry.manifest} if entry.manifest is not None else set()
-        return manifests
-
-    def last_judgements(self) -> dict[str, str]:
-        """By version, the judgement that the last promotion or restoration of it rests on."""
-        hashes: dict[str, str] = {}
-        for entry in self._effective_entries():
-            if entry.version is None:
-                continue
-            if entry.action in REMOVAL_ACTIONS or entry.action == "restored":
-                hashes.pop(entry.version, None)
-            if entry.judgement is not None:
-                hashes[entry.version] = entry.judgement
-        return hashes
-
-    def is_removed(self, version: str) -> bool:
-        """Whether the last line about a version says that it was collected or forgotten."""
-        lines = [entry for entry in self.entries if entry.version == version]
-        return bool(lines) and lines[-1].action in REMOVAL_ACTIONS
-
     def find_decline(
         self, version: str, dataset_digest: str | None = None, settings_digest: str | None = None
     ) -> Entry | None:
@@ -314,7 +240,7 @@ class Ledger:
         None where somebody has made that version champion since.
         """
         made_of = (dataset_digest, settings_digest)
-        for entry in reversed(self._effective_entries()):
+        for entry in reversed(self.entries):
             if entry.version == version and entry.action in CHAMPION_CHANGE_ACTIONS:
                 return None
             if entry.action != "declined":
@@ -347,7 +273,9 @@ def describe_author(line: Mapping[str, Any]) -> str:
     return f"{line['by']}: {line['reason']}" if line.get("reason") else str(line["by"])
 
 
-def new_entry(action: Action, version: str | None, previous: str | None, by: str) -> Entry:
+def new_entry(
+    action: Action, version: str | None, previous: str | None, by: str, **more: Any
+) -> Entry:
     """An entry with the present time (UTC); what is not text in `by` is replaced by '?'."""
     return Entry(
         action=action,
@@ -355,6 +283,7 @@ def new_entry(action: Action, version: str | None, previous: str | None, by: str
         previous=previous,
         time=datetime.now(UTC).isoformat(timespec="microseconds"),
         by=_replace_what_is_no_text(by),
+        **more,
     )
 
 
@@ -380,8 +309,19 @@ def read_ledger(folder: Path) -> Ledger:
     *lines, torn = content.split(b"\n")
     entries = tuple(_parse_entry(line, path, number) for number, line in enumerate(lines, 1))
     whole_bytes = len(content) - len(torn)
+    if entries and entries[0].layout is None and entries[0].previous_line_sha256 == NO_LINE_SHA256:
+        raise old_layout_error(folder)
     end_sha256 = _check_chain(path, lines, entries)
     return Ledger(entries, whole_bytes, torn, end_sha256)
+
+
+def old_layout_error(folder: Path) -> DamagedError:
+    """The error for a name whose history does not say what was registered."""
+    return DamagedError(
+        f"{folder / LEDGER_NAME} is of an earlier nested-tune, and does not say what was "
+        f"registered: move the folder {folder.name} away, and give `nested-tune promote RUN_DIR "
+        f"--registry {folder.parent} --name {folder.name}` for each run that is to be in it."
+    )
 
 
 def append(folder: Path, ledger: Ledger, entry: Entry, *, confirm: Confirm) -> Ledger:
@@ -391,7 +331,8 @@ def append(folder: Path, ledger: Ledger, entry: Entry, *, confirm: Confirm) -> L
     """
     path = folder / LEDGER_NAME
     reason = None if entry.reason is None else _replace_what_is_no_text(entry.reason)
-    entry = replace(entry, previous_line_sha256=ledger.end_sha256, reason=reason)
+    layout = None if ledger.entries else LAYOUT
+    entry = replace(entry, previous_line_sha256=ledger.end_sha256, reason=reason, layout=layout)
     line = json.dumps(entry.fields()).encode() + b"\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
@@ -444,12 +385,12 @@ def _parse_entry(line: bytes, path: Path, number: int) -> Entry:
 def _check_chain(path: Path, lines: list[bytes], entries: tuple[Entry, ...]) -> str:
     """Check that each line follows the one before; return the hash that the next has to hold."""
     champion: str | None = None
-    end_sha256 = hashlib.sha256().hexdigest()
+    end_sha256 = NO_LINE_SHA256
     for number, (line, entry) in enumerate(zip(lines, entries, strict=True), 1):
         if entry.previous_line_sha256 != end_sha256:
             before = f"line {number - 1}" if number > 1 else "an empty file"
             raise _broken_chain_error(path, number, f"does not hold the hash of {before}")
-        if entry.action != "aborted" and entry.previous != champion:
+        if entry.previous != champion:
             problem = (
                 f"replaced {shorten_digest(entry.previous or 'none')}, but the line before it left "
                 f"{shorten_digest(champion or 'none')}"

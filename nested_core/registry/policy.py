@@ -1,13 +1,13 @@
 """The policy of a name: what an automatic promotion needs at least, whatever a run asks for.
 
-REGISTRY/NAME/policy.json holds it for people; the history's last line `policy` is what counts, so
-that an edit of the file by hand is found. Of policy and run's sections the stricter counts.
+The history's last line `policy` is what counts; REGISTRY/NAME/policy.json shows it to people. Of
+policy and run's sections the stricter counts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,17 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection, TaskSection
 from nested_core.errors import ConfigError, DamagedError, describe_first_problem
-from nested_core.registry.folders import (
-    check_name,
-    create_name_folder,
-    exclusive_folder_lock,
-    find_name_folder,
-    name_exists,
-    shared_folder_lock,
-)
-from nested_core.registry.ledger import LEDGER_NAME, Ledger, new_entry, read_ledger
-from nested_core.registry.policy_file import policy_findings, write_policy
-from nested_core.registry.recovery import record_line, recover_after_crash
+from nested_core.registry.folders import check_name, create_name_folder, name_exists
+from nested_core.registry.ledger import LEDGER_NAME, Ledger
+from nested_core.registry.name_folder import reading, writing_folder
 from nested_core.registry.versions import resolve_version
 
 NIGHTS_PREFIX = "nights:"
@@ -91,32 +83,24 @@ class PromotionRule:
 
 
 def read_policy(registry: Path, name: str) -> RegistryPolicy | None:
-    """The policy of a name; None without one, or without such a name.
-
-    Raises DamagedError for a policy.json that is not what the history recorded.
-    """
+    """The policy of a name; None without one, or without such a name."""
     check_name(name)
     if not name_exists(registry, name):
         return None
-    folder = registry / name
-    with shared_folder_lock(folder):
-        return read_policy_of_folder(folder, read_ledger(folder))
+    with reading(registry, name) as (folder, ledger):
+        return policy_of(folder, ledger)
 
 
-def read_policy_of_folder(folder: Path, ledger: Ledger) -> RegistryPolicy | None:
-    """`read_policy` under the folder's lock."""
-    for finding in policy_findings(folder, ledger):
-        raise DamagedError(f"{finding.file} {finding.message}. {finding.advice}")
+def policy_of(folder: Path, ledger: Ledger) -> RegistryPolicy | None:
+    """The policy that the history of a NAME's folder holds."""
     recorded = ledger.policy()
     return None if recorded is None else _parse_policy(recorded, folder / LEDGER_NAME)
 
 
 def read_reference(registry: Path, name: str) -> str | None:
     """The version that the policy's `reference` stands for today; None without one."""
-    folder = find_name_folder(registry, name)
-    with shared_folder_lock(folder):
-        ledger = read_ledger(folder)
-        policy = read_policy_of_folder(folder, ledger)
+    with reading(registry, name) as (folder, ledger):
+        policy = policy_of(folder, ledger)
     versions = [] if policy is None else policy.reference_versions(ledger)
     return versions[0] if versions else None
 
@@ -127,19 +111,14 @@ def set_policy(registry: Path, name: str, *, by: str, changes: Mapping[str, Any]
     `changes` holds some fields of RegistryPolicy. Raises ConfigError for a value that is none, or
     suites that cannot be used.
     """
-    folder = create_name_folder(registry, name)
-    with exclusive_folder_lock(folder) as lock:
-        state = recover_after_crash(folder, lock)
-        before = state.ledger.policy()
+    with writing_folder(create_name_folder(registry, name)) as held:
+        before = held.ledger.policy()
         wanted = changes.get("reference")
         if isinstance(wanted, str) and not wanted.startswith(NIGHTS_PREFIX):
-            changes = {**changes, "reference": resolve_version(folder, wanted, state.ledger)}
+            changes = {**changes, "reference": resolve_version(held.path, wanted, held.ledger)}
         policy = _check_policy((before or RegistryPolicy().fields()) | dict(changes))
-        entry = new_entry("policy", state.champion, state.champion, by)
-        entry = replace(entry, before=before, after=policy.fields())
         if before != policy.fields():
-            record_line(folder, state, entry, lock)
-        write_policy(folder, policy.fields(), confirm=lock.require_still_at_path)
+            held.record("policy", held.champion, by, before=before, after=policy.fields())
     return policy
 
 

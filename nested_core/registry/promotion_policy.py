@@ -5,12 +5,11 @@ The decision rests on the version's own files. `promote` re-hashes them before t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -22,25 +21,23 @@ from nested_core.errors import (
     NestedTuneError,
     describe_first_problem,
 )
-from nested_core.records.verdict import ChampionLoss, Noise, Validation, Verdict
+from nested_core.records.verdict import ChampionLoss, Noise, Validation
 from nested_core.registry import (
     UNSET,
     HistoryChanged,
-    Promotion,
     Unset,
     find_decline,
     list_versions,
     promote,
     read_champion,
     read_champion_changes,
-    read_champion_changes_since,
     read_history_end,
     verify,
 )
-from nested_core.registry.champion_files import read_link
-from nested_core.registry.folders import find_name_folder, shared_folder_lock
-from nested_core.registry.judgements import Judgement, JudgementFacts, choose_verdict, read_verdicts
+from nested_core.registry.decision import Decision
+from nested_core.registry.judgements import Judgement, choose_verdict, read_verdicts
 from nested_core.registry.ledger import NO_ORIGIN, Origin
+from nested_core.registry.name_folder import read_link, reading
 from nested_core.registry.policy import (
     PromotionRule,
     RegistryPolicy,
@@ -50,8 +47,6 @@ from nested_core.registry.policy import (
 )
 from nested_core.registry.versions import (
     PROVENANCE_NAME,
-    REGISTERED_AFTER_KEY,
-    REGISTERED_AT_KEY,
     how_to_mend,
     version_folder,
 )
@@ -65,12 +60,6 @@ from nested_core.text.loss_format import (
     loss_name_for_file,
 )
 
-DAMAGED_OUTCOME = "damaged"
-WAITING_OUTCOME = "waiting for approval"  # how an outcome begins that a person decides
-DECLINED_OUTCOME = "declined already"  # and one that a person has said no to
-COLLECTED_OUTCOME = "collected meanwhile"
-Result = TypeVar("Result")
-
 
 def read_candidate(
     registry: Path, name: str, version: str, against: str | None | Unset = UNSET
@@ -79,13 +68,12 @@ def read_candidate(
 
     Raises ConfigError for an unknown version, DamagedError if a file cannot be understood.
     """
-    folder = find_name_folder(registry, name)
     # Under the lock: a gc at the same time would leave half of the files, which looks like damage.
-    with shared_folder_lock(folder):
+    with reading(registry, name) as (folder, ledger):
         if version not in list_versions(registry, name):
             raise ConfigError(f"{registry / name} has no version {version!r:.80}.")
         champion = read_link(folder) if isinstance(against, Unset) else against
-        return choose_verdict(read_verdicts(folder, version), champion)
+        return choose_verdict(read_verdicts(folder, version, ledger), champion)
 
 
 def promote_by_policy(
@@ -94,8 +82,8 @@ def promote_by_policy(
     expected_champion: str | None,
     *,
     origin: Origin = NO_ORIGIN,
-) -> Promotion | str:
-    """Promote a registered version if run and registry ask for it; otherwise return why not.
+) -> Decision:
+    """Promote a registered version if run and registry ask for it; otherwise say why not.
 
     Every automatic promotion comes through here. Of `section` and the registry's policy the
     stricter counts. `expected_champion` is the champion that the version was judged against. If
@@ -105,9 +93,7 @@ def promote_by_policy(
     return _decide_by_history(*registry_location(section), decide)
 
 
-def _decide_by_history(
-    registry: Path, name: str, decide: Callable[[str], Promotion | str]
-) -> Promotion | str:
+def _decide_by_history(registry: Path, name: str, decide: Callable[[str], Decision]) -> Decision:
     """What `decide`, given the history's end, promotes or why it does not.
 
     It decides anew where a policy, a no or a champion is recorded before its promotion is.
@@ -123,15 +109,15 @@ def _decide_by_policy(
     expected_champion: str | None,
     origin: Origin,
     decided_at: str,
-) -> Promotion | str:
+) -> Decision:
     registry, name = registry_location(section)
     champion = read_champion(registry, name)
     if version == champion:
-        return Promotion("already_champion", version, champion)
+        return Decision("already_champion", version, champion)
     candidate = read_candidate(registry, name, version)
-    reason = find_refusal(section, candidate, expected_champion)
-    if reason is not None:
-        return reason
+    refusal = find_refusal(section, candidate, expected_champion)
+    if refusal is not None:
+        return refusal
     return promote(
         registry,
         name,
@@ -180,34 +166,59 @@ def compare_losses(
     return LossComparison(candidate.loss_after, champion_loss)
 
 
-def describe_promotion(registry: Path, name: str, done: Promotion) -> str | None:
+@dataclass(frozen=True)
+class PromotionNotes:
+    """What is to be said of a version that was promoted; None where there is nothing to say.
+
+    losses: its losses, and those of the champion that it replaced.
+    warning: that it has a higher loss than that one on the same data.
+    """
+
+    losses: str | None = None
+    warning: str | None = None
+
+
+def describe_promotion(
+    registry: Path, name: str, done: Decision, candidate: Judgement | None = None
+) -> PromotionNotes:
     """The losses of a version that was promoted, and of the champion that it replaced.
 
-    That a version was judged without held-out data is said. None where the champion has not
-    changed.
+    That a version was judged without held-out data is said. Nothing where the champion has not
+    changed. `candidate` is the verdict on it; else it is read.
     """
     if done.outcome != "promoted":
-        return None
+        return PromotionNotes()
     try:
-        candidate = read_candidate(registry, name, done.version, against=done.previous)
+        if candidate is None:
+            candidate = read_candidate(registry, name, done.version, against=done.previous)
         validation = candidate.verdict.validation
         if validation is None or validation.loss_after is None:
-            return _describe_unmeasured(registry, name, done)
+            return PromotionNotes(_describe_unmeasured(registry, name, done))
         change = format_change(validation.loss_before, validation.loss_after)
         text = f"{shorten_digest(done.version)}: loss on {validation.file} {change} by training"
         if done.previous is None:
-            return f"{text}; there was no champion before it"
+            return PromotionNotes(f"{text}; there was no champion before it")
         losses = compare_losses(registry, name, candidate, done.previous)
     except (NestedTuneError, OSError):  # it is promoted; an audit tells what is damaged
-        return None
+        return PromotionNotes()
     previous = shorten_digest(done.previous)
     if losses is None:
-        return f"{text}; {previous}, the champion before, was not measured on that data"
+        text += f"; {previous}, the champion before, was not measured on that data"
+        return PromotionNotes(text)
     rival = format_loss(losses.champion_loss)
-    return f"{text}; the champion before, {previous}: {rival} on the same examples"
+    text += f"; the champion before, {previous}: {rival} on the same examples"
+    if losses.loss <= losses.champion_loss:
+        return PromotionNotes(text)
+    warning = (
+        f"version {shorten_digest(done.version)} has a higher "
+        f"{loss_name_for_file(candidate.file)} on the same data, {format_loss(losses.loss)}, than "
+        f"the champion that it replaced, {previous}, {rival}. To go back: nested-tune rollback "
+        f"{name} --registry {registry}"
+    )
+    return PromotionNotes(text, warning)
 
 
-def _describe_unmeasured(registry: Path, name: str, done: Promotion) -> str:
+def _describe_unmeasured(registry: Path, name: str, done: Decision) -> str:
     """That nobody knows whether a version is good, and what is known of the one before it."""
     text = (
         f"{shorten_digest(done.version)}: its quality was not measured, for lack of held-out rows"
@@ -217,40 +228,16 @@ def _describe_unmeasured(registry: Path, name: str, done: Promotion) -> str:
     before = read_candidate(registry, name, done.previous)
     if before.loss_after is None:
         return text
-    loss_name = loss_name_for_file(before.file)
     return (
-        f"{text}; the champion before, {shorten_digest(done.previous)}, has a {loss_name} of "
-        f"{format_loss(before.loss_after)}. To go back: nested-tune rollback {name} --registry "
-        f"{registry}"
-    )
-
-
-def warn_if_worse(registry: Path, name: str, done: Promotion) -> str | None:
-    """A warning about a promotion by a person to a version with a higher loss on the same data.
-
-    None where the champion has not changed, or the two cannot be compared.
-    """
-    if done.outcome != "promoted" or done.previous is None:
-        return None
-    try:
-        candidate = read_candidate(registry, name, done.version, against=done.previous)
-        losses = compare_losses(registry, name, candidate, done.previous)
-    except (NestedTuneError, OSError):  # it is promoted; an audit tells what is damaged
-        return None
-    if losses is None or losses.loss <= losses.champion_loss:
-        return None
-    loss_name = loss_name_for_file(candidate.file)
-    return (
-        f"version {shorten_digest(done.version)} has a higher {loss_name} on the "
-        f"same data, {format_loss(losses.loss)}, than the champion that it replaced, "
-        f"{shorten_digest(done.previous)}, {format_loss(losses.champion_loss)}. To go back: "
+        f"{text}; the champion before, {shorten_digest(done.previous)}, has a "
+        f"{loss_name_for_file(before.file)} of {format_loss(before.loss_after)}. To go back: "
         f"nested-tune rollback {name} --registry {registry}"
     )
 
 
 def promote_by_recorded_policy(
     registry: Path, name: str, version: str, *, origin: Origin = NO_ORIGIN
-) -> Promotion | str:
+) -> Decision:
     """Promote by the policy, and against the champion, that were recorded with the version.
 
     For delayed or duplicate events. Returns "superseded" if the champion changed after this version
@@ -262,15 +249,15 @@ def promote_by_recorded_policy(
 
 def _decide_by_recorded_policy(
     registry: Path, name: str, version: str, origin: Origin, decided_at: str
-) -> Promotion | str:
+) -> Decision:
     candidate = read_candidate(registry, name, version)
     champion = read_champion(registry, name)
     if version == champion:
-        return Promotion("already_champion", version, champion)
+        return Decision("already_champion", version, champion)
     if candidate.facts.policy is None:
-        return "its provenance records no policy"
-    if read_champion_changes_since(registry, name, candidate.facts.registered_after):
-        return Promotion("superseded", version, champion)
+        return Decision("refused", version, champion, "its provenance records no policy")
+    if read_champion_changes(registry, name, since=candidate.place + 1):
+        return Decision("superseded", version, champion)
     section = recorded_section(registry, name, candidate)
     champion_at_gate = candidate.facts.champion_at_gate
     return _decide_by_policy(section, version, champion_at_gate, origin, decided_at)
@@ -297,22 +284,22 @@ def approve(
     by: str,
     expected_champion: str | None,
     origin: Origin = NO_ORIGIN,
-) -> Promotion | str:
-    """Promote what a person has approved while this champion stood; otherwise return why not.
+) -> Decision:
+    """Promote what a person has approved while this champion stood; otherwise say why not.
 
     The registry's policy counts but for the question itself; what the run asked for does not: it is
     a person's word. `by` is who answered, as that was typed.
     """
 
-    def decide(decided_at: str) -> Promotion | str:
+    def decide(decided_at: str) -> Decision:
         champion = read_champion(registry, name)
         if version == champion:
-            return Promotion("already_champion", version, champion)
+            return Decision("already_champion", version, champion)
         if champion != expected_champion:
-            return Promotion("superseded", version, champion)
-        reason = find_refusal_of_question(registry, name, version)
-        if reason is not None:
-            return reason
+            return Decision("superseded", version, champion)
+        refusal = find_refusal_of_question(registry, name, version)
+        if refusal is not None:
+            return refusal
         return promote(
             registry,
             name,
@@ -326,7 +313,7 @@ def approve(
     return _decide_by_history(registry, name, decide)
 
 
-def find_refusal_of_question(registry: Path, name: str, version: str) -> str | None:
+def find_refusal_of_question(registry: Path, name: str, version: str) -> Decision | None:
     """Why a person is not asked about a version: the registry's policy refuses it whatever he says.
 
     None without a policy.
@@ -343,43 +330,34 @@ def find_refusal_of_question(registry: Path, name: str, version: str) -> str | N
 
 def promote_missed_versions(
     registry: Path, name: str, *, origin: Origin = NO_ORIGIN
-) -> dict[str, str]:
+) -> dict[str, Decision]:
     """Promote versions whose event was lost, newest first; a second call changes nothing.
 
-    Returns the outcome of each version that never was champion. A damaged version is left alone,
-    with an outcome that begins with DAMAGED_OUTCOME; it keeps no other version from being promoted,
-    and neither does one that a gc removes meanwhile.
+    Returns what was decided of each version that never was champion. One that is damaged, or that a
+    gc removes meanwhile, keeps no other version from being promoted.
     """
     was_champion = {change.version for change in read_champion_changes(registry, name)}
-    outcomes = {}
-    registrations = {}
-    for version in list_versions(registry, name):
-        if version in was_champion:
-            continue
-        candidate = _try_action(read_candidate, registry, name, version)
-        if isinstance(candidate, str):
-            outcomes[version] = candidate
-        else:
-            registrations[version] = candidate.facts.registration or 0
-    for version in sorted(registrations, key=lambda v: registrations[v], reverse=True):
-        promote_recorded = partial(promote_by_recorded_policy, origin=origin)
-        done = _try_action(promote_recorded, registry, name, version)
-        outcomes[version] = done if isinstance(done, str) else done.outcome
-    return outcomes
+    places = {}
+    for version in set(list_versions(registry, name)) - was_champion:
+        try:
+            places[version] = read_candidate(registry, name, version).place
+        except (DamagedError, ConfigError):  # told below
+            places[version] = -1
+    return {
+        version: _promote_missed(registry, name, version, origin)
+        for version in sorted(places, key=lambda v: places[v], reverse=True)
+    }
 
 
-def _try_action(
-    action: Callable[[Path, str, str], Result], registry: Path, name: str, version: str
-) -> Result | str:
-    """The result of an action on a version, or why there is none."""
+def _promote_missed(registry: Path, name: str, version: str, origin: Origin) -> Decision:
     try:
-        return action(registry, name, version)
+        return promote_by_recorded_policy(registry, name, version, origin=origin)
     except (DamagedError, GateRejected) as error:
-        return f"{DAMAGED_OUTCOME}: {error}"
+        return Decision("damaged", version, reason=f"damaged: {error}")
     except ConfigError:
         if version in list_versions(registry, name):
             raise
-        return COLLECTED_OUTCOME
+        return Decision("collected", version, reason="collected meanwhile")
 
 
 def registry_location(section: RegistrySection) -> tuple[Path, str]:
@@ -389,22 +367,17 @@ def registry_location(section: RegistrySection) -> tuple[Path, str]:
     return Path(section.path), section.name
 
 
-def describe_policy_refusal(
-    registry: Path, name: str, verdict: Verdict, provenance: Mapping[str, Any]
-) -> str | None:
+def describe_policy_refusal(registry: Path, name: str, candidate: Judgement) -> str | None:
     """What the registry's policy asks for and a run has not, of which a person decides otherwise.
 
-    `verdict` and `provenance` are the run's, which need not be registered yet. None where the
-    policy is met, or there is none.
+    `candidate` is the run's verdict, which need not be registered yet. None where the policy is
+    met, or there is none.
     """
-    policy = read_policy(registry, name)
-    if policy is None:
+    if read_policy(registry, name) is None:
         return None
-    position = dict.fromkeys((REGISTERED_AT_KEY, REGISTERED_AFTER_KEY), "")
-    facts = JudgementFacts.from_provenance({**provenance, **position}, 0)
-    candidate = Judgement(verdict.trained.digest, None, verdict, facts)
     section = RegistrySection(path=str(registry), name=name, promote="always")
-    return find_refusal(section, candidate, read_link(registry / name))
+    refusal = find_refusal(section, candidate, read_link(registry / name))
+    return None if refusal is None else refusal.sentence
 
 
 def effective_rule(section: RegistrySection) -> PromotionRule:
@@ -419,7 +392,7 @@ def find_refusal(
     champion: str | None,
     *,
     is_approved: bool = False,
-) -> str | None:
+) -> Decision | None:
     """Why a version is not promoted by itself, or None: the decision, in one place.
 
     Of the run's section and the registry's policy the stricter counts. With `is_approved` a person
@@ -428,6 +401,23 @@ def find_refusal(
     registry, name = registry_location(section)
     policy = read_policy(registry, name)
     rule = PromotionRule.of(section.promote, None if policy is None else policy.promote)
+    reason = _why_not_promoted(section, candidate, champion, rule, policy)
+    if reason is None and rule.asks_person:
+        return None if is_approved else _ask_person(section, candidate, champion)
+    if reason is None:
+        reason = _why_beyond_reference(registry, name, policy, candidate)
+    return None if reason is None else Decision("refused", candidate.version, champion, reason)
+
+
+def _why_not_promoted(
+    section: RegistrySection,
+    candidate: Judgement,
+    champion: str | None,
+    rule: PromotionRule,
+    policy: RegistryPolicy | None,
+) -> str | None:
+    """Why verdict and policy do not promote a version, but for a person and the reference."""
+    name = section.name
     if rule.is_never:
         whose = "registry.promote" if section.promote == "never" else f"the policy of {name}"
         return f"{whose} is never"
@@ -447,13 +437,7 @@ def find_refusal(
             )
         return "there was no validation set, and registry.require_validation is on"
     noise: Noise = "paired" if policy is not None else candidate.verdict.noise
-    if (
-        reason := _why_losses_promote_nothing(section, candidate, champion, rule, noise)
-    ) is not None:
-        return reason
-    if rule.asks_person:
-        return None if is_approved else _why_person_decides(section, candidate)
-    return _why_beyond_reference(registry, name, policy, candidate)
+    return _why_losses_promote_nothing(section, candidate, champion, rule, noise)
 
 
 def _why_beyond_reference(
@@ -484,7 +468,7 @@ def _why_beyond_reference(
     )
 
 
-def _why_person_decides(section: RegistrySection, candidate: Judgement) -> str:
+def _ask_person(section: RegistrySection, candidate: Judgement, champion: str | None) -> Decision:
     """That a person is to be asked; or who has said no to a version of the same data and settings.
 
     Such a version is as the one that was declined: nobody is asked about it again.
@@ -500,13 +484,15 @@ def _why_person_decides(section: RegistrySection, candidate: Judgement) -> str:
     if line is None:
         version = shorten_digest(candidate.version)
         whose = "registry.promote" if section.promote == "approve" else f"the policy of {name}"
-        return f"{WAITING_OUTCOME} of {version}: {whose} is approve"
+        reason = f"waiting for approval of {version}: {whose} is approve"
+        return Decision("waiting", candidate.version, champion, reason)
     which = "it" if line.version == candidate.version else shorten_digest(str(line.version))
-    reason = f": {line.reason}" if line.reason else ""
-    return (
-        f"{DECLINED_OUTCOME}: {line.by} declined {which} on {line.time[:10]}{reason}. Nobody is "
-        f"asked again until data or settings change"
+    why = f": {line.reason}" if line.reason else ""
+    reason = (
+        f"declined already: {line.by} declined {which} on {line.time[:10]}{why}. Nobody is asked "
+        f"again until data or settings change"
     )
+    return Decision("declined", candidate.version, champion, reason)
 
 
 def _why_not_sound(candidate: Judgement, rule: PromotionRule) -> str | None:

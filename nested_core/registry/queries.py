@@ -13,22 +13,21 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry.adapter_card import CARD_NAME
-from nested_core.registry.champion_files import read_link
 from nested_core.registry.folders import (
     VERSIONS_FOLDER_NAME,
-    exclusive_folder_lock,
     find_name_folder,
     name_exists,
     shared_folder_lock,
 )
-from nested_core.registry.ledger import Entry, read_ledger
-from nested_core.registry.recovery import (
+from nested_core.registry.ledger import REGISTRATION_ACTIONS, Entry, read_ledger
+from nested_core.registry.name_folder import (
     lost_champion_error,
-    read_registry_state,
-    recover_after_crash,
-    require_sound_champion,
+    read_link,
+    reading,
     version_exists,
+    writing,
 )
+from nested_core.registry.registration import require_sound_champion
 from nested_core.registry.versions import (
     how_to_mend,
     registered_versions,
@@ -100,27 +99,14 @@ def parent_version_of(config: FineTuneConfig, initial_digest: str) -> str | None
 
 def read_history_end(registry: Path, name: str) -> str:
     """The hash of the history's last line, or of no bytes: another one says that it has changed."""
-    folder = find_name_folder(registry, name)
-    with shared_folder_lock(folder):
-        return read_registry_state(folder).ledger.end_sha256
+    with reading(registry, name) as (_, ledger):
+        return ledger.end_sha256
 
 
-def read_champion_changes(registry: Path, name: str) -> list[Entry]:
-    """Every change of the champion that took effect, oldest first."""
-    folder = find_name_folder(registry, name)
-    with shared_folder_lock(folder):
-        return read_registry_state(folder).ledger.changes()
-
-
-def read_champion_changes_since(registry: Path, name: str, registered_after: str) -> list[Entry]:
-    """Every change of the champion that took effect after a version was registered, oldest first.
-
-    Told by the place in the history that the version's provenance records; every change where the
-    history has no such place, as one from a backup.
-    """
-    folder = find_name_folder(registry, name)
-    with shared_folder_lock(folder):
-        return read_registry_state(folder).ledger.since(registered_after).changes()
+def read_champion_changes(registry: Path, name: str, *, since: int = 0) -> list[Entry]:
+    """Every change of the champion, or those in the lines from number `since`, oldest first."""
+    with reading(registry, name) as (_, ledger):
+        return ledger.changes(since)
 
 
 def find_decline(
@@ -131,17 +117,14 @@ def find_decline(
     settings_digest: str | None,
 ) -> Entry | None:
     """The line in which a person declined a version, or one of the same data and settings."""
-    folder = find_name_folder(registry, name)
-    with shared_folder_lock(folder):
-        ledger = read_registry_state(folder).ledger
-    return ledger.find_decline(version, dataset_digest, settings_digest)
+    with reading(registry, name) as (_, ledger):
+        return ledger.find_decline(version, dataset_digest, settings_digest)
 
 
 def verify(registry: Path, name: str, version: str) -> None:
     """Re-hash one version; DamagedError if it is not what was registered."""
-    folder = find_name_folder(registry, name)
-    with shared_folder_lock(folder):
-        recorded = read_registry_state(folder).ledger.manifest_hashes(version)
+    with reading(registry, name) as (folder, ledger):
+        recorded = ledger.manifest_hashes(version)
         verify_version(folder / VERSIONS_FOLDER_NAME / version, version, recorded)
 
 
@@ -161,9 +144,7 @@ def read_verified_version(registry: Path, name: str, wanted: str) -> VerifiedVer
     where `wanted` names no version or several, DamagedError where the version is not what was
     registered.
     """
-    folder = find_name_folder(registry, name)
-    with shared_folder_lock(folder):
-        ledger = read_registry_state(folder).ledger
+    with reading(registry, name) as (folder, ledger):
         version = resolve_version(folder, wanted, ledger)
         place = folder / VERSIONS_FOLDER_NAME / version
         verify_version(place, version, ledger.manifest_hashes(version))
@@ -179,9 +160,8 @@ def read_verified_version(registry: Path, name: str, wanted: str) -> VerifiedVer
 
 def read_rollback_target(registry: Path, name: str) -> str | None:
     """The version that a rollback without `to` would go to; None if there is none left."""
-    folder = find_name_folder(registry, name)
-    with shared_folder_lock(folder):
-        return read_registry_state(folder).ledger.rollback_target()
+    with reading(registry, name) as (_, ledger):
+        return ledger.rollback_target()
 
 
 def check_champion(registry: Path, name: str) -> str | None:
@@ -190,11 +170,9 @@ def check_champion(registry: Path, name: str) -> str | None:
     A file that has the device, inode, size and change time that it had when it was hashed is not
     hashed again until a day later. A link that was moved by hand is recorded. Raises DamagedError.
     """
-    folder = find_name_folder(registry, name)
-    with exclusive_folder_lock(folder) as lock:
-        state = recover_after_crash(folder, lock)
-        require_sound_champion(folder, state)
-        return state.champion
+    with writing(registry, name) as held:
+        require_sound_champion(held)
+        return held.champion
 
 
 def read_version_losses(registry: Path, name: str) -> dict[str, dict[str, Any]]:
@@ -218,15 +196,16 @@ def read_version_losses(registry: Path, name: str) -> dict[str, dict[str, Any]]:
 
 
 def history(registry: Path, name: str) -> list[dict[str, Any]]:
-    """The lines of history.jsonl, oldest first, without a torn last line.
+    """What was done to a name: the lines of history.jsonl, oldest first, without a torn last line.
 
-    A last line that a crash kept from reaching the link has `"unfinished": true`; the next promote
-    or rollback marks it aborted.
+    Those that say what was registered and judged are left out. A last line that the link does not
+    follow has `"unfinished": true`: a crash came in between, and the next writer finishes, or the
+    link was moved by hand.
     """
     folder = find_name_folder(registry, name)
     with shared_folder_lock(folder):
         ledger, champion = read_ledger(folder), read_link(folder)
-    lines = [entry.fields() for entry in ledger.entries]
+    lines = [e.fields() for e in ledger.entries if e.action not in REGISTRATION_ACTIONS]
     if lines and ledger.champion != champion:
         lines[-1]["unfinished"] = True
     return lines

@@ -31,10 +31,6 @@ from nested_core.text.digest_format import SHOWN_DIGITS, shorten_digest
 
 PROVENANCE_NAME = "provenance.json"
 REGISTERED_AT_KEY = "registered_at"
-REGISTERED_AFTER_KEY = (
-    "registered_after"  # the history's `end_sha256` at that moment: no clock lies
-)
-REGISTRATION_KEY = "registration"  # 1, 2, ...: which of two was registered or judged last
 MAX_PROVENANCE_BYTES = 64 * 1024 * 1024
 CONTENT_FILES = (WEIGHTS_NAME, CONFIG_NAME, GATE_NAME, PROVENANCE_NAME, CARD_NAME)
 VERSION_FILES = (*CONTENT_FILES, MANIFEST_NAME)
@@ -109,7 +105,7 @@ def resolve_version(folder: Path, wanted: str, ledger: Ledger) -> str:
             f"{wanted!r:.80} is not a version. Expected the name of a folder below "
             f"{folder / VERSIONS_FOLDER_NAME}, or at least its first 6 hexadecimal digits."
         )
-    known = sorted({*registered_versions(folder), *ledger.champion_versions()})
+    known = sorted({*registered_versions(folder), *ledger.standing})
     matching = [version for version in known if version.startswith(wanted)]
     if len(matching) == 1:
         return matching[0]
@@ -121,113 +117,82 @@ def resolve_version(folder: Path, wanted: str, ledger: Ledger) -> str:
     )
 
 
-def verify_version(folder: Path, version: str, recorded: set[str]) -> str:
-    """Re-hash a version and check its verdict; return its manifest's hash.
+def verify_version(
+    folder: Path, version: str, recorded: set[str], *, max_age: float | None = None
+) -> str:
+    """Re-hash the files of a version; return its manifest's hash.
 
-    `recorded` holds the manifest hashes that the history knows of it. Raises DamagedError naming
+    `recorded` holds the manifest hashes that the history knows of it. What has none yet is read as
+    well: its digest and its verdict. A file that was hashed within `max_age` seconds, and is the
+    same by device, inode, size and change time, is not hashed again. Raises DamagedError naming
     every file that is not as it was registered, GateRejected if the verdict is not "passed".
     """
-    findings = version_findings(folder, version, recorded)
-    if findings:
-        raise _damage(folder, version, findings)
-    require_passed(read_verdict(folder / GATE_NAME), folder / GATE_NAME)
-    return str(read_manifest(folder)["digest"])
+    findings, manifest = inspect_version(folder, version, recorded, max_age=max_age)
+    if manifest is None or findings:
+        listed = [str(finding) for finding in findings[:MAX_LISTED_FINDINGS]]
+        if len(findings) > MAX_LISTED_FINDINGS:
+            listed.append(f"and {len(findings) - MAX_LISTED_FINDINGS} more")
+        raise DamagedError(
+            f"Version {shorten_digest(version)} is not what was registered. {'; '.join(listed)}. "
+            f"{how_to_mend(folder)}"
+        )
+    if not recorded:
+        require_passed(read_verdict(folder / GATE_NAME), folder / GATE_NAME)
+    return manifest
 
 
-def _damage(folder: Path, version: str, findings: list[AuditFinding]) -> DamagedError:
-    listed = [str(finding) for finding in findings[:MAX_LISTED_FINDINGS]]
-    if len(findings) > MAX_LISTED_FINDINGS:
-        listed.append(f"and {len(findings) - MAX_LISTED_FINDINGS} more")
-    return DamagedError(
-        f"Version {shorten_digest(version)} is not what was registered. {'; '.join(listed)}. "
-        f"{how_to_mend(folder)}"
-    )
-
-
-def require_unchanged_files(folder: Path, version: str, recorded: set[str]) -> None:
-    """Raise DamagedError where a version's files are not those of its manifest.
-
-    What `verify_version` does, but for files that were hashed within a day and are the same by
-    device, inode, size and change time, and without reading the adapter.
-    """
-    findings = [
-        *_missing_and_extra_file_findings(folder),
-        *_hash_findings(folder, version, recorded, max_age=HASHED_AGAIN_AFTER_SECONDS),
-    ]
-    if findings:
-        raise _damage(folder, version, findings)
-
-
-def version_findings(folder: Path, version: str, recorded: set[str]) -> list[AuditFinding]:
-    """Everything that is wrong with the files of a version, except a verdict of "failed"."""
-    if file_type(folder) != "directory":
-        return [AuditFinding(folder, "the folder of the version is missing, or is not a directory")]
-    findings = [
-        *_missing_and_extra_file_findings(folder),
-        *_hash_findings(folder, version, recorded),
-    ]
-    return findings or [*_digest_findings(folder, version)]
-
-
-def _missing_and_extra_file_findings(folder: Path) -> Iterator[AuditFinding]:
-    present = set(os.listdir(folder))
-    expected = (*VERSION_FILES, *_listed_optional_files(folder))
-    for name in expected:
-        if name not in present:
-            yield AuditFinding(folder / name, "missing")
-        elif file_type(folder / name) != "file":
-            yield AuditFinding(folder / name, "not a regular file")
-        elif (links := (folder / name).stat().st_nlink) > 1:
-            message = f"has {links} names: through another it can be changed"
-            yield AuditFinding(folder / name, message)
-    for name in sorted(present - set(expected)):
-        yield AuditFinding(folder / name, "does not belong to the version")
-
-
-def _listed_optional_files(folder: Path) -> list[str]:
-    """The files that this version's manifest has and others may lack; none if it is unreadable."""
-    try:
-        listed = read_manifest(folder)["files"] if (folder / MANIFEST_NAME).is_file() else {}
-    except DamagedError:  # `_hash_findings` says so
-        listed = {}
-    return [name for name in OPTIONAL_FILES if name in listed]
-
-
-def _hash_findings(
+def inspect_version(
     folder: Path, version: str, recorded: set[str], *, max_age: float | None = None
-) -> Iterator[AuditFinding]:
-    path = folder / MANIFEST_NAME
-    if file_type(path) != "file":
-        return
+) -> tuple[list[AuditFinding], str | None]:
+    """What is wrong with the files of a version, a verdict of "failed" aside; its manifest's hash.
+
+    The hash is None where the manifest cannot be read. The arguments are `verify_version`'s.
+    """
+    if file_type(folder) != "directory":
+        message = "the folder of the version is missing, or is not a directory"
+        return [AuditFinding(folder, message)], None
+    path, listed, digest = folder / MANIFEST_NAME, dict[str, Any](), None
+    findings = []
     try:
-        manifest = read_manifest(folder)
+        if file_type(path) == "file":
+            manifest = read_manifest(folder)
+            listed, digest = manifest["files"], str(manifest["digest"])
+            required = listed.keys() - {*OPTIONAL_FILES}
+            if manifest["facts"] != version_manifest_facts(version) or required != {*CONTENT_FILES}:
+                findings.append(AuditFinding(path, "belongs to something else than this version"))
+            if recorded and digest not in recorded:
+                message = "is not the manifest that the history recorded for this version"
+                findings.append(AuditFinding(path, message))
     except DamagedError as error:
-        yield AuditFinding(path, f"not readable as a manifest ({error})")
-        return
-    required = set(manifest["files"]) - set(OPTIONAL_FILES)
-    if manifest["facts"] != version_manifest_facts(version) or required != set(CONTENT_FILES):
-        yield AuditFinding(path, "belongs to something else than this version")
-    if recorded and manifest["digest"] not in recorded:
-        yield AuditFinding(path, "is not the manifest that the history recorded for this version")
-    yield from _changed_files(folder, manifest["files"], max_age)
+        findings.append(AuditFinding(path, f"not readable as a manifest ({error})"))
+    expected = [*VERSION_FILES, *(name for name in OPTIONAL_FILES if name in listed)]
+    for name in expected:
+        if (problem := _find_problem(folder / name, listed.get(name), max_age)) is not None:
+            findings.append(AuditFinding(folder / name, problem))
+    for name in sorted(set(os.listdir(folder)) - {*expected}):
+        findings.append(AuditFinding(folder / name, "does not belong to the version"))
+    if not findings and not recorded:
+        findings += _digest_findings(folder, version)
+    return findings, digest
 
 
-def _changed_files(
-    folder: Path, listed: dict[str, Any], max_age: float | None
-) -> Iterator[AuditFinding]:
-    for name in (*CONTENT_FILES, *OPTIONAL_FILES):
-        path = folder / name
-        if name not in listed or file_type(path) != "file":
-            continue
-        if not _is_unchanged(path, listed[name], max_age):
-            yield AuditFinding(path, "has changed since it was written (size or SHA-256)")
-
-
-def _is_unchanged(path: Path, listed: dict[str, Any], max_age: float | None) -> bool:
+def _find_problem(path: Path, listed: dict[str, Any] | None, max_age: float | None) -> str | None:
+    """Why a file of a version is not the one that its manifest lists, or None."""
+    kind = file_type(path)
+    if kind != "file":
+        return "missing" if kind == "missing" else "not a regular file"
+    status = path.stat()
+    if status.st_nlink > 1:
+        return f"has {status.st_nlink} names: through another it can be changed"
+    if listed is None:
+        return None
     if max_age is None:
-        return matches_entry(path, listed)
-    has_size = path.stat().st_size == listed.get("bytes")
-    return has_size and cached_sha256([path], max_age=max_age)[0] == listed.get("sha256")
+        is_same = matches_entry(path, listed)
+    else:
+        is_same = status.st_size == listed.get("bytes") and cached_sha256(
+            [path], max_age=max_age
+        ) == [listed.get("sha256")]
+    return None if is_same else "has changed since it was written (size or SHA-256)"
 
 
 def _digest_findings(folder: Path, version: str) -> Iterator[AuditFinding]:

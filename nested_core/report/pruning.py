@@ -11,6 +11,7 @@ from nested_core.records.run import Run, list_runs
 from nested_core.registry import list_names, list_versions
 from nested_core.registry.folders import find_name_folder
 from nested_core.registry.judgements import read_verdicts
+from nested_core.registry.ledger import read_ledger
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def _read_named_runs(runs: list[Run]) -> dict[str, str]:
     for registry in sorted(registries):
         for name in list_names(registry):
             for version in list_versions(registry, name):
-                for verdict in read_verdicts(find_name_folder(registry, name), version):
+                folder = find_name_folder(registry, name)
+                for verdict in read_verdicts(folder, version, read_ledger(folder)):
                     if verdict.facts.run_dir is not None:
                         named[verdict.facts.run_dir] = f"version {version[:12]} of {name} names it"
     return named

@@ -18,11 +18,11 @@ from nested_core.storage.atomic import canonical_json, write_bytes, write_json
 from nested_core.storage.output_places import ADAPTER_PATH_KEY, require_free_place
 from nested_core.storage.safetensors_files import (
     StoredTensor,
-    read_tensors,
+    read_tensors_and_bytes,
     refuse_unsafe_format,
     save_arrays,
 )
-from nested_core.storage.strict_files import file_type, read_json, read_regular, regular_sha256
+from nested_core.storage.strict_files import file_type, parse_json, read_regular, regular_sha256
 
 WEIGHTS_NAME = "adapters.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -59,11 +59,13 @@ class Adapter:
     path: where it was read.
     config: adapter_config.json.
     tensors: adapters.safetensors by name, each with its dtype, shape and bytes.
+    files: the bytes of its two files by name, as they were read; the tensors are parts of them.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
+    files: Mapping[str, bytes | memoryview] = field(default_factory=dict, repr=False, compare=False)
     # Not functools.cached_property: in Python 3.11 it has one lock for all, and two are hashed.
     _digests: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -107,8 +109,10 @@ def read_adapter(path: Path, *, follow_links: bool = False) -> Adapter:
     if file_type(path / WEIGHTS_NAME, follow_links=True) == "missing":
         for other in sorted(path.iterdir()):
             refuse_unsafe_format(other)
-    config = read_adapter_config(path / CONFIG_NAME, follow_links=follow_links)
-    return Adapter(path, config, read_tensors(path / WEIGHTS_NAME, follow_links=follow_links))
+    written = read_regular(path / CONFIG_NAME, MAX_CONFIG_BYTES, follow_links=follow_links)
+    config = _parse_adapter_config(written, path / CONFIG_NAME)
+    tensors, content = read_tensors_and_bytes(path / WEIGHTS_NAME, follow_links=follow_links)
+    return Adapter(path, config, tensors, {WEIGHTS_NAME: content, CONFIG_NAME: written})
 
 
 def require_adapter_directory(path: Path) -> None:
@@ -133,7 +137,15 @@ def combined_sha256(hashes: Mapping[str, str]) -> str:
 
 def read_adapter_config(path: Path, *, follow_links: bool = False) -> dict[str, Any]:
     """Read adapter_config.json: at most 1 MiB of JSON, each key once, numbers in bounds."""
-    config = read_json(path, MAX_CONFIG_BYTES, follow_links=follow_links)
+    content = read_regular(path, MAX_CONFIG_BYTES, follow_links=follow_links)
+    return _parse_adapter_config(content, path)
+
+
+def _parse_adapter_config(content: bytes, path: Path) -> dict[str, Any]:
+    try:
+        config = parse_json(content)
+    except ValueError as error:
+        raise DamagedError(f"{path} is not valid JSON: {error}.") from error
     try:
         _DigestedConfig.model_validate(config)
     except ValidationError as error:

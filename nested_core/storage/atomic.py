@@ -95,7 +95,9 @@ def remove_file(path: Path) -> None:
         raise
 
 
-def write_bytes(target: Path, content: bytes, *, confirm: Confirm | None = None) -> None:
+def write_bytes(
+    target: Path, content: bytes | memoryview, *, confirm: Confirm | None = None
+) -> None:
     """Replace `target` with `content`, atomically and durably.
 
     `confirm` is called just before the new content takes effect; what it raises leaves the old.

@@ -33,11 +33,12 @@ MASTERS_PREFIX = "masters:"  # before the names of float32 masters, beside the o
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint directory: its path, optimizer step and state.json."""
+    """A verified checkpoint directory: its path, optimizer step, state.json and manifest."""
 
     path: Path
     step: int
     state: dict[str, Any]
+    manifest: dict[str, Any]
 
     def parameters(self) -> dict[str, mx.array]:
         """The trained parameters by name: the float32 masters of those that have one."""
@@ -85,8 +86,7 @@ def write_checkpoint(
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Verify every byte of a checkpoint and read its state; DamagedError where it was changed."""
-    step, state = verified_state(path)
-    return Checkpoint(path, step, state)
+    return Checkpoint(path, *verified_state(path))
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:

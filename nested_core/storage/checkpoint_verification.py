@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import DamagedError
-from nested_core.storage.manifest import verify_manifest
+from nested_core.storage.manifest import read_verified_manifest
 from nested_core.storage.strict_files import read_json
 
 STATE_NAME = "state.json"
@@ -29,8 +29,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def verified_state(path: Path) -> tuple[int, dict[str, Any]]:
-    """The step of a checkpoint and its state.json, once every byte of the folder is hashed.
+def verified_state(path: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """The step of a checkpoint, its state.json and its manifest, once every byte is hashed.
 
     Raises DamagedError where anything was changed.
     """
@@ -40,12 +40,13 @@ def verified_state(path: Path) -> tuple[int, dict[str, Any]]:
     step = int(match[1])
     if path.is_symlink() or not path.is_dir():
         raise DamagedError(f"{path} is not a directory.")
-    if verify_manifest(path).get("step") != step:
+    manifest = read_verified_manifest(path)
+    if manifest["facts"].get("step") != step:
         raise DamagedError(f"{path} holds the manifest of another step.")
     state = read_json(path / STATE_NAME, MAX_STATE_BYTES)
     if not isinstance(state, dict) or state.get("step") != step:
         raise DamagedError(f"{path / STATE_NAME} is not the state of step {step}.")
-    return step, state
+    return step, state, manifest
 
 
 def newest_sound_checkpoint(folder: Path) -> Path | None:

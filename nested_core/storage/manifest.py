@@ -39,6 +39,12 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
 
     Raises DamagedError naming the first file that is missing, extra or changed.
     """
+    facts: dict[str, Any] = read_verified_manifest(folder)["facts"]
+    return facts
+
+
+def read_verified_manifest(folder: Path) -> dict[str, Any]:
+    """`verify_manifest`, and the whole manifest: `facts`, `files` and its own `digest`."""
     manifest = read_manifest(folder)
     listed: dict[str, Any] = manifest["files"]
     found = _list_files(folder)
@@ -51,8 +57,12 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
             raise DamagedError(
                 f"{folder / name} has changed since it was written (size or SHA-256)."
             )
-    facts: dict[str, Any] = manifest["facts"]
-    return facts
+    return manifest
+
+
+def describe_manifest(manifest: Mapping[str, Any]) -> FileEntry:
+    """The entry of MANIFEST.json itself, which is written in one way only."""
+    return describe_content(render_json(dict(manifest)))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -94,6 +104,11 @@ def describe_file(path: Path) -> FileEntry:
     if path.is_symlink() or not path.is_file():
         raise DamagedError(f"{path} is not a regular file; only regular files belong here.")
     return {"bytes": path.stat().st_size, "sha256": regular_sha256(path)}
+
+
+def describe_content(content: bytes | memoryview) -> FileEntry:
+    """The entry of a file with this content."""
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def matches_entry(path: Path, entry: Any) -> bool:

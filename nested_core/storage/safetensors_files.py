@@ -82,14 +82,22 @@ def refuse_unsafe_format(path: Path) -> None:
 
 def read_tensors(path: Path, *, follow_links: bool = False) -> dict[str, StoredTensor]:
     """Read every tensor of a safetensors file into memory, once its header has been checked."""
+    return read_tensors_and_bytes(path, follow_links=follow_links)[0]
+
+
+def read_tensors_and_bytes(
+    path: Path, *, follow_links: bool = False
+) -> tuple[dict[str, StoredTensor], memoryview]:
+    """`read_tensors`, and the bytes of the whole file, of which the tensors are parts."""
     refuse_unsafe_format(path)
     with open_regular(path, follow_links=follow_links) as (file, size):
         locations = read_header(file, size, path)
         content = memoryview(read_start(file, size, path))  # its parts are views, not copies
-    return {
+    tensors = {
         name: StoredTensor(at.dtype, at.shape, content[at.begin : at.end])
         for name, at in locations.items()
     }
+    return tensors, content
 
 
 def load_arrays(path: Path, *, follow_links: bool = False) -> dict[str, mx.array]:

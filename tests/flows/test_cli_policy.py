@@ -111,4 +111,4 @@ def test_a_link_that_was_moved_by_hand_is_told_by_audit(folder: Path) -> None:
     assert called("gc", NAME, cwd=folder).code == 0
     done = called("audit", NAME, cwd=folder)
     assert done.code == 0
-    assert "note: history, line 3: the champion link was moved by hand" in done.stdout
+    assert "note: history, line 5: the champion link was moved by hand" in done.stdout

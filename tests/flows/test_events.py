@@ -24,7 +24,8 @@ from flows.process.environment import current_user
 from flows.reconcile import ReconcileParameters, reconcile
 from flows.rollback import RollbackParameters, rollback
 from nested_core import registry as core
-from nested_core.registry import folders, ledger, recovery
+from nested_core.registry import ledger
+from nested_core.registry.name_folder import writing
 from nested_core.registry.policy import set_policy
 from tasks.events import MAX_EVENTS, send_missing_events
 from tasks.prefect_server import read_events
@@ -210,12 +211,9 @@ def test_a_copy_of_a_registry_is_silent_until_a_deployment_names_it(
 def test_a_line_is_told_though_a_gc_has_written_many_after_it(
     changed: Path, new_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = changed / new_name
-    with folders.exclusive_folder_lock(folder) as lock:
-        state = recovery.read_registry_state(folder)
+    with writing(changed, new_name) as held:
         for number in range(MAX_EVENTS + 1):
-            line = ledger.new_entry("collected", f"{number:064x}", state.champion, "gc")
-            state = recovery.record_line(folder, state, line, lock)
+            held.record("collected", f"{number:064x}", "gc")
     with get_client(sync_client=True) as client:
         assert send_missing_events(client, changed, new_name) is None
     assert [event for event, _ in events_of(new_name, 2)] == ["adapter.promoted"] * 2

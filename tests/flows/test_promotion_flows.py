@@ -31,7 +31,7 @@ from flows.promote import PromoteParameters, promote
 from flows.reconcile import ReconcileParameters, reconcile
 from flows.rollback import RollbackParameters, rollback
 from nested_core import registry as core
-from nested_core.registry import champion_files
+from nested_core.registry.name_folder import NameFolder
 from tasks import promote as promotion_tasks
 from tasks.artifact_client import artifact_key
 from tests.core.registry.conftest import write_run
@@ -358,15 +358,15 @@ def test_a_try_after_a_late_error_says_what_the_first_one_did(
     first, second = add(1), add(2)
     core.promote(registry, NAME, first, by="ann")
     core.promote(registry, NAME, second, by="ann")
-    swap = champion_files.swap_link
+    move_link = NameFolder._move_link
     failures = [OSError(errno.EIO, "I/O error")]
 
     def fail_late(*arguments: Any, **options: Any) -> None:
-        swap(*arguments, **options)
+        move_link(*arguments, **options)
         if failures:
             raise failures.pop()
 
-    monkeypatch.setattr(champion_files, "swap_link", fail_late)
+    monkeypatch.setattr(NameFolder, "_move_link", fail_late)
     told: list[str] = []
     monkeypatch.setattr(
         promotion_tasks,

@@ -15,6 +15,7 @@ from flows.sweep import MOST_RUNS, SweepParameters, grid_points, has_ended, prom
 from nested_core.errors import ConfigError
 from nested_core.records.verdict import JudgedAdapter, Validation, Verdict
 from nested_core.records.verdict_file import write_verdict
+from nested_core.registry import Decision
 from nested_core.report.sweep import SweepRunResult, choose_best_run
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.test_sweep_choice import sweep_of
@@ -143,9 +144,9 @@ def test_a_choice_that_may_be_luck_is_left_under_the_policy_of_its_point(
         patch("flows.sweep.find_registered_version", return_value="v"),
         patch("flows.sweep.read_run_config", return_value=config),
         patch("flows.sweep.register") as register,
-        patch("flows.sweep.promote", return_value="promoted") as promote,
+        patch("flows.sweep.promote", return_value=Decision("promoted", "v")) as promote,
     ):
-        version, done = promote_choice(config.registry, outcomes[0], outcomes, None)
-    assert version == "v"
+        done = promote_choice(config.registry, outcomes[0], outcomes, None)
+    assert done.version == "v"
     assert (not register.called, not promote.called) == (is_luck, is_luck)
-    assert ("the best of 8 candidates" in done) == is_luck
+    assert ("the best of 8 candidates" in done.sentence) == is_luck

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from nested_core import registry as core
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError
 from nested_core.pipeline import steps
-from nested_core.registry.champion_files import PREPARED_PREFIX
+from nested_core.registry.name_folder import NameFolder
 from nested_core.storage.run_directory import RunDirectory
 from tasks.promote import promote, promote_by_recorded_policy
 from tasks.retrying import retry_on_transient_error
@@ -89,16 +90,22 @@ def test_damage_is_not_tried_again(run: RunDirectory, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("task", [promote, promote_by_recorded_policy])
-def test_an_io_error_of_the_registry_that_may_pass_is_tried_again(tmp_path, task) -> None:
+def test_an_io_error_of_the_registry_that_may_pass_is_tried_again(
+    tmp_path, task, monkeypatch
+) -> None:
     registry = tmp_path / "registry"
     policy = {"config": {"registry": {"path": "r", "name": "capitals", "promote": "always"}}}
     version = core.register(write_run(tmp_path / "run", 1), registry, "capitals", policy)
-    (registry / "capitals" / PREPARED_PREFIX).mkdir()  # where the next pointer is written first
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "I/O error")
+
+    monkeypatch.setattr(NameFolder, "_move_link", fail)
     section = RegistrySection(path=str(registry), name="capitals", promote="always")
     given = (section, version, None) if task is promote else (registry, "capitals", version)
     state, count = tries(task, *given)
     assert count == 4
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(OSError, match="I/O error"):
         state.result()
 
 

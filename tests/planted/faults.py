@@ -122,8 +122,8 @@ FAULTS = (
     ),
     Fault(
         "nested_core/gate/run_evidence.py",
-        "    if digests_for_result(run, offered) != result.evidence:",
-        "    if not digests_for_result(run, offered):",
+        "    if digests_for_result(run, offered, checkpoint.manifest) != result.evidence:",
+        "    if not digests_for_result(run, offered, checkpoint.manifest):",
         "a check skipped",
     ),
     Fault(
@@ -170,14 +170,14 @@ FAULTS = (
     ),
     Fault(
         "nested_core/registry/registration.py",
-        "        if copied[name] != judged.get(source):",
-        "        if name not in copied:",
+        "        if entries[file] != bound.files.get(source):",
+        "        if source not in bound.files:",
         "a check skipped",
     ),
     Fault(
         "nested_core/registry/ledger.py",
-        '        if entry.action != "aborted" and entry.previous != champion:',
-        '        if entry.action == "aborted" and entry.previous != champion:',
+        "        if entry.previous != champion:",
+        "        if entry.previous is None and champion is not None:",
         "a comparison turned",
     ),
     Fault(

@@ -209,18 +209,6 @@ def test_a_champion_that_changed_after_the_gate_supersedes(challenger: Challenge
     assert challenger.decide(None) == "superseded"
 
 
-def test_a_comparison_that_the_losses_do_not_give_is_damage(challenger: Challenger) -> None:
-    challenger.meet(halve)
-    challenger.judge()
-    gate = challenger.gate
-    edits = {"loss": 9.0, "interval": [-9.0, -8.0], "left_out": 3, "not_compared": "no"}
-    for edited in (None, *(gate["champion"] | {key: value} for key, value in edits.items())):
-        challenger.edit_gate(champion=edited)
-        challenger.require_damaged("champion")
-    challenger.edit_gate(gate)
-    challenger.confirm()
-
-
 def test_a_champion_that_training_began_with_has_the_losses_from_before(
     challenger: Challenger, tmp_path: Path
 ) -> None:
@@ -297,13 +285,3 @@ def test_a_candidate_that_answers_worse_than_the_champion_is_refused(challenger)
     champions = [record for record in planted if record.model == "champion"]
     as_parent = [replace(record, model="parent") for record in champions]
     assert len(judge_answers(gate, planted + as_parent)[1]) == 1
-
-
-def test_an_edited_score_of_the_champion_is_damage(challenger: Challenger) -> None:
-    challenger.meet(halve)
-    challenger = challenger.with_suite()
-    challenger.judge()
-    (given,) = challenger.gate["tasks"]
-    for key in ("champion", "champion_difference", "champion_interval"):
-        challenger.edit_gate(tasks=[given | {key: None}])
-        challenger.require_damaged("tasks differ")

@@ -23,8 +23,8 @@ from nested_core.pipeline.publishing import (
     register_run,
 )
 from nested_core.registry import (
-    Promotion,
-    champion_moves,
+    Decision,
+    changes,
     collect_garbage,
     garbage_collection,
     list_versions,
@@ -37,8 +37,8 @@ from nested_core.registry.promotion_policy import (
     describe_promotion,
     promote_by_policy,
     read_candidate,
-    warn_if_worse,
 )
+from nested_core.registry.registration import read_passed_run
 from nested_core.storage.adapter import ADAPTER_FILES, write_adapter
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
@@ -114,10 +114,10 @@ def configure(tmp_path: Path) -> Configure:
 
 
 @pytest.fixture
-def publish(configure: Configure) -> Callable[..., Promotion | str]:
+def publish(configure: Configure) -> Callable[..., Decision]:
     """Register a run and let the policy decide; the champion now is the one it was judged with."""
 
-    def publish(run: RunDirectory, **section: Any) -> Promotion | str:
+    def publish(run: RunDirectory, **section: Any) -> Decision:
         config = configure(**section)
         champion = champion_or_none(Path(str(config.registry.path)), NAME)
         version = register_run(config, run, champion)
@@ -126,8 +126,12 @@ def publish(configure: Configure) -> Callable[..., Promotion | str]:
     return publish
 
 
-def outcome(result: Promotion | str) -> str:
-    return result if isinstance(result, str) else result.outcome
+def outcome(result: Decision) -> str:
+    return result.sentence
+
+
+def warning(registry: Path, done: Decision) -> str | None:
+    return describe_promotion(registry, NAME, done).warning
 
 
 class TestRegister:
@@ -143,7 +147,9 @@ class TestRegister:
         assert version == read_adapter(second.adapter).digest()
         assert (
             written.items()
-            >= json.loads(json.dumps(make_provenance(config, second, parent))).items()
+            >= json.loads(
+                json.dumps(make_provenance(config, second, read_passed_run(second.path), parent))
+            ).items()
         )
         assert written["run_dir"] == str(second.path)
         assert (written["dataset_digest"], written["parent"]) == ("d2", parent)
@@ -157,10 +163,15 @@ class TestRegister:
         lines = [{"iteration": i, "iterations_per_second": speed} for i, speed in reports]
         lines.insert(0, {"iteration": 0, "val_loss": 3.0})
         run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        assert make_provenance(configure(), run, None)["training_seconds"] == 2.0 + 5.0
+        assert (
+            make_provenance(configure(), run, read_passed_run(run.path), None)["training_seconds"]
+            == 2.0 + 5.0
+        )
 
     def test_a_first_version_has_no_parent(self, make_run: MakeRun, configure: Configure) -> None:
-        assert make_provenance(configure(), make_run(1.0), None)["parent"] is None
+        run = make_run(1.0)
+        recorded = make_provenance(configure(), run, read_passed_run(run.path), None)
+        assert recorded["parent"] is None
 
     def test_a_rejected_run_is_not_registered(
         self, make_run: MakeRun, configure: Configure, tmp_path: Path
@@ -176,13 +187,13 @@ class TestRegister:
 
 class TestPolicy:
     def test_never_promotes_nothing(self, make_run: MakeRun, publish: Any, tmp_path: Path) -> None:
-        assert publish(make_run(1.0)) == "registry.promote is never"
+        assert outcome(publish(make_run(1.0))) == "registry.promote is never"
         assert champion_or_none(tmp_path / "registry", NAME) is None
 
     def test_always_promotes(self, make_run: MakeRun, publish: Any, tmp_path: Path) -> None:
         run = make_run(1.0)
         version = read_adapter(run.adapter).digest()
-        assert publish(run, promote="always") == Promotion("promoted", version, None)
+        assert publish(run, promote="always") == Decision("promoted", version, None)
         assert read_champion(tmp_path / "registry", NAME) == version
 
     def test_always_does_not_ask_whether_it_is_better(
@@ -218,7 +229,7 @@ class TestPolicy:
         self, make_run: MakeRun, publish: Any, promote: str
     ) -> None:
         run = make_run(1.0, loss=None)
-        assert publish(run, promote=promote) == (
+        assert outcome(publish(run, promote=promote)) == (
             "there was no validation set, and registry.require_validation is on"
         )
         result = outcome(publish(run, promote=promote, require_validation=False))
@@ -314,7 +325,7 @@ class TestPolicy:
         publish(make_run(1.0), promote="always")
         champion = read_champion(tmp_path / "registry", NAME)
         result = promote_by_policy(config.registry, version, None)
-        assert result == Promotion("superseded", version, champion)
+        assert result == Decision("superseded", version, champion)
         assert read_champion(tmp_path / "registry", NAME) == champion
 
     def test_the_same_adapter_again_is_the_champion_already(
@@ -327,7 +338,7 @@ class TestPolicy:
     def test_approve_leaves_it_to_a_person(self, make_run: MakeRun, publish: Any) -> None:
         run = make_run(1.0)
         version = read_adapter(run.adapter).digest()
-        assert publish(run, promote="approve") == (
+        assert outcome(publish(run, promote="approve")) == (
             f"waiting for approval of {version[:12]}: registry.promote is approve"
         )
 
@@ -351,10 +362,12 @@ class TestPromotionByAPerson:
     @pytest.fixture
     def by_hand(
         self, configure: Configure, monkeypatch: pytest.MonkeyPatch
-    ) -> Callable[[RunDirectory], Promotion]:
+    ) -> Callable[[RunDirectory], Decision]:
         """Promote a run whose files were written by hand: they hold no evidence to confirm."""
-        monkeypatch.setattr(publishing, "confirm_recorded_verdict", lambda config, run: None)
-        return lambda run: register_and_promote_run(configure(), run, by="ann")
+        monkeypatch.setattr(
+            publishing, "confirm_recorded_verdict", lambda config, run: read_passed_run(run.path)
+        )
+        return lambda run: register_and_promote_run(configure(), run, by="ann")[0]
 
     @pytest.mark.parametrize(
         ("before", "after", "is_warned"),
@@ -371,22 +384,22 @@ class TestPromotionByAPerson:
     ) -> None:
         registry = tmp_path / "registry"
         first = by_hand(make_run(1.0, loss=before))
-        assert warn_if_worse(registry, NAME, first) is None
+        assert warning(registry, first) is None
         done = by_hand(make_run(2.0, loss=after))
         assert done.outcome == "promoted"
-        warning = warn_if_worse(registry, NAME, done)
-        assert (warning is not None) == is_warned
-        if warning is not None:
-            assert f"a higher validation loss on the same data, {after:.4g}, than the" in warning
-            assert f"{first.version[:12]}, {before:.4g}. To go back: nested-tune roll" in warning
-        assert warn_if_worse(registry, NAME, by_hand(make_run(3.0, loss=0.5))) is None
+        said = warning(registry, done)
+        assert (said is not None) == is_warned
+        if said is not None:
+            assert f"a higher validation loss on the same data, {after:.4g}, than the" in said
+            assert f"{first.version[:12]}, {before:.4g}. To go back: nested-tune roll" in said
+        assert warning(registry, by_hand(make_run(3.0, loss=0.5))) is None
 
     def test_losses_on_other_data_or_none_are_no_reason_to_warn(
         self, make_run: MakeRun, by_hand: Any, tmp_path: Path
     ) -> None:
         by_hand(make_run(1.0, loss=1.0))
         for run in (make_run(2.0, loss=5.0, data="d2"), make_run(3.0, loss=None)):
-            assert warn_if_worse(tmp_path / "registry", NAME, by_hand(run)) is None
+            assert warning(tmp_path / "registry", by_hand(run)) is None
 
     def test_an_adapter_that_was_never_measured_is_said_to_be_so_beside_the_one_that_was(
         self, make_run: MakeRun, by_hand: Any, tmp_path: Path
@@ -394,7 +407,7 @@ class TestPromotionByAPerson:
         registry = tmp_path / "registry"
         first = by_hand(make_run(1.0, loss=0.75))
         done = by_hand(make_run(2.0, loss=None))
-        said = str(describe_promotion(registry, NAME, done))
+        said = str(describe_promotion(registry, NAME, done).losses)
         assert said.startswith(f"{done.version[:12]}: its quality was not measured")
         assert f"the champion before, {first.version[:12]}, has a validation loss of 0.75" in said
         assert f"nested-tune rollback {NAME}" in said
@@ -407,7 +420,7 @@ class TestPromotionByAPerson:
         path.chmod(0o644)
         path.write_text("{")
         done = by_hand(make_run(2.0, loss=5.0))
-        assert warn_if_worse(tmp_path / "registry", NAME, done) is None
+        assert warning(tmp_path / "registry", done) is None
 
     def test_better_refuses_what_a_person_promotes_unjudged(
         self, make_run: MakeRun, by_hand: Any, publish: Any
@@ -437,7 +450,7 @@ class TestPromotionByAPerson:
             gc.join(SECONDS_FOR_A_GC)  # it has to wait for the lock
             return state
 
-        monkeypatch.setattr(champion_moves, "add_version", after)
+        monkeypatch.setattr(changes, "add_version", after)
         assert by_hand(make_run(2.0)).outcome == "promoted"
         gc.join()
         assert len(list_versions(registry, NAME)) == 2

@@ -20,7 +20,7 @@ CHANGING_CALLS = [
     *("rename", "replace", "rmdir", "symlink", "unlink", "write"),
 ]
 READING_CALLS = ["fstat", "listdir", "lstat", "read", "readlink", "scandir", "stat"]
-WRITE, CLOSE, REPLACE = os.write, os.close, os.replace
+WRITE, CLOSE = os.write, os.close
 Action = Callable[[Path], object]
 
 
@@ -37,8 +37,7 @@ class Faults:
 
     def wrap(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*arguments: Any, **options: Any) -> Any:
-            is_swap = call is REPLACE and Path(arguments[1]).name == "champion"
-            self.seen.append("swap" if is_swap else call.__name__)
+            self.seen.append(call.__name__)
             if len(self.seen) == self.fail_at:
                 if call is WRITE:  # a crash in the middle of a write leaves a part of it
                     call(arguments[0], arguments[1][: len(arguments[1]) // 2])
@@ -116,15 +115,6 @@ def copies(template: Path, every: int = 1) -> Iterator[tuple[int, Path]]:
         yield number, copy
         shutil.rmtree(copy)
     raise AssertionError("the action never came to its end")
-
-
-def number_of(crash: str, action: Action, registry: Path) -> int:
-    """The number of the changing call in `action` whose name is `crash`, or that swaps the link."""
-    copy = registry.with_name("dry-run")
-    shutil.copytree(registry, copy, symlinks=True)
-    with injected(0, kill_self) as faults:
-        action(copy)
-    return faults.seen.index(crash) + 1
 
 
 def in_processes(count: int, work: Callable[[int], None]) -> None:

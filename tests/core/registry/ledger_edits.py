@@ -19,7 +19,7 @@ class Edit:
     refused: audit and every writer name the file.
     mended: audit finds it, and the next writer leaves the bytes that were there before.
     crash: what a crash before champion.json leaves; mended without a finding.
-    torn: a line that was never finished, which the next writer marks.
+    torn: a line that was never finished, which the next writer cuts.
     same: the file means what it meant.
     """
 
@@ -89,9 +89,9 @@ def _edited_lines(line: bytes, lines: list[bytes]) -> Iterator[tuple[str, bytes]
 def _other_values(field: str, value: Any, lines: list[bytes]) -> list[Any]:
     values: list[Any] = [None, "", OTHER, 7, [], {}, True, False]
     if field == "action":
-        values += ["promote", "rollback", "aborted", "collected", "Promote"]
+        values += ["promote", "rollback", "judged", "collected", "Promote"]
     if field in ("version", "previous", "manifest"):
-        values += [json.loads(line)[field] for line in lines]
+        values += [json.loads(line).get(field) for line in lines]
     if field == "time":
         values += ["2001-01-01T00:00:00.000000+00:00", "2099-01-01T00:00:00.000000+00:00"]
     if field == "by":

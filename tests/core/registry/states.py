@@ -7,10 +7,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nested_core.registry import audit, history, read_champion
-from nested_core.storage.adapter import read_adapter
+from nested_core.registry import audit, read_champion
+from nested_core.registry.ledger import read_ledger
+from nested_core.registry.name_folder import make_views, read_view
+from nested_core.registry.promotion_policy import promote_missed_versions
 
 NAME = "capitals"
+
+
+def missed(registry: Path) -> dict[str, str]:
+    """What `reconcile` decides, in its sentences."""
+    decisions = promote_missed_versions(registry, NAME)
+    return {version: decision.sentence for version, decision in decisions.items()}
+
+
+def last_line(registry: Path) -> dict[str, Any]:
+    """The last line of the history, whatever it is about."""
+    return read_ledger(registry / NAME).entries[-1].fields()
 
 
 def chained_line(registry: Path, entry: dict[str, Any]) -> bytes:
@@ -20,27 +33,14 @@ def chained_line(registry: Path, entry: dict[str, Any]) -> bytes:
     return json.dumps(entry).encode() + b"\n"
 
 
-def assert_old_or_new_and_whole(registry: Path, old: str | None, new: str) -> None:
-    """What a reader sees right after the crash."""
-    champion = read_champion(registry, NAME)
-    assert champion in (old, new)
-    assert audit(registry, NAME).findings == ()
-    if champion is not None:
-        assert read_adapter(registry / NAME / "champion").digest() == champion
-    if champion == new:
-        assert history(registry, NAME)[-1]["version"] == new
-
-
-def assert_settled(registry: Path) -> None:
-    """What is so after any later change: history, link and record agree; nothing is left over."""
+def assert_settled(registry: Path, *, is_sound: bool = True) -> None:
+    """What is so after any later change: history and views agree; nothing is left over."""
     report = audit(registry, NAME)
-    assert report.findings == ()
     assert report.unfinished is None
-    last = history(registry, NAME)[-1]
-    assert "unfinished" not in last
-    is_change = last["action"] in ("promote", "rollback")
-    assert last["version" if is_change else "previous"] == report.champion
-    lines = (registry / NAME / "history.jsonl").read_bytes().split(b"\n")
-    assert lines.pop() == b""
-    assert all(isinstance(json.loads(line), dict) for line in lines)
+    assert not is_sound or report.findings == ()
+    ledger = read_ledger(registry / NAME)
+    assert read_champion(registry, NAME) == ledger.champion
+    for name, content in make_views(ledger).items():
+        assert read_view(registry / NAME / name) == content
+    assert ledger.torn == b""
     assert not [path for path in registry.rglob(".*") if path.name != ".lock"]

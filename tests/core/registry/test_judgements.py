@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import pytest
 
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError, GateRejected
-from nested_core.records.verdict_file import parse_verdict, read_verdict
+from nested_core.records.verdict_file import bind_verdict, parse_verdict, read_verdict
 from nested_core.registry import (
-    Promotion,
+    Decision,
     audit,
     collect_garbage,
     history,
@@ -29,8 +28,9 @@ from nested_core.registry.promotion_policy import (
     promote_by_recorded_policy,
     read_candidate,
 )
+from nested_core.registry.registration import register_rejection
 from tests.core.registry.conftest import MakeRun
-from tests.core.registry.states import NAME
+from tests.core.registry.states import NAME, last_line
 from tests.gate_files import judged_files, read_gate, write_gate
 
 Judge = Callable[..., Path]
@@ -78,13 +78,14 @@ def test_a_version_judged_again_is_promoted_by_its_newest_verdict(
 ) -> None:
     weak, better = two_versions(make_run, registry)
     refused = promote_by_policy(section(registry, "better"), better, weak)
-    assert isinstance(refused, str)
-    lines = len(history(registry, NAME))
+    assert refused.outcome == "refused"
     run = judge(2, weak, -2.4)
     assert register(run, registry, NAME, provenance("better", weak)) == better
-    assert len(history(registry, NAME)) == lines
+    (file,) = files_of(registry, better)
+    line = last_line(registry)
+    assert (line["action"], line["version"], line["judgement"]) == ("judged", better, file.stem)
     done = promote_by_policy(section(registry, "better"), better, weak)
-    assert done == Promotion("promoted", better, weak)
+    assert done == Decision("promoted", better, weak)
     (file,) = files_of(registry, better)
     assert history(registry, NAME)[-1]["judgement"] == file.stem
     assert hashlib.sha256(file.read_bytes()).hexdigest() == file.stem
@@ -105,7 +106,7 @@ def test_the_policy_of_the_newest_verdict_decides_for_a_late_event(
     weak, better = two_versions(make_run, registry)
     register(judge(2, weak, -2.4), registry, NAME, provenance("better", weak))
     done = promote_by_recorded_policy(registry, NAME, better)
-    assert done == Promotion("promoted", better, weak)
+    assert done == Decision("promoted", better, weak)
 
 
 def test_what_was_judged_against_a_former_champion_does_not_count_now(
@@ -116,10 +117,9 @@ def test_what_was_judged_against_a_former_champion_does_not_count_now(
     third = register(make_run(3), registry, NAME, provenance("never"))
     promote(registry, NAME, third, by="ann")
     reason = promote_by_policy(section(registry, "better"), better, third)
-    assert isinstance(reason, str)
-    assert "did not judge the champion" in reason
+    assert reason.outcome == "refused"
+    assert "did not judge the champion" in reason.sentence
     late = promote_by_recorded_policy(registry, NAME, better)
-    assert isinstance(late, Promotion)
     assert late.outcome == "superseded"
 
 
@@ -149,66 +149,48 @@ def test_a_judgement_that_rejects_stops_a_promotion_by_version(
 ) -> None:
     weak, better = two_versions(make_run, registry)
     run = judge(2, weak, -2.4)
-    register(run, registry, NAME, provenance("better", weak))
-    _rewrite(
-        files_of(registry, better)[0],
-        verdict="failed",
-        reasons=[{"code": "task_below", "message": "9 of 10"}],
-    )
+    gate = read_gate(run / "gate.json")
+    gate |= {"verdict": "failed", "reasons": [{"code": "task_below", "message": "9 of 10"}]}
+    write_gate(run, gate, judged_files(run))
+    register_rejection(bind_verdict(run), registry, NAME, provenance("better", weak))
     reason = promote_by_policy(section(registry, "better"), better, weak)
-    assert reason == "the gate, judging it again, rejected it: task_below"
+    assert reason.sentence == "the gate, judging it again, rejected it: task_below"
     with pytest.raises(GateRejected, match="task_below"):
         promote(registry, NAME, better, by="ann")
     assert read_champion(registry, NAME) == weak
 
 
-def _rewrite(path: Path, **changes: Any) -> None:
-    """Write a judgement with other fields, under the name that fits it."""
-    content = json.dumps(json.loads(path.read_bytes()) | changes).encode()
-    path.unlink()
-    path.with_name(f"{hashlib.sha256(content).hexdigest()}.json").write_bytes(content)
-
-
-@pytest.mark.parametrize("edit", ["bytes", "other version", "no facts", "no name", "cut"])
-def test_a_judgement_that_was_edited_is_found_and_decides_nothing(
+@pytest.mark.parametrize("edit", ["bytes", "other version", "no name", "cut", "removed"])
+def test_a_judgement_that_was_edited_is_found_until_the_run_is_registered_again(
     make_run: MakeRun, judge: Judge, registry: Path, edit: str
 ) -> None:
     weak, better = two_versions(make_run, registry)
-    register(judge(2, weak, -2.4), registry, NAME, provenance("better", weak))
+    run = judge(2, weak, -2.4)
+    register(run, registry, NAME, provenance("better", weak))
     (path,) = files_of(registry, better)
     path.chmod(0o644)
     if edit == "bytes":
         path.write_bytes(path.read_bytes().replace(b"-2.4", b"-9.4"))
     elif edit == "other version":
-        _rewrite(path, trained={"path": "x", "digest": weak})
-    elif edit == "no facts":
-        _rewrite(path, judgement={"number": 1})
+        path.write_bytes(path.read_bytes().replace(better.encode(), weak.encode()))
     elif edit == "cut":
         path.write_bytes(path.read_bytes()[:-20])
+    elif edit == "removed":
+        path.unlink()
     else:
         path.rename(path.with_name("x.json"))
-    with pytest.raises(DamagedError, match=r"[Rr]emove it"):
-        promote_by_policy(section(registry, "better"), better, weak)
+    for refuse in (
+        lambda: promote_by_policy(section(registry, "better"), better, weak),
+        lambda: promote(registry, NAME, better, by="ann"),
+    ):
+        with pytest.raises(DamagedError, match=r"nested-tune promote RUN_DIR"):
+            refuse()
     (finding,) = audit(registry, NAME).findings
-    assert "emove it" in finding.message
-    shutil.rmtree(path.parent)  # the advice
+    assert finding.file == path
+    register_and_promote(run, registry, NAME, provenance("better", weak), by="ann")  # the advice
     assert audit(registry, NAME).is_sound
-
-
-def test_a_judgement_that_a_promotion_rests_on_is_missed_until_the_run_is_registered_again(
-    make_run: MakeRun, judge: Judge, registry: Path
-) -> None:
-    weak, better = two_versions(make_run, registry)
-    run = judge(2, weak, -2.4)
-    register_and_promote(run, registry, NAME, provenance("better", weak), by="ann")
-    (path,) = files_of(registry, better)
-    assert history(registry, NAME)[-1]["judgement"] == path.stem
-    path.unlink()
-    (finding,) = audit(registry, NAME).findings
-    assert "promote RUN_DIR" in finding.message
-    register_and_promote(run, registry, NAME, provenance("better", weak), by="ann")
-    assert audit(registry, NAME).is_sound
-    assert history(registry, NAME)[-1]["action"] == "restored"
+    assert read_champion(registry, NAME) == better
+    assert [line["action"] for line in history(registry, NAME)][-2:] == ["restored", "promote"]
 
 
 @pytest.mark.usefixtures("no_time_to_decide")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import pytest
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import (
-    Promotion,
+    Decision,
     collect_garbage,
     history,
     ledger,
@@ -24,7 +23,6 @@ from nested_core.registry import (
     promotion_policy,
     read_champion,
     register,
-    registration,
     rollback,
 )
 from nested_core.registry.policy import set_policy
@@ -33,11 +31,10 @@ from nested_core.registry.promotion_policy import (
     compare_losses,
     promote_by_policy,
     promote_by_recorded_policy,
-    promote_missed_versions,
     read_candidate,
 )
-from nested_core.storage.manifest import write_manifest
 from tests.core.registry.conftest import write_run
+from tests.core.registry.states import missed
 from tests.gate_files import judged_files, read_gate, write_gate
 
 NAME = "capitals"
@@ -81,8 +78,7 @@ def add(tmp_path: Path, registry: Path) -> Add:
 
 
 def late(registry: Path, version: str) -> Any:
-    done = promote_by_recorded_policy(registry, NAME, version)
-    return done.outcome if isinstance(done, Promotion) else done
+    return promote_by_recorded_policy(registry, NAME, version).sentence
 
 
 def test_an_event_promotes_by_the_recorded_policy_into_the_registry_it_names(
@@ -125,7 +121,7 @@ def test_what_a_person_rolled_back_is_not_brought_back(add: Add, registry: Path)
     late(registry, second)
     rollback(registry, NAME, by="ann")
     assert late(registry, second) == "superseded"
-    assert promote_missed_versions(registry, NAME) == {}
+    assert missed(registry) == {}
     assert read_champion(registry, NAME) == first
 
 
@@ -136,7 +132,7 @@ def test_a_champion_that_left_and_came_back_still_supersedes(add: Add, registry:
     late(registry, second)
     rollback(registry, NAME, by="ann")
     assert late(registry, forgotten) == "superseded"
-    assert promote_missed_versions(registry, NAME) == {forgotten: "superseded"}
+    assert missed(registry) == {forgotten: "superseded"}
     assert read_champion(registry, NAME) == first
 
 
@@ -144,9 +140,9 @@ def test_reconcile_promotes_the_newest_that_an_event_got_lost_for(add: Add, regi
     first = add(1)
     late(registry, first)
     lost, newer = add(2, first), add(3, first)
-    assert promote_missed_versions(registry, NAME) == {newer: "promoted", lost: "superseded"}
+    assert missed(registry) == {newer: "promoted", lost: "superseded"}
     before = history(registry, NAME)
-    assert promote_missed_versions(registry, NAME) == {lost: "superseded"}
+    assert missed(registry) == {lost: "superseded"}
     assert history(registry, NAME) == before
     assert read_champion(registry, NAME) == newer
 
@@ -163,15 +159,15 @@ def test_of_two_that_were_missed_the_later_is_promoted_though_its_clock_was_behi
     add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     older = add(1)
-    monkeypatch.setattr(registration, "datetime", Clock2001)
+    monkeypatch.setattr(ledger, "datetime", Clock2001)
     newer = add(2)
-    assert promote_missed_versions(registry, NAME) == {newer: "promoted", older: "superseded"}
+    assert missed(registry) == {newer: "promoted", older: "superseded"}
 
 
 def test_reconcile_leaves_what_its_policy_leaves(add: Add, registry: Path) -> None:
     versions = {policy: add(seed, None, policy) for seed, policy in enumerate(("never", "approve"))}
     unknown = add(9, None, None)
-    outcomes = promote_missed_versions(registry, NAME)
+    outcomes = missed(registry)
     assert outcomes[versions["never"]] == "registry.promote is never"
     assert outcomes[versions["approve"]].startswith("waiting for approval")
     assert outcomes[unknown] == "its provenance records no policy"
@@ -182,7 +178,7 @@ def test_better_is_judged_by_reconcile_too(add: Add, registry: Path, tmp_path: P
     first = add(1)
     late(registry, first)
     worse = add(2, first, "better")
-    assert promote_missed_versions(registry, NAME) == {
+    assert missed(registry) == {
         worse: "validation loss 1.2 is not better by more than 0.005 than the champion's 1.2 "
         "(valid.jsonl, 10 examples)"
     }
@@ -191,7 +187,7 @@ def test_better_is_judged_by_reconcile_too(add: Add, registry: Path, tmp_path: P
     section = {"promote": "better", "path": "x", "name": "y"}
     provenance = {"champion_at_gate": first, "validation_digest": "d1"}
     version = register(better, registry, NAME, provenance | {"config": {"registry": section}})
-    assert promote_missed_versions(registry, NAME)[version] == "promoted"
+    assert missed(registry)[version] == "promoted"
 
 
 def test_losses_on_files_of_which_no_digest_is_recorded_are_not_compared(
@@ -262,7 +258,7 @@ def test_a_damaged_version_keeps_reconcile_from_no_other(add: Add, registry: Pat
         path = registry / NAME / "versions" / version / "provenance.json"
         path.chmod(0o644)
         path.write_text(content or path.read_text() + " ")
-    outcomes = promote_missed_versions(registry, NAME)
+    outcomes = missed(registry)
     assert outcomes[sound] == "promoted"
     assert outcomes[unreadable].startswith("damaged: ")
     assert outcomes[changed].startswith("damaged: ")
@@ -283,7 +279,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, step: str, act: Callable[[], obje
 
 
 def approve_first(registry: Path, version: str) -> Any:
-    return approve(registry, NAME, version, by="ann", expected_champion=None)
+    return approve(registry, NAME, version, by="ann", expected_champion=None).sentence
 
 
 @pytest.mark.parametrize("decide", [late, approve_first])
@@ -326,7 +322,7 @@ def test_a_version_that_a_gc_takes_meanwhile_keeps_reconcile_from_no_other(
         assert collect_garbage(registry, NAME, by="gc", keep=1).collected == (old,)
 
     meanwhile(monkeypatch, step, act)
-    assert promote_missed_versions(registry, NAME) == {old: "collected meanwhile", new: "promoted"}
+    assert missed(registry) == {old: "collected meanwhile", new: "promoted"}
 
 
 def test_a_version_is_not_collected_while_it_is_read(
@@ -357,7 +353,7 @@ def test_a_champion_that_was_replaced_and_collected_meanwhile_supersedes_and_is_
     assert collect_garbage(registry, NAME, by="gc", keep=1).collected == (judged_against,)
     section = RegistrySection(path=str(registry), name=NAME, promote="better")
     done = promote_by_policy(section, version, judged_against)
-    assert done == Promotion("superseded", version, others[-1])
+    assert done == Decision("superseded", version, others[-1])
 
 
 @pytest.mark.parametrize("behind", ["the machine that changed the champion", "that registered"])
@@ -370,7 +366,7 @@ def test_a_clock_that_is_behind_changes_nothing_in_what_is_superseded(
 
     with monkeypatch.context() as patch:
         if behind == "that registered":
-            patch.setattr(registration, "datetime", Clock2001)
+            patch.setattr(ledger, "datetime", Clock2001)
         candidate, other = add(3, first), add(4, first)
     assert late(registry, candidate) == "promoted"
     rollback(registry, NAME, to=first, by="ann")
@@ -380,33 +376,3 @@ def test_a_clock_that_is_behind_changes_nothing_in_what_is_superseded(
         rollback(registry, NAME, to=first, by="ann")
     assert late(registry, other) == "superseded"
     assert read_champion(registry, NAME) == first
-
-
-def record_provenance(registry: Path, version: str, **changes: Any) -> None:
-    """Register a version with another provenance; None takes a field out."""
-    folder = registry / NAME / "versions" / version
-    provenance = json.loads((folder / "provenance.json").read_text()) | changes
-    for name in ("provenance.json", "MANIFEST.json"):
-        (folder / name).unlink()
-    kept = {key: value for key, value in provenance.items() if value is not None}
-    (folder / "provenance.json").write_text(json.dumps(kept))
-    write_manifest(folder, {"kind": "adapter version", "version": version})
-
-
-def test_a_place_that_the_history_does_not_have_is_before_all_of_it(
-    add: Add, registry: Path
-) -> None:
-    second, third = add(2), add(3)
-    for version in (second, third):
-        record_provenance(registry, version, registered_after="0" * 64)
-    assert late(registry, second) == "promoted"
-    assert late(registry, third) == "superseded"
-
-
-def test_a_provenance_without_its_place_in_the_history_is_damage(add: Add, registry: Path) -> None:
-    version = add(1)
-    record_provenance(registry, version, registered_after=None)
-    with pytest.raises(
-        DamagedError, match="provenance or verdict cannot be read: .*registered_after"
-    ):
-        late(registry, version)

@@ -158,14 +158,14 @@ def test_an_audit_that_a_writer_could_disturb_proves_nothing(
     record = registry / NAME / "champion.json"
     record.chmod(0o644)
     record.write_text("{}")
-    read = audit_report._take_snapshot
+    read = audit_report._read_link_and_ledger
 
     def disturbed(folder):
         if is_removed:
             (folder / LOCK_NAME).unlink(missing_ok=True)
         return read(folder)
 
-    monkeypatch.setattr(audit_report, "_take_snapshot", disturbed)
+    monkeypatch.setattr(audit_report, "_read_link_and_ledger", disturbed)
     if is_removed:
         with pytest.raises(DamagedError, match=r"\.lock was removed or replaced"):
             audit(registry, NAME)

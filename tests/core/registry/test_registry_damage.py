@@ -13,6 +13,7 @@ import pytest
 
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.registry import audit, promote, read_champion, register, rollback
+from nested_core.registry.ledger import read_ledger
 from nested_core.storage.manifest import write_manifest
 from nested_core.text.foreign_text import escape_but_keep_newlines
 from tests.left_out import slow_except
@@ -204,24 +205,48 @@ def test_rewritten_manifest_of_a_former_champion_is_found_through_the_history(th
     assert_detected(registry, three[0], folder / "MANIFEST.json")
 
 
-def test_rewritten_manifest_over_other_tensors_is_found_through_the_digest(three, registry):
+def test_rewritten_manifest_over_other_tensors_is_found_through_the_history(three, registry):
     folder, other = (registry / NAME / "versions" / three[i] for i in (2, 0))
     for name in ("adapters.safetensors", "MANIFEST.json"):
         (folder / name).unlink()
     shutil.copy(other / "adapters.safetensors", folder)
     write_manifest(folder, {"kind": "adapter version", "version": three[2]})
-    assert_detected(registry, three[2], folder / "adapters.safetensors")
+    assert_detected(registry, three[2], folder / "MANIFEST.json")
 
 
-def test_version_made_by_hand_around_a_failed_verdict_is_rejected(three, registry):
+def test_a_verdict_rewritten_with_its_manifest_is_found_through_the_history(three, registry):
     folder = registry / NAME / "versions" / three[2]
     reason = {"code": "unchanged", "message": "Nothing moved."}
     edit(folder / "gate.json", lambda value: value.update(verdict="failed", reasons=[reason]))
     (folder / "MANIFEST.json").unlink()
     write_manifest(folder, {"kind": "adapter version", "version": three[2]})
-    with pytest.raises(GateRejected, match="rejected this adapter"):
+    assert_detected(registry, three[2], folder / "MANIFEST.json")
+
+
+@pytest.mark.parametrize("verdict", ["passed", "failed", "on other tensors"])
+def test_a_version_that_no_line_knows_is_read_before_the_next_writer_adds_its_line(
+    three, registry, verdict
+):
+    """As a registration leaves it that is cut short before its line."""
+    folder = registry / NAME / "versions" / three[2]
+    (registry / NAME / "versions" / three[0]).rename(registry / "gone")
+    for name in ("history.jsonl", "champion", "champion.json"):
+        (registry / NAME / name).unlink()
+    reason = {"code": "unchanged", "message": "Nothing moved."}
+    if verdict == "failed":
+        edit(folder / "gate.json", lambda value: value.update(verdict="failed", reasons=[reason]))
+    elif verdict == "on other tensors":
+        (folder / "adapters.safetensors").unlink()
+        shutil.copy(registry / "gone" / "adapters.safetensors", folder)
+    (folder / "MANIFEST.json").unlink()
+    write_manifest(folder, {"kind": "adapter version", "version": three[2]})
+    if verdict == "passed":
+        assert promote(registry, NAME, three[2], by="ann").outcome == "promoted"
+        assert audit(registry, NAME).is_sound
+        return
+    with pytest.raises(GateRejected if verdict == "failed" else DamagedError):
         promote(registry, NAME, three[2], by="ann")
-    assert [finding.file for finding in audit(registry, NAME).findings] == [folder]
+    assert [line.version for line in read_ledger(registry / NAME).entries] == [three[1]]
 
 
 def test_version_that_did_not_change_stays_promotable_beside_a_damaged_one(three, registry):

@@ -25,13 +25,11 @@ from nested_core.registry import (
     register,
     rollback,
 )
-from nested_core.registry.champion_moves import Promotion
 from nested_core.registry.promotion_policy import (
     promote_by_recorded_policy,
-    promote_missed_versions,
 )
 from tests.core.registry.conftest import write_run
-from tests.core.registry.states import NAME
+from tests.core.registry.states import NAME, missed
 
 pytestmark = pytest.mark.usefixtures("no_time_to_decide")
 SEEDS = st.integers(0, 4)
@@ -177,7 +175,6 @@ class Sequences(RuleBasedStateMachine):
     def an_event_comes_late_or_again(self, seed: int) -> None:
         version = self.pick(seed)
         done = promote_by_recorded_policy(self.registry, NAME, version)
-        assert isinstance(done, Promotion)
         assert done.outcome == self.model.late(version)
 
     @precondition(is_there)
@@ -187,8 +184,8 @@ class Sequences(RuleBasedStateMachine):
         fresh = [v for v in self.model.registered if v not in was_champion]
         fresh.sort(key=lambda version: self.model.registered[version][0], reverse=True)
         expected = {version: self.model.late(version) for version in fresh}
-        assert promote_missed_versions(self.registry, NAME) == expected
-        assert "promoted" not in promote_missed_versions(self.registry, NAME).values()
+        assert missed(self.registry) == expected
+        assert "promoted" not in missed(self.registry).values()
 
     @precondition(is_there)
     @rule(seed=SEEDS)

@@ -16,7 +16,8 @@ from mlx.utils import tree_flatten
 from mlx_lm import generate, load
 
 from nested_core.models.lora_attachment import attach_stored_adapter
-from nested_core.registry import champion_files, read_verified_version, rollback
+from nested_core.registry import read_verified_version, rollback
+from nested_core.registry.name_folder import NameFolder
 from nested_core.serve import champion_follower
 from nested_core.storage.adapter import Adapter
 from tests.core.serve.versions import (
@@ -233,18 +234,18 @@ def test_a_champion_of_another_base_is_not_served(
 
 def promote_damaged(promote: Promote, registry: Path) -> str:
     """Promote a version, with a byte of its tensors changed before the link leads to it."""
-    swap = champion_files.swap_link
+    move_link = NameFolder._move_link
 
-    def damage_and_swap(folder: Path, prepared: Path, **options: Any) -> None:
-        weights = folder / prepared.readlink() / "adapters.safetensors"
+    def damage_and_move(held: NameFolder, champion: str) -> None:
+        weights = held.place_of(champion) / "adapters.safetensors"
         weights.chmod(0o644)
         content = bytearray(weights.read_bytes())
         content[-1] ^= 1
         weights.write_bytes(content)
-        swap(folder, prepared, **options)
+        move_link(held, champion)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(champion_files, "swap_link", damage_and_swap)
+        patch.setattr(NameFolder, "_move_link", damage_and_move)
         return promote(2)
 
 

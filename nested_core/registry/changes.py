@@ -1,0 +1,190 @@
+"""What a person or a policy does to a name: promote, rollback, decline; each a line of the history.
+
+A version that has changed since it was registered is refused, and automation never brings back a
+version that a person rolled back.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from nested_core.errors import ConfigError
+from nested_core.records.verdict_file import require_passed
+from nested_core.registry.decision import Decision
+from nested_core.registry.folders import check_name, create_name_folder
+from nested_core.registry.judgements import choose_verdict, read_judgements, read_verdicts
+from nested_core.registry.ledger import NO_ORIGIN, Origin
+from nested_core.registry.name_folder import NameFolder, writing, writing_folder
+from nested_core.registry.registration import PassedRun, add_version, read_passed_run
+from nested_core.registry.versions import VERSION_PREFIX_PATTERN, resolve_version
+from nested_core.text.digest_format import shorten_digest
+
+
+class Unset(Enum):
+    """The type of UNSET: no champion is expected, not even that there is none."""
+
+    UNSET = "unset"
+
+
+UNSET = Unset.UNSET
+
+
+class HistoryChanged(Exception):
+    """A line was added to the history after a promotion was decided: it is to be decided anew."""
+
+
+def promote(
+    registry: Path,
+    name: str,
+    version: str,
+    *,
+    by: str,
+    expected_champion: str | None | Unset = UNSET,
+    automatic: bool = False,
+    origin: Origin = NO_ORIGIN,
+    decided_at: str | None = None,
+) -> Decision:
+    """Make `version` (a digest or its first 6 digits or more) the champion, after re-hashing it.
+
+    With `expected_champion` the outcome is "superseded" if another version is champion; None
+    expects that there is none. An `automatic` promotion of a version that a rollback left is
+    "barred". `origin` stands in the history's line. `decided_at` is the end that the history had
+    when the promotion was decided, as `read_history_end` returns it: any other raises
+    HistoryChanged. Raises ConfigError for an unknown registry, name or version, DamagedError for
+    any change on disk, GateRejected for a verdict that is not "passed".
+    """
+    with writing(registry, name) as held:
+        if decided_at not in (None, held.ledger.end_sha256):
+            raise HistoryChanged
+        wanted = resolve_version(held.path, version, held.ledger)
+        manifest = held.verify(wanted)
+        if wanted != held.champion and automatic and wanted in held.ledger.barred_versions():
+            return Decision("barred", wanted, held.champion)
+        fields = {"by": by, "manifest": manifest, "automatic": automatic, **origin.fields()}
+        return _promote_held(held, wanted, expected_champion, fields)
+
+
+def register_and_promote(
+    run_dir: Path,
+    registry: Path,
+    name: str,
+    provenance: dict[str, Any],
+    *,
+    by: str,
+    expected_champion: str | None | Unset = UNSET,
+    against_policy: str | None = None,
+    run: PassedRun | None = None,
+) -> Decision:
+    """`register` and `promote` under one lock: no gc comes between the two.
+
+    `against_policy` stands in the history's line. `run` is the run where it has been read and
+    checked already; else it is read here. Raises what the two raise.
+    """
+    check_name(name)
+    run = run or read_passed_run(run_dir)
+    with writing_folder(create_name_folder(registry, name)) as held:
+        manifest = add_version(held, run, provenance, by=by, was_judged_now=False)
+        fields = {"by": by, "manifest": manifest, "against_policy": against_policy}
+        return _promote_held(held, run.version, expected_champion, fields)
+
+
+def _promote_held(
+    held: NameFolder,
+    version: str,
+    expected: str | None | Unset,
+    fields: dict[str, Any],
+) -> Decision:
+    """Promote a version that was verified; `fields` are those of the history's line.
+
+    Raises GateRejected where the gate, judging it again, has rejected it.
+    """
+    before = held.champion
+    judgement = None
+    if read_judgements(held.path, version, held.ledger):
+        newest = choose_verdict(read_verdicts(held.path, version, held.ledger), before)
+        require_passed(newest.verdict, held.place_of(version))
+        judgement = newest.sha256
+    if version == before:
+        return Decision("already_champion", version, before)
+    if not _is_expected_champion(before, expected):
+        return Decision("superseded", version, before)
+    held.record("promote", version, judgement=judgement, **fields)
+    return Decision("promoted", version, before, against_policy=fields.get("against_policy"))
+
+
+def rollback(
+    registry: Path,
+    name: str,
+    *,
+    to: str | None = None,
+    by: str,
+    expected_champion: str | None | Unset = UNSET,
+    only_former_champions: bool = False,
+    origin: Origin = NO_ORIGIN,
+    reason: str | None = None,
+) -> Decision:
+    """Make `to`, or the champion before this one, the champion again, after re-hashing it.
+
+    Promotions and `to` push a version on a stack, a rollback without it pops one: after A, B, C it
+    goes to B, then to A. With `expected_champion` the outcome is "superseded" if another version is
+    champion, so that a second try does not go back twice. With `only_former_champions` a version
+    that never was champion is refused: going back is no promotion. `reason` stands in the history's
+    line. Raises ConfigError for that and if nothing is left to go back to, DamagedError for any
+    change on disk.
+    """
+    with writing(registry, name) as held:
+        before = held.champion
+        if before is not None and not _is_expected_champion(before, expected_champion):
+            return Decision("superseded", before, before)
+        wanted = held.ledger.rollback_target() if to is None else to
+        if wanted is None:
+            raise ConfigError(
+                f"{held.path} has no version to go back to: its champion is "
+                f"{shorten_digest(before or 'none')}, and no earlier one is left. Name the "
+                "version that you want with --to."
+            )
+        wanted = resolve_version(held.path, wanted, held.ledger)
+        if only_former_champions and wanted not in held.ledger.champion_versions():
+            raise ConfigError(
+                f"{shorten_digest(wanted)} was never champion of {name}, and a flow goes back to "
+                f"former champions alone. `nested-tune rollback {name} --to` takes any version."
+            )
+        manifest = held.verify(wanted)
+        if wanted == before:
+            return Decision("already_champion", wanted, before)
+        fields = {"explicit": to is not None, "reason": reason, **origin.fields()}
+        held.record("rollback", wanted, by, manifest=manifest, **fields)
+        return Decision("rolled_back", wanted, before)
+
+
+def _is_expected_champion(champion: str | None, expected: str | None | Unset) -> bool:
+    """Whether the champion's version begins as expected; None expects that there is none."""
+    if isinstance(expected, Unset):
+        return True
+    if champion is None or expected is None:
+        return champion is expected
+    return VERSION_PREFIX_PATTERN.fullmatch(expected) is not None and champion.startswith(expected)
+
+
+def decline(
+    registry: Path,
+    name: str,
+    version: str,
+    *,
+    by: str,
+    reason: str | None = None,
+    origin: Origin = NO_ORIGIN,
+) -> None:
+    """Record that a person did not approve a version; saying so again adds nothing.
+
+    The line has the digests of its data set and settings: no other version of both is asked about.
+    """
+    with writing(registry, name) as held:
+        declined = resolve_version(held.path, version, held.ledger)
+        if held.ledger.find_decline(declined) is not None:
+            return
+        facts = read_verdicts(held.path, declined, held.ledger)[-1].facts
+        fields = {"dataset_digest": facts.dataset_digest, "settings_digest": facts.settings_digest}
+        held.record("declined", declined, by, reason=reason, **fields, **origin.fields())

@@ -1,0 +1,325 @@
+"""The folder of a name under its lock: its history, and the files that are views of it.
+
+The history decides. `champion` (a relative link, for mlx-lm's --adapter-path), policy.json and
+champion.json are written after the line that says so, in this order; champion.json holds the hash
+of the last line that all of them follow. Where a crash came in between, the next writer finishes.
+A link that differs though nothing was cut short was moved by hand: that becomes a line `moved`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nested_core.errors import DamagedError, GateRejected
+from nested_core.registry.folders import (
+    VERSIONS_FOLDER_NAME,
+    exclusive_folder_lock,
+    find_name_folder,
+    shared_folder_lock,
+)
+from nested_core.registry.judgements import remove_judgements, remove_unnamed_judgements
+from nested_core.registry.ledger import (
+    LEDGER_NAME,
+    NO_LINE_SHA256,
+    REMOVAL_ACTIONS,
+    Action,
+    Ledger,
+    append,
+    cut_torn_line,
+    new_entry,
+    old_layout_error,
+    read_ledger,
+)
+from nested_core.registry.versions import (
+    AuditFinding,
+    how_to_mend,
+    read_provenance,
+    registered_versions,
+    verify_version,
+)
+from nested_core.storage.atomic import remove_leftovers, sync_path, temporary_beside, write_json
+from nested_core.storage.lock_file import LockFile
+from nested_core.storage.strict_files import file_type, read_json
+from nested_core.text.digest_format import shorten_digest
+
+LINK_NAME = "champion"
+RECORD_NAME = "champion.json"
+POLICY_NAME = "policy.json"
+LINK_TARGET_PATTERN = re.compile(rf"{VERSIONS_FOLDER_NAME}/([0-9a-f]{{64}})")
+END_FIELD = "last_line_sha256"
+MAX_VIEW_BYTES = 4 * 1024 * 1024
+FINISHING_AUTHOR = "nested-tune (finishing a registration that was cut short)"
+MOVED_AUTHOR = "nested-tune (the link was found moved by hand)"
+
+
+@dataclass
+class NameFolder:
+    """A name that this process alone writes to: `record` adds a line and brings the files to it."""
+
+    path: Path
+    lock: LockFile
+    ledger: Ledger
+
+    @property
+    def champion(self) -> str | None:
+        """The champion."""
+        return self.ledger.champion
+
+    def place_of(self, version: str) -> Path:
+        """The folder of a version."""
+        return self.path / VERSIONS_FOLDER_NAME / version
+
+    def verify(self, version: str) -> str:
+        """Re-hash a version and check its verdict; its manifest's hash."""
+        recorded = self.ledger.manifest_hashes(version)
+        return verify_version(self.place_of(version), version, recorded)
+
+    def confirm(self) -> None:
+        """Raise DamagedError where another process could be writing by now."""
+        self.lock.require_still_at_path()
+
+    def record(self, action: Action, version: str | None, by: str, **fields: Any) -> None:
+        """Add a line: what it says is so from here on, whatever happens next."""
+        entry = new_entry(action, version, self.champion, by, **fields)
+        self.ledger = append(self.path, self.ledger, entry, confirm=self.confirm)
+        self._write_views()
+
+    def settle(self) -> None:
+        """Finish what a crash cut short, and record a link that was moved by hand.
+
+        The link is verified first: DamagedError for a version that is not what was registered.
+        """
+        if self.ledger.torn:
+            self.confirm()
+            self.ledger = cut_torn_line(self.path, self.ledger)
+        link = read_link(self.path)
+        if link in _explained_links(self.path, self.ledger):
+            self._write_views()
+        else:
+            manifest = None if link is None else self.verify(link)
+            self._write_views(is_link_kept=True)
+            self.record("moved", link, MOVED_AUTHOR, manifest=manifest)
+        for version in sorted({*registered_versions(self.path)} - {*self.ledger.standing}):
+            with suppress(DamagedError, GateRejected):  # an audit tells of it
+                manifest = self.verify(version)
+                self.record("registered", version, FINISHING_AUTHOR, manifest=manifest)
+        remove_unnamed_judgements(self.path, self.ledger)
+
+    def _write_views(self, *, is_link_kept: bool = False) -> None:
+        """Do what the last line says, and write each view that says something else."""
+        last = self.ledger.entries[-1:]
+        if last and last[0].action in REMOVAL_ACTIONS and is_behind(self.path, self.ledger):
+            self._delete_version(str(last[0].version))
+        if not is_link_kept and self.champion is not None:
+            self._move_link(self.champion)
+        for name, content in make_views(self.ledger).items():
+            if content is not None and read_view(self.path / name) != content:
+                write_json(self.path / name, content, confirm=self.confirm)
+
+    def _move_link(self, champion: str) -> None:
+        """Point the link at the champion by one rename: a reader sees the old one or the new."""
+        if read_link(self.path) == champion:
+            return
+        link = self.path / LINK_NAME
+        prepared = temporary_beside(link)
+        os.symlink(f"{VERSIONS_FOLDER_NAME}/{champion}", prepared)
+        self.confirm()
+        os.replace(prepared, link)
+        sync_path(self.path)
+
+    def _delete_version(self, version: str) -> None:
+        """Delete the files of a version that the history says is removed, and its judgements."""
+        place = self.place_of(version)
+        self.confirm()
+        if file_type(place) != "missing":
+            os.rename(place, temporary_beside(place))
+            sync_path(place.parent)
+        remove_leftovers(place.parent)
+        remove_judgements(self.path, version)
+
+
+@contextmanager
+def writing(registry: Path, name: str) -> Iterator[NameFolder]:
+    """The folder of a name for this process alone, settled; ConfigError where there is none."""
+    with writing_folder(find_name_folder(registry, name)) as held:
+        yield held
+
+
+@contextmanager
+def writing_folder(folder: Path) -> Iterator[NameFolder]:
+    """`writing` for a NAME's folder; DamagedError, with nothing changed, for a damaged history."""
+    with exclusive_folder_lock(folder) as lock:
+        lock.require_still_at_path()
+        # What somebody without the lock has prepared can no longer take effect from here on.
+        for place in (folder, folder / VERSIONS_FOLDER_NAME):
+            remove_leftovers(place)
+        held = NameFolder(folder, lock, read_ledger(folder))
+        require_sound_end(folder, held.ledger)
+        held.settle()
+        yield held
+
+
+@contextmanager
+def reading(registry: Path, name: str) -> Iterator[tuple[Path, Ledger]]:
+    """The folder of a name and its history, which no writer changes meanwhile.
+
+    Raises DamagedError for a history that was edited, or a link that leads to no version.
+    """
+    folder = find_name_folder(registry, name)
+    with shared_folder_lock(folder):
+        ledger = read_ledger(folder)
+        require_sound_end(folder, ledger)
+        yield folder, ledger
+
+
+def make_views(ledger: Ledger) -> dict[str, dict[str, Any] | None]:
+    """The contents of policy.json and champion.json; None for no file."""
+    record: dict[str, Any] | None = None
+    if ledger.entries:
+        change = ledger.changes()[-1:]
+        made = {key: getattr(change[0], key) if change else None for key in RECORD_FIELDS}
+        record = made | {END_FIELD: ledger.end_sha256}
+    return {POLICY_NAME: ledger.policy(), RECORD_NAME: record}
+
+
+RECORD_FIELDS = ("version", "previous", "time", "by")
+
+
+def read_view(path: Path) -> Any:
+    """What policy.json or champion.json holds; None without it, or where it cannot be read."""
+    if file_type(path) != "file":
+        return None
+    try:
+        return read_json(path, MAX_VIEW_BYTES)
+    except DamagedError:
+        return None
+
+
+def read_end(folder: Path) -> str | None:
+    """The hash of the last line that the views follow, by champion.json; None where it has none."""
+    path = folder / RECORD_NAME
+    if file_type(path) == "missing":
+        return NO_LINE_SHA256
+    record = read_view(path)
+    end = record.get(END_FIELD) if isinstance(record, dict) else None
+    return end if isinstance(end, str) else None
+
+
+def is_behind(folder: Path, ledger: Ledger) -> bool:
+    """Whether the views may not follow the history's last line yet: a crash came in between."""
+    return bool(ledger.entries) and read_end(folder) != ledger.end_sha256
+
+
+def _explained_links(folder: Path, ledger: Ledger) -> set[str | None]:
+    """Where the link may lead without having been moved by hand."""
+    before = {ledger.entries[-1].previous} if is_behind(folder, ledger) else set()
+    return {ledger.champion, *before}
+
+
+def read_link(folder: Path) -> str | None:
+    """The version that `champion` points to, or None without a link; it may not exist.
+
+    Raises DamagedError if it is no link or points anywhere else.
+    """
+    path = folder / LINK_NAME
+    try:
+        target = os.readlink(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise DamagedError(_describe_wrong_link(path, "is not a symbolic link")) from None
+    match = LINK_TARGET_PATTERN.fullmatch(target)
+    if match is None:
+        raise DamagedError(_describe_wrong_link(path, f"points to {target!r:.120}"))
+    return match[1]
+
+
+def _describe_wrong_link(path: Path, what: str) -> str:
+    return (
+        f"{path} {what}. Expected a relative link to {VERSIONS_FOLDER_NAME}/<digest>. Remove it "
+        "and promote a version again; do not copy a registry in a way that follows links."
+    )
+
+
+def version_exists(folder: Path, version: str | None) -> bool:
+    """Whether there is no version to look for, or its folder is there."""
+    return version is None or file_type(folder / VERSIONS_FOLDER_NAME / version) == "directory"
+
+
+def require_sound_end(folder: Path, ledger: Ledger) -> None:
+    """Raise DamagedError where the history does not end as the views say, or the link is wrong."""
+    link = read_link(folder)
+    if link is not None and not ledger.entries:
+        raise DamagedError(
+            f"{folder / LINK_NAME} points to {shorten_digest(link)}, and {folder / LEDGER_NAME} "
+            "does not say how it became the champion. Restore the history from a backup, or "
+            "remove the link and champion.json and promote the version again."
+        )
+    require_own_layout(folder, ledger)
+    if (finding := find_wrong_end(folder, ledger)) is not None:
+        separator = ", " if finding.message.startswith("line ") else " "
+        raise DamagedError(f"{finding.file}{separator}{finding.message}")
+    if link not in _explained_links(folder, ledger) and not version_exists(folder, link):
+        raise lost_champion_error(folder, str(link), ledger)
+
+
+def require_own_layout(folder: Path, ledger: Ledger) -> None:
+    """Raise DamagedError for versions without a history, from before there was a line for each."""
+    for version in () if ledger.entries else registered_versions(folder):
+        provenance = {}
+        with suppress(DamagedError):
+            provenance = read_provenance(folder / VERSIONS_FOLDER_NAME / version)
+        if "registered_after" in provenance:
+            raise old_layout_error(folder)
+
+
+def find_wrong_end(folder: Path, ledger: Ledger) -> AuditFinding | None:
+    """That champion.json holds the hash of another line than the last, or the one before it."""
+    path, history, last = folder / RECORD_NAME, folder / LEDGER_NAME, len(ledger.entries)
+    recorded = read_end(folder)
+    before = ledger.entries[-1].previous_line_sha256 if ledger.entries else None
+    if recorded in (ledger.end_sha256, before):
+        return None
+    if not ledger.entries:
+        message = (
+            f"line {last + 1} is missing: {RECORD_NAME} holds the hash of a line that is not there."
+            " Restore the file from a backup; to begin anew, remove the link and champion.json."
+        )
+        return AuditFinding(history, message)
+    accept = (
+        "Restore the folder from a backup; or, if the history is right as it stands, remove "
+        f'{RECORD_NAME} and write {{"{END_FIELD}": "{ledger.end_sha256}"}} into {RECORD_NAME}.'
+    )
+    if recorded in (None, NO_LINE_SHA256):
+        missing = f"does not hold the hash of the last line of {LEDGER_NAME}, line {last}"
+        return AuditFinding(path, f"{missing}. {accept}")
+    what = f"line {last} was edited, or lines were removed or added"
+    return AuditFinding(history, f"{what}: {RECORD_NAME} holds the hash of another line. {accept}")
+
+
+def lost_champion_error(folder: Path, champion: str, ledger: Ledger) -> DamagedError:
+    """The error for a link to a version that is not there, with the ways out of it."""
+    link, place = folder / LINK_NAME, folder / VERSIONS_FOLDER_NAME / champion
+    if champion in ledger.champion_versions():
+        return DamagedError(
+            f"{link} points to {shorten_digest(champion)}, whose folder is gone. "
+            f"{how_to_mend(place)} Before a version that is champion can be forgotten, make "
+            f"another one champion: `nested-tune rollback {folder.name} --registry {folder.parent} "
+            f"--to VERSION`, or promote another run."
+        )
+    back = f"remove {link}"
+    if ledger.champion is not None:
+        back = f"`ln -sfn {VERSIONS_FOLDER_NAME}/{ledger.champion} {link}`"
+    return DamagedError(
+        f"{link} points to {shorten_digest(champion)}, which is no version of {folder.name}: it "
+        f"was moved by hand. Put back what the history says: {back}."
+    )
