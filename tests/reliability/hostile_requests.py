@@ -334,6 +334,8 @@ def _ask_drawn(run: HostileRun, count: int, swaps: dict[int, int]) -> None:
     @given(REQUESTS)
     def ask(hostile: Hostile) -> None:
         if (seed := swaps.get(next(asked))) is not None:
+            champion = str(read_champion(run.registry, NAME))
+            wait_until(lambda: run.compared[champion] > 0, "the champion before it has answered")
             promote_run(run.runs[seed], run.registry)
         run.ask(hostile)
 
