@@ -413,7 +413,8 @@ def _read_example(row: dict[str, Any], name: Format, field_names: FieldNames) ->
     messages, places = kind.read(fields)
     odd = [turn for turn in messages if turn.keys() != _PLAIN_MESSAGE_KEYS]
     tools = fields.get("tools")
-    unread = list_unread_fields(row, unknown, [messages, tools]) if unknown else []
+    passed_over = _mlx_lm_keys(field_names) if name in MLX_LM_FORMATS else set()
+    unread = list_unread_fields(row, unknown - passed_over, [messages, tools]) if unknown else []
     prefix = f"{field_names.key_of(kind.fields[0])}[]."
     for turn in odd:
         strange = _non_null_keys(turn)
@@ -426,6 +427,11 @@ def _read_example(row: dict[str, Any], name: Format, field_names: FieldNames) ->
         raise LineProblem("unread-field", describe_unread_fields(row, list(dict.fromkeys(unread))))
     is_plain = tools is None and all(_non_null_keys(turn) == _PLAIN_MESSAGE_KEYS for turn in odd)
     return Example(name, messages, tools, "", frozenset(unknown), is_plain, places)
+
+
+def _mlx_lm_keys(field_names: FieldNames) -> set[str]:
+    """The keys of mlx-lm's formats: of several in a row it takes the first, and so is it meant."""
+    return {field_names.key_of(field) for name in MLX_LM_FORMATS for field in FORMATS[name].fields}
 
 
 def _non_null_keys(message: dict[str, Any]) -> set[str]:
