@@ -137,19 +137,21 @@ class Run:
         """What training ended with."""
         return self._read(self.folder.result, read_result)
 
-    @cached_property
+    @property
     def verdict(self) -> Verdict | None:
         """What the gate said; None while it writes, and once the run is made longer."""
+        return self._verdict_or_damage[0]
+
+    @cached_property
+    def _verdict_or_damage(self) -> tuple[Verdict | None, bool]:
+        """The verdict, and whether there is one that is damaged."""
         if not has_verdict_manifest(self.path):
-            return None
+            return None, False
         known = len(self.errors)
         verdict = self._read(self.folder.gate, lambda _: read_bound_verdict(self.path))
-        if not self._has_bound_verdict():
+        if not (self.folder.gate.exists() and has_verdict_manifest(self.path)):
             del self.errors[known:]  # it was taken away meanwhile
-        return verdict
-
-    def _has_bound_verdict(self) -> bool:
-        return self.folder.gate.exists() and has_verdict_manifest(self.path)
+        return verdict, len(self.errors) > known
 
     @cached_property
     def losses(self) -> ExampleLosses | None:
@@ -182,7 +184,7 @@ class Run:
             return "running"
         if self.verdict is not None:
             return "verified" if self.verdict.has_passed else "rejected"
-        if self.config is None or self._has_bound_verdict():
+        if self.config is None or self._verdict_or_damage[1]:
             return "damaged"
         if self.folder.result.exists():
             return "trained"
