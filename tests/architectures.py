@@ -68,17 +68,17 @@ GATED_DELTA_NET: dict[str, Any] = {  # four value heads on two key heads
     "max_position_embeddings": 512,
 }
 LATENT_ATTENTION: dict[str, Any] = {
-    "head_dim": 16,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
+    "head_dim": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
 }
 EXPERTS: dict[str, Any] = {"num_experts": 4, "moe_intermediate_size": 32}
 KIMI_DELTA_ATTENTION: dict[str, Any] = {  # a decay for each element of a key
     "linear_attn_config": {
         "num_heads": 2,
-        "head_dim": 16,
+        "head_dim": 32,
         "short_conv_kernel_size": 4,
         "kda_layers": [1],
         "full_attn_layers": [2],
@@ -120,7 +120,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {  # a layer with a gated delta net, and on
         "n_group": 2,
         "topk_group": 1,
         "moe_shared_expert_intermediate_size": 32,
-        "q_lora_rank": 16,
+        "q_lora_rank": 32,
     },
 }
 
