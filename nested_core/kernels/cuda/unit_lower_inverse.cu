@@ -1,6 +1,8 @@
+#include "common.cuh"
+
 // (I + a)^-1 of strictly lower triangular matrices of SIZE rows in float32, each by one block of
 // SIZE threads: forward substitution, a column to each thread, which stays in its registers.
-extern "C" __global__ __launch_bounds__(SIZE) void unit_lower_inverse(const float* a, float* out) {
+KERNEL unit_lower_inverse(const float* a, float* out) {
   __shared__ alignas(16) float rows[SIZE][SIZE];
   const int column = threadIdx.x;
   const long start = (long)blockIdx.x * SIZE * SIZE + column;
