@@ -27,6 +27,8 @@ from nested_core.kernels.patching import is_used_by, replacing_function
 PATCHED_FUNCTION_NAME = "gated_delta_update"
 CHUNK_SIZES = {"gpu": 64, "cpu": 16}  # tokens of a chunk, powers of two
 LARGEST_UNSPLIT_MATRIX = 16
+CARRIED_ROWS = 32, 64, 96, 128  # key widths of states that the kernel carries
+CARRIED_COLUMNS = 32  # of a state, in one block of the kernel
 
 plain_gated_delta_update: Any = gated_delta.gated_delta_update
 
@@ -109,9 +111,10 @@ def _compute_chunks(rule: DeltaRule, dtype: mx.Dtype) -> tuple[mx.array, mx.arra
     decay = mx.exp(total)
     p, overlaps = _decayed_products(q, k, total)
     below_diagonal = mx.where(_lower_triangle(k.shape[-2], -1), beta * overlaps, 0)
-    inverse = cast(mx.array, _invert_unit_lower(below_diagonal)).astype(dtype)
-    w = inverse @ (beta * decay * k).astype(dtype)
-    u = inverse @ (beta * rule.v).astype(dtype)
+    inverse = cast(mx.array, _invert_unit_lower(below_diagonal))
+    scaled = (inverse * beta.swapaxes(-1, -2)).astype(dtype)
+    w = scaled @ (decay * k).astype(dtype)
+    u = scaled @ mx.contiguous(rule.v.astype(dtype))
     keys = (mx.exp(last - total) * k).astype(dtype).swapaxes(-1, -2)
     states, state = cast(
         tuple[mx.array, mx.array],
@@ -218,35 +221,96 @@ def _invert_unit_lower_vjp(a: mx.array, cotangent: mx.array, inverse: mx.array) 
     return -(transposed @ cotangent @ transposed)
 
 
-@mx.custom_function
-def _carry_state(decay: mx.array, erased: mx.array, written: mx.array, state: mx.array) -> Any:
+def carry_in_mlx(
+    decay: mx.array,
+    erased: mx.array,
+    written: mx.array,
+    state: mx.array,
+    direction: int = 1,
+) -> list[mx.array]:
     """S before each chunk, in the dtype of `written`, and the last S: S <- decay S + R - E S.
 
     R is `written` and E `erased`, of each chunk; its decay is (..., key width or 1, 1).
+    With direction -1 it goes from the last chunk to the first.
     """
     states = []
-    for d, e, r in zip(decay, erased, written, strict=True):
-        states.append(state.astype(r.dtype))
-        state = d * state + mx.addmm(r, e, states[-1], alpha=-1.0)
-    return [mx.stack(states), state]
+    for chunk in range(len(written))[::direction]:
+        states.append(state.astype(written.dtype))
+        change = mx.addmm(written[chunk], erased[chunk], states[-1], alpha=-1.0)
+        state = decay[chunk] * state + change
+    return [mx.stack(states[::direction]), state]
+
+
+def _example_chunks(size: int) -> list[tuple[Any, ...]]:
+    e, r, gates = random_arrays((5, 3, size, size), (5, 3, size, 64), (5, 3, size, 1))
+    decay = mx.sigmoid(gates.astype(mx.float32))
+    state = mx.ones((3, size, 64))
+    return [
+        (each, e / size, r, state, direction)
+        for each in (decay, decay[..., :1, :])
+        for direction in (1, -1)
+    ]
+
+
+@checked_kernel("states of gated delta nets", reference=carry_in_mlx, examples=_example_chunks)
+def carry_on_cuda(
+    decay: mx.array,
+    erased: mx.array,
+    written: mx.array,
+    state: mx.array,
+    direction: int = 1,
+) -> list[mx.array]:
+    """The same in one kernel, for bfloat16 chunks and a float32 state of sizes that fit."""
+    size, width = state.shape[-2:]
+    matrices = state.size // (size * width)
+    return launch_kernel(
+        "carry_state",
+        [decay, erased, written, state],
+        [(written.shape, written.dtype), (state.shape, state.dtype)],
+        [len(written), matrices, width, int(decay.shape[-2] > 1), int(direction < 0)],
+        blocks=(matrices * (width // CARRIED_COLUMNS), 1),
+        threads=2 * size,
+        dtypes=[mx.float32, mx.bfloat16, mx.bfloat16, mx.float32],
+        SIZE=size,
+    )
+
+
+def _carry(*arrays: mx.array, direction: int) -> list[mx.array]:
+    """The states by the kernel where it fits."""
+    _, _, written, state = arrays
+    size, width = state.shape[-2:]
+    dtypes = [each.dtype for each in arrays]
+    fits = (
+        dtypes == [mx.float32, mx.bfloat16, mx.bfloat16, mx.float32]
+        and size in CARRIED_ROWS
+        and width % CARRIED_COLUMNS == 0
+    )
+    if fits and carry_on_cuda.is_usable(size):
+        return carry_on_cuda(*arrays, direction)
+    return carry_in_mlx(*arrays, direction)
+
+
+@mx.custom_function
+def _carry_state(decay: mx.array, erased: mx.array, written: mx.array, state: mx.array) -> Any:
+    """What `carry_in_mlx` computes, differentiable."""
+    return _carry(decay, erased, written, state, direction=1)
 
 
 @_carry_state.vjp
 def _carry_state_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
-    """The same backwards, with E transposed; dR is the gradient after a chunk, and dE -dR S^T."""
-    decay, erased, written, _ = primals
+    """The same backwards, with E transposed; dR is the gradient after a chunk, and dE -dR S^T.
+
+    A decay's gradient, the sum of dR S over its rows, is in the diagonal of dE.
+    """
+    decay, erased, _, _ = primals
     d_states, d_state = cotangents
-    states, _ = outputs
-    d_written = []
-    for chunk in reversed(range(len(written))):
-        d_written.append(d_state.astype(written.dtype))
-        e = erased[chunk].swapaxes(-1, -2)
-        change = mx.addmm(d_states[chunk], e, d_written[-1], alpha=-1.0)
-        d_state = decay[chunk] * d_state + change
-    gradients = mx.stack(d_written[::-1])
-    products = gradients.astype(decay.dtype) * states
-    d_decay = products.sum(axis=-1 if decay.shape[-2] > 1 else (-1, -2), keepdims=True)
-    return d_decay, -(gradients @ states.swapaxes(-1, -2)), gradients, d_state
+    d_written, d_state = _carry(decay, erased.swapaxes(-1, -2), d_states, d_state, direction=-1)
+    d_erased = -(d_written @ outputs[0].swapaxes(-1, -2))
+    diagonal = d_erased.flatten(-2)[..., :: d_erased.shape[-1] + 1]
+    d_decay = -diagonal[..., None].astype(decay.dtype)
+    if decay.shape[-2] == 1:
+        d_decay = d_decay.sum(axis=-2, keepdims=True)
+    return d_decay, d_erased, d_written, d_state
 
 
 def compute_by_tokens(*rule: mx.array) -> tuple[mx.array, mx.array]:

@@ -54,7 +54,7 @@ def test_each_kernel_that_is_launched_has_a_file_and_each_file_is_launched() -> 
         n for path in FOLDER.parent.rglob("*.py") for n in LAUNCHES.findall(path.read_text())
     }
     assert launched == SOURCES.keys()
-    assert len(launched) == 13
+    assert len(launched) == 14
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -122,6 +122,15 @@ CALLS: dict[str, tuple[Any, Callable[[], Any]]] = {
     "change_length": (
         padded_attention,
         lambda: padded_attention.change_length_on_cuda([of(2, 3, 4, 16), of(2, 3, 2, 16)], 128),
+    ),
+    "carry_state": (
+        gated_delta,
+        lambda: gated_delta.carry_on_cuda(
+            of(3, 2, 4, 1, 1, dtype=mx.float32),
+            of(3, 2, 4, 64, 64),
+            of(3, 2, 4, 64, 96),
+            of(2, 4, 64, 96, dtype=mx.float32),
+        ),
     ),
     "unit_lower_inverse": (
         gated_delta,
