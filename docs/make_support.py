@@ -16,9 +16,11 @@ from mlx import nn
 from nested_core.kernels.blocked_attention import PATCHED_FUNCTION_NAME as ATTENTION
 from nested_core.kernels.blocked_attention import plain_attention
 from nested_core.kernels.call_tracing import find_gated_mlps, group_layers_by_input, trace_calls
+from nested_core.kernels.gated_delta import PATCHED_FUNCTION_NAME as GATED_DELTA_RULE
+from nested_core.kernels.gated_delta import plain_gated_delta_update
 from nested_core.kernels.rope import rotates_halves
 from nested_core.kernels.swiglu import plain_swiglu
-from tests.architectures import ARCHITECTURES, build
+from tests.architectures import ARCHITECTURES, HYBRIDS, build
 
 PAGE = Path(__file__).with_name("support.md")
 TABLE = re.compile(r"(\|---[^\n]*\n)(?:\| `\w+` \|[^\n]*\n)+(?=\n\| column)")
@@ -26,7 +28,7 @@ TABLE = re.compile(r"(\|---[^\n]*\n)(?:\| `\w+` \|[^\n]*\n)+(?=\n\| column)")
 
 def render_page() -> str:
     """The page as it is, with a new row for each family of tests/architectures.py."""
-    rows = "".join(map(_row, sorted(ARCHITECTURES)))
+    rows = "".join(map(_row, sorted(ARCHITECTURES | HYBRIDS)))
     page, count = TABLE.subn(rf"\g<1>{rows}", PAGE.read_text(encoding="utf-8"))
     if count != 1:
         raise SystemExit(f"{PAGE.name} should have one table of families; found {count}.")
@@ -52,6 +54,7 @@ def _layers_used(model: Any) -> Iterator[bool]:
     yield any(rotates_halves(module) for module in modules)
     yield any(names.get("swiglu") is plain_swiglu for names in code)
     yield any(names.get(ATTENTION) is plain_attention for names in code)
+    yield any(names.get(GATED_DELTA_RULE) is plain_gated_delta_update for names in code)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,70 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cohere": {},  # attention and MLP share their input
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
 }
+GATED_DELTA_NET: dict[str, Any] = {  # four value heads on two key heads
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "max_position_embeddings": 512,
+}
+LATENT_ATTENTION: dict[str, Any] = {
+    "head_dim": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "moe_intermediate_size": 32}
+KIMI_DELTA_ATTENTION: dict[str, Any] = {  # a decay for each element of a key
+    "linear_attn_config": {
+        "num_heads": 2,
+        "head_dim": 32,
+        "short_conv_kernel_size": 4,
+        "kda_layers": [1],
+        "full_attn_layers": [2],
+        "gate_lower_bound": -5.0,
+    },
+    "num_experts_per_token": 2,
+    "num_shared_experts": 1,
+    "model_max_length": 512,
+    "rope_theta": 1e4,
+}
+HYBRIDS: dict[str, dict[str, Any]] = {  # a layer with a gated delta net, and one with attention
+    "qwen3_next": {
+        **GATED_DELTA_NET,
+        **EXPERTS,
+        "head_dim": 16,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "shared_expert_intermediate_size": 32,
+        "mlp_only_layers": [],
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "full_attention_interval": 2,
+    },
+    "qwen3_5": {**GATED_DELTA_NET, "head_dim": 16, "full_attention_interval": 2},
+    "olmo_hybrid": {
+        **GATED_DELTA_NET,
+        "linear_allow_neg_eigval": True,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "kimi_linear": {**KIMI_DELTA_ATTENTION, **LATENT_ATTENTION, **EXPERTS},
+    "kimi_k3": {**KIMI_DELTA_ATTENTION, **LATENT_ATTENTION, **EXPERTS},
+    "bailing_moe_v3": {
+        **LATENT_ATTENTION,
+        **EXPERTS,
+        "layer_group_size": 2,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_shared_expert_intermediate_size": 32,
+        "q_lora_rank": 32,
+    },
+}
 
 
 def build(
@@ -74,7 +138,7 @@ def build(
 ) -> nn.Module:
     """A model of an architecture, frozen, with LoRA on every layer and no factor at zero."""
     module = import_module(f"mlx_lm.models.{name}")
-    sizes = SIZES | ARCHITECTURES[name] | sizes
+    sizes = SIZES | (ARCHITECTURES | HYBRIDS)[name] | sizes
     arguments = module.ModelArgs.from_dict({"model_type": name} | sizes)
     mx.random.seed(0)
     model: nn.Module = module.Model(arguments)

@@ -1,4 +1,6 @@
-"""Causal attention on a CPU in blocks of queries, each with the keys up to its last query's.
+"""Causal attention in blocks of queries, each with the keys up to its last query's.
+
+For CPUs, and on CUDA for heads that no fused kernel takes (padded_attention.py).
 
 MLX computes every score there and masks half of them, at the price of an exponential each, and adds
 up the gradients of each slice over all keys. mlx-lm's own function computes other masks, dtypes,
@@ -43,9 +45,17 @@ def causal_attention(  # noqa: PLR0917 -- mlx-lm calls it with its own function'
     is_float32 = queries.dtype == keys.dtype == values.dtype == mx.float32
     if not (is_causal and is_float32) or length < MIN_BLOCKED_LENGTH or keys.shape[2] != length:
         return cast(mx.array, plain_attention(queries, keys, values, cache, scale, mask, sinks))
+    return attend_in_blocks(queries, keys, values, scale)
+
+
+def attend_in_blocks(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+    """Causal attention of queries (batch, heads, length, width), whose heads share keys' heads."""
     heads_per_key = queries.shape[1] // keys.shape[1]
     scaled = (queries * scale).reshape(-1, keys.shape[1], heads_per_key, *queries.shape[2:])
-    values = mx.contiguous(values)  # else each matmul would copy its part
+    keys, values = (
+        mx.contiguous(keys),
+        mx.contiguous(values),
+    )  # else each matmul would copy its part
     outputs: Any = _attention_in_blocks(scaled, keys[:, :, None], values[:, :, None])
     return cast(mx.array, outputs[0].reshape(*queries.shape[:3], values.shape[-1]))
 
@@ -62,10 +72,16 @@ def _attention_in_blocks(queries: mx.array, keys: mx.array, values: mx.array) ->
         scores = queries[..., start:end, :] @ keys[..., :end, :].swapaxes(-1, -2)
         visible = mx.arange(start, end)[:, None] >= mx.arange(end)
         scores = mx.where(visible, scores, -math.inf)
-        powers = exponential(scores - scores.max(axis=-1, keepdims=True))
-        probabilities.append(powers / powers.sum(axis=-1, keepdims=True))
+        probabilities.append(_softmax(scores))
         outputs.append(probabilities[-1] @ values[..., :end, :])
     return [mx.concatenate(outputs, axis=3), *probabilities]
+
+
+def _softmax(scores: mx.array) -> mx.array:
+    if scores.dtype != mx.float32:
+        return mx.softmax(scores, axis=-1, precise=True)
+    powers = exponential(scores - scores.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
 
 
 @_attention_in_blocks.vjp
@@ -82,8 +98,9 @@ def _attention_in_blocks_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any
     for (start, end), p in zip(ranges, probabilities, strict=True):
         g = gradient[..., start:end, :]
         d_probabilities = g @ values[..., :end, :].swapaxes(-1, -2)
-        mean = (g * output[..., start:end, :]).sum(axis=-1, keepdims=True)
-        d_scores = p * (d_probabilities - mean)
+        products = g.astype(mx.float32) * output[..., start:end, :]
+        mean = products.sum(axis=-1, keepdims=True)
+        d_scores = (p * (d_probabilities - mean)).astype(p.dtype)
         dq.append(d_scores @ keys[..., :end, :])
         dk.append(d_scores.swapaxes(-1, -2) @ queries[..., start:end, :])
         dv.append(p.swapaxes(-1, -2) @ g)

@@ -13,17 +13,21 @@ from nested_core.kernels.activation_checkpointing import checkpointing_layers
 from nested_core.kernels.blocked_attention import using_blocked_attention
 from nested_core.kernels.call_tracing import GatedMLP, group_layers_by_input, trace_calls
 from nested_core.kernels.fused_mlp import find_fusable_mlps, using_fused_mlps
+from nested_core.kernels.gated_delta import using_chunked_gated_delta_rule
 from nested_core.kernels.lora_linear import using_optimized_lora_layers
 from nested_core.kernels.padded_attention import using_padded_attention
 from nested_core.kernels.quantized_linear import multiplying_by_dequantized_weights
 from nested_core.kernels.rms_norm import using_frozen_norms
 from nested_core.kernels.rope import using_rope_tables
+from nested_core.kernels.short_convolution import using_short_convolutions
 from nested_core.kernels.swiglu import using_fused_swiglu
 
 OPTIMIZATION_CONTEXTS = (
     using_fused_swiglu,
     using_blocked_attention,
     using_padded_attention,
+    using_chunked_gated_delta_rule,
+    using_short_convolutions,
     using_rope_tables,
     using_frozen_norms,
     multiplying_by_dequantized_weights,

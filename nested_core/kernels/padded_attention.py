@@ -15,7 +15,11 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from nested_core.kernels.blocked_attention import PATCHED_FUNCTION_NAME, plain_attention
+from nested_core.kernels.blocked_attention import (
+    PATCHED_FUNCTION_NAME,
+    attend_in_blocks,
+    plain_attention,
+)
 from nested_core.kernels.cuda.kernel_launch import MAX_THREADS_PER_BLOCK, launch_kernel
 from nested_core.kernels.cuda.self_check import checked_kernel, random_arrays
 from nested_core.kernels.patching import replacing_function
@@ -94,6 +98,9 @@ def make_padded_attention(
         """Arguments as in mlx-lm."""
         length = queries.shape[2]
         is_causal = isinstance(mask, str) and mask == "causal" and cache is None and sinks is None
+        if is_causal and is_training() and _is_too_wide_to_be_fused(queries, keys, values):
+            attend = mx.checkpoint(lambda q, k, v: attend_in_blocks(q, k, v, scale))
+            return attend(queries, keys, values)
         missing = -length % FUSED_LENGTH_MULTIPLE
         if not (
             is_causal and missing and is_training() and _fits_fused_kernels(queries, keys, values)
@@ -104,6 +111,16 @@ def make_padded_attention(
         return change([output], length)[0]
 
     return attention
+
+
+def _is_too_wide_to_be_fused(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
+    """Whether MLX computes these heads' scores, four arrays of them, for no kernel takes them."""
+    return (
+        queries.dtype == keys.dtype == values.dtype
+        and queries.dtype in FUSED_DTYPES
+        and queries.shape[2] == keys.shape[2]
+        and max(queries.shape[3], values.shape[3]) > LARGEST_FUSED_HEAD
+    )
 
 
 def _fits_fused_kernels(queries: mx.array, keys: mx.array, values: mx.array) -> bool:

@@ -7,21 +7,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
 
 @contextmanager
 def replacing_function(
-    model: nn.Module, name: str, original: Any, function: Callable[..., mx.array]
+    model: nn.Module, name: str, original: Any, function: Callable[..., Any]
 ) -> Iterator[None]:
     """Have `name` mean `function` in each module of code of the model where it means `original`.
 
     Code that a model brings along (`model_file`) is in no imported module, and keeps the original.
     """
-    names = {type(module).__module__ for _, module in model.named_modules()}
-    users: list[Any] = [sys.modules[each] for each in sorted(names & sys.modules.keys())]
-    users = [user for user in users if getattr(user, name, None) is original]
+    users = _modules_of_code(model, name, original)
     try:
         for user in users:
             setattr(user, name, function)
@@ -29,6 +26,17 @@ def replacing_function(
     finally:
         for user in users:
             setattr(user, name, original)
+
+
+def is_used_by(model: nn.Module, name: str, original: Any) -> bool:
+    """Whether `name` means `original` in any module of code of the model."""
+    return bool(_modules_of_code(model, name, original))
+
+
+def _modules_of_code(model: nn.Module, name: str, original: Any) -> list[Any]:
+    names = {type(module).__module__ for _, module in model.named_modules()}
+    users: list[Any] = [sys.modules[each] for each in sorted(names & sys.modules.keys())]
+    return [user for user in users if getattr(user, name, None) is original]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from mlx_lm.generate import generate, generate_step
 
 from nested_core.models import generation
 from nested_core.models.generation import Answer, Sampling, answer_prompts
-from tests.architectures import ARCHITECTURES, VOCABULARY, build
+from tests.architectures import ARCHITECTURES, HYBRIDS, VOCABULARY, build
 from tests.example import MODEL
 from tests.left_out import slow_except
 
@@ -52,7 +52,9 @@ def encode(*texts: str) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     "name",
-    slow_except(sorted(ARCHITECTURES), "llama", "gemma3_text", reason="compiles another model"),
+    slow_except(
+        sorted(ARCHITECTURES | HYBRIDS), "llama", "gemma3_text", reason="compiles another model"
+    ),
 )
 def test_batches_of_unequal_prompts_answer_as_one_prompt_does(name) -> None:
     model = build(name)

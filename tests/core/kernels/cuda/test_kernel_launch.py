@@ -15,8 +15,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nested_core.kernels import padded_attention, rms_norm, rope, swiglu
-from nested_core.kernels.cuda import concatenate, gated_mlp, kernel_launch, lora_add, lora_matmuls
+from nested_core.kernels import gated_delta, padded_attention, rms_norm, rope, swiglu
+from nested_core.kernels.cuda import (
+    concatenate,
+    gated_mlp,
+    kernel_launch,
+    lora_add,
+    lora_matmuls,
+)
 from nested_core.kernels.cuda.self_check import CheckedKernel
 
 FOLDER = Path(kernel_launch.__file__).parent
@@ -48,7 +54,7 @@ def test_each_kernel_that_is_launched_has_a_file_and_each_file_is_launched() -> 
         n for path in FOLDER.parent.rglob("*.py") for n in LAUNCHES.findall(path.read_text())
     }
     assert launched == SOURCES.keys()
-    assert len(launched) == 12
+    assert len(launched) == 14
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -85,7 +91,9 @@ def test_widths_and_counts_are_those_of_the_sources() -> None:
 def macros_of(name: str) -> set[str]:
     """What has to be defined for a kernel."""
     return set(
-        re.findall(r"\b(?:MOST|PACKS)\b", kernel_launch.read_source_with_includes(f"{name}.cu"))
+        re.findall(
+            r"\b(?:MOST|PACKS|SIZE)\b", kernel_launch.read_source_with_includes(f"{name}.cu")
+        )
     )
 
 
@@ -114,6 +122,19 @@ CALLS: dict[str, tuple[Any, Callable[[], Any]]] = {
     "change_length": (
         padded_attention,
         lambda: padded_attention.change_length_on_cuda([of(2, 3, 4, 16), of(2, 3, 2, 16)], 128),
+    ),
+    "carry_state": (
+        gated_delta,
+        lambda: gated_delta.carry_on_cuda(
+            of(3, 2, 4, 1, 1, dtype=mx.float32),
+            of(3, 2, 4, 64, 64),
+            of(3, 2, 4, 64, 96),
+            of(2, 4, 64, 96, dtype=mx.float32),
+        ),
+    ),
+    "unit_lower_inverse": (
+        gated_delta,
+        lambda: gated_delta.invert_on_cuda(of(2, 3, 64, 64, dtype=mx.float32)),
     ),
     "swiglu": (swiglu, lambda: swiglu.swiglu_on_cuda(of(4, 8), of(4, 8))),
     "swiglu_gradients": (

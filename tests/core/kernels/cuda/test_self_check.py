@@ -11,8 +11,14 @@ import mlx.core as mx
 import pytest
 
 from nested_core import backend
-from nested_core.kernels import rms_norm, rope, swiglu
-from nested_core.kernels.cuda import concatenate, gated_mlp, kernel_launch, lora_add, lora_matmuls
+from nested_core.kernels import gated_delta, rms_norm, rope, swiglu
+from nested_core.kernels.cuda import (
+    concatenate,
+    gated_mlp,
+    kernel_launch,
+    lora_add,
+    lora_matmuls,
+)
 from nested_core.kernels.cuda.self_check import CheckedKernel
 from tests.left_out import slow_except
 
@@ -72,6 +78,9 @@ CHECKS = {
     "rope": Check(rope.rotate_on_cuda, rope.rotate_in_mlx, 2),
     "norm": Check(rms_norm.input_gradient_on_cuda, rms_norm.input_gradient_in_mlx, 1, (2600,)),
     "concatenate": Check(concatenate.concatenate_on_cuda, concatenate.concatenate_in_mlx, 1),
+    "carried states": Check(gated_delta.carry_on_cuda, gated_delta.carry_in_mlx, 2, (64,)),
+    "inverse": Check(gated_delta.invert_on_cuda, gated_delta.invert_in_mlx, 1),
+    "gated delta nets": Check(gated_delta.compute_on_this_device, gated_delta.compute_by_tokens, 2),
 }
 OUTPUTS = [(name, place) for name, check in CHECKS.items() for place in range(check.outputs)]
 
