@@ -28,7 +28,7 @@ from typing import Any
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a process a core
 
 from nested_core import backend
-from nested_core.gate.loss_figures import summarise_champion, summarise_losses
+from nested_core.gate.losses.loss_figures import summarise_champion, summarise_losses
 
 backend.prepare()
 
@@ -38,9 +38,9 @@ from nested_core.config.sections import GateSection, RegistrySection
 from nested_core.data.example_digests import digest_examples
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.gate.answers.answer_bounds import judge_answers
-from nested_core.gate.chosen_candidate import Candidates, join_candidates
-from nested_core.gate.held_out_loss import HeldOutExamples
-from nested_core.gate.loss_figures import harm_reasons, loss_reasons
+from nested_core.gate.losses.chosen_candidate import Candidates, join_candidates
+from nested_core.gate.losses.held_out_loss import HeldOutExamples
+from nested_core.gate.losses.loss_figures import harm_reasons, loss_reasons
 from nested_core.records.answers import AnsweringRole, AnswerRecord
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import Validation

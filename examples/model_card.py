@@ -16,7 +16,7 @@ from countries import COUNTRIES
 from pretraining import PretrainingConfig
 
 from nested_core import backend
-from nested_core.storage import atomic, strict_files
+from nested_core.storage import atomic, untrusted_files
 
 TOOLS = ("mlx", "mlx-lm", "tokenizers", "transformers", "numpy")
 
@@ -82,7 +82,7 @@ pipeline runs without a download. `make example-model` makes it from nothing, wi
 `python examples/make_model.py`, and writes this card.
 
 SHA-256 of model.safetensors:
-`{strict_files.regular_sha256(folder / "model.safetensors")}`
+`{untrusted_files.regular_sha256(folder / "model.safetensors")}`
 
 {files}
 

@@ -23,7 +23,7 @@ from flows.flow_runs.nights import find_other_night, name_flow_run, tag_flow_run
 from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
 from flows.process.os_errors import explain
 from nested_core.config.schema import FineTuneConfig
-from nested_core.config.section import key
+from nested_core.config.section_base import key
 from nested_core.errors import (
     DamagedError,
     DatasetError,
@@ -74,7 +74,7 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     run directory by its id and goes on from the last checkpoint; the flow never retries by itself,
     for that would train again.
     """
-    from tasks.night_pages import publish_night, publish_nights
+    from tasks.night_artifacts import publish_night, publish_nights
 
     tolerate_closed_output()
     hide_tracebacks_of_expected_errors()
@@ -101,7 +101,7 @@ def finetune(config: FinetuneParameters) -> State[Any]:
 
 def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
     """Run the pipeline with its steps as tasks; the state in which that ends."""
-    from flows.flow_runs.task_steps import StepsAsTasks
+    from flows.flow_runs.prefect_hooks import StepsAsTasks
     from nested_core.pipeline.finetune import finetune as run_finetune
     from nested_core.records.verdict_file import read_verdict
     from tasks.events import emit_adapter_event

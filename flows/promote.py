@@ -24,7 +24,7 @@ from flows.flow_runs.approvals import (
 )
 from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors
 from nested_core.config.names import NAME_PATTERN
-from nested_core.config.section import Section
+from nested_core.config.section_base import Section
 from nested_core.records.outcome import Outcome
 from nested_core.registry import read_champion
 from nested_core.registry.promotion_policy import (
@@ -33,7 +33,7 @@ from nested_core.registry.promotion_policy import (
     read_candidate,
     recorded_section,
 )
-from tasks.night_pages import tell_night
+from tasks.night_artifacts import tell_night
 from tasks.promote import decline, promote_approved, promote_by_recorded_policy
 
 SECONDS_TO_APPROVE = 7 * 24 * 3600

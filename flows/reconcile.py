@@ -19,15 +19,15 @@ from flows.flow_runs.warning_events import (
     warn_of_long_runs,
     warn_of_old_champions,
 )
-from nested_core.config.section import Section
+from nested_core.config.section_base import Section
 from nested_core.config.sections import AdapterName
 from nested_core.errors import DamagedError
 from nested_core.records.outcome import Outcome
 from nested_core.registry import list_names
 from nested_core.registry.folders import name_exists
 from nested_core.text.digest_format import shorten_digest
-from tasks.champion import had_champion, publish_champion_if_changed
-from tasks.night_pages import publish_nights
+from tasks.champion_artifacts import had_champion, publish_champion_if_changed
+from tasks.night_artifacts import publish_nights
 from tasks.promote import check_champion
 from tasks.promote import promote_missed as reconcile_name
 from tasks.retrying import exception_of

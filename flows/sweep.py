@@ -23,10 +23,10 @@ from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors, tol
 from nested_core.config.loading import lay_over, parse_config
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.config.section import Section
+from nested_core.config.section_base import Section
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, NestedTuneError
-from nested_core.gate.chosen_candidate import SweepChoice
+from nested_core.gate.losses.chosen_candidate import SweepChoice
 from nested_core.pipeline.continual import champion_or_none
 from nested_core.records.outcome import Outcome
 from nested_core.registry import Decision
@@ -34,9 +34,9 @@ from nested_core.registry.promotion_policy import effective_rule
 from nested_core.report.sweep import SweepRunResult, find_registered_version
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
+from tasks.finetune import register
 from tasks.prefect_server import asking_server
 from tasks.promote import promote
-from tasks.steps import register
 from tasks.sweep import pick_best_run
 
 SECONDS_BETWEEN_LOOKS = 10.0

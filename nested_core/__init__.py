@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from nested_core.optim.tiered import NestedAdam, NestedAdamW, Tiered
     from nested_core.pipeline.evaluation import Evaluation, evaluate
     from nested_core.pipeline.finetune import FinetuneResult, finetune
-    from nested_core.pipeline.run_steps import Hooks, Steps
+    from nested_core.pipeline.hooks import Hooks, Steps
     from nested_core.report.comparison import RunComparison, compare_runs
     from nested_core.report.run_report import RunReport, read_report
     from nested_core.storage.adapter import Adapter, read_adapter
@@ -88,7 +88,7 @@ _PUBLIC_NAMES_BY_MODULE = {
     "optim.tier_assignment": ("TierMap", "assign_tiers"),
     "pipeline.evaluation": ("Evaluation", "evaluate"),
     "pipeline.finetune": ("FinetuneResult", "finetune"),
-    "pipeline.run_steps": ("Hooks", "Steps"),
+    "pipeline.hooks": ("Hooks", "Steps"),
     "report.comparison": ("RunComparison", "compare_runs"),
     "report.run_report": ("RunReport", "read_report"),
     "storage.run_directory": ("open_run",),

@@ -13,7 +13,7 @@ from nested_core.registry.decision import Outcome
 from nested_core.registry.ledger import Entry, Origin
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.text.digest_format import shorten_digest
-from tasks.champion import publish_champion
+from tasks.champion_artifacts import publish_champion
 from tasks.events import announce_changes
 from tasks.prefect_server import tolerating_server_outage
 from tasks.retrying import REGISTRY_RETRY_DELAYS, retried_task

@@ -12,7 +12,11 @@ import numpy as np
 
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.gate.loss_figures import summarise_champion, summarise_drift, summarise_losses
+from nested_core.gate.losses.loss_figures import (
+    summarise_champion,
+    summarise_drift,
+    summarise_losses,
+)
 from nested_core.records.answers import AnsweringRole, AnswerRecord, write_answers
 from nested_core.records.dataset import DatasetReport, Finding, SplitStats
 from nested_core.records.losses import ExampleLosses

@@ -11,11 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FORBIDDEN = {
-    "a task in the library": ("nested_core/errors.py", "import tasks.steps"),
+    "a task in the library": ("nested_core/errors.py", "import tasks.finetune"),
     "a flow in a task": ("tasks/promote.py", "def late():\n    from flows import cli"),
     "Prefect in the library": ("nested_core/records/verdict.py", "import prefect"),
-    "an upper package": ("nested_core/storage/atomic.py", "import nested_core.gate.judged"),
-    "a circle of files": ("nested_core/gate/judged.py", "import nested_core.gate.judge"),
+    "an upper package": ("nested_core/storage/atomic.py", "import nested_core.gate.checks.judged"),
+    "a circle of files": ("nested_core/gate/checks/judged.py", "import nested_core.gate.judge"),
 }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-THE_ONE_PLACE = "nested_core/storage/strict_files.py"
+THE_ONE_PLACE = "nested_core/storage/untrusted_files.py"
 # Names of what opens a path: the built-in, functions of modules, methods of paths.
 OPENING = {"open", "read_text", "read_bytes", "safe_open", "memmap", "fromfile", "load_file"}
 MODULES_THAT_LOAD = {"mx", "np", "numpy", "json", "yaml", "pickle"}  # their load() of a path
@@ -21,13 +21,13 @@ MODULES_THAT_LOAD = {"mx", "np", "numpy", "json", "yaml", "pickle"}  # their loa
 EXCEPTIONS = {
     "flows/cli.py": (1, "/dev/null"),
     "flows/flow_runs/prefect_logs.py": (1, "/dev/null"),
-    "flows/commands/server_notice.py": (1, "this user's own profiles of Prefect"),
+    "flows/commands/prefect_notice.py": (1, "this user's own profiles of Prefect"),
     "flows/process/stop_signals.py": (1, "a pipe of its own"),
     "nested_core/storage/main_memory.py": (1, "a limit that the kernel shows in /sys"),
     "nested_core/storage/compiled_kernels.py": (7, "its own folder, mode 0700, owner checked"),
     "nested_core/process/child_main.py": (1, "/dev/null"),
     "nested_core/gate/answers/scoring_process.py": (1, "/dev/null"),
-    "nested_core/gate/fresh_process_main.py": (
+    "nested_core/gate/proof/fresh_process_main.py": (
         3,
         "imports nothing of ours: adapters as mlx_lm reads them",
     ),

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from flows.finetune import FinetuneParameters
 from flows.flow_runs import allowed_folders
 from nested_core.config.key_properties import iterate_keys
-from nested_core.config.section import Section, key
+from nested_core.config.section_base import Section, key
 
 SECURITY = Path(__file__).resolve().parents[1] / "SECURITY.md"
 

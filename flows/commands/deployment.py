@@ -10,7 +10,7 @@ from typing import Any
 from flows.commands.command_output import result_printer
 from flows.terminal.console import print_line, print_progress
 from nested_core.errors import ConfigError, NestedTuneError
-from nested_core.storage.strict_files import read_regular
+from nested_core.storage.untrusted_files import read_regular
 
 MAX_NOTIFY_BYTES = 64 * 2**10
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.commands.adapter_places import add_registry_arguments
 from flows.commands.command_output import result_printer, text_printer
-from flows.commands.server_notice import tell_server
+from flows.commands.prefect_notice import tell_server
 from flows.process.environment import current_user
 from flows.terminal.console import print_line, print_progress, print_table
 from nested_core.errors import ConfigError, DamagedError

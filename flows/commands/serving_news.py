@@ -14,7 +14,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any, Self
 
-from flows.commands.server_notice import may_have_server
+from flows.commands.prefect_notice import may_have_server
 from nested_core.errors import NestedTuneError, shorten
 from nested_core.process.child import Child
 from nested_core.registry.serving_status import ServerStatus, ServingNews

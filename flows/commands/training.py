@@ -157,7 +157,7 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     config = load_config_from_flags(arguments)
     run = _open_run_directory(arguments)
     with backend.collecting_no_garbage():
-        from flows.commands.terminal_steps import TerminalSteps  # loads mlx, which takes seconds
+        from flows.commands.terminal_hooks import TerminalSteps  # loads mlx, which takes seconds
         from nested_core.pipeline.finetune import finetune
 
     stopper = Stopper()

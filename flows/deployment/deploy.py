@@ -39,7 +39,7 @@ from flows.deployment.plan import (
 )
 from nested_core.errors import ConfigError
 from tasks.deployed_registries import READ_PAGE_SIZE, adapters_in, read_deployments
-from tasks.night_pages import find_nights_page, make_nights_page
+from tasks.night_artifacts import find_nights_page, make_nights_page
 
 NO_ALERTS_WARNING = (
     "alerts: NOBODY IS TOLD of a run that failed, crashed or is late. Make a notification block in "

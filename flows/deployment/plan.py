@@ -20,10 +20,10 @@ from pydantic import Field
 from flows.process.environment import packaged_folder
 from nested_core.config.error_messages import explain_problems, find_problems
 from nested_core.config.loading import read_yaml as read_config
-from nested_core.config.section import Section
+from nested_core.config.section_base import Section
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
 from nested_core.registry.folders import create_name_folder, name_exists
-from nested_core.storage.strict_files import read_regular
+from nested_core.storage.untrusted_files import read_regular
 
 HOME, INTERPRETER = "NESTED_TUNE_HOME", "NESTED_TUNE_PYTHON"
 PENDING_SECONDS, DEFAULT_PENDING_SECONDS = "NESTED_TUNE_PENDING_SECONDS", "600"

@@ -22,7 +22,7 @@ from prefect import runtime
 from nested_core.config.key_properties import replace_configured_paths
 from nested_core.config.names import HUB_NAME_PATTERN
 from nested_core.config.schema import FineTuneConfig
-from nested_core.config.section import PathRule
+from nested_core.config.section_base import PathRule
 from nested_core.config.sections import HubDataset, RegistrySection
 from nested_core.errors import ConfigError
 

@@ -23,7 +23,7 @@ from nested_core.records.outcome import Outcome
 from nested_core.report.approval import Approval
 from nested_core.text.digest_format import shorten_digest
 from tasks.artifact_client import publish_page
-from tasks.night_pages import tell_night
+from tasks.night_artifacts import tell_night
 from tasks.prefect_server import flow_runs_in, set_run_state, tolerating_server_outage
 
 PROMOTION = "promote/auto"

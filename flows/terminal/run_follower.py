@@ -24,7 +24,7 @@ from flows.terminal.run_view import draw_screen, format_line
 from nested_core.errors import DamagedError, MissingFileError, NestedTuneError
 from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import read_json_object
+from nested_core.storage.untrusted_files import read_json_object
 from nested_core.text.duration_format import format_clock
 from nested_core.text.stages import stages
 from nested_core.training.reports.run_progress import RunProgress

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from nested_core.config.key_properties import iterate_keys, section_in_annotation
 from nested_core.config.other_tools import HINTS_FOR_UNSUPPORTED_KEYS, OUR_KEYS_BY_OTHER_TOOLS_KEYS
-from nested_core.config.section import SectionProblemsError
+from nested_core.config.section_base import SectionProblemsError
 from nested_core.text.foreign_text import escape
 
 MAX_SHOWN_PROBLEMS = 10

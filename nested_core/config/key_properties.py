@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from nested_core.config.section import Affects, PathRule, Section
+from nested_core.config.section_base import Affects, PathRule, Section
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 
 SectionType = TypeVar("SectionType", bound=Section)

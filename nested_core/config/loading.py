@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from nested_core.config.error_messages import explain_problems, find_problems
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, MissingFileError
-from nested_core.storage.strict_files import UNBOUNDED, open_regular, read_start
+from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_start
 
 MAX_YAML_BYTES = 64 * 1024
 _PYYAML_TAB_ERROR = "found character '\\t' that cannot start any token"  # yaml/scanner.py

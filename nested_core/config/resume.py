@@ -10,7 +10,7 @@ from typing import Any
 from nested_core.config.key_properties import Key, iterate_keys, replace_configured_paths
 from nested_core.config.loading import parse_config, read_yaml
 from nested_core.config.schema import FineTuneConfig
-from nested_core.config.section import PathRule
+from nested_core.config.section_base import PathRule
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.run_directory import RunDirectory
 

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from nested_core.config.error_messages import explain_problems, find_problems
-from nested_core.config.section import Section, key, lay_out_form
+from nested_core.config.section_base import Section, key, lay_out_form
 from nested_core.config.sections import (
     MLX_LM_OPTIMIZERS,
     ContinualSection,

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from nested_core.config.names import NAME_PATTERN, why_invalid_adapter_name
-from nested_core.config.section import Section, key, lay_out_form
+from nested_core.config.section_base import Section, key, lay_out_form
 
 Processes = Annotated[PositiveInt, Field(le=64)]
 

@@ -37,7 +37,7 @@ from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DamagedError, DatasetError
 from nested_core.records.dataset import DatasetReport
 from nested_core.storage.atomic import canonical_json, temporary_beside, write_json
-from nested_core.storage.strict_files import read_json, regular_sha256
+from nested_core.storage.untrusted_files import read_json, regular_sha256
 from nested_core.storage.user_cache import UserCache, cache_folder, remove_entry
 
 REPORT_NAME = "report.json"
@@ -61,7 +61,7 @@ _LIBRARIES_IN_CACHE_KEY = (
     "polars",
 )
 # Modules outside of this package that decide what is read, or how a message is worded.
-_OTHER_CODE_IN_CACHE_KEY = ("errors.py", "storage/strict_files.py", "storage/atomic.py")
+_OTHER_CODE_IN_CACHE_KEY = ("errors.py", "storage/untrusted_files.py", "storage/atomic.py")
 _log = logging.getLogger(__name__)
 
 

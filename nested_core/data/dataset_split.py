@@ -18,7 +18,7 @@ from nested_core.data.sources.split_files import open_splits
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.records.dataset import find_place
 from nested_core.storage.atomic import canonical_json, new_directory
-from nested_core.storage.strict_files import UNBOUNDED, open_regular
+from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
 SPLIT_SEED = 0
 HELD_OUT_SPLITS = ("valid", "test")

@@ -20,7 +20,7 @@ from nested_core.data.sources.split_files import SplitFile, open_splits
 from nested_core.errors import DatasetError
 from nested_core.records.dataset import find_place
 from nested_core.storage.atomic import canonical_json
-from nested_core.storage.strict_files import UNBOUNDED, open_regular
+from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
 
 @dataclass(frozen=True)

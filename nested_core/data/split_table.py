@@ -33,7 +33,7 @@ from nested_core.data.rules.related_lines import (
     separate_dropped_lines,
 )
 from nested_core.data.sources.split_files import SplitFile
-from nested_core.storage.strict_files import read_regular
+from nested_core.storage.untrusted_files import read_regular
 
 HELD_OUT_SPLITS = SPLITS[1:]
 LINE_RANGE_JOB = f"{run_line_range_job.__module__}:{run_line_range_job.__name__}"

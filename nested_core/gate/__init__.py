@@ -10,7 +10,7 @@ an initial one is adapter_audit.py, with adapter_layout.py for what it should ho
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from nested_core.gate.run_evidence import digests_for_result
+from nested_core.gate.evidence.run_evidence import digests_for_result
 from nested_core.records.verdict import Reason, Verdict
 
 if TYPE_CHECKING:  # `promote` judges nothing anew, and need not wait for mlx-lm

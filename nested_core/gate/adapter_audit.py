@@ -18,23 +18,23 @@ import numpy as np
 
 from nested_core import backend
 from nested_core.errors import ConfigError, DamagedError, join_first_values, shorten
-from nested_core.gate.adapter_layout import AdapterLayout, BaseModelForAudit, WeightNorms
-from nested_core.gate.base_compatibility import RANK_AXES, fingerprint_reasons
-from nested_core.gate.fresh_process_check import (
+from nested_core.gate.checks.judged import Check, Checked, make_checks
+from nested_core.gate.proof.fresh_process_check import (
     ProofRequest,
     compute_logits_in_fresh_process,
     keep_prompts_with_finite_base,
     largest_difference,
     non_finite_reason,
 )
-from nested_core.gate.judged import Check, Checked, make_checks
-from nested_core.gate.lora_effect import (
+from nested_core.gate.tensors.adapter_layout import AdapterLayout, BaseModelForAudit, WeightNorms
+from nested_core.gate.tensors.base_compatibility import RANK_AXES, fingerprint_reasons
+from nested_core.gate.tensors.lora_effect import (
     factor_names,
     overflow_reasons_of,
     product_norm,
     product_overflows,
 )
-from nested_core.gate.tensor_diff import frobenius_norm, reasons_about_tensors
+from nested_core.gate.tensors.tensor_diff import frobenius_norm, reasons_about_tensors
 from nested_core.models.peft import import_peft
 from nested_core.models.peft.importing import PEFT_WEIGHTS
 from nested_core.models.peft.lora_factors import (

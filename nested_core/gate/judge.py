@@ -11,13 +11,9 @@ from nested_core.config.sections import GateSection
 from nested_core.gate.checks.base import BASE
 from nested_core.gate.checks.champion import CHAMPION, REFERENCE
 from nested_core.gate.checks.divergence import COLLAPSE, TRAINING_LOSS
+from nested_core.gate.checks.file_checks import CHECKS_OF_ADAPTERS, CHECKS_OF_FILES
 from nested_core.gate.checks.fused import FUSED
-from nested_core.gate.checks.losses import DRIFT, GENERAL_TEXT, HARMED_EXAMPLES, LOSSES, WORSE_LOSS
-from nested_core.gate.checks.proof import PROOF, PROOF_WITHOUT_RUN
-from nested_core.gate.checks.samples import SAMPLES
-from nested_core.gate.checks.tasks import TASKS
-from nested_core.gate.file_checks import CHECKS_OF_ADAPTERS, CHECKS_OF_FILES
-from nested_core.gate.judged import (
+from nested_core.gate.checks.judged import (
     Check,
     Judged,
     JudgedRun,
@@ -26,9 +22,13 @@ from nested_core.gate.judged import (
     log_stopped_checks,
     make_checks,
 )
-from nested_core.gate.proof_of_run import ProofOfRun
-from nested_core.gate.run_evidence import collect_evidence
-from nested_core.gate.training_divergence import find_divergence
+from nested_core.gate.checks.losses import DRIFT, GENERAL_TEXT, HARMED_EXAMPLES, LOSSES, WORSE_LOSS
+from nested_core.gate.checks.proof import PROOF, PROOF_WITHOUT_RUN
+from nested_core.gate.checks.samples import SAMPLES
+from nested_core.gate.checks.tasks import TASKS
+from nested_core.gate.evidence.run_evidence import collect_evidence
+from nested_core.gate.evidence.training_divergence import find_divergence
+from nested_core.gate.proof.proof_of_run import ProofOfRun
 from nested_core.models.session import Session
 from nested_core.records.metrics import read_metrics
 from nested_core.records.verdict import Verdict

@@ -11,9 +11,9 @@ from typing import Any
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
 from nested_core.errors import JUDGE_AGAIN, DamagedError
-from nested_core.gate.file_checks import CHECKS_OF_FILES
-from nested_core.gate.judged import begin_judging_run, make_checks
-from nested_core.gate.run_evidence import collect_evidence
+from nested_core.gate.checks.file_checks import CHECKS_OF_FILES
+from nested_core.gate.checks.judged import begin_judging_run, make_checks
+from nested_core.gate.evidence.run_evidence import collect_evidence
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import BoundVerdict
 from nested_core.storage.adapter import Adapter

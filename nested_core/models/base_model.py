@@ -15,7 +15,7 @@ from nested_core.config.names import HUB_NAME_PATTERN
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError, shorten
 from nested_core.storage.atomic import canonical_json
 from nested_core.storage.kept_hashes import cached_sha256
-from nested_core.storage.strict_files import read_json
+from nested_core.storage.untrusted_files import read_json
 
 if TYPE_CHECKING:
     import mlx.core as mx

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict  # pydantic asks for this one below Pyth
 
 from nested_core.errors import DamagedError, describe_first_problem
 from nested_core.optim.tier_assignment import TierMap
-from nested_core.storage.strict_files import read_json
+from nested_core.storage.untrusted_files import read_json
 
 MAX_TIERS_BYTES = 16 * 1024 * 1024
 

@@ -19,7 +19,7 @@ import mlx.core as mx
 from nested_core import backend
 from nested_core.models.session import Session
 from nested_core.storage.lock_file import OnBusy, exclusive_lock_with_holder_id, read_holder
-from nested_core.storage.strict_files import private_user_folder
+from nested_core.storage.untrusted_files import private_user_folder
 
 # The name of a device to lock in place of the one that is found, or "off".
 DEVICE_LOCK_VARIABLE = "NESTED_TUNE_DEVICE_LOCK"

@@ -25,15 +25,19 @@ from nested_core.data.example_digests import Digests, decode_digests
 from nested_core.errors import ConfigError, describe_first_problem
 from nested_core.gate.answers.answer_bounds import ScoreChange, find_worse
 from nested_core.gate.answers.suite_answers import encode_suites, read_suites
-from nested_core.gate.base_compatibility import base_reasons
-from nested_core.gate.champion_adapter import ADAPTER_STRUCTURE_KEYS, shape_like_adapter
 from nested_core.gate.checks.tasks import AskedModel, ask_model
-from nested_core.gate.held_out_loss import HeldOutExamples, LoadedBase, read_held_out_examples
-from nested_core.gate.loss_figures import summarise_losses
-from nested_core.gate.training_examples import (
+from nested_core.gate.evidence.training_examples import (
     read_ancestor_training_digests,
     read_training_digests,
 )
+from nested_core.gate.losses.champion_adapter import ADAPTER_STRUCTURE_KEYS, shape_like_adapter
+from nested_core.gate.losses.held_out_loss import (
+    HeldOutExamples,
+    LoadedBase,
+    read_held_out_examples,
+)
+from nested_core.gate.losses.loss_figures import summarise_losses
+from nested_core.gate.tensors.base_compatibility import base_reasons
 from nested_core.models.peft import import_peft
 from nested_core.pipeline.named_adapters import NamedAdapter, find_named_adapter
 from nested_core.records.answers import AnswerRecord
@@ -41,7 +45,7 @@ from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import Validation
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import read_json
+from nested_core.storage.untrusted_files import read_json
 from nested_core.text.loss_conclusion import Conclusion
 
 BASE = "base"

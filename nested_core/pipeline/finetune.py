@@ -20,6 +20,7 @@ from nested_core.pipeline.continual import (
     describe_unbeaten_champion,
     find_unbeaten_champion,
 )
+from nested_core.pipeline.hooks import ShownProgress, Steps, can_show_progress
 from nested_core.pipeline.launch.first_kernels import compiling_first_kernels
 from nested_core.pipeline.preflight import check_before_start, require_room_for_checkpoints
 from nested_core.pipeline.publishing import (
@@ -27,7 +28,6 @@ from nested_core.pipeline.publishing import (
     describe_reproduction,
     record_rejection,
 )
-from nested_core.pipeline.run_steps import ShownProgress, Steps, can_show_progress
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.registry import Decision

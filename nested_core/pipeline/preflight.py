@@ -24,7 +24,7 @@ from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.output_places import require_adapter_place, require_free_place
 from nested_core.storage.run_directory import RUN_DIR_KEY, RunDirectory
 from nested_core.storage.safetensors_files import BYTES_PER_ELEMENT, read_header
-from nested_core.storage.strict_files import open_regular
+from nested_core.storage.untrusted_files import open_regular
 from nested_core.training.reports.reporting_services import configured_services
 
 FLOAT32_BYTES = 4

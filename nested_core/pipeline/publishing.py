@@ -10,9 +10,9 @@ import numpy as np
 from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.example_digests import encode_digests
-from nested_core.gate.base_compatibility import require_same_base
+from nested_core.gate.evidence.training_examples import read_ancestor_training_digests
 from nested_core.gate.recheck import recheck_verdict
-from nested_core.gate.training_examples import read_ancestor_training_digests
+from nested_core.gate.tensors.base_compatibility import require_same_base
 from nested_core.models.base_model import find_model_folder_offline
 from nested_core.pipeline.continual import settings_digest
 from nested_core.records.dataset import DatasetReport, held_out_split, read_dataset_record
@@ -37,7 +37,7 @@ from nested_core.registry.registration import PassedRun, read_passed_run, regist
 from nested_core.registry.versions import REGISTERED_AT_KEY, read_provenance, version_folder
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter_config
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import read_regular
+from nested_core.storage.untrusted_files import read_regular
 from nested_core.text.digest_format import shorten_digest
 
 

@@ -34,18 +34,18 @@ from nested_core.gate.answers.suite_answers import (
     read_suites,
     record_or_compare_suites,
 )
-from nested_core.gate.fresh_process_check import start_proof_process
-from nested_core.gate.held_out_loss import measure_test_loss as test_loss
-from nested_core.gate.held_out_loss import (
+from nested_core.gate.checks.judged import JudgedRun
+from nested_core.gate.evidence.run_evidence import config_file_entry
+from nested_core.gate.judge import make_checks_of_run
+from nested_core.gate.losses.held_out_loss import measure_test_loss as test_loss
+from nested_core.gate.losses.held_out_loss import (
     read_held_out_examples,
     read_held_out_file,
     read_nonempty_splits,
     require_validated_data,
 )
-from nested_core.gate.judge import make_checks_of_run
-from nested_core.gate.judged import JudgedRun
+from nested_core.gate.proof.fresh_process_check import start_proof_process
 from nested_core.gate.recheck import task_file_entries
-from nested_core.gate.run_evidence import config_file_entry
 from nested_core.models.base_model import (
     find_model_folder,
     fingerprint_base_model,

@@ -27,7 +27,7 @@ from nested_core.data.lines.other_formats import suggest_field_names
 from nested_core.data.sources.split_files import open_splits
 from nested_core.pipeline.run_explanation import explain_run
 from nested_core.records.dataset import DatasetReport
-from nested_core.storage.strict_files import UNBOUNDED, open_regular
+from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
 LEARNING_RATE = 1e-4
 EPOCHS = 3

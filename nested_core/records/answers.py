@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from nested_core.errors import DamagedError
 from nested_core.storage.atomic import canonical_json, write_bytes
-from nested_core.storage.strict_files import read_regular
+from nested_core.storage.untrusted_files import read_regular
 
 AnsweringRole = Literal["base", "parent", "champion", "candidate"]
 

@@ -26,7 +26,7 @@ from nested_core.errors import (
     join_first_values,
     shorten,
 )
-from nested_core.storage.strict_files import read_json
+from nested_core.storage.untrusted_files import read_json
 
 Severity = Literal["error", "warning", "info"]
 DATA_GUIDE = "docs/data.md"

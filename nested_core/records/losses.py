@@ -26,7 +26,7 @@ from nested_core.records.paired_difference import (
     compare_pairs,
     has_too_few_clusters,
 )
-from nested_core.storage.strict_files import read_regular
+from nested_core.storage.untrusted_files import read_regular
 
 OPTIONAL_COLUMNS = ("reference", "drift", "base_drift")
 REQUIRED_COLUMNS = ("lines", "tokens", "before", "after")

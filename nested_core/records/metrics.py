@@ -12,7 +12,7 @@ from pydantic_core import from_json
 
 from nested_core.errors import MissingFileError
 from nested_core.storage.atomic import finite_or_none, write_bytes
-from nested_core.storage.strict_files import (
+from nested_core.storage.untrusted_files import (
     append_regular,
     collect_strings,
     has_repeated_key,

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from nested_core.errors import DamagedError
 from nested_core.storage.atomic import write_json
-from nested_core.storage.strict_files import read_json
+from nested_core.storage.untrusted_files import read_json
 from nested_core.text.loss_format import format_loss
 
 MAX_PLAN_BYTES = 2**20

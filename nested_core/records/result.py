@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from nested_core.errors import DamagedError, describe_first_problem
 from nested_core.storage.atomic import Confirm, finite_or_none, write_json
-from nested_core.storage.strict_files import read_json
+from nested_core.storage.untrusted_files import read_json
 
 MAX_RESULT_BYTES = 64 * 1024 * 1024
 

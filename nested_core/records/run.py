@@ -33,7 +33,7 @@ from nested_core.records.verdict_file import has_verdict_manifest, read_bound_ve
 from nested_core.storage.checkpoint_verification import list_checkpoints, newest_sound_checkpoint
 from nested_core.storage.manifest import matches_entry, read_manifest
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import file_type
+from nested_core.storage.untrusted_files import file_type
 from nested_core.text.svg_chart import Point
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from nested_core.storage.manifest import (
     read_manifest,
     write_manifest,
 )
-from nested_core.storage.strict_files import file_type, parse_json, read_json, read_regular
+from nested_core.storage.untrusted_files import file_type, parse_json, read_json, read_regular
 
 GATE_NAME = "gate.json"
 MAX_GATE_BYTES = 64 * 1024 * 1024

@@ -37,7 +37,7 @@ from nested_core.registry.versions import (
     registered_versions,
 )
 from nested_core.storage.atomic import TEMPORARY_PREFIX
-from nested_core.storage.strict_files import file_type
+from nested_core.storage.untrusted_files import file_type
 from nested_core.text.digest_format import shorten_digest
 
 

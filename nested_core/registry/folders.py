@@ -17,7 +17,7 @@ from nested_core.errors import ConfigError, DamagedError, join_first_values, sho
 from nested_core.storage.atomic import require_writable_place, sync_path
 from nested_core.storage.lock_file import LockFile, exclusive_lock, shared_lock
 from nested_core.storage.output_places import require_registry_place
-from nested_core.storage.strict_files import file_type
+from nested_core.storage.untrusted_files import file_type
 
 LOCK_NAME = ".lock"
 

@@ -31,7 +31,7 @@ from nested_core.registry.folders import VERSIONS_FOLDER_NAME
 from nested_core.registry.ledger import Ledger
 from nested_core.registry.versions import AuditFinding, how_to_mend, read_provenance
 from nested_core.storage.atomic import Confirm, render_json, sync_path, write_bytes
-from nested_core.storage.strict_files import file_type, parse_json, read_regular
+from nested_core.storage.untrusted_files import file_type, parse_json, read_regular
 
 JUDGEMENTS_FOLDER_NAME = "judgements"
 JUDGEMENT_KEY = "judgement"

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from nested_core.errors import DamagedError, MissingFileError, describe_first_problem
 from nested_core.storage.atomic import Confirm, sync_descriptor, sync_path
 from nested_core.storage.lock_file import lock_open_file
-from nested_core.storage.strict_files import file_type, read_regular
+from nested_core.storage.untrusted_files import file_type, read_regular
 from nested_core.text.digest_format import shorten_digest
 
 LEDGER_NAME = "history.jsonl"

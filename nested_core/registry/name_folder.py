@@ -46,7 +46,7 @@ from nested_core.registry.versions import (
 )
 from nested_core.storage.atomic import remove_leftovers, sync_path, temporary_beside, write_json
 from nested_core.storage.lock_file import LockFile
-from nested_core.storage.strict_files import file_type, read_json
+from nested_core.storage.untrusted_files import file_type, read_json
 from nested_core.text.digest_format import shorten_digest
 
 LINK_NAME = "champion"

@@ -38,7 +38,7 @@ from nested_core.registry.versions import (
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.canary_file import CANARY_NAME, Canary, parse_canary
 from nested_core.storage.manifest import read_manifest
-from nested_core.storage.strict_files import read_regular
+from nested_core.storage.untrusted_files import read_regular
 
 
 def read_champion(registry: Path, name: str) -> str | None:

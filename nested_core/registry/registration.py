@@ -54,7 +54,7 @@ from nested_core.registry.versions import (
 from nested_core.storage.adapter import ADAPTER_FILES, Adapter, read_adapter
 from nested_core.storage.atomic import new_directory, render_json, write_bytes
 from nested_core.storage.manifest import describe_content, describe_file, write_manifest
-from nested_core.storage.strict_files import file_type
+from nested_core.storage.untrusted_files import file_type
 
 ADAPTER_FOLDER_NAME = "adapter"
 READ_BITS = 0o444

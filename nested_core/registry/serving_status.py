@@ -25,7 +25,7 @@ from nested_core.errors import DamagedError, shorten
 from nested_core.registry.queries import read_champion
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.storage.atomic import write_json
-from nested_core.storage.strict_files import read_json
+from nested_core.storage.untrusted_files import read_json
 from nested_core.text.digest_format import shorten_digest
 
 SERVING_FOLDER_NAME = "serving"

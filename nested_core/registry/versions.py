@@ -26,7 +26,7 @@ from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from nested_core.storage.canary_file import CANARY_NAME
 from nested_core.storage.kept_hashes import cached_sha256
 from nested_core.storage.manifest import MANIFEST_NAME, matches_entry, read_manifest
-from nested_core.storage.strict_files import file_type, read_json
+from nested_core.storage.untrusted_files import file_type, read_json
 from nested_core.text.digest_format import SHOWN_DIGITS, shorten_digest
 
 PROVENANCE_NAME = "provenance.json"

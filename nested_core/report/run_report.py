@@ -39,7 +39,7 @@ from nested_core.records.verdict_document import describe_verdict, tier_table
 from nested_core.report.outcome import describe_end, describe_outcome
 from nested_core.storage.atomic import finite_or_none, write_bytes
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import open_regular
+from nested_core.storage.untrusted_files import open_regular
 from nested_core.text.document import (
     Block,
     Cell,

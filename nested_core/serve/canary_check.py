@@ -17,8 +17,8 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from nested_core.errors import NestedTuneError
-from nested_core.gate.canary import describe_computation
-from nested_core.gate.fresh_process_check import (
+from nested_core.gate.proof.canary import describe_computation
+from nested_core.gate.proof.fresh_process_check import (
     TOLERANCE_FLOAT32,
     TOLERANCE_NARROW_DTYPES,
     relative_distance,

@@ -22,7 +22,7 @@ from nested_core.storage.safetensors_files import (
     refuse_unsafe_format,
     save_arrays,
 )
-from nested_core.storage.strict_files import file_type, parse_json, read_regular, regular_sha256
+from nested_core.storage.untrusted_files import file_type, parse_json, read_regular, regular_sha256
 
 WEIGHTS_NAME = "adapters.safetensors"
 CONFIG_NAME = "adapter_config.json"

@@ -9,7 +9,7 @@ from typing import Any
 
 from nested_core.errors import DamagedError
 from nested_core.storage.manifest import read_verified_manifest
-from nested_core.storage.strict_files import read_json
+from nested_core.storage.untrusted_files import read_json
 
 STATE_NAME = "state.json"
 MAX_STATE_BYTES = 64 * 1024 * 1024

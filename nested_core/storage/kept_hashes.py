@@ -19,7 +19,7 @@ from pathlib import Path
 
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.atomic import write_bytes
-from nested_core.storage.strict_files import open_regular, read_start, regular_sha256
+from nested_core.storage.untrusted_files import open_regular, read_start, regular_sha256
 from nested_core.storage.user_cache import UserCache, cache_folder
 
 MIN_FILE_AGE_TO_KEEP_HASH = 2.0

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
-from nested_core.storage.strict_files import file_type
+from nested_core.storage.untrusted_files import file_type
 
 # A link is refused, a pipe not waited for, and a program that is started does not keep the lock.
 OPEN_SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from nested_core.errors import DamagedError
 from nested_core.storage.atomic import canonical_json, render_json, write_json
-from nested_core.storage.strict_files import parse_json, read_regular, regular_sha256
+from nested_core.storage.untrusted_files import parse_json, read_regular, regular_sha256
 
 MANIFEST_NAME = "MANIFEST.json"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024

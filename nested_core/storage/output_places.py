@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from nested_core.errors import ConfigError
-from nested_core.storage.strict_files import FileType, file_type
+from nested_core.storage.untrusted_files import FileType, file_type
 
 # Files of a run directory, and of a registry and its names (see registry/).
 RUN_CONFIG_NAME = "config.yaml"

@@ -23,7 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
 from nested_core.errors import DamagedError
-from nested_core.storage.strict_files import file_type, open_regular, parse_json, read_start
+from nested_core.storage.untrusted_files import file_type, open_regular, parse_json, read_start
 
 MAX_HEADER_BYTES = 2 * 1024 * 1024
 MAX_TENSORS = 16_384

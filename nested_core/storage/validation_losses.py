@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from nested_core.errors import DamagedError, MissingFileError, describe_first_problem
 from nested_core.storage.atomic import write_bytes
-from nested_core.storage.strict_files import append_regular, read_regular
+from nested_core.storage.untrusted_files import append_regular, read_regular
 
 
 class StepLosses(BaseModel):

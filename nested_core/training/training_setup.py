@@ -25,7 +25,7 @@ from nested_core.optim.tiers_file import read_tiers
 from nested_core.records.dataset import read_dataset_record
 from nested_core.storage.adapter import files_sha256, read_adapter
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import regular_sha256
+from nested_core.storage.untrusted_files import regular_sha256
 from nested_core.training.evaluation import Prompts, choose_prompts
 from nested_core.training.loss import LOSSES
 from nested_core.training.loss.loss_interface import Loss

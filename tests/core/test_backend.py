@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from nested_core import backend
-from nested_core.gate.fresh_process_check import FRESH_PROCESS_PROGRAM
+from nested_core.gate.proof.fresh_process_check import FRESH_PROCESS_PROGRAM
 from nested_core.models.base_model import estimate_weight_count
 from tests.example import DATA, MODEL
 from tests.left_out import slow_except

@@ -37,7 +37,7 @@ from nested_core.records.metrics import read_metrics
 from nested_core.registry.ledger import LEDGER_NAME, read_ledger
 from nested_core.storage.manifest import MANIFEST_NAME, read_manifest
 from nested_core.storage.safetensors_files import read_tensors
-from nested_core.storage.strict_files import parse_json
+from nested_core.storage.untrusted_files import parse_json
 
 REFUSALS = (NestedTuneError, LineProblem, RestOfFileUnreadable, ValueError)
 UNMEASURED_SECONDS = 0.01  # of processor time; what is faster than this is fast enough

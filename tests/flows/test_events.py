@@ -18,7 +18,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.commands import server_notice
+from flows.commands import prefect_notice
 from flows.finetune import FinetuneParameters, finetune
 from flows.process.environment import current_user
 from flows.reconcile import ReconcileParameters, reconcile
@@ -260,7 +260,7 @@ def test_a_server_that_is_away_fails_no_command(
     with socket.socket() as silent:  # takes connections, and answers nothing
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        monkeypatch.setattr(server_notice, "SECONDS_TO_TELL", 0.3)
+        monkeypatch.setattr(prefect_notice, "SECONDS_TO_TELL", 0.3)
         monkeypatch.setattr(threading.Thread, "start", start_noted)
         monkeypatch.delitem(sys.modules, "tasks.events")
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/api"

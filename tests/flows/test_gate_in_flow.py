@@ -13,7 +13,7 @@ import pytest
 from prefect.client.schemas.objects import State
 
 from flows.finetune import FinetuneParameters, finetune
-from flows.flow_runs import task_steps
+from flows.flow_runs import prefect_hooks
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.records.verdict import Code
@@ -73,7 +73,7 @@ def sabotaged(
     settings = SETTINGS | {"registry": target, "gate": bounds(case, tmp_path)}
     values = example_settings(**settings) | {"run_dir": str(tmp_path / "run")}
     given = FinetuneParameters.model_validate(values)
-    with patch.object(task_steps, "train", Saboteur(case, trained)):
+    with patch.object(prefect_hooks, "train", Saboteur(case, trained)):
         yield tmp_path, finetune(given, return_state=True)
 
 

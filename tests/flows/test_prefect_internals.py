@@ -45,7 +45,7 @@ PUBLIC = {
 }
 # "module.name" -> where it is used.
 PRIVATE = {
-    "prefect.context.AssetContext": "tasks/champion.py",
+    "prefect.context.AssetContext": "tasks/champion_artifacts.py",
     "prefect.context.FlowRunContext": "flows/flow_runs/nights.py",
     "prefect.events.schemas.automations.Automation": "flows/deployment/deploy.py",
     "prefect.events.schemas.automations.AutomationCore": "flows/deployment/deploy.py",

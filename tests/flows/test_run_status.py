@@ -14,7 +14,7 @@ from nested_core.records import verdict_file
 from nested_core.records.run import Run
 from nested_core.records.verdict import JudgedAdapter, Verdict
 from nested_core.records.verdict_file import write_verdict
-from nested_core.storage import strict_files
+from nested_core.storage import untrusted_files
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import Finished, example_config, prepare, stop_after, train
 
@@ -64,7 +64,7 @@ def test_each_stage_of_a_run_has_its_state(states: tuple[dict[str, str], Finishe
 def test_a_verdict_that_a_resumed_run_takes_away_meanwhile_is_none(tmp_path, monkeypatch) -> None:
     run = prepare(example_config(), tmp_path / "run")
     write_verdict(run.path, PASSED, {})
-    read = strict_files.read_json
+    read = untrusted_files.read_json
 
     def after(path: Path, limit: int | None) -> Any:
         run.manifest.unlink()

@@ -18,7 +18,7 @@ from nested_core.records.verdict_file import write_verdict
 from nested_core.registry import Decision
 from nested_core.report.sweep import SweepRunResult, choose_best_run
 from nested_core.storage.run_directory import RunDirectory
-from tests.core.gate.test_sweep_choice import sweep_of
+from tests.core.gate.losses.test_chosen_candidate import sweep_of
 from tests.example import example_config
 
 

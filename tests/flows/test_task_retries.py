@@ -18,9 +18,9 @@ from nested_core.errors import DamagedError
 from nested_core.pipeline import steps
 from nested_core.registry.name_folder import NameFolder
 from nested_core.storage.run_directory import RunDirectory
+from tasks.finetune import gate, load, register, train, validate
 from tasks.promote import promote, promote_by_recorded_policy
 from tasks.retrying import retry_on_transient_error
-from tasks.steps import gate, load, register, train, validate
 from tests.core.registry.conftest import write_run
 from tests.example import Finished, example_config, train_example
 from tests.flows.conftest import task_runs

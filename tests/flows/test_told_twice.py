@@ -21,7 +21,7 @@ from nested_core.report.champion import ChampionRecord, describe_champion
 from nested_core.report.curves import describe_curves
 from nested_core.report.nights import describe_night
 from nested_core.report.run_report import describe_run
-from nested_core.storage.strict_files import read_json_object
+from nested_core.storage.untrusted_files import read_json_object
 from nested_core.text.document import Document
 from nested_core.text.loss_format import format_difference, format_interval, format_loss
 from tests.example import DATA, EXAMPLES, example_config

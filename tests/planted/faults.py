@@ -121,7 +121,7 @@ FAULTS = (
         "a check skipped",
     ),
     Fault(
-        "nested_core/gate/run_evidence.py",
+        "nested_core/gate/evidence/run_evidence.py",
         "    if digests_for_result(run, offered, checkpoint.manifest) != result.evidence:",
         "    if not digests_for_result(run, offered, checkpoint.manifest):",
         "a check skipped",
@@ -133,7 +133,7 @@ FAULTS = (
         "a comparison turned",
     ),
     Fault(
-        "nested_core/gate/run_evidence.py",
+        "nested_core/gate/evidence/run_evidence.py",
         "        return self.had_gradient(name) and not has_moved",
         "        return self.had_gradient(name) and has_moved",
         "a condition turned",

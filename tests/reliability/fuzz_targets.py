@@ -31,7 +31,7 @@ from nested_core.registry.ledger import LEDGER_NAME, read_ledger
 from nested_core.storage.adapter import read_adapter_config
 from nested_core.storage.manifest import MANIFEST_NAME, read_manifest
 from nested_core.storage.safetensors_files import read_tensors
-from nested_core.storage.strict_files import parse_json
+from nested_core.storage.untrusted_files import parse_json
 from tests.example import MODEL, SETTINGS
 
 FOLDER = Path(tempfile.mkdtemp(prefix="nested-tune-fuzz-"))

@@ -18,13 +18,13 @@ from nested_core.errors import (
     TrainingStopped,
     UpdateNotApplied,
 )
+from tasks.finetune import gate, load, register, train, validate
 from tasks.promote import promote
 from tasks.retrying import (
     is_transient,
     retry_on_transient_error,
     retry_on_transient_or_memory_error,
 )
-from tasks.steps import gate, load, register, train, validate
 
 LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT)
 PASSING = (

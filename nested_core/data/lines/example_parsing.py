@@ -42,7 +42,7 @@ from nested_core.data.lines.other_formats import (
 )
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError, shorten
-from nested_core.storage.strict_files import UNBOUNDED, collect_strings, open_regular
+from nested_core.storage.untrusted_files import UNBOUNDED, collect_strings, open_regular
 
 Role = Literal["system", "user", "assistant", "tool"]
 Format = Literal["chat", "completion", "text", "sharegpt", "alpaca"]

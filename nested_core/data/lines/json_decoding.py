@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from nested_core.errors import shorten
-from nested_core.storage.strict_files import collect_strings, has_repeated_key
+from nested_core.storage.untrusted_files import collect_strings, has_repeated_key
 
 # Outside of the texts; one that never ends is passed over whole, so that none is looked at twice.
 _NAN_OR_INFINITY_PATTERN = re.compile(

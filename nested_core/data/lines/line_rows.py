@@ -19,7 +19,7 @@ from nested_core.data.lines.example_parsing import (
     strip_line,
 )
 from nested_core.data.lines.json_decoding import LineProblem
-from nested_core.storage.strict_files import collect_strings, has_repeated_key
+from nested_core.storage.untrusted_files import collect_strings, has_repeated_key
 
 _LETTER_BY_ROLE = {"system": "s", "user": "u", "assistant": "a", "tool": "t"}
 # A turn without a text, in the content of a plain row: all that str.isspace takes for space.

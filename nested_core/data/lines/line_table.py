@@ -30,7 +30,7 @@ from nested_core.data.lines.sensitive_data import find_sensitive_pattern_bits
 from nested_core.data.lines.word_ngrams import AskedNgrams, WordHasher, hash_word_ngrams
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError
-from nested_core.storage.strict_files import UNBOUNDED, open_regular
+from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
 RANGE_BYTES = 2 * 2**20
 LINE_SCHEMA: dict[str, type[pl.DataType]] = {

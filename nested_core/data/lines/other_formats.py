@@ -13,7 +13,7 @@ from typing import Any
 
 from nested_core.data.lines.json_decoding import LineProblem
 from nested_core.errors import shorten
-from nested_core.storage.strict_files import collect_strings
+from nested_core.storage.untrusted_files import collect_strings
 
 _PROMPT_KEYS = ("prompt", "question", "query", "instruction", "input", "problem", "user")
 _COMPLETION_KEYS = (

@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 from polars._typing import PolarsDataType
 
-from nested_core.storage.strict_files import read_regular
+from nested_core.storage.untrusted_files import read_regular
 
 NGRAM_LENGTH = 3
 # Of a text with more, those whose hash ends in enough zero bits: the same ones in every text.

@@ -18,7 +18,7 @@ from typing import IO, Any, AnyStr, NamedTuple, cast
 
 from nested_core.errors import shorten
 from nested_core.storage.atomic import finite_or_none
-from nested_core.storage.strict_files import UNBOUNDED, open_regular, read_regular
+from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular
 
 # What may come out of a file, by its size: text of real data sets packs to a tenth, hardly ever to
 # a hundredth, and a line of it to more than a few bytes.

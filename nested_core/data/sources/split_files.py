@@ -43,7 +43,7 @@ from nested_core.data.sources.hub_datasets import (
 )
 from nested_core.errors import ConfigError
 from nested_core.records.dataset import FilePart
-from nested_core.storage.strict_files import UNBOUNDED, open_regular
+from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
 _READER_BY_SUFFIX: dict[str, Callable[[Path], Iterator[NumberedLine]]] = {
     ".jsonl.gz": read_gzip_jsonl,

@@ -31,7 +31,7 @@ from nested_core.data.tokens.template_time_limit import (
 from nested_core.data.tokens.tokenized_split import SplitWriter, write_token_part
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, shorten
-from nested_core.storage.strict_files import UNBOUNDED, open_regular
+from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
 TOKENIZATION_JOB = "nested_core.data.tokens.parallel_tokenization:run_tokenization_job"
 RANGE_BYTES = 2**20

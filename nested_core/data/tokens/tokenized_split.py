@@ -22,7 +22,7 @@ from nested_core.data.data_settings import SPLITS
 from nested_core.errors import DamagedError
 from nested_core.records.dataset import FilePart, find_place
 from nested_core.storage.manifest import read_manifest, verify_manifest, write_manifest
-from nested_core.storage.strict_files import UNBOUNDED, open_regular, read_regular
+from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]

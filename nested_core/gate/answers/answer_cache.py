@@ -23,7 +23,7 @@ from nested_core.errors import DamagedError
 from nested_core.gate.answers.suite_answers import EncodedSuite
 from nested_core.models.generation import Answer
 from nested_core.storage.atomic import canonical_json, write_json
-from nested_core.storage.strict_files import read_json, regular_sha256
+from nested_core.storage.untrusted_files import read_json, regular_sha256
 from nested_core.storage.user_cache import UserCache, cache_folder
 
 MAX_CACHE_FILE_BYTES = 256 * 2**20

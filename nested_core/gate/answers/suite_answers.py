@@ -27,7 +27,7 @@ from nested_core.models.generation import Answer, OnAnswered, Sampling, answer_p
 from nested_core.models.parameters import in_evaluation_mode
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import file_type, read_json, regular_sha256
+from nested_core.storage.untrusted_files import file_type, read_json, regular_sha256
 from nested_core.training.loss.loss_interface import extract_logits
 
 # Logits of one batch of choices at once: 256 MiB in float32.

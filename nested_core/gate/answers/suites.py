@@ -22,7 +22,7 @@ from nested_core.config.sections import Score
 from nested_core.data.lines.example_parsing import strip_line
 from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
 from nested_core.errors import ConfigError, DamagedError, DatasetError, join_first_values, shorten
-from nested_core.storage.strict_files import file_type, read_regular
+from nested_core.storage.untrusted_files import file_type, read_regular
 
 Turn = dict[str, str]
 MAX_SUITE_BYTES = 64 * 2**20

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from nested_core.gate.base_compatibility import base_reasons
+from nested_core.gate.checks.judged import Check, JudgedRun
 from nested_core.gate.checks.tensors import UNLOADABLE
-from nested_core.gate.held_out_loss import LoadedBase
-from nested_core.gate.judged import Check, JudgedRun
+from nested_core.gate.losses.held_out_loss import LoadedBase
+from nested_core.gate.tensors.base_compatibility import base_reasons
 from nested_core.records.verdict import Reason
 
 

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from nested_core.gate.champion_adapter import Champion, UnusableChampion, find_rival
 from nested_core.gate.checks.base import WITHOUT_MODEL
-from nested_core.gate.judged import Check, JudgedRun
-from nested_core.gate.loss_figures import summarise_champion
+from nested_core.gate.checks.judged import Check, JudgedRun
+from nested_core.gate.losses.champion_adapter import Champion, UnusableChampion, find_rival
+from nested_core.gate.losses.loss_figures import summarise_champion
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import ChampionLoss, Reason
 from nested_core.text.digest_format import shorten_digest

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from nested_core.gate.checks.base import WITHOUT_MODEL
+from nested_core.gate.checks.judged import Check, JudgedRun
 from nested_core.gate.checks.losses import LOSSES
 from nested_core.gate.checks.tensors import CHANGE
-from nested_core.gate.fresh_process_check import is_constant
-from nested_core.gate.judged import Check, JudgedRun
+from nested_core.gate.proof.fresh_process_check import is_constant
 from nested_core.records.verdict import Code, Reason
 
 

@@ -9,15 +9,16 @@ import numpy as np
 
 from nested_core.data.example_digests import digest_examples
 from nested_core.gate.checks.base import WITHOUT_MODEL
-from nested_core.gate.chosen_candidate import Candidates, read_candidates
-from nested_core.gate.held_out_loss import (
+from nested_core.gate.checks.judged import Check, JudgedRun
+from nested_core.gate.evidence.training_examples import read_ancestor_training_digests
+from nested_core.gate.losses.chosen_candidate import Candidates, read_candidates
+from nested_core.gate.losses.held_out_loss import (
     measure_example_losses,
     measure_general_loss,
     read_held_out_examples,
     read_nonempty_splits,
 )
-from nested_core.gate.judged import Check, JudgedRun
-from nested_core.gate.loss_figures import (
+from nested_core.gate.losses.loss_figures import (
     drift_reasons,
     general_loss_reasons,
     harm_reasons,
@@ -26,7 +27,6 @@ from nested_core.gate.loss_figures import (
     summarise_drift,
     summarise_losses,
 )
-from nested_core.gate.training_examples import read_ancestor_training_digests
 from nested_core.records.verdict import Reason, describe_examples
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from nested_core import backend
-from nested_core.gate.base_compatibility import fingerprint_reasons
-from nested_core.gate.canary import make_canary
-from nested_core.gate.fresh_process_check import ProofRequest, prove_effect_in_fresh_process
-from nested_core.gate.judged import Check, Judged, JudgedRun
+from nested_core.gate.checks.judged import Check, Judged, JudgedRun
+from nested_core.gate.proof.canary import make_canary
+from nested_core.gate.proof.fresh_process_check import ProofRequest, prove_effect_in_fresh_process
+from nested_core.gate.tensors.base_compatibility import fingerprint_reasons
 from nested_core.records.verdict import Reason
 from nested_core.storage.canary_file import CANARY_NAME, render_canary
 

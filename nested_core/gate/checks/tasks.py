@@ -22,13 +22,13 @@ from nested_core.gate.answers.suite_answers import (
     record_or_compare_suites,
 )
 from nested_core.gate.answers.suites import expected_label, question_label
-from nested_core.gate.champion_adapter import Champion, UnusableChampion
 from nested_core.gate.checks.base import WITHOUT_MODEL
+from nested_core.gate.checks.judged import Check, JudgedRun
 from nested_core.gate.checks.losses import LOSSES
 from nested_core.gate.checks.tensors import CHANGE, EFFECT
-from nested_core.gate.held_out_loss import LoadedBase
-from nested_core.gate.judged import Check, JudgedRun
-from nested_core.gate.run_evidence import RunEvidence
+from nested_core.gate.evidence.run_evidence import RunEvidence
+from nested_core.gate.losses.champion_adapter import Champion, UnusableChampion
+from nested_core.gate.losses.held_out_loss import LoadedBase
 from nested_core.models.base_model import fingerprint_base_model, model_compute_dtype
 from nested_core.models.generation import Answer
 from nested_core.models.lora_attachment import load_adapter_tensors

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from nested_core.gate.base_compatibility import config_reasons
-from nested_core.gate.judged import Check, Judged
-from nested_core.gate.lora_effect import no_effect_reasons, overflow_reasons, require_lora_factors
-from nested_core.gate.tensor_diff import (
+from nested_core.gate.checks.judged import Check, Judged
+from nested_core.gate.tensors.base_compatibility import config_reasons
+from nested_core.gate.tensors.lora_effect import (
+    no_effect_reasons,
+    overflow_reasons,
+    require_lora_factors,
+)
+from nested_core.gate.tensors.tensor_diff import (
     configuration_reasons,
     mismatch_reasons,
     named_base_reasons,

@@ -8,9 +8,9 @@ import mlx.core as mx
 
 from nested_core.backend import to_float
 from nested_core.config.schema import FineTuneConfig
+from nested_core.gate.checks.judged import Check, JudgedRun
 from nested_core.gate.checks.tensors import CHANGE, FINITE_PRODUCTS, FINITE_TENSORS
-from nested_core.gate.judged import Check, JudgedRun
-from nested_core.gate.run_evidence import TierEvidence
+from nested_core.gate.evidence.run_evidence import TierEvidence
 from nested_core.optim.learning_rate_schedules import build_learning_rate
 from nested_core.records.verdict import Reason, TensorChange, TierChange
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from nested_core.backend import computes_on_cuda
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.storage.strict_files import parse_json, read_regular
+from nested_core.storage.untrusted_files import parse_json, read_regular
 
 RANK_WORKER_ARGUMENTS = ("-m", "nested_core.pipeline.rank_worker")
 DEVICES_VARIABLE = (

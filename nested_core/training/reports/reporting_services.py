@@ -25,7 +25,7 @@ from nested_core.errors import ConfigError, DamagedError, shorten
 from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import read_json_object, read_regular
+from nested_core.storage.untrusted_files import read_json_object, read_regular
 
 DEFAULT_PROJECT = "nested-tune"
 

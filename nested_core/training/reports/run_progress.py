@@ -15,7 +15,7 @@ from typing import Any
 from nested_core.errors import DamagedError
 from nested_core.records.plan import TrainingPlan, read_plan
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import open_regular
+from nested_core.storage.untrusted_files import open_regular
 from nested_core.text.duration_format import format_clock
 from nested_core.text.foreign_text import escape
 from nested_core.text.loss_format import format_loss

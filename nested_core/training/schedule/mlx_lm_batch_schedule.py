@@ -14,7 +14,7 @@ import numpy as np
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError
-from nested_core.storage.strict_files import UNBOUNDED, open_regular
+from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 from nested_core.training.loss.loss_interface import BatchShape, MicroBatch
 
 PAD_MULTIPLE = 32

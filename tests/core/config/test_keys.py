@@ -13,7 +13,7 @@ from nested_core import ConfigError, FineTuneConfig
 from nested_core.config.key_properties import iterate_keys, settings_that_shape_adapter
 from nested_core.config.loading import parse_config
 from nested_core.config.resume import refuse_differences_on_resume
-from nested_core.config.section import Section, key
+from nested_core.config.section_base import Section, key
 from nested_core.pipeline.continual import settings_digest
 from nested_core.storage.atomic import canonical_json
 

@@ -13,8 +13,8 @@ import pytest
 
 from nested_core.config.sections import GateSection
 from nested_core.errors import DamagedError
-from nested_core.gate.chosen_candidate import Candidates, join_candidates, read_candidates
-from nested_core.gate.loss_figures import (
+from nested_core.gate.losses.chosen_candidate import Candidates, join_candidates, read_candidates
+from nested_core.gate.losses.loss_figures import (
     HarmedExamples,
     harm_reasons,
     summarise_champion,

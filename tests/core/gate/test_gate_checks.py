@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 
 from nested_core.config.sections import GateSection
-from nested_core.gate.file_checks import CHECKS_OF_ADAPTERS, CHECKS_OF_FILES
+from nested_core.gate.checks.file_checks import CHECKS_OF_ADAPTERS, CHECKS_OF_FILES
+from nested_core.gate.checks.judged import (
+    Check,
+    Judged,
+    begin_verdict,
+    log_stopped_checks,
+    make_checks,
+)
 from nested_core.gate.judge import CHECKS_WITH_MODEL
-from nested_core.gate.judged import Check, Judged, begin_verdict, log_stopped_checks, make_checks
 from nested_core.records.verdict import Reason
 from nested_core.storage.adapter import read_adapter
 from tests.builders.candidates import Candidate

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from nested_core.errors import DamagedError, GateRejected
-from nested_core.gate.file_checks import CHECKS_OF_FILES
+from nested_core.gate.checks.file_checks import CHECKS_OF_FILES
 from nested_core.pipeline import steps
 from nested_core.registry import register
 from nested_core.storage.manifest import read_manifest

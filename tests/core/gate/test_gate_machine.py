@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from nested_core.errors import NestedTuneError
-from nested_core.gate import fresh_process_check, verify_adapters
+from nested_core.gate import verify_adapters
 from nested_core.gate.checks import losses
+from nested_core.gate.proof import fresh_process_check
 from tests.builders.adapter_folders import change_config, name_base
 from tests.builders.candidates import Candidate
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import DamagedError, DatasetError, GateRejected
-from nested_core.gate.run_evidence import collect_evidence
+from nested_core.gate.evidence.run_evidence import collect_evidence
 from tests.builders.candidates import Candidate, example_data, train_candidate
 from tests.builders.data_sets import write_lines
 from tests.core.gate.conftest import STEPS

@@ -12,7 +12,7 @@ import pytest
 
 from nested_core.config.sections import GateSection
 from nested_core.gate.answers.answer_bounds import ScoreChange, find_worse, judge_answers
-from nested_core.gate.loss_figures import exchange_mid_p
+from nested_core.gate.losses.loss_figures import exchange_mid_p
 from nested_core.records.answers import AnsweringRole, AnswerRecord
 
 

@@ -18,7 +18,7 @@ from nested_core.errors import DatasetError, GateRejected
 from nested_core.pipeline import steps
 from nested_core.pipeline.device_lock import DEVICE_LOCK_VARIABLE
 from nested_core.pipeline.finetune import finetune
-from nested_core.pipeline.run_steps import Steps
+from nested_core.pipeline.hooks import Steps
 from nested_core.registry import read_champion
 from nested_core.storage.run_directory import RunDirectory, open_run
 from tests.example import DATA, example_config

@@ -22,6 +22,7 @@ from nested_core.models.parameters import trainable_parameters
 from nested_core.models.session import Session
 from nested_core.pipeline import kernel_worker
 from nested_core.pipeline.finetune import finetune
+from nested_core.pipeline.hooks import Steps
 from nested_core.pipeline.launch import first_kernels
 from nested_core.pipeline.launch.first_kernels import (
     PARTS,
@@ -29,7 +30,6 @@ from nested_core.pipeline.launch.first_kernels import (
     compiling_first_kernels,
     write_small_run,
 )
-from nested_core.pipeline.run_steps import Steps
 from nested_core.storage import compiled_kernels
 from nested_core.storage.run_directory import RunDirectory, open_run
 from nested_core.training.train_step import TrainStep

@@ -12,7 +12,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected
 from nested_core.models.session import Session
 from nested_core.pipeline.finetune import FinetuneResult, finetune
-from nested_core.pipeline.run_steps import Steps
+from nested_core.pipeline.hooks import Steps
 from nested_core.records.verdict import Verdict
 from nested_core.registry import audit, history, promote, read_champion
 from nested_core.storage.run_directory import RunDirectory, open_run

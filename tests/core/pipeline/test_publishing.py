@@ -42,7 +42,7 @@ from nested_core.registry.registration import read_passed_run
 from nested_core.storage.adapter import ADAPTER_FILES, write_adapter
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import regular_sha256
+from nested_core.storage.untrusted_files import regular_sha256
 from tests.gate_files import judged_files, read_gate, write_gate
 
 NAME = "capitals"

@@ -14,7 +14,7 @@ import pytest
 from nested_core import ConfigError, FineTuneConfig, compare_runs, read_report
 from nested_core.pipeline import finetune as finetune_module
 from nested_core.pipeline.finetune import FinetuneResult, finetune
-from nested_core.pipeline.run_steps import ShownProgress, Steps
+from nested_core.pipeline.hooks import ShownProgress, Steps
 from nested_core.records.run import read_run
 from nested_core.storage.run_directory import open_run
 from tests.example import MODEL, example_config, generate_answers

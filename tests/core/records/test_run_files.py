@@ -23,8 +23,8 @@ OWN_FILES = frozenset(
         "tiers",  # training/training_setup.py: which tensor is in which tier
         "suites",  # gate/answers/suites.py: what the gate asks
         "report_to",  # training/reports/reporting_services.py: names of the run at services
-        "training_examples",  # gate/training_examples.py: digests of what was trained on
-        "validation_losses",  # training writes them, gate/chosen_candidate.py reads them
+        "training_examples",  # gate/evidence/training_examples.py: digests of what was trained on
+        "validation_losses",  # training writes them, gate/losses/chosen_candidate.py reads them
         "checkpoints",  # storage: what a run goes on from
         "stop_request",
         "lock",
@@ -38,7 +38,7 @@ EXCEPTIONS = {
 VIEWERS = (
     "nested_core/report",
     *("flows/commands/inspection.py", "flows/commands/reports.py", "flows/sweep.py"),
-    *("flows/terminal/run_results.py", "tasks/night_pages.py", "tasks/sweep.py"),
+    *("flows/terminal/run_results.py", "tasks/night_artifacts.py", "tasks/sweep.py"),
 )
 
 

@@ -32,7 +32,7 @@ from nested_core.registry import (
 )
 from nested_core.storage import kept_hashes
 from nested_core.storage.lock_file import LockFile
-from nested_core.storage.strict_files import regular_sha256
+from nested_core.storage.untrusted_files import regular_sha256
 from tests.core.registry.conftest import MakeRun, write_run
 from tests.core.registry.states import NAME
 

@@ -20,8 +20,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_tokenizer
 
 from flows.cli import build_parser
-from nested_core.gate.canary import CanaryPrompt, make_canary
-from nested_core.gate.fresh_process_check import (
+from nested_core.gate.proof.canary import CanaryPrompt, make_canary
+from nested_core.gate.proof.fresh_process_check import (
     FreshProcessLogits,
     ProofRequest,
     compute_logits_in_fresh_process,

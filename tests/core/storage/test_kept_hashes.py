@@ -10,7 +10,7 @@ import pytest
 
 from nested_core.storage import kept_hashes
 from nested_core.storage.kept_hashes import cached_sha256
-from nested_core.storage.strict_files import regular_sha256
+from nested_core.storage.untrusted_files import regular_sha256
 from tests.waiting import wait_until
 
 

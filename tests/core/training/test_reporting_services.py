@@ -15,7 +15,7 @@ from nested_core.errors import ConfigError
 from nested_core.pipeline.finetune import finetune
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import read_json_object
+from nested_core.storage.untrusted_files import read_json_object
 from nested_core.training.reports import reporting_services
 from nested_core.training.reports.reporting_services import (
     ReportingCallback,

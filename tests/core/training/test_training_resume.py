@@ -27,7 +27,7 @@ from nested_core.storage.checkpoint import OPTIMIZER_NAME
 from nested_core.storage.checkpoint_verification import checkpoint_path, list_checkpoints
 from nested_core.storage.run_directory import RunDirectory, open_run
 from nested_core.storage.safetensors_files import load_arrays, read_tensors
-from nested_core.storage.strict_files import regular_sha256
+from nested_core.storage.untrusted_files import regular_sha256
 from tests.example import (
     MODEL,
     SPEEDS,

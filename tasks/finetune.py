@@ -28,7 +28,7 @@ from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import Document
 from nested_core.training.trainer import Trainer
 from tasks.artifact_client import ArtifactClient, artifact_key, publish_page
-from tasks.champion import champion_asset, dataset_asset, emit_materialization, run_asset
+from tasks.champion_artifacts import champion_asset, dataset_asset, emit_materialization, run_asset
 from tasks.retrying import (
     REGISTRY_RETRY_DELAYS,
     RUN_RETRY_DELAYS,

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from nested_core.errors import ConfigError, NestedTuneError
-from nested_core.gate import fresh_process_check, verify_adapters
-from nested_core.gate.fresh_process_check import ProofRequest, compute_logits_in_fresh_process
+from nested_core.gate import verify_adapters
+from nested_core.gate.proof import fresh_process_check
+from nested_core.gate.proof.fresh_process_check import ProofRequest, compute_logits_in_fresh_process
 from nested_core.models.session import Session
 from nested_core.process import child
 from nested_core.process.child import Child

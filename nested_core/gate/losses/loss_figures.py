@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nested_core.config.sections import GateSection
-from nested_core.gate.chosen_candidate import Candidates
+from nested_core.gate.losses.chosen_candidate import Candidates
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import (
     MIN_HARMED,

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nested_core.gate.chosen_candidate import SweepChoice
-from nested_core.gate.loss_figures import summarise_losses
+from nested_core.gate.losses.chosen_candidate import SweepChoice
+from nested_core.gate.losses.loss_figures import summarise_losses
 from nested_core.records.losses import ExampleLosses
 from nested_core.records.verdict import JudgedAdapter, Verdict
 from nested_core.storage.atomic import write_json

@@ -14,7 +14,7 @@ import pytest
 
 from nested_core.errors import DamagedError
 from nested_core.records.plan import TrainingPlan, read_plan, write_plan
-from nested_core.storage.strict_files import (
+from nested_core.storage.untrusted_files import (
     append_regular,
     open_regular,
     parse_json,

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
-from nested_core.gate.run_evidence import RunEvidence, TierEvidence, tier_changes
-from nested_core.gate.tensor_diff import compare_tensors
-from nested_core.gate.training_divergence import Divergence
+from nested_core.gate.evidence.run_evidence import RunEvidence, TierEvidence, tier_changes
+from nested_core.gate.evidence.training_divergence import Divergence
+from nested_core.gate.tensors.tensor_diff import compare_tensors
 from nested_core.records.answers import AnswerRecord
 from nested_core.records.verdict import Code, JudgedAdapter, Reason, Verdict
 from nested_core.storage.adapter import Adapter
@@ -23,10 +23,10 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.stages import stages
 
 if TYPE_CHECKING:  # `promote` judges an adapter's files again, and loads no model for that
-    from nested_core.gate.champion_adapter import Champion, UnusableChampion
-    from nested_core.gate.chosen_candidate import Candidates
-    from nested_core.gate.held_out_loss import HeldOutExamples, LoadedBase
-    from nested_core.gate.proof_of_run import ProofOfRun
+    from nested_core.gate.losses.champion_adapter import Champion, UnusableChampion
+    from nested_core.gate.losses.chosen_candidate import Candidates
+    from nested_core.gate.losses.held_out_loss import HeldOutExamples, LoadedBase
+    from nested_core.gate.proof.proof_of_run import ProofOfRun
     from nested_core.models.session import Session
     from nested_core.records.losses import ExampleLosses
 

@@ -24,9 +24,9 @@ from nested_core.data.held_out_rows import read_group_values
 from nested_core.data.tokens.tokenized_split import Bool, TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
-from nested_core.gate.loss_figures import compare_losses
-from nested_core.gate.prediction_comparison import ExamplePredictions, PredictionComparison
-from nested_core.gate.run_evidence import RunEvidence
+from nested_core.gate.evidence.run_evidence import RunEvidence
+from nested_core.gate.losses.loss_figures import compare_losses
+from nested_core.gate.losses.prediction_comparison import ExamplePredictions, PredictionComparison
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.kept_base import load_base_with_adapter
 from nested_core.models.lora_attachment import adapter_compute_dtype, load_adapter_tensors
@@ -40,7 +40,7 @@ from nested_core.storage.adapter import WEIGHTS_NAME, Adapter
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
-from nested_core.storage.strict_files import regular_sha256
+from nested_core.storage.untrusted_files import regular_sha256
 from nested_core.text.digest_format import shorten_digest
 
 MAX_LISTED_PROBLEMS = 3

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from nested_core.gate.checks.judged import Check, Judged, JudgedRun
 from nested_core.gate.checks.tensors import (
     CHANGE,
     CONFIGURATION,
@@ -16,7 +17,6 @@ from nested_core.gate.checks.tensors import (
     TENSORS,
 )
 from nested_core.gate.checks.updates import SKIPPED_UPDATES, UPDATES
-from nested_core.gate.judged import Check, Judged, JudgedRun
 
 CHECKS_OF_ADAPTERS: tuple[Check[Judged], ...] = (
     TENSORS,

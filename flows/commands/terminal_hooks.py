@@ -12,7 +12,7 @@ from flows.terminal.mlx_lm_log import MlxLmLog
 from nested_core.config.schema import FineTuneConfig
 from nested_core.models.session import Session
 from nested_core.pipeline import steps
-from nested_core.pipeline.run_steps import Steps
+from nested_core.pipeline.hooks import Steps
 from nested_core.records.answers import SampleAnswers, read_sample_answers
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict

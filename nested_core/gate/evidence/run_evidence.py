@@ -48,7 +48,7 @@ from nested_core.storage.manifest import (
 )
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import StoredTensor, read_tensors
-from nested_core.storage.strict_files import regular_sha256
+from nested_core.storage.untrusted_files import regular_sha256
 
 
 class TierUpdateCounts(BaseModel):

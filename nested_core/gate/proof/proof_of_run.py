@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.gate.canary import CanaryPrompt, choose_canary_prompts
-from nested_core.gate.fresh_process_check import ProofRequest, RunningProof
-from nested_core.gate.run_evidence import RunEvidence
-from nested_core.gate.training_divergence import Divergence
+from nested_core.gate.evidence.run_evidence import RunEvidence
+from nested_core.gate.evidence.training_divergence import Divergence
+from nested_core.gate.proof.canary import CanaryPrompt, choose_canary_prompts
+from nested_core.gate.proof.fresh_process_check import ProofRequest, RunningProof
 from nested_core.models.base_model import find_model_folder, model_compute_dtype
 from nested_core.models.session import Session
 

@@ -8,7 +8,7 @@ from uuid import uuid4
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Running
 
-from tasks.night_pages import night_of
+from tasks.night_artifacts import night_of
 
 
 def test_the_night_that_ends_now_has_the_name_that_it_is_about_to_have() -> None:

@@ -13,7 +13,7 @@ from flows.flow_runs.warning_events import warn_of_full_disks
 from flows.process.stop_signals import Stopper
 from nested_core.config.schema import FineTuneConfig
 from nested_core.models.session import Session
-from nested_core.pipeline.run_steps import Steps
+from nested_core.pipeline.hooks import Steps
 from nested_core.records.outcome import Outcome
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
@@ -22,9 +22,9 @@ from nested_core.registry import Decision
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.run_directory import RunDirectory
 from tasks.events import emit_adapter_event
-from tasks.night_pages import publish_night
+from tasks.finetune import gate, load, register, train, validate
+from tasks.night_artifacts import publish_night
 from tasks.promote import promote
-from tasks.steps import gate, load, register, train, validate
 
 
 class StepsAsTasks(Steps):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nested_core.gate import verify_adapters
-from nested_core.gate.lora_effect import product_difference
+from nested_core.gate.tensors.lora_effect import product_difference
 from tests.core.gate.pairs import (
     A2,
     B2,

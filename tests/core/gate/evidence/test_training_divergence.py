@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nested_core.gate.training_divergence import Divergence, find_divergence
+from nested_core.gate.evidence.training_divergence import Divergence, find_divergence
 from nested_core.records.metrics import read_metrics
 from tests.builders.candidates import Candidate, example_data, train_candidate, vouch
 from tests.builders.data_sets import write_lines
