@@ -275,25 +275,25 @@ def carry_on_cuda(
     )
 
 
-def _carry(*arrays: mx.array, direction: int) -> list[mx.array]:
+def _carry(
+    decay: mx.array, erased: mx.array, written: mx.array, state: mx.array, direction: int
+) -> list[mx.array]:
     """The states by the kernel where it fits."""
-    _, _, written, state = arrays
     size, width = state.shape[-2:]
-    dtypes = [each.dtype for each in arrays]
     fits = (
-        dtypes == [mx.float32, mx.bfloat16, mx.bfloat16, mx.float32]
+        decay.dtype == state.dtype == mx.float32
+        and erased.dtype == written.dtype == mx.bfloat16
         and size in CARRIED_ROWS
         and width % CARRIED_COLUMNS == 0
     )
-    if fits and carry_on_cuda.is_usable(size):
-        return carry_on_cuda(*arrays, direction)
-    return carry_in_mlx(*arrays, direction)
+    carry = carry_on_cuda if fits and carry_on_cuda.is_usable(size) else carry_in_mlx
+    return carry(decay, erased, written, state, direction)
 
 
 @mx.custom_function
 def _carry_state(decay: mx.array, erased: mx.array, written: mx.array, state: mx.array) -> Any:
     """What `carry_in_mlx` computes, differentiable."""
-    return _carry(decay, erased, written, state, direction=1)
+    return _carry(decay, erased, written, state, 1)
 
 
 @_carry_state.vjp
@@ -304,7 +304,7 @@ def _carry_state_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
     """
     decay, erased, _, _ = primals
     d_states, d_state = cotangents
-    d_written, d_state = _carry(decay, erased.swapaxes(-1, -2), d_states, d_state, direction=-1)
+    d_written, d_state = _carry(decay, erased.swapaxes(-1, -2), d_states, d_state, -1)
     d_erased = -(d_written @ outputs[0].swapaxes(-1, -2))
     diagonal = d_erased.flatten(-2)[..., :: d_erased.shape[-1] + 1]
     d_decay = -diagonal[..., None].astype(decay.dtype)

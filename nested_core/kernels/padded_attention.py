@@ -3,7 +3,8 @@
 It takes multiples of 128 alone (ScaledDotProductAttentionVJP::use_fallback). For others MLX makes
 the scores again in the arrays' own dtype, in some twenty operations and five arrays of that size.
 Here queries, keys and values are padded with zeros to the next multiple, and the output is cut: no
-real query sees a padded key, and no gradient comes to a padded query.
+real query sees a padded key, and no gradient comes to a padded query. Heads of more than 128
+elements have no fused backward pass at any length, and are computed in blocks of queries.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ def make_padded_attention(
         length = queries.shape[2]
         is_causal = isinstance(mask, str) and mask == "causal" and cache is None and sinks is None
         if is_causal and is_training() and _is_too_wide_to_be_fused(queries, keys, values):
-            attend = mx.checkpoint(lambda *heads: attend_in_blocks(*heads, scale))
-            return cast(mx.array, attend(queries, keys, values))
+            attend = mx.checkpoint(lambda q, k, v: attend_in_blocks(q, k, v, scale))
+            return attend(queries, keys, values)
         missing = -length % FUSED_LENGTH_MULTIPLE
         if not (
             is_causal and missing and is_training() and _fits_fused_kernels(queries, keys, values)
