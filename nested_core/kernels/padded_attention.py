@@ -3,7 +3,8 @@
 It takes multiples of 128 alone (ScaledDotProductAttentionVJP::use_fallback). For others MLX makes
 the scores again in the arrays' own dtype, in some twenty operations and five arrays of that size.
 Here queries, keys and values are padded with zeros to the next multiple, and the output is cut: no
-real query sees a padded key, and no gradient comes to a padded query.
+real query sees a padded key, and no gradient comes to a padded query. Heads of more than 128
+elements have no fused backward pass at any length, and are computed in blocks of queries.
 """
 
 from __future__ import annotations
