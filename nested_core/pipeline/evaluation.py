@@ -45,7 +45,7 @@ from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import Validation
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.untrusted_files import read_json
+from nested_core.storage.untrusted_files import read_json, read_regular
 from nested_core.text.loss_conclusion import Conclusion
 
 BASE = "base"
@@ -277,7 +277,7 @@ def _read_seen(named: NamedAdapter) -> Digests:
     if run is None:
         return read_training_digests(named.folder)
     path = run.training_examples
-    own = np.fromfile(path, "<u8") if path.is_file() else decode_digests(None)
+    own = np.frombuffer(read_regular(path), "<u8") if path.is_file() else decode_digests(None)
     initial = read_adapter(run.initial).digest()
     return np.concatenate(
         [own, read_ancestor_training_digests(read_run_config(run), initial)], dtype=np.uint64

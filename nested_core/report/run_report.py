@@ -118,12 +118,14 @@ def describe_run(run: Run, error: str | None = None) -> Document:
 
 def _describe_verdict(run: Run, error: str | None) -> Section:
     """The outcome, why, damaged files, every check, and what training warned of."""
-    blocks: list[Block] = [Text(describe_outcome(run), is_headline=True), Text(describe_end(run))]
+    headline = describe_outcome(run)
+    blocks: list[Block] = [Text(headline, is_headline=True), Text(describe_end(run))]
     if run.verdict is not None:
-        blocks = [*describe_verdict(run.verdict, describe_outcome(run))]
+        blocks = [*describe_verdict(run.verdict, headline)]
     if error is not None and (run.verdict is None or run.verdict.has_passed):
         blocks.insert(1, Text(error, "bad"))
-    blocks[1:1] = [Text(f"Damaged: {each}", "bad") for each in run.problems[:MAX_SHOWN_PROBLEMS]]
+    damaged = [each for each in run.problems if each not in headline][:MAX_SHOWN_PROBLEMS]
+    blocks[1:1] = [Text(f"Damaged: {each}", "bad") for each in damaged]
     flags = () if run.result is None else run.result.red_flags[:MAX_SHOWN_FLAGS]
     blocks += [Text(f"Red flag while it trained: {flag}", "warn") for flag in flags]
     return Section("Verdict", blocks, "verdict")

@@ -177,7 +177,7 @@ def test_an_automation_fires_for_what_is_dead_or_crashed_and_for_nothing_else(ca
 
 
 def test_every_name_in_which_a_run_ends_is_no_sign_of_death() -> None:
-    names = [*map(str, Outcome), "Completed", "Failed", "Cancelled"]
+    names = [*map(str, set(Outcome) - {Outcome.RUNNING}), "Completed", "Failed", "Cancelled"]
     for automation in (FREE, RESUME):
         expect = AUTOMATIONS[automation]["trigger"]["expect"]
         missing = [

@@ -24,7 +24,7 @@ def test_report_writes_the_page_and_names_it(
     assert run.report.read_text().startswith("<!doctype html>")
     elsewhere = tmp_path / "page.html"
     assert main(["report", str(run.path), "-o", str(elsewhere)]) == 0
-    assert "Passed, better: loss" in elsewhere.read_text()
+    assert "Verified: passed, better" in elsewhere.read_text()
 
 
 def test_report_of_a_damaged_run_is_written_and_exits_6(
@@ -34,7 +34,7 @@ def test_report_of_a_damaged_run_is_written_and_exits_6(
     run.gate.write_text("{")
     assert main(["report", str(run.path)]) == 6
     assert str(run.gate) in capsys.readouterr().err
-    assert "Damaged files:" in run.report.read_text()
+    assert f"Damaged: {run.gate} has changed" in run.report.read_text()
 
 
 def test_what_is_no_run_is_bad_usage(tmp_path: Path) -> None:

@@ -64,14 +64,14 @@ def test_each_stage_of_a_run_has_its_state(states: tuple[dict[str, str], Finishe
 def test_a_verdict_that_a_resumed_run_takes_away_meanwhile_is_none(tmp_path, monkeypatch) -> None:
     run = prepare(example_config(), tmp_path / "run")
     write_verdict(run.path, PASSED, {})
-    read = untrusted_files.read_json
+    read = untrusted_files.read_regular
 
     def after(path: Path, limit: int | None) -> Any:
         run.manifest.unlink()
         run.gate.unlink()
         return read(path, limit)
 
-    monkeypatch.setattr(verdict_file, "read_json", after)
+    monkeypatch.setattr(verdict_file, "read_regular", after)
     taken_away = Run(run)
     assert (taken_away.verdict, taken_away.state, taken_away.problems) == (None, "never began", [])
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[3]
 FREE_ON_RESUME = {
     *("iters", "steps_per_report", "save_every", "test", "test_batches", "adapter_path", "gate"),
     *("registry", "report_to", "project_name", "clear_cache_threshold", "train"),
-    *("samples"),
+    "samples",
 }
 NOT_IN_THE_DIGEST = {
     *("data", "model", "train", "test", "test_batches", "adapter_path", "report_to"),

@@ -80,8 +80,7 @@ class Challenger(Candidate):
         """Register, and say what the policy makes of it."""
         version = register_run(self.config, self.run, champion)
         policy = self.config.registry.model_copy(update=section)
-        done = promote_by_policy(policy, version, champion)
-        return done if isinstance(done, str) else done.outcome
+        return promote_by_policy(policy, version, champion).sentence
 
     def with_suite(self, **bounds: Any) -> Self:
         """The same with a suite of capitals that the base model knows."""

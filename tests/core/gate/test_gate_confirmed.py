@@ -63,7 +63,7 @@ def test_confirming_needs_no_trainer_and_neither_mlx_lm_nor_prefect() -> None:
 def test_a_passed_written_by_hand_over_an_untrained_adapter_is_damage(judged: Candidate) -> None:
     shutil.copytree(judged.run.initial, judged.run.adapter, dirs_exist_ok=True)
     initial = judged.gate["initial"]
-    edit(judged.run.gate, trained=initial)
+    judged.edit_gate(trained=initial)
     judged.require_damaged("it has changed since")
 
 

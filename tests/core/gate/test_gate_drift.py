@@ -37,7 +37,7 @@ def test_drift_is_recorded_of_each_example_and_confirmed_without_a_model(candida
 
 def test_predictions_that_move_beyond_their_bound_are_refused(candidate: Candidate) -> None:
     candidate = candidate.resumed(max_kl=0.01)
-    moved = r"drift \(the predictions moved by .* nats a token"
+    moved = r"drift: the predictions moved by .* nats a token"
     with pytest.raises(GateRejected, match=moved) as rejected:
         candidate.judge()
     assert rejected.value.run == candidate.run
@@ -90,7 +90,7 @@ def test_the_held_out_examples_may_be_a_file_of_their_own(candidate, tmp_path) -
     assert verdict.validation is not None
     assert (verdict.validation.file, verdict.validation.examples) == (str(exam), 6)
     assert verdict.validation.selected_on_same_data
-    assert f"({exam}, 6 examples, step 8 of 8)" in verdict.summary()
+    assert "(exam.jsonl, 6 examples, step 8 of 8)" in verdict.summary()
     candidate.confirm()
     section = RegistrySection(path=str(tmp_path / "registry"), name="capitals")
     registered = candidate.configured(registry=section).config

@@ -54,7 +54,9 @@ def answers_of_broken(broken: Candidate) -> Sequence[AnswerRecord]:
 
 @pytest.mark.claim("An adapter that is significantly worse, in loss or answers, does not pass")
 def test_a_run_that_lowers_its_loss_and_breaks_its_answers_is_refused(broken: Candidate) -> None:
-    with pytest.raises(GateRejected, match=r"task_regressed \(capitals: (\d+) of 20 right before"):
+    with pytest.raises(
+        GateRejected, match=r"task_regressed \(capitals\): capitals: (\d+) of 20 right before"
+    ):
         broken.judge()
     gate = broken.gate
     assert gate["validation"]["loss_after"] < gate["validation"]["loss_before"]

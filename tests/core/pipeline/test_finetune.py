@@ -61,8 +61,8 @@ def test_a_fine_tune_from_python_trains_judges_registers_and_promotes(tmp_path: 
     assert (result.promotion, result.test_loss, result.unchanged_since) == ("promoted", None, None)
     assert read_champion(tmp_path / "registry", "capitals") == result.version
     assert json.loads(result.run.gate.read_bytes())["trained"]["digest"] == result.version
-    assert "Passed, better: loss" in result.run.report.read_text()
-    assert "Passed, better: loss" in result._repr_html_()
+    assert "Promoted: passed, better" in result.run.report.read_text()
+    assert "Promoted: passed, better" in result._repr_html_()
 
 
 @pytest.mark.slow("trains and judges")

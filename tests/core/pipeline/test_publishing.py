@@ -22,6 +22,7 @@ from nested_core.pipeline.publishing import (
     register_and_promote_run,
     register_run,
 )
+from nested_core.records.dataset import DatasetReport, SplitStats
 from nested_core.registry import (
     Decision,
     changes,
@@ -40,6 +41,7 @@ from nested_core.registry.promotion_policy import (
 )
 from nested_core.registry.registration import read_passed_run
 from nested_core.storage.adapter import ADAPTER_FILES, write_adapter
+from nested_core.storage.atomic import write_json
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import regular_sha256
@@ -75,11 +77,11 @@ def make_run(tmp_path: Path) -> MakeRun:
         gate |= {"initial": initial, "adapter_step": 8, "tensors": []}
         judged = {f"adapter/{name}": describe_file(run.adapter / name) for name in ADAPTER_FILES}
         write_gate(run.path, gate | {"trained": trained, "validation": validation}, judged)
-        dataset = {
-            "digest": data,
-            "splits": {n: {"digest": data, "rows": 1} for n in ("train", "valid")},
+        splits = {
+            name: SplitStats(f"{name}.jsonl", "chat", 1, 0, 0, 1, {}, data)
+            for name in ("train", "valid")
         }
-        run.dataset.write_text(json.dumps(dataset))
+        write_json(run.dataset, DatasetReport("data", data, splits, ()).to_json())
         return run
 
     return make

@@ -33,7 +33,9 @@ OWN_FILES = frozenset(
 RUN_FILES = frozenset(vars(RunDirectory(Path()))) - OWN_FILES - {"path", "initial", "adapter"}
 EXCEPTIONS = {
     "nested_core/config/resume.py": ["config"],  # the configuration's own reader, before records
-    "flows/terminal/run_follower.py": ["metrics"],  # goes on in a file that is being written
+    "nested_core/training/reports/run_progress.py": [
+        "metrics"
+    ],  # goes on in a file that is being written
 }
 VIEWERS = (
     "nested_core/report",

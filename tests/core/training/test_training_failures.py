@@ -109,7 +109,7 @@ def test_a_checkpoint_can_be_written_in_a_report_that_holds_a_skipped_step(
 
 
 def test_skipped_steps_above_the_gates_share_are_rejected(skipping: Finished) -> None:
-    with pytest.raises(GateRejected, match=r"updates_missing .*1 of 20 updates were skipped"):
+    with pytest.raises(GateRejected, match=r"updates_missing: .*1 of 20 updates were skipped"):
         steps.judge(skipping.config, skipping.run)
     bounds = GateSection(max_skipped_share=0.05)
     lenient = skipping.config.model_copy(update={"gate": bounds})
