@@ -31,7 +31,7 @@ from nested_core.errors import (
     NestedTuneError,
     TrainingStopped,
 )
-from nested_core.records.outcome import OUTCOME_BY_DECISION, Outcome
+from nested_core.records.outcome_names import OUTCOME_BY_DECISION, Outcome
 from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.run_directory import (
     DEFAULT_RUNS_FOLDER,

@@ -25,7 +25,7 @@ from flows.flow_runs.approvals import (
 from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors
 from nested_core.config.names import NAME_PATTERN
 from nested_core.config.section_base import Section
-from nested_core.records.outcome import Outcome
+from nested_core.records.outcome_names import Outcome
 from nested_core.registry import read_champion
 from nested_core.registry.promotion_policy import (
     effective_rule,

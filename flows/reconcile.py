@@ -22,7 +22,7 @@ from flows.flow_runs.warning_events import (
 from nested_core.config.section_base import Section
 from nested_core.config.sections import AdapterName
 from nested_core.errors import DamagedError
-from nested_core.records.outcome import Outcome
+from nested_core.records.outcome_names import Outcome
 from nested_core.registry import list_names
 from nested_core.registry.folders import name_exists
 from nested_core.text.digest_format import shorten_digest

@@ -11,7 +11,7 @@ from pydantic import Field
 from flows.flow_runs.allowed_folders import require_allowed
 from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors
 from flows.promote import AdapterParameters
-from nested_core.records.outcome import Outcome
+from nested_core.records.outcome_names import Outcome
 from nested_core.registry import read_champion
 from nested_core.registry.ledger import describe_author
 from nested_core.text.digest_format import shorten_digest

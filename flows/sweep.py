@@ -28,7 +28,7 @@ from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.gate.losses.chosen_candidate import SweepChoice
 from nested_core.pipeline.continual import champion_or_none
-from nested_core.records.outcome import Outcome
+from nested_core.records.outcome_names import Outcome
 from nested_core.registry import Decision
 from nested_core.registry.promotion_policy import effective_rule
 from nested_core.report.sweep import SweepRunResult, find_registered_version

@@ -21,8 +21,8 @@ from nested_core.pipeline.publishing import register_run
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
-from nested_core.records.verdict_document import describe_verdict, tier_table
 from nested_core.records.verdict_file import read_verdict
+from nested_core.records.verdict_table import describe_verdict, tier_table
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import Document

@@ -15,7 +15,7 @@ from prefect.states import Completed, State
 
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.records.outcome import Outcome
+from nested_core.records.outcome_names import Outcome
 from nested_core.records.run import Run
 from nested_core.report.nights import Night, describe_night, describe_nights, join_lines
 from nested_core.storage.run_directory import RunDirectory, find_run_of

@@ -9,8 +9,8 @@ from prefect import get_run_logger, runtime
 from nested_core import registry
 from nested_core.config.sections import RegistrySection
 from nested_core.registry import Decision, promotion_policy
-from nested_core.registry.decision import Outcome
 from nested_core.registry.ledger import Entry, Origin
+from nested_core.registry.promotion_outcome import Outcome
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.text.digest_format import shorten_digest
 from tasks.champion_artifacts import publish_champion

@@ -74,7 +74,7 @@ def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
 
     from flows.deployment.alerts import send_test_alert
     from flows.deployment.deploy import NO_ALERTS_WARNING, deploy, require_server
-    from flows.deployment.plan import begin_name, make_plan
+    from flows.deployment.planned_deployments import begin_name, make_plan
 
     notify = read_notify(arguments.notify)
     require_server()

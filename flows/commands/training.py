@@ -25,7 +25,7 @@ from flows.terminal.run_follower import showing_run
 from flows.terminal.run_results import format_sample_answers, print_rejection, print_tiers
 from nested_core import backend
 from nested_core.errors import ConfigError, GateRejected, TrainingStopped, go_on_with
-from nested_core.records.outcome import Outcome
+from nested_core.records.outcome_names import Outcome
 from nested_core.storage.run_directory import (
     DEFAULT_RUNS_FOLDER,
     RunDirectory,

@@ -31,7 +31,7 @@ from prefect.utilities.callables import parameter_schema
 from prefect.workers.process import ProcessWorker
 
 from flows.deployment.alerts import alert_action, alert_block, find_or_make_block
-from flows.deployment.plan import (
+from flows.deployment.planned_deployments import (
     RECONCILE_ENTRYPOINT,
     DeploymentPlan,
     PlannedDeployment,

@@ -17,7 +17,7 @@ from prefect.settings import get_current_settings
 from flows.deployment.alerts import alert_block
 from flows.deployment.check import Check
 from flows.deployment.deploy import read_automations, read_server_deployments
-from flows.deployment.plan import (
+from flows.deployment.planned_deployments import (
     FINETUNE_ENTRYPOINT,
     read_automations_yaml,
     read_deployments_file,

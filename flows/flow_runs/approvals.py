@@ -19,7 +19,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Scheduled, State
 
-from nested_core.records.outcome import Outcome
+from nested_core.records.outcome_names import Outcome
 from nested_core.report.approval import Approval
 from nested_core.text.digest_format import shorten_digest
 from tasks.artifact_client import publish_page

@@ -14,7 +14,7 @@ from flows.process.stop_signals import Stopper
 from nested_core.config.schema import FineTuneConfig
 from nested_core.models.session import Session
 from nested_core.pipeline.hooks import Steps
-from nested_core.records.outcome import Outcome
+from nested_core.records.outcome_names import Outcome
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import read_verdict

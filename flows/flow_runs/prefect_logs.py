@@ -11,7 +11,7 @@ from prefect.logging.handlers import PrefectConsoleHandler
 
 from flows.terminal.console import can_redraw, errors
 from nested_core.errors import NestedTuneError
-from nested_core.records.outcome import Outcome
+from nested_core.records.outcome_names import Outcome
 from tasks.log_text import LOGGERS_OF_RUNS
 
 OUTPUT_DESCRIPTORS = (1, 2)

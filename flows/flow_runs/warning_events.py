@@ -21,7 +21,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events import emit_event
 
 from nested_core.errors import NestedTuneError
-from nested_core.records.outcome import Outcome
+from nested_core.records.outcome_names import Outcome
 from nested_core.registry import history
 from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER

@@ -48,7 +48,7 @@ def _escape_and_shorten(text: str) -> str:
 def print_rejection(run: RunDirectory) -> None:
     """The outcome, every check as a table, then wrong answers of each suite that failed."""
     from nested_core.records.run import Run
-    from nested_core.records.verdict_document import check_table, lost_answers
+    from nested_core.records.verdict_table import check_table, lost_answers
 
     read = Run(run)
     if read.verdict is not None:
@@ -58,7 +58,7 @@ def print_rejection(run: RunDirectory) -> None:
 
 def print_tiers(verdict: Verdict) -> None:
     """The tiers of a verdict, where not all is updated at every step."""
-    from nested_core.records.verdict_document import tier_table
+    from nested_core.records.verdict_table import tier_table
 
     if [tier.frequency for tier in verdict.tiers] != [1]:
         print_blocks(tier_table(verdict))

@@ -41,12 +41,12 @@ from nested_core.gate.tensors.base_compatibility import base_reasons
 from nested_core.models.peft import import_peft
 from nested_core.pipeline.named_adapters import NamedAdapter, find_named_adapter
 from nested_core.records.answers import AnswerRecord
+from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import Validation
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import read_json, read_regular
-from nested_core.text.loss_conclusion import Conclusion
 
 BASE = "base"
 MAX_ADAPTER_CONFIG_BYTES = 2**20

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nested_core.text.loss_conclusion import MIN_EXAMPLES
+from nested_core.records.loss_conclusion import MIN_EXAMPLES
 
 CONFIDENCE = 0.95
 ONE_SIDED_CONFIDENCE = 0.9  # of both sides: 5 % lie beyond either end

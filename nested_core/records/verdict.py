@@ -14,16 +14,16 @@ from typing_extensions import TypedDict
 
 from nested_core.errors import join_first_values
 from nested_core.records.answers import BROKEN_WORDS
-from nested_core.records.outcome import Outcome
-from nested_core.text.digest_format import shorten_digest
-from nested_core.text.document import Block, Details, Document, Table, Text
-from nested_core.text.loss_conclusion import (
+from nested_core.records.loss_conclusion import (
     MIN_EXAMPLES,
     Conclusion,
     describe_inconclusive,
     describe_smallest_visible,
     is_better,
 )
+from nested_core.records.outcome_names import Outcome
+from nested_core.text.digest_format import shorten_digest
+from nested_core.text.document import Block, Details, Document, Table, Text
 from nested_core.text.loss_format import (
     format_change,
     format_difference,
@@ -139,7 +139,7 @@ class ComparedLoss:
     difference, standard_error, interval: of the paired differences after minus before, in nats a
         token; None with a loss that is not finite, and the last two with fewer than 5 clusters.
     smallest_visible: the smallest difference that the examples could have told from none.
-    conclusion: better, no_worse, inconclusive or worse (text/loss_conclusion.py); None without
+    conclusion: better, no_worse, inconclusive or worse (records/loss_conclusion.py); None without
         a difference.
     margin: the rise, in nats a token, within which the loss has to be shown to stay.
     one_sided_high: the upper end of the one-sided 95 % interval, which is held against the margin.

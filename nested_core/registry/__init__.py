@@ -11,18 +11,17 @@ from nested_core.registry.changes import (
     UNSET,
     HistoryChanged,
     Unset,
-    decline,
     promote,
     register_and_promote,
     rollback,
 )
-from nested_core.registry.decision import Decision
+from nested_core.registry.declines import decline, find_decline
 from nested_core.registry.folders import list_names
 from nested_core.registry.garbage_collection import GarbageReport, collect_garbage, forget
+from nested_core.registry.promotion_outcome import Decision
 from nested_core.registry.queries import (
     VerifiedVersion,
     check_champion,
-    find_decline,
     history,
     holding_champion,
     list_versions,

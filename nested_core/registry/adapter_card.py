@@ -17,7 +17,7 @@ import yaml
 from nested_core.config.names import HUB_NAME_PATTERN
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.records.verdict import Verdict
-from nested_core.records.verdict_document import check_table
+from nested_core.records.verdict_table import check_table
 from nested_core.text.document import Block, Document, Section, Table, Text
 
 CARD_NAME = "README.md"

@@ -17,9 +17,7 @@ from nested_core.registry.folders import (
     require_no_writes_meanwhile,
     shared_folder_lock,
 )
-from nested_core.registry.judgements import judgement_findings
-from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
-from nested_core.registry.name_folder import (
+from nested_core.registry.history_views import (
     LINK_NAME,
     find_wrong_end,
     is_behind,
@@ -29,6 +27,8 @@ from nested_core.registry.name_folder import (
     read_view,
     require_own_layout,
 )
+from nested_core.registry.judgements import judgement_findings
+from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
 from nested_core.registry.versions import (
     VERSION_PATTERN,
     AuditFinding,

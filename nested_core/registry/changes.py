@@ -1,4 +1,4 @@
-"""What a person or a policy does to a name: promote, rollback, decline; each a line of the history.
+"""What a person or a policy does to a name: promote, rollback; each a line of the history.
 
 A version that has changed since it was registered is refused, and automation never brings back a
 version that a person rolled back.
@@ -12,11 +12,11 @@ from typing import Any
 
 from nested_core.errors import ConfigError
 from nested_core.records.verdict_file import require_passed
-from nested_core.registry.decision import Decision
 from nested_core.registry.folders import check_name, create_name_folder
+from nested_core.registry.history_views import NameFolder, writing, writing_folder
 from nested_core.registry.judgements import choose_verdict, read_judgements, read_verdicts
 from nested_core.registry.ledger import NO_ORIGIN, Origin
-from nested_core.registry.name_folder import NameFolder, writing, writing_folder
+from nested_core.registry.promotion_outcome import Decision
 from nested_core.registry.registration import PassedRun, add_version, read_passed_run
 from nested_core.registry.versions import VERSION_PREFIX_PATTERN, resolve_version
 from nested_core.text.digest_format import shorten_digest
@@ -166,25 +166,3 @@ def _is_expected_champion(champion: str | None, expected: str | None | Unset) ->
     if champion is None or expected is None:
         return champion is expected
     return VERSION_PREFIX_PATTERN.fullmatch(expected) is not None and champion.startswith(expected)
-
-
-def decline(
-    registry: Path,
-    name: str,
-    version: str,
-    *,
-    by: str,
-    reason: str | None = None,
-    origin: Origin = NO_ORIGIN,
-) -> None:
-    """Record that a person did not approve a version; saying so again adds nothing.
-
-    The line has the digests of its data set and settings: no other version of both is asked about.
-    """
-    with writing(registry, name) as held:
-        declined = resolve_version(held.path, version, held.ledger)
-        if held.ledger.find_decline(declined) is not None:
-            return
-        facts = read_verdicts(held.path, declined, held.ledger)[-1].facts
-        fields = {"dataset_digest": facts.dataset_digest, "settings_digest": facts.settings_digest}
-        held.record("declined", declined, by, reason=reason, **fields, **origin.fields())

@@ -13,10 +13,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.registry.declines import find_decline_in_history
 from nested_core.registry.folders import VERSIONS_FOLDER_NAME, find_name_folder
+from nested_core.registry.history_views import read_link, reading, writing
 from nested_core.registry.judgements import has_all_judgements, read_verdicts
 from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, Ledger
-from nested_core.registry.name_folder import read_link, reading, writing
 from nested_core.registry.policy import policy_of
 from nested_core.registry.versions import inspect_version, registered_versions, resolve_version
 from nested_core.storage.atomic import RETIRED_PREFIX, TEMPORARY_PREFIX
@@ -127,7 +128,8 @@ def _waits_for_approval(folder: Path, version: str, ledger: Ledger) -> bool:
         facts = read_verdicts(folder, version, ledger)[-1].facts
     except DamagedError:  # an audit reports it
         return False
-    if ledger.find_decline(version, facts.dataset_digest, facts.settings_digest) is not None:
+    made_of = (facts.dataset_digest, facts.settings_digest)
+    if find_decline_in_history(ledger, version, *made_of) is not None:
         return False
     modes = ((facts.policy or {}).get("promote"), (ledger.policy() or {}).get("promote"))
     return "approve" in modes and "never" not in modes

@@ -232,27 +232,6 @@ class Ledger:
                 barred.discard(change.version)
         return barred
 
-    def find_decline(
-        self, version: str, dataset_digest: str | None = None, settings_digest: str | None = None
-    ) -> Entry | None:
-        """The newest line in which a person declined a version, or one of the same two digests.
-
-        None where somebody has made that version champion since.
-        """
-        made_of = (dataset_digest, settings_digest)
-        for entry in reversed(self.entries):
-            if entry.version == version and entry.action in CHAMPION_CHANGE_ACTIONS:
-                return None
-            if entry.action != "declined":
-                continue
-            is_alike = None not in made_of and made_of == (
-                entry.dataset_digest,
-                entry.settings_digest,
-            )
-            if entry.version == version or is_alike:
-                return entry
-        return None
-
     def versions_since(self, promotions: int) -> list[str]:
         """The champions of the last promotions, after the one before them; the oldest first.
 

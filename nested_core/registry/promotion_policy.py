@@ -21,6 +21,7 @@ from nested_core.errors import (
     NestedTuneError,
     describe_first_problem,
 )
+from nested_core.records.loss_conclusion import describe_smallest_visible
 from nested_core.records.verdict import ChampionLoss, Noise, Validation
 from nested_core.registry import (
     UNSET,
@@ -34,10 +35,9 @@ from nested_core.registry import (
     read_history_end,
     verify,
 )
-from nested_core.registry.decision import Decision
+from nested_core.registry.history_views import read_link, reading
 from nested_core.registry.judgements import Judgement, choose_verdict, read_verdicts
 from nested_core.registry.ledger import NO_ORIGIN, Origin
-from nested_core.registry.name_folder import read_link, reading
 from nested_core.registry.policy import (
     PromotionRule,
     RegistryPolicy,
@@ -45,13 +45,13 @@ from nested_core.registry.policy import (
     read_policy,
     read_reference,
 )
+from nested_core.registry.promotion_outcome import Decision
 from nested_core.registry.versions import (
     PROVENANCE_NAME,
     how_to_mend,
     version_folder,
 )
 from nested_core.text.digest_format import shorten_digest
-from nested_core.text.loss_conclusion import describe_smallest_visible
 from nested_core.text.loss_format import (
     format_change,
     format_difference,

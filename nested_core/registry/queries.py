@@ -19,14 +19,14 @@ from nested_core.registry.folders import (
     name_exists,
     shared_folder_lock,
 )
-from nested_core.registry.ledger import REGISTRATION_ACTIONS, Entry, read_ledger
-from nested_core.registry.name_folder import (
+from nested_core.registry.history_views import (
     lost_champion_error,
     read_link,
     reading,
     version_exists,
     writing,
 )
+from nested_core.registry.ledger import REGISTRATION_ACTIONS, Entry, read_ledger
 from nested_core.registry.registration import require_sound_champion
 from nested_core.registry.versions import (
     how_to_mend,
@@ -107,18 +107,6 @@ def read_champion_changes(registry: Path, name: str, *, since: int = 0) -> list[
     """Every change of the champion, or those in the lines from number `since`, oldest first."""
     with reading(registry, name) as (_, ledger):
         return ledger.changes(since)
-
-
-def find_decline(
-    registry: Path,
-    name: str,
-    version: str,
-    dataset_digest: str | None,
-    settings_digest: str | None,
-) -> Entry | None:
-    """The line in which a person declined a version, or one of the same data and settings."""
-    with reading(registry, name) as (_, ledger):
-        return ledger.find_decline(version, dataset_digest, settings_digest)
 
 
 def verify(registry: Path, name: str, version: str) -> None:

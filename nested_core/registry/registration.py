@@ -28,14 +28,7 @@ from nested_core.registry.folders import (
     exclusive_folder_lock,
     require_creatable,
 )
-from nested_core.registry.judgements import (
-    JudgementFacts,
-    has_all_judgements,
-    read_verdicts,
-    write_judgement,
-)
-from nested_core.registry.ledger import REGISTRATION_ACTIONS, read_ledger
-from nested_core.registry.name_folder import (
+from nested_core.registry.history_views import (
     NameFolder,
     lost_champion_error,
     require_sound_end,
@@ -43,6 +36,13 @@ from nested_core.registry.name_folder import (
     writing,
     writing_folder,
 )
+from nested_core.registry.judgements import (
+    JudgementFacts,
+    has_all_judgements,
+    read_verdicts,
+    write_judgement,
+)
+from nested_core.registry.ledger import REGISTRATION_ACTIONS, read_ledger
 from nested_core.registry.versions import (
     HASHED_AGAIN_AFTER_SECONDS,
     OPTIONAL_FILES,

@@ -1,6 +1,6 @@
 """A version: an adapter with its verdict and provenance in a folder named by the adapter's digest.
 
-`version_findings` lists every file that was added, removed or changed since it was registered.
+`inspect_version` lists every file that was added, removed or changed since it was registered.
 """
 
 from __future__ import annotations

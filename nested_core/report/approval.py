@@ -9,7 +9,7 @@ from typing import Self
 
 from nested_core.errors import NestedTuneError
 from nested_core.records.verdict import Verdict
-from nested_core.records.verdict_document import check_table
+from nested_core.records.verdict_table import check_table
 from nested_core.registry.promotion_policy import compare_losses, read_candidate
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import Document, Facts, Table, Text

@@ -8,8 +8,8 @@ from pathlib import Path, PurePath
 from typing import Any, Self
 
 from nested_core.records.verdict import Verdict
-from nested_core.records.verdict_document import check_table
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
+from nested_core.records.verdict_table import check_table
 from nested_core.registry import history, read_version_losses
 from nested_core.registry.ledger import describe_author
 from nested_core.registry.serving_status import describe_server, read_servers

@@ -17,7 +17,7 @@ from nested_core.errors import ConfigError
 from nested_core.records.answers import shown_answer
 from nested_core.records.paired_difference import PairedDifference, compare_pairs
 from nested_core.records.run import Run, read_run
-from nested_core.records.verdict_document import list_checks
+from nested_core.records.verdict_table import list_checks
 from nested_core.report.outcome import describe_end, describe_outcome, run_to_json
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.document import Block, Document, Figures, Section, Table, Text

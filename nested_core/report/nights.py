@@ -10,10 +10,10 @@ from uuid import UUID
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.records.dataset import DatasetReport, Severity
-from nested_core.records.outcome import Outcome
+from nested_core.records.outcome_names import Outcome
 from nested_core.records.run import Run
 from nested_core.records.verdict import TaskResult, Verdict
-from nested_core.records.verdict_document import check_table
+from nested_core.records.verdict_table import check_table
 from nested_core.registry.queries import parent_version_of
 from nested_core.report.run_report import list_answers
 from nested_core.storage.run_directory import find_run_of

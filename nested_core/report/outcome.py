@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import NestedTuneError
-from nested_core.records.outcome import Outcome
+from nested_core.records.outcome_names import Outcome
 from nested_core.records.run import Run
 from nested_core.records.verdict import Verdict
 from nested_core.text.loss_format import format_loss

@@ -35,7 +35,7 @@ from nested_core.records.dataset import group_findings
 from nested_core.records.losses import ExampleLosses
 from nested_core.records.run import Run, read_run
 from nested_core.records.verdict import TensorChange, Validation
-from nested_core.records.verdict_document import describe_verdict, tier_table
+from nested_core.records.verdict_table import describe_verdict, tier_table
 from nested_core.report.outcome import describe_end, describe_outcome
 from nested_core.storage.atomic import finite_or_none, write_bytes
 from nested_core.storage.run_directory import RunDirectory

@@ -38,6 +38,7 @@ from nested_core.storage.validation_losses import (
     append_step_losses,
     truncate_step_losses,
 )
+from nested_core.training.early_stopping import count_evaluations_without_improvement
 from nested_core.training.evaluation import Evaluation, Evaluator
 from nested_core.training.loss.loss_interface import MicroBatch
 from nested_core.training.rank_communication import Sums, World
@@ -51,7 +52,6 @@ from nested_core.training.training_setup import TrainingSetup
 from nested_core.training.training_state import (
     CheckpointState,
     TrainingState,
-    count_evaluations_without_improvement,
 )
 
 

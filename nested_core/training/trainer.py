@@ -21,6 +21,7 @@ from nested_core.optim.named_updates import apply_flat_updates_to_nested, flatte
 from nested_core.optim.tier_counters import COUNTERS_KEY, TierStats
 from nested_core.storage.checkpoint import Checkpoint, latest_checkpoint
 from nested_core.training.due_parts import Reporter, Saver, Validation, restore_random_key
+from nested_core.training.early_stopping import is_out_of_patience
 from nested_core.training.evaluation import EvaluationInterrupted, Evaluator
 from nested_core.training.memory.memory_plan import plan_memory
 from nested_core.training.memory.model_footprint import compute_footprint
@@ -32,7 +33,6 @@ from nested_core.training.training_checks import UpdateCheck, warn_of_lost_updat
 from nested_core.training.training_setup import TrainingSetup
 from nested_core.training.training_state import (
     TrainingState,
-    is_out_of_patience,
     require_whole_state,
 )
 

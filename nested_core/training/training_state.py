@@ -145,23 +145,3 @@ def require_whole_state(recorded: Mapping[str, Any], checkpoint: Path) -> None:
             f"{checkpoint / STATE_NAME} has no {' and no '.join(missing)}: it is not what training "
             f"wrote. Bring back what was there, or train again in a new run."
         )
-
-
-def count_evaluations_without_improvement(
-    state: TrainingState, val_loss: float, *, min_delta: float
-) -> None:
-    """Count an evaluation: one that is lower by more than `min_delta` begins the count anew.
-
-    A loss that is not finite is no improvement.
-    """
-    lowest = math.inf if state.lowest_val_loss is None else state.lowest_val_loss
-    if val_loss < lowest - min_delta:
-        state.lowest_val_loss = val_loss
-        state.evaluations_without_improvement = 0
-    else:
-        state.evaluations_without_improvement += 1
-
-
-def is_out_of_patience(state: TrainingState, patience: int | None) -> bool:
-    """Whether `patience` evaluations in a row brought no improvement; None waits for ever."""
-    return patience is not None and state.evaluations_without_improvement >= patience

@@ -19,7 +19,7 @@ from prefect.states import Completed, Running, State
 
 from flows.deployment.alerts import alert_block, find_or_make_block, send_test_alert
 from flows.deployment.deploy import ALERT, put_automations
-from flows.deployment.plan import make_plan
+from flows.deployment.planned_deployments import make_plan
 from flows.deployment.server_checks import check_alerts
 from flows.flow_runs import warning_events
 from flows.flow_runs.warning_events import describe_full_disk, measure_newest_checkpoint

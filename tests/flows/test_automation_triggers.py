@@ -19,10 +19,10 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from flows.deployment.plan import read_automations_yaml
+from flows.deployment.planned_deployments import read_automations_yaml
 from flows.flow_runs.dead_runs import SECONDS_OF_SILENCE
 from flows.process.environment import packaged_folder
-from nested_core.records.outcome import Outcome
+from nested_core.records.outcome_names import Outcome
 from tests.prefect_home import DATABASE, new_prefect_home
 
 AUTOMATIONS = {each["name"].partition(": ")[2]: each for each in read_automations_yaml()}

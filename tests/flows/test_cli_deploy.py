@@ -15,7 +15,7 @@ from prefect.workers.process import ProcessWorker
 
 from flows.commands.deployment import read_notify
 from flows.deployment.deploy import _make_work_pools, deploy, put_deployment
-from flows.deployment.plan import make_plan, read_work_pools
+from flows.deployment.planned_deployments import make_plan, read_work_pools
 from nested_core.errors import ConfigError
 from tests.flows.conftest import Ended
 

@@ -17,7 +17,7 @@ import yaml
 from prefect.client.schemas.objects import ConcurrencyLimitConfig
 from prefect.flows import Flow
 
-from flows.deployment.plan import PlannedDeployment, begin_name, make_plan
+from flows.deployment.planned_deployments import PlannedDeployment, begin_name, make_plan
 from flows.finetune import FinetuneParameters
 from flows.flow_runs.allowed_folders import require_known_name
 from flows.process.environment import packaged_folder
@@ -26,7 +26,7 @@ from flows.sweep import SweepParameters
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError
-from nested_core.records.outcome import Outcome
+from nested_core.records.outcome_names import Outcome
 from nested_core.registry import audit
 
 ROOT = Path(__file__).resolve().parents[2]

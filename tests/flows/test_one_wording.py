@@ -19,7 +19,7 @@ from flows.terminal.run_results import print_rejection
 from nested_core import registry as core
 from nested_core.pipeline.finetune import FinetuneResult
 from nested_core.records.dataset import Finding
-from nested_core.records.outcome import Outcome
+from nested_core.records.outcome_names import Outcome
 from nested_core.records.run import Run
 from nested_core.records.verdict import Code, JudgedAdapter, Reason
 from nested_core.registry.adapter_card import render_card

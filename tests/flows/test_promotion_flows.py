@@ -31,7 +31,7 @@ from flows.promote import PromoteParameters, promote
 from flows.reconcile import ReconcileParameters, reconcile
 from flows.rollback import RollbackParameters, rollback
 from nested_core import registry as core
-from nested_core.registry.name_folder import NameFolder
+from nested_core.registry.history_views import NameFolder
 from tasks import promote as promotion_tasks
 from tasks.artifact_client import artifact_key
 from tests.core.registry.conftest import write_run

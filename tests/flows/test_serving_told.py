@@ -25,7 +25,7 @@ from prefect.settings import get_current_settings
 from flows.commands import serving_news
 from flows.commands.serving_news import NewsSender
 from flows.deployment.deploy import put_automations, put_deployment
-from flows.deployment.plan import make_plan
+from flows.deployment.planned_deployments import make_plan
 from flows.promote import PromoteParameters, promote
 from flows.reconcile import ReconcileParameters, reconcile
 from nested_core import registry as core

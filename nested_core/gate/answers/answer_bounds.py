@@ -16,6 +16,7 @@ from nested_core.config.sections import GateSection, TaskSection
 from nested_core.errors import JUDGE_AGAIN, DamagedError, join_first_values
 from nested_core.gate.losses.loss_figures import exchange_mid_p
 from nested_core.records.answers import AnswerRecord, BrokenHow, SampleAnswers
+from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.paired_difference import (
     PairedDifference,
     compare_pairs,
@@ -24,7 +25,6 @@ from nested_core.records.paired_difference import (
     student_t_cdf,
 )
 from nested_core.records.verdict import Reason, SampleVerdict, TaskResult
-from nested_core.text.loss_conclusion import Conclusion
 
 SCORE_ROUNDING = 1e-9  # of a mean of scores
 MAX_NAMED_QUESTIONS = 3

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nested_core.records.loss_conclusion import MIN_EXAMPLES
 from nested_core.records.losses import ExampleLosses, Vector, read_example_losses
 from nested_core.records.paired_difference import (
     CONFIDENCE,
@@ -27,7 +28,6 @@ from nested_core.records.paired_difference import (
 from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.validation_losses import read_step_losses
-from nested_core.text.loss_conclusion import MIN_EXAMPLES
 from nested_core.text.loss_format import format_interval
 
 RESAMPLES = 4_000  # 100 of them lie beyond the 97.5 % point

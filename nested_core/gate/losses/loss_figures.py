@@ -1,6 +1,6 @@
 """The figures of a verdict that come from the losses of each example, against the gate's bounds.
 
-Whether a loss is worse is decided by `conclude` in `text.loss_conclusion`.
+Whether a loss is worse is decided by `conclude` in `records.loss_conclusion`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 
 from nested_core.config.sections import GateSection
 from nested_core.gate.losses.chosen_candidate import Candidates
+from nested_core.records.loss_conclusion import conclude, count_examples_needed, margin_of_loss
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import (
     MIN_HARMED,
@@ -24,7 +25,6 @@ from nested_core.records.verdict import (
     describe_examples,
 )
 from nested_core.storage.atomic import finite_or_none
-from nested_core.text.loss_conclusion import conclude, count_examples_needed, margin_of_loss
 from nested_core.text.loss_format import format_change, format_difference, format_interval
 
 MIN_CHANGE = 1.0  # nats a token

@@ -19,6 +19,12 @@ from nested_core.gate.losses.loss_figures import (
     harm_reasons,
     summarise_champion,
 )
+from nested_core.records.loss_conclusion import (
+    conclude,
+    count_examples_needed,
+    is_better,
+    margin_of_loss,
+)
 from nested_core.records.losses import read_example_losses
 from nested_core.records.paired_difference import compare_pairs, student_t_quantile
 from nested_core.storage.validation_losses import (
@@ -26,12 +32,6 @@ from nested_core.storage.validation_losses import (
     append_step_losses,
     read_step_losses,
     truncate_step_losses,
-)
-from nested_core.text.loss_conclusion import (
-    conclude,
-    count_examples_needed,
-    is_better,
-    margin_of_loss,
 )
 from tests.builders.losses import losses_of, validation_of
 

@@ -26,8 +26,8 @@ from nested_core.pipeline.publishing import register_run
 from nested_core.records.answers import read_answers
 from nested_core.records.losses import read_example_losses
 from nested_core.records.verdict import ChampionLoss
-from nested_core.records.verdict_document import check_table
 from nested_core.records.verdict_file import read_verdict
+from nested_core.records.verdict_table import check_table
 from nested_core.registry import promote, register
 from nested_core.registry.policy import set_policy
 from nested_core.registry.promotion_policy import promote_by_policy

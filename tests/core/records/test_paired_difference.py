@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from nested_core.gate.losses.loss_figures import exchange_mid_p
 from nested_core.records import paired_difference
+from nested_core.records.loss_conclusion import MIN_EXAMPLES
 from nested_core.records.paired_difference import (
     compare_pairs,
     count_resamples,
     smallest_visible_share,
 )
-from nested_core.text.loss_conclusion import MIN_EXAMPLES
 
 SEEDS = 100
 QUESTIONS = 200

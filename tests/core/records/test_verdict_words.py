@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 
-from nested_core.records.outcome import Outcome
+from nested_core.records.outcome_names import Outcome
 from nested_core.records.verdict import OUTCOME_BY_CODE, Code
 from tests.core.report.verdicts import CHAMPION, LOSSES, SUITE, make_verdict
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.registry import audit, read_champion
+from nested_core.registry.history_views import make_views, read_view
 from nested_core.registry.ledger import read_ledger
-from nested_core.registry.name_folder import make_views, read_view
 from nested_core.registry.promotion_policy import promote_missed_versions
 
 NAME = "capitals"

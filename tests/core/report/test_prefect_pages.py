@@ -15,7 +15,7 @@ from nested_core import registry as core
 from nested_core.records.answers import write_answers
 from nested_core.records.dataset import Finding
 from nested_core.records.metrics import append_metrics
-from nested_core.records.outcome import Outcome
+from nested_core.records.outcome_names import Outcome
 from nested_core.records.plan import join_last_losses
 from nested_core.records.run import Run
 from nested_core.records.verdict_file import write_verdict

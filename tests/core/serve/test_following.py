@@ -17,7 +17,7 @@ from mlx_lm import generate, load
 
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.registry import read_verified_version, rollback
-from nested_core.registry.name_folder import NameFolder
+from nested_core.registry.history_views import NameFolder
 from nested_core.serve import champion_follower
 from nested_core.storage.adapter import Adapter
 from tests.core.serve.versions import (

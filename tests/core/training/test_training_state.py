@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nested_core.errors import DamagedError
+from nested_core.training.early_stopping import count_evaluations_without_improvement
 from nested_core.training.training_state import (
     EVIDENCE_KEYS,
     TrainingState,
-    count_evaluations_without_improvement,
     require_whole_state,
 )
 

@@ -33,8 +33,8 @@ class Outcome(StrEnum):
     ANSWERS = "Rejected: answers"  # they are too often wrong, or broken
 
 
-# Of a version that was registered, by the outcome of its decision (registry/decision.py); what the
-# others are called depends on the verdict.
+# Of a version that was registered, by the outcome of its decision
+# (registry/promotion_outcome.py); what the others are called depends on the verdict.
 OUTCOME_BY_DECISION: dict[str, Outcome] = {
     "promoted": Outcome.PROMOTED,
     "waiting": Outcome.WAITS_FOR_APPROVAL,
