@@ -26,15 +26,16 @@ from nested_core.errors import ConfigError, describe_first_problem
 from nested_core.gate.answers.answer_bounds import ScoreChange, find_worse
 from nested_core.gate.answers.suite_answers import encode_suites, read_suites
 from nested_core.gate.checks.tasks import AskedModel, ask_model
-from nested_core.gate.evidence.training_examples import (
-    read_ancestor_training_digests,
-    read_training_digests,
-)
 from nested_core.gate.losses.champion_adapter import ADAPTER_STRUCTURE_KEYS, shape_like_adapter
 from nested_core.gate.losses.held_out_loss import (
     HeldOutExamples,
     LoadedBase,
     read_held_out_examples,
+)
+from nested_core.gate.losses.left_out_examples import (
+    find_left_out,
+    read_ancestor_training_digests,
+    read_training_digests,
 )
 from nested_core.gate.losses.loss_figures import summarise_losses
 from nested_core.gate.tensors.base_compatibility import base_reasons
@@ -380,8 +381,7 @@ class _Evaluating:
             after=own[counted] / tokens[counted],
             clusters=held_out.clusters,
         )
-        seen = np.concatenate([model.seen, reference.seen], dtype=np.uint64)
-        losses = losses.leaving_out(np.isin(held_out.digests, seen))
+        losses = losses.leaving_out(find_left_out(held_out.digests, model.seen, reference.seen))
         return summarise_losses(losses, selected_on_same_data=False, bounds=self._config.gate)
 
     def _answered_questions(self) -> Iterator[AnsweredQuestion]:

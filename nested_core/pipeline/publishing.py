@@ -10,7 +10,7 @@ import numpy as np
 from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.example_digests import encode_digests
-from nested_core.gate.evidence.training_examples import read_ancestor_training_digests
+from nested_core.gate.losses.left_out_examples import read_ancestor_training_digests
 from nested_core.gate.recheck import recheck_verdict
 from nested_core.gate.tensors.base_compatibility import require_same_base
 from nested_core.models.base_model import find_model_folder_offline

@@ -14,6 +14,7 @@ import numpy as np
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.judged import Check, JudgedRun
 from nested_core.gate.losses.champion_adapter import Champion, UnusableChampion, find_rival
+from nested_core.gate.losses.left_out_examples import find_left_out
 from nested_core.gate.losses.loss_figures import summarise_champion
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import ChampionLoss, Reason
@@ -68,7 +69,7 @@ def _compare_losses(
         return ChampionLoss(version, not_compared=rival.problem), None
     if not np.isfinite(losses.after).all():
         return ChampionLoss(version, not_compared="the candidate's loss is not finite"), None
-    is_seen = np.isin(held_out.digests, rival.training_examples)
+    is_seen = find_left_out(held_out.digests, rival.training_examples)
     if losses.left_out is not None:
         is_seen |= losses.left_out
     if is_seen.all():

@@ -10,13 +10,16 @@ import numpy as np
 from nested_core.data.example_digests import digest_examples
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.judged import Check, JudgedRun
-from nested_core.gate.evidence.training_examples import read_ancestor_training_digests
 from nested_core.gate.losses.chosen_candidate import Candidates, read_candidates
 from nested_core.gate.losses.held_out_loss import (
     measure_example_losses,
     measure_general_loss,
     read_held_out_examples,
     read_nonempty_splits,
+)
+from nested_core.gate.losses.left_out_examples import (
+    find_left_out,
+    read_ancestor_training_digests,
 )
 from nested_core.gate.losses.loss_figures import (
     drift_reasons,
@@ -43,8 +46,8 @@ def _measure_losses(judged: JudgedRun) -> Iterator[Reason]:
         return
     losses = measure_example_losses(judged.base, judged.evidence, held_out)
     ancestors = read_ancestor_training_digests(config, judged.before.digest())
-    seen = np.concatenate([training_examples, ancestors], dtype=np.uint64)
-    judged.losses = losses = losses.leaving_out(np.isin(held_out.digests, seen))
+    left_out = find_left_out(held_out.digests, training_examples, ancestors)
+    judged.losses = losses = losses.leaving_out(left_out)
     judged.written_files[run.gate_losses.name] = losses.render()
     if held_out.has_validation_examples:
         judged.candidates = read_candidates(run.validation_losses)

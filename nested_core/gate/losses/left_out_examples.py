@@ -1,12 +1,18 @@
-"""What registered versions were trained on, by digest, as their provenance records it."""
+"""Which held-out examples are left out: those that an adapter or an ancestor of it was trained on.
+
+What a registered version was trained on is recorded by digest in its provenance.
+"""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.example_digests import Digests, decode_digests
+from nested_core.data.tokens.tokenized_split import Bool
 from nested_core.errors import DamagedError
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance, version_folder
 
@@ -26,3 +32,8 @@ def read_ancestor_training_digests(config: FineTuneConfig, initial_digest: str) 
     folder = version_folder(Path(path), name, initial_digest)
     is_registered = (folder / PROVENANCE_NAME).is_file()
     return read_training_digests(folder) if is_registered else decode_digests(None)
+
+
+def find_left_out(held_out: Digests, *trained_on: Digests) -> Bool:
+    """Whether each held-out example, by digest, is among those that were trained on, bool [n]."""
+    return np.isin(held_out, np.concatenate([*trained_on], dtype=np.uint64))
