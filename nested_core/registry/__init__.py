@@ -2,7 +2,9 @@
 
 A version never changes once it is registered. What is done to a name is a line of its history,
 and the history decides: the link `champion`, champion.json and policy.json are views of it. Every
-writer holds the folder's lock, and first finishes what a crash cut short. Promotion by policy is in
+writer of these holds the folder's lock, and first finishes what a crash cut short; a reader of
+several files holds it shared, and `read_champion`, `list_versions` and `read_version_losses` take
+none. Servers write their own files in serving/. Promotion by policy is in
 `promotion_policy`, the copy for MLflow in `mlflow_export`; both are imported where they are used.
 """
 
