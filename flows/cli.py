@@ -16,10 +16,10 @@ from typing import Any, NoReturn
 
 from flows.commands.help_pages import (
     EXIT_CODES,
+    GROUPS,
     FullHelp,
     ShortHelp,
     describe_commands,
-    example_of,
     is_key_flag,
 )
 from flows.process.os_errors import explain, explain_file_limit, explain_missing_mlx
@@ -50,7 +50,7 @@ class _Commands:
             dest="command", metavar="COMMAND", help=argparse.SUPPRESS, prog="nested-tune"
         )
         self.parsers: dict[str, argparse.ArgumentParser] = {}
-        self.summaries: dict[str, str] = {}
+        self.summaries: dict[str, dict[str, str]] = {group: {} for group in GROUPS}
 
     def add(
         self,
@@ -58,18 +58,21 @@ class _Commands:
         run: Callable[[argparse.Namespace], Any],
         line: str,
         *,
+        group: str,
+        example: str,
         json: bool = False,
         **options: Any,
     ) -> argparse.ArgumentParser:
         """Add a command; `line` is a sentence without capital and full stop.
 
-        `run` is called with the arguments; `json` is whether the command has that flag.
+        `run` is called with the arguments; `group` is one of GROUPS, `example` a command line that
+        its help begins with, and `json` whether the command has that flag.
         """
         description = f"{line[0].upper()}{line[1:]}."
         # `--lr` would be taken for `--lr-schedule`, whose error then speaks of a file's key.
         parser = self._subparsers.add_parser(
             name,
-            description=f"{description}\n\nExample: {example_of(name)}",
+            description=f"{description}\n\nExample: {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog=EXIT_CODES,
             allow_abbrev=False,
@@ -84,7 +87,7 @@ class _Commands:
             )
         parser.set_defaults(run=run)
         self.parsers[name] = parser
-        self.summaries[name] = line
+        self.summaries[group][name] = line
         return parser
 
 

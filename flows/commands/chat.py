@@ -38,7 +38,13 @@ COLUMN_NAMES = ("base", "adapter")
 
 def add_commands(commands: Any) -> None:
     """Add the command."""
-    chat = commands.add("chat", run_chat, "ask base and adapter, and read both answers")
+    chat = commands.add(
+        "chat",
+        run_chat,
+        "ask base and adapter, and read both answers",
+        group="Inspect",
+        example="nested-tune chat runs/first",
+    )
     chat.add_argument(
         "adapter",
         type=Path,

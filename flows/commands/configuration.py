@@ -21,7 +21,11 @@ from nested_core.storage.output_places import require_free_place, require_output
 def add_commands(commands: Any) -> None:
     """Add the commands of this module."""
     init = commands.add(
-        "init", run_init, "write a commented configuration for a data set and a model"
+        "init",
+        run_init,
+        "write a commented configuration for a data set and a model",
+        group="Start",
+        example="nested-tune init --data DATA --model MODEL -o lora.yaml",
     )
     init.add_argument(
         "--data",
@@ -52,6 +56,8 @@ def add_commands(commands: Any) -> None:
         run_explain,
         "show what a run will train, how long, and in how much memory",
         json=True,
+        group="Start",
+        example="nested-tune explain -c lora.yaml",
     )
     add_config_flags(explain)
 

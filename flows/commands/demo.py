@@ -33,7 +33,13 @@ ADAPTER_NAME = "geography"
 
 def add_commands(commands: Any) -> None:
     """Add the command."""
-    demo = commands.add("demo", run_demo, "run the whole pipeline on the tiny example")
+    demo = commands.add(
+        "demo",
+        run_demo,
+        "run the whole pipeline on the tiny example",
+        group="Start",
+        example="nested-tune demo",
+    )
     demo.add_argument(
         "--break-training",
         action="store_true",

@@ -22,6 +22,8 @@ def add_commands(commands: Any) -> None:
         run_deploy,
         "create work pools, deployments and automations on a server",
         json=True,
+        group="Operate",
+        example="nested-tune deploy -c lora.yaml",
     )
     deploy.add_argument(
         "-c",

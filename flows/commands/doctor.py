@@ -29,7 +29,14 @@ MIN_FREE_DISK_BYTES = 2 * 10**9
 
 def add_commands(commands: Any) -> None:
     """Add the command."""
-    doctor = commands.add("doctor", run_doctor, "check what this machine has and lacks", json=True)
+    doctor = commands.add(
+        "doctor",
+        run_doctor,
+        "check what this machine has and lacks",
+        json=True,
+        group="Start",
+        example="nested-tune doctor",
+    )
     doctor.add_argument(
         "--registry",
         type=Path,

@@ -32,6 +32,8 @@ def add_commands(commands: Any) -> None:
         "ask models without training, and compare them",
         json=True,
         usage="%(prog)s WHAT... [--suite FILE...] [--data FILE] [options]",
+        group="Inspect",
+        example="nested-tune evaluate runs/first --suite questions.jsonl",
     )
     parser.add_argument(
         "models",

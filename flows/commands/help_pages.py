@@ -7,50 +7,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-# Each command in its group, with an example that is first in its help.
-GROUPS: dict[str, dict[str, str]] = {
-    "Start": {
-        "demo": "nested-tune demo",
-        "init": "nested-tune init --data DATA --model MODEL -o lora.yaml",
-        "explain": "nested-tune explain -c lora.yaml",
-        "doctor": "nested-tune doctor",
-    },
-    "Train": {
-        "validate": "nested-tune validate -c lora.yaml --show 3",
-        "train": "nested-tune train -c lora.yaml --run-dir runs/first",
-        "run": "nested-tune run -c lora.yaml --run-dir runs/first",
-        "stop": "nested-tune stop runs/first",
-    },
-    "Inspect": {
-        "status": "nested-tune status runs/first",
-        "runs": "nested-tune runs",
-        "report": "nested-tune report runs/first",
-        "compare": "nested-tune compare runs/first runs/second",
-        "verify": "nested-tune verify runs/first/initial runs/first/adapter",
-        "evaluate": "nested-tune evaluate runs/first --suite questions.jsonl",
-        "chat": "nested-tune chat runs/first",
-    },
-    "Registry": {
-        "promote": "nested-tune promote runs/first --name support-bot",
-        "rollback": "nested-tune rollback support-bot --reason 'wrong answers'",
-        "history": "nested-tune history support-bot",
-        "audit": "nested-tune audit support-bot",
-        "policy": "nested-tune policy support-bot --promote better",
-        "card": "nested-tune card registry/support-bot",
-        "forget": "nested-tune forget support-bot 3785767e --by ann --reason 'a bad disk'",
-        "gc": "nested-tune gc support-bot --keep 10 --dry-run",
-    },
-    "Serve": {"serve": "nested-tune serve --name support-bot"},
-    "Exchange": {
-        "import-peft": "nested-tune import-peft peft-adapter --model MODEL -o adapter",
-        "export-peft": "nested-tune export-peft runs/first/adapter -o peft-adapter",
-        "export-mlflow": "nested-tune export-mlflow support-bot",
-    },
-    "Operate": {"deploy": "nested-tune deploy -c lora.yaml"},
-}
+GROUPS = ("Start", "Train", "Inspect", "Registry", "Serve", "Exchange", "Operate")
 # The flags that `--help` shows of a command with one for each key of the configuration.
 COMMON_FLAGS = (
     "--config",
@@ -76,19 +36,14 @@ unsafe, 130 interrupted twice.
 Documentation: README.md and docs/ of the project."""
 
 
-def describe_commands(summaries: dict[str, str]) -> str:
-    """The list of commands, by group; a command without a group is a KeyError of the caller's."""
-    width = max(map(len, summaries)) + 2
+def describe_commands(summaries: Mapping[str, Mapping[str, str]]) -> str:
+    """The list of commands, a line each, by group."""
+    width = max(len(name) for names in summaries.values() for name in names) + 2
     groups = [
-        "\n".join([f"{title}:", *(f"  {name:<{width}}{summaries[name]}" for name in names)])
-        for title, names in GROUPS.items()
+        "\n".join([f"{title}:", *(f"  {name:<{width}}{line}" for name, line in names.items())])
+        for title, names in summaries.items()
     ]
     return "\n\n".join(groups)
-
-
-def example_of(command: str) -> str:
-    """The example of a command, as its help shows it."""
-    return next(names[command] for names in GROUPS.values() if command in names)
 
 
 class ShortHelp(argparse.Action):

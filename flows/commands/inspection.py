@@ -33,6 +33,8 @@ def add_commands(commands: Any) -> None:
         "compare two adapters, or check adapters against a base",
         json=True,
         usage="%(prog)s INITIAL TRAINED [--json]\n       %(prog)s ADAPTER... --model BASE [--json]",
+        group="Inspect",
+        example="nested-tune verify runs/first/initial runs/first/adapter",
     )
     verify.add_argument(
         "adapters",
@@ -47,10 +49,21 @@ def add_commands(commands: Any) -> None:
     )
     verify.add_argument("--all", action="store_true", help="a row for each tensor, too")
     status = commands.add(
-        "status", run_status, "show how far a run is and what came of it", json=True
+        "status",
+        run_status,
+        "show how far a run is and what came of it",
+        json=True,
+        group="Inspect",
+        example="nested-tune status runs/first",
     )
     status.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    stop = commands.add("stop", run_stop, "stop a run after a checkpoint")
+    stop = commands.add(
+        "stop",
+        run_stop,
+        "stop a run after a checkpoint",
+        group="Train",
+        example="nested-tune stop runs/first",
+    )
     stop.add_argument("run_dir", type=Path, metavar="RUN_DIR")
 
 

@@ -23,13 +23,25 @@ if TYPE_CHECKING:
 def add_commands(commands: Any) -> None:
     """Add the commands of this module."""
     imports = commands.add(
-        "import-peft", run_peft_import, "convert a PEFT adapter for mlx-lm", json=True
+        "import-peft",
+        run_peft_import,
+        "convert a PEFT adapter for mlx-lm",
+        json=True,
+        group="Exchange",
+        example="nested-tune import-peft peft-adapter --model MODEL -o adapter",
     )
     imports.add_argument("folder", type=Path, metavar="PEFT_DIR")
     imports.add_argument(
         "--model", required=True, metavar="BASE", help="the base: a folder or a hub repository"
     )
-    exports = commands.add("export-peft", run_peft_export, "convert an adapter for PEFT", json=True)
+    exports = commands.add(
+        "export-peft",
+        run_peft_export,
+        "convert an adapter for PEFT",
+        json=True,
+        group="Exchange",
+        example="nested-tune export-peft runs/first/adapter -o peft-adapter",
+    )
     exports.add_argument(
         "folder",
         type=Path,

@@ -23,25 +23,69 @@ if TYPE_CHECKING:
 
 def add_commands(commands: Any) -> None:
     """Add the commands of this module."""
-    promote = commands.add("promote", run_promote, "make a run's adapter champion", json=True)
+    promote = commands.add(
+        "promote",
+        run_promote,
+        "make a run's adapter champion",
+        json=True,
+        group="Registry",
+        example="nested-tune promote runs/first --name support-bot",
+    )
     promote.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     promote.add_argument("--if-champion", metavar="VERSION", help="only while this is the champion")
-    rollback = commands.add("rollback", run_rollback, "go back to a version", json=True)
+    rollback = commands.add(
+        "rollback",
+        run_rollback,
+        "go back to a version",
+        json=True,
+        group="Registry",
+        example="nested-tune rollback support-bot --reason 'wrong answers'",
+    )
     rollback.add_argument("--to", metavar="VERSION", help="default: the champion before this one")
     rollback.add_argument("--by", metavar="WHO", help="stands in the history; default: this user")
     rollback.add_argument("--reason", metavar="TEXT", help="why; stands in history and alert")
-    history = commands.add("history", run_history, "list the changes of the champion", json=True)
-    audit = commands.add(
-        "audit", run_registry_audit, "verify the registry, every file of it", json=True
+    history = commands.add(
+        "history",
+        run_history,
+        "list the changes of the champion",
+        json=True,
+        group="Registry",
+        example="nested-tune history support-bot",
     )
-    gc = commands.add("gc", run_gc, "remove versions that are not needed", json=True)
+    audit = commands.add(
+        "audit",
+        run_registry_audit,
+        "verify the registry, every file of it",
+        json=True,
+        group="Registry",
+        example="nested-tune audit support-bot",
+    )
+    gc = commands.add(
+        "gc",
+        run_gc,
+        "remove versions that are not needed",
+        json=True,
+        group="Registry",
+        example="nested-tune gc support-bot --keep 10 --dry-run",
+    )
     gc.add_argument("--keep", type=int, default=10, metavar="N", help="newest to keep; default: 10")
     gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     export = commands.add(
-        "export-mlflow", run_mlflow_export, "copy versions and champion to MLflow's registry"
+        "export-mlflow",
+        run_mlflow_export,
+        "copy versions and champion to MLflow's registry",
+        group="Exchange",
+        example="nested-tune export-mlflow support-bot",
     )
     export.add_argument("--tracking-uri", metavar="URI", help="default: as MLflow is configured")
-    policy = commands.add("policy", run_policy, "show or set what a promotion needs", json=True)
+    policy = commands.add(
+        "policy",
+        run_policy,
+        "show or set what a promotion needs",
+        json=True,
+        group="Registry",
+        example="nested-tune policy support-bot --promote better",
+    )
     policy.add_argument(
         "--promote",
         choices=("never", "approve", "better", "always", "null"),
@@ -69,7 +113,13 @@ def add_commands(commands: Any) -> None:
         metavar="VERSION|nights:N",
         help="what no promotion by itself may be worse than by more than a margin; null: nothing",
     )
-    forget = commands.add("forget", run_forget, "record that a version is lost")
+    forget = commands.add(
+        "forget",
+        run_forget,
+        "record that a version is lost",
+        group="Registry",
+        example="nested-tune forget support-bot 3785767e --by ann --reason 'a bad disk'",
+    )
     for parser in (promote, rollback, history, audit, gc, export, forget, policy):
         add_registry_arguments(parser)
     forget.add_argument("version", metavar="VERSION", help="or its first 6 digits, or more")

@@ -18,12 +18,25 @@ from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory
 
 def add_commands(commands: Any) -> None:
     """Add the commands of this module."""
-    report = commands.add("report", run_report, "write a run's page, report.html")
+    report = commands.add(
+        "report",
+        run_report,
+        "write a run's page, report.html",
+        group="Inspect",
+        example="nested-tune report runs/first",
+    )
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     report.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="default: RUN_DIR/report.html"
     )
-    runs = commands.add("runs", run_listing, "list the runs of a folder", json=True)
+    runs = commands.add(
+        "runs",
+        run_listing,
+        "list the runs of a folder",
+        json=True,
+        group="Inspect",
+        example="nested-tune runs",
+    )
     runs.add_argument("folder", nargs="?", type=Path, default=DEFAULT_RUNS_FOLDER, metavar="DIR")
     runs.add_argument("--prune", action="store_true", help="remove old runs that nothing names")
     runs.add_argument("--keep", type=int, metavar="N", help="with --prune: the newest to keep")
@@ -33,6 +46,8 @@ def add_commands(commands: Any) -> None:
         run_compare,
         "show what differs between runs",
         json=True,
+        group="Inspect",
+        example="nested-tune compare runs/first runs/second",
     )
     compare.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN")
     compare.add_argument(
@@ -42,7 +57,13 @@ def add_commands(commands: Any) -> None:
         metavar="FILE",
         help="write a page with the curves",
     )
-    card = commands.add("card", run_card, "write a model card for the champion")
+    card = commands.add(
+        "card",
+        run_card,
+        "write a model card for the champion",
+        group="Registry",
+        example="nested-tune card registry/support-bot",
+    )
     card.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: standard output")
     add_registry_arguments(card)
 

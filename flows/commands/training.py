@@ -47,14 +47,34 @@ if TYPE_CHECKING:
 
 def add_commands(commands: Any) -> None:
     """Add the commands of this module."""
-    validate = commands.add("validate", run_validate, "check a data set", json=True)
+    validate = commands.add(
+        "validate",
+        run_validate,
+        "check a data set",
+        json=True,
+        group="Train",
+        example="nested-tune validate -c lora.yaml --show 3",
+    )
     add_config_flags(validate)
     validate.add_argument("--no-tokenize", action="store_true", help="judge the lines alone")
     validate.add_argument(
         "--show", type=int, metavar="N", help="print the first N examples of train token by token"
     )
-    train = commands.add("train", run_train, "train an adapter and judge it", json=True)
-    run = commands.add("run", run_flow, "train an adapter as a Prefect flow")
+    train = commands.add(
+        "train",
+        run_train,
+        "train an adapter and judge it",
+        json=True,
+        group="Train",
+        example="nested-tune train -c lora.yaml --run-dir runs/first",
+    )
+    run = commands.add(
+        "run",
+        run_flow,
+        "train an adapter as a Prefect flow",
+        group="Train",
+        example="nested-tune run -c lora.yaml --run-dir runs/first",
+    )
     for parser in (train, run):
         add_config_flags(parser)
         add_run_flags(parser)

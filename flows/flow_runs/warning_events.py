@@ -21,7 +21,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events import emit_event
 
 from nested_core.errors import NestedTuneError
-from nested_core.records.outcome_names import Outcome
+from nested_core.records.outcome_names import ENDED_BEFORE_TRAINING
 from nested_core.registry import history
 from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER
@@ -39,7 +39,6 @@ from tasks.prefect_server import (
 LONG_RUN, DEFAULT_LONG_RUN = "NESTED_TUNE_LONG_RUN", "2"
 LAST_RUNS = 5  # of a deployment, that a run's time is compared with
 SHORTEST_LONG_RUN = timedelta(minutes=1)
-ENDED_BEFORE_TRAINING = frozenset({Outcome.SKIPPED, Outcome.DATA_REFUSED})
 SMALLEST_FREE_SHARE = 0.1
 CHECKPOINTS_THAT_MUST_FIT = 3
 

@@ -33,6 +33,8 @@ class Outcome(StrEnum):
     ANSWERS = "Rejected: answers"  # they are too often wrong, or broken
 
 
+# Of a night that trained nothing; its time is not that of a training.
+ENDED_BEFORE_TRAINING = frozenset({Outcome.SKIPPED, Outcome.DATA_REFUSED})
 # Of a version that was registered, by the outcome of its decision
 # (registry/promotion_outcome.py); what the others are called depends on the verdict.
 OUTCOME_BY_DECISION: dict[str, Outcome] = {
