@@ -282,7 +282,8 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
         state.result()  # raises what made it fail
     print_progress(f"{state.name}: {state.message}")
     print_progress(f"report: {run.report}")
-    return text_printer(f"adapter: {run.adapter}" if run.adapter.exists() else str(state.message))
+    ended = f"{state.name}: {state.message}"
+    return text_printer(f"adapter: {run.adapter}" if run.adapter.exists() else ended)
 
 
 def run_finetune_flow(parameters: dict[str, Any], log_level: int) -> State[Any]:

@@ -586,7 +586,9 @@ class Verdict:
             first, *others = self.reasons
             also = f"; also {', '.join(reason.name for reason in others)}" if others else ""
             rival = "" if self.champion is None else f"; {self.champion.describe()}"
-            return f"{self.outcome} ({first.name}: {first.message}){also}{rival}"
+            is_named = str(self.outcome).endswith(f": {first.name}")
+            why = first.message if is_named else f"{first.name}: {first.message}"
+            return f"{self.outcome} ({why}){also}{rival}"
         changed = sum(tensor.changed for tensor in self.tensors)
         tensors = f"{changed} of {len(self.tensors)} tensors changed"
         if self.validation is not None or self.tasks:

@@ -62,7 +62,7 @@ def test_a_person_reads_the_verdict_first_and_then_a_row_a_module(command_run) -
     assert with_all.count("model.layers.") == 84
     rejected = called("verify", adapters[1], adapters[1], cwd=command_run.folder)
     assert rejected.code == 4
-    assert rejected.stdout.splitlines()[0].startswith("Rejected: unchanged (unchanged: all 84")
+    assert rejected.stdout.splitlines()[0].startswith("Rejected: unchanged (all 84")
 
 
 def truncated(path: Path) -> None:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import DamagedError, describe_first_problem
+from nested_core.errors import ConfigError, DamagedError, describe_first_problem
 from nested_core.optim.gradients import find_gradient_mark
 from nested_core.optim.tier_assignment import TierMap, count_expected_updates
 from nested_core.optim.tier_counters import COUNTERS_KEY, require_current_layout
@@ -127,7 +127,10 @@ def collect_evidence(run: RunDirectory) -> RunEvidence:
             f"training wrote: result.json holds other digests. Bring back what was there, or train "
             f"again."
         )
-    before, after = read_adapter(run.initial), read_adapter(run.adapter)
+    try:
+        before, after = read_adapter(run.initial), read_adapter(run.adapter)
+    except ConfigError as error:  # there is no such folder
+        raise DamagedError(f"{error} Bring back what was there, or train again.") from error
     files = _hash_judged_files(run, checkpoint, before, after)
     _require_unchanged_inputs(run, record.input_digests, offered, files)
     _require_adapter_of_checkpoint(run, checkpoint, files)
