@@ -58,8 +58,8 @@ Your file works as it is: `nested-tune train -c lora.yaml` in place of `mlx_lm.l
 Every key and flag is taken under its own name, with its default and its meaning. What differs:
 
 - The model and the data have to be given: no default is fetched from the hub.
-- `train` and `run` train and then judge. There is no command that only evaluates as `--test`
-  without `--train` does; `nested-tune verify` judges adapters that exist.
+- `train` and `run` train and then judge. For `--test` without `--train` there is
+  `nested-tune evaluate`, which measures an adapter that exists beside its base.
 - The adapter is in the run's own directory, judged; `adapter_path` gets copies under the names of
   mlx_lm.lora. Its adapters.safetensors is the best one by validation loss, not the last one.
 - Each example is seen once an epoch, the last batch included, and the loss of a batch is a mean

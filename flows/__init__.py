@@ -1,5 +1,8 @@
 """The Prefect flows, and the command line that runs them.
 
+A file for each flow: finetune.py, sweep.py, promote.py, reconcile.py, rollback.py; cli.py is the
+command line. commands/, terminal/, flow_runs/, deployment/ and process/ are what they are made of.
+
 Prefect reads its settings when it is first imported, MLX binds its BLAS then, and transformers
 looks for torch, so all three are made ready here. A variable that the environment has already stays
 as it is.

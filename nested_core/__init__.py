@@ -3,6 +3,9 @@
 Importing it changes nothing in the process. The public names are loaded when they are first used,
 so that a process that only reads data does without mlx. A script or a notebook that trains calls
 `prepare` first, before anything imports mlx.
+
+backend.py makes a process ready for MLX, errors.py has what is raised; each folder is a room whose
+`__init__.py` says what it is for.
 """
 
 from importlib import import_module

@@ -1,4 +1,11 @@
-"""One retryable step each: a thin wrapper with a retry policy, log lines and an artifact."""
+"""The steps of a flow run as Prefect tasks: a thin wrapper each, with retries, logs and a page.
+
+finetune.py, promote.py and sweep.py are the tasks, retrying.py says what is tried again. Pages are
+published by night_artifacts.py, champion_artifacts.py and training_progress.py through
+artifact_client.py; events.py sends an adapter's events, for the registries that
+deployed_registries.py finds. serving.py looks at servers, prefect_server.py asks Prefect's, and
+log_text.py escapes what logs show.
+"""
 
 from nested_core import backend
 from tasks.log_text import escape_logs_of_runs

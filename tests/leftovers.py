@@ -1,6 +1,6 @@
 """What a test leaves behind, where the next one would meet it; a test that does so fails.
 
-Around every test (`leaves_nothing` in conftest.py) a `Watch` compares Python threads, processes,
+Around every test (`_a_leaves_nothing` in conftest.py) a `Watch` compares Python threads, processes,
 listening sockets, environment variables and the states of the global random generators, and hears
 from the interpreter's audit events which files were opened for writing. Threads and processes are
 waited for first: what ends within SECONDS_TO_END disturbs nobody. What the fixtures of a module or

@@ -1,4 +1,4 @@
-"""Files are opened in one place: what this process did not write is read by `strict_files` alone.
+"""Files of others are opened in one place: untrusted_files.py, for all that others have written.
 
 A plain open would follow a link, wait for a pipe, or read a device without end.
 """

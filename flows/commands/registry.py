@@ -1,4 +1,4 @@
-"""promote, rollback, history, audit, gc and export-mlflow."""
+"""promote, rollback, history, audit, gc, policy, forget and export-mlflow."""
 
 from __future__ import annotations
 

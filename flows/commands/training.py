@@ -1,4 +1,4 @@
-"""train, run, status, stop and validate: what is checked before they start, and what they print."""
+"""validate, train and run: what is checked before they start, and what they print."""
 
 from __future__ import annotations
 

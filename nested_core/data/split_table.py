@@ -43,7 +43,7 @@ LINE_RANGE_JOB = f"{run_line_range_job.__module__}:{run_line_range_job.__name__}
 class SplitTable:
     """One split. frame: a row for each physical line, see LINE_SCHEMA, its number as `line`.
 
-    `related_tables` adds what the rules need to know of other lines.
+    `read_tables_with_repeats` adds what the rules need to know of other lines.
     """
 
     file: str

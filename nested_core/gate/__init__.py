@@ -1,10 +1,11 @@
 """The gate: judges the adapter that a run offers, from the files on disk, against the initial one.
 
-`judge.py` holds the order of the checks, `checks/` each of them, and `judged.py` what a check is
-and what is known between two of them; what gate.json says is records/verdict.py. The others
-measure: the run's files, the tensors, the LoRA products, the tiers' updates, losses on held-out
-examples, answers, fusing, and the fresh process. The audit of one adapter without
-an initial one is adapter_audit.py, with adapter_layout.py for what it should hold.
+judge.py has the order of the checks, checks/ each of them, and checks/judged.py what a check is
+and what is known between two of them; what gate.json says is records/verdict.py. The other rooms
+measure for the checks: evidence/ reads what the run and the registry recorded, tensors/ compares
+adapters without a model, losses/ and answers/ ask models, and proof/ is the fresh process.
+recheck.py holds a verdict to its files again, for `promote`. adapter_audit.py judges one adapter
+without an initial one.
 """
 
 from importlib import import_module

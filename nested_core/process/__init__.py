@@ -1,1 +1,5 @@
-"""Processes of ours that answer requests: `Child` asks one, child_main.py is its program."""
+"""Processes of ours that answer requests: child.py has `Child`, which starts and asks one.
+
+child_main.py is the program that answers. Workers on all cores, the proof's fresh process, scorers
+of suites, the workers that compile kernels, and what tells Prefect of a server are of this kind.
+"""

@@ -4,8 +4,15 @@ A version never changes once it is registered. What is done to a name is a line 
 and the history decides: the link `champion`, champion.json and policy.json are views of it. Every
 writer of these holds the folder's lock, and first finishes what a crash cut short; a reader of
 several files holds it shared, and `read_champion`, `list_versions` and `read_version_losses` take
-none. Servers write their own files in serving/. Promotion by policy is in
-`promotion_policy`, the copy for MLflow in `mlflow_export`; both are imported where they are used.
+none. Servers write their own files in serving/.
+
+ledger.py is the history, history_views.py the folder under its lock with the views, versions.py a
+version, judgements.py its later verdicts. registration.py adds a version, changes.py and
+declines.py are what is done to a name, garbage_collection.py removes, queries.py and
+audit_report.py read, policy.py is what a name asks for at least. adapter_card.py writes the model
+card of a version, and serving_status.py reads what servers say. promotion_policy.py decides a
+promotion by policy, and mlflow_export.py makes the copy for MLflow: both are imported where they
+are used.
 """
 
 from nested_core.registry.audit_report import AuditReport, audit

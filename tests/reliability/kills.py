@@ -204,8 +204,8 @@ def next_arguments(command: Command, scenario: Path) -> tuple[str, ...] | None:
 def champion_and_changes(scenario: Path) -> tuple[str | None, list[tuple[str, str]]]:
     """The champion, and action and version of each change that took place.
 
-    A change that a kill cut short stands in the ledger, and is marked as aborted by the next writer
-    where its link was not swapped.
+    A change that a kill cut short is a line of the history before the link moves; the next writer
+    finishes it.
     """
     root = scenario / "registry"
     if not (root / NAME).exists():

@@ -1,1 +1,5 @@
-"""What a run and the registry recorded: digests, updates of tiers, metrics, training sets."""
+"""What a run and the registry recorded, for the checks of the gate; no model is loaded.
+
+run_evidence.py holds a run's files against their digests and its updates against the tiers'
+clocks, and training_divergence.py finds in the metrics where the loss left.
+"""

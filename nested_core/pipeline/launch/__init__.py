@@ -3,4 +3,5 @@
 mlx_launch.py makes the command, rank_group.py follows the processes with a trainer's methods. Two
 programs of their own are started by path: launcher_program.py runs mlx.launch without its busy
 loop, and end_with_parent.py ends all processes when the one that started them is gone.
+first_kernels.py has other processes compile a machine's first CUDA kernels.
 """
