@@ -229,7 +229,7 @@ def test_reader_meanwhile_is_given_the_new_champion(five, registry, monkeypatch)
 
     def between(folder: Path) -> str | None:
         monkeypatch.undo()
-        old = name_folder.read_link(folder)
+        old = history_views.read_link(folder)
         for version in five[3:]:
             promote(registry, NAME, version, by="ann")
         assert old in collected(registry, 0)
