@@ -17,9 +17,9 @@ from nested_core.registry import (
     decline,
     garbage_collection,
     history,
+    history_views,
     ledger,
     list_versions,
-    name_folder,
     promote,
     queries,
     read_champion,
@@ -286,7 +286,7 @@ class TestTimeToDecide:
             raise OSError("killed")
 
         with monkeypatch.context() as patch:
-            patch.setattr(name_folder.NameFolder, "_delete_version", fail)
+            patch.setattr(history_views.NameFolder, "_delete_version", fail)
             with pytest.raises(OSError, match="killed"):
                 collect_garbage(registry, NAME, by="ann", keep=0)
         assert history(registry, NAME)[-1]["action"] == "collected"
