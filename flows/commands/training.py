@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.commands.command_output import naming_report_of_failure, result_printer, text_printer
 from flows.commands.config_flags import add_config_flags, add_run_flags, load_config_from_flags
-from flows.flow_runs.state_messages import describe_test_loss
+from flows.flow_runs.loss_on_test_set import describe_test_loss
 from flows.process.stop_signals import Stopper
 from flows.terminal.console import (
     ProgressLine,

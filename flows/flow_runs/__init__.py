@@ -1,6 +1,6 @@
 """What flow runs share: their steps, names and messages, what they may touch, ask and warn of.
 
 prefect_hooks.py runs the steps of a fine-tune as tasks, nights.py names a night's run,
-state_messages.py and prefect_logs.py are its words, allowed_folders.py what parameters may name.
+loss_on_test_set.py and prefect_logs.py are its words, allowed_folders.py what parameters may name.
 approvals.py asks a person, warning_events.py warns, and dead_runs.py ends runs without a process.
 """

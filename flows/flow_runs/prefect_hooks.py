@@ -8,7 +8,7 @@ from uuid import UUID
 from prefect import get_run_logger, runtime
 
 from flows.flow_runs.approvals import request_approval
-from flows.flow_runs.state_messages import describe_test_loss
+from flows.flow_runs.loss_on_test_set import describe_test_loss
 from flows.flow_runs.warning_events import warn_of_full_disks
 from flows.process.stop_signals import Stopper
 from nested_core.config.schema import FineTuneConfig

@@ -198,7 +198,7 @@ PARSERS = {
         {
             "promotions": lambda n: ledger_lines(("promote", n // 160)),
             "collections": lambda n: ledger_lines(("promote", n // 320), ("collected", n // 320)),
-            "aborted": lambda n: ledger_lines(("promote", n // 320), ("aborted", n // 320)),
+            "noes": lambda n: ledger_lines(("promote", n // 320), ("declined", n // 320)),
             "one line": lambda n: b"x" * n,
         },
         400_000,

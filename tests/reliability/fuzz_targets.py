@@ -130,7 +130,7 @@ def _ledger_lines() -> bytes:
         {"action": "promote", "version": "a" * 64, "previous": None},
         {"action": "promote", "version": "b" * 64, "previous": "a" * 64, "automatic": True},
         {"action": "rollback", "version": "a" * 64, "previous": "b" * 64, "explicit": True},
-        {"action": "aborted", "version": "b" * 64, "previous": "a" * 64},
+        {"action": "declined", "version": "b" * 64, "previous": "a" * 64},
         {"action": "collected", "version": "b" * 64, "previous": "a" * 64},
     ]
     return b"".join(json.dumps(line | entry).encode() + b"\n" for line in lines)

@@ -213,9 +213,7 @@ def champion_and_changes(scenario: Path) -> tuple[str | None, list[tuple[str, st
     champion = registry.read_champion(root, NAME)
     changes: list[tuple[str, str]] = []
     for entry in registry.history(root, NAME):
-        if entry["action"] == "aborted":
-            changes.pop()
-        elif entry["action"] in ("promote", "rollback"):
+        if entry["action"] in ("promote", "rollback"):
             changes.append((entry["action"], entry["version"]))
     if changes and changes[-1][1] != champion:  # no writer has come since
         changes.pop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flows.flow_runs.state_messages import describe_test_loss
+from flows.flow_runs.loss_on_test_set import describe_test_loss
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.report.verdicts import make_verdict
 from tests.example import example_config
