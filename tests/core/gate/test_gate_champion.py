@@ -144,7 +144,7 @@ def test_a_candidate_that_is_not_better_beyond_noise_says_by_how_much(challenger
     refused = challenger.decide(champion)
     assert "is not better by more than 0.005 than the champion's" in refused
     assert "beyond noise (valid.jsonl, " in refused
-    assert "these examples see differences of about" in refused
+    assert "these examples reliably detect changes of" in refused
 
 
 def test_the_improvement_that_is_asked_for_is_held_against_the_difference_itself(

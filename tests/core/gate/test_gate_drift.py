@@ -117,8 +117,8 @@ def test_few_examples_and_answers_that_are_all_the_same_are_said(candidate, tmp_
     assert verdict.validation is not None
     assert verdict.validation.has_one_answer
     visible = verdict.validation.smallest_visible
-    said = f"; 6 held-out examples see differences of about {visible:.2g} nats a token"
-    assert f"{said}, smaller ones hardly; all held-out answers are the same" in verdict.summary()
+    said = f"; 6 held-out examples reliably detect changes of {1.43 * visible:.2g} nats/token"
+    assert f"{said} or more (80 % power); all held-out answers are the same" in verdict.summary()
 
 
 def test_what_is_chosen_and_not_there_is_said_before_training(tmp_path: Path) -> None:

@@ -216,5 +216,5 @@ def test_a_report_and_a_verdict_show_themselves_in_a_notebook(tmp_path: Path) ->
     verdict = make_verdict(None, reasons=[Reason("unchanged", "<b>nothing</b> moved")])
     text = verdict._repr_html_()
     assert '"verdict bad"' in text
-    assert "unchanged: &lt;b&gt;nothing&lt;/b&gt; moved" in text
+    assert "unchanged (&lt;b&gt;nothing&lt;/b&gt; moved" in text
     assert "model.layers.0.mlp.down_proj.lora_a" in text
