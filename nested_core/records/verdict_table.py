@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from nested_core.records.answers import AnswerRecord, shown_answer
 from nested_core.records.verdict import (
@@ -169,13 +168,12 @@ def _is_about_counts(verdict: Verdict, reason: Reason) -> bool:
 
 
 def _loss_checks(verdict: Verdict) -> Iterator[CheckRow]:
-    bounds = verdict.thresholds or {}
     losses, drift, general = verdict.validation, verdict.drift, verdict.general
     if losses is not None:
         name = f"{loss_name_for_file(losses.file)}, {describe_examples(losses)}"
         yield _loss_check(name, losses, _reasons_of(verdict, "loss_regressed"))
         if losses.harmed is not None:
-            bound = f"at most {bounds.get('max_harmed_share', 0):.2%}, or {MIN_HARMED - 1}"
+            bound = f"at most {verdict.bound('max_harmed_share') or 0:.2%}, or {MIN_HARMED - 1}"
             harmed = _reasons_of(verdict, "examples_harmed")
             after = str(losses.harmed)
             yield _make_check("examples that lost much", harmed, after=after, bound=bound)
@@ -183,7 +181,7 @@ def _loss_checks(verdict: Verdict) -> Iterator[CheckRow]:
         if other is not None:
             yield _rival_check(role, other)
     if drift is not None:
-        max_kl = bounds.get("max_kl")
+        max_kl = verdict.bound("max_kl")
         bound_or_none = None if max_kl is None else f"at most {max_kl:g}"
         reasons = _reasons_of(verdict, "drift")
         after = format_loss(drift.kl_initial)
@@ -235,8 +233,9 @@ def _difference(compared: ComparedLoss) -> str | None:
 def _suite_check(verdict: Verdict, task: TaskResult) -> CheckRow:
     """A suite: right answers, and the bounds that it has."""
     reasons = [r for r in _reasons_of(verdict, *SUITE_CODES) if r.suite == task.name]
-    suites: list[dict[str, Any]] = list((verdict.thresholds or {}).get("tasks") or ())
-    section = next((own for own in suites if own.get("name") == task.name), {})
+    tasks = (verdict.thresholds or {}).get("tasks")
+    suites = tasks if isinstance(tasks, list | tuple) else ()
+    section = next((t for t in suites if isinstance(t, dict) and t.get("name") == task.name), {})
     words = {
         "min": "at least {}",
         "min_gain": "gain {} beyond chance",
@@ -245,7 +244,7 @@ def _suite_check(verdict: Verdict, task: TaskResult) -> CheckRow:
     bounds = [
         text.format(f"{section[key]:.0%}")
         for key, text in words.items()
-        if section.get(key) is not None
+        if isinstance(section.get(key), int | float)
     ]
     before, after = (f"{task.count(share)} of {task.questions}" for share in task.shares)
     champion = "" if task.champion is None else f" (champion {task.count(task.champion)})"

@@ -44,6 +44,16 @@ def rejected(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return done
 
 
+@pytest.mark.parametrize("value", [None, "x", True, -1, 1e308, float("inf"), [1], {"name": 2}])
+@pytest.mark.parametrize("key", ["max_harmed_share", "max_kl", "tasks", "max_val_loss_increase"])
+def test_a_bound_of_another_kind_in_gate_json_ends_no_page(rejected, key, value) -> None:
+    """What `promote` refuses is shown before: a verdict that was edited by hand has a page too."""
+    verdict = read_verdict(rejected.run.gate)
+    edited = replace(verdict, thresholds=(verdict.thresholds or {}) | {key: value})
+    assert len(list_checks(edited)) == len(list_checks(verdict))
+    assert edited._repr_html_().startswith("<div")
+
+
 def test_every_check_is_a_row_and_a_reason_stands_in_its_own(rejected: Finished) -> None:
     rows = {check.name: check for check in list_checks(read_verdict(rejected.run.gate))}
     assert [name for name, check in rows.items() if check.has_failed] == [
