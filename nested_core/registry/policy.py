@@ -196,8 +196,7 @@ def find_looser_bounds(
     if judged.get("noise") != "paired":
         looser.append("gate.noise")
     bound, judged_bound = policy.max_val_loss_increase, judged.get("max_val_loss_increase")
-    is_number = isinstance(judged_bound, int | float)
-    if bound is not None and not (is_number and judged_bound <= bound):
+    if bound is not None and not (isinstance(judged_bound, int | float) and judged_bound <= bound):
         looser.append("gate.max_val_loss_increase")
     asked = {task.get("name"): task for task in judged.get("tasks") or []}
     for task in policy.tasks:
