@@ -52,10 +52,7 @@ def attend_in_blocks(queries: mx.array, keys: mx.array, values: mx.array, scale:
     """Causal attention of queries (batch, heads, length, width), whose heads share keys' heads."""
     heads_per_key = queries.shape[1] // keys.shape[1]
     scaled = (queries * scale).reshape(-1, keys.shape[1], heads_per_key, *queries.shape[2:])
-    keys, values = (
-        mx.contiguous(keys),
-        mx.contiguous(values),
-    )  # else each matmul would copy its part
+    keys, values = map(mx.contiguous, (keys, values))  # else each matmul would copy its part
     outputs: Any = _attention_in_blocks(scaled, keys[:, :, None], values[:, :, None])
     return cast(mx.array, outputs[0].reshape(*queries.shape[:3], values.shape[-1]))
 

@@ -21,31 +21,15 @@ from nested_core.errors import ConfigError, DamagedError
 from nested_core.gate.adapter_audit import audit_adapter, find_adapters
 from nested_core.gate.tensors.adapter_layout import BaseModelForAudit
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
+from tests.builders.adapter_folders import Arrays, change_config, change_tensors
 from tests.core.models.peft.adapters import peft_copy, random_adapter
 from tests.example import MODEL, train_example
 from tests.left_out import slow_except
 from tests.reliability.adapter_edits import REMOVED, VALUES
 
-Arrays = dict[str, mx.array]
-WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+WEIGHTS = "adapters.safetensors"
 Q_PROJ = "model.layers.5.self_attn.q_proj"
 TWO_KEYS = ["self_attn.q_proj", "mlp.up_proj"]
-
-
-def change_tensors(folder: Path, change: Callable[[Arrays], Any]) -> Path:
-    """Write an adapter's tensors again, changed."""
-    tensors = load_arrays(folder / WEIGHTS)
-    change(tensors)
-    save_arrays(folder / WEIGHTS, tensors)
-    return folder
-
-
-def change_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    """Write adapter_config.json again, changed."""
-    config = json.loads((folder / CONFIG).read_bytes())
-    change(config)
-    (folder / CONFIG).write_text(json.dumps(config))
-    return folder
 
 
 def scale_lora_b(factor: float) -> Callable[[Arrays], None]:
