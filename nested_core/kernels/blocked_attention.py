@@ -41,11 +41,16 @@ def causal_attention(  # noqa: PLR0917 -- mlx-lm calls it with its own function'
 ) -> mx.array:
     """mlx-lm's scaled_dot_product_attention, within rounding; arguments as there."""
     length = queries.shape[2]
-    is_causal = isinstance(mask, str) and mask == "causal" and cache is None and sinks is None
+    is_causal = is_plainly_causal(cache, mask, sinks)
     is_float32 = queries.dtype == keys.dtype == values.dtype == mx.float32
     if not (is_causal and is_float32) or length < MIN_BLOCKED_LENGTH or keys.shape[2] != length:
         return cast(mx.array, plain_attention(queries, keys, values, cache, scale, mask, sinks))
     return attend_in_blocks(queries, keys, values, scale)
+
+
+def is_plainly_causal(cache: Any, mask: Any, sinks: mx.array | None) -> bool:
+    """Whether attention has the causal mask alone: no cache, no attention sinks."""
+    return isinstance(mask, str) and mask == "causal" and cache is None and sinks is None
 
 
 def attend_in_blocks(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:

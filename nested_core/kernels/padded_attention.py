@@ -19,6 +19,7 @@ import mlx.nn as nn
 from nested_core.kernels.blocked_attention import (
     PATCHED_FUNCTION_NAME,
     attend_in_blocks,
+    is_plainly_causal,
     plain_attention,
 )
 from nested_core.kernels.cuda.kernel_launch import MAX_THREADS_PER_BLOCK, launch_kernel
@@ -98,7 +99,7 @@ def make_padded_attention(
     ) -> mx.array:
         """Arguments as in mlx-lm."""
         length = queries.shape[2]
-        is_causal = isinstance(mask, str) and mask == "causal" and cache is None and sinks is None
+        is_causal = is_plainly_causal(cache, mask, sinks)
         if is_causal and is_training() and _is_too_wide_to_be_fused(queries, keys, values):
             attend = mx.checkpoint(lambda q, k, v: attend_in_blocks(q, k, v, scale))
             return attend(queries, keys, values)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from nested_core.gate.losses.held_out_loss import (
 )
 from nested_core.gate.losses.left_out_examples import (
     find_left_out,
-    read_ancestor_training_digests,
+    read_run_training_digests,
     read_training_digests,
 )
 from nested_core.gate.losses.loss_figures import summarise_losses
@@ -45,12 +45,10 @@ from nested_core.records.answers import AnswerRecord
 from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import Validation
-from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter
+from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter, read_adapter_config
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.untrusted_files import read_json, read_regular
 
 BASE = "base"
-MAX_ADAPTER_CONFIG_BYTES = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,7 +256,7 @@ def _find_model(
         named = find_named_adapter(path, registry)
     except ConfigError as error:
         raise ConfigError(f"{error} A base model is given by its folder.") from error
-    stored = read_json(named.folder / CONFIG_NAME, MAX_ADAPTER_CONFIG_BYTES, follow_links=True)
+    stored = read_adapter_config(named.folder / CONFIG_NAME, follow_links=True)
     if "peft_type" in stored:
         model = base_model or str(stored.get("base_model_name_or_path"))
         import_peft(named.folder, temporary, model)
@@ -277,12 +275,9 @@ def _read_seen(named: NamedAdapter) -> Digests:
     run = named.run
     if run is None:
         return read_training_digests(named.folder)
-    path = run.training_examples
-    own = np.frombuffer(read_regular(path), "<u8") if path.is_file() else decode_digests(None)
     initial = read_adapter(run.initial).digest()
-    return np.concatenate(
-        [own, read_ancestor_training_digests(read_run_config(run), initial)], dtype=np.uint64
-    )
+    seen = read_run_training_digests(read_run_config(run), run, initial)
+    return decode_digests(None) if seen is None else seen
 
 
 class _Evaluating:
@@ -340,27 +335,31 @@ class _Evaluating:
         """A model's figures beside those of the reference."""
         tasks = self._config.gate.tasks
         own, other = (_by_suite(self._records[of.name]) for of in (model, reference))
-        changes = {
-            task.name: ScoreChange.compare(other[task.name], own[task.name], task.max_drop)
-            for task in tasks
-        }
-        worse = find_worse(list(changes.values()))
-        is_reference = model is reference
-        scores = tuple(
+        scores = [
             SuiteScore(
                 suite=task.name,
                 questions=len(own[task.name]),
                 score=sum(record.score for record in own[task.name]) / len(own[task.name]),
-                minimum=None if is_reference else task.min,
-                difference=None if is_reference else changes[task.name].difference.mean,
-                interval=None if is_reference else changes[task.name].interval,
-                conclusion=None
-                if is_reference
-                else changes[task.name].conclude(is_worse=id(changes[task.name]) in worse),
             )
             for task in tasks
-        )
-        return EvaluatedModel(model.name, scores, self._compare_losses(model, reference))
+        ]
+        if model is not reference:
+            changes = [
+                ScoreChange.compare(other[task.name], own[task.name], task.max_drop)
+                for task in tasks
+            ]
+            worse = find_worse(changes)
+            scores = [
+                replace(
+                    score,
+                    difference=change.difference.mean,
+                    interval=change.interval,
+                    conclusion=change.conclude(is_worse=id(change) in worse),
+                    minimum=task.min,
+                )
+                for task, score, change in zip(tasks, scores, changes, strict=True)
+            ]
+        return EvaluatedModel(model.name, tuple(scores), self._compare_losses(model, reference))
 
     def _compare_losses(
         self, model: ModelToEvaluate, reference: ModelToEvaluate

@@ -5,12 +5,10 @@ from __future__ import annotations
 from importlib.metadata import version as installed_version
 from typing import Any
 
-import numpy as np
-
 from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.example_digests import encode_digests
-from nested_core.gate.losses.left_out_examples import read_ancestor_training_digests
+from nested_core.gate.losses.left_out_examples import read_run_training_digests
 from nested_core.gate.recheck import recheck_verdict
 from nested_core.gate.tensors.base_compatibility import require_same_base
 from nested_core.models.base_model import find_model_folder_offline
@@ -37,7 +35,6 @@ from nested_core.registry.registration import PassedRun, read_passed_run, regist
 from nested_core.registry.versions import REGISTERED_AT_KEY, read_provenance, version_folder
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter_config
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.untrusted_files import read_regular
 from nested_core.text.digest_format import shorten_digest
 
 
@@ -166,6 +163,7 @@ def make_provenance(
     verdict = judged.bound.verdict
     initial = verdict.initial.digest
     base = judged.adapter.config.get("base_fingerprint")
+    trained_on = read_run_training_digests(config, run, initial)
     return {
         "run_dir": str(run.path.resolve()),
         "config": config.model_dump(mode="json"),
@@ -177,7 +175,7 @@ def make_provenance(
         "gate_sha256": judged.bound.files[GATE_NAME]["sha256"],
         "parent": parent_version_of(config, initial) or champion,
         "champion_at_gate": champion,
-        "training_examples": _training_example_digests(config, run, initial),
+        "training_examples": None if trained_on is None else encode_digests(trained_on),
         "trained": _describe_trained(run),
         "training_seconds": max(cumulative_seconds(read_metrics(run.metrics)), default=0.0),
         "packages": {package: installed_version(package) for package in RECORDED_PACKAGES},
@@ -196,16 +194,6 @@ def _describe_trained(run: RunDirectory) -> dict[str, Any] | None:
         "epochs": plan.passes_until(steps),
         "file": plan.training_file,
     }
-
-
-def _training_example_digests(
-    config: FineTuneConfig, run: RunDirectory, initial: str
-) -> str | None:
-    """Digests of what the adapter and its ancestors were trained on; None where none are kept."""
-    if not run.training_examples.is_file():
-        return None
-    own = np.frombuffer(read_regular(run.training_examples), "<u8").astype(np.uint64)
-    return encode_digests(np.concatenate([own, read_ancestor_training_digests(config, initial)]))
 
 
 def _validation_digest(

@@ -15,6 +15,8 @@ from nested_core.data.example_digests import Digests, decode_digests
 from nested_core.data.tokens.tokenized_split import Bool
 from nested_core.errors import DamagedError
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance, version_folder
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.untrusted_files import read_regular
 
 
 def read_training_digests(version: Path) -> Digests:
@@ -32,6 +34,17 @@ def read_ancestor_training_digests(config: FineTuneConfig, initial_digest: str) 
     folder = version_folder(Path(path), name, initial_digest)
     is_registered = (folder / PROVENANCE_NAME).is_file()
     return read_training_digests(folder) if is_registered else decode_digests(None)
+
+
+def read_run_training_digests(
+    config: FineTuneConfig, run: RunDirectory, initial_digest: str
+) -> Digests | None:
+    """Digests of what a run and its ancestors were trained on; None where it recorded none."""
+    if not run.training_examples.is_file():
+        return None
+    own = np.frombuffer(read_regular(run.training_examples), "<u8")
+    ancestors = read_ancestor_training_digests(config, initial_digest)
+    return np.concatenate([own, ancestors], dtype=np.uint64)
 
 
 def find_left_out(held_out: Digests, *trained_on: Digests) -> Bool:
