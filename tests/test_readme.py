@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from flows.cli import build_parser
+from nested_core.gate.answers.suites import read_suite
 from tests.example import write_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +37,15 @@ def test_the_six_lines_train_judge_and_read_the_verdict(tmp_path: Path) -> None:
     assert adapter == "runs/first/adapter"
     assert (tmp_path / "registry" / "capitals" / "champion").resolve().name == version
     assert promotion == "promoted"
+
+
+def test_the_three_lines_of_a_suite_are_one(tmp_path: Path) -> None:
+    blocks = re.findall(r"^```\n((?:\{.*\}\n)+)```", (ROOT / "README.md").read_text(), re.MULTILINE)
+    (lines,) = [block for block in blocks if '"expected"' in block]
+    (tmp_path / "questions.jsonl").write_text(lines)
+    questions = read_suite(tmp_path / "questions.jsonl", "contains")
+    accepted = [question.accepted for question in questions]
+    assert accepted == [("Oslo",), ("Norway", "Norwegian"), ("1925",)]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.name))

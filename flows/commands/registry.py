@@ -101,7 +101,8 @@ def add_commands(commands: Any) -> None:
         type=Path,
         nargs="*",
         metavar="FILE",
-        help="YAML with the suites of gate.tasks that every run is asked; without FILE none",
+        help="what every run is asked: YAML with gate.tasks, or questions, scored by contains; "
+        "without FILE none",
     )
     policy.add_argument(
         "--canary",
@@ -238,21 +239,29 @@ def _read_policy_changes(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read_suites(path: Path) -> list[dict[str, Any]]:
-    """The suites of a YAML file's gate.tasks, with absolute paths; each is read to check it."""
+    """The suites of a YAML file's gate.tasks, or a file of questions as one of them.
+
+    With absolute paths; each is read to check it.
+    """
     from pydantic import ValidationError
 
     from nested_core.config.loading import read_yaml
     from nested_core.config.sections import GateSection
     from nested_core.errors import describe_first_problem
     from nested_core.gate.answers.suite_answers import read_suites
+    from nested_core.gate.answers.suite_files import holds_questions
 
-    values = read_yaml(path)
-    section = values.get("gate", values)
-    tasks = section.get("tasks") if isinstance(section, dict) else None
+    if holds_questions(path):
+        tasks: object = [{"name": path.stem, "file": str(path), "score": "contains"}]
+    else:
+        values = read_yaml(path)
+        section = values.get("gate", values)
+        tasks = section.get("tasks") if isinstance(section, dict) else None
     if not tasks:
         raise ConfigError(
             f"--tasks {path} has no suites. Expected YAML with gate.tasks, as in a run's "
-            f"config.yaml: a list of suites, each with name, file and score."
+            f"config.yaml: a list of suites, each with name, file and score; or a file of "
+            f"questions: JSON Lines, CSV or a list in YAML."
         )
     try:
         gate = GateSection.model_validate({"tasks": tasks})

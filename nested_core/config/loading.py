@@ -121,7 +121,7 @@ def read_yaml_with_lines(path: Path) -> YamlFile:
         ) from error
     except DamagedError as error:
         raise ConfigError(f"Cannot read the configuration: {error}") from error
-    value, lines = _parse_yaml_with_lines(content, str(path))
+    value, lines = parse_yaml_with_lines(content, str(path))
     if value is None:
         return YamlFile({}, {})
     if not isinstance(value, dict):
@@ -131,11 +131,11 @@ def read_yaml_with_lines(path: Path) -> YamlFile:
 
 def parse_yaml(text: str | bytes, *, source: str = "the value") -> Any:
     """The value of strict YAML: no anchors, tags or duplicate keys; ConfigError names `source`."""
-    return _parse_yaml_with_lines(text, source)[0]
+    return parse_yaml_with_lines(text, source)[0]
 
 
-def _parse_yaml_with_lines(text: str | bytes, source: str) -> tuple[Any, dict[str, int]]:
-    """The value of strict YAML, and the line of each key of its mappings."""
+def parse_yaml_with_lines(text: str | bytes, source: str) -> tuple[Any, dict[str, int]]:
+    """The value of strict YAML, and the line of each key and item by its dotted name."""
     try:
         loader = _StrictYamlLoader(text)
         node = loader.get_single_node()
@@ -154,6 +154,7 @@ def _lines_of_keys(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int
             yield from _lines_of_keys(value, f"{name}.")
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
+            yield f"{prefix}{index}", item.start_mark.line + 1
             yield from _lines_of_keys(item, f"{prefix}{index}.")
 
 

@@ -336,7 +336,9 @@ class TaskSection(Section):
     """One suite of questions that the adapter has to answer, and the bounds of its score."""
 
     name: str = key(..., "what messages and gate.json call it", pattern=TASK_NAME_PATTERN)
-    file: str = key(..., "JSON Lines, a question a line with the answer expected", path="local")
+    file: str = key(
+        ..., "questions with the answers expected: JSON Lines, CSV or YAML", path="local"
+    )
     score: Score = key(..., "how an answer is compared with the expected one")
     function: str | None = key(None, "for python, module:function", pattern=SCORER_FUNCTION_PATTERN)
     min: Share | None = key(None, "the least share of right answers")

@@ -56,6 +56,27 @@ def test_a_policy_is_shown_set_and_recorded(folder: Path) -> None:
     assert audit(folder / "registry", NAME).is_sound
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("asked.jsonl", '{"prompt": "Capital of Peru?", "expected": "Lima"}\n'),
+        ("asked.csv", "prompt;expected\nCapital of Peru?;Lima\n"),
+        ("asked.yaml", "# asked each night\n- {prompt: 'Capital of Peru?', expected: Lima}\n"),
+    ],
+)
+def test_a_file_of_questions_is_a_suite_scored_by_what_it_contains(
+    folder: Path, name: str, content: str
+) -> None:
+    (folder / name).write_text(content)
+    (task,) = policy(folder, "--tasks", name, "--json").document["policy"]["tasks"]
+    assert task["file"] == str(folder / name)
+    assert (task["name"], task["score"]) == ("asked", "contains")
+    (folder / name).write_text(content.replace("expected", "answer"))
+    done = policy(folder, "--tasks", name)
+    assert done.code == 3
+    assert "answer: there is no such key" in " ".join(done.stderr.split())
+
+
 def test_null_and_no_file_leave_a_key_to_the_run(folder: Path) -> None:
     policy(folder, "--promote", "never", "--tasks", "suites.yaml", "--canary", "refuse")
     done = policy(folder, "--promote", "null", "--tasks", "--canary", "null", "--json")
@@ -70,13 +91,11 @@ def test_null_and_no_file_leave_a_key_to_the_run(folder: Path) -> None:
         (("--max-val-loss-increase", "much"), "expected a number, such as 0.02, or null"),
         (("--max-val-loss-increase", "-1"), "policy: max_val_loss_increase"),
         (("--tasks", "absent.yaml"), "absent.yaml"),
-        (
-            ("--tasks", "questions.jsonl"),
-            "questions.jsonl is a file of data by its name, where YAML is expected",
-        ),
+        (("--tasks", "empty.yaml"), "--tasks empty.yaml has no suites. Expected YAML with gate"),
     ],
 )
 def test_what_is_no_policy_is_refused(folder: Path, words: tuple[str, ...], told: str) -> None:
+    (folder / "empty.yaml").write_text("gate: {}\n")
     done = policy(folder, *words)
     assert done.code == 2, done.stdout
     assert told in " ".join(done.stderr.split())

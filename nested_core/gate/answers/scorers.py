@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from nested_core.config.sections import Score
 from nested_core.errors import ChildFailed, DatasetError, NestedTuneError, shorten
-from nested_core.gate.answers.suites import Question, describe_bad_questions
+from nested_core.gate.answers.suites import BadQuestion, Question, describe_bad_questions
 from nested_core.process.child import Child
 
 SCORING_PROGRAM = Path(__file__).with_name("scoring_process.py")
@@ -116,13 +116,13 @@ def require_usable_scorer(method: ScoringMethod, questions: Sequence[Question]) 
         _score_in_process(method, ())
     if method.score in ("regex", "json"):
         problems = [
-            f"{method.place}:{question.line}: {problem}"
+            BadQuestion(question.line, problem, problem)
             for problem, question in zip(_check_in_process(method, questions), questions)  # noqa: B905
             if problem is not None
         ]
         if problems:
             summary = f"{method.place} is no suite of {method.score} questions."
-            raise DatasetError(describe_bad_questions(summary, problems))
+            raise DatasetError(describe_bad_questions(method.place, problems, summary))
 
 
 def _check_in_process(method: ScoringMethod, questions: Sequence[Question]) -> Iterator[str | None]:
@@ -152,12 +152,11 @@ def _score_in_process(method: ScoringMethod, pairs: Sequence[tuple[Question, str
                 raise _ScoringFailed(f"it answered {shorten(score)}, not a score")
             scores.append(score)
     except _ScoringFailed as failure:
-        place = str(method.place)
-        if scores or pairs:
-            place += f":{pairs[len(scores)][0].line}"
-        problem = f"{place}: {_describe_what_came_along(method)}: {failure}"
+        line = pairs[len(scores)][0].line if pairs else None
+        text = f"{_describe_what_came_along(method)}: {failure}"
         summary = f"the answers to {method.place} could not be scored."
-        raise DatasetError(describe_bad_questions(summary, [problem])) from None
+        problems = [BadQuestion(line, "scorer", text)]
+        raise DatasetError(describe_bad_questions(method.place, problems, summary)) from None
     return scores
 
 

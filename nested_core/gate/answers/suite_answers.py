@@ -21,7 +21,12 @@ from pydantic import TypeAdapter, ValidationError
 from nested_core.config.sections import GateSection, TaskSection
 from nested_core.errors import ConfigError, DamagedError, DatasetError
 from nested_core.gate.answers.scorers import ScoringMethod, require_usable_scorer, score_answers
-from nested_core.gate.answers.suites import Question, describe_bad_questions, read_suite
+from nested_core.gate.answers.suites import (
+    BadQuestion,
+    Question,
+    describe_bad_questions,
+    read_suite,
+)
 from nested_core.models.base_model import context_length
 from nested_core.models.generation import Answer, OnAnswered, Sampling, answer_prompts
 from nested_core.models.parameters import in_evaluation_mode
@@ -103,29 +108,32 @@ class EncodedSuite:
         choices: list[tuple[tuple[int, ...], ...]] = []
         problems = []
         for question in suite.questions:
-            place = f"{suite.method.place}:{question.line}"
             try:
                 prompt = _encode_prompt(question, tokenizer)
             except Exception as error:  # a template may raise anything
                 reason = f"{type(error).__name__}: {error}"
-                problems.append(f"{place}: the chat template does not take it: {reason}"[:300])
+                problem = f"the chat template does not take it: {reason}"[:300]
+                problems.append(BadQuestion(question.line, "template", problem))
                 continue
             following = tuple(
                 _encode_choice(question, text, tokenizer) for text in question.choices
             )
             longest = len(prompt) + max(map(len, following), default=1)
             if context is not None and longest > context:
-                problems.append(
-                    f"{place}: with its answer it has {longest:,} tokens or more, and the model "
-                    f"sees {context:,}"
+                problem = (
+                    f"with its answer it has {longest:,} tokens or more, and the model sees "
+                    f"{context:,}"
                 )
+                problems.append(BadQuestion(question.line, "long", problem))
             if not prompt or not all(following):
-                problems.append(f"{place}: nothing is left of it in tokens")
+                problem = "nothing is left of it in tokens"
+                problems.append(BadQuestion(question.line, "no tokens", problem))
             prompts.append(prompt)
             choices.append(following)
         if problems:
-            summary = f"{suite.method.place} cannot be asked of this model."
-            raise DatasetError(describe_bad_questions(summary, problems))
+            place = suite.method.place
+            summary = f"{place} cannot be asked of this model."
+            raise DatasetError(describe_bad_questions(place, problems, summary))
         return cls(suite, tuple(prompts), tuple(choices), context)
 
     def answer(

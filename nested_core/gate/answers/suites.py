@@ -1,8 +1,8 @@
-"""A suite's file, a question a line, read strictly: bad lines are reported with their numbers.
+"""A suite's questions, read strictly: bad ones are reported with their lines, by kinds.
 
-A line is a JSON object with "prompt" (a text, as it stands) or "messages" (through the chat
-template), "expected", what its score needs besides, and "id" where the question has a name.
-Patterns and schemas are taken as they stand: scorers.py has them compiled, in another process.
+A question has "prompt" (a text, as it stands) or "messages" (through the chat template),
+"expected", what its score needs besides, and "id" where it has a name. Patterns and schemas are
+taken as they stand: scorers.py has them compiled, in another process.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -19,14 +18,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nested_core.config.sections import Score
-from nested_core.data.lines.example_parsing import strip_line
 from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
-from nested_core.errors import ConfigError, DamagedError, DatasetError, join_first_values, shorten
-from nested_core.storage.untrusted_files import file_type, read_regular
+from nested_core.data.sources.file_formats import RestOfFileUnreadable
+from nested_core.errors import DatasetError, join_first_values, shorten
+from nested_core.gate.answers.suite_files import TABLE_SUFFIXES, read_question_lines
 
 Turn = dict[str, str]
-MAX_SUITE_BYTES = 64 * 2**20
-MAX_SUITE_LINES = 1_000_000  # blank ones included
 MAX_QUESTIONS = 100_000
 MAX_QUESTION_BYTES = 2**20
 MAX_ACCEPTED_ANSWERS = 1_000
@@ -75,7 +72,7 @@ class _SuiteLine(BaseModel):
         return self
 
     def parse_accepted_answers(self) -> tuple[Any, ...]:
-        """The right answers; ValueError if `expected` cannot be one."""
+        """The right answers; _Mistake if `expected` cannot be one."""
         raise NotImplementedError
 
 
@@ -96,7 +93,7 @@ class _TextLine(_SuiteLine):
             for value in _accepted_answers(self.expected, (str, int, float), "a text")
         ]
         if not all(text.strip() for text in texts):
-            raise ValueError("expected: a text without any letter is no answer")
+            raise _Mistake("expected: a text without any letter is no answer")
         return tuple(texts)
 
 
@@ -121,9 +118,9 @@ class _ChoiceLine(_SuiteLine):
         """One or more of the choices."""
         accepted = tuple(_accepted_answers(self.expected, (str,), "one of the choices"))
         if len(set(self.choices)) < len(self.choices):
-            raise ValueError("choices: one stands there twice")
+            raise _Mistake("choices: one stands there twice")
         if strangers := [text for text in accepted if text not in self.choices]:
-            raise ValueError(f"expected: {shorten(strangers[0])!r} is none of the choices")
+            raise _Mistake("expected: none of the choices is ", repr(shorten(strangers[0])))
         return accepted
 
 
@@ -136,7 +133,7 @@ class _JsonLine(_SuiteLine):
         if self.expected is None:
             return ()
         if not isinstance(self.expected, dict):
-            raise ValueError("expected: for a json score, an object of fields that must be equal")
+            raise _Mistake("expected: for a json score, an object of fields that must be equal")
         return (self.expected,)
 
 
@@ -157,85 +154,104 @@ _LINE_MODEL_BY_SCORE: dict[Score, type[_SuiteLine]] = {
 }
 
 
+@dataclass(frozen=True)
+class BadQuestion:
+    """A mistake in a suite; those of one `kind` are told together.
+
+    line: of the file, counted from 1; None for the whole of it.
+    """
+
+    line: int | None
+    kind: str
+    problem: str
+
+
+class _Mistake(ValueError):
+    """What is wrong with a question, whose kind does not depend on the details."""
+
+    def __init__(self, kind: str, details: str = "") -> None:
+        super().__init__(f"{kind}{details}")
+        self.kind = kind
+
+
 def read_suite(path: Path, score: Score) -> tuple[Question, ...]:
-    """The questions of a suite's file, in the order of its lines.
+    """The questions of a suite's file, in its order.
 
     Raises ConfigError if there is no such file, and DatasetError, with the lines that are bad, if
     it is not a suite for this score or larger than one may be. Blank lines are passed over.
     """
-    if file_type(path, follow_links=True) != "file":
-        raise ConfigError(f"gate.tasks: {path} is not a file; expected a suite, a .jsonl file.")
-    try:
-        content = read_regular(path, MAX_SUITE_BYTES)
-    except DamagedError as error:
-        raise DatasetError(f"gate.tasks: {error}") from error
-    if content.count(b"\n") > MAX_SUITE_LINES:
-        raise DatasetError(f"gate.tasks: {path} has more than {MAX_SUITE_LINES:,} lines.")
     questions: list[Question] = []
-    problems = list(islice(_find_problems(content, score, questions), MAX_PROBLEMS + 1))
+    problems = list(islice(_find_problems(path, score, questions), MAX_PROBLEMS + 1))
     summary = f"{path} is no suite of {score} questions."
     if not questions and not problems:
-        raise DatasetError(describe_bad_questions(summary, [f"{path}: there is no question in it"]))
+        problems = [BadQuestion(None, "empty", "there is no question in it")]
+    if len(problems) > MAX_PROBLEMS:
+        summary += f" More than {MAX_PROBLEMS:,} lines are bad; the rest was not read."
     if problems:
-        lines_by_problem: dict[str, list[int]] = {}
-        for line, problem in problems[:MAX_PROBLEMS]:
-            lines_by_problem.setdefault(problem, []).append(line)
-        listed = [
-            f"{path}:{lines[0]}: {problem}{_describe_other_lines(lines[1:])}"
-            for problem, lines in lines_by_problem.items()
-        ]
-        if len(problems) > MAX_PROBLEMS:
-            summary += f" More than {MAX_PROBLEMS:,} lines are bad; the rest was not read."
-        raise DatasetError(describe_bad_questions(summary, listed))
+        raise DatasetError(describe_bad_questions(path, problems[:MAX_PROBLEMS], summary))
     return tuple(questions)
 
 
-def _describe_other_lines(lines: Sequence[int]) -> str:
-    return f" (and {len(lines):,} more: {join_first_values(lines, 2)})" if lines else ""
+def _find_problems(path: Path, score: Score, questions: list[Question]) -> Iterator[BadQuestion]:
+    """Append the questions of a suite; yield each bad line as it is met."""
+    is_table = path.suffix.lower() in TABLE_SUFFIXES
+    try:
+        for line, body, problem in read_question_lines(path, score):
+            if problem is not None:
+                yield BadQuestion(line, *problem)
+            elif body and len(questions) == MAX_QUESTIONS:
+                yield BadQuestion(line, "many", f"a suite has at most {MAX_QUESTIONS:,} questions")
+                return
+            elif body:
+                try:
+                    questions.append(_read_question(body, line, score, is_table=is_table))
+                except LineProblem as problem_of_line:
+                    yield BadQuestion(line, problem_of_line.check, problem_of_line.message)
+                except _Mistake as mistake:
+                    yield BadQuestion(line, mistake.kind, str(mistake))
+    except RestOfFileUnreadable as error:
+        yield BadQuestion(error.number, "unreadable", error.message)
+    yield from _find_repeated_names(questions)
 
 
-def _find_problems(
-    content: bytes, score: Score, questions: list[Question]
-) -> Iterator[tuple[int, str]]:
-    """Append the questions of a suite; yield line and problem of each bad line as it is met."""
-    for line, raw in enumerate(BytesIO(content), start=1):
-        body = strip_line(raw, is_first=line == 1)
-        if not body:
-            continue
-        if len(questions) == MAX_QUESTIONS:
-            yield line, f"a suite has at most {MAX_QUESTIONS:,} questions"
-            return
-        try:
-            questions.append(_read_question(body, line, score))
-        except (LineProblem, ValueError) as problem:
-            yield line, str(problem)
-    yield from _describe_repeated_names(questions)
-
-
-def describe_bad_questions(summary: str, problems: Sequence[str]) -> str:
-    """One paragraph on a suite: what is wrong, with the first places and how many more."""
-    listed = [f"  {problem}" for problem in problems[:MAX_LISTED_PROBLEMS]]
-    if len(problems) > MAX_LISTED_PROBLEMS:
-        more = len(problems) - MAX_LISTED_PROBLEMS
-        listed.append(f"  and {more:,} more")
+def describe_bad_questions(path: Path, problems: Sequence[BadQuestion], summary: str) -> str:
+    """One paragraph on a suite: a line for each kind of mistake, with the lines that have it."""
+    by_kind: dict[str, list[BadQuestion]] = {}
+    for problem in problems:
+        by_kind.setdefault(problem.kind, []).append(problem)
+    listed = [
+        f"  {path}{'' if first.line is None else f':{first.line}'}: {first.problem}"
+        f"{_describe_other_lines([other.line for other in others])}"
+        for first, *others in by_kind.values()
+    ]
+    if len(listed) > MAX_LISTED_PROBLEMS:
+        more = len(listed) - MAX_LISTED_PROBLEMS
+        listed = [*listed[:MAX_LISTED_PROBLEMS], f"  and {more:,} more"]
     return "\n".join([f"gate.tasks: {summary} Nothing was judged.", *listed])
 
 
-def _read_question(body: bytes, line: int, score: Score) -> Question:
+def _describe_other_lines(lines: Sequence[int | None]) -> str:
+    return f" (and {len(lines):,} more: {join_first_values(lines, 2)})" if lines else ""
+
+
+def _read_question(body: bytes, line: int, score: Score, *, is_table: bool) -> Question:
+    """The question of a line of JSON; raises LineProblem or _Mistake, nothing else."""
     if len(body) > MAX_QUESTION_BYTES:
-        raise ValueError(f"the line is longer than {MAX_QUESTION_BYTES:,} bytes")
+        raise _Mistake(f"the line is longer than {MAX_QUESTION_BYTES:,} bytes")
     fields = decode_json_object(body)
+    if is_table:  # an empty cell gives nothing
+        fields = {key: value for key, value in fields.items() if value != ""}
     expected = fields.get("expected")
     if isinstance(expected, list) and len(expected) > MAX_ACCEPTED_ANSWERS:
-        raise ValueError(f"expected: more than {MAX_ACCEPTED_ANSWERS:,} answers")
+        raise _Mistake(f"expected: more than {MAX_ACCEPTED_ANSWERS:,} answers")
     try:
         _refuse_numbers_beyond_floats(fields)
         read = _LINE_MODEL_BY_SCORE[score].model_validate(fields)
         accepted = read.parse_accepted_answers()
     except ValidationError as error:
-        raise ValueError(_describe_first_problem(error)) from None
+        raise _describe_first_problem(error) from None
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise _Mistake("it is nested too deeply") from None
     turns = None if read.messages is None else tuple(turn.model_dump() for turn in read.messages)
     return Question(
         line=line,
@@ -249,12 +265,12 @@ def _read_question(body: bytes, line: int, score: Score) -> Question:
 
 
 def _accepted_answers(value: Any, types: tuple[type, ...], what: str) -> list[Any]:
-    """One accepted answer or a list of them; ValueError if one is of another type."""
+    """One accepted answer or a list of them; _Mistake if one is of another type."""
     values = value if isinstance(value, list) else [value]
     fits = [isinstance(item, types) and not isinstance(item, bool) for item in values]
     if not values or not all(fits):
         found = "an empty list" if not values else shorten(json.dumps(values[fits.index(False)]))
-        raise ValueError(f"expected: {what} or a list of them, found {found}")
+        raise _Mistake(f"expected: {what} or a list of them", f", found {found}")
     return values
 
 
@@ -264,35 +280,36 @@ def _refuse_numbers_beyond_floats(value: Any) -> None:
         for item in value.values() if isinstance(value, dict) else value:
             _refuse_numbers_beyond_floats(item)
     elif isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
-        raise ValueError("a number in it is beyond any float")
+        raise _Mistake("a number in it is beyond any float")
 
 
-def _describe_first_problem(error: ValidationError) -> str:
+def _describe_first_problem(error: ValidationError) -> _Mistake:
     """The first of pydantic's errors in words, and how many more there are."""
     problems = error.errors(include_url=False)
     first = problems[0]
     place = ".".join(str(part) for part in first["loc"])
     more = f" (and {len(problems) - 1} more in this line)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
-        return (
-            f"{place}: there is no such key in a question of this score{more}; expected `prompt` "
-            f"(or `messages`) and `expected`: docs/gate.md#answers"
+        return _Mistake(
+            f"{place}: there is no such key in a question of this score",
+            f"{more}; expected `prompt` (or `messages`) and `expected`: docs/gate.md#answers",
         )
     if first["type"] == "missing":
-        return f"{place} is missing{more}"
+        return _Mistake(f"{place} is missing", more)
     message = first["msg"].removeprefix("Value error, ")
-    return f"{place}: {message}{more}" if place else f"{message}{more}"
+    return _Mistake(f"{place}: {message}" if place else message, more)
 
 
-def _describe_repeated_names(questions: Iterable[Question]) -> Iterator[tuple[int, str]]:
-    """The line and a problem for each question whose own id another one has."""
+def _find_repeated_names(questions: Iterable[Question]) -> Iterator[BadQuestion]:
+    """Each question whose own id another one has."""
     first: dict[str, int] = {}
     for question in questions:
         if question.fields.get("id") is None:
             continue
         line = first.setdefault(question.name, question.line)
         if line != question.line:
-            yield question.line, f"the id {shorten(question.name)!r} is that of line {line}"
+            problem = f"the id {shorten(question.name)!r} is that of line {line}"
+            yield BadQuestion(question.line, "id", problem)
 
 
 def question_label(question: Question) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from nested_core.config.sections import Score
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.answers import suites
 from nested_core.gate.answers.suites import read_suite
@@ -96,6 +99,97 @@ def test_a_bad_line_is_told_with_its_place(tmp_path, score, line, problem) -> No
     assert f"{path}:2: " in str(error.value)
     assert problem in str(error.value)
     assert error.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("score", "rows"),
+    [
+        ("contains", [("a;b", "Suva"), ('two "lines"\nof it', "4"), ("\u00e9\U0001f600", "yes")]),
+        ("number", [("6 * 7?", 42), ("a half?", 0.5)]),
+        ("json", [("as JSON", {"a": [1, None]})]),
+    ],
+)
+@pytest.mark.parametrize("form", ["jsonl", "csv", "semicolons.csv", "tsv", "yaml", "YML"])
+def test_a_suite_is_the_same_in_every_form(
+    tmp_path: Path, form: str, score: Score, rows: list[tuple[str, Any]]
+) -> None:
+    more = {"schema": {"type": "object"}} if score == "json" else {}
+    questions = [{"prompt": prompt, "expected": expected} | more for prompt, expected in rows]
+    expected = read_suite(write(tmp_path / "s.jsonl", *questions), score)
+    path = tmp_path / f"t.{form}"
+    if form in ("yaml", "YML"):
+        path.write_text(yaml.safe_dump(questions, allow_unicode=True))
+    elif form == "jsonl":
+        write(path, *questions)
+    else:
+        cells = [
+            {k: v if isinstance(v, str) else json.dumps(v) for k, v in q.items()} for q in questions
+        ]
+        with path.open("w", encoding="utf-8-sig", newline="") as file:
+            delimiter = {"csv": ",", "semicolons.csv": ";", "tsv": "\t"}[form]
+            table = csv.DictWriter(file, list(questions[0]), delimiter=delimiter)
+            table.writeheader()
+            table.writerows(cells)
+    read = read_suite(path, score)
+    assert [(q.prompt, q.accepted, q.fields) for q in read] == [
+        (q.prompt, q.accepted, q.fields) for q in expected
+    ]
+
+
+def test_chats_choices_and_lists_of_answers_in_a_table_and_in_yaml(tmp_path: Path) -> None:
+    table = tmp_path / "s.csv"
+    chat = json.dumps(CHAT).replace('"', '""')
+    table.write_text(
+        f'id,prompt,messages,choices,expected\n,,"{chat}","[""a"", ""b""]",b\n'
+        f'q2,Where?,,"[""a"", ""b""]",a\n'
+    )
+    first, second = read_suite(table, "choice")
+    assert (first.name, first.prompt, first.accepted) == ("2", tuple(CHAT), ("b",))
+    assert (second.name, second.prompt, second.choices) == ("q2", "Where?", ("a", "b"))
+    path = tmp_path / "s.yaml"
+    path.write_text("# a comment\n- prompt: Where?\n  expected: [no, 4]\n")
+    (question,) = read_suite(path, "contains")
+    assert (question.accepted, question.line) == (("no", "4"), 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("s.csv", b"question,expected\na,b\nc,d\n", r"s.csv:2: question: .* \(and 1 more: 3\)"),
+        ("s.csv", b"prompt,expected\na,b,c\n", "s.csv:2: expected 2 cells as in the header"),
+        ("s.csv", b'prompt,expected\na,b\n"c,d\n', "s.csv:3: not valid CSV"),
+        ("s.csv", b"prompt,expected\n\xff,b\n", "s.csv:2: a byte is not UTF-8"),
+        ("s.csv", b"prompt,expected\na,\n", "s.csv:2: expected: a text .* found null"),
+        ("s.csv", b"", "s.csv:1: expected a header"),
+        ("s.yaml", b"- prompt: a\n  expected: b\n- 3\n", "s.yaml:3: expected a JSON object"),
+        ("s.yaml", b"- prompt: a\n  answer: b\n", "s.yaml:1: answer: there is no such key"),
+        ("s.yaml", b"- &a {prompt: a, expected: b}\n- *a\n", "an anchor or alias"),
+        ("s.yaml", b"- {prompt: a, expected: b, prompt: c}\n", "the key 'prompt', which stands"),
+        ("s.yaml", b"- {prompt: a, expected: .inf}\n", "Infinity is no JSON number"),
+        ("s.yaml", b'- {prompt: "\\ud800", expected: b}\n', "half of a surrogate pair"),
+        ("s.yaml", b"prompt: a\nexpected: b\n", "should be a list of questions.*found a dict"),
+        ("s.yaml", b"- [", "is not usable YAML: line 1"),
+        ("s.yaml", b"#" * (4 * 2**20 + 1), "larger than 4,194,304 bytes"),
+    ],
+)
+def test_mistakes_in_a_table_or_in_yaml_are_told_with_their_lines(
+    tmp_path: Path, name: str, content: bytes, problem: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DatasetError, match=problem) as error:
+        read_suite(tmp_path / name, "contains")
+    assert len(str(error.value).splitlines()) <= 2
+
+
+def test_what_lines_of_one_kind_hold_besides_is_no_other_kind(tmp_path: Path) -> None:
+    found: list[Any] = [None, True, {}, []]
+    lines = [{"prompt": "a", "expected": value} for value in found]
+    with pytest.raises(DatasetError) as error:
+        read_suite(write(tmp_path / "s.jsonl", *lines, b"{", b'{"prompt": '), "exact")
+    _, expected, syntax = str(error.value).splitlines()
+    assert expected.endswith("found null (and 3 more: 2, 3, ...)")
+    assert syntax.startswith(f"  {tmp_path / 's.jsonl'}:5: not valid JSON")
+    assert syntax.endswith("(and 1 more: 6)")
 
 
 def test_bad_lines_of_one_kind_are_told_in_one_line(tmp_path) -> None:

@@ -1,0 +1,81 @@
+"""A suite's file -> a line of JSON for each question, whether it is JSON Lines, a table or YAML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+
+from nested_core.config.loading import parse_yaml, parse_yaml_with_lines
+from nested_core.config.sections import Score
+from nested_core.data.lines.example_parsing import strip_line
+from nested_core.data.sources.file_formats import NumberedLine, find_csv_delimiter, read_csv
+from nested_core.errors import ConfigError, DamagedError, DatasetError
+from nested_core.storage.untrusted_files import file_type, read_regular
+
+MAX_SUITE_BYTES = 64 * 2**20
+MAX_SUITE_LINES = 1_000_000  # blank ones included
+MAX_YAML_SUITE_BYTES = 4 * 2**20  # which takes some ten seconds to read
+TABLE_SUFFIXES = (".csv", ".tsv")
+YAML_SUFFIXES = (".yaml", ".yml")
+SUITE_FORMS = "JSON Lines (.jsonl), a table (.csv, .tsv) or YAML (.yaml)"
+_JSON_COLUMNS = frozenset({"messages", "choices", "schema", "tolerance"})
+
+
+def holds_questions(path: Path) -> bool:
+    """Whether a file is one of questions: whatever it is, but for YAML that holds no list."""
+    if path.suffix.lower() in (".jsonl", *TABLE_SUFFIXES):
+        return True
+    with suppress(ConfigError, DamagedError, OSError):  # for whoever reads it to say
+        return isinstance(parse_yaml(read_regular(path, MAX_YAML_SUITE_BYTES)), list)
+    return False
+
+
+def read_question_lines(path: Path, score: Score) -> Iterator[NumberedLine]:
+    """Each question of a file as a line of JSON, with the line of the file that it begins in.
+
+    The end of the name decides: .csv and .tsv are tables, .yaml and .yml a list, all else is JSON
+    Lines, whose lines are yielded as they are. In a table `messages`, `choices`, `schema` and
+    `tolerance` are JSON, and `expected` where the score is `number` or `json`.
+    Raises ConfigError if there is no such file, DatasetError if it is larger than a suite may be or
+    is no YAML, and RestOfFileUnreadable where a table is damaged.
+    """
+    if file_type(path, follow_links=True) != "file":
+        raise ConfigError(f"gate.tasks: {path} is not a file; expected a suite, {SUITE_FORMS}.")
+    suffix = path.suffix.lower()
+    try:
+        content = read_regular(path, MAX_SUITE_BYTES)
+    except DamagedError as error:
+        raise DatasetError(f"gate.tasks: {error}") from error
+    if content.count(b"\n") > MAX_SUITE_LINES:
+        raise DatasetError(f"gate.tasks: {path} has more than {MAX_SUITE_LINES:,} lines.")
+    if suffix in YAML_SUFFIXES:
+        yield from _read_yaml_questions(path, content)
+    elif suffix in TABLE_SUFFIXES:
+        columns = _JSON_COLUMNS | ({"expected"} if score in ("number", "json") else set())
+        yield from read_csv(path, columns, find_csv_delimiter(path))
+    else:
+        for number, line in enumerate(BytesIO(content), start=1):
+            yield NumberedLine(number, strip_line(line, is_first=number == 1))
+
+
+def _read_yaml_questions(path: Path, content: bytes) -> Iterator[NumberedLine]:
+    """The items of a list in strict YAML; JSON writes a number or a text as YAML read it."""
+    if len(content) > MAX_YAML_SUITE_BYTES:
+        raise DatasetError(
+            f"gate.tasks: {path} is larger than {MAX_YAML_SUITE_BYTES:,} bytes, the most of a "
+            f"suite in YAML. Write it as JSON Lines, which may have {MAX_SUITE_BYTES:,}."
+        )
+    try:
+        questions, lines = parse_yaml_with_lines(content, str(path))
+    except ConfigError as error:
+        raise DatasetError(f"gate.tasks: {error}") from error
+    if not isinstance(questions, list):
+        raise DatasetError(
+            f"gate.tasks: {path} should be a list of questions, `- prompt: ...` and `expected: "
+            f"...` each; found a {type(questions).__name__}."
+        )
+    for place, question in enumerate(questions):
+        yield NumberedLine(lines[str(place)], json.dumps(question).encode())
