@@ -34,10 +34,11 @@ if TYPE_CHECKING:
     from nested_core.optim.tier_assignment import TierMap, assign_tiers
     from nested_core.optim.tier_counters import Tier, TierStats
     from nested_core.optim.tiered import NestedAdam, NestedAdamW, Tiered
-    from nested_core.pipeline.evaluation import Evaluation, evaluate
+    from nested_core.pipeline.evaluation import evaluate
     from nested_core.pipeline.finetune import FinetuneResult, finetune
     from nested_core.pipeline.hooks import Hooks, Steps
     from nested_core.report.comparison import RunComparison, compare_runs
+    from nested_core.report.evaluation import Evaluation
     from nested_core.report.run_report import RunReport, read_report
     from nested_core.storage.adapter import Adapter, read_adapter
     from nested_core.storage.run_directory import open_run
@@ -89,10 +90,11 @@ _PUBLIC_NAMES_BY_MODULE = {
     "optim.tiered": ("NestedAdam", "NestedAdamW", "Tiered"),
     "optim.named_updates": ("UpdateReport", "apply_flat_updates_to_nested", "verify_updates"),
     "optim.tier_assignment": ("TierMap", "assign_tiers"),
-    "pipeline.evaluation": ("Evaluation", "evaluate"),
+    "pipeline.evaluation": ("evaluate",),
     "pipeline.finetune": ("FinetuneResult", "finetune"),
     "pipeline.hooks": ("Hooks", "Steps"),
     "report.comparison": ("RunComparison", "compare_runs"),
+    "report.evaluation": ("Evaluation",),
     "report.run_report": ("RunReport", "read_report"),
     "storage.run_directory": ("open_run",),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from nested_core.errors import ConfigError, describe_first_problem
 from nested_core.gate.answers.answer_bounds import ScoreChange, find_worse
 from nested_core.gate.answers.suite_answers import encode_suites, read_suites
 from nested_core.gate.checks.tasks import AskedModel, ask_model
-from nested_core.gate.losses.champion_adapter import ADAPTER_STRUCTURE_KEYS, shape_like_adapter
+from nested_core.gate.losses.champion_adapter import shape_like_adapter
 from nested_core.gate.losses.held_out_loss import (
     HeldOutExamples,
     LoadedBase,
@@ -42,9 +42,15 @@ from nested_core.gate.tensors.base_compatibility import base_reasons
 from nested_core.models.peft import import_peft
 from nested_core.pipeline.named_adapters import NamedAdapter, find_named_adapter
 from nested_core.records.answers import AnswerRecord
-from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import Validation
+from nested_core.report.evaluation import (
+    MAX_MODELS,
+    AnsweredQuestion,
+    EvaluatedModel,
+    Evaluation,
+    SuiteScore,
+)
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter, read_adapter_config
 from nested_core.storage.run_directory import RunDirectory
 
@@ -66,118 +72,6 @@ class ModelToEvaluate:
     adapter: Adapter | None = None
     trust_remote_code: bool = False
     seen: Digests = field(default_factory=lambda: decode_digests(None))
-
-
-@dataclass(frozen=True)
-class SuiteScore:
-    """How one model answered one suite; the difference is from the model compared with.
-
-    score: the share of right answers, from 0 to 1.
-    difference, interval, conclusion: None for the model compared with.
-    minimum: the least share that was asked for; None where none was.
-    """
-
-    suite: str
-    questions: int
-    score: float
-    difference: float | None = None
-    interval: tuple[float, float] | None = None
-    conclusion: Conclusion | None = None
-    minimum: float | None = None
-
-    @property
-    def is_below_minimum(self) -> bool:
-        """Whether fewer answers are right than were asked for."""
-        return self.minimum is not None and self.score < self.minimum
-
-
-@dataclass(frozen=True)
-class EvaluatedModel:
-    """One model's figures.
-
-    loss: on the held-out file, `loss_before` being that of the model compared with and `loss_after`
-        its own, in nats a supervised token; None without a file, or with another tokenizer.
-    """
-
-    name: str
-    suites: tuple[SuiteScore, ...]
-    loss: Validation | None
-
-    @property
-    def is_worse(self) -> bool:
-        """Whether a loss or a suite is significantly worse, or below its minimum."""
-        has_worse_loss = self.loss is not None and self.loss.conclusion == "worse"
-        return has_worse_loss or any(
-            suite.conclusion == "worse" or suite.is_below_minimum for suite in self.suites
-        )
-
-
-@dataclass(frozen=True)
-class AnsweredQuestion:
-    """A question with what is expected, and each model's answer and score by the model's name."""
-
-    suite: str
-    line: int
-    question: str
-    expected: str | None
-    answers: dict[str, str]
-    scores: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What `evaluate` returns.
-
-    against: the name of the model that the others are compared with; it is the first of `models`.
-    models: the figures of each model.
-    answers: each question with the expected answer and that of each model.
-    data: the held-out file, None without one.
-    """
-
-    against: str
-    models: tuple[EvaluatedModel, ...]
-    answers: tuple[AnsweredQuestion, ...]
-    data: str | None = None
-
-    @property
-    def is_worse(self) -> bool:
-        """Whether any model is significantly worse than `against`, or below a minimum."""
-        return any(model.is_worse for model in self.models)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, as `evaluate --json` prints them."""
-        return {
-            "against": self.against,
-            "data": self.data,
-            "models": [asdict(model) | {"is_worse": model.is_worse} for model in self.models],
-            "answers": [asdict(question) for question in self.answers],
-        }
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A flat row a model and suite or loss, as a data frame takes them."""
-        rows = []
-        for model in self.models:
-            for suite in model.suites:
-                rows.append({"model": model.name, "measured": suite.suite} | asdict(suite))
-            if model.loss is not None:
-                loss = model.loss
-                rows.append(
-                    {
-                        "model": model.name,
-                        "measured": self.data,
-                        "questions": loss.examples,
-                        "score": loss.loss_after,
-                        "difference": loss.difference,
-                        "interval": loss.interval,
-                        "conclusion": loss.conclusion,
-                    }
-                )
-        return rows
-
-    def __repr__(self) -> str:
-        word = "worse" if self.is_worse else "none worse"
-        models = ", ".join(model.name for model in self.models[1:]) or self.against
-        return f"Evaluation({models} against {self.against}: {word})"
 
 
 def evaluate(
@@ -205,10 +99,12 @@ def evaluate(
     Raises ConfigError for a name that is none or an adapter that does not fit its base,
     DatasetError for bad questions or examples, DamagedError for damaged files.
     """
+    if len(models) >= MAX_MODELS:
+        raise ConfigError(f"evaluate: at most {MAX_MODELS - 1} models at once.")
     with ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nested-tune-")))
         read = [
-            _find_model(str(given), registry, base_model, temporary / str(number))
+            find_model(str(given), registry, base_model, temporary / str(number))
             for number, given in enumerate([*([against] if against else []), *models])
         ]
         found = [model for model, _ in read]
@@ -221,7 +117,7 @@ def evaluate(
         if config is None:
             runs = [run for _, run in read if run is not None]
             config = read_run_config(runs[0]) if runs else _plain_config(found[0].model)
-        tasks = tuple(map(_read_task, suites)) or config.gate.tasks
+        tasks = tuple(map(read_task, suites)) or config.gate.tasks
         gate = config.gate.model_copy(update={"tasks": tasks})
         if data is not None:
             gate = gate.model_copy(update={"held_out": str(data)})
@@ -231,7 +127,7 @@ def evaluate(
         return _Evaluating(config, found, None if data is None else str(data)).run()
 
 
-def _read_task(given: str | Path | Mapping[str, Any] | TaskSection) -> TaskSection:
+def read_task(given: str | Path | Mapping[str, Any] | TaskSection) -> TaskSection:
     """A suite as `gate.tasks` has it; ConfigError for an entry that is none."""
     if isinstance(given, (str, Path)):
         given = {"name": Path(given).stem, "file": str(given), "score": "contains"}
@@ -245,10 +141,14 @@ def _plain_config(model: str) -> FineTuneConfig:
     return parse_config({"model": model, "num_layers": -1}, source="the model")
 
 
-def _find_model(
+def find_model(
     given: str, registry: Path | None, base_model: str | None, temporary: Path
 ) -> tuple[ModelToEvaluate, RunDirectory | None]:
-    """The model that a person means, and its run if it is one."""
+    """The model that a person means, and its run if it is one.
+
+    A PEFT adapter is converted into the folder `temporary`. Raises ConfigError for a name that is
+    none, DamagedError for damaged files.
+    """
     path = Path(given)
     if (path / "config.json").is_file() and not (path / CONFIG_NAME).is_file():
         return ModelToEvaluate(given, given), None
@@ -402,8 +302,11 @@ def _form(model: ModelToEvaluate, models: Sequence[ModelToEvaluate]) -> tuple[An
     adapter = model.adapter or next(
         (other.adapter for other in models if other.model == model.model and other.adapter), None
     )
-    meaning = {} if adapter is None else adapter.meaning()
-    return (model.model, *(str(meaning.get(key)) for key in ADAPTER_STRUCTURE_KEYS))
+    if adapter is None:
+        return (model.model,)
+    meaning = adapter.meaning()
+    shapes = sorted((name, tuple(tensor.shape)) for name, tensor in adapter.tensors.items())
+    return (model.model, meaning["fine_tune_type"], meaning["scale"], *shapes)
 
 
 def _require_fit(model: ModelToEvaluate, base: LoadedBase) -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import TaskSection
 from nested_core.errors import ConfigError
+from nested_core.gate.losses.held_out_loss import LoadedBase
 from nested_core.models.peft import export_peft
-from nested_core.pipeline.evaluation import Evaluation, evaluate
+from nested_core.pipeline.evaluation import evaluate
 from nested_core.pipeline.finetune import finetune
 from nested_core.records.verdict import Verdict
+from nested_core.report.evaluation import Evaluation
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.document import to_terminal
+from nested_core.text.loss_format import format_loss
 from tests.example import DATA, MODEL, example_config
 from tests.flows.conftest import called
 
@@ -73,15 +78,37 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Judged:
 
 
 @pytest.fixture(scope="module")
-def evaluation(judged: Judged) -> Evaluation:
+def bases() -> list[Path]:
+    """The bases that `evaluation` loaded."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def evaluation(judged: Judged, bases: list[Path]) -> Evaluation:
     """Every form, beside the base, on both suites and the validation file."""
-    return evaluate(
-        [str(MODEL), *judged.forms.values()],
-        suites=SUITES,
-        data=DATA / "valid.jsonl",
-        against=str(judged.run.initial),
-        config=example_config(),
-    )
+
+    def load(config: FineTuneConfig, **how: Any) -> LoadedBase:
+        base = LoadedBase(**vars(original(config, **how)))
+        bases.append(base.folder)
+        return base
+
+    original = LoadedBase.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoadedBase, "load", load)
+        return evaluate(
+            [str(MODEL), *judged.forms.values()],
+            suites=SUITES,
+            data=DATA / "valid.jsonl",
+            against=str(judged.run.initial),
+            config=example_config(),
+        )
+
+
+def test_models_of_one_base_and_shape_share_one_that_is_loaded(
+    evaluation: Evaluation, bases: list[Path]
+) -> None:
+    assert len(evaluation.models) == 7
+    assert bases == [MODEL]
 
 
 def test_every_form_of_an_adapter_has_the_figures_of_its_verdict(
@@ -128,6 +155,41 @@ def test_it_is_a_line_and_rows(judged: Judged, evaluation: Evaluation) -> None:
     rows = evaluation.rows()
     assert len(rows) == 7 * 3
     assert {row["measured"] for row in rows} == {"capitals", "again", str(DATA / "valid.jsonl")}
+    assert len({tuple(row) for row in rows}) == 1  # the same columns everywhere
+    assert all(not isinstance(value, (tuple, list, dict)) for row in rows for value in row.values())
+    (loss,) = [row for row in rows if row["model"] == str(MODEL) and row["kind"] == "loss"]
+    own = evaluation.models[1].loss
+    assert own is not None
+    assert (loss["value"], loss["examples"], loss["low"]) == (own.loss_after, 10, 0.0)
+
+
+def test_its_page_and_its_lines_have_every_figure_and_answer(
+    judged: Judged, evaluation: Evaluation
+) -> None:
+    page = evaluation.to_html()
+    assert page.count("<td>") >= 2 * 15 * 7  # each answer of each model
+    assert "<script" not in page
+    run = evaluation.models[2]
+    assert run.loss is not None
+    for text in (str(judged.run.path), "Bratislava", format_loss(run.loss.loss_after)):
+        assert text in page
+    lines = [part for block in evaluation.describe(2).blocks for part in to_terminal(block)]
+    assert lines[0] == f"none worse than {judged.run.initial}"
+    tables = {part.caption: part for part in lines if not isinstance(part, str)}
+    assert [row[0] for row in tables["Losses in nats a token, compared with A"].rows] == [
+        *"ABCDEFG"
+    ]
+    wrong = [name for name in tables if name.startswith("The first")]
+    assert wrong == ["The first 2 with a wrong answer"]
+    assert evaluation._repr_html_().startswith("<div")
+
+
+def test_text_of_a_model_is_no_markup_on_the_page(evaluation: Evaluation) -> None:
+    first, *others = evaluation.answers
+    answers = dict.fromkeys(first.answers, "<b>bold</b>")
+    hostile = replace(evaluation, answers=(replace(first, answers=answers), *others))
+    assert "<b>bold" not in hostile.to_html()
+    assert "&lt;b&gt;bold" in hostile.to_html()
 
 
 def test_what_is_significantly_worse_is_told_so(judged: Judged) -> None:
@@ -142,6 +204,8 @@ def test_what_is_significantly_worse_is_told_so(judged: Judged) -> None:
     assert worse.loss.conclusion == "worse"
     assert worse.suites[0].is_below_minimum
     assert found.is_worse
+    headline = next(to_terminal(found.describe().blocks[0]))
+    assert headline == f"worse than {judged.run.path}, or below a minimum: {judged.run.initial}"
 
 
 def test_examples_that_a_model_was_trained_on_are_left_out(judged: Judged, tmp_path: Path) -> None:
@@ -159,6 +223,7 @@ def test_examples_that_a_model_was_trained_on_are_left_out(judged: Judged, tmp_p
     ("models", "options", "message"),
     [
         (["none"], {}, "is neither a run directory"),
+        ([str(n) for n in range(26)], {"data": "none.jsonl"}, "at most 25 models at once"),
         ([str(MODEL), str(MODEL)], {"data": DATA / "valid.jsonl"}, "named twice"),
         ([str(MODEL)], {}, "nothing to ask"),
         ([str(MODEL)], {"suites": [{"file": "a.jsonl", "score": "guess"}]}, "name"),
@@ -186,8 +251,10 @@ def test_the_command_ends_with_4_for_a_worse_one_and_prints_the_same(
     words = ("--suite", DATA / "held_out.jsonl", "--max-tokens", 16, "--json")
     files = (*words, "--data", DATA / "valid.jsonl")
     against = ("--against", judged.run.initial)
-    done = called("evaluate", judged.run.path, *against, *files, cwd=judged.folder)
+    page = judged.folder / "page.html"
+    done = called("evaluate", judged.run.path, *against, *files, "-o", page, cwd=judged.folder)
     assert done.code == 0
+    assert "none worse" in page.read_text()
     assert done.document["models"][1]["loss"] == json.loads(
         json.dumps(evaluation.to_json()["models"][2]["loss"])
     )
