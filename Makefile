@@ -21,7 +21,7 @@ INSTALL := $(PIP) install --quiet --no-compile
 # The lock is complete, so nothing is resolved again: pip would ask for a hash of what it did not pick.
 LOCKED := $(INSTALL) --no-deps --only-binary :all: --require-hashes
 
-.PHONY: help demo test test-all check format bench production-test soak reliability docs pictures example-model lock clean
+.PHONY: help demo test test-all check format bench bench-learning production-test soak reliability docs pictures example-model lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -53,6 +53,12 @@ format: $(VENV)/dev.stamp ## format, and repair what lint can repair
 
 bench: $(VENV)/project.stamp ## side-by-side measurements, each printing a ratio
 	$(BIN)/python -m benchmarks
+
+LEARNING := $(BIN)/python -m benchmarks.learning --small
+LEARNING_ROWS := benchmarks/results/learning.jsonl
+bench-learning: $(VENV)/project.stamp ## what adapters learn, small and resumable; DATA=folder adds a task of real text
+	$(LEARNING) run $(LEARNING_ROWS) --bases examples $(if $(DATA),--data "$(DATA)")
+	$(LEARNING) report $(LEARNING_ROWS) --out benchmarks/results/learning
 
 production-test: $(VENV)/dev.stamp ## PostgreSQL, a server with auth, workers, and what runs on them; takes minutes
 	$(BIN)/pytest -m "production and not soak"

@@ -1,0 +1,106 @@
+"""The study of learning: what counts as right, what is run next, and what its rows decide."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm import load
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from benchmarks.learning.judge import Judge
+from benchmarks.learning.report import Results, mcnemar
+from benchmarks.learning.study import FULL, SMALL, Cell, cell_of
+from benchmarks.learning.tasks import GEOGRAPHY, Counts, Row, read_task
+from nested_core.models.generation import Sampling, answer_prompts, encode_prompt
+
+BASE = GEOGRAPHY.with_name("geography-base")
+LORA = {"rank": 2, "scale": 4.0, "dropout": 0.0}
+
+
+def make_adapter(folder: Path) -> Any:
+    """A random adapter on disk, and the model with it in memory."""
+    mx.random.seed(3)
+    model, tokenizer, *_ = load(str(BASE))
+    model.freeze()
+    linear_to_lora_layers(model, -1, LORA)
+    flat: Any = tree_flatten(model.trainable_parameters())
+    weights = {name: mx.random.normal(value.shape) * 0.05 for name, value in flat}
+    model.load_weights(list(weights.items()), strict=False)
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    layers = len(model.layers)
+    config = {"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": LORA}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return model, tokenizer
+
+
+def test_right_answers_are_those_that_the_model_generates(tmp_path: Path) -> None:
+    model, tokenizer = make_adapter(tmp_path / "adapter")
+    prompts = [row.prompt for row in read_task("geography", None, Counts()).judge]
+    tokens = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    generated = answer_prompts(model, tokenizer, tokens, Sampling(max_tokens=20))
+    rows = []
+    for number, (prompt, answer) in enumerate(zip(prompts, generated, strict=True)):
+        rows.append(Row(prompt, answer.text if number % 2 else f"{answer.text} Paris"))
+    expected = [number % 2 == 1 and not each.is_endless for number, each in enumerate(generated)]
+    judged = Judge(BASE, rows, []).judge(tmp_path / "adapter")
+    assert sum(expected) >= 2
+    assert judged.right.tolist() == expected
+    assert judged.kl > 0
+    assert judged.general_loss is None
+
+
+def result(cell: Cell, right: list[int]) -> dict[str, Any]:
+    """A row of a cell with these answers."""
+    packed = np.packbits(np.array(right, np.bool_)).tobytes().hex()
+    measured = {"rows": len(right), "right": packed, "right_share": float(np.mean(right))}
+    return vars(cell) | measured | {"loss": 1.0, "kl": 0.1, "general_loss": None, "peak_gb": 0.1}
+
+
+def test_rates_are_chosen_before_their_arms_are_judged_and_each_cell_runs_once() -> None:
+    rows: list[dict[str, Any]] = []
+    first = set(FULL.cells(rows))
+    assert {cell.arm for cell in first if cell.seed} == {"a", "c"}
+    for cell in first:
+        share = 1 if cell.rate == 3e-4 else 0
+        rows.append(result(cell, [share, 0]))
+    later = [cell for cell in FULL.cells(rows) if cell not in first]
+    assert {cell.rate for cell in later} == {3e-4}
+    assert {cell.arm for cell in later} == {"b", "d", "g-deep", "g-shallow", "h"}
+    everything = [*first, *later]
+    assert len(everything) == len(set(everything)) == 222
+    assert {cell_of(row) for row in rows} == first
+
+
+def test_a_gain_that_one_seed_alone_has_is_not_beyond_chance() -> None:
+    study = replace(SMALL, tasks=("geography",), seeds=(1, 2, 3))
+    size = study.sizes[0]
+    rows = []
+    for seed in study.seeds:
+        rows.append(result(Cell("geography", size, "a", seed), [0] * 100))
+        right = [1] * 100 if seed == 1 else [0] * 100
+        rows.append(result(Cell("geography", size, "c", seed), right))
+    difference = Results(rows, study).difference(["geography"], size, "c", "a")
+    assert difference is not None
+    assert difference.mean == pytest.approx(1 / 3)
+    assert difference.low < 0 < difference.high
+
+
+@pytest.mark.parametrize(("won", "lost", "p"), [(0, 0, 1.0), (6, 0, 0.03125), (5, 3, 0.7265625)])
+def test_mcnemar_is_the_exact_two_sided_test(won: int, lost: int, p: float) -> None:
+    assert mcnemar(np.array([1.0] * won + [-1.0] * lost + [0.0] * 4)) == pytest.approx(p)
+
+
+def test_no_question_that_judges_is_trained_on() -> None:
+    splits = read_task("geography", None, Counts())
+    prompts = [{row.prompt for row in rows} for rows in (splits.train, splits.choose, splits.judge)]
+    assert [len(each) for each in prompts] == [40, 10, 15]
+    assert not prompts[0] & prompts[2]
+    assert not prompts[1] & prompts[2]
