@@ -21,10 +21,14 @@ INSTALL := $(PIP) install --quiet --no-compile
 # The lock is complete, so nothing is resolved again: pip would ask for a hash of what it did not pick.
 LOCKED := $(INSTALL) --no-deps --only-binary :all: --require-hashes
 
-.PHONY: help demo test test-all check format bench bench-learning production-test soak reliability docs pictures example-model lock clean
+.PHONY: help install demo test test-all check format bench bench-learning production-test soak reliability docs pictures example-model lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+# Compiled here, for a service's user who may not write here.
+install: $(VENV)/project.stamp ## the command nested-tune in .venv/bin
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib nested_core tasks flows
 
 demo: $(VENV)/project.stamp ## validate, train, judge and promote a tiny adapter
 	$(BIN)/nested-tune demo
