@@ -22,8 +22,19 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 ROOT = Path(__file__).resolve().parents[1]
-HELD = ("README.md", "docs/evaluate.md")
-GENERATED = ("docs/configuration.md", "docs/python.md")
+HELD = (
+    "README.md",
+    "deployments/README.md",
+    "docs/README.md",
+    "docs/evaluate.md",
+    "docs/installation.md",
+)
+GENERATED = (
+    "docs/command-line.md",
+    "docs/configuration.md",
+    "docs/environment.md",
+    "docs/python.md",
+)
 MESSAGES = "messages of errors"
 
 MEAN_WORDS = 15

@@ -34,9 +34,11 @@ class _Parser(argparse.ArgumentParser):
     """argparse, with one paragraph for a wrong command line where it would print its usage.
 
     commands: the parser of each command, by its name; empty for a command's own.
+    summaries: what each command does in a line, by its group.
     """
 
     commands: Mapping[str, argparse.ArgumentParser] = MappingProxyType({})
+    summaries: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}. See: {self.prog} --help")
@@ -120,6 +122,7 @@ def build_parser() -> _Parser:
     )
     commands = _Commands(parser)
     parser.commands = commands.parsers
+    parser.summaries = commands.summaries
     running = (demo, training, configuration)
     looking = (inspection, reports, evaluation, chat, serving)
     keeping = (registry, peft, deployment, doctor)

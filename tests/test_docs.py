@@ -103,6 +103,36 @@ def test_the_page_of_public_names_is_what_the_docstrings_say() -> None:
     assert tool["render_page"]() == (DOCS / "python.md").read_text(), "run `make docs`"
 
 
+def test_the_page_of_the_command_line_is_what_the_parser_says() -> None:
+    page = run_tool("make_command_line.py")["render_page"]()
+    assert page == (DOCS / "command-line.md").read_text(), "run `make docs`"
+    assert page.count("whose servers") == 1
+    assert page.count("| `--registry DIR` | where NAME is looked for") == 1, "shared flags, once"
+
+
+def test_the_page_of_environment_variables_is_what_the_code_names() -> None:
+    tool = run_tool("make_environment.py")
+    found = tool["find_variables"]()
+    assert list(tool["find_problems"](found)) == []
+    assert tool["render_page"](found) == (DOCS / "environment.md").read_text(), "run `make docs`"
+
+
+def test_a_variable_that_is_not_listed_is_found(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "deployments", tmp_path / "deployments")
+    (tmp_path / "flows").mkdir()
+    (tmp_path / "flows" / "new.py").write_text(
+        'A = "NESTED_TUNE_ADDED"\nos.environ.get("ALSO")\nb = os.environ["THIRD"]\n'
+    )
+    tool = run_tool("make_environment.py")
+    problems = list(tool["find_problems"](tool["find_variables"](tmp_path)))
+    assert [line for line in problems if "has no line" in line] == [
+        f"{name}, of flows/new.py, has no line in docs/make_environment.py"
+        for name in ("ALSO", "NESTED_TUNE_ADDED", "THIRD")
+    ]
+    assert "NESTED_TUNE_CACHE has a line" not in "".join(problems), "the units name it"
+    assert any(line.startswith("NESTED_TUNE_API_KEY has a line") for line in problems)
+
+
 def test_the_table_of_families_is_what_is_found_in_their_models() -> None:
     page = run_tool("make_support.py")["render_page"]()
     assert page == (DOCS / "support.md").read_text(), "run `make docs`"
