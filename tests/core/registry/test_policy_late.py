@@ -106,14 +106,6 @@ def test_a_late_event_does_not_demote_a_newer_champion(add: Add, registry: Path)
     assert read_champion(registry, NAME) == second
 
 
-def test_a_repeated_event_of_a_former_champion_is_superseded(add: Add, registry: Path) -> None:
-    first = add(1)
-    late(registry, first)
-    second = add(2, first)
-    assert late(registry, second) == "promoted"
-    assert late(registry, first) == "superseded"
-
-
 def test_what_a_person_rolled_back_is_not_brought_back(add: Add, registry: Path) -> None:
     first = add(1)
     late(registry, first)

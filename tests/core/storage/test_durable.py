@@ -128,12 +128,6 @@ class TestNewDirectory:
         assert names(tmp_path) == ["made"]
         assert contents(tmp_path / "made") == {"a": NEW, "b": NEW}
 
-    def test_replace_leaves_nothing_of_the_old_directory(self, tmp_path: Path) -> None:
-        make_directory(tmp_path)
-        replace_directory(tmp_path)
-        assert names(tmp_path) == ["made"]
-        assert contents(tmp_path / "made") == {"c": OLD}
-
     def test_killed_at_any_call_a_replacement_is_the_old_or_the_new_after_mending(
         self, tmp_path: Path
     ) -> None:
@@ -169,13 +163,6 @@ class TestNewDirectory:
     def test_what_was_retired_comes_back_when_the_next_one_is_written(self, tmp_path: Path) -> None:
         make_directory(tmp_path)
         (tmp_path / "made").rename(tmp_path / ".old-made")
-        with pytest.raises(OSError, match="exists already"):
-            make_directory(tmp_path)
-        assert names(tmp_path) == ["made"]
-        assert contents(tmp_path / "made") == {"a": NEW, "b": NEW}
-
-    def test_without_replace_a_directory_with_files_is_an_error(self, tmp_path: Path) -> None:
-        make_directory(tmp_path)
         with pytest.raises(OSError, match="exists already"):
             make_directory(tmp_path)
         assert names(tmp_path) == ["made"]

@@ -49,21 +49,6 @@ def begin(run: RunDirectory) -> None:
     run.lock.touch()
 
 
-def test_every_file_has_the_name_that_others_look_for(run: RunDirectory) -> None:
-    parts = ("config", "dataset", "initial", "tiers", "checkpoints", "metrics", "adapter", "gate")
-    assert [getattr(run, part).relative_to(run.path).as_posix() for part in (*parts, "lock")] == [
-        "config.yaml",
-        "dataset.json",
-        "initial",
-        "tiers.json",
-        "checkpoints",
-        "metrics.jsonl",
-        "adapter",
-        "gate.json",
-        "run.lock",
-    ]
-
-
 class TestLock:
     def test_a_second_process_is_refused_and_told_the_first_ones_id_until_that_is_killed(
         self, run: RunDirectory, other_process: subprocess.Popen[str]

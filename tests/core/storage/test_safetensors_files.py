@@ -108,6 +108,11 @@ CONFIGURATIONS: dict[str, tuple[str, str]] = {
     "lora_parameters as a list": (configured(lora_parameters=[]), "lora_parameters: Input should"),
     "two documents": ("{} {}", "is not valid JSON"),
     "nothing": ("", "is not valid JSON"),
+    "half of one": ("{", "is not valid JSON"),
+    "no object": ("[]", ": the file: Input should be a valid dictionary"),
+    "a number in the list of keys": (configured({"keys": [1]}), "keys.0: Input should be a valid"),
+    "num_layers 2.5": (configured(num_layers=2.5), "num_layers: Input should be a valid integer"),
+    "a MiB of spaces": (" " * (1024 * 1024 + 1), " is larger than 1048576 bytes"),
 }
 
 

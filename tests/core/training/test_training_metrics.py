@@ -50,12 +50,6 @@ def test_a_loss_is_a_float32_in_full_precision(every_step: Finished) -> None:
     assert len({round(loss, 4) for loss in losses}) == len(losses)
 
 
-def test_each_line_of_the_file_is_one_json_object(every_step: Finished) -> None:
-    lines = every_step.run.metrics.read_text().splitlines()
-    assert len(lines) == 10
-    assert all(isinstance(json.loads(line), dict) for line in lines)
-
-
 def test_a_report_is_the_mean_over_the_tokens_since_the_last(
     every_step: Finished, tmp_path: Path
 ) -> None:
