@@ -86,15 +86,3 @@ def test_verify_takes_names_and_folders(place: Path) -> None:
     assert json.loads(done.stdout)["trained"]["digest"] == version
     same = called("verify", "run/adapter", "bot", "--json", cwd=place)
     assert [r["code"] for r in json.loads(same.stdout)["reasons"]] == ["unchanged"]
-
-
-@pytest.mark.parametrize("flag", ["-o", "--output", "--html"])
-def test_compare_writes_its_page_by_the_same_flag_as_other_commands(
-    tmp_path: Path, flag: str
-) -> None:
-    from tests.runs import finished_run
-
-    finished_run(tmp_path / "one")
-    done = called("compare", "one", flag, "page.html", cwd=tmp_path)
-    assert (done.code, (tmp_path / "page.html").is_file()) == (0, True)
-    assert done.stdout.endswith("page: page.html\n")

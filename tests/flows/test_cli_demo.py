@@ -145,6 +145,8 @@ def test_the_broken_demo_is_stopped_by_the_gate_with_exit_4(demos: Demos) -> Non
     assert "updates_not_applied" in demos.broken.stderr
     verdict = json.loads((demos.run_dir("broken") / "gate.json").read_bytes())
     assert [reason["code"] for reason in verdict["reasons"]] == ["unchanged"]
+    registry = demos.folder / "broken" / "registry"
+    assert not registry.exists() or list(registry.iterdir()) == []
 
 
 @whole
@@ -155,12 +157,6 @@ def test_the_readme_quotes_the_losses_of_the_broken_demo(demos: Demos) -> None:
     assert [len(quoted), len(said)] == [1, 1]
     losses = [float(loss) for loss in said[0]]
     assert losses == pytest.approx([float(loss) for loss in quoted[0]], abs=0.05)
-
-
-@whole
-def test_the_broken_demo_registers_nothing(demos: Demos) -> None:
-    registry = demos.folder / "broken" / "registry"
-    assert not registry.exists() or list(registry.iterdir()) == []
 
 
 @whole

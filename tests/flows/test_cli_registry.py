@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -50,7 +49,6 @@ def story(folder: Path) -> dict[str, Ended]:
         "audit": command("audit", NAME, "--json"),
         "audited": command("audit", NAME),
         "gc": command("gc", NAME, "--keep", 0, "--json"),
-        "export": command("export-mlflow", NAME),
         "gc again": command("gc", NAME, "--keep", 0, "--dry-run"),
     }
 
@@ -154,12 +152,6 @@ def test_gc_of_two_versions_in_use_removes_nothing(
     assert story["gc again"].stdout.startswith("would remove 0 versions (0.0 MB), kept 2")
 
 
-@pytest.mark.skipif(find_spec("mlflow") is not None, reason="mlflow is installed")
-def test_export_without_mlflow_says_what_to_install(story: dict[str, Ended]) -> None:
-    assert story["export"].code == 2
-    assert "nested-tune[mlflow]" in story["export"].message()
-
-
 def test_a_version_that_was_changed_is_damage_for_every_command(
     story: dict[str, Ended], folder: Path, tmp_path: Path, versions: tuple[str, str]
 ) -> None:
@@ -199,19 +191,6 @@ def test_a_rollback_says_who_and_why_in_the_history(
     document = called("history", NAME, "--registry", registry, "--json", cwd=tmp_path).document
     last = document["history"][-1]
     assert (last["action"], last["by"], last["reason"]) == ("rollback", "bob", "it was rude")
-
-
-@pytest.mark.usefixtures("story")
-def test_a_directory_in_place_of_champion_json_is_damage(folder: Path, tmp_path: Path) -> None:
-    registry = shutil.copytree(folder / "registry", tmp_path / "registry", symlinks=True)
-    path = registry / NAME / "champion.json"
-    path.unlink()
-    path.mkdir()
-    back = called("rollback", NAME, "--registry", registry, cwd=tmp_path)
-    assert (back.code, len(back.message().splitlines())) == (6, 1)
-    audited = called("audit", NAME, "--registry", registry, "--json", cwd=tmp_path)
-    assert audited.code == 6
-    assert [finding["file"] for finding in audited.document["findings"]] == [str(path)]
 
 
 def test_a_run_that_did_not_pass_is_refused_and_nothing_is_made(

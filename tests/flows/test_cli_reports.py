@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -43,14 +42,15 @@ def test_what_is_no_run_is_bad_usage(tmp_path: Path) -> None:
     assert main(["runs", str(tmp_path / "none")]) == 2
 
 
+@pytest.mark.parametrize("flag", ["-o", "--output", "--html"])
 def test_compare_writes_a_page_beside_its_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
 ) -> None:
     runs = [
         finished_run(tmp_path / name, learning_rate=rate) for name, rate in (("a", 1), ("b", 2))
     ]
     page = tmp_path / "page.html"
-    assert main(["compare", *(str(run.path) for run in runs), "--html", str(page)]) == 0
+    assert main(["compare", *(str(run.path) for run in runs), flag, str(page)]) == 0
     shown = capsys.readouterr().out
     assert "learning_rate" in shown
     assert f"page: {page}" in shown
@@ -154,27 +154,3 @@ def test_no_command_writes_into_a_registry_or_looks_at_anything_else_before_it_s
         assert f"{target} lies in the r" in capsys.readouterr().err
         assert sorted(tmp_path.rglob("*")) == before
     assert audit(Path("registry"), "capitals").findings == ()
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["report", "run", "-o", "pipe"],
-        ["compare", "run", "--html", "pipe"],
-        ["card", "registry/capitals", "-o", "pipe"],
-        ["init", "--data", "nowhere", "--model", "nothing", "-o", "pipe"],
-    ],
-    ids=lambda command: command[0],
-)
-def test_what_is_no_regular_file_is_not_replaced_by_a_page(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    finished_run(tmp_path / "run")
-    version = register(write_run(tmp_path / "other", 1), Path("registry"), "capitals", {})
-    promote(Path("registry"), "capitals", version, by="tester")
-    os.mkfifo("pipe")
-    assert main(command) == 2
-    assert main([*command[:-1], "/dev/full"]) == 2
-    assert Path("pipe").is_fifo()
-    assert Path("/dev/full").is_char_device()

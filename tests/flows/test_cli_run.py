@@ -54,14 +54,6 @@ def runs(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Runs
     )
 
 
-def test_what_failed_is_told_once_and_the_tasks_are_named(runs: Runs) -> None:
-    assert runs.bad_data.code == 3
-    assert runs.bad_data.stderr.count(" wrong-type") == 1
-    assert re.search(
-        r"Task run 'validate data' - Finished in state Failed$", runs.bad_data.stderr, re.M
-    )
-
-
 def test_a_run_prints_its_adapter_and_registers_without_promoting(runs: Runs) -> None:
     assert runs.sound.code == 0, runs.sound.stderr
     assert runs.sound.stdout == "adapter: sound/adapter\n"
@@ -76,6 +68,9 @@ def test_a_run_prints_its_adapter_and_registers_without_promoting(runs: Runs) ->
 def test_a_run_on_bad_data_exits_3_with_the_line_and_its_flow_run_is_failed(runs: Runs) -> None:
     assert runs.bad_data.code == 3
     assert "train.jsonl:1: " in runs.bad_data.message()
+    assert runs.bad_data.stderr.count(" wrong-type") == 1
+    ended = r"Task run 'validate data' - Finished in state Failed$"
+    assert re.search(ended, runs.bad_data.stderr, re.M)
     state = runs.flow_run("bad").state
     assert state is not None
     assert state.name == "Failed: data"

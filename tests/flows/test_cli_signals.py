@@ -16,7 +16,7 @@ from flows.process.stop_signals import STOPPING
 from nested_core.storage.checkpoint import latest_checkpoint
 from nested_core.storage.checkpoint_verification import list_checkpoints
 from tests.example import write_config
-from tests.flows.conftest import called, completed, ended, start
+from tests.flows.conftest import completed, ended, start
 from tests.waiting import wait_until
 
 TRAIN = ("train", "-c", "config.yaml", "--run-dir", "run")
@@ -98,13 +98,3 @@ def test_a_signal_while_the_gate_judges_exits_5_and_the_resumed_run_is_judged(tm
     resumed = completed(*TRAIN, "--resume", cwd=tmp_path)
     assert resumed.code in (0, 4), resumed.stderr
     assert (tmp_path / "run" / "gate.json").exists()
-
-
-def test_a_folder_with_a_configuration_of_its_own_is_not_taken_for_a_run(tmp_path: Path) -> None:
-    config = write_config(tmp_path / "config.yaml", iters=4)
-    before = config.read_bytes()
-    refused = called("train", "-c", config, "--run-dir", ".", "--resume", cwd=tmp_path)
-    assert refused.code == 2
-    assert "not a run directory" in refused.message()
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
-    assert config.read_bytes() == before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -141,16 +140,6 @@ def test_a_path_that_only_exists_beside_the_file_is_named(folder: Path) -> None:
     assert done.code == 2
     there = folder / "beside" / "examples"
     assert f"data: {folder / 'examples'} does not exist, but {there} does" in done.message()
-
-
-def test_a_run_directory_that_is_not_empty_is_refused_and_left_alone(nested_tune, tmp_path) -> None:
-    write_config(tmp_path / "config.yaml")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    done = nested_tune("train", "-c", "config.yaml", "--run-dir", "run")
-    assert done.code == 2
-    assert re.search(r"run is not empty.*--resume", done.message())
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
 def test_a_traceback_is_shown_with_debug_alone(nested_tune: Run) -> None:

@@ -17,7 +17,6 @@ COMMANDS = {
     "no tokenizer": (*VALIDATE, "--json", "--no-tokenize"),
     "table": VALIDATE,
     "sound": (*VALIDATE, "--json"),
-    "train": ("train", "-c", "config.yaml", "--run-dir", "run", "--json"),
 }
 
 
@@ -95,11 +94,3 @@ def test_sound_data_are_counted_and_accepted(validated: Validated) -> None:
 @pytest.mark.parametrize("name", ["json", "no tokenizer", "table", "sound"])
 def test_validating_writes_nothing(validated: Validated, name: str) -> None:
     assert validated.after[name] == validated.before[name]
-
-
-def test_training_on_bad_data_is_refused_with_the_lines(validated: Validated) -> None:
-    done, run_dir = validated.ended["train"], validated.folder / "train" / "run"
-    assert done.code == 3
-    for number in BAD:
-        assert f"train.jsonl:{number}: " in done.message()
-    assert not run_dir.exists() or not any(run_dir.iterdir())

@@ -11,7 +11,6 @@ import inspect
 import logging
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -74,30 +73,6 @@ def test_every_import_of_prefect_is_of_a_public_module_or_is_listed_here() -> No
     assert private == set(PRIVATE)
 
 
-@pytest.mark.parametrize("name", sorted(PRIVATE))
-def test_what_is_listed_is_there(name: str) -> None:
-    module, _, attribute = name.rpartition(".")
-    assert hasattr(import_module(module), attribute), PRIVATE[name]
-
-
-def test_assets_become_resources_of_an_event() -> None:
-    from prefect.assets import Asset
-    from prefect.context import AssetContext
-
-    asset = Asset(key="run://a/b")
-    assert AssetContext.asset_as_resource(asset)["prefect.resource.id"] == "run://a/b"
-    assert AssetContext.asset_as_related(asset)["prefect.resource.role"] == "asset"
-    assert AssetContext.related_materialized_by("us")["prefect.resource.id"] == "us"
-
-
-def test_a_run_outside_of_a_flow_has_no_context_and_no_ids() -> None:
-    from prefect.context import FlowRunContext
-    from prefect.utilities.context import get_task_and_flow_run_ids
-
-    assert FlowRunContext.get() is None
-    assert get_task_and_flow_run_ids() == (None, None)
-
-
 def test_logging_that_is_set_up_again_keeps_its_handlers() -> None:
     from prefect.logging.configuration import setup_logging
     from prefect.logging.handlers import PrefectConsoleHandler
@@ -118,15 +93,6 @@ def test_the_words_of_the_engines_that_our_filter_looks_for_are_theirs() -> None
     ):
         source = inspect.getsource(import_module(module))
         assert [each for each in words if each not in source] == [], module
-
-
-def test_the_local_server_is_made_by_these_arguments() -> None:
-    from prefect.server.api.server import create_app
-
-    assert {"ephemeral", "final"} <= inspect.signature(create_app).parameters.keys()
-    from flows.process.local_server import IMPORTED_BY_THE_FIRST_RUN
-
-    assert all(import_module(each) for each in IMPORTED_BY_THE_FIRST_RUN)
 
 
 @pytest.mark.parametrize(
@@ -156,18 +122,3 @@ def test_the_events_that_an_automation_counts_have_the_labels_that_it_matches() 
     source = inspect.getsource(events.flow_run_state_change_event)
     assert '"prefect.run-count": str(flow_run.run_count)' in source
     assert '"prefect.state-type"' in source
-
-
-def parameters_of(function: Any) -> set[str]:
-    return set(inspect.signature(function).parameters)
-
-
-def test_a_form_is_made_from_a_flows_parameters() -> None:
-    from prefect.utilities.callables import parameter_schema
-
-    from flows.rollback import rollback
-
-    assert parameter_schema(rollback).model_dump(exclude_unset=True)["properties"].keys() == {
-        "config"
-    }
-    assert parameters_of(rollback.fn) == {"config"}

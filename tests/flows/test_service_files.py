@@ -56,13 +56,6 @@ def test_systemd_has_nothing_to_say_against_a_unit(unit: str, tmp_path: Path) ->
     assert verify(unit, (FOLDER / "systemd" / unit).read_text(), tmp_path) == ""
 
 
-@needs_systemd
-@pytest.mark.parametrize("unit", UNITS)
-def test_a_misspelt_key_of_a_unit_would_be_found(unit: str, tmp_path: Path) -> None:
-    content = (FOLDER / "systemd" / unit).read_text().replace("Restart=", "Restarts=")
-    assert "'Restarts' in section" in verify(unit, content, tmp_path)
-
-
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_unit_runs_as_its_own_user_and_reads_settings_and_secrets(unit: str) -> None:
     lines = (FOLDER / "systemd" / unit).read_text().splitlines()

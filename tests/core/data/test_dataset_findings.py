@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 
-from nested_core.data.data_settings import DataSettings
-from nested_core.data.dataset_loading import load_dataset
-from nested_core.errors import ConfigError
 from tests.builders.data_sets import (
     GOOD,
     HELD_OUT,
@@ -156,20 +153,6 @@ def test_an_example_cut_before_its_answer_is_an_error(write_data, tokenizer) -> 
     assert errors_in(folder, **settings) == []
 
 
-def test_truncation_is_counted_and_the_worst_line_is_named(write_data, tokenizer) -> None:
-    long = [chat("q", "y" * 100), chat("q", "z" * 150)]
-    folder = write_data(train=[*GOOD, *long], valid=HELD_OUT)
-    report, splits = load(folder, tokenizer, max_seq_length=64)
-    warning = report.warnings[0]
-    assert (warning.line, warning.check) == (6, "truncated")
-    tokens = report.splits["train"].tokens
-    assert tokens is not None
-    assert (tokens.truncated_rows, tokens.max) == (2, 64)
-    assert tokens.lost_tokens == (105 - 64) + (155 - 64)
-    assert f"tokens lost: {tokens.lost_tokens};" in warning.message
-    assert splits["train"].lengths.max() == 64
-
-
 def test_a_template_that_rewrites_the_prompt_cannot_be_masked(write_data: WriteData) -> None:
     rewriting = "{{ messages | length }}" + TEMPLATE
     folder = write_data(train=GOOD, valid=HELD_OUT)
@@ -194,17 +177,6 @@ def test_a_missing_chat_template_is_an_error_for_chats_only(write_data, bare_tok
     assert found == [("train.jsonl", None, "chat-template-missing")]
 
 
-def test_a_template_that_refuses_a_role_names_each_line(write_data: WriteData) -> None:
-    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    system = {"messages": [{"role": "system", "content": "s"}, *GOOD[0]["messages"]]}
-    folder = write_data(train=[*GOOD, system], valid=HELD_OUT)
-    report, splits = load_dataset(DataSettings(str(folder)), build_tokenizer(refusing + TEMPLATE))
-    found = [(finding.line, finding.check, finding.message) for finding in report.errors]
-    reason = "the chat template does not take these turns: TemplateError: no system"
-    assert found == [(5, "chat-template-raised", reason)]
-    assert len(splits["train"]) == 4
-
-
 def test_answers_of_one_token_and_without_an_end_are_told_once_a_file(write_data) -> None:
     endless = TEMPLATE.replace("<|end|>{% endfor %}", "{% endfor %}")
     folder = write_data(train=[chat(str(n), "x") for n in range(4)], valid=HELD_OUT)
@@ -214,11 +186,6 @@ def test_answers_of_one_token_and_without_an_end_are_told_once_a_file(write_data
         ("train.jsonl", 1, "no-end-of-sequence"),
         ("valid.jsonl", 1, "no-end-of-sequence"),
     ]
-
-
-def test_a_folder_that_does_not_exist_is_a_configuration_error() -> None:
-    with pytest.raises(ConfigError, match="'nowhere/at/all' is not a folder"):
-        load(Path("nowhere/at/all"))
 
 
 def test_few_held_out_rows_and_answers_that_are_all_the_same_are_said(write_data) -> None:

@@ -65,33 +65,6 @@ def test_the_hint_names_only_what_is_configured_otherwise() -> None:
     assert message.endswith("; set prompt_feature: prompt")
 
 
-UNREAD: dict[str, tuple[dict[str, Any], str]] = {
-    "input beside a configured instruction": (
-        {"instruction": "Add.", "input": "1 and 1", "output": "2"},
-        "input",
-    ),
-    "a history and a system prompt": (
-        {"instruction": "Yes.", "output": "2", "history": [["Add 1.", "1?"]], "system": "Count."},
-        "history and system",
-    ),
-    "a system prompt beside a chat": (
-        {"system": "Count.", "messages": [{"role": "user", "content": "a"}]},
-        "system",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", UNREAD)
-def test_a_filled_field_of_the_conversation_that_nothing_reads_is_refused(name: str) -> None:
-    row, unread = UNREAD[name]
-    names = FieldNames(prompt="instruction", completion="output")
-    judged = parse_line_to_row(json.dumps(row).encode(), names)
-    assert judged.check == "unread-field"
-    assert str(judged.message).startswith(f"training would leave out what stands in {unread}; ")
-    assert f"drop_fields: [{unread.replace(' and', ',')}] leaves it out" in str(judged.message)
-    assert judged.content is None  # so that it leaks into no other split either
-
-
 @pytest.mark.parametrize(
     "row",
     [

@@ -16,7 +16,6 @@ import pytest
 
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.sources import file_formats
 from nested_core.errors import ConfigError
 from nested_core.records.dataset import DatasetReport
 
@@ -103,12 +102,6 @@ def test_two_files_for_one_split_are_refused_by_name(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.csv", TEXTS)
     with pytest.raises(ConfigError, match=re.escape("holds train.jsonl and train.csv")):
         judge(tmp_path)
-
-
-def test_a_file_that_is_no_data_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "train.txt").touch()
-    with pytest.raises(ConfigError, match="is not a folder"):
-        judge(tmp_path / "train.txt")
 
 
 BAD_ROWS: dict[str, tuple[str, bytes, list[Found]]] = {
@@ -308,27 +301,6 @@ def test_damage_is_named_with_its_place(name: str, tmp_path: Path) -> None:
     counted = report.splits["train"]
     assert finding.line == (expected[1] or counted.lines)
     assert counted.rows + counted.blank + counted.rejected == counted.lines
-
-
-def test_a_gzip_bomb_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_formats, "_BYTES_ALWAYS_ALLOWED", 1000)
-    line = b'{"text": "' + b"a" * 10_000 + b'"}\n'
-    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(line * 3000))
-    report = judge(tmp_path, batch_size=1)
-    assert [found.check for found in report.errors] == ["damaged-file"]
-    assert "unpacks to more than 200 times its size" in report.errors[0].message
-    assert report.splits["train"].lines < 3000
-
-
-def test_a_line_without_an_end_is_cut_short(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(file_formats, "MAX_LINE_BYTES", 5000)
-    content = b'{"text": "one"}\n' + b"a" * 9000
-    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(content))
-    finding = judge(tmp_path, batch_size=1).errors[0]
-    assert (finding.line, finding.check) == (2, "damaged-file")
-    assert finding.message.startswith("the line is longer than 5,000 bytes")
 
 
 def test_tokens_come_from_any_format_with_the_numbers_of_its_file(

@@ -80,20 +80,6 @@ def test_a_reader_that_is_killed_is_one_error_and_leaves_nothing(
     assert list(private.iterdir()) == []
 
 
-def test_the_digest_is_over_the_examples_row_by_row(write_data: WriteData) -> None:
-    """A change of it makes every run that was validated before start anew."""
-    folder = write_data(train=[*GOOD, b"{bad", b""])
-    found = read_tables({"train": SplitFile("train.jsonl", folder / "train.jsonl")}, FieldNames())
-    spaced = write_data(
-        train=[b"", *[json.dumps(row, indent=None).encode() + b"  " for row in GOOD]]
-    )
-    again = read_tables({"train": SplitFile("train.jsonl", spaced / "train.jsonl")}, FieldNames())
-    assert found["train"].digest == again["train"].digest
-    other = write_data(train=[*GOOD[1:], GOOD[0]])
-    moved = read_tables({"train": SplitFile("train.jsonl", other / "train.jsonl")}, FieldNames())
-    assert moved["train"].digest != found["train"].digest
-
-
 def test_progress_is_told_in_bytes(write_data: WriteData, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_data(train=GOOD, valid=HELD_OUT)
     monkeypatch.setattr(split_table, "RANGE_BYTES", 100)

@@ -83,21 +83,6 @@ def test_how_many_of_four_updates_arrive_by_each_way_of_writing_them(write, arri
     )
 
 
-def test_the_joined_path_writes_every_old_value_over_itself() -> None:
-    model = Model()
-    before = flatten(model)
-    joined_path(model, {name: old + 1 for name, old in before.items()})
-    assert all(leaf is before[name] for name, leaf in flatten(model).items())
-
-
-def test_tree_map_with_path_rebuilds_lists_and_passes_dotted_strings() -> None:
-    paths = tree_map_with_path(lambda path, _: path, Model().parameters())
-    assert isinstance(paths["layers"], list)
-    assert [layer[name] for layer in paths["layers"] for name in ("lora_a", "lora_b")] == [
-        f"layers.{index}.lora_{side}" for index in (0, 1) for side in "ab"
-    ]
-
-
 def test_one_update_leaves_the_other_parameters_alone() -> None:
     for write in (unflattened, apply_flat_updates_to_nested):
         model = Model()
@@ -110,13 +95,6 @@ def test_one_update_leaves_the_other_parameters_alone() -> None:
 def test_the_joined_name_is_an_error_for_us() -> None:
     with pytest.raises(UpdateNotApplied, match="the tree has no such name"):
         apply_flat_updates_to_nested(Model(), {".".join("layers.0.lora_a"): mx.zeros((4, 2))})
-
-
-def test_gradients_are_a_tree_whose_top_level_names_no_parameter() -> None:
-    model = nn.Sequential(nn.Linear(2, 2))
-    _, gradients = nn.value_and_grad(model, lambda x: model(x).sum())(mx.ones((1, 2)))
-    assert list(gradients) == ["layers"]
-    assert set(flatten(gradients)) == {"layers.0.weight", "layers.0.bias"}
 
 
 def test_every_code_block_of_the_page_prints_what_stands_below_it() -> None:

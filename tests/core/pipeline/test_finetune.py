@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-import nested_core
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DatasetError, GateRejected
 from nested_core.pipeline import steps
@@ -21,6 +20,7 @@ from nested_core.pipeline.finetune import finetune
 from nested_core.pipeline.hooks import Steps
 from nested_core.registry import read_champion
 from nested_core.storage.run_directory import RunDirectory, open_run
+from tests.core.pipeline.test_device_lock import HOLD
 from tests.example import DATA, example_config
 
 
@@ -98,22 +98,6 @@ def test_a_rejected_adapter_is_not_registered(tmp_path: Path) -> None:
         finetune(config, open_run(tmp_path / "run"), hooks)
     assert hooks.called[-1] == "judge"
     assert not (tmp_path / "registry").exists()
-
-
-def test_the_public_names_run_it(tmp_path: Path) -> None:
-    assert nested_core.finetune is finetune
-    assert nested_core.open_run is open_run
-    assert {"Steps", "FinetuneResult", "finetune", "open_run", "prepare"} <= {*nested_core.__all__}
-    assert nested_core.Hooks is nested_core.Steps
-
-
-HOLD = (
-    "import time\n"
-    "from nested_core.pipeline.device_lock import locking_devices\n"
-    "with locking_devices():\n"
-    "    print('held', flush=True)\n"
-    "    time.sleep(60)\n"
-)
 
 
 def run_while_the_device_is_held(step: Callable[[Callable[[str], None]], object]) -> list[str]:

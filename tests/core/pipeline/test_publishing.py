@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from nested_core import ConfigError, DamagedError, FineTuneConfig, GateRejected, read_adapter
+from nested_core import ConfigError, DamagedError, FineTuneConfig, read_adapter
 from nested_core.pipeline import publishing
 from nested_core.pipeline.continual import champion_or_none
 from nested_core.pipeline.publishing import (
@@ -30,7 +30,6 @@ from nested_core.registry import (
     garbage_collection,
     list_versions,
     promote,
-    read_champion,
     registration,
 )
 from nested_core.registry.promotion_policy import (
@@ -170,34 +169,12 @@ class TestRegister:
             == 2.0 + 5.0
         )
 
-    def test_a_first_version_has_no_parent(self, make_run: MakeRun, configure: Configure) -> None:
-        run = make_run(1.0)
-        recorded = make_provenance(configure(), run, read_passed_run(run.path), None)
-        assert recorded["parent"] is None
-
-    def test_a_rejected_run_is_not_registered(
-        self, make_run: MakeRun, configure: Configure, tmp_path: Path
-    ) -> None:
-        with pytest.raises(GateRejected):
-            register_run(configure(), make_run(1.0, verdict="failed"), None)
-        assert not (tmp_path / "registry").exists()
-
     def test_without_a_registry_it_says_what_is_needed(self, make_run: MakeRun) -> None:
         with pytest.raises(ConfigError, match="registry: path and name are needed to register"):
             register_run(FineTuneConfig(), make_run(1.0), None)
 
 
 class TestPolicy:
-    def test_never_promotes_nothing(self, make_run: MakeRun, publish: Any, tmp_path: Path) -> None:
-        assert outcome(publish(make_run(1.0))) == "registry.promote is never"
-        assert champion_or_none(tmp_path / "registry", NAME) is None
-
-    def test_always_promotes(self, make_run: MakeRun, publish: Any, tmp_path: Path) -> None:
-        run = make_run(1.0)
-        version = read_adapter(run.adapter).digest()
-        assert publish(run, promote="always") == Decision("promoted", version, None)
-        assert read_champion(tmp_path / "registry", NAME) == version
-
     def test_always_does_not_ask_whether_it_is_better(
         self, make_run: MakeRun, publish: Any
     ) -> None:
@@ -240,9 +217,6 @@ class TestPolicy:
         else:
             assert result.startswith("there is no validation loss to compare with that of the")
 
-    def test_better_promotes_the_first(self, make_run: MakeRun, publish: Any) -> None:
-        assert outcome(publish(make_run(1.0), promote="better")) == "promoted"
-
     @pytest.mark.parametrize(
         ("difference", "interval", "corrected", "expected"),
         [
@@ -278,13 +252,6 @@ class TestPolicy:
         assert expected in outcome(publish(run, promote="better"))
         assert outcome(publish(run, promote="always")) in ("promoted", "already_champion")
 
-    def test_a_champion_that_the_gate_did_not_judge_is_not_compared(
-        self, make_run: MakeRun, publish: Any
-    ) -> None:
-        publish(make_run(1.0, loss=1.0), promote="better")
-        result = publish(make_run(2.0, loss=0.5, data="d2"), promote="better")
-        assert "the gate did not judge the champion" in outcome(result)
-
     @pytest.mark.parametrize(
         ("record", "noise", "improvement", "expected"),
         [
@@ -318,31 +285,6 @@ class TestPolicy:
         gate |= {"champion": compared | record, "thresholds": {"noise": noise}}
         write_gate(run.path, gate, judged_files(run.path))
         assert expected in outcome(publish(run, **policy))
-
-    def test_a_champion_that_changed_meanwhile_supersedes(
-        self, make_run: MakeRun, configure: Configure, publish: Any, tmp_path: Path
-    ) -> None:
-        config, late = configure(promote="always"), make_run(2.0)
-        version = register_run(config, late, None)
-        publish(make_run(1.0), promote="always")
-        champion = read_champion(tmp_path / "registry", NAME)
-        result = promote_by_policy(config.registry, version, None)
-        assert result == Decision("superseded", version, champion)
-        assert read_champion(tmp_path / "registry", NAME) == champion
-
-    def test_the_same_adapter_again_is_the_champion_already(
-        self, make_run: MakeRun, publish: Any
-    ) -> None:
-        run = make_run(1.0)
-        publish(run, promote="always")
-        assert outcome(publish(run, promote="always")) == "already_champion"
-
-    def test_approve_leaves_it_to_a_person(self, make_run: MakeRun, publish: Any) -> None:
-        run = make_run(1.0)
-        version = read_adapter(run.adapter).digest()
-        assert outcome(publish(run, promote="approve")) == (
-            f"waiting for approval of {version[:12]}: registry.promote is approve"
-        )
 
     def test_a_champion_that_was_changed_is_compared_with_no_more(
         self, make_run: MakeRun, publish: Any, tmp_path: Path
@@ -423,13 +365,6 @@ class TestPromotionByAPerson:
         path.write_text("{")
         done = by_hand(make_run(2.0, loss=5.0))
         assert warning(tmp_path / "registry", done) is None
-
-    def test_better_refuses_what_a_person_promotes_unjudged(
-        self, make_run: MakeRun, by_hand: Any, publish: Any
-    ) -> None:
-        by_hand(make_run(1.0, loss=3.458))
-        refused = publish(make_run(2.0, loss=4.075), promote="better")
-        assert "the gate did not judge the champion" in outcome(refused)
 
     def test_a_gc_that_keeps_nothing_comes_before_or_after_and_never_between(
         self,

@@ -15,11 +15,9 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm import generate, load
 
-from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.registry import read_verified_version, rollback
 from nested_core.registry.history_views import NameFolder
 from nested_core.serve import champion_follower
-from nested_core.storage.adapter import Adapter
 from tests.core.serve.versions import (
     NAME,
     QUESTION,
@@ -247,29 +245,6 @@ def promote_damaged(promote: Promote, registry: Path) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NameFolder, "_move_link", damage_and_move)
         return promote(2)
-
-
-def test_a_tensor_that_is_not_swapped_is_seen_in_the_answers(
-    promote: Promote,
-    runs: dict[int, Path],
-    base: Path,
-    registry: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The comparison with mlx_lm that other tests here make finds one tensor left out."""
-
-    def leave_one_out(model: Any, adapter: Adapter) -> Any:
-        fresh = attach_stored_adapter(model, adapter)
-        adapter.tensors.pop(next(name for name in adapter.tensors if "lora_b" in name))
-        return fresh
-
-    monkeypatch.setattr("nested_core.serve.served_version.attach_stored_adapter", leave_one_out)
-    monkeypatch.setattr(
-        "nested_core.serve.served_version.require_version_in_layers", lambda *_: None
-    )
-    promote(3)  # which has no canary
-    with serving(settings(registry, "--name", NAME)) as client:
-        assert client.chat().text.strip() != expected(base, runs[3])
 
 
 @pytest.mark.slow("asks a server from several threads")
