@@ -103,6 +103,7 @@ def build_parser() -> _Parser:
             deployment,
             doctor,
             evaluation,
+            export,
             inspection,
             peft,
             registry,
@@ -125,7 +126,7 @@ def build_parser() -> _Parser:
     parser.summaries = commands.summaries
     running = (demo, training, configuration)
     looking = (inspection, reports, evaluation, chat, serving)
-    keeping = (registry, peft, deployment, doctor)
+    keeping = (registry, export, peft, deployment, doctor)
     for module in (*running, *looking, *keeping):
         module.add_commands(commands)
     for name, command in commands.parsers.items():

@@ -98,6 +98,15 @@ def answer_prompts(
     return [answer.finish() for answer in unfinished]
 
 
+def read_answer(tokenizer: Any, tokens: Sequence[int], sampling: Sampling) -> Answer:
+    """The answer that these tokens are, up to the first stop; its end is not among them."""
+    answer = _UnfinishedAnswer([], sampling.max_tokens, sampling.stop, tokenizer.detokenizer)
+    for token in tokens:
+        answer.add(token)
+    answer.is_endless = len(tokens) >= sampling.max_tokens
+    return answer.finish()
+
+
 def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
     """The tokens of a chat up to where an answer begins, as mlx_lm.generate encodes a prompt.
 

@@ -152,7 +152,7 @@ class EncodedSuite:
     def _answer_by_choice(self, model: nn.Module) -> tuple[Answer, ...]:
         likelihoods = self.log_likelihoods(model)
         chosen = [
-            _likeliest_choice(question.choices, sums)
+            choose_likeliest(question.choices, sums)
             for question, sums in zip(self.suite.questions, likelihoods, strict=True)
         ]
         return tuple(Answer(text, 0, is_endless=False, is_repeated=False) for text in chosen)
@@ -251,7 +251,7 @@ def _sum_log_probabilities(
     return mx.stack(sums).tolist(), int(logits.shape[-1])  # type: ignore[return-value]
 
 
-def _likeliest_choice(choices: Sequence[str], sums: Sequence[float]) -> str:
+def choose_likeliest(choices: Sequence[str], sums: Sequence[float]) -> str:
     """The choice with the largest sum; empty where two share it or a sum is not a number."""
     best = max(sums)
     if not np.isfinite(best) or np.isnan(sums).any() or list(sums).count(best) > 1:

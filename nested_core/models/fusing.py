@@ -1,0 +1,87 @@
+"""A base with an adapter fused into its weights, and the folder that mlx_lm loads it from.
+
+Each module is fused by mlx_lm's own `fuse`, as mlx_lm.fuse does. The tokenizer's files are copied
+as they are: transformers writes others than it read.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from nested_core.errors import ConfigError
+from nested_core.models.lora_attachment import attach_stored_adapter
+from nested_core.storage.adapter import Adapter
+
+TOKENIZER_FILES = (
+    *("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.txt", "*.tiktoken"),
+    "*.py",
+)
+WRITTEN_FILES = ("config.json", "model.safetensors.index.json")
+QUANTIZATION_KEYS = ("quantization", "quantization_config")
+
+
+def load_fused(
+    base: Path,
+    adapter: Adapter,
+    *,
+    dequantize: bool,
+    dtype: mx.Dtype | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """The base in this folder with the adapter fused in, its tokenizer and its config.json.
+
+    A quantized base is quantized again after fusing, or with `dequantize` stays as it was fused.
+    `dtype` is what is fused in; None is the base's own. Arrays are computed when they are used.
+    Raises ConfigError where the base cannot be loaded or the adapter does not fit it.
+    """
+    from mlx_lm import load
+    from mlx_lm.utils import dequantize_model
+
+    try:
+        loaded: Any = load(
+            str(base),
+            tokenizer_config={"trust_remote_code": trust_remote_code},
+            trust_remote_code=trust_remote_code,
+            lazy=True,
+            return_config=True,
+        )
+    except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
+        raise ConfigError(f"model: {base} could not be loaded: {error}") from error
+    model, tokenizer, config = loaded
+    if dtype is not None:
+        model.set_dtype(dtype)
+    attach_stored_adapter(model, adapter)
+    tensors = [(name, tensor.to_mlx()) for name, tensor in adapter.tensors.items()]
+    model.load_weights(tensors, strict=False)
+    modules: Any = model.named_modules()
+    fused = [
+        (name, module.fuse(dequantize=dequantize))
+        for name, module in modules
+        if hasattr(module, "fuse")
+    ]
+    if fused:
+        model.update_modules(tree_unflatten(fused))
+    if dequantize:
+        model = dequantize_model(model)
+        config = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    return model, tokenizer, config
+
+
+def write_model_folder(folder: Path, base: Path, model: nn.Module, config: dict[str, Any]) -> None:
+    """Write a model into a folder, with the tokenizer, the template and the code of its base."""
+    from mlx_lm.utils import save_config, save_model
+
+    save_model(folder, model)
+    save_config(dict(config), folder / "config.json")
+    for pattern in TOKENIZER_FILES:
+        for file in sorted(base.glob(pattern)):
+            target = folder / file.relative_to(base)
+            if target.name not in WRITTEN_FILES and file.is_file():
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)

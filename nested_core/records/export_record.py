@@ -1,0 +1,175 @@
+"""export.json: what an exported model was made of, and what a fresh process read of it.
+
+It lies in an exported folder, and beside a GGUF under the file's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from nested_core.errors import DamagedError
+from nested_core.storage.atomic import write_json
+from nested_core.storage.untrusted_files import file_type, read_json
+from nested_core.text.loss_format import format_loss
+
+RECORD_NAME = "export.json"
+CARD_NAME = "README.md"
+MAX_RECORD_BYTES = 2**20
+WeightFormat = Literal["float32", "bfloat16", "float16", "quantized", "f16", "q8_0"]
+Quantized = Literal["kept", "dequantized"]
+
+
+@dataclass(frozen=True)
+class LogitComparison:
+    """How near an export's logits are to those with the adapter.
+
+    distance: norm of the difference, relative to the norm of the adapter's logits about their mean.
+    carried: the share of the adapter's change of the logits that the export has: 1 all, 0 none.
+    prompts: how many were compared, each after its last token.
+    """
+
+    distance: float
+    carried: float
+    bound: float
+    prompts: int
+
+
+@dataclass(frozen=True)
+class KeptGain:
+    """How much of an adapter's gain on held-out rows an export keeps.
+
+    base, adapter, exported: mean losses in nats a supervised token.
+    share: of base minus adapter; None where the adapter gained nothing that can be told from noise.
+    low: the lower end of its 95 % interval; equal to `share` with too few rows for one.
+    needed: what `low` must not be below.
+    """
+
+    file: str
+    rows: int
+    base: float
+    adapter: float
+    exported: float
+    share: float | None
+    low: float | None
+    needed: float
+
+
+@dataclass(frozen=True)
+class SuiteCount:
+    """How many questions of a suite were answered right, and whether fewer beyond chance."""
+
+    suite: str
+    questions: int
+    adapter: float
+    exported: float
+    is_worse: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRecord:
+    """The content of the file.
+
+    artefact: "folder" or "gguf"; files has its files with their SHA-256.
+    weights: the format of its matrices.
+    quantized_base: what became of a quantized base; None where it was not.
+    source: the adapter as it was named; `version` is its digest, the version's of a registry.
+    tokenizer, chat_template: SHA-256 of either; None without a template.
+    reader: what read the artefact; `notes` is what to know, such as that llama.cpp did not.
+    problems: why it does not stand; empty where it does.
+    """
+
+    artefact: Literal["folder", "gguf"]
+    weights: WeightFormat
+    quantized_base: Quantized | None
+    files: dict[str, str]
+    source: str
+    version: str
+    base: str
+    base_fingerprint: str
+    tokenizer: str
+    chat_template: str | None
+    reader: str
+    texts: int
+    logits: LogitComparison
+    gain: KeptGain | None
+    suites: tuple[SuiteCount, ...]
+    notes: tuple[str, ...]
+    problems: tuple[str, ...]
+    packages: dict[str, str]
+
+    @property
+    def stands(self) -> bool:
+        """Whether the artefact does what the adapter does."""
+        return not self.problems
+
+    def describe(self) -> str:
+        """The figures in a line: `kept 98 % of the gain: loss 0.61 (adapter 0.60, base 1.94)`."""
+        parts = []
+        gain = self.gain
+        if gain is not None:
+            losses = (
+                f"loss {format_loss(gain.exported)} (adapter {format_loss(gain.adapter)}, base "
+                f"{format_loss(gain.base)})"
+            )
+            kept = "no gain to keep" if gain.share is None else f"kept {gain.share:.0%} of the gain"
+            parts.append(f"{kept.replace('%', ' %')}: {losses}")
+        else:
+            parts.append(f"logits within {self.logits.distance:.2g} of the adapter's")
+        parts += [
+            f"{suite.exported:.4g} of {suite.questions} questions ({suite.adapter:.4g})"
+            for suite in self.suites
+        ]
+        return ", ".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as the file and `export --json` have them."""
+        verdict = "stands" if self.stands else "refused"
+        return {"verdict": verdict, "summary": self.describe()} | asdict(self)
+
+
+def digest_template(template: str) -> str:
+    """SHA-256 of a chat template."""
+    return hashlib.sha256(template.encode()).hexdigest()
+
+
+_VALIDATOR = TypeAdapter(ExportRecord)
+
+
+def record_place(artefact: Path) -> Path:
+    """Where the record of an exported folder or GGUF lies."""
+    if artefact.is_dir():
+        return artefact / RECORD_NAME
+    return artefact.with_name(f"{artefact.stem}.{RECORD_NAME}")
+
+
+def card_place(artefact: Path) -> Path:
+    """Where the card of an exported folder or GGUF lies."""
+    return artefact / CARD_NAME if artefact.is_dir() else artefact.with_suffix(".md")
+
+
+def write_export_record(place: Path, record: ExportRecord) -> None:
+    """Write the record to a new file."""
+    write_json(place, record.to_json())
+
+
+def read_export_record(artefact: Path) -> ExportRecord | None:
+    """The record of an exported folder or GGUF; None where there is none.
+
+    Raises DamagedError for a file that is none.
+    """
+    place = record_place(artefact)
+    if file_type(place) == "missing":
+        return None
+    values = read_json(place, MAX_RECORD_BYTES)
+    try:
+        known = {
+            key: value for key, value in dict(values).items() if key not in ("verdict", "summary")
+        }
+        return _VALIDATOR.validate_python(known)
+    except (ValidationError, TypeError, ValueError) as error:
+        raise DamagedError(f"{place} is no record of an export: {error}.") from error
