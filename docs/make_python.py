@@ -36,6 +36,7 @@ ROOMS = {
     ),
     "Looking at runs": ("read_report", "RunReport", "compare_runs", "RunComparison"),
     "Judging without training": ("evaluate", "Evaluation"),
+    "Taking a model elsewhere": ("export", "Export"),
     "Adapters": ("read_adapter", "Adapter"),
     "Optimizers with tiers": (
         *("Tiered", "NestedAdam", "NestedAdamW", "Tier", "TierStats"),

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from nested_core.optim.tier_counters import Tier, TierStats
     from nested_core.optim.tiered import NestedAdam, NestedAdamW, Tiered
     from nested_core.pipeline.evaluation import evaluate
+    from nested_core.pipeline.export import Export, export
     from nested_core.pipeline.finetune import FinetuneResult, finetune
     from nested_core.pipeline.hooks import Hooks, Steps
     from nested_core.report.comparison import RunComparison, compare_runs
@@ -49,6 +50,7 @@ __all__ = [
     "DamagedError",
     "DatasetError",
     "Evaluation",
+    "Export",
     "FineTuneConfig",
     "FinetuneResult",
     "GateRejected",
@@ -72,6 +74,7 @@ __all__ = [
     "assign_tiers",
     "compare_runs",
     "evaluate",
+    "export",
     "finetune",
     "load_config",
     "open_run",
@@ -91,6 +94,7 @@ _PUBLIC_NAMES_BY_MODULE = {
     "optim.named_updates": ("UpdateReport", "apply_flat_updates_to_nested", "verify_updates"),
     "optim.tier_assignment": ("TierMap", "assign_tiers"),
     "pipeline.evaluation": ("evaluate",),
+    "pipeline.export": ("Export", "export"),
     "pipeline.finetune": ("FinetuneResult", "finetune"),
     "pipeline.hooks": ("Hooks", "Steps"),
     "report.comparison": ("RunComparison", "compare_runs"),

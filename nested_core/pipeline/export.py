@@ -26,9 +26,9 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import TaskSection
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.errors import ConfigError, DatasetError, GateRejected, shorten
-from nested_core.export.fresh_reading import Reading, has_llama_cpp, read_in_fresh_process
-from nested_core.export.judgement import judge_reading
-from nested_core.export.reference import HeldOutRows, Reference, choose_rows, measure_reference
+from nested_core.exported.fresh_reading import Reading, has_llama_cpp, read_in_fresh_process
+from nested_core.exported.judgement import judge_reading
+from nested_core.exported.reference import HeldOutRows, Reference, choose_rows, measure_reference
 from nested_core.gate.losses.champion_adapter import shape_like_adapter
 from nested_core.gate.losses.held_out_loss import LoadedBase, read_held_out_examples
 from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprint_reasons

@@ -13,7 +13,7 @@ import numpy as np
 
 from nested_core import backend
 from nested_core.errors import NestedTuneError, shorten
-from nested_core.export.reference import Reference
+from nested_core.exported.reference import Reference
 from nested_core.gate.proof.fresh_process_check import Rows
 from nested_core.process.child import Child
 from nested_core.records.losses import Vector

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nested_core.export.fresh_reading import Reading, SuiteReading
-from nested_core.export.reference import HeldOutRows, Reference
+from nested_core.exported.fresh_reading import Reading, SuiteReading
+from nested_core.exported.reference import HeldOutRows, Reference
 from nested_core.gate.answers.answer_bounds import ScoreChange, find_worse
 from nested_core.gate.answers.suite_answers import EncodedSuite, choose_likeliest
 from nested_core.gate.proof.fresh_process_check import Rows, relative_distance
