@@ -164,7 +164,7 @@ def make_base(corpus: Path, name: str, seconds: float, out: Path) -> None:
         return value, optimizer.apply_gradients(gradients, parameters)
 
     text, random = np.load(corpus / "tokens.npy"), np.random.default_rng(SEED)
-    began, step = time.monotonic(), 0
+    began, step, value = time.monotonic(), 0, mx.array(math.nan)
     while (elapsed := time.monotonic() - began) < seconds:
         optimizer.learning_rate = mx.array(rate_at(elapsed / seconds))
         starts = random.integers(0, len(text) - LENGTH - 1, ROWS)[:, None]
