@@ -49,6 +49,11 @@ def add_commands(commands: Any) -> None:
         help="fields of the rows that are left out on purpose, though they hold text",
     )
     init.add_argument(
+        "--resume-adapter-file",
+        metavar="FILE",
+        help="go on from this adapters.safetensors, in its shape and at a lower learning rate",
+    )
+    init.add_argument(
         *("-o", "--output"), type=Path, metavar="FILE", help="default: standard output"
     )
     explain = commands.add(
@@ -74,8 +79,9 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
     split = None if arguments.split is None else _split_place(data)
     written = "" if split is None else _write_split(data, arguments.split, split)
     try:
-        dropped = arguments.drop_fields
-        suggested = suggest_config(arguments.model, data if split is None else str(split), dropped)
+        dropped, adapter = arguments.drop_fields, arguments.resume_adapter_file
+        used = data if split is None else str(split)
+        suggested = suggest_config(arguments.model, used, dropped, adapter)
         text = suggested.text
         if target is not None:
             write_bytes(target, text.encode())
@@ -83,7 +89,7 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
         if split is not None:
             shutil.rmtree(split)
             if isinstance(error, DatasetError):  # name its lines in the files that stay
-                suggest_config(arguments.model, data, dropped)
+                suggest_config(arguments.model, data, dropped, adapter)
         raise
     if written:
         print_progress(written)

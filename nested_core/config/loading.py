@@ -182,6 +182,7 @@ def load_config(
     source = str(path) if path is not None else "the command line"
     values = lay_over(values, flags)
     _let_iters_flag_override_epochs(values, flags)
+    _let_scale_and_alpha_flags_override_each_other(values, flags)
     known = {key: value for key, value in values.items() if value is not None}
     given_by_flag = [name for name, value in flags.items() if value is not None]
     replaced = tuple(f"{name}." for name in given_by_flag)
@@ -210,6 +211,18 @@ def _let_iters_flag_override_epochs(values: dict[str, Any], flags: Mapping[str, 
     is_asked = flags.get("iters") is not None and flags.get("training.epochs") is None
     if is_asked and isinstance(section, dict):
         section.pop("epochs", None)
+
+
+def _let_scale_and_alpha_flags_override_each_other(
+    values: dict[str, Any], flags: Mapping[str, Any]
+) -> None:
+    """They say the same thing: a flag for one wins over the other in the file."""
+    section = values.get("lora_parameters")
+    if isinstance(section, dict):
+        for name, other in (("scale", "alpha"), ("alpha", "scale")):
+            given = (flags.get(f"lora_parameters.{key}") is not None for key in (name, other))
+            if tuple(given) == (True, False):
+                section.pop(other, None)
 
 
 def parse_config(

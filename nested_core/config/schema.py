@@ -14,7 +14,6 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeInt,
-    PlainSerializer,
     PositiveFloat,
     PositiveInt,
     StringConstraints,
@@ -33,6 +32,7 @@ from nested_core.config.sections import (
     LoraParameters,
     Names,
     NestedSection,
+    NumberOrShare,
     RegistrySection,
     TrainingSection,
     optimizer_problems,
@@ -45,22 +45,7 @@ SamplePrompt = Annotated[str, StringConstraints(min_length=1, max_length=10_000)
 Optimizer = Annotated[str, AfterValidator(parse_optimizer_name)]
 
 
-def _parse_interval(value: float) -> float:
-    """A whole number of iterations, as an int, or a share of the run below 1."""
-    if value < 1:
-        return value
-    if not value.is_integer():
-        raise ValueError(
-            f"a whole number of iterations, or a share of the run below 1, such as 0.1; "
-            f"found {value:g}"
-        )
-    return int(value)
-
-
-# As an int it is a number of iterations, as a float a share of the run.
-Interval = Annotated[
-    float, Field(gt=0, lt=2**31), AfterValidator(_parse_interval), PlainSerializer(lambda it: it)
-]
+Interval = Annotated[NumberOrShare, Field(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -239,6 +224,8 @@ class FineTuneConfig(_RootSection):
         schedule = self.lr_schedule
         if schedule is not None and schedule.warmup and self.training.warmup_steps:
             yield "training.warmup_steps and lr_schedule.warmup: give only one of them"
+        if schedule is not None and self.training.decay is not None:
+            yield "training.decay and lr_schedule: give only one of them"
         yield from optimizer_problems(self.optimizer, self.optimizer_config, self.nested)
         if self.gate.check_fused and self.fine_tune_type == "full":
             yield "gate.check_fused: a full fine-tune has no adapter to fuse"

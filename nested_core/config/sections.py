@@ -13,20 +13,39 @@ from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    PlainSerializer,
     PositiveFloat,
     PositiveInt,
     model_validator,
 )
 
 from nested_core.config.names import NAME_PATTERN, why_invalid_adapter_name
-from nested_core.config.section_base import Section, key, lay_out_form
+from nested_core.config.section_base import Section, key
 
 Processes = Annotated[PositiveInt, Field(le=64)]
+
+
+def parse_interval(value: float) -> float:
+    """A whole number of iterations, as an int, or a share of the run between 0 and 1."""
+    if 0 < value < 1:
+        return value
+    if not value.is_integer():
+        raise ValueError(
+            f"a whole number of iterations, or a share of the run below 1, such as 0.1; "
+            f"found {value:g}"
+        )
+    return int(value)
+
+
+# As an int it is a number of them, as a float a share of the run.
+NumberOrShare = Annotated[
+    float, Field(ge=0, lt=2**31), AfterValidator(parse_interval), PlainSerializer(lambda it: it)
+]
 
 # What a reference run may set here: none of it changes what mlx_lm.lora computes.
 KEYS_ALLOWED_IN_REFERENCE_RUN = frozenset(
@@ -48,7 +67,12 @@ class TrainingSection(Section):
     """How the training loop runs, beyond what mlx-lm knows."""
 
     max_grad_norm: NonNegativeFloat = key(0.0, "gradients are clipped to this norm; 0 is off")
-    warmup_steps: NonNegativeInt = key(0, "optimizer steps until the full learning rate")
+    warmup_steps: NumberOrShare = key(
+        0, "optimizer steps until the full learning rate, or below 1 a share of the run's"
+    )
+    decay: Literal["cosine"] | None = key(
+        None, "cosine: the learning rate falls to a tenth by the last step; null: it stays"
+    )
     epochs: PositiveFloat | None = key(
         None, "passes over the data, in place of iters; a flag --iters wins over a file's epochs"
     )
@@ -142,27 +166,19 @@ Dropout = Annotated[float, Field(ge=0, lt=1)]
 Modules = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
-def _add_alpha_to_schema(schema: dict[str, Any]) -> None:
-    """Forms that are made from the schema (Prefect's) take alpha too."""
-    described = "scale times rank, as PEFT has it; in place of scale"
-    schema["properties"]["alpha"] = {"title": "Alpha", "type": "number", "description": described}
-    lay_out_form(schema)
-
-
 class LoraParameters(Section):
     """The low-rank matrices: their rank, the factor on their product, where they go (`keys`).
 
-    `alpha` may be given in place of `scale`, and is kept as the scale that it means: alpha / rank
-    (peft/tuners/lora/layer.py). The attribute is not called `keys`, or dict() would take the
-    section for a mapping.
+    `alpha` may be given in place of `scale`, and becomes the scale that it means: alpha / rank
+    (peft/tuners/lora/layer.py); the attribute is None then, and is written nowhere. The attribute
+    of `keys` is not called so, or dict() would take the section for a mapping.
     """
-
-    model_config = ConfigDict(json_schema_extra=_add_alpha_to_schema)
 
     rank: PositiveInt = key(DEFAULT_RANK, "inner dimension of the two factors")
     dropout: Dropout = key(0.0, "share of the inputs left out in training")
-    scale: PositiveFloat = key(
-        20.0, "factor on the product of the two matrices; or give alpha, which is scale times rank"
+    scale: PositiveFloat = key(20.0, "factor on the product of the two matrices")
+    alpha: PositiveFloat | None = key(
+        None, "in place of scale, which is alpha / rank then, as in PEFT", exclude=True
     )
     modules: Modules | None = key(
         None, "names of the modules that get an adapter; null: all linear ones", alias="keys"

@@ -1,7 +1,8 @@
-"""The learning rate of a run: a number or mlx-lm's lr_schedule, with an optional linear warm-up."""
+"""The learning rate of a run: a number or mlx-lm's lr_schedule, with warm-up and cosine decay."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,18 +13,42 @@ if TYPE_CHECKING:
 
 
 Schedule = Callable[[mx.array], mx.array]
+LOWEST_SHARE = 0.1  # of the learning rate, where a cosine ends
 
 
-def build_learning_rate(config: FineTuneConfig) -> float | Schedule:
-    """The optimizer's learning rate; a schedule is read on optimizer steps, from 0."""
+def build_learning_rate(config: FineTuneConfig, steps: int) -> float | Schedule:
+    """The optimizer's learning rate in a run of `steps` optimizer steps.
+
+    A schedule is read on optimizer steps, from 0.
+    """
     rate: float | Schedule = config.learning_rate
     if config.lr_schedule is not None:
         from mlx_lm.tuner.utils import build_schedule
 
         section = config.lr_schedule.model_dump()
         rate = build_schedule(section | {"arguments": list(section["arguments"])})
-    warmup = config.training.warmup_steps
-    return add_warmup(rate, warmup) if warmup else rate
+    training = config.training
+    warmup = training.warmup_steps
+    if 0 < warmup < 1:
+        warmup = max(1, int(warmup * steps))
+    if training.decay is not None:
+        rate = cosine(config.learning_rate, int(warmup), steps)
+    return add_warmup(rate, int(warmup)) if warmup else rate
+
+
+def cosine(rate: float, first: int, last: int) -> Schedule:
+    """A rate that falls from step `first` to LOWEST_SHARE of it at step `last`, both from 1.
+
+    Before and after it stays (SGDR, arXiv 1608.03983, equation 5, without restarts); it is given
+    n - 1 for step n, as every schedule of mlx.
+    """
+
+    def decayed(step: mx.array) -> mx.array:
+        passed = ((step + 1).astype(mx.float32) - first) / max(1, last - first)
+        falling = 0.5 * (1 + mx.cos(math.pi * mx.clip(passed, 0.0, 1.0)))
+        return rate * (LOWEST_SHARE + (1 - LOWEST_SHARE) * falling)
+
+    return decayed
 
 
 def add_warmup(rate: float | Schedule, steps: int) -> Schedule:

@@ -22,6 +22,7 @@ from nested_core.pipeline.continual import (
 )
 from nested_core.pipeline.hooks import ShownProgress, Steps, can_show_progress
 from nested_core.pipeline.launch.first_kernels import compiling_first_kernels
+from nested_core.pipeline.learning_rate_rule import warn_of_learning_rate
 from nested_core.pipeline.preflight import check_before_start, require_room_for_checkpoints
 from nested_core.pipeline.publishing import (
     describe_changed_held_out,
@@ -138,6 +139,8 @@ def finetune(
     config, tightening = hold_to_policy(config)
     for sentence in tightening:
         hooks.on_message(sentence)
+    if warning := warn_of_learning_rate(config):
+        hooks.on_message(warning)
     check_before_start(config, run)
     with run.locked():
         hooks.begin(config, run, resume=resume)

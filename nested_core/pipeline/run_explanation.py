@@ -23,6 +23,7 @@ from nested_core.models.parameters import trainable_parameters
 from nested_core.optim.tier_assignment import count_expected_updates
 from nested_core.pipeline import steps
 from nested_core.pipeline.device_lock import OnWait, locking_devices
+from nested_core.pipeline.learning_rate_rule import describe_learning_rate
 from nested_core.records.dataset import SplitStats, held_out_split
 from nested_core.records.metrics import read_metrics
 from nested_core.registry.policy import hold_to_policy
@@ -147,14 +148,16 @@ class RunExplanation:
         text = f"{config.learning_rate:g}"
         if config.lr_schedule is not None:
             text += f", {config.lr_schedule.name}"
-        if config.training.warmup_steps:
-            text += f", after {config.training.warmup_steps} steps of warm-up"
+        warmup = config.training.warmup_steps
+        if warmup:
+            steps = f"{warmup:.3g} of the" if warmup < 1 else f"{warmup}"
+            text += f", after {steps} steps of warm-up"
+        if config.training.decay is not None:
+            text += ", then falling to a tenth along a cosine"
         if "learning_rate" not in config.model_fields_set:
-            text += (
-                ", mlx_lm.lora's default, for none is given. The sweep deployment tries several "
-                "and compares them (deployments/README.md)"
-            )
-        return f"{text}."
+            text += ", mlx_lm.lora's default, for none is given"
+        place = describe_learning_rate(config)
+        return f"{text}." if place is None else f"{text}. {place[0].upper()}{place[1:]}."
 
     def _describe_evaluation(self) -> str:
         if not self.validation_examples:

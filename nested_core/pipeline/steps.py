@@ -196,7 +196,7 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Se
     with new_directory(run.initial, replace=True) as folder:
         write_adapter(folder, trainable_parameters(model), described)
     tiers = _assign_tiers(config, model)
-    build_optimizer(config, tiers)  # refuses unusable arguments before training begins
+    build_optimizer(config, tiers, steps=1)  # refuses unusable arguments before training begins
     write_json(run.tiers, tiers.to_json())
 
 

@@ -20,17 +20,24 @@ from typing import Any
 from pydantic_core import from_json
 
 from nested_core.config.loading import parse_config, parse_yaml
+from nested_core.config.sections import LoraParameters
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.lines.example_parsing import TEMPLATED_FORMATS, find_format
 from nested_core.data.lines.other_formats import suggest_field_names
 from nested_core.data.sources.split_files import open_splits
+from nested_core.models.base_model import find_model_folder
+from nested_core.pipeline.learning_rate_rule import SHARE_WHEN_CONTINUING, suggest_learning_rate
 from nested_core.pipeline.run_explanation import explain_run
 from nested_core.records.dataset import DatasetReport
+from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
-LEARNING_RATE = 1e-4
-EPOCHS = 3
+RANK = 8
+ALPHA = 160
+EPOCHS = 3  # or more, until there are
+MIN_STEPS = 200  # but at most
+MAX_EPOCHS = 20
 BATCH_SIZES = (8, 4, 2, 1)
 EVALUATION_INTERVAL = 0.1  # of the run
 SEQ_LENGTH_MULTIPLE = 64  # max_seq_length is a multiple of it
@@ -45,12 +52,25 @@ class SuggestedConfig:
     report: DatasetReport
 
 
-def suggest_config(model: str, data: str, drop_fields: Sequence[str] = ()) -> SuggestedConfig:
+@dataclass(frozen=True)
+class _Lora:
+    """What is trained, as YAML, and the learning rate for it."""
+
+    num_layers: int
+    parameters: str
+    learning_rate: float
+    source: str
+
+
+def suggest_config(
+    model: str, data: str, drop_fields: Sequence[str] = (), adapter: str | None = None
+) -> SuggestedConfig:
     """A configuration that loads and whose first step fits in memory.
 
     Args:
         model, data: as the keys of these names.
         drop_fields: fields of the rows to leave out on purpose.
+        adapter: the adapters.safetensors to go on from; None begins with a fresh adapter.
 
     Raises ConfigError if there is no such model or data, DatasetError if the data has errors.
     """
@@ -62,15 +82,32 @@ def suggest_config(model: str, data: str, drop_fields: Sequence[str] = ()) -> Su
     report.raise_if_rejected()
     formats = {stats.data_format for stats in report.splits.values()}
     base["data_format"] = formats.pop() if len(formats) == 1 else "auto"
+    if adapter is not None:
+        base["resume_adapter_file"] = adapter
+    lora = _choose_lora(find_model_folder(model), adapter)
     text = ""
     for batch_size, recomputes in _batch_sizes_and_recomputation(report):
-        text = _render_yaml(base, report, batch_size, recomputes=recomputes)
+        text = _render_yaml(base, report, lora, batch_size, recomputes=recomputes)
         config = parse_config(parse_yaml(text), source="the suggestion")
         memory = explain_run(config, measures_speed=False).memory
         text = text.replace(_MEMORY_PLACEHOLDER, memory.describe())
         if memory.fits:
             break
     return SuggestedConfig(text, report)
+
+
+def _choose_lora(base: Path, adapter: str | None) -> _Lora:
+    """A fresh adapter in every linear module, or one that goes on from `adapter` in its shape."""
+    if adapter is None:
+        parameters: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
+        rate = suggest_learning_rate(ALPHA, base)
+        return _Lora(-1, json.dumps(parameters), rate, "LoRA in every layer and linear module")
+    described = read_adapter_config(Path(adapter).parent / CONFIG_NAME)
+    shape = LoraParameters.model_validate(described.get("lora_parameters") or {})
+    rate = suggest_learning_rate(shape.rank * shape.scale, base, continues=True)
+    parameters = shape.model_dump(mode="json", exclude_none=True)
+    layers = described.get("num_layers", -1)
+    return _Lora(layers, json.dumps(parameters), rate, "what the adapter has that it goes on from")
 
 
 def _find_field_names(settings: DataSettings) -> dict[str, str]:
@@ -106,12 +143,17 @@ def _batch_sizes_and_recomputation(report: DatasetReport) -> Iterator[tuple[int,
 
 
 def _render_yaml(
-    base: dict[str, Any], report: DatasetReport, batch_size: int, *, recomputes: bool
+    base: dict[str, Any], report: DatasetReport, lora: _Lora, batch_size: int, *, recomputes: bool
 ) -> str:
     """The YAML for one batch size."""
     train = report.splits["train"]
     tokens: Any = train.tokens  # a sound train split has some
-    iterations = EPOCHS * math.ceil(train.rows / batch_size)
+    batches = math.ceil(train.rows / batch_size)
+    epochs = max(EPOCHS, min(MAX_EPOCHS, math.ceil(MIN_STEPS / batches)))
+    why_so_many = "more hardly helps"
+    if epochs > EPOCHS:
+        why_so_many = f"{EPOCHS} would be fewer than {MIN_STEPS} steps, which is too few"
+    kept = "best step by the loss on valid" if "valid" in report.splits else "last step"
     length = max(SEQ_LENGTH_MULTIPLE, -(-tokens.max // SEQ_LENGTH_MULTIPLE) * SEQ_LENGTH_MULTIPLE)
     cut = f"; {tokens.truncated_rows:,} are longer and are cut" if tokens.truncated_rows else ""
     if tokens.context is not None and tokens.context < length:
@@ -121,16 +163,20 @@ def _render_yaml(
     names = "".join(
         f"{key}: {json.dumps(name, ensure_ascii=False)}\n" for key, name in base.items()
     )
+    continuing = lora.learning_rate * SHARE_WHEN_CONTINUING
     masks_prompt = str(train.format in TEMPLATED_FORMATS).lower()
     return f"""\
 # Written by `nested-tune init` for {train.describe_format()}.
 # `nested-tune explain -c FILE` says what it will do, `nested-tune train -c FILE` does it. The keys
 # at the top are mlx_lm.lora's own. Every key: docs/configuration.md.
 {names}
-# What is trained: LoRA in every layer.
-num_layers: -1
-lora_parameters: {{rank: 8, scale: 20.0, dropout: 0.0}}
-learning_rate: {LEARNING_RATE:g}  # the first thing to try others of: 3e-5, 3e-4
+# What is trained: {lora.source}. alpha is rank x scale
+# (mlx_lm.lora reads scale): with it, another rank needs no other rate.
+num_layers: {lora.num_layers}
+lora_parameters: {lora.parameters}
+# alpha x rate: 34 of 35 models learnt best at 0.01 to 0.03 (tinker-cookbook, sft_sweep.md), and
+# mlx_lm.lora's default is 0.0016. It is the first thing to try others of: a third, three times.
+learning_rate: {lora.learning_rate:g}
 mask_prompt: {masks_prompt}  # true: the loss counts the answers alone
 
 # Tokens: the longest example has {tokens.max:,}, 95 of 100 have {tokens.p95:,} or fewer{cut}.
@@ -138,9 +184,12 @@ max_seq_length: {length}
 batch_size: {batch_size}  # {_MEMORY_PLACEHOLDER}
 grad_checkpoint: {str(recomputes).lower()}  # true: less memory, more time
 
-# {EPOCHS} passes are {iterations:,} batches. Intervals below 1 are shares of the run, however long.
+# {epochs} passes are {epochs * batches:,} batches: {why_so_many}. The {kept} is offered.
+# What is below 1 is a share of the run, however long.
 training:
-  epochs: {EPOCHS}
+  epochs: {epochs}
+  warmup_steps: 0.05  # the first steps know the gradients least
+  decay: cosine  # of the learning rate, to a tenth: the last steps settle
   max_grad_norm: 1.0  # gradients are clipped to this norm
 val_batches: -1
 steps_per_report: {EVALUATION_INTERVAL / 2:g}
@@ -159,6 +208,7 @@ nested: {{frequencies: [1]}}
 
 # Where a verified adapter is registered, and when it becomes the champion by itself.
 # registry: {{path: registry, name: my-adapter, promote: better}}
+# continual: {{from: champion}}  # every run goes on from it: then learning_rate: {continuing:g}
 """
 
 

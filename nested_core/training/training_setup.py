@@ -105,14 +105,14 @@ def prepare_training(
     if config.clear_cache_threshold:
         mx.set_cache_limit(config.clear_cache_threshold)
     tiers = read_tiers(run.tiers)
-    optimizer = build_optimizer(config, tiers)
+    step_schedule = make_step_schedule(config, splits, world)
+    refuse_tiers_never_due(tiers.frequencies, step_schedule.steps)
+    optimizer = build_optimizer(config, tiers, step_schedule.steps)
     optimizer.init(model.trainable_parameters())
     dtype = adapter_compute_dtype(config, model)
     parameters = reference_trainable_parameters(
         model, masters=config.has_float32_masters, dtype=dtype
     )
-    step_schedule = make_step_schedule(config, splits, world)
-    refuse_tiers_never_due(tiers.frequencies, step_schedule.steps)
     loss_fn = LOSSES[step_schedule.loss_name].for_model(model, parameters)
     return TrainingSetup(
         config=config,
@@ -142,8 +142,8 @@ def compute_input_digests(config: FineTuneConfig, run: RunDirectory) -> dict[str
     }
 
 
-def build_optimizer(config: FineTuneConfig, tiers: TierMap) -> Tiered:
-    """The configured optimizer of mlx.optimizers, with a clock for each tier.
+def build_optimizer(config: FineTuneConfig, tiers: TierMap, steps: int) -> Tiered:
+    """The configured optimizer of mlx.optimizers, with a clock for each tier, for so many steps.
 
     Raises ConfigError where its arguments or its schedule are unusable.
     """
@@ -157,7 +157,7 @@ def build_optimizer(config: FineTuneConfig, tiers: TierMap) -> Tiered:
     try:
         make_optimizer = partial(
             optimizer_classes()[config.optimizer],
-            build_learning_rate(config),
+            build_learning_rate(config, steps),
             **config.optimizer_arguments,
         )
         sample = {"w": mx.ones((2, 2))}

@@ -79,7 +79,7 @@ def _why_updates_left_no_trace(
     config: FineTuneConfig, evidence: TierEvidence, row: TierChange
 ) -> str:
     """The likely cause and what to do: a learning rate too small for float32, or lost updates."""
-    rate = build_learning_rate(config)
+    rate = build_learning_rate(config, evidence.step)
     if callable(rate):
         due = range(row.frequency, evidence.step + 1, row.frequency)
         sampled = due[:: max(1, len(due) // MAX_SAMPLED_STEPS)]
@@ -98,7 +98,8 @@ def _had_positive_learning_rate(
     config: FineTuneConfig, evidence: TierEvidence, row: TierChange
 ) -> bool:
     """Whether the learning rate was above 0 at one of the tier's due steps at least."""
-    rate = build_learning_rate(config)
+    # Whether a rate is above 0 does not depend on how long the whole run is.
+    rate = build_learning_rate(config, evidence.step)
     if not callable(rate):
         return rate > 0
     due = range(row.frequency, evidence.step + 1, row.frequency)

@@ -184,6 +184,17 @@ class TestPartsThatHaveToAgree:
         ]
         parse_config({"lr_schedule": SCHEDULE, "training": {"warmup_steps": 3}}, source="")
 
+    def test_the_learning_rate_falls_by_one_rule(self) -> None:
+        assert problems(lr_schedule=SCHEDULE, training={"decay": "cosine"}) == [
+            "training.decay and lr_schedule: give only one of them"
+        ]
+
+    @pytest.mark.parametrize(("given", "kept"), [(3, 3), (3.0, 3), (0.05, 0.05), (0, 0)])
+    def test_a_warm_up_is_a_number_of_steps_or_a_share(self, given: float, kept: float) -> None:
+        config = parse_config({"training": {"warmup_steps": given}}, source="")
+        assert config.training.model_dump()["warmup_steps"] == kept
+        assert problems(training={"warmup_steps": 3.5})[0].startswith("training.warmup_steps: a ")
+
     @pytest.mark.parametrize(
         ("registry", "message"),
         [

@@ -61,7 +61,29 @@ def test_an_alpha_that_means_nothing_is_refused(lora: dict[str, Any], message: s
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "flags", "scale"),
+    [
+        ("alpha: 160", {"lora_parameters.scale": 2.0}, 2.0),
+        ("scale: 20.0", {"lora_parameters.alpha": 16}, 2.0),
+        ("alpha: 160", {"lora_parameters.rank": 32}, 5.0),
+        ("scale: 20.0", {"lora_parameters.rank": 32}, 20.0),
+    ],
+)
+def test_a_flag_for_one_wins_over_the_other_in_the_file(
+    tmp_path: Path, file: str, flags: dict[str, Any], scale: float
+) -> None:
+    path = tmp_path / "lora.yaml"
+    path.write_text(f"lora_parameters: {{rank: 8, {file}}}\n")
+    assert load_config(path, flags).lora_parameters.scale == scale
+
+
+def test_two_flags_that_say_the_same_thing_are_refused() -> None:
+    with pytest.raises(ConfigError, match="alpha and scale say the same thing"):
+        load_config(None, {"lora_parameters.scale": 2.0, "lora_parameters.alpha": 16})
+
+
 def test_a_form_made_from_the_schema_takes_alpha() -> None:
     schema = LoraParameters.model_json_schema()
-    assert schema["properties"]["alpha"]["type"] == "number"
+    assert {"type": "number", "exclusiveMinimum": 0} in schema["properties"]["alpha"]["anyOf"]
     assert schema["additionalProperties"] is False

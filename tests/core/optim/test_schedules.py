@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import mlx.core as mx
@@ -33,7 +34,7 @@ def rates(schedule: Any, steps: int = 130) -> list[float]:
 
 
 def configured(**values: Any) -> Any:
-    return build_learning_rate(FineTuneConfig.model_validate(values))
+    return build_learning_rate(FineTuneConfig.model_validate(values), steps=100)
 
 
 def test_without_a_schedule_it_is_the_number() -> None:
@@ -61,6 +62,19 @@ def test_warm_up_over_a_schedule_multiplies_it() -> None:
     section = {"name": "linear_schedule", "arguments": [1.0, 0.0, 8]}
     warmed = configured(lr_schedule=section, training={"warmup_steps": 4})
     assert rates(warmed, 6) == [0.25, 0.875 * 0.5, 0.75 * 0.75, 0.625, 0.5, 0.375]
+
+
+def test_a_cosine_falls_from_the_end_of_the_warm_up_to_a_tenth_at_the_last_step() -> None:
+    section = {"warmup_steps": 0.2, "decay": "cosine"}  # of the 100 steps
+    found = rates(configured(learning_rate=0.5, training=section), 110)
+    assert found[:20] == pytest.approx([0.5 * n / 20 for n in range(1, 21)])
+    assert found[59] == pytest.approx(0.5 * (0.1 + 0.9 * 0.5))  # halfway
+    assert found[99:] == pytest.approx([0.05] * 11)
+    assert all(later < earlier for earlier, later in itertools.pairwise(found[19:100]))
+
+
+def test_a_share_of_warm_up_is_one_step_at_least() -> None:
+    assert rates(configured(learning_rate=0.5, training={"warmup_steps": 0.001}), 2) == [0.5, 0.5]
 
 
 @given(rate=st.floats(1e-6, 1.0), steps=st.integers(1, 1000), n=st.integers(1, 2000))

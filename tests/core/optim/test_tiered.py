@@ -307,4 +307,4 @@ def test_arguments_that_mlx_refuses_at_a_step_are_a_configuration_error(
     settings = {"optimizer": optimizer, "optimizer_config": {optimizer: arguments}}
     config = parse_config(settings, source="")
     with pytest.raises(ConfigError, match=r"^optimizer_config or lr_schedule: "):
-        build_optimizer(config, TierMap((1,), {"a": 0}))
+        build_optimizer(config, TierMap((1,), {"a": 0}), steps=1)

@@ -13,12 +13,16 @@ import pytest
 
 from nested_core import DatasetError, FineTuneConfig, load_config
 from nested_core.config.loading import parse_config, parse_yaml
-from nested_core.models.base_model import load_base_model
-from nested_core.models.lora_attachment import attach_adapter
+from nested_core.config.sections import LoraParameters
+from nested_core.models.base_model import fingerprint_base_model, load_base_model
+from nested_core.models.lora_attachment import attach_adapter, make_adapter_config
 from nested_core.models.parameters import trainable_parameters
+from nested_core.pipeline.learning_rate_rule import warn_of_learning_rate
 from nested_core.pipeline.run_explanation import RunExplanation, explain_run
 from nested_core.pipeline.suggested_config import suggest_config
 from nested_core.registry.policy import set_policy
+from nested_core.storage.adapter import write_adapter
+from nested_core.storage.atomic import new_directory
 from tests.example import DATA, MODEL, example_config, example_settings
 
 
@@ -192,15 +196,38 @@ def test_a_suggestion_loads_and_fits_the_data(
     values = config.model_dump()
     assert {key: values[key] for key in named} == named
     assert (config.model, config.data) == (str(MODEL), str(tmp_path / "data"))
-    assert (config.batch_size, config.training.epochs, config.mask_prompt) == (4, 3, True)
+    assert (config.batch_size, config.training.epochs, config.mask_prompt) == (4, 20, True)
     assert (config.nested.frequencies, config.training.max_grad_norm) == ((1,), 1.0)
+    assert (config.num_layers, config.learning_rate) == (-1, 1e-4)
+    assert config.lora_parameters == LoraParameters(rank=8, scale=20.0)
+    assert (config.training.warmup_steps, config.training.decay) == (0.05, "cosine")
     (tiers,) = [line for line in path.read_text().splitlines() if line.startswith("# nested: ")]
     with_tiers = load_config_text(path.read_text().replace("nested: {frequencies: [1]}", tiers[2:]))
     assert (with_tiers.nested.frequencies, with_tiers.nested.fast) == ((1, 2, 4), "deep")
     assert config.max_seq_length == 64
     assert "memory: needs about" in path.read_text()
     iterations = explain_run(config, measures_speed=False).iterations
-    assert f"# 3 passes are {iterations} batches." in path.read_text()
+    assert f"# 20 passes are {iterations} batches: 3 would be fewer than 200" in path.read_text()
+    assert warn_of_learning_rate(config) is None
+
+
+def test_a_suggestion_that_goes_on_from_an_adapter_has_its_shape_and_a_lower_rate(
+    tmp_path: Path,
+) -> None:
+    write_rows(tmp_path / "data", ("prompt", "completion"))
+    lora = {"rank": 4, "scale": 10.0, "keys": ["self_attn.q_proj"]}
+    config = example_config(num_layers=2, lora_parameters=lora)
+    model, _ = load_base_model(config)
+    described = make_adapter_config(config, fingerprint_base_model(MODEL))
+    with new_directory(tmp_path / "before") as folder:
+        write_adapter(folder, attach_adapter(model, config), described)
+    adapter = str(tmp_path / "before" / "adapters.safetensors")
+    found = load_config_text(
+        suggest_config(str(MODEL), str(tmp_path / "data"), adapter=adapter).text
+    )
+    assert (found.resume_adapter_file, found.num_layers) == (adapter, 2)
+    assert found.lora_parameters == config.lora_parameters
+    assert found.learning_rate == 1.2e-4  # 0.3 of 0.016, by rank 4 x scale 10
 
 
 def test_the_intervals_of_a_suggestion_scale_with_the_length(tmp_path: Path) -> None:

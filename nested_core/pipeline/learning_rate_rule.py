@@ -1,0 +1,80 @@
+"""The learning rate that `init` writes, and where a configuration's lies against the best ones.
+
+With Adam, lora_b's first steps move the output in proportion to rank x scale x rate. In a
+published sweep of 35 models (tinker-cookbook, results/sft_sweep.md: Tulu 3, batch 128, alpha 32)
+the best rate of 34 gives a product of 0.01 to 0.03; its lowest rate, 4e-5, gives 0.0013, and 3e-3,
+at which 72 runs diverged, 0.096. mlx_lm.lora's defaults (8 x 20 x 1e-5) give 0.0016.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nested_core.config.schema import FineTuneConfig
+from nested_core.models.base_model import MAX_CONFIG_BYTES
+from nested_core.storage.untrusted_files import read_json
+
+BEST_PRODUCTS = (0.01, 0.03)
+USABLE_PRODUCTS = (0.003, 0.05)
+USUAL_PRODUCT = 0.016  # best for models of 2M, 22M and 85M parameters (benchmarks/README.md)
+# tinker-cookbook, hyperparam_utils.py: the rate falls with (2000 / hidden size) to this power.
+REFERENCE_WIDTH = 2000
+POWERS_OF_WIDTH = {"llama": 0.781}
+POWER_OF_OTHERS = 0.0775
+SHARE_WHEN_CONTINUING = 0.3  # a trained adapter is moved less than a fresh one
+ADAM_OPTIMIZERS = ("adam", "adamw")
+
+
+def suggest_learning_rate(alpha: float, base: Path, *, continues: bool = False) -> float:
+    """The learning rate of a LoRA adapter whose rank x scale is alpha, to one or two digits.
+
+    Args:
+        alpha: rank x scale; the rank itself makes no difference.
+        base: the base model's folder, of which the type and the hidden size are read.
+        continues: whether training goes on from an adapter that was trained before.
+    """
+    product = USUAL_PRODUCT
+    config: Any = read_json(base / "config.json", MAX_CONFIG_BYTES, follow_links=True)
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    width = text.get("hidden_size")
+    if isinstance(width, int) and width > REFERENCE_WIDTH:
+        power = POWERS_OF_WIDTH.get(str(text.get("model_type")), POWER_OF_OTHERS)
+        product = max(BEST_PRODUCTS[0], product * (REFERENCE_WIDTH / width) ** power)
+    share = SHARE_WHEN_CONTINUING if continues else 1.0
+    return float(f"{share * product / alpha:.1e}")
+
+
+def describe_learning_rate(config: FineTuneConfig) -> str | None:
+    """Where rank x scale x rate lies against what learns best; None where nothing is known of it.
+
+    It is known of LoRA with Adam. A rate that a schedule gives is its highest.
+    """
+    if config.fine_tune_type == "full" or config.optimizer not in ADAM_OPTIMIZERS:
+        return None
+    product = _product(config)
+    low, high = BEST_PRODUCTS
+    text = (
+        f"rank x scale x rate is {product:.2g}; 34 of 35 models learnt best at {low:g} to {high:g} "
+        f"(tinker-cookbook, sft_sweep.md)"
+    )
+    if low <= product <= high:
+        return text
+    rate = USUAL_PRODUCT / (config.lora_parameters.rank * config.lora_parameters.scale)
+    return f"{text}: try --learning-rate {float(f'{rate:.0e}'):g}"
+
+
+def warn_of_learning_rate(config: FineTuneConfig) -> str | None:
+    """The same, where the product is so far away that a run loses by it; else None."""
+    text = describe_learning_rate(config)
+    if text is None or USABLE_PRODUCTS[0] <= _product(config) <= USABLE_PRODUCTS[1]:
+        return None
+    return f"learning rate: {text}"
+
+
+def _product(config: FineTuneConfig) -> float:
+    rate = config.learning_rate
+    if config.lr_schedule is not None:  # the second argument of linear_schedule is its end
+        count = 2 if config.lr_schedule.name == "linear_schedule" else 1
+        rate = max(config.lr_schedule.arguments[:count])
+    return config.lora_parameters.rank * config.lora_parameters.scale * rate

@@ -1,0 +1,82 @@
+"""The learning rate that `init` writes, and what is said of rank x scale x rate at six settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core import FineTuneConfig
+from nested_core.pipeline.learning_rate_rule import (
+    describe_learning_rate,
+    suggest_learning_rate,
+    warn_of_learning_rate,
+)
+
+
+def configured(**values: Any) -> FineTuneConfig:
+    return FineTuneConfig.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "product", "advice"),
+    [
+        ({}, "0.0016", "1e-04"),  # mlx_lm.lora's defaults
+        ({"learning_rate": 1e-4, "lora_parameters": {"rank": 64}}, "0.13", "1e-05"),
+        ({"learning_rate": 1e-4, "lora_parameters": {"rank": 64, "alpha": 160}}, "0.016", None),
+        ({"learning_rate": 2e-4, "lora_parameters": {"rank": 4, "scale": 1.0}}, "0.0008", "0.004"),
+        ({"learning_rate": 3e-5}, "0.0048", "0.0001"),
+        (
+            {"lr_schedule": {"name": "linear_schedule", "arguments": [1e-7, 1e-3, 100]}},
+            "0.16",
+            "0.0001",
+        ),
+    ],
+    ids=["mlx_lm", "rank alone", "rank with alpha", "scale 1", "continuing", "schedule"],
+)
+def test_where_a_setting_lies_is_said_with_what_to_try(
+    values: dict[str, Any], product: str, advice: str | None
+) -> None:
+    said = describe_learning_rate(configured(**values))
+    assert said is not None
+    assert said.startswith(f"rank x scale x rate is {product}; 34 of 35 models learnt best at 0.01")
+    assert "tinker-cookbook" in said
+    found = said.partition(": try --learning-rate ")[2]
+    assert (float(found) if found else None) == (None if advice is None else float(advice))
+
+
+@pytest.mark.parametrize(
+    ("rate", "is_warned_of"),
+    [(1.8e-5, True), (2e-5, False), (1e-4, False), (3e-4, False), (3.2e-4, True)],
+)
+def test_a_run_is_warned_only_far_from_the_best_settings(rate: float, is_warned_of: bool) -> None:
+    warning = warn_of_learning_rate(configured(learning_rate=rate))
+    assert (warning is not None) == is_warned_of
+
+
+@pytest.mark.parametrize("values", [{"fine_tune_type": "full"}, {"optimizer": "sgd"}])
+def test_nothing_is_said_of_what_the_figures_are_not_of(values: dict[str, Any]) -> None:
+    assert describe_learning_rate(configured(**values)) is None
+    assert warn_of_learning_rate(configured(**values)) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "alpha", "continues", "rate"),
+    [
+        ({"model_type": "llama", "hidden_size": 64}, 160, False, 1e-4),
+        ({"model_type": "llama", "hidden_size": 3072}, 160, False, 7.2e-5),
+        ({"model_type": "llama", "hidden_size": 8192}, 160, False, 6.3e-5),  # 0.01 at least
+        ({"model_type": "qwen3", "hidden_size": 4096}, 160, False, 9.5e-5),
+        ({"model_type": "gemma3", "text_config": {"hidden_size": 5376}}, 160, False, 9.3e-5),
+        ({"model_type": "llama", "hidden_size": 768}, 16, False, 1e-3),
+        ({"model_type": "llama", "hidden_size": 768}, 160, True, 3e-5),
+        ({"model_type": "mamba"}, 160, False, 1e-4),
+    ],
+)
+def test_the_rate_follows_alpha_the_models_width_and_whether_it_goes_on(
+    tmp_path: Path, model: dict[str, Any], alpha: float, continues: bool, rate: float
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    assert suggest_learning_rate(alpha, tmp_path, continues=continues) == rate
