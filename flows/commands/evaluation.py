@@ -31,7 +31,8 @@ def add_commands(commands: Any) -> None:
         "models",
         nargs="+",
         metavar="WHAT",
-        help="a base, an adapter of mlx_lm or PEFT, a run, NAME, NAME@VERSION or REGISTRY/NAME",
+        help="a base, an adapter of mlx_lm or PEFT, a run, NAME, NAME@VERSION, REGISTRY/NAME, an "
+        "exported folder or a GGUF",
     )
     parser.add_argument(
         "--suite", nargs="+", type=Path, default=(), metavar="FILE", help="questions, a line each"

@@ -38,10 +38,13 @@ from nested_core.gate.losses.left_out_examples import (
     read_training_digests,
 )
 from nested_core.gate.losses.loss_figures import summarise_losses
-from nested_core.gate.tensors.base_compatibility import base_reasons
+from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprint_reasons
+from nested_core.models.base_model import find_model_folder
+from nested_core.models.gguf import is_gguf, unpack_gguf
 from nested_core.models.peft import import_peft
 from nested_core.pipeline.named_adapters import NamedAdapter, find_named_adapter
 from nested_core.records.answers import AnswerRecord
+from nested_core.records.export_record import ExportRecord, read_export_record
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import Validation
 from nested_core.report.evaluation import (
@@ -65,6 +68,7 @@ class ModelToEvaluate:
     model: the base's folder or its name on the hub.
     adapter: None for the base alone.
     seen: digests of the examples that it was trained on, as far as they are recorded.
+    export: of an exported model, what it was made of.
     """
 
     name: str
@@ -72,6 +76,7 @@ class ModelToEvaluate:
     adapter: Adapter | None = None
     trust_remote_code: bool = False
     seen: Digests = field(default_factory=lambda: decode_digests(None))
+    export: ExportRecord | None = None
 
 
 def evaluate(
@@ -87,14 +92,16 @@ def evaluate(
     """Ask suites and measure held-out losses of any models; nothing is trained or written.
 
     Args:
-        models: bases, adapters of mlx_lm or PEFT, runs, NAME, NAME@VERSION or REGISTRY/NAME.
+        models: bases, adapters of mlx_lm or PEFT, runs, NAME, NAME@VERSION or REGISTRY/NAME, and
+            exported folders or GGUFs.
         suites: files whose answers have to contain what is expected, or entries of `gate.tasks`;
             those of `config` where none is given.
         data: a JSON Lines file; the losses on it are compared example by example.
-        against: the model that the others are compared with; by default the base of the first one.
+        against: the model that the others are compared with; by default the base of the first one,
+            of an exported model the one that it was made of.
         config: how data is read and batched. By default that of the first run among the models.
         registry: where a NAME is looked for; `registry` by default.
-        base_model: the base of an adapter that names none, or another one than it names.
+        base_model: the base of an adapter that names none, or another place of it.
 
     Raises ConfigError for a name that is none or an adapter that does not fit its base,
     DatasetError for bad questions or examples, DamagedError for damaged files.
@@ -109,8 +116,7 @@ def evaluate(
         ]
         found = [model for model, _ in read]
         if against is None:
-            first = found[0]
-            found.insert(0, ModelToEvaluate(BASE, first.model, None, first.trust_remote_code))
+            found.insert(0, _base_of(found[0], base_model))
         names = [model.name for model in found]
         if len(set(names)) < len(names):
             raise ConfigError(f"evaluate: a model is named twice: {', '.join(names)}.")
@@ -146,16 +152,22 @@ def find_model(
 ) -> tuple[ModelToEvaluate, RunDirectory | None]:
     """The model that a person means, and its run if it is one.
 
-    A PEFT adapter is converted into the folder `temporary`. Raises ConfigError for a name that is
-    none, DamagedError for damaged files.
+    A PEFT adapter is converted into the folder `temporary`, and a GGUF unpacked there. Raises
+    ConfigError for a name that is none or a GGUF of another family, DamagedError for damaged files.
     """
     path = Path(given)
+    if is_gguf(path):
+        return ModelToEvaluate(
+            given, str(unpack_gguf(path, temporary)), export=read_export_record(path)
+        ), None
     if (path / "config.json").is_file() and not (path / CONFIG_NAME).is_file():
-        return ModelToEvaluate(given, given), None
+        return ModelToEvaluate(given, given, export=read_export_record(path)), None
     try:
         named = find_named_adapter(path, registry)
     except ConfigError as error:
-        raise ConfigError(f"{error} A base model is given by its folder.") from error
+        raise ConfigError(
+            f"{error} A base or an exported model is given by its folder or its GGUF."
+        ) from error
     stored = read_adapter_config(named.folder / CONFIG_NAME, follow_links=True)
     if "peft_type" in stored:
         model = base_model or str(stored.get("base_model_name_or_path"))
@@ -168,6 +180,21 @@ def find_model(
         ModelToEvaluate(given, model, adapter, named.trusts_remote_code, seen),
         named.run,
     )
+
+
+def _base_of(model: ModelToEvaluate, base_model: str | None) -> ModelToEvaluate:
+    """What others are compared with: the base of a model, of an exported one that it is made of."""
+    export = model.export
+    if export is None:
+        return ModelToEvaluate(BASE, model.model, None, model.trust_remote_code)
+    base = base_model or export.base
+    recorded = {"base_fingerprint": export.base_fingerprint}
+    if reasons := fingerprint_reasons(recorded, find_model_folder(base)):
+        raise ConfigError(
+            f"{model.name}: {reasons[0].message}. Give the place of its base by --model, or "
+            f"--against another model."
+        )
+    return ModelToEvaluate(BASE, base)
 
 
 def _read_seen(named: NamedAdapter) -> Digests:
@@ -284,9 +311,9 @@ class _Evaluating:
         return summarise_losses(losses, selected_on_same_data=False, bounds=self._config.gate)
 
     def _answered_questions(self) -> Iterator[AnsweredQuestion]:
-        for records in zip(*self._records.values(), strict=True):
+        names = [model.name for model in self._models]
+        for records in zip(*(self._records[name] for name in names), strict=True):
             first = records[0]
-            names = list(self._records)
             yield AnsweredQuestion(
                 suite=first.task,
                 line=first.line,

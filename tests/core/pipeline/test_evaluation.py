@@ -8,18 +8,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import TaskSection
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, DamagedError
 from nested_core.gate.losses.held_out_loss import LoadedBase
+from nested_core.models.fusing import load_fused
+from nested_core.models.gguf import write_gguf
 from nested_core.models.peft import export_peft
 from nested_core.pipeline.evaluation import evaluate
+from nested_core.pipeline.export import export
 from nested_core.pipeline.finetune import finetune
 from nested_core.records.verdict import Verdict
 from nested_core.report.evaluation import Evaluation
+from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.document import to_terminal
 from nested_core.text.loss_format import format_loss
@@ -41,6 +46,11 @@ class Judged:
     run: RunDirectory
     verdict: Verdict
     version: str
+
+    @property
+    def fused(self) -> str:
+        """The exported folder."""
+        return str(self.folder / "fused")
 
     @property
     def forms(self) -> dict[str, str]:
@@ -74,6 +84,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Judged:
     del written["base_fingerprint"]  # mlx_lm.lora writes none
     (mlx_lm / "adapter_config.json").write_text(json.dumps(written))
     export_peft(run.adapter, folder / "peft", str(MODEL))
+    export(run.path, fused=folder / "fused")
     return Judged(folder, run, result.verdict, result.version)
 
 
@@ -96,7 +107,7 @@ def evaluation(judged: Judged, bases: list[Path]) -> Evaluation:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LoadedBase, "load", load)
         return evaluate(
-            [str(MODEL), *judged.forms.values()],
+            [str(MODEL), judged.fused, *judged.forms.values()],
             suites=SUITES,
             data=DATA / "valid.jsonl",
             against=str(judged.run.initial),
@@ -105,16 +116,16 @@ def evaluation(judged: Judged, bases: list[Path]) -> Evaluation:
 
 
 def test_models_of_one_base_and_shape_share_one_that_is_loaded(
-    evaluation: Evaluation, bases: list[Path]
+    judged: Judged, evaluation: Evaluation, bases: list[Path]
 ) -> None:
-    assert len(evaluation.models) == 7
-    assert bases == [MODEL]
+    assert len(evaluation.models) == 8
+    assert bases == [MODEL, Path(judged.fused)]  # a fused model is a base of its own
 
 
 def test_every_form_of_an_adapter_has_the_figures_of_its_verdict(
     judged: Judged, evaluation: Evaluation
 ) -> None:
-    before, base, *forms = evaluation.models
+    before, base, fused, *forms = evaluation.models
     validation = judged.verdict.validation
     assert validation is not None
     assert [model.name for model in forms] == list(judged.forms.values())
@@ -133,11 +144,68 @@ def test_every_form_of_an_adapter_has_the_figures_of_its_verdict(
             validation.interval,
             validation.conclusion,
         )
+    assert fused.loss is not None
+    assert [suite.score for suite in fused.suites] == [t.candidate for t in judged.verdict.tasks]
+    assert fused.loss.loss_after == pytest.approx(validation.loss_after, rel=5e-3)  # bfloat16
     assert before.loss is not None
     assert base.loss is not None
     assert base.loss.loss_after == before.loss.loss_after == validation.loss_before
     assert [suite.score for suite in base.suites] == [task.base for task in judged.verdict.tasks]
     assert not evaluation.is_worse
+
+
+@pytest.fixture(scope="module")
+def gguf(judged: Judged) -> Path:
+    """The same adapter in a GGUF, with the record that an export lays beside it."""
+    model, tokenizer, _ = load_fused(
+        MODEL, read_adapter(judged.run.adapter), dequantize=True, dtype=mx.float32
+    )
+    write_gguf(judged.folder / "model.gguf", model, tokenizer, "f16", "model")
+    record = json.loads((Path(judged.fused) / "export.json").read_bytes())
+    record |= {"artefact": "gguf", "weights": "f16"}
+    (judged.folder / "model.export.json").write_text(json.dumps(record))
+    return judged.folder / "model.gguf"
+
+
+def test_what_was_exported_is_compared_with_the_base_that_it_was_made_of(
+    judged: Judged, gguf: Path
+) -> None:
+    found = evaluate([judged.fused, gguf], suites=[CAPITALS], data=DATA / "valid.jsonl")
+    base, *exported = found.models
+    (task, _), validation = judged.verdict.tasks, judged.verdict.validation
+    assert validation is not None
+    assert base.suites[0].score == task.base
+    for model in exported:
+        assert model.suites[0].score == task.candidate
+        assert model.loss is not None
+        assert model.loss.conclusion == "better"
+    first = found.answers[0]
+    assert first.answers[judged.fused] == first.answers[str(gguf)] != first.answers["base"]
+
+
+def test_an_export_whose_base_is_another_one_now_is_refused(judged: Judged, tmp_path: Path) -> None:
+    fused = Path(shutil.copytree(judged.fused, tmp_path / "fused"))
+    record = json.loads((fused / "export.json").read_bytes())
+    record["base_fingerprint"] = f"sha256:{'0' * 64}"
+    (fused / "export.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="made for the base sha256:000000000000, and .* holds"):
+        evaluate([fused], suites=[CAPITALS])
+    (fused / "export.json").write_text("{}")
+    with pytest.raises(DamagedError, match="is no record of an export"):
+        evaluate([fused], suites=[CAPITALS])
+
+
+def test_a_gguf_that_is_not_understood_is_refused_by_name(gguf: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(gguf.read_bytes()[:1000])
+    with pytest.raises(DamagedError, match=r"broken\.gguf is no sound GGUF"):
+        evaluate([broken], suites=[CAPITALS])
+    other = tmp_path / "other.gguf"
+    other.write_bytes(gguf.read_bytes().replace(b"llama", b"mamba"))
+    with pytest.raises(
+        ConfigError, match=r"other\.gguf holds .* architecture mamba; read are llama"
+    ):
+        evaluate([other], suites=[CAPITALS])
 
 
 def test_each_question_has_every_models_answer_beside_the_expected_one(
@@ -153,7 +221,7 @@ def test_each_question_has_every_models_answer_beside_the_expected_one(
 def test_it_is_a_line_and_rows(judged: Judged, evaluation: Evaluation) -> None:
     assert repr(evaluation).endswith(f"against {judged.run.initial}: none worse)")
     rows = evaluation.rows()
-    assert len(rows) == 7 * 3
+    assert len(rows) == 8 * 3
     assert {row["measured"] for row in rows} == {"capitals", "again", str(DATA / "valid.jsonl")}
     assert len({tuple(row) for row in rows}) == 1  # the same columns everywhere
     assert all(not isinstance(value, (tuple, list, dict)) for row in rows for value in row.values())
@@ -167,9 +235,9 @@ def test_its_page_and_its_lines_have_every_figure_and_answer(
     judged: Judged, evaluation: Evaluation
 ) -> None:
     page = evaluation.to_html()
-    assert page.count("<td>") >= 2 * 15 * 7  # each answer of each model
+    assert page.count("<td>") >= 2 * 15 * 8  # each answer of each model
     assert "<script" not in page
-    run = evaluation.models[2]
+    run = evaluation.models[3]
     assert run.loss is not None
     for text in (str(judged.run.path), "Bratislava", format_loss(run.loss.loss_after)):
         assert text in page
@@ -256,7 +324,7 @@ def test_the_command_ends_with_4_for_a_worse_one_and_prints_the_same(
     assert done.code == 0
     assert "none worse" in page.read_text()
     assert done.document["models"][1]["loss"] == json.loads(
-        json.dumps(evaluation.to_json()["models"][2]["loss"])
+        json.dumps(evaluation.to_json()["models"][3]["loss"])
     )
     back = ("--against", judged.run.path)
     assert called("evaluate", judged.run.initial, *back, *files, cwd=judged.folder).code == 4
