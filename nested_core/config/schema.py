@@ -241,7 +241,8 @@ class FineTuneConfig(_RootSection):
     @property
     def offers_best_step(self) -> bool:
         """Whether a run with validation data offers its best step, and not its last."""
-        return self.training.reference is None and self.val_batches != 0
+        offers_best = self.training.reference is None and self.training.offer == "best"
+        return offers_best and self.val_batches != 0
 
     @property
     def length(self) -> str:

@@ -63,6 +63,13 @@ KEYS_ALLOWED_IN_REFERENCE_RUN = frozenset(
 )
 
 
+class AverageSection(Section):
+    """A moving average of the adapter, kept beside it from step to step."""
+
+    decay: float = key(0.995, "share of the average that stays at a step", ge=0, lt=1)
+    kind: Literal["ema", "bema"] = key("ema", "exponential, or with its bias taken away")
+
+
 class TrainingSection(Section):
     """How the training loop runs, beyond what mlx-lm knows."""
 
@@ -91,7 +98,16 @@ class TrainingSection(Section):
     sample_tokens: PositiveInt = key(64, "most tokens of an answer to samples", affects="output")
     processes: Processes = key(1, "processes on this machine that share each batch")
     hostfile: str | None = key(None, "mlx.launch's list of machines, for processes", path="local")
+    offer: Literal["best", "last", "average"] = key(
+        "best", "the adapter that is offered: of the best step, of the last, or the average"
+    )
+    average: AverageSection | None = key(None, "the average that is offered; null: none")
     reference: Literal["mlx_lm"] | None = key(None, "do what mlx_lm.lora does, bit for bit")
+
+    def find_conflicts(self) -> Iterator[str]:
+        """An average is offered where it is kept."""
+        if (self.offer == "average") != (self.average is not None):
+            yield "offer: average and average: {decay: 0.995} go together; give both or neither"
 
     def changed_keys_unknown_to_mlx_lm(self) -> list[str]:
         """The keys that are not at their defaults and that mlx_lm.lora knows nothing of."""

@@ -165,7 +165,9 @@ class RunExplanation:
             reason = "val_batches is 0" if is_off else "there is no valid split"
             return f"none: {reason}, so the last checkpoint is offered."
         offered = "the checkpoint with the lowest loss"
-        if not self.config.offers_best_step:
+        if self.config.training.average is not None:
+            offered = "the average as of the last step"
+        elif not self.config.offers_best_step:
             offered = "the last step, as mlx_lm.lora does,"
         interval = self.config.intervals(self.iterations).evaluation
         return (

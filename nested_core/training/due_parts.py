@@ -297,14 +297,14 @@ class Validation:
         losses = {} if batches is None else self._measure_loss(state, iteration, batches)
         if not self.setup.world.is_main:
             return losses
-        values = read_parameters(self.setup.parameters)
+        values = self.setup.offered_values(state.step)
         return losses | self.setup.samples.answer(self.setup.model, self.setup.parameters, values)
 
     def _measure_loss(
         self, state: TrainingState, iteration: int, batches: Iterable[MicroBatch]
     ) -> dict[str, Any]:
         started = time.perf_counter()
-        evaluation = self._evaluator.evaluate(read_parameters(self.setup.parameters), batches)
+        evaluation = self._evaluator.evaluate(self.setup.offered_values(state.step), batches)
         val_loss = evaluation.mean_loss
         is_candidate = all(tier.updates > 0 for tier in self.setup.optimizer.get_tier_stats())
         state.record_evaluation(val_loss, is_candidate=is_candidate)
@@ -372,8 +372,10 @@ class Saver:
         if setup.step_schedule.keeps_random_state:
             state.random_key = read_random_key()
         values = read_parameters(setup.parameters)
-        adapter = self._cast_to_published_dtypes(values)
+        adapter = self._cast_to_published_dtypes(setup.offered_values(state.step))
         masters = {name: v for name, v in values.items() if v.dtype != adapter[name].dtype}
+        if setup.average is not None:
+            masters = values
         record = CheckpointState(
             state,
             wanted_iterations=setup.config.iters,
@@ -385,6 +387,7 @@ class Saver:
             setup.run.checkpoints,
             adapter=adapter,
             masters=masters,
+            average=None if setup.average is None else setup.average.values(),
             adapter_config=self._adapter_config(),
             optimizer_state=setup.optimizer.state,
             state=record.to_json(),

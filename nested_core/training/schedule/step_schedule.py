@@ -91,7 +91,6 @@ class BucketedSchedule:
     """
 
     loss_name = "supervised"
-    offers_best = True
     follows_mlx_lm = False
     keeps_random_state = False
 
@@ -102,6 +101,7 @@ class BucketedSchedule:
         world: World = SINGLE_PROCESS_WORLD,
     ) -> None:
         self._config = config
+        self.offers_best = config.training.offer == "best"
         self._world = world
         self._train = splits["train"]
         self._valid = splits.get("valid")
