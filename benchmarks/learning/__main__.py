@@ -30,7 +30,8 @@ def main() -> None:
     elif options.command == "report":
         from benchmarks.learning.report import write_report
 
-        write_report(read_rows(options.rows), study, options.out)
+        quiet = read_rows(options.quiet) if options.quiet else []
+        write_report(read_rows(options.rows), quiet, study, options.out)
     else:
         from benchmarks.learning import driver
 
@@ -53,6 +54,7 @@ def parse() -> argparse.Namespace:
         command = commands.add_parser(name)
         command.add_argument("rows", type=Path, metavar="ROWS.jsonl")
         if name == "report":
+            command.add_argument("--quiet", type=Path, help="rows of the command quiet")
             command.add_argument("--out", type=Path, required=True)
             continue
         command.add_argument("--bases", type=Path, required=True, help="folder of the bases")

@@ -92,10 +92,11 @@ def mcnemar(differences: Answers) -> float:
     return min(1.0, 2 * tail / 2 ** (won + lost))
 
 
-def write_report(rows: Sequence[Row], study: Study, out: Path) -> None:
-    """Write tables.md and two plots into `out`; print the tables."""
+def write_report(rows: Sequence[Row], quiet: Sequence[Row], study: Study, out: Path) -> None:
+    """Write tables.md and a plot a size into `out`; print the tables."""
     results = Results(rows, study)
-    text = "\n".join([*answers(results), *comparisons(results), *trials(results)]) + "\n"
+    parts = [*comparisons(results), *answers(results), *trials(results), *costs(quiet)]
+    text = "\n".join(parts)
     out.mkdir(parents=True, exist_ok=True)
     (out / "tables.md").write_text(text, encoding="utf-8")
     for size in study.sizes:
@@ -202,6 +203,25 @@ def trials(results: Results) -> Iterator[str]:
     yield "## Trials: right % and loss on the rows that choose; the chosen one is bold"
     yield ""
     yield from table(("size", "task", "arm", *(f"{rate:g}" for rate in RATES)), lines)
+
+
+def costs(quiet: Sequence[Row]) -> Iterator[str]:
+    """Seconds and joules of trainings alone on the device; the first pair of a size warmed up."""
+    lines = []
+    for size in dict.fromkeys(row["size"] for row in quiet):
+        pairs = [row for row in quiet if row["size"] == size]
+        first = min((row["seed"] for row in pairs), default=0)
+        for arm in ("a", "c"):
+            own = [row for row in pairs if row["arm"] == arm and row["seed"] > first]
+            cells = (
+                ", ".join(f"{row[key]:.{digits}f}" for row in own)
+                for key, digits in (("seconds", 1), ("joules", 0), ("peak_gb", 2))
+            )
+            lines.append([size, arm, *cells])
+    if lines:
+        yield "## One training at a time: each of the measured pairs"
+        yield ""
+        yield from table(("size", "arm", "seconds", "joules of the GPU", "GB at most"), lines)
 
 
 def tried_rates(rows: Sequence[Row], task: str, size: str, arm: str) -> Mapping[float, Row]:
