@@ -80,7 +80,7 @@ def fingerprint_base_model(folder: Path) -> str:
     The files are config.json, the model's own code, if any, and its weights, each with its name.
     Hashes of files that have not changed are kept from one call to the next (`kept_hashes`).
     """
-    paths = _fingerprinted_files(folder)
+    paths = sorted([folder / "config.json", *folder.glob("*.py"), *folder.glob("*.safetensors")])
     hashes = cached_sha256(paths)
     named = [[path.name, digest] for path, digest in zip(paths, hashes, strict=True)]
     return FINGERPRINT_PREFIX + hashlib.sha256(canonical_json(named)).hexdigest()
@@ -103,10 +103,6 @@ def shorten_fingerprint(fingerprint: str) -> str:
     """A fingerprint's rule and its first 12 digits, for a message."""
     rule, separator, digest = fingerprint.rpartition(":")
     return f"{rule}{separator}{digest:.12}"
-
-
-def _fingerprinted_files(folder: Path) -> list[Path]:
-    return sorted([folder / "config.json", *folder.glob("*.py"), *folder.glob("*.safetensors")])
 
 
 def find_model_folder_offline(model: str) -> Path | None:

@@ -154,9 +154,10 @@ def remove_judgements(folder: Path, version: str) -> None:
 
 def remove_unnamed_judgements(folder: Path, ledger: Ledger) -> None:
     """Remove the files that a crash left before their line; call only under the folder's lock."""
-    for path in _files(folder):
-        if path.stem not in {digest for _, digest in ledger.judgements(path.parent.name)}:
-            path.unlink()
+    for place, _, names in os.walk(folder / JUDGEMENTS_FOLDER_NAME):
+        for path in (Path(place, name) for name in names):
+            if path.stem not in {digest for _, digest in ledger.judgements(path.parent.name)}:
+                path.unlink()
 
 
 def judgement_findings(folder: Path, ledger: Ledger) -> Iterator[AuditFinding]:
@@ -180,15 +181,6 @@ def has_all_judgements(folder: Path, version: str, ledger: Ledger) -> bool:
 
 def _path_of(folder: Path, version: str, digest: str) -> Path:
     return folder / JUDGEMENTS_FOLDER_NAME / version / f"{digest}.json"
-
-
-def _files(folder: Path) -> list[Path]:
-    """Every file below judgements/."""
-    return [
-        Path(place, name)
-        for place, _, names in os.walk(folder / JUDGEMENTS_FOLDER_NAME)
-        for name in names
-    ]
 
 
 def _read_judgement(folder: Path, version: str, digest: str, number: int) -> Judgement:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nested_core.errors import NestedTuneError
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.run import Run
 from nested_core.records.verdict import Verdict
 from nested_core.text.loss_format import format_loss
+
+if TYPE_CHECKING:
+    from nested_core.registry.ledger import Entry
 
 
 def find_outcome(run: Run) -> Outcome | None:
@@ -29,7 +33,7 @@ def find_outcome(run: Run) -> Outcome | None:
 
 def _find_in_registry(run: Run, verdict: Verdict) -> Outcome:
     """What the registry says of the version that a run made; verified without a registry."""
-    from nested_core.registry import history, list_versions  # brings mlx
+    from nested_core.registry import history, list_versions, read_champion_changes  # brings mlx
     from nested_core.registry.folders import name_exists
 
     section = None if run.config is None else run.config.registry
@@ -40,15 +44,51 @@ def _find_in_registry(run: Run, verdict: Verdict) -> Outcome:
     try:
         if not name_exists(registry, name):
             return Outcome.VERIFIED
+        changes = read_champion_changes(registry, name)
+        if any(change.version == version for change in changes):
+            return _find_in_changes(changes, version)
         actions = [line["action"] for line in history(registry, name) if line["version"] == version]
-        is_registered = version in list_versions(registry, name)
+        if "declined" in actions:
+            return Outcome.DECLINED
+        if version in list_versions(registry, name):
+            return _find_question(registry, name, version)
     except (NestedTuneError, OSError):  # `audit` says what is wrong with a registry
         return Outcome.VERIFIED
-    if "promote" in actions:
-        return Outcome.PROMOTED
-    if "declined" in actions:
-        return Outcome.DECLINED
-    return Outcome.VERIFIED if is_registered or actions else Outcome.KEPT_CHAMPION
+    return Outcome.VERIFIED if actions else Outcome.KEPT_CHAMPION
+
+
+def _find_in_changes(changes: Sequence[Entry], version: str) -> Outcome:
+    """Whether a version became champion by itself, or by an answer; or was left by a rollback."""
+    last = [change for change in changes if version in (change.version, change.previous)][-1]
+    if last.action == "rollback" and last.previous == version:
+        return Outcome.ROLLED_BACK
+    made = [change for change in changes if change.version == version][-1]
+    is_answer = made.action == "promote" and not made.automatic and made.flow_run is not None
+    return Outcome.APPROVED if is_answer else Outcome.PROMOTED
+
+
+def _find_question(registry: Path, name: str, version: str) -> Outcome:
+    """Whether a person is asked about a version, or was until a newer one or a change came."""
+    from nested_core.registry.history_views import reading
+    from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, REGISTRATION_ACTIONS
+    from nested_core.registry.promotion_policy import (
+        find_refusal,
+        read_candidate,
+        recorded_section,
+    )
+
+    candidate = read_candidate(registry, name, version)
+    if candidate.facts.policy is None:
+        return Outcome.VERIFIED
+    section = recorded_section(registry, name, candidate)
+    decision = find_refusal(section, candidate, candidate.facts.champion_at_gate)
+    if decision is None or decision.outcome != "waiting":
+        return Outcome.VERIFIED
+    with reading(registry, name) as (_, ledger):
+        later = ledger.entries[candidate.place + 1 :]
+    closing = (*REGISTRATION_ACTIONS, *CHAMPION_CHANGE_ACTIONS)
+    is_closed = any(line.action in closing and line.version != version for line in later)
+    return Outcome.SUPERSEDED if is_closed else Outcome.WAITS_FOR_APPROVAL
 
 
 def describe_outcome(run: Run) -> str:

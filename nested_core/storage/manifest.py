@@ -27,8 +27,9 @@ def write_manifest(
 
     `files` has the entries of files by their path in `folder`, as `describe_file` gives them.
     """
-    listed = _describe_files(folder) if files is None else dict(sorted(files.items()))
-    body = {"facts": facts, "files": listed}
+    if files is None:
+        files = {name: describe_file(folder / name) for name in _list_files(folder)}
+    body = {"facts": facts, "files": dict(sorted(files.items()))}
     digest = _body_digest(body)
     write_json(folder / MANIFEST_NAME, body | {"digest": digest})
     return digest
@@ -91,10 +92,6 @@ def _body_digest(body: dict[str, Any]) -> str:
 def _list_files(folder: Path) -> set[str]:
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
     return names - {MANIFEST_NAME}
-
-
-def _describe_files(folder: Path) -> dict[str, Any]:
-    return {name: describe_file(folder / name) for name in sorted(_list_files(folder))}
 
 
 def describe_file(path: Path) -> FileEntry:

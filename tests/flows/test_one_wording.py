@@ -23,6 +23,7 @@ from nested_core.records.outcome_names import Outcome
 from nested_core.records.run import Run
 from nested_core.records.verdict import Code, JudgedAdapter, Reason
 from nested_core.registry.adapter_card import render_card
+from nested_core.registry.ledger import Origin
 from nested_core.report.nights import describe_night
 from nested_core.report.outcome import find_outcome
 from nested_core.report.run_report import read_report
@@ -38,10 +39,12 @@ def rejected(code: Code) -> Callable[[Path], RunDirectory]:
     return lambda folder: finished_run(folder / "run", reasons=[Reason(code, "why")])
 
 
-def registered(folder: Path, decide: Callable[[Path, str], object]) -> RunDirectory:
+def registered(
+    folder: Path, decide: Callable[[Path, str], object], **provenance: Any
+) -> RunDirectory:
     """A run whose adapter is a version, about which something is decided."""
     registry = folder / "registry"
-    version = core.register(write_run(folder / "written", 1), registry, NAME, {})
+    version = core.register(write_run(folder / "written", 1), registry, NAME, provenance)
     run = finished_run(folder / "run", registry={"path": str(registry), "name": NAME})
     verdict = replace(make_verdict(make_losses()), trained=JudgedAdapter("adapter", version))
     judge(run, verdict, make_losses(), "text")
@@ -56,6 +59,35 @@ def promoted(folder: Path) -> RunDirectory:
 def declined(folder: Path) -> RunDirectory:
     return registered(
         folder, lambda registry, v: core.decline(registry, NAME, v, by="ann", reason="too curt")
+    )
+
+
+def rolled_back(folder: Path) -> RunDirectory:
+    first = core.register(write_run(folder / "first", 2), folder / "registry", NAME, {})
+    core.promote(folder / "registry", NAME, first, by="ann")
+
+    def promote_and_go_back(registry: Path, version: str) -> None:
+        core.promote(registry, NAME, version, by="policy", automatic=True)
+        core.rollback(registry, NAME, by="ann")
+
+    return registered(folder, promote_and_go_back)
+
+
+def approved(folder: Path) -> RunDirectory:
+    answer = Origin(flow_run="0a", deployment=None)
+    return registered(
+        folder, lambda registry, v: core.promote(registry, NAME, v, by="ann", origin=answer)
+    )
+
+
+ASKS = {"champion_at_gate": None, "config": {"registry": {"promote": "approve"}}}
+
+
+def superseded(folder: Path) -> RunDirectory:
+    return registered(
+        folder,
+        lambda registry, _: core.register(write_run(folder / "newer", 2), registry, NAME, ASKS),
+        **ASKS,
     )
 
 
@@ -87,6 +119,10 @@ RUNS: dict[Outcome, Callable[[Path], RunDirectory]] = {
     Outcome.VERIFIED: lambda folder: finished_run(folder / "run"),
     Outcome.KEPT_CHAMPION: kept,
     Outcome.DECLINED: declined,
+    Outcome.ROLLED_BACK: rolled_back,
+    Outcome.WAITS_FOR_APPROVAL: lambda folder: registered(folder, lambda *_: None, **ASKS),
+    Outcome.APPROVED: approved,
+    Outcome.SUPERSEDED: superseded,
     Outcome.SKIPPED: skipped,
     Outcome.DATA_REFUSED: refused,
     Outcome.DAMAGED: damaged,

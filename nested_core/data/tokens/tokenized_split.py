@@ -11,7 +11,6 @@ import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +81,6 @@ class TokenizedSplit:
             counts[full] = np.add.reduceat(self.target_mask, self.starts[full], dtype=np.int64)
         self.release_pages()
         return counts
-
-    def is_subset_of(self, other: TokenizedSplit) -> bool:
-        """Whether the tokens of each example are those of an example of `other`."""
-        examples = {sha256(other.example(index).tobytes()).digest() for index in range(len(other))}
-        other.release_pages()
-        is_within = all(
-            sha256(self.example(index).tobytes()).digest() in examples for index in range(len(self))
-        )
-        self.release_pages()
-        return is_within
 
     def release_pages(self) -> None:
         """Release the memory pages of the mapped files, so that none stay in this process."""

@@ -8,6 +8,7 @@ neither.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
@@ -16,20 +17,16 @@ from nested_core.gate.checks.judged import Check, JudgedRun
 from nested_core.gate.losses.champion_adapter import Champion, UnusableChampion, find_rival
 from nested_core.gate.losses.left_out_examples import find_left_out
 from nested_core.gate.losses.loss_figures import summarise_champion
-from nested_core.records.losses import ExampleLosses, Vector
+from nested_core.records.losses import Vector
 from nested_core.records.verdict import ChampionLoss, Reason
 from nested_core.text.digest_format import shorten_digest
 
 
 def _compare_with_champion(judged: JudgedRun) -> tuple[Reason, ...]:
     """Compare the losses, which gives no reason: of one that cannot be compared, it is said why."""
-    judged.champion = champion = find_rival("champion", judged.base, judged.after)
-    if champion is None:
-        return ()
-    compared, measured = _compare_losses(judged, champion, "champion")
-    judged.verdict = replace(judged.verdict, champion=compared)
-    if judged.losses is not None and measured is not None:
-        _keep_losses(judged, replace(judged.losses, champion=measured))
+    judged.champion = find_rival("champion", judged.base, judged.after)
+    if judged.champion is not None:
+        _compare_with(judged, judged.champion, "champion")
     return ()
 
 
@@ -37,21 +34,22 @@ def _compare_with_reference(judged: JudgedRun) -> tuple[Reason, ...]:
     """The same with the version that the registry's policy names as the reference."""
     reference = find_rival("reference", judged.base, judged.after)
     champion = judged.verdict.champion
-    if reference is None:
-        return ()
-    if champion is not None and champion.version == reference.version:
+    if reference is not None and champion is not None and champion.version == reference.version:
         judged.verdict = replace(judged.verdict, reference=champion)
-        return ()
-    compared, measured = _compare_losses(judged, reference, "reference")
-    judged.verdict = replace(judged.verdict, reference=compared)
-    if judged.losses is not None and measured is not None:
-        _keep_losses(judged, replace(judged.losses, reference=measured))
+    elif reference is not None:
+        _compare_with(judged, reference, "reference")
     return ()
 
 
-def _keep_losses(judged: JudgedRun, losses: ExampleLosses) -> None:
-    """Take losses with a further adapter's beside them as the run's, in its files too."""
-    judged.losses = losses
+def _compare_with(
+    judged: JudgedRun, rival: Champion | UnusableChampion, role: Literal["champion", "reference"]
+) -> None:
+    """Put the comparison into the verdict, and a rival's losses beside the run's, in its files."""
+    compared, measured = _compare_losses(judged, rival, role)
+    judged.verdict = replace(judged.verdict, **{role: compared})  # type: ignore[arg-type]
+    if judged.losses is None or measured is None:
+        return
+    judged.losses = losses = replace(judged.losses, **{role: measured})  # type: ignore[arg-type]
     judged.written_files[judged.run.gate_losses.name] = losses.render()
     if judged.verdict.validation is not None:
         validation = replace(judged.verdict.validation, losses_sha256=losses.sha256())

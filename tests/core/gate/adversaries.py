@@ -67,7 +67,7 @@ CASES: list[Case] = []
 
 
 def case(*expected: str, says: str | None = None) -> Callable[[Build], Build]:
-    """Enter a builder into the table, under its name; `says` is what damage has to be called."""
+    """Enter a builder into the table, under its name; `says` is what it has to be called."""
 
     def enter(build: Build) -> Build:
         CASES.append(Case(build.__name__, build, expected, says))
@@ -194,22 +194,22 @@ def _counted(tier: int, **counts: int) -> Callable[[dict[str, Any]], None]:
     return lambda state: state["tiers"][tier].update(counts)
 
 
-@case("updates_missing")
+@case("updates_missing", says="8 updates were due by step 8, 7 were applied and 0 skipped")
 def an_update_too_few(scene: Scene) -> None:
     scene.rewrite(change_state=_counted(0, updates=7))
 
 
-@case("updates_missing")
+@case("updates_missing", says="4 updates were due by step 8, 5 were applied and 0 skipped")
 def an_update_too_many(scene: Scene) -> None:
     scene.rewrite(change_state=_counted(1, updates=5))
 
 
-@case("updates_missing")
+@case("updates_missing", says="2 updates were due by step 8, 0 were applied and 0 skipped")
 def no_update_of_the_slowest_tier(scene: Scene) -> None:
     scene.rewrite(change_state=_counted(2, updates=0))
 
 
-@case("updates_missing", "updates_missing")
+@case(*["updates_missing"] * 2, says="8 updates were due by step 8, 8 were applied and 1 skipped")
 def a_skipped_update_beside_all_the_applied_ones(scene: Scene) -> None:
     scene.rewrite(change_state=_counted(0, skipped=1))
 

@@ -53,6 +53,7 @@ def test_the_verdict_is_the_one_of_the_table(scene: Scene, case: Case) -> None:
     verdict = judge_run(bounds, scene.run)
     assert tuple(codes(verdict)) == case.expected
     assert verdict.has_passed is (not case.expected)
+    assert case.says is None or any(case.says in reason.message for reason in verdict.reasons)
     assert verdict.to_json()["thresholds"] == bounds.gate.model_dump()
 
 
@@ -61,10 +62,3 @@ def test_a_rejected_run_ends_with_the_reason_in_the_message(scene: Scene) -> Non
     with pytest.raises(GateRejected, match=r"Rejected: unchanged \(all 84") as error:
         scene.judge()
     assert error.value.exit_code == 4
-
-
-def test_the_table_is_long_and_a_part_of_it_is_honest() -> None:
-    honest = [case for case in CASES if not case.expected]
-    assert len(CASES) >= 60
-    assert len({case.name for case in CASES}) == len(CASES)
-    assert len(honest) >= 5

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from nested_core.config.sections import GateSection
-from nested_core.errors import ConfigError, DamagedError
 from nested_core.gate import verify_adapters
 from tests.core.gate.pairs import (
     A2,
@@ -204,14 +203,3 @@ def test_the_same_folder_on_both_sides_is_unchanged(tmp_path: Path) -> None:
     assert verdict.initial == verdict.trained
     assert verdict.to_json()["verdict"] == "failed"
     assert verdict.to_json()["tiers"] == ()
-
-
-def test_a_path_that_is_no_folder_is_a_usage_error_and_half_an_adapter_a_damaged_one(
-    tmp_path: Path,
-) -> None:
-    folder = write(tmp_path / "adapter", trained_tensors())
-    with pytest.raises(ConfigError, match="is not a directory"):
-        verify_adapters(folder, tmp_path / "nothing")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DamagedError, match=r"adapter_config.json is missing"):
-        verify_adapters(folder, tmp_path / "empty")

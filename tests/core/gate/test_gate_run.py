@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -100,38 +99,15 @@ def test_one_tensor_of_a_tier_left_as_it_was_is_named(candidate: Candidate, leaf
     assert ("no_effect" in codes(verdict)) is (leaf == "lora_b")
 
 
-def counted(tier: int, key: str, value: int) -> Callable[[dict[str, Any]], object]:
-    return lambda state: state["tiers"][tier].update({key: value})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (counted(0, "updates", 7), "8 updates were due by step 8, 7 were applied and 0 skipped"),
-        (counted(1, "updates", 5), "4 updates were due by step 8, 5 were applied and 0 skipped"),
-        (counted(2, "updates", 0), "2 updates were due by step 8, 0 were applied and 0 skipped"),
-        (counted(2, "updates", 3), "2 updates were due by step 8, 3 were applied and 0 skipped"),
-        (counted(0, "skipped", 1), "8 updates were due by step 8, 8 were applied and 1 skipped"),
-    ],
-)
-def test_a_tier_table_that_does_not_add_up_is_rejected(candidate, change, message) -> None:
-    candidate.rewrite(change_state=change)
-    verdict = judge_files(candidate)
-    assert "updates_missing" in codes(verdict)
-    (updates,) = [check for check in list_checks(verdict) if check.name == "updates"]
-    assert updates.verdict == "updates_missing"
-    assert any(message in reason.message for reason in verdict.reasons)
-
-
-@pytest.mark.parametrize(("share", "passes"), [(0.01, False), (0.124, False), (0.125, True)])
-def test_skipped_updates_are_bounded_by_their_share(candidate, share, passes) -> None:
+def test_skipped_updates_are_bounded_by_their_share(candidate: Candidate) -> None:
     def skip_one_of_eight(state: dict[str, Any]) -> None:
         state["tiers"][0] |= {"updates": 7, "skipped": 1}
 
     candidate.rewrite(change_state=skip_one_of_eight)
-    verdict = judge_files(candidate.bounded(max_skipped_share=share))
-    assert verdict.has_passed is passes
-    assert codes(verdict) == ([] if passes else ["updates_missing"])
+    verdict = judge_files(candidate.bounded(max_skipped_share=0.124))
+    assert codes(verdict) == ["updates_missing"]
+    (updates,) = [check for check in list_checks(verdict) if check.name == "updates"]
+    assert updates.verdict == "updates_missing"
 
 
 def test_a_loss_that_rose_is_rejected_with_both_numbers(candidate: Candidate) -> None:

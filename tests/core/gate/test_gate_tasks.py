@@ -14,7 +14,6 @@ from flows.flow_runs.allowed_folders import with_trusted_code
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
 from nested_core.errors import ConfigError, DamagedError, DatasetError, GateRejected
-from nested_core.gate.answers import scorers
 from nested_core.gate.answers.answer_bounds import judge_answers
 from nested_core.gate.judge import make_checks_of_run
 from nested_core.pipeline import steps
@@ -150,24 +149,14 @@ def test_a_suite_that_changed_since_the_run_began_is_refused(tmp_path: Path) -> 
     steps.write_run_config(with_tasks(config, task(suite, name="others")), run, resume=True)
 
 
-@pytest.mark.parametrize(
-    ("source", "problem"),
-    [
-        ("def score(answer, question): raise ValueError('no')", "ValueError: no"),
-        ("def score(answer, question):\n    while True: pass", "more than"),
-        ("def score(answer, question):\n    print(1); return 'right'", "a str, not a number"),
-    ],
-)
 def test_a_scorer_that_fails_gives_no_verdict_and_loses_nothing(
-    candidate: Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, problem: str
+    candidate: Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "own_scorer.py").write_text(source)
+    (tmp_path / "own_scorer.py").write_text("def score(answer, question): raise ValueError('no')")
     monkeypatch.chdir(tmp_path)
-    if problem == "more than":
-        monkeypatch.setattr(scorers, "QUESTION_TIMEOUT_SECONDS", 1.0)
     suite = write_suite(tmp_path / "suite.jsonl", count=2)
     scored = task(suite, name="own", score="python", function="own_scorer:score", max_tokens=2)
-    with pytest.raises(DatasetError, match=f"own_scorer:score: .*{problem}"):
+    with pytest.raises(DatasetError, match="own_scorer:score: .*ValueError: no"):
         candidate.bounded(tasks=[scored], allow_python_scorers=True).judge()
     assert not candidate.run.gate.exists()
 

@@ -81,45 +81,6 @@ def test_gradients_are_bounded_as_by_clip_grad_norm() -> None:
     assert optimizer.state["nested"]["grad_norm"].item() == norm.item()
 
 
-def test_a_norm_that_overflows_skips_the_step_where_it_would_clip() -> None:
-    optimizer = ready(max_grad_norm=1.0)
-    after = optimizer.apply_gradients(values(1) | {"b": mx.full((4,), 1e20)}, values(0))
-    assert bits(after) == bits(values(0))
-    assert optimizer.get_tier_stats()[0].skipped == 1
-
-
-@by_name
-def test_a_missing_gradient(name: str) -> None:
-    with refused("1 gradients are missing, ['b'] among them"):
-        ready(name).apply_gradients({"a": values(1)["a"]}, values(0))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"c": mx.ones(1)}, "c: there is no such parameter"),
-        ({"b": mx.ones((2, 2))}, "b: gradient shape (2, 2), parameter shape (4,)"),
-        ({"b": mx.ones((4,), mx.bfloat16)}, "b: gradient dtype mlx.core.bfloat16, parameter"),
-    ],
-)
-def test_a_gradient_that_fits_no_parameter(change: dict[str, Any], message: str) -> None:
-    optimizer = ready()
-    with refused(message):
-        optimizer.apply_gradients(values(1) | change, values(0))
-    assert int(optimizer.state["step"].item()) == 0
-
-
-def test_the_pair_that_clip_grad_norm_returns() -> None:
-    with refused("clip_grad_norm returns the pair (gradients, norm): pass its first element."):
-        ready().apply_gradients(optimizers.clip_grad_norm(values(1), 1.0), values(0))
-
-
-@pytest.mark.parametrize("bound", [-1.0, float("nan")])
-def test_a_bound_that_bounds_nothing(bound: float) -> None:
-    with refused(f"max_grad_norm should be >=0, {bound} was provided instead"):
-        Tiered(OPTIMIZERS["sgd"], max_grad_norm=bound)
-
-
 def matrices(seed: int) -> dict[str, Any]:
     """Random values of two matrices."""
     return leaves.values(seed, {"a": (3, 2), "b": (4, 3)})
