@@ -28,6 +28,8 @@ HELD = (
     "docs/README.md",
     "docs/evaluate.md",
     "docs/installation.md",
+    "docs/operations.md",
+    "docs/support.md",
 )
 GENERATED = (
     "docs/command-line.md",

@@ -1,36 +1,149 @@
-"""Write docs/images/gate.svg: two runs of the demo, one broken on purpose. `make pictures`."""
+"""Write the drawings in docs/images: `make pictures`.
+
+Curves, verdicts and tables are those of two runs of the demo that it makes, one broken on purpose.
+Times are those of the table in benchmarks/README.md. An image follows the reader's colour scheme.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nested_core.text.svg_chart import CURVE_COLOURS, STANDALONE, Chart, Curve, Point, draw_chart
+from nested_core.records.paired_difference import student_t_quantile
+from nested_core.records.run import read_run
+from nested_core.report.run_report import describe_run
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.document import Cell, Section, Table, Text
+from nested_core.text.html_markup import Html, escaped_html
+from nested_core.text.svg_chart import STANDALONE, Chart, Curve, Point, draw_chart
 
-IMAGES = Path(__file__).with_name("images")
-RUNS = {"nested-tune demo": (), "nested-tune demo --break-training": ("--break-training",)}
-CURVES = {"training loss": "loss", "validation loss": "val_loss"}
-PANEL_WIDTH, PANEL_HEIGHT, TITLE_HEIGHT = 560, 300, 34
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = ROOT / "docs" / "images"
+BENCHMARKS = ROOT / "benchmarks" / "README.md"
+
 # An <img> follows the reader's colour scheme, light or dark, by this.
 STYLE = """\
-svg{--label:#57606a;--line:#d5d9de;--back:#ffffff;--words:#1f2328}
+svg{--label:#57606a;--line:#d5d9de;--back:#ffffff;--words:#1f2328;--panel:#f3f5f8;--good:#1a7f37;\
+--bad:#c22b2b;--ours:#3b7de0;--theirs:#9aa4af;--first:#b8500b;--second:#2f6fd0;--third:#2f8f4e}
 @media (prefers-color-scheme:dark){
-svg{--label:#9198a1;--line:#3d444d;--back:#0d1117;--words:#f0f6fc}}
+svg{--label:#9198a1;--line:#3d444d;--back:#0d1117;--words:#f0f6fc;--panel:#1b222b;--good:#3fb950;\
+--bad:#f47067;--ours:#5b9bff;--theirs:#6b7680;--first:#ffa564;--second:#6ea8ff;--third:#66d394}}
 """
+WIDTH = 560  # legible at a phone's width
+LINE = 18
+PANEL_HEIGHT, TITLE_HEIGHT = 300, 34
+COLOURS = ("first", "second", "third")
 PANEL = replace(
     STANDALONE,
-    width=PANEL_WIDTH,
+    width=WIDTH,
     height=PANEL_HEIGHT,
     label="var(--label)",
     grid="var(--line)",
     background="var(--back)",
-    curves=("#b8500b", "#3b7de0", *CURVE_COLOURS),
+    curves=[f"var(--{colour})" for colour in COLOURS],
 )
+
+RUNS = {"nested-tune demo": (), "nested-tune demo --break-training": ("--break-training",)}
+CURVES = {"training loss": "loss", "validation loss": "val_loss"}
+SPREADS = (0.2, 0.1, 0.05)
+EXAMPLES = range(5, 201)
+# The rows of "Whole commands on one H200" that are drawn, by their beginnings.
+COMMANDS = {
+    "0.5B, 300 iterations: median": "0.5B, 300 iterations",
+    "3B, 100 iterations: median": "3B, 100 iterations",
+    "3B, 1,000 iterations, host C": "3B, 1,000 iterations",
+    "the same on host D, four processes": "0.5B, first run, kernels compiled",
+}
+# What each step of a run writes, and what is checked there; the letters are those of the page.
+STEPS = (
+    ("1 BEGIN", "config.yaml", ("keys, types and paths",)),
+    ("2 VALIDATE", "dataset.json", ("each line of the data; its digest (a)",)),
+    ("3 LOAD", "initial/  tiers.json", ("fingerprint of every byte of the base (b)",)),
+    (
+        "4 TRAIN",
+        "checkpoints/  adapter/  metrics.jsonl",
+        ("updates read back by name (c)", "each checkpoint hashed, renamed whole (d)"),
+    ),
+    (
+        "5 JUDGE",
+        "gate.json  answers.jsonl  MANIFEST.json",
+        ("both adapters, byte by byte (e)", "a new process sees the change (f)"),
+    ),
+    ("6 REGISTER", "versions/<digest>/", ("copied, hashed again (g)",)),
+    ("7 PROMOTE", "history.jsonl  champion", ("chained lines; the link moves last (h)",)),
+)
+
+
+@dataclass
+class Drawing:
+    """An SVG that is drawn from its upper left corner; `title` is what it shows, in words."""
+
+    title: str
+    height: int
+    width: int = WIDTH
+    parts: list[str] = field(default_factory=list)
+
+    def text(self, x: float, y: float, words: str, colour: str = "words", **style: str) -> None:
+        """A line of text; `style` has attributes of SVG, with _ for -."""
+        attributes = "".join(f' {name.replace("_", "-")}="{v}"' for name, v in style.items())
+        self.parts.append(
+            f'<text x="{x:g}" y="{y:g}" fill="var(--{colour})"{attributes}>'
+            f"{escaped_html(words)}</text>"
+        )
+
+    def box(
+        self, x: float, y: float, width: float, height: float, lines: Sequence[str] = ()
+    ) -> None:
+        """A panel; the first line in it is bold."""
+        self.bar(x, y, width, height, "panel", rx="6", stroke="var(--line)")
+        for number, line in enumerate(lines):
+            style = {"font_weight": "bold"} if number == 0 else {"font_size": "12"}
+            colour = "label" if number else "words"
+            self.text(x + 12, y + 22 + number * LINE, line, colour, **style)
+
+    def bar(
+        self, x: float, y: float, width: float, height: float, colour: str, **style: str
+    ) -> None:
+        """A rectangle of one colour."""
+        attributes = "".join(f' {name.replace("_", "-")}="{v}"' for name, v in style.items())
+        self.parts.append(
+            f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" '
+            f'fill="var(--{colour})"{attributes}/>'
+        )
+
+    def arrow(self, *places: tuple[float, float], colour: str = "label") -> None:
+        """An arrow through places."""
+        path = "L".join(f"{x:g} {y:g}" for x, y in places)
+        (x0, y0), (x, y) = places[-2:]
+        across, down = (x > x0) - (x < x0), (y > y0) - (y < y0)
+        tip = f"M{x:g} {y:g}l{-7 * across - 4 * down:g} {-7 * down - 4 * across:g}"
+        tip += f"l{8 * down:g} {8 * across:g}z"
+        self.parts.append(
+            f'<path d="M{path}" fill="none" stroke="var(--{colour})" stroke-width="1.5"/>'
+            f'<path d="{tip}" fill="var(--{colour})"/>'
+        )
+
+    def panel(self, chart: str, x: float, y: float) -> None:
+        """A chart of PANEL's size."""
+        place = f'<svg x="{x:g}" y="{y:g}" width="{WIDTH}" height="{PANEL_HEIGHT}" '
+        self.parts.append(chart.replace("<svg ", place, 1))
+
+    def write(self, name: str) -> None:
+        """Write it to docs/images."""
+        (IMAGES / name).write_text(
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '
+            f'width="{self.width}" font-size="13" font-family="sans-serif" role="img" '
+            f'aria-label="{escaped_html(self.title)}"><style>{STYLE}</style>'
+            f'<rect width="100%" height="100%" fill="var(--back)"/>{"".join(self.parts)}</svg>\n',
+            encoding="utf-8",
+        )
 
 
 def run_demo(folder: Path, *flags: str) -> Path:
@@ -43,44 +156,213 @@ def run_demo(folder: Path, *flags: str) -> Path:
     return run
 
 
-def draw_run(run: Path) -> tuple[str, str]:
-    """The curves of a run, and its verdict in two words."""
+def draw_gate(runs: dict[str, Path], *, beside: bool) -> Drawing:
+    """Both runs, each under its command and its verdict, beside or below each other."""
+    height = PANEL_HEIGHT + TITLE_HEIGHT
+    title = "Losses of two runs of the demo and their verdicts"
+    drawing = Drawing(title, height if beside else 2 * height, 2 * WIDTH if beside else WIDTH)
+    for number, (command, run) in enumerate(runs.items()):
+        x, y = (number * WIDTH, 0) if beside else (0, number * height)
+        words = _verdict_in_words(run)
+        drawing.text(x + 16, y + 22, command, font_family="monospace")
+        colour = "good" if words.startswith("passed") else "bad"
+        end = {"text_anchor": "end", "font_weight": "bold"}
+        drawing.text(x + WIDTH - 20, y + 22, words, colour, **end)
+        drawing.panel(_draw_losses(run), x, y + TITLE_HEIGHT)
+    return drawing
+
+
+def _draw_losses(run: Path) -> str:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     curves = [
         Curve(name, [Point(line["step"], line[key]) for line in lines if key in line], True)
         for name, key in CURVES.items()
     ]
+    return draw_chart(Chart("Losses", "step", "nats/token", curves), PANEL)
+
+
+def _verdict_in_words(run: Path) -> str:
     verdict: dict[str, Any] = json.loads((run / "gate.json").read_bytes())
     if verdict["verdict"] == "passed":
-        words = f"passed, {verdict['validation']['conclusion']}"
-    else:
-        words = f"rejected: {verdict['reasons'][0]['code']}"
-    return draw_chart(Chart("Losses", "step", "nats/token", curves), PANEL), words
+        return f"passed, {verdict['validation']['conclusion']}"
+    return f"rejected: {verdict['reasons'][0]['code']}"
 
 
-def draw_gate() -> str:
-    """Both runs side by side, each under its command and its verdict."""
-    parts = []
-    with tempfile.TemporaryDirectory() as folder:
-        for number, (command, flags) in enumerate(RUNS.items()):
-            chart, words = draw_run(run_demo(Path(folder) / str(number), *flags))
-            x = number * PANEL_WIDTH
-            colour = "#2f8f4e" if words.startswith("passed") else "#d1383d"
-            panel = chart.replace(
-                "<svg ", f'<svg x="{x}" y="{TITLE_HEIGHT}" width="{PANEL_WIDTH}" ', 1
-            )
-            title = f'<tspan font-family="monospace">{command}</tspan>'
-            title += f' <tspan fill="{colour}" font-weight="bold">{words}</tspan>'
-            parts.append(f'<text x="{x + 16}" y="22" fill="var(--words)">{title}</text>')
-            parts.append(panel.replace("<svg ", f'<svg height="{PANEL_HEIGHT}" ', 1))
-    width, height = PANEL_WIDTH * len(RUNS), PANEL_HEIGHT + TITLE_HEIGHT
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-size="13" '
-        f'font-family="sans-serif" role="img" aria-label="Losses of two runs of the demo and their '
-        f'verdicts"><style>{STYLE}</style><rect width="100%" height="100%" fill="var(--back)"/>'
-        f"{''.join(parts)}</svg>\n"
+def draw_report(run_dir: Path) -> Drawing:
+    """The top of report.html: the verdict, its checks, and answers."""
+    document = describe_run(read_run(RunDirectory(run_dir)))
+    verdict, answers = [block for block in document.blocks if isinstance(block, Section)][:2]
+    (headline,) = [b for b in verdict.blocks if isinstance(b, Text) and b.is_headline]
+    (checks,) = [block for block in verdict.blocks if isinstance(block, Table)]
+    asked = next(table for table in _tables_of(answers) if "candidate" in table.columns)
+    drawing = Drawing(f"The page of a run: {headline.text}", 0)
+    drawing.text(16, 28, document.title, font_weight="bold")
+    drawing.text(16, 58, headline.text, "good", font_size="18", font_weight="bold")
+    columns = {"checked": 16, "before": 262, "after": 336, "verdict": 470}
+    y = _draw_table(drawing, 90, checks, columns)
+    drawing.text(16, y + 24, answers.heading, font_weight="bold")
+    few = replace(asked, rows=asked.rows[:4])
+    drawing.height = _draw_table(drawing, y + 54, few, {"candidate": 16, "base": 376})
+    return drawing
+
+
+def _tables_of(section: Section) -> Iterator[Table]:
+    for block in section.blocks:
+        if isinstance(block, Table):
+            yield block
+        elif isinstance(block, Section):
+            yield from _tables_of(block)
+
+
+def _draw_table(drawing: Drawing, y: int, table: Table, places: dict[str, int]) -> int:
+    """Some columns of a table, each at its place; returns where it ends."""
+    columns = [(table.columns.index(name), name, x) for name, x in places.items()]
+    for _, name, x in columns:
+        drawing.text(x, y, name, "label", font_size="12")
+    for row in table.rows:
+        drawing.bar(16, y + 8, WIDTH - 32, 1, "line")
+        y += 24
+        for number, _, x in columns:
+            cell = row[number] if isinstance(row[number], Cell) else Cell(row[number])
+            mark = f'<tspan fill="var(--{cell.tone})">{cell.mark}</tspan> ' if cell.mark else ""
+            words = escaped_html(cell.value)
+            drawing.text(x, y, Html(f"{mark}{words}"), font_size="12")
+    return y + 20
+
+
+def draw_pipeline() -> Drawing:
+    """The seven steps of a run, what each writes, and what is checked."""
+    drawing = Drawing("The steps of a run, the files that each writes, and what is checked", 0)
+    inputs = ("lora.yaml, flags", "data set", "base model")
+    for number, words in enumerate(inputs):
+        drawing.box(16 + number * 180, 12, 168, 34, [words])
+        drawing.arrow((100 + number * 180, 46), (100 + number * 180, 68))
+    y = 68
+    for title, files, checks in STEPS:
+        height = 34 + LINE * len(checks)
+        if title.startswith("6"):
+            drawing.arrow((100, y - 16), (100, y + 26), colour="good")
+            drawing.text(112, y + 8, "passed", "good", font_weight="bold")
+            drawing.arrow((352, y - 16), (352, y + 26), colour="bad")
+            drawing.text(364, y + 8, "failed: exit code 4", "bad", font_weight="bold")
+            drawing.text(352, y + 44, "nothing is registered,", "label", font_size="12")
+            drawing.text(352, y + 62, "report.html has the reasons", "label", font_size="12")
+            y += 26
+        elif not title.startswith("1"):
+            drawing.arrow((100, y - 16), (100, y))
+        width = 314 if title[0] in "67" else WIDTH - 32
+        drawing.box(16, y, width, height, [title, *checks])
+        style = {"font_family": "monospace", "font_size": "12", "text_anchor": "end"}
+        drawing.text(width + 4, y + 22, files, **style)
+        y += height + 16
+    drawing.height = y
+    return drawing
+
+
+def draw_power() -> Drawing:
+    """The smallest gain that is found in 80 of 100 test sets, by the number of examples."""
+    title = "Smallest gain that is detected with 80 % power, nats/token"
+    curves = [Curve(f"{spread:g}", _detectable(spread)) for spread in SPREADS]
+    chart = Chart(title, "held-out examples", "nats/token", curves, from_zero=True)
+    drawing = Drawing(title, PANEL_HEIGHT + 2 * TITLE_HEIGHT - 14)
+    drawing.text(16, 22, title, font_weight="bold")
+    drawing.text(16, 46, "Standard deviation of the differences:", "label")
+    for number, curve in enumerate(curves):
+        x = 270 + number * 80
+        drawing.bar(x, 40, 18, 3, COLOURS[number])
+        drawing.text(x + 24, 46, curve.name, "label")
+    drawing.panel(draw_chart(chart, replace(PANEL, has_legend=False)), 0, 2 * TITLE_HEIGHT - 14)
+    return drawing
+
+
+def _detectable(spread: float) -> list[Point]:
+    """(t at 97.5 % + t at 80 %) standard errors, in nats/token."""
+    return [
+        Point(
+            n, spread / n**0.5 * (student_t_quantile(0.975, n - 1) + student_t_quantile(0.8, n - 1))
+        )
+        for n in EXAMPLES
+    ]
+
+
+def draw_times(page: str) -> Drawing:
+    """Bars of the seconds that whole commands took, from the table of the benchmarks."""
+    drawing = Drawing("Seconds of whole commands: mlx_lm.lora and nested-tune train", 0)
+    drawing.text(16, 24, "Seconds of a whole command on one H200", font_weight="bold")
+    times = {label: _read_times(page, row) for row, label in COMMANDS.items()}
+    most = max(max(pair) for pair in times.values())
+    y = 46
+    for label, pair in times.items():
+        drawing.text(16, y + 10, label)
+        y += 18
+        for name, colour, seconds in zip(
+            ("mlx_lm.lora", "nested-tune train"), ("theirs", "ours"), pair, strict=True
+        ):
+            length = seconds / most * (WIDTH - 220)
+            drawing.text(132, y + 12, name, "label", text_anchor="end", font_size="12")
+            drawing.bar(140, y, length, 15, colour, rx="2")
+            drawing.text(146 + length, y + 12, f"{seconds:g}", font_size="12")
+            y += 19
+        y += 14
+    drawing.height = y
+    return drawing
+
+
+def _read_times(page: str, row: str) -> tuple[float, float]:
+    """The seconds of both programs in a row of the table."""
+    found = re.search(
+        rf"^\| {re.escape(row)}[^|]*\| ([\d.]+) [^|]*\| ([\d.]+) ", page, re.MULTILINE
     )
+    if found is None:
+        raise SystemExit(f"benchmarks/README.md has no row of whole commands that begins {row!r}")
+    return float(found[1]), float(found[2])
+
+
+def draw_topology() -> Drawing:
+    """What runs on a server, and who talks to whom."""
+    drawing = Drawing(
+        "Prefect's server starts runs on two workers; they write the registry, which serve reads",
+        424,
+    )
+    drawing.box(16, 16, 150, 58, ["You", "browser, CLI, alerts"])
+    drawing.box(206, 16, 180, 58, ["Prefect's server", "schedules, states, pages"])
+    drawing.box(426, 16, 118, 58, ["PostgreSQL", "its database"])
+    drawing.arrow((166, 45), (206, 45))
+    drawing.arrow((386, 45), (426, 45))
+    drawing.box(16, 126, 252, 76, ["worker mlx-gpu", "trains and judges,", "one run at a time"])
+    drawing.box(
+        292, 126, 252, 76, ["worker cpu", "promotes, asks, checks each hour", "up to 8 at a time"]
+    )
+    for x in (236, 356):
+        drawing.arrow((x, 74), (x, 126))
+    drawing.text(246, 104, "due runs", "label", font_size="12")
+    drawing.box(16, 254, 252, 58, ["runs/", "checkpoints, adapter, verdict"])
+    drawing.box(292, 254, 252, 58, ["registry/", "versions, champion, history"])
+    drawing.arrow((142, 202), (142, 254))
+    drawing.arrow((418, 202), (418, 254))
+    drawing.arrow((268, 283), (292, 283))
+    drawing.box(292, 350, 252, 58, ["nested-tune serve", "answers with the champion"])
+    drawing.arrow((418, 312), (418, 350))
+    drawing.box(16, 350, 252, 58, ["Your application", "OpenAI's API"])
+    drawing.arrow((268, 379), (292, 379))
+    return drawing
+
+
+def main() -> None:
+    """Write every drawing; two demos take some minutes."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {
+            command: run_demo(Path(folder) / str(number), *flags)
+            for number, (command, flags) in enumerate(RUNS.items())
+        }
+        draw_gate(runs, beside=True).write("gate.svg")
+        draw_gate(runs, beside=False).write("gate-narrow.svg")
+        draw_report(next(iter(runs.values()))).write("report.svg")
+    draw_pipeline().write("pipeline.svg")
+    draw_power().write("power.svg")
+    draw_times(BENCHMARKS.read_text(encoding="utf-8")).write("times.svg")
+    draw_topology().write("topology.svg")
 
 
 if __name__ == "__main__":
-    (IMAGES / "gate.svg").write_text(draw_gate(), encoding="utf-8")
+    main()
