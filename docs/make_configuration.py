@@ -17,27 +17,36 @@ from nested_core.config.key_properties import Key, iterate_keys
 from nested_core.config.other_tools import HINTS_FOR_UNSUPPORTED_KEYS, OUR_KEYS_BY_OTHER_TOOLS_KEYS
 from nested_core.config.resume import may_differ_on_resume
 from nested_core.config.schema import FineTuneConfig
-from tests.mlx_lm_variants import EXAMPLES, FLAGS, KEYS, REFUSED, TRAINED
+from tests.mlx_lm_variants import FLAGS, KEYS
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """\
 # Configuration
 
-Written by `make docs` from the schema in `nested_core/config/`; do not edit it by hand.
+This page is for anyone who looks up a key or a flag. `make docs` writes it from the schema in
+`nested_core/config/`, so do not edit it by hand. A file of this size is enough to begin with:
 
-mlx-lm's keys stand at the top level, with mlx-lm's names and defaults; ours are in sections. A key
-is a flag too, which wins over the file, as are those of a section: `--learning-rate 1e-4`,
-`--nested.frequencies '[1, 2, 4]'`. Unknown keys are refused with the nearest known one.
+```yaml
+model: mlx-community/Qwen3-0.6B-4bit
+data: data
+learning_rate: 1e-4
+mask_prompt: true
+training: {epochs: 3}
+```
 
-**Resume** says whether a run may be resumed with another value. **Adapter** says whether, in a run
-from the champion (`continual`), another value is a reason to train again; `model` and `data` are
-compared by what is in them, not by how their paths are written.
+mlx-lm's keys are at the top level, with mlx-lm's names and defaults. Our own are in sections. Each
+key is also a flag, which wins over the file: `--learning-rate 1e-4`, `--nested.frequencies '[1, 2,
+4]'`. Unknown keys are refused, with the nearest known one. `nested-tune init` writes a commented
+file for your data.
 
-YAML is read strictly: each key once, nothing by reference (no anchors, no `<<`), no tags, at most
-64 KiB. Plain words are what YAML 1.2 takes them for: `true`, `false`, `null` or `~`, decimal
-numbers, and `1e-5`. All else is text: `on`, `yes`, `2026-11-21`, `1:30:00`, `0x10`. A number that
-begins with a zero, such as `010`, is refused: readers differ. A switch takes `yes` and `on` for
-`true`, as in mlx-lm's files.
+**Resume** says whether a run may be resumed with another value. **Adapter** says whether another
+value is a reason to train again, in a run from the champion (`continual`). `model` and `data` are
+compared by content, not by path.
+
+YAML is read strictly: each key once, no anchors, no tags, at most 64 KiB. Plain words are those of
+YAML 1.2: `true`, `false`, `null`, decimal numbers, `1e-5`. All else is text, such as `2026-11-21`
+or `0x10`. A number with a leading zero, such as `010`, is refused. A switch also takes `yes` and
+`on`, as in mlx-lm's files.
 """
 TABLE = """\
 | key | default | what it does | resume | adapter |
@@ -49,85 +58,81 @@ OTHERS_PAGE = Path(__file__).with_name("coming-from.md")
 OTHERS_HEAD = """\
 # Coming from another trainer
 
-Written by `make docs` from `nested_core/config/other_tools.py` and `tests/mlx_lm_variants.py`; do
-not edit it by hand.
+This page is for anyone with a configuration of mlx_lm.lora, axolotl, LLaMA-Factory, unsloth, TRL,
+PEFT or Soup. `make docs` writes it, so do not edit it by hand.
 
 ## From mlx_lm.lora
 
-Your file works as it is: `nested-tune train -c lora.yaml` in place of `mlx_lm.lora -c lora.yaml`.
-Every key and flag is taken under its own name, with its default and its meaning. What differs:
+Replace one word. Your file works as it is:
 
-- The model and the data have to be given: no default is fetched from the hub.
-- `train` and `run` train and then judge. For `--test` without `--train` there is
-  `nested-tune evaluate`, which measures an adapter that exists beside its base.
-- The adapter is in the run's own directory, judged; `adapter_path` gets copies under the names of
-  mlx_lm.lora. Its adapters.safetensors is the best one by validation loss, not the last one.
-- Each example is seen once an epoch, the last batch included, and the loss of a batch is a mean
-  over its tokens. `training: {reference: mlx_lm}` does what mlx_lm.lora does instead, bit for bit.
-- A key that mlx_lm.lora would pass over in silence is refused, with the key that was meant.
+    mlx_lm.lora -c lora.yaml                                # before
+    nested-tune train -c lora.yaml --run-dir runs/first     # now
+    mlx_lm.generate --model MODEL --adapter-path runs/first/adapter -p "..."
 
-`tests/flows/test_mlx_lm_variants.py` has both programs read what is listed below, and each flag
-alone. `make reliability` also trains with each of them through the whole command, on tiny models
-and data: both programs leave the same file names in `adapter_path`, with tensors of the same names,
-shapes and types, which mlx_lm loads. Snapshots under `training.reference` are equal bit for bit.
-`make test-all` trains some. A test fails where a release of mlx-lm has a key or a flag that is
-not in these tables.
+Every key and flag keeps its name, default and meaning, apart from what these tables say. Five
+things differ:
 
-### Each key and flag
+1. Model and data are required. Nothing is fetched from the hub by default.
+2. After training, a [gate](gate.md) compares the adapter with the initial one. A rejected one is
+   exit code 4.
+3. The adapter is in the run directory. `adapter_path` gets copies under mlx_lm.lora's names, and
+   its adapters.safetensors is the best by validation loss, not the last.
+4. Each example is used once an epoch, the last batch included, and the loss of a batch is a mean
+   over its tokens. `training: {reference: mlx_lm}` does exactly what mlx_lm.lora does, bit for
+   bit under one BLAS.
+5. A key that mlx_lm.lora would ignore is refused, with the key that was probably meant.
 
-Same: as in mlx_lm.lora. Better: taken, and more is done or less goes wrong.
+For `--test` without `--train` there is `nested-tune evaluate`. For `mlx_lm.fuse`, see
+[export.md](export.md).
+
+Tests take 70 files and command lines through both programs, among them mlx-lm's example file and
+its documented commands (`test_mlx_lm_variants.py`). A test fails if a release of mlx-lm has a key
+or flag that these tables lack.
+
+### Keys with a difference
+
+Same: as in mlx_lm.lora. Better: accepted, and more is done or less goes wrong.
 
 | key | flag | here | what to know |
 |---|---|---|---|
 """
-VARIANTS_HEAD = """
-### Files and command lines that are tried
-
-`lora_config.yaml` is mlx-lm's example file, `LORA.md` its documentation.
-
-| name | what it shows | here |
-|---|---|---|
-"""
+SAME_HEAD = "\n### Keys without any\n\n"
 OTHERS_TABLE = """
 ## From axolotl, LLaMA-Factory, unsloth, TRL, PEFT and Soup
 
-A file of theirs is not read, but their names are known: a key of theirs, in any section, is
-answered with ours. What is not in the table is an unknown key, with the nearest of ours.
+Their files are not read, but their names are known. A key of theirs, in any section, gets an
+error with ours:
 
-| their key | ours |
+    nested-tune train --micro_batch_size 4     # refused: batch_size
+    nested-tune init --data DATA --model MODEL -o lora.yaml     # start here
+
+| their keys | ours |
 |---|---|
 """
 
 
 def render_others_page() -> str:
-    """The page for people who come from another trainer: what becomes of their files and keys."""
-    rows = []
+    """The page for people who come from another trainer: what becomes of their keys."""
+    theirs_by_answer: dict[str, list[str]] = {}
     for theirs, ours in OUR_KEYS_BY_OTHER_TOOLS_KEYS.items():
         key, _, remark = ours.partition("; ")
-        rows.append(f"| `{theirs}` | `{key}`{f'; {remark}' if remark else ''} |\n")
-    rows += [
-        f"| `{theirs}` | {answer} |\n" for theirs, answer in HINTS_FOR_UNSUPPORTED_KEYS.items()
-    ]
-    tables = (OTHERS_HEAD, *_mlx_lm_keys(), VARIANTS_HEAD, *_mlx_lm_variants(), OTHERS_TABLE)
-    return "".join((*tables, *sorted(rows)))
+        theirs_by_answer.setdefault(f"`{key}`{f' ({remark})' if remark else ''}", []).append(theirs)
+    for theirs, answer in HINTS_FOR_UNSUPPORTED_KEYS.items():
+        theirs_by_answer.setdefault(answer, []).append(theirs)
+    rows = sorted(
+        f"| {', '.join(f'`{name}`' for name in sorted(names))} | {answer} |\n"
+        for answer, names in theirs_by_answer.items()
+    )
+    plain = ", ".join(f"`{key}`" for key, known in KEYS.items() if known == ("same", ""))
+    return "".join((OTHERS_HEAD, *_mlx_lm_keys(), SAME_HEAD, f"{plain}.\n", OTHERS_TABLE, *rows))
 
 
 def _mlx_lm_keys() -> Iterator[str]:
     for key, (relation, remark) in KEYS.items():
         flag = "--" + key.replace("_", "-")
         shown = "`-c`, `--config`" if key == "config" else f"`{flag}`" if flag in FLAGS else ""
-        yield f"| `{key}` | {shown} | {relation} | {_escape(remark)} |\n"
-
-
-def _mlx_lm_variants() -> Iterator[str]:
-    for variant in (*EXAMPLES, *TRAINED, *REFUSED):
-        outcome: str = variant.relation
-        if variant.code:
-            also = "there too" if variant.there else "not there"
-            outcome = f"refused, exit code {variant.code}; {also}: {_escape(variant.here)}"
-        elif variant.there:
-            outcome = f"better; there: {_escape(variant.there)}"
-        yield f"| {variant.name} | {_escape(variant.shows)} | {outcome} |\n"
+        if (relation, remark) != ("same", ""):
+            yield f"| `{key}` | {shown} | {relation} | {_escape(remark)} |\n"
 
 
 def render_page() -> str:
@@ -165,7 +170,8 @@ def _choices(key: Key) -> str:
     parts: list[Any] = [key.field.annotation, *get_args(key.field.annotation)]
     for part in parts:
         if get_origin(part) is Literal:
-            return "; one of " + ", ".join(f"`{choice}`" for choice in get_args(part))
+            choices = ", ".join(f"`{choice}`" for choice in get_args(part))
+            return f" (one of {choices})"
     return ""
 
 

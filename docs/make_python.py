@@ -22,12 +22,21 @@ PAGE = Path(__file__).with_name("python.md")
 HEAD = """\
 # From Python
 
-Written by `make docs` from the docstrings in `nested_core/`; do not edit it by hand.
+This page is for anyone who trains from Python or a notebook. `make docs` writes it from the
+docstrings in `nested_core/`, so do not edit it by hand.
 
-These names are public: `from nested_core import NAME`. What is not here may change in any version.
-How they go together stands in [README.md](../README.md#your-own-data), what notebooks
-show in [report.md](report.md#notebooks), what the optimizers do in
-[nested-optimizer.md](nested-optimizer.md).
+```python
+from nested_core import prepare
+
+prepare()  # before anything imports mlx
+from nested_core import finetune, load_config, open_run
+
+result = finetune(load_config("lora.yaml"), open_run("runs/first"))
+```
+
+The names below are public. Anything else may change in any release
+([versions](README.md#versions)). See also [notebooks](report.md#notebooks) and
+[the optimizers](nested-optimizer.md).
 """
 ROOMS = {
     "A fine-tune": (
@@ -50,6 +59,7 @@ ROOMS = {
 }
 
 
+LONGEST_LINE = 85  # of a block, as wide as the site shows
 DESCRIBED = r"`{0}`|^ *(\w+, )*{0}(, \w+)*: "  # a parameter, in a sentence or in a list
 
 
@@ -122,13 +132,18 @@ def _signature(name: str, value: Any) -> str:
         return f"{name}(**settings)  # every key: docs/configuration.md"
     signature = inspect.signature(value)
     described = signature.parameters.values()
-    parameters = [str(each.replace(annotation=each.empty)) for each in described]
+    texts = [str(each.replace(annotation=each.empty)) for each in described]
+    parameters = [re.sub(r"<function .+ at 0x\w+>", "...", text) for text in texts]
     kinds = [each.kind for each in described]
     if inspect.Parameter.KEYWORD_ONLY in kinds:
         parameters.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
     returned = signature.return_annotation
     arrow = "" if isinstance(value, type) or returned is signature.empty else f" -> {returned}"
-    return f"{name}({', '.join(parameters)}){arrow}"
+    line = f"{name}({', '.join(parameters)}){arrow}"
+    if len(line) <= LONGEST_LINE:
+        return line
+    indented = "".join(f"    {each},\n" for each in parameters)
+    return f"{name}(\n{indented}){arrow}"
 
 
 def _parameters(value: Any) -> Iterator[str]:

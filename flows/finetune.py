@@ -53,11 +53,11 @@ class FinetuneParameters(FineTuneConfig):
 
     run_dir: str | None = key(
         None,
-        "where the run is kept; null: runs/<UTC time>-<flow run id>",
+        "where the run is kept, null: runs/<UTC time>-<flow run id>",
         path="local",
         in_form=False,
     )
-    resume: bool = key(False, "go on with the run in run_dir", in_form=False)
+    resume: bool = key(False, "resume the run in run_dir", in_form=False)
 
     def configuration(self) -> FineTuneConfig:
         """The configuration alone."""

@@ -54,7 +54,7 @@ class PromoteParameters(AdapterParameters):
         default=False, description="ask a person, whatever the policy recorded with the version"
     )
     night: UUID | None = Field(
-        default=None, description="the fine-tune's flow run, which is told the answer"
+        default=None, description="the fine-tune's flow run, which gets the answer"
     )
 
 
@@ -64,10 +64,10 @@ class Approval(RunInput):
     approve: bool
     by: str = Field(
         min_length=1,
-        description="who decides, a free word that nobody checks; it stands in the history",
+        description="name for the history, free text that nobody checks",
     )
     reason: str = Field(
-        default="", description="why; of a no it stands in the history, and is told to later nights"
+        default="", description="reason, recorded in the history and reported by later runs"
     )
 
 

@@ -40,7 +40,7 @@ class ReconcileParameters(Section):
     registry: str = Field(description="the registry's folder, on the worker's machine")
     names: tuple[AdapterName, ...] | None = Field(default=None, description="default: all of them")
     stale_after_nights: float | None = Field(
-        default=3.0, gt=0, description="an older champion is told of; null: never"
+        default=3.0, gt=0, description="an older champion raises an alert (null: never)"
     )
 
     @property

@@ -22,9 +22,9 @@ class RollbackParameters(AdapterParameters):
     """Which adapter, and back to what."""
 
     to: str | None = Field(default=None, description="default: the champion before this one")
-    by: str = Field(min_length=1, description="who decides; it stands in the history")
+    by: str = Field(min_length=1, description="name of the person for the history")
     reason: str | None = Field(
-        default=None, description="why; it stands in the history, the alert and the champion's page"
+        default=None, description="reason for the history, the alert and the champion's page"
     )
 
 

@@ -82,16 +82,16 @@ def prepare() -> Preparation:
     """Make this process ready for MLX; call it before anything imports mlx. Later calls do nothing.
 
     On Linux kernels are compiled into a folder of this process alone (see compiled_kernels.py).
-    There, with the MLX build for CPUs, it opens OpenBLAS for the whole process, if the system has
-    it, with threads that soon sleep where there is no product to compute unless
-    OPENBLAS_THREAD_TIMEOUT is set, and lets freed memory up to 1 GiB stay with the process. With
-    the build for CUDA kernels are started without graphs, and plans of attention are kept for
-    thousands of shapes, unless MLX_USE_CUDA_GRAPHS and MLX_CUDA_SDPA_CACHE_SIZE are set. On macOS,
-    where MLX uses Metal and Accelerate, none of this is needed. On every platform compiled
-    functions are dropped when the process ends (`_drop_compiled_functions_at_exit`).
+    With the MLX build for CPUs, it also opens OpenBLAS for the whole process, if the system has
+    it. Its idle threads soon sleep, unless OPENBLAS_THREAD_TIMEOUT is set. Freed memory up to 1 GiB
+    stays with the process. With the build for CUDA, kernels are started without graphs, and plans
+    of attention are kept for thousands of shapes, unless MLX_USE_CUDA_GRAPHS and
+    MLX_CUDA_SDPA_CACHE_SIZE are set. On macOS, where MLX uses Metal and Accelerate, none of this is
+    needed. Compiled functions are dropped when the process ends, on every platform
+    (`_drop_compiled_functions_at_exit`).
 
-    NESTED_TUNE_NO_OPENBLAS=1 leaves OpenBLAS out; the benchmarks compare with and without. Where
-    mlx was imported before, a RuntimeWarning says what can no longer be done.
+    NESTED_TUNE_NO_OPENBLAS=1 leaves OpenBLAS out. If mlx was imported before, a RuntimeWarning says
+    what can no longer be done.
     """
     global _preparation
     if _preparation is None:

@@ -37,7 +37,7 @@ def why_silent(client: SyncPrefectClient, registry: Path, name: str) -> str | No
     if any(_names_registry(each, folder, name) for each in read_deployments(client)):
         return None
     return (
-        f"Prefect's server was told nothing of {name}: none of its deployments names {folder} as "
+        f"Prefect's server got no event of {name}: none of its deployments names {folder} as "
         f"its registry, as is right for a copy. `nested-tune deploy -c CONFIG` names it."
     )
 

@@ -65,7 +65,7 @@ def send_adapter_event(
 
 def announce_changes(path: Path, name: str) -> None:
     """Tell the server of the changes of an adapter that it has not heard of; in a flow run."""
-    with asking_server(f"what was changed of {name} is told by the next reconcile") as client:
+    with asking_server(f"what was changed of {name} is sent by the next reconcile") as client:
         if (reason := send_missing_events(client, path, name)) is not None:
             get_run_logger().warning("%s", reason)
 

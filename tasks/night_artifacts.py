@@ -35,7 +35,7 @@ def tell_night(night: UUID, outcome: Outcome, message: str) -> None:
     `night` is the fine-tune's flow run. Its state stays of the type Completed, and when it ended
     stays as it was. The page stays as it was where the run's folder is not on this machine.
     """
-    with asking_server("the night's page does not say what became of its question") as client:
+    with asking_server("the run's page does not show the answer to its question") as client:
         state = client.read_flow_run(night).state
         if state is None or state.type != StateType.COMPLETED or state.name == outcome:
             return
@@ -68,7 +68,7 @@ def publish_night(
     read = Run(run)
     page = describe_night(config, read, outcome, message)
     if read.problems:  # the night is over: a page changes nothing
-        get_run_logger().warning("The page of this night is not up to date: %s", read.problems[0])
+        get_run_logger().warning("The page of this run is not up to date: %s", read.problems[0])
         return
     publish_page(config.registry.name, "night", page, shown, flow_run)
 
@@ -85,8 +85,8 @@ def make_nights_page(client: SyncPrefectClient, name: str) -> UUID:
     created = ArtifactCreate(
         key=artifact_key(name, NIGHTS_PAGE),
         type="markdown",
-        description=f"The nights of {escape_markdown(name)}",
-        data=str(Document(f"{name}: no night yet", [])),
+        description=f"Scheduled runs of {escape_markdown(name)}",
+        data=str(Document(f"{name}: no scheduled run yet", [])),
     )
     return client.create_artifact(created).id
 
@@ -98,7 +98,7 @@ def publish_nights(name: str | None, ended: tuple[UUID, str] | None = None) -> N
     """
     if name is None:
         return
-    with asking_server(f"the page of {name}'s nights is not up to date") as client:
+    with asking_server(f"the page of {name}'s scheduled runs is not up to date") as client:
         outcomes = dict([] if ended is None else [ended])
         nights = [night_of(run, outcomes.get(run.id)) for run in _read_runs(client, name)]
         if nights:

@@ -16,7 +16,7 @@ ADAPTER_FORMS = "NAME|REGISTRY/NAME|RUN_DIR|FOLDER"
 def add_registry_flag(parser: argparse.ArgumentParser) -> None:
     """Add --registry, where a NAME is looked for."""
     parser.add_argument(
-        "--registry", type=Path, metavar="DIR", help="where NAME is looked for; default: registry"
+        "--registry", type=Path, metavar="DIR", help="where NAME is looked for (default: registry)"
     )
 
 

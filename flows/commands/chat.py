@@ -54,7 +54,7 @@ def add_commands(commands: Any) -> None:
     add_registry_flag(chat)
     chat.add_argument("--prompt", metavar="TEXT", help="ask this alone, then end")
     chat.add_argument(
-        "--max-tokens", type=int, default=256, metavar="N", help="of an answer; default: 256"
+        "--max-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)"
     )
     chat.add_argument(
         "--temperature", type=float, default=0.0, metavar="NUMBER", help="default: 0, greedy"

@@ -108,7 +108,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run-dir", type=_parse_path, help="default: runs/<UTC time>-<8 hex digits>"
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
+    parser.add_argument("--resume", action="store_true", help="resume the run in --run-dir")
 
 
 def load_config_from_flags(

@@ -42,7 +42,7 @@ def add_commands(commands: Any) -> None:
         type=Path,
         default=Path("registry"),
         metavar="DIR",
-        help="whose servers are looked at; default: registry",
+        help="whose servers are checked (default: registry)",
     )
 
 
@@ -140,18 +140,19 @@ def _check_kernels() -> Check:
     from nested_core import backend
 
     if not backend.is_mlx_built_for_cuda():
-        return Check("kernels", True, "MLX's")
+        return Check("kernels", True, "those of MLX")
     try:
-        seen = f"our own where they agree with MLX's, by cuda-core {version('cuda-core')}"
+        seen = f"faster CUDA kernels, compiled by cuda-core {version('cuda-core')}"
         return Check("kernels", True, seen)
     except PackageNotFoundError:
         mend = 'optional, shorter steps: pip install "nested-tune[cuda]"'
-        return Check("kernels", True, "MLX's alone: cuda-core is not installed", mend)
+        return Check("kernels", True, "those of MLX only: cuda-core is not installed", mend)
 
 
 def _check_server_address() -> Check:
     url = os.environ.get("PREFECT_API_URL")
-    return Check("prefect", True, f"server {url}" if url else "one of the run's own")
+    none = "no server configured: each `nested-tune run` starts one of its own"
+    return Check("prefect", True, f"server {url}" if url else none)
 
 
 def _iterate_champion_checks(registry: Path) -> Iterator[Check]:

@@ -42,11 +42,11 @@ def add_commands(commands: Any) -> None:
         choices=get_args(Score),
         default="contains",
         metavar="SCORE",
-        help=f"of --suite, one of {', '.join(get_args(Score))}; default: contains",
+        help=f"of --suite, one of {', '.join(get_args(Score))} (default: contains)",
     )
-    parser.add_argument("--min", type=float, metavar="SHARE", help="the least share of each suite")
+    parser.add_argument("--min", type=float, metavar="SHARE", help="least share of right answers")
     parser.add_argument(
-        "--max-tokens", type=int, default=64, metavar="N", help="of an answer; default: 64"
+        "--max-tokens", type=int, default=64, metavar="N", help="of an answer (default: 64)"
     )
     parser.add_argument("--data", type=Path, metavar="FILE", help="held-out examples, for losses")
     parser.add_argument("--against", metavar="WHAT", help="default: the base of the first")
@@ -54,14 +54,14 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         *("-c", "--config"),
         type=Path,
-        help="how data is read, and suites in place of --suite; default: the first run's own",
+        help="how data is read, and eval sets instead of --suite (default: the first run's)",
     )
     parser.add_argument(
         "--show",
         type=int,
         default=3,
         metavar="N",
-        help="questions of each suite with a wrong answer; default: 3",
+        help="wrong answers shown of each eval set (default: 3)",
     )
     parser.add_argument(
         *("-o", "--output"), type=Path, metavar="FILE", help="write a page with every answer"

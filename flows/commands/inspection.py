@@ -147,7 +147,7 @@ def run_adapter_audit(arguments: argparse.Namespace) -> Callable[[], int]:
             columns = ("adapter", "verdict", "changes, or reasons")
             print_table(columns, rows, title=f"Adapters in {parent} on {arguments.model}")
         if code:
-            print_line("The reasons are explained in docs/gate.md#one-adapter-alone.")
+            print_line("The reasons are explained in the project's docs/gate.md#one-adapter-alone.")
 
     code = 0 if all(audit.has_passed for audit in audits) else GateRejected.exit_code
     document = {"model": arguments.model, "adapters": [audit.to_json() for audit in audits]}

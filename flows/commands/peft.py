@@ -50,7 +50,7 @@ def add_commands(commands: Any) -> None:
     )
     add_registry_flag(exports)
     exports.add_argument(
-        "--model", metavar="BASE", help="base_model_name_or_path; default: as the adapter says"
+        "--model", metavar="BASE", help="base_model_name_or_path (default: as the adapter says)"
     )
     for parser in (imports, exports):
         parser.add_argument(

@@ -55,7 +55,7 @@ def tell_server(registry: Path, name: str) -> None:
     if problems or teller.is_alive():
         reason = problems[0] if problems else f"no answer within {SECONDS_TO_TELL:g} seconds"
         print_progress(
-            f"note: Prefect's server was not told ({reason}); the next reconcile/{name}-hourly "
+            f"note: Prefect's server got no event ({reason}); the next reconcile/{name}-hourly "
             f"brings its pages and events into line"
         )
 

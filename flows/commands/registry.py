@@ -42,8 +42,10 @@ def add_commands(commands: Any) -> None:
         example="nested-tune rollback support-bot --reason 'wrong answers'",
     )
     rollback.add_argument("--to", metavar="VERSION", help="default: the champion before this one")
-    rollback.add_argument("--by", metavar="WHO", help="stands in the history; default: this user")
-    rollback.add_argument("--reason", metavar="TEXT", help="why; stands in history and alert")
+    rollback.add_argument(
+        "--by", metavar="WHO", help="recorded in the history (default: this user)"
+    )
+    rollback.add_argument("--reason", metavar="TEXT", help="recorded in history and alert")
     history = commands.add(
         "history",
         run_history,
@@ -68,7 +70,9 @@ def add_commands(commands: Any) -> None:
         group="Registry",
         example="nested-tune gc support-bot --keep 10 --dry-run",
     )
-    gc.add_argument("--keep", type=int, default=10, metavar="N", help="newest to keep; default: 10")
+    gc.add_argument(
+        "--keep", type=int, default=10, metavar="N", help="newest to keep (default: 10)"
+    )
     gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     export = commands.add(
         "export-mlflow",
@@ -89,30 +93,30 @@ def add_commands(commands: Any) -> None:
     policy.add_argument(
         "--promote",
         choices=("never", "approve", "better", "always", "null"),
-        help="the least that registry.promote counts as; null: the run's own",
+        help="the loosest registry.promote that counts (null: as configured)",
     )
     policy.add_argument(
         "--max-val-loss-increase",
         metavar="X",
-        help="the most that gate.max_val_loss_increase counts as; null: the run's own",
+        help="the largest gate.max_val_loss_increase that counts (null: as configured)",
     )
     policy.add_argument(
         "--tasks",
         type=Path,
         nargs="*",
         metavar="FILE",
-        help="what every run is asked: YAML with gate.tasks, or questions, scored by contains; "
-        "without FILE none",
+        help="eval sets of every run: YAML with gate.tasks, or questions, scored by contains "
+        "(without FILE none)",
     )
     policy.add_argument(
         "--canary",
         choices=("refuse", "rollback", "null"),
-        help="what a server does with a champion that fails its canary; null: refuse",
+        help="what a server does with a champion that fails its canary (null: refuse)",
     )
     policy.add_argument(
         "--reference",
         metavar="VERSION|nights:N",
-        help="what no promotion by itself may be worse than by more than a margin; null: nothing",
+        help="version that no automatic promotion may be worse than, within a margin (null: none)",
     )
     forget = commands.add(
         "forget",
@@ -124,8 +128,8 @@ def add_commands(commands: Any) -> None:
     for parser in (promote, rollback, history, audit, gc, export, forget, policy):
         add_registry_arguments(parser)
     forget.add_argument("version", metavar="VERSION", help="or its first 6 digits, or more")
-    forget.add_argument("--by", required=True, metavar="WHO", help="stands in the history")
-    forget.add_argument("--reason", required=True, metavar="TEXT", help="stands in the history")
+    forget.add_argument("--by", required=True, metavar="WHO", help="recorded in the history")
+    forget.add_argument("--reason", required=True, metavar="TEXT", help="recorded in the history")
 
 
 def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -206,10 +210,10 @@ def run_policy(arguments: argparse.Namespace) -> Callable[[], int]:
 
     def show() -> None:
         """A row for each key."""
-        rows: list[tuple[str, str]] = [("promote", policy.promote or "the run's own")]
+        rows: list[tuple[str, str]] = [("promote", policy.promote or "as configured")]
         bound = policy.max_val_loss_increase
-        rows.append(("max_val_loss_increase", "the run's own" if bound is None else f"{bound:g}"))
-        rows += [(f"suite {task.name}", f"{task.score}, {task.file}") for task in policy.tasks]
+        rows.append(("max_val_loss_increase", "as configured" if bound is None else f"{bound:g}"))
+        rows += [(f"eval set {task.name}", f"{task.score}, {task.file}") for task in policy.tasks]
         rows.append(("canary", policy.canary or "refuse"))
         rows.append(("reference", policy.reference or "none"))
         print_table(("key", "at least"), rows, title=f"{arguments.name}: policy")
@@ -259,8 +263,8 @@ def _read_suites(path: Path) -> list[dict[str, Any]]:
         tasks = section.get("tasks") if isinstance(section, dict) else None
     if not tasks:
         raise ConfigError(
-            f"--tasks {path} has no suites. Expected YAML with gate.tasks, as in a run's "
-            f"config.yaml: a list of suites, each with name, file and score; or a file of "
+            f"--tasks {path} has no eval sets. Expected YAML with gate.tasks, as in a run's "
+            f"config.yaml: a list of eval sets, each with name, file and score. Or a file of "
             f"questions: JSON Lines, CSV or a list in YAML."
         )
     try:
@@ -323,7 +327,7 @@ def run_history(arguments: argparse.Namespace) -> Callable[[], int]:
         columns = ("time (UTC)", "action", "version", "its loss", "before", "by")
         print_table(columns, rows, title=f"{arguments.name}: champion {shown}")
         files = ", ".join(sorted({own["file"] for own in losses.values()})) or "none"
-        print_line(f"Losses: nats a token, on what each was judged by when it was made ({files}).")
+        print_line(f"Losses: nats/token, on what each was judged by when it was made ({files}).")
 
     document = {"name": arguments.name, "champion": champion, "history": entries, "losses": losses}
     return result_printer(arguments, lambda: document, show)
@@ -373,7 +377,7 @@ def run_gc(arguments: argparse.Namespace) -> Callable[[], int]:
             print_line(f"{what} {shorten_digest(version)}")
         print_line(
             f"{what} {len(done.collected)} versions ({done.bytes / 1e6:.1f} MB), kept "
-            f"{len(done.kept)}; {len(done.leftovers)} leftovers of killed processes"
+            f"{len(done.kept)}; {len(done.leftovers)} temporary files of killed processes"
         )
 
     return result_printer(arguments, lambda: asdict(done), show)

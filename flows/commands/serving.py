@@ -48,7 +48,7 @@ def add_commands(commands: Any) -> None:
         type=float,
         default=30.0,
         metavar="SECONDS",
-        help="how long a new champion waits for answers that are under way; default: 30",
+        help="how long a new champion waits for answers that are under way (default: 30)",
     )
     add_mlx_lm_server_options(serve.add_argument_group("options of mlx_lm.server"))
 
@@ -59,9 +59,9 @@ def add_mlx_lm_server_options(group: Any) -> None:
     mlx_lm builds its parser inside of `main`; a test compares these with what stands there.
     """
     add, split = group.add_argument, partial(str.split, sep=",")
-    add("--model", metavar="MODEL", help="the base; default: the adapter's own")
+    add("--model", metavar="MODEL", help="the base (default: the adapter's own)")
     add("--host", default="127.0.0.1", help="default: 127.0.0.1")
-    add("--port", type=int, default=8080, help="0: any free one; default: 8080")
+    add("--port", type=int, default=8080, help="0: any free one (default: 8080)")
     add("--allowed-origins", type=split, default="*", metavar="ORIGIN,...", help="default: *")
     add("--draft-model", metavar="MODEL", help="for speculative decoding")
     add("--num-draft-tokens", type=int, default=3, metavar="N", help="default: 3")
@@ -73,14 +73,14 @@ def add_mlx_lm_server_options(group: Any) -> None:
     add("--top-p", type=float, default=1.0, metavar="NUMBER", help="default: 1")
     add("--top-k", type=int, default=0, metavar="N", help="default: 0, off")
     add("--min-p", type=float, default=0.0, metavar="NUMBER", help="default: 0, off")
-    add("--max-tokens", type=int, default=512, metavar="N", help="of an answer; default: 512")
+    add("--max-tokens", type=int, default=512, metavar="N", help="of an answer (default: 512)")
     add("--chat-template-args", type=json.loads, default="{}", metavar="JSON", help="default: {}")
     add("--decode-concurrency", type=int, default=32, metavar="N", help="answers at a time")
     add("--prompt-concurrency", type=int, default=8, metavar="N", help="prompts at a time")
     add("--prefill-step-size", type=int, default=2048, metavar="TOKENS", help="default: 2048")
     add("--prompt-cache-size", type=int, default=10, metavar="N", help="caches kept; default: 10")
     add("--prompt-cache-bytes", type=parse_size, metavar="SIZE", help="of all caches, such as 4GB")
-    add("--kv-bits", type=int, metavar="N", help="quantise the caches; default: off")
+    add("--kv-bits", type=int, metavar="N", help="quantise the caches (default: off)")
     add("--kv-group-size", type=int, default=64, metavar="N", help="default: 64")
     add("--quantized-kv-start", type=int, default=5000, metavar="TOKENS", help="default: 5000")
 

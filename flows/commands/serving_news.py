@@ -72,7 +72,7 @@ class NewsSender:
             if problem != self._problem:
                 self._problem = problem
                 logging.warning(
-                    "Prefect's server was not told what is served (%s); it is tried again, "
+                    "Prefect's server got no event of what is served (%s); it is tried again, "
                     "and the hourly reconcile looks at the registry itself",
                     problem,
                 )

@@ -56,14 +56,14 @@ def add_commands(commands: Any) -> None:
         example="nested-tune validate -c lora.yaml --show 3",
     )
     add_config_flags(validate)
-    validate.add_argument("--no-tokenize", action="store_true", help="judge the lines alone")
+    validate.add_argument("--no-tokenize", action="store_true", help="check lines, not tokens")
     validate.add_argument(
         "--show", type=int, metavar="N", help="print the first N examples of train token by token"
     )
     train = commands.add(
         "train",
         run_train,
-        "train an adapter and judge it",
+        "train an adapter and evaluate it",
         json=True,
         group="Train",
         example="nested-tune train -c lora.yaml --run-dir runs/first",
@@ -151,7 +151,7 @@ def _cell(fact: Finding | None) -> str | None:
 
 
 def _describe_learnt_prompts(config: FineTuneConfig, report: DatasetReport) -> str | None:
-    """That prompts are learnt too, where the data has prompts and nothing masks them."""
+    """That prompts are trained on too, where the data has prompts and nothing masks them."""
     train = report.splits.get("train")
     from nested_core.data.lines.example_parsing import TEMPLATED_FORMATS
 
@@ -159,7 +159,7 @@ def _describe_learnt_prompts(config: FineTuneConfig, report: DatasetReport) -> s
     if learns_answers or train is None or train.format not in TEMPLATED_FORMATS:
         return None
     return (
-        "mask_prompt is false, as in mlx_lm: prompts are learnt too. With the file that "
+        "mask_prompt is false, as in mlx_lm: prompts are trained on too. With the file that "
         "`nested-tune init` writes (-c FILE), or --mask-prompt, the answers alone."
     )
 

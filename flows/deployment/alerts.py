@@ -94,7 +94,7 @@ def send_test_alert(client: SyncPrefectClient, names: Collection[str]) -> str:
     block_id = next((found for each in alerts if (found := alert_block(each)) is not None), None)
     if block_id is None:
         raise ConfigError(
-            "--test-alert: nobody is told yet. Give --notify: a block, or a URL in @FILE."
+            "--test-alert: nobody is notified yet. Give --notify: a block, or a URL in @FILE."
         )
     subject, body = "A test of nested-tune's alerts", f"{current_user()} asked for it. All is well."
     block: Any = Block.load_from_ref(block_id)

@@ -42,9 +42,9 @@ from tasks.deployed_registries import READ_PAGE_SIZE, adapters_in, read_deployme
 from tasks.night_artifacts import find_nights_page, make_nights_page
 
 NO_ALERTS_WARNING = (
-    "alerts: NOBODY IS TOLD of a run that failed, crashed or is late. Make a notification block in "
-    "the UI under Blocks, and give it: nested-tune deploy --notify TYPE/NAME, or --notify @FILE "
-    "with a webhook's URL in the file"
+    "alerts: NOBODY IS NOTIFIED of a run that failed, crashed or is late. Make a notification "
+    "block in the UI under Blocks, and give it: nested-tune deploy --notify TYPE/NAME, or "
+    "--notify @FILE with a webhook's URL in the file"
 )
 ALERT = "nested-tune alert"  # so begin the names of the automations that tell somebody
 

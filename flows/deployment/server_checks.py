@@ -167,7 +167,7 @@ def check_alerts(client: SyncPrefectClient, planned: list[dict[str, Any]]) -> Ch
     alerts = [automation for automation in read_automations(client) if automation.name in names]
     if any(alert_block(alert) is not None for alert in alerts):
         return Check("alerts", True, f"{len(alerts)} are sent to a block")
-    seen = "nobody is told of a run that failed, crashed or is late"
+    seen = "nobody is notified of a run that failed, crashed or is late"
     mend = "nested-tune deploy -c CONFIG --notify TYPE/NAME, or --notify @FILE"
     return Check("alerts", False, seen, mend)
 

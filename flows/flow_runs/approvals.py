@@ -33,7 +33,7 @@ PAUSE_KEY_PREFIX = "approval-"  # of a pause; the champion that was shown follow
 def request_approval(registry: Path, name: str, version: str, night: UUID | None = None) -> None:
     """Ask a person about a version whose promotion waits for that.
 
-    `night` is the fine-tune's flow run, which is told the answer. Where the server is away, the
+    `night` is the fine-tune's flow run, which gets the answer. Where the server is away, the
     next reconcile asks.
     """
     with tolerating_server_outage(f"nobody is asked about {name} {version:.12} yet"):

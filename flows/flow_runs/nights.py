@@ -95,7 +95,7 @@ def find_other_night() -> str | None:
         return None
     running = flow_runs_in([StateType.RUNNING], deployment_id={"any_": [own.deployment_id]})
     nights: list[FlowRun] = []
-    with asking_server("other nights of this adapter are not looked at") as client:
+    with asking_server("other runs of this adapter are not checked") as client:
         nights = client.read_flow_runs(
             flow_run_filter=running,
             sort=FlowRunSort.EXPECTED_START_TIME_ASC,
@@ -115,5 +115,5 @@ def describe_other_night(own: FlowRun, nights: list[FlowRun]) -> str | None:
             continue
         is_later = (other.expected_start_time, other.id) > (own.expected_start_time, own.id)
         if other.state_type == StateType.RUNNING and not is_later:
-            return f"another night of this adapter is at work, flow run {other.name!r} ({other.id})"
+            return f"another run of this adapter is active, flow run {other.name!r} ({other.id})"
     return None

@@ -63,7 +63,7 @@ def describe_old_champion(registry: Path, name: str, nights: float, now: datetim
     version = shorten_digest(changes[-1]["version"])
     return (
         f"{name} has had no new champion since {since:%d %b %Y}: {version} is "
-        f"older than {nights:g} nights. The list of runs says what became of each night."
+        f"older than {nights:g} days. The list of runs has the outcome of each run."
     )
 
 

@@ -117,7 +117,7 @@ class LocalServer:
         deadline = time.monotonic() + SECONDS_TO_START
         while not _is_healthy(self._port):
             if self._process.poll() is not None:
-                raise _failed_start("ended; what it said stands above")
+                raise _failed_start("ended; its output is above")
             if time.monotonic() > deadline:
                 self._process.kill()
                 raise _failed_start(f"does not answer after {SECONDS_TO_START:.0f} seconds")

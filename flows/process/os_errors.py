@@ -18,7 +18,7 @@ ADVICE_BY_PATH_ERRNO = {
     errno.ENOTDIR: "A part of it is a file where a folder is needed: give another path",
     errno.EISDIR: "It is a folder, and a file is needed: give another path",
     errno.ELOOP: "Its links lead round in a circle, or are too many: give the path that they mean",
-    errno.EEXIST: "Something stands there already: give another path, or move it away",
+    errno.EEXIST: "Something is there already: give another path, or move it away",
     errno.ENOTEMPTY: "The folder is not empty: give another path, or move away what is in it",
     errno.EXDEV: "It crosses from one file system to another: give a path on one of them",
     errno.EINVAL: "It is nothing that can be read or written in this way: give a file or a folder",

@@ -27,7 +27,7 @@ def format_sample_answers(answers: Sequence[SampleAnswers]) -> Iterator[str]:
         yield f"  {_escape_and_shorten(row.prompt)} ({row.place})"
         yield f"    base:     {_escape_and_shorten(row.base)}{_describe_damage(row.base_broken)}"
         if row.parent is not None:
-            yield f"    parent:   {_escape_and_shorten(row.parent)}"
+            yield f"    start:    {_escape_and_shorten(row.parent)}"
         damage = _describe_damage(row.adapter_broken)
         yield f"    adapter:  {_escape_and_shorten(row.adapter)}{damage}"
         if row.expected is not None:

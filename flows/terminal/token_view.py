@@ -32,7 +32,7 @@ def print_examples(examples: Iterable[ShownExample], note: str | None = None) ->
         learnt = sum(token.supervised for token in example.tokens)
         place = f"{example.file}:{example.line}"
         print_line("")
-        print_line(f"{place}: {len(example.tokens)} tokens, {learnt} learnt ({LEARNT})")
+        print_line(f"{place}: {len(example.tokens)} tokens, {learnt} trained on ({LEARNT})")
         for line in lay_out_tokens(example.tokens, min(WIDTH, console.width)):
             console.print(line, soft_wrap=True)
 

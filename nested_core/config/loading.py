@@ -47,7 +47,7 @@ class _StrictYamlLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """The mapping, once it is seen that no key stands there twice."""
+        """The mapping, once it is seen that no key is there twice."""
         lines: dict[str, int] = {}
         for key, _ in node.value:
             if key.tag == YAML_MERGE_TAG:
@@ -109,7 +109,7 @@ def read_yaml_with_lines(path: Path) -> YamlFile:
     try:
         with open_regular(path, UNBOUNDED, follow_links=True) as (file, size):
             if size > MAX_YAML_BYTES:
-                raise ConfigError(f"{path} is larger than 64 KiB; that is not a configuration.")
+                raise ConfigError(f"{path} is larger than 64 KiB. That is not a configuration.")
             content = read_start(file, size, path)
     except OSError as error:
         raise ConfigError(f"Cannot read the configuration {path}: {error.strerror}.") from error

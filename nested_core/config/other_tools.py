@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 _SCALE_HINT = "; scale is alpha / rank, and alpha can be given in its place"
 _ITERS_HINT = "; it counts micro-batches, theirs counts optimizer steps"
-_PACKING_HINT = "is not offered: batches of examples of similar length waste little (docs/data.md)"
+_PACKING_HINT = "is not needed: batches of examples of similar length waste little (docs/data.md)"
 _QUANTISED_BASE_HINT = "is not a key here: give a base model that is quantised (mlx_lm.convert -q)"
 _ALL_LINEAR_LAYERS_HINT = (
     "is not a key here: without lora_parameters.keys every linear layer has an adapter"
@@ -23,7 +23,7 @@ _HELD_OUT_SPLIT_HINT = (
 )
 _CHAT_TEMPLATE_HINT = "is not a key here: the tokenizer's own chat template is used"
 _WEIGHT_DECAY_HINT = (
-    "stands in optimizer_config, such as optimizer_config: {adamw: {weight_decay: 0.01}}"
+    "is in optimizer_config, such as optimizer_config: {adamw: {weight_decay: 0.01}}"
 )
 _OUTPUT_FOLDER_HINT = "is the flag --run-dir here; adapter_path copies the adapter to a folder too"
 

@@ -119,7 +119,7 @@ class FineTuneConfig(_RootSection):
     )
     train: bool = key(True, "implied: these commands always train", affects="output", in_form=False)
     fine_tune_type: Literal["lora", "dora", "full"] = key(
-        "lora", "what is trained: low-rank factors, or every weight of the chosen layers"
+        "lora", "what is trained: LoRA matrices, or every weight of the chosen layers"
     )
     optimizer: Optimizer = key(
         "adam", "an optimizer of mlx: adam, adamw, muon, sgd, adafactor, lion ..."
@@ -128,12 +128,12 @@ class FineTuneConfig(_RootSection):
         {}, "keyword arguments for each optimizer", in_form=False
     )
     seed: int = key(
-        0, "seed of the random numbers; the same seed gives the same run", ge=0, lt=2**32
+        0, "seed of the random numbers (the same seed gives the same run)", ge=0, lt=2**32
     )
-    num_layers: CountOrAll = key(16, "how many of the last layers are trained; -1 is all")
+    num_layers: CountOrAll = key(16, "how many of the last layers are trained (-1 is all)")
     batch_size: PositiveInt = key(4, "examples in a micro-batch", lt=2**31)
     iters: PositiveInt = key(1000, "micro-batches to train on", affects="length")
-    val_batches: CountOrAll = key(25, "batches of an evaluation; -1 is all, 0 is none")
+    val_batches: CountOrAll = key(25, "batches of an evaluation (-1 is all, 0 is none)")
     learning_rate: PositiveFloat = key(
         1e-5, "step size of the optimizer, before schedule and warm-up"
     )
@@ -163,7 +163,7 @@ class FineTuneConfig(_RootSection):
     )
     test: bool = key(False, "compute the loss on test.jsonl at the end", affects="output")
     test_batches: CountOrAll = key(
-        500, "batches of that loss; -1 is all", affects="output", in_form=False
+        500, "batches of that loss (-1 is all)", affects="output", in_form=False
     )
     max_seq_length: int = key(2048, "tokens after which an example is overlong", ge=2, lt=2**31)
     grad_checkpoint: bool = key(
@@ -172,7 +172,7 @@ class FineTuneConfig(_RootSection):
     grad_accumulation_steps: PositiveInt = key(1, "micro-batches whose gradients make one step")
     clear_cache_threshold: NonNegativeInt = key(
         0,
-        "bytes of MLX's cache above which it is emptied; 0 is never",
+        "bytes of MLX's cache above which it is emptied (0 is never)",
         affects="output",
         in_form=False,
     )
@@ -199,7 +199,7 @@ class FineTuneConfig(_RootSection):
     text_feature: str = key("text", "the key of plain text in a row", in_form=False)
     chat_feature: str = key("messages", "the key of the messages in a row", in_form=False)
     data_format: DataFormat = key(
-        "auto", "the format of the rows; auto finds it, csv takes tables alone", in_form=False
+        "auto", "the format of the rows (auto finds it, csv takes tables alone)", in_form=False
     )
     drop_fields: Names = key(
         (), "fields of the rows that are left out on purpose, though they hold text", in_form=False
@@ -211,7 +211,7 @@ class FineTuneConfig(_RootSection):
     samples: tuple[SamplePrompt, ...] = key(
         (), "prompts answered at each evaluation, to be read", affects="output", max_length=32
     )
-    gate: GateSection = key(GateSection(), "bounds of the gate", affects="output")
+    gate: GateSection = key(GateSection(), "thresholds of the gate", affects="output")
     registry: RegistrySection = key(
         RegistrySection(), "where a verified adapter goes", affects="output"
     )

@@ -118,5 +118,5 @@ class Section(BaseModel):
     def _refuse_nul_in_text(cls, value: Any) -> Any:
         """No path, name or pattern can have one in it."""
         if isinstance(value, str) and "\0" in value:
-            raise ValueError("a NUL character is in no path and no name; take it out")
+            raise ValueError("a NUL character is in no path and no name. Take it out")
         return value

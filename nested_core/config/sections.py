@@ -73,15 +73,15 @@ class AverageSection(Section):
 class TrainingSection(Section):
     """How the training loop runs, beyond what mlx-lm knows."""
 
-    max_grad_norm: NonNegativeFloat = key(0.0, "gradients are clipped to this norm; 0 is off")
+    max_grad_norm: NonNegativeFloat = key(0.0, "gradients are clipped to this norm (0 is off)")
     warmup_steps: NumberOrShare = key(
         0, "optimizer steps until the full learning rate, or below 1 a share of the run's"
     )
     decay: Literal["cosine"] | None = key(
-        None, "cosine: the learning rate falls to a tenth by the last step; null: it stays"
+        None, "cosine: the learning rate falls to a tenth by the last step (null: it stays)"
     )
     epochs: PositiveFloat | None = key(
-        None, "passes over the data, in place of iters; a flag --iters wins over a file's epochs"
+        None, "passes over the data, in place of iters (a flag --iters wins over a file's epochs)"
     )
     supervise: Literal["last", "all"] = key("last", "assistant turns to train on, in a chat")
     early_stop_patience: PositiveInt | None = key(
@@ -127,7 +127,7 @@ class Assignment(Section):
     """One rule of the manual strategy: names that match the pattern go to the tier."""
 
     match: str = key(..., "a regular expression over parameter names")
-    tier: NonNegativeInt = key(..., "the tier that they go to; 0 is the fastest")
+    tier: NonNegativeInt = key(..., "the tier that they go to (0 is the fastest)")
 
     def find_conflicts(self) -> Iterator[str]:
         """The pattern compiles."""
@@ -150,12 +150,12 @@ class NestedSection(Section):
     )
     accumulate: Literal["mean", "sum"] = key("mean", "what becomes of gathered gradients")
     learning_rate_scale: tuple[NonNegativeFloat, ...] | None = key(
-        None, "one factor a tier on the learning rate; null is 1 each"
+        None, "one multiplier of the learning rate for each tier (null is 1 each)"
     )
     weight_decay: tuple[NonNegativeFloat, ...] | None = key(
-        None, "one weight decay a tier; null is the optimizer's"
+        None, "one weight decay a tier (null is the optimizer's)"
     )
-    assignments: tuple[Assignment, ...] = key((), "for the strategy manual; the first match wins")
+    assignments: tuple[Assignment, ...] = key((), "for the strategy manual (the first match wins)")
     probe_batches: PositiveInt = key(8, "batches that parameter_importance measures gradients on")
 
     def find_conflicts(self) -> Iterator[str]:
@@ -190,14 +190,14 @@ class LoraParameters(Section):
     of `keys` is not called so, or dict() would take the section for a mapping.
     """
 
-    rank: PositiveInt = key(DEFAULT_RANK, "inner dimension of the two factors")
+    rank: PositiveInt = key(DEFAULT_RANK, "rank of the two LoRA matrices")
     dropout: Dropout = key(0.0, "share of the inputs left out in training")
-    scale: PositiveFloat = key(20.0, "factor on the product of the two matrices")
+    scale: PositiveFloat = key(20.0, "multiplier of the LoRA update")
     alpha: PositiveFloat | None = key(
         None, "in place of scale, which is alpha / rank then, as in PEFT", exclude=True
     )
     modules: Modules | None = key(
-        None, "names of the modules that get an adapter; null: all linear ones", alias="keys"
+        None, "names of the modules that get an adapter (null: all linear ones)", alias="keys"
     )
 
     @model_validator(mode="before")
@@ -367,22 +367,24 @@ Names = Annotated[tuple[NonEmpty, ...], BeforeValidator(_text_as_list)]
 class TaskSection(Section):
     """One suite of questions that the adapter has to answer, and the bounds of its score."""
 
-    name: str = key(..., "what messages and gate.json call it", pattern=TASK_NAME_PATTERN)
+    name: str = key(..., "its name in messages and in gate.json", pattern=TASK_NAME_PATTERN)
     file: str = key(
-        ..., "questions with the answers expected: JSON Lines, CSV or YAML", path="local"
+        ..., "questions with their expected answers: JSON Lines, CSV or YAML", path="local"
     )
     score: Score = key(..., "how an answer is compared with the expected one")
     function: str | None = key(None, "for python, module:function", pattern=SCORER_FUNCTION_PATTERN)
     min: Share | None = key(None, "the least share of right answers")
-    max_drop: Share | None = key(0.0, "the most that training may lose; null is any")
-    min_gain: Share | None = key(None, "the least that training must win")
-    max_tokens: PositiveInt = key(64, "of an answer", lt=2**20)
+    max_drop: Share | None = key(0.0, "the largest drop of that share (null allows any)")
+    min_gain: Share | None = key(None, "the smallest gain of that share")
+    max_tokens: PositiveInt = key(64, "most tokens of an answer", lt=2**20)
     stop: Names = key((), "texts at which an answer ends")
     temperature: NonNegativeFloat = key(0.0, "0 takes the likeliest token")
-    seed: int = key(0, "of the draws where the temperature is above 0", ge=0, lt=2**32)
-    tolerance: NonNegativeFloat = key(0.0, "for number, where a question has none of its own")
+    seed: int = key(0, "seed of the sampling if the temperature is above 0", ge=0, lt=2**32)
+    tolerance: NonNegativeFloat = key(
+        0.0, "for score number: the tolerance of questions without their own"
+    )
     canary: bool = key(
-        False, "its answers are recorded, for a server to compare its own with after a swap"
+        False, "record its answers, so that a server can check a new champion against them"
     )
 
     def find_conflicts(self) -> Iterator[str]:
@@ -398,44 +400,48 @@ class GateSection(Section):
 
     held_out: str = key(
         "auto",
-        "what is judged on: valid, test, a JSON Lines file, or auto, which is test before valid",
+        "examples that the gate uses: valid, test, a JSON Lines file, or auto (test before valid)",
         path="local_or_split",
         min_length=1,
     )
     max_val_loss_increase: NonNegativeFloat = key(
         0.02,
-        "relative, at least 0.01 nats: the margin within which the loss has to be shown to stay; "
-        "0.0: none",
+        "non-inferiority margin: the relative rise of the held-out loss that is allowed (at least "
+        "0.01 nats/token); 0.0 allows no rise",
     )
     max_harmed_share: Share = key(
-        0.01, "of examples that lost far more than a nat a token, while none or few won as much"
+        0.01, "share of examples that may lose more than 1 nat/token while few gain as much"
     )
     samples: Literal["warn", "fail"] = key(
         "warn",
-        "where training broke most answers to sample prompts (empty, repeated, endless): warn "
-        "keeps it from being promoted by itself, fail rejects it",
+        "if training broke most answers to sample prompts (empty, repeated, endless): warn "
+        "prevents automatic promotion, fail rejects the adapter",
     )
     min_relative_change: NonNegativeFloat = key(
-        0.0, "the least share of its norm that some tensor must have moved"
+        0.0, "the smallest relative change that at least one tensor must have"
     )
-    max_skipped_share: Share = key(0.01, "of a tier's updates, skipped for non-finite gradients")
+    max_skipped_share: Share = key(
+        0.01, "largest share of a tier's updates that may be skipped for non-finite gradients"
+    )
     general_data: str | None = key(
         None, "JSON Lines of text that the adapter must not forget", path="local"
     )
-    max_general_loss_increase: NonNegativeFloat | None = key(None, "relative, on general_data")
-    check_fused: bool = key(False, "judge the adapter fused into the base model too")
-    max_kl: NonNegativeFloat | None = key(
-        None, "nats a held-out token that predictions may move from the initial adapter's"
+    max_general_loss_increase: NonNegativeFloat | None = key(
+        None, "allowed relative rise of the loss on general_data"
     )
-    drift: bool = key(False, "record how far predictions moved from the base model's, too")
-    tasks: tuple[TaskSection, ...] = key((), "suites of questions that the adapter has to answer")
+    check_fused: bool = key(False, "check the adapter fused into the base model too")
+    max_kl: NonNegativeFloat | None = key(
+        None, "largest mean KL divergence from the initial adapter, in nats/token of held-out data"
+    )
+    drift: bool = key(False, "record the KL divergence from the base model too")
+    tasks: tuple[TaskSection, ...] = key((), "eval sets that the adapter has to answer")
     allow_python_scorers: bool = key(
         False, "let tasks run Python functions with your rights; never a flow's parameter"
     )
     noise: Literal["paired", "none"] = key(
         "paired",
-        "paired: a loss or score counts as worse where the 95 % interval of the paired differences "
-        "says so and the margin may be passed; none: the bound alone, on the mean",
+        "paired: a loss or score is worse if the 95 % interval of the paired differences is above "
+        "0 and may exceed the margin; none: the threshold alone, on the mean",
     )
 
     def find_conflicts(self) -> Iterator[str]:
@@ -480,7 +486,7 @@ class RegistrySection(Section):
         "whether a verified adapter becomes champion; better: on the same held-out data",
     )
     min_improvement: NonNegativeFloat = key(
-        0.005, "for better: nats a token, of the difference itself"
+        0.005, "for better: nats/token by which the loss must fall at least"
     )
     require_validation: bool = key(True, "promote nothing that was not validated")
     await_serving: PositiveFloat | None = key(

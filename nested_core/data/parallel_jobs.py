@@ -99,7 +99,7 @@ def run_jobs(
             return answer
         except ChildFailed as failure:
             raise DataWorkerFailed(
-                f"A data worker failed, and nothing was written; start again: {failure}"
+                f"A data worker failed, and nothing was written. Start again: {failure}"
             ) from failure
         finally:
             idle.put(worker)

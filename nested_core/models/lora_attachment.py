@@ -230,7 +230,7 @@ def read_adapter_file(path: Path, base: Path) -> dict[str, mx.array]:
     if broken:
         raise ConfigError(
             f"resume_adapter_file: {len(broken)} of the tensors of {path} hold NaN or infinity, "
-            f"{broken[0]} among them. Nothing can be trained from there; give a sound adapter."
+            f"{broken[0]} among them. Nothing can be trained from there. Give a sound adapter."
         )
     made_for = None
     with suppress(DamagedError):  # training reads nothing else from that file

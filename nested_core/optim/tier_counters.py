@@ -24,7 +24,7 @@ RESERVED_NAMES = ("step", "learning_rate", COUNTERS_KEY)
 class Tier:
     """Parameters that share a clock: updated at the steps n = 1, 2, ... with n % `frequency` == 0.
 
-    `names` are exact dotted parameter names; None stands for all that no other tier names.
+    `names` are exact dotted parameter names; None means all that no other tier names.
     `learning_rate_scale` multiplies the learning rate; `weight_decay` None is the optimizer's.
     """
 

@@ -132,8 +132,8 @@ def describe_unbeaten_champion(verdict: Verdict, champion: str) -> str:
         losses = format_change(verdict.validation.loss_before, verdict.validation.loss_after)
         change = f"loss {losses} on {examples}"
     return (
-        f"kept the champion {shorten_digest(champion)}: {change}, which is no better "
-        "and within noise or bound"
+        f"kept the champion {shorten_digest(champion)}: {change}, not better, and within the "
+        f"threshold"
     )
 
 

@@ -128,7 +128,9 @@ def evaluate(
         if data is not None:
             gate = gate.model_copy(update={"held_out": str(data)})
         if not gate.tasks and data is None:
-            raise ConfigError("evaluate: nothing to ask: give a suite, a file of examples or both.")
+            raise ConfigError(
+                "evaluate: nothing to ask: give an eval set, a file of examples or both."
+            )
         config = config.model_copy(update={"gate": gate})
         return _Evaluating(config, found, None if data is None else str(data)).run()
 
@@ -140,7 +142,7 @@ def read_task(given: str | Path | Mapping[str, Any] | TaskSection) -> TaskSectio
     try:
         return TaskSection.model_validate(given)
     except ValidationError as error:
-        raise ConfigError(f"evaluate: {describe_first_problem(error, 'a suite')}.") from error
+        raise ConfigError(f"evaluate: {describe_first_problem(error, 'an eval set')}.") from error
 
 
 def _plain_config(model: str) -> FineTuneConfig:
@@ -297,7 +299,7 @@ class _Evaluating:
         held_out, own, tokens = self._losses[model.name]
         _, other, other_tokens = self._losses[reference.name]
         if not np.array_equal(tokens, other_tokens):
-            return None  # another tokenizer: nats a token are not comparable
+            return None  # another tokenizer: nats/token are not comparable
         counted = held_out.is_example_supervised
         losses = ExampleLosses(
             file=held_out.file,

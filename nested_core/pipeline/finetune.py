@@ -124,15 +124,15 @@ def finetune(
 ) -> FinetuneResult:
     """Validate, load, train and judge; register and promote where a registry is configured.
 
-    `config` is what `load_config` gives, `run` what `open_run` gives; `hooks` are told what
-    happens, and may run the steps otherwise. What could fail at the end is tried before the run
-    directory is made, and the disk's room before the first step. Where the policy of the registry's
-    name is stricter than `config`, it counts, and `hooks` are told so before anything else.
-    Holds the run directory's lock. Without `hooks`, and unless `progress` is false, a line in a
+    `config` is what `load_config` gives, `run` what `open_run` gives. `hooks` report what
+    happens, and may replace the steps. What could fail at the end is tried before the run
+    directory is made, and the disk's room before the first step. If the policy of the registry's
+    name is stricter than `config`, it counts, and `hooks` report so before anything else. Holds
+    the run directory's lock. Without `hooks`, and unless `progress` is false, a line in a
     terminal or a notebook shows how far it is.
     `resume` goes on with what is there. Raises what the steps raise: ConfigError, DatasetError,
-    TrainingStopped, TrainingDiverged, GateRejected, DamagedError; each leaves a run directory that
-    can be resumed or is complete, and report.html in it to look at.
+    TrainingStopped, TrainingDiverged, GateRejected, DamagedError. Each leaves a run directory that
+    can be resumed or is complete, with its report.html.
     """
     if hooks is None:
         hooks = ShownProgress() if progress and can_show_progress() else Steps()

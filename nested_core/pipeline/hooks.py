@@ -25,7 +25,7 @@ from nested_core.text.loss_format import format_loss
 
 
 class Steps:
-    """The steps of `finetune`, and what its caller is told: override what is to be otherwise.
+    """The steps of `finetune`, and what its caller gets to know: override what is to differ.
 
     `session` holds what a step leaves in memory for the next, such as the base model.
     """
@@ -53,7 +53,7 @@ class Steps:
 
         `figures` has `iteration`; of a report `step`, `train_loss`, `learning_rate`,
         `tokens_per_second`, `trained_tokens` and `peak_memory` (GB), of an evaluation `val_loss`
-        and `val_time` (seconds). Losses are in nats a token.
+        and `val_time` (seconds). Losses are in nats/token.
         """
 
     def begin(self, config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:

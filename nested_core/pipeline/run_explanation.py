@@ -163,7 +163,7 @@ class RunExplanation:
         if not self.validation_examples:
             is_off = "valid" in self.splits and self.splits["valid"].rows > 0
             reason = "val_batches is 0" if is_off else "there is no valid split"
-            return f"none: {reason}, so the last checkpoint is offered."
+            return f"none: {reason}, so the last checkpoint is selected."
         offered = "the checkpoint with the lowest loss"
         if self.config.training.average is not None:
             offered = "the average as of the last step"
@@ -172,7 +172,7 @@ class RunExplanation:
         interval = self.config.intervals(self.iterations).evaluation
         return (
             f"every {_format_batches(interval)} on {self.validation_examples} "
-            f"examples of {self.splits['valid'].file}; {offered} is offered."
+            f"examples of {self.splits['valid'].file}; {offered} is selected."
         )
 
     def _describe_time(self) -> str:
@@ -188,7 +188,7 @@ class RunExplanation:
     def _describe_gate(self) -> Iterator[str]:
         gate = self.config.gate
         yield (
-            "refuses an adapter that equals the one it started from, has a tensor or a tier that "
+            "rejects an adapter that equals the one it started from, has a tensor or a tier that "
             "did not move, is not finite, or changes nothing that the model says. At most "
             f"{gate.max_skipped_share:.2%} of a tier's updates may be skipped for gradients that "
             "are not finite."
@@ -203,20 +203,20 @@ class RunExplanation:
             file = gate.held_out if split is None else self.splits[split].file
             yield self._describe_loss_bound(file)
             yield (
-                f"At most {gate.max_harmed_share:.2%} of these examples may lose far more than a "
-                f"nat a token while hardly any win as much."
+                f"At most {gate.max_harmed_share:.2%} of these examples may lose more than 1 "
+                f"nat/token while few gain as much."
             )
             if gate.max_kl is not None:
-                yield f"Its predictions may move by {gate.max_kl:g} nats a token there."
+                yield f"The mean KL divergence from the start may be {gate.max_kl:g} nats/token."
         else:
             yield "No loss is compared: there is no valid and no test split."
         if gate.max_general_loss_increase is not None:
             yield (
-                f"Its loss on {gate.general_data} may not rise beyond noise, unless the rise is "
-                f"shown to be within {gate.max_general_loss_increase:.2%}."
+                f"Its loss on {gate.general_data} may not rise significantly, unless the rise is "
+                f"certainly within {gate.max_general_loss_increase:.2%}."
             )
         for task in gate.tasks:
-            bounds = ", ".join(self._describe_suite_bounds(task)) or "no bound"
+            bounds = ", ".join(self._describe_suite_bounds(task)) or "no threshold"
             yield f"It answers {task.file} ({task.score}): {bounds}."
         broken = "it is rejected" if gate.samples == "fail" else "it is not promoted by itself"
         yield f"Where more than half of its sample answers are broken by training, {broken}."
@@ -241,10 +241,10 @@ class RunExplanation:
         if gate.noise == "none":
             return f"{where} may not rise by more than {bound}."
         if gate.max_val_loss_increase == 0:
-            return f"{where} may not rise beyond noise."
+            return f"{where} may not rise significantly."
         return (
-            f"{where} may not rise beyond noise, unless the rise is shown to be within {bound}. "
-            f"Few examples may show neither: that is said, and refuses nothing."
+            f"{where} may not rise significantly, unless the rise is certainly within {bound}. "
+            f"If the examples are too few to tell, the verdict says so and the adapter passes."
         )
 
     def _describe_registry(self) -> str:
@@ -254,7 +254,7 @@ class RunExplanation:
         policy = {
             "never": "promoted by hand",
             "always": "made champion if it passes the gate",
-            "better": "made champion if its loss is lower than the champion's beyond noise",
+            "better": "made champion if its loss is significantly lower than the champion's",
             "approve": "made champion once a person approves it",
         }[registry.promote]
         text = f"registered as {registry.name} in {registry.path}, and {policy}."

@@ -106,7 +106,7 @@ class Findings:
 def guide_sentence(findings: Iterable[Finding]) -> str:
     """A sentence that names the places in the guide of the first checks that found something."""
     places = [f"{DATA_GUIDE}#{check}" for check in dict.fromkeys(f.check for f in findings)]
-    return f"Explained in {join_first_values(places, _MAX_SHOWN_CHECKS)}"
+    return f"Explained in the project's {join_first_values(places, _MAX_SHOWN_CHECKS)}"
 
 
 MAX_SHOWN_LINES = 3

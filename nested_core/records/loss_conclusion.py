@@ -14,7 +14,7 @@ from typing import Literal
 Conclusion = Literal["better", "no_worse", "inconclusive", "worse"]
 
 MIN_EXAMPLES = 5  # independent ones; fewer have no interval: nothing can be shown, nor promoted
-MIN_MARGIN = 0.01  # nats a token: a loss near 0 has a margin too
+MIN_MARGIN = 0.01  # nats/token: a loss near 0 has a margin too
 MAX_RISE_OF_FEW = 0.1  # of the loss before, where there are too few examples for an interval
 MAX_NAMED_EXAMPLES = 100_000
 _Z_ONE_SIDED = 1.6449  # the 95 % end of one side
@@ -24,7 +24,7 @@ POWER_FACTOR = (_Z_TWO_SIDED + _Z_POWER) / _Z_TWO_SIDED  # 80 % power in place o
 
 
 def margin_of_loss(increase: float, loss_before: float, noise: Literal["paired", "none"]) -> float:
-    """The rise in nats a token that a relative bound allows, at least MIN_MARGIN.
+    """The rise in nats/token that a relative bound allows, at least MIN_MARGIN.
 
     A bound of 0.0 allows none, and under `noise: none` a bound is taken as it stands.
     """
@@ -41,7 +41,7 @@ def conclude(
     loss_before: float,
     noise: Literal["paired", "none"],
 ) -> Conclusion:
-    """The word for a mean difference, after minus before, in nats a token.
+    """The word for a mean difference, after minus before, in nats/token.
 
     Args:
         difference: the mean of the paired differences.
@@ -80,7 +80,7 @@ def is_better(
         interval: its 95 % interval; None with too few examples for one.
         corrected_interval: the one that holds for the best of several candidates; None where the
             examples chose nothing.
-        min_improvement: nats a token by which the difference itself has to be lower.
+        min_improvement: nats/token by which the difference itself has to be lower.
         noise: none leaves out both intervals.
     """
     if difference is None or difference >= -min_improvement:
@@ -132,22 +132,22 @@ def describe_inconclusive(
 ) -> str:
     """What was seen, with its interval and the margin, and how many examples would settle it.
 
-    `inconclusive: +0.03 nats a token (95 % interval -0.05 to +0.11, margin 0.02); some 400 examples
-    would tell`
+    `inconclusive: +0.03 nats/token (95 % interval -0.05 to +0.11, allowed rise 0.02); some 400
+    examples would settle it`
     """
     figures = []
     if interval is not None:
         ends = f"{_format_nats(interval[0])} to {_format_nats(interval[1])}"
         figures.append(f"95 % interval {ends}")
     if margin is not None:
-        figures.append(f"margin {margin:.2g}")
+        figures.append(f"allowed rise {margin:.2g}")
     seen = f" ({', '.join(figures)})" if figures else ""
-    text = f"inconclusive: {_format_nats(difference)} nats a token{seen}"
+    text = f"inconclusive: {_format_nats(difference)} nats/token{seen}"
     if interval is None:
-        return f"{text}; fewer than 5 independent examples tell little"
+        return f"{text}; fewer than 5 independent examples decide little"
     if examples_needed is not None:
-        return f"{text}; some {examples_needed:,} examples would tell"
-    return f"{text}; more than {MAX_NAMED_EXAMPLES:,} examples would be needed to tell"
+        return f"{text}; some {examples_needed:,} examples would settle it"
+    return f"{text}; more than {MAX_NAMED_EXAMPLES:,} examples would be needed to settle it"
 
 
 def _format_nats(difference: float) -> str:

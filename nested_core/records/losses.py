@@ -1,8 +1,8 @@
 """The loss of every held-out example, as RUN_DIR/gate-losses.jsonl keeps it.
 
-A line an example: file, line, supervised tokens, and mean losses in nats a token with the initial
+A line an example: file, line, supervised tokens, and mean losses in nats/token with the initial
 adapter, the trained adapter, the champion at the time of the gate and the policy's reference; how
-far the predictions moved, as KL divergence in nats a token from the initial adapter, and from the
+far the predictions moved, as KL divergence in nats/token from the initial adapter, and from the
 base if that is measured. An example that the candidate or a parent was trained on is marked
 `left_out`, and is in no mean; examples with the same `cluster` are drawn together.
 """
@@ -60,11 +60,11 @@ class ExampleLosses:
     file: the name of the data set's file that holds the examples.
     lines: the line of each example in it, int64 (n,).
     tokens: supervised tokens of each example, all above 0, float64 (n,).
-    before, after, champion: mean losses in nats a token, float64 (n,); NaN where not finite.
+    before, after, champion: mean losses in nats/token, float64 (n,); NaN where not finite.
         `champion` is None where no champion was judged, and NaN for an example left out.
     reference: the same of the version that the policy names as the reference; None without one, and
         where the champion is it.
-    drift, base_drift: mean KL(initial || trained) and KL(base || trained) in nats a token,
+    drift, base_drift: mean KL(initial || trained) and KL(base || trained) in nats/token,
         float64 (n,); None where not measured.
     left_out: whether each example is one that the candidate or a parent was trained on, bool (n,);
         None where none is.

@@ -44,7 +44,7 @@ def parse_record(line: bytes) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError("it is no JSON object")
     if has_repeated_key(line, len(collect_strings(record))):
-        raise ValueError("a key stands there twice")
+        raise ValueError("a key is there twice")
     _require_numbers(record)
     samples = record.get("samples", [])
     if not isinstance(samples, list) or not all(map(_is_sample, samples)):

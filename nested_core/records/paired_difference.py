@@ -94,7 +94,7 @@ def compare_pairs(
     The interval is the expanded percentile interval of the bootstrap (Hesterberg, "What teachers
     should know about the bootstrap", The American Statistician 69, 2015, section 3.2): the plain
     one is too narrow by what Student's t adds to a normal distribution, and by sqrt((n - 1) / n).
-    docs/noise.md has its measured coverage beside four others'.
+    benchmarks/gate.md has its measured coverage beside four others'.
 
     Raises ValueError for no examples, vectors of unequal lengths, values that are not finite, and
     weights that are not above 0.

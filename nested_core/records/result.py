@@ -19,7 +19,7 @@ MAX_RESULT_BYTES = 64 * 1024 * 1024
 class TrainResult:
     """What training ended with, as in result.json.
 
-    step, adapter_step: the last optimizer step, and the one whose adapter is offered.
+    step, adapter_step: the last optimizer step, and the one whose adapter is selected.
     evidence: SHA-256 of the files that training wrote; the gate compares the folder with them.
     """
 

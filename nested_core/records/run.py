@@ -310,7 +310,7 @@ class Run:
         return None if path is None else path.name
 
     def to_json(self) -> dict[str, Any]:
-        """What `status`, `runs` and `compare` say of it with `--json`; losses in nats a token."""
+        """What `status`, `runs` and `compare` say of it with `--json`; losses in nats/token."""
         config, verdict, lasts = (
             self.config,
             self.verdict,

@@ -77,7 +77,7 @@ OUTCOME_BY_CODE: Mapping[Code, Outcome] = {
     "answers_broken": Outcome.ANSWERS,
 }
 GATE_GUIDE = "docs/gate.md"
-MIN_HARMED = 3  # fewer examples that lost much are no reason against an adapter
+MIN_HARMED = 3  # fewer per-example regressions are no reason against an adapter
 MIN_EXAMPLES_WITHOUT_DOUBT = 30  # fewer are said to be few
 MIN_CHANGE_LEFT_BY_FUSING = 0.5  # of the whole change, that fusing must leave
 Noise = Literal["paired", "none"]
@@ -134,14 +134,14 @@ class TierChange:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedLoss:
-    """What the comparisons of losses share: a paired difference, in nats a token.
+    """What the comparisons of losses share: a paired difference, in nats/token.
 
     difference, standard_error, interval: of the paired differences after minus before, in nats a
         token; None with a loss that is not finite, and the last two with fewer than 5 clusters.
     smallest_visible: the smallest difference that the examples could have told from none.
     conclusion: better, no_worse, inconclusive or worse (records/loss_conclusion.py); None without
         a difference.
-    margin: the rise, in nats a token, within which the loss has to be shown to stay.
+    margin: the rise, in nats/token, within which the loss has to be shown to stay.
     one_sided_high: the upper end of the one-sided 95 % interval, which is held against the margin.
     examples_needed: about how many would settle an inconclusive comparison; None for none, or many.
     clusters: how many of the counted examples are independent: those with one prompt are one.
@@ -259,7 +259,7 @@ class Validation(HeldOutComparison):
         if self.has_one_answer:
             yield "all held-out answers are the same"
         if self.left_out:
-            yield f"{self.left_out} left out that the adapter or a parent was trained on"
+            yield f"{self.left_out} left out: they were trained on, by the adapter or one before it"
 
 
 @dataclass(frozen=True)
@@ -276,17 +276,14 @@ class Drift:
     tokens: int
 
     def describe(self) -> str:
-        """`the predictions moved by 0.42 nats a token from ...`, and on how many tokens."""
-        moved = (
-            f"the predictions moved by {format_loss(self.kl_initial)} nats a token from those of "
-            f"the adapter that training began from"
-        )
+        """`mean KL divergence from the initial adapter 0.42 nats/token`, and on how many tokens."""
+        moved = f"KL divergence from the initial adapter {format_loss(self.kl_initial)} nats/token"
         if self.kl_base is not None:
-            moved += f", and by {format_loss(self.kl_base)} from the base model's"
-        return f"{moved} (mean KL divergence, {self.tokens:,} tokens of the held-out examples)"
+            moved += f", from the base model {format_loss(self.kl_base)}"
+        return f"{moved} ({self.tokens:,} tokens of the held-out examples)"
 
     def is_within(self, bound: float) -> bool:
-        """Whether it is finite and at most the bound, in nats a token."""
+        """Whether it is finite and at most the bound, in nats/token."""
         return self.kl_initial is not None and self.kl_initial <= bound
 
 
@@ -294,7 +291,7 @@ class Drift:
 class ChampionLoss(HeldOutComparison):
     """The champion at the time of the gate, on the held-out examples that neither was trained on.
 
-    loss: the champion's mean loss in nats a token; the candidate's is `loss` + `difference`, which
+    loss: the champion's mean loss in nats/token; the candidate's is `loss` + `difference`, which
         is candidate minus champion.
     examples: how many examples were compared; left_out: how many were not, because the champion,
         the candidate or an ancestor was trained on them.
@@ -396,7 +393,7 @@ class TaskResult:
         if self.difference > 0:
             why = "more were won"
         elif self.interval is None:
-            why = "too few questions to tell from chance"
+            why = "too few questions to detect a drop"
         else:
             why = "within its max_drop" if self.interval[1] < 0 else "not beyond chance"
         right = f"{self.count(self.candidate)} of {self.questions} right"
@@ -408,7 +405,7 @@ class TaskResult:
         before, after = (self.count(share) for share in self.shares)
         text = f"{self.name}: {before} of {total} right before, {after} of {total} after"
         if self.interval is None:
-            text += ", too few questions to tell a drop from chance"
+            text += ", too few questions to detect a drop"
         else:
             low, high = self.interval
             text += f" (difference {self.difference:+.3f}, 95 % interval {low:+.3f} to {high:+.3f})"
@@ -644,7 +641,7 @@ class Verdict:
             return "no held-out loss"
         name = loss_name_for_file(losses.file)
         if losses.examples == 0:
-            return f"{name} not judged, for all held-out examples were trained on"
+            return f"{name} not measured: all held-out examples were trained on"
         change = format_change(losses.loss_before, losses.loss_after)
         return f"{name} {change} ({self.describe_data()})"
 

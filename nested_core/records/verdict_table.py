@@ -30,8 +30,8 @@ from nested_core.text.loss_format import (
     loss_name_for_file,
 )
 
-CHECK_COLUMNS = ("checked", "before", "after", "difference", "bound", "verdict")
-CHECKED = "What was checked; losses in nats a token, differences with their 95 % interval"
+CHECK_COLUMNS = ("checked", "before", "after", "difference", "threshold", "verdict")
+CHECKED = "What was checked; losses in nats/token, differences with their 95 % interval"
 LOST_COLUMNS = ("question", "expected", "before", "after")
 MAX_LOST_PER_SUITE = 3
 MAX_SHOWN_REASONS = 20
@@ -109,8 +109,10 @@ def tier_table(verdict: Verdict) -> Table:
         changed = f"{tier.changed} of {tier.tensors}"
         rows.append((f"tier {tier.tier}", f"every {tier.frequency}", changed, *counts, change))
     columns = ("tier", "updated", "tensors changed", "expected", "applied", "skipped", "change")
-    judged = f"step {verdict.adapter_step or 0:,}, whose adapter was judged"
-    return Table(f"Tiers up to {judged} (change: mean relative)", columns, rows)
+    judged = f"step {verdict.adapter_step or 0:,}, whose adapter was evaluated"
+    return Table(
+        f"Updates up to {judged}; change: mean relative change of its tensors", columns, rows
+    )
 
 
 def list_checks(verdict: Verdict) -> list[CheckRow]:
@@ -176,7 +178,7 @@ def _loss_checks(verdict: Verdict) -> Iterator[CheckRow]:
             bound = f"at most {verdict.bound('max_harmed_share') or 0:.2%}, or {MIN_HARMED - 1}"
             harmed = _reasons_of(verdict, "examples_harmed")
             after = str(losses.harmed)
-            yield _make_check("examples that lost much", harmed, after=after, bound=bound)
+            yield _make_check("per-example regressions", harmed, after=after, bound=bound)
     for role, other in (("champion", verdict.champion), ("reference", verdict.reference)):
         if other is not None:
             yield _rival_check(role, other)
@@ -186,9 +188,11 @@ def _loss_checks(verdict: Verdict) -> Iterator[CheckRow]:
         reasons = _reasons_of(verdict, "drift")
         after = format_loss(drift.kl_initial)
         word = None if max_kl is None else "passed"
-        yield _make_check("drift of predictions", reasons, word, after=after, bound=bound_or_none)
+        yield _make_check(
+            "KL from the initial adapter", reasons, word, after=after, bound=bound_or_none
+        )
         if drift.kl_base is not None:
-            yield CheckRow("drift from the base", after=format_loss(drift.kl_base), verdict=None)
+            yield CheckRow("KL from the base", after=format_loss(drift.kl_base), verdict=None)
     if general is not None:
         reasons = _reasons_of(verdict, "forgetting")
         yield _loss_check("loss on general text", general, reasons)
@@ -199,7 +203,7 @@ def _loss_check(name: str, losses: Validation | GeneralLoss, reasons: Sequence[R
     return _make_check(
         name,
         reasons,
-        (losses.conclusion or "not judged").replace("_", " "),
+        (losses.conclusion or "not evaluated").replace("_", " "),
         before=format_loss(losses.loss_before),
         after=format_loss(losses.loss_after),
         difference=_difference(losses),
@@ -290,4 +294,4 @@ def lost_answers(verdict: Verdict, answers: Sequence[AnswerRecord]) -> Iterator[
             (a.question, a.expected, shown_answer(before[a.line].answer), shown_answer(a.answer))
             for a in wrong[:MAX_LOST_PER_SUITE]
         ]
-        yield Table(f"{task.name}: some of the questions that it failed", LOST_COLUMNS, rows)
+        yield Table(f"{task.name}: questions answered wrong", LOST_COLUMNS, rows)

@@ -78,7 +78,7 @@ def _hub_datasets(config: dict[str, Any]) -> list[str]:
 def _model_index_metrics(verdict: Verdict) -> Iterator[dict[str, Any]]:
     losses = verdict.validation
     if losses is not None and losses.loss_after is not None:
-        name = f"mean loss in nats a token, {losses.file}"
+        name = f"mean loss in nats/token, {losses.file}"
         yield {"type": "loss", "name": name, "value": losses.loss_after}
 
 
@@ -94,7 +94,7 @@ def describe_card(
         [
             Text(
                 f"An adapter ({config.get('fine_tune_type', 'lora')}) for {model}, trained and "
-                f"judged by nested-tune. Version {version}, registered "
+                f"evaluated by nested-tune. Version {version}, registered "
                 f"{provenance.get('registered_at', '')}."
             ),
             Section("Evaluation", list(_describe_evaluation(verdict))),
@@ -109,12 +109,10 @@ def _describe_evaluation(verdict: Verdict) -> Iterator[Block]:
     """The outcome, and the gate's measurements with their files and numbers of examples."""
     yield Text(f"{verdict.outcome}: {verdict.describe()}.")
     if not verdict.is_measured:
-        yield Text("There was no held-out data and no suite of questions to measure it by.")
+        yield Text("There was no held-out data and no eval set to measure it by.")
     yield check_table(verdict)
     if verdict.validation is not None and verdict.validation.selected_on_same_data:
-        yield Text(
-            "The same examples chose the step that is offered; the loss is a little too good."
-        )
+        yield Text("The same examples selected the checkpoint: this loss is slightly optimistic.")
 
 
 def _list_training(

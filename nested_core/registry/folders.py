@@ -108,7 +108,7 @@ def find_name_folder(registry: Path, name: str) -> Path:
     if file_type(registry, follow_links=True) != "directory":
         raise ConfigError(
             f"There is no registry at {registry}. Expected a directory into which an adapter has "
-            "been promoted; check the path, or promote a run into it first."
+            "been promoted. Check the path, or promote a run into it first."
         )
     _refuse_case_clash(registry, name)
     folder = registry / name
@@ -186,7 +186,7 @@ def _create_folders(folder: Path) -> None:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
             f"{shorten(repr(str(folder)), 80)} cannot be made a directory ({reason}). Expected a "
-            "path at which you may create directories; check registry.path or --registry."
+            "path at which you may create directories. Check registry.path or --registry."
         ) from error
 
 

@@ -150,7 +150,7 @@ def forget(registry: Path, name: str, version: str, *, by: str, reason: str) -> 
     folder nor the history knows; DamagedError for a registry that is damaged elsewhere.
     """
     if not by.strip() or not reason.strip():
-        raise ConfigError("forget: --by and --reason stand in the history, and cannot be empty.")
+        raise ConfigError("forget: --by and --reason go into the history, and cannot be empty.")
     with writing(registry, name) as held:
         lost = resolve_version(held.path, version, held.ledger)
         _require_lost(held.path, lost, held.ledger)

@@ -296,7 +296,7 @@ def find_wrong_end(folder: Path, ledger: Ledger) -> AuditFinding | None:
         )
         return AuditFinding(history, message)
     accept = (
-        "Restore the folder from a backup; or, if the history is right as it stands, remove "
+        "Restore the folder from a backup; or, if the history is right, remove "
         f'{RECORD_NAME} and write {{"{END_FIELD}": "{ledger.end_sha256}"}} into {RECORD_NAME}.'
     )
     if recorded in (None, NO_LINE_SHA256):

@@ -86,7 +86,7 @@ class Judgement:
 
     @property
     def loss_after(self) -> float | None:
-        """Its loss on the held-out examples, in nats a token; None where none was measured."""
+        """Its loss on the held-out examples, in nats/token; None where none was measured."""
         return None if self.verdict.validation is None else self.verdict.validation.loss_after
 
     @property

@@ -356,7 +356,7 @@ def _parse_entry(line: bytes, path: Path, number: int) -> Entry:
         problem = describe_first_problem(error, "the line")
         raise DamagedError(
             f"{path}, line {number}, is not an entry of the history ({problem}). "
-            "Expected one JSON object a line, as promote and rollback write it; restore the file "
+            "Expected one JSON object a line, as promote and rollback write it. Restore the file "
             "from a backup."
         ) from error
 

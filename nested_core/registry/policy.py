@@ -23,7 +23,7 @@ from nested_core.registry.versions import resolve_version
 
 NIGHTS_PREFIX = "nights:"
 NO_REFERENCE = (
-    "promote is always without a reference, so that nothing bounds what the small losses of many "
+    "promote is always without a reference, so that nothing limits what the small losses of many "
     "promotions add up to (`nested-tune policy NAME --reference nights:30` would)"
 )
 PromotionMode = Literal["never", "approve", "better", "always"]
@@ -178,7 +178,7 @@ def describe_tightening(config: FineTuneConfig, policy: RegistryPolicy | None) -
     for task in policy.tasks:
         if asked.get(task.name) != task:
             replaced = ", in place of this run's" if task.name in asked else ""
-            told.append(f"the suite {task.name} is asked{replaced}")
+            told.append(f"the eval set {task.name} is asked{replaced}")
     modes = (config.registry.promote, policy.promote)
     if PromotionRule.of(*modes) != PromotionRule.of(config.registry.promote):
         told.append(f"promote: {policy.promote} counts beside this run's {config.registry.promote}")
@@ -201,7 +201,7 @@ def find_looser_bounds(
     asked = {task.get("name"): task for task in judged.get("tasks") or []}
     for task in policy.tasks:
         if asked.get(task.name) != task.model_dump(mode="json"):
-            looser.append(f"the suite {task.name}")
+            looser.append(f"the eval set {task.name}")
     return looser
 
 

@@ -132,7 +132,7 @@ def _decide_by_policy(
 
 @dataclass(frozen=True)
 class LossComparison:
-    """Validation losses of a version and of the champion, in nats a token, on the same examples."""
+    """Validation losses of a version and of the champion, in nats/token, on the same examples."""
 
     loss: float
     champion_loss: float
@@ -425,15 +425,15 @@ def _why_not_promoted(
         return reason
     if looser := find_looser_bounds(policy, candidate.verdict.thresholds):
         return (
-            f"it was judged by looser bounds than the policy of {name} has "
+            f"its gate had looser thresholds than the policy of {name} "
             f"({', '.join(looser)}): judge the run again with --resume"
         )
     if candidate.loss_after is None and section.require_validation:
         validation = candidate.verdict.validation
         if validation is not None and validation.left_out:
             return (
-                f"all {validation.left_out} held-out examples are ones that the adapter or a "
-                f"parent was trained on, and registry.require_validation is on"
+                f"the adapter or a version before it was trained on all {validation.left_out} "
+                f"held-out examples, and registry.require_validation is on"
             )
         return "there was no validation set, and registry.require_validation is on"
     noise: Noise = "paired" if policy is not None else candidate.verdict.noise
@@ -464,7 +464,7 @@ def _why_beyond_reference(
     return (
         f"not shown to be within the margin of {which}: {format_difference(record.difference)} "
         f"from its {format_loss(record.loss)} on {record.examples} examples, one-sided 95 % end "
-        f"{high}, margin {margin} nats a token"
+        f"{high}, margin {margin} nats/token"
     )
 
 
@@ -587,23 +587,22 @@ def _describe_comparison(
     wanted = f" by more than {section.min_improvement:g}" if section.min_improvement else ""
     loss_name = loss_name_for_file(candidate.file)
     losses = f"{loss_name} {format_loss(loss)} is not better{wanted} than {rival}"
+    unproven = f"{losses}, or not significantly ({data})"
     if (few := record.describe_few_prompts()) is not None:
-        return f"{losses} beyond noise ({data}): {few}"
+        return f"{unproven}: {few}"
     if candidate.verdict.noise == "none":
         return f"{losses} ({data})"
     if record.interval is None or record.smallest_visible is None:
-        return f"{losses} beyond noise ({data}): so few can show no difference"
-    interval = format_interval(record.interval)
+        return f"{unproven}: too few to detect a difference"
+    figures = f"{unproven}: {format_difference(difference)} with a 95 % interval of"
     if record.corrected_interval is not None and record.interval[1] < 0:
         validation = candidate.verdict.validation
         among = 1 if validation is None else validation.chosen_among
-        corrected = format_interval(record.corrected_interval)
         return (
-            f"{losses} beyond noise ({data}): {format_difference(difference)} with a 95 % interval "
-            f"of {corrected}, which counts that these examples chose it among {among} steps; a "
-            f"test.jsonl would see more"
+            f"{figures} {format_interval(record.corrected_interval)}, corrected for {among} steps "
+            f"that these examples chose among; a test.jsonl needs no correction"
         )
     return (
-        f"{losses} beyond noise ({data}): {format_difference(difference)} with a 95 % interval of "
-        f"{interval}; these examples {describe_smallest_visible(record.smallest_visible)}"
+        f"{figures} {format_interval(record.interval)}; these examples "
+        f"{describe_smallest_visible(record.smallest_visible)}"
     )

@@ -164,7 +164,7 @@ def check_champion(registry: Path, name: str) -> str | None:
 
 
 def read_version_losses(registry: Path, name: str) -> dict[str, dict[str, Any]]:
-    """Of each version with a held-out loss: `loss` in nats a token, and its `file`.
+    """Of each version with a held-out loss: `loss` in nats/token, and its `file`.
 
     They are those of the verdict that it was registered with. A version whose verdict cannot be
     read has none here; `audit` says what is wrong with it.

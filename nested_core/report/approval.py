@@ -18,7 +18,7 @@ from nested_core.text.loss_format import format_difference, format_loss
 HOW_TO_ANSWER = (
     "To answer, press Resume on this flow run's page and fill in the form: approve on makes the "
     "candidate champion, approve off leaves the champion as it is and is remembered: nobody is "
-    "asked about another version of the same data and settings. Your name and reason stand in the "
+    "asked about another version of the same data and settings. Your name and reason go into the "
     "history. Cancel, or no answer for 7 days, leaves the champion as it is too."
 )
 
@@ -85,7 +85,7 @@ def _compare_losses(
     except NestedTuneError as error:
         return f"not possible: {error}"
     if losses is None:
-        return "not possible: the two were not judged on the same examples"
+        return "not possible: the two were not measured on the same examples"
     change = losses.loss - losses.champion_loss
     return (
         f"on the same examples {format_loss(losses.loss)}, the champion "

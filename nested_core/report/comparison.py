@@ -65,7 +65,7 @@ class RunComparison:
         }
 
     def losses(self) -> dict[str, list[Any]]:
-        """The last losses of training and the gate's, in nats a token.
+        """The last losses of training and the gate's, in nats/token.
 
         Beside each stand the file, the number of examples and the step that it is of.
         """
@@ -157,7 +157,7 @@ class RunComparison:
         """A row for each figure, then for each key that differs: its name, and a value a run."""
         yield ("state", *(run.state for run in self.runs))
         yield ("outcome", *map(describe_outcome, self.runs))
-        yield ("offered: the adapter of step", *(own.offered_step for own in self.runs))
+        yield ("selected: the adapter of step", *(own.offered_step for own in self.runs))
         yield ("its validation loss", *(own.offered_val_loss for own in self.runs))
         yield from self._check_rows()
         yield ("difference to the first", *map(_describe_difference, self.paired_with_first()))
@@ -212,15 +212,15 @@ class RunComparison:
     def describe_figures(self) -> list[Block]:
         """The figures and the settings that differ, a column for each run."""
         caption = (
-            "Losses in nats a token, differences with their 95 % interval; of the settings those "
-            "that differ"
+            "Losses in nats/token, differences with their 95 % interval, and the settings that "
+            "differ"
         )
         table = Table(caption, ("", *self.names), list(self.rows()))
         if self.has_same_held_out_examples():
             return [table]
         doubt = (
-            "These runs are not known to be judged on the same held-out examples: their losses may "
-            "be of different data."
+            "These runs may have been measured on different held-out examples: their losses need "
+            "not be comparable."
         )
         return [Text(doubt, "warn"), table]
 
@@ -231,7 +231,7 @@ class RunComparison:
                     Curve(name, run.points(key, x), has_dots=key == "val_loss")
                     for name, run in zip(self.names, self.runs, strict=True)
                 ]
-                yield [Chart(title, x, "nats a token", curves)]
+                yield [Chart(title, x, "nats/token", curves)]
 
     def _list_answers(self) -> Block:
         answers: dict[str, list[str | None]] = {}

@@ -222,7 +222,7 @@ class Evaluation:
                 rows.append((letter, format_loss(loss.loss_after), *compared, verdict))
         losses = [model.loss for model in self.models if model.loss is not None]
         examples = " or ".join(sorted({f"{loss.examples:,}" for loss in losses}))
-        caption = f"Losses in nats a token, compared with {self._letters[self.against]}"
+        caption = f"Losses in nats/token, compared with {self._letters[self.against]}"
         blocks: list[Block] = [Table(caption, ("", "loss", *COMPARED), rows)]
         if left_out := max(loss.left_out for loss in losses):
             blocks.append(Text(f"{left_out:,} examples left out that a model was trained on"))

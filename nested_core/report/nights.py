@@ -31,16 +31,16 @@ from nested_core.text.document import (
 from nested_core.text.svg_chart import Chart, Curve, Point
 
 CRASHED_RUN_NOTE = (
-    "A run whose state is Crashed or Cancelled was ended before it could say so here: Retry goes "
-    "on from its last checkpoint."
+    "A run whose state is Crashed or Cancelled ended before it could write so here: Retry "
+    "continues from its last checkpoint."
 )
 MAX_SHOWN_CHECKS = 4
 PROBLEMS: tuple[Severity, ...] = ("error", "warning")  # findings that are more than a figure
-COLUMNS = ("night", "outcome", "conclusion", "loss", "right", "min", "examples")
+COLUMNS = ("run", "outcome", "conclusion", "loss", "right", "min", "examples")
 HOW_TO_READ = (
-    "Of losses and right answers the candidate's comes first, then the champion's. Losses are in "
-    "nats a token on the examples that the gate judged by; right: answers of all suites. "
-    "Examples: trained on + judged by; * judged by others than the night before."
+    "Losses (nats/token on the examples of the gate) and right answers (of all eval sets): the "
+    "candidate's, then the champion's. Examples: trained on + held out; * other held-out examples "
+    "than in the run before."
 )
 
 
@@ -59,7 +59,7 @@ def describe_night(config: FineTuneConfig, run: Run, outcome: str, message: str)
     yet = " yet" if outcome == Outcome.RUNNING else ""
     facts = [
         ("Outcome", join_lines(message)),
-        ("Loss", f"not judged{yet}" if verdict is None else verdict.describe_losses()),
+        ("Loss", f"not measured{yet}" if verdict is None else verdict.describe_losses()),
         ("Data", _describe_data(config, run.dataset)),
         ("Made of", _describe_model_and_digests(config, run.dataset, verdict)),
         ("Run folder", f"{run.path.resolve()} on the worker's machine"),
@@ -172,7 +172,7 @@ def describe_nights(
             )
         )
     return Document(
-        f"{name}: the last nights",
+        f"{name}: the last scheduled runs",
         [
             Figures([[_draw_losses(dates[::-1], figures[::-1])]]),
             Table(HOW_TO_READ, COLUMNS, rows[::-1]),
@@ -191,8 +191,8 @@ def _draw_losses(dates: Sequence[str], figures: Sequence[_NightFigures]) -> Char
         Curve(name, [Point(night, loss) for night, loss in enumerate(losses, 1)], has_dots=True)
         for name, losses in sides.items()
     ]
-    axis = f"night, 1 is {dates[0]}, {len(dates)} is {dates[-1]}"
-    return Chart("Loss", axis, "nats a token", curves)
+    axis = f"run, 1 is {dates[0]}, {len(dates)} is {dates[-1]}"
+    return Chart("Loss", axis, "nats/token", curves)
 
 
 def _read_figures(night: Night) -> _NightFigures:

@@ -115,14 +115,14 @@ def describe_end(run: Run) -> str:
     of_all = "" if run.steps is None else f" of {run.steps:,}"
     losses = {"training": run.last_loss("train_loss"), "validation": run.last_loss("val_loss")}
     told = [f", {name} loss {format_loss(own[1])}" for name, own in losses.items() if own]
-    goes_on = "; --resume goes on from its last checkpoint" if run.state == "resumable" else ""
+    goes_on = "; --resume continues from its last checkpoint" if run.state == "resumable" else ""
     return f"At step {run.step:,}{of_all}{''.join(told)}{goes_on}."
 
 
-LIST_COLUMNS = ("run", "adapter", "outcome", "offered step", "val loss", "gate loss", "min")
+LIST_COLUMNS = ("run", "adapter", "outcome", "selected step", "val loss", "gate loss", "min")
 LIST_NOTE = (
-    "Losses in nats a token, of the adapter that is offered: on the validation set, and on the "
-    "examples that the gate judged by. (last): of the last evaluation, for nothing is offered yet."
+    "Losses of the selected checkpoint in nats/token: val loss on the validation set, gate loss on "
+    "the examples of the gate. (last): of the last evaluation, before a checkpoint is selected."
 )
 
 

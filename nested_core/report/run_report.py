@@ -179,7 +179,7 @@ def _loss_chart(run: Run, x: str) -> Chart:
         Curve("training", run.points("loss", x)),
         Curve("validation", run.points("val_loss", x), has_dots=True),
     ]
-    return Chart("Loss", x, "nats a token", curves)
+    return Chart("Loss", x, "nats/token", curves)
 
 
 def _metric_figure(run: Run, title: str, unit: str, keys: dict[str, str]) -> list[Chart]:
@@ -192,7 +192,7 @@ def _compare_examples(run: Run) -> Iterator[Block]:
     verdict = run.verdict
     if verdict is None or verdict.validation is None:
         why = (
-            "the run is not judged yet."
+            "the run has no verdict yet."
             if verdict is None
             else "there is no validation set and no test.jsonl, so that quality was not measured."
         )
@@ -200,24 +200,23 @@ def _compare_examples(run: Run) -> Iterator[Block]:
         return
     yield Text(_describe_checkpoint_selection(verdict.validation), "note")
     if verdict.drift is not None:
-        yield Text(f"Drift: {verdict.drift.describe()}.")
+        yield Text(f"{verdict.drift.describe()}.")
     if verdict.champion is None:
-        yield Text("There was no champion when the run was judged.", "note")
+        yield Text("There was no champion when the run was evaluated.", "note")
     if run.losses is not None:
         yield from _list_worst_examples(run, run.losses.counted())
 
 
 def _describe_checkpoint_selection(losses: Validation) -> str:
     if losses.chosen_among <= 1:
-        return f"{losses.file} had no part in choosing the step that is offered."
+        return f"{losses.file} had no part in selecting the checkpoint."
     corrected = ""
     if losses.corrected_interval is not None:
         interval = format_interval(losses.corrected_interval)
         corrected = f" Corrected for that choice, the 95 % interval is {interval}."
     return (
-        f"{losses.file} also chose the step that is offered, among {losses.chosen_among}, so "
-        f"that the loss after is a little better than on data that nothing was chosen on; a "
-        f"test.jsonl would be that.{corrected}"
+        f"{losses.file} also selected the checkpoint, among {losses.chosen_among}, so that the "
+        f"loss after is slightly optimistic. A test.jsonl would not have this bias.{corrected}"
     )
 
 

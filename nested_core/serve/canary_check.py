@@ -88,7 +88,7 @@ def check_canary(canary: Canary, model: nn.Module) -> Iterator[None]:
         first = differing[0]
         raise CanaryFailed(
             f"canary: {len(differing)} of {asked} answers are not those that were recorded, such "
-            f"as to line {first.line} of the suite {first.suite}"
+            f"as to line {first.line} of the eval set {first.suite}"
         )
 
 

@@ -70,7 +70,7 @@ class Adapter:
     _digests: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def meaning(self) -> dict[str, Any]:
-        """What the tensors stand for: the part of the configuration that changes the model."""
+        """What the tensors mean: the part of the configuration that changes the model."""
         lora = self.config.get("lora_parameters") or {}
         return {
             "fine_tune_type": self.config.get("fine_tune_type", "lora"),

@@ -51,7 +51,7 @@ class LockFile:
         if not self.is_still_at_path():
             raise DamagedError(
                 f"{self.path} was removed or replaced while this process had it locked: another "
-                "process may be writing here. Nothing more is written; find out what removes lock "
+                "process may be writing here. Nothing more is written. Find out what removes lock "
                 "files (a cleaner of old files?), then run the command again."
             )
 

@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise DamagedError(f"{path} is missing: the folder was never finished.")
     if path.is_symlink():
-        raise DamagedError(f"{path} is not a regular file; only regular files belong here.")
+        raise DamagedError(f"{path} is not a regular file. Only regular files belong here.")
     content = read_regular(path, MAX_MANIFEST_BYTES)
     try:
         manifest = parse_json(content)
@@ -99,7 +99,7 @@ def describe_file(path: Path) -> FileEntry:
     if not path.exists() and not path.is_symlink():
         raise DamagedError(f"{path} is missing. Bring it back, or make its folder again.")
     if path.is_symlink() or not path.is_file():
-        raise DamagedError(f"{path} is not a regular file; only regular files belong here.")
+        raise DamagedError(f"{path} is not a regular file. Only regular files belong here.")
     return {"bytes": path.stat().st_size, "sha256": regular_sha256(path)}
 
 

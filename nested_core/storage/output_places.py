@@ -84,13 +84,13 @@ def require_adapter_place(
         if any(_is_same_folder(folder, own) for folder in (place, *place.parents)):
             raise ConfigError(
                 f"adapter_path: {path} is a folder that the run keeps for itself. The run's "
-                f"adapter is in it anyway; leave adapter_path out, or give another folder."
+                f"adapter is in it anyway. Leave adapter_path out, or give another folder."
             )
     kind = file_type(place)
     if kind == "missing" or (own_run is not None and _is_same_folder(place, own_run)):
         return place
     if kind != "directory":
-        raise ConfigError(f"adapter_path: {path} is a file; give a folder.")
+        raise ConfigError(f"adapter_path: {path} is a file. Give a folder.")
     others = sorted(file.name for file in place.iterdir() if not _is_adapter_file(file))
     if others:
         shown = ", ".join(others[:MAX_SHOWN_FILES])

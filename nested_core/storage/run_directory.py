@@ -248,8 +248,8 @@ def open_run(path: str | Path, *, resume: bool = False) -> RunDirectory:
     if resume and path.is_dir() and not run.has_run_files():
         raise ConfigError(
             f"{path} is not a run directory: it is not empty, and has no run.lock, dataset.json or "
-            f"tiers.json as a run leaves them. Nothing there is touched; give the --run-dir of the "
-            f"run that is to go on."
+            f"tiers.json as a run leaves them. Nothing there is touched. Give the --run-dir of the "
+            f"run to resume."
         )
     _require_folder(path)
     return run

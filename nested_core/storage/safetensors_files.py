@@ -75,7 +75,7 @@ def refuse_unsafe_format(path: Path) -> None:
     reason = REASONS_BY_UNSAFE_SUFFIX.get(path.suffix.lower())
     if reason is not None and file_type(path, follow_links=True) != "directory":
         raise DamagedError(
-            f"{path} is not read: {reason}. Expected safetensors (adapters.safetensors); convert "
+            f"{path} is not read: {reason}. Expected safetensors (adapters.safetensors). Convert "
             f"it with the program that wrote it."
         )
 

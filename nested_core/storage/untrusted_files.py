@@ -150,7 +150,7 @@ def read_json_object(path: Path, limit: int | None = None) -> dict[str, Any]:
     """The fields of a JSON file that holds one object; DamagedError as by `read_json`."""
     value = read_json(path, limit)
     if not isinstance(value, dict):
-        raise DamagedError(f"{path} holds a {type(value).__name__}; expected a JSON object.")
+        raise DamagedError(f"{path} holds a {type(value).__name__}. Expected a JSON object.")
     return value
 
 

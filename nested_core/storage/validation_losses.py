@@ -1,6 +1,6 @@
 """validation-losses.jsonl: the loss of each validation example at every step that could be offered.
 
-The gate needs them where the examples that chose the offered step judge it too.
+The gate needs them where the examples that chose the selected step judge it too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class StepLosses(BaseModel):
     """One evaluation of an adapter that could be offered: every tier had been updated.
 
     step: the optimizer step after which it was made.
-    lines, losses: the examples by their line, and the mean loss of each in nats a token, null where
+    lines, losses: the examples by their line, and the mean loss of each in nats/token, null where
         not finite; both None where single losses are not known.
     """
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def format_loss(loss: float | None) -> str:
-    """A loss in nats a token with 4 significant digits: "0.0184", "3.142".
+    """A loss in nats/token with 4 significant digits: "0.0184", "3.142".
 
     "not finite" for None, which stands for such a loss in JSON files, and for NaN and infinity.
     """

@@ -100,7 +100,7 @@ def warn_of_flat_loss(state: TrainingState, losses: Sequence[float], window: int
         warn_once(
             state,
             "loss_flat",
-            f"the training loss has not moved beyond noise over {window} reports "
+            f"the training loss has not changed significantly over {window} reports "
             f"(means of their first and second half: {format_change(early, late)}).",
         )
 

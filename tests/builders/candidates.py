@@ -84,7 +84,7 @@ class Candidate:
         return replace(self, config=self.config.model_copy(update=changes))
 
     def bounded(self, **bounds: Any) -> Self:
-        """The same run by other bounds of the gate."""
+        """The same run by other thresholds of the gate."""
         return self.configured(gate=GateSection.model_validate(bounds))
 
     def resumed(self, **bounds: Any) -> Self:
@@ -150,7 +150,7 @@ class Candidate:
 
     @property
     def sides(self) -> tuple[Path, Path]:
-        """The folders of the initial adapter and of the one that is offered."""
+        """The folders of the initial adapter and of the one that is selected."""
         return self.run.initial, self.run.adapter
 
     @property

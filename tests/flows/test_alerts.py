@@ -294,13 +294,13 @@ def test_an_alert_that_a_person_removed_goes_where_the_others_go_when_it_is_depl
 @pytest.mark.slow("puts all automations three times")
 def test_without_a_block_deploy_and_doctor_say_that_nobody_is_told(client, told, webhook) -> None:
     again = list(put_automations(client, ALERTS, None))
-    assert not any("NOBODY IS TOLD" in line for line in again), "the block of before stays"
+    assert not any("NOBODY IS NOTIFIED" in line for line in again), "the block of before stays"
     assert check_alerts(client, ALERTS).ok
     for automation in client.read_automations():
         client.delete_automation(automation.id)
-    assert "NOBODY IS TOLD" in list(put_automations(client, ALERTS, None))[-1]
+    assert "NOBODY IS NOTIFIED" in list(put_automations(client, ALERTS, None))[-1]
     assert not check_alerts(client, ALERTS).ok
-    with pytest.raises(ConfigError, match="nobody is told yet"):
+    with pytest.raises(ConfigError, match="nobody is notified yet"):
         send_test_alert(client, NAMES)
     send_alerts_to(client, webhook)  # as the other tests of this module have it
 

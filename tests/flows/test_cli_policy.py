@@ -35,7 +35,7 @@ def policy(folder: Path, *words: object) -> Ended:
 
 
 def test_a_policy_is_shown_set_and_recorded(folder: Path) -> None:
-    assert "the run's own" in policy(folder).stdout
+    assert "as configured" in policy(folder).stdout
     bounds = ("--promote", "approve", "--max-val-loss-increase", "0.02", "--canary", "rollback")
     done = policy(folder, *bounds, "--tasks", "suites.yaml")
     assert done.code == 0, done.stderr
@@ -91,7 +91,7 @@ def test_null_and_no_file_leave_a_key_to_the_run(folder: Path) -> None:
         (("--max-val-loss-increase", "much"), "expected a number, such as 0.02, or null"),
         (("--max-val-loss-increase", "-1"), "policy: max_val_loss_increase"),
         (("--tasks", "absent.yaml"), "absent.yaml"),
-        (("--tasks", "empty.yaml"), "--tasks empty.yaml has no suites. Expected YAML with gate"),
+        (("--tasks", "empty.yaml"), "--tasks empty.yaml has no eval sets. Expected YAML with gate"),
     ],
 )
 def test_what_is_no_policy_is_refused(folder: Path, words: tuple[str, ...], told: str) -> None:

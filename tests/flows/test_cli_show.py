@@ -84,7 +84,7 @@ def test_a_person_reads_id_text_and_mark_within_a_hundred_columns(shown: dict[st
     done = shown["read by a person"]
     assert done.code == 0, done.stderr
     lines = done.stdout.splitlines()
-    first = lines.index("train.jsonl:1: 44 tokens, 22 learnt (*)")
+    first = lines.index("train.jsonl:1: 44 tokens, 22 trained on (*)")
     assert max(map(len, lines[first:])) <= 100
     assert lines[first + 1].split()[:4] == ["3", "'<|user|>'", "45", "'I'"]
     example = " ".join(lines[first + 1 : lines.index("", first)])
@@ -95,7 +95,7 @@ def test_a_person_reads_id_text_and_mark_within_a_hundred_columns(shown: dict[st
 
 
 def test_that_prompts_are_learnt_too_is_said_where_they_are(shown: dict[str, Ended]) -> None:
-    note = "mask_prompt is false, as in mlx_lm: prompts are learnt too."
+    note = "mask_prompt is false, as in mlx_lm: prompts are trained on too."
     assert note in shown["prompts too"].stdout
     assert note not in shown["read by a person"].stdout  # supervise: all learns answers alone
 

@@ -194,9 +194,7 @@ def test_a_copy_of_a_registry_is_silent_until_a_deployment_names_it(
     back = ("rollback", new_name, "--registry", copy)
     done = call_with_server(monkeypatch, url, *back)
     assert (done.code, done.stdout.partition(":")[0]) == (0, "rolled_back")
-    silence = (
-        f"was told nothing of {new_name}: none of its deployments names {copy} as its registry"
-    )
+    silence = f"got no event of {new_name}: none of its deployments names {copy} as its registry"
     assert silence in " ".join(done.stderr.split())
     set_policy(changed, new_name, by="ann", changes={"promote": "never"})
     reconcile(ReconcileParameters(registry=str(changed)))
@@ -268,4 +266,4 @@ def test_a_server_that_is_away_fails_no_command(
     assert done.code == 0
     assert was_imported == [True]  # before: a process that ends within an import is aborted
     assert done.stdout.startswith("rolled_back: ")
-    assert "note: Prefect's server was not told (no answer within 0.3 seconds)" in done.stderr
+    assert "note: Prefect's server got no event (no answer within 0.3 seconds)" in done.stderr

@@ -46,7 +46,7 @@ def test_init_leaves_a_field_out_only_where_it_is_told_to(tmp_path: Path) -> Non
     arguments = ("init", "--data", "data", "--model", str(MODEL), "-o", "lora.yaml")
     refused = called(*arguments, cwd=tmp_path)
     assert refused.code == 3
-    assert "train.jsonl:1: unread-field: training would leave out what stands in notes;" in (
+    assert "train.jsonl:1: unread-field: training would leave out what is in notes;" in (
         refused.stderr
     )
     assert called(*arguments, "--drop-fields", "notes", cwd=tmp_path).code == 0

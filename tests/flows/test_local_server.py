@@ -91,7 +91,7 @@ def test_one_that_ended_and_one_that_is_too_slow_are_told_apart(
         with pytest.raises(NestedTuneError, match="does not answer after 0 seconds. `nested-tune"):
             server.wait()
         server._process.wait(10)  # it was killed
-        with pytest.raises(NestedTuneError, match="ended; what it said stands above. `nested-tune"):
+        with pytest.raises(NestedTuneError, match="ended; its output is above. `nested-tune"):
             server.wait()
     finally:
         server.stop()

@@ -179,7 +179,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "Alpaca's format with more in it": data_mistake(
         as_lines(*({"instruction": f"{n}?", "notes": "Do so.", "output": "No"} for n in range(3))),
-        "training would leave out what stands in notes;",
+        "training would leave out what is in notes;",
         "drop_fields: [notes] leaves it out on purpose",
     ),
     "preference pairs": data_mistake(
@@ -192,7 +192,7 @@ MISTAKES: dict[str, Mistake] = {
         "train.jsonl:5: bad-json: not valid JSON at column 14: trailing comma",
     ),
     "UTF-16, as some editors save it": data_mistake(
-        chats(4).encode("utf-16"), "train.jsonl:1: not-utf8:", "save the file as UTF-8"
+        chats(4).encode("utf-16"), "train.jsonl:1: not-utf8:", "Save the file as UTF-8"
     ),
     "an empty file": data_mistake("", "train.jsonl: empty-file: it holds no example"),
     "a batch larger than the data": Mistake(
@@ -325,7 +325,7 @@ MISTAKES: dict[str, Mistake] = {
     # The registry, and deployments
     "promoting a run that was not judged": Mistake(
         (
-            "If it trains, let it end; if it was stopped, resume it. Go on with the same command",
+            "If it trains, let it end. If it was stopped, resume it. Go on with the same command",
             "--run-dir run --resume.",
         ),
         arguments=("promote", "run", "--name", "bot"),

@@ -17,7 +17,7 @@ from flows.flow_runs.nights import describe_other_night
 from tests.example import example_settings
 
 NOW = datetime(2026, 11, 22, 2, 0, tzinfo=UTC)
-AT_WORK = "another night of this adapter is at work"
+AT_WORK = "another run of this adapter is active"
 
 
 def night(state: State[Any], hours: float, *, by_schedule: bool = True) -> FlowRun:

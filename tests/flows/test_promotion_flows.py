@@ -189,7 +189,7 @@ def test_the_state_of_a_question_has_the_figures(waiting: tuple[UUID, str, str])
     message = "" if state is None else str(state.message)
     assert message.startswith(f"Candidate: {version[:12]}: validation loss 4.1 -> 1.2 (")
     assert f"Champion: {champion[:12]}: validation loss 4.1 -> 1.2 (" in message
-    assert "Compared: not possible: the two were not judged on the same examples." in message
+    assert "Compared: not possible: the two were not measured on the same examples." in message
 
 
 def make_night() -> UUID:

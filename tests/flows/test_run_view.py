@@ -102,7 +102,7 @@ def test_what_follows_training_is_listed_with_its_seconds_and_how_it_ended() -> 
     assert list(view.describe_stages()) == ["gate: losses: 0.8 s", "gate: proof ..."]
     view.outcome = [view.describe_offered_adapter(50), "verdict: passed"]
     screen = draw_screen(view, 80, 24).plain
-    assert "offered: the adapter of step 50, the lowest validation loss of 2" in screen
+    assert "selected: the adapter of step 50, the lowest validation loss of 2" in screen
     assert screen.endswith("verdict: passed")
     assert screen.count("|") >= 8  # the curve stays readable
 

@@ -20,5 +20,5 @@ def test_answers_stand_below_each_other_and_hostile_text_is_escaped() -> None:
 
 def test_an_adapter_that_training_went_on_from_has_a_line_of_its_own() -> None:
     answers = SampleAnswers("Who?", None, "a", "b", "c", "samples")
-    assert "    parent:   b" in format_sample_answers([answers])
+    assert "    start:    b" in format_sample_answers([answers])
     assert list(format_sample_answers([])) == []

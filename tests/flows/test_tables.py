@@ -6,7 +6,7 @@ import pytest
 
 from flows.terminal.console import print_table
 
-LONG = "passed, inconclusive: +0.01 nats a token; some 4,000 examples would tell"
+LONG = "passed, inconclusive: +0.01 nats/token; some 4,000 examples would settle it"
 
 
 @pytest.mark.parametrize("columns", ["60", "80"])

@@ -156,7 +156,7 @@ def test_the_tables_of_the_command_line_tell_them_too(told: Told) -> None:
     for shown in (status, compared):
         assert shown["outcome"] == [f"Promoted: {WORDS}"]
         assert shown["trained"] == ["24 of 24 steps, 6 passes over train.jsonl"]
-        assert shown["offered: the adapter of step"] == [str(step)]
+        assert shown["selected: the adapter of step"] == [str(step)]
         assert shown["its validation loss"] == [format_loss(val_loss)]
         assert shown["test loss, test.jsonl, 5 examples"] == [told.change]
         assert shown["answers, capitals"] == [f"{told.right[0]} of 15 -> {told.right[1]} of 15"]

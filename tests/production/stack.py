@@ -40,7 +40,7 @@ TOKEN = "hf_only_in_tests"  # what a worker has in its environment
 NAME = "geography"
 LONGEST_RUN = 180.0
 # Seconds from the death of a process until its run is Crashed: 300 without a heartbeat, 300 of
-# looking again, and what a loaded machine takes. Those that were seen stand in docs/faults.md.
+# looking again, and what a loaded machine takes. Those that were seen are in benchmarks/faults.md.
 DEAD_WITHIN = 900
 PREFECT = (sys.executable, "-m", "prefect")
 NESTED_TUNE = str(Path(sys.executable).with_name("nested-tune"))

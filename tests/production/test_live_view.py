@@ -79,7 +79,7 @@ def test_a_run_is_watched_and_its_last_screen_stays(terminal: Terminal, tmp_path
     watched = terminal.wait_for("of 120", "tokens/s", "updates: tier 0", " left")
     assert "step 120\n" in watched.replace(" \n", "\n")  # the axis ends where the run will
     last = terminal.wait_for("adapter: ", "passed, better: ", with_history=True)
-    for words in ("offered: the adapter of step", "verdict: passed", "peak memory", "expected:"):
+    for words in ("selected: the adapter of step", "verdict: passed", "peak memory", "expected:"):
         assert words in last
     assert last.count("· training loss   o validation loss") == 1
     assert last.index("· training loss") < last.index("offered: ") < last.index("passed, better: ")
@@ -122,4 +122,4 @@ def test_a_pipe_gets_lines_without_a_control_character(tmp_path: Path) -> None:
     )
     assert "\x1b[2K" not in done.stderr
     assert "step 120 of 120" in done.stderr
-    assert "offered: the adapter of step" in done.stderr
+    assert "selected: the adapter of step" in done.stderr

@@ -165,7 +165,7 @@ class Model:
         if not verdict.has_passed:
             return "rejected it"
         if self.policy.get("max_val_loss_increase") is not None and verdict.is_loose:
-            return "looser bounds"
+            return "looser thresholds"
         if "better" in modes and champion is not None:
             if verdict.rival != champion:
                 return "did not judge the champion"

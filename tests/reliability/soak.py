@@ -1,7 +1,7 @@
 """Proof by volume: `python -m tests.reliability.soak --kills 1000 --corruptions 10000 --queue 500`.
 
-Each volume says its seed and its figures; those of the full runs stand in docs/faults.md. Anything
-that does not hold ends the program with a traceback and the folder that shows it.
+Each volume says its seed and its figures; those of the full runs are in benchmarks/faults.md.
+Anything that does not hold ends the program with a traceback and the folder that shows it.
 """
 
 from __future__ import annotations

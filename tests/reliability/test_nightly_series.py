@@ -134,8 +134,8 @@ def require_right_decision(night: Night, compared: ChampionLoss) -> None:
     assert night.after == night.before != night.result.version
     assert compared.loss is not None
     found = re.fullmatch(
-        rf"test loss ({FIGURE}) is not better by more than 0.005 than the champion's ({FIGURE}) "
-        rf"beyond noise "
+        rf"test loss ({FIGURE}) is not better by more than 0.005 than the champion's ({FIGURE}), "
+        rf"or not significantly "
         rf"\(test.jsonl, {compared.examples} examples[^)]*\): ({FIGURE}) with a 95 % interval of "
         rf"({FIGURE}) to ({FIGURE}); these examples reliably detect changes of "
         rf"({FIGURE}) nats/token or more \(80 % power\)",

@@ -71,7 +71,7 @@ def configure(folder: Path, data: Path, seed: int) -> FineTuneConfig:
 
 
 def promote_seed_over_seed(folder: Path, pair: int) -> SeedPair:
-    """Train two seeds on the pair's own draw; the first is champion, the second is offered."""
+    """Train two seeds on the pair's own draw; the first is champion, the second is selected."""
     data, fresh_data = draw_data(folder, pair)
     runs = [RunDirectory(folder / name) for name in ("champion", "candidate")]
     for run, seed in zip(runs, (2 * pair, 2 * pair + 1), strict=True):
@@ -88,7 +88,7 @@ def promote_seed_over_seed(folder: Path, pair: int) -> SeedPair:
 
 
 def compare_on_fresh_data(base: LoadedBase, pair: SeedPair) -> PairedDifference:
-    """Candidate minus champion on 2,000 fresh examples, in nats a token."""
+    """Candidate minus champion on 2,000 fresh examples, in nats/token."""
     config = base.config.model_copy(update={"data": str(pair.fresh_data)})
     split = load_run_data(config)[1]["test"]
     assert len(split) == FRESH

@@ -1,6 +1,7 @@
 """A slice of the proof by volume: every kill is made good, to the bit, and every corruption found.
 
-What is asserted stands in kills.py and corruptions.py; docs/faults.md has the figures of the whole.
+What is asserted stands in kills.py and corruptions.py; the figures of the whole are in
+benchmarks/faults.md.
 """
 
 from __future__ import annotations

@@ -48,11 +48,11 @@ def decode_json_object(raw: bytes) -> dict[str, Any]:
 
 def _refuse_repeated_key(raw: bytes) -> None:
     def refuse(pairs: list[tuple[str, Any]]) -> None:
-        """See that no key of one object stands there twice."""
+        """See that no key of one object is there twice."""
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise LineProblem("duplicate-key", f"the key {shorten(key)!r} stands there twice")
+                raise LineProblem("duplicate-key", f"the key {shorten(key)!r} is there twice")
             seen.add(key)
 
     json.loads(raw, object_pairs_hook=refuse)
@@ -79,7 +79,7 @@ def _explain_invalid_json(raw: bytes, reason: str) -> LineProblem:
         text = raw.decode()
     except UnicodeDecodeError as error:
         where = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
-        return LineProblem("not-utf8", f"{where} is not UTF-8; save the file as UTF-8")
+        return LineProblem("not-utf8", f"{where} is not UTF-8. Save the file as UTF-8")
     if "\0" in text:
         return LineProblem("nul-character", f"a NUL byte at column {text.index(chr(0)) + 1}")
     what, _, position = reason.partition(" at line 1 column ")

@@ -176,7 +176,7 @@ def describe_unread_fields(row: Mapping[str, Any], keys: Collection[str]) -> str
         else ""
     )
     return (
-        f"training would leave out what stands in {listed}; {alpaca}drop_fields: [{names}] leaves "
+        f"training would leave out what is in {listed}; {alpaca}drop_fields: [{names}] leaves "
         f"it out on purpose"
     )
 

@@ -163,7 +163,7 @@ def read_json_array(path: Path) -> Iterator[NumberedLine]:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         byte = f"byte 0x{raw[error.start]:02x} in line {line}"
-        raise RestOfFileUnreadable(1, f"{byte} is not UTF-8; save the file as UTF-8") from None
+        raise RestOfFileUnreadable(1, f"{byte} is not UTF-8. Save the file as UTF-8") from None
     del raw
     position = _skip_space(text, 0)
     if not text.startswith("[", position):
@@ -315,7 +315,7 @@ def _csv_cells_to_json_line(
     try:
         return f"{{{', '.join(fields)}}}".encode(), None
     except UnicodeEncodeError:
-        return b"", ("not-utf8", "a byte is not UTF-8; save the file as UTF-8")
+        return b"", ("not-utf8", "a byte is not UTF-8. Save the file as UTF-8")
 
 
 def read_parquet(path: Path) -> Iterator[NumberedLine]:

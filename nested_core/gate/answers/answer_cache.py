@@ -88,7 +88,7 @@ def store_answers(
     try:
         write_json(entry, {"digest": _digest_rows(rows), "answers": rows})
     except (OSError, DamagedError) as error:
-        _log.warning("Answers could not be kept for another night: %s", error)
+        _log.warning("Answers could not be cached for later runs: %s", error)
 
 
 def _read_answers(path: Path) -> tuple[Answer, ...] | None:

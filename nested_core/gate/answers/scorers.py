@@ -121,7 +121,7 @@ def require_usable_scorer(method: ScoringMethod, questions: Sequence[Question]) 
             if problem is not None
         ]
         if problems:
-            summary = f"{method.place} is no suite of {method.score} questions."
+            summary = f"{method.place} is no eval set of {method.score} questions."
             raise DatasetError(describe_bad_questions(method.place, problems, summary))
 
 

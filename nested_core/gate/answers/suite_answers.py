@@ -325,7 +325,7 @@ def _read_suite_records(path: Path) -> dict[str, SuiteRecord]:
         return _RECORDS_VALIDATOR.validate_python(read_json(path, MAX_RECORD_BYTES))
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
-        raise DamagedError(f"{path} does not name the suites of this run: {reason}.") from error
+        raise DamagedError(f"{path} does not name the eval sets of this run: {reason}.") from error
 
 
 def encode_suites(suites: Sequence[Suite], tokenizer: Any, base: Path) -> tuple[EncodedSuite, ...]:

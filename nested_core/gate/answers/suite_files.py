@@ -43,7 +43,7 @@ def read_question_lines(path: Path, score: Score) -> Iterator[NumberedLine]:
     is no YAML, and RestOfFileUnreadable where a table is damaged.
     """
     if file_type(path, follow_links=True) != "file":
-        raise ConfigError(f"gate.tasks: {path} is not a file; expected a suite, {SUITE_FORMS}.")
+        raise ConfigError(f"gate.tasks: {path} is not a file. Expected an eval set, {SUITE_FORMS}.")
     suffix = path.suffix.lower()
     try:
         content = read_regular(path, MAX_SUITE_BYTES)

@@ -118,7 +118,7 @@ class _ChoiceLine(_SuiteLine):
         """One or more of the choices."""
         accepted = tuple(_accepted_answers(self.expected, (str,), "one of the choices"))
         if len(set(self.choices)) < len(self.choices):
-            raise _Mistake("choices: one stands there twice")
+            raise _Mistake("choices: one is there twice")
         if strangers := [text for text in accepted if text not in self.choices]:
             raise _Mistake("expected: none of the choices is ", repr(shorten(strangers[0])))
         return accepted
@@ -182,7 +182,7 @@ def read_suite(path: Path, score: Score) -> tuple[Question, ...]:
     """
     questions: list[Question] = []
     problems = list(islice(_find_problems(path, score, questions), MAX_PROBLEMS + 1))
-    summary = f"{path} is no suite of {score} questions."
+    summary = f"{path} is no eval set of {score} questions."
     if not questions and not problems:
         problems = [BadQuestion(None, "empty", "there is no question in it")]
     if len(problems) > MAX_PROBLEMS:
@@ -200,7 +200,9 @@ def _find_problems(path: Path, score: Score, questions: list[Question]) -> Itera
             if problem is not None:
                 yield BadQuestion(line, *problem)
             elif body and len(questions) == MAX_QUESTIONS:
-                yield BadQuestion(line, "many", f"a suite has at most {MAX_QUESTIONS:,} questions")
+                yield BadQuestion(
+                    line, "many", f"an eval set has at most {MAX_QUESTIONS:,} questions"
+                )
                 return
             elif body:
                 try:

@@ -182,5 +182,5 @@ def log_stopped_checks(judged: Checked) -> None:
     for check, by in judged.stopped.items():
         stopped.setdefault(by, []).append(check)
     if stopped:
-        told = [f"{', '.join(checks)}, stopped by {by}" for by, checks in stopped.items()]
-        stages.info("gate: not checked: %s", "; ".join(told))
+        for by, checks in stopped.items():
+            stages.info("gate: not checked, because %s failed: %s", by, ", ".join(checks))

@@ -49,9 +49,9 @@ def _find_unproven_effect_without_run(judged: Judged) -> Sequence[Reason]:
 
 
 PROOF = Check(
-    "proof",
+    "fresh process",
     _find_unproven_effect,
     needs_all=True,
     stage="a new process loads the adapter, and must see the change",
 )
-PROOF_WITHOUT_RUN = Check("proof", _find_unproven_effect_without_run, needs_all=True)
+PROOF_WITHOUT_RUN = Check("fresh process", _find_unproven_effect_without_run, needs_all=True)

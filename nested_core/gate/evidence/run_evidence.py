@@ -170,7 +170,7 @@ def _require_unchanged_inputs(
     if combined_sha256(hashes) != digests.get("initial_files"):
         raise DamagedError(
             f"{run.initial} is not the adapter that training began from: its digest has changed "
-            f"since. Without the true initial adapter nothing can be proven; train again."
+            f"since. Without the true initial adapter nothing can be proven. Train again."
         )
     if files[run.tiers.name]["sha256"] != digests.get("tiers"):
         raise DamagedError(f"{run.tiers} has changed since training began.")

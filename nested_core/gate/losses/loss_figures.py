@@ -27,9 +27,9 @@ from nested_core.records.verdict import (
 from nested_core.storage.atomic import finite_or_none
 from nested_core.text.loss_format import format_change, format_difference, format_interval
 
-MIN_CHANGE = 1.0  # nats a token
+MIN_CHANGE = 1.0  # nats/token
 MIN_SPREADS = 6 * 1.48  # median absolute deviations; 1.48 of them are a normal standard deviation
-MIN_LOSS_OF_FEWEST = 4.0  # nats a token, on average: three harmed examples may be an exchange
+MIN_LOSS_OF_FEWEST = 4.0  # nats/token, on average: three harmed examples may be an exchange
 MAX_CHANCE = 0.05  # that so many are harmed where the share is at its bound
 MAX_CHANCE_OF_EXCHANGE = 0.01  # that so many more are harmed than helped where both are as likely
 
@@ -181,7 +181,7 @@ def general_loss_reasons(general: GeneralLoss, bounds: GateSection) -> list[Reas
 def harm_reasons(
     losses: ExampleLosses, validation: Validation, bounds: GateSection
 ) -> list[Reason]:
-    """The reason for examples that lost much while hardly any won as much.
+    """The reason for per-example regressions while hardly any won as much.
 
     None where the loss as a whole is better (what was lost is then listed, and refuses nothing),
     and under `gate.noise: none`, which looks at the mean alone.
@@ -200,10 +200,10 @@ def drift_reasons(drift: Drift | None, data: str, bounds: GateSection) -> list[R
     """The reason for predictions that moved beyond `max_kl` on the held-out `data`."""
     if drift is None or bounds.max_kl is None or drift.is_within(bounds.max_kl):
         return []
-    moved = "not finite" if drift.kl_initial is None else f"{drift.kl_initial:.4g} nats a token"
+    moved = "not finite" if drift.kl_initial is None else f"{drift.kl_initial:.4g} nats/token"
     message = (
-        f"the predictions moved by {moved} from those that training began from, in mean KL "
-        f"divergence on {data}, {drift.tokens} tokens; gate.max_kl is {bounds.max_kl:g}"
+        f"the mean KL divergence from the initial adapter is {moved} on {data}, "
+        f"{drift.tokens} tokens; gate.max_kl is {bounds.max_kl:g}"
     )
     return [Reason("drift", message)]
 
@@ -225,8 +225,8 @@ def describe_noise(losses: Validation | GeneralLoss) -> str:
         return ""
     difference = format_difference(losses.difference)
     if losses.interval is None:
-        return f", {difference}; so few examples can show no difference"
-    margin = "" if losses.margin is None else f" and a margin of {losses.margin:.2g}"
+        return f", {difference}; too few examples to detect a difference"
+    margin = "" if losses.margin is None else f" and an allowed rise of {losses.margin:.2g}"
     interval = format_interval(losses.interval)
     return f", {difference} with a 95 % interval of {interval}{margin}"
 
@@ -236,7 +236,7 @@ class HarmedExamples:
     """How many independent examples were harmed and helped, of how many, and which lines.
 
     A cluster counts as harmed where more of its examples are harmed than helped. `mean_rise` is how
-    much the harmed examples lost on average, in nats a token; 0 where none is harmed.
+    much the harmed examples lost on average, in nats/token; 0 where none is harmed.
     """
 
     harmed: int
@@ -249,7 +249,7 @@ class HarmedExamples:
     def find(cls, losses: ExampleLosses, margin: float = 0.0) -> HarmedExamples | None:
         """Among examples with losses before and after; None where one is not finite.
 
-        `margin` is the rise of the mean loss that is allowed, in nats a token: what any example may
+        `margin` is the rise of the mean loss that is allowed, in nats/token: what any example may
         rise by is no harm.
         """
         differences = losses.after - losses.before
@@ -279,9 +279,9 @@ class HarmedExamples:
         `max_share` where so many or more come with a chance of less than 5 % at that share. Where
         some are helped, the sign test's mid-p of harmed against helped has to be at most 0.01.
 
-        Where none is helped, three are enough only if they lost 4 nats a token on average. An
+        Where none is helped, three are enough only if they lost 4 nats/token on average. An
         adapter that harms as many examples as it helps shows three and none in up to 5 % of cases,
-        four and none in 2 % (docs/noise.md).
+        four and none in 2 % (benchmarks/gate.md).
         """
         if self.harmed < MIN_HARMED:
             return False
@@ -322,10 +322,10 @@ def binomial_upper_tail(successes: int, trials: int, chance: float) -> float:
 
 
 def describe_harmed(found: HarmedExamples, file: str, max_lines: int = 3) -> str:
-    """`3 of 30 examples lost more than a nat a token and 0 won as much: valid.jsonl:4, 9, 17`."""
+    """`3 of 30 examples lost more than 1 nat/token, and 0 gained as much: valid.jsonl:4, 9, 17`."""
     listed = ", ".join(str(line) for line in found.lines[:max_lines])
     more = ", ..." if len(found.lines) > max_lines else ""
     return (
-        f"{found.harmed} of {found.examples} examples lost far more than a nat a token, and "
-        f"{found.helped} won as much: {file}:{listed}{more}"
+        f"{found.harmed} of {found.examples} examples lost more than 1 nat/token, and "
+        f"{found.helped} gained as much: {file}:{listed}{more}"
     )

@@ -1,6 +1,6 @@
 """What several adapters predict at the same supervised positions: losses, and KL divergences.
 
-KL(reference || candidate), in nats a token, says how far the candidate's predictions have moved. It
+KL(reference || candidate), in nats/token, says how far the candidate's predictions have moved. It
 predicts what a fine-tuned model forgets, which the norm of its weights does not (arXiv 2509.04259).
 It is computed over the whole vocabulary from the logits that the losses need anyway; logits exist
 for one chunk of positions at a time, so that a large vocabulary needs no approximation.

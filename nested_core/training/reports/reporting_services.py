@@ -188,7 +188,7 @@ def configured_services(config: FineTuneConfig) -> list[str]:
     unknown = [name for name in names if name not in SERVICES]
     if unknown:
         raise ConfigError(
-            f"report_to: {' and '.join(unknown)} is not known; choose from {', '.join(SERVICES)}."
+            f"report_to: {' and '.join(unknown)} is not known. Choose from {', '.join(SERVICES)}."
         )
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:

@@ -154,7 +154,7 @@ class RunProgress:
 
     def describe_offered_adapter(self, adapter_step: int) -> str:
         """Which step's adapter is offered, and why."""
-        text = f"offered: the adapter of step {adapter_step:,}"
+        text = f"selected: the adapter of step {adapter_step:,}"
         evaluated = {
             r["step"]: r["val_loss"] for r in self.records if "val_loss" in r and r["step"] > 0
         }

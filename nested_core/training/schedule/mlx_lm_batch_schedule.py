@@ -79,7 +79,7 @@ class MlxLmSchedule:
         return (self._make_batch_arrays(valid, self._valid_batches[i]) for i in order[:count])
 
     def validation_targets(self) -> None:
-        """None: each evaluation reads other rows, and none chooses the step that is offered."""
+        """None: each evaluation reads other rows, and none chooses the step that is selected."""
 
     def _count_evaluated_batches(self, available: int) -> int:
         """How many of the validation batches an evaluation draws."""

@@ -144,7 +144,7 @@ class TestRefusedYaml:
     def test_more_than_64_kib(self, write: Write) -> None:
         assert MAX_YAML_BYTES == 65536
         load_config(write(b"#" * 65536), {})
-        expected = "FILE is larger than 64 KiB; that is not a configuration."
+        expected = "FILE is larger than 64 KiB. That is not a configuration."
         assert refusal(write(b"#" * 65537)) == expected
 
     @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_a_flag_that_is_refused_has_no_line(write: Write) -> None:
         ("rank", "did you mean lora_parameters.rank?"),
         ("epochs", "did you mean training.epochs?"),
         ("max_steps", "did you mean iters? (it counts micro-batches, theirs counts optimizer"),
-        ("sample_packing", "sample_packing is not offered: "),
+        ("sample_packing", "sample_packing is not needed: "),
         ("base", "did you mean model?"),
         ("quantization", "quantization is not a key here: give a base model that is quantised"),
     ],

@@ -52,9 +52,10 @@ def test_every_check_is_documented() -> None:
 def test_a_message_names_the_places_of_its_first_checks() -> None:
     checks = ("leakage", "leakage", "bad-json", "not-utf8", "overlong")
     findings = [Finding("train.jsonl", 1, "error", check, "why") for check in checks]
-    assert guide_sentence(findings[:2]) == "Explained in docs/data.md#leakage"
+    assert guide_sentence(findings[:2]) == "Explained in the project's docs/data.md#leakage"
     assert guide_sentence(findings) == (
-        "Explained in docs/data.md#leakage, docs/data.md#bad-json, docs/data.md#not-utf8, ..."
+        "Explained in the project's docs/data.md#leakage, docs/data.md#bad-json, "
+        "docs/data.md#not-utf8, ..."
     )
 
 

@@ -230,7 +230,7 @@ DAMAGED: dict[str, tuple[str, bytes, Found, str]] = {
         "train.json",
         '[\n{"text": "é"}]'.encode("latin-1"),
         ("train.json", 1, "damaged-file"),
-        "byte 0xe9 in line 2 is not UTF-8; save the file as UTF-8",
+        "byte 0xe9 in line 2 is not UTF-8. Save the file as UTF-8",
     ),
     "text after a quote": (
         "train.csv",

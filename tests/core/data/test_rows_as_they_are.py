@@ -409,13 +409,13 @@ BROKEN_ROWS: dict[str, tuple[list[Any], dict[str, Any], str, str]] = {
         GOOD_ALPACA,
         alpaca("a", "b", **{"note.to": "Think before."}),
         "unread-field",
-        "leave out what stands in note.to; drop_fields: [note.to] leaves it out on purpose",
+        "leave out what is in note.to; drop_fields: [note.to] leaves it out on purpose",
     ),
     "a filled input beside configured names": (
         [{"q": "a", "output": "b"}, {"q": "c", "output": "d"}],
         {"q": "Is it 1?", "output": "Yes.", "input": "1"},
         "unread-field",
-        "leave out what stands in input; drop_fields: [input]",
+        "leave out what is in input; drop_fields: [input]",
     ),
     "an image": (
         GOOD_ALPACA,
@@ -427,13 +427,13 @@ BROKEN_ROWS: dict[str, tuple[list[Any], dict[str, Any], str, str]] = {
         [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}],
         {"prompt": "e", "completion": "f", "context": "Oslo", "id": 7, "source": "web"},
         "unread-field",
-        "leave out what stands in context; drop_fields: [context]",
+        "leave out what is in context; drop_fields: [context]",
     ),
     "thoughts in a turn": (
         [chat("a", "b"), chat("c", "d")],
         {"messages": [turn("user", "e"), turn("assistant", "f", why="It is so.")]},
         "unread-field",
-        "leave out what stands in messages[].why; drop_fields: [why]",
+        "leave out what is in messages[].why; drop_fields: [why]",
     ),
     "another row": (GOOD_ALPACA, GOOD_SHAREGPT[0], "mixed-format", "this line is sharegpt"),
     "an unknown speaker": (
@@ -552,7 +552,7 @@ BROKEN_FILES: dict[str, tuple[Files, dict[str, Any], tuple[str, int, str, str]]]
     "latin-1 of a spreadsheet": (
         {"train.csv": "prompt;completion\na;b\nc;café\n".encode("latin-1")},
         {},
-        at(3, "not-utf8", "save the file as UTF-8", "train.csv"),
+        at(3, "not-utf8", "Save the file as UTF-8", "train.csv"),
     ),
     "a packed table that is cut off": (
         {"train.csv.gz": gzip.compress(b"prompt,completion\na,b\n" * 9)[:-9]},

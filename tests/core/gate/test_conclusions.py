@@ -114,8 +114,8 @@ def test_an_inconclusive_verdict_says_what_would_settle_it() -> None:
     assert validation.conclusion == "inconclusive"
     text = validation.describe_conclusion()
     assert text is not None
-    assert text.startswith("inconclusive: +0.03 nats a token (95 % interval -0.0")
-    assert text.endswith("margin 0.02); some 510 examples would tell")
+    assert text.startswith("inconclusive: +0.03 nats/token (95 % interval -0.0")
+    assert text.endswith("allowed rise 0.02); some 510 examples would settle it")
     spread = validation.standard_error * np.sqrt(26)
     assert ((1.645 + 0.8416) * spread / 0.02) ** 2 == pytest.approx(510, rel=0.02)
     assert count_examples_needed(0.0, 50.0, 30, 0.02) is None
@@ -129,7 +129,7 @@ def test_a_few_examples_that_lose_much_are_refused(harmed, examples, by, sd) -> 
     losses = losses_of(differences)
     (reason,) = harm_reasons(losses, validation_of(losses), GateSection())
     assert reason.code == "examples_harmed"
-    assert f"{harmed} of {examples} examples lost far more than a nat a token" in reason.message
+    assert f"{harmed} of {examples} examples lost more than 1 nat/token" in reason.message
     assert "valid.jsonl:" in reason.message
 
 

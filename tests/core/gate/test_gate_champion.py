@@ -143,7 +143,7 @@ def test_a_candidate_that_is_not_better_beyond_noise_says_by_how_much(challenger
     challenger.judge()
     refused = challenger.decide(champion)
     assert "is not better by more than 0.005 than the champion's" in refused
-    assert "beyond noise (valid.jsonl, " in refused
+    assert ", or not significantly (valid.jsonl, " in refused
     assert "these examples reliably detect changes of" in refused
 
 

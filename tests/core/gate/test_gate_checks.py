@@ -83,10 +83,11 @@ def test_what_could_not_be_checked_is_said_with_the_check_that_stopped_it(
     assert set(codes(verdict)) == {"non_finite"}
     told = caplog.messages[-1]
     assert told.startswith(
-        "gate: not checked: change, enough change, finite products, effect, skipped"
+        "gate: not checked, because finite tensors failed: change, enough change, finite products, "
+        "effect, skipped"
     )
     assert "updates, base, losses, trainer's logits, worse loss" in told
-    assert told.endswith("training loss, proof, stopped by finite tensors")
+    assert told.endswith("training loss, fresh process")
 
 
 def test_every_check_has_a_name_of_its_own_and_stands_after_those_that_stop_it() -> None:

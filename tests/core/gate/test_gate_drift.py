@@ -37,7 +37,7 @@ def test_drift_is_recorded_of_each_example_and_confirmed_without_a_model(candida
 
 def test_predictions_that_move_beyond_their_bound_are_refused(candidate: Candidate) -> None:
     candidate = candidate.resumed(max_kl=0.01)
-    moved = r"drift: the predictions moved by .* nats a token"
+    moved = r"drift: the mean KL divergence from the initial adapter is .* nats/token"
     with pytest.raises(GateRejected, match=moved) as rejected:
         candidate.judge()
     assert rejected.value.run == candidate.run

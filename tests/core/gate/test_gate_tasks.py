@@ -244,9 +244,7 @@ def test_fewer_questions_than_an_interval_needs_are_judged_by_the_bound_alone(
     suite = write_suite(tmp_path / "suite.jsonl", count=3)
     verdict = broken.bounded(tasks=[task(suite, name="few")]).verdict()
     assert codes(verdict) == ["task_regressed"]
-    assert (
-        "0 of 3 after, too few questions to tell a drop from chance" in verdict.reasons[0].message
-    )
+    assert "0 of 3 after, too few questions to detect a drop" in verdict.reasons[0].message
     assert verdict.tasks[0].interval is None
 
 

@@ -87,7 +87,7 @@ def make_run(tmp_path: Path) -> MakeRun:
 
 
 def losses_that_fell_to(loss: float) -> dict[str, Any]:
-    """The comparison of a verdict, from a loss of 4 nats a token."""
+    """The comparison of a verdict, from a loss of 4 nats/token."""
     difference = loss - 4.0
     return {
         "loss_before": 4.0,
@@ -226,12 +226,12 @@ class TestPolicy:
                 -0.5,
                 [-0.6, -0.4],
                 [-1.1, 0.1],
-                "chose it among 24 steps; a test.jsonl would see more",
+                "chose among; a test.jsonl needs no correction",
             ),
             (1.5, [1.4, 1.6], None, "not better by more than 0.005 than that of the adapter it"),
             (-0.1, [-0.3, 0.1], None, "-0.1 with a 95 % interval of -0.3 to +0.1"),
             (-0.004, [-0.005, -0.003], None, "is not better by more than 0.005"),
-            (-0.1, None, None, "so few can show no difference"),
+            (-0.1, None, None, "too few to detect a difference"),
         ],
     )
     def test_a_first_version_has_to_be_better_than_it_began(
@@ -261,7 +261,7 @@ class TestPolicy:
             ({"interval": [-0.3, 0.1]}, "paired", 0.0, "-0.1 with a 95 % interval of -0.3 to +0.1"),
             ({"interval": [-0.3, 0.1]}, "none", 0.0, "promoted"),
             ({"interval": [-0.3, 0.1]}, "none", 0.2, "0.9 is not better by more than 0.2 than the"),
-            ({"interval": None, "examples": 3}, "paired", 0.0, "3 examples): so few can show no"),
+            ({"interval": None, "examples": 3}, "paired", 0.0, "3 examples): too few to detect"),
             ({"left_out": 2}, "paired", 0.0, "84 examples, 2 left out that an adapter was trained"),
             ({"version": "f" * 64}, "paired", 0.0, "the gate did not judge the champion"),
             ({"loss": None, "not_compared": "the champion is gone"}, "paired", 0.0, "is gone"),

@@ -83,10 +83,10 @@ def test_each_subject_is_said_in_words(explanation: RunExplanation) -> None:
     assert "every step (10 updates)" in said["tiers"]
     assert "every 4 steps (2 updates)" in said["tiers"]
     assert "2 to an optimizer step: 10 steps" in said["steps"]
-    assert "may not rise beyond noise, unless the rise is shown to be within 2.00%" in said["gate"]
+    assert "may not rise significantly, unless the rise is certainly within 2.00%" in said["gate"]
     assert said["registry"] == (
-        "registered as capitals in somewhere, and made champion if its loss is lower than the "
-        "champion's beyond noise."
+        "registered as capitals in somewhere, and made champion if its loss is significantly "
+        "lower than the champion's."
     )
     assert "tokens a second" in said["time"]
 
@@ -96,7 +96,7 @@ def test_what_the_registrys_policy_tightens_is_said(tmp_path: Path) -> None:
     changes = {"promote": "approve", "max_val_loss_increase": 0.01}
     set_policy(tmp_path, "capitals", by="ann", changes=changes)
     said = explain_run(example_config(registry=registry), measures_speed=False).describe()
-    assert "unless the rise is shown to be within 1.00%" in said["gate"]
+    assert "unless the rise is certainly within 1.00%" in said["gate"]
     assert said["registry"].endswith(
         "But the policy of capitals: gate.max_val_loss_increase is 0.01, not 0.02. "
         "But the policy of capitals: promote: approve counts beside this run's always."
@@ -106,15 +106,15 @@ def test_what_the_registrys_policy_tightens_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({}, "the checkpoint with the lowest loss is offered"),
+        ({}, "the checkpoint with the lowest loss is selected"),
         (
             {
                 "training": {"reference": "mlx_lm", "max_grad_norm": 0},
                 "nested": {"frequencies": [1]},
             },
-            "the last step, as mlx_lm.lora does, is offered",
+            "the last step, as mlx_lm.lora does, is selected",
         ),
-        ({"val_batches": 0}, "none: val_batches is 0, so the last checkpoint is offered"),
+        ({"val_batches": 0}, "none: val_batches is 0, so the last checkpoint is selected"),
     ],
     ids=str,
 )
@@ -133,7 +133,7 @@ def test_the_file_that_the_gate_measures_on_is_named(explanation: RunExplanation
     sentence = replace(explanation, config=config, splits=train)._describe_gate()
     said = " ".join(sentence)
     assert "loss on held-out examples, kept.jsonl, may not rise" in said
-    assert "may move by 0.1 nats a token" in said
+    assert "KL divergence from the start may be 0.1 nats/token" in said
 
 
 def test_every_bound_that_can_reject_is_named_with_its_number(explanation: RunExplanation) -> None:
@@ -153,7 +153,7 @@ def test_every_bound_that_can_reject_is_named_with_its_number(explanation: RunEx
     said = replace(explanation, config=example_config(gate=changes)).describe()["gate"]
     for words in (
         *("within 3.10%", "At most 2.20% of these examples", "At most 1.30% of a tier's updates"),
-        *("move by 0.004 of its norm", "general.jsonl", "within 5.00%", "move by 0.6 nats a token"),
+        *("move by 0.004 of its norm", "general.jsonl", "within 5.00%", "may be 0.6 nats/token"),
         *("survive fusing", "at least 90% right", "at least 10% more right", "at most 7% fewer"),
         "answers are broken by training, it is rejected",
     ):

@@ -23,7 +23,7 @@ from tests.core.report.verdicts import CHAMPION, SUITE, make_verdict
 from tests.example import EXAMPLES, Finished, train_example
 from tests.runs import finished_run
 
-DRIFT = "drift of predictions"
+DRIFT = "KL from the initial adapter"
 QUESTIONS = {"file": str(EXAMPLES / "geography" / "held_out.jsonl"), "score": "contains"}
 
 
@@ -132,7 +132,7 @@ def test_a_figure_that_is_there_has_its_row_and_one_that_is_not_has_none() -> No
             *(None, "better"),
         ),
         DRIFT: (None, "0.5", None, None, None),
-        "drift from the base": (None, "0.75", None, None, None),
+        "KL from the base": (None, "0.75", None, None, None),
         "answers, capitals (champion 15)": (
             *("3 of 15", "14 of 15", "+0.933 (+0.800 to +1.000)"),
             *(None, "passed"),

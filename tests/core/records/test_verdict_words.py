@@ -44,7 +44,7 @@ def test_a_rejection_names_its_suites_and_the_further_reasons() -> None:
         ({"validation": LOSSES, "champion": CHAMPION}, f"{LOSS}; {RIVAL}"),
         (
             {"validation": LOSSES | {"examples": 0}},
-            "validation loss not judged, for all held-out examples were trained on",
+            "validation loss not measured: all held-out examples were trained on",
         ),
         (
             {"validation": LOSSES | {"file": "/a/exam.jsonl", "conclusion": "no_worse"}},

@@ -133,7 +133,7 @@ def test_no_route_promotes_what_is_not_shown_to_be_within_the_margin_of_the_refe
         text = done.sentence
         assert said in text
         if seed == 5:
-            assert "one-sided 95 % end +0.03, margin +0.02 nats a token" in text
+            assert "one-sided 95 % end +0.03, margin +0.02 nats/token" in text
 
 
 def test_a_reference_of_nights_is_the_champion_of_so_many_promotions_ago(
@@ -165,7 +165,7 @@ def test_always_without_a_reference_is_told(registry: Path) -> None:
         own = section(registry, mode).model_dump(mode="json")
         return " ".join(hold_to_policy(FineTuneConfig.model_validate({"registry": own}))[1])
 
-    what = "nothing bounds what the small losses of many promotions add up to"
+    what = "nothing limits what the small losses of many promotions add up to"
     assert what in told("always")
     assert what not in told("better")
     set_keys(registry, reference="nights:30")
@@ -215,10 +215,10 @@ def test_loosened_parameters_do_not_get_past_a_policy(judged: Judged, registry: 
     version = judged(2, champion=champion, noise="none", max_val_loss_increase=1000.0)
     for route in ROUTES.values():
         told = str(route(registry, version, champion, "always"))
-        assert "looser bounds than the policy of capitals has (gate.noise, gate.max_val" in told
-    assert "looser bounds" in str(find_refusal_of_question(registry, NAME, version))
+        assert "looser thresholds than the policy of capitals (gate.noise, gate.max_val" in told
+    assert "looser thresholds" in str(find_refusal_of_question(registry, NAME, version))
     done = approve(registry, NAME, version, by="x", expected_champion=champion)
-    assert "looser bounds" in str(done)
+    assert "looser thresholds" in str(done)
     assert read_champion(registry, NAME) == champion
 
 
@@ -231,9 +231,9 @@ def test_a_suite_of_the_policy_has_to_be_asked_as_it_stands_there(
     asked = policy.fields()["tasks"]
     for tasks in ([], [asked[0] | {"min": 0.1}], [asked[0] | {"file": "/suites/easy.jsonl"}]):
         thresholds = {"noise": "paired", "tasks": tasks}
-        assert find_looser_bounds(policy, thresholds) == ["the suite capitals"]
+        assert find_looser_bounds(policy, thresholds) == ["the eval set capitals"]
     assert find_looser_bounds(policy, {"noise": "paired", "tasks": asked}) == []
-    assert find_looser_bounds(policy, None) == ["gate.noise", "the suite capitals"]
+    assert find_looser_bounds(policy, None) == ["gate.noise", "the eval set capitals"]
     assert find_looser_bounds(None, None) == []
 
 
@@ -246,7 +246,7 @@ def test_better_under_a_policy_rests_on_the_interval_whatever_the_run_says(
     assert promote_by_policy(section(registry, "never"), version, champion).outcome == "refused"
     set_keys(registry, promote="better")
     told = str(promote_by_policy(section(registry, "better"), version, champion))
-    assert "looser bounds" in told
+    assert "looser thresholds" in told
 
 
 def test_a_person_who_promotes_is_above_the_policy_and_the_history_says_so(
@@ -279,7 +279,7 @@ def test_a_run_is_tightened_and_it_is_said(registry: Path) -> None:
     assert told == [
         "the policy of capitals: gate.max_val_loss_increase is 0.02, not 1000",
         "the policy of capitals: gate.noise is paired, not none",
-        "the policy of capitals: the suite capitals is asked, in place of this run's",
+        "the policy of capitals: the eval set capitals is asked, in place of this run's",
         "the policy of capitals: promote: approve counts beside this run's always",
     ]
     held = tighten(config, policy)

@@ -111,9 +111,9 @@ def test_answers_and_samples_are_those_of_the_report_and_no_markup(judged: Path)
 
 def test_a_night_without_a_verdict_says_so(tmp_path: Path) -> None:
     facts = facts_of(night_of(tmp_path, Outcome.RUNNING))
-    assert facts["Loss"] == "not judged yet"
+    assert facts["Loss"] == "not measured yet"
     assert facts["Data"].endswith("not read yet")
-    assert facts_of(night_of(tmp_path, Outcome.SKIPPED))["Loss"] == "not judged"
+    assert facts_of(night_of(tmp_path, Outcome.SKIPPED))["Loss"] == "not measured"
 
 
 def test_an_error_of_several_lines_is_told_on_one(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_the_losses_of_the_nights_are_a_line_from_the_oldest_to_the_latest(
     nights: list[Night],
 ) -> None:
     drawn = picture_of(describe_nights(NAME, nights, []))
-    assert "night, 1 is 18 Nov, 5 is 22 Nov" in drawn
+    assert "run, 1 is 18 Nov, 5 is 22 Nov" in drawn
     dots = re.findall(r'<circle cx="([^"]*)" cy="([^"]*)" r="[^"]*" fill="([^"]*)"', drawn)
     colours = [colour for _, _, colour in dots]
     candidate = [(float(x), float(y)) for x, y, colour in dots if colour == colours[0]]
@@ -239,4 +239,4 @@ def test_the_first_report_is_a_picture_and_nothing_before_it_and_no_loss_that_is
 def test_a_picture_of_many_steps_is_as_small_as_one_of_few() -> None:
     drawn = draw_chart(chart_losses(curves_of(100_000), 100_000), STANDALONE)
     assert len(drawn) < 12_000
-    assert "nats a token (logarithmic)<" in drawn
+    assert "nats/token (logarithmic)<" in drawn

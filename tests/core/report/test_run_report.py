@@ -50,9 +50,9 @@ def test_a_passed_run_says_so_first_and_everything_in_its_order(tmp_path: Path) 
     assert lines[2] == "Verified: passed, better"
     assert lines[4].startswith("passed, better: 24 of 24 tensors changed, validation loss 3.55 ->")
     assert f"| champion {'c' * 12}, 12 examples | 3.05 | 2.675 | -0.375 (" in page["verdict"]
-    assert "| drift of predictions | - | 0.25 | - | at most 2.5 | passed |" in lines
+    assert "| KL from the initial adapter | - | 0.25 | - | at most 2.5 | passed |" in lines
     pairs = page["pairs"]
-    assert "Drift: the predictions moved by 0.25 nats a token" in pairs
+    assert "KL divergence from the initial adapter 0.25 nats/token" in pairs
     assert "11 of 12 examples have a lower loss than before." in pairs
     assert pairs.index("valid.jsonl:3") < pairs.index("valid.jsonl:1 ")  # the worst first
     assert "much is a pump?" in pairs
@@ -90,7 +90,7 @@ def test_a_going_run_says_how_far_it_is(tmp_path: Path) -> None:
     with run.locked():
         page = sections_of(run)
     assert "Running\n\nAt step 40 of 100, training loss 1.1" in page["verdict"]
-    assert "not judged yet" in page["pairs"]
+    assert "has no verdict yet" in page["pairs"]
     assert "| tier 2 | every 4 | 10 | 10 | 0 |" in page["updates"]
 
 

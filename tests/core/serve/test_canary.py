@@ -242,7 +242,7 @@ def test_one_answer_may_differ_and_two_may_not_in_one_pass_and_token_by_token(
         patch.setattr(canary_check, "_generates_answer", pytest.fail)
         list(check_canary(canary, model))  # one pass is enough
     list(check_canary(differing(1), model))
-    with pytest.raises(CanaryFailed, match="2 of 4 answers .* line 1 of the suite capitals"):
+    with pytest.raises(CanaryFailed, match="2 of 4 answers .* line 1 of the eval set capitals"):
         list(check_canary(differing(2), model))
     # A pass over several tokens may find another one likeliest, where two are nearly as likely.
     monkeypatch.setattr(canary_check, "_finds_answer_likeliest", finds_none)

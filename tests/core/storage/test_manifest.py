@@ -83,7 +83,7 @@ def made_a_pipe(path: Path) -> None:
 
 
 CHANGED = "a.bin has changed since it was written (size or SHA-256)."
-IRREGULAR = "a.bin is not a regular file; only regular files belong here."
+IRREGULAR = "a.bin is not a regular file. Only regular files belong here."
 
 
 @pytest.mark.parametrize(

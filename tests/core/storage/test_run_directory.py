@@ -138,8 +138,8 @@ class TestOpening:
             open_run(run.path, resume=True)
         assert str(error.value) == (
             f"{run.path} is not a run directory: it is not empty, and has no run.lock, "
-            "dataset.json or tiers.json as a run leaves them. Nothing there is touched; give the "
-            "--run-dir of the run that is to go on."
+            "dataset.json or tiers.json as a run leaves them. Nothing there is touched. Give the "
+            "--run-dir of the run to resume."
         )
         with pytest.raises(ConfigError, match=r"it has no run\.lock, dataset\.json or tiers\.json"):
             run.require_begun()

@@ -43,13 +43,13 @@ def test_few_points_stay_as_they_are_and_gaps_stay_gaps() -> None:
 
 
 def chart(points: list[Point], **changes: object) -> Chart:
-    return Chart("Loss", "step", "nats a token", [Curve("training", points)], **changes)  # type: ignore[arg-type]
+    return Chart("Loss", "step", "nats/token", [Curve("training", points)], **changes)  # type: ignore[arg-type]
 
 
 def test_a_chart_is_well_formed_svg_with_a_title_and_the_pages_colours() -> None:
     root = parse(draw_chart(chart(spiky(1_000, 300))))
     assert root.get("role") == "img"
-    words = "Loss: nats a token (logarithmic) by step"
+    words = "Loss: nats/token (logarithmic) by step"
     assert root.get("aria-label") == words
     assert root[0].tag == "title"
     assert root[0].text == words
@@ -89,7 +89,7 @@ def test_labels_of_a_logarithmic_axis_keep_their_digits() -> None:
 def test_the_table_under_a_chart_holds_its_numbers_and_the_other_axis() -> None:
     points = [Point(step, 8.0 / step) for step in (10, 20, 40)]
     seconds = [Point(step / 2, p.y) for step, p in zip((10, 20, 40), points, strict=True)]
-    other = Chart("Loss", "seconds", "nats a token", [Curve("training", seconds)])
+    other = Chart("Loss", "seconds", "nats/token", [Curve("training", seconds)])
     text = draw_figure([chart(points), other])
     assert text.count("<svg") == 2
     rows = re.findall(r"<tr><th scope=row>(.*)", text)

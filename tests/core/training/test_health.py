@@ -40,7 +40,7 @@ class TestFlatLoss:
         state = TrainingState()
         with pytest.warns(SilentUpdateWarning) as caught:
             warn_of_flat_loss(state, [2.5] * 10, 10)
-        message = "loss_flat: the training loss has not moved beyond noise over 10 reports "
+        message = "loss_flat: the training loss has not changed significantly over 10 reports "
         halves = "(means of their first and second half: 2.5 -> 2.5)."
         assert str(caught[0].message) == message + halves
         assert state.red_flags == [str(caught[0].message)]

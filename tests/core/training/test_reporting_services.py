@@ -119,7 +119,7 @@ def test_a_missing_or_unknown_service_is_said_before_there_is_a_run_folder(tmp_p
     with pytest.raises(ConfigError, match="report_to: wandb is not installed. Install it"):
         finetune(example_config(report_to="mlflow, wandb"), run)
     assert not run.path.exists()
-    with pytest.raises(ConfigError, match="report_to: tensorboard is not known; choose from wandb"):
+    with pytest.raises(ConfigError, match="report_to: tensorboard is not known. Choose from wandb"):
         configured_services(example_config(report_to="tensorboard"))
 
 

@@ -248,7 +248,9 @@ def test_a_loss_that_does_not_move_raises_a_red_flag(tmp_path: Path) -> None:
     with pytest.warns(SilentUpdateWarning) as caught:
         done = train_example(tmp_path / "run", **changes)
     flat, unchanged = (str(warning.message) for warning in caught)
-    assert flat.startswith("loss_flat: the training loss has not moved beyond noise over 4 reports")
+    assert flat.startswith(
+        "loss_flat: the training loss has not changed significantly over 4 reports"
+    )
     assert unchanged.startswith("checkpoint_unchanged: the checkpoint of step 5")
     assert done.result.red_flags == (flat, unchanged)
 

@@ -226,5 +226,5 @@ def test_folders_among_the_kept_answers_end_no_judging(tmp_path, asked, caplog) 
     os.utime(old, (0, 0))
     with caplog.at_level(logging.WARNING):
         assert ask(encoded) == answers
-    assert "Answers could not be kept for another night" in caplog.text
+    assert "Answers could not be cached for later runs" in caplog.text
     assert not old.exists()

@@ -59,7 +59,7 @@ def test_messages_are_turns_and_a_byte_order_mark_is_passed_over(tmp_path) -> No
     [
         ("exact", b"{", "not valid JSON"),
         ("exact", b"[1]", "expected a JSON object"),
-        ("exact", b'{"prompt": "a", "prompt": "b", "expected": "c"}', "stands there twice"),
+        ("exact", b'{"prompt": "a", "prompt": "b", "expected": "c"}', "is there twice"),
         ("exact", b'{"prompt": "\xff", "expected": "c"}', "not UTF-8"),
         ("exact", {"expected": "a"}, "expected a prompt or messages, and not both"),
         ("exact", {"prompt": "a", "messages": CHAT, "expected": "a"}, "and not both"),
@@ -228,7 +228,10 @@ def test_reading_a_suite_ends_after_a_thousand_bad_lines(tmp_path) -> None:
     ("content", "problem"),
     [
         (b"\n" * 1_000_001, "has more than 1,000,000 lines"),
-        (b'{"prompt": "a", "expected": "b"}\n' * 4, r"s.jsonl:4: a suite has at most 3 questions"),
+        (
+            b'{"prompt": "a", "expected": "b"}\n' * 4,
+            r"s.jsonl:4: an eval set has at most 3 questions",
+        ),
     ],
 )
 def test_a_suite_has_a_largest_size(tmp_path, monkeypatch, content, problem) -> None:
@@ -254,5 +257,5 @@ def test_an_empty_suite_is_an_error(tmp_path) -> None:
 def test_a_suite_that_is_no_file_is_a_configuration_error(tmp_path, make) -> None:
     path = tmp_path / "s.jsonl"
     make(path)
-    with pytest.raises(ConfigError, match=r"s.jsonl is not a file; expected a suite"):
+    with pytest.raises(ConfigError, match=r"s.jsonl is not a file. Expected an eval set"):
         read_suite(path, "exact")
