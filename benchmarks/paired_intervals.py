@@ -1,7 +1,7 @@
 """How often the gate's 95 % intervals hold the truth.
 
-`python -m benchmarks.paired_intervals` prints that table of docs/noise.md, in a few minutes. The
-rivals are Student's t and the other bootstrap intervals, from scipy where it has them.
+`python -m benchmarks.paired_intervals` prints that table of benchmarks/gate.md, in a few
+minutes. The rivals are Student's t and the other bootstrap intervals, from scipy where it has them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """How often the gate refuses a suite whose answers were lost and won as planted, seed after seed.
 
-`python -m benchmarks.planted_suites` prints the tables of answers lost and won in docs/noise.md, in
-some minutes; `--suites 100` is enough for a look. Texts are planted, and everything after them is
+`python -m benchmarks.planted_suites` prints the tables of answers lost and won in
+benchmarks/gate.md, in some minutes; `--suites 100` is enough for a look. Texts are planted, and
+everything after them is
 the gate's own: they are scored, written to answers.jsonl, read back, and judged as `promote` does.
 """
 

@@ -75,7 +75,7 @@ def draw(shape: Shape, widths: Sequence[int]) -> list[MicroBatch]:
 
 
 def our_losses(shape: Shape, batches: Sequence[MicroBatch], steps: int) -> Iterator[float]:
-    """The loss of each step before its update, in nats a token."""
+    """The loss of each step before its update, in nats/token."""
     import mlx.core as mx
 
     from benchmarks.tiers import one_tier, optimizer_for

@@ -100,9 +100,7 @@ def axes(chart: Chart, frame: Frame) -> list[str]:
     parts += [stroke(LEFT, FLOOR, RIGHT, FLOOR, "#444"), stroke(LEFT, TOP, LEFT, FLOOR, "#444")]
     parts.append(text((LEFT + RIGHT) / 2, HEIGHT - 14, chart.axis, anchor="middle"))
     turned = f'<g transform="rotate(-90 20 {middle})">'
-    parts.append(
-        turned + text(20, middle, "validation loss, nats a token", anchor="middle") + "</g>"
-    )
+    parts.append(turned + text(20, middle, "validation loss, nats/token", anchor="middle") + "</g>")
     return parts
 
 

@@ -19,7 +19,7 @@ def commands_of(document: Path) -> list[list[str]]:
     variables: dict[str, str] = {}
     commands = []
     for block in re.findall(r"^```sh\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL):
-        for line in block.splitlines():
+        for line in block.replace("\\\n", "").splitlines():
             words = shlex.split(Template(line).substitute(variables), comments=True)
             name, is_assignment, value = words[0].partition("=")
             if is_assignment:

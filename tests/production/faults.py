@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-HEADER = """# What happens when something breaks
+HEADER = """# Faults that were injected, measured
+
+The evidence behind [docs/faults.md](../docs/faults.md).
 
 Each fault is injected for real, into processes that run: PostgreSQL, a Prefect server with basic
 auth, two workers, training on the example. This table is what was seen, written by
 
-    FAULTS_TABLE=docs/faults.md make production-test
+    FAULTS_TABLE=benchmarks/faults.md make production-test
 
 Seconds are from the fault until Prefect knows, and so until the next run may start; they were
 measured on {machine}.

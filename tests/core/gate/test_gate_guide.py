@@ -42,9 +42,9 @@ def test_a_verdict_names_the_place(tmp_path: Path) -> None:
 
 def example_lines() -> list[tuple[str, str]]:
     """A score and a line of the guide's block of examples, for each score that it names."""
-    block = TEXT.partition("A line of a suite for each score:")[2].split("```")[1]
+    block = TEXT.partition("A line for each score:")[2].split("```")[1]
     pairs = [re.split(r"\s{2,}", line, maxsplit=1) for line in block.strip().splitlines()]
-    scores = {"any of several": "exact", "as a chat, any score": "contains"}
+    scores = {"any of several": "exact", "chat": "contains"}
     return [
         (score, line) for line, named in pairs for score in scores.get(named, named).split(", ")
     ]
