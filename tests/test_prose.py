@@ -41,16 +41,24 @@ def test_the_sentences_of_a_page_are_those_that_a_person_would_count() -> None:
     ]
 
 
-def test_the_messages_of_errors_are_read_with_a_word_for_each_placeholder() -> None:
+def test_messages_and_help_are_read_with_a_word_for_each_placeholder() -> None:
     source = (
         "def f(path, n):\n"
         '    """A docstring is no message."""\n'
         '    raise ConfigError(f"{path}, line {n}: `a key` is not known. "\n'
         '                      "Give another one of the list.")\n'
         'print("This is printed and not raised.")\n'
+        'parser.add_argument("--to", help="the version to go back to")\n'
+        'rate: float = key(1e-5, "step size of the optimizer")\n'
+        'Text("Nothing was compared in this run.", "warn")\n'
     )
-    found = ["X, line X: `code` is not known.", "Give another one of the list."]
-    assert list(TOOL["read_messages"](source)) == found
+    assert sorted(TOOL["read_messages"](source)) == [
+        "Give another one of the list.",
+        "Nothing was compared in this run.",
+        "X, line X: `code` is not known.",
+        "step size of the optimizer",
+        "the version to go back to",
+    ]
 
 
 @pytest.mark.parametrize(
