@@ -120,11 +120,7 @@ class ArtifactClient:
 
 
 def publish_page(
-    adapter: str | None,
-    name: str,
-    page: Document,
-    description: str,
-    flow_run: UUID | None = None,
+    adapter: str | None, name: str, page: Document, description: str, flow_run: UUID | None = None
 ) -> None:
     """Put a page of an adapter beside the flow run at work, or beside another one."""
     with ArtifactClient(flow_run) as artifacts:

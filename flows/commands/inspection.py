@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.adapter_places import (
-    add_registry_flag,
-)
+from flows.commands.adapter_places import add_registry_flag
 from flows.commands.command_output import result_printer, text_printer
 from flows.terminal.console import ProgressLine, print_line, print_progress, print_table
 from nested_core.errors import ConfigError, GateRejected

@@ -7,10 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.adapter_places import (
-    ADAPTER_FORMS,
-    add_registry_flag,
-)
+from flows.commands.adapter_places import ADAPTER_FORMS, add_registry_flag
 from flows.commands.command_output import result_printer
 from flows.terminal.console import print_line, print_progress
 from nested_core.pipeline.named_adapters import find_named_adapter

@@ -97,9 +97,7 @@ def find_other_night() -> str | None:
     nights: list[FlowRun] = []
     with asking_server("other runs of this adapter are not checked") as client:
         nights = client.read_flow_runs(
-            flow_run_filter=running,
-            sort=FlowRunSort.EXPECTED_START_TIME_ASC,
-            limit=MAX_NIGHTS_READ,
+            flow_run_filter=running, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=MAX_NIGHTS_READ
         )
     return describe_other_night(own, nights)
 

@@ -28,13 +28,7 @@ from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.duration_format import format_duration
 from tasks.events import adapter_resource
-from tasks.prefect_server import (
-    TAG,
-    asking_server,
-    flow_runs_in,
-    named_resource,
-    related_resource,
-)
+from tasks.prefect_server import TAG, asking_server, flow_runs_in, named_resource, related_resource
 
 LONG_RUN, DEFAULT_LONG_RUN = "NESTED_TUNE_LONG_RUN", "2"
 LAST_RUNS = 5  # of a deployment, that a run's time is compared with

@@ -150,16 +150,10 @@ class FineTuneConfig(_RootSection):
         None, "start from this adapters.safetensors, not from a fresh adapter", path="local"
     )
     adapter_path: str | None = key(
-        None,
-        "copy the adapter to this folder too",
-        affects="output",
-        path="local",
-        in_form=False,
+        None, "copy the adapter to this folder too", affects="output", path="local", in_form=False
     )
     save_every: Interval = key(
-        100,
-        "iterations between two checkpoints, or below 1 a share of the run",
-        affects="output",
+        100, "iterations between two checkpoints, or below 1 a share of the run", affects="output"
     )
     test: bool = key(False, "compute the loss on test.jsonl at the end", affects="output")
     test_batches: CountOrAll = key(

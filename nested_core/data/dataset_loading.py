@@ -76,9 +76,7 @@ def dataset_cache(folder: Path | None = None) -> UserCache:
     return UserCache(place, "judged data sets", "pass any data set as sound")
 
 
-def _read_report_and_tokens(
-    entry: Path,
-) -> tuple[DatasetReport, dict[str, TokenizedSplit]] | None:
+def _read_report_and_tokens(entry: Path) -> tuple[DatasetReport, dict[str, TokenizedSplit]] | None:
     """What is kept, or None; what is damaged is taken away, with a warning."""
     try:
         splits = open_tokens(entry)

@@ -128,10 +128,7 @@ def choose_rows(held_out: HeldOutExamples, max_length: int) -> HeldOutRows:
             kept.append(place)
     clusters = held_out.clusters
     return HeldOutRows(
-        held_out.file,
-        tuple(tokens),
-        tuple(targets),
-        None if clusters is None else clusters[kept],
+        held_out.file, tuple(tokens), tuple(targets), None if clusters is None else clusters[kept]
     )
 
 

@@ -222,11 +222,7 @@ def _invert_unit_lower_vjp(a: mx.array, cotangent: mx.array, inverse: mx.array) 
 
 
 def carry_in_mlx(
-    decay: mx.array,
-    erased: mx.array,
-    written: mx.array,
-    state: mx.array,
-    direction: int = 1,
+    decay: mx.array, erased: mx.array, written: mx.array, state: mx.array, direction: int = 1
 ) -> list[mx.array]:
     """S before each chunk, in the dtype of `written`, and the last S: S <- decay S + R - E S.
 
@@ -254,11 +250,7 @@ def _example_chunks(size: int) -> list[tuple[Any, ...]]:
 
 @checked_kernel("states of gated delta nets", reference=carry_in_mlx, examples=_example_chunks)
 def carry_on_cuda(
-    decay: mx.array,
-    erased: mx.array,
-    written: mx.array,
-    state: mx.array,
-    direction: int = 1,
+    decay: mx.array, erased: mx.array, written: mx.array, state: mx.array, direction: int = 1
 ) -> list[mx.array]:
     """The same in one kernel, for bfloat16 chunks and a float32 state of sizes that fit."""
     size, width = state.shape[-2:]

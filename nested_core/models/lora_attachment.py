@@ -17,12 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from nested_core.errors import ConfigError, DamagedError, join_first_values
 from nested_core.models.base_model import is_same_base
 from nested_core.models.parameters import trainable_parameters
-from nested_core.storage.adapter import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    Adapter,
-    read_adapter_config,
-)
+from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter_config
 from nested_core.storage.safetensors_files import load_arrays
 
 if TYPE_CHECKING:

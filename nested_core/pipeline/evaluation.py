@@ -178,10 +178,7 @@ def find_model(
     adapter = read_adapter(named.folder, follow_links=True)
     model = base_model or named.model or str(adapter.config.get("model"))
     seen = _read_seen(named)
-    return (
-        ModelToEvaluate(given, model, adapter, named.trusts_remote_code, seen),
-        named.run,
-    )
+    return (ModelToEvaluate(given, model, adapter, named.trusts_remote_code, seen), named.run)
 
 
 def _base_of(model: ModelToEvaluate, base_model: str | None) -> ModelToEvaluate:

@@ -14,18 +14,10 @@ from nested_core.gate.tensors.base_compatibility import require_same_base
 from nested_core.models.base_model import find_model_folder_offline
 from nested_core.pipeline.continual import settings_digest
 from nested_core.records.dataset import DatasetReport, held_out_split, read_dataset_record
-from nested_core.records.metrics import (
-    cumulative_seconds,
-    read_latest_values,
-    read_metrics,
-)
+from nested_core.records.metrics import cumulative_seconds, read_latest_values, read_metrics
 from nested_core.records.plan import read_plan
 from nested_core.records.verdict import Verdict
-from nested_core.records.verdict_file import (
-    GATE_NAME,
-    bind_verdict,
-    read_verdict,
-)
+from nested_core.records.verdict_file import GATE_NAME, bind_verdict, read_verdict
 from nested_core.registry import UNSET, Decision, Unset, register, register_and_promote
 from nested_core.registry.folders import name_exists
 from nested_core.registry.judgements import Judgement

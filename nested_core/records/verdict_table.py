@@ -24,11 +24,7 @@ from nested_core.records.verdict import (
 )
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import Block, Cell, Table, Text, Tone
-from nested_core.text.loss_format import (
-    format_difference,
-    format_loss,
-    loss_name_for_file,
-)
+from nested_core.text.loss_format import format_difference, format_loss, loss_name_for_file
 
 CHECK_COLUMNS = ("checked", "before", "after", "difference", "threshold", "verdict")
 CHECKED = "What was checked; losses in nats/token, differences with their 95 % interval"

@@ -91,10 +91,7 @@ def register_and_promote(
 
 
 def _promote_held(
-    held: NameFolder,
-    version: str,
-    expected: str | None | Unset,
-    fields: dict[str, Any],
+    held: NameFolder, version: str, expected: str | None | Unset, fields: dict[str, Any]
 ) -> Decision:
     """Promote a version that was verified; `fields` are those of the history's line.
 

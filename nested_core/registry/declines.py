@@ -33,11 +33,7 @@ def decline(
 
 
 def find_decline(
-    registry: Path,
-    name: str,
-    version: str,
-    dataset_digest: str | None,
-    settings_digest: str | None,
+    registry: Path, name: str, version: str, dataset_digest: str | None, settings_digest: str | None
 ) -> Entry | None:
     """The line in which a person declined a version, or one of the same data and settings."""
     with reading(registry, name) as (_, ledger):

@@ -46,11 +46,7 @@ from nested_core.registry.policy import (
     read_reference,
 )
 from nested_core.registry.promotion_outcome import Decision
-from nested_core.registry.versions import (
-    PROVENANCE_NAME,
-    how_to_mend,
-    version_folder,
-)
+from nested_core.registry.versions import PROVENANCE_NAME, how_to_mend, version_folder
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.loss_format import (
     format_change,

@@ -152,12 +152,7 @@ def read_passed_run(run_dir: Path) -> PassedRun:
 
 
 def add_version(
-    held: NameFolder,
-    run: PassedRun,
-    provenance: dict[str, Any],
-    *,
-    by: str,
-    was_judged_now: bool,
+    held: NameFolder, run: PassedRun, provenance: dict[str, Any], *, by: str, was_judged_now: bool
 ) -> str:
     """Copy a run's adapter to `versions/`, or keep its verdict on the version that is there.
 

@@ -18,16 +18,7 @@ from nested_core.registry.queries import parent_version_of
 from nested_core.report.run_report import list_answers
 from nested_core.storage.run_directory import find_run_of
 from nested_core.text.digest_format import shorten_digest
-from nested_core.text.document import (
-    Cell,
-    Code,
-    Document,
-    Facts,
-    Figures,
-    Section,
-    Table,
-    Text,
-)
+from nested_core.text.document import Cell, Code, Document, Facts, Figures, Section, Table, Text
 from nested_core.text.svg_chart import Chart, Curve, Point
 
 CRASHED_RUN_NOTE = (

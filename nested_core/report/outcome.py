@@ -71,11 +71,7 @@ def _find_question(registry: Path, name: str, version: str) -> Outcome:
     """Whether a person is asked about a version, or was until a newer one or a change came."""
     from nested_core.registry.history_views import reading
     from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, REGISTRATION_ACTIONS
-    from nested_core.registry.promotion_policy import (
-        find_refusal,
-        read_candidate,
-        recorded_section,
-    )
+    from nested_core.registry.promotion_policy import find_refusal, read_candidate, recorded_section
 
     candidate = read_candidate(registry, name, version)
     if candidate.facts.policy is None:

@@ -45,11 +45,7 @@ def resolve_path(path: str | Path) -> Path:
 
 
 def require_free_place(
-    path: str | Path,
-    what: str,
-    *,
-    own_run: Path | None = None,
-    registry: str | Path | None = None,
+    path: str | Path, what: str, *, own_run: Path | None = None, registry: str | Path | None = None
 ) -> Path:
     """The resolved path; ConfigError where it is another's: a registry's, a run's or a model's.
 

@@ -75,11 +75,7 @@ def section(identifier: str, heading: str, *content: object) -> Html:
     """A section of a page: a landmark with its heading."""
     title = f"{identifier}-heading"
     return element(
-        "section",
-        element("h2", heading, id=title),
-        *content,
-        id=identifier,
-        aria_labelledby=title,
+        "section", element("h2", heading, id=title), *content, id=identifier, aria_labelledby=title
     )
 
 

@@ -44,15 +44,9 @@ from nested_core.training.loss.loss_interface import MicroBatch
 from nested_core.training.rank_communication import Sums, World
 from nested_core.training.schedule.step_schedule import passes_multiple
 from nested_core.training.train_step import StepResult
-from nested_core.training.training_checks import (
-    warn_of_flat_loss,
-    warn_of_unchanged_checkpoint,
-)
+from nested_core.training.training_checks import warn_of_flat_loss, warn_of_unchanged_checkpoint
 from nested_core.training.training_setup import TrainingSetup
-from nested_core.training.training_state import (
-    CheckpointState,
-    TrainingState,
-)
+from nested_core.training.training_state import CheckpointState, TrainingState
 
 
 class MetricsWindow:

@@ -198,12 +198,7 @@ class PackedState:
     """
 
     def __init__(
-        self,
-        parameters: ParameterRefs,
-        optimizer: Tiered,
-        tiers: TierMap,
-        *,
-        pack_by_tier: bool,
+        self, parameters: ParameterRefs, optimizer: Tiered, tiers: TierMap, *, pack_by_tier: bool
     ) -> None:
         values = read_parameters(parameters)
         self.packing = make_packing(values, tiers, optimizer, pack_by_tier=pack_by_tier)

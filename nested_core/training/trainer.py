@@ -31,10 +31,7 @@ from nested_core.training.schedule.step_schedule import passes_multiple
 from nested_core.training.train_step import StepResult, TrainStep
 from nested_core.training.training_checks import UpdateCheck, warn_of_lost_updates
 from nested_core.training.training_setup import TrainingSetup
-from nested_core.training.training_state import (
-    TrainingState,
-    require_whole_state,
-)
+from nested_core.training.training_state import TrainingState, require_whole_state
 
 SECONDS_BEFORE_END = 20.0  # what the imports of a process take at most
 NAMES_OF_DIGESTED_INPUTS = {

@@ -246,8 +246,7 @@ def install_torch(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "process",
-    slow_except(PROCESSES, *FAST_PROCESSES, reason="imports what a training imports"),
+    "process", slow_except(PROCESSES, *FAST_PROCESSES, reason="imports what a training imports")
 )
 def test_no_process_of_ours_imports_an_installed_torch_and_whoever_wants_it_can(
     process: str, tmp_path: Path

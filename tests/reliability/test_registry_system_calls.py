@@ -45,9 +45,7 @@ from tests.core.registry.system_calls import (
 )
 
 # The children of these forks only touch files; that the parent has threads does not matter.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")]
 
 
 @pytest.fixture(autouse=True)

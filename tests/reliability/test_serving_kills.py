@@ -17,13 +17,7 @@ import pytest
 from nested_core.registry import audit, read_champion
 from nested_core.registry.policy import set_policy
 from nested_core.registry.serving_status import parse_serving_name
-from tests.core.serve.versions import (
-    NAME,
-    make_base,
-    promote_run,
-    record_canary,
-    write_version_run,
-)
+from tests.core.serve.versions import NAME, make_base, promote_run, record_canary, write_version_run
 from tests.example import MODEL
 from tests.flows.conftest import PROGRAM
 from tests.flows.test_cli_serve import health, serve_process

@@ -12,8 +12,7 @@ pytestmark = pytest.mark.reliability
 
 
 @pytest.mark.parametrize(
-    ("requests", "swaps"),
-    [(1_000, 5), pytest.param(10_000, 50, marks=pytest.mark.timeout(3600))],
+    ("requests", "swaps"), [(1_000, 5), pytest.param(10_000, 50, marks=pytest.mark.timeout(3600))]
 )
 def test_each_answer_is_that_of_the_version_it_names(
     requests: int, swaps: int, tmp_path: Path

@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-KILLS = [
-    pytest.mark.slow("trains in processes that are killed, and to an end for comparison"),
-]
+KILLS = [pytest.mark.slow("trains in processes that are killed, and to an end for comparison")]
 FULL = [pytest.mark.reliability, pytest.mark.timeout(7200)]
 
 

@@ -15,11 +15,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from nested_core.data.lines.example_parsing import (
-    WHITE_SPACE,
-    FieldNames,
-    formats_of_plain_rows,
-)
+from nested_core.data.lines.example_parsing import WHITE_SPACE, FieldNames, formats_of_plain_rows
 from nested_core.data.lines.line_rows import (
     BLANK_TURN_PATTERN,
     LineRow,

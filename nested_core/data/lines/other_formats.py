@@ -16,15 +16,7 @@ from nested_core.errors import shorten
 from nested_core.storage.untrusted_files import collect_strings
 
 _PROMPT_KEYS = ("prompt", "question", "query", "instruction", "input", "problem", "user")
-_COMPLETION_KEYS = (
-    "completion",
-    "response",
-    "answer",
-    "output",
-    "assistant",
-    "solution",
-    "target",
-)
+_COMPLETION_KEYS = ("completion", "response", "answer", "output", "assistant", "solution", "target")
 _TEXT_KEYS = ("content", "document", "body", "story", "code")
 # Beside a prompt and an answer these hold a part of the conversation, however short it is.
 _CONTEXT_KEYS = frozenset(("system", "system_prompt", "history", "instruction", "input", "context"))

@@ -237,9 +237,7 @@ class _EncodingProblem(NamedTuple):
 
 
 def _encode_examples(
-    examples: Iterable[tuple[int, Example]],
-    source: TokenizerSource,
-    request: Mapping[str, Any],
+    examples: Iterable[tuple[int, Example]], source: TokenizerSource, request: Mapping[str, Any]
 ) -> Iterator[tuple[int, EncodedExample | _EncodingProblem]]:
     """Each line's example as tokens, or why there are none.
 

@@ -73,10 +73,7 @@ def fetch_answers(
 
 
 def store_answers(
-    cache: UserCache,
-    model: AnsweringModelDigests,
-    encoded: EncodedSuite,
-    answers: Sequence[Answer],
+    cache: UserCache, model: AnsweringModelDigests, encoded: EncodedSuite, answers: Sequence[Answer]
 ) -> None:
     """Keep answers that were given now; ConfigError if the folder is not this user's alone.
 

@@ -35,10 +35,7 @@ def _find_risen_training_loss(judged: JudgedRun) -> Iterator[Reason]:
 
 
 COLLAPSE = Check(
-    "trainer's logits",
-    _find_collapse,
-    stopped_by=(*WITHOUT_MODEL, *CHANGE, LOSSES),
-    is_cause=True,
+    "trainer's logits", _find_collapse, stopped_by=(*WITHOUT_MODEL, *CHANGE, LOSSES), is_cause=True
 )
 TRAINING_LOSS = Check(
     "training loss", _find_risen_training_loss, stopped_by=(*WITHOUT_MODEL, *CHANGE, COLLAPSE)

@@ -28,8 +28,4 @@ CHECKS_OF_ADAPTERS: tuple[Check[Judged], ...] = (
     FINITE_PRODUCTS,
     EFFECT,
 )
-CHECKS_OF_FILES: tuple[Check[JudgedRun], ...] = (
-    *CHECKS_OF_ADAPTERS,
-    SKIPPED_UPDATES,
-    UPDATES,
-)
+CHECKS_OF_FILES: tuple[Check[JudgedRun], ...] = (*CHECKS_OF_ADAPTERS, SKIPPED_UPDATES, UPDATES)

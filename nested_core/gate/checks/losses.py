@@ -17,10 +17,7 @@ from nested_core.gate.losses.held_out_loss import (
     read_held_out_examples,
     read_nonempty_splits,
 )
-from nested_core.gate.losses.left_out_examples import (
-    find_left_out,
-    read_ancestor_training_digests,
-)
+from nested_core.gate.losses.left_out_examples import find_left_out, read_ancestor_training_digests
 from nested_core.gate.losses.loss_figures import (
     drift_reasons,
     general_loss_reasons,

@@ -25,12 +25,7 @@ from nested_core.optim.tiers_file import read_tiers
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.result import read_result
 from nested_core.records.verdict import TensorChange, TierChange
-from nested_core.storage.adapter import (
-    ADAPTER_FILES,
-    Adapter,
-    combined_sha256,
-    read_adapter,
-)
+from nested_core.storage.adapter import ADAPTER_FILES, Adapter, combined_sha256, read_adapter
 from nested_core.storage.checkpoint import (
     MASTERS_PREFIX,
     OPTIMIZER_NAME,

@@ -176,10 +176,9 @@ def change_layout(
     """
     if architecture == "gemma3" and name.endswith("norm.weight"):
         return tensor.astype(mx.float32) + (-1 if back else 1)
-    heads = {
-        "attn_q": int(args.num_attention_heads),
-        "attn_k": int(args.num_key_value_heads),
-    }.get(name.split(".")[2] if name.startswith("blk.") else "")
+    heads = {"attn_q": int(args.num_attention_heads), "attn_k": int(args.num_key_value_heads)}.get(
+        name.split(".")[2] if name.startswith("blk.") else ""
+    )
     if architecture != "llama" or heads is None:
         return tensor
     split = (heads, -1, 2) if back else (heads, 2, -1)

@@ -62,11 +62,7 @@ def export_peft(folder: Path, out: Path, model: str | None = None) -> Conversion
         save_arrays(temporary / PEFT_WEIGHTS, arrays, metadata_format="pt")
         write_json(temporary / CONFIG_NAME, dict(sorted(written.items())))
     return Conversion(
-        out,
-        written,
-        len(modules),
-        len(tensors),
-        (*notes, *note_half_precision_dora(modules)),
+        out, written, len(modules), len(tensors), (*notes, *note_half_precision_dora(modules))
     )
 
 
@@ -203,13 +199,5 @@ def _make_target_modules(modules: Collection[str]) -> dict[str, Any]:
     keys = sorted({key for _, _, key in found})
     if len(stacks) == 1 and len(found) == len(modules) == len(layers) * len(keys):
         pattern = stacks.pop().rpartition(".")[2]
-        return {
-            "target_modules": keys,
-            "layers_to_transform": layers,
-            "layers_pattern": pattern,
-        }
-    return {
-        "target_modules": sorted(modules),
-        "layers_to_transform": None,
-        "layers_pattern": None,
-    }
+        return {"target_modules": keys, "layers_to_transform": layers, "layers_pattern": pattern}
+    return {"target_modules": sorted(modules), "layers_to_transform": None, "layers_pattern": None}

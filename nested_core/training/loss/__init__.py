@@ -9,7 +9,4 @@ from nested_core.training.loss.loss_interface import Loss
 from nested_core.training.loss.mlx_lm_loss import MLX_LM_LOSS
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 
-LOSSES: dict[str, Loss] = {
-    "supervised": SUPERVISED_LOSS,
-    "mlx_lm": MLX_LM_LOSS,
-}
+LOSSES: dict[str, Loss] = {"supervised": SUPERVISED_LOSS, "mlx_lm": MLX_LM_LOSS}

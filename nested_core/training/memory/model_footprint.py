@@ -42,11 +42,7 @@ Modules = Mapping[str, Any]
 
 
 def compute_footprint(
-    config: FineTuneConfig,
-    model: nn.Module,
-    refs: ParameterRefs,
-    optimizer: Optimizer,
-    loss: Loss,
+    config: FineTuneConfig, model: nn.Module, refs: ParameterRefs, optimizer: Optimizer, loss: Loss
 ) -> ModelFootprint:
     """What a model, its adapter and its optimizer's state hold, and what a step of them keeps."""
     modules = dict(model.named_modules())

@@ -10,16 +10,7 @@ import numpy as np
 import pytest
 
 from nested_core.errors import DamagedError
-from tests.core.gate.pairs import (
-    CONFIG,
-    A,
-    B,
-    Tensors,
-    codes,
-    judge_pair,
-    learned,
-    trained_tensors,
-)
+from tests.core.gate.pairs import CONFIG, A, B, Tensors, codes, judge_pair, learned, trained_tensors
 
 
 def configured(**changes: Any) -> dict[str, Any]:

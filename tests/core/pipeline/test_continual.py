@@ -22,13 +22,7 @@ from nested_core.pipeline.continual import (
     find_unbeaten_champion,
 )
 from nested_core.pipeline.publishing import register_run
-from nested_core.records.verdict import (
-    ChampionLoss,
-    JudgedAdapter,
-    TaskResult,
-    Validation,
-    Verdict,
-)
+from nested_core.records.verdict import ChampionLoss, JudgedAdapter, TaskResult, Validation, Verdict
 from nested_core.registry import collect_garbage, list_versions, promote, read_champion, register
 from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.storage.adapter import read_adapter

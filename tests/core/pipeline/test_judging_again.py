@@ -97,9 +97,7 @@ def test_a_run_reproduced_byte_for_byte_says_so(copy: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow("trains a run and judges it three times")
-def test_a_champion_that_moves_while_the_gate_works_is_judged_against_once_more(
-    copy: Path,
-) -> None:
+def test_a_champion_that_moves_while_the_gate_works_is_judged_against_once_more(copy: Path) -> None:
     registry = copy / "registry"
     other = finetune(configure(registry, "never", 5), open_run(copy / "other")).version
 

@@ -367,11 +367,7 @@ class TestPromotionByAPerson:
         assert warning(tmp_path / "registry", done) is None
 
     def test_a_gc_that_keeps_nothing_comes_before_or_after_and_never_between(
-        self,
-        make_run: MakeRun,
-        by_hand: Any,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
+        self, make_run: MakeRun, by_hand: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         registry = tmp_path / "registry"
         monkeypatch.setattr(garbage_collection, "UNPROMOTED_GRACE_TIME", timedelta(0))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from nested_core.records.plan import (
-    describe_training_loss,
-    describe_validation_loss,
-)
+from nested_core.records.plan import describe_training_loss, describe_validation_loss
 
 
 def test_a_loss_that_is_not_finite_is_said_and_the_lowest_is_told_beside_it() -> None:

@@ -56,10 +56,7 @@ def test_a_bound_of_another_kind_in_gate_json_ends_no_page(rejected, key, value)
 
 def test_every_check_is_a_row_and_a_reason_stands_in_its_own(rejected: Finished) -> None:
     rows = {check.name: check for check in list_checks(read_verdict(rejected.run.gate))}
-    assert [name for name, check in rows.items() if check.has_failed] == [
-        DRIFT,
-        "answers, hard",
-    ]
+    assert [name for name, check in rows.items() if check.has_failed] == [DRIFT, "answers, hard"]
     assert rows["tensors"].verdict == rows["updates"].verdict == "passed"
     assert rows["validation loss, valid.jsonl, 10 examples"].verdict == "better"
     assert rows[DRIFT].bound == "at most 0.001"

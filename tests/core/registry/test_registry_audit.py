@@ -9,14 +9,7 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import DamagedError
-from nested_core.registry import (
-    audit,
-    history,
-    promote,
-    read_champion,
-    register,
-    rollback,
-)
+from nested_core.registry import audit, history, promote, read_champion, register, rollback
 from tests.core.registry.states import NAME, chained_line
 
 

@@ -107,12 +107,7 @@ def test_history_says_what_was_collected_and_who_is_champion(five, registry):
     assert len(lines) == 4
     assert (
         lines[-1].items()
-        >= {
-            "action": "collected",
-            "version": five[3],
-            "previous": five[2],
-            "by": "bob",
-        }.items()
+        >= {"action": "collected", "version": five[3], "previous": five[2], "by": "bob"}.items()
     )
 
 

@@ -124,10 +124,7 @@ def test_a_rollback_says_why_even_where_that_is_no_text(three, registry):
 def test_a_second_try_of_a_rollback_does_not_go_back_twice(three, registry):
     first, second, third = three
     promote(registry, NAME, third, by="ann")
-    for outcome in (
-        Decision("rolled_back", second, third),
-        Decision("superseded", second, second),
-    ):
+    for outcome in (Decision("rolled_back", second, third), Decision("superseded", second, second)):
         assert rollback(registry, NAME, by="bob", expected_champion=third) == outcome
     assert read_champion(registry, NAME) == second
     assert first in {line["version"] for line in history(registry, NAME)}

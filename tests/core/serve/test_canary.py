@@ -21,11 +21,7 @@ from nested_core.registry.policy import set_policy
 from nested_core.registry.serving_status import ServingNews
 from nested_core.registry.versions import version_folder
 from nested_core.serve import canary_check, response_generator, served_version
-from nested_core.serve.canary_check import (
-    CanaryFailed,
-    check_canary,
-    require_version_in_layers,
-)
+from nested_core.serve.canary_check import CanaryFailed, check_canary, require_version_in_layers
 from nested_core.serve.champion_follower import POLL_SECONDS
 from nested_core.serve.response_generator import FailureWatch, RegistryModelProvider
 from nested_core.serve.served_version import ServedVersion

@@ -15,13 +15,7 @@ import pytest
 from nested_core.serve import http_handler, server
 from nested_core.serve.http_handler import MAX_BODY_BYTES
 from nested_core.serve.request_model import MAX_ANSWER_TOKENS
-from tests.core.serve.versions import (
-    NAME,
-    QUESTION,
-    Client,
-    serving,
-    settings,
-)
+from tests.core.serve.versions import NAME, QUESTION, Client, serving, settings
 from tests.example import generate_answers
 from tests.waiting import wait_until
 

@@ -22,9 +22,7 @@ MESSAGES: list[openai.types.chat.ChatCompletionMessageParam] = [
 
 
 @pytest.fixture(scope="module")
-def served(
-    version_and_registry: tuple[str, Path],
-) -> Iterator[tuple[str, str]]:
+def served(version_and_registry: tuple[str, Path]) -> Iterator[tuple[str, str]]:
     """The version that is champion, and the address of its server."""
     version, registry = version_and_registry
     with serving(settings(registry, "--name", NAME, api_key=KEY)) as running:
@@ -67,9 +65,7 @@ def test_the_library_reads_a_streamed_answer(
     assert "".join(piece.choices[0].text for piece in streamed) == whole.choices[0].text
 
 
-def test_the_library_raises_its_own_errors_with_what_the_server_said(
-    client: openai.OpenAI,
-) -> None:
+def test_the_library_raises_its_own_errors_with_what_the_server_said(client: openai.OpenAI) -> None:
     stranger = client.with_options(api_key="other")
     wrong: list[tuple[openai.OpenAI, dict[str, Any], type[openai.APIStatusError], str]] = [
         (client, {"model": "other"}, openai.NotFoundError, "No model 'other' here"),

@@ -163,11 +163,7 @@ class TestDamage:
         place=st.integers(0, 150), replacement=st.binary(min_size=1, max_size=9), cut=st.booleans()
     )
     def test_any_damage_is_either_refused_or_still_whole_tensors(
-        self,
-        tmp_path_factory: pytest.TempPathFactory,
-        place: int,
-        replacement: bytes,
-        cut: bool,
+        self, tmp_path_factory: pytest.TempPathFactory, place: int, replacement: bytes, cut: bool
     ) -> None:
         sound = file_of({"a": F32, "b": SECOND}, VALUES)
         after = b"" if cut else sound[place + len(replacement) :]

@@ -9,11 +9,7 @@ import warnings
 import pytest
 
 from nested_core import SilentUpdateWarning, UpdateReport
-from nested_core.training.training_checks import (
-    warn_of_flat_loss,
-    warn_of_lost_updates,
-    warn_once,
-)
+from nested_core.training.training_checks import warn_of_flat_loss, warn_of_lost_updates, warn_once
 from nested_core.training.training_state import TrainingState
 
 NAMES = ("layers.0.lora_a", "layers.0.lora_b")

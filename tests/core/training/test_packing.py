@@ -29,8 +29,7 @@ SHAPES = {
     "layers.2.a": (7,),
 }
 TIERS = TierMap(
-    (1, 2, 3),
-    {"layers.0.a": 0, "layers.0.b": 0, "layers.1.a": 1, "layers.1.b": 1, "layers.2.a": 2},
+    (1, 2, 3), {"layers.0.a": 0, "layers.0.b": 0, "layers.1.a": 1, "layers.1.b": 1, "layers.2.a": 2}
 )
 
 

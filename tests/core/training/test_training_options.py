@@ -85,9 +85,7 @@ def test_the_importance_probe_changes_no_weight_no_random_state_and_no_mode() ->
     assert all(first[name] > 0 for name in first if name.endswith("lora_b"))
 
 
-def test_importance_puts_whole_layers_into_tiers_the_most_important_fastest(
-    tmp_path: Path,
-) -> None:
+def test_importance_puts_whole_layers_into_tiers_the_most_important_fastest(tmp_path: Path) -> None:
     config = example_config(nested=IMPORTANCE)
     run = prepare(config, tmp_path / "run")
     tiers = json.loads(run.tiers.read_bytes())["tensors"]

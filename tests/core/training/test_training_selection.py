@@ -76,9 +76,7 @@ def test_without_a_validation_set_the_last_adapter_is_offered(tmp_path: Path) ->
     assert steps.judge(done.config, done.run).validation is None
 
 
-def test_training_stops_early_after_evaluations_without_enough_improvement(
-    tmp_path: Path,
-) -> None:
+def test_training_stops_early_after_evaluations_without_enough_improvement(tmp_path: Path) -> None:
     patience: dict[str, Any] = {"early_stop_patience": 2, "min_delta": 100.0}
     done = train_example(tmp_path / "run", iters=40, steps_per_eval=3, training=patience)
     assert list(evaluations(done)) == [0, 3, 6]
@@ -88,9 +86,7 @@ def test_training_stops_early_after_evaluations_without_enough_improvement(
     assert steps.train(done.config, done.run) == done.result
 
 
-def test_the_adapter_of_an_early_stop_has_the_loss_that_is_recorded_for_it(
-    tmp_path: Path,
-) -> None:
+def test_the_adapter_of_an_early_stop_has_the_loss_that_is_recorded_for_it(tmp_path: Path) -> None:
     done = train_example(
         tmp_path / "run",
         iters=40,

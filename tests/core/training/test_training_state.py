@@ -13,11 +13,7 @@ from hypothesis import strategies as st
 
 from nested_core.errors import DamagedError
 from nested_core.training.early_stopping import count_evaluations_without_improvement
-from nested_core.training.training_state import (
-    EVIDENCE_KEYS,
-    TrainingState,
-    require_whole_state,
-)
+from nested_core.training.training_state import EVIDENCE_KEYS, TrainingState, require_whole_state
 
 
 def evaluated(losses: list[float], *, min_delta: float = 0.0) -> TrainingState:

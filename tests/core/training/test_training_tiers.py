@@ -104,9 +104,7 @@ def test_updates_are_verified_at_each_new_set_of_due_tiers_report_and_checkpoint
 
 
 @pytest.mark.slow("trains a run twice and judges it")
-def test_a_flushed_run_that_is_given_more_iterations_still_passes_the_gate(
-    tmp_path: Path,
-) -> None:
+def test_a_flushed_run_that_is_given_more_iterations_still_passes_the_gate(tmp_path: Path) -> None:
     nested = {"frequencies": [1, 4], "slow_gradients": "accumulate"}
     done = train_example(tmp_path / "run", iters=6, nested=nested)
     longer = example_config(iters=10, nested=nested)

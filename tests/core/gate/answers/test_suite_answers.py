@@ -13,11 +13,7 @@ import pytest
 from mlx_lm import load
 
 from nested_core.errors import ConfigError, DatasetError
-from nested_core.gate.answers.answer_cache import (
-    AnsweringModelDigests,
-    answer_cache,
-    fetch_answers,
-)
+from nested_core.gate.answers.answer_cache import AnsweringModelDigests, answer_cache, fetch_answers
 from nested_core.gate.answers.scorers import ScoringMethod
 from nested_core.gate.answers.suite_answers import EncodedSuite, Suite
 from nested_core.models.generation import Sampling

@@ -16,13 +16,7 @@ import numpy as np
 import pytest
 
 from nested_core.kernels import gated_delta, padded_attention, rms_norm, rope, swiglu
-from nested_core.kernels.cuda import (
-    concatenate,
-    gated_mlp,
-    kernel_launch,
-    lora_add,
-    lora_matmuls,
-)
+from nested_core.kernels.cuda import concatenate, gated_mlp, kernel_launch, lora_add, lora_matmuls
 from nested_core.kernels.cuda.self_check import CheckedKernel
 
 FOLDER = Path(kernel_launch.__file__).parent

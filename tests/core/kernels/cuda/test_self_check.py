@@ -12,13 +12,7 @@ import pytest
 
 from nested_core import backend
 from nested_core.kernels import gated_delta, rms_norm, rope, swiglu
-from nested_core.kernels.cuda import (
-    concatenate,
-    gated_mlp,
-    kernel_launch,
-    lora_add,
-    lora_matmuls,
-)
+from nested_core.kernels.cuda import concatenate, gated_mlp, kernel_launch, lora_add, lora_matmuls
 from nested_core.kernels.cuda.self_check import CheckedKernel
 from tests.left_out import slow_except
 
