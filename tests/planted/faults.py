@@ -212,8 +212,8 @@ FAULTS = (
     ),
     Fault(
         "nested_core/report/outcome.py",
-        '    if "promote" in actions:',
-        '    if "rollback" in actions:',
+        '    if last.action == "rollback" and last.previous == version:',
+        '    if last.action == "promote" and last.previous == version:',
         "a wrong name",
     ),
     Fault(
