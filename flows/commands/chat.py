@@ -1,10 +1,11 @@
-"""chat: ask the base model and the adapter the same, and read their answers side by side."""
+"""chat: ask a base model and one adapter or two the same, and read their answers side by side."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +24,22 @@ from flows.terminal.console import (
     print_line,
     print_progress,
 )
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, DamagedError
 from nested_core.pipeline.named_adapters import find_named_adapter
-from nested_core.text.foreign_text import escape_but_keep_newlines
+from nested_core.storage.output_places import require_output_file
+from nested_core.storage.untrusted_files import append_regular, read_regular
+from nested_core.text.foreign_text import escape, escape_but_keep_newlines
 
 if TYPE_CHECKING:
-    from nested_core.models.side_by_side import BaseAndAdapter
+    from nested_core.models.generation import Sampling
+    from nested_core.models.side_by_side import SideBySide
 
 NEW_CONVERSATION = "/new"
 HELP = "/help"
 INPUT_PROMPT = "> "
-COLUMN_NAMES = ("base", "adapter")
+HELP_TEXT = f"Ctrl-D ends, {NEW_CONVERSATION} begins a new conversation."
+MAX_ADAPTERS = 2
+MAX_PROMPTS_BYTES = 16 * 2**20
 
 
 def add_commands(commands: Any) -> None:
@@ -41,18 +47,31 @@ def add_commands(commands: Any) -> None:
     chat = commands.add(
         "chat",
         run_chat,
-        "ask base and adapter, and read both answers",
+        "ask base and adapters, and read their answers",
+        usage="%(prog)s ADAPTER [ADAPTER] [options]",
         group="Inspect",
         example="nested-tune chat runs/first",
     )
     chat.add_argument(
-        "adapter",
+        "adapters",
         type=Path,
+        nargs="+",
         metavar=ADAPTER_FORMS,
-        help="the champion of a name in a registry, a run, or an adapter's folder",
+        help="the champion of a name in a registry, a run, or an adapter's folder; one or two",
     )
     add_registry_flag(chat)
-    chat.add_argument("--prompt", metavar="TEXT", help="ask this alone, then end")
+    chat.add_argument("--system", metavar="TEXT", help="the system message of each conversation")
+    asked = chat.add_mutually_exclusive_group()
+    asked.add_argument("--prompt", metavar="TEXT", help="ask this alone, then end")
+    asked.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="ask each line of a text file, in a conversation of its own, then end",
+    )
+    chat.add_argument(
+        "--save", type=Path, metavar="FILE", help="add prompts and answers to it, as JSON Lines"
+    )
     chat.add_argument(
         "--max-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)"
     )
@@ -62,29 +81,56 @@ def add_commands(commands: Any) -> None:
 
 
 def run_chat(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Load the base with the adapter, then answer what is asked until there is no more."""
+    """Load the base with the adapters, then answer what is asked until there is no more."""
     if arguments.max_tokens < 1 or arguments.temperature < 0:
         raise ConfigError("chat: --max-tokens is 1 or more, and --temperature 0 or more.")
-    asked = find_named_adapter(arguments.adapter, arguments.registry)
+    given: list[Path] = arguments.adapters
+    if len(given) > MAX_ADAPTERS or len(set(given)) < len(given):
+        raise ConfigError("chat: give one adapter, or two different ones.")
+    prompts = _read_prompts(arguments.prompt, arguments.prompts)
+    save = None if arguments.save is None else require_output_file(arguments.save, "--save")
+    found = [find_named_adapter(path, arguments.registry) for path in given]
     from nested_core.models.generation import Sampling
-    from nested_core.models.side_by_side import BaseAndAdapter  # loads mlx_lm, which takes seconds
+    from nested_core.models.side_by_side import SideBySide  # loads mlx_lm, which takes seconds
 
-    print_progress(f"adapter: {asked.describe()}")
-    both = BaseAndAdapter(
-        asked.folder, model=asked.model, trust_remote_code=asked.trusts_remote_code
+    names = ["adapter"] if len(given) == 1 else [str(path) for path in given]
+    for name, adapter in zip(names, found, strict=True):
+        print_progress(f"{name}: {adapter.describe()}")
+    models = SideBySide(
+        {name: adapter.folder for name, adapter in zip(names, found, strict=True)},
+        model=found[0].model,
+        trust_remote_code=found[0].trusts_remote_code,
     )
     sampling = Sampling(arguments.max_tokens, temperature=arguments.temperature)
-    prompts = iter([arguments.prompt]) if arguments.prompt is not None else _read_prompts()
-    return printer(lambda: _answer_each_prompt(both, prompts, sampling))
+    chat = _Chat(models, sampling, arguments.system, save)
+    return printer(lambda: chat.answer_each(prompts))
 
 
-def _read_prompts() -> Iterator[str]:
+def _read_prompts(prompt: str | None, file: Path | None) -> Iterator[str]:
+    """The prompt, the lines of the file, else what is typed or standard input's lines."""
+    if prompt is not None:
+        return iter([prompt])
+    if file is None:
+        return _read_input()
+    try:
+        lines = read_regular(file, MAX_PROMPTS_BYTES, follow_links=True).decode("utf-8-sig")
+    except DamagedError as error:
+        raise ConfigError(f"--prompts: {error} Give a text file, a prompt a line.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompts: {file} is not UTF-8: {error.reason}.") from error
+    asked = [line for line in lines.splitlines() if line.strip()]
+    if not asked:
+        raise ConfigError(f"--prompts: {file} has no line. Give a text file, a prompt a line.")
+    return iter([line for prompt in asked for line in (NEW_CONVERSATION, prompt)])
+
+
+def _read_input() -> Iterator[str]:
     """What is typed, or each line of standard input; its end is the end."""
     if not sys.stdin.isatty():
         for line in sys.stdin:
             yield line.rstrip("\n")
         return
-    print_progress(f"Ctrl-D ends, {NEW_CONVERSATION} begins a new conversation.")
+    print_progress(HELP_TEXT)
     while True:
         try:
             yield input(INPUT_PROMPT)
@@ -92,39 +138,59 @@ def _read_prompts() -> Iterator[str]:
             return
 
 
-def _answer_each_prompt(both: BaseAndAdapter, prompts: Iterator[str], sampling: Any) -> None:
-    """Answer each prompt; each side remembers its own answers."""
-    from nested_core.models.side_by_side import SIDES
+class _Chat:
+    """A conversation with each side, which remembers its own answers."""
 
-    conversations: dict[Any, list[dict[str, str]]] = {side: [] for side in SIDES}
-    for prompt in prompts:
-        if prompt.strip() == HELP:
-            print_progress(f"Ctrl-D ends, {NEW_CONVERSATION} begins a new conversation.")
-            continue
-        if prompt.strip() == NEW_CONVERSATION:
-            conversations = {side: [] for side in SIDES}
-            continue
-        if not prompt.strip():
-            continue
-        for messages in conversations.values():
+    def __init__(
+        self, models: SideBySide, sampling: Sampling, system: str | None, save: Path | None
+    ) -> None:
+        self._models = models
+        self._sampling = sampling
+        self._system = system
+        self._save = save
+        self._conversations = self._begin()
+
+    def _begin(self) -> dict[str, list[dict[str, str]]]:
+        """A conversation a side that holds the system message alone, if there is one."""
+        first = [] if self._system is None else [{"role": "system", "content": self._system}]
+        return {side: list(first) for side in self._models.sides}
+
+    def answer_each(self, prompts: Iterator[str]) -> None:
+        """Answer each prompt by each side; a command of a slash is obeyed."""
+        for prompt in prompts:
+            if prompt.strip() == HELP:
+                print_progress(HELP_TEXT)
+            elif prompt.strip() == NEW_CONVERSATION:
+                self._conversations = self._begin()
+            elif prompt.strip():
+                self._answer(prompt)
+
+    def _answer(self, prompt: str) -> None:
+        for messages in self._conversations.values():
             messages.append({"role": "user", "content": prompt})
-        answers = show_answers(both.stream_answers(conversations, sampling))
-        for side, messages in conversations.items():
+        pieces = self._models.stream_answers(self._conversations, self._sampling)
+        answers = show_answers(pieces, self._models.sides)
+        for side, messages in self._conversations.items():
             messages.append({"role": "assistant", "content": answers[side]})
+        if self._save is not None:
+            turn = sum(message["role"] == "user" for message in messages)
+            row = {"turn": turn, "system": self._system, "prompt": prompt, "answers": answers}
+            append_regular(self._save, json.dumps(row).encode() + b"\n")
 
 
-def show_answers(pieces: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Show the pieces of either column's text as they come; return the whole texts.
+def show_answers(pieces: Iterable[tuple[str, str]], sides: Sequence[str]) -> dict[str, str]:
+    """Show the pieces of each side's text as they come; return the whole texts.
 
-    Side by side in a terminal, else one line each at their end.
+    Beside each other in a terminal, else one line each at their end.
     """
-    texts = dict.fromkeys(COLUMN_NAMES, "")
+    texts = dict.fromkeys(sides, "")
+    width = max(map(len, sides)) + 2
     console = output_console(WIDTH_WITHOUT_TERMINAL)
     if not sys.stdout.isatty() or console.is_dumb_terminal:
         for column, piece in pieces:
             texts[column] += piece
-        for column in COLUMN_NAMES:
-            print_line(f"{f'{column}:':<9}{texts[column].strip()}")
+        for column, text in texts.items():
+            print_line(f"{f'{column}:':<{width}}{text.strip()}")
         return texts
     with Live(lay_out(texts), console=console, auto_refresh=False) as live:
         for column, piece in pieces:
@@ -136,9 +202,7 @@ def show_answers(pieces: Iterable[tuple[str, str]]) -> dict[str, str]:
 def lay_out(texts: Mapping[str, str]) -> Table:
     """A column a text; what a model wrote is escaped, but for its line ends."""
     table = Table(expand=True)
-    for column in COLUMN_NAMES:
-        table.add_column(column, ratio=1, overflow="fold")
-    table.add_row(
-        *(Text(escape_but_keep_newlines(texts[column].strip())) for column in COLUMN_NAMES)
-    )
+    for column in texts:
+        table.add_column(Text(escape(column)), ratio=1, overflow="fold")
+    table.add_row(*(Text(escape_but_keep_newlines(text.strip())) for text in texts.values()))
     return table

@@ -130,8 +130,7 @@ def stream_answer(
 ) -> Iterator[str]:
     """The answer to one prompt as it comes, in pieces of text; its stops are not looked for.
 
-    Each piece is computed when it is asked for, so that the model's parameters may be exchanged
-    between two pieces as long as the same ones are there again for the next.
+    Each piece is computed when it is asked for.
     """
     import mlx.core as mx
     from mlx_lm.generate import generate_step

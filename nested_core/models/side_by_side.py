@@ -1,18 +1,19 @@
-"""A base model and an adapter of it in one model, which answers as either of them."""
+"""A base model beside adapters of it, each of which answers; the base is in memory once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm import load
+from mlx_lm.utils import load_model
 
 from nested_core.errors import ConfigError
-from nested_core.models.base_model import context_length, find_model_folder
+from nested_core.models.base_model import context_length, find_model_folder, is_same_base
 from nested_core.models.generation import (
     Sampling,
     encode_messages,
@@ -21,44 +22,60 @@ from nested_core.models.generation import (
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.storage.adapter import read_adapter
 
-Side = Literal["base", "adapter"]
-SIDES: tuple[Side, Side] = ("base", "adapter")
+BASE = "base"
 MAX_CHARACTERS = 1_000_000  # a tokenizer takes some 180 bytes of memory for each
 Messages = Sequence[Mapping[str, Any]]
 
 
-class BaseAndAdapter:
-    """One model in memory, with the parameters of the base and of the adapter to exchange.
+class SideBySide:
+    """A base and adapters of it, which compute as they are stored: as mlx_lm would serve them.
 
-    It computes as it is stored, which is how mlx_lm would serve it.
+    Attributes:
+        sides: the names by which they are asked: "base", then those of the adapters.
     """
 
-    def __init__(self, adapter: Path, *, model: str | None, trust_remote_code: bool) -> None:
-        """`model` is the base; None is the one that the adapter's configuration names.
+    def __init__(
+        self, adapters: Mapping[str, Path], *, model: str | None, trust_remote_code: bool
+    ) -> None:
+        """Load the base, and each adapter into a model that shares its weights.
 
-        Raises ConfigError if the base cannot be loaded or does not fit, DamagedError for a damaged
-        adapter.
+        adapters: the folder of each, by its side's name.
+        model: the base; None is the one that the first adapter's configuration names.
+
+        Raises ConfigError if the base cannot be loaded or an adapter is of another one,
+        DamagedError for a damaged adapter.
         """
-        read = read_adapter(adapter, follow_links=True)
-        base = find_model_folder(str(model or read.config.get("model")))
+        read = {name: read_adapter(folder, follow_links=True) for name, folder in adapters.items()}
+        first = next(iter(read.values()))
+        base = find_model_folder(str(model or first.config.get("model")))
         options = {"trust_remote_code": trust_remote_code}
+        self._models: dict[str, nn.Module] = {}
         try:
-            loaded = load(str(base), tokenizer_config=options, **options)  # type: ignore[arg-type]  # a bool, as mlx_lm takes it
+            self._models[BASE], self._tokenizer = load(
+                str(base),
+                tokenizer_config=options,
+                **options,  # type: ignore[arg-type]  # a bool, as mlx_lm takes it
+            )[:2]
+            for name in read:
+                self._models[name] = load_model(
+                    base, lazy=True, trust_remote_code=trust_remote_code
+                )[0]
         except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
             raise ConfigError(f"model: {base} could not be loaded: {error}") from error
-        self._model = loaded[0]
-        self._tokenizer = loaded[1]
+        weights: Any = tree_flatten(self._models[BASE].parameters())
+        for name, adapter in read.items():
+            recorded = adapter.config.get("base_fingerprint")
+            if len(read) > 1 and recorded is not None and not is_same_base(recorded, base):
+                raise ConfigError(f"{name} is an adapter of another base than {base}.")
+            own = self._models[name]
+            own.load_weights(weights)
+            attach_stored_adapter(own, adapter)
+            tensors = [(name, tensor.to_mlx()) for name, tensor in adapter.tensors.items()]
+            own.load_weights(tensors, strict=False)
+        for each in self._models.values():
+            each.eval()
         self._context = context_length(base)
-        self._parameters: dict[Side, list[tuple[str, mx.array]]] = {
-            "base": list(attach_stored_adapter(self._model, read).items()),
-            "adapter": [(name, tensor.to_mlx()) for name, tensor in read.tensors.items()],
-        }
-        self._model.eval()
-
-    @property
-    def model(self) -> nn.Module:
-        """The model, with whichever parameters answered last."""
-        return self._model
+        self.sides = tuple(self._models)
 
     def _encode(self, messages: Messages) -> list[int]:
         """The tokens of a conversation; ConfigError where the model cannot see all of them."""
@@ -74,9 +91,9 @@ class BaseAndAdapter:
         )
 
     def stream_answers(
-        self, conversations: Mapping[Side, Messages], sampling: Sampling
-    ) -> Iterator[tuple[Side, str]]:
-        """The answers to two conversations as they come, piece by piece in turn.
+        self, conversations: Mapping[str, Messages], sampling: Sampling
+    ) -> Iterator[tuple[str, str]]:
+        """The answers to a conversation of each side as they come, piece by piece in turn.
 
         An answer ends where the model's context does. Raises ConfigError for a conversation that
         leaves no room there for an answer.
@@ -86,12 +103,16 @@ class BaseAndAdapter:
         for side, prompt in prompts.items():
             left = sampling.max_tokens if self._context is None else self._context - len(prompt)
             limited = replace(sampling, max_tokens=min(sampling.max_tokens, left))
-            answers[side] = stream_answer(self._model, self._tokenizer, prompt, limited)
+            answers[side] = stream_answer(self._models[side], self._tokenizer, prompt, limited)
         while answers:
             for side, pieces in list(answers.items()):
-                self._model.load_weights(self._parameters[side], strict=False)
                 piece = next(pieces, None)
                 if piece is None:
                     del answers[side]
                 elif piece:
                     yield side, piece
+
+    def ask(self, side: str, prompt: str, sampling: Sampling) -> str:
+        """The whole answer of one side to a user's message."""
+        conversations = {side: [{"role": "user", "content": prompt}]}
+        return "".join(piece for _, piece in self.stream_answers(conversations, sampling)).strip()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
@@ -42,7 +42,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.reports.reporting_services import attaching_verdict_at_end
 
 if TYPE_CHECKING:
-    from nested_core.models.side_by_side import BaseAndAdapter
+    from nested_core.models.side_by_side import SideBySide
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,22 +96,19 @@ class FinetuneResult:
         """
         from nested_core.models.generation import Sampling
 
-        side: Literal["base", "adapter"] = "adapter"
-        sampling = Sampling(max_tokens, temperature=temperature)
-        conversations = {side: [{"role": "user", "content": prompt}]}
-        pieces = self._base_and_adapter.stream_answers(conversations, sampling)
-        return "".join(piece for _, piece in pieces).strip()
+        return self._loaded.ask("adapter", prompt, Sampling(max_tokens, temperature=temperature))
 
     @cached_property
-    def _base_and_adapter(self) -> BaseAndAdapter:
-        """The base with the adapter, in memory."""
-        from nested_core.models.side_by_side import BaseAndAdapter
+    def _loaded(self) -> SideBySide:
+        """The base and the adapter, in memory."""
+        from nested_core.models.side_by_side import SideBySide
 
         if not self.run.adapter.is_dir():
             raise ConfigError(f"{self.run.path} has no adapter to ask: nothing was trained.")
         config = read_run_config(self.run)
         trusts = config.trust_remote_code
-        return BaseAndAdapter(self.run.adapter, model=config.model, trust_remote_code=trusts)
+        adapters = {"adapter": self.run.adapter}
+        return SideBySide(adapters, model=config.model, trust_remote_code=trusts)
 
 
 def finetune(

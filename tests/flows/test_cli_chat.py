@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from flows.commands import chat
 from flows.commands.chat import lay_out, show_answers
 from nested_core.models.generation import Sampling
-from nested_core.models.side_by_side import BaseAndAdapter
+from nested_core.models.side_by_side import SideBySide
 from nested_core.registry import register_and_promote
+from tests.builders.adapter_folders import Arrays, change_config, change_tensors
 from tests.example import MODEL, generate_answers
 from tests.flows.conftest import CommandRun, Ended, called
 
@@ -19,7 +23,7 @@ QUESTION = "I want to see Italy. Where to?"
 
 
 def ask(target: object, cwd: Path, *more: object) -> Ended:
-    return called("chat", target, "--max-tokens", 12, *more, cwd=cwd)
+    return called("chat", target, *more, "--max-tokens", 12, cwd=cwd)
 
 
 def test_one_prompt_is_answered_by_both_as_plain_mlx_lm_answers_it(command_run) -> None:
@@ -44,6 +48,109 @@ def test_a_champion_is_asked_by_registry_and_name_a_line_at_a_time(
     assert lines[:2] == lines[2:]  # a new conversation remembers nothing
 
 
+@pytest.fixture
+def smaller(command_run: CommandRun, tmp_path: Path) -> Path:
+    """The run's adapter with half of its rank: another shape, and other answers."""
+    folder = Path(shutil.copytree(command_run.run_dir / "adapter", tmp_path / "smaller"))
+
+    def halve(tensors: Arrays) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = tensor[:, :4] if name.endswith("lora_a") else tensor[:4]
+
+    change_tensors(folder, halve)
+    return change_config(folder, lambda config: config["lora_parameters"].update(rank=4))
+
+
+def test_two_adapters_and_the_base_answer_in_turn_and_are_saved(
+    command_run: CommandRun, smaller: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"\ufeff{QUESTION}\n\nI want to see Fiji. Where to?\n", encoding="utf-8")
+    saved = tmp_path / "answers.jsonl"
+    words = ("--prompts", prompts, "--save", saved)
+    done = ask("run", command_run.folder, smaller, *words)
+    assert done.code == 0, done.stderr
+    rows = [json.loads(line) for line in saved.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [QUESTION, "I want to see Fiji. Where to?"]
+    assert [row["turn"] for row in rows] == [1, 1]  # each a conversation of its own
+    adapters = {"base": None, "run": command_run.run_dir / "adapter", str(smaller): smaller}
+    asked = [row["prompt"] for row in rows]
+    for side, adapter in adapters.items():
+        expected = generate_answers(str(MODEL), asked, adapter=adapter, max_tokens=12)
+        assert [row["answers"][side].strip() for row in rows] == expected
+    assert [line.partition(": ")[0] for line in done.stdout.splitlines()] == [*adapters] * 2
+    assert ask("run", command_run.folder, *words).code == 0  # adds to what was saved
+    assert len(saved.read_text().splitlines()) == 4
+
+
+def test_a_system_message_begins_each_conversation(
+    command_run: CommandRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\nAnd then?\n/new\n{QUESTION}\n"))
+    saved = tmp_path / "answers.jsonl"
+    done = ask("run", command_run.folder, "--system", "Say a city.", "--save", saved)
+    assert done.code == 0, done.stderr
+    first, second, again = (json.loads(line) for line in saved.read_text().splitlines())
+    assert [row["turn"] for row in (first, second, again)] == [1, 2, 1]
+    assert first == again
+    models = SideBySide(
+        {"adapter": command_run.run_dir / "adapter"}, model=str(MODEL), trust_remote_code=False
+    )
+    chat = [
+        {"role": "system", "content": "Say a city."},
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": first["answers"]["base"]},
+        {"role": "user", "content": "And then?"},
+    ]
+    pieces = models.stream_answers({"base": chat}, Sampling(12))
+    assert second["answers"]["base"] == "".join(piece for _, piece in pieces)
+
+
+def test_the_base_is_in_memory_once(command_run: CommandRun, smaller: Path) -> None:
+    before = mx.get_active_memory()
+    adapters = {"a": command_run.run_dir / "adapter", "b": smaller}
+    models = SideBySide(adapters, model=str(MODEL), trust_remote_code=False)
+    for side in models.sides:
+        models.ask(side, QUESTION, Sampling(2))
+    base = (MODEL / "model.safetensors").stat().st_size
+    adapter_bytes = sum((f / "adapters.safetensors").stat().st_size for f in adapters.values())
+    assert mx.get_active_memory() - before < 1.2 * base + adapter_bytes
+
+
+def test_adapters_of_two_bases_are_refused(
+    command_run: CommandRun, smaller: Path, tmp_path: Path
+) -> None:
+    change_config(smaller, lambda config: config.update(base_fingerprint=f"sha256:{'0' * 64}"))
+    done = ask("run", command_run.folder, smaller, "--prompt", QUESTION)
+    assert done.code == 2
+    assert f"{smaller} is an adapter of another base than" in " ".join(done.message().split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("run", "run"), "give one adapter, or two different ones"),
+        (("run", "a", "b"), "give one adapter, or two different ones"),
+        (("run", "--prompts", "absent.txt"), "absent.txt is missing. Give a text file"),
+        (("run", "--prompts", "empty.txt"), "empty.txt has no line"),
+        (("run", "--prompts", "latin.txt"), "latin.txt is not UTF-8"),
+        (("run", "--save", "run/answers.jsonl", "--prompt", "x"), "run/answers.jsonl"),
+    ],
+)
+def test_what_cannot_be_asked_or_saved_is_refused_before_anything_is_loaded(
+    command_run: CommandRun, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: str
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("nothing is to be loaded")
+
+    monkeypatch.setattr(SideBySide, "__init__", load)
+    (command_run.folder / "empty.txt").write_text("\n \n")
+    (command_run.folder / "latin.txt").write_bytes(b"\xe9t\xe9\n")
+    done = called("chat", *words, cwd=command_run.folder)
+    assert done.code == 2
+    assert said in " ".join(done.message().split())
+
+
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
@@ -59,9 +166,8 @@ def test_what_the_model_cannot_see_is_refused(command_run, prompt, said) -> None
 
 
 def test_an_answer_ends_where_the_context_does(command_run: CommandRun) -> None:
-    both = BaseAndAdapter(
-        command_run.run_dir / "adapter", model=str(MODEL), trust_remote_code=False
-    )
+    adapters = {"adapter": command_run.run_dir / "adapter"}
+    both = SideBySide(adapters, model=str(MODEL), trust_remote_code=False)
     question = [{"role": "user", "content": "I want to see " + "Italy and " * 18 + "Where to?"}]
     prompt = both._encode(question)
     pieces = list(both.stream_answers({"base": question}, Sampling(10_000)))
@@ -86,7 +192,8 @@ def test_ctrl_c_in_an_answer_ends_with_130(command_run, monkeypatch) -> None:
 
 def test_text_of_a_model_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
     pieces = [("base", "\x1b[2J"), ("adapter", "[red]a\n"), ("adapter", "b")]
-    assert show_answers(pieces) == {"base": "\x1b[2J", "adapter": "[red]a\nb"}
+    answers = show_answers(pieces, ("base", "adapter"))
+    assert answers == {"base": "\x1b[2J", "adapter": "[red]a\nb"}
     assert capsys.readouterr().out == "base:    \\x1b[2J\nadapter: [red]a\\nb\n"
     cells = [list(column.cells) for column in lay_out({"base": "\x07", "adapter": "[b]"}).columns]
     assert [str(cell) for column in cells for cell in column] == ["\\x07", "[b]"]
