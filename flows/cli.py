@@ -27,6 +27,7 @@ from flows.process.stop_signals import INTERRUPTED_EXIT_CODE
 from flows.terminal.console import print_progress
 from nested_core.backend import collecting_no_garbage
 from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.process.restarting import end_with_parent, has_parent, run_again_where_killed
 from nested_core.text.foreign_text import escape
 
 
@@ -141,11 +142,20 @@ def build_parser() -> _Parser:
     return parser
 
 
+RESTARTED_COMMANDS = ("train", "run")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code."""
+    """Run one command; return its exit code.
+
+    As the program of a process, without `argv`, what trains runs under a small parent, which
+    begins it again where it is killed.
+    """
     arguments = sys.argv[1:] if argv is None else list(argv)
     warnings.showwarning = _show_warning
     try:
+        if argv is None and _needs_parent(arguments):
+            return _run_under_parent()
         _refuse_undecodable(arguments)
         parser = build_parser()
         _refuse_unknown_command(arguments, list(parser.commands))
@@ -179,6 +189,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except Exception as error:  # the last line of defence: a person gets a paragraph
         return _print_error(error, 1, arguments, _describe_unexpected_error(error))
+
+
+def _needs_parent(arguments: Sequence[str]) -> bool:
+    """Whether a command is one that trains, in a process that has no parent of the kind yet."""
+    if next(iter(arguments), None) not in RESTARTED_COMMANDS:
+        return False
+    end_with_parent()
+    return not has_parent()
+
+
+def _run_under_parent() -> int:
+    """Run this very command as a process of its own, and go on with its run where it is killed."""
+    words = [sys.executable, "-P", "-m", "flows.cli", *sys.argv[1:]]
+    return run_again_where_killed(words, lambda run: ("--run-dir", str(run), "--resume"))
 
 
 def _refuse_unknown_command(arguments: Sequence[str], commands: Sequence[str]) -> None:

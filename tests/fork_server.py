@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core import backend
+from nested_core.process.restarting import PARENT_VARIABLE
 
 LIBRARIES = (
     "mlx_lm.utils",
@@ -283,6 +284,10 @@ def become(request: dict[str, Any], executable: str) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    # What trains is the command itself, not the small parent that would start it once more.
+    own, others = socket.socketpair()
+    os.environ[PARENT_VARIABLE] = f"{os.getppid()}:{own.detach()}"
+    others.detach()  # open for as long as this process lives
     sys.executable = executable
     words = request["command"]
     sys.argv[:] = words[1:] if words[0] in ("-P", "-m") else words

@@ -252,7 +252,10 @@ def _print_outcome(registry: RegistrySection, result: FinetuneResult, verdict: V
     if result.version is not None or result.kept_champion is not None:
         version = "" if result.version is None else f" {shorten_digest(result.version)}"
         print_line(f"{registry.name}{version}: {result.promotion or 'registered'}")
-    print_line(f"outcome: {describe_outcome(Run(result.run))}")
+    run = Run(result.run)
+    print_line(f"outcome: {describe_outcome(run)}")
+    if run.plan is not None and (ends := run.plan.describe_ends()):
+        print_line(ends)
     print_line(f"report: {result.run.report}")
     for note in verdict.notes():
         print_line(note)

@@ -57,6 +57,7 @@ KEYS_ALLOWED_IN_REFERENCE_RUN = frozenset(
         "max_nonfinite_steps",
         "min_delta",
         "sample_tokens",
+        "restarts",
         "processes",  # refused with a message of its own
         "hostfile",  # likewise
     }
@@ -102,6 +103,9 @@ class TrainingSection(Section):
         "best", "the adapter that is offered: of the best step, of the last, or the average"
     )
     average: AverageSection | None = key(None, "the average that is offered; null: none")
+    restarts: NonNegativeInt = key(
+        3, "times a killed run is begun again without a new checkpoint", affects="output"
+    )
     reference: Literal["mlx_lm"] | None = key(None, "do what mlx_lm.lora does, bit for bit")
 
     def find_conflicts(self) -> Iterator[str]:

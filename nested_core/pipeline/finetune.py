@@ -29,6 +29,7 @@ from nested_core.pipeline.publishing import (
     describe_reproduction,
     record_rejection,
 )
+from nested_core.process.restarting import RunInHand, tell_parent
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.registry import Decision
@@ -141,6 +142,7 @@ def finetune(
     check_before_start(config, run)
     with run.locked():
         hooks.begin(config, run, resume=resume)
+        tell_parent(RunInHand(run.path, config.training.restarts))
         with (
             attaching_verdict_at_end(config, run),
             writing_report_at_end(run),

@@ -64,6 +64,7 @@ from nested_core.pipeline.continual import starting_adapter
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.launch.mlx_launch import count_ranks
 from nested_core.pipeline.launch.rank_group import train_in_ranks
+from nested_core.process.restarting import list_earlier_ends
 from nested_core.records.answers import write_answers
 from nested_core.records.dataset import (
     DatasetReport,
@@ -327,6 +328,7 @@ def _make_plan(
         memory_forecast_gb=trainer.memory.needed / 1e9,
         memory_limit_gb=trainer.memory.capacity / 1e9,
         resumed_at=list_resumptions(earlier, trainer.current_step),
+        ended_by=list_earlier_ends(),
     )
 
 

@@ -26,6 +26,7 @@ class TrainingPlan:
     epochs: passes over the training data of the whole run.
     first_step: where this process went on from; 0 is the beginning.
     resumed_at: every step that a process went on from after an earlier one had ended, ascending.
+    ended_by: the signals that ended the command's processes before this one.
     frequencies: of each tier, the fastest first.
     offers_best: whether the adapter of the lowest validation loss is offered, or the last one.
     training_file: the file that is trained on.
@@ -46,6 +47,15 @@ class TrainingPlan:
     memory_forecast_gb: float
     memory_limit_gb: float
     resumed_at: tuple[int, ...] = ()
+    ended_by: tuple[str, ...] = ()
+
+    def describe_ends(self) -> str | None:
+        """That its process was killed, and went on by itself; None where it was not."""
+        if not self.ended_by:
+            return None
+        times = "once" if len(self.ended_by) == 1 else f"{len(self.ended_by)} times"
+        signals = ", ".join(dict.fromkeys(self.ended_by))
+        return f"The training process was killed {times} ({signals}) and went on by itself."
 
     def describe_validation(self) -> str:
         """The examples of an evaluation: "valid.jsonl, 10 examples"."""

@@ -163,6 +163,8 @@ def _describe_curves(run: Run) -> Iterator[str]:
             f"The run was resumed at {noun} {places}: the curves go on from the checkpoint there, "
             f"and each step and its seconds of training are counted once."
         )
+    if plan is not None and (ends := plan.describe_ends()):
+        yield ends
     if run.verdict is not None and run.verdict.adapter_step is not None:
         yield f"The adapter of step {run.verdict.adapter_step:,} is the one that was judged."
     if plan is not None and plan.validation_file is not None:

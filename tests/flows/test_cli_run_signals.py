@@ -70,7 +70,7 @@ def test_ctrl_c_checkpoints_exits_5_leaves_no_server_and_the_run_goes_on_to_its_
     new_prefect_home(tmp_path / "prefect")
     process = session(tmp_path)
     wait_until(lambda: is_training(tmp_path), process=process)
-    assert len(servers_of(tmp_path)) == 2
+    assert len(servers_of(tmp_path)) == 3  # the command, its small parent and the server
     os.killpg(process.pid, signal.SIGINT)  # what a terminal sends to all in it
     stopped = ended(process)
     assert stopped.code == 5, stopped.stderr

@@ -204,10 +204,17 @@ class Stack:
 
     def flow_process(self, run_id: UUID) -> int:
         """The one of them that runs the flow."""
+        return self._engine_processes(run_id)[-1]
+
+    def flow_parent(self, run_id: UUID) -> int:
+        """The one of them that the worker started: the parent of what trains."""
+        return self._engine_processes(run_id)[0]
+
+    def _engine_processes(self, run_id: UUID) -> list[int]:
         found: list[int] = wait_for(
             lambda: [p for p in self.processes_of(run_id) if "prefect.engine" in command_of(p)]
         )
-        return found[-1]
+        return sorted(found)
 
     def cancel(self, run_id: UUID) -> None:
         """What `prefect flow-run cancel` and the button ask the server for.

@@ -104,8 +104,17 @@ class Training:
 
 def test_kill_9_of_the_flow_process(stack: Stack, faults: FaultTable) -> None:
     training = Training(stack, "killed-flow").until(20)
-    began = time.monotonic()
+    held = f"checkpoint of step {training.step()}"
     os.kill(stack.flow_process(training.id), signal.SIGKILL)
+    message = training.end_promoted_once()
+    assert "begun 2 times, last from step-" in message, message
+    faults.add("kill -9 of the flow process", "Completed", held, 0, "begun again, promoted once")
+
+
+def test_kill_9_of_the_parent_of_the_flow_process(stack: Stack, faults: FaultTable) -> None:
+    training = Training(stack, "killed-parent").until(20)
+    began = time.monotonic()
+    os.kill(stack.flow_parent(training.id), signal.SIGKILL)
     state, seconds = training.final_state(began)
     assert state == "Crashed"
     assert seconds < SLOT_IS_FREE_WITHIN
@@ -113,7 +122,7 @@ def test_kill_9_of_the_flow_process(stack: Stack, faults: FaultTable) -> None:
     held = f"checkpoint of step {training.step()}"
     training.go_on_by_itself()
     then = "goes on by itself, promoted once"
-    faults.add("kill -9 of the flow process", state, held, seconds, then)
+    faults.add("kill -9 of its parent", state, held, seconds, then)
 
 
 def test_cancelled_while_it_trains(stack: Stack, faults: FaultTable) -> None:
@@ -169,7 +178,7 @@ def test_kill_9_of_worker_and_flow_process_and_of_what_goes_on_by_itself(
 
     training.until(begun_at + 20)
     began = time.monotonic()
-    os.kill(stack.flow_process(training.id), signal.SIGKILL)
+    os.kill(stack.flow_parent(training.id), signal.SIGKILL)
     state, seconds = training.final_state(began)
     assert state == "Crashed"
     time.sleep(60)
@@ -257,7 +266,7 @@ def test_a_deploy_between_a_crash_and_its_resumption_changes_nothing(
     stack: Stack, faults: FaultTable
 ) -> None:
     training = Training(stack, "deployed-between").until(20)
-    os.kill(stack.flow_process(training.id), signal.SIGKILL)
+    os.kill(stack.flow_parent(training.id), signal.SIGKILL)
     training.final_state()
     deployed = stack.nested_tune("deploy", "-c", "small.yaml", "--json")
     assert deployed.returncode == 0, deployed.stderr

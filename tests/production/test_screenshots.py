@@ -66,7 +66,7 @@ class Nights:
         """Kill a run's process after its first checkpoint, and wait until it goes on by itself."""
         pattern = f"runs/*-{run_id.hex[-8:]}/checkpoints/step-*"
         wait_for(lambda: list(self.stack.home.glob(pattern)), LONGEST_NIGHT)
-        os.kill(self.stack.flow_process(run_id), signal.SIGKILL)
+        os.kill(self.stack.flow_parent(run_id), signal.SIGKILL)
         wait_for(lambda: self.stack.flow_run(run_id).run_count == 2, LONGEST_NIGHT)
 
     def end(self, what: str, run_id: UUID) -> FlowRun:
@@ -139,7 +139,7 @@ def nights(deployed: Nights, training: UUID) -> Nights:
     crashing = deployed.begin(8, **LONG)
     wait_for(lambda: stack.is_running(crashing, "train"), LONGEST_NIGHT)
     deployed.kill_once_it_trains(crashing)
-    os.kill(stack.flow_process(crashing), signal.SIGKILL)
+    os.kill(stack.flow_parent(crashing), signal.SIGKILL)
     deployed.end("crashed twice", crashing)
     anew: dict[str, Any] = {"continual": {"from": None}}
     at_once = {"path": "registry", "name": ADAPTER, "promote": "always"}

@@ -93,7 +93,7 @@ def test_in_the_second_one_is_unchanged_and_the_other_crashes_and_goes_on_by_its
     add_example(team, SUPPORT)
     crashing = begin_night(team, SUPPORT)
     wait_for(lambda: team.is_running(crashing, "train"), LONGEST_NIGHT)
-    os.kill(team.flow_process(crashing), signal.SIGKILL)
+    os.kill(team.flow_parent(crashing), signal.SIGKILL)
     unchanged = begin_night(team, CAPITALS)
     assert end_night(team, unchanged).state_name == "Skipped"
     wait_for(lambda: team.flow_run(crashing).run_count == 2, LONGEST_NIGHT)

@@ -1,0 +1,156 @@
+"""The small parent of a command that trains: what it begins again, and what it does not."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nested_core.errors import TrainingProcessLost
+from nested_core.process import restarting
+from nested_core.process.restarting import describe_end, run_again_where_killed
+from tests.waiting import wait_until
+
+# Tells of its run, writes the checkpoints that `made` names for its start, and ends as it is told.
+PROGRAM = """
+import os, signal, sys, time
+from pathlib import Path
+from nested_core.process.restarting import RunInHand, list_earlier_ends, tell_parent
+
+run, ends, restarts, made = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3]), sys.argv[4]
+signal.signal(signal.SIGTERM, lambda number, frame: os.abort())
+tell_parent(RunInHand(run, restarts))
+begun = len((run / "begun").read_text().splitlines()) if (run / "begun").exists() else 0
+with (run / "begun").open("a") as file:
+    print(*list_earlier_ends(), "|", *sys.argv[5:], file=file)
+if made == "always" or made == str(begun):
+    (run / "checkpoints" / f"step-{begun + 1:07d}").mkdir(parents=True)
+end = ends[min(begun, len(ends) - 1)]
+if end == "wait":
+    (run / "waits").write_text(str(os.getpid()))
+    time.sleep(60)
+if not end.isdigit():
+    os.kill(os.getpid(), getattr(signal, end))
+sys.exit(int(end))
+"""
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    (tmp_path / "run").mkdir()
+    return [sys.executable, str(program), str(tmp_path / "run")]
+
+
+def begun(tmp_path: Path) -> list[str]:
+    """For each start, the signals that ended those before it, and the words that were added."""
+    return (tmp_path / "run" / "begun").read_text().splitlines()
+
+
+def test_it_is_begun_again_with_the_words_to_resume_until_it_ends(
+    tmp_path: Path, words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    ends = "SIGKILL,SIGABRT,SIGSEGV,SIGBUS,SIGFPE,5"
+    code = run_again_where_killed([*words, ends, "3", "always"], lambda run: ("--on", run.name))
+    assert code == 5
+    assert begun(tmp_path) == [
+        "|",
+        "SIGKILL | --on run",
+        "SIGKILL SIGABRT | --on run",
+        "SIGKILL SIGABRT SIGSEGV | --on run",
+        "SIGKILL SIGABRT SIGSEGV SIGBUS | --on run",
+        "SIGKILL SIGABRT SIGSEGV SIGBUS SIGFPE | --on run",
+    ]
+    told = capfd.readouterr().err.splitlines()
+    assert told[0] == (
+        "warning: it was killed (SIGKILL), as a system does when memory runs out. It goes on from "
+        "step-0000001, by itself."
+    )
+    assert "ended by SIGFPE" in told[4]
+    assert "from step-0000005" in told[4]
+
+
+@pytest.mark.parametrize(("made", "starts"), [("never", 4), ("1", 5)])
+def test_without_a_new_checkpoint_it_is_begun_again_so_often_and_no_more(
+    tmp_path: Path, words: list[str], made: str, starts: int
+) -> None:
+    with pytest.raises(TrainingProcessLost, match="4 times in a row without a new checkpoint"):
+        run_again_where_killed([*words, "SIGKILL", "3", made])
+    assert len(begun(tmp_path)) == starts
+
+
+def parent(*command: str) -> subprocess.Popen[bytes]:
+    module = [sys.executable, "-P", "-m", "nested_core.process.restarting"]
+    return subprocess.Popen([*module, *command[1:]], stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("end", "restarts", "code"),
+    [("3", "3", 3), ("SIGKILL", "0", -signal.SIGKILL), ("SIGTERM", "3", -signal.SIGABRT)],
+)
+def test_any_other_end_is_its_own(
+    tmp_path: Path, words: list[str], end: str, restarts: str, code: int
+) -> None:
+    if end == "SIGTERM":  # whoever asks it to stop wants no other, even where it then aborts
+        process = parent(*words, "wait", restarts, "always")
+        wait_until((tmp_path / "run" / "waits").exists)
+        process.terminate()
+    else:
+        process = parent(*words, end, restarts, "always")
+    assert process.wait(30) == code
+    assert len(begun(tmp_path)) == 1
+
+
+def test_one_that_ends_before_it_tells_of_a_run_is_not_begun_again() -> None:
+    kill = "import os, sys; sys.stderr.write('x'); os.kill(os.getpid(), 11)"
+    module = [sys.executable, "-P", "-m", "nested_core.process.restarting", "-c", kill]
+    done = subprocess.run(module, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGSEGV, b"x")
+
+
+def test_it_ends_with_its_parent(tmp_path: Path, words: list[str]) -> None:
+    process = parent(*words, "wait", "3", "never")
+    waits = tmp_path / "run" / "waits"
+    wait_until(lambda: waits.exists() and waits.read_text() != "")
+    process.kill()
+    process.wait()
+    stat = Path("/proc", waits.read_text(), "stat")
+    wait_until(lambda: not stat.exists() or ") Z " in stat.read_text())  # nobody may wait for it
+
+
+def test_it_stops_and_goes_on_with_its_parent(tmp_path: Path, words: list[str]) -> None:
+    process = parent(*words, "wait", "3", "never")
+    waits = tmp_path / "run" / "waits"
+    wait_until(lambda: waits.exists() and waits.read_text() != "")
+
+    def states() -> set[str]:
+        stats = [Path("/proc", str(p), "stat") for p in (process.pid, waits.read_text())]
+        return {stat.read_text().rpartition(")")[2].split()[0] for stat in stats}
+
+    process.send_signal(signal.SIGTSTP)
+    wait_until(lambda: states() == {"T"})
+    process.send_signal(signal.SIGCONT)
+    wait_until(lambda: states() == {"S"})
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("content", ["low 0\noom_kill {}\n", "oom_kill_disable 0\noom_kill {}\n"])
+def test_a_kill_for_want_of_memory_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    counter = tmp_path / "events"
+    monkeypatch.setattr(restarting, "OOM_COUNTERS", (tmp_path / "none", counter))
+    counter.write_text(content.format(7))
+    assert restarting.count_memory_kills() == 7
+    assert "because memory ran out: a smaller batch_size" in describe_end(9, was_memory=True)
+    assert "memory ran out" not in describe_end(signal.SIGABRT, was_memory=False)
+
+
+def test_what_helps_on_a_mac_is_named_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1" in describe_end(signal.SIGABRT, was_memory=False)
