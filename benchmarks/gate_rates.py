@@ -38,9 +38,10 @@ from nested_core.config.sections import GateSection, RegistrySection
 from nested_core.data.example_digests import digest_examples
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.gate.answers.answer_bounds import judge_answers
-from nested_core.gate.losses.chosen_candidate import Candidates, join_candidates
+from nested_core.gate.losses.chosen_candidate import Candidates, SweepChoice, join_candidates
 from nested_core.gate.losses.held_out_loss import HeldOutExamples
 from nested_core.gate.losses.loss_figures import harm_reasons, loss_reasons
+from nested_core.pipeline.sweep import better_half, is_shown_better, plan_rungs
 from nested_core.records.answers import AnsweringRole, AnswerRecord
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import Validation
@@ -156,16 +157,24 @@ def plant_fixed_step(
     return make_losses(before, after, tokens), Candidates()
 
 
+def drift_over_steps(
+    random: np.random.Generator, steps: int, examples: int, distribution: str
+) -> Vector:
+    """Differences of variance 1 at so many evaluations in a row, (steps, examples)."""
+    noise = np.empty((steps, examples))
+    noise[0] = draw_noise(random, examples, distribution, 1)
+    for step in range(1, steps):
+        fresh = draw_noise(random, examples, distribution, 1)
+        noise[step] = DRIFT_OF_STEPS * noise[step - 1] + math.sqrt(1 - DRIFT_OF_STEPS**2) * fresh
+    return noise
+
+
 def plant_best_step(
     random: np.random.Generator, *, examples: int, distribution: str, sd: float, gain: float = 0.0
 ) -> tuple[ExampleLosses, Candidates]:
     """The best of 24 evaluations on the examples that judge it, chosen as the trainer does."""
     before, tokens = draw_before(random, examples)
-    noise = np.empty((STEPS, examples))
-    noise[0] = draw_noise(random, examples, distribution, 1)
-    for step in range(1, STEPS):
-        fresh = draw_noise(random, examples, distribution, 1)
-        noise[step] = DRIFT_OF_STEPS * noise[step - 1] + math.sqrt(1 - DRIFT_OF_STEPS**2) * fresh
+    noise = drift_over_steps(random, STEPS, examples, distribution)
     steps = before - gain + sd * noise
     state = TrainingState()
     for step, losses in enumerate(steps):
@@ -222,6 +231,32 @@ def best_of_sweep(
         return is_promoted(make_losses(fresh, after, tokens), Candidates())
     family = [Candidates(1, judged.lines, point[None]) for point in losses]
     return is_promoted(judged, join_candidates(family))
+
+
+def best_of_halving(
+    random: np.random.Generator, *, points: int, examples: int, distribution: str, sd: float
+) -> bool:
+    """Whether the winner of a sweep with halving is told as better than its first arm, an equal."""
+    before, tokens = draw_before(random, examples)
+    rungs = plan_rungs(points, 10_000, None)
+    unit = int(2 * rungs[-1] / rungs[0])  # evaluations of a whole run, two in the first rung
+    losses = np.empty((points, unit, examples))
+    for arm in range(points):
+        losses[arm] = before + sd * drift_over_steps(random, unit, examples, distribution)
+    means = losses @ tokens / tokens.sum()
+    alive, seen = list(range(points)), dict.fromkeys(range(points), 0)
+    for rung in rungs:
+        count = unit * rung // rungs[-1]
+        seen |= dict.fromkeys({0, *alive}, count)
+        alive = better_half({arm: float(means[arm, :count].min()) for arm in alive})
+    winner = better_half({arm: float(means[arm].min()) for arm in {0, *alive}})[0]
+    after, other = (losses[arm, means[arm].argmin()] for arm in (winner, 0))
+    judged = make_losses(other, after, tokens, "valid.jsonl")
+    family = [Candidates(n, judged.lines, losses[arm, :n]) for arm, n in seen.items()]
+    together = join_candidates(family)
+    found = judged.compare_trained_with(other)
+    interval = None if found is None else together.corrected_interval(judged, other, found)
+    return is_shown_better(SweepChoice(together.count, interval, found), MIN_IMPROVEMENT)
 
 
 def copied_rows(
@@ -507,6 +542,10 @@ def _list_cases_of_noise(distribution: str, sd: float) -> Iterator[Case]:
     name = "equal, a sweep of 16 judged on test.jsonl, 60 examples"
     sweep = partial(best_of_sweep, points=16, examples=60, has_test=True)
     yield case("promoted", name, sweep, 0.04)
+    for points, examples in ((4, 60), (16, 60), (4, 200)):
+        name = f"equal, a sweep of {points} with halving, {examples} examples"
+        sweep = partial(best_of_halving, points=points, examples=examples)
+        yield case("told better", name, sweep, 0.04)
     for prompts, copies in ((8, 25), (50, 4), (200, 1)):
         name = f"equal, {prompts} prompts x {copies} copies"
         trial = partial(copied_rows, prompts=prompts, copies=copies)

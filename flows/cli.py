@@ -110,6 +110,7 @@ def build_parser() -> _Parser:
             registry,
             reports,
             serving,
+            sweep,
             training,
         )
 
@@ -125,7 +126,7 @@ def build_parser() -> _Parser:
     commands = _Commands(parser)
     parser.commands = commands.parsers
     parser.summaries = commands.summaries
-    running = (demo, training, configuration)
+    running = (demo, training, sweep, configuration)
     looking = (inspection, reports, evaluation, chat, serving)
     keeping = (registry, export, peft, deployment, doctor)
     for module in (*running, *looking, *keeping):

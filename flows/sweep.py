@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,6 @@ from flows.flow_runs.allowed_folders import with_allowed_paths, with_trusted_cod
 from flows.flow_runs.approvals import request_approval
 from flows.flow_runs.nights import SWEEP_TAG
 from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
-from nested_core.config.loading import lay_over, parse_config
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section_base import Section
@@ -28,6 +26,12 @@ from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.gate.losses.chosen_candidate import SweepChoice
 from nested_core.pipeline.continual import champion_or_none
+from nested_core.pipeline.sweep_points import (
+    Point,
+    grid_points,
+    refuse_incomparable_keys,
+    settings_of_point,
+)
 from nested_core.records.outcome_names import Outcome
 from nested_core.registry import Decision
 from nested_core.registry.promotion_policy import effective_rule
@@ -43,11 +47,6 @@ SECONDS_BETWEEN_LOOKS = 10.0
 MOST_RUNS = 256
 MAX_RUNS_READ = 100  # in one look: those that were started first
 SECONDS_UNTIL_RESUMED = 180.0  # after a crash: 20 s of the automation, and what the server may lag
-# Keys that change which tokens or examples a loss is of, so that losses cannot be compared.
-KEYS_OF_THE_LOSS = (
-    *("mask_prompt", "max_seq_length", "data", "hf_dataset", "data_policy", "val_batches"),
-    *("training.supervise", "training.reference", "gate.held_out"),
-)
 
 
 class SweepParameters(Section):
@@ -76,12 +75,13 @@ def sweep(config: SweepParameters) -> State[Any]:
     if target.path is None or target.name is None:
         raise ConfigError("sweep: base.registry.path and name are needed to compare what came out.")
     champion = champion_or_none(Path(target.path), target.name)
-    refuse_incomparable_keys(config.grid)
-    points = list(grid_points(config.grid))
+    refuse_incomparable_keys(config.grid, config.base)
+    points = grid_points(config.grid)
     if len(points) > MOST_RUNS:
         raise ConfigError(f"sweep: the grid has {len(points)} points, at most {MOST_RUNS}.")
     # A point that cannot run is found before any is started.
-    settings = [_settings_of_point(config.base, point) for point in points]
+    policy: Point = {"registry.promote": "never"}
+    settings = [settings_of_point(config.base, point | policy) for point in points]
     run_ids = [
         _start_run(config.deployment, index, point, values)
         for index, (point, values) in enumerate(zip(points, settings, strict=True))
@@ -139,38 +139,10 @@ def promote_choice(
     return promote(target, version, champion)
 
 
-def grid_points(grid: dict[str, list[JsonValue]]) -> list[dict[str, JsonValue]]:
-    """Every combination of one value a key; keys by name, for a database keeps no order of them."""
-    keys = sorted(grid)
-    combinations = itertools.product(*(grid[key] for key in keys))
-    return [dict(zip(keys, values, strict=True)) for values in combinations]
-
-
-def refuse_incomparable_keys(grid: dict[str, list[JsonValue]]) -> None:
-    """Raise ConfigError for a key under which the runs' losses are of different things."""
-    bad = [
-        key
-        for key in sorted(grid)
-        if key.partition(".")[0] in ("registry", *KEYS_OF_THE_LOSS) or key in KEYS_OF_THE_LOSS
-    ]
-    if bad:
-        raise ConfigError(
-            f"sweep: the grid varies {', '.join(bad)}. A sweep compares losses on the same tokens "
-            f"of the same examples, and registers in one place. Give each value a sweep of its own."
-        )
-
-
 def _run_directory_of(index: int) -> RunDirectory:
     """Known before the run starts, so that its result is found; the same for a retried sweep."""
     key = str(runtime.flow_run.id).replace("-", "")[-8:]
     return RunDirectory(Path("runs") / f"sweep-{key}" / f"{index:03d}")
-
-
-def _settings_of_point(base: FineTuneConfig, point: dict[str, JsonValue]) -> dict[str, Any]:
-    """The configuration of a point's run, which promotes nothing; an error if it cannot run."""
-    values = lay_over(base.model_dump(mode="json"), point | {"registry.promote": "never"})
-    parse_config(values, source=f"sweep: the grid's point {point}")
-    return values
 
 
 def _start_run(

@@ -1,4 +1,4 @@
-"""The runs of a sweep compared: a row each, and the best that the gate verified."""
+"""The runs of a sweep compared: a row each, the best that the gate verified, and a page."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import Any, Self
 
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError
+from nested_core.records.metrics import read_metrics
 from nested_core.records.run import Run
+from nested_core.records.sweep import Arm, SweepRecord
 from nested_core.registry import list_versions
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.document import Document, Figures, Table, Text
 from nested_core.text.loss_format import format_loss, loss_name_for_file
+from nested_core.text.svg_chart import Chart, Curve, Point
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,40 @@ class SweepRunResult:
             return settings
         name = loss_name_for_file(self.file)
         return f"{settings} ({name} {format_loss(self.loss)})"
+
+
+def describe_sweep(record: SweepRecord, runs: Sequence[RunDirectory], summary: str) -> Document:
+    """A page: the outcome, every arm's validation loss over the steps, and a table."""
+    curves = []
+    for number, (arm, run) in enumerate(zip(record.arms, runs, strict=True)):
+        evaluations = [line for line in read_metrics(run.metrics) if "val_loss" in line]
+        points = [Point(line["step"], line["val_loss"]) for line in evaluations]
+        curves.append(Curve(f"{number}: {arm.describe()}", points, has_dots=True))
+    chart = Chart("Validation loss of each setting", "step", "nats a token", curves)
+    table = Table("Lowest so far at each comparison", sweep_columns(record), sweep_rows(record))
+    return Document("Sweep", [Text(summary, is_headline=True), Figures([[chart]]), table])
+
+
+def sweep_columns(record: SweepRecord) -> tuple[str, ...]:
+    """The heads of the table of arms."""
+    return ("", "setting", *(f"step {step}" for step in record.rungs), "")
+
+
+def sweep_rows(record: SweepRecord) -> list[tuple[object, ...]]:
+    """A row for each arm: its number, its settings, its score at each rung, what became of it."""
+    rows: list[tuple[object, ...]] = []
+    for number, arm in enumerate(record.arms):
+        scores = [_format_score(arm, step) for step in record.rungs]
+        ended = "chosen" if number == record.chosen else ""
+        rows.append((number, arm.describe(), *scores, ended))
+    return rows
+
+
+def _format_score(arm: Arm, step: int) -> str | None:
+    if step not in arm.scores:
+        return None
+    score = arm.scores[step]
+    return "diverged" if score is None else format_loss(score)
 
 
 def choose_best_run(outcomes: Sequence[SweepRunResult]) -> SweepRunResult | None:

@@ -11,8 +11,9 @@ import pytest
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Completed, Crashed, Running, Scheduled, State
 
-from flows.sweep import MOST_RUNS, SweepParameters, grid_points, has_ended, promote_choice, sweep
+from flows.sweep import MOST_RUNS, SweepParameters, has_ended, promote_choice, sweep
 from nested_core.errors import ConfigError
+from nested_core.pipeline.sweep_points import grid_points
 from nested_core.records.verdict import JudgedAdapter, Validation, Verdict
 from nested_core.records.verdict_file import write_verdict
 from nested_core.registry import Decision

@@ -164,29 +164,43 @@ class SweepChoice:
     corrected_interval: the 95 % interval of its loss less the champion's, or less that of the
         adapter that it began from where there is no champion, which holds for the best of so many;
         None for one alone, and without losses to compare.
+    difference: what the interval is of, and its own; None without losses to compare.
     """
 
     chosen_among: int
     corrected_interval: tuple[float, float] | None
+    difference: PairedDifference | None = None
 
     @classmethod
-    def read(cls, chosen: RunDirectory, runs: Sequence[RunDirectory]) -> SweepChoice:
-        """From the folders of the chosen run and of all runs, the chosen one among them."""
+    def read(
+        cls,
+        chosen: RunDirectory,
+        runs: Sequence[RunDirectory],
+        baseline: RunDirectory | None = None,
+    ) -> SweepChoice:
+        """From the folders of the chosen run and of all runs, the chosen one among them.
+
+        With `baseline`, the folder of another judged run of the sweep, its losses are those of that
+        run's adapter on the same examples, and not the champion's.
+        """
         validation = read_verdict(chosen.gate).validation
         if validation is None:
             return cls(1, None)
+        losses = read_example_losses(chosen.gate_losses).counted()
+        if baseline is None:
+            judged = losses.examples_with_champion_loss()
+            other = judged.champion
+            if other is None or not len(judged):
+                judged, other = (losses, losses.before)
+        else:
+            judged, other = losses, _read_losses_of_same_examples(baseline, losses)
+        found = judged.compare_trained_with(other)
         is_validation_set = validation.selected_on_same_data or validation.file == "valid.jsonl"
         if not is_validation_set and validation.chosen_among == 1:
-            return cls(1, None)
+            return cls(1, None, found)
         family = join_candidates([_read_candidates_of_run(run) for run in runs])
-        losses = read_example_losses(chosen.gate_losses).counted()
-        shared = losses.examples_with_champion_loss()
-        judged, other = (losses, losses.before)
-        if shared.champion is not None and len(shared):
-            judged, other = (shared, shared.champion)
-        found = judged.compare_trained_with(other)
         interval = None if found is None else family.corrected_interval(judged, other, found)
-        return cls(family.count, interval)
+        return cls(family.count, interval, found)
 
     def why_not_better(self) -> str | None:
         """Why the choice may be luck, or None where it is not."""
@@ -201,6 +215,13 @@ class SweepChoice:
         return (
             f"{among}: the 95 % interval corrected for that is {interval}; a test.jsonl sees more"
         )
+
+
+def _read_losses_of_same_examples(run: RunDirectory, judged: ExampleLosses) -> Vector:
+    """The losses of a run's adapter on the examples of another; NaN for one that it has not."""
+    losses = read_example_losses(run.gate_losses)
+    by_line = dict(zip(losses.lines.tolist(), losses.after.tolist(), strict=True))
+    return np.array([by_line.get(line, np.nan) for line in judged.lines.tolist()], np.float64)
 
 
 def _read_candidates_of_run(run: RunDirectory) -> Candidates:

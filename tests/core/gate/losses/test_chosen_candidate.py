@@ -10,7 +10,7 @@ import pytest
 
 from nested_core.gate.losses.chosen_candidate import SweepChoice
 from nested_core.gate.losses.loss_figures import summarise_losses
-from nested_core.records.losses import ExampleLosses
+from nested_core.records.losses import ExampleLosses, read_example_losses
 from nested_core.records.verdict import JudgedAdapter, Verdict
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
@@ -73,7 +73,23 @@ def test_the_best_of_equal_runs_is_told_from_one_that_is_better(tmp_path: Path) 
 
 def test_examples_that_chose_nothing_need_no_correction(tmp_path: Path) -> None:
     runs = sweep_of(tmp_path, 0.0, is_selected=False)
-    assert SweepChoice.read(runs[0], runs) == SweepChoice(1, None)
+    choice = SweepChoice.read(runs[0], runs)
+    assert (choice.chosen_among, choice.corrected_interval) == (1, None)
+    assert choice.why_not_better() is None
+    losses = read_example_losses(runs[0].gate_losses)
+    assert losses.champion is not None
+    assert choice.difference == losses.compare_trained_with(losses.champion)
+
+
+def test_the_choice_is_compared_with_another_run_on_the_same_examples(tmp_path: Path) -> None:
+    runs = sweep_of(tmp_path, 0.2)
+    choice = SweepChoice.read(runs[0], runs, baseline=runs[1])
+    own, other = (read_example_losses(run.gate_losses) for run in runs[:2])
+    assert choice.difference is not None
+    assert choice.difference.mean == pytest.approx(own.mean(own.after) - own.mean(other.after))
+    assert choice.corrected_interval is not None
+    half = (choice.corrected_interval[1] - choice.corrected_interval[0]) / 2
+    assert half > (choice.difference.high - choice.difference.low) / 2
 
 
 def test_runs_without_the_losses_of_their_steps_count_by_the_gates(tmp_path: Path) -> None:

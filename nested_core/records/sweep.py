@@ -1,0 +1,88 @@
+"""sweep.json: what a sweep tries, how far each arm got, and which one it chose."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue, TypeAdapter, ValidationError
+
+from nested_core.errors import DamagedError, describe_first_problem
+from nested_core.storage.atomic import write_json
+from nested_core.storage.untrusted_files import read_json
+
+SWEEP_NAME = "sweep.json"
+MAX_SWEEP_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting that is tried.
+
+    point: key -> value, where it differs from the configuration; empty for that itself.
+    scores: by the rung's step, the lowest score so far: the validation loss in nats a token, or the
+        share of wrong answers; None where it was not finite or training diverged.
+    """
+
+    point: dict[str, JsonValue]
+    scores: dict[int, float | None] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """Its settings in words."""
+        if not self.point:
+            return "the configuration itself"
+        return ", ".join(f"{key}={_format(value)}" for key, value in self.point.items())
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """A sweep so far; what it decides follows from this alone, so that it goes on as it began.
+
+    digest: of the configuration and what was asked for; a resumed sweep has the same.
+    rungs: the optimizer steps at which arms are compared; the last one is a whole run.
+    budget: optimizer steps of all arms together; None where they are not bounded.
+    arms: the configuration itself first.
+    rounds: the arms, by number, of each round.
+    seconds: of training and evaluations so far.
+    chosen: the number of the chosen arm, once it is known.
+    """
+
+    digest: str
+    select_by: str
+    rungs: tuple[int, ...]
+    budget: int | None
+    arms: tuple[Arm, ...]
+    rounds: tuple[tuple[int, ...], ...] = ()
+    seconds: float = 0.0
+    chosen: int | None = None
+
+    @property
+    def trained(self) -> int:
+        """Optimizer steps of all arms so far, up to the last rung of each."""
+        return sum(max(arm.scores, default=0) for arm in self.arms)
+
+    def with_score(self, number: int, step: int, score: float | None) -> SweepRecord:
+        """The record with an arm's score at a rung."""
+        arm = replace(self.arms[number], scores=self.arms[number].scores | {step: score})
+        return replace(self, arms=(*self.arms[:number], arm, *self.arms[number + 1 :]))
+
+    def write(self, folder: Path) -> None:
+        """Write sweep.json."""
+        write_json(folder / SWEEP_NAME, asdict(self))
+
+
+_VALIDATOR = TypeAdapter(SweepRecord)
+
+
+def read_sweep(folder: Path) -> SweepRecord:
+    """Read sweep.json; DamagedError where it is not what a sweep wrote."""
+    path = folder / SWEEP_NAME
+    try:
+        return _VALIDATOR.validate_python(read_json(path, MAX_SWEEP_BYTES))
+    except ValidationError as error:
+        raise DamagedError(f"{path}: {describe_first_problem(error)}.") from error
+
+
+def _format(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

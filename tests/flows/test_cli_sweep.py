@@ -1,0 +1,52 @@
+"""`nested-tune sweep`, as a person types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.example import write_config
+from tests.flows.conftest import called
+
+
+def test_a_sweep_says_what_was_tried_and_what_came_of_the_best(tmp_path: Path) -> None:
+    write_config(tmp_path / "lora.yaml", iters=40, batch_size=4, nested={"frequencies": [1]})
+    command = ("sweep", "-c", "lora.yaml", "--over", "learning_rate=1e-6", "--steps", "40")
+    done = called(*command, "--run-dir", "found", "--json", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert [arm["point"] for arm in said["arms"]] == [{}, {"learning_rate": 1e-6}]
+    assert (said["chosen"], said["better"], said["steps"]) == (0, False, 30)
+    assert said["summary"] == (
+        "2 settings tried in 30 steps: none was better than the configuration itself."
+    )
+    assert (tmp_path / "found" / "sweep.html").is_file()
+    again = called(*command, "--run-dir", "found", cwd=tmp_path)
+    assert (again.code, again.stdout) == (2, "")
+    assert "found is not empty: add --resume" in again.message()
+    judged = called(*command, "--run-dir", "found", "--resume", cwd=tmp_path)
+    assert said["summary"] in judged.stdout
+    assert "the configuration itself: to step" not in judged.stderr  # nothing is trained again
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--over", "learning_rate"), "--over learning_rate: expected KEY=V,V"),
+        (("--over", "seed=1", "--over", "seed=2"), "--over seed=2: expected KEY=V,V"),
+        (("--over", "data=a,b"), "the grid varies data"),
+        (("--over", "iters=1,2"), "iters is decided by the sweep itself"),
+        (("--minutes", "0"), "sweep --minutes must be above 0"),
+        (("--resume",), "--resume needs the --run-dir"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(
+    tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    write_config(tmp_path / "lora.yaml", iters=40)
+    done = called("sweep", "-c", "lora.yaml", *flags, cwd=tmp_path)
+    assert done.code == 2
+    assert message in done.message()
+    assert list((tmp_path / "runs").glob("*")) == []
