@@ -44,6 +44,7 @@ ROOMS = {
         *("finetune", "FinetuneResult", "Steps", "Hooks"),
     ),
     "Looking at runs": ("read_report", "RunReport", "compare_runs", "RunComparison"),
+    "The registry": ("promote", "champion", "RegisteredAdapter"),
     "Judging without training": ("evaluate", "Evaluation"),
     "Taking a model elsewhere": ("export", "Export"),
     "Adapters": ("read_adapter", "Adapter"),

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from nested_core.optim.tier_assignment import TierMap, assign_tiers
     from nested_core.optim.tier_counters import Tier, TierStats
     from nested_core.optim.tiered import NestedAdam, NestedAdamW, Tiered
+    from nested_core.pipeline.champion import RegisteredAdapter, champion, promote
     from nested_core.pipeline.evaluation import evaluate
     from nested_core.pipeline.export import Export, export
     from nested_core.pipeline.finetune import FinetuneResult, finetune
@@ -58,6 +59,7 @@ __all__ = [
     "NestedAdam",
     "NestedAdamW",
     "NestedTuneError",
+    "RegisteredAdapter",
     "RunComparison",
     "RunReport",
     "SilentUpdateWarning",
@@ -72,6 +74,7 @@ __all__ = [
     "UpdateReport",
     "apply_flat_updates_to_nested",
     "assign_tiers",
+    "champion",
     "compare_runs",
     "evaluate",
     "export",
@@ -79,6 +82,7 @@ __all__ = [
     "load_config",
     "open_run",
     "prepare",
+    "promote",
     "read_adapter",
     "read_report",
     "verify_updates",
@@ -93,6 +97,7 @@ _PUBLIC_NAMES_BY_MODULE = {
     "optim.tiered": ("NestedAdam", "NestedAdamW", "Tiered"),
     "optim.named_updates": ("UpdateReport", "apply_flat_updates_to_nested", "verify_updates"),
     "optim.tier_assignment": ("TierMap", "assign_tiers"),
+    "pipeline.champion": ("RegisteredAdapter", "champion", "promote"),
     "pipeline.evaluation": ("evaluate",),
     "pipeline.export": ("Export", "export"),
     "pipeline.finetune": ("FinetuneResult", "finetune"),

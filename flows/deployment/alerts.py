@@ -21,8 +21,8 @@ from prefect.exceptions import ObjectNotFound
 from prefect.types import SecretDict
 from pydantic import SecretStr
 
-from flows.process.environment import current_user
 from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.process.current_user import current_user
 from nested_core.text.foreign_text import escape
 
 WEBHOOK_BLOCK_NAME = "nested-tune"

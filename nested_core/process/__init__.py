@@ -2,4 +2,5 @@
 
 child_main.py is the program that answers. Workers on all cores, the proof's fresh process, scorers
 of suites, the workers that compile kernels, and what tells Prefect of a server are of this kind.
+current_user.py says whose process this one is.
 """

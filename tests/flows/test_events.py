@@ -20,10 +20,10 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.commands import prefect_notice
 from flows.finetune import FinetuneParameters, finetune
-from flows.process.environment import current_user
 from flows.reconcile import ReconcileParameters, reconcile
 from flows.rollback import RollbackParameters, rollback
 from nested_core import registry as core
+from nested_core.process.current_user import current_user
 from nested_core.registry import ledger
 from nested_core.registry.history_views import writing
 from nested_core.registry.policy import set_policy

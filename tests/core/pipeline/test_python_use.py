@@ -11,11 +11,23 @@ from typing import Any
 
 import pytest
 
-from nested_core import ConfigError, FineTuneConfig, compare_runs, read_report
+from nested_core import (
+    ConfigError,
+    DamagedError,
+    FineTuneConfig,
+    champion,
+    compare_runs,
+    promote,
+    read_report,
+)
 from nested_core.pipeline import finetune as finetune_module
 from nested_core.pipeline.finetune import FinetuneResult, finetune
 from nested_core.pipeline.hooks import ShownProgress, Steps
+from nested_core.pipeline.publishing import register_run
 from nested_core.records.run import read_run
+from nested_core.records.verdict_file import read_verdict
+from nested_core.registry import history
+from nested_core.registry.policy import set_policy
 from nested_core.storage.run_directory import open_run
 from tests.example import MODEL, example_config, generate_answers
 
@@ -117,6 +129,52 @@ def test_the_result_answers_as_plain_mlx_lm_does(session: Session) -> None:
     prompt = "I want to see Slovakia. Where to?"
     (expected,) = generate_answers(str(MODEL), [prompt], adapter=session.result.run.adapter)
     assert session.result.ask(prompt, max_tokens=32) == expected
+
+
+def test_a_result_is_promoted_and_the_champion_answers_as_plain_mlx_lm_does(
+    session: Session, tmp_path: Path
+) -> None:
+    registry, prompt = tmp_path / "registry", "I want to see Slovakia. Where to?"
+    promoted = promote(session.result, "capitals", registry=registry, by="ann")
+    found = champion(registry / "capitals")
+    assert found == promoted == champion("capitals", registry=registry)
+    (expected,) = generate_answers(str(MODEL), [prompt], adapter=found.folder)
+    assert found.ask(prompt, max_tokens=32) == expected
+    assert found.verdict == read_verdict(session.result.run.gate)
+    assert repr(found).startswith(f"RegisteredAdapter({registry}/capitals, version ")
+    (line,) = [line for line in history(registry, "capitals") if line["action"] == "promote"]
+    assert (line["by"], line["version"]) == ("ann", found.version)
+    assert champion(f"{registry}/capitals@{found.version[:8]}") == found
+
+
+def test_a_champion_whose_files_changed_is_not_asked(session: Session, tmp_path: Path) -> None:
+    found = promote(session.result.run.path, "capitals", registry=tmp_path)
+    place = found.folder / "gate.json"
+    place.chmod(0o644)
+    place.write_bytes(place.read_bytes() + b" ")
+    with pytest.raises(DamagedError, match="gate.json"):
+        found.ask("Anybody?")
+
+
+def test_a_promotion_against_the_policy_is_warned_of(session: Session, tmp_path: Path) -> None:
+    config = example_config(registry={"path": str(tmp_path), "name": "capitals"})
+    register_run(config, session.result.run, None)
+    set_policy(tmp_path, "capitals", by="ann", changes={"promote": "never"})
+    with pytest.warns(RuntimeWarning, match="capitals: .*never"):
+        promote(session.result, "capitals", registry=tmp_path)
+    assert history(tmp_path, "capitals")[-1]["action"] == "promote"
+
+
+@pytest.mark.parametrize("name", ["../capitals", "a/b", ""])
+def test_what_is_no_name_cannot_be_promoted(session: Session, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError):
+        promote(session.result, name, registry=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_no_champion(session: Session) -> None:
+    with pytest.raises(ConfigError, match="is no name in a registry"):
+        champion(session.result.run.path)
 
 
 def test_a_result_without_an_adapter_cannot_be_asked(tmp_path: Path) -> None:

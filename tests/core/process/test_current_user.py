@@ -7,7 +7,7 @@ import pwd
 
 import pytest
 
-from flows.process.environment import current_user
+from nested_core.process.current_user import current_user
 
 
 @pytest.mark.parametrize("error", [KeyError, OSError])

@@ -1,0 +1,122 @@
+"""The registry from Python: promote the adapter of a run, and ask the champion of a name."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nested_core.config.resume import read_run_config
+from nested_core.errors import ConfigError
+from nested_core.pipeline.finetune import FinetuneResult
+from nested_core.pipeline.named_adapters import DEFAULT_REGISTRY, VERSIONS, find_named_adapter
+from nested_core.pipeline.publishing import register_and_promote_run
+from nested_core.process.current_user import current_user
+from nested_core.records.verdict import Verdict
+from nested_core.records.verdict_file import GATE_NAME, read_verdict
+from nested_core.registry import read_verified_version
+from nested_core.registry.folders import check_name
+from nested_core.registry.promotion_policy import describe_promotion
+from nested_core.registry.versions import version_folder
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.digest_format import shorten_digest
+
+if TYPE_CHECKING:
+    from nested_core.models.side_by_side import SideBySide
+
+
+@dataclass(frozen=True, repr=False)
+class RegisteredAdapter:
+    """A version in a registry, which can be asked.
+
+    registry, name: where it is registered.
+    version: its digest.
+    """
+
+    registry: Path
+    name: str
+    version: str
+
+    @property
+    def folder(self) -> Path:
+        """Its files, which mlx_lm takes as --adapter-path."""
+        return version_folder(self.registry, self.name, self.version)
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """The gate's verdict when it was registered."""
+        return read_verdict(self.folder / GATE_NAME)
+
+    def ask(self, prompt: str, *, max_tokens: int = 256, temperature: float = 0.0) -> str:
+        """What the version answers to a user's message.
+
+        The base is loaded at the first question and stays in memory with this object; the answer
+        ends after `max_tokens` tokens, and `temperature` 0 takes the likeliest one each time.
+        Raises ConfigError where the model cannot see all of the prompt.
+        """
+        from nested_core.models.generation import Sampling
+
+        return self._loaded.ask("adapter", prompt, Sampling(max_tokens, temperature=temperature))
+
+    @cached_property
+    def _loaded(self) -> SideBySide:
+        """The base and the version, in memory; every file of the version is hashed before."""
+        from nested_core.models.side_by_side import SideBySide
+
+        read_verified_version(self.registry, self.name, self.version)
+        return SideBySide({"adapter": self.folder}, model=None, trust_remote_code=False)
+
+    def __repr__(self) -> str:
+        place = self.registry / self.name
+        version = shorten_digest(self.version)
+        return f"RegisteredAdapter({place}, version {version}, {self.verdict.summary()})"
+
+
+def champion(name: str | Path, *, registry: str | Path | None = None) -> RegisteredAdapter:
+    """The champion of a name, or the version that is named.
+
+    Args:
+        name: NAME, REGISTRY/NAME or NAME@VERSION.
+        registry: where a NAME is looked for; `registry` by default.
+
+    Raises ConfigError for another name, or one without a champion.
+    """
+    named = find_named_adapter(Path(name), None if registry is None else Path(registry))
+    versions = named.folder.parent
+    if versions.name != VERSIONS:
+        raise ConfigError(f"{name} is no name in a registry: it leads to {named.folder}.")
+    folder = versions.parent
+    return RegisteredAdapter(folder.parent, folder.name, named.folder.name)
+
+
+def promote(
+    result: FinetuneResult | str | Path,
+    name: str,
+    *,
+    registry: str | Path = DEFAULT_REGISTRY,
+    by: str | None = None,
+) -> RegisteredAdapter:
+    """Register the adapter of a run, if it is not yet, and make it the champion of a name.
+
+    Args:
+        result: what `finetune` returned, or a run directory.
+        name: the name, without its registry.
+        registry: the folder that the name is in.
+        by: who promotes it, as the history says; the user of this process by default.
+
+    It is a person's decision, which counts above the registry's policy: a warning says what that
+    asks for, and whether the champion before had a lower loss. Raises ConfigError where nothing was
+    trained, GateRejected for a verdict that did not pass, DamagedError for damaged files.
+    """
+    check_name(name)
+    run = result.run if isinstance(result, FinetuneResult) else RunDirectory(Path(result))
+    config = read_run_config(run)
+    place = {"path": str(registry), "name": name}
+    config = config.model_copy(update={"registry": config.registry.model_copy(update=place)})
+    done, candidate = register_and_promote_run(config, run, by=by or current_user())
+    notes = describe_promotion(Path(registry), name, done, candidate)
+    for warning in filter(None, (done.against_policy, notes.warning)):
+        warnings.warn(f"{name}: {warning}", RuntimeWarning, stacklevel=2)
+    return RegisteredAdapter(Path(registry), name, done.version)
