@@ -137,7 +137,7 @@ def export(
     data: str | Path | None = None,
     registry: Path | None = None,
     base_model: str | None = None,
-    on_stage: OnStage = lambda _: None,
+    on_stage: OnStage | None = None,
 ) -> Export:
     """Write a base with its adapter as one model, and keep it only where it does as the adapter.
 
@@ -220,7 +220,7 @@ class _Exporting:
     """One export, from measuring its reference to putting it in its place."""
 
     def __init__(
-        self, source: _Source, target: Path, data: str | Path | None, on_stage: OnStage
+        self, source: _Source, target: Path, data: str | Path | None, on_stage: OnStage | None
     ) -> None:
         self._source = source
         self._target = target
@@ -233,7 +233,7 @@ class _Exporting:
         """Write a folder, or with a quantization a GGUF, judge it and put it in its place."""
         if reasons := fingerprint_reasons(self._source.adapter.config, self._folder):
             raise ConfigError(f"{self._source.model.name}: {reasons[0].message}.")
-        self._on_stage("measuring the base and the adapter")
+        self._begin("measuring the base and the adapter")
         reference = self._measure_reference()
         mx.clear_cache()
         self._target.parent.mkdir(parents=True, exist_ok=True)
@@ -241,13 +241,13 @@ class _Exporting:
             prefix=TEMPORARY_PREFIX, dir=self._target.parent
         ) as beside:
             draft = Path(beside, self._target.name)
-            self._on_stage("fusing and writing")
+            self._begin("fusing and writing")
             if quantization is None:
                 written = self._write_folder(draft, dequantize=dequantize)
             else:
                 written = self._write_gguf(draft, quantization)
             mx.clear_cache()
-            self._on_stage("reading what was written in a new process")
+            self._begin("reading what was written in a new process")
             record = self._judge(draft, written, reference, self._read(draft, written, reference))
             write_export_record(record_place(draft), record)
             write_bytes(card_place(draft), render_export_card(draft.name, record).encode())
@@ -261,6 +261,10 @@ class _Exporting:
             f"{self._target} was not kept: {record.describe()}.{problems}\nIt lies at {place} for "
             f"a look.{again if written.quantized_base == 'kept' else ''}"
         )
+
+    def _begin(self, stage: str) -> None:
+        if self._on_stage is not None:
+            self._on_stage(stage)
 
     def _measure_reference(self) -> Reference:
         """Base and adapter by the run's own rows and suites, or those that were given."""
