@@ -43,8 +43,14 @@ from nested_core.data.tokens.parallel_tokenization import (
     tokenize_splits,
 )
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.models.base_model import context_length
-from nested_core.records.dataset import DatasetReport, Findings, Severity, SplitStats, sort_findings
+from nested_core.models.base_model import chat_template_digest, context_length
+from nested_core.records.dataset import (
+    DatasetReport,
+    Findings,
+    Severity,
+    SplitStats,
+    sort_findings,
+)
 from nested_core.storage.atomic import canonical_json
 
 Tables = Mapping[str, SplitTable]
@@ -84,7 +90,10 @@ def judge_dataset(
     _apply_row_count_rules(tables, settings, findings)
     for table in tables.values():
         add_dropped_lines(table.file, table.dropped, findings)
-    return _make_report(settings, tables, findings, facts, context)
+    report = _make_report(settings, tables, findings, facts, context)
+    if tokenizer is None:
+        return report
+    return replace(report, chat_template=chat_template_digest(Path(tokenizer.folder)))
 
 
 def _apply_line_rules(tables: Tables, settings: DataSettings, findings: Findings) -> None:

@@ -4,6 +4,7 @@ A folder is read by mlx_lm.load, a GGUF by llama.cpp through llama-cpp-python. I
 this project, and is asked for token ids, logits, losses and answers of what it has loaded.
 """
 
+import ctypes
 import hashlib
 import json
 import sys
@@ -64,56 +65,76 @@ class MlxLmReader:
 
 
 class LlamaCppReader:
-    """A GGUF, by llama.cpp."""
+    """A GGUF, by llama.cpp's C interface (llama.h) through llama-cpp-python."""
 
     def __init__(self, request: dict[str, Any]) -> None:
-        import llama_cpp
+        import llama_cpp.llama_cpp as api
 
-        rows = [*request["prompts"], *(example["tokens"] for example in request["examples"])]
-        rows += [
-            [*prompt, *([0] * max(suite["max_tokens"], *map(len, choices), 1))]
-            for suite in request["suites"]
-            for prompt, choices in zip(suite["prompts"], suite["choices"], strict=True)
-        ]
-        size = max(map(len, rows), default=1) + 1
-        self._api = llama_cpp
-        self._llama = llama_cpp.Llama(
-            request["artefact"],
-            n_ctx=size,
-            n_batch=size,
-            n_ubatch=size,
-            n_gpu_layers=0,  # on the CPU its sums are the same on every machine of one kind
-            logits_all=True,
-            type_k=0,  # float32, as the weights are multiplied with
-            type_v=0,
-            verbose=False,
-        )
-        self._vocabulary = llama_cpp.llama_model_get_vocab(self._llama.model)
+        self._api = api
+        size = longest_row(request) + 1
+        api.llama_backend_init()
+        given = api.llama_model_default_params()
+        given.n_gpu_layers = 0  # on the CPU its sums are the same on every machine of one kind
+        given.use_extra_bufts = False  # the plain kernels: those for AMX ended in SIGSEGV with q8_0
+        self._model = api.llama_model_load_from_file(request["artefact"].encode(), given)
+        if not self._model:
+            raise RuntimeError("llama.cpp does not load it")
+        kept = api.llama_context_default_params()
+        kept.n_ctx = kept.n_batch = kept.n_ubatch = size
+        kept.type_k = kept.type_v = api.GGML_TYPE_F32
+        self._context = api.llama_init_from_model(self._model, kept)
+        self._batch = api.llama_batch_init(size, 0, 1)
+        self._vocabulary = api.llama_model_get_vocab(self._model)
+        self._count = api.llama_vocab_n_tokens(self._vocabulary)
         self.name = f"llama.cpp (llama-cpp-python {version('llama-cpp-python')})"
-        self.chat_template = self._llama.metadata.get("tokenizer.chat_template")
-        count = self._llama.n_vocab()
-        self.ends = [token for token in range(count) if self._is_end(token)]
+        self.chat_template = self._read_text("tokenizer.chat_template")
+        self.ends = [token for token in range(self._count) if self._is_end(token)]
 
     def _is_end(self, token: int) -> bool:
         return bool(self._api.llama_vocab_is_eog(self._vocabulary, token))
 
+    def _read_text(self, key: str) -> str | None:
+        size = self._api.llama_model_meta_val_str(self._model, key.encode(), None, 0)
+        if size < 0:
+            return None
+        buffer = ctypes.create_string_buffer(size + 1)
+        self._api.llama_model_meta_val_str(self._model, key.encode(), buffer, size + 1)
+        return buffer.value.decode()
+
     def tokenizer_digest(self) -> str:
         """SHA-256 of the texts of all tokens as they are stored."""
         digest = hashlib.sha256()
-        for token in range(self._llama.n_vocab()):
+        for token in range(self._count):
             digest.update(self._api.llama_vocab_get_text(self._vocabulary, token) + b"\n")
         return digest.hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, with those that begin and end one as the file says."""
-        return list(self._llama.tokenize(text.encode(), add_bos=True, special=True))
+        given = text.encode()
+        room = len(given) + 8
+        ids = (self._api.llama_token * room)()
+        count = self._api.llama_tokenize(self._vocabulary, given, len(given), ids, room, True, True)
+        return list(ids[: max(count, 0)])
 
     def logits(self, tokens: list[int]) -> Logits:
         """Logits after each token, float32 (tokens, vocabulary)."""
-        self._llama.reset()
-        self._llama.eval(tokens)
-        rows: Logits = self._llama.scores[: len(tokens)].astype(np.float32)
-        return rows
+        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
+        return self._decode(tokens, 0)
+
+    def _decode(self, tokens: list[int], start: int) -> Logits:
+        """Logits after each token, the first of which has `start` tokens before it."""
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for place, token in enumerate(tokens):
+            batch.token[place] = token
+            batch.pos[place] = start + place
+            batch.n_seq_id[place] = 1
+            batch.seq_id[place][0] = 0
+            batch.logits[place] = 1
+        if (code := self._api.llama_decode(self._context, batch)) != 0:
+            raise RuntimeError(f"llama_decode returned {code}")
+        rows = [self._api.llama_get_logits_ith(self._context, row) for row in range(len(tokens))]
+        return np.stack([np.ctypeslib.as_array(row, (self._count,)) for row in rows])
 
     def answer(self, prompt: list[int], max_tokens: int, stop: list[str]) -> list[int]:
         """The likeliest tokens after a prompt, without the end of the text."""
@@ -121,14 +142,28 @@ class LlamaCppReader:
         row = self.logits(prompt)[-1]
         while len(tokens) < max_tokens and (token := int(row.argmax())) not in self.ends:
             tokens.append(token)
-            if stop:
-                text = self._llama.detokenize(tokens, special=True).decode(errors="replace")
-                if any(each in text for each in stop):
-                    break
-            if len(tokens) < max_tokens:
-                self._llama.eval([token])
-                row = self._llama.scores[self._llama.n_tokens - 1]
+            if stop and any(text in self._decode_text(tokens) for text in stop):
+                break
+            row = self._decode([token], len(prompt) + len(tokens) - 1)[-1]
         return tokens
+
+    def _decode_text(self, tokens: list[int]) -> str:
+        ids = (self._api.llama_token * len(tokens))(*tokens)
+        buffer = ctypes.create_string_buffer(64 * len(tokens) + 64)
+        count = self._api.llama_detokenize(
+            self._vocabulary, ids, len(tokens), buffer, len(buffer), False, True
+        )
+        return buffer.raw[: max(count, 0)].decode(errors="replace")
+
+
+def longest_row(request: dict[str, Any]) -> int:
+    """The most tokens that a model is given at once, the answers to the suites included."""
+    rows = [len(prompt) for prompt in request["prompts"]]
+    rows += [len(example["tokens"]) for example in request["examples"]]
+    for suite in request["suites"]:
+        for prompt, choices in zip(suite["prompts"], suite["choices"], strict=True):
+            rows.append(len(prompt) + max([suite["max_tokens"], *map(len, choices)]))
+    return max(rows, default=1)
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:

@@ -33,9 +33,9 @@ LOGIT_BOUNDS: dict[WeightFormat, float] = {
     "float32": 1e-3,
     "bfloat16": 5e-2,
     "float16": 5e-2,
-    "f16": 5e-2,
-    "q8_0": 1e-1,
-    "quantized": 0.5,
+    "f16": 1e-2,
+    "q8_0": 0.2,
+    "quantized": 0.75,
 }
 MIN_CARRIED, MAX_CARRIED = 0.75, 1.25  # of the adapter's change of the logits
 MIN_KEPT_GAIN = 0.95

@@ -15,7 +15,7 @@ from nested_core.config.names import HUB_NAME_PATTERN
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError, shorten
 from nested_core.storage.atomic import canonical_json
 from nested_core.storage.kept_hashes import cached_sha256
-from nested_core.storage.untrusted_files import read_json
+from nested_core.storage.untrusted_files import read_json, read_regular
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -130,6 +130,21 @@ def context_length(folder: Path) -> int | None:
         if isinstance(length, int) and not isinstance(length, bool) and length > 0:
             return length
     return None
+
+
+def chat_template_digest(folder: Path) -> str | None:
+    """SHA-256 of the chat template in a model's folder; None where its files hold none."""
+    template: Any = None
+    config = folder / "tokenizer_config.json"
+    if config.is_file():
+        template = read_json(config, MAX_CONFIG_BYTES, follow_links=True).get("chat_template")
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        template = read_regular(file, MAX_CONFIG_BYTES, follow_links=True).decode()
+    if template is None:
+        return None
+    content = template.encode() if isinstance(template, str) else canonical_json(template)
+    return hashlib.sha256(content).hexdigest()
 
 
 def prepare_for_base_model(config: FineTuneConfig) -> Path:

@@ -34,6 +34,7 @@ from nested_core.gate.losses.held_out_loss import LoadedBase, read_held_out_exam
 from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprint_reasons
 from nested_core.models.base_model import (
     MAX_CONFIG_BYTES,
+    chat_template_digest,
     find_model_folder,
     fingerprint_base_model,
     model_compute_dtype,
@@ -46,6 +47,7 @@ from nested_core.models.peft import export_peft
 from nested_core.models.peft.output_folder import require_absent_or_empty
 from nested_core.pipeline.evaluation import ModelToEvaluate, find_model, read_task
 from nested_core.pipeline.named_adapters import find_named_adapter
+from nested_core.records.dataset import read_dataset_record
 from nested_core.records.export_record import (
     ExportRecord,
     Quantized,
@@ -58,7 +60,11 @@ from nested_core.records.export_record import (
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance
 from nested_core.report.export_card import render_export_card
 from nested_core.storage.adapter import Adapter
-from nested_core.storage.atomic import TEMPORARY_PREFIX, sync_path, write_bytes
+from nested_core.storage.atomic import (
+    TEMPORARY_PREFIX,
+    sync_path,
+    write_bytes,
+)
 from nested_core.storage.canary_file import CANARY_NAME, Canary, parse_canary
 from nested_core.storage.manifest import MANIFEST_NAME, verify_manifest
 from nested_core.storage.output_places import require_output_file
@@ -164,7 +170,7 @@ def export(
         raise ConfigError("export: give one of --fused DIR, --gguf FILE and --peft DIR.")
     target = Path(os.path.expanduser(places[0]))
     if gguf is None:
-        require_absent_or_empty(target)
+        require_absent_or_empty(target, flag="--fused" if peft is None else "--peft")
     else:
         require_output_file(target, "--gguf")
         if target.exists():
@@ -193,7 +199,12 @@ def _read_source(
     folder = Path(os.path.realpath(adapter.path))
     if (folder / MANIFEST_NAME).exists():
         verify_manifest(folder)
-    config = _read_config(folder, run)
+    config, template = _read_training(folder, run)
+    if template is not None and template != chat_template_digest(find_model_folder(model.model)):
+        raise ConfigError(
+            f"{model.model} has another chat template now than {what} was trained with. Bring back "
+            f"the template that was there, or train again."
+        )
     is_known = config is not None
     if config is None:
         config = parse_config({"model": model.model, "num_layers": -1}, source="the adapter")
@@ -205,15 +216,23 @@ def _read_source(
     return _Source(model, adapter, shape_like_adapter(adapter, config), is_known, recorded)
 
 
-def _read_config(folder: Path, run: RunDirectory | None) -> FineTuneConfig | None:
-    """What the adapter was trained with: its run's configuration, or that in its provenance."""
+def _read_training(
+    folder: Path, run: RunDirectory | None
+) -> tuple[FineTuneConfig | None, str | None]:
+    """What an adapter was trained with, as its run or its provenance has it.
+
+    The configuration, and the SHA-256 of the chat template; None for what is not recorded.
+    """
     if run is not None:
-        return read_run_config(run)
+        recorded = read_dataset_record(run.dataset) if run.dataset.is_file() else None
+        return read_run_config(run), None if recorded is None else recorded.chat_template
     if not (folder / PROVENANCE_NAME).is_file():
-        return None
-    recorded = read_provenance(folder).get("config") or {}
-    known = {key: value for key, value in recorded.items() if value is not None}
-    return parse_config(known, source=str(folder / PROVENANCE_NAME))
+        return None, None
+    provenance = read_provenance(folder)
+    values = provenance.get("config") or {}
+    known = {key: value for key, value in values.items() if value is not None}
+    config = parse_config(known, source=str(folder / PROVENANCE_NAME))
+    return config, provenance.get("chat_template")
 
 
 class _Exporting:
@@ -406,12 +425,13 @@ def _rejected_place(target: Path) -> Path:
 
 
 def _publish(draft: Path, place: Path) -> None:
-    """Put a folder, or a file with its record and card before it, in its place; all is synced."""
-    paths = [record_place(draft), card_place(draft), draft] if draft.is_file() else [draft]
-    for path in (*draft.rglob("*"), *paths):
+    """Put a folder, or a file after its record and card, in its place; all is synced."""
+    beside = [record_place(draft), card_place(draft)] if draft.is_file() else []
+    for path in (*draft.rglob("*"), *beside, draft):
         sync_path(path)
     if place.is_dir():
         shutil.rmtree(place)
-    for path in paths:
+    for path in beside:
         path.replace(place.with_name(path.name.replace(draft.stem, place.stem, 1)))
+    draft.replace(place)
     sync_path(place.parent)

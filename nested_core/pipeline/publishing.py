@@ -161,6 +161,7 @@ def make_provenance(
         "config": config.model_dump(mode="json"),
         "settings_digest": settings_digest(config, base),
         "base_fingerprint": base,
+        "chat_template": dataset.chat_template,
         "dataset_digest": dataset.digest,
         "train_digest": dataset.splits["train"].digest,
         "validation_digest": _validation_digest(config, dataset, verdict),

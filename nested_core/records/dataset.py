@@ -239,12 +239,16 @@ class SplitStats:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """All findings, errors first, then by file and line; and a count of each split that exists."""
+    """All findings, errors first, then by file and line; and a count of each split that exists.
+
+    chat_template: SHA-256 of the template that messages were tokenised with; None without one.
+    """
 
     folder: str
     digest: str
     splits: dict[str, SplitStats]
     findings: tuple[Finding, ...]
+    chat_template: str | None = None
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -264,6 +268,7 @@ class DatasetReport:
         return {
             "folder": self.folder,
             "digest": self.digest,
+            "chat_template": self.chat_template,
             "splits": to_jsonable_python(self.splits),
             "findings": [finding.to_json() for finding in self.findings],
             "counts": self.counts,

@@ -30,6 +30,7 @@ from nested_core.registry.ledger import REGISTRATION_ACTIONS, Entry, read_ledger
 from nested_core.registry.registration import require_sound_champion
 from nested_core.registry.versions import (
     how_to_mend,
+    read_provenance,
     registered_versions,
     resolve_version,
     verify_version,
@@ -118,11 +119,15 @@ def verify(registry: Path, name: str, version: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class VerifiedVersion:
-    """A version as it was registered, in memory; `canary` is None where none was recorded."""
+    """A version as it was registered, in memory; `canary` is None where none was recorded.
+
+    chat_template: SHA-256 of the template that it was trained with; None where none was recorded.
+    """
 
     version: str
     adapter: Adapter
     canary: Canary | None
+    chat_template: str | None = None
 
 
 def read_verified_version(registry: Path, name: str, wanted: str) -> VerifiedVersion:
@@ -137,13 +142,14 @@ def read_verified_version(registry: Path, name: str, wanted: str) -> VerifiedVer
         place = folder / VERSIONS_FOLDER_NAME / version
         verify_version(place, version, ledger.manifest_hashes(version))
         adapter = read_adapter(place)
+        template = read_provenance(place).get("chat_template")
         listed = read_manifest(place)["files"].get(CANARY_NAME)
         content = b"" if listed is None else read_regular(place / CANARY_NAME)
     is_listed = listed is None or hashlib.sha256(content).hexdigest() == listed["sha256"]
     if adapter.digest() != version or not is_listed:
         raise DamagedError(f"{place} changed while it was read. {how_to_mend(place)}")
     canary = None if listed is None else parse_canary(content, place / CANARY_NAME)
-    return VerifiedVersion(version, adapter, canary)
+    return VerifiedVersion(version, adapter, canary, template)
 
 
 def read_rollback_target(registry: Path, name: str) -> str | None:

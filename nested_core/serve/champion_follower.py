@@ -211,7 +211,7 @@ class ChampionFollower:
     def _read_version(self, name: str, wanted: str) -> ServedVersion:
         """A version that was re-hashed and is of the base that is loaded; raises otherwise."""
         verified = read_verified_version(self._registry, name, wanted)
-        require_same_base(verified.adapter, self._base)
+        require_same_base(verified, self._base)
         return ServedVersion.of(name, verified)
 
     def _serve(self, name: str, champion: str) -> bool:

@@ -13,7 +13,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from nested_core.errors import ConfigError
-from nested_core.models.base_model import is_same_base, shorten_fingerprint
+from nested_core.models.base_model import (
+    chat_template_digest,
+    is_same_base,
+    shorten_fingerprint,
+)
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.registry import VerifiedVersion
 from nested_core.serve.canary_check import require_version_in_layers
@@ -76,9 +80,19 @@ class ServedVersion:
             self.stored = None
 
 
-def require_same_base(adapter: Adapter, base: Path) -> None:
-    """Raise ConfigError where an adapter was made for another model than that in `base`."""
-    recorded = adapter.config.get("base_fingerprint")
+def require_same_base(verified: VerifiedVersion, base: Path) -> None:
+    """Raise ConfigError where a version was made for another model than that in `base`.
+
+    Or trained with another chat template than that in its files.
+    """
+    adapter = verified.adapter
+    recorded, template = adapter.config.get("base_fingerprint"), verified.chat_template
+    if template is not None and template != chat_template_digest(base):
+        raise ConfigError(
+            f"Version {shorten_digest(verified.version)} of {adapter.path.parent.parent.name} was "
+            f"trained with another chat template than {base} has now: its questions would be put "
+            f"otherwise than it learnt. Bring back the template that was there, or train again."
+        )
     if recorded is None or is_same_base(recorded, base):
         return
     raise ConfigError(

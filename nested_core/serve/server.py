@@ -161,7 +161,7 @@ def starting_server(settings: ServeSettings) -> Iterator[RunningServer]:
     first = next(iter(champions.values())).adapter
     base = find_model_folder(str(settings.options.model or first.config.get("model")))
     for champion in champions.values():
-        require_same_base(champion.adapter, base)
+        require_same_base(champion, base)
     versions = [ServedVersion.of(name, champion) for name, champion in champions.items()]
     of_the_registry = {"model": str(base), "adapter_path": None, "pipeline": False}
     options = argparse.Namespace(**vars(settings.options) | of_the_registry)

@@ -68,7 +68,7 @@ KEYS = [
     *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
     *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
 ]
-LORA: dict[str, Any] = {"rank": 4, "scale": 4.0, "dropout": 0.0, "keys": KEYS}
+LORA: dict[str, Any] = {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": KEYS}
 
 
 def example_rows() -> list[dict[str, Any]]:
@@ -77,26 +77,31 @@ def example_rows() -> list[dict[str, Any]]:
 
 
 def make_base(
-    folder: Path, family: str, *, seed: int = 0, bits: int | None = None, template: str = TEMPLATE
+    folder: Path,
+    family: str,
+    *,
+    seed: int = 0,
+    bits: int | None = None,
+    dtype: mx.Dtype = mx.bfloat16,
 ) -> Path:
-    """A base of a family in bfloat16, or in so many bits; returns its folder."""
+    """A base of a family in a dtype, or in so many bits; returns its folder."""
     tokenizer = make_tokenizer(family)
-    tokenizer.chat_template = template
+    tokenizer.chat_template = TEMPLATE
     module = import_module(f"mlx_lm.models.{family}")
     config = {"model_type": family, "vocab_size": -(-len(tokenizer) // 32) * 32, **SIZES}
     config |= OWN_SIZES.get(family, {})
     config |= {"eos_token_id": [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]}
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(config))
-    model.set_dtype(mx.bfloat16)
     for name, each in model.named_modules():  # larger than by default: random answers that differ
         if isinstance(each, nn.Linear):
             each.weight = each.weight * 2
             if "bias" in each:
-                each.bias = 0.1 * mx.random.normal(each.bias.shape).astype(mx.bfloat16)
+                each.bias = 0.1 * mx.random.normal(each.bias.shape)
         if "norm" in name.rpartition(".")[2] and "weight" in each:
             spread = 0.2 * mx.random.normal(each.weight.shape)
-            each.weight = (each.weight + spread).astype(mx.bfloat16)
+            each.weight = each.weight + spread
+    model.set_dtype(dtype)
     if bits is not None:
         model, config = quantize_model(model, config, 32, bits)
     save_model(folder, model)
@@ -171,14 +176,14 @@ def train_adapter(base: Path, folder: Path, *, steps: int = 30, seed: int = 0) -
         counted = batch[:, 1:] != 0
         return (losses * counted).sum() / counted.sum()
 
-    optimizer = mlx.optimizers.Adam(1e-2)
+    optimizer = mlx.optimizers.Adam(2e-3)
     step = nn.value_and_grad(model, loss)
     first = to_float(loss(model))
     for _ in range(steps):
         value, gradients = step(model)
         optimizer.update(model, gradients)
         mx.eval(model.parameters(), optimizer.state)
-    assert to_float(value) < first - 0.5, "the adapter was to gain"
+    assert to_float(value) < first - 0.3, "the adapter was to gain"
     tensors: Any = dict(tree_flatten(model.trainable_parameters()))
     config = {"fine_tune_type": "lora", "num_layers": 3, "lora_parameters": LORA}
     folder.mkdir()

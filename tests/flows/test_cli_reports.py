@@ -126,6 +126,8 @@ def test_a_name_without_a_champion_or_with_a_changed_file_has_no_card(tmp_path: 
         ["card", "registry/capitals", "-o", "TARGET"],
         ["init", "--data", "nowhere", "--model", "nothing", "-o", "TARGET"],
         ["export-peft", "run", "--out", "TARGET"],
+        ["export", "run", "--fused", "TARGET"],
+        ["export", "run", "--gguf", "TARGET"],
         ["import-peft", "nowhere", "--model", "nothing", "--out", "TARGET"],
         ["demo", "--out", "TARGET"],
         ["train", "--model", "x", "--data", "nowhere", "--run-dir", "TARGET"],

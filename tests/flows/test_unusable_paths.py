@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "gc": ("gc", "name", "--registry", "@"),
     "import-peft": ("import-peft", "@", "--model", str(MODEL), "--out", "out"),
     "import-peft --out": ("import-peft", "folder", "--model", str(MODEL), "--out", "@"),
+    "export": ("export", "@", "--fused", "out"),
     "export-peft": ("export-peft", "@", "--out", "out"),
 }
 PATHS: dict[str, str] = {

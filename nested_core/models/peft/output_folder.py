@@ -50,15 +50,15 @@ def creating_adapter_folder(out: Path, own_run: Path | None = None) -> Iterator[
         raise ConfigError(f"{out} cannot be written: {error.strerror or error}.") from error
 
 
-def require_absent_or_empty(out: Path, own_run: Path | None = None) -> None:
+def require_absent_or_empty(out: Path, own_run: Path | None = None, *, flag: str = "--out") -> None:
     """Raise ConfigError unless `out` does not exist or is an empty folder, and in nobody's place.
 
     In `own_run`, the run whose adapter is exported, it may lie.
     """
-    require_free_place(out, "--out", own_run=own_run)
+    require_free_place(out, flag, own_run=own_run)
     if not out.exists() and not out.is_symlink():
         return
     if out.is_symlink() or not out.is_dir() or any(out.iterdir()):
         raise ConfigError(
-            f"{out} exists already. Nothing is written over: give --out a new or an empty folder."
+            f"{out} exists already. Nothing is written over: give {flag} a new or an empty folder."
         )

@@ -1,0 +1,325 @@
+"""export: what stands, in folders and GGUFs of four families, and what of a broken one is seen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from nested_core import export
+from nested_core.config.loading import parse_config
+from nested_core.errors import ConfigError, GateRejected
+from nested_core.exported.fresh_reading import Reading, has_llama_cpp, read_in_fresh_process
+from nested_core.exported.judgement import Findings, judge_reading
+from nested_core.exported.reference import Reference, choose_rows, measure_reference
+from nested_core.gate.losses.champion_adapter import shape_like_adapter
+from nested_core.gate.losses.held_out_loss import LoadedBase, read_held_out_examples
+from nested_core.models.fusing import load_fused, write_model_folder
+from nested_core.models.gguf import unpack_gguf, write_gguf
+from nested_core.pipeline.export import NOT_RUN
+from nested_core.records.export_record import read_export_record
+from nested_core.storage.adapter import Adapter, read_adapter
+from nested_core.storage.atomic import TEMPORARY_PREFIX
+from tests.builders.adapter_folders import change_tensors
+from tests.builders.small_bases import (
+    FAMILIES,
+    TEMPLATE,
+    make_base,
+    make_tokenizer,
+    train_adapter,
+)
+from tests.example import DATA
+from tests.left_out import slow_except
+
+HELD_OUT = DATA / "valid.jsonl"
+NEEDS_LLAMA_CPP = pytest.mark.skipif(
+    not has_llama_cpp(), reason="llama.cpp is not here: pip install llama-cpp-python"
+)
+
+
+@pytest.fixture(autouse=True)
+def quiet_writer() -> None:
+    logging.getLogger("gguf").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A base and an adapter that gains on the example's rows."""
+
+    base: Path
+    adapter: Path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
+    """Makes each once, by its family and the base's bits."""
+    made: dict[tuple[str, int | None], Trained] = {}
+
+    def make(family: str = "llama", bits: int | None = None) -> Trained:
+        if (family, bits) not in made:
+            folder = tmp_path_factory.mktemp(family)
+            base = make_base(folder / "base", family, bits=bits)
+            made[family, bits] = Trained(base, train_adapter(base, folder / "adapter"))
+        return made[family, bits]
+
+    return make
+
+
+@pytest.mark.parametrize("family", slow_except(FAMILIES, "llama", reason="trains an adapter"))
+def test_a_folder_keeps_the_gain(
+    family: str, trained: Callable[..., Trained], tmp_path: Path
+) -> None:
+    done = export(trained(family).adapter, fused=tmp_path / "fused", data=HELD_OUT)
+    record = done.record
+    assert record is not None
+    assert record == read_export_record(done.path)
+    assert record.stands
+    assert record.gain is not None
+    assert record.gain.low is not None
+    assert record.gain.low > 0.98
+    assert record.gain.base - record.gain.adapter > 0.5
+    assert record.weights == "bfloat16"
+    assert f"loss {record.gain.exported:.4g} (adapter " in repr(done)
+    assert done.upload_command == f"hf upload USER/NAME {tmp_path / 'fused'}"
+    assert "# fused" in (done.path / "README.md").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["fused"]
+
+
+@pytest.mark.parametrize("quantize", ["f16", "q8_0"])
+@pytest.mark.parametrize("family", slow_except(FAMILIES, "gemma3_text", reason="trains an adapter"))
+def test_a_gguf_keeps_the_gain(
+    family: str, quantize: Any, trained: Callable[..., Trained], tmp_path: Path
+) -> None:
+    file = tmp_path / "model.gguf"
+    done = export(trained(family).adapter, gguf=file, quantize=quantize, data=HELD_OUT)
+    record = done.record
+    assert record is not None
+    assert record == read_export_record(file)
+    assert record.gain is not None
+    assert record.gain.low is not None
+    assert record.gain.low >= record.gain.needed == 0.95
+    assert record.files == {"model.gguf": hashlib.sha256(file.read_bytes()).hexdigest()}
+    assert (NOT_RUN in record.notes) is (not has_llama_cpp())
+    assert record.reader.startswith("llama.cpp" if has_llama_cpp() else "mlx_lm")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["model.export.json", "model.gguf", "model.md"]
+
+
+@pytest.mark.slow("trains an adapter on a base in 4 bits, and exports it three times")
+def test_a_base_in_4_bits_is_kept_or_dequantized(
+    trained: Callable[..., Trained], tmp_path: Path
+) -> None:
+    adapter = trained("llama", 4).adapter
+    kept = export(adapter, fused=tmp_path / "kept", data=HELD_OUT).record
+    larger = export(adapter, fused=tmp_path / "larger", dequantize=True, data=HELD_OUT).record
+    gguf = export(adapter, gguf=tmp_path / "model.gguf", data=HELD_OUT).record
+    assert kept is not None
+    assert larger is not None
+    assert gguf is not None
+    assert (kept.weights, kept.quantized_base) == ("quantized", "kept")
+    assert (larger.weights, larger.quantized_base) == ("bfloat16", "dequantized")
+    assert (gguf.weights, gguf.quantized_base) == ("f16", "dequantized")
+    assert kept.gain is not None
+    assert kept.gain.needed == 0.9
+    assert "quantization" in json.loads((tmp_path / "kept/config.json").read_bytes())
+    assert "quantization" not in json.loads((tmp_path / "larger/config.json").read_bytes())
+    assert larger.logits.distance < kept.logits.distance
+
+
+def test_without_rows_the_logits_decide_and_the_export_says_so(
+    trained: Callable[..., Trained], tmp_path: Path
+) -> None:
+    done = export(trained().adapter, fused=tmp_path / "fused")
+    assert done.record is not None
+    assert done.record.gain is None
+    assert any("--data FILE" in note for note in done.notes)
+    assert "logits within" in repr(done)
+
+
+def test_what_does_not_stand_lies_under_another_name(
+    trained: Callable[..., Trained], tmp_path: Path
+) -> None:
+    """A change so small that bfloat16 rounds it away when it is fused."""
+    adapter = shutil.copytree(trained().adapter, tmp_path / "adapter")
+    change_tensors(adapter, lambda tensors: _scale_b(tensors, 1e-5))
+    with pytest.raises(GateRejected) as refused:
+        export(adapter, fused=tmp_path / "out" / "fused", data=HELD_OUT)
+    assert "of what the adapter changed" in str(refused.value)
+    assert refused.value.exit_code == 4
+    left = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert left == ["fused.rejected"]
+    record = read_export_record(tmp_path / "out/fused.rejected")
+    assert record is not None
+    assert not record.stands
+
+
+def _scale_b(tensors: dict[str, mx.array], factor: float, *, but: str = "(none)") -> None:
+    """Scale the factor B of each module whose name does not hold `but`."""
+    for name, array in tensors.items():
+        if name.endswith("lora_b") and but not in name:
+            tensors[name] = array * factor
+
+
+def test_another_family_is_refused_by_name(trained: Callable[..., Trained], tmp_path: Path) -> None:
+    source = trained()
+    model, tokenizer, _ = load_fused(source.base, read_adapter(source.adapter), dequantize=True)
+    model.model_type = "olmo2"
+    with pytest.raises(ConfigError, match="family olmo2, and GGUF is written for llama, qwen2"):
+        write_gguf(tmp_path / "model.gguf", model, tokenizer, "f16", "name")
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_a_place_that_is_taken_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ConfigError, match="exists already"):
+        export("nothing", gguf=tmp_path / "model.gguf")
+    with pytest.raises(ConfigError, match="one of --fused"):
+        export("nothing")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+# A fuse that was broken on purpose: what it makes, and what has to be said of it.
+
+
+def _other_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("<|user|>", "User: ") + "\n")
+
+
+def _other_tokenizer(folder: Path) -> None:
+    make_tokenizer("qwen2").save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
+BROKEN_ADAPTERS = {
+    "adapter left out": (partial(_scale_b, factor=0.0), "0% of what the adapter changed"),
+    "scale twice": (partial(_scale_b, factor=2.0), "its logits are"),
+    "one layer": (partial(_scale_b, factor=0.0, but=".layers.2."), "its logits are"),
+}
+BROKEN_FILES = {
+    "other template": (_other_template, "its chat template is another one"),
+    "other tokenizer": (_other_tokenizer, "its tokenizer is another one"),
+}
+BROKEN = [*BROKEN_ADAPTERS, *BROKEN_FILES, "wrong base"]
+
+
+def _measure(source: Trained) -> tuple[Adapter, Reference]:
+    adapter = read_adapter(source.adapter)
+    values = {"model": str(source.base), "num_layers": -1, "gate": {"held_out": str(HELD_OUT)}}
+    config = shape_like_adapter(adapter, parse_config(values, source="test"))
+    held_out = read_held_out_examples(config, {})
+    assert held_out is not None
+    base = LoadedBase.load(config)
+    rows = choose_rows(held_out, config.max_seq_length)
+    return adapter, measure_reference(config, base, adapter, rows, None)
+
+
+def _break(how: str, source: Trained, folder: Path, *, dequantize: bool) -> Path:
+    """A fused folder with one thing wrong."""
+    base, adapter = source.base, shutil.copytree(source.adapter, folder / "adapter")
+    if how in BROKEN_ADAPTERS:
+        change_tensors(adapter, BROKEN_ADAPTERS[how][0])
+    if how == "wrong base":
+        bits = json.loads((base / "config.json").read_bytes()).get("quantization", {}).get("bits")
+        base = make_base(folder / "wrong", "llama", seed=1, bits=bits)
+    model, _, config = load_fused(base, read_adapter(adapter), dequantize=dequantize)
+    write_model_folder(folder / "fused", base, model, config)
+    if how in BROKEN_FILES:
+        BROKEN_FILES[how][0](folder / "fused")
+    return folder / "fused"
+
+
+def _judge(reference: Reference, reading: Reading, weights: Any, quantized: Any) -> Findings:
+    backend = reference.tokenizer.backend_tokenizer.to_str()
+    return judge_reading(
+        reference,
+        reading,
+        weights=weights,
+        quantized_base=quantized,
+        tokenizer=hashlib.sha256(backend.encode()).hexdigest(),
+        chat_template=reference.tokenizer.chat_template,
+    )
+
+
+@pytest.fixture(scope="module")
+def measured(trained: Callable[..., Trained]) -> Callable[..., Any]:
+    made: dict[int | None, Any] = {}
+
+    def measure(bits: int | None) -> Any:
+        if bits not in made:
+            made[bits] = (trained("llama", bits), *_measure(trained("llama", bits)))
+        return made[bits]
+
+    return measure
+
+
+@pytest.mark.parametrize(
+    "bits", slow_except([None, 4], None, reason="trains an adapter on a base in 4 bits")
+)
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_folder_that_was_fused_wrong_is_seen(
+    how: str, bits: int | None, measured: Callable[..., Any], tmp_path: Path
+) -> None:
+    source, _, reference = measured(bits)
+    broken = _break(how, source, tmp_path, dequantize=False)
+    reading = read_in_fresh_process(broken, "mlx_lm", reference, dtype="float32")
+    weights, quantized = ("quantized", "kept") if bits else ("bfloat16", None)
+    problems = " ".join(_judge(reference, reading, weights, quantized).problems)
+    expected = {**BROKEN_ADAPTERS, **BROKEN_FILES}.get(how, (None, "its logits are"))[1]
+    assert expected in problems
+
+
+@NEEDS_LLAMA_CPP
+@pytest.mark.slow("llama.cpp reads six files")
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_gguf_of_what_was_fused_wrong_is_seen(
+    how: str, measured: Callable[..., Any], tmp_path: Path
+) -> None:
+    from mlx_lm import load
+
+    source, _, reference = measured(None)
+    model, tokenizer = load(str(_break(how, source, tmp_path, dequantize=True)))[:2]
+    file = tmp_path / "model.gguf"
+    write_gguf(file, model, tokenizer, "q8_0", "broken")
+    reading = read_in_fresh_process(file, "llama.cpp", reference, dtype=None)
+    problems = " ".join(_judge(reference, reading, "q8_0", None).problems)
+    expected = {**BROKEN_ADAPTERS, **BROKEN_FILES}.get(how, (None, "its logits are"))[1]
+    assert expected in problems or (how == "other tokenizer" and "token ids" in problems)
+
+
+def test_a_process_that_is_killed_leaves_no_half_of_a_model(tmp_path: Path) -> None:
+    """What is written lies in a folder of temporary files until it is judged."""
+    from nested_core.pipeline.export import _publish
+
+    draft = tmp_path / f"{TEMPORARY_PREFIX}draft" / "model.gguf"
+    draft.parent.mkdir()
+    for name in ("model.gguf", "model.export.json", "model.md"):
+        (draft.parent / name).write_text(name)
+    _publish(draft, tmp_path / "model.rejected.gguf")
+    names = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
+    assert names == ["model.rejected.export.json", "model.rejected.gguf", "model.rejected.md"]
+
+
+def test_a_gguf_is_read_of_the_file_alone(trained: Callable[..., Trained], tmp_path: Path) -> None:
+    from mlx_lm import load
+
+    source = trained()
+    model, tokenizer, _ = load_fused(source.base, read_adapter(source.adapter), dequantize=True)
+    write_gguf(tmp_path / "model.gguf", model, tokenizer, "f16", "name")
+    folder = unpack_gguf(tmp_path / "model.gguf", tmp_path / "unpacked")
+    read, its_tokenizer = load(str(folder))[:2]
+    tokens = tokenizer.encode("I want to see Romania, 1234 times — naïve?")
+    assert its_tokenizer.encode("I want to see Romania, 1234 times — naïve?") == tokens
+    assert its_tokenizer.chat_template == TEMPLATE
+    assert its_tokenizer.eos_token_ids == tokenizer.eos_token_ids
+    mx.eval(model.parameters())
+    found, expected = (each(mx.array([tokens])).astype(mx.float32) for each in (read, model))
+    assert mx.abs(found - expected).max().item() < 0.1 * mx.abs(expected).max().item()  # type: ignore[operator]
