@@ -102,14 +102,19 @@ def check_name(name: str) -> None:
         raise ConfigError(reason)
 
 
-def find_name_folder(registry: Path, name: str) -> Path:
-    """The folder of `name`; ConfigError if it does not exist, DamagedError if it is a link."""
-    check_name(name)
+def require_registry(registry: Path) -> None:
+    """Raise ConfigError where there is no folder."""
     if file_type(registry, follow_links=True) != "directory":
         raise ConfigError(
             f"There is no registry at {registry}. Expected a directory into which an adapter has "
             "been promoted. Check the path, or promote a run into it first."
         )
+
+
+def find_name_folder(registry: Path, name: str) -> Path:
+    """The folder of `name`; ConfigError if it does not exist, DamagedError if it is a link."""
+    check_name(name)
+    require_registry(registry)
     _refuse_case_clash(registry, name)
     folder = registry / name
     _refuse_links(folder)

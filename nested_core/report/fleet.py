@@ -1,0 +1,96 @@
+"""Every name of a registry in a row: champion, since when, its loss, last change and servers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from nested_core.errors import DamagedError
+from nested_core.records.verdict_file import GATE_NAME, read_verdict
+from nested_core.registry import list_names
+from nested_core.registry.history_views import reading
+from nested_core.registry.serving_status import ServerStatus, describe_server, read_servers
+from nested_core.registry.versions import version_folder
+from nested_core.text.digest_format import shorten_digest
+from nested_core.text.loss_format import format_loss
+
+COLUMNS = ("name", "champion", "since (UTC)", "loss", "last change (UTC)", "served")
+
+
+@dataclass(frozen=True)
+class NameStatus:
+    """What a registry and its servers say of one name.
+
+    champion, since: the version, and when it became champion; None before the first promotion.
+    loss, file: of the champion, in nats/token, on what it was judged by when it was registered.
+    last_action, last_time: of the newest line of the history.
+    servers: what each server says that was heard of within a minute.
+    problem: why the name cannot be read; the rest is empty then.
+    """
+
+    name: str
+    champion: str | None = None
+    since: str | None = None
+    loss: float | None = None
+    file: str | None = None
+    last_action: str | None = None
+    last_time: str | None = None
+    servers: tuple[ServerStatus, ...] = ()
+    problem: str | None = None
+
+    @classmethod
+    def read(cls, registry: Path, name: str) -> Self:
+        """Read one name; damage of it is its problem."""
+        try:
+            with reading(registry, name) as (_, ledger):
+                entries, champion = ledger.entries, ledger.champion
+            moves = [entry.time for entry in ledger.changes() if entry.version == champion]
+            validation = None
+            if champion is not None:
+                verdict = read_verdict(version_folder(registry, name, champion) / GATE_NAME)
+                validation = verdict.validation
+            servers = tuple(read_servers(registry, name))
+        except DamagedError as error:
+            return cls(name, problem=str(error))
+        last = entries[-1] if entries else None
+        return cls(
+            name,
+            champion,
+            moves[-1] if moves else None,
+            None if validation is None else validation.loss_after,
+            None if validation is None else validation.file,
+            None if last is None else last.action,
+            None if last is None else last.time,
+            servers,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+    def cells(self) -> tuple[str | None, ...]:
+        """The row of a table, under COLUMNS."""
+        if self.problem is not None:
+            return (self.name, "damaged", None, None, None, None)
+        champion = None if self.champion is None else shorten_digest(self.champion)
+        loss = None if self.loss is None else format_loss(self.loss)
+        last = None if self.last_time is None else f"{self.last_action} {_minute(self.last_time)}"
+        served = "; ".join(describe_server(each, str(self.champion)) for each in self.servers)
+        return (self.name, champion, _minute(self.since), loss, last, served or None)
+
+
+def _minute(time: str | None) -> str | None:
+    return None if time is None else time[:16].replace("T", " ")
+
+
+def read_fleet(registry: Path) -> list[NameStatus]:
+    """Every name of a registry, in order."""
+    return [NameStatus.read(registry, name) for name in list_names(registry)]
+
+
+def describe_losses(fleet: Sequence[NameStatus]) -> str:
+    """What the losses of the rows are of."""
+    files = ", ".join(sorted({each.file for each in fleet if each.file is not None})) or "none"
+    return f"Losses: nats/token, on what each champion was judged by when it was made ({files})."
