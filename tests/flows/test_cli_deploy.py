@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,21 @@ from flows.commands.deployment import read_notify
 from flows.deployment.deploy import _make_work_pools, deploy, put_deployment
 from flows.deployment.planned_deployments import make_plan, read_work_pools
 from nested_core.errors import ConfigError
+from tests.flows.conftest import Ended
 
 
-def test_without_a_server_deploy_exits_2_and_says_what_to_set(nested_tune) -> None:
+def test_without_a_server_deploy_exits_2_and_says_what_to_set(
+    nested_tune: Callable[..., Ended],
+) -> None:
     refused = nested_tune("deploy", COLUMNS="80")  # a process of its own, which has no server
     assert refused.code == 2
     assert "PREFECT_API_URL is not set" in refused.message()
 
 
 @pytest.mark.slow("a process that imports Prefect")
-def test_a_server_that_does_not_answer_is_said_in_a_paragraph(nested_tune) -> None:
+def test_a_server_that_does_not_answer_is_said_in_a_paragraph(
+    nested_tune: Callable[..., Ended],
+) -> None:
     nowhere = {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PREFECT_CLIENT_MAX_RETRIES": "0"}
     failed = nested_tune("deploy", **nowhere)
     assert failed.code == 1

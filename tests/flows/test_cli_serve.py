@@ -104,7 +104,9 @@ def test_a_killed_server_leaves_a_sound_registry_and_the_next_one_ends_cleanly(
 
 
 @pytest.mark.slow("starts the command")
-def test_sigterm_ends_a_process_whose_generation_stands_still(served, tmp_path) -> None:
+def test_sigterm_ends_a_process_whose_generation_stands_still(
+    served: tuple[Path, str], tmp_path: Path
+) -> None:
     planted = """if True:
         import sys, time
         from flows.cli import main
@@ -183,7 +185,9 @@ def answered_by(address: str) -> list[str | None]:
 
 
 @pytest.mark.slow("starts the command twice")
-def test_two_servers_of_a_name_both_follow_and_both_say_so(served, tmp_path) -> None:
+def test_two_servers_of_a_name_both_follow_and_both_say_so(
+    served: tuple[Path, str], tmp_path: Path
+) -> None:
     registry, first = served
     run = write_version_run(tmp_path / "run", registry.parent / "base", 2)
     with (

@@ -141,7 +141,9 @@ def ask(command: Callable[[argparse.Namespace], Callable[[], int]], **arguments:
 
 
 @pytest.mark.parametrize("outcome", RUNS)
-def test_an_outcome_has_the_same_words_on_every_screen(outcome, tmp_path, capsys) -> None:
+def test_an_outcome_has_the_same_words_on_every_screen(
+    outcome: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = RUNS[outcome](tmp_path)
     with ExitStack() as stack:
         if outcome == Outcome.RUNNING:

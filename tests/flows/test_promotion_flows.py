@@ -68,7 +68,9 @@ def parameters(registry: Path, version: str, **changes: Any) -> PromoteParameter
     return PromoteParameters(**given | changes)
 
 
-def test_promote_promotes_by_the_recorded_policy_and_again_changes_nothing(add, registry) -> None:
+def test_promote_promotes_by_the_recorded_policy_and_again_changes_nothing(
+    add: Add, registry: Path
+) -> None:
     given = parameters(registry, add(1))
     for expected in ("promoted", "already_champion"):
         state = promote(given, return_state=True)
@@ -144,7 +146,9 @@ def waiting(add: Add, registry: Path) -> tuple[UUID, str, str]:
     return run_id, version, champion
 
 
-def test_a_person_is_asked_with_both_losses_and_short_versions(waiting) -> None:
+def test_a_person_is_asked_with_both_losses_and_short_versions(
+    waiting: tuple[UUID, str, str],
+) -> None:
     run_id, version, champion = waiting
     page = approval_page(run_id).replace("\\", "")
     assert f"# Make {version[:12]} the champion of {NAME}?" in page
@@ -153,7 +157,9 @@ def test_a_person_is_asked_with_both_losses_and_short_versions(waiting) -> None:
     assert "ASKED AGAIN" not in page
 
 
-def test_approved_by_a_person_a_version_is_promoted_in_that_persons_name(waiting, registry) -> None:
+def test_approved_by_a_person_a_version_is_promoted_in_that_persons_name(
+    waiting: tuple[UUID, str, str], registry: Path
+) -> None:
     run_id, version, champion = waiting
     answer(run_id, approve=True, by="ann")
     state = execute(run_id)
@@ -212,7 +218,9 @@ def test_the_night_that_asked_is_told_the_answer(add: Add, registry: Path) -> No
 
 
 @pytest.mark.slow("three runs of a deployment")
-def test_a_newer_question_closes_the_older_one(waiting, add, registry) -> None:
+def test_a_newer_question_closes_the_older_one(
+    waiting: tuple[UUID, str, str], add: Add, registry: Path
+) -> None:
     older = waiting[0]
     newer = deployed_run(parameters(registry, add(3), requires_approval=True))
     other = deployed_run(parameters(registry, add(4), requires_approval=True, name="other"))
@@ -265,7 +273,9 @@ def test_rollback_goes_back_and_automation_leaves_it_there(add: Add, registry: P
 
 
 @pytest.mark.slow("five flow runs")
-def test_the_hour_after_a_rollback_at_the_command_line_is_called_by_it(add, registry) -> None:
+def test_the_hour_after_a_rollback_at_the_command_line_is_called_by_it(
+    add: Add, registry: Path
+) -> None:
     first = add(1)
     promote(parameters(registry, first))
     promote(parameters(registry, add(2)))
@@ -289,7 +299,9 @@ def test_reconcile_promotes_what_an_event_got_lost_for_once(add: Add, registry: 
     assert tuple(task_runs(state, "reconcile")) == ("reconcile", "check-champion")
 
 
-def test_reconcile_is_no_failure_before_the_first_version_of_an_adapter(add, registry) -> None:
+def test_reconcile_is_no_failure_before_the_first_version_of_an_adapter(
+    add: Add, registry: Path
+) -> None:
     add(1)
     given = ReconcileParameters(registry=str(registry), names=(NAME, "helpdesk"))
     state = reconcile(given, return_state=True)
@@ -339,7 +351,9 @@ def test_a_line_of_the_history_has_the_flow_run(add: Add, registry: Path) -> Non
 
 
 @pytest.mark.slow("a flow run that tries twice")
-def test_a_try_after_a_late_error_says_what_the_first_one_did(add, registry, monkeypatch) -> None:
+def test_a_try_after_a_late_error_says_what_the_first_one_did(
+    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The link has moved, and forcing that onto the disk fails: the second try tells it once."""
     first, second = add(1), add(2)
     core.promote(registry, NAME, first, by="ann")
@@ -453,7 +467,9 @@ def test_a_question_that_crashed_or_failed_before_it_was_put_is_put_again(
     assert questions(promotion_deployment)[0].state_name == "Cancelled", "a person's word"
 
 
-def test_a_server_without_promote_auto_is_said_and_fails_nothing(add, registry, caplog) -> None:
+def test_a_server_without_promote_auto_is_said_and_fails_nothing(
+    add: Add, registry: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     add(1, "approve")
     state = reconcile(ReconcileParameters(registry=str(registry)), return_state=True)
     assert state.is_completed()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from uuid import uuid4
 
 import httpx
@@ -41,7 +42,13 @@ def publish_page() -> None:
         ("tasks.prefect_server", tag_flow_run, ["the run has no tags"]),
     ],
 )
-def test_what_only_shows_is_logged_and_left_out(module, ask, left_out, caplog, monkeypatch) -> None:
+def test_what_only_shows_is_logged_and_left_out(
+    module: str,
+    ask: Callable[[], None],
+    left_out: list[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     @flow
     def night() -> str:
         monkeypatch.setattr(f"{module}.get_client", connect_nowhere)

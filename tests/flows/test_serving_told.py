@@ -101,7 +101,9 @@ def test_a_promotion_says_since_when_it_is_served_and_tells_of_who_does_not_foll
     assert "not served at http://127.0.0.1:1" in told[0]["message"]
 
 
-def test_what_a_server_did_is_announced_once(add, registry, monkeypatch) -> None:
+def test_what_a_server_did_is_announced_once(
+    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = add(1), add(2)
     for version in (first, second):
         core.promote(registry, NAME, version, by="ann")
@@ -166,7 +168,9 @@ def told_by(address: str, happening: str) -> list[dict[str, Any]]:
     return [each for each in told_of(happening) if address in each["message"]]
 
 
-def test_a_minute_after_a_change_that_servers_are_to_follow_reconcile_looks(add, registry) -> None:
+def test_a_minute_after_a_change_that_servers_are_to_follow_reconcile_looks(
+    add: Add, registry: Path
+) -> None:
     first, second = add(1), add(2)
     plan = make_plan()
     (hourly,) = [each for each in plan.deployments if each.name.endswith("-hourly")]

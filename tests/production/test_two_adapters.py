@@ -75,7 +75,9 @@ def end_nights(stack: Stack, names: tuple[str, ...] = ADAPTERS, **changes: Any) 
     return [end_night(stack, begin_night(stack, name, **changes)) for name in names]
 
 
-def test_the_first_night_promotes_both_and_tells_nobody(team, webhook) -> None:
+def test_the_first_night_promotes_both_and_tells_nobody(
+    team: Stack, webhook: WebhookServer
+) -> None:
     runs = end_nights(team)
     assert story(runs) == ["Promoted", "Promoted"], runs
     for name, run in zip(ADAPTERS, runs, strict=True):
@@ -105,7 +107,9 @@ def test_in_the_second_one_is_unchanged_and_the_other_crashes_and_goes_on_by_its
     assert crashed.startswith(f"Crashed: {SUPPORT}, ")
 
 
-def test_in_the_third_the_gate_refuses_one_and_its_champion_stays(team, webhook) -> None:
+def test_in_the_third_the_gate_refuses_one_and_its_champion_stays(
+    team: Stack, webhook: WebhookServer
+) -> None:
     before = core.read_champion(team.registry, CAPITALS)
     (refused,) = end_nights(team, (CAPITALS,), gate={"min_relative_change": 1e6})
     assert refused.state_name == "Rejected: unchanged"
@@ -116,7 +120,9 @@ def test_in_the_third_the_gate_refuses_one_and_its_champion_stays(team, webhook)
     assert webhook.texts[-1].startswith(f"Rejected: unchanged: {CAPITALS}, ")
 
 
-def test_after_the_fourth_a_person_goes_back_and_the_fifth_does_not_undo_it(team, webhook) -> None:
+def test_after_the_fourth_a_person_goes_back_and_the_fifth_does_not_undo_it(
+    team: Stack, webhook: WebhookServer
+) -> None:
     before = core.read_champion(team.registry, CAPITALS)
     # Whatever its loss is: there is to be a champion to leave.
     always = {"path": "registry", "name": CAPITALS, "promote": "always"}
@@ -135,7 +141,9 @@ def test_after_the_fourth_a_person_goes_back_and_the_fifth_does_not_undo_it(team
     assert webhook.texts[-1].startswith(f"Rolled back: {CAPITALS}")
 
 
-def test_the_list_tells_each_night_and_there_is_no_run_that_nobody_asked_for(team, webhook) -> None:
+def test_the_list_tells_each_night_and_there_is_no_run_that_nobody_asked_for(
+    team: Stack, webhook: WebhookServer
+) -> None:
     for name in ADAPTERS:
         runs = team.runs_of(f"finetune/{name}-nightly")
         print(name, story(runs), [str(run.state.message) for run in runs if run.state])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,7 +42,9 @@ def straight(
 
 
 @pytest.mark.parametrize("step", range(1, 25))
-def test_stopped_at_this_step_and_resumed_it_is_bit_identical(straight, tmp_path, step) -> None:
+def test_stopped_at_this_step_and_resumed_it_is_bit_identical(
+    straight: tuple[str, Finished], tmp_path: Path, step: int
+) -> None:
     mode, whole = straight
     config = configure(**settings(mode))
     run = prepare(config, tmp_path / "run")

@@ -147,7 +147,9 @@ def test_program_answers_with_the_champion_before_and_after_it_moves(
     assert answers[first] in program(champion, tmp_path)
 
 
-def test_a_server_keeps_the_adapter_that_it_has_loaded(versions, answers) -> None:
+def test_a_server_keeps_the_adapter_that_it_has_loaded(
+    versions: tuple[Path, list[str]], answers: dict[str, str]
+) -> None:
     registry, (first, second) = versions
     promote(registry, NAME, first, by="ann")
     messages = [{"role": "user", "content": PROMPT}]

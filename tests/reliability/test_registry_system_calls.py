@@ -181,7 +181,9 @@ def test_after_a_failure_at_any_call_the_next_command_finds_history_link_and_vie
         assert min(points["old"], points["new"]) > 0
 
 
-def test_a_swap_that_is_not_atomic_would_be_found(memory, versions) -> None:
+def test_a_swap_that_is_not_atomic_would_be_found(
+    memory: Path, versions: tuple[str, str, str]
+) -> None:
     def swap_in_two_steps(place: Path) -> None:
         (place / NAME / "champion").unlink()
         (place / NAME / "champion").symlink_to(f"versions/{versions[2]}")

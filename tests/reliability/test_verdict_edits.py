@@ -117,7 +117,9 @@ def is_refused(config: FineTuneConfig, run: RunDirectory) -> bool:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("every", [53, pytest.param(1, marks=pytest.mark.reliability)])
-def test_every_edit_of_the_verdict_is_refused(edited, every) -> None:
+def test_every_edit_of_the_verdict_is_refused(
+    edited: tuple[FineTuneConfig, RunDirectory], every: int
+) -> None:
     config, run = edited
     gate = read_gate(run.gate)
     outcomes: Counter[bool] = Counter()
@@ -132,7 +134,9 @@ def test_every_edit_of_the_verdict_is_refused(edited, every) -> None:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("every", [53, pytest.param(1, marks=pytest.mark.reliability)])
-def test_under_a_manifest_that_agrees_what_is_computed_again_is_refused(edited, every) -> None:
+def test_under_a_manifest_that_agrees_what_is_computed_again_is_refused(
+    edited: tuple[FineTuneConfig, RunDirectory], every: int
+) -> None:
     config, run = edited
     gate, judged_files = read_gate(run.gate), read_manifest(run.path)["files"]
     own = [edit for edit in all_edits(gate) if edit[0][0] in COMPUTED_AGAIN]
@@ -163,7 +167,9 @@ def says_the_same(gate: Any, made: Any, keys: Keys) -> bool:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mark.reliability)])
-def test_every_edit_of_the_manifest_is_refused(edited, every) -> None:
+def test_every_edit_of_the_manifest_is_refused(
+    edited: tuple[FineTuneConfig, RunDirectory], every: int
+) -> None:
     """As it stands, and with a digest of itself that agrees."""
     config, run = edited
     manifest = read_manifest(run.path)
@@ -183,7 +189,9 @@ def sha256(body: Any) -> str:
 
 
 @given(is_gate=st.booleans(), place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
-def test_a_changed_byte_of_either_file_is_refused(judged, is_gate, place, flip) -> None:
+def test_a_changed_byte_of_either_file_is_refused(
+    judged: tuple[FineTuneConfig, RunDirectory], is_gate: bool, place: float, flip: int
+) -> None:
     config, run = judged
     path = run.gate if is_gate else run.manifest
     content = path.read_bytes()
@@ -196,7 +204,9 @@ def test_a_changed_byte_of_either_file_is_refused(judged, is_gate, place, flip) 
         path.write_bytes(content)
 
 
-def test_a_verdict_of_another_run_is_refused(edited, tmp_path) -> None:
+def test_a_verdict_of_another_run_is_refused(
+    edited: tuple[FineTuneConfig, RunDirectory], tmp_path: Path
+) -> None:
     config, run = edited
     other = train_example(tmp_path / "other", lora_parameters=SMALL, seed=1, val_batches=1)
     steps.judge(other.config, other.run)

@@ -100,7 +100,9 @@ TABLE: list[tuple[Any, int, Any]] = [
 
 
 @pytest.mark.parametrize(("task", "retries", "condition"), TABLE, ids=[t.name for t, _, _ in TABLE])
-def test_each_task_has_the_retries_and_the_condition_of_the_table(task, retries, condition) -> None:
+def test_each_task_has_the_retries_and_the_condition_of_the_table(
+    task: Any, retries: int, condition: Any
+) -> None:
     assert task.retries == retries
     assert task.retry_condition_fn is condition
 

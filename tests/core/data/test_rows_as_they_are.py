@@ -595,7 +595,9 @@ def places(report: DatasetReport, check: str) -> Sequence[str]:
     return [str(finding) for finding in report.findings if finding.check == check]
 
 
-def test_lines_of_several_files_are_named_by_file_and_line_there(tmp_path, tokenizer) -> None:
+def test_lines_of_several_files_are_named_by_file_and_line_there(
+    tmp_path: Path, tokenizer: TokenizerSource
+) -> None:
     def rows(*texts: str) -> bytes:
         return lines(*(alpaca(f"{text}?", f"{text}.") for text in texts))
 

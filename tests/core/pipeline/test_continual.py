@@ -87,7 +87,9 @@ def provenance_of(folder: Path, version: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow("trains and judges a run of its own")
-def test_without_a_champion_the_first_run_starts_fresh_and_says_so(folder, monday) -> None:
+def test_without_a_champion_the_first_run_starts_fresh_and_says_so(
+    folder: Path, monday: tuple[RunDirectory, str]
+) -> None:
     run, version = monday
     note = describe_starting_adapter(configure(folder, "monday"), run)
     assert note == "capitals has no champion yet: starting from a fresh adapter"
@@ -130,7 +132,9 @@ def test_a_run_on_the_data_that_the_champion_was_trained_on_is_skipped(
     assert unchanged(folder, tmp_path / "run", "tuesday", **changes) == tuesday[1]
 
 
-def test_the_same_lines_in_another_folder_are_the_same_data(folder, tuesday, tmp_path) -> None:
+def test_the_same_lines_in_another_folder_are_the_same_data(
+    folder: Path, tuesday: tuple[RunDirectory, str], tmp_path: Path
+) -> None:
     copy = write_data(tmp_path / "copy", slice(10, 30))
     assert unchanged(folder, tmp_path / "run", str(copy)) == tuesday[1]
 
@@ -156,7 +160,9 @@ def test_other_data_or_settings_are_a_reason_to_train(
     assert unchanged(folder, tmp_path / "run", data, **changes) is None
 
 
-def test_a_run_that_has_begun_to_train_is_not_skipped_when_resumed(folder, tuesday) -> None:
+def test_a_run_that_has_begun_to_train_is_not_skipped_when_resumed(
+    folder: Path, tuesday: tuple[RunDirectory, str]
+) -> None:
     assert champion_trained_alike(configure(folder, "tuesday"), tuesday[0]) is None
 
 
@@ -183,7 +189,9 @@ def test_a_champion_of_other_settings_is_refused_with_what_differs(
     assert not (tmp_path / "run" / "initial").exists()
 
 
-def test_a_champion_of_another_base_is_refused(folder, tuesday, tmp_path) -> None:
+def test_a_champion_of_another_base_is_refused(
+    folder: Path, tuesday: tuple[RunDirectory, str], tmp_path: Path
+) -> None:
     other = Path(shutil.copytree(MODEL, tmp_path / "base"))
     weights = load_arrays(other / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] * 2
@@ -193,7 +201,9 @@ def test_a_champion_of_another_base_is_refused(folder, tuesday, tmp_path) -> Non
     assert "base_fingerprint: " in str(caught.value)
 
 
-def test_a_champion_that_was_changed_on_disk_is_not_started_from(folder, tuesday, tmp_path) -> None:
+def test_a_champion_that_was_changed_on_disk_is_not_started_from(
+    folder: Path, tuesday: tuple[RunDirectory, str], tmp_path: Path
+) -> None:
     path = folder / "registry" / NAME / "versions" / tuesday[1] / "gate.json"
     sound = path.read_bytes()
     path.chmod(0o644)
@@ -279,7 +289,9 @@ def test_a_champion_is_not_collected_while_a_run_reads_it(
         ),
     ],
 )
-def test_sections_that_contradict_one_another_are_refused(values, message) -> None:
+def test_sections_that_contradict_one_another_are_refused(
+    values: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_config(values, source="a test")
 

@@ -115,12 +115,16 @@ def evaluation(judged: Judged, bases: list[Path]) -> Evaluation:
         )
 
 
-def test_models_of_one_base_and_shape_share_one_that_is_loaded(judged, evaluation, bases) -> None:
+def test_models_of_one_base_and_shape_share_one_that_is_loaded(
+    judged: Judged, evaluation: Evaluation, bases: list[Path]
+) -> None:
     assert len(evaluation.models) == 8
     assert bases == [MODEL, Path(judged.fused)]  # a fused model is a base of its own
 
 
-def test_every_form_of_an_adapter_has_the_figures_of_its_verdict(judged, evaluation) -> None:
+def test_every_form_of_an_adapter_has_the_figures_of_its_verdict(
+    judged: Judged, evaluation: Evaluation
+) -> None:
     before, base, fused, *forms = evaluation.models
     validation = judged.verdict.validation
     assert validation is not None
@@ -163,7 +167,9 @@ def gguf(judged: Judged) -> Path:
     return judged.folder / "model.gguf"
 
 
-def test_what_was_exported_is_compared_with_the_base_that_it_was_made_of(judged, gguf) -> None:
+def test_what_was_exported_is_compared_with_the_base_that_it_was_made_of(
+    judged: Judged, gguf: Path
+) -> None:
     found = evaluate([judged.fused, gguf], suites=[CAPITALS], data=DATA / "valid.jsonl")
     base, *exported = found.models
     (task, _), validation = judged.verdict.tasks, judged.verdict.validation
@@ -202,7 +208,9 @@ def test_a_gguf_that_is_not_understood_is_refused_by_name(gguf: Path, tmp_path: 
         evaluate([other], suites=[CAPITALS])
 
 
-def test_each_question_has_every_models_answer_beside_the_expected_one(judged, evaluation) -> None:
+def test_each_question_has_every_models_answer_beside_the_expected_one(
+    judged: Judged, evaluation: Evaluation
+) -> None:
     assert len(evaluation.answers) == 2 * 15
     first = evaluation.answers[0]
     assert (first.suite, first.line, first.expected) == ("capitals", 1, "Bratislava")
@@ -223,7 +231,9 @@ def test_it_is_a_line_and_rows(judged: Judged, evaluation: Evaluation) -> None:
     assert (loss["value"], loss["examples"], loss["low"]) == (own.loss_after, 10, 0.0)
 
 
-def test_its_page_and_its_lines_have_every_figure_and_answer(judged, evaluation) -> None:
+def test_its_page_and_its_lines_have_every_figure_and_answer(
+    judged: Judged, evaluation: Evaluation
+) -> None:
     page = evaluation.to_html()
     assert page.count("<td>") >= 2 * 15 * 8  # each answer of each model
     assert "<script" not in page
@@ -288,7 +298,9 @@ def test_examples_that_a_model_was_trained_on_are_left_out(judged: Judged, tmp_p
         ([str(MODEL)], {"data": "none.jsonl"}, "none.jsonl is not a file"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused(models, options, message) -> None:
+def test_what_cannot_be_evaluated_is_refused(
+    models: list[str], options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         evaluate(models, **options)
 
@@ -301,7 +313,9 @@ def test_an_adapter_of_another_base_is_refused(judged: Judged, tmp_path: Path) -
         evaluate([judged.run.adapter], base_model=str(other), data=DATA / "valid.jsonl")
 
 
-def test_the_command_ends_with_4_for_a_worse_one_and_prints_the_same(judged, evaluation) -> None:
+def test_the_command_ends_with_4_for_a_worse_one_and_prints_the_same(
+    judged: Judged, evaluation: Evaluation
+) -> None:
     words = ("--suite", DATA / "held_out.jsonl", "--max-tokens", 16, "--json")
     files = (*words, "--data", DATA / "valid.jsonl")
     against = ("--against", judged.run.initial)

@@ -121,7 +121,9 @@ def run_while_the_device_is_held(step: Callable[[Callable[[str], None]], object]
     return messages
 
 
-def test_every_step_that_computes_waits_for_the_device(tmp_path, monkeypatch) -> None:
+def test_every_step_that_computes_waits_for_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(DEVICE_LOCK_VARIABLE, "test-device")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     nested = {"frequencies": [1, 2], "strategy": "parameter_importance", "probe_batches": 1}

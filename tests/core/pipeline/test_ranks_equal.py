@@ -125,7 +125,9 @@ def go_astray(monkeypatch: pytest.MonkeyPatch, how: str) -> FineTuneConfig:
 
 
 @pytest.mark.slow("trains two ranks")
-def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path, monkeypatch) -> None:
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = go_astray(monkeypatch, "nan")
     run = prepare(config, tmp_path / "run")
     assert steps.train(config, run).step == 8  # and the ranks were equal to the end
@@ -134,7 +136,9 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path, m
 
 
 @pytest.mark.slow("trains two ranks")
-def test_a_rank_that_differs_is_named_and_nothing_of_it_is_kept(tmp_path, monkeypatch) -> None:
+def test_a_rank_that_differs_is_named_and_nothing_of_it_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = go_astray(monkeypatch, "bit")
     run = prepare(config, tmp_path / "run")
     with pytest.raises(

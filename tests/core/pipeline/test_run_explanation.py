@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,9 @@ def explanation(config: FineTuneConfig, tmp_path_factory: pytest.TempPathFactory
     return found
 
 
-def test_the_numbers_are_those_of_the_model_the_data_and_the_schedule(config, explanation) -> None:
+def test_the_numbers_are_those_of_the_model_the_data_and_the_schedule(
+    config: FineTuneConfig, explanation: RunExplanation
+) -> None:
     model, _ = load_base_model(config)
     attach_adapter(model, config)
     tensors = trainable_parameters(model)
@@ -64,7 +67,9 @@ def test_the_numbers_are_those_of_the_model_the_data_and_the_schedule(config, ex
     assert explanation.memory.fits
 
 
-def test_the_time_is_that_of_the_tokens_at_the_speed_that_was_measured(explanation) -> None:
+def test_the_time_is_that_of_the_tokens_at_the_speed_that_was_measured(
+    explanation: RunExplanation,
+) -> None:
     tokens = explanation.splits["train"].tokens
     assert tokens is not None
     assert explanation.tokens_per_second is not None
@@ -113,7 +118,9 @@ def test_what_the_registrys_policy_tightens_is_said(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_the_step_that_is_offered_is_the_one_said(explanation, change, said) -> None:
+def test_the_step_that_is_offered_is_the_one_said(
+    explanation: RunExplanation, change: dict[str, Any], said: str
+) -> None:
     examples = 0 if "val_batches" in change else explanation.validation_examples
     changed = replace(explanation, config=example_config(**change), validation_examples=examples)
     assert said in changed.describe()["evaluation"]
@@ -179,7 +186,9 @@ def write_rows(folder: Path, fields: tuple[str, str]) -> None:
         (("question", "answer"), {"prompt_feature": "question", "completion_feature": "answer"}),
     ],
 )
-def test_a_suggestion_loads_and_fits_the_data(tmp_path, fields, named) -> None:
+def test_a_suggestion_loads_and_fits_the_data(
+    tmp_path: Path, fields: tuple[str, str], named: dict[str, str]
+) -> None:
     write_rows(tmp_path / "data", fields)
     path = tmp_path / "lora.yaml"
     path.write_text(suggest_config(str(MODEL), str(tmp_path / "data")).text)
@@ -202,7 +211,9 @@ def test_a_suggestion_loads_and_fits_the_data(tmp_path, fields, named) -> None:
     assert warn_of_learning_rate(config) is None
 
 
-def test_a_suggestion_that_goes_on_from_an_adapter_has_its_shape_and_a_lower_rate(tmp_path) -> None:
+def test_a_suggestion_that_goes_on_from_an_adapter_has_its_shape_and_a_lower_rate(
+    tmp_path: Path,
+) -> None:
     write_rows(tmp_path / "data", ("prompt", "completion"))
     lora = {"rank": 4, "scale": 10.0, "keys": ["self_attn.q_proj"]}
     config = example_config(num_layers=2, lora_parameters=lora)
@@ -229,7 +240,9 @@ def test_the_intervals_of_a_suggestion_scale_with_the_length(tmp_path: Path) -> 
     assert longer.describe()["evaluation"].startswith("every 18 batches on 6 examples")
 
 
-def test_a_batch_that_does_not_fit_is_made_smaller(tmp_path, monkeypatch) -> None:
+def test_a_batch_that_does_not_fit_is_made_smaller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_rows(tmp_path / "data", ("prompt", "completion"))
     text = suggest_config(str(MODEL), str(tmp_path / "data")).text
     needed = explain_run(parse_config(parse_yaml(text), source=""), measures_speed=False).memory

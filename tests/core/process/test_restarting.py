@@ -51,7 +51,9 @@ def begun(tmp_path: Path) -> list[str]:
     return (tmp_path / "run" / "begun").read_text().splitlines()
 
 
-def test_it_is_begun_again_with_the_words_to_resume_until_it_ends(tmp_path, words, capfd) -> None:
+def test_it_is_begun_again_with_the_words_to_resume_until_it_ends(
+    tmp_path: Path, words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
     ends = "SIGKILL,SIGABRT,SIGSEGV,SIGBUS,SIGFPE,5"
     code = run_again_where_killed([*words, ends, "3", "always"], lambda run: ("--on", run.name))
     assert code == 5
@@ -90,7 +92,9 @@ def parent(*command: str) -> subprocess.Popen[bytes]:
     ("end", "restarts", "code"),
     [("3", "3", 3), ("SIGKILL", "0", -signal.SIGKILL), ("SIGTERM", "3", -signal.SIGABRT)],
 )
-def test_any_other_end_is_its_own(tmp_path, words, end, restarts, code) -> None:
+def test_any_other_end_is_its_own(
+    tmp_path: Path, words: list[str], end: str, restarts: str, code: int
+) -> None:
     if end == "SIGTERM":  # whoever asks it to stop wants no other, even where it then aborts
         process = parent(*words, "wait", restarts, "always")
         wait_until((tmp_path / "run" / "waits").exists)
@@ -136,7 +140,9 @@ def test_it_stops_and_goes_on_with_its_parent(tmp_path: Path, words: list[str]) 
 
 
 @pytest.mark.parametrize("content", ["low 0\noom_kill {}\n", "oom_kill_disable 0\noom_kill {}\n"])
-def test_a_kill_for_want_of_memory_is_named(tmp_path, monkeypatch, content) -> None:
+def test_a_kill_for_want_of_memory_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
     counter = tmp_path / "events"
     monkeypatch.setattr(restarting, "OOM_COUNTERS", (tmp_path / "none", counter))
     counter.write_text(content.format(7))

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ def write_record(registry: Path, version: str, *, age: float = 0.0, **more: Any)
     write_serving_record(registry / NAME, record)
 
 
-def test_a_server_is_known_by_its_file_while_its_heartbeat_is_new(three, registry) -> None:
+def test_a_server_is_known_by_its_file_while_its_heartbeat_is_new(
+    three: tuple[str, str, str], registry: Path
+) -> None:
     refused = {"version": three[1], "reason": "canary: it differs"}
     write_record(registry, three[0], refused=refused)
     (server,) = read_servers(registry, NAME)
@@ -98,7 +101,9 @@ def test_a_promotion_waits_until_the_server_follows_and_no_longer_than_it_may(
     assert (server.version, server.since) == (second, SINCE)
 
 
-def test_a_promotion_waits_as_it_is_configured_and_says_what_came_of_it(three, registry) -> None:
+def test_a_promotion_waits_as_it_is_configured_and_says_what_came_of_it(
+    three: tuple[str, str, str], registry: Path
+) -> None:
     section = RegistrySection(path=str(registry), name=NAME)
     write_record(registry, three[1])
     assert await_configured(section, three[1]) == []
@@ -107,7 +112,9 @@ def test_a_promotion_waits_as_it_is_configured_and_says_what_came_of_it(three, r
     assert await_configured(waiting, three[0])[0].startswith("not served at")
 
 
-def test_nobody_waits_for_a_version_that_was_rolled_back(three, registry, add) -> None:
+def test_nobody_waits_for_a_version_that_was_rolled_back(
+    three: tuple[str, str, str], registry: Path, add: Callable[[int], str]
+) -> None:
     promote(registry, NAME, three[2], by="ann")
     write_record(registry, three[1])
     timer = threading.Timer(0.3, lambda: rollback(registry, NAME, by="a server"))

@@ -149,7 +149,9 @@ def nights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Night]:
     ]
 
 
-def test_a_night_is_a_row_with_its_figures_and_a_link_and_a_star_for_other_examples(nights) -> None:
+def test_a_night_is_a_row_with_its_figures_and_a_link_and_a_star_for_other_examples(
+    nights: list[Night],
+) -> None:
     page = plain(describe_nights(NAME, nights, [("champion", "/artifacts/key/c")]))
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| [")]
     assert [row[1] for row in rows] == [night.outcome for night in nights]
@@ -163,7 +165,9 @@ def test_a_night_is_a_row_with_its_figures_and_a_link_and_a_star_for_other_examp
     assert "[champion](/artifacts/key/c)" in page
 
 
-def test_the_losses_of_the_nights_are_a_line_from_the_oldest_to_the_latest(nights) -> None:
+def test_the_losses_of_the_nights_are_a_line_from_the_oldest_to_the_latest(
+    nights: list[Night],
+) -> None:
     drawn = picture_of(describe_nights(NAME, nights, []))
     assert "run, 1 is 18 Nov, 5 is 22 Nov" in drawn
     dots = re.findall(r'<circle cx="([^"]*)" cy="([^"]*)" r="[^"]*" fill="([^"]*)"', drawn)

@@ -150,7 +150,9 @@ ENDING: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", ENDING)
-def test_what_ends_mlx_lms_thread_or_process_is_a_wrong_request(client, case, version) -> None:
+def test_what_ends_mlx_lms_thread_or_process_is_a_wrong_request(
+    client: Client, case: str, version: str
+) -> None:
     body, said = ENDING[case]
     reply = client.chat(NAME, max_tokens=3, **body)
     assert reply.status == 400
@@ -346,7 +348,9 @@ def test_every_wrong_request_has_an_answer_in_the_shape_of_errors(client: Client
     assert client.send("OPTIONS", "/v1/models").status == 204
 
 
-def test_connections_that_ask_for_nothing_are_closed_for_those_that_do(client, monkeypatch) -> None:
+def test_connections_that_ask_for_nothing_are_closed_for_those_that_do(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(server, "MAX_CONNECTIONS_WITHOUT_REQUEST", 2)
     host, port = client.server.address.removeprefix("http://").split(":")
     with contextlib.ExitStack() as stack:
@@ -358,7 +362,9 @@ def test_connections_that_ask_for_nothing_are_closed_for_those_that_do(client, m
         assert [connection.recv(1) for connection in idle[:2]] == [b"", b""]
 
 
-def test_control_characters_of_a_client_are_escaped_in_the_log(client, caplog) -> None:
+def test_control_characters_of_a_client_are_escaped_in_the_log(
+    client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
     host, port = client.server.address.removeprefix("http://").split(":")
     asking = socket.create_connection((host, int(port)), timeout=60)
     with caplog.at_level(logging.INFO), asking as connection:

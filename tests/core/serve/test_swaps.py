@@ -37,7 +37,9 @@ def ask_in_thread(client: Client, replies: list[Reply], **more: Any) -> threadin
     return thread
 
 
-def test_a_request_under_way_ends_with_the_version_it_began_with(promote, registry) -> None:
+def test_a_request_under_way_ends_with_the_version_it_began_with(
+    promote: Promote, registry: Path
+) -> None:
     first = promote(1)
     replies: list[Reply] = []
     with serving(settings(registry, "--name", NAME, "--swap-wait", 600)) as client:
@@ -56,7 +58,9 @@ def test_a_request_under_way_ends_with_the_version_it_began_with(promote, regist
 
 
 @pytest.mark.slow("a server of its own, and answers of hundreds of tokens")
-def test_a_swap_waits_no_longer_than_it_may_and_says_so_to_whom_it_ends(promote, registry) -> None:
+def test_a_swap_waits_no_longer_than_it_may_and_says_so_to_whom_it_ends(
+    promote: Promote, registry: Path
+) -> None:
     first = promote(1)
     replies: list[Reply] = []
     with serving(settings(registry, "--name", NAME, "--swap-wait", 0.5)) as client:
@@ -134,7 +138,9 @@ def test_health_says_that_generation_stands_still_and_the_server_ends_all_the_sa
 
 
 @pytest.mark.slow("a server of its own, and answers of hundreds of tokens")
-def test_a_server_that_is_asked_to_end_finishes_what_is_under_way(promote, registry) -> None:
+def test_a_server_that_is_asked_to_end_finishes_what_is_under_way(
+    promote: Promote, registry: Path
+) -> None:
     promote(1)
     replies: list[Reply] = []
     with serving(settings(registry, "--name", NAME)) as client:
@@ -144,7 +150,9 @@ def test_a_server_that_is_asked_to_end_finishes_what_is_under_way(promote, regis
     assert (reply.status, reply.json()["usage"]["completion_tokens"]) == (200, 400)
 
 
-def test_a_registry_that_is_gone_for_a_while_stops_nothing(promote, registry) -> None:
+def test_a_registry_that_is_gone_for_a_while_stops_nothing(
+    promote: Promote, registry: Path
+) -> None:
     first = promote(1)
     away = registry.with_name("away")
     with serving(settings(registry, "--name", NAME)) as client:
@@ -177,7 +185,9 @@ def test_an_error_that_nobody_foresaw_is_said_and_does_not_end_the_following(
         wait_until(lambda: client.health()["problems"] == [], "no problem is left")
 
 
-def test_a_server_that_cannot_write_to_the_registry_follows_it(promote, registry) -> None:
+def test_a_server_that_cannot_write_to_the_registry_follows_it(
+    promote: Promote, registry: Path
+) -> None:
     promote(1)
     (registry / NAME / "serving").write_text("in the way")
     with serving(settings(registry, "--name", NAME)) as client:

@@ -49,7 +49,9 @@ def trained_at(done: Finished, step: int) -> dict[str, np.ndarray[Any, Any]]:
     return {name: np.array(value, np.float64) for name, value in found.items()}
 
 
-def test_what_is_offered_is_the_average_of_the_formula_as_of_the_last_step(averaged) -> None:
+def test_what_is_offered_is_the_average_of_the_formula_as_of_the_last_step(
+    averaged: Finished,
+) -> None:
     section = averaged.config.training.average
     assert section is not None
     initial = {n: np.array(a, np.float64) for n, a in averaged.at(0).to_mlx().items()}
@@ -69,7 +71,9 @@ def test_what_is_offered_is_the_average_of_the_formula_as_of_the_last_step(avera
         assert not np.array_equal(np.array(value), trained_at(averaged, STEPS)[name])
 
 
-def test_what_is_evaluated_is_what_is_offered_and_the_gate_finds_it_sound(averaged) -> None:
+def test_what_is_evaluated_is_what_is_offered_and_the_gate_finds_it_sound(
+    averaged: Finished,
+) -> None:
     verdict = steps.judge(averaged.config, averaged.run)
     assert verdict.validation is not None
     assert verdict.validation.loss_after == pytest.approx(averaged.result.val_loss, rel=1e-5)

@@ -106,7 +106,9 @@ def test_each_lora_configuration_trains_and_passes_the_gate(tmp_path: Path, case
 
 
 @pytest.mark.parametrize("fine_tune_type", ["lora", "dora"])
-def test_adapter_tensors_are_float32_where_the_base_computes_in_bfloat16(fine_tune_type) -> None:
+def test_adapter_tensors_are_float32_where_the_base_computes_in_bfloat16(
+    fine_tune_type: str,
+) -> None:
     config = example_config(fine_tune_type=fine_tune_type, training={"precision": "bfloat16"})
     model, _ = load_base_model(config)
     leaves = attach_adapter(model, config)
@@ -129,7 +131,9 @@ def test_more_layers_than_the_model_has_are_refused(tmp_path: Path) -> None:
         prepare(example_config(num_layers=7), tmp_path / "run")
 
 
-def test_a_run_starts_from_an_existing_adapter_byte_for_byte(every_step, tmp_path) -> None:
+def test_a_run_starts_from_an_existing_adapter_byte_for_byte(
+    every_step: Finished, tmp_path: Path
+) -> None:
     existing = every_step.run.adapter / "adapters.safetensors"
     config = example_config(resume_adapter_file=str(existing))
     run = prepare(config, tmp_path / "run")
@@ -160,7 +164,9 @@ def test_an_adapter_that_does_not_fit_is_refused_with_every_problem_at_once(
     assert not (tmp_path / "run" / "initial").exists()
 
 
-def test_an_adapter_of_another_rank_is_refused_with_both_shapes(every_step, tmp_path) -> None:
+def test_an_adapter_of_another_rank_is_refused_with_both_shapes(
+    every_step: Finished, tmp_path: Path
+) -> None:
     existing = every_step.run.adapter / "adapters.safetensors"
     config = example_config(resume_adapter_file=str(existing), lora_parameters={"rank": 4})
     with pytest.raises(ConfigError, match=r"shape \(192, 8\), expected \(192, 4\)") as caught:
@@ -171,7 +177,9 @@ def test_an_adapter_of_another_rank_is_refused_with_both_shapes(every_step, tmp_
     ]
 
 
-def test_an_adapter_that_is_not_finite_is_refused_by_name(every_step, tmp_path) -> None:
+def test_an_adapter_that_is_not_finite_is_refused_by_name(
+    every_step: Finished, tmp_path: Path
+) -> None:
     tensors = read_adapter(every_step.run.adapter).tensors
     arrays = {name: tensor.to_numpy().copy() for name, tensor in tensors.items()}
     name = sorted(arrays)[3]
@@ -200,13 +208,17 @@ def test_an_adapter_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         prepare(config, tmp_path / "run")
 
 
-def test_a_folder_in_place_of_an_adapter_file_is_told_the_file(every_step, tmp_path) -> None:
+def test_a_folder_in_place_of_an_adapter_file_is_told_the_file(
+    every_step: Finished, tmp_path: Path
+) -> None:
     config = example_config(resume_adapter_file=str(every_step.run.adapter))
     with pytest.raises(ConfigError, match=r"is a folder; give .*/adapter/adapters.safetensors"):
         prepare(config, tmp_path / "run")
 
 
-def test_an_adapter_of_another_base_model_is_a_warning(every_step, tmp_path) -> None:
+def test_an_adapter_of_another_base_model_is_a_warning(
+    every_step: Finished, tmp_path: Path
+) -> None:
     other = tmp_path / "adapter"
     shutil.copytree(every_step.run.adapter, other)
     described = json.loads((other / "adapter_config.json").read_bytes())
