@@ -29,10 +29,17 @@ docstrings in `nested_core/`, so do not edit it by hand.
 from nested_core import prepare
 
 prepare()  # before anything imports mlx
-from nested_core import finetune, load_config, open_run
+from nested_core import champion, evaluate, finetune, load_config, open_run, promote
 
 result = finetune(load_config("lora.yaml"), open_run("runs/first"))
+promote(result, "support-bot")
+print(champion("registry/support-bot").ask("Where is Oslo?"))
+found = evaluate(["registry/support-bot"], suites=["questions.jsonl"])
+for row in found.rows():  # pandas.DataFrame(found.rows()) takes them
+    print(row["model"], row["measured"], row["value"])
 ```
+
+[notebook.ipynb](../examples/notebook.ipynb) goes the same way with the example. A test runs both.
 
 The names below are public. Anything else may change in any release
 ([versions](README.md#versions)). See also [notebooks](report.md#notebooks) and
