@@ -10,7 +10,7 @@ import argparse
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from flows.cli import build_parser
@@ -92,7 +92,7 @@ def _row(action: argparse.Action) -> str:
     return f"| {_escape(names)} | {_escape(action.help or '')} |\n"
 
 
-def _describe_groups(summaries: dict[str, dict[str, str]]) -> Iterator[str]:
+def _describe_groups(summaries: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
     yield "| | command | what it does |\n|---|---|---|\n"
     for group, names in summaries.items():
         for name, summary in names.items():
@@ -100,7 +100,7 @@ def _describe_groups(summaries: dict[str, dict[str, str]]) -> Iterator[str]:
             group = ""
 
 
-def _describe_shared(users: dict[str, list[str]], count: int) -> Iterator[str]:
+def _describe_shared(users: Mapping[str, list[str]], count: int) -> Iterator[str]:
     yield SHARED
     for row, names in users.items():
         if len(names) > 1:

@@ -223,7 +223,8 @@ def _draw_table(drawing: Drawing, y: int, table: Table, places: dict[str, int]) 
         drawing.bar(16, y + 8, WIDTH - 32, 1, "line")
         y += 24
         for number, _, x in columns:
-            cell = row[number] if isinstance(row[number], Cell) else Cell(row[number])
+            value = row[number]
+            cell = value if isinstance(value, Cell) else Cell(value)
             mark = f'<tspan fill="var(--{cell.tone})">{cell.mark}</tspan> ' if cell.mark else ""
             words = escaped_html(cell.value)
             drawing.text(x, y, Html(f"{mark}{words}"), font_size="12")
