@@ -64,20 +64,20 @@ COMMANDS = {
 # What each step of a run writes, and what is checked there; the letters are those of the page.
 STEPS = (
     ("1 BEGIN", "config.yaml", ("keys, types and paths",)),
-    ("2 VALIDATE", "dataset.json", ("each line of the data; its digest (a)",)),
-    ("3 LOAD", "initial/  tiers.json", ("fingerprint of every byte of the base (b)",)),
+    ("2 VALIDATE", "dataset.json", ("each line, digest (a)",)),
+    ("3 LOAD", "initial/  tiers.json", ("fingerprint of the base model (b)",)),
     (
         "4 TRAIN",
         "checkpoints/  adapter/  metrics.jsonl",
-        ("updates read back by name (c)", "each checkpoint hashed, renamed whole (d)"),
+        ("updates read back by name (c)", "checkpoints hashed, renamed (d)"),
     ),
     (
-        "5 JUDGE",
-        "gate.json  answers.jsonl  MANIFEST.json",
-        ("both adapters, byte by byte (e)", "a new process sees the change (f)"),
+        "5 GATE",
+        "gate.json  gate-losses.jsonl  MANIFEST.json",
+        ("both adapters compared (e)", "a new process loads the adapter (f)"),
     ),
-    ("6 REGISTER", "versions/<digest>/", ("copied, hashed again (g)",)),
-    ("7 PROMOTE", "history.jsonl  champion", ("chained lines; the link moves last (h)",)),
+    ("6 REGISTER", "versions/<digest>/", ("hashed again (g)",)),
+    ("7 PROMOTE", "history.jsonl  champion", ("hash chain, the link moves last (h)",)),
 )
 
 
@@ -330,7 +330,9 @@ def draw_topology() -> Drawing:
     drawing.box(426, 16, 118, 58, ["PostgreSQL", "its database"])
     drawing.arrow((166, 45), (206, 45))
     drawing.arrow((386, 45), (426, 45))
-    drawing.box(16, 126, 252, 76, ["worker mlx-gpu", "trains and judges,", "one run at a time"])
+    drawing.box(
+        16, 126, 252, 76, ["worker mlx-gpu", "trains and runs the gate,", "one run at a time"]
+    )
     drawing.box(
         292, 126, 252, 76, ["worker cpu", "promotes, asks, checks each hour", "up to 8 at a time"]
     )
