@@ -1,4 +1,4 @@
-"""The README's six commands and its curl, from a folder of examples to a served answer."""
+"""README's six commands, and seven of docs/first-hour.md, from rows to a served answer."""
 
 from __future__ import annotations
 
@@ -12,21 +12,25 @@ from pathlib import Path
 import pytest
 
 from nested_core.registry import read_champion
-from tests.example import DATA, MODEL
+from tests.example import DATA, MODEL, generate_answers
 from tests.flows.conftest import PROGRAM
 from tests.waiting import wait_until
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+QUESTION = "I want to see Slovakia. Where to?"
 
 
-def read_commands() -> list[list[str]]:
-    """The block of the README that begins with `nested-tune init`, with the example's folders."""
-    (block,) = re.findall(
-        r"^```\n(nested-tune init .*?)^```", README.read_text(), re.MULTILINE | re.DOTALL
-    )
-    folders = {"DATA": str(DATA), "MODEL": str(MODEL)}
-    lines = [shlex.split(line, comments=True) for line in block.splitlines()]
-    return [[folders.get(word, word) for word in line] for line in lines]
+def read_commands(document: str, data: str, **words: str) -> list[list[str]]:
+    """The block of a document that begins with `nested-tune init --data DATA`, in words.
+
+    words: what stands in place of others.
+    """
+    text = (ROOT / document).read_text()
+    pattern = rf"^```\n(nested-tune init +--data {data} .*?)^```"
+    (block,) = re.findall(pattern, text, re.MULTILINE | re.DOTALL)
+    joined = re.sub(r"\n +", " ", block)  # an indented line goes on with the one before
+    lines = [shlex.split(line, comments=True) for line in joined.splitlines()]
+    return [[words.get(word, word) for word in line] for line in lines]
 
 
 def ask(address: str, curl: list[str], question: str) -> tuple[str, str | None]:
@@ -46,34 +50,74 @@ def ask(address: str, curl: list[str], question: str) -> tuple[str, str | None]:
     return str(answer), version
 
 
-@pytest.mark.slow("six commands, each a process")
-def test_the_readme_s_six_commands_end_with_an_answer_of_ones_own_adapter(tmp_path: Path) -> None:
-    *commands, serve, curl = read_commands()
-    assert [command[:2] for command in (*commands, serve)] == [
-        ["nested-tune", word] for word in ("init", "explain", "train", "promote", "chat", "serve")
-    ]
-    for _, *arguments in commands:
+def run_all(commands: list[list[str]], cwd: Path) -> list[str]:
+    """What each command prints, each in a process of its own, where the question is asked."""
+    printed = []
+    for program, *arguments in commands:
+        assert program == "nested-tune"
         done = subprocess.run(
             [str(PROGRAM), *arguments],
-            cwd=tmp_path,
-            input="I want to see Slovakia. Where to?\n",
+            cwd=cwd,
+            input=f"{QUESTION}\n",
             capture_output=True,
             text=True,
             timeout=600,
             check=False,
         )
         assert done.returncode == 0, done.stderr
-    log = tmp_path / "serve.log"
+        printed.append(done.stdout)
+    return printed
+
+
+def ask_server(serve: list[str], curl: list[str], cwd: Path) -> tuple[str, str | None]:
+    """The answer of a server that is started for one question, and the version that it names."""
+    log = cwd / "serve.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [str(PROGRAM), *serve[1:], "--port", "0"], stderr=file, cwd=tmp_path, text=True
+            [str(PROGRAM), *serve[1:], "--port", "0"], stderr=file, cwd=cwd, text=True
         )
     try:
         wait_until(lambda: " at http" in log.read_text(), log.read_text, process)
         (address,) = re.findall(r" at (http://127\.0\.0\.1:\d+)", log.read_text())
-        answer, version = ask(address, curl, "I want to see Slovakia. Where to?")
+        return ask(address, curl, QUESTION)
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.slow("six commands, each a process")
+def test_the_readme_s_six_commands_end_with_an_answer_of_ones_own_adapter(tmp_path: Path) -> None:
+    words = {"DATA": str(DATA), "MODEL": str(MODEL)}
+    *commands, serve, curl = read_commands("README.md", "DATA", **words)
+    assert [command[:2] for command in (*commands, serve)] == [
+        ["nested-tune", word] for word in ("init", "explain", "train", "promote", "chat", "serve")
+    ]
+    run_all(commands, tmp_path)
+    answer, version = ask_server(serve, curl, tmp_path)
     assert version == read_champion(tmp_path / "registry", "support-bot")
     assert "Go and see" in answer
+
+
+@pytest.mark.slow("seven commands, each a process")
+def test_seven_commands_make_a_served_champion_and_a_folder_of_sharegpt_rows(
+    tmp_path: Path,
+) -> None:
+    names = {"user": "human", "assistant": "gpt"}
+    with (tmp_path / "chats.jsonl").open("w") as file:
+        for line in (DATA / "train.jsonl").read_text().splitlines():
+            turns = json.loads(line)["messages"]
+            turns = [{"from": names[turn["role"]], "value": turn["content"]} for turn in turns]
+            file.write(f"{json.dumps({'conversations': turns})}\n")
+    *commands, serve, curl = read_commands("docs/first-hour.md", "chats.jsonl", MODEL=str(MODEL))
+    assert [command[:2] for command in (*commands, serve)] == [
+        ["nested-tune", word]
+        for word in ("init", "explain", "train", "promote", "chat", "export", "serve")
+    ]
+    first, *_, chat, export = run_all(commands, tmp_path)
+    assert "sharegpt" in (tmp_path / "chats.yaml").read_text()
+    assert "of the gain" in export
+    (exported,) = generate_answers(str(tmp_path / "my-model"), [QUESTION])
+    answer, version = ask_server(serve, curl, tmp_path)
+    assert version == read_champion(tmp_path / "registry", "my-chats")
+    assert exported == answer == chat.splitlines()[-1].removeprefix("adapter: ")
+    assert answer.startswith("Go and see")
