@@ -56,27 +56,22 @@ def asked(condition: Any, error: BaseException) -> bool:
     return bool(condition(None, None, Failed(message="failed", data=error)))
 
 
-@pytest.mark.parametrize("number", LASTING, ids=errno.errorcode.get)
-def test_an_error_about_space_rights_or_existence_is_not_tried_again(number: int) -> None:
-    error = OSError(number, "as raised by the system")
-    assert not is_transient(error)
-    assert not asked(retry_on_transient_error, error)
-    assert not asked(retry_on_transient_or_memory_error, error)
+AWAY = (httpx.ConnectError("refused"), httpx.ReadTimeout("slow"), httpx.RemoteProtocolError("cut"))
+CASES = [
+    *((OSError(number, "as raised by the system"), False) for number in LASTING),
+    *((OSError(number, "as raised by the system"), True) for number in PASSING),
+    *((error, False) for error in (*OTHERS, httpx.InvalidURL("no such thing"))),
+    *((error, True) for error in AWAY),
+]
 
 
-@pytest.mark.parametrize("number", PASSING, ids=errno.errorcode.get)
-def test_another_io_error_is_tried_again(number: int) -> None:
-    error = OSError(number, "as raised by the system")
-    assert is_transient(error)
-    assert asked(retry_on_transient_error, error)
-    assert asked(retry_on_transient_or_memory_error, error)
-
-
-@pytest.mark.parametrize("error", OTHERS, ids=lambda error: type(error).__name__)
-def test_what_is_no_io_error_is_never_tried_again(error: BaseException) -> None:
-    assert not is_transient(error)
-    assert not asked(retry_on_transient_error, error)
-    assert not asked(retry_on_transient_or_memory_error, error)
+@pytest.mark.parametrize(("error", "is_passing"), CASES, ids=repr)
+def test_what_may_pass_is_tried_again_and_nothing_else(
+    error: BaseException, is_passing: bool
+) -> None:
+    assert is_transient(error) is is_passing
+    assert asked(retry_on_transient_error, error) is is_passing
+    assert asked(retry_on_transient_or_memory_error, error) is is_passing
 
 
 def test_an_allocation_error_is_tried_again_by_training_alone() -> None:
@@ -105,12 +100,3 @@ def test_each_task_has_the_retries_and_the_condition_of_the_table(
 ) -> None:
     assert task.retries == retries
     assert task.retry_condition_fn is condition
-
-
-@pytest.mark.parametrize(
-    "error",
-    [httpx.ConnectError("refused"), httpx.ReadTimeout("slow"), httpx.RemoteProtocolError("cut")],
-)
-def test_a_server_that_is_away_for_a_while_is_a_reason_to_try_again(error: Exception) -> None:
-    assert is_transient(error)
-    assert not is_transient(httpx.InvalidURL("no such thing"))

@@ -146,7 +146,7 @@ def a_change_of_1e_30_everywhere(scene: Scene) -> None:
 # A part of it was learned.
 
 
-@case("no_effect", "tier_unchanged")
+@case("no_effect", "tier_unchanged", says="tier 2 (every 4): nothing was trained")
 def the_slowest_tier_left_out(scene: Scene) -> None:
     scene.leave_out(scene.names(2))
 

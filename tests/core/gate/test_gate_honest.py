@@ -10,7 +10,6 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from mlx_lm import convert
 
 from nested_core.errors import GateRejected, SilentUpdateWarning, TrainingStopped
 from nested_core.gate import judge_run, verify_adapters
@@ -19,7 +18,7 @@ from nested_core.pipeline import steps
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.training import trainer
 from tests.core.gate.pairs import codes
-from tests.example import MODEL, Finished, example_config, prepare, stop_after, train, train_example
+from tests.example import Finished, example_config, prepare, stop_after, train, train_example
 from tests.left_out import slow_except
 
 ATTENTION = {"rank": 4, "keys": ["self_attn.q_proj", "self_attn.v_proj"]}
@@ -85,13 +84,6 @@ def test_a_run_that_goes_on_from_a_trained_adapter_passes(tmp_path: Path) -> Non
     assert judge_run(second.config, second.run).has_passed
     assert verify_adapters(first.run.adapter, second.run.adapter).has_passed
     assert codes(verify_adapters(first.run.adapter, second.run.initial)) == ["unchanged"]
-
-
-@pytest.mark.slow("trains on a base that is quantised first")
-def test_a_run_on_a_quantised_base_passes(tmp_path: Path) -> None:
-    convert(str(MODEL), str(tmp_path / "base"), quantize=True, q_group_size=32, q_bits=4)
-    done = train_example(tmp_path / "run", model=str(tmp_path / "base"))
-    assert judge_run(done.config, done.run).has_passed
 
 
 Apply = Callable[[Any, dict[str, Any]], None]

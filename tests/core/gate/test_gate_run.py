@@ -69,18 +69,6 @@ def test_judging_twice_gives_the_same_file(candidate: Candidate) -> None:
     assert candidate.run.gate.read_bytes() == first
 
 
-def test_a_tier_left_as_it_was_is_named(candidate: Candidate) -> None:
-    initial = candidate.initial
-    names = candidate.names(2)
-    candidate.offer({name: initial[name] for name in names}, keeps_logits=True)
-    verdict = judge_files(candidate)
-    assert set(codes(verdict)) == {"no_effect", "tier_unchanged"}
-    (reason,) = [r for r in verdict.reasons if r.code == "tier_unchanged"]
-    assert set(reason.tensors) == set(names)
-    assert "tier 2 (every 4): nothing was trained" in reason.message
-    assert [tier.changed for tier in verdict.tiers] == [28, 28, 0]
-
-
 @pytest.mark.parametrize("leaf", ["lora_a", "lora_b"])
 def test_one_tensor_of_a_tier_left_as_it_was_is_named(candidate: Candidate, leaf: str) -> None:
     name = candidate.names(1, leaf)[0]

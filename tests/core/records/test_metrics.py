@@ -125,6 +125,7 @@ HOSTILE_VALUES = [
     ("loss", "true"),
     ("updates", "[1e308]"),
     ("updates", "3"),
+    *(("samples", each) for each in ("null", "3", "[3]", '[{"prompt": "a"}]')),
     ("samples", '[{"prompt": 3, "answer": []}]'),
     ("note", "[" * 5000 + "]" * 5000),
 ]
@@ -158,14 +159,6 @@ def test_a_line_without_an_end_is_read_in_bounded_memory(
         file.write("x" * 1000 + "\n" + '{"step": 5}\n' + "y" * 64 + "\n" + "z" * 1000)
     with pytest.warns(UserWarning, match=r"2 of 8 lines are damaged .*: line 6, 8\."):
         assert steps(path) == [0, 1, 2, 3, 4, 5]
-
-
-@pytest.mark.parametrize("samples", ["null", "3", "[3]", '[{"prompt": "a"}]'])
-def test_a_line_whose_samples_are_damaged_is_a_damaged_line(path: Path, samples: str) -> None:
-    with path.open("a") as file:
-        file.write(f'{{"step": 5, "samples": {samples}}}\n')
-    with pytest.warns(UserWarning, match=r"1 of 6 lines are damaged .*: line 6\."):
-        assert steps(path) == [0, 1, 2, 3, 4]
 
 
 def test_truncating_what_is_not_there_makes_an_empty_file(tmp_path: Path) -> None:

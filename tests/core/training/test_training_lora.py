@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -177,43 +178,38 @@ def test_an_adapter_of_another_rank_is_refused_with_both_shapes(
     ]
 
 
-def test_an_adapter_that_is_not_finite_is_refused_by_name(
-    every_step: Finished, tmp_path: Path
-) -> None:
-    tensors = read_adapter(every_step.run.adapter).tensors
+def write_not_finite(path: Path, adapter: Path) -> None:
+    tensors = read_adapter(adapter).tensors
     arrays = {name: tensor.to_numpy().copy() for name, tensor in tensors.items()}
-    name = sorted(arrays)[3]
-    arrays[name][0, 0] = float("nan")
-    save_file(arrays, tmp_path / "nan.safetensors")
-    config = example_config(resume_adapter_file=str(tmp_path / "nan.safetensors"))
-    with pytest.raises(
-        ConfigError, match=rf"1 of the tensors of .* hold NaN or infinity, {name} among"
-    ):
-        prepare(config, tmp_path / "run")
+    arrays[sorted(arrays)[3]][0, 0] = float("nan")
+    save_file(arrays, path)
 
 
-def test_an_adapter_file_that_is_cut_short_is_damage(every_step: Finished, tmp_path: Path) -> None:
-    whole = (every_step.run.adapter / "adapters.safetensors").read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(whole[:-7])
-    config = example_config(resume_adapter_file=str(tmp_path / "cut.safetensors"))
-    with pytest.raises(DamagedError, match=r"cut\.safetensors is not a sound .*take it again"):
-        prepare(config, tmp_path / "run")
+def write_cut_short(path: Path, adapter: Path) -> None:
+    path.write_bytes((adapter / "adapters.safetensors").read_bytes()[:-7])
 
 
-def test_an_adapter_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    config = example_config(resume_adapter_file=str(tmp_path / "none.safetensors"))
-    with pytest.raises(
-        ConfigError, match=r"resume_adapter_file: .*none.safetensors does not exist"
-    ):
-        prepare(config, tmp_path / "run")
-
-
-def test_a_folder_in_place_of_an_adapter_file_is_told_the_file(
-    every_step: Finished, tmp_path: Path
+@pytest.mark.parametrize(
+    ("write", "kind", "message"),
+    [
+        (write_not_finite, ConfigError, r"1 of the tensors of .* hold NaN or infinity, model\."),
+        (write_cut_short, DamagedError, r"file\.safetensors is not a sound .*take it again"),
+        (lambda *_: None, ConfigError, r"resume_adapter_file: .*file.safetensors does not exist"),
+        (lambda path, _: path.mkdir(), ConfigError, "is a folder; give .*/adapters.safetensors"),
+    ],
+)
+def test_no_run_starts_from_a_file_that_is_no_adapter(
+    write: Callable[[Path, Path], object],
+    kind: type[Exception],
+    message: str,
+    every_step: Finished,
+    tmp_path: Path,
 ) -> None:
-    config = example_config(resume_adapter_file=str(every_step.run.adapter))
-    with pytest.raises(ConfigError, match=r"is a folder; give .*/adapter/adapters.safetensors"):
-        prepare(config, tmp_path / "run")
+    write(tmp_path / "file.safetensors", every_step.run.adapter)
+    with pytest.raises(kind, match=message):
+        prepare(
+            example_config(resume_adapter_file=str(tmp_path / "file.safetensors")), tmp_path / "run"
+        )
 
 
 def test_an_adapter_of_another_base_model_is_a_warning(
