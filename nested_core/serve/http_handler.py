@@ -7,6 +7,7 @@ import json
 import logging
 import select
 import socket
+import time
 from http import HTTPStatus
 from io import BytesIO
 from ipaddress import ip_address
@@ -17,6 +18,7 @@ from mlx_lm.server import APIHandler, CompletionRequest
 
 from nested_core.errors import NestedTuneError
 from nested_core.serve.champion_follower import ChampionFollower
+from nested_core.serve.prometheus_metrics import CONTENT_TYPE, ServingMetrics
 from nested_core.serve.request_model import (
     DEFAULT_MODEL,
     ROUTES,
@@ -37,6 +39,7 @@ AGAIN_AFTER_SECONDS = 1
 MAX_BODY_BYTES = 4 * 1024 * 1024
 MAX_LENGTH_DIGITS = 9
 MAX_WAITING_REQUESTS = 1024
+UNLOCKED_ROUTES = ("/health", "/metrics")
 
 
 class RegistryHandler(APIHandler):
@@ -47,12 +50,15 @@ class RegistryHandler(APIHandler):
         response_generator: RegistryResponseGenerator,
         *args: Any,
         follower: ChampionFollower,
+        metrics: ServingMetrics,
         api_key: str | None,
         **kwargs: Any,
     ) -> None:
         """`api_key` is what clients have to send; None asks for none."""
         self._generator = response_generator
         self._follower = follower
+        self._metrics = metrics
+        self._status = 0  # that was sent last
         self._api_key = api_key
         self._request: VersionedRequest | None = None
         self._is_streaming = False
@@ -62,7 +68,22 @@ class RegistryHandler(APIHandler):
     timeout = 120  # seconds without a byte, on a connection of which something is expected
 
     def do_POST(self) -> None:
+        """Answer, and count it."""
+        began = time.monotonic()
+        try:
+            self._answer()
+        finally:
+            name = None if self._request is None else self._request.name
+            self._metrics.note_request(name, self._status, time.monotonic() - began)
+
+    def send_response(self, code: int, message: str | None = None) -> None:
+        """As http.server's; the code is remembered."""
+        self._status = int(code)
+        super().send_response(code, message)
+
+    def _answer(self) -> None:
         """Answer, where the client may ask, and what it asks is a request that is answered here."""
+        self._request = None
         try:
             self._require_permission()
             body = self._read_body()
@@ -76,14 +97,16 @@ class RegistryHandler(APIHandler):
         super().do_POST()
 
     def do_GET(self) -> None:
-        """As mlx_lm's; `/health` needs no key, so that a supervisor has none."""
+        """As mlx_lm's; `/health` and `/metrics` need no key, so that who watches has none."""
         try:
             self.server.note_request(self.connection)
-            self._require_permission(needs_key=self.path != "/health")
+            self._require_permission(needs_key=self.path not in UNLOCKED_ROUTES)
         except RequestRefused as refused:
             self._refuse(refused)
             return
-        if self.path == "/health" or self.path.startswith("/v1/models"):
+        if self.path == "/metrics":
+            self._send_body(200, self._metrics.render(), CONTENT_TYPE)
+        elif self.path == "/health" or self.path.startswith("/v1/models"):
             super().do_GET()
         else:
             self._refuse(_no_route(self.path))
@@ -252,6 +275,13 @@ class RegistryHandler(APIHandler):
         listed = [{"id": model, "object": "model", "created": self.created} for model in models]
         self._send_json(200, {"object": "list", "data": listed})
 
+    def _send_body(self, status_code: int, body: bytes, content_type: str) -> None:
+        self.send_response(status_code)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
     def _send_json(self, status_code: int, document: dict[str, Any]) -> None:
         body = json.dumps(document).encode()
         self._set_completion_headers(status_code)
@@ -281,7 +311,7 @@ class RegistryHandler(APIHandler):
 
 
 def _no_route(path: str) -> RequestRefused:
-    routes = ", ".join([*ROUTES, "/v1/models", "/health"])
+    routes = ", ".join([*ROUTES, "/v1/models", *UNLOCKED_ROUTES])
     return RequestRefused(f"Nothing is at {path!r:.80}; there are {routes}.", 404)
 
 

@@ -69,9 +69,11 @@ class TokenRate:
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._by_second: deque[list[int]] = deque()  # [second, tokens], oldest first
+        self.tokens = 0  # since the beginning
 
     def add_token(self) -> None:
         """Count one token now."""
+        self.tokens += 1
         second = int(time.monotonic())
         if self._by_second and self._by_second[-1][0] == second:
             self._by_second[-1][1] += 1
@@ -142,6 +144,7 @@ class NameStatus:
     since: when the version began to be served, UTC.
     requests: how many were begun for the name, for whichever version.
     last_swap_seconds: from finding the champion changed to its first token; None before any swap.
+    swaps: how often another version began to be served.
     refused: a champion that is not served, with the reason; None where the champion is served.
     """
 
@@ -149,6 +152,7 @@ class NameStatus:
     since: datetime = field(default_factory=lambda: datetime.now(UTC))
     requests: int = 0
     last_swap_seconds: float | None = None
+    swaps: int = 0
     refused: dict[str, str] | None = None
     rate: TokenRate = field(default_factory=TokenRate)
     failures: FailureWatch = field(default_factory=FailureWatch)
@@ -647,6 +651,7 @@ class RegistryResponseGenerator(ResponseGenerator):
         with self._lock:
             status = self.names[version.name]
             status.last_swap_seconds = round(time.monotonic() - began, 3)
+            status.swaps += 1
 
     def require_canary(self, version: ServedVersion) -> None:
         """Ask a version's canary, without serving it. Raises CanaryFailed."""

@@ -23,6 +23,7 @@ from nested_core.registry import VerifiedVersion, read_champion, read_verified_v
 from nested_core.registry.serving_status import ServingNews
 from nested_core.serve.champion_follower import ChampionFollower
 from nested_core.serve.http_handler import RegistryHandler
+from nested_core.serve.prometheus_metrics import ServingMetrics
 from nested_core.serve.response_generator import (
     RegistryModelProvider,
     RegistryPromptCache,
@@ -181,8 +182,9 @@ def starting_server(settings: ServeSettings) -> Iterator[RunningServer]:
                 swap_wait=settings.swap_wait,
                 tell=settings.tell,
             )
+            metrics = ServingMetrics(generator, lambda: len(follower.problems))
             http.RequestHandlerClass = lambda *args: RegistryHandler(
-                generator, *args, follower=follower, api_key=settings.api_key
+                generator, *args, follower=follower, metrics=metrics, api_key=settings.api_key
             )
             follower.start()
             try:
