@@ -248,8 +248,8 @@ def best_of_halving(
     for rung in rungs:
         count = unit * rung // rungs[-1]
         seen |= dict.fromkeys({0, *alive}, count)
-        alive = better_half({arm: float(means[arm, :count].min()) for arm in alive})
-    winner = better_half({arm: float(means[arm].min()) for arm in {0, *alive}})[0]
+        alive = better_half({arm: (float(means[arm, :count].min()),) for arm in alive})
+    winner = better_half({arm: (float(means[arm].min()),) for arm in {0, *alive}})[0]
     after, other = (losses[arm, means[arm].argmin()] for arm in (winner, 0))
     judged = make_losses(other, after, tokens, "valid.jsonl")
     family = [Candidates(n, judged.lines, losses[arm, :n]) for arm, n in seen.items()]

@@ -37,6 +37,12 @@ def add_commands(commands: Any) -> None:
         help="values to try of a key; several keys give every combination. Without it learning "
         "rates are tried, then ranks and scales where time is left",
     )
+    sweep.add_argument(
+        "--select-by",
+        default="loss",
+        metavar="loss|SUITE",
+        help="what chooses: the validation loss, or the answers to a suite of gate.tasks",
+    )
     sweep.add_argument("--minutes", type=float, metavar="M", help="time to train in, about")
     sweep.add_argument(
         "--steps", type=int, metavar="N", help="optimizer steps of all settings together"
@@ -76,7 +82,7 @@ def run_sweep(arguments: argparse.Namespace) -> Callable[[], int]:
             """Let signals stop it."""
             stopper.direct_signals_to(trainer)
 
-    request = SweepRequest(over, arguments.minutes, arguments.steps)
+    request = SweepRequest(over, arguments.select_by, arguments.minutes, arguments.steps)
     print_progress(f"sweep: {folder}")
     with stopper.handling_signals(RunDirectory(folder)):
         result = sweep(config, folder, request, SweepSteps())
@@ -97,6 +103,7 @@ def run_sweep(arguments: argparse.Namespace) -> Callable[[], int]:
             if choice is None or choice.difference is None
             else choice.difference.to_json(),
             "corrected_interval": None if choice is None else choice.corrected_interval,
+            "answers": None if result.answers is None else result.answers.to_json(),
             "better": result.is_better,
             "summary": result.summary(),
         }

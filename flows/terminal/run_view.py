@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.text import Text
 
+from nested_core.records.metrics import describe_tasks
 from nested_core.records.plan import describe_last_losses
 from nested_core.text.duration_format import format_clock
 from nested_core.text.foreign_text import escape
@@ -49,7 +50,7 @@ def draw_screen(view: RunProgress, width: int, height: int) -> Text:
     body = _body_lines(view, width)
     axes = 3
     samples: list[Text] = []
-    for text in view.describe_samples()[:MAX_SHOWN_SAMPLES]:
+    for text in [*view.describe_questions(), *view.describe_samples()[:MAX_SHOWN_SAMPLES]]:
         if len(head) + len(body) + len(samples) + 1 + axes + MIN_PLOT_HEIGHT < height:
             samples.append(Text(text, "dim"))
     room = height - 1 - len(head) - len(body) - len(samples) - axes
@@ -172,6 +173,8 @@ def format_line(view: RunProgress) -> str:
         if view.plan is not None and view.plan.validation_file is not None:
             text += f" ({view.plan.describe_validation()})"
         parts.append(text)
+    if answers := describe_tasks(record):
+        parts.append(escape(answers))
     if "loss" in record:
         parts += filter(None, (view.describe_speed(), view.describe_memory()))
     if view.plan is not None and record["step"] > 0:

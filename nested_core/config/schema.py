@@ -221,6 +221,10 @@ class FineTuneConfig(_RootSection):
         if schedule is not None and self.training.decay is not None:
             yield "training.decay and lr_schedule: give only one of them"
         yield from optimizer_problems(self.optimizer, self.optimizer_config, self.nested)
+        known = {task.name for task in self.gate.tasks}
+        for name in self.training.evaluate_tasks:
+            if name not in known:
+                yield f"training.evaluate_tasks: {name} is none of gate.tasks"
         if self.gate.check_fused and self.fine_tune_type == "full":
             yield "gate.check_fused: a full fine-tune has no adapter to fuse"
         yield from _multi_process_problems(self)
@@ -237,6 +241,11 @@ class FineTuneConfig(_RootSection):
         """Whether a run with validation data offers its best step, and not its last."""
         offers_best = self.training.reference is None and self.training.offer == "best"
         return offers_best and self.val_batches != 0
+
+    @property
+    def chooses_by_loss(self) -> bool:
+        """Whether validation losses choose the step that is offered."""
+        return self.offers_best_step and self.training.select_by == "loss"
 
     @property
     def length(self) -> str:

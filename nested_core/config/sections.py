@@ -27,6 +27,16 @@ from pydantic import (
 from nested_core.config.names import NAME_PATTERN, why_invalid_adapter_name
 from nested_core.config.section_base import Section, key
 
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+def _text_as_list(value: Any) -> Any:
+    """One text is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[NonEmpty, ...], BeforeValidator(_text_as_list)]
+
 Processes = Annotated[PositiveInt, Field(le=64)]
 
 
@@ -106,12 +116,22 @@ class TrainingSection(Section):
     restarts: NonNegativeInt = key(
         3, "times a killed run is begun again without a new checkpoint", affects="output"
     )
+    evaluate_tasks: Names = key((), "suites of gate.tasks: a small part is asked at evaluations")
+    select_by: str = key(
+        "loss", "what chooses the best step: loss, or the answers to one of evaluate_tasks"
+    )
     reference: Literal["mlx_lm"] | None = key(None, "do what mlx_lm.lora does, bit for bit")
 
     def find_conflicts(self) -> Iterator[str]:
         """An average is offered where it is kept."""
         if (self.offer == "average") != (self.average is not None):
             yield "offer: average and average: {decay: 0.995} go together; give both or neither"
+        if self.select_by not in ("loss", *self.evaluate_tasks):
+            yield f"select_by: {self.select_by} is neither loss nor among evaluate_tasks"
+        if self.select_by != "loss" and (self.processes, self.hostfile) != (1, None):
+            yield f"select_by: {self.select_by} chooses in one process; leave processes out"
+        if self.select_by != "loss" and self.offer != "best":
+            yield f"select_by: {self.select_by} chooses the best step, and offer is {self.offer}"
 
     def changed_keys_unknown_to_mlx_lm(self) -> list[str]:
         """The keys that are not at their defaults and that mlx_lm.lora knows nothing of."""
@@ -289,7 +309,6 @@ def default_arguments(optimizer: str) -> dict[str, Any]:
 
 
 LOAD_DATASET_ARGUMENTS_WITH_OWN_KEYS = {"path", "split"}  # arguments of datasets.load_dataset
-NonEmpty = Annotated[str, Field(min_length=1)]
 
 
 class HubDataset(Section):
@@ -358,14 +377,6 @@ TASK_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 # The splits that a value of held_out stands for, the first one that is there; others are files.
 SPLITS_BY_HELD_OUT_CHOICE = {"auto": ("test", "valid"), "test": ("test",), "valid": ("valid",)}
 SCORER_FUNCTION_PATTERN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
-
-
-def _text_as_list(value: Any) -> Any:
-    """One text is a list of one."""
-    return [value] if isinstance(value, str) else value
-
-
-Names = Annotated[tuple[NonEmpty, ...], BeforeValidator(_text_as_list)]
 
 
 class TaskSection(Section):

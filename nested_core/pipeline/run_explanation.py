@@ -170,6 +170,10 @@ class RunExplanation:
         elif not self.config.offers_best_step:
             offered = "the last step, as mlx_lm.lora does,"
         interval = self.config.intervals(self.iterations).evaluation
+        if self.config.training.select_by != "loss":
+            offered = (
+                f"the checkpoint with the most right answers to {self.config.training.select_by}"
+            )
         return (
             f"every {_format_batches(interval)} on {self.validation_examples} "
             f"examples of {self.splits['valid'].file}; {offered} is selected."
@@ -342,7 +346,8 @@ def _measure_speed(
     # Until the slowest tier is due once: a run that it is never due in is refused.
     count = max(MEASURED_STEPS, config.nested.frequencies[-1])
     iterations = count * config.grad_accumulation_steps
-    training = config.training.model_copy(update={"epochs": None, "early_stop_patience": None})
+    plain = {"epochs": None, "early_stop_patience": None, "evaluate_tasks": (), "select_by": "loss"}
+    training = config.training.model_copy(update=plain)
     short = config.model_copy(
         update={
             "iters": iterations,

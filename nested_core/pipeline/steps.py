@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from nested_core.errors import (
     NestedTuneError,
 )
 from nested_core.gate import Verdict, digests_for_result
+from nested_core.gate.answers.questions_in_training import QuestionsInTraining
 from nested_core.gate.answers.suite_answers import (
     encode_suites,
     read_suites,
@@ -287,8 +289,22 @@ def train_model(
     require_validated_data(run, report)
     load_adapter_tensors(model, load_arrays(run.initial / WEIGHTS_NAME))
     setup = prepare_training(
-        config, run, model, splits, tokenizer=base.tokenizer, callback=callback, world=world
+        config,
+        run,
+        model,
+        splits,
+        tokenizer=base.tokenizer,
+        callback=callback,
+        make_questions=partial(
+            QuestionsInTraining.from_config, config, base.tokenizer, base.folder
+        ),
+        world=world,
     )
+    if config.training.evaluate_tasks and not setup.step_schedule.validation_examples:
+        raise ConfigError(
+            "training.evaluate_tasks: questions are asked at evaluations, and there are none. Give "
+            "a valid split (`nested-tune init --split`) and val_batches above 0 or -1."
+        )
     trainer = Trainer(setup)
     if session is not None:
         trainer.on_near_end = lambda: session.keep_proof_process(start_proof_process)
@@ -328,6 +344,7 @@ def _make_plan(
         memory_forecast_gb=trainer.memory.needed / 1e9,
         memory_limit_gb=trainer.memory.capacity / 1e9,
         resumed_at=list_resumptions(earlier, trainer.current_step),
+        select_by=trainer.config.training.select_by,
         ended_by=list_earlier_ends(),
     )
 

@@ -15,17 +15,18 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pydantic import JsonValue
 
-from nested_core.config.loading import parse_config, render_config
+from nested_core.config.loading import lay_over, parse_config, render_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, GateRejected, TrainingDiverged, TrainingStopped
-from nested_core.gate.losses.chosen_candidate import SweepChoice
+from nested_core.gate.answers.answer_bounds import ScoreChange
+from nested_core.gate.losses.chosen_candidate import SweepChoice, read_candidates
 from nested_core.models.session import Session
 from nested_core.pipeline.hooks import Steps
 from nested_core.pipeline.preflight import check_before_start
@@ -38,7 +39,9 @@ from nested_core.pipeline.sweep_points import (
     refuse_incomparable_keys,
     settings_of_point,
 )
-from nested_core.records.sweep import SWEEP_NAME, Arm, SweepRecord, read_sweep
+from nested_core.records.answers import read_answers
+from nested_core.records.paired_difference import PairedDifference
+from nested_core.records.sweep import SWEEP_NAME, Arm, Score, SweepRecord, read_sweep
 from nested_core.records.verdict import Verdict
 from nested_core.report.sweep import describe_sweep
 from nested_core.storage.atomic import canonical_json, write_bytes
@@ -64,11 +67,13 @@ class SweepRequest:
     """What a sweep is asked for.
 
     over: key -> the values to try; empty tries rates, then ranks and scales around the best.
+    select_by: `loss`, or the suite of gate.tasks whose answers choose.
     minutes, steps: of training, of all arms together; None does not bound them. With `steps` the
         same request gives the same figures.
     """
 
     over: Mapping[str, Sequence[JsonValue]]
+    select_by: str = "loss"
     minutes: float | None = None
     steps: int | None = None
 
@@ -81,7 +86,10 @@ class SweepResult:
     run: the winner's run directory, of which the whole configuration is trained and judged.
     choice: the winner's losses less those of the configuration itself, and among how many
         candidates it was chosen; None where the configuration itself is the winner.
-    is_better: whether it is shown to be better than that, by registry.min_improvement at least.
+    answers: where answers chose, the share of right ones less that of the configuration itself, on
+        the questions that judge.
+    is_better: whether it is shown to be better than that: by answers where they chose, else by
+        registry.min_improvement at least.
     """
 
     folder: Path
@@ -89,6 +97,7 @@ class SweepResult:
     run: RunDirectory
     verdict: Verdict
     choice: SweepChoice | None
+    answers: PairedDifference | None
     is_better: bool
 
     def summary(self) -> str:
@@ -98,6 +107,14 @@ class SweepResult:
         tried = f"{len(record.arms)} settings tried in {record.trained:,} steps"
         if self.choice is None:
             return f"{tried}: none was better than {chosen}."
+        told = "better" if self.is_better else "not shown to be better: it may be luck"
+        if self.answers is not None:
+            own = self.answers
+            return (
+                f"{tried}: the best is {chosen}. Against the configuration itself "
+                f"{own.mean:+.1%} of {own.examples} answers are right (95 % interval "
+                f"{own.low:+.1%} to {own.high:+.1%}): {told}."
+            )
         found, among = self.choice.difference, self.choice.chosen_among
         text = f"{tried}: the best is {chosen}."
         if found is None:
@@ -108,7 +125,6 @@ class SweepResult:
             f"Against the configuration itself {found.mean:+.3g} nats a token on {found.examples} "
             f"examples (95 % interval {interval[0]:+.3g} to {interval[1]:+.3g}{luck})"
         )
-        told = "better" if self.is_better else "not shown to be better: it may be luck"
         return f"{text} {measured}: {told}."
 
 
@@ -185,12 +201,14 @@ class _Search:
                 f"{MAX_ARMS - 1} can be tried."
             )
         for arm in arms:
-            settings_of_point(self.config, arm.point)
+            parse_config(self._settings_of(arm), source="sweep")
         check_before_start(self.config, self._run_of(0))
         wanted, budget = self._measure()
         rungs = plan_rungs(len(arms), wanted, budget)
         numbers = tuple(range(len(arms)))
-        self.record = SweepRecord(digest, "loss", rungs, budget, tuple(arms), (numbers,))
+        self.record = SweepRecord(
+            digest, self.request.select_by, rungs, budget, tuple(arms), (numbers,)
+        )
         self.record.write(self.folder)
 
     def _measure(self) -> tuple[int, int | None]:
@@ -239,9 +257,9 @@ class _Search:
             alive = better_half(self._scores(alive, step))
         return better_half(self._scores({0, *alive}, self.record.rungs[-1]))[0]
 
-    def _scores(self, arms: Iterable[int], step: int) -> dict[int, float]:
+    def _scores(self, arms: Iterable[int], step: int) -> dict[int, Score]:
         found = {number: self.record.arms[number].scores[step] for number in arms}
-        return {number: math.inf if own is None else own for number, own in found.items()}
+        return {number: (math.inf,) if own is None else own for number, own in found.items()}
 
     def _further_points(self, best: int) -> list[Point]:
         """Ranks and scales around the best rate, once, where they were not named and fit in."""
@@ -276,14 +294,14 @@ class _Search:
             part.begin(config, run, resume=run.config.exists())
             part.validate(config, run)
             part.load(config, run, self._session)
-            score: float | None = None
+            score: Score | None = None
             try:
                 part.train(config, run, self._session)
-                score = _best_score(run)
+                score = _best_score(run, self.request.select_by)
             except TrainingStopped:
                 if not part.has_reached_end:
                     raise
-                score = _best_score(run)
+                score = _best_score(run, self.request.select_by)
             except TrainingDiverged as error:
                 self.hooks.on_message(str(error))
         seconds = self.record.seconds + time.monotonic() - started
@@ -315,7 +333,11 @@ class _Search:
             choice = SweepChoice.read(run, runs, baseline=runs[0])
         least = self.config.registry.min_improvement
         is_better = choice is not None and is_shown_better(choice, least)
-        result = SweepResult(self.folder, self.record, run, verdict, choice, is_better)
+        answers = None
+        if choice is not None and self.request.select_by != "loss":
+            answers = compare_answers(run, runs, self.request.select_by)
+            is_better = answers.is_measurable and answers.low > 0
+        result = SweepResult(self.folder, self.record, run, verdict, choice, answers, is_better)
         page = describe_sweep(self.record, runs, result.summary())
         write_bytes(self.folder / PAGE_NAME, page.to_html().encode("utf-8", "replace"))
         return result
@@ -332,12 +354,17 @@ class _Search:
         """The configuration of an arm's run: as long as planned, evaluated at every rung."""
         iterations = self.record.rungs[-1] * self.config.grad_accumulation_steps
         between = iterations // _unit(len(self.record.rungs))
-        own = self.record.arms[number].point | {
-            "iters": iterations,
-            "training.epochs": None,
-            "steps_per_eval": between,
-        }
-        return parse_config(settings_of_point(self.config, own), source="sweep")
+        length: Point = {"iters": iterations, "training.epochs": None, "steps_per_eval": between}
+        values = lay_over(self._settings_of(self.record.arms[number]), length)
+        return parse_config(values, source="sweep")
+
+    def _settings_of(self, arm: Arm) -> dict[str, Any]:
+        """The values of an arm, which is chosen by what the sweep chooses by."""
+        name, asked = self.request.select_by, self.config.training.evaluate_tasks
+        values = settings_of_point(self.config, arm.point)
+        names = [] if name == "loss" else [name]
+        tasks = list(dict.fromkeys([*asked, *names]))
+        return lay_over(values, {"training.select_by": name, "training.evaluate_tasks": tasks})
 
 
 class _Part(Steps):
@@ -409,7 +436,24 @@ def count_steps(arms: int, rungs: Sequence[int]) -> int:
     return total
 
 
-def better_half(scores: Mapping[int, float]) -> list[int]:
+def compare_answers(
+    chosen: RunDirectory, runs: Sequence[RunDirectory], suite: str
+) -> PairedDifference:
+    """The chosen run's answers to a suite less the first run's, with the luck of the choice.
+
+    Where the questions that judge chose as well, it was among all evaluated steps of all runs.
+    """
+    first, own = (
+        [r for r in read_answers(run.answers) if r.task == suite and r.model == "candidate"]
+        for run in (runs[0], chosen)
+    )
+    if own[0].chosen_among > 1:
+        count = sum(read_candidates(run.validation_losses).count for run in runs)
+        own = [replace(record, chosen_among=count) for record in own]
+    return ScoreChange.compare(first, own).difference
+
+
+def better_half(scores: Mapping[int, Score]) -> list[int]:
     """The half of the arms that goes on, rounded up, the best first; of equal ones the first."""
     ranked = sorted(scores, key=lambda number: (scores[number], number))
     return ranked[: math.ceil(len(ranked) / 2)]
@@ -445,10 +489,13 @@ def _first_points(config: FineTuneConfig, request: SweepRequest) -> list[Point]:
 
 
 def _digest_request(config: FineTuneConfig, request: SweepRequest) -> str:
-    asked = [config.model_dump(mode="json"), dict(request.over), request.minutes, request.steps]
+    asked = [config.model_dump(mode="json"), asdict(request) | {"over": dict(request.over)}]
     return sha256(canonical_json(asked)).hexdigest()
 
 
-def _best_score(run: RunDirectory) -> float | None:
-    score: float | None = latest_state(run.checkpoints).get("best_val_loss")
-    return score
+def _best_score(run: RunDirectory, select_by: str) -> Score | None:
+    state = latest_state(run.checkpoints)
+    loss = state.get("best_val_loss")
+    if loss is None:
+        return None
+    return (loss,) if select_by == "loss" else (state["best_wrong"], loss)

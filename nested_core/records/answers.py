@@ -48,6 +48,8 @@ class AnswerRecord:
     seconds: the suite's time with this model, divided by its questions.
     same_prompt_as: the first line of the suite with the same prompt; None for that line itself.
     expected: the right answers, shortened; None where there is none, or from an earlier release.
+    chosen_among: of the candidate's: the steps among which this suite's questions chose it; 1 where
+        they chose nothing.
     """
 
     task: str
@@ -63,6 +65,7 @@ class AnswerRecord:
     seconds: float
     same_prompt_as: int | None = None
     expected: str | None = None
+    chosen_among: int = 1
 
 
 _RECORD_VALIDATOR = TypeAdapter(AnswerRecord)

@@ -49,6 +49,9 @@ def parse_record(line: bytes) -> dict[str, Any]:
     samples = record.get("samples", [])
     if not isinstance(samples, list) or not all(map(_is_sample, samples)):
         raise ValueError("samples is no list of prompts with answers")
+    tasks = record.get("tasks", {})
+    if not isinstance(tasks, dict) or not all(map(_is_task, tasks.values())):
+        raise ValueError("tasks is no mapping of suites to shares of right answers")
     return record
 
 
@@ -77,6 +80,21 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return value == 0 or SMALLEST_NUMBER <= abs(value) < LARGEST_NUMBER
+
+
+def _is_task(value: Any) -> bool:
+    if not isinstance(value, dict) or not _is_count(value.get("questions")):
+        return False
+    right = value.get("right")
+    return isinstance(right, int | float) and _is_number(right) and 0 <= right <= 1
+
+
+def describe_tasks(record: Mapping[str, Any]) -> str:
+    """The answers to suites in a record: `prices 12 of 20 right`; empty without any."""
+    return ", ".join(
+        f"{name} {round(own['right'] * own['questions'], 1):g} of {own['questions']} right"
+        for name, own in record.get("tasks", {}).items()
+    )
 
 
 def _is_sample(value: Any) -> bool:

@@ -29,6 +29,7 @@ class TrainingPlan:
     ended_by: the signals that ended the command's processes before this one.
     frequencies: of each tier, the fastest first.
     offers_best: whether the adapter of the lowest validation loss is offered, or the last one.
+    select_by: what chooses the best one: `loss`, or the suite whose answers do.
     training_file: the file that is trained on.
     validation_file, validation_examples: what each evaluation reads; None and 0 without any.
     memory_forecast_gb, memory_limit_gb: the predicted peak, and what the device or
@@ -47,6 +48,7 @@ class TrainingPlan:
     memory_forecast_gb: float
     memory_limit_gb: float
     resumed_at: tuple[int, ...] = ()
+    select_by: str = "loss"
     ended_by: tuple[str, ...] = ()
 
     def describe_ends(self) -> str | None:

@@ -16,17 +16,21 @@ SWEEP_NAME = "sweep.json"
 MAX_SWEEP_BYTES = 2**22
 
 
+Score = tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class Arm:
     """One setting that is tried.
 
     point: key -> value, where it differs from the configuration; empty for that itself.
-    scores: by the rung's step, the lowest score so far: the validation loss in nats a token, or the
-        share of wrong answers; None where it was not finite or training diverged.
+    scores: by the rung's step, the best so far, lower first: the validation loss in nats a token,
+        or the share of wrong answers and the loss; None where it was not finite or training
+        diverged.
     """
 
     point: dict[str, JsonValue]
-    scores: dict[int, float | None] = field(default_factory=dict)
+    scores: dict[int, Score | None] = field(default_factory=dict)
 
     def describe(self) -> str:
         """Its settings in words."""
@@ -39,6 +43,7 @@ class Arm:
 class SweepRecord:
     """A sweep so far; what it decides follows from this alone, so that it goes on as it began.
 
+    select_by: `loss`, or the suite whose answers choose.
     digest: of the configuration and what was asked for; a resumed sweep has the same.
     rungs: the optimizer steps at which arms are compared; the last one is a whole run.
     budget: optimizer steps of all arms together; None where they are not bounded.
@@ -62,7 +67,7 @@ class SweepRecord:
         """Optimizer steps of all arms so far, up to the last rung of each."""
         return sum(max(arm.scores, default=0) for arm in self.arms)
 
-    def with_score(self, number: int, step: int, score: float | None) -> SweepRecord:
+    def with_score(self, number: int, step: int, score: Score | None) -> SweepRecord:
         """The record with an arm's score at a rung."""
         arm = replace(self.arms[number], scores=self.arms[number].scores | {step: score})
         return replace(self, arms=(*self.arms[:number], arm, *self.arms[number + 1 :]))

@@ -340,6 +340,7 @@ class TaskResult:
     champion_difference, champion_interval: candidate minus champion; None where no champion
         answered.
     conclusion: the worse of the words for the differences from parent or base, and champion.
+    chosen_among: the steps among which these questions chose; the interval is corrected for them.
     lost: how many questions got a lower score than before; lost_first: the first of them.
     smallest_visible: the smallest share of lost answers that so many questions can show.
     seconds: of each model, all questions together.
@@ -363,6 +364,7 @@ class TaskResult:
     conclusion: Conclusion | None = None
     lost: int = 0
     lost_first: tuple[str, ...] = ()
+    chosen_among: int = 1
 
     @property
     def is_proven_gain(self) -> bool:
@@ -409,6 +411,8 @@ class TaskResult:
         else:
             low, high = self.interval
             text += f" (difference {self.difference:+.3f}, 95 % interval {low:+.3f} to {high:+.3f})"
+        if self.chosen_among > 1:
+            text += f"; these questions also chose the step, among {self.chosen_among}"
         if self.champion is not None:
             text += f", champion {self.count(self.champion)} of {total}"
         odd = [f"{count} {name}" for name, count in self.odd.items() if count]

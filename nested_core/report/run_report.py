@@ -52,7 +52,7 @@ from nested_core.text.document import (
     Text,
 )
 from nested_core.text.loss_format import format_interval
-from nested_core.text.svg_chart import Chart, Curve
+from nested_core.text.svg_chart import Chart, Curve, Point
 from nested_core.training.reports.sample_prompts import SampleTable
 
 MAX_SHOWN_FINDINGS = 60
@@ -135,6 +135,7 @@ def _describe_training(run: Run) -> Iterator[Block]:
     """Losses over steps and seconds, rate, gradient norm, speed and memory."""
     figures = [
         [_loss_chart(run, "step"), _loss_chart(run, "seconds of training")],
+        *_answer_figures(run),
         _metric_figure(run, "Learning rate", "rate", {"learning rate": "learning_rate"}),
         _metric_figure(
             run,
@@ -182,6 +183,18 @@ def _loss_chart(run: Run, x: str) -> Chart:
         Curve("validation", run.points("val_loss", x), has_dots=True),
     ]
     return Chart("Loss", x, "nats/token", curves)
+
+
+def _answer_figures(run: Run) -> Iterator[list[Chart]]:
+    """The share of right answers to the questions that were asked while it trained."""
+    names = dict.fromkeys(name for record in run.metrics for name in record.get("tasks", {}))
+    curves = []
+    for name in names:
+        asked = [r for r in run.metrics if name in r.get("tasks", {})]
+        points = [Point(float(r.get("step", 0)), r["tasks"][name]["right"]) for r in asked]
+        curves.append(Curve(f"{name} ({asked[-1]['tasks'][name]['questions']})", points, True))
+    if curves:
+        yield [Chart("Right answers while training", "step", "share", curves, from_zero=True)]
 
 
 def _metric_figure(run: Run, title: str, unit: str, keys: dict[str, str]) -> list[Chart]:

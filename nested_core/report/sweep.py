@@ -110,7 +110,9 @@ def _format_score(arm: Arm, step: int) -> str | None:
     if step not in arm.scores:
         return None
     score = arm.scores[step]
-    return "diverged" if score is None else format_loss(score)
+    if score is None:
+        return "diverged"
+    return format_loss(score[0]) if len(score) == 1 else f"{1 - score[0]:.0%} right"
 
 
 def choose_best_run(outcomes: Sequence[SweepRunResult]) -> SweepRunResult | None:

@@ -39,7 +39,7 @@ from nested_core.storage.validation_losses import (
     truncate_step_losses,
 )
 from nested_core.training.early_stopping import count_evaluations_without_improvement
-from nested_core.training.evaluation import Evaluation, Evaluator
+from nested_core.training.evaluation import Evaluation, EvaluationInterrupted, Evaluator
 from nested_core.training.loss.loss_interface import MicroBatch
 from nested_core.training.rank_communication import Sums, World
 from nested_core.training.schedule.step_schedule import passes_multiple
@@ -47,6 +47,9 @@ from nested_core.training.train_step import StepResult
 from nested_core.training.training_checks import warn_of_flat_loss, warn_of_unchanged_checkpoint
 from nested_core.training.training_setup import TrainingSetup
 from nested_core.training.training_state import CheckpointState, TrainingState
+
+# Where questions take longer before the first step, so many fewer are asked from then on.
+SLOW_SECONDS = 10.0
 
 
 class MetricsWindow:
@@ -298,10 +301,14 @@ class Validation:
         self, state: TrainingState, iteration: int, batches: Iterable[MicroBatch]
     ) -> dict[str, Any]:
         started = time.perf_counter()
-        evaluation = self._evaluator.evaluate(self.setup.offered_values(state.step), batches)
+        values = self.setup.offered_values(state.step)
+        evaluation = self._evaluator.evaluate(values, batches)
         val_loss = evaluation.mean_loss
+        asked = self._ask_questions(state, values)
+        name = self.setup.config.training.select_by
+        wrong = 0.0 if name == "loss" else 1.0 - asked["tasks"][name]["right"]
         is_candidate = all(tier.updates > 0 for tier in self.setup.optimizer.get_tier_stats())
-        state.record_evaluation(val_loss, is_candidate=is_candidate)
+        state.record_evaluation(val_loss, is_candidate=is_candidate, wrong=wrong)
         if is_candidate and self.setup.step_schedule.offers_best and self.setup.world.is_main:
             self._keep_example_losses(state, evaluation)
         min_delta = self.setup.config.training.min_delta
@@ -310,7 +317,25 @@ class Validation:
         if self.setup.callback is not None:
             info = {"iteration": iteration, "val_loss": val_loss, "val_time": seconds}
             self.setup.callback.on_val_loss_report(info)
-        return {"val_loss": val_loss}
+        return {"val_loss": val_loss} | asked
+
+    def _ask_questions(self, state: TrainingState, values: Flat) -> dict[str, Any]:
+        """The answers to `training.evaluate_tasks`, of the main rank; empty without them."""
+        questions, world = self.setup.questions, self.setup.world
+        if questions is None or not world.is_main:
+            return {}
+
+        def check_stop() -> None:
+            """End the evaluation where a stop is requested; of several ranks none hears of it."""
+            if world.is_single_process and self._evaluator.is_stop_requested():
+                raise EvaluationInterrupted
+
+        share = state.question_share
+        asked = questions.ask(self.setup.model, self.setup.parameters, values, check_stop, share)
+        seconds = asked.get("task_seconds", 0.0)
+        if state.step == 0 and seconds > SLOW_SECONDS:
+            state.question_share = SLOW_SECONDS / seconds
+        return asked
 
     def _keep_example_losses(self, state: TrainingState, evaluation: Evaluation) -> None:
         """Append the losses of an evaluation whose step could be offered, for the gate."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -42,6 +42,20 @@ from nested_core.training.reports.sample_prompts import SamplePrompts
 from nested_core.training.schedule.step_schedule import StepSchedule, make_step_schedule
 
 
+class Questions(Protocol):
+    """Questions that are asked at evaluations, as gate.answers.questions_in_training has them."""
+
+    def ask(
+        self,
+        model: nn.Module,
+        refs: ParameterRefs,
+        values: Mapping[str, mx.array],
+        check_stop: Callable[[], None],
+        share: float,
+    ) -> dict[str, Any]:
+        """`tasks` and `task_seconds` of a record of metrics.jsonl; empty without questions."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingSetup:
     """Everything that a run trains with; the trainer and its parts take it whole.
@@ -59,6 +73,7 @@ class TrainingSetup:
         loss_fn: the loss, in its form for this model.
         average: the adapter's moving average, where one is kept.
         samples: prompts that are answered at each evaluation.
+        questions: those of `training.evaluate_tasks`; None where none are asked.
         prompts: token ids that every checkpoint records the model's logits on.
         world: the ranks that train together.
     """
@@ -81,6 +96,7 @@ class TrainingSetup:
     loss_fn: Loss
     prompts: Prompts
     samples: SamplePrompts
+    questions: Questions | None = None
 
     # The processes
     world: World = SINGLE_PROCESS_WORLD
@@ -99,6 +115,7 @@ def prepare_training(
     *,
     tokenizer: Any,
     callback: TrainingCallback | None = None,
+    make_questions: Callable[[int], Questions] | None = None,
     world: World = SINGLE_PROCESS_WORLD,
 ) -> TrainingSetup:
     """Make the setup of a run that was validated and loaded.
@@ -110,6 +127,7 @@ def prepare_training(
         splits: the tokenised data; "train" is needed, "valid" is used if it is there.
         tokenizer: the model's, for the prompts of `samples`.
         callback: mlx-lm's callback protocol.
+        make_questions: makes the questions of a run of so many steps; None asks none.
         world: the ranks that train together.
 
     Raises ConfigError if a tier would never be due.
@@ -141,6 +159,7 @@ def prepare_training(
         step_schedule=step_schedule,
         loss_fn=loss_fn.for_position_counts(step_schedule.position_counts()),
         prompts=choose_prompts(splits),
+        questions=None if make_questions is None else make_questions(step_schedule.steps),
         samples=SamplePrompts.from_config(config, tokenizer),
         world=world,
     )

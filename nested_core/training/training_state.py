@@ -31,8 +31,11 @@ class TrainingState:
         flushed: whether gathered gradients were applied at the end of training; `flush_steps` has
             the steps of all such flushes.
         ended: whether training is over, so that only `iters` can make it go on.
-        best_before, best_val_loss_before: the best but for the evaluation of this step, which a
-            flush of gathered gradients makes out of date.
+        best_wrong: the share of wrong answers at the best step, to the suite that chooses it; 0
+            where the loss does.
+        best_before, best_val_loss_before, best_wrong_before: the best but for the evaluation of
+            this step, which a flush of gathered gradients makes out of date.
+        question_share: of the questions in training, what is asked from now on.
     """
 
     # Position
@@ -55,8 +58,11 @@ class TrainingState:
     evaluated_step: int | None = None
     best_step: int | None = None
     best_val_loss: float | None = None
+    best_wrong: float = 0.0
     best_before: int | None = None
     best_val_loss_before: float | None = None
+    best_wrong_before: float = 0.0
+    question_share: float = 1.0
     lowest_val_loss: float | None = None
     evaluations_without_improvement: int = 0
 
@@ -81,6 +87,7 @@ class TrainingState:
         if self.best_step == self.step:
             self.best_step = self.best_before
             self.best_val_loss = self.best_val_loss_before
+            self.best_wrong = self.best_wrong_before
 
     def steps_to_keep(self, *, may_flush: bool) -> list[int]:
         """The steps whose checkpoints may still be offered; `may_flush` where gradients gather."""
@@ -89,20 +96,24 @@ class TrainingState:
             steps.append(self.best_before)
         return [step for step in steps if step is not None]
 
-    def record_evaluation(self, val_loss: float, *, is_candidate: bool) -> bool:
+    def record_evaluation(self, val_loss: float, *, is_candidate: bool, wrong: float = 0.0) -> bool:
         """Record a validation loss; return whether it is the best among the candidates.
 
-        One that is not finite is never the best.
+        `wrong` is the share of wrong answers to the suite that chooses: it decides, and the loss
+        where it is equal. A loss that is not finite is never the best.
         """
         self.val_loss = val_loss
         self.evaluated_step = self.step
         best = math.inf if self.best_val_loss is None else self.best_val_loss
-        is_best = is_candidate and val_loss < best
+        before = (math.inf if self.best_val_loss is None else self.best_wrong, best)
+        is_best = is_candidate and math.isfinite(val_loss) and (wrong, val_loss) < before
         if is_best:
             self.best_before = self.best_step
             self.best_val_loss_before = self.best_val_loss
+            self.best_wrong_before = self.best_wrong
             self.best_step = self.step
             self.best_val_loss = val_loss
+            self.best_wrong = wrong
         return is_best
 
 

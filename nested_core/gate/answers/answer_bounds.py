@@ -23,6 +23,7 @@ from nested_core.records.paired_difference import (
     independent_clusters,
     smallest_visible_share,
     student_t_cdf,
+    student_t_quantile,
 )
 from nested_core.records.verdict import Reason, SampleVerdict, TaskResult
 
@@ -153,6 +154,7 @@ class ScoreChange:
             np.array([r.line if r.same_prompt_as is None else r.same_prompt_as for r in after])
         )
         difference = compare_pairs(scores[0], scores[1], clusters=clusters)
+        difference = _count_choice(difference, max((r.chosen_among for r in after), default=1))
         pairs = zip(before, after, strict=True)
         lost = tuple(earlier.question for earlier, later in pairs if later.score < earlier.score)
         if clusters is None and np.isin(scores, (0.0, 1.0)).all():
@@ -196,6 +198,18 @@ class ScoreChange:
             return "better"
         is_shown = self.is_within_bound if self.max_drop else not self.is_below(0.0)
         return "no_worse" if is_shown else "inconclusive"
+
+
+def _count_choice(difference: PairedDifference, among: int) -> PairedDifference:
+    """The difference of the best of `among` steps: its lower end is as far as luck may take it.
+
+    The 5 % are divided by their number, as where no losses of single steps are at hand.
+    """
+    if among == 1 or not difference.is_measurable:
+        return difference
+    quantile = student_t_quantile(1 - ALPHA / among, difference.examples - 1)
+    low = difference.mean - quantile * difference.standard_error
+    return replace(difference, low=min(difference.low, low))
 
 
 def _chance_of_fall(difference: PairedDifference) -> float:
@@ -253,6 +267,7 @@ def _summarise_task(
         },
         lost=len(change.lost),
         lost_first=change.lost[:MAX_NAMED_QUESTIONS],
+        chosen_among=candidate[0].chosen_among,
     )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from nested_core import backend
+from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.answers.answer_bounds import judge_answers
 from nested_core.gate.answers.answer_cache import (
     AnsweringModelDigests,
@@ -15,8 +16,10 @@ from nested_core.gate.answers.answer_cache import (
     fetch_answers,
     store_answers,
 )
+from nested_core.gate.answers.questions_in_training import lines_that_chose
 from nested_core.gate.answers.suite_answers import (
     EncodedSuite,
+    Suite,
     encode_suites,
     read_suites,
     record_or_compare_suites,
@@ -28,6 +31,7 @@ from nested_core.gate.checks.losses import LOSSES
 from nested_core.gate.checks.tensors import CHANGE, EFFECT
 from nested_core.gate.evidence.run_evidence import RunEvidence
 from nested_core.gate.losses.champion_adapter import Champion, UnusableChampion
+from nested_core.gate.losses.chosen_candidate import read_candidates
 from nested_core.gate.losses.held_out_loss import LoadedBase
 from nested_core.models.base_model import fingerprint_base_model, model_compute_dtype
 from nested_core.models.generation import Answer
@@ -86,11 +90,37 @@ def answer_tasks(
     suites = read_suites(base.config.gate)
     record_or_compare_suites(run, suites)
     encoded = encode_suites(suites, base.tokenizer, base.folder)
-    return tuple(
+    records = [
         record
         for asked in _asked_models(base, evidence, champion)
         for record in ask_model(asked, encoded)
-    )
+    ]
+    return tuple(_without_questions_that_chose(records, suites, base.config, run))
+
+
+def _without_questions_that_chose(
+    records: Sequence[AnswerRecord],
+    suites: Sequence[Suite],
+    config: FineTuneConfig,
+    run: RunDirectory,
+) -> Iterator[AnswerRecord]:
+    """The answers that judge: of the suite that chose the step those that had no part in it.
+
+    Where it has no others all judge, and the candidate's say among how many steps they chose.
+    """
+    name = config.training.select_by
+    chose: frozenset[int] = frozenset()
+    among = 1
+    for suite in suites:
+        if suite.name == name:
+            chose = lines_that_chose(suite, config)
+            among = 1 if chose else read_candidates(run.validation_losses).count
+    for record in records:
+        if record.task != name:
+            yield record
+        elif record.line not in chose:
+            own = among if record.model == "candidate" else 1
+            yield replace(record, chosen_among=own)
 
 
 def _asked_models(

@@ -237,7 +237,7 @@ def read_held_out_examples(
         return None
     if settings.policy.group is not None:
         held_out = replace(held_out, groups=_read_groups(settings, choice, held_out))
-    if config.offers_best_step:
+    if config.chooses_by_loss:
         return held_out
     return replace(held_out, selected_on_same_data=False, has_validation_examples=False)
 

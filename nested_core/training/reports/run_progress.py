@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nested_core.errors import DamagedError
+from nested_core.records.metrics import describe_tasks
 from nested_core.records.plan import TrainingPlan, read_plan
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import open_regular
@@ -142,6 +143,13 @@ class RunProgress:
         ]
         return f"updates: {' · '.join(clocks)}" + (f" · skipped {skipped:,}" if skipped else "")
 
+    def describe_questions(self) -> list[str]:
+        """The last answers to `training.evaluate_tasks`, as a line."""
+        asked = next((r for r in reversed(self.records) if r.get("tasks")), None)
+        if asked is None:
+            return []
+        return [f"answers: {escape(describe_tasks(asked))} (step {asked['step']:,})"]
+
     def describe_samples(self) -> list[str]:
         """The last answers to the configured prompts."""
         answered = next((r for r in reversed(self.records) if r.get("samples")), None)
@@ -158,11 +166,14 @@ class RunProgress:
         evaluated = {
             r["step"]: r["val_loss"] for r in self.records if "val_loss" in r and r["step"] > 0
         }
+        chosen = next((r for r in self.records if r["step"] == adapter_step and r.get("tasks")), {})
         if self.plan is None:
             return text
         if not self.plan.offers_best or evaluated.get(adapter_step) is None:
             return f"{text}, the last one"
         loss = format_loss(evaluated[adapter_step])
+        if self.plan.select_by in chosen.get("tasks", {}):
+            return f"{text}, the most right answers of {len(evaluated)} ({describe_tasks(chosen)})"
         return (
             f"{text}, the lowest validation loss of {len(evaluated)} "
             f"({loss}; {self.plan.describe_validation()})"

@@ -93,7 +93,7 @@ def test_the_arm_of_the_lowest_loss_is_trained_to_the_end_and_judged(swept: Swee
     assert 3 * 6 + 6 + 12 <= record.trained <= count_steps(3, record.rungs) == 60
     last = record.rungs[-1]
     scores = {n: arm.scores[last] for n, arm in enumerate(record.arms) if last in arm.scores}
-    assert record.chosen == min(scores, key=lambda number: scores[number] or 99.0)
+    assert record.chosen == min(scores, key=lambda number: scores[number] or (99.0,))
     assert last not in record.arms[1].scores  # 1e-6 learns nothing, and is dropped
     assert (swept.verdict.adapter_step or 0) <= last
     best = parse_config_of(swept.folder / "best.yaml")
@@ -175,3 +175,18 @@ def test_a_winner_is_better_beyond_chance_luck_and_the_least_improvement(
 ) -> None:
     found = PairedDifference(20, mean, 0.02, *own)
     assert is_shown_better(SweepChoice(among, corrected, found), 0.005) == is_better
+
+
+def test_answers_choose_and_are_compared_on_the_questions_that_judge(tmp_path: Path) -> None:
+    task = {"name": "capitals", "file": str(DATA / "held_out.jsonl"), "score": "contains"}
+    config = example_config(**CONFIG | {"learning_rate": 1e-5, "gate": {"tasks": [task]}})
+    request = SweepRequest({"learning_rate": [2e-3]}, "capitals", steps=120)
+    done = sweep(config, tmp_path / "sweep", request)
+    record = done.record
+    assert record.chosen == 1
+    wrong = [arm.scores[record.rungs[0]] for arm in record.arms]
+    assert all(score is not None and len(score) == 2 for score in wrong)
+    assert done.answers is not None
+    assert done.answers.mean == pytest.approx(done.verdict.tasks[0].candidate)
+    assert done.is_better == (done.answers.low > 0)
+    assert "of 15 answers are right" in done.summary()

@@ -1,0 +1,203 @@
+"""Questions that are asked while an adapter is trained, and what choosing a step by them costs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core.config.sections import TaskSection
+from nested_core.errors import ConfigError, TrainingStopped
+from nested_core.gate.answers import questions_in_training
+from nested_core.gate.answers.answer_bounds import judge_answers
+from nested_core.gate.answers.questions_in_training import (
+    QuestionsInTraining,
+    choose_questions,
+    lines_that_chose,
+)
+from nested_core.gate.answers.suite_answers import EncodedSuite, read_suites
+from nested_core.pipeline import steps
+from nested_core.records.answers import AnsweringRole, AnswerRecord, read_answers
+from nested_core.storage.adapter import read_adapter
+from nested_core.training.training_state import TrainingState
+from tests.example import DATA, Finished, example_config, prepare, require_refused, train
+
+HELD_OUT = DATA / "held_out.jsonl"
+
+
+def settings(file: Path = HELD_OUT, **changes: Any) -> dict[str, Any]:
+    task = {"name": "capitals", "file": str(file), "score": "contains", "max_tokens": 8}
+    return {
+        "iters": 12,
+        "steps_per_eval": 4,
+        "nested": {"frequencies": [1]},
+        "training": {"evaluate_tasks": ["capitals"], "select_by": "capitals"},
+        "gate": {"tasks": [task]},
+    } | changes
+
+
+def write_suite(path: Path, count: int) -> Path:
+    """A suite of so many questions, those of the example again and again, each with its number."""
+    rows = [json.loads(line) for line in HELD_OUT.read_text().splitlines()]
+    lines = [json.dumps(rows[n % len(rows)] | {"id": f"q{n}"}) for n in range(count)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("count", "steps_of_run", "asked", "left_out"),
+    [
+        (15, 1000, 15, 0),  # too few for a part of their own: they choose and judge
+        (31, 1000, 31, 0),
+        (32, 1000, 8, 8),
+        (100, 1000, 25, 25),
+        (1000, 1000, 32, 32),
+        (1000, 150, 16, 32),  # a short run asks fewer of those that a long one asks
+        (1000, 10, 4, 32),
+    ],
+)
+def test_a_quarter_of_a_suite_and_one_batch_at_most_is_asked_and_fewer_in_a_short_run(
+    tmp_path: Path, count: int, steps_of_run: int, asked: int, left_out: int
+) -> None:
+    config = example_config(**settings(write_suite(tmp_path / "suite.jsonl", count)))
+    (suite,) = read_suites(config.gate)
+    places = choose_questions(suite, config, steps_of_run)
+    assert len(places) == len(set(places)) == asked
+    chose = lines_that_chose(suite, config)
+    assert len(chose) == left_out
+    assert not chose or {place + 1 for place in places} <= chose
+
+
+def test_answers_are_those_of_suites_that_there_are_and_choose_in_one_process() -> None:
+    require_refused("capital is none of gate.tasks", training={"evaluate_tasks": ["capital"]})
+    require_refused("neither loss nor among evaluate_tasks", training={"select_by": "capitals"})
+    asked = {"evaluate_tasks": ["capitals"], "select_by": "capitals"}
+    require_refused("chooses in one process", **settings(training=asked | {"processes": 2}))
+    require_refused("offer is last", **settings(training=asked | {"offer": "last"}))
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    config = example_config(**settings())
+    return train(config, prepare(config, tmp_path_factory.mktemp("asked") / "run"))
+
+
+def test_the_step_with_the_most_right_answers_is_offered(asked: Finished) -> None:
+    records = [r for r in asked.metrics() if "val_loss" in r]
+    assert [r["step"] for r in records] == [0, 4, 8, 12]
+    assert all(r["tasks"]["capitals"]["questions"] == 4 for r in records)
+    assert all(r["task_seconds"] > 0 for r in records)
+    candidates = [(1 - r["tasks"]["capitals"]["right"], r["val_loss"], r["step"]) for r in records]
+    assert asked.result.adapter_step == min(candidates[1:])[2]
+
+
+def test_right_answers_decide_and_the_loss_where_they_are_equal() -> None:
+    state = TrainingState()
+    evaluations = [(0.9, 0.1, 1), (0.5, 0.7, 2), (0.5, 0.6, 3), (0.2, math.nan, 4), (0.6, 0.0, 5)]
+    for wrong, loss, step in evaluations:
+        state.step = step
+        state.record_evaluation(loss, is_candidate=True, wrong=wrong)
+    assert (state.best_step, state.best_val_loss, state.best_wrong) == (3, 0.6, 0.5)
+    assert TrainingState.from_json(state.to_json()).best_wrong == 0.5
+
+
+def test_a_stop_in_the_middle_of_asking_goes_on_to_the_same_run(
+    asked: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepare(asked.config, tmp_path / "run")
+    whole = EncodedSuite.answer
+    asks: list[int] = []
+    trainers: list[Any] = []
+
+    def answer(self: EncodedSuite, model: Any, tokenizer: Any, told: Callable[[int], None]) -> Any:
+        """At the third evaluation a stop is requested after the second answer."""
+        asks.append(len(self.prompts))
+
+        def tell(count: int) -> None:
+            if len(asks) == 3 and count == 2:
+                trainers[0].stop_training()
+            told(count)
+
+        return whole(self, model, tokenizer, tell)
+
+    monkeypatch.setattr(EncodedSuite, "answer", answer)
+    with pytest.raises(TrainingStopped):
+        train(asked.config, run, on_start=trainers.append)
+    assert len(asks) == 3
+    done = train(asked.config, run)
+    assert read_adapter(run.adapter).tensors == read_adapter(asked.run.adapter).tensors
+    timed = ("tokens_per_second", "iterations_per_second", "peak_memory_gb", "task_seconds")
+    assert done.metrics(without=timed) == asked.metrics(without=timed)
+
+
+def test_where_asking_is_slow_fewer_are_asked_from_the_first_step_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = QuestionsInTraining.ask
+
+    def slow(self: QuestionsInTraining, *given: Any) -> dict[str, Any]:
+        """As if all had taken 20 seconds: twice the bound."""
+        return ask(self, *given) | {"task_seconds": 20.0}
+
+    monkeypatch.setattr(QuestionsInTraining, "ask", slow)
+    config = example_config(**settings(iters=4))
+    done = train(config, prepare(config, tmp_path / "run"))
+    counts = [r["tasks"]["capitals"]["questions"] for r in done.metrics() if "tasks" in r]
+    assert counts == [4, 2]
+
+
+def test_questions_are_asked_at_evaluations_alone(tmp_path: Path) -> None:
+    config = example_config(**settings(val_batches=0))
+    with pytest.raises(ConfigError, match="questions are asked at evaluations"):
+        train(config, prepare(config, tmp_path / "run"))
+
+
+def test_questions_that_chose_judge_where_there_are_no_others_and_are_counted(
+    asked: Finished,
+) -> None:
+    verdict = steps.judge(asked.config, asked.run)
+    (task,) = verdict.tasks
+    assert (task.questions, task.chosen_among) == (15, 3)
+    assert "these questions also chose the step, among 3" in task.describe()
+    assert verdict.validation is not None  # the losses chose nothing
+    assert (verdict.validation.chosen_among, verdict.validation.selected_on_same_data) == (1, False)
+
+
+def test_questions_that_chose_do_not_judge_where_there_are_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(questions_in_training, "LARGEST_SHARE", 2)  # 40 questions: 20 and 20
+    suite = write_suite(tmp_path / "suite.jsonl", 40)
+    config = example_config(**settings(suite, iters=4))
+    run = prepare(config, tmp_path / "run")
+    train(config, run)
+    verdict = steps.judge(config, run)
+    (read,) = read_suites(config.gate)
+    judged = {r.line for r in read_answers(run.answers) if r.model == "candidate"}
+    assert judged == set(range(1, 41)) - lines_that_chose(read, config)
+    assert (verdict.tasks[0].questions, verdict.tasks[0].chosen_among) == (20, 1)
+
+
+def records(model: AnsweringRole, scores: Sequence[float], among: int) -> list[AnswerRecord]:
+    common = {"tokens": 1, "empty": False, "endless": False, "repeated": False, "seconds": 0.0}
+    return [
+        AnswerRecord("t", model, n + 1, f"q{n}", "a", score, **common, chosen_among=among)
+        for n, score in enumerate(scores)
+    ]
+
+
+@pytest.mark.parametrize(("among", "is_failed"), [(1, False), (20, True)])
+def test_a_gain_that_may_be_luck_of_the_choice_is_no_gain(among: int, is_failed: bool) -> None:
+    task = TaskSection(name="t", file="t.jsonl", score="exact", min_gain=0.1)
+    gate = example_config(gate={"tasks": [task]}).gate
+    before, after = [0.0] * 30, [1.0] * 5 + [0.0] * 25
+    answers = [*records("base", before, 1), *records("candidate", after, among)]
+    (result,), reasons = judge_answers(gate, answers)
+    assert bool(reasons) == is_failed
+    assert result.chosen_among == among
+    assert result.interval is not None
+    assert (result.interval[0] <= 0) == is_failed
