@@ -28,6 +28,7 @@ HELD = (
     "README.md",
     "deployments/README.md",
     "docs/README.md",
+    "docs/better-adapters.md",
     "docs/coming-from.md",
     "docs/data.md",
     "docs/data-parallel.md",

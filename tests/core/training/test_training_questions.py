@@ -105,8 +105,16 @@ def test_right_answers_decide_and_the_loss_where_they_are_equal() -> None:
     assert TrainingState.from_json(state.to_json()).best_wrong == 0.5
 
 
-def test_a_stop_in_the_middle_of_asking_goes_on_to_the_same_run(
-    asked: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class Killed(BaseException):
+    """The process ends here: nothing catches it, and nothing is written any more."""
+
+
+@pytest.mark.parametrize("ends_by", [TrainingStopped, Killed])
+def test_a_stop_or_a_kill_in_the_middle_of_asking_goes_on_to_the_same_run(
+    asked: Finished,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ends_by: type[BaseException],
 ) -> None:
     run = prepare(asked.config, tmp_path / "run")
     whole = EncodedSuite.answer
@@ -114,18 +122,20 @@ def test_a_stop_in_the_middle_of_asking_goes_on_to_the_same_run(
     trainers: list[Any] = []
 
     def answer(self: EncodedSuite, model: Any, tokenizer: Any, told: Callable[[int], None]) -> Any:
-        """At the third evaluation a stop is requested after the second answer."""
+        """At the third evaluation a stop is requested, or the end comes, after two answers."""
         asks.append(len(self.prompts))
 
         def tell(count: int) -> None:
             if len(asks) == 3 and count == 2:
+                if ends_by is Killed:
+                    raise Killed
                 trainers[0].stop_training()
             told(count)
 
         return whole(self, model, tokenizer, tell)
 
     monkeypatch.setattr(EncodedSuite, "answer", answer)
-    with pytest.raises(TrainingStopped):
+    with pytest.raises(ends_by):
         train(asked.config, run, on_start=trainers.append)
     assert len(asks) == 3
     done = train(asked.config, run)
