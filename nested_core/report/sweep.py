@@ -9,7 +9,6 @@ from typing import Any, Self
 
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError
-from nested_core.records.metrics import read_metrics
 from nested_core.records.run import Run
 from nested_core.records.sweep import Arm, SweepRecord
 from nested_core.registry import list_versions
@@ -18,7 +17,7 @@ from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.document import Document, Figures, Table, Text
 from nested_core.text.loss_format import format_loss, loss_name_for_file
-from nested_core.text.svg_chart import Chart, Curve, Point
+from nested_core.text.svg_chart import Chart, Curve
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,7 @@ def describe_sweep(record: SweepRecord, runs: Sequence[RunDirectory], summary: s
     """A page: the outcome, every arm's validation loss over the steps, and a table."""
     curves = []
     for number, (arm, run) in enumerate(zip(record.arms, runs, strict=True)):
-        evaluations = [line for line in read_metrics(run.metrics) if "val_loss" in line]
-        points = [Point(line["step"], line["val_loss"]) for line in evaluations]
+        points = Run(run).points("val_loss")
         curves.append(Curve(f"{number}: {arm.describe()}", points, has_dots=True))
     chart = Chart("Validation loss of each setting", "step", "nats a token", curves)
     table = Table("Lowest so far at each comparison", sweep_columns(record), sweep_rows(record))
