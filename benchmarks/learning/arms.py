@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -22,13 +23,14 @@ import numpy as np
 
 from benchmarks.learning.bases import GENERAL_NAME
 from benchmarks.learning.judge import Judge
-from benchmarks.learning.study import CHOOSING_SEED, OF_MLX_LM, Cell, Study
+from benchmarks.learning.study import CHOOSING_SEED, OF_MLX_LM, RATES, Cell, Study
 from benchmarks.learning.tasks import Counts, Splits, read_task
 
 KEPT = 16  # judges and data sets in memory, of a task and a size each
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "c": {},
     "d": {},
+    "e": {},
     "f": {"training": {"average": {"decay": 0.995, "kind": "ema"}, "offer": "average"}},
     "g-deep": {"nested": {"frequencies": [1, 2, 4], "fast": "deep"}},
     "g-shallow": {"nested": {"frequencies": [1, 2, 4], "fast": "shallow"}},
@@ -42,12 +44,17 @@ def run_cell(cell: Cell, study: Study, bases: Path, data: Path | None) -> dict[s
     """Train once and judge the adapter; the row of the result.
 
     Seconds are of the training command's work, from loading the base to the adapter on disk;
-    joules are the whole GPU's meanwhile, and mean something where it does nothing else.
+    joules are the whole GPU's meanwhile, and mean something where it does nothing else. What
+    `init` does is not timed.
     """
     base = bases / cell.size
     with tempfile.TemporaryDirectory() as scratch:
-        read_splits(cell.task, data, study.counts).write(Path(scratch) / "data")
-        training = prepare(cell, study, base, Path(scratch))
+        splits = read_splits(cell.task, data, study.counts)
+        splits.write(Path(scratch) / "data")
+        if cell.arm in OF_MLX_LM:
+            training = prepare_mlx_lm(cell, study.iterations[cell.task], base, Path(scratch))
+        else:
+            training = prepare_ours(cell, len(splits.train), base, Path(scratch))
         mx.clear_cache()
         mx.reset_peak_memory()
         joules, began = read_joules(), time.perf_counter()
@@ -97,15 +104,8 @@ def read_joules() -> float:
         pynvml.nvmlInit()
         device = pynvml.nvmlDeviceGetHandleByIndex(0)
         return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(device)) / 1000
-    except (ImportError, OSError, RuntimeError) as _no_gpu:
+    except Exception:  # of the import, the library or the driver: there is no such GPU
         return 0.0
-
-
-def prepare(cell: Cell, study: Study, base: Path, folder: Path) -> Training:
-    """The training of a cell; what `init` does is done here, and is not timed."""
-    if cell.arm in OF_MLX_LM:
-        return prepare_mlx_lm(cell, study.iterations[cell.task], base, folder)
-    return prepare_ours(cell, base, folder)
 
 
 def prepare_mlx_lm(cell: Cell, iterations: int, base: Path, folder: Path) -> Training:
@@ -137,12 +137,16 @@ def prepare_mlx_lm(cell: Cell, iterations: int, base: Path, folder: Path) -> Tra
     return training
 
 
-def prepare_ours(cell: Cell, base: Path, folder: Path) -> Training:
-    """What `init` writes for this base and data, with the arm's changes, trained as by `train`."""
+def prepare_ours(cell: Cell, rows: int, base: Path, folder: Path) -> Training:
+    """What `init` writes for this base and `rows` to train on, with the arm's changes, trained.
+
+    A sweep has as many optimizer steps as the trainings of four rates, and judges its winner.
+    """
     from nested_core.config.loading import parse_config, parse_yaml
     from nested_core.models.session import Session
     from nested_core.pipeline.hooks import Steps
     from nested_core.pipeline.suggested_config import suggest_config
+    from nested_core.pipeline.sweep import SweepRequest, sweep
     from nested_core.storage.run_directory import open_run
 
     values = parse_yaml(suggest_config(str(base), str(folder / "data")).text)
@@ -152,6 +156,10 @@ def prepare_ours(cell: Cell, base: Path, folder: Path) -> Training:
     if cell.rate is not None:
         values["learning_rate"] = cell.rate
     config = parse_config(values, source=f"arm {cell.arm}")
+    if cell.arm == "e":
+        one_run = config.training.epochs * math.ceil(rows / config.batch_size)
+        request = SweepRequest({}, steps=int(len(RATES) * one_run))
+        return lambda: sweep(config, folder / "sweep", request).run.adapter
     run, steps = open_run(folder / "run"), Steps()
 
     def training() -> Path:

@@ -24,7 +24,7 @@ from nested_core.records.paired_difference import compare_pairs, student_t_quant
 from nested_core.text.svg_chart import STANDALONE, Chart, Curve, Point, draw_chart
 
 LEAST_GAIN, MARGIN = 0.03, -0.01
-COMPARED = (("c", "a"), ("d", "b"), ("c", "b"), ("d", "a"), ("e", "d"), ("f", "d"))
+COMPARED = (("c", "a"), ("d", "b"), ("c", "b"), ("d", "c"), ("d", "a"), ("e", "d"), ("f", "d"))
 LATER_COMPARED = (("g-deep", "d"), ("g-shallow", "d"), ("h", "b"), ("d", "h"))
 Answers = np.ndarray[Any, np.dtype[np.float64]]  # (seeds, questions), 1 where right
 
@@ -199,7 +199,8 @@ def trials(results: Results) -> Iterator[str]:
                     else ""
                     for rate in RATES
                 ]
-                lines.append([size, task, arm, *cells])
+                if tried:
+                    lines.append([size, task, arm, *cells])
     yield "## Trials: right % and loss on the rows that choose; the chosen one is bold"
     yield ""
     yield from table(("size", "task", "arm", *(f"{rate:g}" for rate in RATES)), lines)

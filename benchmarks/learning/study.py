@@ -82,7 +82,7 @@ class Study:
 FULL = Study(
     tasks=("clinc150", "banking77", "restaurant8k"),
     sizes=("10M", "20M"),
-    arms=("a", "b", "c", "d", "f", "g-deep", "g-shallow", "h"),
+    arms=("a", "b", "c", "d", "e", "f", "g-deep", "g-shallow", "h"),
     seeds=(1, 2, 3, 4, 5),
     later_seeds=(1, 2, 3),
     iterations=dict.fromkeys(("clinc150", "banking77", "restaurant8k"), 1000),
@@ -91,11 +91,11 @@ FULL = Study(
 SMALL = Study(
     tasks=("geography", "clinc150"),
     sizes=("geography-base",),
-    arms=("a", "b", "c", "d", "f", "g-deep"),
+    arms=("a", "b", "c", "d", "e", "f", "g-deep"),
     seeds=(1, 2),
     later_seeds=(1,),
     counts=Counts(train=400, choose=100, judge=200, longest=80, answers=10),
-    iterations={"geography": 200, "clinc150": 300},
+    iterations={"geography": 200, "clinc150": 400},
 )
 
 
