@@ -244,9 +244,7 @@ def test_its_page_and_its_lines_have_every_figure_and_answer(
     lines = [part for block in evaluation.describe(2).blocks for part in to_terminal(block)]
     assert lines[0] == f"none worse than {judged.run.initial}"
     tables = {part.caption: part for part in lines if not isinstance(part, str)}
-    assert [row[0] for row in tables["Losses in nats a token, compared with A"].rows] == [
-        *"ABCDEFGH"
-    ]
+    assert [row[0] for row in tables["Losses in nats/token, compared with A"].rows] == [*"ABCDEFGH"]
     wrong = [name for name in tables if name.startswith("The first")]
     assert wrong == ["The first 2 with a wrong answer"]
     assert evaluation._repr_html_().startswith("<div")
