@@ -33,8 +33,8 @@ LOGIT_BOUNDS: dict[WeightFormat, float] = {
     "float32": 1e-3,
     "bfloat16": 5e-2,
     "float16": 5e-2,
-    "f16": 1e-2,
-    "q8_0": 0.2,
+    "f16": 2e-2,
+    "q8_0": 0.3,
     "quantized": 0.75,
 }
 MIN_CARRIED, MAX_CARRIED = 0.75, 1.25  # of the adapter's change of the logits

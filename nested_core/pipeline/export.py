@@ -270,7 +270,7 @@ class _Exporting:
             record = self._judge(draft, written, reference, self._read(draft, written, reference))
             write_export_record(record_place(draft), record)
             write_bytes(card_place(draft), render_export_card(draft.name, record).encode())
-            place = self._target if record.stands else _rejected_place(self._target)
+            place = self._target if record.stands else _rejected_place(self._target, draft)
             _publish(draft, place)
         if record.stands:
             return Export(self._target, record, record.notes)
@@ -419,9 +419,10 @@ def _is_quantized(base: Path) -> bool:
     return any(key in config for key in QUANTIZATION_KEYS)
 
 
-def _rejected_place(target: Path) -> Path:
-    """Where an artefact that does not stand is put."""
-    return target.with_name(f"{target.stem}.{REJECTED}{target.suffix}")
+def _rejected_place(target: Path, draft: Path) -> Path:
+    """Where an artefact that does not stand is put: NAME.rejected, a file with its own ending."""
+    name, ending = (target.name, "") if draft.is_dir() else (target.stem, target.suffix)
+    return target.with_name(f"{name}.{REJECTED}{ending}")
 
 
 def _publish(draft: Path, place: Path) -> None:

@@ -135,6 +135,28 @@ def test_a_base_in_4_bits_is_kept_or_dequantized(
     assert larger.logits.distance < kept.logits.distance
 
 
+@pytest.mark.slow("trains an adapter on a base in 4 bits, and exports it twice")
+def test_a_change_that_is_lost_in_4_bits_is_refused_and_kept_when_dequantized(
+    trained: Callable[..., Trained], tmp_path: Path
+) -> None:
+    """What mlx_lm.fuse does to such an adapter without a word: mlx-lm's pull request 1564."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join((DATA / f"{name}.jsonl").read_text() for name in ("train", "valid")))
+    adapter = shutil.copytree(trained("llama", 4).adapter, tmp_path / "adapter")
+    change_tensors(adapter, lambda tensors: _scale_b(tensors, 0.1))
+    with pytest.raises(GateRejected, match="where 90% is asked for(.|\n)*With --dequantize"):
+        export(adapter, fused=tmp_path / "v1.0", data=rows)
+    refused = read_export_record(tmp_path / "v1.0.rejected")
+    assert refused is not None
+    assert refused.gain is not None
+    assert refused.gain.base - refused.gain.adapter > 1
+    assert (refused.gain.share or 1) < 0.8
+    kept = export(adapter, fused=tmp_path / "v1.1", dequantize=True, data=rows).record
+    assert kept is not None
+    assert kept.gain is not None
+    assert (kept.gain.low or 0) > 0.98
+
+
 def test_without_rows_the_logits_decide_and_the_export_says_so(
     trained: Callable[..., Trained], tmp_path: Path
 ) -> None:
