@@ -286,7 +286,9 @@ def measured(trained: Callable[..., Trained]) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     "bits", slow_except([None, 4], None, reason="trains an adapter on a base in 4 bits")
 )
-@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize(
+    "how", slow_except(BROKEN, "one layer", "other template", reason="a process each")
+)
 def test_a_folder_that_was_fused_wrong_is_seen(
     how: str, bits: int | None, measured: Callable[..., Any], tmp_path: Path
 ) -> None:
