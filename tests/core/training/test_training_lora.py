@@ -228,6 +228,6 @@ def test_an_adapter_of_another_base_model_is_a_warning(
 def test_a_file_in_place_of_adapter_path_is_refused_before_anything_is_done(tmp_path: Path) -> None:
     (tmp_path / "adapters").touch()
     config = example_config(adapter_path=str(tmp_path / "adapters"))
-    with pytest.raises(ConfigError, match="adapters is a file; give a folder"):
+    with pytest.raises(ConfigError, match="adapters is a file. Give a folder"):
         check_before_start(config, RunDirectory(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
