@@ -133,6 +133,7 @@ def build(
     rank: int = 4,
     dropout: float = 0.0,
     quantized: bool = False,
+    dora: bool = False,
     keys: list[str] | None = None,
     **sizes: Any,
 ) -> nn.Module:
@@ -146,7 +147,8 @@ def build(
         nn.quantize(model, group_size=32, bits=4)
     model.freeze()
     lora: dict[str, Any] = {"rank": rank, "dropout": dropout, "scale": 2.0}
-    linear_to_lora_layers(model, 2, lora | ({} if keys is None else {"keys": keys}))
+    lora |= {} if keys is None else {"keys": keys}
+    linear_to_lora_layers(model, 2, lora, use_dora=dora)
     for _, each in model.named_modules():
         if "lora_b" in each:
             each.lora_b = 0.1 * mx.random.normal(each.lora_b.shape)

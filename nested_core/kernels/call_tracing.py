@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.kernels.patching import replacing_calls, replacing_function
@@ -81,7 +82,7 @@ def group_layers_by_input(
         if id(layer) in excluded:
             continue
         rank = layer.lora_b.shape[0]
-        key = id(x), rank, layer.scale, layer.lora_a.dtype, layer.lora_b.dtype
+        key = type(layer), id(x), rank, layer.scale, layer.lora_a.dtype, layer.lora_b.dtype
         groups.setdefault(key, []).append(layer)
     return [group for group in groups.values() if len(group) > 1]
 
@@ -103,7 +104,8 @@ def find_gated_mlps(trace: CallTrace) -> list[GatedMLP]:
             continue
         mlp_layers = gate.module, up.module, down.module
         parts = owner.children().values()  # another part may be a dropout, which leaves no trace
-        if set(map(id, parts)) == set(map(id, mlp_layers)):
+        is_lora = all(type(layer) is LoRALinear for layer in mlp_layers)
+        if is_lora and set(map(id, parts)) == set(map(id, mlp_layers)):
             mlps.append(GatedMLP(owner, mlp_layers))
     return mlps
 
@@ -147,4 +149,4 @@ def _recording_calls(model: nn.Module, trace: CallTrace) -> Iterator[None]:
 
 
 def _is_lora_layer(module: Any) -> bool:
-    return type(module) is LoRALinear
+    return type(module) in (LoRALinear, DoRALinear)

@@ -1,4 +1,4 @@
-"""LoRA linear layers with a backward pass of their own, in place of mlx-lm's while a block runs.
+"""LoRA and DoRA layers with a backward pass of their own, in place of mlx-lm's while a block runs.
 
 The base's output and the low-rank product meet in one matmul, or on CUDA in a pass of our own. The
 scale is applied to the narrow activations, and layers with the same input share its products.
@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.kernels.cuda import lora_add, lora_matmuls
@@ -28,6 +29,9 @@ from nested_core.kernels.cuda.lora_add import (
 from nested_core.kernels.cuda.lora_matmuls import factor_gradients, project_to_rank
 
 GROUP_ATTRIBUTE = "_shared_input"
+WEIGHT_NORM_ATTRIBUTE = "_squared_weight_norm"
+
+AdapterLinear = LoRALinear | DoRALinear
 
 
 class OptimizedLoRALinear(LoRALinear):
@@ -40,12 +44,73 @@ class OptimizedLoRALinear(LoRALinear):
         """Base output plus scale * dropout(x) @ lora_a @ lora_b."""
         if not x.dtype == self.lora_a.dtype == self.lora_b.dtype:
             return cast(mx.array, super().__call__(x))
-        dropped = self.dropout(x)
-        if dropped is not x:  # the low-rank path alone sees dropout, as in mlx-lm
-            z = (dropped @ self.lora_a) * self.scale
-            return mx.addmm(self.linear(x), z, self.lora_b)
-        group: LayersSharingInput = vars(self).get(GROUP_ATTRIBUTE) or LayersSharingInput([self])
-        return group.layer_output(self, x)
+        return compute_lora_output(self, x)
+
+
+class OptimizedDoRALinear(DoRALinear):
+    """mlx_lm.tuner.dora.DoRALinear with the same parameters and, within rounding, the same output.
+
+    It is a LoRA layer whose outputs are multiplied by m / |W + scale B^T A^T|, the norm of each row
+    (Liu et al. 2024, DoRA, arXiv 2402.09353, section 4.3: no gradient goes through the norm). The
+    adapted weight is never made: its squared norm is |W|^2 + 2 scale (W A) B + scale^2 (A B)^T A B.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """m / norm times the LoRA layer's output without its bias, plus that bias."""
+        if not x.dtype == self.lora_a.dtype == self.lora_b.dtype:
+            return cast(mx.array, super().__call__(x))
+        magnitude = (self.m / mx.stop_gradient(self._adapted_norm())).astype(x.dtype)
+        output = magnitude * compute_lora_output(self, x)
+        return output + (1 - magnitude) * self.linear.bias if "bias" in self.linear else output
+
+    def _adapted_norm(self) -> mx.array:
+        """The norm of each row of the adapted weight, float32 (outputs,)."""
+        products = self.linear(self.lora_a.T).astype(mx.float32)  # (rank, outputs)
+        if "bias" in self.linear:
+            products = products - self.linear.bias
+        a, b = self.lora_a.astype(mx.float32), self.lora_b.astype(mx.float32)
+        added = 2 * products + self.scale * ((a.T @ a) @ b)
+        return mx.sqrt(vars(self)[WEIGHT_NORM_ATTRIBUTE] + self.scale * (added * b).sum(axis=0))
+
+
+OPTIMIZED_CLASSES: dict[type, type] = {
+    LoRALinear: OptimizedLoRALinear,
+    DoRALinear: OptimizedDoRALinear,
+}
+
+
+def compute_lora_output(layer: AdapterLinear, x: mx.array) -> mx.array:
+    """A layer's base output plus scale * dropout(x) @ lora_a @ lora_b."""
+    dropped = layer.dropout(x)
+    if dropped is not x:
+        return compute_dropout_output(layer, x, dropped)
+    group: LayersSharingInput = vars(layer).get(GROUP_ATTRIBUTE) or LayersSharingInput([layer])
+    return group.layer_output(layer, x)
+
+
+def compute_dropout_output(layer: AdapterLinear, x: mx.array, dropped: mx.array) -> mx.array:
+    """The output of a layer whose low-rank path alone sees dropout, as in mlx-lm."""
+    scale = layer.scale
+
+    @mx.custom_function
+    def project(x: mx.array, dropped: mx.array, a: mx.array, b: mx.array) -> list[mx.array]:
+        """The output, and z, which the backward pass needs."""
+        z = project_to_rank([(a.T, dropped)], scale)
+        return [*add_low_rank_products([layer], x, [z], [b]), z]
+
+    @project.vjp
+    def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        x, dropped, a, b = primals
+        g, z = cotangents[0], outputs[1]
+        dz = project_to_rank([(b, g)], scale)
+        dx = base_input_gradient([layer], x, [g]).astype(x.dtype)
+        da, db = factor_gradients([(dz, dropped), (z, g)])
+        return dx, dz.T @ a.T, da.T, db
+
+    rows = [each.reshape(-1, each.shape[-1]) for each in (x, dropped)]
+    outputs: Any = project(*rows, layer.lora_a, layer.lora_b)
+    output: mx.array = outputs[0].reshape(*x.shape[:-1], -1)
+    return output
 
 
 class LayersSharingInput:
@@ -56,14 +121,14 @@ class LayersSharingInput:
     layers stay apart, so that no output keeps another's memory.
     """
 
-    def __init__(self, layers: Sequence[LoRALinear]) -> None:
+    def __init__(self, layers: Sequence[AdapterLinear]) -> None:
         self._layers = layers
         ranks = [layer.lora_b.shape[0] for layer in layers]
         self._rank_ranges = list(pairwise([0, *accumulate(ranks)]))
         self._input: mx.array | None = None
         self._outputs: dict[int, mx.array] = {}
 
-    def layer_output(self, layer: LoRALinear, x: mx.array) -> mx.array:
+    def layer_output(self, layer: AdapterLinear, x: mx.array) -> mx.array:
         """The output of one layer.
 
         The first call with an input computes all layers' outputs, and the last drops the input.
@@ -107,7 +172,7 @@ class LayersSharingInput:
 
 
 def add_low_rank_products(
-    layers: Sequence[LoRALinear], x: mx.array, z: Sequence[mx.array], factors: Sequence[mx.array]
+    layers: Sequence[AdapterLinear], x: mx.array, z: Sequence[mx.array], factors: Sequence[mx.array]
 ) -> Sequence[mx.array]:
     """Each base layer's output plus its z^T @ factor, of (rank, rows) and (rank, width)."""
     if can_use_lora_kernels(x, factors):
@@ -118,7 +183,7 @@ def add_low_rank_products(
 
 
 def input_gradient(
-    layers: Sequence[LoRALinear], x: mx.array, g: Sequence[mx.array], dz: mx.array, a: mx.array
+    layers: Sequence[AdapterLinear], x: mx.array, g: Sequence[mx.array], dz: mx.array, a: mx.array
 ) -> mx.array:
     """The gradient with respect to an input that layers share: through their bases, plus dz^T @ a.
 
@@ -135,7 +200,7 @@ def input_gradient(
 
 
 def base_input_gradient(
-    layers: Sequence[LoRALinear],
+    layers: Sequence[AdapterLinear],
     x: mx.array,
     g: Sequence[mx.array],
     added: mx.array | None = None,
@@ -147,7 +212,7 @@ def base_input_gradient(
     return total
 
 
-def add_to_base_output(layer: LoRALinear, x: mx.array, added: mx.array) -> mx.array:
+def add_to_base_output(layer: AdapterLinear, x: mx.array, added: mx.array) -> mx.array:
     """The base layer's output plus `added`, in one matmul where the base is one."""
     base = layer.linear
     if type(base) is nn.Linear and "bias" not in base:
@@ -156,7 +221,7 @@ def add_to_base_output(layer: LoRALinear, x: mx.array, added: mx.array) -> mx.ar
 
 
 def add_to_base_gradient(
-    layer: LoRALinear, x: mx.array, g: mx.array, added: mx.array | None
+    layer: AdapterLinear, x: mx.array, g: mx.array, added: mx.array | None
 ) -> mx.array:
     """The gradient through a base layer of any class, plus `added`."""
     if type(layer.linear) is nn.Linear:
@@ -181,20 +246,27 @@ def check_lora_kernels(ranks: Collection[int]) -> None:
 def using_optimized_lora_layers(
     model: nn.Module, groups: Sequence[Sequence[nn.Module]] = ()
 ) -> Iterator[None]:
-    """Compute every LoRALinear of a model here; the layers of a group share one input."""
-    layers: list[Any] = [m for _, m in model.named_modules() if type(m) is LoRALinear]
+    """Compute a model's LoRA and DoRA layers here; the layers of a group share one input."""
+    layers: list[Any] = [m for _, m in model.named_modules() if type(m) in OPTIMIZED_CLASSES]
+    originals = {id(layer): type(layer) for layer in layers}
     ranks = {id(layer): layer.lora_b.shape[0] for layer in layers}
     group_ranks = (sum(ranks.get(id(layer), 0) for layer in group) for group in groups)
     check_lora_kernels([*ranks.values(), *group_ranks])
     try:
         for layer in layers:
-            layer.__class__ = OptimizedLoRALinear
+            if type(layer) is DoRALinear:
+                weight = layer._dequantized_weight().astype(mx.float32)
+                norm = mx.square(weight).sum(axis=1)
+                mx.eval(norm)  # one weight at a time
+                object.__setattr__(layer, WEIGHT_NORM_ATTRIBUTE, norm)
+            layer.__class__ = OPTIMIZED_CLASSES[type(layer)]
         for group in groups:
-            shared = LayersSharingInput([m for m in group if isinstance(m, OptimizedLoRALinear)])
+            shared = LayersSharingInput(cast(Any, group))
             for layer in group:
                 object.__setattr__(layer, GROUP_ATTRIBUTE, shared)
         yield
     finally:
         for layer in layers:
             vars(layer).pop(GROUP_ATTRIBUTE, None)
-            layer.__class__ = LoRALinear
+            vars(layer).pop(WEIGHT_NORM_ATTRIBUTE, None)
+            layer.__class__ = originals[id(layer)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import mlx.core as mx
@@ -21,6 +22,10 @@ from nested_core.kernels.patching import replacing_call
 
 MIN_ROWS_TO_DEQUANTIZE = 16
 QUANTIZED_WEIGHT_KEYS = {"weight", "scales", "biases"}  # no gradient is taken of these here
+# Of `sharing_dequantized_weights`: the array after which weights are made, and those made so far.
+_shared_weights: ContextVar[tuple[mx.array, dict[int, mx.array]] | None] = ContextVar(
+    "shared_weights", default=None
+)
 METHODS: dict[type, str] = {nn.QuantizedLinear: "__call__", nn.QuantizedEmbedding: "as_linear"}
 
 
@@ -60,11 +65,35 @@ def make_dequantized_product(module: Any, method: str) -> Callable[[mx.array], m
     return product
 
 
+@contextmanager
+def sharing_dequantized_weights(computed_after: mx.array) -> Iterator[None]:
+    """Within the block, make each layer's weight once, after the array, for all of its products.
+
+    For products that follow each other, such as those of the output layer with chunks of a batch:
+    the weight is kept until the last of them.
+    """
+    token = _shared_weights.set((computed_after, {}))
+    try:
+        yield
+    finally:
+        _shared_weights.reset(token)
+
+
 def dequantize_weight(module: Any, computed_after: mx.array) -> mx.array:
     """A layer's weight (outputs, inputs) in the dtype of its scales, made after the other array.
 
     Without that dependency mx.compile would make it once for both passes, and keep it.
     """
+    shared = _shared_weights.get()
+    if shared is None:
+        return _dequantize_after(module, computed_after)
+    first, weights = shared
+    if id(module) not in weights:
+        weights[id(module)] = _dequantize_after(module, first)
+    return weights[id(module)]
+
+
+def _dequantize_after(module: Any, computed_after: mx.array) -> mx.array:
     (weight,) = mx.depends([module.weight], [computed_after])
     return mx.dequantize(
         weight,

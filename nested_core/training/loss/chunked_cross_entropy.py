@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from nested_core.kernels.exponential import exponential
+from nested_core.kernels.quantized_linear import sharing_dequantized_weights
 from nested_core.training.loss.loss_interface import (
     Arrays,
     Loss,
@@ -161,15 +162,16 @@ class ChunkedCrossEntropy:
         losses = []
         gradients = []
         previous = None
-        for start in range(0, hidden.shape[0], rows):
-            part = hidden[start : start + rows]
-            if previous is not None:
-                part = mx.depends(part, previous)  # one chunk's logits at a time
-            chunk = slice(start, start + rows)
-            loss, gradient = self._compute_chunk(part, targets[chunk], mask[chunk])
-            losses.append(loss)
-            gradients.append(gradient)
-            previous = gradient if wants_gradient else loss
+        with sharing_dequantized_weights(hidden):
+            for start in range(0, hidden.shape[0], rows):
+                part = hidden[start : start + rows]
+                if previous is not None:
+                    part = mx.depends(part, previous)  # one chunk's logits at a time
+                chunk = slice(start, start + rows)
+                loss, gradient = self._compute_chunk(part, targets[chunk], mask[chunk])
+                losses.append(loss)
+                gradients.append(gradient)
+                previous = gradient if wants_gradient else loss
         return losses, gradients
 
     def _compute_chunk(self, hidden: mx.array, targets: mx.array, mask: mx.array) -> Arrays:

@@ -46,7 +46,7 @@ EXTRA_BYTES_PER_CHUNKED_LOGIT = (
     8  # a logit, beside the logit itself, where logits are made in chunks
 )
 EXTRA_BYTES_PER_UNCHUNKED_LOGIT = 12  # the same where every position has its logits
-DEQUANTIZED_WEIGHT_COPIES = 4  # the output layer's for both products, and as much again
+DEQUANTIZED_WEIGHT_COPIES = 2  # the output layer's for all products, and as much again
 CUDA_MIN_LAYERS_IN_FLIGHT = 5  # without the operations of a commit
 CUDA_LAYERS_IN_FLIGHT_PER_OPERATION = 0.95  # for each operation of a commit
 CUDA_BYTES_OF_BUSY_LAYER = 92 * 2**20  # kept by a layer that takes a device longer than its host

@@ -8,15 +8,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core import backend
 from nested_core.kernels.activation_checkpointing import checkpointing_layers
-from nested_core.kernels.call_tracing import group_layers_by_input, trace_calls
+from nested_core.kernels.call_tracing import (
+    find_gated_mlps,
+    group_layers_by_input,
+    trace_calls,
+)
 from nested_core.kernels.cuda import lora_add, lora_matmuls
 from nested_core.kernels.cuda.self_check import CheckedKernel
 from nested_core.kernels.lora_linear import (
     GROUP_ATTRIBUTE,
+    OptimizedDoRALinear,
     OptimizedLoRALinear,
     check_lora_kernels,
     using_optimized_lora_layers,
@@ -34,6 +40,7 @@ from tests.architectures import (
     require_near,
     uncompiled,
 )
+from tests.core.kernels.arrays import normal
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -59,6 +66,56 @@ def test_dropout_draws_what_mlx_lm_draws() -> None:
         found = outcome(model, SUPERVISED_LOSS, batch(), compiled=uncompiled)
     require_near(found, expected, loss=2e-6, gradients=3e-5)
     assert found.value != found.loss  # a second pass draws anew
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_dora_layers_give_mlx_lms_output_and_gradients(
+    bias: bool, quantised: bool, dropout: float
+) -> None:
+    base = nn.Linear(64, 96, bias=bias)
+    if bias:
+        base.bias = normal(96, dtype=mx.float32)
+    if quantised:
+        base = nn.QuantizedLinear.from_linear(base, 32, 4)
+    layer = DoRALinear.from_base(base, r=4, scale=3.0, dropout=dropout)
+    layer.lora_b = 0.3 * normal(4, 96, dtype=mx.float32)
+    layer.m = 1.3 * layer.m
+    names = ("lora_a", "lora_b", "m")
+    x = normal(2, 5, 64, dtype=mx.float32)
+    cotangent = normal(2, 5, 96, seed=1, dtype=mx.float32)
+
+    def output(x: mx.array, *values: mx.array) -> mx.array:
+        layer.update(dict(zip(names, values, strict=True)))
+        result: mx.array = layer(x)
+        return result
+
+    def both() -> list[mx.array]:
+        mx.random.seed(7)
+        outputs, gradients = mx.vjp(output, [x, *(layer[name] for name in names)], [cotangent])
+        return [*outputs, *gradients]
+
+    expected = both()
+    with using_optimized_lora_layers(nn.Sequential(layer)):
+        assert type(layer) is OptimizedDoRALinear
+        found = both()
+    assert type(layer) is DoRALinear
+    for ours, theirs in zip(found, expected, strict=True):
+        difference = mx.linalg.norm(ours - theirs) / mx.linalg.norm(theirs)
+        assert difference.item() < 1e-6
+
+
+def test_dora_layers_of_one_input_share_their_products_and_no_mlp_takes_them() -> None:
+    model = build("llama", dora=True)
+    trace = trace_calls(model)
+    groups = [len(group) for group in group_layers_by_input(trace)]
+    assert groups == [3, 2] * len(model.layers)  # q, k, v; gate and up
+    assert find_gated_mlps(trace) == []
+    expected = outcome(model, SUPERVISED_LOSS, batch())
+    with using_optimized_lora_layers(model, group_layers_by_input(trace)):
+        found = outcome(model, SUPERVISED_LOSS, batch())
+    require_near(found, expected, loss=2e-6, gradients=3e-5)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:

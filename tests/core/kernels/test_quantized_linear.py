@@ -16,6 +16,8 @@ from nested_core.kernels.quantized_linear import (
     MIN_ROWS_TO_DEQUANTIZE,
     multiplying_by_dequantized_weights,
 )
+from nested_core.training.loss.chunked_cross_entropy import ChunkedCrossEntropy
+from nested_core.training.loss.loss_interface import OutputHead
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import batch, build, leave_by_error, outcome, require_near
 from tests.core.kernels.arrays import normal
@@ -155,3 +157,33 @@ def test_dequantized_weights_are_not_kept_for_the_backward_pass() -> None:
         mx.eval(step(x))
         peak = mx.get_peak_memory() - held
     assert peak < 16 * 1024 * 1024 * 4  # half of the dequantized weights; some are in flight
+
+
+def test_the_output_layers_weight_is_made_once_for_all_chunks_of_a_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build("llama", quantized=True)
+    head = OutputHead(model, model.model)
+    made = []
+    own = quantized_linear._dequantize_after
+
+    def dequantize_after(module: Any, computed_after: mx.array) -> mx.array:
+        made.append(module)
+        return own(module, computed_after)
+
+    monkeypatch.setattr(quantized_linear, "_dequantize_after", dequantize_after)
+    hidden = normal(5 * MIN_ROWS_TO_DEQUANTIZE, model.args.hidden_size, dtype=mx.float32)
+    targets = mx.arange(len(hidden))
+    outcomes = []
+    for chunks in (1, 5):
+        loss = ChunkedCrossEntropy(head, len(hidden) // chunks)
+        made.clear()
+        with multiplying_by_dequantized_weights(model):
+            losses, gradients = loss._compute_chunks(
+                hidden, targets, targets >= 0, wants_gradient=True
+            )
+        assert len(losses) == chunks
+        assert len(made) == 1
+        outcomes.append([mx.concatenate(losses), mx.concatenate(gradients)])
+    for one, several in zip(*outcomes, strict=True):
+        assert mx.allclose(one, several, rtol=1e-5, atol=1e-6).item()
