@@ -112,6 +112,10 @@ def _check_mlx() -> Check:
     except ImportError as error:
         mend = 'on Linux: pip install "nested-tune[cpu]" or "nested-tune[cuda]", never both'
         return Check("mlx", False, str(error), mend)
+    if backend.device() == "gpu" and not backend.computes_on_cuda():
+        seen += (
+            " (Metal, on which this project was never run: please send python -m benchmarks.apple)"
+        )
     return Check("mlx", True, seen)
 
 

@@ -9,12 +9,15 @@ from itertools import chain
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
+from nested_core import backend
 from nested_core.kernels.activation_checkpointing import checkpointing_layers
 from nested_core.kernels.blocked_attention import using_blocked_attention
 from nested_core.kernels.call_tracing import GatedMLP, group_layers_by_input, trace_calls
+from nested_core.kernels.cuda.kernel_launch import has_kernel_for_rank
 from nested_core.kernels.fused_mlp import find_fusable_mlps, using_fused_mlps
 from nested_core.kernels.gated_delta import using_chunked_gated_delta_rule
-from nested_core.kernels.lora_linear import using_optimized_lora_layers
+from nested_core.kernels.geglu import using_recomputed_geglu
+from nested_core.kernels.lora_linear import OPTIMIZED_CLASSES, using_optimized_lora_layers
 from nested_core.kernels.padded_attention import using_padded_attention
 from nested_core.kernels.quantized_linear import multiplying_by_dequantized_weights
 from nested_core.kernels.rms_norm import using_frozen_norms
@@ -24,6 +27,7 @@ from nested_core.kernels.swiglu import using_fused_swiglu
 
 OPTIMIZATION_CONTEXTS = (
     using_fused_swiglu,
+    using_recomputed_geglu,
     using_blocked_attention,
     using_padded_attention,
     using_chunked_gated_delta_rule,
@@ -54,6 +58,33 @@ def using_optimized_layers(
             stack.enter_context(using_optimized_lora_layers(model, groups))
             stack.enter_context(using_fused_mlps(mlps))
             yield
+
+
+def describe_layers(model: nn.Module, *, as_mlx_lm: bool = False) -> str:
+    """Which layers of a model are computed by ours, which by MLX's operations, and why; one line.
+
+    `model` is as mlx-lm made it, outside of `using_optimized_layers`.
+    """
+    if as_mlx_lm:
+        return "layers: mlx-lm's own, as training.reference asks"
+    adapters = [module for _, module in model.named_modules() if "lora_a" in module]
+    ours = [module for module in adapters if type(module) in OPTIMIZED_CLASSES]
+    parts = [f"{len(ours)} of {len(adapters)} with an adapter are ours"]
+    others = sorted(
+        {type(module).__name__ for module in adapters} - {c.__name__ for c in OPTIMIZED_CLASSES}
+    )
+    if others:
+        parts.append(f"{', '.join(others)} is mlx-lm's")
+    if not backend.computes_on_cuda():
+        where = "a CPU" if backend.device() == "cpu" else "Metal, where none of it was ever tried"
+        return f"layers: {'; '.join(parts)}; no CUDA kernels on {where}"
+    mlps, _ = _find_mlps_and_shared_inputs(model)
+    parts.append(f"{len(mlps)} gated MLPs are one function each")
+    ranks = sorted({module.lora_b.shape[0] for module in ours})
+    without = [str(rank) for rank in ranks if not has_kernel_for_rank(rank)]
+    if without:
+        parts.append(f"no kernel takes rank {', '.join(without)} (multiples of 8, up to 64)")
+    return f"layers: {'; '.join(parts)}"
 
 
 def _find_mlps_and_shared_inputs(model: nn.Module) -> tuple[list[GatedMLP], list[list[LoRALinear]]]:

@@ -48,6 +48,7 @@ from nested_core.gate.losses.held_out_loss import (
 )
 from nested_core.gate.proof.fresh_process_check import start_proof_process
 from nested_core.gate.recheck import task_file_entries
+from nested_core.kernels.optimized_model import describe_layers
 from nested_core.models.base_model import (
     find_model_folder,
     fingerprint_base_model,
@@ -305,6 +306,8 @@ def train_model(
             "training.evaluate_tasks: questions are asked at evaluations, and there are none. Give "
             "a valid split (`nested-tune init --split`) and val_batches above 0 or -1."
         )
+    if world.is_main:
+        stages.info("%s", describe_layers(model, as_mlx_lm=config.training.reference is not None))
     trainer = Trainer(setup)
     if session is not None:
         trainer.on_near_end = lambda: session.keep_proof_process(start_proof_process)

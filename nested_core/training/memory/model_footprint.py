@@ -15,7 +15,9 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx_lm.tuner.lora import LoRALinear
 
+from nested_core import backend
 from nested_core.kernels.cuda.kernel_launch import has_kernel_for_rank
+from nested_core.kernels.geglu import GEGLU_MLP_CLASSES
 from nested_core.kernels.quantized_linear import dequantized_weight_bytes
 from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.named_updates import flatten
@@ -37,6 +39,11 @@ OUTPUT_LAYERS = (
 GATE_AND_UP_LAYERS = ("gate_proj", "up_proj")  # whose product down_proj reads
 HEAD_COUNT_ATTRIBUTES = ("n_heads", "num_heads", "num_attention_heads")
 EXPERTS_PER_TOKEN_ATTRIBUTES = ("top_k", "num_experts_per_tok")
+# Of a gated delta net: of queries, keys and values the convolution's output and its silu, of
+# queries and keys their norms, and of values the rule's output and its norm are kept.
+DELTA_NET_WIDTH_ATTRIBUTES = ("conv_dim", "key_dim", "value_dim")
+ARRAYS_KEPT_OF_A_DELTA_NET_WIDTH = 2
+ARRAYS_KEPT_OF_A_GELU = 3  # of the MLP's inner width, where gelu(gate) up is not recomputed
 
 Modules = Mapping[str, Any]
 
@@ -120,7 +127,11 @@ def _read_layer_footprint(
     for name in trained:
         parent, width = name.rpartition(".")[0], linears[name][0]
         inputs[name if uses_dropout else "", parent, width, inner[name]] = width
-    outputs = sum(output for name, (_, output) in linears.items() if not inner[name])
+    outputs = sum(
+        output
+        for name, (_, output) in linears.items()
+        if not inner[name] or _is_of_experts(modules[name])  # the router's weights multiply those
+    )
     factors = sum(_adapter_elements_kept(modules[name], linears[name][1]) for name in trained)
     norms = [_norm_width(modules, linears, name) for name in modules]
     fused = [name for name in trained if input_copies == 1 and _ends_fused_mlp(modules, name)]
@@ -131,7 +142,12 @@ def _read_layer_footprint(
     attentions = {name.rpartition(".")[0] for name in attention_outputs}
     return LayerFootprint(
         width=min(outer_widths, default=max(norms)),
-        kept=outputs + input_copies * sum(inputs.values()) + factors + sum(norms),
+        kept=outputs
+        + input_copies * sum(inputs.values())
+        + factors
+        + sum(norms)
+        + _elements_kept_by_delta_nets(modules)
+        + _elements_kept_by_gelu(modules, linears),
         mlp_width=sum(
             w for name, (w, _) in linears.items() if name.split(".")[-1] in MLP_OUTPUT_LAYERS
         ),
@@ -164,17 +180,40 @@ def _linear_widths(modules: Modules, name: str) -> tuple[int, int] | None:
     module, parent = modules[name], modules.get(name.rpartition(".")[0])
     if parent is not None and "lora_a" in parent:
         return None  # the base of an adapter's layer: the adapter's layer counts for both
-    base = module.get("linear", module) if "lora_a" in module else module
-    class_name = type(base).__name__
-    if class_name not in LINEAR_CLASSES:
+    base = _base_of(module)
+    if type(base).__name__ not in LINEAR_CLASSES:
         return None
     output, width = base.weight.shape[-2:]
     if "scales" in base:
         width = width * 32 // base.bits
-    if class_name not in EXPERT_LINEAR_CLASSES:
+    if not _is_of_experts(module):
         return width, output
     experts = _first_attribute(modules, EXPERTS_PER_TOKEN_ATTRIBUTES, 1)
     return experts * width, experts * output
+
+
+def _base_of(module: Any) -> Any:
+    """The base of an adapter's layer; any other module itself."""
+    return module.get("linear", module) if "lora_a" in module else module
+
+
+def _is_of_experts(module: Any) -> bool:
+    return type(_base_of(module)).__name__ in EXPERT_LINEAR_CLASSES
+
+
+def _elements_kept_by_delta_nets(modules: Modules) -> int:
+    """What gated delta nets keep beside their linear layers, a token."""
+    widths = [[vars(m).get(name) for name in DELTA_NET_WIDTH_ATTRIBUTES] for m in modules.values()]
+    nets = [each for each in widths if all(isinstance(width, int) for width in each)]
+    return ARRAYS_KEPT_OF_A_DELTA_NET_WIDTH * sum(map(sum, nets))
+
+
+def _elements_kept_by_gelu(modules: Modules, linears: Any) -> int:
+    """What MLX keeps of gelu(gate) * up beside both, a token; on CUDA it is recomputed."""
+    if backend.computes_on_cuda():
+        return 0
+    mlps = [name for name, module in modules.items() if type(module) in GEGLU_MLP_CLASSES]
+    return ARRAYS_KEPT_OF_A_GELU * sum(linears[f"{name}.down_proj"][0] for name in mlps)
 
 
 def _is_trained(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ trained one up, since those below keep nothing for the backward pass:
     peak        = resident + the largest of
                   kept of all layers + logits + dequantized + in_flight, where a recomputed layer
                   keeps its input alone;
-                  inputs of the recomputed layers + in_flight
+                  inputs of the recomputed layers + in_flight, on CUDA 2.5 times it
                   + LAYERS_HELD_WHILE_RECOMPUTING layers;
                   3 * trained + moments: gradients and new values beside the old ones
 
@@ -47,8 +47,10 @@ EXTRA_BYTES_PER_CHUNKED_LOGIT = (
 )
 EXTRA_BYTES_PER_UNCHUNKED_LOGIT = 12  # the same where every position has its logits
 DEQUANTIZED_WEIGHT_COPIES = 2  # the output layer's for all products, and as much again
+CUDA_DEQUANTIZED_WEIGHT_COPIES = 4  # measured before chunks of logits shared one: too many now
 CUDA_MIN_LAYERS_IN_FLIGHT = 5  # without the operations of a commit
 CUDA_LAYERS_IN_FLIGHT_PER_OPERATION = 0.95  # for each operation of a commit
+CUDA_IN_FLIGHT_WHILE_RECOMPUTING = 2.5  # a layer's forward pass again, and its backward pass
 CUDA_BYTES_OF_BUSY_LAYER = 92 * 2**20  # kept by a layer that takes a device longer than its host
 
 
@@ -62,6 +64,7 @@ class DeviceProfile:
     min_layers_in_flight: the same on an idle one; between both in proportion to a layer's bytes.
     bytes_of_busy_layer: what a layer keeps for the backward pass where the device is busy.
     logit_chunks: chunks of logits that exist at once.
+    in_flight_while_recomputing: how many times as much is in flight where layers are recomputed.
     max_in_flight_ratio: bound of `layers_in_flight`, as a ratio to all layers that are trained.
     recomputes_mlp_product: whether the product of an MLP of LoRA layers is recomputed, not kept.
     attention_multiple: lengths that attention is padded to; 1 where it is not.
@@ -75,6 +78,7 @@ class DeviceProfile:
     min_layers_in_flight: float = 0
     bytes_of_busy_layer: int = 0
     logit_chunks: int = 5
+    in_flight_while_recomputing: float = 1
     max_in_flight_ratio: float = 1
     recomputes_mlp_product: bool = False
     attention_multiple: int = 1
@@ -97,9 +101,11 @@ def cuda_profile(operations_per_commit: int) -> DeviceProfile:
         min_layers_in_flight=CUDA_MIN_LAYERS_IN_FLIGHT,
         bytes_of_busy_layer=CUDA_BYTES_OF_BUSY_LAYER,
         logit_chunks=2,
+        in_flight_while_recomputing=CUDA_IN_FLIGHT_WHILE_RECOMPUTING,
         max_in_flight_ratio=1.3,
         recomputes_mlp_product=True,
         attention_multiple=FUSED_LENGTH_MULTIPLE,
+        dequantized_weights=CUDA_DEQUANTIZED_WEIGHT_COPIES,
     )
 
 
@@ -224,7 +230,10 @@ def estimate_peak_bytes(
     logits = bytes_of_logits(footprint, batch, device)
     dequantized = device.dequantized_weights * footprint.dequantized
     forward = sum(kept[recomputed:]) + inputs + (logits + dequantized) + in_flight
-    backward = inputs + in_flight + LAYERS_HELD_WHILE_RECOMPUTING * max(kept) if recomputed else 0.0
+    backward = 0.0
+    if recomputed:
+        in_flight *= device.in_flight_while_recomputing
+        backward = inputs + in_flight + LAYERS_HELD_WHILE_RECOMPUTING * max(kept)
     update = 3 * footprint.trained + footprint.moments
     return int(resident + max(forward, backward, update))
 

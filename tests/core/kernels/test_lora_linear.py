@@ -27,6 +27,7 @@ from nested_core.kernels.lora_linear import (
     check_lora_kernels,
     using_optimized_lora_layers,
 )
+from nested_core.kernels.optimized_model import describe_layers
 from nested_core.optim.named_updates import flatten
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import (
@@ -302,3 +303,21 @@ def test_kernels_are_checked_ahead_for_ranks_that_one_takes_and_on_cuda_alone(
             assert checked == []
             check_lora_kernels([24, 8, 40, 24])
         assert checked == ([1, 3, 6] if has_cuda else [])
+
+
+def test_a_line_says_which_layers_are_ours_and_why_others_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    count = sum("lora_a" in module for _, module in build("llama").named_modules())
+    said = describe_layers(build("llama"))
+    assert said == f"layers: {count} of {count} with an adapter are ours; no CUDA kernels on a CPU"
+    assert "LoRASwitchLinear is mlx-lm's" in describe_layers(build("olmoe"))
+    assert "training.reference" in describe_layers(build("llama"), as_mlx_lm=True)
+    monkeypatch.setattr(backend, "device", lambda: "gpu")
+    assert "Metal" in describe_layers(build("llama"))
+    monkeypatch.setattr(backend, "computes_on_cuda", lambda: True)
+    monkeypatch.setattr(CheckedKernel, "is_usable", lambda self, *variant: True)
+    said = describe_layers(build("llama", rank=12))
+    assert "0 gated MLPs" in said
+    assert "no kernel takes rank 12" in said
+    assert "2 gated MLPs are one function each" in describe_layers(build("llama", rank=8))

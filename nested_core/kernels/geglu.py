@@ -1,0 +1,45 @@
+"""Gemma's gated MLPs, whose gelu(gate) * up is computed again in the backward pass, on CUDA.
+
+MLX keeps three more arrays of the MLP's inner width for it; here gate and up alone are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import gemma2, gemma3_text
+
+from nested_core import backend
+from nested_core.kernels.patching import replacing_calls
+
+GEGLU_MLP_CLASSES = gemma2.MLP, gemma3_text.MLP
+
+recomputed_geglu: Any = mx.checkpoint(lambda gate, up: nn.gelu_approx(gate) * up)
+
+
+def make_geglu_mlp_call(mlp: Any) -> Callable[[mx.array], mx.array]:
+    """A call in place of the module's own, (..., width) to the same."""
+
+    def call(x: mx.array) -> mx.array:
+        """Down(gelu(gate) * up)."""
+        product = recomputed_geglu(mlp.gate_proj(x), mlp.up_proj(x))
+        return cast(mx.array, mlp.down_proj(product))
+
+    return call
+
+
+@contextmanager
+def using_recomputed_geglu(model: nn.Module) -> Iterator[None]:
+    """On CUDA, recompute a model's products of gelu(gate) and up while the block runs.
+
+    On a CPU the tanh would take longer than it is worth.
+    """
+    mlps = [m for _, m in model.named_modules() if type(m) in GEGLU_MLP_CLASSES]
+    if not backend.computes_on_cuda():
+        mlps = []
+    with replacing_calls((mlp, make_geglu_mlp_call(mlp)) for mlp in mlps):
+        yield
