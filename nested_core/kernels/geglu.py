@@ -18,7 +18,13 @@ from nested_core.kernels.patching import replacing_calls
 
 GEGLU_MLP_CLASSES = gemma2.MLP, gemma3_text.MLP
 
-recomputed_geglu: Any = mx.checkpoint(lambda gate, up: nn.gelu_approx(gate) * up)
+
+def geglu(gate: mx.array, up: mx.array) -> mx.array:
+    """Gelu(gate) * up, as these models compute it."""
+    return cast(mx.array, nn.gelu_approx(gate) * up)
+
+
+recomputed_geglu: Any = mx.checkpoint(geglu)
 
 
 def make_geglu_mlp_call(mlp: Any) -> Callable[[mx.array], mx.array]:

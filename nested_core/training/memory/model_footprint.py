@@ -203,9 +203,12 @@ def _is_of_experts(module: Any) -> bool:
 
 def _elements_kept_by_delta_nets(modules: Modules) -> int:
     """What gated delta nets keep beside their linear layers, a token."""
-    widths = [[vars(m).get(name) for name in DELTA_NET_WIDTH_ATTRIBUTES] for m in modules.values()]
-    nets = [each for each in widths if all(isinstance(width, int) for width in each)]
-    return ARRAYS_KEPT_OF_A_DELTA_NET_WIDTH * sum(map(sum, nets))
+    total = 0
+    for module in modules.values():
+        widths = [vars(module).get(name) for name in DELTA_NET_WIDTH_ATTRIBUTES]
+        known = [width for width in widths if isinstance(width, int)]
+        total += sum(known) if len(known) == len(widths) else 0
+    return ARRAYS_KEPT_OF_A_DELTA_NET_WIDTH * total
 
 
 def _elements_kept_by_gelu(modules: Modules, linears: Any) -> int:
@@ -213,7 +216,8 @@ def _elements_kept_by_gelu(modules: Modules, linears: Any) -> int:
     if backend.computes_on_cuda():
         return 0
     mlps = [name for name, module in modules.items() if type(module) in GEGLU_MLP_CLASSES]
-    return ARRAYS_KEPT_OF_A_GELU * sum(linears[f"{name}.down_proj"][0] for name in mlps)
+    widths: list[int] = [linears[f"{name}.down_proj"][0] for name in mlps]
+    return ARRAYS_KEPT_OF_A_GELU * sum(widths)
 
 
 def _is_trained(module: nn.Module) -> bool:
