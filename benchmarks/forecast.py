@@ -93,24 +93,20 @@ def measure(case: Case) -> None:
     from nested_core import backend
 
     backend.prepare()
-    from benchmarks.gpu.mlx_arms import build
+    from benchmarks.gpu.mlx_arms import build, forecast
     from benchmarks.tiers import one_tier, optimizer_for, thirds
 
     shape = case.shape
     model = build(shape, case.bits)
     import mlx.core as mx
 
-    from nested_core.config.schema import FineTuneConfig
     from nested_core.kernels.optimized_model import using_optimized_layers
     from nested_core.models.parameters import reference_trainable_parameters
     from nested_core.training.loss.loss_interface import BatchShape
     from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
-    from nested_core.training.memory.memory_plan import device_profile_for
-    from nested_core.training.memory.model_footprint import compute_footprint
-    from nested_core.training.memory.peak_estimate import estimate_peak_bytes
     from nested_core.training.train_step import TrainStep
 
-    config, dtype = FineTuneConfig(), mx.bfloat16
+    dtype = mx.bfloat16
     if backend.device() == "cpu":
         model.set_dtype(mx.float32)
         dtype = mx.float32
@@ -124,11 +120,8 @@ def measure(case: Case) -> None:
     target_mask[:, : round(case.share * shape.length)] = True
     with using_optimized_layers(model, model.layers[: case.recomputed]):
         loss_fn = SUPERVISED_LOSS.for_model(model, refs)
-        footprint = compute_footprint(config, model, refs, optimizer, loss_fn)
         batch = BatchShape(shape.batch, shape.length, int(target_mask.sum()))
-        expected = estimate_peak_bytes(
-            footprint, batch, device_profile_for(config), case.recomputed
-        )
+        expected = forecast(model, refs, optimizer, loss_fn, batch, recomputed=case.recomputed)
         train_step = TrainStep(
             model=model, parameters=refs, optimizer=optimizer, tiers=tiers, loss_fn=loss_fn
         )

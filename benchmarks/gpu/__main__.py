@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.commands import MemoryWatch
 from benchmarks.gpu.parts import NAME as PARTS
 from benchmarks.gpu.parts import describe_gain
 
@@ -62,6 +63,7 @@ def measure(path: Path, size: str, arm: str, seconds: float) -> None:
     receive, send = os.pipe()  # mlx.launch looks at its input all the time where that has ended
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, stdin=receive, start_new_session=True, **pipes)
+    watch = MemoryWatch()
     try:
         output, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -71,10 +73,11 @@ def measure(path: Path, size: str, arm: str, seconds: float) -> None:
     finally:
         os.close(receive)
         os.close(send)
+        held = round(watch.stop() / 2**30, 2)
     took = round(time.perf_counter() - began, 1)
     lines = [line for line in output.splitlines() if line.startswith("{")]
     if process.returncode == 0 and lines:
-        result = json.loads(lines[-1]) | {"took": took}
+        result = json.loads(lines[-1]) | {"took": took, "device_gib": held}
     else:
         result = {"size": size, "arm": arm, "error": errors[-1500:], "took": took}
     with path.open("a") as file:
@@ -97,10 +100,16 @@ def report(rows: list[dict[str, Any]]) -> None:
         parts = [
             f"{size:5} {arm:22} {row['tokens_per_second']:8,} tokens/s {row['peak_gib']:6.2f} GiB"
         ]
+        if row.get("forecast_gib"):
+            parts.append(f"{row['forecast_gib'] / row['peak_gib'] - 1:+.1%} forecast")
+        if row.get("device_gib"):
+            parts.append(f"{row['device_gib']:.1f} GiB by NVML")
         if row.get("joules"):
             tokens = row["shape"]["batch"] * row["shape"]["length"]
             parts.append(f"{1000 * row['joules'] / tokens:.1f} J per 1,000 tokens")
-        for rival in ("mlx_lm", "peft-compile"):
+        name, _, options = arm.partition("+")
+        same = f"mlx_lm+{options}" if name == "ours" and options else "mlx_lm"
+        for rival in dict.fromkeys((same, "mlx_lm", "peft-compile")):
             other = latest.get((size, rival))
             if other is not None and arm not in (rival, PARTS):
                 speed = row["tokens_per_second"] / other["tokens_per_second"]

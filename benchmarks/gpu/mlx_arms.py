@@ -1,14 +1,16 @@
 """One measurement with MLX, in a process of its own: mlx_lm's training loop as shipped, or ours.
 
 An arm is `mlx_lm` or `ours`, with options: `ours+deep` (tiers [1, 2, 4], deep layers fast),
-`+due=1` (the fastest tiers alone), `+bits=4`, `+limit=12` (GiB), `+graphs=1` (CUDA graphs),
-`+ops=10` and `+mb=200` (what is committed at once), `+batch=16`, `+length=278`. With `+mixed`, and
-with `+chats`, rows have lengths of their own, up to the shape's, and tokens are counted without
-padding; with `+even` as well, rows of one length hold as many tokens on average, and with
-`+even=259` so many each. `ours+parts` takes the gradients alone, third by third. With `+ranks=2`,
-under `mlx.launch`, each rank has the whole batch on a GPU of its own; the row counts the tokens of
-all. `floor`, and `floor+deep`, is no training, but the products and the attention that each must
-do.
+`+due=1` (the fastest tiers alone), `+bits=4`, `+rank=12`, `+dropout=0.05`, `+dora`, `+checkpoint`
+(all layers recomputed), `+limit=12` (GiB), `+graphs=1` (CUDA graphs), `+ops=10` and `+mb=200` (what
+is committed at once), `+batch=16`, `+length=278`, `+layers=4`, `+windows=3` (windows that count,
+after half as many). `mlx_lm+cache` leaves MLX's cache of freed buffers alone. A row of ours has the
+peak that is forecast for it. With `+mixed`, and with `+chats`, rows have lengths of their own, up
+to the shape's, and tokens are counted without padding; with `+even` as well, rows of one length
+hold as many tokens on average, and with `+even=259` so many each. `ours+parts` takes the gradients
+alone, third by third. With `+ranks=2`, under `mlx.launch`, each rank has the whole batch on a GPU
+of its own; the row counts the tokens of all. `floor`, and `floor+deep`, is no training, but the
+products and the attention that each must do.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +32,22 @@ from benchmarks.gpu.floor import NAME as FLOOR
 from benchmarks.gpu.floor import floor_of
 from benchmarks.gpu.parts import parts_of
 from benchmarks.gpu.shapes import (
-    KEYS,
     MIXED_WARM,
     MIXED_WINDOWS,
     RANK,
     RATE,
     ROWS,
     SCALE,
-    SHAPES,
-    WARM,
     WINDOW,
-    WINDOWS,
+    FamilyShape,
     Shape,
     energy,
     measure,
     per_step,
     row,
     rows_of,
+    shape_of,
+    windows_of,
 )
 
 VARIABLES = {
@@ -56,24 +58,18 @@ VARIABLES = {
 MicroBatch = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]  # tokens, what is learnt
 NAMES = "mlx_lm", "ours", FLOOR
 OPTIONS = {*VARIABLES, "batch", "bits", "deep", "due", "length", "limit", "parts", "ranks"}
-OPTIONS |= {*ROWS, "even"}
+OPTIONS |= {*ROWS, "even", "cache", "checkpoint", "dora", "dropout", "layers", "rank", "windows"}
 
 
 def main(size: str, arm: str) -> None:
     """Measure one arm at one size and print its row."""
-    name, *words = arm.split("+")
-    pairs = [word.partition("=") for word in words]
-    options = {key: value if equals else "1" for key, equals, value in pairs}
+    name, plus, words = arm.partition("+")
+    options, shape = read_options(plus + words, shape_of(size))
     if name not in NAMES or options.keys() - OPTIONS:
         raise SystemExit(
             f"There is no arm {arm}: {', '.join(NAMES)}, with any of {sorted(OPTIONS)}."
         )
     set_variables(options)
-    shape = SHAPES[size]
-    if "batch" in options:
-        shape = replace(shape, batch=int(options["batch"]))
-    if "length" in options:
-        shape = replace(shape, length=int(options["length"]))
     if name in ("ours", FLOOR):
         from nested_core.backend import prepare, set_operations_per_commit
 
@@ -86,12 +82,20 @@ def main(size: str, arm: str) -> None:
     if name == FLOOR:
         found = floor_of(shape, deep="deep" in options)
     else:
-        model = build(shape, int(options.get("bits", "16")))
+        model = build(shape, int(options.get("bits", "16")), options)
         mx.reset_peak_memory()
         found = loop_of(name, options)(model, shape)
     if found.pop("is_main", True):
         shape = replace(shape, batch=shape.batch * int(options.get("ranks", "1")))
         print(row(size, arm, shape, found, mx.get_peak_memory()), flush=True)
+
+
+def read_options(words: str, shape: Shape) -> tuple[dict[str, str], Shape]:
+    """The options of `+batch=1+dora`, each with its value, else 1; and the shape that they make."""
+    pairs = [word.partition("=") for word in words.split("+")[1:]]
+    options = {key: value if equals else "1" for key, equals, value in pairs}
+    sizes = {word: int(options[word]) for word in ("batch", "length", "layers") if word in options}
+    return options, replace(shape, **sizes)
 
 
 def loop_of(name: str, options: dict[str, str]) -> Callable[[Any, Shape], dict[str, Any]]:
@@ -109,37 +113,62 @@ def set_variables(options: dict[str, str]) -> None:
             os.environ[variable] = options[word]
 
 
-def build(shape: Shape, bits: int) -> Any:
-    """A Llama of random bfloat16 weights, or quantised, with LoRA on every linear layer."""
+def build(shape: Shape, bits: int, options: Mapping[str, str] | None = None) -> Any:
+    """A model of random weights, or quantised, with LoRA as the options say."""
     import mlx.core as mx
-    import mlx.nn as nn
-    from mlx_lm.models.llama import Model, ModelArgs
-    from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    mx.random.seed(0)
-    model = Model(
-        ModelArgs(
-            model_type="llama",
-            hidden_size=shape.hidden,
-            num_hidden_layers=shape.layers,
-            intermediate_size=shape.intermediate,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            rms_norm_eps=1e-5,
-            vocab_size=shape.vocabulary,
-            tie_word_embeddings=True,
-            rope_theta=10000.0,
-        )
-    )
-    model.set_dtype(mx.bfloat16)
-    if bits < 16:
-        nn.quantize(model, group_size=64, bits=bits)
+    model = make_model(shape, bits)
     mx.eval(model.parameters())
-    model.freeze()
-    settings = {"rank": RANK, "dropout": 0.0, "scale": SCALE, "keys": KEYS}
-    linear_to_lora_layers(model, shape.layers, settings)
+    add_lora(model, shape, options or {})
     mx.eval(model.parameters())
     return model
+
+
+def make_model(shape: Shape, bits: int = 16) -> Any:
+    """A model of random weights, or quantised; none of them is computed yet.
+
+    The decay of gated delta nets is float32, as published models have it.
+    """
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.utils import tree_map_with_path
+
+    module = import_module(f"mlx_lm.models.{shape.config['model_type']}")
+    mx.random.seed(0)
+    model = module.Model(module.ModelArgs.from_dict(shape.config))
+    dtype = compute_dtype(shape)
+    kept = {True: mx.float32, False: dtype}
+    model.update(
+        tree_map_with_path(
+            lambda path, x: x.astype(kept[path.endswith("A_log")]), model.parameters()
+        )
+    )
+    if bits < 16:
+        nn.quantize(model, group_size=64, bits=bits)
+    return model
+
+
+def add_lora(model: Any, shape: Shape, options: Mapping[str, str]) -> None:
+    """Freeze a model, and give its layers factors that are not computed yet."""
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    model.freeze()
+    settings = {
+        "rank": int(options.get("rank", RANK)),
+        "dropout": float(options.get("dropout", 0)),
+        "scale": SCALE,
+    }
+    if shape.keys is not None:
+        settings["keys"] = shape.keys
+    linear_to_lora_layers(model, shape.layers, settings, use_dora="dora" in options)
+
+
+def compute_dtype(shape: Shape) -> Any:
+    """bfloat16, but float32 on a CPU for other families: MLX has no product with experts there."""
+    import mlx.core as mx
+
+    is_on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    return mx.float32 if is_on_cpu and isinstance(shape, FamilyShape) else mx.bfloat16
 
 
 def mlx_lm_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any]:
@@ -158,19 +187,21 @@ def mlx_lm_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, 
             energies.append(energy())
 
     generator = np.random.default_rng(0)
-    rows, warm, windows = rows_of(options, shape.length), MIXED_WARM, MIXED_WINDOWS
+    rows, (warm, windows) = rows_of(options, shape.length), (MIXED_WARM, MIXED_WINDOWS)
     is_mixed = rows is not None
     if rows is None:
         count = 16 * shape.batch
-        rows = np.full(count, shape.length), np.full(count, shape.length - 1)
-        warm, windows = WARM, WINDOWS
+        rows = np.full(count, shape.length + 1), np.full(count, shape.length)
+        warm, windows = windows_of(options)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArgs(
             batch_size=shape.batch,
             iters=WINDOW * (warm + windows),
             steps_per_report=WINDOW,
             steps_per_save=10**6,
-            max_seq_length=shape.length,
+            max_seq_length=shape.length + 1,
+            grad_checkpoint="checkpoint" in options,
+            clear_cache_threshold=sys.maxsize if "cache" in options else 0,
             adapter_file=str(Path(folder) / "adapters.safetensors"),
         )
         data = [
@@ -206,14 +237,16 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
 
     world = join_ranks(int(options["ranks"])) if "ranks" in options else SINGLE_PROCESS_WORLD
     model.train()
-    refs = reference_trainable_parameters(model, dtype=mx.bfloat16)
+    refs = reference_trainable_parameters(model, dtype=compute_dtype(shape))
     is_tiered = "deep" in options or "due" in options
     tiers = thirds(refs, shape.layers, deep=True) if is_tiered else one_tier(refs)
     optimizer = optimizer_for(tiers, refs, RATE)
     loss_fn = SUPERVISED_LOSS.for_model(model, refs)
     generator = np.random.default_rng(world.rank)
     batches, real, loss_fn = draw_batches(options, shape, loss_fn, generator)
-    with using_optimized_layers(model):
+    recomputed = model.layers if "checkpoint" in options else ()
+    expected = forecast_row(model, refs, optimizer, loss_fn, shape, options)
+    with using_optimized_layers(model, recomputed):
         train_step = TrainStep(
             model=model,
             parameters=refs,
@@ -249,12 +282,53 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
             found = measure(window, MIXED_WARM, MIXED_WINDOWS, settle=trace)
             found |= {"real_tokens": tokens[MIXED_WARM:]} | describe(batches, real, loss_fn)
         else:
-            found = measure(window)
+            found = measure(window, *windows_of(options))
+            found["forecast_gib"] = round(expected / 2**30, 4)
         if world.is_single_process:
             return found
         world.require_equal_on_ranks(train_step.packed.arrays(), step)
         found |= {"is_main": world.is_main, "equal": True, "bytes_sent_by_due_tiers": sent}
         return found | {"joules": None}  # the counter is of one GPU
+
+
+def forecast_row(
+    model: Any,
+    refs: Any,
+    optimizer: Any,
+    loss_fn: Any,
+    shape: Shape,
+    options: Mapping[str, str],
+) -> int:
+    """`forecast` of a row: whole rows, all learnt."""
+    from nested_core.training.loss.loss_interface import BatchShape
+
+    batch = BatchShape(shape.batch, shape.length, shape.tokens)
+    recomputed = len(model.layers) if "checkpoint" in options else 0
+    dropout = float(options.get("dropout", 0))
+    return forecast(model, refs, optimizer, loss_fn, batch, recomputed=recomputed, dropout=dropout)
+
+
+def forecast(
+    model: Any,
+    refs: Any,
+    optimizer: Any,
+    loss_fn: Any,
+    batch: Any,
+    *,
+    recomputed: int = 0,
+    dropout: float = 0.0,
+) -> int:
+    """Bytes at the peak of a step on a `BatchShape`, as a run says before it begins."""
+    from nested_core.config.schema import FineTuneConfig
+    from nested_core.training.memory.memory_plan import device_profile_for
+    from nested_core.training.memory.model_footprint import compute_footprint
+    from nested_core.training.memory.peak_estimate import estimate_peak_bytes
+
+    config = FineTuneConfig()
+    adapter = config.lora_parameters.model_copy(update={"dropout": dropout})
+    config = config.model_copy(update={"lora_parameters": adapter})
+    footprint = compute_footprint(config, model, refs, optimizer, loss_fn)
+    return estimate_peak_bytes(footprint, batch, device_profile_for(config), recomputed)
 
 
 def draw_batches(

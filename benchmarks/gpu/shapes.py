@@ -6,7 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,27 @@ class Shape:
         return self.batch * self.length
 
     @property
+    def config(self) -> dict[str, Any]:
+        """What mlx-lm makes the model of."""
+        return {
+            "model_type": "llama",
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "intermediate_size": self.intermediate,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "rms_norm_eps": 1e-5,
+            "vocab_size": self.vocabulary,
+            "tie_word_embeddings": True,
+            "rope_theta": 10000.0,
+        }
+
+    @property
+    def keys(self) -> list[str] | None:
+        """The layers that get LoRA; None for all that mlx-lm knows."""
+        return KEYS
+
+    @property
     def weights(self) -> int:
         """Weights of all linear layers and of the embedding, which is the output layer too."""
         heads = 2 + 2 * self.kv_heads / self.heads  # queries and outputs, keys and values
@@ -53,6 +74,108 @@ SHAPES = {
     "7B": Shape(4096, 32, 11008, 32, 32, 32000, 4, 1024),
     "8B": Shape(4096, 32, 14336, 32, 8, 128256, 2, 2048),
 }
+
+
+@dataclass(frozen=True)
+class FamilyShape(Shape):
+    """A model of another family than Llama, with LoRA on every layer that mlx-lm gives one."""
+
+    family: str = "llama"
+    more: Mapping[str, Any] = field(default_factory=dict)  # of its configuration
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What mlx-lm makes the model of."""
+        return {**super().config, "model_type": self.family, **self.more}
+
+    @property
+    def keys(self) -> None:
+        """All layers that mlx-lm knows get LoRA."""
+
+    @property
+    def weights(self) -> int:
+        """Weights as mlx-lm has them; nothing is computed."""
+        from mlx.utils import tree_flatten
+
+        from benchmarks.gpu.mlx_arms import make_model
+
+        return sum(array.size for _, array in tree_flatten(make_model(self).parameters()))
+
+
+def gated_delta_sizes(heads: int, size: int) -> dict[str, Any]:
+    """Of a hybrid's layers without attention: heads, and the width of each one's key and value."""
+    return {
+        "linear_num_value_heads": heads,
+        "linear_num_key_heads": heads,
+        "linear_key_head_dim": size,
+        "linear_value_head_dim": size,
+        "linear_conv_kernel_dim": 4,
+        "full_attention_interval": 4,
+        "rms_norm_eps": 1e-6,
+    }
+
+
+def expert_sizes(experts: int, active: int, width: int) -> dict[str, Any]:
+    """Of a mixture of experts: how many, how many a token uses, and the width of each."""
+    return {
+        "num_experts": experts,
+        "num_experts_per_tok": active,
+        "moe_intermediate_size": width,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "max_position_embeddings": 4096,
+        "norm_topk_prob": True,
+    }
+
+
+# The attention model has as many parameters as the hybrid, within 0.3 %.
+FAMILIES = {
+    "hybrid": FamilyShape(
+        *(2048, 16, 6144, 8, 2, 32000, 4, 2048),
+        family="qwen3_5",
+        more={"head_dim": 256, **gated_delta_sizes(16, 128)},
+    ),
+    "attention": FamilyShape(
+        *(2048, 16, 7232, 16, 8, 32000, 4, 2048),
+        family="qwen3",
+        more={"head_dim": 128, "max_position_embeddings": 8192},
+    ),
+    "Qwen3-MoE": FamilyShape(
+        *(2048, 16, 6144, 32, 4, 32000, 2, 1024),
+        family="qwen3_moe",
+        more={"head_dim": 128, **expert_sizes(16, 4, 768)},
+    ),
+    "OLMoE": FamilyShape(
+        *(2048, 8, 1024, 16, 16, 50304, 2, 1024),
+        family="olmoe",
+        more={"num_experts": 16, "num_experts_per_tok": 4},
+    ),
+    "Gemma3-1B": FamilyShape(
+        *(1152, 26, 6912, 4, 1, 262144, 4, 1024),
+        family="gemma3_text",
+        more={"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 512},
+    ),
+    "Qwen2.5-0.5B": FamilyShape(
+        *(896, 24, 4864, 14, 2, 151936, 4, 512),
+        family="qwen2",
+        more={"max_position_embeddings": 32768},
+    ),
+    "tiny-hybrid": FamilyShape(
+        *(64, 4, 192, 1, 1, 512, 2, 40),
+        family="qwen3_5",
+        more={"head_dim": 64, **gated_delta_sizes(2, 16)},
+    ),
+    "tiny-MoE": FamilyShape(
+        *(64, 2, 192, 4, 2, 512, 2, 32),
+        family="qwen3_moe",
+        more={"head_dim": 16, **expert_sizes(4, 2, 32)},
+    ),
+}
+
+
+def shape_of(size: str) -> Shape:
+    """The shape of this name."""
+    return SHAPES[size] if size in SHAPES else FAMILIES[size]
 
 
 MIXED_ROWS, CHATS = 2400, 8000
@@ -106,6 +229,14 @@ def rows_of(options: Mapping[str, str], longest: int) -> tuple[Lengths, Lengths]
 
 
 ROWS = {"mixed": mixed_rows, "chats": chat_rows}
+
+
+def windows_of(options: Mapping[str, str]) -> tuple[int, int]:
+    """Windows that warm up, and windows that count, of rows of one length."""
+    if "windows" not in options:
+        return WARM, WINDOWS
+    counted = int(options["windows"])
+    return max(1, counted // 2), counted
 
 
 def measure(
