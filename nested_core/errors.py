@@ -59,9 +59,9 @@ def go_on_with(run_dir: Path | None = None) -> Advice:
 
 
 JUDGE_AGAIN = Advice(
-    command="Judge the run again with --resume.",
-    page="Judge the run again with the Retry button.",
-    python="Judge the run again with finetune(config, open_run(PATH, resume=True), resume=True).",
+    command="Run the gate again with --resume.",
+    page="Run the gate again with the Retry button.",
+    python="Run the gate again with finetune(config, open_run(PATH, resume=True), resume=True).",
 )
 BEGIN_AGAIN = Advice(
     command="Begin again with the same command.",

@@ -381,7 +381,7 @@ REFUSED = (
         "key twice",
         "a key given twice, of which mlx_lm.lora takes the last",
         "seed: 1\nseed: 2\n",
-        "the key 'seed', which stands in line 13 too, is not allowed here",
+        "the key 'seed', which is in line 13 too, is not allowed here",
     ),
     _refused(
         "octal", "8 to some readers and 10 to others", "seed: 010\n", "is octal to some readers"

@@ -99,7 +99,7 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
             print_progress(warnings)
     else:
         print_progress(
-            f"note: there is nothing to judge the adapter by. To take rows out of train for it: "
+            f"note: there is no data to evaluate the adapter on. To take rows out of train for it: "
             f"{split_command(arguments.model, data)}"
         )
     if target is not None:

@@ -364,7 +364,7 @@ def run_history(arguments: argparse.Namespace) -> Callable[[], int]:
         columns = ("time (UTC)", "action", "version", "its loss", "before", "by")
         print_table(columns, rows, title=f"{arguments.name}: champion {shown}")
         files = ", ".join(sorted({own["file"] for own in losses.values()})) or "none"
-        print_line(f"Losses: nats/token, on what each was judged by when it was made ({files}).")
+        print_line(f"Losses: nats/token, on the data of each one's verdict ({files}).")
 
     document = {"name": arguments.name, "champion": champion, "history": entries, "losses": losses}
     return result_printer(arguments, lambda: document, show)

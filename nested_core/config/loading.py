@@ -53,7 +53,7 @@ class _StrictYamlLoader(yaml.SafeLoader):
             if key.tag == YAML_MERGE_TAG:
                 raise _yaml_error("a merge (<<)", key.start_mark)
             if first := lines.get(str(key.value)):
-                what = f"the key {key.value!r}, which stands in line {first} too,"
+                what = f"the key {key.value!r}, which is in line {first} too,"
                 raise _yaml_error(what, key.start_mark)
             lines[str(key.value)] = key.start_mark.line + 1
         mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)

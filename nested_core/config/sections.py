@@ -110,9 +110,9 @@ class TrainingSection(Section):
     processes: Processes = key(1, "processes on this machine that share each batch")
     hostfile: str | None = key(None, "mlx.launch's list of machines, for processes", path="local")
     offer: Literal["best", "last", "average"] = key(
-        "best", "the adapter that is offered: of the best step, of the last, or the average"
+        "best", "the adapter that is selected: of the best step, of the last, or the average"
     )
-    average: AverageSection | None = key(None, "the average that is offered; null: none")
+    average: AverageSection | None = key(None, "the kind of average (null: none)")
     restarts: NonNegativeInt = key(
         3, "times a killed run is begun again without a new checkpoint", affects="output"
     )

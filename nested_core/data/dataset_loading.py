@@ -73,7 +73,7 @@ def write_report_beside_tokens(folder: Path, report: DatasetReport) -> None:
 def dataset_cache(folder: Path | None = None) -> UserCache:
     """The data sets that are kept, by default in `datasets` of the folder for caches."""
     place = folder or cache_folder() / "datasets"
-    return UserCache(place, "judged data sets", "pass any data set as sound")
+    return UserCache(place, "checked data sets", "pass any data set as sound")
 
 
 def _read_report_and_tokens(entry: Path) -> tuple[DatasetReport, dict[str, TokenizedSplit]] | None:
@@ -214,7 +214,7 @@ def load_dataset(
             )
             write_report_beside_tokens(folder, report)
             if cache.entry(_depends_on(settings, files, tokenizer)) != entry:
-                raise DatasetError(f"{settings.data} changed while it was judged. Start again.")
+                raise DatasetError(f"{settings.data} changed while it was checked. Start again.")
             return report, write_manifest_and_open_tokens(folder)
 
 

@@ -39,7 +39,7 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory, bound: BoundVerdi
     verdict = judged.verdict
     if not verdict.has_passed:
         raise DamagedError(
-            f"{run.gate} says passed, and the files that it judged do not: {verdict.summary()}.",
+            f"{run.gate} says passed, and the files that it evaluated do not: {verdict.summary()}.",
             advice=JUDGE_AGAIN,
         )
     files = evidence.files | {run.gate.name: bound.files[run.gate.name]}

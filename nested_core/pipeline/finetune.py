@@ -205,7 +205,9 @@ def _judge(config: FineTuneConfig, run: RunDirectory, hooks: Steps, session: Ses
             if isinstance(error, GateRejected) or not has_moved:
                 raise
         if has_moved:
-            hooks.on_message("the champion changed while the gate was at work: judging once more")
+            hooks.on_message(
+                "the champion changed while the gate was at work: running it once more"
+            )
             verdict = hooks.judge(config, run, session)
     except GateRejected:
         record_rejection(config, run)

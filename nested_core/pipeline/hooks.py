@@ -171,7 +171,7 @@ class ShownProgress(Steps):
 
     def judge(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Verdict:
         """Judge, and show the verdict with what has to be known beside it."""
-        self._rewrite("gate: judging the adapter ...", is_last=True)
+        self._rewrite("gate: evaluating the adapter ...", is_last=True)
         verdict = super().judge(config, run, session)
         for line in (verdict.summary(), *verdict.notes()):
             self.on_message(line)

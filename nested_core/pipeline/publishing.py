@@ -139,8 +139,8 @@ def describe_changed_held_out(config: FineTuneConfig, run: RunDirectory) -> str 
     earlier = read_verdict(folder / GATE_NAME).validation
     then = None if earlier is None else earlier.examples
     return (
-        f"{validation.file} has changed since the champion {shorten_digest(champion)} was judged "
-        f"by it: {then} examples then, {validation.examples} now"
+        f"{validation.file} has changed since the champion {shorten_digest(champion)} was "
+        f"evaluated on it: {then} examples then, {validation.examples} now"
     )
 
 

@@ -122,7 +122,7 @@ class SweepResult:
         interval = self.choice.corrected_interval or (found.low, found.high)
         luck = f", corrected for the choice among {among}" if among > 1 else ""
         measured = (
-            f"Against the configuration itself {found.mean:+.3g} nats a token on {found.examples} "
+            f"Against the configuration itself {found.mean:+.3g} nats/token on {found.examples} "
             f"examples (95 % interval {interval[0]:+.3g} to {interval[1]:+.3g}{luck})"
         )
         return f"{text} {measured}: {told}."

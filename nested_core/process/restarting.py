@@ -258,7 +258,7 @@ def describe_end(number: int, *, was_memory: bool) -> str:
             " macOS ends work that keeps its GPU too long: a smaller batch_size helps, "
             "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1, and an open lid."
         )
-    return f"it was ended by {name}; what it printed last stands above.{helps}"
+    return f"it was ended by {name}; its last output is above.{helps}"
 
 
 if __name__ == "__main__":

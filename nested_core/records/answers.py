@@ -85,9 +85,7 @@ def read_answers(path: Path) -> Sequence[AnswerRecord]:
         ]
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
-        raise DamagedError(
-            f"{path} does not hold the answers that were judged: {reason}."
-        ) from error
+        raise DamagedError(f"{path} does not hold the answers of the verdict: {reason}.") from error
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def _require_judged(path: Path) -> None:
     """Raise ConfigError where there is no gate.json."""
     if file_type(path, follow_links=True) == "missing":
         raise ConfigError(
-            f"{path} is not there: no gate has judged this adapter. Expected the directory of a "
+            f"{path} is not there: no gate has evaluated this adapter. Expected the directory of a "
             "finished run. If it trains, let it end. If it was stopped, resume it.",
             advice=go_on_with(path.parent),
         )

@@ -200,7 +200,7 @@ def _read_judgement(folder: Path, version: str, digest: str, number: int) -> Jud
             reason = f"{path}: {describe_first_problem(error)}."
         raise DamagedError(
             f"{reason} Restore it from a backup; or give `nested-tune promote RUN_DIR --name "
-            f"{folder.name} --registry {folder.parent}` for the run of version {version}, which "
-            f"judges by that run's verdict from then on."
+            f"{folder.name} --registry {folder.parent}` for the run of version {version}, whose "
+            f"verdict counts from then on."
         ) from error
     return Judgement(version, digest, verdict, facts, number)

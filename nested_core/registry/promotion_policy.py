@@ -422,7 +422,7 @@ def _why_not_promoted(
     if looser := find_looser_bounds(policy, candidate.verdict.thresholds):
         return (
             f"its gate had looser thresholds than the policy of {name} "
-            f"({', '.join(looser)}): judge the run again with --resume"
+            f"({', '.join(looser)}): run the gate again with --resume"
         )
     if candidate.loss_after is None and section.require_validation:
         validation = candidate.verdict.validation
@@ -448,7 +448,7 @@ def _why_beyond_reference(
     record = candidate.verdict.reference
     if record is None or record.version != version:
         return (
-            f"the gate did not judge {which} on this version's held-out examples: judge the run "
+            f"the gate did not evaluate {which} on this version's held-out examples: run the gate "
             f"again with --resume"
         )
     if record.not_compared is not None or record.loss is None or record.difference is None:
@@ -458,9 +458,9 @@ def _why_beyond_reference(
     margin = "none" if record.margin is None else f"+{record.margin:.2g}"
     high = "not known" if record.one_sided_high is None else f"{record.one_sided_high:+.2g}"
     return (
-        f"not shown to be within the margin of {which}: {format_difference(record.difference)} "
-        f"from its {format_loss(record.loss)} on {record.examples} examples, one-sided 95 % end "
-        f"{high}, margin {margin} nats/token"
+        f"may be worse than {which} by more than the margin: "
+        f"{format_difference(record.difference)} from its {format_loss(record.loss)} on "
+        f"{record.examples} examples, one-sided 95 % end {high}, margin {margin} nats/token"
     )
 
 
@@ -496,7 +496,7 @@ def _why_not_sound(candidate: Judgement, rule: PromotionRule) -> str | None:
     verdict = candidate.verdict
     if not verdict.has_passed:
         codes = ", ".join(reason.code for reason in verdict.reasons)
-        return f"the gate, judging it again, rejected it: {codes}"
+        return f"the gate, run again, rejected it: {codes}"
     samples = verdict.samples
     if samples is not None and samples.are_broken and not rule.asks_person:
         return f"{samples.broken} of {samples.judged} sample answers are broken: a person decides"
@@ -556,8 +556,8 @@ def _why_not_better(
     record = candidate.verdict.champion
     if record is None or record.version != champion:
         return (
-            f"the gate did not judge the champion {shorten_digest(champion)} on this version's "
-            "held-out examples: judge the run again with --resume"
+            f"the gate did not evaluate the champion {shorten_digest(champion)} on this version's "
+            "held-out examples: run the gate again with --resume"
         )
     if record.loss is None or record.difference is None:
         return record.not_compared or "the gate records no comparison with the champion"

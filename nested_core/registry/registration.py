@@ -59,7 +59,7 @@ from nested_core.storage.untrusted_files import file_type
 ADAPTER_FOLDER_NAME = "adapter"
 READ_BITS = 0o444
 SEARCH_BITS = 0o111
-REGISTRATION_AUTHOR = "nested-tune (a run that was judged)"
+REGISTRATION_AUTHOR = "nested-tune (a run with a verdict)"
 
 
 def register(

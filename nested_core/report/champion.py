@@ -65,7 +65,7 @@ def describe_champion(champion: ChampionRecord) -> Document:
     config = provenance.get("config") or {}
     parent, dataset = provenance.get("parent"), provenance.get("dataset_digest")
     facts = [
-        ("Loss when it was judged", champion.verdict.describe_losses()),
+        ("Loss at its verdict", champion.verdict.describe_losses()),
         *(("Server", text) for text in champion.describe_servers()),
         ("Registered (UTC)", _describe_time(provenance.get("registered_at"))),
         ("Run folder", str(provenance.get("run_dir"))),

@@ -11,7 +11,7 @@ from nested_core.text.document import Document, Facts, Section, Text
 
 def render_export_card(name: str, record: ExportRecord) -> str:
     """The card as markdown; `name` is the artefact's."""
-    verdict = "It stands" if record.stands else "It does not stand"
+    verdict = "Passed" if record.stands else "Failed"
     problems = [Text(problem, "bad") for problem in record.problems]
     notes = [Text(note, "note") for note in record.notes]
     document = Document(

@@ -167,7 +167,7 @@ def _describe_curves(run: Run) -> Iterator[str]:
     if plan is not None and (ends := plan.describe_ends()):
         yield ends
     if run.verdict is not None and run.verdict.adapter_step is not None:
-        yield f"The adapter of step {run.verdict.adapter_step:,} is the one that was judged."
+        yield f"The adapter of step {run.verdict.adapter_step:,} is the one that was evaluated."
     if plan is not None and plan.validation_file is not None:
         yield f"Validation losses are of {plan.describe_validation()}."
     if plan is not None:

@@ -84,7 +84,7 @@ def describe_sweep(record: SweepRecord, runs: Sequence[RunDirectory], summary: s
     for number, (arm, run) in enumerate(zip(record.arms, runs, strict=True)):
         points = Run(run).points("val_loss")
         curves.append(Curve(f"{number}: {arm.describe()}", points, has_dots=True))
-    chart = Chart("Validation loss of each setting", "step", "nats a token", curves)
+    chart = Chart("Validation loss of each setting", "step", "nats/token", curves)
     table = Table("Lowest so far at each comparison", sweep_columns(record), sweep_rows(record))
     return Document("Sweep", [Text(summary, is_headline=True), Figures([[chart]]), table])
 

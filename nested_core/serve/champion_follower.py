@@ -272,7 +272,9 @@ class ChampionFollower:
             adapter = read_verified_version(self._registry, name, version).adapter
             recorded = adapter.config.get("base_fingerprint")
             if recorded is None or not is_same_base(recorded, self._base):
-                return f"the champion stays, for {self._base} is not the base that it was judged on"
+                return (
+                    f"the champion stays, for {self._base} is not the base that it was evaluated on"
+                )
             done = rollback(
                 self._registry,
                 name,

@@ -67,7 +67,7 @@ def test_init_splits_data_that_has_only_train_in_a_new_folder(tmp_path: Path) ->
     (tmp_path / "data" / "train.jsonl").write_text("".join(train[:20]))
     bare = called("init", "--data", "data", "--model", str(MODEL), "-o", "bare.yaml", cwd=tmp_path)
     (note,) = [line for line in bare.stderr.splitlines() if line.startswith("note: ")]
-    assert "note: there is nothing to judge the adapter by." in note
+    assert "note: there is no data to evaluate the adapter on." in note
     pasted = shlex.split(note.partition(" for it: ")[2])  # as a person would
     assert f"#   {shlex.join(pasted)}" in (tmp_path / "bare.yaml").read_text()
     assert pasted[0] == "nested-tune"

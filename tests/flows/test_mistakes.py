@@ -234,7 +234,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "a key twice": yaml_mistake(
         f"{YAML}iters: 5\n",
-        "lora.yaml is not usable YAML: line 9, column 1: the key 'iters', which stands in line 5 "
+        "lora.yaml is not usable YAML: line 9, column 1: the key 'iters', which is in line 5 "
         "too, is not allowed here",
     ),
     "a tab": yaml_mistake(

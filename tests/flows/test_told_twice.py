@@ -198,7 +198,7 @@ def test_each_page_has_the_same_rows_and_the_loss_in_the_same_words(told: Told) 
     assert f"| step of this adapter | {step} |" in plain["card"]
     assert "1000" not in plain["card"]  # iters did not count
     assert "24 of 24 steps, 6 passes over train.jsonl" in read_report(told.folder).to_html()
-    assert f"The adapter of step {step} is the one that was judged." in plain["report"]
+    assert f"The adapter of step {step} is the one that was evaluated." in plain["report"]
     assert "Validation losses are of valid.jsonl, 5 examples." in plain["report"]
     assert result.training is not None
     assert (result.training.adapter_step, result.verdict.adapter_step) == (step, step)

@@ -32,7 +32,7 @@ LINES_EVERY = 60.0
 # Four steps: each of the tiers [1, 2, 4] is updated at the last of them.
 TINY: dict[str, Any] = {"iters": 4, "steps_per_report": 4, "steps_per_eval": 4, "save_every": 4}
 PAGE = 200
-JUDGED_AGAIN = "the champion changed while the gate was at work: judging once more"
+JUDGED_AGAIN = "the champion changed while the gate was at work: running it once more"
 ASKED_EARLY = "the database system is starting up"  # what pg_isready hears while it waits
 # Two of the server's recorders met: the one that lost tries again, and says "discarding event" only
 # where that fails too (prefect/server/services/task_run_recorder.py, record_bulk_task_run_events).

@@ -168,7 +168,7 @@ class Model:
             return "looser thresholds"
         if "better" in modes and champion is not None:
             if verdict.rival != champion:
-                return "did not judge the champion"
+                return "did not evaluate the champion"
             if verdict.difference > 0:
                 return "is not better"
         if "approve" not in modes:

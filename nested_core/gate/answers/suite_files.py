@@ -65,8 +65,8 @@ def _read_yaml_questions(path: Path, content: bytes) -> Iterator[NumberedLine]:
     """The items of a list in strict YAML; JSON writes a number or a text as YAML read it."""
     if len(content) > MAX_YAML_SUITE_BYTES:
         raise DatasetError(
-            f"gate.tasks: {path} is larger than {MAX_YAML_SUITE_BYTES:,} bytes, the most of a "
-            f"suite in YAML. Write it as JSON Lines, which may have {MAX_SUITE_BYTES:,}."
+            f"gate.tasks: {path} is larger than {MAX_YAML_SUITE_BYTES:,} bytes, the most of an "
+            f"eval set in YAML. Write it as JSON Lines, which may have {MAX_SUITE_BYTES:,}."
         )
     try:
         questions, lines = parse_yaml_with_lines(content, str(path))

@@ -229,7 +229,7 @@ def describe_bad_questions(path: Path, problems: Sequence[BadQuestion], summary:
     if len(listed) > MAX_LISTED_PROBLEMS:
         more = len(listed) - MAX_LISTED_PROBLEMS
         listed = [*listed[:MAX_LISTED_PROBLEMS], f"  and {more:,} more"]
-    return "\n".join([f"gate.tasks: {summary} Nothing was judged.", *listed])
+    return "\n".join([f"gate.tasks: {summary} Nothing was evaluated.", *listed])
 
 
 def _describe_other_lines(lines: Sequence[int | None]) -> str:

@@ -380,5 +380,5 @@ def _read_and_validate_file(
     ]
     if problems or not len(splits.get("test", ())):
         listed = "\n".join(f"  {problem}" for problem in problems[:MAX_LISTED_PROBLEMS])
-        raise DatasetError(f"{key}: {path} holds no sound text to judge by.\n{listed}")
+        raise DatasetError(f"{key}: {path} holds no sound text to evaluate on.\n{listed}")
     return splits["test"]

@@ -74,8 +74,8 @@ def require_same_base(adapter: Adapter, base: Path) -> None:
     if reasons := fingerprint_reasons(adapter.config, base):
         raise DamagedError(
             f"{adapter.path}: {reasons[0].message}. The base model has changed since the adapter "
-            f"was trained and judged, and the verdict does not hold for this one. Bring back the "
-            f"model that was there, or train again on the one that is there now."
+            f"was trained and evaluated, and the verdict does not hold for this one. Bring back "
+            f"the model that was there, or train again on the one that is there now."
         )
 
 

@@ -63,7 +63,7 @@ class SampleTable:
     """The answers to `samples` as a small table: a row for each evaluation, a column for a prompt.
 
     evaluations, prompt_count: how many there were; the table has the first, the last and some.
-    rows: the evaluation's step, "(judged)" behind the judged one, and the answer to each of
+    rows: the evaluation's step, "(selected)" behind the judged one, and the answer to each of
     `prompts`; None where it was not asked then: `samples` may change when a run is resumed.
     """
 
@@ -88,7 +88,7 @@ class SampleTable:
         shown = prompts[:MAX_SHOWN_PROMPTS]
         rows = tuple(
             (
-                f"{step:,} (judged)" if step == judged_step else f"{step:,}",
+                f"{step:,} (selected)" if step == judged_step else f"{step:,}",
                 tuple(by_step[step].get(prompt) for prompt in shown),
             )
             for step in choose_shown_evaluations(by_step, judged_step, MAX_SHOWN_EVALUATIONS)

@@ -114,17 +114,17 @@ class TestRefusedYaml:
             (
                 "iters: 3\niters: 4\n",
                 "line 2, column 1",
-                "the key 'iters', which stands in line 1 too,",
+                "the key 'iters', which is in line 1 too,",
             ),
             (
                 "nested:\n  fast: deep\n  fast: deep\n",
                 "line 3, column 3",
-                "the key 'fast', which stands in line 2 too,",
+                "the key 'fast', which is in line 2 too,",
             ),
             (
                 "gate: {a: 1, b: 2, 'a': 3}\n",
                 "line 1, column 20",
-                "the key 'a', which stands in line 1 too,",
+                "the key 'a', which is in line 1 too,",
             ),
         ],
     )

@@ -291,7 +291,7 @@ def test_data_that_changes_while_it_is_judged_is_not_kept_as_what_it_was(
         return judge(*arguments, **options)
 
     monkeypatch.setattr(dataset_loading, "_read_and_judge", changed)
-    with pytest.raises(DatasetError, match="changed while it was judged"):
+    with pytest.raises(DatasetError, match="changed while it was checked"):
         cached.load()
     monkeypatch.undo()
     path.write_bytes(before)

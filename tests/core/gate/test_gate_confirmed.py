@@ -73,7 +73,7 @@ def test_a_failed_run_is_not_saved_by_the_word_passed(judged: Candidate) -> None
     judged.edit_gate(verdict="passed")
     judged.require_damaged("says passed and gives reasons against it")
     judged.edit_gate(reasons=[])
-    judged.require_damaged("says passed, and the files that it judged do not")
+    judged.require_damaged("says passed, and the files that it evaluated do not")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_digest_of_other_data_in_the_report_is_damage(judged: Candidate) -> No
 
 def test_a_verdict_of_an_earlier_version_has_to_be_given_again(judged: Candidate) -> None:
     judged.run.manifest.unlink()
-    judged.require_damaged("is missing.*Judge the run again with --resume")
+    judged.require_damaged("is missing.*Run the gate again with --resume")
     judged.judge()
     judged.confirm()
 
@@ -218,6 +218,6 @@ def test_a_resumption_under_other_bounds_needs_a_new_verdict_and_the_same_one_no
     steps.write_run_config(judged.config, judged.run, resume=True)
     judged.reread().confirm()
     other = judged.resumed(max_val_loss_increase=0.5)
-    other.reread().require_damaged(r"config\.yaml.* Judge the run again with --resume")
+    other.reread().require_damaged(r"config\.yaml.* Run the gate again with --resume")
     other.judge()
     other.reread().confirm()

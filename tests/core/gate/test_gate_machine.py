@@ -71,7 +71,7 @@ def test_a_run_has_no_verdict_then_and_gets_one_the_next_time(
     candidate: Candidate, limited: Limit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limited(LIMITS["compiler fails"])
-    with pytest.raises(NestedTuneError, match="Judge the run again with --resume"):
+    with pytest.raises(NestedTuneError, match="Run the gate again with --resume"):
         candidate.judge()
     assert not candidate.run.gate.exists()
     assert not candidate.run.manifest.exists()

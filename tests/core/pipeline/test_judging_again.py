@@ -111,7 +111,7 @@ def test_a_champion_that_moves_while_the_gate_works_is_judged_against_once_more(
     hooks = Meanwhile()
     result = resumed(registry, "better", copy / "better", hooks)
     assert result.promotion == "promoted"
-    assert [m for m in hooks.told if "judging once more" in m] != []
+    assert [m for m in hooks.told if "running it once more" in m] != []
     assert history(registry, NAME)[-1]["previous"] == other
 
 
@@ -122,7 +122,7 @@ def test_a_verdict_that_rejects_what_is_registered_counts(
     caplog.set_level("INFO", logger=stages.name)
     with pytest.raises(GateRejected):
         resumed(registry, "always", copy / "better", gate={"min_relative_change": 1.5})
-    told = f"{copy / 'better'} is trained already: nothing is trained, it is judged again"
+    told = f"{copy / 'better'} is trained already: nothing is trained, and the gate runs again"
     assert caplog.messages[0] == told
     version = next(p.name for p in (registry / NAME / "judgements").iterdir())
     with pytest.raises(GateRejected, match="rejected this adapter"):

@@ -263,7 +263,7 @@ class TestPolicy:
             ({"interval": [-0.3, 0.1]}, "none", 0.2, "0.9 is not better by more than 0.2 than the"),
             ({"interval": None, "examples": 3}, "paired", 0.0, "3 examples): too few to detect"),
             ({"left_out": 2}, "paired", 0.0, "84 examples, 2 left out that an adapter was trained"),
-            ({"version": "f" * 64}, "paired", 0.0, "the gate did not judge the champion"),
+            ({"version": "f" * 64}, "paired", 0.0, "the gate did not evaluate the champion"),
             ({"loss": None, "not_compared": "the champion is gone"}, "paired", 0.0, "is gone"),
         ],
     )
@@ -409,8 +409,8 @@ def test_held_out_examples_that_are_not_the_champions_are_said(
     promote(Path(str(config.registry.path)), NAME, champion, by="ann")
     said = describe_changed_held_out(config, judged_on(make_run(2.0, data=data), 16, champion))
     assert said == (
-        f"valid.jsonl has changed since the champion {champion[:12]} was judged by it: 10 examples "
-        f"then, 16 now"
+        f"valid.jsonl has changed since the champion {champion[:12]} was evaluated on it: 10 "
+        f"examples then, 16 now"
         if is_said
         else None
     )

@@ -118,7 +118,7 @@ def test_what_was_judged_against_a_former_champion_does_not_count_now(
     promote(registry, NAME, third, by="ann")
     reason = promote_by_policy(section(registry, "better"), better, third)
     assert reason.outcome == "refused"
-    assert "did not judge the champion" in reason.sentence
+    assert "did not evaluate the champion" in reason.sentence
     late = promote_by_recorded_policy(registry, NAME, better)
     assert late.outcome == "superseded"
 
@@ -154,7 +154,7 @@ def test_a_judgement_that_rejects_stops_a_promotion_by_version(
     write_gate(run, gate, judged_files(run))
     register_rejection(bind_verdict(run), registry, NAME, provenance("better", weak))
     reason = promote_by_policy(section(registry, "better"), better, weak)
-    assert reason.sentence == "the gate, judging it again, rejected it: task_below"
+    assert reason.sentence == "the gate, run again, rejected it: task_below"
     with pytest.raises(GateRejected, match="task_below"):
         promote(registry, NAME, better, by="ann")
     assert read_champion(registry, NAME) == weak

@@ -106,7 +106,7 @@ def test_unreadable_gate_is_damage(make_run, registry, content):
 def test_run_without_a_verdict_is_refused_with_what_to_do(make_run, registry):
     run = make_run()
     (run / "gate.json").unlink()
-    with pytest.raises(ConfigError, match="no gate has judged this adapter"):
+    with pytest.raises(ConfigError, match="no gate has evaluated this adapter"):
         register(run, registry, "capitals", {})
 
 

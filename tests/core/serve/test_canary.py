@@ -262,7 +262,7 @@ def test_a_server_whose_base_is_not_the_judged_one_refuses_for_itself_alone(
         # The base's files were those when it was loaded, and are others by now.
         patch.setattr("nested_core.serve.champion_follower.is_same_base", lambda *_: False)
         second = promote(2)
-        assert "is not the base that it was judged on" in refused(client)["reason"]
+        assert "is not the base that it was evaluated on" in refused(client)["reason"]
     assert read_champion(registry, NAME) == second
 
 

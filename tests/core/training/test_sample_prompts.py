@@ -104,7 +104,7 @@ def test_an_answer_stands_under_its_own_prompt_where_a_resumed_run_asks_others()
     assert samples.prompts == ("c", "b", "a")
     assert samples.rows == (
         ("0", (None, None, "a at 0")),
-        ("5 (judged)", (None, "b at 5", "a at 5")),
+        ("5 (selected)", (None, "b at 5", "a at 5")),
         ("9", ("c at 9", "b at 9", None)),
     )
     assert samples.describe() == "3 of 3 evaluations to 3 of 3 prompts"
