@@ -40,7 +40,9 @@ class ReconcileParameters(Section):
     registry: str = Field(description="the registry's folder, on the worker's machine")
     names: tuple[AdapterName, ...] | None = Field(default=None, description="default: all of them")
     stale_after_nights: float | None = Field(
-        default=3.0, gt=0, description="an older champion raises an alert (null: never)"
+        default=3.0,
+        gt=0,
+        description="days after which an old champion raises an alert (null: never)",
     )
 
     @property

@@ -52,9 +52,9 @@ def go_on_with(run_dir: Path | None = None) -> Advice:
     folder = "its --run-dir and" if run_dir is None else f"--run-dir {run_dir}"
     path = "PATH" if run_dir is None else repr(str(run_dir))
     return Advice(
-        command=f"Go on with the same command, {folder} --resume.",
-        page="Go on with the Retry button.",
-        python=f"Go on with finetune(config, open_run({path}, resume=True), resume=True).",
+        command=f"Continue with the same command, {folder} --resume.",
+        page="Continue with the Retry button.",
+        python=f"Continue with finetune(config, open_run({path}, resume=True), resume=True).",
     )
 
 

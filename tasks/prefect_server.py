@@ -29,7 +29,7 @@ def tolerating_server_outage(what: str) -> Iterator[None]:
         yield
     except (httpx.HTTPError, PrefectException, OSError) as error:
         get_run_logger().warning(
-            "Prefect's server cannot be reached: %s (%s: %s). The run goes on.",
+            "Prefect's server cannot be reached: %s (%s: %s). The run continues.",
             what,
             type(error).__name__,
             error,

@@ -51,7 +51,7 @@ def add_commands(commands: Any) -> None:
     init.add_argument(
         "--resume-adapter-file",
         metavar="FILE",
-        help="go on from this adapters.safetensors, in its shape and at a lower learning rate",
+        help="continue from this adapters.safetensors, in its shape and at a lower learning rate",
     )
     init.add_argument(
         *("-o", "--output"), type=Path, metavar="FILE", help="default: standard output"

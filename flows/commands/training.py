@@ -304,7 +304,7 @@ def run_finetune_flow(parameters: dict[str, Any], log_level: int) -> State[Any]:
 
 def _open_run_directory(arguments: argparse.Namespace) -> RunDirectory:
     if arguments.run_dir is None and arguments.resume:
-        raise ConfigError("--resume needs the --run-dir that it is to go on with.")
+        raise ConfigError("--resume needs the --run-dir that it is to continue.")
     return open_run(
         arguments.run_dir or DEFAULT_RUNS_FOLDER / new_run_name(), resume=arguments.resume
     )

@@ -38,7 +38,7 @@ class StepsAsTasks(Steps):
         """Begin, and publish the page of this night, which is replaced when it is over."""
         super().begin(config, run, resume=resume)
         warn_of_full_disks([run.path])
-        message = "goes on from its last checkpoint" if resume else "has begun"
+        message = "continues from its last checkpoint" if resume else "has begun"
         publish_night(config, run, Outcome.RUNNING, message)
 
     def validate(self, config: FineTuneConfig, run: RunDirectory) -> None:

@@ -30,10 +30,10 @@ ADVICE_BY_PATH_ERRNO = {
     errno.ETXTBSY: "It is a program that runs: give another path",
 }
 RUN_GOES_ON = Advice(
-    command="Give the command again; a run that has begun goes on from its last checkpoint with "
+    command="Give the command again; a run that has begun continues from its last checkpoint with "
     "its --run-dir and --resume.",
-    page="Press Retry: a run that has begun goes on from its last checkpoint.",
-    python="Call it again; a run that has begun goes on from its last checkpoint with "
+    page="Press Retry: a run that has begun continues from its last checkpoint.",
+    python="Call it again; a run that has begun continues from its last checkpoint with "
     "open_run(PATH, resume=True).",
 )
 LONGEST_SHOWN_PATH = 1_000

@@ -139,8 +139,8 @@ def require_current_layout(layout: mx.array | None) -> None:
     if number != STATE_LAYOUT_VERSION:
         raise DamagedError(
             f"This optimizer state has layout {number}, of another release; this one reads "
-            f"layout {STATE_LAYOUT_VERSION}. Go on with the release that wrote it, or start a new "
-            "run."
+            f"layout {STATE_LAYOUT_VERSION}. Continue with the release that wrote it, or start a "
+            "new run."
         )
 
 

@@ -161,8 +161,8 @@ def _describe_curves(run: Run) -> Iterator[str]:
         noun = "step" if len(plan.resumed_at) == 1 else "steps"
         places = join_first_values([f"{step:,}" for step in plan.resumed_at], MAX_SHOWN_RESUMPTIONS)
         yield (
-            f"The run was resumed at {noun} {places}: the curves go on from the checkpoint there, "
-            f"and each step and its seconds of training are counted once."
+            f"The run was resumed at {noun} {places}: the curves continue from the checkpoint "
+            f"there, and each step and its seconds of training are counted once."
         )
     if plan is not None and (ends := plan.describe_ends()):
         yield ends

@@ -240,7 +240,7 @@ def open_run(path: str | Path, *, resume: bool = False) -> RunDirectory:
                 f"--run-dir that does not exist yet."
             )
         raise ConfigError(
-            f"{path} is not empty. A run is never written over: add --resume to go on with it, or "
+            f"{path} is not empty. A run is never written over: add --resume to continue it, or "
             f"give a --run-dir that does not exist yet."
         )
     if resume and not run.is_nonempty():

@@ -294,7 +294,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
     # Runs
     "a run folder with a run in it": Mistake(
-        ("run is not empty. A run is never written over: add --resume to go on",),
+        ("run is not empty. A run is never written over: add --resume to continue it",),
         prepare=begin_other_run,
     ),
     "a run folder of an attempt that failed": Mistake(
@@ -325,8 +325,8 @@ MISTAKES: dict[str, Mistake] = {
     # The registry, and deployments
     "promoting a run that was not judged": Mistake(
         (
-            "If it trains, let it end. If it was stopped, resume it. Go on with the same command",
-            "--run-dir run --resume.",
+            "If it trains, let it end. If it was stopped, resume it. Continue with the same",
+            "command, --run-dir run --resume.",
         ),
         arguments=("promote", "run", "--name", "bot"),
         prepare=begin_other_run,

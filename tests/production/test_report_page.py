@@ -139,7 +139,7 @@ def test_the_page_of_a_resumed_run_says_so_and_counts_each_step_once(
     run = resumed(tmp_path / "run")
     RunReport(read_run(run, has_ended=True)).write(run.report)
     browser.open(run.report.as_uri())
-    assert "The run was resumed at step 20: the curves go on" in browser.words()
+    assert "The run was resumed at step 20: the curves continue" in browser.words()
     numbers = "[...document.querySelectorAll('#curves table')[0].querySelectorAll('tbody tr')]"
     cells = "row => [...row.children].slice(0, 2).map(cell => Number(cell.innerText))"
     browser.run("document.querySelectorAll('details').forEach(each => { each.open = true }); 0")

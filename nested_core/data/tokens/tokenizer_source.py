@@ -82,7 +82,7 @@ def _describe_other_folder(folder: Path) -> str | None:
         )
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return (
-            "an adapter, not a model. Give its base as model; to go on from the adapter itself, "
+            "an adapter, not a model. Give its base as model; to continue from the adapter itself, "
             "name its adapters.safetensors as resume_adapter_file."
         )
     return None

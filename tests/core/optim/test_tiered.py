@@ -255,7 +255,7 @@ def test_a_state_of_another_layout_is_refused_in_one_paragraph(layout: int | Non
         resumed.init(matrices(0))
     assert str(caught.value) == (
         f"This optimizer state has layout {layout or 1}, of another release; this one reads "
-        "layout 2. Go on with the release that wrote it, or start a new run."
+        "layout 2. Continue with the release that wrote it, or start a new run."
     )
 
 

@@ -105,7 +105,7 @@ def test_answers_and_samples_are_those_of_the_report_and_no_markup(judged: Path)
     answers = night_of(judged, Outcome.PROMOTED).partition("## Answers")[2]
     assert "| Question 2? | \\- | ✓ right Paris | ✗ wrong \\<b\\>Rome |" in answers
     assert "8 of 1001 evaluations to 4 of 50 prompts" in answers
-    assert "| 80 (judged) | There. | There. | There. | There. |" in answers.replace("\\", "")
+    assert "| 80 (selected) | There. | There. | There. | There. |" in answers.replace("\\", "")
     assert answers.count("| There. |") == 8 * 2
 
 

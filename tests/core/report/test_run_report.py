@@ -98,7 +98,7 @@ def test_a_resumed_run_says_where_it_went_on(tmp_path: Path) -> None:
     run = begin_run(tmp_path / "run", iters=100)
     add_metrics(run, 90)
     write_plan_of(run, first_step=80, resumed_at=(40, 80))
-    said = "The run was resumed at steps 40, 80: the curves go on from the checkpoint"
+    said = "The run was resumed at steps 40, 80: the curves continue from the checkpoint"
     assert said in sections_of(run)["curves"]
     write_plan_of(run)
     assert "resumed" not in sections_of(run)["curves"]
