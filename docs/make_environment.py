@@ -111,7 +111,6 @@ VARIABLES = {
         "MLFLOW_DISABLE_TELEMETRY": ("true", "in `export-mlflow`"),
     },
     "Between processes of the program: do not set": {
-        "NESTED_TUNE_PARENT": ("", "the process that starts a killed training again"),
         "NESTED_TUNE_TMPDIR": ("", "`TMPDIR` as it was before training replaced it"),
         "NESTED_TUNE_PARENT": ("", "process that begins a training again if it is killed"),
         "NESTED_TUNE_DEVICES": ("", "`CUDA_VISIBLE_DEVICES` as it was before ranks got one each"),
