@@ -23,6 +23,7 @@ from nested_core.models.gguf.families import (
 )
 from nested_core.models.gguf.vocabulary import Vocabulary
 from nested_core.storage.atomic import write_json
+from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
 GROUP_SIZE = 32  # of MLX's reader
 MAGIC = b"GGUF"
@@ -32,7 +33,7 @@ def is_gguf(path: Path) -> bool:
     """Whether a file begins as a GGUF does."""
     if not path.is_file():
         return False
-    with path.open("rb") as file:
+    with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
         return file.read(len(MAGIC)) == MAGIC
 
 

@@ -193,7 +193,13 @@ def test_questions_that_chose_do_not_judge_where_there_are_others(
 
 
 def records(model: AnsweringRole, scores: Sequence[float], among: int) -> list[AnswerRecord]:
-    common = {"tokens": 1, "empty": False, "endless": False, "repeated": False, "seconds": 0.0}
+    common: dict[str, Any] = {
+        "tokens": 1,
+        "empty": False,
+        "endless": False,
+        "repeated": False,
+        "seconds": 0.0,
+    }
     return [
         AnswerRecord("t", model, n + 1, f"q{n}", "a", score, **common, chosen_among=among)
         for n, score in enumerate(scores)
