@@ -34,6 +34,7 @@ HELD = (
     "docs/data-parallel.md",
     "docs/evaluate.md",
     "docs/exit-codes.md",
+    "docs/export.md",
     "docs/faults.md",
     "docs/first-hour.md",
     "docs/gate.md",
