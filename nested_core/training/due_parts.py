@@ -50,6 +50,10 @@ from nested_core.training.training_state import CheckpointState, TrainingState
 
 # Where questions take longer before the first step, so many fewer are asked from then on.
 SLOW_SECONDS = 10.0
+# Where answers only show, evaluations that ask are so far apart, or four in a shorter run: of a
+# tiny model, whose steps take no longer than a token, that is some 4 % of the whole command.
+STEPS_BETWEEN_QUESTIONS = 100
+LEAST_ASKINGS = 4
 
 
 class MetricsWindow:
@@ -305,9 +309,11 @@ class Validation:
         evaluation = self._evaluator.evaluate(values, batches)
         val_loss = evaluation.mean_loss
         asked = self._ask_questions(state, values)
-        name = self.setup.config.training.select_by
-        wrong = 0.0 if name == "loss" else 1.0 - asked["tasks"][name]["right"]
         is_candidate = all(tier.updates > 0 for tier in self.setup.optimizer.get_tier_stats())
+        name = self.setup.config.training.select_by
+        wrong = 0.0
+        if name != "loss":
+            wrong = 1.0 - asked["tasks"][name]["right"]
         state.record_evaluation(val_loss, is_candidate=is_candidate, wrong=wrong)
         if is_candidate and self.setup.step_schedule.offers_best and self.setup.world.is_main:
             self._keep_example_losses(state, evaluation)
@@ -320,9 +326,21 @@ class Validation:
         return {"val_loss": val_loss} | asked
 
     def _ask_questions(self, state: TrainingState, values: Flat) -> dict[str, Any]:
-        """The answers to `training.evaluate_tasks`, of the main rank; empty without them."""
-        questions, world = self.setup.questions, self.setup.world
+        """The answers to `training.evaluate_tasks`, of the main rank; empty where none are due."""
+        questions, world, schedule = (
+            self.setup.questions,
+            self.setup.world,
+            self.setup.step_schedule,
+        )
         if questions is None or not world.is_main:
+            return {}
+        between = STEPS_BETWEEN_QUESTIONS
+        if schedule.steps < between * (LEAST_ASKINGS - 1):
+            between = schedule.steps // LEAST_ASKINGS
+        if self.setup.config.training.select_by != "loss":
+            between = 0  # every evaluation has to be chosen among
+        is_last = state.iteration >= schedule.iterations
+        if 0 < state.step < state.asked_step + between and not is_last:
             return {}
 
         def check_stop() -> None:
@@ -335,6 +353,7 @@ class Validation:
         seconds = asked.get("task_seconds", 0.0)
         if state.step == 0 and seconds > SLOW_SECONDS:
             state.question_share = SLOW_SECONDS / seconds
+        state.asked_step = state.step
         return asked
 
     def _keep_example_losses(self, state: TrainingState, evaluation: Evaluation) -> None:

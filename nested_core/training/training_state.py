@@ -36,6 +36,7 @@ class TrainingState:
         best_before, best_val_loss_before, best_wrong_before: the best but for the evaluation of
             this step, which a flush of gathered gradients makes out of date.
         question_share: of the questions in training, what is asked from now on.
+        asked_step: where they were asked last.
     """
 
     # Position
@@ -63,6 +64,7 @@ class TrainingState:
     best_val_loss_before: float | None = None
     best_wrong_before: float = 0.0
     question_share: float = 1.0
+    asked_step: int = 0
     lowest_val_loss: float | None = None
     evaluations_without_improvement: int = 0
 

@@ -160,6 +160,16 @@ def test_where_asking_is_slow_fewer_are_asked_from_the_first_step_on(
     assert counts == [4, 2]
 
 
+def test_where_answers_only_show_they_are_asked_four_times_in_a_short_run(tmp_path: Path) -> None:
+    watched = {"evaluate_tasks": ["capitals"]}
+    config = example_config(**settings(iters=16, steps_per_eval=2, training=watched))
+    done = train(config, prepare(config, tmp_path / "run"))
+    evaluated = {r["step"]: "tasks" in r for r in done.metrics() if "val_loss" in r}
+    assert [step for step, has_answers in evaluated.items() if has_answers] == [0, 4, 8, 12, 16]
+    assert len(evaluated) == 9
+    assert TrainingState.from_json(done.trainer.state.to_json()).asked_step == 16
+
+
 def test_questions_are_asked_at_evaluations_alone(tmp_path: Path) -> None:
     config = example_config(**settings(val_batches=0))
     with pytest.raises(ConfigError, match="questions are asked at evaluations"):
