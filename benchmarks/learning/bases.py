@@ -199,9 +199,3 @@ def save(folder: Path, corpus: Path, config: dict[str, Any], weights: dict[str, 
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": LENGTH}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | tokens) + "\n")
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of a base."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -14,7 +14,8 @@ from mlx.utils import tree_flatten
 from mlx_lm import load
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from benchmarks.learning.judge import Judge
+from benchmarks.learning import bases
+from benchmarks.learning.judge import Judge, encode, mean_loss
 from benchmarks.learning.report import Results, mcnemar
 from benchmarks.learning.study import FULL, SMALL, Cell, cell_of
 from benchmarks.learning.tasks import GEOGRAPHY, Counts, Row, read_task
@@ -55,6 +56,28 @@ def test_right_answers_are_those_that_the_model_generates(tmp_path: Path) -> Non
     assert judged.right.tolist() == expected
     assert judged.kl > 0
     assert judged.general_loss is None
+
+
+def test_a_base_is_made_of_books_that_mlx_lm_loads_with_its_chat_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bases, "ROWS", 2)
+    monkeypatch.setattr(bases, "LENGTH", 32)
+    monkeypatch.setattr(bases, "VOCABULARY", 300)
+    for number in range(3):
+        book = tmp_path / "books" / "author" / f"{number}.md"
+        book.parent.mkdir(parents=True, exist_ok=True)
+        text = f"{number} fools said that this was paragraph {{}} of a book.\n\n"
+        book.write_text("".join(text.format(line) for line in range(200)))
+    bases.prepare_corpus(tmp_path / "books", tmp_path / "corpus")
+    bases.make_base(tmp_path / "corpus", "tiny", 0.2, tmp_path)
+    model, tokenizer, *_ = load(str(tmp_path / "tiny"))
+    tokens, start = encode(tokenizer, Row("paragraph", "a book"))
+    assert tokenizer.decode(tokens) == "<|user|>paragraph<|assistant|>a book<|endoftext|>"
+    assert tokenizer.decode(tokens[start:]) == "a book<|endoftext|>"
+    assert np.isfinite(mean_loss(model, [(tokens, start)]))
+    made = json.loads((tmp_path / "tiny" / "made.json").read_text())
+    assert made["tokens"] == made["steps"] * 64 > 0
 
 
 def result(cell: Cell, right: list[int]) -> dict[str, Any]:
