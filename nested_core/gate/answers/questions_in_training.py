@@ -80,7 +80,7 @@ class QuestionsInTraining:
         if chosen:
             asked = ", ".join(f"{len(own.questions)} of {own.name}" for own in chosen)
             few = f" (few, for the run has {steps} steps)" if steps < STEPS_FOR_ALL else ""
-            stages.info("questions at each evaluation: %s%s", asked, few)
+            stages.info("questions while it trains: %s%s", asked, few)
         return cls(encode_suites(chosen, tokenizer, base), tokenizer)
 
     def ask(
