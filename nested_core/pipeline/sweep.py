@@ -24,7 +24,13 @@ from pydantic import JsonValue
 
 from nested_core.config.loading import lay_over, parse_config, render_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import ConfigError, GateRejected, TrainingDiverged, TrainingStopped
+from nested_core.errors import (
+    ConfigError,
+    GateRejected,
+    TrainingDiverged,
+    TrainingStopped,
+    go_on_with,
+)
 from nested_core.gate.answers.answer_bounds import ScoreChange
 from nested_core.gate.losses.chosen_candidate import SweepChoice, read_candidates
 from nested_core.models.session import Session
@@ -300,7 +306,8 @@ class _Search:
                 score = _best_score(run, self.request.select_by)
             except TrainingStopped:
                 if not part.has_reached_end:
-                    raise
+                    advice = go_on_with(self.folder)
+                    raise TrainingStopped("The sweep was stopped.", advice=advice) from None
                 score = _best_score(run, self.request.select_by)
             except TrainingDiverged as error:
                 self.hooks.on_message(str(error))

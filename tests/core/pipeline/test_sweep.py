@@ -11,7 +11,7 @@ import pytest
 
 from nested_core import FineTuneConfig
 from nested_core.config.loading import parse_config
-from nested_core.errors import ConfigError, DamagedError, TrainingStopped
+from nested_core.errors import ConfigError, DamagedError, TrainingStopped, go_on_with
 from nested_core.gate.losses.chosen_candidate import SweepChoice
 from nested_core.pipeline.hooks import Steps
 from nested_core.pipeline.sweep import (
@@ -126,8 +126,9 @@ class StopsInTheMiddle(Steps):
 
 
 def test_a_stopped_sweep_goes_on_to_the_same_figures(swept: SweepResult, tmp_path: Path) -> None:
-    with pytest.raises(TrainingStopped):
+    with pytest.raises(TrainingStopped) as stopped:
         run_sweep(tmp_path / "sweep", StopsInTheMiddle())
+    assert stopped.value.advice == go_on_with(tmp_path / "sweep")
     so_far = read_sweep(tmp_path / "sweep")
     assert [len(arm.scores) for arm in so_far.arms] == [1, 0, 0]
     done = run_sweep(tmp_path / "sweep")
