@@ -17,7 +17,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = Path("build") / "docs"
-DOCUMENTS = ("*.md", "docs/*.md", "docs/images/*", "benchmarks/*.md", "deployments/*.md")
+DOCUMENTS = (
+    *("*.md", "docs/*.md", "docs/images/*", "deployments/*.md"),
+    *("benchmarks/*.md", "benchmarks/learning/*.md", "benchmarks/learning/*.svg"),
+    "benchmarks/learning/rows.jsonl",
+)
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 LOADING = {"src", "srcset", "data", "poster"}  # attributes of any element that fetch by themselves
 
