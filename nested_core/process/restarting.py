@@ -80,6 +80,11 @@ def has_parent() -> bool:
     return os.environ.get(PARENT_VARIABLE, "").startswith(f"{os.getppid()}:")
 
 
+def command_process() -> int:
+    """The id of the process that a person or a worker started for what this one does."""
+    return os.getppid() if has_parent() else os.getpid()
+
+
 def list_earlier_ends() -> tuple[str, ...]:
     """The names of the signals that ended the processes before this one, of the same command."""
     return tuple(os.environ[PARENT_VARIABLE].split(":")[2:]) if has_parent() else ()

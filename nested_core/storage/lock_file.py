@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
+from nested_core.process.restarting import command_process
 from nested_core.storage.untrusted_files import file_type
 
 # A link is refused, a pipe not waited for, and a program that is started does not keep the lock.
@@ -56,9 +57,9 @@ class LockFile:
             )
 
     def write_holder(self) -> None:
-        """Write this process's id into the file, for those who find it locked."""
+        """Write the id of this process's command into the file, for those who find it locked."""
         os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, str(os.getpid()).encode(), 0)
+        os.pwrite(self.descriptor, str(command_process()).encode(), 0)
 
 
 @contextmanager
@@ -98,7 +99,7 @@ def shared_lock(path: Path, *, on_busy: OnBusy | None = None) -> Iterator[LockFi
 def exclusive_lock_with_holder_id(
     path: Path, *, mode: int = 0o666, on_busy: OnBusy | None = None
 ) -> Iterator[LockFile]:
-    """`exclusive_lock`, with this process's id in the file.
+    """`exclusive_lock`, with the id of this process's command in the file.
 
     A file that has a second name is replaced first: what the other name means is left as it is.
     """

@@ -34,7 +34,9 @@ def killed_by(number: int, folder: Path, *, after_lines: int) -> Ended:
         return run.metrics.exists() and run.metrics.read_text().count("\n") >= after_lines
 
     wait_until(has_come_so_far, process=process)
-    os.kill(int(run.lock.read_text().split()[0]), number)
+    assert run.holder() == process.pid
+    (trains,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(trains), number)
     return ended(process)
 
 

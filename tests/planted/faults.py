@@ -223,6 +223,18 @@ FAULTS = (
         "a check skipped",
     ),
     Fault(
+        "nested_core/exported/judgement.py",
+        "    if reading.chat_template != chat_template:",
+        "    if reading.chat_template is None != chat_template:",
+        "a check skipped",
+    ),
+    Fault(
+        "nested_core/exported/judgement.py",
+        "    if not logits.distance <= logits.bound:",
+        "    if logits.distance < logits.bound:",
+        "a condition turned",
+    ),
+    Fault(
         "flows/sweep.py",
         "    if len(points) > MOST_RUNS:",
         "    if len(points) >= MOST_RUNS:",

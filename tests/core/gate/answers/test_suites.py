@@ -164,7 +164,11 @@ def test_chats_choices_and_lists_of_answers_in_a_table_and_in_yaml(tmp_path: Pat
         ("s.yaml", b"- prompt: a\n  expected: b\n- 3\n", "s.yaml:3: expected a JSON object"),
         ("s.yaml", b"- prompt: a\n  answer: b\n", "s.yaml:1: answer: there is no such key"),
         ("s.yaml", b"- &a {prompt: a, expected: b}\n- *a\n", "an anchor or alias"),
-        ("s.yaml", b"- {prompt: a, expected: b, prompt: c}\n", "the key 'prompt', which stands"),
+        (
+            "s.yaml",
+            b"- {prompt: a, expected: b, prompt: c}\n",
+            "the key 'prompt', which is in line 1 too",
+        ),
         ("s.yaml", b"- {prompt: a, expected: .inf}\n", "Infinity is no JSON number"),
         ("s.yaml", b'- {prompt: "\\ud800", expected: b}\n', "half of a surrogate pair"),
         ("s.yaml", b"prompt: a\nexpected: b\n", "should be a list of questions.*found a dict"),
