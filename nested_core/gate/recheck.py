@@ -43,7 +43,8 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory, bound: BoundVerdi
             advice=JUDGE_AGAIN,
         )
     files = evidence.files | {run.gate.name: bound.files[run.gate.name]}
-    rest = {run.config.name, run.training_examples.name, *bound.files} - files.keys()
+    written = {path.name for path in (*run.measured, run.suites) if path.exists()}
+    rest = {run.config.name, run.training_examples.name, *written, *bound.files} - files.keys()
     if recorded.validation is not None:
         rest.add(run.gate_losses.name)
     files |= {name: describe_file(run.path / name) for name in rest}

@@ -210,13 +210,19 @@ def _restore_retired(retired: Path) -> None:
 
 
 def _remove_path(path: Path) -> None:
-    """Remove a file or folder; what another process removes meanwhile is gone as well."""
+    """Remove a file or folder, with what another process adds or removes meanwhile.
+
+    One that lost its lock may still write there: it fails at its next file.
+    """
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
     while path.is_dir() and not path.is_symlink():
-        with suppress(FileNotFoundError):
+        try:
             _make_removable(path)
             shutil.rmtree(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                raise
 
 
 def _make_removable(folder: Path) -> None:
