@@ -75,30 +75,50 @@ def _is_step(name: str) -> bool:
 # ------------------------------------------------------------------------ the command's side
 
 
+_given: tuple[int, int, tuple[str, ...]] | None = None
+_parent: socket.socket | None = None
+
+
+def _take_given() -> tuple[int, int, tuple[str, ...]] | None:
+    """What the variable said: the parent, the file that leads to it, and the earlier ends.
+
+    It is taken out of the environment, for it is meant for this process and for none that it
+    starts. A process whose parent has ended before it could look ends here.
+    """
+    global _given
+    given = os.environ.pop(PARENT_VARIABLE, None)
+    if given is not None:
+        process, file, *ends = given.split(":")
+        if int(process) != os.getppid():
+            os.kill(os.getpid(), signal.SIGKILL)
+        _given = int(process), int(file), tuple(ends)
+    return _given
+
+
 def has_parent() -> bool:
     """Whether this process was started by `run_again_where_killed`."""
-    return os.environ.get(PARENT_VARIABLE, "").startswith(f"{os.getppid()}:")
+    return _take_given() is not None
 
 
 def command_process() -> int:
     """The id of the process that a person or a worker started for what this one does."""
-    return os.getppid() if has_parent() else os.getpid()
+    given = _take_given()
+    return os.getpid() if given is None else given[0]
 
 
 def list_earlier_ends() -> tuple[str, ...]:
     """The names of the signals that ended the processes before this one, of the same command."""
-    return tuple(os.environ[PARENT_VARIABLE].split(":")[2:]) if has_parent() else ()
-
-
-_parent: socket.socket | None = None
+    given = _take_given()
+    return () if given is None else given[2]
 
 
 def end_with_parent() -> None:
     """Have this process end at once when its parent has; nothing where it has no such parent."""
     global _parent
-    if _parent is not None or not has_parent():
+    given = _take_given()
+    if given is None or _parent is not None:
         return
-    _parent = socket.socket(fileno=int(os.environ[PARENT_VARIABLE].split(":")[1]))
+    _parent = socket.socket(fileno=given[1])
     _parent.set_inheritable(False)
     threading.Thread(target=_await_end, args=(_parent,), name="parent", daemon=True).start()
 

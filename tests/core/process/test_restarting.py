@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -120,6 +121,15 @@ def test_it_ends_with_its_parent(tmp_path: Path, words: list[str]) -> None:
     process.wait()
     stat = Path("/proc", waits.read_text(), "stat")
     wait_until(lambda: not stat.exists() or ") Z " in stat.read_text())  # nobody may wait for it
+
+
+def test_one_whose_parent_ended_before_it_could_look_ends() -> None:
+    look = "from nested_core.process.restarting import has_parent; has_parent(); print('goes on')"
+    environment = os.environ | {restarting.PARENT_VARIABLE: "1:0"}
+    done = subprocess.run(
+        [sys.executable, "-c", look], env=environment, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, b"")
 
 
 def test_it_stops_and_goes_on_with_its_parent(tmp_path: Path, words: list[str]) -> None:
