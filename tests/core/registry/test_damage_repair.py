@@ -365,7 +365,7 @@ def test_a_history_that_was_edited_is_restored_from_a_backup(world: World, damag
         os.replace(path.with_name("elsewhere"), path)
         assert_sound(world, world.champion)
         return
-    assert "Restore the file from a backup" in told(world)
+    assert "restore the file from a backup" in told(world).lower()
     world.restore_backup(path)
     assert_sound(world, world.champion)
 
