@@ -105,13 +105,14 @@ class RunFollower(threading.Thread):
                 self._print_last_lines()
 
     def add_stage(self, name: str) -> None:
-        """Show a step that follows training; whoever calls it begins that step now."""
+        """Show a step that begins now; what is said before training begins is a line alone."""
         with self._lock:
             if not self.view.has_begun or not self._can_redraw:
                 self._print_last_lines()
                 print_progress(name)
-            self.view.read()
-            self.view.stages.append((name, self.view.seconds))
+            if self.view.has_begun:
+                self.view.read()
+                self.view.stages.append((name, self.view.seconds))
 
     # In a terminal
 

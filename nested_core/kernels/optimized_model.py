@@ -69,7 +69,7 @@ def describe_layers(model: nn.Module, *, as_mlx_lm: bool = False) -> str:
         return "layers: mlx-lm's own, as training.reference asks"
     adapters = [module for _, module in model.named_modules() if "lora_a" in module]
     ours = [module for module in adapters if type(module) in OPTIMIZED_CLASSES]
-    parts = [f"{len(ours)} of {len(adapters)} with an adapter are ours"]
+    parts = [f"{len(ours)} of {len(adapters)} with an adapter use nested-tune's code"]
     others = sorted(
         {type(module).__name__ for module in adapters} - {c.__name__ for c in OPTIMIZED_CLASSES}
     )

@@ -1,4 +1,4 @@
-"""Which step of judging a run begins now, logged for whoever shows it: `stages.info("...")`."""
+"""What a run begins now, or will train with, logged for whoever shows it: `stages.info("...")`."""
 
 from __future__ import annotations
 

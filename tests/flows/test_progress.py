@@ -101,6 +101,23 @@ def test_a_run_that_was_stopped_is_said_to_end_at_the_step_of_its_checkpoint(tmp
     assert watcher.view.outcome == ["ended before training was done, at step 11"]
 
 
+def test_what_is_said_before_training_begins_ends_no_training(
+    tmp_path: Path, clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDirectory(tmp_path)
+    watcher = RunFollower(run)
+    watcher.add_stage("layers: ours")
+    run.plan.write_text("{}")
+    watcher.view.read()
+    clock[0] += 7
+    watcher.add_stage("gate: changes of the tensors")
+    clock[0] += 2
+    watcher.view.read()
+    assert watcher.view.stages == [("gate: changes of the tensors", 7.0)]
+    assert watcher.view.training_seconds == 7.0
+    assert capsys.readouterr().err.splitlines()[0] == "layers: ours"
+
+
 @pytest.mark.parametrize(("columns", "width"), [("80", 80), ("", 120), ("0", 120), ("wide", 120)])
 def test_a_table_in_a_pipe_keeps_to_columns(columns, width, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", columns)

@@ -311,7 +311,8 @@ def test_a_line_says_which_layers_are_ours_and_why_others_are_not(
 ) -> None:
     count = sum("lora_a" in module for _, module in build("llama").named_modules())
     said = describe_layers(build("llama"))
-    assert said == f"layers: {count} of {count} with an adapter are ours; no CUDA kernels on a CPU"
+    ours = f"{count} of {count} with an adapter use nested-tune's code"
+    assert said == f"layers: {ours}; no CUDA kernels on a CPU"
     assert "LoRASwitchLinear is mlx-lm's" in describe_layers(build("olmoe"))
     assert "training.reference" in describe_layers(build("llama"), as_mlx_lm=True)
     monkeypatch.setattr(backend, "device", lambda: "gpu")
