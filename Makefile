@@ -47,9 +47,9 @@ check: $(VENV)/dev.stamp ## format, lint and complexity, types, import direction
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
-	$(BIN)/python docs/make_python.py --check
+	$(BIN)/python -m docs.make_python --check
 	$(BIN)/python -m docs.make_command_line --check
-	$(BIN)/python docs/make_environment.py --check
+	$(BIN)/python -m docs.make_environment --check
 	$(BIN)/python docs/check_prose.py --check
 	$(BIN)/python docs/build_site.py
 
@@ -78,9 +78,9 @@ reliability: $(VENV)/dev.stamp ## crashes, hostile files and races; takes minute
 
 docs: $(VENV)/dev.stamp ## write the pages that are made from the code again, and build the site
 	$(BIN)/python -m docs.make_configuration
-	$(BIN)/python docs/make_python.py
+	$(BIN)/python -m docs.make_python
 	$(BIN)/python -m docs.make_command_line
-	$(BIN)/python docs/make_environment.py
+	$(BIN)/python -m docs.make_environment
 	$(BIN)/python -m docs.make_support
 	$(BIN)/python docs/build_site.py
 	@echo "Written: build/docs/site/index.html"

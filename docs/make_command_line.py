@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from docs.generated_page import write_or_check
 from flows.cli import build_parser
 from flows.commands.help_pages import is_key_flag
 
@@ -121,12 +122,7 @@ def _escape(text: str) -> str:
 
 def main(arguments: list[str]) -> str | None:
     """Write the page, or only look with --check; return what is wrong."""
-    page = render_page()
-    if arguments == ["--check"]:
-        is_current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page
-        return None if is_current else f"docs/{PAGE.name} is out of date: run `make docs`"
-    PAGE.write_text(page, encoding="utf-8")
-    return None
+    return write_or_check(PAGE, render_page(), arguments)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from docs.generated_page import write_or_check
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "environment.md"
 HEAD = """\
@@ -195,12 +197,7 @@ def main(arguments: list[str]) -> str | None:
     found = find_variables()
     if problems := list(find_problems(found)):
         return "\n".join(problems)
-    page = render_page(found)
-    if arguments == ["--check"]:
-        is_current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page
-        return None if is_current else f"docs/{PAGE.name} is out of date: run `make docs`"
-    PAGE.write_text(page, encoding="utf-8")
-    return None
+    return write_or_check(PAGE, render_page(found), arguments)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 
 import nested_core
+from docs.generated_page import write_or_check
 from nested_core.errors import NestedTuneError
 
 PAGE = Path(__file__).with_name("python.md")
@@ -189,12 +190,7 @@ def main(arguments: list[str]) -> str | None:
     problems = list(find_undocumented())
     if problems:
         return "\n".join(problems)
-    page = render_page()
-    if arguments == ["--check"]:
-        is_current = PAGE.read_text(encoding="utf-8") == page
-        return None if is_current else f"docs/{PAGE.name} is out of date: run `make docs`"
-    PAGE.write_text(page, encoding="utf-8")
-    return None
+    return write_or_check(PAGE, render_page(), arguments)
 
 
 if __name__ == "__main__":
