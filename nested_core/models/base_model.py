@@ -147,6 +147,22 @@ def chat_template_digest(folder: Path) -> str | None:
     return hashlib.sha256(content).hexdigest()
 
 
+def require_chat_template(recorded: str | None, base: Path, what: str) -> None:
+    """Raise ConfigError where a base has another chat template than an adapter was trained with.
+
+    Args:
+        recorded: the SHA-256 that was recorded in training; None is not compared.
+        base: the model's folder.
+        what: the adapter, at the beginning of a sentence.
+    """
+    if recorded is not None and recorded != chat_template_digest(base):
+        raise ConfigError(
+            f"{what} was trained with another chat template than {base} has now: its questions "
+            f"would be put otherwise than it learnt. Bring back the template that was there, or "
+            f"train again."
+        )
+
+
 def prepare_for_base_model(config: FineTuneConfig) -> Path:
     """The configured base model's folder; the backend is set up for a model of its size."""
     folder = find_model_folder(config.model)

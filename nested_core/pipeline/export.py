@@ -34,10 +34,10 @@ from nested_core.gate.losses.held_out_loss import LoadedBase, read_held_out_exam
 from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprint_reasons
 from nested_core.models.base_model import (
     MAX_CONFIG_BYTES,
-    chat_template_digest,
     find_model_folder,
     fingerprint_base_model,
     model_compute_dtype,
+    require_chat_template,
 )
 from nested_core.models.fusing import QUANTIZATION_KEYS, load_fused, write_model_folder
 from nested_core.models.gguf import Quantization, read_vocabulary, unpack_gguf, write_gguf
@@ -200,11 +200,7 @@ def _read_source(
     if (folder / MANIFEST_NAME).exists():
         verify_manifest(folder)
     config, template = _read_training(folder, run)
-    if template is not None and template != chat_template_digest(find_model_folder(model.model)):
-        raise ConfigError(
-            f"{model.model} has another chat template now than {what} was trained with. Bring back "
-            f"the template that was there, or train again."
-        )
+    require_chat_template(template, find_model_folder(model.model), what)
     is_known = config is not None
     if config is None:
         config = parse_config({"model": model.model, "num_layers": -1}, source="the adapter")

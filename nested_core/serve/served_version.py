@@ -14,8 +14,8 @@ from mlx.utils import tree_flatten
 
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import (
-    chat_template_digest,
     is_same_base,
+    require_chat_template,
     shorten_fingerprint,
 )
 from nested_core.models.lora_attachment import attach_stored_adapter
@@ -86,19 +86,15 @@ def require_same_base(verified: VerifiedVersion, base: Path) -> None:
     Or trained with another chat template than that in its files.
     """
     adapter = verified.adapter
-    recorded, template = adapter.config.get("base_fingerprint"), verified.chat_template
-    if template is not None and template != chat_template_digest(base):
-        raise ConfigError(
-            f"Version {shorten_digest(verified.version)} of {adapter.path.parent.parent.name} was "
-            f"trained with another chat template than {base} has now: its questions would be put "
-            f"otherwise than it learnt. Bring back the template that was there, or train again."
-        )
+    recorded = adapter.config.get("base_fingerprint")
+    what = f"Version {shorten_digest(verified.version)} of {adapter.path.parent.parent.name}"
+    require_chat_template(verified.chat_template, base, what)
     if recorded is None or is_same_base(recorded, base):
         return
     raise ConfigError(
-        f"Version {shorten_digest(adapter.path.name)} of {adapter.path.parent.parent.name} was "
-        f"made for the base {shorten_fingerprint(recorded)}, and {base} is another model. Serve it "
-        f"with the base that it was trained on (--model), names of other bases by another server."
+        f"{what} was made for the base {shorten_fingerprint(recorded)}, and {base} is another "
+        f"model. Serve it with the base that it was trained on (--model), names of other bases by "
+        f"another server."
     )
 
 
