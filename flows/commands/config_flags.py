@@ -22,6 +22,7 @@ from nested_core.config.key_properties import Key, iterate_configured_paths, ite
 from nested_core.config.loading import load_config, parse_yaml
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
+from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, new_run_name
 
 REQUIRED_KEYS = ("model", "data")  # mlx_lm.lora's defaults would be fetched from the hub
 OUTPUT_PATH_KEYS = ("adapter_path", "registry.path")  # which need not exist
@@ -109,6 +110,13 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--run-dir", type=_parse_path, help="default: runs/<UTC time>-<8 hex digits>"
     )
     parser.add_argument("--resume", action="store_true", help="resume the run in --run-dir")
+
+
+def choose_run_dir(arguments: argparse.Namespace, prefix: str = "") -> Path:
+    """--run-dir, or a new folder whose name begins with `prefix`; ConfigError to resume none."""
+    if arguments.run_dir is None and arguments.resume:
+        raise ConfigError("--resume needs the --run-dir that it is to continue.")
+    return arguments.run_dir or DEFAULT_RUNS_FOLDER / f"{prefix}{new_run_name()}"
 
 
 def load_config_from_flags(

@@ -171,18 +171,13 @@ def run_fleet(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     """Register a run's adapter if it is not yet, and make it the champion."""
-    from nested_core.config.resume import read_run_config
-    from nested_core.pipeline.publishing import register_and_promote_run
+    from nested_core.pipeline.publishing import read_config_for_registry, register_and_promote_run
     from nested_core.registry import UNSET
-    from nested_core.registry.folders import check_name
     from nested_core.registry.promotion_policy import describe_promotion
     from nested_core.registry.serving_status import await_configured
 
-    check_name(arguments.name)
     run = RunDirectory(arguments.run_dir)
-    config = read_run_config(run)
-    place = {"path": str(arguments.registry), "name": arguments.name}
-    config = config.model_copy(update={"registry": config.registry.model_copy(update=place)})
+    config = read_config_for_registry(run, arguments.registry, arguments.name)
     expected = UNSET if arguments.if_champion is None else arguments.if_champion
     done, candidate = register_and_promote_run(
         config, run, by=current_user(), expected_champion=expected

@@ -8,13 +8,18 @@ from dataclasses import asdict
 from typing import Any
 
 from flows.commands.command_output import result_printer
-from flows.commands.config_flags import add_config_flags, add_run_flags, load_config_from_flags
+from flows.commands.config_flags import (
+    add_config_flags,
+    add_run_flags,
+    choose_run_dir,
+    load_config_from_flags,
+)
 from flows.process.stop_signals import Stopper
 from flows.terminal.console import print_line, print_progress, print_table
 from nested_core import backend
 from nested_core.config.loading import parse_yaml
 from nested_core.errors import ConfigError
-from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory, new_run_name
+from nested_core.storage.run_directory import RunDirectory
 
 
 def add_commands(commands: Any) -> None:
@@ -57,9 +62,7 @@ def run_sweep(arguments: argparse.Namespace) -> Callable[[], int]:
         if value is not None and not value > 0:
             raise ConfigError(f"sweep --{name} must be above 0; found {value:g}.")
     config = load_config_from_flags(arguments)
-    if arguments.run_dir is None and arguments.resume:
-        raise ConfigError("--resume needs the --run-dir that it is to go on with.")
-    folder = arguments.run_dir or DEFAULT_RUNS_FOLDER / f"sweep-{new_run_name()}"
+    folder = choose_run_dir(arguments, "sweep-")
     has_begun = folder.is_dir() and any(folder.iterdir())
     if has_begun != arguments.resume:
         known = "is not empty: add --resume" if has_begun else "has no sweep: leave --resume out"

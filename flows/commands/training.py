@@ -11,7 +11,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.command_output import naming_report_of_failure, result_printer, text_printer
-from flows.commands.config_flags import add_config_flags, add_run_flags, load_config_from_flags
+from flows.commands.config_flags import (
+    add_config_flags,
+    add_run_flags,
+    choose_run_dir,
+    load_config_from_flags,
+)
 from flows.flow_runs.loss_on_test_set import describe_test_loss
 from flows.process.stop_signals import Stopper
 from flows.terminal.console import (
@@ -27,9 +32,6 @@ from nested_core import backend
 from nested_core.errors import ConfigError, GateRejected, TrainingStopped, go_on_with
 from nested_core.records.outcome_names import Outcome
 from nested_core.storage.run_directory import (
-    DEFAULT_RUNS_FOLDER,
-    RunDirectory,
-    new_run_name,
     open_run,
 )
 from nested_core.text.digest_format import shorten_digest
@@ -175,7 +177,7 @@ def _refuse_invalid_show_flag(arguments: argparse.Namespace) -> None:
 def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the whole pipeline in this process."""
     config = load_config_from_flags(arguments)
-    run = _open_run_directory(arguments)
+    run = open_run(choose_run_dir(arguments), resume=arguments.resume)
     with backend.collecting_no_garbage():
         from flows.commands.terminal_hooks import TerminalSteps  # loads mlx, which takes seconds
         from nested_core.pipeline.finetune import finetune
@@ -266,7 +268,7 @@ def _print_outcome(registry: RegistrySection, result: FinetuneResult, verdict: V
 def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the Prefect flow here, with the run's own server unless PREFECT_API_URL is set."""
     config = load_config_from_flags(arguments)
-    run = _open_run_directory(arguments)
+    run = open_run(choose_run_dir(arguments), resume=arguments.resume)
     from nested_core.pipeline.preflight import require_output_places  # loads mlx
     from nested_core.training.reports.reporting_services import configured_services
 
@@ -300,11 +302,3 @@ def run_finetune_flow(parameters: dict[str, Any], log_level: int) -> State[Any]:
         show_logs_from_level(log_level)
         wait_for_server()
         return finetune(FinetuneParameters(**parameters), return_state=True)
-
-
-def _open_run_directory(arguments: argparse.Namespace) -> RunDirectory:
-    if arguments.run_dir is None and arguments.resume:
-        raise ConfigError("--resume needs the --run-dir that it is to continue.")
-    return open_run(
-        arguments.run_dir or DEFAULT_RUNS_FOLDER / new_run_name(), resume=arguments.resume
-    )

@@ -8,16 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nested_core.config.resume import read_run_config
 from nested_core.errors import ConfigError
 from nested_core.pipeline.finetune import FinetuneResult
 from nested_core.pipeline.named_adapters import DEFAULT_REGISTRY, VERSIONS, find_named_adapter
-from nested_core.pipeline.publishing import register_and_promote_run
+from nested_core.pipeline.publishing import read_config_for_registry, register_and_promote_run
 from nested_core.process.current_user import current_user
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry import read_verified_version
-from nested_core.registry.folders import check_name
 from nested_core.registry.promotion_policy import describe_promotion
 from nested_core.registry.versions import version_folder
 from nested_core.storage.run_directory import RunDirectory
@@ -110,13 +108,11 @@ def promote(
     asks for, and whether the champion before had a lower loss. Raises ConfigError where nothing was
     trained, GateRejected for a verdict that did not pass, DamagedError for damaged files.
     """
-    check_name(name)
     run = result.run if isinstance(result, FinetuneResult) else RunDirectory(Path(result))
-    config = read_run_config(run)
-    place = {"path": str(registry), "name": name}
-    config = config.model_copy(update={"registry": config.registry.model_copy(update=place)})
+    registry = Path(registry)
+    config = read_config_for_registry(run, registry, name)
     done, candidate = register_and_promote_run(config, run, by=by or current_user())
-    notes = describe_promotion(Path(registry), name, done, candidate)
+    notes = describe_promotion(registry, name, done, candidate)
     for warning in filter(None, (done.against_policy, notes.warning)):
         warnings.warn(f"{name}: {warning}", RuntimeWarning, stacklevel=2)
-    return RegisteredAdapter(Path(registry), name, done.version)
+    return RegisteredAdapter(registry, name, done.version)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from importlib.metadata import version as installed_version
+from pathlib import Path
 from typing import Any
 
 from nested_core.backend import RECORDED_PACKAGES
+from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.example_digests import encode_digests
 from nested_core.gate.losses.left_out_examples import read_run_training_digests
@@ -19,7 +21,7 @@ from nested_core.records.plan import read_plan
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import GATE_NAME, bind_verdict, read_verdict
 from nested_core.registry import UNSET, Decision, Unset, register, register_and_promote
-from nested_core.registry.folders import name_exists
+from nested_core.registry.folders import check_name, name_exists
 from nested_core.registry.judgements import Judgement
 from nested_core.registry.promotion_policy import describe_policy_refusal, registry_location
 from nested_core.registry.queries import parent_version_of
@@ -87,6 +89,17 @@ def describe_reproduction(config: FineTuneConfig, run: RunDirectory, version: st
         f"this run made the same adapter, byte for byte, as {first}, which was registered as "
         f"version {shorten_digest(version)} of {name} on {day}"
     )
+
+
+def read_config_for_registry(run: RunDirectory, registry: Path, name: str) -> FineTuneConfig:
+    """A run's configuration, with the registry and the name that a person promotes it to.
+
+    Raises ConfigError for a name that is none.
+    """
+    check_name(name)
+    config = read_run_config(run)
+    place = {"path": str(registry), "name": name}
+    return config.model_copy(update={"registry": config.registry.model_copy(update=place)})
 
 
 def register_and_promote_run(
