@@ -27,7 +27,8 @@ from flows.process.stop_signals import INTERRUPTED_EXIT_CODE
 from flows.terminal.console import print_progress
 from nested_core.backend import collecting_no_garbage
 from nested_core.errors import ConfigError, NestedTuneError
-from nested_core.process.restarting import end_with_parent, has_parent, run_again_where_killed
+from nested_core.pipeline.launch.restarting import run_again_where_killed
+from nested_core.process.command_parent import end_with_parent, has_parent
 from nested_core.text.foreign_text import escape
 
 

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core import backend
-from nested_core.process.restarting import PARENT_VARIABLE
+from nested_core.process.command_parent import PARENT_VARIABLE
 
 LIBRARIES = (
     "mlx_lm.utils",

@@ -29,7 +29,7 @@ from nested_core.pipeline.publishing import (
     describe_reproduction,
     record_rejection,
 )
-from nested_core.process.restarting import RunInHand, tell_parent
+from nested_core.process.command_parent import RunInHand, tell_parent
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.registry import Decision

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
-from nested_core.process.restarting import command_process
+from nested_core.process.command_parent import command_process
 from nested_core.storage.untrusted_files import file_type
 
 # A link is refused, a pipe not waited for, and a program that is started does not keep the lock.

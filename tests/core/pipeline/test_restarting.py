@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import TrainingProcessLost
-from nested_core.process import restarting
-from nested_core.process.restarting import describe_end, run_again_where_killed
+from nested_core.pipeline.launch import restarting
+from nested_core.pipeline.launch.restarting import describe_end, run_again_where_killed
+from nested_core.process.command_parent import PARENT_VARIABLE
 from tests.waiting import wait_until
 
 # Tells of its run, writes the checkpoints that `made` names for its start, and ends as it is told.
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
-from nested_core.process.restarting import RunInHand, list_earlier_ends, tell_parent
+from nested_core.process.command_parent import RunInHand, list_earlier_ends, tell_parent
 
 run, ends, restarts, made = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3]), sys.argv[4]
 signal.signal(signal.SIGTERM, lambda number, frame: os.abort())
@@ -85,7 +86,7 @@ def test_without_a_new_checkpoint_it_is_begun_again_so_often_and_no_more(
 
 
 def parent(*command: str) -> subprocess.Popen[bytes]:
-    module = [sys.executable, "-P", "-m", "nested_core.process.restarting"]
+    module = [sys.executable, "-P", "-m", "nested_core.pipeline.launch.restarting"]
     return subprocess.Popen([*module, *command[1:]], stderr=subprocess.DEVNULL)
 
 
@@ -108,7 +109,7 @@ def test_any_other_end_is_its_own(
 
 def test_one_that_ends_before_it_tells_of_a_run_is_not_begun_again() -> None:
     kill = "import os, sys; sys.stderr.write('x'); os.kill(os.getpid(), 11)"
-    module = [sys.executable, "-P", "-m", "nested_core.process.restarting", "-c", kill]
+    module = [sys.executable, "-P", "-m", "nested_core.pipeline.launch.restarting", "-c", kill]
     done = subprocess.run(module, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (-signal.SIGSEGV, b"x")
 
@@ -124,8 +125,8 @@ def test_it_ends_with_its_parent(tmp_path: Path, words: list[str]) -> None:
 
 
 def test_one_whose_parent_ended_before_it_could_look_ends() -> None:
-    look = "from nested_core.process.restarting import has_parent; has_parent(); print('goes on')"
-    environment = os.environ | {restarting.PARENT_VARIABLE: "1:0"}
+    look = "from nested_core.process import command_parent as p; p.has_parent(); print('goes on')"
+    environment = os.environ | {PARENT_VARIABLE: "1:0"}
     done = subprocess.run(
         [sys.executable, "-c", look], env=environment, capture_output=True, check=False
     )

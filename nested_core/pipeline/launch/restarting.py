@@ -1,11 +1,11 @@
 """A small parent of a command that trains: where the command is killed, it begins it again.
 
 macOS ends processes that keep its GPU too long, and any system ends one when memory runs out. A
-run goes on from its last checkpoint to the bit, so nobody has to do that by hand. The parent is
-Python's standard library alone; the command is a process group of its own, and ends with it.
+run goes on from its last checkpoint to the bit, so nobody has to do that by hand. The command is a
+process group of its own, and ends with its parent (process/command_parent.py).
 
-`python -P -m nested_core.process.restarting -m prefect.engine` runs any program of Python so; the
-command line does it by itself for `train` and `run`.
+`python -P -m nested_core.pipeline.launch.restarting -m prefect.engine` runs any program of Python
+so; the command line does it by itself for `train` and `run`.
 """
 
 from __future__ import annotations
@@ -16,18 +16,14 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from nested_core.errors import TrainingProcessLost, go_on_with
+from nested_core.process.command_parent import PARENT_VARIABLE, RunInHand
 
-# In the command's environment: the process id of its parent, the file that leads to it, and the
-# names of the signals that ended the command before, each behind a colon.
-PARENT_VARIABLE = "NESTED_TUNE_PARENT"
 # What ends a process through no wish of anybody's. SIGTRAP and SIGILL are how macOS aborts.
 CRASH_SIGNALS = frozenset(
     {
@@ -47,98 +43,6 @@ OOM_COUNTERS = (
     Path("/sys/fs/cgroup/memory.events"),
     Path("/sys/fs/cgroup/memory/memory.oom_control"),
 )
-STEP_PREFIX = "step-"  # of a checkpoint's folder
-
-
-@dataclass(frozen=True)
-class RunInHand:
-    """The run that a command works on, as it told its parent.
-
-    restarts: how often it may be begun again without a new checkpoint between.
-    """
-
-    path: Path
-    restarts: int
-
-    def newest_checkpoint(self) -> str:
-        """The name of the newest checkpoint, which sorts by its step; empty without one."""
-        names = []
-        with suppress(OSError):
-            names = [name for name in os.listdir(self.path / "checkpoints") if _is_step(name)]
-        return max(names, default="")
-
-
-def _is_step(name: str) -> bool:
-    return name.startswith(STEP_PREFIX) and name.removeprefix(STEP_PREFIX).isdigit()
-
-
-# ------------------------------------------------------------------------ the command's side
-
-
-_given: tuple[int, int, tuple[str, ...]] | None = None
-_parent: socket.socket | None = None
-
-
-def _take_given() -> tuple[int, int, tuple[str, ...]] | None:
-    """What the variable said: the parent, the file that leads to it, and the earlier ends.
-
-    It is taken out of the environment, for it is meant for this process and for none that it
-    starts. A process whose parent has ended before it could look ends here.
-    """
-    global _given
-    given = os.environ.pop(PARENT_VARIABLE, None)
-    if given is not None:
-        process, file, *ends = given.split(":")
-        if int(process) != os.getppid():
-            os.kill(os.getpid(), signal.SIGKILL)
-        _given = int(process), int(file), tuple(ends)
-    return _given
-
-
-def has_parent() -> bool:
-    """Whether this process was started by `run_again_where_killed`."""
-    return _take_given() is not None
-
-
-def command_process() -> int:
-    """The id of the process that a person or a worker started for what this one does."""
-    given = _take_given()
-    return os.getpid() if given is None else given[0]
-
-
-def list_earlier_ends() -> tuple[str, ...]:
-    """The names of the signals that ended the processes before this one, of the same command."""
-    given = _take_given()
-    return () if given is None else given[2]
-
-
-def end_with_parent() -> None:
-    """Have this process end at once when its parent has; nothing where it has no such parent."""
-    global _parent
-    given = _take_given()
-    if given is None or _parent is not None:
-        return
-    _parent = socket.socket(fileno=given[1])
-    _parent.set_inheritable(False)
-    threading.Thread(target=_await_end, args=(_parent,), name="parent", daemon=True).start()
-
-
-def _await_end(parent: socket.socket) -> None:
-    with suppress(OSError):
-        while parent.recv(1):
-            pass
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def tell_parent(run: RunInHand) -> None:
-    """Tell the parent which run to go on with, if this process has one."""
-    end_with_parent()
-    if _parent is not None:
-        with suppress(OSError):
-            _parent.sendall(json.dumps([str(run.path.resolve()), run.restarts]).encode() + b"\n")
-
-
-# ------------------------------------------------------------------------ the parent's side
 
 
 class _Command:
@@ -206,7 +110,7 @@ def run_again_where_killed(
             ):
                 return _end_by(-code)
             ends.append(signal.Signals(-code).name)
-            newest = run.newest_checkpoint()
+            newest = _newest_checkpoint(run.path)
             restarts = 1 if newest > checkpoint else restarts + 1
             checkpoint = newest
             cause = describe_end(-code, was_memory=count_memory_kills() > kills)
@@ -220,6 +124,16 @@ def run_again_where_killed(
             where = f"from {newest}" if newest else "from its beginning"
             sys.stderr.write(f"warning: {cause} It goes on {where}, by itself.\n")
             added = resume_with(run.path)
+
+
+def _newest_checkpoint(run: Path) -> str:
+    """The name of a run's newest checkpoint, which sorts by its step; empty without one."""
+    # Needed after a kill alone, and what it imports takes memory.
+    from nested_core.storage.checkpoint_verification import list_checkpoints
+    from nested_core.storage.run_directory import RunDirectory
+
+    named = list_checkpoints(RunDirectory(run).checkpoints)
+    return named[-1].name if named else ""
 
 
 class _Forwarding:
