@@ -168,10 +168,12 @@ def begin_and_leave(client: Client, is_streamed: bool) -> socket.socket:
     host, port = client.server.address.removeprefix("http://").split(":")
     messages = [{"role": "user", "content": QUESTION}]
     body = json.dumps({"messages": messages, "stream": is_streamed, **LONG}).encode()
+    under_way = client.server.generator.under_way
+    wait_until(lambda: not under_way, "a request that was just answered has been forgotten")
     connection = socket.create_connection((host, int(port)), timeout=60)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
     connection.sendall(head.encode() + body)
-    wait_until(lambda: len(client.server.generator.under_way) > 0, "it is under way")
+    wait_until(lambda: len(under_way) > 0, "it is under way")
     return connection
 
 
