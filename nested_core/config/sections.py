@@ -504,6 +504,7 @@ class RegistrySection(Section):
         0.005, "for better: nats/token by which the loss must fall at least"
     )
     require_validation: bool = key(True, "promote nothing that was not validated")
+    keep_data: bool = key(True, "keep the examples of registered versions, for replay and the gate")
     await_serving: PositiveFloat | None = key(
         None, "seconds that a promotion waits for the servers of the name to follow", le=600
     )

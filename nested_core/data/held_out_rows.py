@@ -1,4 +1,4 @@
-"""Held-out rows read again: a few prompts to look at, and the field that groups rows.
+"""Held-out rows read again: a few prompts, the field that groups rows, a file as a data set.
 
 `data_policy.group` names a field: rows with equal values are one draw.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -75,6 +76,14 @@ def _ends_with_answer(example: Example) -> bool:
     turns = example.messages
     is_answer = len(turns) > 1 and turns[-1].get("role") == "assistant"
     return is_answer and isinstance(turns[-1].get("content"), str) and example.tools is None
+
+
+@contextmanager
+def as_test_set_alone(path: Path, settings: DataSettings) -> Iterator[DataSettings]:
+    """The settings for a data set that has this file as its test set, of whatever format."""
+    with TemporaryDirectory(prefix="nested-tune-held-out-") as folder:
+        Path(folder, "test.jsonl").symlink_to(path.resolve())
+        yield replace(settings, data=folder, data_format="auto", hf_dataset=())
 
 
 def read_group_values(settings: DataSettings, split: str, lines: Sequence[int]) -> list[str | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
@@ -9,18 +11,29 @@ from typing import Any
 from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
+from nested_core.data.data_settings import DataSettings
 from nested_core.data.example_digests import encode_digests
+from nested_core.data.example_rows import read_split_rows
+from nested_core.data.held_out_rows import as_test_set_alone
+from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.losses.left_out_examples import read_run_training_digests
 from nested_core.gate.recheck import recheck_verdict
 from nested_core.gate.tensors.base_compatibility import require_same_base
 from nested_core.models.base_model import find_model_folder_offline
 from nested_core.pipeline.continual import settings_digest
-from nested_core.records.dataset import DatasetReport, held_out_split, read_dataset_record
+from nested_core.records.dataset import (
+    DatasetReport,
+    SplitStats,
+    held_out_split,
+    read_dataset_record,
+)
 from nested_core.records.metrics import cumulative_seconds, read_latest_values, read_metrics
 from nested_core.records.plan import read_plan
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import GATE_NAME, bind_verdict, read_verdict
 from nested_core.registry import UNSET, Decision, Unset, register, register_and_promote
+from nested_core.registry.data_store import RunExamples, keeps_examples
 from nested_core.registry.folders import check_name, name_exists
 from nested_core.registry.judgements import Judgement
 from nested_core.registry.promotion_policy import describe_policy_refusal, registry_location
@@ -55,7 +68,51 @@ def register_run(config: FineTuneConfig, run: RunDirectory, champion: str | None
     path, name = registry_location(config.registry)
     passed = read_passed_run(run.path)
     recorded = make_provenance(config, run, passed, champion)
-    return register(run.path, path, name, recorded, run=passed)
+    examples = read_run_examples(config, run, passed.version)
+    return register(run.path, path, name, recorded, run=passed, examples=examples)
+
+
+def read_run_examples(
+    config: FineTuneConfig, run: RunDirectory, version: str
+) -> RunExamples | None:
+    """The examples of a run for its version to keep; None where none are, or they are kept already.
+
+    None, too, with a warning, where the data has changed since it was validated, or is gone.
+    """
+    is_kept = keeps_examples(*registry_location(config.registry), version)
+    if not config.registry.keep_data or is_kept:
+        return None
+    recorded = read_dataset_record(run.dataset).splits
+    choice = config.gate.held_out
+    settings = DataSettings.from_config(config)
+    try:
+        train = _read_validated_rows(settings, "train", recorded)
+        if choice in SPLITS_BY_HELD_OUT_CHOICE:
+            split = held_out_split(choice, recorded)
+            held_out = [] if split is None else _read_validated_rows(settings, split, recorded)
+        else:
+            with as_test_set_alone(Path(choice).expanduser(), settings) as alone:
+                held_out = _read_validated_rows(alone, "test", {})
+    except (ConfigError, DatasetError, OSError) as error:
+        warnings.warn(
+            f"The registry keeps no examples of this run, which later runs would replay and be "
+            f"judged by: {error}",
+            stacklevel=2,
+        )
+        return None
+    return RunExamples(train, held_out)
+
+
+def _read_validated_rows(
+    settings: DataSettings, split: str, recorded: Mapping[str, SplitStats]
+) -> list[dict[str, Any]]:
+    """The rows of a split; DatasetError where they are not those that were validated."""
+    read = read_split_rows(settings, split)
+    if read is None or (split in recorded and read.digest != recorded[split].digest):
+        raise DatasetError(
+            f"the {split} set of {settings.describe_source} has changed since it was validated"
+        )
+    return read.rows
 
 
 def record_rejection(config: FineTuneConfig, run: RunDirectory) -> None:
@@ -131,6 +188,7 @@ def register_and_promote_run(
             expected_champion=expected_champion,
             against_policy=describe_policy_refusal(path, name, candidate),
             run=passed,
+            examples=read_run_examples(config, run, passed.version),
         )
     return done, candidate
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from nested_core.errors import ConfigError
 from nested_core.records.verdict_file import require_passed
+from nested_core.registry.data_store import RunExamples, store_examples
 from nested_core.registry.folders import check_name, create_name_folder
 from nested_core.registry.history_views import NameFolder, writing, writing_folder
 from nested_core.registry.judgements import choose_verdict, read_judgements, read_verdicts
@@ -76,15 +77,19 @@ def register_and_promote(
     expected_champion: str | None | Unset = UNSET,
     against_policy: str | None = None,
     run: PassedRun | None = None,
+    examples: RunExamples | None = None,
 ) -> Decision:
     """`register` and `promote` under one lock: no gc comes between the two.
 
     `against_policy` stands in the history's line. `run` is the run where it has been read and
-    checked already; else it is read here. Raises what the two raise.
+    checked already; else it is read here. `examples` are kept in the data store. Raises what the
+    two raise.
     """
     check_name(name)
     run = run or read_passed_run(run_dir)
     with writing_folder(create_name_folder(registry, name)) as held:
+        if examples is not None:
+            store_examples(held.path, run.version, examples, confirm=held.confirm)
         manifest = add_version(held, run, provenance, by=by, was_judged_now=False)
         fields = {"by": by, "manifest": manifest, "against_policy": against_policy}
         return _promote_held(held, run.version, expected_champion, fields)

@@ -22,6 +22,7 @@ from nested_core.records.verdict_file import (
     require_verdict_on_adapter,
 )
 from nested_core.registry.adapter_card import CARD_NAME, render_card
+from nested_core.registry.data_store import RunExamples, store_examples
 from nested_core.registry.folders import (
     check_name,
     create_name_folder,
@@ -69,18 +70,22 @@ def register(
     provenance: dict[str, Any],
     *,
     run: PassedRun | None = None,
+    examples: RunExamples | None = None,
 ) -> str:
     """Add the adapter of a finished run as a version of `name`; return the version (its digest).
 
     The provenance is recorded with the time. A sound version that exists already stays as it is,
     with its first verdict and provenance; a further verdict is kept beside it, as a judgement.
-    `run` is what `read_passed_run` gives, where the run has been read already. Raises ConfigError
-    for a run without a verdict or a bad name, GateRejected if the verdict is not "passed",
-    DamagedError if adapter, verdict or an existing version do not agree.
+    `run` is what `read_passed_run` gives, where the run has been read already; `examples` are kept
+    in the data store. Raises ConfigError for a run without a verdict or a bad name, GateRejected if
+    the verdict is not "passed", DamagedError if adapter, verdict or an existing version do not
+    agree.
     """
     check_name(name)
     run = run or read_passed_run(run_dir)
     with writing_folder(create_name_folder(registry, name)) as held:
+        if examples is not None:
+            store_examples(held.path, run.version, examples, confirm=held.confirm)
         add_version(held, run, provenance, by=REGISTRATION_AUTHOR, was_judged_now=True)
     return run.version
 

@@ -94,10 +94,11 @@ def parse_line_to_row(raw: bytes, field_names: FieldNames, *, is_first: bool = F
         example = parse_line(body, field_names)
     except LineProblem as problem:
         return LineRow(check=problem.check, message=problem.message)
-    return _flatten_example(example, field_names)
+    return flatten_example(example, field_names)
 
 
-def _flatten_example(example: Example, field_names: FieldNames) -> LineRow:
+def flatten_example(example: Example, field_names: FieldNames) -> LineRow:
+    """The row of an example."""
     roles = _letters_of_turns(example)
     content = _text_to_compare(example, roles)
     shown = (

@@ -185,21 +185,15 @@ def _digests_and_keys(contents: list[str | None]) -> tuple[bytes, dict[str, pl.S
         "content": pl.Series(content),
         "prompt": _hash_to_keys(prompts),
         "answer": _hash_to_keys(answers),
-        "folded": _hash_to_keys(_fold_case_and_space(encoded)),
+        "folded": _hash_to_keys([one and fold_case_and_space(one) for one in encoded]),
     }
     return digests, keys
 
 
-def _fold_case_and_space(encoded: list[bytes | None]) -> list[bytes | None]:
-    """The contents in small letters and without white space."""
-    return [
-        None
-        if content is None
-        else (content if content.isascii() else content.decode().casefold().encode()).translate(
-            _LOWERCASE_BYTE_TABLE, WHITE_SPACE
-        )
-        for content in encoded
-    ]
+def fold_case_and_space(content: bytes) -> bytes:
+    """A content in small letters and without white space."""
+    folded = content if content.isascii() else content.decode().casefold().encode()
+    return folded.translate(_LOWERCASE_BYTE_TABLE, WHITE_SPACE)
 
 
 def _hash_to_keys(values: list[bytes | None]) -> pl.Series:

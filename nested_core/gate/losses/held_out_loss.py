@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +18,7 @@ from nested_core.data.batches import choose_evaluation_batches, make_batch_array
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset, load_run_data
 from nested_core.data.example_digests import Digests, digest_examples, digest_prompts
-from nested_core.data.held_out_rows import read_group_values
+from nested_core.data.held_out_rows import as_test_set_alone, read_group_values
 from nested_core.data.tokens.tokenized_split import Bool, TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
@@ -250,7 +248,7 @@ def _read_groups(
     if choice in SPLITS_BY_HELD_OUT_CHOICE:
         return read_group_values(settings, Path(held_out.file).stem, lines)
     path = Path(choice).expanduser()
-    with _as_test_set_alone(path, replace(settings, hf_dataset=())) as alone:
+    with as_test_set_alone(path, settings) as alone:
         return read_group_values(alone, "test", lines)
 
 
@@ -259,7 +257,7 @@ def read_held_out_file(config: FineTuneConfig) -> TokenizedSplit:
 
     Raises ConfigError if there is no such file, DatasetError if it has an error.
     """
-    settings = replace(DataSettings.from_config(config), hf_dataset=())
+    settings = DataSettings.from_config(config)
     return _read_and_validate_file("gate.held_out", Path(config.gate.held_out), config, settings)
 
 
@@ -317,7 +315,7 @@ def measure_general_loss(base: LoadedBase, run: RunDirectory) -> GeneralLoss | N
         return None
     path = Path(base.config.gate.general_data)
     settings = DataSettings.from_config(base.config)
-    settings = replace(settings, hf_dataset=(), mask_prompt=False, supervise="last")
+    settings = replace(settings, mask_prompt=False, supervise="last")
     split = _read_and_validate_file("gate.general_data", path, base.config, settings)
     sums = base.example_loss_sums((run.initial, run.adapter), split)
     before, after = (finite_or_none(float(own.sum() / tokens.sum())) for own, tokens in sums)
@@ -357,21 +355,13 @@ def read_nonempty_splits(config: FineTuneConfig, run: RunDirectory) -> dict[str,
     return {name: split for name, split in splits.items() if len(split)}
 
 
-@contextmanager
-def _as_test_set_alone(path: Path, settings: DataSettings) -> Iterator[DataSettings]:
-    """The settings for a data set that has this file as its test set, of whatever format."""
-    with tempfile.TemporaryDirectory(prefix="nested-tune-held-out-") as folder:
-        Path(folder, "test.jsonl").symlink_to(path.resolve())
-        yield replace(settings, data=folder, data_format="auto")
-
-
 def _read_and_validate_file(
     key: str, path: Path, config: FineTuneConfig, settings: DataSettings
 ) -> TokenizedSplit:
     """The file that a key names, validated and tokenized as a test set of its own."""
     if not path.is_file():
         raise ConfigError(f"{key}: {path} is not a file; expected a .jsonl file.")
-    with _as_test_set_alone(path, replace(settings, policy=DataPolicy())) as alone:
+    with as_test_set_alone(path, replace(settings, policy=DataPolicy())) as alone:
         report, splits = load_dataset(alone, TokenizerSource.from_config(config))
     problems = [
         f"line {finding.line or 1}: {finding.message}"

@@ -21,9 +21,10 @@ from nested_core.pipeline.continual import (
     describe_starting_adapter,
     find_unbeaten_champion,
 )
-from nested_core.pipeline.publishing import register_run
+from nested_core.pipeline.publishing import read_run_examples, register_run
 from nested_core.records.verdict import ChampionLoss, JudgedAdapter, TaskResult, Validation, Verdict
 from nested_core.registry import collect_garbage, list_versions, promote, read_champion, register
+from nested_core.registry.data_store import read_lineage, read_stored_data
 from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
@@ -84,6 +85,35 @@ def tuesday(folder: Path, monday: tuple[RunDirectory, str]) -> tuple[RunDirector
 def provenance_of(folder: Path, version: str) -> dict[str, Any]:
     path = folder / "registry" / NAME / "versions" / version / "provenance.json"
     return dict(json.loads(path.read_bytes()))
+
+
+def test_a_version_keeps_the_examples_that_it_was_trained_and_judged_on(
+    folder: Path, monday: tuple[RunDirectory, str], tuesday: tuple[RunDirectory, str]
+) -> None:
+    registry = folder / "registry"
+    assert read_lineage(registry, NAME, tuesday[1]) == [tuesday[1], monday[1]]
+    for day, (_, version) in (("monday", monday), ("tuesday", tuesday)):
+        kept = read_stored_data(registry, NAME, version)
+        assert kept is not None
+        for split, rows in (("train", kept.train), ("valid", kept.held_out)):
+            lines = (folder / day / f"{split}.jsonl").read_text().splitlines()
+            assert [row.row for row in rows] == [json.loads(line) for line in dict.fromkeys(lines)]
+
+
+def test_data_that_changed_before_its_run_was_registered_is_not_kept_and_said(
+    folder: Path, monday: tuple[RunDirectory, str], tmp_path: Path
+) -> None:
+    changed = shutil.copytree(folder / "monday", tmp_path / "changed")
+    config = configure(tmp_path, "changed")
+    assert read_run_examples(config, monday[0], "0" * 64) is not None
+    with (changed / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "New?", "completion": "Yes."}) + "\n")
+    with pytest.warns(UserWarning, match="keeps no examples .* the train set of .* has changed"):
+        assert read_run_examples(config, monday[0], "0" * 64) is None
+    kept_off = configure(
+        tmp_path, "changed", registry={"path": "r", "name": NAME, "keep_data": False}
+    )
+    assert read_run_examples(kept_off, monday[0], "0" * 64) is None
 
 
 @pytest.mark.slow("trains and judges a run of its own")

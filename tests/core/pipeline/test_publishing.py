@@ -108,7 +108,7 @@ def configure(tmp_path: Path) -> Configure:
     """A configuration with a registry, and these further keys in its section."""
 
     def configure(**section: Any) -> FineTuneConfig:
-        target = {"path": str(tmp_path / "registry"), "name": NAME}
+        target = {"path": str(tmp_path / "registry"), "name": NAME, "keep_data": False}
         return FineTuneConfig.model_validate({"registry": target | section})
 
     return configure

@@ -34,7 +34,9 @@ VALIDATION = {
 }
 
 
-def write_run(run_dir: Path, seed: int, verdict: str = "passed") -> Path:
+def write_run(
+    run_dir: Path, seed: int, verdict: str = "passed", *, initial: str = "0" * 64
+) -> Path:
     """A run directory with a small adapter, different for every seed, and its gate.json."""
     adapter = run_dir / "adapter"
     adapter.mkdir(parents=True)
@@ -53,18 +55,18 @@ def write_run(run_dir: Path, seed: int, verdict: str = "passed") -> Path:
         "base_fingerprint": "sha256:" + "ba5e" * 16,
     }
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    write_gate(run_dir, verdict, read_adapter(adapter).digest())
+    write_gate(run_dir, verdict, read_adapter(adapter).digest(), initial=initial)
     return run_dir
 
 
-def write_gate(run_dir: Path, verdict: str, digest: str) -> None:
+def write_gate(run_dir: Path, verdict: str, digest: str, *, initial: str = "0" * 64) -> None:
     """A gate.json in DESIGN's shape, bound to the adapter."""
     reasons = [{"code": "unchanged", "message": "Nothing moved.", "tensors": []}]
     gate = {
         "verdict": verdict,
         "reasons": [] if verdict == "passed" else reasons,
         "adapter_step": 30,
-        "initial": {"path": "initial", "digest": "0" * 64},
+        "initial": {"path": "initial", "digest": initial},
         "trained": {"path": "adapter", "digest": digest},
         "tensors": [],
         "tiers": [],

@@ -1,0 +1,77 @@
+"""Rows of a data set read again, in the form that every reader takes, and prompt and answer of one.
+
+Rows of other programs' formats become the turns that were made of them, under our own keys.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.lines.example_parsing import Example, FieldNames, parse_line, strip_line
+from nested_core.data.lines.json_decoding import LineProblem
+from nested_core.data.lines.line_rows import flatten_example, parse_line_to_row
+from nested_core.data.lines.line_table import fold_case_and_space
+from nested_core.data.sources.split_files import open_splits
+from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """The rows of a split that are examples, and its digest, as dataset.json has it."""
+
+    rows: list[dict[str, Any]]
+    digest: str
+
+
+def read_split_rows(settings: DataSettings, split: str) -> SplitRows | None:
+    """Read the examples of a split; None where the data set has no such split.
+
+    Lines that are no example are left out. Raises ConfigError if there is no such data set, and
+    OSError.
+    """
+    with TemporaryDirectory(prefix="nested-tune-") as spool:
+        file = open_splits(settings, Path(spool)).get(split)
+        if file is None:
+            return None
+        examples = list(_read_sound_lines(file.path, settings.field_names))
+    contents = (flatten_example(one, settings.field_names).content or "" for one in examples)
+    digest = sha256(b"".join(sha256(content.encode()).digest() for content in contents))
+    return SplitRows([_row_of(example) for example in examples], digest.hexdigest())
+
+
+def _read_sound_lines(path: Path, field_names: FieldNames) -> Iterator[Example]:
+    with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
+        for number, line in enumerate(file, 1):
+            if body := strip_line(line, is_first=number == 1):
+                with suppress(LineProblem):
+                    yield parse_line(body, field_names)
+
+
+def _row_of(example: Example) -> dict[str, Any]:
+    """The example under the keys that are read where none is configured."""
+    if example.format == "text":
+        return {"text": example.text}
+    tools = {} if example.tools is None else {"tools": example.tools}
+    if example.format == "completion":
+        prompt, completion = (turn["content"] for turn in example.messages)
+        return {"prompt": prompt, "completion": completion, **tools}
+    return {"messages": example.messages, **tools}
+
+
+def fold_prompt_and_answer(row: Mapping[str, Any]) -> tuple[bytes, bytes]:
+    """Prompt and answer of such a row, without case and white space, as duplicates are compared.
+
+    The prompt holds all turns before the last, with their roles; it is empty for plain text.
+    """
+    names = FieldNames(allows_any_role=True)
+    content = parse_line_to_row(json.dumps(row).encode(), names).content or ""
+    prompt, _, answer = content.encode().rpartition(b"\0")
+    return fold_case_and_space(prompt), fold_case_and_space(answer)
