@@ -8,11 +8,13 @@ STYLE = """
 .nested-tune{--paper:#fff;--panel:#f5f6f8;--ink:#1b1f24;--soft:#57606a;--line:#d5d9de;
 --good:#0b6b2e;--bad:#b3261e;--warn:#7a4b00;--heat:31,95,191;
 --curve-1:#1f5fbf;--curve-2:#b8500b;--curve-3:#0b7a3e;--curve-4:#8a3ab9;--curve-5:#5f5a00;
+--curve-6:#b3246b;--curve-7:#00707a;--curve-8:#6b4a2b;
 color-scheme:light dark;background:var(--paper);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 @media(prefers-color-scheme:dark){.nested-tune{--paper:#15181c;--panel:#1f242a;--ink:#e8eaed;
 --soft:#a9b2bc;--line:#39414a;--good:#5fd38a;--bad:#ff9a92;--warn:#f0bd6a;--heat:90,150,245;
---curve-1:#7db2ff;--curve-2:#ffa564;--curve-3:#66d394;--curve-4:#d6a1f5;--curve-5:#d8d06a}}
+--curve-1:#7db2ff;--curve-2:#ffa564;--curve-3:#66d394;--curve-4:#d6a1f5;--curve-5:#d8d06a;
+--curve-6:#ff8fc0;--curve-7:#5fd0d8;--curve-8:#d3ab84}}
 body.nested-tune{margin:0 auto;padding:16px;max-width:1120px;overflow-wrap:anywhere}
 .nested-tune h1{font-size:1.25rem;margin:0;font-weight:600}
 .nested-tune h2{font-size:1.1rem;margin:2rem 0 .5rem;border-top:1px solid var(--line);

@@ -73,7 +73,10 @@ class ChartStyle:
 
 
 STANDALONE_ATTRIBUTES = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" '
-CURVE_COLOURS = ("#1f5fbf", "#b8500b", "#0b7a3e", "#8a3ab9", "#5f5a00")
+CURVE_COLOURS = (
+    *("#1f5fbf", "#b8500b", "#0b7a3e", "#8a3ab9", "#5f5a00"),
+    *("#b3246b", "#00707a", "#6b4a2b"),
+)
 ON_PAGE = ChartStyle(
     width=436,  # legible at a phone's width, several beside each other on a screen
     height=250,

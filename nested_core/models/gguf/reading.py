@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from nested_core.errors import ConfigError, DamagedError
+from nested_core.errors import ChildFailed, ConfigError, DamagedError
 from nested_core.models.gguf.families import (
     ARCHITECTURE_BY_MODEL_TYPE,
     NAMES,
@@ -22,6 +22,7 @@ from nested_core.models.gguf.families import (
     layer_names,
 )
 from nested_core.models.gguf.vocabulary import Vocabulary
+from nested_core.process.child import Child
 from nested_core.storage.atomic import write_json
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
@@ -40,9 +41,20 @@ def is_gguf(path: Path) -> bool:
 def unpack_gguf(path: Path, folder: Path) -> Path:
     """Write the model of a GGUF into `folder`, which need not exist, and return the folder.
 
+    It is read in a process of its own, because MLX's reader ends the process at some damaged files.
     Raises DamagedError for a file that is none, ConfigError for a family or a tokenizer that is not
     read here.
     """
+    with Child(f"{__name__}:_unpack") as child:
+        try:
+            child.ask([str(path), str(folder)])
+        except ChildFailed as error:
+            raise DamagedError(f"{path} is no sound GGUF: its reader ended: {error}.") from error
+    return folder
+
+
+def _unpack(paths: list[str]) -> None:
+    path, folder = map(Path, paths)
     tensors, metadata = _read(path)
     architecture = str(metadata.get("general.architecture"))
     if architecture not in ARCHITECTURE_BY_MODEL_TYPE.values():
@@ -70,7 +82,6 @@ def unpack_gguf(path: Path, folder: Path) -> Path:
     write_json(folder / "config.json", config)
     write_json(folder / "tokenizer.json", vocabulary.tokenizer_json())
     write_json(folder / "tokenizer_config.json", vocabulary.tokenizer_config())
-    return folder
 
 
 def read_vocabulary(path: Path) -> Vocabulary:

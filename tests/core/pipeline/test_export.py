@@ -17,7 +17,7 @@ import pytest
 
 from nested_core import export
 from nested_core.config.loading import parse_config
-from nested_core.errors import ConfigError, GateRejected
+from nested_core.errors import ConfigError, DamagedError, GateRejected
 from nested_core.exported.fresh_reading import Reading, has_llama_cpp, read_in_fresh_process
 from nested_core.exported.judgement import Findings, judge_reading
 from nested_core.exported.reference import Reference, choose_rows, measure_reference
