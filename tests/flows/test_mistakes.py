@@ -211,7 +211,7 @@ MISTAKES: dict[str, Mistake] = {
             }
         ),
         "train.jsonl:5: no-supervised-token:",
-        "raise max_seq_length or shorten the prompt",
+        "shorten the prompt or take a model that sees more than",
     ),
     # The configuration
     "a typo in a key": yaml_mistake(

@@ -29,11 +29,15 @@ def make_token_frame(
     names = facts.examples.dtype.names or ()
     frame = pl.DataFrame({name: np.ascontiguousarray(facts.examples[name]) for name in names})
     lost = pl.col("full_length") - pl.col("length")
+    make_room = "raise max_seq_length"
+    if context is not None and context <= settings.max_seq_length:
+        make_room = f"take a model that sees more than {context} tokens"
     return frame.with_columns(
         file=pl.lit(file),
         lost=lost,
         lost_in_all=lost.cast(pl.Int64).sum(),
         max_seq_length=pl.lit(settings.max_seq_length),
+        make_room=pl.lit(make_room),
         context=pl.lit(context and min(context, np.iinfo(np.int64).max), pl.Int64),
         may_be_cut=pl.lit(settings.policy.overlong != "error"),
         outlier_bound=pl.lit(length_outlier_bound(facts.examples["full_length"])),
@@ -77,6 +81,7 @@ TOKEN_RULES = FrameRules(
         "broken_turn": pl.Int32,
         "has_end": pl.Boolean,
         "max_seq_length": pl.Int32,
+        "make_room": pl.String,
         "context": pl.Int64,
         "may_be_cut": pl.Boolean,
         "outlier_bound": pl.Int32,
@@ -88,7 +93,7 @@ TOKEN_RULES = FrameRules(
             # Of an example with a broken turn it is not known what would be supervised.
             (pl.col("supervised") > 0) | (pl.col("broken_turn") >= 0),
             "{full_length} tokens, cut to {length}: none is left to learn "
-            "(in mlx-lm the loss would be NaN); raise max_seq_length or shorten the prompt",
+            "(in mlx-lm the loss would be NaN); shorten the prompt or {make_room}",
         ),
         Rule(
             "prompt-not-a-prefix",
@@ -103,7 +108,7 @@ TOKEN_RULES = FrameRules(
             "error",
             (pl.col("lost") == 0) | pl.col("may_be_cut"),
             "{full_length} tokens, and max_seq_length is {max_seq_length}; shorten it, "
-            "raise max_seq_length, or let data_policy.overlong be truncate or drop",
+            "{make_room}, or let data_policy.overlong be truncate or drop",
         ),
         Rule(
             "truncated",

@@ -127,6 +127,7 @@ def test_overlong_examples_are_cut_dropped_or_refused(write_data, tokenizer) -> 
     assert adds_up(report)
     report, _ = judge(folder, tokenizer, policy={"overlong": "error"}, max_seq_length=64)
     assert found_in(report) == [("train.jsonl", 2, "overlong"), ("valid.jsonl", 2, "overlong")]
+    assert "shorten it, raise max_seq_length, or" in report.errors[0].message
     assert adds_up(report)
 
 
