@@ -343,6 +343,10 @@ def test_a_gguf_is_read_of_the_file_alone(trained: Callable[..., Trained], tmp_p
     tokens = tokenizer.encode("I want to see Romania, 1234 times — naïve?")
     assert its_tokenizer.encode("I want to see Romania, 1234 times — naïve?") == tokens
     assert its_tokenizer.chat_template == TEMPLATE
+    assert its_tokenizer.eos_token_ids == tokenizer.eos_token_ids
+    mx.eval(model.parameters())
+    found, expected = (each(mx.array([tokens])).astype(mx.float32) for each in (read, model))
+    assert mx.abs(found - expected).max().item() < 0.1 * mx.abs(expected).max().item()  # type: ignore[operator]
 
 
 def test_a_gguf_at_which_mlxs_reader_crashes_is_damaged(
@@ -358,7 +362,3 @@ def test_a_gguf_at_which_mlxs_reader_crashes_is_damaged(
     file.write_bytes(content[:key] + b"\xff" * 8 + content[key + 8 :])
     with pytest.raises(DamagedError, match=r"model\.gguf is no sound GGUF: its reader ended"):
         unpack_gguf(file, tmp_path / "unpacked")
-    assert its_tokenizer.eos_token_ids == tokenizer.eos_token_ids
-    mx.eval(model.parameters())
-    found, expected = (each(mx.array([tokens])).astype(mx.float32) for each in (read, model))
-    assert mx.abs(found - expected).max().item() < 0.1 * mx.abs(expected).max().item()  # type: ignore[operator]
