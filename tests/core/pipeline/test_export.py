@@ -358,7 +358,7 @@ def test_a_gguf_at_which_mlxs_reader_crashes_is_damaged(
     file = tmp_path / "model.gguf"
     write_gguf(file, model, tokenizer, "f16", "name")
     content = file.read_bytes()
-    key = content.index(b"general.name") - 8
-    file.write_bytes(content[:key] + b"\xff" * 8 + content[key + 8 :])
+    key = content.index(b"general.name")  # its length, in 8 bytes, stands before it
+    file.write_bytes(content[: key - 4] + b"\xff" * 4 + content[key:])
     with pytest.raises(DamagedError, match=r"model\.gguf is no sound GGUF: its reader ended"):
         unpack_gguf(file, tmp_path / "unpacked")
