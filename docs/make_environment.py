@@ -100,6 +100,12 @@ VARIABLES = {
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": ("", "leases outlive the server"),
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": ("", "where the server copies the pages of its UI"),
         "PREFECT_SERVER_SERVICES_LATE_RUNS_AFTER_SECONDS": ("", "when a waiting run is Late"),
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": ("events", "what of the database is removed"),
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": (
+            "P90D",
+            "how long runs stay after they ended, with logs and pages",
+        ),
+        "PREFECT_SERVER_EVENTS_RETENTION_PERIOD": ("P7D", "how long events stay"),
         "PREFECT_WORKER_QUERY_SECONDS": ("", "how often a worker asks for runs"),
         "PREFECT_CLIENT_RETRY_EXTRA_CODES": ("", "asked again while the database restarts"),
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": ("", "seconds between a run's signs of life"),

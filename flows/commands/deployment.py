@@ -77,6 +77,7 @@ def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
     from flows.deployment.alerts import send_test_alert
     from flows.deployment.deploy import NO_ALERTS_WARNING, deploy, require_server
     from flows.deployment.planned_deployments import begin_name, make_plan
+    from flows.deployment.retention import check_retention
 
     notify = read_notify(arguments.notify)
     require_server()
@@ -87,11 +88,13 @@ def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
         print_progress(line)
     if arguments.config is not None:
         print_progress(begin_name(plan))
-    if arguments.test_alert:
-        with get_client(sync_client=True) as client:
+    with get_client(sync_client=True) as client:
+        retention = check_retention(client)
+        print_progress(": ".join(filter(None, ("retention", retention.seen, retention.mend))))
+        if arguments.test_alert:
             alerts = [each["name"] for each in plan.automations if "notify" in each]
             done.append(send_test_alert(client, alerts))
-        print_progress(done[-1])
+            print_progress(done[-1])
 
     def show() -> None:
         """How much is in place, and loudly where nobody would be told of a bad night."""

@@ -62,6 +62,7 @@ def run_doctor(arguments: argparse.Namespace) -> Callable[[], int]:
         *(check() for check in looks),
         *_iterate_champion_checks(arguments.registry),
         *_iterate_serving_checks(arguments.registry),
+        *_iterate_housekeeping_checks(arguments.registry),
     ]
     if os.environ.get("PREFECT_API_URL"):
         from flows.deployment.server_checks import iterate_server_checks
@@ -174,6 +175,23 @@ def _iterate_champion_checks(registry: Path) -> Iterator[Check]:
             yield Check(f"champion {name}", False, str(error), mend)
         else:
             yield Check(f"champion {name}", True, f"{shorten_digest(champion)}, as registered")
+
+
+def _iterate_housekeeping_checks(registry: Path) -> Iterator[Check]:
+    """For each name of the registry, how much its weekly housekeeping would remove now."""
+    from nested_core.registry import list_names
+    from nested_core.report.pruning import KeptAmounts
+    from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER
+
+    for name in list_names(registry) if registry.is_dir() else ():
+        from nested_core.pipeline.housekeeping import tidy_up
+
+        try:
+            plan = tidy_up(registry, name, DEFAULT_RUNS_FOLDER, KeptAmounts(), dry_run=True)
+        except (NestedTuneError, OSError) as error:
+            yield Check(f"housekeeping {name}", False, str(error), "nested-tune audit")
+        else:
+            yield Check(f"housekeeping {name}", True, plan.describe())
 
 
 def _iterate_serving_checks(registry: Path) -> Iterator[Check]:

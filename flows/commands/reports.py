@@ -107,7 +107,7 @@ def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def run_pruning(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Remove the runs of a folder that are old and that nothing names."""
+    """Remove old runs that nothing names, and the spare checkpoints of those that stay."""
     from nested_core.report.pruning import prune_runs
 
     if arguments.keep is None:
@@ -115,13 +115,13 @@ def run_pruning(arguments: argparse.Namespace) -> Callable[[], int]:
     done = prune_runs(arguments.folder, keep=arguments.keep, dry_run=arguments.dry_run)
 
     def show() -> None:
-        """Each run that was removed, each old one that stays and why, and how much that is."""
+        """Each run that was removed, each old one that stays and why, and how much was freed."""
         what = "would remove" if done.is_dry_run else "removed"
         for path in done.removed:
             print_line(f"{what} {path}")
         for path, reason in done.kept.items():
             print_line(f"kept {path}: {reason}")
-        print_line(f"{what} {len(done.removed)} runs ({done.bytes / 1e6:.1f} MB)")
+        print_line(f"{what} {done.describe()}")
 
     return result_printer(arguments, lambda: asdict(done), show)
 

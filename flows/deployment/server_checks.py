@@ -23,6 +23,7 @@ from flows.deployment.planned_deployments import (
     read_deployments_file,
     read_work_pools,
 )
+from flows.deployment.retention import check_retention
 from flows.flow_runs.allowed_folders import allowed_roots
 from tasks.deployed_registries import adapters_in
 
@@ -41,6 +42,7 @@ def iterate_server_checks() -> Iterator[Check]:
         yield _check_version(client)
         yield _check_auth()
         yield _check_database()
+        yield check_retention(client)
         yield from _check_pools(client)
         yield _check_deployments(client)
         yield from _check_automations(client)

@@ -27,6 +27,7 @@ from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.duration_format import format_duration
+from nested_core.text.value_format import format_bytes
 from tasks.events import adapter_resource
 from tasks.prefect_server import TAG, asking_server, flow_runs_in, named_resource, related_resource
 
@@ -91,9 +92,9 @@ def describe_full_disk(total: int, free: int, checkpoint_bytes: int | None) -> s
     has_room = checkpoint_bytes is None or free >= CHECKPOINTS_THAT_MUST_FIT * checkpoint_bytes
     if free_share >= SMALLEST_FREE_SHARE and has_room:
         return None
-    sentence = f"{_show_bytes(free)} of {_show_bytes(total)} are free ({free_share:.0%})"
+    sentence = f"{format_bytes(free)} of {format_bytes(total)} are free ({free_share:.0%})"
     if not has_room and checkpoint_bytes is not None:
-        sentence += f", and a checkpoint takes {_show_bytes(checkpoint_bytes)}"
+        sentence += f", and a checkpoint takes {format_bytes(checkpoint_bytes)}"
     return f"{sentence}. Remove old runs, or versions with `nested-tune gc`."
 
 
@@ -114,11 +115,6 @@ def _iterate_checkpoints(runs: Path) -> Iterator[tuple[float, Path]]:
         for folder in runs.glob(pattern):
             with suppress(OSError):
                 yield folder.stat().st_mtime, folder
-
-
-def _show_bytes(count: int) -> str:
-    """Such as 4.1 GB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def warn_of_long_runs() -> list[str]:

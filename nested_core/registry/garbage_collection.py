@@ -21,6 +21,7 @@ from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, Ledger
 from nested_core.registry.policy import policy_of
 from nested_core.registry.versions import inspect_version, registered_versions, resolve_version
 from nested_core.storage.atomic import RETIRED_PREFIX, TEMPORARY_PREFIX
+from nested_core.storage.folder_size import size_on_disk
 from nested_core.text.digest_format import shorten_digest
 
 USES = ("registered", "restored", "judged", *CHAMPION_CHANGE_ACTIONS)
@@ -82,11 +83,7 @@ def _plan_removals(
         champion=ledger.champion,
         collected=collected,
         kept=tuple(version for version in versions if version in kept),
-        bytes=sum(
-            path.lstat().st_size
-            for version in collected
-            for path in (folder / VERSIONS_FOLDER_NAME / version).rglob("*")
-        ),
+        bytes=sum(size_on_disk(folder / VERSIONS_FOLDER_NAME / each) for each in collected),
         leftovers=_find_leftovers(folder),
         is_dry_run=dry_run,
     )

@@ -72,13 +72,21 @@ class UserCache:
         self.require_usable()
         return self.folder / sha256(canonical_json(depends_on)).hexdigest()
 
-    def remove_unused(self) -> None:
-        """Remove the entries whose time of change, which their use renews, is long ago."""
+    def list_unused(self) -> list[Path]:
+        """The entries whose time of change, which their use renews, is long ago."""
         oldest = time.time() - MAX_UNUSED_SECONDS
-        for entry in self.folder.iterdir():
+        unused = []
+        for entry in self.folder.iterdir() if self.folder.is_dir() else ():
             with suppress(OSError):  # another process was faster
                 if entry.lstat().st_mtime < oldest:
-                    remove_entry(entry)
+                    unused.append(entry)
+        return unused
+
+    def remove_unused(self) -> None:
+        """Remove those."""
+        for entry in self.list_unused():
+            with suppress(OSError):  # another process was faster
+                remove_entry(entry)
 
 
 def remove_entry(entry: Path) -> None:

@@ -12,3 +12,9 @@ def format_value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if math.isfinite(value) else "not finite"
     return "-" if value is None else str(value)
+
+
+def format_bytes(count: int) -> str:
+    """Such as 4.1 GB, 63.2 MB or 8.4 kB."""
+    scale, unit = (1e9, "GB") if count >= 1e8 else (1e6, "MB") if count >= 1e5 else (1e3, "kB")
+    return f"{count / scale:.1f} {unit}"

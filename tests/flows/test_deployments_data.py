@@ -16,10 +16,12 @@ import pytest
 import yaml
 from prefect.client.schemas.objects import ConcurrencyLimitConfig
 from prefect.flows import Flow
+from prefect.settings import Settings
 
 from flows.deployment.planned_deployments import PlannedDeployment, begin_name, make_plan
 from flows.finetune import FinetuneParameters
 from flows.flow_runs.allowed_folders import require_known_name
+from flows.housekeeping import HousekeepingParameters
 from flows.process.environment import packaged_folder
 from flows.reconcile import ReconcileParameters
 from flows.sweep import SweepParameters
@@ -93,7 +95,28 @@ def test_a_look_at_the_servers_waits_for_the_one_before_and_is_not_lost() -> Non
 
 def test_the_automation_that_frees_dead_runs_leaves_approvals() -> None:
     watched = [name for name, each in DEPLOYMENTS.items() if "watched" in each.tags]
-    assert sorted(watched) == ["hourly", "manual", "nightly", "rollback", "sweep"]
+    assert sorted(watched) == ["hourly", "housekeeping", "manual", "nightly", "rollback", "sweep"]
+
+
+def test_housekeeping_is_on_every_week_for_the_adapter_alone() -> None:
+    deployment = DEPLOYMENTS["housekeeping"]
+    (schedule,) = deployment.schedules
+    assert (schedule.active, schedule.cron) == (True, "47 12 * * 0")
+    config = HousekeepingParameters.model_validate(deployment.parameters["config"])
+    assert (config.registry, config.name, config.dry_run) == ("registry", "geography", False)
+
+
+def test_the_settings_have_the_server_remove_old_events_and_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in settings().items():
+        if "VACUUM" in name or "RETENTION" in name:
+            monkeypatch.setenv(name, value)
+    server = Settings().server
+    vacuum = server.services.db_vacuum
+    assert vacuum.enabled_vacuum_types == {"events", "flow_runs", "orphans"}
+    periods = (server.events.retention_period, vacuum.retention_period)
+    assert [period.days for period in periods] == [7, 90]
 
 
 def test_the_settings_listen_here_alone_keep_no_pickle_and_hold_no_secret() -> None:
@@ -153,6 +176,7 @@ def test_each_registry_name_has_a_set_of_its_own_that_keeps_nothing_of_the_examp
         "sweep/support-bot-sweep",
         "promote/support-bot-approved",
         "reconcile/support-bot-hourly",
+        "housekeeping/support-bot-housekeeping",
         "rollback/support-bot-rollback",
         "promote/auto",
     ]

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +16,12 @@ import pytest
 from nested_core import registry as core
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.records.dataset import Finding
-from nested_core.records.run import list_runs
+from nested_core.records.result import TrainResult, write_result
+from nested_core.records.run import Run, list_runs
 from nested_core.records.verdict import Reason
 from nested_core.report.outcome import list_row
-from nested_core.report.pruning import prune_runs
+from nested_core.report.pruning import AdapterRuns, prune_runs
+from nested_core.storage.checkpoint_verification import checkpoint_path, list_checkpoints
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.registry.conftest import write_run
 from tests.runs import begin_run, finished_run
@@ -21,10 +29,20 @@ from tests.runs import begin_run, finished_run
 NAME = "support-bot"
 
 
-def make_run(folder: Path, day: int, **changes: Any) -> RunDirectory:
-    section = {"path": str(folder / "registry"), "name": NAME}
-    name = f"202611{day:02}T020000Z-0000000{day % 10}"
-    return finished_run(folder / "runs" / name, registry=section, **changes)
+def make_run(folder: Path, day: int, name: str = NAME, **changes: Any) -> RunDirectory:
+    section = {"path": str(folder / "registry"), "name": name}
+    folder_name = f"202611{day:02}T020000Z-0000000{day % 10}"
+    return finished_run(folder / "runs" / folder_name, registry=section, **changes)
+
+
+def add_checkpoints(run: RunDirectory, *steps: int, offered: int) -> None:
+    """Checkpoints of these steps, of which a run that has ended offers one."""
+    for step in steps:
+        path = checkpoint_path(run.checkpoints, step)
+        path.mkdir(parents=True)
+        (path / "optimizer.safetensors").write_bytes(bytes(10_000))
+    result = TrainResult(str(run.path), steps[-1], offered, 1.0, 1.0, 1.0, 0, (), {})
+    write_result(run.result, result, confirm=lambda: None)
 
 
 def register_for(run: RunDirectory, folder: Path, seed: int) -> str:
@@ -44,6 +62,87 @@ def test_old_runs_go_and_what_a_version_names_stays(tmp_path: Path) -> None:
         assert done.bytes > 1000
         assert runs[0].path.exists() is is_dry_run
     assert [run.path.exists() for run in runs] == [False, True, False, True]
+
+
+def test_a_run_that_a_version_names_keeps_the_checkpoint_that_it_offers_and_its_last(
+    tmp_path: Path,
+) -> None:
+    named, at_work, unfinished, newest = (make_run(tmp_path, day) for day in (1, 2, 3, 4))
+    for run in (named, at_work, unfinished, newest):
+        add_checkpoints(run, 2, 4, 6, 8, offered=4)
+        register_for(run, tmp_path, len(list(tmp_path.glob("written-*"))))
+    unfinished.result.unlink()  # it was made longer, and goes on from any of them
+    spare = tuple(str(checkpoint_path(named.checkpoints, step)) for step in (2, 6))
+    for is_dry_run in (True, False):
+        with at_work.locked():
+            done = prune_runs(tmp_path / "runs", keep=1, dry_run=is_dry_run)
+        assert (done.removed, done.checkpoints, done.bytes) == ((), spare, 20_000)
+        assert done.kept[str(at_work.path)] == "a process works on it"
+        assert len(list_checkpoints(named.checkpoints)) == (4 if is_dry_run else 2)
+    assert done.describe() == "0 runs and 2 spare checkpoints of others (20.0 kB)"
+    assert [Path(path).name for path in list_checkpoints(named.checkpoints)] == [
+        "step-0000004",
+        "step-0000008",
+    ]
+    for run in (at_work, unfinished, newest):
+        assert len(list_checkpoints(run.checkpoints)) == 4
+
+
+def test_of_one_adapter_its_own_old_runs_go_and_no_run_of_another_name_or_registry(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "registry" / NAME / "versions").mkdir(parents=True)
+    old, fresh = (make_run(tmp_path, day) for day in (1, 2))
+    other = make_run(tmp_path, 3, "another")
+    elsewhere = make_run(tmp_path, 4)
+    text = elsewhere.config.read_text()
+    (tmp_path / "second").mkdir()
+    elsewhere.config.write_text(text.replace(str(tmp_path / "registry"), str(tmp_path / "second")))
+    unreadable = make_run(tmp_path, 5)
+    unreadable.config.write_text("{")
+    ours = AdapterRuns(tmp_path / "registry", NAME)
+    age = datetime.now(UTC) - Run(fresh).started + timedelta(hours=1)
+    done = prune_runs(tmp_path / "runs", keep=0, adapter=ours, min_age=age)
+    assert (done.removed, done.kept) == ((str(old.path),), {})
+    done = prune_runs(tmp_path / "runs", keep=0, adapter=ours)
+    assert (done.removed, done.kept) == ((str(fresh.path),), {})
+    assert all(run.path.exists() for run in (other, elsewhere, unreadable))
+
+
+class Killed(BaseException):
+    """No error that any code handles."""
+
+
+def test_a_removal_that_is_killed_anywhere_is_finished_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for killed_after in itertools.count():
+        folder = tmp_path / str(killed_after)
+        run = make_run(folder, 1)
+        (folder / "registry" / NAME / "versions").mkdir(parents=True)
+        add_checkpoints(run, 8, offered=8)
+        calls = itertools.count()
+        with monkeypatch.context() as patch, suppress(Killed):
+            for name in ("unlink", "rmdir"):
+                patch.setattr(os, name, dying(getattr(os, name), calls, killed_after))
+            prune_runs(folder / "runs", keep=0)
+            break
+        if run.path.exists() and RunDirectory(run.path).has_run_files():
+            assert prune_runs(folder / "runs", keep=0).removed == (str(run.path),)
+        assert not list(run.path.glob("*/*"))
+    assert killed_after > 10
+    assert not run.path.exists()
+
+
+def dying(call: Callable[..., None], calls: Iterator[int], last: int) -> Callable[..., None]:
+    """A function of the system that works `last` times, of all that count together."""
+
+    def die(*arguments: Any, **options: Any) -> None:
+        if next(calls) == last:
+            raise Killed
+        call(*arguments, **options)
+
+    return die
 
 
 def test_a_run_at_work_a_damaged_one_and_one_whose_registry_is_away_stay(tmp_path: Path) -> None:
@@ -69,6 +168,15 @@ def test_a_registry_that_cannot_be_read_keeps_every_run(tmp_path: Path) -> None:
     provenance.chmod(0o600)
     provenance.write_text("{")
     with pytest.raises(DamagedError, match="provenance"):
+        prune_runs(tmp_path / "runs", keep=0)
+    assert all(run.path.exists() for run in runs)
+
+
+def test_a_version_whose_folder_is_lost_keeps_every_run(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, day) for day in (1, 2)]
+    version = register_for(runs[0], tmp_path, 1)
+    shutil.rmtree(tmp_path / "registry" / NAME / "versions" / version)
+    with pytest.raises(DamagedError, match="promote RUN_DIR"):
         prune_runs(tmp_path / "runs", keep=0)
     assert all(run.path.exists() for run in runs)
 

@@ -1,0 +1,86 @@
+"""Housekeeping of one adapter: versions, runs, checkpoints and cached data that nothing needs.
+
+What is removed and why the rest stays is decided where it is decided for `nested-tune gc` and
+`nested-tune runs --prune`. Here they are done together, for one name, and measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from nested_core.data.dataset_loading import dataset_cache
+from nested_core.gate.answers.answer_cache import answer_cache
+from nested_core.records.run import list_runs
+from nested_core.registry import collect_garbage
+from nested_core.registry.garbage_collection import GarbageReport
+from nested_core.report.pruning import AdapterRuns, KeptAmounts, PruneReport, prune_runs
+from nested_core.storage.folder_size import size_on_disk
+from nested_core.text.value_format import format_bytes
+
+AUTHOR = "housekeeping"  # in the history, beside a version that was removed
+
+
+@dataclass(frozen=True)
+class HousekeepingReport:
+    """What was removed, or would be.
+
+    runs: None where the folder of runs is not there.
+    cached: data sets and answers that nobody used for a month, of all adapters.
+    before: bytes of the adapter's runs, of its folder in the registry, and of those caches.
+    freed: how many fewer that are, or would be.
+    """
+
+    runs: PruneReport | None
+    versions: GarbageReport
+    cached: tuple[str, ...]
+    before: int
+    freed: int
+
+    def describe(self) -> str:
+        """One sentence: bytes before and after, and what was removed."""
+        runs = "no folder of runs here" if self.runs is None else self.runs.describe()
+        versions = f"{len(self.versions.collected)} versions ({format_bytes(self.versions.bytes)})"
+        return (
+            f"{format_bytes(self.before)} before, {format_bytes(self.before - self.freed)} after; "
+            f"{'would be removed' if self.versions.is_dry_run else 'removed'}: {runs}, {versions}, "
+            f"{len(self.cached)} cached data sets and answers"
+        )
+
+
+def tidy_up(
+    registry: Path, name: str, runs: Path, kept: KeptAmounts, *, dry_run: bool = False
+) -> HousekeepingReport:
+    """Remove of one adapter what nothing needs, and of the caches what nobody used for a month.
+
+    registry, name: the adapter. runs: the folder of its runs, which those of others may share.
+    A dry run removes nothing, and says what would be. Raises ConfigError for an unknown name and
+    DamagedError for a registry that cannot be read: no run is removed then.
+    """
+    adapter = AdapterRuns(registry, name)
+    caches = (answer_cache(), dataset_cache())
+    own = [each.path for each in list_runs(runs) if adapter.include(each)] if runs.is_dir() else []
+    before = sum(map(size_on_disk, [*own, registry / name, *(each.folder for each in caches)]))
+    versions = collect_garbage(registry, name, by=AUTHOR, keep=kept.versions, dry_run=dry_run)
+    pruned = None
+    if runs.is_dir():
+        pruned = prune_runs(
+            runs,
+            keep=kept.runs,
+            adapter=adapter,
+            min_age=timedelta(days=kept.days),
+            ignored_versions=versions.collected,  # in a dry run they are there yet
+            dry_run=dry_run,
+        )
+    unused = [(entry, size_on_disk(entry)) for each in caches for entry in each.list_unused()]
+    for each in () if dry_run else caches:
+        each.remove_unused()
+    freed = versions.bytes + sum(size for _, size in unused) + (pruned.bytes if pruned else 0)
+    return HousekeepingReport(
+        runs=pruned,
+        versions=versions,
+        cached=tuple(str(entry) for entry, _ in unused),
+        before=before,
+        freed=freed,
+    )

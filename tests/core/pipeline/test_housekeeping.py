@@ -1,0 +1,121 @@
+"""Housekeeping of one adapter: what goes, what stays for a version, bytes before and after."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from nested_core import registry as core
+from nested_core.errors import DamagedError
+from nested_core.pipeline.housekeeping import tidy_up
+from nested_core.report.pruning import KeptAmounts
+from nested_core.storage.folder_size import size_on_disk
+from nested_core.storage.user_cache import CACHE_VARIABLE
+from nested_core.text.value_format import format_bytes
+from tests.core.registry.conftest import no_time_to_decide, write_run
+from tests.runs import finished_run
+
+NAME = "support-bot"
+KEPT = KeptAmounts(runs=1, days=0, versions=1)
+__all__ = ["no_time_to_decide"]
+
+
+@pytest.fixture
+def nights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_time_to_decide: None) -> list[str]:
+    """Six nights, each a run and a champion; the versions, and caches with an old entry each."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    for kind in ("answers", "datasets", "kernels"):
+        folder = tmp_path / "cache" / kind
+        folder.mkdir(parents=True, mode=0o700)
+        for name, age in (("old", 40), ("new", 1)):
+            (folder / name).write_bytes(bytes(1000))
+            os.utime(folder / name, (0, time.time() - age * 24 * 3600))
+    registry = tmp_path / "registry"
+    versions = []
+    for day in range(1, 7):
+        folder = tmp_path / "runs" / f"202611{day:02}T020000Z-0000000{day}"
+        finished_run(folder, registry={"path": str(registry), "name": NAME})
+        written = write_run(tmp_path / f"written-{day}", day)
+        recorded = {"run_dir": str(folder.resolve()), "config": {}}
+        versions.append(core.register(written, registry, NAME, recorded))
+        core.promote(registry, NAME, versions[-1], by="a night")
+    return versions
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The runs, without the folders of their data."""
+    return sorted(path for path in folder.iterdir() if not path.name.endswith("-data"))
+
+
+def all_files(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.name not in ("history.jsonl", "run.lock")}
+
+
+def test_what_goes_is_measured_and_a_dry_run_says_the_same_and_removes_nothing(
+    nights: list[str], tmp_path: Path
+) -> None:
+    registry, runs = tmp_path / "registry", tmp_path / "runs"
+    before = all_files(tmp_path)
+    planned = tidy_up(registry, NAME, runs, KEPT, dry_run=True)
+    assert all_files(tmp_path) == before
+    done = tidy_up(registry, NAME, runs, KEPT)
+    # The champion, the one that it replaced, and no other.
+    assert core.list_versions(registry, NAME) == sorted(nights[-2:])
+    assert len(runs_in(runs)) == 2
+    assert not (tmp_path / "cache" / "answers" / "old").exists()
+    assert (tmp_path / "cache" / "answers" / "new").exists()
+    assert (tmp_path / "cache" / "kernels" / "old").exists()
+    assert (planned.before, planned.freed) == (done.before, done.freed)
+    assert (planned.cached, len(done.cached)) == (done.cached, 2)
+    caches = sum(size_on_disk(tmp_path / "cache" / kind) for kind in ("answers", "datasets"))
+    after = size_on_disk(registry) + caches + sum(map(size_on_disk, runs_in(runs)))
+    lines = 4 * 400  # of the history, for versions that were removed
+    assert done.before - done.freed <= after <= done.before - done.freed + lines
+    assert done.runs is not None
+    assert done.describe() == (
+        f"{format_bytes(done.before)} before, {format_bytes(done.before - done.freed)} after; "
+        f"removed: 4 runs and 0 spare checkpoints of others ({format_bytes(done.runs.bytes)}), "
+        f"4 versions ({format_bytes(done.versions.bytes)}), 2 cached data sets and answers"
+    )
+    assert ("would be removed" in planned.describe(), "would" in done.describe()) == (True, False)
+    assert core.audit(registry, NAME).is_sound
+    again = tidy_up(registry, NAME, runs, KEPT)
+    assert (again.freed, again.runs is not None and again.runs.removed) == (0, ())
+
+
+def test_another_name_that_is_damaged_keeps_every_run(nights: list[str], tmp_path: Path) -> None:
+    registry, runs = tmp_path / "registry", tmp_path / "runs"
+    shutil.copytree(registry / NAME, registry / "another", symlinks=True)
+    provenance = next((registry / "another" / "versions").glob("*/provenance.json"))
+    provenance.chmod(0o600)
+    provenance.write_text("{")
+    before = all_files(runs)
+    with pytest.raises(DamagedError, match="another"):
+        tidy_up(registry, NAME, runs, KEPT)
+    assert all_files(runs) == before
+
+
+def test_a_run_that_a_version_of_another_name_names_stays(
+    nights: list[str], tmp_path: Path
+) -> None:
+    registry, runs = tmp_path / "registry", tmp_path / "runs"
+    first = runs_in(runs)[0]
+    recorded = {"run_dir": str(first.resolve()), "config": {}}
+    core.register(write_run(tmp_path / "written", 9), registry, "another", recorded)
+    others = all_files(registry / "another")
+    done = tidy_up(registry, NAME, runs, KEPT)
+    assert done.runs is not None
+    assert list(done.runs.kept) == [str(runs_in(runs)[1]), str(first)]
+    assert all_files(registry / "another") == others
+
+
+def test_where_there_is_no_folder_of_runs_the_registry_is_tidied(
+    nights: list[str], tmp_path: Path
+) -> None:
+    done = tidy_up(tmp_path / "registry", NAME, tmp_path / "none", KEPT)
+    assert (done.runs, len(done.versions.collected)) == (None, 4)
+    assert "no folder of runs here" in done.describe()
