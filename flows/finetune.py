@@ -32,6 +32,7 @@ from nested_core.errors import (
     TrainingStopped,
 )
 from nested_core.records.outcome_names import OUTCOME_BY_DECISION, Outcome
+from nested_core.records.skip import describe_repetition
 from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.run_directory import (
     DEFAULT_RUNS_FOLDER,
@@ -80,7 +81,7 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     hide_tracebacks_of_expected_errors()
     tag_flow_run()
     if other := find_other_night():
-        return Completed(name=Outcome.SKIPPED, message=other)
+        return Completed(name=Outcome.SKIPPED_ANOTHER_NIGHT, message=other)
     try:
         settings = with_trusted_code(with_allowed_paths(config.configuration()))
         require_known_name(settings.registry)
@@ -117,6 +118,7 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
         if verdict.has_passed:  # the registry refused what this gate let through
             return _failed_state(error)
         message = f"{resumed}{escape(verdict.summary())}{_describe_held_out(config, run)}"
+        message += describe_repetition(config)
         if config.registry.name is not None:
             payload = {"run_dir": str(run.path.resolve()), "reason": message}
             emit_adapter_event("rejected", config.registry.name, payload)
@@ -152,12 +154,11 @@ def _failed_state(error: NestedTuneError) -> State[Any]:
 
 def _describe_outcome(config: FineTuneConfig, result: FinetuneResult) -> tuple[Outcome, str]:
     """The outcome of a flow run that completed, and its message."""
-    if result.verdict is None or result.unchanged_since is not None:
-        champion = shorten_digest(str(result.unchanged_since))
-        return Outcome.SKIPPED, f"data unchanged since {champion}"
+    if result.skipped is not None:
+        return result.skipped.outcome, escape(result.skipped.describe())
     if result.kept_champion is not None:
-        return Outcome.KEPT_CHAMPION, str(result.promotion)
-    loss = escape(result.verdict.describe_losses())
+        return Outcome.KEPT_CHAMPION, f"{result.promotion}{describe_repetition(config)}"
+    loss = "" if result.verdict is None else escape(result.verdict.describe_losses())
     if result.version is None:
         return Outcome.VERIFIED, f"passed the gate: {loss}"
     message = (

@@ -80,7 +80,7 @@ def sweep(config: SweepParameters) -> State[Any]:
     if len(points) > MOST_RUNS:
         raise ConfigError(f"sweep: the grid has {len(points)} points, at most {MOST_RUNS}.")
     # A point that cannot run is found before any is started.
-    policy: Point = {"registry.promote": "never"}
+    policy: Point = {"registry.promote": "never", "continual.skip_unchanged": False}
     settings = [settings_of_point(config.base, point | policy) for point in points]
     run_ids = [
         _start_run(config.deployment, index, point, values)

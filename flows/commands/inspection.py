@@ -15,6 +15,7 @@ from flows.terminal.console import ProgressLine, print_line, print_progress, pri
 from nested_core.errors import ConfigError, GateRejected
 from nested_core.pipeline.named_adapters import find_bare_name, find_named_adapter, name_folder_of
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.foreign_text import escape
 
 if TYPE_CHECKING:
     from nested_core.records.run import Run
@@ -181,6 +182,7 @@ def _describe_status(run: Run, status: Mapping[str, Any]) -> Iterator[tuple[str,
 
     yield "run", run.path
     yield "process", run.process
+    yield "nothing trained", None if run.skip is None else escape(run.skip.describe())
     yield from ((str(name), cell) for name, cell in RunComparison((run,)).rows())
     if status["iteration"] != run.step:  # gradients are accumulated over several
         yield "iterations", status["iteration"]

@@ -30,11 +30,11 @@ from flows.terminal.run_follower import showing_run
 from flows.terminal.run_results import format_sample_answers, print_rejection, print_tiers
 from nested_core import backend
 from nested_core.errors import ConfigError, GateRejected, TrainingStopped, go_on_with
-from nested_core.records.outcome_names import Outcome
 from nested_core.storage.run_directory import (
     open_run,
 )
 from nested_core.text.digest_format import shorten_digest
+from nested_core.text.foreign_text import escape
 
 if TYPE_CHECKING:
     from prefect.states import State
@@ -210,11 +210,8 @@ def _make_result_document(
 ) -> dict[str, Any]:
     """The result as --json prints it."""
     if result.training is None or result.verdict is None:
-        return {
-            "run_dir": str(result.run.path),
-            "skipped": True,
-            "unchanged_since": result.unchanged_since,
-        }
+        skipped = None if result.skipped is None else asdict(result.skipped)
+        return {"run_dir": str(result.run.path), "skipped": skipped}
     return asdict(result.training) | {
         "verdict": "passed",
         "summary": result.verdict.summary(),
@@ -232,8 +229,7 @@ def print_result(
 ) -> None:
     """Answers to a few prompts, the tiers, the verdict, where the adapter is, and what to do."""
     if result.verdict is None:
-        champion = shorten_digest(str(result.unchanged_since))
-        print_line(f"{Outcome.SKIPPED}: data unchanged since {champion}")
+        print_line(escape(str(result.skipped)))
         return
     for line in format_sample_answers(answers):
         print_line(line)

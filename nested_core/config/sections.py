@@ -521,10 +521,10 @@ class ContinualSection(Section):
     """Whether a run goes on from the champion; `from` is the champion, or nothing.
 
     With `skip_unchanged`, a run on data and settings that the champion was trained with already
-    ends before it begins.
+    ends before it begins, and so does one that made no champion before.
     """
 
     start: Literal["champion"] | None = key(
         None, "champion: start from the registry's champion", alias="from"
     )
-    skip_unchanged: bool = key(True, "end before training if data and settings are the same")
+    skip_unchanged: bool = key(True, "end before training if the same run was made before")

@@ -1,6 +1,8 @@
-"""Continual training: starts a run from the champion, or skips it if nothing has changed.
+"""Continual training: starts a run from the champion, or skips it if its outcome is known.
 
-A champion whose tensors were trained with another rank, scale, keys or base model is refused.
+It is known where data and settings are the champion's, and where the same run was made before under
+all that decides what becomes of it. A champion whose tensors were trained with another rank, scale,
+keys or base model is refused.
 """
 
 from __future__ import annotations
@@ -8,22 +10,30 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
-from nested_core.config.key_properties import settings_that_shape_adapter
+from nested_core.backend import RECORDED_PACKAGES
+from nested_core.config.key_properties import replace_configured_paths, settings_that_shape_adapter
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.section_base import PathRule
 from nested_core.errors import ConfigError
-from nested_core.models.base_model import find_model_folder, is_same_base
+from nested_core.models.base_model import find_model_folder, fingerprint_base_model, is_same_base
 from nested_core.records.dataset import read_dataset_record
+from nested_core.records.outcome_names import Outcome
+from nested_core.records.skip import Skip
 from nested_core.records.verdict import Verdict, describe_examples
-from nested_core.registry import holding_champion, read_champion, verify
+from nested_core.registry import holding_champion, read_champion, trials, verify
 from nested_core.registry.folders import name_exists
-from nested_core.registry.promotion_policy import registry_location
+from nested_core.registry.policy import read_reference
+from nested_core.registry.promotion_policy import effective_rule, registry_location
 from nested_core.registry.queries import parent_version_of
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.atomic import canonical_json
+from nested_core.storage.kept_hashes import cached_sha256
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.loss_format import format_change
@@ -66,14 +76,33 @@ def starting_adapter(
     return adapter
 
 
-def champion_trained_alike(config: FineTuneConfig, run: RunDirectory) -> str | None:
-    """The champion, if it was trained on this run's data with the same settings, else None.
+def find_reason_to_skip(config: FineTuneConfig, run: RunDirectory) -> Skip | None:
+    """Why a validated run need not be trained; None where it is to be.
 
-    None as well if `continual.skip_unchanged` is off or the run has begun to train.
-    Raises DamagedError if the champion's provenance cannot be read.
+    None as well if the run does not start from the champion, if `continual.skip_unchanged` is off,
+    and if the run has begun to train. Raises DamagedError if the champion's provenance or a
+    version that the same run has made cannot be read.
     """
+    continual = config.continual
+    if continual.start is None or not continual.skip_unchanged or run.initial.exists():
+        return None
+    champion = _champion_trained_alike(config, run)
+    if champion is not None:
+        reason = f"data unchanged since {shorten_digest(champion)}"
+        return Skip(Outcome.SKIPPED_UNCHANGED, reason, version=champion)
+    champion = champion_or_none(*registry_location(config.registry))
+    conditions = conditions_digest(config, run, champion)
+    return (
+        None
+        if conditions is None
+        else trials.find_reason_to_skip(config.registry, conditions, champion)
+    )
+
+
+def _champion_trained_alike(config: FineTuneConfig, run: RunDirectory) -> str | None:
+    """The champion, if it was trained on this run's data with the same settings, else None."""
     with _holding_starting_champion(config) as champion:
-        if champion is None or not config.continual.skip_unchanged or run.initial.exists():
+        if champion is None:
             return None
         provenance = read_provenance(version_folder(*registry_location(config.registry), champion))
     train = read_dataset_record(run.dataset).splits["train"]
@@ -83,6 +112,64 @@ def champion_trained_alike(config: FineTuneConfig, run: RunDirectory) -> str | N
     now = train.digest, settings_digest(config, recorded)
     before = provenance.get("train_digest"), provenance.get("settings_digest")
     return champion if now == before else None
+
+
+def conditions_digest(
+    config: FineTuneConfig, run: RunDirectory, champion: str | None
+) -> str | None:
+    """SHA-256 over all that decides what becomes of a run that starts from `champion`.
+
+    That is the champion, all splits of the data, base, settings, thresholds and other files of the
+    gate, the rule of promotion and its reference, and the versions of the packages that compute.
+    `config` is held to the registry's policy. None for a run that does not start from a champion,
+    and with questions that a Python function scores: nobody knows what that depends on.
+    """
+    if config.continual.start is None or any(task.function for task in config.gate.tasks):
+        return None
+    registry, name = registry_location(config.registry)
+    dataset = read_dataset_record(run.dataset)
+    section = config.registry
+    decides = {
+        "champion": champion,
+        "data": [dataset.digest, dataset.chat_template],
+        "settings": settings_digest(
+            config, fingerprint_base_model(find_model_folder(config.model))
+        ),
+        "gate": replace_configured_paths(config.gate, _hash_file).model_dump(mode="json"),
+        "rule": asdict(effective_rule(section)),
+        "min_improvement": section.min_improvement,
+        "require_validation": section.require_validation,
+        "reference": read_reference(registry, name) if name_exists(registry, name) else None,
+        "packages": [installed_version(package) for package in RECORDED_PACKAGES],
+    }
+    return hashlib.sha256(canonical_json(decides)).hexdigest()
+
+
+def _hash_file(key: str, rule: PathRule, path: str) -> str:
+    """The hash of a file in place of its path."""
+    return cached_sha256([Path(path)])[0]
+
+
+def record_trial(
+    config: FineTuneConfig, run: RunDirectory, verdict: Verdict, outcome: Outcome, reason: str
+) -> None:
+    """Record in the history that a run from the champion made no version, and why.
+
+    Nothing of a run that could not be told from another by its conditions.
+    """
+    conditions = conditions_digest(config, run, verdict.rival)
+    if conditions is None:
+        return
+    base = fingerprint_base_model(find_model_folder(config.model))
+    trial = trials.Trial(
+        outcome=outcome,
+        conditions_digest=conditions,
+        dataset_digest=read_dataset_record(run.dataset).digest,
+        settings_digest=settings_digest(config, base),
+        run=run.path.resolve().name,
+        reason=reason,
+    )
+    trials.record_trial(*registry_location(config.registry), trial)
 
 
 def settings_digest(config: FineTuneConfig, base: str | None) -> str:

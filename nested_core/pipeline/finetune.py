@@ -16,9 +16,10 @@ from nested_core.errors import ConfigError, GateRejected, NestedTuneError
 from nested_core.models.session import Session
 from nested_core.pipeline.continual import (
     champion_or_none,
-    champion_trained_alike,
     describe_unbeaten_champion,
+    find_reason_to_skip,
     find_unbeaten_champion,
+    record_trial,
 )
 from nested_core.pipeline.hooks import ShownProgress, Steps, can_show_progress
 from nested_core.pipeline.launch.first_kernels import compiling_first_kernels
@@ -30,7 +31,9 @@ from nested_core.pipeline.publishing import (
     record_rejection,
 )
 from nested_core.process.command_parent import RunInHand, tell_parent
+from nested_core.records.outcome_names import Outcome
 from nested_core.records.result import TrainResult
+from nested_core.records.skip import Skip, write_skip
 from nested_core.records.verdict import Verdict
 from nested_core.registry import Decision
 from nested_core.registry.policy import hold_to_policy
@@ -39,6 +42,7 @@ from nested_core.registry.promotion_policy import (
     registry_location,
 )
 from nested_core.report.run_report import read_report, writing_report_at_end
+from nested_core.storage.atomic import remove_file
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.reports.reporting_services import attaching_verdict_at_end
 
@@ -51,8 +55,7 @@ class FinetuneResult:
     """What a fine-tune that was not stopped or rejected ended with.
 
     run: the run directory; its `adapter` is the folder of the judged adapter.
-    unchanged_since: the champion that was trained on the same data with the same settings; then
-        nothing was trained, and the fields below are None.
+    skipped: why nothing was trained; then the fields below are None.
     verdict: the gate's, which passed; it is in gate.json too.
     training: what training ended with; it is in result.json too.
     test_loss: mean loss a token of test.jsonl in nats, where `test` asks for it.
@@ -64,7 +67,7 @@ class FinetuneResult:
     """
 
     run: RunDirectory
-    unchanged_since: str | None = None
+    skipped: Skip | None = None
     verdict: Verdict | None = None
     training: TrainResult | None = None
     test_loss: float | None = None
@@ -79,11 +82,10 @@ class FinetuneResult:
         return None if self.decision is None else self.decision.sentence
 
     def __repr__(self) -> str:
-        if self.verdict is None:
-            return (
-                f"FinetuneResult({self.run.path}, skipped: unchanged since {self.unchanged_since})"
-            )
-        return f"FinetuneResult({self.run.path}, {self.verdict.summary()})"
+        if self.skipped is not None:
+            return f"FinetuneResult({self.run.path}, {self.skipped.outcome}: {self.skipped.reason})"
+        summary = None if self.verdict is None else self.verdict.summary()
+        return f"FinetuneResult({self.run.path}, {summary})"
 
     def _repr_html_(self) -> str:
         return read_report(self.run.path)._repr_html_()
@@ -154,10 +156,12 @@ def finetune(
 def _finetune_locked(
     config: FineTuneConfig, run: RunDirectory, hooks: Steps, session: Session
 ) -> FinetuneResult:
+    remove_file(run.skipped)
     hooks.validate(config, run)
-    unchanged = champion_trained_alike(config, run)
-    if unchanged is not None:
-        return FinetuneResult(run, unchanged_since=unchanged)
+    skip = find_reason_to_skip(config, run)
+    if skip is not None:
+        write_skip(run.skipped, skip)
+        return FinetuneResult(run, skipped=skip)
     with compiling_first_kernels(config, run, hooks.on_message, session):
         hooks.load(config, run, session)
         require_room_for_checkpoints(config, run)
@@ -175,6 +179,7 @@ def _finetune_locked(
         if kept is not None:
             reason = describe_unbeaten_champion(verdict, kept)
             decision = Decision("refused", verdict.trained.digest, kept, reason)
+            record_trial(config, run, verdict, Outcome.KEPT_CHAMPION, reason)
         else:
             version, decision = _publish(config, run, verdict, hooks)
     return FinetuneResult(

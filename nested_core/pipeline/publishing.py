@@ -21,7 +21,7 @@ from nested_core.gate.losses.left_out_examples import read_run_training_digests
 from nested_core.gate.recheck import recheck_verdict
 from nested_core.gate.tensors.base_compatibility import require_same_base
 from nested_core.models.base_model import find_model_folder_offline
-from nested_core.pipeline.continual import settings_digest
+from nested_core.pipeline.continual import conditions_digest, record_trial, settings_digest
 from nested_core.records.dataset import (
     DatasetReport,
     SplitStats,
@@ -67,7 +67,8 @@ def register_run(config: FineTuneConfig, run: RunDirectory, champion: str | None
     """
     path, name = registry_location(config.registry)
     passed = read_passed_run(run.path)
-    recorded = make_provenance(config, run, passed, champion)
+    conditions = conditions_digest(config, run, champion)
+    recorded = make_provenance(config, run, passed, champion, conditions)
     examples = read_run_examples(config, run, passed.version)
     return register(run.path, path, name, recorded, run=passed, examples=examples)
 
@@ -116,16 +117,23 @@ def _read_validated_rows(
 
 
 def record_rejection(config: FineTuneConfig, run: RunDirectory) -> None:
-    """Keep a verdict that rejects an adapter which is a version of the registry already."""
+    """Keep a verdict that rejects an adapter which is a version of the registry already.
+
+    A run from the champion whose adapter is none is recorded as a trial.
+    """
     if config.registry.path is None:
         return
     path, name = registry_location(config.registry)
-    if not name_exists(path, name):
-        return
     bound = bind_verdict(run.path)
-    settings = read_adapter_config(run.adapter / CONFIG_NAME)
-    judged = PassedRun(bound, Adapter(run.adapter, settings, {}))
-    register_rejection(bound, path, name, make_provenance(config, run, judged, bound.verdict.rival))
+    verdict = bound.verdict
+    if name_exists(path, name):
+        settings = read_adapter_config(run.adapter / CONFIG_NAME)
+        judged = PassedRun(bound, Adapter(run.adapter, settings, {}))
+        conditions = conditions_digest(config, run, verdict.rival)
+        recorded = make_provenance(config, run, judged, verdict.rival, conditions)
+        register_rejection(bound, path, name, recorded)
+    reason = f"{', '.join(verdict.reason_names)}; {verdict.describe_loss()}"
+    record_trial(config, run, verdict, verdict.outcome, reason)
 
 
 def is_registered_from(config: FineTuneConfig, run: RunDirectory, version: str) -> bool:
@@ -216,11 +224,16 @@ def describe_changed_held_out(config: FineTuneConfig, run: RunDirectory) -> str 
 
 
 def make_provenance(
-    config: FineTuneConfig, run: RunDirectory, judged: PassedRun, champion: str | None
+    config: FineTuneConfig,
+    run: RunDirectory,
+    judged: PassedRun,
+    champion: str | None,
+    conditions: str | None = None,
 ) -> dict[str, Any]:
     """The content of provenance.json: configuration, data, base, gate, parent and tool versions.
 
     The parent is the version that it was trained from, otherwise the champion that it follows.
+    `conditions` is the `conditions_digest` of a run whose policy decides; None where a person does.
     """
     dataset = read_dataset_record(run.dataset)
     verdict = judged.bound.verdict
@@ -231,6 +244,7 @@ def make_provenance(
         "run_dir": str(run.path.resolve()),
         "config": config.model_dump(mode="json"),
         "settings_digest": settings_digest(config, base),
+        "conditions_digest": conditions,
         "base_fingerprint": base,
         "chat_template": dataset.chat_template,
         "dataset_digest": dataset.digest,

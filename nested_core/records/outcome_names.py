@@ -12,7 +12,11 @@ class Outcome(StrEnum):
     PROMOTED = "Promoted"  # the version of this run is champion
     VERIFIED = "Verified"  # the gate passed it, and its policy did not ask for more
     KEPT_CHAMPION = "Kept the champion"  # sound, and not better
-    SKIPPED = "Skipped"  # nothing to train, or another night at work
+    # Nothing was trained, for the data and settings are those of a version that is there;
+    SKIPPED_UNCHANGED = "Skipped: unchanged"
+    # or of a run that made no champion against the same one, and would make none again;
+    SKIPPED_HOPELESS = "Skipped: hopeless"
+    SKIPPED_ANOTHER_NIGHT = "Skipped: another night"  # or another run of the adapter is at work.
     ROLLED_BACK = "Rolled back"
     # Of the hourly look, by the first of these that it found:
     ENDED_DEAD_RUNS = "Ended dead runs"  # their processes were gone
@@ -34,7 +38,23 @@ class Outcome(StrEnum):
 
 
 # Of a night that trained nothing; its time is not that of a training.
-ENDED_BEFORE_TRAINING = frozenset({Outcome.SKIPPED, Outcome.DATA_REFUSED})
+ENDED_BEFORE_TRAINING = frozenset(
+    {
+        Outcome.SKIPPED_UNCHANGED,
+        Outcome.SKIPPED_HOPELESS,
+        Outcome.SKIPPED_ANOTHER_NIGHT,
+        Outcome.DATA_REFUSED,
+    }
+)
+# Of a run that made no champion, within a sentence: `rejected as worse on 24 Nov 2026`.
+WORDS_IN_SENTENCE: dict[str, str] = {
+    Outcome.UNCHANGED: "rejected as unchanged",
+    Outcome.UNSOUND: "rejected as unsound",
+    Outcome.WORSE: "rejected as worse",
+    Outcome.HARMED: "rejected as harmed",
+    Outcome.ANSWERS: "rejected for its answers",
+    Outcome.KEPT_CHAMPION: "no better than the champion",
+}
 # Of a version that was registered, by the outcome of its decision
 # (registry/promotion_outcome.py); what the others are called depends on the verdict.
 OUTCOME_BY_DECISION: dict[str, Outcome] = {

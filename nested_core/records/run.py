@@ -28,6 +28,7 @@ from nested_core.records.dataset import DatasetReport, held_out_split, read_data
 from nested_core.records.metrics import cumulative_seconds, read_metrics
 from nested_core.records.plan import StepLoss, TrainingPlan, describe_last_losses, read_plan
 from nested_core.records.result import TrainResult, read_result
+from nested_core.records.skip import Skip, read_skip
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import has_verdict_manifest, read_bound_verdict
 from nested_core.storage.checkpoint_verification import list_checkpoints, newest_sound_checkpoint
@@ -80,7 +81,7 @@ class Run:
         """Read every file, so that `problems` is complete; also what changed since the verdict."""
         if self.verdict is not None:
             self._is_as_judged(self.folder.metrics)
-        for name in ("config", "metrics", "dataset", "result", "losses", "answers"):
+        for name in ("config", "metrics", "dataset", "skip", "result", "losses", "answers"):
             getattr(self, name)
         _ = self.sample_answers
         return self
@@ -126,6 +127,11 @@ class Run:
     def dataset(self) -> DatasetReport | None:
         """What was found in its data."""
         return self._read(self.folder.dataset, read_dataset_record)
+
+    @cached_property
+    def skip(self) -> Skip | None:
+        """Why nothing was trained."""
+        return self._read(self.folder.skipped, read_skip)
 
     @cached_property
     def metrics(self) -> Sequence[dict[str, Any]]:

@@ -48,6 +48,7 @@ class JudgementFacts(BaseModel):
     run_dir: str | None = None
     dataset_digest: str | None = None
     settings_digest: str | None = None
+    conditions_digest: str | None = None
 
     @classmethod
     def from_provenance(cls, provenance: Mapping[str, Any]) -> JudgementFacts:

@@ -39,6 +39,7 @@ Action = Literal[
     "forgotten",
     "restored",
     "declined",
+    "tried",
     "policy",
 ]
 CHAMPION_CHANGE_ACTIONS = ("promote", "rollback", "moved")
@@ -55,6 +56,9 @@ OPTIONAL_FIELDS = (
     "deployment",
     "dataset_digest",
     "settings_digest",
+    "conditions_digest",
+    "outcome",
+    "run",
     "layout",
 )
 
@@ -79,15 +83,20 @@ class Entry:
     `promote`, `rollback`, and `moved` (the link was found moved by hand). `registered` says that
     `version` was added, `judged` that its run was judged again, `collected` and `forgotten` that it
     was removed, `restored` that a version which was lost was registered again, `declined` that a
-    person did not approve it, and `policy` that the registry's policy changed.
+    person did not approve it, `tried` that a run from the champion made no version, and `policy`
+    that the registry's policy changed.
 
     explicit: a rollback that named its version (`--to`).
     previous_line_sha256: of the line before, its bytes with the line end; of no bytes for the
         first line. The writer sets it.
     judgement: the hash of a judgement's file: what a run was judged, or a promotion rests on.
-    reason: what the server, or the person who asked or declined, gives as the reason.
+    reason: what the server, or the person who asked or declined, gives as the reason; of a run
+        that made no version what the gate found.
     dataset_digest, settings_digest: of the run whose version was declined: of another version of
-        the same two nobody is asked.
+        the same two nobody is asked. Of a run that made no version, to be read by a person.
+    conditions_digest: of all that decided what became of a run from the champion (pipeline/
+        continual.py): where it is the same again, nothing is trained.
+    outcome, run: of a run that made no version: what became of it, and its folder.
     against_policy: what the registry's policy asks for, and a person's promotion did not have.
     before, after: the policy.
     layout: LAYOUT, in the first line.
@@ -111,6 +120,9 @@ class Entry:
     deployment: str | None = None
     dataset_digest: str | None = None
     settings_digest: str | None = None
+    conditions_digest: str | None = None
+    outcome: str | None = None
+    run: str | None = None
     layout: int | None = None
 
     @property

@@ -182,7 +182,8 @@ def add_version(
         if is_lost:  # before the files: cut short in between, the version is as lost as it was
             held.record("restored", version, by, manifest=manifest)
     if not is_lost:  # after them: cut short in between, the next writer adds the line
-        held.record("registered", version, by, manifest=manifest)
+        conditions = provenance.get("conditions_digest")
+        held.record("registered", version, by, manifest=manifest, conditions_digest=conditions)
     return manifest
 
 
@@ -205,13 +206,14 @@ def _judge(
     if was_judged_now:
         newest = known[-1]
         later = held.ledger.entries[newest.place + 1 :]
-        is_same_moment = all(entry.action in REGISTRATION_ACTIONS for entry in later)
+        is_same_moment = all(entry.action in (*REGISTRATION_ACTIONS, "tried") for entry in later)
         is_known = is_same_moment and (newest.verdict, newest.facts) == (verdict, facts)
     else:
         is_known = any(one.verdict == verdict for one in known)
     if not is_known:
         judgement = write_judgement(held.path, version, verdict, facts, confirm=held.confirm)
-        held.record("judged", version, by, judgement=judgement)
+        conditions = facts.conditions_digest
+        held.record("judged", version, by, judgement=judgement, conditions_digest=conditions)
 
 
 def _fill_version_folder(

@@ -195,7 +195,8 @@ def _read_figures(night: Night) -> _NightFigures:
     splits, verdict = run.dataset.splits, run.verdict
     trained_on = str(splits["train"].rows if "train" in splits else 0)
     if verdict is None:
-        return _NightFigures(examples=trained_on)
+        reason = None if run.skip is None else run.skip.reason
+        return _NightFigures(conclusion=reason, examples=trained_on)
     losses, champion = verdict.validation, verdict.champion
     compared = champion or losses
     conclusion = None if compared is None else compared.conclusion

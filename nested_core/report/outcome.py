@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,11 @@ def find_outcome(run: Run) -> Outcome | None:
     if run.verdict is not None:
         is_verified = run.verdict.outcome == Outcome.VERIFIED
         return _find_in_registry(run, run.verdict) if is_verified else run.verdict.outcome
-    if run.state != "never began" or run.dataset is None or run.config is None:
+    if run.state != "never began":
         return None
-    if run.dataset.errors:
-        return Outcome.DATA_REFUSED
-    is_continual = run.config.continual.start is not None and run.config.continual.skip_unchanged
-    return Outcome.SKIPPED if is_continual else None
+    if run.skip is not None:
+        return run.skip.outcome
+    return Outcome.DATA_REFUSED if run.dataset is not None and run.dataset.errors else None
 
 
 def _find_in_registry(run: Run, verdict: Verdict) -> Outcome:
@@ -90,13 +90,15 @@ def _find_question(registry: Path, name: str, version: str) -> Outcome:
 def describe_outcome(run: Run) -> str:
     """The outcome in a line, with the words of a verdict that passed: `Promoted: passed, better`.
 
-    Of a run without one its state, of a damaged one what is wrong with it.
+    Of a run without one its state or why nothing was trained, of a damaged one what is wrong.
     """
     outcome = find_outcome(run)
     if outcome is None:
         return run.state.capitalize()
     if outcome == Outcome.DAMAGED and run.problems:
         return f"{outcome}: {run.problems[0]}"
+    if run.skip is not None and outcome == run.skip.outcome:
+        return f"{outcome}: {run.skip.reason}"
     if outcome == Outcome.RUNNING or run.verdict is None or not run.verdict.has_passed:
         return outcome
     return f"{outcome}: {run.verdict.describe()}"
@@ -107,7 +109,7 @@ def describe_end(run: Run) -> str:
     if run.verdict is not None:
         return f"{run.verdict.summary()}."
     if run.state == "never began":
-        return "Nothing was trained."
+        return f"Nothing was trained{'' if run.skip is None else f': {run.skip.describe()}'}."
     of_all = "" if run.steps is None else f" of {run.steps:,}"
     losses = {"training": run.last_loss("train_loss"), "validation": run.last_loss("val_loss")}
     told = [f", {name} loss {format_loss(own[1])}" for name, own in losses.items() if own]
@@ -147,4 +149,6 @@ def list_row(run: Run) -> tuple[object, ...]:
 
 def run_to_json(run: Run) -> dict[str, Any]:
     """What the commands say of a run with `--json`: its figures, and its outcome in words."""
-    return run.to_json() | {"outcome": find_outcome(run) or run.state.capitalize()}
+    skipped = None if run.skip is None else asdict(run.skip)
+    outcome = find_outcome(run) or run.state.capitalize()
+    return run.to_json() | {"outcome": outcome, "skipped": skipped}

@@ -54,6 +54,7 @@ class RunDirectory:
         # What the run was asked to do, and on what.
         self.config = path / RUN_CONFIG_NAME  # the resolved configuration
         self.dataset = path / RUN_DATASET_NAME  # the report of the data set
+        self.skipped = path / "skipped.json"  # why nothing was trained on it, if so
         self.initial = path / "initial"  # the adapter that training starts from
         self.tiers = path / RUN_TIERS_NAME  # the tier of every tensor
 

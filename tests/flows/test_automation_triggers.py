@@ -60,7 +60,14 @@ CASES = [
     ),
     *(
         Case(f"ended {end}", [*BEATS, (40, end)], range(60, 400, 5), [])
-        for end in ("Completed", "Failed", "Cancelled", "Promoted", "Skipped", "Rejected: worse")
+        for end in (
+            "Completed",
+            "Failed",
+            "Cancelled",
+            "Promoted",
+            "Skipped: hopeless",
+            "Rejected: worse",
+        )
     ),
     Case("crashed", [(0, "Crashed")], [21], [RESUME]),
     Case("crashed, then a late heartbeat", [(0, "Crashed"), (10, "heartbeat")], [21], [RESUME]),

@@ -48,7 +48,7 @@ def test_train_and_run_end_early_with_success(story: tuple[Path, dict[str, Ended
     folder, ran = story
     champion = read_champion(folder / "registry", NAME)
     assert champion is not None
-    line = f"Skipped: data unchanged since {champion[:12]}\n"
+    line = f"Skipped: unchanged: data unchanged since {champion[:12]}\n"
     assert (ran["second"].code, ran["second"].stdout) == (0, line)
     assert (ran["flow"].code, ran["flow"].stdout) == (0, line)
     assert not (folder / "second" / "initial").exists()
@@ -61,8 +61,12 @@ def test_as_json_it_names_the_champion(story: tuple[Path, dict[str, Ended]]) -> 
     champion = read_champion(folder / "registry", NAME)
     assert ran["json"].document == {
         "run_dir": "third",
-        "skipped": True,
-        "unchanged_since": champion,
+        "skipped": {
+            "outcome": "Skipped: unchanged",
+            "reason": f"data unchanged since {str(champion)[:12]}",
+            "details": None,
+            "version": champion,
+        },
     }
 
 

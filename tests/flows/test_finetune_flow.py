@@ -119,7 +119,7 @@ def test_a_night_on_the_champions_own_data_is_skipped(completed: tuple[Path, Sta
     folder, _ = completed
     state = continued(folder, "skipped", data=str(DATA))
     champion = read_champion(folder / "registry", "capitals")
-    assert (state.is_completed(), state.name) == (True, "Skipped")
+    assert (state.is_completed(), state.name) == (True, "Skipped: unchanged")
     assert state.message == f"data unchanged since {str(champion)[:12]}"
 
 

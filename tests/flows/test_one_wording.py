@@ -21,6 +21,7 @@ from nested_core.pipeline.finetune import FinetuneResult
 from nested_core.records.dataset import Finding
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.run import Run
+from nested_core.records.skip import Skip, write_skip
 from nested_core.records.verdict import Code, JudgedAdapter, Reason
 from nested_core.registry.adapter_card import render_card
 from nested_core.registry.ledger import Origin
@@ -102,9 +103,13 @@ def refused(folder: Path) -> RunDirectory:
     return begin_run(folder / "run", findings=[finding])
 
 
-def skipped(folder: Path) -> RunDirectory:
-    registry = {"path": str(folder / "registry"), "name": NAME}
-    return begin_run(folder / "run", registry=registry, continual={"from": "champion"})
+def skipped(outcome: Outcome, reason: str) -> Callable[[Path], RunDirectory]:
+    def make(folder: Path) -> RunDirectory:
+        run = begin_run(folder / "run")
+        write_skip(run.skipped, Skip(outcome, reason))
+        return run
+
+    return make
 
 
 def damaged(folder: Path) -> RunDirectory:
@@ -123,7 +128,8 @@ RUNS: dict[Outcome, Callable[[Path], RunDirectory]] = {
     Outcome.WAITS_FOR_APPROVAL: lambda folder: registered(folder, lambda *_: None, **ASKS),
     Outcome.APPROVED: approved,
     Outcome.SUPERSEDED: superseded,
-    Outcome.SKIPPED: skipped,
+    Outcome.SKIPPED_UNCHANGED: skipped(Outcome.SKIPPED_UNCHANGED, "data unchanged since 0a1b"),
+    Outcome.SKIPPED_HOPELESS: skipped(Outcome.SKIPPED_HOPELESS, "rejected as worse on 24 Nov 2026"),
     Outcome.DATA_REFUSED: refused,
     Outcome.DAMAGED: damaged,
     Outcome.UNCHANGED: rejected("unchanged"),

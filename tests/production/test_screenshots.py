@@ -238,7 +238,7 @@ def test_the_list_of_runs_tells_each_night(nights: Nights, look: Any) -> None:
     assert outcomes == {
         "cancelled": "Cancelled",
         "promoted": "Promoted",
-        "unchanged": "Skipped",
+        "unchanged": "Skipped: unchanged",
         "resumed": outcomes["resumed"],  # whether it is better than the champion is not the point
         "refused": "Rejected: worse",
         "no better": "Kept the champion",

@@ -95,7 +95,7 @@ def test_in_the_second_one_is_unchanged_and_the_other_crashes_and_goes_on_by_its
     wait_for(lambda: team.is_running(crashing, "train"), LONGEST_NIGHT)
     os.kill(team.flow_parent(crashing), signal.SIGKILL)
     unchanged = begin_night(team, CAPITALS)
-    assert end_night(team, unchanged).state_name == "Skipped"
+    assert end_night(team, unchanged).state_name == "Skipped: unchanged"
     wait_for(lambda: team.flow_run(crashing).run_count == 2, LONGEST_NIGHT)
     resumed = end_night(team, crashing)
     assert resumed.state is not None
@@ -157,7 +157,7 @@ def test_the_list_tells_each_night_and_there_is_no_run_that_nobody_asked_for(
         audited = team.nested_tune("audit", name, "--registry", str(team.registry))
         assert audited.returncode == 0, audited.stdout
     nights = story(team.runs_of(f"finetune/{CAPITALS}-nightly"))
-    assert nights[:4] == ["Promoted", "Skipped", "Rejected: unchanged", "Promoted"]
+    assert nights[:4] == ["Promoted", "Skipped: unchanged", "Rejected: unchanged", "Promoted"]
     promotions = [run.parameters["config"]["name"] for run in team.runs_of("promote/auto")]
     assert not set(promotions) & set(ADAPTERS), "each night promotes by itself"
     assert len(webhook.texts) == 3, webhook.texts

@@ -58,7 +58,7 @@ def test_a_fine_tune_from_python_trains_judges_registers_and_promotes(tmp_path: 
     assert result.verdict.summary().startswith("passed, better: ")
     assert result.training is not None
     assert result.training.step == 4
-    assert (result.promotion, result.test_loss, result.unchanged_since) == ("promoted", None, None)
+    assert (result.promotion, result.test_loss, result.skipped) == ("promoted", None, None)
     assert read_champion(tmp_path / "registry", "capitals") == result.version
     assert json.loads(result.run.gate.read_bytes())["trained"]["digest"] == result.version
     assert "Promoted: passed, better" in result.run.report.read_text()

@@ -113,7 +113,7 @@ def test_a_night_without_a_verdict_says_so(tmp_path: Path) -> None:
     facts = facts_of(night_of(tmp_path, Outcome.RUNNING))
     assert facts["Loss"] == "not measured yet"
     assert facts["Data"].endswith("not read yet")
-    assert facts_of(night_of(tmp_path, Outcome.SKIPPED))["Loss"] == "not measured"
+    assert facts_of(night_of(tmp_path, Outcome.SKIPPED_UNCHANGED))["Loss"] == "not measured"
 
 
 def test_an_error_of_several_lines_is_told_on_one(tmp_path: Path) -> None:

@@ -1,0 +1,66 @@
+"""skipped.json: why a run trained nothing, where it would come to what is known already."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import DamagedError, describe_first_problem
+from nested_core.records.outcome_names import Outcome
+from nested_core.storage.atomic import write_json
+from nested_core.storage.untrusted_files import read_json
+
+MAX_SKIP_BYTES = 1024 * 1024
+INSIST = "continual.skip_unchanged: false trains all the same"
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Why nothing was trained.
+
+    outcome: SKIPPED_UNCHANGED or SKIPPED_HOPELESS.
+    reason: in a few words, with the date: `rejected as worse on 24 Nov 2026`.
+    details: what follows it in a sentence, such as what was found; None where the reason says all.
+    version: the version that the same data and settings have made; None where they made none.
+    """
+
+    outcome: Outcome
+    reason: str
+    details: str | None = None
+    version: str | None = None
+
+    def describe(self) -> str:
+        """The reason with its details, and what trains all the same."""
+        text = self.reason if self.details is None else f"{self.reason} {self.details}"
+        return f"{text}; {INSIST}" if self.outcome == Outcome.SKIPPED_HOPELESS else text
+
+    def __str__(self) -> str:
+        return f"{self.outcome}: {self.describe()}"
+
+
+def describe_repetition(config: FineTuneConfig) -> str:
+    """What follows for later runs from one that made no champion, to stand after its outcome."""
+    if config.continual.start is None or not config.continual.skip_unchanged:
+        return ""
+    return "; the same is not trained again until data, settings or champion change"
+
+
+_VALIDATOR = TypeAdapter(Skip)
+
+
+def write_skip(path: Path, skip: Skip) -> None:
+    """Write skipped.json."""
+    write_json(path, asdict(skip))
+
+
+def read_skip(path: Path) -> Skip:
+    """Read skipped.json; DamagedError if it is not what a run wrote."""
+    values = read_json(path, MAX_SKIP_BYTES)
+    try:
+        return _VALIDATOR.validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise DamagedError(f"{path}: {describe_first_problem(error)}.") from error

@@ -1,0 +1,134 @@
+"""Trials: what became of runs from the champion that made no new one, so that none is made again.
+
+The line of a version (`registered`, `judged`) holds the digest of all that it was made and judged
+under. Where a run made no version, a line `tried` does, once for the same conditions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from nested_core.config.sections import RegistrySection
+from nested_core.errors import shorten
+from nested_core.records.outcome_names import WORDS_IN_SENTENCE, Outcome
+from nested_core.records.skip import Skip
+from nested_core.registry.declines import find_decline
+from nested_core.registry.folders import create_name_folder, name_exists
+from nested_core.registry.history_views import reading, writing_folder
+from nested_core.registry.judgements import Judgement
+from nested_core.registry.ledger import Entry, Ledger, describe_author
+from nested_core.registry.promotion_outcome import Decision
+from nested_core.registry.promotion_policy import (
+    effective_rule,
+    find_refusal,
+    read_candidate,
+    registry_location,
+)
+from nested_core.registry.registration import REGISTRATION_AUTHOR
+from nested_core.registry.versions import registered_versions
+from nested_core.text.digest_format import shorten_digest
+
+MAX_REASON_CHARACTERS = 500
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run from the champion that made no version.
+
+    conditions_digest: of all that decided what became of it; `dataset_digest` and
+        `settings_digest` are parts of that, for a person who asks what differs.
+    run: the run's folder.
+    reason: what the gate found, in a sentence.
+    """
+
+    outcome: Outcome
+    conditions_digest: str
+    dataset_digest: str
+    settings_digest: str
+    run: str
+    reason: str
+
+
+def record_trial(registry: Path, name: str, trial: Trial) -> None:
+    """Record a run that made no version; of conditions that have a line nothing is added.
+
+    The name is made if it is not there: a first run may be rejected.
+    """
+    with writing_folder(create_name_folder(registry, name)) as held:
+        if _find_line(held.path, held.ledger, trial.conditions_digest) is None:
+            fields = asdict(trial) | {"reason": shorten(trial.reason, MAX_REASON_CHARACTERS)}
+            held.record("tried", None, REGISTRATION_AUTHOR, **fields)
+
+
+def find_reason_to_skip(
+    section: RegistrySection, conditions_digest: str, champion: str | None
+) -> Skip | None:
+    """Why a run under these conditions would make no champion, by the history; None to train.
+
+    Of a version that such a run has made already it is decided anew: a person may have said no, or
+    yes, since. Raises DamagedError where a version cannot be read.
+    """
+    registry, name = registry_location(section)
+    if not name_exists(registry, name):
+        return None
+    with reading(registry, name) as (folder, ledger):
+        line = _find_line(folder, ledger, conditions_digest)
+        if line is None:
+            return None
+        if line.version is None:
+            return _describe_trial(line)
+        if line.version in ledger.barred_versions():
+            left = next(
+                each for each in reversed(ledger.changes()) if each.previous == line.version
+            )
+            reason = f"rolled back on {_day(left)} by {describe_author(left.fields())}"
+            return Skip(Outcome.SKIPPED_HOPELESS, reason, version=line.version)
+    candidate = read_candidate(registry, name, line.version, against=champion)
+    decision = find_refusal(section, candidate, champion)
+    return None if decision is None else _describe_refusal(section, line, candidate, decision)
+
+
+def _find_line(folder: Path, ledger: Ledger, conditions_digest: str) -> Entry | None:
+    """The newest line of these conditions that holds: its version is there, or it made none."""
+    versions = registered_versions(folder)
+    for line in reversed(ledger.entries):
+        if line.conditions_digest == conditions_digest and line.version in (None, *versions):
+            return line
+    return None
+
+
+def _describe_trial(line: Entry) -> Skip:
+    words = WORDS_IN_SENTENCE.get(str(line.outcome), str(line.outcome))
+    champion = "no champion" if line.previous is None else "this champion"
+    details = f"with this data, these settings and {champion} (run {line.run}): {line.reason}"
+    return Skip(Outcome.SKIPPED_HOPELESS, f"{words} on {_day(line)}", details)
+
+
+def _describe_refusal(
+    section: RegistrySection, line: Entry, candidate: Judgement, decision: Decision
+) -> Skip:
+    """Why the version that the same conditions have made is no champion."""
+    version, day = shorten_digest(candidate.version), _day(line)
+    if decision.outcome == "waiting":
+        reason = f"{version} of {day}, on the same data, waits for approval"
+        return Skip(Outcome.SKIPPED_UNCHANGED, reason, version=candidate.version)
+    if effective_rule(section).is_never:
+        reason = f"the same data made {version} on {day}"
+        details = f"and {decision.sentence}"
+        return Skip(Outcome.SKIPPED_UNCHANGED, reason, details, candidate.version)
+    if decision.outcome == "declined":
+        facts = candidate.facts
+        digests = (facts.dataset_digest, facts.settings_digest)
+        no = find_decline(*registry_location(section), candidate.version, *digests)
+        if no is not None:
+            reason = f"declined on {_day(no)} by {describe_author(no.fields())}"
+            return Skip(Outcome.SKIPPED_HOPELESS, reason, version=candidate.version)
+    details = f"({version}, on the same data): {decision.sentence}"
+    return Skip(Outcome.SKIPPED_HOPELESS, f"not promoted on {day}", details, candidate.version)
+
+
+def _day(line: Entry) -> str:
+    """Such as 24 Nov 2026."""
+    return f"{datetime.fromisoformat(line.time):%d %b %Y}"
