@@ -68,8 +68,8 @@ class MlxLmLog:
             train_info["tokens_per_second"],
             train_info["trained_tokens"],
         )
-        if self._config.adapter_path is not None:
-            every = self._config.intervals(self._iterations()).save
+        every = self._config.intervals(self._iterations()).save
+        if self._config.adapter_path is not None and every is not None:
             for count in range(self._done // every + 1, iteration // every + 1):
                 name = f"{count * every:07d}_adapters.safetensors"
                 self._ui.report_save(Path(name))

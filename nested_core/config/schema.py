@@ -34,6 +34,7 @@ from nested_core.config.sections import (
     NestedSection,
     NumberOrShare,
     RegistrySection,
+    SaveInterval,
     TrainingSection,
     optimizer_problems,
     parse_optimizer_name,
@@ -50,11 +51,15 @@ Interval = Annotated[NumberOrShare, Field(gt=0)]
 
 @dataclass(frozen=True)
 class Intervals:
-    """Iterations between two reports, evaluations and checkpoints of a run; each is at least 1."""
+    """Iterations between two reports, evaluations and checkpoints of a run; each is at least 1.
+
+    `save` is None where checkpoints are `save_seconds` apart.
+    """
 
     report: int
     evaluation: int
-    save: int
+    save: int | None
+    save_seconds: float | None = None
 
 
 class LearningRateSchedule(Section):
@@ -152,8 +157,10 @@ class FineTuneConfig(_RootSection):
     adapter_path: str | None = key(
         None, "copy the adapter to this folder too", affects="output", path="local", in_form=False
     )
-    save_every: Interval = key(
-        100, "iterations between two checkpoints, or below 1 a share of the run", affects="output"
+    save_every: SaveInterval = key(
+        100,
+        "iterations between two checkpoints, below 1 a share of the run, or minutes: 10m",
+        affects="output",
     )
     test: bool = key(False, "compute the loss on test.jsonl at the end", affects="output")
     test_batches: CountOrAll = key(
@@ -269,10 +276,12 @@ class FineTuneConfig(_RootSection):
         def count(interval: float) -> int:
             return interval if isinstance(interval, int) else max(1, int(interval * iterations))
 
+        save = self.save_every
         return Intervals(
             report=count(self.steps_per_report),
             evaluation=count(self.steps_per_eval),
-            save=count(self.save_every),
+            save=None if isinstance(save, str) else count(save),
+            save_seconds=60 * float(save.rstrip("m")) if isinstance(save, str) else None,
         )
 
     @property

@@ -38,6 +38,7 @@ def _text_as_list(value: Any) -> Any:
 Names = Annotated[tuple[NonEmpty, ...], BeforeValidator(_text_as_list)]
 
 Processes = Annotated[PositiveInt, Field(le=64)]
+MAX_MINUTES = 7 * 24 * 60
 
 
 def parse_interval(value: float) -> float:
@@ -52,10 +53,39 @@ def parse_interval(value: float) -> float:
     return int(value)
 
 
+MINUTES_PATTERN = re.compile(r"(\d+(?:\.\d+)?)m")
+
+
+def parse_save_interval(value: float | str) -> float | str:
+    """What `parse_interval` takes, above 0, or minutes such as `10m`, which stay as written."""
+    if isinstance(value, str):
+        minutes = MINUTES_PATTERN.fullmatch(value)
+        if minutes is None or not 0 < float(minutes[1]) < MAX_MINUTES:
+            raise ValueError(
+                f"iterations, a share of the run below 1, or minutes such as 10m; found {value!r}"
+            )
+        return value
+    if not 0 < value < 2**31:
+        raise ValueError(f"should be greater than 0 and below 2**31; found {value:g}")
+    return parse_interval(value)
+
+
+def parse_hang_timeout(value: float | str) -> float | str:
+    """`auto`, or seconds above 0."""
+    if value == "auto" or (not isinstance(value, str) and value > 0):
+        return value
+    raise ValueError(f"auto, seconds above 0, or null for none; found {value!r}")
+
+
 # As an int it is a number of them, as a float a share of the run.
 NumberOrShare = Annotated[
     float, Field(ge=0, lt=2**31), AfterValidator(parse_interval), PlainSerializer(lambda it: it)
 ]
+
+SaveInterval = Annotated[
+    float | str, AfterValidator(parse_save_interval), PlainSerializer(lambda it: it)
+]
+HangTimeout = Annotated[float | str, AfterValidator(parse_hang_timeout)]
 
 # What a reference run may set here: none of it changes what mlx_lm.lora computes.
 KEYS_ALLOWED_IN_REFERENCE_RUN = frozenset(
@@ -68,6 +98,7 @@ KEYS_ALLOWED_IN_REFERENCE_RUN = frozenset(
         "min_delta",
         "sample_tokens",
         "restarts",
+        "hang_timeout",
         "processes",  # refused with a message of its own
         "hostfile",  # likewise
     }
@@ -115,6 +146,13 @@ class TrainingSection(Section):
     average: AverageSection | None = key(None, "the kind of average (null: none)")
     restarts: NonNegativeInt = key(
         3, "times a killed run is begun again without a new checkpoint", affects="output"
+    )
+    hang_timeout: HangTimeout | None = key(
+        "auto",
+        "seconds without a step until ranks that wait are ended (auto: ten times the longest of "
+        "the last steps, and a minute at least)",
+        affects="output",
+        in_form=False,
     )
     evaluate_tasks: Names = key((), "suites of gate.tasks: a small part is asked at evaluations")
     select_by: str = key(

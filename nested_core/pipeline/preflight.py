@@ -70,7 +70,8 @@ def require_room_for_checkpoints(config: FineTuneConfig, run: RunDirectory) -> N
     """
     one = estimate_checkpoint_bytes(config, run)
     iterations = _estimate_iterations(config, run)
-    saves = ceil(iterations / config.intervals(iterations).save)
+    every = config.intervals(iterations).save
+    saves = config.training.keep_checkpoints if every is None else ceil(iterations / every)
     bests = 2 if config.nested.slow_gradients == "accumulate" else 1
     most = min(saves + 1, config.training.keep_checkpoints + bests + 1)  # and one in writing
     missing = max(0, most - len(list_checkpoints(run.checkpoints)))

@@ -8,9 +8,11 @@ the process that started the ranks holds them.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -30,8 +32,10 @@ def main(run_dir: str, ranks: str) -> int:
     """Train as one of the ranks; return the exit code.
 
     A requested stop is 0 too: mlx.launch ends the other ranks when one exits with another code, and
-    the main one may still be writing.
+    the main one may still be writing. At the alarm of training/hang_watch.py it prints its stacks
+    and ends.
     """
+    faulthandler.register(signal.SIGALRM, chain=True)
     backend.prepare()
     backend.hide_torch_from_transformers()
     rank = int(os.environ["MLX_RANK"])
@@ -56,6 +60,7 @@ def _train_as_rank(run_dir: Path, ranks: int) -> None:
     from nested_core.models.base_model import prepare_for_base_model
     from nested_core.pipeline import steps
     from nested_core.storage.run_directory import RunDirectory
+    from nested_core.training.hang_watch import HangWatch
     from nested_core.training.rank_communication import join_ranks
 
     listener = StopListener()
@@ -64,7 +69,10 @@ def _train_as_rank(run_dir: Path, ranks: int) -> None:
     run.watch_parents_lock()
     config = read_run_config(run)
     prepare_for_base_model(config)  # before anything is computed
+    watch = HangWatch(config.training.hang_timeout)
+    watch.allow_longer()
     world = join_ranks(ranks)
+    watch.end()
     steps.train_as_rank(config, run, world, ReportSender(), listener.watch)
 
 

@@ -133,6 +133,8 @@ class RunExplanation:
     def _describe_steps(self) -> str:
         config = self.config
         made_of = ""
+        every = config.intervals(self.iterations).save
+        saves = config.save_every if every is None else _format_batches(every)
         if config.grad_accumulation_steps > 1:
             made_of = (
                 f", {config.grad_accumulation_steps} to an optimizer step: {self.steps:,} steps"
@@ -140,7 +142,7 @@ class RunExplanation:
         return (
             f"{self.iterations:,} batches of {config.batch_size} examples{made_of}; "
             f"{self.epochs:.2g} passes over the training data. A checkpoint every "
-            f"{_format_batches(config.intervals(self.iterations).save)}."
+            f"{saves}."
         )
 
     def _describe_learning_rate(self) -> str:

@@ -384,6 +384,8 @@ class Saver:
         self._window = window
         self._evaluator = evaluator
         self._every = setup.step_schedule.intervals.save
+        self._seconds = setup.step_schedule.intervals.save_seconds
+        self._saved_at = time.monotonic()
         initial = load_arrays(setup.run.initial / WEIGHTS_NAME)
         self._published_dtypes = {name: array.dtype for name, array in initial.items()}
 
@@ -395,14 +397,27 @@ class Saver:
             if state.step > 0:
                 self._export_checkpoint_if_due(checkpoint_path(run.checkpoints, state.step), state)
 
-    def after_step(self, state: TrainingState, first: int) -> None:
-        """Save if it is due, the step is the best so far, or training ended."""
-        is_best = self.setup.step_schedule.offers_best and state.best_step == state.step
-        if state.ended or is_best or passes_multiple(self._every, first, state.iteration):
-            self.save(state)
+    def is_time_to_save(self) -> bool:
+        """Whether the minutes of `save_every` are over; the main rank decides for all."""
+        if self._seconds is None or not self.setup.world.is_main:
+            return False
+        return time.monotonic() - self._saved_at >= self._seconds
 
-    def save(self, state: TrainingState) -> None:
+    def after_step(self, state: TrainingState, first: int, *, is_time: bool = False) -> bool:
+        """Save if it is due, the step is the best so far, or training ended; whether it did.
+
+        `is_time` is what `is_time_to_save` said, and all ranks agreed on.
+        """
+        is_best = self.setup.step_schedule.offers_best and state.best_step == state.step
+        is_due = self._every is not None and passes_multiple(self._every, first, state.iteration)
+        if not (state.ended or is_best or is_due or is_time):
+            return False
+        self.save(state, is_time=is_time)
+        return True
+
+    def save(self, state: TrainingState, *, is_time: bool = False) -> None:
         """Write a checkpoint and remove those that are no longer to be kept."""
+        self._saved_at = time.monotonic()
         state.open_report = self._window.sums_for_checkpoint()
         setup = self.setup
         if not setup.world.is_main:
@@ -433,7 +448,7 @@ class Saver:
         )
         if state.step >= max(2, *(tier.frequency for tier in setup.optimizer.tiers)):
             warn_of_unchanged_checkpoint(state, path, setup.run.initial)
-        self._export_checkpoint_if_due(path, state)
+        self._export_checkpoint_if_due(path, state, is_time=is_time)
         checkpoint.prune_checkpoints(
             setup.run.checkpoints,
             keep_last=setup.config.training.keep_checkpoints,
@@ -442,9 +457,10 @@ class Saver:
 
     def snapshots_due_before_step(self, first: int, last: int) -> list[int]:
         """The iterations between the micro-batches [first, last) at which a snapshot is due."""
-        if self.setup.config.adapter_path is None:
+        every = self._every
+        if self.setup.config.adapter_path is None or every is None:
             return []
-        return [done for done in range(first + 1, last) if done % self._every == 0]
+        return [done for done in range(first + 1, last) if done % every == 0]
 
     def export_snapshots(self, iterations: Sequence[int]) -> None:
         """Copy what the model holds to adapter_path, under each of these iterations.
@@ -461,13 +477,16 @@ class Saver:
             for iteration in iterations:
                 export_snapshot(Path(folder), adapter_path, run.path, iteration)
 
-    def _export_checkpoint_if_due(self, checkpoint_folder: Path, state: TrainingState) -> None:
+    def _export_checkpoint_if_due(
+        self, checkpoint_folder: Path, state: TrainingState, *, is_time: bool = False
+    ) -> None:
         """Copy a checkpoint to adapter_path where mlx_lm.lora writes a snapshot of its iteration.
 
-        Checkpoints that are written for another reason, such as the best, are not copied.
+        With minutes in `save_every` that is where they were over. Checkpoints that are written for
+        another reason, such as the best, are not copied.
         """
         adapter_path = self.setup.config.adapter_path
-        is_due = state.iteration % self._every == 0
+        is_due = is_time or (self._every is not None and state.iteration % self._every == 0)
         if adapter_path is not None and is_due:
             run_dir, iteration = self.setup.run.path, state.iteration
             export_snapshot(checkpoint_folder, adapter_path, run_dir, iteration)

@@ -119,19 +119,18 @@ def join_ranks(expected: int) -> World:
     return World(group.size(), group.rank(), group)
 
 
-def pack_gradients_for_sum(gradients: Flat, weight: mx.array, stop_requested: mx.array) -> mx.array:
-    """A step's gradients in one float32 vector, then their weight and this rank's stop request."""
-    parts = [gradient.astype(mx.float32).reshape(-1) for gradient in gradients.values()]
-    ends = [value.astype(mx.float32).reshape(1) for value in (weight, stop_requested)]
-    return mx.concatenate([*parts, *ends])
+def pack_gradients_for_sum(gradients: Flat, weight: mx.array, requests: mx.array) -> mx.array:
+    """A step's gradients in one float32 vector, then their weight and this rank's requests."""
+    values = (*gradients.values(), weight, requests)
+    return mx.concatenate([value.astype(mx.float32).reshape(-1) for value in values])
 
 
 def unpack_summed_gradients(packed: mx.array, gradients: Flat) -> tuple[Flat, mx.array, mx.array]:
-    """Undo `pack_gradients_for_sum`: gradients in these shapes, their weight, the stop count."""
+    """Undo `pack_gradients_for_sum`: gradients in these shapes, their weight, request counts."""
     unpacked = {}
     start = 0
     for name, gradient in gradients.items():
         end = start + gradient.size
         unpacked[name] = packed[start:end].reshape(gradient.shape).astype(gradient.dtype)
         start = end
-    return unpacked, packed[start], packed[start + 1]
+    return unpacked, packed[start], packed[start + 1 :]

@@ -40,7 +40,7 @@ class StepResult:
         micro_batches: `loss`, `weight` and `tokens` of each micro-batch.
         before: the due packed parameters before the step.
         updates: the same after it; both are empty if the step was incomplete.
-        stop_count: on how many ranks a stop was requested; None in a single process.
+        requests: float32, on how many ranks each of `requests` was so; None in a single process.
         gradient_bytes: the bytes that this rank sent to the others.
     """
 
@@ -48,7 +48,7 @@ class StepResult:
     micro_batches: list[Sums]
     before: Flat
     updates: Flat
-    stop_count: mx.array | None
+    requests: mx.array | None
     gradient_bytes: int
 
 
@@ -90,7 +90,7 @@ class TrainStep:
         self.captured = [self.packed.optimizer.state]
         if self.uses_dropout:
             self.captured.append(mx.random.state)
-        self._compiled: dict[tuple[int, ...], Callable[..., Any]] = {}  # by due tiers
+        self.compiled: dict[tuple[int, ...], Callable[..., Any]] = {}  # by due tiers
         self._gradient_bytes: dict[tuple[int, ...], int] = {}
 
     def needed_tiers(self, step: int) -> tuple[int, ...]:
@@ -105,7 +105,7 @@ class TrainStep:
         due: tuple[int, ...],
         *,
         is_complete: bool = True,
-        stop_requested: bool = False,
+        requests: tuple[bool, ...] = (),
     ) -> StepResult:
         """Take one optimizer step, without waiting for the device.
 
@@ -113,33 +113,33 @@ class TrainStep:
             batches: the micro-batches, whose gradients are added up.
             due: the tiers to take gradients of.
             is_complete: whether the gradients are applied; else only the losses are computed.
-            stop_requested: whether a stop is requested on this rank, which the others hear of.
+            requests: what is requested on this rank, which the others hear of.
         """
-        if due not in self._compiled:
-            self._compiled[due] = self._compile(due)
-        compiled_step = self._compiled[due]
+        if due not in self.compiled:
+            self.compiled[due] = self._compile(due)
+        compiled_step = self.compiled[due]
         params = self.packed.parameters
-        stop_flag = None if self.world.is_single_process else mx.array(stop_requested)
+        own = None if self.world.is_single_process else mx.array(requests)
         micro_batches: list[Sums] = []
         accumulated: dict[str, Any] | None = None
         updates: Flat = {}
-        stop_count: mx.array | None = None
+        counts: mx.array | None = None
         with restoring_parameters(self.parameters):
             for index, batch in enumerate(batches):
                 is_last = is_complete and index == len(batches) - 1
                 arrays = self.loss_fn.prepare_batch(batch)
-                sums, accumulated, updates, stop_count = compiled_step(
-                    params, accumulated, stop_flag, *arrays, is_last
+                sums, accumulated, updates, counts = compiled_step(
+                    params, accumulated, own, *arrays, is_last
                 )
                 micro_batches.append(sums)
-        mx.async_eval(updates, self.packed.optimizer.state, micro_batches, stop_count)
+        mx.async_eval(updates, self.packed.optimizer.state, micro_batches, counts)
         self.packed.update(updates)
         return StepResult(
             due=due,
             micro_batches=micro_batches,
             before={key: params[key] for key in updates},
             updates=updates,
-            stop_count=stop_count,
+            requests=counts,
             gradient_bytes=self._gradient_bytes.get(due, 0),
         )
 
@@ -149,14 +149,14 @@ class TrainStep:
         def train_step(  # noqa: PLR0917 -- mx.compile traces positional arguments
             params: Flat,
             accumulated: dict[str, Any] | None,
-            stop_flag: mx.array | None,
+            requests: mx.array | None,
             tokens: mx.array,
             target_mask: mx.array,
             is_last: bool,
         ) -> tuple[Sums, dict[str, Any] | None, Flat, mx.array | None]:
             """One micro-batch, and after the last one the update.
 
-            Returns its sums, the accumulated gradients, the updates and the stop count.
+            Returns its sums, the accumulated gradients, the updates and the request counts.
             """
             due_params = {key: value for key, value in params.items() if key in due_keys}
             micro_batch, gradients = self.forward_backward(params, due_params, tokens, target_mask)
@@ -166,13 +166,13 @@ class TrainStep:
                 weight = accumulated["weight"] + weight
             if not is_last:
                 return micro_batch, {"gradients": gradients, "weight": weight}, {}, None
-            stop_count = None
-            if stop_flag is not None:
-                packed = pack_gradients_for_sum(gradients, weight, stop_flag)
+            counts = None
+            if requests is not None:
+                packed = pack_gradients_for_sum(gradients, weight, requests)
                 self._gradient_bytes[due] = packed.nbytes
                 summed = self.world.sum_vector_over_ranks(packed)
-                gradients, weight, stop_count = unpack_summed_gradients(summed, gradients)
-            return micro_batch, None, self.update(gradients, weight, due_params), stop_count
+                gradients, weight, counts = unpack_summed_gradients(summed, gradients)
+            return micro_batch, None, self.update(gradients, weight, due_params), counts
 
         return mx.compile(train_step, inputs=self.captured, outputs=self.captured)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import astuple
 
 import mlx.core as mx
+import numpy as np
 
 from nested_core.errors import DamagedError, DatasetError, TrainingStopped, go_on_with
 from nested_core.kernels.optimized_model import using_optimized_layers
@@ -23,6 +23,7 @@ from nested_core.storage.checkpoint import Checkpoint, latest_checkpoint
 from nested_core.training.due_parts import Reporter, Saver, Validation, restore_random_key
 from nested_core.training.early_stopping import is_out_of_patience
 from nested_core.training.evaluation import EvaluationInterrupted, Evaluator
+from nested_core.training.hang_watch import HangWatch
 from nested_core.training.memory.memory_plan import plan_memory
 from nested_core.training.memory.model_footprint import compute_footprint
 from nested_core.training.nonfinite_watch import NonfiniteStepWatch
@@ -76,9 +77,12 @@ class Trainer:
         self.on_near_end: Callable[[], None] | None = None
         self.evaluation_peak = 0  # most bytes of MLX up to the end of the first evaluation
 
-        # Requests to stop: of this process, and on how many ranks as of the step before
+        # Requests to stop and to save: of this process, and on how many ranks at the step before
         self.stop_requested = False
-        self._stop_count: mx.array | None = None
+        self._requests: mx.array | None = None
+        self._watch = HangWatch(
+            None if self.world.is_single_process else setup.config.training.hang_timeout
+        )
 
         # Evaluation, reports and checks
         evaluator = Evaluator(
@@ -160,6 +164,7 @@ class Trainer:
         `max_nonfinite_steps` steps in a row whose gradients are not finite.
         """
         try:
+            self._watch.allow_longer()
             with self.using_training_layers():
                 self.world.require_equal_on_ranks(
                     read_parameters(self.setup.parameters), self.state.step
@@ -173,6 +178,8 @@ class Trainer:
         except EvaluationInterrupted:
             self.state.ended = False
             self._save_and_raise_stopped()
+        finally:
+            self._watch.end()
         return self.state
 
     def _begin(self) -> None:
@@ -211,11 +218,13 @@ class Trainer:
             if self.on_step is not None:
                 self.on_step(self.state.step, self.steps)
             near_end.after_step(self.state.step)
-            must_stop = self._must_stop_after(result)
+            must_stop, must_save = self._requests_after(result)
+            self._watch.after_step()
             self._divergence_watch.add_step(self.state.step, self.optimizer.state[COUNTERS_KEY])
-            self._check_updates(train_step, result, first, is_last=must_stop or self._is_over())
+            is_read = must_stop or must_save or self._is_over()
+            self._check_updates(train_step, result, first, is_read=is_read)
             if not self._is_over():
-                self._observe(first)
+                self._observe(first, must_save=must_save)
         self._divergence_watch.finish()
 
     def make_train_step(self) -> TrainStep:
@@ -239,12 +248,11 @@ class Trainer:
         batches = [self.step_schedule.micro_batch(index) for index in range(first, last)]
         is_complete = self.step_schedule.is_complete_step(first, last)
         self.step_schedule.seed_step(step)
-        result = train_step.run(
-            batches,
-            train_step.needed_tiers(step),
-            is_complete=is_complete,
-            stop_requested=not self.world.is_single_process and self._is_stop_requested(),
-        )
+        due = train_step.needed_tiers(step)
+        if due not in train_step.compiled:
+            self._watch.allow_longer()
+        requests = () if self.world.is_single_process else self._own_requests()
+        result = train_step.run(batches, due, is_complete=is_complete, requests=requests)
         if not train_step.packed.packing.by_tier:  # large tensors are not to be held twice
             self._sync_model_and_optimizer(train_step)
         if is_complete:
@@ -270,15 +278,17 @@ class Trainer:
         apply_flat_updates_to_nested(self.model, values)
 
     def _check_updates(
-        self, train_step: TrainStep, result: StepResult, first: int, *, is_last: bool
+        self, train_step: TrainStep, result: StepResult, first: int, *, is_read: bool
     ) -> None:
         """Write the model and read it back, if anything is to read it or these tiers are new.
 
-        Raises TrainingProcessesDiffer if the ranks are no longer equal.
+        `is_read` where the step alone does not tell. Raises TrainingProcessesDiffer if the ranks
+        are no longer equal.
         """
-        events = astuple(self.step_schedule.intervals)
+        due = self.step_schedule.intervals
+        events = [every for every in (due.report, due.evaluation, due.save) if every is not None]
         last = self.state.iteration
-        is_read = is_last or any(passes_multiple(every, first, last) for every in events)
+        is_read = is_read or any(passes_multiple(every, first, last) for every in events)
         if not is_read and self._update_check.has_checked_tiers(result.due):
             return
         written = self._sync_model_and_optimizer(train_step)
@@ -307,14 +317,15 @@ class Trainer:
             self._sync_model_and_optimizer(train_step)
             self._saver.export_snapshots(snapshots)
 
-    def _observe(self, first: int) -> None:
+    def _observe(self, first: int, *, must_save: bool = False) -> None:
         """Evaluate, report and save what is due after the step that began at iteration `first`."""
         with self._reporter.window.pausing_clock():
             evaluation = self._validation.after_step(self.state, first)
         with self._reporter.window.pausing_clock():
             self.state.observed = True
             self._reporter.after_step(self.state, first, evaluation)
-            self._saver.after_step(self.state, first)
+            if self._saver.after_step(self.state, first, is_time=must_save):
+                self._watch.allow_longer()
 
     def _is_over(self) -> bool:
         """Whether all iterations are done, or early stopping has run out of patience."""
@@ -340,20 +351,30 @@ class Trainer:
         return bool(self.stop_requested) or self.setup.run.stop_request.exists()
 
     def _any_rank_requests_stop(self) -> bool:
-        """Whether any rank is to stop; this waits for all of them."""
+        """Whether any rank is to stop; this waits for all of them. Evaluations ask it."""
+        self._watch.allow_longer()
         return self.world.any_rank(self._is_stop_requested())
 
-    def _must_stop_after(self, result: StepResult) -> bool:
-        """Whether to stop after a step, which all ranks decide alike.
+    def _own_requests(self) -> tuple[bool, bool]:
+        """Whether this rank is to stop, and whether it is time for a checkpoint."""
+        return self._is_stop_requested(), self._saver.is_time_to_save()
 
-        A rank's request travels with the gradients of a step. The count is read when the next step
-        is under way, so that no rank waits for the device.
+    def _requests_after(self, result: StepResult) -> tuple[bool, bool]:
+        """Whether to stop and whether to save after a step, which all ranks decide alike.
+
+        A rank's requests travel with the gradients of a step. The counts are read when the next
+        step is under way, so that no rank waits for the device.
         """
         if self.world.is_single_process:
-            return self._is_stop_requested()
-        count = self._stop_count
-        self._stop_count = result.stop_count
-        return count is not None and bool(count.item())
+            return self._own_requests()
+        counts = self._requests
+        self._requests = result.requests
+        if counts is None:
+            return False, False
+        must_stop, must_save = (np.array(counts) > 0).tolist()
+        if must_save:  # the step under way asks for it once more; a stop is asked for at every step
+            self._requests = None
+        return must_stop, must_save
 
     def _save_and_raise_stopped(self) -> None:
         """Save, and raise TrainingStopped."""

@@ -321,6 +321,7 @@ def test_both_programs_read_the_same(variant, theirs, stand_ins, tmp_path) -> No
 def snapshot_names(config: FineTuneConfig) -> set[str]:
     """What mlx_lm.lora leaves in adapter_path, by its rule: a snapshot each `save_every`."""
     every = config.intervals(config.iters).save
+    assert every is not None
     numbers = range(every, config.iters + 1, every)
     return {WEIGHTS_NAME, CONFIG_NAME} | {f"{number:07d}_{WEIGHTS_NAME}" for number in numbers}
 

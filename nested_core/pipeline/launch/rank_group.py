@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,7 @@ LAUNCHER_COMMAND = (
     "-P",
     str(Path(end_with_parent.__file__).with_name("launcher_program.py")),
 )
+WAITED_PATTERN = re.compile(r"rank \d+ waited too long: ")  # of launcher_program.py
 LOST_RANK_PATTERN = re.compile(r"Node with rank (\d+) (exited with code -?\d+|was killed)")
 COLOUR_CODE_PATTERN = re.compile(r"\x1b\[[0-9;]*m")
 SECONDS_TO_END = 8.0  # after the first rank ends; then what is left is killed
@@ -52,6 +54,8 @@ class RankGroup:
         steps, current_step: as the main rank last reported them.
         gradient_bytes: bytes of gradients that each rank has sent so far.
         memory: the main rank's memory plan, known when `on_start` is called.
+        has_waited: whether a rank ended because it had waited too long for the others.
+        stop_requested: whether they were to stop.
     """
 
     memory: MemoryPlan
@@ -61,17 +65,22 @@ class RankGroup:
         self.steps = 1
         self.current_step = 0
         self.gradient_bytes = 0
+        self.stop_requested = False
         self._callback = callback
         self._tiers: list[TierStats] = []
 
-        # How the processes end.
-        self._end_messages: dict[int, dict[str, Any]] = {}
-        self._lost_rank: str | None = None
-        self._last_lines: deque[str] = deque(maxlen=MAX_KEPT_ERROR_LINES)
+        self._forget_end()
 
         # Of the running processes.
         self._stop_pipe: int | None = None
         self._killer: threading.Timer | None = None
+
+    def _forget_end(self) -> None:
+        """How the processes end, as before they are started."""
+        self.has_waited = False
+        self._end_messages: dict[int, dict[str, Any]] = {}
+        self._lost_rank: str | None = None
+        self._last_lines: deque[str] = deque(maxlen=MAX_KEPT_ERROR_LINES)
 
     def tier_stats(self) -> list[TierStats]:
         """What each tier held when training began."""
@@ -79,6 +88,7 @@ class RankGroup:
 
     def stop_training(self) -> None:
         """Request a graceful stop: all ranks end the same step, the main one saves a checkpoint."""
+        self.stop_requested = True
         with contextlib.suppress(BrokenPipeError):
             if self._stop_pipe is not None:
                 os.write(self._stop_pipe, b"stop\n")
@@ -90,6 +100,7 @@ class RankGroup:
         on_start: Callable[[Any], None] | None,
     ) -> None:
         """Start the ranks and follow them to their end; however this ends, no rank is left."""
+        self._forget_end()
         process = subprocess.Popen(
             [*WATCHDOG_COMMAND, *LAUNCHER_COMMAND, *command],
             stdin=subprocess.PIPE,
@@ -155,6 +166,7 @@ class RankGroup:
         for line in lines:
             plain = COLOUR_CODE_PATTERN.sub("", line)
             self._last_lines.append(plain.strip())
+            self.has_waited = self.has_waited or WAITED_PATTERN.match(plain) is not None
             lost = LOST_RANK_PATTERN.search(plain)
             if lost and self._lost_rank is None:
                 self._lost_rank = f"Rank {lost[1]} of {self.ranks} {lost[2]}"
@@ -227,14 +239,31 @@ def train_in_ranks(
 ) -> None:
     """Train in `ranks` processes until result.json is written.
 
-    `on_start` is called with the group before its first step. Raises TrainingProcessLost where a
-    process was lost, and else what a trainer raises.
+    Where they waited for each other for too long, they are started once more, and go on from the
+    last checkpoint. `on_start` is called with the group before its first step, each time. Raises
+    TrainingProcessLost where a process was lost, and else what a trainer raises.
     """
     group = RankGroup(ranks, callback)
     mx.clear_cache()  # the memory that loading left on the device is for the ranks
     group.run(launch_command(config, ranks, run.path), rank_environment(config), on_start)
+    if group.has_waited and not group.stop_requested:
+        warnings.warn(f"{_describe_wait(config, group)} They go on by themselves.", stacklevel=2)
+        group.run(launch_command(config, ranks, run.path), rank_environment(config), on_start)
+    if group.has_waited:
+        raise TrainingProcessLost(_describe_wait(config, group), advice=go_on_with(run.path))
     group.raise_if_unfinished(run.path)
     _show_line(
         f"{ranks} ranks, equal to the bit; each gave {group.gradient_bytes:,} bytes of gradients, "
         f"those of the due tiers, to be summed"
+    )
+
+
+def _describe_wait(config: FineTuneConfig, group: RankGroup) -> str:
+    """That the ranks waited for each other, and where to look."""
+    return (
+        f"No rank of {group.ranks} took a step for as long as training.hang_timeout "
+        f"({config.training.hang_timeout}) allows, at step {group.current_step} or after it, and "
+        f"all were ended. Their stacks are above. Look at the rank that does something else than "
+        f"wait for a sum over the ranks, or that printed nothing: its machine, its device, its "
+        f"disk and its network."
     )

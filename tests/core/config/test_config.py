@@ -309,6 +309,24 @@ class TestIntervals:
         dumped = config.model_dump(mode="json")
         assert (repr(dumped["steps_per_eval"]), repr(dumped["save_every"])) == ("20", "0.5")
 
+    def test_checkpoints_may_be_minutes_apart(self) -> None:
+        config = parse_config({"save_every": "2.5m"}, source="")
+        intervals = config.intervals(100)
+        assert (intervals.save, intervals.save_seconds) == (None, 150.0)
+        assert parse_config(config.model_dump(mode="json"), source="") == config
+
+    @pytest.mark.parametrize("value", ["never", 0, -1])
+    def test_a_hang_timeout_is_auto_or_seconds(self, value: object) -> None:
+        (problem,) = problems(training={"hang_timeout": value})
+        assert "training.hang_timeout: auto, seconds above 0, or null for none" in problem
+
+    @pytest.mark.parametrize("value", ["10", "m", "0m", "1h", "-1m", "10081m"])
+    def test_no_other_text_is_an_interval(self, value: str) -> None:
+        (problem,) = problems(save_every=value)
+        assert (
+            "save_every: iterations, a share of the run below 1, or minutes such as 10m" in problem
+        )
+
     @pytest.mark.parametrize(
         ("value", "said"), [(2.5, "a whole number of iterations, or a share"), (0, "greater than")]
     )

@@ -1,13 +1,17 @@
-"""A rank as nested_core.pipeline.rank_worker is one, but rank 1 goes astray at step 3.
+"""A rank as nested_core.pipeline.rank_worker is one, but rank 1 goes astray.
 
-ASTRAY=bit changes one element of its parameters, after the step, by the smallest amount; ASTRAY=nan
-makes its gradients of that step not finite.
+ASTRAY=bit changes one element of its parameters, after step 3, by the smallest amount; ASTRAY=nan
+makes its gradients of that step not finite. At the eighth step of the process, ASTRAY=stop stops
+it, once, which the file ASTRAY_ONCE remembers; ASTRAY=loop has it do nothing for ever.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +21,22 @@ from nested_core.pipeline.rank_worker import main
 from nested_core.training.train_step import TrainStep
 
 STEP = 3
+STEP_OF_WAIT = 8  # the first ones compile, and may take longer, as may those after a checkpoint
+
+
+def wait_for_ever() -> None:
+    while True:
+        time.sleep(1)
+
+
+def go_missing() -> None:
+    if os.environ["ASTRAY"] == "loop":
+        wait_for_ever()
+    once = Path(os.environ["ASTRAY_ONCE"])
+    if not once.exists():
+        once.touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
 
 if __name__ == "__main__":
     run = TrainStep.run
@@ -25,6 +45,10 @@ if __name__ == "__main__":
     def strayed(self: Any, *args: Any, **kwargs: Any) -> Any:
         global calls
         calls += 1
+        if os.environ["ASTRAY"] in ("stop", "loop"):
+            if calls == STEP_OF_WAIT:
+                go_missing()
+            return run(self, *args, **kwargs)
         if calls != STEP:
             return run(self, *args, **kwargs)
         own = self.packed.parameters

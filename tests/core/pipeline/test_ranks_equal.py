@@ -12,12 +12,12 @@ import pytest
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import TrainingProcessesDiffer
 from nested_core.pipeline import steps
-from nested_core.pipeline.launch import mlx_launch
 from nested_core.pipeline.launch.rank_group import RankGroup
 from nested_core.records.metrics import read_metrics
-from nested_core.storage.checkpoint_verification import checkpoint_path
+from nested_core.storage.checkpoint_verification import checkpoint_path, list_checkpoints
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
+from tests.builders.astray_ranks import go_astray
 from tests.example import example_config, prepare
 from tests.left_out import slow_except
 
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.usefixtures("forked_ranks")]
 
 STEPS = 10
 TIER_BYTES = 4 * 20_480  # parameters of each tier, float32
-ENDS = 8  # the weight and the wish to stop
+ENDS = 12  # the weight, and the requests to stop and to save
 
 
 @dataclass(frozen=True)
@@ -112,18 +112,6 @@ def test_the_run_directory_is_that_of_one_process_and_passes_the_gate(pair: Pair
     assert [tier.parameters * 4 for tier in group.tier_stats()] == [TIER_BYTES] * 3
 
 
-def go_astray(monkeypatch: pytest.MonkeyPatch, how: str) -> FineTuneConfig:
-    """Have rank 1 do at step 3 what astray.py describes."""
-    monkeypatch.setattr(
-        mlx_launch, "RANK_WORKER_ARGUMENTS", (str(Path(__file__).with_name("astray.py")),)
-    )
-    monkeypatch.setenv("ASTRAY", how)
-    training = {"processes": 2, "max_grad_norm": 1.0}
-    return example_config(
-        batch_size=4, save_every=2, steps_per_report=2, val_batches=0, training=training
-    )
-
-
 @pytest.mark.slow("trains two ranks")
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -151,3 +139,16 @@ def test_a_rank_that_differs_is_named_and_nothing_of_it_is_kept(
     monkeypatch.undo()
     steps.write_run_config(config, run, resume=True)
     assert steps.train(config, run).step == 8
+
+
+@pytest.mark.slow("trains two ranks")
+def test_the_main_rank_says_when_minutes_are_over_and_all_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = example_config(
+        batch_size=4, iters=7, val_batches=0, save_every="0.00001m", training={"processes": 2}
+    )
+    run = prepare(config, tmp_path / "run")
+    assert steps.train(config, run).step == 7
+    kept = [path.name[-1] for path in list_checkpoints(run.checkpoints)]
+    assert kept == ["2", "4", "6", "7"]  # asked for with a step, and done after the next one

@@ -27,6 +27,7 @@ from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from nested_core.storage.safetensors_files import read_tensors
 from nested_core.training.parameter_importance import measure_parameter_importance
 from nested_core.training.trainer import Trainer
+from tests.core.training.conftest import EVERY_STEP
 from tests.example import (
     MODEL,
     SPEEDS,
@@ -205,6 +206,21 @@ def test_an_export_is_the_runs_adapter_and_its_snapshots_the_checkpoints(
     for step in (3, 6):
         weights = done.run.checkpoints / f"step-{step:07d}" / WEIGHTS_NAME
         assert (target / f"{step:07d}_{WEIGHTS_NAME}").read_bytes() == weights.read_bytes()
+
+
+def test_checkpoints_by_the_clock_have_the_bytes_of_those_by_iterations(
+    every_step: Finished, tmp_path: Path
+) -> None:
+    def tensors(finished: Finished) -> dict[str, bytes]:
+        folder = finished.run.checkpoints
+        return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.safetensors")}
+
+    by_clock: dict[str, Any] = EVERY_STEP | {"iters": 9, "adapter_path": str(tmp_path / "out")}
+    finished = train_example(tmp_path / "run", **by_clock | {"save_every": "0.00001m"})
+    assert tensors(finished) == tensors(every_step)
+    assert (tmp_path / "out" / "0000004_adapters.safetensors").exists()
+    long = train_example(tmp_path / "long", **by_clock | {"save_every": "60m"})
+    assert set(tensors(long)) < set(tensors(every_step))
 
 
 def test_a_snapshot_within_an_update_has_the_weights_before_it(tmp_path: Path) -> None:
