@@ -35,7 +35,7 @@ class Key:
     @property
     def changes_adapter(self) -> bool:
         """Whether another value, under the same model and data, can give another adapter."""
-        return self.affects in ("training", "length")
+        return self.affects in ("training", "length", "ranks")
 
 
 def iterate_keys(

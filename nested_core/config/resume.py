@@ -71,7 +71,7 @@ def _resolve_paths(config: FineTuneConfig) -> FineTuneConfig:
 
 def may_differ_on_resume(key: Key) -> bool:
     """Whether a run may be resumed with another value of this key."""
-    return key.affects in ("length", "output")
+    return key.affects in ("length", "ranks", "output")
 
 
 def _forbidden_differences(name: str, before: Any, after: Any, allowed: Set[str]) -> Iterator[str]:

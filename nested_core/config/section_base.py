@@ -12,9 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 # What a key has a say in, and so what follows from a change of it:
 #   training  the adapter that comes out: fixed on resume; another value means another adapter
 #   length    how long a run trains: may differ on resume; another value means another adapter
+#   ranks     how many processes share a batch: may differ on resume, and the run says so; another
+#             value means another adapter, by the rounding of sums and by dropout
 #   source    where something is read from: fixed on resume; its content decides, not its name
 #   output    what is reported, kept and judged: may differ on resume; the adapter is the same
-Affects = Literal["training", "length", "source", "output"]
+Affects = Literal["training", "length", "ranks", "source", "output"]
 # What a key's value names: a file or folder here, or that or else a repository of the hub, or that
 # or else the data set's splits.
 PathRule = Literal["local", "local_or_hub", "local_or_split"]

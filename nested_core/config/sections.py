@@ -138,8 +138,12 @@ class TrainingSection(Section):
     max_nonfinite_steps: PositiveInt = key(5, "steps in a row until the run ends as diverged")
     flat_loss_reports: int = key(10, "warn when the loss has not moved for so many reports", ge=2)
     sample_tokens: PositiveInt = key(64, "most tokens of an answer to samples", affects="output")
-    processes: Processes = key(1, "processes on this machine that share each batch")
-    hostfile: str | None = key(None, "mlx.launch's list of machines, for processes", path="local")
+    processes: Processes = key(
+        1, "processes on this machine that share each batch", affects="ranks"
+    )
+    hostfile: str | None = key(
+        None, "mlx.launch's list of machines, for processes", affects="ranks", path="local"
+    )
     offer: Literal["best", "last", "average"] = key(
         "best", "the adapter that is selected: of the best step, of the last, or the average"
     )

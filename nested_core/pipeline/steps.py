@@ -77,6 +77,7 @@ from nested_core.records.dataset import (
 )
 from nested_core.records.plan import (
     TrainingPlan,
+    list_rank_counts,
     list_resumptions,
     read_plan,
     write_plan,
@@ -319,7 +320,10 @@ def train_model(
         # The run is made longer: what it ended with is out of date.
         for earlier in (run.report, run.manifest, run.gate, *run.measured, run.result):
             remove_file(earlier)
-        write_plan(run.plan, _make_plan(trainer, report, read_plan(run.plan)))
+        plan = _make_plan(trainer, report, read_plan(run.plan))
+        write_plan(run.plan, plan)
+        if sentence := plan.describe_rank_counts():
+            stages.info("%s", sentence)
     if on_start is not None:
         on_start(trainer)
     if session is not None and session.await_kernels is not None:
@@ -349,6 +353,7 @@ def _make_plan(
         memory_forecast_gb=trainer.memory.needed / 1e9,
         memory_limit_gb=trainer.memory.capacity / 1e9,
         resumed_at=list_resumptions(earlier, trainer.current_step),
+        rank_counts=list_rank_counts(earlier, trainer.current_step, trainer.world.size),
         select_by=trainer.config.training.select_by,
         ended_by=list_earlier_ends(),
     )

@@ -26,6 +26,7 @@ class TrainingPlan:
     epochs: passes over the training data of the whole run.
     first_step: where this process went on from; 0 is the beginning.
     resumed_at: every step that a process went on from after an earlier one had ended, ascending.
+    rank_counts: from which step on how many processes shared each batch, such as (0, 2), (40, 1).
     ended_by: the signals that ended the command's processes before this one.
     frequencies: of each tier, the fastest first.
     offers_best: whether the adapter of the lowest validation loss is offered, or the last one.
@@ -48,6 +49,7 @@ class TrainingPlan:
     memory_forecast_gb: float
     memory_limit_gb: float
     resumed_at: tuple[int, ...] = ()
+    rank_counts: tuple[tuple[int, int], ...] = ()
     select_by: str = "loss"
     ended_by: tuple[str, ...] = ()
 
@@ -58,6 +60,17 @@ class TrainingPlan:
         times = "once" if len(self.ended_by) == 1 else f"{len(self.ended_by)} times"
         signals = ", ".join(dict.fromkeys(self.ended_by))
         return f"The training process was killed {times} ({signals}) and went on by itself."
+
+    def describe_rank_counts(self) -> str | None:
+        """That the number of ranks changed on the way; None where it did not."""
+        if len(self.rank_counts) < 2:
+            return None
+        counts = ", ".join(f"{ranks} from step {step:,} on" for step, ranks in self.rank_counts)
+        return (
+            f"The number of processes that share each batch has changed: {counts}. Weights and "
+            f"moments were kept. Sums are rounded in another order since, so the run is not equal "
+            f"bit for bit to one that kept its number."
+        )
 
     def describe_validation(self) -> str:
         """The examples of an evaluation: "valid.jsonl, 10 examples"."""
@@ -76,6 +89,17 @@ def list_resumptions(earlier: TrainingPlan | None, first_step: int) -> tuple[int
     """
     known = () if earlier is None else earlier.resumed_at
     return tuple(sorted({step for step in (*known, first_step) if 0 < step <= first_step}))
+
+
+def list_rank_counts(
+    earlier: TrainingPlan | None, first_step: int, ranks: int
+) -> tuple[tuple[int, int], ...]:
+    """`rank_counts` of `ranks` processes that begin at `first_step`, after those of `earlier`."""
+    counts = () if earlier is None else earlier.rank_counts
+    known = [(step, count) for step, count in counts if step < first_step]
+    if known and known[-1][1] == ranks:
+        return tuple(known)
+    return (*known, (first_step, ranks))
 
 
 _PLAN_VALIDATOR = TypeAdapter(TrainingPlan)

@@ -164,8 +164,8 @@ def _describe_curves(run: Run) -> Iterator[str]:
             f"The run was resumed at {noun} {places}: the curves continue from the checkpoint "
             f"there, and each step and its seconds of training are counted once."
         )
-    if plan is not None and (ends := plan.describe_ends()):
-        yield ends
+    if plan is not None:
+        yield from filter(None, (plan.describe_rank_counts(), plan.describe_ends()))
     if run.verdict is not None and run.verdict.adapter_step is not None:
         yield f"The adapter of step {run.verdict.adapter_step:,} is the one that was evaluated."
     if plan is not None and plan.validation_file is not None:

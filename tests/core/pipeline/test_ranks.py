@@ -23,6 +23,7 @@ from nested_core.pipeline.launch.mlx_launch import (
     rank_device,
 )
 from nested_core.pipeline.preflight import check_before_start
+from nested_core.records.plan import list_rank_counts, read_plan
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.rank_communication import (
     SINGLE_PROCESS_WORLD,
@@ -32,6 +33,7 @@ from nested_core.training.rank_communication import (
     unpack_summed_gradients,
 )
 from tests.example import example_config
+from tests.runs import write_plan_of
 
 
 def test_the_ranks_rows_are_the_batch_and_none_is_in_two() -> None:
@@ -98,10 +100,22 @@ def test_a_reference_run_is_one_process() -> None:
         example_config(training=training, nested={"frequencies": [1]})
 
 
-def test_a_resumed_run_keeps_its_ranks(tmp_path: Path) -> None:
-    old, new = example_config(), example_config(training={"processes": 2})
-    with pytest.raises(ConfigError, match=r"training\.processes: 1 in the run, 2 now"):
-        refuse_differences_on_resume(old, new, tmp_path)
+def test_a_run_may_be_resumed_on_another_number_of_ranks_or_on_hosts(tmp_path: Path) -> None:
+    old = example_config()
+    for training in ({"processes": 2}, {"hostfile": "hosts.json"}):
+        refuse_differences_on_resume(old, example_config(training=training), tmp_path)
+
+
+def test_a_plan_says_where_the_number_of_ranks_changed(tmp_path: Path) -> None:
+    run, said = RunDirectory(tmp_path), []
+    for step, ranks in [(0, 2), (4, 2), (8, 1), (6, 4)]:  # the last after a damaged checkpoint
+        write_plan_of(run, rank_counts=list_rank_counts(read_plan(run.plan), step, ranks))
+        plan = read_plan(run.plan)
+        assert plan is not None
+        said.append(plan.describe_rank_counts() or "")
+    assert said[:2] == ["", ""]
+    assert "has changed: 2 from step 0 on, 1 from step 8 on." in said[2]
+    assert "has changed: 2 from step 0 on, 4 from step 6 on." in said[3]
 
 
 HOSTS = [{"ssh": name, "ips": [f"10.0.0.{i}"]} for i, name in enumerate(["a.example", "b@b"])]

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import TrainingProcessesDiffer
+from nested_core.errors import TrainingProcessesDiffer, TrainingStopped
 from nested_core.pipeline import steps
 from nested_core.pipeline.launch.rank_group import RankGroup
 from nested_core.records.metrics import read_metrics
+from nested_core.records.plan import read_plan
 from nested_core.storage.checkpoint_verification import checkpoint_path, list_checkpoints
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from tests.builders.astray_ranks import go_astray
-from tests.example import example_config, prepare
+from tests.example import example_config, prepare, stop_after
 from tests.left_out import slow_except
 
 pytestmark = [pytest.mark.usefixtures("forked_ranks")]
@@ -110,6 +111,28 @@ def test_the_run_directory_is_that_of_one_process_and_passes_the_gate(pair: Pair
     assert isinstance(group, RankGroup)
     assert (group.steps, group.current_step) == (STEPS, STEPS)
     assert [tier.parameters * 4 for tier in group.tier_stats()] == [TIER_BYTES] * 3
+
+
+@pytest.mark.slow("trains two ranks")
+def test_a_run_begun_by_one_process_goes_on_in_two_with_its_weights_and_moments(
+    pair: Pair, tmp_path: Path
+) -> None:
+    half, both = (
+        example_config(**settings(pair.config.nested.slow_gradients, processes))
+        for processes in (1, 2)
+    )
+    run = prepare(half, tmp_path / "run")
+    with pytest.raises(TrainingStopped):
+        steps.train(half, run, on_start=stop_after(STEPS // 2))
+    steps.write_run_config(both, run, resume=True)
+    steps.train(both, run)
+    for name in ("adapters.safetensors", "optimizer.safetensors"):
+        one, resumed = of_checkpoint(pair.one, name), of_checkpoint(run, name)
+        assert one.keys() == resumed.keys()
+        assert max(np.abs(one[n] - resumed[n]).max() for n in one) < 1e-5
+    plan = read_plan(run.plan)
+    assert plan is not None
+    assert plan.rank_counts == ((0, 1), (STEPS // 2, 2))
 
 
 @pytest.mark.slow("trains two ranks")
