@@ -21,6 +21,7 @@ from flows.flow_runs.allowed_folders import (
 )
 from flows.flow_runs.nights import find_other_night, name_flow_run, tag_flow_run
 from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
+from flows.flow_runs.run_place import require_begun_here
 from flows.process.os_errors import explain
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section_base import key
@@ -197,12 +198,16 @@ def _open_run_directory(config: FinetuneParameters) -> RunDirectory:
     """The directory given, or one keyed by the flow run's id, which a retry finds again."""
     if config.run_dir is not None:
         path = require_allowed(config.run_dir, "run_dir")
+        if not RunDirectory(path).is_nonempty():
+            require_begun_here()
         is_retry = (runtime.flow_run.run_count or 1) > 1 and RunDirectory(path).is_nonempty()
         return open_run(path, resume=config.resume or is_retry)
     # A retry has another scheduled start, so that a directory that is there already is found by the
     # id alone.
     flow_run = UUID(str(runtime.flow_run.id))
     begun = find_run_of(flow_run)
+    if begun is None:
+        require_begun_here()
     name = new_run_name(runtime.flow_run.scheduled_start_time, run_key(flow_run))
     path = DEFAULT_RUNS_FOLDER / name if begun is None else begun.path
     return open_run(path, resume=RunDirectory(path).is_nonempty())

@@ -9,6 +9,7 @@ from prefect import get_run_logger, runtime
 
 from flows.flow_runs.approvals import request_approval
 from flows.flow_runs.loss_on_test_set import describe_test_loss
+from flows.flow_runs.run_place import note_run_place
 from flows.flow_runs.warning_events import warn_of_full_disks
 from flows.process.stop_signals import Stopper
 from nested_core.config.schema import FineTuneConfig
@@ -37,6 +38,7 @@ class StepsAsTasks(Steps):
     def begin(self, config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
         """Begin, and publish the page of this night, which is replaced when it is over."""
         super().begin(config, run, resume=resume)
+        note_run_place(run.path)
         warn_of_full_disks([run.path])
         message = "continues from its last checkpoint" if resume else "has begun"
         publish_night(config, run, Outcome.RUNNING, message)

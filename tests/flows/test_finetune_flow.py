@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 from unittest.mock import patch
 
@@ -22,6 +23,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import State, StateType
 
 from flows.finetune import FinetuneParameters, finetune
+from flows.flow_runs.run_place import FOLDER_LABEL, HOST_LABEL
 from nested_core.errors import ConfigError, GateRejected, SilentUpdateWarning
 from nested_core.pipeline import steps
 from nested_core.registry import history, list_versions, promote, read_champion, register
@@ -74,6 +76,13 @@ def test_the_flow_run_has_the_adapters_name_the_night_and_its_outcome(completed)
     assert run.name == f"capitals, {due.day} {due:%b}"
     assert set(run.tags) >= {"capitals", "command"}
     assert (run.state_type, run.state_name) == (StateType.COMPLETED, "Promoted")
+
+
+def test_the_flow_run_says_which_host_has_its_folder(completed: tuple[Path, State[Any]]) -> None:
+    folder, state = completed
+    with get_client(sync_client=True) as client:
+        labels = client.read_flow_run(flow_run_id(state)).labels
+    assert (labels[HOST_LABEL], labels[FOLDER_LABEL]) == (gethostname(), str(folder / "run"))
 
 
 def continued(folder: Path, path: str, **changes: Any) -> State[Any]:
