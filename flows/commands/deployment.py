@@ -77,12 +77,17 @@ def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
     from flows.deployment.alerts import send_test_alert
     from flows.deployment.deploy import NO_ALERTS_WARNING, deploy, require_server
     from flows.deployment.planned_deployments import begin_name, make_plan
+    from flows.deployment.pool_sizes import route_by_forecast
     from flows.deployment.retention import check_retention
 
     notify = read_notify(arguments.notify)
     require_server()
     done = []
-    plan = make_plan(arguments.file, arguments.config)
+    plan, routes = route_by_forecast(
+        make_plan(arguments.file, arguments.config), on_wait=print_progress
+    )
+    for line in routes:
+        print_progress(line)
     for line in deploy(plan, notify):
         done.append(line)
         print_progress(line)

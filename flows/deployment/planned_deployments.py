@@ -15,7 +15,7 @@ import yaml
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyOptions
 from prefect.schedules import Schedule
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from flows.process.environment import packaged_folder
 from nested_core.config.error_messages import explain_problems, find_problems
@@ -113,6 +113,7 @@ class DeploymentsFile(Section):
     prefect_version: str | None = Field(None, alias="prefect-version")
     definitions: Any = None
     pull: list[dict[str, Any]] = ENTER_HOME
+    pools: dict[str, PositiveFloat] = {}  # GB of the devices, where pools differ in that
     deployments: tuple[PlannedDeployment, ...]
 
     def filled(self, values: dict[str, str]) -> Self:
@@ -135,6 +136,7 @@ class DeploymentPlan:
     pull: list[dict[str, Any]]
     deployments: tuple[PlannedDeployment, ...]
     work_pools: list[WorkPoolCreate]
+    pool_sizes: dict[str, float]
     automations: list[dict[str, Any]]
 
 
@@ -171,6 +173,7 @@ def make_plan(file: Path | None = None, config: Path | None = None) -> Deploymen
         pull=content.pull,
         deployments=content.deployments,
         work_pools=read_work_pools(),
+        pool_sizes=content.pools,
         automations=read_automations_yaml(),
     )
 

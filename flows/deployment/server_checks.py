@@ -95,8 +95,10 @@ def _check_database() -> Check:
 
 
 def _check_pools(client: SyncPrefectClient) -> Iterator[Check]:
-    for wanted in read_work_pools():
-        name = wanted.name
+    """The pools that our deployments wait in; before there are any, those that `deploy` makes."""
+    limits = {wanted.name: wanted.concurrency_limit for wanted in read_work_pools()}
+    used = {d.response.work_pool_name for d in read_server_deployments(client)} - {None}
+    for name in sorted(map(str, used or limits)):
         try:
             pool = client.read_work_pool(name)
         except ObjectNotFound:
@@ -104,7 +106,7 @@ def _check_pools(client: SyncPrefectClient) -> Iterator[Check]:
             continue
         is_well = pool.concurrency_limit is not None and not pool.is_paused
         seen = f"limit {pool.concurrency_limit}{', paused' if pool.is_paused else ''}"
-        mend = f"prefect work-pool set-concurrency-limit {name} {wanted.concurrency_limit}"
+        mend = f"prefect work-pool set-concurrency-limit {name} {limits.get(name, 1)}"
         if pool.is_paused:
             mend = f"prefect work-pool resume {name}"
         yield Check(f"pool {name}", is_well, seen, "" if is_well else mend)
