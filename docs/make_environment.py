@@ -71,6 +71,10 @@ VARIABLES = {
         "NESTED_TUNE_TRUSTED_MODELS": ("none", "models whose own Python code a run may execute"),
         "NESTED_TUNE_REGISTRIES": ("none", "registries in which a run may begin a new name"),
         "NESTED_TUNE_PYTHON": ("that of `deploy`", "Python that runs a flow on the workers"),
+        "NESTED_TUNE_LOG_FORMAT": (
+            "text",
+            "`json`: flows and `serve` log a line of JSON a record; the default of `--log-format`",
+        ),
         "NESTED_TUNE_PENDING_SECONDS": (
             "600",
             "read by `deploy`: alert if a run has not begun after so long",

@@ -20,7 +20,7 @@ from flows.flow_runs.allowed_folders import (
     with_trusted_code,
 )
 from flows.flow_runs.nights import find_other_night, name_flow_run, tag_flow_run
-from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
+from flows.flow_runs.prefect_logs import prepare_logs, tolerate_closed_output
 from flows.flow_runs.run_place import require_begun_here
 from flows.process.os_errors import explain
 from nested_core.config.schema import FineTuneConfig
@@ -79,7 +79,7 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     from tasks.night_artifacts import publish_night, publish_nights
 
     tolerate_closed_output()
-    hide_tracebacks_of_expected_errors()
+    prepare_logs()
     tag_flow_run()
     if other := find_other_night():
         return Completed(name=Outcome.SKIPPED_ANOTHER_NIGHT, message=other)

@@ -9,7 +9,7 @@ from prefect.states import Completed, Failed, State
 from pydantic import Field
 
 from flows.flow_runs.allowed_folders import require_allowed
-from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors
+from flows.flow_runs.prefect_logs import prepare_logs
 from flows.promote import AdapterParameters
 from nested_core.errors import DamagedError
 from nested_core.records.outcome_names import Outcome
@@ -35,7 +35,7 @@ def housekeeping(config: HousekeepingParameters) -> State[Any]:
     """Remove what nothing needs; the message has the bytes before and after."""
     from nested_core.pipeline.housekeeping import tidy_up  # loads the libraries that answer
 
-    hide_tracebacks_of_expected_errors()
+    prepare_logs()
     registry = require_allowed(config.registry, "registry")
     kept = KeptAmounts(config.keep_runs, config.keep_days, config.keep_versions)
     try:

@@ -22,7 +22,7 @@ from flows.flow_runs.approvals import (
     close_older_questions,
     publish_approval,
 )
-from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors
+from flows.flow_runs.prefect_logs import prepare_logs
 from nested_core.config.names import NAME_PATTERN
 from nested_core.config.section_base import Section
 from nested_core.records.outcome_names import Outcome
@@ -83,7 +83,7 @@ def promote(config: PromoteParameters) -> State[Any]:
     Completed in every case but damage: the message says what became of it. Resumed, the flow starts
     again from its top, and the answer is there.
     """
-    hide_tracebacks_of_expected_errors()
+    prepare_logs()
     registry = require_allowed(config.registry, "registry")
     champion = read_champion(registry, config.name)
     if config.version == champion:

@@ -13,7 +13,7 @@ from pydantic import Field
 from flows.flow_runs.allowed_folders import require_allowed
 from flows.flow_runs.approvals import request_approval
 from flows.flow_runs.dead_runs import end_dead_runs
-from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors
+from flows.flow_runs.prefect_logs import prepare_logs
 from flows.flow_runs.warning_events import (
     warn_of_full_disks,
     warn_of_long_runs,
@@ -58,7 +58,7 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
     What is damaged keeps no other version or name from its promotion: the flow goes through all of
     them, and then ends Failed, as Damaged, saying what is damaged and what to do.
     """
-    hide_tracebacks_of_expected_errors()
+    prepare_logs()
     registry = require_allowed(config.registry, "registry")
     wanted = list_names(registry) if config.names is None else config.names
     names = [name for name in wanted if name_exists(registry, name)]

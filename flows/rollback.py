@@ -9,7 +9,7 @@ from prefect.states import Completed, State
 from pydantic import Field
 
 from flows.flow_runs.allowed_folders import require_allowed
-from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors
+from flows.flow_runs.prefect_logs import prepare_logs
 from flows.promote import AdapterParameters
 from nested_core.records.outcome_names import Outcome
 from nested_core.registry import read_champion
@@ -31,7 +31,7 @@ class RollbackParameters(AdapterParameters):
 @flow(name="rollback", retries=0, flow_run_name="rollback {config.name}")
 def rollback(config: RollbackParameters) -> State[Any]:
     """Move the champion back; the message says what became of it."""
-    hide_tracebacks_of_expected_errors()
+    prepare_logs()
     registry = require_allowed(config.registry, "registry")
     champion = read_champion(registry, config.name)
     decision = roll_back(

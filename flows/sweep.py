@@ -18,7 +18,7 @@ from pydantic import Field, JsonValue
 from flows.flow_runs.allowed_folders import with_allowed_paths, with_trusted_code
 from flows.flow_runs.approvals import request_approval
 from flows.flow_runs.nights import SWEEP_TAG
-from flows.flow_runs.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
+from flows.flow_runs.prefect_logs import prepare_logs, tolerate_closed_output
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section_base import Section
@@ -70,7 +70,7 @@ def sweep(config: SweepParameters) -> State[Any]:
     the gate judged on validation examples, `better` counts among how many they chose.
     """
     tolerate_closed_output()
-    hide_tracebacks_of_expected_errors()
+    prepare_logs()
     target = with_trusted_code(with_allowed_paths(config.base)).registry
     if target.path is None or target.name is None:
         raise ConfigError("sweep: base.registry.path and name are needed to compare what came out.")

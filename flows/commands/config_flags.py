@@ -17,17 +17,30 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
+from flows.process.environment import LOG_FORMAT_VARIABLE
 from flows.terminal.console import print_progress
 from nested_core.config.key_properties import Key, iterate_configured_paths, iterate_keys
 from nested_core.config.loading import load_config, parse_yaml
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, new_run_name
+from nested_core.text.json_log import FORMATS
 
 REQUIRED_KEYS = ("model", "data")  # mlx_lm.lora's defaults would be fetched from the hub
 OUTPUT_PATH_KEYS = ("adapter_path", "registry.path")  # which need not exist
 METAVARS = {str: "TEXT", int: "N", float: "NUMBER"}
 MLX_LM_FLAG_GROUP_TITLE = "as in mlx_lm.lora; a flag wins over the file"
+
+
+def add_log_format(parser: argparse.ArgumentParser) -> None:
+    """Add --log-format, which the environment may choose for deployed flows too."""
+    parser.add_argument(
+        "--log-format",
+        choices=FORMATS,
+        default=os.environ.get(LOG_FORMAT_VARIABLE) or FORMATS[0],
+        help="of the log on standard error; json: one line a record "
+        f"(default: {LOG_FORMAT_VARIABLE}, else text)",
+    )
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:

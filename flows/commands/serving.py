@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -12,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flows.commands.config_flags import parse_size
+from flows.commands.config_flags import add_log_format, parse_size
 from flows.process.stop_signals import INTERRUPTED_EXIT_CODE
 from flows.terminal.console import print_progress
 from nested_core.errors import ConfigError
 from nested_core.text.digest_format import shorten_digest
+from nested_core.text.json_log import JsonFormatter
 
 API_KEY_VARIABLE = "NESTED_TUNE_API_KEY"
 MAX_PORT = 2**16 - 1
@@ -50,6 +52,7 @@ def add_commands(commands: Any) -> None:
         metavar="SECONDS",
         help="how long a new champion waits for answers that are under way (default: 30)",
     )
+    add_log_format(serve)
     add_mlx_lm_server_options(serve.add_argument_group("options of mlx_lm.server"))
 
 
@@ -85,10 +88,27 @@ def add_mlx_lm_server_options(group: Any) -> None:
     add("--quantized-kv-start", type=int, default=5000, metavar="TOKENS", help="default: 5000")
 
 
+def _set_up_logging(level: str, log_format: str) -> None:
+    """Log to standard error; above DEBUG without what mlx_lm says of each request's progress."""
+    from mlx_lm import server
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        """Whether a record is a warning, or not mlx_lm's."""
+        return record.levelno > logging.INFO or record.pathname != server.__file__
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        JsonFormatter()
+        if log_format == "json"
+        else logging.Formatter("%(asctime)s - %(levelname)s - %(message)s")
+    )
+    if level != "DEBUG":
+        handler.addFilter(is_wanted)
+    logging.basicConfig(level=level, handlers=[handler])
+
+
 def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
     """Serve until SIGINT or SIGTERM."""
-    import logging
-
     from flows.commands.serving_news import NewsSender
     from nested_core.serve.server import ServeSettings, starting_server
 
@@ -100,9 +120,8 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
             f"serve: --port is {arguments.port}. Expected a number from 0 to {MAX_PORT}; 0 takes a "
             f"port that is free."
         )
-    logging.basicConfig(
-        level=arguments.log_level, format="%(asctime)s - %(levelname)s - %(message)s"
-    )
+    _set_up_logging(arguments.log_level, arguments.log_format)
+    tell = logging.info if arguments.log_format == "json" else print_progress
     server, code = None, 0
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -116,16 +135,16 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
                 tell=sender.send,
             )
             with starting_server(settings) as server:
-                print_progress(f"serving {registry_lines(server)} at {server.address}")
+                tell(f"serving {registry_lines(server)} at {server.address}")
                 with suppress(KeyboardInterrupt):
                     server.serve()
-                print_progress("ending: answers under way are finished; Ctrl-C ends them")
+                tell("ending: answers under way are finished; Ctrl-C ends them")
     except KeyboardInterrupt:
         code = INTERRUPTED_EXIT_CODE
     finally:
         signal.signal(signal.SIGTERM, before)
     if server is not None and not server.generator.has_ended:
-        print_progress("ended by force: an answer under way did not come to its end")
+        tell("ended by force: an answer under way did not come to its end")
         os._exit(1)  # the thread of the answer would keep the process
     return lambda: code
 

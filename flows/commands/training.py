@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flows.commands.command_output import naming_report_of_failure, result_printer, text_printer
 from flows.commands.config_flags import (
     add_config_flags,
+    add_log_format,
     add_run_flags,
     choose_run_dir,
     load_config_from_flags,
@@ -80,6 +81,7 @@ def add_commands(commands: Any) -> None:
     for parser in (train, run):
         add_config_flags(parser)
         add_run_flags(parser)
+    add_log_format(run)
     train.add_argument(
         "--log",
         choices=("auto", "mlx_lm"),
@@ -274,7 +276,9 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     print_progress(f"run directory: {run.path}")
     with naming_report_of_failure(run):
         with Stopper().handling_signals(run), showing_run(run):
-            state = run_finetune_flow(parameters, logging.NOTSET)
+            state = run_finetune_flow(
+                parameters, logging.NOTSET, as_json=arguments.log_format == "json"
+            )
         if state.is_cancelled():
             raise TrainingStopped(
                 f"The flow run was cancelled, {state.message} At the command line:",
@@ -287,14 +291,18 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     return text_printer(f"adapter: {run.adapter}" if run.adapter.exists() else ended)
 
 
-def run_finetune_flow(parameters: dict[str, Any], log_level: int) -> State[Any]:
+def run_finetune_flow(
+    parameters: dict[str, Any], log_level: int, *, as_json: bool = False
+) -> State[Any]:
     """Run the flow in this process; the state in which it ends."""
     from flows.process.local_server import prefect_server
 
     with prefect_server() as wait_for_server:
         from flows.finetune import FinetuneParameters, finetune  # while the server starts
-        from flows.flow_runs.prefect_logs import show_logs_from_level
+        from flows.flow_runs.prefect_logs import print_records_as_json, show_logs_from_level
 
         show_logs_from_level(log_level)
+        if as_json:
+            print_records_as_json()
         wait_for_server()
         return finetune(FinetuneParameters(**parameters), return_state=True)

@@ -9,9 +9,11 @@ from prefect import runtime
 from prefect.logging.configuration import setup_logging
 from prefect.logging.handlers import PrefectConsoleHandler
 
+from flows.process.environment import LOG_FORMAT_VARIABLE
 from flows.terminal.console import can_redraw, errors
 from nested_core.errors import NestedTuneError
 from nested_core.records.outcome_names import Outcome
+from nested_core.text.json_log import JsonFormatter
 from tasks.log_text import LOGGERS_OF_RUNS
 
 OUTPUT_DESCRIPTORS = (1, 2)
@@ -74,12 +76,24 @@ class _ErrorAsParagraphFilter(logging.Filter):
 _in_a_paragraph = _ErrorAsParagraphFilter()
 
 
-def hide_tracebacks_of_expected_errors() -> None:
-    """Log errors that a person can cause without a traceback, unless Prefect logs at DEBUG."""
+def prepare_logs() -> None:
+    """Log errors that a person can cause without a traceback, unless Prefect logs at DEBUG.
+
+    With NESTED_TUNE_LOG_FORMAT=json what is printed is a line of JSON a record.
+    """
+    if os.environ.get(LOG_FORMAT_VARIABLE) == "json":
+        print_records_as_json()
     for name in LOGGERS_OF_RUNS:
         logger = logging.getLogger(name)
         if not logger.isEnabledFor(logging.DEBUG):
             logger.addFilter(_in_a_paragraph)
+
+
+def print_records_as_json() -> None:
+    """Print each record, and each warning of Python's, as a line of JSON."""
+    logging.captureWarnings(True)
+    for handler in _console_handlers():
+        handler.setFormatter(JsonFormatter())
 
 
 def tolerate_closed_output() -> None:

@@ -32,6 +32,7 @@ from nested_core.serve.response_generator import (
     failure_status,
 )
 from nested_core.serve.served_version import BASE_VERSION
+from nested_core.text.digest_format import shorten_digest
 from nested_core.text.foreign_text import escape
 
 VERSION_HEADER = "X-Adapter-Version"
@@ -58,7 +59,8 @@ class RegistryHandler(APIHandler):
         self._generator = response_generator
         self._follower = follower
         self._metrics = metrics
-        self._status = 0  # that was sent last
+        self._status = 0  # that was sent last, of the request at hand
+        self._began = time.monotonic()
         self._api_key = api_key
         self._request: VersionedRequest | None = None
         self._is_streaming = False
@@ -67,14 +69,25 @@ class RegistryHandler(APIHandler):
     server: Any  # server.py's, which counts connections
     timeout = 120  # seconds without a byte, on a connection of which something is expected
 
+    def handle_one_request(self) -> None:
+        """As http.server's, which waits for one; its line is written when it has ended."""
+        self._status, self._request = 0, None
+        super().handle_one_request()
+        if self._status:
+            self._log_ended_request()
+
+    def parse_request(self) -> bool:
+        """As http.server's; the request's seconds are counted from here."""
+        self._began = time.monotonic()
+        return super().parse_request()
+
     def do_POST(self) -> None:
         """Answer, and count it."""
-        began = time.monotonic()
         try:
             self._answer()
         finally:
             name = None if self._request is None else self._request.name
-            self._metrics.note_request(name, self._status, time.monotonic() - began)
+            self._metrics.note_request(name, self._status, time.monotonic() - self._began)
 
     def send_response(self, code: int, message: str | None = None) -> None:
         """As http.server's; the code is remembered."""
@@ -83,7 +96,6 @@ class RegistryHandler(APIHandler):
 
     def _answer(self) -> None:
         """Answer, where the client may ask, and what it asks is a request that is answered here."""
-        self._request = None
         try:
             self._require_permission()
             body = self._read_body()
@@ -305,8 +317,32 @@ class RegistryHandler(APIHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Nothing: http.server calls it when an answer begins."""
+
+    def _log_ended_request(self) -> None:
+        """One line a request, in which a client's control characters are escaped."""
+        request, seconds = self._request, time.monotonic() - self._began
+        version = None if request is None or request.bound is None else request.bound.version
+        fields = {
+            "client": self.address_string(),
+            "request": escape(self.requestline),
+            "status": self._status,
+            "seconds": round(seconds, 4),
+            "adapter": None if request is None else request.name,
+            "version": version,
+        }
+        answered = "" if version is None else f" {fields['adapter']}@{shorten_digest(version)}"
+        logging.info(
+            "%s %s %s%s %.3f s",
+            *(fields[key] for key in ("client", "request", "status")),
+            answered,
+            seconds,
+            extra=fields,
+        )
+
     def log_message(self, format: str, *args: Any) -> None:
-        """One line a request, in the log, in which a client's control characters are escaped."""
+        """What http.server tells of a connection, such as that it timed out."""
         logging.info("%s %s", self.address_string(), escape(format % args))
 
 

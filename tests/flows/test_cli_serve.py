@@ -104,6 +104,26 @@ def test_a_killed_server_leaves_a_sound_registry_and_the_next_one_ends_cleanly(
 
 
 @pytest.mark.slow("starts the command")
+def test_as_json_each_line_of_the_log_is_a_record_and_a_request_is_one(
+    served: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NESTED_TUNE_LOG_FORMAT", "json")
+    with serve_process(served[0], tmp_path) as (process, address):
+        connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=300)
+        for _ in range(3):
+            connection.request("POST", "/v1/completions", json.dumps({"prompt": "x"}))
+            connection.getresponse().read()
+        connection.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 0
+    lines = [json.loads(line) for line in (tmp_path / "serve.log").read_text().splitlines()]
+    asked = [line for line in lines if "request" in line]
+    assert [line["version"] for line in asked] == [served[1]] * 3
+    between = lines[lines.index(asked[0]) : lines.index(asked[-1]) + 1]
+    assert between == asked
+
+
+@pytest.mark.slow("starts the command")
 def test_sigterm_ends_a_process_whose_generation_stands_still(
     served: tuple[Path, str], tmp_path: Path
 ) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -97,3 +99,31 @@ def test_an_error_of_a_flow_or_of_its_task_is_logged_once_in_a_paragraph(tmp_pat
     assert len(ours) == 2
     assert all(missing in text and "\n" not in text for text in ours)
     assert "Traceback" not in "".join(lines.shown)
+
+
+JSON_PROGRAM = """
+import logging, os, warnings
+from prefect.logging.configuration import setup_logging
+from flows.flow_runs.prefect_logs import prepare_logs
+
+setup_logging()
+prepare_logs()
+logging.getLogger("prefect.flow_runs").warning("%s :smile: [bold]\\n", "x" * 300)
+warnings.warn("old", stacklevel=1)
+"""
+
+
+def test_with_the_environments_word_each_record_and_warning_is_a_line_of_json() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", JSON_PROGRAM],
+        env=os.environ | {"NESTED_TUNE_LOG_FORMAT": "json", "PREFECT_LOGGING_TO_API_ENABLED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    first, second = [json.loads(line) for line in done.stderr.splitlines()]
+    assert first["message"].startswith("x" * 300)
+    assert first["message"].endswith("[bold]\n")
+    assert (first["logger"], first["level"]) == ("prefect.flow_runs", "WARNING")
+    assert (second["logger"], "old" in second["message"]) == ("py.warnings", True)

@@ -15,6 +15,7 @@ import pytest
 from nested_core.serve import http_handler, server
 from nested_core.serve.http_handler import MAX_BODY_BYTES
 from nested_core.serve.request_model import MAX_ANSWER_TOKENS
+from nested_core.text.json_log import JsonFormatter
 from tests.core.serve.versions import NAME, QUESTION, Client, serving, settings
 from tests.example import generate_answers
 from tests.waiting import wait_until
@@ -375,6 +376,23 @@ def test_control_characters_of_a_client_are_escaped_in_the_log(
             pass
     (line,) = [text for text in caplog.messages if "owned" in text]
     assert r"GET /\x1b]0;owned\x07\x9b31m HTTP/1.0" in line
+
+
+def test_a_request_is_one_line_of_the_log_with_what_answered_it_and_its_seconds(
+    client: Client, version: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.handler.setFormatter(JsonFormatter())
+    with caplog.at_level(logging.INFO):
+        assert client.chat(stream=True).status == 200
+        assert client.send("POST", "/v1/else", {}).status == 404
+        wait_until(lambda: "/v1/else" in caplog.text, "both have ended")
+    ours = [record for record in caplog.records if record.module == "http_handler"]
+    answered, refused = [json.loads(caplog.handler.format(record)) for record in ours]
+    assert answered["request"] == "POST /v1/chat/completions HTTP/1.1"
+    assert (answered["status"], answered["adapter"]) == (200, NAME)
+    assert (answered["version"], answered["seconds"] > 0) == (version, True)
+    assert f"{NAME}@{version[:12]}" in answered["message"]
+    assert (refused["status"], refused["adapter"], refused["version"]) == (404, None, None)
 
 
 def test_stream_options_without_usage_are_answered(client: Client, version: str) -> None:
