@@ -19,6 +19,7 @@ from flows.flow_runs.allowed_folders import (
     with_allowed_paths,
     with_trusted_code,
 )
+from flows.flow_runs.night_metrics import write_metrics
 from flows.flow_runs.nights import find_other_night, name_flow_run, tag_flow_run
 from flows.flow_runs.prefect_logs import prepare_logs, tolerate_closed_output
 from flows.flow_runs.run_place import require_begun_here
@@ -94,10 +95,12 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     except Exception as error:  # of the machine or of a library: Prefect calls the run Failed
         if run.config.exists():
             publish_night(settings, run, "Failed", f"{type(error).__name__}: {error}")
+        write_metrics(settings.registry, run, "Failed")
         raise
     if run.config.exists():
         publish_night(settings, run, str(state.name), str(state.message))
     publish_nights(settings.registry.name, (UUID(str(runtime.flow_run.id)), str(state.name)))
+    write_metrics(settings.registry, run, str(state.name))
     return state
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from nested_core.data.dataset_loading import dataset_cache
 from nested_core.gate.answers.answer_cache import answer_cache
-from nested_core.records.run import list_runs
 from nested_core.registry import collect_garbage
 from nested_core.registry.garbage_collection import GarbageReport
 from nested_core.report.pruning import AdapterRuns, KeptAmounts, PruneReport, prune_runs
@@ -60,8 +59,8 @@ def tidy_up(
     """
     adapter = AdapterRuns(registry, name)
     caches = (answer_cache(), dataset_cache())
-    own = [each.path for each in list_runs(runs) if adapter.include(each)] if runs.is_dir() else []
-    before = sum(map(size_on_disk, [*own, registry / name, *(each.folder for each in caches)]))
+    places = [*adapter.list_folders(runs), registry / name, *(each.folder for each in caches)]
+    before = sum(map(size_on_disk, places))
     versions = collect_garbage(registry, name, by=AUTHOR, keep=kept.versions, dry_run=dry_run)
     pruned = None
     if runs.is_dir():

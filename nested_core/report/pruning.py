@@ -46,6 +46,12 @@ class AdapterRuns:
             return False
         return Path(section.path).resolve() == self.registry.resolve()
 
+    def list_folders(self, runs: Path) -> list[Path]:
+        """Those in a folder of runs; none where it is not there."""
+        return (
+            [each.path for each in list_runs(runs) if self.include(each)] if runs.is_dir() else []
+        )
+
 
 @dataclass(frozen=True)
 class PruneReport:

@@ -21,6 +21,7 @@ from prefect.client.schemas.filters import (
     ArtifactFilterKey,
 )
 from prefect.client.schemas.objects import State, StateType
+from prometheus_client.parser import text_string_to_metric_families
 
 from flows.finetune import FinetuneParameters, finetune
 from flows.flow_runs.run_place import FOLDER_LABEL, HOST_LABEL
@@ -54,7 +55,10 @@ def completed(
     prefect_server: None, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, State[Any]]:
     folder = tmp_path_factory.mktemp("flow")
-    return folder, run_flow(parameters(folder))
+    (folder / "metrics").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NESTED_TUNE_METRICS_FOLDER", str(folder / "metrics"))
+        return folder, run_flow(parameters(folder))
 
 
 def test_the_flow_completes_and_registers_a_champion(completed: tuple[Path, State[Any]]) -> None:
@@ -83,6 +87,18 @@ def test_the_flow_run_says_which_host_has_its_folder(completed: tuple[Path, Stat
     with get_client(sync_client=True) as client:
         labels = client.read_flow_run(flow_run_id(state)).labels
     assert (labels[HOST_LABEL], labels[FOLDER_LABEL]) == (gethostname(), str(folder / "run"))
+
+
+def test_the_figures_of_the_night_are_a_file_for_prometheus(
+    completed: tuple[Path, State[Any]],
+) -> None:
+    folder, _ = completed
+    text = (folder / "metrics" / "nested_tune_capitals.prom").read_text()
+    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    assert {sample.labels["name"] for sample in samples} == {"capitals"}
+    (outcome,) = [s.labels["outcome"] for s in samples if s.name == "nested_tune_night_outcome"]
+    assert outcome == "Promoted"
+    assert next(s.value for s in samples if s.name == "nested_tune_night_seconds") > 0
 
 
 def continued(folder: Path, path: str, **changes: Any) -> State[Any]:
