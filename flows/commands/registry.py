@@ -91,6 +91,12 @@ def add_commands(commands: Any) -> None:
         "--keep", type=int, default=10, metavar="N", help="newest to keep (default: 10)"
     )
     gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    gc.add_argument(
+        "--forget",
+        type=Path,
+        metavar="FILE",
+        help="take these rows or prompts (JSON Lines) out of the data store, and remove no version",
+    )
     export = commands.add(
         "export-mlflow",
         run_mlflow_export,
@@ -391,9 +397,11 @@ def run_registry_audit(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def run_gc(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Remove versions, but never the champion, nor what a rollback would go to."""
+    """Remove versions, but never the champion, nor what a rollback would go to; or forget rows."""
     from nested_core.registry import collect_garbage
 
+    if arguments.forget is not None:
+        return _forget_rows(arguments)
     done = collect_garbage(
         arguments.registry,
         arguments.name,
@@ -409,8 +417,34 @@ def run_gc(arguments: argparse.Namespace) -> Callable[[], int]:
             print_line(f"{what} {shorten_digest(version)}")
         print_line(
             f"{what} {len(done.collected)} versions ({done.bytes / 1e6:.1f} MB), kept "
-            f"{len(done.kept)}; {len(done.leftovers)} temporary files of killed processes"
+            f"{len(done.kept)}; {done.rows} stored examples; {len(done.leftovers)} temporary files "
+            f"of killed processes"
         )
+
+    return result_printer(arguments, lambda: asdict(done), show)
+
+
+def _forget_rows(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Take the rows that a file lists out of the data store, and say which versions lost them."""
+    from nested_core.data.example_rows import read_row_list
+    from nested_core.registry import forget_rows
+
+    listed = read_row_list(arguments.forget)
+    done = forget_rows(
+        arguments.registry,
+        arguments.name,
+        listed.has,
+        by=current_user(),
+        dry_run=arguments.dry_run,
+    )
+
+    def show() -> None:
+        """Each version that lost rows, with how many, or that none had any."""
+        what = "would lose" if done.is_dry_run else "lost"
+        for version, rows in done.versions.items():
+            print_line(f"{shorten_digest(version)} {what} {rows} stored examples")
+        if not done.versions:
+            print_line("no version has any of these rows in the data store")
 
     return result_printer(arguments, lambda: asdict(done), show)
 

@@ -1,6 +1,7 @@
-"""Rows of a data set read again, in the form that every reader takes, and prompt and answer of one.
+"""Rows of a data set read again, in the form that every reader takes, and compared with others.
 
-Rows of other programs' formats become the turns that were made of them, under our own keys.
+Rows of other programs' formats become the turns that were made of them, under our own keys. Rows
+are compared without case and white space, as the validation compares duplicates.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from nested_core.data.lines.json_decoding import LineProblem
 from nested_core.data.lines.line_rows import flatten_example, parse_line_to_row
 from nested_core.data.lines.line_table import fold_case_and_space
 from nested_core.data.sources.split_files import open_splits
-from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
+from nested_core.errors import ConfigError
+from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular
+
+_ANY_ROLE = FieldNames(allows_any_role=True)
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,61 @@ def fold_prompt_and_answer(row: Mapping[str, Any]) -> tuple[bytes, bytes]:
 
     The prompt holds all turns before the last, with their roles; it is empty for plain text.
     """
-    names = FieldNames(allows_any_role=True)
-    content = parse_line_to_row(json.dumps(row).encode(), names).content or ""
+    content = parse_line_to_row(json.dumps(row).encode(), _ANY_ROLE).content or ""
     prompt, _, answer = content.encode().rpartition(b"\0")
     return fold_case_and_space(prompt), fold_case_and_space(answer)
+
+
+@dataclass(frozen=True)
+class RowList:
+    """Rows that a person lists: examples, and prompts that stand for each example with them."""
+
+    examples: frozenset[tuple[bytes, bytes]]
+    prompts: frozenset[bytes]
+
+    def has(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row, or its prompt, is listed; case and white space do not count."""
+        prompt, answer = fold_prompt_and_answer(row)
+        return (prompt, answer) in self.examples or (prompt != b"" and prompt in self.prompts)
+
+
+def read_row_list(path: Path) -> RowList:
+    """Read a list of rows, a line of JSON each: a row of any format, or a prompt without an answer.
+
+    A prompt is a text, `{"prompt": TEXT}`, or `messages` that do not end with the assistant's turn.
+    Raises ConfigError for a file without any, and for a line that is neither.
+    """
+    examples, prompts = set(), set()
+    for number, line in enumerate(read_regular(path, follow_links=True).splitlines(), 1):
+        if not (body := strip_line(line, is_first=number == 1)):
+            continue
+        try:
+            row, is_prompt = _read_listed_row(body)
+        except (LineProblem, ValueError) as problem:
+            raise ConfigError(
+                f"{path}:{number} is neither a row nor a prompt: {problem}. Expected a line of a "
+                f"data set, or the same without its answer."
+            ) from None
+        prompt, answer = fold_prompt_and_answer(row)
+        if is_prompt:
+            prompts.add(prompt)
+        else:
+            examples.add((prompt, answer))
+    if not examples | prompts:
+        raise ConfigError(f"{path} lists no rows. Expected a row or a prompt a line, as JSON.")
+    return RowList(frozenset(examples), frozenset(prompts))
+
+
+def _read_listed_row(line: bytes) -> tuple[dict[str, Any], bool]:
+    """The row in a line, and whether it is a prompt, to which an answer without text was added."""
+    value = json.loads(line)
+    if isinstance(value, str):
+        value = {"prompt": value}
+    if isinstance(value, dict) and value.keys() == {"prompt"}:
+        return _row_of(parse_line(json.dumps(value | {"completion": ""}).encode(), _ANY_ROLE)), True
+    example = parse_line(line, _ANY_ROLE)
+    turns = example.messages
+    if turns and turns[-1].get("role") != "assistant":
+        turns = [*turns, {"role": "assistant", "content": ""}]
+        return _row_of(example._replace(format="chat", messages=turns)), True
+    return _row_of(example), False

@@ -80,7 +80,8 @@ def read_run_examples(
 
     None, too, with a warning, where the data has changed since it was validated, or is gone.
     """
-    is_kept = keeps_examples(*registry_location(config.registry), version)
+    registry, name = registry_location(config.registry)
+    is_kept = keeps_examples(registry / name, version)
     if not config.registry.keep_data or is_kept:
         return None
     recorded = read_dataset_record(run.dataset).splits

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nested_core.errors import NestedTuneError
+from nested_core.registry.data_store import data_findings
 from nested_core.registry.folders import (
     VERSIONS_FOLDER_NAME,
     find_name_folder,
@@ -76,6 +77,7 @@ def audit(registry: Path, name: str) -> AuditReport:
         findings = [*_versions_folder_findings(folder, link, ledger), *broken]
         if not broken:
             findings += [*_view_findings(folder, link, ledger), *judgement_findings(folder, ledger)]
+            findings += data_findings(folder, ledger.standing)
         if findings:
             require_no_writes_meanwhile(folder, lock)
     for version in reversed(versions):

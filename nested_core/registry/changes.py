@@ -89,7 +89,8 @@ def register_and_promote(
     run = run or read_passed_run(run_dir)
     with writing_folder(create_name_folder(registry, name)) as held:
         if examples is not None:
-            store_examples(held.path, run.version, examples, confirm=held.confirm)
+            standing = held.ledger.standing
+            store_examples(held.path, run.version, examples, standing, confirm=held.confirm)
         manifest = add_version(held, run, provenance, by=by, was_judged_now=False)
         fields = {"by": by, "manifest": manifest, "against_policy": against_policy}
         return _promote_held(held, run.version, expected_champion, fields)

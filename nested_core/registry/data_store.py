@@ -12,8 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +24,19 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from nested_core.errors import DamagedError, describe_first_problem
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry.folders import (
+    DATA_FOLDER_NAME,
     VERSIONS_FOLDER_NAME,
     find_name_folder,
     shared_folder_lock,
 )
-from nested_core.registry.versions import read_provenance, version_folder
+from nested_core.registry.versions import AuditFinding, read_provenance, version_folder
 from nested_core.storage.atomic import (
     Confirm,
-    remove_leftovers,
     sync_path,
     write_bytes,
 )
 from nested_core.storage.untrusted_files import file_type, read_regular
 
-DATA_FOLDER_NAME = "data"
 LIST_SUFFIX = ".json"
 PACK_SUFFIX = ".jsonl"
 OWNER_ALONE = 0o700
@@ -78,8 +79,8 @@ class RunExamples:
     max_bytes: int | None = None
 
 
-class _DigestList(BaseModel):
-    """VERSION.json."""
+class DigestList(BaseModel):
+    """The digests of a version's examples, as VERSION.json has them."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     train: list[str]
@@ -114,7 +115,7 @@ def read_stored_data(registry: Path, name: str, version: str) -> StoredData | No
     """
     folder = find_name_folder(registry, name)
     with shared_folder_lock(folder):
-        listed = _read_list(_list_path(folder, version))
+        listed = read_digest_list(folder, version)
         if listed is None:
             return None
         wanted = {*listed.train, *listed.held_out}
@@ -127,9 +128,9 @@ def read_stored_data(registry: Path, name: str, version: str) -> StoredData | No
     )
 
 
-def keeps_examples(registry: Path, name: str, version: str) -> bool:
-    """Whether the store lists examples of a version."""
-    return file_type(_list_path(registry / name, version)) != "missing"
+def keeps_examples(folder: Path, version: str) -> bool:
+    """Whether the store of a NAME's folder lists examples of a version."""
+    return file_type(_list_path(folder, version)) != "missing"
 
 
 def digest_row(row: Mapping[str, Any]) -> str:
@@ -142,39 +143,161 @@ def _render_row(row: Mapping[str, Any]) -> bytes:
     return json.dumps(row, separators=(",", ":"), allow_nan=False).encode()
 
 
-def store_examples(folder: Path, version: str, examples: RunExamples, *, confirm: Confirm) -> None:
+def store_examples(
+    folder: Path,
+    version: str,
+    examples: RunExamples,
+    standing: Iterable[str],
+    *,
+    confirm: Confirm,
+) -> None:
     """Keep a run's examples for a version; call under the lock of the NAME's folder.
 
-    A version whose examples are kept already keeps those.
+    A version whose examples are kept already keeps those. Where the store would grow beyond its
+    bound, of the `standing` versions, oldest first, the oldest lose theirs; where this one alone is
+    too large, a part of its training examples is kept, chosen by their digests.
     """
     place = folder / DATA_FOLDER_NAME
     if file_type(place) == "missing":
         is_shared = (folder / VERSIONS_FOLDER_NAME).stat().st_mode & stat.S_IWGRP
         place.mkdir(mode=OWNER_AND_GROUP if is_shared else OWNER_ALONE)
         sync_path(folder)
-    remove_leftovers(place)
-    path = _list_path(folder, version)
-    if file_type(path) != "missing":
+    if keeps_examples(folder, version):
         return
     held_out = {digest_row(row): _render_row(row) for row in examples.held_out}
     train = {digest_row(row): _render_row(row) for row in examples.train}
+    if examples.max_bytes is not None:
+        held_out, train = _fit(held_out, train, examples.max_bytes)
     known = {digest for _, digest, _ in _read_packs(folder)}
     new = {digest: line for digest, line in (held_out | train).items() if digest not in known}
     _write_pack(place, new.values(), confirm)
-    listed = _DigestList(train=[*train], held_out=[*held_out])
-    write_bytes(path, listed.model_dump_json().encode(), confirm=confirm)
+    listed = DigestList(train=[*train], held_out=[*held_out])
+    content = listed.model_dump_json().encode()
+    write_bytes(_list_path(folder, version), content, confirm=confirm)
+    kept = [*(one for one in standing if keeps_examples(folder, one) and one != version), version]
+    while examples.max_bytes is not None and _count_bytes(folder) > examples.max_bytes:
+        if not (kept := kept[1:]):
+            break
+        remove_unneeded_rows(folder, kept, confirm=confirm)
+
+
+Lines = dict[str, bytes]
+
+
+def _fit(held_out: Lines, train: Lines, max_bytes: int) -> tuple[Lines, Lines]:
+    """As many rows as fit into so many bytes, those that are held out before those of training.
+
+    Which ones is decided by their digests, which is as good as chance; they keep their order.
+    """
+    chosen: set[str] = set()
+    for rows in (held_out, train):
+        for digest in sorted(rows.keys() - chosen):
+            max_bytes -= len(rows[digest]) + 1
+            if max_bytes >= 0:
+                chosen.add(digest)
+    return (
+        {digest: line for digest, line in held_out.items() if digest in chosen},
+        {digest: line for digest, line in train.items() if digest in chosen},
+    )
+
+
+def _count_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in _pack_paths(folder))
+
+
+def count_unneeded_rows(folder: Path, versions: Collection[str]) -> int:
+    """How many rows of the store none of these versions has."""
+    needed = _needed_rows(folder, versions)
+    return sum(digest not in needed for _, digest, _ in _read_packs(folder))
+
+
+def remove_unneeded_rows(folder: Path, versions: Collection[str], *, confirm: Confirm) -> None:
+    """Remove the lists of all but these versions, and the rows that none of these has.
+
+    Call under the lock of the NAME's folder. A file that holds some of them is replaced by one
+    without them: cut short in between, rows are there twice, and the next call removes them.
+    """
+    place = folder / DATA_FOLDER_NAME
+    if file_type(place) == "missing":
+        return
+    needed = _needed_rows(folder, versions)
+    for path in place.glob(f"[!.]*{LIST_SUFFIX}"):
+        if path.stem not in versions:
+            confirm()
+            path.unlink()
+    for pack, rows in groupby(_read_packs(folder), key=itemgetter(0)):
+        lines = [(digest, line) for _, digest, line in rows]
+        kept = {digest: line for digest, line in lines if digest in needed}
+        needed -= kept.keys()
+        if len(kept) < len(lines):
+            _write_pack(place, kept.values(), confirm)
+            confirm()
+            pack.unlink()
+    sync_path(place)
+
+
+def _needed_rows(folder: Path, versions: Collection[str]) -> set[str]:
+    lists = [read_digest_list(folder, version) for version in versions]
+    return {digest for listed in lists if listed for digest in (*listed.train, *listed.held_out)}
+
+
+def find_rows(folder: Path, is_wanted: Callable[[dict[str, Any]], bool]) -> set[str]:
+    """The digests of all rows of the store that `is_wanted` says yes to."""
+    return {digest for _, digest, line in _read_packs(folder) if is_wanted(json.loads(line))}
+
+
+def drop_rows(folder: Path, version: str, digests: Collection[str], *, confirm: Confirm) -> None:
+    """Take rows out of a version's list; those that no version has go with the next removal."""
+    listed = read_digest_list(folder, version)
+    if listed is not None:
+        kept = DigestList(
+            train=[digest for digest in listed.train if digest not in digests],
+            held_out=[digest for digest in listed.held_out if digest not in digests],
+        )
+        write_bytes(_list_path(folder, version), kept.model_dump_json().encode(), confirm=confirm)
+
+
+def data_findings(folder: Path, versions: Iterable[str]) -> Iterator[AuditFinding]:
+    """Each list that cannot be read, or names rows that are not there, and what belongs nowhere."""
+    place = folder / DATA_FOLDER_NAME
+    if file_type(place) == "missing":
+        return
+    present = {digest for _, digest, _ in _read_packs(folder)}
+    for version in versions:
+        path = _list_path(folder, version)
+        try:
+            listed = read_digest_list(folder, version)
+        except DamagedError as error:
+            yield AuditFinding(path, str(error))
+            continue
+        named = set() if listed is None else {*listed.train, *listed.held_out}
+        if lost := len(named - present):
+            message = f"{lost} of {len(named)} examples that it names were altered, or are lost"
+            advice = (
+                f"Restore {place} from a backup; or remove {path} and give `nested-tune promote "
+                f"RUN_DIR --name {folder.name} --registry {folder.parent}` for the run of that "
+                f"version. Until then, replay and the gate go on without them."
+            )
+            yield AuditFinding(path, message, advice)
+    for path in sorted(place.iterdir()):
+        if not path.name.startswith(".") and path.suffix not in (LIST_SUFFIX, PACK_SUFFIX):
+            yield AuditFinding(path, "does not belong to the data store", "Remove it.")
 
 
 def _list_path(folder: Path, version: str) -> Path:
     return folder / DATA_FOLDER_NAME / f"{version}{LIST_SUFFIX}"
 
 
-def _read_list(path: Path) -> _DigestList | None:
-    """The digests of a version's examples; None where none are kept."""
+def read_digest_list(folder: Path, version: str) -> DigestList | None:
+    """The digests of a version's examples; None where none are kept.
+
+    Raises DamagedError for a file that is no such list.
+    """
+    path = _list_path(folder, version)
     if file_type(path) == "missing":
         return None
     try:
-        return _DigestList.model_validate_json(read_regular(path))
+        return DigestList.model_validate_json(read_regular(path))
     except ValidationError as error:
         raise DamagedError(
             f"{path}: {describe_first_problem(error)}. Restore it from a backup, or remove it: no "
@@ -184,9 +307,13 @@ def _read_list(path: Path) -> _DigestList | None:
 
 def _read_packs(folder: Path) -> Iterator[tuple[Path, str, bytes]]:
     """Each row of the store: the file that it is in, its digest, and its line."""
-    for path in sorted((folder / DATA_FOLDER_NAME).glob(f"[!.]*{PACK_SUFFIX}")):
+    for path in _pack_paths(folder):
         for line in read_regular(path).splitlines():
             yield path, hashlib.sha256(line).hexdigest(), line
+
+
+def _pack_paths(folder: Path) -> list[Path]:
+    return sorted((folder / DATA_FOLDER_NAME).glob(f"[!.]*{PACK_SUFFIX}"))
 
 
 def _write_pack(place: Path, lines: Collection[bytes], confirm: Confirm) -> None:

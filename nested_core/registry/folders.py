@@ -22,6 +22,7 @@ from nested_core.storage.untrusted_files import file_type
 LOCK_NAME = ".lock"
 
 VERSIONS_FOLDER_NAME = "versions"
+DATA_FOLDER_NAME = "data"
 MAX_LISTED_NAMES = 5
 UNUSABLE_PATH_ERRNOS = {
     errno.EACCES,

@@ -8,13 +8,26 @@ barred stays barred, because the history is never shortened.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.registry.data_store import (
+    count_unneeded_rows,
+    drop_rows,
+    find_rows,
+    read_digest_list,
+    remove_unneeded_rows,
+)
 from nested_core.registry.declines import find_decline_in_history
-from nested_core.registry.folders import VERSIONS_FOLDER_NAME, find_name_folder
+from nested_core.registry.folders import (
+    DATA_FOLDER_NAME,
+    VERSIONS_FOLDER_NAME,
+    find_name_folder,
+)
 from nested_core.registry.history_views import read_link, reading, writing
 from nested_core.registry.judgements import has_all_judgements, read_verdicts
 from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, Ledger
@@ -32,7 +45,10 @@ APPROVAL_GRACE_TIME = timedelta(days=7)  # as long as the flow `promote` waits f
 
 @dataclass(frozen=True)
 class GarbageReport:
-    """The versions that a gc removed, or would remove, and the leftovers of crashes."""
+    """The versions that a gc removed, or would remove, and the leftovers of crashes.
+
+    rows: how many examples of the data store no version has any more.
+    """
 
     name: str
     champion: str | None
@@ -40,6 +56,7 @@ class GarbageReport:
     kept: tuple[str, ...]
     bytes: int
     leftovers: tuple[str, ...]
+    rows: int
     is_dry_run: bool
 
 
@@ -63,6 +80,7 @@ def collect_garbage(
         plan = _plan_removals(held.path, name, held.ledger, keep, dry_run=False)
         for version in plan.collected:
             held.record("collected", version, by)
+        remove_unneeded_rows(held.path, held.ledger.standing, confirm=held.confirm)
     return replace(plan, leftovers=leftovers)
 
 
@@ -85,6 +103,7 @@ def _plan_removals(
         kept=tuple(version for version in versions if version in kept),
         bytes=sum(size_on_disk(folder / VERSIONS_FOLDER_NAME / each) for each in collected),
         leftovers=_find_leftovers(folder),
+        rows=count_unneeded_rows(folder, ledger.standing.keys() - {*collected}),
         is_dry_run=dry_run,
     )
 
@@ -135,7 +154,8 @@ def _waits_for_approval(folder: Path, version: str, ledger: Ledger) -> bool:
 def _find_leftovers(folder: Path) -> tuple[str, ...]:
     """Paths that a killed writer left; every writer clears them away under the lock."""
     prefixes = (TEMPORARY_PREFIX, RETIRED_PREFIX)
-    places = (folder, folder / VERSIONS_FOLDER_NAME)
+    names = ("", VERSIONS_FOLDER_NAME, DATA_FOLDER_NAME)
+    places = [folder / name for name in names if (folder / name).is_dir()]
     found = [p for place in places for p in place.iterdir() if p.name.startswith(prefixes)]
     return tuple(sorted(str(path.relative_to(folder)) for path in found))
 
@@ -152,6 +172,58 @@ def forget(registry: Path, name: str, version: str, *, by: str, reason: str) -> 
         lost = resolve_version(held.path, version, held.ledger)
         _require_lost(held.path, lost, held.ledger)
         held.record("forgotten", lost, by, reason=reason)
+    return lost
+
+
+@dataclass(frozen=True)
+class ForgottenRows:
+    """How many rows each version lost that had some of those to be forgotten, by version."""
+
+    name: str
+    versions: dict[str, int]
+    is_dry_run: bool
+
+
+def forget_rows(
+    registry: Path,
+    name: str,
+    is_listed: Callable[[dict[str, Any]], bool],
+    *,
+    by: str,
+    dry_run: bool = False,
+) -> ForgottenRows:
+    """Take the rows that `is_listed` says yes to out of the data store, and say so in the history.
+
+    A line for each version that had some says how many, and no more of them. What a version has
+    learnt of them stays in its tensors. Raises ConfigError for an unknown name.
+    """
+    if dry_run:
+        with reading(registry, name) as (folder, ledger):
+            lost = _find_listed_rows(folder, ledger, is_listed)
+    else:
+        with writing(registry, name) as held:
+            lost = _find_listed_rows(held.path, held.ledger, is_listed)
+            for version, digests in lost.items():
+                count = f"{len(digests)} {'row' if len(digests) == 1 else 'rows'}"
+                reason = f"{count} taken out of the data store"
+                held.record("rows_forgotten", version, by, reason=reason)
+            for version, digests in lost.items():
+                drop_rows(held.path, version, digests, confirm=held.confirm)
+            remove_unneeded_rows(held.path, held.ledger.standing, confirm=held.confirm)
+    counts = {version: len(digests) for version, digests in lost.items()}
+    return ForgottenRows(name, counts, is_dry_run=dry_run)
+
+
+def _find_listed_rows(
+    folder: Path, ledger: Ledger, is_listed: Callable[[dict[str, Any]], bool]
+) -> dict[str, set[str]]:
+    """The digests of the rows that each version would lose, of versions that would lose any."""
+    found = find_rows(folder, is_listed)
+    lost = {}
+    for version in ledger.standing:
+        listed = read_digest_list(folder, version)
+        if listed is not None and (own := found & {*listed.train, *listed.held_out}):
+            lost[version] = own
     return lost
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.registry.folders import (
+    DATA_FOLDER_NAME,
     VERSIONS_FOLDER_NAME,
     exclusive_folder_lock,
     find_name_folder,
@@ -158,7 +159,7 @@ def writing_folder(folder: Path) -> Iterator[NameFolder]:
     with exclusive_folder_lock(folder) as lock:
         lock.require_still_at_path()
         # What somebody without the lock has prepared can no longer take effect from here on.
-        for place in (folder, folder / VERSIONS_FOLDER_NAME):
+        for place in (folder, folder / VERSIONS_FOLDER_NAME, folder / DATA_FOLDER_NAME):
             remove_leftovers(place)
         held = NameFolder(folder, lock, read_ledger(folder))
         require_sound_end(folder, held.ledger)

@@ -41,6 +41,7 @@ Action = Literal[
     "declined",
     "tried",
     "policy",
+    "rows_forgotten",
 ]
 CHAMPION_CHANGE_ACTIONS = ("promote", "rollback", "moved")
 REMOVAL_ACTIONS = ("collected", "forgotten")
@@ -83,8 +84,9 @@ class Entry:
     `promote`, `rollback`, and `moved` (the link was found moved by hand). `registered` says that
     `version` was added, `judged` that its run was judged again, `collected` and `forgotten` that it
     was removed, `restored` that a version which was lost was registered again, `declined` that a
-    person did not approve it, `tried` that a run from the champion made no version, and `policy`
-    that the registry's policy changed.
+    person did not approve it, `tried` that a run from the champion made no version, `policy` that
+    the registry's policy changed, and `rows_forgotten` that rows of a version were taken out of the
+    data store.
 
     explicit: a rollback that named its version (`--to`).
     previous_line_sha256: of the line before, its bytes with the line end; of no bytes for the

@@ -85,7 +85,8 @@ def register(
     run = run or read_passed_run(run_dir)
     with writing_folder(create_name_folder(registry, name)) as held:
         if examples is not None:
-            store_examples(held.path, run.version, examples, confirm=held.confirm)
+            standing = held.ledger.standing
+            store_examples(held.path, run.version, examples, standing, confirm=held.confirm)
         add_version(held, run, provenance, by=REGISTRATION_AUTHOR, was_judged_now=True)
     return run.version
 

@@ -22,6 +22,7 @@ from nested_core.registry import (
     collect_garbage,
     decline,
     forget,
+    forget_rows,
     garbage_collection,
     list_versions,
     promote,
@@ -30,6 +31,7 @@ from nested_core.registry import (
     register_and_promote,
     rollback,
 )
+from nested_core.registry.data_store import RunExamples, read_stored_data
 from nested_core.registry.folders import name_exists
 from nested_core.registry.ledger import read_ledger
 from nested_core.registry.policy import read_policy, set_policy
@@ -74,9 +76,24 @@ def versions(memory: Path) -> tuple[str, str, str]:
     return make_three(memory)
 
 
+def examples_of(seed: int) -> RunExamples:
+    """Examples of which each version has some of its own and some that others have."""
+    train, held_out = (
+        [{"prompt": f"{split} {number}?", "completion": "yes"} for number in (0, seed)]
+        for split in ("train", "held out")
+    )
+    return RunExamples(train, held_out)
+
+
 def make_three(memory: Path) -> tuple[str, str, str]:
     first, second, third = (
-        register(write_run(memory / f"run-{seed}", seed), memory / "registry", NAME, {})
+        register(
+            write_run(memory / f"run-{seed}", seed),
+            memory / "registry",
+            NAME,
+            {},
+            examples=examples_of(seed),
+        )
         for seed in range(3)
     )
     promote(memory / "registry", NAME, first, by="ann")
@@ -111,19 +128,25 @@ CHANGES: dict[str, Callable[..., object]] = {
     ),
     "forget": lambda place, runs, three: forget(place, NAME, three[2], by="ann", reason="lost"),
     "gc": lambda place, runs, three: collect_garbage(place, NAME, by="ann", keep=0),
-    "register": lambda place, runs, three: register(runs / "run-9", place, NAME, {}),
+    "forget_rows": lambda place, runs, three: forget_rows(
+        place, NAME, lambda row: row["prompt"] in ("train 0?", "train 2?"), by="ann"
+    ),
+    "register": lambda place, runs, three: register(
+        runs / "run-9", place, NAME, {}, examples=examples_of(9)
+    ),
     "register_and_promote": lambda place, runs, three: register_and_promote(
-        runs / "run-9", place, NAME, {}, by="ann"
+        runs / "run-9", place, NAME, {}, by="ann", examples=examples_of(9)
     ),
 }
 
 
 def state_of(place: Path) -> tuple[Any, ...]:
-    """What a registry says: its champion, versions, policy, and the lines of its history."""
+    """What a registry says: champion, versions and their examples, policy, lines of the history."""
     if not name_exists(place, NAME):
         return (None, [], None, [])
     told = [(e.action, e.version, e.previous) for e in read_ledger(place / NAME).entries]
-    return read_champion(place, NAME), list_versions(place, NAME), read_policy(place, NAME), told
+    versions = [(one, read_stored_data(place, NAME, one)) for one in list_versions(place, NAME)]
+    return read_champion(place, NAME), versions, read_policy(place, NAME), told
 
 
 @pytest.mark.claim("A registry has one champion, and its history cannot be edited unseen")

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flows.cli import main
 from nested_core.data.data_settings import DataSettings
-from nested_core.data.example_rows import fold_prompt_and_answer, read_split_rows
-from nested_core.errors import DamagedError
-from nested_core.registry import register
+from nested_core.data.example_rows import fold_prompt_and_answer, read_row_list, read_split_rows
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.registry import audit, collect_garbage, history, promote, register
 from nested_core.registry.data_store import (
     RunExamples,
     digest_row,
+    find_rows,
     read_lineage,
     read_stored_data,
 )
+from nested_core.text.digest_format import shorten_digest
 from tests.core.registry.conftest import write_run
-from tests.core.registry.states import NAME
+from tests.core.registry.states import NAME, assert_settled
 
 Row = dict[str, Any]
 
@@ -29,9 +33,15 @@ def question(number: int, answer: str = "yes") -> Row:
     return {"prompt": f"Is {number} a number?", "completion": answer}
 
 
-def add_night(tmp_path: Path, seed: int, train: list[Row], held_out: list[Row]) -> str:
+def add_night(
+    tmp_path: Path,
+    seed: int,
+    train: list[Row],
+    held_out: list[Row],
+    max_bytes: int | None = None,
+) -> str:
     run = write_run(tmp_path / f"run-{seed}", seed)
-    examples = RunExamples(train, held_out)
+    examples = RunExamples(train, held_out, max_bytes)
     return register(run, tmp_path / "registry", NAME, {}, examples=examples)
 
 
@@ -60,6 +70,118 @@ def test_a_version_without_examples_has_no_stored_data(tmp_path):
     version = register(write_run(tmp_path / "run", 1), registry, NAME, {})
     assert read_stored_data(registry, NAME, version) is None
     assert not (registry / NAME / "data").exists()
+
+
+def add_champions(tmp_path: Path) -> list[str]:
+    """Three nights with a row of their own each, and one that all have; each was champion."""
+    versions = []
+    for seed in range(1, 4):
+        versions.append(add_night(tmp_path, seed, [question(0), question(seed)], [question(-seed)]))
+        promote(tmp_path / "registry", NAME, versions[-1], by="ann")
+    return versions
+
+
+@pytest.mark.usefixtures("no_time_to_decide")
+def test_gc_removes_rows_with_their_last_version(tmp_path):
+    registry = tmp_path / "registry"
+    first, second, third = add_champions(tmp_path)
+    assert collect_garbage(registry, NAME, by="ann", keep=0, dry_run=True).rows == 2
+    done = collect_garbage(registry, NAME, by="ann", keep=0)
+    assert (done.collected, done.rows) == ((first,), 2)
+    assert read_stored_data(registry, NAME, first) is None
+    assert rows_of(registry, second) == ([question(0), question(2)], [question(-2)])
+    assert rows_of(registry, third) == ([question(0), question(3)], [question(-3)])
+    assert all_stored(registry) == {*map(digest_row, map(question, (0, 2, 3, -2, -3)))}
+    assert collect_garbage(registry, NAME, by="ann", keep=0).rows == 0
+    assert_settled(registry)
+
+
+def all_stored(registry: Path) -> set[str]:
+    return find_rows(registry / NAME, lambda row: True)
+
+
+def test_forgotten_rows_and_prompts_leave_the_store_and_the_history_names_the_versions(
+    tmp_path, capfd
+):
+    registry = tmp_path / "registry"
+    first, second, _ = add_champions(tmp_path)
+    listed = tmp_path / "listed.jsonl"
+    prompt = question(-2)["prompt"].upper()
+    other = question(3, "no")  # another answer: not this row
+    listed.write_text("\n".join(map(json.dumps, [question(1), {"prompt": prompt}, other])))
+    command = ["gc", NAME, "--registry", str(registry), "--forget", str(listed)]
+    before = (registry / NAME / "history.jsonl").read_bytes()
+    assert main([*command, "--dry-run"]) == 0
+    assert f"{shorten_digest(first)} would lose 1 stored examples" in capfd.readouterr().out
+    assert (registry / NAME / "history.jsonl").read_bytes() == before
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["versions"] == {first: 1, second: 1}
+    assert rows_of(registry, first) == ([question(0)], [question(-1)])
+    assert rows_of(registry, second) == ([question(0), question(2)], [])
+    assert not all_stored(registry) & {digest_row(question(1)), digest_row(question(-2))}
+    lines = [line for line in history(registry, NAME) if line["action"] == "rows_forgotten"]
+    assert [(line["version"], line["reason"]) for line in lines] == [
+        (first, "1 row taken out of the data store"),
+        (second, "1 row taken out of the data store"),
+    ]
+    assert b"number" not in (registry / NAME / "history.jsonl").read_bytes()
+    assert_settled(registry)
+    assert main(command) == 0
+    assert "no version has any of these rows" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{}", "listed.jsonl:1 is neither a row nor a prompt"), ("\n", "lists no rows")],
+)
+def test_a_list_of_rows_that_is_none_is_refused(tmp_path, content, message):
+    listed = tmp_path / "listed.jsonl"
+    listed.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_row_list(listed)
+
+
+def test_a_bounded_store_keeps_the_newest_versions_and_of_one_alone_what_fits(tmp_path):
+    registry = tmp_path / "registry"
+    first, second = (
+        add_night(tmp_path, seed, [question(10 + seed)], [question(20 + seed)], max_bytes=250)
+        for seed in (1, 2)
+    )
+    third = add_night(tmp_path, 3, [question(13)], [question(23)], max_bytes=250)
+    assert read_stored_data(registry, NAME, first) is None
+    assert rows_of(registry, second) == ([question(12)], [question(22)])
+    rows = [question(number) for number in range(30, 60)]
+    fourth = add_night(tmp_path, 4, rows, [question(24)], max_bytes=250)
+    train, held_out = rows_of(registry, fourth)
+    assert held_out == [question(24)]
+    assert 0 < len(train) < 6
+    assert [row for row in rows if row in train] == train
+    assert read_stored_data(registry, NAME, third) is None
+    assert sum(path.stat().st_size for path in (registry / NAME / "data").glob("*.jsonl")) <= 250
+    assert_settled(registry)
+
+
+def test_an_audit_names_lost_rows_and_what_does_not_belong_to_the_store(tmp_path):
+    registry = tmp_path / "registry"
+    version = add_night(tmp_path, 1, [question(1), question(2)], [question(3)])
+    assert audit(registry, NAME).is_sound
+    data = registry / NAME / "data"
+    (pack,) = data.glob("*.jsonl")
+    pack.write_bytes(pack.read_bytes().replace(b"Is 2", b"Is 5"))
+    (data / "notes.txt").write_text("mine")
+    findings = {finding.file.name: finding.message for finding in audit(registry, NAME).findings}
+    assert findings == {
+        f"{version}.json": "1 of 3 examples that it names were altered, or are lost",
+        "notes.txt": "does not belong to the data store",
+    }
+
+
+def test_a_copy_of_a_registry_keeps_the_store_to_its_owner(tmp_path):
+    version = add_night(tmp_path, 1, [question(1)], [question(2)])
+    copy = shutil.copytree(tmp_path / "registry", tmp_path / "copy", symlinks=True)
+    assert rows_of(copy, version) == ([question(1)], [question(2)])
+    assert audit(copy, NAME).is_sound
+    assert stat.S_IMODE((copy / NAME / "data").stat().st_mode) == 0o700
 
 
 def test_only_the_owner_reads_the_store(tmp_path):
