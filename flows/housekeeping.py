@@ -15,6 +15,7 @@ from nested_core.errors import DamagedError
 from nested_core.records.outcome_names import Outcome
 from nested_core.report.pruning import KeptAmounts
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER
+from tasks.night_artifacts import tell_week
 
 KEPT = KeptAmounts()
 
@@ -32,7 +33,10 @@ class HousekeepingParameters(AdapterParameters):
 
 @flow(name="housekeeping", retries=0, flow_run_name="housekeeping {config.name}")
 def housekeeping(config: HousekeepingParameters) -> State[Any]:
-    """Remove what nothing needs; the message has the bytes before and after."""
+    """Remove what nothing needs; the message has the bytes before and after.
+
+    It tells of the adapter's last week, too, for whoever has switched that alert on.
+    """
     from nested_core.pipeline.housekeeping import tidy_up  # loads the libraries that answer
 
     prepare_logs()
@@ -42,4 +46,5 @@ def housekeeping(config: HousekeepingParameters) -> State[Any]:
         done = tidy_up(registry, config.name, DEFAULT_RUNS_FOLDER, kept, dry_run=config.dry_run)
     except DamagedError as error:
         return Failed(name=Outcome.DAMAGED, message=error.describe_for("page"), data=error)
+    tell_week(registry, config.name)
     return Completed(message=done.describe())

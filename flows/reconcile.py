@@ -14,6 +14,7 @@ from flows.flow_runs.allowed_folders import require_allowed
 from flows.flow_runs.approvals import request_approval
 from flows.flow_runs.dead_runs import end_dead_runs
 from flows.flow_runs.prefect_logs import prepare_logs
+from flows.flow_runs.run_list import tidy_run_list
 from flows.flow_runs.warning_events import (
     warn_of_full_disks,
     warn_of_long_runs,
@@ -75,6 +76,7 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
         for version in waiting[:1]:  # the newest: its question closes those about older ones
             request_approval(registry, name, version)
     dead = end_dead_runs()
+    tidy_run_list()
     sound = [name for name in names if checked[name].is_completed()]
     rollbacks, servers_behind = _bring_pages_up_to_date(registry, sound)
     damage, other_problems = _find_problems(registry, decided, checked, absent)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from uuid import UUID
 
 from prefect import get_run_logger
@@ -17,16 +19,19 @@ from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.run import Run
+from nested_core.report.fleet import NameStatus
 from nested_core.report.nights import Night, describe_night, describe_nights, join_lines
 from nested_core.storage.run_directory import RunDirectory, find_run_of
 from nested_core.text.document import Document
 from nested_core.text.foreign_text import escape_markdown
 from tasks.artifact_client import artifact_key, publish_page
+from tasks.events import emit_adapter_event
 from tasks.prefect_server import asking_server
 
 NIGHTS_PAGE = "nights"
 OTHER_PAGES = ("champion", "night", "approval")
 MAX_NIGHTS = 30
+WEEK = timedelta(days=7)
 
 
 def tell_night(night: UUID, outcome: Outcome, message: str) -> None:
@@ -106,6 +111,19 @@ def publish_nights(name: str | None, ended: tuple[UUID, str] | None = None) -> N
             page = ArtifactUpdate(data=str(describe_nights(name, nights, links)))
             there = find_nights_page(client, name) or make_nights_page(client, name)
             client.update_artifact(there, page)
+
+
+def tell_week(registry: Path, name: str) -> None:
+    """Emit `adapter.week`: how an adapter's runs of the last week ended, and its champion."""
+    since = datetime.now(UTC) - WEEK
+    with asking_server(f"nobody is told of the week of {name}") as client:
+        nights = [night_of(run, None) for run in _read_runs(client, name)]
+        outcomes = Counter(night.outcome for night in nights if night.due > since)
+        ends = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
+        _, champion, day, loss, *_ = NameStatus.read(registry, name).cells()
+        has_champion = f"champion {champion} since {day}, loss {loss}"
+        message = f"{ends or 'no run'}; {'no champion' if champion is None else has_champion}"
+        emit_adapter_event("week", name, {"message": message})
 
 
 def _read_runs(client: SyncPrefectClient, name: str) -> list[FlowRun]:

@@ -90,7 +90,8 @@ def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
         print_progress(line)
     for line in deploy(plan, notify):
         done.append(line)
-        print_progress(line)
+        if line != NO_ALERTS_WARNING:  # which ends all that is said
+            print_progress(line)
     if arguments.config is not None:
         print_progress(begin_name(plan))
     with get_client(sync_client=True) as client:

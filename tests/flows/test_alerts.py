@@ -27,6 +27,8 @@ from flows.reconcile import ReconcileParameters, reconcile
 from flows.rollback import RollbackParameters, rollback
 from nested_core import registry as core
 from nested_core.errors import ConfigError, NestedTuneError
+from tasks.night_artifacts import tell_week
+from tasks.prefect_server import read_events
 from tests.core.registry.conftest import write_run
 from tests.flows.conftest import naming
 from tests.waiting import wait_until
@@ -126,6 +128,22 @@ def test_runs_that_failed_crashed_or_are_late_are_told_by_type_whatever_their_st
     assert "Late: three, 21 Nov\nIt was to begin at 20" in wait_for_text(told, "three,")
 
 
+def test_who_was_told_of_a_crash_is_told_once_that_the_run_went_on_and_ended(client, told) -> None:
+    tags = ["nested-tune", "resumed"]
+    run = client.create_flow_run(night, name="resumed, 21 Nov", tags=tags)
+    waits: State[Any] = Completed(
+        name="Waits for approval", message="begun 2 times, last from step-0000150"
+    )
+    client.set_flow_run_state(run.id, Running(), force=True)
+    for state in (waits, Completed(name="Approved", message="by ann")):
+        client.set_flow_run_state(run.id, state, force=True)
+    end_run(client, "after both", State(type=StateType.FAILED, name="Failed"))
+    wait_for_text(told, "after both")
+    assert wait_for_text(told, "resumed, 21 Nov").startswith(
+        "Resumed, Waits for approval: resumed, 21 Nov\nbegun 2 times, last from step-0000150"
+    )
+
+
 def test_a_crash_that_is_reported_twice_is_told_once(client, told) -> None:
     run = client.create_flow_run(night, name="once, 21 Nov", tags=["nested-tune"])
     client.set_flow_run_state(run.id, Running(), force=True)
@@ -157,6 +175,32 @@ def test_where_all_is_well_there_is_silence(client, told, tmp_path) -> None:
     wait_for_text(told, "the last")
     told_of = [text for text in told if any(name in text for name in (*names, "cancelled", NAME))]
     assert told_of == []
+
+
+@flow(name="finetune")
+def a_fine_tune() -> None:
+    """A flow to have nights of; it is never run."""
+
+
+def test_a_week_says_how_its_nights_ended_and_is_an_alert_for_who_wants_it(
+    client: SyncPrefectClient, alerting: WebhookServer, tmp_path: Path
+) -> None:
+    name, registry = "weekly", tmp_path / "registry"
+    done = core.register_and_promote(write_run(tmp_path / "run", 1), registry, name, {}, by="ann")
+    for outcome in ("Promoted", "Skipped: hopeless", "Skipped: hopeless"):
+        run = client.create_flow_run(a_fine_tune, tags=[name])
+        client.set_flow_run_state(run.id, Completed(name=outcome), force=True)
+    tell_week(registry, name)
+    EventsWorker.drain_all()
+    asked = {"event": {"name": ["adapter.week"]}, "resource": {"id": [f"adapter.{name}"]}}
+    wait_until(lambda: bool(read_events(client, 1, **asked)), "the event of the week")
+    (event,) = read_events(client, 2, **asked)
+    said = str(event["payload"]["message"])
+    assert said.startswith("2 Skipped: hopeless, 1 Promoted; champion ")
+    assert f"champion {done.version[:12]} since 20" in said
+    (alert,) = client.read_automations_by_name(f"{ALERT}: the week of an adapter")
+    assert not alert.enabled
+    assert alert_block(alert) is not None
 
 
 def test_a_rollback_an_old_champion_and_a_full_disk_are_told(

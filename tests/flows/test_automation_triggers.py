@@ -28,6 +28,7 @@ from tests.prefect_home import DATABASE, new_prefect_home
 AUTOMATIONS = {each["name"].partition(": ")[2]: each for each in read_automations_yaml()}
 FREE, RESUME = "free dead runs", "resume what crashed"
 STUCK, REMINDER = "a run does not begin", "an approval still waits"
+NO_WORKER = "a work pool has no worker"
 ASKED, DAY = (0, "Waits for approval"), 86_400
 RUNNING = {"Running": "RUNNING", "heartbeat": None, "Pending": "PENDING", "Submitting": "PENDING"}
 BEATS = [(0, "Running"), (1, "heartbeat"), (31, "heartbeat")]
@@ -35,7 +36,7 @@ BEATS = [(0, "Running"), (1, "heartbeat"), (31, "heartbeat")]
 
 @dataclass(frozen=True)
 class Case:
-    """What happens to one run, in seconds; when the server looks; which automations fire."""
+    """What happens to one run, or pool, in seconds; when the server looks; what fires."""
 
     title: str
     events: list[tuple[int, str]]
@@ -43,6 +44,7 @@ class Case:
     fires: list[str]
     run_count: int = 1
     flow: str = "finetune"
+    subject: str = "flow-run"
 
 
 CASES = [
@@ -83,6 +85,21 @@ CASES = [
     Case("asked, and asked anew", [ASKED, (9, "Superseded")], [DAY + 1], [], flow="promote"),
     Case("the night that asked", [ASKED], [DAY + 1], []),
     Case("another flow that crashed", [(0, "Crashed")], [21], [], flow="sweep"),
+    Case("a pool's worker gone", [(0, "not-ready")], [110, 121], [NO_WORKER], subject="work-pool"),
+    Case(
+        "a worker that is started again",
+        [(0, "not-ready"), (60, "ready")],
+        range(5, 300, 5),
+        [],
+        subject="work-pool",
+    ),
+    Case(
+        "a pool that a person paused",
+        [(0, "not-ready"), (60, "paused")],
+        [121],
+        [],
+        subject="work-pool",
+    ),
 ]
 
 
@@ -90,7 +107,7 @@ def event_of(case: Case, run: str, name: str, at: Any) -> Any:
     from prefect.server.events.schemas.events import ReceivedEvent
 
     resource = {
-        "prefect.resource.id": f"prefect.flow-run.{run}",
+        "prefect.resource.id": f"prefect.{case.subject}.{run}",
         "prefect.resource.name": "x",
         "prefect.run-count": str(case.run_count),
         "prefect.state-type": RUNNING.get(name) or name.upper(),
@@ -110,7 +127,7 @@ def event_of(case: Case, run: str, name: str, at: Any) -> Any:
     return ReceivedEvent.model_validate(
         {
             "occurred": at,
-            "event": f"prefect.flow-run.{name}",
+            "event": f"prefect.{case.subject}.{name}",
             "resource": resource,
             "related": related,
             "id": uuid4(),
@@ -135,7 +152,7 @@ async def find_fired() -> dict[str, list[str]]:
     database: Any = provide_database_interface()
     await database.create_db()
     async with database.session_context(begin_transaction=True) as session:
-        for name in (FREE, RESUME, STUCK, REMINDER):
+        for name in (FREE, RESUME, STUCK, REMINDER, NO_WORKER):
             planned = deepcopy(AUTOMATIONS[name]) | {"actions": [{"type": "do-nothing"}]}
             planned.pop("notify", None)
             create: Any = automations.create_automation

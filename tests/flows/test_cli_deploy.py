@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.schedules import Schedule
 from prefect.workers.process import ProcessWorker
 
-from flows.commands.deployment import read_notify
+from flows.commands.deployment import read_notify, run_deploy
 from flows.deployment.deploy import _make_work_pools, deploy, put_deployment
 from flows.deployment.planned_deployments import make_plan, read_work_pools
 from nested_core.errors import ConfigError
@@ -126,6 +127,21 @@ def test_a_configurations_own_braces_reach_the_server_and_no_variable_of_the_env
     assert nightly.job_variables["command"].endswith(" -m prefect.engine")
     assert "$" not in nightly.job_variables["command"]
     assert "hf_only_in_tests" not in everything
+
+
+@pytest.mark.slow("puts everything on a server")
+def test_that_nobody_is_told_of_alerts_is_said_once_and_at_the_end(
+    prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with get_client(sync_client=True) as client:
+        for alert in client.read_automations():  # of other tests, which send it somewhere
+            client.delete_automation(alert.id)
+    given = {"config": None, "file": None, "notify": None, "test_alert": False}
+    run_deploy(argparse.Namespace(**given, json=False, output=None))()
+    printed = capsys.readouterr()
+    assert "NOBODY IS NOTIFIED" not in printed.err
+    assert printed.out.count("NOBODY IS NOTIFIED") == 1
 
 
 def test_deploying_again_puts_what_the_file_says_and_keeps_what_a_person_switched_on(
