@@ -175,7 +175,8 @@ def _refuse_paths_relative_to_file(config: FineTuneConfig, file: Path, flags: se
     """Paths start at the working directory; say so where one was meant to start at the file."""
     for name, _, value in iterate_configured_paths(config):
         path = Path(value)
-        if name in flags or name in OUTPUT_PATH_KEYS or path.is_absolute() or path.exists():
+        key = name.partition("[")[0]
+        if key in flags or key in OUTPUT_PATH_KEYS or path.is_absolute() or path.exists():
             continue
         beside = file.absolute().parent / path
         if beside.exists():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from nested_core.config.section_base import Affects, PathRule, Section
-from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
+from nested_core.config.sections import LINEAGE, SPLITS_BY_HELD_OUT_CHOICE
 
 SectionType = TypeVar("SectionType", bound=Section)
 
@@ -71,24 +71,29 @@ def replace_configured_paths(
     changes: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
         value, extra = getattr(section, name), field.json_schema_extra
-        key = prefix + (field.alias or name)
-        if isinstance(value, Section):
-            changes[name] = replace_configured_paths(value, replace, f"{key}.")
-        elif isinstance(value, tuple):
-            changes[name] = tuple(
-                replace_configured_paths(item, replace, f"{key}[{index}].")
-                if isinstance(item, Section)
-                else item
-                for index, item in enumerate(value)
-            )
-        elif isinstance(extra, dict) and "path" in extra and value is not None:
-            rule: Any = extra["path"]
-            if rule != "local_or_split" or value not in SPLITS_BY_HELD_OUT_CHOICE:
-                changes[name] = replace(key, rule, value)
+        rule: Any = extra.get("path") if isinstance(extra, dict) else None
+
+        def replace_in(value: Any, key: str, rule: Any = rule) -> Any:
+            """The value with other paths in it."""
+            if isinstance(value, Section):
+                return replace_configured_paths(value, replace, f"{key}.")
+            if isinstance(value, tuple):
+                return tuple(replace_in(item, f"{key}[{n}]") for n, item in enumerate(value))
+            is_path = rule is not None and value is not None
+            return replace(key, rule, value) if is_path and value not in words(rule) else value
+
+        changes[name] = replace_in(value, prefix + (field.alias or name))
     given = set(section.model_fields_set)
     copy = section.model_copy(update=changes)
     copy.model_fields_set.intersection_update(given)
     return copy
+
+
+def words(rule: PathRule) -> Collection[str]:
+    """The values that are no path where a key's value may be one."""
+    return {"local_or_split": SPLITS_BY_HELD_OUT_CHOICE, "local_or_lineage": (LINEAGE,)}.get(
+        rule, ()
+    )
 
 
 def section_in_annotation(annotation: Any) -> type[BaseModel] | None:

@@ -305,7 +305,15 @@ def _multi_process_problems(config: FineTuneConfig) -> Iterator[str]:
 
 
 def _continual_problems(config: FineTuneConfig) -> Iterator[str]:
+    replay = config.continual.replay
+    if replay.fraction and replay.is_lineage and config.continual.start is not None:
+        yield "continual.replay.sources: give files; the lineage is not read yet"
     if config.continual.start is None:
+        if replay.fraction and replay.is_lineage:
+            yield (
+                "continual.replay.sources: lineage is that of the champion, and needs "
+                "continual.from: champion; or give files"
+            )
         return
     if config.registry.path is None:
         yield "continual.from: champion needs a registry path and name"
@@ -326,5 +334,7 @@ def _mlx_lm_reference_problems(config: FineTuneConfig) -> Iterator[str]:
         changed.append("data_policy")
     if config.data_format in ("alpaca", "sharegpt", "csv"):
         changed.append(f"data_format {config.data_format}")
+    if config.continual.replay.fraction:
+        changed.append("continual.replay")
     if changed:
         yield f"training.reference: mlx_lm.lora knows nothing of {', '.join(changed)}"

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 #   output    what is reported, kept and judged: may differ on resume; the adapter is the same
 Affects = Literal["training", "length", "ranks", "source", "output"]
 # What a key's value names: a file or folder here, or that or else a repository of the hub, or that
-# or else the data set's splits.
-PathRule = Literal["local", "local_or_hub", "local_or_split"]
+# or else the data set's splits, or that or else the word lineage.
+PathRule = Literal["local", "local_or_hub", "local_or_split", "local_or_lineage"]
 
 
 def key(
@@ -111,9 +111,11 @@ class Section(BaseModel):
     def _expand_home(cls, value: Any, info: ValidationInfo) -> Any:
         """Expand `~` in every path, once and here: what is checked is then what is opened."""
         facts = cls.model_fields[str(info.field_name)].json_schema_extra
-        if isinstance(value, str) and isinstance(facts, dict) and "path" in facts:
-            return os.path.expanduser(value)
-        return value
+        if not isinstance(facts, dict) or "path" not in facts:
+            return value
+        if isinstance(value, list | tuple):
+            return [os.path.expanduser(one) if isinstance(one, str) else one for one in value]
+        return os.path.expanduser(value) if isinstance(value, str) else value
 
     @field_validator("*", mode="before")
     @classmethod

@@ -559,6 +559,56 @@ class RegistrySection(Section):
             yield f"promote: {self.promote} needs a registry path and name"
 
 
+LINEAGE = "lineage"
+
+
+class ReplaySection(Section):
+    """Examples of earlier nights that are mixed into every batch, so that they are not forgotten.
+
+    `fraction` 0 mixes none. `sources` is lineage, for what the champion and its ancestors were
+    trained on, or files and folders as `data` takes them, the newest first.
+    """
+
+    fraction: float = key(
+        0.0,
+        "share of each batch that is earlier examples (0 is none)",
+        affects="training",
+        ge=0,
+        lt=1,
+    )
+    sources: Names = key(
+        (LINEAGE,),
+        "where they are from: lineage, the data of the champion and its ancestors, or files and "
+        "folders, newest first",
+        path="local_or_lineage",
+        min_length=1,
+    )
+    max_generations: PositiveInt | None = key(
+        None, "how many of the newest sources are used (null is all)", affects="training"
+    )
+    weighting: Literal["uniform", "recent"] = key(
+        "uniform",
+        "uniform: each example as often as any other; recent: half as often with each generation",
+        affects="training",
+    )
+    missing: Literal["warn", "error"] = key(
+        "warn", "if a source is gone or changed: go on with the rest, or end", affects="output"
+    )
+    keep: PositiveInt | None = key(
+        None, "bytes of examples that the registry keeps for a name (null: all)", affects="output"
+    )
+
+    @property
+    def is_lineage(self) -> bool:
+        """Whether the examples are those of the champion and its ancestors."""
+        return self.sources == (LINEAGE,)
+
+    def find_conflicts(self) -> Iterator[str]:
+        """The lineage is the only source, where it is one."""
+        if LINEAGE in self.sources and not self.is_lineage:
+            yield "sources: lineage stands alone; give it, or files"
+
+
 class ContinualSection(Section):
     """Whether a run goes on from the champion; `from` is the champion, or nothing.
 
@@ -570,3 +620,4 @@ class ContinualSection(Section):
         None, "champion: start from the registry's champion", alias="from"
     )
     skip_unchanged: bool = key(True, "end before training if the same run was made before")
+    replay: ReplaySection = key(ReplaySection(), "examples of earlier nights in every batch")

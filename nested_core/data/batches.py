@@ -8,6 +8,7 @@ replay.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -17,7 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:  # a loss imports this file, and needs numpy alone
-    from nested_core.data.tokens.tokenized_split import Bool, Int32, Int64, TokenizedSplit
+    from nested_core.data.tokens.tokenized_split import (
+        Bool,
+        Int32,
+        Int64,
+        JoinedSplits,
+        TokenizedSplit,
+    )
 
 MAX_DISTINCT_WIDTHS = 96
 # What a width costs once, in positions of a batch: its trace, and the plans and memory of a GPU.
@@ -60,7 +67,7 @@ def sort_into_buckets(
     if not len(needed):
         raise ValueError("a batch plan needs at least one example, and there is none")
     rows = np.argsort(-needed, kind="stable").astype(np.int32)
-    longest = _round_up_widths(needed[rows[::batch_size]])
+    longest = round_up_widths(needed[rows[::batch_size]])
     if max_seq_length is not None:
         longest = longest.clip(max=max_seq_length)
     longest = widen_to_fast_widths(longest)
@@ -86,7 +93,7 @@ def widen_to_fast_widths(widths: Int64) -> Int64:
     return widened
 
 
-def _round_up_widths(needed: Int64) -> Int64:
+def round_up_widths(needed: Int64) -> Int64:
     """Every width up to 128, multiples of 2 up to 256, of 4 up to 512, and so on.
 
     Long widths are multiples that kernels like, and no more than 64 an octave are chosen from.
@@ -136,7 +143,7 @@ class BatchRows:
 
 
 def make_batch_arrays(
-    split: TokenizedSplit, batch: BatchRows, batch_size: int
+    split: TokenizedSplit | JoinedSplits, batch: BatchRows, batch_size: int
 ) -> tuple[Int32, Bool]:
     """Tokens int32 [batch_size, width + 1], padded with 0; target_mask bool [batch_size, width].
 
@@ -185,6 +192,19 @@ class BatchOrder:
         """Every width that a batch of this plan can have, ascending."""
         return tuple(sorted(map(int, self.buckets.widths)))
 
+    def count_batches(self, epochs: float) -> int:
+        """How many batches it takes to use each example so many times."""
+        return math.ceil(epochs * self.batches_per_epoch)
+
+    def count_epochs(self, batches: int) -> float:
+        """How many times each example is used in so many batches."""
+        return batches / self.batches_per_epoch
+
+    def find_widest(self, most: int) -> tuple[Int32, int]:
+        """The longest rows of those that are padded to the largest width, at most so many; it."""
+        end = min(int(self.buckets.starts[1]), most)
+        return self.buckets.rows[:end], self.buckets.bucket_width_at(0)
+
     def batch(self, index: int) -> BatchRows:
         """The batch at a position, from 0; the same in every process."""
         epoch, position = divmod(index, self.batches_per_epoch)
@@ -192,7 +212,7 @@ class BatchOrder:
         start = int(order[position]) * self.batch_size
         return BatchRows(rows[start : start + self.batch_size], self.buckets.bucket_width_at(start))
 
-    def arrays(self, split: TokenizedSplit, index: int) -> tuple[Int32, Bool]:
+    def arrays(self, split: TokenizedSplit | JoinedSplits, index: int) -> tuple[Int32, Bool]:
         """`make_batch_arrays` of the batch at a position."""
         return make_batch_arrays(split, self.batch(index), self.batch_size)
 

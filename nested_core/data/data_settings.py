@@ -14,6 +14,7 @@ from nested_core.errors import join_first_values
 from nested_core.text.foreign_text import escape
 
 SPLITS = ("train", "valid", "test")
+REPLAY_SPLIT = "replay"  # earlier examples that a run mixes in: no split of its data set
 MAX_SHOWN_FILE_NAMES = 5  # of a folder without train or valid
 
 
@@ -39,12 +40,13 @@ class DataSettings:
     hf_dataset: tuple[HubDataset, ...] = ()
     trust_remote_code: bool = False
     policy: DataPolicy = DataPolicy()
+    held_out_before: tuple[str, ...] = ()  # SHA-256 of examples of train to drop: `ReplayRecord`
 
     @classmethod
     def from_config(cls, config: Any) -> DataSettings:
         """Take the attributes of the same names, training.supervise and data_policy."""
         elsewhere = {"supervise": config.training.supervise, "policy": config.data_policy}
-        names = {setting.name for setting in fields(cls)} - elsewhere.keys()
+        names = {setting.name for setting in fields(cls)} - elsewhere.keys() - {"held_out_before"}
         return cls(**elsewhere, **{name: getattr(config, name) for name in names})
 
     @property

@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from hashlib import sha256
 from importlib.metadata import version
@@ -25,7 +25,8 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.data_settings import DataSettings
+from nested_core.config.sections import DataPolicy
+from nested_core.data.data_settings import REPLAY_SPLIT, DataSettings
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.sources.split_files import SplitFile, open_splits
 from nested_core.data.tokens.tokenized_split import (
@@ -36,7 +37,9 @@ from nested_core.data.tokens.tokenized_split import (
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DamagedError, DatasetError
 from nested_core.records.dataset import DatasetReport
+from nested_core.records.replay import read_replay, require_replayed_rows
 from nested_core.storage.atomic import canonical_json, temporary_beside, write_json
+from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import read_json, regular_sha256
 from nested_core.storage.user_cache import UserCache, cache_folder, remove_entry
 
@@ -170,12 +173,41 @@ def _file_hashes(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
 
 
 def load_run_data(
-    config: FineTuneConfig, on_progress: OnProgress | None = None
+    config: FineTuneConfig,
+    run: RunDirectory | None = None,
+    on_progress: OnProgress | None = None,
 ) -> tuple[DatasetReport, dict[str, TokenizedSplit]]:
-    """`load_dataset` for the configured data set, with the user's cache."""
+    """`load_dataset` for the configured data set, with the user's cache.
+
+    With `run`, what its replay.json says is in the split `replay` too, and new examples that it
+    names are dropped. Raises DamagedError where replay.json or replay.jsonl is missing or altered.
+    """
     settings = DataSettings.from_config(config)
     tokenizer = TokenizerSource.from_config(config)
-    return load_dataset(settings, tokenizer, on_progress, cache=dataset_cache())
+    cache = dataset_cache()
+    if run is None or not config.continual.replay.fraction:
+        return load_dataset(settings, tokenizer, on_progress, cache=cache)
+    record = read_replay(run.replay)
+    require_replayed_rows(record, run.replayed_rows)
+    settings = replace(settings, held_out_before=record.dropped)
+    report, splits = load_dataset(settings, tokenizer, on_progress, cache=cache)
+    if record.examples:
+        own = replay_settings(settings, run.replayed_rows)
+        splits[REPLAY_SPLIT] = load_dataset(own, tokenizer, on_progress, cache=cache)[1]["train"]
+    return report, splits
+
+
+def replay_settings(settings: DataSettings, rows: Path) -> DataSettings:
+    """How replay.jsonl is read: under our own keys, supervised as the run's new examples are."""
+    policy = DataPolicy(roles=settings.policy.roles, overlong=settings.policy.overlong)
+    return DataSettings(
+        data=str(rows),
+        batch_size=settings.batch_size,
+        max_seq_length=settings.max_seq_length,
+        mask_prompt=settings.mask_prompt,
+        supervise=settings.supervise,
+        policy=policy,
+    )
 
 
 def load_dataset(

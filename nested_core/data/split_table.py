@@ -29,6 +29,7 @@ from nested_core.data.rules.related_lines import (
     Dropped,
     add_near_duplicate_columns,
     add_repeat_columns,
+    find_lines_by_content,
     find_near_duplicates,
     separate_dropped_lines,
 )
@@ -80,11 +81,14 @@ def read_tables_with_repeats(
         name: replace(table, frame=table.frame.drop(NGRAM_SCHEMA, strict=False))
         for name, table in tables.items()
     }
+    held_out_before = find_lines_by_content(tables["train"].frame, settings.held_out_before)
     train, *held_out = add_repeat_columns([(t.file, t.frame) for t in tables.values()])
     if has_ngrams:
         near = [find_near_duplicates(shared, matches.examples, frame) for frame in ngrams]
         held_out = list(map(add_near_duplicate_columns, held_out, near))
-    train, held_out, dropped = separate_dropped_lines(train, held_out, settings.policy)
+    train, held_out, dropped = separate_dropped_lines(
+        train, held_out, settings.policy, held_out_before
+    )
     related = {
         name: replace(table, frame=frame)
         for (name, table), frame in zip(tables.items(), [train, *held_out], strict=True)

@@ -23,6 +23,7 @@ from nested_core.errors import ConfigError
 from nested_core.models.base_model import find_model_folder, fingerprint_base_model, is_same_base
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.outcome_names import Outcome
+from nested_core.records.replay import read_replay
 from nested_core.records.skip import Skip
 from nested_core.records.verdict import Verdict, describe_examples
 from nested_core.registry import holding_champion, read_champion, trials, verify
@@ -109,7 +110,7 @@ def _champion_trained_alike(config: FineTuneConfig, run: RunDirectory) -> str | 
     base, recorded = find_model_folder(config.model), provenance.get("base_fingerprint")
     if not isinstance(recorded, str) or not is_same_base(recorded, base):
         return None
-    now = train.digest, settings_digest(config, recorded)
+    now = train.digest, settings_digest(config, recorded, run)
     before = provenance.get("train_digest"), provenance.get("settings_digest")
     return champion if now == before else None
 
@@ -133,7 +134,7 @@ def conditions_digest(
         "champion": champion,
         "data": [dataset.digest, dataset.chat_template],
         "settings": settings_digest(
-            config, fingerprint_base_model(find_model_folder(config.model))
+            config, fingerprint_base_model(find_model_folder(config.model)), run
         ),
         "gate": replace_configured_paths(config.gate, _hash_file).model_dump(mode="json"),
         "rule": asdict(effective_rule(section)),
@@ -165,17 +166,24 @@ def record_trial(
         outcome=outcome,
         conditions_digest=conditions,
         dataset_digest=read_dataset_record(run.dataset).digest,
-        settings_digest=settings_digest(config, base),
+        settings_digest=settings_digest(config, base, run),
         run=run.path.resolve().name,
         reason=reason,
     )
     trials.record_trial(*registry_location(config.registry), trial)
 
 
-def settings_digest(config: FineTuneConfig, base: str | None) -> str:
-    """SHA-256 over the base model's fingerprint and every setting that can change the adapter."""
+def settings_digest(config: FineTuneConfig, base: str | None, run: RunDirectory) -> str:
+    """SHA-256 over the base model's fingerprint and every setting that can change the adapter.
+
+    With replay, over the examples that the run replays as well.
+    """
     settings = settings_that_shape_adapter(config)
-    return hashlib.sha256(canonical_json([base, settings])).hexdigest()
+    replay = settings.pop("continual")  # what there is of it is about replay
+    facts = [base, settings]
+    if config.continual.replay.fraction:
+        facts += [replay, read_replay(run.replay).content_digest]
+    return hashlib.sha256(canonical_json(facts)).hexdigest()
 
 
 def describe_starting_adapter(config: FineTuneConfig, run: RunDirectory) -> str | None:

@@ -30,6 +30,7 @@ from nested_core.records.dataset import (
 )
 from nested_core.records.metrics import cumulative_seconds, read_latest_values, read_metrics
 from nested_core.records.plan import read_plan
+from nested_core.records.replay import read_replay
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import GATE_NAME, bind_verdict, read_verdict
 from nested_core.registry import UNSET, Decision, Unset, register, register_and_promote
@@ -244,7 +245,7 @@ def make_provenance(
     return {
         "run_dir": str(run.path.resolve()),
         "config": config.model_dump(mode="json"),
-        "settings_digest": settings_digest(config, base),
+        "settings_digest": settings_digest(config, base, run),
         "conditions_digest": conditions,
         "base_fingerprint": base,
         "chat_template": dataset.chat_template,
@@ -256,6 +257,7 @@ def make_provenance(
         "champion_at_gate": champion,
         "training_examples": None if trained_on is None else encode_digests(trained_on),
         "trained": _describe_trained(run),
+        "replay": _describe_replayed(config, run),
         "training_seconds": max(cumulative_seconds(read_metrics(run.metrics)), default=0.0),
         "packages": {package: installed_version(package) for package in RECORDED_PACKAGES},
     }
@@ -272,6 +274,23 @@ def _describe_trained(run: RunDirectory) -> dict[str, Any] | None:
         "planned_steps": plan.steps,
         "epochs": plan.passes_until(steps),
         "file": plan.training_file,
+    }
+
+
+def _describe_replayed(config: FineTuneConfig, run: RunDirectory) -> dict[str, Any] | None:
+    """What the run replayed, and how many trained tokens that was; None without replay."""
+    if not config.continual.replay.fraction:
+        return None
+    record = read_replay(run.replay)
+    return {
+        "fraction": record.fraction,
+        "examples": record.examples,
+        "tokens": int(read_latest_values(run.metrics).get("replayed_tokens", 0)),
+        "sources": [
+            source.model_dump(mode="json", exclude={"named"})
+            | {"superseded_examples": [row.digest for row in source.named]}
+            for source in record.sources
+        ],
     }
 
 

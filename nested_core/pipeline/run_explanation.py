@@ -24,6 +24,7 @@ from nested_core.optim.tier_assignment import count_expected_updates
 from nested_core.pipeline import steps
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.learning_rate_rule import describe_learning_rate
+from nested_core.pipeline.replay import describe_replay
 from nested_core.records.dataset import SplitStats, held_out_split
 from nested_core.records.metrics import read_metrics
 from nested_core.registry.policy import hold_to_policy
@@ -65,6 +66,8 @@ class RunExplanation:
         memory: the predicted peak and the memory that there is.
         tokens_per_second: trained tokens a second, median of the measured steps; None if none was.
         device: what it was measured on.
+        replay: what is replayed, in sentences; empty without replay.
+        replayed_tokens: trained tokens of replayed examples in the whole run.
     """
 
     config: FineTuneConfig
@@ -79,6 +82,8 @@ class RunExplanation:
     memory: MemoryPlan
     tokens_per_second: float | None
     device: str
+    replay: tuple[str, ...] = ()
+    replayed_tokens: int = 0
 
     @property
     def training_seconds(self) -> float | None:
@@ -86,7 +91,8 @@ class RunExplanation:
         tokens = self.splits["train"].tokens
         if not self.tokens_per_second or tokens is None:
             return None
-        return tokens.supervised * self.epochs / self.tokens_per_second
+        trained = tokens.supervised * self.epochs + self.replayed_tokens
+        return trained / self.tokens_per_second
 
     def describe(self) -> dict[str, str]:
         """Sentences for each subject, in the order in which a person asks for them."""
@@ -128,7 +134,8 @@ class RunExplanation:
         return f"{'; '.join(parts)}. Gradients of steps between {rest}."
 
     def _describe_data(self) -> str:
-        return f"{'; '.join(map(_describe_split, self.splits.values()))}."
+        splits = "; ".join(map(_describe_split, self.splits.values()))
+        return ". ".join([splits, *self.replay]) + "."
 
     def _describe_steps(self) -> str:
         config = self.config
@@ -300,6 +307,7 @@ def explain_run(
         with run.locked():
             steps.write_run_config(config, run, resume=False)
             report = steps.validate(config, run)
+            replay = tuple(describe_replay(config, run))
             steps.write_initial_adapter_and_tiers(config, run, on_wait)
             with locking_devices(on_wait):
                 trainer, base_parameters = _make_trainer(config, run)
@@ -327,6 +335,8 @@ def explain_run(
         memory=trainer.memory,
         tokens_per_second=tokens_per_second,
         device=backend.device(),
+        replay=replay,
+        replayed_tokens=schedule.count_replayed_tokens(schedule.iterations) or 0,
     )
 
 
@@ -334,7 +344,7 @@ def _make_trainer(config: FineTuneConfig, run: RunDirectory) -> tuple[Trainer, i
     """The trainer of the whole run, which takes no step, and the base model's parameters."""
     model, tokenizer = load_base_model(config)
     base_parameters = sum(array.size for array in trainable_parameters(model).values())
-    _, splits = load_run_data(config)
+    _, splits = load_run_data(config, run)
     attach_adapter(model, config)
     load_adapter_tensors(model, load_arrays(run.initial / WEIGHTS_NAME))
     setup = prepare_training(config, run, model, splits, tokenizer=tokenizer)

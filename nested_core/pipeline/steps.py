@@ -67,6 +67,7 @@ from nested_core.pipeline.continual import starting_adapter
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.launch.mlx_launch import count_ranks
 from nested_core.pipeline.launch.rank_group import train_in_ranks
+from nested_core.pipeline.replay import prepare_replay
 from nested_core.process.command_parent import list_earlier_ends
 from nested_core.records.answers import write_answers
 from nested_core.records.dataset import (
@@ -133,8 +134,13 @@ def write_run_config(config: FineTuneConfig, run: RunDirectory, *, resume: bool)
 def validate(
     config: FineTuneConfig, run: RunDirectory, on_progress: OnProgress | None = None
 ) -> DatasetReport:
-    """Judge the data set and write dataset.json; DatasetError where it has an error."""
-    report, _ = load_run_data(config, on_progress)
+    """Choose what is replayed, judge the data set and write dataset.json.
+
+    Raises DatasetError where the data has an error, ConfigError for earlier data that is missing
+    under `replay.missing: error`.
+    """
+    prepare_replay(config, run)
+    report, _ = load_run_data(config, run, on_progress)
     write_json(run.dataset, report.to_json())
     report.raise_if_rejected()
     require_askable_suites(config)
@@ -200,7 +206,7 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Se
         load_adapter_tensors(model, {name: t.to_mlx() for name, t in champion.tensors.items()})
     with new_directory(run.initial, replace=True) as folder:
         write_adapter(folder, trainable_parameters(model), described)
-    tiers = _assign_tiers(config, model)
+    tiers = _assign_tiers(config, run, model)
     build_optimizer(config, tiers, steps=1)  # refuses unusable arguments before training begins
     write_json(run.tiers, tiers.to_json())
 
@@ -218,10 +224,10 @@ def _load_base_for_initial_adapter(config: FineTuneConfig, session: Session) -> 
     return session.load_base(config)
 
 
-def _assign_tiers(config: FineTuneConfig, model: Any) -> TierMap:
+def _assign_tiers(config: FineTuneConfig, run: RunDirectory, model: Any) -> TierMap:
     importance = None
     if config.nested.strategy == "parameter_importance":
-        _, splits = load_run_data(config)
+        _, splits = load_run_data(config, run)
         importance = measure_parameter_importance(config, model, splits["train"])
     return assign_tiers(trainable_parameters(model), config.nested, importance)
 
@@ -289,7 +295,7 @@ def train_model(
     """Train in this process, which holds the device; return the trainer at its end."""
     base = (session or Session()).load_base(config)
     model = base.model
-    report, splits = load_run_data(config)
+    report, splits = load_run_data(config, run)
     require_validated_data(run, report)
     load_adapter_tensors(model, load_arrays(run.initial / WEIGHTS_NAME))
     setup = prepare_training(

@@ -22,7 +22,7 @@ from nested_core.storage.untrusted_files import (
 MAX_METRICS_BYTES = 2**30
 MAX_RECORD_BYTES = 16 * 2**20
 MAX_LISTED_DAMAGED_LINES = 5
-COUNT_KEYS = ("step", "iteration", "trained_tokens")
+COUNT_KEYS = ("step", "iteration", "trained_tokens", "replayed_tokens")
 MAX_COUNT = 10**15
 NUMERIC_KEYS = (
     *("loss", "val_loss", "learning_rate", "grad_norm", "clipped_grad_norm"),

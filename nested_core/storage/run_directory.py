@@ -55,6 +55,8 @@ class RunDirectory:
         self.config = path / RUN_CONFIG_NAME  # the resolved configuration
         self.dataset = path / RUN_DATASET_NAME  # the report of the data set
         self.skipped = path / "skipped.json"  # why nothing was trained on it, if so
+        self.replay = path / "replay.json"  # which earlier examples are mixed in, of what
+        self.replayed_rows = path / "replay.jsonl"  # these examples
         self.initial = path / "initial"  # the adapter that training starts from
         self.tiers = path / RUN_TIERS_NAME  # the tier of every tensor
 

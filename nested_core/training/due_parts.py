@@ -252,6 +252,9 @@ class Reporter:
         self._losses.append(record["loss"])
         warn_of_flat_loss(state, self._losses, self.setup.config.training.flat_loss_reports)
         record["trained_tokens"] = state.trained_tokens
+        replayed = self.setup.step_schedule.count_replayed_tokens(iteration)
+        if replayed is not None:
+            record["replayed_tokens"] = replayed
         record["peak_memory_gb"] = mx.get_peak_memory() / 1e9
         if self.setup.callback is not None:
             self.setup.callback.on_train_loss_report(make_train_info(state.step, iteration, record))

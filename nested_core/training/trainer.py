@@ -41,6 +41,7 @@ NAMES_OF_DIGESTED_INPUTS = {
     "tiers": "tiers.json",
     "base": "the base",
     "data": "the data",
+    "replay": "replay.json",
 }
 
 

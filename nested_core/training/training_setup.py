@@ -9,9 +9,12 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import optimizer_classes
+from nested_core.data.data_settings import REPLAY_SPLIT
+from nested_core.data.replayed_batches import ReplayedRows
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import find_model_folder, fingerprint_base_model
@@ -28,6 +31,7 @@ from nested_core.optim.tier_counters import Tier
 from nested_core.optim.tiered import Tiered
 from nested_core.optim.tiers_file import read_tiers
 from nested_core.records.dataset import read_dataset_record
+from nested_core.records.replay import read_replay
 from nested_core.storage.adapter import WEIGHTS_NAME, files_sha256, read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
@@ -137,7 +141,7 @@ def prepare_training(
     if config.clear_cache_threshold:
         mx.set_cache_limit(config.clear_cache_threshold)
     tiers = read_tiers(run.tiers)
-    step_schedule = make_step_schedule(config, splits, world)
+    step_schedule = make_step_schedule(config, splits, world, _read_replay(run, splits))
     refuse_tiers_never_due(tiers.frequencies, step_schedule.steps)
     optimizer = build_optimizer(config, tiers, step_schedule.steps)
     optimizer.init(model.trainable_parameters())
@@ -165,6 +169,22 @@ def prepare_training(
     )
 
 
+def _read_replay(run: RunDirectory, splits: Mapping[str, TokenizedSplit]) -> ReplayedRows | None:
+    """What replay.json says of the rows of the split `replay`; None without any."""
+    split = splits.get(REPLAY_SPLIT)
+    if split is None or not len(split):
+        return None
+    record = read_replay(run.replay)
+    ends = np.cumsum([source.examples for source in record.sources])
+    return ReplayedRows(
+        lengths=split.lengths,
+        sources=np.searchsorted(ends, split.lines, "left"),
+        rows=tuple(source.fresh for source in record.sources),
+        weighting=record.weighting,
+        fraction=record.fraction,
+    )
+
+
 def _make_average(config: FineTuneConfig, run: RunDirectory) -> AdapterAverage | None:
     section = config.training.average
     if section is None:
@@ -174,7 +194,8 @@ def _make_average(config: FineTuneConfig, run: RunDirectory) -> AdapterAverage |
 
 def compute_input_digests(config: FineTuneConfig, run: RunDirectory) -> dict[str, str]:
     """Digests of what training begins from: initial adapter, tiers, base model and data."""
-    return {
+    replay = {"replay": regular_sha256(run.replay)} if config.continual.replay.fraction else {}
+    return replay | {
         "initial": read_adapter(run.initial).digest(),
         "initial_files": files_sha256(run.initial),
         "tiers": regular_sha256(run.tiers),

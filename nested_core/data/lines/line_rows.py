@@ -117,6 +117,11 @@ def flatten_example(example: Example, field_names: FieldNames) -> LineRow:
     )
 
 
+def text_to_compare(example: Example) -> str:
+    """All of an example that is tokenised as one text; the last NUL in it ends the prompt."""
+    return _text_to_compare(example, _letters_of_turns(example))
+
+
 def _letters_of_turns(example: Example) -> str:
     """One letter a turn; a tool's result whose id no call before it has is an orphan."""
     letters = ""
@@ -134,7 +139,7 @@ def _letters_of_turns(example: Example) -> str:
 
 
 def _text_to_compare(example: Example, roles: str) -> str:
-    """All that is tokenised as one text; the last NUL in it ends the prompt.
+    """The text of `text_to_compare`, from the letters of the turns.
 
     Fields are joined by NUL, which no sound line contains, so that unequal examples stay unequal.
     """

@@ -8,7 +8,7 @@ data that a run is measured on stays the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import polars as pl
@@ -201,15 +201,29 @@ _DROP_REASON_TEXTS = {
     "duplicate": "they repeat an earlier example",
     "leakage": "valid or test has the same example",
     "overlong": "they are longer than max_seq_length",
+    "held-out-before": "an earlier data set of the lineage holds them out",
 }
 
 
+def find_lines_by_content(frame: pl.DataFrame, contents: Sequence[str]) -> frozenset[int]:
+    """The lines of a file whose examples have one of these SHA-256, in hexadecimal digits."""
+    keys = pl.Series(
+        [int.from_bytes(bytes.fromhex(c)[:8], "little") for c in contents], dtype=pl.UInt64
+    )
+    is_one = pl.col("format").is_not_null() & pl.col("content").is_in(keys.implode())
+    return _line_numbers(frame.filter(is_one))
+
+
 def separate_dropped_lines(
-    train: pl.DataFrame, held_out: list[pl.DataFrame], policy: DataPolicy
+    train: pl.DataFrame,
+    held_out: list[pl.DataFrame],
+    policy: DataPolicy,
+    held_out_before: frozenset[int] = frozenset(),
 ) -> tuple[pl.DataFrame, list[pl.DataFrame], Dropped]:
     """The frames to judge, and the lines of train that are dropped for their content, by reason.
 
-    In those frames `repeats` is null for what is dropped, so that no rule reports it as well.
+    `held_out_before` are lines to drop whatever the policy is. In those frames `repeats` is null
+    for what is dropped, so that no rule reports it as well.
     """
     dropped: dict[str, frozenset[int]] = {}
     no_line = pl.lit(None, pl.Int32)
@@ -222,6 +236,9 @@ def separate_dropped_lines(
     if policy.duplicates == "drop":
         dropped["duplicate"] = _line_numbers(train.filter(pl.col("repeats").is_not_null()))
         train = train.with_columns(repeats=no_line)
+    if held_out_before:
+        dropped = {reason: lines - held_out_before for reason, lines in dropped.items()}
+        dropped["held-out-before"] = held_out_before
     return train, held_out, dropped
 
 

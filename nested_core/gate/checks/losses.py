@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from nested_core.data.data_settings import REPLAY_SPLIT
 from nested_core.data.example_digests import digest_examples
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.judged import Check, JudgedRun
@@ -34,7 +35,8 @@ def _measure_losses(judged: JudgedRun) -> Iterator[Reason]:
     """Measure the loss of each held-out example, of those that no adapter was trained on."""
     config, run = judged.config, judged.run
     splits = read_nonempty_splits(config, run)
-    training_examples = digest_examples(splits["train"])
+    trained_on = [splits[name] for name in ("train", REPLAY_SPLIT) if name in splits]
+    training_examples = np.concatenate(list(map(digest_examples, trained_on)))
     content = np.unique(training_examples).astype("<u8").tobytes()
     judged.written_files[run.training_examples.name] = content
     judged.candidates = Candidates()

@@ -139,7 +139,8 @@ def _hash_judged_files(
 ) -> dict[str, FileEntry]:
     """Size and SHA-256 of all that a verdict rests on but the configuration, by path in the run."""
     paths = [run.dataset, run.tiers, run.metrics, run.result]
-    paths += [path for path in (run.validation_losses,) if path.is_file()]
+    optional = (run.validation_losses, run.replay, run.replayed_rows)
+    paths += [path for path in optional if path.is_file()]
     entries = {path: describe_file(path) for path in paths}
     entries[offered.path / MANIFEST_NAME] = describe_manifest(offered.manifest)
     for adapter in adapters:
@@ -169,6 +170,8 @@ def _require_unchanged_inputs(
         )
     if files[run.tiers.name]["sha256"] != digests.get("tiers"):
         raise DamagedError(f"{run.tiers} has changed since training began.")
+    if files.get(run.replay.name, {}).get("sha256") != digests.get("replay"):
+        raise DamagedError(f"{run.replay} has changed since training began.")
     if read_dataset_record(run.dataset).digest != digests.get("data"):
         raise DamagedError(
             f"{run.dataset} is not the report on the data that {offered_checkpoint} has seen."

@@ -350,7 +350,7 @@ def require_validated_data(run: RunDirectory, report: DatasetReport) -> None:
 
 def read_nonempty_splits(config: FineTuneConfig, run: RunDirectory) -> dict[str, TokenizedSplit]:
     """The splits that have examples, of the data that the run was validated with."""
-    report, splits = load_run_data(config)
+    report, splits = load_run_data(config, run)
     require_validated_data(run, report)
     return {name: split for name, split in splits.items() if len(split)}
 

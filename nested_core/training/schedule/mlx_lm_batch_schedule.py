@@ -68,6 +68,9 @@ class MlxLmSchedule:
         rows = self._train_batches[self._train_orders[epoch][position]]
         return self._make_batch_arrays(self._train, rows)
 
+    def count_replayed_tokens(self, iterations: int) -> None:
+        """None: mlx_lm.lora replays nothing."""
+
     def validation_batches(self, iteration: int) -> Iterable[MicroBatch] | None:
         """`val_batches` batches, in an order that only this evaluation has."""
         valid = self._valid

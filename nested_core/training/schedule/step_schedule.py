@@ -14,8 +14,10 @@ import mlx.core as mx
 import numpy as np
 
 from nested_core.config.schema import FineTuneConfig, Intervals
-from nested_core.data.batches import BatchOrder, choose_evaluation_batches
-from nested_core.data.tokens.tokenized_split import Int32, Int64, TokenizedSplit
+from nested_core.data.batches import BatchOrder, choose_evaluation_batches, make_batch_arrays
+from nested_core.data.data_settings import REPLAY_SPLIT
+from nested_core.data.replayed_batches import ReplayedBatchOrder, ReplayedRows
+from nested_core.data.tokens.tokenized_split import Int32, Int64, JoinedSplits, TokenizedSplit
 from nested_core.training.evaluation import load_evaluation_batches
 from nested_core.training.loss.loss_interface import BatchShape, MicroBatch
 from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD, World
@@ -62,6 +64,9 @@ class StepSchedule(Protocol):
     def micro_batch(self, index: int) -> MicroBatch:
         """The micro-batch of an iteration."""
 
+    def count_replayed_tokens(self, iterations: int) -> int | None:
+        """Supervised tokens of replayed examples in the first so many; None without replay."""
+
     def validation_batches(self, iteration: int) -> Iterable[MicroBatch] | None:
         """The batches of an evaluation after so many iterations; None if there are none."""
 
@@ -99,19 +104,30 @@ class BucketedSchedule:
         config: FineTuneConfig,
         splits: Mapping[str, TokenizedSplit],
         world: World = SINGLE_PROCESS_WORLD,
+        replay: ReplayedRows | None = None,
     ) -> None:
         self._config = config
         self.offers_best = config.training.offer == "best"
         self._world = world
-        self._train = splits["train"]
+        self._train: TokenizedSplit | JoinedSplits = splits["train"]
         self._valid = splits.get("valid")
-        self._plan = make_batch_order(config, self._train)
+        self._plan: BatchOrder | ReplayedBatchOrder = make_batch_order(config, splits["train"])
+        if replay is not None:
+            self._train = JoinedSplits(splits["train"], splits[REPLAY_SPLIT])
+            self._plan = ReplayedBatchOrder(
+                splits["train"].lengths,
+                replay,
+                config.batch_size,
+                config.seed,
+                max_seq_length=config.max_seq_length,
+            )
+            self._supervised = self._train.count_supervised()
         self.iterations = config.iters
         if config.training.epochs is not None:
-            self.iterations = math.ceil(config.training.epochs * self._plan.batches_per_epoch)
+            self.iterations = self._plan.count_batches(config.training.epochs)
         self.steps = math.ceil(self.iterations / config.grad_accumulation_steps)
         self.intervals = config.intervals(self.iterations)
-        self.epochs = self.iterations / self._plan.batches_per_epoch
+        self.epochs = self._plan.count_epochs(self.iterations)
         self.validation_examples = _count_validation_examples(config, self._valid)
 
     def largest_batch(self) -> BatchShape:
@@ -119,16 +135,13 @@ class BucketedSchedule:
 
         If many rows are as wide as that, a sample of the longest is looked at.
         """
-        buckets = self._plan.buckets
         batch_size = self._config.batch_size
-        rows = buckets.rows[
-            : min(int(buckets.starts[1]), max(MAX_WIDEST_ROWS_EXAMINED, batch_size))
-        ]
+        rows, width = self._plan.find_widest(max(MAX_WIDEST_ROWS_EXAMINED, batch_size))
         supervised = sorted(int(self._train.example_mask(row).sum()) for row in rows)
         self._train.release_pages()
         return BatchShape(
             batch_size // self._world.size,
-            buckets.bucket_width_at(0),
+            width,
             sum(supervised[-batch_size:]) // self._world.size,
         )
 
@@ -143,7 +156,14 @@ class BucketedSchedule:
 
     def micro_batch(self, index: int) -> MicroBatch:
         """A batch of examples of about one length."""
-        return self._world.own_rows(self._plan.arrays(self._train, index))
+        batch = self._plan.batch(index)
+        return self._world.own_rows(make_batch_arrays(self._train, batch, self._config.batch_size))
+
+    def count_replayed_tokens(self, iterations: int) -> int | None:
+        """A sum over the rows that were drawn so far: nothing is counted on the way."""
+        if isinstance(self._plan, BatchOrder):
+            return None
+        return self._plan.sum_replayed(self._supervised, iterations)
 
     def validation_batches(self, iteration: int) -> Iterable[MicroBatch] | None:
         """`val_batches` of the validation set, the same ones every time."""
@@ -198,10 +218,14 @@ def make_step_schedule(
     config: FineTuneConfig,
     splits: Mapping[str, TokenizedSplit],
     world: World = SINGLE_PROCESS_WORLD,
+    replay: ReplayedRows | None = None,
 ) -> StepSchedule:
-    """The length-bucketed schedule, or under `training.reference` mlx-lm's."""
+    """The length-bucketed schedule, or under `training.reference` mlx-lm's.
+
+    `replay` says which examples of the split `replay` come when.
+    """
     if config.training.reference is None:
-        return BucketedSchedule(config, splits, world)
+        return BucketedSchedule(config, splits, world, replay)
     from nested_core.training.schedule.mlx_lm_batch_schedule import MlxLmSchedule
 
     return MlxLmSchedule(config, splits)

@@ -121,7 +121,9 @@ def test_a_rejected_night_is_one_line_of_the_history_with_what_decided_it(reject
     assert line["reason"].startswith("loss_regressed, examples_harmed; validation loss ")
     assert line["dataset_digest"] == dataset["digest"]
     assert line["settings_digest"] == continual.settings_digest(
-        configure(rejected_once, **RUINOUS), fingerprint_base_model(MODEL)
+        configure(rejected_once, **RUINOUS),
+        fingerprint_base_model(MODEL),
+        RunDirectory(rejected_once / "rejected"),
     )
 
 

@@ -1,0 +1,232 @@
+"""Which earlier examples a run replays: none that newer data repeats, corrects or holds out.
+
+Rows are compared as the validation compares duplicates: without case and white space. Of the
+examples that are left, as many are chosen as the run has room for, by its seed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+
+from nested_core.data.lines.example_parsing import Example, FieldNames, parse_line
+from nested_core.data.lines.line_rows import text_to_compare
+from nested_core.data.lines.line_table import fold_case_and_space
+from nested_core.data.replay_draws import Weighting, choose_rows
+from nested_core.records.replay import (
+    MAX_NAMED_PROMPTS,
+    MAX_SHOWN_CHARACTERS,
+    ReplaySource,
+    SupersededRow,
+)
+
+KEY_BYTES = 8
+STORED_FIELD_NAMES = FieldNames(allows_any_role=True)
+
+
+@dataclass(frozen=True)
+class RowKeys:
+    """What an example is compared by.
+
+    content: SHA-256 of all that is tokenised; folded: of the same without case and white space;
+    prompt: of all but the answer, folded; None for plain text, which has no prompt.
+    """
+
+    content: bytes
+    folded: bytes
+    prompt: bytes | None
+
+    @classmethod
+    def of(cls, example: Example) -> RowKeys:
+        """The keys of an example."""
+        content = text_to_compare(example).encode()
+        folded = fold_case_and_space(content)
+        prompt = folded.rpartition(b"\0")[0]
+        return cls(sha256(content).digest(), _key(folded), _key(prompt) if prompt else None)
+
+
+def _key(text: bytes) -> bytes:
+    return sha256(text).digest()[:KEY_BYTES]
+
+
+def read_row(row: dict[str, Any]) -> Example:
+    """The example in a row of the registry's store; LineProblem where it is none."""
+    return parse_line(json.dumps(row).encode(), STORED_FIELD_NAMES)
+
+
+def render_row(example: Example) -> bytes:
+    """The example as a line of JSON, under the keys that are read where none is configured."""
+    if example.format == "text":
+        row: dict[str, Any] = {"text": example.text}
+    else:
+        tools = {} if example.tools is None else {"tools": example.tools}
+        row = {"messages": example.messages, **tools}
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+@dataclass
+class NewData:
+    """The data that a run is to be trained on, as far as earlier rows are compared with it.
+
+    train: the contents of its training examples; held_out: of what it is evaluated by, folded.
+    """
+
+    train: set[bytes] = field(default_factory=set)
+    folded: set[bytes] = field(default_factory=set)
+    prompts: set[bytes] = field(default_factory=set)
+    held_out: set[bytes] = field(default_factory=set)
+
+    def add(self, example: Example, *, is_held_out: bool) -> None:
+        """Add an example of train, or one that is held out."""
+        keys = RowKeys.of(example)
+        self.folded.add(keys.folded)
+        if keys.prompt is not None:
+            self.prompts.add(keys.prompt)
+        if is_held_out:
+            self.held_out.add(keys.folded)
+        else:
+            self.train.add(keys.content)
+
+
+@dataclass(frozen=True)
+class EarlierData:
+    """A data set of an earlier night: its examples, or why there are none.
+
+    version, file, problem: as `ReplaySource` has them.
+    train: what may be replayed; held_out: what its version was judged by.
+    """
+
+    version: str | None
+    file: str | None
+    train: Sequence[Example] = ()
+    held_out: Sequence[Example] = ()
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class ChosenExamples:
+    """What is replayed.
+
+    lines: an example each, as JSON; those of each source in turn.
+    dropped: the contents of new training examples that a source holds out.
+    """
+
+    sources: tuple[ReplaySource, ...]
+    lines: tuple[bytes, ...]
+    dropped: tuple[bytes, ...]
+
+
+def choose_replayed_examples(
+    new: NewData,
+    earlier: Sequence[EarlierData],
+    *,
+    draws: int,
+    weighting: Weighting,
+    max_generations: int | None,
+    seed: int,
+) -> ChosenExamples:
+    """Choose what is replayed of earlier data, newest first, and say what is not.
+
+    Args:
+        new: the data of the run.
+        earlier: all sources; what any of them holds out is not trained on, whatever its age.
+        draws: how many rows the run mixes in, an example counted each time.
+        weighting: how often examples of older sources come.
+        max_generations: how many of the newest sources are replayed; None is all.
+        seed: the run's.
+    """
+    held_out_keys = [RowKeys.of(example) for data in earlier for example in data.held_out]
+    held_out = new.held_out | {keys.folded for keys in held_out_keys}
+    dropped = sorted(new.train & {keys.content for keys in held_out_keys})
+    known = _Known(new.folded, new.prompts, held_out)
+    sources: list[ReplaySource] = []
+    candidates: list[list[tuple[bytes, bytes]]] = []
+    for age, data in enumerate(earlier):
+        is_replayed = max_generations is None or age < max_generations
+        source, fresh = known.sort_out(data, data.train if is_replayed else ())
+        sources.append(source)
+        candidates.append(sorted(fresh))
+    sizes = [len(own) for own in candidates]
+    ages = np.repeat(np.arange(len(sizes)), sizes)
+    places = choose_rows(ages, sizes, draws, weighting, seed)
+    rows = [row for own in candidates for row in own]
+    chosen = [[rows[n] for n in places[ages[places] == age]] for age in range(len(sizes))]
+    return ChosenExamples(
+        tuple(
+            source.model_copy(
+                update={
+                    "examples": len(own),
+                    "digest": sha256(b"".join(content for content, _ in own)).hexdigest(),
+                }
+            )
+            for source, own in zip(sources, chosen, strict=True)
+        ),
+        tuple(line for own in chosen for _, line in own),
+        tuple(dropped),
+    )
+
+
+@dataclass
+class _Known:
+    """What newer data has, which grows from source to source."""
+
+    folded: set[bytes]
+    prompts: set[bytes]
+    held_out: set[bytes]
+
+    def sort_out(
+        self, data: EarlierData, train: Sequence[Example]
+    ) -> tuple[ReplaySource, list[tuple[bytes, bytes]]]:
+        """A source's counts, and content and line of each example that may be replayed.
+
+        Its rows count as newer data for the sources after it.
+        """
+        repeated = superseded = held = 0
+        named: list[SupersededRow] = []
+        fresh: dict[bytes, tuple[bytes, bytes]] = {}
+        prompts: set[bytes] = set()
+        for example in train:
+            keys = RowKeys.of(example)
+            if keys.prompt is not None:
+                prompts.add(keys.prompt)
+            if keys.folded in self.held_out:
+                held += 1
+            elif keys.folded in self.folded or keys.folded in fresh:
+                repeated += 1
+            elif keys.prompt in self.prompts:
+                superseded += 1
+                if len(named) < MAX_NAMED_PROMPTS:
+                    prompt = _shown_prompt(example)
+                    named.append(SupersededRow(digest=keys.content.hex(), prompt=prompt))
+            else:
+                fresh[keys.folded] = keys.content, render_row(example)
+        for example in data.held_out:
+            keys = RowKeys.of(example)
+            self.folded.add(keys.folded)
+            if keys.prompt is not None:
+                prompts.add(keys.prompt)
+        self.folded |= fresh.keys()
+        self.prompts |= prompts
+        source = ReplaySource(
+            version=data.version,
+            file=data.file,
+            rows=len(train),
+            repeated=repeated,
+            superseded=superseded,
+            held_out=held,
+            named=tuple(named),
+            problem=data.problem,
+        )
+        return source, list(fresh.values())
+
+
+def _shown_prompt(example: Example) -> str:
+    """The beginning of the last turn before the answer."""
+    turns = example.messages[:-1]
+    text = str(turns[-1].get("content") or "") if turns else ""
+    return " ".join(text.split())[:MAX_SHOWN_CHARACTERS]

@@ -1,0 +1,237 @@
+"""Replay: what is chosen of earlier data, what is said of it, and that a resumed run needs none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nested_core.config.schema import FineTuneConfig
+from nested_core.data.dataset_loading import load_run_data
+from nested_core.data.example_digests import digest_examples
+from nested_core.errors import ConfigError, DamagedError, TrainingStopped
+from nested_core.pipeline import steps
+from nested_core.pipeline.replay import describe_replay
+from nested_core.records.replay import ReplayRecord, read_replay
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.safetensors_files import read_tensors
+from tests.example import (
+    DATA,
+    SPEEDS,
+    Finished,
+    example_config,
+    prepare,
+    require_refused,
+    stop_after,
+    train,
+)
+
+LINES = (DATA / "train.jsonl").read_text(encoding="utf-8").splitlines()
+
+
+def row(prompt: str, answer: str) -> str:
+    return json.dumps({"prompt": prompt, "completion": answer})
+
+
+def write_split(folder: Path, **splits: Iterable[str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lines in splits.items():
+        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return folder
+
+
+def configure(folder: Path, *sources: str, fraction: float = 0.3, **changes: Any) -> FineTuneConfig:
+    replay = changes.pop("replay", {})
+    named = [str(folder / source) for source in sources]
+    section = {"replay": {"fraction": fraction, "sources": named} | replay}
+    settings = {"data": str(folder / "new"), "continual": section, "val_batches": 2, "iters": 8}
+    return example_config(**settings | changes)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """New data of ten rows, and an earlier file of ten others."""
+    write_split(tmp_path / "new", train=LINES[:10], valid=LINES[10:14])
+    (tmp_path / "old.jsonl").write_text("\n".join(LINES[20:30]))
+    return tmp_path
+
+
+def choose(config: FineTuneConfig, path: Path) -> tuple[RunDirectory, ReplayRecord]:
+    path.mkdir()
+    run = RunDirectory(path)
+    steps.write_run_config(config, run, resume=False)
+    steps.validate(config, run)
+    return run, read_replay(run.replay)
+
+
+def replayed_prompts(run: RunDirectory) -> list[str]:
+    rows = map(json.loads, run.replayed_rows.read_text().splitlines())
+    return sorted(each["messages"][0]["content"] for each in rows)
+
+
+def test_rows_that_newer_data_repeats_corrects_or_holds_out_are_not_replayed(
+    tmp_path: Path,
+) -> None:
+    write_split(
+        tmp_path / "new",
+        train=[row("a?", "1"), row("What is  B?", "new"), row("k?", "1"), row("l?", "1")],
+        valid=[row("held now?", "1"), row("held answer?", "yes")],
+    )
+    write_split(
+        tmp_path / "newer",
+        train=[row("A?", "1"), row("c?", "1"), row("held then?", "1"), row("d?", "2")],
+        valid=[row("held by newer?", "1"), row("k?", "1")],
+    )
+    old = [row("what is b?", "old"), row("c?", "0"), row("d?", "2"), row("e?", "1")]
+    old += [row("Held now?", "1"), row("held answer?", "no"), row("held by newer?", "1")]
+    write_split(tmp_path / "old", train=old, valid=[row("held then?", "1")])
+    run, record = choose(configure(tmp_path, "newer", "old", iters=40), tmp_path / "run")
+    assert replayed_prompts(run) == ["c?", "d?", "e?"]
+    newer, older = record.sources
+    assert (newer.rows, newer.repeated, newer.held_out, newer.examples) == (4, 1, 1, 2)
+    assert (older.rows, older.repeated, older.superseded, older.held_out) == (7, 1, 3, 2)
+    assert [each.prompt for each in older.named] == ["what is b?", "c?", "held answer?"]
+    assert list(record.describe()) == [
+        f"replay: 0.3 of each batch, from 2 of 4 examples of {newer.file} (1 newer data has too, "
+        f"1 held out); 1 of 7 examples of {older.file} (1 newer data has too, 3 superseded, "
+        f"2 held out)",
+        "replay: 3 examples are superseded, for newer data answers the same prompt otherwise: "
+        '"what is b?", "c?", "held answer?"',
+    ]
+    report, splits = load_run_data(configure(tmp_path, "newer", "old"), run)
+    assert report.splits["train"].dropped == {"held-out-before": (3,)}
+    assert report.splits["train"].rows == len(splits["train"]) == 3
+    assert "dropped-held-out-before" in report.describe_warnings()
+
+
+def test_generations_beyond_the_bound_hold_out_what_they_held_out(folder: Path) -> None:
+    write_split(folder / "older", train=LINES[30:34], valid=[LINES[20], LINES[0]])
+    config = configure(folder, "old.jsonl", "older", replay={"max_generations": 1}, iters=40)
+    run, record = choose(config, folder / "run")
+    assert [source.examples for source in record.sources] == [9, 0]
+    assert json.loads(LINES[20])["messages"][0]["content"] not in replayed_prompts(run)
+    assert len(load_run_data(config, run)[1]["train"]) == 9
+
+
+@pytest.mark.parametrize("what", ["missing", "empty"])
+def test_a_source_that_is_gone_is_said_and_the_run_goes_on_with_the_rest(
+    folder: Path, what: str
+) -> None:
+    if what == "empty":
+        write_split(folder / "gone", valid=LINES[14:16])
+    config = configure(folder, "gone", "old.jsonl")
+    run, record = choose(config, folder / "run")
+    assert [source.examples for source in record.sources] == [0, 4]
+    expected = {"missing": "cannot be read, and is not replayed", "empty": "no training example"}
+    assert expected[what] in describe_replay(config, run)[-1]
+    refused = configure(folder, "gone", "old.jsonl", replay={"missing": "error"})
+    with pytest.raises(ConfigError, match="replay.missing is error:\n .*gone: .*\nBring it back"):
+        choose(refused, folder / "refused")
+
+
+def test_as_many_examples_are_kept_as_the_run_can_use(folder: Path) -> None:
+    # 8 batches of 2 at 0.3: 4 rows; 3 epochs of 10 rows are 22 batches: 13 rows, and there are 10
+    short, long = configure(folder, "old.jsonl"), {"epochs": 3.0}
+    assert choose(short, folder / "short")[1].examples == 4
+    epochs = configure(folder, "old.jsonl", training=long)
+    assert choose(epochs, folder / "long")[1].examples == 10
+
+
+def test_the_same_data_and_seed_choose_the_same_rows(folder: Path) -> None:
+    config = configure(folder, "old.jsonl")
+    (folder / "again.jsonl").write_text("\n".join(reversed(LINES[20:30])))
+    first, again = choose(config, folder / "1"), choose(config, folder / "2")
+    moved = choose(configure(folder, "again.jsonl"), folder / "3")
+    other = choose(configure(folder, "old.jsonl", seed=7), folder / "4")
+    rows = [each[0].replayed_rows.read_bytes() for each in (first, again, moved, other)]
+    assert rows[0] == rows[1] == rows[2] != rows[3]
+    assert first[1].content_digest == moved[1].content_digest != other[1].content_digest
+
+
+def test_what_cannot_go_together_is_refused_before_a_run() -> None:
+    lineage = {"replay": {"fraction": 0.1}}
+    require_refused(
+        "lineage is that of the champion, and needs .*from: champion", continual=lineage
+    )
+    mixed = {"replay": {"fraction": 0.1, "sources": ["lineage", "a.jsonl"]}}
+    require_refused("lineage stands alone", continual=mixed)
+    files = {"replay": {"fraction": 0.1, "sources": ["a.jsonl"]}}
+    reference = {"reference": "mlx_lm"}
+    require_refused("knows nothing of .*continual.replay", continual=files, training=reference)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A run with replay that nobody stops."""
+    folder = tmp_path_factory.mktemp("replay")
+    write_split(folder / "new", train=LINES[:10], valid=LINES[10:14])
+    (folder / "old.jsonl").write_text("\n".join(LINES[20:30]))
+    config = configure(folder, "old.jsonl", steps_per_report=1, save_every=4)
+    return train(config, prepare(config, folder / "run"))
+
+
+def test_replayed_tokens_are_counted_apart(whole: Finished) -> None:
+    reports = [each for each in whole.metrics() if "loss" in each]
+    _, splits = load_run_data(whole.config, whole.run)
+    supervised = splits["replay"].count_supervised()
+    assert reports[0]["replayed_tokens"] == 0  # of 2 rows at 0.3 the second batch has the first
+    assert reports[1]["replayed_tokens"] in supervised
+    assert reports[-1]["replayed_tokens"] == supervised.sum()  # 4 rows, each once
+    assert reports[-1]["trained_tokens"] > reports[-1]["replayed_tokens"]
+
+
+def test_a_resumed_run_equals_the_whole_one_without_its_sources(
+    whole: Finished, tmp_path: Path
+) -> None:
+    data = Path(whole.config.data).parent
+    shutil.copytree(data / "new", tmp_path / "new")
+    shutil.copy(data / "old.jsonl", tmp_path)
+    config = configure(tmp_path, "old.jsonl", steps_per_report=1, save_every=4)
+    run = prepare(config, tmp_path / "run")
+    with pytest.raises(TrainingStopped):
+        train(config, run, on_start=stop_after(5))
+    (tmp_path / "old.jsonl").unlink()
+    steps.write_run_config(config, run, resume=True)
+    steps.validate(config, run)
+    done = train(config, run)
+    assert done.metrics(without=SPEEDS) == whole.metrics(without=SPEEDS)
+    files = [each.run.adapter / "adapters.safetensors" for each in (done, whole)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_the_gate_knows_that_replayed_rows_were_trained_on(whole: Finished) -> None:
+    steps.judge(whole.config, whole.run)
+    trained_on = np.fromfile(whole.run.training_examples, "<u8")
+    replayed = load_run_data(whole.config, whole.run)[1]["replay"]
+    assert np.isin(digest_examples(replayed), trained_on).all()
+    listed = json.loads(whole.run.manifest.read_bytes())["files"]
+    assert {"replay.json", "replay.jsonl"} <= listed.keys()
+
+
+@pytest.mark.parametrize("name", ["replay.json", "replay.jsonl"])
+def test_altered_replay_files_end_a_run_and_have_no_verdict(
+    whole: Finished, tmp_path: Path, name: str
+) -> None:
+    run = RunDirectory(shutil.copytree(whole.run.path, tmp_path / "run"))
+    path = run.path / name
+    path.write_bytes(path.read_bytes().replace(b"a", b"b", 1))
+    with pytest.raises(DamagedError, match=r"replay\.json"):
+        steps.judge(whole.config, run)
+    longer = whole.config.model_copy(update={"iters": 12})
+    with pytest.raises(DamagedError, match=r"replay\.json"):
+        train(longer, run)
+
+
+def test_without_replay_nothing_of_it_is_in_a_run(folder: Path) -> None:
+    config = configure(folder, fraction=0.0, replay={"sources": ["lineage"]})
+    run = prepare(config, folder / "run")
+    assert not run.replay.exists()
+    assert set(load_run_data(config, run)[1]) == {"train", "valid"}
+    done = train(config, run)
+    assert not any("replayed_tokens" in each for each in done.metrics())
+    assert read_tensors(done.run.adapter / "adapters.safetensors")
