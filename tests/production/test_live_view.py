@@ -82,7 +82,7 @@ def test_a_run_is_watched_and_its_last_screen_stays(terminal: Terminal, tmp_path
     for words in ("selected: the adapter of step", "verdict: passed", "peak memory", "expected:"):
         assert words in last
     assert last.count("· training loss   o validation loss") == 1
-    assert last.index("· training loss") < last.index("offered: ") < last.index("passed, better: ")
+    assert last.index("· training loss") < last.index("selected: ") < last.index("passed, better: ")
 
 
 @pytest.mark.parametrize("exported", ["", "COLUMNS=80 LINES=24 "])
