@@ -60,7 +60,7 @@ format: $(VENV)/dev.stamp ## format, and repair what lint can repair
 bench: $(VENV)/project.stamp ## side-by-side measurements, each printing a ratio
 	$(BIN)/python -m benchmarks
 
-LEARNING := $(BIN)/python -m benchmarks.learning --small
+LEARNING := $(BIN)/python -m benchmarks.learning --study small
 LEARNING_ROWS := benchmarks/results/learning.jsonl
 bench-learning: $(VENV)/project.stamp ## what adapters learn, small and resumable; DATA=folder adds a task of real text
 	$(LEARNING) run $(LEARNING_ROWS) --bases examples $(if $(DATA),--data "$(DATA)")

@@ -10,14 +10,14 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.learning.study import FULL, SMALL, read_rows
+from benchmarks.learning.study import FULL, SMALL, STREAMS, read_rows
 
 
 def main() -> None:
     """Do what the command line says."""
     options = parse()
-    study = SMALL if options.small else FULL
-    if options.command in ("run", "quiet") and options.data is None:
+    study = {"full": FULL, "small": SMALL, "streams": STREAMS}[options.study]
+    if study is not STREAMS and options.command in ("run", "quiet") and options.data is None:
         study = replace(study, tasks=("geography",))
     if options.command == "corpus":
         from benchmarks.learning.bases import prepare_corpus
@@ -61,7 +61,7 @@ def parse() -> argparse.Namespace:
         command.add_argument("--data", type=Path, help="folder of the tasks' repositories")
         command.add_argument("--seconds", type=float, default=1e9)
         command.add_argument("--workers", type=int, default=1, help="trainings at the same time")
-    parser.add_argument("--small", action="store_true", help="what make bench-learning runs")
+    parser.add_argument("--study", choices=("full", "small", "streams"), default="full")
     return parser.parse_args()
 
 

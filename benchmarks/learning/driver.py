@@ -15,7 +15,7 @@ from multiprocessing.pool import AsyncResult
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning.study import OF_MLX_LM, Cell, Study, cell_of, read_rows
+from benchmarks.learning.study import OF_MLX_LM, STREAM_ARMS, Cell, Study, cell_of, read_rows
 
 POLL_SECONDS = 0.05
 QUIET_PAIRS = 3
@@ -91,6 +91,10 @@ def prepare_worker(prepares: bool) -> None:
 
 def run_in_worker(cell: Cell, study: Study, options: argparse.Namespace) -> dict[str, Any]:
     """One cell, in a worker."""
+    if cell.arm in STREAM_ARMS:
+        from benchmarks.learning.stream_cells import run_stream
+
+        return run_stream(cell, options.bases)
     from benchmarks.learning.arms import run_cell
 
     return run_cell(cell, study, options.bases, options.data)

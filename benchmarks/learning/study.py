@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ ARMS = {
 }
 OF_MLX_LM = ("a", "b", "h")
 RATES_FROM = {"b": "b", "d": "d", "f": "d", "g-deep": "d", "g-shallow": "d", "h": "b"}
+STREAM_ARMS = {
+    "alone": "each night alone, from a fresh adapter",
+    "joint": "all nights at once, with the newest answer of each prompt",
+    "replay-0": "night after night, without replay",
+    "replay-1": "with 1 % replay",
+    "replay-5": "with 5 % replay",
+    "replay-10": "with 10 % replay",
+    "replay-30": "with 30 % replay",
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """What is trained. `iterations` are mlx_lm's, of batches of 4; seeds are of arms a to d."""
+    """What is trained. `iterations` are mlx_lm's, of batches of 4; seeds are of arms a to d.
+
+    Of `streams` (stream_cells.py) `stream_arms` are trained, each under `stream_seeds`.
+    """
 
     tasks: tuple[str, ...]
     sizes: tuple[str, ...]
@@ -50,6 +63,9 @@ class Study:
     later_seeds: tuple[int, ...]
     counts: Counts = field(default_factory=Counts)
     iterations: Mapping[str, int] = field(default_factory=dict)
+    streams: tuple[str, ...] = ()
+    stream_arms: tuple[str, ...] = tuple(STREAM_ARMS)
+    stream_seeds: tuple[int, ...] = ()
 
     def cells(self, rows: Sequence[Row]) -> Iterator[Cell]:
         """Every cell that can run by now, in order: what comes last is dropped first."""
@@ -65,6 +81,12 @@ class Study:
             for size in self.sizes:
                 for seed in self.later_seeds:
                     yield from self._judged(rows, size, [arm], seed)
+        yield from self._stream_cells()
+
+    def _stream_cells(self) -> Iterator[Cell]:
+        places = product(self.stream_seeds, self.sizes, self.streams, self.stream_arms)
+        for seed, size, stream, arm in places:
+            yield Cell(stream, size, arm, seed)
 
     def _judged(
         self, rows: Sequence[Row], size: str, arms: Sequence[str], seed: int
@@ -96,6 +118,18 @@ SMALL = Study(
     later_seeds=(1,),
     counts=Counts(train=400, choose=100, judge=200, longest=80, answers=10),
     iterations={"geography": 200, "clinc150": 400},
+    streams=("facts",),
+    stream_arms=("joint", "replay-0", "replay-10"),
+    stream_seeds=(1,),
+)
+STREAMS = Study(
+    tasks=(),
+    sizes=("geography-base",),
+    arms=(),
+    seeds=(),
+    later_seeds=(),
+    streams=("facts", "facts-reversed", "tasks", "tasks-reversed"),
+    stream_seeds=(1, 2, 3, 4, 5),
 )
 
 
@@ -124,3 +158,14 @@ def chosen_rate(rows: Sequence[Row], task: str, size: str, arm: str) -> float | 
         and row["seed"] == CHOOSING_SEED
     }
     return min(tried, key=lambda rate: tried[rate]) if len(tried) == len(RATES) else None
+
+
+def kind_of(stream: str) -> str:
+    """`facts` or `tasks`, whatever the order of the nights."""
+    return stream.partition("-")[0]
+
+
+def replay_fraction(arm: str) -> float | None:
+    """The share of earlier rows in an arm of a stream; None where nothing goes on."""
+    name, _, percent = arm.partition("-")
+    return int(percent) / 100 if name == "replay" else None

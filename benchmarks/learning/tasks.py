@@ -49,11 +49,12 @@ class Splits:
     judge: tuple[Row, ...]
 
     def write(self, folder: Path) -> None:
-        """Write train.jsonl and valid.jsonl as mlx_lm.lora and nested-tune read them."""
+        """Write train.jsonl, and valid.jsonl where there are rows for it, as both programs read."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, rows in (("train", self.train), ("valid", self.choose)):
             lines = [json.dumps({"prompt": row.prompt, "completion": row.answer}) for row in rows]
-            (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            if rows:
+                (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
