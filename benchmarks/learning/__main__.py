@@ -29,9 +29,13 @@ def main() -> None:
         make_base(options.corpus, options.size, options.seconds, options.out)
     elif options.command == "report":
         from benchmarks.learning.report import write_report
+        from benchmarks.learning.stream_report import write_stream_report
 
         quiet = read_rows(options.quiet) if options.quiet else []
-        write_report(read_rows(options.rows), quiet, study, options.out)
+        if study.tasks:
+            write_report(read_rows(options.rows), quiet, study, options.out)
+        if study.streams:
+            write_stream_report(read_rows(options.rows), study, options.out)
     else:
         from benchmarks.learning import driver
 

@@ -46,14 +46,12 @@ class Judge:
     def __init__(self, base: Path, rows: Sequence[Row], general: Sequence[Sequence[int]]) -> None:
         self.folder = base
         self.base, tokenizer, *_ = load(str(base))
-        widen_on_cpu(self.base)
         self.rows = [encode(tokenizer, row) for row in rows]
         self.general = [(list(tokens), 1) for tokens in general]
 
     def judge(self, adapter: Path) -> Judged:
         """Judge an adapter's folder, as mlx_lm loads it."""
         model, *_ = load(str(self.folder), adapter_path=str(adapter))
-        widen_on_cpu(model)
         right, losses, divergences = [], [], []
         for tokens, owners, positions in batches(self.rows):
             log_p = log_probabilities(model, tokens, positions)
@@ -69,12 +67,6 @@ class Judge:
             kl=float(np.concatenate(divergences).mean(dtype=np.float64)),
             general_loss=mean_loss(model, self.general) if self.general else None,
         )
-
-
-def widen_on_cpu(model: nn.Module) -> None:
-    """Compute in float32 where bfloat16, which the bases are kept in, is slow and rounded."""
-    if mx.default_device() == mx.cpu:
-        model.set_dtype(mx.float32)
 
 
 def encode(tokenizer: Any, row: Row) -> tuple[list[int], int]:

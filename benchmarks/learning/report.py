@@ -20,7 +20,7 @@ from benchmarks.learning.study import (
     Study,
     chosen_rate,
 )
-from nested_core.records.paired_difference import compare_pairs, student_t_quantile
+from nested_core.records.paired_difference import Indices, compare_pairs, student_t_quantile
 from nested_core.text.svg_chart import STANDALONE, Chart, Curve, Point, draw_chart
 
 LEAST_GAIN, MARGIN = 0.03, -0.01
@@ -68,20 +68,27 @@ class Results:
         seeds = min(len(each) for each in pairs)
         if seeds == 0:
             return None
-        differences = np.concatenate([each[:seeds] for each in pairs], axis=1)
-        questions = differences.mean(axis=0)
-        drawn = compare_pairs(np.zeros(questions.size), questions)
-        low, high = drawn.low, drawn.high
-        if seeds > 1:
-            by_seed = differences.mean(axis=1)
-            half = student_t_quantile(0.975, seeds - 1) * by_seed.std(ddof=1) / math.sqrt(seeds)
-            low, high = min(low, drawn.mean - half), max(high, drawn.mean + half)
-        return Difference(drawn.mean, low, high)
+        return interval(np.concatenate([each[:seeds] for each in pairs], axis=1))
 
 
-def right(row: Row) -> Answers:
+def interval(differences: Answers, clusters: Indices | None = None) -> Difference:
+    """The mean with the wider of two intervals: over questions, and over seeds where there are two.
+
+    Questions of one cluster, numbered in `clusters`, are one draw.
+    """
+    questions = differences.mean(axis=0)
+    drawn = compare_pairs(np.zeros(questions.size), questions, clusters=clusters)
+    low, high, seeds = drawn.low, drawn.high, len(differences)
+    if seeds > 1:
+        by_seed = differences.mean(axis=1)
+        half = student_t_quantile(0.975, seeds - 1) * by_seed.std(ddof=1) / math.sqrt(seeds)
+        low, high = min(low, drawn.mean - half), max(high, drawn.mean + half)
+    return Difference(drawn.mean, low, high)
+
+
+def right(row: Row, key: str = "right") -> Answers:
     """Which questions a row has right, 1 or 0 each."""
-    bits = np.frombuffer(bytes.fromhex(row["right"]), np.uint8)
+    bits = np.frombuffer(bytes.fromhex(row[key]), np.uint8)
     return np.unpackbits(bits)[: row["rows"]].astype(np.float64)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from benchmarks.learning import bases
 from benchmarks.learning.judge import Judge, encode, mean_loss
 from benchmarks.learning.report import Results, mcnemar
+from benchmarks.learning.stream_report import StreamResults
+from benchmarks.learning.streams import read_stream
 from benchmarks.learning.study import FULL, SMALL, Cell, cell_of
 from benchmarks.learning.tasks import GEOGRAPHY, Counts, Row, read_task
 from nested_core.models.generation import Sampling, answer_prompts, encode_prompt
@@ -127,3 +130,55 @@ def test_no_question_that_judges_is_trained_on() -> None:
     assert [len(each) for each in prompts] == [40, 10, 15]
     assert not prompts[0] & prompts[2]
     assert not prompts[1] & prompts[2]
+
+
+def test_a_night_of_facts_is_half_new_and_corrects_a_quarter_and_tasks_ask_what_is_not_taught() -> (
+    None
+):
+    for name in ("facts", "facts-reversed"):
+        owners: dict[str, str] = {}
+        for night in read_stream(name).nights:
+            rows = {fact.row.prompt: fact.row.answer for fact in night.questions}
+            assert len(rows) == 100
+            new = [prompt for prompt in rows if prompt not in owners]
+            corrected = [p for p, answer in rows.items() if owners.get(p, answer) != answer]
+            assert (len(new), len(corrected)) == ((50, 25) if owners else (100, 0))
+            owners |= rows
+    for name in ("tasks", "tasks-reversed"):
+        taught, asked = (
+            {fact.subject for night in read_stream(name).nights for fact in getattr(night, rows)}
+            for rows in ("train", "questions")
+        )
+        assert (len(taught), len(asked), taught & asked) == (60, 40, set())
+
+
+def test_a_fraction_is_shown_that_forgets_less_than_a_point_and_stays_near_joint_training() -> None:
+    names = ("facts", "facts-reversed")
+    rows = []
+    for name, seed in product(names, (1, 2, 3)):
+        stream = read_stream(name)
+        forgotten = stream.night_of == 1
+        for arm, final in (("joint", stream.is_current), ("replay-10", stream.is_current)):
+            rows.append(stream_row(Cell(name, "tiny", arm, seed), final))
+        rows.append(stream_row(Cell(name, "tiny", "replay-0", seed), ~forgotten))
+    results = StreamResults(rows, names, "tiny")
+    assert results.seeds("joint", "replay-0") == [1, 2, 3]
+    assert [results.verdict(arm) for arm in ("joint", "replay-0", "replay-10")] == [
+        "",
+        "no",
+        "shown",
+    ]
+    assert results.stale("replay-10") == 0
+    assert results.learning("replay-0").mean == 1
+    lost = sum(int((s.is_current & (s.night_of == 1)).sum()) for s in map(read_stream, names))
+    assert results.transfer("replay-0").mean == pytest.approx(-lost / results.before.sum())
+    behind = results.behind_joint("replay-0")
+    assert behind is not None
+    assert behind.mean == pytest.approx(-lost / results.current.sum())
+    assert behind.low < behind.mean < behind.high < 0
+
+
+def stream_row(cell: Cell, final: Any) -> dict[str, Any]:
+    """A row of a stream with these answers at the end, and all learnt in their own night."""
+    learnt = np.packbits(np.ones(len(final), np.bool_)).tobytes().hex()
+    return result(cell, final.tolist()) | {"learnt": learnt, "seconds": 1.0}
