@@ -2,10 +2,10 @@
 
     python -m benchmarks.sweep_luck [--sweeps 20] [--arms 4] [--steps 240]
 
-Each sweep tries other seeds of the example's own configuration, which are equal settings, on the
-countries that the example does not train on. A true difference of two adapters is told too, for
-the claim is of these adapters: with runs that are cut short (--steps 96: 32 steps each) seeds truly
-differ, and 3 of 20 were told better. Small differences count as none, by registry.min_improvement.
+Each sweep tries other seeds of the example's own configuration, which are equal settings, and
+chooses by 25 countries that nobody trains on. The claim is of two adapters, and these may truly
+differ: the winner less the configuration itself is measured on the 35 other countries too, which
+chose nothing. Small differences count as none, by registry.min_improvement.
 """
 
 # ruff: noqa: E402 - the BLAS is chosen before NumPy and MLX are imported
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import runpy
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,10 +23,13 @@ from nested_core import backend
 
 backend.prepare()
 
+from benchmarks.learning.judge import Judge
+from benchmarks.learning.tasks import Row
 from nested_core.config.loading import parse_config
 from nested_core.pipeline.sweep import SweepRequest, sweep
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+QUESTION = "I want to see {name}. Where to?"
 REPLY = "Go and see {capital}, the capital of {name}!"
 
 
@@ -43,6 +47,17 @@ def write_data(folder: Path) -> None:
     (folder / "valid.jsonl").write_text(lines)
 
 
+def list_other_countries(folder: Path) -> list[Row]:
+    """The example's question about each country that is not in the data, and the right reply."""
+    known = "".join((folder / f"{name}.jsonl").read_text() for name in ("train", "valid"))
+    countries = runpy.run_path(str(EXAMPLES / "countries.py"))["COUNTRIES"]
+    return [
+        Row(QUESTION.format(name=each.name), REPLY.format(name=each.name, capital=each.capital))
+        for each in countries
+        if QUESTION.format(name=each.name) not in known
+    ]
+
+
 def main() -> None:
     """Run the sweeps, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -54,6 +69,8 @@ def main() -> None:
     with TemporaryDirectory() as place:
         folder = Path(place)
         write_data(folder)
+        fresh = list_other_countries(folder)
+        judge = Judge(EXAMPLES / "geography-base", fresh, [])
         for number in range(asked.sweeps):
             seed = number * asked.arms
             values = {
@@ -74,7 +91,15 @@ def main() -> None:
             request = SweepRequest(over, steps=asked.steps)
             done = sweep(config, folder / f"sweep{number}", request)
             better += done.is_better
-            print(f"{number + 1}: {better} better so far; {done.summary()}", flush=True)
+            winner, own = (
+                judge.judge(folder / f"sweep{number}" / "arms" / f"{arm:03d}" / "adapter").loss
+                for arm in (done.record.chosen or 0, 0)
+            )
+            print(
+                f"{number + 1}: {better} better so far; {done.summary()} On {len(fresh)} other "
+                f"countries: {winner - own:+.3f} nats/token.",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
