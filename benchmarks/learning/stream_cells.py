@@ -60,7 +60,8 @@ def run_stream(cell: Cell, bases: Path) -> dict[str, Any]:
     """Train what the arm says, and judge; the row of the result.
 
     `learnt` are the answers to each night's questions after it, `right` those to all nights'
-    questions at the end, of which loss and KL are too. Seconds are of the trainings alone.
+    questions at the end, of which loss and KL are too. Seconds are the processor's, of trainings
+    alone: others use this machine.
     """
     stream, base, seconds = read_stream(cell.task), bases / cell.size, 0.0
     learnt = list[Any]()
@@ -107,9 +108,9 @@ def _train_nights(
                     replay = {"fraction": fraction, "sources": earlier}
                     values["continual"] = {"replay": replay}
             crash = length.steps * 3 // 4 if number == CRASH_NIGHT else None
-            began = time.perf_counter()
+            began = time.process_time()
             start = _train(values, folder / "run", session, crash)
-            yield night, start, time.perf_counter() - began
+            yield night, start, time.process_time() - began
             earlier = [str(folder / "data" / "train.jsonl"), *earlier]
 
 
