@@ -1,10 +1,13 @@
 """Known trainings, and what the gate says of them and `promote: better` does with them.
 
     python -m benchmarks.nights [--json]
+    python -m benchmarks.nights --replay 60
 
 Runs the example, the first hour's two trainings, the runs of the shipped deployments and five
 nights of continuing, and plants a few sets of losses. benchmarks/nights.md has what it said at
-commit 95bc16c beside what it says now.
+commit 95bc16c beside what it says now. With --replay so many nights of two adapters are played in
+fast motion on a Prefect server with PostgreSQL: what trains, what is told, and what is left on disk
+and in the database.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -160,7 +164,11 @@ def main() -> None:
     """Print a line, or with --json an object, for each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--replay", type=int, metavar="NIGHTS")
     arguments = parser.parse_args()
+    if arguments.replay is not None:
+        print_replay(arguments.replay)
+        return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for part in (list_planted(), list_trainings(Path(folder)), list_nights(Path(folder))):
@@ -184,6 +192,48 @@ def print_table(rows: Sequence[Judged]) -> None:
             figures += f" (corrected: {row.corrected[0]:+.3f} to {row.corrected[1]:+.3f})"
         word = "" if row.word is None else f"`{row.word}`, "
         print(f"| {row.night} | {figures} | {word}{row.outcome} |")
+
+
+MEASURED_EVERY = 20
+
+
+def print_replay(nights: int) -> None:
+    """Play the nights, and print what was seen as Markdown."""
+    from tests.production.postgresql import Cluster, find_binaries
+    from tests.production.replayed_nights import ReplayStack, replay
+    from tests.webhook_server import serving_webhook
+
+    binaries = find_binaries()
+    if binaries is None:
+        raise SystemExit("PostgreSQL is not installed: apt-get install postgresql")
+    with tempfile.TemporaryDirectory() as folder, serving_webhook() as webhook:
+        stack = ReplayStack(Path(folder), Cluster(binaries))
+        try:
+            stack.start("--notify", webhook.url)
+            seen = replay(stack, webhook, nights, MEASURED_EVERY)
+        finally:
+            stack.stop()
+    print(
+        "| night | flow runs | state | s trained in all | message of one |\n|---|---|---|---|---|"
+    )
+    kinds: dict[tuple[str, str], list[Any]] = {}
+    for night in seen.nights:
+        kinds.setdefault((night.kind, night.state), []).append(night)
+    for (kind, state), played in kinds.items():
+        trained = sum(night.trained_seconds for night in played)
+        message = played[0].message.replace("|", "\\|")
+        print(f"| {kind} | {len(played)} | {state} | {trained:.1f} | {message} |")
+    print("\n| flow | state | rows |\n|---|---|---|")
+    for (flow, state), count in sorted(seen.rows.items()):
+        print(f"| {flow} | {state} | {count} |")
+    print(f"\nalerts: {dict(Counter(text.partition(':')[0] for text in seen.alerts))}\n")
+    print("| nights | runs, kB | registry, kB | cache, kB | rows in the database | its kB |")
+    print("|---|---|---|---|---|---|")
+    for sizes in seen.sizes:
+        disk = (sizes.runs, sizes.registry, sizes.cache)
+        cells = [*(f"{size / 1000:,.0f}" for size in disk), f"{sum(sizes.rows.values()):,}"]
+        print(f"| {sizes.nights} | {' | '.join(cells)} | {sizes.database / 1000:,.0f} |")
+    print("\n" + "\n".join(seen.housekeeping))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def write_metrics(section: RegistrySection, run: RunDirectory, outcome: str) -> 
     from nested_core.report.pruning import AdapterRuns
 
     seconds = (datetime.now(UTC) - context.start_time).total_seconds()
-    adapter = AdapterRuns(Path(section.path), section.name)
+    adapter = AdapterRuns.of(Path(section.path), section.name)
     night = EndedNight(outcome, seconds, Run(run, has_ended=True))
     try:
         write_night_metrics(Path(folder), adapter, DEFAULT_RUNS_FOLDER, night)

@@ -27,24 +27,24 @@ class HousekeepingReport:
 
     runs: None where the folder of runs is not there.
     cached: data sets and answers that nobody used for a month, of all adapters.
-    before: bytes of the adapter's runs, of its folder in the registry, and of those caches.
-    freed: how many fewer that are, or would be.
+    before, after: bytes of the adapter's runs, of its folder in the registry, and of those caches;
+        of a dry run `after` is without the examples of the registry's data store that would go.
     """
 
     runs: PruneReport | None
     versions: GarbageReport
     cached: tuple[str, ...]
     before: int
-    freed: int
+    after: int
 
     def describe(self) -> str:
         """One sentence: bytes before and after, and what was removed."""
         runs = "no folder of runs here" if self.runs is None else self.runs.describe()
         versions = f"{len(self.versions.collected)} versions ({format_bytes(self.versions.bytes)})"
         return (
-            f"{format_bytes(self.before)} before, {format_bytes(self.before - self.freed)} after; "
+            f"{format_bytes(self.before)} before, {format_bytes(self.after)} after; "
             f"{'would be removed' if self.versions.is_dry_run else 'removed'}: {runs}, {versions}, "
-            f"{len(self.cached)} cached data sets and answers"
+            f"{self.versions.rows} stored examples, {len(self.cached)} cached data sets and answers"
         )
 
 
@@ -57,10 +57,15 @@ def tidy_up(
     A dry run removes nothing, and says what would be. Raises ConfigError for an unknown name and
     DamagedError for a registry that cannot be read: no run is removed then.
     """
-    adapter = AdapterRuns(registry, name)
+    adapter = AdapterRuns.of(registry, name)
     caches = (answer_cache(), dataset_cache())
-    places = [*adapter.list_folders(runs), registry / name, *(each.folder for each in caches)]
-    before = sum(map(size_on_disk, places))
+
+    def measure() -> int:
+        """Bytes of all that this is about."""
+        folders = [*adapter.list_folders(runs), registry / name, *(each.folder for each in caches)]
+        return sum(map(size_on_disk, folders))
+
+    before = measure()
     versions = collect_garbage(registry, name, by=AUTHOR, keep=kept.versions, dry_run=dry_run)
     pruned = None
     if runs.is_dir():
@@ -72,14 +77,14 @@ def tidy_up(
             ignored_versions=versions.collected,  # in a dry run they are there yet
             dry_run=dry_run,
         )
-    unused = [(entry, size_on_disk(entry)) for each in caches for entry in each.list_unused()]
+    unused = [entry for each in caches for entry in each.list_unused()]
+    freed = versions.bytes + sum(map(size_on_disk, unused)) + (pruned.bytes if pruned else 0)
     for each in () if dry_run else caches:
         each.remove_unused()
-    freed = versions.bytes + sum(size for _, size in unused) + (pruned.bytes if pruned else 0)
     return HousekeepingReport(
         runs=pruned,
         versions=versions,
-        cached=tuple(str(entry) for entry, _ in unused),
+        cached=tuple(map(str, unused)),
         before=before,
-        freed=freed,
+        after=before - freed if dry_run else measure(),
     )

@@ -34,17 +34,25 @@ class KeptAmounts:
 
 @dataclass(frozen=True)
 class AdapterRuns:
-    """The runs of one adapter, by the registry and name that their configurations have."""
+    """The runs of one adapter, by the registry and name that their configurations have.
+
+    registry: its folder, resolved.
+    """
 
     registry: Path
     name: str
+
+    @classmethod
+    def of(cls, registry: Path, name: str) -> AdapterRuns:
+        """Those of a name in a registry."""
+        return cls(registry.resolve(), name)
 
     def include(self, run: Run) -> bool:
         """Whether a run is one of them; one whose configuration cannot be read is nobody's."""
         section = None if run.config is None else run.config.registry
         if section is None or section.path is None or section.name != self.name:
             return False
-        return Path(section.path).resolve() == self.registry.resolve()
+        return Path(section.path).resolve() == self.registry
 
     def list_folders(self, runs: Path) -> list[Path]:
         """Those in a folder of runs; none where it is not there."""
@@ -89,7 +97,7 @@ def prune_runs(
     promotion reads again, and its last, which `--resume` does.
 
     `adapter` leaves all runs but those of one name as they are, and lets only those count. A run
-    that began less than `min_age` ago stays, and a version in `ignored_versions` keeps none. Raises
+    that began less than `min_age` ago stays, and versions in `ignored_versions` keep none. Raises
     ConfigError for a negative `keep` or no such folder, DamagedError for a registry that cannot be
     read: nothing is removed then.
     """
@@ -98,7 +106,7 @@ def prune_runs(
     runs = [run for run in list_runs(folder) if adapter is None or adapter.include(run)]
     newest = datetime.now(UTC) - min_age
     old = [run for run in runs[keep:] if run.started <= newest]
-    named = _read_named_runs(old, ignored_versions)
+    named = _read_named_runs(old, adapter, ignored_versions)
     kept: dict[str, str] = {}
     removed: list[str] = []
     checkpoints: list[str] = []
@@ -169,8 +177,13 @@ def _missing_registry(run: Run) -> str | None:
     return None if path is None or Path(path).is_dir() else path
 
 
-def _read_named_runs(runs: list[Run], ignored_versions: Collection[str]) -> dict[str, str]:
-    """By run folder, which version of the runs' registries names it."""
+def _read_named_runs(
+    runs: list[Run], adapter: AdapterRuns | None, ignored_versions: Collection[str]
+) -> dict[str, str]:
+    """By run folder, which version of the runs' registries names it.
+
+    Versions of the adapter that are ignored name none; another name may have the same.
+    """
     paths = [run.config.registry.path for run in runs if run.config is not None]
     registries = {Path(path).resolve() for path in paths if path is not None}
     named: dict[str, str] = {}
@@ -179,7 +192,8 @@ def _read_named_runs(runs: list[Run], ignored_versions: Collection[str]) -> dict
             with reading(registry, name) as (folder, ledger):
                 # One whose folder is lost raises: it may be one of these runs that brings it back.
                 there = {*registered_versions(folder), *ledger.standing}
-                for version in sorted(there - {*ignored_versions}):
+                is_own = adapter == AdapterRuns(registry, name)
+                for version in sorted(there - {*ignored_versions} if is_own else there):
                     said = f"version {version[:12]} of {name} names it"
                     verdicts = read_verdicts(folder, version, ledger)
                     named |= {each.facts.run_dir: said for each in verdicts if each.facts.run_dir}

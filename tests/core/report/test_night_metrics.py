@@ -46,7 +46,7 @@ def test_a_night_has_outcome_loss_seconds_the_champions_time_and_bytes_for_every
     umask = os.umask(0o077)
     try:
         night = EndedNight("Promoted", 12.5, Run(run))
-        write_night_metrics(folder, AdapterRuns(registry, NAME), runs, night)
+        write_night_metrics(folder, AdapterRuns.of(registry, NAME), runs, night)
     finally:
         os.umask(umask)
     assert next(folder.iterdir()).stat().st_mode & 0o777 == 0o644
@@ -67,7 +67,7 @@ def test_a_first_night_that_ended_before_its_gate_has_no_loss_and_no_champion(
     folder = tmp_path / "metrics"
     folder.mkdir()
     run = begin_run(tmp_path / "one", registry={"path": str(tmp_path / "none"), "name": NAME})
-    adapter = AdapterRuns(tmp_path / "none", NAME)
+    adapter = AdapterRuns.of(tmp_path / "none", NAME)
     for outcome in ("Failed: data", "Failed"):  # the second night's file replaces the first's
         write_night_metrics(folder, adapter, tmp_path, EndedNight(outcome, 1.0, Run(run)))
     found = figures(folder)

@@ -100,7 +100,7 @@ def test_of_one_adapter_its_own_old_runs_go_and_no_run_of_another_name_or_regist
     elsewhere.config.write_text(text.replace(str(tmp_path / "registry"), str(tmp_path / "second")))
     unreadable = make_run(tmp_path, 5)
     unreadable.config.write_text("{")
-    ours = AdapterRuns(tmp_path / "registry", NAME)
+    ours = AdapterRuns.of(tmp_path / "registry", NAME)
     age = datetime.now(UTC) - Run(fresh).started + timedelta(hours=1)
     done = prune_runs(tmp_path / "runs", keep=0, adapter=ours, min_age=age)
     assert (done.removed, done.kept) == ((str(old.path),), {})
