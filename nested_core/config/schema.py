@@ -306,8 +306,6 @@ def _multi_process_problems(config: FineTuneConfig) -> Iterator[str]:
 
 def _continual_problems(config: FineTuneConfig) -> Iterator[str]:
     replay = config.continual.replay
-    if replay.fraction and replay.is_lineage and config.continual.start is not None:
-        yield "continual.replay.sources: give files; the lineage is not read yet"
     if config.continual.start is None:
         if replay.fraction and replay.is_lineage:
             yield (

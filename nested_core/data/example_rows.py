@@ -75,9 +75,13 @@ def fold_prompt_and_answer(row: Mapping[str, Any]) -> tuple[bytes, bytes]:
 
     The prompt holds all turns before the last, with their roles; it is empty for plain text.
     """
-    content = parse_line_to_row(json.dumps(row).encode(), _ANY_ROLE).content or ""
-    prompt, _, answer = content.encode().rpartition(b"\0")
+    prompt, _, answer = read_content(row).rpartition(b"\0")
     return fold_case_and_space(prompt), fold_case_and_space(answer)
+
+
+def read_content(row: Mapping[str, Any]) -> bytes:
+    """All of such a row that is tokenised as one text; the last NUL in it ends the prompt."""
+    return (parse_line_to_row(json.dumps(row).encode(), _ANY_ROLE).content or "").encode()
 
 
 @dataclass(frozen=True)

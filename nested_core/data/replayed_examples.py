@@ -7,15 +7,14 @@ examples that are left, as many are chosen as the run has room for, by its seed.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
 import numpy as np
 
-from nested_core.data.lines.example_parsing import Example, FieldNames, parse_line
-from nested_core.data.lines.line_rows import text_to_compare
+from nested_core.data.example_rows import read_content
 from nested_core.data.lines.line_table import fold_case_and_space
 from nested_core.data.replay_draws import Weighting, choose_rows
 from nested_core.records.replay import (
@@ -26,7 +25,7 @@ from nested_core.records.replay import (
 )
 
 KEY_BYTES = 8
-STORED_FIELD_NAMES = FieldNames(allows_any_role=True)
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,9 @@ class RowKeys:
     prompt: bytes | None
 
     @classmethod
-    def of(cls, example: Example) -> RowKeys:
-        """The keys of an example."""
-        content = text_to_compare(example).encode()
+    def of(cls, row: Row) -> RowKeys:
+        """The keys of a row, as `read_split_rows` gives it."""
+        content = read_content(row)
         folded = fold_case_and_space(content)
         prompt = folded.rpartition(b"\0")[0]
         return cls(sha256(content).digest(), _key(folded), _key(prompt) if prompt else None)
@@ -54,48 +53,36 @@ def _key(text: bytes) -> bytes:
     return sha256(text).digest()[:KEY_BYTES]
 
 
-def read_row(row: dict[str, Any]) -> Example:
-    """The example in a row of the registry's store; LineProblem where it is none."""
-    return parse_line(json.dumps(row).encode(), STORED_FIELD_NAMES)
-
-
-def render_row(example: Example) -> bytes:
-    """The example as a line of JSON, under the keys that are read where none is configured."""
-    if example.format == "text":
-        row: dict[str, Any] = {"text": example.text}
-    else:
-        tools = {} if example.tools is None else {"tools": example.tools}
-        row = {"messages": example.messages, **tools}
-    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-
-
 @dataclass
 class NewData:
     """The data that a run is to be trained on, as far as earlier rows are compared with it.
 
-    train: the contents of its training examples; held_out: of what it is evaluated by, folded.
+    rows: how many training examples it has; train: their contents; held_out: the contents of what
+    it is evaluated by, folded.
     """
 
+    rows: int = 0
     train: set[bytes] = field(default_factory=set)
     folded: set[bytes] = field(default_factory=set)
     prompts: set[bytes] = field(default_factory=set)
     held_out: set[bytes] = field(default_factory=set)
 
-    def add(self, example: Example, *, is_held_out: bool) -> None:
-        """Add an example of train, or one that is held out."""
-        keys = RowKeys.of(example)
+    def add(self, row: Row, *, is_held_out: bool) -> None:
+        """Add a row of train, or one that is held out."""
+        keys = RowKeys.of(row)
         self.folded.add(keys.folded)
         if keys.prompt is not None:
             self.prompts.add(keys.prompt)
         if is_held_out:
             self.held_out.add(keys.folded)
         else:
+            self.rows += 1
             self.train.add(keys.content)
 
 
 @dataclass(frozen=True)
 class EarlierData:
-    """A data set of an earlier night: its examples, or why there are none.
+    """A data set of an earlier night: its rows, or why there are none.
 
     version, file, problem: as `ReplaySource` has them.
     train: what may be replayed; held_out: what its version was judged by.
@@ -103,8 +90,8 @@ class EarlierData:
 
     version: str | None
     file: str | None
-    train: Sequence[Example] = ()
-    held_out: Sequence[Example] = ()
+    train: Sequence[Row] = ()
+    held_out: Sequence[Row] = ()
     problem: str | None = None
 
 
@@ -140,7 +127,7 @@ def choose_replayed_examples(
         max_generations: how many of the newest sources are replayed; None is all.
         seed: the run's.
     """
-    held_out_keys = [RowKeys.of(example) for data in earlier for example in data.held_out]
+    held_out_keys = [RowKeys.of(row) for data in earlier for row in data.held_out]
     held_out = new.held_out | {keys.folded for keys in held_out_keys}
     dropped = sorted(new.train & {keys.content for keys in held_out_keys})
     known = _Known(new.folded, new.prompts, held_out)
@@ -180,7 +167,7 @@ class _Known:
     held_out: set[bytes]
 
     def sort_out(
-        self, data: EarlierData, train: Sequence[Example]
+        self, data: EarlierData, train: Sequence[Row]
     ) -> tuple[ReplaySource, list[tuple[bytes, bytes]]]:
         """A source's counts, and content and line of each example that may be replayed.
 
@@ -190,8 +177,8 @@ class _Known:
         named: list[SupersededRow] = []
         fresh: dict[bytes, tuple[bytes, bytes]] = {}
         prompts: set[bytes] = set()
-        for example in train:
-            keys = RowKeys.of(example)
+        for row in train:
+            keys = RowKeys.of(row)
             if keys.prompt is not None:
                 prompts.add(keys.prompt)
             if keys.folded in self.held_out:
@@ -201,12 +188,12 @@ class _Known:
             elif keys.prompt in self.prompts:
                 superseded += 1
                 if len(named) < MAX_NAMED_PROMPTS:
-                    prompt = _shown_prompt(example)
+                    prompt = _shown_prompt(row)
                     named.append(SupersededRow(digest=keys.content.hex(), prompt=prompt))
             else:
-                fresh[keys.folded] = keys.content, render_row(example)
-        for example in data.held_out:
-            keys = RowKeys.of(example)
+                fresh[keys.folded] = keys.content, json.dumps(row, allow_nan=False).encode() + b"\n"
+        for row in data.held_out:
+            keys = RowKeys.of(row)
             self.folded.add(keys.folded)
             if keys.prompt is not None:
                 prompts.add(keys.prompt)
@@ -225,8 +212,8 @@ class _Known:
         return source, list(fresh.values())
 
 
-def _shown_prompt(example: Example) -> str:
+def _shown_prompt(row: Row) -> str:
     """The beginning of the last turn before the answer."""
-    turns = example.messages[:-1]
-    text = str(turns[-1].get("content") or "") if turns else ""
+    turns = row.get("messages") or [{"content": row.get("prompt")}, {}]
+    text = str(turns[-2].get("content") or "") if len(turns) > 1 else ""
     return " ".join(text.split())[:MAX_SHOWN_CHARACTERS]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from hashlib import sha256
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.example_digests import encode_digests
-from nested_core.data.example_rows import read_split_rows
+from nested_core.data.example_rows import read_content, read_split_rows
 from nested_core.data.held_out_rows import as_test_set_alone
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.losses.left_out_examples import read_run_training_digests
@@ -103,7 +104,17 @@ def read_run_examples(
             stacklevel=2,
         )
         return None
-    return RunExamples(train, held_out)
+    return RunExamples(_leave_out_dropped(config, run, train), held_out)
+
+
+def _leave_out_dropped(
+    config: FineTuneConfig, run: RunDirectory, train: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows without those that an ancestor holds out, and the run did not train on."""
+    if not config.continual.replay.fraction:
+        return train
+    dropped = {*read_replay(run.replay).dropped}
+    return [row for row in train if sha256(read_content(row)).hexdigest() not in dropped]
 
 
 def _read_validated_rows(

@@ -1,31 +1,41 @@
 """What a run replays: read from earlier data before training, and written to the run directory.
 
-A run that was set up reads replay.json and replay.jsonl alone: it goes on without its sources.
+Of a version the registry's data store gives the examples; where it has none, the files that the
+version was trained on do, if they are still what they were. A run that was set up reads replay.json
+and replay.jsonl alone: it goes on without its sources.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from math import ceil
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
+from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
-from nested_core.data.data_settings import DataSettings
-from nested_core.data.lines.example_parsing import Example, parse_line, strip_line
-from nested_core.data.lines.json_decoding import LineProblem
+from nested_core.data.data_settings import SPLITS, DataSettings
+from nested_core.data.example_rows import SplitRows, read_split_rows
+from nested_core.data.held_out_rows import as_test_set_alone
 from nested_core.data.replayed_examples import EarlierData, NewData, choose_replayed_examples
-from nested_core.data.sources.split_files import open_splits
-from nested_core.errors import ConfigError, DatasetError
+from nested_core.errors import ConfigError, DatasetError, shorten
 from nested_core.records.replay import ReplayRecord, read_replay
+from nested_core.registry.data_store import read_lineage, read_stored_data
+from nested_core.registry.folders import name_exists
+from nested_core.registry.promotion_policy import registry_location
+from nested_core.registry.queries import holding_champion
+from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.storage.atomic import remove_file, write_bytes, write_json
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
+from nested_core.text.digest_format import shorten_digest
 
-Splits = dict[str, list[Example]]
+HELD_OUT_SPLITS = SPLITS[1:]
+MAX_REASON_CHARACTERS = 200
+Splits = dict[str, SplitRows]
+Row = dict[str, Any]
 
 
 def prepare_replay(config: FineTuneConfig, run: RunDirectory) -> None:
@@ -35,23 +45,21 @@ def prepare_replay(config: FineTuneConfig, run: RunDirectory) -> None:
     """
     if run.initial.exists() and run.tiers.exists():
         return
-    for earlier in (run.replay, run.replayed_rows):
-        remove_file(earlier)
+    for written in (run.replay, run.replayed_rows):
+        remove_file(written)
     replay = config.continual.replay
     if not replay.fraction:
         return
-    new = NewData()
-    splits = _read_new_data(config)
-    for split, examples in splits.items():
-        for example in examples:
-            new.add(example, is_held_out=split != "train")
+    new = _read_new_data(config)
     batches = config.iters
     if config.training.epochs is not None:
-        rows = config.training.epochs * len(splits.get("train", ()))
+        rows = config.training.epochs * new.rows
         batches = ceil(rows / (config.batch_size * (1 - replay.fraction))) + 1
+    lineage = _read_lineage(config)
+    earlier = lineage.data if replay.is_lineage else _read_files(config)
     chosen = choose_replayed_examples(
         new,
-        list(_read_files(config)),
+        earlier,
         draws=int(batches * config.batch_size * replay.fraction),
         weighting=replay.weighting,
         max_generations=replay.max_generations,
@@ -61,7 +69,8 @@ def prepare_replay(config: FineTuneConfig, run: RunDirectory) -> None:
     record = ReplayRecord(
         fraction=replay.fraction,
         weighting=replay.weighting,
-        start=None,
+        start=lineage.champion,
+        removed=lineage.removed,
         sources=chosen.sources,
         rows_sha256=sha256(content).hexdigest(),
         dropped=tuple(content.hex() for content in chosen.dropped),
@@ -82,45 +91,123 @@ def describe_replay(config: FineTuneConfig, run: RunDirectory) -> list[str]:
     return list(read_replay(run.replay).describe()) if config.continual.replay.fraction else []
 
 
-def _read_new_data(config: FineTuneConfig) -> Splits:
-    """The examples of the run's own data, and of the file that the gate judges by."""
+def require_same_start(config: FineTuneConfig, run: RunDirectory, champion: str | None) -> None:
+    """Raise ConfigError if another version than the one that replay was chosen for is champion."""
+    replay = config.continual.replay
+    if not replay.fraction or not replay.is_lineage:
+        return
+    chosen_for = read_replay(run.replay).start
+    if champion != chosen_for:
+        names = [each and f"version {shorten_digest(each)}" for each in (chosen_for, champion)]
+        raise ConfigError(
+            f"continual.replay: {config.registry.name} got another champion while the data was "
+            f"read: {names[0] or 'none'} before, {names[1] or 'none'} now. Start the run again "
+            f"with --resume: it begins from today's."
+        )
+
+
+def _read_new_data(config: FineTuneConfig) -> NewData:
+    """The run's own data, and the file that the gate judges by."""
     settings = DataSettings.from_config(config)
-    splits = _read_examples(settings)
-    held_out = config.gate.held_out
-    if held_out not in SPLITS_BY_HELD_OUT_CHOICE:
-        others = replace(settings, data=held_out, hf_dataset=(), data_format="auto")
-        splits[held_out] = [e for own in _read_examples(others).values() for e in own]
-    return splits
+    new = NewData()
+    for split in SPLITS:
+        own = read_split_rows(settings, split)
+        for row in own.rows if own is not None else ():
+            new.add(row, is_held_out=split != "train")
+    for row in _read_held_out_file(config):
+        new.add(row, is_held_out=True)
+    return new
 
 
-def _read_files(config: FineTuneConfig) -> Iterator[EarlierData]:
+def _read_held_out_file(config: FineTuneConfig) -> list[Row]:
+    """The rows of the file that `gate.held_out` names; none where it names a split, or is gone."""
+    path = Path(config.gate.held_out)
+    if config.gate.held_out in SPLITS_BY_HELD_OUT_CHOICE or not path.is_file():
+        return []
+    with as_test_set_alone(path, DataSettings.from_config(config)) as alone:
+        own = read_split_rows(alone, "test")
+    return [] if own is None else own.rows
+
+
+def _read_files(config: FineTuneConfig) -> list[EarlierData]:
     """The data sets that `replay.sources` names, the newest first."""
-    settings = replace(DataSettings.from_config(config), hf_dataset=())
+    settings = DataSettings.from_config(config)
+    earlier = []
     for name in config.continual.replay.sources:
-        try:
-            splits = _read_examples(replace(settings, data=name, data_format="auto"))
-        except (ConfigError, DatasetError, FileNotFoundError, PermissionError) as error:
-            yield EarlierData(
-                None, name, problem=f"it cannot be read, and is not replayed: {error}"
-            )
-            continue
-        held_out = [e for split in ("valid", "test") for e in splits.get(split, ())]
-        problem = None if splits.get("train") else "there is no training example in it"
-        yield EarlierData(None, name, splits.get("train", ()), held_out, problem)
+        own = replace(settings, data=name, hf_dataset=(), data_format="auto")
+        splits, problem = _read_splits(own)
+        if problem is None and "train" not in splits:
+            problem = "there is no training example in it"
+        train = splits["train"].rows if "train" in splits else []
+        earlier.append(EarlierData(None, name, train, _held_out_rows(splits), problem))
+    return earlier
 
 
-def _read_examples(settings: DataSettings) -> Splits:
-    """The examples of each split; lines that hold none are passed over."""
-    with TemporaryDirectory(prefix="nested-tune-") as spool:
-        files = open_splits(settings, Path(spool))
-        return {split: list(_parse_file(file.path, settings)) for split, file in files.items()}
+def _read_splits(settings: DataSettings) -> tuple[Splits, str | None]:
+    """The splits of a data set that is read again, or why it cannot be."""
+    try:
+        read = {split: read_split_rows(settings, split) for split in SPLITS}
+    except (ConfigError, DatasetError, FileNotFoundError, PermissionError) as error:
+        reason = shorten(error, MAX_REASON_CHARACTERS)
+        return {}, f"it cannot be read, and is not replayed: {reason}"
+    return {split: rows for split, rows in read.items() if rows is not None}, None
 
 
-def _parse_file(path: Path, settings: DataSettings) -> Iterator[Example]:
-    with open_regular(path, UNBOUNDED, follow_links=True) as (lines, _):
-        for number, line in enumerate(lines, 1):
-            if body := strip_line(line, is_first=number == 1):
-                try:
-                    yield parse_line(body, settings.field_names)
-                except LineProblem:  # the validation of that data says what is wrong with it
-                    continue
+def _held_out_rows(splits: Splits) -> list[Row]:
+    return [row for name in HELD_OUT_SPLITS if name in splits for row in splits[name].rows]
+
+
+@dataclass(frozen=True)
+class _Lineage:
+    """A champion and its ancestors: what they were trained on, newest first."""
+
+    champion: str | None = None
+    data: Sequence[EarlierData] = ()
+    removed: str | None = None
+
+
+def _read_lineage(config: FineTuneConfig) -> _Lineage:
+    """The lineage that a run goes on from; empty without a champion, and where files are named."""
+    if not config.continual.replay.is_lineage:
+        return _Lineage()
+    registry, name = registry_location(config.registry)
+    if not name_exists(registry, name):
+        return _Lineage()
+    with holding_champion(registry, name) as champion:  # no gc removes a version meanwhile
+        versions = [] if champion is None else read_lineage(registry, name, champion)
+        is_there = [version_folder(registry, name, version).is_dir() for version in versions]
+        known = [version for version, there in zip(versions, is_there, strict=True) if there]
+        removed = versions[-1] if known != versions else None
+        data = [_read_version(registry, name, version) for version in known]
+    return _Lineage(champion, data, removed)
+
+
+def _read_version(registry: Path, name: str, version: str) -> EarlierData:
+    """What a version was trained on: from the store, else from its files if they are the same."""
+    stored = read_stored_data(registry, name, version)
+    if stored is None:
+        provenance = read_provenance(version_folder(registry, name, version))
+        return _read_source_of_version(version, provenance)
+    lost = f"{stored.missing:,} of its examples are no longer in the registry's data store"
+    train, held_out = ([row.row for row in own] for own in (stored.train, stored.held_out))
+    return EarlierData(version, None, train, held_out, lost if stored.missing else None)
+
+
+def _read_source_of_version(version: str, provenance: dict[str, Any]) -> EarlierData:
+    """What a version was trained on, from the files that its provenance names."""
+    given = {key: value for key, value in provenance["config"].items() if value is not None}
+    config = parse_config(given, source=f"the provenance of {version}")
+    splits, reason = _read_splits(DataSettings.from_config(config))
+    train = splits.get("train")
+    if reason is None and (train is None or train.digest != provenance["train_digest"]):
+        reason = "it has changed since, and is not replayed"
+        train = None
+    held_out = [*_held_out_rows(splits), *_read_held_out_file(config)]
+    judged_by = provenance.get("validation_digest")
+    is_known = judged_by in (None, *(splits[s].digest for s in HELD_OUT_SPLITS if s in splits))
+    unknown = "its held-out examples are not what they were, and may be trained on"
+    reasons = [*filter(None, [reason]), *([] if is_known else [unknown])]
+    where = ", ".join(each.path for each in config.hf_dataset) or config.data
+    problem = f"the registry keeps no data of it, and of {where}: {'; '.join(reasons)}"
+    rows = [] if train is None else train.rows
+    return EarlierData(version, None, rows, held_out, problem if reasons else None)

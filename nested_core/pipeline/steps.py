@@ -67,7 +67,7 @@ from nested_core.pipeline.continual import starting_adapter
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.launch.mlx_launch import count_ranks
 from nested_core.pipeline.launch.rank_group import train_in_ranks
-from nested_core.pipeline.replay import prepare_replay
+from nested_core.pipeline.replay import prepare_replay, require_same_start
 from nested_core.process.command_parent import list_earlier_ends
 from nested_core.records.answers import write_answers
 from nested_core.records.dataset import (
@@ -202,6 +202,7 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Se
         load_adapter_tensors(model, read_adapter_file(Path(config.resume_adapter_file), base))
     described = make_adapter_config(config, fingerprint_base_model(base))
     champion = starting_adapter(config, described, base)
+    require_same_start(config, run, None if champion is None else champion.digest())
     if champion is not None:
         load_adapter_tensors(model, {name: t.to_mlx() for name, t in champion.tensors.items()})
     with new_directory(run.initial, replace=True) as folder:

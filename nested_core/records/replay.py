@@ -86,7 +86,8 @@ class ReplayRecord(BaseModel):
     """What is replayed, with what it was chosen by.
 
     fraction: of each batch; weighting: how often examples of older sources come.
-    start: the champion whose lineage the sources are; None for files.
+    start: the champion whose lineage the sources are; None for files, and before the first.
+    removed: the ancestor at which the known lineage ends, because gc removed it; None for a whole.
     sources: newest first.
     rows_sha256: of replay.jsonl, which has the examples of each source in turn.
     dropped: SHA-256 of the new training examples that equal a held-out example of a source, and are
@@ -100,6 +101,7 @@ class ReplayRecord(BaseModel):
     sources: tuple[ReplaySource, ...]
     rows_sha256: str
     dropped: tuple[str, ...] = ()
+    removed: str | None = None
 
     @property
     def examples(self) -> int:
@@ -118,11 +120,11 @@ class ReplayRecord(BaseModel):
 
     def describe(self) -> Iterator[str]:
         """Sentences: what is replayed of which source, what is not, what is missing."""
-        if not self.sources:
-            yield "replay: there is no earlier data yet"
-            return
-        listed = "; ".join(source.describe() for source in self.sources)
-        yield f"replay: {self.fraction:.3g} of each batch, from {listed}"
+        listed = "; ".join(source.describe() for source in self.sources if source.rows)
+        if listed:
+            yield f"replay: {self.fraction:.3g} of each batch, from {listed}"
+        else:
+            yield "replay: there is no earlier data to replay"
         if count := sum(source.superseded for source in self.sources):
             prompts = [row.prompt for source in self.sources for row in source.named]
             shown = join_first_values(
@@ -132,6 +134,11 @@ class ReplayRecord(BaseModel):
             yield (
                 f"replay: {count:,} {noun} superseded, for newer data answers the same prompt "
                 f"otherwise: {shown}"
+            )
+        if self.removed is not None:
+            yield (
+                f"replay: version {shorten_digest(self.removed)} was removed from the registry: "
+                f"what it and its ancestors were trained on is not replayed"
             )
         for problem in self.problems():
             yield f"replay: {problem}"

@@ -27,6 +27,7 @@ from nested_core.records.answers import (
 from nested_core.records.dataset import DatasetReport, held_out_split, read_dataset_record
 from nested_core.records.metrics import cumulative_seconds, read_metrics
 from nested_core.records.plan import StepLoss, TrainingPlan, describe_last_losses, read_plan
+from nested_core.records.replay import ReplayRecord, read_replay
 from nested_core.records.result import TrainResult, read_result
 from nested_core.records.skip import Skip, read_skip
 from nested_core.records.verdict import Verdict
@@ -132,6 +133,11 @@ class Run:
     def skip(self) -> Skip | None:
         """Why nothing was trained."""
         return self._read(self.folder.skipped, read_skip)
+
+    @cached_property
+    def replay(self) -> ReplayRecord | None:
+        """The earlier examples that it mixes in; None without replay."""
+        return self._read(self.folder.replay, read_replay)
 
     @cached_property
     def metrics(self) -> Sequence[dict[str, Any]]:

@@ -117,11 +117,6 @@ def flatten_example(example: Example, field_names: FieldNames) -> LineRow:
     )
 
 
-def text_to_compare(example: Example) -> str:
-    """All of an example that is tokenised as one text; the last NUL in it ends the prompt."""
-    return _text_to_compare(example, _letters_of_turns(example))
-
-
 def _letters_of_turns(example: Example) -> str:
     """One letter a turn; a tool's result whose id no call before it has is an orphan."""
     letters = ""
@@ -139,7 +134,7 @@ def _letters_of_turns(example: Example) -> str:
 
 
 def _text_to_compare(example: Example, roles: str) -> str:
-    """The text of `text_to_compare`, from the letters of the turns.
+    """All that is tokenised as one text; the last NUL in it ends the prompt.
 
     Fields are joined by NUL, which no sound line contains, so that unequal examples stay unequal.
     """

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.padding import skewed_lengths
@@ -27,6 +27,7 @@ def make_order(
     return ReplayedBatchOrder(np.array(new), rows, batch_size, seed, max_seq_length=300)
 
 
+@settings(max_examples=40)
 @given(lengths_lists, lengths_lists, st.integers(1, 9), fractions)
 def test_each_batch_is_full_and_has_the_replayed_rows_of_its_position(
     new: list[int], replayed: list[int], batch_size: int, fraction: float
@@ -43,6 +44,7 @@ def test_each_batch_is_full_and_has_the_replayed_rows_of_its_position(
         assert longest[batch.rows].max() <= batch.width
 
 
+@settings(max_examples=40)
 @given(lengths_lists, lengths_lists, st.integers(1, 9), fractions)
 def test_each_new_row_is_used_once_an_epoch(
     new: list[int], replayed: list[int], batch_size: int, fraction: float
@@ -55,6 +57,7 @@ def test_each_new_row_is_used_once_an_epoch(
         assert sorted(own) == list(range(len(new)))
 
 
+@settings(max_examples=40)
 @given(lengths_lists, lengths_lists, st.integers(1, 9), fractions)
 def test_replayed_rows_come_equally_often(
     new: list[int], replayed: list[int], batch_size: int, fraction: float

@@ -12,14 +12,19 @@ import numpy as np
 import pytest
 
 from nested_core.config.schema import FineTuneConfig
+from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.example_digests import digest_examples
+from nested_core.data.example_rows import read_split_rows
 from nested_core.errors import ConfigError, DamagedError, TrainingStopped
 from nested_core.pipeline import steps
-from nested_core.pipeline.replay import describe_replay
+from nested_core.pipeline.replay import describe_replay, require_same_start
 from nested_core.records.replay import ReplayRecord, read_replay
+from nested_core.registry import promote, register
+from nested_core.registry.data_store import RunExamples
+from nested_core.report.run_report import read_report
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.safetensors_files import read_tensors
+from tests.core.registry.conftest import write_run
 from tests.example import (
     DATA,
     SPEEDS,
@@ -71,7 +76,7 @@ def choose(config: FineTuneConfig, path: Path) -> tuple[RunDirectory, ReplayReco
 
 def replayed_prompts(run: RunDirectory) -> list[str]:
     rows = map(json.loads, run.replayed_rows.read_text().splitlines())
-    return sorted(each["messages"][0]["content"] for each in rows)
+    return sorted(each.get("prompt") or each["messages"][0]["content"] for each in rows)
 
 
 def test_rows_that_newer_data_repeats_corrects_or_holds_out_are_not_replayed(
@@ -103,6 +108,8 @@ def test_rows_that_newer_data_repeats_corrects_or_holds_out_are_not_replayed(
         "replay: 3 examples are superseded, for newer data answers the same prompt otherwise: "
         '"what is b?", "c?", "held answer?"',
     ]
+    page = read_report(run.path).to_html()
+    assert all(prompt in page for prompt in ("what is b?", "c?", "held answer?"))
     report, splits = load_run_data(configure(tmp_path, "newer", "old"), run)
     assert report.splits["train"].dropped == {"held-out-before": (3,)}
     assert report.splits["train"].rows == len(splits["train"]) == 3
@@ -151,6 +158,140 @@ def test_the_same_data_and_seed_choose_the_same_rows(folder: Path) -> None:
     rows = [each[0].replayed_rows.read_bytes() for each in (first, again, moved, other)]
     assert rows[0] == rows[1] == rows[2] != rows[3]
     assert first[1].content_digest == moved[1].content_digest != other[1].content_digest
+
+
+NAME = "capitals"
+FRESH = "0" * 64
+
+
+def add_version(
+    folder: Path, parent: str, data: Path, *, keeps: bool = True, changes: Any = None
+) -> str:
+    """A champion that was trained from `parent` on a data set, without any training."""
+    registry = folder / "registry"
+    seed = len(list(folder.glob("run-*")))
+    config = example_config(data=str(data), **changes or {})
+    settings = DataSettings.from_config(config)
+    train, valid = (read_split_rows(settings, split) for split in ("train", "valid"))
+    assert train is not None
+    assert valid is not None
+    provenance = {
+        "parent": None if parent == FRESH else parent,
+        "config": config.model_dump(mode="json"),
+        "train_digest": train.digest,
+        "validation_digest": valid.digest,
+    }
+    run = write_run(folder / f"run-{seed}", seed, initial=parent)
+    examples = RunExamples(train.rows, valid.rows) if keeps else None
+    version = register(run, registry, NAME, provenance, examples=examples)
+    promote(registry, NAME, version, by="ann")
+    return version
+
+
+def from_champion(folder: Path, **changes: Any) -> FineTuneConfig:
+    registry = {"path": str(folder / "registry"), "name": NAME}
+    replay = {"fraction": 0.3} | changes.pop("replay", {})
+    continual = {"from": "champion", "replay": replay}
+    settings = {"data": str(folder / "new"), "registry": registry, "iters": 40}
+    return example_config(**settings | changes, continual=continual)
+
+
+def night(folder: Path, number: int) -> Path:
+    """The data of a night: two facts of its own, and one that each night answers anew."""
+    facts = [row(f"own {number} {n}?", "1") for n in range(2)]
+    held_out = [row(f"held {number}?", "1")]
+    changed = row("today?", str(number))
+    return write_split(folder / f"night-{number}", train=[*facts, changed], valid=held_out)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_the_data_of_the_champion_and_its_ancestors_is_replayed(
+    tmp_path: Path, keeps: bool
+) -> None:
+    parent = FRESH
+    versions = [
+        parent := add_version(tmp_path, parent, night(tmp_path, n), keeps=keeps) for n in range(3)
+    ]
+    new = [row("fresh 1?", "1"), row("held 0?", "1"), row("fresh 2?", "1")]
+    write_split(tmp_path / "new", train=new, valid=[row("own 1 0?", "1")])
+    if keeps:  # the store has it: what became of the files does not matter
+        shutil.rmtree(tmp_path / "night-0")
+        (tmp_path / "night-1" / "train.jsonl").write_text(row("altered?", "1"))
+        (tmp_path / "night-2").rename(tmp_path / "moved")
+        shutil.move(tmp_path / "registry", tmp_path / "elsewhere")
+        shutil.copytree(tmp_path / "elsewhere", tmp_path / "registry", symlinks=True)
+    run, record = choose(from_champion(tmp_path), tmp_path / "run")
+    assert (record.start, record.removed, record.problems()) == (versions[-1], None, [])
+    assert [source.version for source in record.sources] == versions[::-1]
+    assert [source.superseded for source in record.sources] == [0, 1, 1]
+    expected = ["own 0 0?", "own 0 1?", "own 1 1?", "own 2 0?", "own 2 1?", "today?"]
+    assert replayed_prompts(run) == expected
+    assert '{"prompt": "today?", "completion": "2"}' in run.replayed_rows.read_text()
+    report, splits = load_run_data(from_champion(tmp_path), run)
+    assert report.splits["train"].dropped == {"held-out-before": (2,)}
+    assert len(splits["replay"]) == 6
+
+
+def test_files_of_ancestors_without_stored_data_are_used_if_they_are_what_they_were(
+    tmp_path: Path,
+) -> None:
+    parent = FRESH
+    for number in range(4):
+        parent = add_version(tmp_path, parent, night(tmp_path, number), keeps=False)
+    write_split(tmp_path / "new", train=[row("fresh?", "1"), row("held 0?", "1"), row("f?", "1")])
+    shutil.rmtree(tmp_path / "night-1")
+    with (tmp_path / "night-2" / "train.jsonl").open("a") as file:
+        file.write(row("added?", "1"))
+    (tmp_path / "night-3" / "valid.jsonl").write_text(row("another?", "1"))
+    config = from_champion(tmp_path)
+    run, record = choose(config, tmp_path / "run")
+    kept = ["own 0 0?", "own 0 1?", "own 3 0?", "own 3 1?", "today?"]
+    assert replayed_prompts(run) == kept
+    assert len(load_run_data(config, run)[1]["train"]) == 2
+    problems = [
+        problem.partition(": the registry keeps no data of it, and of ")[2]
+        for problem in record.problems()
+    ]
+    where = [str(tmp_path / f"night-{number}") for number in range(4)]
+    unknown = "its held-out examples are not what they were, and may be trained on"
+    assert problems[0] == f"{where[3]}: {unknown}"
+    assert problems[1] == f"{where[2]}: it has changed since, and is not replayed"
+    assert problems[2].startswith(f"{where[1]}: it cannot be read, and is not replayed: ")
+    assert problems[2].endswith(unknown)
+    with pytest.raises(ConfigError, match="replay.missing is error"):
+        choose(from_champion(tmp_path, replay={"missing": "error"}), tmp_path / "refused")
+
+
+def test_a_lineage_that_gc_cut_short_is_said_and_is_no_error(tmp_path: Path) -> None:
+    first = add_version(tmp_path, FRESH, night(tmp_path, 0))
+    second = add_version(tmp_path, first, night(tmp_path, 1))
+    shutil.rmtree(tmp_path / "registry" / NAME / "versions" / first)
+    write_split(tmp_path / "new", train=[row("fresh?", "1"), row("f?", "1")])
+    config = from_champion(tmp_path, replay={"missing": "error"})
+    run, record = choose(config, tmp_path / "run")
+    assert (record.start, record.removed, len(record.sources)) == (second, first, 1)
+    assert describe_replay(config, run)[-1] == (
+        f"replay: version {first[:12]} was removed from the registry: what it and its ancestors "
+        f"were trained on is not replayed"
+    )
+
+
+def test_before_the_first_champion_nothing_is_replayed_and_it_is_said(folder: Path) -> None:
+    config = from_champion(folder, iters=4)
+    run = prepare(config, folder / "run")
+    assert describe_replay(config, run) == ["replay: there is no earlier data to replay"]
+    done = train(config, run)
+    assert not any("replayed_tokens" in each for each in done.metrics())
+
+
+def test_another_champion_than_replay_was_chosen_for_is_refused(folder: Path) -> None:
+    config = from_champion(folder)
+    run, _ = choose(config, folder / "run")
+    version = add_version(folder, FRESH, night(folder, 0))
+    with pytest.raises(ConfigError, match=f"none before, version {version[:12]} now.*--resume"):
+        require_same_start(config, run, version)
+    steps.validate(config, run)  # as --resume does
+    require_same_start(config, run, version)
 
 
 def test_what_cannot_go_together_is_refused_before_a_run() -> None:
@@ -204,6 +345,7 @@ def test_a_resumed_run_equals_the_whole_one_without_its_sources(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow("judges a run")
 def test_the_gate_knows_that_replayed_rows_were_trained_on(whole: Finished) -> None:
     steps.judge(whole.config, whole.run)
     trained_on = np.fromfile(whole.run.training_examples, "<u8")
@@ -232,6 +374,4 @@ def test_without_replay_nothing_of_it_is_in_a_run(folder: Path) -> None:
     run = prepare(config, folder / "run")
     assert not run.replay.exists()
     assert set(load_run_data(config, run)[1]) == {"train", "valid"}
-    done = train(config, run)
-    assert not any("replayed_tokens" in each for each in done.metrics())
-    assert read_tensors(done.run.adapter / "adapters.safetensors")
+    assert describe_replay(config, run) == []
