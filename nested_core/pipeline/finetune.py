@@ -30,8 +30,14 @@ from nested_core.pipeline.publishing import (
     describe_reproduction,
     record_rejection,
 )
-from nested_core.process.command_parent import RunInHand, tell_parent
+from nested_core.process.command_parent import (
+    RunInHand,
+    aborting_where_metal_failed,
+    list_earlier_ends,
+    tell_parent,
+)
 from nested_core.records.outcome_names import Outcome
+from nested_core.records.plan import note_ends
 from nested_core.records.result import TrainResult
 from nested_core.records.skip import Skip, write_skip
 from nested_core.records.verdict import Verdict
@@ -145,7 +151,10 @@ def finetune(
     with run.locked():
         hooks.begin(config, run, resume=resume)
         tell_parent(RunInHand(run.path, config.training.restarts))
+        if ends := list_earlier_ends():
+            note_ends(run.plan, ends)
         with (
+            aborting_where_metal_failed(),
             attaching_verdict_at_end(config, run),
             writing_report_at_end(run),
             Session() as session,

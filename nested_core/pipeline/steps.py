@@ -362,7 +362,7 @@ def _make_plan(
         resumed_at=list_resumptions(earlier, trainer.current_step),
         rank_counts=list_rank_counts(earlier, trainer.current_step, trainer.world.size),
         select_by=trainer.config.training.select_by,
-        ended_by=list_earlier_ends(),
+        ended_by=list_earlier_ends() or (() if earlier is None else earlier.ended_by),
     )
 
 

@@ -10,14 +10,19 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
-from contextlib import suppress
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 # In the command's environment: the process id of its parent, the file that leads to it, and the
 # names of the signals that ended the command before, each behind a colon.
 PARENT_VARIABLE = "NESTED_TUNE_PARENT"
+# Of MLX's errors, where macOS ended the work on its GPU; MLX aborts there, or raises it.
+METAL_FAILURE = "[METAL] Command buffer execution failed"
 
 
 @dataclass(frozen=True)
@@ -92,3 +97,16 @@ def tell_parent(run: RunInHand) -> None:
     if _parent is not None:
         with suppress(OSError):
             _parent.sendall(json.dumps([str(run.path.resolve()), run.restarts]).encode() + b"\n")
+
+
+@contextmanager
+def aborting_where_metal_failed() -> Iterator[None]:
+    """Abort this process at an error of Metal, so that its parent begins it again."""
+    try:
+        yield
+    except Exception as error:
+        if has_parent() and any(METAL_FAILURE in str(each) for each in (error, error.__cause__)):
+            traceback.print_exc()
+            sys.stderr.flush()
+            os.abort()
+        raise

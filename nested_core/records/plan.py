@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ class TrainingPlan:
     first_step: where this process went on from; 0 is the beginning.
     resumed_at: every step that a process went on from after an earlier one had ended, ascending.
     rank_counts: from which step on how many processes shared each batch, such as (0, 2), (40, 1).
-    ended_by: the signals that ended the command's processes before this one.
+    ended_by: the signals that ended processes of the last command that went on by itself.
     frequencies: of each tier, the fastest first.
     offers_best: whether the adapter of the lowest validation loss is offered, or the last one.
     select_by: what chooses the best one: `loss`, or the suite whose answers do.
@@ -108,6 +108,13 @@ _PLAN_VALIDATOR = TypeAdapter(TrainingPlan)
 def write_plan(path: Path, plan: TrainingPlan) -> None:
     """Write plan.json in place of an earlier one."""
     write_json(path, asdict(plan))
+
+
+def note_ends(path: Path, ends: Sequence[str]) -> None:
+    """Write the signals that ended processes of a command into plan.json, where there is one."""
+    plan = read_plan(path)
+    if plan is not None:
+        write_plan(path, replace(plan, ended_by=tuple(ends)))
 
 
 def read_plan(path: Path) -> TrainingPlan | None:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 from pathlib import Path
 
 import pytest
 
 from nested_core.errors import TrainingProcessLost
-from nested_core.records.plan import read_plan
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import write_config
 from tests.flows.conftest import Ended, completed, ended, start
 from tests.waiting import wait_until
 
 SETTINGS = {"iters": 60, "save_every": 20, "steps_per_eval": 20, "steps_per_report": 2}
-SIGNALS = (signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE)
 
 
 def bytes_of(run: Path) -> dict[str, bytes]:
@@ -76,21 +73,3 @@ def test_one_that_dies_at_the_same_step_each_time_ends_with_the_cause(tmp_path: 
     assert "3 times in a row without a new checkpoint" in lost.message()
     assert "ended by SIGABRT" in lost.message()
     assert "--resume" in lost.message()
-
-
-@pytest.mark.reliability
-@pytest.mark.timeout(14400)
-def test_kills_at_drawn_moments_cost_no_run(tmp_path: Path) -> None:
-    drawn = random.Random(51)
-    write_config(tmp_path / "config.yaml", **SETTINGS)
-    assert completed("train", "-c", "config.yaml", "--run-dir", "plain", cwd=tmp_path).code == 0
-    expected = bytes_of(tmp_path / "plain")
-    for count in range(int(os.environ.get("KILLS", "20"))):
-        number = SIGNALS[count % len(SIGNALS)]
-        killed = killed_by(number, tmp_path, after_lines=drawn.randrange(1, 30))
-        assert killed.code == 0, killed.stderr
-        plan = read_plan(tmp_path / "killed" / "plan.json")
-        assert plan is not None
-        assert plan.ended_by in ((signal.Signals(number).name,), ())  # it may have been judged
-        assert bytes_of(tmp_path / "killed") == expected
-        (tmp_path / "killed").rename(tmp_path / f"killed-{count}")

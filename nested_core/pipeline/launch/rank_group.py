@@ -28,6 +28,8 @@ from nested_core.optim.tier_counters import TierStats
 from nested_core.pipeline.launch import end_with_parent
 from nested_core.pipeline.launch.mlx_launch import MESSAGE_PREFIX, launch_command, rank_environment
 from nested_core.process.child import rebuild_error
+from nested_core.process.command_parent import list_earlier_ends
+from nested_core.records.plan import note_ends
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.foreign_text import escape
 from nested_core.training.memory.memory_plan import MemoryPlan
@@ -248,6 +250,7 @@ def train_in_ranks(
     group.run(launch_command(config, ranks, run.path), rank_environment(config), on_start)
     if group.has_waited and not group.stop_requested:
         warnings.warn(f"{_describe_wait(config, group)} They go on by themselves.", stacklevel=2)
+        note_ends(run.plan, (*list_earlier_ends(), signal.SIGALRM.name))
         group.run(launch_command(config, ranks, run.path), rank_environment(config), on_start)
     if group.has_waited:
         raise TrainingProcessLost(_describe_wait(config, group), advice=go_on_with(run.path))

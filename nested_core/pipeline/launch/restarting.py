@@ -23,6 +23,7 @@ from types import FrameType
 
 from nested_core.errors import TrainingProcessLost, go_on_with
 from nested_core.process.command_parent import PARENT_VARIABLE, RunInHand
+from nested_core.text.foreign_text import escape
 
 # What ends a process through no wish of anybody's. SIGTRAP and SIGILL are how macOS aborts.
 CRASH_SIGNALS = frozenset(
@@ -38,11 +39,14 @@ CRASH_SIGNALS = frozenset(
 )
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MAX_MESSAGE_BYTES = 64 * 1024
-# Of the control group, in versions 2 and 1: how often the system killed for want of memory.
-OOM_COUNTERS = (
-    Path("/sys/fs/cgroup/memory.events"),
-    Path("/sys/fs/cgroup/memory/memory.oom_control"),
-)
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+OWN_CONTROL_GROUPS = Path("/proc/self/cgroup")
+# Of a control group, in versions 2 and 1: how often the system killed for want of memory, and the
+# most memory that it may have.
+OOM_COUNTERS = ("memory.events", "memory.oom_control")
+MEMORY_LIMITS = ("memory.max", "memory.limit_in_bytes")
+UNLIMITED = 2**62  # version 1 says about 2**63
+PROCESSES = Path("/proc")
 
 
 class _Command:
@@ -174,11 +178,43 @@ def _end_by(number: int) -> int:
 
 def count_memory_kills() -> int:
     """How often the system has killed for want of memory in this control group; 0 if unknown."""
-    for path in OOM_COUNTERS:
+    counts = dict(line.split() for line in _read_memory_file(OOM_COUNTERS).splitlines())
+    return int(counts.get("oom_kill", 0))
+
+
+def _read_memory_file(names: Sequence[str]) -> str:
+    """The first of these files that this process's control group has; empty without any.
+
+    In a container the group's path may be one that is not to be seen there: then it is the top.
+    """
+    places = []
+    with suppress(OSError):
+        for line in OWN_CONTROL_GROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in ("", "memory"):
+                places.append(CONTROL_GROUPS / controllers / path.lstrip("/"))
+    for folder in (*places, CONTROL_GROUPS, CONTROL_GROUPS / "memory"):
+        for name in names:
+            with suppress(OSError):
+                return (folder / name).read_text()
+    return ""
+
+
+def _describe_memory() -> str:
+    """The limit of the control group, or else the process that has the most memory now."""
+    limit = _read_memory_file(MEMORY_LIMITS).strip()
+    if limit.isdigit() and int(limit) < UNLIMITED:
+        return f" The limit of its control group is {int(limit) / 1e9:.3g} GB."
+    sizes = []
+    for folder in PROCESSES.glob("[0-9]*"):
         with suppress(OSError):
-            counts = dict(line.split() for line in path.read_text().splitlines())
-            return int(counts.get("oom_kill", 0))
-    return 0
+            pages = int((folder / "statm").read_text().split()[1])
+            sizes.append((pages, folder.name, (folder / "comm").read_text().strip()))
+    if not sizes:
+        return ""
+    pages, process, name = max(sizes)
+    size = pages * os.sysconf("SC_PAGE_SIZE") / 1e9
+    return f" The most memory is now held by process {process} ({escape(name)}), {size:.3g} GB."
 
 
 def describe_end(number: int, *, was_memory: bool) -> str:
@@ -187,15 +223,15 @@ def describe_end(number: int, *, was_memory: bool) -> str:
     if was_memory:
         return (
             f"the system killed it ({name}) because memory ran out: a smaller batch_size or "
-            f"max_seq_length, or grad_checkpoint, needs less."
+            f"max_seq_length, or grad_checkpoint, needs less.{_describe_memory()}"
         )
     if number == signal.SIGKILL:
-        return f"it was killed ({name}), as a system does when memory runs out."
+        return f"it was killed ({name}), as a system does when memory runs out.{_describe_memory()}"
     helps = ""
     if sys.platform == "darwin":
         helps = (
             " macOS ends work that keeps its GPU too long: a smaller batch_size helps, "
-            "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1, and an open lid."
+            "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1, and a closed lid."
         )
     return f"it was ended by {name}; its last output is above.{helps}"
 

@@ -20,7 +20,12 @@ from tests.waiting import wait_until
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
-from nested_core.process.command_parent import RunInHand, list_earlier_ends, tell_parent
+from nested_core.process.command_parent import (
+    RunInHand,
+    aborting_where_metal_failed,
+    list_earlier_ends,
+    tell_parent,
+)
 
 run, ends, restarts, made = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3]), sys.argv[4]
 signal.signal(signal.SIGTERM, lambda number, frame: os.abort())
@@ -34,6 +39,9 @@ end = ends[min(begun, len(ends) - 1)]
 if end == "wait":
     (run / "waits").write_text(str(os.getpid()))
     time.sleep(60)
+if end == "metal":
+    with aborting_where_metal_failed():
+        raise RuntimeError("[METAL] Command buffer execution failed: Impacting Interactivity")
 if not end.isdigit():
     os.kill(os.getpid(), getattr(signal, end))
 sys.exit(int(end))
@@ -56,24 +64,26 @@ def begun(tmp_path: Path) -> list[str]:
 def test_it_is_begun_again_with_the_words_to_resume_until_it_ends(
     tmp_path: Path, words: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    ends = "SIGKILL,SIGABRT,SIGSEGV,SIGBUS,SIGFPE,5"
+    ends = "SIGKILL,SIGTRAP,SIGSEGV,SIGBUS,SIGFPE,metal,5"
     code = run_again_where_killed([*words, ends, "3", "always"], lambda run: ("--on", run.name))
     assert code == 5
     assert begun(tmp_path) == [
         "|",
         "SIGKILL | --on run",
-        "SIGKILL SIGABRT | --on run",
-        "SIGKILL SIGABRT SIGSEGV | --on run",
-        "SIGKILL SIGABRT SIGSEGV SIGBUS | --on run",
-        "SIGKILL SIGABRT SIGSEGV SIGBUS SIGFPE | --on run",
+        "SIGKILL SIGTRAP | --on run",
+        "SIGKILL SIGTRAP SIGSEGV | --on run",
+        "SIGKILL SIGTRAP SIGSEGV SIGBUS | --on run",
+        "SIGKILL SIGTRAP SIGSEGV SIGBUS SIGFPE | --on run",
+        "SIGKILL SIGTRAP SIGSEGV SIGBUS SIGFPE SIGABRT | --on run",
     ]
-    told = capfd.readouterr().err.splitlines()
-    assert told[0] == (
-        "warning: it was killed (SIGKILL), as a system does when memory runs out. It goes on from "
-        "step-0000001, by itself."
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert told[0].startswith(
+        "warning: it was killed (SIGKILL), as a system does when memory runs out."
     )
+    assert told[0].endswith(" It goes on from step-0000001, by itself.")
     assert "ended by SIGFPE" in told[4]
     assert "from step-0000005" in told[4]
+    assert "ended by SIGABRT" in told[5]
 
 
 @pytest.mark.parametrize(("made", "starts"), [("never", 4), ("1", 5)])
@@ -150,16 +160,62 @@ def test_it_stops_and_goes_on_with_its_parent(tmp_path: Path, words: list[str]) 
     process.wait()
 
 
-@pytest.mark.parametrize("content", ["low 0\noom_kill {}\n", "oom_kill_disable 0\noom_kill {}\n"])
-def test_a_kill_for_want_of_memory_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+# As a kernel of each version of control groups writes them.
+GROUPS = {
+    "2": (
+        "0::/jobs/night",
+        "jobs/night/memory.events",
+        "low 0\nhigh 0\nmax 412\noom 7\noom_kill 7\noom_group_kill 0\n",
+        "jobs/night/memory.max",
+    ),
+    "1": (
+        "9:name=systemd:/\n4:memory:/jobs/night\n0::/",
+        "memory/jobs/night/memory.oom_control",
+        "oom_kill_disable 0\nunder_oom 0\noom_kill 7\n",
+        "memory/jobs/night/memory.limit_in_bytes",
+    ),
+    "2, in a container": (
+        "0::/seen/from/outside",
+        "memory.events",
+        "oom 7\noom_kill 7\n",
+        "memory.max",
+    ),
+}
+
+
+@pytest.mark.parametrize("version", GROUPS)
+def test_a_kill_for_want_of_memory_is_named_with_the_limit_of_its_control_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
-    counter = tmp_path / "events"
-    monkeypatch.setattr(restarting, "OOM_COUNTERS", (tmp_path / "none", counter))
-    counter.write_text(content.format(7))
+    own, counter, counts, limit = GROUPS[version]
+    (tmp_path / "own").write_text(own)
+    (tmp_path / counter).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / counter).write_text(counts)
+    (tmp_path / limit).write_text("4000000000\n")
+    monkeypatch.setattr(restarting, "OWN_CONTROL_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(restarting, "CONTROL_GROUPS", tmp_path)
     assert restarting.count_memory_kills() == 7
-    assert "because memory ran out: a smaller batch_size" in describe_end(9, was_memory=True)
+    said = describe_end(9, was_memory=True)
+    assert "because memory ran out: a smaller batch_size" in said
+    assert said.endswith("The limit of its control group is 4 GB.")
     assert "memory ran out" not in describe_end(signal.SIGABRT, was_memory=False)
+
+
+def test_where_the_whole_machine_had_too_little_memory_the_largest_process_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for process, name, pages in ((7, "small", 10), (812, "a server", 5_000_000)):
+        folder = tmp_path / str(process)
+        folder.mkdir()
+        (folder / "comm").write_text(f"{name}\n")
+        (folder / "statm").write_text(f"9000000 {pages} 100 1 0 50 0\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    monkeypatch.setattr(restarting, "OWN_CONTROL_GROUPS", tmp_path / "none")
+    monkeypatch.setattr(restarting, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(restarting, "PROCESSES", tmp_path)
+    said = describe_end(signal.SIGKILL, was_memory=False)
+    size = 5_000_000 * os.sysconf("SC_PAGE_SIZE") / 1e9
+    assert said.endswith(f"is now held by process 812 (a server), {size:.3g} GB.")
 
 
 def test_what_helps_on_a_mac_is_named_there(monkeypatch: pytest.MonkeyPatch) -> None:
