@@ -70,9 +70,11 @@ def test_a_grid_has_at_most_256_points(tmp_path: Path) -> None:
             )
         )
 
-    with patch("flows.sweep.run_deployment", side_effect=Started):
+    with patch("flows.sweep.run_deployment", side_effect=Started) as started:
         with pytest.raises(Started):
             start(MOST_RUNS)
+        asked = started.call_args.kwargs["parameters"]["config"]
+        assert asked["continual"]["skip_unchanged"] is False, "each point is to be compared"
         with pytest.raises(ConfigError, match="the grid has 257 points, at most 256"):
             start(MOST_RUNS + 1)
 

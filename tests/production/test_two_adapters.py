@@ -102,9 +102,10 @@ def test_in_the_second_one_is_unchanged_and_the_other_crashes_and_goes_on_by_its
     assert resumed.state.is_completed(), resumed.state
     assert "begun 2 times" in str(resumed.state.message)
     assert "resumed" in resumed.tags
-    wait_for(lambda: webhook.texts)
-    (crashed,) = webhook.texts
+    wait_for(lambda: len(webhook.texts) == 2)
+    crashed, went_on = webhook.texts
     assert crashed.startswith(f"Crashed: {SUPPORT}, ")
+    assert went_on.startswith(f"Resumed, {resumed.state_name}: {SUPPORT}, ")
 
 
 def test_in_the_third_the_gate_refuses_one_and_its_champion_stays(
@@ -116,7 +117,7 @@ def test_in_the_third_the_gate_refuses_one_and_its_champion_stays(
     assert core.read_champion(team.registry, CAPITALS) == before
     (other,) = end_nights(team, (SUPPORT,))
     assert other.state_name in GOOD
-    wait_for(lambda: len(webhook.texts) == 2)
+    wait_for(lambda: len(webhook.texts) == 3)
     assert webhook.texts[-1].startswith(f"Rejected: unchanged: {CAPITALS}, ")
 
 
@@ -137,7 +138,7 @@ def test_after_the_fourth_a_person_goes_back_and_the_fifth_does_not_undo_it(
     assert core.read_champion(team.registry, CAPITALS) == before
     assert {run.state_name for run in end_nights(team)} <= set(GOOD)
     assert core.read_champion(team.registry, CAPITALS) != left
-    wait_for(lambda: len(webhook.texts) == 3)
+    wait_for(lambda: len(webhook.texts) == 4)
     assert webhook.texts[-1].startswith(f"Rolled back: {CAPITALS}")
 
 
@@ -160,7 +161,7 @@ def test_the_list_tells_each_night_and_there_is_no_run_that_nobody_asked_for(
     assert nights[:4] == ["Promoted", "Skipped: unchanged", "Rejected: unchanged", "Promoted"]
     promotions = [run.parameters["config"]["name"] for run in team.runs_of("promote/auto")]
     assert not set(promotions) & set(ADAPTERS), "each night promotes by itself"
-    assert len(webhook.texts) == 3, webhook.texts
+    assert len(webhook.texts) == 4, webhook.texts
 
 
 def test_a_run_that_no_worker_takes_is_told_as_late(team: Stack, webhook: WebhookServer) -> None:

@@ -18,11 +18,17 @@ from nested_core.records.metrics import append_metrics
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.plan import join_last_losses
 from nested_core.records.run import Run
+from nested_core.records.skip import Skip, write_skip
 from nested_core.records.verdict_file import write_verdict
 from nested_core.report.champion import ChampionRecord, describe_champion
 from nested_core.report.curves import chart_losses, describe_curves
 from nested_core.report.nights import Night, describe_night, describe_nights
-from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory, run_key
+from nested_core.storage.run_directory import (
+    DEFAULT_RUNS_FOLDER,
+    RunDirectory,
+    find_run_of,
+    run_key,
+)
 from nested_core.text.svg_chart import STANDALONE, draw_chart
 from tests.core.registry.conftest import write_run
 from tests.core.report.verdicts import CHAMPION, LOSSES, SUITE, make_verdict
@@ -163,6 +169,17 @@ def test_a_night_is_a_row_with_its_figures_and_a_link_and_a_star_for_other_examp
     assert rows[0][2:] == [*["-"] * 3, "1.5", "-"]
     assert [row[-1] for row in rows] == ["-", "40+10*", "40", "40+10", "40+10"]
     assert "[champion](/artifacts/key/c)" in page
+
+
+def test_a_night_that_trained_nothing_says_why_in_its_row(nights: list[Night]) -> None:
+    skipped = make_night(23, Outcome.SKIPPED_HOPELESS, "v2")
+    folder = find_run_of(skipped.flow_run)
+    assert folder is not None
+    skip = Skip(Outcome.SKIPPED_HOPELESS, "rejected as worse on 22 Nov 2026", "because")
+    write_skip(folder.skipped, skip)
+    page = plain(describe_nights(NAME, [skipped, *nights], []))
+    row = "| Skipped: hopeless | rejected as worse on 22 Nov 2026 | - | - | 1.5 | 40 |"
+    assert row in page
 
 
 def test_the_losses_of_the_nights_are_a_line_from_the_oldest_to_the_latest(
