@@ -129,7 +129,8 @@ def scraping(prometheus: Path, target: str, folder: Path) -> Iterator[str]:
     config.write_text(CONFIG.format(interval=INTERVAL, target=target))
     with socket.create_server(("127.0.0.1", 0)) as free:
         own = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = [f"--config.file={config}", f"--storage.tsdb.path={folder / 'tsdb'}"]
+    data = tempfile.mkdtemp(dir=folder)  # of its own: samples of an earlier one would be shown
+    flags = [f"--config.file={config}", f"--storage.tsdb.path={data}"]
     with (folder / "prometheus.log").open("a") as log:
         process = subprocess.Popen(
             [str(prometheus), *flags, f"--web.listen-address={own}"], stderr=log

@@ -256,18 +256,21 @@ def _tidy(seen: Replay, name: str) -> str:
     return f"{name}: {state.message}"
 
 
-COLUMNS = """SELECT table_name, column_name FROM information_schema.columns
+A_DAY_OLDER = """
+    SELECT format('UPDATE %I SET %s', table_name, string_agg(
+        format('%I = %I - interval ''1 day''', column_name, column_name), ', ')),
+        format('VACUUM %I', table_name)
+    FROM information_schema.columns
     WHERE table_schema = 'public' AND data_type = 'timestamp with time zone' AND table_name IN
-    ('flow_run', 'flow_run_state', 'task_run', 'task_run_state', 'log', 'artifact', 'events',
-     'event_resources')"""
+        ('flow_run', 'flow_run_state', 'task_run', 'task_run_state', 'log', 'artifact', 'events',
+         'event_resources')
+    GROUP BY table_name \\gexec
+"""
 
 
 def _make_a_day_older(stack: ReplayStack) -> None:
     """Every time in the database of what has ended, and every entry of the caches."""
-    for table, column in stack.query(COLUMNS):
-        older = """UPDATE :"table" SET :"column" = :"column" - interval '1 day'"""
-        stack.query(older, table=table, column=column)
-        stack.query('VACUUM :"table"', table=table)
+    stack.query(A_DAY_OLDER)
     for entry in (stack.folder / "cache").glob("*/*"):
         times = entry.stat()
         os.utime(entry, (times.st_atime, times.st_mtime - timedelta(days=1).total_seconds()))
