@@ -1,12 +1,13 @@
 """What it costs `nested-tune serve` that Prometheus scrapes it, and what Prometheus then shows.
 
-    python -m benchmarks.scraping [--prometheus PATH] [--pairs 7] [--seconds 20]
+    python -m benchmarks.scraping [--prometheus PATH] [--pairs 30] [--seconds 10]
 
-Two clients ask the example's champion without a pause. In each pair there is a stretch with
-Prometheus, which scrapes every five seconds, and one without; which comes first changes from pair
-to pair. Of each, the processor time of the serving process a request is taken (user and system, of
-Linux' /proc). Then another version is promoted under load, and Prometheus is asked for the version
-before and after. promtool, beside prometheus, checks /metrics and the file of a night.
+Two clients ask the example's champion without a pause. In each pair there is a stretch in which a
+Prometheus server scrapes every five seconds, and one in which it runs and scrapes nothing; which
+comes first changes from pair to pair. Of each, the processor time of the serving process a request
+is taken (user and system, of Linux' /proc). Then another version is promoted under load, and
+Prometheus is asked for the version before and after. promtool, beside prometheus, checks /metrics
+and the file of a night.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -58,7 +60,7 @@ CONFIG = """\
 global: {{scrape_interval: {interval}s}}
 scrape_configs:
   - job_name: nested-tune
-    static_configs: [{{targets: ["{target}"]}}]
+    static_configs: [{{targets: [{targets}]}}]
 """
 
 
@@ -122,28 +124,39 @@ def serving(registry: Path, folder: Path) -> Iterator[tuple[int, str]]:
         process.wait()
 
 
-@contextmanager
-def scraping(prometheus: Path, target: str, folder: Path) -> Iterator[str]:
-    """A Prometheus server that scrapes `target`, once it has: HOST:PORT of its own."""
-    config = folder / "prometheus.yml"
-    config.write_text(CONFIG.format(interval=INTERVAL, target=target))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        own = f"127.0.0.1:{free.getsockname()[1]}"
-    data = tempfile.mkdtemp(dir=folder)  # of its own: samples of an earlier one would be shown
-    flags = [f"--config.file={config}", f"--storage.tsdb.path={data}"]
-    with (folder / "prometheus.log").open("a") as log:
-        process = subprocess.Popen(
-            [str(prometheus), *flags, f"--web.listen-address={own}"], stderr=log
-        )
-    try:
-        while not ask(own, INFO):
-            if process.poll() is not None:
-                raise SystemExit((folder / "prometheus.log").read_text())
+class Prometheus:
+    """A Prometheus server that scrapes the serving process, or for a while does not."""
+
+    def __init__(self, program: Path, target: str, folder: Path) -> None:
+        self._config = folder / "prometheus.yml"
+        self._log = folder / "prometheus.log"
+        self._target = target
+        self._write(is_scraping=True)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        flags = [f"--config.file={self._config}", f"--storage.tsdb.path={folder / 'samples'}"]
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [str(program), *flags, f"--web.listen-address={self.address}"], stderr=log
+            )
+        while not ask(self.address, INFO):
+            if self._process.poll() is not None:
+                raise SystemExit(self._log.read_text())
             time.sleep(0.2)
-        yield own
-    finally:
-        process.terminate()
-        process.wait()
+
+    def scrape(self, is_scraping: bool) -> None:
+        """Scrape from now on, or not, by another configuration, which SIGHUP has it read."""
+        self._write(is_scraping)
+        self._process.send_signal(signal.SIGHUP)
+
+    def _write(self, is_scraping: bool) -> None:
+        targets = f'"{self._target}"' if is_scraping else ""
+        self._config.write_text(CONFIG.format(interval=INTERVAL, targets=targets))
+
+    def end(self) -> None:
+        """End it."""
+        self._process.terminate()
+        self._process.wait()
 
 
 def ask(prometheus: str, query: str) -> list[dict[str, Any]]:
@@ -210,8 +223,8 @@ def main() -> None:
     """Print the cost, a line a pair, and what Prometheus shows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prometheus", type=Path, default=shutil.which("prometheus"))
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=10.0)
     arguments = parser.parse_args()
     if arguments.prometheus is None:
         raise SystemExit("There is no prometheus: apt-get install prometheus, or --prometheus PATH")
@@ -227,40 +240,43 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
     registry = folder / "registry"
     promote_run(runs[0], registry)
     with serving(registry, folder) as (process, target):
-        load = Load(target)
+        prometheus, load = Prometheus(arguments.prometheus, target, folder), Load(target)
         try:
-            measure(process, load, arguments.seconds / 2)  # a warm-up
-            ratios, figures = [], []
-            for pair in range(arguments.pairs):
-                took = {}
-                for is_scraped in (True, False) if pair % 2 else (False, True):
-                    if is_scraped:
-                        with scraping(arguments.prometheus, target, folder):
-                            took[is_scraped] = measure(process, load, arguments.seconds)
-                    else:
-                        took[is_scraped] = measure(process, load, arguments.seconds)
-                ratios.append(took[True] / took[False])
-                figures.append({"scraped": took[True], "not": took[False]})
-                print(
-                    f"scraping: pair {pair + 1}: {took[True]:.2f} and {took[False]:.2f} ms a "
-                    f"request, scraped and not: {ratios[-1]:.4f}",
-                    flush=True,
-                )
-            with scraping(arguments.prometheus, target, folder) as own:
-                show_swap(own, target, runs[1], registry)
+            measure(process, load, arguments.seconds)  # a warm-up
+            pairs = list(measure_pairs(process, load, prometheus, arguments))
+            prometheus.scrape(True)
+            show_swap(prometheus.address, target, runs[1], registry)
         finally:
             load.end()
+            prometheus.end()
         check_by_promtool(promtool, read_metrics(target))
         scrape_ms = measure_a_scrape(process, target)
-    median = statistics.median(ratios)
-    share = scrape_ms / (1000 * INTERVAL)
-    print(f"scraping: median of {len(ratios)} pairs {median:.4f}, bar {1 + BAR}")
-    print(f"scraping: {scrape_ms:.2f} ms a scrape: {share:.3%} of a core at one each {INTERVAL} s")
     night = EndedNight("Promoted", 1.0, Run(RunDirectory(folder / "run")))
     write_night_metrics(folder, AdapterRuns.of(registry, NAME), folder / "runs", night)
     check_by_promtool(promtool, (folder / f"nested_tune_{NAME}.prom").read_bytes())
     print("scraping: promtool finds nothing, in /metrics and in the file of a night")
-    keep("scraping", {"pairs": figures, "median": median, "scrape_ms": scrape_ms})
+    median = statistics.median(scraped / plain for scraped, plain in pairs)
+    print(f"scraping: median of {len(pairs)} pairs {median:.4f}, bar {1 + BAR}")
+    share = scrape_ms / (1000 * INTERVAL)
+    print(f"scraping: {scrape_ms:.2f} ms a scrape: {share:.3%} of a core at one each {INTERVAL} s")
+    keep("scraping", {"pairs": pairs, "median": median, "scrape_ms": scrape_ms})
+
+
+def measure_pairs(
+    process: int, load: Load, prometheus: Prometheus, arguments: argparse.Namespace
+) -> Iterator[tuple[float, float]]:
+    """Milliseconds a request, scraped and not, of each pair."""
+    for pair in range(arguments.pairs):
+        took = {}
+        for is_scraping in (True, False) if pair % 2 else (False, True):
+            prometheus.scrape(is_scraping)
+            took[is_scraping] = measure(process, load, arguments.seconds)
+        print(
+            f"scraping: pair {pair + 1}: {took[True]:.2f} and {took[False]:.2f} ms a request, "
+            f"scraped and not: {took[True] / took[False]:.4f}",
+            flush=True,
+        )
+        yield took[True], took[False]
 
 
 if __name__ == "__main__":
