@@ -30,7 +30,7 @@ from nested_core.storage.checkpoint import read_checkpoint
 from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.manifest import MANIFEST_NAME
 from nested_core.storage.run_directory import RunDirectory
-from tests.example import SPEEDS, write_config
+from tests.example import DATA, SPEEDS, write_config
 
 NAME = "geography"
 MOST_KILLS = 8  # of one command before it is left to end
@@ -185,6 +185,40 @@ class KillSoak:
         assert different == [], f"{scenario}: {different}, expected and found: {str(told)[:2000]}"
         report = registry.audit(scenario / "registry", NAME)
         assert report.findings == (), report.findings
+
+
+class ReplayKillSoak(KillSoak):
+    """One command: a night that goes on from the champion and replays what that was trained on."""
+
+    def prepare(self) -> None:
+        """Train the first night, and the second without a kill."""
+        rows = (DATA / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        target = {"path": "registry", "name": NAME, "promote": "always"}
+        continual = {"from": "champion", "replay": {"fraction": 0.3}}
+        for name, own in {"first": rows[:20], "second": rows[20:]}.items():
+            data = self._folder / f"{name}-data"
+            data.mkdir()
+            (data / "train.jsonl").write_text("".join(own), encoding="utf-8")
+            shutil.copy(DATA / "valid.jsonl", data)
+            settings = SETTINGS | {"data": str(data), "registry": target, "continual": continual}
+            write_config(self._folder / f"{name}.yaml", **settings)
+        config = str(self._folder / "first.yaml")
+        self._finish("train", "-c", config, "--run-dir", str(self._folder / "first"))
+        scenario = self._new_scenario("undisturbed")
+        began = time.monotonic()
+        self._finish(*self._commands()[0].arguments, cwd=scenario)
+        self._seconds["train"] = time.monotonic() - began
+        self._expected = comparable(scenario)
+        assert (scenario / "run" / "replay.jsonl").read_bytes().count(b"\n") == 14
+
+    def _new_scenario(self, name: str) -> Path:
+        scenario = self._folder / name
+        shutil.copytree(self._folder / "registry", scenario / "registry", symlinks=True)
+        return scenario
+
+    def _commands(self) -> list[Command]:
+        config = str(self._folder / "second.yaml")
+        return [Command("train", ("train", "-c", config, "--run-dir", "run"))]
 
 
 def next_arguments(command: Command, scenario: Path) -> tuple[str, ...] | None:

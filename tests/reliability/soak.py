@@ -45,6 +45,9 @@ def main() -> None:
     """Run the volumes that are asked for, one after the other."""
     parser = argparse.ArgumentParser(description="proof by volume")
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="processes to kill")
+    parser.add_argument(
+        "--replay-kills", type=int, default=0, metavar="N", help="nights with replay to kill"
+    )
     parser.add_argument("--corruptions", type=int, default=0, metavar="N", help="files to corrupt")
     parser.add_argument("--queue", type=int, default=0, metavar="N", help="runs to queue")
     parser.add_argument("--seed", type=int, default=0, help="of random moments and corruptions")
@@ -55,7 +58,10 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     print(f"seed {arguments.seed}, in {folder}", flush=True)
     if arguments.kills:
-        _timed(lambda: run_kills(folder / "kills", arguments.kills, arguments.seed))
+        _timed(lambda: run_kills("KillSoak", folder / "kills", arguments.kills, arguments.seed))
+    if arguments.replay_kills:
+        kills = arguments.replay_kills
+        _timed(lambda: run_kills("ReplayKillSoak", folder / "replay", kills, arguments.seed))
     if arguments.corruptions:
         from tests.reliability.corruptions import VOLUMES
 
@@ -67,15 +73,15 @@ def main() -> None:
         _timed(lambda: run_queue(arguments.queue))
 
 
-def run_kills(folder: Path, kills: int, seed: int) -> str:
-    """Kill the commands of tests/reliability/kills.py so many times; return the figures."""
+def run_kills(soak_name: str, folder: Path, kills: int, seed: int) -> str:
+    """Kill the commands of a class of tests/reliability/kills.py so often; return the figures."""
     for name in IMPORTED:
         import_module(name)
     sys.executable = forking_python()  # the gate of each forked command starts its process by it
-    from tests.reliability.kills import KillSoak
+    from tests.reliability import kills as soaks
 
     folder.mkdir()
-    soak = KillSoak(folder, seed)
+    soak: soaks.KillSoak = getattr(soaks, soak_name)(folder, seed)
     soak.prepare()
     soak.run(kills)
     return soak.describe()

@@ -22,6 +22,7 @@ FULL = [pytest.mark.reliability, pytest.mark.timeout(7200)]
     [
         pytest.param("--kills", 2, "2 kills in ", marks=KILLS),
         pytest.param("--kills", 100, "100 kills in ", marks=FULL),
+        pytest.param("--replay-kills", 20, "20 kills in ", marks=FULL),
         pytest.param("--corruptions", 999, "333 corruptions of 16 files of a verdict", marks=FULL),
     ],
 )
