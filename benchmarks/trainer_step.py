@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from nested_core.backend import hide_torch_from_transformers, prepare, set_opera
 REPORT, WARM, WINDOWS = 10, 4, 12  # steps a window, windows not counted, windows counted
 ROWS = 64
 ALONE, TRAINER = "alone", "trainer"
+NO_FLAGS: Mapping[str, Any] = {}
 INPUTS = "inputs"  # what is made once, in a process that leaves no memory to the measured ones
 
 
@@ -92,7 +93,7 @@ def run_part(what: str, shape: Shape, folder: Path) -> dict[str, Any]:
     if what == INPUTS:
         write_inputs(shape, folder)
         return {}
-    return measure_step_alone(shape) if what == ALONE else measure_trainer(shape, folder)
+    return measure_step_alone(shape) if what == ALONE else measure_trainer(folder)
 
 
 def measure_step_alone(shape: Shape) -> dict[str, Any]:
@@ -106,8 +107,8 @@ def measure_step_alone(shape: Shape) -> dict[str, Any]:
     return describe(our_loop(model, shape, {})["seconds"])
 
 
-def measure_trainer(shape: Shape, folder: Path) -> dict[str, Any]:
-    """The row of the trainer, in a run as `train` makes it from the written inputs."""
+def measure_trainer(folder: Path, flags: Mapping[str, Any] = NO_FLAGS) -> dict[str, Any]:
+    """The row of the trainer, in a run as `train` makes it from the written inputs and flags."""
     import mlx.core as mx
 
     from nested_core.config.loading import load_config
@@ -115,16 +116,16 @@ def measure_trainer(shape: Shape, folder: Path) -> dict[str, Any]:
     from nested_core.pipeline import steps
     from nested_core.storage.run_directory import RunDirectory
 
-    config = load_config(config_path(folder))
+    config = load_config(config_path(folder), flags)
     shutil.rmtree(folder / "run", ignore_errors=True)
     run = RunDirectory(folder / "run")
     run.path.mkdir()
-    ends: list[float] = []
+    ends: list[tuple[float, float]] = []  # by the clock, and of processor time
 
     def note_window(step: int, _: int) -> None:
         """Note when a window's last step was sent; its report is made in the next window."""
         if step % REPORT == 0:
-            ends.append(time.perf_counter())
+            ends.append((time.perf_counter(), time.process_time()))
 
     def begin(trainer: Any) -> None:
         trainer.on_step = note_window
@@ -137,7 +138,10 @@ def measure_trainer(shape: Shape, folder: Path) -> dict[str, Any]:
         steps.write_initial_adapter_and_tiers(config, run, session=session)
         steps.train(config, run, on_start=begin, session=session)
     pairs = list(zip(ends, ends[1:], strict=False))[WARM:]
-    return describe([(end - start) / REPORT for start, end in pairs])
+    clock, processor = (
+        [(end[which] - start[which]) / REPORT for start, end in pairs] for which in (0, 1)
+    )
+    return describe(clock) | {"processor_milliseconds": [round(1000 * s, 2) for s in processor]}
 
 
 def describe(seconds: list[float]) -> dict[str, Any]:
@@ -160,11 +164,7 @@ def write_inputs(shape: Shape, folder: Path) -> None:
     data = folder / "data"
     write_model(folder / "model", shape)
     data.mkdir(parents=True, exist_ok=True)
-    words = shape.vocabulary - len(SPECIAL_TOKENS)
-    with (data / "train.jsonl").open("w", encoding="utf-8") as file:
-        for row in range(ROWS):
-            drawn = [f"w{(row * 7919 + at * 104_729) % words}" for at in range(shape.length)]
-            file.write(json.dumps({"text": " ".join(drawn)}) + "\n")
+    write_rows(data / "train.jsonl", shape, range(ROWS))
     settings = {
         "model": str(folder / "model"),
         "data": str(data),
@@ -179,6 +179,15 @@ def write_inputs(shape: Shape, folder: Path) -> None:
         "lora_parameters": {"rank": RANK, "scale": SCALE, "dropout": 0.0, "keys": KEYS},
     }
     config_path(folder).write_text(json.dumps(settings).replace("1e-", "1.0e-"))
+
+
+def write_rows(path: Path, shape: Shape, rows: range) -> None:
+    """Write texts of exactly a row's tokens, other ones for other numbers."""
+    words = shape.vocabulary - len(SPECIAL_TOKENS)
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            drawn = [f"w{(row * 7919 + at * 104_729) % words}" for at in range(shape.length)]
+            file.write(json.dumps({"text": " ".join(drawn)}) + "\n")
 
 
 def make_table(rows: list[dict[str, Any]]) -> Iterator[str]:

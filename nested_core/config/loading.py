@@ -197,11 +197,11 @@ def lay_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     """A copy of the values with those of `given`, by dotted name such as `nested.fast`."""
     laid = dict(values)
     for name, value in given.items():
-        section, _, key = name.rpartition(".")
-        if not section:
+        key, _, inner = name.partition(".")
+        if not inner:
             laid[key] = value
-        elif isinstance(laid.get(section) or {}, dict):
-            laid[section] = (laid.get(section) or {}) | {key: value}
+        elif isinstance(laid.get(key) or {}, dict):
+            laid[key] = lay_over(laid.get(key) or {}, {inner: value})
     return laid
 
 

@@ -50,6 +50,12 @@ class TestPrecedence:
     def test_flags_alone_need_no_file(self) -> None:
         assert load_config(None, {"iters": 9}) == FineTuneConfig(iters=9)
 
+    def test_a_flag_of_a_section_within_a_section(self, write: Write) -> None:
+        within = "continual: {skip_unchanged: false, replay: {missing: error, fraction: 0.5}}"
+        given = load_config(write(within), {"continual.replay.sources": "a.jsonl"}).continual
+        assert (given.skip_unchanged, given.replay.fraction) == (False, 0.5)
+        assert (given.replay.missing, given.replay.sources) == ("error", ("a.jsonl",))
+
     def test_null_in_the_file_means_the_default(self, write: Write) -> None:
         config = load_config(write("iters: null\nlr_schedule: ~\nnested:\ntraining: null\n"), {})
         assert config == FineTuneConfig()
