@@ -1,11 +1,15 @@
-"""Run `mlx.launch` with two changes: `python launcher_program.py MLX_LAUNCH ARGUMENTS`.
+"""Run `mlx.launch` with three changes: `python launcher_program.py MLX_LAUNCH ARGUMENTS`.
 
 For each rank, mlx.launch waits until there is output to read or until the rank's standard input
 can be written to (mlx 0.32.4, `_launch_with_io` in mlx/_distributed_utils/launch.py). The second is
 always true, so it keeps one core busy for as long as the ranks train. Here it waits for output.
 
 Where a rank prints its stacks because it waited too long (training/hang_watch.py), they are marked
-with its number, and the others are given time to print theirs before they are ended.
+with its number, and the others are given time to print theirs before they are ended. From another
+host, stacks come on standard output: ssh gives a rank one terminal for both.
+
+That terminal ends lines with a carriage return, which mlx.launch takes for the end of the name of
+the file with the rank's process id. Without it the rank on the other host is found and ended.
 
 Started by its path; it imports nothing of ours.
 """
@@ -49,7 +53,8 @@ class RankProcess(launch.RemoteProcess):
     def preprocess_output(self, data: str, is_stdout: bool = False) -> str:
         """What is shown of its output."""
         shown = str(super().preprocess_output(data, is_stdout))
-        if is_stdout or "Fatal Python error" in shown:
+        self._pidfile = str(self._pidfile).strip()
+        if (is_stdout and self._is_local) or "Fatal Python error" in shown:
             return shown
         marked = STACK_PATTERN.sub(lambda found: self._mark + found[0], shown)
         RankProcess.has_any_waited |= marked != shown
@@ -61,7 +66,8 @@ class RankProcess(launch.RemoteProcess):
             self.process.send_signal(signal.SIGCONT)
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(SECONDS_FOR_STACKS)
-        super().terminate()
+        with suppress(subprocess.CalledProcessError):  # its host cannot be reached
+            super().terminate()
 
 
 if __name__ == "__main__":

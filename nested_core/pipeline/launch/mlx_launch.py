@@ -53,6 +53,11 @@ def count_ranks(config: FineTuneConfig) -> int:
     return len(hosts)
 
 
+def list_rank_hosts(config: FineTuneConfig) -> list[str]:
+    """The hosts of the hostfile, one a rank, as ssh is told of them; empty without a hostfile."""
+    return [] if config.training.hostfile is None else _read_hosts(Path(config.training.hostfile))
+
+
 def _read_hosts(path: Path) -> list[str]:
     """The host names that mlx.launch reads (mlx/_distributed_utils/common.py, Hostfile)."""
     try:

@@ -16,7 +16,7 @@ import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +26,12 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import TrainingProcessLost, TrainingStopped, go_on_with
 from nested_core.optim.tier_counters import TierStats
 from nested_core.pipeline.launch import end_with_parent
-from nested_core.pipeline.launch.mlx_launch import MESSAGE_PREFIX, launch_command, rank_environment
+from nested_core.pipeline.launch.mlx_launch import (
+    MESSAGE_PREFIX,
+    launch_command,
+    list_rank_hosts,
+    rank_environment,
+)
 from nested_core.process.child import rebuild_error
 from nested_core.process.command_parent import list_earlier_ends
 from nested_core.records.plan import note_ends
@@ -42,7 +47,11 @@ LAUNCHER_COMMAND = (
     str(Path(end_with_parent.__file__).with_name("launcher_program.py")),
 )
 WAITED_PATTERN = re.compile(r"rank \d+ waited too long: ")  # of launcher_program.py
-LOST_RANK_PATTERN = re.compile(r"Node with rank (\d+) (exited with code -?\d+|was killed)")
+LOST_RANK_PATTERN = re.compile(r"Node with rank (\d+) (exited with code (-?\d+)|was killed)")
+EXIT_CODES_THROUGH_SSH = {
+    "127": " (the shell's: no such program there; Python has the same path on each host)",
+    "255": " (ssh's: it cannot reach or enter the host, or lost it, or the process was killed)",
+}
 COLOUR_CODE_PATTERN = re.compile(r"\x1b\[[0-9;]*m")
 SECONDS_TO_END = 8.0  # after the first rank ends; then what is left is killed
 MAX_KEPT_ERROR_LINES = 6  # of standard error, for the message about a lost rank
@@ -62,8 +71,12 @@ class RankGroup:
 
     memory: MemoryPlan
 
-    def __init__(self, ranks: int, callback: TrainingCallback | None = None) -> None:
+    def __init__(
+        self, ranks: int, callback: TrainingCallback | None = None, hosts: Sequence[str] = ()
+    ) -> None:
+        """`hosts` are those of the ranks, where they are not all on this machine."""
         self.ranks = ranks
+        self._hosts = hosts
         self.steps = 1
         self.current_step = 0
         self.gradient_bytes = 0
@@ -133,7 +146,7 @@ class RankGroup:
         """Handle one line of the ranks' standard output; a line that is no message is shown."""
         _, prefix, text = line.rpartition(MESSAGE_PREFIX)
         if not prefix:
-            _show_line(line)
+            self._note_line(line)
             return
         message = json.loads(text)
         message_type = message.pop("type")
@@ -164,16 +177,25 @@ class RankGroup:
             self._callback.on_val_loss_report(info)
 
     def _show_errors(self, lines: Any) -> None:
-        """Show what the ranks and mlx.launch write to standard error; keep its last lines."""
+        """Show what the ranks and mlx.launch write to standard error."""
         for line in lines:
-            plain = COLOUR_CODE_PATTERN.sub("", line)
-            self._last_lines.append(plain.strip())
-            self.has_waited = self.has_waited or WAITED_PATTERN.match(plain) is not None
-            lost = LOST_RANK_PATTERN.search(plain)
-            if lost and self._lost_rank is None:
-                self._lost_rank = f"Rank {lost[1]} of {self.ranks} {lost[2]}"
-                self._kill_after_grace_period()
-            _show_line(plain)
+            self._note_line(line)
+
+    def _note_line(self, line: str) -> None:
+        """Show a line that is no message, and keep it as one of the last."""
+        plain = COLOUR_CODE_PATTERN.sub("", line)
+        self._last_lines.append(plain.strip())
+        self.has_waited = self.has_waited or WAITED_PATTERN.match(plain) is not None
+        lost = LOST_RANK_PATTERN.search(plain)
+        if lost and self._lost_rank is None:
+            through_ssh = EXIT_CODES_THROUGH_SSH.get(lost[3], "") if self._hosts else ""
+            self._lost_rank = f"{self._name_rank(int(lost[1]))} {lost[2]}{through_ssh}"
+            self._kill_after_grace_period()
+        _show_line(plain)
+
+    def _name_rank(self, rank: int) -> str:
+        where = f" on {self._hosts[rank]}" if self._hosts else ""
+        return f"Rank {rank} of {self.ranks}{where}"
 
     def _kill_after_grace_period(self) -> None:
         with contextlib.suppress(RuntimeError):  # the timer has been started already
@@ -190,7 +212,7 @@ class RankGroup:
             message for _, message in sorted(self._end_messages.items()) if message["error"]
         ]
         causes = sorted(
-            map(_message_to_error, failures),
+            map(self._message_to_error, failures),
             key=lambda error: isinstance(error, TrainingProcessLost),
         )
         if causes and not isinstance(causes[0], TrainingProcessLost):
@@ -205,6 +227,14 @@ class RankGroup:
             f"were ended with it. The last lines that were printed:\n{last_lines}\n",
             advice=go_on_with(run_dir),
         )
+
+    def _message_to_error(self, message: dict[str, Any]) -> Exception:
+        """The error that a rank ended with, of the class that it had there."""
+        described, name = message["error"], self._name_rank(message["rank"])
+        if self._hosts:  # what it says of files is so on that host
+            described = described | {"message": f"{name}: {described['message']}"}
+        text = f"{name}: {described['type']}: {described['text']}"
+        return rebuild_error(described) or TrainingProcessLost(text)
 
 
 def _show_line(line: str) -> None:
@@ -225,13 +255,6 @@ def _kill_group(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _message_to_error(message: dict[str, Any]) -> Exception:
-    """The error that a rank ended with, of the class that it had there."""
-    described = message["error"]
-    text = f"rank {message['rank']}: {described['type']}: {described['text']}"
-    return rebuild_error(described) or TrainingProcessLost(text)
-
-
 def train_in_ranks(
     config: FineTuneConfig,
     run: RunDirectory,
@@ -245,7 +268,7 @@ def train_in_ranks(
     last checkpoint. `on_start` is called with the group before its first step, each time. Raises
     TrainingProcessLost where a process was lost, and else what a trainer raises.
     """
-    group = RankGroup(ranks, callback)
+    group = RankGroup(ranks, callback, list_rank_hosts(config))
     mx.clear_cache()  # the memory that loading left on the device is for the ranks
     group.run(launch_command(config, ranks, run.path), rank_environment(config), on_start)
     if group.has_waited and not group.stop_requested:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from nested_core.config.resume import refuse_differences_on_resume
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, TrainingProcessLost
 from nested_core.pipeline.launch import mlx_launch
 from nested_core.pipeline.launch.mlx_launch import (
     count_ranks,
@@ -22,6 +23,7 @@ from nested_core.pipeline.launch.mlx_launch import (
     launch_command,
     rank_device,
 )
+from nested_core.pipeline.launch.rank_group import RankGroup
 from nested_core.pipeline.preflight import check_before_start
 from nested_core.records.plan import list_rank_counts, read_plan
 from nested_core.storage.run_directory import RunDirectory
@@ -152,6 +154,25 @@ def test_a_hostfile_that_cannot_be_used_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         check_before_start(example_config(training={"hostfile": str(path)}), run)
     assert not run.path.exists()
+
+
+LOSING_LAUNCHER = """
+import sys
+print("Current thread 0x00007f1cb31e9b80 (most recent call first):")
+print("[WARN] Node with rank 1 exited with code 255", file=sys.stderr)
+"""
+
+
+def test_a_rank_that_is_lost_is_named_with_its_host(tmp_path: Path) -> None:
+    launcher = tmp_path / "mlx.launch"
+    launcher.write_text(LOSING_LAUNCHER)
+    group = RankGroup(2, hosts=["host-a", "host-b"])
+    group.run([str(launcher)], dict(os.environ), None)
+    with pytest.raises(TrainingProcessLost) as lost:
+        group.raise_if_unfinished(tmp_path)
+    said = str(lost.value)
+    assert said.startswith("Rank 1 of 2 on host-b exited with code 255 (ssh's: it cannot reach")
+    assert "Current thread 0x" in said  # what a rank prints there comes on standard output
 
 
 def test_ranks_on_this_machine_listen_where_nobody_does() -> None:
