@@ -76,8 +76,8 @@ class PrefectProgress:
 
     Training never waits for the server: while that cannot be reached, only the pages are behind.
 
-    A cancel comes from the worker as SIGTERM. A worker stops listening for cancels, until it is
-    started again, once its server was away for about a minute (prefect 3.8.8,
+    A cancel comes from the worker as SIGTERM. A worker listens for each of its runs by itself, and
+    no longer where its server was away for about a minute meanwhile (prefect 3.8.8,
     _internal/observers.py: ten connections, then three looks). So the run asks by itself, too.
     """
 

@@ -31,6 +31,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 
 from flows.process.environment import packaged_folder
 from tests.example import DATA, MODEL, example_settings
+from tests.production.hosts import Host
 from tests.production.postgresql import Cluster
 from tests.production.processes import command_of, end, free_port, processes_with, start_logged
 
@@ -55,8 +56,10 @@ class Stack:
     folder: Path
     database: Cluster
     port: int = field(default_factory=free_port)
+    address: str = "127.0.0.1"  # where the server listens
     server: subprocess.Popen[bytes] | None = None
     workers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    hosts: dict[str, Host] = field(default_factory=dict)  # of workers that do not run here
 
     @property
     def home(self) -> Path:
@@ -69,7 +72,7 @@ class Stack:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/api"
+        return f"http://{self.address}:{self.port}/api"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -90,7 +93,7 @@ class Stack:
         }
 
     def start_server(self) -> None:
-        command = [*PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
+        command = [*PREFECT, "server", "start", "--host", self.address, "--port", str(self.port)]
         log = self.folder / "server.log"
         self.server = start_logged(command, log, self.folder, self.environment)
         deadline = time.monotonic() + 150
@@ -117,6 +120,8 @@ class Stack:
         name = name or pool
         known_as = f"{name}-{time.time():.0f}"
         command = [*PREFECT, "worker", "start", "--pool", pool, "--name", known_as, *flags]
+        if name in self.hosts:
+            command = self.hosts[name].words("env", "-C", str(self.home), *command)
         log = self.folder / f"worker-{name}.log"
         self.workers[name] = start_logged(command, log, self.home, self.environment | environment)
 
