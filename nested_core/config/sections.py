@@ -486,6 +486,11 @@ class GateSection(Section):
     max_general_loss_increase: NonNegativeFloat | None = key(
         None, "allowed relative rise of the loss on general_data"
     )
+    max_ancestor_loss_increase: NonNegativeFloat | None = key(
+        None,
+        "allowed relative rise of the loss, from the champion's, on what each of its ancestors was "
+        "judged by (null: measured, and no reason to reject)",
+    )
     check_fused: bool = key(False, "check the adapter fused into the base model too")
     max_kl: NonNegativeFloat | None = key(
         None, "largest mean KL divergence from the initial adapter, in nats/token of held-out data"

@@ -24,6 +24,7 @@ from nested_core.data.sources.split_files import open_splits
 from nested_core.errors import ConfigError
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular
 
+KEY_BYTES = 8
 _ANY_ROLE = FieldNames(allows_any_role=True)
 
 
@@ -70,31 +71,47 @@ def _row_of(example: Example) -> dict[str, Any]:
     return {"messages": example.messages, **tools}
 
 
-def fold_prompt_and_answer(row: Mapping[str, Any]) -> tuple[bytes, bytes]:
-    """Prompt and answer of such a row, without case and white space, as duplicates are compared.
-
-    The prompt holds all turns before the last, with their roles; it is empty for plain text.
-    """
-    prompt, _, answer = read_content(row).rpartition(b"\0")
-    return fold_case_and_space(prompt), fold_case_and_space(answer)
-
-
 def read_content(row: Mapping[str, Any]) -> bytes:
     """All of such a row that is tokenised as one text; the last NUL in it ends the prompt."""
     return (parse_line_to_row(json.dumps(row).encode(), _ANY_ROLE).content or "").encode()
 
 
 @dataclass(frozen=True)
+class RowKeys:
+    """What an example is compared by.
+
+    content: SHA-256 of all that is tokenised; folded: of the same without case and white space;
+    prompt: of all but the answer, folded; None for plain text, which has no prompt.
+    """
+
+    content: bytes
+    folded: bytes
+    prompt: bytes | None
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> RowKeys:
+        """The keys of a row, as `read_split_rows` gives it."""
+        content = read_content(row)
+        folded = fold_case_and_space(content)
+        prompt = folded.rpartition(b"\0")[0]
+        return cls(sha256(content).digest(), _key(folded), _key(prompt) if prompt else None)
+
+
+def _key(text: bytes) -> bytes:
+    return sha256(text).digest()[:KEY_BYTES]
+
+
+@dataclass(frozen=True)
 class RowList:
     """Rows that a person lists: examples, and prompts that stand for each example with them."""
 
-    examples: frozenset[tuple[bytes, bytes]]
-    prompts: frozenset[bytes]
+    examples: frozenset[bytes]
+    prompts: frozenset[bytes | None]
 
     def has(self, row: Mapping[str, Any]) -> bool:
         """Whether a row, or its prompt, is listed; case and white space do not count."""
-        prompt, answer = fold_prompt_and_answer(row)
-        return (prompt, answer) in self.examples or (prompt != b"" and prompt in self.prompts)
+        keys = RowKeys.of(row)
+        return keys.folded in self.examples or keys.prompt in self.prompts
 
 
 def read_row_list(path: Path) -> RowList:
@@ -103,7 +120,7 @@ def read_row_list(path: Path) -> RowList:
     A prompt is a text, `{"prompt": TEXT}`, or `messages` that do not end with the assistant's turn.
     Raises ConfigError for a file without any, and for a line that is neither.
     """
-    examples, prompts = set(), set()
+    examples, prompts = set[bytes](), set[bytes | None]()
     for number, line in enumerate(read_regular(path, follow_links=True).splitlines(), 1):
         if not (body := strip_line(line, is_first=number == 1)):
             continue
@@ -114,12 +131,12 @@ def read_row_list(path: Path) -> RowList:
                 f"{path}:{number} is neither a row nor a prompt: {problem}. Expected a line of a "
                 f"data set, or the same without its answer."
             ) from None
-        prompt, answer = fold_prompt_and_answer(row)
+        keys = RowKeys.of(row)
         if is_prompt:
-            prompts.add(prompt)
+            prompts.add(keys.prompt)
         else:
-            examples.add((prompt, answer))
-    if not examples | prompts:
+            examples.add(keys.folded)
+    if not examples and not prompts:
         raise ConfigError(f"{path} lists no rows. Expected a row or a prompt a line, as JSON.")
     return RowList(frozenset(examples), frozenset(prompts))
 

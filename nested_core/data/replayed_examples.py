@@ -10,12 +10,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nested_core.data.example_rows import read_content
-from nested_core.data.lines.line_table import fold_case_and_space
+from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
+from nested_core.data.data_settings import SPLITS, DataSettings
+from nested_core.data.example_rows import RowKeys, read_split_rows
+from nested_core.data.held_out_rows import as_test_set_alone
 from nested_core.data.replay_draws import Weighting, choose_rows
 from nested_core.records.replay import (
     MAX_NAMED_PROMPTS,
@@ -24,33 +28,7 @@ from nested_core.records.replay import (
     SupersededRow,
 )
 
-KEY_BYTES = 8
 Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class RowKeys:
-    """What an example is compared by.
-
-    content: SHA-256 of all that is tokenised; folded: of the same without case and white space;
-    prompt: of all but the answer, folded; None for plain text, which has no prompt.
-    """
-
-    content: bytes
-    folded: bytes
-    prompt: bytes | None
-
-    @classmethod
-    def of(cls, row: Row) -> RowKeys:
-        """The keys of a row, as `read_split_rows` gives it."""
-        content = read_content(row)
-        folded = fold_case_and_space(content)
-        prompt = folded.rpartition(b"\0")[0]
-        return cls(sha256(content).digest(), _key(folded), _key(prompt) if prompt else None)
-
-
-def _key(text: bytes) -> bytes:
-    return sha256(text).digest()[:KEY_BYTES]
 
 
 @dataclass
@@ -78,6 +56,29 @@ class NewData:
         else:
             self.rows += 1
             self.train.add(keys.content)
+
+
+def read_new_data(config: FineTuneConfig) -> NewData:
+    """The run's own data, and the file that the gate judges by."""
+    settings = DataSettings.from_config(config)
+    new = NewData()
+    for split in SPLITS:
+        own = read_split_rows(settings, split)
+        for row in own.rows if own is not None else ():
+            new.add(row, is_held_out=split != "train")
+    for other in read_held_out_file(config):
+        new.add(other, is_held_out=True)
+    return new
+
+
+def read_held_out_file(config: FineTuneConfig) -> Sequence[Row]:
+    """The rows of the file that `gate.held_out` names; none where it names a split, or is gone."""
+    path = Path(config.gate.held_out)
+    if config.gate.held_out in SPLITS_BY_HELD_OUT_CHOICE or not path.is_file():
+        return []
+    with as_test_set_alone(path, DataSettings.from_config(config)) as alone:
+        own = read_split_rows(alone, "test")
+    return [] if own is None else own.rows
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
+from nested_core.gate.checks.ancestors import ANCESTORS
 from nested_core.gate.checks.base import BASE
 from nested_core.gate.checks.champion import CHAMPION, REFERENCE
 from nested_core.gate.checks.divergence import COLLAPSE, TRAINING_LOSS
@@ -47,6 +48,7 @@ CHECKS_WITH_MODEL: tuple[Check[JudgedRun], ...] = (
     DRIFT,
     CHAMPION,
     REFERENCE,
+    ANCESTORS,
     SAMPLES,
     TASKS,
     TRAINING_LOSS,

@@ -104,7 +104,9 @@ def read_run_examples(
             stacklevel=2,
         )
         return None
-    return RunExamples(_leave_out_dropped(config, run, train), held_out)
+    return RunExamples(
+        _leave_out_dropped(config, run, train), held_out, config.continual.replay.keep
+    )
 
 
 def _leave_out_dropped(

@@ -16,11 +16,14 @@ from typing import Any
 
 from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.example_rows import SplitRows, read_split_rows
-from nested_core.data.held_out_rows import as_test_set_alone
-from nested_core.data.replayed_examples import EarlierData, NewData, choose_replayed_examples
+from nested_core.data.replayed_examples import (
+    EarlierData,
+    choose_replayed_examples,
+    read_held_out_file,
+    read_new_data,
+)
 from nested_core.errors import ConfigError, DatasetError, shorten
 from nested_core.records.replay import ReplayRecord, read_replay
 from nested_core.registry.data_store import read_lineage, read_stored_data
@@ -50,7 +53,7 @@ def prepare_replay(config: FineTuneConfig, run: RunDirectory) -> None:
     replay = config.continual.replay
     if not replay.fraction:
         return
-    new = _read_new_data(config)
+    new = read_new_data(config)
     batches = config.iters
     if config.training.epochs is not None:
         rows = config.training.epochs * new.rows
@@ -104,29 +107,6 @@ def require_same_start(config: FineTuneConfig, run: RunDirectory, champion: str 
             f"read: {names[0] or 'none'} before, {names[1] or 'none'} now. Start the run again "
             f"with --resume: it begins from today's."
         )
-
-
-def _read_new_data(config: FineTuneConfig) -> NewData:
-    """The run's own data, and the file that the gate judges by."""
-    settings = DataSettings.from_config(config)
-    new = NewData()
-    for split in SPLITS:
-        own = read_split_rows(settings, split)
-        for row in own.rows if own is not None else ():
-            new.add(row, is_held_out=split != "train")
-    for row in _read_held_out_file(config):
-        new.add(row, is_held_out=True)
-    return new
-
-
-def _read_held_out_file(config: FineTuneConfig) -> list[Row]:
-    """The rows of the file that `gate.held_out` names; none where it names a split, or is gone."""
-    path = Path(config.gate.held_out)
-    if config.gate.held_out in SPLITS_BY_HELD_OUT_CHOICE or not path.is_file():
-        return []
-    with as_test_set_alone(path, DataSettings.from_config(config)) as alone:
-        own = read_split_rows(alone, "test")
-    return [] if own is None else own.rows
 
 
 def _read_files(config: FineTuneConfig) -> list[EarlierData]:
@@ -202,7 +182,7 @@ def _read_source_of_version(version: str, provenance: dict[str, Any]) -> Earlier
     if reason is None and (train is None or train.digest != provenance["train_digest"]):
         reason = "it has changed since, and is not replayed"
         train = None
-    held_out = [*_held_out_rows(splits), *_read_held_out_file(config)]
+    held_out = [*_held_out_rows(splits), *read_held_out_file(config)]
     judged_by = provenance.get("validation_digest")
     is_known = judged_by in (None, *(splits[s].digest for s in HELD_OUT_SPLITS if s in splits))
     unknown = "its held-out examples are not what they were, and may be trained on"

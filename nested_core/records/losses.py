@@ -126,15 +126,16 @@ class ExampleLosses:
 
     def counted(self) -> ExampleLosses:
         """The examples that neither the candidate nor a parent was trained on."""
-        return self if self.left_out is None else self._select(~self.left_out)
+        return self if self.left_out is None else self.select(~self.left_out)
 
     def examples_with_champion_loss(self) -> ExampleLosses:
         """The examples for which there is a loss of the champion."""
         if self.champion is None:
-            return self._select(np.zeros(len(self), np.bool_))
-        return self._select(np.isfinite(self.champion))
+            return self.select(np.zeros(len(self), np.bool_))
+        return self.select(np.isfinite(self.champion))
 
-    def _select(self, is_kept: np.ndarray[Any, np.dtype[np.bool_]]) -> ExampleLosses:
+    def select(self, is_kept: np.ndarray[Any, np.dtype[np.bool_]]) -> ExampleLosses:
+        """These examples alone, bool (n,)."""
         names = (*REQUIRED_COLUMNS, "champion", *OPTIONAL_COLUMNS, "clusters")
         columns = {
             name: column[is_kept] for name in names if (column := getattr(self, name)) is not None

@@ -86,17 +86,22 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Reason:
-    """Why an adapter is rejected, and the tensors or the suite of `gate.tasks` that it is about."""
+    """Why an adapter is rejected, and what it is about: tensors, a suite, or an ancestor's data.
+
+    suite: the name of one of `gate.tasks`; ancestor: the version of an ancestor.
+    """
 
     code: Code
     message: str
     tensors: tuple[str, ...] = ()
     suite: str | None = None
+    ancestor: str | None = None
 
     @property
     def name(self) -> str:
-        """The code, and the suite that it is about: `task_below (capitals)`."""
-        return self.code if self.suite is None else f"{self.code} ({self.suite})"
+        """The code, and the suite or version that it is about: `task_below (capitals)`."""
+        about = self.suite or (self.ancestor and shorten_digest(self.ancestor))
+        return self.code if about is None else f"{self.code} ({about})"
 
     def with_guide(self) -> Reason:
         """The same, with the place in the guide that explains it."""
@@ -320,6 +325,58 @@ class ChampionLoss(HeldOutComparison):
 
 
 @dataclass(frozen=True)
+class AncestorLoss(HeldOutComparison):
+    """Champion and candidate on the held-out examples of the champion, or of an ancestor of it.
+
+    registered: when the ancestor was registered, as ISO 8601; None where that is not known.
+    loss: the champion's mean loss in nats/token; the candidate's is `loss` + `difference`.
+    examples: how many were compared; left_out: how many were not, for a version or the candidate
+        was trained on them; superseded: how many newer data answers otherwise; repeated: how many
+        newer data holds out too; missing: how many the registry has lost.
+    not_compared: why there is no comparison; then there are no figures.
+    """
+
+    version: str
+    registered: str | None = None
+    loss: float | None = None
+    examples: int = 0
+    superseded: int = 0
+    repeated: int = 0
+    missing: int = 0
+    not_compared: str | None = None
+
+    @property
+    def name(self) -> str:
+        """`version 1a2b3c4d of 2026-11-24`."""
+        night = "" if self.registered is None else f" of {self.registered[:10]}"
+        return f"version {shorten_digest(self.version)}{night}"
+
+    @property
+    def loss_after(self) -> float | None:
+        """The candidate's mean loss in nats/token; None where there is no comparison."""
+        if self.loss is None or self.difference is None:
+            return None
+        return self.loss + self.difference
+
+    def is_forgotten(self, noise: Noise) -> bool:
+        """Whether the candidate is worse, beyond what as many ancestors show by chance."""
+        if self.conclusion != "worse" or self.clusters is None or self.clusters < MIN_EXAMPLES:
+            return False
+        corrected = self.corrected_interval
+        return noise == "none" or (corrected is not None and corrected[0] > 0)
+
+    def describe_left_out(self) -> str | None:
+        """How many examples are not compared, and why; None where all are."""
+        counts = {
+            "trained on": self.left_out,
+            "superseded by newer data": self.superseded,
+            "held out by newer data too": self.repeated,
+            "lost from the registry": self.missing,
+        }
+        return ", ".join(f"{count} {why}" for why, count in counts.items() if count) or None
+
+
+@dataclass(frozen=True)
 class GeneralLoss(ComparedLoss):
     """The loss of the initial and of the trained adapter on text unrelated to the task."""
 
@@ -487,6 +544,8 @@ class Verdict:
     """The content of gate.json.
 
     reference: the same as `champion`, of the version that the registry's policy names as reference.
+    ancestors: champion and candidate on what the champion and its ancestors were judged by, newest
+        first.
     thresholds: the bounds of `gate` that the verdict was given by, by name; one that is not there
         was not asked for then.
     """
@@ -502,6 +561,7 @@ class Verdict:
     drift: Drift | None = None
     champion: ChampionLoss | None = None
     reference: ChampionLoss | None = None
+    ancestors: tuple[AncestorLoss, ...] = ()
     thresholds: dict[str, Any] | None = None
     general: GeneralLoss | None = None
     fused: FusedVerdict | None = None

@@ -178,6 +178,7 @@ def _loss_checks(verdict: Verdict) -> Iterator[CheckRow]:
     for role, other in (("champion", verdict.champion), ("reference", verdict.reference)):
         if other is not None:
             yield _rival_check(role, other)
+    yield from _ancestor_checks(verdict)
     if drift is not None:
         max_kl = verdict.bound("max_kl")
         bound_or_none = None if max_kl is None else f"at most {max_kl:g}"
@@ -190,7 +191,7 @@ def _loss_checks(verdict: Verdict) -> Iterator[CheckRow]:
         if drift.kl_base is not None:
             yield CheckRow("KL from the base", after=format_loss(drift.kl_base), verdict=None)
     if general is not None:
-        reasons = _reasons_of(verdict, "forgetting")
+        reasons = [r for r in _reasons_of(verdict, "forgetting") if r.ancestor is None]
         yield _loss_check("loss on general text", general, reasons)
 
 
@@ -221,6 +222,31 @@ def _rival_check(role: str, rival: ChampionLoss) -> CheckRow:
         _difference(rival),
         verdict=rival.describe_few_prompts() or (rival.conclusion or "").replace("_", " ") or None,
     )
+
+
+def _ancestor_checks(verdict: Verdict) -> Iterator[CheckRow]:
+    """Champion and candidate on what each ancestor was judged by; a row for all without figures."""
+    bound = verdict.bound("max_ancestor_loss_increase")
+    for ancestor in verdict.ancestors:
+        if ancestor.not_compared is not None:
+            continue
+        left_out = ancestor.describe_left_out()
+        counted = f"{ancestor.examples} examples" + (f" ({left_out})" if left_out else "")
+        conclusion = (ancestor.conclusion or "").replace("_", " ")
+        yield _make_check(
+            f"{ancestor.name}, {counted}",
+            [r for r in _reasons_of(verdict, "forgetting") if r.ancestor == ancestor.version],
+            conclusion or None,
+            before=format_loss(ancestor.loss),
+            after=format_loss(ancestor.loss_after),
+            difference=_difference(ancestor),
+            bound=None if bound is None else f"at most +{ancestor.margin or 0:.2g}",
+        )
+    problems = [one.not_compared for one in verdict.ancestors if one.not_compared is not None]
+    for problem in dict.fromkeys(problems):
+        count = problems.count(problem)
+        name = f"{count} earlier version{'s' if count > 1 else ''}"
+        yield CheckRow(name, verdict=f"not compared: {problem}")
 
 
 def _difference(compared: ComparedLoss) -> str | None:

@@ -135,10 +135,10 @@ def keeps_examples(folder: Path, version: str) -> bool:
 
 def digest_row(row: Mapping[str, Any]) -> str:
     """The digest by which a row is kept."""
-    return hashlib.sha256(_render_row(row)).hexdigest()
+    return hashlib.sha256(render_row(row)).hexdigest()
 
 
-def _render_row(row: Mapping[str, Any]) -> bytes:
+def render_row(row: Mapping[str, Any]) -> bytes:
     """The line of a row, its keys in their order: chat templates show tools as they are written."""
     return json.dumps(row, separators=(",", ":"), allow_nan=False).encode()
 
@@ -164,8 +164,8 @@ def store_examples(
         sync_path(folder)
     if keeps_examples(folder, version):
         return
-    held_out = {digest_row(row): _render_row(row) for row in examples.held_out}
-    train = {digest_row(row): _render_row(row) for row in examples.train}
+    held_out = {digest_row(row): render_row(row) for row in examples.held_out}
+    train = {digest_row(row): render_row(row) for row in examples.train}
     if examples.max_bytes is not None:
         held_out, train = _fit(held_out, train, examples.max_bytes)
     known = {digest for _, digest, _ in _read_packs(folder)}

@@ -98,6 +98,12 @@ def parent_version_of(config: FineTuneConfig, initial_digest: str) -> str | None
     return initial_digest if initial_digest in list_versions(Path(path), name) else None
 
 
+def read_registration_time(registry: Path, name: str, version: str) -> str | None:
+    """When a version was registered, as ISO 8601 (UTC); None where that is not known."""
+    with reading(registry, name) as (_, ledger):
+        return next((e.time for _, e in ledger.standing.get(version, ())), None)
+
+
 def read_history_end(registry: Path, name: str) -> str:
     """The hash of the history's last line, or of no bytes: another one says that it has changed."""
     with reading(registry, name) as (_, ledger):

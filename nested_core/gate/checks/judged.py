@@ -23,6 +23,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.stages import stages
 
 if TYPE_CHECKING:  # `promote` judges an adapter's files again, and loads no model for that
+    from nested_core.data.example_digests import Digests
     from nested_core.gate.losses.champion_adapter import Champion, UnusableChampion
     from nested_core.gate.losses.chosen_candidate import Candidates
     from nested_core.gate.losses.held_out_loss import HeldOutExamples, LoadedBase
@@ -92,6 +93,7 @@ class JudgedRun(Judged):
     held_out: HeldOutExamples | None = field(default=None, init=False)
     losses: ExampleLosses | None = field(default=None, init=False)
     candidates: Candidates = field(init=False)
+    trained_on: Digests = field(init=False)
     champion: Champion | UnusableChampion | None = field(default=None, init=False)
 
     # What is written beside the verdict: files by name, and the answers to `gate.tasks`.

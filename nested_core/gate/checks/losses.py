@@ -39,13 +39,14 @@ def _measure_losses(judged: JudgedRun) -> Iterator[Reason]:
     training_examples = np.concatenate(list(map(digest_examples, trained_on)))
     content = np.unique(training_examples).astype("<u8").tobytes()
     judged.written_files[run.training_examples.name] = content
+    ancestors = read_ancestor_training_digests(config, judged.before.digest())
+    judged.trained_on = np.concatenate([training_examples, ancestors])
     judged.candidates = Candidates()
     judged.held_out = held_out = read_held_out_examples(config, splits)
     if held_out is None:
         return
     losses = measure_example_losses(judged.base, judged.evidence, held_out)
-    ancestors = read_ancestor_training_digests(config, judged.before.digest())
-    left_out = find_left_out(held_out.digests, training_examples, ancestors)
+    left_out = find_left_out(held_out.digests, judged.trained_on)
     judged.losses = losses = losses.leaving_out(left_out)
     judged.written_files[run.gate_losses.name] = losses.render()
     if held_out.has_validation_examples:

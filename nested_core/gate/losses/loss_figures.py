@@ -6,18 +6,23 @@ Whether a loss is worse is decided by `conclude` in `records.loss_conclusion`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from nested_core.config.sections import GateSection
+from nested_core.gate.losses.ancestor_examples import AncestorExamples
 from nested_core.gate.losses.chosen_candidate import Candidates
 from nested_core.records.loss_conclusion import conclude, count_examples_needed, margin_of_loss
 from nested_core.records.losses import ExampleLosses, Vector
+from nested_core.records.paired_difference import CONFIDENCE, student_t_quantile
 from nested_core.records.verdict import (
     MIN_HARMED,
+    AncestorLoss,
     ChampionLoss,
+    ComparedLoss,
     Drift,
     GeneralLoss,
     Reason,
@@ -104,6 +109,57 @@ def summarise_champion(
     )
 
 
+def summarise_ancestor(
+    ancestor: AncestorExamples,
+    losses: ExampleLosses | None = None,
+    bounds: GateSection | None = None,
+    *,
+    left_out: int = 0,
+    ancestors: int = 1,
+) -> AncestorLoss:
+    """The figures of a champion's losses before, and the candidate's after, on an ancestor's rows.
+
+    Args:
+        ancestor: where the examples are from.
+        losses: of those that are compared; None where there are none.
+        bounds: the gate's.
+        left_out: how many are not compared because they were trained on.
+        ancestors: how many are compared, for which the interval is corrected (Bonferroni).
+    """
+    bounds = bounds or GateSection()
+    compared = AncestorLoss(
+        ancestor.version,
+        ancestor.registered,
+        left_out=left_out,
+        superseded=ancestor.superseded,
+        repeated=ancestor.repeated,
+        missing=ancestor.missing,
+        not_compared=ancestor.problem,
+    )
+    if losses is None:
+        return compared
+    if not len(losses):
+        problem = f"all {left_out} that are left were trained on"
+        return replace(compared, not_compared=problem)
+    increase = bounds.max_ancestor_loss_increase
+    increase = bounds.max_val_loss_increase if increase is None else increase
+    figures = compare_losses(losses, losses.before, bounds, increase)
+    if not figures:
+        return replace(compared, not_compared="a loss is not finite")
+    if figures["standard_error"] is not None:
+        tail = (1 - CONFIDENCE) / (2 * ancestors)
+        width = student_t_quantile(1 - tail, figures["clusters"] - 1) * figures["standard_error"]
+        mean = figures["difference"]
+        figures["corrected_interval"] = (mean - width, mean + width)
+    return replace(
+        compared,
+        loss=finite_or_none(losses.mean(losses.before)),
+        examples=len(losses),
+        few_prompts=losses.few_prompts(),
+        **figures,
+    )
+
+
 def compare_losses(
     losses: ExampleLosses,
     other: Vector,
@@ -178,6 +234,24 @@ def general_loss_reasons(general: GeneralLoss, bounds: GateSection) -> list[Reas
     return [Reason("forgetting", message)]
 
 
+def ancestor_reasons(ancestors: Sequence[AncestorLoss], bounds: GateSection) -> Iterator[Reason]:
+    """The reason for each ancestor whose held-out examples the candidate is worse at.
+
+    None without the bound, and for an ancestor with too few examples for an interval.
+    """
+    increase = bounds.max_ancestor_loss_increase
+    for ancestor in ancestors if increase is not None else ():
+        if not ancestor.is_forgotten(bounds.noise):
+            continue
+        losses = format_change(ancestor.loss, ancestor.loss_after)
+        message = (
+            f"forgot what {ancestor.name} was judged by: loss {losses}, the champion's to the "
+            f"candidate's, on {ancestor.examples} of its held-out examples"
+            f"{describe_noise(ancestor)}; gate.max_ancestor_loss_increase is {increase:g}"
+        )
+        yield Reason("forgetting", message, ancestor=ancestor.version)
+
+
 def harm_reasons(
     losses: ExampleLosses, validation: Validation, bounds: GateSection
 ) -> list[Reason]:
@@ -219,7 +293,7 @@ def non_finite_loss_reasons(losses: Validation | GeneralLoss, what: str) -> list
     return []
 
 
-def describe_noise(losses: Validation | GeneralLoss) -> str:
+def describe_noise(losses: ComparedLoss) -> str:
     """The paired difference and what it says, after the losses; nothing if there is none."""
     if losses.difference is None:
         return ""

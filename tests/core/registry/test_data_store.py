@@ -12,7 +12,7 @@ import pytest
 
 from flows.cli import main
 from nested_core.data.data_settings import DataSettings
-from nested_core.data.example_rows import fold_prompt_and_answer, read_row_list, read_split_rows
+from nested_core.data.example_rows import RowKeys, read_row_list, read_split_rows
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import audit, collect_garbage, history, promote, register
 from nested_core.registry.data_store import (
@@ -257,7 +257,11 @@ def test_rows_of_other_formats_become_rows_that_are_read_again_as_they_are(tmp_p
 
 
 def test_prompts_are_compared_without_case_and_white_space():
-    prompt, answer = fold_prompt_and_answer({"prompt": "What is\nIT?", "completion": "A Cat"})
     turns = [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "acat"}]
-    assert (prompt, answer) == fold_prompt_and_answer({"messages": turns})
-    assert fold_prompt_and_answer({"text": "A Cat"}) == (b"", b"acat")
+    keys, others = (
+        RowKeys.of({"prompt": "What is\nIT?", "completion": "A Cat"}),
+        RowKeys.of({"messages": turns}),
+    )
+    assert (keys.prompt, keys.folded) == (others.prompt, others.folded)
+    assert keys.content != others.content
+    assert RowKeys.of({"text": "A Cat"}).prompt is None
