@@ -55,6 +55,7 @@ BAR = 0.01
 SCRAPES = 500
 QUESTION = json.dumps({"prompt": "I want to see Italy. Where to?", "max_tokens": 12})
 INFO = f'nested_tune_adapter_info{{name="{NAME}"}}'
+SWAPS = f'nested_tune_swaps_total{{name="{NAME}"}}'
 TICKS = os.sysconf("SC_CLK_TCK")
 CONFIG = """\
 global: {{scrape_interval: {interval}s}}
@@ -204,19 +205,18 @@ def measure_a_scrape(process: int, target: str) -> float:
     return 1000 * (processor_seconds(process) - began) / SCRAPES
 
 
-def show_swap(own: str, target: str, promote: Path, registry: Path) -> None:
+def show_swap(own: str, promote: Path, registry: Path) -> None:
     """Promote another version, and print what Prometheus shows before and after."""
     before = versions_shown(own)
     began = time.monotonic()
     promoted = promote_run(promote, registry)
-    while versions_shown(own) != [promoted]:
+    while versions_shown(own) != [promoted] or not (counted := ask(own, SWAPS)):
         if time.monotonic() - began > 120:
             raise SystemExit(f"Prometheus shows {versions_shown(own)}, and not {promoted}")
         time.sleep(0.2)
     seconds = time.monotonic() - began
-    swaps = ask(own, f'nested_tune_swaps_total{{name="{NAME}"}}')[0]["value"][1]
     print(f"scraping: {before[0][:12]} before, {promoted[:12]} {seconds:.1f} s after a promotion")
-    print(f"scraping: swaps {swaps}, up {ask(own, 'up')[0]['value'][1]}, at {target}")
+    print(f"scraping: swaps {counted[0]['value'][1]}")
 
 
 def main() -> None:
@@ -245,14 +245,14 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
             measure(process, load, arguments.seconds)  # a warm-up
             pairs = list(measure_pairs(process, load, prometheus, arguments))
             prometheus.scrape(True)
-            show_swap(prometheus.address, target, runs[1], registry)
+            show_swap(prometheus.address, runs[1], registry)
         finally:
             load.end()
             prometheus.end()
         check_by_promtool(promtool, read_metrics(target))
         scrape_ms = measure_a_scrape(process, target)
     night = EndedNight("Promoted", 1.0, Run(RunDirectory(folder / "run")))
-    write_night_metrics(folder, AdapterRuns.of(registry, NAME), folder / "runs", night)
+    write_night_metrics(folder, AdapterRuns.of(registry, NAME), [], night)
     check_by_promtool(promtool, (folder / f"nested_tune_{NAME}.prom").read_bytes())
     print("scraping: promtool finds nothing, in /metrics and in the file of a night")
     median = statistics.median(scraped / plain for scraped, plain in pairs)

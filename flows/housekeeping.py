@@ -13,6 +13,7 @@ from flows.flow_runs.prefect_logs import prepare_logs
 from flows.promote import AdapterParameters
 from nested_core.errors import DamagedError
 from nested_core.records.outcome_names import Outcome
+from nested_core.records.run import list_runs
 from nested_core.report.pruning import KeptAmounts
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER
 from tasks.night_artifacts import tell_week
@@ -42,8 +43,9 @@ def housekeeping(config: HousekeepingParameters) -> State[Any]:
     prepare_logs()
     registry = require_allowed(config.registry, "registry")
     kept = KeptAmounts(config.keep_runs, config.keep_days, config.keep_versions)
+    runs = list_runs(DEFAULT_RUNS_FOLDER) if DEFAULT_RUNS_FOLDER.is_dir() else None
     try:
-        done = tidy_up(registry, config.name, DEFAULT_RUNS_FOLDER, kept, dry_run=config.dry_run)
+        done = tidy_up(registry, config.name, runs, kept, dry_run=config.dry_run)
     except DamagedError as error:
         return Failed(name=Outcome.DAMAGED, message=error.describe_for("page"), data=error)
     tell_week(registry, config.name)

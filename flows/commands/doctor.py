@@ -179,15 +179,18 @@ def _iterate_champion_checks(registry: Path) -> Iterator[Check]:
 
 def _iterate_housekeeping_checks(registry: Path) -> Iterator[Check]:
     """For each name of the registry, how much its weekly housekeeping would remove now."""
+    if not registry.is_dir():
+        return
+    from nested_core.pipeline.housekeeping import tidy_up
+    from nested_core.records.run import list_runs
     from nested_core.registry import list_names
     from nested_core.report.pruning import KeptAmounts
     from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER
 
-    for name in list_names(registry) if registry.is_dir() else ():
-        from nested_core.pipeline.housekeeping import tidy_up
-
+    runs = list_runs(DEFAULT_RUNS_FOLDER) if DEFAULT_RUNS_FOLDER.is_dir() else None
+    for name in list_names(registry):
         try:
-            plan = tidy_up(registry, name, DEFAULT_RUNS_FOLDER, KeptAmounts(), dry_run=True)
+            plan = tidy_up(registry, name, runs, KeptAmounts(), dry_run=True)
         except (NestedTuneError, OSError) as error:
             yield Check(f"housekeeping {name}", False, str(error), "nested-tune audit")
         else:

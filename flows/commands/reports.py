@@ -38,7 +38,11 @@ def add_commands(commands: Any) -> None:
         example="nested-tune runs",
     )
     runs.add_argument("folder", nargs="?", type=Path, default=DEFAULT_RUNS_FOLDER, metavar="DIR")
-    runs.add_argument("--prune", action="store_true", help="remove old runs that nothing names")
+    runs.add_argument(
+        "--prune",
+        action="store_true",
+        help="remove old runs that nothing names, and spare checkpoints of others",
+    )
     runs.add_argument("--keep", type=int, metavar="N", help="with --prune: the newest to keep")
     runs.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     compare = commands.add(
@@ -108,11 +112,12 @@ def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def run_pruning(arguments: argparse.Namespace) -> Callable[[], int]:
     """Remove old runs that nothing names, and the spare checkpoints of those that stay."""
+    from nested_core.records.run import list_runs
     from nested_core.report.pruning import prune_runs
 
     if arguments.keep is None:
         raise ConfigError("runs --prune needs --keep N: how many of the newest runs stay.")
-    done = prune_runs(arguments.folder, keep=arguments.keep, dry_run=arguments.dry_run)
+    done = prune_runs(list_runs(arguments.folder), keep=arguments.keep, dry_run=arguments.dry_run)
 
     def show() -> None:
         """Each run that was removed, each old one that stays and why, and how much was freed."""

@@ -25,14 +25,15 @@ def write_metrics(section: RegistrySection, run: RunDirectory, outcome: str) -> 
     folder, context = os.environ.get(METRICS_FOLDER_VARIABLE), FlowRunContext.get()
     if not folder or context is None or section.path is None or section.name is None:
         return
-    from nested_core.records.run import Run
+    from nested_core.records.run import Run, list_runs
     from nested_core.report.night_metrics import EndedNight, write_night_metrics
     from nested_core.report.pruning import AdapterRuns
 
     seconds = (datetime.now(UTC) - context.start_time).total_seconds()
     adapter = AdapterRuns.of(Path(section.path), section.name)
     night = EndedNight(outcome, seconds, Run(run, has_ended=True))
+    runs = list_runs(DEFAULT_RUNS_FOLDER) if DEFAULT_RUNS_FOLDER.is_dir() else []
     try:
-        write_night_metrics(Path(folder), adapter, DEFAULT_RUNS_FOLDER, night)
+        write_night_metrics(Path(folder), adapter, runs, night)
     except (NestedTuneError, OSError) as error:
         get_run_logger().warning("The metrics of this night were not written: %s", error)

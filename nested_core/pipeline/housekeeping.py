@@ -6,12 +6,14 @@ What is removed and why the rest stays is decided where it is decided for `neste
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 from nested_core.data.dataset_loading import dataset_cache
 from nested_core.gate.answers.answer_cache import answer_cache
+from nested_core.records.run import Run
 from nested_core.registry import collect_garbage
 from nested_core.registry.garbage_collection import GarbageReport
 from nested_core.report.pruning import AdapterRuns, KeptAmounts, PruneReport, prune_runs
@@ -49,26 +51,31 @@ class HousekeepingReport:
 
 
 def tidy_up(
-    registry: Path, name: str, runs: Path, kept: KeptAmounts, *, dry_run: bool = False
+    registry: Path,
+    name: str,
+    runs: Sequence[Run] | None,
+    kept: KeptAmounts,
+    *,
+    dry_run: bool = False,
 ) -> HousekeepingReport:
     """Remove of one adapter what nothing needs, and of the caches what nobody used for a month.
 
-    registry, name: the adapter. runs: the folder of its runs, which those of others may share.
-    A dry run removes nothing, and says what would be. Raises ConfigError for an unknown name and
-    DamagedError for a registry that cannot be read: no run is removed then.
+    registry, name: the adapter. runs: the runs of a folder, newest first, which may be of other
+    adapters too; None where there is no such folder. A dry run removes nothing, and says what would
+    be. Raises ConfigError for an unknown name and DamagedError for a registry that cannot be read:
+    no run is removed then.
     """
     adapter = AdapterRuns.of(registry, name)
     caches = (answer_cache(), dataset_cache())
-
-    def measure() -> int:
-        """Bytes of all that this is about."""
-        folders = [*adapter.list_folders(runs), registry / name, *(each.folder for each in caches)]
-        return sum(map(size_on_disk, folders))
-
-    before = measure()
+    folders = [
+        *(run.path for run in adapter.among(runs or ())),
+        registry / name,
+        *(each.folder for each in caches),
+    ]
+    before = sum(map(size_on_disk, folders))
     versions = collect_garbage(registry, name, by=AUTHOR, keep=kept.versions, dry_run=dry_run)
     pruned = None
-    if runs.is_dir():
+    if runs is not None:
         pruned = prune_runs(
             runs,
             keep=kept.runs,
@@ -86,5 +93,5 @@ def tidy_up(
         versions=versions,
         cached=tuple(map(str, unused)),
         before=before,
-        after=before - freed if dry_run else measure(),
+        after=before - freed if dry_run else sum(map(size_on_disk, folders)),
     )

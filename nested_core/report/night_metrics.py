@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,11 +26,13 @@ class EndedNight:
     run: Run
 
 
-def write_night_metrics(folder: Path, adapter: AdapterRuns, runs: Path, night: EndedNight) -> None:
+def write_night_metrics(
+    folder: Path, adapter: AdapterRuns, runs: Sequence[Run], night: EndedNight
+) -> None:
     """Write FOLDER/nested_tune_NAME.prom, which everybody may read.
 
-    runs: where the adapter's runs are. Raises OSError, and DamagedError for a registry that cannot
-    be read.
+    runs: all that are there, of other adapters too. Raises OSError, and DamagedError for a registry
+    that cannot be read.
     """
     registry = CollectorRegistry()
 
@@ -51,7 +54,8 @@ def write_night_metrics(folder: Path, adapter: AdapterRuns, runs: Path, night: E
         since = datetime.fromisoformat(changes[-1].time).timestamp()
         put("champion_info", "1: the champion's version.", 1.0, version=changes[-1].version)
         put("champion_timestamp_seconds", "When it became champion.", since)
-    put("runs_bytes", "Bytes of the runs.", sum(map(size_on_disk, adapter.list_folders(runs))))
+    own = [run.path for run in adapter.among(runs)]
+    put("runs_bytes", "Bytes of the runs.", sum(map(size_on_disk, own)))
     put("registry_bytes", "Bytes of the versions.", size_on_disk(adapter.registry / adapter.name))
     file = folder / f"nested_tune_{adapter.name}.prom"
     write_to_textfile(str(file), registry)

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from nested_core.errors import ConfigError
-from nested_core.records.run import Run, list_runs
+from nested_core.records.run import Run
 from nested_core.registry import list_names
 from nested_core.registry.garbage_collection import DEFAULT_KEPT_VERSIONS
 from nested_core.registry.history_views import reading
@@ -54,11 +54,9 @@ class AdapterRuns:
             return False
         return Path(section.path).resolve() == self.registry
 
-    def list_folders(self, runs: Path) -> list[Path]:
-        """Those in a folder of runs; none where it is not there."""
-        return (
-            [each.path for each in list_runs(runs) if self.include(each)] if runs.is_dir() else []
-        )
+    def among(self, runs: Sequence[Run]) -> list[Run]:
+        """Those of some runs, in their order."""
+        return [run for run in runs if self.include(run)]
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class PruneReport:
 
 
 def prune_runs(
-    folder: Path,
+    runs: Sequence[Run],
     *,
     keep: int,
     adapter: AdapterRuns | None = None,
@@ -89,7 +87,7 @@ def prune_runs(
     ignored_versions: Collection[str] = (),
     dry_run: bool = False,
 ) -> PruneReport:
-    """Remove the runs of a folder but the `keep` newest, and but those that something names.
+    """Remove all runs but the `keep` first, which are the newest, and those that something names.
 
     That is a version of the registry, one that waits for approval among them, a judgement of one,
     or a process at work. A run that is damaged is kept, and one whose registry is not found from
@@ -98,12 +96,12 @@ def prune_runs(
 
     `adapter` leaves all runs but those of one name as they are, and lets only those count. A run
     that began less than `min_age` ago stays, and versions in `ignored_versions` keep none. Raises
-    ConfigError for a negative `keep` or no such folder, DamagedError for a registry that cannot be
-    read: nothing is removed then.
+    ConfigError for a negative `keep`, DamagedError for a registry that cannot be read: nothing is
+    removed then.
     """
     if keep < 0:
         raise ConfigError(f"--keep {keep}: expected the number of runs to keep, 0 or more.")
-    runs = [run for run in list_runs(folder) if adapter is None or adapter.include(run)]
+    runs = runs if adapter is None else adapter.among(runs)
     newest = datetime.now(UTC) - min_age
     old = [run for run in runs[keep:] if run.started <= newest]
     named = _read_named_runs(old, adapter, ignored_versions)

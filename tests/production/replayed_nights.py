@@ -39,7 +39,6 @@ from flows.reconcile import ReconcileParameters, reconcile
 from nested_core import registry as core
 from nested_core.records.run import Run
 from nested_core.registry import garbage_collection
-from nested_core.report.pruning import AdapterRuns
 from nested_core.storage.folder_size import size_on_disk
 from nested_core.storage.run_directory import RunDirectory, new_run_name
 from nested_core.storage.user_cache import CACHE_VARIABLE
@@ -293,11 +292,7 @@ def _measure(stack: ReplayStack, nights: int) -> Sizes:
     stack.query("VACUUM ANALYZE")
     sizes = {table: int(size) for table, size in stack.query(TABLES)}
     counts = {table: stack.query('SELECT count(*) FROM :"table"', table=table) for table in sizes}
-    runs = [
-        path
-        for name in ADAPTERS
-        for path in AdapterRuns.of(stack.registry, name).list_folders(stack.home / "runs")
-    ]
+    runs = [path for path in (stack.home / "runs").iterdir() if (path / "config.yaml").exists()]
     return Sizes(
         nights=nights,
         runs=sum(map(size_on_disk, runs)),

@@ -15,8 +15,8 @@ pytestmark = [pytest.mark.production, pytest.mark.timeout(3600)]
 FIRST = {
     "better": "Promoted",
     "rejected": "Rejected: worse",
-    "declined": "Declined",
-    "blocked": "Promoted",
+    "declined": "Waits for approval",  # and then somebody says no
+    "blocked": "Promoted",  # and then rolled back
 }
 
 
@@ -39,10 +39,9 @@ def test_a_night_that_is_known_not_to_help_trains_nothing_and_tells_nobody(
     again = [night for night in seen.nights if night.kind.endswith("again")]
     first = [night for night in seen.nights if not night.kind.endswith("again")]
     assert [night.kind for night in first] == [kind for kind in KINDS for _ in ADAPTERS]
+    assert all(night.state == FIRST[night.kind] for night in first)
     assert all(night.trained_seconds > 0 for night in first)
     assert {night.trained_seconds for night in again} == {0.0}
     assert {night.state for night in again} == {"Skipped: unchanged", "Skipped: hopeless"}
     rejections = [text for text in seen.alerts if text.startswith("Rejected")]
     assert len(rejections) == len(ADAPTERS)
-    (sizes,) = seen.sizes
-    assert sizes.rows["flow_run"] < len(seen.nights) + 60

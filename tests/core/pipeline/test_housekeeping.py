@@ -12,6 +12,7 @@ import pytest
 from nested_core import registry as core
 from nested_core.errors import DamagedError
 from nested_core.pipeline.housekeeping import tidy_up
+from nested_core.records.run import list_runs
 from nested_core.report.pruning import KeptAmounts
 from nested_core.storage.folder_size import size_on_disk
 from nested_core.storage.user_cache import CACHE_VARIABLE
@@ -60,9 +61,9 @@ def test_what_goes_is_measured_and_a_dry_run_says_the_same_and_removes_nothing(
 ) -> None:
     registry, runs = tmp_path / "registry", tmp_path / "runs"
     before = all_files(tmp_path)
-    planned = tidy_up(registry, NAME, runs, KEPT, dry_run=True)
+    planned = tidy_up(registry, NAME, list_runs(runs), KEPT, dry_run=True)
     assert all_files(tmp_path) == before
-    done = tidy_up(registry, NAME, runs, KEPT)
+    done = tidy_up(registry, NAME, list_runs(runs), KEPT)
     # The champion, the one that it replaced, and no other.
     assert core.list_versions(registry, NAME) == sorted(nights[-2:])
     assert len(runs_in(runs)) == 2
@@ -84,7 +85,7 @@ def test_what_goes_is_measured_and_a_dry_run_says_the_same_and_removes_nothing(
     )
     assert ("would be removed" in planned.describe(), "would" in done.describe()) == (True, False)
     assert core.audit(registry, NAME).is_sound
-    again = tidy_up(registry, NAME, runs, KEPT)
+    again = tidy_up(registry, NAME, list_runs(runs), KEPT)
     assert (again.after - again.before, again.runs is not None and again.runs.removed) == (0, ())
 
 
@@ -97,7 +98,7 @@ def test_another_name_that_is_damaged_keeps_every_run(nights: list[str], tmp_pat
     provenance.write_text("{")
     before = all_files(runs)
     with pytest.raises(DamagedError, match="another"):
-        tidy_up(registry, NAME, runs, KEPT)
+        tidy_up(registry, NAME, list_runs(runs), KEPT)
     assert all_files(runs) == before
 
 
@@ -109,7 +110,7 @@ def test_a_run_that_a_version_of_another_name_names_stays(
     recorded = {"run_dir": str(first.resolve()), "config": {}}
     core.register(write_run(tmp_path / "written", 9), registry, "another", recorded)
     others = all_files(registry / "another")
-    done = tidy_up(registry, NAME, runs, KEPT)
+    done = tidy_up(registry, NAME, list_runs(runs), KEPT)
     assert done.runs is not None
     assert list(done.runs.kept) == [str(runs_in(runs)[1]), str(first)]
     assert all_files(registry / "another") == others
@@ -118,6 +119,6 @@ def test_a_run_that_a_version_of_another_name_names_stays(
 def test_where_there_is_no_folder_of_runs_the_registry_is_tidied(
     nights: list[str], tmp_path: Path
 ) -> None:
-    done = tidy_up(tmp_path / "registry", NAME, tmp_path / "none", KEPT)
+    done = tidy_up(tmp_path / "registry", NAME, None, KEPT)
     assert (done.runs, len(done.versions.collected)) == (None, 4)
     assert "no folder of runs here" in done.describe()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from nested_core.records.run import Run
+from nested_core.records.run import Run, list_runs
 from nested_core.registry import register_and_promote
 from nested_core.report.night_metrics import EndedNight, write_night_metrics
 from nested_core.report.pruning import AdapterRuns
@@ -46,7 +46,7 @@ def test_a_night_has_outcome_loss_seconds_the_champions_time_and_bytes_for_every
     umask = os.umask(0o077)
     try:
         night = EndedNight("Promoted", 12.5, Run(run))
-        write_night_metrics(folder, AdapterRuns.of(registry, NAME), runs, night)
+        write_night_metrics(folder, AdapterRuns.of(registry, NAME), list_runs(runs), night)
     finally:
         os.umask(umask)
     assert next(folder.iterdir()).stat().st_mode & 0o777 == 0o644
@@ -69,7 +69,9 @@ def test_a_first_night_that_ended_before_its_gate_has_no_loss_and_no_champion(
     run = begin_run(tmp_path / "one", registry={"path": str(tmp_path / "none"), "name": NAME})
     adapter = AdapterRuns.of(tmp_path / "none", NAME)
     for outcome in ("Failed: data", "Failed"):  # the second night's file replaces the first's
-        write_night_metrics(folder, adapter, tmp_path, EndedNight(outcome, 1.0, Run(run)))
+        write_night_metrics(
+            folder, adapter, list_runs(tmp_path), EndedNight(outcome, 1.0, Run(run))
+        )
     found = figures(folder)
     assert found["night_outcome", "Failed"] == 1.0
     assert found["runs_bytes",] == size_on_disk(run.path)

@@ -56,7 +56,7 @@ def test_old_runs_go_and_what_a_version_names_stays(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, day) for day in (1, 2, 3, 4)]
     version = register_for(runs[1], tmp_path, 1)
     for is_dry_run in (True, False):
-        done = prune_runs(tmp_path / "runs", keep=1, dry_run=is_dry_run)
+        done = prune_runs(list_runs(tmp_path / "runs"), keep=1, dry_run=is_dry_run)
         assert done.removed == (str(runs[2].path), str(runs[0].path))
         assert done.kept == {str(runs[1].path): f"version {version[:12]} of {NAME} names it"}
         assert done.bytes > 1000
@@ -75,7 +75,7 @@ def test_a_run_that_a_version_names_keeps_the_checkpoint_that_it_offers_and_its_
     spare = tuple(str(checkpoint_path(named.checkpoints, step)) for step in (2, 6))
     for is_dry_run in (True, False):
         with at_work.locked():
-            done = prune_runs(tmp_path / "runs", keep=1, dry_run=is_dry_run)
+            done = prune_runs(list_runs(tmp_path / "runs"), keep=1, dry_run=is_dry_run)
         assert (done.removed, done.checkpoints, done.bytes) == ((), spare, 20_000)
         assert done.kept[str(at_work.path)] == "a process works on it"
         assert len(list_checkpoints(named.checkpoints)) == (4 if is_dry_run else 2)
@@ -102,9 +102,9 @@ def test_of_one_adapter_its_own_old_runs_go_and_no_run_of_another_name_or_regist
     unreadable.config.write_text("{")
     ours = AdapterRuns.of(tmp_path / "registry", NAME)
     age = datetime.now(UTC) - Run(fresh).started + timedelta(hours=1)
-    done = prune_runs(tmp_path / "runs", keep=0, adapter=ours, min_age=age)
+    done = prune_runs(list_runs(tmp_path / "runs"), keep=0, adapter=ours, min_age=age)
     assert (done.removed, done.kept) == ((str(old.path),), {})
-    done = prune_runs(tmp_path / "runs", keep=0, adapter=ours)
+    done = prune_runs(list_runs(tmp_path / "runs"), keep=0, adapter=ours)
     assert (done.removed, done.kept) == ((str(fresh.path),), {})
     assert all(run.path.exists() for run in (other, elsewhere, unreadable))
 
@@ -125,10 +125,10 @@ def test_a_removal_that_is_killed_anywhere_is_finished_by_the_next_one(
         with monkeypatch.context() as patch, suppress(Killed):
             for name in ("unlink", "rmdir"):
                 patch.setattr(os, name, dying(getattr(os, name), calls, killed_after))
-            prune_runs(folder / "runs", keep=0)
+            prune_runs(list_runs(folder / "runs"), keep=0)
             break
         if run.path.exists() and RunDirectory(run.path).has_run_files():
-            assert prune_runs(folder / "runs", keep=0).removed == (str(run.path),)
+            assert prune_runs(list_runs(folder / "runs"), keep=0).removed == (str(run.path),)
         assert not list(run.path.glob("*/*"))
     assert killed_after > 10
     assert not run.path.exists()
@@ -152,7 +152,7 @@ def test_a_run_at_work_a_damaged_one_and_one_whose_registry_is_away_stay(tmp_pat
     text = away.config.read_text()
     away.config.write_text(text.replace(str(tmp_path / "registry"), "elsewhere"))
     with at_work.locked():
-        done = prune_runs(tmp_path / "runs", keep=0)
+        done = prune_runs(list_runs(tmp_path / "runs"), keep=0)
     assert done.removed == ()
     assert done.kept == {
         str(at_work.path): "a process works on it",
@@ -168,7 +168,7 @@ def test_a_registry_that_cannot_be_read_keeps_every_run(tmp_path: Path) -> None:
     provenance.chmod(0o600)
     provenance.write_text("{")
     with pytest.raises(DamagedError, match="provenance"):
-        prune_runs(tmp_path / "runs", keep=0)
+        prune_runs(list_runs(tmp_path / "runs"), keep=0)
     assert all(run.path.exists() for run in runs)
 
 
@@ -177,13 +177,13 @@ def test_a_version_whose_folder_is_lost_keeps_every_run(tmp_path: Path) -> None:
     version = register_for(runs[0], tmp_path, 1)
     shutil.rmtree(tmp_path / "registry" / NAME / "versions" / version)
     with pytest.raises(DamagedError, match="promote RUN_DIR"):
-        prune_runs(tmp_path / "runs", keep=0)
+        prune_runs(list_runs(tmp_path / "runs"), keep=0)
     assert all(run.path.exists() for run in runs)
 
 
 def test_a_negative_number_of_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--keep -1"):
-        prune_runs(tmp_path, keep=-1)
+        prune_runs(list_runs(tmp_path), keep=-1)
 
 
 def test_the_list_says_the_adapter_the_outcome_and_the_minutes(tmp_path: Path) -> None:
