@@ -2,12 +2,14 @@
 
 ASTRAY=bit changes one element of its parameters, after step 3, by the smallest amount; ASTRAY=nan
 makes its gradients of that step not finite. At the eighth step of the process, ASTRAY=stop stops
-it, once, which the file ASTRAY_ONCE remembers; ASTRAY=loop has it do nothing for ever.
+it, once, which the file ASTRAY_ONCE remembers; ASTRAY=loop has it do nothing for ever. ASTRAY=slow
+has both take up to ASTRAY_SECONDS longer for each step.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
 import time
@@ -63,6 +65,14 @@ if __name__ == "__main__":
         self.packed.parameters["tier0"] = mx.array(changed)
         return result
 
-    if os.environ["MLX_RANK"] == "1":
+    if os.environ["ASTRAY"] == "slow":
+        dice = random.Random(os.environ["MLX_RANK"])
+
+        def slow(self: Any, *args: Any, **kwargs: Any) -> Any:
+            time.sleep(dice.uniform(0, float(os.environ["ASTRAY_SECONDS"])))
+            return run(self, *args, **kwargs)
+
+        TrainStep.run = slow  # type: ignore[method-assign]
+    elif os.environ["MLX_RANK"] == "1":
         TrainStep.run = strayed  # type: ignore[method-assign]
     sys.exit(main(*sys.argv[1:]))

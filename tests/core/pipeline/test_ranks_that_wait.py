@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,7 @@ import pytest
 from nested_core.errors import TrainingProcessLost
 from nested_core.pipeline import steps
 from nested_core.records.plan import read_plan
+from nested_core.storage.run_directory import RunDirectory
 from tests.builders.astray_ranks import go_astray
 from tests.example import prepare
 
@@ -51,3 +56,28 @@ def test_a_rank_in_an_endless_loop_ends_the_run_the_second_time(
         steps.train(config, run)
     assert capfd.readouterr().err.count(" in wait_for_ever\n") == 2
     assert not run.result.exists()
+
+
+@pytest.mark.reliability
+@pytest.mark.timeout(14400)
+@pytest.mark.usefixtures("forked_ranks")
+def test_slow_steps_beside_busy_processes_are_not_taken_for_a_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"iters": 30, "save_every": 15, "training": {"hang_timeout": "auto"}}
+    config = go_astray(monkeypatch, "slow", **WAITS | changes)
+    first = prepare(config, tmp_path / "first")
+    computing = [sys.executable, "-S", "-c", "while True: pass"]
+    busy = [subprocess.Popen(computing) for _ in range(os.cpu_count() or 1)]
+    try:
+        for count in range(int(os.environ.get("RUNS", "4"))):
+            monkeypatch.setenv("ASTRAY_SECONDS", ("0", "0.03", "0.1", "0.3")[count % 4])
+            run = RunDirectory(tmp_path / f"run-{count}")
+            shutil.copytree(first.path, run.path)
+            assert steps.train(config, run).step == 30  # a false alarm warns, and fails
+            with capsys.disabled():
+                print(f"{count + 1} slow runs, load {os.getloadavg()[0]:.0f}", flush=True)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
