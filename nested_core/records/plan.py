@@ -27,7 +27,8 @@ class TrainingPlan:
     first_step: where this process went on from; 0 is the beginning.
     resumed_at: every step that a process went on from after an earlier one had ended, ascending.
     rank_counts: from which step on how many processes shared each batch, such as (0, 2), (40, 1).
-    ended_by: the signals that ended processes of the last command that went on by itself.
+    ended_by: what ended processes of the last command that went on by itself: signals, or
+        `hang_timeout`.
     frequencies: of each tier, the fastest first.
     offers_best: whether the adapter of the lowest validation loss is offered, or the last one.
     select_by: what chooses the best one: `loss`, or the suite whose answers do.
@@ -111,7 +112,7 @@ def write_plan(path: Path, plan: TrainingPlan) -> None:
 
 
 def note_ends(path: Path, ends: Sequence[str]) -> None:
-    """Write the signals that ended processes of a command into plan.json, where there is one."""
+    """Write what ended processes of a command into plan.json, where there is one."""
     plan = read_plan(path)
     if plan is not None:
         write_plan(path, replace(plan, ended_by=tuple(ends)))

@@ -194,6 +194,27 @@ def test_kills_at_drawn_moments_cost_no_run(
             print(restarted.describe(), flush=True)
 
 
+def test_a_kill_at_each_moment_costs_nothing(tmp_path: Path) -> None:
+    restarted = Restarted(tmp_path, "train", seed=0)
+    expected = restarted.run_undisturbed()
+    process = restarted.begin("killed")
+    killed = 0
+    moments = ("steps", "evaluates", "asks questions", "writes a checkpoint", "gate")
+    for wanted in moments:
+
+        def is_there(wanted: str = wanted, killed: int = killed) -> bool:
+            trains, at = restarted.moment()
+            return at == wanted and trains != killed
+
+        wait_until(is_there, process=process)
+        (killed,) = children_of(process)
+        os.kill(killed, signal.SIGKILL)
+    done = ended(process, 600)
+    assert done.code == 0, done.stderr
+    assert f"killed {len(moments)} times (SIGKILL)" in done.stdout
+    assert bytes_of(tmp_path / "killed") == expected
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_who_asks_it_to_stop_wants_no_other(tmp_path: Path, number: int) -> None:
     restarted = Restarted(tmp_path, "train", seed=number)

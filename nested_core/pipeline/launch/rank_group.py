@@ -271,9 +271,9 @@ def train_in_ranks(
     group = RankGroup(ranks, callback, list_rank_hosts(config))
     mx.clear_cache()  # the memory that loading left on the device is for the ranks
     group.run(launch_command(config, ranks, run.path), rank_environment(config), on_start)
-    if group.has_waited and not group.stop_requested:
+    if group.has_waited and not group.stop_requested and config.training.restarts > 0:
         warnings.warn(f"{_describe_wait(config, group)} They go on by themselves.", stacklevel=2)
-        note_ends(run.plan, (*list_earlier_ends(), signal.SIGALRM.name))
+        note_ends(run.plan, (*list_earlier_ends(), "hang_timeout"))
         group.run(launch_command(config, ranks, run.path), rank_environment(config), on_start)
     if group.has_waited:
         raise TrainingProcessLost(_describe_wait(config, group), advice=go_on_with(run.path))

@@ -38,7 +38,7 @@ def test_ranks_that_wait_for_a_stopped_one_end_with_their_stacks_and_go_on(
     assert all(f"rank {rank} waited too long: " in printed for rank in (0, 1))
     plan = read_plan(run.plan)
     assert plan is not None
-    assert (plan.resumed_at, plan.ended_by) == ((4,), ("SIGALRM",))
+    assert (plan.resumed_at, plan.ended_by) == ((4,), ("hang_timeout",))
 
 
 @pytest.mark.slow("trains two ranks, one of which does not end, and waits twice to notice that")
