@@ -84,9 +84,12 @@ class Study:
         yield from self._stream_cells()
 
     def _stream_cells(self) -> Iterator[Cell]:
-        places = product(self.stream_seeds, self.sizes, self.streams, self.stream_arms)
-        for seed, size, stream, arm in places:
-            yield Cell(stream, size, arm, seed)
+        for kind in dict.fromkeys(map(kind_of, self.streams)):
+            names = [name for name in self.streams if kind_of(name) == kind]
+            for seed, size, stream, arm in product(
+                self.stream_seeds, self.sizes, names, self.stream_arms
+            ):
+                yield Cell(stream, size, arm, seed)
 
     def _judged(
         self, rows: Sequence[Row], size: str, arms: Sequence[str], seed: int
