@@ -50,10 +50,9 @@ from nested_core.training.training_state import CheckpointState, TrainingState
 
 # Where questions take longer before the first step, so many fewer are asked from then on.
 SLOW_SECONDS = 10.0
-# Where answers only show, evaluations that ask are so far apart, or four in a shorter run: of a
-# tiny model, whose steps take no longer than a token, that is some 4 % of the whole command.
-STEPS_BETWEEN_QUESTIONS = 100
-LEAST_ASKINGS = 4
+# Where answers only show, evaluations that ask are so far apart, or half of a shorter run: of a tiny
+# model, whose steps take no longer than a token, that is below 5 % of the whole command.
+STEPS_BETWEEN_QUESTIONS = 150
 
 
 class MetricsWindow:
@@ -337,9 +336,7 @@ class Validation:
         )
         if questions is None or not world.is_main:
             return {}
-        between = STEPS_BETWEEN_QUESTIONS
-        if schedule.steps < between * (LEAST_ASKINGS - 1):
-            between = schedule.steps // LEAST_ASKINGS
+        between = min(STEPS_BETWEEN_QUESTIONS, schedule.steps // 2)
         if self.setup.config.training.select_by != "loss":
             between = 0  # every evaluation has to be chosen among
         is_last = state.iteration >= schedule.iterations
