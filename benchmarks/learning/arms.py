@@ -31,7 +31,6 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "c": {},
     "d": {},
     "e": {},
-    "f": {"training": {"average": {"decay": 0.995, "kind": "ema"}, "offer": "average"}},
     "g-deep": {"nested": {"frequencies": [1, 2, 4], "fast": "deep"}},
     "g-shallow": {"nested": {"frequencies": [1, 2, 4], "fast": "shallow"}},
 }

@@ -24,7 +24,7 @@ from nested_core.records.paired_difference import Indices, compare_pairs, studen
 from nested_core.text.svg_chart import STANDALONE, Chart, Curve, Point, draw_chart
 
 LEAST_GAIN, MARGIN = 0.03, -0.01
-COMPARED = (("c", "a"), ("d", "b"), ("c", "b"), ("d", "c"), ("d", "a"), ("e", "d"), ("f", "d"))
+COMPARED = (("c", "a"), ("d", "b"), ("c", "b"), ("d", "c"), ("d", "a"), ("e", "d"))
 LATER_COMPARED = (("g-deep", "d"), ("g-shallow", "d"), ("h", "b"), ("d", "h"))
 Answers = np.ndarray[Any, np.dtype[np.float64]]  # (seeds, questions), 1 where right
 

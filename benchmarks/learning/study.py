@@ -20,13 +20,12 @@ ARMS = {
     "c": "`init` as written",
     "d": "ours, best of four rates",
     "e": "`sweep` with the examples of four trainings",
-    "f": "d with an averaged adapter",
     "g-deep": "d in tiers [1, 2, 4], deep layers fast",
     "g-shallow": "d in tiers [1, 2, 4], shallow layers fast",
     "h": "b with the prompt masked",
 }
 OF_MLX_LM = ("a", "b", "h")
-RATES_FROM = {"b": "b", "d": "d", "f": "d", "g-deep": "d", "g-shallow": "d", "h": "b"}
+RATES_FROM = {"b": "b", "d": "d", "g-deep": "d", "g-shallow": "d", "h": "b"}
 STREAM_ARMS = {
     "alone": "each night alone, from a fresh adapter",
     "joint": "all nights at once, with the newest answer of each prompt",
@@ -107,7 +106,7 @@ class Study:
 FULL = Study(
     tasks=("clinc150", "banking77", "restaurant8k"),
     sizes=("10M", "20M"),
-    arms=("a", "b", "c", "d", "e", "f", "g-deep", "g-shallow", "h"),
+    arms=("a", "b", "c", "d", "e", "g-deep", "g-shallow", "h"),
     seeds=(1, 2, 3, 4, 5),
     later_seeds=(1, 2, 3),
     iterations=dict.fromkeys(("clinc150", "banking77", "restaurant8k"), 1000),
@@ -116,7 +115,7 @@ FULL = Study(
 SMALL = Study(
     tasks=("geography", "clinc150"),
     sizes=("geography-base",),
-    arms=("a", "b", "c", "d", "e", "f", "g-deep"),
+    arms=("a", "b", "c", "d", "e", "g-deep"),
     seeds=(1, 2),
     later_seeds=(1,),
     counts=Counts(train=400, choose=100, judge=200, longest=80, answers=10),

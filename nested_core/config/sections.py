@@ -105,13 +105,6 @@ KEYS_ALLOWED_IN_REFERENCE_RUN = frozenset(
 )
 
 
-class AverageSection(Section):
-    """A moving average of the adapter, kept beside it from step to step."""
-
-    decay: float = key(0.995, "share of the average that stays at a step", ge=0, lt=1)
-    kind: Literal["ema", "bema"] = key("ema", "exponential, or with its bias taken away")
-
-
 class TrainingSection(Section):
     """How the training loop runs, beyond what mlx-lm knows."""
 
@@ -144,10 +137,9 @@ class TrainingSection(Section):
     hostfile: str | None = key(
         None, "mlx.launch's list of machines, for processes", affects="ranks", path="local"
     )
-    offer: Literal["best", "last", "average"] = key(
-        "best", "the adapter that is selected: of the best step, of the last, or the average"
+    offer: Literal["best", "last"] = key(
+        "best", "the adapter that is selected: of the best step, or of the last"
     )
-    average: AverageSection | None = key(None, "the kind of average (null: none)")
     restarts: NonNegativeInt = key(
         3, "times a killed run is begun again without a new checkpoint", affects="output"
     )
@@ -165,9 +157,7 @@ class TrainingSection(Section):
     reference: Literal["mlx_lm"] | None = key(None, "do what mlx_lm.lora does, bit for bit")
 
     def find_conflicts(self) -> Iterator[str]:
-        """An average is offered where it is kept."""
-        if (self.offer == "average") != (self.average is not None):
-            yield "offer: average and average: {decay: 0.995} go together; give both or neither"
+        """What chooses the best step is asked, by one process."""
         if self.select_by not in ("loss", *self.evaluate_tasks):
             yield f"select_by: {self.select_by} is neither loss nor among evaluate_tasks"
         if self.select_by != "loss" and (self.processes, self.hostfile) != (1, None):

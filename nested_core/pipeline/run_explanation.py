@@ -174,9 +174,7 @@ class RunExplanation:
             reason = "val_batches is 0" if is_off else "there is no valid split"
             return f"none: {reason}, so the last checkpoint is selected."
         offered = "the checkpoint with the lowest loss"
-        if self.config.training.average is not None:
-            offered = "the average as of the last step"
-        elif not self.config.offers_best_step:
+        if not self.config.offers_best_step:
             offered = "the last step, as mlx_lm.lora does,"
         interval = self.config.intervals(self.iterations).evaluation
         if self.config.training.select_by != "loss":

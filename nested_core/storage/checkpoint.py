@@ -29,7 +29,6 @@ from nested_core.storage.safetensors_files import load_arrays, save_arrays
 
 OPTIMIZER_NAME = "optimizer.safetensors"
 MASTERS_PREFIX = "masters:"  # before the names of float32 masters, beside the optimizer's own
-AVERAGE_PREFIX = "average:"  # before the names of the adapter's average, likewise
 
 
 @dataclass(frozen=True)
@@ -43,21 +42,18 @@ class Checkpoint:
 
     def parameters(self) -> dict[str, mx.array]:
         """The trained parameters by name: the float32 masters of those that have one."""
-        return load_arrays(self.path / WEIGHTS_NAME) | self._beside_optimizer(MASTERS_PREFIX)
-
-    def average(self) -> dict[str, mx.array]:
-        """The adapter's average by name; empty where none is kept."""
-        return self._beside_optimizer(AVERAGE_PREFIX)
-
-    def _beside_optimizer(self, prefix: str) -> dict[str, mx.array]:
         arrays = load_arrays(self.path / OPTIMIZER_NAME).items()
-        return {n.removeprefix(prefix): a for n, a in arrays if n.startswith(prefix)}
+        masters = {
+            n.removeprefix(MASTERS_PREFIX): a for n, a in arrays if n.startswith(MASTERS_PREFIX)
+        }
+        return load_arrays(self.path / WEIGHTS_NAME) | masters
 
     def optimizer_state(self) -> Any:
         """The optimizer's state tree."""
         arrays = load_arrays(self.path / OPTIMIZER_NAME).items()
-        beside = (MASTERS_PREFIX, AVERAGE_PREFIX)
-        return tree_unflatten([(n, array) for n, array in arrays if not n.startswith(beside)])
+        return tree_unflatten(
+            [(n, array) for n, array in arrays if not n.startswith(MASTERS_PREFIX)]
+        )
 
 
 def write_checkpoint(
@@ -68,14 +64,12 @@ def write_checkpoint(
     optimizer_state: Any,
     state: Mapping[str, Any],
     masters: Mapping[str, mx.array] | None = None,
-    average: Mapping[str, mx.array] | None = None,
     confirm: Confirm | None = None,
 ) -> Path:
     """Write one checkpoint durably under its step's name and return its path.
 
     `adapter` holds the tensors as they are published; `masters` the float32 values of those that
-    are trained in a wider dtype than they are published in, or of all where their `average` is what
-    is published. `confirm` is called just before the
+    are trained in a wider dtype than they are published in. `confirm` is called just before the
     checkpoint takes its name; what it raises leaves no checkpoint.
     """
     target = checkpoint_path(folder, state["step"])
@@ -84,7 +78,6 @@ def write_checkpoint(
         write_adapter(temporary, adapter, adapter_config)
         optimizer = dict(tree_flatten(optimizer_state))
         optimizer |= {MASTERS_PREFIX + name: array for name, array in (masters or {}).items()}
-        optimizer |= {AVERAGE_PREFIX + name: array for name, array in (average or {}).items()}
         save_arrays(temporary / OPTIMIZER_NAME, optimizer)
         write_json(temporary / STATE_NAME, dict(state))
         write_manifest(temporary, {"step": state["step"]})

@@ -50,9 +50,9 @@ from nested_core.training.training_state import CheckpointState, TrainingState
 
 # Where questions take longer before the first step, so many fewer are asked from then on.
 SLOW_SECONDS = 10.0
-# Where answers only show, evaluations that ask are so far apart, or half of a shorter run: of a tiny
-# model, whose steps take no longer than a token, that is below 5 % of the whole command.
-STEPS_BETWEEN_QUESTIONS = 150
+# Where answers only show, evaluations that ask are so far apart, beside the first and the last.
+# Of a tiny model, whose steps take no longer than a token, that is some 4 % of the whole command.
+STEPS_BETWEEN_QUESTIONS = 300
 
 
 class MetricsWindow:
@@ -300,14 +300,14 @@ class Validation:
         losses = {} if batches is None else self._measure_loss(state, iteration, batches)
         if not self.setup.world.is_main:
             return losses
-        values = self.setup.offered_values(state.step)
+        values = read_parameters(self.setup.parameters)
         return losses | self.setup.samples.answer(self.setup.model, self.setup.parameters, values)
 
     def _measure_loss(
         self, state: TrainingState, iteration: int, batches: Iterable[MicroBatch]
     ) -> dict[str, Any]:
         started = time.perf_counter()
-        values = self.setup.offered_values(state.step)
+        values = read_parameters(self.setup.parameters)
         evaluation = self._evaluator.evaluate(values, batches)
         val_loss = evaluation.mean_loss
         asked = self._ask_questions(state, values)
@@ -336,9 +336,8 @@ class Validation:
         )
         if questions is None or not world.is_main:
             return {}
-        between = min(STEPS_BETWEEN_QUESTIONS, schedule.steps // 2)
-        if self.setup.config.training.select_by != "loss":
-            between = 0  # every evaluation has to be chosen among
+        chooses = self.setup.config.training.select_by != "loss"
+        between = 0 if chooses else STEPS_BETWEEN_QUESTIONS
         is_last = state.iteration >= schedule.iterations
         if 0 < state.step < state.asked_step + between and not is_last:
             return {}
@@ -425,10 +424,8 @@ class Saver:
         if setup.step_schedule.keeps_random_state:
             state.random_key = read_random_key()
         values = read_parameters(setup.parameters)
-        adapter = self._cast_to_published_dtypes(setup.offered_values(state.step))
+        adapter = self._cast_to_published_dtypes(values)
         masters = {name: v for name, v in values.items() if v.dtype != adapter[name].dtype}
-        if setup.average is not None:
-            masters = values
         record = CheckpointState(
             state,
             wanted_iterations=setup.config.iters,
@@ -440,7 +437,6 @@ class Saver:
             setup.run.checkpoints,
             adapter=adapter,
             masters=masters,
-            average=None if setup.average is None else setup.average.values(),
             adapter_config=self._adapter_config(),
             optimizer_state=setup.optimizer.state,
             state=record.to_json(),

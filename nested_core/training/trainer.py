@@ -147,8 +147,6 @@ class Trainer:
     def _restore_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Take over adapter, optimizer, position, best so far and open report."""
         apply_flat_updates_to_nested(self.model, checkpoint.parameters())
-        if self.setup.average is not None:
-            self.setup.average.resume(checkpoint.average())
         self.optimizer.state = checkpoint.optimizer_state()
         self.optimizer.init(self.model.trainable_parameters())
         self.state = TrainingState.from_json(checkpoint.state)
@@ -258,8 +256,6 @@ class Trainer:
             self._sync_model_and_optimizer(train_step)
         if is_complete:
             self.state.step = step
-            if self.setup.average is not None:
-                self.setup.average.after_step(step, train_step.packed)
         self.state.iteration = last
         self.state.observed = False
         self._reporter.add_step(self.state, first, result)

@@ -19,12 +19,7 @@ from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import find_model_folder, fingerprint_base_model
 from nested_core.models.lora_attachment import adapter_compute_dtype
-from nested_core.models.parameters import (
-    ParameterRefs,
-    read_parameters,
-    reference_trainable_parameters,
-)
-from nested_core.optim.gradients import Flat
+from nested_core.models.parameters import ParameterRefs, reference_trainable_parameters
 from nested_core.optim.learning_rate_schedules import build_learning_rate
 from nested_core.optim.tier_assignment import TierMap, refuse_tiers_never_due
 from nested_core.optim.tier_counters import Tier
@@ -32,11 +27,9 @@ from nested_core.optim.tiered import Tiered
 from nested_core.optim.tiers_file import read_tiers
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.replay import read_replay
-from nested_core.storage.adapter import WEIGHTS_NAME, files_sha256, read_adapter
+from nested_core.storage.adapter import files_sha256, read_adapter
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.safetensors_files import load_arrays
 from nested_core.storage.untrusted_files import regular_sha256
-from nested_core.training.average import AdapterAverage
 from nested_core.training.evaluation import Prompts, choose_prompts
 from nested_core.training.loss import LOSSES
 from nested_core.training.loss.loss_interface import Loss
@@ -75,7 +68,6 @@ class TrainingSetup:
         optimizer: initialised with them.
         step_schedule: what a run trains on, and when it is evaluated.
         loss_fn: the loss, in its form for this model.
-        average: the adapter's moving average, where one is kept.
         samples: prompts that are answered at each evaluation.
         questions: those of `training.evaluate_tasks`; None where none are asked.
         prompts: token ids that every checkpoint records the model's logits on.
@@ -93,7 +85,6 @@ class TrainingSetup:
     parameters: ParameterRefs
     tiers: TierMap
     optimizer: Tiered
-    average: AdapterAverage | None = None
 
     # The data and the loss
     step_schedule: StepSchedule
@@ -104,11 +95,6 @@ class TrainingSetup:
 
     # The processes
     world: World = SINGLE_PROCESS_WORLD
-
-    def offered_values(self, step: int) -> Flat:
-        """What the run would offer after this step: the trained values, or their average."""
-        trained = read_parameters(self.parameters)
-        return trained if self.average is None else self.average.offered(step, trained)
 
 
 def prepare_training(
@@ -159,7 +145,6 @@ def prepare_training(
         parameters=parameters,
         tiers=tiers,
         optimizer=optimizer,
-        average=_make_average(config, run),
         step_schedule=step_schedule,
         loss_fn=loss_fn.for_position_counts(step_schedule.position_counts()),
         prompts=choose_prompts(splits),
@@ -183,13 +168,6 @@ def _read_replay(run: RunDirectory, splits: Mapping[str, TokenizedSplit]) -> Rep
         weighting=record.weighting,
         fraction=record.fraction,
     )
-
-
-def _make_average(config: FineTuneConfig, run: RunDirectory) -> AdapterAverage | None:
-    section = config.training.average
-    if section is None:
-        return None
-    return AdapterAverage(section, load_arrays(run.initial / WEIGHTS_NAME))
 
 
 def compute_input_digests(config: FineTuneConfig, run: RunDirectory) -> dict[str, str]:
