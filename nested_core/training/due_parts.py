@@ -50,9 +50,10 @@ from nested_core.training.training_state import CheckpointState, TrainingState
 
 # Where questions take longer before the first step, so many fewer are asked from then on.
 SLOW_SECONDS = 10.0
-# Where answers only show, evaluations that ask are so far apart, beside the first and the last.
-# Of a tiny model, whose steps take no longer than a token, that is some 4 % of the whole command.
+# Where answers only show, evaluations that ask are so far apart, or four in a shorter run: of a
+# tiny model, whose steps take no longer than a token, that is some 4 % of the whole command.
 STEPS_BETWEEN_QUESTIONS = 300
+LEAST_ASKINGS = 4
 
 
 class MetricsWindow:
@@ -336,8 +337,11 @@ class Validation:
         )
         if questions is None or not world.is_main:
             return {}
-        chooses = self.setup.config.training.select_by != "loss"
-        between = 0 if chooses else STEPS_BETWEEN_QUESTIONS
+        between = STEPS_BETWEEN_QUESTIONS
+        if schedule.steps < between:
+            between = schedule.steps // LEAST_ASKINGS
+        if self.setup.config.training.select_by != "loss":
+            between = 0  # every evaluation has to be chosen among
         is_last = state.iteration >= schedule.iterations
         if 0 < state.step < state.asked_step + between and not is_last:
             return {}
