@@ -18,7 +18,7 @@ from typing import Any
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.lines.example_parsing import Example, FieldNames, parse_line, strip_line
 from nested_core.data.lines.json_decoding import LineProblem
-from nested_core.data.lines.line_rows import flatten_example, parse_line_to_row
+from nested_core.data.lines.line_rows import flatten_example, parse_line_to_row, parse_plain_row
 from nested_core.data.lines.line_table import fold_case_and_space
 from nested_core.data.sources.split_files import open_splits
 from nested_core.errors import ConfigError
@@ -73,7 +73,10 @@ def _row_of(example: Example) -> dict[str, Any]:
 
 def read_content(row: Mapping[str, Any]) -> bytes:
     """All of such a row that is tokenised as one text; the last NUL in it ends the prompt."""
-    return (parse_line_to_row(json.dumps(row).encode(), _ANY_ROLE).content or "").encode()
+    line = json.dumps(row).encode()
+    plain = parse_plain_row(line, _ANY_ROLE)
+    content = parse_line_to_row(line, _ANY_ROLE).content if plain is None else plain[2]
+    return (content or "").encode()
 
 
 @dataclass(frozen=True)

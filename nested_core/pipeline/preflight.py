@@ -95,7 +95,8 @@ def _estimate_iterations(config: FineTuneConfig, run: RunDirectory) -> int:
     if config.training.epochs is None:
         return config.iters
     examples = read_dataset_record(run.dataset).splits["train"].rows
-    return ceil(config.training.epochs * ceil(examples / config.batch_size))
+    new_share = 1 - config.continual.replay.fraction
+    return ceil(config.training.epochs * ceil(examples / (config.batch_size * new_share)))
 
 
 def estimate_checkpoint_bytes(config: FineTuneConfig, run: RunDirectory) -> int:

@@ -19,6 +19,7 @@ from nested_core.data.example_rows import read_split_rows
 from nested_core.errors import ConfigError, DamagedError, TrainingStopped
 from nested_core.pipeline import steps
 from nested_core.pipeline.replay import describe_replay, require_same_start
+from nested_core.pipeline.run_explanation import explain_run
 from nested_core.records.replay import ReplayRecord, read_replay
 from nested_core.registry import promote, register
 from nested_core.registry.data_store import RunExamples
@@ -149,6 +150,16 @@ def test_as_many_examples_are_kept_as_the_run_can_use(folder: Path) -> None:
     assert choose(epochs, folder / "long")[1].examples == 10
 
 
+def test_explain_says_what_would_be_replayed_and_counts_its_tokens(folder: Path) -> None:
+    explained = explain_run(configure(folder, "old.jsonl"), measures_speed=False)
+    assert (
+        f"replay: 0.3 of each batch, from 4 of 10 examples of {folder}/old.jsonl"
+        in (explained.describe()["data"])
+    )
+    assert explained.replayed_tokens > 0
+    assert explained.epochs == pytest.approx(12 / 10)  # 16 rows, and 4 of them are replayed
+
+
 def test_the_same_data_and_seed_choose_the_same_rows(folder: Path) -> None:
     config = configure(folder, "old.jsonl")
     (folder / "again.jsonl").write_text("\n".join(reversed(LINES[20:30])))
@@ -230,6 +241,12 @@ def test_the_data_of_the_champion_and_its_ancestors_is_replayed(
     report, splits = load_run_data(from_champion(tmp_path), run)
     assert report.splits["train"].dropped == {"held-out-before": (2,)}
     assert len(splits["replay"]) == 6
+    held_out = [row(f"held {number}?", "1") for number in range(3)] + [row("own 1 0?", "1")]
+    write_split(tmp_path / "held", train=held_out)
+    names = ("train", "replay")
+    trained_on = np.concatenate([digest_examples(splits[name]) for name in names])
+    others = load_run_data(example_config(data=str(tmp_path / "held")))[1]["train"]
+    assert not np.isin(digest_examples(others), trained_on).any()
 
 
 def test_files_of_ancestors_without_stored_data_are_used_if_they_are_what_they_were(
