@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from glob import glob
 from hashlib import sha256
 from math import ceil
 from pathlib import Path
@@ -115,7 +116,8 @@ def _read_files(config: FineTuneConfig) -> list[EarlierData]:
     earlier = []
     for name in config.continual.replay.sources:
         own = replace(settings, data=name, hf_dataset=(), data_format="auto")
-        splits, problem = _read_splits(own)
+        is_there = Path(name).exists() or glob(name, recursive=True)  # else the hub would be asked
+        splits, problem = _read_splits(own) if is_there else ({}, "there is no such file or folder")
         if problem is None and "train" not in splits:
             problem = "there is no training example in it"
         train = splits["train"].rows if "train" in splits else []

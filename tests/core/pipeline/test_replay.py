@@ -135,7 +135,7 @@ def test_a_source_that_is_gone_is_said_and_the_run_goes_on_with_the_rest(
     config = configure(folder, "gone", "old.jsonl")
     run, record = choose(config, folder / "run")
     assert [source.examples for source in record.sources] == [0, 4]
-    expected = {"missing": "cannot be read, and is not replayed", "empty": "no training example"}
+    expected = {"missing": "gone: there is no such file or folder", "empty": "no training example"}
     assert expected[what] in describe_replay(config, run)[-1]
     refused = configure(folder, "gone", "old.jsonl", replay={"missing": "error"})
     with pytest.raises(ConfigError, match="replay.missing is error:\n .*gone: .*\nBring it back"):
