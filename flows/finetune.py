@@ -168,7 +168,8 @@ def _describe_outcome(config: FineTuneConfig, result: FinetuneResult) -> tuple[O
     message = (
         f"verified {shorten_digest(result.version)}: {loss}; {result.promotion or 'registered'}"
     )
-    return _find_outcome(config, result), message
+    outcome = _find_outcome(config, result)
+    return outcome, message + ("" if outcome == Outcome.PROMOTED else describe_repetition(config))
 
 
 def _find_outcome(config: FineTuneConfig, result: FinetuneResult) -> Outcome:

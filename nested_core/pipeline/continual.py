@@ -93,11 +93,9 @@ def find_reason_to_skip(config: FineTuneConfig, run: RunDirectory) -> Skip | Non
         return Skip(Outcome.SKIPPED_UNCHANGED, reason, version=champion)
     champion = champion_or_none(*registry_location(config.registry))
     conditions = conditions_digest(config, run, champion)
-    return (
-        None
-        if conditions is None
-        else trials.find_reason_to_skip(config.registry, conditions, champion)
-    )
+    if conditions is None:
+        return None
+    return trials.find_reason_to_skip(config.registry, conditions, champion)
 
 
 def _champion_trained_alike(config: FineTuneConfig, run: RunDirectory) -> str | None:

@@ -131,6 +131,7 @@ def _ledger_lines() -> bytes:
         {"action": "promote", "version": "b" * 64, "previous": "a" * 64, "automatic": True},
         {"action": "rollback", "version": "a" * 64, "previous": "b" * 64, "explicit": True},
         {"action": "declined", "version": "b" * 64, "previous": "a" * 64},
+        {"action": "tried", "version": None, "previous": "a" * 64, "outcome": "Rejected: worse"},
         {"action": "collected", "version": "b" * 64, "previous": "a" * 64},
     ]
     return b"".join(json.dumps(line | entry).encode() + b"\n" for line in lines)
