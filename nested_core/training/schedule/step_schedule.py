@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Protocol
 
 import mlx.core as mx
@@ -121,7 +122,6 @@ class BucketedSchedule:
                 config.seed,
                 max_seq_length=config.max_seq_length,
             )
-            self._supervised = self._train.count_supervised()
         self.iterations = config.iters
         if config.training.epochs is not None:
             self.iterations = self._plan.count_batches(config.training.epochs)
@@ -150,9 +150,12 @@ class BucketedSchedule:
 
         Other epochs mix the rows of a width anew; batches with more are rare, and no less right.
         """
-        return self._plan.largest_sums(
-            self._train.count_supervised(), self._world.rank, self._world.size
-        )
+        return self._plan.largest_sums(self._supervised, self._world.rank, self._world.size)
+
+    @cached_property
+    def _supervised(self) -> Int64:
+        """Tokens of each example that the loss counts."""
+        return self._train.count_supervised()
 
     def micro_batch(self, index: int) -> MicroBatch:
         """A batch of examples of about one length."""

@@ -18,11 +18,13 @@ from nested_core.data.example_digests import digest_examples
 from nested_core.data.example_rows import read_split_rows
 from nested_core.errors import ConfigError, DamagedError, TrainingStopped
 from nested_core.pipeline import steps
+from nested_core.pipeline.publishing import make_provenance
 from nested_core.pipeline.replay import describe_replay, require_same_start
 from nested_core.pipeline.run_explanation import explain_run
 from nested_core.records.replay import ReplayRecord, read_replay
 from nested_core.registry import promote, register
 from nested_core.registry.data_store import RunExamples
+from nested_core.registry.registration import read_passed_run
 from nested_core.report.run_report import read_report
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.registry.conftest import write_run
@@ -370,6 +372,13 @@ def test_the_gate_knows_that_replayed_rows_were_trained_on(whole: Finished) -> N
     assert np.isin(digest_examples(replayed), trained_on).all()
     listed = json.loads(whole.run.manifest.read_bytes())["files"]
     assert {"replay.json", "replay.jsonl"} <= listed.keys()
+    recorded = make_provenance(whole.config, whole.run, read_passed_run(whole.run.path), None)
+    replay = recorded["replay"]
+    tokens = whole.metrics()[-1]["replayed_tokens"]
+    assert (replay["fraction"], replay["examples"], replay["tokens"]) == (0.3, 4, tokens)
+    (source,) = replay["sources"]
+    assert (source["version"], source["examples"]) == (None, 4)
+    assert source["digest"] == read_replay(whole.run.replay).sources[0].digest
 
 
 @pytest.mark.parametrize("name", ["replay.json", "replay.jsonl"])
