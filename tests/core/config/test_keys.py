@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 
 from nested_core import ConfigError, FineTuneConfig
-from nested_core.config.key_properties import iterate_keys, settings_that_shape_adapter
+from nested_core.config.key_properties import (
+    iterate_configured_paths,
+    iterate_keys,
+    settings_that_shape_adapter,
+)
 from nested_core.config.loading import parse_config
 from nested_core.config.resume import refuse_differences_on_resume
 from nested_core.config.section_base import Section, key
@@ -111,6 +115,18 @@ def test_a_key_of_a_section_has_its_own_place_or_else_the_section_s() -> None:
         "inner.report": "output",
     }
     assert settings_that_shape_adapter(Outer()) == {"inner": {"rate": 1.0}}
+
+
+def test_files_in_a_list_are_paths_and_the_word_lineage_is_none() -> None:
+    def paths(sources: Any) -> list[tuple[str, str]]:
+        section = {"continual": {"replay": {"sources": sources}}}
+        found = iterate_configured_paths(parse_config(section, source="a test"))
+        return [(name, value) for name, _, value in found if name.startswith("continual")]
+
+    listed = [("continual.replay.sources[0]", "a"), ("continual.replay.sources[1]", "/b")]
+    assert paths(["a", "/b"]) == listed
+    assert paths("~/c") == [("continual.replay.sources[0]", str(Path("~/c").expanduser()))]
+    assert paths("lineage") == []
 
 
 def test_every_key_has_a_sentence() -> None:
