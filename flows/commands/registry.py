@@ -342,11 +342,13 @@ def _print_change(arguments: argparse.Namespace, done: Decision) -> Callable[[],
 def run_history(arguments: argparse.Namespace) -> Callable[[], int]:
     """Show every change of the champion, oldest first."""
     from nested_core.registry import history, read_champion, read_version_losses
+    from nested_core.registry.data_store import read_lineage
     from nested_core.registry.ledger import describe_author
 
     entries = history(arguments.registry, arguments.name)
     champion = read_champion(arguments.registry, arguments.name)
     losses = read_version_losses(arguments.registry, arguments.name)
+    lineage = [] if champion is None else read_lineage(arguments.registry, arguments.name, champion)
 
     def show() -> None:
         """A line for each change, with versions shortened and each one's loss."""
@@ -366,8 +368,12 @@ def run_history(arguments: argparse.Namespace) -> Callable[[], int]:
         print_table(columns, rows, title=f"{arguments.name}: champion {shown}")
         files = ", ".join(sorted({own["file"] for own in losses.values()})) or "none"
         print_line(f"Losses: nats/token, on the data of each one's verdict ({files}).")
+        if len(lineage) > 1:
+            trained_from = " <- ".join(map(shorten_digest, lineage))
+            print_line(f"Lineage: {trained_from} (each trained from the one after it)")
 
     document = {"name": arguments.name, "champion": champion, "history": entries, "losses": losses}
+    document["lineage"] = lineage
     return result_printer(arguments, lambda: document, show)
 
 

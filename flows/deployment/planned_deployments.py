@@ -249,13 +249,21 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _merge_config(shipped: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """`given` over `shipped`, key by key in sections too; the configuration's keys come first."""
+    """`given` over `shipped`, key by key in sections too; the configuration's keys come first.
+
+    Replay is shipped to runs that go on from the champion, and not to those that mlx_lm.lora makes.
+    """
     merged = dict(given)
     for key, value in shipped.items():
         if key not in given:
             merged[key] = value
         elif isinstance(value, dict) and isinstance(given[key], dict):
             merged[key] = value | given[key]
+    continual, training = merged.get("continual"), merged.get("training")
+    is_reference = isinstance(training, dict) and training.get("reference") is not None
+    is_own = "replay" in (given.get("continual") or {})
+    if not is_own and isinstance(continual, dict) and (is_reference or not continual.get("from")):
+        merged["continual"] = {k: v for k, v in continual.items() if k != "replay"}
     return merged
 
 

@@ -14,6 +14,7 @@ from nested_core.registry import history, read_version_losses
 from nested_core.registry.ledger import describe_author
 from nested_core.registry.serving_status import describe_server, read_servers
 from nested_core.registry.versions import read_provenance, version_folder
+from nested_core.report.generations import tabulate_generations
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import Document, Facts, Section, Table
 
@@ -75,11 +76,13 @@ def describe_champion(champion: ChampionRecord) -> Document:
         ("Registry", champion.place),
     ]
     changes = _list_changes(champion.registry, champion.name)
+    generations = tabulate_generations(champion.registry, champion.name, champion.version)
     return Document(
         f"{champion.name}: champion {shorten_digest(champion.version)}",
         [
             Facts(facts),
             check_table(champion.verdict),
+            *([] if generations is None else [generations]),
             Section("Champions so far", [Table("", CHANGE_COLUMNS, changes)]),
         ],
     )

@@ -36,6 +36,8 @@ from nested_core.records.losses import ExampleLosses
 from nested_core.records.run import Run, read_run
 from nested_core.records.verdict import TensorChange, Validation
 from nested_core.records.verdict_table import describe_verdict, tier_table
+from nested_core.registry.promotion_policy import registry_location
+from nested_core.report.generations import tabulate_generations
 from nested_core.report.outcome import describe_end, describe_outcome
 from nested_core.storage.atomic import finite_or_none, write_bytes
 from nested_core.storage.run_directory import RunDirectory
@@ -121,7 +123,7 @@ def _describe_verdict(run: Run, error: str | None) -> Section:
     headline = describe_outcome(run)
     blocks: list[Block] = [Text(headline, is_headline=True), Text(describe_end(run))]
     if run.verdict is not None:
-        blocks = [*describe_verdict(run.verdict, headline)]
+        blocks = [*describe_verdict(run.verdict, headline), *_tabulate_generations(run)]
     if error is not None and (run.verdict is None or run.verdict.has_passed):
         blocks.insert(1, Text(error, "bad"))
     damaged = [each for each in run.problems if each not in headline][:MAX_SHOWN_PROBLEMS]
@@ -129,6 +131,17 @@ def _describe_verdict(run: Run, error: str | None) -> Section:
     flags = () if run.result is None else run.result.red_flags[:MAX_SHOWN_FLAGS]
     blocks += [Text(f"Red flag while it trained: {flag}", "warn") for flag in flags]
     return Section("Verdict", blocks, "verdict")
+
+
+def _tabulate_generations(run: Run) -> Iterator[Block]:
+    """The losses of champions and candidate on what earlier nights were judged by."""
+    verdict, section = run.verdict, None if run.config is None else run.config.registry
+    if verdict is None or verdict.rival is None or section is None or section.path is None:
+        return
+    registry, name = registry_location(section)
+    table = tabulate_generations(registry, name, verdict.rival, verdict)
+    if table is not None:
+        yield table
 
 
 def _describe_training(run: Run) -> Iterator[Block]:

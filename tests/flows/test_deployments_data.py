@@ -183,7 +183,8 @@ def test_each_registry_name_has_a_set_of_its_own_that_keeps_nothing_of_the_examp
     parameters = [deployment.parameters for deployment in plan.deployments[:-1]]
     promotion = {"promote": "better", "await_serving": 60}
     published = SUPPORT | {"registry": SUPPORT["registry"] | promotion}
-    nightly = {"continual": {"from": "champion", "skip_unchanged": True}}
+    goes_on = {"from": "champion", "skip_unchanged": True, "replay": {"fraction": 0.1}}
+    nightly = {"continual": goes_on}
     assert parameters[0] == {"config": published | nightly}
     assert parameters[1] == {"config": published}
     assert parameters[2]["config"]["base"] == published
@@ -202,6 +203,9 @@ def test_what_a_configuration_says_wins_over_what_a_deployment_says(tmp_path: Pa
     nightly = make_plan(config=config).deployments[0].parameters["config"]
     assert nightly["registry"]["promote"] == "approve"
     assert nightly["continual"] == {"from": None, "skip_unchanged": True}
+    config = write(tmp_path / "r.yaml", registry=registry, training={"reference": "mlx_lm"})
+    nightly = make_plan(config=config).deployments[0].parameters["config"]
+    assert nightly["continual"] == {"from": "champion", "skip_unchanged": True}
 
 
 @pytest.mark.parametrize(

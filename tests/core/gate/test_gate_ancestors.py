@@ -19,6 +19,8 @@ from nested_core.records.verdict_file import read_verdict
 from nested_core.records.verdict_table import list_checks
 from nested_core.registry import promote, register
 from nested_core.registry.data_store import RunExamples
+from nested_core.report.generations import tabulate_generations
+from nested_core.report.run_report import read_report
 from nested_core.storage.adapter import write_adapter
 from nested_core.text.digest_format import shorten_digest
 from tests.builders.candidates import Arrays, Candidate
@@ -117,6 +119,12 @@ def test_a_candidate_that_lost_what_its_ancestor_was_judged_by_is_refused_with_i
     assert (found.version, found.examples, found.conclusion) == (version, 7, "worse")
     assert found.corrected_interval is not None
     assert found.corrected_interval[0] > 0
+    table = tabulate_generations(night.registry, NAME, version, verdict)
+    assert table is not None
+    assert table.columns == ("", shorten_digest(version), shorten_digest(verdict.trained.digest))
+    losses = (f"{found.loss:.4g}", f"{found.loss_after:.4g}")
+    assert table.rows == [(f"judged by the data of {shorten_digest(version)}", *losses)]
+    assert "Loss of each generation" in read_report(night.run.path).to_html()
     (row,) = [row for row in list_checks(verdict) if row.has_failed]
     assert row.name == f"{found.name}, 7 examples"
     assert (row.before, row.verdict) == (f"{found.loss:.4g}", "forgetting")
