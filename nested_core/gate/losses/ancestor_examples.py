@@ -19,7 +19,9 @@ from nested_core.data.example_rows import RowKeys
 from nested_core.data.replayed_examples import NewData, read_new_data
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from nested_core.errors import DamagedError
 from nested_core.registry.data_store import (
+    StoredData,
     StoredRow,
     read_lineage,
     read_stored_data,
@@ -61,13 +63,13 @@ def choose_ancestor_examples(
     Newer data than a version's is that of the versions after it, and that of the run.
     """
     lineage = read_lineage(registry, name, champion)[:MAX_ANCESTORS]
-    stored = {version: read_stored_data(registry, name, version) for version in lineage}
+    stored = {version: _read_stored(registry, name, version) for version in lineage}
     newer = read_new_data(config) if any(stored.values()) else NewData()
     chosen = []
     for version in lineage:
         registered = read_registration_time(registry, name, version)
         if (data := stored[version]) is None:
-            problem = "none of its examples are kept"
+            problem = "none of its examples are kept, or they cannot be read"
             chosen.append(AncestorExamples(version, registered, problem=problem))
             continue
         why = [_why_left_out(row.row, newer) for row in data.held_out]
@@ -88,6 +90,14 @@ def choose_ancestor_examples(
         for row in data.held_out:
             newer.add(row.row, is_held_out=True)
     return chosen
+
+
+def _read_stored(registry: Path, name: str, version: str) -> StoredData | None:
+    """The examples of a version; None where the list of them is damaged, which `audit` tells."""
+    try:
+        return read_stored_data(registry, name, version)
+    except DamagedError:
+        return None
 
 
 def _describe_none_left(why: Sequence[str | None]) -> str:

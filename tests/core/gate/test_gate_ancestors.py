@@ -17,7 +17,7 @@ from nested_core.gate.losses.ancestor_examples import choose_ancestor_examples
 from nested_core.records.verdict import AncestorLoss, Verdict
 from nested_core.records.verdict_file import read_verdict
 from nested_core.records.verdict_table import list_checks
-from nested_core.registry import promote, register
+from nested_core.registry import collect_garbage, promote, register
 from nested_core.registry.data_store import RunExamples
 from nested_core.report.generations import tabulate_generations
 from nested_core.report.run_report import read_report
@@ -174,7 +174,7 @@ def test_superseded_repeated_and_trained_rows_are_not_judged_by_and_are_counted(
 @pytest.mark.parametrize(
     ("held_out", "message"),
     [
-        (None, "none of its examples are kept"),
+        (None, "none of its examples are kept, or they cannot be read"),
         ([], "no held-out examples of it are there"),
         (rows_of("valid"), "newer data holds out the same examples"),
     ],
@@ -193,6 +193,22 @@ def test_an_ancestor_that_cannot_be_compared_is_said_and_no_reason(night: Night)
     verdict = night.judge()
     (row,) = [row for row in list_checks(verdict) if row.name == "1 earlier version"]
     assert row.verdict == "not compared: all 7 that are left were trained on"
+
+
+def test_an_ancestor_that_gc_removed_between_two_nights_or_whose_list_is_damaged_is_said(
+    night: Night,
+) -> None:
+    first = night.meet(ATLANTIS, scale=0.996)
+    second = night.meet(visits("Oz", "Eden"), scale=0.997, parent=first)
+    third = night.meet(visits("Mu"), scale=0.998, parent=second)
+    assert collect_garbage(night.registry, NAME, by="ann", keep=0).collected == (first,)
+    (night.registry / NAME / "data" / f"{second}.json").write_text("{")
+    newest, *others = choose_ancestor_examples(night.config, night.registry, NAME, third)
+    assert (newest.version, len(newest.rows)) == (third, 1)
+    assert [(other.version, other.problem) for other in others] == [
+        (version, "none of its examples are kept, or they cannot be read")
+        for version in (second, first)
+    ]
 
 
 def test_newer_nights_supersede_and_repeat_what_older_ones_held_out(night: Night) -> None:
