@@ -19,11 +19,13 @@ from flows.flow_runs.allowed_folders import (
     with_allowed_paths,
     with_trusted_code,
 )
+from flows.flow_runs.cancel_watch import stopping_where_cancelled
 from flows.flow_runs.night_metrics import write_metrics
 from flows.flow_runs.nights import find_other_night, name_flow_run, tag_flow_run
 from flows.flow_runs.prefect_logs import prepare_logs, tolerate_closed_output
 from flows.flow_runs.run_place import require_begun_here
 from flows.process.os_errors import explain
+from flows.process.stop_signals import Stopper
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section_base import key
 from nested_core.errors import (
@@ -112,8 +114,11 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
     from tasks.events import emit_adapter_event
 
     resumed = _describe_resumption(run)
+    stopper = Stopper()
     try:
-        result = run_finetune(config, run, StepsAsTasks(), resume=run.is_nonempty())
+        with stopper.handling_signals(run), stopping_where_cancelled():
+            steps = StepsAsTasks(stopper)
+            result = run_finetune(config, run, steps, resume=run.is_nonempty())
     except TrainingStopped as error:
         message = error.describe_for("page")
         return Cancelled(message=f"resumable by a retry of this flow run: {message}")

@@ -106,7 +106,7 @@ def train(
         """Say what it will need, and hand the trainer on."""
         level = logging.INFO if trainer.memory.fits else logging.WARNING
         get_run_logger().log(level, trainer.memory.describe())
-        progress.start(trainer)
+        progress.start()
         if watch is not None:
             watch(trainer)
 

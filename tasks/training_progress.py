@@ -1,4 +1,4 @@
-"""What a flow run's page shows while it trains, and whether the run was cancelled there meanwhile.
+"""What a flow run's page shows while it trains.
 
 The page has a progress bar, and the loss as a picture. Both are one row of the server's database
 each, updated in place. How often depends on the time that has passed alone, so that a run of many
@@ -11,11 +11,8 @@ import threading
 import time
 from contextvars import copy_context
 from dataclasses import dataclass
-from typing import Any
-from uuid import UUID
 
-from prefect import get_run_logger, runtime
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect import get_run_logger
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.records.plan import join_last_losses
@@ -23,7 +20,6 @@ from nested_core.report.curves import describe_curves
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.reports.run_progress import RunProgress
 from tasks.artifact_client import ArtifactClient, artifact_key
-from tasks.prefect_server import tolerating_server_outage
 
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_CHECKS = 0.5
@@ -31,7 +27,6 @@ SECONDS_BETWEEN_CHECKS = 0.5
 MIN_SECONDS_BETWEEN_UPDATES = 2.0
 UPDATE_GAP_SHARE_OF_ELAPSED_TIME = 0.1
 SECONDS_TO_FINISH = 5.0
-SECONDS_BETWEEN_CANCEL_CHECKS = 20.0
 CONSOLE_ONLY_LOG_EXTRA = {"send_to_api": False}  # a line of the log is a row of the database
 
 
@@ -75,10 +70,6 @@ class PrefectProgress:
     """Follows a trainer from a thread of its own: its pages, and lines on the worker's console.
 
     Training never waits for the server: while that cannot be reached, only the pages are behind.
-
-    A cancel comes from the worker as SIGTERM. A worker listens for each of its runs by itself, and
-    no longer where its server was away for about a minute meanwhile (prefect 3.8.8,
-    _internal/observers.py: ten connections, then three looks). So the run asks by itself, too.
     """
 
     def __init__(self, config: FineTuneConfig, run: RunDirectory) -> None:
@@ -86,17 +77,13 @@ class PrefectProgress:
         self._logger = get_run_logger()
 
         # The thread, while a trainer is followed
-        self._trainer: Any = None
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
-        # When a line was logged last, and when it was asked whether the run is cancelled
-        self._logged_at = 0.0
-        self._asked_at = time.monotonic()
+        self._logged_at = 0.0  # when a line was logged last
 
-    def start(self, trainer: Any) -> None:
-        """Follow a trainer, or the group of processes, from its first step on."""
-        self._trainer = trainer
+    def start(self) -> None:
+        """Follow training from its first step on."""
         context = copy_context()  # the run that artifacts belong to
         self._thread = threading.Thread(
             target=context.run, args=(self._follow_run,), name="progress", daemon=True
@@ -112,24 +99,13 @@ class PrefectProgress:
 
     def _follow_run(self) -> None:
         pages, is_last = self._pages, False
-        with ArtifactClient() as artifacts, get_client(sync_client=True) as client:
+        with ArtifactClient() as artifacts:
             while not is_last:
                 is_last = self._done.wait(SECONDS_BETWEEN_CHECKS)
                 pages.progress.read()
                 self._log_progress()
                 if pages.is_due() or is_last:
                     pages.show(artifacts)
-                self._stop_if_cancelled(client)
-
-    def _stop_if_cancelled(self, client: SyncPrefectClient) -> None:
-        if time.monotonic() - self._asked_at < SECONDS_BETWEEN_CANCEL_CHECKS:
-            return
-        self._asked_at = time.monotonic()
-        with tolerating_server_outage("whether the run is cancelled is asked later"):
-            state = client.read_flow_run(UUID(str(runtime.flow_run.id))).state
-            if state is not None and (state.is_cancelling() or state.is_cancelled()):
-                self._logger.info("The run is cancelled: a checkpoint is written, and it ends.")
-                self._trainer.stop_training()
 
     def _log_progress(self) -> None:
         if not any("loss" in record for record in self._pages.progress.records):

@@ -31,6 +31,9 @@ from tasks.promote import promote
 class StepsAsTasks(Steps):
     """Each step of a fine-tune as a Prefect task, with the links and events around it."""
 
+    def __init__(self, stopper: Stopper) -> None:
+        self._stopper = stopper
+
     def on_message(self, message: str) -> None:
         """Log what a step waits for outside of its task."""
         get_run_logger().info("%s", message)
@@ -53,10 +56,8 @@ class StepsAsTasks(Steps):
 
     def train(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> TrainResult:
         """The task `train`; at SIGINT or SIGTERM it saves a checkpoint."""
-        stopper = Stopper()
-        with stopper.handling_signals(run):
-            result = train(config, run.path, session, stopper.direct_signals_to)
-            stopper.release_trainer()
+        result = train(config, run.path, session, self._stopper.direct_signals_to)
+        self._stopper.release_trainer()
         return result
 
     def judge(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Verdict:

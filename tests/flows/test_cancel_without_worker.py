@@ -1,10 +1,12 @@
-"""A cancel of which no worker hears: the training asks by itself, and ends with a checkpoint."""
+"""A cancel of which no worker hears: the run asks by itself, and keeps what it has done."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextvars import copy_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -21,16 +23,24 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 STEPS = 1000
 
 
-def cancel_once_it_trains(run: RunDirectory, tag: str, state: State[None]) -> None:
+def cancel_once(has_begun: Callable[[], bool], tag: str, state: State[None]) -> None:
     """What a person's Cancel does on the server, or the server itself after five minutes of it."""
-    wait_until(
-        lambda: run.checkpoints.exists() and latest_checkpoint(run.checkpoints) is not None,
-        "a checkpoint",
-    )
+    wait_until(has_begun)
     with get_client(sync_client=True) as client:
         wanted = FlowRunFilter(tags=FlowRunFilterTags(all_=[tag]))
         (flow_run,) = client.read_flow_runs(flow_run_filter=wanted)
         client.set_flow_run_state(flow_run.id, state)
+
+
+def run_cancelled_once(
+    has_begun: Callable[[], bool], given: FinetuneParameters, tag: str, state: State[None]
+) -> State[Any]:
+    """The end of a flow run that is cancelled on the server while it is at work."""
+    person = threading.Thread(target=copy_context().run, args=(cancel_once, has_begun, tag, state))
+    person.start()
+    ended = finetune(given, return_state=True)
+    person.join()
+    return ended
 
 
 @pytest.mark.parametrize(
@@ -41,7 +51,7 @@ def cancel_once_it_trains(run: RunDirectory, tag: str, state: State[None]) -> No
 def test_a_training_that_is_cancelled_on_the_server_alone_ends_with_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_name: str, state: State[None]
 ) -> None:
-    monkeypatch.setattr("tasks.training_progress.SECONDS_BETWEEN_CANCEL_CHECKS", 0.2)
+    monkeypatch.setattr("flows.flow_runs.cancel_watch.SECONDS_BETWEEN_LOOKS", 0.2)
     run = RunDirectory(tmp_path / "run")
     settings = example_settings(
         iters=STEPS,
@@ -51,14 +61,32 @@ def test_a_training_that_is_cancelled_on_the_server_alone_ends_with_a_checkpoint
         registry={"path": str(tmp_path / "registry"), "name": new_name, "promote": "never"},
     )
     given = FinetuneParameters.model_validate(settings | {"run_dir": str(run.path)})
-    person = threading.Thread(
-        target=copy_context().run, args=(cancel_once_it_trains, run, new_name, state)
-    )
-    person.start()
-    ended = finetune(given, return_state=True)
-    person.join()
+
+    def has_checkpoint() -> bool:
+        return run.checkpoints.exists() and latest_checkpoint(run.checkpoints) is not None
+
+    ended = run_cancelled_once(has_checkpoint, given, new_name, state)
     assert ended.is_cancelled()
     checkpoint = latest_checkpoint(run.checkpoints)
     assert checkpoint is not None
     assert checkpoint.step < STEPS
     assert not run.result.exists()
+
+
+@pytest.mark.slow("another flow run")
+def test_a_run_that_is_cancelled_before_it_trains_ends_there_and_can_be_retried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_name: str
+) -> None:
+    monkeypatch.setattr("flows.flow_runs.cancel_watch.SECONDS_BETWEEN_LOOKS", 0.2)
+    run = RunDirectory(tmp_path / "run")
+    settings = example_settings(
+        nested={"strategy": "parameter_importance", "probe_batches": 100_000},  # for minutes
+        registry={"path": str(tmp_path / "registry"), "name": new_name, "promote": "never"},
+    )
+    given = FinetuneParameters.model_validate(settings | {"run_dir": str(run.path)})
+    ended = run_cancelled_once(run.dataset.exists, given, new_name, Cancelling())
+    assert ended.is_cancelled()
+    assert "resumable by a retry of this flow run: Stopped outside of training" in str(
+        ended.message
+    )
+    assert not run.tiers.exists()

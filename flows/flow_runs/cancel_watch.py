@@ -1,0 +1,72 @@
+"""A cancel of which no worker tells: the run asks its server by itself.
+
+A cancel comes from the worker as SIGTERM. A worker listens for each of its runs by itself, and no
+longer where its server was away for about a minute meanwhile (prefect 3.8.8,
+_internal/observers.py: ten connections, then three looks).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import copy_context
+from uuid import UUID
+
+from prefect import get_run_logger, runtime
+from prefect.client.orchestration import get_client
+
+from tasks.prefect_server import tolerating_server_outage
+
+SECONDS_BETWEEN_LOOKS = 20.0
+
+
+@contextmanager
+def stopping_where_cancelled() -> Iterator[None]:
+    """Send SIGTERM to this process once its flow run is cancelled, while the block runs.
+
+    For a block in which SIGTERM is handled; signals reach the main thread alone: in any other the
+    block only runs.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    watch = _Watch()
+    look = copy_context().run  # in the context of the run, whose logger is used
+    threading.Thread(target=look, args=(watch.look,), name="cancels", daemon=True).start()
+    try:
+        yield
+    finally:
+        watch.end()
+
+
+class _Watch:
+    """Looks at the state of this process's flow run until it is cancelled or the watch ends."""
+
+    def __init__(self) -> None:
+        self._flow_run = UUID(str(runtime.flow_run.id))
+        self._is_over = threading.Event()
+        self._lock = threading.Lock()  # no signal is sent once the block has ended
+
+    def look(self) -> None:
+        """Look every SECONDS_BETWEEN_LOOKS; training goes on where the server is away."""
+        with get_client(sync_client=True) as client:
+            while not self._is_over.wait(SECONDS_BETWEEN_LOOKS):
+                with tolerating_server_outage("whether the run is cancelled is asked later"):
+                    state = client.read_flow_run(self._flow_run).state
+                    if state is not None and (state.is_cancelling() or state.is_cancelled()):
+                        self._stop()
+                        return
+
+    def _stop(self) -> None:
+        with self._lock:
+            if not self._is_over.is_set():
+                get_run_logger().info("The run is cancelled: it ends, and keeps what is done.")
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def end(self) -> None:
+        """End the watch."""
+        with self._lock:
+            self._is_over.set()
