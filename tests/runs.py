@@ -21,6 +21,7 @@ from nested_core.records.answers import AnsweringRole, AnswerRecord, write_answe
 from nested_core.records.dataset import DatasetReport, Finding, SplitStats
 from nested_core.records.losses import ExampleLosses
 from nested_core.records.plan import TrainingPlan, write_plan
+from nested_core.records.result import TrainResult, write_result
 from nested_core.records.verdict import (
     JudgedAdapter,
     Reason,
@@ -31,6 +32,7 @@ from nested_core.records.verdict import (
 )
 from nested_core.records.verdict_file import write_verdict
 from nested_core.storage.atomic import write_json
+from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import example_config
@@ -233,6 +235,16 @@ def finished_run(
     losses = make_losses(champion=champion)
     judge(run, make_verdict(losses, reasons=reasons, step=steps), losses, text)
     return run
+
+
+def add_checkpoints(run: RunDirectory, *steps: int, offered: int) -> None:
+    """Checkpoints of these steps, of which a run that has ended offers one."""
+    for step in steps:
+        path = checkpoint_path(run.checkpoints, step)
+        path.mkdir(parents=True)
+        (path / "optimizer.safetensors").write_bytes(bytes(10_000))
+    result = TrainResult(str(run.path), steps[-1], offered, 1.0, 1.0, 1.0, 0, (), {})
+    write_result(run.result, result, confirm=lambda: None)
 
 
 def config_of(run: RunDirectory) -> FineTuneConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,11 @@ from nested_core.pipeline.housekeeping import tidy_up
 from nested_core.records.run import list_runs
 from nested_core.report.pruning import KeptAmounts
 from nested_core.storage.folder_size import size_on_disk
+from nested_core.storage.run_directory import new_run_name
 from nested_core.storage.user_cache import CACHE_VARIABLE
 from nested_core.text.value_format import format_bytes
 from tests.core.registry.conftest import no_time_to_decide, write_run
-from tests.runs import finished_run
+from tests.runs import add_checkpoints, finished_run
 
 NAME = "support-bot"
 KEPT = KeptAmounts(runs=1, days=0, versions=1)
@@ -122,3 +124,33 @@ def test_where_there_is_no_folder_of_runs_the_registry_is_tidied(
     done = tidy_up(tmp_path / "registry", NAME, None, KEPT)
     assert (done.runs, len(done.versions.collected)) == (None, 4)
     assert "no folder of runs here" in done.describe()
+
+
+@pytest.mark.slow("sixty nights of runs and versions")
+def test_with_a_new_champion_every_night_disk_stays_as_it_is_from_the_twentieth_to_the_sixtieth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_time_to_decide: None
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    registry, runs = tmp_path / "registry", tmp_path / "runs"
+    sizes = []
+    for night in range(1, 61):
+        day = datetime.now(UTC) - timedelta(days=60 - night)
+        run = finished_run(
+            runs / new_run_name(day, f"{night:08}"), registry={"path": str(registry), "name": NAME}
+        )
+        add_checkpoints(run, 2, 4, 6, 8, offered=4)
+        recorded = {"run_dir": str(run.path.resolve()), "config": {}}
+        version = core.register(write_run(tmp_path / f"w{night}", night), registry, NAME, recorded)
+        core.promote(registry, NAME, version, by="a night")
+        if night % 7 == 0 or night % 20 == 0:
+            tidy_up(registry, NAME, list_runs(runs), KeptAmounts())
+        if night % 20 == 0:
+            versions = size_on_disk(registry / NAME / "versions")
+            sizes.append((sum(map(size_on_disk, runs_in(runs))), versions))
+    (runs_then, versions_then), *later = sizes
+    for runs_now, versions_now in later:
+        assert runs_now == pytest.approx(runs_then, rel=0.001)
+        assert versions_now == pytest.approx(versions_then, rel=0.01)
+    assert len(core.list_versions(registry, NAME)) == 10
+    assert len(runs_in(runs)) == 14
+    assert (registry / NAME / "history.jsonl").stat().st_size < 60 * 2000

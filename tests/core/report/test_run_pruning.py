@@ -16,7 +16,6 @@ import pytest
 from nested_core import registry as core
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.records.dataset import Finding
-from nested_core.records.result import TrainResult, write_result
 from nested_core.records.run import Run, list_runs
 from nested_core.records.verdict import Reason
 from nested_core.report.outcome import list_row
@@ -24,7 +23,7 @@ from nested_core.report.pruning import AdapterRuns, prune_runs
 from nested_core.storage.checkpoint_verification import checkpoint_path, list_checkpoints
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.registry.conftest import write_run
-from tests.runs import begin_run, finished_run
+from tests.runs import add_checkpoints, begin_run, finished_run
 
 NAME = "support-bot"
 
@@ -33,16 +32,6 @@ def make_run(folder: Path, day: int, name: str = NAME, **changes: Any) -> RunDir
     section = {"path": str(folder / "registry"), "name": name}
     folder_name = f"202611{day:02}T020000Z-0000000{day % 10}"
     return finished_run(folder / "runs" / folder_name, registry=section, **changes)
-
-
-def add_checkpoints(run: RunDirectory, *steps: int, offered: int) -> None:
-    """Checkpoints of these steps, of which a run that has ended offers one."""
-    for step in steps:
-        path = checkpoint_path(run.checkpoints, step)
-        path.mkdir(parents=True)
-        (path / "optimizer.safetensors").write_bytes(bytes(10_000))
-    result = TrainResult(str(run.path), steps[-1], offered, 1.0, 1.0, 1.0, 0, (), {})
-    write_result(run.result, result, confirm=lambda: None)
 
 
 def register_for(run: RunDirectory, folder: Path, seed: int) -> str:
