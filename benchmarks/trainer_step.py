@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from nested_core.backend import hide_torch_from_transformers, prepare, set_opera
 REPORT, WARM, WINDOWS = 10, 4, 12  # steps a window, windows not counted, windows counted
 ROWS = 64
 ALONE, TRAINER = "alone", "trainer"
-NO_FLAGS: Mapping[str, Any] = {}
 INPUTS = "inputs"  # what is made once, in a process that leaves no memory to the measured ones
 
 
@@ -93,7 +92,7 @@ def run_part(what: str, shape: Shape, folder: Path) -> dict[str, Any]:
     if what == INPUTS:
         write_inputs(shape, folder)
         return {}
-    return measure_step_alone(shape) if what == ALONE else measure_trainer(folder)
+    return measure_step_alone(shape) if what == ALONE else measure_trainer(shape, folder)
 
 
 def measure_step_alone(shape: Shape) -> dict[str, Any]:
@@ -107,8 +106,8 @@ def measure_step_alone(shape: Shape) -> dict[str, Any]:
     return describe(our_loop(model, shape, {})["seconds"])
 
 
-def measure_trainer(folder: Path, flags: Mapping[str, Any] = NO_FLAGS) -> dict[str, Any]:
-    """The row of the trainer, in a run as `train` makes it from the written inputs and flags."""
+def measure_trainer(shape: Shape, folder: Path) -> dict[str, Any]:
+    """The row of the trainer, in a run as `train` makes it from the written inputs."""
     import mlx.core as mx
 
     from nested_core.config.loading import load_config
@@ -116,16 +115,16 @@ def measure_trainer(folder: Path, flags: Mapping[str, Any] = NO_FLAGS) -> dict[s
     from nested_core.pipeline import steps
     from nested_core.storage.run_directory import RunDirectory
 
-    config = load_config(config_path(folder), flags)
+    config = load_config(config_path(folder))
     shutil.rmtree(folder / "run", ignore_errors=True)
     run = RunDirectory(folder / "run")
     run.path.mkdir()
-    ends: list[tuple[float, float]] = []  # by the clock, and of processor time
+    ends: list[float] = []
 
     def note_window(step: int, _: int) -> None:
         """Note when a window's last step was sent; its report is made in the next window."""
         if step % REPORT == 0:
-            ends.append((time.perf_counter(), time.process_time()))
+            ends.append(time.perf_counter())
 
     def begin(trainer: Any) -> None:
         trainer.on_step = note_window
@@ -138,10 +137,7 @@ def measure_trainer(folder: Path, flags: Mapping[str, Any] = NO_FLAGS) -> dict[s
         steps.write_initial_adapter_and_tiers(config, run, session=session)
         steps.train(config, run, on_start=begin, session=session)
     pairs = list(zip(ends, ends[1:], strict=False))[WARM:]
-    clock, processor = (
-        [(end[which] - start[which]) / REPORT for start, end in pairs] for which in (0, 1)
-    )
-    return describe(clock) | {"processor_milliseconds": [round(1000 * s, 2) for s in processor]}
+    return describe([(end - start) / REPORT for start, end in pairs])
 
 
 def describe(seconds: list[float]) -> dict[str, Any]:

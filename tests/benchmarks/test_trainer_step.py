@@ -25,7 +25,7 @@ def test_the_trainer_is_measured_in_windows_of_full_batches_as_wide_as_those_of_
     monkeypatch.setattr(trainer_step, "WARM", 1)
     monkeypatch.setattr(trainer_step, "WINDOWS", 2)
     trainer_step.write_inputs(SHAPE, tmp_path)
-    row = trainer_step.measure_trainer(tmp_path)
+    row = trainer_step.measure_trainer(SHAPE, tmp_path)
     assert len(row["milliseconds"]) == 2
     assert min(row["milliseconds"]) > 0
     run = RunDirectory(tmp_path / "run")
