@@ -5,7 +5,9 @@
 Each sweep tries other seeds of the example's own configuration, which are equal settings, and
 chooses by 25 countries that nobody trains on. The claim is of two adapters, and these may truly
 differ: the winner less the configuration itself is measured on the 35 other countries too, which
-chose nothing. Small differences count as none, by registry.min_improvement.
+chose nothing. Small differences count as none, by registry.min_improvement. With --steps 96 runs
+are cut to some 20 steps, after which seeds differ truly: of five sweeps one was told better, by
+0.239 nats/token, and was better by 0.238 on the others.
 """
 
 # ruff: noqa: E402 - the BLAS is chosen before NumPy and MLX are imported

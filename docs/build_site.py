@@ -21,6 +21,7 @@ DOCUMENTS = (
     *("*.md", "docs/*.md", "docs/images/*", "deployments/*.md"),
     *("benchmarks/*.md", "benchmarks/learning/*.md", "benchmarks/learning/*.svg"),
     "benchmarks/learning/rows.jsonl",
+    "benchmarks/learning/streams.jsonl",
 )
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 LOADING = {"src", "srcset", "data", "poster"}  # attributes of any element that fetch by themselves

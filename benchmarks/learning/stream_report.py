@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -97,14 +97,14 @@ def write_stream_report(rows: Sequence[Row], study: Study, out: Path) -> None:
     lines = []
     out.mkdir(parents=True, exist_ok=True)
     for size in study.sizes:
-        for kind in dict.fromkeys(map(kind_of, study.streams)):
-            names = [name for name in study.streams if kind_of(name) == kind]
+        for names in list_groups(study.streams):
             results = StreamResults(rows, names, size)
             arms = [arm for arm in study.stream_arms if results.seeds(arm)]
-            lines += [[size, kind, *cells(results, arm)] for arm in arms]
-            chart = draw_chart(fractions_chart(results, arms, f"{kind}, {size}"), STANDALONE)
+            title = " and ".join(names)
+            lines += [[size, title, *cells(results, arm)] for arm in arms]
+            chart = draw_chart(fractions_chart(results, arms, f"{title}, {size}"), STANDALONE)
             if chart:
-                (out / f"replay-{kind}-{size}.svg").write_text(f"{chart}\n", encoding="utf-8")
+                (out / f"replay-{'-'.join(names)}-{size}.svg").write_text(f"{chart}\n", "utf-8")
     head = (
         *("size", "stream", "arm", "seeds", "learning accuracy", "final average"),
         *("less joint", "backward transfer", "stale", "KL", "seconds", "5 and 1 points"),
@@ -112,6 +112,16 @@ def write_stream_report(rows: Sequence[Row], study: Study, out: Path) -> None:
     text = "\n".join(["## Streams: % of answers, and points (95 %)", "", *table(head, lines)])
     (out / "streams.md").write_text(text, encoding="utf-8")
     print(text)
+
+
+def list_groups(streams: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Both orders of each kind of stream together, and each alone."""
+    for kind in dict.fromkeys(map(kind_of, streams)):
+        orders = [name for name in streams if kind_of(name) == kind]
+        if len(orders) > 1:
+            yield orders
+        for name in orders:
+            yield [name]
 
 
 def cells(results: StreamResults, arm: str) -> list[str]:
