@@ -75,7 +75,7 @@ def test_the_nightly_run_comes_by_its_schedule_and_its_adapter_is_champion(stack
     assert ended.auto_scheduled
     version = champion(stack)
     assert version is not None
-    assert str(ended.state.message).startswith(f"verified {version[:12]}: val loss ")
+    assert str(ended.state.message).startswith(f"verified {version[:12]}: validation loss ")
     assert str(ended.state.message).endswith("; promoted")
 
 

@@ -260,7 +260,7 @@ PAGES = ("promoted", "refused", "resumed", "unchanged", "no better", "broken dat
 @pytest.mark.parametrize("what", PAGES)
 def test_the_first_page_of_a_run_tells_its_night(nights: Nights, look: Any, what: str) -> None:
     run, night = nights.runs[what], nights.artifact(what, "night")
-    facts = [str(run.name), "Verdict", "Loss", "Answers", "Data", "Made of", "Run folder"]
+    facts = [str(run.name), "Outcome", "Loss", "Answers", "Data", "Made of", "Run folder"]
     picture = f"night-{what.replace(' ', '-')}"
     look(f"artifacts/artifact/{night.id}", picture, [f"{run.state_name}", *facts], 1000)
 
@@ -289,7 +289,7 @@ def test_the_page_of_a_run_has_its_graph_and_its_artifacts(
 
 def test_the_verdict_of_the_gate_is_a_page_to_read(nights: Nights, look: Any) -> None:
     verdict = nights.artifact("promoted", "gate-verdict")
-    words = ["passed", "84 of 84 tensors changed", "before", "after", "expected updates"]
+    words = ["passed", "84 of 84 tensors changed", "before", "after", "expected", "applied"]
     assert "failed" not in look(f"artifacts/artifact/{verdict.id}", "gate-verdict", words, 700)
 
 
@@ -299,11 +299,11 @@ def test_what_was_found_in_the_data_set_is_a_table(nights: Nights, look: Any) ->
     look(f"artifacts/artifact/{report.id}", "dataset-report", words, 560)
 
 
-def test_the_page_of_the_champion_draws_what_it_was_made_of(nights: Nights, look: Any) -> None:
+def test_the_page_of_the_champion_says_what_it_was_made_of(nights: Nights, look: Any) -> None:
     version = core.read_champion(nights.stack.registry, ADAPTER)
     assert version is not None
     champion = nights.artifact("rolled back", "champion")
-    words = [version[:12], "What it was made of", "Champions so far"]
+    words = [version[:12], "Data set", "Base model", "Parent", "Champions so far"]
     look(f"artifacts/artifact/{champion.id}", "champion", words, 1000)
 
 
