@@ -396,7 +396,7 @@ REFUSED = (
         "save_every 0",
         "a division by zero there",
         "save_every: 0\n",
-        "save_every: Input should be greater than 0",
+        "save_every: should be greater than 0 and below 2**31",
         there="ZeroDivisionError",
     ),
     _refused(

@@ -53,7 +53,7 @@ def parse_interval(value: float) -> float:
     return int(value)
 
 
-MINUTES_PATTERN = re.compile(r"(\d+(?:\.\d+)?)m")
+MINUTES_PATTERN = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)m")
 
 
 def parse_save_interval(value: float | str) -> float | str:

@@ -51,6 +51,7 @@ PRIVATE = {
     "prefect.logging.configuration.setup_logging": "flows/flow_runs/prefect_logs.py",
     "prefect.logging.handlers.PrefectConsoleHandler": "flows/flow_runs/prefect_logs.py",
     "prefect.server.api.server.create_app": "flows/process/local_server.py",
+    "prefect.types.KeyValueLabels": "flows/flow_runs/run_place.py",
     "prefect.types.SecretDict": "flows/deployment/alerts.py",
     "prefect.utilities.callables.parameter_schema": "flows/deployment/deploy.py",
     "prefect.utilities.context.get_task_and_flow_run_ids": "tasks/artifact_client.py",
