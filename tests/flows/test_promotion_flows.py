@@ -21,7 +21,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.sorting import ArtifactSort
-from prefect.exceptions import Pause
+from prefect.exceptions import ObjectNotFound, Pause
 from prefect.flow_engine import run_flow
 from prefect.flow_runs import resume_flow_run
 from prefect.states import Cancelled, Completed, Crashed, Failed
@@ -471,6 +471,8 @@ def test_a_server_without_promote_auto_is_said_and_fails_nothing(
     add: Add, registry: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     add(1, "approve")
+    with get_client(sync_client=True) as client, suppress(ObjectNotFound):  # of another test
+        client.delete_deployment(client.read_deployment_by_name("promote/auto").id)
     state = reconcile(ReconcileParameters(registry=str(registry)), return_state=True)
     assert state.is_completed()
     assert "this server has no deployment promote/auto" in caplog.text
