@@ -9,6 +9,7 @@ a session keep was there before the test began. What else may stay is named in M
 
 from __future__ import annotations
 
+import multiprocessing.util
 import os
 import random
 import re
@@ -122,6 +123,13 @@ class Heard:
             start(thread)
 
         setattr(threading.Thread, "start", start_heard)  # noqa: B010 -- no audit event tells of it
+        spawn = multiprocessing.util.spawnv_passfds
+
+        def spawn_heard(*arguments: Any) -> int:
+            self._hear_start()
+            return spawn(*arguments)
+
+        setattr(multiprocessing.util, "spawnv_passfds", spawn_heard)  # noqa: B010 -- nor of this
 
     def clear(self) -> None:
         """Forget what was heard so far."""
@@ -141,10 +149,13 @@ class Heard:
         elif event in {"os.rename", "os.link", "os.symlink"}:
             self._write(arguments[1])
         elif event in {"subprocess.Popen", "os.fork", "os.posix_spawn"}:
-            self.started_processes = True
-            self.starts.add(_place_in_our_code())
+            self._hear_start()
         elif event == "socket.bind":
             self.bound_sockets = True
+
+    def _hear_start(self) -> None:
+        self.started_processes = True
+        self.starts.add(_place_in_our_code())
 
     def _write(self, path: Any) -> None:
         with suppress(FileNotFoundError):  # there is no working folder

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing.util
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -51,6 +53,16 @@ def test_a_test_that_leaves_nothing_passes(watch: Watch, tmp_path: Path) -> None
     code = test_a_test_that_leaves_nothing_passes.__code__
     places = {f"tests/test_leftovers.py:{code.co_firstlineno + at}" for at in (3, 5)}
     assert watch.starts == places
+
+
+def test_a_process_of_multiprocessing_is_named(watch: Watch) -> None:
+    watch.begin()
+    sleep = shutil.which("sleep")
+    assert sleep is not None
+    process = multiprocessing.util.spawnv_passfds(os.fsencode(sleep), [b"sleep", b"600"], [])
+    (left,) = watch.end(compares_random_states=True)  # which kills it
+    os.waitpid(process, 0)
+    assert left == Left("process", "sleep 600 ")
 
 
 def test_a_thread_is_named(watch: Watch, ended: list[Callable[[], object]]) -> None:

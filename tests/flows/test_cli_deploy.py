@@ -57,6 +57,8 @@ def test_work_pools_that_another_deploy_makes_meanwhile_are_made(
     pools = read_work_pools()
     template = ProcessWorker.get_default_base_job_template
     with get_client(sync_client=True) as client:
+        for pool in client.read_work_pools():  # of other tests on this server
+            client.delete_work_pool(pool.name)
 
         def meanwhile() -> Any:
             monkeypatch.undo()

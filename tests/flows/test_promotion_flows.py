@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from prefect import flow
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
@@ -410,10 +410,17 @@ def test_a_deployments_run_does_not_touch_a_registry_outside_of_the_allowed_fold
     assert core.read_champion(registry, NAME) is None
 
 
+def delete_promote_auto(client: SyncPrefectClient) -> None:
+    """Of another test on this server, with the questions that it left."""
+    with suppress(ObjectNotFound):
+        client.delete_deployment(client.read_deployment_by_name("promote/auto").id)
+
+
 @pytest.fixture
 def promotion_deployment() -> Iterator[UUID]:
     """promote/auto, as `deploy` makes it, without a worker."""
     with get_client(sync_client=True) as client:
+        delete_promote_auto(client)
         made = client.create_deployment(client.create_flow(promote), name="auto")
         yield made
         client.delete_deployment(made)
@@ -471,8 +478,8 @@ def test_a_server_without_promote_auto_is_said_and_fails_nothing(
     add: Add, registry: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     add(1, "approve")
-    with get_client(sync_client=True) as client, suppress(ObjectNotFound):  # of another test
-        client.delete_deployment(client.read_deployment_by_name("promote/auto").id)
+    with get_client(sync_client=True) as client:
+        delete_promote_auto(client)
     state = reconcile(ReconcileParameters(registry=str(registry)), return_state=True)
     assert state.is_completed()
     assert "this server has no deployment promote/auto" in caplog.text

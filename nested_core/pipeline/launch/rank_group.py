@@ -89,6 +89,7 @@ class RankGroup:
         # Of the running processes.
         self._stop_pipe: int | None = None
         self._killer: threading.Timer | None = None
+        self._killer_lock = threading.Lock()  # both readers of lines start it
 
     def _forget_end(self) -> None:
         """How the processes end, as before they are started."""
@@ -198,7 +199,7 @@ class RankGroup:
         return f"Rank {rank} of {self.ranks}{where}"
 
     def _kill_after_grace_period(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the timer has been started already
+        with self._killer_lock, contextlib.suppress(RuntimeError):  # it has been started already
             if self._killer is not None:
                 self._killer.start()
 

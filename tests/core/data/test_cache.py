@@ -214,7 +214,8 @@ def test_a_maker_that_fails_leaves_nothing(cached, monkeypatch) -> None:
 def pool() -> Iterator[ProcessPoolExecutor]:
     """Two processes, which import everything once for all tests that use them."""
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
-        processes.submit(os.getpid).result()  # the first call starts its threads
+        for call in [processes.submit(os.getpid) for _ in range(2)]:  # starts both
+            call.result()
         yield processes
 
 
