@@ -34,6 +34,7 @@ from nested_core.data.lines.other_formats import (
     describe_field_names,
     describe_preference_pair,
     describe_unread_fields,
+    find_mark_of_bad_answer,
     is_preference_pair,
     list_unread_fields,
     parse_json_text,
@@ -374,10 +375,17 @@ def _formats_to_look_for(field_names: FieldNames) -> Mapping[Format, tuple[str, 
 
 
 def _choose_format(row: dict[str, Any], field_names: FieldNames) -> Format:
-    """The format of a row; raises LineProblem where it has none, and for a preference pair."""
+    """The format of a row; raises LineProblem where it has none, and for preferences."""
     prompt, completion = field_names.prompt, field_names.completion
     if is_preference_pair(row) and "chosen" not in (completion, field_names.text, field_names.chat):
         raise LineProblem("preference-pair", describe_preference_pair(row, prompt))
+    if mark := find_mark_of_bad_answer(row):
+        message = (
+            f"{mark}: false marks an answer that is not to be learnt, and training on such marks "
+            f"(KTO) is not supported: leave this row out, or train on it on purpose with "
+            f"drop_fields: [{mark}]"
+        )
+        raise LineProblem("preference-pair", message)
     if found := find_format(row, field_names):
         return found
     formats = _formats_to_look_for(field_names)

@@ -188,6 +188,13 @@ def is_preference_pair(row: Mapping[str, Any]) -> bool:
     return {"chosen", "rejected"} <= row.keys()
 
 
+def find_mark_of_bad_answer(row: Mapping[str, Any]) -> str | None:
+    """The key that says that an answer is not to be learnt, as LLaMA-Factory's and TRL's KTO do."""
+    if row.get("kto_tag") is False:
+        return "kto_tag"
+    return "label" if row.get("label") is False and "completion" in row else None
+
+
 def describe_preference_pair(row: Mapping[str, Any], prompt: str) -> str:
     """What it is, and what training on the preferred answer alone would need."""
     asked = _first_text_key(row, _PROMPT_KEYS)

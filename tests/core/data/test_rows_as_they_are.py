@@ -514,6 +514,18 @@ BROKEN_ROWS: dict[str, tuple[list[Any], dict[str, Any], str, str]] = {
         "preference-pair",
         "set completion_feature: chosen and drop_fields: [rejected]",
     ),
+    "a bad answer of LLaMA-Factory's KTO rows": (
+        [row | {"kto_tag": True} for row in GOOD_ALPACA],
+        alpaca("e", "f", kto_tag=False),
+        "preference-pair",
+        "kto_tag: false marks an answer that is not to be learnt",
+    ),
+    "a bad answer of TRL's rows": (
+        [{"prompt": text, "completion": "Yes.", "label": True} for text in "ab"],
+        {"prompt": "c", "completion": "No.", "label": False},
+        "preference-pair",
+        "drop_fields: [label]",
+    ),
     "a preference pair of Alpaca's": (
         GOOD_ALPACA,
         {"instruction": "a", "input": "b"} | PAIR,
