@@ -225,12 +225,15 @@ class Watch:
         return [one for one in left if not one.may_stay]
 
     def _threads_left(self) -> set[threading.Thread]:
+        def new() -> set[threading.Thread]:
+            # With those that are about to begin, which cannot be joined yet.
+            found = set(threading.enumerate()) - self._threads - {threading.current_thread()}
+            return {one for one in found if not Left("thread", one.name).may_stay}
+
         deadline = time.monotonic() + self._seconds
-        new = set(threading.enumerate()) - self._threads - {threading.current_thread()}
-        for thread in new:
-            if not Left("thread", thread.name).may_stay:
-                thread.join(max(deadline - time.monotonic(), 0))
-        return {thread for thread in new if thread.is_alive()}
+        while (found := new()) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return found
 
     def _processes_left(self) -> list[str]:
         def new() -> dict[int, str]:

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.production, pytest.mark.timeout(900)]
 ADAPTER = "team-bot"
 SET = (
     *("finetune/%s-nightly", "finetune/%s-manual", "sweep/%s-sweep", "promote/%s-approved"),
-    *("reconcile/%s-hourly", "rollback/%s-rollback"),
+    *("reconcile/%s-hourly", "rollback/%s-rollback", "housekeeping/%s-housekeeping"),
 )
 
 
