@@ -51,7 +51,7 @@ def _find_in_registry(run: Run, verdict: Verdict) -> Outcome:
         if "declined" in actions:
             return Outcome.DECLINED
         if version in list_versions(registry, name):
-            return _find_question(registry, name, version)
+            return _find_waiting(registry, name, version)
     except (NestedTuneError, OSError):  # `audit` says what is wrong with a registry
         return Outcome.VERIFIED
     return Outcome.VERIFIED if actions else Outcome.KEPT_CHAMPION
@@ -67,19 +67,26 @@ def _find_in_changes(changes: Sequence[Entry], version: str) -> Outcome:
     return Outcome.APPROVED if is_answer else Outcome.PROMOTED
 
 
-def _find_question(registry: Path, name: str, version: str) -> Outcome:
-    """Whether a person is asked about a version, or was until a newer one or a change came."""
+def _find_waiting(registry: Path, name: str, version: str) -> Outcome:
+    """What a version that never was champion waits for, or that it was not better than one."""
     from nested_core.registry.history_views import reading
     from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, REGISTRATION_ACTIONS
-    from nested_core.registry.promotion_policy import find_refusal, read_candidate, recorded_section
+    from nested_core.registry.promotion_policy import (
+        effective_rule,
+        find_refusal,
+        read_candidate,
+        recorded_section,
+    )
 
     candidate = read_candidate(registry, name, version)
     if candidate.facts.policy is None:
         return Outcome.VERIFIED
     section = recorded_section(registry, name, candidate)
-    decision = find_refusal(section, candidate, candidate.facts.champion_at_gate)
+    rival = candidate.facts.champion_at_gate
+    decision = find_refusal(section, candidate, rival)
     if decision is None or decision.outcome != "waiting":
-        return Outcome.VERIFIED
+        is_refused = decision is not None and effective_rule(section).must_be_better
+        return Outcome.KEPT_CHAMPION if rival and is_refused else Outcome.VERIFIED
     with reading(registry, name) as (_, ledger):
         later = ledger.entries[candidate.place + 1 :]
     closing = (*REGISTRATION_ACTIONS, *CHAMPION_CHANGE_ACTIONS)

@@ -146,6 +146,13 @@ def ask(command: Callable[[argparse.Namespace], Callable[[], int]], **arguments:
     command(argparse.Namespace(**flags | arguments))()
 
 
+def test_a_registered_version_that_its_policy_refused_kept_the_champion(tmp_path: Path) -> None:
+    for rival, expected in (("0" * 64, Outcome.KEPT_CHAMPION), (None, Outcome.VERIFIED)):
+        policy = {"champion_at_gate": rival, "config": {"registry": {"promote": "better"}}}
+        run = registered(tmp_path / str(rival), lambda *_: None, **policy)
+        assert find_outcome(Run(run)) == expected
+
+
 @pytest.mark.parametrize("outcome", RUNS)
 def test_an_outcome_has_the_same_words_on_every_screen(
     outcome: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str]
