@@ -15,7 +15,7 @@ from prefect import flow, tags
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import StateType
 from prefect.events.worker import EventsWorker
-from prefect.states import Completed, Running, State
+from prefect.states import Completed, Running, Scheduled, State
 
 from flows.deployment.alerts import alert_block, find_or_make_block, send_test_alert
 from flows.deployment.deploy import ALERT, put_automations
@@ -129,19 +129,23 @@ def test_runs_that_failed_crashed_or_are_late_are_told_by_type_whatever_their_st
 
 
 def test_who_was_told_of_a_crash_is_told_once_that_the_run_went_on_and_ended(client, told) -> None:
-    tags = ["nested-tune", "resumed"]
-    run = client.create_flow_run(night, name="resumed, 21 Nov", tags=tags)
+    once, run = (
+        client.create_flow_run(night.with_options(name="finetune"), name=f"{name}, 21 Nov")
+        for name in ("uninterrupted", "resumed")
+    )
+    client.set_flow_run_state(once.id, Running(), force=True)
+    client.set_flow_run_state(once.id, Completed(name="Promoted"), force=True)
     waits: State[Any] = Completed(
         name="Waits for approval", message="begun 2 times, last from step-0000150"
     )
-    client.set_flow_run_state(run.id, Running(), force=True)
-    for state in (waits, Completed(name="Approved", message="by ann")):
+    for state in (Running(), Scheduled(), Running(), waits, Completed(name="Approved")):
         client.set_flow_run_state(run.id, state, force=True)
     end_run(client, "after both", State(type=StateType.FAILED, name="Failed"))
     wait_for_text(told, "after both")
     assert wait_for_text(told, "resumed, 21 Nov").startswith(
         "Resumed, Waits for approval: resumed, 21 Nov\nbegun 2 times, last from step-0000150"
     )
+    assert not any("uninterrupted" in text for text in told)
 
 
 def test_a_crash_that_is_reported_twice_is_told_once(client, told) -> None:
