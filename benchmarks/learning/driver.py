@@ -6,11 +6,13 @@ import argparse
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from multiprocessing.pool import AsyncResult
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,16 @@ def run_in_worker(cell: Cell, study: Study, options: argparse.Namespace) -> dict
     return run_cell(cell, study, options.bases, options.data)
 
 
+@cache
+def code_commit() -> str:
+    """The commit of this checkout when it was first asked, with `-dirty` where files differ."""
+    command = ("git", "describe", "--always", "--dirty", "--abbrev=8", "--exclude=*")
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
+
+
 def append(rows: Path, cell: Cell, result: AsyncResult[dict[str, Any]], workers: int) -> bool:
     """Append the row of a cell; False where it failed, which is told and not recorded."""
     try:
@@ -109,6 +121,6 @@ def append(rows: Path, cell: Cell, result: AsyncResult[dict[str, Any]], workers:
         return False
     rows.parent.mkdir(parents=True, exist_ok=True)
     with rows.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row | {"workers": workers}) + "\n")
+        file.write(json.dumps(row | {"workers": workers, "commit": code_commit()}) + "\n")
     print(f"{row['seconds']:7.1f} s  {row['right_share']:.3f}  {cell}", file=sys.stderr, flush=True)
     return True
