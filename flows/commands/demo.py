@@ -173,6 +173,6 @@ def _print_run(run: RunDirectory, verdict: Verdict) -> None:
     losses = verdict.validation
     if losses is not None:
         print_line(
-            f"gate: passed; {loss_name_for_file(losses.file)} {format_loss(losses.loss_before)} "
+            f"gate: {verdict.describe()}; {loss_name_for_file(losses.file)} {format_loss(losses.loss_before)} "
             f"before, {format_loss(losses.loss_after)} after ({verdict.describe_data()})"
         )

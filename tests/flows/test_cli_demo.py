@@ -45,7 +45,7 @@ def test_a_short_demo_promotes_an_adapter_that_answers_better(
 ) -> None:
     ended = short_demo(tmp_path, monkeypatch)
     assert ended.code == 0, ended.stderr
-    assert "gate: passed" in ended.stdout
+    assert "gate: passed, better; " in ended.stdout
     assert "right answers: 0 of 15 before" in ended.stdout
     (entry,) = history(tmp_path / "out" / "registry", NAME)
     assert entry["version"] == read_champion(tmp_path / "out" / "registry", NAME)
@@ -118,7 +118,7 @@ def test_the_demo_learns_as_its_requirement_says(demos: Demos) -> None:
 
 @whole
 def test_the_demo_shows_curve_tiers_verdict_answers_and_champion(demos: Demos) -> None:
-    for words in ("training loss   o validation loss", "every 4", "gate: passed", "Where to?"):
+    for words in ("training loss   o validation loss", "every 4", "gate: passed, better; ", "Where to?"):
         assert words in demos.whole.stdout
     assert "champion: whole/registry/geography/champion -> versions/" in demos.whole.stdout
     assert "Traceback" not in demos.whole.stderr

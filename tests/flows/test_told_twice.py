@@ -6,6 +6,7 @@ The offered adapter is not the last one, so that a view which shows the last fig
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,6 +137,10 @@ def test_status_runs_and_compare_tell_the_same_numbers(told: Told) -> None:
     assert (losses["validation_file"], losses["validation_examples"]) == (["valid.jsonl"], [5])
     assert compared["tasks"] == {"capitals": [told.right[1] / 15]}
     assert "iters" not in compare_runs([told.folder, told.folder]).differing_settings()
+    page = (EXAMPLES.parent / "docs" / "report.md").read_text(encoding="utf-8")
+    documented = re.findall(r'"(\w+)"', page.partition('{"runs": [{')[2].partition("}]}")[0])
+    assert set(documented) == set(listed)
+    assert set(listed) == set(own) & set(status)
 
 
 def rows_of(table: str) -> dict[str, list[str]]:
