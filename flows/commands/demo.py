@@ -173,6 +173,7 @@ def _print_run(run: RunDirectory, verdict: Verdict) -> None:
     losses = verdict.validation
     if losses is not None:
         print_line(
-            f"gate: {verdict.describe()}; {loss_name_for_file(losses.file)} {format_loss(losses.loss_before)} "
-            f"before, {format_loss(losses.loss_after)} after ({verdict.describe_data()})"
+            f"gate: {verdict.describe()}; {loss_name_for_file(losses.file)} "
+            f"{format_loss(losses.loss_before)} before, {format_loss(losses.loss_after)} after "
+            f"({verdict.describe_data()})"
         )

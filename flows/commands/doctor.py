@@ -128,7 +128,7 @@ def _check_blas() -> Check:
     library = backend.prepare().blas
     if library is not None:
         return Check("BLAS", True, library)
-    mend = "optional, some 10 times faster on a CPU: apt-get install libopenblas0-pthread"
+    mend = "optional, some 20 times faster on a CPU: apt-get install libopenblas0-pthread"
     return Check("BLAS", True, "reference BLAS of the mlx wheel (slow)", mend)
 
 
@@ -145,13 +145,13 @@ def _check_kernels() -> Check:
     from nested_core import backend
 
     if not backend.is_mlx_built_for_cuda():
-        return Check("kernels", True, "those of MLX")
+        return Check("kernels", True, "MLX's own; ours are for CUDA")
     try:
         seen = f"faster CUDA kernels, compiled by cuda-core {version('cuda-core')}"
         return Check("kernels", True, seen)
     except PackageNotFoundError:
         mend = 'optional, shorter steps: pip install "nested-tune[cuda]"'
-        return Check("kernels", True, "those of MLX only: cuda-core is not installed", mend)
+        return Check("kernels", True, "MLX's own: for ours, cuda-core is missing", mend)
 
 
 def _check_server_address() -> Check:

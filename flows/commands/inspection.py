@@ -187,7 +187,9 @@ def _describe_status(run: Run, status: Mapping[str, Any]) -> Iterator[tuple[str,
     if status["iteration"] != run.step:  # gradients are accumulated over several
         yield "iterations", status["iteration"]
     yield "learning rate", status["learning_rate"]
-    yield "updates of each tier", ", ".join(map(str, status["updates"] or ())) or None
+    updates = status["updates"] or ()
+    if len(updates) > 1:
+        yield "updates of each tier", ", ".join(map(str, updates))
     yield "newest checkpoint", status["checkpoint"]
 
 

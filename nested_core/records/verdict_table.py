@@ -100,15 +100,14 @@ def tier_table(verdict: Verdict) -> Table:
     for tier in verdict.tiers:
         own = [t.relative_delta for t in verdict.tensors if t.tier == tier.tier]
         deltas = [delta for delta in own if delta is not None]
-        change = f"{sum(deltas) / len(deltas):.3f}" if deltas else None
+        mean = f"{sum(deltas) / len(deltas):.3f}" if deltas else None
         counts = (tier.expected_updates, tier.applied_updates, tier.skipped_updates)
         changed = f"{tier.changed} of {tier.tensors}"
-        rows.append((f"tier {tier.tier}", f"every {tier.frequency}", changed, *counts, change))
+        rows.append((f"tier {tier.tier}", f"every {tier.frequency}", changed, *counts, mean))
     columns = ("tier", "updated", "tensors changed", "expected", "applied", "skipped", "change")
     judged = f"step {verdict.adapter_step or 0:,}, whose adapter was evaluated"
-    return Table(
-        f"Updates up to {judged}; change: mean relative change of its tensors", columns, rows
-    )
+    change = "Change: norm of a tensor's change over its norm, averaged"
+    return Table(f"Updates up to {judged}. {change}", columns, rows)
 
 
 def list_checks(verdict: Verdict) -> list[CheckRow]:

@@ -118,7 +118,12 @@ def test_the_demo_learns_as_its_requirement_says(demos: Demos) -> None:
 
 @whole
 def test_the_demo_shows_curve_tiers_verdict_answers_and_champion(demos: Demos) -> None:
-    for words in ("training loss   o validation loss", "every 4", "gate: passed, better; ", "Where to?"):
+    for words in (
+        "training loss   o validation loss",
+        "every 4",
+        "gate: passed, better",
+        "Where to?",
+    ):
         assert words in demos.whole.stdout
     assert "champion: whole/registry/geography/champion -> versions/" in demos.whole.stdout
     assert "Traceback" not in demos.whole.stderr
