@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 from uuid import UUID
 
@@ -225,10 +226,17 @@ def _describe_automation(automation: AutomationCore) -> dict[str, Any]:
 
 
 def read_automations(client: SyncPrefectClient) -> list[Automation]:
-    """All automations of a server, page by page."""
+    """All automations of a server, each once.
+
+    The pages' places are fixed: one that is made meanwhile moves another to the next page, which
+    then holds nothing new.
+    """
     found: dict[UUID, Automation] = {}
-    while page := client.read_automations(limit=READ_PAGE_SIZE, offset=len(found)):
+    for offset in count(0, READ_PAGE_SIZE):
+        page = client.read_automations(limit=READ_PAGE_SIZE, offset=offset)
         found |= {automation.id: automation for automation in page}
+        if len(page) < READ_PAGE_SIZE:
+            break
     return list(found.values())
 
 

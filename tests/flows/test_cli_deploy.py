@@ -11,11 +11,18 @@ import pytest
 import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolUpdate
+from prefect.events.schemas.automations import Automation
 from prefect.schedules import Schedule
 from prefect.workers.process import ProcessWorker
 
 from flows.commands.deployment import read_notify, run_deploy
-from flows.deployment.deploy import _make_work_pools, deploy, put_deployment
+from flows.deployment.deploy import (
+    _make_work_pools,
+    complete_automation,
+    deploy,
+    put_deployment,
+    read_automations,
+)
 from flows.deployment.planned_deployments import make_plan, read_work_pools
 from nested_core.errors import ConfigError
 from tests.flows.conftest import Ended
@@ -69,6 +76,32 @@ def test_work_pools_that_another_deploy_makes_meanwhile_are_made(
         first, again = list(_make_work_pools(client, pools)), list(_make_work_pools(client, pools))
     assert "made, limit" in first[0]
     assert all("there already" in line for line in [*first[1:], *again])
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_automations_are_read_to_their_end_while_another_deploy_makes_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is made after the first page is the first by name: the next page would repeat one."""
+    alert = next(each for each in make_plan().automations if "notify" in each)
+    with get_client(sync_client=True) as client:
+        first, second, third = (
+            complete_automation(client, alert | {"name": f"0 {n}"}, None) for n in range(3)
+        )
+        made = [client.create_automation(each) for each in (second, third)]
+        read, pages = client.read_automations, []
+
+        def meanwhile(**page: Any) -> list[Automation]:
+            pages.append(read(**page))
+            assert len(pages) < 10, "the same page is read for ever"
+            if len(pages) == 1:
+                made.append(client.create_automation(first))
+            return pages[-1]
+
+        monkeypatch.setattr(client, "read_automations", meanwhile)
+        assert set(made[:2]) <= {each.id for each in read_automations(client)}
+        for automation in made:
+            client.delete_automation(automation)
 
 
 @pytest.mark.usefixtures("prefect_server")
