@@ -62,10 +62,7 @@ class Approval(RunInput):
     """What a person answers in the UI: yes or no, who it was, and why."""
 
     approve: bool
-    by: str = Field(
-        min_length=1,
-        description="name for the history, free text that nobody checks",
-    )
+    by: str = Field(min_length=1, description="name for the history, free text that nobody checks")
     reason: str = Field(
         default="", description="reason, recorded in the history and reported by later runs"
     )

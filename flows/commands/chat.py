@@ -13,10 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from flows.commands.adapter_places import (
-    ADAPTER_FORMS,
-    add_registry_flag,
-)
+from flows.commands.adapter_places import ADAPTER_FORMS, add_registry_flag
 from flows.commands.command_output import printer
 from flows.terminal.console import (
     WIDTH_WITHOUT_TERMINAL,

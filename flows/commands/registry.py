@@ -437,11 +437,7 @@ def _forget_rows(arguments: argparse.Namespace) -> Callable[[], int]:
 
     listed = read_row_list(arguments.forget)
     done = forget_rows(
-        arguments.registry,
-        arguments.name,
-        listed.has,
-        by=current_user(),
-        dry_run=arguments.dry_run,
+        arguments.registry, arguments.name, listed.has, by=current_user(), dry_run=arguments.dry_run
     )
 
     def show() -> None:

@@ -20,20 +20,13 @@ from flows.commands.config_flags import (
 )
 from flows.flow_runs.loss_on_test_set import describe_test_loss
 from flows.process.stop_signals import Stopper
-from flows.terminal.console import (
-    ProgressLine,
-    print_line,
-    print_progress,
-    print_table,
-)
+from flows.terminal.console import ProgressLine, print_line, print_progress, print_table
 from flows.terminal.mlx_lm_log import MlxLmLog
 from flows.terminal.run_follower import showing_run
 from flows.terminal.run_results import format_sample_answers, print_rejection, print_tiers
 from nested_core import backend
 from nested_core.errors import ConfigError, GateRejected, TrainingStopped, go_on_with
-from nested_core.storage.run_directory import (
-    open_run,
-)
+from nested_core.storage.run_directory import open_run
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.foreign_text import escape
 

@@ -534,8 +534,7 @@ class RegistrySection(Section):
     path: str | None = key(None, "the registry's folder, on the worker's machine", path="local")
     name: AdapterName | None = key(None, "the adapter's name in the registry")
     promote: Literal["never", "always", "better", "approve"] = key(
-        "never",
-        "whether a verified adapter becomes champion; better: on the same held-out data",
+        "never", "whether a verified adapter becomes champion; better: on the same held-out data"
     )
     min_improvement: NonNegativeFloat = key(
         0.005, "for better: nats/token by which the loss must fall at least"

@@ -173,9 +173,7 @@ def _file_hashes(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
 
 
 def load_run_data(
-    config: FineTuneConfig,
-    run: RunDirectory | None = None,
-    on_progress: OnProgress | None = None,
+    config: FineTuneConfig, run: RunDirectory | None = None, on_progress: OnProgress | None = None
 ) -> tuple[DatasetReport, dict[str, TokenizedSplit]]:
     """`load_dataset` for the configured data set, with the user's cache.
 

@@ -44,13 +44,7 @@ from nested_core.data.tokens.parallel_tokenization import (
 )
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.models.base_model import chat_template_digest, context_length
-from nested_core.records.dataset import (
-    DatasetReport,
-    Findings,
-    Severity,
-    SplitStats,
-    sort_findings,
-)
+from nested_core.records.dataset import DatasetReport, Findings, Severity, SplitStats, sort_findings
 from nested_core.storage.atomic import canonical_json
 
 Tables = Mapping[str, SplitTable]

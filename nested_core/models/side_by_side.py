@@ -14,11 +14,7 @@ from mlx_lm.utils import load_model
 
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import context_length, find_model_folder, is_same_base
-from nested_core.models.generation import (
-    Sampling,
-    encode_messages,
-    stream_answer,
-)
+from nested_core.models.generation import Sampling, encode_messages, stream_answer
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.storage.adapter import read_adapter
 

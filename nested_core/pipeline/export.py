@@ -60,11 +60,7 @@ from nested_core.records.export_record import (
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance
 from nested_core.report.export_card import render_export_card
 from nested_core.storage.adapter import Adapter
-from nested_core.storage.atomic import (
-    TEMPORARY_PREFIX,
-    sync_path,
-    write_bytes,
-)
+from nested_core.storage.atomic import TEMPORARY_PREFIX, sync_path, write_bytes
 from nested_core.storage.canary_file import CANARY_NAME, Canary, parse_canary
 from nested_core.storage.manifest import MANIFEST_NAME, verify_manifest
 from nested_core.storage.output_places import require_output_file

@@ -43,10 +43,7 @@ from nested_core.records.skip import Skip, write_skip
 from nested_core.records.verdict import Verdict
 from nested_core.registry import Decision
 from nested_core.registry.policy import hold_to_policy
-from nested_core.registry.promotion_policy import (
-    effective_rule,
-    registry_location,
-)
+from nested_core.registry.promotion_policy import effective_rule, registry_location
 from nested_core.report.run_report import read_report, writing_report_at_end
 from nested_core.storage.atomic import remove_file
 from nested_core.storage.run_directory import RunDirectory

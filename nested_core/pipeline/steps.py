@@ -22,13 +22,7 @@ from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.errors import (
-    JUDGE_AGAIN,
-    ConfigError,
-    DamagedError,
-    GateRejected,
-    NestedTuneError,
-)
+from nested_core.errors import JUDGE_AGAIN, ConfigError, DamagedError, GateRejected, NestedTuneError
 from nested_core.gate import Verdict, digests_for_result
 from nested_core.gate.answers.questions_in_training import QuestionsInTraining
 from nested_core.gate.answers.suite_answers import (
@@ -85,11 +79,7 @@ from nested_core.records.plan import (
 )
 from nested_core.records.result import TrainResult, read_result, write_result
 from nested_core.records.verdict_file import write_verdict
-from nested_core.storage.adapter import (
-    WEIGHTS_NAME,
-    export_adapter,
-    write_adapter,
-)
+from nested_core.storage.adapter import WEIGHTS_NAME, export_adapter, write_adapter
 from nested_core.storage.atomic import (
     new_directory,
     remove_file,

@@ -30,11 +30,7 @@ from nested_core.registry.folders import (
     shared_folder_lock,
 )
 from nested_core.registry.versions import AuditFinding, read_provenance, version_folder
-from nested_core.storage.atomic import (
-    Confirm,
-    sync_path,
-    write_bytes,
-)
+from nested_core.storage.atomic import Confirm, sync_path, write_bytes
 from nested_core.storage.untrusted_files import file_type, read_regular
 
 LIST_SUFFIX = ".json"
@@ -144,12 +140,7 @@ def render_row(row: Mapping[str, Any]) -> bytes:
 
 
 def store_examples(
-    folder: Path,
-    version: str,
-    examples: RunExamples,
-    standing: Iterable[str],
-    *,
-    confirm: Confirm,
+    folder: Path, version: str, examples: RunExamples, standing: Iterable[str], *, confirm: Confirm
 ) -> None:
     """Keep a run's examples for a version; call under the lock of the NAME's folder.
 

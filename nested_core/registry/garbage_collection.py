@@ -23,11 +23,7 @@ from nested_core.registry.data_store import (
     remove_unneeded_rows,
 )
 from nested_core.registry.declines import find_decline_in_history
-from nested_core.registry.folders import (
-    DATA_FOLDER_NAME,
-    VERSIONS_FOLDER_NAME,
-    find_name_folder,
-)
+from nested_core.registry.folders import DATA_FOLDER_NAME, VERSIONS_FOLDER_NAME, find_name_folder
 from nested_core.registry.history_views import read_link, reading, writing
 from nested_core.registry.judgements import has_all_judgements, read_verdicts
 from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, Ledger

@@ -13,11 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from nested_core.errors import ConfigError
-from nested_core.models.base_model import (
-    is_same_base,
-    require_chat_template,
-    shorten_fingerprint,
-)
+from nested_core.models.base_model import is_same_base, require_chat_template, shorten_fingerprint
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.registry import VerifiedVersion
 from nested_core.serve.canary_check import require_version_in_layers

@@ -58,11 +58,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         },
     },
     "qwen2": {"head_dim": 16},
-    "gemma3_text": {
-        "sliding_window": 16,
-        "sliding_window_pattern": 3,
-        "query_pre_attn_scalar": 32,
-    },
+    "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 3, "query_pre_attn_scalar": 32},
 }
 KEYS = [
     *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),

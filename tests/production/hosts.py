@@ -69,9 +69,7 @@ class Host:
         """Start a command on this host whose output goes to the end of a file."""
         with log.open("ab") as output:
             return subprocess.Popen(
-                self.words("env", "-C", str(cwd), *command),
-                stdout=output,
-                stderr=subprocess.STDOUT,
+                self.words("env", "-C", str(cwd), *command), stdout=output, stderr=subprocess.STDOUT
             )
 
     def mount(self, source: Path, target: Path) -> None:

@@ -140,9 +140,7 @@ class BucketedSchedule:
         supervised = sorted(int(self._train.example_mask(row).sum()) for row in rows)
         self._train.release_pages()
         return BatchShape(
-            batch_size // self._world.size,
-            width,
-            sum(supervised[-batch_size:]) // self._world.size,
+            batch_size // self._world.size, width, sum(supervised[-batch_size:]) // self._world.size
         )
 
     def position_counts(self) -> Mapping[int, int]:

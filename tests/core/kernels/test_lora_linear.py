@@ -14,11 +14,7 @@ from mlx_lm.tuner.lora import LoRALinear
 from nested_core import backend
 from nested_core.backend import to_float
 from nested_core.kernels.activation_checkpointing import checkpointing_layers
-from nested_core.kernels.call_tracing import (
-    find_gated_mlps,
-    group_layers_by_input,
-    trace_calls,
-)
+from nested_core.kernels.call_tracing import find_gated_mlps, group_layers_by_input, trace_calls
 from nested_core.kernels.cuda import lora_add, lora_matmuls
 from nested_core.kernels.cuda.self_check import CheckedKernel
 from nested_core.kernels.lora_linear import (

@@ -30,13 +30,7 @@ from nested_core.records.export_record import read_export_record
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.atomic import TEMPORARY_PREFIX
 from tests.builders.adapter_folders import change_tensors
-from tests.builders.small_bases import (
-    FAMILIES,
-    TEMPLATE,
-    make_base,
-    make_tokenizer,
-    train_adapter,
-)
+from tests.builders.small_bases import FAMILIES, TEMPLATE, make_base, make_tokenizer, train_adapter
 from tests.example import DATA
 from tests.left_out import slow_except
 

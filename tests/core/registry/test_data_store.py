@@ -34,11 +34,7 @@ def question(number: int, answer: str = "yes") -> Row:
 
 
 def add_night(
-    tmp_path: Path,
-    seed: int,
-    train: list[Row],
-    held_out: list[Row],
-    max_bytes: int | None = None,
+    tmp_path: Path, seed: int, train: list[Row], held_out: list[Row], max_bytes: int | None = None
 ) -> str:
     run = write_run(tmp_path / f"run-{seed}", seed)
     examples = RunExamples(train, held_out, max_bytes)

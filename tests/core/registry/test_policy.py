@@ -124,11 +124,7 @@ def test_no_route_promotes_what_is_not_shown_to_be_within_the_margin_of_the_refe
     for seed, reference, said in (
         (3, None, "the gate did not evaluate the reference"),
         (4, judged_by_reference(champion, 0.019), "the gate did not evaluate the reference"),
-        (
-            5,
-            judged_by_reference(first, 0.03),
-            f"may be worse than the reference {first[:12]} ",
-        ),
+        (5, judged_by_reference(first, 0.03), f"may be worse than the reference {first[:12]} "),
         (6, {"version": first, "not_compared": "it does not fit"}, "it does not fit"),
         (7, judged_by_reference(first, 0.019), "promoted"),
     ):

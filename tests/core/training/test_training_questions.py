@@ -111,10 +111,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("ends_by", [TrainingStopped, Killed])
 def test_a_stop_or_a_kill_in_the_middle_of_asking_goes_on_to_the_same_run(
-    asked: Finished,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    ends_by: type[BaseException],
+    asked: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends_by: type[BaseException]
 ) -> None:
     run = prepare(asked.config, tmp_path / "run")
     whole = EncodedSuite.answer
