@@ -115,7 +115,7 @@ TOKEN_RULES = FrameRules(
             "warning",
             (pl.col("lost") == 0) | ~pl.col("may_be_cut"),
             "examples cut to {max_seq_length} tokens: {count}, tokens lost: {lost_in_all}; "
-            "the worst is this one, of {full_length} tokens",
+            "the worst is this one, of {full_length} tokens. Shorten them, or {make_room}",
             once=True,
             worst="lost",
         ),
@@ -125,8 +125,8 @@ TOKEN_RULES = FrameRules(
             pl.col("length") <= pl.col("context"),
             "examples longer than the {context} tokens that the model can see "
             "(max_position_embeddings of its config.json): {count}; the longest is this one, of "
-            "{length}. Set max_seq_length: {context}, which cuts them, shorten them, or take a "
-            "model that sees more",
+            "{length}. max_seq_length: {context} cuts them, and what is cut off is not learnt. "
+            "Shorten them, or take a model that sees more",
             once=True,
             worst="length",
         ),

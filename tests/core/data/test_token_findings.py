@@ -95,7 +95,7 @@ def test_truncation_says_how_many_the_worst_and_the_tokens_lost(write_data, toke
     cut = splits["train"].lengths
     message = (
         f"examples cut to 64 tokens: 3, tokens lost: {(whole - cut).sum()}; "
-        f"the worst is this one, of {whole[5]} tokens"
+        f"the worst is this one, of {whole[5]} tokens. Shorten them, or raise max_seq_length"
     )
     assert report.warnings[0].message == message
 
