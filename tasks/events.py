@@ -26,7 +26,7 @@ from nested_core.registry.serving_status import read_serving_records
 from tasks.deployed_registries import why_silent
 from tasks.prefect_server import asking_server, named_resource, read_events, related_resource
 
-Happening = Literal["verified", "rejected", "served", "not_followed", "week"]
+Happening = Literal["verified", "rejected", "served", "not_followed", "unusual", "week"]
 SERVED: Literal["served"] = "served"
 NOT_FOLLOWED: Literal["not_followed"] = "not_followed"
 HAPPENING_BY_ACTION: dict[Action, str] = {

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -35,6 +36,7 @@ from nested_core.storage.atomic import write_json
 from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
+from tests import gate_files
 from tests.example import example_config
 
 MODULES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
@@ -234,6 +236,18 @@ def finished_run(
     add_metrics(run, steps)
     losses = make_losses(champion=champion)
     judge(run, make_verdict(losses, reasons=reasons, step=steps), losses, text)
+    return run
+
+
+def judged_night(
+    runs: Path, day: int, registry: Path, name: str, difference: float
+) -> RunDirectory:
+    """A run of an adapter on a day of November, of this difference to the champion's loss."""
+    path = runs / f"202611{day:02d}T020000Z-{uuid4().hex[:8]}"
+    run = finished_run(path, champion=True, registry={"path": str(registry), "name": name})
+    gate = gate_files.read_gate(run.gate)
+    gate["champion"] |= {"difference": difference}
+    gate_files.write_gate(run.path, gate, gate_files.judged_files(run.path))
     return run
 
 

@@ -1,6 +1,7 @@
 """Events that warn before a night fails: an old champion, a full disk, a run that takes long.
 
-They are emitted for as long as their reason lasts; automations.yaml tells a person once a day.
+They are emitted for as long as their reason lasts; automations.yaml tells a person once a day. One
+is of a night alone: that its difference to the champion is out of line with the nights before it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -20,15 +22,18 @@ from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events import emit_event
 
+from nested_core.config.sections import RegistrySection
 from nested_core.errors import NestedTuneError
 from nested_core.records.outcome_names import ENDED_BEFORE_TRAINING
+from nested_core.records.run import Run, list_runs
 from nested_core.registry import history
 from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS
-from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER
+from nested_core.report.pruning import AdapterRuns
+from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.duration_format import format_duration
 from nested_core.text.value_format import format_bytes
-from tasks.events import adapter_resource
+from tasks.events import adapter_resource, emit_adapter_event
 from tasks.prefect_server import TAG, asking_server, flow_runs_in, named_resource, related_resource
 
 LONG_RUN, DEFAULT_LONG_RUN = "NESTED_TUNE_LONG_RUN", "2"
@@ -36,6 +41,12 @@ LAST_RUNS = 5  # of a deployment, that a run's time is compared with
 SHORTEST_LONG_RUN = timedelta(minutes=1)
 SMALLEST_FREE_SHARE = 0.1
 CHECKPOINTS_THAT_MUST_FIT = 3
+LAST_NIGHTS, LEAST_NIGHTS = 14, 7  # that a night is compared with
+# Of nights that chance alone tells apart 0.4 % are further from the median of 14, and 3 % from that
+# of 7. With 3 deviations it would be 3 and 9 %.
+USUAL_DEVIATIONS = 5.0
+DEVIATION_OF_MAD = 1.4826  # of a normal distribution
+LEAST_DIFFERENCE = 0.01  # nats/token: what the gate calls no difference
 
 
 def warn_of_old_champions(registry: Path, names: Iterable[str], nights: float) -> None:
@@ -59,6 +70,45 @@ def describe_old_champion(registry: Path, name: str, nights: float, now: datetim
     return (
         f"{name} has had no new champion since {since:%d %b %Y}: {version} is "
         f"older than {nights:g} days. The list of runs has the outcome of each run."
+    )
+
+
+def warn_of_unusual_night(section: RegistrySection, run: RunDirectory) -> None:
+    """Emit `adapter.unusual` where the difference to the champion is unlike the last nights'.
+
+    The nights before it are those whose folders are there: housekeeping leaves the last 14.
+    """
+    if section.path is None or section.name is None or not DEFAULT_RUNS_FOLDER.is_dir():
+        return
+    with suppress(NestedTuneError, OSError):  # of another run's folder: nothing depends on this
+        tonight = Run(run, has_ended=True)
+        others = [each for each in list_runs(DEFAULT_RUNS_FOLDER) if each.name != tonight.name]
+        own = AdapterRuns.of(Path(section.path), section.name).among(others)
+        differences = [each.loss_to_champion for each in own if each.started <= tonight.started]
+        last = [each for each in differences if each is not None][:LAST_NIGHTS]
+        difference = tonight.loss_to_champion
+        message = None if difference is None else describe_unusual_night(difference, last)
+        if message is not None:
+            emit_adapter_event("unusual", section.name, {"message": message})
+
+
+def describe_unusual_night(difference: float, last: Sequence[float]) -> str | None:
+    """A sentence about a night that is out of line with the last ones; None where it is not.
+
+    difference, last: nats/token, a night's loss less that of the champion before it. The bound is
+    five robust standard deviations about the median, and at least 0.01 nats.
+    """
+    if len(last) < LEAST_NIGHTS:
+        return None
+    median = statistics.median(last)
+    deviation = DEVIATION_OF_MAD * statistics.median(abs(each - median) for each in last)
+    bound = max(USUAL_DEVIATIONS * deviation, LEAST_DIFFERENCE)
+    if abs(difference - median) <= bound:
+        return None
+    return (
+        f"Tonight's loss less the champion's is {difference:+.3g} nats/token. The median of the "
+        f"last {len(last)} nights is {median:+.3g}, and more than {bound:.3g} from it is unusual. "
+        f"Compare tonight's data with that of the nights before."
     )
 
 

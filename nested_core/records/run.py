@@ -302,6 +302,12 @@ class Run:
         return None if validation is None else validation.loss_after
 
     @property
+    def loss_to_champion(self) -> float | None:
+        """That loss less the champion's on the same examples; None where they were not compared."""
+        champion = None if self.verdict is None else self.verdict.champion
+        return None if champion is None else champion.difference
+
+    @property
     def held_out_digest(self) -> str | None:
         """The digest of the examples that the gate measures losses on.
 

@@ -26,11 +26,13 @@ from flows.flow_runs.warning_events import describe_full_disk, measure_newest_ch
 from flows.reconcile import ReconcileParameters, reconcile
 from flows.rollback import RollbackParameters, rollback
 from nested_core import registry as core
+from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, NestedTuneError
 from tasks.night_artifacts import tell_week
 from tasks.prefect_server import read_events
 from tests.core.registry.conftest import write_run
 from tests.flows.conftest import naming
+from tests.runs import judged_night
 from tests.waiting import wait_until
 from tests.webhook_server import SECRET_PATH, WebhookServer, serving_webhook
 
@@ -231,6 +233,47 @@ def test_a_rollback_an_old_champion_and_a_full_disk_are_told(
     assert f"{NAME} has had no new champion since" in wait_for_text(told, "Old champion")
     full = wait_for_text(told, "Disk nearly full")
     assert "3.0 GB of 100.0 GB are free (3%)" in full
+
+
+def test_a_night_unlike_the_last_ones_is_told_and_an_ordinary_one_is_not(
+    client: SyncPrefectClient, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = Path("runs")
+    for name, tonight in (("ordinary", 0.05), ("planted", 0.2)):
+        section = RegistrySection(path=str(tmp_path / "registry"), name=name)
+        for day in range(1, 10):
+            judged_night(runs, day, tmp_path / "registry", name, 0.01 * (day % 3 - 1))
+        judged_night(runs, 20, tmp_path / "registry", name, 9.9)  # a later one
+        judged_night(runs, 9, tmp_path / "registry", f"another than {name}".replace(" ", "-"), 9.9)
+        run = judged_night(runs, 10, tmp_path / "registry", name, tonight)
+        warning_events.warn_of_unusual_night(section, run)
+    EventsWorker.drain_all()
+    end_run(client, "after both nights", State(type=StateType.FAILED, name="Failed"))
+    wait_for_text(told, "after both nights")
+    (text,) = [text for text in told if "Unusual night" in text]
+    assert text.startswith(
+        "Unusual night: planted\nTonight's loss less the champion's is +0.2 nats/token. The median "
+        "of the last 9 nights is +0, and more than 0.0741 from it is unusual. Compare"
+    )
+
+
+@pytest.mark.parametrize(
+    ("difference", "last", "is_unusual"),
+    [
+        (0.009, [0.0] * 7, False),
+        (0.011, [0.0] * 7, True),
+        (-0.011, [0.0] * 7, True),
+        (9.9, [0.0] * 6, False),
+        (0.07, [-0.01, 0.0, 0.01] * 4, False),
+        (0.08, [-0.01, 0.0, 0.01] * 4, True),
+    ],
+)
+def test_a_night_is_unusual_beyond_five_deviations_and_a_hundredth_of_a_nat(
+    difference: float, last: list[float], is_unusual: bool
+) -> None:
+    said = warning_events.describe_unusual_night(difference, last)
+    assert (said is not None) is is_unusual
 
 
 @pytest.mark.slow("two flow runs, and an alert of their end")

@@ -21,6 +21,7 @@ from prefect.client.schemas.filters import (
     ArtifactFilterKey,
 )
 from prefect.client.schemas.objects import State, StateType
+from prefect.events.worker import EventsWorker
 from prometheus_client.parser import text_string_to_metric_families
 
 from flows.finetune import FinetuneParameters, finetune
@@ -30,9 +31,12 @@ from nested_core.pipeline import steps
 from nested_core.registry import history, list_versions, promote, read_champion, register
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training import trainer
+from tasks.prefect_server import read_events
 from tests.core.registry.conftest import write_run
 from tests.example import DATA, example_settings
 from tests.flows.conftest import flow_run_id, task_runs
+from tests.runs import judged_night
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 TASKS = ("validate", "load", "train", "gate")
@@ -114,13 +118,24 @@ def continued(folder: Path, path: str, **changes: Any) -> State[Any]:
 
 
 @pytest.mark.slow("a flow run of its own")
-def test_a_sound_run_that_is_no_better_than_its_start_keeps_the_champion(completed) -> None:
+def test_a_sound_run_that_is_no_better_keeps_the_champion_and_is_told_as_unusual(
+    completed: tuple[Path, State[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, _ = completed
     champion = read_champion(folder / "registry", "capitals")
     worse = {"learning_rate": 0.05, "iters": 4, "gate": {"max_val_loss_increase": 1e3}}
     target = {"path": str(folder / "registry"), "name": "capitals", "promote": "better"}
+    monkeypatch.chdir(folder)
+    for day in range(1, 8):
+        judged_night(Path("runs"), day, folder / "registry", "capitals", -0.5)
     state = continued(folder, "worse", registry=target, **worse)
     assert (state.is_completed(), state.name) == (True, "Kept the champion"), state.message
+    asked = {"event": {"name": ["adapter.unusual"]}, "resource": {"id": ["adapter.capitals"]}}
+    EventsWorker.drain_all()
+    with get_client(sync_client=True) as client:
+        wait_until(lambda: bool(read_events(client, 1, **asked)), "the unusual night's event")
+        (event,) = read_events(client, 2, **asked)
+    assert "The median of the last 7 nights is -0.5, and" in event["payload"]["message"]
     assert str(state.message).startswith(f"kept the champion {str(champion)[:12]}: loss ")
     assert read_champion(folder / "registry", "capitals") == champion
     assert list_versions(folder / "registry", "capitals") == [champion]
