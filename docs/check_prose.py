@@ -5,7 +5,7 @@ help of flags and keys, and the sentences of pages and reports.
 Prose is paragraphs, list items and table cells, not headings and blocks of code. Inline code, or a
 placeholder in a message, is one word. A sentence ends at `.`, `?` or `!` before a space, and at the
 end of its block; a colon or a semicolon ends none. Fewer than five words without such an end are a
-label, as table cells often are, and count nowhere.
+label, as table cells often are, and count nowhere. Lines of blocks have to fit their column.
 
 `--check` fails where a page of HELD is outside of the limits. A page that was rewritten is added.
 """
@@ -71,6 +71,7 @@ LONG_WORDS = 28  # at most 5 of 100 sentences have more
 MAX_WORDS = 40
 MIN_WORDS = 5  # without a full stop, fewer are a label
 SEMICOLON_SHARE = 0.1
+BLOCK_WIDTH = 86  # characters that the site's column shows, 1,280 pixels wide
 BANNED = re.compile(r"\b(is said|is told|are told|stands|stand)\b|(?:^|[.,:;] )(?:[Ww]ho \w+s\b)")
 _SENTENCE_END = re.compile(r"(?<=[.?!])[\"')\]]*\s+(?=\S)")
 _NO_SENTENCE_END = re.compile(r"\b(e\.g|i\.e|vs|cf|approx|no|fig|sect)\.$", re.IGNORECASE)
@@ -82,6 +83,7 @@ class Prose:
 
     name: str
     sentences: tuple[str, ...]
+    wide_lines: tuple[str, ...] = ()
 
     @property
     def lengths(self) -> list[int]:
@@ -115,6 +117,8 @@ class Prose:
                 yield f"{self.name}: {banned[0].strip()!r}: {sentence}"
         if self.semicolon_share > SEMICOLON_SHARE:
             yield f"{self.name}: {self.semicolon_share:.1%} of the sentences have a semicolon"
+        for line in self.wide_lines:
+            yield f"{self.name}: {len(line)} characters in a block, at most {BLOCK_WIDTH}: {line}"
 
 
 def split_sentences(text: str) -> Iterator[str]:
@@ -140,6 +144,13 @@ def read_markdown(text: str) -> Iterator[str]:
         is_heading = token.type == "heading_open" or (is_heading and token.type == "inline")
         if token.type == "inline" and not is_heading:
             yield from split_sentences("".join(_words_of(token.children or ())))
+
+
+def read_wide_lines(text: str) -> Iterator[str]:
+    """The lines of a page's blocks of code that do not fit its column."""
+    for token in MarkdownIt("commonmark").parse(text):
+        if token.type in ("fence", "code_block"):
+            yield from (line for line in token.content.splitlines() if len(line) > BLOCK_WIDTH)
 
 
 def _words_of(tokens: Iterable[Token]) -> Iterator[str]:
@@ -186,7 +197,8 @@ def read_project(root: Path = ROOT) -> Iterator[Prose]:
     for page in pages:
         name = page.relative_to(root).as_posix()
         if name not in GENERATED:
-            yield Prose(name, tuple(read_markdown(page.read_text(encoding="utf-8"))))
+            text = page.read_text(encoding="utf-8")
+            yield Prose(name, tuple(read_markdown(text)), tuple(read_wide_lines(text)))
     sources = [
         path for room in ("nested_core", "tasks", "flows") for path in (root / room).rglob("*.py")
     ]

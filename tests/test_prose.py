@@ -41,6 +41,15 @@ def test_the_sentences_of_a_page_are_those_that_a_person_would_count() -> None:
     ]
 
 
+def test_a_line_of_a_block_that_its_column_cuts_off_is_found() -> None:
+    page = f"{'word ' * 30}.\n\n```\n{'a' * 86}\n{'b' * 87}\n```\n\n    {'c' * 87}\n"
+    wide = tuple(TOOL["read_wide_lines"](page))
+    assert wide == ("b" * 87, "c" * 87)
+    first, second = TOOL["Prose"]("x.md", (), wide).find_problems()
+    assert first == f"x.md: 87 characters in a block, at most 86: {'b' * 87}"
+    assert second.endswith("c" * 87)
+
+
 def test_messages_and_help_are_read_with_a_word_for_each_placeholder() -> None:
     source = (
         "def f(path, n):\n"
