@@ -104,7 +104,7 @@ def describe_run(run: Run, error: str | None = None) -> Document:
         [
             _describe_verdict(run, error),
             Section("Answers of base, champion and candidate", list_answers(run), "answers"),
-            Section("Against champion and parent", list(_compare_examples(run)), "pairs"),
+            Section("Against the champion and the start", list(_compare_examples(run)), "pairs"),
             Section("Training", list(_describe_training(run)), "curves"),
             Section("Change by layer and module", list(_map_changes(run)), "change"),
             Section("Updates expected and applied", [_count_updates(run)], "updates"),

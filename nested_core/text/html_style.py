@@ -59,6 +59,8 @@ font-size:.9em}
 .nested-tune .scroll .heat td{text-align:center;padding:.2rem .35rem;border:1px solid var(--paper)}
 .nested-tune .scroll .heat thead th{padding-right:.35rem;text-align:center}
 @media(max-width:480px){body.nested-tune{padding:12px;font-size:14px}
+.nested-tune table{font-size:.75rem}
+.nested-tune .scroll th,.nested-tune .scroll td{padding-right:.3rem}
 .nested-tune .text{max-width:17rem}
 .nested-tune .verdict{font-size:1.1rem}
 .nested-tune .scroll .heat thead th{writing-mode:vertical-rl;text-align:right}}
