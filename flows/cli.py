@@ -117,7 +117,7 @@ def build_parser() -> _Parser:
 
     parser = _Parser(
         prog="nested-tune",
-        description="Fine-tuning pipelines for MLX that cannot silently do nothing.",
+        description="LoRA fine-tuning for MLX that checks whether training worked.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="nested-tune COMMAND [options]",
     )

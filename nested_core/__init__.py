@@ -1,4 +1,4 @@
-"""Fine-tuning for MLX that cannot silently do nothing: the library behind the flows.
+"""LoRA fine-tuning for MLX that checks whether training worked: the library behind the flows.
 
 Importing it changes nothing in the process. The public names are loaded when they are first used,
 so that a process that only reads data does without mlx. A script or a notebook that trains calls
