@@ -38,7 +38,7 @@ def test_a_rise_within_noise_is_refused_by_the_bound_alone_only() -> None:
     assert reason.code == "loss_regressed"
 
 
-@pytest.mark.claim("An adapter that is significantly worse, in loss or answers, does not pass")
+@pytest.mark.claim("A significantly worse adapter (loss, answers) passes only within set limits")
 def test_a_rise_beyond_bound_and_noise_is_refused_with_its_figures_and_its_data() -> None:
     validation = validation_of(losses_of([0.2, 0.25, 0.3, 0.35] * 3, before=2.0))
     (reason,) = loss_reasons(validation, GateSection())

@@ -31,7 +31,7 @@ def moved_tiers(finished: Finished, step: int) -> dict[int, set[str]]:
     return moved
 
 
-@pytest.mark.claim("Each tier was updated as often as its clock says")
+@pytest.mark.claim("Each tier was updated as often as `nested.frequencies` says")
 def test_three_steps_of_frequencies_1_and_2_give_three_updates_and_one(tmp_path: Path) -> None:
     done = train_example(tmp_path / "run", iters=3, nested={"frequencies": [1, 2]})
     state = json.loads((checkpoint_path(done.run.checkpoints, 3) / STATE_NAME).read_bytes())
