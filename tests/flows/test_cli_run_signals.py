@@ -18,6 +18,7 @@ from tests.example import write_config
 from tests.flows.conftest import PROGRAM, completed, ended, start
 from tests.flows.test_cli_signals import interrupt
 from tests.prefect_home import new_prefect_home
+from tests.production.processes import processes_with
 from tests.waiting import wait_until
 
 pytestmark = [
@@ -47,15 +48,7 @@ def is_training(folder: Path) -> bool:
 
 def servers_of(folder: Path) -> list[int]:
     """Processes that were started with this test's Prefect home, and still run."""
-    mark = f"PREFECT_HOME={folder / 'prefect'}\0".encode()
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark in (process / "environ").read_bytes():
-                found.append(int(process.name))
-        except OSError:  # it has ended, or is another user's
-            continue
-    return found
+    return processes_with(f"PREFECT_HOME={folder / 'prefect'}\0")
 
 
 def wait_for_no_servers(folder: Path) -> None:

@@ -60,7 +60,7 @@ from nested_core.registry.registration import register_rejection
 from nested_core.storage.adapter import read_adapter
 from tests.core.registry.conftest import write_run
 from tests.core.registry.faults import killed_at
-from tests.core.registry.states import NAME
+from tests.core.registry.states import NAME, restore_from
 from tests.gate_files import judged_files, read_gate, write_gate
 
 RUNS = 5
@@ -566,15 +566,7 @@ class Sequence:
 
     def restore(self, name: str) -> None:
         """Put back a file or folder from the backup."""
-        path, saved = self.name_folder / name, self.folder / "backup" / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-        if saved.is_dir() and not saved.is_symlink():
-            shutil.copytree(saved, path, symlinks=True)
-        elif os.path.lexists(saved):
-            shutil.copy2(saved, path, follow_symlinks=False)
+        restore_from(self.folder / "backup" / name, self.name_folder / name)
 
     def damage_version(self) -> None:
         """A file of a version is edited, or its folder removed; one of the ways out is taken."""

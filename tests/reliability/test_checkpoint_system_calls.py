@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from tests.core.registry.system_calls import (
     SAMPLE,
     Failure,
     can_trace,
-    interrupted_at,
+    each_call,
 )
 
 # The children of these forks only write arrays that are there already.
@@ -59,21 +59,6 @@ def save(folder: Path, *, step: int, value: float) -> None:
     )
 
 
-def each_call(
-    folder: Path, failure: Failure, stride: int, action: Callable[[Path], object]
-) -> Iterator[tuple[Path, bool]]:
-    """Folders in which `action` met the failure at a call, and whether it said it was done."""
-    for number in range(1, 100_000, stride):
-        copy = shutil.copytree(folder / "checkpoints", folder / "copy")
-        met = interrupted_at(number, failure, partial(action, copy))
-        if met.call is None:
-            assert met.has_returned
-            shutil.rmtree(copy)
-            return
-        yield copy, met.has_returned
-        shutil.rmtree(copy)
-
-
 @pytest.mark.claim("A run killed at any moment resumes to the bit, or is complete")
 @pytest.mark.parametrize("stride", [SAMPLE, EVERY_CALL])
 @pytest.mark.parametrize("failure", FAILURES)
@@ -85,7 +70,7 @@ def test_failure_at_a_call_leaves_the_checkpoint_of_before_or_the_new_one(
     new, old = 9.0, 2.0
     points = {old: 0, new: 0}
     for copy, has_returned in each_call(
-        folder, failure, stride, partial(save, step=step, value=new)
+        folder / "checkpoints", failure, stride, partial(save, step=step, value=new)
     ):
         remove_leftovers(copy)  # as each resume does first
         checkpoint = latest_checkpoint(copy)

@@ -43,7 +43,7 @@ from tests.core.registry.system_calls import (
     SAMPLE,
     Failure,
     can_trace,
-    interrupted_at,
+    each_call,
 )
 
 # The children of these forks only touch files; that the parent has threads does not matter.
@@ -99,22 +99,6 @@ def make_three(memory: Path) -> tuple[str, str, str]:
     promote(memory / "registry", NAME, first, by="ann")
     promote(memory / "registry", NAME, second, by="ann")
     return first, second, third
-
-
-def each_call(
-    memory: Path, failure: Failure, stride: int, action: Callable[[Path], object]
-) -> Iterator[tuple[Path, bool]]:
-    """Registries in which `action` met the failure at a call, and whether it said it was done."""
-    for number in range(1, 100_000, stride):
-        copy = shutil.copytree(memory / "registry", memory / "copy", symlinks=True)
-        met = interrupted_at(number, failure, partial(action, copy))
-        if met.call is None:
-            assert met.has_returned
-        else:
-            yield copy, met.has_returned
-        shutil.rmtree(copy)
-        if met.call is None:
-            return
 
 
 Change = Callable[[Path, Path, tuple[str, str, str]], object]
@@ -180,7 +164,7 @@ def test_after_a_failure_at_any_call_the_next_command_finds_history_link_and_vie
     act(whole)
     new = state_of(whole)
     points = {"old": 0, "between": 0, "new": 0}
-    for copy, has_returned in each_call(memory, failure, stride, act):
+    for copy, has_returned in each_call(registry, failure, stride, act):
         if name_exists(copy, NAME) and (copy / NAME / "versions").is_dir():
             assert read_champion(copy, NAME) in (old[0], new[0])
             assert change == "forget" or audit(copy, NAME).findings == ()
@@ -212,6 +196,7 @@ def test_a_swap_that_is_not_atomic_would_be_found(
         (place / NAME / "champion").symlink_to(f"versions/{versions[2]}")
 
     champions = [
-        read_champion(copy, NAME) for copy, _ in each_call(memory, "kill", 1, swap_in_two_steps)
+        read_champion(copy, NAME)
+        for copy, _ in each_call(memory / "registry", "kill", 1, swap_in_two_steps)
     ]
     assert None in champions

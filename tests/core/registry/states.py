@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,18 @@ def missed(registry: Path) -> dict[str, str]:
 def last_line(registry: Path) -> dict[str, Any]:
     """The last line of the history, whatever it is about."""
     return read_ledger(registry / NAME).entries[-1].fields()
+
+
+def restore_from(saved: Path, path: Path) -> None:
+    """Put a file, link or folder of a registry back as it is in a backup, or take it away."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    if saved.is_dir() and not saved.is_symlink():
+        shutil.copytree(saved, path, symlinks=True)
+    elif os.path.lexists(saved):
+        shutil.copy2(saved, path, follow_symlinks=False)
 
 
 def chained_line(registry: Path, entry: dict[str, Any]) -> bytes:

@@ -11,12 +11,14 @@ import errno
 import functools
 import os
 import platform
+import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pytest
@@ -137,6 +139,22 @@ def interrupted_at(number: int, failure: Failure, action: Callable[[], object]) 
         raise
     assert code != UNEXPECTED, f"{met} failed with {failure}: the traceback is above"
     return Interrupted(met, code)
+
+
+def each_call(
+    source: Path, failure: Failure, stride: int, action: Callable[[Path], object]
+) -> Iterator[tuple[Path, bool]]:
+    """Copies of `source` in which `action` met the failure at a call, and whether it returned."""
+    for number in range(1, 100_000, stride):
+        copy = shutil.copytree(source, source.with_name("copy"), symlinks=True)
+        met = interrupted_at(number, failure, functools.partial(action, copy))
+        if met.call is None:
+            assert met.has_returned
+        else:
+            yield copy, met.has_returned
+        shutil.rmtree(copy)
+        if met.call is None:
+            return
 
 
 def _run_traced(action: Callable[[], object]) -> None:

@@ -34,7 +34,7 @@ from nested_core.storage import kept_hashes
 from nested_core.storage.lock_file import LockFile
 from nested_core.storage.untrusted_files import regular_sha256
 from tests.core.registry.conftest import MakeRun, write_run
-from tests.core.registry.states import NAME
+from tests.core.registry.states import NAME, restore_from
 
 
 @dataclass
@@ -60,15 +60,7 @@ class World:
 
     def restore_backup(self, path: Path) -> None:
         """Put one file or folder back as it is in the backup."""
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-        saved = self.folder / "backup" / path.relative_to(self.registry)
-        if saved.is_dir() and not saved.is_symlink():
-            shutil.copytree(saved, path, symlinks=True)
-        else:
-            shutil.copy2(saved, path, follow_symlinks=False)
+        restore_from(self.folder / "backup" / path.relative_to(self.registry), path)
 
 
 @pytest.fixture
