@@ -4,7 +4,7 @@ An arm is `mlx_lm` or `ours`, with options: `ours+deep` (tiers [1, 2, 4], deep l
 `+due=1` (the fastest tiers alone), `+bits=4`, `+rank=12`, `+dropout=0.05`, `+dora`, `+checkpoint`
 (all layers recomputed), `+limit=12` (GiB), `+graphs=1` (CUDA graphs), `+ops=10` and `+mb=200` (what
 is committed at once), `+batch=16`, `+length=278`, `+layers=4`, `+windows=3` (windows that count,
-after half as many). `mlx_lm+cache` leaves MLX's cache of freed buffers alone. A row of ours has the
+after half as many), `+keep=3.5` (GiB of freed buffers that MLX may keep). `mlx_lm+cache` leaves MLX's cache of freed buffers alone. A row of ours has the
 peak that is forecast for it. With `+mixed`, and with `+chats`, rows have lengths of their own, up
 to the shape's, and tokens are counted without padding; with `+even` as well, rows of one length
 hold as many tokens on average, and with `+even=259` so many each. `ours+parts` takes the gradients
@@ -57,7 +57,7 @@ VARIABLES = {
 }
 MicroBatch = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]  # tokens, what is learnt
 NAMES = "mlx_lm", "ours", FLOOR
-OPTIONS = {*VARIABLES, "batch", "bits", "deep", "due", "length", "limit", "parts", "ranks"}
+OPTIONS = {*VARIABLES, "batch", "bits", "deep", "due", "keep", "length", "limit", "parts", "ranks"}
 OPTIONS |= {*ROWS, "even", "cache", "checkpoint", "dora", "dropout", "layers", "rank", "windows"}
 
 
@@ -79,6 +79,8 @@ def main(size: str, arm: str) -> None:
 
     if "limit" in options:
         mx.set_memory_limit(int(float(options["limit"]) * 2**30))
+    if "keep" in options:
+        mx.set_cache_limit(int(float(options["keep"]) * 2**30))
     if name == FLOOR:
         found = floor_of(shape, deep="deep" in options)
     else:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -94,12 +96,13 @@ class FamilyShape(Shape):
 
     @property
     def weights(self) -> int:
-        """Weights as mlx-lm has them; nothing is computed."""
-        from mlx.utils import tree_flatten
+        """Weights as mlx-lm has them, counted by another process.
 
-        from benchmarks.gpu.mlx_arms import make_model
-
-        return sum(array.size for _, array in tree_flatten(make_model(self).parameters()))
+        In this one a model would have MLX read its settings before they are set.
+        """
+        asked = [sys.executable, "-m", "benchmarks.gpu.shapes", json.dumps(asdict(self))]
+        done = subprocess.run(asked, capture_output=True, text=True, check=True)
+        return int(done.stdout.splitlines()[-1])
 
 
 def gated_delta_sizes(heads: int, size: int) -> dict[str, Any]:
@@ -171,6 +174,15 @@ FAMILIES = {
         more={"head_dim": 16, **expert_sizes(4, 2, 32)},
     ),
 }
+
+
+def count_weights(shape: FamilyShape) -> int:
+    """Weights of the model that mlx-lm makes of a shape; none is computed."""
+    from mlx.utils import tree_flatten
+
+    from benchmarks.gpu.mlx_arms import make_model
+
+    return sum(array.size for _, array in tree_flatten(make_model(shape).parameters()))
 
 
 def shape_of(size: str) -> Shape:
@@ -306,3 +318,7 @@ def row(size: str, arm: str, shape: Shape, found: dict[str, Any], peak: float) -
         line["real_tokens_per_step"] = round(sum(found.pop("real_tokens")) / steps)
     line |= {name: value for name, value in found.items() if name != "seconds"}
     return json.dumps(line)
+
+
+if __name__ == "__main__":
+    print(count_weights(FamilyShape(**json.loads(sys.argv[1]))))

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from nested_core import backend
+
 if TYPE_CHECKING:  # a loss imports this file, and needs numpy alone
     from nested_core.data.tokens.tokenized_split import (
         Bool,
@@ -27,8 +29,10 @@ if TYPE_CHECKING:  # a loss imports this file, and needs numpy alone
     )
 
 MAX_DISTINCT_WIDTHS = 96
-# What a width costs once, in positions of a batch: its trace, and the plans and memory of a GPU.
+# What a width costs once, in positions of a batch: its trace, and on CUDA plans and memory as well,
+# for MLX keeps the freed buffers of each width.
 POSITIONS_PER_TRACE = 6_000
+POSITIONS_PER_TRACE_ON_CUDA = 48_000
 MIN_BATCHES_COUNTED = 1_000  # of a run that passes over few rows again and again
 WIDTHS_PER_OCTAVE = 64
 FAST_WIDTH_MULTIPLE = 128  # attention's backward pass is fastest at these on CUDA
@@ -73,13 +77,19 @@ def sort_into_buckets(
     longest = widen_to_fast_widths(longest)
     tokens = int(needed.sum())
     widths, counts = np.unique(longest, return_counts=True)
-    passes = max(1.0, MIN_BATCHES_COUNTED / len(longest))
-    chosen = choose_padded_widths(widths, counts, POSITIONS_PER_TRACE / batch_size / passes)
+    chosen = choose_padded_widths(widths, counts, cost_of_a_width(batch_size, len(longest)))
     places = np.searchsorted(chosen, longest)  # of each batch, the narrowest width that holds it
     firsts = np.flatnonzero(np.diff(places, prepend=-1))
     starts = np.append(firsts * batch_size, len(rows)).astype(np.int64)
     padded = int(chosen[places].sum()) * batch_size
     return LengthBuckets(rows, starts, chosen[places[firsts]], batch_size, 1 - tokens / padded)
+
+
+def cost_of_a_width(batch_size: int, batches: int) -> float:
+    """What one more width costs, in positions of a row, for so many batches an epoch."""
+    on_cuda = backend.is_mlx_built_for_cuda()
+    positions = POSITIONS_PER_TRACE_ON_CUDA if on_cuda else POSITIONS_PER_TRACE
+    return positions / batch_size / max(1.0, MIN_BATCHES_COUNTED / batches)
 
 
 def widen_to_fast_widths(widths: Int64) -> Int64:

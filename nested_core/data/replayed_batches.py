@@ -19,10 +19,9 @@ from typing import TypeVar
 import numpy as np
 
 from nested_core.data.batches import (
-    MIN_BATCHES_COUNTED,
-    POSITIONS_PER_TRACE,
     BatchRows,
     choose_padded_widths,
+    cost_of_a_width,
     round_up_widths,
     widen_to_fast_widths,
 )
@@ -183,8 +182,7 @@ class ReplayedBatchOrder:
         is_mixed = np.diff(taken) > 0
         longest = np.maximum(longest, np.where(is_mixed, drawn[taken[:-1]], 0))
         widths, counts = np.unique(np.append(longest, self._needed.max()), return_counts=True)
-        passes = max(1.0, MIN_BATCHES_COUNTED / last)
-        cost = POSITIONS_PER_TRACE / self.batch_size / passes
+        cost = cost_of_a_width(self.batch_size, last)
         self._widths = choose_padded_widths(widths, counts, cost)
         classes = np.searchsorted(self._widths, self._needed[self._sorted])
         firsts = np.flatnonzero(np.diff(classes, prepend=-1))

@@ -67,7 +67,7 @@ def test_with_mlx_for_cuda_a_model_chooses_how_kernels_are_started_unless_somebo
     path = with_cuda_package(tmp_path)
     assert run(ASK, "199999999", PYTHONPATH=path) == "0 100 8192 256"
     assert run(ASK, "200000000", PYTHONPATH=path) == "0 25 8192 256"
-    assert run(ASK, "999999999", PYTHONPATH=path) == "0 25 8192 256"
+    assert run(ASK, "899999999", PYTHONPATH=path) == "0 25 8192 256"
     assert run(ASK, "1000000000", PYTHONPATH=path) == "0 8 8192 256"
     chosen = {"MLX_USE_CUDA_GRAPHS": "1", "MLX_MAX_OPS_PER_BUFFER": "77"}
     chosen |= {"MLX_CUDA_SDPA_CACHE_SIZE": "300", "MLX_CUDA_SDPA_BACKWARD_CACHE_SIZE": "9"}

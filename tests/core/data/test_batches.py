@@ -16,6 +16,7 @@ from mlx_lm.tuner.datasets import CacheDataset
 
 from benchmarks import padding
 from benchmarks.padding import skewed_lengths
+from nested_core import backend
 from nested_core.data.batches import (
     MAX_DISTINCT_WIDTHS,
     BatchOrder,
@@ -135,6 +136,17 @@ def test_widths_are_even_or_a_near_multiple_of_128_and_little_wider_than_allowed
     assert sort_into_buckets([20] * 64, 4).widths.tolist() == [20]
 
 
+def test_on_cuda_widths_are_fewer_for_mlx_keeps_the_memory_of_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lengths = np.random.default_rng(0).lognormal(5.5, 0.6, 2_400).clip(12, 512)
+    here = sort_into_buckets(lengths, 4, 512)
+    monkeypatch.setattr(backend, "is_mlx_built_for_cuda", lambda: True)
+    there = sort_into_buckets(lengths, 4, 512)
+    assert (len(here.widths), len(there.widths)) == (12, 4)
+    assert here.padding_share < 0.06 < there.padding_share < 0.16
+
+
 @pytest.mark.usefixtures("own_random_state")  # mlx_lm draws from numpy's
 @pytest.mark.parametrize(
     ("rows", "most_widths", "most_padding"), [(2_000, 30, 0.07), (20_000, 45, 0.045)]
@@ -190,6 +202,7 @@ def test_epochs_and_seeds_differ(seed: int) -> None:
 
 FINGERPRINT = """
 import hashlib, numpy as np
+from nested_core import backend
 from nested_core.data.batches import BatchOrder
 plan = BatchOrder(np.random.default_rng(5).integers(2, 900, 333), 8, 42)
 batches = [plan.batch(index) for index in {order}]
