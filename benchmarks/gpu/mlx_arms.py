@@ -4,13 +4,14 @@ An arm is `mlx_lm` or `ours`, with options: `ours+deep` (tiers [1, 2, 4], deep l
 `+due=1` (the fastest tiers alone), `+bits=4`, `+rank=12`, `+dropout=0.05`, `+dora`, `+checkpoint`
 (all layers recomputed), `+limit=12` (GiB), `+graphs=1` (CUDA graphs), `+ops=10` and `+mb=200` (what
 is committed at once), `+batch=16`, `+length=278`, `+layers=4`, `+windows=3` (windows that count,
-after half as many), `+keep=3.5` (GiB of freed buffers that MLX may keep). `mlx_lm+cache` leaves MLX's cache of freed buffers alone. A row of ours has the
-peak that is forecast for it. With `+mixed`, and with `+chats`, rows have lengths of their own, up
-to the shape's, and tokens are counted without padding; with `+even` as well, rows of one length
-hold as many tokens on average, and with `+even=259` so many each. `ours+parts` takes the gradients
-alone, third by third. With `+ranks=2`, under `mlx.launch`, each rank has the whole batch on a GPU
-of its own; the row counts the tokens of all. `floor`, and `floor+deep`, is no training, but the
-products and the attention that each must do.
+after half as many), `+keep=3.5` (GiB of freed buffers that MLX may keep). `mlx_lm+cache` leaves
+MLX's cache of freed buffers alone. A row of ours has the peak that is forecast for it. With
+`+mixed`, and with `+chats`, rows have lengths of their own, up to the shape's, and tokens are
+counted without padding; with `+even` as well, rows of one length hold as many tokens on average,
+and with `+even=259` so many each. `ours+parts` takes the gradients alone, third by third. With
+`+ranks=2`, under `mlx.launch`, each rank has the whole batch on a GPU of its own; the row counts
+the tokens of all. `floor`, and `floor+deep`, is no training, but the products and the attention
+that each must do.
 """
 
 from __future__ import annotations
