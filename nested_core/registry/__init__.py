@@ -8,22 +8,14 @@ none. Servers write their own files in serving/.
 
 ledger.py is the history, history_views.py the folder under its lock with the views, versions.py a
 version, judgements.py its later verdicts, data_store.py its examples. registration.py adds a
-version, changes.py and declines.py are what is done to a name, garbage_collection.py removes,
-queries.py and audit_report.py read, policy.py is what a name asks for at least. adapter_card.py
-writes the model card of a version, and serving_status.py reads what servers say.
+version, promote_and_rollback.py and declines.py are what is done to a name, garbage_collection.py
+removes, queries.py and audit_report.py read, policy.py is what a name asks for at least.
+adapter_card.py writes the model card of a version, and serving_status.py reads what servers say.
 promotion_policy.py decides a promotion by policy, trials.py knows which runs need not be made
 again, and mlflow_export.py makes the copy for MLflow: these are imported where they are used.
 """
 
 from nested_core.registry.audit_report import AuditReport, audit
-from nested_core.registry.changes import (
-    UNSET,
-    HistoryChanged,
-    Unset,
-    promote,
-    register_and_promote,
-    rollback,
-)
 from nested_core.registry.declines import decline, find_decline
 from nested_core.registry.folders import list_names
 from nested_core.registry.garbage_collection import (
@@ -31,6 +23,14 @@ from nested_core.registry.garbage_collection import (
     collect_garbage,
     forget,
     forget_rows,
+)
+from nested_core.registry.promote_and_rollback import (
+    UNSET,
+    HistoryChanged,
+    Unset,
+    promote,
+    register_and_promote,
+    rollback,
 )
 from nested_core.registry.promotion_outcome import Decision
 from nested_core.registry.queries import (
