@@ -200,12 +200,12 @@ def forget_rows(
         with writing(registry, name) as held:
             lost = _find_listed_rows(held.path, held.ledger, is_listed)
             for version, digests in lost.items():
+                drop_rows(held.path, version, digests, confirm=held.confirm)
+            remove_unneeded_rows(held.path, held.ledger.standing, confirm=held.confirm)
+            for version, digests in lost.items():  # now that it is so
                 count = f"{len(digests)} {'row' if len(digests) == 1 else 'rows'}"
                 reason = f"{count} taken out of the data store"
                 held.record("rows_forgotten", version, by, reason=reason)
-            for version, digests in lost.items():
-                drop_rows(held.path, version, digests, confirm=held.confirm)
-            remove_unneeded_rows(held.path, held.ledger.standing, confirm=held.confirm)
     counts = {version: len(digests) for version, digests in lost.items()}
     return ForgottenRows(name, counts, is_dry_run=dry_run)
 

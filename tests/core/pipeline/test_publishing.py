@@ -25,11 +25,11 @@ from nested_core.pipeline.publishing import (
 from nested_core.records.dataset import DatasetReport, SplitStats
 from nested_core.registry import (
     Decision,
-    changes,
     collect_garbage,
     garbage_collection,
     list_versions,
     promote,
+    promote_and_rollback,
     registration,
 )
 from nested_core.registry.promotion_policy import (
@@ -378,7 +378,7 @@ class TestPromotionByAPerson:
             gc.join(SECONDS_FOR_A_GC)  # it has to wait for the lock
             return state
 
-        monkeypatch.setattr(changes, "add_version", after)
+        monkeypatch.setattr(promote_and_rollback, "add_version", after)
         assert by_hand(make_run(2.0)).outcome == "promoted"
         gc.join()
         assert len(list_versions(registry, NAME)) == 2

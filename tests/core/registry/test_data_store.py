@@ -14,7 +14,15 @@ from flows.cli import main
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.example_rows import RowKeys, read_row_list, read_split_rows
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.registry import audit, collect_garbage, history, promote, register
+from nested_core.registry import (
+    audit,
+    collect_garbage,
+    forget_rows,
+    garbage_collection,
+    history,
+    promote,
+    register,
+)
 from nested_core.registry.data_store import (
     RunExamples,
     digest_row,
@@ -124,6 +132,27 @@ def test_forgotten_rows_and_prompts_leave_the_store_and_the_history_names_the_ve
     assert_settled(registry)
     assert main(command) == 0
     assert "no version has any of these rows" in capfd.readouterr().out
+
+
+def test_the_history_says_that_rows_are_gone_only_once_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = tmp_path / "registry"
+    first, *_ = add_champions(tmp_path)
+    before = (registry / NAME / "history.jsonl").read_bytes()
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    for step in ("drop_rows", "remove_unneeded_rows"):
+        with monkeypatch.context() as patch:
+            patch.setattr(garbage_collection, step, stop)
+            with pytest.raises(KeyboardInterrupt):
+                forget_rows(registry, NAME, lambda row: row == question(1), by="ann")
+        assert (registry / NAME / "history.jsonl").read_bytes() == before
+    collect_garbage(registry, NAME, by="ann")
+    assert rows_of(registry, first)[0] == [question(0)]
+    assert digest_row(question(1)) not in all_stored(registry)
 
 
 @pytest.mark.parametrize(
