@@ -70,7 +70,7 @@ def run_sweep(arguments: argparse.Namespace) -> Callable[[], int]:
     with backend.collecting_no_garbage():
         from nested_core.pipeline.hooks import Steps  # loads mlx, which takes seconds
         from nested_core.pipeline.sweep import SweepRequest, sweep
-        from nested_core.report.sweep import sweep_columns, sweep_rows
+        from nested_core.report.sweep import describe_scores, sweep_columns, sweep_rows
 
     stopper = Stopper()
 
@@ -113,6 +113,7 @@ def run_sweep(arguments: argparse.Namespace) -> Callable[[], int]:
 
     def show() -> None:
         """The table, the outcome, and how to go on."""
+        print_line(f"{describe_scores(record)}:")
         print_table(sweep_columns(record), sweep_rows(record))
         print_line(result.summary())
         print_line(result.verdict.summary())

@@ -85,8 +85,15 @@ def describe_sweep(record: SweepRecord, runs: Sequence[RunDirectory], summary: s
         points = Run(run).points("val_loss")
         curves.append(Curve(f"{number}: {arm.describe()}", points, has_dots=True))
     chart = Chart("Validation loss of each setting", "step", "nats/token", curves)
-    table = Table("Lowest so far at each comparison", sweep_columns(record), sweep_rows(record))
+    table = Table(describe_scores(record), sweep_columns(record), sweep_rows(record))
     return Document("Sweep", [Text(summary, is_headline=True), Figures([[chart]]), table])
+
+
+def describe_scores(record: SweepRecord) -> str:
+    """What the figures of the table of arms are."""
+    if record.select_by == "loss":
+        return "Validation loss in nats/token, the lowest up to each step"
+    return f"Right answers to {record.select_by}, the most up to each step"
 
 
 def sweep_columns(record: SweepRecord) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ def test_a_sweep_says_what_was_tried_and_what_came_of_the_best(tmp_path: Path) -
     assert "found is not empty: add --resume" in again.message()
     judged = called(*command, "--run-dir", "found", "--resume", cwd=tmp_path)
     assert said["summary"] in judged.stdout
+    assert judged.stdout.startswith("Validation loss in nats/token, the lowest up to each step:")
     assert "the configuration itself: to step" not in judged.stderr  # nothing is trained again
 
 
