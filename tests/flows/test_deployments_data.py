@@ -183,8 +183,8 @@ def test_each_registry_name_has_a_set_of_its_own_that_keeps_nothing_of_the_examp
     parameters = [deployment.parameters for deployment in plan.deployments[:-1]]
     promotion = {"promote": "better", "await_serving": 60}
     published = SUPPORT | {"registry": SUPPORT["registry"] | promotion}
-    goes_on = {"from": "champion", "skip_unchanged": True, "replay": {"fraction": 0.1}}
-    nightly = {"continual": goes_on}
+    goes_on = {"from": "champion", "skip_unchanged": True, "replay": {"fraction": 0.3}}
+    nightly = {"continual": goes_on, "gate": {"max_ancestor_loss_increase": 0.1}}
     assert parameters[0] == {"config": published | nightly}
     assert parameters[1] == {"config": published}
     assert parameters[2]["config"]["base"] == published
