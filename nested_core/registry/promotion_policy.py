@@ -283,8 +283,9 @@ def approve(
 ) -> Decision:
     """Promote what a person has approved while this champion stood; otherwise say why not.
 
-    The registry's policy counts but for the question itself; what the run asked for does not: it is
-    a person's word. `by` is who answered, as that was typed.
+    The registry's policy counts but for the question itself and its reference, which bounds
+    promotions without a person. What the run asked for does not: it is a person's word. `by` is who
+    answered, as that was typed.
     """
 
     def decide(decided_at: str) -> Decision:
@@ -392,7 +393,8 @@ def find_refusal(
     """Why a version is not promoted by itself, or None: the decision, in one place.
 
     Of the run's section and the registry's policy the stricter counts. With `is_approved` a person
-    has said yes: nobody is asked again, and all else counts.
+    has said yes: nobody is asked again. All else counts but the policy's reference, which bounds
+    promotions without a person.
     """
     registry, name = registry_location(section)
     policy = read_policy(registry, name)
