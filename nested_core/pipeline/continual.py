@@ -25,7 +25,7 @@ from nested_core.records.dataset import read_dataset_record
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.replay import read_replay
 from nested_core.records.skip import Skip
-from nested_core.records.verdict import Verdict, describe_examples
+from nested_core.records.verdict import Verdict
 from nested_core.registry import holding_champion, read_champion, trials, verify
 from nested_core.registry.folders import name_exists
 from nested_core.registry.policy import read_reference
@@ -37,7 +37,6 @@ from nested_core.storage.atomic import canonical_json
 from nested_core.storage.kept_hashes import cached_sha256
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
-from nested_core.text.loss_format import format_change
 
 
 def champion_or_none(registry: Path, name: str) -> str | None:
@@ -215,19 +214,6 @@ def find_unbeaten_champion(
     initial = verdict.initial.digest
     is_start = verdict.rival in (initial, parent_version_of(config, initial))
     return verdict.rival if is_start else None
-
-
-def describe_unbeaten_champion(verdict: Verdict, champion: str) -> str:
-    """One line that says why nothing was registered, with both losses."""
-    change = "no loss"
-    if verdict.validation is not None:
-        examples = describe_examples(verdict.validation)
-        losses = format_change(verdict.validation.loss_before, verdict.validation.loss_after)
-        change = f"loss {losses} on {examples}"
-    return (
-        f"kept the champion {shorten_digest(champion)}: {change}, not better, and within the "
-        f"threshold"
-    )
 
 
 @contextmanager

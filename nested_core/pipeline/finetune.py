@@ -16,7 +16,6 @@ from nested_core.errors import ConfigError, GateRejected, NestedTuneError
 from nested_core.models.session import Session
 from nested_core.pipeline.continual import (
     champion_or_none,
-    describe_unbeaten_champion,
     find_reason_to_skip,
     find_unbeaten_champion,
     record_trial,
@@ -44,6 +43,7 @@ from nested_core.records.verdict import Verdict
 from nested_core.registry import Decision
 from nested_core.registry.policy import hold_to_policy
 from nested_core.registry.promotion_policy import effective_rule, registry_location
+from nested_core.report.outcome import describe_unbeaten_champion
 from nested_core.report.run_report import read_report, writing_report_at_end
 from nested_core.storage.atomic import remove_file
 from nested_core.storage.run_directory import RunDirectory

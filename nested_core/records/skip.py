@@ -15,14 +15,14 @@ from nested_core.storage.atomic import write_json
 from nested_core.storage.untrusted_files import read_json
 
 MAX_SKIP_BYTES = 1024 * 1024
-INSIST = "continual.skip_unchanged: false trains all the same"
+INSIST = "To train all the same, set continual.skip_unchanged: false"
 
 
 @dataclass(frozen=True)
 class Skip:
     """Why nothing was trained.
 
-    outcome: SKIPPED_UNCHANGED or SKIPPED_HOPELESS.
+    outcome: SKIPPED_UNCHANGED or SKIPPED_REFUSED_BEFORE.
     reason: in a few words, with the date: `rejected as worse on 24 Nov 2026`.
     details: what follows it in a sentence, such as what was found; None where the reason says all.
     version: the version that the same data and settings have made; None where they made none.
@@ -34,9 +34,13 @@ class Skip:
     version: str | None = None
 
     def describe(self) -> str:
-        """The reason with its details, and what trains all the same."""
+        """The reason with its details, and how to train all the same."""
         text = self.reason if self.details is None else f"{self.reason} {self.details}"
-        return f"{text}; {INSIST}" if self.outcome == Outcome.SKIPPED_HOPELESS else text
+        return (
+            f"{text.rstrip('.')}. {INSIST}"
+            if self.outcome == Outcome.SKIPPED_REFUSED_BEFORE
+            else text
+        )
 
     def __str__(self) -> str:
         return f"{self.outcome}: {self.describe()}"

@@ -209,13 +209,14 @@ def _loss_check(name: str, losses: Validation | GeneralLoss, reasons: Sequence[R
 
 def _rival_check(role: str, rival: ChampionLoss) -> CheckRow:
     """The candidate beside another version, on the examples that neither was trained on."""
-    name = f"{role} {shorten_digest(rival.version)}, {rival.examples} examples"
+    name, examples = f"{role} {shorten_digest(rival.version)}", f"{rival.examples} examples"
     if rival.not_compared is not None:
-        return CheckRow(name, verdict=f"not compared: {rival.not_compared}")
+        return CheckRow(f"{name}, {examples}", verdict=f"not compared: {rival.not_compared}")
     if rival.loss is None or rival.difference is None:
-        return CheckRow(name, verdict="no loss on examples that neither was trained on")
+        problem = "no loss on examples that neither was trained on"
+        return CheckRow(f"{name}, {examples}", verdict=problem)
     return CheckRow(
-        name,
+        f"{name} vs this run, {examples}",
         format_loss(rival.loss),
         format_loss(rival.loss + rival.difference),
         _difference(rival),
@@ -233,7 +234,7 @@ def _ancestor_checks(verdict: Verdict) -> Iterator[CheckRow]:
         counted = f"{ancestor.examples} examples" + (f" ({left_out})" if left_out else "")
         conclusion = (ancestor.conclusion or "").replace("_", " ")
         yield _make_check(
-            f"{ancestor.name}, {counted}",
+            f"champion vs this run, on what {ancestor.name} was judged by, {counted}",
             [r for r in _reasons_of(verdict, "forgetting") if r.ancestor == ancestor.version],
             conclusion or None,
             before=format_loss(ancestor.loss),
@@ -243,8 +244,10 @@ def _ancestor_checks(verdict: Verdict) -> Iterator[CheckRow]:
         )
     problems = [one.not_compared for one in verdict.ancestors if one.not_compared is not None]
     for problem in dict.fromkeys(problems):
-        count = problems.count(problem)
-        name = f"{count} earlier version{'s' if count > 1 else ''}"
+        names = [one.name for one in verdict.ancestors if one.not_compared == problem]
+        name = f"earlier {names[0]}"
+        if len(names) > 1:
+            name = f"{len(names)} earlier versions, the newest {names[0].removeprefix('version ')}"
         yield CheckRow(name, verdict=f"not compared: {problem}")
 
 

@@ -593,6 +593,12 @@ def _describe_comparison(
     if record.interval is None or record.smallest_visible is None:
         return f"{unproven}: too few to detect a difference"
     figures = f"{unproven}: {format_difference(difference)} with a 95 % interval of"
+    chosen = record.corrected_interval
+    if record.interval[1] < 0 and (chosen is None or chosen[1] < 0):
+        return (
+            f"{losses} ({data}): it is significantly lower, by {-difference:.2g}, and "
+            f"registry.min_improvement asks for more than {section.min_improvement:g}"
+        )
     if record.corrected_interval is not None and record.interval[1] < 0:
         validation = candidate.verdict.validation
         among = 1 if validation is None else validation.chosen_among

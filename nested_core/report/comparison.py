@@ -18,7 +18,13 @@ from nested_core.records.answers import shown_answer
 from nested_core.records.paired_difference import PairedDifference, compare_pairs
 from nested_core.records.run import Run, read_run
 from nested_core.records.verdict_table import list_checks
-from nested_core.report.outcome import describe_end, describe_outcome, run_to_json
+from nested_core.report.outcome import (
+    describe_end,
+    describe_outcome,
+    describe_state,
+    find_reason_kept,
+    run_to_json,
+)
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.document import Block, Document, Figures, Section, Table, Text
 from nested_core.text.loss_format import format_difference
@@ -155,8 +161,9 @@ class RunComparison:
 
     def rows(self) -> Iterator[tuple[object, ...]]:
         """A row for each figure, then for each key that differs: its name, and a value a run."""
-        yield ("state", *(run.state for run in self.runs))
+        yield ("state", *map(describe_state, self.runs))
         yield ("outcome", *map(describe_outcome, self.runs))
+        yield ("champion kept, because", *map(find_reason_kept, self.runs))
         yield ("selected: the adapter of step", *(own.offered_step for own in self.runs))
         yield ("its validation loss", *(own.offered_val_loss for own in self.runs))
         yield from self._check_rows()

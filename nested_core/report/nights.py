@@ -15,6 +15,7 @@ from nested_core.records.run import Run
 from nested_core.records.verdict import TaskResult, Verdict
 from nested_core.records.verdict_table import check_table
 from nested_core.registry.queries import parent_version_of
+from nested_core.report.outcome import find_outcome
 from nested_core.report.run_report import list_answers
 from nested_core.storage.run_directory import find_run_of
 from nested_core.text.digest_format import shorten_digest
@@ -27,7 +28,7 @@ CRASHED_RUN_NOTE = (
 )
 MAX_SHOWN_CHECKS = 4
 PROBLEMS: tuple[Severity, ...] = ("error", "warning")  # findings that are more than a figure
-COLUMNS = ("run", "outcome", "conclusion", "loss", "right", "min", "examples")
+COLUMNS = ("run", "outcome", "conclusion", "loss", "right", "minutes", "examples")
 HOW_TO_READ = (
     "Losses (nats/token on the examples of the gate) and right answers (of all eval sets): the "
     "candidate's, then the champion's. Examples: trained on + held out; * other held-out examples "
@@ -130,8 +131,12 @@ class Night:
 
 @dataclass(frozen=True)
 class _NightFigures:
-    """What the files of a run say of its night; None where it did not come so far."""
+    """What the files of a run say of its night; None where it did not come so far.
 
+    outcome: where it is not what the night ended with, for its champion was rolled back since.
+    """
+
+    outcome: str | None = None
     conclusion: str | None = None
     loss: float | None = None
     champion_loss: float | None = None
@@ -154,7 +159,7 @@ def describe_nights(
         rows.append(
             (
                 Cell(date, path=f"/runs/flow-run/{night.flow_run}"),
-                night.outcome,
+                seen.outcome or night.outcome,
                 seen.conclusion,
                 _join_two(seen.loss, seen.champion_loss),
                 seen.answers,
@@ -199,9 +204,16 @@ def _read_figures(night: Night) -> _NightFigures:
         return _NightFigures(conclusion=reason, examples=trained_on)
     losses, champion = verdict.validation, verdict.champion
     compared = champion or losses
-    conclusion = None if compared is None else compared.conclusion
+    conclusion: str | None = None if compared is None else compared.conclusion
+    least = 0.0 if run.config is None else run.config.registry.min_improvement
+    is_too_little = night.outcome == Outcome.KEPT_CHAMPION and conclusion == "better"
+    if compared is not None and is_too_little and -(compared.difference or 0.0) <= least:
+        conclusion = f"better, by less than {least:g}"
+    was_champion = night.outcome in (Outcome.PROMOTED, Outcome.APPROVED)
+    is_rolled_back = was_champion and find_outcome(run) == Outcome.ROLLED_BACK
     held_out = splits.get("test") or splits.get("valid")
     return _NightFigures(
+        outcome=f"{night.outcome}, then {Outcome.ROLLED_BACK}" if is_rolled_back else None,
         conclusion=None if conclusion is None else conclusion.replace("_", " "),
         loss=None if losses is None else losses.loss_after,
         champion_loss=None if champion is None else champion.loss,

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from nested_core.errors import NestedTuneError
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.run import Run
-from nested_core.records.verdict import Verdict
-from nested_core.text.loss_format import format_loss
+from nested_core.records.verdict import Verdict, describe_examples
+from nested_core.text.digest_format import shorten_digest
+from nested_core.text.loss_format import format_change, format_loss
 
 if TYPE_CHECKING:
     from nested_core.registry.ledger import Entry
@@ -94,6 +95,42 @@ def _find_waiting(registry: Path, name: str, version: str) -> Outcome:
     return Outcome.SUPERSEDED if is_closed else Outcome.WAITS_FOR_APPROVAL
 
 
+def describe_unbeaten_champion(verdict: Verdict, champion: str) -> str:
+    """One line that says why nothing was registered, with both losses."""
+    change = "no loss"
+    if verdict.validation is not None:
+        examples = describe_examples(verdict.validation)
+        losses = format_change(verdict.validation.loss_before, verdict.validation.loss_after)
+        change = f"loss {losses} on {examples}"
+    return (
+        f"kept the champion {shorten_digest(champion)}: {change}, not better, and within the "
+        f"threshold"
+    )
+
+
+def find_reason_kept(run: Run) -> str | None:
+    """Why a run that passed left the champion as it was, with both losses; None of other runs."""
+    from nested_core.registry import list_versions
+    from nested_core.registry.promotion_policy import (
+        find_refusal,
+        read_candidate,
+        recorded_section,
+        registry_location,
+    )
+
+    if run.verdict is None or run.config is None or find_outcome(run) != Outcome.KEPT_CHAMPION:
+        return None
+    registry, name = registry_location(run.config.registry)
+    version = run.verdict.trained.digest
+    if version not in list_versions(registry, name):
+        rival = run.verdict.rival
+        return None if rival is None else describe_unbeaten_champion(run.verdict, rival)
+    candidate = read_candidate(registry, name, version)
+    section = recorded_section(registry, name, candidate)
+    decision = find_refusal(section, candidate, candidate.facts.champion_at_gate)
+    return None if decision is None else decision.sentence
+
+
 def describe_outcome(run: Run) -> str:
     """The outcome in a line, with the words of a verdict that passed: `Promoted: passed, better`.
 
@@ -101,7 +138,7 @@ def describe_outcome(run: Run) -> str:
     """
     outcome = find_outcome(run)
     if outcome is None:
-        return run.state.capitalize()
+        return describe_state(run).capitalize()
     if outcome == Outcome.DAMAGED and run.problems:
         return f"{outcome}: {run.problems[0]}"
     if run.skip is not None and outcome == run.skip.outcome:
@@ -109,6 +146,11 @@ def describe_outcome(run: Run) -> str:
     if outcome == Outcome.RUNNING or run.verdict is None or not run.verdict.has_passed:
         return outcome
     return f"{outcome}: {run.verdict.describe()}"
+
+
+def describe_state(run: Run) -> str:
+    """How far a run has come: where its flow run began, training may not have."""
+    return "training not started" if run.state == "never began" else run.state
 
 
 def describe_end(run: Run) -> str:
@@ -124,7 +166,7 @@ def describe_end(run: Run) -> str:
     return f"At step {run.step:,}{of_all}{''.join(told)}{goes_on}."
 
 
-LIST_COLUMNS = ("run", "adapter", "outcome", "selected step", "val loss", "gate loss", "min")
+LIST_COLUMNS = ("run", "adapter", "outcome", "selected step", "val loss", "gate loss", "minutes")
 LIST_NOTE = (
     "Losses of the selected checkpoint in nats/token: val loss on the validation set, gate loss on "
     "the examples of the gate. (last): of the last evaluation, before a checkpoint is selected."

@@ -38,7 +38,12 @@ from nested_core.records.verdict import TensorChange, Validation
 from nested_core.records.verdict_table import describe_verdict, tier_table
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.report.generations import tabulate_generations
-from nested_core.report.outcome import describe_end, describe_outcome
+from nested_core.report.outcome import (
+    describe_end,
+    describe_outcome,
+    describe_state,
+    find_reason_kept,
+)
 from nested_core.storage.atomic import finite_or_none, write_bytes
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import open_regular
@@ -111,8 +116,8 @@ def describe_run(run: Run, error: str | None = None) -> Document:
             Section("Data", [*_list_findings(run), *_describe_replay(run)], "data"),
             Section("To reproduce", list(_describe_reproduction(run)), "reproduce"),
         ],
-        above=f"{run.state}, {run.describe_length()}; begun {run.started:%Y-%m-%d %H:%M} UTC, "
-        f"this page {now:%Y-%m-%d %H:%M} UTC",
+        above=f"{describe_state(run)}, {run.describe_length()}; begun "
+        f"{run.started:%Y-%m-%d %H:%M} UTC, this page {now:%Y-%m-%d %H:%M} UTC",
         below="Written by nested-tune from the files of the run; `nested-tune report` writes it "
         "again.",
     )
@@ -124,6 +129,8 @@ def _describe_verdict(run: Run, error: str | None) -> Section:
     blocks: list[Block] = [Text(headline, is_headline=True), Text(describe_end(run))]
     if run.verdict is not None:
         blocks = [*describe_verdict(run.verdict, headline), *_tabulate_generations(run)]
+    if (reason := find_reason_kept(run)) is not None:
+        blocks.insert(1, Text(f"The champion was kept: {reason}.", "note"))
     if error is not None and (run.verdict is None or run.verdict.has_passed):
         blocks.insert(1, Text(error, "bad"))
     damaged = [each for each in run.problems if each not in headline][:MAX_SHOWN_PROBLEMS]

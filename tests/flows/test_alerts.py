@@ -126,7 +126,9 @@ def test_runs_that_failed_crashed_or_are_late_are_told_by_type_whatever_their_st
     end_run(client, "three, 21 Nov", State(type=StateType.SCHEDULED, name="Late"))
     assert "Rejected: worse: one, 21 Nov\nloss 0.02 -> 0.03" in wait_for_text(told, "one,")
     crash = wait_for_text(told, "two,")
-    assert 'Crashed: two, 21 Nov\nexited with code -9 "q" It does not go on by itself.' in crash
+    assert (
+        'Crashed: two, 21 Nov\nexited with code -9 "q" This run does not resume by itself' in crash
+    )
     assert "Late: three, 21 Nov\nIt was to begin at 20" in wait_for_text(told, "three,")
 
 
@@ -159,14 +161,32 @@ def test_a_crash_that_is_reported_twice_is_told_once(client, told) -> None:
     end_run(client, "after it", State(type=StateType.FAILED, name="Failed"))
     wait_for_text(told, "after it")
     text = wait_for_text(told, "once, 21 Nov")
-    assert text.startswith(
-        "Crashed: once, 21 Nov\nby the worker Its first crash: a fine-tune goes on"
-    )
+    does_not = "This run does not resume by itself"  # for it is of no deployment
+    assert text.startswith(f"Crashed: once, 21 Nov\nby the worker {does_not}")
     assert not any("by the server" in text for text in told)
 
 
+def test_a_fine_tune_of_a_deployment_is_told_to_resume_by_itself_once(client, told) -> None:
+    flow_id = client.create_flow_from_name("finetune")
+    deployment = client.create_deployment(flow_id=flow_id, name="bot-nightly", tags=["nested-tune"])
+    run = client.create_flow_run_from_deployment(deployment, name="bot, 21 Nov")
+    for number in (1, 2):
+        client.set_flow_run_state(run.id, Running(), force=True)
+        crashed = State(type=StateType.CRASHED, name="Crashed", message=f"crash {number}.")
+        client.set_flow_run_state(run.id, crashed, force=True)
+    assert "crash 1. This run resumes by itself within a minute." in wait_for_text(told, "crash 1")
+    second = wait_for_text(told, "crash 2")
+    assert "crash 2. This run does not resume by itself: press Retry." in second
+
+
 def test_where_all_is_well_there_is_silence(client, told, tmp_path) -> None:
-    names = ("Promoted", "Verified", "Kept the champion", "Skipped: hopeless", "Waits for approval")
+    names = (
+        "Promoted",
+        "Verified",
+        "Kept the champion",
+        "Skipped: refused before",
+        "Waits for approval",
+    )
     for name in names:
         end_run(client, name, Completed(name=name, message="val loss 0.02"))
     cancelled = State(type=StateType.CANCELLED, name="Cancelled", message="by a person")
@@ -193,7 +213,7 @@ def test_a_week_says_how_its_nights_ended_and_is_an_alert_for_who_wants_it(
 ) -> None:
     name, registry = "weekly", tmp_path / "registry"
     done = core.register_and_promote(write_run(tmp_path / "run", 1), registry, name, {}, by="ann")
-    for outcome in ("Promoted", "Skipped: hopeless", "Skipped: hopeless"):
+    for outcome in ("Promoted", "Skipped: refused before", "Skipped: refused before"):
         run = client.create_flow_run(a_fine_tune, tags=[name])
         client.set_flow_run_state(run.id, Completed(name=outcome), force=True)
     tell_week(registry, name)
@@ -202,7 +222,7 @@ def test_a_week_says_how_its_nights_ended_and_is_an_alert_for_who_wants_it(
     wait_until(lambda: bool(read_events(client, 1, **asked)), "the event of the week")
     (event,) = read_events(client, 2, **asked)
     said = str(event["payload"]["message"])
-    assert said.startswith("2 Skipped: hopeless, 1 Promoted; champion ")
+    assert said.startswith("2 Skipped: refused before, 1 Promoted; champion ")
     assert f"champion {done.version[:12]} since 20" in said
     (alert,) = client.read_automations_by_name(f"{ALERT}: the week of an adapter")
     assert not alert.enabled
@@ -229,7 +249,7 @@ def test_a_rollback_an_old_champion_and_a_full_disk_are_told(
     assert back.startswith(
         f"Rolled back: {NAME}\nThe champion is {str(before)[:12]} again, by bob;"
     )
-    assert f"it was {str(champion)[:12]}. rude " in back
+    assert f'it was {str(champion)[:12]}. Reason: "rude". `nested-tune history` has' in back
     assert f"{NAME} has had no new champion since" in wait_for_text(told, "Old champion")
     full = wait_for_text(told, "Disk nearly full")
     assert "3.0 GB of 100.0 GB are free (3%)" in full

@@ -67,7 +67,7 @@ CASES = [
             "Failed",
             "Cancelled",
             "Promoted",
-            "Skipped: hopeless",
+            "Skipped: refused before",
             "Rejected: worse",
         )
     ),

@@ -7,8 +7,10 @@ import ast
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -25,10 +27,10 @@ from nested_core.records.skip import Skip, write_skip
 from nested_core.records.verdict import Code, JudgedAdapter, Reason
 from nested_core.registry.adapter_card import render_card
 from nested_core.registry.ledger import Origin
-from nested_core.report.nights import describe_night
-from nested_core.report.outcome import find_outcome
+from nested_core.report.nights import Night, describe_night, describe_nights
+from nested_core.report.outcome import find_outcome, find_reason_kept
 from nested_core.report.run_report import read_report
-from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory, run_key
 from tests.core.registry.conftest import write_run
 from tests.runs import begin_run, config_of, finished_run, judge, make_losses, make_verdict
 
@@ -129,7 +131,9 @@ RUNS: dict[Outcome, Callable[[Path], RunDirectory]] = {
     Outcome.APPROVED: approved,
     Outcome.SUPERSEDED: superseded,
     Outcome.SKIPPED_UNCHANGED: skipped(Outcome.SKIPPED_UNCHANGED, "data unchanged since 0a1b"),
-    Outcome.SKIPPED_HOPELESS: skipped(Outcome.SKIPPED_HOPELESS, "rejected as worse on 24 Nov 2026"),
+    Outcome.SKIPPED_REFUSED_BEFORE: skipped(
+        Outcome.SKIPPED_REFUSED_BEFORE, "rejected as worse on 24 Nov 2026"
+    ),
     Outcome.DATA_REFUSED: refused,
     Outcome.DAMAGED: damaged,
     Outcome.UNCHANGED: rejected("unchanged"),
@@ -151,6 +155,19 @@ def test_a_registered_version_that_its_policy_refused_kept_the_champion(tmp_path
         policy = {"champion_at_gate": rival, "config": {"registry": {"promote": "better"}}}
         run = registered(tmp_path / str(rival), lambda *_: None, **policy)
         assert find_outcome(Run(run)) == expected
+        assert (find_reason_kept(Run(run)) is None) == (rival is None)
+
+
+def test_the_page_of_nights_says_that_a_champion_was_rolled_back_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    night = Night(uuid4(), datetime(2026, 11, 18, 2, tzinfo=UTC), Outcome.PROMOTED, 1.5)
+    place = DEFAULT_RUNS_FOLDER / f"20261118T020000Z-{run_key(night.flow_run)}"
+    run = rolled_back(tmp_path)
+    place.parent.mkdir()
+    run.path.rename(place)
+    assert "Promoted, then Rolled back" in str(describe_nights(NAME, [night], []))
 
 
 @pytest.mark.parametrize("outcome", RUNS)

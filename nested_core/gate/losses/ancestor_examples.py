@@ -104,8 +104,8 @@ def _describe_none_left(why: Sequence[str | None]) -> str:
     if not why:
         return "no held-out examples of it are there"
     if "superseded" not in why:
-        return "newer data holds out the same examples"
-    return "newer data holds out the same examples, or answers them otherwise"
+        return "its held-out examples are in newer held-out data too, and are compared there"
+    return "its held-out examples are in newer data too, or have another answer there"
 
 
 def _why_left_out(row: Mapping[str, Any], newer: NewData) -> str | None:

@@ -213,9 +213,11 @@ def loss_reasons(validation: Validation, bounds: GateSection) -> list[Reason]:
     if validation.conclusion != "worse":
         return []
     losses = format_change(validation.loss_before, validation.loss_after)
+    allowed = "" if validation.margin is None else f"the allowed rise is {validation.margin:.2g}: "
     message = (
-        f"loss {losses} on {describe_examples(validation)}{describe_noise(validation)}; "
-        f"gate.max_val_loss_increase is {bounds.max_val_loss_increase:g}"
+        f"loss {losses} on {describe_examples(validation)}"
+        f"{describe_noise(replace(validation, margin=None))}; {allowed}"
+        f"gate.max_val_loss_increase is {bounds.max_val_loss_increase:g} of the loss before"
     )
     return [Reason("loss_regressed", message)]
 

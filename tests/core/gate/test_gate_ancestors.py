@@ -126,7 +126,8 @@ def test_a_candidate_that_lost_what_its_ancestor_was_judged_by_is_refused_with_i
     assert table.rows == [(f"judged by the data of {shorten_digest(version)}", *losses)]
     assert "Loss of each generation" in read_report(night.run.path).to_html()
     (row,) = [row for row in list_checks(verdict) if row.has_failed]
-    assert row.name == f"{found.name}, 7 examples"
+    which = f"on what {found.name} was judged by, 7 examples"
+    assert row.name == f"champion vs this run, {which}"
     assert (row.before, row.verdict) == (f"{found.loss:.4g}", "forgetting")
 
 
@@ -176,7 +177,10 @@ def test_superseded_repeated_and_trained_rows_are_not_judged_by_and_are_counted(
     [
         (None, "none of its examples are kept, or they cannot be read"),
         ([], "no held-out examples of it are there"),
-        (rows_of("valid"), "newer data holds out the same examples"),
+        (
+            rows_of("valid"),
+            "its held-out examples are in newer held-out data too, and are compared there",
+        ),
     ],
 )
 def test_why_nothing_of_an_ancestor_is_left_is_said(
@@ -191,7 +195,7 @@ def test_an_ancestor_that_cannot_be_compared_is_said_and_no_reason(night: Night)
     night.meet(rows_of("train")[:7])
     night.forget()
     verdict = night.judge()
-    (row,) = [row for row in list_checks(verdict) if row.name == "1 earlier version"]
+    (row,) = [row for row in list_checks(verdict) if row.name.startswith("earlier version ")]
     assert row.verdict == "not compared: all 7 that are left were trained on"
 
 

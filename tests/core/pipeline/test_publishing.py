@@ -225,7 +225,10 @@ class TestPolicy:
             (-0.5, [-0.6, -0.4], [-1.1, 0.1], "chose among; a test.jsonl needs no correction"),
             (1.5, [1.4, 1.6], None, "not better by more than 0.005 than that of the adapter it"),
             (-0.1, [-0.3, 0.1], None, "-0.1 with a 95 % interval of -0.3 to +0.1"),
-            (-0.004, [-0.005, -0.003], None, "is not better by more than 0.005"),
+            (
+                *(-0.004, [-0.005, -0.003], None),
+                "lower, by 0.004, and registry.min_improvement asks for more than 0.005",
+            ),
             (-0.1, None, None, "too few to detect a difference"),
         ],
     )

@@ -124,7 +124,7 @@ def test_a_figure_that_is_there_has_its_row_and_one_that_is_not_has_none() -> No
     assert rows == {
         "tensors": (None, "0 of 0 changed", None, "finite, with an effect", "passed"),
         "champion c4a3c4a3c4a3, 0 examples": (*[None] * 4, "not compared: it is gone"),
-        "reference c4a3c4a3c4a3, 0 examples": (
+        "reference c4a3c4a3c4a3 vs this run, 0 examples": (
             *("1.191", "0.021", "-1.17 (-1.2 to -1.1)"),
             *(None, "better"),
         ),

@@ -172,14 +172,26 @@ def test_a_night_is_a_row_with_its_figures_and_a_link_and_a_star_for_other_examp
 
 
 def test_a_night_that_trained_nothing_says_why_in_its_row(nights: list[Night]) -> None:
-    skipped = make_night(23, Outcome.SKIPPED_HOPELESS, "v2")
+    skipped = make_night(23, Outcome.SKIPPED_REFUSED_BEFORE, "v2")
     folder = find_run_of(skipped.flow_run)
     assert folder is not None
-    skip = Skip(Outcome.SKIPPED_HOPELESS, "rejected as worse on 22 Nov 2026", "because")
+    skip = Skip(Outcome.SKIPPED_REFUSED_BEFORE, "rejected as worse on 22 Nov 2026", "because")
     write_skip(folder.skipped, skip)
     page = plain(describe_nights(NAME, [skipped, *nights], []))
-    row = "| Skipped: hopeless | rejected as worse on 22 Nov 2026 | - | - | 1.5 | 40 |"
+    row = "| Skipped: refused before | rejected as worse on 22 Nov 2026 | - | - | 1.5 | 40 |"
     assert row in page
+
+
+def test_a_night_says_that_its_gain_was_too_small(nights: list[Night]) -> None:
+    losses = LOSSES | {"loss_after": 1.25, "examples": 10, "conclusion": "better"}
+    small = CHAMPION | {"difference": -0.0026}
+    kept = make_night(23, Outcome.KEPT_CHAMPION, "v2", validation=losses, champion=small)
+    folder = find_run_of(kept.flow_run)
+    assert folder is not None
+    folder.config.write_text("model: base\ndata: data\nregistry: {min_improvement: 0.005}\n")
+    page = plain(describe_nights(NAME, [kept, *nights], []))
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| [")]
+    assert rows[0][1:3] == ["Kept the champion", "better, by less than 0.005"]
 
 
 def test_the_losses_of_the_nights_are_a_line_from_the_oldest_to_the_latest(
