@@ -18,8 +18,12 @@ from typing import Any
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.lines.example_parsing import Example, FieldNames, parse_line, strip_line
 from nested_core.data.lines.json_decoding import LineProblem
-from nested_core.data.lines.line_rows import flatten_example, parse_line_to_row, parse_plain_row
-from nested_core.data.lines.line_table import fold_case_and_space
+from nested_core.data.lines.line_rows import (
+    flatten_example,
+    fold_case_and_space,
+    parse_line_to_row,
+    parse_plain_row,
+)
 from nested_core.data.sources.split_files import open_splits
 from nested_core.errors import ConfigError
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular

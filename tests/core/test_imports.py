@@ -121,7 +121,10 @@ print(json.dumps([code, sorted(packages), sorted(sys.modules)]))
     ("command", "unneeded"),
     [
         (["status"], {"mlx", "mlx_lm", "transformers", "polars", "prefect"}),
-        (["promote", "--registry", ".", "--name", "x"], {"mlx_lm", "transformers", "prefect"}),
+        (
+            ["promote", "--registry", ".", "--name", "x"],
+            {"mlx_lm", "transformers", "polars", "prefect"},
+        ),
     ],
 )
 def test_looking_at_a_run_and_promoting_it_load_no_trainer(

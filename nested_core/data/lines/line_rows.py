@@ -12,6 +12,7 @@ from pydantic_core import from_json
 
 from nested_core.data.lines.example_parsing import (
     FORMATS,
+    WHITE_SPACE,
     Example,
     FieldNames,
     is_tool_calling_message,
@@ -21,6 +22,7 @@ from nested_core.data.lines.example_parsing import (
 from nested_core.data.lines.json_decoding import LineProblem
 from nested_core.storage.untrusted_files import collect_strings, has_repeated_key
 
+_LOWERCASE_BYTE_TABLE = bytes(range(256)).lower()
 _LETTER_BY_ROLE = {"system": "s", "user": "u", "assistant": "a", "tool": "t"}
 # A turn without a text, in the content of a plain row: all that str.isspace takes for space.
 BLANK_TURN_PATTERN = r"\x00[\s\x1c-\x1f]*(?:\x00|$)"
@@ -162,3 +164,9 @@ def _name_first_blank_field(example: Example, field_names: FieldNames) -> str | 
                 return field_names.key_of(kind.fields[index])
             return f"{field_names.chat}[{index}].content"
     return None
+
+
+def fold_case_and_space(content: bytes) -> bytes:
+    """A content in small letters and without white space."""
+    folded = content if content.isascii() else content.decode().casefold().encode()
+    return folded.translate(_LOWERCASE_BYTE_TABLE, WHITE_SPACE)

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from nested_core.data.lines.example_parsing import WHITE_SPACE, FieldNames, formats_of_plain_rows
+from nested_core.data.lines.example_parsing import FieldNames, formats_of_plain_rows
 from nested_core.data.lines.line_rows import (
     BLANK_TURN_PATTERN,
     LineRow,
+    fold_case_and_space,
     parse_line_to_row,
     parse_plain_row,
 )
@@ -46,7 +47,6 @@ LINE_SCHEMA: dict[str, type[pl.DataType]] = {
     "check": pl.Categorical,
     "message": pl.Categorical,
 }
-_LOWERCASE_BYTE_TABLE = bytes(range(256)).lower()
 _CONTROL_CHARACTER_PATTERN = r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
 _REPLACEMENT_CHARACTER = "\ufffd"
 
@@ -188,12 +188,6 @@ def _digests_and_keys(contents: list[str | None]) -> tuple[bytes, dict[str, pl.S
         "folded": _hash_to_keys([one and fold_case_and_space(one) for one in encoded]),
     }
     return digests, keys
-
-
-def fold_case_and_space(content: bytes) -> bytes:
-    """A content in small letters and without white space."""
-    folded = content if content.isascii() else content.decode().casefold().encode()
-    return folded.translate(_LOWERCASE_BYTE_TABLE, WHITE_SPACE)
 
 
 def _hash_to_keys(values: list[bytes | None]) -> pl.Series:
