@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -381,8 +381,7 @@ class _Part(Steps):
         self._hooks = hooks
         self._step = step
         self._is_first = is_first
-        self._stop: Callable[[], None] = lambda: None
-        self.has_reached_end = False
+        self._trainer: Any = None
 
     def on_message(self, message: str) -> None:
         """What is said of the data is said once."""
@@ -394,8 +393,9 @@ class _Part(Steps):
         self._hooks.on_data_progress(what, done, total)
 
     def on_training_start(self, trainer: Any) -> None:
-        """Keep what stops it."""
-        self._stop = trainer.stop_training
+        """Have it stop at the rung, once it is evaluated there."""
+        self._trainer = trainer
+        trainer.stop_after_step = self._step
         self._hooks.on_training_start(trainer)
 
     def on_report(self, figures: Mapping[str, Any]) -> None:
@@ -403,11 +403,14 @@ class _Part(Steps):
         self._hooks.on_report(figures)
 
     def on_step(self, step: int, steps: int) -> None:
-        """Stop at the rung."""
+        """Handed on."""
         self._hooks.on_step(step, steps)
-        if step == self._step and step < steps:
-            self.has_reached_end = True
-            self._stop()
+
+    @property
+    def has_reached_end(self) -> bool:
+        """Whether it stopped at the rung, and nobody asked for it."""
+        state = self._trainer.state
+        return state.step >= self._step and state.observed and not self._trainer.stop_requested
 
 
 def plan_rungs(arms: int, wanted: int, budget: int | None) -> tuple[int, ...]:

@@ -51,7 +51,8 @@ class Trainer:
     Attributes:
         state: what has been done so far.
         memory: the forecast of peak memory, and the layers that are recomputed for it.
-        stop_requested: ends training after the step that is under way.
+        stop_requested: ends training after the step that is under way, and an evaluation at once.
+        stop_after_step: ends training after this step, with its evaluation, as a stop does.
     """
 
     def __init__(self, setup: TrainingSetup) -> None:
@@ -73,6 +74,7 @@ class Trainer:
 
         # Whoever is told of each step: the step, and the steps of the whole run
         self.on_step: Callable[[int, int], None] | None = None
+        self.stop_after_step: int | None = None
 
         # Called once, when the last SECONDS_BEFORE_END of training begin, by the steps so far
         self.on_near_end: Callable[[], None] | None = None
@@ -203,7 +205,7 @@ class Trainer:
         """Take the run's remaining steps, each with what is due before and after it."""
         every = self.config.grad_accumulation_steps
         train_step = self.make_train_step()
-        must_stop = self._any_rank_requests_stop()
+        must_stop = self._any_rank_requests_stop() or self._is_at_last_step()
         near_end = _NearEnd(self.state.step, self.steps, self.on_near_end)
         if not self.state.observed and not self._is_over():  # the last evaluation was interrupted
             self._observe((self.state.iteration - 1) // every * every)
@@ -218,6 +220,7 @@ class Trainer:
                 self.on_step(self.state.step, self.steps)
             near_end.after_step(self.state.step)
             must_stop, must_save = self._requests_after(result)
+            must_stop = must_stop or self._is_at_last_step()
             self._watch.after_step()
             self._divergence_watch.add_step(self.state.step, self.optimizer.state[COUNTERS_KEY])
             is_read = must_stop or must_save or self._is_over()
@@ -342,6 +345,10 @@ class Trainer:
             report = verify_updates(before, updates, self.model)
             warn_of_lost_updates(self.state, report, idle=list(updates))
             self.state.record_gradient_flush()
+
+    def _is_at_last_step(self) -> bool:
+        """Whether training is to end here, with what is due after this step."""
+        return self.stop_after_step is not None and self.state.step >= self.stop_after_step
 
     def _is_stop_requested(self) -> bool:
         """Whether this rank is to stop, by `stop_training` or by `nested-tune stop`."""

@@ -23,6 +23,7 @@ from nested_core.pipeline.sweep import (
     sweep,
 )
 from nested_core.pipeline.sweep_points import refuse_incomparable_keys, settings_of_point
+from nested_core.records.metrics import read_metrics
 from nested_core.records.paired_difference import PairedDifference
 from nested_core.records.sweep import SWEEP_NAME, read_sweep
 from tests.example import DATA, example_config, example_settings
@@ -85,6 +86,15 @@ def run_sweep(folder: Path, hooks: Steps | None = None, **changes: Any) -> Sweep
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
     return run_sweep(tmp_path_factory.mktemp("swept") / "sweep")
+
+
+def test_arms_are_compared_by_what_they_have_at_the_rung(swept: SweepResult) -> None:
+    for number, arm in enumerate(swept.record.arms):
+        metrics = read_metrics(swept.folder / "arms" / f"{number:03d}" / "metrics.jsonl")
+        losses = {each["step"]: each["val_loss"] for each in metrics if "val_loss" in each}
+        assert arm.scores.keys() <= losses.keys()
+        for step, score in arm.scores.items():
+            assert score == (min(loss for at, loss in losses.items() if 0 < at <= step),)
 
 
 def test_the_arm_of_the_lowest_loss_is_trained_to_the_end_and_judged(swept: SweepResult) -> None:
