@@ -133,6 +133,10 @@ def require_right_decision(night: Night, compared: ChampionLoss) -> None:
         return
     assert night.after == night.before != night.result.version
     assert compared.loss is not None
+    if compared.interval[1] < 0:
+        least = "registry.min_improvement asks for more than 0.005"
+        assert decision.endswith(f"lower, by {-compared.difference:.2g}, and {least}")
+        return
     found = re.fullmatch(
         rf"test loss ({FIGURE}) is not better by more than 0.005 than the champion's ({FIGURE}), "
         rf"or not significantly "
