@@ -109,7 +109,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
         Column(Text(name), overflow="fold", width=width)
         for name, width in zip(names, widths, strict=True)
     ]
-    table = Table(*headers, title=Text(escape(title)) if title else None, title_justify="left")
+    shown = Text(escape(title)) if title else None
+    table = Table(*headers, title=shown, title_justify="left", show_header=any(names))
     for row_cells in cells:
         table.add_row(*map(Text, row_cells))
     console.print(table)

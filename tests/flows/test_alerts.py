@@ -320,7 +320,9 @@ def test_a_person_is_told_that_a_version_waits_with_the_figures_and_a_link(clien
     waits = State(type=StateType.PAUSED, name="Waits for approval", message=figures)
     end_run(client, "promote support-bot 4e044e", waits)
     text = wait_for_text(told, "Waits for approval: ")
-    assert text.startswith(f"Waits for approval: promote support-bot 4e044e\n{figures} To answer,")
+    assert text.startswith(
+        f"Waits for approval: promote support-bot 4e044e\n{figures} To answer yes"
+    )
     (alert,) = [each for each in ALERTS if each["name"].endswith("a version waits for approval")]
     assert "flow_run|ui_url" in alert["notify"]["body"]  # this server has no pages to link to
 
