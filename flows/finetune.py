@@ -86,7 +86,7 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     prepare_logs()
     tag_flow_run()
     if other := find_other_night():
-        return Completed(name=Outcome.SKIPPED_STILL_RUNNING, message=other)
+        return Completed(name=Outcome.SKIPPED_ANOTHER_NIGHT, message=other)
     try:
         settings = with_trusted_code(with_allowed_paths(config.configuration()))
         require_known_name(settings.registry)

@@ -15,10 +15,8 @@ class Outcome(StrEnum):
     # Nothing was trained, for the data and settings are those of a version that is there;
     SKIPPED_UNCHANGED = "Skipped: unchanged"
     # or of a run that made no champion against the same one, and would make none again;
-    SKIPPED_REFUSED_BEFORE = "Skipped: refused before"
-    SKIPPED_STILL_RUNNING = (
-        "Skipped: earlier night still running"  # or another run of the adapter is at work.
-    )
+    SKIPPED_HOPELESS = "Skipped: hopeless"
+    SKIPPED_ANOTHER_NIGHT = "Skipped: another night"  # or another run of the adapter is at work.
     ROLLED_BACK = "Rolled back"
     # Of the hourly look, by the first of these that it found:
     ENDED_DEAD_RUNS = "Ended dead runs"  # their processes were gone
@@ -43,8 +41,8 @@ class Outcome(StrEnum):
 ENDED_BEFORE_TRAINING = frozenset(
     {
         Outcome.SKIPPED_UNCHANGED,
-        Outcome.SKIPPED_REFUSED_BEFORE,
-        Outcome.SKIPPED_STILL_RUNNING,
+        Outcome.SKIPPED_HOPELESS,
+        Outcome.SKIPPED_ANOTHER_NIGHT,
         Outcome.DATA_REFUSED,
     }
 )

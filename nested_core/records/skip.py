@@ -22,7 +22,7 @@ INSIST = "To train all the same, set continual.skip_unchanged: false"
 class Skip:
     """Why nothing was trained.
 
-    outcome: SKIPPED_UNCHANGED or SKIPPED_REFUSED_BEFORE.
+    outcome: SKIPPED_UNCHANGED or SKIPPED_HOPELESS.
     reason: in a few words, with the date: `rejected as worse on 24 Nov 2026`.
     details: what follows it in a sentence, such as what was found; None where the reason says all.
     version: the version that the same data and settings have made; None where they made none.
@@ -36,11 +36,7 @@ class Skip:
     def describe(self) -> str:
         """The reason with its details, and how to train all the same."""
         text = self.reason if self.details is None else f"{self.reason} {self.details}"
-        return (
-            f"{text.rstrip('.')}. {INSIST}"
-            if self.outcome == Outcome.SKIPPED_REFUSED_BEFORE
-            else text
-        )
+        return f"{text.rstrip('.')}. {INSIST}" if self.outcome == Outcome.SKIPPED_HOPELESS else text
 
     def __str__(self) -> str:
         return f"{self.outcome}: {self.describe()}"

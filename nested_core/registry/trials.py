@@ -84,7 +84,7 @@ def find_reason_to_skip(
                 each for each in reversed(ledger.changes()) if each.previous == line.version
             )
             reason = f"rolled back on {_day(left)} by {describe_author(left.fields())}"
-            return Skip(Outcome.SKIPPED_REFUSED_BEFORE, reason, version=line.version)
+            return Skip(Outcome.SKIPPED_HOPELESS, reason, version=line.version)
     candidate = read_candidate(registry, name, line.version, against=champion)
     decision = find_refusal(section, candidate, champion)
     return None if decision is None else _describe_refusal(section, line, candidate, decision)
@@ -103,7 +103,7 @@ def _describe_trial(line: Entry) -> Skip:
     words = WORDS_IN_SENTENCE.get(str(line.outcome), str(line.outcome))
     champion = "no champion" if line.previous is None else "this champion"
     details = f"with this data, these settings and {champion} (run {line.run}): {line.reason}"
-    return Skip(Outcome.SKIPPED_REFUSED_BEFORE, f"{words} on {_day(line)}", details)
+    return Skip(Outcome.SKIPPED_HOPELESS, f"{words} on {_day(line)}", details)
 
 
 def _describe_refusal(
@@ -124,11 +124,9 @@ def _describe_refusal(
         no = find_decline(*registry_location(section), candidate.version, *digests)
         if no is not None:
             reason = f"declined on {_day(no)} by {describe_author(no.fields())}"
-            return Skip(Outcome.SKIPPED_REFUSED_BEFORE, reason, version=candidate.version)
+            return Skip(Outcome.SKIPPED_HOPELESS, reason, version=candidate.version)
     details = f"({version}, on the same data): {decision.sentence}"
-    return Skip(
-        Outcome.SKIPPED_REFUSED_BEFORE, f"not promoted on {day}", details, candidate.version
-    )
+    return Skip(Outcome.SKIPPED_HOPELESS, f"not promoted on {day}", details, candidate.version)
 
 
 def _day(line: Entry) -> str:

@@ -184,7 +184,7 @@ def test_where_all_is_well_there_is_silence(client, told, tmp_path) -> None:
         "Promoted",
         "Verified",
         "Kept the champion",
-        "Skipped: refused before",
+        "Skipped: hopeless",
         "Waits for approval",
     )
     for name in names:
@@ -213,7 +213,7 @@ def test_a_week_says_how_its_nights_ended_and_is_an_alert_for_who_wants_it(
 ) -> None:
     name, registry = "weekly", tmp_path / "registry"
     done = core.register_and_promote(write_run(tmp_path / "run", 1), registry, name, {}, by="ann")
-    for outcome in ("Promoted", "Skipped: refused before", "Skipped: refused before"):
+    for outcome in ("Promoted", "Skipped: hopeless", "Skipped: hopeless"):
         run = client.create_flow_run(a_fine_tune, tags=[name])
         client.set_flow_run_state(run.id, Completed(name=outcome), force=True)
     tell_week(registry, name)
@@ -222,7 +222,7 @@ def test_a_week_says_how_its_nights_ended_and_is_an_alert_for_who_wants_it(
     wait_until(lambda: bool(read_events(client, 1, **asked)), "the event of the week")
     (event,) = read_events(client, 2, **asked)
     said = str(event["payload"]["message"])
-    assert said.startswith("2 Skipped: refused before, 1 Promoted; champion ")
+    assert said.startswith("2 Skipped: hopeless, 1 Promoted; champion ")
     assert f"champion {done.version[:12]} since 20" in said
     (alert,) = client.read_automations_by_name(f"{ALERT}: the week of an adapter")
     assert not alert.enabled

@@ -67,7 +67,7 @@ CASES = [
             "Failed",
             "Cancelled",
             "Promoted",
-            "Skipped: refused before",
+            "Skipped: hopeless",
             "Rejected: worse",
         )
     ),

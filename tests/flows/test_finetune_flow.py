@@ -155,7 +155,7 @@ def test_a_rise_beyond_bound_and_noise_is_rejected_with_the_champions_loss(compl
     assert re.fullmatch(said, str(state.message))
     assert str(state.message).endswith("trained again until data, settings or champion change")
     again = continued(folder, "hopeless", learning_rate=0.05, iters=4)
-    assert (again.is_completed(), again.name) == (True, "Skipped: refused before")
+    assert (again.is_completed(), again.name) == (True, "Skipped: hopeless")
     assert re.match(r"rejected as worse on .+ \(run rejected\): loss_regressed", str(again.message))
     assert tuple(task_runs(again, "validate")) == ("validate",)
 

@@ -96,6 +96,6 @@ def test_a_night_that_comes_while_one_is_at_work_ends_skipped_and_names_it(
         client.set_flow_run_state(at_work.id, Running(), force=True)
         state = begin(deployment, monkeypatch)
         client.set_flow_run_state(at_work.id, Completed(), force=True)
-    assert (state.name, state.is_completed()) == ("Skipped: earlier night still running", True)
+    assert (state.name, state.is_completed()) == ("Skipped: another night", True)
     assert str(state.message).startswith(f"{AT_WORK}, flow run ")
     assert str(at_work.id) in str(state.message)

@@ -131,9 +131,7 @@ RUNS: dict[Outcome, Callable[[Path], RunDirectory]] = {
     Outcome.APPROVED: approved,
     Outcome.SUPERSEDED: superseded,
     Outcome.SKIPPED_UNCHANGED: skipped(Outcome.SKIPPED_UNCHANGED, "data unchanged since 0a1b"),
-    Outcome.SKIPPED_REFUSED_BEFORE: skipped(
-        Outcome.SKIPPED_REFUSED_BEFORE, "rejected as worse on 24 Nov 2026"
-    ),
+    Outcome.SKIPPED_HOPELESS: skipped(Outcome.SKIPPED_HOPELESS, "rejected as worse on 24 Nov 2026"),
     Outcome.DATA_REFUSED: refused,
     Outcome.DAMAGED: damaged,
     Outcome.UNCHANGED: rejected("unchanged"),

@@ -57,7 +57,7 @@ def test_a_night_that_is_known_not_to_help_trains_nothing_and_tells_nobody(
     assert all(night.state == FIRST[night.kind] for night in first)
     assert all(night.trained_seconds > 0 for night in first)
     assert {night.trained_seconds for night in again} == {0.0}
-    assert {night.state for night in again} == {"Skipped: unchanged", "Skipped: refused before"}
+    assert {night.state for night in again} == {"Skipped: unchanged", "Skipped: hopeless"}
     # Else whoever looks next tells of them a second time: the history's times are those of today.
     assert len(kept) == len(ADAPTERS)
     for alert in ("Rejected", "Waits for approval", "Rolled back"):

@@ -132,7 +132,7 @@ def test_the_next_night_trains_nothing_and_says_which_when_and_why(folder: Path)
     (line,) = trial_lines(folder)
     for number in range(3):
         skip = skip_of(folder, f"again-{number}", **RUINOUS)
-        assert skip.outcome == Outcome.SKIPPED_REFUSED_BEFORE
+        assert skip.outcome == Outcome.SKIPPED_HOPELESS
         assert skip.reason.startswith("rejected as worse on ")
         assert skip.details == (
             f"with this data, these settings and this champion (run rejected): {line['reason']}"
@@ -145,8 +145,8 @@ def test_the_folder_of_a_skipped_night_says_so_on_every_screen(folder: Path) -> 
     skip = skip_of(folder, "again", **RUINOUS)
     run = Run(RunDirectory(folder / "again"))
     assert read_skip(run.folder.skipped) == skip
-    assert find_outcome(run) == Outcome.SKIPPED_REFUSED_BEFORE
-    assert describe_outcome(run) == f"Skipped: refused before: {skip.reason}"
+    assert find_outcome(run) == Outcome.SKIPPED_HOPELESS
+    assert describe_outcome(run) == f"Skipped: hopeless: {skip.reason}"
     assert describe_end(run) == f"Nothing was trained: {skip.describe()}."
     assert skip.reason in run.folder.report.read_text()
 
@@ -155,7 +155,7 @@ def test_who_insists_trains_and_adds_no_second_line(folder: Path) -> None:
     insisting = {"continual": {"from": "champion", "skip_unchanged": False}}
     assert night(folder, "insisting", **RUINOUS, **insisting) == (Outcome.WORSE, True)
     assert len(trial_lines(folder)) == 1
-    assert skip_of(folder, "after", **RUINOUS).outcome == Outcome.SKIPPED_REFUSED_BEFORE
+    assert skip_of(folder, "after", **RUINOUS).outcome == Outcome.SKIPPED_HOPELESS
 
 
 def test_a_skipped_night_that_is_resumed_with_insistence_trains(folder: Path) -> None:
@@ -278,7 +278,7 @@ def test_a_night_that_kept_the_champion_is_not_trained_again(folder: Path) -> No
     assert isinstance(result, FinetuneResult)
     assert result.kept_champion is not None
     skip = skip_of(folder, "after", **UNBEATEN)
-    assert skip.outcome == Outcome.SKIPPED_REFUSED_BEFORE
+    assert skip.outcome == Outcome.SKIPPED_HOPELESS
     assert skip.reason.startswith("no better than the champion on ")
 
 
@@ -288,7 +288,7 @@ def test_a_version_that_the_rule_of_promotion_blocks_is_made_once(folder: Path) 
     assert isinstance(result, FinetuneResult)
     assert result.version in list_versions(folder / "registry", NAME)
     skip = skip_of(folder, "after", **HARDLY_BETTER)
-    assert (skip.outcome, skip.version) == (Outcome.SKIPPED_REFUSED_BEFORE, result.version)
+    assert (skip.outcome, skip.version) == (Outcome.SKIPPED_HOPELESS, result.version)
     assert skip.reason.startswith("not promoted on ")
     assert skip.details == f"({skip.version:.12}, on the same data): {result.promotion}"
 
@@ -344,7 +344,7 @@ def test_a_declined_night_names_who_said_no_and_why(asked: Path, tmp_path: Path)
     }
     decline(folder / "registry", NAME, str(version), by="bob", reason="too curt")
     skip = skip_of(folder, "again", iters=24)
-    assert (skip.outcome, skip.version) == (Outcome.SKIPPED_REFUSED_BEFORE, version)
+    assert (skip.outcome, skip.version) == (Outcome.SKIPPED_HOPELESS, version)
     assert skip.reason.startswith("declined on ")
     assert skip.reason.endswith(" by bob: too curt")
 
@@ -354,7 +354,7 @@ def test_a_night_whose_version_a_person_rolled_back_is_not_trained_again(folder:
     change_champion(folder)
     rollback(folder / "registry", NAME, by="bob", reason="rude")
     skip = skip_of(folder, "again", iters=8, seed=7, registry=always(folder))
-    assert skip.outcome == Outcome.SKIPPED_REFUSED_BEFORE
+    assert skip.outcome == Outcome.SKIPPED_HOPELESS
     assert skip.reason.startswith("rolled back on ")
     assert skip.reason.endswith(" by bob: rude")
 

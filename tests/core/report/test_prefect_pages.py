@@ -172,13 +172,13 @@ def test_a_night_is_a_row_with_its_figures_and_a_link_and_a_star_for_other_examp
 
 
 def test_a_night_that_trained_nothing_says_why_in_its_row(nights: list[Night]) -> None:
-    skipped = make_night(23, Outcome.SKIPPED_REFUSED_BEFORE, "v2")
+    skipped = make_night(23, Outcome.SKIPPED_HOPELESS, "v2")
     folder = find_run_of(skipped.flow_run)
     assert folder is not None
-    skip = Skip(Outcome.SKIPPED_REFUSED_BEFORE, "rejected as worse on 22 Nov 2026", "because")
+    skip = Skip(Outcome.SKIPPED_HOPELESS, "rejected as worse on 22 Nov 2026", "because")
     write_skip(folder.skipped, skip)
     page = plain(describe_nights(NAME, [skipped, *nights], []))
-    row = "| Skipped: refused before | rejected as worse on 22 Nov 2026 | - | - | 1.5 | 40 |"
+    row = "| Skipped: hopeless | rejected as worse on 22 Nov 2026 | - | - | 1.5 | 40 |"
     assert row in page
 
 
