@@ -24,7 +24,6 @@ from flows.flow_runs.night_metrics import write_metrics
 from flows.flow_runs.nights import find_other_night, name_flow_run, tag_flow_run
 from flows.flow_runs.prefect_logs import prepare_logs, tolerate_closed_output
 from flows.flow_runs.run_place import require_begun_here
-from flows.flow_runs.warning_events import warn_of_unusual_night
 from flows.process.os_errors import explain
 from flows.process.stop_signals import Stopper
 from nested_core.config.schema import FineTuneConfig
@@ -105,6 +104,8 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     publish_nights(settings.registry.name, (UUID(str(runtime.flow_run.id)), str(state.name)))
     write_metrics(settings.registry, run, str(state.name))
     if not state.is_failed():  # that is told already
+        from flows.flow_runs.warning_events import warn_of_unusual_night
+
         warn_of_unusual_night(settings.registry, run)
     return state
 
