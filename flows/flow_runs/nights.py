@@ -1,11 +1,11 @@
 """A night's flow run: its name and tags in Prefect's lists, and whether another night is at work.
 
 A second night of one adapter does not train: the run that comes to it looks, and ends as
-"Skipped: another night". Prefect's own answer, a deployment's concurrency limit with
-CANCEL_NEW, does not see a second night behind a pool that runs one at a time: no worker asks for it
-before the first has ended. And such a limit is a lease that the training has to renew: a server
-that is away for longer than a lease lasts (300 seconds) ends a live training without a checkpoint.
-A run looks at others here, and changes none of them.
+"Skipped: another night". Prefect's own answer, a deployment's concurrency limit with CANCEL_NEW,
+does not see a second night behind a pool that runs one at a time: no worker asks for it before the
+first has ended. And such a limit is a lease that the training has to renew: a server that is away
+for longer than a lease lasts (300 seconds) ends a live training without a checkpoint. A run looks
+at others here, and changes none of them.
 """
 
 from __future__ import annotations

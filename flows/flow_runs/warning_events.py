@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
 from uuid import UUID
 
@@ -24,6 +25,7 @@ from prefect.events import emit_event
 
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import NestedTuneError
+from nested_core.records.loss_conclusion import MIN_MARGIN
 from nested_core.records.outcome_names import ENDED_BEFORE_TRAINING
 from nested_core.records.run import Run, list_runs
 from nested_core.registry import history
@@ -46,7 +48,6 @@ LAST_NIGHTS, LEAST_NIGHTS = 14, 7  # that a night is compared with
 # of 7. With 3 deviations it would be 3 and 9 %.
 USUAL_DEVIATIONS = 5.0
 DEVIATION_OF_MAD = 1.4826  # of a normal distribution
-LEAST_DIFFERENCE = 0.01  # nats/token: what the gate calls no difference
 
 
 def warn_of_old_champions(registry: Path, names: Iterable[str], nights: float) -> None:
@@ -82,12 +83,14 @@ def warn_of_unusual_night(section: RegistrySection, run: RunDirectory) -> None:
         return
     with suppress(NestedTuneError, OSError):  # of another run's folder: nothing depends on this
         tonight = Run(run, has_ended=True)
+        difference = tonight.loss_to_champion
+        if difference is None:
+            return
         others = [each for each in list_runs(DEFAULT_RUNS_FOLDER) if each.name != tonight.name]
         own = AdapterRuns.of(Path(section.path), section.name).among(others)
-        differences = [each.loss_to_champion for each in own if each.started <= tonight.started]
-        last = [each for each in differences if each is not None][:LAST_NIGHTS]
-        difference = tonight.loss_to_champion
-        message = None if difference is None else describe_unusual_night(difference, last)
+        differences = (each.loss_to_champion for each in own if each.started <= tonight.started)
+        known = (each for each in differences if each is not None)
+        message = describe_unusual_night(difference, list(islice(known, LAST_NIGHTS)))
         if message is not None:
             emit_adapter_event("unusual", section.name, {"message": message})
 
@@ -96,13 +99,13 @@ def describe_unusual_night(difference: float, last: Sequence[float]) -> str | No
     """A sentence about a night that is out of line with the last ones; None where it is not.
 
     difference, last: nats/token, a night's loss less that of the champion before it. The bound is
-    five robust standard deviations about the median, and at least 0.01 nats.
+    five robust standard deviations about the median, and at least the gate's smallest margin.
     """
     if len(last) < LEAST_NIGHTS:
         return None
     median = statistics.median(last)
     deviation = DEVIATION_OF_MAD * statistics.median(abs(each - median) for each in last)
-    bound = max(USUAL_DEVIATIONS * deviation, LEAST_DIFFERENCE)
+    bound = max(USUAL_DEVIATIONS * deviation, MIN_MARGIN)
     if abs(difference - median) <= bound:
         return None
     return (

@@ -305,7 +305,7 @@ class _Search:
                 part.train(config, run, self._session)
                 score = _best_score(run, self.request.select_by)
             except TrainingStopped:
-                if not part.has_reached_end:
+                if not part.has_reached_end(run):
                     advice = go_on_with(self.folder)
                     raise TrainingStopped("The sweep was stopped.", advice=advice) from None
                 score = _best_score(run, self.request.select_by)
@@ -406,11 +406,11 @@ class _Part(Steps):
         """Handed on."""
         self._hooks.on_step(step, steps)
 
-    @property
-    def has_reached_end(self) -> bool:
-        """Whether it stopped at the rung, and nobody asked for it."""
-        state = self._trainer.state
-        return state.step >= self._step and state.observed and not self._trainer.stop_requested
+    def has_reached_end(self, run: RunDirectory) -> bool:
+        """Whether it stopped at the rung, evaluated, and nobody asked for it."""
+        state = latest_state(run.checkpoints)
+        is_there = state.get("step", 0) >= self._step and state.get("observed", False)
+        return is_there and not self._trainer.stop_requested
 
 
 def plan_rungs(arms: int, wanted: int, budget: int | None) -> tuple[int, ...]:

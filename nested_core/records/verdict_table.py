@@ -242,9 +242,11 @@ def _ancestor_checks(verdict: Verdict) -> Iterator[CheckRow]:
             difference=_difference(ancestor),
             bound=None if bound is None else f"at most +{ancestor.margin or 0:.2g}",
         )
-    problems = [one.not_compared for one in verdict.ancestors if one.not_compared is not None]
-    for problem in dict.fromkeys(problems):
-        names = [one.name for one in verdict.ancestors if one.not_compared == problem]
+    names_by_problem: dict[str, list[str]] = {}
+    for one in verdict.ancestors:
+        if one.not_compared is not None:
+            names_by_problem.setdefault(one.not_compared, []).append(one.name)
+    for problem, names in names_by_problem.items():
         name = f"earlier {names[0]}"
         if len(names) > 1:
             name = f"{len(names)} earlier versions, the newest {names[0].removeprefix('version ')}"

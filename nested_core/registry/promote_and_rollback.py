@@ -12,13 +12,13 @@ from typing import Any
 
 from nested_core.errors import ConfigError
 from nested_core.records.verdict_file import require_passed
-from nested_core.registry.data_store import RunExamples, store_examples
-from nested_core.registry.folders import check_name, create_name_folder
-from nested_core.registry.history_views import NameFolder, writing, writing_folder
+from nested_core.registry.data_store import RunExamples
+from nested_core.registry.folders import check_name
+from nested_core.registry.history_views import NameFolder, writing
 from nested_core.registry.judgements import choose_verdict, read_judgements, read_verdicts
 from nested_core.registry.ledger import NO_ORIGIN, Origin
 from nested_core.registry.promotion_outcome import Decision
-from nested_core.registry.registration import PassedRun, add_version, read_passed_run
+from nested_core.registry.registration import PassedRun, read_passed_run, registering
 from nested_core.registry.versions import VERSION_PREFIX_PATTERN, resolve_version
 from nested_core.text.digest_format import shorten_digest
 
@@ -87,11 +87,9 @@ def register_and_promote(
     """
     check_name(name)
     run = run or read_passed_run(run_dir)
-    with writing_folder(create_name_folder(registry, name)) as held:
-        if examples is not None:
-            standing = held.ledger.standing
-            store_examples(held.path, run.version, examples, standing, confirm=held.confirm)
-        manifest = add_version(held, run, provenance, by=by, was_judged_now=False)
+    with registering(
+        run, registry, name, provenance, by=by, was_judged_now=False, examples=examples
+    ) as (held, manifest):
         fields = {"by": by, "manifest": manifest, "against_policy": against_policy}
         return _promote_held(held, run.version, expected_champion, fields)
 

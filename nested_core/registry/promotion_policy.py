@@ -599,11 +599,11 @@ def _describe_comparison(
             f"{losses} ({data}): it is significantly lower, by {-difference:.2g}, and "
             f"registry.min_improvement asks for more than {section.min_improvement:g}"
         )
-    if record.corrected_interval is not None and record.interval[1] < 0:
+    if chosen is not None and record.interval[1] < 0:
         validation = candidate.verdict.validation
         among = 1 if validation is None else validation.chosen_among
         return (
-            f"{figures} {format_interval(record.corrected_interval)}, corrected for {among} steps "
+            f"{figures} {format_interval(chosen)}, corrected for {among} steps "
             f"that these examples chose among; a test.jsonl needs no correction"
         )
     return (

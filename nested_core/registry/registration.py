@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,12 +84,33 @@ def register(
     """
     check_name(name)
     run = run or read_passed_run(run_dir)
+    by = REGISTRATION_AUTHOR
+    with registering(
+        run, registry, name, provenance, by=by, was_judged_now=True, examples=examples
+    ):
+        return run.version
+
+
+@contextmanager
+def registering(
+    run: PassedRun,
+    registry: Path,
+    name: str,
+    provenance: dict[str, Any],
+    *,
+    by: str,
+    was_judged_now: bool,
+    examples: RunExamples | None,
+) -> Iterator[tuple[NameFolder, str]]:
+    """Add a run's adapter and examples, and hold the folder's lock in the block.
+
+    Gives the folder, and the hash of the version's manifest.
+    """
     with writing_folder(create_name_folder(registry, name)) as held:
         if examples is not None:
             standing = held.ledger.standing
             store_examples(held.path, run.version, examples, standing, confirm=held.confirm)
-        add_version(held, run, provenance, by=REGISTRATION_AUTHOR, was_judged_now=True)
-    return run.version
+        yield held, add_version(held, run, provenance, by=by, was_judged_now=was_judged_now)
 
 
 def register_rejection(

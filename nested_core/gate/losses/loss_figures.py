@@ -216,7 +216,7 @@ def loss_reasons(validation: Validation, bounds: GateSection) -> list[Reason]:
     allowed = "" if validation.margin is None else f"the allowed rise is {validation.margin:.2g}: "
     message = (
         f"loss {losses} on {describe_examples(validation)}"
-        f"{describe_noise(replace(validation, margin=None))}; {allowed}"
+        f"{describe_difference(validation)}; {allowed}"
         f"gate.max_val_loss_increase is {bounds.max_val_loss_increase:g} of the loss before"
     )
     return [Reason("loss_regressed", message)]
@@ -296,15 +296,20 @@ def non_finite_loss_reasons(losses: Validation | GeneralLoss, what: str) -> list
 
 
 def describe_noise(losses: ComparedLoss) -> str:
+    """The paired difference and the rise that is allowed; nothing if there is no difference."""
+    has_margin = None not in (losses.difference, losses.interval, losses.margin)
+    margin = f" and an allowed rise of {losses.margin:.2g}" if has_margin else ""
+    return f"{describe_difference(losses)}{margin}"
+
+
+def describe_difference(losses: ComparedLoss) -> str:
     """The paired difference and what it says, after the losses; nothing if there is none."""
     if losses.difference is None:
         return ""
     difference = format_difference(losses.difference)
     if losses.interval is None:
         return f", {difference}; too few examples to detect a difference"
-    margin = "" if losses.margin is None else f" and an allowed rise of {losses.margin:.2g}"
-    interval = format_interval(losses.interval)
-    return f", {difference} with a 95 % interval of {interval}{margin}"
+    return f", {difference} with a 95 % interval of {format_interval(losses.interval)}"
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ from nested_core.registry import (
     garbage_collection,
     list_versions,
     promote,
-    promote_and_rollback,
     registration,
 )
 from nested_core.registry.promotion_policy import (
@@ -381,7 +380,7 @@ class TestPromotionByAPerson:
             gc.join(SECONDS_FOR_A_GC)  # it has to wait for the lock
             return state
 
-        monkeypatch.setattr(promote_and_rollback, "add_version", after)
+        monkeypatch.setattr(registration, "add_version", after)
         assert by_hand(make_run(2.0)).outcome == "promoted"
         gc.join()
         assert len(list_versions(registry, NAME)) == 2
