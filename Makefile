@@ -63,7 +63,7 @@ bench: $(VENV)/project.stamp ## side-by-side measurements, each printing a ratio
 LEARNING := $(BIN)/python -m benchmarks.learning --study small
 LEARNING_ROWS := benchmarks/results/learning.jsonl
 bench-learning: $(VENV)/project.stamp ## what adapters learn, small and resumable; DATA=folder adds a task of real text
-	$(LEARNING) run $(LEARNING_ROWS) --bases examples $(if $(DATA),--data "$(DATA)")
+	$(LEARNING) run $(LEARNING_ROWS) --bases examples --workers 2 $(if $(DATA),--data "$(DATA)")
 	$(LEARNING) report $(LEARNING_ROWS) --out benchmarks/results/learning
 
 production-test: $(VENV)/dev.stamp ## PostgreSQL, a server with auth, workers, and what runs on them; takes minutes

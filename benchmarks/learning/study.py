@@ -119,7 +119,7 @@ SMALL = Study(
     seeds=(1, 2),
     later_seeds=(1,),
     counts=Counts(train=400, choose=100, judge=200, longest=80, answers=10),
-    iterations={"geography": 200, "clinc150": 400},
+    iterations={"geography": 200, "clinc150": 300},
     streams=("facts",),
     stream_arms=("joint", "replay-0", "replay-10"),
     stream_seeds=(1,),
