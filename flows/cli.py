@@ -10,6 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -95,25 +96,35 @@ class _Commands:
         return parser
 
 
-def build_parser() -> _Parser:
-    """The parser of all commands; importing them takes long enough for a person to press Ctrl-C."""
+# The commands of each module of flows.commands, in the order of the help: one that is called loads
+# its own module alone.
+COMMANDS = {
+    "demo": ("demo",),
+    "training": ("validate", "train", "run"),
+    "sweep": ("sweep",),
+    "configuration": ("init", "explain"),
+    "inspection": ("verify", "status", "stop"),
+    "reports": ("report", "runs", "compare", "card"),
+    "evaluation": ("evaluate",),
+    "chat": ("chat",),
+    "serving": ("serve",),
+    "registry": (
+        *("registry", "promote", "rollback", "history", "audit", "gc"),
+        *("export-mlflow", "policy", "forget"),
+    ),
+    "export": ("export",),
+    "peft": ("import-peft", "export-peft"),
+    "deployment": ("deploy",),
+    "doctor": ("doctor",),
+}
+
+
+def build_parser(command: str | None = None) -> _Parser:
+    """The parser of all commands; where `command` is one of them, of those of its module alone."""
+    own = [module for module, names in COMMANDS.items() if command in names]
+    # Importing takes long enough for a person to press Ctrl-C.
     with collecting_no_garbage():
-        from flows.commands import (
-            chat,
-            configuration,
-            demo,
-            deployment,
-            doctor,
-            evaluation,
-            export,
-            inspection,
-            peft,
-            registry,
-            reports,
-            serving,
-            sweep,
-            training,
-        )
+        modules = [import_module(f"flows.commands.{name}") for name in own or COMMANDS]
 
     parser = _Parser(
         prog="nested-tune",
@@ -127,15 +138,12 @@ def build_parser() -> _Parser:
     commands = _Commands(parser)
     parser.commands = commands.parsers
     parser.summaries = commands.summaries
-    running = (demo, training, sweep, configuration)
-    looking = (inspection, reports, evaluation, chat, serving)
-    keeping = (registry, export, peft, deployment, doctor)
-    for module in (*running, *looking, *keeping):
+    for module in modules:
         module.add_commands(commands)
-    for name, command in commands.parsers.items():
-        if any(map(is_key_flag, command._actions)):  # argparse offers no other list of them
-            command.usage = f"nested-tune {name} -c FILE [options]"
-            command.add_argument("--help-all", action=FullHelp)
+    for name, own_parser in commands.parsers.items():
+        if any(map(is_key_flag, own_parser._actions)):  # argparse offers no other list of them
+            own_parser.usage = f"nested-tune {name} -c FILE [options]"
+            own_parser.add_argument("--help-all", action=FullHelp)
     parser.epilog = (
         f"{describe_commands(commands.summaries)}\n\n"
         f"Start with `nested-tune demo`. `nested-tune COMMAND --help` has an example.\n"
@@ -159,8 +167,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv is None and _needs_parent(arguments):
             return _run_under_parent()
         _refuse_undecodable(arguments)
-        parser = build_parser()
-        _refuse_unknown_command(arguments, list(parser.commands))
+        given = next(iter(arguments), "-")
+        _refuse_unknown_command(given)
+        parser = build_parser(given)
         parsed, unknown = parser.parse_known_args(arguments)
         if parsed.command is None:
             parser.print_help(sys.stderr)
@@ -207,9 +216,9 @@ def _run_under_parent() -> int:
     return run_again_where_killed(words, lambda run: ("--run-dir", str(run), "--resume"))
 
 
-def _refuse_unknown_command(arguments: Sequence[str], commands: Sequence[str]) -> None:
+def _refuse_unknown_command(given: str) -> None:
     """Name the command that was meant, where the first word is none."""
-    given = next(iter(arguments), "-")
+    commands = [name for names in COMMANDS.values() for name in names]
     if given.startswith("-") or given in commands:
         return
     close = difflib.get_close_matches(given, commands, n=1)

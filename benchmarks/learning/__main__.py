@@ -10,14 +10,21 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.learning.study import FULL, SMALL, STREAMS, read_rows
+from benchmarks.learning.study import FULL, SMALL, STREAMS, STREAMS_20M, Study, read_rows
+
+STUDIES: dict[str, Study] = {
+    "full": FULL,
+    "small": SMALL,
+    "streams": STREAMS,
+    "streams-20M": STREAMS_20M,
+}
 
 
 def main() -> None:
     """Do what the command line says."""
     options = parse()
-    study = {"full": FULL, "small": SMALL, "streams": STREAMS}[options.study]
-    if study is not STREAMS and options.command in ("run", "quiet") and options.data is None:
+    study = STUDIES[options.study]
+    if study.tasks and options.command in ("run", "quiet") and options.data is None:
         study = replace(study, tasks=("geography",))
     if options.command == "corpus":
         from benchmarks.learning.bases import prepare_corpus
@@ -65,7 +72,7 @@ def parse() -> argparse.Namespace:
         command.add_argument("--data", type=Path, help="folder of the tasks' repositories")
         command.add_argument("--seconds", type=float, default=1e9)
         command.add_argument("--workers", type=int, default=1, help="trainings at the same time")
-    parser.add_argument("--study", choices=("full", "small", "streams"), default="full")
+    parser.add_argument("--study", choices=STUDIES, default="full")
     return parser.parse_args()
 
 

@@ -96,7 +96,7 @@ def write_stream_report(rows: Sequence[Row], study: Study, out: Path) -> None:
     """Write streams.md and a plot of each kind of stream into `out`; print the table."""
     lines = []
     out.mkdir(parents=True, exist_ok=True)
-    for size in study.sizes:
+    for size in dict.fromkeys(row["size"] for row in rows if row["task"] in study.streams):
         for names in list_groups(study.streams):
             results = StreamResults(rows, names, size)
             arms = [arm for arm in study.stream_arms if results.seeds(arm)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,14 @@ STREAMS = Study(
     later_seeds=(),
     streams=("facts", "facts-reversed", "tasks", "tasks-reversed"),
     stream_seeds=(1, 2, 3, 4, 5),
+)
+# The second size, on a GPU
+STREAMS_20M = replace(
+    STREAMS,
+    sizes=("20M",),
+    streams=("facts", "facts-reversed"),
+    stream_arms=tuple(arm for arm in STREAM_ARMS if arm != "replay-1"),
+    stream_seeds=(1, 2, 3),
 )
 
 

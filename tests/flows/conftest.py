@@ -189,7 +189,7 @@ def called(*arguments: object, cwd: Path) -> Ended:
         contextlib.chdir(cwd),
         contextlib.redirect_stdout(stdout),
         patch.object(sys, "__stdout__", stdout),  # where --json writes its document
-        patch.object(cli, "build_parser", build_parser_once),
+        patch.object(cli, "build_parser", lambda command: build_parser_once()),
         contextlib.redirect_stderr(stderr),
         warnings.catch_warnings(),
     ):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
+import sys
 
 import pytest
 
+from flows import cli
 from flows.cli import build_parser, main
 from flows.commands.help_pages import COMMON_FLAGS, is_key_flag
 
@@ -54,3 +57,15 @@ def test_help_shows_the_common_flags_and_help_all_every_one(
     shown = {flag for flag in flags if f"{flag} " in short or f"{flag}\n" in short}
     assert shown == flags & set(COMMON_FLAGS)
     assert [flag for flag in flags if flag not in whole] == []
+
+
+def test_each_command_is_listed_under_the_module_that_adds_it_and_loads_it_alone() -> None:
+    for module, names in cli.COMMANDS.items():
+        assert tuple(build_parser(names[0]).commands) == names, module
+    assert list(build_parser().commands) == [name for own in cli.COMMANDS.values() for name in own]
+    code = "import sys, flows.cli; flows.cli.build_parser('promote'); print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "flows.commands.registry" in loaded.stdout.split()
+    assert not {"flows.commands.training", "pydantic"} & set(loaded.stdout.split())
