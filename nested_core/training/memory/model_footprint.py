@@ -15,7 +15,6 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core import backend
 from nested_core.kernels.cuda.kernel_launch import has_kernel_for_rank
 from nested_core.kernels.geglu import GEGLU_MLP_CLASSES
 from nested_core.kernels.quantized_linear import dequantized_weight_bytes
@@ -43,7 +42,8 @@ EXPERTS_PER_TOKEN_ATTRIBUTES = ("top_k", "num_experts_per_tok")
 # queries and keys their norms, and of values the rule's output and its norm are kept.
 DELTA_NET_WIDTH_ATTRIBUTES = ("conv_dim", "key_dim", "value_dim")
 ARRAYS_KEPT_OF_A_DELTA_NET_WIDTH = 2
-ARRAYS_KEPT_OF_A_GELU = 3  # of the MLP's inner width, where gelu(gate) up is not recomputed
+# Of the MLP's inner width. On CUDA gelu(gate) up is recomputed, but a Gemma's peak is as if not.
+ARRAYS_KEPT_OF_A_GELU = 3
 
 Modules = Mapping[str, Any]
 
@@ -212,9 +212,7 @@ def _elements_kept_by_delta_nets(modules: Modules) -> int:
 
 
 def _elements_kept_by_gelu(modules: Modules, linears: Any) -> int:
-    """What MLX keeps of gelu(gate) * up beside both, a token; on CUDA it is recomputed."""
-    if backend.computes_on_cuda():
-        return 0
+    """What MLX keeps of gelu(gate) * up beside both, a token."""
     mlps = [name for name, module in modules.items() if type(module) in GEGLU_MLP_CLASSES]
     widths: list[int] = [linears[f"{name}.down_proj"][0] for name in mlps]
     return ARRAYS_KEPT_OF_A_GELU * sum(widths)

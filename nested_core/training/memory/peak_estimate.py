@@ -13,14 +13,14 @@ trained one up, since those below keep nothing for the backward pass:
     dequantized = dequantized_weights * the largest quantized weight once it is dequantized
     in_flight   = arrays that are used up and not freed yet, since MLX runs ahead of the device:
                   layers_in_flight times the largest `kept`, without attention's padding. On CUDA
-                  that is MIN_LAYERS + LAYERS_PER_OPERATION * operations of a commit * b, where
-                  b = min(1, kept / BYTES_OF_BUSY_LAYER): the host runs less far ahead of a device
-                  whose layers are done before it has started the next one
+                  that is, of all layers, the share MIN_SHARE + SHARE_PER_OPERATION * operations
+                  of a commit * b, where b = min(1, kept / BYTES_OF_BUSY_LAYER): the host runs less
+                  far ahead of a device whose layers are done before it has started the next one
     peak        = resident + the largest of
                   kept of all layers + logits + dequantized + in_flight, where a recomputed layer
                   keeps its input alone;
-                  inputs of the recomputed layers + in_flight, on CUDA 2.5 times it
-                  + LAYERS_HELD_WHILE_RECOMPUTING layers;
+                  inputs of the recomputed layers + in_flight + LAYERS_HELD_WHILE_RECOMPUTING
+                  layers, where in flight on CUDA is MAX_IN_FLIGHT_RATIO of the recomputed layers;
                   3 * trained + moments: gradients and new values beside the old ones
 
 `layer.kept` is what derivatives read again, in elements a token: the outputs of the linear layers
@@ -47,11 +47,12 @@ EXTRA_BYTES_PER_CHUNKED_LOGIT = (
 )
 EXTRA_BYTES_PER_UNCHUNKED_LOGIT = 12  # the same where every position has its logits
 DEQUANTIZED_WEIGHT_COPIES = 2  # the output layer's for all products, and as much again
-CUDA_DEQUANTIZED_WEIGHT_COPIES = 4  # measured before chunks of logits shared one: too many now
-CUDA_MIN_LAYERS_IN_FLIGHT = 5  # without the operations of a commit
-CUDA_LAYERS_IN_FLIGHT_PER_OPERATION = 0.95  # for each operation of a commit
-CUDA_IN_FLIGHT_WHILE_RECOMPUTING = 2.5  # a layer's forward pass again, and its backward pass
-CUDA_BYTES_OF_BUSY_LAYER = 92 * 2**20  # kept by a layer that takes a device longer than its host
+CUDA_MIN_SHARE_IN_FLIGHT = 0.22  # of the layers, without the operations of a commit
+CUDA_SHARE_IN_FLIGHT_PER_OPERATION = 0.03  # for each operation of a commit
+CUDA_MAX_IN_FLIGHT_RATIO = 1.3  # to the layers; reached where they are recomputed
+CUDA_MIN_LOGIT_CHUNKS = 2
+CUDA_LOGIT_CHUNKS_PER_OPERATION = 0.4  # as the host runs ahead: chunks not freed yet
+CUDA_BYTES_OF_BUSY_LAYER = 75 * 2**20  # kept by a layer that takes a device longer than its host
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,11 @@ class DeviceProfile:
     mlp_arrays: arrays of the MLP's inner width kept beside gate, up and their product.
     layers_in_flight: layers whose arrays are used up and not freed yet, on a busy device.
     min_layers_in_flight: the same on an idle one; between both in proportion to a layer's bytes.
+    in_flight_are_shares: whether both are shares of the layers that are trained, not their number.
     bytes_of_busy_layer: what a layer keeps for the backward pass where the device is busy.
     logit_chunks: chunks of logits that exist at once.
-    in_flight_while_recomputing: how many times as much is in flight where layers are recomputed.
+    recomputed_in_flight: layers in flight while layers are recomputed, as a ratio to those; 0 where
+        they are as many as without.
     max_in_flight_ratio: bound of `layers_in_flight`, as a ratio to all layers that are trained.
     recomputes_mlp_product: whether the product of an MLP of LoRA layers is recomputed, not kept.
     attention_multiple: lengths that attention is padded to; 1 where it is not.
@@ -76,9 +79,10 @@ class DeviceProfile:
     mlp_arrays: float
     layers_in_flight: float
     min_layers_in_flight: float = 0
+    in_flight_are_shares: bool = False
     bytes_of_busy_layer: int = 0
-    logit_chunks: int = 5
-    in_flight_while_recomputing: float = 1
+    logit_chunks: float = 5
+    recomputed_in_flight: float = 0
     max_in_flight_ratio: float = 1
     recomputes_mlp_product: bool = False
     attention_multiple: int = 1
@@ -96,16 +100,18 @@ def cuda_profile(operations_per_commit: int) -> DeviceProfile:
     return DeviceProfile(
         score_share=0,
         mlp_arrays=0,
-        layers_in_flight=CUDA_MIN_LAYERS_IN_FLIGHT
-        + CUDA_LAYERS_IN_FLIGHT_PER_OPERATION * operations_per_commit,
-        min_layers_in_flight=CUDA_MIN_LAYERS_IN_FLIGHT,
+        layers_in_flight=CUDA_MIN_SHARE_IN_FLIGHT
+        + CUDA_SHARE_IN_FLIGHT_PER_OPERATION * operations_per_commit,
+        min_layers_in_flight=CUDA_MIN_SHARE_IN_FLIGHT,
+        in_flight_are_shares=True,
         bytes_of_busy_layer=CUDA_BYTES_OF_BUSY_LAYER,
-        logit_chunks=2,
-        in_flight_while_recomputing=CUDA_IN_FLIGHT_WHILE_RECOMPUTING,
-        max_in_flight_ratio=1.3,
+        logit_chunks=max(
+            CUDA_MIN_LOGIT_CHUNKS, CUDA_LOGIT_CHUNKS_PER_OPERATION * operations_per_commit
+        ),
+        recomputed_in_flight=CUDA_MAX_IN_FLIGHT_RATIO,
+        max_in_flight_ratio=CUDA_MAX_IN_FLIGHT_RATIO,
         recomputes_mlp_product=True,
         attention_multiple=FUSED_LENGTH_MULTIPLE,
-        dequantized_weights=CUDA_DEQUANTIZED_WEIGHT_COPIES,
     )
 
 
@@ -184,7 +190,7 @@ def _is_half_precision(footprint: ModelFootprint) -> bool:
     return footprint.activation_bytes == KERNEL_DTYPE.size
 
 
-def bytes_of_logits(footprint: ModelFootprint, batch: BatchShape, device: DeviceProfile) -> int:
+def bytes_of_logits(footprint: ModelFootprint, batch: BatchShape, device: DeviceProfile) -> float:
     """The logits that exist at once, and what the loss computes from them."""
     tokens = batch.rows * batch.length
     if footprint.chunk_rows is None:
@@ -208,6 +214,8 @@ def bytes_in_flight(kept: Sequence[float], device: DeviceProfile) -> float:
     idle, busy = device.min_layers_in_flight, device.layers_in_flight
     is_busy = min(1.0, largest / device.bytes_of_busy_layer) if device.bytes_of_busy_layer else 1.0
     layers = idle + (busy - idle) * is_busy
+    if device.in_flight_are_shares:
+        layers *= len(kept)
     return min(layers, device.max_in_flight_ratio * len(kept)) * largest
 
 
@@ -232,7 +240,8 @@ def estimate_peak_bytes(
     forward = sum(kept[recomputed:]) + inputs + (logits + dequantized) + in_flight
     backward = 0.0
     if recomputed:
-        in_flight *= device.in_flight_while_recomputing
+        if device.recomputed_in_flight:
+            in_flight = device.recomputed_in_flight * recomputed * max(kept)
         backward = inputs + in_flight + LAYERS_HELD_WHILE_RECOMPUTING * max(kept)
     update = 3 * footprint.trained + footprint.moments
     return int(resident + max(forward, backward, update))
