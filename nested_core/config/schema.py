@@ -173,7 +173,8 @@ class FineTuneConfig(_RootSection):
     grad_accumulation_steps: PositiveInt = key(1, "micro-batches whose gradients make one step")
     clear_cache_threshold: NonNegativeInt = key(
         0,
-        "bytes of MLX's cache above which it is emptied (0 is never)",
+        "bytes of MLX's cache above which it is emptied (0: never; on CUDA, from 0.9e9 weights on, "
+        "what the widest step needs)",
         affects="output",
         in_form=False,
     )

@@ -24,7 +24,7 @@ from nested_core.training.due_parts import Reporter, Saver, Validation, restore_
 from nested_core.training.early_stopping import is_out_of_patience
 from nested_core.training.evaluation import EvaluationInterrupted, Evaluator
 from nested_core.training.hang_watch import HangWatch
-from nested_core.training.memory.memory_plan import plan_memory
+from nested_core.training.memory.memory_plan import limit_kept_buffers, plan_memory
 from nested_core.training.memory.model_footprint import compute_footprint
 from nested_core.training.nonfinite_watch import NonfiniteStepWatch
 from nested_core.training.parameter_packing import unflatten_names
@@ -68,6 +68,7 @@ class Trainer:
         )
         largest_batch = setup.step_schedule.largest_batch()
         self.memory = plan_memory(setup.config, footprint, largest_batch, setup.world.size)
+        limit_kept_buffers(setup.config, footprint, self.memory.needed)
 
         # Progress, which checkpoints keep
         self.state = TrainingState()

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core import backend
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
 
 SHORTEST_SUGGESTED_LENGTH = 32  # tokens
+KEPT_BUFFERS_OF_A_STEP = 1.1  # freed buffers kept, of a step's need: a forecast may be a tenth low
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,18 @@ def plan_memory_for_device(
         setting = f"grad_checkpoint: true with batch_size: {smallest.rows * processes}"
         suggestions.append((setting, estimate_peak_bytes(footprint, smallest, device, layers)))
     return MemoryPlan(needed, capacity, recomputed, layers, tuple(suggestions))
+
+
+def limit_kept_buffers(config: FineTuneConfig, footprint: ModelFootprint, needed: int) -> None:
+    """Bound the freed buffers that MLX keeps on CUDA to what the widest step of a run needs.
+
+    `needed` is the forecast of its peak. Only for models with the operations a commit of large
+    ones: smaller ones train more slowly under a bound. A `clear_cache_threshold` stays as it is.
+    """
+    operations = os.environ.get(backend.OPERATIONS_PER_COMMIT_VARIABLE)
+    is_large = operations == backend.OPERATIONS_PER_COMMIT_OF_LARGE_MODELS
+    if is_large and backend.computes_on_cuda() and not config.clear_cache_threshold:
+        mx.set_cache_limit(int(KEPT_BUFFERS_OF_A_STEP * (needed - footprint.resident)))
 
 
 def _batches_of_fewer_rows(batch: BatchShape) -> Iterator[BatchShape]:

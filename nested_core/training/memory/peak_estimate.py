@@ -157,6 +157,11 @@ class ModelFootprint:
     dequantized: int = 0
 
     @property
+    def resident(self) -> int:
+        """Bytes held from step to step: weights, moments, and what is packed of both."""
+        return self.weights + self.moments + self.is_packed * (self.trained + self.moments)
+
+    @property
     def layers_of_backward_pass(self) -> tuple[LayerFootprint, ...]:
         """The layers that the backward pass goes through: from the lowest trained one up."""
         first = next((i for i, layer in enumerate(self.layers) if layer.is_trained), 0)
@@ -230,9 +235,6 @@ def estimate_peak_bytes(
         own + bytes_of_padded_attention(footprint, layer, batch, device)
         for own, layer in zip(kept, layers, strict=True)
     ]
-    resident = footprint.weights + footprint.moments
-    if footprint.is_packed:
-        resident += footprint.trained + footprint.moments
     tokens = batch.rows * batch.length
     inputs = footprint.activation_bytes * tokens * sum(e.width for e in layers[:recomputed])
     logits = bytes_of_logits(footprint, batch, device)
@@ -244,7 +246,7 @@ def estimate_peak_bytes(
             in_flight = device.recomputed_in_flight * recomputed * max(kept)
         backward = inputs + in_flight + LAYERS_HELD_WHILE_RECOMPUTING * max(kept)
     update = 3 * footprint.trained + footprint.moments
-    return int(resident + max(forward, backward, update))
+    return int(footprint.resident + max(forward, backward, update))
 
 
 def fewest_recomputed_layers(

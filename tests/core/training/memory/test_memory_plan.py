@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from nested_core import backend
@@ -13,6 +14,7 @@ from nested_core.training.loss.loss_interface import BatchShape
 from nested_core.training.memory.memory_plan import (
     MemoryPlan,
     device_profile_for,
+    limit_kept_buffers,
     plan_memory_for_device,
 )
 from nested_core.training.memory.peak_estimate import (
@@ -216,6 +218,34 @@ def test_what_our_kernels_alone_make_is_forecast_where_they_are_used(
     assert ours.dequantized_weights == (2 if has_cuda or device == "cpu" else 0)
     assert (theirs.recomputes_mlp_product, theirs.dequantized_weights) == (False, 0)
     assert theirs.score_share == (0 if has_cuda else 1)
+
+
+@pytest.mark.parametrize(
+    ("operations", "threshold", "has_cuda", "limits"),
+    [
+        ("8", 0, True, [1_100_000]),
+        ("25", 0, True, []),  # a small model
+        (None, 0, True, []),  # a process that was not prepared
+        ("8", 10**9, True, []),  # the user's own
+        ("8", 0, False, []),
+    ],
+)
+def test_freed_buffers_of_large_models_on_cuda_are_kept_up_to_a_steps_need(
+    operations: str | None,
+    threshold: int,
+    has_cuda: bool,
+    limits: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[int] = []
+    monkeypatch.setattr(mx, "set_cache_limit", found.append)
+    monkeypatch.setattr(backend, "computes_on_cuda", lambda: has_cuda)
+    monkeypatch.delenv(backend.OPERATIONS_PER_COMMIT_VARIABLE, raising=False)
+    if operations:
+        monkeypatch.setenv(backend.OPERATIONS_PER_COMMIT_VARIABLE, operations)
+    config = FineTuneConfig.model_validate({"clear_cache_threshold": threshold})
+    limit_kept_buffers(config, MIDDLE, 61_000_000)
+    assert found == limits
 
 
 def planned(capacity: float, **changes: Any) -> MemoryPlan:
