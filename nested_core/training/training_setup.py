@@ -111,7 +111,7 @@ def prepare_training(
     """Make the setup of a run that was validated and loaded.
 
     Args:
-        config: the resolved configuration; its memory limits hold for this process from now on.
+        config: the resolved configuration; its memory limit holds for this process from now on.
         run: its run directory.
         model: the base model with the initial adapter attached.
         splits: the tokenised data; "train" is needed, "valid" is used if it is there.
@@ -124,8 +124,6 @@ def prepare_training(
     """
     if config.training.memory_limit_gb is not None:
         mx.set_memory_limit(int(config.training.memory_limit_gb * 1e9))
-    if config.clear_cache_threshold:
-        mx.set_cache_limit(config.clear_cache_threshold)
     tiers = read_tiers(run.tiers)
     step_schedule = make_step_schedule(config, splits, world, _read_replay(run, splits))
     refuse_tiers_never_due(tiers.frequencies, step_schedule.steps)

@@ -142,15 +142,19 @@ def plan_memory_for_device(
 
 
 def limit_kept_buffers(config: FineTuneConfig, footprint: ModelFootprint, needed: int) -> None:
-    """Bound the freed buffers that MLX keeps on CUDA to what the widest step of a run needs.
+    """Bound the freed buffers that MLX keeps in this process: to `clear_cache_threshold`, if set.
 
+    Else, on CUDA, to what the widest step of a run needs beside what it holds from step to step;
     `needed` is the forecast of its peak. Only for models with the operations a commit of large
-    ones: smaller ones train more slowly under a bound. A `clear_cache_threshold` stays as it is.
+    ones: smaller ones train more slowly under a bound.
     """
+    limit = config.clear_cache_threshold
     operations = os.environ.get(backend.OPERATIONS_PER_COMMIT_VARIABLE)
     is_large = operations == backend.OPERATIONS_PER_COMMIT_OF_LARGE_MODELS
-    if is_large and backend.computes_on_cuda() and not config.clear_cache_threshold:
-        mx.set_cache_limit(int(KEPT_BUFFERS_OF_A_STEP * (needed - footprint.resident)))
+    if not limit and is_large and backend.computes_on_cuda():
+        limit = int(KEPT_BUFFERS_OF_A_STEP * (needed - footprint.resident))
+    if limit:
+        mx.set_cache_limit(limit)
 
 
 def _batches_of_fewer_rows(batch: BatchShape) -> Iterator[BatchShape]:

@@ -20,7 +20,7 @@ trained one up, since those below keep nothing for the backward pass:
                   kept of all layers + logits + dequantized + in_flight, where a recomputed layer
                   keeps its input alone;
                   inputs of the recomputed layers + in_flight + LAYERS_HELD_WHILE_RECOMPUTING
-                  layers, where in flight on CUDA is MAX_IN_FLIGHT_RATIO of the recomputed layers;
+                  layers, where in flight on CUDA are RECOMPUTED_IN_FLIGHT of the recomputed layers;
                   3 * trained + moments: gradients and new values beside the old ones
 
 `layer.kept` is what derivatives read again, in elements a token: the outputs of the linear layers
@@ -47,11 +47,12 @@ EXTRA_BYTES_PER_CHUNKED_LOGIT = (
 )
 EXTRA_BYTES_PER_UNCHUNKED_LOGIT = 12  # the same where every position has its logits
 DEQUANTIZED_WEIGHT_COPIES = 2  # the output layer's for all products, and as much again
-CUDA_MIN_SHARE_IN_FLIGHT = 0.22  # of the layers, without the operations of a commit
-CUDA_SHARE_IN_FLIGHT_PER_OPERATION = 0.03  # for each operation of a commit
-CUDA_MAX_IN_FLIGHT_RATIO = 1.3  # to the layers; reached where they are recomputed
+CUDA_MIN_SHARE_IN_FLIGHT = 0.187  # of the layers, without the operations of a commit
+CUDA_SHARE_IN_FLIGHT_PER_OPERATION = 0.0322  # for each operation of a commit
+CUDA_MAX_IN_FLIGHT_RATIO = 1.36  # to the layers
+CUDA_RECOMPUTED_IN_FLIGHT = 1.3  # to the layers that are recomputed
 CUDA_MIN_LOGIT_CHUNKS = 2
-CUDA_LOGIT_CHUNKS_PER_OPERATION = 0.4  # as the host runs ahead: chunks not freed yet
+CUDA_LOGIT_CHUNKS_PER_OPERATION = 0.45  # as the host runs ahead: chunks not freed yet
 CUDA_BYTES_OF_BUSY_LAYER = 75 * 2**20  # kept by a layer that takes a device longer than its host
 
 
@@ -108,7 +109,7 @@ def cuda_profile(operations_per_commit: int) -> DeviceProfile:
         logit_chunks=max(
             CUDA_MIN_LOGIT_CHUNKS, CUDA_LOGIT_CHUNKS_PER_OPERATION * operations_per_commit
         ),
-        recomputed_in_flight=CUDA_MAX_IN_FLIGHT_RATIO,
+        recomputed_in_flight=CUDA_RECOMPUTED_IN_FLIGHT,
         max_in_flight_ratio=CUDA_MAX_IN_FLIGHT_RATIO,
         recomputes_mlp_product=True,
         attention_multiple=FUSED_LENGTH_MULTIPLE,
