@@ -2,11 +2,13 @@
 
 As long as the frozen products are made in bfloat16, a step takes at least this long: `floor` bounds
 what any way of computing all else could reach. MLX has cuBLAS and cuDNN compute random arrays of a
-step's shapes; zeros would not do, for with them a GPU takes half the power.
+step's shapes; zeros would not do, for with them a GPU takes half the power. Products with experts
+are MLX's own too, of rows sorted by expert, as many to each; in bfloat16 they are on CUDA alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.gpu.shapes import WINDOW, Shape, measure
@@ -22,18 +24,10 @@ def floor_of(shape: Shape, *, deep: bool = False) -> dict[str, Any]:
     """
     import mlx.core as mx
 
-    rows, head = shape.tokens, shape.hidden // shape.heads
-
-    def normal(*sizes: int, scale: float = 1.0) -> mx.array:
-        array = (scale * mx.random.normal(sizes)).astype(mx.bfloat16)
-        mx.eval(array)
-        return array
-
-    sizes = weights_of(shape)
+    head, sizes = head_of(shape), weights_of(shape)
     layers = [[normal(*size, scale=0.02) for size in sizes] for _ in range(shape.layers)]
     output = normal(shape.vocabulary, shape.hidden, scale=0.02)
-    widths = {width for size in [*sizes, output.shape] for width in size}
-    wide = {width: normal(rows, width) for width in widths}
+    products = Products(shape, [*sizes, output.shape])
     q, k, v, g = (
         normal(shape.batch, heads, shape.length, head)
         for heads in (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
@@ -45,14 +39,14 @@ def floor_of(shape: Shape, *, deep: bool = False) -> dict[str, Any]:
     def step(lowest: int) -> Any:
         found: Any = None
         for weights in layers:
-            mx.async_eval([wide[w.shape[1]] @ w.T for w in weights])
+            mx.async_eval([products.forward(w) for w in weights])
         for _ in layers[:lowest]:
             mx.async_eval(attend(q, k, v))
-        mx.async_eval(wide[shape.hidden] @ output.T)
-        mx.async_eval(wide[shape.vocabulary] @ output)
+        mx.async_eval(products.forward(output))
+        mx.async_eval(products.backward(output))
         for place in reversed(range(lowest, shape.layers)):
             weights = layers[place][3:] if place == lowest else layers[place]
-            found = mx.vjp(attend, [q, k, v], [g]), [wide[w.shape[0]] @ w for w in weights]
+            found = mx.vjp(attend, [q, k, v], [g]), [products.backward(w) for w in weights]
             mx.async_eval(found)
         return found
 
@@ -64,15 +58,62 @@ def floor_of(shape: Shape, *, deep: bool = False) -> dict[str, Any]:
     return measure(window)
 
 
+class Products:
+    """Products of weights (outputs, inputs), or (experts, outputs, inputs), and a step's rows."""
+
+    def __init__(self, shape: Shape, sizes: Sequence[Sequence[int]]) -> None:
+        import mlx.core as mx
+
+        routed = shape.tokens * shape.config.get("num_experts_per_tok", 0)
+        rows = {2: (shape.tokens,), 3: (routed, 1)}
+        widths = {(len(size), width) for size in sizes for width in size[-2:]}
+        self._rows = {(kind, width): normal(*rows[kind], width) for kind, width in widths}
+        number = shape.config.get("num_experts", 1)
+        self._experts = mx.sort(mx.arange(routed, dtype=mx.uint32) % number)
+        mx.eval(self._experts)
+
+    def forward(self, weight: Any) -> Any:
+        """Of rows as wide as the weight's inputs."""
+        return self._multiply(self._rows[weight.ndim, weight.shape[-1]], weight.swapaxes(-1, -2))
+
+    def backward(self, weight: Any) -> Any:
+        """Of rows as wide as the weight's outputs."""
+        return self._multiply(self._rows[weight.ndim, weight.shape[-2]], weight)
+
+    def _multiply(self, rows: Any, weight: Any) -> Any:
+        import mlx.core as mx
+
+        if weight.ndim == 2:
+            return rows @ weight
+        return mx.gather_mm(rows, weight, rhs_indices=self._experts, sorted_indices=True)
+
+
+def normal(*sizes: int, scale: float = 1.0) -> Any:
+    """Random numbers in bfloat16, computed."""
+    import mlx.core as mx
+
+    array = (scale * mx.random.normal(sizes)).astype(mx.bfloat16)
+    mx.eval(array)
+    return array
+
+
 def lowest_layers(layers: int, deep: bool) -> list[int]:
     """The lowest layer that is due at each step of a window."""
     due = (1, 2, 1, 3) if deep else (3,) * WINDOW  # thirds, from the deepest on
     return [-(-layers * (3 - thirds) // 3) for thirds in due]  # as benchmarks.tiers.thirds has them
 
 
-def weights_of(shape: Shape) -> list[tuple[int, int]]:
-    """Outputs and inputs of a layer's seven products."""
-    keys = shape.hidden // shape.heads * shape.kv_heads
-    attention = [(each, shape.hidden) for each in (shape.hidden, keys, keys, shape.hidden)]
-    gated = [(shape.intermediate, shape.hidden)] * 2
-    return [*attention, *gated, (shape.hidden, shape.intermediate)]
+def weights_of(shape: Shape) -> list[tuple[int, ...]]:
+    """Outputs and inputs of a layer's seven products; before them, of three, the experts if any."""
+    config = shape.config
+    attention, keys = (head_of(shape) * count for count in (shape.heads, shape.kv_heads))
+    width = config.get("moe_intermediate_size", shape.intermediate)
+    experts = [config["num_experts"]] if "num_experts" in config else []
+    projections = [(each, shape.hidden) for each in (attention, keys, keys)]
+    gated = [(*experts, width, shape.hidden)] * 2
+    return [*projections, (shape.hidden, attention), *gated, (*experts, shape.hidden, width)]
+
+
+def head_of(shape: Shape) -> int:
+    """The width of an attention head."""
+    return int(shape.config.get("head_dim", shape.hidden // shape.heads))
