@@ -59,7 +59,7 @@ def floor_of(shape: Shape, *, deep: bool = False) -> dict[str, Any]:
 
 
 class Products:
-    """Products of weights (outputs, inputs), or (experts, outputs, inputs), and a step's rows."""
+    """Products of a step's rows with weights (outputs, inputs) or (experts, outputs, inputs)."""
 
     def __init__(self, shape: Shape, sizes: Sequence[Sequence[int]]) -> None:
         import mlx.core as mx
@@ -73,11 +73,11 @@ class Products:
         mx.eval(self._experts)
 
     def forward(self, weight: Any) -> Any:
-        """Of rows as wide as the weight's inputs."""
+        """What a layer of this weight makes of its inputs."""
         return self._multiply(self._rows[weight.ndim, weight.shape[-1]], weight.swapaxes(-1, -2))
 
     def backward(self, weight: Any) -> Any:
-        """Of rows as wide as the weight's outputs."""
+        """The gradient of the inputs, from one of the outputs."""
         return self._multiply(self._rows[weight.ndim, weight.shape[-2]], weight)
 
     def _multiply(self, rows: Any, weight: Any) -> Any:
@@ -104,7 +104,7 @@ def lowest_layers(layers: int, deep: bool) -> list[int]:
 
 
 def weights_of(shape: Shape) -> list[tuple[int, ...]]:
-    """Outputs and inputs of a layer's seven products; before them, of three, the experts if any."""
+    """(outputs, inputs) of a layer's seven weights; with experts, three begin with their number."""
     config = shape.config
     attention, keys = (head_of(shape) * count for count in (shape.heads, shape.kv_heads))
     width = config.get("moe_intermediate_size", shape.intermediate)
