@@ -206,7 +206,8 @@ def remove_unneeded_rows(folder: Path, versions: Collection[str], *, confirm: Co
     """Remove the lists of all but these versions, and the rows that none of these has.
 
     Call under the lock of the NAME's folder. A file that holds some of them is replaced by one
-    without them: cut short in between, rows are there twice, and the next call removes them.
+    without them: cut short in between, rows are there twice, and the next call removes them. What
+    it writes then may have the content of a file that is there, and so its name.
     """
     place = folder / DATA_FOLDER_NAME
     if file_type(place) == "missing":
@@ -216,14 +217,18 @@ def remove_unneeded_rows(folder: Path, versions: Collection[str], *, confirm: Co
         if path.stem not in versions:
             confirm()
             path.unlink()
+    written: set[Path | None] = set()
     for pack, rows in groupby(_read_packs(folder), key=itemgetter(0)):
+        if pack in written:
+            continue
         lines = [(digest, line) for _, digest, line in rows]
         kept = {digest: line for digest, line in lines if digest in needed}
         needed -= kept.keys()
         if len(kept) < len(lines):
-            _write_pack(place, kept.values(), confirm)
-            confirm()
-            pack.unlink()
+            written.add(_write_pack(place, kept.values(), confirm))
+            if pack not in written:
+                confirm()
+                pack.unlink()
     sync_path(place)
 
 
@@ -307,10 +312,11 @@ def _pack_paths(folder: Path) -> list[Path]:
     return sorted((folder / DATA_FOLDER_NAME).glob(f"[!.]*{PACK_SUFFIX}"))
 
 
-def _write_pack(place: Path, lines: Collection[bytes], confirm: Confirm) -> None:
+def _write_pack(place: Path, lines: Collection[bytes], confirm: Confirm) -> Path | None:
     """Write rows under the hash of their content; nothing for no rows."""
     if not lines:
-        return
+        return None
     content = b"".join(line + b"\n" for line in lines)
-    name = hashlib.sha256(content).hexdigest()
-    write_bytes(place / f"{name}{PACK_SUFFIX}", content, confirm=confirm)
+    path = place / f"{hashlib.sha256(content).hexdigest()}{PACK_SUFFIX}"
+    write_bytes(path, content, confirm=confirm)
+    return path

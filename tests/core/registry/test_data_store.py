@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import stat
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,12 @@ from nested_core.registry import (
 from nested_core.registry.data_store import (
     RunExamples,
     digest_row,
+    drop_rows,
     find_rows,
     read_lineage,
     read_stored_data,
+    remove_unneeded_rows,
+    store_examples,
 )
 from nested_core.text.digest_format import shorten_digest
 from tests.core.registry.conftest import write_run
@@ -153,6 +157,47 @@ def test_the_history_says_that_rows_are_gone_only_once_they_are(
     collect_garbage(registry, NAME, by="ann")
     assert rows_of(registry, first)[0] == [question(0)]
     assert digest_row(question(1)) not in all_stored(registry)
+
+
+def test_a_removal_that_was_cut_short_is_finished_without_losing_a_row(tmp_path):
+    """Whether the smaller file, which was written already, comes before the larger one or after."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop_at_second() -> None:
+        if next(calls) == 1:  # the smaller file is there, the larger one is not removed
+            raise Stopped
+
+    (tmp_path / "versions").mkdir()
+    orders = set()
+    for number in range(2, 12):
+        place = tmp_path / "data"
+        examples = RunExamples([question(1), question(number)], [])
+        store_examples(tmp_path, "one", examples, [], confirm=lambda: None)
+        (larger,) = place.glob("*.jsonl")
+        drop_rows(tmp_path, "one", {digest_row(question(number))}, confirm=lambda: None)
+        calls = count()
+        with pytest.raises(Stopped):
+            remove_unneeded_rows(tmp_path, ["one"], confirm=stop_at_second)
+        (smaller,) = {*place.glob("*.jsonl")} - {larger}
+        orders.add(smaller < larger)
+        remove_unneeded_rows(tmp_path, ["one"], confirm=lambda: None)
+        assert find_rows(tmp_path, lambda row: True) == {digest_row(question(1))}
+        assert [*place.glob("*.jsonl")] == [smaller]
+        shutil.rmtree(place)
+    assert orders == {True, False}
+
+
+def test_a_file_with_a_line_too_many_is_written_again_under_its_own_name(tmp_path):
+    (tmp_path / "versions").mkdir()
+    examples = RunExamples([question(1)], [])
+    store_examples(tmp_path, "one", examples, [], confirm=lambda: None)
+    (pack,) = (tmp_path / "data").glob("*.jsonl")
+    content = pack.read_bytes()
+    pack.write_bytes(content + b"{}\n")
+    remove_unneeded_rows(tmp_path, ["one"], confirm=lambda: None)
+    assert pack.read_bytes() == content
 
 
 @pytest.mark.parametrize(
