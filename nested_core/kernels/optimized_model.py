@@ -14,6 +14,7 @@ from nested_core.kernels.activation_checkpointing import checkpointing_layers
 from nested_core.kernels.blocked_attention import using_blocked_attention
 from nested_core.kernels.call_tracing import GatedMLP, group_layers_by_input, trace_calls
 from nested_core.kernels.cuda.kernel_launch import has_kernel_for_rank
+from nested_core.kernels.expert_mlps import find_expert_layers, using_expert_mlps
 from nested_core.kernels.fused_mlp import find_fusable_mlps, using_fused_mlps
 from nested_core.kernels.gated_delta import using_chunked_gated_delta_rule
 from nested_core.kernels.geglu import using_recomputed_geglu
@@ -28,6 +29,7 @@ from nested_core.kernels.swiglu import using_fused_swiglu
 OPTIMIZATION_CONTEXTS = (
     using_fused_swiglu,
     using_recomputed_geglu,
+    using_expert_mlps,
     using_blocked_attention,
     using_padded_attention,
     using_chunked_gated_delta_rule,
@@ -69,12 +71,12 @@ def describe_layers(model: nn.Module, *, as_mlx_lm: bool = False) -> str:
         return "layers: mlx-lm's own, as training.reference asks"
     adapters = [module for _, module in model.named_modules() if "lora_a" in module]
     ours = [module for module in adapters if type(module) in OPTIMIZED_CLASSES]
-    parts = [f"{len(ours)} of {len(adapters)} with an adapter use nested-tune's code"]
-    others = sorted(
-        {type(module).__name__ for module in adapters} - {c.__name__ for c in OPTIMIZED_CLASSES}
-    )
+    experts = set(map(id, find_expert_layers(model)))
+    others = [m for m in adapters if type(m) not in OPTIMIZED_CLASSES and id(m) not in experts]
+    count = len(adapters) - len(others)
+    parts = [f"{count} of {len(adapters)} with an adapter use nested-tune's code"]
     if others:
-        parts.append(f"{', '.join(others)} is mlx-lm's")
+        parts.append(f"{', '.join(sorted({type(m).__name__ for m in others}))} is mlx-lm's")
     if not backend.computes_on_cuda():
         where = "a CPU" if backend.device() == "cpu" else "Metal, where none of it was ever tried"
         return f"layers: {'; '.join(parts)}; no CUDA kernels on {where}"
