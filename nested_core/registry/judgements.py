@@ -28,7 +28,7 @@ from nested_core.records.verdict_file import (
     require_verdict_on_adapter,
 )
 from nested_core.registry.folders import VERSIONS_FOLDER_NAME
-from nested_core.registry.ledger import Ledger
+from nested_core.registry.ledger import Ledger, holding_end
 from nested_core.registry.versions import AuditFinding, how_to_mend, read_provenance
 from nested_core.storage.atomic import Confirm, render_json, sync_path, write_bytes
 from nested_core.storage.untrusted_files import file_type, parse_json, read_regular
@@ -155,9 +155,17 @@ def remove_judgements(folder: Path, version: str) -> None:
 
 def remove_unnamed_judgements(folder: Path, ledger: Ledger) -> None:
     """Remove the files that a crash left before their line; call only under the folder's lock."""
-    for place, _, names in os.walk(folder / JUDGEMENTS_FOLDER_NAME):
-        for path in (Path(place, name) for name in names):
-            if path.stem not in {digest for _, digest in ledger.judgements(path.parent.name)}:
+    found = [
+        Path(p, name) for p, _, names in os.walk(folder / JUDGEMENTS_FOLDER_NAME) for name in names
+    ]
+    unnamed = [
+        path
+        for path in found
+        if path.stem not in {digest for _, digest in ledger.judgements(path.parent.name)}
+    ]
+    if unnamed:
+        with holding_end(folder, ledger):  # no line about one of them is being written
+            for path in unnamed:
                 path.unlink()
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -317,31 +318,42 @@ def old_layout_error(folder: Path) -> DamagedError:
     )
 
 
-def append(folder: Path, ledger: Ledger, entry: Entry, *, confirm: Confirm) -> Ledger:
-    """Add a line to the history as it was read, force it onto the disk, and return the new history.
+@contextmanager
+def holding_end(folder: Path, ledger: Ledger) -> Iterator[int]:
+    """The history open for appending, as long as it was read, and locked until the block ends.
 
-    `confirm` is called just before, and raises where another process could be writing.
+    So a line whose writer has lost the lock of the folder is either there before the block, and
+    raises DamagedError, or is not written after it.
     """
     path = folder / LEDGER_NAME
-    reason = None if entry.reason is None else _replace_what_is_no_text(entry.reason)
-    layout = None if ledger.entries else LAYOUT
-    entry = replace(entry, previous_line_sha256=ledger.end_sha256, reason=reason, layout=layout)
-    line = json.dumps(entry.fields()).encode() + b"\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
-        lock_open_file(descriptor, path)  # held while the size is what was read
+        lock_open_file(descriptor, path)
         size = os.fstat(descriptor).st_size
         if size != ledger.whole_bytes:
             raise DamagedError(
                 f"{path} had {ledger.whole_bytes} bytes when it was read under the lock, and has "
                 f"{size} now: something writes to it without the lock. Nothing was changed."
             )
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def append(folder: Path, ledger: Ledger, entry: Entry, *, confirm: Confirm) -> Ledger:
+    """Add a line to the history as it was read, force it onto the disk, and return the new history.
+
+    `confirm` is called just before, and raises where another process could be writing.
+    """
+    reason = None if entry.reason is None else _replace_what_is_no_text(entry.reason)
+    layout = None if ledger.entries else LAYOUT
+    entry = replace(entry, previous_line_sha256=ledger.end_sha256, reason=reason, layout=layout)
+    line = json.dumps(entry.fields()).encode() + b"\n"
+    with holding_end(folder, ledger) as descriptor:
         confirm()
         _write_all(descriptor, line)
         sync_descriptor(descriptor)
-    finally:
-        os.close(descriptor)
-    if size == 0:
+    if ledger.whole_bytes == 0:
         sync_path(folder)
     end_sha256 = hashlib.sha256(line).hexdigest()
     return Ledger((*ledger.entries, entry), ledger.whole_bytes + len(line), b"", end_sha256)

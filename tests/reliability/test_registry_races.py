@@ -80,7 +80,8 @@ def work(registry: Path, runs: list[Path], seed: int) -> None:
 
 
 def may_come_of_a_lost_lock(error: BaseException) -> bool:
-    is_named = re.search("was (removed|made) or replaced", str(error)) is not None
+    named = "was (removed|made) or replaced|something writes to it without the lock"
+    is_named = re.search(named, str(error)) is not None
     return isinstance(error, FindingsError) or (isinstance(error, DamagedError) and is_named)
 
 

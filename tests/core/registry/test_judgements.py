@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -16,8 +18,10 @@ from nested_core.records.verdict_file import bind_verdict, parse_verdict, read_v
 from nested_core.registry import (
     Decision,
     audit,
+    check_champion,
     collect_garbage,
     history,
+    ledger,
     promote,
     read_champion,
     register,
@@ -98,6 +102,42 @@ def test_a_first_verdict_is_named_by_no_line(make_run: MakeRun, registry: Path) 
     two_versions(make_run, registry)
     assert "judgement" not in history(registry, NAME)[-1]
     assert not (registry / NAME / "judgements").exists()
+
+
+def test_a_judgement_whose_line_is_being_written_stays_where_the_lock_was_removed(
+    make_run: MakeRun, judge: Judge, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weak, better = two_versions(make_run, registry)
+    run = judge(2, weak, -2.4)
+    write_all = ledger._write_all
+    others: list[tuple[Thread, bool]] = []
+
+    def write_beside_another(descriptor: int, line: bytes) -> None:
+        monkeypatch.setattr(ledger, "_write_all", write_all)
+        (registry / NAME / ".lock").unlink()
+        other = Thread(target=suppressing_damage(lambda: check_champion(registry, NAME)))
+        other.start()
+        other.join(0.3)
+        others.append((other, other.is_alive()))
+        write_all(descriptor, line)
+
+    monkeypatch.setattr(ledger, "_write_all", write_beside_another)
+    suppressing_damage(lambda: register(run, registry, NAME, provenance("better", weak)))()
+    ((other, waited),) = others
+    other.join()
+    assert audit(registry, NAME).findings == ()
+    assert len(files_of(registry, better)) == 1
+    assert waited
+
+
+def suppressing_damage(action: Callable[[], object]) -> Callable[[], None]:
+    """The action, which may find that something writes without the lock."""
+
+    def act() -> None:
+        with suppress(DamagedError):
+            action()
+
+    return act
 
 
 def test_the_policy_of_the_newest_verdict_decides_for_a_late_event(
