@@ -224,9 +224,10 @@ class ReplayKillSoak(KillSoak):
 def next_arguments(command: Command, scenario: Path) -> tuple[str, ...] | None:
     """What a person gives after a kill: the same, or `--resume`; None for a rollback that is done.
 
-    A rollback without a version goes one back each time, so its effect is looked at first.
+    A kill between making the run's folder and its first file leaves nothing to resume. A rollback
+    without a version goes one back each time, so its effect is looked at first.
     """
-    if command.phase == "train" and (scenario / "run").exists():
+    if command.phase == "train" and RunDirectory(scenario / "run").is_nonempty():
         return (*command.arguments, "--resume")
     if command.phase == "rollback":
         _, changes = champion_and_changes(scenario)
