@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import mlx.core as mx
@@ -64,19 +65,12 @@ def make_expert_mlp_call(mlp: Any) -> Callable[[mx.array, mx.array], mx.array]:
         tokens = x.reshape(-1, 1, x.shape[-1])
         rows = take_rows(tokens, order, inverse)
 
-        def project_rows(layer: Any) -> mx.array:
-            """Through a layer that reads the tokens."""
-            if not multiplies_all_experts(layer, x.dtype):
-                return cast(mx.array, layer(rows, experts, sorted_indices=True))
-            z = take_rows(project(layer, tokens), order, inverse)
-            return layer_output(layer, rows, z, experts)
+        def project_repeated(layer: LoRASwitchLinear) -> mx.array:
+            return cast(mx.array, take_rows(project_to_experts(layer, tokens), order, inverse))
 
-        inner = mlp.activation(project_rows(mlp.up_proj), project_rows(mlp.gate_proj))
-        layer = mlp.down_proj
-        if multiplies_all_experts(layer, inner.dtype):
-            output = layer_output(layer, inner, project(layer, inner), experts)
-        else:
-            output = layer(inner, experts, sorted_indices=True)
+        up = layer_output(mlp.up_proj, rows, experts, project_repeated)
+        inner = mlp.activation(up, layer_output(mlp.gate_proj, rows, experts, project_repeated))
+        output = layer_output(mlp.down_proj, inner, experts, partial(project_to_experts, x=inner))
         unsorted: mx.array = take_rows(output, inverse, order)
         return unsorted.reshape(*indices.shape, -1)
 
@@ -93,22 +87,28 @@ def multiplies_all_experts(layer: Any, dtype: mx.Dtype) -> bool:
     )
 
 
-def project(layer: LoRASwitchLinear, x: mx.array) -> mx.array:
+def project_to_experts(layer: LoRASwitchLinear, x: mx.array) -> mx.array:
     """x @ lora_a of all experts side by side: (rows, 1, width) to (rows, experts * rank)."""
     return x.reshape(-1, x.shape[-1]) @ layer.lora_a.reshape(-1, x.shape[-1]).T
 
 
 def layer_output(
-    layer: LoRASwitchLinear, rows: mx.array, z: mx.array, experts: mx.array
+    layer: Any,
+    rows: mx.array,
+    experts: mx.array,
+    project: Callable[[LoRASwitchLinear], mx.array],
 ) -> mx.array:
-    """The base's output plus scale * z @ lora_b, where z counts in each row's own expert alone.
+    """A layer's output: the base's plus scale * z @ lora_b, where each row's own expert counts.
 
-    rows are (rows, 1, width), z (rows, experts * rank) and experts (rows,), ascending.
+    rows are (rows, 1, width), experts (rows,), ascending, and z = project(layer) is (rows,
+    experts * rank). A layer that is not for one product is mlx-lm's.
     """
+    if not multiplies_all_experts(layer, rows.dtype):
+        return cast(mx.array, layer(rows, experts, sorted_indices=True))
     count, width, rank = layer.lora_b.shape
     base = layer.linear(rows, experts, sorted_indices=True)
     own = experts[:, None] == mx.repeat(mx.arange(count, dtype=experts.dtype), rank)
-    z = mx.where(own, layer.scale * z, 0)
+    z = mx.where(own, layer.scale * project(layer), 0)
     factors = layer.lora_b.swapaxes(1, 2).reshape(-1, width)
     return mx.addmm(base.reshape(-1, width), z, factors).reshape(base.shape)
 
