@@ -217,18 +217,18 @@ def remove_unneeded_rows(folder: Path, versions: Collection[str], *, confirm: Co
         if path.stem not in versions:
             confirm()
             path.unlink()
+    replaced: set[Path] = set()
     written: set[Path | None] = set()
     for pack, rows in groupby(_read_packs(folder), key=itemgetter(0)):
-        if pack in written:
-            continue
         lines = [(digest, line) for _, digest, line in rows]
         kept = {digest: line for digest, line in lines if digest in needed}
         needed -= kept.keys()
         if len(kept) < len(lines):
             written.add(_write_pack(place, kept.values(), confirm))
-            if pack not in written:
-                confirm()
-                pack.unlink()
+            replaced.add(pack)
+    for pack in sorted(replaced - written):
+        confirm()
+        pack.unlink()
     sync_path(place)
 
 

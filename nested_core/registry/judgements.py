@@ -155,13 +155,11 @@ def remove_judgements(folder: Path, version: str) -> None:
 
 def remove_unnamed_judgements(folder: Path, ledger: Ledger) -> None:
     """Remove the files that a crash left before their line; call only under the folder's lock."""
-    found = [
-        Path(p, name) for p, _, names in os.walk(folder / JUDGEMENTS_FOLDER_NAME) for name in names
-    ]
     unnamed = [
-        path
-        for path in found
-        if path.stem not in {digest for _, digest in ledger.judgements(path.parent.name)}
+        Path(place, name)
+        for place, _, names in os.walk(folder / JUDGEMENTS_FOLDER_NAME)
+        for name in names
+        if Path(name).stem not in {digest for _, digest in ledger.judgements(Path(place).name)}
     ]
     if unnamed:
         with holding_end(folder, ledger):  # no line about one of them is being written
