@@ -1,7 +1,8 @@
 """`python -m benchmarks.gpu ROWS.jsonl`: what is not in the file yet is measured and appended.
 
 Each arm runs in a process of its own; a call ends within `--seconds`, and the next one goes on.
-Needs mlx, mlx-lm and numpy; torch, transformers and peft for the rival. Nothing else of ours.
+Needs mlx, mlx-lm, numpy and pydantic; torch, transformers and peft for the rival. Nothing else of
+ours.
 """
 
 from __future__ import annotations
