@@ -6,7 +6,6 @@ each answer ending by itself. A model that mlx_lm cannot batch soundly answers o
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ BATCH_SIZE = 32
 MIN_TOKENS_OF_REPEATED_ANSWER = 4
 BATCHING_TEST_PROMPTS = ((1, 2, 3, 4, 5, 6, 7), (7, 3), (5, 4, 3, 2))
 ROUNDING_TOLERANCE = 16  # in units of the dtype's epsilon, relative to the largest log-probability
-_CAN_BATCH: dict[int, bool] = {}  # by the id of a model in memory
+_CAN_BATCH: dict[tuple[type, str], bool] = {}  # by a model's class and arguments
 OnAnswered = Callable[[int], None]
 Sampler = Callable[["mx.array"], "mx.array"] | None
 
@@ -269,13 +268,15 @@ def can_batch(model: nn.Module) -> bool:
 
     Not every cache can be batched, and some models take the mask of a batch for something else:
     mlx_lm's Gemma 2 raises, or with as many prompts as key heads it answers wrongly. That lies in
-    the model's code and not in its adapter, so each model in memory is tried once.
+    the model's code and not in its weights, so each class with its arguments is tried once.
     """
-    known = _CAN_BATCH.get(id(model))
-    if known is None:
-        known = _CAN_BATCH[id(model)] = _try_to_batch(model)
-        weakref.finalize(model, _CAN_BATCH.pop, id(model), None)
-    return known
+    arguments = getattr(model, "args", None)
+    if arguments is None:
+        return _try_to_batch(model)
+    key = type(model), repr(arguments)
+    if key not in _CAN_BATCH:
+        _CAN_BATCH[key] = _try_to_batch(model)
+    return _CAN_BATCH[key]
 
 
 def _try_to_batch(model: nn.Module) -> bool:

@@ -149,8 +149,10 @@ def test_a_model_that_takes_a_batch_for_something_else_is_not_batched(monkeypatc
         return logits + logits.mean(axis=0, keepdims=True)
 
     monkeypatch.setattr(type(model), "__call__", mixes_rows)
-    assert generation.can_batch(model)  # which is asked once
-    assert not generation.can_batch(build("llama"))
+    assert generation.can_batch(build("llama"))  # which is tried once
+    assert not generation.can_batch(build("llama", rope_theta=1000.0))
+    model.args = None
+    assert not generation.can_batch(model)
     assert not generation.can_batch(build("gemma2"))
 
 
