@@ -85,6 +85,7 @@ def test_a_cell_that_prints_something_else_is_seen(tmp_path: Path) -> None:
         run_notebook(notebook, tmp_path)
 
 
+@pytest.mark.slow("trains and judges in a process")
 def test_the_program_that_begins_python_md_trains_promotes_asks_and_evaluates(
     tmp_path: Path,
 ) -> None:

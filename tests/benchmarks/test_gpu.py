@@ -105,6 +105,7 @@ def test_a_batch_of_unlike_rows_learns_their_ends_and_counts_no_padding(word: st
         assert all(np.diff(np.flatnonzero(row)).max(initial=1) == 1 for row in mask)
 
 
+@pytest.mark.slow("compiles two training steps")
 @pytest.mark.usefixtures("own_random_state")  # mlx_lm's progress bar draws from it
 def test_losses_over_rows_of_mixed_lengths_are_those_of_mlx_lms_own_training_loop() -> None:
     shape, steps = replace(shapes.SHAPES["tiny"], batch=4), 8

@@ -61,6 +61,7 @@ def test_right_answers_are_those_that_the_model_generates(tmp_path: Path) -> Non
     assert judged.general_loss is None
 
 
+@pytest.mark.slow("trains a tokenizer and a model")
 def test_a_base_is_made_of_books_that_mlx_lm_loads_with_its_chat_template(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,6 +126,7 @@ TEMPLATES = [
 ]
 
 
+@pytest.mark.slow("puts everything on a server")
 def test_a_configurations_own_braces_reach_the_server_and_no_variable_of_the_environment(
     prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

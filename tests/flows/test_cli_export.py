@@ -14,6 +14,7 @@ from tests.flows.conftest import CommandRun, Ended
 Run = Callable[..., Ended]
 
 
+@pytest.mark.slow("exports a whole model")
 def test_a_run_becomes_a_folder_with_its_record(
     command_run: CommandRun, nested_tune: Run, tmp_path: Path
 ) -> None:

@@ -182,6 +182,7 @@ def test_reconcile_tells_once_what_no_server_was_told(changed, new_name, monkeyp
     assert [event for event, _ in events_of(new_name, 3)] == told
 
 
+@pytest.mark.slow("five changes, each waited for on the server")
 def test_a_copy_of_a_registry_is_silent_until_a_deployment_names_it(
     changed: Path, new_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +207,7 @@ def test_a_copy_of_a_registry_is_silent_until_a_deployment_names_it(
         assert [event for event, _ in events_of(new_name, 5)] == told, "what is new in it alone"
 
 
+@pytest.mark.slow("hundreds of events")
 def test_a_line_is_told_though_a_gc_has_written_many_after_it(
     changed: Path, new_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,7 +219,13 @@ def test_a_line_is_told_though_a_gc_has_written_many_after_it(
     assert [event for event, _ in events_of(new_name, 2)] == ["adapter.promoted"] * 2
 
 
-@pytest.mark.parametrize(("hours", "label"), [(1.9, {"nested-tune.news": "yes"}), (2.1, {})])
+@pytest.mark.parametrize(
+    ("hours", "label"),
+    [
+        (1.9, {"nested-tune.news": "yes"}),
+        pytest.param(2.1, {}, marks=pytest.mark.slow("waits for events on the server")),
+    ],
+)
 def test_a_change_of_hours_ago_is_told_and_is_no_news(
     tmp_path: Path,
     new_name: str,

@@ -113,6 +113,7 @@ warnings.warn("old", stacklevel=1)
 """
 
 
+@pytest.mark.slow("a process that imports all of Prefect")
 def test_with_the_environments_word_each_record_and_warning_is_a_line_of_json() -> None:
     done = subprocess.run(
         [sys.executable, "-c", JSON_PROGRAM],

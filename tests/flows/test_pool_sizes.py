@@ -28,6 +28,7 @@ def planned(folder: Path, pools: dict[str, float]) -> DeploymentPlan:
     return make_plan(folder / "mine.yaml", config)
 
 
+@pytest.mark.slow("puts everything on a server")
 def test_what_trains_goes_to_the_smallest_pool_that_holds_it_and_the_rest_stays(
     tmp_path: Path, prefect_server: None
 ) -> None:

@@ -101,6 +101,7 @@ def test_a_promotion_says_since_when_it_is_served_and_tells_of_who_does_not_foll
     assert "not served at http://127.0.0.1:1" in told[0]["message"]
 
 
+@pytest.mark.slow("three flow runs")
 def test_what_a_server_did_is_announced_once(
     add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +169,7 @@ def told_by(address: str, happening: str) -> list[dict[str, Any]]:
     return [each for each in told_of(happening) if address in each["message"]]
 
 
+@pytest.mark.slow("waits for an automation")
 def test_a_minute_after_a_change_that_servers_are_to_follow_reconcile_looks(
     add: Add, registry: Path
 ) -> None:

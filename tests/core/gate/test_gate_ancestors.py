@@ -131,6 +131,7 @@ def test_a_candidate_that_lost_what_its_ancestor_was_judged_by_is_refused_with_i
     assert (row.before, row.verdict) == (f"{found.loss:.4g}", "forgetting")
 
 
+@pytest.mark.slow("judges against an ancestor")
 def test_without_the_bound_it_is_measured_and_no_reason(night: Night) -> None:
     night.meet(ATLANTIS)
     night.forget()
@@ -148,6 +149,7 @@ def test_a_candidate_that_is_as_good_as_its_champion_passes(night: Night) -> Non
     night.confirm()
 
 
+@pytest.mark.slow("judges against an ancestor")
 def test_an_ancestor_with_fewer_than_five_prompts_left_is_no_reason(night: Night) -> None:
     night.meet(ATLANTIS[:4] + visits("Atlantis", answer="Go!"))
     night.forget()
@@ -191,6 +193,7 @@ def test_why_nothing_of_an_ancestor_is_left_is_said(
     assert (left.rows, left.problem) == ((), message)
 
 
+@pytest.mark.slow("judges against an ancestor")
 def test_an_ancestor_that_cannot_be_compared_is_said_and_no_reason(night: Night) -> None:
     night.meet(rows_of("train")[:7])
     night.forget()

@@ -109,6 +109,7 @@ def test_a_change_that_fusing_into_a_quantised_base_erases_is_no_effect(
     assert done.bounded().verdict().has_passed
 
 
+@pytest.mark.slow("trains and judges a run of its own")
 def test_the_same_change_survives_in_a_base_that_is_not_quantised(candidate: Candidate) -> None:
     verdict = candidate.bounded(check_fused=True).verdict()
     assert verdict.has_passed

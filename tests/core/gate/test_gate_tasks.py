@@ -215,6 +215,7 @@ def test_other_kinds_of_adapters_begin_as_the_base_too(tmp_path: Path, kind: str
     assert result.base == 1.0
 
 
+@pytest.mark.slow("trains and judges a run of its own")
 def test_answers_of_suites_marked_canary_are_recorded_bound_and_registered(
     candidate: Candidate, tmp_path: Path
 ) -> None:

@@ -184,6 +184,7 @@ def test_with_fail_broken_answers_are_a_reason(destroyed: Finished) -> None:
     assert [r["code"] for r in read_gate(destroyed.run.gate)["reasons"]] == ["answers_broken"]
 
 
+@pytest.mark.slow("trains and judges a run of its own")
 def test_a_healthy_adapter_is_not_flagged(tmp_path: Path) -> None:
     done = train_example(tmp_path / "run", iters=30, training=ANSWERS)
     verdict = steps.judge(done.config, done.run)
@@ -211,6 +212,7 @@ def test_a_model_that_cannot_be_asked_is_no_verdict_and_under_fail_an_error(
         steps.judge(strict, destroyed.run)
 
 
+@pytest.mark.slow("asks two models for a dozen answers")
 def test_more_prompts_are_asked_where_the_bases_own_answers_are_broken(
     destroyed: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:

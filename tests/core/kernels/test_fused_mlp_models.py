@@ -29,6 +29,7 @@ from tests.architectures import (
     require_near,
     uncompiled,
 )
+from tests.left_out import slow_except
 
 PROJECTIONS = "gate_proj", "up_proj", "down_proj"
 
@@ -68,7 +69,9 @@ def test_checkpointed_layers_have_their_gated_mlps_found(kernel_calls: list[str]
         assert len(find_fusable_mlps(trace_calls(model))) == 2
 
 
-@pytest.mark.parametrize("name", ["llama", "cohere"])
+@pytest.mark.parametrize(
+    "name", slow_except(["llama", "cohere"], "llama", reason="compiles a model's kernels")
+)
 def test_compiled_equals_uncompiled_to_the_bit(name: str, kernel_calls: list[str]) -> None:
     model = in_bfloat16(name)
     with using_fused_mlps(find_fusable_mlps(trace_calls(model))):
@@ -186,7 +189,12 @@ def test_where_its_kernels_disagree_a_gated_mlp_shares_its_input_as_other_layers
 
 @pytest.mark.usefixtures("without_norms_and_ropes")
 @pytest.mark.parametrize("recomputes", [False, True])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "granite", "cohere"])
+@pytest.mark.parametrize(
+    "name",
+    slow_except(
+        ["llama", "qwen2", "granite", "cohere"], "llama", "qwen2", reason="compiles kernels"
+    ),
+)
 def test_an_optimized_model_gives_mlx_lms_gradients(name, recomputes, kernel_calls) -> None:
     model = in_bfloat16(name)
     expected = outcome(model, SUPERVISED_LOSS, batch())

@@ -25,6 +25,7 @@ def test_loss_and_gradients_are_those_of_mlx_lm(name: str, monkeypatch: pytest.M
     require_near(found, expected, loss=2e-6, gradients=3e-5)
 
 
+@pytest.mark.slow("measures the memory of sixteen wide layers")
 def test_gate_and_up_alone_are_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     mx.random.seed(0)
     mlps = nn.Sequential(*[gemma3_text.MLP(8, 4096) for _ in range(16)])

@@ -144,6 +144,7 @@ def test_a_quantised_model_gives_the_loss_and_gradients_of_mlx(name: str) -> Non
     require_near(found, expected, loss=2e-6, gradients=3e-5)
 
 
+@pytest.mark.slow("measures the memory of wide layers")
 def test_dequantized_weights_are_not_kept_for_the_backward_pass() -> None:
     mx.random.seed(0)
     model = nn.Sequential(*[nn.QuantizedLinear(1024, 1024, bias=False) for _ in range(32)])

@@ -14,6 +14,7 @@ from nested_core.kernels import swiglu
 from nested_core.kernels.patching import replacing_function
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import batch, build, largest_difference, outcome
+from tests.left_out import slow_except
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
@@ -40,7 +41,10 @@ def test_the_functions_with_the_plain_passes_give_mlxs_output_and_gradients() ->
         assert to_float(mx.abs(mine - theirs).max()) <= 0.02 * to_float(mx.abs(theirs).max())
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gemma2"])
+@pytest.mark.parametrize(
+    "name",
+    slow_except(["llama", "qwen2", "phi3", "gemma2"], "llama", "phi3", reason="compiles kernels"),
+)
 def test_a_model_whose_code_names_swiglu_gives_the_same_gradients_with_ours(name: str) -> None:
     model = build(name)
     model.set_dtype(mx.bfloat16)

@@ -88,7 +88,9 @@ def test_a_folder_keeps_the_gain(
     assert [path.name for path in tmp_path.iterdir()] == ["fused"]
 
 
-@pytest.mark.parametrize("quantize", ["f16", "q8_0"])
+@pytest.mark.parametrize(
+    "quantize", slow_except(["f16", "q8_0"], "q8_0", reason="exports a whole model")
+)
 @pytest.mark.parametrize("family", slow_except(FAMILIES, "gemma3_text", reason="trains an adapter"))
 def test_a_gguf_keeps_the_gain(
     family: str, quantize: Any, trained: Callable[..., Trained], tmp_path: Path
@@ -151,6 +153,7 @@ def test_a_change_that_is_lost_in_4_bits_is_refused_and_kept_when_dequantized(
     assert (kept.gain.low or 0) > 0.98
 
 
+@pytest.mark.slow("exports a whole model")
 def test_without_rows_the_logits_decide_and_the_export_says_so(
     trained: Callable[..., Trained], tmp_path: Path
 ) -> None:
@@ -280,9 +283,7 @@ def measured(trained: Callable[..., Trained]) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     "bits", slow_except([None, 4], None, reason="trains an adapter on a base in 4 bits")
 )
-@pytest.mark.parametrize(
-    "how", slow_except(BROKEN, "one layer", "other template", reason="a process each")
-)
+@pytest.mark.parametrize("how", slow_except(BROKEN, "one layer", reason="a process each"))
 def test_a_folder_that_was_fused_wrong_is_seen(
     how: str, bits: int | None, measured: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -121,6 +121,7 @@ def run_while_the_device_is_held(step: Callable[[Callable[[str], None]], object]
     return messages
 
 
+@pytest.mark.slow("trains and judges a run of its own")
 def test_every_step_that_computes_waits_for_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

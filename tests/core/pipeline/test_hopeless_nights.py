@@ -151,6 +151,7 @@ def test_the_folder_of_a_skipped_night_says_so_on_every_screen(folder: Path) -> 
     assert skip.reason in run.folder.report.read_text()
 
 
+@pytest.mark.slow("trains and judges")
 def test_who_insists_trains_and_adds_no_second_line(folder: Path) -> None:
     insisting = {"continual": {"from": "champion", "skip_unchanged": False}}
     assert night(folder, "insisting", **RUINOUS, **insisting) == (Outcome.WORSE, True)
@@ -158,6 +159,7 @@ def test_who_insists_trains_and_adds_no_second_line(folder: Path) -> None:
     assert skip_of(folder, "after", **RUINOUS).outcome == Outcome.SKIPPED_HOPELESS
 
 
+@pytest.mark.slow("trains and judges")
 def test_a_skipped_night_that_is_resumed_with_insistence_trains(folder: Path) -> None:
     skip_of(folder, "again", **RUINOUS)
     config = configure(folder, **RUINOUS, continual={"from": "champion", "skip_unchanged": False})

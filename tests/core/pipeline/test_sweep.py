@@ -135,6 +135,7 @@ class StopsInTheMiddle(Steps):
             self._trainer.stop_training()
 
 
+@pytest.mark.slow("trains a sweep's arms again")
 def test_a_stopped_sweep_goes_on_to_the_same_figures(swept: SweepResult, tmp_path: Path) -> None:
     with pytest.raises(TrainingStopped) as stopped:
         run_sweep(tmp_path / "sweep", StopsInTheMiddle())
@@ -188,6 +189,7 @@ def test_a_winner_is_better_beyond_chance_luck_and_the_least_improvement(
     assert is_shown_better(SweepChoice(among, corrected, found), 0.005) == is_better
 
 
+@pytest.mark.slow("trains two arms that are asked at every rung")
 def test_answers_choose_and_are_compared_on_the_questions_that_judge(tmp_path: Path) -> None:
     task = {"name": "capitals", "file": str(DATA / "held_out.jsonl"), "score": "contains"}
     config = example_config(**CONFIG | {"learning_rate": 1e-5, "gate": {"tasks": [task]}})

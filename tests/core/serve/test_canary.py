@@ -70,6 +70,7 @@ def refused(client: Client) -> dict[str, str]:
     return dict(refusals(client))
 
 
+@pytest.mark.slow("loads and swaps two versions")
 def test_a_version_of_which_a_tensor_is_not_swapped_is_refused_and_barred(
     promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

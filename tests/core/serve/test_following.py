@@ -123,6 +123,7 @@ def test_a_full_fine_tune_is_served_and_leaves_the_base_as_it_was(
         assert client.chat(NAME).text.strip() == expected(base, runs[2])
 
 
+@pytest.mark.slow("quantises and loads a base")
 def test_adapters_of_a_quantised_base_are_served(
     base: Path, registry: Path, tmp_path: Path
 ) -> None:

@@ -54,6 +54,7 @@ def test_the_answers_of_each_evaluation_are_those_of_its_adapter_loaded_anew(
     assert all(sample["tokens"] <= 12 for sample in answers[8])
 
 
+@pytest.mark.slow("trains two runs")
 def test_answering_changes_nothing_that_is_trained(sampled: Finished, tmp_path: Path) -> None:
     plain = train_example(tmp_path / "run", steps_per_eval=4)
     assert plain.at(8).digest() == sampled.at(8).digest()

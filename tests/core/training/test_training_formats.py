@@ -76,6 +76,7 @@ def learnt_text(config: FineTuneConfig) -> str:
     return "".join(token.text for token in example.tokens if token.supervised)
 
 
+@pytest.mark.slow("trains a run of its own")
 def test_epochs_use_each_supervised_token_so_often(tmp_path: Path, model: Path) -> None:
     data = write_format(tmp_path / "data", "chat")
     training = {"epochs": 2, "supervise": "all"}

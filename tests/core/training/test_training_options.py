@@ -208,6 +208,7 @@ def test_an_export_is_the_runs_adapter_and_its_snapshots_the_checkpoints(
         assert (target / f"{step:07d}_{WEIGHTS_NAME}").read_bytes() == weights.read_bytes()
 
 
+@pytest.mark.slow("trains two runs")
 def test_checkpoints_by_the_clock_have_the_bytes_of_those_by_iterations(
     every_step: Finished, tmp_path: Path
 ) -> None:
@@ -237,6 +238,7 @@ def test_a_snapshot_within_an_update_has_the_weights_before_it(tmp_path: Path) -
     assert first == read_tensors(one_update.run.adapter / WEIGHTS_NAME)
 
 
+@pytest.mark.slow("trains two runs")
 def test_a_snapshot_that_a_killed_process_did_not_write_is_written_on_resume(
     tmp_path: Path,
 ) -> None:

@@ -25,6 +25,7 @@ from nested_core.records.answers import AnsweringRole, AnswerRecord, read_answer
 from nested_core.storage.adapter import read_adapter
 from nested_core.training.training_state import TrainingState
 from tests.example import DATA, Finished, example_config, prepare, require_refused, train
+from tests.left_out import slow_except
 
 HELD_OUT = DATA / "held_out.jsonl"
 
@@ -109,7 +110,9 @@ class Killed(BaseException):
     """The process ends here: nothing catches it, and nothing is written any more."""
 
 
-@pytest.mark.parametrize("ends_by", [TrainingStopped, Killed])
+@pytest.mark.parametrize(
+    "ends_by", slow_except([TrainingStopped, Killed], Killed, reason="trains a run of its own")
+)
 def test_a_stop_or_a_kill_in_the_middle_of_asking_goes_on_to_the_same_run(
     asked: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends_by: type[BaseException]
 ) -> None:
@@ -157,6 +160,7 @@ def test_where_asking_is_slow_fewer_are_asked_from_the_first_step_on(
     assert counts == [4, 2]
 
 
+@pytest.mark.slow("trains a run of its own, with questions")
 def test_where_answers_only_show_they_are_asked_four_times_in_a_short_run(tmp_path: Path) -> None:
     watched = {"evaluate_tasks": ["capitals"]}
     config = example_config(**settings(iters=16, steps_per_eval=2, training=watched))
@@ -184,6 +188,7 @@ def test_questions_that_chose_judge_where_there_are_no_others_and_are_counted(
     assert (verdict.validation.chosen_among, verdict.validation.selected_on_same_data) == (1, False)
 
 
+@pytest.mark.slow("trains and judges a run of its own")
 def test_questions_that_chose_do_not_judge_where_there_are_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

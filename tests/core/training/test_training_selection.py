@@ -54,6 +54,7 @@ def test_only_the_best_and_the_last_checkpoint_stay_where_one_is_to_be_kept(
     assert kept == {f"step-{overshot.result.adapter_step:07d}", "step-0000014"}
 
 
+@pytest.mark.slow("trains a run of its own")
 def test_a_step_before_every_tier_had_an_update_is_no_candidate(tmp_path: Path) -> None:
     too_high_from_step_3 = {"name": "step_decay", "arguments": [2e-3, 1000, 2]}
     done = train_example(

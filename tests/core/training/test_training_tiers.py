@@ -122,6 +122,7 @@ def test_a_tier_that_is_never_due_is_refused_before_training(tmp_path: Path) -> 
     assert not run.metrics.exists()
 
 
+@pytest.mark.slow("trains a run of its own")
 def test_a_tier_a_layer_with_a_frequency_each(tmp_path: Path) -> None:
     frequencies = [1, 2, 3, 4, 5, 6]
     done = train_example(tmp_path / "run", iters=6, nested={"frequencies": frequencies})

@@ -129,6 +129,7 @@ def test_a_launch_has_each_sums_arrays_and_tiles_and_fills_arrays_like_gates(lau
     assert [each["name"] for each in launched] == ["gated_product", "gated_gradients"]
 
 
+@pytest.mark.slow("computes the largest check without a GPU")
 def test_the_check_has_rows_left_over_and_warps_that_take_rows_more_than_once(launched) -> None:
     for kernel in (gated_mlp.gated_product_on_cuda, gated_mlp.gated_gradients_on_cuda):
         assert str(kernel.describe_disagreement(4)).startswith("it differs by")
