@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from tests.leftovers import ADVICE, MAY_STAY, Heard, Left, Watch, explain
+from tests.waiting import wait_until
 
 NAME = "NESTED_TUNE_LEFT"
 
@@ -60,6 +61,8 @@ def test_a_process_of_multiprocessing_is_named(watch: Watch) -> None:
     sleep = shutil.which("sleep")
     assert sleep is not None
     process = multiprocessing.util.spawnv_passfds(os.fsencode(sleep), [b"sleep", b"600"], [])
+    command = Path(f"/proc/{process}/cmdline")
+    wait_until(lambda: command.read_bytes().startswith(b"sleep"), "the program is loaded")
     (left,) = watch.end(compares_random_states=True)  # which kills it
     os.waitpid(process, 0)
     assert left == Left("process", "sleep 600 ")

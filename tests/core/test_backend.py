@@ -233,7 +233,7 @@ main("/no/such/run", "1")
 """,
     "the fresh process": f"import runpy; runpy.run_path({str(FRESH_PROCESS_PROGRAM)!r})",
 }
-FAST_PROCESSES = "a command", "a worker that reads data"
+FAST_PROCESSES = ("a command",)
 
 
 def install_torch(folder: Path) -> str:

@@ -23,6 +23,7 @@ from tests.architectures import (
     require_near,
     uncompiled,
 )
+from tests.left_out import slow_except
 
 
 @pytest.mark.parametrize("length", [63, 64, 65, 130])
@@ -58,7 +59,15 @@ def test_other_masks_and_lengths_go_to_mlx_lm_as_they_are() -> None:
     ).item()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gemma3_text"])
+@pytest.mark.parametrize(
+    "name",
+    slow_except(
+        ["llama", "qwen2", "phi3", "gemma3_text"],
+        "llama",
+        "gemma3_text",
+        reason="compiles another model",
+    ),
+)
 def test_an_optimized_model_gives_mlx_lms_loss_and_gradients(name: str) -> None:
     model = build(name)
     given = batch(rows=2, width=80)

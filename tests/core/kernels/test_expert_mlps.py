@@ -25,6 +25,7 @@ from tests.core.kernels.arrays import normal
 
 # MLX multiplies sorted rows of float32 in TF32 on CUDA.
 LOSS, GRADIENTS, ROUNDING = (1e-3, 5e-3, 5e-3) if backend.computes_on_cuda() else (2e-6, 5e-5, 1e-5)
+COMPILES = pytest.mark.slow("compiles another model")
 
 
 @pytest.fixture
@@ -37,9 +38,9 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("olmoe", False),
         ("olmoe", True),
-        ("qwen3_next", False),
-        ("qwen3_next", True),
-        ("kimi_linear", False),
+        pytest.param("qwen3_next", False, marks=COMPILES),
+        pytest.param("qwen3_next", True, marks=COMPILES),
+        pytest.param("kimi_linear", False, marks=COMPILES),
     ],
 )
 def test_loss_and_gradients_are_those_of_mlx_lm(

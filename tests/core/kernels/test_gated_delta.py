@@ -18,7 +18,6 @@ from nested_core.backend import to_float
 from nested_core.kernels import gated_delta
 from nested_core.kernels.gated_delta import DeltaRule, compute_by_tokens, compute_in_chunks
 from tests.architectures import build
-from tests.left_out import slow_except
 
 Arrays = list[npt.NDArray[np.float64]]
 NAMES = ["outputs", "last state", "q", "k", "v", "log_decay", "beta", "state"]
@@ -117,9 +116,8 @@ def test_in_float64_chunks_give_the_outputs_and_gradients_of_a_loop_over_tokens(
     assert max(errors.values()) < 1e-12, errors
 
 
-@pytest.mark.parametrize(
-    "decay", slow_except(DECAYS, "a key element", reason="compiles the largest kernel")
-)
+@pytest.mark.slow("compiles the largest kernels")
+@pytest.mark.parametrize("decay", DECAYS)
 def test_compiled_in_float32_chunks_are_as_close_as_rounding_allows(decay: str) -> None:
     """The decay between two tokens is a difference of sums, here down to -600."""
     arrays = example(75, 4, decay)

@@ -12,9 +12,12 @@ from nested_core.kernels.geglu import using_recomputed_geglu
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import batch, build, leave_by_error, outcome, require_near
 from tests.core.kernels.arrays import normal
+from tests.left_out import slow_except
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize(
+    "name", slow_except(["gemma2", "gemma3_text"], "gemma3_text", reason="compiles another model")
+)
 def test_loss_and_gradients_are_those_of_mlx_lm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(name)
     expected = outcome(model, SUPERVISED_LOSS, batch())

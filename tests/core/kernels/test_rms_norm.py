@@ -14,6 +14,7 @@ from nested_core.kernels import rms_norm
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import batch, build, kinds_of, largest_difference, leave_by_error, outcome
 from tests.core.kernels.arrays import normal, note_launches
+from tests.left_out import slow_except
 
 WIDTH = 40
 
@@ -171,7 +172,10 @@ def test_without_cuda_or_with_a_kernel_that_disagrees_norms_stay(monkeypatch) ->
 
 
 @pytest.mark.usefixtures("on_cuda")
-@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
+@pytest.mark.parametrize(
+    "name",
+    slow_except(["llama", "qwen3", "phi3"], "llama", "qwen3", reason="compiles another model"),
+)
 def test_a_model_with_its_frozen_norms_replaced_gives_the_same_gradients(name: str) -> None:
     model = build(name)
     model.set_dtype(mx.bfloat16)

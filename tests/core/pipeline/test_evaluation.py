@@ -167,6 +167,7 @@ def gguf(judged: Judged) -> Path:
     return judged.folder / "model.gguf"
 
 
+@pytest.mark.slow("loads what was exported, and its base")
 def test_what_was_exported_is_compared_with_the_base_that_it_was_made_of(
     judged: Judged, gguf: Path
 ) -> None:

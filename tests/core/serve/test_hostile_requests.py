@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.reliability.hostile_requests import ask_over_two_swaps
 
 
+@pytest.mark.slow("sixty requests over two swaps")
 def test_no_request_harms_the_server_or_another_answer_over_two_swaps(
     registry: Path, runs: dict[int, Path]
 ) -> None:
