@@ -11,6 +11,7 @@ from tests.example import write_config
 from tests.flows.conftest import called
 
 
+@pytest.mark.slow("trains two arms and judges the better one")
 def test_a_sweep_says_what_was_tried_and_what_came_of_the_best(tmp_path: Path) -> None:
     write_config(tmp_path / "lora.yaml", iters=40, batch_size=4, nested={"frequencies": [1]})
     command = ("sweep", "-c", "lora.yaml", "--over", "learning_rate=1e-6", "--steps", "40")

@@ -219,12 +219,10 @@ def test_a_line_is_told_though_a_gc_has_written_many_after_it(
     assert [event for event, _ in events_of(new_name, 2)] == ["adapter.promoted"] * 2
 
 
+@pytest.mark.slow("waits for events on the server")
 @pytest.mark.parametrize(
     ("hours", "label"),
-    [
-        (1.9, {"nested-tune.news": "yes"}),
-        pytest.param(2.1, {}, marks=pytest.mark.slow("waits for events on the server")),
-    ],
+    [(1.9, {"nested-tune.news": "yes"}), (2.1, {})],
 )
 def test_a_change_of_hours_ago_is_told_and_is_no_news(
     tmp_path: Path,

@@ -29,6 +29,7 @@ from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.canary_file import CANARY_NAME, Canary, parse_canary
 from tests.core.serve.test_following import arrays_of, wait_for
 from tests.core.serve.versions import NAME, Client, serving, settings
+from tests.left_out import slow_except
 from tests.waiting import wait_until
 
 Promote = Callable[..., str]
@@ -156,7 +157,12 @@ def test_a_base_that_is_quantised_otherwise_than_the_judged_one_is_found(
     assert read_champion(registry, NAME) == first
 
 
-@pytest.mark.parametrize("plant", [leave_one_tensor_out, quantise_base])
+@pytest.mark.parametrize(
+    "plant",
+    slow_except(
+        [leave_one_tensor_out, quantise_base], leave_one_tensor_out, reason="swaps a second version"
+    ),
+)
 def test_logits_find_what_no_comparison_of_tensors_does(
     plant: Callable[[pytest.MonkeyPatch], None],
     promote: Promote,
@@ -350,7 +356,10 @@ def test_requests_that_fail_where_none_failed_before_bring_the_version_before_ba
     assert read_champion(registry, NAME) == first
 
 
-@pytest.mark.parametrize("is_server_at_fault", [False, True])
+@pytest.mark.parametrize(
+    "is_server_at_fault",
+    slow_except([False, True], False, reason="waits for a canary that finds two versions wrong"),
+)
 def test_a_version_that_is_not_at_fault_itself_is_not_left_and_health_says_why(
     is_server_at_fault: bool,
     promote: Promote,

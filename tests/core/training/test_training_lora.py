@@ -91,7 +91,7 @@ LORA: dict[str, tuple[dict[str, Any], int]] = {
 
 
 @pytest.mark.parametrize(
-    "case", slow_except(LORA, "last layer", "keys", "dora", reason="trains and judges a run")
+    "case", slow_except(LORA, "last layer", "keys", reason="trains and judges a run")
 )
 def test_each_lora_configuration_trains_and_passes_the_gate(tmp_path: Path, case: str) -> None:
     changes, tensors = LORA[case]
