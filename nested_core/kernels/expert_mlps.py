@@ -98,10 +98,10 @@ def layer_output(
     experts: mx.array,
     project: Callable[[LoRASwitchLinear], mx.array],
 ) -> mx.array:
-    """A layer's output: the base's plus scale * z @ lora_b, where each row's own expert counts.
+    """A layer's output: the base's plus scale * z @ lora_b; z counts in a row's own expert alone.
 
     rows are (rows, 1, width), experts (rows,), ascending, and z = project(layer) is (rows,
-    experts * rank). A layer that is not for one product is mlx-lm's.
+    experts * rank). A layer that `multiplies_all_experts` says no to is computed by mlx-lm.
     """
     if not multiplies_all_experts(layer, rows.dtype):
         return cast(mx.array, layer(rows, experts, sorted_indices=True))

@@ -59,7 +59,7 @@ def test_a_forecast_of_a_row_computes_no_weights() -> None:
     assert needed > 2 * 7 * 10**9  # its weights in bfloat16
 
 
-@pytest.mark.slow("builds two models of a billion weights")
+@pytest.mark.slow("two processes that count the weights of a model")
 def test_the_attention_model_has_as_many_weights_as_the_hybrid() -> None:
     hybrid, attention = FAMILIES["hybrid"].weights, FAMILIES["attention"].weights
     assert attention == pytest.approx(hybrid, rel=0.004)

@@ -114,7 +114,7 @@ def test_a_candidate_better_than_a_champion_of_other_data_is_promoted(challenger
     assert challenger.decide(champion) == "promoted"
 
 
-@pytest.mark.slow("judges five times")
+@pytest.mark.slow("judges three times against two versions")
 def test_the_policys_reference_is_judged_on_the_same_examples(challenger: Challenger) -> None:
     reference = challenger.meet(lambda tensor: tensor * 0.25)
     champion = challenger.meet(halve)
