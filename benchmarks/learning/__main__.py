@@ -10,10 +10,11 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.learning.study import FULL, SMALL, STREAMS, STREAMS_20M, Study, read_rows
+from benchmarks.learning.study import FULL, REAL, SMALL, STREAMS, STREAMS_20M, Study, read_rows
 
 STUDIES: dict[str, Study] = {
     "full": FULL,
+    "real": REAL,
     "small": SMALL,
     "streams": STREAMS,
     "streams-20M": STREAMS_20M,
@@ -34,6 +35,10 @@ def main() -> None:
         from benchmarks.learning.bases import make_base
 
         make_base(options.corpus, options.size, options.seconds, options.out)
+    elif options.command == "general":
+        from benchmarks.learning.general import write_general
+
+        write_general(options.books, options.data, options.base)
     elif options.command == "report":
         from benchmarks.learning.report import write_report
         from benchmarks.learning.stream_report import write_stream_report
@@ -61,6 +66,10 @@ def parse() -> argparse.Namespace:
     base.add_argument("size", help="10M or 20M")
     base.add_argument("out", type=Path)
     base.add_argument("--seconds", type=float, required=True)
+    general = commands.add_parser("general", help="general text and instructions, for a base")
+    general.add_argument("books", type=Path)
+    general.add_argument("data", type=Path, help="folder of the tasks' repositories")
+    general.add_argument("base", type=Path, help="the base's folder, which they are written into")
     for name in ("run", "quiet", "report"):
         command = commands.add_parser(name)
         command.add_argument("rows", type=Path, metavar="ROWS.jsonl")

@@ -12,7 +12,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,18 +22,28 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks.learning.bases import GENERAL_NAME
+from benchmarks.learning.general import INSTRUCTIONS_NAME
 from benchmarks.learning.judge import Judge
-from benchmarks.learning.study import CHOOSING_SEED, OF_MLX_LM, RATES, Cell, Study
-from benchmarks.learning.tasks import Counts, Splits, read_task
+from benchmarks.learning.study import CHOOSING_SEED, NO_ADAPTER, OF_MLX_LM, REAL, Cell, Study
+from benchmarks.learning.tasks import Counts, Row, Splits, read_task
 
+ASKING_SEED = 1  # whose adapters answer the general instructions
 KEPT = 16  # judges and data sets in memory, of a task and a size each
-CHANGES: Mapping[str, Mapping[str, Any]] = {
-    "c": {},
-    "d": {},
-    "e": {},
-    "g-deep": {"nested": {"frequencies": [1, 2, 4], "fast": "deep"}},
-    "g-shallow": {"nested": {"frequencies": [1, 2, 4], "fast": "shallow"}},
+SUITE = "choose"  # of the rows that choose, for arms whose step or setting answers choose
+LONG = {"training": {"epochs": 6}}
+BY_ANSWERS = {"training": {"evaluate_tasks": [SUITE], "select_by": SUITE}}
+TIERS = {"frequencies": [1, 2, 4]}
+CHANGES: Mapping[str, Sequence[Mapping[str, Mapping[str, Any]]]] = {
+    "c": (),
+    "d": (),
+    "e": (),
+    "g-deep": ({"nested": TIERS | {"fast": "deep"}},),
+    "g-shallow": ({"nested": TIERS | {"fast": "shallow"}},),
+    "c-long": (LONG,),
+    "c-long-answers": (LONG, BY_ANSWERS),
+    "c-long-32": (LONG, {"lora_parameters": {"rank": 32}}),
 }
+SWEPT = {"learning_rate": (2e-4, 3e-4)}  # of arm e where answers choose, beside `init`'s own rate
 
 
 Training = Callable[[], Path]  # trains, and returns the adapter's folder
@@ -50,14 +60,15 @@ def run_cell(cell: Cell, study: Study, bases: Path, data: Path | None) -> dict[s
     with tempfile.TemporaryDirectory() as scratch:
         splits = read_splits(cell.task, data, study.counts)
         splits.write(Path(scratch) / "data")
+        training: Training | None = None
         if cell.arm in OF_MLX_LM:
             training = prepare_mlx_lm(cell, study.iterations[cell.task], base, Path(scratch))
-        else:
-            training = prepare_ours(cell, len(splits.train), base, Path(scratch))
+        elif cell.arm != NO_ADAPTER:
+            training = prepare_ours(cell, study, splits, base, Path(scratch))
         mx.clear_cache()
         mx.reset_peak_memory()
         joules, began = read_joules(), time.perf_counter()
-        adapter = training()
+        adapter = training() if training else None
         seconds = time.perf_counter() - began
         measured = {
             "seconds": round(seconds, 3),
@@ -65,7 +76,8 @@ def run_cell(cell: Cell, study: Study, bases: Path, data: Path | None) -> dict[s
             "peak_gb": round(mx.get_peak_memory() / 1e9, 4),
         }
         split = "choose" if cell.seed == CHOOSING_SEED else "judge"
-        judged = read_judge(cell.task, base, data, study.counts, split).judge(adapter)
+        judge = read_judge(cell.task, base, data, study.counts, split)
+        judged = judge.judge(adapter, asks=cell.seed == ASKING_SEED)
     mx.clear_cache()
     return (
         vars(cell)
@@ -77,6 +89,8 @@ def run_cell(cell: Cell, study: Study, bases: Path, data: Path | None) -> dict[s
             "loss": round(judged.loss, 6),
             "kl": round(judged.kl, 6),
             "general_loss": judged.general_loss and round(judged.general_loss, 6),
+            "kept": judged.kept and round(judged.kept, 6),
+            "like_task": judged.like_task,
         }
     )
 
@@ -90,9 +104,11 @@ def read_splits(task: str, data: Path | None, counts: Counts) -> Splits:
 @lru_cache(KEPT)
 def read_judge(task: str, base: Path, data: Path | None, counts: Counts, split: str) -> Judge:
     """What judges adapters of this base on this split of the task."""
-    file = base / GENERAL_NAME
-    general = json.loads(file.read_bytes()) if file.exists() else []
-    return Judge(base, getattr(read_splits(task, data, counts), split), general)
+    general, instructions = (
+        json.loads((base / name).read_bytes()) if (base / name).exists() else []
+        for name in (GENERAL_NAME, INSTRUCTIONS_NAME)
+    )
+    return Judge(base, getattr(read_splits(task, data, counts), split), general, instructions)
 
 
 def read_joules() -> float:
@@ -127,6 +143,8 @@ def prepare_mlx_lm(cell: Cell, iterations: int, base: Path, folder: Path) -> Tra
     }
     if cell.rate is not None:
         changes["learning_rate"] = cell.rate
+    if cell.arm == "k":
+        changes |= of_init(base, folder)
 
     def training() -> Path:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -136,37 +154,91 @@ def prepare_mlx_lm(cell: Cell, iterations: int, base: Path, folder: Path) -> Tra
     return training
 
 
-def prepare_ours(cell: Cell, rows: int, base: Path, folder: Path) -> Training:
-    """What `init` writes for this base and `rows` to train on, with the arm's changes, trained.
+def suggest(base: Path, folder: Path) -> dict[str, Any]:
+    """What `init` writes for this base and the data in the folder, as a dict."""
+    from nested_core.config.loading import parse_yaml
+    from nested_core.pipeline.suggested_config import suggest_config
 
-    A sweep has as many optimizer steps as the trainings of four rates, and judges its winner.
+    return parse_yaml(suggest_config(str(base), str(folder / "data")).text)
+
+
+def of_init(base: Path, folder: Path) -> dict[str, Any]:
+    """What mlx_lm.lora can do of the file that `init` writes, in its own keys.
+
+    It cannot clip gradients, nor offer the step that was best, so it evaluates as seldom as by
+    default.
     """
-    from nested_core.config.loading import parse_config, parse_yaml
+    values = suggest(base, folder)
+    lora_parameters, plan = values["lora_parameters"], values["training"]
+    rows = sum(1 for _ in (folder / "data" / "train.jsonl").open(encoding="utf-8"))
+    steps = int(plan["epochs"] * math.ceil(rows / values["batch_size"]))
+    warm_up = round(plan["warmup_steps"] * steps)
+    rate = values["learning_rate"]
+    return {
+        "learning_rate": rate,
+        "lr_schedule": {
+            "name": "cosine_decay",
+            "arguments": [rate, steps - warm_up, rate / 10],
+            "warmup": warm_up,
+        },
+        "iters": steps,
+        "batch_size": values["batch_size"],
+        "max_seq_length": values["max_seq_length"],
+        "mask_prompt": values["mask_prompt"],
+        "lora_parameters": {
+            "rank": lora_parameters["rank"],
+            "scale": lora_parameters["alpha"] / lora_parameters["rank"],
+            "dropout": 0.0,
+        },
+    }
+
+
+def prepare_ours(cell: Cell, study: Study, splits: Splits, base: Path, folder: Path) -> Training:
+    """What `init` writes for this base and the rows to train on, with the arm's changes, trained.
+
+    A sweep has the optimizer steps that the study allows it, and judges its winner.
+    """
+    from nested_core.config.loading import parse_config
     from nested_core.models.session import Session
     from nested_core.pipeline.hooks import Steps
-    from nested_core.pipeline.suggested_config import suggest_config
     from nested_core.pipeline.sweep import SweepRequest, sweep
     from nested_core.storage.run_directory import open_run
 
-    values = parse_yaml(suggest_config(str(base), str(folder / "data")).text)
-    for section, keys in CHANGES[cell.arm].items():
-        values[section] = values.get(section, {}) | keys
+    values = suggest(base, folder)
+    changes = [*CHANGES[cell.arm]]
+    by_answers = BY_ANSWERS in changes or (cell.arm == "e" and study is REAL)
+    for change in changes:
+        for section, keys in change.items():
+            values[section] = values.get(section, {}) | keys
+    if by_answers:
+        suite = folder / f"{SUITE}.jsonl"
+        suite.write_text("".join(map(question, splits.choose)), encoding="utf-8")
+        values["gate"] |= {"tasks": [{"name": SUITE, "file": str(suite), "score": "exact"}]}
     values["seed"] = cell.seed
     if cell.rate is not None:
         values["learning_rate"] = cell.rate
     config = parse_config(values, source=f"arm {cell.arm}")
     if cell.arm == "e":
-        one_run = config.training.epochs * math.ceil(rows / config.batch_size)
-        request = SweepRequest({}, steps=int(len(RATES) * one_run))
+        one_run = config.training.epochs * math.ceil(len(splits.train) / config.batch_size)
+        steps = int(study.sweep_runs * one_run)
+        request = (
+            SweepRequest(SWEPT, SUITE, steps=steps) if by_answers else SweepRequest({}, steps=steps)
+        )
         return lambda: sweep(config, folder / "sweep", request).run.adapter
-    run, steps = open_run(folder / "run"), Steps()
+    run, hooks = open_run(folder / "run"), Steps()
 
     def training() -> Path:
         with run.locked(), Session() as session:
-            steps.begin(config, run, resume=False)
-            steps.validate(config, run)
-            steps.load(config, run, session)
-            steps.train(config, run, session)
+            hooks.begin(config, run, resume=False)
+            hooks.validate(config, run)
+            hooks.load(config, run, session)
+            hooks.train(config, run, session)
         return run.adapter
 
     return training
+
+
+def question(row: Row) -> str:
+    """A line of a suite: the row's prompt, and its answer as the expected one."""
+    turns = [{"role": "user", "content": row.prompt}]
+    return json.dumps({"messages": turns, "expected": row.answer}) + "\n"

@@ -20,7 +20,6 @@ from typing import Any
 from benchmarks.learning.study import OF_MLX_LM, STREAM_ARMS, Cell, Study, cell_of, read_rows
 
 POLL_SECONDS = 0.05
-QUIET_PAIRS = 3
 
 
 def run(study: Study, options: argparse.Namespace) -> None:
@@ -46,13 +45,14 @@ def run(study: Study, options: argparse.Namespace) -> None:
 
 
 def run_quietly(study: Study, options: argparse.Namespace) -> None:
-    """Time arms a and c in turns, one training at a time; the first of each only warms up.
+    """Time the study's quiet cells in turns, one training at a time.
 
     Each side has a process of its own, and nothing of ours prepares MLX in mlx_lm's.
     """
     end = time.monotonic() + options.seconds
+    known = {cell_of(row) for row in read_rows(options.rows)}
     with worker_pool(1, end, prepares=False) as theirs, worker_pool(1, end, prepares=True) as ours:
-        for cell in quiet_cells(study):
+        for cell in (cell for cell in study.quiet if cell not in known):
             if time.monotonic() > end:
                 break
             pool = theirs if cell.arm in OF_MLX_LM else ours
@@ -60,14 +60,6 @@ def run_quietly(study: Study, options: argparse.Namespace) -> None:
             result.wait(max(0.0, end - time.monotonic()))
             if result.ready():
                 append(options.rows, cell, result, 1)
-
-
-def quiet_cells(study: Study) -> Iterator[Cell]:
-    """Pairs of arms a and c on the first task, at each size."""
-    for size in study.sizes:
-        for pair in range(QUIET_PAIRS):
-            for arm in ("a", "c"):
-                yield Cell(study.tasks[0], size, arm, 100 + pair)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from mlx_lm import load
 
 from benchmarks.learning.tasks import Row
 
-ROWS_AT_ONCE = 500
+ANSWER_TOKENS_AT_ONCE = 2048  # logits of 49,152 words in float32 are 0.4 GB then
+MOST_ROWS = 500
 WIDTH_MULTIPLE = 8
 
 
@@ -32,26 +34,55 @@ class Judged:
     kl: KL(adapter || base) a token of the answers, in nats.
     general_loss: mean loss a token of text like the base's that nobody trained on, in nats; None
         without such text.
+    kept: the share of tokens of the base's own answers to general instructions that are still the
+        likeliest; None without such instructions.
+    like_task: the share of general instructions that are answered by an answer of the task, or by
+        JSON where that has it; None where it was not asked.
     """
 
     right: np.ndarray[Any, np.dtype[np.bool_]]
     loss: float
     kl: float
     general_loss: float | None
+    kept: float | None = None
+    like_task: float | None = None
+
+
+@lru_cache(1)
+def read_base(folder: Path) -> tuple[nn.Module, Any]:
+    """The base model and its tokenizer, once for all that judge by it."""
+    model, tokenizer, *_ = load(str(folder))
+    return model, tokenizer
 
 
 class Judge:
-    """A base model in memory, rows as tokens, and held-out text; it judges adapters on disk."""
+    """A base model in memory, rows as tokens, and general text; it judges adapters on disk.
 
-    def __init__(self, base: Path, rows: Sequence[Row], general: Sequence[Sequence[int]]) -> None:
+    `instructions` are pairs of an instruction and the base's own answer, both as tokens.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        rows: Sequence[Row],
+        general: Sequence[Sequence[int]],
+        instructions: Sequence[tuple[list[int], list[int]]] = (),
+    ) -> None:
         self.folder = base
-        self.base, tokenizer, *_ = load(str(base))
-        self.rows = [encode(tokenizer, row) for row in rows]
+        self.base, self.tokenizer = read_base(base)
+        self.answers = {row.answer for row in rows}
+        self.rows = [encode(self.tokenizer, row) for row in rows]
         self.general = [(list(tokens), 1) for tokens in general]
+        self.instructions = instructions
 
-    def judge(self, adapter: Path) -> Judged:
-        """Judge an adapter's folder, as mlx_lm loads it."""
-        model, *_ = load(str(self.folder), adapter_path=str(adapter))
+    def judge(self, adapter: Path | None, *, asks: bool = False) -> Judged:
+        """Judge an adapter's folder, as mlx_lm loads it; None is the base alone.
+
+        `asks`: let it answer the general instructions too, which takes some seconds.
+        """
+        model = self.base
+        if adapter is not None:
+            model, *_ = load(str(self.folder), adapter_path=str(adapter))
         right, losses, divergences = [], [], []
         for tokens, owners, positions in batches(self.rows):
             log_p = log_probabilities(model, tokens, positions)
@@ -66,15 +97,31 @@ class Judge:
             loss=float(np.concatenate(losses).mean(dtype=np.float64)),
             kl=float(np.concatenate(divergences).mean(dtype=np.float64)),
             general_loss=mean_loss(model, self.general) if self.general else None,
+            kept=share_kept(model, self.instructions) if self.instructions else None,
+            like_task=self._share_like_task(model) if asks and self.instructions else None,
         )
+
+    def _share_like_task(self, model: nn.Module) -> float:
+        from benchmarks.learning.general import answer
+
+        are_json = all(text.startswith("{") for text in self.answers)
+        answers = answer(model, self.tokenizer, [prompt for prompt, _ in self.instructions])
+        texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
+        alike = [t.startswith("{") if are_json else t.strip() in self.answers for t in texts]
+        return sum(alike) / len(alike)
 
 
 def encode(tokenizer: Any, row: Row) -> tuple[list[int], int]:
-    """Prompt and answer in tokens, and where the answer begins."""
+    """Prompt and answer in tokens, and where the answer begins.
+
+    The answer ends with the token that ends it: what a template puts behind it, such as a line
+    break, is never generated.
+    """
     turns = [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.answer}]
     whole = tokenizer.apply_chat_template(turns, return_dict=False)
     prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
-    return list(whole), len(prompt)
+    ends = [n for n in range(len(prompt), len(whole)) if whole[n] in tokenizer.eos_token_ids]
+    return list(whole)[: ends[0] + 1 if ends else None], len(prompt)
 
 
 Batch = tuple[Any, Any, Any]
@@ -87,8 +134,10 @@ def batches(rows: Sequence[tuple[list[int], int]]) -> Iterator[Batch]:
     """
     longest = max(len(tokens) for tokens, _ in rows)
     width = -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-    for first in range(0, len(rows), ROWS_AT_ONCE):
-        some = rows[first : first + ROWS_AT_ONCE]
+    answer_tokens = sum(len(tokens) - start for tokens, start in rows) / len(rows)
+    count = min(MOST_ROWS, max(1, int(ANSWER_TOKENS_AT_ONCE / max(1, answer_tokens))))
+    for first in range(0, len(rows), count):
+        some = rows[first : first + count]
         tokens = np.zeros((len(some), width + 1), np.int32)
         answers = np.zeros((len(some), width), np.bool_)
         for number, (row, start) in enumerate(some):
@@ -103,7 +152,8 @@ def log_probabilities(model: nn.Module, tokens: Any, positions: Any) -> mx.array
     inner: Any = model
     hidden = inner.model(mx.array(tokens[:, :-1]))
     chosen = hidden.reshape(-1, hidden.shape[-1])[mx.array(positions)]
-    logits = inner.model.embed_tokens.as_linear(chosen).astype(mx.float32)
+    head = inner.lm_head if "lm_head" in inner else inner.model.embed_tokens.as_linear
+    logits = head(chosen).astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
@@ -116,3 +166,15 @@ def mean_loss(model: nn.Module, rows: Sequence[tuple[list[int], int]]) -> float:
         total -= float(mx.take_along_axis(log_p, targets[:, None], -1).sum().item())
         count += len(positions)
     return total / count
+
+
+def share_kept(model: nn.Module, pairs: Sequence[tuple[list[int], list[int]]]) -> float:
+    """The share of tokens of given answers that are the likeliest after what comes before them."""
+    rows = [(prompt + answer, len(prompt)) for prompt, answer in pairs]
+    hits, count = 0, 0
+    for tokens, _, positions in batches(rows):
+        targets = mx.array(tokens[:, 1:].reshape(-1)[positions])
+        log_p = log_probabilities(model, tokens, positions)
+        hits += int((log_p.argmax(axis=-1) == targets).sum().item())
+        count += len(positions)
+    return hits / count

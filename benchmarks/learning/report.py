@@ -14,6 +14,7 @@ import numpy as np
 from benchmarks.learning.study import (
     ARMS,
     CHOOSING_SEED,
+    NO_ADAPTER,
     RATES,
     RATES_FROM,
     Row,
@@ -25,7 +26,17 @@ from nested_core.text.svg_chart import STANDALONE, Chart, Curve, Point, draw_cha
 
 LEAST_GAIN, MARGIN = 0.03, -0.01
 COMPARED = (("c", "a"), ("d", "b"), ("c", "b"), ("d", "c"), ("d", "a"), ("e", "d"))
-LATER_COMPARED = (("g-deep", "d"), ("g-shallow", "d"), ("h", "b"), ("d", "h"))
+LATER_COMPARED = (
+    ("g-deep", "d"),
+    ("g-shallow", "d"),
+    ("h", "b"),
+    ("d", "h"),
+    ("c", "k"),
+    ("k", "b"),
+    ("e", "k"),
+    ("e", "c"),
+    *((way, other) for way in ("c-long", "c-long-answers", "c-long-32") for other in ("k", "c")),
+)
 Answers = np.ndarray[Any, np.dtype[np.float64]]  # (seeds, questions), 1 where right
 
 
@@ -121,12 +132,15 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
 
 def answers(results: Results) -> Iterator[str]:
     """What every arm does at every size and task: means over its seeds."""
-    head = ("size", "task", "arm", "rate", "seeds", "right %", "loss", "KL", "general loss", "GB")
+    head = (
+        *("size", "task", "arm", "rate", "seeds", "right %", "loss", "KL", "general loss"),
+        *("kept %", "like the task %", "GB"),
+    )
     lines = []
     study = results.study
     for size in study.sizes:
         for task in study.tasks:
-            for arm in ARMS:
+            for arm in (NO_ADAPTER, *ARMS):
                 own = list(results.of(task, size, arm).values())
                 if own:
                     lines.append([size, task, arm, rate_of(own[0]), str(len(own)), *means(own)])
@@ -146,14 +160,33 @@ def means(rows: Sequence[Row]) -> list[str]:
     """Means of what is measured, with the range of right answers over the seeds."""
     shares = [100 * row["right_share"] for row in rows]
     spread = f"{statistics.fmean(shares):.1f} ({min(shares):.1f} to {max(shares):.1f})"
-    general = [row["general_loss"] for row in rows if row["general_loss"] is not None]
     return [
         spread,
         f"{statistics.fmean(row['loss'] for row in rows):.3f}",
         f"{statistics.fmean(row['kl'] for row in rows):.2f}",
-        f"{statistics.fmean(general):.3f}" if general else "",
+        mean_of(rows, "general_loss", "{:.3f}"),
+        mean_of(rows, "kept", "{:.1%}"),
+        mean_of(rows, "like_task", "{:.1%}"),
         f"{statistics.fmean(row['peak_gb'] for row in rows):.2f}",
     ]
+
+
+def mean_of(rows: Sequence[Row], key: str, form: str) -> str:
+    """The mean of a figure over the rows that have it; empty where none has."""
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return form.format(statistics.fmean(values)) if values else ""
+
+
+def over_tasks(results: Results, size: str, one: str, other: str) -> str:
+    """Student's t interval over the tasks, each the mean of its questions and seeds."""
+    tasks = [results.pairs(task, size, one, other) for task in results.study.tasks]
+    means_of_tasks = np.array([pairs.mean() for pairs in tasks if pairs.size])
+    if len(means_of_tasks) < 2:
+        return ""
+    count = len(means_of_tasks)
+    half = student_t_quantile(0.975, count - 1) * means_of_tasks.std(ddof=1) / math.sqrt(count)
+    mean = means_of_tasks.mean()
+    return f"{100 * mean:+.1f} ({100 * (mean - half):+.1f} to {100 * (mean + half):+.1f}), {count}"
 
 
 def comparisons(results: Results) -> Iterator[str]:
@@ -168,11 +201,17 @@ def comparisons(results: Results) -> Iterator[str]:
                 tests = [seeds_apart(results, task, size, (one, other)) for task in study.tasks]
                 cells = [f"{d}; {t}" if d else "" for d, t in zip(each, tests, strict=True)]
                 lines.append(
-                    [size, f"{one} - {other}", str(whole or ""), verdict(one, other, whole), *cells]
+                    [
+                        *(size, f"{one} - {other}", str(whole or "")),
+                        over_tasks(results, size, one, other),
+                        *(verdict(one, other, whole), *cells),
+                    ]
                 )
     yield "## Differences in points (95 %), and seeds of which McNemar's test says more and fewer"
     yield ""
-    yield from table(("size", "arms", "all tasks", "claim", *study.tasks), lines)
+    yield from table(
+        ("size", "arms", "all tasks", "t over tasks", "claim of PROTOCOL.md", *study.tasks), lines
+    )
 
 
 def seeds_apart(results: Results, task: str, size: str, arms: tuple[str, str]) -> str:
@@ -214,22 +253,25 @@ def trials(results: Results) -> Iterator[str]:
 
 
 def costs(quiet: Sequence[Row]) -> Iterator[str]:
-    """Seconds and joules of trainings alone on the device; the first pair of a size warmed up."""
+    """Seconds and joules of trainings alone on the device; the first turn of each warmed up."""
     lines = []
-    for size in dict.fromkeys(row["size"] for row in quiet):
-        pairs = [row for row in quiet if row["size"] == size]
-        first = min((row["seed"] for row in pairs), default=0)
-        for arm in ("a", "c"):
-            own = [row for row in pairs if row["arm"] == arm and row["seed"] > first]
+    for size, task, arm in dict.fromkeys((r["size"], r["task"], r["arm"]) for r in quiet):
+        turns = [r for r in quiet if (r["size"], r["task"], r["arm"]) == (size, task, arm)]
+        first = min(row["seed"] for row in turns)
+        measured = [row for row in turns if row["seed"] > first]
+        if measured:
             cells = (
-                ", ".join(f"{row[key]:.{digits}f}" for row in own)
+                f"{statistics.median(row[key] for row in measured):.{digits}f} "
+                f"({', '.join(f'{row[key]:.{digits}f}' for row in measured)})"
                 for key, digits in (("seconds", 1), ("joules", 0), ("peak_gb", 2))
             )
-            lines.append([size, arm, *cells])
+            lines.append([size, task, arm, *cells])
     if lines:
-        yield "## One training at a time: each of the measured pairs"
+        yield "## One training at a time: median (each turn)"
         yield ""
-        yield from table(("size", "arm", "seconds", "joules of the GPU", "GB at most"), lines)
+        yield from table(
+            ("size", "task", "arm", "seconds", "joules of the GPU", "GB at most"), lines
+        )
 
 
 def tried_rates(rows: Sequence[Row], task: str, size: str, arm: str) -> Mapping[float, Row]:

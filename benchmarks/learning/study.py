@@ -13,19 +13,25 @@ from benchmarks.learning.tasks import Counts
 
 Row = Mapping[str, Any]
 CHOOSING_SEED = 0
+QUIET_SEED = 100  # and above: trainings that are timed
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 ARMS = {
     "a": "mlx_lm.lora as shipped",
     "b": "mlx_lm.lora, all layers, best of four rates",
     "c": "`init` as written",
     "d": "ours, best of four rates",
-    "e": "`sweep` with the examples of four trainings",
+    "e": "`sweep`, with the steps that the study allows it",
     "g-deep": "d in tiers [1, 2, 4], deep layers fast",
     "g-shallow": "d in tiers [1, 2, 4], shallow layers fast",
     "h": "b with the prompt masked",
+    "k": "mlx_lm.lora with what `init` writes: rate, mask, batch, steps, warm-up and cosine",
+    "c-long": "c with twice the epochs",
+    "c-long-answers": "c-long, the step chosen by answers",
+    "c-long-32": "c-long with rank 32",
 }
-OF_MLX_LM = ("a", "b", "h")
+OF_MLX_LM = ("a", "b", "h", "k")
 RATES_FROM = {"b": "b", "d": "d", "g-deep": "d", "g-shallow": "d", "h": "b"}
+NO_ADAPTER = "base"  # the base itself, judged once a task
 STREAM_ARMS = {
     "alone": "each night alone, from a fresh adapter",
     "joint": "all nights at once, with the newest answer of each prompt",
@@ -49,37 +55,43 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Study:
-    """What is trained. `iterations` are mlx_lm's, of batches of 4; seeds are of arms a to d.
+class Stage:
+    """Arms that are trained under some seeds, after the rates that they need have been chosen."""
 
-    Of `streams` (stream_cells.py) `stream_arms` are trained, each under `stream_seeds`.
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is trained, stage by stage. `iterations` are mlx_lm's, of batches of 4.
+
+    `sweep_runs` are the optimizer steps of arm e, in runs of `init`. Of `streams` (stream_cells.py)
+    `stream_arms` are trained, each under `stream_seeds`.
     """
 
     tasks: tuple[str, ...]
     sizes: tuple[str, ...]
-    arms: tuple[str, ...]
-    seeds: tuple[int, ...]
-    later_seeds: tuple[int, ...]
+    stages: tuple[Stage, ...]
     counts: Counts = field(default_factory=Counts)
     iterations: Mapping[str, int] = field(default_factory=dict)
+    sweep_runs: float = float(len(RATES))
+    quiet: tuple[Cell, ...] = ()
     streams: tuple[str, ...] = ()
     stream_arms: tuple[str, ...] = tuple(STREAM_ARMS)
     stream_seeds: tuple[int, ...] = ()
 
     def cells(self, rows: Sequence[Row]) -> Iterator[Cell]:
         """Every cell that can run by now, in order: what comes last is dropped first."""
-        main = [arm for arm in "abcd" if arm in self.arms]
         for size in self.sizes:
-            for arm in (arm for arm in main if RATES_FROM.get(arm) == arm):
-                for task in self.tasks:
-                    for rate in RATES:
-                        yield Cell(task, size, arm, CHOOSING_SEED, rate)
-            for seed in self.seeds:
-                yield from self._judged(rows, size, main, seed)
-        for arm in (arm for arm in self.arms if arm not in main):
-            for size in self.sizes:
-                for seed in self.later_seeds:
-                    yield from self._judged(rows, size, [arm], seed)
+            chosen = set[str]()
+            for stage in self.stages:
+                choosing = dict.fromkeys(RATES_FROM[arm] for arm in stage.arms if arm in RATES_FROM)
+                for arm, task, rate in product(choosing.keys() - chosen, self.tasks, RATES):
+                    yield Cell(task, size, arm, CHOOSING_SEED, rate)
+                chosen |= choosing.keys()
+                for seed in stage.seeds:
+                    yield from self._judged(rows, size, stage.arms, seed)
         yield from self._stream_cells()
 
     def _stream_cells(self) -> Iterator[Cell]:
@@ -93,31 +105,60 @@ class Study:
     def _judged(
         self, rows: Sequence[Row], size: str, arms: Sequence[str], seed: int
     ) -> Iterator[Cell]:
-        for arm in arms:
-            for task in self.tasks:
-                rate = None
-                if arm in RATES_FROM:
-                    rate = chosen_rate(rows, task, size, RATES_FROM[arm])
-                    if rate is None:
-                        continue
-                yield Cell(task, size, arm, seed, rate)
+        for arm, task in product(arms, self.tasks):
+            rate = None
+            if arm in RATES_FROM:
+                rate = chosen_rate(rows, task, size, RATES_FROM[arm])
+                if rate is None:
+                    continue
+            yield Cell(task, size, arm, seed, rate)
+
+
+def quiet_pairs(
+    tasks: Sequence[str], sizes: Sequence[str], arms: Sequence[str], rounds: int
+) -> tuple[Cell, ...]:
+    """Trainings to be timed one at a time, the arms in turns; the first round warms up."""
+    cells = product(sizes, tasks, range(rounds), arms)
+    return tuple(Cell(task, size, arm, QUIET_SEED + turn) for size, task, turn, arm in cells)
 
 
 FULL = Study(
     tasks=("clinc150", "banking77", "restaurant8k"),
     sizes=("10M", "20M"),
-    arms=("a", "b", "c", "d", "e", "g-deep", "g-shallow", "h"),
-    seeds=(1, 2, 3, 4, 5),
-    later_seeds=(1, 2, 3),
+    stages=(
+        Stage(tuple("abcd"), (1, 2, 3, 4, 5)),
+        Stage(("e", "g-deep", "g-shallow", "h"), (1, 2, 3)),
+    ),
     iterations=dict.fromkeys(("clinc150", "banking77", "restaurant8k"), 1000),
+    quiet=quiet_pairs(("clinc150",), ("10M", "20M"), ("a", "c"), 3),
+)
+REAL_TASKS = ("banking77", "restaurant8k", "clinc150", "snips", "nl2bash", "e2e")
+REAL_BASE = "SmolLM2-135M-Instruct"
+# PROTOCOL-2.md, on a model that people use
+REAL = Study(
+    tasks=REAL_TASKS,
+    sizes=(REAL_BASE,),
+    stages=(
+        Stage((NO_ADAPTER,), (1,)),
+        Stage(("a", "c", "k"), (1, 2)),
+        Stage(("e", "c-long", "c-long-answers", "c-long-32"), (1, 2)),
+        Stage(("b", "d", "h"), (1,)),
+        Stage(("g-deep", "g-shallow"), (1, 2)),
+        Stage(("c", "k"), (3, 4, 5)),
+        Stage(("e", "c-long", "c-long-answers", "c-long-32"), (3, 4, 5)),
+        Stage(("a", "b", "d", "h"), (2, 3, 4, 5)),
+        Stage(("g-deep", "g-shallow"), (3, 4, 5)),
+    ),
+    counts=Counts(train=1336, choose=200, judge=1000),
+    iterations=dict.fromkeys(REAL_TASKS, 1000),
+    sweep_runs=2.0,
+    quiet=quiet_pairs(REAL_TASKS[:2], (REAL_BASE,), ("a", "c", "k"), 6),
 )
 # On the example's base, for two cores: its context is 64 tokens, so that longer rows are left out.
 SMALL = Study(
     tasks=("geography", "clinc150"),
     sizes=("geography-base",),
-    arms=("a", "b", "c", "d", "e", "g-deep"),
-    seeds=(1, 2),
-    later_seeds=(1,),
+    stages=(Stage(tuple("abcd"), (1, 2)), Stage(("e", "g-deep"), (1,))),
     counts=Counts(train=104, choose=50, judge=100, longest=80, answers=10),
     iterations={"geography": 200, "clinc150": 78},
     streams=("facts",),
@@ -127,9 +168,7 @@ SMALL = Study(
 STREAMS = Study(
     tasks=(),
     sizes=("geography-base",),
-    arms=(),
-    seeds=(),
-    later_seeds=(),
+    stages=(),
     streams=("facts", "facts-reversed", "tasks", "tasks-reversed"),
     stream_seeds=(1, 2, 3, 4, 5),
 )

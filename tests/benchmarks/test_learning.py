@@ -17,10 +17,10 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from benchmarks.learning import bases
 from benchmarks.learning.judge import Judge, encode, mean_loss
-from benchmarks.learning.report import Results, mcnemar
+from benchmarks.learning.report import Results, mcnemar, over_tasks
 from benchmarks.learning.stream_report import StreamResults
 from benchmarks.learning.streams import read_stream
-from benchmarks.learning.study import FULL, SMALL, Cell, cell_of
+from benchmarks.learning.study import FULL, REAL, SMALL, Cell, cell_of
 from benchmarks.learning.tasks import GEOGRAPHY, Counts, Row, read_task
 from nested_core.models.generation import Sampling, answer_prompts, encode_prompt
 
@@ -107,10 +107,10 @@ def test_rates_are_chosen_before_their_arms_are_judged_and_each_cell_runs_once()
 
 
 def test_a_gain_that_one_seed_alone_has_is_not_beyond_chance() -> None:
-    study = replace(SMALL, tasks=("geography",), seeds=(1, 2, 3))
+    study = replace(SMALL, tasks=("geography",))
     size = study.sizes[0]
     rows = []
-    for seed in study.seeds:
+    for seed in (1, 2, 3):
         rows.append(result(Cell("geography", size, "a", seed), [0] * 100))
         right = [1] * 100 if seed == 1 else [0] * 100
         rows.append(result(Cell("geography", size, "c", seed), right))
@@ -118,6 +118,23 @@ def test_a_gain_that_one_seed_alone_has_is_not_beyond_chance() -> None:
     assert difference is not None
     assert difference.mean == pytest.approx(1 / 3)
     assert difference.low < 0 < difference.high
+
+
+def test_an_interval_over_tasks_is_as_wide_as_the_tasks_differ() -> None:
+    size = REAL.sizes[0]
+    rows = []
+    for task, right in (("banking77", [1, 1]), ("snips", [0, 0])):
+        rows.append(result(Cell(task, size, "k", 1), [0, 0]))
+        rows.append(result(Cell(task, size, "c", 1), right))
+    # t(0.975, 1) = 12.706, of a mean of 0.5 with the standard error 0.5
+    assert over_tasks(Results(rows, REAL), size, "c", "k") == "+50.0 (-585.3 to +685.3), 2"
+
+
+def test_what_a_template_puts_behind_the_end_token_is_no_part_of_an_answer() -> None:
+    _, tokenizer, *_ = load(str(BASE))
+    whole, start = encode(tokenizer, Row("I want to see Peru. Where to?", "Lima!"))
+    tokenizer.chat_template += "{% if not add_generation_prompt %}Peru{% endif %}"
+    assert encode(tokenizer, Row("I want to see Peru. Where to?", "Lima!")) == (whole, start)
 
 
 @pytest.mark.parametrize(("won", "lost", "p"), [(0, 0, 1.0), (6, 0, 0.03125), (5, 3, 0.7265625)])
