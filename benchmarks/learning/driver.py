@@ -20,12 +20,15 @@ from typing import Any
 from benchmarks.learning.study import OF_MLX_LM, STREAM_ARMS, Cell, Study, cell_of, read_rows
 
 POLL_SECONDS = 0.05
+KEPT_BYTES = 2**30  # of freed buffers, in each of several workers
+MOST_FAILURES = 8  # in a row: then the device is lost, and every further cell would fail
 
 
 def run(study: Study, options: argparse.Namespace) -> None:
     """Run what is missing, `--workers` cells at the same time, and append each row as it ends."""
     end = time.monotonic() + options.seconds
     failed: set[Cell] = set()
+    in_a_row = 0
     running: dict[Cell, AsyncResult[dict[str, Any]]] = {}
     with worker_pool(options.workers, end, prepares=True) as pool:
         while time.monotonic() < end:
@@ -38,8 +41,14 @@ def run(study: Study, options: argparse.Namespace) -> None:
                 break
             time.sleep(POLL_SECONDS)
             for cell in [cell for cell, result in running.items() if result.ready()]:
-                if not append(options.rows, cell, running.pop(cell), options.workers):
-                    failed.add(cell)
+                if append(options.rows, cell, running.pop(cell), options.workers):
+                    in_a_row = 0
+                    continue
+                failed.add(cell)
+                in_a_row += 1
+            if in_a_row >= MOST_FAILURES:
+                pool.terminate()
+                break
     done = len(read_rows(options.rows))
     print(f"{options.rows}: {done} rows, {len(failed)} failed", file=sys.stderr)
 
@@ -65,15 +74,19 @@ def run_quietly(study: Study, options: argparse.Namespace) -> None:
 @contextmanager
 def worker_pool(workers: int, end: float, *, prepares: bool) -> Iterator[Any]:
     """Processes that run cells; they end by themselves, or at `end` whatever they do then."""
-    with multiprocessing.get_context("spawn").Pool(workers, prepare_worker, (prepares,)) as pool:
+    start = (prepares, workers > 1)
+    with multiprocessing.get_context("spawn").Pool(workers, prepare_worker, start) as pool:
         yield pool
         if time.monotonic() < end:
             pool.close()  # what they compiled is kept for the next call
             pool.join()
 
 
-def prepare_worker(prepares: bool) -> None:
-    """Several trainings share one GPU here, and what they print is not wanted."""
+def prepare_worker(prepares: bool, shares: bool) -> None:
+    """Several trainings may share one GPU, and what they print is not wanted.
+
+    MLX keeps freed buffers up to the whole device's memory, so those that share it keep few.
+    """
     os.environ["NESTED_TUNE_DEVICE_LOCK"] = "off"
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if prepares:
@@ -81,6 +94,10 @@ def prepare_worker(prepares: bool) -> None:
 
         hide_torch_from_transformers()
         prepare()
+    if shares:
+        import mlx.core as mx
+
+        mx.set_cache_limit(KEPT_BYTES)
 
 
 def run_in_worker(cell: Cell, study: Study, options: argparse.Namespace) -> dict[str, Any]:
