@@ -148,18 +148,22 @@ def _render_yaml(
     """The YAML for one batch size."""
     train = report.splits["train"]
     tokens: Any = train.tokens  # a sound train split has some
+    counted = [stats.tokens for stats in report.splits.values() if stats.tokens is not None]
+    longest = max(split.max for split in counted)
+    truncated = sum(split.truncated_rows for split in counted)
+    beyond_context = sum(split.beyond_context for split in counted)
     batches = math.ceil(train.rows / batch_size)
     epochs = max(EPOCHS, min(MAX_EPOCHS, math.ceil(MIN_STEPS / batches)))
     why_so_many = "more hardly helps"
     if epochs > EPOCHS:
         why_so_many = f"{EPOCHS} would be fewer than {MIN_STEPS} steps, which is too few"
     kept = "best step by the loss on valid" if "valid" in report.splits else "last step"
-    length = max(SEQ_LENGTH_MULTIPLE, -(-tokens.max // SEQ_LENGTH_MULTIPLE) * SEQ_LENGTH_MULTIPLE)
-    cut = f"; {tokens.truncated_rows:,} are longer and are cut" if tokens.truncated_rows else ""
+    length = max(SEQ_LENGTH_MULTIPLE, -(-longest // SEQ_LENGTH_MULTIPLE) * SEQ_LENGTH_MULTIPLE)
+    cut = f"; {truncated:,} are longer and are cut" if truncated else ""
     if tokens.context is not None and tokens.context < length:
         length = tokens.context  # more is cut, for the model could not see it
-        if tokens.beyond_context:
-            cut = f"; {tokens.beyond_context:,} are longer than the model can see and are cut"
+        if beyond_context:
+            cut = f"; {beyond_context:,} are longer than the model can see and are cut"
     names = "".join(
         f"{key}: {json.dumps(name, ensure_ascii=False)}\n" for key, name in base.items()
     )
@@ -179,7 +183,7 @@ lora_parameters: {lora.parameters}
 learning_rate: {lora.learning_rate:g}
 mask_prompt: {masks_prompt}  # true: the loss counts the answers alone
 
-# Tokens: the longest example has {tokens.max:,}, 95 of 100 have {tokens.p95:,} or fewer{cut}.
+# Tokens: the longest example has {longest:,}, 95 of 100 of train have {tokens.p95:,} or fewer{cut}.
 max_seq_length: {length}
 batch_size: {batch_size}  # {_MEMORY_PLACEHOLDER}
 grad_checkpoint: {str(recomputes).lower()}  # true: less memory, more time
