@@ -23,6 +23,7 @@ _NAN_OR_INFINITY_PATTERN = re.compile(
 )
 # In the JSON of any number that no float can hold, and in few other lines.
 _LARGE_NUMBER_PATTERN = re.compile(rb"[0-9][eE]\+?[0-9]{2}|[0-9]{300}")
+_NUL_ADVICE = "; where every other byte is one, the file is UTF-16: save it as UTF-8"
 SAVE_AS_UTF8 = (
     'Save the file as UTF-8 (in a spreadsheet: "CSV UTF-8"), or convert what Windows wrote: '
     "iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW"
@@ -52,7 +53,7 @@ def decode_json_object(raw: bytes) -> dict[str, Any]:
     if _LARGE_NUMBER_PATTERN.search(raw):
         decode_json_text(raw.decode())
     if b"\\u0000" in raw and any("\0" in text for text in collect_strings(row)):
-        raise LineProblem("nul-character", "a text holds a NUL character (\\u0000)")
+        raise LineProblem("nul-character", f"a text holds a NUL character (\\u0000){_NUL_ADVICE}")
     return row
 
 
@@ -114,8 +115,7 @@ def _explain_invalid_json(raw: bytes, reason: str) -> LineProblem:
     if "\0" in text:
         return LineProblem(
             "nul-character",
-            f"a NUL byte at column {text.index(chr(0)) + 1}; "
-            "where every other byte is one, the file is UTF-16: save it as UTF-8",
+            f"a NUL byte at column {text.index(chr(0)) + 1}{_NUL_ADVICE}",
         )
     what, _, position = reason.partition(" at line 1 column ")
     before = raw[: max(int(position) - 1, 0)] if position.isdecimal() else b""

@@ -52,7 +52,7 @@ def take_marks(
 def _read_row_marks(
     row: Mapping[str, Any], turns: int, answers: Sequence[int], before: int
 ) -> tuple[set[str], dict[int, str]]:
-    """The keys that are marks, and the turns that they mask: all, or those of a list.
+    """The keys that are marks, or null, and the turns that they mask: all, or those of a list.
 
     A list has a value for each turn, or for each answer; the first `before` turns are from a field
     of their own, and may be left out.
@@ -65,7 +65,7 @@ def _read_row_marks(
         value = parse_json_text(row[key], key)
         values = value if isinstance(value, list) else [value] * turns
         marks = [_read_mark(key, one, key) for one in values]
-        if all(is_learnt is None for is_learnt in marks):
+        if value is not None and all(is_learnt is None for is_learnt in marks):
             continue
         keys.add(key)
         if len(marks) not in by_length:

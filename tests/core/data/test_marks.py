@@ -118,6 +118,7 @@ def test_a_mark_in_a_table_is_a_word(write_data: WriteData, tokenizer: Tokenizer
     (folder / "train.csv").write_text("prompt,completion,weight\na,b,1\nc,d,0\ne,f,\n")
     report, _ = load(folder, tokenizer, batch_size=1)
     assert found_in(report) == [("train.csv", 3, "nothing-to-learn")]
+    assert not [one for one in report.findings if one.check == "unknown-key"]
     (folder / "train.csv").unlink()
     chats = json.dumps(TURNS).replace('"', '""')
     (folder / "train.csv").write_text(f'messages,loss_mask\n"{chats}","[0, 1]"\n')
