@@ -81,6 +81,7 @@ for _name, _pattern, _first in _SCALAR_PATTERNS:
         f"tag:yaml.org,2002:{_name}", re.compile(_pattern), list(_first)
     )
 _StrictYamlLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^$"), [""])
+_RETYPED_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float"))
 
 
 def _yaml_error(what: str, mark: Any) -> yaml.MarkedYAMLError:
@@ -134,28 +135,38 @@ def parse_yaml(text: str | bytes, *, source: str = "the value") -> Any:
     return parse_yaml_with_lines(text, source)[0]
 
 
-def parse_yaml_with_lines(text: str | bytes, source: str) -> tuple[Any, dict[str, int]]:
-    """The value of strict YAML, and the line of each key and item by its dotted name."""
+def parse_yaml_with_lines(
+    text: str | bytes, source: str, text_names: re.Pattern[str] | None = None
+) -> tuple[Any, dict[str, int]]:
+    """The value of strict YAML, and the line of each key and item by its dotted name.
+
+    A number, true or false whose whole name fits `text_names` is the text that is written there.
+    """
     try:
         loader = _StrictYamlLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None, {}
-        return loader.construct_document(node), dict(_lines_of_keys(node))
+        items = list(_named_items(node))
+        for name, _, item in items:
+            if text_names is not None and item.tag in _RETYPED_TAGS and text_names.fullmatch(name):
+                item.tag = "tag:yaml.org,2002:str"
+        return loader.construct_document(node), {name: line for name, line, _ in items}
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source} is not usable YAML: {_describe_yaml_error(error)}.") from error
 
 
-def _lines_of_keys(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
+def _named_items(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int, yaml.Node]]:
+    """The values in a node, at any depth, each with its dotted name and line."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             name = f"{prefix}{key.value}"
-            yield name, key.start_mark.line + 1
-            yield from _lines_of_keys(value, f"{name}.")
+            yield name, key.start_mark.line + 1, value
+            yield from _named_items(value, f"{name}.")
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            yield f"{prefix}{index}", item.start_mark.line + 1
-            yield from _lines_of_keys(item, f"{prefix}{index}.")
+            yield f"{prefix}{index}", item.start_mark.line + 1, item
+            yield from _named_items(item, f"{prefix}{index}.")
 
 
 def _describe_yaml_error(error: Exception) -> str:

@@ -65,14 +65,17 @@ def _read_sound_lines(path: Path, field_names: FieldNames) -> Iterator[Example]:
 
 
 def _row_of(example: Example) -> dict[str, Any]:
-    """The example under the keys that are read where none is configured."""
+    """The example under the keys that are read where none is configured, with its marks."""
     if example.format == "text":
         return {"text": example.text}
-    tools = {} if example.tools is None else {"tools": example.tools}
+    rest: dict[str, Any] = {} if example.tools is None else {"tools": example.tools}
+    if example.masked:
+        turns = range(len(example.messages))
+        rest["loss_mask"] = [int(turn not in example.masked) for turn in turns]
     if example.format == "completion":
         prompt, completion = (turn["content"] for turn in example.messages)
-        return {"prompt": prompt, "completion": completion, **tools}
-    return {"messages": example.messages, **tools}
+        return {"prompt": prompt, "completion": completion, **rest}
+    return {"messages": example.messages, **rest}
 
 
 def read_content(row: Mapping[str, Any]) -> bytes:

@@ -75,6 +75,7 @@ def _read_prompts(file: SplitFile, settings: DataSettings) -> Iterator[HeldOutPr
 def _ends_with_answer(example: Example) -> bool:
     turns = example.messages
     is_answer = len(turns) > 1 and turns[-1].get("role") == "assistant"
+    is_answer = is_answer and len(turns) - 1 not in example.masked
     return is_answer and isinstance(turns[-1].get("content"), str) and example.tools is None
 
 

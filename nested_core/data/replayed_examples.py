@@ -35,12 +35,12 @@ Row = Mapping[str, Any]
 class NewData:
     """The data that a run is to be trained on, as far as earlier rows are compared with it.
 
-    rows: how many training examples it has; train: their contents; held_out: the contents of what
-    it is evaluated by, folded.
+    rows: how many training examples it has; train: their contents, each with the same folded;
+    held_out: the contents of what it is evaluated by, folded.
     """
 
     rows: int = 0
-    train: set[bytes] = field(default_factory=set)
+    train: dict[bytes, bytes] = field(default_factory=dict)
     folded: set[bytes] = field(default_factory=set)
     prompts: set[bytes] = field(default_factory=set)
     held_out: set[bytes] = field(default_factory=set)
@@ -55,7 +55,7 @@ class NewData:
             self.held_out.add(keys.folded)
         else:
             self.rows += 1
-            self.train.add(keys.content)
+            self.train[keys.content] = keys.folded
 
 
 def read_new_data(config: FineTuneConfig) -> NewData:
@@ -86,7 +86,7 @@ class EarlierData:
     """A data set of an earlier night: its rows, or why there are none.
 
     version, file, problem: as `ReplaySource` has them.
-    train: what may be replayed; held_out: what its version was judged by.
+    train: what may be replayed; held_out: its valid and test sets, and the file of the gate.
     """
 
     version: str | None
@@ -101,7 +101,7 @@ class ChosenExamples:
     """What is replayed.
 
     lines: an example each, as JSON; those of each source in turn.
-    dropped: the contents of new training examples that a source holds out.
+    dropped: the contents of new training examples that a source holds out, folded alike.
     """
 
     sources: tuple[ReplaySource, ...]
@@ -128,10 +128,9 @@ def choose_replayed_examples(
         max_generations: how many of the newest sources are replayed; None is all.
         seed: the run's.
     """
-    held_out_keys = [RowKeys.of(row) for data in earlier for row in data.held_out]
-    held_out = new.held_out | {keys.folded for keys in held_out_keys}
-    dropped = sorted(new.train & {keys.content for keys in held_out_keys})
-    known = _Known(new.folded, new.prompts, held_out)
+    held_out = {RowKeys.of(row).folded for data in earlier for row in data.held_out}
+    dropped = sorted(content for content, folded in new.train.items() if folded in held_out)
+    known = _Known(new.folded, new.prompts, new.held_out | held_out)
     sources: list[ReplaySource] = []
     candidates: list[list[tuple[bytes, bytes]]] = []
     for age, data in enumerate(earlier):

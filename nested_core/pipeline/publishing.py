@@ -91,9 +91,13 @@ def read_run_examples(
     settings = DataSettings.from_config(config)
     try:
         train = _read_validated_rows(settings, "train", recorded)
+        held_out_sets: dict[str | None, list[dict[str, Any]]] = {
+            split: _read_validated_rows(settings, split, recorded)
+            for split in recorded
+            if split != "train"
+        }
         if choice in SPLITS_BY_HELD_OUT_CHOICE:
-            split = held_out_split(choice, recorded)
-            held_out = [] if split is None else _read_validated_rows(settings, split, recorded)
+            held_out = held_out_sets.pop(held_out_split(choice, recorded), [])
         else:
             with as_test_set_alone(Path(choice).expanduser(), settings) as alone:
                 held_out = _read_validated_rows(alone, "test", {})
@@ -105,7 +109,10 @@ def read_run_examples(
         )
         return None
     return RunExamples(
-        _leave_out_dropped(config, run, train), held_out, config.continual.replay.keep
+        _leave_out_dropped(config, run, train),
+        held_out,
+        config.continual.replay.keep,
+        kept_out=[row for rows in held_out_sets.values() for row in rows],
     )
 
 

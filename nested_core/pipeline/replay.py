@@ -171,7 +171,8 @@ def _read_version(registry: Path, name: str, version: str) -> EarlierData:
         provenance = read_provenance(version_folder(registry, name, version))
         return _read_source_of_version(version, provenance)
     lost = f"{stored.missing:,} of its examples are no longer in the registry's data store"
-    train, held_out = ([row.row for row in own] for own in (stored.train, stored.held_out))
+    train = [row.row for row in stored.train]
+    held_out = [row.row for row in (*stored.held_out, *stored.kept_out)]
     return EarlierData(version, None, train, held_out, lost if stored.missing else None)
 
 

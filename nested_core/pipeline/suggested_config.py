@@ -85,9 +85,19 @@ def suggest_config(
     if adapter is not None:
         base["resume_adapter_file"] = adapter
     lora = _choose_lora(find_model_folder(model), adapter)
-    text = ""
+    text = supervise = ""
     for batch_size, recomputes in _batch_sizes_and_recomputation(report):
-        text = _render_yaml(base, report, lora, batch_size, recomputes=recomputes)
+        if not text:
+            text = _render_yaml(base, report, lora, batch_size, recomputes=recomputes)
+            errors = load_run_data(parse_config(parse_yaml(text), source="the suggestion"))[
+                0
+            ].errors
+            checks = {error.check for error in errors}
+            if "no-supervised-token" in checks:  # cut, some rows have a prompt alone
+                base["data_policy"] = {"overlong": "drop"}
+            if "nothing-to-learn" in checks:  # the last answer of some rows is marked
+                supervise = "  supervise: all  # every answer but those that their rows mask\n"
+        text = _render_yaml(base, report, lora, batch_size, supervise, recomputes=recomputes)
         config = parse_config(parse_yaml(text), source="the suggestion")
         memory = explain_run(config, measures_speed=False).memory
         text = text.replace(_MEMORY_PLACEHOLDER, memory.describe())
@@ -143,23 +153,34 @@ def _batch_sizes_and_recomputation(report: DatasetReport) -> Iterator[tuple[int,
 
 
 def _render_yaml(
-    base: dict[str, Any], report: DatasetReport, lora: _Lora, batch_size: int, *, recomputes: bool
+    base: dict[str, Any],
+    report: DatasetReport,
+    lora: _Lora,
+    batch_size: int,
+    supervise: str = "",
+    *,
+    recomputes: bool,
 ) -> str:
-    """The YAML for one batch size."""
+    """The YAML for one batch size; `supervise` is a line of the section `training`."""
     train = report.splits["train"]
     tokens: Any = train.tokens  # a sound train split has some
+    counted = [stats.tokens for stats in report.splits.values() if stats.tokens is not None]
+    longest = max(split.max for split in counted)
+    truncated = sum(split.truncated_rows for split in counted)
+    beyond_context = sum(split.beyond_context for split in counted)
     batches = math.ceil(train.rows / batch_size)
     epochs = max(EPOCHS, min(MAX_EPOCHS, math.ceil(MIN_STEPS / batches)))
     why_so_many = "more hardly helps"
     if epochs > EPOCHS:
         why_so_many = f"{EPOCHS} would be fewer than {MIN_STEPS} steps, which is too few"
     kept = "best step by the loss on valid" if "valid" in report.splits else "last step"
-    length = max(SEQ_LENGTH_MULTIPLE, -(-tokens.max // SEQ_LENGTH_MULTIPLE) * SEQ_LENGTH_MULTIPLE)
-    cut = f"; {tokens.truncated_rows:,} are longer and are cut" if tokens.truncated_rows else ""
+    length = max(SEQ_LENGTH_MULTIPLE, -(-longest // SEQ_LENGTH_MULTIPLE) * SEQ_LENGTH_MULTIPLE)
+    are_cut = "are left out" if "data_policy" in base else "are cut"
+    cut = f"; {truncated:,} are longer and {are_cut}" if truncated else ""
     if tokens.context is not None and tokens.context < length:
         length = tokens.context  # more is cut, for the model could not see it
-        if tokens.beyond_context:
-            cut = f"; {tokens.beyond_context:,} are longer than the model can see and are cut"
+        if beyond_context:
+            cut = f"; {beyond_context:,} are longer than the model can see and {are_cut}"
     names = "".join(
         f"{key}: {json.dumps(name, ensure_ascii=False)}\n" for key, name in base.items()
     )
@@ -179,7 +200,7 @@ lora_parameters: {lora.parameters}
 learning_rate: {lora.learning_rate:g}
 mask_prompt: {masks_prompt}  # true: the loss counts the answers alone
 
-# Tokens: the longest example has {tokens.max:,}, 95 of 100 have {tokens.p95:,} or fewer{cut}.
+# Tokens: the longest example has {longest:,}, 95 of 100 of train have {tokens.p95:,} or fewer{cut}.
 max_seq_length: {length}
 batch_size: {batch_size}  # {_MEMORY_PLACEHOLDER}
 grad_checkpoint: {str(recomputes).lower()}  # true: less memory, more time
@@ -187,7 +208,7 @@ grad_checkpoint: {str(recomputes).lower()}  # true: less memory, more time
 # {epochs} passes are {epochs * batches:,} batches: {why_so_many}. The {kept} is offered.
 # What is below 1 is a share of the run, however long.
 training:
-  epochs: {epochs}
+{supervise}  epochs: {epochs}
   warmup_steps: 0.05  # the first steps know the gradients least
   decay: cosine  # of the learning rate, to a tenth: the last steps settle
   max_grad_norm: 1.0  # gradients are clipped to this norm

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -44,7 +44,8 @@ class StoredRow:
     """An example as it was kept, which every reader of data sets reads.
 
     digest: SHA-256 of its line in the store, as 64 hexadecimal digits.
-    row: `messages` (and `tools`), `prompt` and `completion`, or `text`.
+    row: `messages` (and `tools`), `prompt` and `completion`, or `text`; and a `loss_mask` where
+        turns are not learnt.
     """
 
     digest: str
@@ -55,11 +56,13 @@ class StoredRow:
 class StoredData:
     """The examples of one version, in the order of its data set, each once.
 
+    held_out: what it was judged by; kept_out: what else was held out, and is not trained on later.
     missing: how many more its list names that are not in the store: they were altered, or lost.
     """
 
     train: tuple[StoredRow, ...]
     held_out: tuple[StoredRow, ...]
+    kept_out: tuple[StoredRow, ...]
     missing: int = 0
 
 
@@ -68,11 +71,13 @@ class RunExamples:
     """The rows of a run's training and held-out sets, to be kept with its version.
 
     max_bytes: of the whole store; None for no bound.
+    kept_out: the rows of the held-out sets that the gate did not judge by.
     """
 
     train: Iterable[Mapping[str, Any]]
     held_out: Iterable[Mapping[str, Any]]
     max_bytes: int | None = None
+    kept_out: Iterable[Mapping[str, Any]] = ()
 
 
 class DigestList(BaseModel):
@@ -81,6 +86,11 @@ class DigestList(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     train: list[str]
     held_out: list[str]
+    kept_out: list[str] = []  # older lists have none
+
+    def all(self) -> set[str]:
+        """The digests of all its examples."""
+        return {*self.train, *self.held_out, *self.kept_out}
 
 
 def read_lineage(registry: Path, name: str, version: str) -> list[str]:
@@ -114,12 +124,13 @@ def read_stored_data(registry: Path, name: str, version: str) -> StoredData | No
         listed = read_digest_list(folder, version)
         if listed is None:
             return None
-        wanted = {*listed.train, *listed.held_out}
+        wanted = listed.all()
         lines = {digest: line for _, digest, line in _read_packs(folder) if digest in wanted}
     rows = {digest: StoredRow(digest, json.loads(line)) for digest, line in lines.items()}
     return StoredData(
         train=tuple(rows[digest] for digest in listed.train if digest in rows),
         held_out=tuple(rows[digest] for digest in listed.held_out if digest in rows),
+        kept_out=tuple(rows[digest] for digest in listed.kept_out if digest in rows),
         missing=len(wanted) - len(rows),
     )
 
@@ -155,14 +166,17 @@ def store_examples(
         sync_path(folder)
     if keeps_examples(folder, version):
         return
-    held_out = {digest_row(row): render_row(row) for row in examples.held_out}
-    train = {digest_row(row): render_row(row) for row in examples.train}
+    held_out, kept_out, train = (
+        {digest_row(row): render_row(row) for row in rows}
+        for rows in (examples.held_out, examples.kept_out, examples.train)
+    )
     if examples.max_bytes is not None:
-        held_out, train = _fit(held_out, train, examples.max_bytes)
+        held_out, kept_out, train = _fit((held_out, kept_out, train), examples.max_bytes)
     known = {digest for _, digest, _ in _read_packs(folder)}
-    new = {digest: line for digest, line in (held_out | train).items() if digest not in known}
+    all_rows = held_out | kept_out | train
+    new = {digest: line for digest, line in all_rows.items() if digest not in known}
     _write_pack(place, new.values(), confirm)
-    listed = DigestList(train=[*train], held_out=[*held_out])
+    listed = DigestList(train=[*train], held_out=[*held_out], kept_out=[*kept_out])
     content = listed.model_dump_json().encode()
     write_bytes(_list_path(folder, version), content, confirm=confirm)
     kept = [*(one for one in standing if keeps_examples(folder, one) and one != version), version]
@@ -175,21 +189,18 @@ def store_examples(
 Lines = dict[str, bytes]
 
 
-def _fit(held_out: Lines, train: Lines, max_bytes: int) -> tuple[Lines, Lines]:
-    """As many rows as fit into so many bytes, those that are held out before those of training.
+def _fit(sets: Sequence[Lines], max_bytes: int) -> list[Lines]:
+    """As many rows as fit into so many bytes, those of the first sets before the others.
 
     Which ones is decided by their digests, which is as good as chance; they keep their order.
     """
     chosen: set[str] = set()
-    for rows in (held_out, train):
+    for rows in sets:
         for digest in sorted(rows.keys() - chosen):
             max_bytes -= len(rows[digest]) + 1
             if max_bytes >= 0:
                 chosen.add(digest)
-    return (
-        {digest: line for digest, line in held_out.items() if digest in chosen},
-        {digest: line for digest, line in train.items() if digest in chosen},
-    )
+    return [{digest: line for digest, line in rows.items() if digest in chosen} for rows in sets]
 
 
 def _count_bytes(folder: Path) -> int:
@@ -234,7 +245,7 @@ def remove_unneeded_rows(folder: Path, versions: Collection[str], *, confirm: Co
 
 def _needed_rows(folder: Path, versions: Collection[str]) -> set[str]:
     lists = [read_digest_list(folder, version) for version in versions]
-    return {digest for listed in lists if listed for digest in (*listed.train, *listed.held_out)}
+    return {digest for listed in lists if listed for digest in listed.all()}
 
 
 def find_rows(folder: Path, is_wanted: Callable[[dict[str, Any]], bool]) -> set[str]:
@@ -249,6 +260,7 @@ def drop_rows(folder: Path, version: str, digests: Collection[str], *, confirm: 
         kept = DigestList(
             train=[digest for digest in listed.train if digest not in digests],
             held_out=[digest for digest in listed.held_out if digest not in digests],
+            kept_out=[digest for digest in listed.kept_out if digest not in digests],
         )
         write_bytes(_list_path(folder, version), kept.model_dump_json().encode(), confirm=confirm)
 
@@ -266,7 +278,7 @@ def data_findings(folder: Path, versions: Iterable[str]) -> Iterator[AuditFindin
         except DamagedError as error:
             yield AuditFinding(path, str(error))
             continue
-        named = set() if listed is None else {*listed.train, *listed.held_out}
+        named = set() if listed is None else listed.all()
         if lost := len(named - present):
             message = f"{lost} of {len(named)} examples that it names were altered, or are lost"
             advice = (

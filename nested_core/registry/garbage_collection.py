@@ -218,7 +218,7 @@ def _find_listed_rows(
     lost = {}
     for version in ledger.standing:
         listed = read_digest_list(folder, version)
-        if listed is not None and (own := found & {*listed.train, *listed.held_out}):
+        if listed is not None and (own := found & listed.all()):
             lost[version] = own
     return lost
 

@@ -191,8 +191,10 @@ MISTAKES: dict[str, Mistake] = {
         chats(4) + '{"text": "a",}\n',
         "train.jsonl:5: bad-json: not valid JSON at column 14: trailing comma",
     ),
-    "UTF-16, as some editors save it": data_mistake(
-        chats(4).encode("utf-16"), "train.jsonl:1: not-utf8:", "Save the file as UTF-8"
+    "UTF-16 without its mark": data_mistake(
+        chats(4).encode("utf-16-le"),
+        "train.jsonl:1: nul-character: a NUL byte at column 2; ",
+        "the file is UTF-16: save it as UTF-8",
     ),
     "an empty file": data_mistake("", "train.jsonl: empty-file: it holds no example"),
     "a batch larger than the data": Mistake(

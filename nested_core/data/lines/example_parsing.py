@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 
 from pydantic import (
@@ -29,6 +30,7 @@ from pydantic import (
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
 from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
+from nested_core.data.lines.marks import take_marks
 from nested_core.data.lines.other_formats import (
     SHAREGPT_SPELLINGS,
     describe_field_names,
@@ -79,6 +81,7 @@ class Example(NamedTuple):
     unknown_keys: frozenset[str] = frozenset()
     is_plain: bool = True  # no tools, and each message is a role and a content
     places: tuple[str, ...] = ()  # the field of each turn, where it is not that of a chat
+    masked: Mapping[int, str] = MappingProxyType({})  # turns not to be learnt, and the mark of each
 
     @property
     def approximate_characters(self) -> int:
@@ -193,22 +196,29 @@ def read_completion(fields: Fields) -> Turns:
 
 
 def _prepare_chat(fields: Fields, place: str) -> Fields:
-    fields["chat"] = read_openai_turns(fields["chat"], place)
-    return fields
+    turns = read_openai_turns(parse_json_text(fields["chat"], place), place)
+    return _parse_tools(fields, place) | {"chat": turns}
+
+
+def _parse_tools(fields: Fields, _: str) -> Fields:
+    """Tools may be the text of a JSON array."""
+    return fields | {"tools": parse_json_text(fields.get("tools"), "tools")}
 
 
 def _prepare_sharegpt(fields: Fields, place: str) -> Fields:
-    turns = read_openai_turns(parse_json_text(fields["conversations"]), place, is_sharegpt=True)
-    return _prepare_tools(fields) | {"conversations": turns}
+    conversation = parse_json_text(fields["conversations"], place)
+    turns = read_openai_turns(conversation, place, is_sharegpt=True)
+    return _wrap_tools(fields, place) | {"conversations": turns}
 
 
-def _prepare_alpaca(fields: Fields, _: str) -> Fields:
-    return _prepare_tools(fields) | {"history": parse_json_text(fields.get("history"))}
+def _prepare_alpaca(fields: Fields, place: str) -> Fields:
+    history = parse_json_text(fields.get("history"), "history")
+    return _wrap_tools(fields, place) | {"history": history}
 
 
-def _prepare_tools(fields: Fields) -> Fields:
-    """Tools may be the text of a JSON array, and be functions alone."""
-    tools = parse_json_text(fields.get("tools"))
+def _wrap_tools(fields: Fields, place: str) -> Fields:
+    """Tools may be functions alone, too."""
+    tools = _parse_tools(fields, place)["tools"]
     return fields | {"tools": list(map(wrap_function, tools)) if isinstance(tools, list) else tools}
 
 
@@ -272,7 +282,11 @@ class RowFormat:
 # it reads, it reads as before.
 FORMATS: dict[Format, RowFormat] = {
     "completion": RowFormat(
-        _CompletionLine, ("prompt", "completion"), read_completion, is_conversation=False
+        _CompletionLine,
+        ("prompt", "completion"),
+        read_completion,
+        _parse_tools,
+        is_conversation=False,
     ),
     "chat": RowFormat(_ChatLine, ("chat",), lambda fields: Turns(fields["chat"]), _prepare_chat),
     "text": RowFormat(_TextLine, ("text",), None, is_conversation=False),
@@ -357,8 +371,9 @@ def _drop_keys(row: dict[str, Any], keys: frozenset[str], chat: str) -> dict[str
     """The row without these keys, and its turns without them."""
     kept = {key: value for key, value in row.items() if key not in keys}
     for key in kept.keys() & {chat, "conversations"}:
-        if isinstance(kept[key], list):
-            kept[key] = [_drop_keys(t, keys, "") if isinstance(t, dict) else t for t in kept[key]]
+        turns = parse_json_text(kept[key], key)
+        if isinstance(turns, list):
+            kept[key] = [_drop_keys(t, keys, "") if isinstance(t, dict) else t for t in turns]
     return kept
 
 
@@ -416,9 +431,12 @@ def _read_example(row: dict[str, Any], name: Format, field_names: FieldNames) ->
     except ValidationError as error:
         raise _describe_validation_error(error, keys, row) from None
     unknown = set(row.keys() - keys.values() - {field_names.group})
+    messages, places = Turns([]) if kind.read is None else kind.read(fields)
+    chat_places = [f"{keys[kind.fields[0]]}[{index}]" for index in range(len(messages))]
+    marks, masked = take_marks({key: row[key] for key in unknown}, messages, places or chat_places)
+    unknown -= marks
     if kind.read is None:
         return Example(name, [], None, fields[kind.fields[0]], frozenset(unknown))
-    messages, places = kind.read(fields)
     odd = [turn for turn in messages if turn.keys() != _PLAIN_MESSAGE_KEYS]
     tools = fields.get("tools")
     passed_over = _mlx_lm_keys(field_names) if name in MLX_LM_FORMATS else set()
@@ -434,7 +452,7 @@ def _read_example(row: dict[str, Any], name: Format, field_names: FieldNames) ->
     if unread:
         raise LineProblem("unread-field", describe_unread_fields(row, list(dict.fromkeys(unread))))
     is_plain = tools is None and all(_non_null_keys(turn) == _PLAIN_MESSAGE_KEYS for turn in odd)
-    return Example(name, messages, tools, "", frozenset(unknown), is_plain, places)
+    return Example(name, messages, tools, "", frozenset(unknown), is_plain, places, masked)
 
 
 def _mlx_lm_keys(field_names: FieldNames) -> set[str]:
@@ -468,7 +486,7 @@ def _describe_validation_error(
 def _name_place(path: list[int | str], keys: dict[str, str], row: dict[str, Any]) -> str:
     """A place in the row, such as `messages[0].content`, by the keys that are in the row."""
     place = keys[str(path[0])]
-    value = parse_json_text(row.get(place))
+    value = parse_json_text(row.get(place), place)
     for part in path[1:]:
         if isinstance(part, int):
             place += f"[{part}]"

@@ -1,14 +1,16 @@
 """One line's bytes -> one JSON object, or a `LineProblem` that says why there is none.
 
 Refuses what a lenient reader would let pass: repeated keys, halves of surrogate pairs, NUL, and
-numbers that are none.
+numbers that are none, or are too large to be read.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from typing import Any
+import sys
+from typing import Any, NoReturn
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -18,6 +20,13 @@ from nested_core.storage.untrusted_files import collect_strings, has_repeated_ke
 # Outside of the texts; one that never ends is passed over whole, so that none is looked at twice.
 _NAN_OR_INFINITY_PATTERN = re.compile(
     r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|(NaN|-?Infinity)', re.DOTALL
+)
+# In the JSON of any number that no float can hold, and in few other lines.
+_LARGE_NUMBER_PATTERN = re.compile(rb"[0-9][eE]\+?[0-9]{2}|[0-9]{300}")
+_NUL_ADVICE = "; where every other byte is one, the file is UTF-16: save it as UTF-8"
+SAVE_AS_UTF8 = (
+    'Save the file as UTF-8 (in a spreadsheet: "CSV UTF-8"), or convert what Windows wrote: '
+    "iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW"
 )
 _JSON_OBJECT_VALIDATOR = TypeAdapter(dict[str, Any], config=ConfigDict(strict=True))
 
@@ -41,9 +50,32 @@ def decode_json_object(raw: bytes) -> dict[str, Any]:
         _refuse_repeated_key(raw)
     if b"NaN" in raw or b"Infinity" in raw:
         _refuse_nan_and_infinity(raw.decode())
+    if _LARGE_NUMBER_PATTERN.search(raw):
+        decode_json_text(raw.decode())
     if b"\\u0000" in raw and any("\0" in text for text in collect_strings(row)):
-        raise LineProblem("nul-character", "a text holds a NUL character (\\u0000)")
+        raise LineProblem("nul-character", f"a text holds a NUL character (\\u0000){_NUL_ADVICE}")
     return row
+
+
+def decode_json_text(text: str) -> Any:
+    """The value of a text that is JSON; raises ValueError or RecursionError for one that is not.
+
+    Raises LineProblem for NaN and Infinity, and for a number that is too large for a float, such as
+    1e999, which Python reads as Infinity: nothing that is written as JSON again can hold it.
+    """
+    return json.loads(text, parse_float=_read_finite_float, parse_constant=_refuse_constant)
+
+
+def _read_finite_float(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        message = f"the number {shorten(digits)} is beyond any float"
+        raise LineProblem("bad-json", f"{message}, which is at most {sys.float_info.max:.1e}")
+    return number
+
+
+def _refuse_constant(word: str) -> NoReturn:
+    raise LineProblem("bad-json", f"not valid JSON: {word} is no JSON number")
 
 
 def _refuse_repeated_key(raw: bytes) -> None:
@@ -79,9 +111,12 @@ def _explain_invalid_json(raw: bytes, reason: str) -> LineProblem:
         text = raw.decode()
     except UnicodeDecodeError as error:
         where = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
-        return LineProblem("not-utf8", f"{where} is not UTF-8. Save the file as UTF-8")
+        return LineProblem("not-utf8", f"{where} is not UTF-8. {SAVE_AS_UTF8}")
     if "\0" in text:
-        return LineProblem("nul-character", f"a NUL byte at column {text.index(chr(0)) + 1}")
+        return LineProblem(
+            "nul-character",
+            f"a NUL byte at column {text.index(chr(0)) + 1}{_NUL_ADVICE}",
+        )
     what, _, position = reason.partition(" at line 1 column ")
     before = raw[: max(int(position) - 1, 0)] if position.isdecimal() else b""
     column = len(before.decode(errors="ignore")) + 1  # of the character that the byte belongs to

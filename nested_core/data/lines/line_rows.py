@@ -139,12 +139,15 @@ def _text_to_compare(example: Example, roles: str) -> str:
     """All that is tokenised as one text; the last NUL in it ends the prompt.
 
     Fields are joined by NUL, which no sound line contains, so that unequal examples stay unequal.
+    Turns that are not learnt are marked by white space: folded, the example is the same.
     """
     if not FORMATS[example.format].is_templated:
         return example.text
+    marks = [" \t"[turn in example.masked] for turn in range(len(roles))] if example.masked else []
+    before = "".join(marks)
     if example.is_plain:
-        return "\0".join([roles, *[message["content"] for message in example.messages]])
-    before = _as_json([example.tools, example.messages[:-1]])
+        return before + "\0".join([roles, *[message["content"] for message in example.messages]])
+    before += _as_json([example.tools, example.messages[:-1]])
     return f"{before}\0{_as_json(example.messages[-1:])}"
 
 

@@ -39,6 +39,7 @@ LINE_SCHEMA: dict[str, type[pl.DataType]] = {
     "sensitive": pl.UInt32,  # what it may hold, see SENSITIVE_PATTERNS
     "has_control": pl.Boolean,
     "has_replacement": pl.Boolean,
+    "has_error_cell": pl.Boolean,  # a turn, or plain text, is nothing else
     "has_crlf": pl.Boolean,
     "has_mark": pl.Boolean,  # begins with a byte-order mark
     "is_blank": pl.Boolean,
@@ -49,6 +50,12 @@ LINE_SCHEMA: dict[str, type[pl.DataType]] = {
 }
 _CONTROL_CHARACTER_PATTERN = r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
 _REPLACEMENT_CHARACTER = "\ufffd"
+# What spreadsheets write where a formula fails (Excel, LibreOffice, Google), and programs where a
+# number is missing; as one of the texts that LineRow.content joins by NUL.
+_ERROR_CELL_PATTERN = (
+    r"(?:^|\x00)\s*(?:#(?:N/A|REF!|NAME\?|DIV/0!|VALUE!|NULL!|NUM!|SPILL!|CALC!|ERROR!)|Err:\d{3}|NaN)"
+    r"\s*(?:\x00|$)"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +117,7 @@ def read_line_range(
         "has_replacement": text.str.contains(_REPLACEMENT_CHARACTER, literal=True).fill_null(
             value=False
         ),
+        "has_error_cell": text.str.contains(_ERROR_CELL_PATTERN).fill_null(value=False),
         "has_crlf": raw.bin.ends_with(b"\r"),
         "has_mark": has_mark,
     }

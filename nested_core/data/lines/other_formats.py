@@ -6,12 +6,11 @@ Spellings are those of the formats' own readers: ShareGPT's of FastChat, axolotl
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from nested_core.data.lines.json_decoding import LineProblem
+from nested_core.data.lines.json_decoding import LineProblem, decode_json_text
 from nested_core.errors import shorten
 from nested_core.storage.untrusted_files import collect_strings
 
@@ -84,7 +83,7 @@ def _rename_sharegpt_turn(turn: dict[str, Any], place: str) -> dict[str, Any]:
 def _read_function_calls(value: Any, place: str) -> list[dict[str, Any]]:
     """OpenAI's tool calls of {"name": ..., "arguments": ...}, or of a list of them, as JSON."""
     try:
-        value = json.loads(value) if isinstance(value, str) else value
+        value = decode_json_text(value) if isinstance(value, str) else value
     except ValueError as error:
         reason = f"{place} is not the JSON of a call, {{name, arguments}}: {error}"
         raise LineProblem("malformed-tool-calls", reason) from None
@@ -113,16 +112,25 @@ def _join_text_parts(parts: list[Any], place: str) -> str:
     return "".join(texts)
 
 
-def parse_json_text(value: Any) -> Any:
-    """The value of a text that is JSON, as cells of tables and LLaMA-Factory's `tools` are."""
+def parse_json_text(value: Any, place: str) -> Any:
+    """The value of a text that is JSON, as cells of tables and LLaMA-Factory's `tools` are.
+
+    Raises LineProblem for a text that begins as a list or an object of JSON does, and is neither.
+    """
     if not isinstance(value, str):
         return value
     if not value or value.isspace():
         return None
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value  # judged as a text in the place of something else
+        return decode_json_text(value)
+    except (ValueError, RecursionError) as error:
+        if value.lstrip()[0] not in "[{":
+            return value  # judged as a text in the place of something else
+        raise LineProblem(
+            "bad-json",
+            f"{place} is text that is not valid JSON: {error}. Write it as json.dumps does in "
+            f"Python, not as str does",
+        ) from None
 
 
 def list_unread_fields(

@@ -30,6 +30,7 @@ LINE_RULES = FrameRules(
         "has_crlf": pl.Boolean,
         "has_control": pl.Boolean,
         "has_replacement": pl.Boolean,
+        "has_error_cell": pl.Boolean,
         "check": pl.Categorical,
         "message": pl.Categorical,
         "format": pl.Categorical,
@@ -111,7 +112,7 @@ LINE_RULES = FrameRules(
             "near-duplicate",
             "warning",
             pl.col("resembles").is_null(),
-            "like {train_file}:{resembles} but for case and white space",
+            "like {train_file}:{resembles} but for case, white space and marks such as weight: 0",
         ),
         Rule(
             "same-prompt-other-answer",
@@ -147,6 +148,13 @@ LINE_RULES = FrameRules(
             "warning",
             ~pl.col("has_replacement"),
             "U+FFFD in a text: something was decoded wrongly before it came here",
+        ),
+        Rule(
+            "error-cell",
+            "warning",
+            ~pl.col("has_error_cell"),
+            "a text is nothing but an error of a spreadsheet, such as #N/A or #REF!, or NaN: mend "
+            "the sheet, or leave the row out",
         ),
     ),
 )

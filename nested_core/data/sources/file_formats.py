@@ -5,17 +5,19 @@ Reads to the first damage and says where that is; whether a line is an example i
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import IO, Any, AnyStr, NamedTuple, cast
 
+from nested_core.data.lines.json_decoding import SAVE_AS_UTF8
 from nested_core.errors import shorten
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular
@@ -33,6 +35,7 @@ _PARQUET_ROWS_AT_ONCE = 10_000  # converted at a time
 CSV_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _SNIFFED_BYTES = 2**20  # of a table, in which its delimiter is looked for
 _NON_SPACE_PATTERN = re.compile(r"[^ \t\n\r]")
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as spreadsheets write "Unicode text"
 _LINE_ENDS_TO_SPACES = str.maketrans("\n\r", "  ")  # in valid JSON they stand between values only
 
 
@@ -79,6 +82,13 @@ def limit_expansion(
         yield line
 
 
+def is_utf16(path: Path) -> bool:
+    """Whether a file, unpacked, begins with the byte-order mark of UTF-16."""
+    with suppress(EOFError, gzip.BadGzipFile, zlib.error), _open_bytes(path) as file:
+        return file.read(2) in _UTF16_MARKS
+    return False
+
+
 @contextmanager
 def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
     """The content of a file, unpacked where its name ends in .gz."""
@@ -102,6 +112,9 @@ def _read_bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
         except (gzip.BadGzipFile, zlib.error) as error:
             message = f"the gzip file is damaged: {shorten(error, 80)}"
             raise RestOfFileUnreadable(number, message) from None
+        except UnicodeDecodeError as error:
+            message = f"the file begins as UTF-16 does, and is none from here on: {error.reason}"
+            raise RestOfFileUnreadable(number, f"{message}. {SAVE_AS_UTF8}") from None
         if not line:
             return
         if len(line) > MAX_LINE_BYTES:
@@ -114,6 +127,13 @@ def read_gzip_jsonl(path: Path) -> Iterator[NumberedLine]:
     with _open_bytes(path) as file:
         for number, line in enumerate(_read_bounded_lines(file), start=1):
             yield NumberedLine(number, line.removesuffix(b"\n"))
+
+
+def read_utf16_jsonl(path: Path) -> Iterator[NumberedLine]:
+    """Yield the lines of a .jsonl or .jsonl.gz in UTF-16, as UTF-8."""
+    with _open_text(path, "utf-16", newline="\n") as file:
+        for number, line in enumerate(_read_bounded_lines(file), start=1):
+            yield NumberedLine(number, line.removesuffix("\n").encode())
 
 
 def find_start_of_too_long_line(path: Path) -> int | None:
@@ -158,12 +178,13 @@ def read_lines_before(path: Path, end: int) -> Iterator[NumberedLine]:
 def read_json_array(path: Path) -> Iterator[NumberedLine]:
     """Yield the elements of a .json file, which is one array; all of it is held in memory."""
     raw = read_regular(path, follow_links=True)
+    encoding = "UTF-16" if raw.startswith(_UTF16_MARKS) else "UTF-8"
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         byte = f"byte 0x{raw[error.start]:02x} in line {line}"
-        raise RestOfFileUnreadable(1, f"{byte} is not UTF-8. Save the file as UTF-8") from None
+        raise RestOfFileUnreadable(1, f"{byte} is not {encoding}. {SAVE_AS_UTF8}") from None
     del raw
     position = _skip_space(text, 0)
     if not text.startswith("[", position):
@@ -264,13 +285,18 @@ def read_csv(path: Path, json_keys: frozenset[str], delimiter: str) -> Iterator[
 
 
 @contextmanager
-def _open_table(path: Path) -> Iterator[TextIOWrapper]:
-    csv.field_size_limit(MAX_LINE_BYTES)  # of the whole process; its own is less than a document
-    with (
-        _open_bytes(path) as raw,
-        TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as file,
-    ):
+def _open_text(
+    path: Path, encoding: str, newline: str, errors: str = "strict"
+) -> Iterator[TextIOWrapper]:
+    with _open_bytes(path) as raw, TextIOWrapper(raw, encoding, errors, newline) as file:
         yield file
+
+
+def _open_table(path: Path) -> AbstractContextManager[TextIOWrapper]:
+    csv.field_size_limit(MAX_LINE_BYTES)  # of the whole process; its own is less than a document
+    if is_utf16(path):
+        return _open_text(path, "utf-16", newline="")
+    return _open_text(path, "utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _read_csv_header(reader: Iterator[list[str]]) -> list[str]:
@@ -315,7 +341,7 @@ def _csv_cells_to_json_line(
     try:
         return f"{{{', '.join(fields)}}}".encode(), None
     except UnicodeEncodeError:
-        return b"", ("not-utf8", "a byte is not UTF-8. Save the file as UTF-8")
+        return b"", ("not-utf8", f"a byte is not UTF-8. {SAVE_AS_UTF8}")
 
 
 def read_parquet(path: Path) -> Iterator[NumberedLine]:

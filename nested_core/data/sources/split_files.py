@@ -1,7 +1,7 @@
 """The splits of a data set, each as a file of JSON lines, so that all else reads one format.
 
-A .jsonl file is read where it lies; any other, and several files of one split, are turned into one
-in a folder of the caller's.
+A .jsonl file in UTF-8 is read where it lies; any other, and several files of one split, are turned
+into one in a folder of the caller's.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ from nested_core.data.sources.file_formats import (
     RestOfFileUnreadable,
     find_csv_delimiter,
     find_start_of_too_long_line,
+    is_utf16,
     limit_expansion,
     read_csv,
     read_gzip_jsonl,
     read_json_array,
     read_lines_before,
     read_parquet,
+    read_utf16_jsonl,
 )
 from nested_core.data.sources.hub_datasets import (
     HubTables,
@@ -202,7 +204,8 @@ def _open_file(path: Path, settings: DataSettings, spool: Path) -> SplitFile:
             f"data_format: csv, but {path} is no table ({', '.join(_TABLE_SUFFIXES)}). Leave "
             f"data_format out, or give tables alone."
         )
-    if suffix == ".jsonl":
+    is_utf16_jsonl = suffix.startswith(".jsonl") and is_utf16(path)
+    if suffix == ".jsonl" and not is_utf16_jsonl:
         end = find_start_of_too_long_line(path) if size > MAX_LINE_BYTES else None
         if end is None:
             return SplitFile(path.name, path)
@@ -214,7 +217,7 @@ def _open_file(path: Path, settings: DataSettings, spool: Path) -> SplitFile:
         delimiters = (CSV_DELIMITERS[delimiter],)
         lines = read_csv(path, settings.json_keys, delimiter)
     else:
-        lines = _READER_BY_SUFFIX[suffix](path)
+        lines = (read_utf16_jsonl if is_utf16_jsonl else _READER_BY_SUFFIX[suffix])(path)
     split = _write_split_lines(
         path.name, limit_expansion(lines, size, is_packed=is_packed), spooled
     )

@@ -5,8 +5,10 @@ Truncates nothing and judges nothing: a template that rewrites earlier turns is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from nested_core.data.data_settings import Targets
@@ -42,16 +44,19 @@ def encode_example(example: Example, tokenizer: Any, targets: Targets) -> Encode
     """Tokens as in mlx_lm/tuner/datasets.py; raises what the template raises.
 
     `last` starts where mlx-lm's prompt mask ends. `all` runs, for each assistant turn, from the end
-    of the templated turns before it to the end of the templated turns up to it.
+    of the templated turns before it to the end of the templated turns up to it. A turn that is
+    marked as not to be learnt is in no span; under `last` the caller sees that the last one is not.
     """
     if not FORMATS[example.format].is_templated:
         tokens = _encode_text(example.text, tokenizer)
         return EncodedExample(tokens, ((0, len(tokens)),))
     tokens = _apply_template(tokenizer, example, len(example.messages))
-    if targets == "whole":
+    if targets == "whole" and not example.masked:
         return EncodedExample(tokens, ((0, len(tokens)),))
     if targets == "last":
         return _encode_with_last_turn_supervised(example, tokenizer, tokens)
+    if targets == "whole":
+        return _encode_whole_without_masked_turns(example, tokenizer, tokens)
     return _encode_with_all_turns_supervised(example, tokenizer, tokens)
 
 
@@ -90,18 +95,41 @@ def _encode_with_last_turn_supervised(
 def _encode_with_all_turns_supervised(
     example: Example, tokenizer: Any, tokens: list[int]
 ) -> EncodedExample:
+    turns = [turn for turn, one in enumerate(example.messages) if one["role"] == "assistant"]
+    learnt = [turn for turn in turns if turn not in example.masked]
+    spans, broken_turn = _locate_turns(example, tokenizer, tokens, learnt)
+    return EncodedExample(tokens, tuple(spans), broken_turn)
+
+
+def _encode_whole_without_masked_turns(
+    example: Example, tokenizer: Any, tokens: list[int]
+) -> EncodedExample:
+    masked, broken_turn = _locate_turns(example, tokenizer, tokens, sorted(example.masked))
+    edges = [0, *chain.from_iterable(masked), len(tokens)]
+    spans = zip(edges[::2], edges[1::2], strict=True)
+    return EncodedExample(tokens, tuple(span for span in spans if span[0] < span[1]), broken_turn)
+
+
+def _locate_turns(
+    example: Example, tokenizer: Any, tokens: list[int], turns: Sequence[int]
+) -> tuple[list[Span], int]:
+    """The tokens of each of these turns, up to the first that cannot be told, and which that is.
+
+    The tokens of an answer begin after what the template puts before it; those of the first turn
+    with the first token. The second value is -1 where all turns can be told.
+    """
     templated = _TemplatedExample(example, tokenizer, tokens)
     spans: list[Span] = []
-    for turn, message in enumerate(example.messages):
-        if message["role"] != "assistant":
-            continue
-        begin = templated.prefix_length(turn, **_GENERATION_PROMPT_ARGUMENT)
+    for turn in turns:
+        is_answer = example.messages[turn]["role"] == "assistant"
+        prompt = _GENERATION_PROMPT_ARGUMENT if is_answer else {}
+        begin = 0 if turn == 0 and not is_answer else templated.prefix_length(turn, **prompt)
         is_last = turn == len(example.messages) - 1
         end = len(tokens) if is_last else templated.prefix_length(turn + 1)
         if begin is None or end is None:
-            return EncodedExample(tokens, tuple(spans), turn)
+            return spans, turn
         spans.append((begin, end))
-    return EncodedExample(tokens, tuple(spans))
+    return spans, -1
 
 
 class _TemplatedExample:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from nested_core.data import parallel_jobs
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.lines.example_parsing import Example, FieldNames, read_examples
+from nested_core.data.lines.marks import describe_nothing_to_learn
 from nested_core.data.parallel_jobs import ByteRange, OnProgress
 from nested_core.data.sources.split_files import SplitFile
 from nested_core.data.tokens.example_encoding import EncodedExample, Span, encode_example
@@ -250,6 +251,12 @@ def _encode_examples(
         for line, example in examples:
             if (characters := example.approximate_characters) > most:
                 yield line, _row_too_long(characters, most, max_seq_length)
+                continue
+            last = len(example.messages) - 1
+            if request["targets"] == "last" and last in example.masked:
+                message = describe_nothing_to_learn([last], example.masked)
+                hint = ", or learn the other answers with training.supervise: all"
+                yield line, _EncodingProblem("nothing-to-learn", message + hint)
                 continue
             try:
                 with limit.watching(characters):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from io import BytesIO
@@ -21,6 +22,8 @@ MAX_YAML_SUITE_BYTES = 4 * 2**20  # which takes some ten seconds to read
 TABLE_SUFFIXES = (".csv", ".tsv")
 YAML_SUFFIXES = (".yaml", ".yml")
 SUITE_FORMS = "JSON Lines (.jsonl), a table (.csv, .tsv) or YAML (.yaml)"
+_TEXT_SCORES = ("exact", "contains", "regex", "choice")
+_ANSWERS_PATTERN = re.compile(r"[0-9]+\.(?:expected|choices)(?:\.[0-9]+)?")
 _JSON_COLUMNS = frozenset({"messages", "choices", "schema", "tolerance"})
 
 
@@ -52,7 +55,7 @@ def read_question_lines(path: Path, score: Score) -> Iterator[NumberedLine]:
     if content.count(b"\n") > MAX_SUITE_LINES:
         raise DatasetError(f"gate.tasks: {path} has more than {MAX_SUITE_LINES:,} lines.")
     if suffix in YAML_SUFFIXES:
-        yield from _read_yaml_questions(path, content)
+        yield from _read_yaml_questions(path, content, score)
     elif suffix in TABLE_SUFFIXES:
         columns = _JSON_COLUMNS | ({"expected"} if score in ("number", "json") else set())
         yield from read_csv(path, columns, find_csv_delimiter(path))
@@ -61,15 +64,16 @@ def read_question_lines(path: Path, score: Score) -> Iterator[NumberedLine]:
             yield NumberedLine(number, strip_line(line, is_first=number == 1))
 
 
-def _read_yaml_questions(path: Path, content: bytes) -> Iterator[NumberedLine]:
-    """The items of a list in strict YAML; JSON writes a number or a text as YAML read it."""
+def _read_yaml_questions(path: Path, content: bytes, score: Score) -> Iterator[NumberedLine]:
+    """The items of a list in strict YAML; an answer that is compared as text stands as written."""
     if len(content) > MAX_YAML_SUITE_BYTES:
         raise DatasetError(
             f"gate.tasks: {path} is larger than {MAX_YAML_SUITE_BYTES:,} bytes, the most of an "
             f"eval set in YAML. Write it as JSON Lines, which may have {MAX_SUITE_BYTES:,}."
         )
     try:
-        questions, lines = parse_yaml_with_lines(content, str(path))
+        text_names = _ANSWERS_PATTERN if score in _TEXT_SCORES else None
+        questions, lines = parse_yaml_with_lines(content, str(path), text_names)
     except ConfigError as error:
         raise DatasetError(f"gate.tasks: {error}") from error
     if not isinstance(questions, list):

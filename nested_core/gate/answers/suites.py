@@ -277,11 +277,11 @@ def _accepted_answers(value: Any, types: tuple[type, ...], what: str) -> list[An
 
 
 def _refuse_numbers_beyond_floats(value: Any) -> None:
-    """JSON has no word for infinity, and yet 1e400 is read as one."""
+    """A whole number is read whatever its size; a float is finite once it is read."""
     if isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             _refuse_numbers_beyond_floats(item)
-    elif isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
+    elif isinstance(value, int) and abs(value) > sys.float_info.max:
         raise _Mistake("a number in it is beyond any float")
 
 

@@ -196,3 +196,14 @@ def test_few_held_out_rows_and_answers_that_are_all_the_same_are_said(write_data
     different = write_data(train=GOOD, valid=[*same[:4], chat("Is U here?", "Yes.")])
     assert warnings_in(different) == []
     assert ("valid.jsonl", None, "few-held-out-rows") not in found_in(load(different)[0], "info")
+
+
+def test_an_error_of_a_spreadsheet_in_the_place_of_a_text_is_a_warning_at_its_line(
+    write_data: WriteData,
+) -> None:
+    folder = write_data()
+    cells = ("#N/A", " #REF! ", "#DIV/0!", "#NAME?", "Err:508", "NaN", "#N/A means none", "nan")
+    rows = "".join(f"{n}?,{cell}\n" for n, cell in enumerate(cells))
+    (folder / "train.csv").write_text(f"prompt,completion\n{rows}#VALUE!,8\n")
+    found = [one for one in warnings_in(folder) if one[2] == "error-cell"]
+    assert found == [("train.csv", line, "error-cell") for line in (2, 3, 4, 5, 6, 7, 10)]

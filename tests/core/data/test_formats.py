@@ -232,6 +232,12 @@ DAMAGED: dict[str, tuple[str, bytes, Found, str]] = {
         ("train.json", 1, "damaged-file"),
         "byte 0xe9 in line 2 is not UTF-8. Save the file as UTF-8",
     ),
+    "UTF-16 that is cut off": (
+        "train.csv",
+        "text\none\n".encode("utf-16")[:-1],
+        ("train.csv", 2, "damaged-file"),
+        "the file begins as UTF-16 does, and is none from here on: truncated data. Save the file",
+    ),
     "text after a quote": (
         "train.csv",
         b'text\none\n"two" and a half\nthree\n',

@@ -238,7 +238,8 @@ def test_by_default_it_is_a_warning(folder) -> None:
     )
     assert found[1][3].startswith("nearly the row train.jsonl:3, which is trained on: ")
     assert "take one of the two out, or set data_policy.near_duplicates: off" in found[1][3]
-    assert found[2][3] == "like train.jsonl:2 but for case and white space"
+    same = "like train.jsonl:2 but for case, white space and marks such as weight: 0"
+    assert found[2][3] == same
 
 
 def test_by_policy_it_is_an_error_or_nothing(folder) -> None:

@@ -274,6 +274,33 @@ READ: dict[str, tuple[Files, dict[str, Any], str, list[dict[str, Any]]]] = {
         "train.tsv.gz: completions, 2 of 2 rows, separated by tabs",
         asked_in_table("\t"),
     ),
+    "UTF-16, as a spreadsheet writes Unicode text": (
+        {"train.csv": TABLE.format("\t").encode("utf-16")},
+        NAMES,
+        "train.csv: completions, 2 of 2 rows, separated by tabs",
+        asked_in_table("\t"),
+    ),
+    "UTF-16 in a file of lines, packed in another, and an array": (
+        {
+            "train-1.jsonl": f"\ufeff{lines(chat('ä', '日')).decode()}".encode("utf-16-be"),
+            "train-2.jsonl.gz": gzip.compress(lines(chat("ö", "🙂")).decode().encode("utf-16")),
+            "train-3.json": json.dumps([chat("ü", "b")], ensure_ascii=False).encode("utf-16"),
+        },
+        {},
+        "train-1.jsonl + train-2.jsonl.gz + 1 more: chat, 3 of 3 rows",
+        [chat("ä", "日"), chat("ö", "🙂"), chat("ü", "b")],
+    ),
+    "messages and tools that are JSON text": (
+        {
+            "train.jsonl": lines(
+                {"messages": json.dumps(ASKED), "tools": json.dumps([TOOL])},
+                {"messages": json.dumps(chat("a", "b", note="")["messages"]), "tools": ""},
+            )
+        },
+        {},
+        "train.jsonl: chat, 2 of 2 rows",
+        [{"messages": ASKED, "tools": [TOOL]}, chat("a", "b")],
+    ),
     "a header whose commas are no delimiters": (
         {"train.csv": b"prompt;completion, whole\nA, b?;C\nD?;E, f, g\n"},
         {"completion_feature": "completion, whole", "data_format": "completions"},

@@ -19,6 +19,7 @@ from nested_core.pipeline.continual import champion_or_none
 from nested_core.pipeline.publishing import (
     describe_changed_held_out,
     make_provenance,
+    read_run_examples,
     register_and_promote_run,
     register_run,
 )
@@ -43,12 +44,34 @@ from nested_core.storage.atomic import write_json
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import regular_sha256
+from tests.builders.data_sets import load, write_lines
+from tests.example import example_config
 from tests.gate_files import judged_files, read_gate, write_gate
 
 NAME = "capitals"
 SECONDS_FOR_A_GC = 0.25  # it takes some milliseconds, and all of this where it has to wait
 MakeRun = Callable[..., RunDirectory]
 Configure = Callable[..., FineTuneConfig]
+
+
+def test_all_held_out_rows_are_kept_and_those_that_the_gate_judged_by_apart(tmp_path: Path) -> None:
+    rows = {
+        split: {"prompt": f"{split}?", "completion": "Yes."} for split in ("train", "valid", "test")
+    }
+    for split, row in rows.items():
+        write_lines(tmp_path / "data" / f"{split}.jsonl", [row])
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    report, _ = load(tmp_path / "data")
+    write_json(run.dataset, report.to_json())
+    for choice, judged, other in (("auto", "test", "valid"), ("valid", "valid", "test")):
+        registry = {"path": str(tmp_path / "registry"), "name": NAME}
+        settings = {"data": str(tmp_path / "data"), "gate": {"held_out": choice}}
+        config = example_config(**settings, registry=registry)
+        examples = read_run_examples(config, run, "0" * 64)
+        assert examples is not None
+        assert (examples.train, examples.held_out) == ([rows["train"]], [rows[judged]])
+        assert examples.kept_out == [rows[other]]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.data_settings import DataSettings
+from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.example_digests import digest_examples
 from nested_core.data.example_rows import read_split_rows
@@ -185,7 +185,7 @@ def add_version(
     seed = len(list(folder.glob("run-*")))
     config = example_config(data=str(data), **changes or {})
     settings = DataSettings.from_config(config)
-    train, valid = (read_split_rows(settings, split) for split in ("train", "valid"))
+    train, valid, test = (read_split_rows(settings, split) for split in SPLITS)
     assert train is not None
     assert valid is not None
     provenance = {
@@ -195,7 +195,8 @@ def add_version(
         "validation_digest": valid.digest,
     }
     run = write_run(folder / f"run-{seed}", seed, initial=parent)
-    examples = RunExamples(train.rows, valid.rows) if keeps else None
+    kept_out = [] if test is None else test.rows
+    examples = RunExamples(train.rows, valid.rows, kept_out=kept_out) if keeps else None
     version = register(run, registry, NAME, provenance, examples=examples)
     promote(registry, NAME, version, by="ann")
     return version
@@ -210,11 +211,17 @@ def from_champion(folder: Path, **changes: Any) -> FineTuneConfig:
 
 
 def night(folder: Path, number: int) -> Path:
-    """The data of a night: two facts of its own, and one that each night answers anew."""
+    """The data of a night: two facts of its own, and one that each night answers anew.
+
+    Its valid set stands for the one that the gate judged by, its test set for the other.
+    """
     facts = [row(f"own {number} {n}?", "1") for n in range(2)]
     held_out = [row(f"held {number}?", "1")]
     changed = row("today?", str(number))
-    return write_split(folder / f"night-{number}", train=[*facts, changed], valid=held_out)
+    tested = [row(f"tested {number}?", "1")]
+    return write_split(
+        folder / f"night-{number}", train=[*facts, changed], valid=held_out, test=tested
+    )
 
 
 @pytest.mark.parametrize("keeps", [True, False])
@@ -226,6 +233,7 @@ def test_the_data_of_the_champion_and_its_ancestors_is_replayed(
         parent := add_version(tmp_path, parent, night(tmp_path, n), keeps=keeps) for n in range(3)
     ]
     new = [row("fresh 1?", "1"), row("held 0?", "1"), row("fresh 2?", "1")]
+    new += [row("Tested  1?", "1"), row("tested 2?", " 1")]  # folded, they are held out
     write_split(tmp_path / "new", train=new, valid=[row("own 1 0?", "1")])
     if keeps:  # the store has it: what became of the files does not matter
         shutil.rmtree(tmp_path / "night-0")
@@ -241,7 +249,7 @@ def test_the_data_of_the_champion_and_its_ancestors_is_replayed(
     assert replayed_prompts(run) == expected
     assert '{"prompt": "today?", "completion": "2"}' in run.replayed_rows.read_text()
     report, splits = load_run_data(from_champion(tmp_path), run)
-    assert report.splits["train"].dropped == {"held-out-before": (2,)}
+    assert report.splits["train"].dropped == {"held-out-before": (2, 4, 5)}
     assert len(splits["replay"]) == 6
     held_out = [row(f"held {number}?", "1") for number in range(3)] + [row("own 1 0?", "1")]
     write_split(tmp_path / "held", train=held_out)

@@ -240,6 +240,37 @@ def test_the_intervals_of_a_suggestion_scale_with_the_length(tmp_path: Path) -> 
     assert longer.describe()["evaluation"].startswith("every 18 batches on 6 examples")
 
 
+@pytest.mark.parametrize(
+    ("context", "length", "overlong"), [(256, 128, "truncate"), (64, 64, "drop")]
+)
+def test_a_suggestion_has_room_for_a_long_held_out_example_or_leaves_it_out(
+    tmp_path: Path, context: int, length: int, overlong: str
+) -> None:
+    shutil.copytree(MODEL, tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    described = json.loads(path.read_text()) | {"max_position_embeddings": context}
+    path.unlink()
+    path.write_text(json.dumps(described))
+    write_rows(tmp_path / "data", ("prompt", "completion"))
+    with (tmp_path / "data" / "valid.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "Where? " * 40, "completion": "There."}) + "\n")
+    found = load_config_text(suggest_config(str(tmp_path / "base"), str(tmp_path / "data")).text)
+    assert (found.max_seq_length, found.data_policy.overlong) == (length, overlong)
+
+
+def test_a_suggestion_learns_every_answer_where_last_answers_are_marked(tmp_path: Path) -> None:
+    first = [{"role": "user", "content": "Oslo?"}, {"role": "assistant", "content": "In Norway."}]
+    last = [
+        {"role": "user", "content": "Bye."},
+        {"role": "assistant", "content": "No.", "weight": 0},
+    ]
+    (tmp_path / "data").mkdir()
+    row = json.dumps({"messages": [*first, *last]}) + "\n"
+    (tmp_path / "data" / "train.jsonl").write_text(row * 4)
+    text = suggest_config(str(MODEL), str(tmp_path / "data")).text
+    assert load_config_text(text).training.supervise == "all"
+
+
 def test_a_batch_that_does_not_fit_is_made_smaller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import stat
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,15 @@ def question(number: int, answer: str = "yes") -> Row:
 
 
 def add_night(
-    tmp_path: Path, seed: int, train: list[Row], held_out: list[Row], max_bytes: int | None = None
+    tmp_path: Path,
+    seed: int,
+    train: list[Row],
+    held_out: list[Row],
+    max_bytes: int | None = None,
+    kept_out: Sequence[Row] = (),
 ) -> str:
     run = write_run(tmp_path / f"run-{seed}", seed)
-    examples = RunExamples(train, held_out, max_bytes)
+    examples = RunExamples(train, held_out, max_bytes, kept_out)
     return register(run, tmp_path / "registry", NAME, {}, examples=examples)
 
 
@@ -71,6 +77,28 @@ def test_a_version_keeps_its_examples_and_rows_of_two_versions_are_kept_once(tmp
     data = read_stored_data(registry, NAME, first)
     assert data is not None
     assert data.train[0].digest == digest_row(question(1))
+
+
+@pytest.mark.usefixtures("no_time_to_decide")
+def test_rows_that_are_only_kept_out_stay_with_their_version_and_can_be_forgotten(
+    tmp_path: Path,
+) -> None:
+    registry = tmp_path / "registry"
+    version = add_night(
+        tmp_path, 1, [question(1)], [question(2)], kept_out=[question(3), question(4)]
+    )
+    promote(registry, NAME, version, by="ann")
+    assert collect_garbage(registry, NAME, by="ann", keep=0).rows == 0
+    data = read_stored_data(registry, NAME, version)
+    assert data is not None
+    assert [row.row for row in data.kept_out] == [question(3), question(4)]
+    listed = tmp_path / "listed.jsonl"
+    listed.write_text(json.dumps(question(4)))
+    assert main(["gc", NAME, "--registry", str(registry), "--forget", str(listed)]) == 0
+    data = read_stored_data(registry, NAME, version)
+    assert data is not None
+    assert [row.row for row in data.kept_out] == [question(3)]
+    assert all_stored(registry) == {*map(digest_row, map(question, (1, 2, 3)))}
 
 
 def test_a_version_without_examples_has_no_stored_data(tmp_path):

@@ -152,6 +152,24 @@ def test_chats_choices_and_lists_of_answers_in_a_table_and_in_yaml(tmp_path: Pat
     assert (question.accepted, question.line) == (("no", "4"), 2)
 
 
+ANSWERS = ("1.10", "1e3", "12345678901234567890123.0", "-0", "True", "no", "2026-11-21", "1_000")
+
+
+@pytest.mark.parametrize("score", ["exact", "contains", "regex", "choice"])
+def test_an_answer_in_yaml_that_is_compared_as_text_stands_as_it_is_written(
+    tmp_path: Path, score: Score
+) -> None:
+    path = tmp_path / "s.yaml"
+    listed = f"[{', '.join(ANSWERS)}]"
+    choices = f"choices: {listed}, " if score == "choice" else ""
+    path.write_text(
+        f"- {{prompt: a, {choices}expected: {listed}}}\n- {{prompt: a, {choices}expected: 1.10}}\n"
+    )
+    several, one = read_suite(path, score)
+    assert (several.accepted, one.accepted) == (ANSWERS, ("1.10",))
+    assert several.choices == (ANSWERS if score == "choice" else ())
+
+
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
@@ -169,7 +187,7 @@ def test_chats_choices_and_lists_of_answers_in_a_table_and_in_yaml(tmp_path: Pat
             b"- {prompt: a, expected: b, prompt: c}\n",
             "the key 'prompt', which is in line 1 too",
         ),
-        ("s.yaml", b"- {prompt: a, expected: .inf}\n", "Infinity is no JSON number"),
+        ("s.yaml", b"- {prompt: .inf, expected: b}\n", "Infinity is no JSON number"),
         ("s.yaml", b'- {prompt: "\\ud800", expected: b}\n', "half of a surrogate pair"),
         ("s.yaml", b"prompt: a\nexpected: b\n", "should be a list of questions.*found a dict"),
         ("s.yaml", b"- [", "is not usable YAML: line 1"),
