@@ -28,38 +28,47 @@ from tests.runs import add_checkpoints, begin_run, finished_run
 NAME = "support-bot"
 
 
+REJECTED = [Reason("loss_regressed", "worse")]
+
+
 def make_run(folder: Path, day: int, name: str = NAME, **changes: Any) -> RunDirectory:
-    section = {"path": str(folder / "registry"), "name": name}
+    """A run that nothing needs, as the gate rejected it; `reasons` none makes one that passed."""
+    settings = {"registry": {"path": str(folder / "registry"), "name": name}, "reasons": REJECTED}
     folder_name = f"202611{day:02}T020000Z-0000000{day % 10}"
-    return finished_run(folder / "runs" / folder_name, registry=section, **changes)
+    return finished_run(folder / "runs" / folder_name, **settings | changes)
 
 
-def register_for(run: RunDirectory, folder: Path, seed: int) -> str:
-    """A version whose provenance names a run."""
-    written = write_run(folder / f"written-{seed}", seed)
-    recorded = {"run_dir": str(run.path.resolve()), "config": {}}
-    return core.register(written, folder / "registry", NAME, recorded)
+def make_registered(folder: Path, day: int, **changes: Any) -> tuple[RunDirectory, str]:
+    """A run that passed, and its version in the registry."""
+    written = write_run(folder / f"written-{day}", day)
+    version = core.register(written, folder / "registry", NAME, {"config": {}})
+    return make_run(folder, day, reasons=(), trained=version, **changes), version
 
 
 def test_old_runs_go_and_what_a_version_names_stays(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path, day) for day in (1, 2, 3, 4)]
-    version = register_for(runs[1], tmp_path, 1)
+    first, (named, version), third, newest = (
+        make_run(tmp_path, 1),
+        make_registered(tmp_path, 2),
+        make_run(tmp_path, 3),
+        make_run(tmp_path, 4),
+    )
     for is_dry_run in (True, False):
         done = prune_runs(list_runs(tmp_path / "runs"), keep=1, dry_run=is_dry_run)
-        assert done.removed == (str(runs[2].path), str(runs[0].path))
-        assert done.kept == {str(runs[1].path): f"version {version[:12]} of {NAME} names it"}
+        assert done.removed == (str(third.path), str(first.path))
+        assert done.kept == {str(named.path): f"version {version[:12]} of {NAME} names it"}
         assert done.bytes > 1000
-        assert runs[0].path.exists() is is_dry_run
-    assert [run.path.exists() for run in runs] == [False, True, False, True]
+        assert first.path.exists() is is_dry_run
+    exist = [run.path.exists() for run in (first, named, third, newest)]
+    assert exist == [False, True, False, True]
 
 
 def test_a_run_that_a_version_names_keeps_the_checkpoint_that_it_offers_and_its_last(
     tmp_path: Path,
 ) -> None:
-    named, at_work, unfinished, newest = (make_run(tmp_path, day) for day in (1, 2, 3, 4))
-    for run in (named, at_work, unfinished, newest):
+    runs = [make_registered(tmp_path, day)[0] for day in (1, 2, 3, 4)]
+    named, at_work, unfinished, newest = runs
+    for run in runs:
         add_checkpoints(run, 2, 4, 6, 8, offered=4)
-        register_for(run, tmp_path, len(list(tmp_path.glob("written-*"))))
     unfinished.result.unlink()  # it was made longer, and goes on from any of them
     spare = tuple(str(checkpoint_path(named.checkpoints, step)) for step in (2, 6))
     for is_dry_run in (True, False):
@@ -135,7 +144,7 @@ def dying(call: Callable[..., None], calls: Iterator[int], last: int) -> Callabl
 
 
 def test_a_run_at_work_a_damaged_one_and_one_whose_registry_is_away_stay(tmp_path: Path) -> None:
-    at_work, damaged, away = (make_run(tmp_path, day) for day in (1, 2, 3))
+    at_work, damaged, away = (make_run(tmp_path, day, reasons=()) for day in (1, 2, 3))
     (tmp_path / "registry" / NAME / "versions").mkdir(parents=True)
     damaged.gate.write_text("{")
     text = away.config.read_text()
@@ -151,8 +160,8 @@ def test_a_run_at_work_a_damaged_one_and_one_whose_registry_is_away_stay(tmp_pat
 
 
 def test_a_registry_that_cannot_be_read_keeps_every_run(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path, day) for day in (1, 2)]
-    version = register_for(runs[0], tmp_path, 1)
+    named, version = make_registered(tmp_path, 1)
+    runs = [named, make_run(tmp_path, 2)]
     provenance = tmp_path / "registry" / NAME / "versions" / version / "provenance.json"
     provenance.chmod(0o600)
     provenance.write_text("{")
@@ -162,8 +171,8 @@ def test_a_registry_that_cannot_be_read_keeps_every_run(tmp_path: Path) -> None:
 
 
 def test_a_version_whose_folder_is_lost_keeps_every_run(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path, day) for day in (1, 2)]
-    version = register_for(runs[0], tmp_path, 1)
+    named, version = make_registered(tmp_path, 1)
+    runs = [named, make_run(tmp_path, 2)]
     shutil.rmtree(tmp_path / "registry" / NAME / "versions" / version)
     with pytest.raises(DamagedError, match="promote RUN_DIR"):
         prune_runs(list_runs(tmp_path / "runs"), keep=0)
@@ -176,11 +185,11 @@ def test_a_negative_number_of_runs_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_list_says_the_adapter_the_outcome_and_the_minutes(tmp_path: Path) -> None:
-    rejected = make_run(tmp_path, 2, reasons=[Reason("loss_regressed", "worse")])
-    kept = make_run(tmp_path, 3, text="of another adapter")
+    rejected = make_run(tmp_path, 1)
+    make_registered(tmp_path, 2)
+    kept = make_run(tmp_path, 3, text="of another adapter", reasons=())
     bad = [Finding("train.jsonl", 7, "error", "bad-json", "column 46")]
     refused = begin_run(tmp_path / "runs" / "20261104T020000Z-00000004", findings=bad)
-    register_for(rejected, tmp_path, 1)
     rows = {run.name: list_row(run) for run in list_runs(tmp_path / "runs")}
     assert rows[rejected.path.name][2] == "Rejected: worse"
     assert rows[refused.path.name][2] == "Failed: data"
