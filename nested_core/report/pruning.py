@@ -164,7 +164,8 @@ class _Decision:
     """What becomes of an old run.
 
     reason: why it stays; None where it goes.
-    paths: the folders that go, of `bytes` together: the run, or of one that stays spare checkpoints.
+    paths: the folders that go, of `bytes` together: the run, or spare checkpoints of one that is
+        kept.
     is_unregistered: whether it stays because it passed and no registry is known to have it.
     """
 
@@ -192,14 +193,14 @@ def _decide(
     if run.state == "damaged" or run.promoted_to is None:
         return _Decision("damaged")
     obstacle = find_reason_to_keep(run.path, run.folder.is_own_file)
+    if obstacle is None and (link := links.get(run.path.resolve())) is not None:
+        obstacle = f"the link {link} leads to it"
     for name in names:
         if run.version in name.standing:
             said = f"version {str(run.version)[:12]} of {name.name} names it"
             return _Decision.to_remove([] if obstacle else _spare_checkpoints(run), said)
     if obstacle is not None:
         return _Decision(obstacle)
-    if (link := links.get(run.path.resolve())) is not None:
-        return _Decision(f"the link {link} leads to it")
     kept = _ask_registries(run, names) if run.state == "verified" else None
     if kept is not None and not (kept.is_unregistered and removes_unregistered):
         return kept

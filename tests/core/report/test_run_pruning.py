@@ -16,16 +16,21 @@ import pytest
 from nested_core import registry as core
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.records.dataset import Finding
+from nested_core.records.outcome_names import Outcome
+from nested_core.records.promoted_to import add_promoted_to
 from nested_core.records.run import Run, list_runs
 from nested_core.records.verdict import Reason
+from nested_core.registry.trials import Trial, record_trial
 from nested_core.report.outcome import list_row
-from nested_core.report.pruning import AdapterRuns, prune_runs
+from nested_core.report.pruning import AdapterRuns, PruneReport, prune_runs
 from nested_core.storage.checkpoint_verification import checkpoint_path, list_checkpoints
+from nested_core.storage.folder_size import size_on_disk
 from nested_core.storage.run_directory import RunDirectory
-from tests.core.registry.conftest import write_run
+from tests.core.registry.conftest import no_time_to_decide, write_run
 from tests.runs import add_checkpoints, begin_run, finished_run
 
 NAME = "support-bot"
+__all__ = ["no_time_to_decide"]
 
 
 REJECTED = [Reason("loss_regressed", "worse")]
@@ -157,6 +162,140 @@ def test_a_run_at_work_a_damaged_one_and_one_whose_registry_is_away_stay(tmp_pat
         str(damaged.path): "damaged",
         str(away.path): "its registry elsewhere is not found from this folder",
     }
+
+
+def prune(folder: Path, **options: Any) -> PruneReport:
+    return prune_runs(list_runs(folder / "runs"), **{"keep": 0} | options)
+
+
+def test_a_link_is_neither_followed_nor_counted_and_keeps_the_run_that_it_leads_to(
+    tmp_path: Path,
+) -> None:
+    elsewhere, linked, newest = (make_run(tmp_path, day) for day in (9, 1, 2))
+    elsewhere.path.rename(tmp_path / "mine")
+    links = [tmp_path / "runs" / name for name in ("shown", "best")]
+    links[0].symlink_to("../mine")
+    links[1].symlink_to(linked.path)
+    before = sorted((tmp_path / "mine").rglob("*"))
+    done = prune(tmp_path, keep=1)
+    assert (done.removed, sorted((tmp_path / "mine").rglob("*"))) == ((), before)
+    assert done.kept == {
+        str(linked.path): f"the link {links[1]} leads to it",
+        str(links[0]): "it is a link to ../mine, and no link is followed to remove",
+        str(links[1]): f"it is a link to {linked.path}, and no link is followed to remove",
+    }
+    assert newest.path.exists()
+
+
+@pytest.mark.parametrize("inside", ["notes.txt", "adapter/notes.txt", "checkpoints"])
+def test_a_run_with_a_file_or_link_of_a_person_stays_whole(inside: str, tmp_path: Path) -> None:
+    """Checkpoints that a person moved to a larger disk, say, and linked."""
+    (run, _), rejected = make_registered(tmp_path, 1), make_run(tmp_path, 2)
+    for one in (run, rejected):
+        add_checkpoints(one, 2, 4, 6, 8, offered=4)
+        path = one.path / inside
+        if inside == "checkpoints":
+            path.rename(tmp_path / f"{one.path.name}-disk")
+            path.symlink_to(tmp_path / f"{one.path.name}-disk")
+        else:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("best so far")
+    done = prune(tmp_path)
+    assert (done.removed, done.checkpoints, done.bytes) == ((), (), 0)
+    assert done.kept[str(rejected.path)] == f"nested-tune did not write {inside} in it"
+    assert [len(list_checkpoints(one.checkpoints)) for one in (run, rejected)] == [4, 4]
+
+
+def test_a_run_that_cannot_be_removed_keeps_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, busy, last = (make_run(tmp_path, day) for day in (1, 2, 3))
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.is_relative_to(busy.path):
+            raise PermissionError(13, "Permission denied", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    done = prune(tmp_path)
+    assert done.removed == (str(last.path), str(first.path))
+    (reason,) = done.kept.values()
+    assert reason.startswith("it cannot be removed: [Errno 13] Permission denied: ")
+
+
+def test_a_version_keeps_its_run_after_the_project_was_moved_and_in_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    monkeypatch.chdir(before)
+    run, version = make_registered(Path(), 1)
+    before.rename(after)
+    monkeypatch.chdir(after)
+    shutil.copytree(run.path, "runs/copy")
+    said = f"version {version[:12]} of {NAME} names it"
+    assert prune(Path()).kept == dict.fromkeys(["runs/copy", str(run.path)], said)
+
+
+def test_a_run_that_passed_and_that_no_known_registry_names_goes_only_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    forgotten = make_run(tmp_path, 1, reasons=(), registry={})
+    by_hand, _ = make_registered(Path(), 2, registry={})  # in the default one, `registry`
+    done = prune(tmp_path)
+    assert (done.removed, done.unregistered) == ((), (str(forgotten.path),))
+    assert done.unregistered_bytes == size_on_disk(forgotten.path) > 1000
+    assert str(done.describe_unregistered()).startswith("1 run (")
+    done = prune(tmp_path, unregistered=True)
+    assert (done.removed, done.describe_unregistered()) == ((str(forgotten.path),), None)
+    assert by_hand.path.exists()
+
+
+@pytest.mark.usefixtures("no_time_to_decide")
+def test_a_run_that_was_promoted_elsewhere_too_stays_after_its_own_registry_let_it_go(
+    tmp_path: Path,
+) -> None:
+    (run, version), _ = make_registered(tmp_path, 1), make_registered(tmp_path, 2)
+    core.promote(tmp_path / "registry", NAME, version, by="ann")
+    other = tmp_path / "other"
+    assert core.register(tmp_path / "written-1", other, "geo", {"config": {}}) == version
+    add_promoted_to(run.promoted_to, str(other), "geo")
+    for day in (3, 4):
+        core.promote(tmp_path / "registry", NAME, make_registered(tmp_path, day)[1], by="ann")
+    assert version in core.collect_garbage(tmp_path / "registry", NAME, by="ann", keep=0).collected
+    assert prune(tmp_path).kept[str(run.path)] == f"version {version[:12]} of geo names it"
+    other.rename(tmp_path / "moved")
+    missing = f"its registry {other} is not found from this folder"
+    assert prune(tmp_path, unregistered=True).kept[str(run.path)] == missing
+    run.promoted_to.unlink()
+    assert str(run.path) in prune(tmp_path).removed
+
+
+def test_a_run_that_is_promoted_just_before_it_is_removed_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A person is faster than the lock of the run."""
+    run, version = make_registered(tmp_path, 1)
+    shutil.rmtree(tmp_path / "registry")
+    (tmp_path / "registry").mkdir()
+    locked = RunDirectory.locked
+
+    def promote_first(folder: RunDirectory) -> Any:
+        core.register(tmp_path / "written-1", tmp_path / "registry", NAME, {"config": {}})
+        return locked(folder)
+
+    monkeypatch.setattr(RunDirectory, "locked", promote_first)
+    done = prune(tmp_path, unregistered=True)
+    assert done.kept == {str(run.path): f"version {version[:12]} of {NAME} names it"}
+
+
+def test_a_run_that_made_no_version_goes_by_its_line_in_the_history(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 1, reasons=())
+    trial = Trial(Outcome.KEPT_CHAMPION, "c" * 64, "d" * 64, "e" * 64, run.path.name, "not better")
+    record_trial(tmp_path / "registry", NAME, trial)
+    assert prune(tmp_path).removed == (str(run.path),)
 
 
 def test_a_registry_that_cannot_be_read_keeps_every_run(tmp_path: Path) -> None:
