@@ -29,7 +29,10 @@ from tests.runs import add_checkpoints, finished_run
 __all__ = ["no_time_to_decide"]
 NAME = "geo"
 COUNT = 4
-CONFIGURED = (None, "registry", "second")
+CONFIGURED = ("registry", "registry", "registry", "second", None)
+EARLIER = 2  # champions from before the runs
+LATER = 3  # versions that become no champion
+FIRST_LATER = EARLIER + COUNT
 NEEDED_CHECKPOINTS = ("step-0000004", "step-0000008")  # the one that is offered, and the last
 
 
@@ -66,26 +69,31 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Step:
-    """A command, or that the project is moved to another folder."""
+    """A command, or that the project is moved.
+
+    after_nights: whether nights made versions before, and no champion.
+    """
 
     action: str
     keep: int
     unregistered: bool
+    after_nights: bool
 
 
 RUNS = st.builds(
     PlannedRun,
     st.integers(0, 3).map(bool),
     st.sampled_from(CONFIGURED),
-    st.booleans(),
+    st.integers(0, 3).map(bool),
     st.booleans(),
     st.sampled_from(EXTRAS),
 )
-PLANS = st.lists(RUNS, min_size=1, max_size=COUNT)
+PLANS = st.lists(RUNS, min_size=COUNT, max_size=COUNT)
 STEPS = st.builds(
     Step,
-    st.sampled_from(["prune", "prune", "housekeeping", "gc", "move"]),
-    st.integers(0, 2),
+    st.sampled_from(["prune", "prune", "housekeeping", "gc", "gc", "move"]),
+    st.sampled_from([3, 0, 1, 2, 3]),
+    st.booleans(),
     st.booleans(),
 )
 
@@ -99,12 +107,13 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("pool")
     digests: list[str] = []
     section = {"path": "REGISTRY", "name": NAME}
-    for number in range(COUNT):
+    for number in range(FIRST_LATER + LATER):
         initial = digests[-1] if digests else "0" * 64
         written = write_run(folder / f"written-{number}", number, initial=initial)
         digests.append(core.register(written, folder / "scratch", NAME, {}))
-        run = finished_run(folder / f"run-{number}", trained=digests[-1], registry=section)
-        add_checkpoints(run, 2, 4, 6, 8, offered=4)
+        if EARLIER <= number < FIRST_LATER:
+            run = finished_run(folder / f"run-{number}", trained=digests[-1], registry=section)
+            add_checkpoints(run, 2, 4, 6, 8, offered=4)
     reasons = [Reason("loss_regressed", "worse")]
     rejected = finished_run(folder / "rejected", reasons=reasons, registry=section)
     add_checkpoints(rejected, 2, 4, 6, 8, offered=4)
@@ -125,8 +134,9 @@ class World:
         (self.project / "runs").mkdir(parents=True)
         self.outside.mkdir()
         os.chdir(self.project)
-        for registry in ("registry", "second"):
-            self.register(COUNT - 1, Path(registry))
+        for number in range(EARLIER):
+            for registry in ("registry", "second"):
+                self.register(number, Path(registry))
 
     def register(self, number: int, registry: Path) -> None:
         """Register and promote an adapter; of one whose parent is there, with the parent."""
@@ -200,6 +210,8 @@ class World:
         """Do a step, and look at all that was needed before it."""
         if step.action == "move":
             return self.move()
+        for number in range(FIRST_LATER, FIRST_LATER + LATER) if step.after_nights else ():
+            core.register(self.pool / f"written-{number}", Path("registry"), NAME, {})
         registry = Path("registry")
         needed = self.needed_of_runs(step)
         outside = files_of(self.outside)
@@ -293,14 +305,14 @@ def do_all(
         patch.setenv(CACHE_VARIABLE, str(Path(own, "cache")))
         patch.chdir(own)
         world = World(Path(own), pool, cleanup)
-        for number, plan in enumerate(plans):
+        for number, plan in enumerate(plans, EARLIER):
             world.add_run(number, plan)
         for step in steps:
             world.do(step)
 
 
 @pytest.mark.usefixtures("no_time_to_decide")
-@given(PLANS, st.lists(STEPS, min_size=1, max_size=4))
+@given(PLANS, st.lists(STEPS, min_size=3, max_size=5))
 @settings(max_examples=25)
 def test_nothing_that_a_version_a_person_or_another_registry_needs_is_removed(
     pool: tuple[Path, list[str]], plans: list[PlannedRun], steps: list[Step]
@@ -310,7 +322,7 @@ def test_nothing_that_a_version_a_person_or_another_registry_needs_is_removed(
 
 @pytest.mark.reliability
 @pytest.mark.usefixtures("no_time_to_decide")
-@given(PLANS, st.lists(STEPS, min_size=1, max_size=8))
+@given(PLANS, st.lists(STEPS, min_size=3, max_size=8))
 @settings(max_examples=500)
 def test_nothing_that_is_needed_is_removed_in_500_draws(
     pool: tuple[Path, list[str]], plans: list[PlannedRun], steps: list[Step]
