@@ -276,7 +276,7 @@ class _Exporting:
         if record.stands:
             raise ConfigError(
                 f"{self._target} appeared while the export was measured, and nothing is written "
-                f"over. The export stands ({record.describe()}) and lies at {place}: move it where "
+                f"over. The export passed ({record.describe()}) and lies at {place}: move it where "
                 f"it belongs."
             )
         problems = "".join(f"\n  {problem}" for problem in record.problems)
