@@ -236,21 +236,25 @@ class World:
 
     def needed_of_runs(self, step: Step) -> set[str]:
         """Files in runs/ that a version, a person or another process needs."""
-        registries = [*Path().glob("*/geo/versions/*"), *self.outside.glob("*/geo/versions/*")]
-        standing = {path.name for path in registries}
-        here = {path.name for path in Path().glob("*/geo/versions/*")}
+        registered = {*Path().glob("*/geo/versions/*")}
+        if step.action == "housekeeping":  # gc comes first, and is looked at on its own
+            registry = Path("registry")
+            plan = core.collect_garbage(registry, NAME, by="ann", keep=step.keep, dry_run=True)
+            registered -= {registry / NAME / "versions" / version for version in plan.collected}
+        here = {path.name for path in registered}
+        standing = here | {path.name for path in self.outside.glob("*/geo/versions/*")}
         needed = {name for name in files_of(Path("runs")) if "/" not in name}  # links
         for path in (path for path in Path("runs").iterdir() if not path.is_symlink()):
-            plan = self.plans[path.name.removeprefix("copy-of-")]
-            if plan.extra in STAYS_WHOLE:
+            made = self.plans[path.name.removeprefix("copy-of-")]
+            if made.extra in STAYS_WHOLE:
                 needed |= files_of(path, path.name)
                 continue
             version = self.versions.get(path.name)
             if version is None:
                 continue
-            is_told = plan.registered or self.is_in_a_history(version)
+            is_told = made.registered or self.is_in_a_history(version)
             # Only a registry that nothing here names can lose what a person has asked to remove.
-            known = here if is_asked(step) and plan.configured is None else standing
+            known = here if is_asked(step) and made.configured is None else standing
             if version in known or not (is_told or is_asked(step)):
                 needed |= {
                     name
