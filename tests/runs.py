@@ -153,6 +153,7 @@ def make_verdict(
     step: int = 8,
     layers: int = 4,
     with_task: bool = True,
+    trained: str = "b" * 64,
 ) -> Verdict:
     """A verdict on `layers` layers of three modules, a tier for each stretch of layers."""
     tensors = tuple(
@@ -187,7 +188,7 @@ def make_verdict(
         reasons=tuple(reasons),
         adapter_step=step,
         initial=JudgedAdapter("initial", "a" * 64),
-        trained=JudgedAdapter("adapter", "b" * 64),
+        trained=JudgedAdapter("adapter", trained),
         tensors=tensors,
         tiers=tiers,
         last_step=step,
@@ -229,13 +230,18 @@ def finished_run(
     text: str = "How much is a pump?",
     reasons: Sequence[Reason] = (),
     champion: bool = False,
+    trained: str = "b" * 64,
     **changes: Any,
 ) -> RunDirectory:
-    """A run that was trained and judged: passed, or rejected where there are reasons."""
+    """A run that was trained and judged: passed, or rejected where there are reasons.
+
+    trained: the digest of its adapter, which is its version's in a registry.
+    """
     run = begin_run(path, text=text, **changes)
     add_metrics(run, steps)
     losses = make_losses(champion=champion)
-    judge(run, make_verdict(losses, reasons=reasons, step=steps), losses, text)
+    verdict = make_verdict(losses, reasons=reasons, step=steps, trained=trained)
+    judge(run, verdict, losses, text)
     return run
 
 

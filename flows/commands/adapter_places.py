@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nested_core.errors import ConfigError
-from nested_core.pipeline.named_adapters import DEFAULT_REGISTRY, VERSIONS, name_folder_of
+from nested_core.pipeline.named_adapters import VERSIONS, name_folder_of
+from nested_core.storage.run_directory import DEFAULT_REGISTRY
 
 ADAPTER_FORMS = "NAME|REGISTRY/NAME|RUN_DIR|FOLDER"
 

@@ -13,9 +13,8 @@ from flows.commands.command_output import result_printer, text_printer
 from flows.commands.prefect_notice import tell_server
 from flows.terminal.console import print_line, print_progress, print_table
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.pipeline.named_adapters import DEFAULT_REGISTRY
 from nested_core.process.current_user import current_user
-from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.run_directory import DEFAULT_REGISTRY, RunDirectory
 from nested_core.text.digest_format import shorten_digest
 
 if TYPE_CHECKING:

@@ -41,9 +41,14 @@ def add_commands(commands: Any) -> None:
     runs.add_argument(
         "--prune",
         action="store_true",
-        help="remove old runs that nothing names, and spare checkpoints of others",
+        help="remove old runs that nothing needs, and spare checkpoints of others",
     )
     runs.add_argument("--keep", type=int, metavar="N", help="with --prune: the newest to keep")
+    runs.add_argument(
+        "--unregistered",
+        action="store_true",
+        help="with --prune: also runs that passed the gate and that no known registry names",
+    )
     runs.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     compare = commands.add(
         "compare",
@@ -95,8 +100,10 @@ def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
 
     if arguments.prune:
         return run_pruning(arguments)
-    if arguments.keep is not None or arguments.dry_run:
-        raise ConfigError("--keep and --dry-run belong to --prune, which removes old runs.")
+    if arguments.keep is not None or arguments.unregistered or arguments.dry_run:
+        raise ConfigError(
+            "--keep, --unregistered and --dry-run belong to --prune, which removes old runs."
+        )
     runs = list_runs(arguments.folder)
 
     def show() -> None:
@@ -111,13 +118,18 @@ def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def run_pruning(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Remove old runs that nothing names, and the spare checkpoints of those that stay."""
+    """Remove old runs that nothing needs, and the spare checkpoints of those that stay."""
     from nested_core.records.run import list_runs
     from nested_core.report.pruning import prune_runs
 
     if arguments.keep is None:
         raise ConfigError("runs --prune needs --keep N: how many of the newest runs stay.")
-    done = prune_runs(list_runs(arguments.folder), keep=arguments.keep, dry_run=arguments.dry_run)
+    done = prune_runs(
+        list_runs(arguments.folder),
+        keep=arguments.keep,
+        unregistered=arguments.unregistered,
+        dry_run=arguments.dry_run,
+    )
 
     def show() -> None:
         """Each run that was removed, each old one that stays and why, and how much was freed."""
@@ -127,6 +139,8 @@ def run_pruning(arguments: argparse.Namespace) -> Callable[[], int]:
         for path, reason in done.kept.items():
             print_line(f"kept {path}: {reason}")
         print_line(f"{what} {done.describe()}")
+        if unregistered := done.describe_unregistered():
+            print_line(unregistered)
 
     return result_printer(arguments, lambda: asdict(done), show)
 

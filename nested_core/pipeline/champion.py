@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nested_core.errors import ConfigError
 from nested_core.pipeline.finetune import FinetuneResult
-from nested_core.pipeline.named_adapters import DEFAULT_REGISTRY, VERSIONS, find_named_adapter
+from nested_core.pipeline.named_adapters import VERSIONS, find_named_adapter
 from nested_core.pipeline.publishing import read_config_for_registry, register_and_promote_run
 from nested_core.process.current_user import current_user
 from nested_core.records.verdict import Verdict
@@ -18,7 +18,7 @@ from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry import read_verified_version
 from nested_core.registry.promotion_policy import describe_promotion
 from nested_core.registry.versions import version_folder
-from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.run_directory import DEFAULT_REGISTRY, RunDirectory
 from nested_core.text.digest_format import shorten_digest
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ that does not stand is put under another name, for a look.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shlex
 import shutil
@@ -25,7 +26,7 @@ from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import TaskSection
 from nested_core.data.dataset_loading import load_run_data
-from nested_core.errors import ConfigError, DatasetError, GateRejected, shorten
+from nested_core.errors import ConfigError, DamagedError, DatasetError, GateRejected, shorten
 from nested_core.exported.fresh_reading import Reading, has_llama_cpp, read_in_fresh_process
 from nested_core.exported.judgement import judge_reading
 from nested_core.exported.reference import HeldOutRows, Reference, choose_rows, measure_reference
@@ -54,6 +55,7 @@ from nested_core.records.export_record import (
     WeightFormat,
     card_place,
     digest_template,
+    read_export_record,
     record_place,
     write_export_record,
 )
@@ -64,8 +66,14 @@ from nested_core.storage.atomic import TEMPORARY_PREFIX, sync_path, write_bytes
 from nested_core.storage.canary_file import CANARY_NAME, Canary, parse_canary
 from nested_core.storage.manifest import MANIFEST_NAME, verify_manifest
 from nested_core.storage.output_places import require_output_file
+from nested_core.storage.removal import find_reason_to_keep
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.untrusted_files import read_json, read_regular, regular_sha256
+from nested_core.storage.untrusted_files import (
+    file_type,
+    read_json,
+    read_regular,
+    regular_sha256,
+)
 
 NOT_RUN = "tensors and metadata checked, not run in llama.cpp"
 REJECTED = "rejected"
@@ -169,8 +177,8 @@ def export(
         require_absent_or_empty(target, flag="--fused" if peft is None else "--peft")
     else:
         require_output_file(target, "--gguf")
-        if target.exists():
-            raise ConfigError(f"{target} exists already. Nothing is written over.")
+        if taken := _list_taken(target, is_folder=False):
+            raise ConfigError(f"{taken[0]} exists already. Nothing is written over.")
     if peft is not None:
         done = export_peft(find_named_adapter(Path(what), registry).folder, target, base_model)
         return Export(target, None, done.notes)
@@ -262,10 +270,15 @@ class _Exporting:
             record = self._judge(draft, written, reference, self._read(draft, written, reference))
             write_export_record(record_place(draft), record)
             write_bytes(card_place(draft), render_export_card(draft.name, record).encode())
-            place = self._target if record.stands else _rejected_place(self._target, draft)
-            _publish(draft, place)
-        if record.stands:
+            place = _publish(draft, self._target, is_rejected=not record.stands)
+        if record.stands and place == self._target:
             return Export(self._target, record, record.notes)
+        if record.stands:
+            raise ConfigError(
+                f"{self._target} appeared while the export was measured, and nothing is written "
+                f"over. The export passed ({record.describe()}) and lies at {place}: move it where "
+                f"it belongs."
+            )
         problems = "".join(f"\n  {problem}" for problem in record.problems)
         again = "\nWith --dequantize its weights stay as they were fused."
         raise GateRejected(
@@ -411,20 +424,57 @@ def _is_quantized(base: Path) -> bool:
     return any(key in config for key in QUANTIZATION_KEYS)
 
 
-def _rejected_place(target: Path, draft: Path) -> Path:
-    """Where an artefact that does not stand is put: NAME.rejected, a file with its own ending."""
-    name, ending = (target.name, "") if draft.is_dir() else (target.stem, target.suffix)
-    return target.with_name(f"{name}.{REJECTED}{ending}")
+def _publish(draft: Path, target: Path, *, is_rejected: bool) -> Path:
+    """Put a folder, or a file after its record and card, in its place; all is synced.
 
-
-def _publish(draft: Path, place: Path) -> None:
-    """Put a folder, or a file after its record and card, in its place; all is synced."""
-    beside = [record_place(draft), card_place(draft)] if draft.is_file() else []
+    The place is `target`, or NAME.rejected of what does not stand. Where something lies there that
+    is no earlier export that did not stand, NAME-2, NAME-3 and so on are tried. Returns the place.
+    """
+    is_folder = draft.is_dir()
+    beside = [] if is_folder else [record_place(draft), card_place(draft)]
     for path in (*draft.rglob("*"), *beside, draft):
         sync_path(path)
-    if place.is_dir():
+    name, ending = (target.name, "") if is_folder else (target.stem, target.suffix)
+    name += f".{REJECTED}" if is_rejected else ""
+    names = (
+        f"{name}{'' if number == 1 else f'-{number}'}{ending}" for number in itertools.count(1)
+    )
+    for place in map(target.with_name, names):
+        taken = _list_taken(place, is_folder=is_folder)
+        if not taken or (is_rejected and _may_be_replaced(place, taken)):
+            break
+    if taken and is_folder:
         shutil.rmtree(place)
-    for path in beside:
-        path.replace(place.with_name(path.name.replace(draft.stem, place.stem, 1)))
-    draft.replace(place)
+    for path, place_of in zip(beside, (record_place, card_place), strict=False):
+        path.replace(place_of(place))
+    draft.replace(place)  # of an empty folder it takes the place, of another it fails
     sync_path(place.parent)
+    return place
+
+
+def _list_taken(place: Path, *, is_folder: bool) -> list[Path]:
+    """What lies where an export to this place would be written; an empty folder is free."""
+    if not is_folder:
+        paths = (place, record_place(place), card_place(place))
+        return [path for path in paths if os.path.lexists(path)]
+    is_empty = file_type(place) == "directory" and not any(place.iterdir())
+    return [] if is_empty or not os.path.lexists(place) else [place]
+
+
+def _may_be_replaced(place: Path, taken: Sequence[Path]) -> bool:
+    """Whether all of it is an earlier export that did not stand, as its record has it."""
+    try:
+        record = read_export_record(place)
+        if record is None or record.stands:
+            return False
+        folder = place if place.is_dir() else place.parent
+        written_beside = (record_place(place), card_place(place))
+        hashes = {*record.files.values()}
+
+        def is_exported(name: str) -> bool:
+            """Whether a file is one of the export's, and as it was written."""
+            return folder / name in written_beside or regular_sha256(folder / name) in hashes
+
+        return all(find_reason_to_keep(path, is_exported) is None for path in taken)
+    except (DamagedError, OSError):
+        return False

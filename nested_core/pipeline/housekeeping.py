@@ -42,11 +42,13 @@ class HousekeepingReport:
     def describe(self) -> str:
         """One sentence: bytes before and after, and what was removed."""
         runs = "no folder of runs here" if self.runs is None else self.runs.describe()
+        unregistered = None if self.runs is None else self.runs.describe_unregistered()
         versions = f"{len(self.versions.collected)} versions ({format_bytes(self.versions.bytes)})"
         return (
             f"{format_bytes(self.before)} before, {format_bytes(self.after)} after; "
             f"{'would be removed' if self.versions.is_dry_run else 'removed'}: {runs}, {versions}, "
             f"{self.versions.rows} stored examples, {len(self.cached)} cached data sets and answers"
+            f"{'' if unregistered is None else f'. {unregistered}'}"
         )
 
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nested_core.errors import ConfigError
-from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.run_directory import DEFAULT_REGISTRY, RunDirectory
 from nested_core.text.digest_format import shorten_digest
 
-DEFAULT_REGISTRY = Path("registry")
 CHAMPION = "champion"
 VERSIONS = "versions"
 MIN_VERSION_DIGITS = 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from hashlib import sha256
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -31,7 +32,9 @@ from nested_core.records.dataset import (
 )
 from nested_core.records.metrics import cumulative_seconds, read_latest_values, read_metrics
 from nested_core.records.plan import read_plan
+from nested_core.records.promoted_to import add_promoted_to
 from nested_core.records.replay import read_replay
+from nested_core.records.run import Run
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import GATE_NAME, bind_verdict, read_verdict
 from nested_core.registry import UNSET, Decision, Unset, register, register_and_promote
@@ -44,7 +47,10 @@ from nested_core.registry.registration import PassedRun, read_passed_run, regist
 from nested_core.registry.versions import REGISTERED_AT_KEY, read_provenance, version_folder
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter_config
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.untrusted_files import regular_sha256
 from nested_core.text.digest_format import shorten_digest
+
+TRAINING_KEY = "metrics_sha256"
 
 
 def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> PassedRun:
@@ -159,23 +165,32 @@ def record_rejection(config: FineTuneConfig, run: RunDirectory) -> None:
 
 
 def is_registered_from(config: FineTuneConfig, run: RunDirectory, version: str) -> bool:
-    """Whether a version of the configured registry was registered from this run directory."""
+    """Whether a version of the configured registry was registered from this training."""
     provenance = read_provenance(version_folder(*registry_location(config.registry), version))
-    return provenance.get("run_dir") == str(run.path.resolve())
+    recorded = provenance.get(TRAINING_KEY)
+    return recorded is not None and recorded == _hash_training_record(run)
 
 
 def describe_reproduction(config: FineTuneConfig, run: RunDirectory, version: str) -> str | None:
-    """One line where another run made the same adapter before; None for this run's own version."""
+    """One line where another training made the same adapter before; None for this run's own."""
     registry, name = registry_location(config.registry)
     provenance = read_provenance(version_folder(registry, name, version))
-    first = provenance.get("run_dir")
-    if first is None or first == str(run.path.resolve()):
+    recorded = provenance.get(TRAINING_KEY)
+    if recorded is None or recorded == _hash_training_record(run):
         return None
     day = str(provenance.get(REGISTERED_AT_KEY))[:10]
     return (
-        f"this run made the same adapter, byte for byte, as {first}, which was registered as "
-        f"version {shorten_digest(version)} of {name} on {day}"
+        f"this run made the same adapter, byte for byte, as {provenance.get('run_dir')}, which was "
+        f"registered as version {shorten_digest(version)} of {name} on {day}"
     )
+
+
+def _hash_training_record(run: RunDirectory) -> str | None:
+    """The hash of metrics.jsonl: its times tell a training from another that computed the same.
+
+    It is that of the run wherever its folder lies, and after it is judged again.
+    """
+    return regular_sha256(run.metrics) if run.metrics.is_file() else None
 
 
 def read_config_for_registry(run: RunDirectory, registry: Path, name: str) -> FineTuneConfig:
@@ -206,6 +221,7 @@ def register_and_promote_run(
     path, name = registry_location(config.registry)
     with run.locked_for_reading():
         passed = confirm_recorded_verdict(config, run)
+        _note_registry(run, path, name)
         verdict = passed.bound.verdict
         recorded = make_provenance(config, run, passed, verdict.rival)
         candidate = Judgement.of_run(verdict, recorded)
@@ -221,6 +237,17 @@ def register_and_promote_run(
             examples=read_run_examples(config, run, passed.version),
         )
     return done, candidate
+
+
+def _note_registry(run: RunDirectory, registry: Path, name: str) -> None:
+    """Note in a run that it is promoted to another registry or name than its config.yaml has."""
+    config = Run(run).config
+    path = None if config is None else config.registry.path
+    if config is None or path is None:
+        return  # a run without a registry of its own is kept until one names it
+    if (Path(path).resolve(), config.registry.name) != (registry.resolve(), name):
+        with suppress(OSError):  # a run that nobody can write to is not removed either
+            add_promoted_to(run.promoted_to, str(registry), name)
 
 
 def describe_changed_held_out(config: FineTuneConfig, run: RunDirectory) -> str | None:
@@ -263,7 +290,8 @@ def make_provenance(
     base = judged.adapter.config.get("base_fingerprint")
     trained_on = read_run_training_digests(config, run, initial)
     return {
-        "run_dir": str(run.path.resolve()),
+        "run_dir": str(run.path.resolve()),  # for people: folders move
+        TRAINING_KEY: _hash_training_record(run),
         "config": config.model_dump(mode="json"),
         "settings_digest": settings_digest(config, base, run),
         "conditions_digest": conditions,

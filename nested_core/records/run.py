@@ -27,6 +27,7 @@ from nested_core.records.answers import (
 from nested_core.records.dataset import DatasetReport, held_out_split, read_dataset_record
 from nested_core.records.metrics import cumulative_seconds, read_metrics
 from nested_core.records.plan import StepLoss, TrainingPlan, describe_last_losses, read_plan
+from nested_core.records.promoted_to import RegistryName, read_promoted_to
 from nested_core.records.replay import ReplayRecord, read_replay
 from nested_core.records.result import TrainResult, read_result
 from nested_core.records.skip import Skip, read_skip
@@ -166,6 +167,24 @@ class Run:
         return verdict, len(self.errors) > known
 
     @cached_property
+    def version(self) -> str | None:
+        """The digest of the adapter that it offers, by which a registry names it; None without one.
+
+        Of a run without a verdict it is computed: one that is made longer offers what it did.
+        """
+        if self.verdict is not None:
+            return self.verdict.trained.digest
+        from nested_core.storage.adapter import read_adapter  # numpy
+
+        return self._read(self.folder.adapter, lambda path: read_adapter(path).digest())
+
+    @cached_property
+    def promoted_to(self) -> tuple[RegistryName, ...] | None:
+        """The registries that a person promoted it to and that its configuration does not name."""
+        path = self.folder.promoted_to
+        return () if file_type(path) == "missing" else self._read(path, read_promoted_to)
+
+    @cached_property
     def losses(self) -> ExampleLosses | None:
         """The loss of each held-out example, if that is as it was judged."""
         from nested_core.records.losses import read_example_losses  # numpy
@@ -210,9 +229,10 @@ class Run:
             with suppress(ValueError):  # digits that are no moment
                 return datetime.strptime(named[1], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
         times = []
-        for path in self.path.iterdir():
-            with suppress(FileNotFoundError):  # a temporary file of a run that is going on
-                times.append(path.lstat().st_mtime)
+        with suppress(PermissionError):  # of another user
+            for path in self.path.iterdir():
+                with suppress(FileNotFoundError):  # a temporary file of a run that is going on
+                    times.append(path.lstat().st_mtime)
         return datetime.fromtimestamp(min(times, default=0.0), UTC)
 
     @property
@@ -381,5 +401,9 @@ def list_runs(folder: Path) -> list[Run]:
             f"--run-dir they go to runs/ in the folder that the command is given in."
         )
     candidates = [RunDirectory(path) for path in (folder, *folder.iterdir()) if path.is_dir()]
-    runs = [Run(run) for run in candidates if run.has_run_files()]
+    runs = []
+    for run in candidates:
+        with suppress(PermissionError):  # another user's folder, which nobody else looks into
+            if run.has_run_files():
+                runs.append(Run(run))
     return sorted(runs, key=lambda run: run.started, reverse=True)

@@ -1,9 +1,10 @@
 """Removal of versions that are no longer needed, or are lost, each with a line in the history.
 
 Garbage collection never removes the champion, what it replaced last, what a rollback would go to,
-the policy's reference and the champions that become it,
-the versions used last, or one that is new and may still be promoted. A version that a rollback has
-barred stays barred, because the history is never shortened.
+the policy's reference and the champions that become it, the newest ancestors of the champion, the
+versions used last, or one that is new and may still be promoted. A version whose folder holds what
+is not of it stays too. A version that a rollback has barred stays barred, because the history is
+never shortened.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from nested_core.registry.data_store import (
     drop_rows,
     find_rows,
     read_digest_list,
+    read_lineage,
     remove_unneeded_rows,
 )
 from nested_core.registry.declines import find_decline_in_history
@@ -28,9 +30,16 @@ from nested_core.registry.history_views import read_link, reading, writing
 from nested_core.registry.judgements import has_all_judgements, read_verdicts
 from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, Ledger
 from nested_core.registry.policy import policy_of
-from nested_core.registry.versions import inspect_version, registered_versions, resolve_version
+from nested_core.registry.versions import (
+    OPTIONAL_FILES,
+    VERSION_FILES,
+    inspect_version,
+    registered_versions,
+    resolve_version,
+)
 from nested_core.storage.atomic import RETIRED_PREFIX, TEMPORARY_PREFIX
 from nested_core.storage.folder_size import size_on_disk
+from nested_core.storage.removal import find_reason_to_keep
 from nested_core.text.digest_format import shorten_digest
 
 USES = ("registered", "restored", "judged", *CHAMPION_CHANGE_ACTIONS)
@@ -61,10 +70,12 @@ def collect_garbage(
 ) -> GarbageReport:
     """Remove all versions but the champion, what it replaced, a rollback's target and the newest.
 
-    The newest are the `keep` versions that were registered, or were champion, last. Kept as well is
-    a version that was registered less than an hour ago and has not been champion since: its
-    promotion may be under way. A dry run only says what would be removed. Raises ConfigError for a
-    negative `keep` and an unknown name.
+    The newest are the `keep` versions that were registered, or were champion, last. Kept as well
+    are the `keep` newest of the champion and its ancestors, which its gate and replay read however
+    many came after them, and a version that was registered less than an hour ago and has not been
+    champion since: its promotion may be under way. A dry run only says what would be removed.
+    Raises ConfigError for a negative `keep` and an unknown name, DamagedError for a history, or a
+    verdict or provenance of the champion's lineage, that cannot be read.
     """
     if keep < 0:
         raise ConfigError(f"--keep {keep}: expected the number of versions to keep, 0 or more.")
@@ -91,17 +102,27 @@ def _plan_removals(
     policy = policy_of(folder, ledger)
     references = () if policy is None else policy.reference_versions(ledger)
     kept = {*by_age[:keep], *needed, *replaced, *undecided, *references, ledger.rollback_target()}
+    if ledger.champion is not None:  # what its gate compares with, and its replay draws from
+        kept |= {*read_lineage(folder.parent, name, ledger.champion)[:keep]}
+    places = {version: folder / VERSIONS_FOLDER_NAME / version for version in versions}
+    kept |= {version for version, place in places.items() if not _may_go(place)}
     collected = tuple(version for version in reversed(by_age) if version not in kept)
     return GarbageReport(
         name=name,
         champion=ledger.champion,
         collected=collected,
         kept=tuple(version for version in versions if version in kept),
-        bytes=sum(size_on_disk(folder / VERSIONS_FOLDER_NAME / each) for each in collected),
+        bytes=sum(size_on_disk(places[version]) for version in collected),
         leftovers=_find_leftovers(folder),
         rows=count_unneeded_rows(folder, ledger.standing.keys() - {*collected}),
         is_dry_run=dry_run,
     )
+
+
+def _may_go(place: Path) -> bool:
+    """Whether a version's folder may be removed; of a link in its place the link is."""
+    is_file_of_version = {*VERSION_FILES, *OPTIONAL_FILES}.__contains__
+    return place.is_symlink() or find_reason_to_keep(place, is_file_of_version) is None
 
 
 def _last_use(version: str, ledger: Ledger) -> tuple[int, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import time
@@ -34,8 +35,16 @@ from nested_core.storage.output_places import (
 
 RUN_DIR_KEY = "--run-dir or run_dir"
 DEFAULT_RUNS_FOLDER = Path("runs")  # where runs are kept without --run-dir
+DEFAULT_REGISTRY = Path("registry")  # where a name is looked for without --registry
 LOCK_ATTEMPTS = 10
 LOCK_PAUSE_SECONDS = 0.02
+
+# Below the folders of a run: an adapter, a checkpoint, and what services of `report_to` keep.
+FILES_IN_FOLDERS = re.compile(
+    r"(adapter|initial|checkpoints/step-\d{7})/(adapters\.safetensors|adapter_config\.json)"
+    r"|checkpoints/step-\d{7,}/(optimizer\.safetensors|state\.json|MANIFEST\.json)"
+    r"|(wandb|swanlog)/.*"
+)
 
 # The locks that this process works under, by run directory. A lock belongs to a process: whichever
 # part of it opens the run directory anew works under the same one.
@@ -78,6 +87,9 @@ class RunDirectory:
         self.manifest = path / "MANIFEST.json"  # hashes of gate.json and of what it rests on
         self.report = path / RUN_REPORT_NAME  # the page to look at, made of all of these
 
+        # What people did with it.
+        self.promoted_to = path / "promoted-to.json"  # registries that config.yaml does not name
+
         # What other processes see.
         self.stop_request = path / "stop.request"  # who makes this file asks training to stop
         self.lock = path / RUN_LOCK_NAME  # locked while a process works here; has its id
@@ -87,6 +99,11 @@ class RunDirectory:
         """What a verdict writes beside gate.json; it is out of date when training goes on."""
         answers = (self.answers, self.sample_answers, self.canary)
         return (self.gate_losses, self.training_examples, *answers)
+
+    def is_own_file(self, name: str) -> bool:
+        """Whether a run writes a file of this name, which is its path in the directory."""
+        files = {path.name for path in vars(self).values()} - {self.path.name}
+        return name in files or FILES_IN_FOLDERS.fullmatch(name) is not None
 
     def is_nonempty(self) -> bool:
         """Whether anything is in the directory yet."""

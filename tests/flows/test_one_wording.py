@@ -145,6 +145,7 @@ RUNS: dict[Outcome, Callable[[Path], RunDirectory]] = {
 def ask(command: Callable[[argparse.Namespace], Callable[[], int]], **arguments: Any) -> None:
     """Print what a command prints."""
     flags = {"json": False, "output": None, "prune": False, "keep": None, "dry_run": False}
+    flags |= {"unregistered": False}
     command(argparse.Namespace(**flags | arguments))()
 
 

@@ -25,8 +25,15 @@ from nested_core.gate.losses.champion_adapter import shape_like_adapter
 from nested_core.gate.losses.held_out_loss import LoadedBase, read_held_out_examples
 from nested_core.models.fusing import load_fused, write_model_folder
 from nested_core.models.gguf import unpack_gguf, write_gguf
-from nested_core.pipeline.export import NOT_RUN
-from nested_core.records.export_record import read_export_record
+from nested_core.pipeline.export import NOT_RUN, _publish
+from nested_core.records.export_record import (
+    ExportRecord,
+    LogitComparison,
+    card_place,
+    read_export_record,
+    record_place,
+    write_export_record,
+)
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.atomic import TEMPORARY_PREFIX
 from tests.builders.adapter_folders import change_tensors
@@ -314,17 +321,99 @@ def test_a_gguf_of_what_was_fused_wrong_is_seen(
     assert expected in problems or (how == "other tokenizer" and "token ids" in problems)
 
 
-def test_a_process_that_is_killed_leaves_no_half_of_a_model(tmp_path: Path) -> None:
-    """What is written lies in a folder of temporary files until it is judged."""
-    from nested_core.pipeline.export import _publish
+def make_draft(folder: Path, name: str, *, stands: bool) -> Path:
+    """An export before it is put in its place: a GGUF with record and card, or a folder of both."""
+    draft = folder / f"{TEMPORARY_PREFIX}draft" / name
+    draft.parent.mkdir(parents=True)
+    if not draft.suffix:
+        draft.mkdir()
+    weights = draft if draft.suffix else draft / "model.safetensors"
+    weights.write_text(f"weights {stands}")
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    record = ExportRecord(
+        **dict.fromkeys(("source", "version", "base", "base_fingerprint", "tokenizer"), "x"),
+        artefact="gguf" if draft.suffix else "folder",
+        weights="f16",
+        quantized_base=None,
+        files={weights.name: digest},
+        chat_template=None,
+        reader="mlx_lm",
+        texts=1,
+        logits=LogitComparison(0.1, 1.0, 0.2, 1),
+        gain=None,
+        suites=(),
+        notes=(),
+        problems=() if stands else ("its logits are off",),
+        packages={},
+    )
+    write_export_record(record_place(draft), record)
+    card_place(draft).write_text("card")
+    return draft
 
-    draft = tmp_path / f"{TEMPORARY_PREFIX}draft" / "model.gguf"
-    draft.parent.mkdir()
-    for name in ("model.gguf", "model.export.json", "model.md"):
-        (draft.parent / name).write_text(name)
-    _publish(draft, tmp_path / "model.rejected.gguf")
-    names = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
+
+def publish(folder: Path, name: str, *, stands: bool) -> str:
+    """Put an export in its place in a folder; the name of that place."""
+    draft = make_draft(folder, name, stands=stands)
+    place = _publish(draft, folder / name, is_rejected=not stands)
+    draft.parent.rmdir()
+    assert place.parent == folder
+    return place.name
+
+
+def test_a_rejected_gguf_lies_with_its_record_and_card_under_another_name(tmp_path: Path) -> None:
+    """What is written lies in a folder of temporary files until it is judged."""
+    assert publish(tmp_path, "model.gguf", stands=False) == "model.rejected.gguf"
+    names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["model.rejected.export.json", "model.rejected.gguf", "model.rejected.md"]
+
+
+@pytest.mark.parametrize("name", ["model", "v1.0.gguf"])
+def test_an_export_replaces_what_an_earlier_one_left_rejected_and_nothing_else(
+    name: str, tmp_path: Path
+) -> None:
+    stem, ending = Path(name).stem if "gguf" in name else name, ".gguf" if "gguf" in name else ""
+    first = tmp_path / f"{stem}.rejected{ending}"
+    for _ in range(2):
+        assert publish(tmp_path, name, stands=False) == first.name
+    weights = first / "model.safetensors" if first.is_dir() else first
+    weights.write_text("of a person")
+    assert publish(tmp_path, name, stands=False) == f"{stem}.rejected-2{ending}"
+    assert weights.read_text() == "of a person"
+    (tmp_path / name).symlink_to("nowhere")  # it appeared while the export was measured
+    assert publish(tmp_path, name, stands=True) == f"{stem}-2{ending}"
+    assert publish(tmp_path, name, stands=True) == f"{stem}-3{ending}"
+
+
+@pytest.mark.parametrize("taken", ["model.gguf", "model.export.json", "model.md"])
+def test_each_file_of_a_gguf_that_is_a_persons_is_left_alone(taken: str, tmp_path: Path) -> None:
+    (tmp_path / taken).write_text("of a person")
+    with pytest.raises(ConfigError, match=f"{taken} exists already"):
+        export("nothing", gguf=tmp_path / "model.gguf")
+    rejected = tmp_path / taken.replace("model", "model.rejected")
+    rejected.write_text("of a person")
+    assert publish(tmp_path, "model.gguf", stands=True) == "model-2.gguf"
+    assert publish(tmp_path, "model.gguf", stands=False) == "model.rejected-2.gguf"
+    assert (tmp_path / taken).read_text() == rejected.read_text() == "of a person"
+
+
+@pytest.mark.parametrize("make", ["notes", "link", "folder of a person"])
+def test_a_rejected_folder_that_is_a_persons_in_part_is_left_alone(
+    make: str, tmp_path: Path
+) -> None:
+    rejected = tmp_path / "model.rejected"
+    if make == "folder of a person":
+        rejected.mkdir()
+        (rejected / "notes.txt").touch()
+    elif make == "link":
+        (tmp_path / "elsewhere").mkdir()
+        publish(tmp_path / "elsewhere", "model", stands=False)
+        rejected.symlink_to("elsewhere/model.rejected")
+    else:
+        publish(tmp_path, "model", stands=False)
+        (rejected / "notes.txt").touch()
+    before = sorted(rejected.iterdir())
+    assert publish(tmp_path, "model", stands=False) == "model.rejected-2"
+    assert sorted(rejected.iterdir()) == before
 
 
 def test_a_gguf_is_read_of_the_file_alone(trained: Callable[..., Trained], tmp_path: Path) -> None:

@@ -41,10 +41,11 @@ def nights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_time_to_decide: N
     versions = []
     for day in range(1, 7):
         folder = tmp_path / "runs" / f"202611{day:02}T020000Z-0000000{day}"
-        finished_run(folder, registry={"path": str(registry), "name": NAME})
         written = write_run(tmp_path / f"written-{day}", day)
-        recorded = {"run_dir": str(folder.resolve()), "config": {}}
-        versions.append(core.register(written, registry, NAME, recorded))
+        version = core.register(written, registry, NAME, {"config": {}})
+        section = {"path": str(registry), "name": NAME}
+        finished_run(folder, registry=section, trained=version)
+        versions.append(version)
         core.promote(registry, NAME, versions[-1], by="a night")
     return versions
 
@@ -109,8 +110,7 @@ def test_a_run_that_a_version_of_another_name_names_stays(
 ) -> None:
     registry, runs = tmp_path / "registry", tmp_path / "runs"
     first = runs_in(runs)[0]
-    recorded = {"run_dir": str(first.resolve()), "config": {}}
-    core.register(write_run(tmp_path / "written", 9), registry, "another", recorded)
+    core.register(tmp_path / "written-1", registry, "another", {"config": {}})
     others = all_files(registry / "another")
     done = tidy_up(registry, NAME, list_runs(runs), KEPT)
     assert done.runs is not None
@@ -135,12 +135,12 @@ def test_with_a_new_champion_every_night_disk_stays_as_it_is_from_the_twentieth_
     sizes = []
     for night in range(1, 61):
         day = datetime.now(UTC) - timedelta(days=60 - night)
-        run = finished_run(
-            runs / new_run_name(day, f"{night:08}"), registry={"path": str(registry), "name": NAME}
-        )
+        written = write_run(tmp_path / f"w{night}", night)
+        version = core.register(written, registry, NAME, {"config": {}})
+        section = {"path": str(registry), "name": NAME}
+        folder = runs / new_run_name(day, f"{night:08}")
+        run = finished_run(folder, registry=section, trained=version)
         add_checkpoints(run, 2, 4, 6, 8, offered=4)
-        recorded = {"run_dir": str(run.path.resolve()), "config": {}}
-        version = core.register(write_run(tmp_path / f"w{night}", night), registry, NAME, recorded)
         core.promote(registry, NAME, version, by="a night")
         if night % 7 == 0 or night % 20 == 0:
             tidy_up(registry, NAME, list_runs(runs), KeptAmounts())

@@ -18,12 +18,15 @@ from nested_core.pipeline import publishing
 from nested_core.pipeline.continual import champion_or_none
 from nested_core.pipeline.publishing import (
     describe_changed_held_out,
+    describe_reproduction,
+    is_registered_from,
     make_provenance,
     read_run_examples,
     register_and_promote_run,
     register_run,
 )
 from nested_core.records.dataset import DatasetReport, SplitStats
+from nested_core.records.run import Run
 from nested_core.registry import (
     Decision,
     collect_garbage,
@@ -190,6 +193,22 @@ class TestRegister:
             make_provenance(configure(), run, read_passed_run(run.path), None)["training_seconds"]
             == 2.0 + 5.0
         )
+
+    def test_a_training_is_told_from_another_wherever_its_folder_lies(
+        self, make_run: MakeRun, configure: Configure, tmp_path: Path
+    ) -> None:
+        config, run = configure(), make_run(1.0)
+        run.metrics.write_text('{"iteration": 10, "iterations_per_second": 5.0}\n')
+        version = register_run(config, run, None)
+        moved = RunDirectory(run.path.rename(tmp_path / "moved"))
+        write_gate(moved.path, read_gate(moved.gate), judged_files(moved.path))  # judged again
+        assert is_registered_from(config, moved, version)
+        assert describe_reproduction(config, moved, version) is None
+        again = make_run(1.0)  # where the first one was, and of the same adapter
+        again.metrics.write_text('{"iteration": 10, "iterations_per_second": 5.1}\n')
+        assert not is_registered_from(config, again, version)
+        said = f"made the same adapter, byte for byte, as {run.path}, which was registered"
+        assert said in str(describe_reproduction(config, again, version))
 
     def test_without_a_registry_it_says_what_is_needed(self, make_run: MakeRun) -> None:
         with pytest.raises(ConfigError, match="registry: path and name are needed to register"):
@@ -407,6 +426,16 @@ class TestPromotionByAPerson:
         assert by_hand(make_run(2.0)).outcome == "promoted"
         gc.join()
         assert len(list_versions(registry, NAME)) == 2
+
+    def test_a_run_notes_another_registry_than_its_own(
+        self, make_run: MakeRun, by_hand: Any, tmp_path: Path
+    ) -> None:
+        for value, path in ((1.0, tmp_path / "registry"), (2.0, tmp_path / "own")):
+            run = make_run(value)
+            run.config.write_text(f"model: m\nregistry: {{path: {path}, name: {NAME}}}\n")
+            assert by_hand(run).outcome == "promoted"
+        assert not (tmp_path / "run-1.0" / "promoted-to.json").exists()
+        assert Run(run).promoted_to == ((str(tmp_path / "registry"), NAME),)
 
     def test_a_run_that_another_process_works_on_is_refused(
         self, make_run: MakeRun, by_hand: Any, tmp_path: Path

@@ -173,6 +173,26 @@ def test_link_in_the_place_of_a_version_is_removed_and_its_target_left_alone(
     assert not place.is_symlink()
 
 
+def test_the_lineage_of_the_champion_stays_whatever_came_after_it(add, registry, make_run):
+    lineage: list[str] = []
+    for seed in range(1, 4):
+        initial = lineage[-1] if lineage else "0" * 64
+        run = make_run(seed, initial=initial)
+        lineage.append(register(run, registry, NAME, {"parent": lineage[-1] if lineage else None}))
+        promote(registry, NAME, lineage[-1], by="ann")
+    later = [add(seed) for seed in range(10, 14)]
+    assert collected(registry, 3) == {later[0]}
+    assert collected(registry, 2) == {lineage[0], later[1]}
+
+
+def test_a_version_with_a_file_of_a_person_stays(five, registry):
+    notes = registry / NAME / "versions" / five[4] / "notes.txt"
+    notes.parent.chmod(0o755)
+    notes.write_text("best so far")
+    assert collected(registry, 0) == {five[0], five[3]}
+    assert notes.read_text() == "best so far"
+
+
 def test_negative_keep_is_refused(five, registry):
     with pytest.raises(ConfigError, match="--keep -1"):
         collect_garbage(registry, NAME, by="ann", keep=-1)

@@ -16,50 +16,64 @@ import pytest
 from nested_core import registry as core
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.records.dataset import Finding
+from nested_core.records.outcome_names import Outcome
+from nested_core.records.promoted_to import add_promoted_to
 from nested_core.records.run import Run, list_runs
 from nested_core.records.verdict import Reason
+from nested_core.registry.trials import Trial, record_trial
 from nested_core.report.outcome import list_row
-from nested_core.report.pruning import AdapterRuns, prune_runs
+from nested_core.report.pruning import AdapterRuns, PruneReport, prune_runs
 from nested_core.storage.checkpoint_verification import checkpoint_path, list_checkpoints
+from nested_core.storage.folder_size import size_on_disk
 from nested_core.storage.run_directory import RunDirectory
-from tests.core.registry.conftest import write_run
+from tests.core.registry.conftest import no_time_to_decide, write_run
 from tests.runs import add_checkpoints, begin_run, finished_run
 
 NAME = "support-bot"
+__all__ = ["no_time_to_decide"]
+
+
+REJECTED = [Reason("loss_regressed", "worse")]
 
 
 def make_run(folder: Path, day: int, name: str = NAME, **changes: Any) -> RunDirectory:
-    section = {"path": str(folder / "registry"), "name": name}
+    """A run that nothing needs, as the gate rejected it; `reasons` none makes one that passed."""
+    settings = {"registry": {"path": str(folder / "registry"), "name": name}, "reasons": REJECTED}
     folder_name = f"202611{day:02}T020000Z-0000000{day % 10}"
-    return finished_run(folder / "runs" / folder_name, registry=section, **changes)
+    return finished_run(folder / "runs" / folder_name, **settings | changes)
 
 
-def register_for(run: RunDirectory, folder: Path, seed: int) -> str:
-    """A version whose provenance names a run."""
-    written = write_run(folder / f"written-{seed}", seed)
-    recorded = {"run_dir": str(run.path.resolve()), "config": {}}
-    return core.register(written, folder / "registry", NAME, recorded)
+def make_registered(folder: Path, day: int, **changes: Any) -> tuple[RunDirectory, str]:
+    """A run that passed, and its version in the registry."""
+    written = write_run(folder / f"written-{day}", day)
+    version = core.register(written, folder / "registry", NAME, {"config": {}})
+    return make_run(folder, day, reasons=(), trained=version, **changes), version
 
 
 def test_old_runs_go_and_what_a_version_names_stays(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path, day) for day in (1, 2, 3, 4)]
-    version = register_for(runs[1], tmp_path, 1)
+    first, (named, version), third, newest = (
+        make_run(tmp_path, 1),
+        make_registered(tmp_path, 2),
+        make_run(tmp_path, 3),
+        make_run(tmp_path, 4),
+    )
     for is_dry_run in (True, False):
         done = prune_runs(list_runs(tmp_path / "runs"), keep=1, dry_run=is_dry_run)
-        assert done.removed == (str(runs[2].path), str(runs[0].path))
-        assert done.kept == {str(runs[1].path): f"version {version[:12]} of {NAME} names it"}
+        assert done.removed == (str(third.path), str(first.path))
+        assert done.kept == {str(named.path): f"version {version[:12]} of {NAME} names it"}
         assert done.bytes > 1000
-        assert runs[0].path.exists() is is_dry_run
-    assert [run.path.exists() for run in runs] == [False, True, False, True]
+        assert first.path.exists() is is_dry_run
+    exist = [run.path.exists() for run in (first, named, third, newest)]
+    assert exist == [False, True, False, True]
 
 
 def test_a_run_that_a_version_names_keeps_the_checkpoint_that_it_offers_and_its_last(
     tmp_path: Path,
 ) -> None:
-    named, at_work, unfinished, newest = (make_run(tmp_path, day) for day in (1, 2, 3, 4))
-    for run in (named, at_work, unfinished, newest):
+    runs = [make_registered(tmp_path, day)[0] for day in (1, 2, 3, 4)]
+    named, at_work, unfinished, newest = runs
+    for run in runs:
         add_checkpoints(run, 2, 4, 6, 8, offered=4)
-        register_for(run, tmp_path, len(list(tmp_path.glob("written-*"))))
     unfinished.result.unlink()  # it was made longer, and goes on from any of them
     spare = tuple(str(checkpoint_path(named.checkpoints, step)) for step in (2, 6))
     for is_dry_run in (True, False):
@@ -135,7 +149,7 @@ def dying(call: Callable[..., None], calls: Iterator[int], last: int) -> Callabl
 
 
 def test_a_run_at_work_a_damaged_one_and_one_whose_registry_is_away_stay(tmp_path: Path) -> None:
-    at_work, damaged, away = (make_run(tmp_path, day) for day in (1, 2, 3))
+    at_work, damaged, away = (make_run(tmp_path, day, reasons=()) for day in (1, 2, 3))
     (tmp_path / "registry" / NAME / "versions").mkdir(parents=True)
     damaged.gate.write_text("{")
     text = away.config.read_text()
@@ -150,9 +164,143 @@ def test_a_run_at_work_a_damaged_one_and_one_whose_registry_is_away_stay(tmp_pat
     }
 
 
+def prune(folder: Path, **options: Any) -> PruneReport:
+    return prune_runs(list_runs(folder / "runs"), **{"keep": 0} | options)
+
+
+def test_a_link_is_neither_followed_nor_counted_and_keeps_the_run_that_it_leads_to(
+    tmp_path: Path,
+) -> None:
+    elsewhere, linked, newest = (make_run(tmp_path, day) for day in (9, 1, 2))
+    elsewhere.path.rename(tmp_path / "mine")
+    links = [tmp_path / "runs" / name for name in ("shown", "best")]
+    links[0].symlink_to("../mine")
+    links[1].symlink_to(linked.path)
+    before = sorted((tmp_path / "mine").rglob("*"))
+    done = prune(tmp_path, keep=1)
+    assert (done.removed, sorted((tmp_path / "mine").rglob("*"))) == ((), before)
+    assert done.kept == {
+        str(linked.path): f"the link {links[1]} leads to it",
+        str(links[0]): "it is a link to ../mine, and no link is followed to remove",
+        str(links[1]): f"it is a link to {linked.path}, and no link is followed to remove",
+    }
+    assert newest.path.exists()
+
+
+@pytest.mark.parametrize("inside", ["notes.txt", "adapter/notes.txt", "checkpoints"])
+def test_a_run_with_a_file_or_link_of_a_person_stays_whole(inside: str, tmp_path: Path) -> None:
+    """Checkpoints that a person moved to a larger disk, say, and linked."""
+    (run, _), rejected = make_registered(tmp_path, 1), make_run(tmp_path, 2)
+    for one in (run, rejected):
+        add_checkpoints(one, 2, 4, 6, 8, offered=4)
+        path = one.path / inside
+        if inside == "checkpoints":
+            path.rename(tmp_path / f"{one.path.name}-disk")
+            path.symlink_to(tmp_path / f"{one.path.name}-disk")
+        else:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("best so far")
+    done = prune(tmp_path)
+    assert (done.removed, done.checkpoints, done.bytes) == ((), (), 0)
+    assert done.kept[str(rejected.path)] == f"nested-tune did not write {inside} in it"
+    assert [len(list_checkpoints(one.checkpoints)) for one in (run, rejected)] == [4, 4]
+
+
+def test_a_run_that_cannot_be_removed_keeps_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, busy, last = (make_run(tmp_path, day) for day in (1, 2, 3))
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.is_relative_to(busy.path):
+            raise PermissionError(13, "Permission denied", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    done = prune(tmp_path)
+    assert done.removed == (str(last.path), str(first.path))
+    (reason,) = done.kept.values()
+    assert reason.startswith("it cannot be removed: [Errno 13] Permission denied: ")
+
+
+def test_a_version_keeps_its_run_after_the_project_was_moved_and_in_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    monkeypatch.chdir(before)
+    run, version = make_registered(Path(), 1)
+    before.rename(after)
+    monkeypatch.chdir(after)
+    shutil.copytree(run.path, "runs/copy")
+    said = f"version {version[:12]} of {NAME} names it"
+    assert prune(Path()).kept == dict.fromkeys(["runs/copy", str(run.path)], said)
+
+
+def test_a_run_that_passed_and_that_no_known_registry_names_goes_only_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    forgotten = make_run(tmp_path, 1, reasons=(), registry={})
+    by_hand, _ = make_registered(Path(), 2, registry={})  # in the default one, `registry`
+    done = prune(tmp_path)
+    assert (done.removed, done.unregistered) == ((), (str(forgotten.path),))
+    assert done.unregistered_bytes == size_on_disk(forgotten.path) > 1000
+    assert str(done.describe_unregistered()).startswith("1 run (")
+    done = prune(tmp_path, unregistered=True)
+    assert (done.removed, done.describe_unregistered()) == ((str(forgotten.path),), None)
+    assert by_hand.path.exists()
+
+
+@pytest.mark.usefixtures("no_time_to_decide")
+def test_a_run_that_was_promoted_elsewhere_too_stays_after_its_own_registry_let_it_go(
+    tmp_path: Path,
+) -> None:
+    (run, version), _ = make_registered(tmp_path, 1), make_registered(tmp_path, 2)
+    core.promote(tmp_path / "registry", NAME, version, by="ann")
+    other = tmp_path / "other"
+    assert core.register(tmp_path / "written-1", other, "geo", {"config": {}}) == version
+    add_promoted_to(run.promoted_to, str(other), "geo")
+    for day in (3, 4):
+        core.promote(tmp_path / "registry", NAME, make_registered(tmp_path, day)[1], by="ann")
+    assert version in core.collect_garbage(tmp_path / "registry", NAME, by="ann", keep=0).collected
+    assert prune(tmp_path).kept[str(run.path)] == f"version {version[:12]} of geo names it"
+    other.rename(tmp_path / "moved")
+    missing = f"its registry {other} is not found from this folder"
+    assert prune(tmp_path, unregistered=True).kept[str(run.path)] == missing
+    run.promoted_to.unlink()
+    assert str(run.path) in prune(tmp_path).removed
+
+
+def test_a_run_that_is_promoted_just_before_it_is_removed_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A person is faster than the lock of the run."""
+    run, version = make_registered(tmp_path, 1)
+    shutil.rmtree(tmp_path / "registry")
+    (tmp_path / "registry").mkdir()
+    locked = RunDirectory.locked
+
+    def promote_first(folder: RunDirectory) -> Any:
+        core.register(tmp_path / "written-1", tmp_path / "registry", NAME, {"config": {}})
+        return locked(folder)
+
+    monkeypatch.setattr(RunDirectory, "locked", promote_first)
+    done = prune(tmp_path, unregistered=True)
+    assert done.kept == {str(run.path): f"version {version[:12]} of {NAME} names it"}
+
+
+def test_a_run_that_made_no_version_goes_by_its_line_in_the_history(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 1, reasons=())
+    trial = Trial(Outcome.KEPT_CHAMPION, "c" * 64, "d" * 64, "e" * 64, run.path.name, "not better")
+    record_trial(tmp_path / "registry", NAME, trial)
+    assert prune(tmp_path).removed == (str(run.path),)
+
+
 def test_a_registry_that_cannot_be_read_keeps_every_run(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path, day) for day in (1, 2)]
-    version = register_for(runs[0], tmp_path, 1)
+    named, version = make_registered(tmp_path, 1)
+    runs = [named, make_run(tmp_path, 2)]
     provenance = tmp_path / "registry" / NAME / "versions" / version / "provenance.json"
     provenance.chmod(0o600)
     provenance.write_text("{")
@@ -162,8 +310,8 @@ def test_a_registry_that_cannot_be_read_keeps_every_run(tmp_path: Path) -> None:
 
 
 def test_a_version_whose_folder_is_lost_keeps_every_run(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path, day) for day in (1, 2)]
-    version = register_for(runs[0], tmp_path, 1)
+    named, version = make_registered(tmp_path, 1)
+    runs = [named, make_run(tmp_path, 2)]
     shutil.rmtree(tmp_path / "registry" / NAME / "versions" / version)
     with pytest.raises(DamagedError, match="promote RUN_DIR"):
         prune_runs(list_runs(tmp_path / "runs"), keep=0)
@@ -176,11 +324,11 @@ def test_a_negative_number_of_runs_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_list_says_the_adapter_the_outcome_and_the_minutes(tmp_path: Path) -> None:
-    rejected = make_run(tmp_path, 2, reasons=[Reason("loss_regressed", "worse")])
-    kept = make_run(tmp_path, 3, text="of another adapter")
+    rejected = make_run(tmp_path, 1)
+    make_registered(tmp_path, 2)
+    kept = make_run(tmp_path, 3, text="of another adapter", reasons=())
     bad = [Finding("train.jsonl", 7, "error", "bad-json", "column 46")]
     refused = begin_run(tmp_path / "runs" / "20261104T020000Z-00000004", findings=bad)
-    register_for(rejected, tmp_path, 1)
     rows = {run.name: list_row(run) for run in list_runs(tmp_path / "runs")}
     assert rows[rejected.path.name][2] == "Rejected: worse"
     assert rows[refused.path.name][2] == "Failed: data"

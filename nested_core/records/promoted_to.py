@@ -1,0 +1,32 @@
+"""promoted-to.json: the registries that a person promoted a run to and its config.yaml names not.
+
+Without it nothing in the run would tell that such a registry rests on it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeAlias
+
+from nested_core.errors import DamagedError
+from nested_core.storage.atomic import write_json
+from nested_core.storage.untrusted_files import file_type, read_json
+
+MAX_BYTES = 2**20
+RegistryName: TypeAlias = tuple[str, str]  # the folder as it was given, and the name in it
+
+
+def read_promoted_to(path: Path) -> tuple[RegistryName, ...]:
+    """The registries and names, none without the file; DamagedError where it holds none."""
+    if file_type(path) == "missing":
+        return ()
+    try:
+        return tuple((str(one["registry"]), str(one["name"])) for one in read_json(path, MAX_BYTES))
+    except (KeyError, TypeError) as error:
+        raise DamagedError(f"{path} holds no list of registries: {error!r}.") from error
+
+
+def add_promoted_to(path: Path, registry: str, name: str) -> None:
+    """Add a registry and name, once."""
+    listed = dict.fromkeys([*read_promoted_to(path), (registry, name)])
+    write_json(path, [{"registry": one, "name": its_name} for one, its_name in listed])

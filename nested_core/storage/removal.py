@@ -1,0 +1,62 @@
+"""Whether a folder may be removed: the one place that decides it, for whatever removes folders.
+
+Runs, versions and exports each have a command that knows which of them nobody needs any more. What
+lies in such a folder beside the files of nested-tune is somebody else's, and keeps the folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+# Files that a killed writer, a desktop, or a file system on the network leaves in any folder.
+LEFTOVERS = re.compile(r"(.*/)?(\.(tmp|old)-|\.nfs)[^/]*(/.*)?|(.*/)?\.DS_Store")
+MOUNT_TABLE = Path("/proc/self/mountinfo")  # of Linux: it has bind mounts too (man 5 proc)
+MOUNT_POINT_COLUMN = 4
+
+
+def find_reason_to_keep(path: Path, is_written_by_us: Callable[[str], object]) -> str | None:
+    """Why a folder, or a file, must not be removed, in a sentence about it; None where it may go.
+
+    It is a link, something is mounted at it or in it, or it holds a link or a file that nested-tune
+    did not write. `is_written_by_us` is asked about each file, by its path in the folder with `/`;
+    about a single file by its name. Raises OSError for a folder that cannot be read.
+    """
+    if path.is_symlink():
+        return f"it is a link to {os.readlink(path)}, and no link is followed to remove"
+    top = os.path.realpath(path)
+    mounts = _read_mount_points()
+    if top in mounts or os.path.ismount(top):
+        return "something is mounted at it"
+    if os.path.isfile(top):
+        return None if is_written_by_us(path.name) else "nested-tune did not write it"
+    for folder, folders, files in os.walk(top, onerror=_raise):
+        for inside in (os.path.join(folder, name) for name in sorted([*folders, *files])):
+            name = os.path.relpath(inside, top)
+            if inside in mounts or os.path.ismount(inside):
+                return f"something is mounted at {name} in it"
+            if LEFTOVERS.fullmatch(name) or (os.path.isdir(inside) and not os.path.islink(inside)):
+                continue
+            if os.path.islink(inside) or not is_written_by_us(name):
+                return f"nested-tune did not write {name} in it"
+    return None
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
+def _read_mount_points() -> set[str]:
+    """Where file systems, folders and files are mounted; empty where there is no such table."""
+    try:
+        lines = MOUNT_TABLE.read_bytes().splitlines()
+    except FileNotFoundError:
+        return set()
+    escaped = (line.split()[MOUNT_POINT_COLUMN] for line in lines)
+    return {
+        os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), path))
+        for path in escaped
+    }
