@@ -553,9 +553,14 @@ def writing_report_at_end(run: RunDirectory) -> Iterator[None]:
         error = str(raised) or type(raised).__name__
         raise
     finally:
-        try:
-            report = RunReport(read_run(run, has_ended=True), error)
-            run.require_lock()
-            report.write(run.report)
-        except Exception as failure:
-            warnings.warn(f"{run.report} was not written: {failure}", stacklevel=3)
+        write_report_of_ended_run(run, error)
+
+
+def write_report_of_ended_run(run: RunDirectory, error: str | None) -> None:
+    """Write report.html with what ended the run; where that cannot be done, warn."""
+    try:
+        report = RunReport(read_run(run, has_ended=True), error)
+        run.require_lock()
+        report.write(run.report)
+    except Exception as failure:
+        warnings.warn(f"{run.report} was not written: {failure}", stacklevel=4)

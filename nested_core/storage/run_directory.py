@@ -178,6 +178,10 @@ class RunDirectory:
         if lock is not None:
             lock.require_still_at_path()
 
+    def is_locked_here(self) -> bool:
+        """Whether this process holds the run's lock by `locked`."""
+        return self.path.resolve() in _LOCKS
+
     def holder(self) -> int | None:
         """The id of the process that has the lock now, or None; several may ask at once."""
         return read_holder(self.lock)
