@@ -150,7 +150,7 @@ def describe_nights(
 ) -> Document:
     """The losses over the nights, a table, the latest night first, and links to other pages."""
     figures = [_read_figures(night) for night in nights]
-    dates = [f"{night.due:%d %b}" for night in nights]
+    dates = [f"{night.due:%d %b %H:%M}" for night in nights]
     rows = []
     judged_on = None
     for night, date, seen in zip(nights[::-1], dates[::-1], figures[::-1], strict=True):
@@ -172,7 +172,7 @@ def describe_nights(
         [
             Figures([[_draw_losses(dates[::-1], figures[::-1])]]),
             Table(HOW_TO_READ, COLUMNS, rows[::-1]),
-            Facts([("Page", Cell(text, path=path)) for text, path in links]),
+            Facts([(f"Newest {text} page", Cell("open", path=path)) for text, path in links]),
         ],
     )
 

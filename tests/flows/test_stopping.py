@@ -32,6 +32,12 @@ def test_a_run_that_has_begun_goes_on_with_resume(tmp_path: Path) -> None:
         signal.raise_signal(signal.SIGINT)
 
 
+def _request_stop(run: RunDirectory) -> None:
+    run.result.touch()
+    run.stop_request.touch()
+    time.sleep(60)
+
+
 def test_a_stop_request_outside_of_training_is_a_stop_at_once(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     with (
@@ -39,9 +45,7 @@ def test_a_stop_request_outside_of_training_is_a_stop_at_once(tmp_path: Path) ->
         run.locked(),
         Stopper().handling_signals(run),
     ):
-        run.result.touch()
-        run.stop_request.touch()
-        time.sleep(60)
+        _request_stop(run)
     assert not run.stop_request.exists()
 
 

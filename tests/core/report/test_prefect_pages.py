@@ -158,17 +158,17 @@ def nights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Night]:
 def test_a_night_is_a_row_with_its_figures_and_a_link_and_a_star_for_other_examples(
     nights: list[Night],
 ) -> None:
-    page = plain(describe_nights(NAME, nights, [("champion", "/artifacts/key/c")]))
+    page = plain(describe_nights(NAME, nights, [("champion", "/artifacts/artifact/c")]))
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| [")]
     assert [row[1] for row in rows] == [night.outcome for night in nights]
     assert rows[3] == [
-        f"[19 Nov](/runs/flow-run/{nights[3].flow_run})",
+        f"[19 Nov 02:00](/runs/flow-run/{nights[3].flow_run})",
         *("Promoted", "better", "1.25 / -", "14 / 12 of 15", "1.5", "40+10"),
     ]
     assert rows[1][3] == "1.25 / 1.19"
     assert rows[0][2:] == [*["-"] * 3, "1.5", "-"]
     assert [row[-1] for row in rows] == ["-", "40+10*", "40", "40+10", "40+10"]
-    assert "[champion](/artifacts/key/c)" in page
+    assert "**Newest champion page**: [open](/artifacts/artifact/c)" in page
 
 
 def test_a_night_that_trained_nothing_says_why_in_its_row(nights: list[Night]) -> None:
@@ -198,7 +198,7 @@ def test_the_losses_of_the_nights_are_a_line_from_the_oldest_to_the_latest(
     nights: list[Night],
 ) -> None:
     drawn = picture_of(describe_nights(NAME, nights, []))
-    assert "run, 1 is 18 Nov, 5 is 22 Nov" in drawn
+    assert "run, 1 is 18 Nov 02:00, 5 is 22 Nov 02:00" in drawn
     dots = re.findall(r'<circle cx="([^"]*)" cy="([^"]*)" r="[^"]*" fill="([^"]*)"', drawn)
     colours = [colour for _, _, colour in dots]
     candidate = [(float(x), float(y)) for x, y, colour in dots if colour == colours[0]]
