@@ -83,8 +83,8 @@ def deploy(plan: DeploymentPlan, notify: str | None = None) -> Iterator[str]:
             with suppress(ObjectNotFound):  # by another deploy, just now
                 client.delete_deployment(old.response.id)
             yield f"deployment {old.name}: removed, for an earlier deploy left it"
-        yield f"page {artifact_key(plan.adapter, NIGHTS_PAGE)}: {ui_address()}{artifact_path(page)}"
         yield from put_automations(client, plan.automations, block)
+        yield f"page {artifact_key(plan.adapter, NIGHTS_PAGE)}: {ui_address()}{artifact_path(page)}"
 
 
 def ui_address() -> str:
