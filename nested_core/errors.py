@@ -74,7 +74,8 @@ class NestedTuneError(Exception):
     """Base of all errors of this project; `exit_code` is what the command line returns.
 
     message: names files, keys and tensors that others named: as text it is safe to show.
-    advice: follows the message in the words of the reader's tool; in text, the command line's.
+    advice: follows the message in the words of the reader's tool; in text, the command line's. In
+        the traceback of a program, Python's stands below that.
     """
 
     exit_code = 1
@@ -82,6 +83,8 @@ class NestedTuneError(Exception):
     def __init__(self, message: str = "", *, advice: Advice | None = None) -> None:
         super().__init__(message)
         self.advice = advice
+        if advice is not None:
+            self.add_note(f"In Python: {advice.python}")
 
     def describe_for(self, reader: Literal["command", "page", "python"]) -> str:
         """The message with the advice for this reader."""
@@ -96,7 +99,8 @@ class NestedTuneError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         """The lines that IPython shows of the error, in a notebook too."""
-        *frames, _ = traceback.format_exception(self)
+        described = traceback.TracebackException.from_exception(self)
+        frames = list(described.format())[: -len(list(described.format_exception_only()))]
         return [*frames, f"{type(self).__name__}: {self.describe_for('python')}"]
 
 

@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 from uuid import UUID
 
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter
+from prefect.client.schemas.objects import Artifact
+from prefect.client.schemas.sorting import ArtifactSort
 from prefect.utilities.context import get_task_and_flow_run_ids
 
 from nested_core.text.document import Document
@@ -117,6 +119,21 @@ class ArtifactClient:
         )
         earlier = self._client.read_artifacts(artifact_filter=wanted, limit=1)
         return earlier[0].id if earlier else None
+
+
+def find_newest_artifact(client: SyncPrefectClient, key: str) -> Artifact | None:
+    """The artifact of a key that was updated last; None before there is one."""
+    wanted = ArtifactFilter.model_validate({"key": {"any_": [key]}})
+    newest = client.read_artifacts(artifact_filter=wanted, sort=ArtifactSort.UPDATED_DESC, limit=1)
+    return newest[0] if newest else None
+
+
+def artifact_path(artifact: UUID) -> str:
+    """Where the page of an artifact is on the server, which shows its content at once.
+
+    The page of a key, `/artifacts/key/...`, lists artifacts and shows none.
+    """
+    return f"/artifacts/artifact/{artifact}"
 
 
 def publish_page(

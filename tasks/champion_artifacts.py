@@ -15,9 +15,7 @@ from typing import Any
 from prefect import get_run_logger
 from prefect.assets import Asset, AssetProperties
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter
 from prefect.client.schemas.objects import Artifact
-from prefect.client.schemas.sorting import ArtifactSort
 from prefect.context import AssetContext
 from prefect.events import emit_event
 
@@ -26,7 +24,7 @@ from nested_core.registry import read_champion, read_champion_changes
 from nested_core.report.champion import ChampionRecord, describe_champion
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.foreign_text import escape, escape_markdown
-from tasks.artifact_client import artifact_key, publish_page
+from tasks.artifact_client import artifact_key, find_newest_artifact, publish_page
 from tasks.prefect_server import related_resource
 
 _INVALID_KEY_CHARACTERS = re.compile(r"[^A-Za-z0-9._~-]+")
@@ -126,9 +124,5 @@ def had_champion(registry: Path, name: str) -> bool:
 
 def _read_newest_page(name: str) -> Artifact | None:
     """The newest page of a name's champion; None without one."""
-    wanted = ArtifactFilter.model_validate({"key": {"any_": [artifact_key(name, PAGE)]}})
     with get_client(sync_client=True) as client:
-        newest = client.read_artifacts(
-            artifact_filter=wanted, sort=ArtifactSort.UPDATED_DESC, limit=1
-        )
-    return newest[0] if newest else None
+        return find_newest_artifact(client, artifact_key(name, PAGE))

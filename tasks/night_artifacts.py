@@ -10,7 +10,7 @@ from uuid import UUID
 from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
-from prefect.client.schemas.filters import ArtifactFilter, FlowFilter, FlowRunFilter
+from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Completed, State
@@ -24,7 +24,12 @@ from nested_core.report.nights import Night, describe_night, describe_nights, jo
 from nested_core.storage.run_directory import RunDirectory, find_run_of
 from nested_core.text.document import Document
 from nested_core.text.foreign_text import escape_markdown
-from tasks.artifact_client import artifact_key, publish_page
+from tasks.artifact_client import (
+    artifact_key,
+    artifact_path,
+    find_newest_artifact,
+    publish_page,
+)
 from tasks.events import emit_adapter_event
 from tasks.prefect_server import asking_server
 
@@ -80,9 +85,8 @@ def publish_night(
 
 def find_nights_page(client: SyncPrefectClient, name: str) -> UUID | None:
     """The artifact of an adapter's page, which stays the same; None before there is one."""
-    wanted = ArtifactFilter.model_validate({"key": {"any_": [artifact_key(name, NIGHTS_PAGE)]}})
-    found = client.read_artifacts(artifact_filter=wanted, limit=1)
-    return found[0].id if found else None
+    page = find_newest_artifact(client, artifact_key(name, NIGHTS_PAGE))
+    return None if page is None else page.id
 
 
 def make_nights_page(client: SyncPrefectClient, name: str) -> UUID:
@@ -107,10 +111,16 @@ def publish_nights(name: str | None, ended: tuple[UUID, str] | None = None) -> N
         outcomes = dict([] if ended is None else [ended])
         nights = [night_of(run, outcomes.get(run.id)) for run in _read_runs(client, name)]
         if nights:
-            links = [(page, f"/artifacts/key/{artifact_key(name, page)}") for page in OTHER_PAGES]
+            links = _list_links(client, name)
             page = ArtifactUpdate(data=str(describe_nights(name, nights, links)))
             there = find_nights_page(client, name) or make_nights_page(client, name)
             client.update_artifact(there, page)
+
+
+def _list_links(client: SyncPrefectClient, name: str) -> list[tuple[str, str]]:
+    """The newest of each of an adapter's other pages that the server has, with its path."""
+    newest = {page: find_newest_artifact(client, artifact_key(name, page)) for page in OTHER_PAGES}
+    return [(page, artifact_path(each.id)) for page, each in newest.items() if each is not None]
 
 
 def tell_week(registry: Path, name: str) -> None:

@@ -34,7 +34,7 @@ def test_the_six_lines_train_judge_and_read_the_verdict(tmp_path: Path) -> None:
     verdict, outcome = done.stdout.splitlines()
     assert verdict.startswith("passed, better: ")
     adapter, version, promotion = outcome.split()
-    assert adapter == "runs/first/adapter"
+    assert adapter == "runs/second/adapter"
     assert (tmp_path / "registry" / "capitals" / "champion").resolve().name == version
     assert promotion == "promoted"
 

@@ -75,7 +75,12 @@ def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
     from prefect.client.orchestration import get_client
 
     from flows.deployment.alerts import send_test_alert
-    from flows.deployment.deploy import NO_ALERTS_WARNING, deploy, require_server
+    from flows.deployment.deploy import (
+        NO_ALERTS_WARNING,
+        deploy,
+        list_next_commands,
+        require_server,
+    )
     from flows.deployment.planned_deployments import begin_name, make_plan
     from flows.deployment.pool_sizes import route_by_forecast
     from flows.deployment.retention import check_retention
@@ -102,11 +107,16 @@ def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
             done.append(send_test_alert(client, alerts))
             print_progress(done[-1])
 
+    next_commands = list(list_next_commands(plan))
+
     def show() -> None:
-        """How much is in place, and loudly where nobody would be told of a bad night."""
+        """How much is in place, what to type next, and loudly where nobody would be told."""
         is_silent = NO_ALERTS_WARNING in done
         print_line(f"deployed: {len(done) - int(is_silent)} things are in place")
+        print_line("next, with this PREFECT_API_URL, each worker in a terminal of its own:")
+        for command in next_commands:
+            print_line(f"  {command}")
         if is_silent:
             print_line(NO_ALERTS_WARNING)
 
-    return result_printer(arguments, lambda: {"done": done}, show)
+    return result_printer(arguments, lambda: {"done": done, "next": next_commands}, show)

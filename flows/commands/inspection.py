@@ -201,4 +201,7 @@ def run_stop(arguments: argparse.Namespace) -> Callable[[], int]:
     if holder is None:
         raise ConfigError(f"{run.path} is not being trained by any process: nothing to stop.")
     run.stop_request.touch()
-    return text_printer(f"asked process {holder} to stop after its current step")
+    return text_printer(
+        f"asked process {holder} to stop: after its current step, or within seconds where "
+        "it is not training"
+    )

@@ -133,7 +133,8 @@ def add_commands(commands: Any) -> None:
     policy.add_argument(
         "--canary",
         choices=("refuse", "rollback", "null"),
-        help="what a server does with a champion that fails its canary (null: refuse)",
+        help="what a server does with a champion that fails its canary: recorded answers that it "
+        "has to repeat before it is served (null: refuse)",
     )
     policy.add_argument(
         "--reference",

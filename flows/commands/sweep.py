@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.commands.command_output import result_printer
 from flows.commands.config_flags import (
@@ -20,6 +20,11 @@ from nested_core import backend
 from nested_core.config.loading import parse_yaml
 from nested_core.errors import ConfigError
 from nested_core.storage.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from nested_core.config.schema import FineTuneConfig
+    from nested_core.models.session import Session
+    from nested_core.records.verdict import Verdict
 
 
 def add_commands(commands: Any) -> None:
@@ -72,7 +77,7 @@ def run_sweep(arguments: argparse.Namespace) -> Callable[[], int]:
         from nested_core.pipeline.sweep import SweepRequest, sweep
         from nested_core.report.sweep import describe_scores, sweep_columns, sweep_rows
 
-    stopper = Stopper()
+    stopper = Stopper(ends_process=True)
 
     class SweepSteps(Steps):
         """Messages on standard error; signals go to the trainer of the arm that is trained."""
@@ -84,6 +89,11 @@ def run_sweep(arguments: argparse.Namespace) -> Callable[[], int]:
         def on_training_start(self, trainer: Any) -> None:
             """Let signals stop it."""
             stopper.direct_signals_to(trainer)
+
+        def judge(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Verdict:
+            """Judge; signals end it where it is, for no trainer is left to stop."""
+            stopper.release_trainer()
+            return super().judge(config, run, session)
 
     request = SweepRequest(over, arguments.select_by, arguments.minutes, arguments.steps)
     print_progress(f"sweep: {folder}")

@@ -177,7 +177,7 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
         from flows.commands.terminal_hooks import TerminalSteps  # loads mlx, which takes seconds
         from nested_core.pipeline.finetune import finetune
 
-    stopper = Stopper()
+    stopper = Stopper(ends_process=True)
     log = None
     if arguments.log == "mlx_lm":
         log = MlxLmLog(config, run, sys.stderr if arguments.json else sys.__stdout__ or sys.stderr)

@@ -7,6 +7,7 @@ at once leave one of everything.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from uuid import UUID
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.objects import WorkerStatus
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.schemas.automations import Automation, AutomationCore
 from prefect.exceptions import MissingFlowError, ObjectAlreadyExists, ObjectNotFound, ScriptError
@@ -28,14 +30,16 @@ from prefect.workers.process import ProcessWorker
 
 from flows.deployment.alerts import alert_action, alert_block, find_or_make_block
 from flows.deployment.planned_deployments import (
+    FINETUNE_ENTRYPOINT,
     RECONCILE_ENTRYPOINT,
     DeploymentPlan,
     PlannedDeployment,
     replace_placeholders,
 )
 from nested_core.errors import ConfigError
+from tasks.artifact_client import artifact_key, artifact_path
 from tasks.deployed_registries import READ_PAGE_SIZE, adapters_in, read_deployments
-from tasks.night_artifacts import find_nights_page, make_nights_page
+from tasks.night_artifacts import NIGHTS_PAGE, find_nights_page, make_nights_page
 
 NO_ALERTS_WARNING = (
     "alerts: NOBODY IS NOTIFIED of a run that failed, crashed or is late. Make a notification "
@@ -49,8 +53,10 @@ def require_server() -> None:
     """ConfigError where no server is named."""
     if get_current_settings().api.url is None:
         raise ConfigError(
-            "PREFECT_API_URL is not set: there is no server to deploy to. Start one (see "
-            "deployments/README.md) and set PREFECT_API_URL, as in deployments/settings.env."
+            "PREFECT_API_URL is not set: there is no server to deploy to. On a laptop, type "
+            "`export PREFECT_API_URL=http://127.0.0.1:4200/api` in this terminal and in another "
+            "one, `prefect server start` in that one, and this command again. For a team: "
+            "deployments/README.md."
         )
 
 
@@ -63,7 +69,7 @@ def deploy(plan: DeploymentPlan, notify: str | None = None) -> Iterator[str]:
         block = None if notify is None else find_or_make_block(client, notify)
         yield from _make_work_pools(client, plan.work_pools)
         page = find_nights_page(client, plan.adapter) or make_nights_page(client, plan.adapter)
-        nights = {"nights": f"/artifacts/artifact/{page}"}
+        nights = {"nights": artifact_path(page)}
         there = read_server_deployments(client)
         planned = {each.full_name for each in plan.deployments}
         outdated = [each for each in there if each.name not in planned and each.is_for(plan)]
@@ -78,6 +84,26 @@ def deploy(plan: DeploymentPlan, notify: str | None = None) -> Iterator[str]:
                 client.delete_deployment(old.response.id)
             yield f"deployment {old.name}: removed, for an earlier deploy left it"
         yield from put_automations(client, plan.automations, block)
+        yield f"page {artifact_key(plan.adapter, NIGHTS_PAGE)}: {ui_address()}{artifact_path(page)}"
+
+
+def ui_address() -> str:
+    """Where a browser finds the server's pages."""
+    settings = get_current_settings()
+    return str(settings.ui_url or settings.api.url).removesuffix("/api")
+
+
+def list_next_commands(plan: DeploymentPlan) -> Iterator[str]:
+    """What to type next: a worker for each pool that has none, and a run of the adapter."""
+    pools = sorted({each.work_pool.name for each in plan.deployments})
+    with get_client(sync_client=True) as client:
+        for pool in pools:
+            workers = client.read_workers_for_work_pool(pool)
+            if not any(worker.status == WorkerStatus.ONLINE for worker in workers):
+                yield f"prefect worker start --pool {shlex.quote(pool)}"
+    trained = [each for each in plan.deployments if each.entrypoint == FINETUNE_ENTRYPOINT]
+    for each in trained[:1]:
+        yield f"prefect deployment run {shlex.quote(each.full_name)}"
 
 
 @dataclass(frozen=True)

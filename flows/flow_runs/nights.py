@@ -29,7 +29,7 @@ RESUMED_TAG = "resumed"  # of a run that went on after a crash, or by the Retry 
 
 
 def name_flow_run() -> str:
-    """Prefect's callback that names a run: "support-bot, 21 Nov"."""
+    """Prefect's callback that names a run: "support-bot, 21 Nov 02:00"."""
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:  # Prefect calls it within the run's context
         raise RuntimeError("A flow run is named while it begins.")
@@ -37,15 +37,15 @@ def name_flow_run() -> str:
 
 
 def format_flow_run_name(flow_run: FlowRun, parameters: Mapping[str, Any]) -> str:
-    """The adapter and the day (UTC) that a run was due; of a sweep, its point too.
+    """The adapter and the time (UTC) that a run was due; of a sweep, its point too.
 
     A run that is tried again keeps the name that it has.
     """
     adapter = read_adapter_name(parameters)
     if flow_run.name.startswith(f"{adapter}, "):
         return flow_run.name
-    due = flow_run.expected_start_time or flow_run.created or datetime.now(UTC)
-    night = f"{adapter}, {due.astimezone(UTC).day} {due.astimezone(UTC):%b}"
+    due = (flow_run.expected_start_time or flow_run.created or datetime.now(UTC)).astimezone(UTC)
+    night = f"{adapter}, {due.day} {due:%b %H:%M}"
     return f"{night}: {flow_run.name}" if SWEEP_TAG in flow_run.tags else night
 
 

@@ -125,7 +125,9 @@ class TrainingSection(Section):
     min_delta: NonNegativeFloat = key(1e-4, "least fall of the loss that counts as improvement")
     keep_checkpoints: PositiveInt = key(5, "checkpoints kept, with the best and the last always")
     precision: Literal["auto", "float32", "bfloat16"] = key(
-        "auto", "dtype of the forward and backward pass"
+        "auto",
+        "dtype of the forward and backward pass; auto: float32 on a CPU, which multiplies bfloat16 "
+        "matrices several times slower, and on a GPU the dtype that the model is stored in",
     )
     memory_limit_gb: PositiveFloat | None = key(None, "GB of the device's memory to stay within")
     max_nonfinite_steps: PositiveInt = key(5, "steps in a row until the run ends as diverged")

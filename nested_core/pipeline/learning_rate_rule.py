@@ -55,8 +55,8 @@ def describe_learning_rate(config: FineTuneConfig) -> str | None:
     product = _product(config)
     low, high = BEST_PRODUCTS
     text = (
-        f"rank x scale x rate is {product:.2g}; 34 of 35 models trained best at {low:g} to "
-        f"{high:g} (tinker-cookbook, sft_sweep.md)"
+        f"rank x scale x rate is {product:.2g}; {low:g} to {high:g} was best for 34 of the 35 "
+        f"models of a published sweep (sft_sweep.md of tinker-cookbook)"
     )
     if low <= product <= high:
         return text

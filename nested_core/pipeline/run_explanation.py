@@ -6,6 +6,7 @@ run would; nothing is kept.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.learning_rate_rule import describe_learning_rate
 from nested_core.pipeline.replay import describe_replay
 from nested_core.records.dataset import SplitStats, held_out_split
+from nested_core.records.loss_conclusion import MIN_MARGIN
 from nested_core.records.metrics import read_metrics
 from nested_core.registry.policy import hold_to_policy
 from nested_core.storage.adapter import WEIGHTS_NAME
@@ -124,7 +126,7 @@ class RunExplanation:
 
     def _describe_tiers(self) -> str:
         if len(self.tiers) == 1 and self.tiers[0].frequency == 1:
-            return "one; everything is updated at every step, as with any trainer."
+            return "one group of tensors, updated at every step, as with any trainer."
         parts = []
         for tier in self.tiers:
             often = "every step" if tier.frequency == 1 else f"every {tier.frequency} steps"
@@ -190,18 +192,18 @@ class RunExplanation:
         if self.training_seconds is None or self.tokens_per_second is None:
             return "not measured."
         duration = format_duration(max(self.training_seconds, 1.0))
+        speed = f"{self.tokens_per_second:,.0f} trained-on tokens a second"
         return (
             f"about {duration} of training, by a few steps that were tried on "
-            f"this machine ({self.device}): {self.tokens_per_second:,.0f} tokens a second. "
-            f"Evaluations and the gate come on top."
+            f"this machine ({self.device}): {speed}. Evaluations and the gate come on top."
         )
 
     def _describe_gate(self) -> Iterator[str]:
         gate = self.config.gate
         yield (
-            "rejects an adapter that equals the one it started from, has a tensor or a tier that "
-            "did not move, is not finite, or changes nothing that the model says. At most "
-            f"{gate.max_skipped_share:.2%} of a tier's updates may be skipped for gradients that "
+            "rejects an adapter that equals the one it started from, has a tensor that did not "
+            "move, is not finite, or changes nothing that the model says. At most "
+            f"{gate.max_skipped_share:.2%} of a tensor's updates may be skipped for gradients that "
             "are not finite."
         )
         if gate.min_relative_change:
@@ -214,17 +216,21 @@ class RunExplanation:
             file = gate.held_out if split is None else self.splits[split].file
             yield self._describe_loss_bound(file)
             yield (
-                f"At most {gate.max_harmed_share:.2%} of these examples may lose more than 1 "
-                f"nat/token while few gain as much."
+                f"The loss of at most {gate.max_harmed_share:.2%} of these examples may rise by "
+                f"more than 1 nat/token (each expected token {math.e:.1f} times less likely) while "
+                f"few fall by as much."
             )
             if gate.max_kl is not None:
-                yield f"The mean KL divergence from the start may be {gate.max_kl:g} nats/token."
+                yield (
+                    f"The mean KL divergence from the start may be {gate.max_kl:g} nats/token (0: "
+                    f"no prediction moved)."
+                )
         else:
             yield "No loss is compared: there is no valid and no test split."
         if gate.max_general_loss_increase is not None:
             yield (
                 f"Its loss on {gate.general_data} may not rise significantly, unless the rise is "
-                f"certainly within {gate.max_general_loss_increase:.2%}."
+                f"certainly within {_describe_margin(gate.max_general_loss_increase)}."
             )
         for task in gate.tasks:
             bounds = ", ".join(self._describe_suite_bounds(task)) or "no threshold"
@@ -247,15 +253,16 @@ class RunExplanation:
 
     def _describe_loss_bound(self, file: str) -> str:
         gate = self.config.gate
-        bound = f"{gate.max_val_loss_increase:.2%}"
+        increase = gate.max_val_loss_increase
         where = f"Its loss on held-out examples, {file},"
         if gate.noise == "none":
-            return f"{where} may not rise by more than {bound}."
-        if gate.max_val_loss_increase == 0:
+            return f"{where} may not rise by more than {increase:.2%}."
+        if increase == 0:
             return f"{where} may not rise significantly."
         return (
-            f"{where} may not rise significantly, unless the rise is certainly within {bound}. "
-            f"If the examples are too few to tell, the verdict says so and the adapter passes."
+            f"{where} may not rise significantly, unless the rise is certainly within "
+            f"{_describe_margin(increase)}. If the examples are too few to tell, the verdict says "
+            f"so and the adapter passes."
         )
 
     def _describe_registry(self) -> str:
@@ -270,6 +277,11 @@ class RunExplanation:
         }[registry.promote]
         text = f"registered as {registry.name} in {registry.path}, and {policy}."
         return " ".join([text, *(f"But {sentence}." for sentence in self.tightening)])
+
+
+def _describe_margin(increase: float) -> str:
+    """A relative bound of a loss, and the least rise that it allows, as `margin_of_loss` has it."""
+    return f"{increase:.2%} or {MIN_MARGIN:g} nats/token, whichever is more"
 
 
 def _format_batches(count: int) -> str:

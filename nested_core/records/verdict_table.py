@@ -27,7 +27,10 @@ from nested_core.text.document import Block, Cell, Table, Text, Tone
 from nested_core.text.loss_format import format_difference, format_loss, loss_name_for_file
 
 CHECK_COLUMNS = ("checked", "before", "after", "difference", "threshold", "verdict")
-CHECKED = "What was checked; losses in nats/token, differences with their 95 % interval"
+CHECKED = (
+    "What was checked. Losses are in nats/token: the mean of -ln(probability) of the expected "
+    "tokens, as mlx_lm prints it. Differences have their 95 % interval"
+)
 LOST_COLUMNS = ("question", "expected", "before", "after")
 MAX_LOST_PER_SUITE = 3
 MAX_SHOWN_REASONS = 20
@@ -170,25 +173,27 @@ def _loss_checks(verdict: Verdict) -> Iterator[CheckRow]:
         name = f"{loss_name_for_file(losses.file)}, {describe_examples(losses)}"
         yield _loss_check(name, losses, _reasons_of(verdict, "loss_regressed"))
         if losses.harmed is not None:
-            bound = f"at most {verdict.bound('max_harmed_share') or 0:.2%}, or {MIN_HARMED - 1}"
+            share = f"{verdict.bound('max_harmed_share') or 0:.2%}"
+            bound = f"at most {share} of them, or {MIN_HARMED - 1} examples"
             harmed = _reasons_of(verdict, "examples_harmed")
             after = str(losses.harmed)
-            yield _make_check("per-example regressions", harmed, after=after, bound=bound)
+            name = "examples that lost more than 1 nat/token"
+            yield _make_check(name, harmed, after=after, bound=bound)
     for role, other in (("champion", verdict.champion), ("reference", verdict.reference)):
         if other is not None:
             yield _rival_check(role, other)
     yield from _ancestor_checks(verdict)
     if drift is not None:
         max_kl = verdict.bound("max_kl")
-        bound_or_none = None if max_kl is None else f"at most {max_kl:g}"
+        bound = "none set (0: no prediction moved)" if max_kl is None else f"at most {max_kl:g}"
         reasons = _reasons_of(verdict, "drift")
         after = format_loss(drift.kl_initial)
         word = None if max_kl is None else "passed"
-        yield _make_check(
-            "KL from the initial adapter", reasons, word, after=after, bound=bound_or_none
-        )
+        name = "KL divergence from the initial adapter"
+        yield _make_check(name, reasons, word, after=after, bound=bound)
         if drift.kl_base is not None:
-            yield CheckRow("KL from the base", after=format_loss(drift.kl_base), verdict=None)
+            name = "KL divergence from the base"
+            yield CheckRow(name, after=format_loss(drift.kl_base), verdict=None)
     if general is not None:
         reasons = [r for r in _reasons_of(verdict, "forgetting") if r.ancestor is None]
         yield _loss_check("loss on general text", general, reasons)

@@ -28,11 +28,12 @@ CRASHED_RUN_NOTE = (
 )
 MAX_SHOWN_CHECKS = 4
 PROBLEMS: tuple[Severity, ...] = ("error", "warning")  # findings that are more than a figure
-COLUMNS = ("run", "outcome", "conclusion", "loss", "right", "minutes", "examples")
+COLUMNS = ("run", "outcome", "loss", "right", "min", "rows")
+MAX_WIDTH = 28  # of a cell: all columns are to be seen in 710 pixels, which one UI of Prefect has
 HOW_TO_READ = (
     "Losses (nats/token on the examples of the gate) and right answers (of all eval sets): the "
-    "candidate's, then the champion's. Examples: trained on + held out; * other held-out examples "
-    "than in the run before."
+    "candidate's, then the champion's. Rows: trained on + held out; * other held-out rows than in "
+    "the run before. Min: minutes."
 )
 
 
@@ -150,7 +151,7 @@ def describe_nights(
 ) -> Document:
     """The losses over the nights, a table, the latest night first, and links to other pages."""
     figures = [_read_figures(night) for night in nights]
-    dates = [f"{night.due:%d %b}" for night in nights]
+    dates = [f"{night.due:%d %b %H:%M}" for night in nights]
     rows = []
     judged_on = None
     for night, date, seen in zip(nights[::-1], dates[::-1], figures[::-1], strict=True):
@@ -159,8 +160,7 @@ def describe_nights(
         rows.append(
             (
                 Cell(date, path=f"/runs/flow-run/{night.flow_run}"),
-                seen.outcome or night.outcome,
-                seen.conclusion,
+                ": ".join(filter(None, (seen.outcome or night.outcome, seen.conclusion))),
                 _join_two(seen.loss, seen.champion_loss),
                 seen.answers,
                 f"{night.minutes:.1f}",
@@ -171,8 +171,8 @@ def describe_nights(
         f"{name}: the last scheduled runs",
         [
             Figures([[_draw_losses(dates[::-1], figures[::-1])]]),
-            Table(HOW_TO_READ, COLUMNS, rows[::-1]),
-            Facts([("Page", Cell(text, path=path)) for text, path in links]),
+            Table(HOW_TO_READ, COLUMNS, rows[::-1], MAX_WIDTH),
+            Facts([(f"Newest {text} page", Cell("open", path=path)) for text, path in links]),
         ],
     )
 

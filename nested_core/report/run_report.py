@@ -164,7 +164,9 @@ def _describe_training(run: Run) -> Iterator[Block]:
             {"before clipping": "grad_norm", "after clipping": "clipped_grad_norm"},
         ),
         _metric_figure(run, "Peak memory", "GB", {"peak memory": "peak_memory_gb"}),
-        _metric_figure(run, "Speed", "tokens a second", {"tokens/s": "tokens_per_second"}),
+        _metric_figure(
+            run, "Speed", "trained-on tokens a second", {"tokens/s": "tokens_per_second"}
+        ),
     ]
     if not run.metrics:
         yield Text("Nothing was reported yet.")
@@ -276,7 +278,10 @@ def _list_worst_examples(run: Run, losses: ExampleLosses) -> Iterator[Block]:
         for place in order
     ]
     yield Text(f"{improved} of {len(losses)} examples have a lower loss than before.")
-    caption = f"The {len(rows)} examples with the worst difference; all: gate-losses.jsonl"
+    caption = (
+        f"The {len(rows)} examples whose loss rose most or, where none rose, fell least; all: "
+        "gate-losses.jsonl"
+    )
     yield Table(caption, ("example", "text", *columns, "tokens"), rows)
 
 
@@ -548,9 +553,14 @@ def writing_report_at_end(run: RunDirectory) -> Iterator[None]:
         error = str(raised) or type(raised).__name__
         raise
     finally:
-        try:
-            report = RunReport(read_run(run, has_ended=True), error)
-            run.require_lock()
-            report.write(run.report)
-        except Exception as failure:
-            warnings.warn(f"{run.report} was not written: {failure}", stacklevel=3)
+        write_report_of_ended_run(run, error)
+
+
+def write_report_of_ended_run(run: RunDirectory, error: str | None) -> None:
+    """Write report.html with what ended the run; where that cannot be done, warn."""
+    try:
+        report = RunReport(read_run(run, has_ended=True), error)
+        run.require_lock()
+        report.write(run.report)
+    except Exception as failure:
+        warnings.warn(f"{run.report} was not written: {failure}", stacklevel=4)

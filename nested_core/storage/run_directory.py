@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
 
-from nested_core.errors import ConfigError, DamagedError, go_on_with
+from nested_core.errors import Advice, ConfigError, DamagedError, go_on_with
 from nested_core.storage.canary_file import CANARY_NAME
 from nested_core.storage.lock_file import (
     LockFile,
@@ -195,6 +195,10 @@ class RunDirectory:
         if lock is not None:
             lock.require_still_at_path()
 
+    def is_locked_here(self) -> bool:
+        """Whether this process holds the run's lock by `locked`."""
+        return self.path.resolve() in _LOCKS
+
     def holder(self) -> int | None:
         """The id of the process that has the lock now, or None; several may ask at once."""
         return read_holder(self.lock)
@@ -255,16 +259,24 @@ def open_run(path: str | Path, *, resume: bool = False) -> RunDirectory:
     if run.is_nonempty() and not resume:
         if run.config.is_file() and not run.tiers.exists() and run.holder() is None:
             raise ConfigError(
-                f"{path} is not empty: a run began there, and ended before it could train. Add "
-                f"--resume to begin it again, also with a corrected configuration, or give a "
-                f"--run-dir that does not exist yet."
+                f"{path} is not empty: a run began there, and ended before it could train:",
+                advice=_resume_or_choose_other(
+                    "begin it again, also with a corrected configuration"
+                ),
             )
         raise ConfigError(
-            f"{path} is not empty. A run is never written over: add --resume to continue it, or "
-            f"give a --run-dir that does not exist yet."
+            f"{path} is not empty. A run is never written over:",
+            advice=_resume_or_choose_other("continue it"),
         )
     if resume and not run.is_nonempty():
-        raise ConfigError(f"{path} holds nothing to resume. Leave --resume out to start it.")
+        raise ConfigError(
+            f"{path} holds nothing to resume.",
+            advice=Advice(
+                command="Leave --resume out to start it.",
+                page="Leave resume out to start it.",
+                python="Leave resume=True out to start it.",
+            ),
+        )
     if resume and path.is_dir() and not run.has_run_files():
         raise ConfigError(
             f"{path} is not a run directory: it is not empty, and has no run.lock, dataset.json or "
@@ -273,6 +285,16 @@ def open_run(path: str | Path, *, resume: bool = False) -> RunDirectory:
         )
     _require_folder(path)
     return run
+
+
+def _resume_or_choose_other(purpose: str) -> Advice:
+    """The advice for a run directory that is not empty."""
+    python = f"finetune(config, open_run(PATH, resume=True), resume=True) to {purpose}"
+    return Advice(
+        command=f"add --resume to {purpose}, or give a --run-dir that does not exist yet.",
+        page=f"set resume to {purpose}, or give a run_dir that does not exist yet.",
+        python=f"call {python}, or give open_run a path that does not exist yet.",
+    )
 
 
 def _require_folder(path: Path) -> None:

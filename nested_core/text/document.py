@@ -19,7 +19,6 @@ from nested_core.text.value_format import format_value
 
 Tone = Literal["", "good", "bad", "warn", "note"]
 MAX_PARAGRAPH, MAX_CELL = 2_000, 400  # characters of a page; a longer text is cut
-MAX_MARKDOWN_WIDTH = 48  # characters of a cell; of a longer one the rest is in further rows
 MIN_WRAPPED = 60  # characters of a cell that gets a width of its own
 MAX_HEAT_OPACITY = 0.55  # share of the colour behind the largest value: text on it stays legible
 MAX_NUMBER_ROWS = 200  # of the table of a curve's numbers
@@ -67,11 +66,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table, whose first column names its rows; a cell is a value or a `Cell`."""
+    """A table, whose first column names its rows; a cell is a value or a `Cell`.
+
+    max_width: characters of a cell in markdown; of a longer one the rest is in further rows.
+    """
 
     caption: str
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
+    max_width: int = 48
 
 
 @dataclass(frozen=True)
@@ -279,17 +282,18 @@ def _markdown_table(table: Table) -> Iterator[str]:
     yield _markdown_row(table.columns)
     yield "|" + "---|" * len(table.columns)
     for row in table.rows:
-        yield from map(_markdown_row, zip_longest(*map(_wrap, row), fillvalue=""))
+        lines = [_wrap(cell, table.max_width) for cell in row]
+        yield from map(_markdown_row, zip_longest(*lines, fillvalue=""))
     yield ""
 
 
-def _wrap(cell: object) -> list[object]:
+def _wrap(cell: object, width: int) -> list[object]:
     """A cell, or its lines, each for a row: one of Prefect's UIs cuts what is too wide for it."""
     if isinstance(cell, Cell) and cell.path is not None:
         return [cell]
     text = h.cut(format_value(_plain(cell)), MAX_CELL)
     lines = textwrap.wrap(  # a digest stays whole
-        text, MAX_MARKDOWN_WIDTH, break_long_words=False, break_on_hyphens=False
+        text, width, break_long_words=False, break_on_hyphens=False
     )
     return [*lines] or [""]
 

@@ -93,7 +93,7 @@ def test_a_signal_while_the_gate_judges_exits_5_and_the_resumed_run_is_judged(tm
     process.send_signal(signal.SIGTERM)
     stopped = ended(process)
     assert stopped.code == 5
-    assert "what was done so far is on disk" in stopped.message()
+    assert "is judged once the run goes on" in stopped.message()
     assert not (tmp_path / "run" / "gate.json").exists()
     resumed = completed(*TRAIN, "--resume", cwd=tmp_path)
     assert resumed.code in (0, 4), resumed.stderr

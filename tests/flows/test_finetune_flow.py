@@ -81,7 +81,7 @@ def test_the_flow_run_has_the_adapters_name_the_night_and_its_outcome(completed)
         run = client.read_flow_run(flow_run_id(completed[1]))
     due = run.expected_start_time
     assert due is not None
-    assert run.name == f"capitals, {due.day} {due:%b}"
+    assert run.name == f"capitals, {due.day} {due:%b %H:%M}"
     assert set(run.tags) >= {"capitals", "command"}
     assert (run.state_type, run.state_name) == (StateType.COMPLETED, "Promoted")
 

@@ -300,7 +300,7 @@ MISTAKES: dict[str, Mistake] = {
         prepare=begin_other_run,
     ),
     "a run folder of an attempt that failed": Mistake(
-        ("ended before it could train. Add --resume to begin it again, also with a corrected",),
+        ("ended before it could train: add --resume to begin it again, also with a corrected",),
         prepare=begin_run,
     ),
     "resuming with another configuration": Mistake(

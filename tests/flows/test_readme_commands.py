@@ -1,4 +1,4 @@
-"""README's six commands, and seven of docs/first-hour.md, from rows to a served answer."""
+"""README's commands, question and Python block, and those of docs/first-hour.md, as printed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,16 +34,14 @@ def read_commands(document: str, data: str, **words: str) -> list[list[str]]:
     return [[words.get(word, word) for word in line] for line in lines]
 
 
-def ask(address: str, curl: list[str], question: str) -> tuple[str, str | None]:
-    """The answer to a question asked as curl asks it, and the version that the server names."""
+def ask(address: str, curl: list[str]) -> tuple[str, str | None]:
+    """The answer to what curl asks, and the version that the server names."""
     _, url, option, content = curl
     host, slash, path = url.partition("/")
     assert (host, option) == ("127.0.0.1:8080", "-d")  # the port of `serve` without --port
-    body = json.loads(content)
-    body["messages"][0]["content"] = question
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=300)
     headers = {"Content-Type": "application/x-www-form-urlencoded"}  # as curl sends it
-    connection.request("POST", slash + path, json.dumps(body), headers)
+    connection.request("POST", slash + path, content, headers)
     response = connection.getresponse()
     version = response.headers["X-Adapter-Version"]
     answer = json.load(response)["choices"][0]["message"]["content"]
@@ -79,14 +78,16 @@ def ask_server(serve: list[str], curl: list[str], cwd: Path) -> tuple[str, str |
     try:
         wait_until(lambda: " at http" in log.read_text(), log.read_text, process)
         (address,) = re.findall(r" at (http://127\.0\.0\.1:\d+)", log.read_text())
-        return ask(address, curl, QUESTION)
+        return ask(address, curl)
     finally:
         process.kill()
         process.wait()
 
 
-@pytest.mark.slow("six commands, each a process")
-def test_the_readme_s_six_commands_end_with_an_answer_of_ones_own_adapter(tmp_path: Path) -> None:
+@pytest.mark.slow("six commands and the Python block, each a process")
+def test_the_readme_s_commands_question_and_python_block_hold_in_their_order(
+    tmp_path: Path,
+) -> None:
     words = {"DATA": str(DATA), "MODEL": str(MODEL)}
     *commands, serve, curl = read_commands("README.md", "DATA", **words)
     assert [command[:2] for command in (*commands, serve)] == [
@@ -95,7 +96,13 @@ def test_the_readme_s_six_commands_end_with_an_answer_of_ones_own_adapter(tmp_pa
     run_all(commands, tmp_path)
     answer, version = ask_server(serve, curl, tmp_path)
     assert version == read_champion(tmp_path / "registry", "support-bot")
-    assert "Go and see" in answer
+    assert answer == "Go and see Bratislava, the capital of Slovakia!"
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    again = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[1] == "runs/second/adapter None None"
 
 
 @pytest.mark.slow("seven commands, each a process")

@@ -70,7 +70,8 @@ def test_a_screen_tells_of_steps_time_losses_speed_memory_and_tiers() -> None:
         "0:12 elapsed, about 8.0 s left",
         "training loss 0.08 (train.jsonl, mean since the last report, step 100)",
         "validation loss 0.75 (valid.jsonl, 10 examples, step 100), lowest 0.5 (step 50)",
-        "learning rate 0.0001, gradient norm 0.5, 1,234 tokens/s, peak memory 2.25 of 24 GB",
+        "learning rate 0.0001, gradient norm 0.5, 1,234 trained-on tokens/s, peak memory "
+        "2.25 of 24 GB",
         "updates: tier 0 (every step) 100 · tier 1 (every 4) 25 · skipped 1",
     ):
         assert words in screen
@@ -117,8 +118,8 @@ def test_samples_are_escaped_and_left_out_where_there_is_no_room() -> None:
 def test_a_line_has_the_losses_with_their_data_the_speed_the_memory_and_the_time_left() -> None:
     assert format_line(view_of(*RECORDS)) == (
         "step 100: training loss 0.08, validation loss 0.75 (valid.jsonl, 10 examples), "
-        "learning rate 0.0001, gradient norm 0.5, 1,234 tokens/s, peak memory 2.25 of 24 GB, "
-        "step 100 of 200 (iteration 200 of 400), about 8.0 s left"
+        "learning rate 0.0001, gradient norm 0.5, 1,234 trained-on tokens/s, "
+        "peak memory 2.25 of 24 GB, step 100 of 200 (iteration 200 of 400), about 8.0 s left"
     )
 
 

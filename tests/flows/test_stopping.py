@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,3 +30,51 @@ def test_a_run_that_has_begun_goes_on_with_resume(tmp_path: Path) -> None:
         Stopper().handling_signals(run),
     ):
         signal.raise_signal(signal.SIGINT)
+
+
+def _request_stop(run: RunDirectory) -> None:
+    run.result.touch()
+    run.stop_request.touch()
+    time.sleep(60)
+
+
+def test_a_stop_request_outside_of_training_is_a_stop_at_once(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    with (
+        pytest.raises(TrainingStopped, match="Stopped after training, before there was a verdict"),
+        run.locked(),
+        Stopper().handling_signals(run),
+    ):
+        _request_stop(run)
+    assert not run.stop_request.exists()
+
+
+COMPUTING = """
+import hashlib, sys, threading
+from pathlib import Path
+from flows.process import stop_signals
+from nested_core.storage.run_directory import RunDirectory
+
+stop_signals.SECONDS_TO_STOP = 0.1
+run = RunDirectory(Path(sys.argv[1]))
+with run.locked(), stop_signals.Stopper(ends_process=True).handling_signals(run):
+    threading.Timer(0.3, print, ("computing",), {"flush": True}).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes, without a look at signals
+"""
+
+
+def test_a_computation_outside_of_training_is_not_waited_for(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMPUTING, str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        _, printed = process.communicate(timeout=60)
+    assert process.returncode == 5, printed
+    assert printed.splitlines()[0].startswith("stopping: nothing is trained")
+    assert printed.splitlines()[-1].endswith(f"--run-dir {tmp_path / 'run'} --resume.")

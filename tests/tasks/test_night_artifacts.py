@@ -16,7 +16,7 @@ def test_the_night_that_ends_now_has_the_name_that_it_is_about_to_have() -> None
     run = FlowRun(
         id=uuid4(),
         flow_id=uuid4(),
-        name="support-bot, 22 Nov",
+        name="support-bot, 22 Nov 02:00",
         state=Running(),
         state_name="Running",
         expected_start_time=due,  # type: ignore[arg-type]

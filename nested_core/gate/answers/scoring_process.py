@@ -34,12 +34,12 @@ def find_regex_problem(question: dict[str, Any]) -> str | None:
 
 
 def find_schema_problem(question: dict[str, Any]) -> str | None:
-    """Why the schema is no JSON Schema."""
+    """Why the schema is no JSON Schema; None without one."""
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import validator_for
 
-    schema = question["schema"]
+    schema = _schema_of(question)
     named = schema.get("$schema") if isinstance(schema, dict) else None
     if named is not None and validator_for({"$schema": str(named)}, default=None) is None:
         return f"schema: {_shorten(repr(named), 60)} is no JSON Schema that is known"
@@ -49,6 +49,12 @@ def find_schema_problem(question: dict[str, Any]) -> str | None:
         place = ".".join(["schema", *map(str, error.absolute_path)])
         return f"{_shorten(place, 80)} is no JSON schema: {_shorten(error.message, 160)}"
     return None
+
+
+def _schema_of(question: dict[str, Any]) -> Any:
+    """The question's JSON schema; without one, the schema that every value fits."""
+    schema = question.get("schema")
+    return True if schema is None else schema
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -74,7 +80,7 @@ def score_json(answer: str, question: dict[str, Any]) -> float:
         value = first_json_value(answer)
     except ValueError:
         return 0.0
-    schema = question["schema"]
+    schema = _schema_of(question)
     fields = question.get("expected") or {}
     equal = {name: {"const": field} for name, field in fields.items()}
     expected = {"type": "object", "required": list(fields), "properties": equal} if fields else True

@@ -126,15 +126,18 @@ class _ChoiceLine(_SuiteLine):
 
 class _JsonLine(_SuiteLine):
     # pydantic's BaseModel has an attribute `schema`
-    json_schema: dict[str, Any] | bool = Field(alias="schema")
+    json_schema: dict[str, Any] | bool | None = Field(default=None, alias="schema")
 
     def parse_accepted_answers(self) -> tuple[dict[str, Any], ...]:
         """The fields that must be equal, if there are any."""
-        if self.expected is None:
-            return ()
-        if not isinstance(self.expected, dict):
+        if not isinstance(self.expected, dict | None):
             raise _Mistake("expected: for a json score, an object of fields that must be equal")
-        return (self.expected,)
+        if not self.expected and self.json_schema is None:
+            raise _Mistake(
+                "for a json score, expected `expected`, an object of fields that must be equal, or "
+                "`schema`, a JSON schema, or both"
+            )
+        return () if self.expected is None else (self.expected,)
 
 
 class _PythonLine(_SuiteLine):

@@ -118,7 +118,7 @@ class RunProgress:
         if (norm := self.latest_value("grad_norm")) is not None:
             parts.append(f"gradient norm {norm:.3g}")
         if (speed := self.latest_value("tokens_per_second")) is not None:
-            parts.append(f"{speed:,.0f} tokens/s")
+            parts.append(f"{speed:,.0f} trained-on tokens/s")
         return ", ".join(parts)
 
     def describe_memory(self) -> str:

@@ -83,12 +83,13 @@ def test_each_subject_is_said_in_words(explanation: RunExplanation) -> None:
     assert "every step (10 updates)" in said["tiers"]
     assert "every 4 steps (2 updates)" in said["tiers"]
     assert "2 to an optimizer step: 10 steps" in said["steps"]
-    assert "may not rise significantly, unless the rise is certainly within 2.00%" in said["gate"]
+    bound = "within 2.00% or 0.01 nats/token, whichever is more."
+    assert f"may not rise significantly, unless the rise is certainly {bound}" in said["gate"]
     assert said["registry"] == (
         "registered as capitals in somewhere, and made champion if its loss is significantly "
         "lower than the champion's."
     )
-    assert "tokens a second" in said["time"]
+    assert "trained-on tokens a second" in said["time"]
 
 
 def test_what_the_registrys_policy_tightens_is_said(tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_what_the_registrys_policy_tightens_is_said(tmp_path: Path) -> None:
     changes = {"promote": "approve", "max_val_loss_increase": 0.01}
     set_policy(tmp_path, "capitals", by="ann", changes=changes)
     said = explain_run(example_config(registry=registry), measures_speed=False).describe()
-    assert "unless the rise is certainly within 1.00%" in said["gate"]
+    assert "unless the rise is certainly within 1.00% or 0.01" in said["gate"]
     assert said["registry"].endswith(
         "But the policy of capitals: gate.max_val_loss_increase is 0.01, not 0.02. "
         "But the policy of capitals: promote: approve counts beside this run's always."
@@ -152,8 +153,13 @@ def test_every_bound_that_can_reject_is_named_with_its_number(explanation: RunEx
     }
     said = replace(explanation, config=example_config(gate=changes)).describe()["gate"]
     for words in (
-        *("within 3.10%", "At most 2.20% of these examples", "At most 1.30% of a tier's updates"),
-        *("move by 0.004 of its norm", "general.jsonl", "within 5.00%", "may be 0.6 nats/token"),
+        *("within 3.10%", "at most 2.20% of these examples", "At most 1.30% of a tensor's updates"),
+        *(
+            "move by 0.004 of its norm",
+            "general.jsonl",
+            "within 5.00%",
+            "may be 0.6 nats/token",
+        ),
         *("survive fusing", "at least 90% right", "at least 10% more right", "at most 7% fewer"),
         "answers are broken by training, it is rejected",
     ):

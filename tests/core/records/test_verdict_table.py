@@ -23,7 +23,7 @@ from tests.core.report.verdicts import CHAMPION, SUITE, make_verdict
 from tests.example import EXAMPLES, Finished, train_example
 from tests.runs import finished_run
 
-DRIFT = "KL from the initial adapter"
+DRIFT = "KL divergence from the initial adapter"
 QUESTIONS = {"file": str(EXAMPLES / "geography" / "held_out.jsonl"), "score": "contains"}
 
 
@@ -128,8 +128,8 @@ def test_a_figure_that_is_there_has_its_row_and_one_that_is_not_has_none() -> No
             *("1.191", "0.021", "-1.17 (-1.2 to -1.1)"),
             *(None, "better"),
         ),
-        DRIFT: (None, "0.5", None, None, None),
-        "KL from the base": (None, "0.75", None, None, None),
+        DRIFT: (None, "0.5", None, "none set (0: no prediction moved)", None),
+        "KL divergence from the base": (None, "0.75", None, None, None),
         "answers, capitals (champion 15)": (
             *("3 of 15", "14 of 15", "+0.933 (+0.800 to +1.000)"),
             *(None, "passed"),

@@ -51,7 +51,9 @@ def test_a_passed_run_says_so_first_and_everything_in_its_order(tmp_path: Path) 
     assert lines[4].startswith("passed, better: 24 of 24 tensors changed, validation loss 3.55 ->")
     name = f"champion {'c' * 12} vs this run, 12 examples"
     assert f"| {name} | 3.05 | 2.675 | -0.375 (" in page["verdict"]
-    assert "| KL from the initial adapter | - | 0.25 | - | at most 2.5 | passed |" in lines
+    assert (
+        "| KL divergence from the initial adapter | - | 0.25 | - | at most 2.5 | passed |" in lines
+    )
     pairs = page["pairs"]
     assert "KL divergence from the initial adapter 0.25 nats/token" in pairs
     assert "11 of 12 examples have a lower loss than before." in pairs

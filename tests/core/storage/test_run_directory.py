@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -113,7 +114,7 @@ class TestOpening:
 
     def test_what_is_not_empty_needs_resume(self, run: RunDirectory) -> None:
         begin(run)
-        with pytest.raises(ConfigError, match="ended before it could train. Add --resume to begin"):
+        with pytest.raises(ConfigError, match="ended before it could train: add --resume to begin"):
             open_run(run.path, resume=False)
         with (
             run.locked(),
@@ -157,6 +158,13 @@ class TestOpening:
             make()
             with pytest.raises(ConfigError, match="holds nothing to resume"):
                 open_run(run.path, resume=True)
+
+    def test_a_program_is_told_what_to_call(self, run: RunDirectory) -> None:
+        begin(run)
+        with pytest.raises(ConfigError, match=r"add --resume to begin it again") as refused:
+            open_run(run.path)
+        told = traceback.format_exception(refused.value)[-1]
+        assert told.startswith("In Python: call finetune(config, open_run(PATH, resume=True)")
 
     def test_a_file_is_no_directory(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()

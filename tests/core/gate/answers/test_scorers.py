@@ -67,6 +67,8 @@ def score(tmp_path: Path, method: Score, answer: str, function: str | None = Non
         ("json", '{"city": "a", "n": true}', {"schema": OBJECT, "expected": {"n": 1}}, 0),
         ("json", '{"city": "a"}', {"schema": OBJECT, "expected": {"n": 1}}, 0),
         ("json", "[1]", {"schema": {}, "expected": {"n": 1}}, 0),
+        ("json", 'So: {"n": 1, "m": 2}', {"expected": {"n": 1}}, 1),
+        ("json", '{"n": 2}', {"schema": None, "expected": {"n": 1}}, 0),
     ],
 )
 def test_scores(tmp_path, method, answer, fields, expected) -> None:
