@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from nested_core.models.chat_template import chat_template_of
+
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
@@ -112,10 +114,8 @@ def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> li
     Without a chat template it is the text of the messages, one after the other.
     """
     if tokenizer.has_chat_template:
-        tokens: list[int] = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=False
-        )
-        return tokens
+        template = chat_template_of(tokenizer)
+        return template.tokenize(template.prepare(messages), add_generation_prompt=True)
     return list(tokenizer.encode("\n".join(str(message["content"]) for message in messages)))
 
 
