@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: how it wants turns written, and the text and tokens it makes of them.
+"""A tokenizer's chat template: how it wants turns written, and what it makes of them.
 
 Training, samples and eval sets prepare their turns here, so that one conversation gives the same
 tokens in each.
@@ -26,16 +26,14 @@ class ChatTemplate:
         self._tokenizer = tokenizer
 
     def prepare(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The turns as the template wants them.
+        """The turns as the template wants them, each with a content.
 
         The arguments of a tool call are objects, as mlx_lm.server makes them, or JSON texts for a
         template that joins texts. An answer loses an end-of-sequence text that the template adds.
         """
         return [self._prepare_turn(message) for message in messages]
 
-    def render(
-        self, messages: Sequence[Mapping[str, Any]], tools: Any = None, **more: Any
-    ) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Any = None, **more: Any) -> str:
         """The text of prepared turns, or what the template writes for none; raises what it does."""
         return str(self._apply(messages, tools, tokenize=False, **more))
 
@@ -95,9 +93,10 @@ class ChatTemplate:
         prepared = dict(message)
         if message.get("tool_calls"):
             prepared["tool_calls"] = [self._prepare_call(call) for call in message["tool_calls"]]
-        content = message.get("content")
-        if content and message["role"] == "assistant":
-            prepared["content"] = self.without_end(content)
+        if message.get("content") is None:  # mlx_lm.server gives the template an empty text
+            prepared["content"] = ""
+        elif message["role"] == "assistant":
+            prepared["content"] = self.without_end(message["content"])
         return prepared
 
     def without_end(self, answer: str) -> str:

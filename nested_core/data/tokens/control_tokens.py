@@ -1,4 +1,4 @@
-"""Control tokens where a row has text: a forged turn, a second beginning or end, another model's end.
+"""Control tokens where a row has text: forged turns, doubled ends, tokens of other models.
 
 A tokenizer reads the text of a control token as that token, wherever it stands.
 """
@@ -93,7 +93,7 @@ def note_taken_ends(
     taken = [
         before["content"][len(after["content"]) :]
         for before, after in zip(messages, prepared, strict=True)
-        if before.get("content") is not after.get("content")
+        if before.get("content") not in (None, after["content"])
     ]
     return [
         Note(
@@ -103,7 +103,7 @@ def note_taken_ends(
             f"text. Take it out of the rows",
         )
         for end in template.ends
-        if taken and any(end in text for text in taken)
+        if any(end in text for text in taken)
     ]
 
 

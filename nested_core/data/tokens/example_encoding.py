@@ -122,15 +122,14 @@ class _TemplatedExample:
         self._template = chat_template_of(tokenizer)
         self._messages = self._template.prepare(example.messages)
         self._text = ""  # empty where the tokens are not those of a text
-        self._encoding: Any = None  # the text with the place of each token, of a fast tokenizer
+        self.tokens: list[int]
+        self._encoded: Any = None  # what the tokenizer made of the text
         if self._template.text_tokenizer is None:
             self.tokens = self.tokenize_first_turns(len(self._messages))
             return
         self._text = self._render_first_turns(len(self._messages))
-        encoded = self._template.text_tokenizer(self._text, add_special_tokens=False)
-        self.tokens: list[int] = encoded["input_ids"]
-        if encoded.is_fast:
-            self._encoding = encoded.encodings[0]
+        self._encoded = self._template.text_tokenizer(self._text, add_special_tokens=False)
+        self.tokens = self._encoded["input_ids"]
 
     def list_notes(self, targets: Targets, broken_turn: int) -> tuple[Note, ...]:
         """What of the row the template leaves out, or the tokenizer takes for control tokens.
@@ -150,19 +149,20 @@ class _TemplatedExample:
         return tuple(notes)
 
     @cached_property
-    def _starts(self) -> list[int]:
-        """Where each token begins in the text, in characters."""
-        return [start for start, _ in self._encoding.offsets]
+    def _offsets(self) -> list[tuple[int, int]]:
+        """Where each token begins and ends in the text, in characters; of a fast tokenizer."""
+        is_located = self._encoded is not None and self._encoded.is_fast
+        return self._encoded.encodings[0].offsets if is_located else []
 
     @cached_property
     def _counts(self) -> dict[int, int]:
         """The number of tokens up to each place in the text at which a token ends."""
-        return {end: count for count, (_, end) in enumerate(self._encoding.offsets, start=1)}
+        return {end: count for count, (_, end) in enumerate(self._offsets, start=1)}
 
     def prefix_length(self, turns: int, **more: Any) -> int | None:
         """How many tokens the first turns make; None if they do not begin the whole."""
         if (
-            self._encoding is not None
+            self._offsets
             and (count := self._count_tokens_of_prefix(self._render_first_turns(turns, **more)))
             is not None
         ):
@@ -179,7 +179,7 @@ class _TemplatedExample:
         last = next((i for i in range(count - 1, -1, -1) if self.tokens[i] in added), None)
         if last is None:
             return None
-        rest = prefix[self._starts[last] :]
+        rest = prefix[self._offsets[last][0] :]
         encoding = self._tokenizer.backend_tokenizer.encode(rest, add_special_tokens=False)
         return count if encoding.ids == self.tokens[last:count] else None
 
