@@ -30,8 +30,10 @@ from nested_core.data.rules.split_statistics import (
     make_token_stats,
 )
 from nested_core.data.rules.token_rules import (
+    DOUBT_RULES,
     ENCODING_RULES,
     TOKEN_RULES,
+    make_doubt_frame,
     make_encoding_problem_frame,
     make_token_frame,
 )
@@ -77,6 +79,7 @@ def judge_dataset(
     for split, counted in facts.items():
         file = tables[split].file
         ENCODING_RULES.add_findings(make_encoding_problem_frame(counted, file), findings)
+        DOUBT_RULES.add_findings(make_doubt_frame(counted, file), findings)
         TOKEN_RULES.add_findings(make_token_frame(counted, file, settings, context), findings)
         if counted.overlong:
             dropped = {**tables[split].dropped, "overlong": counted.overlong}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -124,12 +125,37 @@ def find_model_folder_offline(model: str) -> Path | None:
 
 def context_length(folder: Path) -> int | None:
     """The most tokens that a model can see; None where its config.json does not say."""
+    return _read_size(folder, "max_position_embeddings")
+
+
+def vocabulary_size(folder: Path) -> int | None:
+    """The rows of a model's embedding; None where its config.json does not say."""
+    return _read_size(folder, "vocab_size")
+
+
+def _read_size(folder: Path, key: str) -> int | None:
     config = read_json(folder / "config.json", MAX_CONFIG_BYTES, follow_links=True)
     for section in (config, config.get("text_config") if isinstance(config, dict) else None):
-        length = section.get("max_position_embeddings") if isinstance(section, dict) else None
-        if isinstance(length, int) and not isinstance(length, bool) and length > 0:
-            return length
+        size = section.get(key) if isinstance(section, dict) else None
+        if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+            return size
     return None
+
+
+def describe_token_beyond(tokenizer: Any, tokens: Sequence[int], rows: int | None) -> str | None:
+    """What is wrong with tokens of which one has no row in the embedding; None if all have one.
+
+    MLX reads such a row from outside of the array, without an error. `rows` None is not compared.
+    """
+    largest = max(tokens, default=0)
+    if rows is None or largest < rows:
+        return None
+    name = shorten(tokenizer.convert_ids_to_tokens(int(largest)))
+    return (
+        f"{name} has id {largest}, the model has {rows} rows (vocab_size of its config.json): the "
+        f"tokenizer has a token that the model does not know. Take it out of the text, or bring "
+        f"back the tokenizer that belongs to the model"
+    )
 
 
 def chat_template_digest(folder: Path) -> str | None:

@@ -11,6 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from nested_core.errors import ConfigError
+from nested_core.models.base_model import describe_token_beyond
+from nested_core.models.chat_template import chat_template_of
+
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
@@ -74,10 +78,13 @@ def answer_prompts(
 ) -> list[Answer]:
     """Answer each prompt, given in token ids, of which it must have at least one.
 
+    Raises ConfigError for a token that the model has no row for.
+
     `context` is the most tokens that the model can see, prompt and answer together: an answer ends
     there. The random state of mlx is as it was afterwards. `on_answered` gets the number of prompts
     answered so far.
     """
+    _require_rows_for(prompts, model, tokenizer)
     longest = sampling.max_tokens
     unfinished = [
         _UnfinishedAnswer(
@@ -112,10 +119,8 @@ def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> li
     Without a chat template it is the text of the messages, one after the other.
     """
     if tokenizer.has_chat_template:
-        tokens: list[int] = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=False
-        )
-        return tokens
+        template = chat_template_of(tokenizer)
+        return template.tokenize(template.prepare(messages), add_generation_prompt=True)
     return list(tokenizer.encode("\n".join(str(message["content"]) for message in messages)))
 
 
@@ -129,11 +134,12 @@ def stream_answer(
 ) -> Iterator[str]:
     """The answer to one prompt as it comes, in pieces of text; its stops are not looked for.
 
-    Each piece is computed when it is asked for.
+    Each piece is computed when it is asked for. Raises ConfigError as `answer_prompts` does.
     """
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 
+    _require_rows_for([prompt], model, tokenizer)
     detokenizer = tokenizer.detokenizer
     steps = generate_step(
         mx.array(list(prompt)),
@@ -148,6 +154,18 @@ def stream_answer(
         yield detokenizer.last_segment
     detokenizer.finalize()
     yield detokenizer.last_segment
+
+
+def _require_rows_for(prompts: Sequence[Sequence[int]], model: nn.Module, tokenizer: Any) -> None:
+    """Raise ConfigError for a token beyond the embedding of the model, if it has one."""
+    import mlx.nn as nn
+
+    embeddings = (nn.Embedding, nn.QuantizedEmbedding)
+    modules = (module for _, module in model.named_modules() if isinstance(module, embeddings))
+    rows = max((module.weight.shape[0] for module in modules), default=None)
+    largest = [max(prompt, default=0) for prompt in prompts]
+    if problem := describe_token_beyond(tokenizer, largest, rows):
+        raise ConfigError(f"The prompt cannot be read by this model: {problem}.")
 
 
 @dataclass

@@ -22,7 +22,14 @@ from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.errors import JUDGE_AGAIN, ConfigError, DamagedError, GateRejected, NestedTuneError
+from nested_core.errors import (
+    JUDGE_AGAIN,
+    ConfigError,
+    DamagedError,
+    GateRejected,
+    NestedTuneError,
+    shorten,
+)
 from nested_core.gate import Verdict, digests_for_result
 from nested_core.gate.answers.questions_in_training import QuestionsInTraining
 from nested_core.gate.answers.suite_answers import (
@@ -44,10 +51,13 @@ from nested_core.gate.proof.fresh_process_check import start_proof_process
 from nested_core.gate.recheck import task_file_entries
 from nested_core.kernels.optimized_model import describe_layers
 from nested_core.models.base_model import (
+    describe_token_beyond,
     find_model_folder,
     fingerprint_base_model,
     model_compute_dtype,
+    vocabulary_size,
 )
+from nested_core.models.generation import encode_prompt
 from nested_core.models.kept_base import BaseWithAdapter, load_base_with_adapter
 from nested_core.models.lora_attachment import (
     load_adapter_tensors,
@@ -141,11 +151,19 @@ def validate(
 def require_askable_suites(config: FineTuneConfig) -> None:
     """Read the suites of `gate.tasks`; DatasetError for prompts that the model cannot take.
 
-    Raises ConfigError if a file is missing, DatasetError if one has bad lines.
+    Raises ConfigError if a file is missing or a text of `samples` has a token that the model does
+    not know, DatasetError if a file has bad lines.
     """
-    if config.gate.tasks:
-        tokenizer = TokenizerSource.from_config(config).load()
-        encode_suites(read_suites(config.gate), tokenizer, find_model_folder(config.model))
+    if not config.gate.tasks and not config.samples:
+        return
+    tokenizer = TokenizerSource.from_config(config).load()
+    base = find_model_folder(config.model)
+    encode_suites(read_suites(config.gate), tokenizer, base)
+    rows = vocabulary_size(base)
+    for sample in config.samples:
+        tokens = encode_prompt(tokenizer, sample)
+        if problem := describe_token_beyond(tokenizer, tokens, rows):
+            raise ConfigError(f"samples: {shorten(sample)!r}: {problem}.")
 
 
 def require_held_out_examples(config: FineTuneConfig, run: RunDirectory) -> None:

@@ -106,6 +106,19 @@ def _require_function_name(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _require_argument_object(value: dict[str, Any]) -> dict[str, Any]:
+    """The call, if its arguments are an object, the JSON text of one, or none."""
+    arguments = value.get("function", value).get("arguments")
+    if arguments is None or isinstance(arguments, dict):
+        return value
+    try:
+        decode_json_object(arguments.encode() if isinstance(arguments, str) else b"")
+    except LineProblem as problem:
+        reason = problem if isinstance(arguments, str) else f"a {type(arguments).__name__}"
+        raise ValueError(f"its arguments are no JSON object ({reason})") from None
+    return value
+
+
 _ANY_ROLE_CONTEXT = "any role"
 
 
@@ -131,7 +144,7 @@ class _TextMessage(TypedDict):
 class _ToolCallMessage(TypedDict):
     role: Literal["assistant"]
     content: NotRequired[str | None]
-    tool_calls: list[_Function]
+    tool_calls: list[Annotated[_Function, AfterValidator(_require_argument_object)]]
 
 
 _Message = Annotated[

@@ -64,10 +64,30 @@ def make_encoding_problem_frame(facts: TokenFacts, file: str) -> pl.DataFrame:
     return frame.with_columns(file=pl.lit(file))
 
 
+def make_doubt_frame(facts: TokenFacts, file: str) -> pl.DataFrame:
+    """One row for each doubt, at the first line that it is about."""
+    rows = [(line, *doubt, count) for doubt, (line, count) in facts.doubts.items()]
+    schema = {"line": pl.Int32, "check": pl.Categorical, "message": pl.String, "rows": pl.Int64}
+    return pl.DataFrame(rows, schema=schema, orient="row").with_columns(file=pl.lit(file))
+
+
 ENCODING_RULES = FrameRules(
     columns={"check": pl.Categorical, "message": pl.String},
     # A line names the check that it failed itself.
     rules=(Rule("{check}", "error", pl.col("check").is_null(), "{message}", by="check"),),
+)
+
+DOUBT_RULES = FrameRules(
+    columns={"check": pl.Categorical, "message": pl.String, "rows": pl.Int64},
+    rules=(
+        Rule(
+            "{check}",
+            "warning",
+            pl.col("check").is_null(),
+            "{message} (lines with it: {rows})",
+            by="check",
+        ),
+    ),
 )
 
 TOKEN_RULES = FrameRules(

@@ -6,13 +6,26 @@ Truncates nothing and judges nothing: a template that rewrites earlier turns is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from itertools import chain
 from typing import Any
 
 from nested_core.data.data_settings import Targets
 from nested_core.data.lines.example_parsing import FORMATS, Example
+from nested_core.data.tokens.control_tokens import (
+    has_control_token,
+    note_control_tokens,
+    note_taken_ends,
+    note_tokens_in_text,
+)
+from nested_core.data.tokens.shown_texts import (
+    Note,
+    list_texts,
+    note_unshown_texts,
+    shows_all,
+)
+from nested_core.models.chat_template import chat_template_of
 
 Span = tuple[int, int]
 # Adds what the template puts before an answer.
@@ -25,12 +38,13 @@ class EncodedExample:
 
     spans: the ranges [begin, end) of tokens that the loss counts, ascending; broken_turn: the index
     of the first message whose prompt, as templated, does not begin the whole templated example,
-    else -1.
+    else -1; notes: what of the row is not in the tokens, or is there as something else.
     """
 
     tokens: list[int]
     spans: tuple[Span, ...]
     broken_turn: int = -1
+    notes: tuple[Note, ...] = ()
 
 
 def has_chat_template(tokenizer: Any) -> bool:
@@ -46,18 +60,21 @@ def encode_example(example: Example, tokenizer: Any, targets: Targets) -> Encode
     `last` starts where mlx-lm's prompt mask ends. `all` runs, for each assistant turn, from the end
     of the templated turns before it to the end of the templated turns up to it. A turn that is
     marked as not to be learnt is in no span; under `last` the caller sees that the last one is not.
+    Turns are prepared for the template first: see ChatTemplate.
     """
     if not FORMATS[example.format].is_templated:
         tokens = _encode_text(example.text, tokenizer)
-        return EncodedExample(tokens, ((0, len(tokens)),))
-    tokens = _apply_template(tokenizer, example, len(example.messages))
-    if targets == "whole" and not example.masked:
-        return EncodedExample(tokens, ((0, len(tokens)),))
+        notes = note_tokens_in_text(example.text, tokens, tokenizer)
+        return EncodedExample(tokens, ((0, len(tokens)),), notes=notes)
+    templated = _TemplatedExample(example, tokenizer)
     if targets == "last":
-        return _encode_with_last_turn_supervised(example, tokenizer, tokens)
-    if targets == "whole":
-        return _encode_whole_without_masked_turns(example, tokenizer, tokens)
-    return _encode_with_all_turns_supervised(example, tokenizer, tokens)
+        encoded = _supervise_last_turn(example, templated)
+    elif targets == "whole":
+        encoded = _supervise_whole_but_masked_turns(example, templated)
+    else:
+        encoded = _supervise_all_turns(example, templated)
+    notes = templated.list_notes(targets, encoded.broken_turn)
+    return replace(encoded, notes=notes) if notes else encoded
 
 
 def _encode_text(text: str, tokenizer: Any) -> list[int]:
@@ -68,57 +85,42 @@ def _encode_text(text: str, tokenizer: Any) -> list[int]:
     return tokens
 
 
-def _apply_template(tokenizer: Any, example: Example, turns: int, **more: Any) -> list[int]:
-    """The tokens of the first turns."""
-    return list(_render_template(tokenizer, example, turns, return_dict=False, **more))
-
-
-def _render_template(tokenizer: Any, example: Example, turns: int, **more: Any) -> Any:
-    """What the chat template gives for the first turns, or for none."""
-    if turns > 0:
-        messages = example.messages[:turns]
-        return tokenizer.apply_chat_template(messages, tools=example.tools, **more)
-    # transformers looks at the first message; of a batch, at the first conversation.
-    return tokenizer.apply_chat_template([[]], tools=example.tools, **more)[0]
-
-
-def _encode_with_last_turn_supervised(
-    example: Example, tokenizer: Any, tokens: list[int]
-) -> EncodedExample:
+def _supervise_last_turn(example: Example, templated: _TemplatedExample) -> EncodedExample:
+    tokens = templated.tokens
     last = len(example.messages) - 1
     prompt = _GENERATION_PROMPT_ARGUMENT if example.messages[last]["role"] == "assistant" else {}
-    prefix = _apply_template(tokenizer, example, last, **prompt)
-    broken_turn = -1 if tokens[: len(prefix)] == prefix else last
-    return EncodedExample(tokens, ((len(prefix), len(tokens)),), broken_turn)
+    begin = templated.prefix_length(last, **prompt)
+    if begin is None:
+        return EncodedExample(tokens, (), last)
+    return EncodedExample(tokens, ((begin, len(tokens)),))
 
 
-def _encode_with_all_turns_supervised(
-    example: Example, tokenizer: Any, tokens: list[int]
-) -> EncodedExample:
+def _supervise_all_turns(example: Example, templated: _TemplatedExample) -> EncodedExample:
     turns = [turn for turn, one in enumerate(example.messages) if one["role"] == "assistant"]
     learnt = [turn for turn in turns if turn not in example.masked]
-    spans, broken_turn = _locate_turns(example, tokenizer, tokens, learnt)
-    return EncodedExample(tokens, tuple(spans), broken_turn)
+    spans, broken_turn = _locate_turns(example, templated, learnt)
+    return EncodedExample(templated.tokens, tuple(spans), broken_turn)
 
 
-def _encode_whole_without_masked_turns(
-    example: Example, tokenizer: Any, tokens: list[int]
+def _supervise_whole_but_masked_turns(
+    example: Example, templated: _TemplatedExample
 ) -> EncodedExample:
-    masked, broken_turn = _locate_turns(example, tokenizer, tokens, sorted(example.masked))
+    tokens = templated.tokens
+    masked, broken_turn = _locate_turns(example, templated, sorted(example.masked))
     edges = [0, *chain.from_iterable(masked), len(tokens)]
     spans = zip(edges[::2], edges[1::2], strict=True)
     return EncodedExample(tokens, tuple(span for span in spans if span[0] < span[1]), broken_turn)
 
 
 def _locate_turns(
-    example: Example, tokenizer: Any, tokens: list[int], turns: Sequence[int]
+    example: Example, templated: _TemplatedExample, turns: Sequence[int]
 ) -> tuple[list[Span], int]:
     """The tokens of each of these turns, up to the first that cannot be told, and which that is.
 
     The tokens of an answer begin after what the template puts before it; those of the first turn
     with the first token. The second value is -1 where all turns can be told.
     """
-    templated = _TemplatedExample(example, tokenizer, tokens)
+    tokens = templated.tokens
     spans: list[Span] = []
     for turn in turns:
         is_answer = example.messages[turn]["role"] == "assistant"
@@ -133,7 +135,7 @@ def _locate_turns(
 
 
 class _TemplatedExample:
-    """The tokens of a templated example, and how many of them its first turns make.
+    """The text and tokens of a templated example, and how many tokens its first turns make.
 
     The first turns, templated and tokenised by themselves, must give the first tokens of the whole.
     To tokenise each beginning anew is quadratic in the turns. So their texts are looked up among
@@ -141,35 +143,59 @@ class _TemplatedExample:
     parts that are tokenised independently: only what follows the last one needs to be compared.
     """
 
-    def __init__(self, example: Example, tokenizer: Any, tokens: list[int]) -> None:
+    def __init__(self, example: Example, tokenizer: Any) -> None:
         self._example = example
         self._tokenizer = tokenizer
-        self._tokens = tokens
-        self._text = ""  # if empty, beginnings are tokenised
-        self._starts: list[int] = []  # of each token, in characters
-        self._counts: dict[int, int] = {}  # end in characters -> number of tokens up to there
-        if getattr(tokenizer, "is_fast", False):
-            self._locate_tokens()
-
-    def _locate_tokens(self) -> None:
-        text = self._render_first_turns(len(self._example.messages))
-        encoding = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-        if encoding.ids != self._tokens:
+        self._template = chat_template_of(tokenizer)
+        self._messages = self._template.prepare(example.messages)
+        self._text = ""  # empty where the tokens are not those of a text
+        self.tokens: list[int]
+        self._encoded: Any = None  # what the tokenizer made of the text
+        if self._template.text_tokenizer is None:
+            self.tokens = self.tokenize_first_turns(len(self._messages))
             return
-        self._text = text
-        self._starts = [start for start, _ in encoding.offsets]
-        self._counts = {end: count for count, (_, end) in enumerate(encoding.offsets, start=1)}
+        self._text = self._render_first_turns(len(self._messages))
+        self._encoded = self._template.text_tokenizer(self._text, add_special_tokens=False)
+        self.tokens = self._encoded["input_ids"]
+
+    def list_notes(self, targets: Targets, broken_turn: int) -> tuple[Note, ...]:
+        """What of the row the template leaves out, or the tokenizer takes for control tokens.
+
+        What a turn that is broken leaves out is not asked: the row is refused for that turn.
+        """
+        example = self._example
+        if example.is_plain and self._messages == example.messages:
+            contents = [turn["content"] for turn in self._messages]
+            if not has_control_token(contents, self._tokenizer) and shows_all(self._text, contents):
+                return ()
+        texts = list_texts(self._messages, example.tools)
+        notes = note_taken_ends(example.messages, self._messages, self._template)
+        notes += note_control_tokens(texts, self._tokenizer)
+        if self._text and broken_turn < 0:
+            notes += note_unshown_texts(texts, self._text, example, targets)
+        return tuple(notes)
+
+    @cached_property
+    def _offsets(self) -> list[tuple[int, int]]:
+        """Where each token begins and ends in the text, in characters; of a fast tokenizer."""
+        is_located = self._encoded is not None and self._encoded.is_fast
+        return self._encoded.encodings[0].offsets if is_located else []
+
+    @cached_property
+    def _counts(self) -> dict[int, int]:
+        """The number of tokens up to each place in the text at which a token ends."""
+        return {end: count for count, (_, end) in enumerate(self._offsets, start=1)}
 
     def prefix_length(self, turns: int, **more: Any) -> int | None:
         """How many tokens the first turns make; None if they do not begin the whole."""
         if (
-            self._text
+            self._offsets
             and (count := self._count_tokens_of_prefix(self._render_first_turns(turns, **more)))
             is not None
         ):
             return count
-        prefix = _apply_template(self._tokenizer, self._example, turns, **more)
-        return len(prefix) if self._tokens[: len(prefix)] == prefix else None
+        prefix = self.tokenize_first_turns(turns, **more)
+        return len(prefix) if self.tokens[: len(prefix)] == prefix else None
 
     def _count_tokens_of_prefix(self, prefix: str) -> int | None:
         """As `prefix_length`, from the places of the tokens; None if these do not tell."""
@@ -177,16 +203,19 @@ class _TemplatedExample:
         if count is None or not self._text.startswith(prefix):
             return None
         added = _added_token_ids(self._tokenizer)
-        last = next((i for i in range(count - 1, -1, -1) if self._tokens[i] in added), None)
+        last = next((i for i in range(count - 1, -1, -1) if self.tokens[i] in added), None)
         if last is None:
             return None
-        rest = prefix[self._starts[last] :]
+        rest = prefix[self._offsets[last][0] :]
         encoding = self._tokenizer.backend_tokenizer.encode(rest, add_special_tokens=False)
-        return count if encoding.ids == self._tokens[last:count] else None
+        return count if encoding.ids == self.tokens[last:count] else None
+
+    def tokenize_first_turns(self, turns: int, **more: Any) -> list[int]:
+        """The tokens of the first turns by themselves."""
+        return self._template.tokenize(self._messages[:turns], self._example.tools, **more)
 
     def _render_first_turns(self, turns: int, **more: Any) -> str:
-        """The text of the first turns."""
-        return str(_render_template(self._tokenizer, self._example, turns, tokenize=False, **more))
+        return self._template.render(self._messages[:turns], self._example.tools, **more)
 
 
 @lru_cache(maxsize=2)

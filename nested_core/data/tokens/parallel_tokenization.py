@@ -10,7 +10,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from nested_core.data.tokens.template_time_limit import (
 from nested_core.data.tokens.tokenized_split import SplitWriter, write_token_part
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, shorten
+from nested_core.models.base_model import describe_token_beyond, vocabulary_size
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
 TOKENIZATION_JOB = "nested_core.data.tokens.parallel_tokenization:run_tokenization_job"
@@ -40,6 +41,7 @@ MIN_BYTES_FOR_WORKERS = 4 * 2**20  # below this, starting processes takes longer
 # A tokenizer takes some 180 bytes of memory for each character of a text.
 MAX_ROW_CHARACTERS = 1_000_000
 ROW_TOO_LONG_CHECK = "row-too-long"
+BEYOND_EMBEDDING_CHECK = "token-beyond-embedding"
 MAX_ROW_CHARACTERS_PER_TOKEN = 32  # of max_seq_length, where that allows for more
 
 EXAMPLE_FACTS_DTYPE = np.dtype(
@@ -60,12 +62,14 @@ class TokenFacts:
     """What the token rules need to know of a split; lines are the numbers that a person knows.
 
     examples: a record of EXAMPLE_FACTS_DTYPE for each example; problems: (line, check, message) for
-    each line that was not tokenised; overlong: the lines left out for their length.
+    each line that was not tokenised; overlong: the lines left out for their length; doubts: by
+    (check, message), the first line that is doubtful so and how many are.
     """
 
     examples: npt.NDArray[np.void]
     problems: list[tuple[int, str, str]]
     overlong: frozenset[int] = frozenset()
+    doubts: Mapping[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +102,7 @@ def tokenize_splits(
     shared = {
         "job": TOKENIZATION_JOB,
         "tokenizer": asdict(tokenizer),
+        "embedding_rows": vocabulary_size(Path(tokenizer.folder)),
         "field_names": asdict(settings.field_names),
         "max_seq_length": settings.max_seq_length,
         "drops_overlong": settings.policy.overlong == "drop",
@@ -159,6 +164,7 @@ class _SplitJoiner:
         self._examples = [np.zeros(0, EXAMPLE_FACTS_DTYPE)]
         self._problems: list[tuple[int, str, str]] = []
         self._overlong: set[int] = set()
+        self._doubts: dict[tuple[str, str], tuple[int, int]] = {}
 
     def add_part(self, part: Path, answer: dict[str, Any]) -> None:
         """Append what a job wrote under `part` and answered."""
@@ -173,6 +179,12 @@ class _SplitJoiner:
             for line, (check, message) in zip(lines.tolist(), answer["problems"], strict=True)
         ]
         self._overlong.update(self._original_line_numbers(answer["overlong"]).tolist())
+        first_lines = self._original_line_numbers([line for *_, line, _ in answer["doubts"]])
+        for line, (check, message, _, count) in zip(
+            first_lines.tolist(), answer["doubts"], strict=True
+        ):
+            first, before = self._doubts.get((check, message), (line, 0))
+            self._doubts[check, message] = first, before + count
 
     def _original_line_numbers(self, lines: npt.ArrayLike) -> npt.NDArray[np.int32]:
         indices = np.asarray(lines, np.int32)
@@ -182,7 +194,7 @@ class _SplitJoiner:
     def joined_facts(self) -> TokenFacts:
         """The facts of all parts."""
         examples = np.concatenate(self._examples)
-        return TokenFacts(examples, self._problems, frozenset(self._overlong))
+        return TokenFacts(examples, self._problems, frozenset(self._overlong), self._doubts)
 
 
 def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
@@ -201,6 +213,7 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
     facts: list[tuple[Any, ...]] = []
     problems: dict[int, _EncodingProblem] = {}
     overlong: list[int] = []
+    doubts: dict[tuple[str, str], list[int]] = {}  # the first line, and how many
     all_tokens = array("i")
     target_mask = bytearray()
     for line, encoded in _encode_examples(examples, source, request):
@@ -221,12 +234,15 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
         for begin, end in spans:
             target_mask[start + begin : start + end] = b"\1" * (end - begin)
         facts.append((line, *_make_example_facts(encoded, tokens, spans, end_tokens)))
+        for doubt in {(note.check, note.message) for note in encoded.notes}:
+            doubts.setdefault(doubt, [line, 0])[1] += 1
     write_token_part(part, all_tokens, target_mask)
     np.array(facts, EXAMPLE_FACTS_DTYPE).tofile(_facts_path(part))
     return {
         "problem_lines": list(problems),
         "problems": list(problems.values()),
         "overlong": overlong,
+        "doubts": [(*doubt, *place) for doubt, place in doubts.items()],
     }
 
 
@@ -272,7 +288,20 @@ def _encode_examples(
                 message = f"the chat template does not take these turns: {problem}"
                 yield line, _EncodingProblem("chat-template-raised", message)
             else:
-                yield line, encoded
+                yield line, _find_problem(encoded, tokenizer, request) or encoded
+
+
+def _find_problem(
+    encoded: EncodedExample, tokenizer: Any, request: Mapping[str, Any]
+) -> _EncodingProblem | None:
+    """Why an example that has tokens is not to be trained on; None for a sound one."""
+    for note in encoded.notes:
+        if note.severity == "error":
+            return _EncodingProblem(note.check, note.message)
+    kept = encoded.tokens[: request["max_seq_length"]]
+    if problem := describe_token_beyond(tokenizer, kept, request["embedding_rows"]):
+        return _EncodingProblem(BEYOND_EMBEDDING_CHECK, problem)
+    return None
 
 
 def _row_too_long(characters: int, most: int, max_seq_length: int) -> _EncodingProblem:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +28,12 @@ from nested_core.gate.answers.suites import (
     describe_bad_questions,
     read_suite,
 )
-from nested_core.models.base_model import context_length
+from nested_core.models.base_model import (
+    context_length,
+    describe_token_beyond,
+    vocabulary_size,
+)
+from nested_core.models.chat_template import chat_template_of
 from nested_core.models.generation import Answer, OnAnswered, Sampling, answer_prompts
 from nested_core.models.parameters import in_evaluation_mode
 from nested_core.storage.atomic import write_json
@@ -97,12 +103,14 @@ class EncodedSuite:
     context: int | None
 
     @classmethod
-    def encode(cls, suite: Suite, tokenizer: Any, context: int | None) -> Self:
+    def encode(
+        cls, suite: Suite, tokenizer: Any, context: int | None, rows: int | None = None
+    ) -> Self:
         """Encode every question.
 
-        context: the most tokens that the model can see; None where it is not known.
-        Raises DatasetError, with the questions, for prompts that do not fit into it or that the
-        chat template does not take.
+        context: the most tokens that the model can see; rows: those of its embedding; None where
+        it is not known. Raises DatasetError, with the questions, for prompts that do not fit into
+        them or that the chat template does not take.
         """
         prompts: list[tuple[int, ...]] = []
         choices: list[tuple[tuple[int, ...], ...]] = []
@@ -125,6 +133,9 @@ class EncodedSuite:
                     f"{context:,}"
                 )
                 problems.append(BadQuestion(question.line, "long", problem))
+            tokens = [*prompt, *chain.from_iterable(following)]
+            if beyond := describe_token_beyond(tokenizer, tokens, rows):
+                problems.append(BadQuestion(question.line, "token", beyond))
             if not prompt or not all(following):
                 problem = "nothing is left of it in tokens"
                 problems.append(BadQuestion(question.line, "no tokens", problem))
@@ -200,8 +211,8 @@ def _encode_prompt(question: Question, tokenizer: Any) -> tuple[int, ...]:
         start = tokenizer.bos_token
         is_started = start is not None and text.startswith(start)
     else:
-        turns = list(question.prompt)
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        template = chat_template_of(tokenizer)
+        text = template.render(template.prepare(question.prompt), add_generation_prompt=True)
         is_started = True
     # transformers would warn of a length that is refused here with its line
     return tuple(tokenizer.encode(text, add_special_tokens=not is_started, verbose=False))
@@ -334,5 +345,5 @@ def encode_suites(suites: Sequence[Suite], tokenizer: Any, base: Path) -> tuple[
     Raises DatasetError, with the questions, for prompts that are longer than the model's context
     or that its chat template does not take.
     """
-    context = context_length(base)
-    return tuple(EncodedSuite.encode(suite, tokenizer, context) for suite in suites)
+    context, rows = context_length(base), vocabulary_size(base)
+    return tuple(EncodedSuite.encode(suite, tokenizer, context, rows) for suite in suites)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,24 @@ atexit.register(_FOLDERS.cleanup)
 WriteData = Callable[..., Path]
 
 
-def build_tokenizer(template: str | None) -> TokenizerSource:
-    """A tokenizer of our own in a folder, as a model's folder holds one."""
+def build_tokenizer(template: str | None, special: Sequence[str] = SPECIAL) -> TokenizerSource:
+    """A tokenizer of our own in a folder, as a model's folder holds one.
+
+    special: its special tokens, of which the first ends a sequence.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=SPECIAL,
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     text = ["The capital of France is Paris.", "Where is the river?", "It is near the capital."]
     tokenizer.train_from_iterator(text, trainer)
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=template
+        tokenizer_object=tokenizer, eos_token=special[0], chat_template=template
     )
     folder = tempfile.mkdtemp(dir=_FOLDERS.name)
     wrapped.save_pretrained(folder)

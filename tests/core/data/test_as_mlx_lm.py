@@ -40,7 +40,8 @@ TOOL = {
 CALL = {
     "id": "call_id",
     "type": "function",
-    "function": {"name": "get_current_weather", "arguments": '{"location": "San Francisco, CA"}'},
+    # Of JSON text mlx_lm trains on a quoted text, and mlx_lm.server gives the template the object.
+    "function": {"name": "get_current_weather", "arguments": {"location": "San Francisco, CA"}},
 }
 CALLING = {"role": "assistant", "tool_calls": [CALL]}
 # The keys in the YAML, and one row of the file.

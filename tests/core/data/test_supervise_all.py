@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -133,12 +134,18 @@ def test_two_template_calls_a_turn_are_enough(tokenizer: TokenizerSource) -> Non
     calls = []
 
     class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer.load(), name)
+
         def apply_chat_template(self, messages: Any, **more: Any) -> Any:
             calls.append(len(messages))
             return tokenizer.load().apply_chat_template(messages, **more)
 
-    encoded = encode_example(Example("chat", [*TURNS[1:3]] * 9), Counting(), "all")
-    assert len(encoded.spans) == 9
+    counting = Counting()
+    example = Example("chat", [*TURNS[1:3]] * 9)
+    encode_example(example, counting, "all")  # what the template expects is tried once
+    calls.clear()
+    assert len(encode_example(example, counting, "all").spans) == 9
     assert len(calls) == 2 * 9
 
 
@@ -177,6 +184,8 @@ def random_chat(dice: random.Random) -> Example:
     for _ in range(dice.randint(1, 5)):
         for role in ("user", "assistant"):
             text = "".join(dice.choices(PIECES, k=dice.randint(0, 6)))
+            while role == "assistant" and text.rstrip().endswith("<|end|>"):
+                text = text.rstrip().removesuffix("<|end|>")  # an answer loses its end
             turns.append({"role": role, "content": text, "thinking": dice.choice(["", "Hm."])})
     return Example("chat", turns)
 
@@ -199,7 +208,8 @@ def test_tokenising_a_chat_once_gives_the_spans_of_tokenising_each_beginning(
     dice = random.Random(template)
     for _ in range(count):
         example = random_chat(dice)
-        assert encode_example(example, tokenizer, "all") == templated_one_by_one(example, tokenizer)
+        encoded = encode_example(example, tokenizer, "all")
+        assert replace(encoded, notes=()) == templated_one_by_one(example, tokenizer)
 
 
 def test_a_chat_of_many_turns_is_tokenised_once(tokenizer: TokenizerSource) -> None:
@@ -216,7 +226,7 @@ def test_a_chat_of_many_turns_is_tokenised_once(tokenizer: TokenizerSource) -> N
 
     example = Example("chat", [*TURNS[1:3]] * 20)
     assert len(encode_example(example, Counting(), "all").spans) == 20
-    assert tokenised == [40]
+    assert tokenised == []  # the rendered text is, without the template
 
 
 def test_a_reference_run_refuses_to_learn_every_turn() -> None:

@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 from mlx_lm import load
 from mlx_lm.generate import generate, generate_step
+from mlx_lm.utils import load_tokenizer
 
+from nested_core.errors import ConfigError
 from nested_core.models import generation
-from nested_core.models.generation import Answer, Sampling, answer_prompts
+from nested_core.models.generation import (
+    Answer,
+    Sampling,
+    answer_prompts,
+    encode_messages,
+    stream_answer,
+)
 from tests.architectures import ARCHITECTURES, HYBRIDS, VOCABULARY, build
 from tests.example import MODEL
 from tests.left_out import slow_except
@@ -160,3 +168,28 @@ def test_a_model_that_takes_a_batch_for_something_else_is_not_batched(monkeypatc
 @pytest.mark.parametrize(("text", "is_empty"), [("", True), (" \n\u2003", True), (" a", False)])
 def test_an_answer_of_white_space_is_empty(text: str, is_empty: bool) -> None:
     assert Answer(text, 3, is_endless=False, is_repeated=False).is_empty is is_empty
+
+
+def test_a_prompt_with_a_token_beyond_the_embedding_is_refused_by_name() -> None:
+    model, tokenizer = example()[0], load_tokenizer(MODEL)
+    size = model.args.vocab_size
+    tokenizer.add_tokens(["<|order|>"])
+    asked = [tokenizer.encode("<|order|>Where to?")]
+    with pytest.raises(ConfigError, match=rf"<\|order\|> has id {size}, the model has {size} rows"):
+        answer_prompts(model, tokenizer, asked, Sampling(2))
+    with pytest.raises(ConfigError, match="the model has"):
+        next(stream_answer(model, tokenizer, asked[0], Sampling(2)))
+
+
+def test_arguments_of_calls_are_objects_in_prompts_as_in_training() -> None:
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+    )
+    texts = []
+    for arguments in ('{"a": 1}', {"a": 1}):
+        function = {"name": "f", "arguments": arguments}
+        call = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+        texts.append(tokenizer.decode(encode_messages(tokenizer, [call])))
+    assert texts == ['{"a": 1}'] * 2

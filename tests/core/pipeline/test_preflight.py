@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -13,10 +14,11 @@ from nested_core.errors import ConfigError, DamagedError, NestedTuneError
 from nested_core.pipeline import preflight
 from nested_core.pipeline.finetune import finetune
 from nested_core.pipeline.preflight import estimate_checkpoint_bytes, require_room_for_checkpoints
+from nested_core.pipeline.steps import require_askable_suites
 from nested_core.registry import promote, register
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.registry.conftest import write_run
-from tests.example import example_config, prepare, train
+from tests.example import MODEL, example_config, prepare, train
 
 NAME = "capitals"
 Usage = namedtuple("Usage", "total used free")
@@ -174,3 +176,17 @@ def test_where_epochs_decide_the_room_is_that_of_their_iterations(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ConfigError, match="up to 4 are kept at a time"):  # 40 examples, 5 batches
         require_room_for_checkpoints(config, run)
+
+
+def test_a_sample_with_a_token_that_the_model_has_no_row_for_is_refused(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    stored = json.loads((model / "tokenizer.json").read_text())
+    size = json.loads((model / "config.json").read_text())["vocab_size"]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    token = {"id": size, "content": "<|order|>", "special": True, **flags}
+    stored["added_tokens"].append(token)
+    (model / "tokenizer.json").write_text(json.dumps(stored))
+    config = example_config(model=str(model), samples=["<|order|>Where to?"])
+    with pytest.raises(ConfigError, match=rf"^samples: .*<\|order\|> has id {size}, the model has"):
+        require_askable_suites(config)

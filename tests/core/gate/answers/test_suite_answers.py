@@ -148,6 +148,13 @@ def test_turns_that_the_template_does_not_take_are_an_error(tmp_path, monkeypatc
         EncodedSuite.encode(suite, tokenizer, 64)
 
 
+def test_a_question_with_a_token_beyond_the_embedding_is_an_error_with_its_line(tmp_path) -> None:
+    path = write(tmp_path / "suite.jsonl", ASKED | {"expected": "a"})
+    suite = Suite.read("capitals", ScoringMethod(path, "exact"))
+    with pytest.raises(DatasetError, match=r"suite.jsonl:1: .* has id \d+, the model has 5 rows"):
+        EncodedSuite.encode(suite, example()[1], None, 5)
+
+
 @pytest.fixture
 def asked(tmp_path):
     """A cache, the models that were asked, and a way to ask through the cache."""
