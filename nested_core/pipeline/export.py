@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.loading import parse_config
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
@@ -74,7 +75,6 @@ FORMATS: dict[mx.Dtype, WeightFormat] = {
     mx.bfloat16: "bfloat16",
     mx.float16: "float16",
 }
-RECORDED_PACKAGES = ("nested-tune", "mlx", "mlx-lm", "transformers", "tokenizers")
 OnStage = Callable[[str], None]
 
 
