@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from nested_core.errors import DamagedError
 from nested_core.storage.atomic import write_json
 from nested_core.storage.untrusted_files import file_type, read_json
-from nested_core.text.loss_format import format_loss
+from nested_core.text.loss_format import format_interval, format_loss
 
 RECORD_NAME = "export.json"
 CARD_NAME = "README.md"
@@ -41,12 +41,14 @@ class LogitComparison:
 
 @dataclass(frozen=True)
 class KeptGain:
-    """How much of an adapter's gain on held-out rows an export keeps.
+    """How much of an adapter's gain on held-out rows an export keeps, and what it lost.
 
     base, adapter, exported: mean losses in nats a supervised token.
-    share: of base minus adapter; None where the adapter gained nothing that can be told from noise.
-    low: the lower end of its 95 % interval; equal to `share` with too few rows for one.
-    needed: what `low` must not be below.
+    needed: the share of the gain that has to be kept, where there is a gain beyond chance.
+    allowed: what may be lost, in nats a token: the rest of that gain, or without one a margin.
+    share: what is kept of base minus adapter; None where that gain cannot be told from noise.
+    interval: the 95 % interval of what was lost, exported minus adapter; None with too few rows.
+        The export does not stand where all of it is above `allowed`.
     """
 
     file: str
@@ -54,9 +56,29 @@ class KeptGain:
     base: float
     adapter: float
     exported: float
-    share: float | None
-    low: float | None
     needed: float
+    allowed: float
+    share: float | None = None
+    interval: tuple[float, float] | None = None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether more was lost than is allowed, beyond chance."""
+        lost = self.exported - self.adapter if self.interval is None else self.interval[0]
+        return not lost <= self.allowed
+
+    @property
+    def low(self) -> float | None:
+        """The lower end of the 95 % interval of `share`; None without either."""
+        if self.share is None or self.interval is None:
+            return None
+        return 1 - self.interval[1] / (self.base - self.adapter)
+
+    def describe_interval(self) -> str:
+        """The interval of what was lost, such as `95 % interval -0.002 to +0.004`."""
+        if self.interval is None:
+            return "too few rows for an interval"
+        return f"95 % interval {format_interval(self.interval)}"
 
 
 @dataclass(frozen=True)
