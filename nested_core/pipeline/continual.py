@@ -20,7 +20,6 @@ from nested_core.config.key_properties import replace_configured_paths, settings
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section_base import PathRule
 from nested_core.data.held_out_rows import digest_held_out_file
-from nested_core.errors import ConfigError
 from nested_core.gate.losses.ancestor_examples import list_ancestor_digests
 from nested_core.models.base_model import (
     describe_computation,
@@ -51,36 +50,17 @@ def champion_or_none(registry: Path, name: str) -> str | None:
     return read_champion(registry, name) if name_exists(registry, name) else None
 
 
-def starting_adapter(
-    config: FineTuneConfig, adapter_config: dict[str, Any], base: Path
-) -> Adapter | None:
+def starting_champion(config: FineTuneConfig) -> Adapter | None:
     """The champion that the run starts from, verified; None if it does not, or there is none yet.
 
-    Raises ConfigError if its configuration is not `adapter_config` or its base is not the model in
-    `base`, DamagedError if it is not what was registered.
+    Raises DamagedError if it is not what was registered.
     """
     with _holding_starting_champion(config) as champion:
         if champion is None:
             return None
         registry, name = registry_location(config.registry)
         verify(registry, name, champion)
-        adapter = read_adapter(version_folder(registry, name, champion))
-    before = adapter.meaning()
-    now = Adapter(adapter.path, adapter_config, {}).meaning()
-    recorded = before["base_fingerprint"]
-    if recorded is not None and is_same_base(recorded, base):
-        now["base_fingerprint"] = recorded  # of the rule by which it was recorded
-    differing = [
-        f"  {key}: {before[key]}, now {now[key]}" for key in now if before[key] != now[key]
-    ]
-    if differing:
-        raise ConfigError(
-            f"continual.from: the champion {shorten_digest(champion)} of {name} was trained "
-            "with other settings, and its tensors would mean something else under these:\n"
-            + "\n".join(differing)
-            + "\nKeep them, or train a new adapter under another name."
-        )
-    return adapter
+        return read_adapter(version_folder(registry, name, champion))
 
 
 def find_reason_to_skip(config: FineTuneConfig, run: RunDirectory) -> Skip | None:

@@ -271,8 +271,12 @@ class _Search:
         return {number: (math.inf,) if own is None else own for number, own in found.items()}
 
     def _further_points(self, best: int) -> list[Point]:
-        """Ranks and scales around the best rate, once, where they were not named and fit in."""
-        if self.request.over or len(self.record.rounds) > 1:
+        """Ranks and scales around the best rate, once, where they were not named and fit in.
+
+        An adapter that training begins with has a rank and a scale of its own.
+        """
+        begins_with_adapter = self.config.continual.start or self.config.resume_adapter_file
+        if self.request.over or begins_with_adapter or len(self.record.rounds) > 1:
             return []
         point = self.record.arms[best].point
         settings = parse_config(settings_of_point(self.config, point), source="sweep")
