@@ -178,10 +178,13 @@ def _find_lost_gain(gain: KeptGain) -> Iterator[str]:
         yield "its losses on held-out rows are not finite"
     elif gain.is_lost:
         lost = format_difference(gain.exported - gain.adapter)
-        share = "" if gain.share is None else f": it keeps {gain.share:.0%} of the gain"
+        share = ""
+        if gain.share is not None:
+            asked = f"{gain.needed:.0%} is asked for"
+            share = f": it keeps {gain.share:.0%} of the gain, where {asked}"
         yield (
             f"its loss on {gain.file} is {lost} nats/token from the adapter's "
-            f"({gain.describe_interval()}), where {gain.allowed:.2g} may be lost{share}"
+            f"({gain.describe_interval()}), and {gain.allowed:.2g} may be lost{share}"
         )
 
 

@@ -19,7 +19,7 @@ from nested_core.text.loss_format import format_interval, format_loss
 
 RECORD_NAME = "export.json"
 CARD_NAME = "README.md"
-MAX_RECORD_BYTES = 2**20
+MAX_RECORD_BYTES = 64 * 2**20
 WeightFormat = Literal["float32", "bfloat16", "float16", "quantized", "f16", "q8_0"]
 Quantized = Literal["kept", "dequantized"]
 
@@ -100,6 +100,9 @@ class ExportRecord:
     weights: the format of its matrices.
     quantized_base: what became of a quantized base; None where it was not.
     source: the adapter as it was named; `version` is its digest, the version's of a registry.
+    step: the optimizer step of the adapter; None where it is not recorded.
+    training_examples: digests of what it and its ancestors were trained on, as provenance.json has
+        them; None where they are not known.
     tokenizer, chat_template: SHA-256 of either; None without a template.
     reader: what read the artefact; `notes` is what to know, such as that llama.cpp did not.
     problems: why it does not stand; empty where it does.
@@ -123,6 +126,8 @@ class ExportRecord:
     notes: tuple[str, ...]
     problems: tuple[str, ...]
     packages: dict[str, str]
+    step: int | None = None
+    training_examples: str | None = None
 
     @property
     def stands(self) -> bool:
@@ -149,9 +154,11 @@ class ExportRecord:
         return ", ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as the file and `export --json` have them."""
+        """Plain values, as the file and `export --json` have them; digests in the file alone."""
         verdict = "stands" if self.stands else "refused"
-        return {"verdict": verdict, "summary": self.describe()} | asdict(self)
+        values = asdict(self)
+        del values["training_examples"]
+        return {"verdict": verdict, "summary": self.describe()} | values
 
 
 def digest_template(template: str) -> str:
@@ -176,7 +183,7 @@ def card_place(artefact: Path) -> Path:
 
 def write_export_record(place: Path, record: ExportRecord) -> None:
     """Write the record to a new file."""
-    write_json(place, record.to_json())
+    write_json(place, record.to_json() | {"training_examples": record.training_examples})
 
 
 def read_export_record(artefact: Path) -> ExportRecord | None:

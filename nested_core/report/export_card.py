@@ -51,6 +51,8 @@ def _list_comparisons(record: ExportRecord) -> Iterator[tuple[str, object]]:
 
 def _list_sources(record: ExportRecord) -> Iterator[tuple[str, object]]:
     yield "adapter", record.version
+    if record.step is not None:
+        yield "optimizer step of the adapter", record.step
     yield "base", f"{Path(record.base).name}, {record.base_fingerprint}"
     yield "weights", record.weights
     if record.quantized_base is not None:
