@@ -68,6 +68,7 @@ def measure(family: str, seed: int, stored: str, folder: Path) -> Iterator[dict[
             "gain": record.gain.base - record.gain.adapter,
             "kept": record.gain.share,
             "kept_low": record.gain.low,
+            "lost": record.gain.exported - record.gain.adapter,
             "problems": record.problems,
         }
 
@@ -98,7 +99,8 @@ def main() -> None:
         print(
             f"{weights}: {len(own)} exports, {refused} refused; distance at most "
             f"{max(row['distance'] for row in own):.2g}, carried {min(carried):.3f} to "
-            f"{max(carried):.3f}, kept at least {min(row['kept_low'] for row in own):.3f}"
+            f"{max(carried):.3f}, kept at least {min(row['kept_low'] for row in own):.3f}, lost at "
+            f"most {max(row['lost'] for row in own):.3g} nats/token"
         )
 
 

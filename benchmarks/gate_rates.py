@@ -37,6 +37,8 @@ import numpy as np
 from nested_core.config.sections import GateSection, RegistrySection
 from nested_core.data.example_digests import digest_examples
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
+from nested_core.exported.judgement import MIN_KEPT_GAIN, measure_kept_gain
+from nested_core.exported.reference import HeldOutRows, Reference
 from nested_core.gate.answers.answer_bounds import judge_answers
 from nested_core.gate.losses.chosen_candidate import Candidates, SweepChoice, join_candidates
 from nested_core.gate.losses.held_out_loss import HeldOutExamples
@@ -60,6 +62,7 @@ MAX_CREEP = 1.1  # times the first champion's loss, which is 1
 PROMPT_TOKENS, ANSWER_TOKENS = 6, 3
 BOUNDS = GateSection()
 MIN_IMPROVEMENT = RegistrySection().min_improvement
+ROUNDING = 0.01  # nats a token of a row, by which an export's losses differ from the adapter's
 DISTRIBUTIONS = ("normal", "t(3)", "skewed")
 Trial = Callable[..., bool | tuple[bool, ...]]  # of random numbers, and what is planted
 
@@ -458,8 +461,50 @@ def refused_by_all(random: np.random.Generator, *, distribution: str, sd: float)
     return refused_by_suites(random, suites=10)
 
 
+def export_is_refused(
+    random: np.random.Generator, *, examples: int, gain: float, distribution: str, lost: float
+) -> bool:
+    """Whether an export with rounding noise a row, which lost so much, is refused by its losses."""
+    adapter, tokens = draw_before(random, examples)
+    gains = gain + draw_noise(random, examples, distribution, gain)
+    targets = tuple(tuple(range(int(count))) for count in tokens)
+    rows = HeldOutRows("valid.jsonl", targets, targets, None)
+    reference = Reference(
+        *(None, (), (), (), (), np.zeros((0, 0)), np.zeros((0, 0))),
+        rows=rows,
+        base_losses=adapter + gains,
+        adapter_losses=adapter,
+        suites=(),
+        answers={},
+    )
+    exported = adapter + lost + draw_noise(random, examples, distribution, ROUNDING)
+    return measure_kept_gain(reference, rows, exported, MIN_KEPT_GAIN).is_lost
+
+
+def export_is_let_through(random: np.random.Generator, **planted: Any) -> bool:
+    """Whether an export that lost more than is allowed stands."""
+    return not export_is_refused(random, **planted)
+
+
+def list_cases_of_exports() -> Iterator[Case]:
+    """Right exports of small gains, and those that lost half of the gain, or without one 0.05."""
+    for distribution, gain, examples in itertools.product(
+        ("normal", "t(3)"), (0.0, 0.02, 0.1), (10, 200)
+    ):
+        planted: dict[str, Any] = {"examples": examples, "gain": gain, "distribution": distribution}
+        name = f"of a gain of {gain:g} nats, {examples} rows, {distribution}"
+        trial = partial(export_is_refused, **planted, lost=0.0)
+        yield Case("refused", (f"a right export {name}",), trial, 0.05, 1, 1_000)
+        if examples == 200:
+            lost = gain / 2 or 0.05
+            trial = partial(export_is_let_through, **planted, lost=lost)
+            named = (f"an export that lost {lost:g} nats, {name}",)
+            yield Case("let through", named, trial, 0.05, 1, 1_000)
+
+
 def list_cases() -> Iterator[Case]:
     """Every row."""
+    yield from list_cases_of_exports()
     for distribution in DISTRIBUTIONS:
         for sd in (0.05, 0.2):
             yield from _list_cases_of_noise(distribution, sd)

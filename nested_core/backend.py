@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
 CUDA_PACKAGES = ("mlx-cuda-13", "mlx-cuda-12")
 # Those whose versions may change a run's numbers.
-RECORDED_PACKAGES = ("nested-tune", "mlx", "mlx-lm", "safetensors", "numpy")
+RECORDED_PACKAGES = (
+    *("nested-tune", "mlx", "mlx-lm", "transformers", "tokenizers", "jinja2"),
+    *("safetensors", "numpy"),
+)
 
 # Options of glibc's mallopt(3), and the values that they are given.
 M_TRIM_THRESHOLD = -1

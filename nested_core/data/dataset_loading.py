@@ -36,6 +36,7 @@ from nested_core.data.tokens.tokenized_split import (
 )
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DamagedError, DatasetError
+from nested_core.models.base_model import fingerprint_tokenizer
 from nested_core.records.dataset import DatasetReport
 from nested_core.records.replay import read_replay, require_replayed_rows
 from nested_core.storage.atomic import canonical_json, temporary_beside, write_json
@@ -44,15 +45,6 @@ from nested_core.storage.untrusted_files import read_json, regular_sha256
 from nested_core.storage.user_cache import UserCache, cache_folder, remove_entry
 
 REPORT_NAME = "report.json"
-_TOKENIZER_FILES = (
-    "*.json",
-    "*.jinja",
-    "additional_chat_templates/*.jinja",
-    "*.model",
-    "*.txt",
-    "*.tiktoken",
-    "*.py",
-)
 # All that a line's judgement or tokens may depend on; jinja2 renders the chat templates.
 _LIBRARIES_IN_CACHE_KEY = (
     "transformers",
@@ -123,7 +115,7 @@ def _depends_on(
         "incomplete_folder": settings.describe_incomplete_folder(files),
         "files": {split: _describe_file_for_key(file) for split, file in files.items()},
         "tokenizer": asdict(tokenizer),
-        "tokenizer_files": _hash_tokenizer_files(Path(tokenizer.folder)),
+        "tokenizer_files": fingerprint_tokenizer(Path(tokenizer.folder)),
         "rules": _hash_data_code(),
         "libraries": _library_versions(),
     }
@@ -139,12 +131,6 @@ def _describe_file_for_key(file: SplitFile) -> dict[str, Any]:
         "parts": to_jsonable_python(file.parts),
         "delimiters": file.delimiters,
     }
-
-
-def _hash_tokenizer_files(folder: Path) -> dict[str, str]:
-    """Hashes of what a tokenizer may be made from, its template and the model's configuration."""
-    paths = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}
-    return _file_hashes(folder, sorted(paths))
 
 
 @lru_cache(maxsize=1)

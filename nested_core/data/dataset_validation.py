@@ -45,7 +45,11 @@ from nested_core.data.tokens.parallel_tokenization import (
     tokenize_splits,
 )
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.models.base_model import chat_template_digest, context_length
+from nested_core.models.base_model import (
+    chat_template_digest,
+    context_length,
+    fingerprint_tokenizer,
+)
 from nested_core.records.dataset import DatasetReport, Findings, Severity, SplitStats, sort_findings
 from nested_core.storage.atomic import canonical_json
 
@@ -90,7 +94,12 @@ def judge_dataset(
     report = _make_report(settings, tables, findings, facts, context)
     if tokenizer is None:
         return report
-    return replace(report, chat_template=chat_template_digest(Path(tokenizer.folder)))
+    base = Path(tokenizer.folder)
+    return replace(
+        report,
+        chat_template=chat_template_digest(base),
+        tokenizer=fingerprint_tokenizer(base),
+    )
 
 
 def _apply_line_rules(tables: Tables, settings: DataSettings, findings: Findings) -> None:

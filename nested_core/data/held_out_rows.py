@@ -21,7 +21,7 @@ from nested_core.data.sources.split_files import SplitFile, open_splits
 from nested_core.errors import DatasetError
 from nested_core.records.dataset import find_place
 from nested_core.storage.atomic import canonical_json
-from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
+from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, regular_sha256
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,14 @@ def read_held_out_prompts(
         names = SPLITS_BY_HELD_OUT_CHOICE.get(held_out, ("valid", "test"))
         file = next((splits[name] for name in names if name in splits), None)
         return [] if file is None else list(islice(_read_prompts(file, settings), count))
+
+
+def digest_held_out_file(choice: str) -> str | None:
+    """SHA-256 of the file that `gate.held_out` names; None where it names a split, or is gone."""
+    path = Path(choice)
+    if choice in SPLITS_BY_HELD_OUT_CHOICE or not path.is_file():
+        return None
+    return regular_sha256(path, follow_links=True)
 
 
 def _read_prompts(file: SplitFile, settings: DataSettings) -> Iterator[HeldOutPrompt]:

@@ -24,8 +24,10 @@ from nested_core.records.export_record import (
     SuiteCount,
     WeightFormat,
 )
+from nested_core.records.loss_conclusion import MAX_RISE_OF_FEW, MIN_MARGIN
 from nested_core.records.losses import Vector
 from nested_core.records.paired_difference import compare_pairs, independent_clusters
+from nested_core.text.loss_format import format_difference
 
 # Of the logits' distance, by the format of the matrices; benchmarks/README.md has those of right
 # exports. A quantized base that is quantized again moves furthest.
@@ -40,6 +42,7 @@ LOGIT_BOUNDS: dict[WeightFormat, float] = {
 MIN_CARRIED, MAX_CARRIED = 0.75, 1.25  # of the adapter's change of the logits
 MIN_KEPT_GAIN = 0.95
 MIN_KEPT_GAIN_QUANTIZED = 0.90  # where the base is quantized again
+MAX_LOST_NATS_QUANTIZED = 0.05  # a token, where the base is quantized again and no gain is shown
 MAX_SHOWN_TEXTS = 3
 
 
@@ -71,8 +74,10 @@ def judge_reading(
     problems += _find_wrong_logits(logits)
     gain = None
     if reference.rows is not None and reading.losses is not None:
-        needed = MIN_KEPT_GAIN_QUANTIZED if quantized_base == "kept" else MIN_KEPT_GAIN
-        gain = measure_kept_gain(reference, reference.rows, reading.losses, needed)
+        needed, margin = MIN_KEPT_GAIN, MIN_MARGIN
+        if quantized_base == "kept":
+            needed, margin = MIN_KEPT_GAIN_QUANTIZED, MAX_LOST_NATS_QUANTIZED
+        gain = measure_kept_gain(reference, reference.rows, reading.losses, needed, margin)
         problems += _find_lost_gain(gain)
     suites = tuple(_count_right_answers(reference, reading))
     problems += [
@@ -125,11 +130,20 @@ def _find_wrong_logits(logits: LogitComparison) -> Iterator[str]:
 
 
 def measure_kept_gain(
-    reference: Reference, rows: HeldOutRows, exported: Vector, needed: float
+    reference: Reference,
+    rows: HeldOutRows,
+    exported: Vector,
+    needed: float,
+    margin: float = MIN_MARGIN,
 ) -> KeptGain:
-    """How much of the adapter's gain on held-out rows an artefact keeps; losses a token of a row.
+    """How much an artefact lost to the adapter on held-out rows, and how much that may be.
 
-    The interval is that of the paired difference to the adapter, in units of the gain.
+    Args:
+        reference: losses of base and adapter, a token of a row.
+        rows: the rows.
+        exported: the artefact's losses of them.
+        needed: the share that has to be kept of a gain beyond chance.
+        margin: what may be lost where there is no such gain, in nats a token.
     """
     base, adapter = reference.base_losses, reference.adapter_losses
     assert base is not None and adapter is not None  # noqa: S101, PT018  # where there are rows
@@ -141,26 +155,36 @@ def measure_kept_gain(
         base=float(np.average(base, weights=counts)),
         adapter=float(np.average(adapter, weights=counts)),
         exported=float(np.average(exported, weights=counts)),
-        share=None,
-        low=None,
         needed=needed,
+        allowed=margin,
     )
     gained = compare_pairs(base, adapter, counts, clusters)
     is_shown = gained.is_below(0) if gained.is_measurable else gained.mean < 0
-    if not is_shown or not np.isfinite(exported).all():
+    if is_shown:
+        kept = replace(kept, allowed=(1 - needed) * -gained.mean)
+    if not np.isfinite(exported).all():
         return kept
     lost = compare_pairs(adapter, exported, counts, clusters)
-    most = lost.high if lost.is_measurable else lost.mean
-    return replace(kept, share=1 + lost.mean / gained.mean, low=1 + most / gained.mean)
+    if is_shown:
+        kept = replace(kept, share=1 + lost.mean / gained.mean)
+    if not lost.is_measurable:  # as the gate's bound of so few examples
+        return replace(kept, allowed=max(kept.allowed, margin, MAX_RISE_OF_FEW * kept.adapter))
+    return replace(kept, interval=(lost.low, lost.high))
 
 
 def _find_lost_gain(gain: KeptGain) -> Iterator[str]:
+    """That an artefact is worse than its adapter by more than is allowed, beyond chance."""
     if not np.isfinite(gain.exported):
         yield "its losses on held-out rows are not finite"
-    elif gain.low is not None and gain.share is not None and gain.low < gain.needed:
+    elif gain.is_lost:
+        lost = format_difference(gain.exported - gain.adapter)
+        share = ""
+        if gain.share is not None:
+            asked = f"{gain.needed:.0%} is asked for"
+            share = f": it keeps {gain.share:.0%} of the gain, where {asked}"
         yield (
-            f"it keeps {gain.share:.0%} of the gain on {gain.file}, at least {gain.low:.0%}, where "
-            f"{gain.needed:.0%} is asked for"
+            f"its loss on {gain.file} is {lost} nats/token from the adapter's "
+            f"({gain.describe_interval()}), and {gain.allowed:.2g} may be lost{share}"
         )
 
 

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
 LAYER_NUMBER_PATTERN = re.compile(r"\.\d+\.")
 FINGERPRINT_PREFIX = "sha256:"  # begins the fingerprints that cover every byte
+# The files of a model's folder that its tokenizer, its chat template, the tokens that end an answer
+# and its configuration are read from.
+TOKENIZER_FILES = (
+    *("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.txt", "*.tiktoken"),
+    "*.py",
+)
 
 
 def find_model_folder(model: str, revision: str | None = None) -> Path:
@@ -85,6 +91,17 @@ def fingerprint_base_model(folder: Path) -> str:
     hashes = cached_sha256(paths)
     named = [[path.name, digest] for path, digest in zip(paths, hashes, strict=True)]
     return FINGERPRINT_PREFIX + hashlib.sha256(canonical_json(named)).hexdigest()
+
+
+def fingerprint_tokenizer(folder: Path) -> str:
+    """SHA-256 over all files that decide how a model in `folder` reads text and ends an answer.
+
+    They are TOKENIZER_FILES, each with its name; `fingerprint_base_model` leaves most of them out.
+    """
+    paths = sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)})
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    named = sorted(zip(names, cached_sha256(paths), strict=True))
+    return hashlib.sha256(canonical_json(named)).hexdigest()
 
 
 def is_same_base(recorded: str, folder: Path) -> bool:
@@ -253,3 +270,8 @@ def model_compute_dtype(config: FineTuneConfig) -> mx.Dtype | None:
     if config.training.precision == "auto":
         return mx.float32 if backend.device() == "cpu" else None
     return mx.float32 if config.training.precision == "float32" else mx.bfloat16
+
+
+def describe_computation(config: FineTuneConfig) -> str:
+    """The device by name and the dtype of a model's computation, which decide its last bits."""
+    return f"{backend.device_name()} {model_compute_dtype(config)}"

@@ -15,13 +15,10 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from nested_core.errors import ConfigError
+from nested_core.models.base_model import TOKENIZER_FILES
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.storage.adapter import Adapter
 
-TOKENIZER_FILES = (
-    *("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.txt", "*.tiktoken"),
-    "*.py",
-)
 WRITTEN_FILES = ("config.json", "model.safetensors.index.json")
 QUANTIZATION_KEYS = ("quantization", "quantization_config")
 

@@ -19,6 +19,7 @@ from nested_core.backend import to_int
 from nested_core.models.base_model import (
     find_model_folder,
     fingerprint_base_model,
+    fingerprint_tokenizer,
     load_base_model,
     model_compute_dtype,
 )
@@ -92,6 +93,7 @@ def describe_base(config: FineTuneConfig) -> object:
         threading.get_ident(),
         str(folder),
         fingerprint_base_model(folder),
+        fingerprint_tokenizer(folder),
         config.trust_remote_code,
         model_compute_dtype(config),
         config.fine_tune_type,

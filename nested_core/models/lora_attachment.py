@@ -6,7 +6,6 @@ import difflib
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from nested_core.errors import ConfigError, DamagedError, join_first_values
-from nested_core.models.base_model import is_same_base
+from nested_core.errors import ConfigError, join_first_values
+from nested_core.models.adapter_fit import require_recorded_settings, require_tensors_fit
 from nested_core.models.parameters import trainable_parameters
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter_config
-from nested_core.storage.safetensors_files import load_arrays
+from nested_core.storage.safetensors_files import read_tensors
 
 if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
@@ -148,22 +147,8 @@ def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, mx.array]) -> N
     Raises ConfigError with every name and shape that does not fit.
     """
     parameters = trainable_parameters(model)
-    problems = [f"  {name}: missing" for name in parameters.keys() - tensors.keys()]
-    problems += [
-        f"  {name}: nothing that these settings train" for name in tensors.keys() - parameters
-    ]
-    problems += [
-        f"  {name}: shape {tensors[name].shape}, expected {parameter.shape}"
-        for name, parameter in parameters.items()
-        if name in tensors and tensors[name].shape != parameter.shape
-    ]
-    if problems:
-        more = [f"  and {len(problems) - 10} more"] if len(problems) > 10 else []
-        raise ConfigError(
-            "The adapter's tensors do not fit the model and lora_parameters:\n"
-            + "\n".join(sorted(problems)[:10] + more)
-            + "\nSet num_layers, lora_parameters and fine_tune_type to what it was made with."
-        )
+    advice = "Set num_layers, lora_parameters and fine_tune_type to what it was made with."
+    require_tensors_fit(tensors, parameters, advice)
     cast = [(name, tensors[name].astype(old.dtype)) for name, old in parameters.items()]
     model.update(tree_unflatten(cast))
 
@@ -177,23 +162,21 @@ def attach_stored_adapter(model: nn.Module, adapter: Adapter) -> dict[str, mx.ar
     """
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
+    require_recorded_settings(adapter)
+    before: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     config = adapter.config
     fine_tune_type = config.get("fine_tune_type", "lora")
     if fine_tune_type != "full":
         lora, layers = config["lora_parameters"], int(config["num_layers"])
         linear_to_lora_layers(model, layers, lora, use_dora=fine_tune_type == "dora")
     fresh: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    misfits = [
-        name
-        for name, tensor in adapter.tensors.items()
-        if name not in fresh or tuple(fresh[name].shape) != tuple(tensor.shape)
-    ]
-    if misfits:
-        raise ConfigError(
-            f"The adapter does not fit the base: {len(misfits)} of {len(adapter.tensors)} tensors, "
-            f"such as {misfits[0]}. Give the base that it was trained on."
-        )
-    return {name: fresh[name] for name in adapter.tensors}
+    added = filter(is_adapter_parameter, fresh.keys() - before.keys())
+    called_for = {name: fresh[name] for name in added}
+    called_for |= {name: fresh[name] for name in adapter.tensors if name in fresh}
+    require_tensors_fit(
+        adapter.tensors, called_for, "Give the base and the settings that it was trained with."
+    )
+    return called_for
 
 
 def make_adapter_config(config: FineTuneConfig, fingerprint: str) -> dict[str, Any]:
@@ -209,32 +192,25 @@ def make_adapter_config(config: FineTuneConfig, fingerprint: str) -> dict[str, A
     }
 
 
-def read_adapter_file(path: Path, base: Path) -> dict[str, mx.array]:
-    """The tensors of `resume_adapter_file`, read strictly; they must be finite.
+def read_adapter_file(path: Path) -> Adapter:
+    """The adapter of `resume_adapter_file`, read strictly; its tensors must be finite.
 
-    Warns if adapter_config.json beside it has the fingerprint of another model than the one in the
-    folder `base`; mlx_lm.lora writes none.
+    Its configuration is that of adapter_config.json beside it, empty where there is none.
     """
     if not path.is_file():
         problem = f"is a folder; give {path / WEIGHTS_NAME}" if path.is_dir() else "does not exist"
         raise ConfigError(
             f"resume_adapter_file: {path} {problem}. Expected a safetensors file of an adapter."
         )
-    arrays = load_arrays(path, follow_links=True)
-    broken = [name for name, array in arrays.items() if not mx.isfinite(array).all().item()]
+    tensors = read_tensors(path, follow_links=True)
+    broken = [
+        name for name, tensor in tensors.items() if not mx.isfinite(tensor.to_mlx()).all().item()
+    ]
     if broken:
         raise ConfigError(
             f"resume_adapter_file: {len(broken)} of the tensors of {path} hold NaN or infinity, "
             f"{broken[0]} among them. Nothing can be trained from there. Give a sound adapter."
         )
-    made_for = None
-    with suppress(DamagedError):  # training reads nothing else from that file
-        beside = read_adapter_config(path.parent / CONFIG_NAME, follow_links=True)
-        made_for = beside.get("base_fingerprint")
-    if made_for is not None and not is_same_base(made_for, base):
-        warnings.warn(
-            f"resume_adapter_file: {path} was made for another base model, says {CONFIG_NAME} "
-            f"beside it. Its tensors fit this one; what they learned may not.",
-            stacklevel=2,
-        )
-    return arrays
+    beside = path.parent / CONFIG_NAME
+    config = read_adapter_config(beside, follow_links=True) if beside.is_file() else {}
+    return Adapter(path, config, tensors)

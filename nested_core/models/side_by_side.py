@@ -13,7 +13,8 @@ from mlx_lm import load
 from mlx_lm.utils import load_model
 
 from nested_core.errors import ConfigError
-from nested_core.models.base_model import context_length, find_model_folder, is_same_base
+from nested_core.models.adapter_fit import describe_other_base
+from nested_core.models.base_model import context_length, find_model_folder
 from nested_core.models.generation import Sampling, encode_messages, stream_answer
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.storage.adapter import read_adapter
@@ -60,9 +61,8 @@ class SideBySide:
             raise ConfigError(f"model: {base} could not be loaded: {error}") from error
         weights: Any = tree_flatten(self._models[BASE].parameters())
         for name, adapter in read.items():
-            recorded = adapter.config.get("base_fingerprint")
-            if len(read) > 1 and recorded is not None and not is_same_base(recorded, base):
-                raise ConfigError(f"{name} is an adapter of another base than {base}.")
+            if other_base := describe_other_base(adapter.config, base):
+                raise ConfigError(f"{name}: {other_base}. Ask it with the base of its training.")
             own = self._models[name]
             own.load_weights(weights)
             attach_stored_adapter(own, adapter)

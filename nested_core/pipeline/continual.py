@@ -19,9 +19,15 @@ from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.key_properties import replace_configured_paths, settings_that_shape_adapter
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section_base import PathRule
-from nested_core.errors import ConfigError
-from nested_core.models.base_model import find_model_folder, fingerprint_base_model, is_same_base
-from nested_core.records.dataset import read_dataset_record
+from nested_core.data.held_out_rows import digest_held_out_file
+from nested_core.gate.losses.ancestor_examples import list_ancestor_digests
+from nested_core.models.base_model import (
+    describe_computation,
+    find_model_folder,
+    fingerprint_base_model,
+    is_same_base,
+)
+from nested_core.records.dataset import DatasetReport, held_out_split, read_dataset_record
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.replay import read_replay
 from nested_core.records.skip import Skip
@@ -44,36 +50,17 @@ def champion_or_none(registry: Path, name: str) -> str | None:
     return read_champion(registry, name) if name_exists(registry, name) else None
 
 
-def starting_adapter(
-    config: FineTuneConfig, adapter_config: dict[str, Any], base: Path
-) -> Adapter | None:
+def starting_champion(config: FineTuneConfig) -> Adapter | None:
     """The champion that the run starts from, verified; None if it does not, or there is none yet.
 
-    Raises ConfigError if its configuration is not `adapter_config` or its base is not the model in
-    `base`, DamagedError if it is not what was registered.
+    Raises DamagedError if it is not what was registered.
     """
     with _holding_starting_champion(config) as champion:
         if champion is None:
             return None
         registry, name = registry_location(config.registry)
         verify(registry, name, champion)
-        adapter = read_adapter(version_folder(registry, name, champion))
-    before = adapter.meaning()
-    now = Adapter(adapter.path, adapter_config, {}).meaning()
-    recorded = before["base_fingerprint"]
-    if recorded is not None and is_same_base(recorded, base):
-        now["base_fingerprint"] = recorded  # of the rule by which it was recorded
-    differing = [
-        f"  {key}: {before[key]}, now {now[key]}" for key in now if before[key] != now[key]
-    ]
-    if differing:
-        raise ConfigError(
-            f"continual.from: the champion {shorten_digest(champion)} of {name} was trained "
-            "with other settings, and its tensors would mean something else under these:\n"
-            + "\n".join(differing)
-            + "\nKeep them, or train a new adapter under another name."
-        )
-    return adapter
+        return read_adapter(version_folder(registry, name, champion))
 
 
 def find_reason_to_skip(config: FineTuneConfig, run: RunDirectory) -> Skip | None:
@@ -98,18 +85,25 @@ def find_reason_to_skip(config: FineTuneConfig, run: RunDirectory) -> Skip | Non
 
 
 def _champion_trained_alike(config: FineTuneConfig, run: RunDirectory) -> str | None:
-    """The champion, if it was trained on this run's data with the same settings, else None."""
+    """The champion, if it was made of this run's data with the same settings, else None.
+
+    The data are all rows, those held out as well: they choose the step and judge it.
+    """
     with _holding_starting_champion(config) as champion:
         if champion is None:
             return None
         provenance = read_provenance(version_folder(*registry_location(config.registry), champion))
-    train = read_dataset_record(run.dataset).splits["train"]
+    dataset = read_dataset_record(run.dataset)
     base, recorded = find_model_folder(config.model), provenance.get("base_fingerprint")
     if not isinstance(recorded, str) or not is_same_base(recorded, base):
         return None
-    now = train.digest, settings_digest(config, recorded, run)
-    before = provenance.get("train_digest"), provenance.get("settings_digest")
-    return champion if now == before else None
+    now = (
+        dataset.digest,
+        digest_held_out(config, dataset),
+        settings_digest(config, recorded, run),
+    )
+    keys = ("dataset_digest", "validation_digest", "settings_digest")
+    return champion if now == tuple(map(provenance.get, keys)) else None
 
 
 def conditions_digest(
@@ -117,8 +111,9 @@ def conditions_digest(
 ) -> str | None:
     """SHA-256 over all that decides what becomes of a run that starts from `champion`.
 
-    That is the champion, all splits of the data, base, settings, thresholds and other files of the
-    gate, the rule of promotion and its reference, and the versions of the packages that compute.
+    That is the champion, all splits of the data, base, tokenizer, settings, thresholds and other
+    files of the gate, what is kept of the ancestors' examples where they judge, the rule of
+    promotion and its reference, device and dtype, and the versions of the packages that compute.
     `config` is held to the registry's policy. None for a run that does not start from a champion,
     and with questions that a Python function scores: nobody knows what that depends on.
     """
@@ -129,18 +124,27 @@ def conditions_digest(
     section = config.registry
     decides = {
         "champion": champion,
-        "data": [dataset.digest, dataset.chat_template],
+        "data": dataset.digest,
         "settings": settings_digest(
             config, fingerprint_base_model(find_model_folder(config.model)), run
         ),
         "gate": replace_configured_paths(config.gate, _hash_file).model_dump(mode="json"),
+        "ancestors": _list_ancestor_digests(config, champion),
         "rule": asdict(effective_rule(section)),
         "min_improvement": section.min_improvement,
         "require_validation": section.require_validation,
         "reference": read_reference(registry, name) if name_exists(registry, name) else None,
+        "computation": describe_computation(config),
         "packages": [installed_version(package) for package in RECORDED_PACKAGES],
     }
     return hashlib.sha256(canonical_json(decides)).hexdigest()
+
+
+def _list_ancestor_digests(config: FineTuneConfig, champion: str | None) -> list[Any]:
+    """What is kept of the examples of champion and ancestors; nothing where they do not judge."""
+    if champion is None or config.gate.max_ancestor_loss_increase is None:
+        return []
+    return list_ancestor_digests(*registry_location(config.registry), champion)
 
 
 def _hash_file(key: str, rule: PathRule, path: str) -> str:
@@ -171,16 +175,27 @@ def record_trial(
 
 
 def settings_digest(config: FineTuneConfig, base: str | None, run: RunDirectory) -> str:
-    """SHA-256 over the base model's fingerprint and every setting that can change the adapter.
+    """SHA-256 over every setting that can change the adapter, the base and its tokenizer.
 
-    With replay, over the examples that the run replays as well.
+    base: the base model's fingerprint. With replay, over the examples that the run replays as well.
     """
     settings = settings_that_shape_adapter(config)
     replay = settings.pop("continual")  # what there is of it is about replay
-    facts = [base, settings]
+    facts = [base, read_dataset_record(run.dataset).tokenizer, settings]
     if config.continual.replay.fraction:
         facts += [replay, read_replay(run.replay).content_digest]
     return hashlib.sha256(canonical_json(facts)).hexdigest()
+
+
+def digest_held_out(config: FineTuneConfig, dataset: DatasetReport) -> str | None:
+    """The digest of the examples that the gate measures losses on; None without any.
+
+    Of a file outside of the data set it is that of the file, None where the file is gone.
+    """
+    split = held_out_split(config.gate.held_out, dataset.splits)
+    if split is None:
+        return digest_held_out_file(config.gate.held_out)
+    return dataset.splits[split].digest
 
 
 def describe_starting_adapter(config: FineTuneConfig, run: RunDirectory) -> str | None:

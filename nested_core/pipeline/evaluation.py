@@ -7,7 +7,7 @@ adapter has the figures here that its verdict has.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -116,7 +116,7 @@ def evaluate(
         ]
         found = [model for model, _ in read]
         if against is None:
-            found.insert(0, _base_of(found[0], base_model))
+            found.insert(0, _base_of(found[0], base_model, [model.name for model in found]))
         names = [model.name for model in found]
         if len(set(names)) < len(names):
             raise ConfigError(f"evaluate: a model is named twice: {', '.join(names)}.")
@@ -159,11 +159,9 @@ def find_model(
     """
     path = Path(given)
     if is_gguf(path):
-        return ModelToEvaluate(
-            given, str(unpack_gguf(path, temporary)), export=read_export_record(path)
-        ), None
+        return _find_exported(given, str(unpack_gguf(path, temporary))), None
     if (path / "config.json").is_file() and not (path / CONFIG_NAME).is_file():
-        return ModelToEvaluate(given, given, export=read_export_record(path)), None
+        return _find_exported(given, given), None
     try:
         named = find_named_adapter(path, registry)
     except ConfigError as error:
@@ -181,11 +179,24 @@ def find_model(
     return (ModelToEvaluate(given, model, adapter, named.trusts_remote_code, seen), named.run)
 
 
-def _base_of(model: ModelToEvaluate, base_model: str | None) -> ModelToEvaluate:
-    """What others are compared with: the base of a model, of an exported one that it is made of."""
+def _find_exported(given: str, model: str) -> ModelToEvaluate:
+    """A base, or an exported model with what its record says that it was trained on."""
+    export = read_export_record(Path(given))
+    seen = decode_digests(None if export is None else export.training_examples)
+    return ModelToEvaluate(given, model, seen=seen, export=export)
+
+
+def _base_of(
+    model: ModelToEvaluate, base_model: str | None, names: Collection[str]
+) -> ModelToEvaluate:
+    """What others are compared with: the base of a model, of an exported one that it is made of.
+
+    It is named "base", or where `names` has that already by its place as well.
+    """
     export = model.export
+    name = f"{BASE} {base_model or model.model}" if BASE in names else BASE
     if export is None:
-        return ModelToEvaluate(BASE, model.model, None, model.trust_remote_code)
+        return ModelToEvaluate(name, model.model, None, model.trust_remote_code)
     base = base_model or export.base
     recorded = {"base_fingerprint": export.base_fingerprint}
     if reasons := fingerprint_reasons(recorded, find_model_folder(base)):
@@ -193,7 +204,7 @@ def _base_of(model: ModelToEvaluate, base_model: str | None) -> ModelToEvaluate:
             f"{model.name}: {reasons[0].message}. Give the place of its base by --model, or "
             f"--against another model."
         )
-    return ModelToEvaluate(BASE, base)
+    return ModelToEvaluate(name, base)
 
 
 def _read_seen(named: NamedAdapter) -> Digests:
@@ -231,7 +242,16 @@ class _Evaluating:
             models=tuple(self._compare(model, reference) for model in self._models),
             answers=tuple(self._answered_questions()),
             data=self._data,
+            unknown=self._list_unknown(),
         )
+
+    def _list_unknown(self) -> tuple[str, ...]:
+        """The models with an adapter of which nobody recorded what they were trained on."""
+        if self._data is None:
+            return ()
+        models = self._models
+        trained = [model for model in models if model.adapter is not None or model.export]
+        return tuple(model.name for model in trained if not model.seen.size)
 
     def _measure(self, models: Sequence[ModelToEvaluate]) -> None:
         """Answers and losses of models that fit into one base."""

@@ -21,11 +21,13 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.loading import parse_config
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import TaskSection
 from nested_core.data.dataset_loading import load_run_data
+from nested_core.data.example_digests import encode_digests
 from nested_core.errors import ConfigError, DamagedError, DatasetError, GateRejected, shorten
 from nested_core.exported.fresh_reading import Reading, has_llama_cpp, read_in_fresh_process
 from nested_core.exported.judgement import judge_reading
@@ -59,11 +61,14 @@ from nested_core.records.export_record import (
     record_place,
     write_export_record,
 )
+from nested_core.records.result import read_result
+from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance
 from nested_core.report.export_card import render_export_card
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.atomic import TEMPORARY_PREFIX, sync_path, write_bytes
 from nested_core.storage.canary_file import CANARY_NAME, Canary, parse_canary
+from nested_core.storage.checkpoint_verification import checkpoint_step
 from nested_core.storage.manifest import MANIFEST_NAME, verify_manifest
 from nested_core.storage.output_places import require_output_file
 from nested_core.storage.removal import find_reason_to_keep
@@ -82,7 +87,6 @@ FORMATS: dict[mx.Dtype, WeightFormat] = {
     mx.bfloat16: "bfloat16",
     mx.float16: "float16",
 }
-RECORDED_PACKAGES = ("nested-tune", "mlx", "mlx-lm", "transformers", "tokenizers")
 OnStage = Callable[[str], None]
 
 
@@ -133,6 +137,8 @@ class _Source:
     config: FineTuneConfig
     is_config_known: bool
     canary: Canary | None
+    step: int | None
+    note: str | None
 
 
 def export(
@@ -213,7 +219,28 @@ def _read_source(
     config = config.model_copy(update=changes)
     canary = (folder if run is None else run.path) / CANARY_NAME
     recorded = parse_canary(read_regular(canary), canary) if canary.is_file() else None
-    return _Source(model, adapter, shape_like_adapter(adapter, config), is_known, recorded)
+    step, note = _describe_origin(folder, run)
+    config = shape_like_adapter(adapter, config)
+    return _Source(model, adapter, config, is_known, recorded, step, note)
+
+
+def _describe_origin(folder: Path, run: RunDirectory | None) -> tuple[int | None, str | None]:
+    """The optimizer step of an adapter, and which step of which run it is, judged or not.
+
+    Nothing for an adapter's folder without a run or a verdict.
+    """
+    gate = folder / GATE_NAME if run is None else run.gate
+    verdict = read_verdict(gate) if gate.is_file() else None
+    if run is None:
+        step = None if verdict is None else verdict.adapter_step
+        return step, None if step is None else f"step {step}, which passed the gate"
+    is_trained = run.result.is_file()
+    step = read_result(run.result).adapter_step if is_trained else checkpoint_step(folder)
+    if verdict is None:
+        ended = "" if is_trained else " that was stopped, or trains still"
+        return step, f"step {step} of a run{ended}: it was not judged by the gate"
+    passed = "passed the gate" if verdict.has_passed else f"the gate rejected: {verdict.summary()}"
+    return step, f"step {step} of a run, which {passed}"
 
 
 def _read_training(
@@ -245,7 +272,7 @@ class _Exporting:
         self._target = target
         self._data = data
         self._on_stage = on_stage
-        self._notes: list[str] = []
+        self._notes = [] if source.note is None else [source.note]
         self._folder = find_model_folder(source.model.model)
 
     def run(self, quantization: Quantization | None, *, dequantize: bool) -> Export:
@@ -383,6 +410,7 @@ class _Exporting:
         self, draft: Path, written: _Written, reference: Reference, reading: Reading
     ) -> ExportRecord:
         template = read_chat_template(reference.tokenizer)
+        seen = self._source.model.seen
         findings = judge_reading(
             reference,
             reading,
@@ -415,6 +443,10 @@ class _Exporting:
             suites=findings.suites,
             notes=tuple(self._notes),
             problems=findings.problems,
+            step=self._source.step,
+            training_examples=encode_digests(seen)
+            if (seen := self._source.model.seen).size
+            else None,
             packages={name: installed_version(name) for name in RECORDED_PACKAGES},
         )
 

@@ -23,9 +23,13 @@ from nested_core.gate.losses.left_out_examples import read_run_training_digests
 from nested_core.gate.recheck import recheck_verdict
 from nested_core.gate.tensors.base_compatibility import require_same_base
 from nested_core.models.base_model import find_model_folder_offline
-from nested_core.pipeline.continual import conditions_digest, record_trial, settings_digest
+from nested_core.pipeline.continual import (
+    conditions_digest,
+    digest_held_out,
+    record_trial,
+    settings_digest,
+)
 from nested_core.records.dataset import (
-    DatasetReport,
     SplitStats,
     held_out_split,
     read_dataset_record,
@@ -35,7 +39,6 @@ from nested_core.records.plan import read_plan
 from nested_core.records.promoted_to import add_promoted_to
 from nested_core.records.replay import read_replay
 from nested_core.records.run import Run
-from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import GATE_NAME, bind_verdict, read_verdict
 from nested_core.registry import UNSET, Decision, Unset, register, register_and_promote
 from nested_core.registry.data_store import RunExamples, keeps_examples
@@ -261,7 +264,7 @@ def describe_changed_held_out(config: FineTuneConfig, run: RunDirectory) -> str 
         return None
     folder = version_folder(*registry_location(config.registry), champion)
     before = read_provenance(folder).get("validation_digest")
-    now = _validation_digest(config, read_dataset_record(run.dataset), verdict)
+    now = digest_held_out(config, read_dataset_record(run.dataset))
     if before is None or now is None or before == now:
         return None
     earlier = read_verdict(folder / GATE_NAME).validation
@@ -299,7 +302,7 @@ def make_provenance(
         "chat_template": dataset.chat_template,
         "dataset_digest": dataset.digest,
         "train_digest": dataset.splits["train"].digest,
-        "validation_digest": _validation_digest(config, dataset, verdict),
+        "validation_digest": digest_held_out(config, dataset),
         "gate_sha256": judged.bound.files[GATE_NAME]["sha256"],
         "parent": parent_version_of(config, initial) or champion,
         "champion_at_gate": champion,
@@ -340,14 +343,3 @@ def _describe_replayed(config: FineTuneConfig, run: RunDirectory) -> dict[str, A
             for source in record.sources
         ],
     }
-
-
-def _validation_digest(
-    config: FineTuneConfig, dataset: DatasetReport, verdict: Verdict
-) -> str | None:
-    """The digest of the examples that the gate measured losses on, or None without any.
-
-    That of a file outside of the data set is not recorded.
-    """
-    split = held_out_split(config.gate.held_out, dataset.splits)
-    return None if verdict.validation is None or split is None else dataset.splits[split].digest

@@ -19,6 +19,7 @@ from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.example_rows import SplitRows, read_split_rows
+from nested_core.data.held_out_rows import digest_held_out_file
 from nested_core.data.replayed_examples import (
     EarlierData,
     choose_replayed_examples,
@@ -187,7 +188,8 @@ def _read_source_of_version(version: str, provenance: dict[str, Any]) -> Earlier
         train = None
     held_out = [*_held_out_rows(splits), *read_held_out_file(config)]
     judged_by = provenance.get("validation_digest")
-    is_known = judged_by in (None, *(splits[s].digest for s in HELD_OUT_SPLITS if s in splits))
+    digests = [splits[split].digest for split in HELD_OUT_SPLITS if split in splits]
+    is_known = judged_by in (None, digest_held_out_file(config.gate.held_out), *digests)
     unknown = "its held-out examples are not what they were, and may be trained on"
     reasons = [*filter(None, [reason]), *([] if is_known else [unknown])]
     where = ", ".join(each.path for each in config.hf_dataset) or config.data

@@ -50,6 +50,7 @@ from nested_core.gate.losses.held_out_loss import (
 from nested_core.gate.proof.fresh_process_check import start_proof_process
 from nested_core.gate.recheck import task_file_entries
 from nested_core.kernels.optimized_model import describe_layers
+from nested_core.models.adapter_fit import require_fit
 from nested_core.models.base_model import (
     describe_token_beyond,
     find_model_folder,
@@ -67,7 +68,7 @@ from nested_core.models.lora_attachment import (
 from nested_core.models.parameters import trainable_parameters
 from nested_core.models.session import Session
 from nested_core.optim.tier_assignment import TierMap, assign_tiers
-from nested_core.pipeline.continual import starting_adapter
+from nested_core.pipeline.continual import starting_champion
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.launch.mlx_launch import count_ranks
 from nested_core.pipeline.launch.rank_group import train_in_ranks
@@ -89,7 +90,7 @@ from nested_core.records.plan import (
 )
 from nested_core.records.result import TrainResult, read_result, write_result
 from nested_core.records.verdict_file import write_verdict
-from nested_core.storage.adapter import WEIGHTS_NAME, export_adapter, write_adapter
+from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, export_adapter, write_adapter
 from nested_core.storage.atomic import (
     new_directory,
     remove_file,
@@ -206,13 +207,23 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Se
     """Write both, whatever is there; the caller holds the device."""
     loaded = _load_base_for_initial_adapter(config, session)
     model, base = loaded.model, loaded.folder
-    if config.resume_adapter_file is not None:
-        load_adapter_tensors(model, read_adapter_file(Path(config.resume_adapter_file), base))
     described = make_adapter_config(config, fingerprint_base_model(base))
-    champion = starting_adapter(config, described, base)
+    champion = starting_champion(config)
     require_same_start(config, run, None if champion is None else champion.digest())
-    if champion is not None:
-        load_adapter_tensors(model, {name: t.to_mlx() for name, t in champion.tensors.items()})
+    start, what = champion, f"continual.from: the champion of {config.registry.name}"
+    if config.resume_adapter_file is not None:
+        start = read_adapter_file(Path(config.resume_adapter_file))
+        what = f"resume_adapter_file: {start.path}"
+    if start is not None:
+        require_fit(start, what, described, base, trainable_parameters(model))
+        load_adapter_tensors(model, start.to_mlx())
+        if not start.config:
+            warnings.warn(
+                f"{what} has no {CONFIG_NAME} beside it: the scale and the base that it was "
+                f"trained with are not known. It is used with scale "
+                f"{config.lora_parameters.scale:g} on {base}.",
+                stacklevel=2,
+            )
     with new_directory(run.initial, replace=True) as folder:
         write_adapter(folder, trainable_parameters(model), described)
     tiers = _assign_tiers(config, run, model)

@@ -24,6 +24,7 @@ from pydantic import JsonValue
 
 from nested_core.config.loading import lay_over, parse_config, render_config
 from nested_core.config.schema import FineTuneConfig
+from nested_core.data.dataset_loading import load_run_data
 from nested_core.errors import (
     ConfigError,
     GateRejected,
@@ -33,6 +34,7 @@ from nested_core.errors import (
 )
 from nested_core.gate.answers.answer_bounds import ScoreChange
 from nested_core.gate.losses.chosen_candidate import SweepChoice, read_candidates
+from nested_core.models.base_model import find_model_folder, fingerprint_base_model
 from nested_core.models.session import Session
 from nested_core.pipeline.hooks import Steps
 from nested_core.pipeline.preflight import check_before_start
@@ -196,8 +198,9 @@ class _Search:
             self.record = read_sweep(self.folder)
             if self.record.digest != digest:
                 raise ConfigError(
-                    f"{self.folder} holds a sweep of another configuration or request. Give what "
-                    f"it began with, or another --run-dir."
+                    f"{self.folder} holds a sweep of another configuration or request, other data, "
+                    f"or another base model or tokenizer. Give what it began with, or another "
+                    f"--run-dir."
                 )
             return
         arms = [Arm({}), *(Arm(point) for point in _first_points(self.config, self.request))]
@@ -268,8 +271,12 @@ class _Search:
         return {number: (math.inf,) if own is None else own for number, own in found.items()}
 
     def _further_points(self, best: int) -> list[Point]:
-        """Ranks and scales around the best rate, once, where they were not named and fit in."""
-        if self.request.over or len(self.record.rounds) > 1:
+        """Ranks and scales around the best rate, once, where they were not named and fit in.
+
+        An adapter that training begins with has a rank and a scale of its own.
+        """
+        begins_with_adapter = self.config.continual.start or self.config.resume_adapter_file
+        if self.request.over or begins_with_adapter or len(self.record.rounds) > 1:
             return []
         point = self.record.arms[best].point
         settings = parse_config(settings_of_point(self.config, point), source="sweep")
@@ -499,7 +506,15 @@ def _first_points(config: FineTuneConfig, request: SweepRequest) -> list[Point]:
 
 
 def _digest_request(config: FineTuneConfig, request: SweepRequest) -> str:
-    asked = [config.model_dump(mode="json"), asdict(request) | {"over": dict(request.over)}]
+    """SHA-256 over what a sweep's arms are made of, which are compared with one another."""
+    dataset, _ = load_run_data(config)
+    asked = [
+        config.model_dump(mode="json"),
+        asdict(request) | {"over": dict(request.over)},
+        fingerprint_base_model(find_model_folder(config.model)),
+        dataset.tokenizer,
+        dataset.digest,
+    ]
     return sha256(canonical_json(asked)).hexdigest()
 
 

@@ -242,6 +242,8 @@ class DatasetReport:
     """All findings, errors first, then by file and line; and a count of each split that exists.
 
     chat_template: SHA-256 of the template that messages were tokenised with; None without one.
+    tokenizer: SHA-256 of the files of the tokenizer that was used, the template and the tokens that
+        end an answer among them (`fingerprint_tokenizer`); None where nothing was tokenised.
     """
 
     folder: str
@@ -249,6 +251,7 @@ class DatasetReport:
     splits: dict[str, SplitStats]
     findings: tuple[Finding, ...]
     chat_template: str | None = None
+    tokenizer: str | None = None
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -269,6 +272,7 @@ class DatasetReport:
             "folder": self.folder,
             "digest": self.digest,
             "chat_template": self.chat_template,
+            "tokenizer": self.tokenizer,
             "splits": to_jsonable_python(self.splits),
             "findings": [finding.to_json() for finding in self.findings],
             "counts": self.counts,

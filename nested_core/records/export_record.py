@@ -15,11 +15,11 @@ from pydantic import TypeAdapter, ValidationError
 from nested_core.errors import DamagedError
 from nested_core.storage.atomic import write_json
 from nested_core.storage.untrusted_files import file_type, read_json
-from nested_core.text.loss_format import format_loss
+from nested_core.text.loss_format import format_interval, format_loss
 
 RECORD_NAME = "export.json"
 CARD_NAME = "README.md"
-MAX_RECORD_BYTES = 2**20
+MAX_RECORD_BYTES = 64 * 2**20
 WeightFormat = Literal["float32", "bfloat16", "float16", "quantized", "f16", "q8_0"]
 Quantized = Literal["kept", "dequantized"]
 
@@ -41,12 +41,14 @@ class LogitComparison:
 
 @dataclass(frozen=True)
 class KeptGain:
-    """How much of an adapter's gain on held-out rows an export keeps.
+    """How much of an adapter's gain on held-out rows an export keeps, and what it lost.
 
     base, adapter, exported: mean losses in nats a supervised token.
-    share: of base minus adapter; None where the adapter gained nothing that can be told from noise.
-    low: the lower end of its 95 % interval; equal to `share` with too few rows for one.
-    needed: what `low` must not be below.
+    needed: the share of the gain that has to be kept, where there is a gain beyond chance.
+    allowed: what may be lost, in nats a token: the rest of that gain, or without one a margin.
+    share: what is kept of base minus adapter; None where that gain cannot be told from noise.
+    interval: the 95 % interval of what was lost, exported minus adapter; None with too few rows.
+        The export does not stand where all of it is above `allowed`.
     """
 
     file: str
@@ -54,9 +56,29 @@ class KeptGain:
     base: float
     adapter: float
     exported: float
-    share: float | None
-    low: float | None
     needed: float
+    allowed: float
+    share: float | None = None
+    interval: tuple[float, float] | None = None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether more was lost than is allowed, beyond chance."""
+        lost = self.exported - self.adapter if self.interval is None else self.interval[0]
+        return not lost <= self.allowed
+
+    @property
+    def low(self) -> float | None:
+        """The lower end of the 95 % interval of `share`; None without either."""
+        if self.share is None or self.interval is None:
+            return None
+        return 1 - self.interval[1] / (self.base - self.adapter)
+
+    def describe_interval(self) -> str:
+        """The interval of what was lost, such as `95 % interval -0.002 to +0.004`."""
+        if self.interval is None:
+            return "too few rows for an interval"
+        return f"95 % interval {format_interval(self.interval)}"
 
 
 @dataclass(frozen=True)
@@ -78,6 +100,9 @@ class ExportRecord:
     weights: the format of its matrices.
     quantized_base: what became of a quantized base; None where it was not.
     source: the adapter as it was named; `version` is its digest, the version's of a registry.
+    step: the optimizer step of the adapter; None where it is not recorded.
+    training_examples: digests of what it and its ancestors were trained on, as provenance.json has
+        them; None where they are not known.
     tokenizer, chat_template: SHA-256 of either; None without a template.
     reader: what read the artefact; `notes` is what to know, such as that llama.cpp did not.
     problems: why it does not stand; empty where it does.
@@ -101,6 +126,8 @@ class ExportRecord:
     notes: tuple[str, ...]
     problems: tuple[str, ...]
     packages: dict[str, str]
+    step: int | None = None
+    training_examples: str | None = None
 
     @property
     def stands(self) -> bool:
@@ -127,9 +154,11 @@ class ExportRecord:
         return ", ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as the file and `export --json` have them."""
+        """Plain values, as the file and `export --json` have them; digests in the file alone."""
         verdict = "stands" if self.stands else "refused"
-        return {"verdict": verdict, "summary": self.describe()} | asdict(self)
+        values = asdict(self)
+        del values["training_examples"]
+        return {"verdict": verdict, "summary": self.describe()} | values
 
 
 def digest_template(template: str) -> str:
@@ -154,7 +183,7 @@ def card_place(artefact: Path) -> Path:
 
 def write_export_record(place: Path, record: ExportRecord) -> None:
     """Write the record to a new file."""
-    write_json(place, record.to_json())
+    write_json(place, record.to_json() | {"training_examples": record.training_examples})
 
 
 def read_export_record(artefact: Path) -> ExportRecord | None:

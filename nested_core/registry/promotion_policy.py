@@ -153,7 +153,7 @@ def compare_losses(
     if candidate.verdict.initial.digest != champion:
         verify(registry, name, champion)
         rival = read_candidate(registry, name, champion)
-        digest = candidate.facts.validation_digest  # None for a file outside of the data set
+        digest = candidate.facts.validation_digest
         if digest is None or rival.facts.validation_digest != digest:
             return None
         champion_loss = rival.loss_after

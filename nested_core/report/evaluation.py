@@ -86,12 +86,15 @@ class Evaluation:
     models: the figures of each model.
     answers: each question with the expected answer and that of each model.
     data: the held-out file, None without one.
+    unknown: the models of which it is not known what they were trained on, so that none of the
+        held-out file's examples could be left out for them.
     """
 
     against: str
     models: tuple[EvaluatedModel, ...]
     answers: tuple[AnsweredQuestion, ...]
     data: str | None = None
+    unknown: tuple[str, ...] = ()
 
     @property
     def is_worse(self) -> bool:
@@ -103,6 +106,7 @@ class Evaluation:
         return {
             "against": self.against,
             "data": self.data,
+            "unknown": list(self.unknown),
             "models": [asdict(model) | {"is_worse": model.is_worse} for model in self.models],
             "answers": [asdict(question) for question in self.answers],
         }
@@ -214,6 +218,8 @@ class Evaluation:
             loss, letter = model.loss, self._letters[model.name]
             if loss is None:
                 rows.append((letter, "another tokenizer", "", "", ""))
+            elif not loss.examples:
+                rows.append((letter, "no example left", "", "", ""))
             elif model.name == self.against:
                 rows.append((letter, format_loss(loss.loss_after), "", "", ""))
             else:
@@ -226,6 +232,10 @@ class Evaluation:
         blocks: list[Block] = [Table(caption, ("", "loss", *COMPARED), rows)]
         if left_out := max(loss.left_out for loss in losses):
             blocks.append(Text(f"{left_out:,} examples left out that a model was trained on"))
+        if self.unknown:
+            names = ", ".join(self.unknown)
+            text = f"what these were trained on is not recorded, and not left out: {names}"
+            blocks.append(Text(text, "note"))
         return Section(f"{Path(str(self.data)).name}, {examples} examples", blocks, "losses")
 
 

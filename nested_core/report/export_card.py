@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nested_core.records.export_record import ExportRecord
 from nested_core.text.document import Document, Facts, Section, Text
+from nested_core.text.loss_format import format_difference
 
 
 def render_export_card(name: str, record: ExportRecord) -> str:
@@ -39,14 +40,19 @@ def _list_comparisons(record: ExportRecord) -> Iterator[tuple[str, object]]:
     yield "distance of logits", f"{logits.distance:.2g}, at most {logits.bound:g}"
     yield "the adapter's change of logits", f"{logits.carried:.0%} is there"
     gain = record.gain
-    if gain is not None and gain.low is not None:
-        yield "gain on held-out rows", f"at least {gain.low:.1%}, needed {gain.needed:.0%}"
     if gain is not None:
+        if gain.share is not None:
+            yield "gain on held-out rows", f"{gain.share:.1%} is kept"
+        lost = format_difference(gain.exported - gain.adapter)
+        allowed = f"at most {gain.allowed:.2g} beyond chance"
+        yield "nats/token lost there", f"{lost} ({gain.describe_interval()}), {allowed}"
         yield "held-out rows", f"{gain.rows} of {Path(gain.file).name}"
 
 
 def _list_sources(record: ExportRecord) -> Iterator[tuple[str, object]]:
     yield "adapter", record.version
+    if record.step is not None:
+        yield "optimizer step of the adapter", record.step
     yield "base", f"{Path(record.base).name}, {record.base_fingerprint}"
     yield "weights", record.weights
     if record.quantized_base is not None:

@@ -13,7 +13,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from nested_core.errors import ConfigError
-from nested_core.models.base_model import is_same_base, require_chat_template, shorten_fingerprint
+from nested_core.models.adapter_fit import describe_other_base
+from nested_core.models.base_model import require_chat_template
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.registry import VerifiedVersion
 from nested_core.serve.canary_check import require_version_in_layers
@@ -82,16 +83,13 @@ def require_same_base(verified: VerifiedVersion, base: Path) -> None:
     Or trained with another chat template than that in its files.
     """
     adapter = verified.adapter
-    recorded = adapter.config.get("base_fingerprint")
     what = f"Version {shorten_digest(verified.version)} of {adapter.path.parent.parent.name}"
     require_chat_template(verified.chat_template, base, what)
-    if recorded is None or is_same_base(recorded, base):
-        return
-    raise ConfigError(
-        f"{what} was made for the base {shorten_fingerprint(recorded)}, and {base} is another "
-        f"model. Serve it with the base that it was trained on (--model), names of other bases by "
-        f"another server."
-    )
+    if other_base := describe_other_base(adapter.config, base):
+        raise ConfigError(
+            f"{what} was {other_base}. Serve it with the base that it was trained on (--model), "
+            f"names of other bases by another server."
+        )
 
 
 def _attach_to_copy(base: nn.Module, adapter: Adapter) -> nn.Module:

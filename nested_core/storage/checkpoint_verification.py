@@ -21,12 +21,17 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:07d}"
 
 
+def checkpoint_step(path: Path) -> int:
+    """The optimizer step of a checkpoint, by its name."""
+    return int(path.name.removeprefix("step-"))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoint directories, oldest first."""
     if not folder.is_dir():
         return []
     named = [path for path in folder.iterdir() if CHECKPOINT_NAME_PATTERN.match(path.name)]
-    return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(named, key=checkpoint_step)
 
 
 def verified_state(path: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:

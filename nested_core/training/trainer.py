@@ -41,6 +41,7 @@ NAMES_OF_DIGESTED_INPUTS = {
     "tiers": "tiers.json",
     "base": "the base",
     "data": "the data",
+    "tokenizer": "the base's tokenizer or chat template",
     "replay": "replay.json",
 }
 

@@ -169,14 +169,16 @@ def _read_replay(run: RunDirectory, splits: Mapping[str, TokenizedSplit]) -> Rep
 
 
 def compute_input_digests(config: FineTuneConfig, run: RunDirectory) -> dict[str, str]:
-    """Digests of what training begins from: initial adapter, tiers, base model and data."""
+    """Digests of what training begins from: initial adapter, tiers, base, data and tokenizer."""
     replay = {"replay": regular_sha256(run.replay)} if config.continual.replay.fraction else {}
+    dataset = read_dataset_record(run.dataset)
     return replay | {
         "initial": read_adapter(run.initial).digest(),
         "initial_files": files_sha256(run.initial),
         "tiers": regular_sha256(run.tiers),
         "base": fingerprint_base_model(find_model_folder(config.model)),
-        "data": read_dataset_record(run.dataset).digest,
+        "data": dataset.digest,
+        "tokenizer": str(dataset.tokenizer),
     }
 
 

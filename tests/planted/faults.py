@@ -116,8 +116,8 @@ FAULTS = (
     ),
     Fault(
         "nested_core/serve/served_version.py",
-        "    if recorded is None or is_same_base(recorded, base):",
-        "    if recorded is None or base.exists():",
+        "    if other_base := describe_other_base(adapter.config, base):",
+        "    if other_base := describe_other_base({}, base):",
         "a check skipped",
     ),
     Fault(
@@ -187,9 +187,9 @@ FAULTS = (
         "an fsync dropped",
     ),
     Fault(
-        "nested_core/pipeline/continual.py",
-        "    if recorded is not None and is_same_base(recorded, base):",
-        "    if recorded is not None:",
+        "nested_core/models/adapter_fit.py",
+        "    if other_base := describe_other_base(adapter.config, base):",
+        "    if other_base := describe_other_base({}, base):",
         "a check skipped",
     ),
     Fault(

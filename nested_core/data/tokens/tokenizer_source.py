@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nested_core.errors import ConfigError, shorten
-from nested_core.models.base_model import find_model_folder
+from nested_core.models.base_model import find_model_folder, fingerprint_tokenizer
 
 if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
@@ -41,12 +41,15 @@ class TokenizerSource:
         return cls(str(find_model_folder(config.model)), config.trust_remote_code)
 
     def load(self) -> Any:
-        """The tokenizer in mlx_lm's wrapper; raises ConfigError if the folder holds none."""
-        return _load_tokenizer(self)
+        """The tokenizer in mlx_lm's wrapper; raises ConfigError if the folder holds none.
+
+        It is loaded once a process, and again where a file of it has changed since.
+        """
+        return _load_tokenizer(self, fingerprint_tokenizer(Path(self.folder)))
 
 
 @lru_cache(maxsize=2)
-def _load_tokenizer(source: TokenizerSource) -> Any:
+def _load_tokenizer(source: TokenizerSource, fingerprint: str) -> Any:  # noqa: ARG001  # a key
     from mlx_lm.utils import load_config, load_tokenizer
 
     folder = Path(source.folder)

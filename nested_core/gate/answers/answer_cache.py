@@ -39,11 +39,13 @@ class AnsweringModelDigests:
     """The model that answers, by content.
 
     base: the base model's fingerprint.
+    tokenizer: that of its tokenizer's files, which say as well where an answer ends.
     adapter: the adapter's digest; None for the base alone.
-    computation: device and dtype, on which the last bits of the logits depend.
+    computation: device by name and dtype, on which the last bits of the logits depend.
     """
 
     base: str
+    tokenizer: str
     adapter: str | None
     computation: str
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from nested_core import backend
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.answers.answer_bounds import judge_answers
 from nested_core.gate.answers.answer_cache import (
@@ -33,7 +32,11 @@ from nested_core.gate.evidence.run_evidence import RunEvidence
 from nested_core.gate.losses.champion_adapter import Champion, UnusableChampion
 from nested_core.gate.losses.chosen_candidate import read_candidates
 from nested_core.gate.losses.held_out_loss import LoadedBase
-from nested_core.models.base_model import fingerprint_base_model, model_compute_dtype
+from nested_core.models.base_model import (
+    describe_computation,
+    fingerprint_base_model,
+    fingerprint_tokenizer,
+)
 from nested_core.models.generation import Answer
 from nested_core.models.lora_attachment import load_adapter_tensors
 from nested_core.records.answers import AnsweringRole, AnswerRecord
@@ -74,8 +77,9 @@ class AskedModel:
         config = self.base.config
         return AnsweringModelDigests(
             base=fingerprint_base_model(self.base.folder),
+            tokenizer=fingerprint_tokenizer(self.base.folder),
             adapter=None if self.adapter is None else self.adapter.digest(),
-            computation=f"{backend.device()} {model_compute_dtype(config)} {config.fine_tune_type}",
+            computation=f"{describe_computation(config)} {config.fine_tune_type}",
         )
 
 

@@ -172,9 +172,11 @@ def _require_unchanged_inputs(
         raise DamagedError(f"{run.tiers} has changed since training began.")
     if files.get(run.replay.name, {}).get("sha256") != digests.get("replay"):
         raise DamagedError(f"{run.replay} has changed since training began.")
-    if read_dataset_record(run.dataset).digest != digests.get("data"):
+    dataset = read_dataset_record(run.dataset)
+    if (dataset.digest, dataset.tokenizer) != (digests.get("data"), digests.get("tokenizer")):
         raise DamagedError(
-            f"{run.dataset} is not the report on the data that {offered_checkpoint} has seen."
+            f"{run.dataset} is not the report on the data that {offered_checkpoint} has seen, or "
+            f"is that of another tokenizer or chat template."
         )
 
 

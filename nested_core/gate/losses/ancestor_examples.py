@@ -100,6 +100,16 @@ def _read_stored(registry: Path, name: str, version: str) -> StoredData | None:
         return None
 
 
+def list_ancestor_digests(registry: Path, name: str, champion: str) -> list[Any]:
+    """The versions that `choose_ancestor_examples` reads, each with the digests of what is kept."""
+    lineage = read_lineage(registry, name, champion)[:MAX_ANCESTORS]
+    stored = [_read_stored(registry, name, version) for version in lineage]
+    return [
+        [version, data and [[row.digest for row in rows] for rows in (data.train, data.held_out)]]
+        for version, data in zip(lineage, stored, strict=True)
+    ]
+
+
 def _describe_none_left(why: Sequence[str | None]) -> str:
     if not why:
         return "no held-out examples of it are there"

@@ -12,15 +12,13 @@ from nested_core.errors import ConfigError
 from nested_core.gate.losses.held_out_loss import LoadedBase
 from nested_core.gate.losses.left_out_examples import read_training_digests
 from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprint_reasons
+from nested_core.models.adapter_fit import list_differences, require_recorded_settings
 from nested_core.registry import holding_champion, list_versions, verify
 from nested_core.registry.folders import name_exists
 from nested_core.registry.policy import read_reference
 from nested_core.registry.versions import version_folder
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.text.digest_format import shorten_digest
-
-# What an adapter shares with another one that is loaded into the same modules.
-ADAPTER_STRUCTURE_KEYS = ("fine_tune_type", "rank", "scale", "keys", "num_layers")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +84,7 @@ def _find_base_for_champion(champion: Adapter, base: LoadedBase, candidate: Adap
     """The base to load the champion into; ConfigError for one that was made for another base."""
     if reasons := fingerprint_reasons(champion.config, base.folder):
         raise ConfigError(reasons[0].message)
-    structure = champion.meaning()
-    structure_of_candidate = candidate.meaning()
-    if any(structure[key] != structure_of_candidate[key] for key in ADAPTER_STRUCTURE_KEYS):
+    if list_differences(champion, candidate):
         base = LoadedBase.load(shape_like_adapter(champion, base.config))
     if reasons := base_reasons(champion, base.parameters, base.folder):
         raise ConfigError(reasons[0].message)
@@ -96,10 +92,13 @@ def _find_base_for_champion(champion: Adapter, base: LoadedBase, candidate: Adap
 
 
 def shape_like_adapter(adapter: Adapter, config: FineTuneConfig) -> FineTuneConfig:
-    """The configuration of a run, with the rank, scale and modules of another adapter."""
+    """The configuration of a run, with the rank, scale and modules of another adapter.
+
+    Raises ConfigError where its adapter_config.json does not say them.
+    """
+    require_recorded_settings(adapter)
     recorded = adapter.config.get("lora_parameters") or {}
-    known = {"rank": recorded.get("rank"), "scale": recorded.get("scale")}
-    known = {key: value for key, value in known.items() if value is not None}
+    known = {key: recorded[key] for key in ("rank", "scale") if key in recorded}
     keys = recorded.get("keys")
     modules = None if keys is None else tuple(keys)
     lora = config.lora_parameters.model_copy(update=known | {"modules": modules})

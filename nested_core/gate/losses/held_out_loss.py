@@ -339,7 +339,14 @@ def measure_general_loss(base: LoadedBase, run: RunDirectory) -> GeneralLoss | N
 
 def require_validated_data(run: RunDirectory, report: DatasetReport) -> None:
     """Raise DatasetError if the data is not what dataset.json says was validated."""
-    validated = read_dataset_record(run.dataset).digest
+    recorded = read_dataset_record(run.dataset)
+    validated = recorded.digest
+    if report.tokenizer != recorded.tokenizer:
+        raise DatasetError(
+            f"The tokenizer, the chat template or the configuration of the base model has changed "
+            f"since the data was validated for {run.path}. Bring back what was there, or start a "
+            f"new run."
+        )
     if report.digest != validated:
         raise DatasetError(
             f"The data in {report.folder} has changed since it was validated for {run.path}: its "

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from nested_core.errors import DamagedError
-from nested_core.models.base_model import fingerprint_base_model, is_same_base, shorten_fingerprint
+from nested_core.models.adapter_fit import describe_other_base
 from nested_core.models.peft.lora_factors import LORA_FACTORS, leaf_name, module_name
 from nested_core.records.verdict import Reason
 from nested_core.storage.adapter import Adapter
@@ -61,12 +61,8 @@ def fingerprint_reasons(adapter_config: Mapping[str, Any], base: Path) -> list[R
 
     A configuration without a fingerprint, as mlx_lm.lora writes it, gives none.
     """
-    recorded = adapter_config.get("base_fingerprint")
-    if recorded is None or is_same_base(recorded, base):
-        return []
-    present = shorten_fingerprint(fingerprint_base_model(base))
-    message = f"made for the base {shorten_fingerprint(recorded)}, and {base} holds {present}"
-    return [Reason("base_mismatch", message)]
+    message = describe_other_base(adapter_config, base)
+    return [] if message is None else [Reason("base_mismatch", message)]
 
 
 def require_same_base(adapter: Adapter, base: Path) -> None:

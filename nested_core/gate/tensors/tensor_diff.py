@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from nested_core.models.adapter_fit import list_differences
 from nested_core.records.verdict import Code, Reason, TensorChange
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.safetensors_files import StoredTensor
@@ -195,12 +196,9 @@ def reasons_about_tensors(code: Code, names: Iterable[str], problem: str) -> lis
 
 def configuration_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
     """The reason for two adapter_config.json that describe different adapters."""
-    before, after = initial.meaning(), trained.meaning()
-    differing = [key for key in before if key != "base_fingerprint" and before[key] != after[key]]
-    if not differing:
+    if not (differing := list_differences(initial, trained)):
         return []
-    pairs = ", ".join(f"{key}: {before[key]} -> {after[key]}" for key in differing)
-    return [Reason("config_mismatch", f"adapter_config.json differs in {pairs}")]
+    return [Reason("config_mismatch", f"adapter_config.json differs in {'; '.join(differing)}")]
 
 
 def named_base_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:

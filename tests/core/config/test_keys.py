@@ -19,7 +19,8 @@ from nested_core.config.loading import parse_config
 from nested_core.config.resume import refuse_differences_on_resume
 from nested_core.config.section_base import Section, key
 from nested_core.pipeline.continual import settings_digest
-from nested_core.storage.atomic import canonical_json
+from nested_core.records.dataset import DatasetReport
+from nested_core.storage.atomic import canonical_json, write_json
 from nested_core.storage.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -74,16 +75,27 @@ def test_a_key_may_differ_on_resume_or_is_refused_by_name(name: str) -> None:
         refuse_differences_on_resume(FineTuneConfig(), changed(name), Path("run"))
 
 
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    """A run whose data was tokenised."""
+    run = RunDirectory(tmp_path)
+    write_json(run.dataset, DatasetReport("data", "0", {}, (), tokenizer="tokenizer").to_json())
+    return run
+
+
 @pytest.mark.parametrize("name", FineTuneConfig.model_fields)
-def test_a_key_changes_the_digest_of_settings_or_the_adapter_does_not_depend_on_it(name) -> None:
+def test_a_key_changes_the_digest_of_settings_or_the_adapter_does_not_depend_on_it(
+    name: str, run: RunDirectory
+) -> None:
     before, after = (
-        settings_digest(each, "base", RunDirectory(Path("run")))
-        for each in (FineTuneConfig(), changed(name))
+        settings_digest(each, "base", run) for each in (FineTuneConfig(), changed(name))
     )
     assert (before == after) == (name in NOT_IN_THE_DIGEST)
 
 
-def test_the_digest_is_over_the_same_settings_as_when_the_keys_were_listed_by_name() -> None:
+def test_the_digest_is_over_the_base_its_tokenizer_and_all_settings_that_shape_an_adapter(
+    run: RunDirectory,
+) -> None:
     config = parse_config(CHANGED | {"optimizer": "adam"}, source="a test")
     values = config.model_dump(mode="json", exclude=NOT_IN_THE_DIGEST)
     settings = settings_that_shape_adapter(config)
@@ -91,8 +103,8 @@ def test_the_digest_is_over_the_same_settings_as_when_the_keys_were_listed_by_na
     assert settings.keys() == values.keys()
     assert all(settings[name] == values[name] for name in values if name != "training")
     assert settings["training"].items() <= values["training"].items()
-    expected = hashlib.sha256(canonical_json(["base", settings])).hexdigest()
-    assert settings_digest(config, "base", RunDirectory(Path("run"))) == expected
+    expected = hashlib.sha256(canonical_json(["base", "tokenizer", settings])).hexdigest()
+    assert settings_digest(config, "base", run) == expected
 
 
 class Inner(Section):

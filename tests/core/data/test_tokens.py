@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +21,7 @@ from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DatasetError
 from tests.builders.data_sets import load
 from tests.core.data.conftest import WriteData
+from tests.example import MODEL
 
 CALL = {"id": "1", "type": "function", "function": {"name": "river", "arguments": {"of": "A"}}}
 TOOL = {"type": "function", "function": {"name": "river", "parameters": {"type": "object"}}}
@@ -145,3 +148,15 @@ def test_an_empty_split_is_an_empty_split(write_data, tokenizer) -> None:
     assert len(split) == 0
     assert split.lengths.tolist() == []
     assert choose_evaluation_batches(split, 4) == []
+
+
+def test_a_tokenizer_whose_files_changed_is_loaded_again_in_the_same_process(
+    tmp_path: Path,
+) -> None:
+    base = shutil.copytree(MODEL, tmp_path / "base")
+    source = TokenizerSource(str(base))
+    before = source.load()
+    assert source.load() is before
+    file = base / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": "changed"}))
+    assert source.load().chat_template == "changed"

@@ -16,6 +16,7 @@ from nested_core.pipeline.publishing import make_provenance
 from nested_core.records.losses import read_example_losses
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry.registration import read_passed_run
+from nested_core.storage.untrusted_files import regular_sha256
 from tests.builders.candidates import Candidate, example_data, train_candidate
 from tests.builders.data_sets import write_lines
 from tests.example import DATA, example_config, prepare
@@ -94,12 +95,9 @@ def test_the_held_out_examples_may_be_a_file_of_their_own(candidate, tmp_path) -
     candidate.confirm()
     section = RegistrySection(path=str(tmp_path / "registry"), name="capitals")
     registered = candidate.configured(registry=section).config
-    assert (
-        make_provenance(registered, candidate.run, read_passed_run(candidate.run.path), None)[
-            "validation_digest"
-        ]
-        is None
-    )
+    passed = read_passed_run(candidate.run.path)
+    recorded = make_provenance(registered, candidate.run, passed, None)
+    assert recorded["validation_digest"] == regular_sha256(exam)
     edited = candidate.resumed()
     edited.require_damaged(r"config\.yaml")
     edited.bind_again()

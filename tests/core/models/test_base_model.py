@@ -18,6 +18,7 @@ from nested_core.models.base_model import (
     find_model_folder,
     find_model_folder_offline,
     fingerprint_base_model,
+    fingerprint_tokenizer,
     is_same_base,
     load_base_model,
     require_folder_or_hub_name,
@@ -107,6 +108,25 @@ def test_files_that_are_links_as_in_the_hubs_cache_give_the_same_fingerprint(
     for name in FILES:
         (snapshot / name).symlink_to(folder / name)
     assert fingerprint_base_model(snapshot) == fingerprint_base_model(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "merges.txt",
+    ],
+)
+def test_a_tokenizer_is_the_same_by_its_files_whatever_the_weights(folder: Path, name: str) -> None:
+    before = fingerprint_tokenizer(folder)
+    change(folder / "model.safetensors", 0)
+    assert fingerprint_tokenizer(folder) == before
+    with (folder / name).open("a") as file:
+        file.write(" ")
+    assert fingerprint_tokenizer(folder) != before
 
 
 def test_a_base_is_the_same_by_its_files_alone(folder: Path) -> None:

@@ -33,6 +33,7 @@ from tests.core.registry.conftest import write_run
 from tests.example import DATA, MODEL, example_config, prepare, train
 
 NAME = "capitals"
+TEMPLATE = json.loads((MODEL / "tokenizer_config.json").read_text())["chat_template"]
 SECONDS_FOR_A_CHANGE = 0.25  # it takes some milliseconds, and all of this where it has to wait
 Configure = Callable[..., FineTuneConfig]
 
@@ -189,6 +190,44 @@ def test_other_data_or_settings_are_a_reason_to_train(
     changes: dict[str, Any],
 ) -> None:
     assert unchanged(folder, tmp_path / "run", data, **changes) is None
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("tokenizer_config.json", {"chat_template": TEMPLATE + " "}),
+        ("tokenizer_config.json", {"bos_token": None}),
+        ("tokenizer.json", {"normalizer": {"type": "Lowercase"}}),
+        ("generation_config.json", {"eos_token_id": [0, 5]}),
+    ],
+    ids=str,
+)
+def test_another_tokenizer_or_end_of_answers_is_a_reason_to_train(
+    folder: Path, tuesday: tuple[RunDirectory, str], tmp_path: Path, file: str, changes: Any
+) -> None:
+    base = shutil.copytree(MODEL, tmp_path / "base")
+    assert unchanged(folder, tmp_path / "same", "tuesday", model=str(base)) == tuesday[1]
+    edit_json(base / file, **changes)
+    assert unchanged(folder, tmp_path / "run", "tuesday", model=str(base)) is None
+
+
+def test_other_held_out_rows_are_a_reason_to_train(
+    folder: Path, tuesday: tuple[RunDirectory, str], tmp_path: Path
+) -> None:
+    data = shutil.copytree(folder / "tuesday", tmp_path / "data")
+    rows = (data / "valid.jsonl").read_text().splitlines(keepends=True)
+    (data / "valid.jsonl").write_text("".join(rows[:6]))
+    assert unchanged(folder, tmp_path / "fewer", str(data)) is None
+    shutil.copyfile(folder / "tuesday" / "valid.jsonl", data / "valid.jsonl")
+    assert unchanged(folder, tmp_path / "as-before", str(data)) == tuesday[1]
+    (data / "test.jsonl").write_text((DATA / "train.jsonl").read_text().splitlines()[-1])
+    assert unchanged(folder, tmp_path / "tested", str(data)) is None
+    gate = {"held_out": str(data / "test.jsonl")}
+    assert unchanged(folder, tmp_path / "outside", "tuesday", gate=gate) is None
 
 
 def test_a_run_that_has_begun_to_train_is_not_skipped_when_resumed(

@@ -279,11 +279,37 @@ def test_examples_that_a_model_was_trained_on_are_left_out(judged: Judged, tmp_p
     data = tmp_path / "mixed.jsonl"
     trained = (DATA / "train.jsonl").read_text().splitlines()[:3]
     data.write_text("\n".join([*trained, (DATA / "valid.jsonl").read_text()]))
-    found = evaluate([judged.run.path], data=data)
-    _, own = found.models
-    assert own.loss is not None
-    assert (own.loss.examples, own.loss.left_out) == (10, 3)
-    assert np.isfinite(own.loss.loss_after or np.nan)
+    found = evaluate([judged.run.path, judged.fused], data=data)
+    assert found.unknown == ()
+    for own in found.models[1:]:
+        assert own.loss is not None
+        assert (own.loss.examples, own.loss.left_out) == (10, 3)
+        assert np.isfinite(own.loss.loss_after or np.nan)
+
+
+def test_where_every_example_was_trained_on_or_nobody_knows_the_page_says_so(
+    judged: Judged, tmp_path: Path
+) -> None:
+    data = tmp_path / "trained.jsonl"
+    data.write_text("\n".join((DATA / "train.jsonl").read_text().splitlines()[:6]))
+    page = str(evaluate([judged.run.path], data=data).describe())
+    assert "no example left" in page
+    assert "not finite" not in page
+    forgetful = shutil.copytree(judged.fused, tmp_path / "forgetful")
+    record = json.loads((forgetful / "export.json").read_text())
+    (forgetful / "export.json").write_text(json.dumps(record | {"training_examples": None}))
+    found = evaluate([forgetful], data=data)
+    assert found.unknown == (str(forgetful),)
+    assert f"is not recorded, and not left out: {forgetful}" in str(found.describe())
+
+
+def test_a_model_in_a_folder_named_base_is_compared_with_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(MODEL, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    found = evaluate(["base"], data=DATA / "valid.jsonl")
+    assert [model.name for model in found.models] == ["base base", "base"]
 
 
 @pytest.mark.parametrize(

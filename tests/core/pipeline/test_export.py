@@ -25,6 +25,7 @@ from nested_core.gate.losses.champion_adapter import shape_like_adapter
 from nested_core.gate.losses.held_out_loss import LoadedBase, read_held_out_examples
 from nested_core.models.fusing import load_fused, write_model_folder
 from nested_core.models.gguf import unpack_gguf, write_gguf
+from nested_core.pipeline import steps
 from nested_core.pipeline.export import NOT_RUN, _publish
 from nested_core.records.export_record import (
     ExportRecord,
@@ -38,7 +39,7 @@ from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.atomic import TEMPORARY_PREFIX
 from tests.builders.adapter_folders import change_tensors
 from tests.builders.small_bases import FAMILIES, TEMPLATE, make_base, make_tokenizer, train_adapter
-from tests.example import DATA
+from tests.example import DATA, example_config, prepare, train
 from tests.left_out import slow_except
 
 HELD_OUT = DATA / "valid.jsonl"
@@ -331,7 +332,11 @@ def make_draft(folder: Path, name: str, *, stands: bool) -> Path:
     weights.write_text(f"weights {stands}")
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     record = ExportRecord(
-        **dict.fromkeys(("source", "version", "base", "base_fingerprint", "tokenizer"), "x"),
+        source="x",
+        version="x",
+        base="x",
+        base_fingerprint="x",
+        tokenizer="x",
         artefact="gguf" if draft.suffix else "folder",
         weights="f16",
         quantized_base=None,
@@ -446,3 +451,30 @@ def test_a_gguf_at_which_mlxs_reader_crashes_is_damaged(
     file.write_bytes(content[: key - 4] + b"\xff" * 4 + content[key:])
     with pytest.raises(DamagedError, match=r"model\.gguf is no sound GGUF: its reader ended"):
         unpack_gguf(file, tmp_path / "unpacked")
+
+
+@pytest.mark.parametrize(
+    "is_judged", slow_except([True, False], False, reason="judges and exports a run")
+)
+def test_an_export_says_which_step_it_took_and_whether_that_was_judged(
+    tmp_path: Path, is_judged: bool
+) -> None:
+    config = example_config(iters=4, save_every=2, steps_per_eval=2, gate={"max_harmed_share": 1.0})
+    finished = train(config, prepare(config, tmp_path / "run"))
+    if is_judged:
+        steps.judge(config, finished.run)
+    else:
+        shutil.rmtree(finished.run.adapter)
+        finished.run.result.unlink()
+    try:
+        done = export(finished.run.path, fused=tmp_path / "fused")
+        record, place = done.record, done.path
+    except GateRejected:  # four steps gain next to nothing, which is not the subject
+        place = tmp_path / "fused.rejected"
+        record = read_export_record(place)
+    assert record is not None
+    assert record.step == 4
+    passed = "step 4 of a run, which passed the gate"
+    stopped = "step 4 of a run that was stopped, or trains still: it was not judged by the gate"
+    assert record.notes[0] == (passed if is_judged else stopped)
+    assert record.notes[0] in (place / "README.md").read_text()

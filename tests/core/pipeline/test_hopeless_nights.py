@@ -21,7 +21,15 @@ from nested_core.records.outcome_names import Outcome
 from nested_core.records.run import Run
 from nested_core.records.skip import Skip, read_skip
 from nested_core.records.verdict_file import read_verdict
-from nested_core.registry import decline, history, list_names, list_versions, rollback
+from nested_core.registry import (
+    decline,
+    forget_rows,
+    history,
+    list_names,
+    list_versions,
+    read_champion,
+    rollback,
+)
 from nested_core.registry.ledger import read_ledger
 from nested_core.registry.policy import set_policy
 from nested_core.report.outcome import describe_end, describe_outcome, find_outcome
@@ -263,6 +271,38 @@ def test_the_conditions_are_those_of_contents_and_not_of_paths(folder: Path) -> 
         assert digest(gate) != before, file
         file.write_bytes(content)
     assert digest(gate) == before
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
+def test_a_night_with_another_tokenizer_or_end_of_answers_trains(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    base = shutil.copytree(MODEL, tmp_path / "base")
+    file = base / name
+    file.write_text(file.read_text() + " ")
+    assert reason_to_skip(folder, model=str(base)) is None
+
+
+def test_the_conditions_hold_the_ancestors_examples_the_device_and_the_packages(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason_to_skip(folder)  # writes dataset.json
+    run, champion = RunDirectory(folder / "asked"), read_champion(folder / "registry", NAME)
+    config = configure(folder, gate={"max_ancestor_loss_increase": 0.1})
+    before = conditions_digest(config, run, champion)
+    assert conditions_digest(config, run, champion) == before
+    with monkeypatch.context() as patch:
+        patch.setattr("nested_core.backend.device_name", lambda: "gpu of another machine")
+        assert conditions_digest(config, run, champion) != before
+    with monkeypatch.context() as patch:
+        patch.setattr(continual, "installed_version", lambda name: f"another {name}")
+        assert conditions_digest(config, run, champion) != before
+    is_judged = configure(folder, gate={})
+    as_before = conditions_digest(is_judged, run, champion)
+    row = json.loads((folder / "data" / "valid.jsonl").read_text().splitlines()[0])
+    forget_rows(folder / "registry", NAME, lambda stored: stored == row, by="ann")
+    assert conditions_digest(config, run, champion) != before
+    assert conditions_digest(is_judged, run, champion) == as_before  # no ancestor judges there
 
 
 def test_what_a_function_scores_is_never_known(folder: Path) -> None:

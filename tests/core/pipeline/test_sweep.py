@@ -17,6 +17,7 @@ from nested_core.pipeline.hooks import Steps
 from nested_core.pipeline.sweep import (
     SweepRequest,
     SweepResult,
+    _digest_request,
     count_steps,
     is_shown_better,
     plan_rungs,
@@ -26,7 +27,7 @@ from nested_core.pipeline.sweep_points import refuse_incomparable_keys, settings
 from nested_core.records.metrics import read_metrics
 from nested_core.records.paired_difference import PairedDifference
 from nested_core.records.sweep import SWEEP_NAME, read_sweep
-from tests.example import DATA, example_config, example_settings
+from tests.example import DATA, MODEL, example_config, example_settings
 
 CONFIG: dict[str, Any] = {"iters": 40, "nested": {"frequencies": [1]}, "batch_size": 4}
 REQUEST = SweepRequest({"learning_rate": [1e-6, 1e-4]}, steps=60)
@@ -145,6 +146,19 @@ def test_a_stopped_sweep_goes_on_to_the_same_figures(swept: SweepResult, tmp_pat
     done = run_sweep(tmp_path / "sweep")
     assert replace(done.record, seconds=0.0) == replace(swept.record, seconds=0.0)
     assert done.summary() == swept.summary()
+
+
+def test_a_sweep_of_other_data_or_of_another_tokenizer_is_another_one(tmp_path: Path) -> None:
+    base, data = (shutil.copytree(own, tmp_path / own.name) for own in (MODEL, DATA))
+    config = example_config(**CONFIG | {"model": str(base), "data": str(data)})
+    digests = [_digest_request(config, REQUEST)]
+    for file in (base / "generation_config.json", data / "valid.jsonl"):
+        file.write_text(file.read_text() + "\n")
+        digests.append(_digest_request(config, REQUEST))
+    (data / "valid.jsonl").write_text((DATA / "valid.jsonl").read_text().splitlines()[0])
+    digests.append(_digest_request(config, REQUEST))
+    first, other_end, same_rows, other_rows = digests
+    assert first != other_end == same_rows != other_rows
 
 
 def test_a_sweep_of_another_request_or_a_damaged_one_is_not_gone_on_with(

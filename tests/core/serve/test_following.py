@@ -228,9 +228,12 @@ def test_a_champion_of_another_base_is_not_served(
         second = promote_run(other, registry)
         status = status_without(client, second)
         assert (status["version"], status["refused"]["version"]) == (first, second)
-        assert "is another model" in status["refused"]["reason"]
+        assert "was made for the base sha256:" in status["refused"]["reason"]
         assert client.chat().version == first
-        assert "is another model" in client.chat(f"{NAME}@{second}").json()["error"]["message"]
+        assert (
+            "was made for the base sha256:"
+            in client.chat(f"{NAME}@{second}").json()["error"]["message"]
+        )
 
 
 def promote_damaged(promote: Promote, registry: Path) -> str:

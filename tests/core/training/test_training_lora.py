@@ -174,7 +174,7 @@ def test_an_adapter_of_another_rank_is_refused_with_both_shapes(
         prepare(config, tmp_path / "run")
     assert str(caught.value).splitlines()[-2:] == [
         "  and 74 more",
-        "Set num_layers, lora_parameters and fine_tune_type to what it was made with.",
+        "Keep the settings and the base that it was made with, or train a new adapter.",
     ]
 
 
@@ -212,17 +212,51 @@ def test_no_run_starts_from_a_file_that_is_no_adapter(
         )
 
 
-def test_an_adapter_of_another_base_model_is_a_warning(
+def copy_adapter(source: Path, place: Path, **changes: Any) -> str:
+    """A copy with these values in adapter_config.json; the path of its tensors."""
+    shutil.copytree(source, place)
+    described = json.loads((place / "adapter_config.json").read_bytes())
+    (place / "adapter_config.json").write_text(json.dumps(described | changes))
+    return str(place / "adapters.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "settings", "named"),
+    [
+        (
+            {"base_fingerprint": f"{FINGERPRINT_PREFIX}{'0a' * 32}"},
+            {},
+            "base_fingerprint: made for the base sha256:0a0a0a0a0a0a, and .* holds sha256:",
+        ),
+        ({}, {"lora_parameters": {"scale": 8.0}}, r"scale: 2\.0, now 8\.0"),
+        ({}, {"lora_parameters": {"rank": 4}}, "rank: 8, now 4"),
+        ({}, {"num_layers": 2}, "num_layers: -1, now 2"),
+    ],
+    ids=str,
+)
+def test_an_adapter_file_of_other_settings_is_refused_with_both_values(
+    every_step: Finished, tmp_path: Path, recorded: Any, settings: Any, named: str
+) -> None:
+    file = copy_adapter(every_step.run.adapter, tmp_path / "adapter", **recorded)
+    with pytest.raises(ConfigError, match=named):
+        prepare(example_config(resume_adapter_file=file, **settings), tmp_path / "run")
+    assert not (tmp_path / "run" / "initial").exists()
+
+
+def test_an_adapter_file_whose_layers_are_named_otherwise_is_the_same_adapter(
     every_step: Finished, tmp_path: Path
 ) -> None:
-    other = tmp_path / "adapter"
-    shutil.copytree(every_step.run.adapter, other)
-    described = json.loads((other / "adapter_config.json").read_bytes())
-    described["base_fingerprint"] = f"{FINGERPRINT_PREFIX}{'0a' * 32}"
-    (other / "adapter_config.json").write_text(json.dumps(described))
-    config = example_config(resume_adapter_file=str(other / "adapters.safetensors"))
-    with pytest.warns(UserWarning, match="was made for another base model"):
-        prepare(config, tmp_path / "run")
+    file = copy_adapter(every_step.run.adapter, tmp_path / "adapter", num_layers=16)
+    run = prepare(example_config(resume_adapter_file=file), tmp_path / "run")
+    assert read_adapter(run.initial).tensors == read_adapter(every_step.run.adapter).tensors
+
+
+def test_what_a_file_without_a_configuration_leaves_unknown_is_said(
+    every_step: Finished, tmp_path: Path
+) -> None:
+    file = shutil.copy(every_step.run.adapter / "adapters.safetensors", tmp_path)
+    with pytest.warns(UserWarning, match="scale and the base .* not known. .* scale 2 on"):
+        prepare(example_config(resume_adapter_file=str(file)), tmp_path / "run")
 
 
 def test_a_file_in_place_of_adapter_path_is_refused_before_anything_is_done(tmp_path: Path) -> None:

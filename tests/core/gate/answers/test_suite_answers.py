@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -161,14 +162,13 @@ def asked(tmp_path):
     cached = answer_cache(tmp_path / "answers")
     asked: list[str | None] = []
 
-    def ask(encoded: EncodedSuite, adapter: str | None = None, computation: str = "cpu float32"):
+    def ask(encoded: EncodedSuite, adapter: str | None = None, **changes: str):
         def answer():
             asked.append(adapter)
             return encoded.answer(*example())
 
-        return fetch_answers(
-            cached, AnsweringModelDigests("base", adapter, computation), encoded, answer
-        )
+        model = AnsweringModelDigests("base", "tokenizer", adapter, "cpu float32")
+        return fetch_answers(cached, replace(model, **changes), encoded, answer)
 
     return cached, asked, ask
 
@@ -182,10 +182,11 @@ def test_a_model_is_asked_the_same_questions_once(tmp_path, asked) -> None:
     assert ask(rescored) == answers
     assert models == [None]
     ask(first, "adapter")
-    ask(first, "adapter", "gpu bfloat16")
+    ask(first, "adapter", computation="gpu bfloat16")
+    ask(first, "adapter", tokenizer="with another end of an answer")
     ask(encode(tmp_path, "exact", line, sampling=Sampling(max_tokens=3)))
     ask(encode(tmp_path, "exact", line, ASKED | {"expected": "a"}))
-    assert models == [None, "adapter", "adapter", None, None]
+    assert models == [None, "adapter", "adapter", "adapter", None, None]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "other", "empty"])

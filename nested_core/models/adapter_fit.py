@@ -1,0 +1,117 @@
+"""Whether an adapter means what it is loaded into: its settings, its tensors and its base.
+
+The tensors have names and shapes, which rank, keys, layers and type follow from. A scale and a base
+show in none of them: with others the same tensors are another adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from nested_core.errors import ConfigError
+from nested_core.models.base_model import fingerprint_base_model, is_same_base, shorten_fingerprint
+from nested_core.storage.adapter import Adapter
+from nested_core.storage.safetensors_files import StoredTensor
+
+MAX_SHOWN_PROBLEMS = 10
+# What an adapter shares with another one that is loaded into the same modules.
+ADAPTER_STRUCTURE_KEYS = ("fine_tune_type", "rank", "scale", "keys", "num_layers")
+Shaped = Mapping[str, StoredTensor] | Mapping[str, mx.array]
+
+
+def describe_other_base(adapter_config: Mapping[str, Any], base: Path) -> str | None:
+    """That the model in `base` is not the one that adapter_config.json names, with both; or None.
+
+    None as well without a fingerprint, as mlx_lm.lora writes the file.
+    """
+    recorded = adapter_config.get("base_fingerprint")
+    if recorded is None or is_same_base(recorded, base):
+        return None
+    present = shorten_fingerprint(fingerprint_base_model(base))
+    return f"made for the base {shorten_fingerprint(recorded)}, and {base} holds {present}"
+
+
+def list_differences(made_with: Adapter, used_with: Adapter) -> list[str]:
+    """The settings in which two adapter_config.json differ: `scale: 2.0, now 4.0`."""
+    before, now = made_with.meaning(), used_with.meaning()
+    return [
+        f"{key}: {before[key]}, now {now[key]}"
+        for key in ADAPTER_STRUCTURE_KEYS
+        if before[key] != now[key]
+    ]
+
+
+def list_misfits(tensors: Shaped, parameters: Shaped) -> list[str]:
+    """The tensors whose names or shapes are not those of the parameters that they would replace."""
+    problems = [f"{name}: missing" for name in parameters.keys() - tensors.keys()]
+    problems += [
+        f"{name}: nothing that these settings train" for name in tensors.keys() - parameters.keys()
+    ]
+    problems += [
+        f"{name}: shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
+        for name, parameter in parameters.items()
+        if name in tensors and tuple(tensors[name].shape) != tuple(parameter.shape)
+    ]
+    return sorted(problems)
+
+
+def require_fit(
+    adapter: Adapter, what: str, config: dict[str, Any], base: Path, parameters: Shaped
+) -> None:
+    """Raise ConfigError where an adapter would mean something else than it was trained for.
+
+    Args:
+        adapter: the adapter; what its adapter_config.json does not say is not compared.
+        what: the adapter, at the beginning of a sentence.
+        config: the adapter_config.json of what its tensors are loaded into.
+        base: the folder of the base.
+        parameters: those that the tensors replace.
+    """
+    misfits = list_misfits(adapter.tensors, parameters)
+    differing = []
+    if adapter.config:
+        differing = list_differences(adapter, Adapter(adapter.path, config, {}))
+    if not misfits:  # layers and keys may be said in other words: the tensors are the same
+        differing = [line for line in differing if line.startswith("scale: ")]
+    if other_base := describe_other_base(adapter.config, base):
+        differing.append(f"base_fingerprint: {other_base}")
+    if not differing and not misfits:
+        return
+    lines = [*differing, *_shorten_list(misfits)]
+    raise ConfigError(
+        f"{what} was trained with other settings, and its tensors would mean something else under "
+        f"these:\n" + "\n".join(f"  {line}" for line in lines) + "\nKeep the settings and the base "
+        "that it was made with, or train a new adapter."
+    )
+
+
+def require_recorded_settings(adapter: Adapter) -> None:
+    """Raise ConfigError where adapter_config.json leaves out what low-rank tensors mean."""
+    meaning = adapter.meaning()
+    needed = [] if meaning["fine_tune_type"] == "full" else ["rank", "scale", "num_layers"]
+    if missing := [key for key in needed if meaning[key] is None]:
+        raise ConfigError(
+            f"{adapter.path}: adapter_config.json does not say {' and '.join(missing)}, without "
+            f"which its tensors have no meaning. Expected what mlx_lm.lora or nested-tune writes."
+        )
+
+
+def require_tensors_fit(tensors: Shaped, parameters: Shaped, advice: str) -> None:
+    """Raise ConfigError with every name and shape that does not fit."""
+    if problems := list_misfits(tensors, parameters):
+        lines = (f"  {line}" for line in _shorten_list(problems))
+        raise ConfigError(
+            "The adapter's tensors do not fit the model and lora_parameters:\n"
+            + "\n".join(lines)
+            + f"\n{advice}"
+        )
+
+
+def _shorten_list(problems: list[str]) -> Iterator[str]:
+    yield from problems[:MAX_SHOWN_PROBLEMS]
+    if len(problems) > MAX_SHOWN_PROBLEMS:
+        yield f"and {len(problems) - MAX_SHOWN_PROBLEMS} more"
