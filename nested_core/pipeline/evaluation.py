@@ -23,7 +23,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import TaskSection
 from nested_core.data.example_digests import Digests, decode_digests
 from nested_core.errors import ConfigError, describe_first_problem
-from nested_core.gate.answers.answer_bounds import ScoreChange, find_worse
+from nested_core.gate.answers.answer_bounds import ScoreChange
 from nested_core.gate.answers.suite_answers import encode_suites, read_suites
 from nested_core.gate.checks.tasks import AskedModel, ask_model
 from nested_core.gate.losses.champion_adapter import shape_like_adapter
@@ -37,7 +37,11 @@ from nested_core.gate.losses.left_out_examples import (
     read_run_training_digests,
     read_training_digests,
 )
-from nested_core.gate.losses.loss_figures import summarise_losses
+from nested_core.gate.losses.loss_figures import (
+    chances_of_loss,
+    conclude_among_others,
+    summarise_losses,
+)
 from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprint_reasons
 from nested_core.models.base_model import find_model_folder
 from nested_core.models.gguf import is_gguf, unpack_gguf
@@ -45,6 +49,7 @@ from nested_core.models.peft import import_peft
 from nested_core.pipeline.named_adapters import NamedAdapter, find_named_adapter
 from nested_core.records.answers import AnswerRecord
 from nested_core.records.export_record import ExportRecord, read_export_record
+from nested_core.records.comparison_family import find_beyond_chance
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import Validation
 from nested_core.report.evaluation import (
@@ -228,7 +233,7 @@ class _Evaluating:
         reference, *_ = self._models
         return Evaluation(
             against=reference.name,
-            models=tuple(self._compare(model, reference) for model in self._models),
+            models=tuple(self._compare_models()),
             answers=tuple(self._answered_questions()),
             data=self._data,
         )
@@ -257,35 +262,65 @@ class _Evaluating:
         for model, losses in zip(models, predictions.losses, strict=True):
             self._losses[model.name] = (held_out, losses, predictions.tokens)
 
-    def _compare(self, model: ModelToEvaluate, reference: ModelToEvaluate) -> EvaluatedModel:
-        """A model's figures beside those of the reference."""
-        tasks = self._config.gate.tasks
-        own, other = (_by_suite(self._records[of.name]) for of in (model, reference))
-        scores = [
+    def _compare_models(self) -> Iterator[EvaluatedModel]:
+        """Each model's figures beside those of the reference, the first one.
+
+        All models, suites and losses are one family: the more there are, the surer a difference has
+        to be for the words better and worse.
+        """
+        reference, *others = self._models
+        changes = {model.name: self._compare_answers(model, reference) for model in others}
+        losses = {model.name: self._compare_losses(model, reference) for model in self._models}
+        chances = []
+        for model in others:
+            chances += [(change.fall, change.rise) for change in changes[model.name]]
+            if (loss := losses[model.name]) is not None:
+                chances.append(chances_of_loss(loss))
+        is_worse = iter(find_beyond_chance([worse for worse, _ in chances]))
+        is_better = iter(find_beyond_chance([better for _, better in chances]))
+        for model in self._models:
+            scores, loss = self._score_suites(model), losses[model.name]
+            if model is not reference:
+                scores = [
+                    replace(
+                        score,
+                        difference=change.difference.mean,
+                        interval=change.interval,
+                        conclusion=change.conclude(
+                            is_worse=next(is_worse), is_better=next(is_better)
+                        ),
+                        minimum=task.min,
+                    )
+                    for task, score, change in zip(
+                        self._config.gate.tasks, scores, changes[model.name], strict=True
+                    )
+                ]
+                if loss is not None:
+                    word = conclude_among_others(
+                        loss, is_worse=next(is_worse), is_better=next(is_better)
+                    )
+                    loss = replace(loss, conclusion=word)
+            yield EvaluatedModel(model.name, tuple(scores), loss)
+
+    def _score_suites(self, model: ModelToEvaluate) -> list[SuiteScore]:
+        answers = _by_suite(self._records[model.name])
+        return [
             SuiteScore(
                 suite=task.name,
-                questions=len(own[task.name]),
-                score=sum(record.score for record in own[task.name]) / len(own[task.name]),
+                questions=len(answers[task.name]),
+                score=sum(record.score for record in answers[task.name]) / len(answers[task.name]),
             )
-            for task in tasks
+            for task in self._config.gate.tasks
         ]
-        if model is not reference:
-            changes = [
-                ScoreChange.compare(other[task.name], own[task.name], task.max_drop)
-                for task in tasks
-            ]
-            worse = find_worse(changes)
-            scores = [
-                replace(
-                    score,
-                    difference=change.difference.mean,
-                    interval=change.interval,
-                    conclusion=change.conclude(is_worse=id(change) in worse),
-                    minimum=task.min,
-                )
-                for task, score, change in zip(tasks, scores, changes, strict=True)
-            ]
-        return EvaluatedModel(model.name, tuple(scores), self._compare_losses(model, reference))
+
+    def _compare_answers(
+        self, model: ModelToEvaluate, reference: ModelToEvaluate
+    ) -> list[ScoreChange]:
+        own, other = (_by_suite(self._records[of.name]) for of in (model, reference))
+        return [
+            ScoreChange.compare(other[task.name], own[task.name], task.max_drop)
+            for task in self._config.gate.tasks
+        ]
 
     def _compare_losses(
         self, model: ModelToEvaluate, reference: ModelToEvaluate

@@ -425,8 +425,8 @@ class TaskResult:
 
     @property
     def is_proven_gain(self) -> bool:
-        """Whether the answers got better than the parent's, beyond noise."""
-        return self.interval is not None and self.interval[0] > 0
+        """Whether the answers got better, beyond what chance makes of as many suites and steps."""
+        return self.conclusion == "better"
 
     @property
     def before(self) -> float:

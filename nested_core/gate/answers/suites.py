@@ -29,6 +29,7 @@ MAX_QUESTION_BYTES = 2**20
 MAX_ACCEPTED_ANSWERS = 1_000
 MAX_PROBLEMS = 1_000  # then reading ends
 MAX_LISTED_PROBLEMS = 8
+MAX_EXPECTED_CHARACTERS = 1_000  # of the right answers as they are shown beside the models' own
 
 
 @dataclass(frozen=True)
@@ -323,7 +324,7 @@ def question_label(question: Question) -> str:
 
 
 def expected_label(question: Question) -> str | None:
-    """The right answers to a question on one line, shortened; None where there is none."""
+    """The right answers to a question on one line; None where there is none."""
     answers = [answer for answer in question.accepted if answer is not None]
     texts = [answer if isinstance(answer, str) else json.dumps(answer) for answer in answers]
-    return shorten(" or ".join(texts)) if texts else None
+    return shorten(" or ".join(texts), MAX_EXPECTED_CHARACTERS) if texts else None

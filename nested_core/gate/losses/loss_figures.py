@@ -15,7 +15,13 @@ import numpy as np
 from nested_core.config.sections import GateSection
 from nested_core.gate.losses.ancestor_examples import AncestorExamples
 from nested_core.gate.losses.chosen_candidate import Candidates
-from nested_core.records.loss_conclusion import conclude, count_examples_needed, margin_of_loss
+from nested_core.records.comparison_family import NOT_TESTED, Chance, chance_of_mean
+from nested_core.records.loss_conclusion import (
+    Conclusion,
+    conclude,
+    count_examples_needed,
+    margin_of_loss,
+)
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.paired_difference import CONFIDENCE, student_t_quantile
 from nested_core.records.verdict import (
@@ -206,6 +212,31 @@ def compare_losses(
         "clusters": compared.examples,
         "corrected_interval": corrected,
     }
+
+
+def chances_of_loss(losses: ComparedLoss) -> tuple[Chance, Chance]:
+    """The chance of a loss so much worse, and of one so much better, where nothing changed.
+
+    By Student's t where the interval leaves out 0; too few examples for an interval test nothing.
+    """
+    if losses.interval is None or losses.standard_error is None or losses.difference is None:
+        return NOT_TESTED, NOT_TESTED
+    examples = losses.clusters or 0
+    chance = Chance(chance_of_mean(abs(losses.difference), losses.standard_error, examples))
+    low, high = losses.interval
+    return chance if low > 0 else Chance(0.5), chance if high < 0 else Chance(0.5)
+
+
+def conclude_among_others(
+    losses: ComparedLoss, *, is_worse: bool, is_better: bool
+) -> Conclusion | None:
+    """The word for a loss that is one of several comparisons, given what it shows among them."""
+    word = losses.conclusion
+    if word not in ("worse", "better") or (is_worse if word == "worse" else is_better):
+        return word
+    high, margin = losses.one_sided_high, losses.margin
+    is_within = high is not None and margin is not None and high <= margin
+    return "no_worse" if is_within else "inconclusive"
 
 
 def loss_reasons(validation: Validation, bounds: GateSection) -> list[Reason]:
