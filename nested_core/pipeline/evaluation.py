@@ -295,7 +295,7 @@ class _Evaluating:
                         self._config.gate.tasks, scores, changes[model.name], strict=True
                     )
                 ]
-                if loss is not None:
+                if loss is not None and self._config.gate.noise == "paired":
                     word = conclude_among_others(
                         loss, is_worse=next(is_worse), is_better=next(is_better)
                     )

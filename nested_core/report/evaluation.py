@@ -65,7 +65,6 @@ class EvaluatedModel:
             suite.conclusion == "worse" or suite.is_below_minimum for suite in self.suites
         )
 
-
     @property
     def is_better(self) -> bool:
         """Whether a loss or a suite is significantly better, and none inconclusive or worse."""

@@ -66,9 +66,7 @@ def judge_answers(
         for rival, against in changes.items():
             word = words[id(against)]
             if gate.noise == "none" or not against.is_tested:  # the bound alone counts
-                word = against.conclude(
-                    is_worse=against.is_below_bound, is_better=word == "better"
-                )
+                word = against.conclude(is_worse=against.is_below_bound, is_better=word == "better")
             conclusions.append(word)
             if word == "worse":
                 failures.append(_task_regressed_reason(task, result, against, rival))
@@ -80,7 +78,9 @@ def judge_answers(
                 champion_interval=rivalry.interval,
             )
         verdict: Literal["passed", "failed"] = "failed" if failures else "passed"
-        results.append(replace(result, verdict=verdict, conclusion=max(conclusions, key=BADNESS.index)))
+        results.append(
+            replace(result, verdict=verdict, conclusion=max(conclusions, key=BADNESS.index))
+        )
         reasons += failures
     return tuple(results), reasons
 

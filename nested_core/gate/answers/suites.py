@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from nested_core.config.sections import Score
 from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
+from nested_core.data.lines.line_rows import fold_case_and_space
 from nested_core.data.sources.file_formats import RestOfFileUnreadable
 from nested_core.errors import DatasetError, join_first_values, shorten
 from nested_core.gate.answers.suite_files import TABLE_SUFFIXES, read_question_lines
@@ -313,6 +314,15 @@ def _find_repeated_names(questions: Iterable[Question]) -> Iterator[BadQuestion]
         if line != question.line:
             problem = f"the id {shorten(question.name)!r} is that of line {line}"
             yield BadQuestion(question.line, "id", problem)
+
+
+def fold_prompt(question: Question) -> bytes:
+    """What equal prompts share: those that differ in case and white space alone are equal."""
+    prompt = question.prompt
+    turns = [["", prompt]] if isinstance(prompt, str) else [list(turn.values()) for turn in prompt]
+    return b"\0".join(
+        fold_case_and_space(part.encode(errors="surrogatepass")) for turn in turns for part in turn
+    )
 
 
 def question_label(question: Question) -> str:
