@@ -48,8 +48,8 @@ from nested_core.models.gguf import is_gguf, unpack_gguf
 from nested_core.models.peft import import_peft
 from nested_core.pipeline.named_adapters import NamedAdapter, find_named_adapter
 from nested_core.records.answers import AnswerRecord
-from nested_core.records.export_record import ExportRecord, read_export_record
 from nested_core.records.comparison_family import find_beyond_chance
+from nested_core.records.export_record import ExportRecord, read_export_record
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import Validation
 from nested_core.report.evaluation import (

@@ -2,10 +2,10 @@
 
 All arms train the same schedule, the configuration's own, on as many examples: steps are counted in
 those of the configuration itself, and an arm of smaller batches takes more of its own. They are
-compared at a quarter, a half and the end of it (fewer arms: fewer rungs); at each the better half goes on from its checkpoint
-(Jamieson and Talwalkar, Non-stochastic best arm identification, arXiv 1502.07943). The
-configuration itself goes on to the end, so that the winner is compared with it on the examples of
-the gate, with its luck counted: as the best of all evaluated steps of all arms.
+compared at a quarter, a half and the end of it (fewer arms: fewer rungs); at each the better half
+goes on from its checkpoint (Jamieson and Talwalkar, Non-stochastic best arm identification, arXiv
+1502.07943). The configuration itself goes on to the end, so that the winner is compared with it on
+the examples of the gate, with its luck counted: as the best of all evaluated steps of all arms.
 
 What is decided follows from sweep.json: a stopped sweep goes on as if it had not been.
 """

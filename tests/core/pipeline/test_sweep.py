@@ -143,6 +143,7 @@ def test_the_arm_of_the_lowest_loss_is_trained_to_the_end_and_judged(swept: Swee
     assert "learning_rate=1e-06" in page
 
 
+@pytest.mark.slow("trains three arms and judges two")
 def test_arms_of_other_batches_and_slow_tiers_are_compared_after_equal_data(
     tmp_path: Path,
 ) -> None:
