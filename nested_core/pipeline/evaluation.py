@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -48,8 +48,9 @@ from nested_core.models.gguf import is_gguf, unpack_gguf
 from nested_core.models.peft import import_peft
 from nested_core.pipeline.named_adapters import NamedAdapter, find_named_adapter
 from nested_core.records.answers import AnswerRecord
-from nested_core.records.comparison_family import find_beyond_chance
+from nested_core.records.comparison_family import NOT_TESTED, find_beyond_chance
 from nested_core.records.export_record import ExportRecord, read_export_record
+from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import Validation
 from nested_core.report.evaluation import (
@@ -263,44 +264,32 @@ class _Evaluating:
             self._losses[model.name] = (held_out, losses, predictions.tokens)
 
     def _compare_models(self) -> Iterator[EvaluatedModel]:
-        """Each model's figures beside those of the reference, the first one.
-
-        All models, suites and losses are one family: the more there are, the surer a difference has
-        to be for the words better and worse.
-        """
+        """Each model's figures beside those of the reference, the first one."""
         reference, *others = self._models
-        changes = {model.name: self._compare_answers(model, reference) for model in others}
-        losses = {model.name: self._compare_losses(model, reference) for model in self._models}
-        chances = []
-        for model in others:
-            chances += [(change.fall, change.rise) for change in changes[model.name]]
-            if (loss := losses[model.name]) is not None:
-                chances.append(chances_of_loss(loss))
-        is_worse = iter(find_beyond_chance([worse for worse, _ in chances]))
-        is_better = iter(find_beyond_chance([better for _, better in chances]))
-        for model in self._models:
-            scores, loss = self._score_suites(model), losses[model.name]
-            if model is not reference:
-                scores = [
-                    replace(
-                        score,
-                        difference=change.difference.mean,
-                        interval=change.interval,
-                        conclusion=change.conclude(
-                            is_worse=next(is_worse), is_better=next(is_better)
-                        ),
-                        minimum=task.min,
-                    )
-                    for task, score, change in zip(
-                        self._config.gate.tasks, scores, changes[model.name], strict=True
-                    )
-                ]
-                if loss is not None and self._config.gate.noise == "paired":
-                    word = conclude_among_others(
-                        loss, is_worse=next(is_worse), is_better=next(is_better)
-                    )
-                    loss = replace(loss, conclusion=word)
-            yield EvaluatedModel(model.name, tuple(scores), loss)
+        changes = [self._compare_answers(model, reference) for model in others]
+        losses = [self._compare_losses(model, reference) for model in self._models]
+        yield EvaluatedModel(reference.name, tuple(self._score_suites(reference)), losses[0])
+        words = conclude_models(changes, losses[1:], self._config.gate.noise)
+        compared = zip(others, changes, losses[1:], words, strict=True)
+        for model, own_changes, loss, (suite_words, loss_word) in compared:
+            scores = tuple(
+                replace(
+                    score,
+                    difference=change.difference.mean,
+                    interval=change.interval,
+                    conclusion=word,
+                    minimum=task.min,
+                )
+                for task, score, change, word in zip(
+                    self._config.gate.tasks,
+                    self._score_suites(model),
+                    own_changes,
+                    suite_words,
+                    strict=True,
+                )
+            )
+            loss = None if loss is None else replace(loss, conclusion=loss_word)
+            yield EvaluatedModel(model.name, scores, loss)
 
     def _score_suites(self, model: ModelToEvaluate) -> list[SuiteScore]:
         answers = _by_suite(self._records[model.name])
@@ -356,6 +345,31 @@ class _Evaluating:
                 answers=dict(zip(names, (record.answer for record in records), strict=True)),
                 scores=dict(zip(names, (record.score for record in records), strict=True)),
             )
+
+
+def conclude_models(
+    changes: Sequence[Sequence[ScoreChange]],
+    losses: Sequence[Validation | None],
+    noise: Literal["paired", "none"],
+) -> Iterator[tuple[list[Conclusion], Conclusion | None]]:
+    """For each model the word for each suite, and for its loss.
+
+    All models, suites and losses are one family: the more are compared with the reference, the
+    surer a difference has to be for the words better and worse.
+    """
+    chances = []
+    for own, loss in zip(changes, losses, strict=True):
+        chances += [(change.fall, change.rise) for change in own]
+        chances.append((NOT_TESTED, NOT_TESTED) if loss is None else chances_of_loss(loss))
+    is_worse = iter(find_beyond_chance([worse for worse, _ in chances]))
+    is_better = iter(find_beyond_chance([better for _, better in chances]))
+    for own, loss in zip(changes, losses, strict=True):
+        words = [c.conclude(is_worse=next(is_worse), is_better=next(is_better)) for c in own]
+        shown = {"is_worse": next(is_worse), "is_better": next(is_better)}
+        if loss is None or noise == "none":
+            yield words, None if loss is None else loss.conclusion
+        else:
+            yield words, conclude_among_others(loss, **shown)
 
 
 def _form(model: ModelToEvaluate, models: Sequence[ModelToEvaluate]) -> tuple[Any, ...]:
