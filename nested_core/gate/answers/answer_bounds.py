@@ -193,16 +193,16 @@ class ScoreChange:
     def conclude(self, *, is_worse: bool, is_better: bool) -> Conclusion:
         """The word for it; without a margin `no_worse` needs as many answers won as lost.
 
-        Of a step that these questions chose it needs an interval that does not reach below 0: the
-        best of many steps wins as many by luck. A fall within `max_drop` is not worse.
+        Of a step that these questions chose it needs a margin: the best of many steps wins as many
+        by luck. A fall within `max_drop` is not worse.
         """
         if is_worse and not self.is_within_bound:
             return "worse"
         if is_better:
             return "better"
-        is_shown = self.is_within_bound if self.max_drop else not self.is_below(0.0)
-        if not self.max_drop and self.chosen_among > 1:
-            is_shown = self.difference.low >= 0
+        is_shown = self.chosen_among == 1 and not self.is_below(0.0)
+        if self.max_drop:
+            is_shown = self.is_within_bound
         return "no_worse" if is_shown else "inconclusive"
 
 
