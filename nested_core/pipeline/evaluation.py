@@ -24,7 +24,7 @@ from nested_core.config.sections import TaskSection
 from nested_core.data.example_digests import Digests, decode_digests
 from nested_core.errors import ConfigError, describe_first_problem
 from nested_core.gate.answers.answer_bounds import ScoreChange
-from nested_core.gate.answers.suite_answers import encode_suites, read_suites
+from nested_core.gate.answers.suite_answers import EncodedSuite, encode_suites, read_suites
 from nested_core.gate.checks.tasks import AskedModel, ask_model
 from nested_core.gate.losses.champion_adapter import shape_like_adapter
 from nested_core.gate.losses.held_out_loss import (
@@ -62,6 +62,7 @@ from nested_core.report.evaluation import (
 )
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter, read_adapter_config
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.stages import stages
 
 BASE = "base"
 
@@ -242,6 +243,7 @@ class _Evaluating:
     def _measure(self, models: Sequence[ModelToEvaluate]) -> None:
         """Answers and losses of models that fit into one base."""
         first = models[0]
+        stages.info("evaluate: loading %s", first.model)
         config = self._config.model_copy(
             update={"model": first.model, "trust_remote_code": first.trust_remote_code}
         )
@@ -251,13 +253,15 @@ class _Evaluating:
             _require_fit(model, base)
         suites = encode_suites(read_suites(config.gate), base.tokenizer, base.folder)
         for model in models:
-            asked = AskedModel("candidate", base, model.adapter)
-            self._records[model.name] = ask_model(asked, suites)
+            self._records[model.name] = [
+                record for suite in suites for record in _ask(model, base, suite)
+            ]
         if self._data is None:
             return
         held_out = read_held_out_examples(config, {})
         if held_out is None:
             raise ConfigError(f"evaluate: {self._data} names no file of examples.")
+        stages.info("evaluate: losses of %d models on %s", len(models), self._data)
         tensors = [_tensors(model, base) for model in models]
         predictions = base.compare_predictions(tensors, held_out.split)
         for model, losses in zip(models, predictions.losses, strict=True):
@@ -389,6 +393,19 @@ def _require_fit(model: ModelToEvaluate, base: LoadedBase) -> None:
         return
     if reasons := base_reasons(model.adapter, base.parameters, base.folder):
         raise ConfigError(f"{model.name} does not fit {model.model}: {reasons[0].message}.")
+
+
+def _ask(model: ModelToEvaluate, base: LoadedBase, suite: EncodedSuite) -> list[AnswerRecord]:
+    """A model's answers to a suite; what is answered so far is logged as a stage."""
+    total = len(suite.prompts)
+
+    def tell(count: int) -> None:
+        """So many are answered."""
+        text = "evaluate: %s has answered %d of %d questions of %s"
+        stages.info(text, model.name, count, total, suite.suite.name)
+
+    tell(0)
+    return ask_model(AskedModel("candidate", base, model.adapter, on_answered=tell), [suite])
 
 
 def _tensors(model: ModelToEvaluate, base: LoadedBase) -> Mapping[str, mx.array]:

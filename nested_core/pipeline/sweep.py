@@ -59,6 +59,7 @@ from nested_core.storage.checkpoint_verification import latest_state
 from nested_core.storage.lock_file import exclusive_lock_with_holder_id
 from nested_core.storage.output_places import require_free_place
 from nested_core.storage.run_directory import RUN_DIR_KEY, RunDirectory
+from nested_core.text.duration_format import format_duration
 
 MAX_ARMS = 64
 MAX_HALVINGS = 3
@@ -115,6 +116,10 @@ class SweepResult:
         record = self.record
         chosen = record.arms[record.chosen or 0].describe()
         tried = f"{len(record.arms)} settings tried in {record.trained:,} steps"
+        if record.is_cut_short:
+            tried += (
+                f", in runs of {record.rungs[-1]:,} of the configuration's {record.configured:,}"
+            )
         if self.choice is None:
             return f"{tried}: none was better than {chosen}."
         told = "better" if self.is_better else "not shown to be better: it may be luck"
@@ -219,18 +224,43 @@ class _Search:
                 "leave these keys out of --over."
             )
         check_before_start(self.config, self._run_of(0))
-        wanted, budget = self._measure()
+        wanted, budget, seconds_a_step = self._measure()
         own_size = step_examples(self.config)
         multiple = math.lcm(*(size // math.gcd(size, own_size) for size in sizes))
         rungs = plan_rungs(len(arms), wanted, budget, multiple)
         numbers = tuple(range(len(arms)))
         self.record = SweepRecord(
-            digest, self.request.select_by, rungs, budget, tuple(arms), (numbers,)
+            *(digest, self.request.select_by, rungs, budget, tuple(arms), (numbers,)),
+            configured=wanted,
         )
         self.record.write(self.folder)
+        self.hooks.on_message(self._describe_plan(seconds_a_step))
 
-    def _measure(self) -> tuple[int, int | None]:
-        """The steps of a whole run, and the steps of all arms together that there is time for."""
+    def _describe_plan(self, seconds_a_step: float | None) -> str:
+        """How many settings are tried, where they are compared, and what of the time that takes."""
+        rungs, arms = self.record.rungs, len(self.record.arms)
+        places = " and ".join(filter(None, [", ".join(map(str, rungs[:-1])), str(rungs[-1])]))
+        text = f"{arms} settings, compared at steps {places}"
+        if self.record.is_cut_short:
+            text += (
+                f" of runs that have {rungs[-1]} of the configuration's {self.record.configured}"
+            )
+        steps = count_steps(arms, rungs)
+        text += f"; at most {steps:,} steps"
+        if seconds_a_step is not None and self.request.minutes is not None:
+            training = format_duration(steps * seconds_a_step)
+            asked = format_duration(60 * self.request.minutes)
+            text += (
+                f", about {training} of the {asked}: the rest is for evaluations, checkpoints and "
+                f"a second round"
+            )
+        return f"{text}."
+
+    def _measure(self) -> tuple[int, int | None, float | None]:
+        """The steps of a whole run, the steps of all arms that there is time for, and a step's.
+
+        The last one in seconds, where time is a bound.
+        """
         minutes = self.request.minutes
         explained = explain_run(
             self.config, self.hooks.on_message, measures_speed=minutes is not None
@@ -241,12 +271,12 @@ class _Search:
                 "Give a valid split (`nested-tune init --split`), val_batches above 0 or -1, and "
                 "leave training.reference out."
             )
-        budget = self.request.steps
+        budget, seconds_a_step = self.request.steps, None
         if minutes is not None:
             seconds_a_step = (explained.training_seconds or 0.0) / explained.steps
             by_clock = int(SHARE_OF_STEPS * 60 * minutes / max(seconds_a_step, 1e-4))
             budget = by_clock if budget is None else min(budget, by_clock)
-        return explained.steps, budget
+        return explained.steps, budget, seconds_a_step
 
     def run(self) -> None:
         """All rounds: the first arms, and where there is time ranks and scales around the best."""
@@ -299,7 +329,16 @@ class _Search:
         has_steps = budget is None or self.record.trained + needed <= budget
         seconds = self.record.seconds * (1 + needed / max(1, self.record.trained))
         has_time = minutes is None or seconds <= 60 * minutes
-        return points if has_steps and has_time else []
+        if has_steps and has_time:
+            return points
+        needs = f"{needed:,} steps more"
+        if minutes is not None:
+            needs += (
+                f", {format_duration(seconds)} with the {format_duration(self.record.seconds)} so "
+                f"far"
+            )
+        self.hooks.on_message(f"ranks and scales are not tried: they would take {needs}.")
+        return []
 
     def _train_arm(self, number: int, step: int) -> None:
         """Train an arm up to a rung's step, and write down its score."""

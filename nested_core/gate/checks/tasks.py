@@ -33,7 +33,7 @@ from nested_core.gate.losses.champion_adapter import Champion, UnusableChampion
 from nested_core.gate.losses.chosen_candidate import read_candidates
 from nested_core.gate.losses.held_out_loss import LoadedBase
 from nested_core.models.base_model import fingerprint_base_model, model_compute_dtype
-from nested_core.models.generation import Answer
+from nested_core.models.generation import Answer, OnAnswered
 from nested_core.models.lora_attachment import load_adapter_tensors
 from nested_core.records.answers import AnsweringRole, AnswerRecord
 from nested_core.records.verdict import Reason
@@ -46,12 +46,14 @@ class AskedModel:
     """A model to ask: a base with an adapter; `adapter` is None for the base alone.
 
     is_asked_anew: whether answers that are kept already do not count; they are kept either way.
+    on_answered: gets the number of questions of a suite that are answered so far.
     """
 
     role: AnsweringRole
     base: LoadedBase
     adapter: Adapter | None
     is_asked_anew: bool = False
+    on_answered: OnAnswered | None = None
 
     def cached_or_new_answers(self, suite: EncodedSuite) -> Sequence[Answer]:
         """Its answers, from the cache or now."""
@@ -66,7 +68,7 @@ class AskedModel:
     def _answer_now(self, suite: EncodedSuite) -> Sequence[Answer]:
         tensors = self.base.parameters if self.adapter is None else self.adapter.to_mlx()
         load_adapter_tensors(self.base.model, tensors)
-        return suite.answer(self.base.model, self.base.tokenizer)
+        return suite.answer(self.base.model, self.base.tokenizer, self.on_answered)
 
     def _content_for_cache(self) -> AnsweringModelDigests:
         """What its answers are kept under."""
