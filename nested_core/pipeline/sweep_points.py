@@ -81,7 +81,7 @@ def _scale_lengths(base: FineTuneConfig, batch_size: JsonValue) -> Point:
     """The lengths that are counted in batches, so that they hold as many examples as the base's."""
     if not isinstance(batch_size, int) or batch_size < 1:
         return {}  # which is refused as such
-    keys = ("iters", "steps_per_eval")
+    keys = ("iters", "steps_per_eval") if base.training.epochs is None else ("steps_per_eval",)
     counts = {key: getattr(base, key) for key in keys}
     return {
         key: math.ceil(count * base.batch_size / batch_size)
