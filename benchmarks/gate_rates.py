@@ -28,7 +28,6 @@ from typing import Any
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a process a core
 
 from nested_core import backend
-from nested_core.gate.losses.loss_figures import summarise_champion, summarise_losses
 
 backend.prepare()
 
@@ -39,14 +38,25 @@ from nested_core.data.example_digests import digest_examples
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.exported.judgement import MIN_KEPT_GAIN, measure_kept_gain
 from nested_core.exported.reference import HeldOutRows, Reference
-from nested_core.gate.answers.answer_bounds import judge_answers
+from nested_core.gate.answers.answer_bounds import ScoreChange, judge_answers
+from nested_core.gate.losses.ancestor_examples import AncestorExamples
 from nested_core.gate.losses.chosen_candidate import Candidates, SweepChoice, join_candidates
 from nested_core.gate.losses.held_out_loss import HeldOutExamples
-from nested_core.gate.losses.loss_figures import harm_reasons, loss_reasons
+from nested_core.gate.losses.loss_figures import (
+    ancestor_reasons,
+    harm_reasons,
+    loss_reasons,
+    summarise_ancestors,
+    summarise_champion,
+    summarise_losses,
+)
+from nested_core.pipeline.evaluation import conclude_models
 from nested_core.pipeline.sweep import better_half, is_shown_better, plan_rungs
 from nested_core.records.answers import AnsweringRole, AnswerRecord
+from nested_core.records.loss_conclusion import MIN_EXAMPLES
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import Validation
+from nested_core.registry.data_store import StoredRow
 from nested_core.report.sweep import SweepRunResult, choose_best_run
 from nested_core.training.training_state import TrainingState
 
@@ -452,6 +462,74 @@ def refused_by_suites(random: np.random.Generator, *, suites: int) -> bool:
     return any(reason.code == "task_regressed" for reason in judge_answers(gate, records)[1])
 
 
+def chosen_by_suite(
+    random: np.random.Generator, *, questions: int, counted: Sequence[str], lost: float = 0.0
+) -> tuple[bool, ...]:
+    """The step with the most right answers of 24, on a suite that judges by the same questions.
+
+    The start and every step answer half of them, the steps `lost` fewer of all.
+    """
+    start, *steps = drift_over_steps(random, STEPS + 1, questions, "normal") > 0
+    steps = [own & (random.random(questions) >= 2 * lost) for own in steps]
+    chosen = max(steps, key=lambda own: int(own.sum()))
+    task = {"name": "s", "file": "q.jsonl", "score": "exact", "min_gain": 0.05}
+    scores: dict[AnsweringRole, Vector] = {"base": start * 1.0, "candidate": chosen * 1.0}
+    records = [
+        replace(record, chosen_among=STEPS if record.model == "candidate" else 1)
+        for record in make_answers(scores, "s")
+    ]
+    (result,), reasons = judge_answers(GateSection.model_validate({"tasks": [task]}), records)
+    codes = [reason.code for reason in reasons]
+    happened = {
+        "told better": result.conclusion == "better",
+        "told no worse or better": result.conclusion in ("better", "no_worse"),
+        "past its min_gain": "task_below" not in codes,
+        "refused": "task_regressed" in codes,
+    }
+    return tuple(happened[word] for word in counted)
+
+
+def told_of_models(random: np.random.Generator, *, models: int) -> tuple[bool, bool]:
+    """Whether any of several models is told worse, or better, than a reference that is as good.
+
+    Each is asked 100 questions, of which it answers 30 % anew, and has losses on 84 examples.
+    """
+    reference = random.random(100) < 0.8
+    before, tokens = draw_before(random, 84)
+    own_noise = draw_noise(random, 84, "normal", 0.1)  # of the reference, which all share
+    changes, losses = [], []
+    for _ in range(models):
+        is_anew = random.random(100) < 0.3
+        scores: dict[AnsweringRole, Vector] = {
+            "base": reference * 1.0,
+            "candidate": np.where(is_anew, random.random(100) < 0.8, reference) * 1.0,
+        }
+        records = list(make_answers(scores, "s"))
+        changes.append([ScoreChange.compare(records[:100], records[100:])])
+        after = before + draw_noise(random, 84, "normal", 0.1)
+        judged = make_losses(before + own_noise, after, tokens)
+        losses.append(summarise_losses(judged, selected_on_same_data=False, bounds=BOUNDS))
+    words = set()
+    for suites, loss in conclude_models(changes, losses, "paired"):
+        words |= {*suites, loss}
+    return "worse" in words, "better" in words
+
+
+def refused_by_joined_ancestors(
+    random: np.random.Generator, *, rows: tuple[int, ...], lost: float, distribution: str, sd: float
+) -> bool:
+    """Whether a candidate is refused for what versions of so few rows each were judged by."""
+    owners = np.repeat(np.arange(len(rows)), rows)
+    before, tokens = draw_before(random, owners.size)
+    is_few = np.array(rows)[owners] < MIN_EXAMPLES
+    after = before + lost * is_few + draw_noise(random, owners.size, distribution, sd)
+    row = StoredRow("", {})
+    ancestors = [AncestorExamples(str(n), None, (row,) * count) for n, count in enumerate(rows)]
+    bounds = GateSection(max_ancestor_loss_increase=0.1)
+    found = summarise_ancestors(ancestors, make_losses(before, after, tokens), owners, bounds)
+    return any(True for _ in ancestor_reasons(list(found), bounds))
+
+
 def refused_by_all(random: np.random.Generator, *, distribution: str, sd: float) -> bool:
     """An equal adapter, by its loss, by harm or by one of 10 suites."""
     before, tokens = draw_before(random, 84)
@@ -533,8 +611,37 @@ def list_cases() -> Iterator[Case]:
         name = f"answers lost net, {questions} questions, 15% lost and 10% won"
         trial = partial(told_of_answers, questions=questions, lost=0.15, won=0.1)
         yield Case("no_worse", (name,), trial, 0.0)
+    yield from _list_chosen_and_joined()
     for gain, examples in itertools.product((0.02, 0.05, 0.1, 0.2), (30, 84, 200, 1_000)):
         yield from _list_powers(gain, examples)
+
+
+def _list_chosen_and_joined() -> Iterator[Case]:
+    """Steps that a small suite chose, many models in one evaluation, ancestors of few rows."""
+    for questions, lost in itertools.product((10, 15, 20, 31), (0.0, 0.1)):
+        counted = ("told better", "past its min_gain", "refused")
+        if lost:
+            counted = ("told no worse or better", "past its min_gain")
+        kind = f"{lost:.0%} truly lost" if lost else "equal"
+        name = f"{kind}, the best of {STEPS} steps by the {questions} questions that judge it"
+        trial = partial(chosen_by_suite, questions=questions, counted=counted, lost=lost)
+        yield Case("chosen", tuple(f"{name}: {word}" for word in counted), trial, 0.04)
+    for models in (2, 5, 10, 20):
+        name = f"equal models, {models} in one evaluation, 100 questions and 84 examples"
+        trial = partial(told_of_models, models=models)
+        yield Case("told", (f"{name}, any worse", f"{name}, any better"), trial, 0.05, 1, 300)
+    for rows, distribution in itertools.product(
+        ((4, 1), (2, 2, 2), (4, 3, 60), (4, 4, 4, 4, 4), (3,) * 10), ("normal", "t(3)")
+    ):
+        each = "+".join(map(str, rows))
+        for sd in (0.1, 0.2):
+            planted = partial(
+                refused_by_joined_ancestors, rows=rows, distribution=distribution, sd=sd
+            )
+            name = f"joined ancestors of {each} rows, {distribution}, sd {sd}"
+            yield Case("refused", (f"equal, {name}",), partial(planted, lost=0.0), 0.05)
+            lost = partial(planted, lost=0.5)
+            yield Case("caught", (f"0.5 nats lost, {name}",), lost, 0.95)
 
 
 def _list_true_rises(distribution: str) -> Iterator[Case]:

@@ -13,6 +13,7 @@ from typing import Any
 from flows.commands.command_output import printer, result_printer, text_printer
 from flows.commands.config_flags import add_config_flags, load_config_from_flags
 from flows.terminal.console import print_line, print_page, print_progress
+from flows.terminal.stage_lines import showing_stages
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.storage.atomic import write_bytes
 from nested_core.storage.output_places import require_free_place, require_output_file
@@ -133,9 +134,10 @@ def _write_split(data: str, share: float, folder: Path) -> str:
 def run_explain(arguments: argparse.Namespace) -> Callable[[], int]:
     """Judge the data, try a few steps in a temporary folder, and say what the run would do."""
     config = load_config_from_flags(arguments)
-    from nested_core.pipeline.run_explanation import explain_run  # loads mlx
+    with showing_stages("explain: loading the libraries"):
+        from nested_core.pipeline.run_explanation import explain_run  # loads mlx
 
-    subjects = explain_run(config, print_progress).describe()
+        subjects = explain_run(config, print_progress).describe()
 
     def show() -> None:
         """A paragraph for each subject."""

@@ -10,6 +10,7 @@ from typing import Any, get_args
 from flows.commands.adapter_places import add_registry_flag
 from flows.commands.command_output import result_printer
 from flows.terminal.console import print_blocks, print_line
+from flows.terminal.stage_lines import showing_stages
 from nested_core.config.loading import load_config
 from nested_core.config.sections import Score
 from nested_core.errors import GateRejected
@@ -76,18 +77,19 @@ def run_evaluation(arguments: argparse.Namespace) -> Callable[[], int]:
     settings = {key: getattr(arguments, key) for key in ("score", "min", "max_tokens")}
     suites = [{"name": path.stem, "file": str(path)} | settings for path in arguments.suite]
     config = None if arguments.config is None else load_config(arguments.config, {})
-    from nested_core.pipeline.evaluation import evaluate  # loads mlx_lm, which takes seconds
-    from nested_core.storage.atomic import write_bytes
+    with showing_stages("evaluate: loading the libraries"):
+        from nested_core.pipeline.evaluation import evaluate  # loads mlx_lm, which takes seconds
+        from nested_core.storage.atomic import write_bytes
 
-    found = evaluate(
-        arguments.models,
-        suites=suites,
-        data=arguments.data,
-        against=arguments.against,
-        config=config,
-        registry=arguments.registry,
-        base_model=arguments.model,
-    )
+        found = evaluate(
+            arguments.models,
+            suites=suites,
+            data=arguments.data,
+            against=arguments.against,
+            config=config,
+            registry=arguments.registry,
+            base_model=arguments.model,
+        )
     if target is not None:
         write_bytes(target, found.to_html().encode("utf-8", "replace"))
 

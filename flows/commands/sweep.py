@@ -129,7 +129,13 @@ def run_sweep(arguments: argparse.Namespace) -> Callable[[], int]:
         print_line(result.verdict.summary())
         print_line(f"page: {result.folder / 'sweep.html'}")
         print_line(f"configuration: {result.folder / 'best.yaml'}")
-        print_progress(f"next: nested-tune promote {result.run.path} --name NAME")
+        if result.is_better:
+            print_progress(f"next: nested-tune promote {result.run.path} --name NAME")
+        else:
+            print_progress(
+                "next: nothing to promote: no setting is shown to be better than the configuration "
+                "itself"
+            )
 
     return result_printer(arguments, document, show)
 

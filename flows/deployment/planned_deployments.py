@@ -76,6 +76,13 @@ class PlannedDeployment(Section):
             config = self.parameters["config"] | {"base": configuration}
         return self.model_copy(update={"parameters": self.parameters | {"config": config}})
 
+    def in_pool(self, name: str) -> Self:
+        """The same deployment in this work pool; a queue belongs to the pool that it left."""
+        if name == self.work_pool.name:
+            return self
+        pool = self.work_pool.model_copy(update={"name": name, "work_queue_name": None})
+        return self.model_copy(update={"work_pool": pool})
+
     def find_conflicts(self) -> Iterator[str]:
         """A schedule without a time, and a flow that trains without a configuration."""
         if any((each.cron or each.interval or each.rrule) is None for each in self.schedules):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import read_json_object
 from nested_core.text.duration_format import format_clock
-from nested_core.text.stages import stages
+from nested_core.text.stages import receiving_stages
 from nested_core.training.reports.run_progress import RunProgress
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ MAX_SHOWN_REASONS = 3
 def showing_run(run: RunDirectory) -> Iterator[None]:
     """Show what a run reports while the block trains and judges it; the last screen stays."""
     follower = RunFollower(run)
-    with follower.receiving_logged_stages():
+    with receiving_stages(follower.add_stage):
         follower.start()
         try:
             yield
@@ -68,23 +67,6 @@ class RunFollower(threading.Thread):
         self._printed: dict[str, Any] | None = self.view.last_record if self.view.records else None
         self._printed_at = 0.0
         self._has_offer = False
-
-    @contextmanager
-    def receiving_logged_stages(self) -> Iterator[None]:
-        """Hear what is logged about the steps that follow training while the block runs."""
-        level = stages.level
-        stages.setLevel(logging.INFO)
-        stages.addFilter(self._take_stage)
-        try:
-            yield
-        finally:
-            stages.removeFilter(self._take_stage)
-            stages.setLevel(level)
-
-    def _take_stage(self, record: logging.LogRecord) -> bool:
-        """Take a record in place of its handlers: Prefect's log would show it a second time."""
-        self.add_stage(record.getMessage())
-        return False
 
     def run(self) -> None:
         """Poll until told to finish; one last look comes after that."""

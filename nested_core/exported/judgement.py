@@ -12,7 +12,7 @@ import numpy as np
 
 from nested_core.exported.fresh_reading import Reading, SuiteReading
 from nested_core.exported.reference import HeldOutRows, Reference
-from nested_core.gate.answers.answer_bounds import ScoreChange, find_worse
+from nested_core.gate.answers.answer_bounds import ScoreChange, conclude_answers
 from nested_core.gate.answers.suite_answers import EncodedSuite, choose_likeliest
 from nested_core.gate.proof.fresh_process_check import Rows, relative_distance
 from nested_core.models.generation import Answer, read_answer
@@ -195,10 +195,10 @@ def _count_right_answers(reference: Reference, reading: Reading) -> Iterator[Sui
         before = reference.answers[suite.suite.name]
         after = _score(reference, suite, read, before)
         changes[suite.suite.name] = (ScoreChange.compare(before, after), before, after)
-    worse = find_worse([change for change, _, _ in changes.values()])
-    for name, (change, before, after) in changes.items():
+    words = conclude_answers([change for change, _, _ in changes.values()])
+    for word, (name, (_, before, after)) in zip(words, changes.items(), strict=True):
         adapter, exported = (sum(record.score for record in own) for own in (before, after))
-        yield SuiteCount(name, len(before), adapter, exported, id(change) in worse)
+        yield SuiteCount(name, len(before), adapter, exported, word == "worse")
 
 
 def _score(

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -23,8 +23,8 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import TaskSection
 from nested_core.data.example_digests import Digests, decode_digests
 from nested_core.errors import ConfigError, describe_first_problem
-from nested_core.gate.answers.answer_bounds import ScoreChange, find_worse
-from nested_core.gate.answers.suite_answers import encode_suites, read_suites
+from nested_core.gate.answers.answer_bounds import ScoreChange
+from nested_core.gate.answers.suite_answers import EncodedSuite, encode_suites, read_suites
 from nested_core.gate.checks.tasks import AskedModel, ask_model
 from nested_core.gate.losses.champion_adapter import shape_like_adapter
 from nested_core.gate.losses.held_out_loss import (
@@ -37,14 +37,20 @@ from nested_core.gate.losses.left_out_examples import (
     read_run_training_digests,
     read_training_digests,
 )
-from nested_core.gate.losses.loss_figures import summarise_losses
+from nested_core.gate.losses.loss_figures import (
+    chances_of_loss,
+    conclude_among_others,
+    summarise_losses,
+)
 from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprint_reasons
 from nested_core.models.base_model import find_model_folder
 from nested_core.models.gguf import is_gguf, unpack_gguf
 from nested_core.models.peft import import_peft
 from nested_core.pipeline.named_adapters import NamedAdapter, find_named_adapter
 from nested_core.records.answers import AnswerRecord
+from nested_core.records.comparison_family import NOT_TESTED, find_beyond_chance
 from nested_core.records.export_record import ExportRecord, read_export_record
+from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import Validation
 from nested_core.report.evaluation import (
@@ -56,6 +62,7 @@ from nested_core.report.evaluation import (
 )
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter, read_adapter_config
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.stages import stages
 
 BASE = "base"
 
@@ -239,7 +246,7 @@ class _Evaluating:
         reference, *_ = self._models
         return Evaluation(
             against=reference.name,
-            models=tuple(self._compare(model, reference) for model in self._models),
+            models=tuple(self._compare_models()),
             answers=tuple(self._answered_questions()),
             data=self._data,
             unknown=self._list_unknown(),
@@ -256,6 +263,7 @@ class _Evaluating:
     def _measure(self, models: Sequence[ModelToEvaluate]) -> None:
         """Answers and losses of models that fit into one base."""
         first = models[0]
+        stages.info("evaluate: loading %s", first.model)
         config = self._config.model_copy(
             update={"model": first.model, "trust_remote_code": first.trust_remote_code}
         )
@@ -265,47 +273,67 @@ class _Evaluating:
             _require_fit(model, base)
         suites = encode_suites(read_suites(config.gate), base.tokenizer, base.folder)
         for model in models:
-            asked = AskedModel("candidate", base, model.adapter)
-            self._records[model.name] = ask_model(asked, suites)
+            self._records[model.name] = [
+                record for suite in suites for record in _ask(model, base, suite)
+            ]
         if self._data is None:
             return
         held_out = read_held_out_examples(config, {})
         if held_out is None:
             raise ConfigError(f"evaluate: {self._data} names no file of examples.")
+        stages.info("evaluate: losses of %d models on %s", len(models), self._data)
         tensors = [_tensors(model, base) for model in models]
         predictions = base.compare_predictions(tensors, held_out.split)
         for model, losses in zip(models, predictions.losses, strict=True):
             self._losses[model.name] = (held_out, losses, predictions.tokens)
 
-    def _compare(self, model: ModelToEvaluate, reference: ModelToEvaluate) -> EvaluatedModel:
-        """A model's figures beside those of the reference."""
-        tasks = self._config.gate.tasks
-        own, other = (_by_suite(self._records[of.name]) for of in (model, reference))
-        scores = [
-            SuiteScore(
-                suite=task.name,
-                questions=len(own[task.name]),
-                score=sum(record.score for record in own[task.name]) / len(own[task.name]),
-            )
-            for task in tasks
-        ]
-        if model is not reference:
-            changes = [
-                ScoreChange.compare(other[task.name], own[task.name], task.max_drop)
-                for task in tasks
-            ]
-            worse = find_worse(changes)
-            scores = [
+    def _compare_models(self) -> Iterator[EvaluatedModel]:
+        """Each model's figures beside those of the reference, the first one."""
+        reference, *others = self._models
+        changes = [self._compare_answers(model, reference) for model in others]
+        losses = [self._compare_losses(model, reference) for model in self._models]
+        yield EvaluatedModel(reference.name, tuple(self._score_suites(reference)), losses[0])
+        words = conclude_models(changes, losses[1:], self._config.gate.noise)
+        compared = zip(others, changes, losses[1:], words, strict=True)
+        for model, own_changes, loss, (suite_words, loss_word) in compared:
+            scores = tuple(
                 replace(
                     score,
                     difference=change.difference.mean,
                     interval=change.interval,
-                    conclusion=change.conclude(is_worse=id(change) in worse),
+                    conclusion=word,
                     minimum=task.min,
                 )
-                for task, score, change in zip(tasks, scores, changes, strict=True)
-            ]
-        return EvaluatedModel(model.name, tuple(scores), self._compare_losses(model, reference))
+                for task, score, change, word in zip(
+                    self._config.gate.tasks,
+                    self._score_suites(model),
+                    own_changes,
+                    suite_words,
+                    strict=True,
+                )
+            )
+            loss = None if loss is None else replace(loss, conclusion=loss_word)
+            yield EvaluatedModel(model.name, scores, loss)
+
+    def _score_suites(self, model: ModelToEvaluate) -> list[SuiteScore]:
+        answers = _by_suite(self._records[model.name])
+        return [
+            SuiteScore(
+                suite=task.name,
+                questions=len(answers[task.name]),
+                score=sum(record.score for record in answers[task.name]) / len(answers[task.name]),
+            )
+            for task in self._config.gate.tasks
+        ]
+
+    def _compare_answers(
+        self, model: ModelToEvaluate, reference: ModelToEvaluate
+    ) -> list[ScoreChange]:
+        own, other = (_by_suite(self._records[of.name]) for of in (model, reference))
+        return [
+            ScoreChange.compare(other[task.name], own[task.name], task.max_drop)
+            for task in self._config.gate.tasks
+        ]
 
     def _compare_losses(
         self, model: ModelToEvaluate, reference: ModelToEvaluate
@@ -343,6 +371,31 @@ class _Evaluating:
             )
 
 
+def conclude_models(
+    changes: Sequence[Sequence[ScoreChange]],
+    losses: Sequence[Validation | None],
+    noise: Literal["paired", "none"],
+) -> Iterator[tuple[list[Conclusion], Conclusion | None]]:
+    """For each model the word for each suite, and for its loss.
+
+    All models, suites and losses are one family: the more are compared with the reference, the
+    surer a difference has to be for the words better and worse.
+    """
+    chances = []
+    for own, loss in zip(changes, losses, strict=True):
+        chances += [(change.fall, change.rise) for change in own]
+        chances.append((NOT_TESTED, NOT_TESTED) if loss is None else chances_of_loss(loss))
+    is_worse = iter(find_beyond_chance([worse for worse, _ in chances]))
+    is_better = iter(find_beyond_chance([better for _, better in chances]))
+    for own, loss in zip(changes, losses, strict=True):
+        words = [c.conclude(is_worse=next(is_worse), is_better=next(is_better)) for c in own]
+        shown = {"is_worse": next(is_worse), "is_better": next(is_better)}
+        if loss is None or noise == "none":
+            yield words, None if loss is None else loss.conclusion
+        else:
+            yield words, conclude_among_others(loss, **shown)
+
+
 def _form(model: ModelToEvaluate, models: Sequence[ModelToEvaluate]) -> tuple[Any, ...]:
     """What models share that fit into one loaded base; the base alone fits with any adapter."""
     adapter = model.adapter or next(
@@ -360,6 +413,19 @@ def _require_fit(model: ModelToEvaluate, base: LoadedBase) -> None:
         return
     if reasons := base_reasons(model.adapter, base.parameters, base.folder):
         raise ConfigError(f"{model.name} does not fit {model.model}: {reasons[0].message}.")
+
+
+def _ask(model: ModelToEvaluate, base: LoadedBase, suite: EncodedSuite) -> list[AnswerRecord]:
+    """A model's answers to a suite; what is answered so far is logged as a stage."""
+    total = len(suite.prompts)
+
+    def tell(count: int) -> None:
+        """So many are answered."""
+        text = "evaluate: %s has answered %d of %d questions of %s"
+        stages.info(text, model.name, count, total, suite.suite.name)
+
+    tell(0)
+    return ask_model(AskedModel("candidate", base, model.adapter, on_answered=tell), [suite])
 
 
 def _tensors(model: ModelToEvaluate, base: LoadedBase) -> Mapping[str, mx.array]:

@@ -34,6 +34,7 @@ from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.storage.run_directory import RunDirectory, open_run
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.text.duration_format import format_duration
+from nested_core.text.stages import stages
 from nested_core.training.memory.memory_plan import MemoryPlan
 from nested_core.training.trainer import Trainer
 from nested_core.training.training_setup import prepare_training
@@ -316,8 +317,10 @@ def explain_run(
         run = open_run(Path(folder) / "run", resume=False)
         with run.locked():
             steps.write_run_config(config, run, resume=False)
+            stages.info("explain: reading the data")
             report = steps.validate(config, run)
             replay = tuple(describe_replay(config, run))
+            stages.info("explain: attaching the adapter")
             steps.write_initial_adapter_and_tiers(config, run, on_wait)
             with locking_devices(on_wait):
                 trainer, base_parameters = _make_trainer(config, run)
@@ -381,6 +384,7 @@ def _measure_speed(
             "training": training,
         }
     )
+    stages.info("explain: trying %d steps", count)
     with warnings.catch_warnings(action="ignore"):
         steps.train(short, run, on_wait=on_wait)
     speeds = [record.get("tokens_per_second") for record in read_metrics(run.metrics)[1:]]

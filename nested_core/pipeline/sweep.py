@@ -1,10 +1,11 @@
 """A search among settings in the time there is: successive halving, and the winner judged.
 
-All arms train the same schedule, the configuration's own. They are compared at a quarter, a half
-and the end of it (fewer arms: fewer rungs); at each the better half goes on from its checkpoint
-(Jamieson and Talwalkar, Non-stochastic best arm identification, arXiv 1502.07943). The
-configuration itself goes on to the end, so that the winner is compared with it on the examples of
-the gate, with its luck counted: as the best of all evaluated steps of all arms.
+All arms train the same schedule, the configuration's own, on as many examples: steps are counted in
+those of the configuration itself, and an arm of smaller batches takes more of its own. They are
+compared at a quarter, a half and the end of it (fewer arms: fewer rungs); at each the better half
+goes on from its checkpoint (Jamieson and Talwalkar, Non-stochastic best arm identification, arXiv
+1502.07943). The configuration itself goes on to the end, so that the winner is compared with it on
+the examples of the gate, with its luck counted: as the best of all evaluated steps of all arms.
 
 What is decided follows from sweep.json: a stopped sweep goes on as if it had not been.
 """
@@ -40,14 +41,17 @@ from nested_core.pipeline.hooks import Steps
 from nested_core.pipeline.preflight import check_before_start
 from nested_core.pipeline.run_explanation import explain_run
 from nested_core.pipeline.sweep_points import (
+    LENGTH_KEYS,
     RANK,
     SCALE,
     Point,
     grid_points,
     refuse_incomparable_keys,
     settings_of_point,
+    step_examples,
 )
 from nested_core.records.answers import read_answers
+from nested_core.records.metrics import read_metrics
 from nested_core.records.paired_difference import PairedDifference
 from nested_core.records.sweep import SWEEP_NAME, Arm, Score, SweepRecord, read_sweep
 from nested_core.records.verdict import Verdict
@@ -57,6 +61,7 @@ from nested_core.storage.checkpoint_verification import latest_state
 from nested_core.storage.lock_file import exclusive_lock_with_holder_id
 from nested_core.storage.output_places import require_free_place
 from nested_core.storage.run_directory import RUN_DIR_KEY, RunDirectory
+from nested_core.text.duration_format import format_duration
 
 MAX_ARMS = 64
 MAX_HALVINGS = 3
@@ -113,6 +118,10 @@ class SweepResult:
         record = self.record
         chosen = record.arms[record.chosen or 0].describe()
         tried = f"{len(record.arms)} settings tried in {record.trained:,} steps"
+        if record.is_cut_short:
+            tried += (
+                f", in runs of {record.rungs[-1]:,} of the configuration's {record.configured:,}"
+            )
         if self.choice is None:
             return f"{tried}: none was better than {chosen}."
         told = "better" if self.is_better else "not shown to be better: it may be luck"
@@ -209,19 +218,52 @@ class _Search:
                 f"sweep: {len(arms) - 1} settings beside the configuration itself; 1 to "
                 f"{MAX_ARMS - 1} can be tried."
             )
-        for arm in arms:
-            parse_config(self._settings_of(arm), source="sweep")
+        configs = [parse_config(self._settings_of(arm), source="sweep") for arm in arms]
+        sizes = {step_examples(config) for config in configs}
+        if len(sizes) > 1 and self.request.select_by != "loss":
+            raise ConfigError(
+                "sweep: --select-by a suite asks as many questions as a run has steps for, and "
+                "batch_size and grad_accumulation_steps change the steps. Choose by the loss, or "
+                "leave these keys out of --over."
+            )
         check_before_start(self.config, self._run_of(0))
-        wanted, budget = self._measure()
-        rungs = plan_rungs(len(arms), wanted, budget)
+        wanted, budget, seconds_a_step = self._measure()
+        own_size = step_examples(self.config)
+        multiple = math.lcm(*(size // math.gcd(size, own_size) for size in sizes))
+        rungs = plan_rungs(len(arms), wanted, budget, multiple)
         numbers = tuple(range(len(arms)))
         self.record = SweepRecord(
-            digest, self.request.select_by, rungs, budget, tuple(arms), (numbers,)
+            *(digest, self.request.select_by, rungs, budget, tuple(arms), (numbers,)),
+            configured=wanted,
         )
         self.record.write(self.folder)
+        self.hooks.on_message(self._describe_plan(seconds_a_step))
 
-    def _measure(self) -> tuple[int, int | None]:
-        """The steps of a whole run, and the steps of all arms together that there is time for."""
+    def _describe_plan(self, seconds_a_step: float | None) -> str:
+        """How many settings are tried, where they are compared, and what of the time that takes."""
+        rungs, arms = self.record.rungs, len(self.record.arms)
+        places = " and ".join(filter(None, [", ".join(map(str, rungs[:-1])), str(rungs[-1])]))
+        text = f"{arms} settings, compared at steps {places}"
+        if self.record.is_cut_short:
+            text += (
+                f" of runs that have {rungs[-1]} of the configuration's {self.record.configured}"
+            )
+        steps = count_steps(arms, rungs)
+        text += f"; at most {steps:,} steps"
+        if seconds_a_step is not None and self.request.minutes is not None:
+            training = format_duration(steps * seconds_a_step)
+            asked = format_duration(60 * self.request.minutes)
+            text += (
+                f", about {training} of the {asked}: the rest is for evaluations, checkpoints and "
+                f"a second round"
+            )
+        return f"{text}."
+
+    def _measure(self) -> tuple[int, int | None, float | None]:
+        """The steps of a whole run, the steps of all arms that there is time for, and a step's.
+
+        The last one in seconds, where time is a bound.
+        """
         minutes = self.request.minutes
         explained = explain_run(
             self.config, self.hooks.on_message, measures_speed=minutes is not None
@@ -232,12 +274,12 @@ class _Search:
                 "Give a valid split (`nested-tune init --split`), val_batches above 0 or -1, and "
                 "leave training.reference out."
             )
-        budget = self.request.steps
+        budget, seconds_a_step = self.request.steps, None
         if minutes is not None:
             seconds_a_step = (explained.training_seconds or 0.0) / explained.steps
             by_clock = int(SHARE_OF_STEPS * 60 * minutes / max(seconds_a_step, 1e-4))
             budget = by_clock if budget is None else min(budget, by_clock)
-        return explained.steps, budget
+        return explained.steps, budget, seconds_a_step
 
     def run(self) -> None:
         """All rounds: the first arms, and where there is time ranks and scales around the best."""
@@ -294,16 +336,26 @@ class _Search:
         has_steps = budget is None or self.record.trained + needed <= budget
         seconds = self.record.seconds * (1 + needed / max(1, self.record.trained))
         has_time = minutes is None or seconds <= 60 * minutes
-        return points if has_steps and has_time else []
+        if has_steps and has_time:
+            return points
+        needs = f"{needed:,} steps more"
+        if minutes is not None:
+            needs += (
+                f", {format_duration(seconds)} with the {format_duration(self.record.seconds)} so "
+                f"far"
+            )
+        self.hooks.on_message(f"ranks and scales are not tried: they would take {needs}.")
+        return []
 
     def _train_arm(self, number: int, step: int) -> None:
         """Train an arm up to a rung's step, and write down its score."""
         run, config = self._run_of(number), self._config_of(number)
         arm = self.record.arms[number]
-        self.hooks.on_message(f"{arm.describe()}: to step {step} of {self.record.rungs[-1]}")
+        own_step, own_end = (self._steps_of_arm(config, s) for s in (step, self.record.rungs[-1]))
+        self.hooks.on_message(f"{arm.describe()}: to step {own_step} of {own_end}")
         started = time.monotonic()
         with run.locked():
-            part = _Part(self.hooks, step, is_first=not run.config.exists())
+            part = _Part(self.hooks, own_step, is_first=not run.config.exists())
             part.begin(config, run, resume=run.config.exists())
             part.validate(config, run)
             part.load(config, run, self._session)
@@ -366,11 +418,20 @@ class _Search:
 
     def _config_of(self, number: int) -> FineTuneConfig:
         """The configuration of an arm's run: as long as planned, evaluated at every rung."""
-        iterations = self.record.rungs[-1] * self.config.grad_accumulation_steps
+        values = self._settings_of(self.record.arms[number])
+        config = parse_config(values, source="sweep")
+        steps = self._steps_of_arm(config, self.record.rungs[-1])
+        iterations = steps * config.grad_accumulation_steps
         between = iterations // _unit(len(self.record.rungs))
         length: Point = {"iters": iterations, "training.epochs": None, "steps_per_eval": between}
-        values = lay_over(self._settings_of(self.record.arms[number]), length)
-        return parse_config(values, source="sweep")
+        return parse_config(lay_over(values, length), source="sweep")
+
+    def _steps_of_arm(self, config: FineTuneConfig, steps: int) -> int:
+        """The steps in which an arm sees as many examples as the configuration itself in `steps`.
+
+        A whole number, and so is that of an evaluation: `begin` plans for it.
+        """
+        return steps * step_examples(self.config) // step_examples(config)
 
     def _settings_of(self, arm: Arm) -> dict[str, Any]:
         """The values of an arm, which is chosen by what the sweep chooses by."""
@@ -420,15 +481,15 @@ class _Part(Steps):
         return is_there and not self._trainer.stop_requested
 
 
-def plan_rungs(arms: int, wanted: int, budget: int | None) -> tuple[int, ...]:
+def plan_rungs(arms: int, wanted: int, budget: int | None, multiple: int = 1) -> tuple[int, ...]:
     """The steps at which arms are compared, the last of which is a whole run's.
 
     A run has the `wanted` steps, or as many as let all arms stay within the budget; rounded down so
-    that every rung is a whole number of steps with evaluations at it. ConfigError where nothing
-    is left.
+    that every rung is a whole number of steps with evaluations at it, each a `multiple` of steps
+    after the one before. ConfigError where nothing is left.
     """
     halvings = min(MAX_HALVINGS, math.ceil(math.log2(arms)))
-    unit = _unit(halvings + 1)
+    unit = _unit(halvings + 1) * multiple
     steps = wanted
     if budget is not None:
         whole = tuple(unit * 2**power for power in range(halvings + 1))
@@ -458,16 +519,23 @@ def compare_answers(
 ) -> PairedDifference:
     """The chosen run's answers to a suite less the first run's, with the luck of the choice.
 
-    Where the questions that judge chose as well, it was among all evaluated steps of all runs.
+    Answers are paired by their line. Where the questions that judge chose as well, it was among all
+    evaluated steps of all runs.
     """
     first, own = (
-        [r for r in read_answers(run.answers) if r.task == suite and r.model == "candidate"]
+        {
+            record.line: record
+            for record in read_answers(run.answers)
+            if record.task == suite and record.model == "candidate"
+        }
         for run in (runs[0], chosen)
     )
-    if own[0].chosen_among > 1:
+    lines = sorted(first.keys() & own.keys())
+    before, after = ([answers[line] for line in lines] for answers in (first, own))
+    if any(record.chosen_among > 1 for record in after):
         count = sum(read_candidates(run.validation_losses).count for run in runs)
-        own = [replace(record, chosen_among=count) for record in own]
-    return ScoreChange.compare(first, own).difference
+        after = [replace(record, chosen_among=count) for record in after]
+    return ScoreChange.compare(before, after).difference
 
 
 def better_half(scores: Mapping[int, Score]) -> list[int]:
@@ -487,7 +555,7 @@ def is_shown_better(choice: SweepChoice, least: float) -> bool:
 
 
 def _unit(rungs: int) -> int:
-    """A run's steps are a multiple of it, which is also the number of its evaluations."""
+    """The evaluations of a run, of which EVALUATIONS_A_RUNG are before the first rung."""
     return int(EVALUATIONS_A_RUNG * 2 ** (rungs - 1))
 
 
@@ -497,7 +565,7 @@ def _first_points(config: FineTuneConfig, request: SweepRequest) -> list[Point]:
     if not grid:
         grid = {"learning_rate": [config.learning_rate * factor for factor in RATE_FACTORS]}
     refuse_incomparable_keys(grid, config)
-    lengths = [key for key in grid if key in ("iters", "training.epochs", "steps_per_eval")]
+    lengths = [key for key in grid if key in LENGTH_KEYS]
     if lengths:
         raise ConfigError(f"sweep: {', '.join(lengths)} is decided by the sweep itself.")
     own = parse_config(settings_of_point(config, {}), source="sweep")
@@ -519,8 +587,16 @@ def _digest_request(config: FineTuneConfig, request: SweepRequest) -> str:
 
 
 def _best_score(run: RunDirectory, select_by: str) -> Score | None:
+    """The best evaluation so far, or the last one while a tier is not updated yet; lower is better.
+
+    None where no loss was finite.
+    """
     state = latest_state(run.checkpoints)
-    loss = state.get("best_val_loss")
+    loss, wrong = state.get("best_val_loss"), state["best_wrong"]
+    if loss is None:
+        last = [record for record in read_metrics(run.metrics) if "val_loss" in record][-1]
+        loss = last["val_loss"]
+        wrong = 1 - last.get("tasks", {}).get(select_by, {}).get("right", 0.0)
     if loss is None:
         return None
-    return (loss,) if select_by == "loss" else (state["best_wrong"], loss)
+    return (loss,) if select_by == "loss" else (wrong, loss)

@@ -114,6 +114,12 @@ class ExampleLosses:
         """The clusters that are drawn, int64 (n,); None where each row is drawn by itself."""
         return None if self.are_rows_drawn else self.clusters
 
+    @property
+    def independent_examples(self) -> int:
+        """How many examples are independent: those of one cluster are one."""
+        clusters = self.drawn_clusters
+        return len(self) if clusters is None else len(np.unique(clusters))
+
     def few_prompts(self) -> int | None:
         """How many prompts these rows have, where rows are drawn for lack of prompts; else None."""
         if self.clusters is None or not self.are_rows_drawn:

@@ -51,6 +51,7 @@ class SweepRecord:
     rounds: the arms, by number, of each round.
     seconds: of training and evaluations so far.
     chosen: the number of the chosen arm, once it is known.
+    configured: the steps of a run of the configuration, of which `rungs` may end earlier.
     """
 
     digest: str
@@ -61,6 +62,12 @@ class SweepRecord:
     rounds: tuple[tuple[int, ...], ...] = ()
     seconds: float = 0.0
     chosen: int | None = None
+    configured: int | None = None
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether a whole run of the sweep has fewer steps than the configuration asks for."""
+        return self.configured is not None and self.rungs[-1] < self.configured
 
     @property
     def trained(self) -> int:

@@ -169,16 +169,21 @@ class ComparedLoss:
         if self.conclusion != "inconclusive":
             return self.conclusion.replace("_", " ")
         return describe_inconclusive(
-            self.difference, self.interval, self.margin, self.examples_needed
+            self.difference, self.deciding_interval, self.margin, self.examples_needed
         )
+
+    @property
+    def deciding_interval(self) -> Interval | None:
+        """The interval by which the words are chosen."""
+        return self.interval
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutComparison(ComparedLoss):
     """A comparison on held-out examples, which may have chosen the adapter that they judge.
 
-    corrected_interval: the interval that holds for the best of so many candidates; None for one
-        alone.
+    corrected_interval: the interval that holds for the best of so many candidates, or for so many
+        comparisons; None for one alone. `better` and `no_worse` are told by it.
     left_out: how many examples were not counted, because an adapter was trained on them.
     few_prompts: how many prompts there are, where they are too few to be what is drawn, so that
         every example counts as independent; None where they are not too few.
@@ -187,6 +192,11 @@ class HeldOutComparison(ComparedLoss):
     corrected_interval: Interval | None = None
     left_out: int = 0
     few_prompts: int | None = None
+
+    @property
+    def deciding_interval(self) -> Interval | None:
+        """The corrected interval where the examples chose, or several comparisons were made."""
+        return self.interval if self.corrected_interval is None else self.corrected_interval
 
     @property
     def has_few_prompts(self) -> bool:
@@ -324,6 +334,9 @@ class ChampionLoss(HeldOutComparison):
         return ", ".join(parts)
 
 
+JOINED = "joined"  # in place of a version, where several are judged together
+
+
 @dataclass(frozen=True)
 class AncestorLoss(HeldOutComparison):
     """Champion and candidate on the held-out examples of the champion, or of an ancestor of it.
@@ -334,6 +347,8 @@ class AncestorLoss(HeldOutComparison):
         was trained on them; superseded: how many newer data answers otherwise; repeated: how many
         newer data holds out too; missing: how many the registry has lost.
     not_compared: why there is no comparison; then there are no figures.
+    joined: the versions whose examples are judged together here, because each has too few to be
+        judged by itself; `version` is then JOINED.
     """
 
     version: str
@@ -344,10 +359,13 @@ class AncestorLoss(HeldOutComparison):
     repeated: int = 0
     missing: int = 0
     not_compared: str | None = None
+    joined: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """`version 1a2b3c4d of 2026-11-24`."""
+        """`version 1a2b3c4d of 2026-11-24`, or how many versions are joined."""
+        if self.joined:
+            return f"each of {len(self.joined)} joined versions"
         night = "" if self.registered is None else f" of {self.registered[:10]}"
         return f"version {shorten_digest(self.version)}{night}"
 
@@ -425,8 +443,8 @@ class TaskResult:
 
     @property
     def is_proven_gain(self) -> bool:
-        """Whether the answers got better than the parent's, beyond noise."""
-        return self.interval is not None and self.interval[0] > 0
+        """Whether the answers got better, beyond what chance makes of as many suites and steps."""
+        return self.conclusion == "better"
 
     @property
     def before(self) -> float:

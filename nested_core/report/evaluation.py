@@ -65,6 +65,13 @@ class EvaluatedModel:
             suite.conclusion == "worse" or suite.is_below_minimum for suite in self.suites
         )
 
+    @property
+    def is_better(self) -> bool:
+        """Whether a loss or a suite is significantly better, and none inconclusive or worse."""
+        loss = None if self.loss is None else self.loss.conclusion
+        words = {loss, *(suite.conclusion for suite in self.suites)}
+        return "better" in words and not words & {"inconclusive", "worse"} and not self.is_worse
+
 
 @dataclass(frozen=True)
 class AnsweredQuestion:
@@ -169,9 +176,15 @@ class Evaluation:
 
     def _conclude(self) -> str:
         worse = [model.name for model in self.models if model.is_worse]
-        if not worse:
+        if worse:
+            return f"worse than {self.against}, or below a minimum: {', '.join(worse)}"
+        others = [model for model in self.models if model.name != self.against]
+        better = [model.name for model in others if model.is_better]
+        if not better:
             return f"none worse than {self.against}"
-        return f"worse than {self.against}, or below a minimum: {', '.join(worse)}"
+        if len(better) == len(others):
+            return f"better than {self.against}: {', '.join(better)}"
+        return f"none worse than {self.against}, better: {', '.join(better)}"
 
     def _describe_suite(self, number: int, shown: int) -> Section:
         """The shares of right answers to a suite, wrong ones, and on a page all of them."""
@@ -186,11 +199,15 @@ class Evaluation:
             compared = _compared(own.difference, own.interval)
             rows.append((self._letters[model.name], right, *compared, verdict))
         asked = [question for question in self.answers if question.suite == name]
-        wrong = [question for question in asked if min(question.scores.values()) < 1][:shown]
+        judged = [model.name for model in self.models if model.name != self.against]
+        judged = judged or [self.against]
+        wrong = [question for question in asked if min(question.scores[n] for n in judged) < 1]
+        wrong = wrong[:shown]
         caption = f"Right answers, compared with {self._letters[self.against]}"
         blocks: list[Block] = [Table(caption, ("", "right", *COMPARED), rows)]
         if wrong:
-            caption = f"The first {len(wrong)} with a wrong answer"
+            letters = " or ".join(self._letters[name] for name in judged)
+            caption = f"The first {len(wrong)} that {letters} answered wrong"
             blocks.append(self._list_answers(caption, wrong))
         caption = f"All {len(asked):,} questions"
         if len(asked) > MAX_LISTED_QUESTIONS:

@@ -21,7 +21,12 @@ def test_a_sweep_says_what_was_tried_and_what_came_of_the_best(tmp_path: Path) -
     assert [arm["point"] for arm in said["arms"]] == [{}, {"learning_rate": 1e-6}]
     assert (said["chosen"], said["better"], said["steps"]) == (0, False, 30)
     assert said["summary"] == (
-        "2 settings tried in 30 steps: none was better than the configuration itself."
+        "2 settings tried in 30 steps, in runs of 20 of the configuration's 40: none was better "
+        "than the configuration itself."
+    )
+    assert (
+        "2 settings, compared at steps 10 and 20 of runs that have 20 of the configuration's 40; "
+        "at most 40 steps." in done.stderr
     )
     assert (tmp_path / "found" / "sweep.html").is_file()
     again = called(*command, "--run-dir", "found", cwd=tmp_path)
@@ -31,6 +36,8 @@ def test_a_sweep_says_what_was_tried_and_what_came_of_the_best(tmp_path: Path) -
     assert said["summary"] in judged.stdout
     assert judged.stdout.startswith("Validation loss in nats/token, the lowest up to each step:")
     assert "the configuration itself: to step" not in judged.stderr  # nothing is trained again
+    assert "promote found" not in judged.stderr
+    assert "next: nothing to promote: no setting is shown to be better" in judged.stderr
 
 
 @pytest.mark.parametrize(

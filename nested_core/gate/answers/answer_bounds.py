@@ -16,13 +16,19 @@ from nested_core.config.sections import GateSection, TaskSection
 from nested_core.errors import JUDGE_AGAIN, DamagedError, join_first_values
 from nested_core.gate.losses.loss_figures import exchange_mid_p
 from nested_core.records.answers import AnswerRecord, BrokenHow, SampleAnswers
+from nested_core.records.comparison_family import (
+    ALPHA,
+    NOT_TESTED,
+    Chance,
+    chance_of_mean,
+    find_beyond_chance,
+)
 from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.paired_difference import (
     PairedDifference,
     compare_pairs,
     independent_clusters,
     smallest_visible_share,
-    student_t_cdf,
     student_t_quantile,
 )
 from nested_core.records.verdict import Reason, SampleVerdict, TaskResult
@@ -30,7 +36,6 @@ from nested_core.records.verdict import Reason, SampleVerdict, TaskResult
 SCORE_ROUNDING = 1e-9  # of a mean of scores
 MAX_NAMED_QUESTIONS = 3
 CHAMPION = "the champion"  # as a rival in messages
-ALPHA = 0.025  # one-sided, of all suites and rivals together
 BADNESS: tuple[Conclusion, ...] = ("better", "no_worse", "inconclusive", "worse")
 
 MIN_PROMPTS = 3  # fewer answers of a sound base judge nothing
@@ -48,7 +53,7 @@ def judge_answers(
         task.name: _compare_models(task, answers_by_task[task.name]) for task in gate.tasks
     }
     family = [change for changes in comparisons.values() for change in changes.values()]
-    refused = find_worse(family) if gate.noise == "paired" else set()
+    words = dict(zip(map(id, family), conclude_answers(family), strict=True))
     results = []
     reasons: list[Reason] = []
     for task in gate.tasks:
@@ -57,13 +62,13 @@ def judge_answers(
         change = changes[None]
         result = _summarise_task(task, answers, change)
         failures = _task_below_reasons(task, result, change, is_paired=gate.noise == "paired")
-        words: list[Conclusion] = []
+        conclusions: list[Conclusion] = []
         for rival, against in changes.items():
-            is_worse = id(against) in refused if against.is_tested else against.is_below_bound
-            if gate.noise == "none":
-                is_worse = against.is_below_bound
-            words.append(against.conclude(is_worse=is_worse))
-            if is_worse:
+            word = words[id(against)]
+            if gate.noise == "none" or not against.is_tested:  # the bound alone counts
+                word = against.conclude(is_worse=against.is_below_bound, is_better=word == "better")
+            conclusions.append(word)
+            if word == "worse":
                 failures.append(_task_regressed_reason(task, result, against, rival))
         if "champion" in answers:
             rivalry = changes.get(CHAMPION, change)
@@ -73,7 +78,9 @@ def judge_answers(
                 champion_interval=rivalry.interval,
             )
         verdict: Literal["passed", "failed"] = "failed" if failures else "passed"
-        results.append(replace(result, verdict=verdict, conclusion=max(words, key=BADNESS.index)))
+        results.append(
+            replace(result, verdict=verdict, conclusion=max(conclusions, key=BADNESS.index))
+        )
         reasons += failures
     return tuple(results), reasons
 
@@ -95,51 +102,38 @@ def _compare_models(
     return changes
 
 
-def find_worse(family: Sequence[ScoreChange]) -> set[int]:
-    """The ids of the changes for the worse among all suites and rivals, beyond chance.
+def conclude_answers(family: Sequence[ScoreChange]) -> list[Conclusion]:
+    """The word for each change of a family: those of all suites and rivals that are compared.
 
-    Holm's procedure (Scandinavian Journal of Statistics 6, 1979) at 2.5 % one-sided: however many
-    suites are asked, an adapter that answers as well is refused in at most 2.5 % of cases. A change
-    of so few answers that it could not be worse even if all of them were lost is not counted
-    (Tarone, Biometrics 46, 1990): suites that hardly change cost the others nothing. What is shown
-    to be within `max_drop` is not worse.
+    However many there are, an adapter that answers as well is told as worse at any of them in at
+    most 2.5 % of cases, and as better in at most 2.5 %.
     """
-    remaining = sorted((own for own in family if own.is_tested), key=lambda own: own.p_value)
-    worse = set()
-    while remaining and remaining[0].p_value <= ALPHA / _count_comparisons(remaining):
-        own = remaining.pop(0)
-        if not own.is_within_bound:
-            worse.add(id(own))
-    return worse
-
-
-def _count_comparisons(tested: Sequence[ScoreChange]) -> int:
-    """By how many the chance is divided: the least k such that at most k can reach ALPHA / k."""
-    smallest = [own.smallest_p_value for own in tested]
-    return next(
-        count
-        for count in range(1, len(tested) + 1)
-        if sum(least <= ALPHA / count for least in smallest) <= count
-    )
+    falls = find_beyond_chance([own.fall for own in family])
+    rises = find_beyond_chance([own.rise for own in family])
+    return [
+        own.conclude(is_worse=is_fall, is_better=is_rise)
+        for own, is_fall, is_rise in zip(family, falls, rises, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
 class ScoreChange:
     """The paired difference of two models' scores, and the questions that the second one lost.
 
-    p_value: the chance of so large a fall where nothing changed, one-sided: exact McNemar's test,
+    fall, rise: the chance of so large a fall, or rise, where nothing changed: exact McNemar's test,
         mid-p, for right and wrong answers; Student's t where the interval leaves out 0, else one
-        half, for shares and for questions that share a prompt.
+        half, for shares and for questions that share a prompt. A rise needs an interval above 0
+        too, and its chance is multiplied by the number of steps that these questions chose among.
     max_drop: the fall that is allowed; None allows any.
-    smallest_p_value: what `p_value` would be if all answers that changed had been lost; 0 for
-        shares and for questions that share a prompt.
+    chosen_among: the steps that these questions chose among.
     """
 
     difference: PairedDifference
     lost: tuple[str, ...]
-    p_value: float
+    fall: Chance
+    rise: Chance
     max_drop: float | None
-    smallest_p_value: float
+    chosen_among: int = 1
 
     @classmethod
     def compare(
@@ -154,16 +148,22 @@ class ScoreChange:
             np.array([r.line if r.same_prompt_as is None else r.same_prompt_as for r in after])
         )
         difference = compare_pairs(scores[0], scores[1], clusters=clusters)
-        difference = _count_choice(difference, max((r.chosen_among for r in after), default=1))
+        among = max((r.chosen_among for r in after), default=1)
+        difference = _count_choice(difference, among)
         pairs = zip(before, after, strict=True)
         lost = tuple(earlier.question for earlier, later in pairs if later.score < earlier.score)
+        fall, rise = _chances(difference)
         if clusters is None and np.isin(scores, (0.0, 1.0)).all():
             won = int((scores[1] > scores[0]).sum())
-            chance = exchange_mid_p(len(lost), won)
-            smallest = exchange_mid_p(len(lost) + won, 0)
-        else:
-            chance, smallest = _chance_of_fall(difference), 0.0
-        return cls(difference, lost, chance, max_drop, smallest)
+            fall, rise = _exact_chances(len(lost), won)
+        rise = Chance(min(1.0, rise.p_value * among), min(1.0, rise.smallest * among))
+        if not difference.is_above(0):
+            rise = replace(rise, p_value=max(0.5, rise.p_value))
+        if not difference.is_measurable:
+            fall = rise = NOT_TESTED
+        elif max_drop is None:
+            fall = NOT_TESTED
+        return cls(difference, lost, fall, rise, max_drop, among)
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -190,18 +190,24 @@ class ScoreChange:
         """Whether the fall is shown to be within a `max_drop` above 0."""
         return bool(self.max_drop) and self.difference.one_sided_low >= -(self.max_drop or 0.0)
 
-    def conclude(self, *, is_worse: bool) -> Conclusion:
-        """The word for it; without a margin `no_worse` needs as many answers won as lost."""
-        if is_worse:
+    def conclude(self, *, is_worse: bool, is_better: bool) -> Conclusion:
+        """The word for it; without a margin `no_worse` needs as many answers won as lost.
+
+        Of a step that these questions chose it needs a margin: the best of many steps wins as many
+        by luck. A fall within `max_drop` is not worse.
+        """
+        if is_worse and not self.is_within_bound:
             return "worse"
-        if self.difference.is_above(0):
+        if is_better:
             return "better"
-        is_shown = self.is_within_bound if self.max_drop else not self.is_below(0.0)
+        is_shown = self.chosen_among == 1 and not self.is_below(0.0)
+        if self.max_drop:
+            is_shown = self.is_within_bound
         return "no_worse" if is_shown else "inconclusive"
 
 
 def _count_choice(difference: PairedDifference, among: int) -> PairedDifference:
-    """The difference of the best of `among` steps: its lower end is as far as luck may take it.
+    """The difference of the best of `among` steps: its lower ends are as far as luck may take it.
 
     The 5 % are divided by their number, as where no losses of single steps are at hand.
     """
@@ -209,17 +215,28 @@ def _count_choice(difference: PairedDifference, among: int) -> PairedDifference:
         return difference
     quantile = student_t_quantile(1 - ALPHA / among, difference.examples - 1)
     low = difference.mean - quantile * difference.standard_error
-    return replace(difference, low=min(difference.low, low))
+    one_sided_low = min(difference.one_sided_low, low)
+    return replace(difference, low=min(difference.low, low), one_sided_low=one_sided_low)
 
 
-def _chance_of_fall(difference: PairedDifference) -> float:
-    """One-sided, from the mean and its standard error, where the interval is below 0 too."""
-    if not difference.is_below(0):
-        return 0.5
-    if difference.standard_error == 0:
-        return 0.0
-    statistic = -difference.mean / difference.standard_error
-    return 1 - student_t_cdf(statistic, difference.examples - 1)
+def _chances(difference: PairedDifference) -> tuple[Chance, Chance]:
+    """Of the fall and of the rise, from the mean, its standard error and the interval."""
+    size, error = abs(difference.mean), difference.standard_error
+    fall = rise = Chance(0.5)
+    if difference.is_below(0):
+        fall = Chance(chance_of_mean(size, error, difference.examples))
+    if difference.is_above(0):
+        rise = Chance(chance_of_mean(size, error, difference.examples))
+    return fall, rise
+
+
+def _exact_chances(lost: int, won: int) -> tuple[Chance, Chance]:
+    """Of the fall and of the rise, where so many right answers were lost and won."""
+    smallest = exchange_mid_p(lost + won, 0)
+    return (
+        Chance(exchange_mid_p(lost, won), smallest),
+        Chance(exchange_mid_p(won, lost), smallest),
+    )
 
 
 def _group_answers(

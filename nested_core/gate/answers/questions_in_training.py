@@ -1,8 +1,8 @@
 """A small part of some suites of `gate.tasks`, asked while an adapter is trained.
 
-Which questions follows from the suite, the seed and the length of the run alone, so that a resumed
-run asks the same ones, and the gate knows which they were: those that chose a step do not judge it
-where the suite has others.
+Which questions follows from the suite and the length of the run alone, so that a resumed run and
+every setting of a sweep ask the same ones, and the gate knows which they were: those that chose a
+step do not judge it where the suite has others.
 """
 
 from __future__ import annotations
@@ -29,26 +29,27 @@ LARGEST_SHARE = 4  # one question of so many is asked, where that leaves enough 
 STEPS_FOR_ALL = 300  # a shorter run asks fewer, so that asking stays a small part of it
 
 
-def choose_questions(suite: Suite, config: FineTuneConfig, steps: int) -> tuple[int, ...]:
+def choose_questions(suite: Suite, steps: int) -> tuple[int, ...]:
     """The places of the questions that a run of so many steps asks, in their order.
 
     A quarter of the suite and one batch at most; all of a suite that has too few for that. A run of
-    fewer than STEPS_FOR_ALL steps asks as many fewer.
+    fewer than STEPS_FOR_ALL steps asks as many fewer. `suite` has each prompt once.
     """
     count = len(suite.questions)
     most = count // LARGEST_SHARE if count >= LARGEST_SHARE * 2 * LEAST_QUESTIONS else count
     short = max(LEAST_QUESTIONS, MOST_QUESTIONS * steps // STEPS_FOR_ALL)
     order = list(range(count))
-    Random(f"{config.seed} {suite.name}").shuffle(order)  # a longer run asks these and more
+    Random(suite.name).shuffle(order)  # a longer run asks these and more
     return tuple(order[: min(most, MOST_QUESTIONS, short)])
 
 
-def lines_that_chose(suite: Suite, config: FineTuneConfig) -> frozenset[int]:
+def lines_that_chose(suite: Suite) -> frozenset[int]:
     """The lines of questions that may have chosen the step, and do not judge it.
 
     Those of a long run, among which are a short one's. Empty where the suite has too few others.
+    `suite` has each prompt once.
     """
-    places = choose_questions(suite, config, STEPS_FOR_ALL)
+    places = choose_questions(suite, STEPS_FOR_ALL)
     if len(places) > len(suite.questions) // 2:
         return frozenset()
     return frozenset(suite.questions[place].line for place in places)
@@ -68,9 +69,9 @@ class QuestionsInTraining:
         """Those of a run of so many steps, which it says where they are few."""
         named = config.training.evaluate_tasks
         chosen = []
-        for suite in read_suites(config.gate):
+        for suite in (whole.without_copies for whole in read_suites(config.gate)):
             if suite.name in named:
-                places = choose_questions(suite, config, steps)
+                places = choose_questions(suite, steps)
                 questions = tuple(suite.questions[place] for place in places)
                 chosen.append(replace(suite, questions=questions))
         if chosen:

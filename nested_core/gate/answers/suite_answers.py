@@ -26,6 +26,7 @@ from nested_core.gate.answers.suites import (
     BadQuestion,
     Question,
     describe_bad_questions,
+    fold_prompt,
     read_suite,
 )
 from nested_core.models.base_model import (
@@ -73,6 +74,14 @@ class Suite:
     def digest(self) -> str:
         """SHA-256 of the suite's file."""
         return regular_sha256(self.method.place)
+
+    @cached_property
+    def without_copies(self) -> Self:
+        """The suite with the first question of each prompt alone."""
+        firsts: dict[bytes, Question] = {}
+        for question in self.questions:
+            firsts.setdefault(fold_prompt(question), question)
+        return replace(self, questions=tuple(firsts.values()))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from nested_core.config.sections import Score
 from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
+from nested_core.data.lines.line_rows import fold_case_and_space
 from nested_core.data.sources.file_formats import RestOfFileUnreadable
 from nested_core.errors import DatasetError, join_first_values, shorten
 from nested_core.gate.answers.suite_files import TABLE_SUFFIXES, read_question_lines
@@ -29,6 +30,7 @@ MAX_QUESTION_BYTES = 2**20
 MAX_ACCEPTED_ANSWERS = 1_000
 MAX_PROBLEMS = 1_000  # then reading ends
 MAX_LISTED_PROBLEMS = 8
+MAX_EXPECTED_CHARACTERS = 1_000  # of the right answers as they are shown beside the models' own
 
 
 @dataclass(frozen=True)
@@ -317,6 +319,15 @@ def _find_repeated_names(questions: Iterable[Question]) -> Iterator[BadQuestion]
             yield BadQuestion(question.line, "id", problem)
 
 
+def fold_prompt(question: Question) -> bytes:
+    """What equal prompts share: those that differ in case and white space alone are equal."""
+    prompt = question.prompt
+    turns = [["", prompt]] if isinstance(prompt, str) else [list(turn.values()) for turn in prompt]
+    return b"\0".join(
+        fold_case_and_space(part.encode(errors="surrogatepass")) for turn in turns for part in turn
+    )
+
+
 def question_label(question: Question) -> str:
     """A question by its id or line, and the beginning of what it asks last."""
     prompt = question.prompt
@@ -326,7 +337,7 @@ def question_label(question: Question) -> str:
 
 
 def expected_label(question: Question) -> str | None:
-    """The right answers to a question on one line, shortened; None where there is none."""
+    """The right answers to a question on one line; None where there is none."""
     answers = [answer for answer in question.accepted if answer is not None]
     texts = [answer if isinstance(answer, str) else json.dumps(answer) for answer in answers]
-    return shorten(" or ".join(texts)) if texts else None
+    return shorten(" or ".join(texts), MAX_EXPECTED_CHARACTERS) if texts else None

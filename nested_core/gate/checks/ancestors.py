@@ -3,6 +3,9 @@
 An adapter that is better at tonight's data and has lost last week's is refused. The bound is
 relative to the champion's loss, and the interval is corrected for the number of ancestors: with ten
 of them, one in twenty nights that forgot nothing would otherwise be refused for chance alone.
+
+An ancestor with too few examples for an interval cannot be judged by itself. All of these are
+joined and judged as one.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from nested_core.gate.losses.ancestor_examples import (
 from nested_core.gate.losses.champion_adapter import Champion
 from nested_core.gate.losses.held_out_loss import HeldOutExamples
 from nested_core.gate.losses.left_out_examples import find_left_out
-from nested_core.gate.losses.loss_figures import ancestor_reasons, summarise_ancestor
+from nested_core.gate.losses.loss_figures import ancestor_reasons, summarise_ancestors
 from nested_core.records.losses import ExampleLosses
 from nested_core.records.verdict import AncestorLoss, Reason
 from nested_core.text.stages import stages
@@ -50,7 +53,7 @@ def _measure(
     rows = [row for ancestor in chosen for row in ancestor.rows]
     ages = np.repeat(np.arange(len(chosen)), [len(ancestor.rows) for ancestor in chosen])
     if not rows:
-        yield from (summarise_ancestor(ancestor) for ancestor in chosen)
+        yield from summarise_ancestors(chosen, None, ages, judged.bounds)
         return
     count = len(np.unique(ages))
     stages.info("gate: losses on what %d earlier versions were judged by", count)
@@ -71,11 +74,9 @@ def _measure(
     )
     digests = digest_examples(split)[is_supervised]
     is_seen = find_left_out(digests, judged.trained_on, champion.training_examples)
-    for age, ancestor in enumerate(chosen):
-        is_own = ages[lines - 1] == age
-        own = losses.select(is_own & ~is_seen) if ancestor.rows else None
-        left_out = int((is_own & is_seen).sum())
-        yield summarise_ancestor(ancestor, own, judged.bounds, left_out=left_out, ancestors=count)
+    yield from summarise_ancestors(
+        chosen, losses.leaving_out(is_seen), ages[lines - 1], judged.bounds
+    )
 
 
 ANCESTORS = Check(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from nested_core.gate.answers.suite_answers import (
     read_suites,
     record_or_compare_suites,
 )
-from nested_core.gate.answers.suites import expected_label, question_label
+from nested_core.gate.answers.suites import expected_label, fold_prompt, question_label
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.judged import Check, JudgedRun
 from nested_core.gate.checks.losses import LOSSES
@@ -37,7 +36,7 @@ from nested_core.models.base_model import (
     fingerprint_base_model,
     fingerprint_tokenizer,
 )
-from nested_core.models.generation import Answer
+from nested_core.models.generation import Answer, OnAnswered
 from nested_core.models.lora_attachment import load_adapter_tensors
 from nested_core.records.answers import AnsweringRole, AnswerRecord
 from nested_core.records.verdict import Reason
@@ -50,12 +49,14 @@ class AskedModel:
     """A model to ask: a base with an adapter; `adapter` is None for the base alone.
 
     is_asked_anew: whether answers that are kept already do not count; they are kept either way.
+    on_answered: gets the number of questions of a suite that are answered so far.
     """
 
     role: AnsweringRole
     base: LoadedBase
     adapter: Adapter | None
     is_asked_anew: bool = False
+    on_answered: OnAnswered | None = None
 
     def cached_or_new_answers(self, suite: EncodedSuite) -> Sequence[Answer]:
         """Its answers, from the cache or now."""
@@ -70,7 +71,7 @@ class AskedModel:
     def _answer_now(self, suite: EncodedSuite) -> Sequence[Answer]:
         tensors = self.base.parameters if self.adapter is None else self.adapter.to_mlx()
         load_adapter_tensors(self.base.model, tensors)
-        return suite.answer(self.base.model, self.base.tokenizer)
+        return suite.answer(self.base.model, self.base.tokenizer, self.on_answered)
 
     def _content_for_cache(self) -> AnsweringModelDigests:
         """What its answers are kept under."""
@@ -99,32 +100,34 @@ def answer_tasks(
         for asked in _asked_models(base, evidence, champion)
         for record in ask_model(asked, encoded)
     ]
-    return tuple(_without_questions_that_chose(records, suites, base.config, run))
+    return tuple(_select_judging_answers(records, suites, base.config, run))
 
 
-def _without_questions_that_chose(
+def _select_judging_answers(
     records: Sequence[AnswerRecord],
     suites: Sequence[Suite],
     config: FineTuneConfig,
     run: RunDirectory,
 ) -> Iterator[AnswerRecord]:
-    """The answers that judge: of the suite that chose the step those that had no part in it.
+    """The answers by which the adapter is judged.
 
-    Where it has no others all judge, and the candidate's say among how many steps they chose.
+    `training.select_by` may name a suite: some of its questions were asked during training, and the
+    step with the most right answers was selected. These questions do not judge, nor does any other
+    question with the same prompt. A small suite has no further questions: then all of them judge,
+    and the candidate's answers record among how many steps they selected (`chosen_among`), for
+    which its interval is corrected. Of the other suites all answers judge.
     """
-    name = config.training.select_by
-    chose: frozenset[int] = frozenset()
-    among = 1
-    for suite in suites:
-        if suite.name == name:
-            chose = lines_that_chose(suite, config)
-            among = 1 if chose else read_candidates(run.validation_losses).count
+    selecting = next((s for s in suites if s.name == config.training.select_by), None)
+    if selecting is None:
+        yield from records
+        return
+    asked_lines = lines_that_chose(selecting.without_copies)
+    steps = 1 if asked_lines else read_candidates(run.validation_losses).count
     for record in records:
-        if record.task != name:
+        if record.task != selecting.name:
             yield record
-        elif record.line not in chose:
-            own = among if record.model == "candidate" else 1
-            yield replace(record, chosen_among=own)
+        elif (record.same_prompt_as or record.line) not in asked_lines:
+            yield replace(record, chosen_among=steps if record.model == "candidate" else 1)
 
 
 def _asked_models(
@@ -154,8 +157,8 @@ def _score_answers(
 ) -> list[AnswerRecord]:
     scored = encoded.score(answers)
     suite = encoded.suite
-    prompts = [json.dumps(question.prompt) for question in suite.questions]
-    first_lines: dict[str, int] = {}
+    prompts = [fold_prompt(question) for question in suite.questions]
+    first_lines: dict[bytes, int] = {}
     for question, prompt in zip(suite.questions, prompts, strict=True):
         first_lines.setdefault(prompt, question.line)
     return [

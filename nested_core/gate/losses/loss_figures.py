@@ -15,10 +15,18 @@ import numpy as np
 from nested_core.config.sections import GateSection
 from nested_core.gate.losses.ancestor_examples import AncestorExamples
 from nested_core.gate.losses.chosen_candidate import Candidates
-from nested_core.records.loss_conclusion import conclude, count_examples_needed, margin_of_loss
+from nested_core.records.comparison_family import NOT_TESTED, Chance, chance_of_mean
+from nested_core.records.loss_conclusion import (
+    MIN_EXAMPLES,
+    Conclusion,
+    conclude,
+    count_examples_needed,
+    margin_of_loss,
+)
 from nested_core.records.losses import ExampleLosses, Vector
-from nested_core.records.paired_difference import CONFIDENCE, student_t_quantile
+from nested_core.records.paired_difference import CONFIDENCE, Indices, student_t_quantile
 from nested_core.records.verdict import (
+    JOINED,
     MIN_HARMED,
     AncestorLoss,
     ChampionLoss,
@@ -51,7 +59,7 @@ def summarise_losses(
     bounds = bounds or GateSection()
     counted = losses.counted()
     figures = compare_losses(
-        counted, counted.before, bounds, bounds.max_val_loss_increase, candidates
+        counted, counted.before, bounds, bounds.max_val_loss_increase, candidates=candidates
     )
     harm = HarmedExamples.find(counted, figures.get("margin", 0.0))
     return Validation(
@@ -105,8 +113,49 @@ def summarise_champion(
         examples=len(shared),
         left_out=len(losses) - len(shared),
         few_prompts=shared.few_prompts(),
-        **compare_losses(shared, champion, bounds, bounds.max_val_loss_increase, candidates),
+        **compare_losses(
+            shared, champion, bounds, bounds.max_val_loss_increase, candidates=candidates
+        ),
     )
+
+
+def summarise_ancestors(
+    ancestors: Sequence[AncestorExamples],
+    losses: ExampleLosses | None,
+    owners: Indices,
+    bounds: GateSection,
+) -> Iterator[AncestorLoss]:
+    """The figures of each ancestor, and of those joined that have too few examples by themselves.
+
+    An ancestor with fewer than MIN_EXAMPLES independent examples has no interval, and rejects
+    nothing. Two or more of these are judged as one where they have so many together.
+
+    Args:
+        ancestors: where the examples are from.
+        losses: of all of them; those that were trained on are left out. None where there are none.
+        owners: the place in `ancestors` that each loss belongs to, int64 (n,).
+        bounds: the gate's.
+    """
+    if losses is None:
+        yield from map(summarise_ancestor, ancestors)
+        return
+    is_counted = np.ones(len(losses), np.bool_) if losses.left_out is None else ~losses.left_out
+    measured = [
+        losses.select((owners == place) & is_counted) if ancestor.rows else None
+        for place, ancestor in enumerate(ancestors)
+    ]
+    counts = [0 if own is None else own.independent_examples for own in measured]
+    few = [place for place, count in enumerate(counts) if 0 < count < MIN_EXAMPLES]
+    together = losses.select(np.isin(owners, few) & is_counted)
+    is_joined = len(few) > 1 and together.independent_examples >= MIN_EXAMPLES
+    comparisons = sum(count >= MIN_EXAMPLES for count in counts) + is_joined
+    for place, (ancestor, own) in enumerate(zip(ancestors, measured, strict=True)):
+        left_out = int(((owners == place) & ~is_counted).sum())
+        yield summarise_ancestor(ancestor, own, bounds, left_out=left_out, ancestors=comparisons)
+    if is_joined:
+        joined = AncestorExamples(JOINED, None)
+        found = summarise_ancestor(joined, together, bounds, ancestors=comparisons)
+        yield replace(found, joined=tuple(ancestors[place].version for place in few))
 
 
 def summarise_ancestor(
@@ -143,14 +192,9 @@ def summarise_ancestor(
         return replace(compared, not_compared=problem)
     increase = bounds.max_ancestor_loss_increase
     increase = bounds.max_val_loss_increase if increase is None else increase
-    figures = compare_losses(losses, losses.before, bounds, increase)
+    figures = compare_losses(losses, losses.before, bounds, increase, comparisons=ancestors)
     if not figures:
         return replace(compared, not_compared="a loss is not finite")
-    if figures["standard_error"] is not None:
-        tail = (1 - CONFIDENCE) / (2 * ancestors)
-        width = student_t_quantile(1 - tail, figures["clusters"] - 1) * figures["standard_error"]
-        mean = figures["difference"]
-        figures["corrected_interval"] = (mean - width, mean + width)
     return replace(
         compared,
         loss=finite_or_none(losses.mean(losses.before)),
@@ -165,12 +209,23 @@ def compare_losses(
     other: Vector,
     bounds: GateSection,
     increase: float,
+    *,
     candidates: Candidates | None = None,
+    comparisons: int | None = None,
 ) -> dict[str, Any]:
     """The paired difference of the trained adapter's losses from others, and what it shows.
 
-    `increase` is the relative bound that the margin comes from. Empty where there is no example, or
-    a loss is not finite.
+    Empty where there is no example, or a loss is not finite.
+
+    Args:
+        losses: of the examples that are compared.
+        other: of the same examples with the other adapter.
+        bounds: the gate's.
+        increase: the relative bound that the margin comes from.
+        candidates: those among which these examples chose the trained adapter. `better` and
+            `no_worse` then have to hold for the best of them; of the best one, `worse` is safe.
+        comparisons: how many are made at once, for which all words are corrected (Bonferroni);
+            None for one by itself.
     """
     compared = losses.compare_trained_with(other)
     if compared is None:
@@ -178,11 +233,23 @@ def compare_losses(
     figures = compared.to_json()
     interval = None if figures["interval"] is None else (compared.low, compared.high)
     one_sided_high = compared.one_sided_high if compared.is_measurable else None
+    corrected = None
+    if candidates is not None:
+        corrected = candidates.corrected_interval(losses, other, compared)
+    elif interval is not None and comparisons is not None:
+        tail = (1 - CONFIDENCE) / (2 * comparisons)
+        width = student_t_quantile(1 - tail, compared.examples - 1) * compared.standard_error
+        corrected = (compared.mean - width, compared.mean + width)
+    deciding = interval
+    if interval is not None and one_sided_high is not None and corrected is not None:
+        low = interval[0] if candidates is not None else min(interval[0], corrected[0])
+        deciding = (low, max(interval[1], corrected[1]))
+        one_sided_high = max(one_sided_high, corrected[1])
     loss_before = losses.mean(other)
     margin = margin_of_loss(increase, loss_before, bounds.noise)
     conclusion = conclude(
         compared.mean,
-        interval,
+        deciding,
         one_sided_high,
         margin=margin,
         loss_before=loss_before,
@@ -193,9 +260,6 @@ def compare_losses(
         needed = count_examples_needed(
             compared.mean, compared.standard_error, compared.examples, margin
         )
-    corrected = None
-    if candidates is not None:
-        corrected = candidates.corrected_interval(losses, other, compared)
     return figures | {
         "interval": interval,
         "smallest_visible": compared.smallest_visible if compared.is_measurable else None,
@@ -206,6 +270,31 @@ def compare_losses(
         "clusters": compared.examples,
         "corrected_interval": corrected,
     }
+
+
+def chances_of_loss(losses: ComparedLoss) -> tuple[Chance, Chance]:
+    """The chance of a loss so much worse, and of one so much better, where nothing changed.
+
+    By Student's t where the interval leaves out 0; too few examples for an interval test nothing.
+    """
+    if losses.interval is None or losses.standard_error is None or losses.difference is None:
+        return NOT_TESTED, NOT_TESTED
+    examples = losses.clusters or 0
+    chance = Chance(chance_of_mean(abs(losses.difference), losses.standard_error, examples))
+    low, high = losses.interval
+    return chance if low > 0 else Chance(0.5), chance if high < 0 else Chance(0.5)
+
+
+def conclude_among_others(
+    losses: ComparedLoss, *, is_worse: bool, is_better: bool
+) -> Conclusion | None:
+    """The word for a loss that is one of several comparisons, given what it shows among them."""
+    word = losses.conclusion
+    if word not in ("worse", "better") or (is_worse if word == "worse" else is_better):
+        return word
+    high, margin = losses.one_sided_high, losses.margin
+    is_within = high is not None and margin is not None and high <= margin
+    return "no_worse" if is_within else "inconclusive"
 
 
 def loss_reasons(validation: Validation, bounds: GateSection) -> list[Reason]:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import GateSection
 from nested_core.gate.losses import ancestor_examples
-from nested_core.gate.losses.ancestor_examples import choose_ancestor_examples
+from nested_core.gate.losses.ancestor_examples import AncestorExamples, choose_ancestor_examples
+from nested_core.gate.losses.loss_figures import ancestor_reasons, summarise_ancestors
+from nested_core.records.losses import ExampleLosses
 from nested_core.records.verdict import AncestorLoss, Verdict
 from nested_core.records.verdict_file import read_verdict
 from nested_core.records.verdict_table import list_checks
 from nested_core.registry import collect_garbage, promote, register
-from nested_core.registry.data_store import RunExamples
+from nested_core.registry.data_store import RunExamples, StoredRow
 from nested_core.report.generations import tabulate_generations
 from nested_core.report.run_report import read_report
 from nested_core.storage.adapter import write_adapter
@@ -155,6 +160,46 @@ def test_an_ancestor_with_fewer_than_five_prompts_left_is_no_reason(night: Night
     night.forget()
     found = only_ancestor(night.judge())
     assert (found.examples, found.clusters, found.interval) == (5, 4, None)
+
+
+def few_ancestors(rows: Sequence[int], rise: float) -> list[AncestorLoss]:
+    """Versions with so many rows each, at which the candidate is worse by `rise` nats/token."""
+    owners = np.repeat(np.arange(len(rows)), rows)
+    before = np.linspace(0.8, 1.2, len(owners))
+    after = before + rise + 0.05 * np.sin(np.arange(len(owners)))
+    tokens = np.full(len(owners), 10.0)
+    lines = np.arange(1, len(owners) + 1)
+    losses = ExampleLosses("rows", lines, tokens, before, after)
+    row = StoredRow("0" * 64, {})
+    ancestors = [AncestorExamples(str(n), None, (row,) * count) for n, count in enumerate(rows)]
+    bounds = GateSection(max_ancestor_loss_increase=0.1)
+    return list(summarise_ancestors(ancestors, losses, owners, bounds))
+
+
+@pytest.mark.parametrize(
+    ("rows", "joined", "examples"),
+    [
+        ((4, 1), ("0", "1"), 5),
+        ((3, 7, 4, 2), ("0", "2", "3"), 9),
+        ((2, 2), None, 4),
+        ((4, 9), None, 4),
+    ],
+)
+def test_ancestors_with_too_few_rows_are_judged_together(
+    rows: Sequence[int], joined: tuple[str, ...] | None, examples: int
+) -> None:
+    lost, kept = few_ancestors(rows, 0.5), few_ancestors(rows, 0.0)
+    bounds = GateSection(max_ancestor_loss_increase=0.1)
+    assert not list(ancestor_reasons(kept, bounds))
+    reasons = list(ancestor_reasons(lost, bounds))
+    few = [own for own in lost if own.interval is None]
+    assert not any(own.is_forgotten("paired") for own in few)
+    together = [own for own in lost if own.joined]
+    assert [own.joined for own in together] == ([] if joined is None else [joined])
+    if joined is not None:
+        assert together[0].examples == examples
+        assert reasons[-1].name == "forgetting (joined)"
+        assert f"what each of {len(joined)} joined versions was judged by" in reasons[-1].message
 
 
 def test_superseded_repeated_and_trained_rows_are_not_judged_by_and_are_counted(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nested_core.config.sections import GateSection
-from nested_core.gate.answers.answer_bounds import ScoreChange, find_worse, judge_answers
+from nested_core.gate.answers.answer_bounds import ScoreChange, conclude_answers, judge_answers
 from nested_core.gate.losses.loss_figures import exchange_mid_p
 from nested_core.records.answers import AnsweringRole, AnswerRecord
 
@@ -85,8 +85,28 @@ def test_many_small_suites_rarely_refuse_an_equal_adapter() -> None:
         for _ in range(30):
             lost, won, _same = random.multinomial(20, [0.2, 0.2, 0.6])
             family.append(planted_change(int(lost), int(won)))
-        refused += bool(find_worse(family))
+        refused += "worse" in conclude_answers(family)
     assert refused <= 10  # 2.5 % are 5
+
+
+def test_of_many_equal_models_chance_makes_few_worse_and_few_better() -> None:
+    random = np.random.default_rng(5)
+    told = {"worse": 0, "better": 0}
+    for _ in range(100):
+        lost, won = random.multinomial(20, [0.15, 0.15, 0.7], size=20)[:, :2].T
+        words = conclude_answers(list(map(planted_change, lost.tolist(), won.tolist())))
+        for word in told:
+            told[word] += word in words
+    assert max(told.values()) <= 6  # 2.5 % are 2 or 3; each by itself made some 30
+
+
+@pytest.mark.parametrize(("suites", "word"), [(1, "better"), (10, "no_worse")])
+def test_what_one_suite_gained_is_chance_among_ten(suites: int, word: str) -> None:
+    records = answers_of("s0", *losing(0, 5))
+    for number in range(1, suites):
+        records += answers_of(f"s{number}", *losing(5, 5))
+    results, _ = judge_answers(gate_of(suites), records)
+    assert results[0].conclusion == word
 
 
 @cache

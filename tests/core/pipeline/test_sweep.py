@@ -18,15 +18,22 @@ from nested_core.pipeline.sweep import (
     SweepRequest,
     SweepResult,
     _digest_request,
+    compare_answers,
     count_steps,
     is_shown_better,
     plan_rungs,
     sweep,
 )
-from nested_core.pipeline.sweep_points import refuse_incomparable_keys, settings_of_point
+from nested_core.pipeline.sweep_points import (
+    refuse_incomparable_keys,
+    settings_of_point,
+    step_examples,
+)
+from nested_core.records.answers import AnswerRecord, write_answers
 from nested_core.records.metrics import read_metrics
 from nested_core.records.paired_difference import PairedDifference
 from nested_core.records.sweep import SWEEP_NAME, read_sweep
+from nested_core.storage.run_directory import RunDirectory
 from tests.example import DATA, MODEL, example_config, example_settings
 
 CONFIG: dict[str, Any] = {"iters": 40, "nested": {"frequencies": [1]}, "batch_size": 4}
@@ -52,6 +59,29 @@ def test_arms_are_compared_at_halves_of_what_the_budget_gives_a_run(
 
 def test_the_steps_of_a_round_are_those_of_the_halves_and_the_configuration_itself() -> None:
     assert count_steps(4, (10, 20, 40)) == 4 * 10 + (2 + 1) * 10 + (1 + 1) * 20
+
+
+def test_a_rung_is_a_whole_number_of_steps_of_every_arm() -> None:
+    assert plan_rungs(2, 100, None, multiple=3) == (48, 96)  # evaluated every 24 steps
+    with pytest.raises(ConfigError, match="runs of 12 steps or more"):
+        plan_rungs(2, 11, None, multiple=3)
+
+
+@pytest.mark.parametrize(
+    ("point", "iters", "steps_per_eval"),
+    [
+        ({"batch_size": 2}, 20, 8),
+        ({"batch_size": 8}, 5, 2),
+        ({"grad_accumulation_steps": 4}, 10, 4),  # micro-batches stay as large
+        ({"batch_size": 2, "iters": 7}, 7, 4),
+    ],
+)
+def test_a_point_of_another_batch_size_trains_on_as_many_examples(
+    point: Any, iters: int, steps_per_eval: int
+) -> None:
+    base = example_config(batch_size=4, iters=10, steps_per_eval=4)
+    config = parse_config(settings_of_point(base, point), source="")
+    assert (config.iters, config.steps_per_eval) == (iters, steps_per_eval)
 
 
 @pytest.mark.parametrize(("wanted", "budget"), [(7, None), (100, 20)])
@@ -112,6 +142,54 @@ def test_the_arm_of_the_lowest_loss_is_trained_to_the_end_and_judged(swept: Swee
     page = (swept.folder / "sweep.html").read_text()
     assert "<svg" in page
     assert "learning_rate=1e-06" in page
+
+
+@pytest.mark.slow("trains three arms and judges two")
+def test_arms_of_other_batches_and_slow_tiers_are_compared_after_equal_data(
+    tmp_path: Path,
+) -> None:
+    changes = CONFIG | {"grad_accumulation_steps": 2, "nested": {"frequencies": [1, 8]}}
+    over = {"batch_size": [2, 8], "grad_accumulation_steps": [1]}
+    done = sweep(example_config(**changes), tmp_path / "sweep", SweepRequest(over, steps=60))
+    rungs = done.record.rungs
+    assert rungs == (4, 8, 16)
+    for number, arm in enumerate(done.record.arms):
+        folder = tmp_path / "sweep" / "arms" / f"{number:03d}"
+        config = parse_config_of(folder / "config.yaml")
+        evaluated = {m["step"] for m in read_metrics(folder / "metrics.jsonl") if "val_loss" in m}
+        steps = {rung: rung * 8 / step_examples(config) for rung in arm.scores}
+        assert set(steps.values()) <= evaluated
+        assert max(evaluated) == max(steps.values())
+        assert None not in arm.scores.values()  # no tier of 8 steps was due, none diverged
+        assert config.iters * config.batch_size == rungs[-1] * 8
+
+
+def test_a_suite_does_not_choose_among_arms_that_it_asks_other_numbers_of_questions(
+    tmp_path: Path,
+) -> None:
+    task = {"name": "capitals", "file": str(DATA / "held_out.jsonl"), "score": "contains"}
+    request = SweepRequest({"batch_size": [2]}, "capitals", steps=60)
+    with pytest.raises(ConfigError, match="batch_size and grad_accumulation_steps change"):
+        sweep(example_config(**CONFIG | {"gate": {"tasks": [task]}}), tmp_path / "s", request)
+
+
+def test_answers_of_two_arms_are_paired_by_their_question(tmp_path: Path) -> None:
+    runs = []
+    for name, lines in (("a", range(1, 11)), ("b", range(6, 16))):
+        run = RunDirectory(tmp_path / name)
+        run.path.mkdir()
+        write_answers(
+            run.answers,
+            [
+                AnswerRecord(
+                    "s", "candidate", n, f"q{n}", "", float(n % 2), 1, False, False, False, 0.0
+                )
+                for n in lines
+            ],
+        )
+        runs.append(run)
+    found = compare_answers(runs[1], runs, "s")
+    assert (found.examples, found.mean) == (5, 0.0)
 
 
 def parse_config_of(path: Path) -> FineTuneConfig:

@@ -41,10 +41,19 @@ def settings(file: Path = HELD_OUT, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def write_suite(path: Path, count: int) -> Path:
-    """A suite of so many questions, those of the example again and again, each with its number."""
+def write_suite(path: Path, count: int, copies: int = 1) -> Path:
+    """A suite of so many prompts, those of the example again and again, each with its number.
+
+    Each prompt is there `copies` times, the copies with other spaces and after all others.
+    """
     rows = [json.loads(line) for line in HELD_OUT.read_text().splitlines()]
-    lines = [json.dumps(rows[n % len(rows)] | {"id": f"q{n}"}) for n in range(count)]
+    lines = []
+    for copy in range(copies):
+        for n in range(count):
+            row = rows[n % len(rows)]
+            asked = f"{n}:{' ' * (copy + 1)}{row['messages'][0]['content']}"
+            row = row | {"id": f"q{n} {copy}", "messages": [{"role": "user", "content": asked}]}
+            lines.append(json.dumps(row))
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -66,9 +75,9 @@ def test_a_quarter_of_a_suite_and_one_batch_at_most_is_asked_and_fewer_in_a_shor
 ) -> None:
     config = example_config(**settings(write_suite(tmp_path / "suite.jsonl", count)))
     (suite,) = read_suites(config.gate)
-    places = choose_questions(suite, config, steps_of_run)
+    places = choose_questions(suite, steps_of_run)
     assert len(places) == len(set(places)) == asked
-    chose = lines_that_chose(suite, config)
+    chose = lines_that_chose(suite)
     assert len(chose) == left_out
     assert not chose or {place + 1 for place in places} <= chose
 
@@ -193,15 +202,18 @@ def test_questions_that_chose_do_not_judge_where_there_are_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(questions_in_training, "LARGEST_SHARE", 2)  # 40 questions: 20 and 20
-    suite = write_suite(tmp_path / "suite.jsonl", 40)
+    suite = write_suite(tmp_path / "suite.jsonl", 40, copies=2)
     config = example_config(**settings(suite, iters=4))
     run = prepare(config, tmp_path / "run")
     train(config, run)
     verdict = steps.judge(config, run)
     (read,) = read_suites(config.gate)
     judged = {r.line for r in read_answers(run.answers) if r.model == "candidate"}
-    assert judged == set(range(1, 41)) - lines_that_chose(read, config)
-    assert (verdict.tasks[0].questions, verdict.tasks[0].chosen_among) == (20, 1)
+    chose = lines_that_chose(read.without_copies)
+    assert len(chose) == 20
+    assert chose <= set(range(1, 41))
+    assert judged == set(range(1, 81)) - chose - {line + 40 for line in chose}
+    assert (verdict.tasks[0].questions, verdict.tasks[0].chosen_among) == (40, 1)
 
 
 def records(model: AnsweringRole, scores: Sequence[float], among: int) -> list[AnswerRecord]:
