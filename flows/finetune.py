@@ -1,7 +1,7 @@
 """The Prefect flow of a fine-tune: `pipeline.finetune`, with each step as a task.
 
 Importing it loads no mlx. A worker imports it when a run has crashed, to look for hooks, and then
-reports the crash a second time (prefect 3.8.8, runner/_flow_run_executor.py and workers/base.py).
+reports the crash a second time (prefect 3.9.1, runner/_flow_run_executor.py and workers/base.py).
 That report would end a retry that has begun by then, so it must not be long in coming.
 """
 

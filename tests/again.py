@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FAST = "not slow and not reliability and not production"
+FAST = "not slow and not reliability and not production and not real"
 SLOW = "slow and not reliability and not production"
 FAST_RUNS, SLOW_RUNS, STARTER_RUNS = 10, 2, 200
 BUSY_RUNS, BUSY_PROCESSES = 4, 4

@@ -17,6 +17,7 @@ COMMANDS = {
     "slow": "make test-all",
     "reliability": "make reliability",
     "production": "make production-test",
+    "real": "make real-test",
     "soak": "make soak",
 }
 

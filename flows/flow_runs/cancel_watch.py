@@ -1,8 +1,8 @@
 """A cancel of which no worker tells: the run asks its server by itself.
 
 A cancel comes from the worker as SIGTERM. A worker listens for each of its runs by itself, and no
-longer where its server was away for about a minute meanwhile (prefect 3.8.8,
-_internal/observers.py: ten connections, then three looks).
+longer where its server was away for about a minute meanwhile (prefect 3.9.1,
+_internal/_observation_delivery.py: it connects again, until three looks in a row found no server).
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ def short_demo(folder: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> En
     """Run the demo in this process, against the server of the tests, for fewer steps."""
     whole_config = demo.example_config
 
-    def short_config(registry: Path) -> FineTuneConfig:
-        return whole_config(registry).model_copy(update={"iters": STEPS})
+    def short_config(registry: Path, model: str | None) -> FineTuneConfig:
+        return whole_config(registry, model).model_copy(update={"iters": STEPS})
 
     monkeypatch.setattr(demo, "example_config", short_config)
     return called("demo", "--out", "out", *flags, cwd=folder)

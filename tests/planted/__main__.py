@@ -27,7 +27,7 @@ from tests.planted.planting import Fault, plant, plant_probes, statement_line
 from tests.planted.probe import REACHED_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
-FAST = "not slow and not reliability and not production"
+FAST = "not slow and not reliability and not production and not real"
 SLOW = "slow and not reliability and not production"
 SEED = 27  # of the order in which the faults are planted
 MINUTES = 30.0  # of one run of tests

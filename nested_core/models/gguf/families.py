@@ -200,7 +200,10 @@ def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, object]) -> dic
         "intermediate_size": own("feed_forward_length"),
         "num_attention_heads": own("attention.head_count"),
         "num_key_value_heads": own("attention.head_count_kv"),
-        "head_dim": own("attention.key_length"),
+        "head_dim": metadata.get(
+            f"{architecture}.attention.key_length",
+            own("embedding_length") // own("attention.head_count"),
+        ),
         "rms_norm_eps": own("attention.layer_norm_rms_epsilon"),
         "rope_theta": own("rope.freq_base"),
         "max_position_embeddings": own("context_length"),
@@ -220,3 +223,17 @@ def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, object]) -> dic
     if ROPE_SCALING_KEY in metadata:
         config["rope_scaling"] = json.loads(str(metadata[ROPE_SCALING_KEY]))
     return config
+
+
+def mlx_name(architecture: str, name: str) -> str:
+    """mlx_lm's name of a tensor; ConfigError for one that the family does not have."""
+    place, _, kind = name.rpartition(".")
+    outer = {own: module for module, own in NAMES.items()}
+    if place in outer:
+        return f"{outer[place]}.{kind}"
+    _, _, rest = place.partition("blk.")
+    number, _, key = rest.partition(".")
+    module = next((m for m, own in layer_names(architecture).items() if own == key), None)
+    if module is None:
+        raise ConfigError(f"The GGUF has a tensor {name}, which {architecture} has none of here.")
+    return f"model.layers.{number}.{module}.{kind}"

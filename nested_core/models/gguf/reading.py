@@ -15,11 +15,10 @@ import mlx.core as mx
 from nested_core.errors import ChildFailed, ConfigError, DamagedError
 from nested_core.models.gguf.families import (
     ARCHITECTURE_BY_MODEL_TYPE,
-    NAMES,
     ROPE_FREQS,
     change_layout,
     config_of,
-    layer_names,
+    mlx_name,
 )
 from nested_core.models.gguf.vocabulary import Vocabulary
 from nested_core.process.child import Child
@@ -73,7 +72,7 @@ def _unpack(paths: list[str]) -> None:
         config["quantization"] = {"group_size": GROUP_SIZE, "bits": 8, "mode": "affine"}
     args = SimpleNamespace(**config)
     weights = {
-        _mlx_name(architecture, name): change_layout(architecture, name, tensor, args, back=True)
+        mlx_name(architecture, name): change_layout(architecture, name, tensor, args, back=True)
         for name, tensor in tensors.items()
         if name != ROPE_FREQS
     }
@@ -103,20 +102,6 @@ def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
         raise DamagedError(f"{path} is no sound GGUF: {error}.") from error
     tensors, metadata = loaded
     return tensors, {key: _plain_value(value) for key, value in metadata.items()}
-
-
-def _mlx_name(architecture: str, name: str) -> str:
-    """mlx_lm's name of a tensor; ConfigError for one that the family does not have."""
-    place, _, kind = name.rpartition(".")
-    outer = {own: module for module, own in NAMES.items()}
-    if place in outer:
-        return f"{outer[place]}.{kind}"
-    _, _, rest = place.partition("blk.")
-    number, _, key = rest.partition(".")
-    module = next((m for m, own in layer_names(architecture).items() if own == key), None)
-    if module is None:
-        raise ConfigError(f"The GGUF has a tensor {name}, which {architecture} has none of here.")
-    return f"model.layers.{number}.{module}.{kind}"
 
 
 def _plain_value(value: Any) -> Any:
