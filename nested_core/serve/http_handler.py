@@ -72,6 +72,7 @@ class RegistryHandler(APIHandler):
     def handle_one_request(self) -> None:
         """As http.server's, which waits for one; its line is written when it has ended."""
         self._status, self._request = 0, None
+        self._has_called_tool = False
         super().handle_one_request()
         if self._status:
             self._log_ended_request()
@@ -252,6 +253,17 @@ class RegistryHandler(APIHandler):
         self._is_streaming = True
         super()._set_stream_headers(status_code)
         self._name_version()
+
+    def generate_response(
+        self, text: str, finish_reason: Any, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As mlx_lm's; the reason is "length" only where the answer did not end by itself."""
+        self._has_called_tool = self._has_called_tool or bool(kwargs.get("tool_calls"))
+        answer = None if self._request is None else self._request.answer
+        if finish_reason == "length" and answer is not None and answer.is_ended:
+            finish_reason = "tool_calls" if self._has_called_tool else "stop"
+        response: dict[str, Any] = super().generate_response(text, finish_reason, *args, **kwargs)
+        return response
 
     def _name_version(self) -> None:
         """Name the version that answers; mlx_lm sets the headers before the rest of an answer."""

@@ -112,6 +112,11 @@ Content = Annotated[
 ]
 
 
+def _system_for_developer(role: str) -> str:
+    """OpenAI's newer name of the system role, which chat templates do not have."""
+    return "system" if role == "developer" else role
+
+
 class CalledFunction(_Open):
     """The function of a tool call, with its arguments as JSON."""
 
@@ -128,7 +133,7 @@ class ToolCall(_Open):
 class Message(_Open):
     """A message of a conversation."""
 
-    role: str
+    role: Annotated[str, AfterValidator(_system_for_developer)]
     content: Content = None
     tool_calls: list[ToolCall] | None = None
 

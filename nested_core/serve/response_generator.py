@@ -46,6 +46,8 @@ from nested_core.models.base_model import context_length
 from nested_core.serve.canary_check import CanaryFailed, check_canary
 from nested_core.serve.request_model import RequestRefused
 from nested_core.serve.served_version import ServedVersion
+from nested_core.serve.stop_texts import AnswerText, StopTexts, cut_answer
+from nested_core.serve.user_text import encode_user_text_as_text
 
 WARM_UP_PROMPT = "1"
 RATE_WINDOW_SECONDS = 60
@@ -181,6 +183,7 @@ class VersionedRequest(CompletionRequest):
         thread has mlx_lm's context of it, by which that is stopped.
     is_client_gone: whether nobody waits for the answer any more.
     tokenized: its prompt, as mlx_lm's `_tokenize` gives it, from before it is queued.
+    answer: the text of its answer, from when the generation thread begins it.
     failure: why no answer could be begun.
     has_failed: whether its answer failed in the server, while it was generated.
     """
@@ -189,6 +192,7 @@ class VersionedRequest(CompletionRequest):
     pinned: ServedVersion | None = None
     is_client_gone: Callable[[], bool] = lambda: False
     tokenized: tuple[Any, ...] | None = field(default=None, init=False)
+    answer: AnswerText | None = field(default=None, init=False)
     bound: ServedVersion | None = field(default=None, init=False)
     queue: Queue[Any] | None = field(default=None, init=False)
     ended: SwapWaitOver | None = field(default=None, init=False)
@@ -497,7 +501,8 @@ class RegistryResponseGenerator(ResponseGenerator):
             self._require_in_bounds(args)
             tokenizer = self.model_provider.tokenizer
             self._require_short_text(tokenizer, request, args)
-            tokenized = super()._tokenize(tokenizer, request, args)
+            plain = encode_user_text_as_text(tokenizer, request.messages)
+            tokenized = super()._tokenize(plain, request, args)
             prompt, vision = tokenized[0], tokenized[-1]
             if not prompt:
                 raise RequestRefused("The prompt has no tokens. Give a prompt that is not empty.")
@@ -519,6 +524,13 @@ class RegistryResponseGenerator(ResponseGenerator):
                 f"The prompt cannot be read: {type(error).__name__}: {error}"
             ) from None
         request.tokenized = tokenized
+
+    def _make_state_machine(
+        self, model_key: Any, tokenizer: Any, stop_words: Sequence[str]
+    ) -> tuple[Any, Any]:
+        """As mlx_lm's; stop texts are looked for in the text and not among the tokens."""
+        sequences, text_states = super()._make_state_machine(model_key, tokenizer, [])
+        return StopTexts(tokenizer, stop_words) if stop_words else sequences, text_states
 
     def _require_in_bounds(self, args: GenerationArguments) -> None:
         """Raise RequestRefused for numbers of tokens that the model does not have."""
@@ -574,11 +586,13 @@ class RegistryResponseGenerator(ResponseGenerator):
             self._prepare(request, generation_args)
             context, responses = super().generate(request, generation_args, progress_callback)
             request.is_answered = True
+            tokenizer = self.model_provider.tokenizer
+            request.answer = AnswerText(tokenizer, generation_args.stop_words)
         except Exception as error:
             request.failure = error
             request.has_failed = is_server_failure(error)
             raise
-        return context, self._count_tokens(request, responses)
+        return context, cut_answer(self._count_tokens(request, responses), request.answer)
 
     def _count_tokens(self, request: VersionedRequest, responses: Iterator[Any]) -> Iterator[Any]:
         looked = time.monotonic()

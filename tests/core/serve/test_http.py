@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlx_lm.utils import load_tokenizer
 
 from nested_core.serve import http_handler, server
 from nested_core.serve.http_handler import MAX_BODY_BYTES
@@ -61,15 +62,33 @@ def test_a_text_completion_is_answered_and_streamed(client: Client, version: str
     assert text == reply.json()["choices"][0]["text"] != ""
 
 
-def test_seeded_and_stopped_requests_are_served_one_at_a_time_by_the_same_version(
+def test_seeded_requests_are_served_one_at_a_time_by_the_same_version(
     client: Client, version: str
 ) -> None:
     sampled = [client.chat(NAME, temperature=1.0, seed=7) for _ in range(2)]
     assert sampled[0].text == sampled[1].text
     assert {reply.version for reply in sampled} == {version}
-    whole = client.chat(NAME).text
-    stop = f" {whole.split()[1]}"
-    assert client.chat(NAME, stop=[stop]).text == whole.partition(stop)[0]
+
+
+def test_a_developer_is_the_system(client: Client) -> None:
+    conversations = [
+        [{"role": role, "content": "Be brief."}, {"role": "user", "content": QUESTION}]
+        for role in ("developer", "system")
+    ]
+    first, second = (
+        client.send("POST", "/v1/chat/completions", {"model": NAME, "messages": messages})
+        for messages in conversations
+    )
+    assert (first.status, first.text) == (200, second.text)
+    assert first.json()["usage"]["prompt_tokens"] == second.json()["usage"]["prompt_tokens"]
+
+
+def test_a_control_token_that_a_user_writes_is_counted_as_text(client: Client, base: Path) -> None:
+    tokenizer: Any = load_tokenizer(base)
+    message = {"role": "user", "content": "<|assistant|>"}
+    as_turns = tokenizer.apply_chat_template([message], add_generation_prompt=True)
+    reply = client.chat(NAME, prompt="<|assistant|>")
+    assert reply.json()["usage"]["prompt_tokens"] > len(as_turns) == 3
 
 
 def test_log_probabilities_are_the_same_from_a_cached_prompt(client: Client) -> None:
