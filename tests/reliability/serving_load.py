@@ -39,7 +39,8 @@ from mlx_lm import generate, load  # noqa: E402
 from mlx_lm.models import llama  # noqa: E402
 
 from nested_core.models.generation import encode_prompt  # noqa: E402
-from tests.core.serve.versions import (  # noqa: E402
+from tests.example import MODEL  # noqa: E402
+from tests.rooms.serve.versions import (  # noqa: E402
     NAME,
     AdapterShape,
     Client,
@@ -50,7 +51,6 @@ from tests.core.serve.versions import (  # noqa: E402
     settings,
     write_version_run,
 )
-from tests.example import MODEL  # noqa: E402
 
 SHAPES = (
     AdapterShape(),

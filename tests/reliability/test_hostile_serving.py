@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.core.serve.versions import make_base, record_canary, write_version_run
 from tests.example import MODEL
 from tests.reliability.hostile_requests import ask_over_two_swaps
+from tests.rooms.serve.versions import make_base, record_canary, write_version_run
 
 pytestmark = pytest.mark.reliability
 

@@ -15,12 +15,16 @@ from pathlib import Path
 import pytest
 
 from nested_core.registry import audit, read_champion
-from nested_core.registry.policy import set_policy
-from nested_core.registry.serving_status import parse_serving_name
-from tests.core.serve.versions import NAME, make_base, promote_run, record_canary, write_version_run
 from tests.example import MODEL
 from tests.flows.conftest import PROGRAM
-from tests.flows.test_cli_serve import health, serve_process
+from tests.rooms.serve.test_command import health, serve_process
+from tests.rooms.serve.versions import (
+    NAME,
+    make_base,
+    promote_run,
+    record_canary,
+    write_version_run,
+)
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.reliability
@@ -48,7 +52,6 @@ def test_a_kill_in_any_phase_leaves_a_sound_registry_that_the_next_server_follow
         record_canary(run, base)
     registry = tmp_path / "registry"
     promote_run(runs[0], registry)
-    set_policy(registry, NAME, by="a test", changes={"canary": "rollback"})
     draw = random.Random(35)
     words = ["serve", "--registry", str(registry), "--name", NAME, "--port", "0"]
     for _ in range(5):  # while it starts
@@ -72,6 +75,3 @@ def test_a_kill_in_any_phase_leaves_a_sound_registry_that_the_next_server_follow
         with serve_process(registry, tmp_path) as (process, address):
             wait_until(lambda: bool(health(address)["names"]))
             assert health(address)["names"][NAME]["version"] == version
-            files = [path.name for path in (registry / NAME / "serving").iterdir()]
-            told = [name for name in files if parse_serving_name(name)]
-            assert [name.endswith(f"-{process.pid}.json") for name in told] == [True]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.core.serve.versions import NAME, Client, serving, settings
+from tests.rooms.serve.versions import NAME, Client, serving, settings
 
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 HELLO: list[dict[str, Any]] = [SYSTEM, {"role": "user", "content": "Hello!"}]

@@ -17,21 +17,17 @@ from urllib.parse import urlsplit
 from mlx_lm.server import APIHandler, CompletionRequest
 
 from nested_core.errors import NestedTuneError
-from nested_core.serve.champion_follower import ChampionFollower
-from nested_core.serve.prometheus_metrics import CONTENT_TYPE, ServingMetrics
-from nested_core.serve.request_model import (
+from nested_core.rooms.serve.engine import VersionedGenerator, VersionedRequest
+from nested_core.rooms.serve.follower import ChampionFollower
+from nested_core.rooms.serve.metrics import CONTENT_TYPE, ServingMetrics
+from nested_core.rooms.serve.request_model import (
     DEFAULT_MODEL,
     ROUTES,
     RequestRefused,
     describe_error,
     read_request,
 )
-from nested_core.serve.response_generator import (
-    RegistryResponseGenerator,
-    VersionedRequest,
-    failure_status,
-)
-from nested_core.serve.served_version import BASE_VERSION
+from nested_core.rooms.serve.served_version import BASE_VERSION
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.foreign_text import escape
 
@@ -48,7 +44,7 @@ class RegistryHandler(APIHandler):
 
     def __init__(
         self,
-        response_generator: RegistryResponseGenerator,
+        response_generator: VersionedGenerator,
         *args: Any,
         follower: ChampionFollower,
         metrics: ServingMetrics,
@@ -66,7 +62,6 @@ class RegistryHandler(APIHandler):
         self._is_streaming = False
         super().__init__(response_generator, *args, **kwargs)
 
-    server: Any  # server.py's, which counts connections
     timeout = 120  # seconds without a byte, on a connection of which something is expected
 
     def handle_one_request(self) -> None:
@@ -100,7 +95,6 @@ class RegistryHandler(APIHandler):
         try:
             self._require_permission()
             body = self._read_body()
-            self.server.note_request(self.connection)
             body = json.dumps(read_request(self.path, body, self._defaults())).encode()
         except RequestRefused as refused:
             self._refuse(refused)
@@ -112,7 +106,6 @@ class RegistryHandler(APIHandler):
     def do_GET(self) -> None:
         """As mlx_lm's; `/health` and `/metrics` need no key, so that who watches has none."""
         try:
-            self.server.note_request(self.connection)
             self._require_permission(needs_key=self.path not in UNLOCKED_ROUTES)
         except RequestRefused as refused:
             self._refuse(refused)
@@ -193,26 +186,32 @@ class RegistryHandler(APIHandler):
 
     def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
         """Answer with the version that the request is for, or say why it is not served."""
-        generator = self._generator
-        wanted = self.requested_model
-        name, _, version = wanted.partition("@")
-        name = generator.default_name if wanted == DEFAULT_MODEL else name
-        if name not in generator.names:
-            served = ", ".join(generator.names)
-            self._refuse(_no_model(f"No model {wanted!r:.80} here; served: {served}."))
+        names = self._follower.names
+        name, _, wanted = self.requested_model.partition("@")
+        name = next(iter(names)) if self.requested_model == DEFAULT_MODEL else name
+        if name not in names:
+            served = ", ".join(names)
+            self._refuse(
+                _no_model(f"No model {self.requested_model!r:.80} here; served: {served}.")
+            )
             return
         try:
-            pinned = self._follower.find_version(name, version) if version else None
-        except (NestedTuneError, OSError) as error:
+            status = names[name]
+            version = self._follower.find_version(name, wanted) if wanted else status.current
+        except (NestedTuneError, OSError, RuntimeError) as error:
             self._refuse(_no_model(str(error)))
             return
-        if generator.count_waiting() >= MAX_WAITING_REQUESTS:
+        if len(self._generator.under_way) >= MAX_WAITING_REQUESTS:
             self._send_error_document("Too many requests wait here. Ask again later.", 503)
             return
+        status.requests += 1
         self._request = VersionedRequest(
-            **vars(request), name=name, pinned=pinned, is_client_gone=self._is_client_gone
+            **vars(request),
+            name=name,
+            version=version,
+            count_token=status.rate.add_token,
+            is_client_gone=self._is_client_gone,
         )
-        generator.count_request(name)
         try:
             super().handle_completion(self._request, stop_words)
         except ConnectionError:
@@ -221,8 +220,7 @@ class RegistryHandler(APIHandler):
             self._request.failure = None
             self._send_failure(error)
         finally:
-            generator.count_outcome(self._request)
-            generator.forget(self._request)
+            self._generator.forget(self._request)
 
     def _is_client_gone(self) -> bool:
         """Whether the client closed its connection."""
@@ -232,8 +230,9 @@ class RegistryHandler(APIHandler):
 
     def _send_failure(self, error: Exception) -> None:
         """Say that an answer cannot be given, or that a streamed one will not be finished."""
-        status = failure_status(error)
-        code = error.code if isinstance(error, RequestRefused) else None
+        status, code = (503 if isinstance(error, RuntimeError) else 500), None
+        if isinstance(error, RequestRefused):
+            status, code = error.status, error.code
         if self._is_streaming:
             document = describe_error(str(error), status, code)
             self.wfile.write(f"data: {json.dumps(document)}\n\n".encode())
@@ -267,9 +266,9 @@ class RegistryHandler(APIHandler):
 
     def _name_version(self) -> None:
         """Name the version that answers; mlx_lm sets the headers before the rest of an answer."""
-        if self._request is not None and self._request.bound is not None:
-            self.system_fingerprint = self._request.bound.version
-            self.send_header(VERSION_HEADER, self._request.bound.version)
+        if self._request is not None:
+            self.system_fingerprint = self._request.version.version
+            self.send_header(VERSION_HEADER, self._request.version.version)
 
     def handle_health_check(self) -> None:
         """Whether answers are generated, what is served for each name, and what is in the way.
@@ -277,7 +276,7 @@ class RegistryHandler(APIHandler):
         A registry that cannot be read is a problem, and no reason to stop a server that answers.
         """
         is_healthy = self._generator.is_healthy
-        names = {name: status.fields() for name, status in self._generator.names.items()}
+        names = {name: status.fields() for name, status in self._follower.names.items()}
         status = "ok" if is_healthy else "unavailable"
         problems = list(self._follower.problems.values())
         said = {"status": status, "names": names, "problems": problems}
@@ -288,7 +287,7 @@ class RegistryHandler(APIHandler):
         wanted = self.path.removeprefix("/v1/models").strip("/")
         models = [
             model
-            for name in self._generator.names
+            for name in self._follower.names
             for model in (
                 name,
                 f"{name}@{BASE_VERSION}",
@@ -335,7 +334,7 @@ class RegistryHandler(APIHandler):
     def _log_ended_request(self) -> None:
         """One line a request, in which a client's control characters are escaped."""
         request, seconds = self._request, time.monotonic() - self._began
-        version = None if request is None or request.bound is None else request.bound.version
+        version = None if request is None else request.version.version
         fields = {
             "client": self.address_string(),
             "request": escape(self.requestline),

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from mlx_lm.utils import load_tokenizer
 
 from nested_core.models.generation import find_stop
-from nested_core.serve.stop_texts import AnswerText
-from tests.core.serve.versions import NAME, Client
+from nested_core.rooms.serve.stop_texts import AnswerText
 from tests.example import MODEL
+from tests.rooms.serve.versions import NAME, Client
 
 TEXTS = st.text("abc ", max_size=12)
 STOPS = st.lists(st.text("abc ", min_size=1, max_size=4), min_size=1, max_size=3)

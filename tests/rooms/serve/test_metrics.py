@@ -6,8 +6,8 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.core.serve.test_canary import Promote
-from tests.core.serve.versions import NAME, Client, serving, settings
+from tests.rooms.serve.test_canary import Promote
+from tests.rooms.serve.versions import NAME, Client, serving, settings
 from tests.waiting import wait_until
 
 

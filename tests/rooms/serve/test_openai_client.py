@@ -12,8 +12,8 @@ from typing import Any
 import openai
 import pytest
 
-from tests.core.serve.test_following import expected
-from tests.core.serve.versions import NAME, QUESTION, serving, settings
+from tests.rooms.serve.test_following import expected
+from tests.rooms.serve.versions import NAME, QUESTION, serving, settings
 
 KEY = "only-in-tests"
 MESSAGES: list[openai.types.chat.ChatCompletionMessageParam] = [

@@ -16,7 +16,7 @@ from nested_core.errors import ConfigError
 from nested_core.models.base_model import is_same_base, require_chat_template, shorten_fingerprint
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.registry import VerifiedVersion
-from nested_core.serve.canary_check import require_version_in_layers
+from nested_core.rooms.serve.canary_check import require_version_in_layers
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.canary_file import Canary
 from nested_core.storage.safetensors_files import StoredTensor

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.core.serve.versions import (
+from tests.example import MODEL
+from tests.rooms.serve.versions import (
     NAME,
     AdapterShape,
     Client,
@@ -18,7 +19,6 @@ from tests.core.serve.versions import (
     settings,
     write_version_run,
 )
-from tests.example import MODEL
 
 SHAPES = {
     1: AdapterShape(),

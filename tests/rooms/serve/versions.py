@@ -29,7 +29,7 @@ from nested_core.gate.proof.fresh_process_check import (
 from nested_core.models.base_model import fingerprint_base_model
 from nested_core.models.generation import encode_prompt
 from nested_core.registry import register_and_promote
-from nested_core.serve.server import RunningServer, ServeSettings, starting_server
+from nested_core.rooms.serve.server import RunningServer, ServeSettings, starting_server
 from nested_core.storage.adapter import read_adapter, write_adapter
 from nested_core.storage.canary_file import CANARY_NAME, render_canary
 from tests.core.registry.conftest import write_gate
@@ -151,7 +151,7 @@ def settings(registry: Path, *flags: object, api_key: str | None = None) -> Serv
     """What `nested-tune serve` with these flags would serve, at a port that the system chooses."""
     words = ["serve", "--registry", registry, "--port", 0, "--max-tokens", 12, *flags]
     arguments: argparse.Namespace = build_parser().parse_args([str(word) for word in words])
-    return ServeSettings(registry, arguments.name, arguments.swap_wait, api_key, arguments)
+    return ServeSettings(registry, arguments.name, api_key, arguments)
 
 
 @dataclass(frozen=True)

@@ -45,13 +45,6 @@ def add_commands(commands: Any) -> None:
         metavar="NAME",
         help="in the registry; the first answers requests without a model",
     )
-    serve.add_argument(
-        "--swap-wait",
-        type=float,
-        default=30.0,
-        metavar="SECONDS",
-        help="how long a new champion waits for answers that are under way (default: 30)",
-    )
     add_log_format(serve)
     add_mlx_lm_server_options(serve.add_argument_group("options of mlx_lm.server"))
 
@@ -109,12 +102,9 @@ def _set_up_logging(level: str, log_format: str) -> None:
 
 def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
     """Serve until SIGINT or SIGTERM."""
-    from flows.commands.serving_news import NewsSender
-    from nested_core.serve.server import ServeSettings, starting_server
+    from nested_core.rooms.serve.server import ServeSettings, starting_server
 
     names = list(dict.fromkeys(arguments.name))
-    if arguments.swap_wait < 0:
-        raise ConfigError("serve: --swap-wait is 0 seconds or more.")
     if not 0 <= arguments.port <= MAX_PORT:
         raise ConfigError(
             f"serve: --port is {arguments.port}. Expected a number from 0 to {MAX_PORT}; 0 takes a "
@@ -125,20 +115,13 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
     server, code = None, 0
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with NewsSender(arguments.registry) as sender:
-            settings = ServeSettings(
-                registry=arguments.registry,
-                names=names,
-                swap_wait=arguments.swap_wait,
-                api_key=os.environ.get(API_KEY_VARIABLE) or None,
-                options=arguments,
-                tell=sender.send,
-            )
-            with starting_server(settings) as server:
-                tell(f"serving {registry_lines(server)} at {server.address}")
-                with suppress(KeyboardInterrupt):
-                    server.serve()
-                tell("ending: answers under way are finished; Ctrl-C ends them")
+        api_key = os.environ.get(API_KEY_VARIABLE) or None
+        settings = ServeSettings(arguments.registry, names, api_key, arguments)
+        with starting_server(settings) as server:
+            tell(f"serving {_describe_names(server)} at {server.address}")
+            with suppress(KeyboardInterrupt):
+                server.serve()
+            tell("ending: answers under way are finished; Ctrl-C ends them")
     except KeyboardInterrupt:
         code = INTERRUPTED_EXIT_CODE
     finally:
@@ -149,7 +132,7 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
     return lambda: code
 
 
-def registry_lines(server: Any) -> str:
+def _describe_names(server: Any) -> str:
     """Each name with the version that is served."""
-    names = server.generator.names
+    names = server.follower.names
     return ", ".join(f"{name}@{shorten_digest(s.current.version)}" for name, s in names.items())
