@@ -109,13 +109,13 @@ FAULTS = (
         "a comparison turned",
     ),
     Fault(
-        "nested_core/serve/response_generator.py",
-        "            version = request.pinned or status.current",
-        "            version = status.current",
+        "nested_core/rooms/serve/http_handler.py",
+        "find_version(name, wanted) if wanted else status.current",
+        "names[name].current",
         "a forgotten field",
     ),
     Fault(
-        "nested_core/serve/served_version.py",
+        "nested_core/rooms/serve/served_version.py",
         "    if recorded is None or is_same_base(recorded, base):",
         "    if recorded is None or base.exists():",
         "a check skipped",
