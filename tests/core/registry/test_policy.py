@@ -27,8 +27,8 @@ from nested_core.registry import (
 )
 from nested_core.registry.history_views import writing_folder
 from nested_core.registry.policy import (
-    RegistryPolicy,
     PromotionRule,
+    RegistryPolicy,
     describe_tightening,
     find_looser_bounds,
     hold_to_policy,
