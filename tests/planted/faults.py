@@ -110,7 +110,7 @@ FAULTS = (
     ),
     Fault(
         "nested_core/rooms/serve/http_handler.py",
-        "find_version(name, wanted) if wanted else status.current",
+        "self._follower.find_version(name, wanted)",
         "names[name].current",
         "a forgotten field",
     ),

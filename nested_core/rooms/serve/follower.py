@@ -91,7 +91,7 @@ class ChampionFollower:
             self._thread.join(SECONDS_TO_END)
 
     def find_version(self, name: str, wanted: str) -> ServedVersion:
-        """The version that a request asks for by NAME@VERSION, checked unless it is in memory.
+        """The version that a request asks for by NAME or NAME@VERSION, which is then checked.
 
         Raises ConfigError where there is none, DamagedError where it is not what was registered,
         CanaryFailed where its canary fails.
@@ -100,7 +100,7 @@ class ChampionFollower:
         if wanted == BASE_VERSION:
             return ServedVersion(name, BASE_VERSION)
         wanted = self._complete(name, wanted)
-        if wanted == current.version:
+        if wanted in ("", current.version):
             return current
         with self._pinned_lock:
             if (name, wanted) not in self._pinned:

@@ -8,6 +8,7 @@ import logging
 import select
 import socket
 import time
+from collections.abc import Callable
 from http import HTTPStatus
 from io import BytesIO
 from ipaddress import ip_address
@@ -31,16 +32,18 @@ from nested_core.rooms.serve.served_version import BASE_VERSION
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.foreign_text import escape
 
-VERSION_HEADER = "X-Adapter-Version"
 AGAIN_AFTER_SECONDS = 1
 MAX_BODY_BYTES = 4 * 1024 * 1024
 MAX_LENGTH_DIGITS = 9
 MAX_WAITING_REQUESTS = 1024
-UNLOCKED_ROUTES = ("/health", "/metrics")
+UNLOCKED_ROUTES = ("/health", "/metrics")  # need no key, so that who watches has none
+DEFAULTS = ("max_tokens", "top_p", "top_k", "min_p", "num_draft_tokens")  # of the server's options
 
 
 class RegistryHandler(APIHandler):
     """One connection of a client."""
+
+    timeout = 120  # seconds without a byte, on a connection of which something is expected
 
     def __init__(
         self,
@@ -49,87 +52,79 @@ class RegistryHandler(APIHandler):
         follower: ChampionFollower,
         metrics: ServingMetrics,
         api_key: str | None,
-        **kwargs: Any,
     ) -> None:
         """`api_key` is what clients have to send; None asks for none."""
         self._generator = response_generator
         self._follower = follower
         self._metrics = metrics
-        self._status = 0  # that was sent last, of the request at hand
-        self._began = time.monotonic()
         self._api_key = api_key
-        self._request: VersionedRequest | None = None
-        self._is_streaming = False
-        super().__init__(response_generator, *args, **kwargs)
-
-    timeout = 120  # seconds without a byte, on a connection of which something is expected
+        super().__init__(response_generator, *args)
 
     def handle_one_request(self) -> None:
-        """As http.server's, which waits for one; its line is written when it has ended."""
-        self._status, self._request = 0, None
+        """As http.server's, which waits for one; it is counted and logged when it has ended."""
+        self._status = 0  # that was sent last
+        self._request: VersionedRequest | None = None
+        self._is_streaming = False
         self._has_called_tool = False
-        super().handle_one_request()
-        if self._status:
-            self._log_ended_request()
+        try:
+            super().handle_one_request()
+        finally:
+            if self._status:
+                self._note_ended_request(time.monotonic() - self._began)
 
     def parse_request(self) -> bool:
         """As http.server's; the request's seconds are counted from here."""
         self._began = time.monotonic()
         return super().parse_request()
 
-    def do_POST(self) -> None:
-        """Answer, and count it."""
-        try:
-            self._answer()
-        finally:
-            name = None if self._request is None else self._request.name
-            self._metrics.note_request(name, self._status, time.monotonic() - self._began)
-
     def send_response(self, code: int, message: str | None = None) -> None:
         """As http.server's; the code is remembered."""
         self._status = int(code)
         super().send_response(code, message)
 
-    def _answer(self) -> None:
-        """Answer, where the client may ask, and what it asks is a request that is answered here."""
+    def do_GET(self) -> None:
+        """As mlx_lm's, and /metrics."""
+        self._answer(self._get)
+
+    def do_POST(self) -> None:
+        """As mlx_lm's."""
+        self._answer(self._post)
+
+    def do_OPTIONS(self) -> None:
+        """As mlx_lm's: what a browser asks before it lets a page of another origin ask."""
+        self._answer(super().do_OPTIONS)
+
+    def _answer(self, answer: Callable[[], None]) -> None:
         try:
             self._require_permission()
-            body = self._read_body()
-            body = json.dumps(read_request(self.path, body, self._defaults())).encode()
+            answer()
         except RequestRefused as refused:
-            self._refuse(refused)
-            return
+            self.close_connection = True  # the body may not have been read
+            self._send_error(str(refused), refused.status, refused.code)
+
+    def _get(self) -> None:
+        if self.path == "/metrics":
+            self._send(200, self._metrics.render(), CONTENT_TYPE)
+        elif self.path == "/health" or self.path.startswith("/v1/models"):
+            super().do_GET()
+        else:
+            raise _no_route(self.path)
+
+    def _post(self) -> None:
+        options = self._generator.cli_args
+        defaults = {name: getattr(options, name) for name in DEFAULTS}
+        checked = read_request(
+            self.path, self._read_body(), defaults | {"temperature": options.temp}
+        )
+        body = json.dumps(checked).encode()
         self.rfile = BytesIO(body)
         self.headers.replace_header("Content-Length", str(len(body)))
         super().do_POST()
 
-    def do_GET(self) -> None:
-        """As mlx_lm's; `/health` and `/metrics` need no key, so that who watches has none."""
-        try:
-            self._require_permission(needs_key=self.path not in UNLOCKED_ROUTES)
-        except RequestRefused as refused:
-            self._refuse(refused)
-            return
-        if self.path == "/metrics":
-            self._send_body(200, self._metrics.render(), CONTENT_TYPE)
-        elif self.path == "/health" or self.path.startswith("/v1/models"):
-            super().do_GET()
-        else:
-            self._refuse(_no_route(self.path))
-
-    def do_OPTIONS(self) -> None:
-        """As mlx_lm's: what a browser asks before it lets a page of another origin ask."""
-        try:
-            self._require_permission(needs_key=False)
-        except RequestRefused as refused:
-            self._refuse(refused)
-            return
-        super().do_OPTIONS()
-
-    def _require_permission(self, *, needs_key: bool = True) -> None:
+    def _require_permission(self) -> None:
         """Raise RequestRefused where the client, or the web page that asks, may not ask."""
         options = self._generator.cli_args
-        origin = self.headers.get("Origin")
+        origin, host = self.headers.get("Origin"), self.headers.get("Host")
         if "*" not in options.allowed_origins:
             if origin is not None and origin not in options.allowed_origins:
                 raise RequestRefused(
@@ -137,23 +132,15 @@ class RegistryHandler(APIHandler):
                     f"names those that may.",
                     403,
                 )
-            if not _is_own_host(self.headers.get("Host"), options.host):
-                raise RequestRefused(
-                    f"This server is {options.host}, and the request is for "
-                    f"{self.headers.get('Host')!r:.80}.",
-                    421,
-                )
-        given = self.headers.get("Authorization", "")
-        if (
-            needs_key
-            and self._api_key is not None
-            and not hmac.compare_digest(
-                given.encode("latin-1", "replace"), f"Bearer {self._api_key}".encode()
-            )
-        ):
-            raise RequestRefused(
-                "Give the server's API key: Authorization: Bearer KEY.", 401, "invalid_api_key"
-            )
+            if not _is_own_host(host, options.host):
+                said = f"This server is {options.host}, and the request is for {host!r:.80}."
+                raise RequestRefused(said, 421)
+        if self._api_key is None or self.command == "OPTIONS" or self.path in UNLOCKED_ROUTES:
+            return
+        given = self.headers.get("Authorization", "").encode("latin-1", "replace")
+        if not hmac.compare_digest(given, f"Bearer {self._api_key}".encode()):
+            said = "Give the server's API key: Authorization: Bearer KEY."
+            raise RequestRefused(said, 401, "invalid_api_key")
 
     def _read_body(self) -> bytes:
         """The bytes of the body. Raises RequestRefused where it is not to be read."""
@@ -168,48 +155,29 @@ class RegistryHandler(APIHandler):
             raise RequestRefused(f"A request has at most {MAX_BODY_BYTES} bytes.", 413)
         return self.rfile.read(int(given))
 
-    def _defaults(self) -> dict[str, Any]:
-        """What the server's own options say where a request says nothing."""
-        options = self._generator.cli_args
-        return {
-            "max_tokens": options.max_tokens,
-            "temperature": options.temp,
-            "top_p": options.top_p,
-            "top_k": options.top_k,
-            "min_p": options.min_p,
-            "num_draft_tokens": options.num_draft_tokens,
-        }
-
-    def _refuse(self, refused: RequestRefused) -> None:
-        self.close_connection = True  # the body may not have been read
-        self._send_error_document(str(refused), refused.status, refused.code)
-
     def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
-        """Answer with the version that the request is for, or say why it is not served."""
+        """Answer with the version that the request is for. Raises RequestRefused without one."""
         names = self._follower.names
         name, _, wanted = self.requested_model.partition("@")
         name = next(iter(names)) if self.requested_model == DEFAULT_MODEL else name
         if name not in names:
-            served = ", ".join(names)
-            self._refuse(
-                _no_model(f"No model {self.requested_model!r:.80} here; served: {served}.")
+            raise _no_model(
+                f"No model {self.requested_model!r:.80} here; served: {', '.join(names)}."
             )
-            return
         try:
-            status = names[name]
-            version = self._follower.find_version(name, wanted) if wanted else status.current
+            version = self._follower.find_version(name, wanted)
         except (NestedTuneError, OSError, RuntimeError) as error:
-            self._refuse(_no_model(str(error)))
-            return
+            raise _no_model(str(error)) from error
         if len(self._generator.under_way) >= MAX_WAITING_REQUESTS:
-            self._send_error_document("Too many requests wait here. Ask again later.", 503)
+            self._send_error("Too many requests wait here. Ask again later.", 503)
             return
-        status.requests += 1
+        names[name].requests += 1
+        count_token = names[name].rate.add_token
         self._request = VersionedRequest(
             **vars(request),
             name=name,
             version=version,
-            count_token=status.rate.add_token,
+            count_token=count_token,
             is_client_gone=self._is_client_gone,
         )
         try:
@@ -234,18 +202,16 @@ class RegistryHandler(APIHandler):
         if isinstance(error, RequestRefused):
             status, code = error.status, error.code
         if self._is_streaming:
-            document = describe_error(str(error), status, code)
-            self.wfile.write(f"data: {json.dumps(document)}\n\n".encode())
+            document = json.dumps(describe_error(str(error), status, code))
+            self.wfile.write(f"data: {document}\n\n".encode())
             return
         self._headers_buffer: list[bytes] = []  # mlx_lm has written 200 there, and not sent it
-        self._send_error_document(str(error), status, code)
+        self._send_error(str(error), status, code)
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
         if self._request is not None and self._request.failure is not None:
             raise self._request.failure  # mlx_lm would say it with 404, in a shape of its own
         super()._set_completion_headers(status_code)
-        if status_code == 503:
-            self.send_header("Retry-After", str(AGAIN_AFTER_SECONDS))
         self._name_version()
 
     def _set_stream_headers(self, status_code: int = 200) -> None:
@@ -268,7 +234,7 @@ class RegistryHandler(APIHandler):
         """Name the version that answers; mlx_lm sets the headers before the rest of an answer."""
         if self._request is not None:
             self.system_fingerprint = self._request.version.version
-            self.send_header(VERSION_HEADER, self._request.version.version)
+            self.send_header("X-Adapter-Version", self.system_fingerprint)
 
     def handle_health_check(self) -> None:
         """Whether answers are generated, what is served for each name, and what is in the way.
@@ -276,11 +242,12 @@ class RegistryHandler(APIHandler):
         A registry that cannot be read is a problem, and no reason to stop a server that answers.
         """
         is_healthy = self._generator.is_healthy
-        names = {name: status.fields() for name, status in self._follower.names.items()}
-        status = "ok" if is_healthy else "unavailable"
-        problems = list(self._follower.problems.values())
-        said = {"status": status, "names": names, "problems": problems}
-        self._send_json(200 if is_healthy else 503, said)
+        said = {
+            "status": "ok" if is_healthy else "unavailable",
+            "names": {name: status.fields() for name, status in self._follower.names.items()},
+            "problems": list(self._follower.problems.values()),
+        }
+        self._send(200 if is_healthy else 503, json.dumps(said).encode())
 
     def handle_models_request(self) -> None:
         """The names, their base, and every version that can be asked for."""
@@ -288,69 +255,58 @@ class RegistryHandler(APIHandler):
         models = [
             model
             for name in self._follower.names
-            for model in (
-                name,
-                f"{name}@{BASE_VERSION}",
-                *(f"{name}@{version}" for version in self._follower.list_versions(name)),
+            for version in (
+                "",
+                f"@{BASE_VERSION}",
+                *map("@{}".format, self._follower.list_versions(name)),
             )
-            if wanted in ("", model)
+            if wanted in ("", model := f"{name}{version}")
         ]
         listed = [{"id": model, "object": "model", "created": self.created} for model in models]
-        self._send_json(200, {"object": "list", "data": listed})
+        self._send(200, json.dumps({"object": "list", "data": listed}).encode())
 
-    def _send_body(self, status_code: int, body: bytes, content_type: str) -> None:
-        self.send_response(status_code)
+    def _send(self, status: int, body: bytes, content_type: str = "application/json") -> None:
+        self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def _send_json(self, status_code: int, document: dict[str, Any]) -> None:
-        body = json.dumps(document).encode()
-        self._set_completion_headers(status_code)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-        self.wfile.flush()
-
-    def _send_error_document(self, message: str, status: int, code: str | None = None) -> None:
-        self._send_json(status, describe_error(message, status, code))
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What http.server itself refuses, such as another method, in the shape of all errors."""
-        status = 405 if code == HTTPStatus.NOT_IMPLEMENTED else code
-        body = json.dumps(describe_error(message or HTTPStatus(status).phrase, status)).encode()
-        self.close_connection = True
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            self.send_header("Retry-After", str(AGAIN_AFTER_SECONDS))
+        if hasattr(self, "headers"):  # they could be read
+            self._set_cors_headers()
+        self._name_version()
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
 
+    def _send_error(self, message: str, status: int, code: str | None = None) -> None:
+        self._send(status, json.dumps(describe_error(message, status, code)).encode())
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What http.server itself refuses, such as another method, in the shape of all errors."""
+        status = 405 if code == HTTPStatus.NOT_IMPLEMENTED else code
+        self.close_connection = True
+        self._send_error(message or HTTPStatus(status).phrase, status)
+
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Nothing: http.server calls it when an answer begins."""
 
-    def _log_ended_request(self) -> None:
-        """One line a request, in which a client's control characters are escaped."""
-        request, seconds = self._request, time.monotonic() - self._began
-        version = None if request is None else request.version.version
+    def _note_ended_request(self, seconds: float) -> None:
+        """Count a question, and log any request in one line with control characters escaped."""
+        name = None if self._request is None else self._request.name
+        version = None if self._request is None else self._request.version.version
+        if self.command == "POST":
+            self._metrics.note_request(name, self._status, seconds)
         fields = {
             "client": self.address_string(),
             "request": escape(self.requestline),
             "status": self._status,
             "seconds": round(seconds, 4),
-            "adapter": None if request is None else request.name,
+            "adapter": name,
             "version": version,
         }
-        answered = "" if version is None else f" {fields['adapter']}@{shorten_digest(version)}"
-        logging.info(
-            "%s %s %s%s %.3f s",
-            *(fields[key] for key in ("client", "request", "status")),
-            answered,
-            seconds,
-            extra=fields,
-        )
+        answered = "" if version is None else f" {name}@{shorten_digest(version)}"
+        said = f"{fields['client']} {fields['request']} {self._status}{answered} {seconds:.3f} s"
+        logging.info("%s", said, extra=fields)
 
     def log_message(self, format: str, *args: Any) -> None:
         """What http.server tells of a connection, such as that it timed out."""
