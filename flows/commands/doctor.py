@@ -38,7 +38,7 @@ def add_commands(commands: Any) -> None:
         type=Path,
         default=Path("registry"),
         metavar="DIR",
-        help="whose champions and housekeeping are checked (default: registry)",
+        help="whose champions are checked (default: registry)",
     )
 
 
