@@ -69,7 +69,7 @@ class VersionedRequest(CompletionRequest):
     failure: Exception | None = field(default=None, init=False)
 
 
-class UnfinishedPromptCache(LRUPromptCache):
+class PartialPromptCache(LRUPromptCache):
     """mlx_lm's prompt cache, which leaves at least the last token of a prompt to be computed.
 
     Where a prompt is exactly one that was cached, mlx_lm's leaves none, and its batches refuse a

@@ -20,7 +20,7 @@ from nested_core.errors import ConfigError
 from nested_core.models.base_model import find_model_folder
 from nested_core.registry import VerifiedVersion, read_champion, read_verified_version
 from nested_core.rooms.serve.engine import (
-    UnfinishedPromptCache,
+    PartialPromptCache,
     VersionedGenerator,
     VersionProvider,
 )
@@ -113,7 +113,7 @@ def starting_server(settings: ServeSettings) -> Iterator[RunningServer]:
     options = argparse.Namespace(**vars(settings.options) | of_the_registry)
     maybe_set_recommended_wired_limit()
     with _listen(options.host, options.port) as http:
-        cache = UnfinishedPromptCache(options.prompt_cache_size)
+        cache = PartialPromptCache(options.prompt_cache_size)
         generator = VersionedGenerator(VersionProvider(options, cache), cache)
         follower = ChampionFollower(settings.registry, base, generator)
         try:

@@ -1,4 +1,4 @@
-"""serve, asked what hypothesis draws; tests/reliability/test_hostile_serving.py asks it more."""
+"""serve, asked what hypothesis draws; test_hostile_serving.py asks it more."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.hostile_requests import ask_over_two_swaps
+from tests.rooms.serve.hostile_requests import ask_over_two_swaps
 
 
 @pytest.mark.slow("sixty requests over two swaps")

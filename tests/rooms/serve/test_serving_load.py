@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.serving_load import ASKED_BY_CLIENTS, SHAPES, hammer
+from tests.rooms.serve.serving_load import ASKED_BY_CLIENTS, SHAPES, hammer
 
 pytestmark = pytest.mark.reliability
 

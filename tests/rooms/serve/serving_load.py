@@ -1,7 +1,7 @@
 """Requests by the thousand to a server whose champion changes under them, each answer compared.
 
-    python -m tests.reliability.serving_load --requests 10000 --swaps 50
-    python -m tests.reliability.serving_load --requests 2000 --swaps 20 --size 0.5B
+    python -m tests.rooms.serve.serving_load --requests 10000 --swaps 50
+    python -m tests.rooms.serve.serving_load --requests 2000 --swaps 20 --size 0.5B
 
 First each version is asked each question twice, one request at a time, the second time with a
 cached prompt. Then clients ask without a pause, and after so many answers the next version is

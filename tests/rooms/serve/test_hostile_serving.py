@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.example import MODEL
-from tests.reliability.hostile_requests import ask_over_two_swaps
+from tests.rooms.serve.hostile_requests import ask_over_two_swaps
 from tests.rooms.serve.versions import make_base, record_canary, write_version_run
 
 pytestmark = pytest.mark.reliability
