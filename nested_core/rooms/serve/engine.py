@@ -135,7 +135,8 @@ class VersionProvider(ModelProvider):
         version: ServedVersion = adapter_path
         key = (self.cli_args.model, version.label, self.cli_args.draft_model)
         if self.model_key != key:
-            self.model, self.model_key = version.build_model(self.base), key
+            self.model = version.build_model(self.base)
+            self.model_key = key
             if self.has_retired_version:
                 self._prompt_cache.trim_to(n_sequences=0)
                 self.has_retired_version = False

@@ -44,6 +44,11 @@ class AnswerText:
         text, self._held_back = self._held_back[:shown], self._held_back[shown:]
         return text
 
+    def advance(self, token: int) -> bool:
+        """Whether the answer ends with one more token: what mlx_lm asks of a matcher."""
+        self.add(token)
+        return self.is_ended
+
     def finish(self) -> str:
         """The rest of the text, where no token follows."""
         self._detokenizer.finalize()
@@ -60,19 +65,9 @@ class StopTexts:
     tokenizer: Any
     stops: Sequence[str]
 
-    def matcher(self) -> _StopTextMatcher:
+    def matcher(self) -> AnswerText:
         """For one answer."""
-        return _StopTextMatcher(AnswerText(self.tokenizer, self.stops))
-
-
-@dataclass(frozen=True)
-class _StopTextMatcher:
-    text: AnswerText
-
-    def advance(self, token: int) -> bool:
-        """Whether the answer ends with this token."""
-        self.text.add(token)
-        return self.text.is_ended
+        return AnswerText(self.tokenizer, self.stops)
 
 
 def cut_answer(responses: Iterable[Response], answer: AnswerText) -> Iterator[Response]:
