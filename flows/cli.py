@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -107,7 +108,6 @@ COMMANDS = {
     "reports": ("report", "runs", "compare", "card"),
     "evaluation": ("evaluate",),
     "chat": ("chat",),
-    "serving": ("serve",),
     "registry": (
         *("registry", "promote", "rollback", "history", "audit", "gc"),
         *("export-mlflow", "policy", "forget"),
@@ -117,14 +117,28 @@ COMMANDS = {
     "deployment": ("deploy",),
     "doctor": ("doctor",),
 }
+# The commands of each room, in flows/rooms/ROOM/command.py; a room may have been deleted.
+ROOM_COMMANDS = {"serve": ("serve",)}
+
+
+def list_command_modules() -> dict[str, tuple[str, ...]]:
+    """The commands of each module that is there."""
+    core = {f"flows.commands.{module}": names for module, names in COMMANDS.items()}
+    rooms = {
+        f"flows.rooms.{room}.command": names
+        for room, names in ROOM_COMMANDS.items()
+        if Path(__file__).with_name("rooms").joinpath(room, "command.py").is_file()
+    }
+    return core | rooms
 
 
 def build_parser(command: str | None = None) -> _Parser:
     """The parser of all commands; where `command` is one of them, of those of its module alone."""
-    own = [module for module, names in COMMANDS.items() if command in names]
+    every = list_command_modules()
+    own = [module for module, names in every.items() if command in names]
     # Importing takes long enough for a person to press Ctrl-C.
     with collecting_no_garbage():
-        modules = [import_module(f"flows.commands.{name}") for name in own or COMMANDS]
+        modules = [import_module(module) for module in own or every]
 
     parser = _Parser(
         prog="nested-tune",
@@ -218,9 +232,13 @@ def _run_under_parent() -> int:
 
 def _refuse_unknown_command(given: str) -> None:
     """Name the command that was meant, where the first word is none."""
-    commands = [name for names in COMMANDS.values() for name in names]
+    commands = [name for names in list_command_modules().values() for name in names]
     if given.startswith("-") or given in commands:
         return
+    if room := next((room for room, names in ROOM_COMMANDS.items() if given in names), None):
+        raise ConfigError(
+            f"`{given}` is a command of the room {room}, which is not installed here."
+        )
     close = difflib.get_close_matches(given, commands, n=1)
     meant = f"; did you mean {close[0]}?" if close else "."
     raise ConfigError(f"there is no command {given}{meant} `nested-tune --help` lists them all.")

@@ -24,15 +24,15 @@ from nested_core.config.section_base import Section
 from nested_core.config.sections import AdapterName
 from nested_core.errors import DamagedError
 from nested_core.records.outcome_names import Outcome
-from nested_core.registry import list_names
+from nested_core.registry import list_names, read_champion_changes
 from nested_core.registry.folders import name_exists
+from nested_core.registry.ledger import describe_author
 from nested_core.text.digest_format import shorten_digest
 from tasks.champion_artifacts import had_champion, publish_champion_if_changed
 from tasks.night_artifacts import publish_nights
 from tasks.promote import check_champion
 from tasks.promote import promote_missed as reconcile_name
 from tasks.retrying import exception_of
-from tasks.serving import announce_servers, describe_rollback
 
 
 class ReconcileParameters(Section):
@@ -78,7 +78,7 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
     dead = end_dead_runs()
     tidy_run_list()
     sound = [name for name in names if checked[name].is_completed()]
-    rollbacks, servers_behind = _bring_pages_up_to_date(registry, sound)
+    rollbacks = _bring_pages_up_to_date(registry, sound)
     damage, other_problems = _find_problems(registry, decided, checked, absent)
     if damage:
         return Failed(name=Outcome.DAMAGED, message="; ".join(damage + other_problems))
@@ -99,7 +99,7 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
     message = f"promoted: {', '.join(promoted) or 'nothing'}"
     if absent:  # the hour comes before an adapter's first night
         message += f"; nothing is registered yet as {', '.join(absent)}"
-    message += "".join(f"; {sentence}" for sentence in rollbacks + servers_behind)
+    message += "".join(f"; {sentence}" for sentence in rollbacks)
     if long_runs:
         message += f"; take far longer than the runs before them: {', '.join(long_runs)}"
     if dead:
@@ -137,20 +137,28 @@ def _find_problems(
     return list(dict.fromkeys(damage)), list(dict.fromkeys(other))
 
 
-def _bring_pages_up_to_date(registry: Path, names: Sequence[str]) -> tuple[list[str], list[str]]:
+def _bring_pages_up_to_date(registry: Path, names: Sequence[str]) -> list[str]:
     """Publish the pages of champions that were changed elsewhere, and of nights that crashed.
 
-    Returns the rollbacks that no page had yet, and the servers that do not follow; a sentence each.
+    Returns a sentence for each rollback that no page had yet.
     """
     rollbacks: list[str] = []
-    servers_behind: list[str] = []
     for name in names:
         publish_nights(name)
         try:
             is_news = publish_champion_if_changed(registry, name)
-            if is_news and (rollback := describe_rollback(registry, name)) is not None:
+            if is_news and (rollback := _describe_rollback(registry, name)) is not None:
                 rollbacks.append(rollback)
-            servers_behind += announce_servers(registry, name)
         except Exception as error:  # of the server or the way to it; nothing depends on a page
             get_run_logger().warning("The page of %s's champion was not read: %s", name, error)
-    return rollbacks, servers_behind
+    return rollbacks
+
+
+def _describe_rollback(registry: Path, name: str) -> str | None:
+    """Who went back to the champion that stands now; None where it was promoted."""
+    changes = read_champion_changes(registry, name)
+    if not changes or changes[-1].action != "rollback":
+        return None
+    last = changes[-1]
+    author = describe_author(last.fields())
+    return f"{name}: rolled back to {shorten_digest(str(last.version))} by {author}"

@@ -3,8 +3,8 @@
 finetune.py, promote.py and sweep.py are the tasks, retrying.py says what is tried again. Pages are
 published by night_artifacts.py, champion_artifacts.py and training_progress.py through
 artifact_client.py; events.py sends an adapter's events, for the registries that
-deployed_registries.py finds. serving.py looks at servers, prefect_server.py asks Prefect's, and
-log_text.py escapes what logs show.
+deployed_registries.py finds. prefect_server.py asks Prefect's server, and log_text.py escapes what
+logs show.
 """
 
 from nested_core import backend

@@ -99,7 +99,7 @@ def publish_champion(registry: Path, name: str) -> None:
 
 
 def publish_champion_if_changed(registry: Path, name: str) -> bool:
-    """Publish the page where the one on the server is of another champion or of other servers.
+    """Publish the page where the one on the server is of another champion.
 
     Returns whether the server had a page, and of another champion.
     """
@@ -108,9 +108,7 @@ def publish_champion_if_changed(registry: Path, name: str) -> bool:
         return False
     page = _read_newest_page(name)
     is_other = page is not None and not str(page.description).startswith(shorten_digest(version))
-    servers = ChampionRecord.read(registry, name, version).describe_servers()
-    shown = "" if page is None else str(page.data)
-    if page is None or is_other or not all(escape_markdown(text) in shown for text in servers):
+    if page is None or is_other:
         publish_champion(registry, name)
     return is_other
 

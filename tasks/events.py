@@ -1,4 +1,4 @@
-"""The events of an adapter: of runs, of servers, and one for each line of its history.
+"""The events of an adapter: of runs, and one for each line of its history.
 
 An event is a hint that can get lost or come twice: nothing is decided by one. Those of the history
 have an id of their line, which holds the hash of the line before, and so of the first: no other
@@ -18,17 +18,13 @@ from uuid import UUID, uuid5
 from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.events import Event, emit_event
-from prefect.exceptions import ObjectNotFound
 
 from nested_core import registry
 from nested_core.registry.ledger import Action
-from nested_core.registry.serving_status import read_serving_records
 from tasks.deployed_registries import why_silent
 from tasks.prefect_server import asking_server, named_resource, read_events, related_resource
 
-Happening = Literal["verified", "rejected", "served", "not_followed", "unusual", "week"]
-SERVED: Literal["served"] = "served"
-NOT_FOLLOWED: Literal["not_followed"] = "not_followed"
+Happening = Literal["verified", "rejected", "unusual", "week"]
 HAPPENING_BY_ACTION: dict[Action, str] = {
     "promote": "promoted",
     "rollback": "rolled_back",
@@ -41,11 +37,10 @@ HAPPENING_BY_ACTION: dict[Action, str] = {
 # How long ago a change may have been that the server is told of: it keeps events for a week, and
 # what it has dropped is not to be told again.
 MAX_AGE = timedelta(days=1)
-# Until when a change is news, which alerts are sent for and servers looked at: two hourly looks.
+# Until when a change is news, which alerts are sent for: two hourly looks.
 NEWS_AGE = timedelta(hours=2)
 NEWS_LABEL = {"nested-tune.news": "yes"}
 MAX_EVENTS = 50  # that the server answers at once
-LOOK_ROLE = "look-at-servers"  # of the deployment that automations.yaml runs after a change
 PAYLOAD_FIELDS = ("version", "previous", "by", "reason", "before", "after")
 NAMESPACE = UUID("6b1d2c52-6a0e-4d56-9d0b-6f1d6d2f8f3a")
 
@@ -93,26 +88,8 @@ def send_missing_events(client: SyncPrefectClient, path: Path, name: str) -> str
         return None
     if (reason := why_silent(client, path, name)) is not None:
         return reason
-    look = _find_look_at_servers(client, path, name)
-    for event in missing:
-        if event["resource"].items() >= NEWS_LABEL.items():
-            event["related"] += look
     client.request("POST", "/events", json=missing).raise_for_status()
     return None
-
-
-def _find_look_at_servers(client: SyncPrefectClient, path: Path, name: str) -> list[dict[str, str]]:
-    """The deployment that automations.yaml runs a minute after a change; none without a server.
-
-    Whether the servers of the adapter have followed is for `reconcile` to see.
-    """
-    if not read_serving_records(path / name):
-        return []
-    try:
-        deployment = client.read_deployment_by_name(f"reconcile/{name}-hourly")
-    except ObjectNotFound:
-        return []
-    return [related_resource(f"prefect.deployment.{deployment.id}", LOOK_ROLE)]
 
 
 def adapter_resource(name: str) -> dict[str, str]:

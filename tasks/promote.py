@@ -17,7 +17,6 @@ from tasks.champion_artifacts import publish_champion
 from tasks.events import announce_changes
 from tasks.prefect_server import tolerating_server_outage
 from tasks.retrying import REGISTRY_RETRY_DELAYS, retried_task
-from tasks.serving import await_servers
 
 
 @retried_task("promote", "promote {section.name} {version:.12}", REGISTRY_RETRY_DELAYS)
@@ -142,6 +141,5 @@ def _announce_promotion(path: Path, name: str, done: Decision) -> Decision:
     get_run_logger().info("%s %s: %s", name, shorten_digest(done.version), done.sentence)
     if done.outcome in ("promoted", "rolled_back"):
         announce_changes(path, name)
-        await_servers(path, name, done.version)
         publish_champion(path, name)
     return done

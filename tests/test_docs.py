@@ -106,7 +106,7 @@ def test_the_page_of_public_names_is_what_the_docstrings_say() -> None:
 def test_the_page_of_the_command_line_is_what_the_parser_says() -> None:
     page = run_tool("make_command_line.py")["render_page"]()
     assert page == (DOCS / "command-line.md").read_text(), "run `make docs`"
-    assert page.count("whose servers") == 1
+    assert page.count("whose champions are checked") == 1
     assert page.count("| `--registry DIR` | where NAME is looked for") == 1, "shared flags, once"
 
 

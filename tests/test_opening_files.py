@@ -35,7 +35,6 @@ EXCEPTIONS = {
         "imports nothing of ours: adapters as mlx_lm reads them",
     ),
     "nested_core/data/lines/word_ngrams.py": (1, "bytes that were read strictly before"),
-    "nested_core/registry/serving_status.py": (1, "an address, by HTTP"),
     "nested_core/kernels/cuda/kernel_launch.py": (1, "a file of this package"),
     "nested_core/data/sources/split_files.py": (2, "writes files in a new folder"),
     "nested_core/data/tokens/tokenized_split.py": (1, "writes a file in a new folder"),

@@ -8,10 +8,9 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from packaging.requirements import Requirement
 
@@ -20,9 +19,6 @@ from flows.deployment.check import Check
 from flows.terminal.console import print_table
 from nested_core.errors import NestedTuneError
 from nested_core.text.digest_format import shorten_digest
-
-if TYPE_CHECKING:
-    from nested_core.registry.serving_status import ServingRecord
 
 MIN_FREE_DISK_BYTES = 2 * 10**9
 
@@ -42,7 +38,7 @@ def add_commands(commands: Any) -> None:
         type=Path,
         default=Path("registry"),
         metavar="DIR",
-        help="whose servers are checked (default: registry)",
+        help="whose champions are checked (default: registry)",
     )
 
 
@@ -61,7 +57,6 @@ def run_doctor(arguments: argparse.Namespace) -> Callable[[], int]:
     checks = [
         *(check() for check in looks),
         *_iterate_champion_checks(arguments.registry),
-        *_iterate_serving_checks(arguments.registry),
         *_iterate_housekeeping_checks(arguments.registry),
     ]
     if os.environ.get("PREFECT_API_URL"):
@@ -195,35 +190,6 @@ def _iterate_housekeeping_checks(registry: Path) -> Iterator[Check]:
             yield Check(f"housekeeping {name}", False, str(error), "nested-tune audit")
         else:
             yield Check(f"housekeeping {name}", True, plan.describe())
-
-
-def _iterate_serving_checks(registry: Path) -> Iterator[Check]:
-    """For each name that servers say they serve, whether each one follows its champion."""
-    from nested_core.registry.serving_status import SERVING_FOLDER_NAME, read_serving_records
-
-    for folder in sorted(path.parent for path in registry.glob(f"*/{SERVING_FOLDER_NAME}")):
-        for file, record in read_serving_records(folder).items():
-            yield _check_server(folder, file, record)
-
-
-def _check_server(folder: Path, file: str, record: ServingRecord) -> Check:
-    from nested_core.registry import read_champion
-    from nested_core.registry.serving_status import SERVING_FOLDER_NAME
-
-    name = f"serve {folder.name}"
-    if not record.is_alive(datetime.now(UTC)):
-        seen = f"{record.address}: not heard of since {record.heartbeat}"
-        mend = f"start it again; or remove {folder / SERVING_FOLDER_NAME / file}"
-        return Check(name, False, seen, mend)
-    try:
-        champion = read_champion(folder.parent, folder.name)
-    except NestedTuneError as error:
-        return Check(name, False, f"{record.address}: the champion cannot be read: {error}")
-    seen = f"{record.address}: {shorten_digest(record.version)} since {record.since}"
-    if record.version == champion:
-        return Check(name, True, seen)
-    reason = (record.refused or {}).get("reason", "it has not followed yet; look at its log")
-    return Check(name, False, f"{seen}; champion is {shorten_digest(champion or 'none')}", reason)
 
 
 def _check_disk() -> Check:

@@ -42,6 +42,7 @@ def describe_commands(summaries: Mapping[str, Mapping[str, str]]) -> str:
     groups = [
         "\n".join([f"{title}:", *(f"  {name:<{width}}{line}" for name, line in names.items())])
         for title, names in summaries.items()
+        if names
     ]
     return "\n\n".join(groups)
 

@@ -131,12 +131,6 @@ def add_commands(commands: Any) -> None:
         "(without FILE none)",
     )
     policy.add_argument(
-        "--canary",
-        choices=("refuse", "rollback", "null"),
-        help="what a server does with a champion that fails its canary: recorded answers that it "
-        "has to repeat before it is served (null: refuse)",
-    )
-    policy.add_argument(
         "--reference",
         metavar="VERSION|nights:N",
         help="version that no automatic promotion may be worse than, within a margin (null: none)",
@@ -180,7 +174,6 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.pipeline.publishing import read_config_for_registry, register_and_promote_run
     from nested_core.registry import UNSET
     from nested_core.registry.promotion_policy import describe_promotion
-    from nested_core.registry.serving_status import await_configured
 
     run = RunDirectory(arguments.run_dir)
     config = read_config_for_registry(run, arguments.registry, arguments.name)
@@ -205,8 +198,6 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
             f"{run.report}. To go back: nested-tune rollback {arguments.name} --registry "
             f"{arguments.registry}"
         )
-    if done.outcome == "promoted":
-        print_progress(*await_configured(config.registry, done.version))
     print_change = _print_change(arguments, done)
 
     def finish() -> int:
@@ -252,7 +243,6 @@ def run_policy(arguments: argparse.Namespace) -> Callable[[], int]:
         bound = policy.max_val_loss_increase
         rows.append(("max_val_loss_increase", "as configured" if bound is None else f"{bound:g}"))
         rows += [(f"eval set {task.name}", f"{task.score}, {task.file}") for task in policy.tasks]
-        rows.append(("canary", policy.canary or "refuse"))
         rows.append(("reference", policy.reference or "none"))
         print_table(("key", "at least"), rows, title=f"{arguments.name}: policy")
         if policy.promote == "always" and policy.reference is None:
@@ -265,7 +255,7 @@ def run_policy(arguments: argparse.Namespace) -> Callable[[], int]:
 def _read_policy_changes(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keys that the flags change; `null` leaves a key to the run."""
     changes: dict[str, Any] = {}
-    for key in ("promote", "canary", "reference"):
+    for key in ("promote", "reference"):
         if (value := getattr(arguments, key)) is not None:
             changes[key] = None if value == "null" else value
     if (bound := arguments.max_val_loss_increase) is not None:

@@ -543,9 +543,6 @@ class RegistrySection(Section):
     )
     require_validation: bool = key(True, "promote nothing that was not validated")
     keep_data: bool = key(True, "keep the examples of registered versions, for replay and the gate")
-    await_serving: PositiveFloat | None = key(
-        None, "seconds that a promotion waits for the servers of the name to follow", le=600
-    )
 
     def find_conflicts(self) -> Iterator[str]:
         """Path, name and what is promoted agree."""

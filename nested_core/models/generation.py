@@ -187,14 +187,14 @@ class _UnfinishedAnswer:
     @property
     def has_stopped(self) -> bool:
         """Whether its text has come to a stop."""
-        return any(text in self.detokenizer.text for text in self.stop)
+        return find_stop(self.detokenizer.text, self.stop)[0]
 
     def finish(self) -> Answer:
         """The answer, cut off at the first stop."""
         self.detokenizer.finalize()
         text: str = self.detokenizer.text
-        is_endless = self.is_endless and not self.has_stopped
         ends = [position for stop in self.stop if (position := text.find(stop)) >= 0]
+        is_endless = self.is_endless and not ends
         is_repeated = (
             len(self.tokens) >= MIN_TOKENS_OF_REPEATED_ANSWER and len(set(self.tokens)) == 1
         )
@@ -205,6 +205,24 @@ class _UnfinishedAnswer:
             is_repeated,
             _count_repeated_tokens(self.tokens),
         )
+
+
+def find_stop(text: str, stops: Sequence[str]) -> tuple[bool, int]:
+    """Whether an unfinished answer ends at a stop text, and how many characters can be shown.
+
+    The answer ends before the stop text that begins first, so that one which is complete waits for
+    a longer one that began before it: of "riga" and "g" with the text "rig" nothing is shown yet.
+    """
+    starts = [start for stop in stops if (start := text.find(stop)) >= 0]
+    longest = max(map(len, stops), default=0)
+    possible = (
+        start
+        for start in range(max(0, len(text) - longest + 1), len(text))
+        if any(stop.startswith(text[start:]) for stop in stops)
+    )
+    first_possible = next(possible, len(text))
+    shown = min([*starts, first_possible])
+    return bool(starts) and min(starts) <= first_possible, shown
 
 
 def _count_repeated_tokens(tokens: Sequence[int]) -> int:

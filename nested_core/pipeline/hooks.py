@@ -18,7 +18,6 @@ from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.registry import Decision
 from nested_core.registry.promotion_policy import promote_by_policy
-from nested_core.registry.serving_status import await_configured
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_clock
 from nested_core.text.foreign_text import escape
@@ -103,11 +102,7 @@ class Steps:
 
     def promote(self, config: FineTuneConfig, version: str, champion: str | None) -> Decision:
         """Promote the version as `registry.promote` says; return what became of it."""
-        done = promote_by_policy(config.registry, version, champion)
-        if done.outcome == "promoted":
-            for sentence in await_configured(config.registry, version):
-                self.on_message(sentence)
-        return done
+        return promote_by_policy(config.registry, version, champion)
 
 
 Hooks = Steps  # its name in programs that were written before

@@ -4,13 +4,13 @@ A version never changes once it is registered. What is done to a name is a line 
 and the history decides: the link `champion`, champion.json and policy.json are views of it. Every
 writer of these holds the folder's lock, and first finishes what a crash cut short; a reader of
 several files holds it shared, and `read_champion`, `list_versions` and `read_version_losses` take
-none. Servers write their own files in serving/.
+none.
 
 ledger.py is the history, history_views.py the folder under its lock with the views, versions.py a
 version, judgements.py its later verdicts, data_store.py its examples. registration.py adds a
 version, promote_and_rollback.py and declines.py are what is done to a name, garbage_collection.py
 removes, queries.py and audit_report.py read, policy.py is what a name asks for at least.
-adapter_card.py writes the model card of a version, and serving_status.py reads what servers say.
+adapter_card.py writes the model card of a version.
 promotion_policy.py decides a promotion by policy, trials.py knows which runs need not be made
 again, and mlflow_export.py makes the copy for MLflow: these are imported where they are used.
 """

@@ -35,8 +35,6 @@ class RegistryPolicy(BaseModel):
     promote: as registry.promote. Of `approve` in one and `better` in the other both count.
     max_val_loss_increase: as gate.max_val_loss_increase.
     tasks: as gate.tasks, with absolute paths.
-    canary: what a server does with a champion that fails its canary: refuse it for itself (null is
-        the same), or roll back too.
     reference: the version that no automatic promotion may be worse than by more than one margin:
         its digest, or `nights:N` for the champion of N promotions ago; null asks for none.
     """
@@ -45,7 +43,6 @@ class RegistryPolicy(BaseModel):
     promote: PromotionMode | None = None
     max_val_loss_increase: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     tasks: tuple[TaskSection, ...] = ()
-    canary: Literal["refuse", "rollback"] | None = None
     reference: str | None = Field(
         default=None, pattern=rf"^({NIGHTS_PREFIX}[1-9][0-9]{{0,3}}|[0-9a-f]{{64}})$"
     )
@@ -116,7 +113,8 @@ def set_policy(registry: Path, name: str, *, by: str, changes: Mapping[str, Any]
         wanted = changes.get("reference")
         if isinstance(wanted, str) and not wanted.startswith(NIGHTS_PREFIX):
             changes = {**changes, "reference": resolve_version(held.path, wanted, held.ledger)}
-        policy = _check_policy((before or RegistryPolicy().fields()) | dict(changes))
+        earlier = policy_of(held.path, held.ledger) or RegistryPolicy()
+        policy = _check_policy(earlier.fields() | dict(changes))
         if before != policy.fields():
             held.record("policy", held.champion, by, before=before, after=policy.fields())
     return policy
@@ -206,9 +204,10 @@ def find_looser_bounds(
 
 
 def _parse_policy(fields: Mapping[str, Any], path: Path) -> RegistryPolicy:
+    kept = {key: value for key, value in fields.items() if key != "canary"}  # 0.2.0 wrote it
     try:
         return RegistryPolicy.model_validate(
-            {**fields, "tasks": tuple(_parse_task(task) for task in fields.get("tasks", ()))}
+            {**kept, "tasks": tuple(_parse_task(task) for task in fields.get("tasks", ()))}
         )
     except (ValidationError, TypeError) as error:
         problem = describe_first_problem(error) if isinstance(error, ValidationError) else error

@@ -262,8 +262,10 @@ def _decide_by_recorded_policy(
 def recorded_section(registry: Path, name: str, candidate: Judgement) -> RegistrySection:
     """The section that came with a version's verdict; DamagedError where it is none."""
     location = {"path": str(registry), "name": name}
+    recorded = dict(candidate.facts.policy or {})
+    recorded.pop("await_serving", None)  # which 0.2.0 recorded for servers to be waited for
     try:
-        return RegistrySection.model_validate((candidate.facts.policy or {}) | location)
+        return RegistrySection.model_validate(recorded | location)
     except ValidationError as error:
         place = version_folder(registry, name, candidate.version)
         raise DamagedError(

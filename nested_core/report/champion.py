@@ -12,7 +12,6 @@ from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.records.verdict_table import check_table
 from nested_core.registry import history, read_version_losses
 from nested_core.registry.ledger import describe_author
-from nested_core.registry.serving_status import describe_server, read_servers
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.report.generations import tabulate_generations
 from nested_core.text.digest_format import shorten_digest
@@ -54,11 +53,6 @@ class ChampionRecord:
         """The name of the run's folder."""
         return PurePath(str(self.provenance.get("run_dir"))).name
 
-    def describe_servers(self) -> list[str]:
-        """A sentence for each server of the name: since when it serves this, or why it does not."""
-        servers = read_servers(self.registry, self.name)
-        return [describe_server(server, self.version) for server in servers]
-
 
 def describe_champion(champion: ChampionRecord) -> Document:
     """The champion, its verdict, what it was made of, and the champions before it."""
@@ -67,7 +61,6 @@ def describe_champion(champion: ChampionRecord) -> Document:
     parent, dataset = provenance.get("parent"), provenance.get("dataset_digest")
     facts = [
         ("Loss at its verdict", champion.verdict.describe_losses()),
-        *(("Server", text) for text in champion.describe_servers()),
         ("Registered (UTC)", _describe_time(provenance.get("registered_at"))),
         ("Run folder", str(provenance.get("run_dir"))),
         ("Data set", f"{config.get('data')}, {shorten_digest(dataset or 'unknown')}"),

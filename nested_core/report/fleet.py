@@ -1,4 +1,4 @@
-"""Every name of a registry in a row: champion, since when, its loss, last change and servers."""
+"""Every name of a registry in a row: champion, since when, its loss and last change."""
 
 from __future__ import annotations
 
@@ -11,22 +11,20 @@ from nested_core.errors import DamagedError
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry import list_names
 from nested_core.registry.history_views import reading
-from nested_core.registry.serving_status import ServerStatus, describe_server, read_servers
 from nested_core.registry.versions import version_folder
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.loss_format import format_loss
 
-COLUMNS = ("name", "champion", "since (UTC)", "loss", "last change (UTC)", "served")
+COLUMNS = ("name", "champion", "since (UTC)", "loss", "last change (UTC)")
 
 
 @dataclass(frozen=True)
 class NameStatus:
-    """What a registry and its servers say of one name.
+    """What a registry says of one name.
 
     champion, since: the version, and when it became champion; None before the first promotion.
     loss, file: of the champion, in nats/token, on what it was judged by when it was registered.
     last_action, last_time: of the newest line of the history.
-    servers: what each server says that was heard of within a minute.
     problem: why the name cannot be read; the rest is empty then.
     """
 
@@ -37,7 +35,6 @@ class NameStatus:
     file: str | None = None
     last_action: str | None = None
     last_time: str | None = None
-    servers: tuple[ServerStatus, ...] = ()
     problem: str | None = None
 
     @classmethod
@@ -51,7 +48,6 @@ class NameStatus:
             if champion is not None:
                 verdict = read_verdict(version_folder(registry, name, champion) / GATE_NAME)
                 validation = verdict.validation
-            servers = tuple(read_servers(registry, name))
         except DamagedError as error:
             return cls(name, problem=str(error))
         last = entries[-1] if entries else None
@@ -63,7 +59,6 @@ class NameStatus:
             None if validation is None else validation.file,
             None if last is None else last.action,
             None if last is None else last.time,
-            servers,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -73,12 +68,11 @@ class NameStatus:
     def cells(self) -> tuple[str | None, ...]:
         """The row of a table, under COLUMNS."""
         if self.problem is not None:
-            return (self.name, "damaged", None, None, None, None)
+            return (self.name, "damaged", None, None, None)
         champion = None if self.champion is None else shorten_digest(self.champion)
         loss = None if self.loss is None else format_loss(self.loss)
         last = None if self.last_time is None else f"{self.last_action} {_minute(self.last_time)}"
-        served = "; ".join(describe_server(each, str(self.champion)) for each in self.servers)
-        return (self.name, champion, _minute(self.since), loss, last, served or None)
+        return (self.name, champion, _minute(self.since), loss, last)
 
 
 def _minute(time: str | None) -> str | None:

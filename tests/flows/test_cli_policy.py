@@ -36,7 +36,7 @@ def policy(folder: Path, *words: object) -> Ended:
 
 def test_a_policy_is_shown_set_and_recorded(folder: Path) -> None:
     assert "as configured" in policy(folder).stdout
-    bounds = ("--promote", "approve", "--max-val-loss-increase", "0.02", "--canary", "rollback")
+    bounds = ("--promote", "approve", "--max-val-loss-increase", "0.02")
     done = policy(folder, *bounds, "--tasks", "suites.yaml")
     assert done.code == 0, done.stderr
     shown = policy(folder, "--json").document
@@ -46,7 +46,6 @@ def test_a_policy_is_shown_set_and_recorded(folder: Path) -> None:
         "policy": {
             "promote": "approve",
             "max_val_loss_increase": 0.02,
-            "canary": "rollback",
             "reference": None,
         },
     }
@@ -78,9 +77,9 @@ def test_a_file_of_questions_is_a_suite_scored_by_what_it_contains(
 
 
 def test_null_and_no_file_leave_a_key_to_the_run(folder: Path) -> None:
-    policy(folder, "--promote", "never", "--tasks", "suites.yaml", "--canary", "refuse")
-    done = policy(folder, "--promote", "null", "--tasks", "--canary", "null", "--json")
-    bounds = {"promote": None, "max_val_loss_increase": None, "canary": None, "reference": None}
+    policy(folder, "--promote", "never", "--tasks", "suites.yaml")
+    done = policy(folder, "--promote", "null", "--tasks", "--json")
+    bounds = {"promote": None, "max_val_loss_increase": None, "reference": None}
     assert done.document["policy"] == bounds | {"tasks": []}
     assert len([x for x in history(folder / "registry", NAME) if x["action"] == "policy"]) == 2
 

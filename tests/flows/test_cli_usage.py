@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from flows import cli
 from tests.example import DATA, write_config
 from tests.flows.conftest import Ended, called
 
@@ -124,6 +125,16 @@ def test_a_wrong_command_line_is_one_paragraph_and_exit_2(wrong, folder, case) -
 def test_a_wrong_configuration_names_every_key(misconfigured: dict[str, Ended], case: str) -> None:
     assert misconfigured[case].code == 2
     assert all(words in misconfigured[case].message() for words in CONFIGS[case][1])
+
+
+def test_a_command_of_a_room_that_was_deleted_names_the_room(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "ROOM_COMMANDS", {"music": ("play",)})
+    assert cli.main(["play"]) == 2
+    said = "`play` is a command of the room music, which is not installed here."
+    assert said in capsys.readouterr().err.replace("\n", " ")
+    assert "\nServe:" not in cli.build_parser().format_help()
 
 
 def test_without_a_command_the_help_says_where_to_start(nested_tune: Run) -> None:

@@ -85,7 +85,7 @@ def test_no_training_holds_a_lease_that_a_server_which_is_away_could_end_it_by()
     assert limited == ["hourly"]
 
 
-def test_a_look_at_the_servers_waits_for_the_one_before_and_is_not_lost() -> None:
+def test_an_hourly_look_waits_for_the_one_before_and_is_not_lost() -> None:
     limit = DEPLOYMENTS["hourly"].concurrency_limit
     assert isinstance(limit, ConcurrencyLimitConfig)
     assert (limit.limit, limit.collision_strategy.value) == (1, "ENQUEUE")
@@ -181,7 +181,7 @@ def test_each_registry_name_has_a_set_of_its_own_that_keeps_nothing_of_the_examp
         "promote/auto",
     ]
     parameters = [deployment.parameters for deployment in plan.deployments[:-1]]
-    promotion = {"promote": "better", "await_serving": 60}
+    promotion = {"promote": "better"}
     published = SUPPORT | {"registry": SUPPORT["registry"] | promotion}
     goes_on = {"from": "champion", "skip_unchanged": True, "replay": {"fraction": 0.3}}
     nightly = {"continual": goes_on, "gate": {"max_ancestor_loss_increase": 0.1}}

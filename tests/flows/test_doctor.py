@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import shutil
-from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +18,6 @@ from flows.commands import doctor
 from flows.commands.doctor import MIN_FREE_DISK_BYTES
 from flows.deployment.server_checks import _check_database
 from nested_core.registry import register_and_promote
-from nested_core.registry.serving_status import ServingRecord
 from tests.core.registry.conftest import write_run
 from tests.flows.conftest import called
 
@@ -89,28 +85,3 @@ def test_of_a_database_that_this_environment_does_not_name_nothing_is_said() -> 
         unfit = _check_database()
     assert (unknown.ok, unknown.seen.startswith("unknown here")) == (True, True)
     assert (unfit.ok, unfit.seen) == (False, "sqlite+aiosqlite")
-
-
-def test_whether_each_server_follows_its_champion_is_said(tmp_path: Path) -> None:
-    champion = register_and_promote(
-        write_run(tmp_path / "run", seed=1), tmp_path / "registry", "capitals", {}, by="a test"
-    ).version
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    long_ago = "2026-01-01T00:00:00+00:00"
-    refused = {"version": champion, "reason": "its base is another"}
-    records = {
-        "a-1.json": ServingRecord("http://a", champion, now, now),
-        "b-2.json": ServingRecord("http://b", "ab" * 32, now, now, refused),
-        "c-3.json": ServingRecord("http://c", champion, long_ago, long_ago),
-    }
-    folder = tmp_path / "registry" / "capitals" / "serving"
-    folder.mkdir()
-    for name, record in records.items():
-        (folder / name).write_text(json.dumps(asdict(record)))
-    done = called("doctor", "--json", "--registry", "registry", cwd=tmp_path)
-    checks = [each for each in done.document["checks"] if each["name"] == "serve capitals"]
-    assert [each["ok"] for each in checks] == [True, False, False]
-    assert checks[1]["mend"] == "its base is another"
-    assert f"champion is {champion[:12]}" in checks[1]["seen"]
-    assert "http://c: not heard of since 2026-01-01" in checks[2]["seen"]
-    assert done.code == 1

@@ -109,13 +109,13 @@ FAULTS = (
         "a comparison turned",
     ),
     Fault(
-        "nested_core/serve/response_generator.py",
-        "            version = request.pinned or status.current",
-        "            version = status.current",
+        "nested_core/rooms/serve/http_handler.py",
+        "self._follower.find_version(name, wanted)",
+        "names[name].current",
         "a forgotten field",
     ),
     Fault(
-        "nested_core/serve/served_version.py",
+        "nested_core/rooms/serve/served_version.py",
         "    if other_base := describe_other_base(adapter.config, base):",
         "    if other_base := describe_other_base({}, base):",
         "a check skipped",

@@ -101,7 +101,7 @@ def run_again_where_killed(
         while True:
             kills = count_memory_kills()
             command = _Command([*words, *added], ends)
-            forwarding.process = command.process
+            forwarding.attach(command.process)
             code = command.wait()
             run = command.read_run() or run
             if code >= 0:
@@ -144,7 +144,8 @@ class _Forwarding:
     """Within the block, signals to this process are the command's; and it stops and goes on too."""
 
     def __init__(self) -> None:
-        self.process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pending: list[int] = []  # signals that came while no command ran
         self.is_ending = False
 
     def __enter__(self) -> _Forwarding:
@@ -158,13 +159,20 @@ class _Forwarding:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _forward(self, number: int, frame: FrameType | None) -> None:
+    def attach(self, process: subprocess.Popen[bytes]) -> None:
+        """Forward signals to this process; first those that came while it was being started."""
+        self._process = process
+        while self._pending:
+            self._forward(self._pending.pop(0))
+
+    def _forward(self, number: int, frame: FrameType | None = None) -> None:
         self.is_ending = self.is_ending or number in FORWARDED_SIGNALS
-        if self.process is None or self.process.returncode is not None:
+        if self._process is None or self._process.returncode is not None:
+            self._pending.append(number)
             return
         sent = signal.SIGSTOP if number == signal.SIGTSTP else signal.Signals(number)
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, sent)
+            os.killpg(self._process.pid, sent)
         if number == signal.SIGTSTP:
             os.kill(os.getpid(), signal.SIGSTOP)
 

@@ -117,6 +117,26 @@ def test_any_other_end_is_its_own(
     assert len(begun(tmp_path)) == 1
 
 
+# Sends itself SIGTERM in the moment between the start of the command and the note of its process.
+SIGNALLED_AT_THE_START = """
+import os, signal, sys
+from nested_core.pipeline.launch import restarting
+
+class Signalled(restarting._Command):
+    def __init__(self, *given):
+        super().__init__(*given)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+restarting._Command = Signalled
+sys.exit(restarting.run_again_where_killed([sys.executable, "-c", "import time; time.sleep(60)"]))
+"""
+
+
+def test_a_signal_while_the_command_is_started_ends_it() -> None:
+    process = subprocess.run([sys.executable, "-P", "-c", SIGNALLED_AT_THE_START], timeout=30)
+    assert process.returncode == -signal.SIGTERM
+
+
 def test_one_that_ends_before_it_tells_of_a_run_is_not_begun_again() -> None:
     kill = "import os, sys; sys.stderr.write('x'); os.kill(os.getpid(), 11)"
     module = [sys.executable, "-P", "-m", "nested_core.pipeline.launch.restarting", "-c", kill]

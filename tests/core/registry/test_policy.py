@@ -25,8 +25,10 @@ from nested_core.registry import (
     register_and_promote,
     rollback,
 )
+from nested_core.registry.history_views import writing_folder
 from nested_core.registry.policy import (
     PromotionRule,
+    RegistryPolicy,
     describe_tightening,
     find_looser_bounds,
     hold_to_policy,
@@ -291,6 +293,19 @@ def test_a_run_is_tightened_and_it_is_said(registry: Path) -> None:
     assert tighten(config, None) is config
 
 
+def test_a_policy_that_an_earlier_release_wrote_is_read_and_changed(
+    judged: Judged, registry: Path
+) -> None:
+    judged(1)
+    written = RegistryPolicy(promote="better").fields() | {"canary": "rollback"}
+    with writing_folder(registry / NAME) as held:
+        held.record("policy", held.champion, "ann", before=None, after=written)
+    assert read_policy(registry, NAME) == RegistryPolicy(promote="better")
+    changed = set_policy(registry, NAME, by="bob", changes={"max_val_loss_increase": 0.1})
+    assert changed == RegistryPolicy(promote="better", max_val_loss_increase=0.1)
+    assert audit(registry, NAME).is_sound
+
+
 def test_a_change_stands_in_the_history_with_who_when_before_and_after(
     judged: Judged, registry: Path
 ) -> None:
@@ -301,8 +316,12 @@ def test_a_change_stands_in_the_history_with_who_when_before_and_after(
     first, second = history(registry, NAME)[-2:]
     assert (first["action"], first["by"], first.get("before")) == ("policy", "ann", None)
     assert (second["by"], second["before"]) == ("bob", first["after"])
-    after = {"promote": "better", "max_val_loss_increase": 0.1, "tasks": [], "canary": None}
-    after["reference"] = None
+    after = {
+        "promote": "better",
+        "max_val_loss_increase": 0.1,
+        "tasks": [],
+        "reference": None,
+    }
     assert second["after"] == after
     assert (second["version"], second["previous"]) == (champion, champion)
     assert json.loads((registry / NAME / "policy.json").read_bytes()) == second["after"]

@@ -368,3 +368,13 @@ def test_a_clock_that_is_behind_changes_nothing_in_what_is_superseded(
         rollback(registry, NAME, to=first, by="ann")
     assert late(registry, other) == "superseded"
     assert read_champion(registry, NAME) == first
+
+
+def test_a_promotion_that_an_earlier_release_recorded_is_carried_out(
+    tmp_path: Path, registry: Path
+) -> None:
+    """With the key for servers to be waited for, which is not there any more."""
+    section = {"path": "x", "name": "y", "promote": "always", "await_serving": 60.0}
+    run = write_run(tmp_path / "run", 1)
+    version = register(run, registry, NAME, {"config": {"registry": section}})
+    assert promote_by_recorded_policy(registry, NAME, version).outcome == "promoted"

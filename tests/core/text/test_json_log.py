@@ -20,6 +20,7 @@ def line_of(message: str, *arguments: object, **options: Any) -> dict[str, Any]:
     )  # fmt: skip
     text = JsonFormatter().format(record)
     assert "\n" not in text
+    assert text.isascii()
     line: dict[str, Any] = json.loads(text)
     return line
 
@@ -42,6 +43,13 @@ def test_what_was_given_beside_the_message_is_a_field_where_json_can_hold_it() -
         "ok": True,
     }
     assert "place" not in line
+
+
+def test_a_line_is_json_and_ascii_whatever_it_holds() -> None:
+    extra = {"loss": float("nan"), "rate": float("-inf"), "adapter": "caf\udce9"}
+    line = line_of("read data/caf\udce9.jsonl, not café.jsonl", extra=extra)
+    assert (line["loss"], line["rate"], line["adapter"]) == (None, None, "caf\udce9")
+    assert line["message"] == "read data/caf\udce9.jsonl, not café.jsonl"
 
 
 def test_an_exception_is_a_field_of_the_same_line() -> None:

@@ -1,0 +1,1 @@
+"""The commands and flows of rooms, a folder each; flows/cli.py lists the commands."""

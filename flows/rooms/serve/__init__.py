@@ -1,0 +1,1 @@
+"""What the room `serve` adds to the command line."""

@@ -1,0 +1,138 @@
+"""serve: mlx_lm.server, following the champions of a registry."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flows.commands.config_flags import add_log_format, parse_size
+from flows.process.stop_signals import INTERRUPTED_EXIT_CODE
+from flows.terminal.console import print_progress
+from nested_core.errors import ConfigError
+from nested_core.text.digest_format import shorten_digest
+from nested_core.text.json_log import JsonFormatter
+
+API_KEY_VARIABLE = "NESTED_TUNE_API_KEY"
+MAX_PORT = 2**16 - 1
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+
+def add_commands(commands: Any) -> None:
+    """Add the command."""
+    serve = commands.add(
+        "serve",
+        run_serve,
+        "answer requests with the champions",
+        group="Serve",
+        example="nested-tune serve --name support-bot",
+    )
+    serve.add_argument(
+        "--registry", type=Path, default=Path("registry"), metavar="DIR", help="default: registry"
+    )
+    serve.add_argument(
+        "--name",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="NAME",
+        help="in the registry; the first answers requests without a model",
+    )
+    add_log_format(serve)
+    add_mlx_lm_server_options(serve.add_argument_group("options of mlx_lm.server"))
+
+
+def add_mlx_lm_server_options(group: Any) -> None:
+    """mlx_lm.server's options with its defaults, less --adapter-path and --pipeline.
+
+    mlx_lm builds its parser inside of `main`; a test compares these with what stands there.
+    """
+    add, split = group.add_argument, partial(str.split, sep=",")
+    add("--model", metavar="MODEL", help="the base (default: the adapter's own)")
+    add("--host", default="127.0.0.1", help="default: 127.0.0.1")
+    add("--port", type=int, default=8080, help="0: any free one (default: 8080)")
+    add("--allowed-origins", type=split, default="*", metavar="ORIGIN,...", help="default: *")
+    add("--draft-model", metavar="MODEL", help="for speculative decoding")
+    add("--num-draft-tokens", type=int, default=3, metavar="N", help="default: 3")
+    add("--trust-remote-code", action="store_true", help="let the tokenizer bring code")
+    add("--log-level", default="INFO", choices=LOG_LEVELS, help="default: INFO")
+    add("--chat-template", default="", metavar="TEMPLATE", help="for the tokenizer")
+    add("--use-default-chat-template", action="store_true", help="where the tokenizer has none")
+    add("--temp", type=float, default=0.0, metavar="NUMBER", help="default: 0")
+    add("--top-p", type=float, default=1.0, metavar="NUMBER", help="default: 1")
+    add("--top-k", type=int, default=0, metavar="N", help="default: 0, off")
+    add("--min-p", type=float, default=0.0, metavar="NUMBER", help="default: 0, off")
+    add("--max-tokens", type=int, default=512, metavar="N", help="of an answer (default: 512)")
+    add("--chat-template-args", type=json.loads, default="{}", metavar="JSON", help="default: {}")
+    add("--decode-concurrency", type=int, default=32, metavar="N", help="answers at a time")
+    add("--prompt-concurrency", type=int, default=8, metavar="N", help="prompts at a time")
+    add("--prefill-step-size", type=int, default=2048, metavar="TOKENS", help="default: 2048")
+    add("--prompt-cache-size", type=int, default=10, metavar="N", help="caches kept; default: 10")
+    add("--prompt-cache-bytes", type=parse_size, metavar="SIZE", help="of all caches, such as 4GB")
+    add("--kv-bits", type=int, metavar="N", help="quantise the caches (default: off)")
+    add("--kv-group-size", type=int, default=64, metavar="N", help="default: 64")
+    add("--quantized-kv-start", type=int, default=5000, metavar="TOKENS", help="default: 5000")
+
+
+def _set_up_logging(level: str, log_format: str) -> None:
+    """Log to standard error; above DEBUG without what mlx_lm says of each request's progress."""
+    from mlx_lm import server
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        """Whether a record is a warning, or not mlx_lm's."""
+        return record.levelno > logging.INFO or record.pathname != server.__file__
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        JsonFormatter()
+        if log_format == "json"
+        else logging.Formatter("%(asctime)s - %(levelname)s - %(message)s")
+    )
+    if level != "DEBUG":
+        handler.addFilter(is_wanted)
+    logging.basicConfig(level=level, handlers=[handler])
+
+
+def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Serve until SIGINT or SIGTERM."""
+    from nested_core.rooms.serve.server import ServeSettings, starting_server
+
+    names = list(dict.fromkeys(arguments.name))
+    if not 0 <= arguments.port <= MAX_PORT:
+        raise ConfigError(
+            f"serve: --port is {arguments.port}. Expected a number from 0 to {MAX_PORT}; 0 takes a "
+            f"port that is free."
+        )
+    _set_up_logging(arguments.log_level, arguments.log_format)
+    tell = logging.info if arguments.log_format == "json" else print_progress
+    server, code = None, 0
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        api_key = os.environ.get(API_KEY_VARIABLE) or None
+        settings = ServeSettings(arguments.registry, names, api_key, arguments)
+        with starting_server(settings) as server:
+            tell(f"serving {_describe_names(server)} at {server.address}")
+            with suppress(KeyboardInterrupt):
+                server.serve()
+            tell("ending: answers under way are finished; Ctrl-C ends them")
+    except KeyboardInterrupt:
+        code = INTERRUPTED_EXIT_CODE
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if server is not None and not server.generator.has_ended:
+        tell("ended by force: an answer under way did not come to its end")
+        os._exit(1)  # the thread of the answer would keep the process
+    return lambda: code
+
+
+def _describe_names(server: Any) -> str:
+    """Each name with the version that is served."""
+    names = server.follower.names
+    return ", ".join(f"{name}@{shorten_digest(s.current.version)}" for name, s in names.items())

@@ -1,0 +1,368 @@
+"""mlx_lm.server's model provider and generation thread, with versions of a registry as the models.
+
+mlx_lm's thread takes requests from a queue in order. A request for another model than that of the
+running batch waits until the batch has ended. Here a request holds the version that was served when
+it came, so that a new champion changes no answer that has begun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, Queue
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import LRUPromptCache
+from mlx_lm.server import (
+    CompletionRequest,
+    GenerationArguments,
+    ModelDescription,
+    ModelProvider,
+    ResponseGenerator,
+    _make_logits_processors,
+    _make_sampler,
+)
+
+from nested_core.errors import ConfigError
+from nested_core.models.base_model import context_length
+from nested_core.rooms.serve.canary_check import check_canary
+from nested_core.rooms.serve.request_model import RequestRefused
+from nested_core.rooms.serve.request_tokens import RequestTokenizer
+from nested_core.rooms.serve.served_version import ServedVersion
+from nested_core.rooms.serve.stop_texts import AnswerText, StopTexts, cut_answer
+
+SECONDS_BETWEEN_LOOKS_AT_CLIENT = 1.0
+CHECK_SECONDS_AT_A_TIME = 0.25  # of a version's canary, between two looks at the requests
+STALL_SECONDS = 30.0  # without a token, a part of a prompt or a look at the requests
+SECONDS_TO_END = 3.0  # of the generation thread, once it is told to
+
+
+@dataclass
+class VersionedRequest(CompletionRequest):
+    """mlx_lm's request, with the version that answers it.
+
+    name: the registry's name that it is for.
+    version: what was served for the name, or what the request asked for, when it came.
+    count_token: called for each token of its answer.
+    is_client_gone: whether nobody waits for the answer any more.
+    tokenized: its prompt, as mlx_lm's `_tokenize` gives it, from before it is queued.
+    answer: the text of its answer, from when the generation thread begins it.
+    queue: where mlx_lm's thread puts its answer, from when it took the request.
+    failure: why no answer could be begun.
+    """
+
+    name: str
+    version: ServedVersion
+    count_token: Callable[[], None]
+    is_client_gone: Callable[[], bool]
+    tokenized: tuple[Any, ...] = field(default=(), init=False)
+    answer: AnswerText | None = field(default=None, init=False)
+    queue: Queue[Any] | None = field(default=None, init=False)
+    failure: Exception | None = field(default=None, init=False)
+
+
+class PartialPromptCache(LRUPromptCache):
+    """mlx_lm's prompt cache, which leaves at least the last token of a prompt to be computed.
+
+    Where a prompt is exactly one that was cached, mlx_lm's leaves none, and its batches refuse a
+    prompt without tokens with an error that ends the generation thread.
+    """
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
+        """The nearest cache, and the tokens that it lacks: at least one."""
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        if rest or not tokens:
+            return cache, rest
+        cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
+        return cache, [*rest, tokens[-1]]
+
+
+class VersionProvider(ModelProvider):
+    """mlx_lm's model provider: the base is loaded once, and `load` chooses among versions on it.
+
+    base: the base model, from `load_default` to `reset`.
+    base_arrays: the arrays that it was loaded with, by id().
+    vocabulary_size: of the logits.
+    request_tokenizer: makes the tokens of clients' requests.
+    """
+
+    model: Any
+    model_key: Any
+    tokenizer: Any
+
+    def __init__(self, options: argparse.Namespace, prompt_cache: LRUPromptCache) -> None:
+        """`options` are those of mlx_lm.server; `model` there is the base's folder."""
+        super().__init__(options)
+        self._prompt_cache = prompt_cache
+        self.base: Any = None
+        self.base_arrays: dict[int, mx.array] = {}
+        self.vocabulary_size = 0
+        self.request_tokenizer: Any = None
+        self.has_retired_version = False  # whose prompt caches are dropped at the next load
+
+    def load_default(self) -> None:
+        """Load the base, the first time. Raises ConfigError where it cannot be loaded."""
+        if self.base is not None:
+            return
+        try:
+            self._load(self.cli_args.model, None, self.cli_args.draft_model)
+        except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
+            raise ConfigError(
+                f"model: {self.cli_args.model} could not be loaded: {error}"
+            ) from error
+        self.base = self.model
+        leaves: Any = tree_flatten(self.base.parameters())
+        self.base_arrays = {id(array): array for _, array in leaves}
+        self.vocabulary_size = self.base(mx.array([[0]])).shape[-1]  # traced, not computed
+        context = context_length(Path(self.cli_args.model))
+        self.request_tokenizer = RequestTokenizer(self.tokenizer, context)
+
+    def load(
+        self, model_path: str, adapter_path: Any = None, draft_model_path: str | None = None
+    ) -> tuple[Any, Any]:
+        """The model of the version that `adapter_path` holds, and the tokenizer.
+
+        A prompt cache is looked up by `model_key`, which holds name and version.
+        """
+        version: ServedVersion = adapter_path
+        key = (self.cli_args.model, version.label, self.cli_args.draft_model)
+        if self.model_key != key:
+            self.model = version.build_model(self.base)
+            self.model_key = key
+            if self.has_retired_version:
+                self._prompt_cache.trim_to(n_sequences=0)
+                self.has_retired_version = False
+        return self.model, self.tokenizer
+
+    def reset(self) -> None:
+        """Drop the models; arrays are freed in the thread that made them."""
+        super().reset()
+        self.base = None
+        self.base_arrays = {}
+
+
+@dataclass
+class _Check:
+    """Steps that check a version, done in the generation thread between its other work."""
+
+    steps: Iterator[None]
+    is_done: threading.Event = field(default_factory=threading.Event)
+    error: Exception | None = None
+
+
+class VersionedGenerator(ResponseGenerator):
+    """mlx_lm's generation thread, in which each request is answered by its own version.
+
+    under_way: the clients' requests that have not ended, by their id().
+    failure: what ended the thread, if anything did.
+    """
+
+    def __init__(self, provider: VersionProvider, prompt_cache: LRUPromptCache) -> None:
+        """Begins to load the base at once; `require_ready` waits for it."""
+        self.failure: Exception | None = None
+        self.under_way: dict[int, VersionedRequest] = {}
+        self._is_ready = threading.Event()
+        self._seen_at = time.monotonic()  # when the generation thread was last seen at work
+        self._checks: Queue[_Check] = Queue()
+        self._check: _Check | None = None  # that the generation thread is at work on
+        self.model_provider: VersionProvider
+        super().__init__(provider, prompt_cache)
+
+    def _run_generate(self) -> None:
+        """As mlx_lm's; an error ends the answers under way, and the thread where there is none."""
+        try:
+            while not self._stop:
+                try:
+                    self._generate()
+                except Exception as error:
+                    self._end_requests_under_way(error)
+        except Exception as error:  # it is told by whoever waits for the server's end
+            logging.debug("the generation thread ended", exc_info=error)
+            # Frames hold arrays, which have to be freed in the thread that made them.
+            self.failure = error.with_traceback(None)
+            self._generation_failed = True
+            self.model_provider.reset()
+        finally:
+            self._check = None  # its canary holds arrays, too
+            self._is_ready.set()
+
+    def _end_requests_under_way(self, error: Exception) -> None:
+        """End the requests at which mlx_lm's loop ended; raise the error where there are none."""
+        taken = [request for request in list(self.under_way.values()) if request.queue is not None]
+        if not taken:
+            raise error
+        logging.exception("the answers under way could not be generated", exc_info=error)
+        for request in taken:
+            self.forget(request)
+            request.queue.put(RuntimeError(f"{type(error).__name__}: {error}"))  # type: ignore[union-attr]
+        mx.random.seed(time.time_ns())  # which is unusable where sampling was interrupted
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the generation thread is there, and gets on."""
+        return self.generation_available() and time.monotonic() - self._seen_at < STALL_SECONDS
+
+    def stop_and_join(self) -> None:
+        """Tell the generation thread to end, and wait some seconds; `has_ended` is how it went."""
+        self._stop = True
+        self._generation_thread.join(SECONDS_TO_END)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the generation thread is over."""
+        return not self._generation_thread.is_alive()
+
+    def require_ready(self) -> None:
+        """Return when the base is loaded; raise what prevented that."""
+        self._is_ready.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    def require_sound(self, version: ServedVersion) -> None:
+        """Build a version's model and ask its canary; answers under way go on meanwhile.
+
+        Raises CanaryFailed, or ConfigError where the adapter does not fit the base.
+        """
+        check = _Check(self._check_version(version))
+        self._checks.put(check)
+        while not check.is_done.wait(timeout=0.2):
+            if self._stop or not self.generation_available():
+                raise RuntimeError("generation has ended")
+        if check.error is not None:
+            raise check.error
+
+    def _check_version(self, version: ServedVersion) -> Iterator[None]:
+        model = version.build_model(self.model_provider.base)
+        yield
+        version.require_in_layers(model, self.model_provider.base_arrays)
+        yield
+        if version.canary is not None:
+            yield from check_canary(version.canary, model)
+
+    def _next_request(self, timeout: float | None = None) -> Any:
+        self._is_ready.set()
+        self._seen_at = time.monotonic()
+        self._go_on_with_check()
+        taken = super()._next_request(timeout if self._check is None else None)
+        if taken is not None:
+            taken[1].queue = taken[0]
+        return taken
+
+    def _go_on_with_check(self) -> None:
+        """Do some steps of the check that is next."""
+        if self._check is None:
+            with suppress(Empty):
+                self._check = self._checks.get_nowait()
+        if (check := self._check) is None:
+            return
+        deadline = time.monotonic() + CHECK_SECONDS_AT_A_TIME
+        try:
+            for _ in check.steps:
+                if time.monotonic() > deadline:
+                    return
+        except Exception as error:
+            check.error = error.with_traceback(None)  # whose frames hold arrays
+        self._check = None
+        check.is_done.set()
+
+    def _tokenize(self, tokenizer: Any, request: VersionedRequest, args: Any) -> Any:
+        """What `_prepare` made of the prompt."""
+        return request.tokenized
+
+    def _make_state_machine(
+        self, model_key: Any, tokenizer: Any, stop_words: Sequence[str]
+    ) -> tuple[Any, Any]:
+        """As mlx_lm's; stop texts are looked for in the text and not among the tokens."""
+        sequences, text_states = super()._make_state_machine(model_key, tokenizer, [])
+        return StopTexts(tokenizer, stop_words) if stop_words else sequences, text_states
+
+    def _prepare(self, request: VersionedRequest, args: GenerationArguments) -> None:
+        """Tokenise a prompt, and make all that its request sets, in the client's thread.
+
+        What is raised later ends the generation thread, and what mlx_lm raises while it samples
+        leaves mlx's random state unusable. A bias for a token that there is none of writes out of
+        an array's bounds. Raises RequestRefused, whatever it was that could not be made.
+        """
+        tokenizer = self.model_provider.request_tokenizer
+        try:
+            tokenizer.require_known_arguments(args.chat_template_kwargs)
+            self._require_in_bounds(args)
+            tokenized = super()._tokenize(tokenizer, request, args)
+            prompt, vision = tokenized[0], tokenized[-1]
+            if not prompt:
+                raise RequestRefused("The prompt has no tokens. Give a prompt that is not empty.")
+            tokenizer.require_room(len(prompt), "tokens", 1)
+            if vision is not None:
+                mx.eval(vision.pixel_values)
+            _make_sampler(args, tokenizer)
+            _make_logits_processors(args)
+        except RequestRefused:
+            raise
+        except Exception as error:
+            raise RequestRefused(
+                f"The prompt cannot be read: {type(error).__name__}: {error}"
+            ) from None
+        request.tokenized = tokenized
+
+    def _require_in_bounds(self, args: GenerationArguments) -> None:
+        """Raise RequestRefused for numbers of tokens that the model does not have."""
+        size = self.model_provider.vocabulary_size
+        if args.sampling.top_k >= size:
+            raise RequestRefused(f"top_k must be below {size}")
+        if any(not 0 <= token < size for token in args.logits.logit_bias or ()):
+            raise RequestRefused(f"logit_bias must name tokens from 0 to {size - 1}")
+
+    def generate(
+        self,
+        request: Any,  # a VersionedRequest
+        generation_args: GenerationArguments,
+        progress_callback: Callable[[int, int], None] | None = None,
+    ) -> tuple[Any, Iterator[Any]]:
+        """As mlx_lm's, by the request's version. Call `forget` when it has ended."""
+
+        def note_progress(processed: int, total: int) -> None:
+            self._seen_at = time.monotonic()
+            if progress_callback is not None:
+                progress_callback(processed, total)
+
+        version = request.version
+        generation_args.model = ModelDescription(version.label, "default_model", version)
+        try:
+            self._prepare(request, generation_args)
+            self.under_way[id(request)] = request
+            context, responses = super().generate(request, generation_args, note_progress)
+        except Exception as error:
+            request.failure = error
+            raise
+        request.answer = AnswerText(self.model_provider.tokenizer, generation_args.stop_words)
+        return context, cut_answer(self._watch(request, responses), request.answer)
+
+    def _watch(self, request: VersionedRequest, responses: Iterator[Any]) -> Iterator[Any]:
+        """The same tokens, counted, until the client is gone."""
+        looked = time.monotonic()
+        for response in responses:
+            now = self._seen_at = time.monotonic()
+            request.count_token()
+            if now - looked > SECONDS_BETWEEN_LOOKS_AT_CLIENT:
+                looked = now
+                if request.is_client_gone():
+                    raise ConnectionAbortedError("the client did not wait for its answer")
+            yield response
+
+    def forget(self, request: VersionedRequest) -> None:
+        """The request has ended, however it did."""
+        self.under_way.pop(id(request), None)
+
+    def wait_for_requests(self, seconds: float) -> None:
+        """Return when no request waits or is under way, or so many seconds are over."""
+        deadline = time.monotonic() + seconds
+        while self.under_way and self.generation_available() and time.monotonic() < deadline:
+            time.sleep(0.05)

@@ -1,0 +1,207 @@
+"""The thread that watches the champions of a registry and has each new one served.
+
+A version is re-hashed, read into memory and asked its canary before it answers anybody. Where that
+fails, the version before goes on, the log and `/health` say why, and it is tried again a minute
+later. The registry is only read.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.registry import (
+    list_versions,
+    read_champion,
+    read_rollback_target,
+    read_verified_version,
+)
+from nested_core.registry.versions import VERSION_PREFIX_PATTERN
+from nested_core.rooms.serve.canary_check import CanaryFailed
+from nested_core.rooms.serve.engine import SECONDS_TO_END, VersionedGenerator
+from nested_core.rooms.serve.metrics import NameStatus
+from nested_core.rooms.serve.served_version import BASE_VERSION, ServedVersion, require_same_base
+from nested_core.text.digest_format import shorten_digest
+
+POLL_SECONDS = 0.5
+RETRY_SECONDS = 60.0
+MAX_PINNED_VERSIONS = 4
+
+
+class ChampionFollower:
+    """Follows the champions of names of a registry.
+
+    names: what is served for each name; the first answers requests without a model.
+    problems: what keeps it from reading a champion, by the name.
+    """
+
+    def __init__(self, registry: Path, base: Path, generator: VersionedGenerator) -> None:
+        """`base` is the folder of the model that the generator has loaded."""
+        self._registry = registry
+        self._base = base
+        self._generator = generator
+        self._refusals: dict[tuple[str, str], tuple[str, float]] = {}  # reason, and until when
+        self._pinned: OrderedDict[tuple[str, str], ServedVersion] = OrderedDict()
+        self._pinned_lock = threading.Lock()
+        self._is_stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="champion follower", daemon=True)
+        self.names: dict[str, NameStatus] = {}
+        self.problems: dict[str, str] = {}
+
+    def start(self, champions: Sequence[ServedVersion]) -> None:
+        """Serve these champions, and follow them.
+
+        Raises CanaryFailed where the canary of one fails and none before it can be served.
+        """
+        for champion in champions:
+            try:
+                self._generator.require_sound(champion)
+                self.names[champion.name] = NameStatus(champion)
+            except CanaryFailed as error:
+                self.names[champion.name] = NameStatus(self._read_one_before(champion, error))
+                self._refuse(champion.name, champion.version, error)
+        self._thread.start()
+
+    def _read_one_before(self, champion: ServedVersion, error: CanaryFailed) -> ServedVersion:
+        """The champion before one whose canary failed; raises CanaryFailed without one."""
+        before = read_rollback_target(self._registry, champion.name)
+        problem = "There is no champion before it that could be"
+        if before is not None:
+            try:
+                return self._read_sound_version(champion.name, before)
+            except (NestedTuneError, OSError, RuntimeError) as fault:
+                problem = f"This server is at fault: the champion before fails too: {fault}"
+        raise CanaryFailed(
+            f"{champion.label} is not served: {error}. {problem}. Look at the server's options and "
+            f"at its base {self._base}; or promote another version, or roll back to one: "
+            f"`nested-tune rollback {champion.name} --registry {self._registry} --to VERSION`."
+        ) from error
+
+    def stop(self) -> None:
+        """Stop following, and the generator."""
+        self._is_stopping.set()
+        self._generator.stop_and_join()
+        if self._thread.is_alive():
+            self._thread.join(SECONDS_TO_END)
+
+    def find_version(self, name: str, wanted: str) -> ServedVersion:
+        """The version that a request asks for by NAME or NAME@VERSION, which is then checked.
+
+        Raises ConfigError where there is none, DamagedError where it is not what was registered,
+        CanaryFailed where its canary fails.
+        """
+        current = self.names[name].current
+        if wanted == BASE_VERSION:
+            return ServedVersion(name, BASE_VERSION)
+        wanted = self._complete(name, wanted)
+        if wanted in ("", current.version):
+            return current
+        with self._pinned_lock:
+            if (name, wanted) not in self._pinned:
+                self._pinned[name, wanted] = self._read_sound_version(name, wanted)
+            self._pinned.move_to_end((name, wanted))
+            while len(self._pinned) > MAX_PINNED_VERSIONS:
+                self._pinned.popitem(last=False)
+            return self._pinned[name, wanted]
+
+    def _complete(self, name: str, wanted: str) -> str:
+        """The one version that begins with `wanted`; `wanted` where there is not just one."""
+        if VERSION_PREFIX_PATTERN.fullmatch(wanted) is None:
+            return wanted
+        matching = [each for each in self.list_versions(name) if each.startswith(wanted)]
+        return matching[0] if len(matching) == 1 else wanted
+
+    def list_versions(self, name: str) -> list[str]:
+        """Every registered version; the one that is served alone where the registry is away."""
+        try:
+            return list_versions(self._registry, name)
+        except (NestedTuneError, OSError):
+            return [self.names[name].current.version]
+
+    def _read_sound_version(self, name: str, version: str) -> ServedVersion:
+        """A version that was re-hashed, is of the base and answers its canary; raises otherwise."""
+        reason, until = self._refusals.get((name, version), ("", 0.0))
+        if time.monotonic() < until:
+            raise ConfigError(f"{name}@{version} is not served here: {reason}")
+        verified = read_verified_version(self._registry, name, version)
+        require_same_base(verified, self._base)
+        served = ServedVersion.of(name, verified)
+        try:
+            self._generator.require_sound(served)
+        except CanaryFailed as error:
+            self._refusals[name, version] = str(error), time.monotonic() + RETRY_SECONDS
+            raise
+        return served
+
+    def _run(self) -> None:
+        while not self._is_stopping.wait(POLL_SECONDS):
+            try:
+                for name in self.names:
+                    self._follow(name)
+            except Exception as error:  # unforeseen; a server that follows no longer would not tell
+                self._tell_problem("following", f"{type(error).__name__}: {error}")
+            else:
+                self.problems.pop("following", None)
+
+    def _follow(self, name: str) -> None:
+        """Serve the champion of a name, if it is another than what is served."""
+        status = self.names[name]
+        try:
+            champion = read_champion(self._registry, name)
+        except (NestedTuneError, OSError) as error:
+            self._tell_problem(name, f"the champion of {name} cannot be read: {error}")
+            return
+        self.problems.pop(name, None)
+        if champion is None or champion == status.current.version:
+            status.refused = None
+            return
+        reason, until = self._refusals.get((name, champion), ("", 0.0))
+        if time.monotonic() < until:
+            self._show_refusal(name, champion, reason)
+            return
+        began = time.monotonic()
+        try:
+            version = self._read_sound_version(name, champion)
+        except Exception as error:  # whatever is wrong with it, the version before goes on
+            if not self._is_stopping.is_set():
+                self._refuse(name, champion, error)
+            return
+        before, status.current = status.current, version
+        status.since = datetime.now(UTC)
+        status.refused = None
+        status.last_swap_seconds = round(time.monotonic() - began, 3)
+        status.swaps += 1
+        self._generator.model_provider.has_retired_version = True
+        logging.info(
+            "%s: version %s is served in place of %s, after %.2f s",
+            name,
+            shorten_digest(champion),
+            shorten_digest(before.version),
+            status.last_swap_seconds,
+        )
+
+    def _refuse(self, name: str, version: str, error: Exception) -> None:
+        """Say that a version is not served, and try it again later."""
+        self._refusals[name, version] = str(error), time.monotonic() + RETRY_SECONDS
+        with self._pinned_lock:
+            self._pinned.pop((name, version), None)
+        self._show_refusal(name, version, str(error))
+
+    def _show_refusal(self, name: str, version: str, reason: str) -> None:
+        """Show it in `/health`; log it once, until the reason is another."""
+        refused = {"version": version, "reason": reason}
+        if self.names[name].refused != refused:
+            self.names[name].refused = refused
+            logging.error("%s: version %s is refused: %s", name, shorten_digest(version), reason)
+
+    def _tell_problem(self, what: str, message: str) -> None:
+        """Log a problem once, until it is another."""
+        if self.problems.get(what) != message:
+            self.problems[what] = message
+            logging.warning("%s; what is served stays", message)

@@ -1,0 +1,344 @@
+"""mlx_lm.server's HTTP handler and routes; models are names, and every answer has its version."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import select
+import socket
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from io import BytesIO
+from ipaddress import ip_address
+from typing import Any
+from urllib.parse import urlsplit
+
+from mlx_lm.server import APIHandler, CompletionRequest
+
+from nested_core.errors import NestedTuneError
+from nested_core.rooms.serve.engine import VersionedGenerator, VersionedRequest
+from nested_core.rooms.serve.follower import ChampionFollower
+from nested_core.rooms.serve.metrics import CONTENT_TYPE, ServingMetrics
+from nested_core.rooms.serve.request_model import (
+    DEFAULT_MODEL,
+    ROUTES,
+    RequestRefused,
+    describe_error,
+    read_request,
+)
+from nested_core.rooms.serve.served_version import BASE_VERSION
+from nested_core.text.digest_format import shorten_digest
+from nested_core.text.foreign_text import escape
+
+AGAIN_AFTER_SECONDS = 1
+MAX_BODY_BYTES = 4 * 1024 * 1024
+MAX_LENGTH_DIGITS = 9
+MAX_WAITING_REQUESTS = 1024
+UNLOCKED_ROUTES = ("/health", "/metrics")  # need no key, so that who watches has none
+DEFAULTS = ("max_tokens", "top_p", "top_k", "min_p", "num_draft_tokens")  # of the server's options
+
+
+class RegistryHandler(APIHandler):
+    """One connection of a client."""
+
+    timeout = 120  # seconds without a byte, on a connection of which something is expected
+
+    def __init__(
+        self,
+        response_generator: VersionedGenerator,
+        *args: Any,
+        follower: ChampionFollower,
+        metrics: ServingMetrics,
+        api_key: str | None,
+    ) -> None:
+        """`api_key` is what clients have to send; None asks for none."""
+        self._generator = response_generator
+        self._follower = follower
+        self._metrics = metrics
+        self._api_key = api_key
+        super().__init__(response_generator, *args)
+
+    def handle_one_request(self) -> None:
+        """As http.server's, which waits for one; it is counted and logged when it has ended."""
+        self._status = 0  # that was sent last
+        self._request: VersionedRequest | None = None
+        self._is_streaming = False
+        self._has_called_tool = False
+        try:
+            super().handle_one_request()
+        finally:
+            if self._status:
+                self._note_ended_request(time.monotonic() - self._began)
+
+    def parse_request(self) -> bool:
+        """As http.server's; the request's seconds are counted from here."""
+        self._began = time.monotonic()
+        return super().parse_request()
+
+    def send_response(self, code: int, message: str | None = None) -> None:
+        """As http.server's; the code is remembered."""
+        self._status = int(code)
+        super().send_response(code, message)
+
+    def do_GET(self) -> None:
+        """As mlx_lm's, and /metrics."""
+        self._answer(self._get)
+
+    def do_POST(self) -> None:
+        """As mlx_lm's."""
+        self._answer(self._post)
+
+    def do_OPTIONS(self) -> None:
+        """As mlx_lm's: what a browser asks before it lets a page of another origin ask."""
+        self._answer(super().do_OPTIONS)
+
+    def _answer(self, answer: Callable[[], None]) -> None:
+        try:
+            self._require_permission()
+            answer()
+        except RequestRefused as refused:
+            self.close_connection = True  # the body may not have been read
+            self._send_error(str(refused), refused.status, refused.code)
+
+    def _get(self) -> None:
+        if self.path == "/metrics":
+            self._send(200, self._metrics.render(), CONTENT_TYPE)
+        elif self.path == "/health" or self.path.startswith("/v1/models"):
+            super().do_GET()
+        else:
+            raise _no_route(self.path)
+
+    def _post(self) -> None:
+        options = self._generator.cli_args
+        defaults = {name: getattr(options, name) for name in DEFAULTS}
+        checked = read_request(
+            self.path, self._read_body(), defaults | {"temperature": options.temp}
+        )
+        body = json.dumps(checked).encode()
+        self.rfile = BytesIO(body)
+        self.headers.replace_header("Content-Length", str(len(body)))
+        super().do_POST()
+
+    def _require_permission(self) -> None:
+        """Raise RequestRefused where the client, or the web page that asks, may not ask."""
+        options = self._generator.cli_args
+        origin, host = self.headers.get("Origin"), self.headers.get("Host")
+        if "*" not in options.allowed_origins:
+            if origin is not None and origin not in options.allowed_origins:
+                raise RequestRefused(
+                    f"The origin {origin!r:.80} may not ask here; --allowed-origins of the server "
+                    f"names those that may.",
+                    403,
+                )
+            if not _is_own_host(host, options.host):
+                said = f"This server is {options.host}, and the request is for {host!r:.80}."
+                raise RequestRefused(said, 421)
+        if self._api_key is None or self.command == "OPTIONS" or self.path in UNLOCKED_ROUTES:
+            return
+        given = self.headers.get("Authorization", "").encode("latin-1", "replace")
+        if not hmac.compare_digest(given, f"Bearer {self._api_key}".encode()):
+            said = "Give the server's API key: Authorization: Bearer KEY."
+            raise RequestRefused(said, 401, "invalid_api_key")
+
+    def _read_body(self) -> bytes:
+        """The bytes of the body. Raises RequestRefused where it is not to be read."""
+        if self.path not in ROUTES:
+            raise _no_route(self.path)
+        given = self.headers.get("Content-Length")
+        if given is None:
+            raise RequestRefused("The header Content-Length is required.", 411)
+        if not (given.isascii() and given.isdigit()):
+            raise RequestRefused("The header Content-Length is no number of bytes.")
+        if len(given) > MAX_LENGTH_DIGITS or int(given) > MAX_BODY_BYTES:
+            raise RequestRefused(f"A request has at most {MAX_BODY_BYTES} bytes.", 413)
+        return self.rfile.read(int(given))
+
+    def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
+        """Answer with the version that the request is for. Raises RequestRefused without one."""
+        names = self._follower.names
+        name, _, wanted = self.requested_model.partition("@")
+        name = next(iter(names)) if self.requested_model == DEFAULT_MODEL else name
+        if name not in names:
+            raise _no_model(
+                f"No model {self.requested_model!r:.80} here; served: {', '.join(names)}."
+            )
+        try:
+            version = self._follower.find_version(name, wanted)
+        except (NestedTuneError, OSError, RuntimeError) as error:
+            raise _no_model(str(error)) from error
+        if len(self._generator.under_way) >= MAX_WAITING_REQUESTS:
+            self._send_error("Too many requests wait here. Ask again later.", 503)
+            return
+        names[name].requests += 1
+        count_token = names[name].rate.add_token
+        self._request = VersionedRequest(
+            **vars(request),
+            name=name,
+            version=version,
+            count_token=count_token,
+            is_client_gone=self._is_client_gone,
+        )
+        try:
+            super().handle_completion(self._request, stop_words)
+        except ConnectionError:
+            raise
+        except Exception as error:  # whatever it is, the client is told
+            self._request.failure = None
+            self._send_failure(error)
+        finally:
+            self._generator.forget(self._request)
+
+    def _is_client_gone(self) -> bool:
+        """Whether the client closed its connection."""
+        poll = select.poll()
+        poll.register(self.connection, select.POLLIN)
+        return bool(poll.poll(0)) and not self.connection.recv(1, socket.MSG_PEEK)
+
+    def _send_failure(self, error: Exception) -> None:
+        """Say that an answer cannot be given, or that a streamed one will not be finished."""
+        status, code = (503 if isinstance(error, RuntimeError) else 500), None
+        if isinstance(error, RequestRefused):
+            status, code = error.status, error.code
+        if self._is_streaming:
+            document = json.dumps(describe_error(str(error), status, code))
+            self.wfile.write(f"data: {document}\n\n".encode())
+            return
+        self._headers_buffer: list[bytes] = []  # mlx_lm has written 200 there, and not sent it
+        self._send_error(str(error), status, code)
+
+    def _set_completion_headers(self, status_code: int = 200) -> None:
+        if self._request is not None and self._request.failure is not None:
+            raise self._request.failure  # mlx_lm would say it with 404, in a shape of its own
+        super()._set_completion_headers(status_code)
+        self._name_version()
+
+    def _set_stream_headers(self, status_code: int = 200) -> None:
+        self._is_streaming = True
+        super()._set_stream_headers(status_code)
+        self._name_version()
+
+    def generate_response(
+        self, text: str, finish_reason: Any, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As mlx_lm's; the reason is "length" only where the answer did not end by itself."""
+        self._has_called_tool = self._has_called_tool or bool(kwargs.get("tool_calls"))
+        answer = None if self._request is None else self._request.answer
+        if finish_reason == "length" and answer is not None and answer.is_ended:
+            finish_reason = "tool_calls" if self._has_called_tool else "stop"
+        response: dict[str, Any] = super().generate_response(text, finish_reason, *args, **kwargs)
+        return response
+
+    def _name_version(self) -> None:
+        """Name the version that answers; mlx_lm sets the headers before the rest of an answer."""
+        if self._request is not None:
+            self.system_fingerprint = self._request.version.version
+            self.send_header("X-Adapter-Version", self.system_fingerprint)
+
+    def handle_health_check(self) -> None:
+        """Whether answers are generated, what is served for each name, and what is in the way.
+
+        A registry that cannot be read is a problem, and no reason to stop a server that answers.
+        """
+        is_healthy = self._generator.is_healthy
+        said = {
+            "status": "ok" if is_healthy else "unavailable",
+            "names": {name: status.fields() for name, status in self._follower.names.items()},
+            "problems": list(self._follower.problems.values()),
+        }
+        self._send(200 if is_healthy else 503, json.dumps(said).encode())
+
+    def handle_models_request(self) -> None:
+        """The names, their base, and every version that can be asked for."""
+        wanted = self.path.removeprefix("/v1/models").strip("/")
+        models = [
+            model
+            for name in self._follower.names
+            for version in (
+                "",
+                f"@{BASE_VERSION}",
+                *map("@{}".format, self._follower.list_versions(name)),
+            )
+            if wanted in ("", model := f"{name}{version}")
+        ]
+        listed = [{"id": model, "object": "model", "created": self.created} for model in models]
+        self._send(200, json.dumps({"object": "list", "data": listed}).encode())
+
+    def _send(self, status: int, body: bytes, content_type: str = "application/json") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            self.send_header("Retry-After", str(AGAIN_AFTER_SECONDS))
+        if hasattr(self, "headers"):  # they could be read
+            self._set_cors_headers()
+        self._name_version()
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _send_error(self, message: str, status: int, code: str | None = None) -> None:
+        self._send(status, json.dumps(describe_error(message, status, code)).encode())
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What http.server itself refuses, such as another method, in the shape of all errors."""
+        status = 405 if code == HTTPStatus.NOT_IMPLEMENTED else code
+        self.close_connection = True
+        self._send_error(message or HTTPStatus(status).phrase, status)
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Nothing: http.server calls it when an answer begins."""
+
+    def _note_ended_request(self, seconds: float) -> None:
+        """Count a question, and log any request in one line with control characters escaped."""
+        name = None if self._request is None else self._request.name
+        version = None if self._request is None else self._request.version.version
+        if self.command == "POST":
+            self._metrics.note_request(name, self._status, seconds)
+        fields = {
+            "client": self.address_string(),
+            "request": escape(self.requestline),
+            "status": self._status,
+            "seconds": round(seconds, 4),
+            "adapter": name,
+            "version": version,
+        }
+        answered = "" if version is None else f" {name}@{shorten_digest(version)}"
+        said = f"{fields['client']} {fields['request']} {self._status}{answered} {seconds:.3f} s"
+        logging.info("%s", said, extra=fields)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """What http.server tells of a connection, such as that it timed out."""
+        logging.info("%s %s", self.address_string(), escape(format % args))
+
+
+def _no_route(path: str) -> RequestRefused:
+    routes = ", ".join([*ROUTES, "/v1/models", *UNLOCKED_ROUTES])
+    return RequestRefused(f"Nothing is at {path!r:.80}; there are {routes}.", 404)
+
+
+def _no_model(message: str) -> RequestRefused:
+    return RequestRefused(message, 404, "model_not_found")
+
+
+def _is_own_host(given: str | None, host: str) -> bool:
+    """Whether a request's Host is the server's; asked of one that listens to its own machine.
+
+    A web page whose name was made to lead to this machine sends that name.
+    """
+    if given is None or not is_loopback(host):
+        return True
+    try:
+        name = urlsplit(f"//{given}").hostname
+    except ValueError:
+        return False
+    return name is not None and (name == host or is_loopback(name))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine, reached from itself alone."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False

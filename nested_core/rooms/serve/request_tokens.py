@@ -1,0 +1,91 @@
+"""The tokens of a request: bounded in size, and with control tokens that a user writes as text.
+
+mlx_lm.server renders the chat template and encodes all of it, so that `<|im_start|>` in a user's
+text could end its turn and begin one of the assistant or the system.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import secrets
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from nested_core.rooms.serve.request_model import RequestRefused
+
+UNTRUSTED_ROLES = ("user", "tool")
+
+
+class RequestTokenizer:
+    """mlx_lm's tokenizer for clients; a control token of a user or a tool is encoded as text.
+
+    It is encoded in two parts, neither of which is a control token.
+    """
+
+    def __init__(self, tokenizer: Any, context: int | None) -> None:
+        """`context` is how many tokens the model sees; None where it is not known."""
+        self._tokenizer = tokenizer
+        self._context = context
+        self._longest_token = max(len(str(text).encode()) for text in tokenizer.get_vocab())
+        self._mark = secrets.token_hex(16)  # between the two parts, while the template is rendered
+        added = tokenizer.added_tokens_decoder.values()
+        names = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        self._control_token = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, tokenize: bool = True, **kwargs: Any
+    ) -> Any:
+        """As the tokenizer's."""
+        marked = [self._mark_control_tokens(message) for message in messages]
+        text = self._tokenizer.apply_chat_template(marked, tokenize=False, **kwargs)
+        return self.encode(text, add_special_tokens=False) if tokenize else text
+
+    def encode(self, text: str, **kwargs: Any) -> list[int]:
+        """As the tokenizer's; RequestRefused for a text that no context has room for.
+
+        To encode a text takes seconds a megabyte.
+        """
+        self.require_room(len(text.encode()), "bytes", self._longest_token)
+        parts = text.split(self._mark)
+        return list(chain(*(self._tokenizer.encode(part, **kwargs) for part in parts)))
+
+    def require_room(self, size: int, unit: str, units_a_token: int) -> None:
+        """Raise RequestRefused for a prompt of more tokens than the model sees."""
+        if self._context is not None and size > self._context * units_a_token:
+            most = f" of at most {units_a_token} {unit}" if units_a_token > 1 else ""
+            raise RequestRefused(
+                f"The prompt has {size} {unit}, and the model sees {self._context} tokens{most}.",
+                code="context_length_exceeded",
+            )
+
+    def require_known_arguments(self, given: Collection[str] | None) -> None:
+        """Raise RequestRefused for arguments that the model's own chat template does not read.
+
+        Others would reach the tokenizer: a template of the client's own, padding, cutting off.
+        """
+        if not given:
+            return
+        template = self._tokenizer.chat_template
+        source = template if isinstance(template, str) else ""
+        render = self._tokenizer._tokenizer.apply_chat_template
+        of_the_tokenizer = inspect.signature(render).parameters
+        known = set(re.findall(r"\w+", source)) - set(of_the_tokenizer) | {"enable_thinking"}
+        if unknown := sorted(set(given) - known):
+            raise RequestRefused(
+                f"chat_template_kwargs: {', '.join(unknown):.200} not taken here. Expected "
+                f"arguments that the chat template of the model reads, or enable_thinking."
+            )
+
+    def _mark_control_tokens(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        content = message.get("content")
+        if message["role"] not in UNTRUSTED_ROLES or not isinstance(content, str):
+            return message
+        return {**message, "content": self._control_token.sub(self._split, content)}
+
+    def _split(self, token: re.Match[str]) -> str:
+        return f"{token[0][0]}{self._mark}{token[0][1:]}"

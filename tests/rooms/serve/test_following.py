@@ -1,0 +1,301 @@
+"""serve: a promotion reaches clients by itself, and each answer is of the version that it names."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm import generate, load
+
+from nested_core.errors import ConfigError
+from nested_core.models.base_model import chat_template_digest
+from nested_core.registry import read_verified_version, register_and_promote, rollback
+from nested_core.registry.history_views import NameFolder
+from nested_core.rooms.serve import follower
+from tests.example import MODEL
+from tests.rooms.serve.versions import (
+    NAME,
+    QUESTION,
+    AdapterShape,
+    Client,
+    promote_run,
+    quantise_base,
+    record_canary,
+    serving,
+    settings,
+    write_version_run,
+)
+from tests.waiting import wait_until
+
+Promote = Callable[..., str]
+SECONDS_ON_A_LOADED_MACHINE = 60.0  # a second or two on two quiet cores
+
+
+def wait_for(client: Client, version: str, name: str = NAME) -> None:
+    """Wait until a version was swapped in."""
+
+    def is_served() -> bool:
+        told = client.health()["names"][name]
+        has_swapped = told["last_swap_seconds"] is not None and told["refused"] is None
+        return bool(told["version"] == version and has_swapped)
+
+    wait_until(is_served, f"{version} is served")
+
+
+def status_without(client: Client, version: str) -> dict[str, Any]:
+    """What is told of NAME once `version` is refused; AssertionError where it is served."""
+
+    def status() -> dict[str, Any]:
+        told: dict[str, Any] = client.health()["names"][NAME]
+        return told
+
+    wait_until(lambda: status()["refused"] is not None or status()["version"] == version)
+    assert status()["version"] != version
+    return status()
+
+
+@cache
+def expected(base: Path, run: Path | None, prompt: str = QUESTION) -> str:
+    """What mlx_lm.generate answers."""
+    adapter = None if run is None else str(run / "adapter")
+    model, tokenizer = load(str(base), adapter_path=adapter)[:2]
+    messages = [{"role": "user", "content": prompt}]
+    tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return generate(model, tokenizer, tokens, max_tokens=12).strip()
+
+
+def arrays_of(model: Any) -> dict[str, mx.array]:
+    leaves: Any = tree_flatten(model.parameters())
+    return dict(leaves)
+
+
+def test_after_each_promotion_the_next_answer_is_the_new_version_s(
+    promote: Promote, runs: dict[int, Path], base: Path, registry: Path
+) -> None:
+    first = promote(1)
+    answers = {}
+    with serving(settings(registry, "--name", NAME)) as client:
+        provider = client.server.generator.model_provider
+        base_arrays = arrays_of(provider.base)
+        reply = client.chat()
+        assert (reply.status, reply.version) == (200, first)
+        assert reply.json()["system_fingerprint"] == first
+        answers[1] = [reply.text, client.chat(NAME).text]  # the second through the prompt cache
+        for seed in (2, 3, 4):  # the same layers, others, DoRA
+            version = promote(seed)
+            promoted = time.monotonic()
+            wait_for(client, version)
+            reply = client.chat(NAME)
+            assert (reply.status, reply.version) == (200, version)
+            assert time.monotonic() - promoted < SECONDS_ON_A_LOADED_MACHINE
+            cached = client.chat(NAME)
+            assert cached.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+            answers[seed] = [reply.text, cached.text]
+        after = arrays_of(provider.base)
+        assert all(after[name] is array for name, array in base_arrays.items())
+        rollback(registry, NAME, by="a test")
+        wait_until(lambda: client.chat().text == answers[3][0], "the version before is back")
+    for seed, texts in answers.items():
+        assert {text.strip() for text in texts} == {expected(base, runs[seed])}
+    assert len({texts[0] for texts in answers.values()}) == len(answers)
+
+
+def test_a_full_fine_tune_is_served_and_leaves_the_base_as_it_was(
+    promote: Promote, runs: dict[int, Path], base: Path, registry: Path, tmp_path: Path
+) -> None:
+    run = write_version_run(tmp_path / "full", base, 5, AdapterShape(fine_tune_type="full"))
+    promote(1)
+    with serving(settings(registry, "--name", NAME)) as client:
+        version = promote_run(run, registry)
+        wait_for(client, version)
+        reply = client.chat(NAME)
+        assert (reply.version, reply.text.strip()) == (version, expected(base, run))
+        assert client.chat(f"{NAME}@base").text.strip() == expected(base, None)
+        wait_for(client, promote(2))
+        assert client.chat(NAME).text.strip() == expected(base, runs[2])
+
+
+@pytest.mark.slow("quantises and loads a base")
+def test_adapters_of_a_quantised_base_are_served(
+    base: Path, registry: Path, tmp_path: Path
+) -> None:
+    small = quantise_base(base, tmp_path / "base-4-bits")
+    paths = [write_version_run(tmp_path / f"run-{seed}", small, seed) for seed in (1, 2)]
+    record_canary(paths[1], small)
+    promote_run(paths[0], registry)
+    with serving(settings(registry, "--name", NAME)) as client:
+        assert client.chat(NAME).text.strip() == expected(small, paths[0])
+        wait_for(client, promote_run(paths[1], registry))
+        assert client.chat(NAME).text.strip() == expected(small, paths[1])
+
+
+def test_a_version_and_the_base_are_asked_by_name(
+    promote: Promote, runs: dict[int, Path], base: Path, registry: Path
+) -> None:
+    old, new = promote(1), promote(2)
+    other = promote(3, "rivers")
+    with serving(settings(registry, "--name", NAME, "rivers")) as client:
+        listed = [model["id"] for model in client.send("GET", "/v1/models").json()["data"]]
+        assert set(listed) == {
+            NAME,
+            f"{NAME}@base",
+            f"{NAME}@{old}",
+            f"{NAME}@{new}",
+            "rivers",
+            "rivers@base",
+            f"rivers@{other}",
+        }
+        asked = {
+            NAME: (new, runs[2]),
+            f"{NAME}@{old}": (old, runs[1]),
+            f"{NAME}@{old[:8]}": (old, runs[1]),
+            "rivers": (other, runs[3]),
+            "rivers@base": ("base", None),
+        }
+        for model, (version, run) in asked.items():
+            reply = client.chat(model)
+            assert (reply.version, reply.text.strip()) == (version, expected(base, run)), model
+            assert reply.json()["model"] == model
+        for unknown in ("someone/a-model", f"{NAME}@{'0' * 64}", "/etc", f"{NAME}@champion"):
+            reply = client.chat(unknown)
+            assert reply.status == 404
+            assert "error" in reply.json()
+        names = client.health()["names"]
+        assert {name: status["requests"] for name, status in names.items()} == {
+            NAME: 3,
+            "rivers": 2,
+        }
+
+
+def test_a_version_asked_for_by_its_first_digits_is_read_from_disk_once(
+    promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = promote(1), promote(2)
+    with serving(settings(registry, "--name", NAME)) as client:
+        read: list[str] = []
+        read_version = read_verified_version
+
+        def note(registry: Path, name: str, version: str) -> Any:
+            read.append(version)
+            return read_version(registry, name, version)
+
+        monkeypatch.setattr(follower, "read_verified_version", note)
+        for version in (old, new, old, new):
+            assert client.chat(f"{NAME}@{version[:8]}").version == version
+    assert read == [old]
+
+
+def test_a_damaged_champion_is_not_served_and_the_old_one_stays(
+    promote: Promote, registry: Path
+) -> None:
+    first = promote(1)
+    with serving(settings(registry, "--name", NAME)) as client:
+        before = client.chat().text
+        damaged = promote_damaged(promote, registry)
+        status = status_without(client, damaged)
+        assert status["version"] == first
+        assert status["refused"]["version"] == damaged
+        assert "is not what was registered" in status["refused"]["reason"]
+        reply = client.chat()
+        assert (reply.version, reply.text) == (first, before)
+        pinned = client.chat(f"{NAME}@{damaged}")
+        assert "is not what was registered" in pinned.json()["error"]["message"]
+        third = promote(3)
+        wait_for(client, third)
+
+
+def test_a_champion_of_another_base_is_not_served(
+    promote: Promote, registry: Path, tmp_path: Path
+) -> None:
+    """The same model in another precision is another base."""
+    first = promote(1)
+    other = write_version_run(tmp_path / "other", MODEL, seed=9)
+    with serving(settings(registry, "--name", NAME)) as client:
+        second = promote_run(other, registry)
+        status = status_without(client, second)
+        assert (status["version"], status["refused"]["version"]) == (first, second)
+        assert "was made for the base sha256:" in status["refused"]["reason"]
+        assert client.chat().version == first
+        assert (
+            "was made for the base sha256:"
+            in client.chat(f"{NAME}@{second}").json()["error"]["message"]
+        )
+
+
+def promote_damaged(promote: Promote, registry: Path) -> str:
+    """Promote a version, with a byte of its tensors changed before the link leads to it."""
+    move_link = NameFolder._move_link
+
+    def damage_and_move(held: NameFolder, champion: str) -> None:
+        weights = held.place_of(champion) / "adapters.safetensors"
+        weights.chmod(0o644)
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        move_link(held, champion)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NameFolder, "_move_link", damage_and_move)
+        return promote(2)
+
+
+@pytest.mark.slow("asks a server from several threads")
+def test_no_answer_is_mixed_under_load(
+    promote: Promote, runs: dict[int, Path], base: Path, registry: Path
+) -> None:
+    seeds = {promote(seed): seed for seed in (1, 2)}
+    prompts = [f"I want to see {country}. Where to?" for country in ("Italy", "Fiji", "Peru")]
+    right = {
+        (version, prompt): expected(base, runs[seed], prompt)
+        for version, seed in seeds.items()
+        for prompt in prompts
+    }
+    wrong: list[str] = []
+    answered: list[str] = []
+    is_over = threading.Event()
+
+    def ask(client: Client, prompt: str) -> None:
+        while not is_over.is_set():
+            reply = client.chat(NAME, prompt)
+            if reply.status != 200 or reply.text.strip() != right[str(reply.version), prompt]:
+                wrong.append(f"{reply}")
+            answered.append(str(reply.version))
+
+    with serving(settings(registry, "--name", NAME)) as client:
+        threads = [threading.Thread(target=ask, args=(client, prompt)) for prompt in prompts]
+        for thread in threads:
+            thread.start()
+        for seed in (1, 2, 1):
+            version = promote(seed)
+            wait_for(client, version)
+            seen = len(answered)
+            wait_until(lambda count=seen: len(answered) > count + 3, "answers of the new version")  # type: ignore[misc]
+        is_over.set()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+    assert set(answered) == set(seeds)
+    assert answered[-1] == version
+
+
+def test_a_version_of_another_chat_template_is_not_served(
+    runs: dict[int, Path], base: Path, tmp_path: Path
+) -> None:
+    trained_with = {"chat_template": chat_template_digest(base)}
+    register_and_promote(runs[1], tmp_path / "same", NAME, trained_with, by="a test")
+    with serving(settings(tmp_path / "same", "--name", NAME)) as client:
+        assert client.chat(NAME).status == 200
+    other = {"chat_template": "0" * 64}
+    register_and_promote(runs[1], tmp_path / "other", NAME, other, by="a test")
+    with (
+        pytest.raises(ConfigError, match="was trained with another chat template than"),
+        serving(settings(tmp_path / "other", "--name", NAME)),
+    ):
+        pass
