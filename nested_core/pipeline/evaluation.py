@@ -278,10 +278,10 @@ class _Evaluating:
             ]
         if self._data is None:
             return
+        stages.info("evaluate: losses of %d models on %s", len(models), self._data)
         held_out = read_held_out_examples(config, {})
         if held_out is None:
             raise ConfigError(f"evaluate: {self._data} names no file of examples.")
-        stages.info("evaluate: losses of %d models on %s", len(models), self._data)
         tensors = [_tensors(model, base) for model in models]
         predictions = base.compare_predictions(tensors, held_out.split)
         for model, losses in zip(models, predictions.losses, strict=True):
@@ -289,6 +289,7 @@ class _Evaluating:
 
     def _compare_models(self) -> Iterator[EvaluatedModel]:
         """Each model's figures beside those of the reference, the first one."""
+        stages.info("evaluate: comparing the models")
         reference, *others = self._models
         changes = [self._compare_answers(model, reference) for model in others]
         losses = [self._compare_losses(model, reference) for model in self._models]

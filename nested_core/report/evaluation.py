@@ -67,10 +67,10 @@ class EvaluatedModel:
 
     @property
     def is_better(self) -> bool:
-        """Whether a loss or a suite is significantly better, and none inconclusive or worse."""
-        loss = None if self.loss is None else self.loss.conclusion
-        words = {loss, *(suite.conclusion for suite in self.suites)}
-        return "better" in words and not words & {"inconclusive", "worse"} and not self.is_worse
+        """Whether its loss and every suite are significantly better, and none below a minimum."""
+        loss = [] if self.loss is None else [self.loss.conclusion]
+        words = {*loss, *(suite.conclusion for suite in self.suites)}
+        return words == {"better"} and not self.is_worse
 
 
 @dataclass(frozen=True)
