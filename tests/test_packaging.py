@@ -134,7 +134,8 @@ def test_the_locks_pin_every_line_with_hashes_and_name_no_address() -> None:
         assert "://" not in text
         assert not re.search(r"^\s*(-i|--(extra-)?index-url|--find-links|-f)\b", text, re.MULTILINE)
         pinned = re.findall(r"^[a-z][^\n]*==[^\n]*\\\n    --hash=sha256:", text, re.MULTILINE)
-        assert len(pinned) == len(re.findall(r"^[a-z]", text, re.MULTILINE)) > 100
+        assert len(pinned) == len(re.findall(r"^[a-z]", text, re.MULTILINE))
+        assert len(pinned) > (1 if lock.name == "llama-cpp.lock" else 100)
 
 
 def test_the_development_lock_holds_the_versions_of_the_run_lock() -> None:

@@ -22,6 +22,7 @@ from nested_core.pipeline.continual import (
     find_unbeaten_champion,
 )
 from nested_core.pipeline.publishing import read_run_examples, register_run
+from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.verdict import ChampionLoss, JudgedAdapter, TaskResult, Validation, Verdict
 from nested_core.registry import collect_garbage, list_versions, promote, read_champion, register
 from nested_core.registry.data_store import read_lineage, read_stored_data
@@ -368,16 +369,16 @@ def test_sections_that_contradict_one_another_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("after", "interval", "is_kept"),
+    ("after", "conclusion", "is_kept"),
     [
         (1.001, None, True),
-        (1.001, (-0.1, 0.6), True),
-        (1.001, (0.1, 0.6), False),
+        (1.001, "no_worse", True),
+        (1.001, "better", False),
         (0.999, None, False),
     ],
 )
 def test_a_start_that_is_not_beaten_is_kept_unless_answers_got_better(
-    tmp_path: Path, after: float, interval: tuple[float, float] | None, is_kept: bool
+    tmp_path: Path, after: float, conclusion: Conclusion | None, is_kept: bool
 ) -> None:
     champion = "c" * 64
     task = TaskResult(
@@ -388,7 +389,8 @@ def test_a_start_that_is_not_beaten_is_kept_unless_answers_got_better(
         champion=0.25,
         candidate=1.0,
         difference=0.75,
-        interval=interval,
+        interval=(0.1, 0.9),
+        conclusion=conclusion,
         smallest_visible=0.1,
         verdict="passed",
         seconds={},
