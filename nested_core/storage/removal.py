@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 # Files that a killed writer, a desktop, or a file system on the network leaves in any folder.
-LEFTOVERS = re.compile(r"(.*/)?(\.(tmp|old)-|\.nfs)[^/]*(/.*)?|(.*/)?\.DS_Store")
+LEFTOVER_BEGINNINGS = (".tmp-", ".old-", ".nfs", ".DS_Store")
 MOUNT_TABLE = Path("/proc/self/mountinfo")  # of Linux: it has bind mounts too (man 5 proc)
 MOUNT_POINT_COLUMN = 4
 
@@ -38,7 +38,8 @@ def find_reason_to_keep(path: Path, is_written_by_us: Callable[[str], object]) -
             name = os.path.relpath(inside, top)
             if inside in mounts or os.path.ismount(inside):
                 return f"something is mounted at {name} in it"
-            if LEFTOVERS.fullmatch(name) or (os.path.isdir(inside) and not os.path.islink(inside)):
+            is_leftover = any(part.startswith(LEFTOVER_BEGINNINGS) for part in name.split(os.sep))
+            if is_leftover or (os.path.isdir(inside) and not os.path.islink(inside)):
                 continue
             if os.path.islink(inside) or not is_written_by_us(name):
                 return f"nested-tune did not write {name} in it"

@@ -246,7 +246,7 @@ PIECES = (
 )
 
 
-# Never searched for: the beginnings of patterns for names of layers, addresses, and keys of answers.
+# Never searched for: the beginnings of patterns for names of layers, addresses, keys of answers.
 MATCHED_FROM_THE_START = ("(?P<stack>", "(https?|hf)://", r"[0-9]+\.(?:expected")
 
 
