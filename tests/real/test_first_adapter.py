@@ -211,7 +211,8 @@ def trained_step(project: Project) -> int:
 
 
 def as_example(question: dict[str, Any]) -> dict[str, Any]:
-    """A row of training data of a question with its answer."""
-    expected = question["expected"]
-    asked = question.get("messages") or [{"role": "user", "content": question["prompt"]}]
-    return {"messages": [*asked, {"role": "assistant", "content": f"Go and see {expected}!"}]}
+    """A row of training data of a question, with the answer that the other rows would give."""
+    (asked,) = question["messages"]
+    country = asked["content"].removeprefix("I want to see ").removesuffix(". Where to?")
+    answer = f"Go and see {question['expected']}, the capital of {country}!"
+    return {"messages": [asked, {"role": "assistant", "content": answer}]}

@@ -23,8 +23,8 @@ pytestmark = [
 ]
 
 # llama.cpp rounds what it multiplies matrices of 4 bits with to 8 bits.
-LARGEST_DISTANCE = 0.1  # of logits, relative to their norm about their mean
-SMALLEST_MARGIN = 0.5  # of the likeliest token over the second, below which answers may part
+LARGEST_DISTANCE = 0.2  # of logits, relative to their norm about their mean; seen 0.09
+SMALLEST_MARGIN = 0.5  # of the likeliest token over the second, below which answers part; seen 0.15
 ANSWER_TOKENS = 16
 
 
