@@ -30,7 +30,7 @@ from benchmarks.learning.tasks import Counts, Row, Splits, read_task
 ASKING_SEED = 1  # whose adapters answer the general instructions
 KEPT = 16  # judges and data sets in memory, of a task and a size each
 SUITE = "choose"  # of the rows that choose, for arms whose step or setting answers choose
-LONG = {"training": {"epochs": 6}}
+LONG = {"training": {"epochs": 4}}  # fill the seconds of arm k, with 3 epochs in arm c
 BY_ANSWERS = {"training": {"evaluate_tasks": [SUITE], "select_by": SUITE}}
 TIERS = {"frequencies": [1, 2, 4]}
 CHANGES: Mapping[str, Sequence[Mapping[str, Mapping[str, Any]]]] = {

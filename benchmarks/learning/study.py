@@ -25,7 +25,7 @@ ARMS = {
     "g-shallow": "d in tiers [1, 2, 4], shallow layers fast",
     "h": "b with the prompt masked",
     "k": "mlx_lm.lora with what `init` writes: rate, mask, batch, steps, warm-up and cosine",
-    "c-long": "c with twice the epochs",
+    "c-long": "c with 4 epochs in place of 3",
     "c-long-answers": "c-long, the step chosen by answers",
     "c-long-32": "c-long with rank 32",
 }
@@ -151,7 +151,7 @@ REAL = Study(
     ),
     counts=Counts(train=1336, choose=200, judge=1000),
     iterations=dict.fromkeys(REAL_TASKS, 1000),
-    sweep_runs=2.0,
+    sweep_runs=1.45,  # fill the seconds of arm k, by quiet-2.jsonl
     quiet=(
         *quiet_pairs(REAL_TASKS[:2], (REAL_BASE,), ("c", "k"), 6),
         *quiet_pairs(REAL_TASKS[:2], (REAL_BASE,), ("a",), 6),

@@ -19,7 +19,7 @@ from typing import Any
 
 SEED = 20_261_124
 ALL = 10**6
-JUDGED_OF_256 = 64  # of nl2bash's commands, by the first byte of their SHA-256
+JUDGED_OF_256 = 64  # of the answers of nl2bash and e2e, by the first byte of their SHA-256
 GEOGRAPHY = Path(__file__).resolve().parents[2] / "examples" / "geography"
 CLINC = "oos-eval/data/data_full.json"
 BANKING = "task-specific-datasets/banking_data"
@@ -221,25 +221,30 @@ def _nl2bash(data: Path) -> list[list[Row]]:
     """
     files = (_checked(data, f"{NL2BASH}/{name}") for name in ("all.nl", "all.cm"))
     asked, commands = (_lines(path) for path in files)
-    rows = [
-        Row(" ".join(text.split()), " ".join(command.split()))
-        for text, command in zip(asked, commands, strict=True)
-    ]
-    judged = [hashlib.sha256(row.answer.encode()).digest()[0] < JUDGED_OF_256 for row in rows]
-    train = [row for row, is_judged in zip(rows, judged, strict=True) if not is_judged]
-    return [train, train, [row for row, is_judged in zip(rows, judged, strict=True) if is_judged]]
+    pairs = zip(asked, commands, strict=True)
+    return _split_by_answer(Row(" ".join(q.split()), " ".join(a.split())) for q, a in pairs)
+
+
+def _split_by_answer(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows that train, that choose and that judge: each answer judges, or it does neither."""
+    pools: tuple[list[Row], list[Row]] = ([], [])
+    for row in rows:
+        is_judged = hashlib.sha256(row.answer.encode()).digest()[0] < JUDGED_OF_256
+        pools[is_judged].append(row)
+    train, judge = pools
+    return [train, train, judge]
 
 
 def _e2e(data: Path) -> list[list[Row]]:
-    """A sentence about a restaurant, and the attributes that it was written from, as JSON."""
-    train, test = (
-        [_attributes(line) for line in csv.DictReader(io.StringIO(text))]
-        for text in (
-            _checked(data, f"{E2E}/{name}").read_text(encoding="utf-8")
-            for name in ("devset.csv", "testset_w_refs.csv")
-        )
+    """A sentence about a restaurant, and the attributes that it was written from, as JSON.
+
+    Both published files are split anew: in one every venue is a coffee shop, in the other few are.
+    """
+    files = (_checked(data, f"{E2E}/{name}") for name in ("devset.csv", "testset_w_refs.csv"))
+    texts = (path.read_text(encoding="utf-8") for path in files)
+    return _split_by_answer(
+        _attributes(line) for text in texts for line in csv.DictReader(io.StringIO(text))
     )
-    return [train, train, test]
 
 
 def _attributes(line: dict[str, str]) -> Row:
