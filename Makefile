@@ -41,7 +41,7 @@ test: $(VENV)/dev.stamp ## the tests to run between two edits: every claim
 test-all: test ## make test, and the slow tests that it leaves out
 	$(PYTEST) -m "slow and not reliability and not production"
 
-check: $(VENV)/dev.stamp ## format, lint and complexity, types, import directions, documents
+check: $(VENV)/dev.stamp ## format, lint and complexity, types, import directions, documents, budgets of lines
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -51,6 +51,7 @@ check: $(VENV)/dev.stamp ## format, lint and complexity, types, import direction
 	$(BIN)/python -m docs.make_command_line --check
 	$(BIN)/python -m docs.make_environment --check
 	$(BIN)/python docs/check_prose.py --check
+	$(BIN)/python docs/check_budgets.py
 	$(BIN)/python docs/build_site.py
 
 format: $(VENV)/dev.stamp ## format, and repair what lint can repair
