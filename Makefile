@@ -21,7 +21,7 @@ INSTALL := $(PIP) install --quiet --no-compile
 # The lock is complete, so nothing is resolved again: pip would ask for a hash of what it did not pick.
 LOCKED := $(INSTALL) --no-deps --only-binary :all: --require-hashes
 
-.PHONY: help install demo test test-all check format bench bench-learning production-test soak reliability docs pictures example-model real-model real-test real-test-llama lock clean
+.PHONY: help install demo test test-all check format rooms bench bench-learning production-test soak reliability docs pictures example-model real-model real-test real-test-llama lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -57,6 +57,9 @@ check: $(VENV)/dev.stamp ## format, lint and complexity, types, import direction
 format: $(VENV)/dev.stamp ## format, and repair what lint can repair
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+rooms: $(VENV)/dev.stamp ## each room deleted in a copy: what is left works; minutes a room
+	$(BIN)/python -m tests.without_rooms
 
 bench: $(VENV)/project.stamp ## side-by-side measurements, each printing a ratio
 	$(BIN)/python -m benchmarks

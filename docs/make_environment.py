@@ -1,7 +1,7 @@
 """Write docs/environment.md, the environment variables that the code names: `make docs`.
 
 Every variable that is found in the code, the settings of deployments/ and the units needs a line
-here. With `--check` it writes nothing, and fails where one has none, or the page is out of date
+here, or in the `environment` table of its room's ROOM.toml. With `--check` it writes nothing, and fails where one has none, or the page is out of date
 (`make check`).
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +46,6 @@ VARIABLES = {
             "name of the lock that one training at a time holds; `off` for none",
         ),
         "NESTED_TUNE_NO_OPENBLAS": ("", "`1`: do not load OpenBLAS on a Linux CPU"),
-        "NESTED_TUNE_API_KEY": ("", "key that clients of `nested-tune serve` have to send"),
         "CUDA_VISIBLE_DEVICES": ("every GPU", "GPUs that a run uses, in order"),
         "XDG_CACHE_HOME": ("`~/.cache`", "where the folder for caches is made"),
         "XDG_RUNTIME_DIR": (
@@ -137,6 +137,9 @@ VARIABLES = {
     },
 }
 NOT_IN_CODE = {"HF_TOKEN"}  # a library reads it
+for _file in sorted((ROOT / "nested_core" / "rooms").glob("*/ROOM.toml")):
+    _of_room = tomllib.loads(_file.read_text("utf-8")).get("environment", {})
+    VARIABLES["To set"] |= {name: ("", meaning) for name, meaning in _of_room.items()}
 _OURS = re.compile(
     r"(NESTED_TUNE|PREFECT|MLX|MLFLOW|OPENBLAS|POLARS|PANDERA|TOKENIZERS|XDG)(_[A-Z0-9]+)+"
 )
