@@ -1,8 +1,8 @@
 """Write docs/environment.md, the environment variables that the code names: `make docs`.
 
 Every variable that is found in the code, the settings of deployments/ and the units needs a line
-here, or in the `environment` table of its room's ROOM.toml. With `--check` it writes nothing, and fails where one has none, or the page is out of date
-(`make check`).
+here, or in the `environment` table of its room's ROOM.toml. With `--check` it writes nothing, and
+fails where one has none, or the page is out of date (`make check`).
 """
 
 from __future__ import annotations
