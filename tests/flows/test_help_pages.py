@@ -60,7 +60,7 @@ def test_help_shows_the_common_flags_and_help_all_every_one(
 
 
 def test_each_command_is_listed_under_the_module_that_adds_it_and_loads_it_alone() -> None:
-    modules = cli.COMMANDS | cli.ROOM_COMMANDS
+    modules = cli.list_command_modules()
     for module, names in modules.items():
         assert tuple(build_parser(names[0]).commands) == names, module
     listed = [name for names in modules.values() for name in names]
