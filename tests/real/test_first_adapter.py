@@ -197,7 +197,8 @@ def test_a_night_is_skipped_without_new_rows_and_goes_on_from_the_champion_with_
     with (configured.folder / "data" / "train.jsonl").open("a") as file:
         for row in answered:
             file.write(json.dumps(as_example(row)) + "\n")
-    night = configured.run(*words, "runs/night").document
+    # At init's rate, which is for a new adapter, the gate refused these 8 steps: 0.26 -> 0.34.
+    night = configured.run(*words, "runs/night", "--learning-rate", "1e-5").document
     assert night["verdict"] == "passed"
     first = read_losses(configured.folder / "runs" / "first")
     losses = read_losses(configured.folder / "runs" / "night")
