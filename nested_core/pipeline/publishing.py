@@ -245,10 +245,9 @@ def register_and_promote_run(
 def _note_registry(run: RunDirectory, registry: Path, name: str) -> None:
     """Note in a run that it is promoted to another registry or name than its config.yaml has."""
     config = Run(run).config
-    path = None if config is None else config.registry.path
-    if config is None or path is None:
-        return  # a run without a registry of its own is kept until one names it
-    if (Path(path).resolve(), config.registry.name) != (registry.resolve(), name):
+    section = None if config is None else config.registry
+    configured = section and section.path and (Path(section.path).resolve(), section.name)
+    if configured != (registry.resolve(), name):
         with suppress(OSError):  # a run that nobody can write to is not removed either
             add_promoted_to(run.promoted_to, str(registry), name)
 

@@ -162,13 +162,14 @@ class World:
         self.plans[name] = plan
         if plan.has_passed:
             self.versions[name] = self.digests[number]
-            if plan.registered:
-                self.register(number, Path(plan.configured or "registry"))
-            if plan.by_hand:
-                self.register(number, self.outside / f"registry-{number}")
-                if plan.configured is not None:  # as `promote` notes it
-                    outside = str(self.outside / f"registry-{number}")
-                    add_promoted_to(run.promoted_to, outside, NAME)
+            promoted_to = [self.outside / f"registry-{number}"] if plan.by_hand else []
+            if plan.registered and plan.configured is not None:
+                self.register(number, Path(plan.configured))
+            elif plan.registered:
+                promoted_to.append(Path("registry"))
+            for registry in promoted_to:
+                self.register(number, registry)
+                add_promoted_to(run.promoted_to, str(registry), NAME)  # as `promote` notes it
         self.add_extra(run, plan.extra)
 
     def add_extra(self, run: RunDirectory, extra: str) -> None:
@@ -253,9 +254,7 @@ class World:
             if version is None:
                 continue
             is_told = made.registered or self.is_in_a_history(version)
-            # Only a registry that nothing here names can lose what a person has asked to remove.
-            known = here if is_asked(step) and made.configured is None else standing
-            if version in known or not (is_told or is_asked(step)):
+            if version in standing or not (is_told or is_asked(step)):
                 needed |= {
                     name
                     for name in files_of(path, path.name)
