@@ -35,14 +35,14 @@ def describe_other_base(adapter_config: Mapping[str, Any], base: Path) -> str | 
     return f"made for the base {shorten_fingerprint(recorded)}, and {base} holds {present}"
 
 
-def list_differences(made_with: Adapter, used_with: Adapter) -> list[str]:
-    """The settings in which two adapter_config.json differ: `scale: 2.0, now 4.0`."""
+def find_differences(made_with: Adapter, used_with: Adapter) -> dict[str, str]:
+    """By key, the settings in which two adapter_config.json differ: `scale: 2.0, now 4.0`."""
     before, now = made_with.meaning(), used_with.meaning()
-    return [
-        f"{key}: {before[key]}, now {now[key]}"
+    return {
+        key: f"{key}: {before[key]}, now {now[key]}"
         for key in ADAPTER_STRUCTURE_KEYS
         if before[key] != now[key]
-    ]
+    }
 
 
 def list_misfits(tensors: Shaped, parameters: Shaped) -> list[str]:
@@ -72,11 +72,9 @@ def require_fit(
         parameters: those that the tensors replace.
     """
     misfits = list_misfits(adapter.tensors, parameters)
-    differing = []
-    if adapter.config:
-        differing = list_differences(adapter, Adapter(adapter.path, config, {}))
-    if not misfits:  # layers and keys may be said in other words: the tensors are the same
-        differing = [line for line in differing if line.startswith("scale: ")]
+    found = find_differences(adapter, Adapter(adapter.path, config, {})) if adapter.config else {}
+    # Where all tensors fit, layers and keys may be said in other words.
+    differing = [line for key, line in found.items() if misfits or key == "scale"]
     if other_base := describe_other_base(adapter.config, base):
         differing.append(f"base_fingerprint: {other_base}")
     if not differing and not misfits:

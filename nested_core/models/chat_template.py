@@ -62,8 +62,7 @@ class ChatTemplate:
     @cached_property
     def ends(self) -> tuple[str, ...]:
         """The end-of-sequence texts that answers lose; none where the template adds no end."""
-        ids = getattr(self._tokenizer, "eos_token_ids", None) or {self._tokenizer.eos_token_id}
-        texts = tuple(self._tokenizer.convert_ids_to_tokens(end) for end in ids - {None})
+        texts = list_end_texts(self._tokenizer)
         return texts if self.example.rpartition(_ANSWER)[2].lstrip().startswith(texts) else ()
 
     @cached_property
@@ -116,6 +115,16 @@ class ChatTemplate:
         elif isinstance(arguments, str):
             arguments = json.loads(arguments)
         return {**call, "arguments": arguments} if "arguments" in call else dict(call)
+
+
+def end_token_ids(tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer: several of mlx_lm's wrapper, one or none of a plain one."""
+    return frozenset(getattr(tokenizer, "eos_token_ids", None) or {tokenizer.eos_token_id}) - {None}
+
+
+def list_end_texts(tokenizer: Any) -> tuple[str, ...]:
+    """The texts of the tokens that end an answer."""
+    return tuple(tokenizer.convert_ids_to_tokens(end) for end in end_token_ids(tokenizer))
 
 
 @lru_cache(maxsize=4)

@@ -12,8 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-# Files that a killed writer, a desktop, or a file system on the network leaves in any folder.
-LEFTOVER_BEGINNINGS = (".tmp-", ".old-", ".nfs", ".DS_Store")
+from nested_core.storage.atomic import RETIRED_PREFIX, TEMPORARY_PREFIX
+
+# What a killed writer, a file system on the network, and a desktop leave in any folder.
+LEFTOVER_BEGINNINGS = (TEMPORARY_PREFIX, RETIRED_PREFIX, ".nfs")
+DESKTOP_FILE = ".DS_Store"
 MOUNT_TABLE = Path("/proc/self/mountinfo")  # of Linux: it has bind mounts too (man 5 proc)
 MOUNT_POINT_COLUMN = 4
 
@@ -38,8 +41,13 @@ def find_reason_to_keep(path: Path, is_written_by_us: Callable[[str], object]) -
             name = os.path.relpath(inside, top)
             if inside in mounts or os.path.ismount(inside):
                 return f"something is mounted at {name} in it"
-            is_leftover = any(part.startswith(LEFTOVER_BEGINNINGS) for part in name.split(os.sep))
-            if is_leftover or (os.path.isdir(inside) and not os.path.islink(inside)):
+            *_, last = parts = name.split(os.sep)
+            is_leftover = any(part.startswith(LEFTOVER_BEGINNINGS) for part in parts)
+            if (
+                is_leftover
+                or last == DESKTOP_FILE
+                or (os.path.isdir(inside) and not os.path.islink(inside))
+            ):
                 continue
             if os.path.islink(inside) or not is_written_by_us(name):
                 return f"nested-tune did not write {name} in it"

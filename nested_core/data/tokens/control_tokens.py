@@ -11,7 +11,12 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from nested_core.data.tokens.shown_texts import Note, RowText
-from nested_core.models.chat_template import ChatTemplate, chat_template_of
+from nested_core.models.chat_template import (
+    ChatTemplate,
+    chat_template_of,
+    end_token_ids,
+    list_end_texts,
+)
 
 CONTROL_CHECK = "control-token"
 FOREIGN_CHECK = "foreign-control-token"
@@ -126,9 +131,7 @@ def note_tokens_in_text(text: str, tokens: Sequence[int], tokenizer: Any) -> tup
 
 def _ends_in_two_ends(text: str, tokens: Sequence[int], tokenizer: Any) -> bool:
     """Whether the end that a text has is followed by another one, with or without white space."""
-    ids = getattr(tokenizer, "eos_token_ids", None) or {tokenizer.eos_token_id}
-    ends = tuple(tokenizer.convert_ids_to_tokens(end) for end in ids - {None})
     stripped = text.rstrip()
-    if not stripped.endswith(ends):
+    if not stripped.endswith(list_end_texts(tokenizer)):
         return False
-    return stripped != text or len(tokens) > 1 and tokens[-2] in ids
+    return stripped != text or len(tokens) > 1 and tokens[-2] in end_token_ids(tokenizer)

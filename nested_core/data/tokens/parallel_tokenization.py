@@ -33,6 +33,7 @@ from nested_core.data.tokens.tokenized_split import SplitWriter, write_token_par
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, shorten
 from nested_core.models.base_model import describe_token_beyond, vocabulary_size
+from nested_core.models.chat_template import end_token_ids
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
 TOKENIZATION_JOB = "nested_core.data.tokens.parallel_tokenization:run_tokenization_job"
@@ -200,7 +201,7 @@ class _SplitJoiner:
 def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
     """The job: a range of lines as tokens, masks and facts in files; the answer names the rest."""
     source = TokenizerSource(**request["tokenizer"])
-    end_tokens = _end_of_sequence_tokens(source.load())
+    end_tokens = end_token_ids(source.load())
     part = Path(request["part"])
     max_seq_length = request["max_seq_length"]
     examples = read_examples(
@@ -321,11 +322,6 @@ def _truncate_spans(spans: Iterable[Span], length: int) -> list[Span]:
     """The spans within the first `length` tokens, without token 0, which nothing predicts."""
     cut = [(max(begin, 1), min(end, length)) for begin, end in spans]
     return [(begin, end) for begin, end in cut if begin < end]
-
-
-def _end_of_sequence_tokens(tokenizer: Any) -> frozenset[int]:
-    ends = getattr(tokenizer, "eos_token_ids", None) or {tokenizer.eos_token_id}
-    return frozenset(ends) - {None}
 
 
 def _make_example_facts(

@@ -12,7 +12,7 @@ from nested_core.errors import ConfigError
 from nested_core.gate.losses.held_out_loss import LoadedBase
 from nested_core.gate.losses.left_out_examples import read_training_digests
 from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprint_reasons
-from nested_core.models.adapter_fit import list_differences, require_recorded_settings
+from nested_core.models.adapter_fit import find_differences, require_recorded_settings
 from nested_core.registry import holding_champion, list_versions, verify
 from nested_core.registry.folders import name_exists
 from nested_core.registry.policy import read_reference
@@ -84,7 +84,7 @@ def _find_base_for_champion(champion: Adapter, base: LoadedBase, candidate: Adap
     """The base to load the champion into; ConfigError for one that was made for another base."""
     if reasons := fingerprint_reasons(champion.config, base.folder):
         raise ConfigError(reasons[0].message)
-    if list_differences(champion, candidate):
+    if find_differences(champion, candidate):
         base = LoadedBase.load(shape_like_adapter(champion, base.config))
     if reasons := base_reasons(champion, base.parameters, base.folder):
         raise ConfigError(reasons[0].message)

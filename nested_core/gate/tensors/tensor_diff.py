@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nested_core.models.adapter_fit import list_differences
+from nested_core.models.adapter_fit import find_differences
 from nested_core.records.verdict import Code, Reason, TensorChange
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.safetensors_files import StoredTensor
@@ -196,9 +196,11 @@ def reasons_about_tensors(code: Code, names: Iterable[str], problem: str) -> lis
 
 def configuration_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
     """The reason for two adapter_config.json that describe different adapters."""
-    if not (differing := list_differences(initial, trained)):
+    if not (differing := find_differences(initial, trained)):
         return []
-    return [Reason("config_mismatch", f"adapter_config.json differs in {'; '.join(differing)}")]
+    return [
+        Reason("config_mismatch", f"adapter_config.json differs in {'; '.join(differing.values())}")
+    ]
 
 
 def named_base_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:

@@ -187,7 +187,9 @@ def test_a_link_is_neither_followed_nor_counted_and_keeps_the_run_that_it_leads_
     assert newest.path.exists()
 
 
-@pytest.mark.parametrize("inside", ["notes.txt", "adapter/notes.txt", "checkpoints"])
+@pytest.mark.parametrize(
+    "inside", ["notes.txt", "adapter/notes.txt", ".DS_Store-notes.txt", "checkpoints"]
+)
 def test_a_run_with_a_file_or_link_of_a_person_stays_whole(inside: str, tmp_path: Path) -> None:
     """Checkpoints that a person moved to a larger disk, say, and linked."""
     (run, _), rejected = make_registered(tmp_path, 1), make_run(tmp_path, 2)
