@@ -26,9 +26,11 @@ LOCKED := $(INSTALL) --no-deps --only-binary :all: --require-hashes
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-# Compiled here, for a service's user who may not write here.
+# Compiled here, for a service's user who may not write here. A package may hold modules for a newer Python,
+# which do not compile: pip passes over those too.
 install: $(VENV)/project.stamp ## the command nested-tune in .venv/bin
-	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib nested_core tasks flows
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+	$(BIN)/python -m compileall -q -j 0 nested_core tasks flows
 
 demo: $(VENV)/project.stamp ## validate, train, judge and promote a tiny adapter
 	$(BIN)/nested-tune demo

@@ -41,13 +41,13 @@ from nested_core.records.run import Run  # noqa: E402
 from nested_core.report.night_metrics import EndedNight, write_night_metrics  # noqa: E402
 from nested_core.report.pruning import AdapterRuns  # noqa: E402
 from nested_core.storage.run_directory import RunDirectory  # noqa: E402
-from tests.core.serve.versions import (  # noqa: E402
+from tests.example import MODEL  # noqa: E402
+from tests.rooms.serve.versions import (  # noqa: E402
     NAME,
     make_base,
     promote_run,
     write_version_run,
 )
-from tests.example import MODEL  # noqa: E402
 
 INTERVAL = 5
 CLIENTS = 2
