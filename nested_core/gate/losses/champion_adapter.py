@@ -13,7 +13,12 @@ from nested_core.gate.losses.held_out_loss import LoadedBase
 from nested_core.gate.losses.left_out_examples import read_training_digests
 from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprint_reasons
 from nested_core.models.adapter_fit import find_differences, require_recorded_settings
-from nested_core.registry import holding_champion, list_versions, verify
+from nested_core.registry import (
+    holding_champion,
+    list_versions,
+    read_champion_changes,
+    verify,
+)
 from nested_core.registry.folders import name_exists
 from nested_core.registry.policy import read_reference
 from nested_core.registry.versions import version_folder
@@ -52,8 +57,9 @@ def find_rival(
     Or the version that the registry's policy names as the reference, likewise.
     Raises DamagedError for a version that is not what was registered.
 
-    None, too, where the candidate is that version: a run that is judged again after its promotion
-    has no rival in itself, and gets the verdict that it had.
+    Where the candidate is the champion, the champion that it replaced: a run that is judged again
+    after its promotion gets the verdict that it had. None where that was removed, and where the
+    candidate is the reference.
     """
     path, name = base.config.registry.path, base.config.registry.name
     if path is None or name is None or not name_exists(Path(path), name):
@@ -61,6 +67,8 @@ def find_rival(
     registry = Path(path)
     with holding_champion(registry, name) as champion:
         version = champion if role == "champion" else read_reference(registry, name)
+        if role == "champion" and version == candidate.digest():
+            version = _find_replaced_champion(registry, name, version)
         if version is None or version == candidate.digest():
             return None
         if version not in list_versions(registry, name):
@@ -78,6 +86,14 @@ def find_rival(
         )
         return UnusableChampion(version, problem)
     return Champion(version, adapter, own_base, training_examples)
+
+
+def _find_replaced_champion(registry: Path, name: str, champion: str) -> str | None:
+    """The champion that the promotion of today's replaced, where it is there still."""
+    change = read_champion_changes(registry, name)[-1]
+    is_promotion = (change.action, change.version) == ("promote", champion)
+    is_there = change.previous in list_versions(registry, name)
+    return change.previous if is_promotion and is_there else None
 
 
 def _find_base_for_champion(champion: Adapter, base: LoadedBase, candidate: Adapter) -> LoadedBase:

@@ -74,9 +74,11 @@ def test_a_better_run_that_was_registered_earlier_is_judged_again_and_promoted(c
     assert (registry / NAME / "judgements" / str(result.version)).is_dir()
     assert line["judgement"] is not None
     assert audit(registry, NAME).is_sound
+    judged = result.run.gate.read_bytes()
     for policy in ("never", "better", "always", "approve"):
         again = resumed(registry, policy, copy / "better")
         assert again.promotion == "already_champion"
+        assert result.run.gate.read_bytes() == judged  # against the champion that it replaced
     assert len(history(registry, NAME)) == 2
 
 
