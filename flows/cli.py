@@ -110,7 +110,7 @@ COMMANDS = {
     "chat": ("chat",),
     "registry": (
         *("registry", "promote", "rollback", "history", "audit", "gc"),
-        *("export-mlflow", "policy", "forget"),
+        *("policy", "forget"),
     ),
     "export": ("export",),
     "peft": ("import-peft", "export-peft"),

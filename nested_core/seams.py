@@ -25,6 +25,7 @@ class Room:
 
 
 ROOMS: Mapping[str, Room] = {
+    "mlflow": Room(commands=("export-mlflow",)),
     "serve": Room(commands=("serve",)),
 }
 
