@@ -235,7 +235,7 @@ FAULTS = (
         "a condition turned",
     ),
     Fault(
-        "flows/sweep.py",
+        "flows/rooms/sweep/flow.py",
         "    if len(points) > MOST_RUNS:",
         "    if len(points) >= MOST_RUNS:",
         "a comparison turned",
