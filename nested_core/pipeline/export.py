@@ -22,7 +22,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from nested_core.backend import RECORDED_PACKAGES
-from nested_core.config.loading import parse_config
+from nested_core.config.loading import parse_config, parse_task
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import TaskSection
@@ -48,8 +48,8 @@ from nested_core.models.gguf.families import find_family
 from nested_core.models.gguf.vocabulary import Vocabulary, read_chat_template
 from nested_core.models.peft import export_peft
 from nested_core.models.peft.output_folder import require_absent_or_empty
-from nested_core.pipeline.evaluation import ModelToEvaluate, find_model, read_task
 from nested_core.pipeline.named_adapters import find_named_adapter
+from nested_core.pipeline.named_models import NamedModel, find_model
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.export_record import (
     ExportRecord,
@@ -132,7 +132,7 @@ class _Written:
 class _Source:
     """An adapter to export, with what is known of its training."""
 
-    model: ModelToEvaluate
+    model: NamedModel
     adapter: Adapter
     config: FineTuneConfig
     is_config_known: bool
@@ -214,7 +214,7 @@ def _read_source(
     is_known = config is not None
     if config is None:
         config = parse_config({"model": model.model, "num_layers": -1}, source="the adapter")
-    tasks = tuple(map(read_task, suites)) or config.gate.tasks
+    tasks = tuple(map(parse_task, suites)) or config.gate.tasks
     changes = {"model": model.model, "gate": config.gate.model_copy(update={"tasks": tasks})}
     config = config.model_copy(update=changes)
     canary = (folder if run is None else run.path) / CANARY_NAME
