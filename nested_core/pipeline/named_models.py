@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nested_core import seams
 from nested_core.config.resume import read_run_config
 from nested_core.data.example_digests import Digests, decode_digests
 from nested_core.errors import ConfigError
@@ -15,10 +16,8 @@ from nested_core.gate.losses.left_out_examples import (
     read_run_training_digests,
     read_training_digests,
 )
-from nested_core.models.gguf import is_gguf, unpack_gguf
 from nested_core.models.peft import import_peft
 from nested_core.pipeline.named_adapters import NamedAdapter, find_named_adapter
-from nested_core.records.export_record import read_export_record
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter, read_adapter_config
 from nested_core.storage.run_directory import RunDirectory
 
@@ -55,14 +54,17 @@ def find_model(
 ) -> tuple[NamedModel, RunDirectory | None]:
     """The model that a person means, and its run if it is one.
 
-    A PEFT adapter is converted into the folder `temporary`, and a GGUF unpacked there. Raises
-    ConfigError for a name that is none or a GGUF of another family, DamagedError for damaged files.
+    A PEFT adapter is converted into the folder `temporary`, and a model of a room's format unpacked
+    there. Raises ConfigError for a name that is none and what a room's format refuses, DamagedError
+    for damaged files.
     """
     path = Path(given)
-    if is_gguf(path):
-        return _find_exported(given, str(unpack_gguf(path, temporary))), None
+    for find_model_of_format in seams.load_model_formats():
+        model: NamedModel | None = find_model_of_format(given, temporary)
+        if model is not None:
+            return model, None
     if (path / "config.json").is_file() and not (path / CONFIG_NAME).is_file():
-        return _find_exported(given, given), None
+        return NamedModel(given, given), None
     try:
         named = find_named_adapter(path, registry)
     except ConfigError as error:
@@ -71,23 +73,13 @@ def find_model(
         ) from error
     stored = read_adapter_config(named.folder / CONFIG_NAME, follow_links=True)
     if "peft_type" in stored:
-        model = base_model or str(stored.get("base_model_name_or_path"))
-        import_peft(named.folder, temporary, model)
-        named = NamedAdapter(temporary, model)
+        base = base_model or str(stored.get("base_model_name_or_path"))
+        import_peft(named.folder, temporary, base)
+        named = NamedAdapter(temporary, base)
     adapter = read_adapter(named.folder, follow_links=True)
-    model = base_model or named.model or str(adapter.config.get("model"))
+    base = base_model or named.model or str(adapter.config.get("model"))
     seen = _read_training_digests(named)
-    return NamedModel(given, model, adapter, named.trusts_remote_code, seen), named.run
-
-
-def _find_exported(given: str, model: str) -> NamedModel:
-    """A base, or an exported model with what its record says that it was trained on."""
-    record = read_export_record(Path(given))
-    if record is None:
-        return NamedModel(given, model)
-    made_of = RecordedBase(record.base, record.base_fingerprint)
-    seen = decode_digests(record.training_examples)
-    return NamedModel(given, model, seen=seen, made_of=made_of)
+    return NamedModel(given, base, adapter, named.trusts_remote_code, seen), named.run
 
 
 def _read_training_digests(named: NamedAdapter) -> Digests:
