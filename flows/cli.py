@@ -111,7 +111,6 @@ COMMANDS = {
         *("registry", "promote", "rollback", "history", "audit", "gc"),
         *("export-mlflow", "policy", "forget"),
     ),
-    "export": ("export",),
     "peft": ("import-peft", "export-peft"),
     "deployment": ("deploy",),
     "doctor": ("doctor",),

@@ -223,13 +223,13 @@ FAULTS = (
         "a check skipped",
     ),
     Fault(
-        "nested_core/exported/judgement.py",
+        "nested_core/rooms/export/judgement.py",
         "    if reading.chat_template != chat_template:",
         "    if reading.chat_template is None != chat_template:",
         "a check skipped",
     ),
     Fault(
-        "nested_core/exported/judgement.py",
+        "nested_core/rooms/export/judgement.py",
         "    if not logits.distance <= logits.bound:",
         "    if logits.distance < logits.bound:",
         "a condition turned",
