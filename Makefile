@@ -105,7 +105,7 @@ real-test: real-model $(VENV)/dev.stamp ## what README claims, on that model: a 
 
 LLAMA_CPP := build/llama-cpp-python
 real-test-llama: real-model $(LLAMA_CPP)/stamp $(VENV)/dev.stamp ## the same, with llama.cpp as a second reader; compiles it: cmake, g++
-	PYTHONPATH=$(LLAMA_CPP) $(BIN)/pytest -n0 -m real tests/real/test_llama_cpp.py tests/real/test_first_adapter.py
+	PYTHONPATH=$(LLAMA_CPP) $(BIN)/pytest -n0 -m real tests/rooms/export/test_llama_cpp.py tests/real/test_first_adapter.py
 
 $(LLAMA_CPP)/stamp: $(VENV)/project.stamp requirements/llama-cpp.lock
 	@echo "Making $(LLAMA_CPP): llama.cpp is compiled, which takes ten minutes or more on two cores."

@@ -102,7 +102,6 @@ class _Commands:
 COMMANDS = {
     "demo": ("demo",),
     "training": ("validate", "train", "run"),
-    "sweep": ("sweep",),
     "configuration": ("init", "explain"),
     "inspection": ("verify", "status", "stop"),
     "reports": ("report", "runs", "compare", "card"),
@@ -112,7 +111,6 @@ COMMANDS = {
         *("registry", "promote", "rollback", "history", "audit", "gc"),
         *("policy", "forget"),
     ),
-    "export": ("export",),
     "peft": ("import-peft", "export-peft"),
     "deployment": ("deploy",),
     "doctor": ("doctor",),

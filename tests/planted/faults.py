@@ -229,19 +229,19 @@ FAULTS = (
         "a check skipped",
     ),
     Fault(
-        "nested_core/exported/judgement.py",
+        "nested_core/rooms/export/judgement.py",
         "    if reading.chat_template != chat_template:",
         "    if reading.chat_template is None != chat_template:",
         "a check skipped",
     ),
     Fault(
-        "nested_core/exported/judgement.py",
+        "nested_core/rooms/export/judgement.py",
         "    if not logits.distance <= logits.bound:",
         "    if logits.distance < logits.bound:",
         "a condition turned",
     ),
     Fault(
-        "flows/sweep.py",
+        "flows/rooms/sweep/flow.py",
         "    if len(points) > MOST_RUNS:",
         "    if len(points) >= MOST_RUNS:",
         "a comparison turned",

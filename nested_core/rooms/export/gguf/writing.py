@@ -11,8 +11,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from nested_core.errors import ConfigError
-from nested_core.models.gguf.families import change_layout, find_family
-from nested_core.models.gguf.vocabulary import Vocabulary
+from nested_core.rooms.export.gguf.families import change_layout, find_family
+from nested_core.rooms.export.gguf.vocabulary import Vocabulary
 
 Quantization = Literal["f16", "q8_0"]
 Q8_0_BLOCK = 32  # weights of a row that share a scale

@@ -13,15 +13,15 @@ from typing import Any
 import mlx.core as mx
 
 from nested_core.errors import ChildFailed, ConfigError, DamagedError
-from nested_core.models.gguf.families import (
+from nested_core.process.child import Child
+from nested_core.rooms.export.gguf.families import (
     ARCHITECTURE_BY_MODEL_TYPE,
     ROPE_FREQS,
     change_layout,
     config_of,
     mlx_name,
 )
-from nested_core.models.gguf.vocabulary import Vocabulary
-from nested_core.process.child import Child
+from nested_core.rooms.export.gguf.vocabulary import Vocabulary
 from nested_core.storage.atomic import write_json
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 

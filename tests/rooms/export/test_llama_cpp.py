@@ -12,8 +12,8 @@ from mlx_lm import load
 from mlx_lm.generate import generate_step
 
 from benchmarks.real_model.make_model import GGUF_NAME, REFERENCE
-from nested_core.exported.artefact_reader import LlamaCppReader
-from nested_core.exported.fresh_reading import has_llama_cpp
+from nested_core.rooms.export.artefact_reader import LlamaCppReader
+from nested_core.rooms.export.fresh_reading import has_llama_cpp
 from tests.example import DATA
 from tests.real.conftest import MODEL
 

@@ -15,8 +15,8 @@ from mlx_lm import load
 
 from benchmarks.real_model import make_model
 from nested_core.errors import NestedTuneError
-from nested_core.models.gguf import write_gguf
-from nested_core.models.gguf.families import config_of
+from nested_core.rooms.export.gguf import write_gguf
+from nested_core.rooms.export.gguf.families import config_of
 from tests.example import MODEL
 
 QUESTION = [{"role": "user", "content": "What is the capital of Norway?"}]

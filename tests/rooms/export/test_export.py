@@ -18,16 +18,10 @@ import pytest
 from nested_core import export
 from nested_core.config.loading import parse_config
 from nested_core.errors import ConfigError, DamagedError, GateRejected
-from nested_core.exported.fresh_reading import Reading, has_llama_cpp, read_in_fresh_process
-from nested_core.exported.judgement import Findings, judge_reading
-from nested_core.exported.reference import Reference, choose_rows, measure_reference
 from nested_core.gate.losses.champion_adapter import shape_like_adapter
 from nested_core.gate.losses.held_out_loss import LoadedBase, read_held_out_examples
-from nested_core.models.fusing import load_fused, write_model_folder
-from nested_core.models.gguf import unpack_gguf, write_gguf
 from nested_core.pipeline import steps
-from nested_core.pipeline.export import NOT_RUN, _publish
-from nested_core.records.export_record import (
+from nested_core.rooms.export.export_record import (
     ExportRecord,
     LogitComparison,
     card_place,
@@ -35,12 +29,24 @@ from nested_core.records.export_record import (
     record_place,
     write_export_record,
 )
+from nested_core.rooms.export.exporting import NOT_RUN, _publish
+from nested_core.rooms.export.fresh_reading import Reading, has_llama_cpp, read_in_fresh_process
+from nested_core.rooms.export.fusing import load_fused, write_model_folder
+from nested_core.rooms.export.gguf import unpack_gguf, write_gguf
+from nested_core.rooms.export.judgement import Findings, judge_reading
+from nested_core.rooms.export.reference import Reference, choose_rows, measure_reference
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.atomic import TEMPORARY_PREFIX
 from tests.builders.adapter_folders import change_tensors
-from tests.builders.small_bases import FAMILIES, TEMPLATE, make_base, make_tokenizer, train_adapter
 from tests.example import DATA, example_config, prepare, train
 from tests.left_out import slow_except
+from tests.rooms.export.small_bases import (
+    FAMILIES,
+    TEMPLATE,
+    make_base,
+    make_tokenizer,
+    train_adapter,
+)
 
 HELD_OUT = DATA / "valid.jsonl"
 NEEDS_LLAMA_CPP = pytest.mark.skipif(

@@ -13,10 +13,10 @@ import numpy as np
 
 from nested_core import backend
 from nested_core.errors import NestedTuneError, shorten
-from nested_core.exported.reference import Reference
 from nested_core.gate.proof.fresh_process_check import Rows
 from nested_core.process.child import Child
 from nested_core.records.losses import Vector
+from nested_core.rooms.export.reference import Reference
 
 READER_PROGRAM = Path(__file__).with_name("artefact_reader.py")
 TIMEOUT_SECONDS = 6 * 3600

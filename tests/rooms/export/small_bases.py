@@ -23,7 +23,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from nested_core.backend import to_float
-from nested_core.models.gguf.vocabulary import SPLIT_PATTERNS
+from nested_core.rooms.export.gguf.vocabulary import SPLIT_PATTERNS
 from nested_core.storage.adapter import write_adapter
 from tests.example import DATA
 

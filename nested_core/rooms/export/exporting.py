@@ -22,16 +22,13 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from nested_core.backend import RECORDED_PACKAGES
-from nested_core.config.loading import parse_config
+from nested_core.config.loading import parse_config, parse_task
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import TaskSection
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.example_digests import encode_digests
 from nested_core.errors import ConfigError, DamagedError, DatasetError, GateRejected, shorten
-from nested_core.exported.fresh_reading import Reading, has_llama_cpp, read_in_fresh_process
-from nested_core.exported.judgement import judge_reading
-from nested_core.exported.reference import HeldOutRows, Reference, choose_rows, measure_reference
 from nested_core.gate.losses.champion_adapter import shape_like_adapter
 from nested_core.gate.losses.held_out_loss import LoadedBase, read_held_out_examples
 from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprint_reasons
@@ -42,16 +39,15 @@ from nested_core.models.base_model import (
     model_compute_dtype,
     require_chat_template,
 )
-from nested_core.models.fusing import QUANTIZATION_KEYS, load_fused, write_model_folder
-from nested_core.models.gguf import Quantization, read_vocabulary, unpack_gguf, write_gguf
-from nested_core.models.gguf.families import find_family
-from nested_core.models.gguf.vocabulary import Vocabulary, read_chat_template
 from nested_core.models.peft import export_peft
-from nested_core.models.peft.output_folder import require_absent_or_empty
-from nested_core.pipeline.evaluation import ModelToEvaluate, find_model, read_task
 from nested_core.pipeline.named_adapters import find_named_adapter
+from nested_core.pipeline.named_models import NamedModel, find_model
 from nested_core.records.dataset import read_dataset_record
-from nested_core.records.export_record import (
+from nested_core.records.result import read_result
+from nested_core.records.verdict_file import GATE_NAME, read_verdict
+from nested_core.registry.versions import PROVENANCE_NAME, read_provenance
+from nested_core.rooms.export.export_card import render_export_card
+from nested_core.rooms.export.export_record import (
     ExportRecord,
     Quantized,
     WeightFormat,
@@ -61,16 +57,24 @@ from nested_core.records.export_record import (
     record_place,
     write_export_record,
 )
-from nested_core.records.result import read_result
-from nested_core.records.verdict_file import GATE_NAME, read_verdict
-from nested_core.registry.versions import PROVENANCE_NAME, read_provenance
-from nested_core.report.export_card import render_export_card
+from nested_core.rooms.export.fresh_reading import Reading, has_llama_cpp, read_in_fresh_process
+from nested_core.rooms.export.fusing import QUANTIZATION_KEYS, load_fused, write_model_folder
+from nested_core.rooms.export.gguf import Quantization, read_vocabulary, unpack_gguf, write_gguf
+from nested_core.rooms.export.gguf.families import find_family
+from nested_core.rooms.export.gguf.vocabulary import Vocabulary, read_chat_template
+from nested_core.rooms.export.judgement import judge_reading
+from nested_core.rooms.export.reference import (
+    HeldOutRows,
+    Reference,
+    choose_rows,
+    measure_reference,
+)
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.atomic import TEMPORARY_PREFIX, sync_path, write_bytes
 from nested_core.storage.canary_file import CANARY_NAME, Canary, parse_canary
 from nested_core.storage.checkpoint_verification import checkpoint_step
 from nested_core.storage.manifest import MANIFEST_NAME, verify_manifest
-from nested_core.storage.output_places import require_output_file
+from nested_core.storage.output_places import require_absent_or_empty, require_output_file
 from nested_core.storage.removal import find_reason_to_keep
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import (
@@ -132,7 +136,7 @@ class _Written:
 class _Source:
     """An adapter to export, with what is known of its training."""
 
-    model: ModelToEvaluate
+    model: NamedModel
     adapter: Adapter
     config: FineTuneConfig
     is_config_known: bool
@@ -214,7 +218,7 @@ def _read_source(
     is_known = config is not None
     if config is None:
         config = parse_config({"model": model.model, "num_layers": -1}, source="the adapter")
-    tasks = tuple(map(read_task, suites)) or config.gate.tasks
+    tasks = tuple(map(parse_task, suites)) or config.gate.tasks
     changes = {"model": model.model, "gate": config.gate.model_copy(update={"tasks": tasks})}
     config = config.model_copy(update=changes)
     canary = (folder if run is None else run.path) / CANARY_NAME

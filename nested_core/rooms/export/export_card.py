@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from nested_core.records.export_record import ExportRecord
+from nested_core.rooms.export.export_record import ExportRecord
 from nested_core.text.document import Document, Facts, Section, Text
 from nested_core.text.loss_format import format_difference
 

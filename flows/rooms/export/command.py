@@ -15,7 +15,7 @@ from flows.terminal.console import print_line, print_progress
 if TYPE_CHECKING:
     from typing import Any
 
-    from nested_core.pipeline.export import Export
+    from nested_core.rooms.export.exporting import Export
 
 
 def add_commands(commands: Any) -> None:
@@ -69,7 +69,7 @@ def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
     """Write and judge; exit 4 where the model does not do as the adapter did."""
     if arguments.out is not None:
         return run_peft_export(arguments)
-    from nested_core.pipeline.export import export  # loads mlx_lm, which takes seconds
+    from nested_core.rooms.export.exporting import export  # loads mlx_lm, which takes seconds
 
     done = export(
         arguments.folder,

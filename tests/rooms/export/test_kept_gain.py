@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from nested_core.exported.judgement import MIN_KEPT_GAIN, measure_kept_gain
-from nested_core.exported.reference import HeldOutRows, Reference
-from nested_core.records.export_record import KeptGain
+from nested_core.rooms.export.export_record import KeptGain
+from nested_core.rooms.export.judgement import MIN_KEPT_GAIN, measure_kept_gain
+from nested_core.rooms.export.reference import HeldOutRows, Reference
 
 ROUNDING = 0.01
 NO_LOGITS = np.zeros((0, 0))

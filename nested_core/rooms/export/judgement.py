@@ -10,23 +10,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nested_core.exported.fresh_reading import Reading, SuiteReading
-from nested_core.exported.reference import HeldOutRows, Reference
 from nested_core.gate.answers.answer_bounds import ScoreChange, conclude_answers
 from nested_core.gate.answers.suite_answers import EncodedSuite, choose_likeliest
 from nested_core.gate.proof.fresh_process_check import Rows, relative_distance
 from nested_core.models.generation import Answer, read_answer
 from nested_core.records.answers import AnswerRecord
-from nested_core.records.export_record import (
+from nested_core.records.loss_conclusion import MAX_RISE_OF_FEW, MIN_MARGIN
+from nested_core.records.losses import Vector
+from nested_core.records.paired_difference import compare_pairs, independent_clusters
+from nested_core.rooms.export.export_record import (
     KeptGain,
     LogitComparison,
     Quantized,
     SuiteCount,
     WeightFormat,
 )
-from nested_core.records.loss_conclusion import MAX_RISE_OF_FEW, MIN_MARGIN
-from nested_core.records.losses import Vector
-from nested_core.records.paired_difference import compare_pairs, independent_clusters
+from nested_core.rooms.export.fresh_reading import Reading, SuiteReading
+from nested_core.rooms.export.reference import HeldOutRows, Reference
 from nested_core.text.loss_format import format_difference
 
 # Of the logits' distance, by the format of the matrices; benchmarks/README.md has those of right
