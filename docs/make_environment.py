@@ -70,7 +70,6 @@ VARIABLES = {
         ),
         "NESTED_TUNE_TRUSTED_MODELS": ("none", "models whose own Python code a run may execute"),
         "NESTED_TUNE_REGISTRIES": ("none", "registries in which a run may begin a new name"),
-        "NESTED_TUNE_PYTHON": ("that of `deploy`", "Python that runs a flow on the workers"),
         "NESTED_TUNE_LOG_FORMAT": (
             "text",
             "`json`: flows and `serve` log a line of JSON a record; the default of `--log-format`",

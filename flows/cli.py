@@ -112,7 +112,6 @@ COMMANDS = {
         *("policy", "forget"),
     ),
     "peft": ("import-peft", "export-peft"),
-    "deployment": ("deploy",),
     "doctor": ("doctor",),
 }
 

@@ -35,6 +35,8 @@ class Room:
 
     commands: words of the command line; flows/rooms/ROOM/command.py adds their parsers.
     public_names: what `nested_core` offers from Python, each under its own name.
+    server_checks: what `doctor` says of the Prefect server of PREFECT_API_URL: a function without
+        arguments, which yields lines as Check (flows/commands/check.py).
     model_format: a function of a path as a person gave it and of a temporary folder. It returns the
         NamedModel (nested_core/pipeline/named_models.py) there, None for a path of another format.
     training_flows: by the entrypoint that deployments name. The class of parameters has
@@ -43,11 +45,15 @@ class Room:
 
     commands: tuple[str, ...] = ()
     public_names: tuple[str, ...] = ()
+    server_checks: str | None = None
     model_format: str | None = None
     training_flows: Mapping[str, TrainingFlow] = field(default_factory=dict)
 
 
 ROOMS: Mapping[str, Room] = {
+    "deploy": Room(
+        commands=("deploy",), server_checks="flows.rooms.deploy.server_checks:iterate_server_checks"
+    ),
     "export": Room(
         commands=("export",),
         public_names=(
