@@ -74,10 +74,6 @@ VARIABLES = {
             "text",
             "`json`: flows and `serve` log a line of JSON a record; the default of `--log-format`",
         ),
-        "NESTED_TUNE_METRICS_FOLDER": (
-            "none",
-            "folder for the figures of each adapter's last night, for node_exporter",
-        ),
         "NESTED_TUNE_PENDING_SECONDS": (
             "600",
             "read by `deploy`: alert if a run has not begun after so long",

@@ -37,6 +37,7 @@ class Room:
     public_names: what `nested_core` offers from Python, each under its own name.
     server_checks: what `doctor` says of the Prefect server of PREFECT_API_URL: a function without
         arguments, which yields lines as Check (flows/commands/check.py).
+    watcher: what it does around the flows: a class that is a Watcher (flows/flow_runs/watchers.py).
     model_format: a function of a path as a person gave it and of a temporary folder. It returns the
         NamedModel (nested_core/pipeline/named_models.py) there, None for a path of another format.
     training_flows: by the entrypoint that deployments name. The class of parameters has
@@ -46,6 +47,7 @@ class Room:
     commands: tuple[str, ...] = ()
     public_names: tuple[str, ...] = ()
     server_checks: str | None = None
+    watcher: str | None = None
     model_format: str | None = None
     training_flows: Mapping[str, TrainingFlow] = field(default_factory=dict)
 
@@ -63,6 +65,7 @@ ROOMS: Mapping[str, Room] = {
         model_format="nested_core.rooms.export.named_artefact:find_artefact",
     ),
     "mlflow": Room(commands=("export-mlflow",)),
+    "nights": Room(watcher="flows.rooms.nights.watcher:NightWatcher"),
     "serve": Room(commands=("serve",)),
     "sweep": Room(
         commands=("sweep",),

@@ -247,7 +247,7 @@ FAULTS = (
         "a comparison turned",
     ),
     Fault(
-        "flows/flow_runs/warning_events.py",
+        "flows/rooms/nights/warning_events.py",
         "    if now - since <= timedelta(days=nights):",
         "    if now - since >= timedelta(days=nights):",
         "a sign changed",

@@ -28,6 +28,7 @@ from prefect.settings import get_current_settings
 from prefect.utilities.callables import parameter_schema
 from prefect.workers.process import ProcessWorker
 
+from flows.flow_runs.watchers import AdapterPage, list_watchers
 from flows.rooms.deploy.alerts import alert_action, alert_block, find_or_make_block
 from flows.rooms.deploy.planned_deployments import (
     FINETUNE_ENTRYPOINT,
@@ -37,15 +38,14 @@ from flows.rooms.deploy.planned_deployments import (
     replace_placeholders,
 )
 from nested_core.errors import ConfigError
-from tasks.artifact_client import artifact_key, artifact_path
 from tasks.deployed_registries import READ_PAGE_SIZE, adapters_in, read_deployments
-from tasks.night_artifacts import NIGHTS_PAGE, find_nights_page, make_nights_page
 
 NO_ALERTS_WARNING = (
     "alerts: NOBODY IS NOTIFIED of a run that failed, crashed or is late. Make a notification "
     "block in the UI under Blocks, and give it: nested-tune deploy --notify TYPE/NAME, or "
     "--notify @FILE with a webhook's URL in the file"
 )
+LIST_OF_RUNS = AdapterPage("of all runs", "/runs")
 ALERT = "nested-tune alert"  # so begin the names of the automations that tell somebody
 
 
@@ -68,8 +68,9 @@ def deploy(plan: DeploymentPlan, notify: str | None = None) -> Iterator[str]:
     with get_client(sync_client=True) as client:
         block = None if notify is None else find_or_make_block(client, notify)
         yield from _make_work_pools(client, plan.work_pools)
-        page = find_nights_page(client, plan.adapter) or make_nights_page(client, plan.adapter)
-        nights = {"nights": artifact_path(page)}
+        found = (watcher.find_page(client, plan.adapter) for watcher in list_watchers())
+        page = next((page for page in found if page is not None), LIST_OF_RUNS)
+        nights = {"nights": page.path}
         there = read_server_deployments(client)
         planned = {each.full_name for each in plan.deployments}
         outdated = [each for each in there if each.name not in planned and each.is_for(plan)]
@@ -84,7 +85,7 @@ def deploy(plan: DeploymentPlan, notify: str | None = None) -> Iterator[str]:
                 client.delete_deployment(old.response.id)
             yield f"deployment {old.name}: removed, for an earlier deploy left it"
         yield from put_automations(client, plan.automations, block)
-        yield f"page {artifact_key(plan.adapter, NIGHTS_PAGE)}: {ui_address()}{artifact_path(page)}"
+        yield f"page {page.name}: {ui_address()}{page.path}"
 
 
 def ui_address() -> str:

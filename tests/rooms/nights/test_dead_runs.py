@@ -16,8 +16,8 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelling, Completed, Paused, Pending, Running, Scheduled
 
 from flows.finetune import finetune
-from flows.flow_runs import dead_runs
-from flows.flow_runs.dead_runs import end_dead_runs
+from flows.rooms.nights import dead_runs
+from flows.rooms.nights.dead_runs import end_dead_runs
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 SILENCE = 20.0  # seconds, in place of 300

@@ -11,17 +11,14 @@ from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.states import Completed, State
 
-from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.records.outcome_names import Outcome
 from nested_core.records.run import Run
 from nested_core.report.fleet import NameStatus
-from nested_core.report.nights import Night, describe_night, describe_nights, join_lines
-from nested_core.storage.run_directory import RunDirectory, find_run_of
+from nested_core.rooms.nights.night_pages import Night, describe_night, describe_nights, join_lines
+from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.document import Document
 from nested_core.text.foreign_text import escape_markdown
 from tasks.artifact_client import (
@@ -37,26 +34,6 @@ NIGHTS_PAGE = "nights"
 OTHER_PAGES = ("champion", "night", "approval")
 MAX_NIGHTS = 30
 WEEK = timedelta(days=7)
-
-
-def tell_night(night: UUID, outcome: Outcome, message: str) -> None:
-    """Say what became of the question that a night asked: in its state's name, and on its page.
-
-    `night` is the fine-tune's flow run. Its state stays of the type Completed, and when it ended
-    stays as it was. The page stays as it was where the run's folder is not on this machine.
-    """
-    with asking_server("the run's page does not show the answer to its question") as client:
-        state = client.read_flow_run(night).state
-        if state is None or state.type != StateType.COMPLETED or state.name == outcome:
-            return
-        said = f"{state.message}; {message}"
-        told: State[None] = Completed(name=outcome, message=said)
-        client.set_flow_run_state(night, told, force=True)
-        run = find_run_of(night)
-        if run is not None:
-            config = read_run_config(run)
-            publish_night(config, run, outcome, said, flow_run=night)
-            publish_nights(config.registry.name)
 
 
 def publish_night(

@@ -16,9 +16,9 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectNotFound
 from prefect.states import State
 
-from flows.flow_runs import run_list
-from flows.flow_runs.run_list import tidy_run_list
 from flows.reconcile import reconcile
+from flows.rooms.nights import run_list
+from flows.rooms.nights.run_list import tidy_run_list
 from tasks.prefect_server import TAG
 
 

@@ -26,8 +26,8 @@ def write_metrics(section: RegistrySection, run: RunDirectory, outcome: str) -> 
     if not folder or context is None or section.path is None or section.name is None:
         return
     from nested_core.records.run import Run, list_runs
-    from nested_core.report.night_metrics import EndedNight, write_night_metrics
     from nested_core.report.pruning import AdapterRuns
+    from nested_core.rooms.nights.night_metrics import EndedNight, write_night_metrics
 
     seconds = (datetime.now(UTC) - context.start_time).total_seconds()
     adapter = AdapterRuns.of(Path(section.path), section.name)
