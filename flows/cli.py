@@ -107,10 +107,7 @@ COMMANDS = {
     "reports": ("report", "runs", "compare", "card"),
     "evaluation": ("evaluate",),
     "chat": ("chat",),
-    "registry": (
-        *("registry", "promote", "rollback", "history", "audit", "gc"),
-        *("policy", "forget"),
-    ),
+    "registry": (*("promote", "rollback", "history", "audit", "gc", "policy", "forget"),),
     "peft": ("import-peft", "export-peft"),
     "doctor": ("doctor",),
 }

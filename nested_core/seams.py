@@ -65,7 +65,7 @@ ROOMS: Mapping[str, Room] = {
         model_format="nested_core.rooms.export.named_artefact:find_artefact",
     ),
     "mlflow": Room(commands=("export-mlflow",)),
-    "nights": Room(watcher="flows.rooms.nights.watcher:NightWatcher"),
+    "nights": Room(commands=("registry",), watcher="flows.rooms.nights.watcher:NightWatcher"),
     "serve": Room(commands=("serve",)),
     "sweep": Room(
         commands=("sweep",),
