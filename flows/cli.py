@@ -105,7 +105,6 @@ COMMANDS = {
     "configuration": ("init", "explain"),
     "inspection": ("verify", "status", "stop"),
     "reports": ("report", "runs", "compare", "card"),
-    "evaluation": ("evaluate",),
     "chat": ("chat",),
     "registry": (
         *("registry", "promote", "rollback", "history", "audit", "gc"),

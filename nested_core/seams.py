@@ -48,6 +48,13 @@ class Room:
 
 
 ROOMS: Mapping[str, Room] = {
+    "evaluate": Room(
+        commands=("evaluate",),
+        public_names=(
+            "nested_core.rooms.evaluate.evaluating:evaluate",
+            "nested_core.rooms.evaluate.page:Evaluation",
+        ),
+    ),
     "export": Room(
         commands=("export",),
         public_names=(
