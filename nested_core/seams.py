@@ -34,6 +34,8 @@ class Room:
     """What a room adds.
 
     commands: words of the command line; flows/rooms/ROOM/command.py adds their parsers.
+    flags: by `COMMAND --FLAG` of a command of the core, the function that runs the command where
+        the flag is given, with the parsed arguments.
     public_names: what `nested_core` offers from Python, each under its own name.
     model_format: a function of a path as a person gave it and of a temporary folder. It returns the
         NamedModel (nested_core/pipeline/named_models.py) there, None for a path of another format.
@@ -42,12 +44,14 @@ class Room:
     """
 
     commands: tuple[str, ...] = ()
+    flags: Mapping[str, str] = field(default_factory=dict)
     public_names: tuple[str, ...] = ()
     model_format: str | None = None
     training_flows: Mapping[str, TrainingFlow] = field(default_factory=dict)
 
 
 ROOMS: Mapping[str, Room] = {
+    "audit": Room(flags={"verify --model": "flows.rooms.audit.verify_model:run_adapter_audit"}),
     "evaluate": Room(
         commands=("evaluate",),
         public_names=(
@@ -113,6 +117,13 @@ def require(room: str, wanted: str) -> None:
     """
     if not is_there(room):
         raise ConfigError(f"`{wanted}` belongs to the room {room}, which is not installed here.")
+
+
+def load_flag(flag: str) -> Any:
+    """The function of the room that answers `COMMAND --FLAG`; ConfigError names a deleted room."""
+    (name,) = (name for name, room in ROOMS.items() if flag in room.flags)
+    require(name, flag)
+    return load(ROOMS[name].flags[flag])
 
 
 def room_of(entrypoint: str) -> str | None:

@@ -18,8 +18,8 @@ import pytest
 
 from flows import cli
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.gate.adapter_audit import audit_adapter, find_adapters
-from nested_core.gate.tensors.adapter_layout import BaseModelForAudit
+from nested_core.rooms.audit.adapter_audit import audit_adapter, find_adapters
+from nested_core.rooms.audit.adapter_layout import BaseModelForAudit
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.builders.adapter_folders import Arrays, change_config, change_tensors
 from tests.core.models.peft.adapters import peft_copy, random_adapter

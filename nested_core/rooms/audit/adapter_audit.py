@@ -26,7 +26,6 @@ from nested_core.gate.proof.fresh_process_check import (
     largest_difference,
     non_finite_reason,
 )
-from nested_core.gate.tensors.adapter_layout import AdapterLayout, BaseModelForAudit, WeightNorms
 from nested_core.gate.tensors.base_compatibility import RANK_AXES, fingerprint_reasons
 from nested_core.gate.tensors.lora_effect import (
     factor_names,
@@ -44,6 +43,7 @@ from nested_core.models.peft.lora_factors import (
     module_name,
 )
 from nested_core.records.verdict import Code, Reason
+from nested_core.rooms.audit.adapter_layout import AdapterLayout, BaseModelForAudit, WeightNorms
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.run_directory import RunDirectory
