@@ -110,7 +110,6 @@ COMMANDS = {
         *("registry", "promote", "rollback", "history", "audit", "gc"),
         *("export-mlflow", "policy", "forget"),
     ),
-    "peft": ("import-peft", "export-peft"),
     "deployment": ("deploy",),
     "doctor": ("doctor",),
 }

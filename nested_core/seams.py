@@ -39,6 +39,8 @@ class Room:
     public_names: what `nested_core` offers from Python, each under its own name.
     model_format: a function of a path as a person gave it and of a temporary folder. It returns the
         NamedModel (nested_core/pipeline/named_models.py) there, None for a path of another format.
+    adapter_format: a class of AdapterFormat (nested_core/models/adapter_formats.py), by which
+        adapters of another program are read and written.
     training_flows: by the entrypoint that deployments name. The class of parameters has
         `deployment`, the deployment that trains, and `configurations()`, what that trains.
     """
@@ -47,6 +49,7 @@ class Room:
     flags: Mapping[str, str] = field(default_factory=dict)
     public_names: tuple[str, ...] = ()
     model_format: str | None = None
+    adapter_format: str | None = None
     training_flows: Mapping[str, TrainingFlow] = field(default_factory=dict)
 
 
@@ -66,6 +69,10 @@ ROOMS: Mapping[str, Room] = {
             "nested_core.rooms.export.exporting:export",
         ),
         model_format="nested_core.rooms.export.named_artefact:find_artefact",
+    ),
+    "peft": Room(
+        commands=("import-peft", "export-peft"),
+        adapter_format="nested_core.rooms.peft.adapter_format:PeftFormat",
     ),
     "serve": Room(commands=("serve",)),
     "sweep": Room(

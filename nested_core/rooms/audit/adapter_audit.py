@@ -34,11 +34,9 @@ from nested_core.gate.tensors.lora_effect import (
     product_overflows,
 )
 from nested_core.gate.tensors.tensor_diff import frobenius_norm, reasons_about_tensors
-from nested_core.models.peft import import_peft
-from nested_core.models.peft.importing import PEFT_WEIGHTS
-from nested_core.models.peft.lora_factors import (
+from nested_core.models.lora_tensors import (
+    DORA_TENSORS,
     FACTOR_DTYPES,
-    MLX_LM_NAMING,
     leaf_name,
     module_name,
 )
@@ -190,7 +188,7 @@ def _find_problem(
     if layout.has_whole_weights:
         if name not in base.shapes:
             return "base_mismatch", "that the base has no weights for"
-    elif leaf not in MLX_LM_NAMING.leaves:
+    elif leaf not in DORA_TENSORS:
         if leaf not in WHOLE_WEIGHT_LEAF_NAMES or ".lora_" in name:
             return "tensor_unexpected", "without the name of a LoRA factor"
         problem = "with the names of weights of the base or of a fused model"
@@ -233,7 +231,7 @@ def _find_effects(audit: AdapterAudit) -> Iterator[Reason]:
     huge: list[str] = []
     overflowing: list[str] = []
     for module, scale in sorted(layout.scales.items()):
-        names = {f"{module}.{leaf}" for leaf in MLX_LM_NAMING.leaves} & layout.expected.keys()
+        names = {f"{module}.{leaf}" for leaf in DORA_TENSORS} & layout.expected.keys()
         if not names <= sound:
             continue
         lora_a = layout.tensors[f"{module}.lora_a"]
@@ -282,10 +280,10 @@ def _find_logits_that_stay(audit: AdapterAudit) -> Iterator[Reason]:
     """Measure how far plain mlx_lm.load moves the logits in a new process."""
     base, adapter = audit.base, audit.folder
     with tempfile.TemporaryDirectory(prefix="nested-tune-audit-") as temporary:
-        if audit.layout.format == "peft":
+        if audit.layout.foreign is not None:
             adapter = Path(temporary, "adapter")
             try:
-                import_peft(audit.folder, adapter, str(base.folder))
+                audit.layout.foreign.import_adapter(audit.folder, adapter, str(base.folder))
             except (ConfigError, DamagedError) as error:
                 yield Reason("unreadable", shorten(error, 300))
                 return
@@ -343,7 +341,7 @@ def find_adapters(path: Path, model: str) -> tuple[list[Path], list[Path]]:
     if not found:
         raise ConfigError(
             f"{str(path):.300} holds no adapter, nor do the folders in it. Expected "
-            f"{WEIGHTS_NAME} (mlx-lm) or {PEFT_WEIGHTS} (PEFT) beside {CONFIG_NAME}."
+            f"{WEIGHTS_NAME} (mlx-lm) or adapter_model.safetensors (PEFT) beside {CONFIG_NAME}."
         )
     return found, [adapter for adapter in adapters if adapter not in found]
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,49 +19,38 @@ from mlx.utils import tree_flatten
 
 from nested_core.backend import to_float
 from nested_core.errors import ConfigError, shorten
+from nested_core.models.adapter_formats import AdapterFormat, Shape, find_format
 from nested_core.models.base_model import find_model_folder_offline, fingerprint_base_model
+from nested_core.models.base_modules import BaseModules
+from nested_core.models.lora_tensors import DORA_TENSORS, leaf_name, module_name
 from nested_core.models.parameters import float32_weight
-from nested_core.models.peft.importing import (
-    PEFT_WEIGHTS,
-    PICKLE_FILE_NAMES,
-    BaseModules,
-    read_peft_adapter,
-)
-from nested_core.models.peft.lora_factors import (
-    MLX_LM_NAMING,
-    PEFT_NAMING,
-    leaf_name,
-    module_name,
-    transpose_as_stored,
-)
 from nested_core.records.verdict import Reason
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter, read_adapter_config
 from nested_core.storage.safetensors_files import StoredTensor
-
-Shape = tuple[int, ...]
-PEFT_FILES = (PEFT_WEIGHTS, *PICKLE_FILE_NAMES)
-AdapterFormat = Literal["mlx-lm", "peft"]
 
 
 @dataclass(frozen=True)
 class AdapterLayout:
     """An adapter's tensors, and those that its configuration calls for on the base.
 
+    format: the name of the adapter's format; None for a folder without an adapter.
     tensors: of the file, under mlx-lm's names and transposed as mlx-lm has them.
     expected: the shape of each tensor that the configuration calls for.
     scales: the factor on lora_a @ lora_b, by module.
     unmatched_keys: keys or target_modules that name no module of the base within reach.
     refusal: why mlx-lm, or the import from PEFT, takes no such configuration or folder; the fields
-        before it are empty then. `format` is None for a folder without an adapter.
+        before it are empty then.
+    foreign: the format of an adapter of another program.
     """
 
-    format: AdapterFormat | None
+    format: str | None
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     expected: Mapping[str, Shape] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
     unmatched_keys: tuple[str, ...] = ()
     refusal: Reason | None = None
+    foreign: AdapterFormat | None = None
 
     @property
     def has_whole_weights(self) -> bool:
@@ -138,10 +127,11 @@ class BaseModelForAudit:
 
     def layout_of(self, folder: Path) -> AdapterLayout:
         """Read an adapter folder; DamagedError if it is damaged or not safe to read."""
-        has_own_weights = (folder / WEIGHTS_NAME).exists()
-        if not has_own_weights and any((folder / name).exists() for name in PEFT_FILES):
-            return self._peft_layout(folder)
-        fused = [] if has_own_weights else sorted(folder.glob("model*.safetensors"))
+        foreign = find_format(folder)
+        if foreign is not None:
+            return self._describe_foreign(folder, foreign)
+        has_weights = (folder / WEIGHTS_NAME).exists()
+        fused = [] if has_weights else sorted(folder.glob("model*.safetensors"))
         if not fused:
             return self._mlx_lm_layout(folder)
         message = f"holds a model ({fused[0].name}) and no adapter: it was fused into its base"
@@ -181,42 +171,27 @@ class BaseModelForAudit:
         expected = {
             name: tuple(value.shape)
             for name, value in attached
-            if name not in self.shapes and leaf_name(name) in MLX_LM_NAMING.leaves
+            if name not in self.shapes and leaf_name(name) in DORA_TENSORS
         }
         keys = parameters.get("keys") or ()
         return expected, tuple(key for key in keys if key not in names | self.modules.keys())
 
-    def _peft_layout(self, folder: Path) -> AdapterLayout:
+    def _describe_foreign(self, folder: Path, foreign: AdapterFormat) -> AdapterLayout:
         try:
-            config, stored = read_peft_adapter(folder)
+            read = foreign.describe(folder, self._sides)
         except ConfigError as error:
             refusal = Reason("unreadable", shorten(error, 300))
             written = read_adapter_config(folder / CONFIG_NAME, follow_links=True)
-            return AdapterLayout("peft", written, {}, refusal=refusal)
-        tensors = {}
-        for name, tensor in stored.items():
-            place = PEFT_NAMING.parse_tensor_name(name)
-            own_name = name if place is None else MLX_LM_NAMING.tensor_name(*place)
-            tensors[own_name] = (
-                tensor if place is None else transpose_as_stored(tensor, PEFT_NAMING)
-            )
-        targets = config.target_modules_of(self._sides)
-        if targets is None:  # patterns of a stranger are not run: the tensors decide
-            targets = {module_name(name) for name in tensors} & self._sides.keys()
-        expected: dict[str, Shape] = {}
-        for module in targets:
-            (inputs, outputs), rank = self._sides[module], config.rank_of(module)
-            expected |= {f"{module}.lora_a": (inputs, rank), f"{module}.lora_b": (rank, outputs)}
-            if config.use_dora:
-                expected[f"{module}.m"] = (outputs,)
-        scales = {module: config.scale_of(module) for module in targets}
-        listed = config.target_modules if isinstance(config.target_modules, list) else []
-        unmatched = tuple(
-            key
-            for key in listed
-            if not any(name == key or name.endswith(f".{key}") for name in self._sides)
+            return AdapterLayout(foreign.name, written, {}, refusal=refusal, foreign=foreign)
+        return AdapterLayout(
+            format=foreign.name,
+            config=read.config,
+            tensors=read.tensors,
+            expected=read.expected,
+            scales=read.scales,
+            unmatched_keys=read.unmatched_targets,
+            foreign=foreign,
         )
-        return AdapterLayout("peft", config.model_dump(), tensors, expected, scales, unmatched)
 
 
 def _read_parameters(folder: Path) -> dict[str, mx.array]:

@@ -21,11 +21,16 @@ from nested_core.errors import ConfigError, DamagedError
 from nested_core.rooms.audit.adapter_audit import audit_adapter, find_adapters
 from nested_core.rooms.audit.adapter_layout import BaseModelForAudit
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
-from tests.builders.adapter_folders import Arrays, change_config, change_tensors
-from tests.core.models.peft.adapters import peft_copy, random_adapter
+from tests.builders.adapter_folders import (
+    Arrays,
+    change_config,
+    change_tensors,
+    random_adapter,
+)
 from tests.example import MODEL, train_example
 from tests.left_out import slow_except
 from tests.reliability.adapter_edits import REMOVED, VALUES
+from tests.rooms.peft.adapters import peft_copy
 
 WEIGHTS = "adapters.safetensors"
 Q_PROJ = "model.layers.5.self_attn.q_proj"

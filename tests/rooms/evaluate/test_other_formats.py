@@ -17,7 +17,6 @@ from tests.example import DATA, MODEL, example_config
 from tests.rooms.evaluate.conftest import CAPITALS, Judged
 
 pytest.importorskip("nested_core.rooms.export", reason="the room export is not there")
-from nested_core.models.peft import export_peft
 from nested_core.rooms.export.exporting import export
 from nested_core.rooms.export.fusing import load_fused
 from nested_core.rooms.export.gguf import write_gguf
@@ -88,7 +87,8 @@ def test_a_gguf_that_is_not_understood_is_refused_by_name(gguf: Path, tmp_path: 
 def test_peft_and_exported_folders_have_the_figures_of_the_verdict(
     judged: Judged, exported: Path, tmp_path: Path
 ) -> None:
-    export_peft(judged.run.adapter, tmp_path / "peft", str(MODEL))
+    peft_room = pytest.importorskip("nested_core.rooms.peft", reason="the room peft is not there")
+    peft_room.export_peft(judged.run.adapter, tmp_path / "peft", str(MODEL))
     models = [tmp_path / "peft", exported]
     asked: Any = {"suites": [CAPITALS], "data": DATA / "valid.jsonl"}
     found = evaluate(models, **asked, config=example_config())

@@ -11,13 +11,13 @@ from mlx_lm.convert import convert
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
-from nested_core.models.peft import export_peft, import_peft
+from nested_core.rooms.peft import export_peft, import_peft
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.safetensors_files import load_arrays
 from tests.builders.adapter_folders import base_copy
-from tests.core.models.peft.adapters import PREFIX, Arrays, peft_copy, same_bytes
-from tests.core.models.peft.make_golden import GOLDEN, TOKENS
 from tests.example import MODEL
+from tests.rooms.peft.adapters import PREFIX, Arrays, peft_copy, same_bytes
+from tests.rooms.peft.make_golden import GOLDEN, TOKENS
 
 
 @pytest.fixture
@@ -38,12 +38,11 @@ def logits(model: Path, adapter: Path | None = None) -> np.ndarray:
     return np.array(network(mx.array([TOKENS]))[0].astype(mx.float32))
 
 
-@pytest.mark.parametrize("case", ["lora", "dora_last_layers"])
-def test_a_quantised_base_takes_the_same_tensors(case: str, tmp_path: Path) -> None:
+def test_a_quantised_base_takes_the_same_tensors(tmp_path: Path) -> None:
     quantised = tmp_path / "q"
     convert(str(MODEL), str(quantised), quantize=True, q_group_size=64, q_bits=4)
     for name, base in (("on-quantised", quantised), ("on-plain", MODEL)):
-        import_peft(GOLDEN / case, tmp_path / name, str(base))
+        import_peft(GOLDEN / "lora", tmp_path / name, str(base))
     found, expected = read_adapter(tmp_path / "on-quantised"), read_adapter(tmp_path / "on-plain")
     assert found.tensors == expected.tensors
     assert found.config["lora_parameters"] == expected.config["lora_parameters"]

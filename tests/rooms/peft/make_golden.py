@@ -1,6 +1,6 @@
 """What PEFT and PyTorch say: adapters that PEFT writes, and the logits that they give.
 
-`python tests/core/models/peft/make_golden.py make` writes golden/ again; `... logits PEFT_DIR OUT`
+`python tests/rooms/peft/make_golden.py make` writes golden/ again; `... logits PEFT_DIR OUT`
 loads any PEFT adapter onto the example model. Both need torch, transformers and peft, which the
 project itself does not: golden/ is there so that the comparison is made on every machine.
 Last made with torch 2.13.0 (CPU), transformers 5.23.0, peft 0.21.2, safetensors 0.8.0.
@@ -16,7 +16,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-MODEL = Path(__file__).resolve().parents[4] / "examples" / "geography-base"
+MODEL = Path(__file__).resolve().parents[3] / "examples" / "geography-base"
 GOLDEN = Path(__file__).parent / "golden"
 TOKENS = [17, 301, 902, 44, 1203, 77]
 SEED = 5
@@ -33,19 +33,10 @@ NAMES = [
 ]
 ENDINGS = ["q_proj", "up_proj", "self_attn.q_proj", "lm_head", "proj", "1.q_proj", "score"]
 ENDINGS += ["layers.2.mlp.up_proj", "model.layers.1.mlp.up_proj", "experts.1.up_proj", "model"]
-PATTERNS = [*ENDINGS, "^model.layers.1.mlp.up_proj", "^q_proj", "layers.1.mlp.up.proj"]
 
 # One for each way in which PEFT scales, places or stores an adapter.
 CASES: dict[str, dict[str, Any]] = {
     "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
-    "dora_last_layers": {
-        "r": 4,
-        "lora_alpha": 6,
-        "use_dora": True,
-        "target_modules": ["o_proj", "mlp.up_proj", "down_proj"],
-        "layers_to_transform": [4, 5],
-        "lora_dropout": 0.05,
-    },
     "rslora_some_layers_bfloat16": {
         "r": 8,
         "lora_alpha": 12,
@@ -53,14 +44,6 @@ CASES: dict[str, dict[str, Any]] = {
         "target_modules": ["q_proj", "k_proj", "gate_proj"],
         "layers_to_transform": [1, 3],
         "layers_pattern": "layers",
-    },
-    "patterns_regex_float16": {
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": r".*\.(q_proj|up_proj)",
-        "exclude_modules": ["layers.0.mlp.up_proj"],
-        "rank_pattern": {"^model.layers.2.self_attn.q_proj": 2, "5.mlp.up_proj": 8},
-        "alpha_pattern": {"layers.2.self_attn.q_proj": 8, "layers.4.mlp.up_proj": 16},
     },
 }
 
@@ -73,9 +56,7 @@ def wrapped(config: dict[str, Any]) -> Any:
     model = peft.get_peft_model(base_model(), lora)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "magnitude" in name:
-                parameter.mul_(1 + 0.4 * torch.rand_like(parameter))
-            elif "lora_" in name:
+            if "lora_" in name:
                 parameter.normal_(std=0.15)
     return model
 
@@ -100,11 +81,10 @@ def make(folder: Path) -> None:
     torch, peft = importlib.import_module("torch"), importlib.import_module("peft")
     for name, config in CASES.items():
         model = wrapped(config)
-        for dtype in ("bfloat16", "float16"):
-            if name.endswith(dtype):
-                adapter = [p for n, p in model.named_parameters() if "lora_" in n]
-                for parameter in adapter:
-                    parameter.data = parameter.data.to(getattr(torch, dtype))
+        if name.endswith("bfloat16"):
+            adapter = [p for n, p in model.named_parameters() if "lora_" in n]
+            for parameter in adapter:
+                parameter.data = parameter.data.to(torch.bfloat16)
         model.peft_config["default"].base_model_name_or_path = "geography-base"
         model.save_pretrained(folder / name)
         (folder / name / "README.md").unlink()
@@ -113,33 +93,25 @@ def make(folder: Path) -> None:
 
 
 def random_config(draw: random.Random) -> dict[str, Any]:
-    """Some targets, exclusions, layers and patterns, of which most fit something in NAMES."""
+    """Some targets, exclusions and layers, of which most fit something in NAMES."""
     config: dict[str, Any] = {"target_modules": draw.sample(ENDINGS, draw.randint(1, 3))}
     if draw.random() < 0.4:
         config["exclude_modules"] = draw.sample(ENDINGS, draw.randint(0, 2))
     if draw.random() < 0.6:
         config["layers_to_transform"] = draw.choice([1, [0, 1], [], [3], 0, [2, 3]])
         config["layers_pattern"] = draw.choice([None, "layers", ["h", "blocks"], [], "sub"])
-    for key in ("rank_pattern", "alpha_pattern"):
-        if draw.random() < 0.7:
-            config[key] = {name: draw.randint(1, 9) for name in draw.sample(PATTERNS, 3)}
     return config
 
 
 def make_targets(path: Path) -> None:
-    """What PEFT's own functions say of random configurations: modules, ranks and alphas."""
+    """Which modules PEFT's own function takes for the targets of random configurations."""
     peft = importlib.import_module("peft")
     check = importlib.import_module("peft.tuners.tuners_utils").check_target_module_exists
-    key_of = importlib.import_module("peft.utils.other").get_pattern_key
     draw, cases = random.Random(SEED), []
     for _ in range(TARGET_CASES):
         config = random_config(draw)
         lora = peft.LoraConfig(**config)
-        answers: dict[str, Any] = {"targets": [name for name in NAMES if check(lora, name)]}
-        for key, default in (("rank_pattern", 4), ("alpha_pattern", 8)):
-            patterns = config.get(key, {})
-            answers[key] = [patterns.get(key_of(patterns, name), default) for name in NAMES]
-        cases.append({"config": config, "answers": answers})
+        cases.append({"config": config, "targets": [name for name in NAMES if check(lora, name)]})
     path.write_text("[\n" + ",\n".join(json.dumps(case) for case in cases) + "\n]\n")
 
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from functools import cached_property
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.models.peft.lora_factors import list_first_problems
+from nested_core.rooms.peft.lora_factors import list_first_problems
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
 
 NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {})
@@ -45,19 +44,15 @@ UNSUPPORTED_SETTING_REASONS = {
     "alora_invocation_tokens": "an aLoRA adapter acts only after its invocation tokens",
     "megatron_config": "the base has Megatron's parallel layers",
     "ensure_weight_tying": "LoRA is shared between tied layers",
+    "use_dora": "only plain LoRA is converted, as in half precision mlx-lm and PEFT compute DoRA's "
+    "norms differently",
+    "rank_pattern": "mlx-lm has one rank for all modules",
+    "alpha_pattern": "mlx-lm has one scale for all modules",
 }
 # The others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) change the base, which the adapter then needs.
 INITS_KEEPING_THE_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
-# A module's name as a pattern: no quantifier, so that matching takes linear time.
-PLAIN_NAME_PATTERN = re.compile(r"\^?[\w.-]+")
-MAX_PATTERNS = 2000
-
 Rank = Annotated[int, Field(gt=0, le=65_536)]  # as in adapter_config.json of mlx-lm
-Ranks = dict[str, Rank]
-Alphas = dict[str, PositiveFloat]
 Layers = list[int] | int
-Number = TypeVar("Number", int, float)
-Patterns = list[tuple[re.Pattern[str], Number]]
 
 
 class PeftConfig(BaseModel):
@@ -71,35 +66,17 @@ class PeftConfig(BaseModel):
     task_type: str | None = None
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     use_rslora: bool = False
-    use_dora: bool = False
     init_lora_weights: bool | str | None = True
     base_model_name_or_path: str | None = None
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: Layers | None = None
     layers_pattern: list[str] | str | None = None
-    rank_pattern: Annotated[Ranks, Field(max_length=MAX_PATTERNS)] | None = None
-    alpha_pattern: Annotated[Alphas, Field(max_length=MAX_PATTERNS)] | None = None
 
-    def rank_of(self, module: str) -> int:
-        """The rank that the configuration gives a module."""
-        return _value_of_first_match(self._rank_patterns, module, self.r)
-
-    def scale_of(self, module: str) -> float:
+    @property
+    def scale(self) -> float:
         """The factor on B A x: alpha / r, or alpha / sqrt(r) (LoraLayer.update_layer)."""
-        alpha, rank = (
-            _value_of_first_match(self._alpha_patterns, module, self.lora_alpha),
-            self.rank_of(module),
-        )
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
-
-    @cached_property
-    def _rank_patterns(self) -> Patterns[int]:
-        return _compile_patterns(self.rank_pattern)
-
-    @cached_property
-    def _alpha_patterns(self) -> Patterns[float]:
-        return _compile_patterns(self.alpha_pattern)
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def target_modules_of(self, names: Iterable[str]) -> set[str] | None:
         """Those of the base's linear modules that PEFT would adapt (check_target_module_exists).
@@ -138,15 +115,6 @@ def _ends_with_any(name: str, endings: frozenset[str]) -> bool:
     """Whether the name, or what follows one of its dots, is among the endings."""
     parts = name.split(".")
     return any(".".join(parts[start:]) in endings for start in range(len(parts)))
-
-
-def _compile_patterns(patterns: Mapping[str, Number] | None) -> Patterns[Number]:
-    return [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in (patterns or {}).items()]
-
-
-def _value_of_first_match(patterns: Patterns[Number], module: str, default: Number) -> Number:
-    """As peft's get_pattern_key: the first pattern that a module's name ends with decides."""
-    return next((value for pattern, value in patterns if pattern.match(module)), default)
 
 
 def read_peft_config(folder: Path) -> PeftConfig:
@@ -194,8 +162,4 @@ def _unsupported_settings(config: PeftConfig) -> list[str]:
                 key, "not known here, so it might change what is computed"
             )
             problems.append(f"  {key:.40}: {value!r:.40}: {reason}")
-    for key in ("rank_pattern", "alpha_pattern"):
-        strange = [p for p in getattr(config, key) or {} if not PLAIN_NAME_PATTERN.fullmatch(p)]
-        if strange:
-            problems.append(f"  {key}: {strange[0]!r:.60} is no plain name; name the modules")
     return problems

@@ -5,16 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flows.commands.adapter_places import ADAPTER_FORMS, add_registry_flag
-from flows.commands.command_output import result_printer
-from flows.terminal.console import print_line, print_progress
+from flows.commands.command_output import show_conversion
 from nested_core.pipeline.named_adapters import find_named_adapter
 from nested_core.storage.output_places import require_free_place
-
-if TYPE_CHECKING:
-    from nested_core.models.peft import Conversion
 
 
 def add_commands(commands: Any) -> None:
@@ -62,33 +58,16 @@ def add_commands(commands: Any) -> None:
 
 def run_peft_import(arguments: argparse.Namespace) -> Callable[[], int]:
     """Convert a PEFT adapter to an mlx-lm adapter directory."""
-    from nested_core.models.peft import import_peft
+    from nested_core.rooms.peft import import_peft
 
     done = import_peft(arguments.folder, arguments.out, arguments.model)
-    parameters = done.config["lora_parameters"]
-    return _report_conversion(
-        done, arguments, f"rank {parameters['rank']}, scale {parameters['scale']:g}"
-    )
+    return show_conversion(arguments, done)
 
 
 def run_peft_export(arguments: argparse.Namespace) -> Callable[[], int]:
     """Convert an mlx-lm adapter directory to a PEFT adapter."""
-    from nested_core.models.peft import export_peft
+    from nested_core.rooms.peft import export_peft
 
     require_free_place(arguments.out, "-o")  # before anything is looked at
     adapter = find_named_adapter(arguments.folder, arguments.registry)
-    done = export_peft(adapter.folder, arguments.out, arguments.model)
-    return _report_conversion(
-        done, arguments, f"r {done.config['r']}, alpha {done.config['lora_alpha']:g}"
-    )
-
-
-def _report_conversion(
-    done: Conversion, arguments: argparse.Namespace, scale_text: str
-) -> Callable[[], int]:
-    """Say what is to be known of a conversion, and in the end what was written."""
-    for note in done.notes:
-        print_progress(f"note: {note}")
-
-    text = f"{done.out}: {done.tensors} tensors of {done.modules} modules, {scale_text}"
-    return result_printer(arguments, done.to_json, lambda: print_line(text))
+    return show_conversion(arguments, export_peft(adapter.folder, arguments.out, arguments.model))

@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 
 from nested_core.gate import verify_adapters
-from nested_core.models.peft import export_peft, import_peft
+from nested_core.rooms.peft import export_peft, import_peft
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.safetensors_files import load_arrays
-from tests.core.models.peft.adapters import mlx_logits, random_adapter, same_bytes
-from tests.core.models.peft.make_golden import CASES, GOLDEN, TOKENS
+from tests.builders.adapter_folders import random_adapter
 from tests.example import MODEL
+from tests.rooms.peft.adapters import mlx_logits, same_bytes
+from tests.rooms.peft.make_golden import CASES, GOLDEN, TOKENS
 
 SCRIPT = GOLDEN.with_name("make_golden.py")
 PYTHON = os.environ.get("PEFT_PYTHON", sys.executable)  # one that has torch and peft
 HAS_PEFT = subprocess.run([PYTHON, "-c", "import torch, peft"], capture_output=True).returncode == 0
 # Float32 sums in another order: 1.3e-5 was the most seen, with logits of up to 15.
 TOLERANCE = 5e-5
-WITHOUT_CHANGES = ["lora", "dora_last_layers", "rslora_some_layers_bfloat16"]
 
 
 def golden_logits(case: str) -> np.ndarray:
@@ -45,7 +45,7 @@ def test_an_imported_adapter_gives_the_logits_that_peft_gives(case: str, tmp_pat
     assert np.abs(mlx_logits(tmp_path / "out") - expected).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("case", WITHOUT_CHANGES)
+@pytest.mark.parametrize("case", CASES)
 def test_export_writes_the_very_tensors_that_peft_wrote(case: str, tmp_path: Path) -> None:
     import_peft(GOLDEN / case, tmp_path / "mlx", str(MODEL))
     export_peft(tmp_path / "mlx", tmp_path / "peft")
@@ -63,9 +63,8 @@ def test_export_writes_the_very_tensors_that_peft_wrote(case: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_export_and_import_again_keep_every_bit(kind: str, dtype: mx.Dtype, tmp_path: Path) -> None:
-    adapter = random_adapter(tmp_path / "adapter", kind=kind, dtype=dtype, scale=0.3, rank=3)
+def test_export_and_import_again_keep_every_bit(dtype: mx.Dtype, tmp_path: Path) -> None:
+    adapter = random_adapter(tmp_path / "adapter", dtype=dtype, scale=0.3, rank=3)
     export_peft(adapter, tmp_path / "peft")
     import_peft(tmp_path / "peft", tmp_path / "again", str(MODEL))
     before, after = read_adapter(adapter), read_adapter(tmp_path / "again")
@@ -99,11 +98,10 @@ class TestWithPeft:
         "settings",
         [
             {},
-            {"kind": "dora", "num_layers": 6},
             {"dtype": mx.bfloat16, "num_layers": 6},
             {"scale": 3.1, "rank": 3, "keys": ["model.layers.1.mlp.down_proj", "mlp.gate_proj"]},
         ],
-        ids=["lora", "dora", "bfloat16", "uneven"],
+        ids=["lora", "bfloat16", "uneven"],
     )
     def test_an_exported_adapter_gives_the_logits_that_mlx_lm_gives(
         self, settings: dict, tmp_path: Path

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from nested_core.storage.adapter import read_adapter
-from tests.core.models.peft.make_golden import GOLDEN
 from tests.example import MODEL
 from tests.flows.conftest import CommandRun, Ended
+from tests.rooms.peft.make_golden import GOLDEN
 
 Run = Callable[..., Ended]
 

@@ -10,22 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.models.adapter_formats import Conversion
 from nested_core.models.base_model import find_model_folder_offline
-from nested_core.models.peft.importing import PEFT_WEIGHTS
-from nested_core.models.peft.lora_factors import (
+from nested_core.models.lora_tensors import module_name
+from nested_core.rooms.peft.importing import PEFT_WEIGHTS
+from nested_core.rooms.peft.lora_factors import (
     MLX_LM_NAMING,
     PEFT_NAMING,
     ModuleFactors,
     group_by_module,
     list_first_problems,
-    module_name,
     name_tensors,
-    note_half_precision_dora,
 )
-from nested_core.models.peft.output_folder import (
-    Conversion,
-    creating_adapter_folder,
-)
+from nested_core.rooms.peft.output_folder import creating_adapter_folder
+from nested_core.rooms.peft.peft_config import UNSUPPORTED_SETTING_REASONS
 from nested_core.storage.adapter import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -40,6 +38,10 @@ from nested_core.storage.safetensors_files import read_header, save_arrays
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
 LAYER_MODULE_PATTERN = re.compile(r"(?P<stack>[^.]+\..+?)\.(?P<layer>\d+)\.(?P<key>.+)")
+REASONS_BY_FINE_TUNE_TYPE = {
+    "dora": UNSUPPORTED_SETTING_REASONS["use_dora"],
+    "full": "whole weights and no low-rank factors",
+}
 EMBEDDING_PATTERN = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")
 
 
@@ -61,9 +63,8 @@ def export_peft(folder: Path, out: Path, model: str | None = None) -> Conversion
         arrays = {name: tensor.to_mlx() for name, tensor in tensors.items()}
         save_arrays(temporary / PEFT_WEIGHTS, arrays, metadata_format="pt")
         write_json(temporary / CONFIG_NAME, dict(sorted(written.items())))
-    return Conversion(
-        out, written, len(modules), len(tensors), (*notes, *note_half_precision_dora(modules))
-    )
+    strength = f"r {written['r']}, alpha {written['lora_alpha']:g}"
+    return Conversion(out, written, len(modules), len(tensors), strength, tuple(notes))
 
 
 def _compare_with_base(modules: Collection[str], base: str) -> list[str]:
@@ -103,12 +104,13 @@ def _read_mlx_lm_adapter(folder: Path) -> Adapter:
 
 
 def _read_factors(adapter: Adapter) -> dict[str, ModuleFactors]:
-    """The factors, if they are all LoRA or DoRA of linear modules and of the rank that is said."""
+    """The factors, if they are all LoRA of linear modules and of the rank that is said."""
     kind = adapter.config.get("fine_tune_type", "lora")
-    if kind not in ("lora", "dora"):
+    if kind != "lora":
+        unsupported = REASONS_BY_FINE_TUNE_TYPE.get(kind, "not known here")
         raise ConfigError(
-            f"{adapter.path} holds fine_tune_type {kind!r:.40}: whole weights and no low-rank "
-            f"factors, so there is no PEFT adapter of it. lora and dora can be exported."
+            f"{adapter.path} holds fine_tune_type {kind!r:.40}: {unsupported}. Only lora becomes "
+            f"an adapter of PEFT; `nested-tune export --fused DIR` writes a whole model."
         )
     problems = [
         f"  {name}: {reason}"
@@ -121,9 +123,7 @@ def _read_factors(adapter: Adapter) -> dict[str, ModuleFactors]:
             + list_first_problems(problems)
         )
     path = adapter.path / WEIGHTS_NAME
-    modules = group_by_module(
-        adapter.tensors, MLX_LM_NAMING, has_magnitude=kind == "dora", path=path
-    )
+    modules = group_by_module(adapter.tensors, MLX_LM_NAMING, path)
     ranks = {factors.rank for factors in modules.values()}
     rank = _lora_parameters(adapter).get("rank")
     if ranks != {rank}:
@@ -167,7 +167,7 @@ def _make_peft_config(
         "lora_alpha": _compute_alpha(adapter),
         "lora_dropout": float(parameters.get("dropout") or 0.0),
         "use_rslora": False,
-        "use_dora": adapter.config.get("fine_tune_type") == "dora",
+        "use_dora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
         "bias": "none",

@@ -1,4 +1,4 @@
-"""Adapters of both kinds for the example model, as they should be and changed in some way."""
+"""PEFT's adapters for the example model with something changed, and what models say with them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
-from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
-from nested_core.storage.adapter import write_adapter
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
-from tests.core.models.peft.make_golden import GOLDEN, TOKENS
 from tests.example import MODEL
+from tests.rooms.peft.make_golden import GOLDEN, TOKENS
 
 Arrays = dict[str, mx.array]
 PREFIX = "base_model.model."
-LAST_Q_AND_UP = ["self_attn.q_proj", "mlp.up_proj"]
 
 
 def peft_copy(
@@ -40,37 +37,6 @@ def peft_copy(
     change(tensors)
     save_arrays(weights, tensors)
     return folder
-
-
-def random_adapter(
-    folder: Path,
-    *,
-    num_layers: int = 2,
-    rank: int = 4,
-    scale: float = 2.0,
-    keys: list[str] | None = None,
-    kind: str = "lora",
-    dtype: mx.Dtype = mx.float32,
-    **config: Any,
-) -> Path:
-    """An adapter directory with everything that mlx-lm attaches, filled with random numbers."""
-    parameters = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys or LAST_Q_AND_UP}
-    model, _ = load_model(MODEL)
-    model.freeze()
-    linear_to_lora_layers(model, num_layers, parameters, use_dora=kind == "dora")
-    mx.random.seed(3)
-    leaves = dict(tree_flatten(model.trainable_parameters()))
-    tensors = {name: _random(name, leaf).astype(dtype) for name, leaf in sorted(leaves.items())}
-    folder.mkdir(parents=True)
-    said = {"fine_tune_type": kind, "num_layers": num_layers, "lora_parameters": parameters}
-    write_adapter(folder, tensors, said | {"model": str(MODEL)} | config)
-    return folder
-
-
-def _random(name: str, leaf: mx.array) -> mx.array:
-    if name.endswith(".m"):
-        return leaf * mx.random.uniform(0.8, 1.2, leaf.shape)
-    return 0.15 * mx.random.normal(leaf.shape)
 
 
 def mlx_logits(adapter: Path | None = None) -> np.ndarray:
