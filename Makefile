@@ -60,8 +60,8 @@ format: $(VENV)/dev.stamp ## format, and repair what lint can repair
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-rooms: $(VENV)/dev.stamp ## each room deleted in a copy: what is left works; minutes a room
-	$(BIN)/python -m tests.without_rooms
+rooms: $(VENV)/dev.stamp ## each room deleted in a copy: what is left works; minutes a room, or ROOMS="--all", ROOMS="serve"
+	$(BIN)/python -m tests.without_rooms $(ROOMS)
 
 bench: $(VENV)/project.stamp ## side-by-side measurements, each printing a ratio
 	$(BIN)/python -m benchmarks

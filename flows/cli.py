@@ -108,9 +108,8 @@ COMMANDS = {
     "chat": ("chat",),
     "registry": (
         *("registry", "promote", "rollback", "history", "audit", "gc"),
-        *("export-mlflow", "policy", "forget"),
+        *("policy", "forget"),
     ),
-    "deployment": ("deploy",),
     "doctor": ("doctor",),
 }
 

@@ -37,6 +37,8 @@ class Room:
     flags: by `COMMAND --FLAG` of a command of the core, the function that runs the command where
         the flag is given, with the parsed arguments.
     public_names: what `nested_core` offers from Python, each under its own name.
+    server_checks: what `doctor` says of the Prefect server of PREFECT_API_URL: a function without
+        arguments, which yields lines as Check (flows/commands/check.py).
     model_format: a function of a path as a person gave it and of a temporary folder. It returns the
         NamedModel (nested_core/pipeline/named_models.py) there, None for a path of another format.
     adapter_format: a class of AdapterFormat (nested_core/models/adapter_formats.py), by which
@@ -48,6 +50,7 @@ class Room:
     commands: tuple[str, ...] = ()
     flags: Mapping[str, str] = field(default_factory=dict)
     public_names: tuple[str, ...] = ()
+    server_checks: str | None = None
     model_format: str | None = None
     adapter_format: str | None = None
     training_flows: Mapping[str, TrainingFlow] = field(default_factory=dict)
@@ -55,6 +58,9 @@ class Room:
 
 ROOMS: Mapping[str, Room] = {
     "audit": Room(flags={"verify --model": "flows.rooms.audit.verify_model:run_adapter_audit"}),
+    "deploy": Room(
+        commands=("deploy",), server_checks="flows.rooms.deploy.server_checks:iterate_server_checks"
+    ),
     "evaluate": Room(
         commands=("evaluate",),
         public_names=(
@@ -70,6 +76,7 @@ ROOMS: Mapping[str, Room] = {
         ),
         model_format="nested_core.rooms.export.named_artefact:find_artefact",
     ),
+    "mlflow": Room(commands=("export-mlflow",)),
     "peft": Room(
         commands=("import-peft", "export-peft"),
         adapter_format="nested_core.rooms.peft.adapter_format:PeftFormat",

@@ -130,7 +130,7 @@ def test_a_variable_that_is_not_listed_is_found(tmp_path: Path) -> None:
         for name in ("ALSO", "NESTED_TUNE_ADDED", "THIRD")
     ]
     assert "NESTED_TUNE_CACHE has a line" not in "".join(problems), "the units name it"
-    assert any(line.startswith("NESTED_TUNE_API_KEY has a line") for line in problems)
+    assert any(line.startswith("NESTED_TUNE_DEVICE_LOCK has a line") for line in problems)
 
 
 def test_the_table_of_families_is_what_is_found_in_their_models() -> None:

@@ -25,6 +25,12 @@ FAULTS = (
         "a forgotten call",
     ),
     Fault(
+        "nested_core/seams.py", "if is_there(name)}", "if not is_there(name)}", "a condition turned"
+    ),
+    Fault(
+        "nested_core/seams.py", "if not is_there(room):", "if is_there(room):", "a condition turned"
+    ),
+    Fault(
         "nested_core/storage/atomic.py",
         "        sync_path(path)\n    if confirm is not None:",
         "        path.exists()\n    if confirm is not None:",

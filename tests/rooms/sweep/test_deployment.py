@@ -10,13 +10,13 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from flows.deployment.planned_deployments import FINETUNE_ENTRYPOINT, make_plan
-from flows.deployment.pool_sizes import route_by_forecast
+from flows.rooms.deploy.planned_deployments import FINETUNE_ENTRYPOINT, make_plan
+from flows.rooms.deploy.pool_sizes import route_by_forecast
 from flows.rooms.sweep.flow import SweepParameters, sweep
 from nested_core.errors import ConfigError
 from tests.example import example_config
 from tests.flows.test_form import check_fields, definitions
-from tests.flows.test_pool_sizes import planned
+from tests.rooms.deploy.test_pool_sizes import planned
 
 
 def test_each_registry_name_has_a_sweep_whose_runs_its_manual_deployment_trains(

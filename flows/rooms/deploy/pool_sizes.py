@@ -13,13 +13,13 @@ from dataclasses import replace
 
 from prefect.client.schemas.actions import WorkPoolCreate
 
-from flows.deployment.planned_deployments import (
+from flows.finetune import FinetuneParameters
+from flows.rooms.deploy.planned_deployments import (
     FINETUNE_ENTRYPOINT,
     DeploymentPlan,
     PlannedDeployment,
     runs_home,
 )
-from flows.finetune import FinetuneParameters
 from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import ContinualSection, RegistrySection

@@ -28,8 +28,8 @@ from prefect.settings import get_current_settings
 from prefect.utilities.callables import parameter_schema
 from prefect.workers.process import ProcessWorker
 
-from flows.deployment.alerts import alert_action, alert_block, find_or_make_block
-from flows.deployment.planned_deployments import (
+from flows.rooms.deploy.alerts import alert_action, alert_block, find_or_make_block
+from flows.rooms.deploy.planned_deployments import (
     FINETUNE_ENTRYPOINT,
     RECONCILE_ENTRYPOINT,
     DeploymentPlan,

@@ -8,7 +8,7 @@ import httpx
 from prefect.client.orchestration import SyncPrefectClient
 from pydantic import TypeAdapter
 
-from flows.deployment.check import Check
+from flows.commands.check import Check
 
 MEND = (
     "give the server the lines of deployments/settings.env that begin with "

@@ -14,17 +14,17 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
-from flows.deployment.alerts import alert_block
-from flows.deployment.check import Check
-from flows.deployment.deploy import read_automations, read_server_deployments
-from flows.deployment.planned_deployments import (
+from flows.commands.check import Check
+from flows.flow_runs.allowed_folders import allowed_roots
+from flows.rooms.deploy.alerts import alert_block
+from flows.rooms.deploy.deploy import read_automations, read_server_deployments
+from flows.rooms.deploy.planned_deployments import (
     FINETUNE_ENTRYPOINT,
     read_automations_yaml,
     read_deployments_file,
     read_work_pools,
 )
-from flows.deployment.retention import check_retention
-from flows.flow_runs.allowed_folders import allowed_roots
+from flows.rooms.deploy.retention import check_retention
 from tasks.deployed_registries import adapters_in
 
 MAX_HEARTBEAT_AGE_SECONDS = 90

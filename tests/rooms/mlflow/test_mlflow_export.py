@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.registry import mlflow_export, promote, register, rollback
+from nested_core.registry import promote, register, rollback
 from nested_core.registry import read_champion as registry_champion
-from nested_core.registry.mlflow_export import MlflowExport, export_to_mlflow
+from nested_core.rooms.mlflow import mlflow_export
+from nested_core.rooms.mlflow.mlflow_export import MlflowExport, export_to_mlflow
 from tests.core.registry.conftest import write_run
 from tests.left_out import slow_except
 
@@ -107,7 +108,7 @@ def test_without_mlflow_it_says_what_to_install(
 
 
 def test_the_core_does_not_import_mlflow() -> None:
-    code = "import sys, nested_core.registry.mlflow_export; sys.exit('mlflow' in sys.modules)"
+    code = "import sys, nested_core.rooms.mlflow.mlflow_export; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

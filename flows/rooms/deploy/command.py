@@ -74,16 +74,16 @@ def read_notify(given: str | None) -> str | None:
 def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
     from prefect.client.orchestration import get_client
 
-    from flows.deployment.alerts import send_test_alert
-    from flows.deployment.deploy import (
+    from flows.rooms.deploy.alerts import send_test_alert
+    from flows.rooms.deploy.deploy import (
         NO_ALERTS_WARNING,
         deploy,
         list_next_commands,
         require_server,
     )
-    from flows.deployment.planned_deployments import begin_name, make_plan
-    from flows.deployment.pool_sizes import route_by_forecast
-    from flows.deployment.retention import check_retention
+    from flows.rooms.deploy.planned_deployments import begin_name, make_plan
+    from flows.rooms.deploy.pool_sizes import route_by_forecast
+    from flows.rooms.deploy.retention import check_retention
 
     notify = read_notify(arguments.notify)
     require_server()

@@ -15,10 +15,10 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import State
 from prefect.states import Crashed, Pending, Running
 
-from flows.deployment.deploy import complete_automation
 from flows.finetune import finetune
 from flows.process.environment import packaged_folder
 from flows.rollback import rollback
+from flows.rooms.deploy.deploy import complete_automation
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_server")

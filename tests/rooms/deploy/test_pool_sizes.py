@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.deployment.deploy import deploy
-from flows.deployment.planned_deployments import (
+from flows.process.environment import packaged_folder
+from flows.rooms.deploy.deploy import deploy
+from flows.rooms.deploy.planned_deployments import (
     DeploymentPlan,
     make_plan,
 )
-from flows.deployment.pool_sizes import route_by_forecast
-from flows.process.environment import packaged_folder
+from flows.rooms.deploy.pool_sizes import route_by_forecast
 from nested_core.errors import ConfigError
 from tests.example import write_config
 

@@ -16,15 +16,15 @@ from prefect.events.schemas.automations import Automation
 from prefect.schedules import Schedule
 from prefect.workers.process import ProcessWorker
 
-from flows.commands.deployment import read_notify, run_deploy
-from flows.deployment.deploy import (
+from flows.rooms.deploy.command import read_notify, run_deploy
+from flows.rooms.deploy.deploy import (
     _make_work_pools,
     complete_automation,
     deploy,
     put_deployment,
     read_automations,
 )
-from flows.deployment.planned_deployments import make_plan, read_work_pools
+from flows.rooms.deploy.planned_deployments import make_plan, read_work_pools
 from nested_core.errors import ConfigError
 from tasks.night_artifacts import _list_links
 from tests.flows.conftest import Ended

@@ -19,9 +19,9 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from flows.deployment.planned_deployments import read_automations_yaml
 from flows.flow_runs.dead_runs import SECONDS_OF_SILENCE
 from flows.process.environment import packaged_folder
+from flows.rooms.deploy.planned_deployments import read_automations_yaml
 from nested_core.records.outcome_names import Outcome
 from tests.prefect_home import DATABASE, new_prefect_home
 

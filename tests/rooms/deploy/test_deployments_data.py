@@ -19,12 +19,12 @@ from prefect.client.schemas.objects import ConcurrencyLimitConfig
 from prefect.flows import Flow
 from prefect.settings import Settings
 
-from flows.deployment.planned_deployments import PlannedDeployment, begin_name, make_plan
 from flows.finetune import FinetuneParameters
 from flows.flow_runs.allowed_folders import require_known_name
 from flows.housekeeping import HousekeepingParameters
 from flows.process.environment import packaged_folder
 from flows.reconcile import ReconcileParameters
+from flows.rooms.deploy.planned_deployments import PlannedDeployment, begin_name, make_plan
 from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import RegistrySection

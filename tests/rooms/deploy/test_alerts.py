@@ -17,14 +17,14 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.worker import EventsWorker
 from prefect.states import Completed, Running, Scheduled, State
 
-from flows.deployment.alerts import alert_block, find_or_make_block, send_test_alert
-from flows.deployment.deploy import ALERT, put_automations
-from flows.deployment.planned_deployments import make_plan
-from flows.deployment.server_checks import check_alerts
 from flows.flow_runs import warning_events
 from flows.flow_runs.warning_events import describe_full_disk, measure_newest_checkpoint
 from flows.reconcile import ReconcileParameters, reconcile
 from flows.rollback import RollbackParameters, rollback
+from flows.rooms.deploy.alerts import alert_block, find_or_make_block, send_test_alert
+from flows.rooms.deploy.deploy import ALERT, put_automations
+from flows.rooms.deploy.planned_deployments import make_plan
+from flows.rooms.deploy.server_checks import check_alerts
 from nested_core import registry as core
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, NestedTuneError
