@@ -48,12 +48,12 @@ from nested_core.gate.losses.loss_figures import (
     summarise_champion,
     summarise_losses,
 )
-from nested_core.pipeline.evaluation import conclude_models
 from nested_core.records.answers import AnsweringRole, AnswerRecord
 from nested_core.records.loss_conclusion import MIN_EXAMPLES
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import Validation
 from nested_core.registry.data_store import StoredRow
+from nested_core.rooms.evaluate.evaluating import conclude_models
 from nested_core.rooms.export.judgement import MIN_KEPT_GAIN, measure_kept_gain
 from nested_core.rooms.export.reference import HeldOutRows, Reference
 from nested_core.rooms.sweep.choice import SweepChoice, join_candidates

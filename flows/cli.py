@@ -105,10 +105,8 @@ COMMANDS = {
     "configuration": ("init", "explain"),
     "inspection": ("verify", "status", "stop"),
     "reports": ("report", "runs", "compare", "card"),
-    "evaluation": ("evaluate",),
     "chat": ("chat",),
-    "registry": (*("promote", "rollback", "history", "audit", "gc", "policy", "forget"),),
-    "peft": ("import-peft", "export-peft"),
+    "registry": ("promote", "rollback", "history", "audit", "gc", "policy", "forget"),
     "doctor": ("doctor",),
 }
 

@@ -34,27 +34,41 @@ class Room:
     """What a room adds.
 
     commands: words of the command line; flows/rooms/ROOM/command.py adds their parsers.
+    flags: by `COMMAND --FLAG` of a command of the core, the function that runs the command where
+        the flag is given, with the parsed arguments.
     public_names: what `nested_core` offers from Python, each under its own name.
     server_checks: what `doctor` says of the Prefect server of PREFECT_API_URL: a function without
         arguments, which yields lines as Check (flows/commands/check.py).
     watcher: what it does around the flows: a class that is a Watcher (flows/flow_runs/watchers.py).
     model_format: a function of a path as a person gave it and of a temporary folder. It returns the
         NamedModel (nested_core/pipeline/named_models.py) there, None for a path of another format.
+    adapter_format: a class of AdapterFormat (nested_core/models/adapter_formats.py), by which
+        adapters of another program are read and written.
     training_flows: by the entrypoint that deployments name. The class of parameters has
         `deployment`, the deployment that trains, and `configurations()`, what that trains.
     """
 
     commands: tuple[str, ...] = ()
+    flags: Mapping[str, str] = field(default_factory=dict)
     public_names: tuple[str, ...] = ()
     server_checks: str | None = None
     watcher: str | None = None
     model_format: str | None = None
+    adapter_format: str | None = None
     training_flows: Mapping[str, TrainingFlow] = field(default_factory=dict)
 
 
 ROOMS: Mapping[str, Room] = {
+    "audit": Room(flags={"verify --model": "flows.rooms.audit.verify_model:run_adapter_audit"}),
     "deploy": Room(
         commands=("deploy",), server_checks="flows.rooms.deploy.server_checks:iterate_server_checks"
+    ),
+    "evaluate": Room(
+        commands=("evaluate",),
+        public_names=(
+            "nested_core.rooms.evaluate.evaluating:evaluate",
+            "nested_core.rooms.evaluate.page:Evaluation",
+        ),
     ),
     "export": Room(
         commands=("export",),
@@ -66,6 +80,10 @@ ROOMS: Mapping[str, Room] = {
     ),
     "mlflow": Room(commands=("export-mlflow",)),
     "nights": Room(commands=("registry",), watcher="flows.rooms.nights.watcher:NightWatcher"),
+    "peft": Room(
+        commands=("import-peft", "export-peft"),
+        adapter_format="nested_core.rooms.peft.adapter_format:PeftFormat",
+    ),
     "serve": Room(commands=("serve",)),
     "sweep": Room(
         commands=("sweep",),
@@ -116,6 +134,13 @@ def require(room: str, wanted: str) -> None:
     """
     if not is_there(room):
         raise ConfigError(f"`{wanted}` belongs to the room {room}, which is not installed here.")
+
+
+def load_flag(flag: str) -> Any:
+    """The function of the room that answers `COMMAND --FLAG`; ConfigError names a deleted room."""
+    (name,) = (name for name, room in ROOMS.items() if flag in room.flags)
+    require(name, flag)
+    return load(ROOMS[name].flags[flag])
 
 
 def room_of(entrypoint: str) -> str | None:

@@ -16,7 +16,7 @@ from nested_core.gate.losses.left_out_examples import (
     read_run_training_digests,
     read_training_digests,
 )
-from nested_core.models.peft import import_peft
+from nested_core.models.adapter_formats import load_peft_format
 from nested_core.pipeline.named_adapters import NamedAdapter, find_named_adapter
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter, read_adapter_config
 from nested_core.storage.run_directory import RunDirectory
@@ -74,7 +74,7 @@ def find_model(
     stored = read_adapter_config(named.folder / CONFIG_NAME, follow_links=True)
     if "peft_type" in stored:
         base = base_model or str(stored.get("base_model_name_or_path"))
-        import_peft(named.folder, temporary, base)
+        load_peft_format(given).import_adapter(named.folder, temporary, base)
         named = NamedAdapter(temporary, base)
     adapter = read_adapter(named.folder, follow_links=True)
     base = base_model or named.model or str(adapter.config.get("model"))

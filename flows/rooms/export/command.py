@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.commands.adapter_places import ADAPTER_FORMS, add_registry_flag
-from flows.commands.command_output import result_printer
-from flows.commands.peft import run_peft_export
+from flows.commands.command_output import result_printer, show_conversion
 from flows.terminal.console import print_line, print_progress
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def add_commands(commands: Any) -> None:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--fused", type=Path, metavar="DIR", help="a model that mlx_lm loads")
     target.add_argument("--gguf", type=Path, metavar="FILE", help="a model that llama.cpp reads")
-    target.add_argument("--peft", dest="out", type=Path, metavar="DIR", help="as export-peft")
+    target.add_argument("--peft", type=Path, metavar="DIR", help="as export-peft")
     parser.add_argument(
         "--quantize",
         choices=("f16", "q8_0"),
@@ -67,10 +66,14 @@ def add_commands(commands: Any) -> None:
 
 def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
     """Write and judge; exit 4 where the model does not do as the adapter did."""
-    if arguments.out is not None:
-        return run_peft_export(arguments)
-    from nested_core.rooms.export.exporting import export  # loads mlx_lm, which takes seconds
+    from nested_core.rooms.export.exporting import (  # loads mlx_lm, which takes seconds
+        convert_for_peft,
+        export,
+    )
 
+    if arguments.peft is not None:
+        source = (arguments.folder, arguments.peft, arguments.registry, arguments.model)
+        return show_conversion(arguments, convert_for_peft(*source))
     done = export(
         arguments.folder,
         fused=arguments.fused,

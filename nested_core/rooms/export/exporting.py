@@ -32,6 +32,7 @@ from nested_core.errors import ConfigError, DamagedError, DatasetError, GateReje
 from nested_core.gate.losses.champion_adapter import shape_like_adapter
 from nested_core.gate.losses.held_out_loss import LoadedBase, read_held_out_examples
 from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprint_reasons
+from nested_core.models.adapter_formats import Conversion, load_peft_format
 from nested_core.models.base_model import (
     MAX_CONFIG_BYTES,
     find_model_folder,
@@ -39,7 +40,6 @@ from nested_core.models.base_model import (
     model_compute_dtype,
     require_chat_template,
 )
-from nested_core.models.peft import export_peft
 from nested_core.pipeline.named_adapters import find_named_adapter
 from nested_core.pipeline.named_models import NamedModel, find_model
 from nested_core.records.dataset import read_dataset_record
@@ -183,19 +183,30 @@ def export(
     if len(places) != 1:
         raise ConfigError("export: give one of --fused DIR, --gguf FILE and --peft DIR.")
     target = Path(os.path.expanduser(places[0]))
+    if peft is not None:
+        return Export(target, None, convert_for_peft(what, target, registry, base_model).notes)
     if gguf is None:
-        require_absent_or_empty(target, flag="--fused" if peft is None else "--peft")
+        require_absent_or_empty(target, flag="--fused")
     else:
         require_output_file(target, "--gguf")
         if taken := _list_taken(target, is_folder=False):
             raise ConfigError(f"{taken[0]} exists already. Nothing is written over.")
-    if peft is not None:
-        done = export_peft(find_named_adapter(Path(what), registry).folder, target, base_model)
-        return Export(target, None, done.notes)
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as temporary:
         source = _read_source(str(what), registry, base_model, Path(temporary), suites)
         exporting = _Exporting(source, target, data, on_stage)
         return exporting.run(None if gguf is None else quantize, dequantize=dequantize)
+
+
+def convert_for_peft(
+    what: str | Path, target: Path, registry: Path | None = None, base_model: str | None = None
+) -> Conversion:
+    """Write an adapter into a new folder for PEFT, bit for bit.
+
+    Arguments and errors are those of `export`; ConfigError too where the room peft is not there.
+    """
+    peft = load_peft_format("--peft")
+    require_absent_or_empty(target, flag="--peft")
+    return peft.export_adapter(find_named_adapter(Path(what), registry).folder, target, base_model)
 
 
 def _read_source(
