@@ -102,19 +102,11 @@ class _Commands:
 COMMANDS = {
     "demo": ("demo",),
     "training": ("validate", "train", "run"),
-    "sweep": ("sweep",),
     "configuration": ("init", "explain"),
     "inspection": ("verify", "status", "stop"),
     "reports": ("report", "runs", "compare", "card"),
-    "evaluation": ("evaluate",),
     "chat": ("chat",),
-    "registry": (
-        *("registry", "promote", "rollback", "history", "audit", "gc"),
-        *("export-mlflow", "policy", "forget"),
-    ),
-    "export": ("export",),
-    "peft": ("import-peft", "export-peft"),
-    "deployment": ("deploy",),
+    "registry": ("promote", "rollback", "history", "audit", "gc", "policy", "forget"),
     "doctor": ("doctor",),
 }
 

@@ -20,10 +20,10 @@ from flows.flow_runs.allowed_folders import (
     with_trusted_code,
 )
 from flows.flow_runs.cancel_watch import stopping_where_cancelled
-from flows.flow_runs.night_metrics import write_metrics
 from flows.flow_runs.nights import find_other_night, name_flow_run, tag_flow_run
 from flows.flow_runs.prefect_logs import prepare_logs, tolerate_closed_output
 from flows.flow_runs.run_place import require_begun_here
+from flows.flow_runs.watchers import list_watchers
 from flows.process.os_errors import explain
 from flows.process.stop_signals import Stopper
 from nested_core.config.schema import FineTuneConfig
@@ -79,8 +79,6 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     run directory by its id and goes on from the last checkpoint; the flow never retries by itself,
     for that would train again.
     """
-    from tasks.night_artifacts import publish_night, publish_nights
-
     tolerate_closed_output()
     prepare_logs()
     tag_flow_run()
@@ -95,18 +93,12 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     try:
         state = _run_pipeline(settings, run)
     except Exception as error:  # of the machine or of a library: Prefect calls the run Failed
-        if run.config.exists():
-            publish_night(settings, run, "Failed", f"{type(error).__name__}: {error}")
-        write_metrics(settings.registry, run, "Failed")
+        failed: State[None] = Failed(message=f"{type(error).__name__}: {error}")
+        for watcher in list_watchers():
+            watcher.end(settings, run, failed)
         raise
-    if run.config.exists():
-        publish_night(settings, run, str(state.name), str(state.message))
-    publish_nights(settings.registry.name, (UUID(str(runtime.flow_run.id)), str(state.name)))
-    write_metrics(settings.registry, run, str(state.name))
-    if not state.is_failed():  # that is told already
-        from flows.flow_runs.warning_events import warn_of_unusual_night
-
-        warn_of_unusual_night(settings.registry, run)
+    for watcher in list_watchers():
+        watcher.end(settings, run, state)
     return state
 
 

@@ -10,13 +10,13 @@ from pydantic import Field
 
 from flows.flow_runs.allowed_folders import require_allowed
 from flows.flow_runs.prefect_logs import prepare_logs
+from flows.flow_runs.watchers import list_watchers
 from flows.promote import AdapterParameters
 from nested_core.errors import DamagedError
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.run import list_runs
 from nested_core.report.pruning import KeptAmounts
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER
-from tasks.night_artifacts import tell_week
 
 KEPT = KeptAmounts()
 
@@ -34,10 +34,7 @@ class HousekeepingParameters(AdapterParameters):
 
 @flow(name="housekeeping", retries=0, flow_run_name="housekeeping {config.name}")
 def housekeeping(config: HousekeepingParameters) -> State[Any]:
-    """Remove what nothing needs; the message has the bytes before and after.
-
-    It tells of the adapter's last week, too, for whoever has switched that alert on.
-    """
+    """Remove what nothing needs; the message has the bytes before and after."""
     from nested_core.pipeline.housekeeping import tidy_up  # loads the libraries that answer
 
     prepare_logs()
@@ -48,5 +45,6 @@ def housekeeping(config: HousekeepingParameters) -> State[Any]:
         done = tidy_up(registry, config.name, runs, kept, dry_run=config.dry_run)
     except DamagedError as error:
         return Failed(name=Outcome.DAMAGED, message=error.describe_for("page"), data=error)
-    tell_week(registry, config.name)
+    for watcher in list_watchers():
+        watcher.look_back(registry, config.name)
     return Completed(message=done.describe())

@@ -22,6 +22,7 @@ from flows.flow_runs.approvals import (
     close_older_questions,
     publish_approval,
 )
+from flows.flow_runs.nights import tell_night
 from flows.flow_runs.prefect_logs import prepare_logs
 from nested_core.config.names import NAME_PATTERN
 from nested_core.config.section_base import Section
@@ -33,7 +34,6 @@ from nested_core.registry.promotion_policy import (
     read_candidate,
     recorded_section,
 )
-from tasks.night_artifacts import tell_night
 from tasks.promote import decline, promote_approved, promote_by_recorded_policy
 
 SECONDS_TO_APPROVE = 7 * 24 * 3600

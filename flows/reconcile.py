@@ -1,4 +1,4 @@
-"""The flow that catches what was missed: versions never decided on, runs without a process."""
+"""The flow that catches what was missed: versions never decided on, pages that are old."""
 
 from __future__ import annotations
 
@@ -12,14 +12,8 @@ from pydantic import Field
 
 from flows.flow_runs.allowed_folders import require_allowed
 from flows.flow_runs.approvals import request_approval
-from flows.flow_runs.dead_runs import end_dead_runs
 from flows.flow_runs.prefect_logs import prepare_logs
-from flows.flow_runs.run_list import tidy_run_list
-from flows.flow_runs.warning_events import (
-    warn_of_full_disks,
-    warn_of_long_runs,
-    warn_of_old_champions,
-)
+from flows.flow_runs.watchers import list_watchers
 from nested_core.config.section_base import Section
 from nested_core.config.sections import AdapterName
 from nested_core.errors import DamagedError
@@ -29,10 +23,17 @@ from nested_core.registry.folders import name_exists
 from nested_core.registry.ledger import describe_author
 from nested_core.text.digest_format import shorten_digest
 from tasks.champion_artifacts import had_champion, publish_champion_if_changed
-from tasks.night_artifacts import publish_nights
 from tasks.promote import check_champion
 from tasks.promote import promote_missed as reconcile_name
 from tasks.retrying import exception_of
+
+# The first of these that an hour saw names the state of its run.
+BY_IMPORTANCE = (
+    Outcome.ENDED_DEAD_RUNS,
+    Outcome.PROMOTED,
+    Outcome.SAW_ROLLBACK,
+    Outcome.SAW_LONG_RUN,
+)
 
 
 class ReconcileParameters(Section):
@@ -54,7 +55,7 @@ class ReconcileParameters(Section):
 
 @flow(name="reconcile", retries=0, flow_run_name="reconcile {config.subject}")
 def reconcile(config: ReconcileParameters) -> State[Any]:
-    """Apply each version's own policy once more, and end dead runs; again, it changes nothing.
+    """Apply each version's own policy once more; again, it changes nothing.
 
     What is damaged keeps no other version or name from its promotion: the flow goes through all of
     them, and then ends Failed, as Damaged, saying what is damaged and what to do.
@@ -66,18 +67,17 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
     decided = {name: reconcile_name(registry, name, return_state=True) for name in names}
     checked = {name: check_champion(registry, name, return_state=True) for name in names}
     absent = sorted({*wanted} - {*names})
-    if config.stale_after_nights is not None:
-        warn_of_old_champions(registry, names, config.stale_after_nights)
-    warn_of_full_disks([registry, Path.cwd()])
-    long_runs = warn_of_long_runs()
     for name, state in decided.items():
         outcomes = state.result() if state.is_completed() else {}
         waiting = [v for v, decision in outcomes.items() if decision.outcome == "waiting"]
         for version in waiting[:1]:  # the newest: its question closes those about older ones
             request_approval(registry, name, version)
-    dead = end_dead_runs()
-    tidy_run_list()
     sound = [name for name in names if checked[name].is_completed()]
+    sightings = [
+        sighting
+        for watcher in list_watchers()
+        for sighting in watcher.look(registry, names, sound, config.stale_after_nights)
+    ]
     rollbacks = _bring_pages_up_to_date(registry, sound)
     damage, other_problems = _find_problems(registry, decided, checked, absent)
     if damage:
@@ -89,21 +89,15 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
         for name, state in decided.items()
         if any(decision.outcome == "promoted" for decision in state.result().values())
     ]
-    happenings = {
-        Outcome.ENDED_DEAD_RUNS: dead,
-        Outcome.PROMOTED: promoted,
-        Outcome.SAW_ROLLBACK: rollbacks,
-        Outcome.SAW_LONG_RUN: long_runs,
-    }
-    outcome = next((outcome for outcome, found in happenings.items() if found), None)
+    seen = {sighting.outcome for sighting in sightings}
+    seen |= {Outcome.PROMOTED} if promoted else set()
+    seen |= {Outcome.SAW_ROLLBACK} if rollbacks else set()
+    outcome = next((outcome for outcome in BY_IMPORTANCE if outcome in seen), None)
     message = f"promoted: {', '.join(promoted) or 'nothing'}"
     if absent:  # the hour comes before an adapter's first night
         message += f"; nothing is registered yet as {', '.join(absent)}"
     message += "".join(f"; {sentence}" for sentence in rollbacks)
-    if long_runs:
-        message += f"; take far longer than the runs before them: {', '.join(long_runs)}"
-    if dead:
-        message += f"; ended, for their processes are gone: {', '.join(dead)}"
+    message += "".join(f"; {sighting.sentence}" for sighting in sightings)
     return Completed(name=outcome, message=message)
 
 
@@ -138,13 +132,12 @@ def _find_problems(
 
 
 def _bring_pages_up_to_date(registry: Path, names: Sequence[str]) -> list[str]:
-    """Publish the pages of champions that were changed elsewhere, and of nights that crashed.
+    """Publish the pages of champions that were changed elsewhere.
 
     Returns a sentence for each rollback that no page had yet.
     """
     rollbacks: list[str] = []
     for name in names:
-        publish_nights(name)
         try:
             is_news = publish_champion_if_changed(registry, name)
             if is_news and (rollback := _describe_rollback(registry, name)) is not None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.terminal.console import print_json, print_line, print_progress
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.storage.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from nested_core.models.adapter_formats import Conversion
 
 
 def result_printer(
@@ -35,6 +38,13 @@ def printer(show: Callable[[], object], code: int = 0) -> Callable[[], int]:
         return code
 
     return finish
+
+
+def show_conversion(arguments: argparse.Namespace, done: Conversion) -> Callable[[], int]:
+    """Say what is to be known of a converted adapter, and in the end what was written."""
+    for note in done.notes:
+        print_progress(f"note: {note}")
+    return result_printer(arguments, done.to_json, lambda: print_line(done.describe()))
 
 
 def text_printer(text: str) -> Callable[[], int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from flows.commands.adapter_places import add_registry_flag
 from flows.commands.command_output import result_printer, text_printer
-from flows.terminal.console import ProgressLine, print_line, print_progress, print_table
+from flows.terminal.console import print_line, print_progress, print_table
+from nested_core import seams
 from nested_core.errors import ConfigError, GateRejected
 from nested_core.pipeline.named_adapters import find_bare_name, find_named_adapter, name_folder_of
 from nested_core.storage.run_directory import RunDirectory
@@ -69,7 +69,8 @@ def add_commands(commands: Any) -> None:
 def run_verify(arguments: argparse.Namespace) -> Callable[[], int]:
     """Judge two adapters from their files, or audit each one against a base."""
     if arguments.model is not None:
-        return run_adapter_audit(arguments)
+        run: Callable[[argparse.Namespace], Callable[[], int]] = seams.load_flag("verify --model")
+        return run(arguments)
     if len(arguments.adapters) != 2:
         raise ConfigError(
             f"verify takes two adapters, INITIAL and TRAINED; given: {len(arguments.adapters)}. To "
@@ -77,7 +78,7 @@ def run_verify(arguments: argparse.Namespace) -> Callable[[], int]:
         )
     from nested_core.gate import verify_adapters
 
-    initial, trained = (_find_folder(path, arguments.registry) for path in arguments.adapters)
+    initial, trained = (find_folder(path, arguments.registry) for path in arguments.adapters)
     verdict = verify_adapters(initial, trained)
 
     def show() -> None:
@@ -94,7 +95,7 @@ def run_verify(arguments: argparse.Namespace) -> Callable[[], int]:
     return result_printer(arguments, verdict.to_json, show, code)
 
 
-def _find_folder(given: Path, registry: Path | None) -> Path:
+def find_folder(given: Path, registry: Path | None) -> Path:
     """The adapter's folder of a run or a name; any other path as it is, for the gate to look at."""
     is_path = registry is None and given.exists()
     is_name = not is_path and find_bare_name(given, registry) is not None
@@ -118,39 +119,6 @@ def summarise_by_module(tensors: Iterable[TensorChange]) -> Iterator[tuple[objec
         smallest, largest = (min(deltas), max(deltas)) if deltas else (None, None)
         changed = f"{sum(t.changed for t in group)} of {len(group)}"
         yield module, changed, smallest, largest, all(t.finite for t in group)
-
-
-def run_adapter_audit(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Audit adapters, or folders of them, against the base of --model."""
-    from nested_core.gate.adapter_audit import audit_adapters, find_adapters
-
-    places = [_find_folder(path, arguments.registry) for path in arguments.adapters]
-    searched = [find_adapters(path, arguments.model) for path in places]
-    for folder in (folder for _, skipped in searched for folder in skipped):
-        print_progress(f"note: {folder} holds no adapter and is not audited")
-    folders = [folder for found, _ in searched for folder in found]
-    audits = audit_adapters(folders, arguments.model, ProgressLine())
-
-    def show() -> None:
-        """The modules of one adapter, or a row for each of several, and where reasons are told."""
-        if len(audits) == 1:
-            modules = [(m.name, m.rank, m.scale, m.effect) for m in audits[0].modules]
-            print_table(("module", "rank", "scale", "effect"), modules)
-            print_line(f"{audits[0].verdict}: {audits[0].summary()}")
-        else:
-            parent = os.path.commonpath([audit.folder.absolute().parent for audit in audits])
-            rows = [
-                (os.path.relpath(audit.folder, parent), audit.verdict, audit.summary())
-                for audit in audits
-            ]
-            columns = ("adapter", "verdict", "changes, or reasons")
-            print_table(columns, rows, title=f"Adapters in {parent} on {arguments.model}")
-        if code:
-            print_line("The reasons are explained in the project's docs/gate.md#one-adapter-alone.")
-
-    code = 0 if all(audit.has_passed for audit in audits) else GateRejected.exit_code
-    document = {"model": arguments.model, "adapters": [audit.to_json() for audit in audits]}
-    return result_printer(arguments, lambda: document, show, code)
 
 
 def run_status(arguments: argparse.Namespace) -> Callable[[], int]:

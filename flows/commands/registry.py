@@ -1,4 +1,4 @@
-"""registry, promote, rollback, history, audit, gc, policy, forget and export-mlflow."""
+"""promote, rollback, history, audit, gc, policy and forget."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flows.commands.prefect_notice import tell_server
 from flows.terminal.console import print_line, print_progress, print_table
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.process.current_user import current_user
-from nested_core.storage.run_directory import DEFAULT_REGISTRY, RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 
 if TYPE_CHECKING:
@@ -23,22 +23,6 @@ if TYPE_CHECKING:
 
 def add_commands(commands: Any) -> None:
     """Add the commands of this module."""
-    fleet = commands.add(
-        "registry",
-        run_fleet,
-        "list every name of a registry",
-        json=True,
-        group="Registry",
-        example="nested-tune registry",
-    )
-    fleet.add_argument(
-        "registry",
-        type=Path,
-        nargs="?",
-        default=DEFAULT_REGISTRY,
-        metavar="DIR",
-        help=f"default: {DEFAULT_REGISTRY}",
-    )
     promote = commands.add(
         "promote",
         run_promote,
@@ -96,14 +80,6 @@ def add_commands(commands: Any) -> None:
         metavar="FILE",
         help="take these rows or prompts (JSON Lines) out of the data store, and remove no version",
     )
-    export = commands.add(
-        "export-mlflow",
-        run_mlflow_export,
-        "copy versions and champion to MLflow's registry",
-        group="Exchange",
-        example="nested-tune export-mlflow support-bot",
-    )
-    export.add_argument("--tracking-uri", metavar="URI", help="default: as MLflow is configured")
     policy = commands.add(
         "policy",
         run_policy,
@@ -142,31 +118,11 @@ def add_commands(commands: Any) -> None:
         group="Registry",
         example="nested-tune forget support-bot 3785767e --by ann --reason 'a bad disk'",
     )
-    for parser in (promote, rollback, history, audit, gc, export, forget, policy):
+    for parser in (promote, rollback, history, audit, gc, forget, policy):
         add_registry_arguments(parser)
     forget.add_argument("version", metavar="VERSION", help="or its first 6 digits, or more")
     forget.add_argument("--by", required=True, metavar="WHO", help="recorded in the history")
     forget.add_argument("--reason", required=True, metavar="TEXT", help="recorded in the history")
-
-
-def run_fleet(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Show each name with its champion, its last change and who serves it."""
-    from nested_core.registry.folders import require_registry
-    from nested_core.report.fleet import COLUMNS, describe_losses, read_fleet
-
-    require_registry(arguments.registry)
-    fleet = read_fleet(arguments.registry)
-    problems = [each.problem for each in fleet if each.problem is not None]
-
-    def show() -> None:
-        """A row for each name, then what is damaged."""
-        print_table(COLUMNS, [each.cells() for each in fleet], title=str(arguments.registry))
-        print_line(describe_losses(fleet))
-        print_progress(*(f"damaged: {problem}" for problem in problems))
-
-    document = {"registry": str(arguments.registry), "names": [each.to_json() for each in fleet]}
-    code = DamagedError.exit_code if problems else 0
-    return result_printer(arguments, lambda: document, show, code)
 
 
 def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -439,15 +395,3 @@ def _forget_rows(arguments: argparse.Namespace) -> Callable[[], int]:
             print_line("no version has any of these rows in the data store")
 
     return result_printer(arguments, lambda: asdict(done), show)
-
-
-def run_mlflow_export(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Copy what MLflow's registry lacks, and point its alias at the champion."""
-    from nested_core.registry.mlflow_export import export_to_mlflow
-
-    done = export_to_mlflow(arguments.registry, arguments.name, arguments.tracking_uri)
-    number = done.numbers.get(done.champion) if done.champion else None
-    champion = f"champion: version {number}" if number else "no champion"
-    return text_printer(
-        f"{len(done.added)} of {len(done.numbers)} versions added to {done.name}; {champion}"
-    )

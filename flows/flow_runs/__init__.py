@@ -2,5 +2,5 @@
 
 prefect_hooks.py runs the steps of a fine-tune as tasks, nights.py names a night's run,
 loss_on_test_set.py and prefect_logs.py are its words, allowed_folders.py what parameters may name.
-approvals.py asks a person, warning_events.py warns, and dead_runs.py ends runs without a process.
+approvals.py asks a person, and watchers.py is where rooms take part.
 """

@@ -19,11 +19,11 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Scheduled, State
 
+from flows.flow_runs.nights import tell_night
 from nested_core.records.outcome_names import Outcome
 from nested_core.report.approval import Approval
 from nested_core.text.digest_format import shorten_digest
 from tasks.artifact_client import publish_page
-from tasks.night_artifacts import tell_night
 from tasks.prefect_server import flow_runs_in, set_run_state, tolerating_server_outage
 
 PROMOTION = "promote/auto"

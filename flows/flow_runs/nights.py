@@ -1,4 +1,4 @@
-"""A night's flow run: its name and tags in Prefect's lists, and whether another night is at work.
+"""A night's flow run: its name, tags and state in Prefect's lists; whether another is at work.
 
 A second night of one adapter does not train: the run that comes to it looks, and ends as
 "Skipped: another night". Prefect's own answer, a deployment's concurrency limit with CANCEL_NEW,
@@ -14,13 +14,19 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Any
+from uuid import UUID
 
 from prefect import runtime
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import FlowRunContext
+from prefect.states import Completed, State
 from pydantic import BaseModel
 
+from flows.flow_runs.watchers import list_watchers
+from nested_core.config.resume import read_run_config
+from nested_core.records.outcome_names import Outcome
+from nested_core.storage.run_directory import find_run_of
 from nested_core.text.foreign_text import escape
 from tasks.prefect_server import asking_server, flow_runs_in
 
@@ -115,3 +121,22 @@ def describe_other_night(own: FlowRun, nights: list[FlowRun]) -> str | None:
         if other.state_type == StateType.RUNNING and not is_later:
             return f"another run of this adapter is active, flow run {other.name!r} ({other.id})"
     return None
+
+
+def tell_night(night: UUID, outcome: Outcome, message: str) -> None:
+    """Say what became of the question that a night asked: in its state's name, and to the watchers.
+
+    `night` is the fine-tune's flow run. Its state stays of the type Completed, and when it ended
+    stays as it was. Watchers are told where the run's folder is on this machine.
+    """
+    with asking_server("the run does not show the answer to its question") as client:
+        state = client.read_flow_run(night).state
+        if state is None or state.type != StateType.COMPLETED or state.name == outcome:
+            return
+        told: State[None] = Completed(name=outcome, message=f"{state.message}; {message}")
+        client.set_flow_run_state(night, told, force=True)
+        run = find_run_of(night)
+        if run is not None:
+            config = read_run_config(run)
+            for watcher in list_watchers():
+                watcher.answer(config, run, night, told)

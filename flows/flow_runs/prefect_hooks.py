@@ -10,12 +10,11 @@ from prefect import get_run_logger, runtime
 from flows.flow_runs.approvals import request_approval
 from flows.flow_runs.loss_on_test_set import describe_test_loss
 from flows.flow_runs.run_place import note_run_place
-from flows.flow_runs.warning_events import warn_of_full_disks
+from flows.flow_runs.watchers import list_watchers
 from flows.process.stop_signals import Stopper
 from nested_core.config.schema import FineTuneConfig
 from nested_core.models.session import Session
 from nested_core.pipeline.hooks import Steps
-from nested_core.records.outcome_names import Outcome
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import read_verdict
@@ -24,7 +23,6 @@ from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.run_directory import RunDirectory
 from tasks.events import emit_adapter_event
 from tasks.finetune import gate, load, register, train, validate
-from tasks.night_artifacts import publish_night
 from tasks.promote import promote
 
 
@@ -39,12 +37,12 @@ class StepsAsTasks(Steps):
         get_run_logger().info("%s", message)
 
     def begin(self, config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
-        """Begin, and publish the page of this night, which is replaced when it is over."""
+        """Begin, and tell the watchers."""
         super().begin(config, run, resume=resume)
         note_run_place(run.path)
-        warn_of_full_disks([run.path])
         message = "continues from its last checkpoint" if resume else "has begun"
-        publish_night(config, run, Outcome.RUNNING, message)
+        for watcher in list_watchers():
+            watcher.begin(config, run, message)
 
     def validate(self, config: FineTuneConfig, run: RunDirectory) -> None:
         """The task `validate`."""

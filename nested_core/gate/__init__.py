@@ -4,8 +4,7 @@ judge.py has the order of the checks, checks/ each of them, and checks/judged.py
 and what is known between two of them; what gate.json says is records/verdict.py. The other rooms
 measure for the checks: evidence/ reads what the run and the registry recorded, tensors/ compares
 adapters without a model, losses/ and answers/ ask models, and proof/ is the fresh process.
-recheck.py holds a verdict to its files again, for `promote`. adapter_audit.py judges one adapter
-without an initial one.
+recheck.py holds a verdict to its files again, for `promote`.
 """
 
 from importlib import import_module

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from nested_core.pipeline import steps
-from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.adapter import read_adapter
 from nested_core.text.loss_format import format_loss
 from tests.example import train_example, train_until_answers_are_broken
@@ -47,8 +46,6 @@ def story(folder: Path) -> dict[str, Ended]:
         "again": command("promote", "first", "--name", NAME),
         "history": command("history", NAME, "--json"),
         "table": command("history", NAME),
-        "fleet": called("registry", "--json", cwd=folder),
-        "fleet's table": called("registry", cwd=folder),
         "audit": command("audit", NAME, "--json"),
         "audited": command("audit", NAME),
         "gc": command("gc", NAME, "--keep", 0, "--json"),
@@ -218,40 +215,3 @@ def test_a_person_who_promotes_broken_answers_is_warned(tmp_path: Path) -> None:
     told = " ".join(promoted.stderr.split())
     assert "warning: training broke most of the sample answers of this adapter" in told
     assert "To go back: nested-tune rollback x --registry registry" in told
-
-
-def test_registry_lists_every_name_with_champion_loss_and_last_change(
-    folder: Path, story: dict[str, Ended], versions: tuple[str, str]
-) -> None:
-    (row,) = story["fleet"].document["names"]
-    validation = read_verdict(folder / "first" / "gate.json").validation
-    assert validation is not None
-    last = story["history"].document["history"][-1]
-    assert row["name"] == NAME
-    assert row["champion"] == versions[0]
-    assert (row["loss"], row["file"]) == (validation.loss_after, validation.file)
-    assert (row["last_action"], row["last_time"], row["since"]) == (
-        last["action"],
-        *[last["time"]] * 2,
-    )
-    assert row["problem"] is None
-    table = story["fleet's table"].stdout
-    assert versions[0][:12] in table
-    assert format_loss(validation.loss_after) in table
-
-
-def test_registry_names_a_damaged_name_beside_the_others_and_exits_6(
-    folder: Path, story: dict[str, Ended], tmp_path: Path
-) -> None:
-    for name in ("sound", "torn"):
-        shutil.copytree(folder / "registry" / NAME, tmp_path / "registry" / name, symlinks=True)
-    history = tmp_path / "registry" / "torn" / "history.jsonl"
-    history.write_bytes(history.read_bytes().replace(b'"promote"', b'"pr0mote"', 1))
-    listed = called("registry", "--json", cwd=tmp_path)
-    assert listed.code == 6
-    sound, torn = listed.document["names"]
-    assert sound["problem"] is None
-    assert sound["champion"] is not None
-    assert torn["champion"] is None
-    assert "history.jsonl" in torn["problem"]
-    assert called("registry", tmp_path / "none", cwd=tmp_path).code == 2

@@ -128,7 +128,7 @@ def test_a_wrong_configuration_names_every_key(misconfigured: dict[str, Ended], 
     assert all(words in misconfigured[case].message() for words in CONFIGS[case][1])
 
 
-def test_a_command_of_a_room_that_was_deleted_names_the_room(
+def test_a_command_or_a_flag_of_a_room_that_was_deleted_names_the_room(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(seams, "ROOMS", {"music": seams.Room(commands=("play",))})
@@ -136,6 +136,11 @@ def test_a_command_of_a_room_that_was_deleted_names_the_room(
     said = "`play` belongs to the room music, which is not installed here."
     assert said in capsys.readouterr().err.replace("\n", " ")
     assert "\nServe:" not in cli.build_parser().format_help()
+    flags = {"verify --model": "flows.rooms.music.command:play"}
+    monkeypatch.setattr(seams, "ROOMS", {"music": seams.Room(flags=flags)})
+    assert cli.main(["verify", "adapter", "--model", "base"]) == 2
+    said = "`verify --model` belongs to the room music, which is not installed here."
+    assert said in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_without_a_command_the_help_says_where_to_start(nested_tune: Run) -> None:

@@ -29,17 +29,20 @@ from flows.flow_runs.run_place import FOLDER_LABEL, HOST_LABEL
 from nested_core.errors import ConfigError, GateRejected, SilentUpdateWarning
 from nested_core.pipeline import steps
 from nested_core.registry import history, list_versions, promote, read_champion, register
+from nested_core.seams import is_there
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training import trainer
 from tasks.prefect_server import read_events
 from tests.core.registry.conftest import write_run
 from tests.example import DATA, example_settings
 from tests.flows.conftest import flow_run_id, task_runs
+from tests.left_out import needs_rooms
 from tests.runs import judged_night
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 TASKS = ("validate", "load", "train", "gate")
+NIGHT = ("night",) if is_there("nights") else ()  # the page that the room publishes
 
 
 def parameters(folder: Path, **changes: Any) -> FinetuneParameters:
@@ -93,6 +96,7 @@ def test_the_flow_run_says_which_host_has_its_folder(completed: tuple[Path, Stat
     assert (labels[HOST_LABEL], labels[FOLDER_LABEL]) == (gethostname(), str(folder / "run"))
 
 
+@needs_rooms("nights")
 def test_the_figures_of_the_night_are_a_file_for_prometheus(
     completed: tuple[Path, State[Any]],
 ) -> None:
@@ -117,6 +121,7 @@ def continued(folder: Path, path: str, **changes: Any) -> State[Any]:
     return run_flow(given)
 
 
+@needs_rooms("nights")
 @pytest.mark.slow("a flow run of its own")
 def test_a_sound_run_that_is_no_better_keeps_the_champion_and_is_told_as_unusual(
     completed: tuple[Path, State[Any]], monkeypatch: pytest.MonkeyPatch
@@ -189,14 +194,15 @@ def test_the_flow_run_has_its_artifacts(completed: tuple[Path, State[Any]]) -> N
         artifacts = {
             artifact.key: artifact for artifact in client.read_artifacts(artifact_filter=wanted)
         }
-    pages = ("night", "dataset-report", "training-progress", "loss-curve", "gate-verdict")
-    assert set(artifacts) == {f"capitals-{page}" for page in (*pages, "champion")}
+    pages = ("champion", "dataset-report", "training-progress", "loss-curve", "gate-verdict")
+    assert set(artifacts) == {f"capitals-{page}" for page in (*pages, *NIGHT)}
     assert all(artifact.description for artifact in artifacts.values())
     verdict = str(artifacts["capitals-gate-verdict"].data)
     assert verdict.startswith("# Verified")
     tiers = [line.split("|")[1:-1] for line in verdict.splitlines()[-3:]]
     assert [int(tier[4]) for tier in tiers] == [8, 4, 2]
-    assert artifacts["capitals-night"].task_run_id is None  # V1 shows it above those of tasks
+    for page in NIGHT:
+        assert artifacts[f"capitals-{page}"].task_run_id is None  # V1 shows it above those of tasks
 
 
 def test_a_second_flow_on_the_same_directory_is_refused(completed: tuple[Path, State[Any]]) -> None:
@@ -270,12 +276,11 @@ def test_a_data_set_with_an_error_fails_the_flow_before_training(tmp_path: Path)
     with get_client(sync_client=True) as client:
         wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id(state)]))
         keys = [artifact.key for artifact in client.read_artifacts(artifact_filter=wanted)]
-    assert sorted(key for key in keys if key is not None) == [
-        "capitals-dataset-report",
-        "capitals-night",
-    ]
+    pages = ("dataset-report", *NIGHT)
+    assert sorted(key for key in keys if key is not None) == [f"capitals-{page}" for page in pages]
 
 
+@needs_rooms("nights")
 def test_an_error_that_is_not_ours_ends_the_page_of_the_night_too(tmp_path: Path) -> None:
     broken = patch.object(
         steps,

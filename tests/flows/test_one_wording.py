@@ -7,10 +7,8 @@ import ast
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 
@@ -27,10 +25,10 @@ from nested_core.records.skip import Skip, write_skip
 from nested_core.records.verdict import Code, JudgedAdapter, Reason
 from nested_core.registry.adapter_card import render_card
 from nested_core.registry.ledger import Origin
-from nested_core.report.nights import Night, describe_night, describe_nights
 from nested_core.report.outcome import find_outcome, find_reason_kept
 from nested_core.report.run_report import read_report
-from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory, run_key
+from nested_core.seams import is_there, load
+from nested_core.storage.run_directory import RunDirectory
 from tests.core.registry.conftest import write_run
 from tests.runs import begin_run, config_of, finished_run, judge, make_losses, make_verdict
 
@@ -157,18 +155,6 @@ def test_a_registered_version_that_its_policy_refused_kept_the_champion(tmp_path
         assert (find_reason_kept(Run(run)) is None) == (rival is None)
 
 
-def test_the_page_of_nights_says_that_a_champion_was_rolled_back_since(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    night = Night(uuid4(), datetime(2026, 11, 18, 2, tzinfo=UTC), Outcome.PROMOTED, 1.5)
-    place = DEFAULT_RUNS_FOLDER / f"20261118T020000Z-{run_key(night.flow_run)}"
-    run = rolled_back(tmp_path)
-    place.parent.mkdir()
-    run.path.rename(place)
-    assert "Promoted, then Rolled back" in str(describe_nights(NAME, [night], []))
-
-
 @pytest.mark.parametrize("outcome", RUNS)
 def test_an_outcome_has_the_same_words_on_every_screen(
     outcome: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -188,7 +174,9 @@ def test_an_outcome_has_the_same_words_on_every_screen(
                 show()
                 screens[name] = capsys.readouterr().out
         read = Run(run)
-        screens["page"] = str(describe_night(config_of(run), read, outcome, "said"))
+        if is_there("nights"):
+            describe_night = load("nested_core.rooms.nights.night_pages:describe_night")
+            screens["page"] = str(describe_night(config_of(run), read, outcome, "said"))
         if read.verdict is not None and read.verdict.has_passed and outcome != Outcome.RUNNING:
             print_result(config_of(run), FinetuneResult(run, verdict=read.verdict), ())
             screens["terminal"] = capsys.readouterr().out

@@ -20,8 +20,8 @@ from nested_core.records.verdict_table import describe_verdict
 from nested_core.registry import promote
 from nested_core.report.champion import ChampionRecord, describe_champion
 from nested_core.report.curves import describe_curves
-from nested_core.report.nights import describe_night
 from nested_core.report.run_report import describe_run
+from nested_core.seams import is_there, load
 from nested_core.storage.untrusted_files import read_json_object
 from nested_core.text.document import Document
 from nested_core.text.loss_format import format_difference, format_interval, format_loss
@@ -180,11 +180,13 @@ def test_each_page_has_the_same_rows_and_the_loss_in_the_same_words(told: Told) 
     pages = {
         "report": str(describe_run(Run(result.run))),
         "gate": str(Document("", list(describe_verdict(result.verdict, "Verified")))),
-        "night": str(describe_night(config, Run(result.run), "Promoted", "done")),
         "champion": str(describe_champion(record)),
         "card": asked(told, "card", "capitals"),
         "repr": repr(result),
     }
+    if is_there("nights"):
+        describe_night = load("nested_core.rooms.nights.night_pages:describe_night")
+        pages["night"] = str(describe_night(config, Run(result.run), "Promoted", "done"))
     plain = {name: page.replace("\\", "") for name, page in pages.items()}
     losses = f"{format_loss(told.before)} | {format_loss(gate_loss)}"
     difference, *interval = told.difference

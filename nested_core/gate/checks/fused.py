@@ -17,8 +17,8 @@ from nested_core.backend import to_float
 from nested_core.gate.checks.judged import Check, JudgedRun
 from nested_core.gate.losses.held_out_loss import LoadedBase
 from nested_core.models.lora_attachment import load_adapter_tensors
+from nested_core.models.lora_tensors import module_name
 from nested_core.models.parameters import float32_weight
-from nested_core.models.peft.lora_factors import module_name
 from nested_core.records.verdict import MIN_CHANGE_LEFT_BY_FUSING, FusedVerdict, Reason
 
 MIN_CARRIED_SHARE_OF_MODULE = 0.1

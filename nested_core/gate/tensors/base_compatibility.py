@@ -13,12 +13,12 @@ import mlx.core as mx
 
 from nested_core.errors import DamagedError
 from nested_core.models.adapter_fit import describe_other_base
-from nested_core.models.peft.lora_factors import LORA_FACTORS, leaf_name, module_name
+from nested_core.models.lora_tensors import DORA_TENSORS, LORA_FACTORS, leaf_name, module_name
 from nested_core.records.verdict import Reason
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.safetensors_files import FLOATING_POINT_DTYPES
 
-TENSOR_NAMES_BY_FINE_TUNE_TYPE = {"lora": {*LORA_FACTORS}, "dora": {*LORA_FACTORS, "m"}}
+TENSOR_NAMES_BY_FINE_TUNE_TYPE = {"lora": {*LORA_FACTORS}, "dora": {*DORA_TENSORS}}
 # By name and number of dimensions: (in, rank) and (rank, out), or for experts (n, rank, in) and
 # (n, out, rank).
 RANK_AXES = {("lora_a", 2): 1, ("lora_b", 2): 0, ("lora_a", 3): 1, ("lora_b", 3): 2}

@@ -14,7 +14,7 @@ import numpy as np
 
 from nested_core.errors import DamagedError
 from nested_core.gate.tensors.tensor_diff import frobenius_norm, tensors_differ
-from nested_core.models.peft.lora_factors import LORA_FACTORS
+from nested_core.models.lora_tensors import LORA_FACTORS
 from nested_core.records.verdict import Reason
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.safetensors_files import StoredTensor

@@ -1,0 +1,1 @@
+"""What the room `audit` adds to the command line: `verify ADAPTER... --model BASE`."""

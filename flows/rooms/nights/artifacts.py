@@ -1,0 +1,134 @@
+"""Publishes the page of a night's flow run, and the lead's page of all nights of an adapter."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from uuid import UUID
+
+from prefect import get_run_logger
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
+
+from nested_core.config.schema import FineTuneConfig
+from nested_core.records.run import Run
+from nested_core.rooms.nights.fleet import NameStatus
+from nested_core.rooms.nights.night_pages import Night, describe_night, describe_nights, join_lines
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.document import Document
+from nested_core.text.foreign_text import escape_markdown
+from tasks.artifact_client import (
+    artifact_key,
+    artifact_path,
+    find_newest_artifact,
+    publish_page,
+)
+from tasks.events import emit_adapter_event
+from tasks.prefect_server import asking_server
+
+NIGHTS_PAGE = "nights"
+OTHER_PAGES = ("champion", "night", "approval")
+MAX_NIGHTS = 30
+WEEK = timedelta(days=7)
+
+
+def publish_night(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    outcome: str,
+    message: str,
+    *,
+    flow_run: UUID | None = None,
+) -> None:
+    """Publish the page, or replace it; a file of the run that cannot be read is only logged.
+
+    `outcome` is the name of the flow run's state, `message` what the state says; `flow_run` is the
+    run that the page belongs to, where that is not the one at work.
+    """
+    shown = join_lines(message)
+    if not shown.startswith(outcome):
+        shown = f"{outcome}: {shown}"  # a list shows the first 40 characters
+    read = Run(run)
+    page = describe_night(config, read, outcome, message)
+    if read.problems:  # the night is over: a page changes nothing
+        get_run_logger().warning("The page of this run is not up to date: %s", read.problems[0])
+        return
+    publish_page(config.registry.name, "night", page, shown, flow_run)
+
+
+def find_nights_page(client: SyncPrefectClient, name: str) -> UUID | None:
+    """The artifact of an adapter's page, which stays the same; None before there is one."""
+    page = find_newest_artifact(client, artifact_key(name, NIGHTS_PAGE))
+    return None if page is None else page.id
+
+
+def make_nights_page(client: SyncPrefectClient, name: str) -> UUID:
+    """Make the page before the first night, so that a deployment's description can lead to it."""
+    created = ArtifactCreate(
+        key=artifact_key(name, NIGHTS_PAGE),
+        type="markdown",
+        description=f"Scheduled runs of {escape_markdown(name)}",
+        data=str(Document(f"{name}: no scheduled run yet", [])),
+    )
+    return client.create_artifact(created).id
+
+
+def publish_nights(name: str | None, ended: tuple[UUID, str] | None = None) -> None:
+    """Publish the page of an adapter, or replace it; one page for all runs.
+
+    `ended` is the id of the flow run at work with the name of the state that it is about to have.
+    """
+    if name is None:
+        return
+    with asking_server(f"the page of {name}'s scheduled runs is not up to date") as client:
+        outcomes = dict([] if ended is None else [ended])
+        nights = [night_of(run, outcomes.get(run.id)) for run in _read_runs(client, name)]
+        if nights:
+            links = _list_links(client, name)
+            page = ArtifactUpdate(data=str(describe_nights(name, nights, links)))
+            there = find_nights_page(client, name) or make_nights_page(client, name)
+            client.update_artifact(there, page)
+
+
+def _list_links(client: SyncPrefectClient, name: str) -> list[tuple[str, str]]:
+    """The newest of each of an adapter's other pages that the server has, with its path."""
+    newest = {page: find_newest_artifact(client, artifact_key(name, page)) for page in OTHER_PAGES}
+    return [(page, artifact_path(each.id)) for page, each in newest.items() if each is not None]
+
+
+def tell_week(registry: Path, name: str) -> None:
+    """Emit `adapter.week`: how an adapter's runs of the last week ended, and its champion."""
+    since = datetime.now(UTC) - WEEK
+    with asking_server(f"nobody is told of the week of {name}") as client:
+        nights = [night_of(run, None) for run in _read_runs(client, name)]
+        outcomes = Counter(night.outcome for night in nights if night.due > since)
+        ends = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
+        _, champion, day, loss, *_ = NameStatus.read(registry, name).cells()
+        has_champion = f"champion {champion} since {day}, loss {loss}"
+        message = f"{ends or 'no run'}; {'no champion' if champion is None else has_champion}"
+        emit_adapter_event("week", name, {"message": message})
+
+
+def _read_runs(client: SyncPrefectClient, name: str) -> list[FlowRun]:
+    """The last fine-tunes of an adapter that were due, the latest first; those of sweeps apart."""
+    due = {"before_": datetime.now(UTC)}
+    runs = client.read_flow_runs(
+        flow_filter=FlowFilter.model_validate({"name": {"any_": ["finetune"]}}),
+        flow_run_filter=FlowRunFilter.model_validate(
+            {"tags": {"all_": [name]}, "expected_start_time": due}
+        ),
+        sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+        limit=MAX_NIGHTS,
+    )
+    return [run for run in runs if "sweep" not in run.tags]
+
+
+def night_of(run: FlowRun, outcome: str | None) -> Night:
+    """A flow run as a night; `outcome` where the server does not know it yet."""
+    due = run.expected_start_time or run.created or datetime.now(UTC)
+    minutes = run.estimated_run_time.total_seconds() / 60
+    return Night(run.id, due.astimezone(UTC), outcome or run.state_name, minutes)

@@ -1,0 +1,1 @@
+"""What the room `peft` adds to the command line."""

@@ -1,0 +1,73 @@
+"""import-peft and export-peft: adapters from and for PEFT."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flows.commands.adapter_places import ADAPTER_FORMS, add_registry_flag
+from flows.commands.command_output import show_conversion
+from nested_core.pipeline.named_adapters import find_named_adapter
+from nested_core.storage.output_places import require_free_place
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands of this module."""
+    imports = commands.add(
+        "import-peft",
+        run_peft_import,
+        "convert a PEFT adapter for mlx-lm",
+        json=True,
+        group="Exchange",
+        example="nested-tune import-peft peft-adapter --model MODEL -o adapter",
+    )
+    imports.add_argument("folder", type=Path, metavar="PEFT_DIR")
+    imports.add_argument(
+        "--model", required=True, metavar="BASE", help="the base: a folder or a hub repository"
+    )
+    exports = commands.add(
+        "export-peft",
+        run_peft_export,
+        "convert an adapter for PEFT",
+        json=True,
+        group="Exchange",
+        example="nested-tune export-peft runs/first/adapter -o peft-adapter",
+    )
+    exports.add_argument(
+        "folder",
+        type=Path,
+        metavar=ADAPTER_FORMS,
+        help="the champion of a name in a registry, a run, or an adapter's folder",
+    )
+    add_registry_flag(exports)
+    exports.add_argument(
+        "--model", metavar="BASE", help="base_model_name_or_path (default: as the adapter says)"
+    )
+    for parser in (imports, exports):
+        parser.add_argument(
+            *("-o", "--output", "--out"),
+            dest="out",
+            type=Path,
+            required=True,
+            metavar="DIR",
+            help="a new or empty folder",
+        )
+
+
+def run_peft_import(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Convert a PEFT adapter to an mlx-lm adapter directory."""
+    from nested_core.rooms.peft import import_peft
+
+    done = import_peft(arguments.folder, arguments.out, arguments.model)
+    return show_conversion(arguments, done)
+
+
+def run_peft_export(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Convert an mlx-lm adapter directory to a PEFT adapter."""
+    from nested_core.rooms.peft import export_peft
+
+    require_free_place(arguments.out, "-o")  # before anything is looked at
+    adapter = find_named_adapter(arguments.folder, arguments.registry)
+    return show_conversion(arguments, export_peft(adapter.folder, arguments.out, arguments.model))

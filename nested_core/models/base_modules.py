@@ -1,0 +1,36 @@
+"""The modules of a base model, opened without reading its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.nn as nn
+
+from nested_core.errors import ConfigError
+from nested_core.models.base_model import find_model_folder
+
+
+@dataclass(frozen=True)
+class BaseModules:
+    """A model whose arrays are not evaluated, and its folder."""
+
+    folder: Path
+    network: nn.Module
+
+    @classmethod
+    def open(cls, model: str) -> BaseModules:
+        """Open a local folder or a repository of the hub; ConfigError if it cannot be."""
+        from mlx_lm.utils import load_model
+
+        folder = find_model_folder(model)
+        try:
+            network, _ = load_model(folder, lazy=True)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            raise ConfigError(f"model: {folder} could not be loaded: {error}") from error
+        return cls(folder, network)
+
+    def linear_modules(self) -> set[str]:
+        """The names of the linear modules, quantized or not."""
+        linear = (nn.Linear, nn.QuantizedLinear)
+        return {name for name, module in self.network.named_modules() if isinstance(module, linear)}

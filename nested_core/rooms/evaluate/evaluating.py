@@ -1,0 +1,346 @@
+"""What models answer and predict, side by side, without training: `nested-tune evaluate`.
+
+The answers, the losses and what they show are computed by the gate's own functions, so that an
+adapter has the figures here that its verdict has.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+
+from nested_core.config.loading import parse_config, parse_task
+from nested_core.config.resume import read_run_config
+from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import TaskSection
+from nested_core.errors import ConfigError
+from nested_core.gate.answers.answer_bounds import ScoreChange
+from nested_core.gate.answers.suite_answers import EncodedSuite, encode_suites, read_suites
+from nested_core.gate.checks.tasks import AskedModel, ask_model
+from nested_core.gate.losses.champion_adapter import shape_like_adapter
+from nested_core.gate.losses.held_out_loss import (
+    HeldOutExamples,
+    LoadedBase,
+    read_held_out_examples,
+)
+from nested_core.gate.losses.left_out_examples import find_left_out
+from nested_core.gate.losses.loss_figures import (
+    chances_of_loss,
+    conclude_among_others,
+    summarise_losses,
+)
+from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprint_reasons
+from nested_core.models.base_model import find_model_folder
+from nested_core.pipeline.named_models import NamedModel, find_model
+from nested_core.records.answers import AnswerRecord
+from nested_core.records.comparison_family import NOT_TESTED, find_beyond_chance
+from nested_core.records.loss_conclusion import Conclusion
+from nested_core.records.losses import ExampleLosses, Vector
+from nested_core.records.verdict import Validation
+from nested_core.rooms.evaluate.page import (
+    MAX_MODELS,
+    AnsweredQuestion,
+    EvaluatedModel,
+    Evaluation,
+    SuiteScore,
+)
+from nested_core.text.stages import stages
+
+BASE = "base"
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    *,
+    suites: Sequence[str | Path | Mapping[str, Any] | TaskSection] = (),
+    data: str | Path | None = None,
+    against: str | Path | None = None,
+    config: FineTuneConfig | None = None,
+    registry: Path | None = None,
+    base_model: str | None = None,
+) -> Evaluation:
+    """Ask suites and measure held-out losses of any models; nothing is trained or written.
+
+    Args:
+        models: bases, adapters of mlx_lm or PEFT, runs, NAME, NAME@VERSION or REGISTRY/NAME, and
+            exported folders or GGUFs.
+        suites: files whose answers have to contain what is expected, or entries of `gate.tasks`;
+            those of `config` where none is given.
+        data: a JSON Lines file; the losses on it are compared example by example.
+        against: the model that the others are compared with; by default the base of the first one,
+            of an exported model the one that it was made of.
+        config: how data is read and batched. By default that of the first run among the models.
+        registry: where a NAME is looked for; `registry` by default.
+        base_model: the base of an adapter that names none, or another place of it.
+
+    Raises ConfigError for a name that is none or an adapter that does not fit its base,
+    DatasetError for bad questions or examples, DamagedError for damaged files.
+    """
+    if len(models) >= MAX_MODELS:
+        raise ConfigError(f"evaluate: at most {MAX_MODELS - 1} models at once.")
+    with ExitStack() as stack:
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nested-tune-")))
+        read = [
+            find_model(str(given), registry, base_model, temporary / str(number))
+            for number, given in enumerate([*([against] if against else []), *models])
+        ]
+        found = [model for model, _ in read]
+        if against is None:
+            found.insert(0, _base_of(found[0], base_model, [model.name for model in found]))
+        names = [model.name for model in found]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"evaluate: a model is named twice: {', '.join(names)}.")
+        if config is None:
+            runs = [run for _, run in read if run is not None]
+            config = read_run_config(runs[0]) if runs else _plain_config(found[0].model)
+        tasks = tuple(map(parse_task, suites)) or config.gate.tasks
+        gate = config.gate.model_copy(update={"tasks": tasks})
+        if data is not None:
+            gate = gate.model_copy(update={"held_out": str(data)})
+        if not gate.tasks and data is None:
+            raise ConfigError(
+                "evaluate: nothing to ask: give an eval set, a file of examples or both."
+            )
+        config = config.model_copy(update={"gate": gate})
+        return _Evaluating(config, found, None if data is None else str(data)).run()
+
+
+def _plain_config(model: str) -> FineTuneConfig:
+    return parse_config({"model": model, "num_layers": -1}, source="the model")
+
+
+def _base_of(model: NamedModel, base_model: str | None, names: Collection[str]) -> NamedModel:
+    """What others are compared with: the base of a model, of an exported one that it is made of.
+
+    It is named "base", or where `names` has that already by its place as well.
+    """
+    name = f"{BASE} {base_model or model.model}" if BASE in names else BASE
+    if model.made_of is None:
+        return NamedModel(name, model.model, None, model.trust_remote_code)
+    base = base_model or model.made_of.base
+    recorded = {"base_fingerprint": model.made_of.fingerprint}
+    if reasons := fingerprint_reasons(recorded, find_model_folder(base)):
+        raise ConfigError(
+            f"{model.name}: {reasons[0].message}. Give the place of its base by --model, or "
+            f"--against another model."
+        )
+    return NamedModel(name, base)
+
+
+class _Evaluating:
+    """The models of one evaluation, each loaded into a base that others of its form share."""
+
+    def __init__(
+        self, config: FineTuneConfig, models: Sequence[NamedModel], data: str | None
+    ) -> None:
+        self._config = config
+        self._models = models
+        self._data = data
+        self._records: dict[str, list[AnswerRecord]] = {}
+        self._losses: dict[str, tuple[HeldOutExamples, Vector, Vector]] = {}
+
+    def run(self) -> Evaluation:
+        """Load each base once, ask and measure all models of it, then compare."""
+        groups: dict[tuple[Any, ...], list[NamedModel]] = {}
+        for model in self._models:
+            groups.setdefault(_form(model, self._models), []).append(model)
+        for models in groups.values():
+            self._measure(models)
+        reference, *_ = self._models
+        return Evaluation(
+            against=reference.name,
+            models=tuple(self._compare_models()),
+            answers=tuple(self._answered_questions()),
+            data=self._data,
+            unknown=self._list_unknown(),
+        )
+
+    def _list_unknown(self) -> tuple[str, ...]:
+        """The models with an adapter of which nobody recorded what they were trained on."""
+        if self._data is None:
+            return ()
+        models = self._models
+        trained = [model for model in models if model.adapter is not None or model.made_of]
+        return tuple(model.name for model in trained if not model.seen.size)
+
+    def _measure(self, models: Sequence[NamedModel]) -> None:
+        """Answers and losses of models that fit into one base."""
+        first = models[0]
+        stages.info("evaluate: loading %s", first.model)
+        config = self._config.model_copy(
+            update={"model": first.model, "trust_remote_code": first.trust_remote_code}
+        )
+        shaped = next((model.adapter for model in models if model.adapter is not None), None)
+        base = LoadedBase.load(config if shaped is None else shape_like_adapter(shaped, config))
+        for model in models:
+            _require_fit(model, base)
+        suites = encode_suites(read_suites(config.gate), base.tokenizer, base.folder)
+        for model in models:
+            self._records[model.name] = [
+                record for suite in suites for record in _ask(model, base, suite)
+            ]
+        if self._data is None:
+            return
+        stages.info("evaluate: losses of %d models on %s", len(models), self._data)
+        held_out = read_held_out_examples(config, {})
+        if held_out is None:
+            raise ConfigError(f"evaluate: {self._data} names no file of examples.")
+        tensors = [_tensors(model, base) for model in models]
+        predictions = base.compare_predictions(tensors, held_out.split)
+        for model, losses in zip(models, predictions.losses, strict=True):
+            self._losses[model.name] = (held_out, losses, predictions.tokens)
+
+    def _compare_models(self) -> Iterator[EvaluatedModel]:
+        """Each model's figures beside those of the reference, the first one."""
+        stages.info("evaluate: comparing the models")
+        reference, *others = self._models
+        changes = [self._compare_answers(model, reference) for model in others]
+        losses = [self._compare_losses(model, reference) for model in self._models]
+        yield EvaluatedModel(reference.name, tuple(self._score_suites(reference)), losses[0])
+        words = conclude_models(changes, losses[1:], self._config.gate.noise)
+        compared = zip(others, changes, losses[1:], words, strict=True)
+        for model, own_changes, loss, (suite_words, loss_word) in compared:
+            scores = tuple(
+                replace(
+                    score,
+                    difference=change.difference.mean,
+                    interval=change.interval,
+                    conclusion=word,
+                    minimum=task.min,
+                )
+                for task, score, change, word in zip(
+                    self._config.gate.tasks,
+                    self._score_suites(model),
+                    own_changes,
+                    suite_words,
+                    strict=True,
+                )
+            )
+            loss = None if loss is None else replace(loss, conclusion=loss_word)
+            yield EvaluatedModel(model.name, scores, loss)
+
+    def _score_suites(self, model: NamedModel) -> list[SuiteScore]:
+        answers = _by_suite(self._records[model.name])
+        return [
+            SuiteScore(
+                suite=task.name,
+                questions=len(answers[task.name]),
+                score=sum(record.score for record in answers[task.name]) / len(answers[task.name]),
+            )
+            for task in self._config.gate.tasks
+        ]
+
+    def _compare_answers(self, model: NamedModel, reference: NamedModel) -> list[ScoreChange]:
+        own, other = (_by_suite(self._records[of.name]) for of in (model, reference))
+        return [
+            ScoreChange.compare(other[task.name], own[task.name], task.max_drop)
+            for task in self._config.gate.tasks
+        ]
+
+    def _compare_losses(self, model: NamedModel, reference: NamedModel) -> Validation | None:
+        """The paired losses, without the examples that either was trained on."""
+        if self._data is None:
+            return None
+        held_out, own, tokens = self._losses[model.name]
+        _, other, other_tokens = self._losses[reference.name]
+        if not np.array_equal(tokens, other_tokens):
+            return None  # another tokenizer: nats/token are not comparable
+        counted = held_out.is_example_supervised
+        losses = ExampleLosses(
+            file=held_out.file,
+            lines=held_out.split.lines[counted].astype(np.int64),
+            tokens=tokens[counted],
+            before=other[counted] / tokens[counted],
+            after=own[counted] / tokens[counted],
+            clusters=held_out.clusters,
+        )
+        losses = losses.leaving_out(find_left_out(held_out.digests, model.seen, reference.seen))
+        return summarise_losses(losses, selected_on_same_data=False, bounds=self._config.gate)
+
+    def _answered_questions(self) -> Iterator[AnsweredQuestion]:
+        names = [model.name for model in self._models]
+        for records in zip(*(self._records[name] for name in names), strict=True):
+            first = records[0]
+            yield AnsweredQuestion(
+                suite=first.task,
+                line=first.line,
+                question=first.question,
+                expected=first.expected,
+                answers=dict(zip(names, (record.answer for record in records), strict=True)),
+                scores=dict(zip(names, (record.score for record in records), strict=True)),
+            )
+
+
+def conclude_models(
+    changes: Sequence[Sequence[ScoreChange]],
+    losses: Sequence[Validation | None],
+    noise: Literal["paired", "none"],
+) -> Iterator[tuple[list[Conclusion], Conclusion | None]]:
+    """For each model the word for each suite, and for its loss.
+
+    All models, suites and losses are one family: the more are compared with the reference, the
+    surer a difference has to be for the words better and worse.
+    """
+    chances = []
+    for own, loss in zip(changes, losses, strict=True):
+        chances += [(change.fall, change.rise) for change in own]
+        chances.append((NOT_TESTED, NOT_TESTED) if loss is None else chances_of_loss(loss))
+    is_worse = iter(find_beyond_chance([worse for worse, _ in chances]))
+    is_better = iter(find_beyond_chance([better for _, better in chances]))
+    for own, loss in zip(changes, losses, strict=True):
+        words = [c.conclude(is_worse=next(is_worse), is_better=next(is_better)) for c in own]
+        shown = {"is_worse": next(is_worse), "is_better": next(is_better)}
+        if loss is None or noise == "none":
+            yield words, None if loss is None else loss.conclusion
+        else:
+            yield words, conclude_among_others(loss, **shown)
+
+
+def _form(model: NamedModel, models: Sequence[NamedModel]) -> tuple[Any, ...]:
+    """What models share that fit into one loaded base; the base alone fits with any adapter."""
+    adapter = model.adapter or next(
+        (other.adapter for other in models if other.model == model.model and other.adapter), None
+    )
+    if adapter is None:
+        return (model.model,)
+    meaning = adapter.meaning()
+    shapes = sorted((name, tuple(tensor.shape)) for name, tensor in adapter.tensors.items())
+    return (model.model, meaning["fine_tune_type"], meaning["scale"], *shapes)
+
+
+def _require_fit(model: NamedModel, base: LoadedBase) -> None:
+    if model.adapter is None:
+        return
+    if reasons := base_reasons(model.adapter, base.parameters, base.folder):
+        raise ConfigError(f"{model.name} does not fit {model.model}: {reasons[0].message}.")
+
+
+def _ask(model: NamedModel, base: LoadedBase, suite: EncodedSuite) -> list[AnswerRecord]:
+    """A model's answers to a suite; what is answered so far is logged as a stage."""
+    total = len(suite.prompts)
+
+    def tell(count: int) -> None:
+        """So many are answered."""
+        text = "evaluate: %s has answered %d of %d questions of %s"
+        stages.info(text, model.name, count, total, suite.suite.name)
+
+    tell(0)
+    return ask_model(AskedModel("candidate", base, model.adapter, on_answered=tell), [suite])
+
+
+def _tensors(model: NamedModel, base: LoadedBase) -> Mapping[str, mx.array]:
+    return base.parameters if model.adapter is None else model.adapter.to_mlx()
+
+
+def _by_suite(records: Sequence[AnswerRecord]) -> dict[str, list[AnswerRecord]]:
+    grouped: dict[str, list[AnswerRecord]] = {}
+    for record in records:
+        grouped.setdefault(record.task, []).append(record)
+    return grouped

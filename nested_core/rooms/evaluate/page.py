@@ -1,0 +1,280 @@
+"""What models answer and predict, beside each other: figures, plain rows, a page and a terminal's.
+
+evaluating.py asks and measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from nested_core.records.loss_conclusion import Conclusion
+from nested_core.records.verdict import Validation
+from nested_core.text.document import Block, Cell, Details, Document, Section, Table, Text
+from nested_core.text.loss_format import format_difference, format_interval, format_loss
+
+MAX_MODELS = len(ascii_uppercase)  # each has a letter in tables
+SHOWN_QUESTIONS = 3
+MAX_LISTED_QUESTIONS = 1_000  # of a suite on a page
+COMPARED = ("difference", "95 % interval", "verdict")
+
+
+@dataclass(frozen=True)
+class SuiteScore:
+    """How one model answered one suite; the difference is from the model compared with.
+
+    score: the share of right answers, from 0 to 1.
+    difference, interval, conclusion: None for the model compared with.
+    minimum: the least share that was asked for; None where none was.
+    """
+
+    suite: str
+    questions: int
+    score: float
+    difference: float | None = None
+    interval: tuple[float, float] | None = None
+    conclusion: Conclusion | None = None
+    minimum: float | None = None
+
+    @property
+    def is_below_minimum(self) -> bool:
+        """Whether fewer answers are right than were asked for."""
+        return self.minimum is not None and self.score < self.minimum
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """One model's figures.
+
+    loss: on the held-out file, `loss_before` being that of the model compared with and `loss_after`
+        its own, in nats a supervised token; None without a file, or with another tokenizer.
+    """
+
+    name: str
+    suites: tuple[SuiteScore, ...]
+    loss: Validation | None
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether a loss or a suite is significantly worse, or below its minimum."""
+        has_worse_loss = self.loss is not None and self.loss.conclusion == "worse"
+        return has_worse_loss or any(
+            suite.conclusion == "worse" or suite.is_below_minimum for suite in self.suites
+        )
+
+    @property
+    def is_better(self) -> bool:
+        """Whether its loss and every suite are significantly better, and none below a minimum."""
+        loss = [] if self.loss is None else [self.loss.conclusion]
+        words = {*loss, *(suite.conclusion for suite in self.suites)}
+        return words == {"better"} and not self.is_worse
+
+
+@dataclass(frozen=True)
+class AnsweredQuestion:
+    """A question with what is expected, and each model's answer and score by the model's name."""
+
+    suite: str
+    line: int
+    question: str
+    expected: str | None
+    answers: dict[str, str]
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation:
+    """What `evaluate` returns; in a notebook it shows itself.
+
+    against: the name of the model that the others are compared with; it is the first of `models`.
+    models: the figures of each model.
+    answers: each question with the expected answer and that of each model.
+    data: the held-out file, None without one.
+    unknown: the models of which it is not known what they were trained on, so that none of the
+        held-out file's examples could be left out for them.
+    """
+
+    against: str
+    models: tuple[EvaluatedModel, ...]
+    answers: tuple[AnsweredQuestion, ...]
+    data: str | None = None
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether any model is significantly worse than `against`, or below a minimum."""
+        return any(model.is_worse for model in self.models)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `evaluate --json` prints them."""
+        return {
+            "against": self.against,
+            "data": self.data,
+            "unknown": list(self.unknown),
+            "models": [asdict(model) | {"is_worse": model.is_worse} for model in self.models],
+            "answers": [asdict(question) for question in self.answers],
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A flat row a model and suite or loss, all with the same keys, as a data frame takes them.
+
+        `value` is a share of right answers or a loss in nats a token, `examples` of how many;
+        `low` and `high` are the ends of the difference's 95 % interval.
+        """
+        return [row for model in self.models for row in self._rows_of(model)]
+
+    def _rows_of(self, model: EvaluatedModel) -> Iterator[dict[str, Any]]:
+        for suite in model.suites:
+            values = {"value": suite.score, "examples": suite.questions, "minimum": suite.minimum}
+            yield (
+                {"model": model.name, "measured": suite.suite, "kind": "answers"}
+                | values
+                | (_compared_values(suite))
+            )
+        if (loss := model.loss) is not None:
+            values = {"value": loss.loss_after, "examples": loss.examples, "minimum": None}
+            yield (
+                {"model": model.name, "measured": self.data, "kind": "loss"}
+                | values
+                | (_compared_values(loss))
+            )
+
+    def __repr__(self) -> str:
+        word = "worse" if self.is_worse else "none worse"
+        models = ", ".join(model.name for model in self.models[1:]) or self.against
+        return f"Evaluation({models} against {self.against}: {word})"
+
+    def describe(self, shown: int = SHOWN_QUESTIONS) -> Document:
+        """A table a suite and one of losses, with answers beside those expected.
+
+        shown: how many questions of each suite that a model answered wrong stand beside it.
+        """
+        models = [(letter, name) for name, letter in self._letters.items()]
+        suites = [suite.suite for suite in self.models[0].suites]
+        blocks: list[Block] = [
+            Text(self._conclude(), "bad" if self.is_worse else "good", is_headline=True),
+            Table("Models", ("", "name"), models),
+            *(self._describe_suite(number, shown) for number in range(len(suites))),
+        ]
+        if self.data is not None:
+            blocks.append(self._describe_losses())
+        return Document("Models evaluated", blocks)
+
+    def to_html(self) -> str:
+        """The whole page."""
+        return self.describe().to_html()
+
+    def _repr_html_(self) -> str:
+        return self.describe().to_fragment()
+
+    @property
+    def _letters(self) -> dict[str, str]:
+        return dict(zip((model.name for model in self.models), ascii_uppercase, strict=False))
+
+    def _conclude(self) -> str:
+        worse = [model.name for model in self.models if model.is_worse]
+        if worse:
+            return f"worse than {self.against}, or below a minimum: {', '.join(worse)}"
+        others = [model for model in self.models if model.name != self.against]
+        better = [model.name for model in others if model.is_better]
+        if not better:
+            return f"none worse than {self.against}"
+        if len(better) == len(others):
+            return f"better than {self.against}: {', '.join(better)}"
+        return f"none worse than {self.against}, better: {', '.join(better)}"
+
+    def _describe_suite(self, number: int, shown: int) -> Section:
+        """The shares of right answers to a suite, wrong ones, and on a page all of them."""
+        name = self.models[0].suites[number].suite
+        rows = []
+        for model in self.models:
+            own = model.suites[number]
+            verdict = str(own.conclusion or "")
+            if own.is_below_minimum:
+                verdict = f"{verdict}, below {own.minimum:g}".removeprefix(", ")
+            right = f"{own.score * own.questions:.4g} of {own.questions}"
+            compared = _compared(own.difference, own.interval)
+            rows.append((self._letters[model.name], right, *compared, verdict))
+        asked = [question for question in self.answers if question.suite == name]
+        judged = [model.name for model in self.models if model.name != self.against]
+        judged = judged or [self.against]
+        wrong = [question for question in asked if min(question.scores[n] for n in judged) < 1]
+        wrong = wrong[:shown]
+        caption = f"Right answers, compared with {self._letters[self.against]}"
+        blocks: list[Block] = [Table(caption, ("", "right", *COMPARED), rows)]
+        if wrong:
+            letters = " or ".join(self._letters[name] for name in judged)
+            caption = f"The first {len(wrong)} that {letters} answered wrong"
+            blocks.append(self._list_answers(caption, wrong))
+        caption = f"All {len(asked):,} questions"
+        if len(asked) > MAX_LISTED_QUESTIONS:
+            caption = f"The first {MAX_LISTED_QUESTIONS:,} of {len(asked):,} questions"
+        every = self._list_answers(caption, asked[:MAX_LISTED_QUESTIONS])
+        return Section(name, [*blocks, Details(caption, [every])], f"suite-{number}")
+
+    def _list_answers(self, caption: str, questions: Sequence[AnsweredQuestion]) -> Table:
+        rows = [
+            (
+                question.question,
+                question.expected or "",
+                *(
+                    _judged(answer, question.scores[name])
+                    for name, answer in question.answers.items()
+                ),
+            )
+            for question in questions
+        ]
+        return Table(caption, ("question", "expected", *self._letters.values()), rows)
+
+    def _describe_losses(self) -> Section:
+        rows = []
+        for model in self.models:
+            loss, letter = model.loss, self._letters[model.name]
+            if loss is None:
+                rows.append((letter, "another tokenizer", "", "", ""))
+            elif not loss.examples:
+                rows.append((letter, "no example left", "", "", ""))
+            elif model.name == self.against:
+                rows.append((letter, format_loss(loss.loss_after), "", "", ""))
+            else:
+                compared = _compared(loss.difference, loss.interval)
+                verdict = loss.conclusion or ""
+                rows.append((letter, format_loss(loss.loss_after), *compared, verdict))
+        losses = [model.loss for model in self.models if model.loss is not None]
+        examples = " or ".join(sorted({f"{loss.examples:,}" for loss in losses}))
+        caption = f"Losses in nats/token, compared with {self._letters[self.against]}"
+        blocks: list[Block] = [Table(caption, ("", "loss", *COMPARED), rows)]
+        if left_out := max(loss.left_out for loss in losses):
+            blocks.append(Text(f"{left_out:,} examples left out that a model was trained on"))
+        if self.unknown:
+            names = ", ".join(self.unknown)
+            text = f"what these were trained on is not recorded, and not left out: {names}"
+            blocks.append(Text(text, "note"))
+        return Section(f"{Path(str(self.data)).name}, {examples} examples", blocks, "losses")
+
+
+def _compared_values(figures: SuiteScore | Validation) -> dict[str, Any]:
+    low, high = figures.interval or (None, None)
+    return {
+        "difference": figures.difference,
+        "low": low,
+        "high": high,
+        "conclusion": figures.conclusion,
+    }
+
+
+def _judged(answer: str, score: float) -> Cell:
+    """An answer with a word of how right it is."""
+    if score == 1:
+        return Cell(answer, "good", "right:")
+    return Cell(answer, "bad", f"{score:.2g}:" if score else "wrong:")
+
+
+def _compared(difference: float | None, interval: tuple[float, float] | None) -> tuple[str, str]:
+    return (
+        "" if difference is None else format_difference(difference),
+        "" if interval is None else format_interval(interval),
+    )

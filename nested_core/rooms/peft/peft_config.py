@@ -1,0 +1,165 @@
+"""PEFT's adapter_config.json: rank, scale and target modules, and what mlx-lm cannot express.
+
+Keys and defaults are those of peft/config.py and peft/tuners/lora/config.py. A key that would
+change the model and has no counterpart in mlx-lm is refused by name; so is one not known here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.rooms.peft.lora_factors import list_first_problems
+from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
+
+NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {})
+# They do not change what a trained adapter computes.
+IGNORED_SETTINGS = {
+    "auto_mapping",
+    "corda_config",
+    "eva_config",
+    "inference_mode",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+}
+UNSUPPORTED_SETTING_REASONS = {
+    "bias": "the base's biases were trained, and an mlx-lm adapter holds none",
+    "lora_bias": "lora_B has a bias, and mlx-lm's lora_b has none",
+    "modules_to_save": "whole modules were trained beside LoRA, and an mlx-lm adapter holds none",
+    "fan_in_fan_out": "the base has Conv1D layers (GPT-2), which mlx-lm names and stores otherwise",
+    "trainable_token_indices": "rows of the embedding were trained beside LoRA",
+    "layer_replication": "the adapter belongs to a base with repeated layers",
+    "target_parameters": "LoRA is on bare parameters (experts), which mlx-lm stores otherwise",
+    "alora_invocation_tokens": "an aLoRA adapter acts only after its invocation tokens",
+    "megatron_config": "the base has Megatron's parallel layers",
+    "ensure_weight_tying": "LoRA is shared between tied layers",
+    "use_dora": "only plain LoRA is converted, as in half precision mlx-lm and PEFT compute DoRA's "
+    "norms differently",
+    "rank_pattern": "mlx-lm has one rank for all modules",
+    "alpha_pattern": "mlx-lm has one scale for all modules",
+}
+# The others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) change the base, which the adapter then needs.
+INITS_KEEPING_THE_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
+Rank = Annotated[int, Field(gt=0, le=65_536)]  # as in adapter_config.json of mlx-lm
+Layers = list[int] | int
+
+
+class PeftConfig(BaseModel):
+    """The keys of a LoRA configuration of PEFT that decide what the adapter computes."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow", allow_inf_nan=False)
+
+    peft_type: str
+    r: Rank
+    lora_alpha: PositiveFloat
+    task_type: str | None = None
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    use_rslora: bool = False
+    init_lora_weights: bool | str | None = True
+    base_model_name_or_path: str | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: Layers | None = None
+    layers_pattern: list[str] | str | None = None
+
+    @property
+    def scale(self) -> float:
+        """The factor on B A x: alpha / r, or alpha / sqrt(r) (LoraLayer.update_layer)."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def target_modules_of(self, names: Iterable[str]) -> set[str] | None:
+        """Those of the base's linear modules that PEFT would adapt (check_target_module_exists).
+
+        None if the configuration holds a regular expression: those of a stranger are not run.
+        """
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else None
+        patterns = patterns or list(self.layers_pattern or [])
+        is_plain = all(re.fullmatch(r"\w+", pattern) for pattern in patterns)
+        excluded = self.exclude_modules or []
+        if isinstance(self.target_modules, str | None) or isinstance(excluded, str) or not is_plain:
+            return None
+        exact, kept = frozenset(self.target_modules), frozenset(excluded)
+        return {
+            name
+            for name in names
+            if not _ends_with_any(name, kept)
+            and (
+                name in exact
+                or (_ends_with_any(name, exact) and self._is_in_layers(name, patterns))
+            )
+        }
+
+    def _is_in_layers(self, name: str, patterns: list[str]) -> bool:
+        layers = self.layers_to_transform
+        if layers is None or layers == []:
+            return True
+        parts = name.split(".")
+        for place in range(1 if patterns else 2, len(parts) - 1):
+            if parts[place].isdigit() and (not patterns or parts[place - 1] in patterns):
+                return int(parts[place]) in (layers if isinstance(layers, list) else [layers])
+        return False
+
+
+def _ends_with_any(name: str, endings: frozenset[str]) -> bool:
+    """Whether the name, or what follows one of its dots, is among the endings."""
+    parts = name.split(".")
+    return any(".".join(parts[start:]) in endings for start in range(len(parts)))
+
+
+def read_peft_config(folder: Path) -> PeftConfig:
+    """Read the configuration in a PEFT adapter's folder.
+
+    Raises DamagedError if it is malformed, and ConfigError, with all reasons, if mlx-lm cannot
+    compute what it describes.
+    """
+    path = folder / CONFIG_NAME
+    values = read_adapter_config(path, follow_links=True)
+    if "peft_type" not in values:
+        raise ConfigError(
+            f"{path} has no peft_type: it is not a PEFT adapter's configuration. Give the folder "
+            f"that PEFT's save_pretrained wrote."
+        )
+    try:
+        config = PeftConfig.model_validate(values)
+    except ValidationError as error:
+        problems = [
+            f"  {'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:20]
+        ]
+        raise DamagedError(f"{path} is malformed:\n{list_first_problems(problems)}") from error
+    if problems := _unsupported_settings(config):
+        raise ConfigError(
+            f"{path} describes an adapter that mlx-lm cannot carry out, so nothing was "
+            f"converted:\n{list_first_problems(problems)}"
+        )
+    return config
+
+
+def _unsupported_settings(config: PeftConfig) -> list[str]:
+    problems = []
+    if config.peft_type != "LORA":
+        problems.append(f"  peft_type: {config.peft_type!r:.40}, expected 'LORA'")
+    if config.task_type not in (None, "CAUSAL_LM"):
+        problems.append(f"  task_type: {config.task_type!r:.40}, expected 'CAUSAL_LM'")
+    if config.init_lora_weights not in INITS_KEEPING_THE_BASE:
+        problems.append(
+            f"  init_lora_weights: {config.init_lora_weights!r:.40} changes the base model; save "
+            f"it with PEFT's path_initial_model_for_weight_conversion first"
+        )
+    for key, value in (config.model_extra or {}).items():
+        if key not in IGNORED_SETTINGS and value not in NEUTRAL:
+            reason = UNSUPPORTED_SETTING_REASONS.get(
+                key, "not known here, so it might change what is computed"
+            )
+            problems.append(f"  {key:.40}: {value!r:.40}: {reason}")
+    return problems

@@ -1,0 +1,134 @@
+"""export-peft: what it writes, from where, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from safetensors import safe_open
+
+from nested_core.errors import ConfigError, DamagedError, NestedTuneError
+from nested_core.rooms.peft import export_peft
+from nested_core.storage.adapter import write_adapter
+from nested_core.storage.manifest import write_manifest
+from nested_core.storage.safetensors_files import load_arrays, save_arrays
+from tests.builders.adapter_folders import random_adapter
+from tests.example import MODEL
+
+Q5 = "model.layers.5.self_attn.q_proj"
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_bytes())
+    return found
+
+
+def refused(adapter: Path, kind: type[NestedTuneError]) -> str:
+    out = adapter.parent / "out"
+    with pytest.raises(kind) as error:
+        export_peft(adapter, out)
+    assert not out.exists()
+    assert not list(adapter.parent.glob(".tmp-*"))
+    return str(error.value)
+
+
+def test_names_matrices_and_configuration(tmp_path: Path) -> None:
+    adapter = random_adapter(tmp_path / "adapter", rank=4, scale=2.5)
+    done = export_peft(adapter, tmp_path / "out")
+    ours = load_arrays(adapter / "adapters.safetensors")
+    theirs = load_arrays(tmp_path / "out" / "adapter_model.safetensors")
+    assert len(ours) == len(theirs) == done.tensors == 8
+    for name in ("model.layers.4.mlp.up_proj", Q5):
+        for leaf, other in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
+            found = theirs[f"base_model.model.{name}.{other}.weight"]
+            assert mx.array_equal(found, ours[f"{name}.{leaf}"].T)
+    assert config_of(tmp_path / "out") == done.config
+    assert done.config["base_model_name_or_path"] == str(MODEL)
+    expected = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 10}
+    expected |= {"use_dora": False, "layers_to_transform": [4, 5], "layers_pattern": "layers"}
+    expected |= {"target_modules": ["mlp.up_proj", "self_attn.q_proj"]}
+    assert expected.items() <= done.config.items()
+    with safe_open(tmp_path / "out" / "adapter_model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_modules_that_differ_from_layer_to_layer_go_by_their_full_names(tmp_path: Path) -> None:
+    keys = ["model.layers.1.mlp.up_proj", "self_attn.q_proj"]
+    adapter = random_adapter(tmp_path / "adapter", num_layers=1, keys=keys)
+    config = export_peft(adapter, tmp_path / "out").config
+    assert config["target_modules"] == ["model.layers.1.mlp.up_proj", Q5]
+    assert (config["layers_to_transform"], config["layers_pattern"]) == (None, None)
+
+
+def test_another_name_for_the_base_which_is_not_here_to_be_compared(tmp_path: Path) -> None:
+    adapter = random_adapter(tmp_path / "adapter")
+    assert export_peft(adapter, tmp_path / "compared").notes == ()
+    done = export_peft(adapter, tmp_path / "out", "org/base")
+    assert done.config["base_model_name_or_path"] == "org/base"
+    (note,) = done.notes
+    assert note.startswith("org/base is not on this machine: whether PEFT finds the adapter's")
+
+
+def test_modules_that_the_base_has_under_other_names_are_refused(tmp_path: Path) -> None:
+    """As mlx-lm's model.h of GPT-2 is transformer.h in transformers."""
+    base = tmp_path / "base"
+    base.mkdir()
+    weights = load_arrays(MODEL / "model.safetensors")
+    renamed = {name.replace("model.layers", "transformer.h"): w for name, w in weights.items()}
+    save_arrays(base / "model.safetensors", renamed)
+    adapter = random_adapter(tmp_path / "adapter", model=str(base))
+    text = refused(adapter, ConfigError)
+    assert text.startswith("4 of 4 modules that the adapter changes are called otherwise in the")
+    assert f"\n  {Q5}" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "message"),
+    [
+        ({"fine_tune_type": "full"}, ConfigError, "whole weights and no low-rank factors"),
+        ({"fine_tune_type": "dora"}, ConfigError, "compute DoRA's norms differently"),
+        ({"model": None}, ConfigError, "names no model. Give --model"),
+        ({"lora_parameters": None}, DamagedError, "says rank None, the tensors have [4]"),
+        ({"lora_parameters": {"rank": 8, "scale": 1.0}}, DamagedError, "says rank 8, the tensors"),
+        ({"lora_parameters": {"rank": 4}}, ConfigError, "has scale None; lora_alpha would be"),
+    ],
+)
+def test_a_configuration_without_a_like_in_peft(config, kind, message, tmp_path) -> None:
+    assert message in refused(random_adapter(tmp_path / "adapter", **config), kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("model.embed_tokens", (9, 4), "LoRA on an embedding, which PEFT does not apply to a tied"),
+        ("transformer.wte", (9, 4), "LoRA on an embedding"),
+        ("model.layers.0.mlp.switch_mlp.up_proj", (2, 4, 9), "factors of expert layers"),
+    ],
+)
+def test_modules_without_a_like_in_peft(name, shape, message, tmp_path) -> None:
+    parameters = {"rank": 4, "scale": 1.0, "dropout": 0.0}
+    (tmp_path / "adapter").mkdir()
+    tensors = {f"{name}.lora_a": mx.ones(shape), f"{name}.lora_b": mx.ones((4, 9))}
+    write_adapter(tmp_path / "adapter", tensors, {"model": "m", "lora_parameters": parameters})
+    text = refused(tmp_path / "adapter", ConfigError)
+    assert f"{name}.lora_a: {message}" in text
+
+
+def test_tensors_that_are_not_finite_are_damage(tmp_path: Path) -> None:
+    adapter = random_adapter(tmp_path / "adapter")
+    tensors = load_arrays(adapter / "adapters.safetensors")
+    tensors[f"{Q5}.lora_b"] = mx.full((4, 64), mx.inf)
+    write_adapter(adapter, tensors, config_of(adapter))
+    text = refused(adapter, DamagedError)
+    assert f"{Q5}.lora_b: holds values that are not finite" in text
+
+
+def test_a_version_that_has_changed_since_it_was_registered_is_damage(tmp_path: Path) -> None:
+    adapter = random_adapter(tmp_path / "adapter")
+    write_manifest(adapter, {})
+    content = (adapter / "adapters.safetensors").read_bytes()
+    (adapter / "adapters.safetensors").write_bytes(content[:-1] + b"\x01")
+    assert "adapters.safetensors has changed since it was written" in refused(adapter, DamagedError)
