@@ -24,7 +24,13 @@ from flows.flow_runs.allowed_folders import require_known_name
 from flows.housekeeping import HousekeepingParameters
 from flows.process.environment import packaged_folder
 from flows.reconcile import ReconcileParameters
-from flows.rooms.deploy.planned_deployments import PlannedDeployment, begin_name, make_plan
+from flows.rooms.deploy import planned_deployments
+from flows.rooms.deploy.planned_deployments import (
+    PlannedDeployment,
+    begin_name,
+    make_plan,
+    read_deployments_file,
+)
 from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import RegistrySection
@@ -290,6 +296,18 @@ def test_a_file_of_ones_own_that_is_none_is_refused(
         make_plan(file)
     assert str(file) in str(refused.value)
     assert expected in str(refused.value)
+
+
+def test_the_shipped_file_leaves_out_the_flows_of_rooms_that_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "prefect.yaml"
+    gone = {"name": "gone", "entrypoint": "flows.rooms.gone.flow.gone", "work_pool": {"name": "p"}}
+    file.write_text(yaml.safe_dump({"deployments": [COMPLETE, gone]}))
+    monkeypatch.setattr(planned_deployments, "packaged_folder", lambda name: tmp_path)
+    assert [each.name for each in read_deployments_file().deployments] == ["mine"]
+    with pytest.raises(ConfigError, match="belongs to the room gone"):
+        read_deployments_file(file)
 
 
 def test_alerts_are_told_by_the_type_of_a_state_and_by_no_name_that_is_ours() -> None:
