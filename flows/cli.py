@@ -102,11 +102,9 @@ class _Commands:
 COMMANDS = {
     "demo": ("demo",),
     "training": ("validate", "train", "run"),
-    "sweep": ("sweep",),
     "configuration": ("init", "explain"),
     "inspection": ("verify", "status", "stop"),
     "reports": ("report", "runs", "compare", "card"),
-    "evaluation": ("evaluate",),
     "chat": ("chat",),
     "registry": (
         *("registry", "promote", "rollback", "history", "audit", "gc"),

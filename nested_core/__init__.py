@@ -36,11 +36,9 @@ if TYPE_CHECKING:
     from nested_core.optim.tier_counters import Tier, TierStats
     from nested_core.optim.tiered import NestedAdam, NestedAdamW, Tiered
     from nested_core.pipeline.champion import RegisteredAdapter, champion, promote
-    from nested_core.pipeline.evaluation import evaluate
     from nested_core.pipeline.finetune import FinetuneResult, finetune
     from nested_core.pipeline.hooks import Hooks, Steps
     from nested_core.report.comparison import RunComparison, compare_runs
-    from nested_core.report.evaluation import Evaluation
     from nested_core.report.run_report import RunReport, read_report
     from nested_core.storage.adapter import Adapter, read_adapter
     from nested_core.storage.run_directory import open_run
@@ -50,7 +48,6 @@ __all__ = [
     "ConfigError",
     "DamagedError",
     "DatasetError",
-    "Evaluation",
     "FineTuneConfig",
     "FinetuneResult",
     "GateRejected",
@@ -75,7 +72,6 @@ __all__ = [
     "assign_tiers",
     "champion",
     "compare_runs",
-    "evaluate",
     "finetune",
     "load_config",
     "open_run",
@@ -98,11 +94,9 @@ _PUBLIC_NAMES_BY_MODULE = {
     "optim.named_updates": ("UpdateReport", "apply_flat_updates_to_nested", "verify_updates"),
     "optim.tier_assignment": ("TierMap", "assign_tiers"),
     "pipeline.champion": ("RegisteredAdapter", "champion", "promote"),
-    "pipeline.evaluation": ("evaluate",),
     "pipeline.finetune": ("FinetuneResult", "finetune"),
     "pipeline.hooks": ("Hooks", "Steps"),
     "report.comparison": ("RunComparison", "compare_runs"),
-    "report.evaluation": ("Evaluation",),
     "report.run_report": ("RunReport", "read_report"),
     "storage.run_directory": ("open_run",),
 }

@@ -8,12 +8,25 @@ imports no room; a part is loaded where it is used, and only where its room is t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFlow:
+    """A flow of deployments that trains, or has others train.
+
+    parameters: the class of its parameters.
+    key: the key of its parameters under which the configuration of a fine-tune stands; None where
+        the parameters are that configuration.
+    """
+
+    parameters: str
+    key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +39,25 @@ class Room:
         NamedModel (nested_core/pipeline/named_models.py) there, None for a path of another format.
     adapter_format: a class of AdapterFormat (nested_core/models/adapter_formats.py), by which
         adapters of another program are read and written.
+    training_flows: by the entrypoint that deployments name. The class of parameters has
+        `deployment`, the deployment that trains, and `configurations()`, what that trains.
     """
 
     commands: tuple[str, ...] = ()
     public_names: tuple[str, ...] = ()
     model_format: str | None = None
     adapter_format: str | None = None
+    training_flows: Mapping[str, TrainingFlow] = field(default_factory=dict)
 
 
 ROOMS: Mapping[str, Room] = {
+    "evaluate": Room(
+        commands=("evaluate",),
+        public_names=(
+            "nested_core.rooms.evaluate.evaluating:evaluate",
+            "nested_core.rooms.evaluate.page:Evaluation",
+        ),
+    ),
     "export": Room(
         commands=("export",),
         public_names=(
@@ -48,6 +71,14 @@ ROOMS: Mapping[str, Room] = {
         adapter_format="nested_core.rooms.peft.adapter_format:PeftFormat",
     ),
     "serve": Room(commands=("serve",)),
+    "sweep": Room(
+        commands=("sweep",),
+        training_flows={
+            "flows.rooms.sweep.flow.sweep": TrainingFlow(
+                "flows.rooms.sweep.flow:SweepParameters", "base"
+            )
+        },
+    ),
 }
 
 
@@ -89,3 +120,15 @@ def require(room: str, wanted: str) -> None:
     """
     if not is_there(room):
         raise ConfigError(f"`{wanted}` belongs to the room {room}, which is not installed here.")
+
+
+def room_of(entrypoint: str) -> str | None:
+    """The room that a flow belongs to, by its module and name; None for the core's."""
+    words = entrypoint.split(".")
+    return words[2] if words[:2] == ["flows", "rooms"] and len(words) > 2 else None
+
+
+def find_training_flow(entrypoint: str) -> TrainingFlow | None:
+    """The room's flow of this entrypoint that trains; None for any other."""
+    room = ROOMS.get(room_of(entrypoint) or "")
+    return None if room is None else room.training_flows.get(entrypoint)

@@ -18,6 +18,7 @@ from prefect.schedules import Schedule
 from pydantic import Field, PositiveFloat
 
 from flows.process.environment import packaged_folder
+from nested_core import seams
 from nested_core.config.error_messages import explain_problems, find_problems
 from nested_core.config.loading import read_yaml as read_config
 from nested_core.config.section_base import Section
@@ -27,13 +28,14 @@ from nested_core.storage.untrusted_files import read_regular
 
 HOME, INTERPRETER = "NESTED_TUNE_HOME", "NESTED_TUNE_PYTHON"
 PENDING_SECONDS, DEFAULT_PENDING_SECONDS = "NESTED_TUNE_PENDING_SECONDS", "600"
-FINETUNE_ENTRYPOINT, SWEEP_ENTRYPOINT = "flows.finetune.finetune", "flows.sweep.sweep"
+FINETUNE_ENTRYPOINT = "flows.finetune.finetune"
 RECONCILE_ENTRYPOINT = "flows.reconcile.reconcile"
 PLACEHOLDER_PATTERN = re.compile(r"\{\{ *(adapter|registry|nights|\$NESTED_TUNE_\w+) *\}\}")
 ENTER_HOME = [  # the pull step of a file that has none
     {"prefect.deployments.steps.set_working_directory": {"directory": f"{{{{ ${HOME} }}}}"}}
 ]
 MAX_FILE_BYTES = 1024 * 1024
+FINETUNE = seams.TrainingFlow("flows.finetune:FinetuneParameters")
 
 
 class DeploymentPool(Section):
@@ -62,18 +64,26 @@ class PlannedDeployment(Section):
         return f"{self.entrypoint.rpartition('.')[2]}/{self.name}"
 
     @property
-    def configuration(self) -> dict[str, Any] | None:
-        """The configuration of a fine-tune or of a sweep's base; None where nothing is trained."""
-        config: dict[str, Any] = self.parameters.get("config") or {}
+    def training_flow(self) -> seams.TrainingFlow | None:
+        """Its flow, if that trains or has others train."""
         if self.entrypoint == FINETUNE_ENTRYPOINT:
-            return config
-        return config.get("base") if self.entrypoint == SWEEP_ENTRYPOINT else None
+            return FINETUNE
+        return seams.find_training_flow(self.entrypoint)
+
+    @property
+    def configuration(self) -> dict[str, Any] | None:
+        """The configuration of a fine-tune in its parameters; None where nothing is trained."""
+        flow, config = self.training_flow, self.parameters.get("config") or {}
+        if flow is None:
+            return None
+        configuration: dict[str, Any] | None = config if flow.key is None else config.get(flow.key)
+        return configuration
 
     def with_configuration(self, configuration: dict[str, Any]) -> Self:
         """The same deployment, training by this configuration."""
-        config = configuration
-        if self.entrypoint == SWEEP_ENTRYPOINT:
-            config = self.parameters["config"] | {"base": configuration}
+        flow, config = self.training_flow, configuration
+        if flow is not None and flow.key is not None:
+            config = self.parameters["config"] | {flow.key: configuration}
         return self.model_copy(update={"parameters": self.parameters | {"config": config}})
 
     def in_pool(self, name: str) -> Self:
@@ -87,11 +97,13 @@ class PlannedDeployment(Section):
         """A schedule without a time, and a flow that trains without a configuration."""
         if any((each.cron or each.interval or each.rrule) is None for each in self.schedules):
             yield "a schedule has one of cron, interval, rrule"
-        trains = self.entrypoint in (FINETUNE_ENTRYPOINT, SWEEP_ENTRYPOINT)
-        if trains and not isinstance(self.parameters.get("config"), dict):
+        flow = self.training_flow
+        if flow is None:
+            return
+        if not isinstance(self.parameters.get("config"), dict):
             yield "what trains has its configuration in parameters.config"
-        elif trains and not isinstance(self.configuration, dict):
-            yield "a sweep has its configuration in parameters.config.base"
+        elif not isinstance(self.configuration, dict):
+            yield f"{self.entrypoint} has its configuration in parameters.config.{flow.key}"
 
     def describe(self) -> dict[str, Any]:
         """What Prefect's client is given of it. ValueError for a schedule that Prefect refuses."""
@@ -213,7 +225,10 @@ def begin_name(plan: DeploymentPlan) -> str:
 
 
 def read_deployments_file(file: Path | None = None) -> DeploymentsFile:
-    """A person's prefect.yaml, or the shipped one. ConfigError with everything wrong in it."""
+    """A person's prefect.yaml, or the shipped one, without flows of rooms that are not there.
+
+    ConfigError with everything wrong in it, and where a person's names a flow of such a room.
+    """
     path = file or packaged_folder("deployments") / "prefect.yaml"
     content = _read_yaml(path)
     if problems := find_problems(DeploymentsFile, content):
@@ -221,7 +236,15 @@ def read_deployments_file(file: Path | None = None) -> DeploymentsFile:
             f"{explain_problems(problems, str(path), places={})}\nExpected the list `deployments`, "
             "as in deployments/prefect.yaml."
         )
-    return DeploymentsFile.model_validate(content)
+    read = DeploymentsFile.model_validate(content)
+    deployments: list[PlannedDeployment] = []
+    for deployment in read.deployments:
+        room = seams.room_of(deployment.entrypoint)
+        if room is not None and file is not None:
+            seams.require(room, f"{path}: {deployment.entrypoint}")
+        if room is None or seams.is_there(room):
+            deployments.append(deployment)
+    return read.model_copy(update={"deployments": tuple(deployments)})
 
 
 def read_work_pools() -> list[WorkPoolCreate]:
@@ -304,17 +327,13 @@ def replace_placeholders(value: Any, values: dict[str, str]) -> Any:
 
 def _require_valid_parameters(deployment: PlannedDeployment) -> None:
     """ConfigError where the flow of a deployment that trains would refuse its configuration."""
-    from flows.finetune import FinetuneParameters
     from flows.flow_runs.allowed_folders import PYTHON_SCORERS_REFUSAL
-    from flows.sweep import SweepParameters
 
-    configuration = deployment.configuration
-    if configuration is None:
+    flow, configuration = deployment.training_flow, deployment.configuration
+    if flow is None or configuration is None:
         return
     source = f"deployment {deployment.full_name}"
     if (configuration.get("gate") or {}).get("allow_python_scorers"):
         raise ConfigError(f"{source}: {PYTHON_SCORERS_REFUSAL}")
-    is_sweep = deployment.entrypoint == SWEEP_ENTRYPOINT
-    schema: type[Section] = SweepParameters if is_sweep else FinetuneParameters
-    if problems := find_problems(schema, deployment.parameters["config"]):
+    if problems := find_problems(seams.load(flow.parameters), deployment.parameters["config"]):
         raise ConfigError(explain_problems(problems, source, places={}))

@@ -2,7 +2,7 @@
 
 A prefect.yaml says it under `pools`: the name of each pool, and the memory of its devices in GB
 (10^9 bytes), as `explain` forecasts it. What trains goes to the smallest that holds its forecast.
-The runs of a sweep are runs of the fine-tune that it names, whose pool has to hold the largest too.
+What a room's flow has a fine-tune's deployment train goes to that one's pool, which has to hold it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,15 @@ from prefect.client.schemas.actions import WorkPoolCreate
 
 from flows.deployment.planned_deployments import (
     FINETUNE_ENTRYPOINT,
-    SWEEP_ENTRYPOINT,
     DeploymentPlan,
     PlannedDeployment,
     runs_home,
 )
 from flows.finetune import FinetuneParameters
-from flows.sweep import SweepParameters
-from nested_core.config.loading import parse_config
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import ContinualSection, RegistrySection
 from nested_core.errors import ConfigError
-from nested_core.pipeline.sweep_points import grid_points, settings_of_point
 
 KEYS_WITHOUT_MEMORY = ("learning_rate", "seed", "iters")
 POOL_DESCRIPTION = (
@@ -47,7 +44,6 @@ def route_by_forecast(
     sizes = plan.pool_sizes
     if not sizes:
         return plan, []
-    sweeps = [each for each in plan.deployments if each.entrypoint == SWEEP_ENTRYPOINT]
     deployments: list[PlannedDeployment] = []
     lines: list[str] = []
     for each in plan.deployments:
@@ -56,9 +52,10 @@ def route_by_forecast(
             continue
         config = FinetuneParameters.model_validate(each.configuration).configuration()
         needs = {each.full_name: _forecast_gigabytes([config], on_wait)}
-        for sweep in sweeps:
-            if sweep.parameters["config"].get("deployment") == each.full_name:
-                needs[sweep.full_name] = _forecast_gigabytes(_configs_of_sweep(sweep), on_wait)
+        for other in plan.deployments:
+            configs = _list_trained_by(each.full_name, other)
+            if configs:
+                needs[other.full_name] = _forecast_gigabytes(configs, on_wait)
         largest = max(needs, key=lambda name: needs[name])
         pool = _find_smallest_pool(largest, needs[largest], sizes)
         deployments.append(each.in_pool(pool))
@@ -80,14 +77,18 @@ def route_by_forecast(
     return routed, lines
 
 
-def _configs_of_sweep(sweep: PlannedDeployment) -> list[FineTuneConfig]:
-    """The configuration of each point, once where points differ only in what takes no memory."""
-    given = SweepParameters.model_validate(sweep.parameters["config"])
-    same = {key: given.base.model_dump()[key] for key in KEYS_WITHOUT_MEMORY}
-    configs = (
-        parse_config(settings_of_point(given.base, point) | same, source=sweep.full_name)
-        for point in grid_points(given.grid)
-    )
+def _list_trained_by(name: str, other: PlannedDeployment) -> list[FineTuneConfig]:
+    """What the deployment `name` trains for another, once where only what takes no memory differs.
+
+    Empty where the other is no room's flow that has this one train.
+    """
+    flow = seams.find_training_flow(other.entrypoint)
+    if flow is None or other.parameters["config"].get("deployment") != name:
+        return []
+    given = seams.load(flow.parameters).model_validate(other.parameters["config"])
+    first, *others = given.configurations()
+    same = {key: getattr(first, key) for key in KEYS_WITHOUT_MEMORY}
+    configs = (first, *(config.model_copy(update=same) for config in others))
     return list({config.model_dump_json(): config for config in configs}.values())
 
 

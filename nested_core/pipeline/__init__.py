@@ -5,6 +5,6 @@ disk, preflight.py what is tried before the first one, publishing.py what is reg
 continual.py going on from the champion. device_lock.py keeps a GPU to one run at a time; launch/,
 rank_worker.py and kernel_worker.py start other processes and are their programs.
 
-Beside it: evaluation.py compares models without training, named_adapters.py finds what a person
-names, suggested_config.py writes a first configuration, run_explanation.py says what one will do.
+Beside it: named_adapters.py and named_models.py find what a person names, suggested_config.py
+writes a first configuration, run_explanation.py says what one will do.
 """

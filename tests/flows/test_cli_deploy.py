@@ -146,13 +146,13 @@ def test_a_configurations_own_braces_reach_the_server_and_no_variable_of_the_env
     list(deploy(plan))
     with get_client(sync_client=True) as client:
         nightly = client.read_deployment_by_name("finetune/braces-nightly")
-        sweep = client.read_deployment_by_name("sweep/braces-sweep")
+        manual = client.read_deployment_by_name("finetune/braces-manual")
         hourly = client.read_deployment_by_name("reconcile/braces-hourly")
         everything = client.request("POST", "/deployments/filter", json={}).text
         run = client.create_flow_run_from_deployment(nightly.id)
         for deployment in client.read_deployments():
             client.delete_deployment(deployment.id)
-    for values in (nightly.parameters["config"], sweep.parameters["config"]["base"]):
+    for values in (nightly.parameters["config"], manual.parameters["config"]):
         assert {key: values[key] for key in content.keys() - {"registry"}} == {
             key: content[key] for key in content.keys() - {"registry"}
         }

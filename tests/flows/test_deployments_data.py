@@ -6,6 +6,7 @@ import os
 import plistlib
 import subprocess
 import sys
+from collections.abc import Mapping
 from configparser import ConfigParser
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +25,7 @@ from flows.flow_runs.allowed_folders import require_known_name
 from flows.housekeeping import HousekeepingParameters
 from flows.process.environment import packaged_folder
 from flows.reconcile import ReconcileParameters
-from flows.sweep import SweepParameters
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError
@@ -56,18 +57,14 @@ def test_every_deployment_names_a_flow_that_is_there_and_a_pool_that_is_made(
     assert deployment.work_pool.name in [pool["name"] for pool in POOLS]
 
 
-def training_configs() -> dict[str, FineTuneConfig]:
-    nightly, manual, sweep = (
-        DEPLOYMENTS[name].parameters["config"] for name in ("nightly", "manual", "sweep")
-    )
+def training_configs() -> Mapping[str, FineTuneConfig]:
     return {
-        "nightly": FinetuneParameters.model_validate(nightly).configuration(),
-        "manual": FinetuneParameters.model_validate(manual).configuration(),
-        "sweep": SweepParameters.model_validate(sweep).base,
+        name: FinetuneParameters.model_validate(DEPLOYMENTS[name].parameters["config"])
+        for name in ("nightly", "manual")
     }
 
 
-@pytest.mark.parametrize("name", ["nightly", "manual", "sweep"])
+@pytest.mark.parametrize("name", ["nightly", "manual"])
 def test_each_deployment_that_trains_has_tiers_clipping_and_automatic_promotion(name: str) -> None:
     config = training_configs()[name]
     assert config.nested.frequencies == (1, 2, 4)
@@ -95,7 +92,8 @@ def test_an_hourly_look_waits_for_the_one_before_and_is_not_lost() -> None:
 
 def test_the_automation_that_frees_dead_runs_leaves_approvals() -> None:
     watched = [name for name, each in DEPLOYMENTS.items() if "watched" in each.tags]
-    assert sorted(watched) == ["hourly", "housekeeping", "manual", "nightly", "rollback", "sweep"]
+    assert {"hourly", "housekeeping", "manual", "nightly", "rollback"} <= {*watched}
+    assert "approved" not in watched
 
 
 def test_housekeeping_is_on_every_week_for_the_adapter_alone() -> None:
@@ -169,30 +167,27 @@ def test_each_registry_name_has_a_set_of_its_own_that_keeps_nothing_of_the_examp
     tmp_path: Path,
 ) -> None:
     plan = make_plan(config=write(tmp_path / "support.yaml"))
-    names = [deployment.full_name for deployment in plan.deployments]
-    assert names == [
+    deployments = [each for each in plan.deployments if seams.room_of(each.entrypoint) is None]
+    assert [deployment.full_name for deployment in deployments] == [
         "finetune/support-bot-nightly",
         "finetune/support-bot-manual",
-        "sweep/support-bot-sweep",
         "promote/support-bot-approved",
         "reconcile/support-bot-hourly",
         "housekeeping/support-bot-housekeeping",
         "rollback/support-bot-rollback",
         "promote/auto",
     ]
-    parameters = [deployment.parameters for deployment in plan.deployments[:-1]]
+    parameters = [deployment.parameters for deployment in deployments[:-1]]
     promotion = {"promote": "better"}
     published = SUPPORT | {"registry": SUPPORT["registry"] | promotion}
     goes_on = {"from": "champion", "skip_unchanged": True, "replay": {"fraction": 0.3}}
     nightly = {"continual": goes_on, "gate": {"max_ancestor_loss_increase": 0.1}}
     assert parameters[0] == {"config": published | nightly}
     assert parameters[1] == {"config": published}
-    assert parameters[2]["config"]["base"] == published
-    assert parameters[2]["config"]["deployment"] == "finetune/support-bot-manual"
     approved = {"registry": "/srv/adapters", "name": "support-bot", "requires_approval": True}
-    assert parameters[3] == {"config": approved}
-    assert parameters[4] == {"config": {"registry": "/srv/adapters", "names": ["support-bot"]}}
-    assert parameters[5] == {"config": {"registry": "/srv/adapters", "name": "support-bot"}}
+    assert parameters[2] == {"config": approved}
+    assert parameters[3] == {"config": {"registry": "/srv/adapters", "names": ["support-bot"]}}
+    assert parameters[4] == {"config": {"registry": "/srv/adapters", "name": "support-bot"}}
     assert "geography" not in repr([plan.deployments, plan.pull, plan.automations])
     assert all("support-bot" in each.tags for each in plan.deployments[:-1])
 
@@ -254,7 +249,7 @@ def test_a_file_of_ones_own_names_one_adapter_and_is_left_as_it_is(tmp_path: Pat
 TRAINS: dict[str, Any] = {"name": "mine", "entrypoint": "flows.finetune.finetune"}
 TRAINS |= {"work_pool": {"name": "mlx-gpu"}}
 COMPLETE = TRAINS | {"parameters": {"config": SUPPORT}}
-SWEEPS = COMPLETE | {"entrypoint": "flows.sweep.sweep"}
+OF_NO_ROOM = COMPLETE | {"entrypoint": "flows.rooms.gone.flow.gone"}
 LIMIT = {"limit": 1, "collision_strategy": "WAIT"}
 
 
@@ -271,7 +266,7 @@ def scheduled(schedule: dict[str, Any]) -> dict[str, Any]:
         ({"deployments": TRAINS}, "deployments: Input should be a list"),
         ({"deployments": [TRAINS]}, "deployments.0: what trains has its configuration in param"),
         ({"deployments": [TRAINS | {"parameters": None}]}, "deployments.0.parameters: "),
-        ({"deployments": [SWEEPS]}, "deployments.0: a sweep has its configuration in param"),
+        ({"deployments": [OF_NO_ROOM]}, "belongs to the room gone, which is not installed here"),
         ({"deployments": [{"name": "mine"}]}, "deployments.0.work_pool: Field required"),
         ({"deployments": [COMPLETE | {"work_pool": None}]}, "deployments.0.work_pool: "),
         ({"deployments": [COMPLETE | {"triggers": []}]}, "deployments.0.triggers: unknown key"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import yaml
 
 from flows.deployment.deploy import deploy
 from flows.deployment.planned_deployments import (
-    FINETUNE_ENTRYPOINT,
     DeploymentPlan,
     make_plan,
 )
@@ -51,32 +49,6 @@ def test_what_trains_goes_to_the_smallest_pool_that_holds_it_and_the_rest_stays(
     assert any(
         line.startswith("deployment finetune/sized-nightly: in pool mlx-16") for line in done
     )
-
-
-@pytest.mark.slow("forecasts four configurations")
-def test_the_fine_tune_of_a_sweep_goes_to_a_pool_that_holds_its_largest_point(
-    tmp_path: Path,
-) -> None:
-    plan = planned(tmp_path, {"mlx-small": 0.02, "mlx-80": 80})
-    (sweep,) = (each for each in plan.deployments if each.name == "sized-sweep")
-    grid = {"batch_size": [4, 32], "learning_rate": [1e-3, 1e-4]}
-    varied = sweep.model_copy(
-        update={"parameters": {"config": sweep.parameters["config"] | {"grid": grid}}}
-    )
-    queued = [
-        each.model_copy(
-            update={"work_pool": each.work_pool.model_copy(update={"work_queue_name": "urgent"})}
-        )
-        for each in plan.deployments
-        if each.entrypoint == FINETUNE_ENTRYPOINT
-    ]
-    plan, lines = route_by_forecast(replace(plan, deployments=(*queued, varied)), print)
-    found = {each.full_name: each.work_pool for each in plan.deployments}
-    assert found["finetune/sized-nightly"].name == "mlx-small"
-    assert found["finetune/sized-manual"].name == "mlx-80"
-    assert "(for sweep/sized-sweep), so it is for pool mlx-80" in lines[1]
-    assert found["finetune/sized-manual"].work_queue_name is None  # a queue of the pool it left
-    assert found["sweep/sized-sweep"] == varied.work_pool  # it trains nothing itself
 
 
 def test_a_fine_tune_that_no_pool_holds_is_refused_with_its_forecast(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ FAULTS = (
         "a forgotten call",
     ),
     Fault(
-        "nested_core/models/peft/lora_factors.py",
+        "nested_core/rooms/peft/lora_factors.py",
         'tensor.shape[:1] != leaves["lora_a"].shape[1:]:',
         'tensor.shape[1:] != leaves["lora_a"].shape[1:]:',
         "a wrong axis",
@@ -235,7 +235,7 @@ FAULTS = (
         "a condition turned",
     ),
     Fault(
-        "flows/sweep.py",
+        "flows/rooms/sweep/flow.py",
         "    if len(points) > MOST_RUNS:",
         "    if len(points) >= MOST_RUNS:",
         "a comparison turned",

@@ -1,6 +1,6 @@
 """What models answer and predict, beside each other: figures, plain rows, a page and a terminal's.
 
-`pipeline/evaluation.py` asks and measures.
+evaluating.py asks and measures.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ from nested_core.records.comparison_family import NOT_TESTED, find_beyond_chance
 from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import Validation
-from nested_core.report.evaluation import (
+from nested_core.rooms.evaluate.page import (
     MAX_MODELS,
     AnsweredQuestion,
     EvaluatedModel,

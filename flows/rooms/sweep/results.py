@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from nested_core.report.sweep import SweepRunResult, choose_best_run
+from nested_core.rooms.sweep.page import SweepRunResult, choose_best_run
 from tasks.artifact_client import ArtifactClient
 
 

@@ -4,94 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.config.sections import TaskSection
-from nested_core.errors import ConfigError, DamagedError
+from nested_core.errors import ConfigError
 from nested_core.gate.answers.suites import expected_label, read_suite
 from nested_core.gate.losses.held_out_loss import LoadedBase
-from nested_core.pipeline.evaluation import evaluate
-from nested_core.pipeline.finetune import finetune
-from nested_core.records.verdict import Verdict
-from nested_core.report.evaluation import (
+from nested_core.rooms.evaluate.evaluating import evaluate
+from nested_core.rooms.evaluate.page import (
     AnsweredQuestion,
     EvaluatedModel,
     Evaluation,
     SuiteScore,
 )
-from nested_core.rooms.export.exporting import export
-from nested_core.rooms.export.fusing import load_fused
-from nested_core.rooms.export.gguf import write_gguf
-from nested_core.rooms.peft import export_peft
-from nested_core.storage.adapter import read_adapter
-from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.document import to_terminal
 from nested_core.text.loss_format import format_loss
 from tests.example import DATA, MODEL, example_config
 from tests.flows.conftest import called
-
-CAPITALS = TaskSection(
-    name="capitals", file=str(DATA / "held_out.jsonl"), score="contains", max_tokens=16
-)
-CURRENCIES = CAPITALS.model_copy(update={"name": "again"})
-SUITES = (CAPITALS, CURRENCIES)
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A run that was promoted, and the same adapter in every form that people have."""
-
-    folder: Path
-    run: RunDirectory
-    verdict: Verdict
-    version: str
-
-    @property
-    def fused(self) -> str:
-        """The exported folder."""
-        return str(self.folder / "fused")
-
-    @property
-    def forms(self) -> dict[str, str]:
-        """The adapter by form: a run, a champion, a version, mlx_lm's and PEFT's folder."""
-        registry = self.folder / "registry" / "capitals"
-        return {
-            "run": str(self.run.path),
-            "champion": str(registry),
-            "version": f"{registry}@{self.version[:8]}",
-            "mlx_lm": str(self.folder / "mlx_lm"),
-            "peft": str(self.folder / "peft"),
-        }
-
-
-@pytest.fixture(scope="module")
-def judged(tmp_path_factory: pytest.TempPathFactory) -> Judged:
-    """Twenty steps, judged by two suites and valid.jsonl."""
-    folder = tmp_path_factory.mktemp("evaluation")
-    config = example_config(
-        iters=20,
-        gate={"tasks": [suite.model_dump() for suite in SUITES]},
-        registry={"path": str(folder / "registry"), "name": "capitals", "promote": "always"},
-    )
-    run = RunDirectory(folder / "run")
-    run.path.mkdir()
-    result = finetune(config, run)
-    assert result.verdict is not None
-    assert result.version is not None
-    mlx_lm = Path(shutil.copytree(run.adapter, folder / "mlx_lm"))
-    written = json.loads((mlx_lm / "adapter_config.json").read_bytes())
-    del written["base_fingerprint"]  # mlx_lm.lora writes none
-    (mlx_lm / "adapter_config.json").write_text(json.dumps(written))
-    export_peft(run.adapter, folder / "peft", str(MODEL))
-    export(run.path, fused=folder / "fused")
-    return Judged(folder, run, result.verdict, result.version)
+from tests.rooms.evaluate.conftest import CAPITALS, SUITES, Judged
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +48,7 @@ def evaluation(judged: Judged, bases: list[Path]) -> Evaluation:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LoadedBase, "load", load)
         return evaluate(
-            [str(MODEL), judged.fused, *judged.forms.values()],
+            [str(MODEL), *judged.forms.values()],
             suites=SUITES,
             data=DATA / "valid.jsonl",
             against=str(judged.run.initial),
@@ -122,16 +57,16 @@ def evaluation(judged: Judged, bases: list[Path]) -> Evaluation:
 
 
 def test_models_of_one_base_and_shape_share_one_that_is_loaded(
-    judged: Judged, evaluation: Evaluation, bases: list[Path]
+    evaluation: Evaluation, bases: list[Path]
 ) -> None:
-    assert len(evaluation.models) == 8
-    assert bases == [MODEL, Path(judged.fused)]  # a fused model is a base of its own
+    assert len(evaluation.models) == 6
+    assert bases == [MODEL]
 
 
 def test_every_form_of_an_adapter_has_the_figures_of_its_verdict(
     judged: Judged, evaluation: Evaluation
 ) -> None:
-    before, base, fused, *forms = evaluation.models
+    before, base, *forms = evaluation.models
     validation = judged.verdict.validation
     assert validation is not None
     assert [model.name for model in forms] == list(judged.forms.values())
@@ -140,7 +75,7 @@ def test_every_form_of_an_adapter_has_the_figures_of_its_verdict(
             assert (suite.suite, suite.questions) == (task.name, task.questions)
             assert (suite.score, suite.difference) == (task.candidate, task.difference)
             assert suite.interval == task.interval
-            # One of 2 comparisons there and of 21 here, where it takes more to be shown.
+            # One of 2 comparisons there and of 15 here, where it takes more to be shown.
             assert (suite.conclusion, task.conclusion) == ("no_worse", "better")
         assert model.loss is not None
         assert (model.loss.loss_before, model.loss.loss_after, model.loss.difference) == (
@@ -152,69 +87,11 @@ def test_every_form_of_an_adapter_has_the_figures_of_its_verdict(
             validation.interval,
             validation.conclusion,
         )
-    assert fused.loss is not None
-    assert [suite.score for suite in fused.suites] == [t.candidate for t in judged.verdict.tasks]
-    assert fused.loss.loss_after == pytest.approx(validation.loss_after, rel=5e-3)  # bfloat16
     assert before.loss is not None
     assert base.loss is not None
     assert base.loss.loss_after == before.loss.loss_after == validation.loss_before
     assert [suite.score for suite in base.suites] == [task.base for task in judged.verdict.tasks]
     assert not evaluation.is_worse
-
-
-@pytest.fixture(scope="module")
-def gguf(judged: Judged) -> Path:
-    """The same adapter in a GGUF, with the record that an export lays beside it."""
-    model, tokenizer, _ = load_fused(
-        MODEL, read_adapter(judged.run.adapter), dequantize=True, dtype=mx.float32
-    )
-    write_gguf(judged.folder / "model.gguf", model, tokenizer, "f16", "model")
-    record = json.loads((Path(judged.fused) / "export.json").read_bytes())
-    record |= {"artefact": "gguf", "weights": "f16"}
-    (judged.folder / "model.export.json").write_text(json.dumps(record))
-    return judged.folder / "model.gguf"
-
-
-@pytest.mark.slow("loads what was exported, and its base")
-def test_what_was_exported_is_compared_with_the_base_that_it_was_made_of(
-    judged: Judged, gguf: Path
-) -> None:
-    found = evaluate([judged.fused, gguf], suites=[CAPITALS], data=DATA / "valid.jsonl")
-    base, *exported = found.models
-    (task, _), validation = judged.verdict.tasks, judged.verdict.validation
-    assert validation is not None
-    assert base.suites[0].score == task.base
-    for model in exported:
-        assert model.suites[0].score == task.candidate
-        assert model.loss is not None
-        assert model.loss.conclusion == "better"
-    first = found.answers[0]
-    assert first.answers[judged.fused] == first.answers[str(gguf)] != first.answers["base"]
-
-
-def test_an_export_whose_base_is_another_one_now_is_refused(judged: Judged, tmp_path: Path) -> None:
-    fused = Path(shutil.copytree(judged.fused, tmp_path / "fused"))
-    record = json.loads((fused / "export.json").read_bytes())
-    record["base_fingerprint"] = f"sha256:{'0' * 64}"
-    (fused / "export.json").write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match="made for the base sha256:000000000000, and .* holds"):
-        evaluate([fused], suites=[CAPITALS])
-    (fused / "export.json").write_text("{}")
-    with pytest.raises(DamagedError, match="is no record of an export"):
-        evaluate([fused], suites=[CAPITALS])
-
-
-def test_a_gguf_that_is_not_understood_is_refused_by_name(gguf: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken.gguf"
-    broken.write_bytes(gguf.read_bytes()[:1000])
-    with pytest.raises(DamagedError, match=r"broken\.gguf is no sound GGUF"):
-        evaluate([broken], suites=[CAPITALS])
-    other = tmp_path / "other.gguf"
-    other.write_bytes(gguf.read_bytes().replace(b"llama", b"mamba"))
-    with pytest.raises(
-        ConfigError, match=r"other\.gguf holds .* architecture mamba; read are llama"
-    ):
-        evaluate([other], suites=[CAPITALS])
 
 
 def test_each_question_has_every_models_answer_beside_the_expected_one(
@@ -224,13 +101,13 @@ def test_each_question_has_every_models_answer_beside_the_expected_one(
     first = evaluation.answers[0]
     assert (first.suite, first.line, first.expected) == ("capitals", 1, "Bratislava")
     assert list(first.answers) == [model.name for model in evaluation.models]
-    assert first.answers[str(judged.run.path)] == first.answers[judged.forms["peft"]]
+    assert first.answers[str(judged.run.path)] == first.answers[judged.forms["mlx_lm"]]
 
 
 def test_it_is_a_line_and_rows(judged: Judged, evaluation: Evaluation) -> None:
     assert repr(evaluation).endswith(f"against {judged.run.initial}: none worse)")
     rows = evaluation.rows()
-    assert len(rows) == 8 * 3
+    assert len(rows) == 6 * 3
     assert {row["measured"] for row in rows} == {"capitals", "again", str(DATA / "valid.jsonl")}
     assert len({tuple(row) for row in rows}) == 1  # the same columns everywhere
     assert all(not isinstance(value, (tuple, list, dict)) for row in rows for value in row.values())
@@ -244,18 +121,18 @@ def test_its_page_and_its_lines_have_every_figure_and_answer(
     judged: Judged, evaluation: Evaluation
 ) -> None:
     page = evaluation.to_html()
-    assert page.count("<td>") >= 2 * 15 * 8  # each answer of each model
+    assert page.count("<td>") >= 2 * 15 * 6  # each answer of each model
     assert "<script" not in page
-    run = evaluation.models[3]
+    run = evaluation.models[2]
     assert run.loss is not None
     for text in (str(judged.run.path), "Bratislava", format_loss(run.loss.loss_after)):
         assert text in page
     lines = [part for block in evaluation.describe(2).blocks for part in to_terminal(block)]
     assert lines[0] == f"none worse than {judged.run.initial}"  # losses are better, answers not
     tables = {part.caption: part for part in lines if not isinstance(part, str)}
-    assert [row[0] for row in tables["Losses in nats/token, compared with A"].rows] == [*"ABCDEFGH"]
+    assert [row[0] for row in tables["Losses in nats/token, compared with A"].rows] == [*"ABCDEF"]
     wrong = [name for name in tables if name.startswith("The first")]
-    assert wrong == ["The first 2 that B or C or D or E or F or G or H answered wrong"]
+    assert wrong == ["The first 2 that B or C or D or E or F answered wrong"]
     assert evaluation._repr_html_().startswith("<div")
 
 
@@ -332,12 +209,12 @@ def test_examples_that_a_model_was_trained_on_are_left_out(judged: Judged, tmp_p
     data = tmp_path / "mixed.jsonl"
     trained = (DATA / "train.jsonl").read_text().splitlines()[:3]
     data.write_text("\n".join([*trained, (DATA / "valid.jsonl").read_text()]))
-    found = evaluate([judged.run.path, judged.fused], data=data)
+    found = evaluate([judged.run.path], data=data)
     assert found.unknown == ()
-    for own in found.models[1:]:
-        assert own.loss is not None
-        assert (own.loss.examples, own.loss.left_out) == (10, 3)
-        assert np.isfinite(own.loss.loss_after or np.nan)
+    loss = found.models[1].loss
+    assert loss is not None
+    assert (loss.examples, loss.left_out) == (10, 3)
+    assert np.isfinite(loss.loss_after or np.nan)
 
 
 def test_where_every_example_was_trained_on_or_nobody_knows_the_page_says_so(
@@ -348,12 +225,9 @@ def test_where_every_example_was_trained_on_or_nobody_knows_the_page_says_so(
     page = str(evaluate([judged.run.path], data=data).describe())
     assert "no example left" in page
     assert "not finite" not in page
-    forgetful = shutil.copytree(judged.fused, tmp_path / "forgetful")
-    record = json.loads((forgetful / "export.json").read_text())
-    (forgetful / "export.json").write_text(json.dumps(record | {"training_examples": None}))
-    found = evaluate([forgetful], data=data)
-    assert found.unknown == (str(forgetful),)
-    assert f"is not recorded, and not left out: {forgetful}" in str(found.describe())
+    found = evaluate([judged.forms["mlx_lm"]], data=data)
+    assert found.unknown == (judged.forms["mlx_lm"],)
+    assert f"is not recorded, and not left out: {judged.forms['mlx_lm']}" in str(found.describe())
 
 
 def test_a_model_in_a_folder_named_base_is_compared_with_its_base(
@@ -402,7 +276,7 @@ def test_the_command_ends_with_4_for_a_worse_one_and_prints_the_same(
     assert done.code == 0
     assert f"better than {judged.run.initial}" in page.read_text()
     assert done.document["models"][1]["loss"] == json.loads(
-        json.dumps(evaluation.to_json()["models"][3]["loss"])
+        json.dumps(evaluation.to_json()["models"][2]["loss"])
     )
     back = ("--against", judged.run.path)
     assert called("evaluate", judged.run.initial, *back, *files, cwd=judged.folder).code == 4

@@ -19,29 +19,30 @@ from flows.flow_runs.allowed_folders import with_allowed_paths, with_trusted_cod
 from flows.flow_runs.approvals import request_approval
 from flows.flow_runs.nights import SWEEP_TAG
 from flows.flow_runs.prefect_logs import prepare_logs, tolerate_closed_output
+from flows.rooms.sweep.results import pick_best_run
+from nested_core.config.loading import parse_config
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section_base import Section
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, NestedTuneError
-from nested_core.gate.losses.chosen_candidate import SweepChoice
 from nested_core.pipeline.continual import champion_or_none
-from nested_core.pipeline.sweep_points import (
+from nested_core.records.outcome_names import Outcome
+from nested_core.registry import Decision
+from nested_core.registry.promotion_policy import effective_rule
+from nested_core.rooms.sweep.choice import SweepChoice
+from nested_core.rooms.sweep.page import SweepRunResult, find_registered_version
+from nested_core.rooms.sweep.points import (
     Point,
     grid_points,
     refuse_incomparable_keys,
     settings_of_point,
 )
-from nested_core.records.outcome_names import Outcome
-from nested_core.registry import Decision
-from nested_core.registry.promotion_policy import effective_rule
-from nested_core.report.sweep import SweepRunResult, find_registered_version
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 from tasks.finetune import register
 from tasks.prefect_server import asking_server
 from tasks.promote import promote
-from tasks.sweep import pick_best_run
 
 SECONDS_BETWEEN_LOOKS = 10.0
 MOST_RUNS = 256
@@ -59,6 +60,13 @@ class SweepParameters(Section):
     deployment: str = Field(
         pattern="^finetune/[^/]+$", description="the deployment that trains: finetune/NAME"
     )
+
+    def configurations(self) -> list[FineTuneConfig]:
+        """The configuration of each point; ConfigError for one that cannot run."""
+        return [
+            parse_config(settings_of_point(self.base, point), source=f"sweep: the point {point}")
+            for point in grid_points(self.grid)
+        ]
 
 
 @flow(name="sweep", retries=0, flow_run_name="sweep {config.base.model}")

@@ -74,8 +74,8 @@ def run_sweep(arguments: argparse.Namespace) -> Callable[[], int]:
         raise ConfigError(f"{folder} {known}, or give another --run-dir.")
     with backend.collecting_no_garbage():
         from nested_core.pipeline.hooks import Steps  # loads mlx, which takes seconds
-        from nested_core.pipeline.sweep import SweepRequest, sweep
-        from nested_core.report.sweep import describe_scores, sweep_columns, sweep_rows
+        from nested_core.rooms.sweep.page import describe_scores, sweep_columns, sweep_rows
+        from nested_core.rooms.sweep.search import SweepRequest, sweep
 
     stopper = Stopper(ends_process=True)
 

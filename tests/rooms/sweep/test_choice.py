@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nested_core.gate.losses.chosen_candidate import SweepChoice
+from nested_core.gate.losses.chosen_candidate import Candidates
 from nested_core.gate.losses.loss_figures import summarise_losses
 from nested_core.records.losses import ExampleLosses, read_example_losses
 from nested_core.records.verdict import JudgedAdapter, Verdict
+from nested_core.rooms.sweep.choice import SweepChoice, join_candidates
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.validation_losses import StepLosses, append_step_losses
@@ -104,3 +105,15 @@ def test_runs_without_the_losses_of_their_steps_count_by_the_gates(tmp_path: Pat
     wider = SweepChoice.read(runs[0], runs)
     assert wider.corrected_interval is not None
     assert wider.corrected_interval[0] <= again.corrected_interval[0]  # type: ignore[index]
+
+
+def test_the_runs_of_a_sweep_are_one_family_on_the_examples_that_all_read() -> None:
+    first = Candidates(2, np.array([1, 2, 5]), np.array([[1.0, 2, 5], [10, 20, 50]]))
+    second = Candidates(1, np.array([5, 1, 7]), np.array([[0.5, 0.1, 0.7]]))
+    joined = join_candidates([first, second])
+    assert joined.count == 3
+    assert joined.lines is not None
+    assert joined.losses is not None
+    assert joined.lines.tolist() == [1, 5]
+    assert joined.losses.tolist() == [[1, 5], [10, 50], [0.1, 0.5]]
+    assert join_candidates([first, Candidates(3)]).losses is None

@@ -11,16 +11,16 @@ import pytest
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Completed, Crashed, Running, Scheduled, State
 
-from flows.sweep import MOST_RUNS, SweepParameters, has_ended, promote_choice, sweep
+from flows.rooms.sweep.flow import MOST_RUNS, SweepParameters, has_ended, promote_choice, sweep
 from nested_core.errors import ConfigError
-from nested_core.pipeline.sweep_points import grid_points
 from nested_core.records.verdict import JudgedAdapter, Validation, Verdict
 from nested_core.records.verdict_file import write_verdict
 from nested_core.registry import Decision
-from nested_core.report.sweep import SweepRunResult, choose_best_run
+from nested_core.rooms.sweep.page import SweepRunResult, choose_best_run
+from nested_core.rooms.sweep.points import grid_points
 from nested_core.storage.run_directory import RunDirectory
-from tests.core.gate.losses.test_chosen_candidate import sweep_of
 from tests.example import example_config
+from tests.rooms.sweep.test_choice import sweep_of
 
 
 def test_the_grid_has_every_combination_in_the_order_of_the_keys_names() -> None:
@@ -49,7 +49,10 @@ def test_a_grid_that_cannot_run_or_be_compared_is_refused_before_any_run(
     config = SweepParameters(
         base=example_config(registry=registry), grid=grid, deployment="finetune/capitals-manual"
     )
-    with patch("flows.sweep.run_deployment") as start, pytest.raises(ConfigError, match=problem):
+    with (
+        patch("flows.rooms.sweep.flow.run_deployment") as start,
+        pytest.raises(ConfigError, match=problem),
+    ):
         sweep.fn(config)
     start.assert_not_called()
 
@@ -70,7 +73,7 @@ def test_a_grid_has_at_most_256_points(tmp_path: Path) -> None:
             )
         )
 
-    with patch("flows.sweep.run_deployment", side_effect=Started) as started:
+    with patch("flows.rooms.sweep.flow.run_deployment", side_effect=Started) as started:
         with pytest.raises(Started):
             start(MOST_RUNS)
         asked = started.call_args.kwargs["parameters"]["config"]
@@ -144,10 +147,10 @@ def test_a_choice_that_may_be_luck_is_left_under_the_policy_of_its_point(
     registry = {"path": str(tmp_path / "registry"), "name": "capitals", "promote": "better"}
     config = example_config(registry=registry)
     with (
-        patch("flows.sweep.find_registered_version", return_value="v"),
-        patch("flows.sweep.read_run_config", return_value=config),
-        patch("flows.sweep.register") as register,
-        patch("flows.sweep.promote", return_value=Decision("promoted", "v")) as promote,
+        patch("flows.rooms.sweep.flow.find_registered_version", return_value="v"),
+        patch("flows.rooms.sweep.flow.read_run_config", return_value=config),
+        patch("flows.rooms.sweep.flow.register") as register,
+        patch("flows.rooms.sweep.flow.promote", return_value=Decision("promoted", "v")) as promote,
     ):
         done = promote_choice(config.registry, outcomes[0], outcomes, None)
     assert done.version == "v"

@@ -12,9 +12,18 @@ import pytest
 from nested_core import FineTuneConfig
 from nested_core.config.loading import parse_config
 from nested_core.errors import ConfigError, DamagedError, TrainingStopped, go_on_with
-from nested_core.gate.losses.chosen_candidate import SweepChoice
 from nested_core.pipeline.hooks import Steps
-from nested_core.pipeline.sweep import (
+from nested_core.records.answers import AnswerRecord, write_answers
+from nested_core.records.metrics import read_metrics
+from nested_core.records.paired_difference import PairedDifference
+from nested_core.rooms.sweep.choice import SweepChoice
+from nested_core.rooms.sweep.points import (
+    refuse_incomparable_keys,
+    settings_of_point,
+    step_examples,
+)
+from nested_core.rooms.sweep.record import SWEEP_NAME, read_sweep
+from nested_core.rooms.sweep.search import (
     SweepRequest,
     SweepResult,
     _digest_request,
@@ -24,15 +33,6 @@ from nested_core.pipeline.sweep import (
     plan_rungs,
     sweep,
 )
-from nested_core.pipeline.sweep_points import (
-    refuse_incomparable_keys,
-    settings_of_point,
-    step_examples,
-)
-from nested_core.records.answers import AnswerRecord, write_answers
-from nested_core.records.metrics import read_metrics
-from nested_core.records.paired_difference import PairedDifference
-from nested_core.records.sweep import SWEEP_NAME, read_sweep
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import DATA, MODEL, example_config, example_settings
 

@@ -34,13 +34,19 @@ from nested_core.errors import (
     go_on_with,
 )
 from nested_core.gate.answers.answer_bounds import ScoreChange
-from nested_core.gate.losses.chosen_candidate import SweepChoice, read_candidates
+from nested_core.gate.losses.chosen_candidate import read_candidates
 from nested_core.models.base_model import find_model_folder, fingerprint_base_model
 from nested_core.models.session import Session
 from nested_core.pipeline.hooks import Steps
 from nested_core.pipeline.preflight import check_before_start
 from nested_core.pipeline.run_explanation import explain_run
-from nested_core.pipeline.sweep_points import (
+from nested_core.records.answers import read_answers
+from nested_core.records.metrics import read_metrics
+from nested_core.records.paired_difference import PairedDifference
+from nested_core.records.verdict import Verdict
+from nested_core.rooms.sweep.choice import SweepChoice
+from nested_core.rooms.sweep.page import describe_sweep
+from nested_core.rooms.sweep.points import (
     LENGTH_KEYS,
     RANK,
     SCALE,
@@ -50,12 +56,7 @@ from nested_core.pipeline.sweep_points import (
     settings_of_point,
     step_examples,
 )
-from nested_core.records.answers import read_answers
-from nested_core.records.metrics import read_metrics
-from nested_core.records.paired_difference import PairedDifference
-from nested_core.records.sweep import SWEEP_NAME, Arm, Score, SweepRecord, read_sweep
-from nested_core.records.verdict import Verdict
-from nested_core.report.sweep import describe_sweep
+from nested_core.rooms.sweep.record import SWEEP_NAME, Arm, Score, SweepRecord, read_sweep
 from nested_core.storage.atomic import canonical_json, write_bytes
 from nested_core.storage.checkpoint_verification import latest_state
 from nested_core.storage.lock_file import exclusive_lock_with_holder_id

@@ -10,9 +10,9 @@ from typing import Any, Self
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError
 from nested_core.records.run import Run
-from nested_core.records.sweep import Arm, SweepRecord
 from nested_core.registry import list_versions
 from nested_core.registry.promotion_policy import registry_location
+from nested_core.rooms.sweep.record import Arm, SweepRecord
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.document import Document, Figures, Table, Text

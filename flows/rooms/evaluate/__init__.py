@@ -1,0 +1,1 @@
+"""What the room `evaluate` adds to the command line."""

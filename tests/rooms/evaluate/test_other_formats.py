@@ -1,0 +1,122 @@
+"""Models in formats that other rooms read, evaluated as the adapter that they were made of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.rooms.evaluate.evaluating import evaluate
+from nested_core.storage.adapter import read_adapter
+from tests.example import DATA, MODEL, example_config
+from tests.rooms.evaluate.conftest import CAPITALS, Judged
+
+pytest.importorskip("nested_core.rooms.export", reason="the room export is not there")
+from nested_core.rooms.export.exporting import export
+from nested_core.rooms.export.fusing import load_fused
+from nested_core.rooms.export.gguf import write_gguf
+
+
+@pytest.fixture(scope="module")
+def exported(judged: Judged) -> Path:
+    """The adapter fused into its base, in a folder."""
+    export(judged.run.path, fused=judged.folder / "fused")
+    return judged.folder / "fused"
+
+
+@pytest.fixture(scope="module")
+def gguf(judged: Judged, exported: Path) -> Path:
+    """The same adapter in a GGUF, with the record that an export lays beside it."""
+    model, tokenizer, _ = load_fused(
+        MODEL, read_adapter(judged.run.adapter), dequantize=True, dtype=mx.float32
+    )
+    write_gguf(judged.folder / "model.gguf", model, tokenizer, "f16", "model")
+    record = json.loads((exported / "export.json").read_bytes())
+    record |= {"artefact": "gguf", "weights": "f16"}
+    (judged.folder / "model.export.json").write_text(json.dumps(record))
+    return judged.folder / "model.gguf"
+
+
+@pytest.mark.slow("loads what was exported, and its base")
+def test_what_was_exported_is_compared_with_the_base_that_it_was_made_of(
+    judged: Judged, exported: Path, gguf: Path
+) -> None:
+    found = evaluate([exported, gguf], suites=[CAPITALS], data=DATA / "valid.jsonl")
+    base, *others = found.models
+    (task, _), validation = judged.verdict.tasks, judged.verdict.validation
+    assert validation is not None
+    assert base.suites[0].score == task.base
+    for model in others:
+        assert model.suites[0].score == task.candidate
+        assert model.loss is not None
+        assert model.loss.conclusion == "better"
+    first = found.answers[0]
+    assert first.answers[str(exported)] == first.answers[str(gguf)] != first.answers["base"]
+
+
+def test_an_export_whose_base_is_another_one_now_is_refused(exported: Path, tmp_path: Path) -> None:
+    fused = Path(shutil.copytree(exported, tmp_path / "fused"))
+    record = json.loads((fused / "export.json").read_bytes())
+    record["base_fingerprint"] = f"sha256:{'0' * 64}"
+    (fused / "export.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="made for the base sha256:000000000000, and .* holds"):
+        evaluate([fused], suites=[CAPITALS])
+    (fused / "export.json").write_text("{}")
+    with pytest.raises(DamagedError, match="is no record of an export"):
+        evaluate([fused], suites=[CAPITALS])
+
+
+def test_a_gguf_that_is_not_understood_is_refused_by_name(gguf: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(gguf.read_bytes()[:1000])
+    with pytest.raises(DamagedError, match=r"broken\.gguf is no sound GGUF"):
+        evaluate([broken], suites=[CAPITALS])
+    other = tmp_path / "other.gguf"
+    other.write_bytes(gguf.read_bytes().replace(b"llama", b"mamba"))
+    with pytest.raises(
+        ConfigError, match=r"other\.gguf holds .* architecture mamba; read are llama"
+    ):
+        evaluate([other], suites=[CAPITALS])
+
+
+def test_an_adapter_of_peft_has_the_figures_of_the_verdict(judged: Judged, tmp_path: Path) -> None:
+    room = pytest.importorskip("nested_core.rooms.peft", reason="the room peft is not there")
+    room.export_peft(judged.run.adapter, tmp_path / "peft", str(MODEL))
+    assert evaluate_as_judged(tmp_path / "peft", judged) == judged.loss_after
+
+
+def test_an_exported_folder_has_the_figures_of_the_verdict(judged: Judged, exported: Path) -> None:
+    loss = evaluate_as_judged(exported, judged)
+    assert loss == pytest.approx(judged.loss_after, rel=5e-3)  # bfloat16
+
+
+def evaluate_as_judged(model: Path, judged: Judged) -> float:
+    """The loss of a model on the gate's examples; its answers are as right as the candidate's."""
+    asked: Any = {"suites": [CAPITALS], "data": DATA / "valid.jsonl"}
+    _, evaluated = evaluate([model], **asked, config=example_config()).models
+    assert evaluated.suites[0].score == judged.verdict.tasks[0].candidate
+    assert evaluated.loss is not None
+    assert evaluated.loss.loss_after is not None
+    return evaluated.loss.loss_after
+
+
+def test_what_an_export_was_trained_on_is_left_out_or_said_to_be_unknown(
+    exported: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "mixed.jsonl"
+    trained = (DATA / "train.jsonl").read_text().splitlines()[:3]
+    data.write_text("\n".join([*trained, (DATA / "valid.jsonl").read_text()]))
+    found = evaluate([exported], data=data)
+    assert found.unknown == ()
+    loss = found.models[1].loss
+    assert loss is not None
+    assert (loss.examples, loss.left_out) == (10, 3)
+    forgetful = shutil.copytree(exported, tmp_path / "forgetful")
+    record = json.loads((forgetful / "export.json").read_text())
+    (forgetful / "export.json").write_text(json.dumps(record | {"training_examples": None}))
+    assert evaluate([forgetful], data=data).unknown == (str(forgetful),)
