@@ -105,7 +105,6 @@ COMMANDS = {
     "configuration": ("init", "explain"),
     "inspection": ("verify", "status", "stop"),
     "reports": ("report", "runs", "compare", "card"),
-    "chat": ("chat",),
     "registry": (
         *("registry", "promote", "rollback", "history", "audit", "gc"),
         *("export-mlflow", "policy", "forget"),

@@ -51,6 +51,7 @@ class Room:
 
 
 ROOMS: Mapping[str, Room] = {
+    "chat": Room(commands=("chat",)),
     "evaluate": Room(
         commands=("evaluate",),
         public_names=(
