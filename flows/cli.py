@@ -105,7 +105,6 @@ COMMANDS = {
     "configuration": ("init", "explain"),
     "inspection": ("verify", "status", "stop"),
     "reports": ("report", "runs", "compare", "card"),
-    "chat": ("chat",),
     "registry": ("promote", "rollback", "history", "audit", "gc", "policy", "forget"),
     "doctor": ("doctor",),
 }

@@ -63,6 +63,7 @@ ROOMS: Mapping[str, Room] = {
     "deploy": Room(
         commands=("deploy",), server_checks="flows.rooms.deploy.server_checks:iterate_server_checks"
     ),
+    "chat": Room(commands=("chat",)),
     "evaluate": Room(
         commands=("evaluate",),
         public_names=(

@@ -21,6 +21,7 @@ from flows.terminal.run_results import print_tiers
 from flows.terminal.run_view import draw_curve
 from nested_core.config.loading import load_config
 from nested_core.config.schema import FineTuneConfig
+from nested_core.seams import is_there
 from nested_core.storage.output_places import require_free_place
 from nested_core.storage.run_directory import RunDirectory, new_run_name
 from nested_core.text.loss_format import format_loss, loss_name_for_file
@@ -100,9 +101,10 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
             total = suite.questions
             print_line(f"right answers: {before} of {total} before, {after} of {total} after")
         print_line(f"champion: {champion} -> {os.readlink(champion)}")
-        print_line("talk to it:")
-        print_line(f"  {_path_of_program('nested-tune')} chat {champion.parent}")
-        print_line("or by mlx-lm alone:")
+        if is_there("chat"):
+            print_line("talk to it:")
+            print_line(f"  {_path_of_program('nested-tune')} chat {champion.parent}")
+        print_line("talk to it by mlx-lm alone:")
         print_line(
             f"  {_path_of_program('mlx_lm.generate')} --model {config.model} "
             f'--adapter-path {champion} --prompt "{rows[0][0]}"'

@@ -14,6 +14,7 @@ from flows.commands.prefect_notice import tell_server
 from flows.terminal.console import print_line, print_progress, print_table
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.process.current_user import current_user
+from nested_core.seams import is_there
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 
@@ -159,7 +160,7 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     def finish() -> int:
         """Print the change, then how to ask the champion, if it is this run's adapter."""
         code = print_change()
-        if done.outcome in ("promoted", "already_champion"):
+        if done.outcome in ("promoted", "already_champion") and is_there("chat"):
             print_progress(f"next: nested-tune chat {arguments.registry / arguments.name}")
         return code
 

@@ -316,10 +316,6 @@ MISTAKES: dict[str, Mistake] = {
         arguments=("train", "-c", "lora.yaml", "--run-dir", "disk/run"),
         prepare=write_file,
     ),
-    "chat before there is an adapter": Mistake(
-        ("neither a run directory (it has no config.yaml) nor a name in a registry",),
-        arguments=("chat", "registry/bot"),
-    ),
     "report of no run": Mistake(
         ("runs/first is not a run directory: it has no config.yaml",),
         arguments=("report", "runs/first"),

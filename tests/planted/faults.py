@@ -79,7 +79,7 @@ FAULTS = (
         "a forgotten call",
     ),
     Fault(
-        "nested_core/models/peft/lora_factors.py",
+        "nested_core/rooms/peft/lora_factors.py",
         'tensor.shape[:1] != leaves["lora_a"].shape[1:]:',
         'tensor.shape[1:] != leaves["lora_a"].shape[1:]:',
         "a wrong axis",

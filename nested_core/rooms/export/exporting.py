@@ -459,9 +459,7 @@ class _Exporting:
             notes=tuple(self._notes),
             problems=findings.problems,
             step=self._source.step,
-            training_examples=encode_digests(seen)
-            if (seen := self._source.model.seen).size
-            else None,
+            training_examples=encode_digests(seen) if seen.size else None,
             packages={name: installed_version(name) for name in RECORDED_PACKAGES},
         )
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from flows.commands import chat
-from flows.commands.chat import lay_out, show_answers
+from flows.rooms.chat import command
+from flows.rooms.chat.command import lay_out, show_answers
 from nested_core.models.generation import Sampling
 from nested_core.models.side_by_side import SideBySide
 from nested_core.registry import register_and_promote
@@ -178,7 +178,8 @@ def test_an_answer_ends_where_the_context_does(command_run: CommandRun) -> None:
 def test_what_is_no_run_and_no_name_is_said(tmp_path: Path) -> None:
     done = ask(tmp_path, tmp_path, "--prompt", "x")
     assert done.code == 2
-    assert "is neither a run directory" in done.message()
+    said = "is neither a run directory (it has no config.yaml) nor a name in a registry"
+    assert said in " ".join(done.message().split())
     assert called("chat", tmp_path, "--max-tokens", "0", cwd=tmp_path).code == 2
 
 
@@ -186,7 +187,7 @@ def test_ctrl_c_in_an_answer_ends_with_130(command_run, monkeypatch) -> None:
     def interrupted(*_: object) -> dict[str, str]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat, "show_answers", interrupted)
+    monkeypatch.setattr(command, "show_answers", interrupted)
     assert ask("run", command_run.folder, "--prompt", QUESTION).code == 130
 
 

@@ -1,0 +1,1 @@
+"""What the room `chat` adds to the command line."""
