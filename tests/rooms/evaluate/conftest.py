@@ -32,14 +32,6 @@ class Judged:
     version: str
 
     @property
-    def loss_after(self) -> float:
-        """The adapter's loss on valid.jsonl, as the gate measured it."""
-        validation = self.verdict.validation
-        assert validation is not None
-        assert validation.loss_after is not None
-        return validation.loss_after
-
-    @property
     def forms(self) -> dict[str, str]:
         """The adapter by form: a run, a champion, a version, mlx_lm's folder."""
         registry = self.folder / "registry" / "capitals"
