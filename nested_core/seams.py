@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from nested_core.errors import ConfigError
 
@@ -19,13 +21,21 @@ class Room:
     """What a room adds.
 
     commands: words of the command line; flows/rooms/ROOM/command.py adds their parsers.
+    count_processes, train_in_processes: functions that count a run's processes, and train in
+        several.
     """
 
     commands: tuple[str, ...] = ()
+    count_processes: str = ""
+    train_in_processes: str = ""
 
 
 ROOMS: Mapping[str, Room] = {
     "serve": Room(commands=("serve",)),
+    "ranks": Room(
+        count_processes="nested_core.rooms.ranks.mlx_launch:count_ranks",
+        train_in_processes="nested_core.rooms.ranks.rank_group:train_in_ranks",
+    ),
 }
 
 
@@ -48,3 +58,21 @@ def require(room: str, wanted: str) -> None:
     """
     if not is_there(room):
         raise ConfigError(f"`{wanted}` belongs to the room {room}, which is not installed here.")
+
+
+def load(part: str) -> Any:
+    """Import a part, `module:name`."""
+    module, _, name = part.partition(":")
+    return getattr(import_module(module), name)
+
+
+def load_only(field: str, wanted: str) -> Any:
+    """Import the part that one room has in this field of the table.
+
+    wanted: the key or command that asks for it, as a person wrote it.
+
+    Raises ConfigError, which names the room, where it is not there.
+    """
+    (name,) = (name for name, room in ROOMS.items() if getattr(room, field))
+    require(name, wanted)
+    return load(getattr(ROOMS[name], field))

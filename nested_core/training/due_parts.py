@@ -41,12 +41,12 @@ from nested_core.storage.validation_losses import (
 from nested_core.training.early_stopping import count_evaluations_without_improvement
 from nested_core.training.evaluation import Evaluation, EvaluationInterrupted, Evaluator
 from nested_core.training.loss.loss_interface import MicroBatch
-from nested_core.training.rank_communication import Sums, World
 from nested_core.training.schedule.step_schedule import passes_multiple
 from nested_core.training.train_step import StepResult
 from nested_core.training.training_checks import warn_of_flat_loss, warn_of_unchanged_checkpoint
 from nested_core.training.training_setup import TrainingSetup
 from nested_core.training.training_state import CheckpointState, TrainingState
+from nested_core.training.world import Sums, World
 
 # Where questions take longer before the first step, so many fewer are asked from then on.
 SLOW_SECONDS = 10.0

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import mlx.core as mx
-import numpy as np
 
 from nested_core.errors import DamagedError, DatasetError, TrainingStopped, go_on_with
 from nested_core.kernels.optimized_model import using_optimized_layers
@@ -23,7 +22,6 @@ from nested_core.storage.checkpoint import Checkpoint, latest_checkpoint
 from nested_core.training.due_parts import Reporter, Saver, Validation, restore_random_key
 from nested_core.training.early_stopping import is_out_of_patience
 from nested_core.training.evaluation import EvaluationInterrupted, Evaluator
-from nested_core.training.hang_watch import HangWatch
 from nested_core.training.memory.memory_plan import limit_kept_buffers, plan_memory
 from nested_core.training.memory.model_footprint import compute_footprint
 from nested_core.training.nonfinite_watch import NonfiniteStepWatch
@@ -82,12 +80,7 @@ class Trainer:
         self.on_near_end: Callable[[], None] | None = None
         self.evaluation_peak = 0  # most bytes of MLX up to the end of the first evaluation
 
-        # Requests to stop and to save: of this process, and on how many ranks at the step before
         self.stop_requested = False
-        self._requests: mx.array | None = None
-        self._watch = HangWatch(
-            None if self.world.is_single_process else setup.config.training.hang_timeout
-        )
 
         # Evaluation, reports and checks
         evaluator = Evaluator(
@@ -167,7 +160,7 @@ class Trainer:
         `max_nonfinite_steps` steps in a row whose gradients are not finite.
         """
         try:
-            self._watch.allow_longer()
+            self.world.allow_longer()
             with self.using_training_layers():
                 self.world.require_equal_on_ranks(
                     read_parameters(self.setup.parameters), self.state.step
@@ -182,7 +175,7 @@ class Trainer:
             self.state.ended = False
             self._save_and_raise_stopped()
         finally:
-            self._watch.end()
+            self.world.end_watch()
         return self.state
 
     def _begin(self) -> None:
@@ -221,9 +214,11 @@ class Trainer:
             if self.on_step is not None:
                 self.on_step(self.state.step, self.steps)
             near_end.after_step(self.state.step)
-            must_stop, must_save = self._requests_after(result)
+            must_stop, must_save = self.world.requests_after_step(
+                result.requests, self._own_requests
+            )
             must_stop = must_stop or self._is_at_last_step()
-            self._watch.after_step()
+            self.world.after_step()
             self._divergence_watch.add_step(self.state.step, self.optimizer.state[COUNTERS_KEY])
             is_read = must_stop or must_save or self._is_over()
             self._check_updates(train_step, result, first, is_read=is_read)
@@ -254,8 +249,8 @@ class Trainer:
         self.step_schedule.seed_step(step)
         due = train_step.needed_tiers(step)
         if due not in train_step.compiled:
-            self._watch.allow_longer()
-        requests = () if self.world.is_single_process else self._own_requests()
+            self.world.allow_longer()
+        requests = self.world.requests_to_send(self._own_requests)
         result = train_step.run(batches, due, is_complete=is_complete, requests=requests)
         if not train_step.packed.packing.by_tier:  # large tensors are not to be held twice
             self._sync_model_and_optimizer(train_step)
@@ -327,7 +322,7 @@ class Trainer:
             self.state.observed = True
             self._reporter.after_step(self.state, first, evaluation)
             if self._saver.after_step(self.state, first, is_time=must_save):
-                self._watch.allow_longer()
+                self.world.allow_longer()
 
     def _is_over(self) -> bool:
         """Whether all iterations are done, or early stopping has run out of patience."""
@@ -358,29 +353,12 @@ class Trainer:
 
     def _any_rank_requests_stop(self) -> bool:
         """Whether any rank is to stop; this waits for all of them. Evaluations ask it."""
-        self._watch.allow_longer()
+        self.world.allow_longer()
         return self.world.any_rank(self._is_stop_requested())
 
     def _own_requests(self) -> tuple[bool, bool]:
         """Whether this rank is to stop, and whether it is time for a checkpoint."""
         return self._is_stop_requested(), self._saver.is_time_to_save()
-
-    def _requests_after(self, result: StepResult) -> tuple[bool, bool]:
-        """Whether to stop and whether to save after a step, which all ranks decide alike.
-
-        A rank's requests travel with the gradients of a step. The counts are read when the next
-        step is under way, so that no rank waits for the device.
-        """
-        if self.world.is_single_process:
-            return self._own_requests()
-        counts = self._requests
-        self._requests = result.requests
-        if counts is None:
-            return False, False
-        must_stop, must_save = (np.array(counts) > 0).tolist()
-        if must_save:  # the step under way asks for it once more; a stop is asked for at every step
-            self._requests = None
-        return must_stop, must_save
 
     def _save_and_raise_stopped(self) -> None:
         """Save, and raise TrainingStopped."""

@@ -33,10 +33,10 @@ from nested_core.storage.untrusted_files import regular_sha256
 from nested_core.training.evaluation import Prompts, choose_prompts
 from nested_core.training.loss import LOSSES
 from nested_core.training.loss.loss_interface import Loss
-from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD, World
 from nested_core.training.reports.reporting_services import TrainingCallback
 from nested_core.training.reports.sample_prompts import SamplePrompts
 from nested_core.training.schedule.step_schedule import StepSchedule, make_step_schedule
+from nested_core.training.world import SINGLE_PROCESS_WORLD, World
 
 
 class Questions(Protocol):

@@ -25,7 +25,7 @@ from nested_core.errors import ChildFailed, NestedTuneError, shorten
 from nested_core.models.base_model import model_compute_dtype
 from nested_core.models.session import Session
 from nested_core.pipeline.device_lock import locking_devices
-from nested_core.pipeline.launch.mlx_launch import count_ranks
+from nested_core.pipeline.processes import count_processes
 from nested_core.process.child import Child
 from nested_core.storage import compiled_kernels
 from nested_core.storage.run_directory import RunDirectory
@@ -79,7 +79,7 @@ def are_worth_compiling_ahead(config: FineTuneConfig, run: RunDirectory) -> bool
         compiled_kernels.began_without_kernels()
         and backend.computes_on_cuda()
         and count_usable_cores() > len(PARTS)
-        and count_ranks(config) == 1
+        and count_processes(config) == 1
         and has_shared_layers
         and config.training.memory_limit_gb is None
         and config.nested.strategy != "parameter_importance"

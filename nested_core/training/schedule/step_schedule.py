@@ -21,7 +21,7 @@ from nested_core.data.replayed_batches import ReplayedBatchOrder, ReplayedRows
 from nested_core.data.tokens.tokenized_split import Int32, Int64, JoinedSplits, TokenizedSplit
 from nested_core.training.evaluation import load_evaluation_batches
 from nested_core.training.loss.loss_interface import BatchShape, MicroBatch
-from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD, World
+from nested_core.training.world import SINGLE_PROCESS_WORLD, World
 
 MAX_WIDEST_ROWS_EXAMINED = 256
 

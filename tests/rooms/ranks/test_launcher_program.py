@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from nested_core.pipeline.launch.mlx_launch import find_consecutive_free_ports
-from nested_core.pipeline.launch.rank_group import LAUNCHER_COMMAND
+from nested_core.rooms.ranks.mlx_launch import find_consecutive_free_ports
+from nested_core.rooms.ranks.rank_group import LAUNCHER_COMMAND
 
 MLX_LAUNCH = os.path.join(os.path.dirname(sys.executable), "mlx.launch")
 SECONDS_OF_SLEEP = 3

@@ -2,7 +2,7 @@
 
 Where one rank no longer takes part, the others wait for it for ever, and no error comes. Each rank
 sets an alarm of the system anew after each step. At SIGALRM faulthandler prints the stacks of the
-process, which then ends (pipeline/rank_worker.py registers that). So it works in an endless loop,
+process, which then ends (rank_worker.py registers that). So it works in an endless loop,
 in a call that never returns, and without a network.
 """
 

@@ -25,16 +25,16 @@ import mlx.core as mx
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import TrainingProcessLost, TrainingStopped, go_on_with
 from nested_core.optim.tier_counters import TierStats
-from nested_core.pipeline.launch import end_with_parent
-from nested_core.pipeline.launch.mlx_launch import (
+from nested_core.process.child import rebuild_error
+from nested_core.process.command_parent import list_earlier_ends
+from nested_core.records.plan import note_ends
+from nested_core.rooms.ranks import end_with_parent
+from nested_core.rooms.ranks.mlx_launch import (
     MESSAGE_PREFIX,
     launch_command,
     list_rank_hosts,
     rank_environment,
 )
-from nested_core.process.child import rebuild_error
-from nested_core.process.command_parent import list_earlier_ends
-from nested_core.records.plan import note_ends
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.foreign_text import escape
 from nested_core.training.memory.memory_plan import MemoryPlan

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.pipeline.launch import mlx_launch
+from nested_core.rooms.ranks import mlx_launch
 from tests.example import example_config
 
-PROGRAM = Path(__file__).parents[1] / "core" / "pipeline" / "astray.py"
+PROGRAM = Path(__file__).with_name("astray.py")
 
 
 def go_astray(monkeypatch: pytest.MonkeyPatch, how: str, **changes: Any) -> FineTuneConfig:

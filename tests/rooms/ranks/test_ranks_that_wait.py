@@ -14,8 +14,8 @@ from nested_core.errors import TrainingProcessLost
 from nested_core.pipeline import steps
 from nested_core.records.plan import read_plan
 from nested_core.storage.run_directory import RunDirectory
-from tests.builders.astray_ranks import go_astray
 from tests.example import prepare
+from tests.rooms.ranks.astray_ranks import go_astray
 
 WAITS = {
     "iters": 12,

@@ -16,24 +16,24 @@ from pydantic import ValidationError
 
 from nested_core.config.resume import refuse_differences_on_resume
 from nested_core.errors import ConfigError, TrainingProcessLost
-from nested_core.pipeline.launch import mlx_launch
-from nested_core.pipeline.launch.mlx_launch import (
+from nested_core.pipeline.preflight import check_before_start
+from nested_core.records.plan import list_rank_counts, read_plan
+from nested_core.rooms.ranks import mlx_launch
+from nested_core.rooms.ranks.mlx_launch import (
     count_ranks,
     find_consecutive_free_ports,
     launch_command,
     rank_device,
 )
-from nested_core.pipeline.launch.rank_group import RankGroup
-from nested_core.pipeline.preflight import check_before_start
-from nested_core.records.plan import list_rank_counts, read_plan
-from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.rank_communication import (
-    SINGLE_PROCESS_WORLD,
-    World,
+from nested_core.rooms.ranks.rank_group import RankGroup
+from nested_core.rooms.ranks.rank_world import (
+    RankWorld,
     checksum,
     pack_gradients_for_sum,
     unpack_summed_gradients,
 )
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.training.world import SINGLE_PROCESS_WORLD
 from tests.example import example_config
 from tests.runs import write_plan_of
 
@@ -41,7 +41,7 @@ from tests.runs import write_plan_of
 def test_the_ranks_rows_are_the_batch_and_none_is_in_two() -> None:
     tokens = np.arange(24).reshape(6, 4)
     batch = (tokens, tokens[:, 1:] % 2 == 0)
-    parts = [World(3, rank).own_rows(batch) for rank in range(3)]
+    parts = [RankWorld(3, rank).own_rows(batch) for rank in range(3)]
     assert all(part[0].shape == (2, 4) and part[1].shape == (2, 3) for part in parts)
     rows = sorted(int(row[0]) for part in parts for row in part[0])
     assert rows == tokens[:, 0].tolist()
@@ -49,7 +49,7 @@ def test_the_ranks_rows_are_the_batch_and_none_is_in_two() -> None:
 
 
 def test_dropout_differs_from_rank_to_rank_and_the_first_rank_draws_as_one_process() -> None:
-    seeds = [World(4, rank).seed_of_step(7, 3) for rank in range(4)]
+    seeds = [RankWorld(4, rank).seed_of_step(7, 3) for rank in range(4)]
     assert seeds[0] == 7 * 2**32 + 3 == SINGLE_PROCESS_WORLD.seed_of_step(7, 3)
     assert len(set(seeds)) == 4
     assert all(0 <= seed < 2**64 for seed in seeds)

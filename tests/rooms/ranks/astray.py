@@ -1,4 +1,4 @@
-"""A rank as nested_core.pipeline.rank_worker is one, but rank 1 goes astray.
+"""A rank as nested_core.rooms.ranks.rank_worker is one, but rank 1 goes astray.
 
 ASTRAY=bit changes one element of its parameters, after step 3, by the smallest amount; ASTRAY=nan
 makes its gradients of that step not finite. At the eighth step of the process, ASTRAY=stop stops
@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from nested_core.pipeline.rank_worker import main
+from nested_core.rooms.ranks.rank_worker import main
 from nested_core.training.train_step import TrainStep
 
 STEP = 3

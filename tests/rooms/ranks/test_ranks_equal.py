@@ -12,15 +12,15 @@ import pytest
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import TrainingProcessesDiffer, TrainingStopped
 from nested_core.pipeline import steps
-from nested_core.pipeline.launch.rank_group import RankGroup
 from nested_core.records.metrics import read_metrics
 from nested_core.records.plan import read_plan
+from nested_core.rooms.ranks.rank_group import RankGroup
 from nested_core.storage.checkpoint_verification import checkpoint_path, list_checkpoints
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
-from tests.builders.astray_ranks import go_astray
 from tests.example import example_config, prepare, stop_after
 from tests.left_out import slow_except
+from tests.rooms.ranks.astray_ranks import go_astray
 
 pytestmark = [pytest.mark.usefixtures("forked_ranks")]
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from nested_core.training import hang_watch
-from nested_core.training.hang_watch import HangWatch
+from nested_core.rooms.ranks import hang_watch
+from nested_core.rooms.ranks.hang_watch import HangWatch
 
 
 @pytest.fixture

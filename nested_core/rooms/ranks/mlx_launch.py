@@ -20,7 +20,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.untrusted_files import parse_json, read_regular
 
-RANK_WORKER_ARGUMENTS = ("-m", "nested_core.pipeline.rank_worker")
+RANK_WORKER_ARGUMENTS = ("-m", "nested_core.rooms.ranks.rank_worker")
 DEVICES_VARIABLE = (
     "NESTED_TUNE_DEVICES"  # the parent's CUDA_VISIBLE_DEVICES, which mlx.launch replaces
 )

@@ -1,4 +1,4 @@
-"""One of several training processes: `python -m nested_core.pipeline.rank_worker RUN_DIR RANKS`.
+"""One of several training processes: `python -m nested_core.rooms.ranks.rank_worker RUN_DIR RANKS`.
 
 `mlx.launch` starts it. It reads the configuration from the run directory and "stop" from standard
 input, ends when standard input ends, and sends JSON messages on standard output. It takes no lock:
@@ -24,16 +24,15 @@ from typing import Any
 from nested_core import backend
 from nested_core.config.resume import read_run_config
 from nested_core.errors import NestedTuneError, TrainingStopped
-from nested_core.pipeline.launch.mlx_launch import MESSAGE_PREFIX, rank_device
 from nested_core.process.child_main import describe_error
+from nested_core.rooms.ranks.mlx_launch import MESSAGE_PREFIX, rank_device
 
 
 def main(run_dir: str, ranks: str) -> int:
     """Train as one of the ranks; return the exit code.
 
     A requested stop is 0 too: mlx.launch ends the other ranks when one exits with another code, and
-    the main one may still be writing. At the alarm of training/hang_watch.py it prints its stacks
-    and ends.
+    the main one may still be writing. At the alarm of hang_watch.py it prints its stacks and ends.
     """
     faulthandler.register(signal.SIGALRM, chain=True)
     backend.prepare()
@@ -59,9 +58,9 @@ def main(run_dir: str, ranks: str) -> int:
 def _train_as_rank(run_dir: Path, ranks: int) -> None:
     from nested_core.models.base_model import prepare_for_base_model
     from nested_core.pipeline import steps
+    from nested_core.rooms.ranks.hang_watch import HangWatch
+    from nested_core.rooms.ranks.rank_world import join_ranks
     from nested_core.storage.run_directory import RunDirectory
-    from nested_core.training.hang_watch import HangWatch
-    from nested_core.training.rank_communication import join_ranks
 
     listener = StopListener()
     listener.start()
@@ -69,10 +68,7 @@ def _train_as_rank(run_dir: Path, ranks: int) -> None:
     run.watch_parents_lock()
     config = read_run_config(run)
     prepare_for_base_model(config)  # before anything is computed
-    watch = HangWatch(config.training.hang_timeout)
-    watch.allow_longer()
-    world = join_ranks(ranks)
-    watch.end()
+    world = join_ranks(ranks, HangWatch(config.training.hang_timeout))
     steps.train_as_rank(config, run, world, ReportSender(), listener.watch)
 
 

@@ -17,6 +17,7 @@ from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import write_config
 from tests.flows.conftest import Ended, called, completed, ended, start
+from tests.production.processes import ranks_of, step_of
 from tests.waiting import wait_until
 
 pytestmark = [
@@ -25,22 +26,6 @@ pytestmark = [
 
 TRAIN = ("train", "-c", "config.yaml", "--run-dir", "run")
 SECONDS_TO_END = 240  # on a machine that does much else; 2 to 5 on a quiet one
-PROGRAM = "nested_core.pipeline.rank_worker"
-
-
-def ranks_of(folder: Path) -> dict[int, int]:
-    """The process ids of the ranks that train in a folder's run, by rank."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            environment = (entry / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        rank = next((e for e in environment if e.startswith(b"MLX_RANK=")), None)
-        if rank is not None and PROGRAM.encode() in words and str(folder / "run").encode() in words:
-            found[int(rank.split(b"=")[1])] = int(entry.name)
-    return found
 
 
 def processes_of(folder: Path) -> list[str]:
@@ -54,11 +39,6 @@ def processes_of(folder: Path) -> list[str]:
         if str(folder / "run") in words:
             found.append(words.replace("\0", " "))
     return found
-
-
-def step_of(metrics: Path) -> int:
-    records = read_metrics(metrics)
-    return int(records[-1]["step"]) if records else -1
 
 
 def none_left(folder: Path, seconds: float) -> bool:
