@@ -23,11 +23,16 @@ class Room:
     commands: words of the command line; flows/rooms/ROOM/command.py adds their parsers.
     count_processes, train_in_processes: functions that count a run's processes, and train in
         several.
+    cuda_operations: the DeviceOperations of layers (kernels/device_operations.py) on CUDA.
+    around_training: contexts around loading and training, of configuration, run directory, a
+        function that takes a line for the person, and session.
     """
 
     commands: tuple[str, ...] = ()
     count_processes: str = ""
     train_in_processes: str = ""
+    cuda_operations: str = ""
+    around_training: tuple[str, ...] = ()
 
 
 ROOMS: Mapping[str, Room] = {
@@ -35,6 +40,10 @@ ROOMS: Mapping[str, Room] = {
     "ranks": Room(
         count_processes="nested_core.rooms.ranks.mlx_launch:count_ranks",
         train_in_processes="nested_core.rooms.ranks.rank_group:train_in_ranks",
+    ),
+    "cuda": Room(
+        cuda_operations="nested_core.rooms.cuda.operations:CUDA_OPERATIONS",
+        around_training=("nested_core.rooms.cuda.first_kernels:compiling_first_kernels",),
     ),
 }
 

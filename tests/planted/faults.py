@@ -145,7 +145,7 @@ FAULTS = (
         "a wrong order",
     ),
     Fault(
-        "nested_core/kernels/cuda/kernel_launch.py",
+        "nested_core/rooms/cuda/kernel_launch.py",
         "if RANKS_PER_TILE * tiles >= rank)",
         "if RANKS_PER_TILE * tiles > rank)",
         "a comparison turned",

@@ -10,8 +10,9 @@ from itertools import accumulate
 
 import mlx.core as mx
 
-from nested_core.kernels.cuda.kernel_launch import MAX_THREADS_PER_BLOCK, launch_kernel
-from nested_core.kernels.cuda.self_check import checked_kernel, random_arrays
+from nested_core.kernels.device_operations import concatenate_in_mlx
+from nested_core.kernels.self_check import checked_kernel, random_arrays
+from nested_core.rooms.cuda.kernel_launch import MAX_THREADS_PER_BLOCK, launch_kernel
 
 LOAD_BYTES = 16
 ARRAYS_PER_LAUNCH = 32  # their addresses are arguments
@@ -28,12 +29,6 @@ def concatenate_flattened(arrays: Sequence[mx.array]) -> mx.array:
         groups = range(0, len(arrays), ARRAYS_PER_LAUNCH)
         arrays = [concatenate_on_cuda(arrays[i : i + ARRAYS_PER_LAUNCH]) for i in groups]
     return arrays[0].reshape(-1)
-
-
-def concatenate_in_mlx(arrays: Sequence[mx.array]) -> mx.array:
-    """`concatenate_flattened` in MLX's operations."""
-    vectors = [array.reshape(-1) for array in arrays]
-    return vectors[0] if len(vectors) == 1 else mx.concatenate(vectors)
 
 
 def _example_inputs() -> list[tuple[Sequence[mx.array]]]:

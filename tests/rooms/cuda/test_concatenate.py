@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from nested_core import backend
-from nested_core.kernels.cuda import concatenate
+from nested_core.kernels.device_operations import concatenate_in_mlx
+from nested_core.rooms.cuda import concatenate
 
 
 def arrays_of(*shapes: tuple[int, ...], dtype: mx.Dtype = mx.bfloat16) -> list[mx.array]:
@@ -32,7 +33,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def join(arrays: Sequence[mx.array]) -> mx.array:
         assert all(array.nbytes % concatenate.LOAD_BYTES == 0 for array in arrays)
         counts.append(len(arrays))
-        return concatenate.concatenate_in_mlx(arrays)
+        return concatenate_in_mlx(arrays)
 
     monkeypatch.setattr(backend, "computes_on_cuda", lambda: True)
     monkeypatch.setattr(concatenate.concatenate_on_cuda, "agrees_with_reference", lambda: True)

@@ -32,7 +32,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_clock
 
 PARTS = ("evaluation", "gradients", "updates", "answers")
-WORKER: str | Path = "nested_core.pipeline.kernel_worker:answer"
+WORKER: str | Path = "nested_core.rooms.cuda.kernel_worker:answer"
 SECONDS_BETWEEN_LOOKS = 0.05
 MAX_SECONDS = 600.0  # after which a process is ended, and its kernels are compiled when needed
 

@@ -12,16 +12,15 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from nested_core.kernels.cuda.kernel_launch import (
+from nested_core.kernels.device_operations import RANKS_PER_TILE, has_kernel_for_rank
+from nested_core.kernels.self_check import checked_kernel, random_arrays
+from nested_core.rooms.cuda.kernel_launch import (
     KERNEL_DTYPE,
     MAX_THREADS_PER_BLOCK,
     MULTIPROCESSORS,
-    RANKS_PER_TILE,
-    has_kernel_for_rank,
     launch_kernel,
     tiles_of_smallest_kernel,
 )
-from nested_core.kernels.cuda.self_check import checked_kernel, random_arrays
 
 WARP_COLUMNS, WARP_ROWS = 32, 16  # that a warp computes at once: widths are multiples
 MAX_STEPS_PER_WARP = 2  # times that a warp computes so many rows

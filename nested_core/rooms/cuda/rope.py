@@ -18,14 +18,14 @@ import numpy as np
 from mlx_lm.models.rope_utils import Llama3RoPE, SuScaledRoPE, YarnRoPE
 
 from nested_core.backend import to_float
-from nested_core.kernels.cuda.kernel_launch import (
+from nested_core.kernels.patching import replacing_calls
+from nested_core.kernels.self_check import checked_kernel
+from nested_core.rooms.cuda.kernel_launch import (
     ELEMENTS_PER_LOAD,
     KERNEL_DTYPE,
     MAX_THREADS_PER_BLOCK,
     launch_kernel,
 )
-from nested_core.kernels.cuda.self_check import checked_kernel
-from nested_core.kernels.patching import replacing_calls
 
 ROPE_CLASSES = (nn.RoPE, Llama3RoPE, SuScaledRoPE, YarnRoPE)
 PROBE_LENGTH = 7  # positions

@@ -17,16 +17,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.kernels.blocked_attention import (
+    FUSED_LENGTH_MULTIPLE,
     PATCHED_FUNCTION_NAME,
     attend_in_blocks,
     is_plainly_causal,
     plain_attention,
 )
-from nested_core.kernels.cuda.kernel_launch import MAX_THREADS_PER_BLOCK, launch_kernel
-from nested_core.kernels.cuda.self_check import checked_kernel, random_arrays
 from nested_core.kernels.patching import replacing_function
+from nested_core.kernels.self_check import checked_kernel, random_arrays
+from nested_core.rooms.cuda.kernel_launch import MAX_THREADS_PER_BLOCK, launch_kernel
 
-FUSED_LENGTH_MULTIPLE = 128
 FUSED_DTYPES = (mx.bfloat16, mx.float16)
 LARGEST_FUSED_HEAD = 128
 LOAD_BYTES = 16

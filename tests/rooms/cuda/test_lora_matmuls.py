@@ -10,11 +10,16 @@ import mlx.core as mx
 import pytest
 
 from nested_core import backend
-from nested_core.kernels.cuda import lora_matmuls
-from nested_core.kernels.cuda.kernel_launch import (
+from nested_core.kernels.device_operations import (
+    Pairs,
+    factor_gradients_in_mlx,
+    has_kernel_for_rank,
+    project_to_rank_in_mlx,
+)
+from nested_core.rooms.cuda import lora_matmuls
+from nested_core.rooms.cuda.kernel_launch import (
     COMPILED_TILE_COUNTS,
     MAX_THREADS_PER_BLOCK,
-    has_kernel_for_rank,
     tiles_of_smallest_kernel,
 )
 from tests.core.kernels.arrays import normal
@@ -45,13 +50,13 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """A machine whose kernels agree, MLX in their place; which was given how many pairs."""
     calls: list[tuple[str, int]] = []
 
-    def narrow(pairs: lora_matmuls.Pairs, scale: float) -> mx.array:
+    def narrow(pairs: Pairs, scale: float) -> mx.array:
         calls.append(("project_to_rank", len(pairs)))
-        return lora_matmuls.project_to_rank_in_mlx(pairs, scale)
+        return project_to_rank_in_mlx(pairs, scale)
 
-    def outer(pairs: lora_matmuls.Pairs) -> Sequence[mx.array]:
+    def outer(pairs: Pairs) -> Sequence[mx.array]:
         calls.append(("factor_gradients", len(pairs)))
-        return lora_matmuls.factor_gradients_in_mlx(pairs)
+        return factor_gradients_in_mlx(pairs)
 
     monkeypatch.setattr(backend, "computes_on_cuda", lambda: True)
     monkeypatch.setattr(

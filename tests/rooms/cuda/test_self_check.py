@@ -11,9 +11,20 @@ import mlx.core as mx
 import pytest
 
 from nested_core import backend
-from nested_core.kernels import gated_delta, rms_norm, rope, swiglu
-from nested_core.kernels.cuda import concatenate, gated_mlp, kernel_launch, lora_add, lora_matmuls
-from nested_core.kernels.cuda.self_check import CheckedKernel
+from nested_core.kernels import device_operations, gated_delta
+from nested_core.kernels.self_check import CheckedKernel
+from nested_core.kernels.swiglu import plain_swiglu
+from nested_core.rooms.cuda import (
+    concatenate,
+    gated_delta_kernels,
+    gated_mlp,
+    kernel_launch,
+    lora_add,
+    lora_matmuls,
+    rms_norm,
+    rope,
+    swiglu,
+)
 from tests.left_out import slow_except
 
 Fault = Callable[[mx.array], mx.array]
@@ -57,23 +68,23 @@ class Check:
 
 CHECKS = {
     "project": Check(
-        lora_matmuls.project_to_rank_on_cuda, lora_matmuls.project_to_rank_in_mlx, 1, (3,)
+        lora_matmuls.project_to_rank_on_cuda, device_operations.project_to_rank_in_mlx, 1, (3,)
     ),
     "factor gradients": Check(
-        lora_matmuls.factor_gradients_on_cuda, lora_matmuls.factor_gradients_in_mlx, 2, (3,)
+        lora_matmuls.factor_gradients_on_cuda, device_operations.factor_gradients_in_mlx, 2, (3,)
     ),
     "low-rank sums": Check(lora_add.low_rank_sums_on_cuda, lora_add.low_rank_sums_in_mlx, 2, (3,)),
     "mlp": Check(gated_mlp.gated_product_on_cuda, gated_mlp.gated_product_in_mlx, 1, (3,)),
     "mlp gradients": Check(
         gated_mlp.gated_gradients_on_cuda, gated_mlp.gated_gradients_in_mlx, 3, (3,)
     ),
-    "swiglu": Check(swiglu.swiglu_on_cuda, swiglu.plain_swiglu, 1),
+    "swiglu": Check(swiglu.swiglu_on_cuda, plain_swiglu, 1),
     "swiglu gradients": Check(swiglu.swiglu_gradients_on_cuda, swiglu.swiglu_gradients_in_mlx, 2),
     "rope": Check(rope.rotate_on_cuda, rope.rotate_in_mlx, 2),
     "norm": Check(rms_norm.input_gradient_on_cuda, rms_norm.input_gradient_in_mlx, 1, (2600,)),
-    "concatenate": Check(concatenate.concatenate_on_cuda, concatenate.concatenate_in_mlx, 1),
-    "carried states": Check(gated_delta.carry_on_cuda, gated_delta.carry_in_mlx, 2, (64,)),
-    "inverse": Check(gated_delta.invert_on_cuda, gated_delta.invert_in_mlx, 1),
+    "concatenate": Check(concatenate.concatenate_on_cuda, device_operations.concatenate_in_mlx, 1),
+    "carried states": Check(gated_delta_kernels.carry_on_cuda, gated_delta.carry_in_mlx, 2, (64,)),
+    "inverse": Check(gated_delta_kernels.invert_on_cuda, gated_delta.invert_in_mlx, 1),
     "gated delta nets": Check(gated_delta.compute_on_this_device, gated_delta.compute_by_tokens, 2),
 }
 OUTPUTS = [(name, place) for name, check in CHECKS.items() for place in range(check.outputs)]
@@ -124,12 +135,12 @@ def test_the_check_finds_a_result_that_is_transposed(name: str) -> None:
 
 def test_the_checks_find_an_argument_that_is_not_looked_at() -> None:
     formulas: dict[str, Callable[..., Any]] = {
-        "project": lambda pairs, scale: lora_matmuls.project_to_rank_in_mlx(pairs, 1.0),
+        "project": lambda pairs, scale: device_operations.project_to_rank_in_mlx(pairs, 1.0),
         "rope": lambda x, table, inverse: rope.rotate_in_mlx(x, table, False),
         "norm": lambda x, weight, eps, g: rms_norm.input_gradient_in_mlx(
             x, mx.ones_like(weight), eps, g
         ),
-        "concatenate": lambda arrays: concatenate.concatenate_in_mlx(arrays[::-1]),
+        "concatenate": lambda arrays: device_operations.concatenate_in_mlx(arrays[::-1]),
     }
     for name, formula in formulas.items():
         assert "it differs by" in str(CHECKS[name].with_formula(formula))
@@ -165,7 +176,7 @@ def test_the_checks_find_a_part_of_a_sum_that_is_not_looked_at(place: int, part:
 def test_the_check_of_concatenation_finds_each_array_that_is_lost(lost: int) -> None:
     def concatenate_others(arrays: Any) -> mx.array:
         kept = [mx.zeros_like(a) if i == lost else a for i, a in enumerate(arrays)]
-        return concatenate.concatenate_in_mlx(kept)
+        return device_operations.concatenate_in_mlx(kept)
 
     assert "it differs by" in str(CHECKS["concatenate"].with_formula(concatenate_others))
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from nested_core.kernels.cuda import lora_add
-from nested_core.kernels.cuda.kernel_launch import (
+from nested_core.kernels.device_operations import RANKS_PER_TILE
+from nested_core.kernels.self_check import checked_kernel
+from nested_core.rooms.cuda import lora_add
+from nested_core.rooms.cuda.kernel_launch import (
     KERNEL_DTYPE,
     MAX_THREADS_PER_BLOCK,
-    RANKS_PER_TILE,
     launch_kernel,
 )
-from nested_core.kernels.cuda.lora_add import LowRankSumTerms, random_low_rank_sum_terms
-from nested_core.kernels.cuda.self_check import checked_kernel
+from nested_core.rooms.cuda.lora_add import LowRankSumTerms, random_low_rank_sum_terms
 
 GatedGradients = tuple[mx.array, mx.array, mx.array]  # of gate, of up; the product
 

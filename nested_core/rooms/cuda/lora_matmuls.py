@@ -7,30 +7,34 @@ a clearing of memory for every layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
 
-from nested_core.kernels.cuda.kernel_launch import (
+from nested_core.kernels.device_operations import (
+    RANKS_PER_TILE,
+    Pairs,
+    factor_gradients_in_mlx,
+    has_kernel_for_rank,
+    project_to_rank_in_mlx,
+)
+from nested_core.kernels.self_check import CheckedKernel, checked_kernel, random_arrays
+from nested_core.rooms.cuda import lora_add
+from nested_core.rooms.cuda.kernel_launch import (
     KERNEL_DTYPE,
     MAX_THREADS_PER_BLOCK,
     MULTIPROCESSORS,
-    RANKS_PER_TILE,
-    has_kernel_for_rank,
     launch_kernel,
     tiles_of_smallest_kernel,
 )
-from nested_core.kernels.cuda.self_check import CheckedKernel, checked_kernel, random_arrays
 
 PAIRS_PER_LAUNCH = 4
 BLOCK_ROWS = 16  # rows of a wide array that a block reads at once
 WARP_COLUMNS_READ = 32  # columns that a warp reads at once where columns are summed over
 BLOCK_COLUMNS = 64  # columns of a block where rows are summed over
 BLOCKS_PER_MULTIPROCESSOR = 3  # that a multiprocessor computes at once, where they are small
-
-Pairs = Sequence[tuple[mx.array, mx.array]]
 
 
 def project_to_rank(pairs: Pairs, scale: float) -> mx.array:
@@ -56,17 +60,6 @@ def factor_gradients(pairs: Pairs) -> Sequence[mx.array]:
         for i in range(0, len(group), PAIRS_PER_LAUNCH):
             products += multiply(group[i : i + PAIRS_PER_LAUNCH])
     return products
-
-
-def project_to_rank_in_mlx(pairs: Pairs, scale: float) -> mx.array:
-    """`project_to_rank` in MLX's operations."""
-    products = [m @ x.T for m, x in pairs]
-    return scale * (products[0] if len(products) == 1 else mx.concatenate(products))
-
-
-def factor_gradients_in_mlx(pairs: Pairs) -> Sequence[mx.array]:
-    """`factor_gradients` in MLX's operations."""
-    return [z @ x for z, x in pairs]
 
 
 def _can_use_kernel(kernel: CheckedKernel[Any, Any], pairs: Pairs, multiple: int) -> bool:
@@ -161,3 +154,13 @@ def _tiles_and_widths(pairs: Pairs) -> list[int]:
 
 def _kernel_tiles_for_pairs(pairs: Pairs) -> int:
     return tiles_of_smallest_kernel(max(narrow.shape[0] for narrow, _ in pairs))
+
+
+def check_lora_kernels(ranks: Collection[int]) -> None:
+    """Compile and check the kernels for layers of these ranks now, not while a step is traced."""
+    for tiles in sorted(
+        {tiles_of_smallest_kernel(rank) for rank in ranks if has_kernel_for_rank(rank)}
+    ):
+        project_to_rank_on_cuda.is_usable(tiles)
+        factor_gradients_on_cuda.is_usable(tiles)
+        lora_add.low_rank_sums_on_cuda.is_usable(tiles)

@@ -12,14 +12,14 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from nested_core.kernels.cuda.kernel_launch import (
+from nested_core.kernels.patching import replacing_calls
+from nested_core.kernels.self_check import checked_kernel, random_arrays
+from nested_core.rooms.cuda.kernel_launch import (
     ELEMENTS_PER_LOAD,
     KERNEL_DTYPE,
     MULTIPROCESSORS,
     launch_kernel,
 )
-from nested_core.kernels.cuda.self_check import checked_kernel, random_arrays
-from nested_core.kernels.patching import replacing_calls
 
 MAX_THREADS = 128
 COMPILED_LOADS_PER_THREAD = 1, 2, 4, 8, 16  # loads of a thread that a kernel is compiled for

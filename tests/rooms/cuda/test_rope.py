@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.models.rope_utils import Llama3RoPE, SuScaledRoPE, YarnRoPE
 
 from nested_core import backend
-from nested_core.kernels import rope
+from nested_core.rooms.cuda import rope
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import batch, build, kinds_of, outcome, require_near
 from tests.core.kernels.arrays import is_near, normal

@@ -8,9 +8,9 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.activations import swiglu
 
-from nested_core.kernels.cuda import gated_mlp, lora_add
-from nested_core.kernels.cuda.kernel_launch import MAX_THREADS_PER_BLOCK
-from nested_core.kernels.cuda.lora_add import LowRankSumTerms
+from nested_core.rooms.cuda import gated_mlp, lora_add
+from nested_core.rooms.cuda.kernel_launch import MAX_THREADS_PER_BLOCK
+from nested_core.rooms.cuda.lora_add import LowRankSumTerms
 from tests.core.kernels.arrays import is_near, note_launches
 
 ROUNDING = {mx.float32: 5e-6, mx.bfloat16: 2**-8}  # half a unit in the last place, of bfloat16

@@ -15,9 +15,20 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nested_core.kernels import gated_delta, padded_attention, rms_norm, rope, swiglu
-from nested_core.kernels.cuda import concatenate, gated_mlp, kernel_launch, lora_add, lora_matmuls
-from nested_core.kernels.cuda.self_check import CheckedKernel
+from nested_core.kernels.device_operations import RANKS_PER_TILE
+from nested_core.kernels.self_check import CheckedKernel
+from nested_core.rooms.cuda import (
+    concatenate,
+    gated_delta_kernels,
+    gated_mlp,
+    kernel_launch,
+    lora_add,
+    lora_matmuls,
+    padded_attention,
+    rms_norm,
+    rope,
+    swiglu,
+)
 
 FOLDER = Path(kernel_launch.__file__).parent
 SOURCES = {path.stem: path.read_text() for path in sorted((FOLDER).glob("*.cu"))}
@@ -74,7 +85,7 @@ def test_widths_and_counts_are_those_of_the_sources() -> None:
     assert "cvt.rn.bf16.f32" in COMMON
     assert ".bf16.bf16.f32" in COMMON
     assert f"threadIdx.x / 32) * {lora_add.WARP_COLUMNS};" in EXPAND
-    assert f"({kernel_launch.RANKS_PER_TILE} * min(i, n - 1)" in EXPAND
+    assert f"({RANKS_PER_TILE} * min(i, n - 1)" in EXPAND
     for name in ("low_rank_sums", "gated_product", "gated_gradients"):
         assert f"first = blockIdx.y * steps * {lora_add.WARP_ROWS};" in SOURCES[name]
         assert (
@@ -118,8 +129,8 @@ CALLS: dict[str, tuple[Any, Callable[[], Any]]] = {
         lambda: padded_attention.change_length_on_cuda([of(2, 3, 4, 16), of(2, 3, 2, 16)], 128),
     ),
     "carry_state": (
-        gated_delta,
-        lambda: gated_delta.carry_on_cuda(
+        gated_delta_kernels,
+        lambda: gated_delta_kernels.carry_on_cuda(
             of(3, 2, 4, 1, 1, dtype=mx.float32),
             of(3, 2, 4, 64, 64),
             of(3, 2, 4, 64, 96),
@@ -127,8 +138,8 @@ CALLS: dict[str, tuple[Any, Callable[[], Any]]] = {
         ),
     ),
     "unit_lower_inverse": (
-        gated_delta,
-        lambda: gated_delta.invert_on_cuda(of(2, 3, 64, 64, dtype=mx.float32)),
+        gated_delta_kernels,
+        lambda: gated_delta_kernels.invert_on_cuda(of(2, 3, 64, 64, dtype=mx.float32)),
     ),
     "swiglu": (swiglu, lambda: swiglu.swiglu_on_cuda(of(4, 8), of(4, 8))),
     "swiglu_gradients": (

@@ -16,13 +16,18 @@ from mlx_lm.tuner.lora import LoRALinear
 from nested_core import backend
 from nested_core.kernels import lora_linear
 from nested_core.kernels.call_tracing import CallTrace, GatedMLP, find_gated_mlps
-from nested_core.kernels.cuda import gated_mlp as mlp_kernels
-from nested_core.kernels.cuda.concatenate import concatenate_flattened
-from nested_core.kernels.cuda.gated_mlp import gated_gradients_on_cuda, gated_product_on_cuda
-from nested_core.kernels.cuda.kernel_launch import has_kernel_for_rank, tiles_of_smallest_kernel
-from nested_core.kernels.cuda.lora_add import LowRankSumTerms, can_use_lora_kernels
-from nested_core.kernels.cuda.lora_matmuls import factor_gradients, project_to_rank
+from nested_core.kernels.device_operations import has_kernel_for_rank
 from nested_core.kernels.patching import replacing_calls
+from nested_core.rooms.cuda import gated_mlp as mlp_kernels
+from nested_core.rooms.cuda.concatenate import concatenate_flattened
+from nested_core.rooms.cuda.gated_mlp import gated_gradients_on_cuda, gated_product_on_cuda
+from nested_core.rooms.cuda.kernel_launch import tiles_of_smallest_kernel
+from nested_core.rooms.cuda.lora_add import LowRankSumTerms, can_use_lora_kernels
+from nested_core.rooms.cuda.lora_matmuls import (
+    check_lora_kernels,
+    factor_gradients,
+    project_to_rank,
+)
 
 
 class MLPFactors(NamedTuple):
@@ -47,7 +52,7 @@ def _mlp_has_kernels(mlp: GatedMLP) -> bool:
     gate, up, down = (layer.lora_b.shape[0] for layer in mlp.layers)
     if not (has_kernel_for_rank(gate) and has_kernel_for_rank(up) and has_kernel_for_rank(down)):
         return False
-    lora_linear.check_lora_kernels([gate, up, down, gate + up])
+    check_lora_kernels([gate, up, down, gate + up])
     variants = {
         tiles_of_smallest_kernel(max(gate, up)),
         tiles_of_smallest_kernel(max(gate, up, down)),

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from nested_core import backend
-from nested_core.kernels import padded_attention
-from nested_core.kernels.cuda import concatenate, gated_mlp, lora_add, lora_matmuls
-from nested_core.kernels.cuda.self_check import CheckedKernel
+from nested_core.kernels.self_check import CheckedKernel
+from nested_core.rooms.cuda import concatenate, gated_mlp, lora_add, lora_matmuls, padded_attention
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from importlib.resources import files
 import mlx.core as mx
 import numpy as np
 
+from nested_core.kernels.device_operations import MAX_TILES, RANKS_PER_TILE
+
 KERNEL_DTYPE = mx.bfloat16  # of the arrays that kernels compute with
 MAX_THREADS_PER_BLOCK = 256  # of a block, at most
 MULTIPROCESSORS = 132  # of an H200; every GPU gets grids of its size, which are right on each
@@ -114,17 +116,11 @@ def compress_program(cubin: bytes, arch: str) -> bytes:
 
 def read_source_with_includes(file: str) -> str:
     """A source file with the text of its includes in their place: the compiler sees no folder."""
-    text = (files("nested_core.kernels") / "cuda" / file).read_text()
+    text = (files("nested_core.rooms.cuda") / file).read_text()
     return INCLUDE_PATTERN.sub(lambda include: read_source_with_includes(include[1]), text)
 
 
-RANKS_PER_TILE = 8  # rows of a factor in one fragment of a matrix instruction
-COMPILED_TILE_COUNTS = 1, 2, 3, 4, 6, 8  # numbers of tiles that a kernel is compiled for
-
-
-def has_kernel_for_rank(rank: int) -> bool:
-    """Whether a factor of this rank fills whole tiles, no more than a kernel is compiled for."""
-    return 0 < rank <= RANKS_PER_TILE * COMPILED_TILE_COUNTS[-1] and rank % RANKS_PER_TILE == 0
+COMPILED_TILE_COUNTS = 1, 2, 3, 4, 6, MAX_TILES  # numbers of tiles that a kernel is compiled for
 
 
 def tiles_of_smallest_kernel(rank: int) -> int:

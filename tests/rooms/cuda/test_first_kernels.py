@@ -20,11 +20,10 @@ from nested_core import backend
 from nested_core.models.base_model import load_base_model
 from nested_core.models.parameters import trainable_parameters
 from nested_core.models.session import Session
-from nested_core.pipeline import kernel_worker
 from nested_core.pipeline.finetune import finetune
 from nested_core.pipeline.hooks import Steps
-from nested_core.pipeline.launch import first_kernels
-from nested_core.pipeline.launch.first_kernels import (
+from nested_core.rooms.cuda import first_kernels, kernel_worker
+from nested_core.rooms.cuda.first_kernels import (
     PARTS,
     FirstKernels,
     compiling_first_kernels,
@@ -45,7 +44,7 @@ from pathlib import Path
 from nested_core import backend
 backend.prepare()
 from nested_core.pipeline.finetune import finetune
-from nested_core.pipeline.launch import first_kernels
+from nested_core.rooms.cuda import first_kernels
 from nested_core.storage import compiled_kernels
 from nested_core.storage.run_directory import open_run
 from tests.example import example_config
