@@ -23,15 +23,19 @@ class Room:
     commands: words of the command line; flows/rooms/ROOM/command.py adds their parsers.
     count_processes, train_in_processes: functions that count a run's processes, and train in
         several.
+    reference_schedule, reference_trainer: the StepSchedule and the Trainer of a run under
+        `training.reference`.
     cuda_operations: the DeviceOperations of layers (kernels/device_operations.py) on CUDA.
     around_training: contexts around loading and training, of configuration, run directory, a
         function that takes a line for the person, and session.
     """
 
     commands: tuple[str, ...] = ()
-    count_processes: str = ""
-    train_in_processes: str = ""
-    cuda_operations: str = ""
+    count_processes: str | None = None
+    train_in_processes: str | None = None
+    reference_schedule: str | None = None
+    reference_trainer: str | None = None
+    cuda_operations: str | None = None
     around_training: tuple[str, ...] = ()
 
 
@@ -44,6 +48,10 @@ ROOMS: Mapping[str, Room] = {
     "cuda": Room(
         cuda_operations="nested_core.rooms.cuda.operations:CUDA_OPERATIONS",
         around_training=("nested_core.rooms.cuda.first_kernels:compiling_first_kernels",),
+    ),
+    "reference": Room(
+        reference_schedule="nested_core.rooms.reference.mlx_lm_schedule:MlxLmSchedule",
+        reference_trainer="nested_core.rooms.reference.mlx_lm_trainer:MlxLmTrainer",
     ),
 }
 

@@ -9,6 +9,7 @@ import shutil
 from math import ceil
 from pathlib import Path
 
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.gate.answers.answer_cache import answer_cache
@@ -42,6 +43,8 @@ def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:
     DatasetError for suites with bad lines.
     """
     refuse_mlx_launch()
+    if config.training.reference is not None:
+        seams.require("reference", "training.reference")
     adapter_folder = require_output_places(config, run)
     require_folder_or_hub_name(config.model)
     count_processes(config)  # refuses a hostfile that cannot be used

@@ -105,7 +105,7 @@ from nested_core.storage.safetensors_files import load_arrays
 from nested_core.text.stages import stages
 from nested_core.training.parameter_importance import measure_parameter_importance
 from nested_core.training.reports.reporting_services import TrainingCallback, reporting_to_services
-from nested_core.training.trainer import Trainer
+from nested_core.training.trainer import Trainer, make_trainer
 from nested_core.training.training_setup import build_optimizer, prepare_training
 from nested_core.training.world import SINGLE_PROCESS_WORLD, World
 
@@ -336,7 +336,7 @@ def train_model(
         )
     if world.is_main:
         stages.info("%s", describe_layers(model, as_mlx_lm=config.training.reference is not None))
-    trainer = Trainer(setup)
+    trainer = make_trainer(setup)
     if session is not None:
         trainer.on_near_end = lambda: session.keep_proof_process(start_proof_process)
     trainer.resume()

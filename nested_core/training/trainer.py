@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
+from nested_core import seams
 from nested_core.errors import DamagedError, DatasetError, TrainingStopped, go_on_with
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.parameters import read_parameters
@@ -19,14 +20,14 @@ from nested_core.optim.gradients import Flat
 from nested_core.optim.named_updates import apply_flat_updates_to_nested, flatten, verify_updates
 from nested_core.optim.tier_counters import COUNTERS_KEY, TierStats
 from nested_core.storage.checkpoint import Checkpoint, latest_checkpoint
-from nested_core.training.due_parts import Reporter, Saver, Validation, restore_random_key
+from nested_core.training.due_parts import Reporter, Saver, Validation
 from nested_core.training.early_stopping import is_out_of_patience
 from nested_core.training.evaluation import EvaluationInterrupted, Evaluator
 from nested_core.training.memory.memory_plan import limit_kept_buffers, plan_memory
 from nested_core.training.memory.model_footprint import compute_footprint
 from nested_core.training.nonfinite_watch import NonfiniteStepWatch
 from nested_core.training.parameter_packing import unflatten_names
-from nested_core.training.schedule.step_schedule import passes_multiple
+from nested_core.training.schedule.step_schedule import REFERENCE_KEY, passes_multiple
 from nested_core.training.train_step import StepResult, TrainStep
 from nested_core.training.training_checks import UpdateCheck, warn_of_lost_updates
 from nested_core.training.training_setup import TrainingSetup
@@ -53,6 +54,11 @@ class Trainer:
         stop_requested: ends training after the step that is under way, and an evaluation at once.
         stop_after_step: ends training after this step, with its evaluation, as a stop does.
     """
+
+    # The parts that know when they are due
+    reporter_class: type[Reporter] = Reporter
+    validation_class: type[Validation] = Validation
+    saver_class: type[Saver] = Saver
 
     def __init__(self, setup: TrainingSetup) -> None:
         # What is trained, and how
@@ -91,9 +97,9 @@ class Trainer:
             is_stop_requested=self._any_rank_requests_stop,
             world=setup.world,
         )
-        self._reporter = Reporter(setup)
-        self._validation = Validation(setup, evaluator)
-        self._saver = Saver(setup, self._reporter.window, evaluator)
+        self._reporter = self.reporter_class(setup)
+        self._validation = self.validation_class(setup, evaluator)
+        self._saver = self.saver_class(setup, self._reporter.window, evaluator)
         self._update_check = UpdateCheck(setup)
         self._divergence_watch = NonfiniteStepWatch(
             setup.config.training.max_nonfinite_steps, setup.config.learning_rate
@@ -150,8 +156,6 @@ class Trainer:
         is_over = self._is_over()
         self.state.ended = self.state.ended and is_over
         self.state.flushed = self.state.flushed and is_over
-        if self.state.random_key is not None:
-            restore_random_key(self.state.random_key)
 
     def train(self) -> TrainingState:
         """Train to the end of the run.
@@ -295,21 +299,7 @@ class Trainer:
             self._update_check.check(self.state, result, packing=packing, written=written)
 
     def _observe_before_step(self, train_step: TrainStep, first: int, last: int) -> None:
-        """Evaluate and export what is due within the step [first, last), before it is applied.
-
-        If an evaluation is interrupted, resume repeats them all.
-        """
-        reported = self.state.reported
-        try:
-            for done in self._validation.due_before_step(first, last):
-                self._sync_model_and_optimizer(train_step)
-                with self._reporter.window.pausing_clock():
-                    evaluation = self._validation.evaluate(self.state, done)
-                    if evaluation:
-                        self._reporter.write(self.state, done, evaluation)
-        except EvaluationInterrupted:
-            self.state.reported = reported
-            raise
+        """Export what is due within the step [first, last), before it is applied."""
         if snapshots := self._saver.snapshots_due_before_step(first, last):
             self._sync_model_and_optimizer(train_step)
             self._saver.export_snapshots(snapshots)
@@ -369,6 +359,17 @@ class Trainer:
             f"Training was stopped at step {self.state.step} of {self.steps}.",
             advice=go_on_with(self.setup.run.path),
         )
+
+
+def make_trainer(setup: TrainingSetup) -> Trainer:
+    """The trainer that a configuration asks for: under `training.reference` that of a room.
+
+    Raises ConfigError where the room is not installed.
+    """
+    if setup.config.training.reference is None:
+        return Trainer(setup)
+    trainer: Trainer = seams.load_only("reference_trainer", REFERENCE_KEY)(setup)
+    return trainer
 
 
 class _NearEnd:

@@ -31,7 +31,6 @@ from nested_core.storage.adapter import files_sha256, read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import regular_sha256
 from nested_core.training.evaluation import Prompts, choose_prompts
-from nested_core.training.loss import LOSSES
 from nested_core.training.loss.loss_interface import Loss
 from nested_core.training.reports.reporting_services import TrainingCallback
 from nested_core.training.reports.sample_prompts import SamplePrompts
@@ -133,7 +132,7 @@ def prepare_training(
     parameters = reference_trainable_parameters(
         model, masters=config.has_float32_masters, dtype=dtype
     )
-    loss_fn = LOSSES[step_schedule.loss_name].for_model(model, parameters)
+    loss_fn = step_schedule.loss.for_model(model, parameters)
     return TrainingSetup(
         config=config,
         run=run,

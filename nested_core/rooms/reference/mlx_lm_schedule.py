@@ -1,6 +1,6 @@
-"""`training.reference: mlx_lm`: batches and evaluations of mlx_lm.lora, to the bit.
+"""Batches, loss and evaluations of mlx_lm.lora, to the bit.
 
-Mirrors mlx_lm.tuner.trainer (0.32): iterate_batches, evaluate and train.
+Mirrors mlx_lm.tuner.trainer (0.32): iterate_batches, evaluate, train and default_loss.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+from mlx_lm.tuner.trainer import default_loss
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
-from nested_core.training.loss.loss_interface import BatchShape, MicroBatch
+from nested_core.training.loss.loss_interface import BatchShape, Loss, MicroBatch
 
 PAD_MULTIPLE = 32
+# Of a micro-batch (tokens, bounds): int32 (batch, length + 1), and (batch, 2) with the first target
+# and the length of each row.
+MLX_LM_LOSS = Loss(default_loss, is_mean=True)
 
 
 class MlxLmSchedule:
@@ -28,10 +32,8 @@ class MlxLmSchedule:
     that it is due with.
     """
 
-    loss_name = "mlx_lm"
+    loss = MLX_LM_LOSS
     offers_best = False
-    follows_mlx_lm = True
-    keeps_random_state = True
 
     def __init__(self, config: FineTuneConfig, splits: Mapping[str, TokenizedSplit]) -> None:
         self._config = config
