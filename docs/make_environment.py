@@ -123,7 +123,6 @@ VARIABLES = {
     "Between processes of the program: do not set": {
         "NESTED_TUNE_TMPDIR": ("", "`TMPDIR` as it was before training replaced it"),
         "NESTED_TUNE_PARENT": ("", "process that begins a training again if it is killed"),
-        "NESTED_TUNE_DEVICES": ("", "`CUDA_VISIBLE_DEVICES` as it was before ranks got one each"),
         "MLX_RANK": ("", "rank of a process that trains beside others"),
         "POLARS_MAX_THREADS": ("", "`1` in processes that read data"),
         "TOKENIZERS_PARALLELISM": ("", "`false` in processes that read data"),

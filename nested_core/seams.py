@@ -46,6 +46,13 @@ class Room:
         adapters of another program are read and written.
     training_flows: by the entrypoint that deployments name. The class of parameters has
         `deployment`, the deployment that trains, and `configurations()`, what that trains.
+    count_processes, train_in_processes: functions that count a run's processes, and train in
+        several.
+    reference_schedule, reference_trainer: the StepSchedule and the Trainer of a run under
+        `training.reference`.
+    cuda_operations: the DeviceOperations of layers (kernels/device_operations.py) on CUDA.
+    around_training: contexts around loading and training, of configuration, run directory, a
+        function that takes a line for the person, and session.
     """
 
     commands: tuple[str, ...] = ()
@@ -56,6 +63,12 @@ class Room:
     model_format: str | None = None
     adapter_format: str | None = None
     training_flows: Mapping[str, TrainingFlow] = field(default_factory=dict)
+    count_processes: str | None = None
+    train_in_processes: str | None = None
+    reference_schedule: str | None = None
+    reference_trainer: str | None = None
+    cuda_operations: str | None = None
+    around_training: tuple[str, ...] = ()
 
 
 ROOMS: Mapping[str, Room] = {
@@ -93,6 +106,18 @@ ROOMS: Mapping[str, Room] = {
                 "flows.rooms.sweep.flow:SweepParameters", "base"
             )
         },
+    ),
+    "ranks": Room(
+        count_processes="nested_core.rooms.ranks.mlx_launch:count_ranks",
+        train_in_processes="nested_core.rooms.ranks.rank_group:train_in_ranks",
+    ),
+    "cuda": Room(
+        cuda_operations="nested_core.rooms.cuda.operations:CUDA_OPERATIONS",
+        around_training=("nested_core.rooms.cuda.first_kernels:compiling_first_kernels",),
+    ),
+    "reference": Room(
+        reference_schedule="nested_core.rooms.reference.mlx_lm_schedule:MlxLmSchedule",
+        reference_trainer="nested_core.rooms.reference.mlx_lm_trainer:MlxLmTrainer",
     ),
 }
 
@@ -154,3 +179,15 @@ def find_training_flow(entrypoint: str) -> TrainingFlow | None:
     """The room's flow of this entrypoint that trains; None for any other."""
     room = ROOMS.get(room_of(entrypoint) or "")
     return None if room is None else room.training_flows.get(entrypoint)
+
+
+def load_only(field: str, wanted: str) -> Any:
+    """Import the part that one room has in this field of the table.
+
+    wanted: the key or command that asks for it, as a person wrote it.
+
+    Raises ConfigError, which names the room, where it is not there.
+    """
+    (name,) = (name for name, room in ROOMS.items() if getattr(room, field))
+    require(name, wanted)
+    return load(getattr(ROOMS[name], field))

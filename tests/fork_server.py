@@ -51,7 +51,7 @@ FORKED_PROGRAMS = (  # a file's name or a module
     "fresh_process_main.py",
     "limited.py",
     "astray.py",
-    "nested_core.pipeline.rank_worker",
+    "nested_core.rooms.ranks.rank_worker",
     "benchmarks.time_to_loss.worker",
 )
 REQUEST_BYTES = 2**20

@@ -224,6 +224,14 @@ def mlx_lm_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, 
     return found
 
 
+def join_world(options: dict[str, str]) -> Any:
+    """The ranks that mlx.launch started, where the arm has several; else this process."""
+    from nested_core.rooms.ranks.rank_world import join_ranks
+    from nested_core.training.world import SINGLE_PROCESS_WORLD
+
+    return join_ranks(int(options["ranks"])) if "ranks" in options else SINGLE_PROCESS_WORLD
+
+
 def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any]:
     """Our train step as the trainer drives it: one step in flight, a report at the end of a window.
 
@@ -235,10 +243,9 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
     from nested_core.kernels.optimized_model import using_optimized_layers
     from nested_core.models.parameters import reference_trainable_parameters
     from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
-    from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD, join_ranks
     from nested_core.training.train_step import TrainStep
 
-    world = join_ranks(int(options["ranks"])) if "ranks" in options else SINGLE_PROCESS_WORLD
+    world = join_world(options)
     model.train()
     refs = reference_trainable_parameters(model, dtype=compute_dtype(shape))
     is_tiered = "deep" in options or "due" in options
@@ -272,7 +279,8 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
                     due = tuple(range(int(options["due"])))
                 batch = batches[step % len(batches)]
                 tokens[-1] += real[step % len(batches)]
-                result = train_step.run([batch], due)
+                requests = world.requests_to_send(lambda: (False, False))
+                result = train_step.run([batch], due, requests=requests)
                 sent[",".join(map(str, due))] = result.gradient_bytes
                 total = total + result.micro_batches[0]["loss"]
                 in_flight.append(optimizer.state["nested"]["nonfinite_in_a_row"])

@@ -2,6 +2,6 @@
 
 optimized_model.using_optimized_layers installs all of them in a model while a block runs. Each
 file is one layer or operation, such as lora_linear.py and gated_delta.py. call_tracing.py finds
-LoRA layers that can be computed together, patching.py replaces calls, and cuda/ has our kernels,
-each beside the same formula in MLX's operations.
+LoRA layers that can be computed together, patching.py replaces calls. device_operations.py asks
+the room `cuda` for kernels, and self_check.py compares a kernel with its formula.
 """

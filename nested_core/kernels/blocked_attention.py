@@ -1,6 +1,6 @@
 """Causal attention in blocks of queries, each with the keys up to its last query's.
 
-For CPUs, and on CUDA for heads that no fused kernel takes (padded_attention.py).
+For CPUs, and on CUDA for heads that no fused kernel takes (the room `cuda`).
 
 MLX computes every score there and masks half of them, at the price of an exponential each, and adds
 up the gradients of each slice over all keys. mlx-lm's own function computes other masks, dtypes,
@@ -26,6 +26,8 @@ from nested_core.kernels.patching import replacing_function
 PATCHED_FUNCTION_NAME = "scaled_dot_product_attention"
 QUERY_BLOCKS = 4  # in which 5/8 of the scores are computed
 MIN_BLOCKED_LENGTH = 64
+# On CUDA, lengths that MLX's fused backward pass takes (ScaledDotProductAttentionVJP::use_fallback)
+FUSED_LENGTH_MULTIPLE = 128
 
 plain_attention: Any = base.scaled_dot_product_attention
 

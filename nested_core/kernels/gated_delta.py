@@ -20,15 +20,13 @@ import mlx.nn as nn
 from mlx_lm.models import gated_delta
 
 from nested_core import backend
-from nested_core.kernels.cuda.kernel_launch import launch_kernel
-from nested_core.kernels.cuda.self_check import checked_kernel, random_arrays
+from nested_core.kernels.device_operations import device_operations
 from nested_core.kernels.patching import is_used_by, replacing_function
+from nested_core.kernels.self_check import checked_kernel, random_arrays
 
 PATCHED_FUNCTION_NAME = "gated_delta_update"
 CHUNK_SIZES = {"gpu": 64, "cpu": 16}  # tokens of a chunk, powers of two
 LARGEST_UNSPLIT_MATRIX = 16
-CARRIED_ROWS = 32, 64, 96, 128  # key widths of states that the kernel carries
-CARRIED_COLUMNS = 32  # of a state, in one block of the kernel
 
 plain_gated_delta_update: Any = gated_delta.gated_delta_update
 
@@ -186,33 +184,11 @@ def invert_in_mlx(a: mx.array) -> mx.array:
     return inverse
 
 
-def _example_matrices() -> list[tuple[mx.array]]:
-    size = CHUNK_SIZES["gpu"]
-    (a,) = random_arrays((37, size, size), dtype=mx.float32)
-    return [(mx.where(_lower_triangle(size, -1), 0.2 * a, 0),)]
-
-
-@checked_kernel("triangular inverses", reference=invert_in_mlx, examples=_example_matrices)
-def invert_on_cuda(a: mx.array) -> mx.array:
-    """The same in one kernel, for float32 and up to 64 rows."""
-    size = a.shape[-1]
-    return launch_kernel(
-        "unit_lower_inverse",
-        [a],
-        [(a.shape, a.dtype)],
-        [],
-        blocks=(a.size // size**2, 1),
-        threads=size,
-        dtypes=[mx.float32],
-        SIZE=size,
-    )[0]
-
-
 @mx.custom_function
 def _invert_unit_lower(a: mx.array) -> Any:
-    """(I + a)^-1, by the kernel where it fits."""
-    fits = a.dtype == mx.float32 and a.shape[-1] == CHUNK_SIZES["gpu"]
-    return invert_on_cuda(a) if fits and invert_on_cuda.is_usable() else invert_in_mlx(a)
+    """(I + a)^-1, by a kernel where one takes it."""
+    inverse = device_operations().invert_unit_lower(a)
+    return invert_in_mlx(a) if inverse is None else inverse
 
 
 @_invert_unit_lower.vjp
@@ -237,50 +213,12 @@ def carry_in_mlx(
     return [mx.stack(states[::direction]), state]
 
 
-def _example_chunks(size: int) -> list[tuple[Any, ...]]:
-    e, r, gates = random_arrays((5, 3, size, size), (5, 3, size, 64), (5, 3, size, 1))
-    decay = mx.sigmoid(gates.astype(mx.float32))
-    state = mx.ones((3, size, 64))
-    return [
-        (each, e / size, r, state, direction)
-        for each in (decay, decay[..., :1, :])
-        for direction in (1, -1)
-    ]
-
-
-@checked_kernel("states of gated delta nets", reference=carry_in_mlx, examples=_example_chunks)
-def carry_on_cuda(
-    decay: mx.array, erased: mx.array, written: mx.array, state: mx.array, direction: int = 1
-) -> list[mx.array]:
-    """The same in one kernel, for bfloat16 chunks and a float32 state of sizes that fit."""
-    size, width = state.shape[-2:]
-    matrices = state.size // (size * width)
-    return launch_kernel(
-        "carry_state",
-        [decay, erased, written, state],
-        [(written.shape, written.dtype), (state.shape, state.dtype)],
-        [len(written), matrices, width, int(decay.shape[-2] > 1), int(direction < 0)],
-        blocks=(matrices * (width // CARRIED_COLUMNS), 1),
-        threads=2 * size,
-        dtypes=[mx.float32, mx.bfloat16, mx.bfloat16, mx.float32],
-        SIZE=size,
-    )
-
-
 def _carry(
     decay: mx.array, erased: mx.array, written: mx.array, state: mx.array, direction: int
 ) -> list[mx.array]:
-    """The states by the kernel where it fits."""
-    size, width = state.shape[-2:]
-    dtypes = [each.dtype for each in (decay, erased, written, state)]
-    fits = (
-        dtypes == [mx.float32, mx.bfloat16, mx.bfloat16, mx.float32]
-        and size in CARRIED_ROWS
-        and width % CARRIED_COLUMNS == 0
-    )
-    if fits and carry_on_cuda.is_usable(size):
-        return carry_on_cuda(decay, erased, written, state, direction)
-    return carry_in_mlx(decay, erased, written, state, direction)
+    """The states by a kernel where one takes the arrays."""
+    states = device_operations().carry_states(decay, erased, written, state, direction)
+    return carry_in_mlx(decay, erased, written, state, direction) if states is None else states
 
 
 @mx.custom_function

@@ -8,7 +8,7 @@ changes back when the block ends.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import Any, cast
@@ -18,15 +18,7 @@ import mlx.nn as nn
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.kernels.cuda import lora_add, lora_matmuls
-from nested_core.kernels.cuda.concatenate import concatenate_flattened
-from nested_core.kernels.cuda.kernel_launch import has_kernel_for_rank, tiles_of_smallest_kernel
-from nested_core.kernels.cuda.lora_add import (
-    LowRankSumTerms,
-    can_use_lora_kernels,
-    compute_low_rank_sums,
-)
-from nested_core.kernels.cuda.lora_matmuls import factor_gradients, project_to_rank
+from nested_core.kernels.device_operations import device_operations
 
 GROUP_ATTRIBUTE = "_shared_input"
 WEIGHT_NORM_ATTRIBUTE = "_squared_weight_norm"
@@ -90,21 +82,21 @@ def compute_lora_output(layer: AdapterLinear, x: mx.array) -> mx.array:
 
 def compute_dropout_output(layer: AdapterLinear, x: mx.array, dropped: mx.array) -> mx.array:
     """The output of a layer whose low-rank path alone sees dropout, as in mlx-lm."""
-    scale = layer.scale
+    scale, operations = layer.scale, device_operations()
 
     @mx.custom_function
     def project(x: mx.array, dropped: mx.array, a: mx.array, b: mx.array) -> list[mx.array]:
         """The output, and z, which the backward pass needs."""
-        z = project_to_rank([(a.T, dropped)], scale)
+        z = operations.project_to_rank([(a.T, dropped)], scale)
         return [*add_low_rank_products([layer], x, [z], [b]), z]
 
     @project.vjp
     def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
         x, dropped, a, b = primals
         g, z = cotangents[0], outputs[1]
-        dz = project_to_rank([(b, g)], scale)
+        dz = operations.project_to_rank([(b, g)], scale)
         dx = base_input_gradient([layer], x, [g]).astype(x.dtype)
-        da, db = factor_gradients([(dz, dropped), (z, g)])
+        da, db = operations.factor_gradients([(dz, dropped), (z, g)])
         return dx, dz.T @ a.T, da.T, db
 
     rows = [each.reshape(-1, each.shape[-1]) for each in (x, dropped)]
@@ -143,15 +135,14 @@ class LayersSharingInput:
 
     def _compute_outputs(self, x: mx.array) -> list[mx.array]:
         layers, rank_ranges = self._layers, self._rank_ranges
-        count, scale = len(layers), layers[0].scale
+        count, scale, operations = len(layers), layers[0].scale, device_operations()
 
         @mx.custom_function
         def project(x: mx.array, *factors: mx.array) -> list[mx.array]:
             """Each layer's output, and what the backward pass needs: all lora_a^T, and z."""
-            a = concatenate_flattened([factor.T for factor in factors[:count]]).reshape(
-                -1, x.shape[-1]
-            )
-            z = project_to_rank([(a, x)], scale)
+            transposed = [factor.T for factor in factors[:count]]
+            a = operations.concatenate_flattened(transposed).reshape(-1, x.shape[-1])
+            z = operations.project_to_rank([(a, x)], scale)
             parts = [z[start:end] for start, end in rank_ranges]
             return [*add_low_rank_products(layers, x, parts, factors[count:]), a, z]
 
@@ -160,10 +151,10 @@ class LayersSharingInput:
             x, b = primals[0], primals[1 + count :]
             g = cotangents[:count]
             a, z = outputs[count:]
-            dz = project_to_rank(list(zip(b, g, strict=True)), scale)
+            dz = operations.project_to_rank(list(zip(b, g, strict=True)), scale)
             dx = input_gradient(layers, x, g, dz, a)
             parts = [z[start:end] for start, end in rank_ranges]
-            da, *db = factor_gradients([(dz, x), *zip(parts, g, strict=True)])
+            da, *db = operations.factor_gradients([(dz, x), *zip(parts, g, strict=True)])
             return dx, *(da[start:end].T for start, end in rank_ranges), *db
 
         factors = [layer.lora_a for layer in layers] + [layer.lora_b for layer in layers]
@@ -175,9 +166,9 @@ def add_low_rank_products(
     layers: Sequence[AdapterLinear], x: mx.array, z: Sequence[mx.array], factors: Sequence[mx.array]
 ) -> Sequence[mx.array]:
     """Each base layer's output plus its z^T @ factor, of (rank, rows) and (rank, width)."""
-    if can_use_lora_kernels(x, factors):
-        bases = [layer.linear(x) for layer in layers]
-        return compute_low_rank_sums(list(map(LowRankSumTerms, bases, z, factors)))
+    operations = device_operations()
+    if operations.can_add_low_rank_products(x, factors):
+        return operations.add_low_rank_products([layer.linear(x) for layer in layers], z, factors)
     products = [each.T @ b for each, b in zip(z, factors, strict=True)]
     return [add_to_base_output(layer, x, low) for layer, low in zip(layers, products, strict=True)]
 
@@ -191,9 +182,10 @@ def input_gradient(
     dtype matter, since bases are linear. The gradient has its dtype: a float32 base in a bfloat16
     model gives float32, which MLX hands on as it is.
     """
-    if can_use_lora_kernels(x, [a]):
+    operations = device_operations()
+    if operations.can_add_low_rank_products(x, [a]):
         base = base_input_gradient(layers, x, g)
-        (gradient,) = compute_low_rank_sums([LowRankSumTerms(base, dz, a)])
+        (gradient,) = operations.add_low_rank_products([base], [dz], [a])
     else:
         gradient = base_input_gradient(layers, x, g, dz.T @ a)
     return gradient.astype(x.dtype)
@@ -232,16 +224,6 @@ def add_to_base_gradient(
     return gradient if added is None else added + gradient
 
 
-def check_lora_kernels(ranks: Collection[int]) -> None:
-    """Compile and check the kernels for layers of these ranks now, not while a step is traced."""
-    for tiles in sorted(
-        {tiles_of_smallest_kernel(rank) for rank in ranks if has_kernel_for_rank(rank)}
-    ):
-        lora_matmuls.project_to_rank_on_cuda.is_usable(tiles)
-        lora_matmuls.factor_gradients_on_cuda.is_usable(tiles)
-        lora_add.low_rank_sums_on_cuda.is_usable(tiles)
-
-
 @contextmanager
 def using_optimized_lora_layers(
     model: nn.Module, groups: Sequence[Sequence[nn.Module]] = ()
@@ -251,7 +233,7 @@ def using_optimized_lora_layers(
     originals = {id(layer): type(layer) for layer in layers}
     ranks = {id(layer): layer.lora_b.shape[0] for layer in layers}
     group_ranks = (sum(ranks.get(id(layer), 0) for layer in group) for group in groups)
-    check_lora_kernels([*ranks.values(), *group_ranks])
+    device_operations().check_kernels([*ranks.values(), *group_ranks])
     try:
         for layer in layers:
             if type(layer) is DoRALinear:

@@ -9,33 +9,26 @@ from itertools import chain
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core import backend
+from nested_core import backend, seams
 from nested_core.kernels.activation_checkpointing import checkpointing_layers
 from nested_core.kernels.blocked_attention import using_blocked_attention
 from nested_core.kernels.call_tracing import GatedMLP, group_layers_by_input, trace_calls
-from nested_core.kernels.cuda.kernel_launch import has_kernel_for_rank
+from nested_core.kernels.device_operations import device_operations, has_kernel_for_rank
 from nested_core.kernels.expert_mlps import find_expert_layers, using_expert_mlps
-from nested_core.kernels.fused_mlp import find_fusable_mlps, using_fused_mlps
 from nested_core.kernels.gated_delta import using_chunked_gated_delta_rule
 from nested_core.kernels.geglu import using_recomputed_geglu
 from nested_core.kernels.lora_linear import OPTIMIZED_CLASSES, using_optimized_lora_layers
-from nested_core.kernels.padded_attention import using_padded_attention
 from nested_core.kernels.quantized_linear import multiplying_by_dequantized_weights
-from nested_core.kernels.rms_norm import using_frozen_norms
-from nested_core.kernels.rope import using_rope_tables
 from nested_core.kernels.short_convolution import using_short_convolutions
-from nested_core.kernels.swiglu import using_fused_swiglu
+from nested_core.kernels.swiglu import using_cpu_swiglu
 
 OPTIMIZATION_CONTEXTS = (
-    using_fused_swiglu,
+    using_cpu_swiglu,
     using_recomputed_geglu,
     using_expert_mlps,
     using_blocked_attention,
-    using_padded_attention,
     using_chunked_gated_delta_rule,
     using_short_convolutions,
-    using_rope_tables,
-    using_frozen_norms,
     multiplying_by_dequantized_weights,
 )
 
@@ -53,12 +46,13 @@ def using_optimized_layers(
         if as_mlx_lm:
             yield
             return
+        operations = device_operations()
         mlps, groups = _find_mlps_and_shared_inputs(model)
         with ExitStack() as stack:
-            for optimization in OPTIMIZATION_CONTEXTS:
+            for optimization in (*operations.layer_contexts, *OPTIMIZATION_CONTEXTS):
                 stack.enter_context(optimization(model))
             stack.enter_context(using_optimized_lora_layers(model, groups))
-            stack.enter_context(using_fused_mlps(mlps))
+            stack.enter_context(operations.using_fused_mlps(mlps))
             yield
 
 
@@ -80,6 +74,8 @@ def describe_layers(model: nn.Module, *, as_mlx_lm: bool = False) -> str:
     if not backend.computes_on_cuda():
         where = "a CPU" if backend.device() == "cpu" else "Metal, where none of it was ever tried"
         return f"layers: {'; '.join(parts)}; no CUDA kernels on {where}"
+    if not seams.is_there("cuda"):
+        return f"layers: {'; '.join(parts)}; no CUDA kernels without the room cuda"
     mlps, _ = _find_mlps_and_shared_inputs(model)
     parts.append(f"{len(mlps)} gated MLPs are one function each")
     ranks = sorted({module.lora_b.shape[0] for module in ours})
@@ -95,7 +91,7 @@ def _find_mlps_and_shared_inputs(model: nn.Module) -> tuple[list[GatedMLP], list
     The trace itself is not kept: it holds on to the arrays that the model has now.
     """
     trace = trace_calls(model)
-    mlps = find_fusable_mlps(trace)
+    mlps = device_operations().find_fusable_mlps(trace)
     groups = group_layers_by_input(trace, exclude=chain(*(mlp.layers for mlp in mlps)))
     for mlp in mlps:  # for inputs that do not fit the fused function
         if mlp.gate_proj_matches_up_proj():

@@ -6,10 +6,12 @@ place of the steps, and a notebook as it is.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from nested_core import seams
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, GateRejected, NestedTuneError
@@ -21,7 +23,6 @@ from nested_core.pipeline.continual import (
     record_trial,
 )
 from nested_core.pipeline.hooks import ShownProgress, Steps, can_show_progress
-from nested_core.pipeline.launch.first_kernels import compiling_first_kernels
 from nested_core.pipeline.learning_rate_rule import warn_of_learning_rate
 from nested_core.pipeline.preflight import check_before_start, require_room_for_checkpoints
 from nested_core.pipeline.publishing import (
@@ -168,7 +169,10 @@ def _finetune_locked(
     if skip is not None:
         write_skip(run.skipped, skip)
         return FinetuneResult(run, skipped=skip)
-    with compiling_first_kernels(config, run, hooks.on_message, session):
+    with ExitStack() as around:
+        for room in seams.list_rooms().values():
+            for part in room.around_training:
+                around.enter_context(seams.load(part)(config, run, hooks.on_message, session))
         hooks.load(config, run, session)
         require_room_for_checkpoints(config, run)
         training = hooks.train(config, run, session)

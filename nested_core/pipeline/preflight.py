@@ -9,12 +9,13 @@ import shutil
 from math import ceil
 from pathlib import Path
 
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.gate.answers.answer_cache import answer_cache
 from nested_core.gate.answers.suite_answers import read_suites
 from nested_core.models.base_model import require_folder_or_hub_name
-from nested_core.pipeline.launch.mlx_launch import count_ranks
+from nested_core.pipeline.processes import count_processes, refuse_mlx_launch
 from nested_core.records.dataset import read_dataset_record
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.registry.registration import require_usable_registry
@@ -41,9 +42,12 @@ def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:
     Raises ConfigError for what cannot be used, DamagedError for a registry that is damaged,
     DatasetError for suites with bad lines.
     """
+    refuse_mlx_launch()
+    if config.training.reference is not None:
+        seams.require("reference", "training.reference")
     adapter_folder = require_output_places(config, run)
     require_folder_or_hub_name(config.model)
-    count_ranks(config)  # refuses a hostfile that cannot be used
+    count_processes(config)  # refuses a hostfile that cannot be used
     configured_services(config)  # refuses one that is not installed
     if config.registry.path is not None:
         require_usable_registry(*registry_location(config.registry))

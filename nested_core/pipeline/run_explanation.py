@@ -36,7 +36,7 @@ from nested_core.storage.safetensors_files import load_arrays
 from nested_core.text.duration_format import format_duration
 from nested_core.text.stages import stages
 from nested_core.training.memory.memory_plan import MemoryPlan
-from nested_core.training.trainer import Trainer
+from nested_core.training.trainer import Trainer, make_trainer
 from nested_core.training.training_setup import prepare_training
 
 MEASURED_STEPS = 4  # the first, which is compiled and not counted, among them
@@ -361,7 +361,7 @@ def _make_trainer(config: FineTuneConfig, run: RunDirectory) -> tuple[Trainer, i
     attach_adapter(model, config)
     load_adapter_tensors(model, load_arrays(run.initial / WEIGHTS_NAME))
     setup = prepare_training(config, run, model, splits, tokenizer=tokenizer)
-    return Trainer(setup), base_parameters
+    return make_trainer(setup), base_parameters
 
 
 def _measure_speed(

@@ -70,8 +70,7 @@ from nested_core.models.session import Session
 from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_champion
 from nested_core.pipeline.device_lock import OnWait, locking_devices
-from nested_core.pipeline.launch.mlx_launch import count_ranks
-from nested_core.pipeline.launch.rank_group import train_in_ranks
+from nested_core.pipeline.processes import count_processes, train_in_processes
 from nested_core.pipeline.replay import prepare_replay, require_same_start
 from nested_core.process.command_parent import list_earlier_ends
 from nested_core.records.answers import write_answers
@@ -105,10 +104,10 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.text.stages import stages
 from nested_core.training.parameter_importance import measure_parameter_importance
-from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD, World
 from nested_core.training.reports.reporting_services import TrainingCallback, reporting_to_services
-from nested_core.training.trainer import Trainer
+from nested_core.training.trainer import Trainer, make_trainer
 from nested_core.training.training_setup import build_optimizer, prepare_training
+from nested_core.training.world import SINGLE_PROCESS_WORLD, World
 
 
 def write_run_config(config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
@@ -239,7 +238,7 @@ def _load_base_for_initial_adapter(config: FineTuneConfig, session: Session) -> 
     """
     is_as_stored = model_compute_dtype(config) is None
     depends = config.nested.strategy == "parameter_importance" or config.fine_tune_type != "lora"
-    if count_ranks(config) > 1 or (depends and not is_as_stored):
+    if count_processes(config) > 1 or (depends and not is_as_stored):
         return load_base_with_adapter(config, as_stored=True)
     return session.load_base(config)
 
@@ -264,8 +263,8 @@ def train(
     """Train from the initial adapter, or from the last sound checkpoint, to the end.
 
     `on_start` is called with the trainer before its first step, so that a signal can stop it; where
-    the configuration asks for several processes, with their `RankGroup`, which has a trainer's
-    methods. Holds the device, or one for each process, meanwhile; `on_wait` is told who has it.
+    the configuration asks for several processes, with what has a trainer's methods for all of them.
+    Holds the device, or one for each process, meanwhile; `on_wait` is told who has it.
     """
     warn_if_unprepared()
     if run.result.exists() and _is_complete(config, run):
@@ -278,15 +277,15 @@ def train(
                 "%s is trained already: nothing is trained, and the gate runs again", run.path
             )
             return result
-    ranks = count_ranks(config)
+    processes = count_processes(config)
     with (
-        locking_devices(on_wait, ranks, session),
+        locking_devices(on_wait, processes, session),
         reporting_to_services(config, run, callback) as callbacks,
     ):
-        if ranks == 1:
+        if processes == 1:
             trainer = train_model(config, run, callbacks, on_start, session=session)
             return _publish_result(run, trainer)
-        train_in_ranks(config, run, ranks, callbacks, on_start)
+        train_in_processes(config, run, processes, callbacks, on_start)
         return read_result(run.result)
 
 
@@ -337,7 +336,7 @@ def train_model(
         )
     if world.is_main:
         stages.info("%s", describe_layers(model, as_mlx_lm=config.training.reference is not None))
-    trainer = Trainer(setup)
+    trainer = make_trainer(setup)
     if session is not None:
         trainer.on_near_end = lambda: session.keep_proof_process(start_proof_process)
     trainer.resume()

@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from nested_core.backend import to_float, to_int
 from nested_core.models.parameters import read_parameters
@@ -41,12 +40,12 @@ from nested_core.storage.validation_losses import (
 from nested_core.training.early_stopping import count_evaluations_without_improvement
 from nested_core.training.evaluation import Evaluation, EvaluationInterrupted, Evaluator
 from nested_core.training.loss.loss_interface import MicroBatch
-from nested_core.training.rank_communication import Sums, World
 from nested_core.training.schedule.step_schedule import passes_multiple
 from nested_core.training.train_step import StepResult
 from nested_core.training.training_checks import warn_of_flat_loss, warn_of_unchanged_checkpoint
 from nested_core.training.training_setup import TrainingSetup
 from nested_core.training.training_state import CheckpointState, TrainingState
+from nested_core.training.world import Sums, World
 
 # Where questions take longer before the first step, so many fewer are asked from then on.
 SLOW_SECONDS = 10.0
@@ -212,29 +211,20 @@ class Reporter:
             self.window.reopen(state.open_report)
 
     def add_step(self, state: TrainingState, first: int, result: StepResult) -> None:
-        """Add a step's micro-batches, from number `first`; by mlx-lm's rule report in between."""
+        """Add the micro-batches of a step, which began at iteration `first`, to the window."""
         self.window.add_gradient_bytes(result.gradient_bytes)
-        last = first + len(result.micro_batches)
-        for done, micro_batch in enumerate(result.micro_batches, start=first + 1):
+        for micro_batch in result.micro_batches:
             self.window.add_micro_batch(micro_batch)
-            if (
-                self.setup.step_schedule.follows_mlx_lm
-                and done < last
-                and self._is_due(done - 1, done)
-            ):
-                with self.window.pausing_clock():
-                    self.write(state, done, self._report(state, done))
 
     def after_step(self, state: TrainingState, first: int, evaluation: dict[str, Any]) -> None:
         """Report if it is due, or training ended with one open; write it with an evaluation."""
-        if self.setup.step_schedule.follows_mlx_lm:
-            first = state.iteration - 1  # reports before that are made within the step
-        is_due = self.window.is_open if state.ended else self._is_due(first, state.iteration)
-        record = self._report(state, state.iteration) if is_due else {}
+        is_due = self.window.is_open if state.ended else self.is_due(first, state.iteration)
+        record = self.report(state, state.iteration) if is_due else {}
         if record or evaluation:
             self.write(state, state.iteration, record | evaluation)
 
-    def _is_due(self, first: int, last: int) -> bool:
+    def is_due(self, first: int, last: int) -> bool:
+        """Whether a report is due after the iterations from `first` to `last`."""
         return passes_multiple(self.setup.step_schedule.intervals.report, first, last)
 
     def write(self, state: TrainingState, iteration: int, values: dict[str, Any]) -> None:
@@ -245,7 +235,8 @@ class Reporter:
             append_metrics(self.setup.run.metrics, record)
         state.reported += 1
 
-    def _report(self, state: TrainingState, iteration: int) -> dict[str, Any]:
+    def report(self, state: TrainingState, iteration: int) -> dict[str, Any]:
+        """Close the window; the record of it for metrics.jsonl, which callbacks have by then."""
         record = self.window.close_and_report() | read_optimizer_metrics(self.setup.optimizer)
         state.train_loss = record["loss"]
         state.trained_tokens += record.pop("tokens")
@@ -273,27 +264,13 @@ class Validation:
         self._evaluator = evaluator
         self._targets = setup.step_schedule.validation_targets()
 
-    def due_before_step(self, first: int, last: int) -> list[int]:
-        """Under mlx-lm's rule, evaluations before the update, as the number of iterations done.
-
-        The first one of all begins the run.
-        """
-        schedule = self.setup.step_schedule
-        if not schedule.follows_mlx_lm:
-            return []
-        iterations = range(max(first + 1, 2), last + 1)
-        every, end = schedule.intervals.evaluation, schedule.iterations
-        return [each - 1 for each in iterations if each == end or each % every == 0]
-
     def after_step(self, state: TrainingState, first: int) -> dict[str, Any]:
         """Evaluate if it is due, or training ended and what it ended with is not evaluated."""
         schedule = self.setup.step_schedule
         is_due = passes_multiple(schedule.intervals.evaluation, first, state.iteration)
         if state.ended:
             is_due = state.evaluated_step != state.step or state.flushed
-        return (
-            self.evaluate(state, state.iteration) if is_due and not schedule.follows_mlx_lm else {}
-        )
+        return self.evaluate(state, state.iteration) if is_due else {}
 
     def evaluate(self, state: TrainingState, iteration: int) -> dict[str, Any]:
         """The validation loss, and the answers to `samples`; empty without either."""
@@ -425,8 +402,6 @@ class Saver:
         setup = self.setup
         if not setup.world.is_main:
             return
-        if setup.step_schedule.keeps_random_state:
-            state.random_key = read_random_key()
         values = read_parameters(setup.parameters)
         adapter = self._cast_to_published_dtypes(values)
         masters = {name: v for name, v in values.items() if v.dtype != adapter[name].dtype}
@@ -497,15 +472,3 @@ class Saver:
 
     def _adapter_config(self) -> dict[str, Any]:
         return read_adapter_config(self.setup.run.initial / CONFIG_NAME)
-
-
-def read_random_key() -> list[int]:
-    """The key of MLX's next random draw in this thread, as two 32-bit words."""
-    state: Any = mx.random.state
-    words: list[int] = np.array(state[0]).tolist()
-    return words
-
-
-def restore_random_key(words: Sequence[int]) -> None:
-    """Continue the random draws after a key: seeding with its 64 bits gives the key itself."""
-    mx.random.seed((words[0] << 32) | words[1])

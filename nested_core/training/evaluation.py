@@ -23,7 +23,7 @@ from nested_core.models.parameters import (
 from nested_core.optim.gradients import Flat
 from nested_core.training.loss.loss_interface import Loss, MicroBatch, extract_logits
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
-from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD, World
+from nested_core.training.world import SINGLE_PROCESS_WORLD, World
 
 Prompts = Sequence[Sequence[int]]
 MAX_PROMPTS = 4
@@ -94,20 +94,7 @@ class Evaluator:
                 mx.eval(total, count, *by_row)
         sums = self.world.sum_scalars_over_ranks({"loss": total, "count": count})
         mean_loss = to_float(sums["loss"] / sums["count"])
-        return Evaluation(mean_loss, self._gather_row_sums(rows) if rows else None)
-
-    def _gather_row_sums(self, rows: Sequence[mx.array]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """The sums of all ranks' rows, in the order of the rows that all draw alike."""
-        size, rank = self.world.size, self.world.rank
-        own = np.concatenate([np.array(batch, np.float64) for batch in rows])
-        if size == 1:
-            return own
-        places = [np.arange(len(batch)) * size + rank for batch in rows]
-        starts = np.cumsum([0, *(len(batch) * size for batch in rows)])
-        everywhere = np.zeros(int(starts[-1]), np.float32)
-        where = [start + place for start, place in zip(starts[:-1], places, strict=True)]
-        everywhere[np.concatenate(where)] = own
-        return np.array(self.world.sum_vector_over_ranks(mx.array(everywhere)), np.float64)
+        return Evaluation(mean_loss, self.world.gather_row_sums(rows) if rows else None)
 
     def logits_on_fixed_prompts(self, values: Flat) -> dict[str, Any]:
         """The model's next-token logits after each prompt, in up to 256 columns of the vocabulary.

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from nested_core.kernels.cuda.concatenate import concatenate_flattened
+from nested_core.kernels.device_operations import device_operations
 from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.gradients import (
     HAD_GRADIENT,
@@ -53,7 +53,8 @@ class PackedArray:
         """The tensors, given by name, in one array."""
         if len(self.shapes) == 1:
             return values[next(iter(self.shapes))]
-        return concatenate_flattened([_transpose_if_tall(values[name]) for name in self.shapes])
+        tensors = [_transpose_if_tall(values[name]) for name in self.shapes]
+        return device_operations().concatenate_flattened(tensors)
 
     def unpack(self, array: mx.array) -> Flat:
         """The tensors by name, as views where they are aligned."""

@@ -22,13 +22,7 @@ from nested_core.optim.tier_assignment import TierMap
 from nested_core.optim.tiered import Tiered
 from nested_core.training.loss.loss_interface import Loss, MicroBatch
 from nested_core.training.parameter_packing import PackedState, unflatten_names
-from nested_core.training.rank_communication import (
-    SINGLE_PROCESS_WORLD,
-    Sums,
-    World,
-    pack_gradients_for_sum,
-    unpack_summed_gradients,
-)
+from nested_core.training.world import SINGLE_PROCESS_WORLD, Sums, World
 
 
 @dataclass(frozen=True)
@@ -105,7 +99,7 @@ class TrainStep:
         due: tuple[int, ...],
         *,
         is_complete: bool = True,
-        requests: tuple[bool, ...] = (),
+        requests: mx.array | None = None,
     ) -> StepResult:
         """Take one optimizer step, without waiting for the device.
 
@@ -113,13 +107,12 @@ class TrainStep:
             batches: the micro-batches, whose gradients are added up.
             due: the tiers to take gradients of.
             is_complete: whether the gradients are applied; else only the losses are computed.
-            requests: what is requested on this rank, which the others hear of.
+            requests: what `World.requests_to_send` gives.
         """
         if due not in self.compiled:
             self.compiled[due] = self._compile(due)
         compiled_step = self.compiled[due]
         params = self.packed.parameters
-        own = None if self.world.is_single_process else mx.array(requests)
         micro_batches: list[Sums] = []
         accumulated: dict[str, Any] | None = None
         updates: Flat = {}
@@ -129,7 +122,7 @@ class TrainStep:
                 is_last = is_complete and index == len(batches) - 1
                 arrays = self.loss_fn.prepare_batch(batch)
                 sums, accumulated, updates, counts = compiled_step(
-                    params, accumulated, own, *arrays, is_last
+                    params, accumulated, requests, *arrays, is_last
                 )
                 micro_batches.append(sums)
         mx.async_eval(updates, self.packed.optimizer.state, micro_batches, counts)
@@ -166,13 +159,10 @@ class TrainStep:
                 weight = accumulated["weight"] + weight
             if not is_last:
                 return micro_batch, {"gradients": gradients, "weight": weight}, {}, None
-            counts = None
-            if requests is not None:
-                packed = pack_gradients_for_sum(gradients, weight, requests)
-                self._gradient_bytes[due] = packed.nbytes
-                summed = self.world.sum_vector_over_ranks(packed)
-                gradients, weight, counts = unpack_summed_gradients(summed, gradients)
-            return micro_batch, None, self.update(gradients, weight, due_params), counts
+            summed = self.world.sum_gradients(gradients, weight, requests)
+            self._gradient_bytes[due] = summed.sent_bytes
+            updates = self.update(summed.gradients, summed.weight, due_params)
+            return micro_batch, None, updates, summed.requests
 
         return mx.compile(train_step, inputs=self.captured, outputs=self.captured)
 

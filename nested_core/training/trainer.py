@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import mlx.core as mx
-import numpy as np
 
+from nested_core import seams
 from nested_core.errors import DamagedError, DatasetError, TrainingStopped, go_on_with
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.parameters import read_parameters
@@ -20,15 +20,14 @@ from nested_core.optim.gradients import Flat
 from nested_core.optim.named_updates import apply_flat_updates_to_nested, flatten, verify_updates
 from nested_core.optim.tier_counters import COUNTERS_KEY, TierStats
 from nested_core.storage.checkpoint import Checkpoint, latest_checkpoint
-from nested_core.training.due_parts import Reporter, Saver, Validation, restore_random_key
+from nested_core.training.due_parts import Reporter, Saver, Validation
 from nested_core.training.early_stopping import is_out_of_patience
 from nested_core.training.evaluation import EvaluationInterrupted, Evaluator
-from nested_core.training.hang_watch import HangWatch
 from nested_core.training.memory.memory_plan import limit_kept_buffers, plan_memory
 from nested_core.training.memory.model_footprint import compute_footprint
 from nested_core.training.nonfinite_watch import NonfiniteStepWatch
 from nested_core.training.parameter_packing import unflatten_names
-from nested_core.training.schedule.step_schedule import passes_multiple
+from nested_core.training.schedule.step_schedule import REFERENCE_KEY, passes_multiple
 from nested_core.training.train_step import StepResult, TrainStep
 from nested_core.training.training_checks import UpdateCheck, warn_of_lost_updates
 from nested_core.training.training_setup import TrainingSetup
@@ -56,6 +55,11 @@ class Trainer:
         stop_after_step: ends training after this step, with its evaluation, as a stop does.
     """
 
+    # The parts that know when they are due
+    reporter_class: type[Reporter] = Reporter
+    validation_class: type[Validation] = Validation
+    saver_class: type[Saver] = Saver
+
     def __init__(self, setup: TrainingSetup) -> None:
         # What is trained, and how
         self.setup = setup
@@ -82,12 +86,7 @@ class Trainer:
         self.on_near_end: Callable[[], None] | None = None
         self.evaluation_peak = 0  # most bytes of MLX up to the end of the first evaluation
 
-        # Requests to stop and to save: of this process, and on how many ranks at the step before
         self.stop_requested = False
-        self._requests: mx.array | None = None
-        self._watch = HangWatch(
-            None if self.world.is_single_process else setup.config.training.hang_timeout
-        )
 
         # Evaluation, reports and checks
         evaluator = Evaluator(
@@ -98,9 +97,9 @@ class Trainer:
             is_stop_requested=self._any_rank_requests_stop,
             world=setup.world,
         )
-        self._reporter = Reporter(setup)
-        self._validation = Validation(setup, evaluator)
-        self._saver = Saver(setup, self._reporter.window, evaluator)
+        self._reporter = self.reporter_class(setup)
+        self._validation = self.validation_class(setup, evaluator)
+        self._saver = self.saver_class(setup, self._reporter.window, evaluator)
         self._update_check = UpdateCheck(setup)
         self._divergence_watch = NonfiniteStepWatch(
             setup.config.training.max_nonfinite_steps, setup.config.learning_rate
@@ -157,8 +156,6 @@ class Trainer:
         is_over = self._is_over()
         self.state.ended = self.state.ended and is_over
         self.state.flushed = self.state.flushed and is_over
-        if self.state.random_key is not None:
-            restore_random_key(self.state.random_key)
 
     def train(self) -> TrainingState:
         """Train to the end of the run.
@@ -167,7 +164,7 @@ class Trainer:
         `max_nonfinite_steps` steps in a row whose gradients are not finite.
         """
         try:
-            self._watch.allow_longer()
+            self.world.allow_longer()
             with self.using_training_layers():
                 self.world.require_equal_on_ranks(
                     read_parameters(self.setup.parameters), self.state.step
@@ -182,7 +179,7 @@ class Trainer:
             self.state.ended = False
             self._save_and_raise_stopped()
         finally:
-            self._watch.end()
+            self.world.end_watch()
         return self.state
 
     def _begin(self) -> None:
@@ -221,9 +218,11 @@ class Trainer:
             if self.on_step is not None:
                 self.on_step(self.state.step, self.steps)
             near_end.after_step(self.state.step)
-            must_stop, must_save = self._requests_after(result)
+            must_stop, must_save = self.world.requests_after_step(
+                result.requests, self._own_requests
+            )
             must_stop = must_stop or self._is_at_last_step()
-            self._watch.after_step()
+            self.world.after_step()
             self._divergence_watch.add_step(self.state.step, self.optimizer.state[COUNTERS_KEY])
             is_read = must_stop or must_save or self._is_over()
             self._check_updates(train_step, result, first, is_read=is_read)
@@ -254,8 +253,8 @@ class Trainer:
         self.step_schedule.seed_step(step)
         due = train_step.needed_tiers(step)
         if due not in train_step.compiled:
-            self._watch.allow_longer()
-        requests = () if self.world.is_single_process else self._own_requests()
+            self.world.allow_longer()
+        requests = self.world.requests_to_send(self._own_requests)
         result = train_step.run(batches, due, is_complete=is_complete, requests=requests)
         if not train_step.packed.packing.by_tier:  # large tensors are not to be held twice
             self._sync_model_and_optimizer(train_step)
@@ -300,21 +299,7 @@ class Trainer:
             self._update_check.check(self.state, result, packing=packing, written=written)
 
     def _observe_before_step(self, train_step: TrainStep, first: int, last: int) -> None:
-        """Evaluate and export what is due within the step [first, last), before it is applied.
-
-        If an evaluation is interrupted, resume repeats them all.
-        """
-        reported = self.state.reported
-        try:
-            for done in self._validation.due_before_step(first, last):
-                self._sync_model_and_optimizer(train_step)
-                with self._reporter.window.pausing_clock():
-                    evaluation = self._validation.evaluate(self.state, done)
-                    if evaluation:
-                        self._reporter.write(self.state, done, evaluation)
-        except EvaluationInterrupted:
-            self.state.reported = reported
-            raise
+        """Export what is due within the step [first, last), before it is applied."""
         if snapshots := self._saver.snapshots_due_before_step(first, last):
             self._sync_model_and_optimizer(train_step)
             self._saver.export_snapshots(snapshots)
@@ -327,7 +312,7 @@ class Trainer:
             self.state.observed = True
             self._reporter.after_step(self.state, first, evaluation)
             if self._saver.after_step(self.state, first, is_time=must_save):
-                self._watch.allow_longer()
+                self.world.allow_longer()
 
     def _is_over(self) -> bool:
         """Whether all iterations are done, or early stopping has run out of patience."""
@@ -358,29 +343,12 @@ class Trainer:
 
     def _any_rank_requests_stop(self) -> bool:
         """Whether any rank is to stop; this waits for all of them. Evaluations ask it."""
-        self._watch.allow_longer()
+        self.world.allow_longer()
         return self.world.any_rank(self._is_stop_requested())
 
     def _own_requests(self) -> tuple[bool, bool]:
         """Whether this rank is to stop, and whether it is time for a checkpoint."""
         return self._is_stop_requested(), self._saver.is_time_to_save()
-
-    def _requests_after(self, result: StepResult) -> tuple[bool, bool]:
-        """Whether to stop and whether to save after a step, which all ranks decide alike.
-
-        A rank's requests travel with the gradients of a step. The counts are read when the next
-        step is under way, so that no rank waits for the device.
-        """
-        if self.world.is_single_process:
-            return self._own_requests()
-        counts = self._requests
-        self._requests = result.requests
-        if counts is None:
-            return False, False
-        must_stop, must_save = (np.array(counts) > 0).tolist()
-        if must_save:  # the step under way asks for it once more; a stop is asked for at every step
-            self._requests = None
-        return must_stop, must_save
 
     def _save_and_raise_stopped(self) -> None:
         """Save, and raise TrainingStopped."""
@@ -391,6 +359,17 @@ class Trainer:
             f"Training was stopped at step {self.state.step} of {self.steps}.",
             advice=go_on_with(self.setup.run.path),
         )
+
+
+def make_trainer(setup: TrainingSetup) -> Trainer:
+    """The trainer that a configuration asks for: under `training.reference` that of a room.
+
+    Raises ConfigError where the room is not installed.
+    """
+    if setup.config.training.reference is None:
+        return Trainer(setup)
+    trainer: Trainer = seams.load_only("reference_trainer", REFERENCE_KEY)(setup)
+    return trainer
 
 
 class _NearEnd:

@@ -31,12 +31,11 @@ from nested_core.storage.adapter import files_sha256, read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import regular_sha256
 from nested_core.training.evaluation import Prompts, choose_prompts
-from nested_core.training.loss import LOSSES
 from nested_core.training.loss.loss_interface import Loss
-from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD, World
 from nested_core.training.reports.reporting_services import TrainingCallback
 from nested_core.training.reports.sample_prompts import SamplePrompts
 from nested_core.training.schedule.step_schedule import StepSchedule, make_step_schedule
+from nested_core.training.world import SINGLE_PROCESS_WORLD, World
 
 
 class Questions(Protocol):
@@ -133,7 +132,7 @@ def prepare_training(
     parameters = reference_trainable_parameters(
         model, masters=config.has_float32_masters, dtype=dtype
     )
-    loss_fn = LOSSES[step_schedule.loss_name].for_model(model, parameters)
+    loss_fn = step_schedule.loss.for_model(model, parameters)
     return TrainingSetup(
         config=config,
         run=run,

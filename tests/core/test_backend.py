@@ -224,13 +224,6 @@ print(json.dumps(run_job_in_worker(json.loads({REQUEST!r}))))
 sys.exit()
 """,
     "a flow that a worker of Prefect runs": "import flows.finetune, mlx_lm",
-    "a rank": """
-import os
-os.environ["MLX_RANK"] = "0"
-os.dup2(os.pipe()[0], 0)  # a rank ends when its standard input does
-from nested_core.pipeline.rank_worker import main
-main("/no/such/run", "1")
-""",
     "the fresh process": f"import runpy; runpy.run_path({str(FRESH_PROCESS_PROGRAM)!r})",
 }
 FAST_PROCESSES = ("a command",)
@@ -251,9 +244,14 @@ def install_torch(folder: Path) -> str:
 def test_no_process_of_ours_imports_an_installed_torch_and_whoever_wants_it_can(
     process: str, tmp_path: Path
 ) -> None:
-    path = install_torch(tmp_path)
-    (tmp_path / "look.py").write_text(LOOK)
-    code = f"{PROCESSES[process]}\nimport json, look; print(json.dumps(look.look()))"
+    check_that_no_torch_is_imported(PROCESSES[process], tmp_path)
+
+
+def check_that_no_torch_is_imported(process: str, folder: Path) -> None:
+    """Assert that a process imports no torch, and that whoever asks for it later has it."""
+    path = install_torch(folder)
+    (folder / "look.py").write_text(LOOK)
+    code = f"{process}\nimport json, look; print(json.dumps(look.look()))"
     printed = json.loads(run(code, PYTHONPATH=path).splitlines()[-1])
     assert printed == {
         "mlx_lm, torch": [True, False],

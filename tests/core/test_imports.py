@@ -136,10 +136,3 @@ def test_looking_at_a_run_and_promoting_it_load_no_trainer(
     assert "nested_core" in packages
     assert unneeded & {*packages} == set()
     assert "nested_core.training.trainer" not in modules
-
-
-def test_a_rank_chooses_its_device_before_anything_imports_mlx() -> None:
-    imported = (
-        "import json, sys, nested_core.pipeline.rank_worker; print(json.dumps([*sys.modules]))"
-    )
-    assert "mlx.core" not in ask(imported)

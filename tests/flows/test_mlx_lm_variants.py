@@ -33,6 +33,7 @@ from mlx_lm.utils import load_model
 
 from flows import cli
 from flows.commands.config_flags import load_config_from_flags
+from nested_core import seams
 from nested_core.config.key_properties import iterate_keys
 from nested_core.config.schema import FineTuneConfig
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME
@@ -436,6 +437,7 @@ REFERENCE = [
 
 
 @pytest.mark.reliability
+@pytest.mark.skipif(not seams.is_there("reference"), reason="the room reference is not here")
 @pytest.mark.parametrize("variant", REFERENCE)
 def test_every_snapshot_of_a_reference_run_is_mlx_lms_to_the_bit(
     variant: Variant,

@@ -151,10 +151,10 @@ FAULTS = (
         "a wrong order",
     ),
     Fault(
-        "nested_core/kernels/cuda/kernel_launch.py",
-        "if RANKS_PER_TILE * tiles >= rank)",
-        "if RANKS_PER_TILE * tiles > rank)",
-        "a comparison turned",
+        "nested_core/kernels/swiglu.py",
+        "return scaled * x * (1 + gate * (1 - s)), scaled * gate",
+        "return scaled * x * (1 - gate * (1 - s)), scaled * gate",
+        "a sign changed",
     ),
     Fault(
         "nested_core/training/training_checks.py",

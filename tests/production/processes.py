@@ -9,6 +9,10 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from nested_core.records.metrics import read_metrics
+
+RANK_PROGRAM = "nested_core.rooms.ranks.rank_worker"
+
 
 def free_port() -> int:
     """A port of this machine that nobody listens on now."""
@@ -61,6 +65,31 @@ def processes_with(text: str) -> list[int]:
         except OSError:  # it has ended, or is another user's
             continue
     return sorted(found)
+
+
+def ranks_of(folder: Path) -> dict[int, int]:
+    """The process ids of the ranks that train in a folder's run, by rank."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            environment = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        rank = next((e for e in environment if e.startswith(b"MLX_RANK=")), None)
+        if (
+            rank is not None
+            and RANK_PROGRAM.encode() in words
+            and str(folder / "run").encode() in words
+        ):
+            found[int(rank.split(b"=")[1])] = int(entry.name)
+    return found
+
+
+def step_of(metrics: Path) -> int:
+    """The step of the last record of metrics.jsonl; -1 without any."""
+    records = read_metrics(metrics)
+    return int(records[-1]["step"]) if records else -1
 
 
 def seconds_of_children(process: int) -> float:

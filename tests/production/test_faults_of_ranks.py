@@ -9,12 +9,17 @@ from typing import Any
 
 import pytest
 
+from nested_core import seams
 from tests.production.faults import FaultTable
 from tests.production.processes import processes_with
 from tests.production.stack import Stack
 from tests.production.test_faults import Training, cancel_and_retry
 
-pytestmark = [pytest.mark.production, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.production,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not seams.is_there("ranks"), reason="the room ranks is not here"),
+]
 
 TWO_RANKS: dict[str, Any] = {"training": {"processes": 2, "max_grad_norm": 1.0}}
 SECONDS_TO_END = 15

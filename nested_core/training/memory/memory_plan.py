@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from nested_core import backend
+from nested_core import backend, seams
 from nested_core.training.loss.loss_interface import BatchShape
 from nested_core.training.memory import peak_estimate
 from nested_core.training.memory.peak_estimate import (
@@ -179,10 +179,9 @@ def device_profile_for(config: FineTuneConfig) -> DeviceProfile:
         device = peak_estimate.cuda_profile(
             int(os.environ.get(backend.OPERATIONS_PER_COMMIT_VARIABLE, "100"))
         )
-        plain = replace(
-            device, recomputes_mlp_product=False, attention_multiple=1, dequantized_weights=0
-        )
-        return plain if is_plain else device
+        if is_plain or not seams.is_there("cuda"):
+            device = replace(device, recomputes_mlp_product=False, attention_multiple=1)
+        return replace(device, dequantized_weights=0) if is_plain else device
     device = peak_estimate.CPU_PROFILE if backend.device() == "cpu" else peak_estimate.METAL_PROFILE
     plain = replace(device, score_share=1, mlp_arrays=2, dequantized_weights=0)
     return plain if is_plain else device

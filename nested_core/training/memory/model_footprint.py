@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.kernels.cuda.kernel_launch import has_kernel_for_rank
+from nested_core.kernels.device_operations import has_kernel_for_rank
 from nested_core.kernels.geglu import GEGLU_MLP_CLASSES
 from nested_core.kernels.quantized_linear import dequantized_weight_bytes
 from nested_core.models.parameters import ParameterRefs, read_parameters
@@ -164,7 +164,7 @@ def _read_layer_footprint(
 
 
 def _ends_fused_mlp(modules: Modules, name: str) -> bool:
-    """Whether a layer is the last of a gated MLP that is all LoRA: see kernels/fused_mlp.py."""
+    """Whether a layer is the last of a gated MLP that is all LoRA, which the room `cuda` fuses."""
     parent, _, leaf = name.rpartition(".")
     code = sys.modules.get(type(modules.get(parent)).__module__)  # None: code of the model's own
     layers = [modules.get(f"{parent}.{each}") for each in (*GATE_AND_UP_LAYERS, leaf)]

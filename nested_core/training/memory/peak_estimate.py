@@ -36,11 +36,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nested_core.kernels.cuda.kernel_launch import KERNEL_DTYPE
-from nested_core.kernels.padded_attention import FUSED_LENGTH_MULTIPLE
+from nested_core.kernels.blocked_attention import FUSED_LENGTH_MULTIPLE
 from nested_core.training.loss.chunked_cross_entropy import round_up_position_count
 from nested_core.training.loss.loss_interface import BatchShape
 
+HALF_PRECISION_BYTES = 2  # of the elements that our kernels compute with
 LAYERS_HELD_WHILE_RECOMPUTING = 1.8  # a layer that is recomputed, and its gradients
 EXTRA_BYTES_PER_CHUNKED_LOGIT = (
     8  # a logit, beside the logit itself, where logits are made in chunks
@@ -193,7 +193,7 @@ def bytes_of_padded_attention(
 
 def _is_half_precision(footprint: ModelFootprint) -> bool:
     """Whether activations are as the kernels take them."""
-    return footprint.activation_bytes == KERNEL_DTYPE.size
+    return footprint.activation_bytes == HALF_PRECISION_BYTES
 
 
 def bytes_of_logits(footprint: ModelFootprint, batch: BatchShape, device: DeviceProfile) -> float:

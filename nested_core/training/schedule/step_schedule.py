@@ -1,4 +1,4 @@
-"""What each step trains on and when it is evaluated; mlx-lm's way is in mlx_lm_batch_schedule.py.
+"""What each step trains on and when it is evaluated.
 
 A schedule follows from the configuration, the data and the position alone: a checkpoint keeps
 nothing of it.
@@ -14,16 +14,19 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig, Intervals
 from nested_core.data.batches import BatchOrder, choose_evaluation_batches, make_batch_arrays
 from nested_core.data.data_settings import REPLAY_SPLIT
 from nested_core.data.replayed_batches import ReplayedBatchOrder, ReplayedRows
 from nested_core.data.tokens.tokenized_split import Int32, Int64, JoinedSplits, TokenizedSplit
 from nested_core.training.evaluation import load_evaluation_batches
-from nested_core.training.loss.loss_interface import BatchShape, MicroBatch
-from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD, World
+from nested_core.training.loss.loss_interface import BatchShape, Loss, MicroBatch
+from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
+from nested_core.training.world import SINGLE_PROCESS_WORLD, World
 
 MAX_WIDEST_ROWS_EXAMINED = 256
+REFERENCE_KEY = "training.reference"
 
 
 class StepSchedule(Protocol):
@@ -33,27 +36,21 @@ class StepSchedule(Protocol):
     the micro-batches [first, last).
 
     Attributes:
-        loss_name: the loss to train with, a key of `loss.LOSSES`.
+        loss: the loss to train with.
         iterations: micro-batches of the whole run.
         steps: optimizer steps of the whole run.
         intervals: iterations between two reports, evaluations and checkpoints.
         epochs: passes over the training data of the whole run.
         offers_best: whether the run offers its best checkpoint by validation loss, or its last.
-        follows_mlx_lm: whether reports and evaluations are due as in mlx_lm.lora: at iterations,
-            within a step too, and evaluations before the update that they are due with.
-        keeps_random_state: whether random draws continue from step to step, so that a checkpoint
-            has to hold the random key.
         validation_examples: how many examples an evaluation reads.
     """
 
-    loss_name: str
+    loss: Loss
     iterations: int
     steps: int
     intervals: Intervals
     epochs: float
     offers_best: bool
-    follows_mlx_lm: bool
-    keeps_random_state: bool
     validation_examples: int
 
     def largest_batch(self) -> BatchShape:
@@ -96,9 +93,7 @@ class BucketedSchedule:
     same batches, and each takes its own rows.
     """
 
-    loss_name = "supervised"
-    follows_mlx_lm = False
-    keeps_random_state = False
+    loss = SUPERVISED_LOSS
 
     def __init__(
         self,
@@ -221,12 +216,12 @@ def make_step_schedule(
     world: World = SINGLE_PROCESS_WORLD,
     replay: ReplayedRows | None = None,
 ) -> StepSchedule:
-    """The length-bucketed schedule, or under `training.reference` mlx-lm's.
+    """The length-bucketed schedule, or under `training.reference` that of a room.
 
-    `replay` says which examples of the split `replay` come when.
+    `replay` says which examples of the split `replay` come when. Raises ConfigError where the room
+    is not installed.
     """
     if config.training.reference is None:
         return BucketedSchedule(config, splits, world, replay)
-    from nested_core.training.schedule.mlx_lm_batch_schedule import MlxLmSchedule
-
-    return MlxLmSchedule(config, splits)
+    schedule: StepSchedule = seams.load_only("reference_schedule", REFERENCE_KEY)(config, splits)
+    return schedule

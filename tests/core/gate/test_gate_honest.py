@@ -24,7 +24,6 @@ from tests.left_out import slow_except
 ATTENTION = {"rank": 4, "keys": ["self_attn.q_proj", "self_attn.v_proj"]}
 RULES = [{"match": "self_attn", "tier": 0}, {"match": "mlp", "tier": 1}]
 ONE_TIER = {"frequencies": [1]}
-REFERENCE = {"training": {"reference": "mlx_lm", "max_grad_norm": 0}, "nested": ONE_TIER}
 STEPS = 14  # of a run that never changes
 TOO_HIGH_AFTER_10 = {"name": "step_decay", "arguments": [2e-3, 1000, 10]}
 HONEST: dict[str, dict[str, Any]] = {
@@ -40,7 +39,6 @@ HONEST: dict[str, dict[str, Any]] = {
     "dropout": {"lora_parameters": {"dropout": 0.2}},
     "AdamW": {"optimizer": "adamw"},
     "SGD": {"optimizer": "sgd", "learning_rate": 0.05, "nested": ONE_TIER},
-    "as mlx_lm.lora does it": REFERENCE,
     "full": {"fine_tune_type": "full", "learning_rate": 1e-4},
     "DoRA": {"fine_tune_type": "dora"},
     "an earlier step that was the best": {

@@ -22,7 +22,6 @@ from nested_core.models.parameters import (
     reference_trainable_parameters,
     restoring_parameters,
 )
-from nested_core.training.loss import LOSSES
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import HYBRIDS, batch, build, largest_difference, outcome
 from tests.left_out import slow_except
@@ -133,7 +132,7 @@ def test_padding_at_a_rows_end_changes_neither_loss_nor_gradients(name: str) -> 
 def test_the_loss_at_supervised_positions_is_that_of_full_logits(name: str) -> None:
     model = build(name)
     given = batch(rows=2, width=21)
-    chunked = LOSSES["supervised"].for_model(model, reference_trainable_parameters(model))
+    chunked = SUPERVISED_LOSS.for_model(model, reference_trainable_parameters(model))
     with using_optimized_layers(model):
         expected, found = (
             outcome(model, loss, given, compiled=uncompiled) for loss in (SUPERVISED_LOSS, chunked)

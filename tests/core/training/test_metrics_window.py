@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from nested_core.training.due_parts import MetricsWindow
-from nested_core.training.rank_communication import Sums, World
+from nested_core.training.world import Sums, World
 
 
 class Clock:

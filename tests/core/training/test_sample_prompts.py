@@ -63,21 +63,6 @@ def test_answering_changes_nothing_that_is_trained(sampled: Finished, tmp_path: 
 
 
 @pytest.mark.slow("trains two runs of its own")
-def test_a_reference_run_draws_the_same_random_numbers_with_samples(tmp_path: Path) -> None:
-    settings = {
-        "nested": {"frequencies": [1]},
-        "training": {"reference": "mlx_lm", "max_grad_norm": 0.0},
-        "lora_parameters": {"dropout": 0.3},
-        "iters": 2,
-        "steps_per_eval": 2,
-    }
-    plain = train_example(tmp_path / "plain", **settings)
-    sampled = train_example(tmp_path / "sampled", **settings, samples=PROMPTS[:1])
-    assert sampled.at(2).digest() == plain.at(2).digest()
-    assert list(samples_by_step(sampled.metrics())) == [0, 1]
-
-
-@pytest.mark.slow("trains two runs of its own")
 def test_a_resumed_run_has_each_answer_once(sampled: Finished, tmp_path: Path) -> None:
     config = example_config(**SETTINGS)
     run = prepare(config, tmp_path / "run")

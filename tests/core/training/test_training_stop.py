@@ -14,7 +14,7 @@ from nested_core.storage.checkpoint import OPTIMIZER_NAME
 from nested_core.storage.checkpoint_verification import STATE_NAME, checkpoint_path
 from nested_core.storage.safetensors_files import read_tensors
 from nested_core.training.trainer import Trainer
-from tests.example import SPEEDS, Finished, example_config, prepare, train, train_example
+from tests.example import SPEEDS, Finished, prepare, train, train_example
 
 BATCHES = 5  # of the validation set, in each evaluation
 
@@ -90,24 +90,3 @@ def test_an_evaluation_that_is_cut_is_made_up_for_bit_for_bit(
     assert done.metrics(without=SPEEDS) == whole.metrics(without=SPEEDS)
     assert done.result.adapter_step == whole.result.adapter_step
     assert steps.judge(done.config, run).has_passed
-
-
-@pytest.mark.slow("trains a run whole, and one that is stopped and resumed")
-def test_evaluations_of_a_reference_run_are_cut_and_made_again(tmp_path: Path) -> None:
-    config = example_config(
-        iters=6,
-        grad_accumulation_steps=3,
-        steps_per_eval=1,
-        steps_per_report=1,
-        val_batches=2,
-        nested={"frequencies": [1]},
-        training={"reference": "mlx_lm", "max_grad_norm": 0.0},
-    )
-    straight = train(config, prepare(config, tmp_path / "straight"))
-    # Two batches at the start, two before each of iterations 2 and 3, one ask after step 1; then
-    # two before iteration 4 and one before iteration 5.
-    run, _ = stop_at(config, tmp_path / "run", 2 + 1 + 4 + 1 + 2 + 2)
-    steps.write_run_config(config, run, resume=True)
-    done = train(config, run)
-    assert done.metrics(without=SPEEDS) == straight.metrics(without=SPEEDS)
-    assert done.at(2).tensors == straight.at(2).tensors

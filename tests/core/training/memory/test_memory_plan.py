@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from nested_core import backend
+from nested_core import backend, seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.training.loss.loss_interface import BatchShape
 from nested_core.training.memory.memory_plan import (
@@ -205,16 +205,19 @@ def test_a_device_that_runs_ahead_has_more_in_flight() -> None:
 REFERENCE: dict[str, Any] = {"training": {"reference": "mlx_lm"}}
 
 
+@pytest.mark.parametrize("has_room", [True, False])
 @pytest.mark.parametrize(("device", "has_cuda"), [("cpu", False), ("gpu", True), ("gpu", False)])
 def test_what_our_kernels_alone_make_is_forecast_where_they_are_used(
-    device: str, has_cuda: bool, monkeypatch: pytest.MonkeyPatch
+    device: str, has_cuda: bool, has_room: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(seams, "is_there", lambda room: has_room)
     monkeypatch.setattr(backend, "device", lambda: device)
     monkeypatch.setattr(backend, "computes_on_cuda", lambda: has_cuda)
     ours, theirs = (
         device_profile_for(FineTuneConfig.model_validate(changes)) for changes in ({}, REFERENCE)
     )
-    assert ours.recomputes_mlp_product == has_cuda
+    assert ours.recomputes_mlp_product == (has_cuda and has_room)
+    assert (ours.attention_multiple > 1) == (has_cuda and has_room)
     assert ours.dequantized_weights == (2 if has_cuda or device == "cpu" else 0)
     assert (theirs.recomputes_mlp_product, theirs.dequantized_weights) == (False, 0)
     assert theirs.score_share == (0 if has_cuda else 1)

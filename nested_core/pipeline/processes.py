@@ -1,0 +1,57 @@
+"""How many processes train a run, and who trains in several: the room that starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from nested_core import seams
+from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import ConfigError
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.training.reports.reporting_services import TrainingCallback
+
+LAUNCHED_VARIABLE = "MLX_RANK"  # which mlx.launch sets for each process that it starts
+
+
+def count_processes(config: FineTuneConfig) -> int:
+    """The number of processes that train.
+
+    Raises ConfigError where the room that starts them is not installed, or a hostfile cannot be
+    used.
+    """
+    training = config.training
+    if (training.processes, training.hostfile) == (1, None):
+        return 1
+    asked = "training.processes" if training.hostfile is None else "training.hostfile"
+    count: int = seams.load_only("count_processes", asked)(config)
+    return count
+
+
+def train_in_processes(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    processes: int,
+    callback: TrainingCallback | None,
+    on_start: Callable[[Any], None] | None,
+) -> None:
+    """Train in several processes until result.json is written.
+
+    `on_start` is called with what has a trainer's methods. Raises what a trainer raises, and
+    TrainingProcessLost where a process was lost.
+    """
+    train = seams.load_only("train_in_processes", "training.processes")
+    train(config, run, processes, callback, on_start)
+
+
+def refuse_mlx_launch() -> None:
+    """Raise ConfigError where mlx.launch started this command: each process would train alone."""
+    if LAUNCHED_VARIABLE not in os.environ:
+        return
+    seams.load_only("train_in_processes", "mlx.launch")
+    raise ConfigError(
+        "mlx.launch started this command several times, and each would train a run of its own. "
+        "Start it without mlx.launch, and give training.processes, or training.hostfile for "
+        "several hosts: it starts mlx.launch itself."
+    )

@@ -1,0 +1,174 @@
+"""Data-parallel training: what the processes (ranks) of one run sum, agree on and compare.
+
+All ranks start equal and stay equal to the bit, because each applies the same sum of gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from nested_core.errors import ConfigError, TrainingProcessesDiffer, go_on_with
+from nested_core.optim.gradients import Flat
+from nested_core.rooms.ranks.hang_watch import HangWatch
+from nested_core.training.loss.loss_interface import MicroBatch
+from nested_core.training.world import SummedGradients, Sums, World
+
+RANK_SEED_STRIDE = (
+    0x9E3779B9  # 2**32 over the golden ratio, so that neighbours' seeds lie far apart
+)
+
+
+@dataclass(eq=False)
+class RankWorld(World):
+    """Several ranks of `group`, whose gradients are summed once a step.
+
+    watch: ends this process where it waits for the others for too long.
+    """
+
+    group: mx.distributed.Group | None = None
+    watch: HangWatch = field(default_factory=lambda: HangWatch(None))
+    _request_counts: mx.array | None = field(default=None, init=False)  # of the step before
+
+    def own_rows(self, batch: MicroBatch) -> MicroBatch:
+        """This rank's rows of a batch that all ranks draw alike: every `size`-th of them."""
+        tokens, target_mask = batch
+        return tokens[self.rank :: self.size], target_mask[self.rank :: self.size]
+
+    def seed_of_step(self, seed: int, step: int) -> int:
+        """A step's seed: each rank has its own, and rank 0 the one of a single process."""
+        return super().seed_of_step(seed ^ (self.rank * RANK_SEED_STRIDE % 2**32), step)
+
+    def sum_vector_over_ranks(self, vector: mx.array) -> mx.array:
+        """The sum of all ranks' vectors. It can be traced; every rank has to call it."""
+        summed: mx.array = mx.distributed.all_sum(vector, group=self.group)
+        return summed
+
+    def sum_gradients(
+        self, gradients: Flat, weight: mx.array, requests: mx.array | None
+    ) -> SummedGradients:
+        """The gradients, their weight and the requests of all ranks, summed as one vector."""
+        if requests is None:
+            raise ValueError("several ranks send requests with every step")
+        packed = pack_gradients_for_sum(gradients, weight, requests)
+        summed = self.sum_vector_over_ranks(packed)
+        return SummedGradients(*unpack_summed_gradients(summed, gradients), packed.nbytes)
+
+    def sum_scalars_over_ranks(self, sums: Sums) -> Sums:
+        """Scalars summed over the ranks; this waits for all of them."""
+        totals = {name: mx.distributed.all_sum(v, group=self.group) for name, v in sums.items()}
+        mx.eval(totals)
+        return totals
+
+    def gather_row_sums(self, rows: Sequence[mx.array]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """The sums of all ranks' rows, in the order of the rows that all draw alike."""
+        places = [np.arange(len(batch)) * self.size + self.rank for batch in rows]
+        starts = np.cumsum([0, *(len(batch) * self.size for batch in rows)])
+        everywhere = np.zeros(int(starts[-1]), np.float32)
+        where = [start + place for start, place in zip(starts[:-1], places, strict=True)]
+        everywhere[np.concatenate(where)] = super().gather_row_sums(rows)
+        return np.array(self.sum_vector_over_ranks(mx.array(everywhere)), np.float64)
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; this waits for all of them."""
+        return bool(mx.distributed.all_sum(mx.array(int(flag)), group=self.group).item())
+
+    def require_equal_on_ranks(self, arrays: Mapping[str, mx.array], step: int) -> None:
+        """Raise TrainingProcessesDiffer, naming ranks and arrays, if a bit differs among ranks."""
+        own = mx.stack([checksum(array) for array in arrays.values()])
+        checksums = np.array(mx.distributed.all_gather(own[None], group=self.group))
+        common = _most_common_row(checksums)
+        odd_ranks = [rank for rank, row in enumerate(checksums) if (row != common).any()]
+        if odd_ranks:
+            differs = (checksums != common).any(0)
+            names = [name for name, is_other in zip(arrays, differs, strict=True) if is_other]
+            raise TrainingProcessesDiffer(
+                f"At step {step} rank {', '.join(map(str, odd_ranks))} of {self.size} holds other "
+                f"numbers than the rest, in {len(names)} of {len(arrays)} arrays, {names[0]} among "
+                f"them. Ranks must be equal to the bit. Nothing of this step was kept. "
+                f"Look at that rank's machine: its MLX, its device, and whether it reads the same "
+                f"model, data and run directory.",
+                advice=go_on_with(),
+            )
+
+    def requests_to_send(self, read_requests: Callable[[], tuple[bool, bool]]) -> mx.array | None:
+        """Whether this rank is to stop and to save, which travels with the gradients of a step."""
+        return mx.array(read_requests())
+
+    def requests_after_step(
+        self, counts: mx.array | None, read_requests: Callable[[], tuple[bool, bool]]
+    ) -> tuple[bool, bool]:
+        """Whether any rank was to stop or to save at the step before.
+
+        The counts are read when the next step is under way, so that no rank waits for the device.
+        """
+        earlier, self._request_counts = self._request_counts, counts
+        if earlier is None:
+            return False, False
+        must_stop, must_save = (np.array(earlier) > 0).tolist()
+        if must_save:  # the step under way asks for it once more; a stop is asked for at every step
+            self._request_counts = None
+        return must_stop, must_save
+
+    def allow_longer(self) -> None:
+        """Allow more time until the next step."""
+        self.watch.allow_longer()
+
+    def after_step(self) -> None:
+        """Allow the next step the time that follows from those before."""
+        self.watch.after_step()
+
+    def end_watch(self) -> None:
+        """Turn the alarm off."""
+        self.watch.end()
+
+
+def _most_common_row(rows: np.ndarray) -> np.ndarray:
+    """The row that most ranks have; of two that are as common, the lower rank's."""
+    counts = [(rows == row).all(1).sum() for row in rows]
+    common: np.ndarray = rows[int(np.argmax(counts))]
+    return common
+
+
+def checksum(array: mx.array) -> mx.array:
+    """A uint32 that any change of one element changes: bits times odd numbers, summed mod 2**32."""
+    flat = array.reshape(-1)
+    width = {1: mx.uint8, 2: mx.uint16}.get(array.dtype.size, mx.uint32)
+    bits = mx.view(flat, width).astype(mx.uint32)
+    return (bits * (mx.arange(bits.size, dtype=mx.uint32) * 2 + 1)).sum()
+
+
+def join_ranks(expected: int, watch: HangWatch | None = None) -> RankWorld:
+    """Join the ranks that `mlx.launch` started; ConfigError if they are not as many as expected."""
+    watch = watch or HangWatch(None)
+    backend = "nccl" if mx.cuda.is_available() else "any"
+    watch.allow_longer()
+    group = mx.distributed.init(strict=True, backend=backend)
+    watch.end()
+    if group.size() != expected:
+        raise ConfigError(
+            f"training.processes or hostfile asks for {expected} ranks, and mlx.launch started "
+            f"{group.size()}."
+        )
+    return RankWorld(group.size(), group.rank(), group, watch)
+
+
+def pack_gradients_for_sum(gradients: Flat, weight: mx.array, requests: mx.array) -> mx.array:
+    """A step's gradients in one float32 vector, then their weight and this rank's requests."""
+    values = (*gradients.values(), weight, requests)
+    return mx.concatenate([value.astype(mx.float32).reshape(-1) for value in values])
+
+
+def unpack_summed_gradients(packed: mx.array, gradients: Flat) -> tuple[Flat, mx.array, mx.array]:
+    """Undo `pack_gradients_for_sum`: gradients in these shapes, their weight, request counts."""
+    unpacked = {}
+    start = 0
+    for name, gradient in gradients.items():
+        end = start + gradient.size
+        unpacked[name] = packed[start:end].reshape(gradient.shape).astype(gradient.dtype)
+        start = end
+    return unpacked, packed[start], packed[start + 1 :]
