@@ -60,8 +60,8 @@ format: $(VENV)/dev.stamp ## format, and repair what lint can repair
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-rooms: $(VENV)/dev.stamp ## each room deleted in a copy: what is left works; minutes a room
-	$(BIN)/python -m tests.without_rooms
+rooms: $(VENV)/dev.stamp ## each room deleted in a copy: what is left works; minutes a room, or ROOMS="--all", ROOMS="serve"
+	$(BIN)/python -m tests.without_rooms $(ROOMS)
 
 bench: $(VENV)/project.stamp ## side-by-side measurements, each printing a ratio
 	$(BIN)/python -m benchmarks
@@ -105,7 +105,7 @@ real-test: real-model $(VENV)/dev.stamp ## what README claims, on that model: a 
 
 LLAMA_CPP := build/llama-cpp-python
 real-test-llama: real-model $(LLAMA_CPP)/stamp $(VENV)/dev.stamp ## the same, with llama.cpp as a second reader; compiles it: cmake, g++
-	PYTHONPATH=$(LLAMA_CPP) $(BIN)/pytest -n0 -m real tests/real/test_llama_cpp.py tests/real/test_first_adapter.py
+	PYTHONPATH=$(LLAMA_CPP) $(BIN)/pytest -n0 -m real tests/rooms/export/test_llama_cpp.py tests/real/test_first_adapter.py
 
 $(LLAMA_CPP)/stamp: $(VENV)/project.stamp requirements/llama-cpp.lock
 	@echo "Making $(LLAMA_CPP): llama.cpp is compiled, which takes ten minutes or more on two cores."

@@ -24,10 +24,10 @@ prepare()
 import mlx.core as mx  # noqa: E402
 
 from nested_core.errors import GateRejected  # noqa: E402
-from nested_core.pipeline.export import export  # noqa: E402
-from nested_core.records.export_record import read_export_record  # noqa: E402
-from tests.builders.small_bases import FAMILIES, make_base, train_adapter  # noqa: E402
+from nested_core.rooms.export.export_record import read_export_record  # noqa: E402
+from nested_core.rooms.export.exporting import export  # noqa: E402
 from tests.example import DATA  # noqa: E402
+from tests.rooms.export.small_bases import FAMILIES, make_base, train_adapter  # noqa: E402
 
 BASES: dict[str, dict[str, Any]] = {
     "bfloat16": {},

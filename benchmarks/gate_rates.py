@@ -36,11 +36,9 @@ import numpy as np
 from nested_core.config.sections import GateSection, RegistrySection
 from nested_core.data.example_digests import digest_examples
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
-from nested_core.exported.judgement import MIN_KEPT_GAIN, measure_kept_gain
-from nested_core.exported.reference import HeldOutRows, Reference
 from nested_core.gate.answers.answer_bounds import ScoreChange, judge_answers
 from nested_core.gate.losses.ancestor_examples import AncestorExamples
-from nested_core.gate.losses.chosen_candidate import Candidates, SweepChoice, join_candidates
+from nested_core.gate.losses.chosen_candidate import Candidates
 from nested_core.gate.losses.held_out_loss import HeldOutExamples
 from nested_core.gate.losses.loss_figures import (
     ancestor_reasons,
@@ -51,13 +49,16 @@ from nested_core.gate.losses.loss_figures import (
     summarise_losses,
 )
 from nested_core.pipeline.evaluation import conclude_models
-from nested_core.pipeline.sweep import better_half, is_shown_better, plan_rungs
 from nested_core.records.answers import AnsweringRole, AnswerRecord
 from nested_core.records.loss_conclusion import MIN_EXAMPLES
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import Validation
 from nested_core.registry.data_store import StoredRow
-from nested_core.report.sweep import SweepRunResult, choose_best_run
+from nested_core.rooms.export.judgement import MIN_KEPT_GAIN, measure_kept_gain
+from nested_core.rooms.export.reference import HeldOutRows, Reference
+from nested_core.rooms.sweep.choice import SweepChoice, join_candidates
+from nested_core.rooms.sweep.page import SweepRunResult, choose_best_run
+from nested_core.rooms.sweep.search import better_half, is_shown_better, plan_rungs
 from nested_core.training.training_state import TrainingState
 
 PROCESSES = 2

@@ -28,7 +28,7 @@ backend.prepare()
 from benchmarks.learning.judge import Judge
 from benchmarks.learning.tasks import Row
 from nested_core.config.loading import parse_config
-from nested_core.pipeline.sweep import SweepRequest, sweep
+from nested_core.rooms.sweep.search import SweepRequest, sweep
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 QUESTION = "I want to see {name}. Where to?"

@@ -1,8 +1,8 @@
 """Write docs/environment.md, the environment variables that the code names: `make docs`.
 
 Every variable that is found in the code, the settings of deployments/ and the units needs a line
-here, or in the `environment` table of its room's ROOM.toml. With `--check` it writes nothing, and
-fails where one has none, or the page is out of date (`make check`).
+here, or in its room's ROOM.toml: below `[environment."SECTION"]`, NAME = [default, meaning]. With
+`--check` (in `make check`) it writes nothing, and fails where one has none, or the page is old.
 """
 
 from __future__ import annotations
@@ -70,7 +70,6 @@ VARIABLES = {
         ),
         "NESTED_TUNE_TRUSTED_MODELS": ("none", "models whose own Python code a run may execute"),
         "NESTED_TUNE_REGISTRIES": ("none", "registries in which a run may begin a new name"),
-        "NESTED_TUNE_PYTHON": ("that of `deploy`", "Python that runs a flow on the workers"),
         "NESTED_TUNE_LOG_FORMAT": (
             "text",
             "`json`: flows and `serve` log a line of JSON a record; the default of `--log-format`",
@@ -124,7 +123,6 @@ VARIABLES = {
         "MLX_CUDA_SDPA_BACKWARD_CACHE_SIZE": ("256", "the same, of the backward pass"),
         "MLX_MAX_OPS_PER_BUFFER": ("8 to 100", "on CUDA: operations a commit, by model size"),
         "OPENBLAS_THREAD_TIMEOUT": ("18", "OpenBLAS's threads sleep after 0.1 ms"),
-        "MLFLOW_DISABLE_TELEMETRY": ("true", "in `export-mlflow`"),
     },
     "Between processes of the program: do not set": {
         "NESTED_TUNE_TMPDIR": ("", "`TMPDIR` as it was before training replaced it"),
@@ -138,8 +136,10 @@ VARIABLES = {
 }
 NOT_IN_CODE = {"HF_TOKEN"}  # a library reads it
 for _file in sorted((ROOT / "nested_core" / "rooms").glob("*/ROOM.toml")):
-    _of_room = tomllib.loads(_file.read_text("utf-8")).get("environment", {})
-    VARIABLES["To set"] |= {name: ("", meaning) for name, meaning in _of_room.items()}
+    for _section, _of_room in (
+        tomllib.loads(_file.read_text("utf-8")).get("environment", {}).items()
+    ):
+        VARIABLES[_section] |= {name: (default, text) for name, (default, text) in _of_room.items()}
 _OURS = re.compile(
     r"(NESTED_TUNE|PREFECT|MLX|MLFLOW|OPENBLAS|POLARS|PANDERA|TOKENIZERS|XDG)(_[A-Z0-9]+)+"
 )

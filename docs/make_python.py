@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 import nested_core
 from docs.generated_page import write_or_check
+from nested_core import seams
 from nested_core.errors import NestedTuneError
 
 PAGE = Path(__file__).with_name("python.md")
@@ -46,7 +47,7 @@ The names below are public. Anything else may change in any release
 ([versions](README.md#versions)). See also [notebooks](report.md#notebooks) and
 [the optimizers](nested-optimizer.md).
 """
-ROOMS = {
+EVERY_SECTION = {
     "A fine-tune": (
         *("prepare", "load_config", "FineTuneConfig", "open_run"),
         *("finetune", "FinetuneResult", "Steps", "Hooks"),
@@ -66,6 +67,13 @@ ROOMS = {
         *("DamagedError", "TrainingDiverged", "UpdateNotApplied", "SilentUpdateWarning"),
     ),
 }
+OF_ROOMS = seams.list_public_names(seams.ROOMS)
+ABSENT = OF_ROOMS.keys() - seams.list_public_names(seams.list_rooms())
+SECTIONS = {
+    section: [name for name in names if name not in ABSENT]
+    for section, names in EVERY_SECTION.items()
+    if not ABSENT.issuperset(names)
+}
 
 
 LONGEST_LINE = 85  # of a block, as wide as the site shows
@@ -73,11 +81,11 @@ DESCRIBED = r"`{0}`|^ *(\w+, )*{0}(, \w+)*: "  # a parameter, in a sentence or i
 
 
 def find_undocumented(module: Any = nested_core) -> Iterator[str]:
-    """What the docstrings of a module's public names lack: a sentence, a parameter, a room here."""
-    placed = [name for names in ROOMS.values() for name in names]
+    """What the docstrings of a module's public names lack: sentence, parameter or section."""
+    placed = [name for names in SECTIONS.values() for name in names]
     for name in sorted({*module.__all__, *placed}):
         if name not in placed or name not in module.__all__:
-            yield f"{name}: is in only one of nested_core.__all__ and docs/make_python.py's ROOMS"
+            yield f"{name}: is in only one of nested_core.__all__ and make_python.py's SECTIONS"
             continue
         value = getattr(module, name)
         text = value.__doc__ or ""
@@ -94,10 +102,10 @@ def find_undocumented(module: Any = nested_core) -> Iterator[str]:
 
 
 def render_page() -> str:
-    """The page: a section for each room, with signature, docstring and methods of each name."""
+    """The page: a section for each subject, with signature, docstring and methods of each name."""
     parts = [HEAD]
-    for room, names in ROOMS.items():
-        parts.append(f"\n## {room}\n")
+    for section, names in SECTIONS.items():
+        parts.append(f"\n## {section}\n")
         for name in names:
             parts += _describe(name, getattr(nested_core, name))
     return "".join(parts)

@@ -1,6 +1,6 @@
 """The Prefect flows, and the command line that runs them.
 
-A file for each flow: finetune.py, sweep.py, promote.py, reconcile.py, rollback.py; cli.py is the
+A file for each flow: finetune.py, promote.py, reconcile.py, rollback.py; cli.py is the
 command line. commands/, terminal/, flow_runs/, deployment/ and process/ are what they are made of.
 
 Prefect reads its settings when it is first imported, MLX binds its BLAS then, and transformers

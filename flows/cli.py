@@ -102,7 +102,6 @@ class _Commands:
 COMMANDS = {
     "demo": ("demo",),
     "training": ("validate", "train", "run"),
-    "sweep": ("sweep",),
     "configuration": ("init", "explain"),
     "inspection": ("verify", "status", "stop"),
     "reports": ("report", "runs", "compare", "card"),
@@ -110,11 +109,9 @@ COMMANDS = {
     "chat": ("chat",),
     "registry": (
         *("registry", "promote", "rollback", "history", "audit", "gc"),
-        *("export-mlflow", "policy", "forget"),
+        *("policy", "forget"),
     ),
-    "export": ("export",),
     "peft": ("import-peft", "export-peft"),
-    "deployment": ("deploy",),
     "doctor": ("doctor",),
 }
 

@@ -4,12 +4,13 @@ Importing it changes nothing in the process. The public names are loaded when th
 so that a process that only reads data does without mlx. A script or a notebook that trains calls
 `prepare` first, before anything imports mlx.
 
-backend.py makes a process ready for MLX, errors.py has what is raised; each folder is a room whose
-`__init__.py` says what it is for.
+backend.py makes a process ready for MLX, errors.py has what is raised and seams.py what each room
+adds; the `__init__.py` of each folder says what the folder is for.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from nested_core.seams import list_public_names, list_rooms, load
 
 if TYPE_CHECKING:
     from nested_core.backend import prepare
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from nested_core.optim.tiered import NestedAdam, NestedAdamW, Tiered
     from nested_core.pipeline.champion import RegisteredAdapter, champion, promote
     from nested_core.pipeline.evaluation import evaluate
-    from nested_core.pipeline.export import Export, export
     from nested_core.pipeline.finetune import FinetuneResult, finetune
     from nested_core.pipeline.hooks import Hooks, Steps
     from nested_core.report.comparison import RunComparison, compare_runs
@@ -51,7 +51,6 @@ __all__ = [
     "DamagedError",
     "DatasetError",
     "Evaluation",
-    "Export",
     "FineTuneConfig",
     "FinetuneResult",
     "GateRejected",
@@ -77,7 +76,6 @@ __all__ = [
     "champion",
     "compare_runs",
     "evaluate",
-    "export",
     "finetune",
     "load_config",
     "open_run",
@@ -87,6 +85,8 @@ __all__ = [
     "read_report",
     "verify_updates",
 ]
+_PARTS_OF_ROOMS = list_public_names(list_rooms())
+__all__ += _PARTS_OF_ROOMS
 
 _PUBLIC_NAMES_BY_MODULE = {
     "backend": ("prepare",),
@@ -99,7 +99,6 @@ _PUBLIC_NAMES_BY_MODULE = {
     "optim.tier_assignment": ("TierMap", "assign_tiers"),
     "pipeline.champion": ("RegisteredAdapter", "champion", "promote"),
     "pipeline.evaluation": ("evaluate",),
-    "pipeline.export": ("Export", "export"),
     "pipeline.finetune": ("FinetuneResult", "finetune"),
     "pipeline.hooks": ("Hooks", "Steps"),
     "report.comparison": ("RunComparison", "compare_runs"),
@@ -115,7 +114,8 @@ _MODULE_OF_PUBLIC_NAME = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULE_OF_PUBLIC_NAME.get(name, 'errors')}"), name)
+    module = f"{__name__}.{_MODULE_OF_PUBLIC_NAME.get(name, 'errors')}"
+    value = load(_PARTS_OF_ROOMS.get(name, f"{module}:{name}"))
     globals()[name] = value
     return value
 

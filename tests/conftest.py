@@ -67,6 +67,7 @@ from tests.fork_server import FORKED_PROGRAMS, forking_python  # noqa: E402
 from tests.kernels import read_header_once  # noqa: E402
 from tests.left_out import LeftOut, check_reasons  # noqa: E402
 from tests.leftovers import WORKER_VARIABLE, Heard, Watch, explain  # noqa: E402
+from tests.prefect_home import new_prefect_home  # noqa: E402
 
 # Temporary files of this process and of those that it starts lie in a folder of their own.
 TEMPORARY_FOLDER = Path(tempfile.gettempdir())
@@ -159,6 +160,21 @@ def memory_has_room() -> bool:
     system = os.statvfs(MEMORY_FOLDER)
     may_execute = not system.f_flag & os.ST_NOEXEC  # tests write programs and run them
     return may_execute and system.f_bavail * system.f_frsize >= MEMORY_BYTES
+
+
+@pytest.fixture(scope="session")
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the Prefect server's database."""
+    return new_prefect_home(tmp_path_factory.mktemp("prefect"))
+
+
+@pytest.fixture(scope="session")
+def prefect_server(prefect_home: Path) -> Iterator[None]:
+    """One Prefect server for all tests of a worker."""
+    from tests.flows.conftest import serving_prefect  # imports Prefect, which most tests do not
+
+    with serving_prefect(prefect_home):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from nested_core.seams import is_there
+
 # A marker, and the command that runs what it leaves out. A test with two belongs to the last.
 COMMANDS = {
     "slow": "make test-all",
@@ -54,6 +56,15 @@ def slow_except(values: Iterable[Any], *fast: Any, reason: str) -> list[Any]:
     """Values for `parametrize`, of which `make test` has those named and `make test-all` all."""
     mark = pytest.mark.slow(reason)
     return [value if value in fast else pytest.param(value, marks=mark) for value in values]
+
+
+def needs_rooms(*rooms: str) -> pytest.MarkDecorator:
+    """A marker for a test of the core with these rooms; it is skipped where one was deleted.
+
+    A test of one room's alone lies in tests/rooms/ROOM.
+    """
+    deleted = [room for room in rooms if not is_there(room)]
+    return pytest.mark.skipif(bool(deleted), reason=f"no room {', '.join(deleted)} here")
 
 
 def marker_of(item: pytest.Item) -> str | None:

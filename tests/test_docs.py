@@ -85,14 +85,14 @@ def test_an_undocumented_public_name_is_found() -> None:
         pass
 
     module = ModuleType("module")
-    placed = [name for names in run_tool("make_python.py")["ROOMS"].values() for name in names]
+    placed = [name for names in run_tool("make_python.py")["SECTIONS"].values() for name in names]
     for name in placed:
         setattr(module, name, getattr(nested_core, name))
     module.finetune, module.Hooks = function, Silent  # type: ignore[attr-defined]
     module.__all__ = [*placed, "added"]  # type: ignore[attr-defined]
     assert list(run_tool("make_python.py")["find_undocumented"](module)) == [
         "Hooks: has no docstring",
-        "added: is in only one of nested_core.__all__ and docs/make_python.py's ROOMS",
+        "added: is in only one of nested_core.__all__ and make_python.py's SECTIONS",
         "finetune: the docstring does not say what undocumented is",
     ]
 
@@ -130,7 +130,7 @@ def test_a_variable_that_is_not_listed_is_found(tmp_path: Path) -> None:
         for name in ("ALSO", "NESTED_TUNE_ADDED", "THIRD")
     ]
     assert "NESTED_TUNE_CACHE has a line" not in "".join(problems), "the units name it"
-    assert any(line.startswith("NESTED_TUNE_API_KEY has a line") for line in problems)
+    assert any(line.startswith("NESTED_TUNE_DEVICE_LOCK has a line") for line in problems)
 
 
 def test_the_table_of_families_is_what_is_found_in_their_models() -> None:

@@ -14,6 +14,7 @@ FORBIDDEN = {
     "a task in the library": ("nested_core/errors.py", "import tasks.finetune"),
     "a flow in a task": ("tasks/promote.py", "def late():\n    from flows import cli"),
     "Prefect in the library": ("nested_core/records/verdict.py", "import prefect"),
+    "a room in a flow": ("flows/promote.py", "from flows import rooms"),
     "an upper package": ("nested_core/storage/atomic.py", "import nested_core.gate.checks.judged"),
     "a circle of files": ("nested_core/gate/checks/judged.py", "import nested_core.gate.judge"),
 }

@@ -11,6 +11,7 @@ import pytest
 
 from flows.cli import build_parser
 from nested_core.gate.answers.suites import read_suite
+from nested_core.seams import ROOMS, is_there
 from tests.example import write_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,22 +51,42 @@ def test_the_three_lines_of_a_suite_are_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.name))
 def test_every_test_that_a_document_names_is_there(document: Path) -> None:
-    """`test_file.py`, `test_file.py::test_name`, and `::test_name` of the file named before."""
-    file = ""
-    for named, function in re.findall(r"`(test_\w+\.py)?(?:::(\w+))?`", document.read_text()):
-        file = named or file
-        paths = list((ROOT / "tests").rglob(file)) if file else []
-        assert paths or not file, f"{document.name} names {file}, which is not in tests/"
-        if function:
+    """`test_file.py`, `test_file.py::test_name`, and `::test_name` of the file named before.
+
+    A test of a room is named `ROOM/test_file.py`, and looked for where the room is there.
+    """
+    pattern = r"`(?:(?:(\w+)/)?(test_\w+\.py))?(?:::(\w+))?`"
+    file, paths, skipped = "", list[Path](), False
+    for room, name, function in re.findall(pattern, document.read_text()):
+        if name:
+            file, paths, skipped = name, list_test_files(room, name), is_deleted(room)
+            folder = f"tests/rooms/{room}" if room else "tests outside of rooms"
+            assert paths or skipped, f"{document.name} names {file}, which is not in {folder}"
+        if function and not skipped:
             found = any(f"def {function}(" in path.read_text() for path in paths)
             assert found, f"{document.name}: {file} has no {function}"
+
+
+def list_test_files(room: str, name: str) -> list[Path]:
+    """The test files of that name: in the room's folder, or outside all rooms where room is ""."""
+    of_rooms = ROOT / "tests" / "rooms"
+    if room:
+        return list((of_rooms / room).rglob(name))
+    paths = (ROOT / "tests").rglob(name)
+    return [path for path in paths if not path.is_relative_to(of_rooms)]
+
+
+def is_deleted(room: str) -> bool:
+    """Whether the table of rooms has this room, and its folder is not there."""
+    return room in ROOMS and not is_there(room)
 
 
 def test_each_line_about_trust_names_its_test() -> None:
     text = (ROOT / "SECURITY.md").read_text()
     table = text.partition("| who, or what |")[2].partition("\n\n")[0].splitlines()[2:]
     assert len(table) > 8
-    assert [line for line in table if "`test_" not in line.rpartition("|")[0]] == []
+    named = r"`(\w+/)?test_"
+    assert [line for line in table if not re.search(named, line.rpartition("|")[0])] == []
 
 
 def anchors_of(document: Path) -> set[str]:

@@ -201,7 +201,7 @@ def prepare_ours(cell: Cell, study: Study, splits: Splits, base: Path, folder: P
     from nested_core.config.loading import parse_config
     from nested_core.models.session import Session
     from nested_core.pipeline.hooks import Steps
-    from nested_core.pipeline.sweep import SweepRequest, sweep
+    from nested_core.rooms.sweep.search import SweepRequest, sweep
     from nested_core.storage.run_directory import open_run
 
     values = suggest(base, folder)

@@ -26,8 +26,8 @@ from gguf import GGUFReader, dequantize  # noqa: E402
 from mlx_lm import load  # noqa: E402
 
 from nested_core.errors import NestedTuneError, shorten  # noqa: E402
-from nested_core.models.gguf.families import change_layout, config_of, mlx_name  # noqa: E402
-from nested_core.models.gguf.vocabulary import Vocabulary  # noqa: E402
+from nested_core.rooms.export.gguf.families import change_layout, config_of, mlx_name  # noqa: E402
+from nested_core.rooms.export.gguf.vocabulary import Vocabulary  # noqa: E402
 from nested_core.storage import atomic  # noqa: E402
 from nested_core.storage.lock_file import exclusive_lock  # noqa: E402
 from nested_core.storage.untrusted_files import regular_sha256  # noqa: E402
@@ -69,7 +69,7 @@ def _make_unless_right(folder: Path) -> None:
             raise NestedTuneError(
                 f"The model that was made of {gguf} is not the one that was checked when "
                 f"{REFERENCE.name} was written: {problem} Nothing was put at {folder}. Look at "
-                f"what changed in mlx, mlx_lm, transformers or nested_core/models/gguf."
+                f"what changed in mlx, mlx_lm, transformers or nested_core/rooms/export/gguf."
             )
     print(f"Made {folder}, dequantised from 4 bits.")
 

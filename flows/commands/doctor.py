@@ -14,9 +14,10 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from flows.commands.check import Check
 from flows.commands.command_output import result_printer
-from flows.deployment.check import Check
 from flows.terminal.console import print_table
+from nested_core import seams
 from nested_core.errors import NestedTuneError
 from nested_core.text.digest_format import shorten_digest
 
@@ -60,9 +61,8 @@ def run_doctor(arguments: argparse.Namespace) -> Callable[[], int]:
         *_iterate_housekeeping_checks(arguments.registry),
     ]
     if os.environ.get("PREFECT_API_URL"):
-        from flows.deployment.server_checks import iterate_server_checks
-
-        checks += iterate_server_checks()
+        parts = (room.server_checks for room in seams.list_rooms().values())
+        checks += (check for part in parts if part is not None for check in seams.load(part)())
 
     is_fine = all(check.ok for check in checks)
     document = {"ok": is_fine, "checks": [asdict(check) for check in checks]}

@@ -1,4 +1,4 @@
-"""registry, promote, rollback, history, audit, gc, policy, forget and export-mlflow."""
+"""registry, promote, rollback, history, audit, gc, policy and forget."""
 
 from __future__ import annotations
 
@@ -96,14 +96,6 @@ def add_commands(commands: Any) -> None:
         metavar="FILE",
         help="take these rows or prompts (JSON Lines) out of the data store, and remove no version",
     )
-    export = commands.add(
-        "export-mlflow",
-        run_mlflow_export,
-        "copy versions and champion to MLflow's registry",
-        group="Exchange",
-        example="nested-tune export-mlflow support-bot",
-    )
-    export.add_argument("--tracking-uri", metavar="URI", help="default: as MLflow is configured")
     policy = commands.add(
         "policy",
         run_policy,
@@ -142,7 +134,7 @@ def add_commands(commands: Any) -> None:
         group="Registry",
         example="nested-tune forget support-bot 3785767e --by ann --reason 'a bad disk'",
     )
-    for parser in (promote, rollback, history, audit, gc, export, forget, policy):
+    for parser in (promote, rollback, history, audit, gc, forget, policy):
         add_registry_arguments(parser)
     forget.add_argument("version", metavar="VERSION", help="or its first 6 digits, or more")
     forget.add_argument("--by", required=True, metavar="WHO", help="recorded in the history")
@@ -439,15 +431,3 @@ def _forget_rows(arguments: argparse.Namespace) -> Callable[[], int]:
             print_line("no version has any of these rows in the data store")
 
     return result_printer(arguments, lambda: asdict(done), show)
-
-
-def run_mlflow_export(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Copy what MLflow's registry lacks, and point its alias at the champion."""
-    from nested_core.registry.mlflow_export import export_to_mlflow
-
-    done = export_to_mlflow(arguments.registry, arguments.name, arguments.tracking_uri)
-    number = done.numbers.get(done.champion) if done.champion else None
-    champion = f"champion: version {number}" if number else "no champion"
-    return text_printer(
-        f"{len(done.added)} of {len(done.numbers)} versions added to {done.name}; {champion}"
-    )

@@ -19,7 +19,13 @@ from pydantic import ValidationError
 
 from nested_core.config.error_messages import explain_problems, find_problems
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import ConfigError, DamagedError, MissingFileError
+from nested_core.config.sections import TaskSection
+from nested_core.errors import (
+    ConfigError,
+    DamagedError,
+    MissingFileError,
+    describe_first_problem,
+)
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_start
 
 MAX_YAML_BYTES = 64 * 1024
@@ -248,6 +254,16 @@ def parse_config(
     except ValidationError as error:
         problems = find_problems(FineTuneConfig, values)
         raise ConfigError(explain_problems(problems, source, places)) from error
+
+
+def parse_task(given: str | Path | Mapping[str, Any] | TaskSection) -> TaskSection:
+    """A suite as `gate.tasks` has it; ConfigError for an entry that is none."""
+    if isinstance(given, (str, Path)):
+        given = {"name": Path(given).stem, "file": str(given), "score": "contains"}
+    try:
+        return TaskSection.model_validate(given)
+    except ValidationError as error:
+        raise ConfigError(f"an eval set: {describe_first_problem(error)}.") from error
 
 
 def render_config(config: FineTuneConfig) -> bytes:

@@ -9,20 +9,18 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
-from pydantic import ValidationError
 
-from nested_core.config.loading import parse_config
+from nested_core.config.loading import parse_config, parse_task
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import TaskSection
-from nested_core.data.example_digests import Digests, decode_digests
-from nested_core.errors import ConfigError, describe_first_problem
+from nested_core.errors import ConfigError
 from nested_core.gate.answers.answer_bounds import ScoreChange
 from nested_core.gate.answers.suite_answers import EncodedSuite, encode_suites, read_suites
 from nested_core.gate.checks.tasks import AskedModel, ask_model
@@ -32,11 +30,7 @@ from nested_core.gate.losses.held_out_loss import (
     LoadedBase,
     read_held_out_examples,
 )
-from nested_core.gate.losses.left_out_examples import (
-    find_left_out,
-    read_run_training_digests,
-    read_training_digests,
-)
+from nested_core.gate.losses.left_out_examples import find_left_out
 from nested_core.gate.losses.loss_figures import (
     chances_of_loss,
     conclude_among_others,
@@ -44,12 +38,9 @@ from nested_core.gate.losses.loss_figures import (
 )
 from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprint_reasons
 from nested_core.models.base_model import find_model_folder
-from nested_core.models.gguf import is_gguf, unpack_gguf
-from nested_core.models.peft import import_peft
-from nested_core.pipeline.named_adapters import NamedAdapter, find_named_adapter
+from nested_core.pipeline.named_models import NamedModel, find_model
 from nested_core.records.answers import AnswerRecord
 from nested_core.records.comparison_family import NOT_TESTED, find_beyond_chance
-from nested_core.records.export_record import ExportRecord, read_export_record
 from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import Validation
@@ -60,30 +51,9 @@ from nested_core.report.evaluation import (
     Evaluation,
     SuiteScore,
 )
-from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter, read_adapter_config
-from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.stages import stages
 
 BASE = "base"
-
-
-@dataclass(frozen=True, eq=False)
-class ModelToEvaluate:
-    """A base, alone or with an adapter.
-
-    name: as a person gave it; "base" for the base that others are compared with.
-    model: the base's folder or its name on the hub.
-    adapter: None for the base alone.
-    seen: digests of the examples that it was trained on, as far as they are recorded.
-    export: of an exported model, what it was made of.
-    """
-
-    name: str
-    model: str
-    adapter: Adapter | None = None
-    trust_remote_code: bool = False
-    seen: Digests = field(default_factory=lambda: decode_digests(None))
-    export: ExportRecord | None = None
 
 
 def evaluate(
@@ -130,7 +100,7 @@ def evaluate(
         if config is None:
             runs = [run for _, run in read if run is not None]
             config = read_run_config(runs[0]) if runs else _plain_config(found[0].model)
-        tasks = tuple(map(read_task, suites)) or config.gate.tasks
+        tasks = tuple(map(parse_task, suites)) or config.gate.tasks
         gate = config.gate.model_copy(update={"tasks": tasks})
         if data is not None:
             gate = gate.model_copy(update={"held_out": str(data)})
@@ -142,93 +112,33 @@ def evaluate(
         return _Evaluating(config, found, None if data is None else str(data)).run()
 
 
-def read_task(given: str | Path | Mapping[str, Any] | TaskSection) -> TaskSection:
-    """A suite as `gate.tasks` has it; ConfigError for an entry that is none."""
-    if isinstance(given, (str, Path)):
-        given = {"name": Path(given).stem, "file": str(given), "score": "contains"}
-    try:
-        return TaskSection.model_validate(given)
-    except ValidationError as error:
-        raise ConfigError(f"evaluate: {describe_first_problem(error, 'an eval set')}.") from error
-
-
 def _plain_config(model: str) -> FineTuneConfig:
     return parse_config({"model": model, "num_layers": -1}, source="the model")
 
 
-def find_model(
-    given: str, registry: Path | None, base_model: str | None, temporary: Path
-) -> tuple[ModelToEvaluate, RunDirectory | None]:
-    """The model that a person means, and its run if it is one.
-
-    A PEFT adapter is converted into the folder `temporary`, and a GGUF unpacked there. Raises
-    ConfigError for a name that is none or a GGUF of another family, DamagedError for damaged files.
-    """
-    path = Path(given)
-    if is_gguf(path):
-        return _find_exported(given, str(unpack_gguf(path, temporary))), None
-    if (path / "config.json").is_file() and not (path / CONFIG_NAME).is_file():
-        return _find_exported(given, given), None
-    try:
-        named = find_named_adapter(path, registry)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{error} A base or an exported model is given by its folder or its GGUF."
-        ) from error
-    stored = read_adapter_config(named.folder / CONFIG_NAME, follow_links=True)
-    if "peft_type" in stored:
-        model = base_model or str(stored.get("base_model_name_or_path"))
-        import_peft(named.folder, temporary, model)
-        named = NamedAdapter(temporary, model)
-    adapter = read_adapter(named.folder, follow_links=True)
-    model = base_model or named.model or str(adapter.config.get("model"))
-    seen = _read_seen(named)
-    return (ModelToEvaluate(given, model, adapter, named.trusts_remote_code, seen), named.run)
-
-
-def _find_exported(given: str, model: str) -> ModelToEvaluate:
-    """A base, or an exported model with what its record says that it was trained on."""
-    export = read_export_record(Path(given))
-    seen = decode_digests(None if export is None else export.training_examples)
-    return ModelToEvaluate(given, model, seen=seen, export=export)
-
-
-def _base_of(
-    model: ModelToEvaluate, base_model: str | None, names: Collection[str]
-) -> ModelToEvaluate:
+def _base_of(model: NamedModel, base_model: str | None, names: Collection[str]) -> NamedModel:
     """What others are compared with: the base of a model, of an exported one that it is made of.
 
     It is named "base", or where `names` has that already by its place as well.
     """
-    export = model.export
     name = f"{BASE} {base_model or model.model}" if BASE in names else BASE
-    if export is None:
-        return ModelToEvaluate(name, model.model, None, model.trust_remote_code)
-    base = base_model or export.base
-    recorded = {"base_fingerprint": export.base_fingerprint}
+    if model.made_of is None:
+        return NamedModel(name, model.model, None, model.trust_remote_code)
+    base = base_model or model.made_of.base
+    recorded = {"base_fingerprint": model.made_of.fingerprint}
     if reasons := fingerprint_reasons(recorded, find_model_folder(base)):
         raise ConfigError(
             f"{model.name}: {reasons[0].message}. Give the place of its base by --model, or "
             f"--against another model."
         )
-    return ModelToEvaluate(name, base)
-
-
-def _read_seen(named: NamedAdapter) -> Digests:
-    """What an adapter and its ancestors were trained on, as far as it is recorded."""
-    run = named.run
-    if run is None:
-        return read_training_digests(named.folder)
-    initial = read_adapter(run.initial).digest()
-    seen = read_run_training_digests(read_run_config(run), run, initial)
-    return decode_digests(None) if seen is None else seen
+    return NamedModel(name, base)
 
 
 class _Evaluating:
     """The models of one evaluation, each loaded into a base that others of its form share."""
 
     def __init__(
-        self, config: FineTuneConfig, models: Sequence[ModelToEvaluate], data: str | None
+        self, config: FineTuneConfig, models: Sequence[NamedModel], data: str | None
     ) -> None:
         self._config = config
         self._models = models
@@ -238,7 +148,7 @@ class _Evaluating:
 
     def run(self) -> Evaluation:
         """Load each base once, ask and measure all models of it, then compare."""
-        groups: dict[tuple[Any, ...], list[ModelToEvaluate]] = {}
+        groups: dict[tuple[Any, ...], list[NamedModel]] = {}
         for model in self._models:
             groups.setdefault(_form(model, self._models), []).append(model)
         for models in groups.values():
@@ -257,10 +167,10 @@ class _Evaluating:
         if self._data is None:
             return ()
         models = self._models
-        trained = [model for model in models if model.adapter is not None or model.export]
+        trained = [model for model in models if model.adapter is not None or model.made_of]
         return tuple(model.name for model in trained if not model.seen.size)
 
-    def _measure(self, models: Sequence[ModelToEvaluate]) -> None:
+    def _measure(self, models: Sequence[NamedModel]) -> None:
         """Answers and losses of models that fit into one base."""
         first = models[0]
         stages.info("evaluate: loading %s", first.model)
@@ -316,7 +226,7 @@ class _Evaluating:
             loss = None if loss is None else replace(loss, conclusion=loss_word)
             yield EvaluatedModel(model.name, scores, loss)
 
-    def _score_suites(self, model: ModelToEvaluate) -> list[SuiteScore]:
+    def _score_suites(self, model: NamedModel) -> list[SuiteScore]:
         answers = _by_suite(self._records[model.name])
         return [
             SuiteScore(
@@ -327,18 +237,14 @@ class _Evaluating:
             for task in self._config.gate.tasks
         ]
 
-    def _compare_answers(
-        self, model: ModelToEvaluate, reference: ModelToEvaluate
-    ) -> list[ScoreChange]:
+    def _compare_answers(self, model: NamedModel, reference: NamedModel) -> list[ScoreChange]:
         own, other = (_by_suite(self._records[of.name]) for of in (model, reference))
         return [
             ScoreChange.compare(other[task.name], own[task.name], task.max_drop)
             for task in self._config.gate.tasks
         ]
 
-    def _compare_losses(
-        self, model: ModelToEvaluate, reference: ModelToEvaluate
-    ) -> Validation | None:
+    def _compare_losses(self, model: NamedModel, reference: NamedModel) -> Validation | None:
         """The paired losses, without the examples that either was trained on."""
         if self._data is None:
             return None
@@ -397,7 +303,7 @@ def conclude_models(
             yield words, conclude_among_others(loss, **shown)
 
 
-def _form(model: ModelToEvaluate, models: Sequence[ModelToEvaluate]) -> tuple[Any, ...]:
+def _form(model: NamedModel, models: Sequence[NamedModel]) -> tuple[Any, ...]:
     """What models share that fit into one loaded base; the base alone fits with any adapter."""
     adapter = model.adapter or next(
         (other.adapter for other in models if other.model == model.model and other.adapter), None
@@ -409,14 +315,14 @@ def _form(model: ModelToEvaluate, models: Sequence[ModelToEvaluate]) -> tuple[An
     return (model.model, meaning["fine_tune_type"], meaning["scale"], *shapes)
 
 
-def _require_fit(model: ModelToEvaluate, base: LoadedBase) -> None:
+def _require_fit(model: NamedModel, base: LoadedBase) -> None:
     if model.adapter is None:
         return
     if reasons := base_reasons(model.adapter, base.parameters, base.folder):
         raise ConfigError(f"{model.name} does not fit {model.model}: {reasons[0].message}.")
 
 
-def _ask(model: ModelToEvaluate, base: LoadedBase, suite: EncodedSuite) -> list[AnswerRecord]:
+def _ask(model: NamedModel, base: LoadedBase, suite: EncodedSuite) -> list[AnswerRecord]:
     """A model's answers to a suite; what is answered so far is logged as a stage."""
     total = len(suite.prompts)
 
@@ -429,7 +335,7 @@ def _ask(model: ModelToEvaluate, base: LoadedBase, suite: EncodedSuite) -> list[
     return ask_model(AskedModel("candidate", base, model.adapter, on_answered=tell), [suite])
 
 
-def _tensors(model: ModelToEvaluate, base: LoadedBase) -> Mapping[str, mx.array]:
+def _tensors(model: NamedModel, base: LoadedBase) -> Mapping[str, mx.array]:
     return base.parameters if model.adapter is None else model.adapter.to_mlx()
 
 

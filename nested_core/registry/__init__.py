@@ -11,8 +11,8 @@ version, judgements.py its later verdicts, data_store.py its examples. registrat
 version, promote_and_rollback.py and declines.py are what is done to a name, garbage_collection.py
 removes, queries.py and audit_report.py read, policy.py is what a name asks for at least.
 adapter_card.py writes the model card of a version.
-promotion_policy.py decides a promotion by policy, trials.py knows which runs need not be made
-again, and mlflow_export.py makes the copy for MLflow: these are imported where they are used.
+promotion_policy.py decides a promotion by policy, and trials.py knows which runs need not be made
+again: these are imported where they are used.
 """
 
 from nested_core.registry.audit_report import AuditReport, audit

@@ -125,6 +125,20 @@ def require_output_file(path: Path, what: str, *, own_run: Path | None = None) -
     return place
 
 
+def require_absent_or_empty(out: Path, own_run: Path | None = None, *, flag: str = "--out") -> None:
+    """Raise ConfigError unless `out` does not exist or is an empty folder, and in nobody's place.
+
+    In `own_run`, the run whose adapter is exported, it may lie.
+    """
+    require_free_place(out, flag, own_run=own_run)
+    if not out.exists() and not out.is_symlink():
+        return
+    if out.is_symlink() or not out.is_dir() or any(out.iterdir()):
+        raise ConfigError(
+            f"{out} exists already. Nothing is written over: give {flag} a new or an empty folder."
+        )
+
+
 def _refuse_owned(
     place: Path,
     path: str | Path,

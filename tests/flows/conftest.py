@@ -35,7 +35,6 @@ from tasks.prefect_server import TAG
 from tests.child_output import note_output
 from tests.example import write_config
 from tests.fork_server import python
-from tests.prefect_home import new_prefect_home
 from tests.waiting import SECONDS
 
 build_parser_once = cache(cli.build_parser)  # of all commands, with a flag for each key
@@ -45,17 +44,11 @@ PROGRAM = Path(sys.executable).with_name("nested-tune")
 MAX_LINES = 14
 
 
-@pytest.fixture(scope="session")
-def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the server's database."""
-    return new_prefect_home(tmp_path_factory.mktemp("prefect"))
-
-
-@pytest.fixture(scope="session")
-def prefect_server(prefect_home: Path) -> Iterator[None]:
+@contextlib.contextmanager
+def serving_prefect(home: Path) -> Iterator[None]:
     """A server with a database of its own; without heartbeats, which cost a second a flow run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_HOME", str(prefect_home))
+        patch.setenv("PREFECT_HOME", str(home))
         patch.setenv("PREFECT_SERVER_EVENTS_MESSAGING_BROKER", PATIENT_BROKER)
         patch.setenv("PYTHONPATH", str(ROOT))
         server = LocalServer()

@@ -8,15 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from prefect.settings import (
-    PREFECT_API_DATABASE_CONNECTION_URL,
-    PREFECT_API_URL,
-    temporary_settings,
-)
 
 from flows.commands import doctor
 from flows.commands.doctor import MIN_FREE_DISK_BYTES
-from flows.deployment.server_checks import _check_database
 from nested_core.registry import register_and_promote
 from tests.core.registry.conftest import write_run
 from tests.flows.conftest import called
@@ -75,13 +69,3 @@ def test_a_champion_that_is_damaged_is_said_and_one_that_is_sound(tmp_path: Path
     damaged = checks["champion rivers"]
     assert (damaged["ok"], "is not what was registered" in damaged["seen"]) == (False, True)
     assert "nested-tune audit" in damaged["mend"]
-
-
-def test_of_a_database_that_this_environment_does_not_name_nothing_is_said() -> None:
-    here = {PREFECT_API_URL: "http://127.0.0.1:4200/api"}
-    with temporary_settings(here, restore_defaults={PREFECT_API_DATABASE_CONNECTION_URL}):
-        unknown = _check_database()
-    with temporary_settings(here | {PREFECT_API_DATABASE_CONNECTION_URL: "sqlite+aiosqlite:///x"}):
-        unfit = _check_database()
-    assert (unknown.ok, unknown.seen.startswith("unknown here")) == (True, True)
-    assert (unfit.ok, unfit.seen) == (False, "sqlite+aiosqlite")

@@ -7,9 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from prefect.client.orchestration import get_client
 
-from flows.deployment.retention import check_retention
 from flows.housekeeping import HousekeepingParameters, housekeeping
 from nested_core import registry as core
 from nested_core.pipeline import steps
@@ -63,11 +61,3 @@ def test_a_pruned_run_restores_its_version_and_is_judged_again_and_the_state_has
     assert judged.code == 0, judged.stderr
     assert json.loads((path / "gate.json").read_text())["verdict"] == "passed"
     assert RunDirectory(path).result.exists()
-
-
-@pytest.mark.usefixtures("prefect_server")
-def test_what_the_server_keeps_is_asked_of_the_server() -> None:
-    with get_client(sync_client=True) as client:
-        check = check_retention(client)
-    assert (check.ok, check.seen) == (False, "kept: events for 7 days, the rest for ever")
-    assert "PREFECT_SERVER_SERVICES_DB_VACUUM" in check.mend

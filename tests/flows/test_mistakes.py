@@ -6,8 +6,8 @@ Every message is one paragraph without a traceback, is never "unexpected", and i
 paths that cannot be used (test_cli_usage, test_unusable_paths), a line of data of every kind
 (test_bad_lines), a run in use (test_run_directory), a quantised base with `full`
 (test_training_full), an adapter of another base (test_training_lora, test_changed_base), a server
-that does not answer (test_cli_usage, test_cli_deploy). The run's own server takes a free port, so
-none is in use already.
+that does not answer (test_cli_usage, deploy/test_command). The run's own server takes a free port,
+so none is in use already.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import pytest
 from nested_core.registry import read_champion
 from tests.example import DATA, MODEL, generate_answers
 from tests.flows.conftest import PROGRAM
+from tests.left_out import needs_rooms
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,6 +85,7 @@ def ask_server(serve: list[str], curl: list[str], cwd: Path) -> tuple[str, str |
         process.wait()
 
 
+@needs_rooms("serve")
 @pytest.mark.slow("six commands and the Python block, each a process")
 def test_the_readme_s_commands_question_and_python_block_hold_in_their_order(
     tmp_path: Path,
@@ -105,6 +107,7 @@ def test_the_readme_s_commands_question_and_python_block_hold_in_their_order(
     assert again.stdout.splitlines()[1] == "runs/second/adapter None None"
 
 
+@needs_rooms("serve")
 @pytest.mark.slow("seven commands, each a process")
 def test_seven_commands_make_a_served_champion_and_a_folder_of_sharegpt_rows(
     tmp_path: Path,

@@ -17,7 +17,6 @@ from flows.flow_runs.allowed_folders import (
     with_trusted_code,
 )
 from flows.reconcile import ReconcileParameters
-from flows.sweep import SweepParameters
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.registry import promote, read_champion, register
@@ -339,12 +338,6 @@ def test_a_flow_goes_back_to_no_version_that_was_never_champion(tmp_path: Path) 
         with pytest.raises(ConfigError, match=r"was never champion of capitals|is not a version"):
             roll_back.fn(registry, "capitals", version, "ann", champion)
     assert read_champion(registry, "capitals") == champion
-
-
-@pytest.mark.parametrize("deployment", ["promote/x", "other-flow/x", "finetune/x/y", "/x"])
-def test_a_sweep_starts_no_other_flow(deployment: str) -> None:
-    with pytest.raises(ValidationError, match="deployment"):
-        SweepParameters(base=config(), grid={"seed": [1]}, deployment=deployment)
 
 
 def test_reconcile_takes_names_and_no_paths() -> None:

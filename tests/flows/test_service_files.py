@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import yaml
 
-from flows.cli import build_parser
 from flows.process.environment import packaged_folder
 
 FOLDER = packaged_folder("deployments")
@@ -85,25 +84,6 @@ def test_an_agent_has_keys_that_launchd_knows_with_values_of_their_kind(agent: P
     shell, flag, script, *_ = values["ProgramArguments"]
     assert (shell, flag) == ("/bin/sh", "-c")
     subprocess.run([shell, "-n", "-c", script], check=True)
-
-
-def test_unit_and_agent_of_a_server_give_serve_what_it_takes() -> None:
-    (line,) = (
-        line
-        for line in (FOLDER / "systemd" / SERVE_UNIT).read_text().splitlines()
-        if line.startswith("ExecStart=")
-    )
-    program, *unit = line.replace("${PORT}", "8080").removeprefix("ExecStart=").split()
-    agent = plistlib.loads((FOLDER / "launchd" / "org.nested-tune.serve.plist").read_bytes())
-    assert program.endswith("/nested-tune")
-    for words, name in ((unit, "%i"), (agent["ProgramArguments"][4:], "NAME")):
-        parsed = build_parser().parse_args(words)
-        assert (parsed.command, parsed.name, parsed.host, parsed.port) == (
-            "serve",
-            [name],
-            "127.0.0.1",
-            8080,
-        )
 
 
 def test_the_agents_are_those_of_server_and_worker() -> None:

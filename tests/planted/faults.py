@@ -25,6 +25,12 @@ FAULTS = (
         "a forgotten call",
     ),
     Fault(
+        "nested_core/seams.py", "if is_there(name)}", "if not is_there(name)}", "a condition turned"
+    ),
+    Fault(
+        "nested_core/seams.py", "if not is_there(room):", "if is_there(room):", "a condition turned"
+    ),
+    Fault(
         "nested_core/storage/atomic.py",
         "        sync_path(path)\n    if confirm is not None:",
         "        path.exists()\n    if confirm is not None:",
@@ -223,19 +229,19 @@ FAULTS = (
         "a check skipped",
     ),
     Fault(
-        "nested_core/exported/judgement.py",
+        "nested_core/rooms/export/judgement.py",
         "    if reading.chat_template != chat_template:",
         "    if reading.chat_template is None != chat_template:",
         "a check skipped",
     ),
     Fault(
-        "nested_core/exported/judgement.py",
+        "nested_core/rooms/export/judgement.py",
         "    if not logits.distance <= logits.bound:",
         "    if logits.distance < logits.bound:",
         "a condition turned",
     ),
     Fault(
-        "flows/sweep.py",
+        "flows/rooms/sweep/flow.py",
         "    if len(points) > MOST_RUNS:",
         "    if len(points) >= MOST_RUNS:",
         "a comparison turned",

@@ -12,7 +12,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.flow_runs import resume_flow_run
 
-from flows.deployment.planned_deployments import make_plan
+from flows.rooms.deploy.planned_deployments import make_plan
 from nested_core import registry as core
 from tests.core.registry.conftest import write_run
 from tests.production.stack import NAME, Stack, wait_for

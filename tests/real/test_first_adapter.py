@@ -18,7 +18,6 @@ import pytest
 import yaml
 from tokenizers import Tokenizer
 
-from nested_core.models.gguf import read_vocabulary
 from tests.example import DATA
 from tests.real.conftest import MODEL, PROGRAM, ROOT, Project
 from tests.waiting import wait_until
@@ -178,6 +177,8 @@ def test_base_adapter_and_exports_answer_the_same_questions(
 
 
 def test_a_gguf_encodes_the_200_texts_as_the_model_does(configured: Project, champion: str) -> None:
+    from nested_core.rooms.export.gguf import read_vocabulary
+
     vocabulary = read_vocabulary(configured.folder / "model.gguf")
     tokenizer = Tokenizer.from_str(json.dumps(vocabulary.tokenizer_json()))
     reference = json.loads((ROOT / "benchmarks" / "real_model" / "reference.json").read_text())

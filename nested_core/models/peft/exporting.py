@@ -25,7 +25,6 @@ from nested_core.models.peft.lora_factors import (
 from nested_core.models.peft.output_folder import (
     Conversion,
     creating_adapter_folder,
-    require_absent_or_empty,
 )
 from nested_core.storage.adapter import (
     CONFIG_NAME,
@@ -36,6 +35,7 @@ from nested_core.storage.adapter import (
 )
 from nested_core.storage.atomic import write_json
 from nested_core.storage.manifest import MANIFEST_NAME, verify_manifest
+from nested_core.storage.output_places import require_absent_or_empty
 from nested_core.storage.safetensors_files import read_header, save_arrays
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 

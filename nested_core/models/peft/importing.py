@@ -30,7 +30,6 @@ from nested_core.models.peft.lora_factors import (
 from nested_core.models.peft.output_folder import (
     Conversion,
     creating_adapter_folder,
-    require_absent_or_empty,
 )
 from nested_core.models.peft.peft_config import (
     UNSUPPORTED_SETTING_REASONS,
@@ -38,6 +37,7 @@ from nested_core.models.peft.peft_config import (
     read_peft_config,
 )
 from nested_core.storage.adapter import CONFIG_NAME, write_adapter
+from nested_core.storage.output_places import require_absent_or_empty
 from nested_core.storage.safetensors_files import StoredTensor, read_tensors
 
 

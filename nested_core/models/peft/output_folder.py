@@ -13,7 +13,7 @@ from typing import Any
 
 from nested_core.errors import ConfigError
 from nested_core.storage.atomic import new_directory
-from nested_core.storage.output_places import require_free_place
+from nested_core.storage.output_places import require_absent_or_empty
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,3 @@ def creating_adapter_folder(out: Path, own_run: Path | None = None) -> Iterator[
                 out.rmdir()
     except OSError as error:
         raise ConfigError(f"{out} cannot be written: {error.strerror or error}.") from error
-
-
-def require_absent_or_empty(out: Path, own_run: Path | None = None, *, flag: str = "--out") -> None:
-    """Raise ConfigError unless `out` does not exist or is an empty folder, and in nobody's place.
-
-    In `own_run`, the run whose adapter is exported, it may lie.
-    """
-    require_free_place(out, flag, own_run=own_run)
-    if not out.exists() and not out.is_symlink():
-        return
-    if out.is_symlink() or not out.is_dir() or any(out.iterdir()):
-        raise ConfigError(
-            f"{out} exists already. Nothing is written over: give {flag} a new or an empty folder."
-        )

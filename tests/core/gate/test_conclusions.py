@@ -13,7 +13,7 @@ import pytest
 
 from nested_core.config.sections import GateSection
 from nested_core.errors import DamagedError
-from nested_core.gate.losses.chosen_candidate import Candidates, join_candidates, read_candidates
+from nested_core.gate.losses.chosen_candidate import Candidates, read_candidates
 from nested_core.gate.losses.loss_figures import HarmedExamples, harm_reasons, summarise_champion
 from nested_core.records.loss_conclusion import (
     conclude,
@@ -328,18 +328,6 @@ def test_without_the_losses_of_all_candidates_their_number_is_divided_by() -> No
         (found.difference - width, found.difference + width)  # type: ignore[operator]
     )
     assert summarise_champion("c", judged).corrected_interval is None
-
-
-def test_the_runs_of_a_sweep_are_one_family_on_the_examples_that_all_read() -> None:
-    first = Candidates(2, np.array([1, 2, 5]), np.array([[1.0, 2, 5], [10, 20, 50]]))
-    second = Candidates(1, np.array([5, 1, 7]), np.array([[0.5, 0.1, 0.7]]))
-    joined = join_candidates([first, second])
-    assert joined.count == 3
-    assert joined.lines is not None
-    assert joined.losses is not None
-    assert joined.lines.tolist() == [1, 5]
-    assert joined.losses.tolist() == [[1, 5], [10, 50], [0.1, 0.5]]
-    assert join_candidates([first, Candidates(3)]).losses is None
 
 
 def test_evaluations_are_kept_cut_back_on_resume_and_read_as_candidates(tmp_path: Path) -> None:

@@ -17,11 +17,8 @@ from nested_core.config.sections import TaskSection
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.gate.answers.suites import expected_label, read_suite
 from nested_core.gate.losses.held_out_loss import LoadedBase
-from nested_core.models.fusing import load_fused
-from nested_core.models.gguf import write_gguf
 from nested_core.models.peft import export_peft
 from nested_core.pipeline.evaluation import evaluate
-from nested_core.pipeline.export import export
 from nested_core.pipeline.finetune import finetune
 from nested_core.records.verdict import Verdict
 from nested_core.report.evaluation import (
@@ -30,6 +27,9 @@ from nested_core.report.evaluation import (
     Evaluation,
     SuiteScore,
 )
+from nested_core.rooms.export.exporting import export
+from nested_core.rooms.export.fusing import load_fused
+from nested_core.rooms.export.gguf import write_gguf
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.document import to_terminal

@@ -39,8 +39,10 @@ EXCEPTIONS = {
 }
 VIEWERS = (
     "nested_core/report",
-    *("flows/commands/inspection.py", "flows/commands/reports.py", "flows/sweep.py"),
-    *("flows/terminal/run_results.py", "tasks/night_artifacts.py", "tasks/sweep.py"),
+    *("flows/commands/inspection.py", "flows/commands/reports.py"),
+    *("flows/terminal/run_results.py", "tasks/night_artifacts.py"),
+    "flows/rooms",
+    *(str(page.relative_to(ROOT)) for page in ROOT.glob("nested_core/rooms/*/page.py")),
 )
 
 

@@ -1,0 +1,122 @@
+"""deploy: put the deployments and what belongs to them on the server of PREFECT_API_URL."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flows.commands.command_output import result_printer
+from flows.terminal.console import print_line, print_progress
+from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.storage.untrusted_files import read_regular
+
+MAX_NOTIFY_BYTES = 64 * 2**10
+
+
+def add_commands(commands: Any) -> None:
+    """Add the command."""
+    deploy = commands.add(
+        "deploy",
+        run_deploy,
+        "create work pools, deployments and automations on a server",
+        json=True,
+        group="Operate",
+        example="nested-tune deploy -c lora.yaml",
+    )
+    deploy.add_argument(
+        "-c",
+        "--config",
+        type=Path,
+        help="a fine-tune with a registry name: it gets a set of its own",
+    )
+    deploy.add_argument("--file", type=Path, help="your own prefect.yaml, in place of the shipped")
+    deploy.add_argument(
+        "--notify",
+        metavar="TYPE/NAME|URL|@FILE",
+        help="where alerts go: a notification block, a webhook's URL, or @FILE with one of them, "
+        "which keeps a secret URL out of the list of processes",
+    )
+    deploy.add_argument(
+        "--test-alert", action="store_true", help="send one alert, to try the block"
+    )
+
+
+def run_deploy(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Deploy, and say what was done."""
+    import httpx
+
+    try:
+        return _deploy_and_report(arguments)
+    except httpx.HTTPError as error:
+        raise NestedTuneError(
+            f"The server did not take it ({type(error).__name__}: {str(error):.300}). Expected a "
+            "Prefect server at PREFECT_API_URL, with PREFECT_API_AUTH_STRING as it was started "
+            "with. `nested-tune doctor` looks at both."
+        ) from error
+
+
+def read_notify(given: str | None) -> str | None:
+    """Where alerts go: what was given, or for @FILE the one line of that file."""
+    if given is None or not given.startswith("@"):
+        return given
+    content = read_regular(Path(given[1:]), MAX_NOTIFY_BYTES, follow_links=True)
+    words = content.decode(errors="replace").split()
+    if len(words) != 1:
+        raise ConfigError(
+            f"--notify {given}: the file holds {len(words)} words. Expected a notification block "
+            "as TYPE/NAME, or the URL of a webhook, and nothing else."
+        )
+    return words[0]
+
+
+def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
+    from prefect.client.orchestration import get_client
+
+    from flows.rooms.deploy.alerts import send_test_alert
+    from flows.rooms.deploy.deploy import (
+        NO_ALERTS_WARNING,
+        deploy,
+        list_next_commands,
+        require_server,
+    )
+    from flows.rooms.deploy.planned_deployments import begin_name, make_plan
+    from flows.rooms.deploy.pool_sizes import route_by_forecast
+    from flows.rooms.deploy.retention import check_retention
+
+    notify = read_notify(arguments.notify)
+    require_server()
+    done = []
+    plan, routes = route_by_forecast(
+        make_plan(arguments.file, arguments.config), on_wait=print_progress
+    )
+    for line in routes:
+        print_progress(line)
+    for line in deploy(plan, notify):
+        done.append(line)
+        if line != NO_ALERTS_WARNING:  # which ends all that is said
+            print_progress(line)
+    if arguments.config is not None:
+        print_progress(begin_name(plan))
+    with get_client(sync_client=True) as client:
+        retention = check_retention(client)
+        print_progress(": ".join(filter(None, ("retention", retention.seen, retention.mend))))
+        if arguments.test_alert:
+            alerts = [each["name"] for each in plan.automations if "notify" in each]
+            done.append(send_test_alert(client, alerts))
+            print_progress(done[-1])
+
+    next_commands = list(list_next_commands(plan))
+
+    def show() -> None:
+        """How much is in place, what to type next, and loudly where nobody would be told."""
+        is_silent = NO_ALERTS_WARNING in done
+        print_line(f"deployed: {len(done) - int(is_silent)} things are in place")
+        print_line("next, with this PREFECT_API_URL, each worker in a terminal of its own:")
+        for command in next_commands:
+            print_line(f"  {command}")
+        if is_silent:
+            print_line(NO_ALERTS_WARNING)
+
+    return result_printer(arguments, lambda: {"done": done, "next": next_commands}, show)

@@ -1,0 +1,281 @@
+"""Puts work pools, deployments and automations on a Prefect server, from the data in deployments/.
+
+Doing it again changes nothing that a person has set on the server since: a pool's limit, a schedule
+that was switched on or off, an automation that was paused, the block that alerts are sent to. Two
+at once leave one of everything.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.objects import WorkerStatus
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.events.schemas.automations import Automation, AutomationCore
+from prefect.exceptions import MissingFlowError, ObjectAlreadyExists, ObjectNotFound, ScriptError
+from prefect.flows import Flow, load_flow_from_entrypoint
+from prefect.schedules import Schedule
+from prefect.settings import get_current_settings
+from prefect.utilities.callables import parameter_schema
+from prefect.workers.process import ProcessWorker
+
+from flows.rooms.deploy.alerts import alert_action, alert_block, find_or_make_block
+from flows.rooms.deploy.planned_deployments import (
+    FINETUNE_ENTRYPOINT,
+    RECONCILE_ENTRYPOINT,
+    DeploymentPlan,
+    PlannedDeployment,
+    replace_placeholders,
+)
+from nested_core.errors import ConfigError
+from tasks.artifact_client import artifact_key, artifact_path
+from tasks.deployed_registries import READ_PAGE_SIZE, adapters_in, read_deployments
+from tasks.night_artifacts import NIGHTS_PAGE, find_nights_page, make_nights_page
+
+NO_ALERTS_WARNING = (
+    "alerts: NOBODY IS NOTIFIED of a run that failed, crashed or is late. Make a notification "
+    "block in the UI under Blocks, and give it: nested-tune deploy --notify TYPE/NAME, or "
+    "--notify @FILE with a webhook's URL in the file"
+)
+ALERT = "nested-tune alert"  # so begin the names of the automations that tell somebody
+
+
+def require_server() -> None:
+    """ConfigError where no server is named."""
+    if get_current_settings().api.url is None:
+        raise ConfigError(
+            "PREFECT_API_URL is not set: there is no server to deploy to. On a laptop, type "
+            "`export PREFECT_API_URL=http://127.0.0.1:4200/api` in this terminal and in another "
+            "one, `prefect server start` in that one, and this command again. For a team: "
+            "deployments/README.md."
+        )
+
+
+def deploy(plan: DeploymentPlan, notify: str | None = None) -> Iterator[str]:
+    """Put everything in place; yields a line for each thing that was done.
+
+    `notify` is where alerts are sent: a notification block as "<type>/<name>", or a webhook's URL.
+    """
+    with get_client(sync_client=True) as client:
+        block = None if notify is None else find_or_make_block(client, notify)
+        yield from _make_work_pools(client, plan.work_pools)
+        page = find_nights_page(client, plan.adapter) or make_nights_page(client, plan.adapter)
+        nights = {"nights": artifact_path(page)}
+        there = read_server_deployments(client)
+        planned = {each.full_name for each in plan.deployments}
+        outdated = [each for each in there if each.name not in planned and each.is_for(plan)]
+        for each in plan.deployments:
+            settled = {
+                "description": replace_placeholders(each.description, nights),
+                "schedules": _keep_schedules(each, there, outdated),
+            }
+            yield put_deployment(client, each.model_copy(update=settled), plan.pull)
+        for old in outdated:
+            with suppress(ObjectNotFound):  # by another deploy, just now
+                client.delete_deployment(old.response.id)
+            yield f"deployment {old.name}: removed, for an earlier deploy left it"
+        yield from put_automations(client, plan.automations, block)
+        yield f"page {artifact_key(plan.adapter, NIGHTS_PAGE)}: {ui_address()}{artifact_path(page)}"
+
+
+def ui_address() -> str:
+    """Where a browser finds the server's pages."""
+    settings = get_current_settings()
+    return str(settings.ui_url or settings.api.url).removesuffix("/api")
+
+
+def list_next_commands(plan: DeploymentPlan) -> Iterator[str]:
+    """What to type next: a worker for each pool that has none, and a run of the adapter."""
+    pools = sorted({each.work_pool.name for each in plan.deployments})
+    with get_client(sync_client=True) as client:
+        for pool in pools:
+            workers = client.read_workers_for_work_pool(pool)
+            if not any(worker.status == WorkerStatus.ONLINE for worker in workers):
+                yield f"prefect worker start --pool {shlex.quote(pool)}"
+    trained = [each for each in plan.deployments if each.entrypoint == FINETUNE_ENTRYPOINT]
+    for each in trained[:1]:
+        yield f"prefect deployment run {shlex.quote(each.full_name)}"
+
+
+@dataclass(frozen=True)
+class ServerDeployment:
+    """A deployment that a server has: FLOW/DEPLOYMENT, and the rest as the server answers."""
+
+    name: str
+    response: DeploymentResponse
+
+    def is_for(self, plan: DeploymentPlan) -> bool:
+        """Whether it is about the plan's adapter, or reconciles all adapters of its registry."""
+        registry, names = adapters_in(self.response.parameters)
+        if len(names) == 1:
+            return names[0] == plan.adapter
+        return self.response.entrypoint == RECONCILE_ENTRYPOINT and registry == plan.registry
+
+
+def read_server_deployments(client: SyncPrefectClient) -> list[ServerDeployment]:
+    """All deployments of a server that carry our tag, with the names of their flows."""
+    responses = read_deployments(client)
+    flows = {flow_id: client.read_flow(flow_id).name for flow_id in {r.flow_id for r in responses}}
+    return [ServerDeployment(f"{flows[r.flow_id]}/{r.name}", r) for r in responses]
+
+
+def _make_work_pools(client: SyncPrefectClient, work_pools: list[WorkPoolCreate]) -> Iterator[str]:
+    for wanted in work_pools:
+        try:
+            pool = client.read_work_pool(wanted.name)
+            limit, done = pool.concurrency_limit, "there already"
+            if limit is None:  # `prefect worker start` made it
+                limit, done = wanted.concurrency_limit, "there without a limit, and has one now"
+                client.update_work_pool(pool.name, WorkPoolUpdate(concurrency_limit=limit))
+            yield f"work pool {pool.name}: {done}, limit {limit}"
+        except ObjectNotFound:
+            template = {"base_job_template": ProcessWorker.get_default_base_job_template()}
+            with suppress(ObjectAlreadyExists):  # by another deploy, just now
+                client.create_work_pool(wanted.model_copy(update=template))
+            yield f"work pool {wanted.name}: made, limit {wanted.concurrency_limit}"
+
+
+def _keep_schedules(
+    planned: PlannedDeployment, there: list[ServerDeployment], outdated: list[ServerDeployment]
+) -> tuple[Schedule, ...]:
+    """A schedule stays on or off as the server has it, else as an outdated deployment has it."""
+    earlier = [d for d in outdated if d.response.entrypoint == planned.entrypoint]
+    earlier += [d for d in there if d.name == planned.full_name]
+    schedules = [schedule for each in earlier for schedule in each.response.schedules]
+    is_active: dict[str | None, bool] = {each.slug: each.active for each in schedules if each.slug}
+    return tuple(
+        replace(each, active=is_active.get(each.slug, each.active)) for each in planned.schedules
+    )
+
+
+def put_deployment(
+    client: SyncPrefectClient, planned: PlannedDeployment, pull: list[dict[str, Any]]
+) -> str:
+    """Make or replace one deployment by the client's own calls; a line on what is there then.
+
+    `prefect deploy` would resolve {{ ... }} in every value, a person's prompts too, from blocks,
+    variables and the environment of whoever deploys.
+    """
+    try:
+        flow: Flow[..., Any] = load_flow_from_entrypoint(planned.entrypoint)
+        described = planned.describe()
+    except (ScriptError, MissingFlowError, ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"deployment {planned.full_name}: {type(error).__name__}: {error!s:.500} Expected an "
+            "entrypoint and schedules as in deployments/prefect.yaml."
+        ) from error
+    client.create_deployment(
+        client.create_flow(flow),
+        version=flow.version,
+        parameter_openapi_schema=parameter_schema(flow).model_dump(exclude_unset=True),
+        enforce_parameter_schema=True,
+        pull_steps=pull,
+        **described,
+    )
+    schedules = [f"{each.slug} {'on' if each.active else 'off'}" for each in planned.schedules]
+    scheduled = f", schedule {', '.join(schedules)}" if schedules else ""
+    return f"deployment {planned.full_name}: in pool {planned.work_pool.name}{scheduled}"
+
+
+def put_automations(
+    client: SyncPrefectClient, automations: list[dict[str, Any]], block: UUID | None
+) -> Iterator[str]:
+    """Make or update each automation; the last line says so where nobody is told of alerts."""
+    is_told = False
+    for planned in automations:
+        wanted = complete_automation(client, planned, block)
+        yield f"automation {wanted.name!r}: {_put_automation(client, wanted)}"
+        is_told = is_told or ("notify" in planned and wanted.actions[0].type != "do-nothing")
+    if not is_told:
+        yield NO_ALERTS_WARNING
+
+
+def complete_automation(
+    client: SyncPrefectClient, planned: dict[str, Any], block: UUID | None
+) -> AutomationCore:
+    """An automation of automations.yaml with the id of its notification block.
+
+    Without `block` an alert goes where the server sends it already, and one that the server does
+    not have yet where it sends the others.
+    """
+    wanted = {key: value for key, value in planned.items() if key != "notify"}
+    there = _read_automations_named(client, planned["name"])
+    if "notify" in planned:
+        if block is None:
+            alerts = there or [a for a in read_automations(client) if a.name.startswith(ALERT)]
+            block = next(filter(None, map(alert_block, alerts)), None)
+        wanted["actions"] = [alert_action(client, block, planned["notify"])]
+    wanted["enabled"] = there[0].enabled if there else planned.get("enabled", True)
+    return AutomationCore.model_validate(wanted)
+
+
+def _put_automation(client: SyncPrefectClient, wanted: AutomationCore) -> str:
+    """Make or update the automation of this name, and remove others of its name.
+
+    Two that make it at once see both afterwards, and both keep the one with the lower id. One that
+    is as it should be is not touched: an update would make it forget what it waits for, such as the
+    next heartbeat of a run that is at work.
+    """
+    if _read_automations_named(client, wanted.name):
+        done = "put in place" if wanted.enabled else "put in place, and stays paused"
+    else:
+        client.create_automation(wanted)
+        done = "made"
+    kept, *doubled = _read_automations_named(client, wanted.name)
+    for automation in doubled:
+        with _ignoring_missing():
+            client.delete_automation(automation.id)
+    if _describe_automation(kept) == _describe_automation(wanted):
+        return "there already" if done == "put in place" else done
+    with _ignoring_missing():
+        client.update_automation(kept.id, wanted)
+    return done
+
+
+def _describe_automation(automation: AutomationCore) -> dict[str, Any]:
+    """What an automation does and when; whether it is switched on is the server's to say."""
+    described = automation.model_dump(
+        mode="json", include={"description", "trigger", "actions"}, exclude_none=True
+    )
+    for key in ("after", "expect", "for_each"):
+        described["trigger"][key] = sorted(described["trigger"].get(key, ()))
+    return described
+
+
+def read_automations(client: SyncPrefectClient) -> list[Automation]:
+    """All automations of a server, each once.
+
+    The pages' places are fixed: one that is made meanwhile moves another to the next page, which
+    then holds nothing new.
+    """
+    found: dict[UUID, Automation] = {}
+    for offset in count(0, READ_PAGE_SIZE):
+        page = client.read_automations(limit=READ_PAGE_SIZE, offset=offset)
+        found |= {automation.id: automation for automation in page}
+        if len(page) < READ_PAGE_SIZE:
+            break
+    return list(found.values())
+
+
+def _read_automations_named(client: SyncPrefectClient, name: str) -> list[Automation]:
+    """The automations of a name, in an order that all who read them agree on."""
+    return sorted(client.read_automations_by_name(name), key=lambda automation: automation.id)
+
+
+@contextmanager
+def _ignoring_missing() -> Iterator[None]:
+    """Go on where the server answers that something is not there: another deploy removed it."""
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code != httpx.codes.NOT_FOUND:
+            raise

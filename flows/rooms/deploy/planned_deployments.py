@@ -1,0 +1,339 @@
+"""What `deploy` is to put on a server: the data of deployments/, filled in for one adapter."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyOptions
+from prefect.schedules import Schedule
+from pydantic import Field, PositiveFloat
+
+from flows.process.environment import packaged_folder
+from nested_core import seams
+from nested_core.config.error_messages import explain_problems, find_problems
+from nested_core.config.loading import read_yaml as read_config
+from nested_core.config.section_base import Section
+from nested_core.errors import ConfigError, DamagedError, NestedTuneError
+from nested_core.registry.folders import create_name_folder, name_exists
+from nested_core.storage.untrusted_files import read_regular
+
+HOME, INTERPRETER = "NESTED_TUNE_HOME", "NESTED_TUNE_PYTHON"
+PENDING_SECONDS, DEFAULT_PENDING_SECONDS = "NESTED_TUNE_PENDING_SECONDS", "600"
+FINETUNE_ENTRYPOINT = "flows.finetune.finetune"
+RECONCILE_ENTRYPOINT = "flows.reconcile.reconcile"
+PLACEHOLDER_PATTERN = re.compile(r"\{\{ *(adapter|registry|nights|\$NESTED_TUNE_\w+) *\}\}")
+ENTER_HOME = [  # the pull step of a file that has none
+    {"prefect.deployments.steps.set_working_directory": {"directory": f"{{{{ ${HOME} }}}}"}}
+]
+MAX_FILE_BYTES = 1024 * 1024
+FINETUNE = seams.TrainingFlow("flows.finetune:FinetuneParameters")
+
+
+class DeploymentPool(Section):
+    """The work pool that a deployment's runs wait in, as Prefect's own format calls its keys."""
+
+    name: str
+    work_queue_name: str | None = None
+    job_variables: dict[str, Any] = {}
+
+
+class PlannedDeployment(Section):
+    """One deployment, as Prefect's own format writes it; any other key is refused."""
+
+    name: str
+    entrypoint: str
+    work_pool: DeploymentPool
+    description: str | None = None
+    tags: tuple[str, ...] = ()
+    schedules: tuple[Schedule, ...] = ()
+    concurrency_limit: ConcurrencyLimitConfig | None = None
+    parameters: dict[str, Any] = {}
+
+    @property
+    def full_name(self) -> str:
+        """FLOW/DEPLOYMENT; our flows are named as their functions are."""
+        return f"{self.entrypoint.rpartition('.')[2]}/{self.name}"
+
+    @property
+    def training_flow(self) -> seams.TrainingFlow | None:
+        """Its flow, if that trains or has others train."""
+        if self.entrypoint == FINETUNE_ENTRYPOINT:
+            return FINETUNE
+        return seams.find_training_flow(self.entrypoint)
+
+    @property
+    def configuration(self) -> dict[str, Any] | None:
+        """The configuration of a fine-tune in its parameters; None where nothing is trained."""
+        flow, config = self.training_flow, self.parameters.get("config") or {}
+        if flow is None:
+            return None
+        configuration: dict[str, Any] | None = config if flow.key is None else config.get(flow.key)
+        return configuration
+
+    def with_configuration(self, configuration: dict[str, Any]) -> Self:
+        """The same deployment, training by this configuration."""
+        flow, config = self.training_flow, configuration
+        if flow is not None and flow.key is not None:
+            config = self.parameters["config"] | {flow.key: configuration}
+        return self.model_copy(update={"parameters": self.parameters | {"config": config}})
+
+    def in_pool(self, name: str) -> Self:
+        """The same deployment in this work pool; a queue belongs to the pool that it left."""
+        if name == self.work_pool.name:
+            return self
+        pool = self.work_pool.model_copy(update={"name": name, "work_queue_name": None})
+        return self.model_copy(update={"work_pool": pool})
+
+    def find_conflicts(self) -> Iterator[str]:
+        """A schedule without a time, and a flow that trains without a configuration."""
+        if any((each.cron or each.interval or each.rrule) is None for each in self.schedules):
+            yield "a schedule has one of cron, interval, rrule"
+        flow = self.training_flow
+        if flow is None:
+            return
+        if not isinstance(self.parameters.get("config"), dict):
+            yield "what trains has its configuration in parameters.config"
+        elif not isinstance(self.configuration, dict):
+            yield f"{self.entrypoint} has its configuration in parameters.config.{flow.key}"
+
+    def describe(self) -> dict[str, Any]:
+        """What Prefect's client is given of it. ValueError for a schedule that Prefect refuses."""
+        limit, options = self.concurrency_limit, None
+        if limit is not None:
+            options = ConcurrencyOptions(**limit.model_dump(exclude={"limit"}))
+        return {
+            "name": self.name,
+            "entrypoint": self.entrypoint,
+            "description": self.description,
+            "tags": list(self.tags),
+            "parameters": self.parameters,
+            "work_pool_name": self.work_pool.name,
+            "work_queue_name": self.work_pool.work_queue_name,
+            "job_variables": self.work_pool.job_variables,
+            "schedules": [DeploymentScheduleCreate.from_schedule(each) for each in self.schedules],
+            "concurrency_limit": None if limit is None else limit.limit,
+            "concurrency_options": options,
+        }
+
+
+class DeploymentsFile(Section):
+    """A prefect.yaml: what is deployed, and the steps that lead a run to its folder."""
+
+    name: str | None = None
+    prefect_version: str | None = Field(None, alias="prefect-version")
+    definitions: Any = None
+    pull: list[dict[str, Any]] = ENTER_HOME
+    pools: dict[str, PositiveFloat] = {}  # GB of the devices, where pools differ in that
+    deployments: tuple[PlannedDeployment, ...]
+
+    def filled(self, values: dict[str, str]) -> Self:
+        """The same with placeholders replaced, but in configurations: they keep each character."""
+        filled = type(self).model_validate(replace_placeholders(self.model_dump(), values))
+        pairs = zip(self.deployments, filled.deployments, strict=True)
+        deployments = [
+            new if old.configuration is None else new.with_configuration(old.configuration)
+            for old, new in pairs
+        ]
+        return filled.model_copy(update={"deployments": tuple(deployments)})
+
+
+@dataclass(frozen=True)
+class DeploymentPlan:
+    """The content of prefect.yaml for one adapter, and what all adapters of a server share."""
+
+    adapter: str
+    registry: str
+    pull: list[dict[str, Any]]
+    deployments: tuple[PlannedDeployment, ...]
+    work_pools: list[WorkPoolCreate]
+    pool_sizes: dict[str, float]
+    automations: list[dict[str, Any]]
+
+
+def make_plan(file: Path | None = None, config: Path | None = None) -> DeploymentPlan:
+    """The plan for a configuration and a prefect.yaml, or for those that are shipped.
+
+    A configuration wins over the keys that the deployments of `file` give. Placeholders of `file`
+    are replaced and nothing else is: a configuration that trains, from either file, keeps each of
+    its characters. ConfigError where the adapter's name is not known, or where a deployment that
+    trains would be refused by its flow.
+    """
+    if config is None and file is None:
+        config = packaged_folder("deployments") / "geography.yaml"
+    given = {} if config is None else read_config(config)
+    given = {key: value for key, value in given.items() if value is not None}  # the default
+    content = read_deployments_file(file)
+    deployments = tuple(
+        each.with_configuration(_merge_config(each.configuration, given))
+        if each.configuration is not None
+        else each
+        for each in content.deployments
+    )
+    adapter, registry = _find_adapter(deployments, config or file)
+    # No other variable of the environment is put into anything that the server is given.
+    interpreter = os.environ.get(INTERPRETER) or shlex.quote(sys.executable)
+    values = {"adapter": adapter, "registry": registry}
+    values |= {f"${HOME}": runs_home(), f"${INTERPRETER}": interpreter}
+    content = content.model_copy(update={"deployments": deployments}).filled(values)
+    for deployment in content.deployments:
+        _require_valid_parameters(deployment)
+    return DeploymentPlan(
+        adapter=adapter,
+        registry=registry,
+        pull=content.pull,
+        deployments=content.deployments,
+        work_pools=read_work_pools(),
+        pool_sizes=content.pools,
+        automations=read_automations_yaml(),
+    )
+
+
+def runs_home() -> str:
+    """The folder that the runs start in, and relative paths with them."""
+    return os.environ.get(HOME) or str(Path.cwd())
+
+
+def begin_name(plan: DeploymentPlan) -> str:
+    """Make the adapter's empty folder in its registry, below the runs' home; say what came of it.
+
+    A run of a deployment begins no name by itself, unless its worker's NESTED_TUNE_REGISTRIES lists
+    the registry. What another user owns is left to that.
+    """
+    home = Path(runs_home())
+    registry = home / plan.registry
+    try:
+        if home.stat().st_uid != os.geteuid():
+            raise ConfigError(f"{home} belongs to another user")
+        if name_exists(registry, plan.adapter):
+            return f"registry {registry}: {plan.adapter} is there already"
+        create_name_folder(registry, plan.adapter)
+    except (NestedTuneError, OSError) as error:
+        return (
+            f"registry {registry}: {plan.adapter} was not begun here ({error}); the first run "
+            f"begins it where NESTED_TUNE_REGISTRIES in the worker's settings lists the registry"
+        )
+    return f"registry {registry}: {plan.adapter} begun"
+
+
+def read_deployments_file(file: Path | None = None) -> DeploymentsFile:
+    """A person's prefect.yaml, or the shipped one, without flows of rooms that are not there.
+
+    ConfigError with everything wrong in it, and where a person's names a flow of such a room.
+    """
+    path = file or packaged_folder("deployments") / "prefect.yaml"
+    content = _read_yaml(path)
+    if problems := find_problems(DeploymentsFile, content):
+        raise ConfigError(
+            f"{explain_problems(problems, str(path), places={})}\nExpected the list `deployments`, "
+            "as in deployments/prefect.yaml."
+        )
+    read = DeploymentsFile.model_validate(content)
+    deployments: list[PlannedDeployment] = []
+    for deployment in read.deployments:
+        room = seams.room_of(deployment.entrypoint)
+        if room is not None and file is not None:
+            seams.require(room, f"{path}: {deployment.entrypoint}")
+        if room is None or seams.is_there(room):
+            deployments.append(deployment)
+    return read.model_copy(update={"deployments": tuple(deployments)})
+
+
+def read_work_pools() -> list[WorkPoolCreate]:
+    """The work pools that a server is to have."""
+    listed = _read_yaml(packaged_folder("deployments") / "work-pools.yaml")["work_pools"]
+    return [WorkPoolCreate(**each) for each in listed]
+
+
+def read_automations_yaml() -> list[dict[str, Any]]:
+    """The automations, with the bounds that the environment gives; ConfigError for no number."""
+    bound = os.environ.get(PENDING_SECONDS) or DEFAULT_PENDING_SECONDS
+    listed = _read_yaml(packaged_folder("deployments") / "automations.yaml")["automations"]
+    automations: list[dict[str, Any]] = replace_placeholders(listed, {f"${PENDING_SECONDS}": bound})
+    for automation in automations:
+        try:
+            automation["trigger"]["within"] = float(automation["trigger"]["within"])
+        except ValueError:
+            raise ConfigError(
+                f"{PENDING_SECONDS}={bound!r:.40} is no number. Expected seconds, such as 600."
+            ) from None
+    return automations
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(read_regular(path, MAX_FILE_BYTES, follow_links=True))
+    except (OSError, DamagedError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected keys and values, as in deployments/prefect.yaml.")
+    return content
+
+
+def _merge_config(shipped: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`given` over `shipped`, key by key in sections too; the configuration's keys come first.
+
+    Replay is shipped to runs that go on from the champion, and not to those that mlx_lm.lora makes.
+    """
+    merged = dict(given)
+    for key, value in shipped.items():
+        if key not in given:
+            merged[key] = value
+        elif isinstance(value, dict) and isinstance(given[key], dict):
+            merged[key] = value | given[key]
+    continual, training = merged.get("continual"), merged.get("training")
+    is_reference = isinstance(training, dict) and training.get("reference") is not None
+    is_own = "replay" in (given.get("continual") or {})
+    if not is_own and isinstance(continual, dict) and (is_reference or not continual.get("from")):
+        merged["continual"] = {k: v for k, v in continual.items() if k != "replay"}
+    return merged
+
+
+def _find_adapter(
+    deployments: tuple[PlannedDeployment, ...], source: Path | None
+) -> tuple[str, str]:
+    """The registry's name and path that all deployments that train agree on."""
+    configurations = [each.configuration for each in deployments]
+    sections = [config.get("registry") or {} for config in configurations if config is not None]
+    named = {(section.get("name"), section.get("path")) for section in sections}
+    adapter, registry = named.pop() if len(named) == 1 else (None, None)
+    if adapter is None or registry is None:
+        raise ConfigError(
+            f"{source}: deployments need the one adapter that they train: registry.name, under "
+            "which it is published, and registry.path. Add, for example,\n"
+            "registry: {path: registry, name: support-bot}"
+        )
+    return str(adapter), str(registry)
+
+
+def replace_placeholders(value: Any, values: dict[str, str]) -> Any:
+    """A copy with the placeholders that `values` has replaced in every text, once each."""
+    if isinstance(value, dict):
+        return {key: replace_placeholders(inner, values) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [replace_placeholders(inner, values) for inner in value]
+    if isinstance(value, str):
+        return PLACEHOLDER_PATTERN.sub(lambda found: values.get(found[1], found[0]), value)
+    return value
+
+
+def _require_valid_parameters(deployment: PlannedDeployment) -> None:
+    """ConfigError where the flow of a deployment that trains would refuse its configuration."""
+    from flows.flow_runs.allowed_folders import PYTHON_SCORERS_REFUSAL
+
+    flow, configuration = deployment.training_flow, deployment.configuration
+    if flow is None or configuration is None:
+        return
+    source = f"deployment {deployment.full_name}"
+    if (configuration.get("gate") or {}).get("allow_python_scorers"):
+        raise ConfigError(f"{source}: {PYTHON_SCORERS_REFUSAL}")
+    if problems := find_problems(seams.load(flow.parameters), deployment.parameters["config"]):
+        raise ConfigError(explain_problems(problems, source, places={}))

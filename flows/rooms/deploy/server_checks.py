@@ -1,0 +1,193 @@
+"""What `doctor` asks the server of PREFECT_API_URL: would a night on it come to an adapter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import get_current_settings
+
+from flows.commands.check import Check
+from flows.flow_runs.allowed_folders import allowed_roots
+from flows.rooms.deploy.alerts import alert_block
+from flows.rooms.deploy.deploy import read_automations, read_server_deployments
+from flows.rooms.deploy.planned_deployments import (
+    FINETUNE_ENTRYPOINT,
+    read_automations_yaml,
+    read_deployments_file,
+    read_work_pools,
+)
+from flows.rooms.deploy.retention import check_retention
+from tasks.deployed_registries import adapters_in
+
+MAX_HEARTBEAT_AGE_SECONDS = 90
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+def iterate_server_checks() -> Iterator[Check]:
+    """Every check that needs the server; the first one alone where it does not answer."""
+    with get_client(sync_client=True) as client:
+        try:
+            client.request("GET", "/admin/version").raise_for_status()
+        except (httpx.HTTPError, OSError) as error:
+            yield _server_unreachable(error)
+            return
+        yield _check_version(client)
+        yield _check_auth()
+        yield _check_database()
+        yield check_retention(client)
+        yield from _check_pools(client)
+        yield _check_deployments(client)
+        yield from _check_automations(client)
+        yield _check_result_serializer()
+        yield _check_allowed_folders()
+
+
+def _server_unreachable(error: Exception) -> Check:
+    url = get_current_settings().api.url
+    if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in (401, 403):
+        mend = (
+            "set PREFECT_API_AUTH_STRING to what the server has as PREFECT_SERVER_API_AUTH_STRING"
+        )
+        return Check("server", False, f"{url} refuses this user", mend)
+    mend = "start it: systemctl start nested-tune-server, or prefect server start"
+    return Check("server", False, f"{url} does not answer: {type(error).__name__}", mend)
+
+
+def _check_version(client: SyncPrefectClient) -> Check:
+    theirs, ours = client.api_version(), version("prefect")
+    seen = f"{client.api_url}, version {theirs}"
+    mend = "" if theirs == ours else f"install prefect {theirs} here, or {ours} on the server"
+    return Check("server", theirs == ours, seen, mend)
+
+
+def _check_auth() -> Check:
+    """A server that other machines reach must ask who is there; and an own one should as well."""
+    settings = get_current_settings()
+    host = urlsplit(str(settings.api.url)).hostname
+    url = f"{settings.api.url}/admin/version"
+    is_open = httpx.get(url, timeout=10).status_code == 200
+    where = "this machine alone" if host in LOCAL_HOSTS else str(host)
+    mend = "set PREFECT_SERVER_API_AUTH_STRING=user:password for the server" if is_open else ""
+    return Check("auth", not is_open, f"{'open to all' if is_open else 'asked'}, on {where}", mend)
+
+
+def _check_database() -> Check:
+    """What the server of this machine is set to use; a server does not tell it to others."""
+    settings = get_current_settings()
+    if urlsplit(str(settings.api.url)).hostname not in LOCAL_HOSTS:
+        return Check("database", True, "known on the server's machine alone")
+    database = settings.server.database
+    url = database.connection_url
+    if url is None or not database.model_fields_set & {"connection_url", "driver"}:
+        return Check("database", True, "unknown here: it is in the environment of the server alone")
+    dialect = url.get_secret_value().partition(":")[0]
+    is_fit = not dialect.startswith("sqlite")
+    mend = "" if is_fit else "PostgreSQL for what is scheduled: deployments/postgresql"
+    return Check("database", is_fit, dialect, mend)
+
+
+def _check_pools(client: SyncPrefectClient) -> Iterator[Check]:
+    """The pools that our deployments wait in; before there are any, those that `deploy` makes."""
+    limits = {wanted.name: wanted.concurrency_limit for wanted in read_work_pools()}
+    used = {d.response.work_pool_name for d in read_server_deployments(client)} - {None}
+    for name in sorted(map(str, used or limits)):
+        try:
+            pool = client.read_work_pool(name)
+        except ObjectNotFound:
+            yield Check(f"pool {name}", False, "is not there", "nested-tune deploy")
+            continue
+        is_well = pool.concurrency_limit is not None and not pool.is_paused
+        seen = f"limit {pool.concurrency_limit}{', paused' if pool.is_paused else ''}"
+        mend = f"prefect work-pool set-concurrency-limit {name} {limits.get(name, 1)}"
+        if pool.is_paused:
+            mend = f"prefect work-pool resume {name}"
+        yield Check(f"pool {name}", is_well, seen, "" if is_well else mend)
+        yield _check_workers(client, name)
+
+
+def _check_workers(client: SyncPrefectClient, pool: str) -> Check:
+    since = datetime.now(UTC) - timedelta(seconds=MAX_HEARTBEAT_AGE_SECONDS)
+    heard = client.read_workers_for_work_pool(pool)
+    alive = [w.name for w in heard if w.last_heartbeat_time and w.last_heartbeat_time > since]
+    mend = f"systemctl start nested-tune-worker@{pool}, or prefect worker start --pool {pool}"
+    seen = ", ".join(alive) or "none has been heard of lately"
+    return Check(f"worker {pool}", bool(alive), seen, "" if alive else mend)
+
+
+def _check_deployments(client: SyncPrefectClient) -> Check:
+    """Whether each adapter that the server trains has the whole set of deployments."""
+    there = read_server_deployments(client)
+    trainings = [d.response for d in there if d.response.entrypoint == FINETUNE_ENTRYPOINT]
+    adapters = sorted({name for each in trainings for name in adapters_in(each.parameters)[1]})
+    if not adapters:
+        return Check("deployments", False, "none are there", "nested-tune deploy -c CONFIG")
+    shipped = read_deployments_file()
+    sets = [shipped.filled({"adapter": adapter, "registry": ""}) for adapter in adapters]
+    wanted = {each.full_name: each for content in sets for each in content.deployments}
+    server_limits = {d.name: d.response.global_concurrency_limit for d in there}
+    missing = sorted(wanted.keys() - server_limits.keys())
+    limits = []
+    for name in sorted(wanted.keys() & server_limits.keys()):
+        limit = wanted[name].concurrency_limit
+        server_limit = server_limits[name]
+        if limit is not None and (server_limit is None or server_limit.limit != limit.limit):
+            limits.append(name)
+    seen = f"{len(wanted) - len(missing)} of {len(wanted)} are there, for {', '.join(adapters)}"
+    seen += f"; missing: {', '.join(missing)}" if missing else ""
+    seen += f"; another limit: {', '.join(limits)}" if limits else ""
+    is_well = not missing and not limits
+    return Check("deployments", is_well, seen, "" if is_well else "nested-tune deploy -c CONFIG")
+
+
+def _check_automations(client: SyncPrefectClient) -> Iterator[Check]:
+    """Whether all automations are in place and on, and whether alerts are sent to anybody."""
+    planned = read_automations_yaml()
+    found = {automation.name: automation for automation in read_automations(client)}
+    names = [each["name"] for each in planned]
+    missing = [name for name in names if name not in found]
+    wanted = [each["name"] for each in planned if each.get("enabled", True)]
+    paused = [name for name in wanted if name in found and not found[name].enabled]
+    if missing:
+        mend = "nested-tune deploy -c CONFIG"
+        yield Check("automations", False, f"missing: {', '.join(missing)}", mend)
+    elif paused:
+        mend = f"prefect automation resume '{paused[0]}'"
+        yield Check("automations", False, f"paused: {', '.join(paused)}", mend)
+    else:
+        yield Check("automations", True, f"{len(planned)} are in place")
+    yield check_alerts(client, planned)
+
+
+def check_alerts(client: SyncPrefectClient, planned: list[dict[str, Any]]) -> Check:
+    """Whether alerts are sent to anybody; `planned` is the content of automations.yaml."""
+    names = {each["name"] for each in planned if "notify" in each}
+    alerts = [automation for automation in read_automations(client) if automation.name in names]
+    if any(alert_block(alert) is not None for alert in alerts):
+        return Check("alerts", True, f"{len(alerts)} are sent to a block")
+    seen = "nobody is notified of a run that failed, crashed or is late"
+    mend = "nested-tune deploy -c CONFIG --notify TYPE/NAME, or --notify @FILE"
+    return Check("alerts", False, seen, mend)
+
+
+def _check_result_serializer() -> Check:
+    serializer = get_current_settings().results.default_serializer
+    mend = "" if serializer == "json" else "PREFECT_RESULTS_DEFAULT_SERIALIZER=json"
+    return Check("results", serializer == "json", f"kept as {serializer}", mend)
+
+
+def _check_allowed_folders() -> Check:
+    """Where the runs of a worker that is started here may read and write."""
+    roots = allowed_roots()
+    missing = [str(root) for root in roots if not root.is_dir()]
+    writable = [root for root in roots if os.access(root, os.W_OK)]
+    is_well = not missing and bool(writable)
+    seen = ", ".join(map(str, roots))
+    return Check("roots", is_well, seen, "" if is_well else "set NESTED_TUNE_ROOTS to folders")

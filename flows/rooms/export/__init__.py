@@ -1,0 +1,1 @@
+"""What the room `export` adds to the command line."""

@@ -1,0 +1,96 @@
+"""export: a base with its adapter as one model, kept only where it does as the adapter."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.commands.adapter_places import ADAPTER_FORMS, add_registry_flag
+from flows.commands.command_output import result_printer
+from flows.commands.peft import run_peft_export
+from flows.terminal.console import print_line, print_progress
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from nested_core.rooms.export.exporting import Export
+
+
+def add_commands(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add(
+        "export",
+        run_export,
+        "write an adapter with its base as one model, and check that",
+        json=True,
+        usage="%(prog)s WHAT --fused DIR | --gguf FILE | --peft DIR [options]",
+        group="Exchange",
+        example="nested-tune export runs/first --gguf model.gguf --quantize q8_0",
+    )
+    parser.add_argument(
+        "folder",
+        type=Path,
+        metavar=ADAPTER_FORMS,
+        help="the champion of a name in a registry, a run, or an adapter's folder",
+    )
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--fused", type=Path, metavar="DIR", help="a model that mlx_lm loads")
+    target.add_argument("--gguf", type=Path, metavar="FILE", help="a model that llama.cpp reads")
+    target.add_argument("--peft", dest="out", type=Path, metavar="DIR", help="as export-peft")
+    parser.add_argument(
+        "--quantize",
+        choices=("f16", "q8_0"),
+        default="f16",
+        help="the format of a GGUF's matrices; default: f16",
+    )
+    parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="of a base in few bits: keep the fused weights as they are, in a larger folder",
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="FILE", help="held-out examples; default: the run's"
+    )
+    parser.add_argument(
+        "--suite",
+        nargs="+",
+        type=Path,
+        default=(),
+        metavar="FILE",
+        help="questions, whose answers contain what is expected; default: the run's gate.tasks",
+    )
+    add_registry_flag(parser)
+    parser.add_argument("--model", metavar="BASE", help="of an adapter that names none")
+
+
+def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Write and judge; exit 4 where the model does not do as the adapter did."""
+    if arguments.out is not None:
+        return run_peft_export(arguments)
+    from nested_core.rooms.export.exporting import export  # loads mlx_lm, which takes seconds
+
+    done = export(
+        arguments.folder,
+        fused=arguments.fused,
+        gguf=arguments.gguf,
+        quantize=arguments.quantize,
+        dequantize=arguments.dequantize,
+        suites=arguments.suite,
+        data=arguments.data,
+        registry=arguments.registry,
+        base_model=arguments.model,
+        on_stage=print_progress,
+    )
+    return result_printer(arguments, done.to_json, lambda: _print_export(done))
+
+
+def _print_export(done: Export) -> None:
+    record = done.record
+    assert record is not None  # noqa: S101  # of a model there is one
+    print_line(f"{done.path}: {record.describe()}")
+    print_line(f"read alone by {record.reader}")
+    for note in done.notes:
+        print_line(note)
+    print_line(f"to publish it: {done.upload_command}")

@@ -1,0 +1,1 @@
+"""What the room `mlflow` adds to the command line."""

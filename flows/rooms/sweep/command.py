@@ -1,0 +1,155 @@
+"""sweep: a search among settings in the time there is, and its winner judged."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from flows.commands.command_output import result_printer
+from flows.commands.config_flags import (
+    add_config_flags,
+    add_run_flags,
+    choose_run_dir,
+    load_config_from_flags,
+)
+from flows.process.stop_signals import Stopper
+from flows.terminal.console import print_line, print_progress, print_table
+from nested_core import backend
+from nested_core.config.loading import parse_yaml
+from nested_core.errors import ConfigError
+from nested_core.storage.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from nested_core.config.schema import FineTuneConfig
+    from nested_core.models.session import Session
+    from nested_core.records.verdict import Verdict
+
+
+def add_commands(commands: Any) -> None:
+    """Add the command."""
+    sweep = commands.add(
+        "sweep",
+        run_sweep,
+        "try several settings in the time there is, and judge the best",
+        json=True,
+        group="Train",
+        example="nested-tune sweep -c lora.yaml --minutes 30",
+    )
+    add_config_flags(sweep)
+    add_run_flags(sweep)
+    sweep.add_argument(
+        "--over",
+        action="append",
+        default=[],
+        metavar="KEY=V,V",
+        help="values to try of a key; several keys give every combination. Without it learning "
+        "rates are tried, then ranks and scales where time is left",
+    )
+    sweep.add_argument(
+        "--select-by",
+        default="loss",
+        metavar="loss|SUITE",
+        help="what chooses: the validation loss, or the answers to a suite of gate.tasks",
+    )
+    sweep.add_argument("--minutes", type=float, metavar="M", help="time to train in, about")
+    sweep.add_argument(
+        "--steps", type=int, metavar="N", help="optimizer steps of all settings together"
+    )
+
+
+def run_sweep(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Search, and print the table of what was tried and what came of the best."""
+    over = _parse_over(arguments.over)
+    for name in ("minutes", "steps"):
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"sweep --{name} must be above 0; found {value:g}.")
+    config = load_config_from_flags(arguments)
+    folder = choose_run_dir(arguments, "sweep-")
+    has_begun = folder.is_dir() and any(folder.iterdir())
+    if has_begun != arguments.resume:
+        known = "is not empty: add --resume" if has_begun else "has no sweep: leave --resume out"
+        raise ConfigError(f"{folder} {known}, or give another --run-dir.")
+    with backend.collecting_no_garbage():
+        from nested_core.pipeline.hooks import Steps  # loads mlx, which takes seconds
+        from nested_core.rooms.sweep.page import describe_scores, sweep_columns, sweep_rows
+        from nested_core.rooms.sweep.search import SweepRequest, sweep
+
+    stopper = Stopper(ends_process=True)
+
+    class SweepSteps(Steps):
+        """Messages on standard error; signals go to the trainer of the arm that is trained."""
+
+        def on_message(self, message: str) -> None:
+            """Show a line."""
+            print_progress(message)
+
+        def on_training_start(self, trainer: Any) -> None:
+            """Let signals stop it."""
+            stopper.direct_signals_to(trainer)
+
+        def judge(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Verdict:
+            """Judge; signals end it where it is, for no trainer is left to stop."""
+            stopper.release_trainer()
+            return super().judge(config, run, session)
+
+    request = SweepRequest(over, arguments.select_by, arguments.minutes, arguments.steps)
+    print_progress(f"sweep: {folder}")
+    with stopper.handling_signals(RunDirectory(folder)):
+        result = sweep(config, folder, request, SweepSteps())
+    record = result.record
+
+    def document() -> dict[str, Any]:
+        """The arms, the winner and what is known of it."""
+        choice = result.choice
+        return {
+            "sweep_dir": str(result.folder),
+            "run_dir": str(result.run.path),
+            "arms": [asdict(arm) for arm in record.arms],
+            "chosen": record.chosen,
+            "steps": record.trained,
+            "verdict": "passed",
+            "chosen_among": None if choice is None else choice.chosen_among,
+            "difference": None
+            if choice is None or choice.difference is None
+            else choice.difference.to_json(),
+            "corrected_interval": None if choice is None else choice.corrected_interval,
+            "answers": None if result.answers is None else result.answers.to_json(),
+            "better": result.is_better,
+            "summary": result.summary(),
+        }
+
+    def show() -> None:
+        """The table, the outcome, and how to go on."""
+        print_line(f"{describe_scores(record)}:")
+        print_table(sweep_columns(record), sweep_rows(record))
+        print_line(result.summary())
+        print_line(result.verdict.summary())
+        print_line(f"page: {result.folder / 'sweep.html'}")
+        print_line(f"configuration: {result.folder / 'best.yaml'}")
+        if result.is_better:
+            print_progress(f"next: nested-tune promote {result.run.path} --name NAME")
+        else:
+            print_progress(
+                "next: nothing to promote: no setting is shown to be better than the configuration "
+                "itself"
+            )
+
+    return result_printer(arguments, document, show)
+
+
+def _parse_over(given: Sequence[str]) -> dict[str, list[Any]]:
+    """KEY=V,V as keys with lists of values; ConfigError for anything else."""
+    over: dict[str, list[Any]] = {}
+    for text in given:
+        key, separator, values = text.partition("=")
+        parsed = parse_yaml(f"[{values}]", source=f"--over {key}") if separator else None
+        if not key or not parsed or key in over:
+            raise ConfigError(
+                f"--over {text}: expected KEY=V,V with a key once, such as "
+                f"--over learning_rate=3e-5,1e-4,3e-4"
+            )
+        over[key] = parsed
+    return over

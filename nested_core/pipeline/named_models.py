@@ -1,0 +1,92 @@
+"""How a person names a model: a base, an adapter by any of its names, or a file of a room's format.
+
+A room's formats are in nested_core/seams.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nested_core import seams
+from nested_core.config.resume import read_run_config
+from nested_core.data.example_digests import Digests, decode_digests
+from nested_core.errors import ConfigError
+from nested_core.gate.losses.left_out_examples import (
+    read_run_training_digests,
+    read_training_digests,
+)
+from nested_core.models.peft import import_peft
+from nested_core.pipeline.named_adapters import NamedAdapter, find_named_adapter
+from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter, read_adapter_config
+from nested_core.storage.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class RecordedBase:
+    """The base that an exported model was made of: folder or name on the hub, and fingerprint."""
+
+    base: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, eq=False)
+class NamedModel:
+    """A model as a person named it: a base, alone or with an adapter.
+
+    name: as a person gave it; "base" for the base that others are compared with.
+    model: the base's folder or its name on the hub.
+    adapter: None for the base alone.
+    seen: digests of the examples that it was trained on, as far as they are recorded.
+    made_of: of an exported model, the base that its record names.
+    """
+
+    name: str
+    model: str
+    adapter: Adapter | None = None
+    trust_remote_code: bool = False
+    seen: Digests = field(default_factory=lambda: decode_digests(None))
+    made_of: RecordedBase | None = None
+
+
+def find_model(
+    given: str, registry: Path | None, base_model: str | None, temporary: Path
+) -> tuple[NamedModel, RunDirectory | None]:
+    """The model that a person means, and its run if it is one.
+
+    A PEFT adapter is converted into the folder `temporary`, and a model of a room's format unpacked
+    there. Raises ConfigError for a name that is none and what a room's format refuses, DamagedError
+    for damaged files.
+    """
+    path = Path(given)
+    for find_model_of_format in seams.load_model_formats():
+        model: NamedModel | None = find_model_of_format(given, temporary)
+        if model is not None:
+            return model, None
+    if (path / "config.json").is_file() and not (path / CONFIG_NAME).is_file():
+        return NamedModel(given, given), None
+    try:
+        named = find_named_adapter(path, registry)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error} A base or an exported model is given by its folder or its GGUF."
+        ) from error
+    stored = read_adapter_config(named.folder / CONFIG_NAME, follow_links=True)
+    if "peft_type" in stored:
+        base = base_model or str(stored.get("base_model_name_or_path"))
+        import_peft(named.folder, temporary, base)
+        named = NamedAdapter(temporary, base)
+    adapter = read_adapter(named.folder, follow_links=True)
+    base = base_model or named.model or str(adapter.config.get("model"))
+    seen = _read_training_digests(named)
+    return NamedModel(given, base, adapter, named.trusts_remote_code, seen), named.run
+
+
+def _read_training_digests(named: NamedAdapter) -> Digests:
+    """What an adapter and its ancestors were trained on, as far as it is recorded."""
+    run = named.run
+    if run is None:
+        return read_training_digests(named.folder)
+    initial = read_adapter(run.initial).digest()
+    seen = read_run_training_digests(read_run_config(run), run, initial)
+    return decode_digests(None) if seen is None else seen

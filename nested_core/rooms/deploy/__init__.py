@@ -1,0 +1,1 @@
+"""Deployments on a Prefect server; all of its code is in flows/rooms/deploy."""

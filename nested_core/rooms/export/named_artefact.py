@@ -1,0 +1,28 @@
+"""An exported folder or GGUF as the model that a person names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nested_core.data.example_digests import decode_digests
+from nested_core.pipeline.named_models import NamedModel, RecordedBase
+from nested_core.rooms.export.export_record import read_export_record
+from nested_core.rooms.export.gguf import is_gguf, unpack_gguf
+
+
+def find_artefact(given: str, temporary: Path) -> NamedModel | None:
+    """The model at a path with its record, if it has one; None for a path without both.
+
+    A GGUF is unpacked into the folder `temporary`. Raises ConfigError for a GGUF of another family,
+    DamagedError for damaged files.
+    """
+    path = Path(given)
+    model = unpack_gguf(path, temporary) if is_gguf(path) else path
+    if not (model / "config.json").is_file():
+        return None
+    record = read_export_record(path)
+    if record is None:
+        return None if model == path else NamedModel(given, str(model))
+    made_of = RecordedBase(record.base, record.base_fingerprint)
+    seen = decode_digests(record.training_examples)
+    return NamedModel(given, str(model), seen=seen, made_of=made_of)

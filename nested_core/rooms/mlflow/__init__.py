@@ -1,0 +1,1 @@
+"""A copy of a registry's versions and champion in MLflow's model registry."""

@@ -1,0 +1,603 @@
+"""A search among settings in the time there is: successive halving, and the winner judged.
+
+All arms train the same schedule, the configuration's own, on as many examples: steps are counted in
+those of the configuration itself, and an arm of smaller batches takes more of its own. They are
+compared at a quarter, a half and the end of it (fewer arms: fewer rungs); at each the better half
+goes on from its checkpoint (Jamieson and Talwalkar, Non-stochastic best arm identification, arXiv
+1502.07943). The configuration itself goes on to the end, so that the winner is compared with it on
+the examples of the gate, with its luck counted: as the best of all evaluated steps of all arms.
+
+What is decided follows from sweep.json: a stopped sweep goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import JsonValue
+
+from nested_core.config.loading import lay_over, parse_config, render_config
+from nested_core.config.schema import FineTuneConfig
+from nested_core.data.dataset_loading import load_run_data
+from nested_core.errors import (
+    ConfigError,
+    GateRejected,
+    TrainingDiverged,
+    TrainingStopped,
+    go_on_with,
+)
+from nested_core.gate.answers.answer_bounds import ScoreChange
+from nested_core.gate.losses.chosen_candidate import read_candidates
+from nested_core.models.base_model import find_model_folder, fingerprint_base_model
+from nested_core.models.session import Session
+from nested_core.pipeline.hooks import Steps
+from nested_core.pipeline.preflight import check_before_start
+from nested_core.pipeline.run_explanation import explain_run
+from nested_core.records.answers import read_answers
+from nested_core.records.metrics import read_metrics
+from nested_core.records.paired_difference import PairedDifference
+from nested_core.records.verdict import Verdict
+from nested_core.rooms.sweep.choice import SweepChoice
+from nested_core.rooms.sweep.page import describe_sweep
+from nested_core.rooms.sweep.points import (
+    LENGTH_KEYS,
+    RANK,
+    SCALE,
+    Point,
+    grid_points,
+    refuse_incomparable_keys,
+    settings_of_point,
+    step_examples,
+)
+from nested_core.rooms.sweep.record import SWEEP_NAME, Arm, Score, SweepRecord, read_sweep
+from nested_core.storage.atomic import canonical_json, write_bytes
+from nested_core.storage.checkpoint_verification import latest_state
+from nested_core.storage.lock_file import exclusive_lock_with_holder_id
+from nested_core.storage.output_places import require_free_place
+from nested_core.storage.run_directory import RUN_DIR_KEY, RunDirectory
+from nested_core.text.duration_format import format_duration
+
+MAX_ARMS = 64
+MAX_HALVINGS = 3
+EVALUATIONS_A_RUNG = 2  # of the first rung
+RATE_FACTORS = (0.3, 3.0, 10.0)  # beside the rate itself
+RANK_FACTOR = 4
+SCALE_FACTORS = (0.5, 2.0)  # of the scale, with the rate so that rank x scale x rate stays
+SHARE_OF_STEPS = 0.7  # of the time: evaluations, checkpoints and loading take the rest
+BEST_NAME = "best.yaml"
+PAGE_NAME = "sweep.html"
+LOCK_NAME = "sweep.lock"
+
+
+@dataclass(frozen=True)
+class SweepRequest:
+    """What a sweep is asked for.
+
+    over: key -> the values to try; empty tries rates, then ranks and scales around the best.
+    select_by: `loss`, or the suite of gate.tasks whose answers choose.
+    minutes, steps: of training, of all arms together; None does not bound them. With `steps` the
+        same request gives the same figures.
+    """
+
+    over: Mapping[str, Sequence[JsonValue]]
+    select_by: str = "loss"
+    minutes: float | None = None
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep ended with.
+
+    record: the arms and their scores; `record.chosen` is the winner's number.
+    run: the winner's run directory, of which the whole configuration is trained and judged.
+    choice: the winner's losses less those of the configuration itself, and among how many
+        candidates it was chosen; None where the configuration itself is the winner.
+    answers: where answers chose, the share of right ones less that of the configuration itself, on
+        the questions that judge.
+    is_better: whether it is shown to be better than that: by answers where they chose, else by
+        registry.min_improvement at least.
+    """
+
+    folder: Path
+    record: SweepRecord
+    run: RunDirectory
+    verdict: Verdict
+    choice: SweepChoice | None
+    answers: PairedDifference | None
+    is_better: bool
+
+    def summary(self) -> str:
+        """The outcome in a sentence or two."""
+        record = self.record
+        chosen = record.arms[record.chosen or 0].describe()
+        tried = f"{len(record.arms)} settings tried in {record.trained:,} steps"
+        if record.is_cut_short:
+            tried += (
+                f", in runs of {record.rungs[-1]:,} of the configuration's {record.configured:,}"
+            )
+        if self.choice is None:
+            return f"{tried}: none was better than {chosen}."
+        told = "better" if self.is_better else "not shown to be better: it may be luck"
+        if self.answers is not None:
+            own = self.answers
+            return (
+                f"{tried}: the best is {chosen}. Against the configuration itself "
+                f"{own.mean:+.1%} of {own.examples} answers are right (95 % interval "
+                f"{own.low:+.1%} to {own.high:+.1%}): {told}."
+            )
+        found, among = self.choice.difference, self.choice.chosen_among
+        text = f"{tried}: the best is {chosen}."
+        if found is None:
+            return f"{text} It could not be compared with the configuration itself."
+        interval = self.choice.corrected_interval or (found.low, found.high)
+        luck = f", corrected for the choice among {among}" if among > 1 else ""
+        measured = (
+            f"Against the configuration itself {found.mean:+.3g} nats/token on {found.examples} "
+            f"examples (95 % interval {interval[0]:+.3g} to {interval[1]:+.3g}{luck})"
+        )
+        return f"{text} {measured}: {told}."
+
+
+def sweep(
+    config: FineTuneConfig, folder: Path, request: SweepRequest, hooks: Steps | None = None
+) -> SweepResult:
+    """Search, train the winner to the end and judge it; goes on with what is in `folder`.
+
+    Nothing is registered. Raises ConfigError for what cannot be compared or is too short,
+    TrainingStopped where a stop was requested, GateRejected where the winner does not pass.
+    """
+    hooks = hooks or Steps()
+    place = require_free_place(folder, RUN_DIR_KEY)
+    if place.exists() and any(place.iterdir()) and not (place / SWEEP_NAME).is_file():
+        raise ConfigError(f"{folder} is not empty, and holds no sweep. Give another --run-dir.")
+    with _locked(place), Session() as session:
+        search = _Search(config, place, request, hooks, session)
+        try:
+            search.begin()
+        finally:
+            if not (place / SWEEP_NAME).is_file():  # refused: the same command works later
+                (place / LOCK_NAME).unlink()
+                with suppress(OSError):
+                    place.rmdir()
+        search.run()
+        return search.judge()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def refuse() -> NoReturn:
+        """Another process sweeps here."""
+        raise ConfigError(f"{folder} is in use by another process. Give another --run-dir.")
+
+    with exclusive_lock_with_holder_id(folder / LOCK_NAME, on_busy=refuse):
+        yield
+
+
+class _Search:
+    """The search in one folder: each arm is a run in it, trained a part at a time."""
+
+    def __init__(
+        self,
+        config: FineTuneConfig,
+        folder: Path,
+        request: SweepRequest,
+        hooks: Steps,
+        session: Session,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.request = request
+        self.hooks = hooks
+        self.record: SweepRecord
+        self._session = session
+
+    def begin(self) -> None:
+        """Read the record, or plan: which arms, how long a run, where they are compared."""
+        digest = _digest_request(self.config, self.request)
+        if (self.folder / SWEEP_NAME).is_file():
+            self.record = read_sweep(self.folder)
+            if self.record.digest != digest:
+                raise ConfigError(
+                    f"{self.folder} holds a sweep of another configuration or request, other data, "
+                    f"or another base model or tokenizer. Give what it began with, or another "
+                    f"--run-dir."
+                )
+            return
+        arms = [Arm({}), *(Arm(point) for point in _first_points(self.config, self.request))]
+        if not 1 < len(arms) <= MAX_ARMS:
+            raise ConfigError(
+                f"sweep: {len(arms) - 1} settings beside the configuration itself; 1 to "
+                f"{MAX_ARMS - 1} can be tried."
+            )
+        configs = [parse_config(self._settings_of(arm), source="sweep") for arm in arms]
+        sizes = {step_examples(config) for config in configs}
+        if len(sizes) > 1 and self.request.select_by != "loss":
+            raise ConfigError(
+                "sweep: --select-by a suite asks as many questions as a run has steps for, and "
+                "batch_size and grad_accumulation_steps change the steps. Choose by the loss, or "
+                "leave these keys out of --over."
+            )
+        check_before_start(self.config, self._run_of(0))
+        wanted, budget, seconds_a_step = self._measure()
+        own_size = step_examples(self.config)
+        multiple = math.lcm(*(size // math.gcd(size, own_size) for size in sizes))
+        rungs = plan_rungs(len(arms), wanted, budget, multiple)
+        numbers = tuple(range(len(arms)))
+        self.record = SweepRecord(
+            *(digest, self.request.select_by, rungs, budget, tuple(arms), (numbers,)),
+            configured=wanted,
+        )
+        self.record.write(self.folder)
+        self.hooks.on_message(self._describe_plan(seconds_a_step))
+
+    def _describe_plan(self, seconds_a_step: float | None) -> str:
+        """How many settings are tried, where they are compared, and what of the time that takes."""
+        rungs, arms = self.record.rungs, len(self.record.arms)
+        places = " and ".join(filter(None, [", ".join(map(str, rungs[:-1])), str(rungs[-1])]))
+        text = f"{arms} settings, compared at steps {places}"
+        if self.record.is_cut_short:
+            text += (
+                f" of runs that have {rungs[-1]} of the configuration's {self.record.configured}"
+            )
+        steps = count_steps(arms, rungs)
+        text += f"; at most {steps:,} steps"
+        if seconds_a_step is not None and self.request.minutes is not None:
+            training = format_duration(steps * seconds_a_step)
+            asked = format_duration(60 * self.request.minutes)
+            text += (
+                f", about {training} of the {asked}: the rest is for evaluations, checkpoints and "
+                f"a second round"
+            )
+        return f"{text}."
+
+    def _measure(self) -> tuple[int, int | None, float | None]:
+        """The steps of a whole run, the steps of all arms that there is time for, and a step's.
+
+        The last one in seconds, where time is a bound.
+        """
+        minutes = self.request.minutes
+        explained = explain_run(
+            self.config, self.hooks.on_message, measures_speed=minutes is not None
+        )
+        if not explained.validation_examples or self.config.training.reference is not None:
+            raise ConfigError(
+                "sweep: settings are chosen by the loss on valid.jsonl, at several steps of a run. "
+                "Give a valid split (`nested-tune init --split`), val_batches above 0 or -1, and "
+                "leave training.reference out."
+            )
+        budget, seconds_a_step = self.request.steps, None
+        if minutes is not None:
+            seconds_a_step = (explained.training_seconds or 0.0) / explained.steps
+            by_clock = int(SHARE_OF_STEPS * 60 * minutes / max(seconds_a_step, 1e-4))
+            budget = by_clock if budget is None else min(budget, by_clock)
+        return explained.steps, budget, seconds_a_step
+
+    def run(self) -> None:
+        """All rounds: the first arms, and where there is time ranks and scales around the best."""
+        while self.record.chosen is None:
+            best = self._halve(self.record.rounds[-1])
+            further = self._further_points(best)
+            if not further:
+                self.record = replace(self.record, chosen=best)
+            else:
+                numbers = range(len(self.record.arms), len(self.record.arms) + len(further))
+                arms = (*self.record.arms, *map(Arm, further))
+                rounds = (*self.record.rounds, (best, *numbers))
+                self.record = replace(self.record, arms=arms, rounds=rounds)
+            self.record.write(self.folder)
+
+    def _halve(self, arms: Sequence[int]) -> int:
+        """Train the arms of a round, the better half of them on; the number of the best one.
+
+        The configuration itself is trained to the end beside them, and can be the best one.
+        """
+        alive = list(arms)
+        for step in self.record.rungs:
+            for number in sorted({0, *alive}):
+                if step not in self.record.arms[number].scores:
+                    self._train_arm(number, step)
+            alive = better_half(self._scores(alive, step))
+        return better_half(self._scores({0, *alive}, self.record.rungs[-1]))[0]
+
+    def _scores(self, arms: Iterable[int], step: int) -> dict[int, Score]:
+        found = {number: self.record.arms[number].scores[step] for number in arms}
+        return {number: (math.inf,) if own is None else own for number, own in found.items()}
+
+    def _further_points(self, best: int) -> list[Point]:
+        """Ranks and scales around the best rate, once, where they were not named and fit in.
+
+        An adapter that training begins with has a rank and a scale of its own.
+        """
+        begins_with_adapter = self.config.continual.start or self.config.resume_adapter_file
+        if self.request.over or begins_with_adapter or len(self.record.rounds) > 1:
+            return []
+        point = self.record.arms[best].point
+        settings = parse_config(settings_of_point(self.config, point), source="sweep")
+        lora, rate = settings.lora_parameters, settings.learning_rate
+        points = [
+            {**point, RANK: lora.rank * RANK_FACTOR, SCALE: lora.scale / RANK_FACTOR},
+            *(
+                {**point, SCALE: lora.scale * factor, "learning_rate": rate / factor}
+                for factor in SCALE_FACTORS
+            ),
+        ]
+        needed = count_steps(len(points) + 1, self.record.rungs) - self.record.rungs[-1]
+        budget = self.record.budget
+        minutes = self.request.minutes
+        has_steps = budget is None or self.record.trained + needed <= budget
+        seconds = self.record.seconds * (1 + needed / max(1, self.record.trained))
+        has_time = minutes is None or seconds <= 60 * minutes
+        if has_steps and has_time:
+            return points
+        needs = f"{needed:,} steps more"
+        if minutes is not None:
+            needs += (
+                f", {format_duration(seconds)} with the {format_duration(self.record.seconds)} so "
+                f"far"
+            )
+        self.hooks.on_message(f"ranks and scales are not tried: they would take {needs}.")
+        return []
+
+    def _train_arm(self, number: int, step: int) -> None:
+        """Train an arm up to a rung's step, and write down its score."""
+        run, config = self._run_of(number), self._config_of(number)
+        arm = self.record.arms[number]
+        own_step, own_end = (self._steps_of_arm(config, s) for s in (step, self.record.rungs[-1]))
+        self.hooks.on_message(f"{arm.describe()}: to step {own_step} of {own_end}")
+        started = time.monotonic()
+        with run.locked():
+            part = _Part(self.hooks, own_step, is_first=not run.config.exists())
+            part.begin(config, run, resume=run.config.exists())
+            part.validate(config, run)
+            part.load(config, run, self._session)
+            score: Score | None = None
+            try:
+                part.train(config, run, self._session)
+                score = _best_score(run, self.request.select_by)
+            except TrainingStopped:
+                if not part.has_reached_end(run):
+                    advice = go_on_with(self.folder)
+                    raise TrainingStopped("The sweep was stopped.", advice=advice) from None
+                score = _best_score(run, self.request.select_by)
+            except TrainingDiverged as error:
+                self.hooks.on_message(str(error))
+        seconds = self.record.seconds + time.monotonic() - started
+        record = replace(self.record, seconds=seconds)
+        self.record = record.with_score(number, step, score)
+        self.record.write(self.folder)
+
+    def judge(self) -> SweepResult:
+        """Judge the winner, and the configuration itself to compare it with; write best.yaml."""
+        number = self.record.chosen or 0
+        if self.record.arms[number].scores[self.record.rungs[-1]] is None:
+            raise ConfigError(
+                "sweep: every setting diverged or had no finite loss. Begin with a lower "
+                "learning_rate."
+            )
+        best = settings_of_point(self.config, self.record.arms[number].point)
+        content = render_config(parse_config(best, source="sweep"))
+        write_bytes(self.folder / BEST_NAME, content)
+        runs = [self._run_of(each) for each in range(len(self.record.arms))]
+        run = runs[number]
+        choice = None
+        if number != 0:
+            try:
+                self._judge_arm(0)
+            except GateRejected as error:
+                self.hooks.on_message(f"the configuration itself: {error}")
+        verdict = self._judge_arm(number)
+        if number != 0:
+            choice = SweepChoice.read(run, runs, baseline=runs[0])
+        least = self.config.registry.min_improvement
+        is_better = choice is not None and is_shown_better(choice, least)
+        answers = None
+        if choice is not None and self.request.select_by != "loss":
+            answers = compare_answers(run, runs, self.request.select_by)
+            is_better = answers.is_measurable and answers.low > 0
+        result = SweepResult(self.folder, self.record, run, verdict, choice, answers, is_better)
+        page = describe_sweep(self.record, runs, result.summary())
+        write_bytes(self.folder / PAGE_NAME, page.to_html().encode("utf-8", "replace"))
+        return result
+
+    def _judge_arm(self, number: int) -> Verdict:
+        run = self._run_of(number)
+        with run.locked():
+            return self.hooks.judge(self._config_of(number), run, self._session)
+
+    def _run_of(self, number: int) -> RunDirectory:
+        return RunDirectory(self.folder / "arms" / f"{number:03d}")
+
+    def _config_of(self, number: int) -> FineTuneConfig:
+        """The configuration of an arm's run: as long as planned, evaluated at every rung."""
+        values = self._settings_of(self.record.arms[number])
+        config = parse_config(values, source="sweep")
+        steps = self._steps_of_arm(config, self.record.rungs[-1])
+        iterations = steps * config.grad_accumulation_steps
+        between = iterations // _unit(len(self.record.rungs))
+        length: Point = {"iters": iterations, "training.epochs": None, "steps_per_eval": between}
+        return parse_config(lay_over(values, length), source="sweep")
+
+    def _steps_of_arm(self, config: FineTuneConfig, steps: int) -> int:
+        """The steps in which an arm sees as many examples as the configuration itself in `steps`.
+
+        A whole number, and so is that of an evaluation: `begin` plans for it.
+        """
+        return steps * step_examples(self.config) // step_examples(config)
+
+    def _settings_of(self, arm: Arm) -> dict[str, Any]:
+        """The values of an arm, which is chosen by what the sweep chooses by."""
+        name, asked = self.request.select_by, self.config.training.evaluate_tasks
+        values = settings_of_point(self.config, arm.point)
+        names = [] if name == "loss" else [name]
+        tasks = list(dict.fromkeys([*asked, *names]))
+        return lay_over(values, {"training.select_by": name, "training.evaluate_tasks": tasks})
+
+
+class _Part(Steps):
+    """The steps of an arm as far as a rung: training is stopped there, with a checkpoint."""
+
+    def __init__(self, hooks: Steps, step: int, *, is_first: bool) -> None:
+        self._hooks = hooks
+        self._step = step
+        self._is_first = is_first
+        self._trainer: Any = None
+
+    def on_message(self, message: str) -> None:
+        """What is said of the data is said once."""
+        if self._is_first:
+            self._hooks.on_message(message)
+
+    def on_data_progress(self, what: str, done: int, total: int) -> None:
+        """Handed on."""
+        self._hooks.on_data_progress(what, done, total)
+
+    def on_training_start(self, trainer: Any) -> None:
+        """Have it stop at the rung, once it is evaluated there."""
+        self._trainer = trainer
+        trainer.stop_after_step = self._step
+        self._hooks.on_training_start(trainer)
+
+    def on_report(self, figures: Mapping[str, Any]) -> None:
+        """Handed on."""
+        self._hooks.on_report(figures)
+
+    def on_step(self, step: int, steps: int) -> None:
+        """Handed on."""
+        self._hooks.on_step(step, steps)
+
+    def has_reached_end(self, run: RunDirectory) -> bool:
+        """Whether it stopped at the rung, evaluated, and nobody asked for it."""
+        state = latest_state(run.checkpoints)
+        is_there = state.get("step", 0) >= self._step and state.get("observed", False)
+        return is_there and not self._trainer.stop_requested
+
+
+def plan_rungs(arms: int, wanted: int, budget: int | None, multiple: int = 1) -> tuple[int, ...]:
+    """The steps at which arms are compared, the last of which is a whole run's.
+
+    A run has the `wanted` steps, or as many as let all arms stay within the budget; rounded down so
+    that every rung is a whole number of steps with evaluations at it, each a `multiple` of steps
+    after the one before. ConfigError where nothing is left.
+    """
+    halvings = min(MAX_HALVINGS, math.ceil(math.log2(arms)))
+    unit = _unit(halvings + 1) * multiple
+    steps = wanted
+    if budget is not None:
+        whole = tuple(unit * 2**power for power in range(halvings + 1))
+        share = budget / (count_steps(arms, whole) / whole[-1])
+        steps = min(wanted, int(share))
+    steps = steps // unit * unit
+    if steps == 0:
+        raise ConfigError(
+            f"sweep: {arms} settings need runs of {unit} steps or more, and there are "
+            f"{wanted if budget is None else min(wanted, budget)} in all. Give more --minutes or "
+            f"--steps, a longer run, or fewer settings."
+        )
+    return tuple(steps // 2 ** (halvings - power) for power in range(halvings + 1))
+
+
+def count_steps(arms: int, rungs: Sequence[int]) -> int:
+    """The optimizer steps of a round: the arms of each rung, and the configuration itself."""
+    total, before, alive = 0, 0, arms
+    for step in rungs:
+        total += (alive if alive == arms else alive + 1) * (step - before)
+        before, alive = step, math.ceil(alive / 2)
+    return total
+
+
+def compare_answers(
+    chosen: RunDirectory, runs: Sequence[RunDirectory], suite: str
+) -> PairedDifference:
+    """The chosen run's answers to a suite less the first run's, with the luck of the choice.
+
+    Answers are paired by their line. Where the questions that judge chose as well, it was among all
+    evaluated steps of all runs.
+    """
+    first, own = (
+        {
+            record.line: record
+            for record in read_answers(run.answers)
+            if record.task == suite and record.model == "candidate"
+        }
+        for run in (runs[0], chosen)
+    )
+    lines = sorted(first.keys() & own.keys())
+    before, after = ([answers[line] for line in lines] for answers in (first, own))
+    if any(record.chosen_among > 1 for record in after):
+        count = sum(read_candidates(run.validation_losses).count for run in runs)
+        after = [replace(record, chosen_among=count) for record in after]
+    return ScoreChange.compare(before, after).difference
+
+
+def better_half(scores: Mapping[int, Score]) -> list[int]:
+    """The half of the arms that goes on, rounded up, the best first; of equal ones the first."""
+    ranked = sorted(scores, key=lambda number: (scores[number], number))
+    return ranked[: math.ceil(len(ranked) / 2)]
+
+
+def is_shown_better(choice: SweepChoice, least: float) -> bool:
+    """Whether the winner's losses are lower beyond chance and luck, and by `least` nats."""
+    found = choice.difference
+    if found is None or found.mean > -least:
+        return False
+    if choice.chosen_among == 1:
+        return found.is_measurable and found.high < 0
+    return choice.corrected_interval is not None and choice.corrected_interval[1] < 0
+
+
+def _unit(rungs: int) -> int:
+    """The evaluations of a run, of which EVALUATIONS_A_RUNG are before the first rung."""
+    return int(EVALUATIONS_A_RUNG * 2 ** (rungs - 1))
+
+
+def _first_points(config: FineTuneConfig, request: SweepRequest) -> list[Point]:
+    """The points that were asked for, or rates around the configuration's."""
+    grid = dict(request.over)
+    if not grid:
+        grid = {"learning_rate": [config.learning_rate * factor for factor in RATE_FACTORS]}
+    refuse_incomparable_keys(grid, config)
+    lengths = [key for key in grid if key in LENGTH_KEYS]
+    if lengths:
+        raise ConfigError(f"sweep: {', '.join(lengths)} is decided by the sweep itself.")
+    own = parse_config(settings_of_point(config, {}), source="sweep")
+    points = grid_points(grid)
+    return [p for p in points if parse_config(settings_of_point(config, p), source="") != own]
+
+
+def _digest_request(config: FineTuneConfig, request: SweepRequest) -> str:
+    """SHA-256 over what a sweep's arms are made of, which are compared with one another."""
+    dataset, _ = load_run_data(config)
+    asked = [
+        config.model_dump(mode="json"),
+        asdict(request) | {"over": dict(request.over)},
+        fingerprint_base_model(find_model_folder(config.model)),
+        dataset.tokenizer,
+        dataset.digest,
+    ]
+    return sha256(canonical_json(asked)).hexdigest()
+
+
+def _best_score(run: RunDirectory, select_by: str) -> Score | None:
+    """The best evaluation so far, or the last one while a tier is not updated yet; lower is better.
+
+    None where no loss was finite.
+    """
+    state = latest_state(run.checkpoints)
+    loss, wrong = state.get("best_val_loss"), state["best_wrong"]
+    if loss is None:
+        last = [record for record in read_metrics(run.metrics) if "val_loss" in record][-1]
+        loss = last["val_loss"]
+        wrong = 1 - last.get("tasks", {}).get(select_by, {}).get("right", 0.0)
+    if loss is None:
+        return None
+    return (loss,) if select_by == "loss" else (wrong, loss)

@@ -1,0 +1,48 @@
+"""What `doctor` asks the server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.settings import (
+    PREFECT_API_DATABASE_CONNECTION_URL,
+    PREFECT_API_URL,
+    PREFECT_CLIENT_MAX_RETRIES,
+    temporary_settings,
+)
+
+from flows.rooms.deploy.retention import check_retention
+from flows.rooms.deploy.server_checks import _check_database
+from tests.flows.conftest import called
+
+
+def test_of_a_database_that_this_environment_does_not_name_nothing_is_said() -> None:
+    here = {PREFECT_API_URL: "http://127.0.0.1:4200/api"}
+    with temporary_settings(here, restore_defaults={PREFECT_API_DATABASE_CONNECTION_URL}):
+        unknown = _check_database()
+    with temporary_settings(here | {PREFECT_API_DATABASE_CONNECTION_URL: "sqlite+aiosqlite:///x"}):
+        unfit = _check_database()
+    assert (unknown.ok, unknown.seen.startswith("unknown here")) == (True, True)
+    assert (unfit.ok, unfit.seen) == (False, "sqlite+aiosqlite")
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_what_the_server_keeps_is_asked_of_the_server() -> None:
+    with get_client(sync_client=True) as client:
+        check = check_retention(client)
+    assert (check.ok, check.seen) == (False, "kept: events for 7 days, the rest for ever")
+    assert "PREFECT_SERVER_SERVICES_DB_VACUUM" in check.mend
+
+
+def test_doctor_says_of_a_server_that_does_not_answer_what_starts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = "http://127.0.0.1:9/api"
+    monkeypatch.setenv("PREFECT_API_URL", nowhere)
+    with temporary_settings({PREFECT_API_URL: nowhere, PREFECT_CLIENT_MAX_RETRIES: 0}):
+        done = called("doctor", "--json", cwd=tmp_path)
+    (server,) = (each for each in done.document["checks"] if each["name"] == "server")
+    assert (server["ok"], server["seen"].startswith(f"{nowhere} does not answer")) == (False, True)
+    assert "prefect server start" in server["mend"]

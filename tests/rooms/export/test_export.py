@@ -1,0 +1,486 @@
+"""export: what stands, in folders and GGUFs of four families, and what of a broken one is seen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from nested_core import export
+from nested_core.config.loading import parse_config
+from nested_core.errors import ConfigError, DamagedError, GateRejected
+from nested_core.gate.losses.champion_adapter import shape_like_adapter
+from nested_core.gate.losses.held_out_loss import LoadedBase, read_held_out_examples
+from nested_core.pipeline import steps
+from nested_core.rooms.export.export_record import (
+    ExportRecord,
+    LogitComparison,
+    card_place,
+    read_export_record,
+    record_place,
+    write_export_record,
+)
+from nested_core.rooms.export.exporting import NOT_RUN, _publish
+from nested_core.rooms.export.fresh_reading import Reading, has_llama_cpp, read_in_fresh_process
+from nested_core.rooms.export.fusing import load_fused, write_model_folder
+from nested_core.rooms.export.gguf import unpack_gguf, write_gguf
+from nested_core.rooms.export.judgement import Findings, judge_reading
+from nested_core.rooms.export.reference import Reference, choose_rows, measure_reference
+from nested_core.storage.adapter import Adapter, read_adapter
+from nested_core.storage.atomic import TEMPORARY_PREFIX
+from tests.builders.adapter_folders import change_tensors
+from tests.example import DATA, example_config, prepare, train
+from tests.left_out import slow_except
+from tests.rooms.export.small_bases import (
+    FAMILIES,
+    TEMPLATE,
+    make_base,
+    make_tokenizer,
+    train_adapter,
+)
+
+HELD_OUT = DATA / "valid.jsonl"
+NEEDS_LLAMA_CPP = pytest.mark.skipif(
+    not has_llama_cpp(), reason="llama.cpp is not here: pip install llama-cpp-python"
+)
+
+
+@pytest.fixture(autouse=True)
+def quiet_writer() -> None:
+    logging.getLogger("gguf").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A base and an adapter that gains on the example's rows."""
+
+    base: Path
+    adapter: Path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
+    """Makes each once, by its family and the base's bits."""
+    made: dict[tuple[str, int | None], Trained] = {}
+
+    def make(family: str = "llama", bits: int | None = None) -> Trained:
+        if (family, bits) not in made:
+            folder = tmp_path_factory.mktemp(family)
+            base = make_base(folder / "base", family, bits=bits)
+            made[family, bits] = Trained(base, train_adapter(base, folder / "adapter"))
+        return made[family, bits]
+
+    return make
+
+
+@pytest.mark.parametrize("family", slow_except(FAMILIES, "llama", reason="trains an adapter"))
+def test_a_folder_keeps_the_gain(
+    family: str, trained: Callable[..., Trained], tmp_path: Path
+) -> None:
+    done = export(trained(family).adapter, fused=tmp_path / "fused", data=HELD_OUT)
+    record = done.record
+    assert record is not None
+    assert record == read_export_record(done.path)
+    assert record.stands
+    assert record.gain is not None
+    assert record.gain.low is not None
+    assert record.gain.low > 0.98
+    assert record.gain.base - record.gain.adapter > 0.5
+    assert record.weights == "bfloat16"
+    assert f"loss {record.gain.exported:.4g} (adapter " in repr(done)
+    assert done.upload_command == f"hf upload USER/NAME {tmp_path / 'fused'}"
+    assert "# fused" in (done.path / "README.md").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["fused"]
+
+
+@pytest.mark.parametrize(
+    "quantize", slow_except(["f16", "q8_0"], "q8_0", reason="exports a whole model")
+)
+@pytest.mark.parametrize("family", slow_except(FAMILIES, "gemma3_text", reason="trains an adapter"))
+def test_a_gguf_keeps_the_gain(
+    family: str, quantize: Any, trained: Callable[..., Trained], tmp_path: Path
+) -> None:
+    file = tmp_path / "model.gguf"
+    done = export(trained(family).adapter, gguf=file, quantize=quantize, data=HELD_OUT)
+    record = done.record
+    assert record is not None
+    assert record == read_export_record(file)
+    assert record.gain is not None
+    assert record.gain.low is not None
+    assert record.gain.low >= record.gain.needed == 0.95
+    assert record.files == {"model.gguf": hashlib.sha256(file.read_bytes()).hexdigest()}
+    assert (NOT_RUN in record.notes) is (not has_llama_cpp())
+    assert record.reader.startswith("llama.cpp" if has_llama_cpp() else "mlx_lm")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["model.export.json", "model.gguf", "model.md"]
+
+
+@pytest.mark.slow("trains an adapter on a base in 4 bits, and exports it three times")
+def test_a_base_in_4_bits_is_kept_or_dequantized(
+    trained: Callable[..., Trained], tmp_path: Path
+) -> None:
+    adapter = trained("llama", 4).adapter
+    kept = export(adapter, fused=tmp_path / "kept", data=HELD_OUT).record
+    larger = export(adapter, fused=tmp_path / "larger", dequantize=True, data=HELD_OUT).record
+    gguf = export(adapter, gguf=tmp_path / "model.gguf", data=HELD_OUT).record
+    assert kept is not None
+    assert larger is not None
+    assert gguf is not None
+    assert (kept.weights, kept.quantized_base) == ("quantized", "kept")
+    assert (larger.weights, larger.quantized_base) == ("bfloat16", "dequantized")
+    assert (gguf.weights, gguf.quantized_base) == ("f16", "dequantized")
+    assert kept.gain is not None
+    assert kept.gain.needed == 0.9
+    assert "quantization" in json.loads((tmp_path / "kept/config.json").read_bytes())
+    assert "quantization" not in json.loads((tmp_path / "larger/config.json").read_bytes())
+    assert larger.logits.distance < kept.logits.distance
+
+
+@pytest.mark.slow("trains an adapter on a base in 4 bits, and exports it twice")
+def test_a_change_that_is_lost_in_4_bits_is_refused_and_kept_when_dequantized(
+    trained: Callable[..., Trained], tmp_path: Path
+) -> None:
+    """What mlx_lm.fuse does to such an adapter without a word: mlx-lm's pull request 1564."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join((DATA / f"{name}.jsonl").read_text() for name in ("train", "valid")))
+    adapter = shutil.copytree(trained("llama", 4).adapter, tmp_path / "adapter")
+    change_tensors(adapter, lambda tensors: _scale_b(tensors, 0.1))
+    with pytest.raises(GateRejected, match="where 90% is asked for(.|\n)*With --dequantize"):
+        export(adapter, fused=tmp_path / "v1.0", data=rows)
+    refused = read_export_record(tmp_path / "v1.0.rejected")
+    assert refused is not None
+    assert refused.gain is not None
+    assert refused.gain.base - refused.gain.adapter > 1
+    assert (refused.gain.share or 1) < 0.8
+    kept = export(adapter, fused=tmp_path / "v1.1", dequantize=True, data=rows).record
+    assert kept is not None
+    assert kept.gain is not None
+    assert (kept.gain.low or 0) > 0.98
+
+
+@pytest.mark.slow("exports a whole model")
+def test_without_rows_the_logits_decide_and_the_export_says_so(
+    trained: Callable[..., Trained], tmp_path: Path
+) -> None:
+    done = export(trained().adapter, fused=tmp_path / "fused")
+    assert done.record is not None
+    assert done.record.gain is None
+    assert any("--data FILE" in note for note in done.notes)
+    assert "logits within" in repr(done)
+
+
+def test_what_does_not_stand_lies_under_another_name(
+    trained: Callable[..., Trained], tmp_path: Path
+) -> None:
+    """A change so small that bfloat16 rounds it away when it is fused."""
+    adapter = shutil.copytree(trained().adapter, tmp_path / "adapter")
+    change_tensors(adapter, lambda tensors: _scale_b(tensors, 1e-5))
+    with pytest.raises(GateRejected) as refused:
+        export(adapter, fused=tmp_path / "out" / "fused", data=HELD_OUT)
+    assert "of what the adapter changed" in str(refused.value)
+    assert refused.value.exit_code == 4
+    left = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert left == ["fused.rejected"]
+    record = read_export_record(tmp_path / "out/fused.rejected")
+    assert record is not None
+    assert not record.stands
+
+
+def _scale_b(tensors: dict[str, mx.array], factor: float, *, but: str = "(none)") -> None:
+    """Scale the factor B of each module whose name does not hold `but`."""
+    for name, array in tensors.items():
+        if name.endswith("lora_b") and but not in name:
+            tensors[name] = array * factor
+
+
+def test_another_family_is_refused_by_name(trained: Callable[..., Trained], tmp_path: Path) -> None:
+    source = trained()
+    model, tokenizer, _ = load_fused(source.base, read_adapter(source.adapter), dequantize=True)
+    model.model_type = "olmo2"
+    with pytest.raises(ConfigError, match="family olmo2, and GGUF is written for llama, qwen2"):
+        write_gguf(tmp_path / "model.gguf", model, tokenizer, "f16", "name")
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_a_place_that_is_taken_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ConfigError, match="exists already"):
+        export("nothing", gguf=tmp_path / "model.gguf")
+    with pytest.raises(ConfigError, match="one of --fused"):
+        export("nothing")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+# A fuse that was broken on purpose: what it makes, and what has to be said of it.
+
+
+def _other_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("<|user|>", "User: ") + "\n")
+
+
+def _other_tokenizer(folder: Path) -> None:
+    make_tokenizer("qwen2").save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
+BROKEN_ADAPTERS = {
+    "adapter left out": (partial(_scale_b, factor=0.0), "0% of what the adapter changed"),
+    "scale twice": (partial(_scale_b, factor=2.0), "its logits are"),
+    "one layer": (partial(_scale_b, factor=0.0, but=".layers.2."), "its logits are"),
+}
+BROKEN_FILES = {
+    "other template": (_other_template, "its chat template is another one"),
+    "other tokenizer": (_other_tokenizer, "its tokenizer is another one"),
+}
+BROKEN = [*BROKEN_ADAPTERS, *BROKEN_FILES, "wrong base"]
+
+
+def _measure(source: Trained) -> tuple[Adapter, Reference]:
+    adapter = read_adapter(source.adapter)
+    values = {"model": str(source.base), "num_layers": -1, "gate": {"held_out": str(HELD_OUT)}}
+    config = shape_like_adapter(adapter, parse_config(values, source="test"))
+    held_out = read_held_out_examples(config, {})
+    assert held_out is not None
+    base = LoadedBase.load(config)
+    rows = choose_rows(held_out, config.max_seq_length)
+    return adapter, measure_reference(config, base, adapter, rows, None)
+
+
+def _break(how: str, source: Trained, folder: Path, *, dequantize: bool) -> Path:
+    """A fused folder with one thing wrong."""
+    base, adapter = source.base, shutil.copytree(source.adapter, folder / "adapter")
+    if how in BROKEN_ADAPTERS:
+        change_tensors(adapter, BROKEN_ADAPTERS[how][0])
+    if how == "wrong base":
+        bits = json.loads((base / "config.json").read_bytes()).get("quantization", {}).get("bits")
+        base = make_base(folder / "wrong", "llama", seed=1, bits=bits)
+    model, _, config = load_fused(base, read_adapter(adapter), dequantize=dequantize)
+    write_model_folder(folder / "fused", base, model, config)
+    if how in BROKEN_FILES:
+        BROKEN_FILES[how][0](folder / "fused")
+    return folder / "fused"
+
+
+def _judge(reference: Reference, reading: Reading, weights: Any, quantized: Any) -> Findings:
+    backend = reference.tokenizer.backend_tokenizer.to_str()
+    return judge_reading(
+        reference,
+        reading,
+        weights=weights,
+        quantized_base=quantized,
+        tokenizer=hashlib.sha256(backend.encode()).hexdigest(),
+        chat_template=reference.tokenizer.chat_template,
+    )
+
+
+@pytest.fixture(scope="module")
+def measured(trained: Callable[..., Trained]) -> Callable[..., Any]:
+    made: dict[int | None, Any] = {}
+
+    def measure(bits: int | None) -> Any:
+        if bits not in made:
+            made[bits] = (trained("llama", bits), *_measure(trained("llama", bits)))
+        return made[bits]
+
+    return measure
+
+
+@pytest.mark.parametrize(
+    "bits", slow_except([None, 4], None, reason="trains an adapter on a base in 4 bits")
+)
+@pytest.mark.parametrize("how", slow_except(BROKEN, "one layer", reason="a process each"))
+def test_a_folder_that_was_fused_wrong_is_seen(
+    how: str, bits: int | None, measured: Callable[..., Any], tmp_path: Path
+) -> None:
+    source, _, reference = measured(bits)
+    broken = _break(how, source, tmp_path, dequantize=False)
+    reading = read_in_fresh_process(broken, "mlx_lm", reference, dtype="float32")
+    weights, quantized = ("quantized", "kept") if bits else ("bfloat16", None)
+    problems = " ".join(_judge(reference, reading, weights, quantized).problems)
+    expected = {**BROKEN_ADAPTERS, **BROKEN_FILES}.get(how, (None, "its logits are"))[1]
+    assert expected in problems
+
+
+@NEEDS_LLAMA_CPP
+@pytest.mark.slow("llama.cpp reads six files")
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_gguf_of_what_was_fused_wrong_is_seen(
+    how: str, measured: Callable[..., Any], tmp_path: Path
+) -> None:
+    from mlx_lm import load
+
+    source, _, reference = measured(None)
+    model, tokenizer = load(str(_break(how, source, tmp_path, dequantize=True)))[:2]
+    file = tmp_path / "model.gguf"
+    write_gguf(file, model, tokenizer, "q8_0", "broken")
+    reading = read_in_fresh_process(file, "llama.cpp", reference, dtype=None)
+    problems = " ".join(_judge(reference, reading, "q8_0", None).problems)
+    expected = {**BROKEN_ADAPTERS, **BROKEN_FILES}.get(how, (None, "its logits are"))[1]
+    assert expected in problems or (how == "other tokenizer" and "token ids" in problems)
+
+
+def make_draft(folder: Path, name: str, *, stands: bool) -> Path:
+    """An export before it is put in its place: a GGUF with record and card, or a folder of both."""
+    draft = folder / f"{TEMPORARY_PREFIX}draft" / name
+    draft.parent.mkdir(parents=True)
+    if not draft.suffix:
+        draft.mkdir()
+    weights = draft if draft.suffix else draft / "model.safetensors"
+    weights.write_text(f"weights {stands}")
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    record = ExportRecord(
+        source="x",
+        version="x",
+        base="x",
+        base_fingerprint="x",
+        tokenizer="x",
+        artefact="gguf" if draft.suffix else "folder",
+        weights="f16",
+        quantized_base=None,
+        files={weights.name: digest},
+        chat_template=None,
+        reader="mlx_lm",
+        texts=1,
+        logits=LogitComparison(0.1, 1.0, 0.2, 1),
+        gain=None,
+        suites=(),
+        notes=(),
+        problems=() if stands else ("its logits are off",),
+        packages={},
+    )
+    write_export_record(record_place(draft), record)
+    card_place(draft).write_text("card")
+    return draft
+
+
+def publish(folder: Path, name: str, *, stands: bool) -> str:
+    """Put an export in its place in a folder; the name of that place."""
+    draft = make_draft(folder, name, stands=stands)
+    place = _publish(draft, folder / name, is_rejected=not stands)
+    draft.parent.rmdir()
+    assert place.parent == folder
+    return place.name
+
+
+def test_a_rejected_gguf_lies_with_its_record_and_card_under_another_name(tmp_path: Path) -> None:
+    """What is written lies in a folder of temporary files until it is judged."""
+    assert publish(tmp_path, "model.gguf", stands=False) == "model.rejected.gguf"
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["model.rejected.export.json", "model.rejected.gguf", "model.rejected.md"]
+
+
+@pytest.mark.parametrize("name", ["model", "v1.0.gguf"])
+def test_an_export_replaces_what_an_earlier_one_left_rejected_and_nothing_else(
+    name: str, tmp_path: Path
+) -> None:
+    stem, ending = Path(name).stem if "gguf" in name else name, ".gguf" if "gguf" in name else ""
+    first = tmp_path / f"{stem}.rejected{ending}"
+    for _ in range(2):
+        assert publish(tmp_path, name, stands=False) == first.name
+    weights = first / "model.safetensors" if first.is_dir() else first
+    weights.write_text("of a person")
+    assert publish(tmp_path, name, stands=False) == f"{stem}.rejected-2{ending}"
+    assert weights.read_text() == "of a person"
+    (tmp_path / name).symlink_to("nowhere")  # it appeared while the export was measured
+    assert publish(tmp_path, name, stands=True) == f"{stem}-2{ending}"
+    assert publish(tmp_path, name, stands=True) == f"{stem}-3{ending}"
+
+
+@pytest.mark.parametrize("taken", ["model.gguf", "model.export.json", "model.md"])
+def test_each_file_of_a_gguf_that_is_a_persons_is_left_alone(taken: str, tmp_path: Path) -> None:
+    (tmp_path / taken).write_text("of a person")
+    with pytest.raises(ConfigError, match=f"{taken} exists already"):
+        export("nothing", gguf=tmp_path / "model.gguf")
+    rejected = tmp_path / taken.replace("model", "model.rejected")
+    rejected.write_text("of a person")
+    assert publish(tmp_path, "model.gguf", stands=True) == "model-2.gguf"
+    assert publish(tmp_path, "model.gguf", stands=False) == "model.rejected-2.gguf"
+    assert (tmp_path / taken).read_text() == rejected.read_text() == "of a person"
+
+
+@pytest.mark.parametrize("make", ["notes", "link", "folder of a person"])
+def test_a_rejected_folder_that_is_a_persons_in_part_is_left_alone(
+    make: str, tmp_path: Path
+) -> None:
+    rejected = tmp_path / "model.rejected"
+    if make == "folder of a person":
+        rejected.mkdir()
+        (rejected / "notes.txt").touch()
+    elif make == "link":
+        (tmp_path / "elsewhere").mkdir()
+        publish(tmp_path / "elsewhere", "model", stands=False)
+        rejected.symlink_to("elsewhere/model.rejected")
+    else:
+        publish(tmp_path, "model", stands=False)
+        (rejected / "notes.txt").touch()
+    before = sorted(rejected.iterdir())
+    assert publish(tmp_path, "model", stands=False) == "model.rejected-2"
+    assert sorted(rejected.iterdir()) == before
+
+
+def test_a_gguf_is_read_of_the_file_alone(trained: Callable[..., Trained], tmp_path: Path) -> None:
+    from mlx_lm import load
+
+    source = trained()
+    model, tokenizer, _ = load_fused(source.base, read_adapter(source.adapter), dequantize=True)
+    write_gguf(tmp_path / "model.gguf", model, tokenizer, "f16", "name")
+    folder = unpack_gguf(tmp_path / "model.gguf", tmp_path / "unpacked")
+    read, its_tokenizer = load(str(folder))[:2]
+    tokens = tokenizer.encode("I want to see Romania, 1234 times — naïve?")
+    assert its_tokenizer.encode("I want to see Romania, 1234 times — naïve?") == tokens
+    assert its_tokenizer.chat_template == TEMPLATE
+    assert its_tokenizer.eos_token_ids == tokenizer.eos_token_ids
+    mx.eval(model.parameters())
+    found, expected = (each(mx.array([tokens])).astype(mx.float32) for each in (read, model))
+    assert mx.abs(found - expected).max().item() < 0.1 * mx.abs(expected).max().item()  # type: ignore[operator]
+
+
+def test_a_gguf_at_which_mlxs_reader_crashes_is_damaged(
+    trained: Callable[..., Trained], tmp_path: Path
+) -> None:
+    """A key whose length is beyond the file: the process that reads it is ended by SIGSEGV."""
+    source = trained()
+    model, tokenizer, _ = load_fused(source.base, read_adapter(source.adapter), dequantize=True)
+    file = tmp_path / "model.gguf"
+    write_gguf(file, model, tokenizer, "f16", "name")
+    content = file.read_bytes()
+    key = content.index(b"general.name")  # its length, in 8 bytes, stands before it
+    file.write_bytes(content[: key - 4] + b"\xff" * 4 + content[key:])
+    with pytest.raises(DamagedError, match=r"model\.gguf is no sound GGUF: its reader ended"):
+        unpack_gguf(file, tmp_path / "unpacked")
+
+
+@pytest.mark.parametrize(
+    "is_judged", slow_except([True, False], False, reason="judges and exports a run")
+)
+def test_an_export_says_which_step_it_took_and_whether_that_was_judged(
+    tmp_path: Path, is_judged: bool
+) -> None:
+    config = example_config(iters=4, save_every=2, steps_per_eval=2, gate={"max_harmed_share": 1.0})
+    finished = train(config, prepare(config, tmp_path / "run"))
+    if is_judged:
+        steps.judge(config, finished.run)
+    else:
+        shutil.rmtree(finished.run.adapter)
+        finished.run.result.unlink()
+    try:
+        done = export(finished.run.path, fused=tmp_path / "fused")
+        record, place = done.record, done.path
+    except GateRejected:  # four steps gain next to nothing, which is not the subject
+        place = tmp_path / "fused.rejected"
+        record = read_export_record(place)
+    assert record is not None
+    assert record.step == 4
+    passed = "step 4 of a run, which passed the gate"
+    stopped = "step 4 of a run that was stopped, or trains still: it was not judged by the gate"
+    assert record.notes[0] == (passed if is_judged else stopped)
+    assert record.notes[0] in (place / "README.md").read_text()

@@ -1,0 +1,66 @@
+"""What an export may lose to its adapter on held-out rows, whatever the adapter gained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from nested_core.rooms.export.export_record import KeptGain
+from nested_core.rooms.export.judgement import MIN_KEPT_GAIN, measure_kept_gain
+from nested_core.rooms.export.reference import HeldOutRows, Reference
+
+ROUNDING = 0.01
+NO_LOGITS = np.zeros((0, 0))
+
+
+def measure(gain: float, lost: float, rows: int = 200, seed: int = 0) -> KeptGain:
+    """The gain kept by an export whose losses are off by rounding a row, and by what it lost."""
+    random = np.random.default_rng(seed)
+    adapter = random.gamma(4, 0.5, rows)
+    base = adapter + gain + random.normal(0, 0.05, rows)
+    held_out = HeldOutRows("valid.jsonl", ((1, 2, 3),) * rows, ((1, 2),) * rows, None)
+    reference = Reference(
+        *(None, (), (), (), (), NO_LOGITS, NO_LOGITS),
+        rows=held_out,
+        base_losses=base,
+        adapter_losses=adapter,
+        suites=(),
+        answers={},
+    )
+    exported = adapter + lost + random.normal(0, ROUNDING, rows)
+    return measure_kept_gain(reference, held_out, exported, MIN_KEPT_GAIN)
+
+
+@pytest.mark.parametrize("gain", [-0.2, 0.0, 0.02, 0.1, 2.0])
+@pytest.mark.parametrize("lost", [0.15, 0.5, 3.0])
+def test_an_export_that_is_worse_than_its_adapter_is_refused_whatever_the_gain(
+    gain: float, lost: float
+) -> None:
+    kept = measure(gain, lost)
+    assert kept.is_lost
+    assert kept.allowed == pytest.approx(max(0.01, 0.05 * gain), abs=0.01)
+    assert (kept.share is not None) == (gain > 0)
+
+
+@pytest.mark.parametrize(("gain", "rows"), [(0.0, 60), (0.02, 200), (0.02, 12), (0.05, 30)])
+def test_a_right_export_is_not_refused_for_a_small_gain_or_few_rows(gain: float, rows: int) -> None:
+    refused = [measure(gain, 0.0, rows, seed).is_lost for seed in range(20)]
+    assert sum(refused) <= 1
+
+
+def test_half_of_a_small_gain_lost_is_refused_with_figures() -> None:
+    kept = measure(0.05, 0.025)
+    assert kept.is_lost
+    assert kept.share == pytest.approx(0.5, abs=0.1)
+    assert kept.interval is not None
+    assert 0.02 < kept.interval[0] < 0.025 < kept.interval[1] < 0.03
+
+
+def test_too_few_rows_have_no_interval_and_refuse_a_plain_loss_alone() -> None:
+    right, wrong = measure(1.6, 0.0, rows=3), measure(1.6, 1.6, rows=3)
+    assert (right.interval, right.low) == (None, None)
+    assert right.describe_interval() == "too few rows for an interval"
+    assert (right.is_lost, wrong.is_lost) == (False, True)
+    assert replace(right, exported=float("nan")).is_lost
