@@ -36,11 +36,11 @@ import numpy as np
 from nested_core.config.sections import GateSection, RegistrySection
 from nested_core.data.example_digests import digest_examples
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
-from nested_core.gate.answers.answer_bounds import ScoreChange, judge_answers
-from nested_core.gate.losses.ancestor_examples import AncestorExamples
-from nested_core.gate.losses.chosen_candidate import Candidates
-from nested_core.gate.losses.held_out_loss import HeldOutExamples
-from nested_core.gate.losses.loss_figures import (
+from nested_core.measure.answers.answer_bounds import ScoreChange, judge_answers
+from nested_core.measure.losses.ancestor_examples import AncestorExamples
+from nested_core.measure.losses.chosen_candidate import Candidates
+from nested_core.measure.losses.held_out_loss import HeldOutExamples
+from nested_core.measure.losses.loss_figures import (
     ancestor_reasons,
     harm_reasons,
     loss_reasons,

@@ -30,7 +30,7 @@ EXCEPTIONS = {
     "nested_core/pipeline/launch/restarting.py": (4, "what the kernel says in /sys and /proc"),
     "nested_core/rooms/export/artefact_reader.py": (1, "standard input"),
     "nested_core/rooms/export/gguf/reading.py": (1, "a GGUF, which MLX reads from its path"),
-    "nested_core/gate/answers/scoring_process.py": (1, "/dev/null"),
+    "nested_core/measure/answers/scoring_process.py": (1, "/dev/null"),
     "nested_core/gate/proof/fresh_process_main.py": (
         3,
         "imports nothing of ours: adapters as mlx_lm reads them",

@@ -40,7 +40,7 @@ from nested_core.training.schedule.step_schedule import StepSchedule, make_step_
 
 
 class Questions(Protocol):
-    """Questions that are asked at evaluations, as gate.answers.questions_in_training has them."""
+    """Questions that are asked at evaluations, see measure/answers/questions_in_training.py."""
 
     def ask(
         self,

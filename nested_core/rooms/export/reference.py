@@ -15,10 +15,10 @@ import mlx.core as mx
 import numpy as np
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.gate.answers.suite_answers import EncodedSuite, encode_suites, read_suites
 from nested_core.gate.checks.tasks import AskedModel, ask_model
-from nested_core.gate.losses.held_out_loss import HeldOutExamples, LoadedBase
 from nested_core.gate.proof.fresh_process_check import PROMPTS_WITHOUT_DATA, Rows
+from nested_core.measure.answers.suite_answers import EncodedSuite, encode_suites, read_suites
+from nested_core.measure.losses.held_out_loss import HeldOutExamples, LoadedBase
 from nested_core.models.lora_attachment import load_adapter_tensors
 from nested_core.models.parameters import in_evaluation_mode
 from nested_core.records.answers import AnswerRecord

@@ -15,8 +15,8 @@ import pytest
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import TaskSection
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.gate.answers.suites import expected_label, read_suite
-from nested_core.gate.losses.held_out_loss import LoadedBase
+from nested_core.measure.answers.suites import expected_label, read_suite
+from nested_core.measure.losses.held_out_loss import LoadedBase
 from nested_core.models.peft import export_peft
 from nested_core.pipeline.evaluation import evaluate
 from nested_core.pipeline.finetune import finetune

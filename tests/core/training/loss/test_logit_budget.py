@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from nested_core import backend
-from nested_core.gate.answers.suite_answers import EncodedSuite
-from nested_core.gate.losses.prediction_comparison import PredictionComparison
+from nested_core.measure.answers.suite_answers import EncodedSuite
+from nested_core.measure.losses.prediction_comparison import PredictionComparison
 from nested_core.models.parameters import read_parameters, reference_trainable_parameters
 from nested_core.training.evaluation import Evaluator
 from nested_core.training.loss import logit_budget

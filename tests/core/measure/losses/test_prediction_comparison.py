@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from nested_core.data.batches import choose_evaluation_batches, make_batch_arrays
 from nested_core.data.dataset_loading import load_run_data
-from nested_core.gate.losses.held_out_loss import LoadedBase
-from nested_core.gate.losses.prediction_comparison import PredictionComparison, compare_logits
+from nested_core.measure.losses.held_out_loss import LoadedBase
+from nested_core.measure.losses.prediction_comparison import PredictionComparison, compare_logits
 from nested_core.models.parameters import (
     assign_parameters,
     read_parameters,

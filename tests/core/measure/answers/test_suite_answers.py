@@ -14,12 +14,16 @@ import pytest
 from mlx_lm import load
 
 from nested_core.errors import ConfigError, DatasetError
-from nested_core.gate.answers.answer_cache import AnsweringModelDigests, answer_cache, fetch_answers
-from nested_core.gate.answers.scorers import ScoringMethod
-from nested_core.gate.answers.suite_answers import EncodedSuite, Suite
+from nested_core.measure.answers.answer_cache import (
+    AnsweringModelDigests,
+    answer_cache,
+    fetch_answers,
+)
+from nested_core.measure.answers.scorers import ScoringMethod
+from nested_core.measure.answers.suite_answers import EncodedSuite, Suite
 from nested_core.models.generation import Sampling
 from nested_core.training.loss import logit_budget
-from tests.core.gate.answers.test_suites import write
+from tests.core.measure.answers.test_suites import write
 from tests.example import MODEL
 
 CHOICES = [" Suva", " Paris", " New Delhi", "."]

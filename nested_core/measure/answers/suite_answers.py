@@ -22,8 +22,8 @@ from pydantic import TypeAdapter, ValidationError
 from nested_core.backend import to_float
 from nested_core.config.sections import GateSection, TaskSection
 from nested_core.errors import ConfigError, DamagedError, DatasetError
-from nested_core.gate.answers.scorers import ScoringMethod, require_usable_scorer, score_answers
-from nested_core.gate.answers.suites import (
+from nested_core.measure.answers.scorers import ScoringMethod, require_usable_scorer, score_answers
+from nested_core.measure.answers.suites import (
     BadQuestion,
     Question,
     describe_bad_questions,
