@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a process a core
@@ -549,7 +550,7 @@ def export_is_refused(
     targets = tuple(tuple(range(int(count))) for count in tokens)
     rows = HeldOutRows("valid.jsonl", targets, targets, None)
     reference = Reference(
-        *(None, (), (), (), (), np.zeros((0, 0)), np.zeros((0, 0))),
+        *(Path(), None, (), (), (), (), np.zeros((0, 0)), np.zeros((0, 0))),
         rows=rows,
         base_losses=adapter + gains,
         adapter_losses=adapter,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from nested_core import backend
-from nested_core.gate.proof.fresh_process_check import FRESH_PROCESS_PROGRAM
+from nested_core.measure.fresh_process.starting import MLX_LM_PROGRAM
 from nested_core.models.base_model import estimate_weight_count
 from tests.example import DATA, MODEL
 from tests.left_out import slow_except
@@ -231,7 +231,7 @@ os.dup2(os.pipe()[0], 0)  # a rank ends when its standard input does
 from nested_core.pipeline.rank_worker import main
 main("/no/such/run", "1")
 """,
-    "the fresh process": f"import runpy; runpy.run_path({str(FRESH_PROCESS_PROGRAM)!r})",
+    "the fresh process": f"import runpy; runpy.run_path({str(MLX_LM_PROGRAM)!r})",
 }
 FAST_PROCESSES = ("a command",)
 
