@@ -286,13 +286,12 @@ class RunningProof:
             if "refused" in of_base:
                 return _describe_refusal(request, of_base)
             base = np.array(of_base["base"]["logits"], np.float64)
-        stored = answers.get("stored", answers["trained"])
         return FreshProcessLogits(
             initial=initial,
             trained=np.array(answers["trained"]["logits"], np.float64),
             base=base,
             factors=set(answers["trained"]["factors"]),
-            canary=_parse_stored_types_answers(stored) if request.questions else None,
+            canary=_parse_stored_types_answers(answers.get("stored")),
         )
 
     def _ask(self, model: dict[str, Any]) -> dict[str, Any]:
@@ -331,18 +330,17 @@ def _describe_initial(request: ProofRequest) -> dict[str, Any]:
 
 def _describe_models(request: ProofRequest) -> list[dict[str, Any]]:
     """The model with each adapter, and as it is stored, which alone is asked the questions."""
-    asked = {
-        "questions": [
+    base, trained = request.model, request.trained
+    models = [
+        describe_model("trained", base, trained, dtype=_dtype_of(request)),
+        _describe_initial(request),
+    ]
+    if request.questions:
+        questions = [
             {"prompt": list(question), "max_tokens": MAX_CANARY_TOKENS, "stop": []}
             for question in request.questions
         ]
-    }
-    base, trained, initial = request.model, request.trained, _describe_initial(request)
-    if not request.is_float32:
-        return [describe_model("trained", base, trained, dtype=None, **asked), initial]
-    models = [describe_model("trained", base, trained, dtype="float32"), initial]
-    if request.questions:
-        models.append(describe_model("stored", base, trained, dtype=None, **asked))
+        models.append(describe_model("stored", base, trained, dtype=None, questions=questions))
     return models
 
 
@@ -362,10 +360,13 @@ def _describe_refusal(request: ProofRequest, answers: dict[str, Any]) -> Reason:
     if side == "base":
         code = "" if request.trusts_remote_code else " No code that a model brings is run here."
         raise ConfigError(f"model: {request.model} could not be loaded: {error}.{code}")
+    side = "trained" if side == "stored" else side
     message = f"mlx_lm.load in a new process could not use the {side} adapter: {error}"
     return Reason("unreadable", message)
 
 
-def _parse_stored_types_answers(given: dict[str, Any]) -> StoredTypesAnswers:
+def _parse_stored_types_answers(given: dict[str, Any] | None) -> StoredTypesAnswers | None:
+    if given is None:
+        return None
     answers = tuple(GreedyAnswer(tuple(row["tokens"]), row["text"]) for row in given["answers"])
     return StoredTypesAnswers(np.array(given["logits"], np.float64), answers)
