@@ -23,10 +23,10 @@ from examples.countries import COUNTRIES  # noqa: E402
 from nested_core import evaluate, finetune, load_config, open_run  # noqa: E402
 from nested_core.config.schema import FineTuneConfig  # noqa: E402
 from nested_core.config.sections import TaskSection  # noqa: E402
-from nested_core.gate.answers.answer_bounds import judge_answers  # noqa: E402
-from nested_core.gate.answers.suite_answers import encode_suites, read_suites  # noqa: E402
 from nested_core.gate.checks.tasks import AskedModel, ask_model  # noqa: E402
-from nested_core.gate.losses.held_out_loss import LoadedBase  # noqa: E402
+from nested_core.measure.answers.answer_bounds import judge_answers  # noqa: E402
+from nested_core.measure.answers.suite_answers import encode_suites, read_suites  # noqa: E402
+from nested_core.measure.losses.held_out_loss import LoadedBase  # noqa: E402
 from nested_core.storage.adapter import read_adapter  # noqa: E402
 from nested_core.storage.run_directory import RunDirectory  # noqa: E402
 from nested_core.storage.user_cache import CACHE_VARIABLE  # noqa: E402

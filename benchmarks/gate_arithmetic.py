@@ -19,8 +19,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "2")  # before numpy
 import numpy as np
 
 from benchmarks.gate_rates import BOUNDS, draw_suites, plant_best_step
-from nested_core.gate.answers.answer_bounds import judge_answers
-from nested_core.gate.losses.loss_figures import (
+from nested_core.measure.answers.answer_bounds import judge_answers
+from nested_core.measure.losses.loss_figures import (
     harm_reasons,
     loss_reasons,
     summarise_champion,

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a process a core
@@ -36,11 +37,11 @@ import numpy as np
 from nested_core.config.sections import GateSection, RegistrySection
 from nested_core.data.example_digests import digest_examples
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
-from nested_core.gate.answers.answer_bounds import ScoreChange, judge_answers
-from nested_core.gate.losses.ancestor_examples import AncestorExamples
-from nested_core.gate.losses.chosen_candidate import Candidates
-from nested_core.gate.losses.held_out_loss import HeldOutExamples
-from nested_core.gate.losses.loss_figures import (
+from nested_core.measure.answers.answer_bounds import ScoreChange, judge_answers
+from nested_core.measure.losses.ancestor_examples import AncestorExamples
+from nested_core.measure.losses.chosen_candidate import Candidates
+from nested_core.measure.losses.held_out_loss import HeldOutExamples
+from nested_core.measure.losses.loss_figures import (
     ancestor_reasons,
     harm_reasons,
     loss_reasons,
@@ -549,7 +550,7 @@ def export_is_refused(
     targets = tuple(tuple(range(int(count))) for count in tokens)
     rows = HeldOutRows("valid.jsonl", targets, targets, None)
     reference = Reference(
-        *(None, (), (), (), (), np.zeros((0, 0)), np.zeros((0, 0))),
+        *(Path(), None, (), (), (), (), np.zeros((0, 0)), np.zeros((0, 0))),
         rows=rows,
         base_losses=adapter + gains,
         adapter_losses=adapter,

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from nested_core.config.sections import GateSection
-from nested_core.gate.losses.loss_figures import harm_reasons, loss_reasons, summarise_losses
+from nested_core.measure.losses.loss_figures import harm_reasons, loss_reasons, summarise_losses
 from nested_core.records.losses import ExampleLosses
 from tests.reliability.test_nightly_series import NIGHTS, run_nights
 

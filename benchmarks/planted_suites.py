@@ -19,10 +19,10 @@ import numpy as np
 from scipy import stats
 
 from nested_core.config.sections import GateSection
-from nested_core.gate.answers.answer_bounds import judge_answers
-from nested_core.gate.answers.scorers import score_answers
-from nested_core.gate.answers.suite_answers import Suite, read_suites
-from nested_core.gate.answers.suites import question_label
+from nested_core.measure.answers.answer_bounds import judge_answers
+from nested_core.measure.answers.scorers import score_answers
+from nested_core.measure.answers.suite_answers import Suite, read_suites
+from nested_core.measure.answers.suites import question_label
 from nested_core.records.answers import (
     AnsweringRole,
     AnswerRecord,

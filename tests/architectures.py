@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -192,8 +193,8 @@ def outcome(
     with restoring_parameters(refs):
         arrays = loss.prepare_batch(batch)
         (total, count), gradients = compiled(mx.value_and_grad(value_of))(params, *arrays)
-        assign_parameters(refs, params)
-        value, _ = loss.evaluation_function_or_default(model, *arrays)
+        evaluate = loss.compile_evaluation(model, partial(assign_parameters, refs))
+        value = evaluate(params, *arrays)[0]
         mx.eval(total, count, gradients, value)
     return Outcome(to_float(total), to_int(count), to_float(value), gradients)
 

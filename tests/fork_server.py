@@ -48,7 +48,7 @@ LIBRARIES = (
     "typeguard",  # pandera imports it; pandera itself reads the environment when it is imported
 )
 FORKED_PROGRAMS = (  # a file's name or a module
-    "fresh_process_main.py",
+    "mlx_lm_program.py",
     "limited.py",
     "astray.py",
     "nested_core.rooms.ranks.rank_worker",

@@ -13,7 +13,7 @@ import numpy as np
 
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.gate.losses.loss_figures import (
+from nested_core.measure.losses.loss_figures import (
     summarise_champion,
     summarise_drift,
     summarise_losses,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flows.cli import build_parser
-from nested_core.gate.answers.suites import read_suite
+from nested_core.measure.answers.suites import read_suite
 from nested_core.seams import ROOMS, is_there
 from tests.example import write_config
 

@@ -171,7 +171,7 @@ def _breaking_updates() -> Iterator[None]:
 
 def _read_answers(config: FineTuneConfig, run: RunDirectory) -> list[tuple[str, str, str]]:
     """What the gate asked, and what it was answered before and after training."""
-    from nested_core.gate.answers.suites import read_suite
+    from nested_core.measure.answers.suites import read_suite
     from nested_core.records.answers import read_answers
 
     (task,) = config.gate.tasks

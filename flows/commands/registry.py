@@ -237,8 +237,8 @@ def _read_suites(path: Path) -> list[dict[str, Any]]:
     from nested_core.config.loading import read_yaml
     from nested_core.config.sections import GateSection
     from nested_core.errors import describe_first_problem
-    from nested_core.gate.answers.suite_answers import read_suites
-    from nested_core.gate.answers.suite_files import holds_questions
+    from nested_core.measure.answers.suite_answers import read_suites
+    from nested_core.measure.answers.suite_files import holds_questions
 
     if holds_questions(path):
         tasks: object = [{"name": path.stem, "file": str(path), "score": "contains"}]

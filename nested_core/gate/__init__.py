@@ -1,9 +1,9 @@
 """The gate: judges the adapter that a run offers, from the files on disk, against the initial one.
 
 judge.py has the order of the checks, checks/ each of them, and checks/judged.py what a check is
-and what is known between two of them; what gate.json says is records/verdict.py. The other rooms
-measure for the checks: evidence/ reads what the run and the registry recorded, tensors/ compares
-adapters without a model, losses/ and answers/ ask models, and proof/ is the fresh process.
+and what is known between two of them; what gate.json says is records/verdict.py. For the checks
+evidence/ reads what the run and the registry recorded, tensors/ compares adapters without a model,
+nested_core/measure asks models, and proof/ judges what a fresh process computes.
 recheck.py holds a verdict to its files again, for `promote`.
 """
 

@@ -150,6 +150,15 @@ def vocabulary_size(folder: Path) -> int | None:
     return _read_size(folder, "vocab_size")
 
 
+def count_embedding_rows(model: nn.Module) -> int | None:
+    """The tokens that a loaded model has an embedding of; None where it has none of mlx's."""
+    import mlx.nn as nn
+
+    embeddings = (nn.Embedding, nn.QuantizedEmbedding)
+    modules = (module for _, module in model.named_modules() if isinstance(module, embeddings))
+    return max((module.weight.shape[0] for module in modules), default=None)
+
+
 def _read_size(folder: Path, key: str) -> int | None:
     config = read_json(folder / "config.json", MAX_CONFIG_BYTES, follow_links=True)
     for section in (config, config.get("text_config") if isinstance(config, dict) else None):

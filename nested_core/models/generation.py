@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nested_core.errors import ConfigError
-from nested_core.models.base_model import describe_token_beyond
+from nested_core.models.base_model import count_embedding_rows, describe_token_beyond
 from nested_core.models.chat_template import chat_template_of
 
 if TYPE_CHECKING:
@@ -158,13 +158,8 @@ def stream_answer(
 
 def _require_rows_for(prompts: Sequence[Sequence[int]], model: nn.Module, tokenizer: Any) -> None:
     """Raise ConfigError for a token beyond the embedding of the model, if it has one."""
-    import mlx.nn as nn
-
-    embeddings = (nn.Embedding, nn.QuantizedEmbedding)
-    modules = (module for _, module in model.named_modules() if isinstance(module, embeddings))
-    rows = max((module.weight.shape[0] for module in modules), default=None)
     largest = [max(prompt, default=0) for prompt in prompts]
-    if problem := describe_token_beyond(tokenizer, largest, rows):
+    if problem := describe_token_beyond(tokenizer, largest, count_embedding_rows(model)):
         raise ConfigError(f"The prompt cannot be read by this model: {problem}.")
 
 

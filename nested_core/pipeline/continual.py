@@ -20,7 +20,7 @@ from nested_core.config.key_properties import replace_configured_paths, settings
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section_base import PathRule
 from nested_core.data.held_out_rows import digest_held_out_file
-from nested_core.gate.losses.ancestor_examples import list_ancestor_digests
+from nested_core.measure.losses.ancestor_examples import list_ancestor_digests
 from nested_core.models.base_model import (
     describe_computation,
     find_model_folder,

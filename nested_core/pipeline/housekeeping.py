@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from nested_core.data.dataset_loading import dataset_cache
-from nested_core.gate.answers.answer_cache import answer_cache
+from nested_core.measure.answers.answer_cache import answer_cache
 from nested_core.records.run import Run
 from nested_core.registry import collect_garbage
 from nested_core.registry.garbage_collection import GarbageReport

@@ -12,7 +12,7 @@ from nested_core import seams
 from nested_core.config.resume import read_run_config
 from nested_core.data.example_digests import Digests, decode_digests
 from nested_core.errors import ConfigError
-from nested_core.gate.losses.left_out_examples import (
+from nested_core.measure.losses.left_out_examples import (
     read_run_training_digests,
     read_training_digests,
 )

@@ -12,8 +12,8 @@ from pathlib import Path
 from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
-from nested_core.gate.answers.answer_cache import answer_cache
-from nested_core.gate.answers.suite_answers import read_suites
+from nested_core.measure.answers.answer_cache import answer_cache
+from nested_core.measure.answers.suite_answers import read_suites
 from nested_core.models.base_model import require_folder_or_hub_name
 from nested_core.pipeline.processes import count_processes, refuse_mlx_launch
 from nested_core.records.dataset import read_dataset_record

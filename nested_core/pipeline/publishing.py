@@ -19,9 +19,9 @@ from nested_core.data.example_digests import encode_digests
 from nested_core.data.example_rows import read_content, read_split_rows
 from nested_core.data.held_out_rows import as_test_set_alone
 from nested_core.errors import ConfigError, DatasetError
-from nested_core.gate.losses.left_out_examples import read_run_training_digests
 from nested_core.gate.recheck import recheck_verdict
 from nested_core.gate.tensors.base_compatibility import require_same_base
+from nested_core.measure.losses.left_out_examples import read_run_training_digests
 from nested_core.models.base_model import find_model_folder_offline
 from nested_core.pipeline.continual import (
     conditions_digest,

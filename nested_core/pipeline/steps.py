@@ -31,25 +31,25 @@ from nested_core.errors import (
     shorten,
 )
 from nested_core.gate import Verdict, digests_for_result
-from nested_core.gate.answers.questions_in_training import QuestionsInTraining
-from nested_core.gate.answers.suite_answers import (
+from nested_core.gate.checks.judged import JudgedRun
+from nested_core.gate.evidence.run_evidence import config_file_entry
+from nested_core.gate.judge import make_checks_of_run
+from nested_core.gate.proof.fresh_process_check import start_proof_process
+from nested_core.gate.recheck import task_file_entries
+from nested_core.kernels.optimized_model import describe_layers
+from nested_core.measure.answers.questions_in_training import QuestionsInTraining
+from nested_core.measure.answers.suite_answers import (
     encode_suites,
     read_suites,
     record_or_compare_suites,
 )
-from nested_core.gate.checks.judged import JudgedRun
-from nested_core.gate.evidence.run_evidence import config_file_entry
-from nested_core.gate.judge import make_checks_of_run
-from nested_core.gate.losses.held_out_loss import measure_test_loss as test_loss
-from nested_core.gate.losses.held_out_loss import (
+from nested_core.measure.losses.held_out_loss import measure_test_loss as test_loss
+from nested_core.measure.losses.held_out_loss import (
     read_held_out_examples,
     read_held_out_file,
     read_nonempty_splits,
     require_validated_data,
 )
-from nested_core.gate.proof.fresh_process_check import start_proof_process
-from nested_core.gate.recheck import task_file_entries
-from nested_core.kernels.optimized_model import describe_layers
 from nested_core.models.adapter_fit import require_fit
 from nested_core.models.base_model import (
     describe_token_beyond,

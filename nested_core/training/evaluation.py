@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import mlx.core as mx
@@ -21,7 +22,14 @@ from nested_core.models.parameters import (
     restoring_parameters,
 )
 from nested_core.optim.gradients import Flat
-from nested_core.training.loss.loss_interface import Loss, MicroBatch, extract_logits
+from nested_core.training.loss.logit_budget import split_batch
+from nested_core.training.loss.loss_interface import (
+    EvaluateBatch,
+    Loss,
+    MicroBatch,
+    count_logits,
+    extract_logits,
+)
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from nested_core.training.world import SINGLE_PROCESS_WORLD, World
 
@@ -69,8 +77,14 @@ class Evaluator:
     world: World = field(default=SINGLE_PROCESS_WORLD, kw_only=True)
 
     @cached_property
-    def _compiled_loss(self) -> Callable[..., Any]:
-        return mx.compile(self._batch_loss)
+    def _evaluate_batch(self) -> EvaluateBatch:
+        return self.loss_fn.compile_evaluation(
+            self.model, partial(assign_parameters, self.parameters)
+        )
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        return count_logits(self.model)
 
     def mean_loss(self, values: Flat, batches: Iterable[MicroBatch]) -> float:
         """Mean loss a target token, for cross-entropy in nats, without dropout."""
@@ -82,10 +96,10 @@ class Evaluator:
         total = mx.array(0.0)
         count = mx.array(0)
         with in_evaluation_mode(self.model), restoring_parameters(self.parameters):
-            for batch in batches:
+            for batch in chain.from_iterable(map(self._split, batches)):
                 if self.is_stop_requested():
                     raise EvaluationInterrupted
-                loss, tokens, *by_row = self._compiled_loss(
+                loss, tokens, *by_row = self._evaluate_batch(
                     values, *self.loss_fn.prepare_batch(batch)
                 )
                 rows += by_row
@@ -95,6 +109,15 @@ class Evaluator:
         sums = self.world.sum_scalars_over_ranks({"loss": total, "count": count})
         mean_loss = to_float(sums["loss"] / sums["count"])
         return Evaluation(mean_loss, self.world.gather_row_sums(rows) if rows else None)
+
+    def _split(self, batch: MicroBatch) -> Iterable[MicroBatch]:
+        """Parts of a batch of which all logits may exist; the whole if each loss is of few logits.
+
+        A loss that does not tell rows apart is one of whole batches.
+        """
+        if self.loss_fn.is_chunked or self.loss_fn.by_row is None:
+            return (batch,)
+        return split_batch(batch, self._vocabulary)
 
     def logits_on_fixed_prompts(self, values: Flat) -> dict[str, Any]:
         """The model's next-token logits after each prompt, in up to 256 columns of the vocabulary.
@@ -115,14 +138,6 @@ class Evaluator:
             "columns": columns,
             "values": [row[columns].tolist() for row in rows],
         }
-
-    def _batch_loss(
-        self, values: Flat, tokens: mx.array, target_mask: mx.array
-    ) -> tuple[mx.array, ...]:
-        assign_parameters(self.parameters, values)
-        if self.loss_fn.evaluation_by_row is not None:
-            return self.loss_fn.evaluation_by_row(self.model, tokens, target_mask)
-        return self.loss_fn.evaluation_function_or_default(self.model, tokens, target_mask)
 
 
 def _logits_of_last_token(output: Any) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -39,7 +39,7 @@ from nested_core.training.world import SINGLE_PROCESS_WORLD, World
 
 
 class Questions(Protocol):
-    """Questions that are asked at evaluations, as gate.answers.questions_in_training has them."""
+    """Questions that are asked at evaluations, see measure/answers/questions_in_training.py."""
 
     def ask(
         self,

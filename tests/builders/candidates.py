@@ -21,7 +21,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.gate import digests_for_result, judge_run
-from nested_core.gate.losses.held_out_loss import (
+from nested_core.measure.losses.held_out_loss import (
     HeldOutExamples,
     LoadedBase,
     choose_held_out_examples,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from nested_core.config.sections import GateSection
-from nested_core.gate.losses.loss_figures import summarise_losses
+from nested_core.measure.losses.loss_figures import summarise_losses
 from nested_core.records.losses import ExampleLosses
 from nested_core.records.verdict import Validation
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nested_core.gate.answers.suite_answers import EncodedSuite
+from nested_core.measure.answers.suite_answers import EncodedSuite
 from tests.builders.data_sets import write_lines
 from tests.example import DATA
 

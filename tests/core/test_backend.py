@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from nested_core import backend
-from nested_core.gate.proof.fresh_process_check import FRESH_PROCESS_PROGRAM
+from nested_core.measure.fresh_process.starting import MLX_LM_PROGRAM
 from nested_core.models.base_model import estimate_weight_count
 from tests.example import DATA, MODEL
 from tests.left_out import slow_except
@@ -224,7 +224,7 @@ print(json.dumps(run_job_in_worker(json.loads({REQUEST!r}))))
 sys.exit()
 """,
     "a flow that a worker of Prefect runs": "import flows.finetune, mlx_lm",
-    "the fresh process": f"import runpy; runpy.run_path({str(FRESH_PROCESS_PROGRAM)!r})",
+    "the fresh process": f"import runpy; runpy.run_path({str(MLX_LM_PROGRAM)!r})",
 }
 FAST_PROCESSES = ("a command",)
 

@@ -60,7 +60,7 @@ def registry_held_after_the_gate(stack: Stack, training: Training) -> Iterator[N
     add(stack, 41, "never", training.name)
 
     def is_proving() -> bool:
-        return any("fresh_process_main" in command_of(p) for p in stack.processes_of(training.id))
+        return any("mlx_lm_program" in command_of(p) for p in stack.processes_of(training.id))
 
     wait_for(is_proving, 180)
     with shared_folder_lock(stack.registry / training.name):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.gate.losses.held_out_loss import (
+from nested_core.measure.losses.held_out_loss import (
     LoadedBase,
     choose_held_out_examples,
     read_nonempty_splits,

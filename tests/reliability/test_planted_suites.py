@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.planted_suites import Exchange, PlantedSuite
-from nested_core.gate.losses.loss_figures import exchange_mid_p
+from nested_core.measure.losses.loss_figures import exchange_mid_p
 from nested_core.records import paired_difference
 
 LOSING = Exchange(lost=0.125, won=0.025)

@@ -16,7 +16,7 @@ import pytest
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.dataset_loading import load_run_data
-from nested_core.gate.losses.held_out_loss import LoadedBase
+from nested_core.measure.losses.held_out_loss import LoadedBase
 from nested_core.pipeline.finetune import finetune
 from nested_core.records.paired_difference import PairedDifference, compare_pairs
 from nested_core.records.verdict import ChampionLoss

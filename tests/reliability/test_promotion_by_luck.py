@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nested_core.gate.losses.held_out_loss import (
+from nested_core.measure.losses.held_out_loss import (
     LoadedBase,
     choose_held_out_examples,
     read_nonempty_splits,
 )
-from nested_core.gate.losses.loss_figures import summarise_champion
+from nested_core.measure.losses.loss_figures import summarise_champion
 from nested_core.records.losses import ExampleLosses
 from tests.example import DATA, train_example
 

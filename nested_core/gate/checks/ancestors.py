@@ -20,15 +20,15 @@ from nested_core.data.example_digests import digest_examples
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.champion import CHAMPION
 from nested_core.gate.checks.judged import Check, JudgedRun
-from nested_core.gate.losses.ancestor_examples import (
+from nested_core.gate.evidence.champion_adapter import Champion
+from nested_core.measure.losses.ancestor_examples import (
     AncestorExamples,
     choose_ancestor_examples,
     tokenize_stored_rows,
 )
-from nested_core.gate.losses.champion_adapter import Champion
-from nested_core.gate.losses.held_out_loss import HeldOutExamples
-from nested_core.gate.losses.left_out_examples import find_left_out
-from nested_core.gate.losses.loss_figures import ancestor_reasons, summarise_ancestors
+from nested_core.measure.losses.held_out_loss import HeldOutExamples
+from nested_core.measure.losses.left_out_examples import find_left_out
+from nested_core.measure.losses.loss_figures import ancestor_reasons, summarise_ancestors
 from nested_core.records.losses import ExampleLosses
 from nested_core.records.verdict import AncestorLoss, Reason
 from nested_core.text.stages import stages

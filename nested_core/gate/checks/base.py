@@ -6,8 +6,8 @@ from typing import Any
 
 from nested_core.gate.checks.judged import Check, JudgedRun
 from nested_core.gate.checks.tensors import UNLOADABLE
-from nested_core.gate.losses.held_out_loss import LoadedBase
 from nested_core.gate.tensors.base_compatibility import base_reasons
+from nested_core.measure.losses.held_out_loss import LoadedBase
 from nested_core.records.verdict import Reason
 
 

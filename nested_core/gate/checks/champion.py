@@ -14,9 +14,9 @@ import numpy as np
 
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.judged import Check, JudgedRun
-from nested_core.gate.losses.champion_adapter import Champion, UnusableChampion, find_rival
-from nested_core.gate.losses.left_out_examples import find_left_out
-from nested_core.gate.losses.loss_figures import summarise_champion
+from nested_core.gate.evidence.champion_adapter import Champion, UnusableChampion, find_rival
+from nested_core.measure.losses.left_out_examples import find_left_out
+from nested_core.measure.losses.loss_figures import summarise_champion
 from nested_core.records.losses import Vector
 from nested_core.records.verdict import ChampionLoss, Reason
 from nested_core.text.digest_format import shorten_digest

@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from nested_core.backend import to_float
 from nested_core.gate.checks.judged import Check, JudgedRun
-from nested_core.gate.losses.held_out_loss import LoadedBase
+from nested_core.measure.losses.held_out_loss import LoadedBase
 from nested_core.models.lora_attachment import load_adapter_tensors
 from nested_core.models.lora_tensors import module_name
 from nested_core.models.parameters import float32_weight

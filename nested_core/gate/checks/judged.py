@@ -24,10 +24,10 @@ from nested_core.text.stages import stages
 
 if TYPE_CHECKING:  # `promote` judges an adapter's files again, and loads no model for that
     from nested_core.data.example_digests import Digests
-    from nested_core.gate.losses.champion_adapter import Champion, UnusableChampion
-    from nested_core.gate.losses.chosen_candidate import Candidates
-    from nested_core.gate.losses.held_out_loss import HeldOutExamples, LoadedBase
+    from nested_core.gate.evidence.champion_adapter import Champion, UnusableChampion
     from nested_core.gate.proof.proof_of_run import ProofOfRun
+    from nested_core.measure.losses.chosen_candidate import Candidates
+    from nested_core.measure.losses.held_out_loss import HeldOutExamples, LoadedBase
     from nested_core.models.session import Session
     from nested_core.records.losses import ExampleLosses
 

@@ -11,15 +11,18 @@ from nested_core.data.data_settings import REPLAY_SPLIT
 from nested_core.data.example_digests import digest_examples
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.judged import Check, JudgedRun
-from nested_core.gate.losses.chosen_candidate import Candidates, read_candidates
-from nested_core.gate.losses.held_out_loss import (
+from nested_core.measure.losses.chosen_candidate import Candidates, read_candidates
+from nested_core.measure.losses.held_out_loss import (
     measure_example_losses,
     measure_general_loss,
     read_held_out_examples,
     read_nonempty_splits,
 )
-from nested_core.gate.losses.left_out_examples import find_left_out, read_ancestor_training_digests
-from nested_core.gate.losses.loss_figures import (
+from nested_core.measure.losses.left_out_examples import (
+    find_left_out,
+    read_ancestor_training_digests,
+)
+from nested_core.measure.losses.loss_figures import (
     drift_reasons,
     general_loss_reasons,
     harm_reasons,
@@ -45,7 +48,9 @@ def _measure_losses(judged: JudgedRun) -> Iterator[Reason]:
     judged.held_out = held_out = read_held_out_examples(config, splits)
     if held_out is None:
         return
-    losses = measure_example_losses(judged.base, judged.evidence, held_out)
+    losses = measure_example_losses(
+        judged.base, judged.evidence.before, judged.evidence.after, held_out
+    )
     left_out = find_left_out(held_out.digests, judged.trained_on)
     judged.losses = losses = losses.leaving_out(left_out)
     judged.written_files[run.gate_losses.name] = losses.render()

@@ -14,11 +14,11 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.held_out_rows import read_held_out_prompts
 from nested_core.errors import NestedTuneError
-from nested_core.gate.answers.answer_bounds import MIN_PROMPTS, is_sound, judge_samples
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.judged import Check, JudgedRun
 from nested_core.gate.evidence.run_evidence import RunEvidence
-from nested_core.gate.losses.held_out_loss import LoadedBase
+from nested_core.measure.answers.answer_bounds import MIN_PROMPTS, is_sound, judge_samples
+from nested_core.measure.losses.held_out_loss import LoadedBase
 from nested_core.models.generation import Answer, Sampling, answer_prompts, encode_messages
 from nested_core.models.lora_attachment import load_adapter_tensors
 from nested_core.models.parameters import in_evaluation_mode

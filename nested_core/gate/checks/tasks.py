@@ -7,30 +7,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.gate.answers.answer_bounds import judge_answers
-from nested_core.gate.answers.answer_cache import (
+from nested_core.gate.checks.base import WITHOUT_MODEL
+from nested_core.gate.checks.judged import Check, JudgedRun
+from nested_core.gate.checks.losses import LOSSES
+from nested_core.gate.checks.tensors import CHANGE, EFFECT
+from nested_core.gate.evidence.champion_adapter import Champion, UnusableChampion
+from nested_core.gate.evidence.run_evidence import RunEvidence
+from nested_core.measure.answers.answer_bounds import judge_answers
+from nested_core.measure.answers.answer_cache import (
     AnsweringModelDigests,
     answer_cache,
     fetch_answers,
     store_answers,
 )
-from nested_core.gate.answers.questions_in_training import lines_that_chose
-from nested_core.gate.answers.suite_answers import (
+from nested_core.measure.answers.questions_in_training import lines_that_chose
+from nested_core.measure.answers.suite_answers import (
     EncodedSuite,
     Suite,
     encode_suites,
     read_suites,
     record_or_compare_suites,
 )
-from nested_core.gate.answers.suites import expected_label, fold_prompt, question_label
-from nested_core.gate.checks.base import WITHOUT_MODEL
-from nested_core.gate.checks.judged import Check, JudgedRun
-from nested_core.gate.checks.losses import LOSSES
-from nested_core.gate.checks.tensors import CHANGE, EFFECT
-from nested_core.gate.evidence.run_evidence import RunEvidence
-from nested_core.gate.losses.champion_adapter import Champion, UnusableChampion
-from nested_core.gate.losses.chosen_candidate import read_candidates
-from nested_core.gate.losses.held_out_loss import LoadedBase
+from nested_core.measure.answers.suites import expected_label, fold_prompt, question_label
+from nested_core.measure.losses.chosen_candidate import read_candidates
+from nested_core.measure.losses.held_out_loss import LoadedBase
 from nested_core.models.base_model import (
     describe_computation,
     fingerprint_base_model,

@@ -14,8 +14,8 @@ from importlib.metadata import version as installed_version
 from nested_core import backend
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.gate.answers.suite_answers import encode_suites, read_suites
 from nested_core.gate.proof.fresh_process_check import ProofRequest, StoredTypesAnswers
+from nested_core.measure.answers.suite_answers import encode_suites, read_suites
 from nested_core.models.base_model import find_model_folder
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.canary_file import (

@@ -7,7 +7,6 @@ recorded its own, equal those. No array of this process is trusted, only what th
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import closing
@@ -17,8 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from nested_core import backend
 from nested_core.errors import JUDGE_AGAIN, ConfigError, NestedTuneError, shorten
+from nested_core.measure.fresh_process.starting import (
+    MLX_LM_PROGRAM,
+    Rows,
+    describe_model,
+    describe_request,
+    start_reader,
+)
 from nested_core.process.child import Child
 from nested_core.records.verdict import ProofEvidence, Reason
 from nested_core.storage.adapter import WEIGHTS_NAME
@@ -26,14 +31,12 @@ from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.canary_file import MAX_CANARY_TOKENS
 from nested_core.storage.safetensors_files import read_tensors
 
-FRESH_PROCESS_PROGRAM = Path(__file__).with_name("fresh_process_main.py")
 # Relative to the centred norm of the trainer's logits. If the trainer computes in float32 the
 # process does too, with the same kernels; in narrower types the order of sums shows.
 TOLERANCE_FLOAT32 = 1e-3
 TOLERANCE_NARROW_DTYPES = 5e-2
 TIMEOUT_SECONDS = 3600
 PROMPTS_WITHOUT_DATA = [list(range(start, start + 8)) for start in (1, 9, 17, 25)]
-Rows = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -253,9 +256,7 @@ def compute_logits_in_fresh_process(request: ProofRequest) -> FreshProcessLogits
 
 def start_proof_process() -> Child:
     """A process that imports mlx_lm and then waits for a request."""
-    prepared = backend.get_process_preparation()
-    preload = {} if prepared is None or prepared.blas is None else {"LD_PRELOAD": prepared.blas}
-    return Child(FRESH_PROCESS_PROGRAM, environment=os.environ | preload)
+    return start_reader(MLX_LM_PROGRAM)
 
 
 class RunningProof:
@@ -264,15 +265,42 @@ class RunningProof:
     def __init__(self, request: ProofRequest, process: Child | None = None) -> None:
         self.request = request
         self._process = process or start_proof_process()
-        self._process.send(_describe_request(request))
+        self._process.send(_describe_request(request, _describe_models(request)))
 
     def wait_for_logits(self) -> FreshProcessLogits | Reason:
         """What the process computed, see `compute_logits_in_fresh_process`.
 
         NestedTuneError if it gave no answer, which is never the adapter's fault.
         """
+        answers = self._receive()
+        request = self.request
+        if answers.get("refused") == "trained" and request.initial is not None:
+            alone = self._ask(_describe_initial(request))
+            answers = alone if "refused" in alone else answers  # told first if neither can be used
+        if "refused" in answers:
+            return _describe_refusal(request, answers)
+        initial = np.array(answers["initial"]["logits"], np.float64)
+        base = None
+        if not np.isfinite(initial).all():
+            of_base = self._ask(describe_model("base", request.model, dtype=_dtype_of(request)))
+            if "refused" in of_base:
+                return _describe_refusal(request, of_base)
+            base = np.array(of_base["base"]["logits"], np.float64)
+        return FreshProcessLogits(
+            initial=initial,
+            trained=np.array(answers["trained"]["logits"], np.float64),
+            base=base,
+            factors=set(answers["trained"]["factors"]),
+            canary=_parse_stored_types_answers(answers.get("stored")),
+        )
+
+    def _ask(self, model: dict[str, Any]) -> dict[str, Any]:
+        self._process.send(_describe_request(self.request, [model]))
+        return self._receive()
+
+    def _receive(self) -> dict[str, Any]:
         try:
-            answers = self._process.receive(TIMEOUT_SECONDS)  # with NaN, as Python writes it
+            answers: dict[str, Any] = self._process.receive(TIMEOUT_SECONDS)
         except (NestedTuneError, OSError, MemoryError) as error:
             raise NestedTuneError(
                 f"The process that loads base and adapter for the gate failed: "
@@ -281,16 +309,7 @@ class RunningProof:
                 f"C++ compiler.",
                 advice=JUDGE_AGAIN,
             ) from error
-        if "refused" in answers:
-            return _describe_refusal(self.request, answers)
-        base = answers["base"]
-        return FreshProcessLogits(
-            initial=np.array(answers["initial"]["logits"], np.float64),
-            trained=np.array(answers["trained"]["logits"], np.float64),
-            base=None if base is None else np.array(base["logits"], np.float64),
-            factors=set(answers["trained"]["factors"]),
-            canary=_parse_stored_types_answers(answers.get("canary")),
-        )
+        return answers  # with NaN, as Python writes it
 
     def judge(self) -> Proof:
         """Wait for it, and compare what it computed with what was recorded."""
@@ -301,18 +320,38 @@ class RunningProof:
         self._process.end()
 
 
-def _describe_request(request: ProofRequest) -> dict[str, Any]:
-    return {
-        "model": str(request.model),
-        "initial": None if request.initial is None else str(request.initial.resolve()),
-        "trained": str(request.trained.resolve()),
-        "prompts": [list(prompt) for prompt in request.prompts],
-        "columns": list(request.columns),
-        "dtype": "float32" if request.is_float32 else None,
-        "trust_remote_code": request.trusts_remote_code,
-        "questions": [list(question) for question in request.questions],
-        "max_answer_tokens": MAX_CANARY_TOKENS,
-    }
+def _dtype_of(request: ProofRequest) -> str | None:
+    return "float32" if request.is_float32 else None
+
+
+def _describe_initial(request: ProofRequest) -> dict[str, Any]:
+    return describe_model("initial", request.model, request.initial, dtype=_dtype_of(request))
+
+
+def _describe_models(request: ProofRequest) -> list[dict[str, Any]]:
+    """The model with each adapter, and as it is stored, which alone is asked the questions."""
+    base, trained = request.model, request.trained
+    models = [
+        describe_model("trained", base, trained, dtype=_dtype_of(request)),
+        _describe_initial(request),
+    ]
+    if request.questions:
+        questions = [
+            {"prompt": list(question), "max_tokens": MAX_CANARY_TOKENS, "stop": []}
+            for question in request.questions
+        ]
+        models.append(describe_model("stored", base, trained, dtype=None, questions=questions))
+    return models
+
+
+def _describe_request(request: ProofRequest, models: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return describe_request(
+        models,
+        request.model,
+        trusts_remote_code=request.trusts_remote_code,
+        prompts=[list(prompt) for prompt in request.prompts],
+        columns=list(request.columns),
+    )
 
 
 def _describe_refusal(request: ProofRequest, answers: dict[str, Any]) -> Reason:
@@ -321,6 +360,7 @@ def _describe_refusal(request: ProofRequest, answers: dict[str, Any]) -> Reason:
     if side == "base":
         code = "" if request.trusts_remote_code else " No code that a model brings is run here."
         raise ConfigError(f"model: {request.model} could not be loaded: {error}.{code}")
+    side = "trained" if side == "stored" else side
     message = f"mlx_lm.load in a new process could not use the {side} adapter: {error}"
     return Reason("unreadable", message)
 

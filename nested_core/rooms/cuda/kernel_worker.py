@@ -144,7 +144,7 @@ def compute_answers(config: FineTuneConfig, run: RunDirectory, session: Session)
     from mlx_lm.generate import generate_step
 
     from nested_core.data.dataset_loading import load_run_data
-    from nested_core.gate.losses.held_out_loss import LoadedBase
+    from nested_core.measure.losses.held_out_loss import LoadedBase
     from nested_core.models.base_model import share_layers
     from nested_core.models.generation import Sampling, answer_prompts
     from nested_core.storage.adapter import WEIGHTS_NAME

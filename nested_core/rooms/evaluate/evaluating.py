@@ -21,22 +21,22 @@ from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import TaskSection
 from nested_core.errors import ConfigError
-from nested_core.gate.answers.answer_bounds import ScoreChange
-from nested_core.gate.answers.suite_answers import EncodedSuite, encode_suites, read_suites
 from nested_core.gate.checks.tasks import AskedModel, ask_model
-from nested_core.gate.losses.champion_adapter import shape_like_adapter
-from nested_core.gate.losses.held_out_loss import (
+from nested_core.gate.evidence.champion_adapter import shape_like_adapter
+from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprint_reasons
+from nested_core.measure.answers.answer_bounds import ScoreChange
+from nested_core.measure.answers.suite_answers import EncodedSuite, encode_suites, read_suites
+from nested_core.measure.losses.held_out_loss import (
     HeldOutExamples,
     LoadedBase,
     read_held_out_examples,
 )
-from nested_core.gate.losses.left_out_examples import find_left_out
-from nested_core.gate.losses.loss_figures import (
+from nested_core.measure.losses.left_out_examples import find_left_out
+from nested_core.measure.losses.loss_figures import (
     chances_of_loss,
     conclude_among_others,
     summarise_losses,
 )
-from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprint_reasons
 from nested_core.models.base_model import find_model_folder
 from nested_core.pipeline.named_models import NamedModel, find_model
 from nested_core.records.answers import AnswerRecord

@@ -1,8 +1,8 @@
 """Export: an adapter with its base as one model, kept only where it does what the adapter does.
 
 exporting.py is `nested_core.export`. fusing.py puts the adapter into the weights, gguf/ writes and
-reads files for llama.cpp. reference.py measures the base and the adapter, artefact_reader.py is the
-program that reads the artefact alone, fresh_reading.py starts it, and judgement.py compares the
-two. export_record.py is export.json, export_card.py the card, and named_artefact.py finds what is
-exported for `evaluate`.
+reads files for llama.cpp. reference.py measures the base and the adapter, fresh_reading.py has a
+fresh process read the artefact alone, llama_cpp_program.py is what reads a GGUF there, and
+judgement.py compares the two. export_record.py is export.json, export_card.py the card, and
+named_artefact.py finds what is exported for `evaluate`.
 """

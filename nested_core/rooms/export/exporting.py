@@ -29,9 +29,9 @@ from nested_core.config.sections import TaskSection
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.example_digests import encode_digests
 from nested_core.errors import ConfigError, DamagedError, DatasetError, GateRejected, shorten
-from nested_core.gate.losses.champion_adapter import shape_like_adapter
-from nested_core.gate.losses.held_out_loss import LoadedBase, read_held_out_examples
+from nested_core.gate.evidence.champion_adapter import shape_like_adapter
 from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprint_reasons
+from nested_core.measure.losses.held_out_loss import LoadedBase, read_held_out_examples
 from nested_core.models.adapter_formats import Conversion, load_peft_format
 from nested_core.models.base_model import (
     MAX_CONFIG_BYTES,

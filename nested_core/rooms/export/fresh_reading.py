@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -11,14 +10,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nested_core import backend
 from nested_core.errors import NestedTuneError, shorten
-from nested_core.gate.proof.fresh_process_check import Rows
-from nested_core.process.child import Child
+from nested_core.measure.fresh_process.starting import (
+    MLX_LM_PROGRAM,
+    QUESTIONS_PROGRAM,
+    Rows,
+    describe_model,
+    describe_request,
+    start_reader,
+)
 from nested_core.records.losses import Vector
 from nested_core.rooms.export.reference import Reference
 
-READER_PROGRAM = Path(__file__).with_name("artefact_reader.py")
+LLAMA_CPP_PROGRAM = Path(__file__).with_name("llama_cpp_program.py")
 TIMEOUT_SECONDS = 6 * 3600
 ReaderName = Literal["mlx_lm", "llama.cpp"]
 
@@ -68,59 +72,83 @@ def read_in_fresh_process(
     dtype: what mlx_lm computes in; None is what it is stored in. Raises NestedTuneError where the
     process could not read it.
     """
-    prepared = backend.get_process_preparation()
-    preload = {} if prepared is None or prepared.blas is None else {"LD_PRELOAD": prepared.blas}
-    request = _describe_request(artefact, reader, reference)
-    request |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    with Child(READER_PROGRAM, environment=os.environ | preload) as child:
-        try:
-            answer = child.ask(request, TIMEOUT_SECONDS)
-        except (NestedTuneError, OSError, MemoryError) as error:
-            raise NestedTuneError(
-                f"A new process could not read {artefact} by {reader}: {shorten(error, 400)}"
-            ) from error
-    return _parse_answer(answer, reference)
-
-
-def _describe_request(artefact: Path, reader: ReaderName, reference: Reference) -> dict[str, Any]:
-    rows = reference.rows
-    examples = (
-        []
-        if rows is None
-        else [
-            {"tokens": tokens, "targets": targets}
-            for tokens, targets in zip(rows.tokens, rows.targets, strict=True)
-        ]
+    program = MLX_LM_PROGRAM if reader == "mlx_lm" else LLAMA_CPP_PROGRAM
+    request = describe_request(
+        [describe_model("artefact", artefact, dtype=dtype)],
+        reference.folder,
+        trusts_remote_code=trust_remote_code,
+        **describe_questions(reference),
     )
-    suites = [
-        {
-            "prompts": suite.prompts,
-            "choices": suite.choices,
-            "max_tokens": suite.suite.sampling.max_tokens,
-            "stop": suite.suite.sampling.stop,
-        }
-        for suite in reference.suites
-    ]
+    with start_reader(program) as child:
+        try:
+            answers = child.ask(request | {"program": str(QUESTIONS_PROGRAM)}, TIMEOUT_SECONDS)
+        except (NestedTuneError, OSError, MemoryError) as error:
+            raise _make_error(artefact, reader, error) from error
+    if "refused" in answers:
+        raise _make_error(artefact, reader, answers["error"])
+    return _parse_answer(answers["artefact"], reference)
+
+
+def _make_error(artefact: Path, reader: str, error: Exception | str) -> NestedTuneError:
+    return NestedTuneError(
+        f"A new process could not read {artefact} by {reader}: {shorten(error, 400)}"
+    )
+
+
+def describe_questions(reference: Reference) -> dict[str, Any]:
+    """What is asked of a model, in the words of measure/fresh_process/questions.py.
+
+    The rows are the held-out ones, and then the choices of each suite after their prompts.
+    """
+    rows: list[dict[str, Any]] = []
+    questions = []
+    if reference.rows is not None:
+        pairs = zip(reference.rows.tokens, reference.rows.targets, strict=True)
+        rows += [{"tokens": tokens, "places": places} for tokens, places in pairs]
+    for suite in reference.suites:
+        sampling = suite.suite.sampling
+        for prompt, choices in zip(suite.prompts, suite.choices, strict=True):
+            rows += [
+                {
+                    "tokens": [*prompt, *choice],
+                    "places": list(range(len(prompt), len(prompt) + len(choice))),
+                }
+                for choice in choices
+            ]
+            if not choices:
+                questions.append(
+                    {"prompt": prompt, "max_tokens": sampling.max_tokens, "stop": sampling.stop}
+                )
     return {
-        "artefact": str(artefact),
-        "reader": reader,
         "texts": reference.texts,
         "prompts": reference.prompts,
         "columns": reference.columns,
-        "examples": examples,
-        "suites": suites,
+        "rows": rows,
+        "questions": questions,
     }
 
 
 def _parse_answer(answer: dict[str, Any], reference: Reference) -> Reading:
-    rows = reference.rows
+    rows, ends = reference.rows, frozenset(answer["ends"])
+    likelihoods, answers = iter(answer["likelihoods"]), iter(answer["answers"])
+    losses = [] if rows is None else [-next(likelihoods) for _ in rows.tokens]
+    suites = []
+    for suite in reference.suites:
+        if any(suite.choices):
+            weighed = [[next(likelihoods) for _ in choices] for choices in suite.choices]
+            suites.append(SuiteReading(likelihoods=weighed))
+        else:
+            tokens = [next(answers)["tokens"] for _ in suite.prompts]
+            suites.append(
+                SuiteReading([own[:-1] if own and own[-1] in ends else own for own in tokens])
+            )
     return Reading(
         reader=answer["reader"],
         tokenizer=answer["tokenizer"],
         chat_template=answer["chat_template"],
-        ends=frozenset(answer["ends"]),
+        ends=ends,
         token_ids=tuple(map(tuple, answer["token_ids"])),
         logits=np.array(answer["logits"], np.float64),
-        losses=None if rows is None else np.array(answer["losses"], np.float64) / rows.counts,
-        suites=tuple(SuiteReading(**suite) for suite in answer["suites"]),
+        losses=None if rows is None else np.array(losses) / rows.counts,
+        suites=tuple(suites),
     )

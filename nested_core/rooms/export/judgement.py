@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nested_core.gate.answers.answer_bounds import ScoreChange, conclude_answers
-from nested_core.gate.answers.suite_answers import EncodedSuite, choose_likeliest
-from nested_core.gate.proof.fresh_process_check import Rows, relative_distance
+from nested_core.gate.proof.fresh_process_check import relative_distance
+from nested_core.measure.answers.answer_bounds import ScoreChange, conclude_answers
+from nested_core.measure.answers.suite_answers import EncodedSuite, choose_likeliest
+from nested_core.measure.fresh_process.starting import Rows
 from nested_core.models.generation import Answer, read_answer
 from nested_core.records.answers import AnswerRecord
 from nested_core.records.loss_conclusion import MAX_RISE_OF_FEW, MIN_MARGIN

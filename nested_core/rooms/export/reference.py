@@ -9,16 +9,18 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.gate.answers.suite_answers import EncodedSuite, encode_suites, read_suites
 from nested_core.gate.checks.tasks import AskedModel, ask_model
-from nested_core.gate.losses.held_out_loss import HeldOutExamples, LoadedBase
-from nested_core.gate.proof.fresh_process_check import PROMPTS_WITHOUT_DATA, Rows
+from nested_core.gate.proof.fresh_process_check import PROMPTS_WITHOUT_DATA
+from nested_core.measure.answers.suite_answers import EncodedSuite, encode_suites, read_suites
+from nested_core.measure.fresh_process.starting import Rows
+from nested_core.measure.losses.held_out_loss import HeldOutExamples, LoadedBase
 from nested_core.models.lora_attachment import load_adapter_tensors
 from nested_core.models.parameters import in_evaluation_mode
 from nested_core.records.answers import AnswerRecord
@@ -78,11 +80,13 @@ class HeldOutRows:
 class Reference:
     """What was measured of base and adapter, and with which questions.
 
+    folder: the base's.
     base_logits, adapter_logits: a row a prompt, in the order of the columns.
     base_losses, adapter_losses: mean loss of each row in nats a token; None without rows.
     suites, answers: the questions in token ids, and the adapter's scored answers by suite.
     """
 
+    folder: Path
     tokenizer: Any
     texts: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
@@ -160,6 +164,7 @@ def measure_reference(
             logits.append(_compute_logits(base, prompts, columns))
             losses.append(None if rows is None else _compute_losses(base, rows))
     return Reference(
+        folder=base.folder,
         tokenizer=tokenizer,
         texts=texts,
         token_ids=tuple(tuple(map(int, tokenizer.encode(text))) for text in texts),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nested_core.gate.losses.chosen_candidate import Candidates, read_candidates
+from nested_core.measure.losses.chosen_candidate import Candidates, read_candidates
 from nested_core.records.losses import ExampleLosses, Vector, read_example_losses
 from nested_core.records.paired_difference import PairedDifference
 from nested_core.records.verdict_file import read_verdict

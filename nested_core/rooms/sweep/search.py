@@ -33,8 +33,8 @@ from nested_core.errors import (
     TrainingStopped,
     go_on_with,
 )
-from nested_core.gate.answers.answer_bounds import ScoreChange
-from nested_core.gate.losses.chosen_candidate import read_candidates
+from nested_core.measure.answers.answer_bounds import ScoreChange
+from nested_core.measure.losses.chosen_candidate import read_candidates
 from nested_core.models.base_model import find_model_folder, fingerprint_base_model
 from nested_core.models.session import Session
 from nested_core.pipeline.hooks import Steps

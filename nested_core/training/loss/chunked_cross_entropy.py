@@ -6,7 +6,7 @@ its logits can be freed before the next chunk's exist. The output layer itself i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,11 @@ import numpy as np
 
 from nested_core.kernels.exponential import exponential
 from nested_core.kernels.quantized_linear import sharing_dequantized_weights
+from nested_core.optim.gradients import Flat
+from nested_core.training.loss.logit_budget import positions_at_once, positions_without_gradient
 from nested_core.training.loss.loss_interface import (
     Arrays,
+    EvaluateBatch,
     Loss,
     MicroBatch,
     OutputHead,
@@ -26,22 +29,19 @@ from nested_core.training.loss.loss_interface import (
 
 MIN_COMPUTED_POSITIONS = 64
 SHARE_COMPUTED_AS_ALL = 0.9  # of the positions: so many are no fewer than all
-MAX_LOGITS_PER_CHUNK = 2**26  # logits of one chunk: 256 MiB in float32
-MIN_ROWS_PER_CHUNK = 128
 
 
 def make_chunked_cross_entropy(head: OutputHead, chunk_rows: int | None = None) -> Loss:
     """The form of `supervised_loss` for a model with this output head.
 
-    `chunk_rows` is the number of positions in one chunk; None: what MAX_LOGITS_PER_CHUNK allows.
+    `chunk_rows` is the number of positions in one chunk of a training step; None: what
+    `positions_at_once` allows.
     """
     loss = ChunkedCrossEntropy(head, chunk_rows)
     return Loss(
         loss.differentiable_loss,
         prepare_batch=widen_and_find_supervised_positions,
-        evaluation_function=loss.loss_without_gradient,
-        evaluation_by_row=loss.loss_by_row,
-        is_chunked=True,
+        compile_chunked_evaluation=loss.compile_evaluation,
     )
 
 
@@ -88,11 +88,6 @@ def round_up_position_count(supervised: int, size: int) -> int:
     return count
 
 
-def rows_per_chunk(vocabulary: int) -> int:
-    """The number of positions whose logits are computed at once."""
-    return max(MIN_ROWS_PER_CHUNK, 1 << (MAX_LOGITS_PER_CHUNK // vocabulary).bit_length() - 1)
-
-
 @dataclass(frozen=True, eq=False)
 class ChunkedCrossEntropy:
     """The sum of the cross-entropy over given positions, and their number.
@@ -103,24 +98,47 @@ class ChunkedCrossEntropy:
     head: OutputHead
     chunk_rows: int | None
 
-    def loss_without_gradient(self, model: nn.Module, tokens: mx.array, rows: mx.array) -> Arrays:
-        """The loss alone, the same to the bit as `differentiable_loss`."""
-        total, count, _ = self.loss_by_row(model, tokens, rows)
-        return total, count
+    def compile_evaluation(self, assign: Callable[[Flat], None]) -> EvaluateBatch:
+        """The loss alone, with the logits of one chunk in memory at a time.
 
-    def loss_by_row(
-        self, model: nn.Module, tokens: mx.array, rows: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """The loss alone, and the sum of each row of the batch, float32 (batch,)."""
-        hidden, targets = self._flatten_batch(tokens)
-        losses, _ = self._compute_chunks(
-            gather_rows(hidden, rows), gather_rows(targets, rows), rows >= 0
-        )
-        batch, width = tokens.shape
-        row_of_position = mx.repeat(mx.arange(batch), width - 1)
-        row = row_of_position[mx.maximum(rows, 0)]  # padding adds 0 to the first
-        by_row = mx.zeros((batch,)).at[row].add(mx.concatenate(losses))
-        return _sum_in_order(losses), (rows >= 0).sum(), by_row
+        It is the same to the bit as `differentiable_loss` where the output layer gives a position
+        the same logits in a chunk of any size, as on a CPU.
+        """
+
+        def find_states(values: Flat, tokens: mx.array, rows: mx.array) -> Arrays:
+            assign(values)
+            hidden, targets = self._flatten_batch(tokens)
+            return gather_rows(hidden, rows), gather_rows(targets, rows)
+
+        def compute_losses(hidden: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
+            size = positions_without_gradient(self._count_words(hidden))
+            chunks = chain_chunks(
+                [hidden],
+                size,
+                lambda parts, at: self._compute_chunk(parts[0], targets[at], mask[at])[:1],
+            )
+            return mx.concatenate([losses for (losses,) in chunks])
+
+        compiled_states = mx.compile(find_states)
+        compiled_losses = mx.compile(compute_losses)
+
+        def evaluate(
+            values: Flat, tokens: mx.array, rows: mx.array
+        ) -> tuple[mx.array, mx.array, mx.array]:
+            hidden, targets = compiled_states(values, tokens, rows)
+            mask, size = rows >= 0, self._rows_of_chunk(hidden)
+            losses = []
+            for start in range(0, rows.size, size):
+                chunk = slice(start, start + size)
+                losses.append(compiled_losses(hidden[chunk], targets[chunk], mask[chunk]))
+                mx.eval(losses[-1])  # or many chunks' logits would exist at once
+            batch, width = tokens.shape
+            row_of_position = mx.repeat(mx.arange(batch), width - 1)
+            row = row_of_position[mx.maximum(rows, 0)]  # padding adds 0 to the first
+            by_row = mx.zeros((batch,)).at[row].add(mx.concatenate(losses))
+            return _sum_in_order(losses), mask.sum(), by_row
+
+        return evaluate
 
     def differentiable_loss(self, model: nn.Module, tokens: mx.array, rows: mx.array) -> Arrays:
         """The loss, differentiable with respect to whatever the body's output depends on."""
@@ -129,7 +147,7 @@ class ChunkedCrossEntropy:
         @mx.custom_function
         def loss(hidden: mx.array) -> Arrays:
             chosen, mask = gather_rows(hidden, rows), rows >= 0
-            return self._sum_chunks(chosen, gather_rows(targets, rows), mask, wants_gradient=True)
+            return self._sum_chunks(chosen, gather_rows(targets, rows), mask)
 
         @loss.vjp
         def _(hidden: mx.array, cotangents: Arrays, outputs: Arrays) -> mx.array:
@@ -144,38 +162,25 @@ class ChunkedCrossEntropy:
         hidden = self.head.hidden(tokens[:, :-1])
         return hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
 
-    def _sum_chunks(
-        self, hidden: mx.array, targets: mx.array, mask: mx.array, *, wants_gradient: bool = False
-    ) -> Arrays:
-        """The summed loss and, if it is wanted, its gradient (rows, width)."""
-        losses, gradients = self._compute_chunks(
-            hidden, targets, mask, wants_gradient=wants_gradient
-        )
-        total = _sum_in_order(losses)
-        return total, mx.concatenate(gradients) if wants_gradient else total
+    def _count_words(self, hidden: mx.array) -> int:
+        """How many logits a position has."""
+        return self.head.logits(hidden[:1]).shape[-1]
 
-    def _compute_chunks(
-        self, hidden: mx.array, targets: mx.array, mask: mx.array, *, wants_gradient: bool = False
-    ) -> tuple[list[mx.array], list[mx.array]]:
-        """The losses (rows of the chunk,) and gradients (rows, width) of each chunk, in order."""
-        rows = self.chunk_rows or rows_per_chunk(self.head.logits(hidden[:1]).shape[-1])
-        losses = []
-        gradients = []
-        previous = None
-        with sharing_dequantized_weights(hidden):
-            for start in range(0, hidden.shape[0], rows):
-                part = hidden[start : start + rows]
-                if previous is not None:
-                    part = mx.depends(part, previous)  # one chunk's logits at a time
-                chunk = slice(start, start + rows)
-                loss, gradient = self._compute_chunk(part, targets[chunk], mask[chunk])
-                losses.append(loss)
-                gradients.append(gradient)
-                previous = gradient if wants_gradient else loss
-        return losses, gradients
+    def _rows_of_chunk(self, hidden: mx.array) -> int:
+        return self.chunk_rows or positions_at_once(self._count_words(hidden))
+
+    def _sum_chunks(self, hidden: mx.array, targets: mx.array, mask: mx.array) -> Arrays:
+        """The summed loss and its gradient (rows, width)."""
+        chunks = chain_chunks(
+            [hidden],
+            self._rows_of_chunk(hidden),
+            lambda parts, at: self._compute_chunk(parts[0], targets[at], mask[at]),
+        )
+        gradients = [gradient for _, gradient in chunks]
+        return _sum_in_order([losses for losses, _ in chunks]), mx.concatenate(gradients)
 
     def _compute_chunk(self, hidden: mx.array, targets: mx.array, mask: mx.array) -> Arrays:
-        """Losses and gradient of one chunk; MLX computes only what is used of them."""
+        """Losses (rows,) and gradient (rows, width) of a chunk; MLX computes only what is used."""
         given = self.head.logits(hidden)
         logits = given.astype(mx.float32)
         largest = logits.max(axis=-1, keepdims=True)
@@ -188,6 +193,29 @@ class ChunkedCrossEntropy:
         slope = ((powers / total - is_target) * mask[:, None]).astype(given.dtype)
         _, (gradient,) = mx.vjp(self.head.logits, [hidden], [slope])
         return losses, gradient
+
+
+def chain_chunks(
+    states: Sequence[mx.array],
+    size: int,
+    compute: Callable[[Sequence[mx.array], slice], tuple[mx.array, ...]],
+) -> list[tuple[mx.array, ...]]:
+    """What `compute` makes of each chunk of rows, where one chunk awaits the results before it.
+
+    Args:
+        states: arrays with as many rows each, of which the logits are made.
+        size: the rows of a chunk.
+        compute: gets the chunk's rows of each of `states`, and the slice that they are.
+    """
+    results: list[tuple[mx.array, ...]] = []
+    with sharing_dequantized_weights(states[0]):
+        for start in range(0, states[0].shape[0], size):
+            chunk = slice(start, start + size)
+            parts = [rows[chunk] for rows in states]
+            if results:
+                parts = mx.depends(parts, list(results[-1]))
+            results.append(compute(parts, chunk))
+    return results
 
 
 def _sum_in_order(losses: list[mx.array]) -> mx.array:

@@ -27,6 +27,7 @@ from nested_core.models.parameters import (
     read_parameters,
     restoring_parameters,
 )
+from nested_core.optim.gradients import Flat
 
 MAX_DEPTH = 3  # parts of a body's name at most: "model", "language_model.model", "model.norm"
 PROBE_TOKENS = [[1, 2, 3, 4], [4, 3, 1, 2]]
@@ -40,6 +41,11 @@ def extract_logits(outputs: Any) -> mx.array:
     """The logits in a model's output, which may be a tuple that starts with them."""
     logits: mx.array = outputs[0] if isinstance(outputs, tuple) else outputs
     return logits
+
+
+def count_logits(model: nn.Module) -> int:
+    """How many logits a model gives a position; nothing is computed."""
+    return extract_logits(model(mx.zeros((1, 1), mx.int32))).shape[-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +158,9 @@ MicroBatch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]  # tokens, target
 Arrays = tuple[mx.array, mx.array]
 LossFunction = Callable[[Any, mx.array, mx.array], Arrays]
 RowLossFunction = Callable[[Any, mx.array, mx.array], tuple[mx.array, mx.array, mx.array]]
+EvaluateBatch = Callable[[Flat, mx.array, mx.array], tuple[mx.array, ...]]
+"""Values of the parameters and a prepared batch to the scalars (loss, number of target tokens) and,
+where the loss of a row is known, the summed loss of each row (rows,)."""
 
 
 @dataclass(frozen=True)
@@ -191,22 +200,20 @@ class Loss:
             divided by the target tokens of all micro-batches of a step, so that every token weighs
             the same; means are averaged, so that every micro-batch weighs the same.
         prepare_batch: a micro-batch to the arrays that `function` takes.
-        evaluation_function: the same loss to the bit where no gradient is wanted; None is
-            `function` itself.
-        evaluation_by_row: `evaluation_function` with the summed loss of each row of the batch as a
-            third value, (rows,); None where a row's loss is not known.
+        by_row: `function` with the summed loss of each row of the batch as a third value, (rows,);
+            None where a row's loss is not known.
         with_output_head: makes the form of this loss that computes the logits of some positions
             only; None where the loss needs the model's whole output.
-        is_chunked: whether few logits exist at a time; the memory forecast counts on it.
+        compile_chunked_evaluation: makes the `EvaluateBatch` of a loss that has the logits of few
+            positions in memory at a time; None where it has those of a whole batch.
     """
 
     function: LossFunction
     is_mean: bool = False
     prepare_batch: Callable[..., Arrays] = as_arrays
-    evaluation_function: LossFunction | None = None
-    evaluation_by_row: RowLossFunction | None = None
+    by_row: RowLossFunction | None = None
     with_output_head: Callable[[OutputHead], Loss] | None = None
-    is_chunked: bool = False
+    compile_chunked_evaluation: Callable[[Callable[[Flat], None]], EvaluateBatch] | None = None
 
     def for_model(self, model: nn.Module, parameters: ParameterRefs) -> Loss:
         """The form of this loss for a model: through its output head alone, if it has one."""
@@ -227,9 +234,20 @@ class Loss:
         )
 
     @property
-    def evaluation_function_or_default(self) -> LossFunction:
-        """The function to evaluate with."""
-        return self.evaluation_function or self.function
+    def is_chunked(self) -> bool:
+        """Whether few logits exist at a time; the memory forecast counts on it."""
+        return self.compile_chunked_evaluation is not None
+
+    def compile_evaluation(self, model: nn.Module, assign: Callable[[Flat], None]) -> EvaluateBatch:
+        """What evaluates a batch with given parameters, which `assign` puts into the model."""
+        if self.compile_chunked_evaluation is not None:
+            return self.compile_chunked_evaluation(assign)
+
+        def evaluate(values: Flat, tokens: mx.array, targets: mx.array) -> tuple[mx.array, ...]:
+            assign(values)
+            return (self.by_row or self.function)(model, tokens, targets)
+
+        return mx.compile(evaluate)
 
     def weight_of_micro_batch(self, tokens: mx.array) -> mx.array:
         """The weight in its step of a micro-batch with this many target tokens, int32."""

@@ -45,7 +45,7 @@ def supervised_loss_by_row(
 
 SUPERVISED_LOSS = Loss(
     supervised_loss,
-    evaluation_by_row=supervised_loss_by_row,
+    by_row=supervised_loss_by_row,
     prepare_batch=lambda batch: as_arrays(widen_for_device(batch)),
     with_output_head=make_chunked_cross_entropy,
 )

@@ -18,9 +18,10 @@ from mlx_lm.tuner.lora import LoRALinear
 from nested_core.kernels.device_operations import has_kernel_for_rank
 from nested_core.kernels.geglu import GEGLU_MLP_CLASSES
 from nested_core.kernels.quantized_linear import dequantized_weight_bytes
+from nested_core.models.base_model import count_embedding_rows
 from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.named_updates import flatten
-from nested_core.training.loss.chunked_cross_entropy import rows_per_chunk
+from nested_core.training.loss.logit_budget import positions_at_once
 from nested_core.training.loss.loss_interface import Loss
 from nested_core.training.memory.peak_estimate import LayerFootprint, ModelFootprint
 
@@ -55,9 +56,7 @@ def compute_footprint(
     modules = dict(model.named_modules())
     activation_bytes = bytes_per_activation(modules.values(), refs)
     factor_bytes = max(ref.dtype.size for ref in refs.values())
-    embeddings = (nn.Embedding, nn.QuantizedEmbedding)
-    words = [m.weight.shape[0] for m in modules.values() if isinstance(m, embeddings)]
-    vocabulary = max(words, default=0)
+    vocabulary = count_embedding_rows(model) or 0
     return ModelFootprint(
         weights=sum(value.nbytes for m in modules.values() for value in own_arrays(m).values()),
         trained=MASTER_BYTES * sum(value.size for value in read_parameters(refs).values()),
@@ -70,7 +69,7 @@ def compute_footprint(
             input_copies=max(1, factor_bytes // activation_bytes),
         ),
         vocabulary=vocabulary,
-        chunk_rows=rows_per_chunk(vocabulary) if loss.is_chunked else None,
+        chunk_rows=positions_at_once(vocabulary) if loss.is_chunked else None,
         is_packed=config.fine_tune_type != "full",
         dequantized=max(map(dequantized_weight_bytes, modules.values()), default=0),
     )

@@ -13,8 +13,8 @@ import pytest
 
 from nested_core.config.sections import GateSection
 from nested_core.errors import DamagedError
-from nested_core.gate.losses.chosen_candidate import Candidates, read_candidates
-from nested_core.gate.losses.loss_figures import HarmedExamples, harm_reasons, summarise_champion
+from nested_core.measure.losses.chosen_candidate import Candidates, read_candidates
+from nested_core.measure.losses.loss_figures import HarmedExamples, harm_reasons, summarise_champion
 from nested_core.records.loss_conclusion import (
     conclude,
     count_examples_needed,

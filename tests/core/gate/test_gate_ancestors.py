@@ -15,9 +15,9 @@ import pytest
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
-from nested_core.gate.losses import ancestor_examples
-from nested_core.gate.losses.ancestor_examples import AncestorExamples, choose_ancestor_examples
-from nested_core.gate.losses.loss_figures import ancestor_reasons, summarise_ancestors
+from nested_core.measure.losses import ancestor_examples
+from nested_core.measure.losses.ancestor_examples import AncestorExamples, choose_ancestor_examples
+from nested_core.measure.losses.loss_figures import ancestor_reasons, summarise_ancestors
 from nested_core.records.losses import ExampleLosses
 from nested_core.records.verdict import AncestorLoss, Verdict
 from nested_core.records.verdict_file import read_verdict

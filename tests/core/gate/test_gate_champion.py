@@ -16,9 +16,9 @@ import pytest
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.example_digests import decode_digests, digest_examples, encode_digests
-from nested_core.gate.answers.answer_bounds import judge_answers
 from nested_core.gate.judge import make_checks_of_run
-from nested_core.gate.losses.held_out_loss import LoadedBase, read_nonempty_splits
+from nested_core.measure.answers.answer_bounds import judge_answers
+from nested_core.measure.losses.held_out_loss import LoadedBase, read_nonempty_splits
 from nested_core.pipeline.publishing import register_run
 from nested_core.records.answers import read_answers
 from nested_core.records.losses import read_example_losses

@@ -11,7 +11,7 @@ import pytest
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, DatasetError, GateRejected
-from nested_core.gate.losses.loss_figures import summarise_drift
+from nested_core.measure.losses.loss_figures import summarise_drift
 from nested_core.pipeline.publishing import make_provenance
 from nested_core.records.losses import read_example_losses
 from nested_core.records.verdict_file import read_verdict

@@ -9,8 +9,8 @@ from typing import get_args
 import pytest
 
 from nested_core.config.sections import GateSection, Score, TaskSection
-from nested_core.gate.answers.scorers import ScoringMethod
-from nested_core.gate.answers.suite_answers import Suite
+from nested_core.measure.answers.scorers import ScoringMethod
+from nested_core.measure.answers.suite_answers import Suite
 from nested_core.records.verdict import GATE_GUIDE, Code, Reason
 from tests.core.gate.pairs import fresh_tensors, judge_pair
 

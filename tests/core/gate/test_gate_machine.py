@@ -12,10 +12,11 @@ from nested_core.errors import NestedTuneError
 from nested_core.gate import verify_adapters
 from nested_core.gate.checks import losses
 from nested_core.gate.proof import fresh_process_check
+from nested_core.measure.fresh_process.starting import MLX_LM_PROGRAM
 from tests.builders.adapter_folders import change_config, name_base
 from tests.builders.candidates import Candidate
 
-REAL = fresh_process_check.FRESH_PROCESS_PROGRAM
+REAL = MLX_LM_PROGRAM
 Limit = Callable[[str], None]
 
 # What a fresh process meets before it begins: a disk that is full (a file may have 1,000 bytes, and
@@ -50,7 +51,7 @@ def limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Limit:
         program = tmp_path / "limited.py"
         code = f"import os, resource, runpy, sys\n{line.format(folder=str(folder))}\n"
         program.write_text(code + f"answer = runpy.run_path({str(REAL)!r})['answer']\n")
-        monkeypatch.setattr(fresh_process_check, "FRESH_PROCESS_PROGRAM", program)
+        monkeypatch.setattr(fresh_process_check, "MLX_LM_PROGRAM", program)
 
     return limit
 
@@ -75,7 +76,7 @@ def test_a_run_has_no_verdict_then_and_gets_one_the_next_time(
         candidate.judge()
     assert not candidate.run.gate.exists()
     assert not candidate.run.manifest.exists()
-    monkeypatch.setattr(fresh_process_check, "FRESH_PROCESS_PROGRAM", REAL)
+    monkeypatch.setattr(fresh_process_check, "MLX_LM_PROGRAM", REAL)
     assert candidate.judge().has_passed
 
 

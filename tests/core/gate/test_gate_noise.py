@@ -13,8 +13,8 @@ import pytest
 
 from nested_core.config.sections import GateSection
 from nested_core.errors import DamagedError
-from nested_core.gate.losses.held_out_loss import LoadedBase
-from nested_core.gate.losses.loss_figures import loss_reasons, summarise_losses
+from nested_core.measure.losses.held_out_loss import LoadedBase
+from nested_core.measure.losses.loss_figures import loss_reasons, summarise_losses
 from nested_core.records.losses import read_example_losses
 from nested_core.records.paired_difference import compare_pairs
 from nested_core.records.verdict_file import parse_verdict

@@ -13,10 +13,10 @@ import pytest
 from nested_core.config.sections import GateSection
 from nested_core.gate import verify_adapters
 from nested_core.gate.checks.fused import judge_fused_change
-from nested_core.gate.losses.held_out_loss import LoadedBase
-from nested_core.gate.losses.loss_figures import general_loss_reasons, non_finite_loss_reasons
 from nested_core.gate.proof import fresh_process_check
 from nested_core.gate.proof.fresh_process_check import FreshProcessLogits
+from nested_core.measure.losses.held_out_loss import LoadedBase
+from nested_core.measure.losses.loss_figures import general_loss_reasons, non_finite_loss_reasons
 from nested_core.records.verdict import GeneralLoss, Validation
 from tests.builders.adapter_folders import base_copy, change_tensors, name_base
 from tests.builders.candidates import Candidate

@@ -10,7 +10,7 @@ from nested_core.gate import Verdict
 from nested_core.gate.checks.file_checks import CHECKS_OF_FILES
 from nested_core.gate.checks.judged import begin_judging_run, make_checks
 from nested_core.gate.evidence.run_evidence import collect_evidence
-from nested_core.gate.losses.held_out_loss import read_held_out_examples, read_nonempty_splits
+from nested_core.measure.losses.held_out_loss import read_held_out_examples, read_nonempty_splits
 from nested_core.records.verdict_table import list_checks
 from tests.builders.candidates import Candidate, shifted
 from tests.core.gate.conftest import STEPS

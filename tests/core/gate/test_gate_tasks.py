@@ -14,8 +14,8 @@ from flows.flow_runs.allowed_folders import with_trusted_code
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
 from nested_core.errors import ConfigError, DamagedError, DatasetError, GateRejected
-from nested_core.gate.answers.answer_bounds import judge_answers
 from nested_core.gate.judge import make_checks_of_run
+from nested_core.measure.answers.answer_bounds import judge_answers
 from nested_core.pipeline import steps
 from nested_core.records.answers import AnsweringRole, AnswerRecord
 from nested_core.records.verdict_file import read_verdict

@@ -12,8 +12,8 @@ from nested_core.config.sections import GateSection
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.held_out_rows import read_held_out_prompts
 from nested_core.errors import GateRejected
-from nested_core.gate.answers.answer_bounds import judge_samples
 from nested_core.gate.checks.samples import find_damage, mark_same_answers
+from nested_core.measure.answers.answer_bounds import judge_samples
 from nested_core.models.generation import Answer, _count_repeated_tokens
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import register_run

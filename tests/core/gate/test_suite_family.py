@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from nested_core.config.sections import GateSection
-from nested_core.gate.answers.answer_bounds import ScoreChange, conclude_answers, judge_answers
-from nested_core.gate.losses.loss_figures import exchange_mid_p
+from nested_core.measure.answers.answer_bounds import ScoreChange, conclude_answers, judge_answers
+from nested_core.measure.losses.loss_figures import exchange_mid_p
 from nested_core.records.answers import AnsweringRole, AnswerRecord
 
 

@@ -16,7 +16,7 @@ from nested_core.kernels.quantized_linear import (
     MIN_ROWS_TO_DEQUANTIZE,
     multiplying_by_dequantized_weights,
 )
-from nested_core.training.loss.chunked_cross_entropy import ChunkedCrossEntropy
+from nested_core.training.loss.chunked_cross_entropy import ChunkedCrossEntropy, chain_chunks
 from nested_core.training.loss.loss_interface import OutputHead
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import batch, build, leave_by_error, outcome, require_near
@@ -176,15 +176,17 @@ def test_the_output_layers_weight_is_made_once_for_all_chunks_of_a_batch(
     hidden = normal(5 * MIN_ROWS_TO_DEQUANTIZE, model.args.hidden_size, dtype=mx.float32)
     targets = mx.arange(len(hidden))
     outcomes = []
+    loss = ChunkedCrossEntropy(head, None)
     for chunks in (1, 5):
-        loss = ChunkedCrossEntropy(head, len(hidden) // chunks)
         made.clear()
         with multiplying_by_dequantized_weights(model):
-            losses, gradients = loss._compute_chunks(
-                hidden, targets, targets >= 0, wants_gradient=True
+            found = chain_chunks(
+                [hidden],
+                len(hidden) // chunks,
+                lambda parts, at: loss._compute_chunk(parts[0], targets[at], targets[at] >= 0),
             )
-        assert len(losses) == chunks
+        assert len(found) == chunks
         assert len(made) == 1
-        outcomes.append([mx.concatenate(losses), mx.concatenate(gradients)])
+        outcomes.append([mx.concatenate(list(parts)) for parts in zip(*found, strict=True)])
     for one, several in zip(*outcomes, strict=True):
         assert mx.allclose(one, several, rtol=1e-5, atol=1e-6).item()

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nested_core.gate.losses.loss_figures import exchange_mid_p
+from nested_core.measure.losses.loss_figures import exchange_mid_p
 from nested_core.records import paired_difference
 from nested_core.records.loss_conclusion import MIN_EXAMPLES
 from nested_core.records.paired_difference import (

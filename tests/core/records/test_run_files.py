@@ -21,10 +21,10 @@ OPENERS = frozenset(
 OWN_FILES = frozenset(
     {
         "tiers",  # training/training_setup.py: which tensor is in which tier
-        "suites",  # gate/answers/suites.py: what the gate asks
+        "suites",  # measure/answers/suites.py: what the gate asks
         "report_to",  # training/reports/reporting_services.py: names of the run at services
-        "training_examples",  # gate/losses/left_out_examples.py: digests of what was trained on
-        "validation_losses",  # training writes them, gate/losses/chosen_candidate.py reads them
+        "training_examples",  # measure/losses/left_out_examples.py: digests of what was trained on
+        "validation_losses",  # training writes them, measure/losses/chosen_candidate.py reads them
         "checkpoints",  # storage: what a run goes on from
         "stop_request",
         "lock",

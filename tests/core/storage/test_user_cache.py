@@ -10,7 +10,7 @@ import pytest
 
 from nested_core.data.dataset_loading import dataset_cache
 from nested_core.errors import ConfigError
-from nested_core.gate.answers.answer_cache import answer_cache
+from nested_core.measure.answers.answer_cache import answer_cache
 from nested_core.storage.user_cache import MAX_UNUSED_SECONDS, UserCache, cache_folder
 
 

@@ -12,14 +12,14 @@ import pytest
 
 from nested_core.config.sections import TaskSection
 from nested_core.errors import ConfigError, TrainingStopped
-from nested_core.gate.answers import questions_in_training
-from nested_core.gate.answers.answer_bounds import judge_answers
-from nested_core.gate.answers.questions_in_training import (
+from nested_core.measure.answers import questions_in_training
+from nested_core.measure.answers.answer_bounds import judge_answers
+from nested_core.measure.answers.questions_in_training import (
     QuestionsInTraining,
     choose_questions,
     lines_that_chose,
 )
-from nested_core.gate.answers.suite_answers import EncodedSuite, read_suites
+from nested_core.measure.answers.suite_answers import EncodedSuite, read_suites
 from nested_core.pipeline import steps
 from nested_core.records.answers import AnsweringRole, AnswerRecord, read_answers
 from nested_core.storage.adapter import read_adapter

@@ -13,8 +13,8 @@ import pytest
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
-from nested_core.gate.answers.suites import expected_label, read_suite
-from nested_core.gate.losses.held_out_loss import LoadedBase
+from nested_core.measure.answers.suites import expected_label, read_suite
+from nested_core.measure.losses.held_out_loss import LoadedBase
 from nested_core.rooms.evaluate.evaluating import evaluate
 from nested_core.rooms.evaluate.page import (
     AnsweredQuestion,

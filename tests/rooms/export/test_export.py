@@ -18,8 +18,8 @@ import pytest
 from nested_core import export
 from nested_core.config.loading import parse_config
 from nested_core.errors import ConfigError, DamagedError, GateRejected
-from nested_core.gate.losses.champion_adapter import shape_like_adapter
-from nested_core.gate.losses.held_out_loss import LoadedBase, read_held_out_examples
+from nested_core.gate.evidence.champion_adapter import shape_like_adapter
+from nested_core.measure.losses.held_out_loss import LoadedBase, read_held_out_examples
 from nested_core.pipeline import steps
 from nested_core.rooms.export.export_record import (
     ExportRecord,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def measure(gain: float, lost: float, rows: int = 200, seed: int = 0) -> KeptGai
     base = adapter + gain + random.normal(0, 0.05, rows)
     held_out = HeldOutRows("valid.jsonl", ((1, 2, 3),) * rows, ((1, 2),) * rows, None)
     reference = Reference(
-        *(None, (), (), (), (), NO_LOGITS, NO_LOGITS),
+        *(Path(), None, (), (), (), (), NO_LOGITS, NO_LOGITS),
         rows=held_out,
         base_losses=base,
         adapter_losses=adapter,

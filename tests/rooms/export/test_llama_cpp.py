@@ -12,8 +12,8 @@ from mlx_lm import load
 from mlx_lm.generate import generate_step
 
 from benchmarks.real_model.make_model import GGUF_NAME, REFERENCE
-from nested_core.rooms.export.artefact_reader import LlamaCppReader
 from nested_core.rooms.export.fresh_reading import has_llama_cpp
+from nested_core.rooms.export.llama_cpp_program import LlamaCppReader
 from tests.example import DATA
 from tests.real.conftest import MODEL
 
@@ -36,8 +36,8 @@ def reference() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def llama() -> LlamaCppReader:
-    asked = {"artefact": str(MODEL.with_name(GGUF_NAME)), "examples": [], "suites": []}
-    return LlamaCppReader(asked | {"prompts": [[0] * 128]})
+    file = str(MODEL.with_name(GGUF_NAME))
+    return LlamaCppReader(file, {"rows": [], "questions": [], "prompts": [[0] * 128]})
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,12 @@ def mlx_model() -> tuple[Any, Any]:
     model, tokenizer, *_ = load(str(MODEL))
     model.set_dtype(mx.float32)
     return model, tokenizer
+
+
+def last_logits(llama: LlamaCppReader, ids: list[int]) -> np.ndarray[Any, Any]:
+    (rows,) = llama.logits(ids, [len(ids) - 1])
+    last: np.ndarray[Any, Any] = rows[0]
+    return last
 
 
 def logits_of(model: Any, ids: list[int]) -> np.ndarray[Any, Any]:
@@ -63,7 +69,7 @@ def test_the_logits_are_those_of_the_folder_but_for_rounding(
 ) -> None:
     model, _ = mlx_model
     for prompt in reference["prompts"]:
-        ours, theirs = logits_of(model, prompt["ids"])[-1], llama.logits(prompt["ids"])[-1]
+        ours, theirs = logits_of(model, prompt["ids"])[-1], last_logits(llama, prompt["ids"])
         distance = np.linalg.norm(ours - theirs) / np.linalg.norm(ours - ours.mean())
         assert distance < LARGEST_DISTANCE, prompt["messages"]
 
@@ -75,7 +81,7 @@ def test_answers_part_only_where_two_tokens_are_nearly_as_likely(
     rows = map(json.loads, (DATA / "held_out.jsonl").read_text().splitlines())
     for row in rows:
         prompt = list(tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True))
-        theirs = llama.answer(prompt, ANSWER_TOKENS, [])
+        theirs = llama.answer(prompt, ANSWER_TOKENS, [])["tokens"]
         ours = [
             int(token)
             for token, _ in generate_step(mx.array(prompt), model, max_tokens=len(theirs))

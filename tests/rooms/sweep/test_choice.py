@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nested_core.gate.losses.chosen_candidate import Candidates
-from nested_core.gate.losses.loss_figures import summarise_losses
+from nested_core.measure.losses.chosen_candidate import Candidates
+from nested_core.measure.losses.loss_figures import summarise_losses
 from nested_core.records.losses import ExampleLosses, read_example_losses
 from nested_core.records.verdict import JudgedAdapter, Verdict
 from nested_core.rooms.sweep.choice import SweepChoice, join_candidates

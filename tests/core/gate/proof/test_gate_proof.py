@@ -6,6 +6,7 @@ import ast
 import copy
 import shutil
 import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.gate import verify_adapters
 from nested_core.gate.proof import fresh_process_check
 from nested_core.gate.proof.fresh_process_check import ProofRequest, compute_logits_in_fresh_process
+from nested_core.measure.fresh_process.starting import MLX_LM_PROGRAM, QUESTIONS_PROGRAM
 from nested_core.models.session import Session
 from nested_core.process import child
 from nested_core.process.child import Child
@@ -45,14 +47,20 @@ def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_program_knows_of_models_only_what_mlx_lm_tells() -> None:
-    tree = ast.parse(fresh_process_check.FRESH_PROCESS_PROGRAM.read_text())
-    imported = {
-        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name)
+    imported = imports_of(MLX_LM_PROGRAM) | imports_of(QUESTIONS_PROGRAM)
+    mlx_lm = {"mlx_lm", "mlx_lm.generate", "mlx_lm.models.cache", "mlx.core", "mlx.utils", "numpy"}
+    assert {
+        name for name in imported if name.split(".")[0] not in sys.stdlib_module_names
+    } == mlx_lm
+
+
+def imports_of(program: Path) -> set[str]:
+    tree = ast.parse(program.read_text())
+    return {
+        ((node.module or "") if isinstance(node, ast.ImportFrom) else node.names[0].name)
         for node in ast.walk(tree)
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
-    mlx_lm = {"mlx_lm", "mlx_lm.generate"}
-    assert imported == {"gc", "json", "sys", "typing", "mlx.core", "mlx.utils"} | mlx_lm
 
 
 @pytest.mark.claim("The adapter works in a process that has only the files")
@@ -171,7 +179,7 @@ def test_a_killed_process_says_nothing_about_the_adapter(
 ) -> None:
     program = tmp_path / "killed.py"
     program.write_text("import os; os.kill(os.getpid(), 9)")
-    monkeypatch.setattr(fresh_process_check, "FRESH_PROCESS_PROGRAM", program)
+    monkeypatch.setattr(fresh_process_check, "MLX_LM_PROGRAM", program)
     with pytest.raises(NestedTuneError, match="ended by SIGKILL") as error:
         verify_adapters(*candidate.sides)
     assert error.value.exit_code == 1

@@ -15,7 +15,7 @@ import pytest
 from benchmarks.forecast import CASES
 from benchmarks.gpu.shapes import RANK, SHAPES
 from nested_core import backend
-from nested_core.training.loss.chunked_cross_entropy import rows_per_chunk
+from nested_core.training.loss.logit_budget import positions_at_once
 from nested_core.training.loss.loss_interface import BatchShape
 from nested_core.training.memory.peak_estimate import (
     LayerFootprint,
@@ -102,7 +102,7 @@ def predicted_for_cuda(
         activation_bytes=2,
         layers=(layer,) * shape.layers,
         vocabulary=shape.vocabulary,
-        chunk_rows=rows_per_chunk(shape.vocabulary),
+        chunk_rows=positions_at_once(shape.vocabulary),
         dequantized=2 * shape.vocabulary * d if bits < 16 else 0,
     )
     batch = BatchShape(shape.batch, shape.length, shape.tokens)

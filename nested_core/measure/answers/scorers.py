@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from nested_core.config.sections import Score
 from nested_core.errors import ChildFailed, DatasetError, NestedTuneError, shorten
-from nested_core.gate.answers.suites import BadQuestion, Question, describe_bad_questions
+from nested_core.measure.answers.suites import BadQuestion, Question, describe_bad_questions
 from nested_core.process.child import Child
 
 SCORING_PROGRAM = Path(__file__).with_name("scoring_process.py")

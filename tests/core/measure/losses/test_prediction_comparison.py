@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from nested_core.data.batches import choose_evaluation_batches, make_batch_arrays
 from nested_core.data.dataset_loading import load_run_data
-from nested_core.gate.losses import prediction_comparison
-from nested_core.gate.losses.held_out_loss import LoadedBase
-from nested_core.gate.losses.prediction_comparison import PredictionComparison, compare_logits
+from nested_core.measure.losses.held_out_loss import LoadedBase
+from nested_core.measure.losses.prediction_comparison import PredictionComparison, compare_logits
 from nested_core.models.parameters import (
     assign_parameters,
     read_parameters,
     reference_trainable_parameters,
 )
+from nested_core.training.loss import logit_budget
 from tests.example import example_config
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -100,7 +100,9 @@ def test_a_model_compared_in_chunks_gives_the_figures_of_its_whole_logits(
     assert comparison.head is not None
     if not keeps_head:
         comparison = PredictionComparison(base.model, refs, None)
-    monkeypatch.setattr(prediction_comparison, "rows_per_chunk", lambda vocabulary: 6)
+    vocabulary = base.model.args.vocab_size
+    monkeypatch.setattr(logit_budget, "LOGIT_BYTES", 2 * 4 * 4 * vocabulary)  # of two adapters
+    monkeypatch.setattr(logit_budget, "MIN_POSITIONS_IN_CACHES", 3)
     compared = comparison.compare(values, arrays)
     tokens, mask = arrays
     logits = []

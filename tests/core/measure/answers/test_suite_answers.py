@@ -14,11 +14,16 @@ import pytest
 from mlx_lm import load
 
 from nested_core.errors import ConfigError, DatasetError
-from nested_core.gate.answers.answer_cache import AnsweringModelDigests, answer_cache, fetch_answers
-from nested_core.gate.answers.scorers import ScoringMethod
-from nested_core.gate.answers.suite_answers import EncodedSuite, Suite
+from nested_core.measure.answers.answer_cache import (
+    AnsweringModelDigests,
+    answer_cache,
+    fetch_answers,
+)
+from nested_core.measure.answers.scorers import ScoringMethod
+from nested_core.measure.answers.suite_answers import EncodedSuite, Suite
 from nested_core.models.generation import Sampling
-from tests.core.gate.answers.test_suites import write
+from nested_core.training.loss import logit_budget
+from tests.core.measure.answers.test_suites import write
 from tests.example import MODEL
 
 CHOICES = [" Suva", " Paris", " New Delhi", "."]
@@ -92,11 +97,27 @@ def test_choices_are_weighed_in_few_widths_within_the_context(tmp_path, context,
     ]
     encoded = encode(tmp_path, "choice", *lines, context=context)
     found = encoded.log_likelihoods(Noting())  # type: ignore[arg-type]
+    del seen[0]  # asks for the shape of the logits, and is not computed
     assert {width for _, width in seen} == widths
     assert len(set(seen)) <= 2 * len(widths) + 2
     for row in (0, 20, 39):
         expected = [reference(model, encoded.prompts[row], c) for c in encoded.choices[row]]
         np.testing.assert_allclose(found[row], expected, rtol=1e-3)
+
+
+def test_a_prompt_with_more_tokens_than_may_have_logits_is_read_in_pieces(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = example()
+    lines = [
+        {"prompt": "Suva " * count, "choices": [" Paris is far", "."], "expected": "."}
+        for count in (3, 40)
+    ]
+    encoded = encode(tmp_path, "choice", *lines, context=None)
+    whole = encoded.log_likelihoods(model)
+    for positions in (16, 32):  # a choice begins in the last piece, or ends in the next one
+        monkeypatch.setattr(logit_budget, "LOGIT_BYTES", 4 * positions * model.args.vocab_size)
+        np.testing.assert_allclose(encoded.log_likelihoods(model), whole, rtol=1e-4)
 
 
 def test_a_tie_between_choices_is_a_wrong_answer(tmp_path) -> None:

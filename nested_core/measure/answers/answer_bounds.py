@@ -14,7 +14,7 @@ import numpy as np
 
 from nested_core.config.sections import GateSection, TaskSection
 from nested_core.errors import JUDGE_AGAIN, DamagedError, join_first_values
-from nested_core.gate.losses.loss_figures import exchange_mid_p
+from nested_core.measure.losses.loss_figures import exchange_mid_p
 from nested_core.records.answers import AnswerRecord, BrokenHow, SampleAnswers
 from nested_core.records.comparison_family import (
     ALPHA,

@@ -9,9 +9,9 @@ from typing import Literal
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.example_digests import Digests
 from nested_core.errors import ConfigError
-from nested_core.gate.losses.held_out_loss import LoadedBase
-from nested_core.gate.losses.left_out_examples import read_training_digests
 from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprint_reasons
+from nested_core.measure.losses.held_out_loss import LoadedBase
+from nested_core.measure.losses.left_out_examples import read_training_digests
 from nested_core.models.adapter_fit import find_differences, require_recorded_settings
 from nested_core.registry import (
     holding_champion,

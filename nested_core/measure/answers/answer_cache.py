@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from nested_core.errors import DamagedError
-from nested_core.gate.answers.suite_answers import EncodedSuite
+from nested_core.measure.answers.suite_answers import EncodedSuite
 from nested_core.models.generation import Answer
 from nested_core.storage.atomic import canonical_json, write_json
 from nested_core.storage.untrusted_files import read_json, regular_sha256
@@ -29,7 +29,7 @@ from nested_core.storage.user_cache import UserCache, cache_folder
 MAX_CACHE_FILE_BYTES = 256 * 2**20
 _LIBRARIES_IN_CACHE_KEY = ("mlx", "mlx-lm", "transformers", "tokenizers")
 # What decides how a prompt is answered.
-_CODE_IN_CACHE_KEY = ("models/generation.py", "gate/answers/suite_answers.py")
+_CODE_IN_CACHE_KEY = ("models/generation.py", "measure/answers/suite_answers.py")
 _ANSWERS_VALIDATOR = TypeAdapter(list[Answer], config=ConfigDict(strict=True, extra="forbid"))
 _log = logging.getLogger(__name__)
 

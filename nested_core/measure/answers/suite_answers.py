@@ -19,10 +19,11 @@ import mlx.nn as nn
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from nested_core.backend import to_float
 from nested_core.config.sections import GateSection, TaskSection
 from nested_core.errors import ConfigError, DamagedError, DatasetError
-from nested_core.gate.answers.scorers import ScoringMethod, require_usable_scorer, score_answers
-from nested_core.gate.answers.suites import (
+from nested_core.measure.answers.scorers import ScoringMethod, require_usable_scorer, score_answers
+from nested_core.measure.answers.suites import (
     BadQuestion,
     Question,
     describe_bad_questions,
@@ -40,10 +41,10 @@ from nested_core.models.parameters import in_evaluation_mode
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import file_type, read_json, regular_sha256
-from nested_core.training.loss.loss_interface import extract_logits
+from nested_core.training.loss.logit_budget import positions_at_once
+from nested_core.training.loss.loss_interface import count_logits, extract_logits
 
-# Logits of one batch of choices at once: 256 MiB in float32.
-_MAX_LOGITS_AT_ONCE = 64 * 2**20
+_MAX_ROWS = 64  # of one batch of choices
 # MLX keeps a plan of its attention on CUDA for each shape, and ends in an error after many of them.
 _WIDTH_MULTIPLE = 64
 
@@ -185,17 +186,27 @@ class EncodedSuite:
             for choice in self.choices[index]
         ]
         order = sorted(range(len(rows)), key=lambda row: len(rows[row][1]) + len(rows[row][2]))
+        widths = [
+            _round_up_width(len(rows[row][1]) + len(rows[row][2]) - 1, self.context)
+            for row in order
+        ]
+        positions = positions_at_once(count_logits(model))
         sums = np.zeros(len(rows))
         start = 0
-        size = 1
         while start < len(order):
-            batch = order[start : start + size]
+            end = start + 1
+            while (
+                end < min(len(order), start + _MAX_ROWS)
+                and (end + 1 - start) * widths[end] <= positions
+            ):
+                end += 1
+            batch, width = order[start:end], widths[end - 1]
             pairs = [rows[row][1:] for row in batch]
-            width = _round_up_width(len(pairs[-1][0]) + len(pairs[-1][1]) - 1, self.context)
-            found, vocabulary = _sum_log_probabilities(model, pairs, width)
-            sums[batch] = found
-            start += len(batch)
-            size = max(1, min(64, _MAX_LOGITS_AT_ONCE // (width * vocabulary)))
+            if width <= positions:
+                sums[batch] = _sum_log_probabilities(model, pairs, width)
+            else:
+                sums[batch] = [_sum_in_pieces(model, *pairs[0], positions)]
+            start = end
         split = iter(sums.tolist())
         return [tuple(next(split) for _ in choices) for choices in self.choices]
 
@@ -251,8 +262,8 @@ def _round_up_width(needed: int, context: int | None) -> int:
 
 def _sum_log_probabilities(
     model: nn.Module, pairs: Sequence[Sequence[Sequence[int]]], width: int
-) -> tuple[list[float], int]:
-    """The log-probability of each continuation after its prompt, and the size of the vocabulary.
+) -> list[float]:
+    """The log-probability of each continuation after its prompt.
 
     `width` is that of the inputs, in tokens; no row is longer.
     """
@@ -264,11 +275,39 @@ def _sum_log_probabilities(
     sums = []
     for row, (prompt, following) in enumerate(pairs):
         start = len(prompt) - 1
-        needed = logits[row, start : start + len(following)].astype(mx.float32)
-        targets = mx.array(list(following))[:, None]
-        log_probabilities = mx.take_along_axis(needed, targets, axis=-1).squeeze(-1)
-        sums.append((log_probabilities - mx.logsumexp(needed, axis=-1)).sum())
-    return mx.stack(sums).tolist(), int(logits.shape[-1])  # type: ignore[return-value]
+        sums.append(_sum_of_targets(logits[row, start : start + len(following)], following))
+    return mx.stack(sums).tolist()  # type: ignore[return-value]
+
+
+def _sum_in_pieces(
+    model: nn.Module, prompt: Sequence[int], following: Sequence[int], positions: int
+) -> float:
+    """The same for a row with more tokens than may have their logits at once.
+
+    The model reads it in pieces, each with the keys and values of those before, as mlx_lm reads a
+    long prompt; the logits of a piece of the prompt are not computed.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    inputs, first = [*prompt, *following[:-1]], len(prompt) - 1
+    cache = make_prompt_cache(model)
+    total = mx.array(0.0)
+    for start in range(0, len(inputs), positions):
+        piece = inputs[start : start + positions]
+        logits = extract_logits(model(mx.array([piece]), cache=cache))[0]
+        skipped = max(0, first - start)
+        if skipped < len(piece):
+            targets = following[start + skipped - first :][: len(piece) - skipped]
+            total = total + _sum_of_targets(logits[skipped:], targets)
+        mx.eval(total, [layer.state for layer in cache])
+    return to_float(total)
+
+
+def _sum_of_targets(logits: mx.array, targets: Sequence[int]) -> mx.array:
+    """The summed log-probability of these tokens, one for each row of logits."""
+    exact = logits.astype(mx.float32)
+    chosen = mx.take_along_axis(exact, mx.array(list(targets))[:, None], axis=-1).squeeze(-1)
+    return (chosen - mx.logsumexp(exact, axis=-1)).sum()
 
 
 def choose_likeliest(choices: Sequence[str], sums: Sequence[float]) -> str:

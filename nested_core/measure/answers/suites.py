@@ -22,7 +22,7 @@ from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
 from nested_core.data.lines.line_rows import fold_case_and_space
 from nested_core.data.sources.file_formats import RestOfFileUnreadable
 from nested_core.errors import DatasetError, join_first_values, shorten
-from nested_core.gate.answers.suite_files import TABLE_SUFFIXES, read_question_lines
+from nested_core.measure.answers.suite_files import TABLE_SUFFIXES, read_question_lines
 
 Turn = dict[str, str]
 MAX_QUESTIONS = 100_000

@@ -22,10 +22,12 @@ from nested_core.data.held_out_rows import as_test_set_alone, read_group_values
 from nested_core.data.tokens.tokenized_split import Bool, TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
-from nested_core.gate.evidence.run_evidence import RunEvidence
-from nested_core.gate.losses.loss_figures import compare_losses
-from nested_core.gate.losses.prediction_comparison import ExamplePredictions, PredictionComparison
 from nested_core.kernels.optimized_model import using_optimized_layers
+from nested_core.measure.losses.loss_figures import compare_losses
+from nested_core.measure.losses.prediction_comparison import (
+    ExamplePredictions,
+    PredictionComparison,
+)
 from nested_core.models.kept_base import load_base_with_adapter
 from nested_core.models.lora_attachment import adapter_compute_dtype, load_adapter_tensors
 from nested_core.models.parameters import read_parameters, reference_trainable_parameters
@@ -262,17 +264,17 @@ def read_held_out_file(config: FineTuneConfig) -> TokenizedSplit:
 
 
 def measure_example_losses(
-    base: LoadedBase, evidence: RunEvidence, held_out: HeldOutExamples
+    base: LoadedBase, initial: Adapter, trained: Adapter, held_out: HeldOutExamples
 ) -> ExampleLosses:
     """The loss of each held-out example with the initial and with the trained adapter.
 
     With them how far the predictions moved: from the initial adapter, and with `gate.drift` from
     the base, which costs a pass where training did not begin as the base.
     """
-    before, after = (adapter.to_mlx() for adapter in (evidence.before, evidence.after))
+    before, after = initial.to_mlx(), trained.to_mlx()
     adapters = [before, after]
     wants_base = base.config.gate.drift
-    if wants_base and not base.is_unchanged_by(evidence.before):
+    if wants_base and not base.is_unchanged_by(initial):
         adapters = [base.parameters, before, after]
     predictions = base.compare_predictions(adapters, held_out.split)
     is_supervised = held_out.is_example_supervised

@@ -13,8 +13,8 @@ import yaml
 
 from nested_core.config.sections import Score
 from nested_core.errors import ConfigError, DatasetError
-from nested_core.gate.answers import suites
-from nested_core.gate.answers.suites import read_suite
+from nested_core.measure.answers import suites
+from nested_core.measure.answers.suites import read_suite
 
 CHAT = [{"role": "user", "content": "Where to?"}]
 

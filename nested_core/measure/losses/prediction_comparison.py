@@ -2,8 +2,8 @@
 
 KL(reference || candidate), in nats/token, says how far the candidate's predictions have moved. It
 predicts what a fine-tuned model forgets, which the norm of its weights does not (arXiv 2509.04259).
-It is computed over the whole vocabulary from the logits that the losses need anyway; logits exist
-for one chunk of positions at a time, so that a large vocabulary needs no approximation.
+It is computed over the whole vocabulary from the logits that the losses need anyway. One chunk of
+positions has its logits in memory at a time, so that a large vocabulary needs no approximation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from nested_core import backend
 from nested_core.kernels.exponential import exponential
 from nested_core.models.parameters import (
     ParameterRefs,
@@ -27,19 +26,23 @@ from nested_core.models.parameters import (
 )
 from nested_core.optim.gradients import Flat
 from nested_core.training.loss.chunked_cross_entropy import (
+    chain_chunks,
     find_supervised_positions,
     gather_rows,
-    rows_per_chunk,
+)
+from nested_core.training.loss.logit_budget import (
+    positions_at_once,
+    positions_without_gradient,
+    split_batch,
 )
 from nested_core.training.loss.loss_interface import (
     MicroBatch,
     OutputHead,
+    count_logits,
     extract_logits,
     find_output_head,
 )
 
-MAX_LOGITS_PER_CHUNK_ON_CPU = 2**21  # of one chunk and adapter: 8 MiB in float32
-MIN_ROWS_PER_CHUNK_ON_CPU = 64  # the output layer is read once a chunk
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -62,7 +65,8 @@ class PredictionComparison:
     """A model that predicts with several values of its trainable parameters, without dropout.
 
     Where the model's output head can be told from its body, and is not trained, what is kept of a
-    position until its logits are compared is the body's output; else it is the logits.
+    position until its logits are compared is the body's output; else it is the logits, of fewer
+    rows of a batch at a time.
     """
 
     model: nn.Module
@@ -80,18 +84,28 @@ class PredictionComparison:
 
     @cached_property
     def _compiled_comparison(self) -> Any:
-        return mx.compile(self._compare)
+        return mx.compile(self._compare_group)
 
     def compare(self, values: Sequence[Flat], batch: MicroBatch) -> ExamplePredictions:
         """Losses with each of `values`, and divergences from each but the last to the last."""
+        if self.head is not None:
+            return self._compare(values, batch)
+        split = split_batch(batch, count_logits(self.model), len(values))
+        parts = [self._compare(values, part) for part in split]
+        return ExamplePredictions(
+            losses=np.concatenate([part.losses for part in parts], axis=1),
+            divergences=np.concatenate([part.divergences for part in parts], axis=1),
+            tokens=np.concatenate([part.tokens for part in parts]),
+        )
+
+    def _compare(self, values: Sequence[Flat], batch: MicroBatch) -> ExamplePredictions:
         tokens, positions = find_supervised_positions(batch)
         with in_evaluation_mode(self.model), restoring_parameters(self.parameters):
             states = []
             for own in values:
                 states.append(self._compiled_hidden_states(own, tokens, positions))
                 mx.eval(states[-1])  # one pass's activations at a time
-            figures = self._compiled_comparison(states, tokens, positions)
-        losses, divergences = (np.array(rows, np.float64) for rows in figures)
+            losses, divergences = self._compare_chunks(states, tokens, positions)
         rows, width = batch[1].shape
         is_target = np.array(positions) >= 0
         row = np.array(positions)[is_target] // width
@@ -121,25 +135,34 @@ class PredictionComparison:
     def _logits(self, states: mx.array) -> mx.array:
         return states if self.head is None else self.head.logits(states)
 
-    def _compare(
+    def _count_words(self, states: Sequence[mx.array]) -> int:
+        return self._logits(states[0][:1]).shape[-1]
+
+    def _compare_chunks(
         self, states: Sequence[mx.array], tokens: mx.array, positions: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        """Losses (adapters, positions) and divergences (adapters - 1, positions), float32."""
+    ) -> tuple[Vector, Vector]:
+        """Losses (adapters, positions) and divergences (adapters - 1, positions)."""
         targets = gather_rows(tokens[:, 1:].reshape(-1), positions)
-        vocabulary = self._logits(states[0][:1]).shape[-1]
-        rows = max(1, rows_per_chunk(vocabulary) // len(states))
-        if backend.device() == "cpu":  # which compares faster what its caches hold
-            rows = min(
-                rows, max(MIN_ROWS_PER_CHUNK_ON_CPU, MAX_LOGITS_PER_CHUNK_ON_CPU // vocabulary)
-            )
-        chunks: list[tuple[mx.array, mx.array]] = []
+        rows = positions_at_once(self._count_words(states), len(states))
+        groups: list[tuple[Vector, Vector]] = []
         for start in range(0, targets.size, rows):
-            chunk = slice(start, start + rows)
-            parts = [own[chunk] for own in states]
-            if chunks:
-                parts = mx.depends(parts, list(chunks[-1]))  # one chunk's logits at a time
-            logits = [self._logits(part) for part in parts]
-            chunks.append(compare_logits(logits, targets[chunk]))
+            group = slice(start, start + rows)
+            figures = self._compiled_comparison([own[group] for own in states], targets[group])
+            mx.eval(figures)  # or the logits of many groups would exist at once
+            losses, divergences = (np.array(own, np.float64) for own in figures)
+            groups.append((losses, divergences))
+        losses = np.concatenate([of_group for of_group, _ in groups], axis=1)
+        return losses, np.concatenate([of_group for _, of_group in groups], axis=1)
+
+    def _compare_group(
+        self, states: Sequence[mx.array], targets: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """The same of positions whose logits may exist at once, float32."""
+        chunks = chain_chunks(
+            states,
+            positions_without_gradient(self._count_words(states), len(states)),
+            lambda parts, at: compare_logits([self._logits(own) for own in parts], targets[at]),
+        )
         losses = mx.concatenate([of_chunk for of_chunk, _ in chunks], axis=1)
         return losses, mx.concatenate([of_chunk for _, of_chunk in chunks], axis=1)
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from nested_core.config.sections import GateSection
-from nested_core.gate.losses.ancestor_examples import AncestorExamples
-from nested_core.gate.losses.chosen_candidate import Candidates
+from nested_core.measure.losses.ancestor_examples import AncestorExamples
+from nested_core.measure.losses.chosen_candidate import Candidates
 from nested_core.records.comparison_family import NOT_TESTED, Chance, chance_of_mean
 from nested_core.records.loss_conclusion import (
     MIN_EXAMPLES,

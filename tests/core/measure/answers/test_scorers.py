@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 
 from nested_core.config.sections import Score
 from nested_core.errors import DatasetError
-from nested_core.gate.answers import scorers
-from nested_core.gate.answers.scorers import (
+from nested_core.measure.answers import scorers
+from nested_core.measure.answers.scorers import (
     ScoringMethod,
     last_number,
     normalise_white_space,
     score_answers,
 )
-from nested_core.gate.answers.scoring_process import first_json_value
-from nested_core.gate.answers.suite_answers import Suite
-from nested_core.gate.answers.suites import read_suite
-from tests.core.gate.answers.test_suites import write
+from nested_core.measure.answers.scoring_process import first_json_value
+from nested_core.measure.answers.suite_answers import Suite
+from nested_core.measure.answers.suites import read_suite
+from tests.core.measure.answers.test_suites import write
 
 SLOW = "(?i)" + "[\u0100-\uffff]" * 20_000  # a fast machine compiles it in minutes
 TIMED_OUT = pytest.mark.slow("waits until a time limit ends, as others do")
