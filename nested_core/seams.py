@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from nested_core.errors import ConfigError
 
@@ -26,7 +28,13 @@ class Room:
 
 ROOMS: Mapping[str, Room] = {
     "serve": Room(commands=("serve",)),
+    "minutes": Room(),
 }
+
+# Parts of the room minutes: a class, made of configuration, run and hooks, that holds a run to
+# `training.minutes`; and a function that measures how fast a run is, for `explain`.
+TIMED_TRAINING = "nested_core.rooms.minutes.timed_training:TimedTraining"
+MEASURE_RUN = "nested_core.rooms.minutes.sizes:measure_run"
 
 
 def is_there(room: str) -> bool:
@@ -48,3 +56,9 @@ def require(room: str, wanted: str) -> None:
     """
     if not is_there(room):
         raise ConfigError(f"`{wanted}` belongs to the room {room}, which is not installed here.")
+
+
+def load(part: str) -> Any:
+    """Import a part, `module:name`."""
+    module, _, name = part.partition(":")
+    return getattr(import_module(module), name)

@@ -23,6 +23,7 @@ from nested_core.errors import ConfigError, DamagedError, MissingFileError
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_start
 
 MAX_YAML_BYTES = 64 * 1024
+LENGTH_KEYS = ("iters", "training.epochs", "training.minutes")  # each says how long a run is
 _PYYAML_TAB_ERROR = "found character '\\t' that cannot start any token"  # yaml/scanner.py
 YAML_MERGE_TAG = "tag:yaml.org,2002:merge"
 
@@ -192,7 +193,7 @@ def load_config(
     values, lines = read_yaml_with_lines(Path(path)) if path is not None else YamlFile({}, {})
     source = str(path) if path is not None else "the command line"
     values = lay_over(values, flags)
-    _let_iters_flag_override_epochs(values, flags)
+    _let_length_flag_override_others(values, flags)
     _let_scale_and_alpha_flags_override_each_other(values, flags)
     known = {key: value for key, value in values.items() if value is not None}
     given_by_flag = [name for name, value in flags.items() if value is not None]
@@ -216,12 +217,22 @@ def lay_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     return laid
 
 
-def _let_iters_flag_override_epochs(values: dict[str, Any], flags: Mapping[str, Any]) -> None:
-    """A flag --iters wins over epochs in the file, which would decide in its place."""
+def _let_length_flag_override_others(values: dict[str, Any], flags: Mapping[str, Any]) -> None:
+    """A flag for the length of the run wins over epochs and minutes in the file.
+
+    Raises ConfigError where flags give both iterations and minutes.
+    """
+    given = {name for name in LENGTH_KEYS if flags.get(name) is not None}
+    if {"iters", "training.minutes"} <= given:
+        raise ConfigError(
+            f"--iters {flags['iters']} and --minutes {flags['training.minutes']} both say how long "
+            f"the run is: give one of them. With --minutes as many steps are trained as fit."
+        )
     section = values.get("training")
-    is_asked = flags.get("iters") is not None and flags.get("training.epochs") is None
-    if is_asked and isinstance(section, dict):
-        section.pop("epochs", None)
+    if given and isinstance(section, dict):
+        for name in ("epochs", "minutes"):
+            if f"training.{name}" not in given:
+                section.pop(name, None)
 
 
 def _let_scale_and_alpha_flags_override_each_other(

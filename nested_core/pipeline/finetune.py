@@ -6,10 +6,12 @@ place of the steps, and a notebook as it is.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from nested_core import seams
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, GateRejected, NestedTuneError
@@ -145,7 +147,8 @@ def finetune(
     if warning := warn_of_learning_rate(config):
         hooks.on_message(warning)
     check_before_start(config, run)
-    with run.locked():
+    with run.locked(), _timing(config, run, hooks) as timed:
+        config = config if timed is None else timed.config
         hooks.begin(config, run, resume=resume)
         tell_parent(RunInHand(run.path, config.training.restarts))
         if ends := list_earlier_ends():
@@ -156,11 +159,20 @@ def finetune(
             writing_report_at_end(run),
             Session() as session,
         ):
-            return _finetune_locked(config, run, hooks, session)
+            return _finetune_locked(config, run, hooks, session, timed)
+
+
+def _timing(config: FineTuneConfig, run: RunDirectory, hooks: Steps) -> AbstractContextManager[Any]:
+    """What holds a run to `training.minutes`; without them None."""
+    if config.training.minutes is None:
+        return nullcontext()
+    seams.require("minutes", "training.minutes")
+    timed: AbstractContextManager[Any] = seams.load(seams.TIMED_TRAINING)(config, run, hooks)
+    return timed
 
 
 def _finetune_locked(
-    config: FineTuneConfig, run: RunDirectory, hooks: Steps, session: Session
+    config: FineTuneConfig, run: RunDirectory, hooks: Steps, session: Session, timed: Any
 ) -> FinetuneResult:
     remove_file(run.skipped)
     hooks.validate(config, run)
@@ -171,7 +183,10 @@ def _finetune_locked(
     with compiling_first_kernels(config, run, hooks.on_message, session):
         hooks.load(config, run, session)
         require_room_for_checkpoints(config, run)
-        training = hooks.train(config, run, session)
+        if timed is None:
+            training = hooks.train(config, run, session)
+        else:
+            config, training = timed.train(session)
     verdict = _judge(config, run, hooks, session)
     test_loss = hooks.measure_test(config, run, session) if config.test else None
     version = None

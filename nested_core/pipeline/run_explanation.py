@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import math
 import tempfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
-from nested_core import backend
+from nested_core import backend, seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE, TaskSection
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.models.base_model import load_base_model
 from nested_core.models.lora_attachment import attach_adapter, load_adapter_tensors
 from nested_core.models.parameters import trainable_parameters
+from nested_core.models.session import Session
 from nested_core.optim.tier_assignment import count_expected_updates
 from nested_core.pipeline import steps
 from nested_core.pipeline.device_lock import OnWait, locking_devices
@@ -28,7 +27,6 @@ from nested_core.pipeline.learning_rate_rule import describe_learning_rate
 from nested_core.pipeline.replay import describe_replay
 from nested_core.records.dataset import SplitStats, held_out_split
 from nested_core.records.loss_conclusion import MIN_MARGIN
-from nested_core.records.metrics import read_metrics
 from nested_core.registry.policy import hold_to_policy
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.storage.run_directory import RunDirectory, open_run
@@ -38,8 +36,6 @@ from nested_core.text.stages import stages
 from nested_core.training.memory.memory_plan import MemoryPlan
 from nested_core.training.trainer import Trainer
 from nested_core.training.training_setup import prepare_training
-
-MEASURED_STEPS = 4  # the first, which is compiled and not counted, among them
 
 
 @dataclass(frozen=True)
@@ -67,10 +63,12 @@ class RunExplanation:
         epochs: passes over the training data of the whole run.
         validation_examples: examples of an evaluation; 0 if there is none.
         memory: the predicted peak and the memory that there is.
-        tokens_per_second: trained tokens a second, median of the measured steps; None if none was.
+        tokens_per_second: trained tokens a second, median of the measured steps; None if none was,
+            and without the room minutes, which measures.
         device: what it was measured on.
         replay: what is replayed, in sentences; empty without replay.
         replayed_tokens: trained tokens of replayed examples in the whole run.
+        sizes: what fits in how many minutes, in words; None where no speed was measured.
     """
 
     config: FineTuneConfig
@@ -87,6 +85,7 @@ class RunExplanation:
     device: str
     replay: tuple[str, ...] = ()
     replayed_tokens: int = 0
+    sizes: str | None = None
 
     @property
     def training_seconds(self) -> float | None:
@@ -108,6 +107,7 @@ class RunExplanation:
             "evaluation": self._describe_evaluation(),
             "memory": self.memory.describe().removeprefix("memory: ") + ".",
             "time": self._describe_time(),
+            **({} if self.sizes is None else {"sizes": self.sizes}),
             "gate": " ".join(self._describe_gate()),
             "registry": self._describe_registry(),
         }
@@ -313,7 +313,8 @@ def explain_run(
     told who has it.
     """
     config, tightening = hold_to_policy(config)
-    with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder:
+    tokens_per_second = sizes = None
+    with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder, Session() as session:
         run = open_run(Path(folder) / "run", resume=False)
         with run.locked():
             steps.write_run_config(config, run, resume=False)
@@ -321,10 +322,13 @@ def explain_run(
             report = steps.validate(config, run)
             replay = tuple(describe_replay(config, run))
             stages.info("explain: attaching the adapter")
-            steps.write_initial_adapter_and_tiers(config, run, on_wait)
+            steps.write_initial_adapter_and_tiers(config, run, on_wait, session=session)
+            if measures_speed and seams.is_there("minutes"):
+                measured = seams.load(seams.MEASURE_RUN)(config, run, session, on_wait)
+                config, tokens_per_second, sizes = measured
+            session.release_base()
             with locking_devices(on_wait):
                 trainer, base_parameters = _make_trainer(config, run)
-            tokens_per_second = _measure_speed(config, run, on_wait) if measures_speed else None
     schedule = trainer.step_schedule
     tiers = [
         TierForecast(
@@ -350,6 +354,7 @@ def explain_run(
         device=backend.device(),
         replay=replay,
         replayed_tokens=schedule.count_replayed_tokens(schedule.iterations) or 0,
+        sizes=sizes,
     )
 
 
@@ -362,31 +367,3 @@ def _make_trainer(config: FineTuneConfig, run: RunDirectory) -> tuple[Trainer, i
     load_adapter_tensors(model, load_arrays(run.initial / WEIGHTS_NAME))
     setup = prepare_training(config, run, model, splits, tokenizer=tokenizer)
     return Trainer(setup), base_parameters
-
-
-def _measure_speed(
-    config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None
-) -> float | None:
-    """Tokens a second, the median of a few steps after the first; None if fewer were reported."""
-    # Until the slowest tier is due once: a run that it is never due in is refused.
-    count = max(MEASURED_STEPS, config.nested.frequencies[-1])
-    iterations = count * config.grad_accumulation_steps
-    plain = {"epochs": None, "early_stop_patience": None, "evaluate_tasks": (), "select_by": "loss"}
-    training = config.training.model_copy(update=plain)
-    short = config.model_copy(
-        update={
-            "iters": iterations,
-            "steps_per_report": config.grad_accumulation_steps,
-            "val_batches": 0,
-            "save_every": iterations,
-            "adapter_path": None,
-            "report_to": None,
-            "training": training,
-        }
-    )
-    stages.info("explain: trying %d steps", count)
-    with warnings.catch_warnings(action="ignore"):
-        steps.train(short, run, on_wait=on_wait)
-    speeds = [record.get("tokens_per_second") for record in read_metrics(run.metrics)[1:]]
-    measured = [speed for speed in speeds if speed]
-    return median(measured) if measured else None
