@@ -23,7 +23,11 @@ from nested_core.errors import ConfigError, DamagedError, MissingFileError
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_start
 
 MAX_YAML_BYTES = 64 * 1024
-LENGTH_KEYS = ("iters", "training.epochs", "training.minutes")  # each says how long a run is
+# Keys of which a flag for one wins over the others in the file.
+SAYING_THE_SAME = (
+    {"iters", "training.epochs", "training.minutes"},
+    {"lora_parameters.scale", "lora_parameters.alpha"},
+)
 _PYYAML_TAB_ERROR = "found character '\\t' that cannot start any token"  # yaml/scanner.py
 YAML_MERGE_TAG = "tag:yaml.org,2002:merge"
 
@@ -193,8 +197,7 @@ def load_config(
     values, lines = read_yaml_with_lines(Path(path)) if path is not None else YamlFile({}, {})
     source = str(path) if path is not None else "the command line"
     values = lay_over(values, flags)
-    _let_length_flag_override_others(values, flags)
-    _let_scale_and_alpha_flags_override_each_other(values, flags)
+    _let_flags_override_keys_that_say_the_same(values, flags)
     known = {key: value for key, value in values.items() if value is not None}
     given_by_flag = [name for name, value in flags.items() if value is not None]
     replaced = tuple(f"{name}." for name in given_by_flag)
@@ -217,34 +220,24 @@ def lay_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     return laid
 
 
-def _let_length_flag_override_others(values: dict[str, Any], flags: Mapping[str, Any]) -> None:
-    """A flag for the length of the run wins over epochs and minutes in the file.
+def _let_flags_override_keys_that_say_the_same(
+    values: dict[str, Any], flags: Mapping[str, Any]
+) -> None:
+    """Take out of the file's values what says the same thing as a flag that is given.
 
     Raises ConfigError where flags give both iterations and minutes.
     """
-    given = {name for name in LENGTH_KEYS if flags.get(name) is not None}
+    given = {name for name, value in flags.items() if value is not None}
     if {"iters", "training.minutes"} <= given:
         raise ConfigError(
             f"--iters {flags['iters']} and --minutes {flags['training.minutes']} both say how long "
             f"the run is: give one of them. With --minutes as many steps are trained as fit."
         )
-    section = values.get("training")
-    if given and isinstance(section, dict):
-        for name in ("epochs", "minutes"):
-            if f"training.{name}" not in given:
-                section.pop(name, None)
-
-
-def _let_scale_and_alpha_flags_override_each_other(
-    values: dict[str, Any], flags: Mapping[str, Any]
-) -> None:
-    """They say the same thing: a flag for one wins over the other in the file."""
-    section = values.get("lora_parameters")
-    if isinstance(section, dict):
-        for name, other in (("scale", "alpha"), ("alpha", "scale")):
-            given = (flags.get(f"lora_parameters.{key}") is not None for key in (name, other))
-            if tuple(given) == (True, False):
-                section.pop(other, None)
+    for names in SAYING_THE_SAME:
+        for name in names - given if names & given else ():
+            section, _, key = name.partition(".")
+            if isinstance(values.get(section), dict):
+                values[section].pop(key, None)
 
 
 def parse_config(

@@ -37,6 +37,11 @@ from nested_core.training.memory.memory_plan import MemoryPlan
 from nested_core.training.trainer import Trainer
 from nested_core.training.training_setup import prepare_training
 
+LINEAR_ATTENTION_NOTE = (
+    "linear_attn is among the modules: apps of mlx-swift-lm 3.31.3 were reported to fail with such "
+    "adapters (docs/troubleshooting.md, On a Mac)."
+)
+
 
 @dataclass(frozen=True)
 class TierForecast:
@@ -69,6 +74,7 @@ class RunExplanation:
         replay: what is replayed, in sentences; empty without replay.
         replayed_tokens: trained tokens of replayed examples in the whole run.
         sizes: what fits in how many minutes, in words; None where no speed was measured.
+        has_linear_attention: whether modules of `linear_attn`, as Qwen3.5 has them, are trained.
     """
 
     config: FineTuneConfig
@@ -86,6 +92,7 @@ class RunExplanation:
     replay: tuple[str, ...] = ()
     replayed_tokens: int = 0
     sizes: str | None = None
+    has_linear_attention: bool = False
 
     @property
     def training_seconds(self) -> float | None:
@@ -120,10 +127,13 @@ class RunExplanation:
         if config.fine_tune_type == "full":
             what = "every weight"
         layers = "all layers" if config.num_layers == -1 else f"the last {config.num_layers} layers"
-        return (
+        text = (
             f"{what} in {layers} of {config.model}: {trained:,} parameters in {tensors} tensors, "
             f"beside {self.base_parameters:,} that stay as they are."
         )
+        if self.has_linear_attention:
+            text += f" {LINEAR_ATTENTION_NOTE}"
+        return text
 
     def _describe_tiers(self) -> str:
         if len(self.tiers) == 1 and self.tiers[0].frequency == 1:
@@ -355,6 +365,7 @@ def explain_run(
         replay=replay,
         replayed_tokens=schedule.count_replayed_tokens(schedule.iterations) or 0,
         sizes=sizes,
+        has_linear_attention=any("linear_attn" in name for name in trainer.setup.parameters),
     )
 
 

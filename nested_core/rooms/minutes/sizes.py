@@ -16,7 +16,7 @@ from nested_core.text.duration_format import format_duration
 from nested_core.text.stages import stages
 
 ROUND_MINUTES = (1, 2, 3, 5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 360, 480, 720, 1440, 2880)
-TRIED_SECONDS = 5.0
+TRIED_SECONDS = 2.0
 SHORT_SHARE, HALF_SHARE = 1 / 6, 1 / 2  # of the whole run's time, at most
 
 
