@@ -14,7 +14,6 @@ from flows.commands.command_output import printer, result_printer, text_printer
 from flows.commands.config_flags import add_config_flags, load_config_from_flags
 from flows.terminal.console import print_line, print_page, print_progress
 from flows.terminal.stage_lines import showing_stages
-from nested_core.config.loading import load_config
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.storage.atomic import write_bytes
 from nested_core.storage.output_places import require_free_place, require_output_file
@@ -75,8 +74,6 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
     """Look at the data and the model; write the configuration, over no file that is there."""
     from nested_core.pipeline.suggested_config import split_command, suggest_config
 
-    minutes = arguments.minutes
-    load_config(None, {"training.minutes": minutes})  # refuses what a run would refuse
     output: Path | None = arguments.output
     target = None if output is None else require_output_file(output, "-o")
     if target is not None and os.path.lexists(target):
@@ -86,6 +83,7 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
     written = "" if split is None else _write_split(data, arguments.split, split)
     try:
         dropped, adapter = arguments.drop_fields, arguments.resume_adapter_file
+        minutes = arguments.minutes
         used = data if split is None else str(split)
         suggested = suggest_config(arguments.model, used, dropped, adapter, minutes=minutes)
         text = suggested.text

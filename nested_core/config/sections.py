@@ -39,7 +39,6 @@ Names = Annotated[tuple[NonEmpty, ...], BeforeValidator(_text_as_list)]
 
 Processes = Annotated[PositiveInt, Field(le=64)]
 MAX_MINUTES = 7 * 24 * 60
-Minutes = Annotated[PositiveFloat, Field(lt=MAX_MINUTES)]
 
 
 def parse_interval(value: float) -> float:
@@ -119,11 +118,8 @@ class TrainingSection(Section):
     epochs: PositiveFloat | None = key(
         None, "passes over the data, in place of iters (a flag --iters wins over a file's epochs)"
     )
-    minutes: Minutes | None = key(
-        None,
-        "minutes that the command takes with its verdict, in place of iters and epochs: as many "
-        "steps as fit, counted once, when a few were tried (docs/minutes.md)",
-        affects="length",
+    minutes: Annotated[PositiveFloat, Field(lt=MAX_MINUTES)] | None = key(
+        None, "minutes of a command with its verdict, in place of iters", affects="length"
     )
     supervise: Literal["last", "all"] = key("last", "assistant turns to train on, in a chat")
     early_stop_patience: PositiveInt | None = key(
@@ -169,8 +165,6 @@ class TrainingSection(Section):
         """Length is said once; what chooses the best step is asked, by one process."""
         if self.minutes is not None and self.epochs is not None:
             yield f"epochs {self.epochs:g} and minutes {self.minutes:g}: give one of them"
-        if self.minutes is not None and (self.processes, self.hostfile) != (1, None):
-            yield "minutes: counted in one process; leave processes and hostfile out, or give iters"
         if self.select_by not in ("loss", *self.evaluate_tasks):
             yield f"select_by: {self.select_by} is neither loss nor among evaluate_tasks"
         if self.select_by != "loss" and (self.processes, self.hostfile) != (1, None):

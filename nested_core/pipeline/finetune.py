@@ -6,7 +6,7 @@ place of the steps, and a notebook as it is.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -147,7 +147,11 @@ def finetune(
     if warning := warn_of_learning_rate(config):
         hooks.on_message(warning)
     check_before_start(config, run)
-    with run.locked(), _timing(config, run, hooks) as timed:
+    timing: Any = nullcontext()
+    if config.training.minutes is not None:
+        seams.require("minutes", "training.minutes")
+        timing = seams.load(seams.TIMED_TRAINING)(config, run, hooks)
+    with run.locked(), timing as timed:
         config = config if timed is None else timed.config
         hooks.begin(config, run, resume=resume)
         tell_parent(RunInHand(run.path, config.training.restarts))
@@ -162,15 +166,6 @@ def finetune(
             return _finetune_locked(config, run, hooks, session, timed)
 
 
-def _timing(config: FineTuneConfig, run: RunDirectory, hooks: Steps) -> AbstractContextManager[Any]:
-    """What holds a run to `training.minutes`; without them None."""
-    if config.training.minutes is None:
-        return nullcontext()
-    seams.require("minutes", "training.minutes")
-    timed: AbstractContextManager[Any] = seams.load(seams.TIMED_TRAINING)(config, run, hooks)
-    return timed
-
-
 def _finetune_locked(
     config: FineTuneConfig, run: RunDirectory, hooks: Steps, session: Session, timed: Any
 ) -> FinetuneResult:
@@ -183,10 +178,8 @@ def _finetune_locked(
     with compiling_first_kernels(config, run, hooks.on_message, session):
         hooks.load(config, run, session)
         require_room_for_checkpoints(config, run)
-        if timed is None:
-            training = hooks.train(config, run, session)
-        else:
-            config, training = timed.train(session)
+        training = hooks.train(config, run, session) if timed is None else timed.train(session)
+        config = config if timed is None else timed.config  # it says how many steps there are
     verdict = _judge(config, run, hooks, session)
     test_loss = hooks.measure_test(config, run, session) if config.test else None
     version = None

@@ -11,8 +11,9 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from nested_core import backend, seams
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE, TaskSection
 from nested_core.data.dataset_loading import load_run_data
@@ -31,16 +32,10 @@ from nested_core.registry.policy import hold_to_policy
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.storage.run_directory import RunDirectory, open_run
 from nested_core.storage.safetensors_files import load_arrays
-from nested_core.text.duration_format import format_duration
 from nested_core.text.stages import stages
 from nested_core.training.memory.memory_plan import MemoryPlan
 from nested_core.training.trainer import Trainer
 from nested_core.training.training_setup import prepare_training
-
-LINEAR_ATTENTION_NOTE = (
-    "linear_attn is among the modules: apps of mlx-swift-lm 3.31.3 were reported to fail with such "
-    "adapters (docs/troubleshooting.md, On a Mac)."
-)
 
 
 @dataclass(frozen=True)
@@ -68,12 +63,9 @@ class RunExplanation:
         epochs: passes over the training data of the whole run.
         validation_examples: examples of an evaluation; 0 if there is none.
         memory: the predicted peak and the memory that there is.
-        tokens_per_second: trained tokens a second, median of the measured steps; None if none was,
-            and without the room minutes, which measures.
-        device: what it was measured on.
         replay: what is replayed, in sentences; empty without replay.
         replayed_tokens: trained tokens of replayed examples in the whole run.
-        sizes: what fits in how many minutes, in words; None where no speed was measured.
+        measured: how fast it is, as the room minutes has it; None where nothing was measured.
         has_linear_attention: whether modules of `linear_attn`, as Qwen3.5 has them, are trained.
     """
 
@@ -87,21 +79,10 @@ class RunExplanation:
     epochs: float
     validation_examples: int
     memory: MemoryPlan
-    tokens_per_second: float | None
-    device: str
     replay: tuple[str, ...] = ()
     replayed_tokens: int = 0
-    sizes: str | None = None
+    measured: Any = None
     has_linear_attention: bool = False
-
-    @property
-    def training_seconds(self) -> float | None:
-        """Seconds of the steps alone, by the measured speed; None if none was measured."""
-        tokens = self.splits["train"].tokens
-        if not self.tokens_per_second or tokens is None:
-            return None
-        trained = tokens.supervised * self.epochs + self.replayed_tokens
-        return trained / self.tokens_per_second
 
     def describe(self) -> dict[str, str]:
         """Sentences for each subject, in the order in which a person asks for them."""
@@ -113,8 +94,7 @@ class RunExplanation:
             "learning rate": self._describe_learning_rate(),
             "evaluation": self._describe_evaluation(),
             "memory": self.memory.describe().removeprefix("memory: ") + ".",
-            "time": self._describe_time(),
-            **({} if self.sizes is None else {"sizes": self.sizes}),
+            **({} if self.measured is None else self.measured.describe()),
             "gate": " ".join(self._describe_gate()),
             "registry": self._describe_registry(),
         }
@@ -132,7 +112,7 @@ class RunExplanation:
             f"beside {self.base_parameters:,} that stay as they are."
         )
         if self.has_linear_attention:
-            text += f" {LINEAR_ATTENTION_NOTE}"
+            text += " With linear_attn, apps of mlx-swift-lm may fail: docs/troubleshooting.md."
         return text
 
     def _describe_tiers(self) -> str:
@@ -197,16 +177,6 @@ class RunExplanation:
         return (
             f"every {_format_batches(interval)} on {self.validation_examples} "
             f"examples of {self.splits['valid'].file}; {offered} is selected."
-        )
-
-    def _describe_time(self) -> str:
-        if self.training_seconds is None or self.tokens_per_second is None:
-            return "not measured."
-        duration = format_duration(max(self.training_seconds, 1.0))
-        speed = f"{self.tokens_per_second:,.0f} trained-on tokens a second"
-        return (
-            f"about {duration} of training, by a few steps that were tried on "
-            f"this machine ({self.device}): {speed}. Evaluations and the gate come on top."
         )
 
     def _describe_gate(self) -> Iterator[str]:
@@ -318,12 +288,12 @@ def explain_run(
 ) -> RunExplanation:
     """Find out what a run of this configuration will do.
 
-    With `measures_speed` a few steps are trained. Raises what a run raises before it trains:
-    ConfigError, and DatasetError for data with errors. Holds the device meanwhile; `on_wait` is
-    told who has it.
+    With `measures_speed`, and the room minutes, a few steps are trained. Raises what a run raises
+    before it trains: ConfigError, and DatasetError for data with errors. Holds the device
+    meanwhile; `on_wait` is told who has it.
     """
     config, tightening = hold_to_policy(config)
-    tokens_per_second = sizes = None
+    measured = None
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder, Session() as session:
         run = open_run(Path(folder) / "run", resume=False)
         with run.locked():
@@ -334,8 +304,7 @@ def explain_run(
             stages.info("explain: attaching the adapter")
             steps.write_initial_adapter_and_tiers(config, run, on_wait, session=session)
             if measures_speed and seams.is_there("minutes"):
-                measured = seams.load(seams.MEASURE_RUN)(config, run, session, on_wait)
-                config, tokens_per_second, sizes = measured
+                config, measured = seams.load(seams.MEASURE_RUN)(config, run, session, on_wait)
             session.release_base()
             with locking_devices(on_wait):
                 trainer, base_parameters = _make_trainer(config, run)
@@ -360,11 +329,9 @@ def explain_run(
         epochs=schedule.epochs,
         validation_examples=schedule.validation_examples,
         memory=trainer.memory,
-        tokens_per_second=tokens_per_second,
-        device=backend.device(),
         replay=replay,
         replayed_tokens=schedule.count_replayed_tokens(schedule.iterations) or 0,
-        sizes=sizes,
+        measured=measured,
         has_linear_attention=any("linear_attn" in name for name in trainer.setup.parameters),
     )
 

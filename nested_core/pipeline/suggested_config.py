@@ -182,17 +182,15 @@ def _render_yaml(
     why_so_many = "more hardly helps"
     if epochs > EPOCHS:
         why_so_many = f"{EPOCHS} would be fewer than {MIN_STEPS} steps, which is too few"
-    length = f"{epochs} passes are {epochs * batches:,} batches: {why_so_many}"
-    length_key = f"epochs: {epochs}"
+    how_long = f"epochs: {epochs}"
     if minutes is not None:
-        length = f"As many steps as fit, with their verdict; {epochs} passes are a whole run"
-        length_key = f"minutes: {minutes:g}"
+        how_long = f"minutes: {minutes:g}  # as many steps as fit with their verdict"
     kept = "best step by the loss on valid" if "valid" in report.splits else "last step"
-    max_length = max(SEQ_LENGTH_MULTIPLE, -(-longest // SEQ_LENGTH_MULTIPLE) * SEQ_LENGTH_MULTIPLE)
+    length = max(SEQ_LENGTH_MULTIPLE, -(-longest // SEQ_LENGTH_MULTIPLE) * SEQ_LENGTH_MULTIPLE)
     are_cut = "are left out" if "data_policy" in base else "are cut"
     cut = f"; {truncated:,} are longer and {are_cut}" if truncated else ""
-    if tokens.context is not None and tokens.context < max_length:
-        max_length = tokens.context  # more is cut, for the model could not see it
+    if tokens.context is not None and tokens.context < length:
+        length = tokens.context  # more is cut, for the model could not see it
         if beyond_context:
             cut = f"; {beyond_context:,} are longer than the model can see and {are_cut}"
     names = "".join(
@@ -216,14 +214,14 @@ learning_rate: {lora.learning_rate:g}
 mask_prompt: {masks_prompt}  # true: the loss counts the answers alone
 
 # Tokens: the longest example has {longest:,}, 95 of 100 of train have {tokens.p95:,} or fewer{cut}.
-max_seq_length: {max_length}
+max_seq_length: {length}
 batch_size: {batch_size}  # {_MEMORY_PLACEHOLDER}
 grad_checkpoint: {str(recomputes).lower()}  # true: less memory, more time
 
-# {length}. The {kept} is offered.
+# {epochs} passes are {epochs * batches:,} batches: {why_so_many}. The {kept} is offered.
 # What is below 1 is a share of the run, however long.
 training:
-{supervise}  {length_key}
+{supervise}  {how_long}
   warmup_steps: 0.05  # the first steps know the gradients least
   decay: cosine  # of the learning rate, to a tenth: the last steps settle
   max_grad_norm: 1.0  # gradients are clipped to this norm

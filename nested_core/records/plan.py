@@ -87,10 +87,8 @@ class TrainingPlan:
                 f"The training process was killed {times} ({signals}) and went on by itself."
             )
         if self.time is not None and self.steps < self.time.steps:
-            sentences.append(
-                f"Training was cut after step {self.steps:,} of {self.time.steps:,}: its time, "
-                f"{self.time.minutes:g} minutes with the verdict, was over."
-            )
+            cut = f"after step {self.steps:,} of {self.time.steps:,}"
+            sentences.append(f"Training was cut {cut}, in time for the verdict.")
         return " ".join(sentences) or None
 
     def describe_rank_counts(self) -> str | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import ceil
 from statistics import median
 
+from nested_core import backend
 from nested_core.config.schema import FineTuneConfig
 from nested_core.models.session import Session
 from nested_core.pipeline.device_lock import OnWait, locking_devices
@@ -20,17 +22,43 @@ TRIED_SECONDS = 2.0
 SHORT_SHARE, HALF_SHARE = 1 / 6, 1 / 2  # of the whole run's time, at most
 
 
+@dataclass(frozen=True, kw_only=True)
+class MeasuredRun:
+    """How fast a run is on this machine, as busy as it was when a few steps were tried.
+
+    seconds_a_step: of training alone.
+    training_seconds: of all steps.
+    tokens_per_second: trained-on tokens, the median of the tried steps.
+    device: what they were tried on.
+    sizes: three sizes of the run with their minutes, in words.
+    """
+
+    seconds_a_step: float
+    training_seconds: float
+    tokens_per_second: float
+    device: str
+    sizes: str
+
+    def describe(self) -> dict[str, str]:
+        """Sentences for each subject."""
+        duration = format_duration(max(self.training_seconds, 1.0))
+        time = (
+            f"about {duration} of training, by a few steps that were tried on this machine "
+            f"({self.device}): {self.tokens_per_second:,.0f} trained-on tokens a second. "
+            f"Evaluations and the gate come on top."
+        )
+        return {"time": time, "sizes": self.sizes}
+
+
 def measure_run(
     config: FineTuneConfig, run: RunDirectory, session: Session, on_wait: OnWait | None
-) -> tuple[FineTuneConfig, float, str]:
+) -> tuple[FineTuneConfig, MeasuredRun]:
     """Try a few steps of a run that is validated and loaded.
 
-    The configuration, with the iterations that its minutes come to; trained tokens a second; three
-    sizes of a run in words.
+    With how fast it is, the configuration, with the iterations that its minutes come to.
     """
     stages.info("explain: trying a few steps")
     trial = try_steps(config, run, TRIED_SECONDS, session, on_wait)
-    speed = median(step.tokens / step.seconds for step in trial.measured)
     splits = read_dataset_record(run.dataset).splits
     with locking_devices(on_wait, session=session):
         base = session.load_base(config)
@@ -44,13 +72,24 @@ def measure_run(
         steps = ceil(config.training.epochs / passes)
     else:
         steps = ceil(config.iters / every)
+    measured = MeasuredRun(
+        seconds_a_step=forecast.step,
+        training_seconds=steps * forecast.step,
+        tokens_per_second=median(step.tokens / step.seconds for step in trial.measured),
+        device=backend.device(),
+        sizes=_describe_sizes(forecast, steps, passes),
+    )
+    return config, measured
+
+
+def _describe_sizes(forecast: Forecast, steps: int, passes: float) -> str:
+    """The whole run of so many steps, and two others; `passes` over the data is a step."""
     seconds = _seconds_before(forecast) + forecast.seconds_of(steps)
     whole = f"as configured {_describe(steps, passes)}, {format_duration(seconds)}"
     chosen = {minutes: _count_steps(forecast, minutes) for minutes in _choose(forecast, seconds)}
     parts = [(60.0 * m, f"--minutes {m}: {_describe(n, passes)}") for m, n in chosen.items()]
     told = [text for _, text in sorted([*parts, (seconds, whole)])]
-    sizes = f"{'; '.join(told)}; each with its verdict, as busy as this machine is now."
-    return config, speed, sizes
+    return f"{'; '.join(told)}; each with its verdict, as busy as this machine is now."
 
 
 def _choose(forecast: Forecast, seconds: float) -> list[int]:

@@ -54,11 +54,20 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
     """Holds one command to the minutes of its run, from begin to end of the block.
 
     Attributes:
-        config: the configuration, with the iterations of a run that was begun before.
+        config: the configuration, with the iterations of the run as soon as they are fixed.
+
+    Raises ConfigError where something else asks for the number of steps before they are counted.
     """
 
     def __init__(self, config: FineTuneConfig, run: RunDirectory, hooks: Steps) -> None:
-        minutes = config.training.minutes or 0.0  # with none this is not made
+        training = config.training
+        minutes = training.minutes or 0.0  # with none this is not made
+        if config.continual.replay.fraction or (training.processes, training.hostfile) != (1, None):
+            raise ConfigError(
+                f"training.minutes: {minutes:g} minutes are counted in steps of one process, "
+                f"without replay. Give --iters, or leave continual.replay, training.processes and "
+                f"training.hostfile out."
+            )
         self._minutes = minutes
         self._run = run
         self._hooks = hooks
@@ -83,8 +92,8 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
     def __exit__(self, *_: object) -> None:
         self._clock.finish()
 
-    def train(self, session: Session) -> tuple[FineTuneConfig, TrainResult]:
-        """Train as many steps as fit, or as are left of them; the configuration that has them.
+    def train(self, session: Session) -> TrainResult:
+        """Train as many steps as fit, or as are left of them; `config` says how many.
 
         Raises ConfigError where there is no time for a step and the verdict, and TrainingStopped
         where somebody else asked for a stop, or time was over before the first step.
@@ -93,7 +102,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         session.time_plan = plan
         try:
             with self._clock.watching_training(plan):
-                return self.config, self._hooks.train(self.config, self._run, session)
+                return self._hooks.train(self.config, self._run, session)
         except TrainingStopped:
             state = latest_state(self._run.checkpoints)
             if plan is None or not self._clock.has_cut or not state:
@@ -103,7 +112,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
             f"minutes: cut after step {state['step']:,} of {plan.steps:,}, so that there is time "
             f"for the verdict"
         )
-        return self.config, self._hooks.train(self.config, self._run, session)
+        return self._hooks.train(self.config, self._run, session)
 
     def _read_time_plan(self) -> TimePlan | None:
         """That of the run that goes on, which is given the time to be judged in any case."""

@@ -70,17 +70,6 @@ def test_the_numbers_are_those_of_the_model_the_data_and_the_schedule(
     assert explanation.memory.fits
 
 
-def test_the_time_is_that_of_the_tokens_at_the_speed_that_was_measured(
-    explanation: RunExplanation,
-) -> None:
-    tokens = explanation.splits["train"].tokens
-    assert tokens is not None
-    assert explanation.tokens_per_second is not None
-    assert explanation.training_seconds == pytest.approx(
-        tokens.supervised * explanation.epochs / explanation.tokens_per_second
-    )
-
-
 def test_each_subject_is_said_in_words(explanation: RunExplanation) -> None:
     said = explanation.describe()
     assert "every step (10 updates)" in said["tiers"]
@@ -92,7 +81,6 @@ def test_each_subject_is_said_in_words(explanation: RunExplanation) -> None:
         "registered as capitals in somewhere, and made champion if its loss is significantly "
         "lower than the champion's."
     )
-    assert "trained-on tokens a second" in said["time"]
 
 
 def test_what_the_registrys_policy_tightens_is_said(tmp_path: Path) -> None:
@@ -302,7 +290,7 @@ def test_adapters_of_linear_attention_are_said_to_fail_in_some_apps(
     save_config(sizes, base / "config.json")
     config = example_config(model=str(base), nested={"frequencies": [1]})
     said = explain_run(config, measures_speed=False).describe()["trained"]
-    assert "linear_attn is among the modules: apps of mlx-swift-lm 3.31.3 were reported" in said
+    assert "With linear_attn, apps of mlx-swift-lm may fail: docs/troubleshooting.md." in said
     assert "linear_attn" not in explanation.describe()["trained"]
 
 

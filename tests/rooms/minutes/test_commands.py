@@ -14,6 +14,8 @@ from nested_core.errors import ConfigError
 from tests.example import DATA, MODEL, require_refused, write_config
 from tests.flows.conftest import called
 
+FILES = ("--continual.replay.sources", f"[{DATA / 'train.jsonl'}]")
+
 
 @pytest.mark.parametrize(
     ("flags", "said"),
@@ -23,7 +25,8 @@ from tests.flows.conftest import called
         (("--minutes", "0"), "greater than 0"),
         (("--minutes", "-3"), "greater than 0"),
         (("--minutes", "20000"), "less than 10080"),
-        (("--minutes", "5", "--training.processes", "2"), "minutes: counted in one process"),
+        (("--minutes", "5", "--continual.replay.fraction", "0.5", *FILES), "without replay"),
+        (("--minutes", "5", "--training.processes", "2"), "steps of one process, without replay"),
     ],
 )
 def test_minutes_that_mean_nothing_are_refused(
@@ -80,7 +83,7 @@ def test_init_writes_minutes_in_place_of_passes(tmp_path: Path) -> None:
     text = (tmp_path / "lora.yaml").read_text()
     training = yaml.safe_load(text)["training"]
     assert (training["minutes"], "epochs" in training) == (5, False)
-    assert "# As many steps as fit, with their verdict; 20 passes are a whole run." in text
+    assert "minutes: 5  # as many steps as fit with their verdict" in text
     (tmp_path / "lora.yaml").unlink()
     refused = called(*words, "-1", cwd=tmp_path)
     assert refused.code == ConfigError.exit_code
@@ -91,6 +94,7 @@ def test_explain_offers_three_sizes_and_counts_the_steps_of_minutes(tmp_path: Pa
     write_config(tmp_path / "config.yaml", iters=40)
     whole = called("explain", "-c", "config.yaml", "--json", cwd=tmp_path)
     said = json.loads(whole.stdout)
+    assert "trained-on tokens a second" in said["time"]
     offered = said["sizes"].split("; ")
     assert [size.partition(":")[0].partition(" 40")[0] for size in offered[:3]] == [
         "as configured",
