@@ -20,7 +20,6 @@ import mlx.core as mx
 
 from nested_core.backend import to_float
 from nested_core.config.loading import render_config
-from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, TrainingStopped
 from nested_core.models.session import Session
@@ -77,15 +76,14 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
 
         # The iterations of a run that was begun with these minutes are fixed
         self.config = config
-        self._is_fixed = False
-        if run.plan.exists() and run.config.exists():
-            recorded = read_run_config(run)
-            self._is_fixed = recorded.training.minutes == minutes
-            if self._is_fixed:
-                self.config = config.model_copy(update={"iters": recorded.iters})
+        plan = read_plan(run.plan)
+        self._fixed: TimePlan | None = None
+        if plan is not None and plan.time is not None and plan.time.minutes == minutes:
+            self._fixed = plan.time
+            self.config = config.model_copy(update={"iters": plan.iterations})
 
     def __enter__(self) -> TimedTraining:
-        if not (self._is_fixed and self._run.result.exists()):  # else there is only to judge
+        if self._fixed is None or not self._run.result.exists():  # else there is only to judge
             self._clock.start()
         return self
 
@@ -98,14 +96,14 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         Raises ConfigError where there is no time for a step and the verdict, and TrainingStopped
         where somebody else asked for a stop, or time was over before the first step.
         """
-        plan = self._read_time_plan() if self._is_fixed else self._fix_steps(session)
+        plan = self._fix_steps(session) if self._fixed is None else self._go_on(self._fixed)
         session.time_plan = plan
         try:
             with self._clock.watching_training(plan):
                 return self._hooks.train(self.config, self._run, session)
         except TrainingStopped:
             state = latest_state(self._run.checkpoints)
-            if plan is None or not self._clock.has_cut or not state:
+            if not self._clock.has_cut or not state:
                 raise
         self._write_iterations(state["iteration"])
         self._hooks.on_message(
@@ -114,15 +112,11 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         )
         return self._hooks.train(self.config, self._run, session)
 
-    def _read_time_plan(self) -> TimePlan | None:
-        """That of the run that goes on, which is given the time to be judged in any case."""
-        recorded = read_plan(self._run.plan)
-        if recorded is None or recorded.time is None:
-            return None
-        plan = replace(recorded.time, began=self._began, spent=self._spent)
-        least = 2 * plan.seconds_to_begin + plan.seconds_to_judge + 60 * MINUTES_BEYOND
+    def _go_on(self, fixed: TimePlan) -> TimePlan:
+        """The plan of a run that goes on, which is given the time to be judged in any case."""
+        least = 2 * fixed.seconds_to_begin + fixed.seconds_to_judge + 60 * MINUTES_BEYOND
         self._clock.end = max(self._clock.end, time.time() + least)
-        return plan
+        return replace(fixed, began=self._began, spent=self._spent)
 
     def _fix_steps(self, session: Session) -> TimePlan:
         """Try a few steps, and write how many fit; ConfigError where none does."""
@@ -206,7 +200,9 @@ def _find_time_spent(run: RunDirectory) -> tuple[float, float]:
     plan = read_plan(run.plan)
     planned = None if plan is None else plan.time
     if planned is not None and list_earlier_ends():
-        return planned.began, planned.spent
+        longest = 60 * (planned.minutes + MINUTES_BEYOND)
+        if time.time() - planned.began <= longest:  # else it is another command's
+            return planned.began, planned.spent
     began = STARTED if has_parent() else time.time()
     if planned is None:
         return began, 0.0
@@ -267,8 +263,8 @@ class _Clock(threading.Thread):
                 self._run.stop_request.touch()
 
     @contextmanager
-    def watching_training(self, plan: TimePlan | None) -> Iterator[None]:
-        """Within the block, see that there is time for the verdict; nothing without a plan."""
+    def watching_training(self, plan: TimePlan) -> Iterator[None]:
+        """Within the block, see that there is time for the verdict."""
         self.plan = plan
         try:
             yield
