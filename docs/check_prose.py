@@ -40,6 +40,7 @@ HELD = (
     "docs/gate.md",
     "docs/how-it-works.md",
     "docs/installation.md",
+    "docs/minutes.md",
     "docs/nested-optimizer.md",
     "docs/nested-learning.md",
     "docs/noise.md",

@@ -119,7 +119,13 @@ ROOMS: Mapping[str, Room] = {
         reference_schedule="nested_core.rooms.reference.mlx_lm_schedule:MlxLmSchedule",
         reference_trainer="nested_core.rooms.reference.mlx_lm_trainer:MlxLmTrainer",
     ),
+    "minutes": Room(),
 }
+
+# Parts of the room minutes: a class, made of configuration, run and hooks, that holds a run to
+# `training.minutes`; and a function that measures how fast a run is, for `explain`.
+TIMED_TRAINING = "nested_core.rooms.minutes.timed_training:TimedTraining"
+MEASURE_RUN = "nested_core.rooms.minutes.sizes:measure_run"
 
 
 def is_there(room: str) -> bool:

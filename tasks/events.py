@@ -50,14 +50,6 @@ def emit_adapter_event(happening: Happening, name: str, payload: dict[str, Any])
     emit_event(f"adapter.{happening}", resource=adapter_resource(name), payload=payload)
 
 
-def send_adapter_event(
-    client: SyncPrefectClient, happening: Happening, name: str, payload: dict[str, Any]
-) -> None:
-    """Send `adapter.HAPPENING`, and return when the server has it; raises what the client does."""
-    event = Event(event=f"adapter.{happening}", resource=adapter_resource(name), payload=payload)  # type: ignore[arg-type]
-    client.request("POST", "/events", json=[event.model_dump(mode="json")]).raise_for_status()
-
-
 def announce_changes(path: Path, name: str) -> None:
     """Tell the server of the changes of an adapter that it has not heard of; in a flow run."""
     with asking_server(f"what was changed of {name} is sent by the next reconcile") as client:

@@ -150,9 +150,8 @@ def load_config_from_flags(
         is_validation = arguments.command == "validate" and "model" in missing
         needs_none = " `validate --no-tokenize` needs no model." if is_validation else ""
         raise ConfigError(_describe_missing(missing, arguments.config) + needs_none)
-    epochs = config.training.epochs
-    if epochs is not None and "iters" in config.model_fields_set:
-        print_progress(f"training.epochs {epochs:g} decides the length: iters is not used")
+    if "iters" in config.model_fields_set and (config.training.epochs or config.training.minutes):
+        print_progress(f"the run has {config.length}: iters is not used")
     if arguments.config is not None:
         _refuse_paths_relative_to_file(config, arguments.config, set(flags))
     return config

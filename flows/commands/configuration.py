@@ -49,6 +49,8 @@ def add_commands(commands: Any) -> None:
         metavar="FIELD",
         help="fields of the rows that are left out on purpose, though they hold text",
     )
+    how_long = "minutes that a run is to take with its verdict, in place of passes over the data"
+    init.add_argument("--minutes", type=float, metavar="M", help=how_long)
     init.add_argument(
         "--resume-adapter-file",
         metavar="FILE",
@@ -81,8 +83,9 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
     written = "" if split is None else _write_split(data, arguments.split, split)
     try:
         dropped, adapter = arguments.drop_fields, arguments.resume_adapter_file
+        minutes = arguments.minutes
         used = data if split is None else str(split)
-        suggested = suggest_config(arguments.model, used, dropped, adapter)
+        suggested = suggest_config(arguments.model, used, dropped, adapter, minutes=minutes)
         text = suggested.text
         if target is not None:
             write_bytes(target, text.encode())

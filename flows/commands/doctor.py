@@ -112,6 +112,8 @@ def _check_mlx() -> Check:
         seen += (
             " (Metal, on which this project was never run: please send python -m benchmarks.apple)"
         )
+        mend = "while it trains keep the Mac awake, its display off: docs/troubleshooting.md"
+        return Check("mlx", True, seen, mend)
     return Check("mlx", True, seen)
 
 

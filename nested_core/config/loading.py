@@ -29,6 +29,11 @@ from nested_core.errors import (
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_start
 
 MAX_YAML_BYTES = 64 * 1024
+# Keys of which a flag for one wins over the others in the file.
+SAYING_THE_SAME = (
+    {"iters", "training.epochs", "training.minutes"},
+    {"lora_parameters.scale", "lora_parameters.alpha"},
+)
 _PYYAML_TAB_ERROR = "found character '\\t' that cannot start any token"  # yaml/scanner.py
 YAML_MERGE_TAG = "tag:yaml.org,2002:merge"
 
@@ -198,8 +203,7 @@ def load_config(
     values, lines = read_yaml_with_lines(Path(path)) if path is not None else YamlFile({}, {})
     source = str(path) if path is not None else "the command line"
     values = lay_over(values, flags)
-    _let_iters_flag_override_epochs(values, flags)
-    _let_scale_and_alpha_flags_override_each_other(values, flags)
+    _let_flags_override_keys_that_say_the_same(values, flags)
     known = {key: value for key, value in values.items() if value is not None}
     given_by_flag = [name for name, value in flags.items() if value is not None]
     replaced = tuple(f"{name}." for name in given_by_flag)
@@ -222,24 +226,24 @@ def lay_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     return laid
 
 
-def _let_iters_flag_override_epochs(values: dict[str, Any], flags: Mapping[str, Any]) -> None:
-    """A flag --iters wins over epochs in the file, which would decide in its place."""
-    section = values.get("training")
-    is_asked = flags.get("iters") is not None and flags.get("training.epochs") is None
-    if is_asked and isinstance(section, dict):
-        section.pop("epochs", None)
-
-
-def _let_scale_and_alpha_flags_override_each_other(
+def _let_flags_override_keys_that_say_the_same(
     values: dict[str, Any], flags: Mapping[str, Any]
 ) -> None:
-    """They say the same thing: a flag for one wins over the other in the file."""
-    section = values.get("lora_parameters")
-    if isinstance(section, dict):
-        for name, other in (("scale", "alpha"), ("alpha", "scale")):
-            given = (flags.get(f"lora_parameters.{key}") is not None for key in (name, other))
-            if tuple(given) == (True, False):
-                section.pop(other, None)
+    """Take out of the file's values what says the same thing as a flag that is given.
+
+    Raises ConfigError where flags give both iterations and minutes.
+    """
+    given = {name for name, value in flags.items() if value is not None}
+    if {"iters", "training.minutes"} <= given:
+        raise ConfigError(
+            f"--iters {flags['iters']} and --minutes {flags['training.minutes']} both say how long "
+            f"the run is: give one of them. With --minutes as many steps are trained as fit."
+        )
+    for names in SAYING_THE_SAME:
+        for name in names - given if names & given else ():
+            section, _, key = name.partition(".")
+            if isinstance(values.get(section), dict):
+                values[section].pop(key, None)
 
 
 def parse_config(

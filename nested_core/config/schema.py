@@ -257,8 +257,10 @@ class FineTuneConfig(_RootSection):
 
     @property
     def length(self) -> str:
-        """How long a run trains, in words: `1,000 iterations`, or `3 epochs` where those decide."""
-        epochs = self.training.epochs
+        """How long a run is, in words: `1,000 iterations`, `3 epochs` or `5 minutes`."""
+        epochs, minutes = self.training.epochs, self.training.minutes
+        if minutes is not None:
+            return f"{minutes:g} minutes" if minutes != 1 else "1 minute"
         if epochs is None:
             return f"{self.iters:,} iterations" if self.iters != 1 else "1 iteration"
         return f"{epochs:g} epochs" if epochs != 1 else "1 epoch"

@@ -118,6 +118,9 @@ class TrainingSection(Section):
     epochs: PositiveFloat | None = key(
         None, "passes over the data, in place of iters (a flag --iters wins over a file's epochs)"
     )
+    minutes: Annotated[PositiveFloat, Field(lt=MAX_MINUTES)] | None = key(
+        None, "minutes of a command with its verdict, in place of iters", affects="length"
+    )
     supervise: Literal["last", "all"] = key("last", "assistant turns to train on, in a chat")
     early_stop_patience: PositiveInt | None = key(
         None, "stop after so many evaluations without improvement"
@@ -159,7 +162,9 @@ class TrainingSection(Section):
     reference: Literal["mlx_lm"] | None = key(None, "do what mlx_lm.lora does, bit for bit")
 
     def find_conflicts(self) -> Iterator[str]:
-        """What chooses the best step is asked, by one process."""
+        """Length is said once; what chooses the best step is asked, by one process."""
+        if self.minutes is not None and self.epochs is not None:
+            yield f"epochs {self.epochs:g} and minutes {self.minutes:g}: give one of them"
         if self.select_by not in ("loss", *self.evaluate_tasks):
             yield f"select_by: {self.select_by} is neither loss nor among evaluate_tasks"
         if self.select_by != "loss" and (self.processes, self.hostfile) != (1, None):

@@ -178,8 +178,11 @@ def settings_digest(config: FineTuneConfig, base: str | None, run: RunDirectory)
     """SHA-256 over every setting that can change the adapter, the base and its tokenizer.
 
     base: the base model's fingerprint. With replay, over the examples that the run replays as well.
+    Over `training.minutes` in place of the iterations that they came to.
     """
     settings = settings_that_shape_adapter(config)
+    if config.training.minutes is not None:
+        del settings["iters"]
     replay = settings.pop("continual")  # what there is of it is about replay
     facts = [base, read_dataset_record(run.dataset).tokenizer, settings]
     if config.continual.replay.fraction:

@@ -6,10 +6,10 @@ place of the steps, and a notebook as it is.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nested_core import seams
 from nested_core.config.resume import read_run_config
@@ -146,7 +146,12 @@ def finetune(
     if warning := warn_of_learning_rate(config):
         hooks.on_message(warning)
     check_before_start(config, run)
-    with run.locked():
+    timing: Any = nullcontext()
+    if config.training.minutes is not None:
+        seams.require("minutes", "training.minutes")
+        timing = seams.load(seams.TIMED_TRAINING)(config, run, hooks)
+    with run.locked(), timing as timed:
+        config = config if timed is None else timed.config
         hooks.begin(config, run, resume=resume)
         tell_parent(RunInHand(run.path, config.training.restarts))
         if ends := list_earlier_ends():
@@ -157,11 +162,11 @@ def finetune(
             writing_report_at_end(run),
             Session() as session,
         ):
-            return _finetune_locked(config, run, hooks, session)
+            return _finetune_locked(config, run, hooks, session, timed)
 
 
 def _finetune_locked(
-    config: FineTuneConfig, run: RunDirectory, hooks: Steps, session: Session
+    config: FineTuneConfig, run: RunDirectory, hooks: Steps, session: Session, timed: Any
 ) -> FinetuneResult:
     remove_file(run.skipped)
     hooks.validate(config, run)
@@ -175,7 +180,8 @@ def _finetune_locked(
                 around.enter_context(seams.load(part)(config, run, hooks.on_message, session))
         hooks.load(config, run, session)
         require_room_for_checkpoints(config, run)
-        training = hooks.train(config, run, session)
+        training = hooks.train(config, run, session) if timed is None else timed.train(session)
+        config = config if timed is None else timed.config  # it says how many steps there are
     verdict = _judge(config, run, hooks, session)
     test_loss = hooks.measure_test(config, run, session) if config.test else None
     version = None

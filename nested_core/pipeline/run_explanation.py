@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import math
 import tempfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from typing import Any
 
-from nested_core import backend
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE, TaskSection
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.models.base_model import load_base_model
 from nested_core.models.lora_attachment import attach_adapter, load_adapter_tensors
 from nested_core.models.parameters import trainable_parameters
+from nested_core.models.session import Session
 from nested_core.optim.tier_assignment import count_expected_updates
 from nested_core.pipeline import steps
 from nested_core.pipeline.device_lock import OnWait, locking_devices
@@ -28,18 +28,14 @@ from nested_core.pipeline.learning_rate_rule import describe_learning_rate
 from nested_core.pipeline.replay import describe_replay
 from nested_core.records.dataset import SplitStats, held_out_split
 from nested_core.records.loss_conclusion import MIN_MARGIN
-from nested_core.records.metrics import read_metrics
 from nested_core.registry.policy import hold_to_policy
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.storage.run_directory import RunDirectory, open_run
 from nested_core.storage.safetensors_files import load_arrays
-from nested_core.text.duration_format import format_duration
 from nested_core.text.stages import stages
 from nested_core.training.memory.memory_plan import MemoryPlan
 from nested_core.training.trainer import Trainer, make_trainer
 from nested_core.training.training_setup import prepare_training
-
-MEASURED_STEPS = 4  # the first, which is compiled and not counted, among them
 
 
 @dataclass(frozen=True)
@@ -67,10 +63,10 @@ class RunExplanation:
         epochs: passes over the training data of the whole run.
         validation_examples: examples of an evaluation; 0 if there is none.
         memory: the predicted peak and the memory that there is.
-        tokens_per_second: trained tokens a second, median of the measured steps; None if none was.
-        device: what it was measured on.
         replay: what is replayed, in sentences; empty without replay.
         replayed_tokens: trained tokens of replayed examples in the whole run.
+        measured: how fast it is, as the room minutes has it; None where nothing was measured.
+        has_linear_attention: whether modules of `linear_attn`, as Qwen3.5 has them, are trained.
     """
 
     config: FineTuneConfig
@@ -83,19 +79,10 @@ class RunExplanation:
     epochs: float
     validation_examples: int
     memory: MemoryPlan
-    tokens_per_second: float | None
-    device: str
     replay: tuple[str, ...] = ()
     replayed_tokens: int = 0
-
-    @property
-    def training_seconds(self) -> float | None:
-        """Seconds of the steps alone, by the measured speed; None if none was measured."""
-        tokens = self.splits["train"].tokens
-        if not self.tokens_per_second or tokens is None:
-            return None
-        trained = tokens.supervised * self.epochs + self.replayed_tokens
-        return trained / self.tokens_per_second
+    measured: Any = None
+    has_linear_attention: bool = False
 
     def describe(self) -> dict[str, str]:
         """Sentences for each subject, in the order in which a person asks for them."""
@@ -107,7 +94,7 @@ class RunExplanation:
             "learning rate": self._describe_learning_rate(),
             "evaluation": self._describe_evaluation(),
             "memory": self.memory.describe().removeprefix("memory: ") + ".",
-            "time": self._describe_time(),
+            **({} if self.measured is None else self.measured.describe()),
             "gate": " ".join(self._describe_gate()),
             "registry": self._describe_registry(),
         }
@@ -120,10 +107,13 @@ class RunExplanation:
         if config.fine_tune_type == "full":
             what = "every weight"
         layers = "all layers" if config.num_layers == -1 else f"the last {config.num_layers} layers"
-        return (
+        text = (
             f"{what} in {layers} of {config.model}: {trained:,} parameters in {tensors} tensors, "
             f"beside {self.base_parameters:,} that stay as they are."
         )
+        if self.has_linear_attention:
+            text += " With linear_attn, apps of mlx-swift-lm may fail: docs/troubleshooting.md."
+        return text
 
     def _describe_tiers(self) -> str:
         if len(self.tiers) == 1 and self.tiers[0].frequency == 1:
@@ -187,16 +177,6 @@ class RunExplanation:
         return (
             f"every {_format_batches(interval)} on {self.validation_examples} "
             f"examples of {self.splits['valid'].file}; {offered} is selected."
-        )
-
-    def _describe_time(self) -> str:
-        if self.training_seconds is None or self.tokens_per_second is None:
-            return "not measured."
-        duration = format_duration(max(self.training_seconds, 1.0))
-        speed = f"{self.tokens_per_second:,.0f} trained-on tokens a second"
-        return (
-            f"about {duration} of training, by a few steps that were tried on "
-            f"this machine ({self.device}): {speed}. Evaluations and the gate come on top."
         )
 
     def _describe_gate(self) -> Iterator[str]:
@@ -308,12 +288,13 @@ def explain_run(
 ) -> RunExplanation:
     """Find out what a run of this configuration will do.
 
-    With `measures_speed` a few steps are trained. Raises what a run raises before it trains:
-    ConfigError, and DatasetError for data with errors. Holds the device meanwhile; `on_wait` is
-    told who has it.
+    With `measures_speed`, and the room minutes, a few steps are trained. Raises what a run raises
+    before it trains: ConfigError, and DatasetError for data with errors. Holds the device
+    meanwhile; `on_wait` is told who has it.
     """
     config, tightening = hold_to_policy(config)
-    with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder:
+    measured = None
+    with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder, Session() as session:
         run = open_run(Path(folder) / "run", resume=False)
         with run.locked():
             steps.write_run_config(config, run, resume=False)
@@ -321,10 +302,12 @@ def explain_run(
             report = steps.validate(config, run)
             replay = tuple(describe_replay(config, run))
             stages.info("explain: attaching the adapter")
-            steps.write_initial_adapter_and_tiers(config, run, on_wait)
+            steps.write_initial_adapter_and_tiers(config, run, on_wait, session=session)
+            if measures_speed and seams.is_there("minutes"):
+                config, measured = seams.load(seams.MEASURE_RUN)(config, run, session, on_wait)
+            session.release_base()
             with locking_devices(on_wait):
                 trainer, base_parameters = _make_trainer(config, run)
-            tokens_per_second = _measure_speed(config, run, on_wait) if measures_speed else None
     schedule = trainer.step_schedule
     tiers = [
         TierForecast(
@@ -346,10 +329,10 @@ def explain_run(
         epochs=schedule.epochs,
         validation_examples=schedule.validation_examples,
         memory=trainer.memory,
-        tokens_per_second=tokens_per_second,
-        device=backend.device(),
         replay=replay,
         replayed_tokens=schedule.count_replayed_tokens(schedule.iterations) or 0,
+        measured=measured,
+        has_linear_attention=any("linear_attn" in name for name in trainer.setup.parameters),
     )
 
 
@@ -362,31 +345,3 @@ def _make_trainer(config: FineTuneConfig, run: RunDirectory) -> tuple[Trainer, i
     load_adapter_tensors(model, load_arrays(run.initial / WEIGHTS_NAME))
     setup = prepare_training(config, run, model, splits, tokenizer=tokenizer)
     return make_trainer(setup), base_parameters
-
-
-def _measure_speed(
-    config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None
-) -> float | None:
-    """Tokens a second, the median of a few steps after the first; None if fewer were reported."""
-    # Until the slowest tier is due once: a run that it is never due in is refused.
-    count = max(MEASURED_STEPS, config.nested.frequencies[-1])
-    iterations = count * config.grad_accumulation_steps
-    plain = {"epochs": None, "early_stop_patience": None, "evaluate_tasks": (), "select_by": "loss"}
-    training = config.training.model_copy(update=plain)
-    short = config.model_copy(
-        update={
-            "iters": iterations,
-            "steps_per_report": config.grad_accumulation_steps,
-            "val_batches": 0,
-            "save_every": iterations,
-            "adapter_path": None,
-            "report_to": None,
-            "training": training,
-        }
-    )
-    stages.info("explain: trying %d steps", count)
-    with warnings.catch_warnings(action="ignore"):
-        steps.train(short, run, on_wait=on_wait)
-    speeds = [record.get("tokens_per_second") for record in read_metrics(run.metrics)[1:]]
-    measured = [speed for speed in speeds if speed]
-    return median(measured) if measured else None

@@ -345,7 +345,7 @@ def train_model(
         # The run is made longer: what it ended with is out of date.
         for earlier in (run.report, run.manifest, run.gate, *run.measured, run.result):
             remove_file(earlier)
-        plan = _make_plan(trainer, report, read_plan(run.plan))
+        plan = _make_plan(trainer, report, read_plan(run.plan), session)
         write_plan(run.plan, plan)
         if sentence := plan.describe_rank_counts():
             stages.info("%s", sentence)
@@ -360,7 +360,7 @@ def train_model(
 
 
 def _make_plan(
-    trainer: Trainer, report: DatasetReport, earlier: TrainingPlan | None
+    trainer: Trainer, report: DatasetReport, earlier: TrainingPlan | None, session: Session | None
 ) -> TrainingPlan:
     """The plan of the process that trains now; `earlier` is that of the one before it."""
     schedule = trainer.step_schedule
@@ -381,6 +381,7 @@ def _make_plan(
         rank_counts=list_rank_counts(earlier, trainer.current_step, trainer.world.size),
         select_by=trainer.config.training.select_by,
         ended_by=list_earlier_ends() or (() if earlier is None else earlier.ended_by),
+        time=None if session is None else session.time_plan,
     )
 
 

@@ -63,7 +63,12 @@ class _Lora:
 
 
 def suggest_config(
-    model: str, data: str, drop_fields: Sequence[str] = (), adapter: str | None = None
+    model: str,
+    data: str,
+    drop_fields: Sequence[str] = (),
+    adapter: str | None = None,
+    *,
+    minutes: float | None = None,
 ) -> SuggestedConfig:
     """A configuration that loads and whose first step fits in memory.
 
@@ -71,6 +76,7 @@ def suggest_config(
         model, data: as the keys of these names.
         drop_fields: fields of the rows to leave out on purpose.
         adapter: the adapters.safetensors to go on from; None begins with a fresh adapter.
+        minutes: how long a run is to take; None counts passes over the data.
 
     Raises ConfigError if there is no such model or data, DatasetError if the data has errors.
     """
@@ -97,7 +103,9 @@ def suggest_config(
                 base["data_policy"] = {"overlong": "drop"}
             if "nothing-to-learn" in checks:  # the last answer of some rows is marked
                 supervise = "  supervise: all  # every answer but those that their rows mask\n"
-        text = _render_yaml(base, report, lora, batch_size, supervise, recomputes=recomputes)
+        text = _render_yaml(
+            base, report, lora, batch_size, supervise, minutes=minutes, recomputes=recomputes
+        )
         config = parse_config(parse_yaml(text), source="the suggestion")
         memory = explain_run(config, measures_speed=False).memory
         text = text.replace(_MEMORY_PLACEHOLDER, memory.describe())
@@ -159,6 +167,7 @@ def _render_yaml(
     batch_size: int,
     supervise: str = "",
     *,
+    minutes: float | None = None,
     recomputes: bool,
 ) -> str:
     """The YAML for one batch size; `supervise` is a line of the section `training`."""
@@ -173,6 +182,9 @@ def _render_yaml(
     why_so_many = "more hardly helps"
     if epochs > EPOCHS:
         why_so_many = f"{EPOCHS} would be fewer than {MIN_STEPS} steps, which is too few"
+    how_long = f"epochs: {epochs}"
+    if minutes is not None:
+        how_long = f"minutes: {minutes:g}  # as many steps as fit with their verdict"
     kept = "best step by the loss on valid" if "valid" in report.splits else "last step"
     length = max(SEQ_LENGTH_MULTIPLE, -(-longest // SEQ_LENGTH_MULTIPLE) * SEQ_LENGTH_MULTIPLE)
     are_cut = "are left out" if "data_policy" in base else "are cut"
@@ -209,7 +221,7 @@ grad_checkpoint: {str(recomputes).lower()}  # true: less memory, more time
 # {epochs} passes are {epochs * batches:,} batches: {why_so_many}. The {kept} is offered.
 # What is below 1 is a share of the run, however long.
 training:
-{supervise}  epochs: {epochs}
+{supervise}  {how_long}
   warmup_steps: 0.05  # the first steps know the gradients least
   decay: cosine  # of the learning rate, to a tenth: the last steps settle
   max_grad_norm: 1.0  # gradients are clipped to this norm

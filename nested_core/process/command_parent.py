@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,6 +36,8 @@ class RunInHand:
     path: Path
     restarts: int
 
+
+STARTED = time.time()  # when this process was, about: the command line imports this first
 
 _given: tuple[int, int, tuple[str, ...]] | None = None
 _parent: socket.socket | None = None

@@ -19,6 +19,27 @@ MAX_PLAN_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
+class TimePlan:
+    """What came of `training.minutes`.
+
+    minutes: as they were asked for.
+    steps: optimizer steps of the whole run, as they were fixed before the first one.
+    seconds_a_step, seconds_to_begin, seconds_to_judge: of a step, until the first one, and from
+        the end of the last to the verdict, as they were measured then; the steps follow from them.
+    began: when the command began that works on the run, in seconds since 1970.
+    spent: seconds that earlier commands worked on the run.
+    """
+
+    minutes: float
+    steps: int
+    seconds_a_step: float
+    seconds_to_begin: float
+    seconds_to_judge: float
+    began: float
+    spent: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
     """How long a run is, what it is evaluated on, and the memory that it should need.
 
@@ -36,6 +57,7 @@ class TrainingPlan:
     validation_file, validation_examples: what each evaluation reads; None and 0 without any.
     memory_forecast_gb, memory_limit_gb: the predicted peak, and what the device or
         `training.memory_limit_gb` allows, in 10^9 bytes.
+    time: what came of `training.minutes`; None without them.
     """
 
     steps: int
@@ -53,14 +75,21 @@ class TrainingPlan:
     rank_counts: tuple[tuple[int, int], ...] = ()
     select_by: str = "loss"
     ended_by: tuple[str, ...] = ()
+    time: TimePlan | None = None
 
     def describe_ends(self) -> str | None:
-        """That its process was killed, and went on by itself; None where it was not."""
-        if not self.ended_by:
-            return None
-        times = "once" if len(self.ended_by) == 1 else f"{len(self.ended_by)} times"
-        signals = ", ".join(dict.fromkeys(self.ended_by))
-        return f"The training process was killed {times} ({signals}) and went on by itself."
+        """That its process was killed and went on, and that it was cut; None where neither was."""
+        sentences = []
+        if self.ended_by:
+            times = "once" if len(self.ended_by) == 1 else f"{len(self.ended_by)} times"
+            signals = ", ".join(dict.fromkeys(self.ended_by))
+            sentences.append(
+                f"The training process was killed {times} ({signals}) and went on by itself."
+            )
+        if self.time is not None and self.steps < self.time.steps:
+            cut = f"after step {self.steps:,} of {self.time.steps:,}"
+            sentences.append(f"Training was cut {cut}, in time for the verdict.")
+        return " ".join(sentences) or None
 
     def describe_rank_counts(self) -> str | None:
         """That the number of ranks changed on the way; None where it did not."""

@@ -22,7 +22,7 @@ def test_init_writes_a_configuration_that_explain_takes(tmp_path: Path) -> None:
     assert load_config(tmp_path / "lora.yaml").data == str(DATA)
     explained = called("explain", "-c", "lora.yaml", "--json", cwd=tmp_path)
     assert explained.code == 0
-    assert {"trained", "tiers", "memory", "time", "gate"} <= json.loads(explained.stdout).keys()
+    assert {"trained", "tiers", "memory", "gate"} <= json.loads(explained.stdout).keys()
     assert [path.name for path in tmp_path.iterdir()] == ["lora.yaml"]
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from flows.commands import doctor
 from flows.commands.doctor import MIN_FREE_DISK_BYTES
+from nested_core import backend
 from nested_core.registry import register_and_promote
 from tests.core.registry.conftest import write_run
 from tests.flows.conftest import called
@@ -54,6 +55,18 @@ def test_a_package_that_is_missing_or_of_a_version_that_does_not_fit_is_named(
     for name in ("whenever<0.12", "polars<3", "pandera"):
         assert f'"{name}' in packages["mend"]
     assert "prefect" not in packages["mend"]
+
+
+def test_on_metal_the_mac_is_to_stay_awake_and_its_display_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setattr(backend, "device", lambda: "gpu")
+    monkeypatch.setattr(backend, "computes_on_cuda", lambda: False)
+    done = called("doctor", "--json", cwd=tmp_path)
+    (mlx,) = [check for check in done.document["checks"] if check["name"] == "mlx"]
+    assert mlx["ok"]
+    assert mlx["mend"].startswith("while it trains keep the Mac awake, its display off")
 
 
 def test_a_champion_that_is_damaged_is_said_and_one_that_is_sound(tmp_path: Path) -> None:

@@ -238,8 +238,8 @@ def describe_end(number: int, *, was_memory: bool) -> str:
     helps = ""
     if sys.platform == "darwin":
         helps = (
-            " macOS ends work that keeps its GPU too long: a smaller batch_size helps, "
-            "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1, and a closed lid."
+            " macOS ends work on its GPU that competes with a display that is on: let it sleep "
+            "(pmset displaysleepnow), or set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1."
         )
     return f"it was ended by {name}; its last output is above.{helps}"
 

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from pydantic import JsonValue
 
+from nested_core import seams
 from nested_core.config.loading import lay_over, parse_config, render_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.dataset_loading import load_run_data
@@ -277,7 +278,8 @@ class _Search:
             )
         budget, seconds_a_step = self.request.steps, None
         if minutes is not None:
-            seconds_a_step = (explained.training_seconds or 0.0) / explained.steps
+            seams.require("minutes", "--minutes")
+            seconds_a_step = explained.measured.seconds_a_step
             by_clock = int(SHARE_OF_STEPS * 60 * minutes / max(seconds_a_step, 1e-4))
             budget = by_clock if budget is None else min(budget, by_clock)
         return explained.steps, budget, seconds_a_step

@@ -1,0 +1,308 @@
+"""A run of `training.minutes`: its steps are fixed once, and it ends when its time is over.
+
+A few steps are tried and thrown away before the first one. What fits is written into config.yaml,
+as iterations, before the first step, and with it into plan.json: the run is that of `--iters`, to
+the bit, and is resumed as any other. A thread looks at the clock. Where the machine has become
+slower, it asks for a stop in time for the verdict, and the run ends with the steps that it has; a
+minute after its time it asks for a stop whatever is done.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+
+import mlx.core as mx
+
+from nested_core.backend import to_float
+from nested_core.config.loading import render_config
+from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import ConfigError, DamagedError, TrainingStopped
+from nested_core.models.session import Session
+from nested_core.optim.learning_rate_schedules import build_learning_rate
+from nested_core.pipeline.device_lock import locking_devices
+from nested_core.pipeline.hooks import Steps
+from nested_core.process.command_parent import STARTED, has_parent, list_earlier_ends
+from nested_core.records.dataset import read_dataset_record
+from nested_core.records.metrics import read_latest_values
+from nested_core.records.plan import TimePlan, read_plan
+from nested_core.records.result import TrainResult
+from nested_core.rooms.minutes.forecast import Forecast, make_forecast
+from nested_core.rooms.minutes.trial_run import TrialRun, try_steps
+from nested_core.storage.atomic import write_bytes
+from nested_core.storage.checkpoint_verification import latest_state
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.duration_format import format_clock, format_duration
+
+SHARE_TRIED = 0.05  # of the minutes, in which steps are tried
+MAX_SECONDS_TRIED = 15.0
+SHARE_BEYOND = 0.05  # of the minutes, aimed at beyond them, so that they are not ended before
+MAX_SECONDS_BEYOND = 15.0
+MINUTES_BEYOND = 1.0  # then everything is stopped
+SECONDS_TO_STOP = 7.0  # what a command takes to end after it was asked
+SECONDS_BETWEEN_LOOKS = 0.25
+MOST_PASSES = 20  # over the training data; more hardly help
+MAX_SLOWDOWN = 8.0  # of the machine since the steps were fixed, that is allowed for
+
+
+class TimedTraining(AbstractContextManager["TimedTraining"]):
+    """Holds one command to the minutes of its run, from begin to end of the block.
+
+    Attributes:
+        config: the configuration, with the iterations of the run as soon as they are fixed.
+
+    Raises ConfigError where something else asks for the number of steps before they are counted.
+    """
+
+    def __init__(self, config: FineTuneConfig, run: RunDirectory, hooks: Steps) -> None:
+        training = config.training
+        minutes = training.minutes or 0.0  # with none this is not made
+        if config.continual.replay.fraction or (training.processes, training.hostfile) != (1, None):
+            raise ConfigError(
+                f"training.minutes: {minutes:g} minutes are counted in steps of one process, "
+                f"without replay. Give --iters, or leave continual.replay, training.processes and "
+                f"training.hostfile out."
+            )
+        self._minutes = minutes
+        self._run = run
+        self._hooks = hooks
+        self._began, self._spent = _find_time_spent(run)
+        end = self._end_at(60 * (minutes + MINUTES_BEYOND))
+        self._clock = _Clock(run, end, hooks.on_message, config.grad_accumulation_steps)
+
+        # The iterations of a run that was begun with these minutes are fixed
+        self.config = config
+        plan = read_plan(run.plan)
+        self._fixed: TimePlan | None = None
+        if plan is not None and plan.time is not None and plan.time.minutes == minutes:
+            self._fixed = plan.time
+            self.config = config.model_copy(update={"iters": plan.iterations})
+
+    def __enter__(self) -> TimedTraining:
+        if self._fixed is None or not self._run.result.exists():  # else there is only to judge
+            self._clock.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._clock.finish()
+
+    def train(self, session: Session) -> TrainResult:
+        """Train as many steps as fit, or as are left of them; `config` says how many.
+
+        Raises ConfigError where there is no time for a step and the verdict, and TrainingStopped
+        where somebody else asked for a stop, or time was over before the first step.
+        """
+        plan = self._fix_steps(session) if self._fixed is None else self._go_on(self._fixed)
+        session.time_plan = plan
+        try:
+            with self._clock.watching_training(plan):
+                return self._hooks.train(self.config, self._run, session)
+        except TrainingStopped:
+            state = latest_state(self._run.checkpoints)
+            if not self._clock.has_cut or not state:
+                raise
+        self._write_iterations(state["iteration"])
+        self._hooks.on_message(
+            f"minutes: cut after step {state['step']:,} of {plan.steps:,}, so that there is time "
+            f"for the verdict"
+        )
+        return self._hooks.train(self.config, self._run, session)
+
+    def _go_on(self, fixed: TimePlan) -> TimePlan:
+        """The plan of a run that goes on, which is given the time to be judged in any case."""
+        least = 2 * fixed.seconds_to_begin + fixed.seconds_to_judge + 60 * MINUTES_BEYOND
+        self._clock.end = max(self._clock.end, time.time() + least)
+        return replace(fixed, began=self._began, spent=self._spent)
+
+    def _fix_steps(self, session: Session) -> TimePlan:
+        """Try a few steps, and write how many fit; ConfigError where none does."""
+        self._hooks.on_message("minutes: trying a few steps, which are thrown away")
+        trial, forecast = self._measure(session)
+        minutes = self._minutes
+        done = int(latest_state(self._run.checkpoints).get("step", 0))
+        beyond = min(SHARE_BEYOND * 60 * minutes, MAX_SECONDS_BEYOND)
+        now = time.time()
+        steps = done + forecast.count_steps(self._end_at(60 * minutes + beyond) - now)
+        least = max(done + 1, self.config.nested.frequencies[-1])
+        if steps < least:  # as few as can be, if they end in time
+            steps = least
+            missing = now + forecast.seconds_of(steps - done) + SECONDS_TO_STOP - self._clock.end
+            if missing > 0:
+                self._refuse(forecast, missing)
+        self._write_iterations(steps * self.config.grad_accumulation_steps)
+        passes = trial.plan.epochs * steps / trial.plan.steps
+        text = (
+            f"minutes: {steps:,} steps fit in {minutes:g} minutes, {passes:.3g} passes over "
+            f"{trial.plan.training_file}: {forecast.step:.2g} s a step, and the verdict about "
+            f"{format_duration(forecast.verdict)}"
+        )
+        if done:
+            text += f". {_describe_schedule(self.config, self._run, done, steps)}"
+        if passes > MOST_PASSES:
+            text += f". More than {MOST_PASSES} passes hardly help"
+        self._hooks.on_message(text)
+        return TimePlan(
+            minutes=minutes,
+            steps=steps,
+            seconds_a_step=forecast.step,
+            seconds_to_begin=forecast.opening,
+            seconds_to_judge=forecast.seconds_to_judge,
+            began=self._began,
+            spent=self._spent,
+        )
+
+    def _measure(self, session: Session) -> tuple[TrialRun, Forecast]:
+        config, run = self.config, self._run
+        if session.await_kernels is not None:
+            session.await_kernels(run.stop_request.exists)
+        seconds = min(SHARE_TRIED * 60 * self._minutes, MAX_SECONDS_TRIED)
+        trial = try_steps(config, run, seconds, session, self._hooks.on_message)
+        with locking_devices(self._hooks.on_message, session=session):
+            base = session.load_base(config)
+            splits = read_dataset_record(run.dataset).splits
+            forecast = make_forecast(config, splits, trial, base.model, base.tokenizer)
+        mx.reset_peak_memory()  # what the run reports is its own
+        return trial, forecast
+
+    def _refuse(self, forecast: Forecast, missing: float) -> None:
+        """Raise ConfigError: the steps that have to be do not fit, by so many seconds."""
+        needed = self._minutes + math.ceil(missing / 6) / 10
+        raise ConfigError(
+            f"training.minutes: {self._minutes:g} minutes hold no step and its verdict on this "
+            f"machine, as busy as it is: {format_clock(time.time() - self._began)} are over, a "
+            f"step takes {format_clock(forecast.step)}, an evaluation "
+            f"{format_clock(forecast.evaluation)} and the verdict about "
+            f"{format_clock(forecast.verdict)}. Give --minutes {math.ceil(needed)} or more, or a "
+            f"smaller batch_size, val_batches or training.sample_tokens."
+        )
+
+    def _write_iterations(self, iterations: int) -> None:
+        """Have the configuration, and config.yaml, say so many."""
+        training = self.config.training.model_copy(update={"epochs": None})
+        self.config = self.config.model_copy(update={"iters": iterations, "training": training})
+        write_bytes(self._run.config, render_config(self.config))
+
+    def _end_at(self, seconds: float) -> float:
+        """When these seconds of work on the run are over, in seconds since 1970."""
+        return self._began + seconds - self._spent
+
+
+def _find_time_spent(run: RunDirectory) -> tuple[float, float]:
+    """When this command began, and the seconds that earlier commands worked on its run.
+
+    Of a command whose process was killed and begun again it is when the first one began. A command
+    that was killed itself worked until the last that it wrote.
+    """
+    plan = read_plan(run.plan)
+    planned = None if plan is None else plan.time
+    if planned is not None and list_earlier_ends():
+        longest = 60 * (planned.minutes + MINUTES_BEYOND)
+        if time.time() - planned.began <= longest:  # else it is another command's
+            return planned.began, planned.spent
+    began = STARTED if has_parent() else time.time()
+    if planned is None:
+        return began, 0.0
+    written = [run.metrics, run.result, run.gate, *run.checkpoints.glob("*/state.json")]
+    ended = max((path.stat().st_mtime for path in written if path.exists()), default=0.0)
+    spent = planned.spent + max(0.0, ended - planned.began)
+    return began, spent
+
+
+def _describe_schedule(config: FineTuneConfig, run: RunDirectory, done: int, steps: int) -> str:
+    """How the learning rate of a run that is made longer goes on."""
+    last = read_latest_values(run.metrics).get("learning_rate")
+    rate = build_learning_rate(config, steps)
+    following = to_float(rate(mx.array(done))) if callable(rate) else rate
+    text = f"The run goes on from step {done:,}, on the schedule of {steps:,} steps"
+    if isinstance(last, float):
+        text += f": the learning rate was {last:.3g}, and is {following:.3g} at the next step"
+    return text
+
+
+class _Clock(threading.Thread):
+    """Asks a run to stop, as `nested-tune stop` does: in time for the verdict, and at the end.
+
+    Attributes:
+        end: when everything is to be over, in seconds since 1970.
+        plan: of the training that goes on; None before and after it.
+        has_cut: whether training was asked to stop, so that there is time for the verdict.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        end: float,
+        on_message: Callable[[str], None],
+        iterations_a_step: int,
+    ) -> None:
+        super().__init__(name="minutes", daemon=True)
+        self.end = end
+        self.plan: TimePlan | None = None
+        self.has_cut = False
+        self._run = run
+        self._on_message = on_message
+        self._iterations_a_step = iterations_a_step
+        self._has_asked = False
+        self._is_over = threading.Event()
+        self._lock = threading.Lock()  # no request is made once training is over
+
+    def run(self) -> None:
+        """Look at the clock until the run is over."""
+        while not self._is_over.wait(SECONDS_BETWEEN_LOOKS):
+            with self._lock:
+                if self.plan is not None and not self.has_cut and self._must_cut(self.plan):
+                    self.has_cut = True
+                    self._run.stop_request.touch()
+            if self.end - time.time() <= SECONDS_TO_STOP and not self._has_asked:
+                self._has_asked = True
+                self._on_message("minutes: the time is over, and a minute more: stopping")
+                self._run.stop_request.touch()
+
+    @contextmanager
+    def watching_training(self, plan: TimePlan) -> Iterator[None]:
+        """Within the block, see that there is time for the verdict."""
+        self.plan = plan
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.plan = None
+                if self.has_cut:  # training may have ended before it heard of the request
+                    self._run.stop_request.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """End the thread, and a request that nobody has heard of."""
+        self._is_over.set()
+        if self.is_alive():
+            self.join()
+        if self._has_asked:
+            self._run.stop_request.unlink(missing_ok=True)
+
+    def _must_cut(self, plan: TimePlan) -> bool:
+        """Whether there is just time to stop, to open the run again and to judge.
+
+        Not where the steps that are left take no longer than that. Steps count as slow as the last
+        ones were, and with them all else.
+        """
+        left = self.end - time.time() - SECONDS_TO_STOP
+        stopping = plan.seconds_a_step + plan.seconds_to_begin
+        if left > MAX_SLOWDOWN * (stopping + plan.seconds_to_judge):
+            return False
+        try:
+            last = read_latest_values(self._run.metrics)
+            reported = self._run.metrics.stat().st_mtime
+        except (OSError, DamagedError):  # there is none yet
+            last, reported = {}, time.time()
+        speed = last.get("iterations_per_second")
+        step = plan.seconds_a_step
+        if speed:
+            step = max(step, self._iterations_a_step / speed)
+        slowdown = min(step / plan.seconds_a_step, MAX_SLOWDOWN)
+        done = last.get("step", 0) + (time.time() - reported) / step
+        if (plan.steps - done) * step <= slowdown * stopping:
+            return False
+        return left <= slowdown * (stopping + plan.seconds_to_judge)

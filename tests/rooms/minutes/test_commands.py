@@ -1,0 +1,109 @@
+"""`--minutes` at the command line: what is refused and what wins; `init` and `explain` with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nested_core.config.loading import load_config
+from nested_core.errors import ConfigError
+from tests.example import DATA, MODEL, require_refused, write_config
+from tests.flows.conftest import called
+
+FILES = ("--continual.replay.sources", f"[{DATA / 'train.jsonl'}]")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--minutes", "5", "--iters", "40"), "both say how long the run is: give one of them"),
+        (("--minutes", "5", "--training.epochs", "2"), "epochs 2 and minutes 5: give one of them"),
+        (("--minutes", "0"), "greater than 0"),
+        (("--minutes", "-3"), "greater than 0"),
+        (("--minutes", "20000"), "less than 10080"),
+        (("--minutes", "5", "--continual.replay.fraction", "0.5", *FILES), "without replay"),
+        (("--minutes", "5", "--training.processes", "2"), "steps of one process, without replay"),
+    ],
+)
+def test_minutes_that_mean_nothing_are_refused(
+    tmp_path: Path, flags: tuple[str, ...], said: str
+) -> None:
+    write_config(tmp_path / "config.yaml")
+    refused = called("train", "-c", "config.yaml", *flags, "--run-dir", "run", cwd=tmp_path)
+    assert refused.code == ConfigError.exit_code
+    assert said in refused.message()
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_minutes_are_refused_with_how_many_it_takes(tmp_path: Path) -> None:
+    long_verdict = {"sample_tokens": 1_000_000}
+    write_config(tmp_path / "config.yaml", training=long_verdict)
+    refused = called(
+        "train", "-c", "config.yaml", "--minutes", "0.001", "--run-dir", "run", cwd=tmp_path
+    )
+    assert refused.code == ConfigError.exit_code
+    said = refused.message()
+    assert "training.minutes: 0.001 minutes hold no step and its verdict on this machine" in said
+    needed = int(said.partition("Give --minutes ")[2].partition(" ")[0])
+    assert needed > 10
+    assert "or more, or a smaller batch_size" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("in_file", "flags", "length"),
+    [
+        ({"epochs": 3}, {"training.minutes": 5.0}, "5 minutes"),
+        ({"minutes": 5}, {"iters": 40}, "40 iterations"),
+        ({"minutes": 5}, {"training.epochs": 3.0}, "3 epochs"),
+        ({"minutes": 5}, {"training.minutes": 2.5}, "2.5 minutes"),
+        ({"minutes": 5}, {}, "5 minutes"),
+    ],
+)
+def test_a_flag_for_the_length_wins_over_the_file(
+    tmp_path: Path, in_file: dict[str, Any], flags: dict[str, Any], length: str
+) -> None:
+    path = write_config(tmp_path / "config.yaml", training=in_file)
+    assert load_config(path, flags).length == length
+
+
+def test_a_reference_run_knows_nothing_of_minutes() -> None:
+    training = {"reference": "mlx_lm", "max_grad_norm": 0.0, "minutes": 5}
+    said = r"mlx_lm\.lora knows nothing of training\.minutes"
+    require_refused(said, training=training, nested={"frequencies": [1]})
+
+
+def test_init_writes_minutes_in_place_of_passes(tmp_path: Path) -> None:
+    words = ("init", "--data", DATA, "--model", MODEL, "-o", "lora.yaml", "--minutes")
+    assert called(*words, "5", cwd=tmp_path).code == 0
+    text = (tmp_path / "lora.yaml").read_text()
+    training = yaml.safe_load(text)["training"]
+    assert (training["minutes"], "epochs" in training) == (5, False)
+    assert "minutes: 5  # as many steps as fit with their verdict" in text
+    (tmp_path / "lora.yaml").unlink()
+    refused = called(*words, "-1", cwd=tmp_path)
+    assert refused.code == ConfigError.exit_code
+    assert "greater than 0" in refused.message()
+
+
+def test_explain_offers_three_sizes_and_counts_the_steps_of_minutes(tmp_path: Path) -> None:
+    write_config(tmp_path / "config.yaml", iters=40)
+    whole = called("explain", "-c", "config.yaml", "--json", cwd=tmp_path)
+    said = json.loads(whole.stdout)
+    assert "trained-on tokens a second" in said["time"]
+    offered = said["sizes"].split("; ")
+    assert [size.partition(":")[0].partition(" 40")[0] for size in offered[:3]] == [
+        "as configured",
+        "--minutes 1",
+        "--minutes 2",
+    ]
+    assert said["steps"].startswith("40 batches of 2 examples")
+    words = ("explain", "-c", "config.yaml", "--training.minutes", "1", "--json")
+    minutes = json.loads(called(*words, cwd=tmp_path).stdout)
+    assert not minutes["steps"].startswith("40 batches")
+    steps = minutes["steps"].partition(" ")[0]
+    assert f"as configured {steps} steps" in minutes["sizes"]

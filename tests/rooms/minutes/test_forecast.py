@@ -1,0 +1,73 @@
+"""How many steps fit into a time, with what is due between them and the verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core.models.session import Session
+from nested_core.records.dataset import read_dataset_record
+from nested_core.rooms.minutes import sizes
+from nested_core.rooms.minutes.forecast import Forecast, make_forecast
+from nested_core.rooms.minutes.trial_run import try_steps
+from tests.example import example_config, prepare
+
+
+def forecast_of(**changes: Any) -> Forecast:
+    """Steps of 2 s, an evaluation of 3 and a checkpoint of 1 every tenth of a run, 30 to judge."""
+    seconds = {"opening": 10.0, "step": 2.0, "evaluation": 3.0, "checkpoint": 1.0, "verdict": 30.0}
+    shares = {"steps_per_eval": 0.1, "save_every": 0.1}
+    return Forecast(config=example_config(**shares | changes), **seconds)
+
+
+def test_a_run_takes_its_steps_what_is_due_between_them_and_the_verdict() -> None:
+    assert forecast_of().seconds_of(100) == 10 + 100 * 2 + 11 * 3 + 10 * 1 + 30
+    assert forecast_of(steps_per_eval=50).seconds_of(100) == 10 + 200 + 3 * 3 + 10 * 1 + 30
+    assert forecast_of(save_every="10m").seconds_of(100) == 10 + 200 + 11 * 3 + 10 + 30
+    accumulated = forecast_of(grad_accumulation_steps=4, steps_per_eval=200)
+    assert accumulated.seconds_of(100) == 10 + 200 + 3 * 3 + 10 * 1 + 30
+
+
+@pytest.mark.parametrize("seconds", [49, 60, 100, 283, 300, 1000])
+def test_the_most_steps_that_fit_are_counted(seconds: int) -> None:
+    forecast = forecast_of()
+    steps = forecast.count_steps(seconds)
+    assert steps > 0
+    assert forecast.seconds_of(steps) <= seconds
+    assert all(forecast.seconds_of(more) > seconds for more in range(steps + 1, steps + 20))
+
+
+@pytest.mark.parametrize("seconds", [-5, 0, 40, 48])
+def test_no_step_fits_where_there_is_no_time_for_one_and_its_verdict(seconds: int) -> None:
+    assert forecast_of().count_steps(seconds) == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [(36 * 60, [5, 15]), (24 * 3600, [240, 720]), (200, [5, 10]), (40, [2, 3])],
+)
+def test_two_sizes_stand_beside_the_whole_run(seconds: float, chosen: list[int]) -> None:
+    assert sizes._choose(forecast_of(), seconds) == chosen
+
+
+def test_a_trial_measures_and_changes_nothing_of_the_run(tmp_path: Path) -> None:
+    config = example_config(gate={"tasks": []}, samples=("I want to see Norway. Where to?",))
+    run = prepare(config, tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    with run.locked(), Session() as session:
+        trial = try_steps(config, run, 0.2, session)
+        base = session.load_base(config)
+        splits = read_dataset_record(run.dataset).splits
+        forecast = make_forecast(config, splits, trial, base.model, base.tokenizer)
+    after = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    assert {path: after[path] for path in before} == before
+    assert after.keys() - before.keys() <= {run.lock}
+    assert len(trial.tried) > 1
+    assert all(step.seconds > 0 and step.tokens > 0 for step in trial.tried)
+    assert trial.opening > 0
+    assert trial.closing > 0
+    assert forecast.step > 0
+    assert forecast.evaluation == pytest.approx(5 * 0.5 * forecast.step)  # 10 rows, two a batch
+    assert forecast.verdict > 2 * forecast.evaluation

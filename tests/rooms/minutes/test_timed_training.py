@@ -1,0 +1,269 @@
+"""`training.minutes`: the steps that fit are fixed once, and the run ends when its time is over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from flows.process.stop_signals import Stopper
+from nested_core.config.resume import read_run_config
+from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import TrainingStopped
+from nested_core.models.session import Session
+from nested_core.pipeline.continual import settings_digest
+from nested_core.pipeline.finetune import finetune
+from nested_core.pipeline.hooks import Steps
+from nested_core.records.metrics import read_metrics
+from nested_core.records.plan import TimePlan, TrainingPlan, read_plan
+from nested_core.records.verdict import Verdict
+from nested_core.rooms.minutes import timed_training
+from nested_core.storage.run_directory import RunDirectory, open_run
+from tests.example import SPEEDS, example_config, prepare, write_config
+from tests.flows.conftest import ended, start
+from tests.waiting import wait_until
+
+# A run of some seconds, with warm-up, cosine and evaluations by shares of the run.
+SETTINGS: dict[str, Any] = {
+    "steps_per_report": 0.05,
+    "steps_per_eval": 0.25,
+    "save_every": 0.25,
+    "training": {"warmup_steps": 0.1, "decay": "cosine"},
+}
+
+
+class Listening(Steps):
+    """Keeps what is said, and does something after each step of the run."""
+
+    def __init__(self, after_step: Callable[[int], None] = lambda step: None) -> None:
+        self.said: list[str] = []
+        self._after_step = after_step
+
+    def on_message(self, message: str) -> None:
+        """Keep it."""
+        self.said.append(message)
+
+    def on_step(self, step: int, steps: int) -> None:
+        """Do it."""
+        self._after_step(step)
+
+    def of_minutes(self) -> list[str]:
+        """What the room said."""
+        return [message for message in self.said if message.startswith("minutes: ")]
+
+
+def config_of(minutes: float | None, **changes: Any) -> FineTuneConfig:
+    training = {**SETTINGS["training"], "minutes": minutes, **changes.pop("training", {})}
+    return example_config(**{**SETTINGS, **changes, "training": training})
+
+
+def plan_of(run: RunDirectory) -> TrainingPlan:
+    plan = read_plan(run.plan)
+    assert plan is not None
+    return plan
+
+
+def time_plan_of(run: RunDirectory) -> TimePlan:
+    fixed = plan_of(run).time
+    assert fixed is not None
+    return fixed
+
+
+def bytes_of(run: RunDirectory) -> dict[str, bytes]:
+    """The adapter, and weights and optimizer state of every checkpoint."""
+    files = sorted(run.path.rglob("*.safetensors"))
+    return {str(path.relative_to(run.path)): path.read_bytes() for path in files}
+
+
+def metrics_of(run: RunDirectory) -> list[Mapping[str, Any]]:
+    return [
+        {key: value for key, value in record.items() if key not in SPEEDS}
+        for record in read_metrics(run.metrics)
+    ]
+
+
+def train_by_iterations(iterations: int, path: Path) -> RunDirectory:
+    """The same run, whose length is said in iterations."""
+    run = open_run(path)
+    finetune(config_of(None, iters=iterations), run)
+    return run
+
+
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run is refused, or stopped, because the machine of the tests is busy."""
+    monkeypatch.setattr(timed_training, "MINUTES_BEYOND", 60.0)
+
+
+def set_end(seconds: float) -> None:
+    """Have the run that goes on be over in so many seconds."""
+    (clock,) = (thread for thread in threading.enumerate() if thread.name == "minutes")
+    cast(Any, clock).end = time.time() + seconds
+
+
+def test_a_run_of_minutes_is_that_of_as_many_iterations_bit_for_bit(tmp_path: Path) -> None:
+    hooks = Listening()
+    run = open_run(tmp_path / "minutes")
+    result = finetune(config_of(0.1), run, hooks)
+    steps = time_plan_of(run).steps
+    assert result.training is not None
+    assert result.training.step == steps == plan_of(run).steps >= 4
+    assert read_run_config(run).iters == steps
+    assert f"{steps:,} steps fit in 0.1 minutes" in hooks.of_minutes()[-1]
+    assert read_run_config(run).intervals(steps).evaluation == steps // 4  # scaled
+
+    other = train_by_iterations(steps, tmp_path / "iterations")
+    assert bytes_of(run) == bytes_of(other)
+    assert metrics_of(run) == metrics_of(other)
+
+
+def test_a_run_that_broke_off_goes_on_to_the_steps_that_were_fixed(tmp_path: Path) -> None:
+    def break_off(step: int) -> None:
+        if step == 3:
+            raise OSError("the disk went away")
+
+    config = config_of(0.1, save_every=2)
+    run = open_run(tmp_path / "run")
+    with pytest.raises(OSError, match="went away"):
+        finetune(config, run, Listening(break_off))
+    before = time_plan_of(run)
+    hooks = Listening()
+    finetune(config, run, hooks, resume=True)
+    after = time_plan_of(run)
+    assert (after.steps, plan_of(run).steps) == (before.steps, before.steps)
+    assert after.seconds_a_step == before.seconds_a_step
+    assert 0 < after.spent < after.began - before.began
+    assert hooks.of_minutes() == []  # nothing is tried again
+
+    plain = open_run(tmp_path / "plain")
+    finetune(config_of(None, iters=before.steps, save_every=2), plain)
+    assert bytes_of(run) == bytes_of(plain)
+
+
+def test_where_time_is_short_training_is_cut_in_time_for_the_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timed_training, "MAX_SECONDS_TRIED", 0.3)
+    run = open_run(tmp_path / "run")
+
+    class Hurried(Listening):
+        """Has the time be over soon, until training is cut."""
+
+        def on_step(self, step: int, steps: int) -> None:
+            """Leave too little time for the stop and the verdict after it."""
+            if step == 3:
+                fixed = time_plan_of(run)
+                needed = fixed.seconds_a_step + fixed.seconds_to_begin + fixed.seconds_to_judge
+                set_end(timed_training.SECONDS_TO_STOP + 0.9 * needed)
+
+        def on_message(self, message: str) -> None:
+            """Give the verdict all the time that it takes on a busy machine."""
+            super().on_message(message)
+            if message.startswith("minutes: cut"):
+                set_end(600)
+
+    hooks = Hurried()
+    result = finetune(config_of(5), run, hooks)
+    assert result.verdict is not None
+    assert result.training is not None
+    plan, fixed = plan_of(run), time_plan_of(run)
+    assert 3 <= plan.steps == result.training.step < fixed.steps
+    assert hooks.of_minutes()[-1] == (
+        f"minutes: cut after step {plan.steps:,} of {fixed.steps:,}, so that there is time for the "
+        f"verdict"
+    )
+    said = f"Training was cut after step {plan.steps:,} of {fixed.steps:,}"
+    assert said in str(plan.describe_ends())
+    assert said in run.report.read_text()
+    assert not run.stop_request.exists()
+
+    again = Listening()
+    finetune(config_of(5), run, again, resume=True)  # it is trained: there is only to judge
+    assert again.of_minutes() == []
+    assert plan_of(run).steps == plan.steps
+
+
+def test_a_verdict_that_takes_too_long_is_stopped_and_given_when_the_run_goes_on(
+    tmp_path: Path,
+) -> None:
+    class SlowVerdict(Listening):
+        """A gate that takes longer than there is time."""
+
+        def judge(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Verdict:
+            """Wait first."""
+            set_end(timed_training.SECONDS_TO_STOP)
+            time.sleep(600)
+            return super().judge(config, run, session)
+
+    hooks = SlowVerdict()
+    run = open_run(tmp_path / "run")
+    with (
+        pytest.raises(TrainingStopped, match="before there was a verdict: the trained adapter is"),
+        Stopper().handling_signals(run),
+    ):
+        finetune(config_of(0.1), run, hooks)
+    assert hooks.of_minutes()[-1] == "minutes: the time is over, and a minute more: stopping"
+    assert not run.stop_request.exists()
+    assert not run.gate.exists()
+    result = finetune(config_of(0.1), run, resume=True)
+    assert result.verdict is not None
+
+
+def test_more_minutes_go_on_with_a_run_and_say_how_its_schedule_does(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run")
+    finetune(config_of(0.1), run)
+    first = time_plan_of(run)
+    hooks = Listening()
+    result = finetune(config_of(0.3), run, hooks, resume=True)
+    second = time_plan_of(run)
+    assert result.training is not None
+    assert result.training.step == second.steps > first.steps
+    assert (second.minutes, second.spent > 0) == (0.3, True)
+    said = hooks.of_minutes()[-1]
+    where = f"The run goes on from step {first.steps:,}, on the schedule of {second.steps:,} steps"
+    assert f"{where}: the learning rate was 0.0002, and is 0.0" in said
+
+
+def test_settings_are_the_same_whatever_iterations_the_minutes_came_to(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    prepare(config_of(None), run.path)
+    digests = {
+        settings_digest(config_of(minutes, iters=iterations), "base", run)
+        for minutes, iterations in ((5, 20), (5, 30), (6, 30), (None, 30))
+    }
+    assert len(digests) == 3
+
+
+def test_a_stop_that_a_person_asks_for_is_no_cut(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run")
+    with pytest.raises(TrainingStopped):
+        finetune(config_of(0.1), run, Listening(lambda step: run.stop_request.touch()))
+    assert plan_of(run).steps == time_plan_of(run).steps
+    assert not run.result.exists()
+
+
+@pytest.mark.slow("trains in a process of its own that is killed")
+def test_a_killed_command_of_minutes_ends_with_the_bytes_of_one_that_nobody_killed(
+    tmp_path: Path,
+) -> None:
+    training = {**SETTINGS["training"], "minutes": 1}
+    write_config(tmp_path / "config.yaml", **{**SETTINGS, "training": training, "save_every": 3})
+    process = start("train", "-c", "config.yaml", "--run-dir", "killed", cwd=tmp_path)
+    run = RunDirectory(tmp_path / "killed")
+    wait_until(lambda: any(run.checkpoints.glob("step-*/MANIFEST.json")), process=process)
+    began = time_plan_of(run).began
+    (trains,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(trains), signal.SIGKILL)
+    killed = ended(process)
+    assert killed.code == 0, killed.stderr
+    fixed = time_plan_of(run)
+    assert (fixed.began, fixed.spent) == (began, 0.0)  # one command, whose clock went on
+    plain = open_run(tmp_path / "plain")
+    finetune(config_of(None, iters=fixed.steps, save_every=3), plain)
+    assert bytes_of(run) == bytes_of(plain)
