@@ -8,8 +8,10 @@ imports no room; a part is loaded where it is used, and only where its room is t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from nested_core.errors import ConfigError
 
@@ -19,13 +21,26 @@ class Room:
     """What a room adds.
 
     commands: words of the command line; flows/rooms/ROOM/command.py adds their parsers.
+    flags: of a command of the core, by its name; `add_flags` in the same module adds them.
+    readers: functions that give the lines of JSON in a data file, by the end of its name.
     """
 
     commands: tuple[str, ...] = ()
+    flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    readers: Mapping[str, str] = field(default_factory=dict)
 
 
 ROOMS: Mapping[str, Room] = {
     "serve": Room(commands=("serve",)),
+    "tables": Room(
+        flags={
+            "init": (
+                *("--split", "--suite", "--prompt-feature", "--completion-feature"),
+                *("--completion-features", "--template", "--system", "--system-file"),
+            )
+        },
+        readers={".xlsx": "nested_core.rooms.tables.workbook:read_workbook"},
+    ),
 }
 
 
@@ -48,3 +63,9 @@ def require(room: str, wanted: str) -> None:
     """
     if not is_there(room):
         raise ConfigError(f"`{wanted}` belongs to the room {room}, which is not installed here.")
+
+
+def load_part(part: str) -> Any:
+    """What a string of the table names, `module:name`."""
+    module, _, name = part.partition(":")
+    return getattr(import_module(module), name)
