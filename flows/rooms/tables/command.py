@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import difflib
+import glob
 import json
 import os
 import re
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from nested_core.rooms.tables.data_set import DataSet, Source
     from nested_core.rooms.tables.survey import FileFacts
 
+TABLE_FLAGS = (
+    *("prompt_feature", "template", "completion_feature", "completion_features"),
+    *("system", "system_file", "suite"),
+)
 MAX_SYSTEM_BYTES = 2**20
 MAX_SHOWN_PLACES = 3
 MAX_SHOWN_CHARACTERS = 160  # of a turn of the rows that are shown
@@ -112,17 +117,19 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
     """Look at the rows; make a data set of them where a flag asks for one, or their columns do."""
     from nested_core.rooms.tables.data_set import Request, Source, first_chats, make_data_set
     from nested_core.rooms.tables.dataset_split import require_share, split_dataset
+    from nested_core.rooms.tables.eval_set import TooManyQuestions
 
     data, share = arguments.data, arguments.split
     if share is not None:
         require_share(share)
-    flags = _Flags(arguments)
-    columns, system = flags.read_columns(), flags.read_system()
-    is_asked = columns is not None or system is not None or arguments.suite is not None
+    is_asked = any(getattr(arguments, name) is not None for name in TABLE_FLAGS)
+    _require_file(arguments)
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         source = Source.open(data, Path(spool), looks_at_all=is_asked)
+        flags = _Flags(arguments, source)
+        columns, system = flags.read_columns(), flags.read_system()
         if columns is not None:
-            flags.require_columns(columns, source)
+            flags.require_columns(columns)
         elif source.unknown_files:
             columns, system = _ask_or_refuse(flags, source, system)
             is_asked = True
@@ -130,7 +137,11 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
             folder = _split_place(data)
             drop = tuple(arguments.drop_fields)
             request = Request(columns, system, share, arguments.suite, drop)
-            made = make_data_set(source, request, folder)
+            try:
+                made = make_data_set(source, request, folder)
+            except TooManyQuestions as error:
+                fewer = flags.command(suite=error.most)
+                raise ConfigError(f"{error} With the most that there can be: {fewer}") from error
             return Prepared(folder, made.rows, made.first, made)
         first = first_chats(source)
     if share is None:
@@ -139,23 +150,52 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
     return Prepared(folder, split_dataset(data, share, folder), first)
 
 
+def _command(arguments: argparse.Namespace, **changes: Any) -> str:
+    """The command line with other flags; a value of None leaves a flag out."""
+    values = {**vars(arguments), **changes}
+    words = ["nested-tune", "init", "--data", values["data"], "--model", values["model"]]
+    for name in (*TABLE_FLAGS, "split"):
+        if values[name] is not None:
+            words += [f"--{name.replace('_', '-')}", str(values[name])]
+    if values["drop_fields"]:
+        words += ["--drop-fields", *values["drop_fields"]]
+    return shlex.join([*words, "-o", str(values["output"] or "lora.yaml")])
+
+
+def _require_file(arguments: argparse.Namespace) -> None:
+    """Name the file that was meant, where there is none of that name."""
+    from nested_core.data.sources.split_files import SUFFIXES
+
+    path = Path(arguments.data)
+    if not path.name.lower().endswith(SUFFIXES) or path.exists() or glob.glob(arguments.data):
+        return
+    there = [name.name for name in path.parent.glob("*") if name.name.lower().endswith(SUFFIXES)]
+    near = difflib.get_close_matches(path.name, there, n=1)
+    meant = (
+        f" Did you mean: {_command(arguments, data=str(path.with_name(near[0])))}" if near else ""
+    )
+    raise ConfigError(f"--data: there is no file {path}.{meant}")
+
+
 class _Flags:
     """The flags for tables, and the command that works where one of them does not."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace, source: Source) -> None:
+        from nested_core.rooms.tables.survey import guess_columns
+
         self._arguments = arguments
+        self._files = list(source.facts.values())
+        guessed = (guess_columns(facts.columns) for facts in self._files if facts.is_table)
+        self._question, self._answer = next(filter(None, guessed), ("COLUMN", "ANOTHER"))
 
     def command(self, **changes: Any) -> str:
         """The command line with other flags; a value of None leaves a flag out."""
-        values = {**vars(self._arguments), **changes}
-        words = ["nested-tune", "init", "--data", values["data"], "--model", values["model"]]
-        names = ("prompt_feature", "template", "completion_feature", "completion_features")
-        for name in (*names, "system", "system_file", "split", "suite"):
-            if values[name] is not None:
-                words += [f"--{name.replace('_', '-')}", str(values[name])]
-        if values["drop_fields"]:
-            words += ["--drop-fields", *values["drop_fields"]]
-        return shlex.join([*words, "-o", str(values["output"] or "lora.yaml")])
+        return _command(self._arguments, **changes)
+
+    def command_by_guess(self) -> str:
+        """The command line with the columns that look most like a question and an answer."""
+        none = dict.fromkeys(("template", "completion_features"))
+        return self.command(prompt_feature=self._question, completion_feature=self._answer, **none)
 
     def read_columns(self) -> Columns | None:
         """The columns that are named; None where none is."""
@@ -169,21 +209,19 @@ class _Flags:
         if not has_question and answer is None:
             return None
         if not has_question or answer is None:
-            has, needs, other = (
-                ("--prompt-feature or --template", "--completion-feature", "completion_feature")
-                if has_question
-                else ("--completion-feature", "--prompt-feature", "prompt_feature")
-            )
-            command = self.command(**{other: "COLUMN"})
+            needs = "--completion-feature" if has_question else "--prompt-feature or --template"
             raise ConfigError(
-                f"{has} alone: a row is learnt as a question and its answer, so {needs} is needed "
-                f"too. For example: {command}"
+                f"A row is learnt as a question and its answer, so {needs} is needed too. For "
+                f"example: {self.command_by_guess()}"
             )
-        question = (
-            Template(("", given.prompt_feature, ""))
-            if given.template is None
-            else Template.parse(given.template)
-        )
+        try:
+            question = (
+                Template(("", given.prompt_feature, ""))
+                if given.template is None
+                else Template.parse(given.template)
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{error} For example: {self.command_by_guess()}") from None
         is_object = given.completion_feature is None
         answers = _split_names(answer) if is_object else (answer,)
         if repeated := [name for name in answers if answers.count(name) > 1]:
@@ -195,8 +233,7 @@ class _Flags:
         if answers == question.columns:
             raise ConfigError(
                 f"The question and the answer are both the column {answers[0]!r}, so there is "
-                f"nothing to learn. Name two columns, such as: "
-                f"{self.command(completion_feature='ANOTHER', completion_features=None)}"
+                f"nothing to learn. Name two columns, for example: {self.command_by_guess()}"
             )
         return Columns(question, answers, is_object)
 
@@ -234,49 +271,35 @@ class _Flags:
             )
         return text.rstrip("\r\n")
 
-    def require_columns(self, columns: Columns, source: Source) -> None:
+    def require_columns(self, columns: Columns) -> None:
         """Refuse a column that a table does not have, with the command that works."""
-        from nested_core.rooms.tables.survey import guess_columns
-
-        tables = [facts for facts in source.facts.values() if set(columns.names) & {*facts.columns}]
-        others = [
-            facts
-            for facts in source.facts.values()
-            if facts.is_table and not set(columns.names) <= facts.columns.keys()
-        ]
-        if not others and tables:
+        complete = [f for f in self._files if f.columns.keys() >= set(columns.names)]
+        others = [f for f in self._files if f.is_table and f not in complete]
+        if not others and complete:
             return
-        facts = (others or list(source.facts.values()))[0]
-        if any(set(columns.names) <= table.columns.keys() for table in tables):
-            first = next(t for t in tables if set(columns.names) <= t.columns.keys())
-            missing = [name for name in columns.names if name not in facts.columns]
-            raise ConfigError(
-                f"{_list_columns(facts)}; {' and '.join(map(repr, missing))} is not among them, "
-                f"and {first.name} has it. Files of one data set need the same columns: give those "
-                f"of the others another name there, or train on each by itself: "
-                f"{self.command(data=_find_path(self._arguments.data, first.name))}"
-            )
+        facts = (others or self._files)[0]
         missing = [name for name in columns.names if name not in facts.columns]
-        guessed = guess_columns(facts.columns)
+        told = f"{facts.name} has no column {' and no column '.join(map(repr, missing))}"
+        if complete:
+            name = complete[0].name
+            raise ConfigError(
+                f"{told}, as {name} has. {_list_columns(facts)}. The files of a data set need the "
+                f"same columns: rename them there, or train on one file: "
+                f"{self.command(data=_find_path(self._arguments.data, name))}"
+            )
         changes: dict[str, Any] = {}
-        hints = []
         for name in missing:
             near = _find_near(name, facts.columns)
-            hints += [f"did you mean {near!r}?"] if near else []
-            changes |= self._rename(name, near, guessed, columns)
-        asked = " and ".join(map(repr, missing))
-        raise ConfigError(
-            f"{facts.name} has no column {asked}{'; ' if hints else '. '}{' '.join(hints)}"
-            f"{' ' if hints else ''}{_list_columns(facts)}. For example: {self.command(**changes)}"
-        )
+            told += f"; did you mean {near!r}?" if near else ""
+            changes |= self._rename(name, near, columns)
+        told += "" if told.endswith("?") else "."
+        raise ConfigError(f"{told} {_list_columns(facts)}. For example: {self.command(**changes)}")
 
-    def _rename(
-        self, name: str, near: str | None, guessed: tuple[str, str] | None, columns: Columns
-    ) -> dict[str, Any]:
+    def _rename(self, name: str, near: str | None, columns: Columns) -> dict[str, Any]:
         """The flags with a column that is there in the place of one that is not."""
         given = self._arguments
         is_answer = name in columns.answer
-        new = near or (guessed or ("COLUMN", "COLUMN"))[is_answer]
+        new = near or (self._answer if is_answer else self._question)
         if name == given.prompt_feature:
             return {"prompt_feature": new}
         if is_answer and not columns.is_object:
@@ -312,36 +335,29 @@ def _list_columns(facts: FileFacts) -> str:
 def _find_path(data: str, name: str) -> str:
     """The path of one of the files of a folder or of a pattern."""
     folder = Path(data) if Path(data).is_dir() else Path(data).parent
-    return name if Path(name).is_file() else str(folder / name)
+    return str(folder / name) if (folder / name).is_file() else name
 
 
 def _ask_or_refuse(flags: _Flags, source: Source, system: str | None) -> tuple[Columns, str | None]:
     """Ask for the columns in a terminal; else ConfigError with the command that names them."""
-    from nested_core.rooms.tables.survey import guess_columns
-
-    facts = source.unknown_files[0]
-    guessed = guess_columns(facts.columns) or ("COLUMN", "COLUMN")
-    question, answer = guessed
-    command = flags.command(prompt_feature=question, completion_feature=answer)
-    others = [
-        other for other in source.unknown_files if other.columns.keys() != facts.columns.keys()
-    ]
-    told = ". ".join(map(_list_columns, [facts, *others]))
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise ConfigError(
-            f"{told}; their names do not say which is the question and which the answer. "
-            f"Name them, for example: {command}. In a terminal, init asks for them."
-        )
-    return _ask(flags, facts, guessed, system)
+    facts, *more = source.unknown_files
+    if sys.stdin.isatty() and sys.stderr.isatty():
+        return _ask(flags, facts, system)
+    others = [other for other in more if other.columns.keys() != facts.columns.keys()]
+    raise ConfigError(
+        f"{'. '.join(map(_list_columns, [facts, *others]))}; their names do not say which is the "
+        f"question and which the answer. Name them, for example: {flags.command_by_guess()}. In a "
+        f"terminal, init asks for them."
+    )
 
 
-def _ask(
-    flags: _Flags, facts: FileFacts, guessed: tuple[str, str], system: str | None
-) -> tuple[Columns, str | None]:
+def _ask(flags: _Flags, facts: FileFacts, system: str | None) -> tuple[Columns, str | None]:
     """Ask for question, answer and system text; Enter takes what is in brackets."""
     from nested_core.rooms.tables.chats import Columns, Template
+    from nested_core.rooms.tables.survey import guess_columns
 
     names = list(facts.columns)
+    guessed = guess_columns(facts.columns) or (names[0], names[-1])
     print_progress(f"{facts.name} has {len(names)} columns:")
     width = min(24, max(map(len, names)))
     for number, name in enumerate(names, 1):
@@ -355,8 +371,7 @@ def _ask(
             system = input("System text, which says what the model is for [none]: ").strip()
     except EOFError:
         raise ConfigError(
-            f"Nothing was answered. Name the columns instead: "
-            f"{flags.command(prompt_feature=guessed[0], completion_feature=guessed[1])}"
+            f"Nothing was answered. Name the columns instead: {flags.command_by_guess()}"
         ) from None
     is_object = len(answer) > 1
     given = {"completion_features" if is_object else "completion_feature": ",".join(answer)}

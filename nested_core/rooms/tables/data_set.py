@@ -26,7 +26,7 @@ from nested_core.rooms.tables.dataset_split import (
     require_train_alone,
     write_splits,
 )
-from nested_core.rooms.tables.eval_set import EvalSet, draw_eval_set
+from nested_core.rooms.tables.eval_set import EvalSet, TooManyQuestions, draw_eval_set
 from nested_core.rooms.tables.survey import LOOKED_AT_ROWS, FileFacts, look_at
 
 DEFAULT_SHARE = 0.1  # of the rows, for valid and as much for test
@@ -180,14 +180,13 @@ def _make_lines(split: SplitFile, maker: ChatMaker) -> Iterator[bytes]:
 
 
 def _draw(rows: Sequence[bytes], data: str, request: Request) -> dict[str, list[bytes]]:
-    most = int(MAX_TEST_SHARE * len(rows))
-    if request.questions is not None and request.questions > max(1, most):
-        raise ConfigError(
-            f"--suite {request.questions} would take {request.questions} of {len(rows)} rows out "
-            f"of train; at most {most} are taken. Give --suite {max(1, most)} or more rows."
-        )
-    share = DEFAULT_SHARE if request.share is None else request.share
-    return draw_splits(rows, share, data, request.questions or 1)
+    most = max(1, int(MAX_TEST_SHARE * len(rows)))
+    asked = request.questions
+    if asked is not None and not 0 < asked <= most:
+        share = f"{MAX_TEST_SHARE:.0%} of {len(rows):,} rows are held out for it at most"
+        raise TooManyQuestions(asked, most, share)
+    drawn = DEFAULT_SHARE if request.share is None else request.share
+    return draw_splits(rows, drawn, data, asked or 1)
 
 
 def _list_unused(source: Source, columns: Columns | None) -> list[str]:

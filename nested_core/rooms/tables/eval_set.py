@@ -21,6 +21,14 @@ MAX_ANSWER_TOKENS = 256
 EXTRA_TOKENS = 16  # of an answer beyond the longest that is expected
 
 
+class TooManyQuestions(ConfigError):
+    """More questions than the rows can give; `most` is how many they can."""
+
+    def __init__(self, asked: int, most: int, rows: str) -> None:
+        super().__init__(f"--suite {asked}: expected from 1 to {most} questions, for {rows}.")
+        self.most = most
+
+
 @dataclass(frozen=True)
 class EvalSet:
     """Questions, and what to set in `gate.tasks` for them.
@@ -52,14 +60,12 @@ def draw_eval_set(train: Iterable[bytes], held_out: Sequence[bytes], count: int)
         train, held_out: chats, a line of JSON each.
         count: how many questions.
 
-    Raises ConfigError where the held-out rows have fewer different questions.
+    Raises TooManyQuestions where the held-out rows have fewer different ones.
     """
     chats = {key: chat for chat in map(json.loads, held_out) if (key := _question_of(chat))}
-    if len(chats) < count:
-        raise ConfigError(
-            f"--suite {count}: the held-out rows have {len(chats)} different questions with a text "
-            f"for an answer. Give --suite {max(1, len(chats))}, or more rows."
-        )
+    if not 0 < count <= len(chats):
+        rows = f"the held-out rows have {len(chats):,} different questions"
+        raise TooManyQuestions(count, len(chats), rows)
     drawn = random.Random(SPLIT_SEED).sample(list(chats.values()), count)
     of_train = Counter(_answer_of(json.loads(line)) for line in train)
     expected = [_answer_of(chat) for chat in drawn]
