@@ -23,11 +23,16 @@ class Room:
     commands: words of the command line; flows/rooms/ROOM/command.py adds their parsers.
     flags: of a command of the core, by its name; `add_flags` in the same module adds them.
     readers: functions that give the lines of JSON in a data file, by the end of its name.
+    data_tables: what `validate` shows of a data set: a function of DataSettings that gives Tables.
+    answer_tables: what stands beside the answers to an eval set: a function of its name and of
+        (model, expected answer, answer, score) of each, which gives Tables.
     """
 
     commands: tuple[str, ...] = ()
     flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     readers: Mapping[str, str] = field(default_factory=dict)
+    data_tables: str | None = None
+    answer_tables: str | None = None
 
 
 ROOMS: Mapping[str, Room] = {
@@ -40,6 +45,8 @@ ROOMS: Mapping[str, Room] = {
             )
         },
         readers={".xlsx": "nested_core.rooms.tables.workbook:read_workbook"},
+        data_tables="nested_core.rooms.tables.labels:tabulate_labels_of_data",
+        answer_tables="nested_core.rooms.tables.labels:tabulate_labels_of_answers",
     ),
 }
 
@@ -65,7 +72,13 @@ def require(room: str, wanted: str) -> None:
         raise ConfigError(f"`{wanted}` belongs to the room {room}, which is not installed here.")
 
 
-def load_part(part: str) -> Any:
-    """What a string of the table names, `module:name`."""
+def load(part: str) -> Any:
+    """Import a part, `module:name`."""
     module, _, name = part.partition(":")
     return getattr(import_module(module), name)
+
+
+def collect(kind: str, *arguments: object) -> list[Any]:
+    """What the parts of one kind, a field of Room, give for these arguments, of all rooms."""
+    parts = (getattr(room, kind) for room in list_rooms().values())
+    return [given for part in parts if part is not None for given in load(part)(*arguments)]

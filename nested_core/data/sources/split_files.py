@@ -217,7 +217,7 @@ def _open_file(path: Path, settings: DataSettings, spool: Path) -> SplitFile:
     is_packed = suffix.endswith((".gz", ".parquet", *_ROOM_READER_BY_SUFFIX))
     delimiters: tuple[str, ...] = ()
     if suffix in _ROOM_READER_BY_SUFFIX:
-        lines = seams.load_part(_ROOM_READER_BY_SUFFIX[suffix])(path)
+        lines = seams.load(_ROOM_READER_BY_SUFFIX[suffix])(path)
     elif suffix in _TABLE_SUFFIXES:
         delimiter = find_csv_delimiter(path)
         delimiters = (CSV_DELIMITERS[delimiter],)

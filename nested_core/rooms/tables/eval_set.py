@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nested_core.errors import ConfigError, shorten
-from nested_core.records.labels import find_labels
 from nested_core.rooms.tables.dataset_split import SPLIT_SEED
+from nested_core.rooms.tables.labels import find_labels
 
 MAX_ANSWER_TOKENS = 256
 EXTRA_TOKENS = 16  # of an answer beyond the longest that is expected

@@ -10,8 +10,8 @@ from typing import Any
 from nested_core.data.lines.example_parsing import FieldNames, find_format
 from nested_core.data.lines.other_formats import is_preference_pair, suggest_field_names
 from nested_core.errors import shorten
-from nested_core.records.labels import find_labels
 from nested_core.rooms.tables.chats import Row, to_text
+from nested_core.rooms.tables.labels import find_labels
 
 LOOKED_AT_ROWS = 1_000  # of a file, for what its columns hold
 _QUESTION_NAMES = (
