@@ -53,6 +53,7 @@ HELD = (
     "docs/serving.md",
     "docs/silent-updates.md",
     "docs/support.md",
+    "docs/tables.md",
     "docs/troubleshooting.md",
     "docs/watching.md",
     MESSAGES,

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nested_core.config.sections import GateSection
 from nested_core.data.data_settings import DataSettings
-from nested_core.gate.answers.answer_bounds import judge_answers
 from nested_core.records.answers import AnsweringRole, AnswerRecord
 from nested_core.rooms.tables.labels import (
     find_labels,
@@ -92,20 +90,3 @@ def test_labels_of_a_data_set_are_counted_in_each_split(tmp_path: Path) -> None:
     assert table.rows == [("yes", "8 (67%)", "1 (50%)"), ("no", "4 (33%)", "1 (50%)")]
     write_lines(tmp_path / "valid.jsonl", [chat("Q?", "a long answer " * 20)])
     assert not list(tabulate_labels_of_data(DataSettings(str(tmp_path))))
-
-
-@pytest.mark.parametrize(
-    ("given", "same"),
-    [
-        (["billing"] * 10, None),  # four are wrong: that may be chance
-        (["shipping"] * 10, "shipping"),
-        (["shipping "] * 10, "shipping"),
-        (JUDGED, None),
-    ],
-)
-def test_one_answer_to_all_is_recorded(given: list[str], same: str | None) -> None:
-    task = {"name": "topics", "file": "t.jsonl", "score": "exact", "max_drop": None}
-    gate = GateSection.model_validate({"tasks": [task]})
-    records = answers_of("base", EXPECTED, ["?"] * 10) + answers_of("candidate", EXPECTED, given)
-    ((result,), _) = judge_answers(gate, records)
-    assert result.same_answer == same
