@@ -25,7 +25,7 @@ class Room:
     readers: functions that give the lines of JSON in a data file, by the end of its name.
     data_tables: what `validate` shows of a data set: a function of DataSettings that gives Tables.
     answer_tables: what stands beside the answers to an eval set: a function of its name and of
-        (model, expected answer, answer, score) of each, which gives Tables.
+        (model, expected answer, answer, score) of each, which gives Blocks.
     """
 
     commands: tuple[str, ...] = ()

@@ -138,6 +138,15 @@ def test_a_command_of_a_room_that_was_deleted_names_the_room(
     assert "\nServe:" not in cli.build_parser().format_help()
 
 
+def test_a_flag_of_a_room_that_was_deleted_names_the_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seams, "ROOMS", {"music": seams.Room(flags={"runs": ("--tune",)})})
+    done = called("runs", "--tune", "louder", cwd=tmp_path)
+    said = "`runs --tune` belongs to the room music, which is not installed here."
+    assert (done.code, done.message().strip()) == (2, f"nested-tune: {said}")
+
+
 def test_without_a_command_the_help_says_where_to_start(nested_tune: Run) -> None:
     done = nested_tune()
     assert done.code == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -196,12 +197,14 @@ def _list_unused(source: Source, columns: Columns | None) -> list[str]:
 
 
 def first_chats(source: Source) -> list[bytes]:
-    """The first chats of train in a table whose columns the core knows; else none."""
+    """The first chats of train in a table whose columns the core knows; none where rows are bad."""
     if not any(facts.is_table for facts in source.facts.values()) or source.unknown_files:
         return []
     maker = ChatMaker(None, source.field_names, "")
-    rows = _read_until_damaged(source.splits["train"])
-    return [line for row in islice(rows, 3) if (line := maker.make_line(row)) is not None]
+    lines = map(maker.make_line, islice(_read_until_damaged(source.splits["train"]), 3))
+    with suppress(DatasetError):  # the report on the data set says what is wrong
+        return [line for line in lines if line is not None]
+    return []
 
 
 def describe_chat(line: bytes) -> list[str]:

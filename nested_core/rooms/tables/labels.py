@@ -11,7 +11,7 @@ from nested_core.data.data_settings import DataSettings
 from nested_core.data.example_rows import read_sound_lines
 from nested_core.data.sources.split_files import open_splits
 from nested_core.errors import shorten
-from nested_core.text.document import Table
+from nested_core.text.document import Block, Table, Text
 
 MAX_LABELS = 50
 MAX_LABEL_CHARACTERS = 100
@@ -56,14 +56,14 @@ def _share(counts: Counter[str], label: str) -> str:
 
 def tabulate_labels_of_answers(
     name: str, answers: Sequence[tuple[str, str | None, str, float]]
-) -> Iterator[Table]:
+) -> Iterator[Block]:
     """How many questions of each label are answered rightly, where the answers are a few labels.
 
     Args:
         name: of the eval set.
         answers: model, expected answer, answer and score, from 0 to 1, of each model in turn.
 
-    The caption has the share that the most frequent label alone would get, and the wrong answer
+    Beside them stand the share that the most frequent label alone would get, and the wrong answer
     that the last model gives most often.
     """
     models = dict.fromkeys(model for model, *_ in answers)
@@ -78,8 +78,9 @@ def tabulate_labels_of_answers(
         for label, count in labels.items()
     ]
     usual, most = next(iter(labels.items()))
-    share = f"{most} of {len(expected)}, {most / len(expected):.0%}"
-    caption = f"{name} by label. Always {shorten(usual)!r}: {share}"
+    share = f"{most} of {len(expected)} ({most / len(expected):.0%})"
+    caption = f"{name} by label; always answering {shorten(usual, 60)!r} gets {share}"
+    yield Table(caption, ("label", "questions", *models), rows)
     wrong = Counter(
         (label, answer.strip())
         for model, label, answer, score in answers
@@ -87,6 +88,7 @@ def tabulate_labels_of_answers(
     )
     if wrong:
         (label, answer), count = wrong.most_common(1)[0]
-        confusion = f"{shorten(answer)!r} for {shorten(label)!r}, {count} of {labels[str(label)]}"
-        caption += f". Most often wrong, {judged}: {confusion}"
-    yield Table(caption, ("label", "questions", *models), rows)
+        yield Text(
+            f"The wrong answer that {judged} gives most often is {shorten(answer, 60)!r} where "
+            f"{shorten(label, 60)!r} is right: {count} of {labels[str(label)]} questions"
+        )

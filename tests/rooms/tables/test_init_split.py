@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from pathlib import Path
 
-from nested_core import load_config
+from flows.rooms.tables.command import add_flags
+from nested_core import load_config, seams
 from nested_core.rooms.tables.dataset_split import split_dataset
 from tests.builders.data_sets import write_lines
 from tests.example import DATA, MODEL
@@ -61,3 +63,10 @@ def test_no_row_of_a_table_is_lost_in_a_split(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(f"prompt;completion\n{rows}")
     counts = split_dataset(str(tmp_path / "*.csv"), 0.1, tmp_path / "split")
     assert counts == {"train": 32, "valid": 4, "test": 4}
+
+
+def test_the_static_table_names_the_flags_that_the_room_adds() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    added = {flag for action in parser._actions for flag in action.option_strings}
+    assert added - {"-h", "--help"} == {*seams.ROOMS["tables"].flags["init"]}

@@ -14,6 +14,7 @@ from nested_core.rooms.tables.labels import (
     tabulate_labels_of_answers,
     tabulate_labels_of_data,
 )
+from nested_core.text.document import Table, Text
 from tests.builders.data_sets import chat, write_lines
 
 
@@ -49,12 +50,14 @@ JUDGED = ["billing"] * 5 + ["shipping"] + ["billing"] * 3 + ["shipping"]
 
 def test_right_answers_stand_by_label_beside_the_majority_and_the_worst_confusion() -> None:
     records = answers_of("base", EXPECTED, ["?"] * 10) + answers_of("candidate", EXPECTED, JUDGED)
-    (table,) = tabulate_labels_of_answers("topics", in_rows(records))
+    table, confusion = tabulate_labels_of_answers("topics", in_rows(records))
+    assert isinstance(table, Table)
     assert table.columns == ("label", "questions", "base", "candidate")
     assert table.rows == [("billing", 6, 0, 5), ("shipping", 4, 0, 1)]
-    assert table.caption == (
-        "topics by label. Always 'billing': 6 of 10, 60%. "
-        "Most often wrong, candidate: 'billing' for 'shipping', 3 of 4"
+    assert table.caption == "topics by label; always answering 'billing' gets 6 of 10 (60%)"
+    assert confusion == Text(
+        "The wrong answer that candidate gives most often is 'billing' where 'shipping' is right: "
+        "3 of 4 questions"
     )
 
 
