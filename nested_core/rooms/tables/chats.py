@@ -203,7 +203,7 @@ class ChatMaker:
         if chat is None:
             return None
         turns = chat["messages"]
-        if self.system and turns[0]["role"] != "system":
+        if self.system and not (turns and turns[0]["role"] == "system"):
             chat["messages"] = [{"role": "system", "content": self.system}, *turns]
             if "loss_mask" in chat:
                 chat["loss_mask"] = [1, *chat["loss_mask"]]

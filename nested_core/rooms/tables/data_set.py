@@ -198,7 +198,8 @@ def _list_unused(source: Source, columns: Columns | None) -> list[str]:
 
 def first_chats(source: Source) -> list[bytes]:
     """The first chats of train in a table whose columns the core knows; none where rows are bad."""
-    if not any(facts.is_table for facts in source.facts.values()) or source.unknown_files:
+    is_table = any(facts.is_table for facts in source.facts.values())
+    if not is_table or source.unknown_files or "train" not in source.splits:
         return []
     maker = ChatMaker(None, source.field_names, "")
     lines = map(maker.make_line, islice(_read_until_damaged(source.splits["train"]), 3))

@@ -92,11 +92,12 @@ def draw_eval_set(train: Iterable[bytes], held_out: Sequence[bytes], count: int)
 
 def _question_of(chat: dict[str, Any]) -> str:
     """All turns but the answer as one text; empty where no eval set can ask it."""
-    *asked, last = chat["messages"]
-    plain = all(set(turn) == {"role", "content"} for turn in [*asked, last])
-    if "tools" in chat or not plain or not asked or asked[-1]["role"] != "user":
+    turns = chat["messages"]
+    is_plain = all(set(turn) == {"role", "content"} for turn in turns)
+    roles = [turn["role"] for turn in turns[-2:]]
+    if "tools" in chat or not is_plain or roles != ["user", "assistant"]:
         return ""
-    return json.dumps(asked)
+    return json.dumps(turns[:-1])
 
 
 def _answer_of(chat: dict[str, Any]) -> str:
