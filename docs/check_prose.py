@@ -54,6 +54,7 @@ HELD = (
     "docs/serving.md",
     "docs/silent-updates.md",
     "docs/support.md",
+    "docs/tables.md",
     "docs/troubleshooting.md",
     "docs/watching.md",
     MESSAGES,

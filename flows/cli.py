@@ -143,6 +143,9 @@ def build_parser(command: str | None = None) -> _Parser:
     parser.summaries = commands.summaries
     for module in modules:
         module.add_commands(commands)
+    for name, room in seams.list_rooms().items():
+        for extended in commands.parsers.keys() & room.added_flags.keys():
+            import_module(f"flows.rooms.{name}.command").add_flags(commands.parsers[extended])
     for name, own_parser in commands.parsers.items():
         if any(map(is_key_flag, own_parser._actions)):  # argparse offers no other list of them
             own_parser.usage = f"nested-tune {name} -c FILE [options]"
@@ -243,6 +246,9 @@ def _describe_unknown_arguments(
     for word in unknown:
         if word.startswith("--"):
             given = word.partition("=")[0]
+            for name, room in seams.ROOMS.items():
+                if given in room.added_flags.get(parsed.command, ()):
+                    seams.require(name, f"{parsed.command} {given}")
             theirs = OUR_KEYS_BY_OTHER_TOOLS_KEYS.get(given[2:].replace("-", "_"), "")
             ours = f"--{theirs.partition(';')[0].replace('_', '-')}"
             meant = [flag for flag in flags if flag == ours or flag.endswith(f".{given[2:]}")]

@@ -53,6 +53,12 @@ class Room:
     cuda_operations: the DeviceOperations of layers (kernels/device_operations.py) on CUDA.
     around_training: contexts around loading and training, of configuration, run directory, a
         function that takes a line for the person, and session.
+    added_flags: of a command of the core, by its name; `add_flags` in flows/rooms/ROOM/command.py
+        adds them.
+    readers: functions that give the lines of JSON in a data file, by the end of its name.
+    data_tables: what `validate` shows of a data set: a function of DataSettings that gives Tables.
+    answer_tables: what stands beside the answers to an eval set: a function of its name and of
+        (model, expected answer, answer, score) of each, which gives Blocks.
     """
 
     commands: tuple[str, ...] = ()
@@ -69,6 +75,10 @@ class Room:
     reference_trainer: str | None = None
     cuda_operations: str | None = None
     around_training: tuple[str, ...] = ()
+    added_flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    readers: Mapping[str, str] = field(default_factory=dict)
+    data_tables: str | None = None
+    answer_tables: str | None = None
 
 
 ROOMS: Mapping[str, Room] = {
@@ -120,6 +130,17 @@ ROOMS: Mapping[str, Room] = {
         reference_trainer="nested_core.rooms.reference.mlx_lm_trainer:MlxLmTrainer",
     ),
     "minutes": Room(),
+    "tables": Room(
+        added_flags={
+            "init": (
+                *("--split", "--suite", "--prompt-feature", "--completion-feature"),
+                *("--completion-features", "--template", "--system", "--system-file"),
+            )
+        },
+        readers={".xlsx": "nested_core.rooms.tables.workbook:read_workbook"},
+        data_tables="nested_core.rooms.tables.labels:tabulate_labels_of_data",
+        answer_tables="nested_core.rooms.tables.labels:tabulate_labels_of_answers",
+    ),
 }
 
 # Parts of the room minutes: a class, made of configuration, run and hooks, that holds a run to
@@ -197,3 +218,9 @@ def load_only(field: str, wanted: str) -> Any:
     (name,) = (name for name, room in ROOMS.items() if getattr(room, field))
     require(name, wanted)
     return load(getattr(ROOMS[name], field))
+
+
+def collect(kind: str, *arguments: object) -> list[Any]:
+    """What the parts of one kind, a field of Room, give for these arguments, of all rooms."""
+    parts = (getattr(room, kind) for room in list_rooms().values())
+    return [given for part in parts if part is not None for given in load(part)(*arguments)]

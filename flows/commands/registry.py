@@ -151,7 +151,7 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
         print_progress(f"warning: {notes.warning}")
     if done.outcome == "promoted" and candidate.verdict.has_broken_answers:
         print_progress(
-            f"warning: training broke most of the sample answers of this adapter: look at "
+            f"warning: training broke the answers of this adapter: look at "
             f"{run.report}. To go back: nested-tune rollback {arguments.name} --registry "
             f"{arguments.registry}"
         )

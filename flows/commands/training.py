@@ -20,11 +20,22 @@ from flows.commands.config_flags import (
 )
 from flows.flow_runs.loss_on_test_set import describe_test_loss
 from flows.process.stop_signals import Stopper
-from flows.terminal.console import ProgressLine, print_line, print_progress, print_table
+from flows.terminal.console import (
+    ProgressLine,
+    print_blocks,
+    print_line,
+    print_progress,
+    print_table,
+)
 from flows.terminal.mlx_lm_log import MlxLmLog
 from flows.terminal.run_follower import showing_run
-from flows.terminal.run_results import format_sample_answers, print_rejection, print_tiers
-from nested_core import backend
+from flows.terminal.run_results import (
+    format_sample_answers,
+    print_answer_tables,
+    print_rejection,
+    print_tiers,
+)
+from nested_core import backend, seams
 from nested_core.errors import ConfigError, GateRejected, TrainingStopped, go_on_with
 from nested_core.storage.run_directory import open_run
 from nested_core.text.digest_format import shorten_digest
@@ -136,6 +147,7 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
         checks = dict.fromkeys(check for own in facts.values() for check in own)
         counts = [[check, *(_cell(own.get(check)) for own in facts.values())] for check in checks]
         print_table(("", *facts), counts)
+        print_blocks(*seams.collect("data_tables", settings))
         if explained := (*report.errors, *report.warnings):
             print_line(guide_sentence(explained))
         print_examples(examples, _describe_learnt_prompts(config, report))
@@ -232,6 +244,7 @@ def print_result(
     for line in format_sample_answers(answers):
         print_line(line)
     print_tiers(result.verdict)
+    print_answer_tables(result.run)
     print_line(result.verdict.summary())
     print_line(f"adapter: {result.run.adapter}")
     if result.test_loss is not None:

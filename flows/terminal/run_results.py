@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from flows.terminal.console import print_blocks, print_line
+from nested_core import seams
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.foreign_text import escape
 
@@ -54,6 +55,17 @@ def print_rejection(run: RunDirectory) -> None:
     if read.verdict is not None:
         print_line(read.verdict.outcome)
         print_blocks(check_table(read.verdict), *lost_answers(read.verdict, read.answers))
+        print_answer_tables(run)
+
+
+def print_answer_tables(run: RunDirectory) -> None:
+    """What rooms show of the answers to each suite."""
+    from nested_core.records.run import Run
+
+    answers = Run(run).answers
+    for name in dict.fromkeys(answer.task for answer in answers):
+        given = [(a.model, a.expected, a.answer, a.score) for a in answers if a.task == name]
+        print_blocks(*seams.collect("answer_tables", name, given))
 
 
 def print_tiers(verdict: Verdict) -> None:

@@ -81,6 +81,14 @@ class DataSettings:
         return frozenset({self.chat_feature, "tools"}.difference(self.drop_fields))
 
     @property
+    def column_flags(self) -> str:
+        """The flags of init that name a table's columns, after a blank; empty for usual names."""
+        names = (self.prompt_feature, self.completion_feature)
+        if names == ("prompt", "completion"):
+            return ""
+        return " --prompt-feature {} --completion-feature {}".format(*map(shlex.quote, names))
+
+    @property
     def describe_source(self) -> str:
         """Where the data comes from, for people."""
         return ", ".join(entry.path for entry in self.hf_dataset) or self.data

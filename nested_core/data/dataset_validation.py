@@ -132,6 +132,7 @@ def _apply_file_rules(
             "split": split,
             "folder": folder,
             "held": held,
+            "columns": settings.column_flags,
             "is_present": table.source is not None,
             "format": table.format,
             "mask_prompt": settings.mask_prompt,

@@ -50,13 +50,14 @@ def read_split_rows(settings: DataSettings, split: str) -> SplitRows | None:
         file = open_splits(settings, Path(spool)).get(split)
         if file is None:
             return None
-        examples = list(_read_sound_lines(file.path, settings.field_names))
+        examples = list(read_sound_lines(file.path, settings.field_names))
     contents = (flatten_example(one, settings.field_names).content or "" for one in examples)
     digest = sha256(b"".join(sha256(content.encode()).digest() for content in contents))
     return SplitRows([_row_of(example) for example in examples], digest.hexdigest())
 
 
-def _read_sound_lines(path: Path, field_names: FieldNames) -> Iterator[Example]:
+def read_sound_lines(path: Path, field_names: FieldNames) -> Iterator[Example]:
+    """Yield the examples of a file of JSON lines, without those lines that are none."""
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
         for number, line in enumerate(file, 1):
             if body := strip_line(line, is_first=number == 1):

@@ -42,6 +42,7 @@ BATCH_SIZES = (8, 4, 2, 1)
 EVALUATION_INTERVAL = 0.1  # of the run
 SEQ_LENGTH_MULTIPLE = 64  # max_seq_length is a multiple of it
 _MEMORY_PLACEHOLDER = "MEMORY FORECAST"  # stands for it until it is known
+_GATE = "gate:\n  max_val_loss_increase: 0.02\n"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def suggest_config(
     drop_fields: Sequence[str] = (),
     adapter: str | None = None,
     *,
+    tasks: str = "",
     minutes: float | None = None,
 ) -> SuggestedConfig:
     """A configuration that loads and whose first step fits in memory.
@@ -76,6 +78,7 @@ def suggest_config(
         model, data: as the keys of these names.
         drop_fields: fields of the rows to leave out on purpose.
         adapter: the adapters.safetensors to go on from; None begins with a fresh adapter.
+        tasks: more lines of the section `gate`, such as its `tasks`.
         minutes: how long a run is to take; None counts passes over the data.
 
     Raises ConfigError if there is no such model or data, DatasetError if the data has errors.
@@ -111,7 +114,7 @@ def suggest_config(
         text = text.replace(_MEMORY_PLACEHOLDER, memory.describe())
         if memory.fits:
             break
-    return SuggestedConfig(text, report)
+    return SuggestedConfig(text.replace(_GATE, _GATE + tasks), report)
 
 
 def _choose_lora(base: Path, adapter: str | None) -> _Lora:
@@ -237,9 +240,7 @@ nested: {{frequencies: [1]}}
 # nested: {{frequencies: [1, 2, 4], fast: deep}}
 
 # The adapter may not leave held-out examples worse than it found them.
-{_describe_held_out(base, report)}gate:
-  max_val_loss_increase: 0.02
-
+{_describe_held_out(base, report)}{_GATE}
 # Where a verified adapter is registered, and when it becomes the champion by itself.
 # registry: {{path: registry, name: my-adapter, promote: better}}
 # continual: {{from: champion}}  # every run goes on from it: then learning_rate: {continuing:g}

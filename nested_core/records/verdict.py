@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-from nested_core.errors import join_first_values
+from nested_core.errors import join_first_values, shorten
 from nested_core.records.answers import BROKEN_WORDS
 from nested_core.records.loss_conclusion import (
     MIN_EXAMPLES,
@@ -420,6 +420,7 @@ class TaskResult:
     smallest_visible: the smallest share of lost answers that so many questions can show.
     seconds: of each model, all questions together.
     odd: how many of the candidate's answers are empty, endless or one repeated token.
+    same_answer: the one that the candidate gave to every question, though others expect another.
     """
 
     name: str
@@ -440,6 +441,7 @@ class TaskResult:
     lost: int = 0
     lost_first: tuple[str, ...] = ()
     chosen_among: int = 1
+    same_answer: str | None = None
 
     @property
     def is_proven_gain(self) -> bool:
@@ -494,6 +496,9 @@ class TaskResult:
         return f"{text}, {' and '.join(odd)}" if odd else text
 
 
+LEARN_MORE = "train longer, or try a learning rate three times as high, or a third of it"
+
+
 @dataclass(frozen=True)
 class SampleVerdict:
     """Whether training broke the answers to sample prompts (gate/checks/samples.py).
@@ -524,7 +529,7 @@ class SampleVerdict:
     def suggest(self) -> str:
         """What to try next: the same answer to every prompt is learnt too little, or too fast."""
         if self.ways.get("same"):
-            return "train longer, or try a learning rate three times as high, or a third of it"
+            return LEARN_MORE
         return "try a lower learning rate, a smaller lora_parameters.scale or fewer passes"
 
 
@@ -639,8 +644,20 @@ class Verdict:
 
     @property
     def has_broken_answers(self) -> bool:
-        """Whether training broke most answers to the sample prompts: nothing to promote."""
-        return self.samples is not None and self.samples.are_broken
+        """Whether training broke the answers: there is nothing to promote."""
+        return bool(self.broken_answers)
+
+    @property
+    def broken_answers(self) -> str:
+        """How most sample answers are broken, or those to a suite are all the same; else empty."""
+        broken = [
+            f"{task.name}: all {task.questions} answers are {shorten(task.same_answer)!r}"
+            for task in self.tasks
+            if task.same_answer is not None
+        ]
+        if self.samples is not None and self.samples.are_broken:
+            broken.append(self.samples.describe())
+        return "; ".join(broken)
 
     @property
     def rival(self) -> str | None:
@@ -652,9 +669,11 @@ class Verdict:
         if not self.has_passed:
             return []
         lost = [note for task in self.tasks if (note := task.describe_lost()) is not None]
-        if self.samples is not None and self.samples.are_broken:
+        if self.has_broken_answers:
+            samples = self.samples
+            advice = samples.suggest() if samples and samples.are_broken else LEARN_MORE
             lost.append(
-                f"{self.samples.describe()}: do not promote it, but {self.samples.suggest()} "
+                f"{self.broken_answers}: do not promote it, but {advice} "
                 f"({GATE_GUIDE}#answers_broken)"
             )
         return lost
@@ -732,8 +751,7 @@ class Verdict:
         parts = [self.describe_loss()]
         if self.validation is not None:
             parts.append(self.validation.describe_conclusion() or "")
-        if self.samples is not None and self.samples.are_broken:
-            parts.append(self.samples.describe())
+        parts.append(self.broken_answers)
         if self.champion is not None:
             parts.append(self.champion.describe())
         return "; ".join(filter(None, parts))

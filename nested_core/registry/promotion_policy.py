@@ -501,9 +501,8 @@ def _why_not_sound(candidate: Judgement, rule: PromotionRule) -> str | None:
     if not verdict.has_passed:
         codes = ", ".join(reason.code for reason in verdict.reasons)
         return f"the gate, run again, rejected it: {codes}"
-    samples = verdict.samples
-    if samples is not None and samples.are_broken and not rule.asks_person:
-        return f"{samples.broken} of {samples.judged} sample answers are broken: a person decides"
+    if verdict.has_broken_answers and not rule.asks_person:
+        return f"{verdict.broken_answers}: a person decides"
     return None
 
 

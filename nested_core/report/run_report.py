@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nested_core import seams
 from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.loading import render_config
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
@@ -388,7 +389,9 @@ def list_answers(run: Run) -> list[Block]:
     count = max(2, MAX_SHOWN_QUESTIONS // max(1, len(names)))
     for name in names[:MAX_SHOWN_QUESTIONS]:
         own = [answer for answer in run.answers if answer.task == name]
-        blocks.append(Section(name, [_answers_table(own, count)]))
+        given = [(answer.model, answer.expected, answer.answer, answer.score) for answer in own]
+        tables = seams.collect("answer_tables", name, given)
+        blocks.append(Section(name, [*tables, _answers_table(own, count)]))
     if run.sample_answers:
         shown = run.sample_answers[:MAX_SHOWN_QUESTIONS]
         blocks.append(Section("To read, not scored", [_sample_answers_table(shown)]))

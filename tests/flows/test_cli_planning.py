@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 
 from nested_core import load_config
@@ -59,34 +58,3 @@ def test_init_for_data_with_errors_is_exit_3(tmp_path: Path) -> None:
     done = called("init", "--data", ".", "--model", str(MODEL), cwd=tmp_path)
     assert done.code == 3
     assert "is rejected" in done.message()
-
-
-def test_init_splits_data_that_has_only_train_in_a_new_folder(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    train = (DATA / "train.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "data" / "train.jsonl").write_text("".join(train[:20]))
-    bare = called("init", "--data", "data", "--model", str(MODEL), "-o", "bare.yaml", cwd=tmp_path)
-    (note,) = [line for line in bare.stderr.splitlines() if line.startswith("note: ")]
-    assert "note: there is no data to evaluate the adapter on." in note
-    pasted = shlex.split(note.partition(" for it: ")[2])  # as a person would
-    assert f"#   {shlex.join(pasted)}" in (tmp_path / "bare.yaml").read_text()
-    assert pasted[0] == "nested-tune"
-    command = pasted[1:]
-    done = called(*command, cwd=tmp_path)
-    assert done.code == 0
-    assert "data-split (train.jsonl 16, valid.jsonl 2, test.jsonl 2 rows" in done.stderr
-    assert load_config(tmp_path / "lora-split.yaml").data == "data-split"
-    (tmp_path / "lora-split.yaml").unlink()
-    again = called(*command, cwd=tmp_path)
-    assert again.code == 2
-    assert "data-split exists, and is not written over." in again.message()
-
-
-def test_a_split_that_init_cannot_use_is_taken_away_again(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text("{}\n{ }\n" + '{"a": 1}\n{"a": 2}\n{"a": 3}\n')
-    done = called("init", "--data", "data", "--model", str(MODEL), "--split", "0.2", cwd=tmp_path)
-    assert done.code == 3
-    assert "Written" not in done.stderr
-    assert "The data set data is rejected" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]

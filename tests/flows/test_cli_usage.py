@@ -143,6 +143,15 @@ def test_a_command_or_a_flag_of_a_room_that_was_deleted_names_the_room(
     assert said in capsys.readouterr().err.replace("\n", " ")
 
 
+def test_a_flag_of_a_room_that_was_deleted_names_the_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seams, "ROOMS", {"music": seams.Room(added_flags={"runs": ("--tune",)})})
+    done = called("runs", "--tune", "louder", cwd=tmp_path)
+    said = "`runs --tune` belongs to the room music, which is not installed here."
+    assert (done.code, done.message().strip()) == (2, f"nested-tune: {said}")
+
+
 def test_without_a_command_the_help_says_where_to_start(nested_tune: Run) -> None:
     done = nested_tune()
     assert done.code == 2

@@ -18,16 +18,6 @@ def write_alpaca(path: Path, rows: int, **more: str) -> None:
     path.write_text("\n".join(lines))
 
 
-def test_init_says_and_writes_the_format_of_a_split_of_alpaca_rows(tmp_path: Path) -> None:
-    write_alpaca(tmp_path / "rows.jsonl", 12)
-    arguments = ("init", "--data", "rows.jsonl", "--model", str(MODEL), "--split", "0.2")
-    done = called(*arguments, "-o", "lora.yaml", cwd=tmp_path)
-    assert done.code == 0
-    assert "train.jsonl: alpaca, 8 of 8 rows" in done.stderr.splitlines()
-    config = load_config(tmp_path / "lora.yaml")
-    assert (config.data, config.data_format, config.mask_prompt) == ("rows-split", "alpaca", True)
-
-
 def test_init_finds_the_columns_and_the_delimiter_of_a_table(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     rows = "".join(f"Wo, {n}?;Hier, am Markt;Anna\r\n" for n in range(6))

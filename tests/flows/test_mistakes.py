@@ -174,7 +174,8 @@ MISTAKES: dict[str, Mistake] = {
     "fields of no known name": data_mistake(
         as_lines(*({"foo": str(n), "bar": "b"} for n in range(4))),
         "train.jsonl:1: unknown-format: expected 'prompt' and 'completion', 'messages', 'text', "
-        "'conversations' or 'instruction' and 'output'; found foo, bar (and 3 more: lines 2, 3, "
+        "'conversations' or 'instruction' and 'output'; found foo, bar; `nested-tune init` takes "
+        "the names of your columns (and 3 more: lines 2, 3, "
         "...)",
     ),
     "Alpaca's format with more in it": data_mistake(

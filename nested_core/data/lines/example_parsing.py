@@ -426,8 +426,9 @@ def _choose_format(row: dict[str, Any], field_names: FieldNames) -> Format:
             asked = f", which data_format: {field_names.data_format} needs" if is_wanted else ""
             raise LineProblem("missing-field", f"{missing[0]} is missing{asked}{hint}")
     *others, last = (" and ".join(map(repr, expected)) for expected in keys)
-    present = shorten(", ".join(row) or "nothing")
-    message = f"expected {', '.join(others)} or {last}; found {present}{hint}"
+    present = shorten(", ".join(row) or "nothing", 150)
+    advice = hint or "; `nested-tune init` takes the names of your columns"
+    message = f"expected {', '.join(others)} or {last}; found {present}{advice}"
     raise LineProblem("unknown-format", message)
 
 

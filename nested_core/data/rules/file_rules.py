@@ -20,6 +20,7 @@ FILE_RULES = FrameRules(
         "split": pl.String,
         "folder": pl.String,
         "held": pl.String,
+        "columns": pl.String,
         "format": pl.String,
         "is_present": pl.Boolean,
         "mask_prompt": pl.Boolean,
@@ -59,7 +60,7 @@ FILE_RULES = FrameRules(
             pl.col("is_present") | (pl.col("split") != "valid"),
             "there is none in {folder}, which holds {held}: the best checkpoint cannot be told "
             "from the last; name the file valid.jsonl, or draw one from train with `nested-tune "
-            "init --data {folder} --model MODEL --split 0.1 -o lora-split.yaml`",
+            "init --data {folder} --model MODEL{columns} --split 0.1 -o lora-split.yaml`",
         ),
     ),
 )

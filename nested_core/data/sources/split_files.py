@@ -20,6 +20,7 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
+from nested_core import seams
 from nested_core.config.names import HUB_NAME_PATTERN
 from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.sources.file_formats import (
@@ -52,8 +53,11 @@ _READER_BY_SUFFIX: dict[str, Callable[[Path], Iterator[NumberedLine]]] = {
     ".json": read_json_array,
     ".parquet": read_parquet,
 }
+_ROOM_READER_BY_SUFFIX = {
+    suffix: part for room in seams.list_rooms().values() for suffix, part in room.readers.items()
+}
 _TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
-SUFFIXES = (".jsonl", *_READER_BY_SUFFIX, *_TABLE_SUFFIXES)
+SUFFIXES = (".jsonl", *_READER_BY_SUFFIX, *_TABLE_SUFFIXES, *_ROOM_READER_BY_SUFFIX)
 _SUFFIX_PATTERN = re.compile(f"({'|'.join(map(re.escape, SUFFIXES))})$", re.IGNORECASE)
 _COPIED_BYTES = 2**20  # at a time
 _MAX_SHOWN_PARTS = 2
@@ -210,9 +214,11 @@ def _open_file(path: Path, settings: DataSettings, spool: Path) -> SplitFile:
         if end is None:
             return SplitFile(path.name, path)
         return _write_split_lines(path.name, read_lines_before(path, end), spooled)
-    is_packed = suffix.endswith((".gz", ".parquet"))
+    is_packed = suffix.endswith((".gz", ".parquet", *_ROOM_READER_BY_SUFFIX))
     delimiters: tuple[str, ...] = ()
-    if suffix in _TABLE_SUFFIXES:
+    if suffix in _ROOM_READER_BY_SUFFIX:
+        lines = seams.load(_ROOM_READER_BY_SUFFIX[suffix])(path)
+    elif suffix in _TABLE_SUFFIXES:
         delimiter = find_csv_delimiter(path)
         delimiters = (CSV_DELIMITERS[delimiter],)
         lines = read_csv(path, settings.json_keys, delimiter)

@@ -189,6 +189,12 @@ def _find_worse_answers(judged: JudgedRun) -> list[Reason]:
     results, reasons = judge_answers(judged.bounds, answers)
     judged.answers = answers
     judged.verdict = replace(judged.verdict, tasks=results)
+    if judged.bounds.samples == "fail":
+        reasons += [
+            Reason("answers_broken", f"{result.describe()}, all of them the same")
+            for result in results
+            if result.same_answer is not None
+        ]
     return reasons
 
 

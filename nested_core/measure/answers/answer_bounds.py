@@ -38,6 +38,7 @@ MAX_NAMED_QUESTIONS = 3
 CHAMPION = "the champion"  # as a rival in messages
 BADNESS: tuple[Conclusion, ...] = ("better", "no_worse", "inconclusive", "worse")
 
+MIN_WRONG_SAME = 5  # wrong ones among equal answers: fewer may be chance
 MIN_PROMPTS = 3  # fewer answers of a sound base judge nothing
 
 
@@ -285,7 +286,15 @@ def _summarise_task(
         lost=len(change.lost),
         lost_first=change.lost[:MAX_NAMED_QUESTIONS],
         chosen_among=candidate[0].chosen_among,
+        same_answer=_find_same_answer(candidate),
     )
+
+
+def _find_same_answer(answers: Sequence[AnswerRecord]) -> str | None:
+    """The answer to every question, where it is wrong for MIN_WRONG_SAME of them or more."""
+    texts = {record.answer.strip() for record in answers}
+    wrong = sum(record.score == 0 for record in answers)
+    return next(iter(texts)) if len(texts) == 1 and wrong >= MIN_WRONG_SAME else None
 
 
 def _task_below_reasons(

@@ -11,6 +11,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from nested_core import seams
 from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.verdict import Validation
 from nested_core.text.document import Block, Cell, Details, Document, Section, Table, Text
@@ -205,6 +206,12 @@ class Evaluation:
         wrong = wrong[:shown]
         caption = f"Right answers, compared with {self._letters[self.against]}"
         blocks: list[Block] = [Table(caption, ("", "right", *COMPARED), rows)]
+        given = [
+            (self._letters[model.name], q.expected, q.answers[model.name], q.scores[model.name])
+            for model in self.models
+            for q in asked
+        ]
+        blocks += seams.collect("answer_tables", name, given)
         if wrong:
             letters = " or ".join(self._letters[name] for name in judged)
             caption = f"The first {len(wrong)} that {letters} answered wrong"

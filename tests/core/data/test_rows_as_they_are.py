@@ -15,7 +15,6 @@ import pytest
 from nested_core.config.sections import DataFormat
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.dataset_split import split_dataset
 from nested_core.data.lines.example_parsing import FORMATS
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
@@ -696,10 +695,3 @@ def test_a_file_that_is_no_table_is_refused_where_tables_are_configured(tmp_path
     write(tmp_path, {"train.jsonl": lines(*GOOD_ALPACA)})
     with pytest.raises(ConfigError, match=r"data_format: csv, but .*train\.jsonl is no table"):
         load(tmp_path, {"data_format": "csv"})
-
-
-def test_no_row_of_a_table_is_lost_in_a_split(tmp_path: Path) -> None:
-    rows = "".join(f"Where, {n}?;Here.\n" for n in range(40))
-    write(tmp_path, {"rows.csv": f"prompt;completion\n{rows}".encode()})
-    counts = split_dataset(str(tmp_path / "*.csv"), 0.1, tmp_path / "split")
-    assert counts == {"train": 32, "valid": 4, "test": 4}

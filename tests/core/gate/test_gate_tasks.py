@@ -75,6 +75,20 @@ def test_a_run_that_lowers_its_loss_and_breaks_its_answers_is_refused(broken: Ca
     assert low <= result["difference"] <= high < 0
 
 
+def test_one_answer_to_every_question_is_broken_whatever_the_bounds(broken: Candidate) -> None:
+    suites = [task(Path(each.file), max_drop=None) for each in broken.config.gate.tasks]
+    verdict = steps.judge(with_tasks(broken.config, *suites), broken.run)
+    assert verdict.tasks[0].same_answer == f"{WRONG}."
+    assert verdict.summary().startswith("passed, answers broken: ")
+    *_, note = verdict.notes()
+    assert note.startswith(f"capitals: all 20 answers are '{WRONG}.'")
+    assert "do not promote it, but train longer" in note
+    strict = with_tasks(broken.config, *suites)
+    gate = strict.gate.model_copy(update={"samples": "fail"})
+    with pytest.raises(GateRejected, match="answers_broken: capitals: "):
+        steps.judge(strict.model_copy(update={"gate": gate}), broken.run)
+
+
 def test_every_answer_of_every_model_is_in_the_run(broken, answers_of_broken) -> None:
     records = [asdict(record) for record in answers_of_broken]
     with pytest.raises(GateRejected):
@@ -267,3 +281,29 @@ def test_a_drop_that_chance_could_bring_is_no_regression_unless_noise_is_none() 
     assert "1 lost: line 10" in reasons[0].message
     with pytest.raises(DamagedError, match="the answers to capitals are not all there"):
         judge_answers(gate, records[:-1])
+
+
+@pytest.mark.parametrize(
+    ("given", "same"),
+    [
+        (["billing"] * 10, None),  # four are wrong: that may be chance
+        (["shipping"] * 9 + ["shipping "], "shipping"),
+        (["billing"] + ["shipping"] * 9, None),
+    ],
+)
+def test_equal_answers_are_broken_where_five_of_them_are_wrong(
+    given: list[str], same: str | None
+) -> None:
+    right = ["billing"] * 6 + ["shipping"] * 4
+    roles: dict[AnsweringRole, list[str]] = {"base": right, "candidate": given}
+    records = [
+        AnswerRecord(
+            *("capitals", role, line, f"line {line}", answer, float(answer == expected)),
+            *(1, False, False, False, 0.0),
+        )
+        for role, answers in roles.items()
+        for line, (answer, expected) in enumerate(zip(answers, right, strict=True), start=1)
+    ]
+    gate = GateSection.model_validate({"tasks": [task(Path("suite.jsonl"))]})
+    ((result,), _) = judge_answers(gate, records)
+    assert result.same_answer == same

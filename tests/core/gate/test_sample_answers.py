@@ -171,7 +171,7 @@ def test_a_destroyed_model_is_said_to_be_that_and_is_not_promoted_by_itself(dest
     assert told in page
 
     version = register_run(config, run, None)
-    refusal = f"{told}: a person decides"
+    refusal = f"{verdict.samples.describe()}: a person decides"
     assert promote_by_policy(config.registry, version, None).sentence == refusal
     asked = config.registry.model_copy(update={"promote": "approve"})
     assert "waiting for approval" in str(promote_by_policy(asked, version, None))

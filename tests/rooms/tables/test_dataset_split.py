@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nested_core import ConfigError, DatasetError
-from nested_core.data.dataset_split import split_dataset
+from nested_core.rooms.tables.dataset_split import split_dataset
 from tests.builders.data_sets import write_lines
 
 

@@ -1,0 +1,1 @@
+"""What the room tables adds to the command `init`."""

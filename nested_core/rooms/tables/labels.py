@@ -1,0 +1,94 @@
+"""Answers that are a few labels: how many there are of each, and how many are answered rightly."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.example_rows import read_sound_lines
+from nested_core.data.sources.split_files import open_splits
+from nested_core.errors import shorten
+from nested_core.text.document import Block, Table, Text
+
+MAX_LABELS = 50
+MAX_LABEL_CHARACTERS = 100
+MIN_ROWS_A_LABEL = 2  # on average: fewer are answers that happen to be equal
+
+
+def find_labels(counts: Mapping[str, int]) -> dict[str, int]:
+    """How often each label is an answer, the most frequent first; empty where these are no labels.
+
+    counts: how often each answer is given. Labels are from two to MAX_LABELS short answers, each
+    given MIN_ROWS_A_LABEL times on average.
+    """
+    are_few = 2 <= len(counts) <= MAX_LABELS
+    if not are_few or sum(counts.values()) < MIN_ROWS_A_LABEL * len(counts):
+        return {}
+    if any(len(answer) > MAX_LABEL_CHARACTERS for answer in counts):
+        return {}
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def tabulate_labels_of_data(settings: DataSettings) -> Iterator[Table]:
+    """How often each label is an answer in each split, where the answers are a few labels."""
+    counts: dict[str, Counter[str]] = {}
+    with TemporaryDirectory(prefix="nested-tune-") as spool:
+        for file in open_splits(settings, Path(spool)).values():
+            own = counts.setdefault(file.name, Counter())
+            for example in read_sound_lines(file.path, settings.field_names):
+                answer = str(example.messages[-1].get("content")) if example.messages else ""
+                own[answer] += 1
+                if not 0 < len(answer) <= MAX_LABEL_CHARACTERS or len(own) > MAX_LABELS:
+                    return
+    labels = find_labels(sum(counts.values(), Counter[str]()))
+    rows = [(label, *(_share(own, label) for own in counts.values())) for label in labels]
+    if rows:
+        yield Table("How often each answer is given", ("answer", *counts), rows)
+
+
+def _share(counts: Counter[str], label: str) -> str:
+    """Such as `12 (40%)`."""
+    return f"{counts[label]:,} ({counts[label] / (counts.total() or 1):.0%})"
+
+
+def tabulate_labels_of_answers(
+    name: str, answers: Sequence[tuple[str, str | None, str, float]]
+) -> Iterator[Block]:
+    """How many questions of each label are answered rightly, where the answers are a few labels.
+
+    Args:
+        name: of the eval set.
+        answers: model, expected answer, answer and score, from 0 to 1, of each model in turn.
+
+    Beside them stand the share that the most frequent label alone would get, and the wrong answer
+    that the last model gives most often.
+    """
+    models = dict.fromkeys(model for model, *_ in answers)
+    judged = [*models][-1]
+    expected = [label or "" for model, label, *_ in answers if model == judged]
+    labels = {} if "" in expected else find_labels(Counter(expected))
+    if not labels:
+        return
+    right = Counter((model, label) for model, label, _, score in answers if score >= 1)
+    rows = [
+        (label, count, *(right[model, label] for model in models))
+        for label, count in labels.items()
+    ]
+    usual, most = next(iter(labels.items()))
+    share = f"{most} of {len(expected)} ({most / len(expected):.0%})"
+    caption = f"{name} by label; always answering {shorten(usual, 60)!r} gets {share}"
+    yield Table(caption, ("label", "questions", *models), rows)
+    wrong = Counter(
+        (label, answer.strip())
+        for model, label, answer, score in answers
+        if model == judged and score < 1
+    )
+    if wrong:
+        (label, answer), count = wrong.most_common(1)[0]
+        yield Text(
+            f"The wrong answer that {judged} gives most often is {shorten(answer, 60)!r} where "
+            f"{shorten(label, 60)!r} is right: {count} of {labels[str(label)]} questions"
+        )

@@ -1,0 +1,145 @@
+"""Rows of tables beside chats: one shape for all, and nothing evaluated in a template."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core.errors import ConfigError
+from nested_core.rooms.tables.chats import Columns, Template
+from nested_core.rooms.tables.data_set import DataSet, Request, Source, make_data_set
+from tests.builders.data_sets import chat, write_lines
+
+COLUMNS = Columns(Template(("", "Note", "")), ("Topic",))
+
+
+def make(data: str, folder: Path, request: Request) -> tuple[DataSet, list[dict[str, Any]]]:
+    (folder / "spool").mkdir()
+    source = Source.open(data, folder / "spool", looks_at_all=True)
+    made = make_data_set(source, request, folder / "made")
+    lines = [
+        json.loads(line)
+        for split in made.rows
+        for line in (folder / "made" / f"{split}.jsonl").read_text().splitlines()
+    ]
+    return made, lines
+
+
+def write_both(folder: Path, *systems: str | None) -> str:
+    """A table of notes, and a chat for each system text, in one folder."""
+    notes = "".join(f"note {n},{'good' if n % 2 else 'bad'},x\n" for n in range(20))
+    folder.mkdir()
+    (folder / "notes.csv").write_text(f"Note,Topic,Other\n{notes}")
+    rows = []
+    for number, system in enumerate(systems):
+        row = chat(f"chat {number}", "good")
+        if system is not None:
+            row["messages"].insert(0, {"role": "system", "content": system})
+        rows.append(row)
+    write_lines(folder / "chats.jsonl", rows)
+    return str(folder)
+
+
+def count_systems(lines: list[dict[str, Any]]) -> Counter[str | None]:
+    first = [line["messages"][0] for line in lines]
+    return Counter(turn["content"] if turn["role"] == "system" else None for turn in first)
+
+
+@pytest.mark.parametrize(
+    ("systems", "given", "counts"),
+    [
+        (("Sort.", "Sort."), None, {"Sort.": 22}),
+        (("Sort.", None), "Be kind.", {"Sort.": 1, "Be kind.": 21}),
+        ((None, None), None, {None: 22}),
+        (("Sort.", "Be."), "", {"Sort.": 1, "Be.": 1, None: 20}),
+    ],
+)
+def test_tables_and_chats_share_one_system_text(
+    tmp_path: Path,
+    systems: tuple[str | None, ...],
+    given: str | None,
+    counts: dict[str | None, int],
+) -> None:
+    data = write_both(tmp_path / "data", *systems)
+    made, lines = make(data, tmp_path, Request(COLUMNS, given))
+    assert count_systems(lines) == counts
+    assert made.unused == ["Other"]
+
+
+def test_marks_of_chats_stay_with_their_turns(tmp_path: Path) -> None:
+    data = write_both(tmp_path / "data")
+    marked = {"messages": [*chat("a", "no")["messages"], *chat("b", "good")["messages"]]}
+    marked["messages"][1]["weight"] = 0
+    write_lines(tmp_path / "data" / "chats.jsonl", [marked])
+    _, lines = make(data, tmp_path, Request(COLUMNS, "Sort."))
+    (found,) = [line for line in lines if "loss_mask" in line]
+    assert [turn["role"] for turn in found["messages"]] == ["system", *["user", "assistant"] * 2]
+    assert found["loss_mask"] == [1, 1, 0, 1, 1]
+
+
+def test_a_template_fills_each_column_once_and_looks_into_no_value() -> None:
+    template = Template.parse(r"{{{Id}}}: {Text}\n{Text}")
+    assert template.columns == ("Id", "Text", "Text")
+    assert template.fill({"Id": 3, "Text": "{Id} \\n %s {0}"}) == (
+        "{3}: {Id} \\n %s {0}\n{Id} \\n %s {0}"
+    )
+    assert template.fill({"Id": None, "Text": " "}) == ""
+
+
+@pytest.mark.parametrize("text", ["", "{}", "{a", "a}", "{a{b}}", "}{", "no column"])
+def test_a_template_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="^--template: "):
+        Template.parse(text)
+
+
+def test_values_keep_their_types_in_an_object_and_are_json_as_texts(tmp_path: Path) -> None:
+    rows = [{"q": f"Q{n}", "n": n / 2, "is": n > 2, "tags": ["a"], "no": None} for n in range(12)]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    columns = Columns(Template(("", "q", "")), ("n", "is", "tags", "no"), is_object=True)
+    made, lines = make(str(tmp_path / "rows.jsonl"), tmp_path, Request(columns))
+    (answer,) = [m["messages"][1] for m in lines if m["messages"][0]["content"] == "Q3"]
+    assert answer["content"] == '{"n": 1.5, "is": true, "tags": ["a"], "no": null}'
+    assert made.nulls == {"no": 12}
+    assert [Columns(columns.question, (name,)).read_answer(rows[3]) for name in rows[3]] == [
+        *("Q3", "1.5", "true", '["a"]', ""),
+    ]
+
+
+def test_rows_without_an_answer_are_left_out_and_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("Note,Topic\n" + "n,\n,t\n" + "m,t\nk,t\nl,t\no,t\n")
+    made, lines = make(str(tmp_path / "a.csv"), tmp_path, Request(COLUMNS))
+    assert made.left_out == {"Topic": ["a.csv:2"], "Note": ["a.csv:3"]}
+    assert len(lines) == 4
+
+
+def test_an_eval_set_has_questions_of_held_out_rows_and_the_share_of_the_majority(
+    tmp_path: Path,
+) -> None:
+    data = write_both(tmp_path / "data")
+    (tmp_path / "data" / "chats.jsonl").unlink()
+    made, _ = make(data, tmp_path, Request(COLUMNS, questions=6))
+    assert made.rows == {"train": 12, "valid": 2, "test": 6}
+    lines = (tmp_path / "made" / "suite.jsonl").read_text().splitlines()
+    asked = {json.loads(line)["messages"][0]["content"] for line in lines}
+    held_out = (tmp_path / "made" / "test.jsonl").read_text().splitlines()
+    assert asked == {json.loads(line)["messages"][0]["content"] for line in held_out}
+    assert made.eval_set is not None
+    answer, right = made.eval_set.usual
+    assert right == sum(json.loads(line)["expected"] == answer for line in lines)
+    assert made.eval_set.describe_baseline() == (
+        f"always answering {answer!r}, the most frequent answer of train, would be right for "
+        f"{right} of 6 ({right / 6:.0%})"
+    )
+
+
+def test_the_same_rows_give_the_same_files(tmp_path: Path) -> None:
+    data = write_both(tmp_path / "data", "Sort.")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        make(data, tmp_path / name, Request(COLUMNS, questions=4))
+    for path in (tmp_path / "one" / "made").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / "made" / path.name).read_bytes()

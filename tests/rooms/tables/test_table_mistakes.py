@@ -1,0 +1,248 @@
+"""Mistakes with flags and files of tables: one paragraph each, with a command that works.
+
+A row is a mistake: the files, the flags, the exit code, and what is said. Where the paragraph ends
+with a command, that command is parsed again and has to get past the mistake.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from flows.cli import build_parser
+from flows.rooms.tables.command import prepare
+from tests.example import MODEL
+from tests.flows.conftest import called
+from tests.rooms.tables.people_tables import named
+from tests.rooms.tables.workbooks import write_workbook
+
+TICKETS = "Id,Created,Description,Triage,Priority\n" + "".join(
+    f"{n},2026-11-01,My parcel {n} is not here,{'shipping' if n % 2 else 'billing'},{n % 3}\n"
+    for n in range(30)
+)
+GOOD = named("Description", "Triage")
+
+
+def chat(question: str, system: str | None = None) -> str:
+    turns = [] if system is None else [{"role": "system", "content": system}]
+    turns += [{"role": "user", "content": question}, {"role": "assistant", "content": "billing"}]
+    return json.dumps({"messages": turns}) + "\n"
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """Files, flags after `init --model MODEL`, and what is said.
+
+    works: whether the command at the end of the paragraph does the work; False where there is none
+        that could be known, such as for a file that cannot be read.
+    """
+
+    says: tuple[str, ...]
+    flags: tuple[str, ...] = GOOD
+    data: str = "tickets.csv"
+    files: Mapping[str, str | bytes] = field(default_factory=dict)
+    code: int = 2
+    works: bool = True
+
+
+MISTAKES: dict[str, Mistake] = {
+    "no column named": Mistake(
+        ("tickets.csv has the columns Id, Created, Description, Triage, Priority", "In a terminal"),
+        flags=(),
+    ),
+    "another case": Mistake(
+        ("has no column 'description'; did you mean 'Description'?",),
+        named("description", "Triage"),
+    ),
+    "a letter wrong, in the answer": Mistake(
+        ("has no column 'Triag'; did you mean 'Triage'?",), named("Description", "Triag")
+    ),
+    "a column that is nowhere": Mistake(
+        ("has no column 'Question'. tickets.csv has the columns Id,",), named("Question", "Triage")
+    ),
+    "the question alone": Mistake(
+        ("a question and its answer, so --completion-feature is needed too",),
+        ("--prompt-feature", "Description"),
+    ),
+    "the answer alone": Mistake(
+        ("a question and its answer, so --prompt-feature or --template is needed too",),
+        ("--completion-feature", "Triage"),
+    ),
+    "question and template": Mistake(
+        ("--prompt-feature and --template say the same thing twice",),
+        (*GOOD, "--template", "{Description}"),
+    ),
+    "one answer and several": Mistake(
+        ("--completion-feature and --completion-features say the same thing twice",),
+        (*GOOD, "--completion-features", "Triage,Priority"),
+    ),
+    "the same column twice in the answer": Mistake(
+        ("--completion-features: 'Triage' is named twice",),
+        ("--prompt-feature", "Description", "--completion-features", "Triage,Triage"),
+    ),
+    "question and answer in one column": Mistake(
+        ("are both the column 'Triage'",), named("Triage", "Triage")
+    ),
+    "a template with an open brace": Mistake(
+        ("--template: the { at character 9 has no partner", "{{ or }} for a brace"),
+        ("--template", "Subject {Description", "--completion-feature", "Triage"),
+    ),
+    "a template without a column": Mistake(
+        ("--template: 'Sort this' names no column",),
+        ("--template", "Sort this", "--completion-feature", "Triage"),
+    ),
+    "a template with a column that is not there": Mistake(
+        ("has no column 'Descripton'; did you mean 'Description'?",),
+        ("--template", "Sort: {Descripton}", "--completion-feature", "Triage"),
+    ),
+    "a template with code in it": Mistake(
+        ("has no column 'Description.__class__'",),
+        ("--template", "{Description.__class__}", "--completion-feature", "Triage"),
+    ),
+    "a system text and a file": Mistake(
+        ("--system and --system-file say the same thing twice",),
+        (*GOOD, "--system", "Sort.", "--system-file", "system.txt"),
+        files={"system.txt": "Sort tickets."},
+    ),
+    "a system file that is not there": Mistake(
+        ("--system-file: ", "system.txt", "or the text itself"),
+        (*GOOD, "--system-file", "system.txt"),
+    ),
+    "a system file without a text": Mistake(
+        ("--system-file: system.txt has no text in it",),
+        (*GOOD, "--system-file", "system.txt"),
+        files={"system.txt": "\n"},
+    ),
+    "a system file of Windows": Mistake(
+        ("--system-file: system.txt is not UTF-8",),
+        (*GOOD, "--system-file", "system.txt"),
+        files={"system.txt": b"Sch\xf6n"},
+    ),
+    "an eval set that takes all": Mistake(
+        ("--suite 20: expected from 1 to 9 questions, for 30% of 30 rows are held out for it",),
+        (*GOOD, "--suite", "20"),
+    ),
+    "an eval set without a question": Mistake(
+        ("--suite 0: expected from 1 to 9 questions",), (*GOOD, "--suite", "0")
+    ),
+    "half of the rows held out": Mistake(
+        ("--split 0.5: expected a share of the rows above 0 and below 0.5",),
+        (*GOOD, "--split", "0.5"),
+        works=False,
+    ),
+    "held-out rows that are there already": Mistake(
+        ("--split takes rows out of train", "has valid.csv already. Leave --split out"),
+        (*GOOD, "--split", "0.1"),
+        data="data",
+        files={"data/train.csv": TICKETS, "data/valid.csv": TICKETS},
+        works=False,
+    ),
+    "two files with other columns": Mistake(
+        (
+            "b.csv has no column 'Description' and no column 'Triage', as tickets.csv has",
+            "b.csv has the columns Frage, Antwort",
+            "--data files/tickets.csv",
+        ),
+        data="files",
+        files={"files/tickets.csv": TICKETS, "files/b.csv": "Frage,Antwort\na,b\n"},
+    ),
+    "two files without known columns": Mistake(
+        ("tickets.csv has the columns Id,", "b.csv has the columns Frage, Antwort"),
+        (),
+        data="files/*.csv",
+        files={"files/tickets.csv": TICKETS, "files/b.csv": "Frage,Antwort\na,b\n"},
+        works=False,
+    ),
+    "chats with different system texts beside a table": Mistake(
+        ("The chats have different system texts, 'Be kind' (chats.jsonl:1) and 'Be short'",),
+        data="files",
+        files={
+            "files/tickets.csv": TICKETS,
+            "files/chats.jsonl": chat("a", "Be kind") + chat("b", "Be short"),
+        },
+        works=False,
+    ),
+    "a workbook of the old kind": Mistake(
+        ("tickets.xls is not read here", "save the table as .xlsx or as CSV UTF-8"),
+        data="tickets.xls",
+        files={"tickets.xls": b"\xd0\xcf\x11\xe0"},
+        works=False,
+    ),
+    "a CSV that was named a workbook": Mistake(
+        ("tickets.xlsx:1: damaged-file: not an .xlsx workbook, or one with a password",),
+        data="tickets.xlsx",
+        files={"tickets.xlsx": TICKETS},
+        code=3,
+        works=False,
+    ),
+    "records with another number of cells": Mistake(
+        ("bad.csv:3: cell-count: expected 2 cells as in the header, found 3", "Correct the file"),
+        named("a", "b"),
+        data="bad.csv",
+        files={"bad.csv": "a,b\n1,2\n1,2,3\n"},
+        code=3,
+        works=False,
+    ),
+    "a column without any text": Mistake(
+        ("empty.csv: no row has a text in Note and Answer", "Name columns that are filled"),
+        named("Note", "Answer"),
+        data="empty.csv",
+        files={"empty.csv": "Note,Answer\n" + "a,\n" * 20},
+        code=3,
+        works=False,
+    ),
+    "too few rows": Mistake(
+        ("few.csv has 2 rows",),
+        named("a", "b"),
+        data="few.csv",
+        files={"few.csv": "a,b\n1,2\n3,4\n"},
+        works=False,
+    ),
+    "plain text with a system text": Mistake(
+        ("text.jsonl:1 is plain text, which has no question",),
+        ("--system", "Be kind."),
+        data="text.jsonl",
+        files={"text.jsonl": '{"text": "Once upon a time."}\n'},
+        code=3,
+        works=False,
+    ),
+    "no such file": Mistake(
+        ("--data: there is no file ticket.csv. Did you mean",), data="ticket.csv"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_paragraph_with_the_command_that_works(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mistake = MISTAKES[name]
+    for file, content in {"tickets.csv": TICKETS, **mistake.files}.items():
+        path = tmp_path / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    words = ("init", "--data", mistake.data, "--model", str(MODEL), *mistake.flags)
+    done = called(*words, "-o", "lora.yaml", cwd=tmp_path)
+    message = done.message()
+    for text in mistake.says:
+        assert text in message
+    assert done.code == mistake.code, message
+    assert "Traceback" not in message
+    assert message.strip().count("\n") == 0
+    assert not any(path.name.endswith("-split") for path in tmp_path.iterdir())
+    if mistake.works:
+        monkeypatch.chdir(tmp_path)
+        command = message.rpartition("nested-tune init ")[2].partition(". In a terminal")[0]
+        rows = prepare(build_parser("init").parse_args(["init", *shlex.split(command)])).rows
+        assert rows["train"] > 0
+
+
+def test_a_workbook_is_mapped_as_a_table_is(tmp_path: Path) -> None:
+    write_workbook(tmp_path / "a.xlsx", (("Frage", "Antwort"), ("a", "b"), ("c", "d")))
+    done = called("init", "--data", "a.xlsx", "--model", str(MODEL), cwd=tmp_path)
+    assert "a.xlsx has the columns Frage, Antwort" in done.message()

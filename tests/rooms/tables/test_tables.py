@@ -1,0 +1,132 @@
+"""Tables as people have them: they train as the same rows in OpenAI's messages do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows.cli import build_parser
+from flows.rooms.tables.command import prepare
+from nested_core.config.loading import parse_config
+from nested_core.config.schema import FineTuneConfig
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from tests.builders.data_sets import write_lines
+from tests.example import MODEL
+from tests.flows.conftest import called
+from tests.left_out import slow_except
+from tests.rooms.tables.people_tables import TABLES, Pair, PeopleTable, write_long
+
+CONTEXT = 512  # tokens, in the place of the example's 64
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example's base, which sees long enough texts."""
+    folder = tmp_path_factory.mktemp("model") / "base"
+    shutil.copytree(MODEL, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": CONTEXT}))
+    return folder
+
+
+def count_tokens(config: FineTuneConfig) -> Counter[tuple[tuple[int, ...], tuple[bool, ...]]]:
+    """How often each row is trained on or held out: its tokens, and which of them are learnt."""
+    report, splits = load_dataset(
+        DataSettings.from_config(config), TokenizerSource.from_config(config)
+    )
+    report.raise_if_rejected()
+    return Counter(
+        (tuple(split.example(index).tolist()), tuple(split.example_mask(index).tolist()))
+        for split in splits.values()
+        for index in range(len(split))
+    )
+
+
+def write_messages(folder: Path, pairs: Sequence[Pair], system: str | None) -> Path:
+    """The pairs as OpenAI's messages, in one file."""
+    turns = [] if system is None else [{"role": "system", "content": system}]
+    rows = (
+        {
+            "messages": [
+                *turns,
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
+        }
+        for question, answer in pairs
+    )
+    write_lines(folder / "train.jsonl", rows)
+    return folder
+
+
+def command(table: PeopleTable, model: Path, *more: str) -> tuple[str, ...]:
+    system = () if table.system is None else ("--system", table.system)
+    return ("init", "--data", table.file, "--model", str(model), *table.flags, *system, *more)
+
+
+def configure(model: Path, data: Path | str, **keys: str) -> FineTuneConfig:
+    values = {"model": str(model), "data": str(data), "mask_prompt": True, **keys}
+    return parse_config(values, source="the test")
+
+
+@pytest.mark.parametrize("name", slow_except(TABLES, *list(TABLES)[:-1], reason="200,000 rows"))
+def test_a_table_gives_the_tokens_of_the_same_rows_in_messages(
+    name: str, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = TABLES[name]
+    pairs = table.write(tmp_path / table.file)
+    prepared = prepare(build_parser("init").parse_args(command(table, model)))
+    messages = write_messages(tmp_path / "messages", pairs, table.system)
+    expected = count_tokens(configure(model, messages))
+    assert count_tokens(configure(model, f"{prepared.folder}")) == expected
+    assert sum(expected.values()) == len(pairs)
+    assert {*prepared.rows} == {"train", "valid", "test"}
+
+
+@pytest.mark.parametrize("name", ["two-column FAQ", "workbook with a title and merged cells"])
+def test_a_table_as_data_with_the_keys_gives_the_same_tokens(
+    name: str, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = TABLES[name]
+    pairs = table.write(tmp_path / table.file)
+    _, question, _, answer = table.flags
+    keys = {"prompt_feature": question, "completion_feature": answer}
+    messages = write_messages(tmp_path / "messages", pairs, None)
+    expected = count_tokens(configure(model, messages))
+    assert count_tokens(configure(model, table.file, **keys)) == expected
+
+
+@pytest.mark.slow("trains an adapter")
+@pytest.mark.parametrize("name", TABLES)
+def test_from_a_table_to_a_judged_adapter_in_three_commands(
+    name: str, tmp_path: Path, model: Path
+) -> None:
+    table = TABLES[name]
+    if name == "200,000 rows":
+        write_long(tmp_path / table.file, 300)
+    else:
+        table.write(tmp_path / table.file)
+    questions = 6
+    words = command(table, model, "--suite", str(questions), "-o", "lora.yaml")
+    made = called(*words, cwd=tmp_path)
+    assert made.code == 0, made.stderr
+    assert f"eval set: {questions} held-out questions, score {table.score}; always" in made.stderr
+    (task,) = yaml.safe_load((tmp_path / "lora.yaml").read_text())["gate"]["tasks"]
+    assert task["score"] == table.score
+    looked = called("validate", "-c", "lora.yaml", "--show", "1", cwd=tmp_path)
+    assert looked.code == 0, looked.stderr
+    short = ("--training.epochs", "1", "--training.warmup-steps", "0")
+    done = called("train", "-c", "lora.yaml", "--run-dir", "run", *short, cwd=tmp_path)
+    verdict = json.loads((tmp_path / "run" / "gate.json").read_text())
+    assert done.code in (0, 4)
+    assert verdict["tasks"][0]["questions"] == questions
