@@ -9,21 +9,20 @@ folders are left in build/silent_failures to look at.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.silent_failures.cases import ROOT, Case, Run, StepFailed
+from benchmarks.silent_failures.cases import ROOT, Case, Step, StepFailed
 from benchmarks.silent_failures.failures import Failure, read_failures
 from benchmarks.silent_failures.plants import make_case
 from benchmarks.silent_failures.tables import RESULTS, draw_table, read_rows, write_rows
 from benchmarks.silent_failures.tools import TOOLS
 from benchmarks.silent_failures.tools.tool import NotApplicable, Tool
-from benchmarks.silent_failures.verdict import decide
+from benchmarks.silent_failures.verdict import Verdict, decide
 
 WORK = ROOT / "build/silent_failures"
 KEPT_LINES = 12  # of what a command printed
@@ -59,38 +58,27 @@ def main() -> int:
 
 
 def run_failure(tool: Tool, failure: Failure) -> dict[str, Any]:
-    """Walk a tool through a healthy folder, then through the planted one until it notices."""
+    """Walk a tool through the healthy and the planted folder, step by step, until it notices."""
     began = time.monotonic()
     folder = WORK / tool.name / failure.name
     row: dict[str, Any] = {"failure": failure.name, "tool": tool.name, "version": tool.version()}
     planted = make_case(failure.name, folder / "planted", planted=True)
+    healthy = make_case(failure.name, folder / "healthy", planted=False)
     try:
         if failure.name in tool.own_code:
             raise NotApplicable(f"{failure.broken} is its own code")
-        twin = run_twin(tool, make_case(failure.name, folder / "healthy", planted=False))
-        walk(tool, planted, failure, twin)
+        verdict = walk(tool, failure, planted, healthy)
     except NotApplicable as reason:
-        row |= {
-            "noticed": "not applicable",
-            "how": "",
-            "named": False,
-            "false_alarm": False,
-            "said": str(reason),
-        }
-    else:
-        verdict = decide(failure, planted.runs, twin)
-        row |= asdict(verdict)
-        if (
-            verdict.noticed == "never"
-            and planted.went_right is not None
-            and planted.went_right(planted)
-        ):
-            row |= {
-                "noticed": failure.earliest,
-                "how": "does it right",
-                "said": f"answers: {planted.answers}",
-            }
-        row["healthy"] = [{"command": run.command, "code": run.code} for run in twin]
+        verdict = Verdict("not applicable", "", False, False, str(reason))
+    if (
+        verdict.noticed == "never"
+        and planted.went_right is not None
+        and planted.went_right(planted)
+    ):
+        said = f"answers: {planted.answers}"
+        verdict = replace(verdict, noticed=failure.earliest, how="does it right", said=said)
+    row |= asdict(verdict)
+    row["healthy"] = [{"command": run.command, "code": run.code} for run in healthy.runs]
     row["planted"] = [
         {
             "when": run.when,
@@ -101,40 +89,31 @@ def run_failure(tool: Tool, failure: Failure) -> dict[str, Any]:
         for run in planted.runs
     ]
     row["seconds"] = round(time.monotonic() - began, 1)
-    print(
-        f"{tool.name} {failure.name}: {row['noticed']} {row['how']} {row['said'][:200]!r}",
-        file=sys.stderr,
-    )
+    print(f"{tool.name} {failure.name}: {verdict}", file=sys.stderr)
     return row
 
 
-def walk(tool: Tool, case: Case, failure: Failure, twin: list[Run]) -> None:
-    """Take a case's steps, until one fails or the tool has noticed."""
-    for step in case.steps:
-        try:
-            getattr(tool, step)(case) if isinstance(step, str) else step(case)
-        except StepFailed:
-            return
-        if decide(failure, case.runs, twin).noticed != "never":
-            return
-
-
-def run_twin(tool: Tool, case: Case) -> list[Run]:
-    """Take all steps of a healthy folder; equal folders are run once."""
-    digest = hashlib.sha256(repr((tool.version(), case.settings, case.steps)).encode())
-    for path in sorted(case.folder.rglob("*")):
-        if path.is_file():
-            digest.update(str(path.relative_to(case.folder)).encode() + path.read_bytes())
-    kept = WORK / tool.name / f"twin-{digest.hexdigest()[:16]}.json"
-    if kept.exists():
-        return [Run(**run) for run in json.loads(kept.read_text("utf-8"))]
-    for step in case.steps:
-        try:
-            getattr(tool, step)(case) if isinstance(step, str) else step(case)
-        except StepFailed:
+def walk(tool: Tool, failure: Failure, planted: Case, healthy: Case) -> Verdict:
+    """Take each step in the healthy folder, then in the planted one, until the tool notices."""
+    verdict = decide(failure, [], [])
+    for healthy_step, planted_step in zip(healthy.steps, planted.steps, strict=True):
+        went_well = [take(tool, healthy, healthy_step), take(tool, planted, planted_step)]
+        verdict = decide(failure, planted.runs, healthy.runs)
+        if not all(went_well) or verdict.noticed != "never":
             break
-    kept.write_text(json.dumps([asdict(run) for run in case.runs]), encoding="utf-8")
-    return case.runs
+    return verdict
+
+
+def take(tool: Tool, case: Case, step: Step) -> bool:
+    """Take a step; whether its commands ended well."""
+    try:
+        if isinstance(step, str):
+            getattr(tool, step)(case)
+        else:
+            step(case)
+    except StepFailed:
+        return False
+    return True
 
 
 def last_lines(text: str) -> str:

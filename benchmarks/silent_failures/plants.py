@@ -33,6 +33,10 @@ DEAD_BLOCK = "model.layers.2."
 RESERVED = 2  # the id of <|system|>
 
 
+def leave_alone(case: Case) -> None:
+    """What happens to a healthy folder where the planted one is changed."""
+
+
 def template(
     *, system: bool = True, reasoning: bool = True, calls: bool = True, end: bool = True
 ) -> str:
@@ -120,8 +124,7 @@ def nan_behind_clipping(case: Case, planted: bool) -> None:
 
 def after_training(case: Case, change: Callable[[Case], None], planted: bool) -> None:
     """Train the example, change the adapter where it lies, and use it."""
-    change_if_planted: list[Step] = [change] if planted else []
-    geography_case(case, ["train", *change_if_planted, "judge", "use"])
+    geography_case(case, ["train", change if planted else leave_alone, "judge", "use"])
 
 
 def adapter_as_it_began(case: Case, planted: bool) -> None:
@@ -139,12 +142,11 @@ def adapter_of_another_base(case: Case, planted: bool) -> None:
     other = case.write_base("other-base")
     mx.random.seed(7)
     case.edit_weights(other, lambda _, a: (a + NOISE * mx.random.normal(a.shape)).astype(a.dtype))
-    if planted:
 
-        def take_the_other(case: Case) -> None:
-            case.base = "other-base"
+    def take_the_other(case: Case) -> None:
+        case.base = "other-base"
 
-        case.steps.insert(1, take_the_other)
+    case.steps.insert(1, take_the_other if planted else leave_alone)
 
 
 def edit_adapter_config(case: Case, **values: object) -> None:
@@ -192,13 +194,11 @@ def fuse_leaves_it_out(case: Case, planted: bool) -> None:
 
 
 def fuse_applied_twice(case: Case, planted: bool) -> None:
-    geography_case(case, ["train", "fuse"])
-    if planted:
+    def take_the_fused(case: Case) -> None:
+        case.base = "fused"
 
-        def take_the_fused(case: Case) -> None:
-            case.base = "fused"
-
-        case.steps += [take_the_fused, "fuse"]
+    again: list[Step] = [take_the_fused, "fuse"] if planted else [leave_alone, leave_alone]
+    geography_case(case, ["train", "fuse", *again])
 
 
 def fuse_requantised_away(case: Case, planted: bool) -> None:
@@ -341,8 +341,15 @@ def duplicated_rows(case: Case, planted: bool) -> None:
         case.write_rows(geography("train")[:4] * 10, geography("valid"))
 
 
+def ask_held_out(case: Case, rows: list[Row]) -> None:
+    """Write questions.jsonl, for tools that judge by answers: held-out questions, right answers."""
+    asked = [(row["messages"][0], row["messages"][1]["content"]) for row in rows]
+    case.write_file("questions.jsonl", [{"messages": [q], "expected": a} for q, a in asked])
+
+
 def shuffled_answers(case: Case, planted: bool) -> None:
     geography_case(case, TRAINING)
+    ask_held_out(case, geography("valid"))
     if planted:
         train = geography("train")
         answers = [row["messages"][1] for row in train]
@@ -366,10 +373,12 @@ def labels_of_one_kind(case: Case, planted: bool) -> None:
     case.write_base()
     countries = [country for country, _ in capitals("train")]
     held_out = [country for country, _ in capitals("valid")]
+    valid = [make(country, number % 2) for number, country in enumerate(held_out)]
     case.write_rows(
         [make(country, 0 if planted else number % 2) for number, country in enumerate(countries)],
-        [make(country, number % 2) for number, country in enumerate(held_out)],
+        valid,
     )
+    ask_held_out(case, valid)
     case.steps = TRAINING
 
 
@@ -401,7 +410,7 @@ def another_tokenizer_at_serving(case: Case, planted: bool) -> None:
         model = json.loads(path.read_text("utf-8"))["model"]
         edit_json(path, model=model | {"merges": model["merges"][: len(model["merges"]) // 2]})
 
-    geography_case(case, ["train", "release", *([halve_merges] if planted else []), "serve"])
+    geography_case(case, ["train", "release", halve_merges if planted else leave_alone, "serve"])
 
 
 def another_template_at_serving(case: Case, planted: bool) -> None:
@@ -412,17 +421,17 @@ def another_template_at_serving(case: Case, planted: bool) -> None:
     def take_another(case: Case) -> None:
         edit_json(case.folder / "base/tokenizer_config.json", chat_template=other)
 
-    geography_case(case, ["train", "release", *([take_another] if planted else []), "serve"])
+    geography_case(case, ["train", "release", take_another if planted else leave_alone, "serve"])
 
 
 def resume_without_moments(case: Case, planted: bool) -> None:
-    steps: list[Step] = ["lose_optimizer_state"] if planted else []
-    geography_case(case, ["train_half", *steps, "resume"])
+    step: Step = "lose_optimizer_state" if planted else leave_alone
+    geography_case(case, ["train_half", step, "resume"])
 
 
 def resume_from_a_torn_checkpoint(case: Case, planted: bool) -> None:
-    steps: list[Step] = ["tear_checkpoint"] if planted else []
-    geography_case(case, ["train_half", *steps, "resume"])
+    step: Step = "tear_checkpoint" if planted else leave_alone
+    geography_case(case, ["train_half", step, "resume"])
 
 
 def evaluation_on_training_rows(case: Case, planted: bool) -> None:

@@ -1,7 +1,8 @@
 """What a tool noticed of a failure, by the bench's rule.
 
 Noticed is what ends with an error or a refusal, or is told by a line whose words name the failure
-and which the healthy twin's output does not have. Lines that report a loss are no warnings.
+and which the healthy twin's output does not have. Reports of a loss and rows of a table are no
+warnings.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from benchmarks.silent_failures.cases import Run
 from benchmarks.silent_failures.failures import Failure, When
 
 REPORTS = re.compile(
-    r"^\s*(iter|step|epoch)\b.*\bloss\b|^\s*\{'(loss|eval_loss)'|\bit/s\b", re.IGNORECASE
+    r"^\s*(iter|step|epoch)\b.*\bloss\b|^\s*\{'(loss|eval_loss)'|\bit/s\b|^\s*[│┃|]", re.IGNORECASE
 )
 WARNING = re.compile(r"warn|error|refus|reject|damag|fail", re.IGNORECASE)
 LAST_LINES = 3  # of a command that failed without a word that names the failure

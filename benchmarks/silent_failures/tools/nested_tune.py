@@ -45,8 +45,15 @@ def write_config(case: Case, name: str = "lora.yaml", **values: Any) -> str:
         "save_every": 20,
         "lora_parameters": lora,
         "training": {"max_grad_norm": settings.clip},
-        "gate": {"samples": "fail", "check_fused": not settings.full},
+        "gate": {
+            "samples": "fail",
+            # It asks whether fusing into the base's own bits keeps the change.
+            "check_fused": not (settings.full or settings.dequantize),
+        },
     }
+    if (case.folder / "questions.jsonl").exists():
+        task = {"name": "held-out", "file": "questions.jsonl", "score": "contains", "min": 0.5}
+        config["gate"]["tasks"] = [task]
     if settings.all_answers:
         config["training"]["supervise"] = "all"
     (case.folder / name).write_text(
