@@ -3,7 +3,7 @@
     python -m benchmarks.silent_failures [--tool T] [--only NAME...] [--json]
 
 Rows are kept in results/, one file a tool; `--only` runs its failures again. Planted and healthy
-folders are left in build/silent_failures to look at.
+folders are left in build/silent_failures to look at; remove it after a change of the tool's code.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.silent_failures.cases import ROOT, Case, Step, StepFailed
+from benchmarks.silent_failures.cases import ROOT, Case
 from benchmarks.silent_failures.failures import Failure, read_failures
 from benchmarks.silent_failures.plants import make_case
+from benchmarks.silent_failures.steps import take
 from benchmarks.silent_failures.tables import RESULTS, draw_table, read_rows, write_rows
 from benchmarks.silent_failures.tools import TOOLS
 from benchmarks.silent_failures.tools.tool import NotApplicable, Tool
@@ -96,24 +97,16 @@ def run_failure(tool: Tool, failure: Failure) -> dict[str, Any]:
 def walk(tool: Tool, failure: Failure, planted: Case, healthy: Case) -> Verdict:
     """Take each step in the healthy folder, then in the planted one, until the tool notices."""
     verdict = decide(failure, [], [])
+    kept = WORK / tool.name / "kept"
     for healthy_step, planted_step in zip(healthy.steps, planted.steps, strict=True):
-        went_well = [take(tool, healthy, healthy_step), take(tool, planted, planted_step)]
+        went_well = [
+            take(tool, healthy, healthy_step, kept),
+            take(tool, planted, planted_step, kept),
+        ]
         verdict = decide(failure, planted.runs, healthy.runs)
         if not all(went_well) or verdict.noticed != "never":
             break
     return verdict
-
-
-def take(tool: Tool, case: Case, step: Step) -> bool:
-    """Take a step; whether its commands ended well."""
-    try:
-        if isinstance(step, str):
-            getattr(tool, step)(case)
-        else:
-            step(case)
-    except StepFailed:
-        return False
-    return True
 
 
 def last_lines(text: str) -> str:

@@ -135,6 +135,7 @@ class Case:
             "XDG_CACHE_HOME": f"{home}/.cache",
             "HF_HUB_OFFLINE": "1",
             "COLUMNS": "200",
+            "MLX_DISABLE_COMPILE": "1",  # kernels of tiny models take longer to compile than to run
         }
         return os.environ | own | self.environment
 

@@ -273,7 +273,7 @@ def template_drops_calls(case: Case, planted: bool) -> None:
 
 def arguments_quoted_twice(case: Case, planted: bool) -> None:
     calls_case(case, template(), as_text=planted)
-    case.steps = [*TRAINING, "ask"]
+    case.steps = [*TRAINING, "ask" if planted else leave_alone]
     case.went_right = lambda case: '\\"' not in case.answers[-1]
 
 
@@ -397,7 +397,7 @@ def weight_zero_learnt(case: Case, planted: bool) -> None:
     both_splits(case, make)
     case.settings.masked = False
     case.settings.all_answers = True
-    case.steps = [*TRAINING, "ask"]
+    case.steps = [*TRAINING, "ask" if planted else leave_alone]
     case.went_right = lambda case: "go away" not in case.answers[-1]
 
 

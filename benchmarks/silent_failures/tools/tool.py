@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 from benchmarks.silent_failures.cases import Case
@@ -44,6 +45,7 @@ class Tool:
     def __init__(self, python: str = sys.executable) -> None:
         self.python = python
 
+    @cache  # noqa: B019 -- a tool lives as long as the program
     def version(self) -> str:
         """The versions of the packages in the tool's environment, its own first."""
         code = "import importlib.metadata as m, sys; print(*(m.version(p) for p in sys.argv[1:]))"
