@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -27,6 +26,7 @@ from flows.commands.help_pages import (
 from flows.process.os_errors import explain, explain_file_limit, explain_missing_mlx
 from flows.process.stop_signals import INTERRUPTED_EXIT_CODE
 from flows.terminal.console import print_progress
+from nested_core import seams
 from nested_core.backend import collecting_no_garbage
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.pipeline.launch.restarting import run_again_where_killed
@@ -117,17 +117,15 @@ COMMANDS = {
     "deployment": ("deploy",),
     "doctor": ("doctor",),
 }
-# The commands of each room, in flows/rooms/ROOM/command.py; a room may have been deleted.
-ROOM_COMMANDS = {"serve": ("serve",)}
 
 
 def list_command_modules() -> dict[str, tuple[str, ...]]:
     """The commands of each module that is there."""
     core = {f"flows.commands.{module}": names for module, names in COMMANDS.items()}
     rooms = {
-        f"flows.rooms.{room}.command": names
-        for room, names in ROOM_COMMANDS.items()
-        if Path(__file__).with_name("rooms").joinpath(room, "command.py").is_file()
+        f"flows.rooms.{name}.command": room.commands
+        for name, room in seams.list_rooms().items()
+        if room.commands
     }
     return core | rooms
 
@@ -235,10 +233,9 @@ def _refuse_unknown_command(given: str) -> None:
     commands = [name for names in list_command_modules().values() for name in names]
     if given.startswith("-") or given in commands:
         return
-    if room := next((room for room, names in ROOM_COMMANDS.items() if given in names), None):
-        raise ConfigError(
-            f"`{given}` is a command of the room {room}, which is not installed here."
-        )
+    for name, room in seams.ROOMS.items():
+        if given in room.commands:
+            seams.require(name, given)
     close = difflib.get_close_matches(given, commands, n=1)
     meant = f"; did you mean {close[0]}?" if close else "."
     raise ConfigError(f"there is no command {given}{meant} `nested-tune --help` lists them all.")

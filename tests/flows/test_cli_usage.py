@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from flows import cli
+from nested_core import seams
 from tests.example import DATA, write_config
 from tests.flows.conftest import Ended, called
 
@@ -130,9 +131,9 @@ def test_a_wrong_configuration_names_every_key(misconfigured: dict[str, Ended], 
 def test_a_command_of_a_room_that_was_deleted_names_the_room(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "ROOM_COMMANDS", {"music": ("play",)})
+    monkeypatch.setattr(seams, "ROOMS", {"music": seams.Room(commands=("play",))})
     assert cli.main(["play"]) == 2
-    said = "`play` is a command of the room music, which is not installed here."
+    said = "`play` belongs to the room music, which is not installed here."
     assert said in capsys.readouterr().err.replace("\n", " ")
     assert "\nServe:" not in cli.build_parser().format_help()
 
