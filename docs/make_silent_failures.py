@@ -42,6 +42,9 @@ thing counts as well, such as a server that answers with the new adapter. *Befor
 served. *Not applicable*: the tool has no such step, or its own code would have to be broken. A
 *false alarm* is a healthy twin that is warned of in the same words, or refused.
 
+Both folders are walked step by step, until the tool notices. What has no line or no word in the
+table has not been run yet.
+
 The base is the tiny model of `examples/`, on a Linux CPU. The rows, with commands and what was
 printed, are in `benchmarks/silent_failures/results/`.
 """

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "examples/geography-base"
 GEOGRAPHY = ROOT / "examples/geography"
 BROKEN = Path(__file__).with_name("broken")
-SECONDS = 400.0  # of one command
+SECONDS = 1200.0  # of one command
 CONTEXT = 512  # positions of the bases made here: tool schemas are longer than the example's 64
 
 Row = dict[str, Any]

@@ -452,7 +452,7 @@ class Saver:
         )
         if state.step >= max(2, *(tier.frequency for tier in setup.optimizer.tiers)):
             warn_of_unchanged_checkpoint(state, path, setup.run.initial)
-        if state.ended:
+        if state.ended and masters:
             warn_of_rounded_updates(state, adapter, masters, setup.run.initial)
         self._export_checkpoint_if_due(path, state, is_time=is_time)
         checkpoint.prune_checkpoints(

@@ -91,8 +91,6 @@ def warn_of_rounded_updates(
     `adapter` holds the tensors as they are saved, `masters` the float32 weights behind those of
     fewer bits, `initial` the folder of the adapter that training began with.
     """
-    if not masters:
-        return
     before = load_arrays(initial / WEIGHTS_NAME)
     moved = lost = 0
     for name, master in masters.items():
@@ -100,12 +98,11 @@ def warn_of_rounded_updates(
         moved += to_int(has_moved.sum())
         lost += to_int((has_moved & (adapter[name] == before[name])).sum())
     if lost > ROUNDED_SHARE * moved:
-        dtype = str(adapter[next(iter(masters))].dtype).removeprefix("mlx.core.")
         warn_once(
             state,
             "updates_rounded_away",
-            f"of {moved:,} weights that training moved, {lost:,} are in {dtype} what they were "
-            f"before it: the learning rate is too small for {dtype}.",
+            f"of {moved:,} weights that training moved, {lost:,} are saved as what they were "
+            f"before: the learning rate is too small for the dtype that they are saved in.",
         )
 
 

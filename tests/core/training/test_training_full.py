@@ -64,7 +64,7 @@ def test_a_quantised_base_is_refused_before_anything_is_written(tmp_path: Path) 
 
 def test_a_rate_whose_steps_are_lost_in_bfloat16_raises_a_red_flag(tmp_path: Path) -> None:
     with pytest.warns(
-        SilentUpdateWarning, match=r"updates_rounded_away: of 158,\d{3} .*, 158,\d{3} are in"
+        SilentUpdateWarning, match=r"updates_rounded_away: of 158,\d{3} .*, 158,\d{3} are saved as"
     ):
         done = train_example(tmp_path / "run", **FULL | {"learning_rate": 1e-8, "val_batches": 0})
     assert [flag.split(":")[0] for flag in done.result.red_flags] == ["updates_rounded_away"]
