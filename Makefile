@@ -52,6 +52,7 @@ check: $(VENV)/dev.stamp ## format, lint and complexity, types, import direction
 	$(BIN)/python -m docs.make_python --check
 	$(BIN)/python -m docs.make_command_line --check
 	$(BIN)/python -m docs.make_environment --check
+	$(BIN)/python -m docs.make_silent_failures --check
 	$(BIN)/python docs/check_prose.py --check
 	$(BIN)/python docs/check_budgets.py
 	$(BIN)/python docs/build_site.py
@@ -87,6 +88,7 @@ docs: $(VENV)/dev.stamp ## write the pages that are made from the code again, an
 	$(BIN)/python -m docs.make_python
 	$(BIN)/python -m docs.make_command_line
 	$(BIN)/python -m docs.make_environment
+	$(BIN)/python -m docs.make_silent_failures
 	$(BIN)/python -m docs.make_support
 	$(BIN)/python docs/build_site.py
 	@echo "Written: build/docs/site/index.html"

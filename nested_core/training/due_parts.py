@@ -42,7 +42,11 @@ from nested_core.training.evaluation import Evaluation, EvaluationInterrupted, E
 from nested_core.training.loss.loss_interface import MicroBatch
 from nested_core.training.schedule.step_schedule import passes_multiple
 from nested_core.training.train_step import StepResult
-from nested_core.training.training_checks import warn_of_flat_loss, warn_of_unchanged_checkpoint
+from nested_core.training.training_checks import (
+    warn_of_flat_loss,
+    warn_of_rounded_updates,
+    warn_of_unchanged_checkpoint,
+)
 from nested_core.training.training_setup import TrainingSetup
 from nested_core.training.training_state import CheckpointState, TrainingState
 from nested_core.training.world import Sums, World
@@ -423,6 +427,8 @@ class Saver:
         )
         if state.step >= max(2, *(tier.frequency for tier in setup.optimizer.tiers)):
             warn_of_unchanged_checkpoint(state, path, setup.run.initial)
+        if state.ended and masters:
+            warn_of_rounded_updates(state, adapter, masters, setup.run.initial)
         self._export_checkpoint_if_due(path, state, is_time=is_time)
         checkpoint.prune_checkpoints(
             setup.run.checkpoints,

@@ -10,7 +10,7 @@ import filecmp
 import math
 import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,12 +21,14 @@ from nested_core.optim.gradients import Flat, find_gradient_mark
 from nested_core.optim.named_updates import UpdateReport, find_not_applied, flatten
 from nested_core.optim.tier_counters import COUNTERS_KEY
 from nested_core.storage.adapter import WEIGHTS_NAME
+from nested_core.storage.safetensors_files import load_arrays
 from nested_core.text.loss_format import format_change
 from nested_core.training.parameter_packing import Packing
 from nested_core.training.train_step import StepResult
 from nested_core.training.training_setup import TrainingSetup
 from nested_core.training.training_state import TrainingState
 
+ROUNDED_SHARE = 0.9  # of the moved float32 weights: then what was trained is not what is saved
 FLAT_SHARE = 0.05  # of the loss: half a window that differs by more is movement to whoever reads it
 
 
@@ -75,6 +77,32 @@ def warn_of_unchanged_checkpoint(state: TrainingState, checkpoint: Path, initial
             "checkpoint_unchanged",
             f"the checkpoint of step {state.step} equals the initial adapter, byte for byte: "
             f"nothing has been trained yet.",
+        )
+
+
+def warn_of_rounded_updates(
+    state: TrainingState,
+    adapter: Mapping[str, mx.array],
+    masters: Mapping[str, mx.array],
+    initial: Path,
+) -> None:
+    """Flag trained float32 weights whose change is mostly lost in the dtype of the saved tensors.
+
+    `adapter` holds the tensors as they are saved, `masters` the float32 weights behind those of
+    fewer bits, `initial` the folder of the adapter that training began with.
+    """
+    before = load_arrays(initial / WEIGHTS_NAME)
+    moved = lost = 0
+    for name, master in masters.items():
+        has_moved = master != before[name]
+        moved += to_int(has_moved.sum())
+        lost += to_int((has_moved & (adapter[name] == before[name])).sum())
+    if lost > ROUNDED_SHARE * moved:
+        warn_once(
+            state,
+            "updates_rounded_away",
+            f"of {moved:,} weights that training moved, {lost:,} are saved as what they were "
+            f"before: the learning rate is too small for the dtype that they are saved in.",
         )
 
 

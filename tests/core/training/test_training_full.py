@@ -12,7 +12,7 @@ import pytest
 from mlx_lm import load
 from mlx_lm.utils import quantize_model, save
 
-from nested_core.errors import ConfigError, TrainingStopped
+from nested_core.errors import ConfigError, SilentUpdateWarning, TrainingStopped
 from nested_core.optim.named_updates import flatten
 from nested_core.pipeline import steps
 from nested_core.storage.checkpoint import MASTERS_PREFIX, OPTIMIZER_NAME
@@ -60,6 +60,14 @@ def test_a_quantised_base_is_refused_before_anything_is_written(tmp_path: Path) 
     ):
         prepare(example_config(**changes), tmp_path / "run")
     assert not (tmp_path / "run" / "initial").exists()
+
+
+def test_a_rate_whose_steps_are_lost_in_bfloat16_raises_a_red_flag(tmp_path: Path) -> None:
+    with pytest.warns(
+        SilentUpdateWarning, match=r"updates_rounded_away: of 158,\d{3} .*, 158,\d{3} are saved as"
+    ):
+        done = train_example(tmp_path / "run", **FULL | {"learning_rate": 1e-8, "val_batches": 0})
+    assert [flag.split(":")[0] for flag in done.result.red_flags] == ["updates_rounded_away"]
 
 
 def last(done: Finished) -> Path:

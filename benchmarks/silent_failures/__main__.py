@@ -1,0 +1,118 @@
+"""Run what has no row yet, and print the table.
+
+    python -m benchmarks.silent_failures [--tool T] [--only NAME...] [--json]
+
+Rows are kept in results/, one file a tool; `--only` runs its failures again. Planted and healthy
+folders are left in build/silent_failures to look at; remove it after a change of the tool's code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.silent_failures.cases import ROOT, Case
+from benchmarks.silent_failures.failures import Failure, read_failures
+from benchmarks.silent_failures.plants import make_case
+from benchmarks.silent_failures.steps import take
+from benchmarks.silent_failures.tables import RESULTS, draw_table, read_rows, write_rows
+from benchmarks.silent_failures.tools import TOOLS
+from benchmarks.silent_failures.tools.tool import NotApplicable, Tool
+from benchmarks.silent_failures.verdict import Verdict, decide
+
+WORK = ROOT / "build/silent_failures"
+KEPT_LINES = 12  # of what a command printed
+PUBLIC = ("failure", "tool", "version", "noticed", "false_alarm", "said")
+
+
+def main() -> int:
+    """Run, keep and print rows."""
+    failures = read_failures()
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.silent_failures", description=__doc__
+    )
+    parser.add_argument("--tool", choices=TOOLS, default="nested-tune")
+    parser.add_argument("--python", default=sys.executable, help="of the tool's environment")
+    parser.add_argument("--only", nargs="+", choices=failures, metavar="NAME")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    tool = TOOLS[options.tool](options.python)
+    path: Path = options.results / f"{tool.name}.jsonl"
+    rows = read_rows(path)
+    for failure in (failures[name] for name in options.only or failures):
+        row = rows.get(failure.name)
+        if row is None or options.only or row["version"] != tool.version():
+            rows[failure.name] = run_failure(tool, failure)
+            write_rows(path, [rows[name] for name in failures if name in rows])
+    shown = [rows[name] for name in options.only or failures]
+    if options.json:
+        print(json.dumps({"rows": [{key: row[key] for key in PUBLIC} for row in shown]}))
+    else:
+        print(draw_table(failures, {tool.name: {row["failure"]: row for row in shown}}))
+    return 0
+
+
+def run_failure(tool: Tool, failure: Failure) -> dict[str, Any]:
+    """Walk a tool through the healthy and the planted folder, step by step, until it notices."""
+    began = time.monotonic()
+    folder = WORK / tool.name / failure.name
+    row: dict[str, Any] = {"failure": failure.name, "tool": tool.name, "version": tool.version()}
+    planted = make_case(failure.name, folder / "planted", planted=True)
+    healthy = make_case(failure.name, folder / "healthy", planted=False)
+    try:
+        if failure.name in tool.own_code:
+            raise NotApplicable(f"{failure.broken} is its own code")
+        verdict = walk(tool, failure, planted, healthy)
+    except NotApplicable as reason:
+        verdict = Verdict("not applicable", "", False, False, str(reason))
+    if (
+        verdict.noticed == "never"
+        and planted.went_right is not None
+        and planted.went_right(planted)
+    ):
+        said = f"answers: {planted.answers}"
+        verdict = replace(verdict, noticed=failure.earliest, how="does it right", said=said)
+    row |= asdict(verdict)
+    row["healthy"] = [{"command": run.command, "code": run.code} for run in healthy.runs]
+    row["planted"] = [
+        {
+            "when": run.when,
+            "command": run.command,
+            "code": run.code,
+            "output": last_lines(run.before + run.after),
+        }
+        for run in planted.runs
+    ]
+    row["seconds"] = round(time.monotonic() - began, 1)
+    print(f"{tool.name} {failure.name}: {verdict}", file=sys.stderr)
+    return row
+
+
+def walk(tool: Tool, failure: Failure, planted: Case, healthy: Case) -> Verdict:
+    """Take each step in the healthy folder, then in the planted one, until the tool notices."""
+    verdict = decide(failure, [], [])
+    kept = WORK / tool.name / "kept"
+    for healthy_step, planted_step in zip(healthy.steps, planted.steps, strict=True):
+        went_well = [
+            take(tool, healthy, healthy_step, kept),
+            take(tool, planted, planted_step, kept),
+        ]
+        verdict = decide(failure, planted.runs, healthy.runs)
+        if not all(went_well) or verdict.noticed != "never":
+            break
+    return verdict
+
+
+def last_lines(text: str) -> str:
+    """The end of what a command printed."""
+    return "\n".join(line[:300] for line in text.splitlines()[-KEPT_LINES:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

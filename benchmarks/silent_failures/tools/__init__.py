@@ -1,0 +1,10 @@
+"""How each tool is called, as its own documentation says: one file a tool."""
+
+from __future__ import annotations
+
+from benchmarks.silent_failures.tools.mlx_lm import MlxLm
+from benchmarks.silent_failures.tools.mlx_lm_lora import MlxLmLora
+from benchmarks.silent_failures.tools.nested_tune import NestedTune
+from benchmarks.silent_failures.tools.tool import Tool
+
+TOOLS: dict[str, type[Tool]] = {tool.name: tool for tool in (NestedTune, MlxLm, MlxLmLora)}

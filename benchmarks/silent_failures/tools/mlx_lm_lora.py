@@ -1,0 +1,29 @@
+"""mlx-lm-lora, as its README says: a trainer like mlx_lm.lora that fuses when training ends."""
+
+from __future__ import annotations
+
+from benchmarks.silent_failures.cases import Case
+from benchmarks.silent_failures.tools.mlx_lm import MlxLm
+from benchmarks.silent_failures.tools.tool import NotApplicable, Tool
+
+
+class MlxLmLora(MlxLm):
+    """Its supervised training; its README names mlx_lm.generate to use an adapter with."""
+
+    name = "mlx-lm-lora"
+    packages = ("mlx-lm-lora", "mlx-lm", "mlx")
+    program = ("mlx_lm_lora.train",)
+    key_of_the_type = "train_type"
+    settings_of_its_own = {"train_mode": "sft", "fuse": False}  # noqa: RUF012
+    own_code = frozenset[str]()
+
+    def fuse(self, case: Case) -> None:
+        if case.base != "base":
+            raise NotApplicable("it fuses at the end of a training alone")
+        # It has no flag for that: the same training on the base in 16 bits.
+        unquantised = ["--model", "original"] if case.settings.dequantize else []
+        self._train(case, "fused", "--fuse", *unquantised)
+
+    gguf = Tool.gguf
+    serve = Tool.serve
+    serve_and_replace = Tool.serve_and_replace

@@ -1,0 +1,147 @@
+"""nested-tune, as README.md and docs/ say, with the checks that a configuration can switch on."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.silent_failures.cases import Case
+from benchmarks.silent_failures.tools.tool import (
+    Tool,
+    ask_mlx_lm,
+    cut_in_half,
+    served,
+)
+
+COMMAND = str(Path(sys.executable).with_name("nested-tune"))
+FIRST_STEP = r"^step 0:"
+REGISTRY = ["--registry", "registry", "--name", "champ"]
+FOLLOW_SECONDS = 60.0  # until a server answers with a promoted version
+
+
+def write_config(case: Case, name: str = "lora.yaml", **values: Any) -> str:
+    """The settings as a configuration file of nested-tune; returns its name."""
+    settings = case.settings
+    lora: dict[str, Any] = {"rank": settings.rank, "scale": settings.scale, "dropout": 0.0}
+    if settings.keys:
+        lora["keys"] = list(settings.keys)
+    config: dict[str, Any] = {
+        "model": "base",
+        "data": "data",
+        "fine_tune_type": "full" if settings.full else "lora",
+        "num_layers": -1,
+        "batch_size": settings.batch_size,
+        "iters": settings.iters,
+        "learning_rate": settings.rate,
+        "max_seq_length": settings.max_seq_length,
+        "mask_prompt": settings.masked,
+        "val_batches": -1,
+        "steps_per_report": 10,
+        "steps_per_eval": 20,
+        "save_every": 20,
+        "lora_parameters": lora,
+        "training": {"max_grad_norm": settings.clip},
+        "gate": {
+            "samples": "fail",
+            # It asks whether fusing into the base's own bits keeps the change.
+            "check_fused": not (settings.full or settings.dequantize),
+        },
+    }
+    if (case.folder / "questions.jsonl").exists():
+        task = {"name": "held-out", "file": "questions.jsonl", "score": "contains", "min": 0.5}
+        config["gate"]["tasks"] = [task]
+    if settings.all_answers:
+        config["training"]["supervise"] = "all"
+    (case.folder / name).write_text(
+        yaml.safe_dump(config | values, sort_keys=False), encoding="utf-8"
+    )
+    return name
+
+
+class NestedTune(Tool):
+    """This project."""
+
+    name = "nested-tune"
+    packages = ("nested-tune", "mlx", "mlx-lm")
+
+    def check(self, case: Case) -> None:
+        case.run("before", [COMMAND, "validate", "-c", write_config(case)])
+
+    def train(self, case: Case) -> None:
+        self._train(case, "--run-dir", "run")
+        case.adapter = case.folder / "run/adapter"
+
+    def _train(self, case: Case, *flags: str, config: str | None = None) -> None:
+        case.run(
+            "after", [COMMAND, "train", "-c", config or write_config(case), *flags], FIRST_STEP
+        )
+
+    def judge(self, case: Case) -> None:
+        case.run("after", [COMMAND, "verify", "run/initial", "run/adapter"])
+        if not case.settings.full:
+            case.run("after", [COMMAND, "verify", "run/adapter", "--model", case.base])
+
+    def use(self, case: Case) -> None:
+        self.release(case)
+
+    def release(self, case: Case) -> None:
+        case.run("use", [COMMAND, "promote", "run", *REGISTRY])
+
+    def ask(self, case: Case) -> None:
+        ask_mlx_lm(case)
+
+    def evaluate(self, case: Case) -> None:
+        case.run("after", [COMMAND, "evaluate", "run", "--data", case.held_out])
+
+    def fuse(self, case: Case) -> None:
+        out = "fused-2" if (case.folder / "fused").exists() else "fused"
+        dequantize = ["--dequantize"] if case.settings.dequantize else []
+        case.run(
+            "use", [COMMAND, "export", "run", "--fused", out, "--model", case.base, *dequantize]
+        )
+
+    def gguf(self, case: Case) -> None:
+        case.run("use", [COMMAND, "export", "run", "--gguf", "model.gguf"])
+
+    def serve(self, case: Case) -> None:
+        with served(case, [COMMAND, "serve", *REGISTRY]) as ask:
+            ask()
+
+    def serve_and_replace(self, case: Case) -> None:
+        self._train(
+            case, "--run-dir", "later-run", config=write_config(case, "later.yaml", data="later")
+        )
+        with served(case, [COMMAND, "serve", *REGISTRY]) as ask:
+            first = ask()
+            case.run("use", [COMMAND, "promote", "later-run", *REGISTRY])
+            end = time.monotonic() + FOLLOW_SECONDS
+            while ask() == first and time.monotonic() < end:
+                time.sleep(1)
+            case.answers[:] = [first, case.answers[-1]]
+
+    def train_half(self, case: Case) -> None:
+        case.settings.iters //= 2
+        self.train(case)
+
+    def resume(self, case: Case) -> None:
+        case.settings.iters *= 2
+        self._train(case, "--run-dir", "run", "--resume")
+
+    def lose_optimizer_state(self, case: Case) -> None:
+        (self._checkpoint(case) / "optimizer.safetensors").unlink()
+
+    def tear_checkpoint(self, case: Case) -> None:
+        cut_in_half(self._checkpoint(case) / "adapters.safetensors")
+
+    def _checkpoint(self, case: Case) -> Path:
+        return max((case.folder / "run/checkpoints").glob("step-*"))
+
+    def train_over_it(self, case: Case) -> None:
+        self._train(case, "--run-dir", "later-run", "--adapter-path", "registry/champ/champion")
+
+    def train_beside_it(self, case: Case) -> None:
+        self._train(case, "--run-dir", "later-run", "--adapter-path", "elsewhere")

@@ -1,0 +1,124 @@
+"""Writes docs/silent-failures.md and its picture from the list of failures and the tools' rows.
+
+python -m docs.make_silent_failures [--check]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+from benchmarks.silent_failures.failures import Failure, read_failures
+from benchmarks.silent_failures.tables import Rows, count, draw_table, read_all_rows, read_misses
+from docs.generated_page import write_or_check
+
+PAGE = Path(__file__).with_name("silent-failures.md")
+PICTURE = Path(__file__).with_name("images") / "silent-failures.svg"
+COLOURS = {
+    "before": "#1a7f5a",
+    "after": "#57a773",
+    "use": "#b5d99c",
+    "never": "#c8553d",
+    "not applicable": "#d9d9d9",
+}
+LEFT, TOP, ROW, COLUMN = 330, 48, 18, 120  # pixels of the picture
+INTRODUCTION = """# Silent failures
+
+This page is for anyone who trains adapters, with any tool. A fine-tuning can fail in ways that no
+error and no loss tells of. Here are thirty-five of them, each from a public report: how it
+happens, how to see it, what to do. The table says which of them a tool notices.
+
+`python -m benchmarks.silent_failures` plants each failure in a folder beside its healthy twin,
+and runs a tool on both as its own documentation says, with every check that it documents switched
+on. The [list](../benchmarks/silent_failures/failures.toml) was committed before any tool was run
+on it, and has the plant and the twin of each.
+
+*Noticed* means one of these, before the adapter is used: the command fails or refuses; or it
+prints a warning that names the failure and that the healthy twin does not get. Doing the right
+thing counts as well, such as a server that answers with the new adapter. *Before*, *after* and
+*use* say when: before training, after it, or when the adapter is promoted, fused, exported or
+served. *Not applicable*: the tool has no such step, or its own code would have to be broken. A
+*false alarm* is a healthy twin that is warned of in the same words, or refused.
+
+Both folders are walked step by step, until the tool notices. What has no line or no word in the
+table has not been run yet.
+
+The base is the tiny model of `examples/`, on a Linux CPU. The rows, with commands and what was
+printed, are in `benchmarks/silent_failures/results/`.
+"""
+
+
+def render_page() -> str:
+    """The whole page."""
+    failures, tools = read_failures(), read_all_rows()
+    versions = [f"- {name}: {next(iter(rows.values()))['version']}" for name, rows in tools.items()]
+    misses = read_misses()
+    parts = [
+        INTRODUCTION,
+        "## What tools notice\n",
+        "\n".join(versions) + "\n",
+        "![A line for each failure, a column for each tool, coloured by when it was noticed]"
+        f"(images/{PICTURE.name})\n",
+        draw_table(failures, tools) + "\n",
+        "## What nested-tune misses, and why\n",
+        "\n".join(f"- {failures[name].kind}: {why}" for name, why in misses.items()) + "\n",
+        "## The failures\n",
+        *(describe(failure) for failure in failures.values()),
+    ]
+    return "\n".join(parts)
+
+
+def describe(failure: Failure) -> str:
+    """The heading of a failure and its three lines, with the report."""
+    heading = failure.kind[0].upper() + failure.kind[1:]
+    return (
+        f"### {heading.replace('`', '')}\n\n"
+        f"- How it happens: {failure.happens}\n"
+        f"- How to see it: {failure.see}\n"
+        f"- What to do: {failure.cure}\n\n"
+        f"Report: {failure.report}. {failure.tells}\n"
+    )
+
+
+def render_picture(failures: Mapping[str, Failure], tools: Mapping[str, Rows]) -> str:
+    """An SVG: a line a failure, a column a tool, a colour for when it was noticed."""
+    width, height = LEFT + COLUMN * len(tools) + 10, TOP + ROW * len(failures) + 30
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+    ]
+    for column, (name, rows) in enumerate(tools.items()):
+        left = LEFT + column * COLUMN
+        parts += [text(left, 16, name), text(left, 34, count(rows).partition(",")[0])]
+        for line, failure in enumerate(failures):
+            row = rows.get(failure)
+            if row is not None:
+                colour = COLOURS[row["noticed"]]
+                top = TOP + line * ROW
+                parts.append(
+                    f'<rect x="{left}" y="{top}" width="{COLUMN - 8}" height="{ROW - 3}" '
+                    f'fill="{colour}"/>'
+                )
+    for line, entry in enumerate(failures.values()):
+        parts.append(text(6, TOP + line * ROW + 12, entry.kind.replace("`", "")))
+    for place, (when, colour) in enumerate(COLOURS.items()):
+        left, top = 6 + place * 110, height - 20
+        parts += [
+            f'<rect x="{left}" y="{top}" width="12" height="12" fill="{colour}"/>',
+            text(left + 16, top + 11, when),
+        ]
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def text(left: int, baseline: int, words: str) -> str:
+    """A text of the picture."""
+    return f'<text x="{left}" y="{baseline}" fill="#222222">{escape(words)}</text>'
+
+
+if __name__ == "__main__":
+    picture = render_picture(read_failures(), read_all_rows())
+    wrong = write_or_check(PAGE, render_page(), sys.argv[1:])
+    sys.exit(wrong or write_or_check(PICTURE, picture, sys.argv[1:]))

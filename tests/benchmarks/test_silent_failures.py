@@ -1,0 +1,109 @@
+"""The bench of silent failures: its list, its rule, and a part of it run on nested-tune."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.silent_failures import __main__ as bench
+from benchmarks.silent_failures.cases import Run
+from benchmarks.silent_failures.failures import read_failures
+from benchmarks.silent_failures.plants import PLANTS, make_case
+from benchmarks.silent_failures.tables import count
+from benchmarks.silent_failures.tools.nested_tune import NestedTune
+from benchmarks.silent_failures.verdict import decide
+
+FAILURES = read_failures()
+LEAK = FAILURES["leak-exact"]
+
+
+def printed(text: str, code: int = 0) -> list[Run]:
+    return [Run("after", "tool train", code, "", text)]
+
+
+def test_the_list_has_thirty_five_failures_each_with_a_report_and_a_plant() -> None:
+    assert len(FAILURES) == 35
+    assert list(PLANTS) == list(FAILURES)
+    assert len({failure.kind for failure in FAILURES.values()}) == 35
+    for failure in FAILURES.values():
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+#\d+", failure.report)
+        assert failure.earliest in {"before", "after", "use"}
+
+
+def test_a_warning_that_the_twin_lacks_is_noticed() -> None:
+    verdict = decide(LEAK, printed("warning: 4 rows leak"), printed("all is well"))
+    assert (verdict.noticed, verdict.how, verdict.named) == ("after", "warned", True)
+    assert not verdict.false_alarm
+
+
+def test_a_warning_that_the_twin_gets_too_is_a_false_alarm_and_notices_nothing() -> None:
+    verdict = decide(LEAK, printed("warning: 4 rows leak"), printed("warning: 1 rows leak"))
+    assert (verdict.noticed, verdict.false_alarm) == ("never", True)
+
+
+def test_a_refused_twin_is_a_false_alarm() -> None:
+    refused = printed("error: bad rows", code=3)
+    assert decide(LEAK, refused, refused).false_alarm
+
+
+def test_an_error_counts_as_noticed_without_naming_the_failure() -> None:
+    verdict = decide(LEAK, printed("Traceback\nKeyError: 7", code=1), printed(""))
+    assert (verdict.noticed, verdict.how, verdict.named) == ("after", "refused", False)
+    assert verdict.said == "Traceback\nKeyError: 7"
+
+
+def test_a_loss_that_is_reported_is_no_warning() -> None:
+    nan = FAILURES["nan-behind-clipping"]
+    reports = "Iter 10: Train loss nan, It/sec 4.2\nstep 10: training loss nan"
+    assert decide(nan, printed(reports), printed("")).noticed == "never"
+
+
+def test_what_comes_before_the_first_step_was_noticed_before_training(tmp_path: Path) -> None:
+    case = make_case("leak-exact", tmp_path / "tool/leak/planted", planted=True)
+    case.note("after", ["tool"], 0, "warning: leak\nIter 1: loss 3\n", r"^Iter \d+:")
+    assert decide(LEAK, case.runs, []).noticed == "before"
+    assert case.runs[0].after == "Iter 1: loss 3\n"
+
+
+def test_planted_and_healthy_folder_differ_in_the_plant_alone(tmp_path: Path) -> None:
+    planted = make_case("leak-near", tmp_path / "planted", planted=True)
+    healthy = make_case("leak-near", tmp_path / "healthy", planted=False)
+    files = {path.relative_to(planted.folder) for path in planted.folder.rglob("*.*")}
+    assert files == {path.relative_to(healthy.folder) for path in healthy.folder.rglob("*.*")}
+    differing = [
+        str(file)
+        for file in sorted(files)
+        if (planted.folder / file).read_bytes() != (healthy.folder / file).read_bytes()
+    ]
+    assert differing == ["data/valid.jsonl"]
+    assert planted.settings == healthy.settings
+
+
+def test_counts_pass_over_what_is_not_applicable() -> None:
+    whens = ("before", "never", "not applicable")
+    rows = {when: {"noticed": when, "false_alarm": when == "never"} for when in whens}
+    assert count(rows) == "1 of 2, false alarms 1"
+
+
+@pytest.mark.slow("runs six planted folders and their twins, a training each")
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [
+        ("updates-not-applied", "after"),
+        ("adapter-of-another-scale", "after"),
+        ("leak-near", "before"),
+        ("template-drops-reasoning", "before"),
+        ("resume-from-a-torn-checkpoint", "before"),
+        ("another-template-at-serving", "use"),
+    ],
+)
+def test_nested_tune_notices(
+    name: str, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "WORK", tmp_path)
+    row = bench.run_failure(NestedTune(), FAILURES[name])
+    assert row["noticed"] == when, json.dumps(row, indent=1)
+    assert not row["false_alarm"]
