@@ -103,8 +103,14 @@ def forecast_bytes(size: str, options: str) -> int:
     add_lora(model, shape, read_as)
     refs = reference_trainable_parameters(model, dtype=compute_dtype(shape))
     optimizer = optimizer_for(one_tier(refs), refs, RATE)
-    loss_fn = replace(SUPERVISED_LOSS, is_chunked=True)  # to find the output layer is to compute it
+    # To find the output layer, as the trainer does for a loss in chunks, is to compute it.
+    loss_fn = replace(SUPERVISED_LOSS, compile_chunked_evaluation=_evaluate_nothing)
     return forecast_row(model, refs, optimizer, loss_fn, shape, read_as)
+
+
+def _evaluate_nothing(assign: Any) -> Any:
+    """In place of what a loss in chunks is evaluated by: a forecast evaluates none."""
+    raise NotImplementedError("a forecast evaluates nothing")
 
 
 def chip_name() -> str:

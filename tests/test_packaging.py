@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.builders.data_sets import chat, write_lines
+from tests.left_out import needs_rooms
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -80,9 +81,10 @@ def test_the_wheel_holds_the_packages_their_data_and_nothing_else(wheel: Path) -
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
 
 
+@needs_rooms("cuda")
 def test_every_source_of_a_cuda_kernel_is_in_the_wheel(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    folder = ROOT / "nested_core" / "kernels" / "cuda"
+    folder = ROOT / "nested_core" / "rooms" / "cuda"
     sources = {path.relative_to(ROOT).as_posix() for path in folder.glob("*.cu*")}
     assert {Path(name).suffix for name in sources} == {".cu", ".cuh"}
     assert sources - set(names) == set()

@@ -79,6 +79,24 @@ FAULTS = (
         "a forgotten call",
     ),
     Fault(
+        "nested_core/models/adapter_fit.py",
+        'for key, line in found.items() if misfits or key == "scale"]',
+        "for key, line in found.items() if misfits]",
+        "a forgotten case",
+    ),
+    Fault(
+        "nested_core/measure/answers/scorers.py",
+        'return Decimal(matches[-1].replace(",", "")',
+        'return Decimal(matches[0].replace(",", "")',
+        "the wrong end",
+    ),
+    Fault(
+        "nested_core/measure/answers/scorers.py",
+        'return " ".join(unicodedata.normalize("NFC", text).split())',
+        'return " ".join(text.split())',
+        "a forgotten call",
+    ),
+    Fault(
         "nested_core/rooms/peft/lora_factors.py",
         'tensor.shape[:1] != leaves["lora_a"].shape[1:]:',
         'tensor.shape[1:] != leaves["lora_a"].shape[1:]:',
