@@ -16,6 +16,7 @@ import pytest
 import nested_core
 from flows.process.stop_signals import INTERRUPTED_EXIT_CODE
 from nested_core.errors import NestedTuneError
+from tests.left_out import needs_rooms
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -133,6 +134,7 @@ def test_a_variable_that_is_not_listed_is_found(tmp_path: Path) -> None:
     assert any(line.startswith("NESTED_TUNE_DEVICE_LOCK has a line") for line in problems)
 
 
+@needs_rooms("cuda")
 def test_the_table_of_families_is_what_is_found_in_their_models() -> None:
     page = run_tool("make_support.py")["render_page"]()
     assert page == (DOCS / "support.md").read_text(), "run `make docs`"
