@@ -125,7 +125,7 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
     is_asked = any(getattr(arguments, name) is not None for name in TABLE_FLAGS)
     _require_file(arguments)
     with TemporaryDirectory(prefix="nested-tune-") as spool:
-        source = Source.open(data, Path(spool), looks_at_all=is_asked)
+        source = Source.find(data, Path(spool), looks_at_all=is_asked)
         flags = _Flags(arguments, source)
         columns, system = flags.read_columns(), flags.read_system()
         if columns is not None:

@@ -45,6 +45,7 @@ from nested_core.data.lines.other_formats import (
 )
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError, shorten
+from nested_core.seams import is_there
 from nested_core.storage.untrusted_files import UNBOUNDED, collect_strings, open_regular
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -426,8 +427,9 @@ def _choose_format(row: dict[str, Any], field_names: FieldNames) -> Format:
             asked = f", which data_format: {field_names.data_format} needs" if is_wanted else ""
             raise LineProblem("missing-field", f"{missing[0]} is missing{asked}{hint}")
     *others, last = (" and ".join(map(repr, expected)) for expected in keys)
-    present = shorten(", ".join(row) or "nothing", 150)
-    advice = hint or "; `nested-tune init` takes the names of your columns"
+    present = shorten(", ".join(row) or "nothing", 130)
+    takes_names = "; `nested-tune init` takes the names of your columns"
+    advice = hint or (takes_names if is_there("tables") else "")
     message = f"expected {', '.join(others)} or {last}; found {present}{advice}"
     raise LineProblem("unknown-format", message)
 

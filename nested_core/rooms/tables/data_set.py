@@ -49,8 +49,8 @@ class Source:
     facts: Mapping[str, FileFacts]
 
     @classmethod
-    def open(cls, data: str, spool: Path, *, looks_at_all: bool) -> Source:
-        """Open files, a folder or a data set of the hub; what is no JSON lines is made so in spool.
+    def find(cls, data: str, spool: Path, *, looks_at_all: bool) -> Source:
+        """The rows of files, a folder or a data set of the hub, made lines of JSON in spool.
 
         A folder without a file named after a split is read as the tables and chats in it.
 

@@ -66,6 +66,8 @@ def tabulate_labels_of_answers(
     Beside them stand the share that the most frequent label alone would get, and the wrong answer
     that the last model gives most often.
     """
+    if not answers:
+        return
     models = dict.fromkeys(model for model, *_ in answers)
     judged = [*models][-1]
     expected = [label or "" for model, label, *_ in answers if model == judged]

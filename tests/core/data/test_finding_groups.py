@@ -11,6 +11,7 @@ import pytest
 from nested_core.data.lines.example_parsing import FieldNames
 from nested_core.data.lines.line_rows import parse_line_to_row
 from nested_core.records.dataset import MAX_SHOWN_CAUSES, Finding, group_findings
+from nested_core.seams import is_there
 from tests.core.data.conftest import WriteData
 from tests.flows.conftest import called
 from tests.left_out import slow_except
@@ -52,9 +53,10 @@ def test_a_line_of_another_format_says_how_to_convert_it(name: str) -> None:
     assert expected in str(parse_line_to_row(json.dumps(row).encode(), FieldNames()).message)
 
 
-def test_no_hint_where_nothing_is_known_of_the_format() -> None:
+def test_no_key_is_named_where_nothing_is_known_of_the_format() -> None:
     message = str(parse_line_to_row(b'{"x": 1, "y": [2]}', FieldNames()).message)
-    assert message.endswith("found x, y")
+    advice = "; `nested-tune init` takes the names of your columns" if is_there("tables") else ""
+    assert message.endswith(f"found x, y{advice}")
     unknown_role = b'{"messages": [{"role": "wizard", "content": "a"}]}'
     assert "set" not in str(parse_line_to_row(unknown_role, FieldNames()).message)
 

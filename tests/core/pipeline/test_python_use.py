@@ -100,7 +100,7 @@ def test_one_argument_turns_it_off_and_without_a_terminal_there_is_none(
 ) -> None:
     used: list[Steps] = []
 
-    def keep(_: object, run: Any, hooks: Steps, session: object) -> FinetuneResult:
+    def keep(_: object, run: Any, hooks: Steps, *__: object) -> FinetuneResult:
         used.append(hooks)
         return FinetuneResult(run)
 

@@ -19,7 +19,7 @@ COLUMNS = Columns(Template(("", "Note", "")), ("Topic",))
 
 def make(data: str, folder: Path, request: Request) -> tuple[DataSet, list[dict[str, Any]]]:
     (folder / "spool").mkdir()
-    source = Source.open(data, folder / "spool", looks_at_all=True)
+    source = Source.find(data, folder / "spool", looks_at_all=True)
     made = make_data_set(source, request, folder / "made")
     lines = [
         json.loads(line)
