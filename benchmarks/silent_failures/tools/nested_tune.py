@@ -18,7 +18,9 @@ from benchmarks.silent_failures.tools.tool import (
 )
 
 COMMAND = str(Path(sys.executable).with_name("nested-tune"))
-FIRST_STEP = r"^step 0:"
+FIRST_STEP = (
+    r"^(step 0:|warning: \w+: the update of step \d+)"  # what training says first of a step
+)
 REGISTRY = ["--registry", "registry", "--name", "champ"]
 FOLLOW_SECONDS = 60.0  # until a server answers with a promoted version
 
