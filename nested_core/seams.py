@@ -51,8 +51,11 @@ class Room:
     reference_schedule, reference_trainer: the StepSchedule and the Trainer of a run under
         `training.reference`.
     cuda_operations: the DeviceOperations of layers (kernels/device_operations.py) on CUDA.
-    around_training: contexts around loading and training, of configuration, run directory, a
+    around_training: a context around loading and training, of configuration, run directory, a
         function that takes a line for the person, and session.
+    timed_training: a context that holds a run to `training.minutes`, of configuration, run
+        directory and hooks.
+    run_measurement: a function that measures how fast a run is, for `explain`.
     added_flags: of a command of the core, by its name; `add_flags` in flows/rooms/ROOM/command.py
         adds them.
     readers: functions that give the lines of JSON in a data file, by the end of its name.
@@ -74,7 +77,9 @@ class Room:
     reference_schedule: str | None = None
     reference_trainer: str | None = None
     cuda_operations: str | None = None
-    around_training: tuple[str, ...] = ()
+    around_training: str | None = None
+    timed_training: str | None = None
+    run_measurement: str | None = None
     added_flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     readers: Mapping[str, str] = field(default_factory=dict)
     data_tables: str | None = None
@@ -123,13 +128,16 @@ ROOMS: Mapping[str, Room] = {
     ),
     "cuda": Room(
         cuda_operations="nested_core.rooms.cuda.operations:CUDA_OPERATIONS",
-        around_training=("nested_core.rooms.cuda.first_kernels:compiling_first_kernels",),
+        around_training="nested_core.rooms.cuda.first_kernels:compiling_first_kernels",
     ),
     "reference": Room(
         reference_schedule="nested_core.rooms.reference.mlx_lm_schedule:MlxLmSchedule",
         reference_trainer="nested_core.rooms.reference.mlx_lm_trainer:MlxLmTrainer",
     ),
-    "minutes": Room(),
+    "minutes": Room(
+        timed_training="nested_core.rooms.minutes.timed_training:TimedTraining",
+        run_measurement="nested_core.rooms.minutes.sizes:measure_run",
+    ),
     "tables": Room(
         added_flags={
             "init": (
@@ -142,11 +150,6 @@ ROOMS: Mapping[str, Room] = {
         answer_tables="nested_core.rooms.tables.labels:tabulate_labels_of_answers",
     ),
 }
-
-# Parts of the room minutes: a class, made of configuration, run and hooks, that holds a run to
-# `training.minutes`; and a function that measures how fast a run is, for `explain`.
-TIMED_TRAINING = "nested_core.rooms.minutes.timed_training:TimedTraining"
-MEASURE_RUN = "nested_core.rooms.minutes.sizes:measure_run"
 
 
 def is_there(room: str) -> bool:
@@ -171,11 +174,11 @@ def list_public_names(rooms: Mapping[str, Room]) -> dict[str, str]:
     return {part.partition(":")[2]: part for part in parts}
 
 
-def load_model_formats() -> Iterator[Any]:
-    """The functions that read the formats of models which rooms add."""
+def load_all(kind: str) -> Iterator[Any]:
+    """Import the parts that rooms have in this field of the table, one after the other."""
     for room in list_rooms().values():
-        if room.model_format is not None:
-            yield load(room.model_format)
+        if (part := getattr(room, kind)) is not None:
+            yield load(part)
 
 
 def require(room: str, wanted: str) -> None:
@@ -208,19 +211,18 @@ def find_training_flow(entrypoint: str) -> TrainingFlow | None:
     return None if room is None else room.training_flows.get(entrypoint)
 
 
-def load_only(field: str, wanted: str) -> Any:
+def load_only(kind: str, wanted: str) -> Any:
     """Import the part that one room has in this field of the table.
 
     wanted: the key or command that asks for it, as a person wrote it.
 
     Raises ConfigError, which names the room, where it is not there.
     """
-    (name,) = (name for name, room in ROOMS.items() if getattr(room, field))
+    (name,) = (name for name, room in ROOMS.items() if getattr(room, kind))
     require(name, wanted)
-    return load(getattr(ROOMS[name], field))
+    return load(getattr(ROOMS[name], kind))
 
 
 def collect(kind: str, *arguments: object) -> list[Any]:
-    """What the parts of one kind, a field of Room, give for these arguments, of all rooms."""
-    parts = (getattr(room, kind) for room in list_rooms().values())
-    return [given for part in parts if part is not None for given in load(part)(*arguments)]
+    """What the parts of one field of the table give for these arguments, of all rooms."""
+    return [given for part in load_all(kind) for given in part(*arguments)]

@@ -61,8 +61,7 @@ def run_doctor(arguments: argparse.Namespace) -> Callable[[], int]:
         *_iterate_housekeeping_checks(arguments.registry),
     ]
     if os.environ.get("PREFECT_API_URL"):
-        parts = (room.server_checks for room in seams.list_rooms().values())
-        checks += (check for part in parts if part is not None for check in seams.load(part)())
+        checks += (check for look in seams.load_all("server_checks") for check in look())
 
     is_fine = all(check.ok for check in checks)
     document = {"ok": is_fine, "checks": [asdict(check) for check in checks]}

@@ -73,6 +73,5 @@ class Watcher:
 
 def list_watchers() -> Iterator[Watcher]:
     """A watcher of each room that is there and has one."""
-    for room in seams.list_rooms().values():
-        if room.watcher is not None:
-            yield seams.load(room.watcher)()
+    for watcher in seams.load_all("watcher"):
+        yield watcher()

@@ -5,7 +5,7 @@ nested_core/seams.py names the rooms' formats.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,17 +91,11 @@ class AdapterFormat(Protocol):
 
 def find_format(folder: Path) -> AdapterFormat | None:
     """The format of the adapter in a folder; None for one of mlx-lm, and for no adapter."""
-    for room in seams.list_rooms().values():
-        if room.adapter_format is not None:
-            adapter_format: AdapterFormat = seams.load(room.adapter_format)()
-            if adapter_format.is_adapter(folder):
-                return adapter_format
-    return None
+    formats: Iterator[AdapterFormat] = (kind() for kind in seams.load_all("adapter_format"))
+    return next((known for known in formats if known.is_adapter(folder)), None)
 
 
 def load_peft_format(wanted: str) -> AdapterFormat:
     """PEFT's format; ConfigError where its room is not there. `wanted`: what asked for it."""
-    seams.require("peft", wanted)
-    part = seams.ROOMS["peft"].adapter_format
-    adapter_format: AdapterFormat = seams.load(str(part))()
+    adapter_format: AdapterFormat = seams.load_only("adapter_format", wanted)()
     return adapter_format

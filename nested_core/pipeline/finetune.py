@@ -148,8 +148,7 @@ def finetune(
     check_before_start(config, run)
     timing: Any = nullcontext()
     if config.training.minutes is not None:
-        seams.require("minutes", "training.minutes")
-        timing = seams.load(seams.TIMED_TRAINING)(config, run, hooks)
+        timing = seams.load_only("timed_training", "training.minutes")(config, run, hooks)
     with run.locked(), timing as timed:
         config = config if timed is None else timed.config
         hooks.begin(config, run, resume=resume)
@@ -175,9 +174,8 @@ def _finetune_locked(
         write_skip(run.skipped, skip)
         return FinetuneResult(run, skipped=skip)
     with ExitStack() as around:
-        for room in seams.list_rooms().values():
-            for part in room.around_training:
-                around.enter_context(seams.load(part)(config, run, hooks.on_message, session))
+        for entering in seams.load_all("around_training"):
+            around.enter_context(entering(config, run, hooks.on_message, session))
         hooks.load(config, run, session)
         require_room_for_checkpoints(config, run)
         training = hooks.train(config, run, session) if timed is None else timed.train(session)

@@ -59,7 +59,7 @@ def find_model(
     for damaged files.
     """
     path = Path(given)
-    for find_model_of_format in seams.load_model_formats():
+    for find_model_of_format in seams.load_all("model_format"):
         model: NamedModel | None = find_model_of_format(given, temporary)
         if model is not None:
             return model, None

@@ -304,7 +304,8 @@ def explain_run(
             stages.info("explain: attaching the adapter")
             steps.write_initial_adapter_and_tiers(config, run, on_wait, session=session)
             if measures_speed and seams.is_there("minutes"):
-                config, measured = seams.load(seams.MEASURE_RUN)(config, run, session, on_wait)
+                measure = seams.load_only("run_measurement", "explain")
+                config, measured = measure(config, run, session, on_wait)
             session.release_base()
             with locking_devices(on_wait):
                 trainer, base_parameters = _make_trainer(config, run)

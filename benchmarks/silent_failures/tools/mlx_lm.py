@@ -15,6 +15,8 @@ from benchmarks.silent_failures.tools.tool import (
     ask_mlx_lm,
     cut_in_half,
     first_question,
+    make_mlx_lm_keys,
+    name_fine_tune_type,
     served,
 )
 
@@ -45,26 +47,9 @@ class MlxLm(Tool):
         )
 
     def _write_config(self, case: Case, data: str) -> str:
-        settings = case.settings
-        lora: dict[str, Any] = {"rank": settings.rank, "scale": settings.scale, "dropout": 0.0}
-        if settings.keys:
-            lora["keys"] = list(settings.keys)
-        config: dict[str, Any] = {
-            "model": "base",
+        config = make_mlx_lm_keys(case, data) | {
             "train": True,
-            "data": data,
-            self.key_of_the_type: "full" if settings.full else "lora",
-            "num_layers": -1,
-            "batch_size": settings.batch_size,
-            "iters": settings.iters,
-            "learning_rate": settings.rate,
-            "max_seq_length": settings.max_seq_length,
-            "mask_prompt": settings.masked,
-            "val_batches": -1,
-            "steps_per_report": 10,
-            "steps_per_eval": 20,
-            "save_every": 20,
-            "lora_parameters": lora,
+            self.key_of_the_type: name_fine_tune_type(case),
         }
         config |= self.settings_of_its_own
         (case.folder / "lora.yaml").write_text(

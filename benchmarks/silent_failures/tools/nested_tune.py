@@ -14,13 +14,14 @@ from benchmarks.silent_failures.tools.tool import (
     Tool,
     ask_mlx_lm,
     cut_in_half,
+    make_mlx_lm_keys,
+    name_fine_tune_type,
     served,
 )
 
 COMMAND = str(Path(sys.executable).with_name("nested-tune"))
-FIRST_STEP = (
-    r"^(step 0:|warning: \w+: the update of step \d+)"  # what training says first of a step
-)
+# What training says first of a step.
+FIRST_STEP = r"^(step 0:|warning: \w+: the update of step \d+)"
 REGISTRY = ["--registry", "registry", "--name", "champ"]
 FOLLOW_SECONDS = 60.0  # until a server answers with a promoted version
 
@@ -28,24 +29,8 @@ FOLLOW_SECONDS = 60.0  # until a server answers with a promoted version
 def write_config(case: Case, name: str = "lora.yaml", **values: Any) -> str:
     """The settings as a configuration file of nested-tune; returns its name."""
     settings = case.settings
-    lora: dict[str, Any] = {"rank": settings.rank, "scale": settings.scale, "dropout": 0.0}
-    if settings.keys:
-        lora["keys"] = list(settings.keys)
-    config: dict[str, Any] = {
-        "model": "base",
-        "data": "data",
-        "fine_tune_type": "full" if settings.full else "lora",
-        "num_layers": -1,
-        "batch_size": settings.batch_size,
-        "iters": settings.iters,
-        "learning_rate": settings.rate,
-        "max_seq_length": settings.max_seq_length,
-        "mask_prompt": settings.masked,
-        "val_batches": -1,
-        "steps_per_report": 10,
-        "steps_per_eval": 20,
-        "save_every": 20,
-        "lora_parameters": lora,
+    config: dict[str, Any] = make_mlx_lm_keys(case) | {
+        "fine_tune_type": name_fine_tune_type(case),
         "training": {"max_grad_norm": settings.clip},
         "gate": {
             "samples": "fail",

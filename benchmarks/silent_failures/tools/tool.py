@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from benchmarks.silent_failures.cases import Case
 
@@ -118,6 +119,34 @@ class Tool:
     def train_beside_it(self, case: Case) -> None:
         """Train again, and write elsewhere."""
         raise NotImplementedError
+
+
+def make_mlx_lm_keys(case: Case, data: str = "data") -> dict[str, Any]:
+    """The settings in the keys of mlx_lm.lora's configuration, which other tools took over."""
+    settings = case.settings
+    lora: dict[str, Any] = {"rank": settings.rank, "scale": settings.scale, "dropout": 0.0}
+    if settings.keys:
+        lora["keys"] = list(settings.keys)
+    return {
+        "model": "base",
+        "data": data,
+        "num_layers": -1,
+        "batch_size": settings.batch_size,
+        "iters": settings.iters,
+        "learning_rate": settings.rate,
+        "max_seq_length": settings.max_seq_length,
+        "mask_prompt": settings.masked,
+        "val_batches": -1,
+        "steps_per_report": 10,
+        "steps_per_eval": 20,
+        "save_every": 20,
+        "lora_parameters": lora,
+    }
+
+
+def name_fine_tune_type(case: Case) -> str:
+    """`full` or `lora`, as mlx_lm.lora calls them."""
+    return "full" if case.settings.full else "lora"
 
 
 def first_question(case: Case) -> str:

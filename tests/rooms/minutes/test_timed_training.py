@@ -215,6 +215,7 @@ def test_a_verdict_that_takes_too_long_is_stopped_and_given_when_the_run_goes_on
     assert result.verdict is not None
 
 
+@pytest.mark.slow("trains twice against a clock, 18 s")
 def test_more_minutes_go_on_with_a_run_and_say_how_its_schedule_does(tmp_path: Path) -> None:
     run = open_run(tmp_path / "run")
     finetune(config_of(0.1), run)
