@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ from nested_core.pipeline.continual import starting_champion
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.processes import count_processes, train_in_processes
 from nested_core.pipeline.replay import prepare_replay, require_same_start
+from nested_core.pipeline.services import load_services
 from nested_core.process.command_parent import list_earlier_ends
 from nested_core.records.answers import write_answers
 from nested_core.records.dataset import (
@@ -104,7 +106,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.text.stages import stages
 from nested_core.training.parameter_importance import measure_parameter_importance
-from nested_core.training.reports.reporting_services import TrainingCallback, reporting_to_services
+from nested_core.training.reports.training_callback import TrainingCallback
 from nested_core.training.trainer import Trainer, make_trainer
 from nested_core.training.training_setup import build_optimizer, prepare_training
 from nested_core.training.world import SINGLE_PROCESS_WORLD, World
@@ -278,10 +280,9 @@ def train(
             )
             return result
     processes = count_processes(config)
-    with (
-        locking_devices(on_wait, processes, session),
-        reporting_to_services(config, run, callback) as callbacks,
-    ):
+    services = load_services(config)
+    reporting = nullcontext(callback) if services is None else services.reporting(run, callback)
+    with locking_devices(on_wait, processes, session), reporting as callbacks:
         if processes == 1:
             trainer = train_model(config, run, callbacks, on_start, session=session)
             return _publish_result(run, trainer)

@@ -41,6 +41,9 @@ class Room:
         adapters of another program are read and written.
     training_flows: by the entrypoint that deployments name. The class of parameters has
         `deployment`, the deployment that trains, and `configurations()`, what that trains.
+    services: a class that is made of a configuration with `report_to`, and raises ConfigError for a
+        service that cannot be used. Its `reporting` and `attaching_verdict_at_end` are contexts
+        around training and around a whole run.
     count_processes, train_in_processes: functions that count a run's processes, and train in
         several.
     reference_schedule, reference_trainer: the StepSchedule and the Trainer of a run under
@@ -65,6 +68,7 @@ class Room:
     model_format: str | None = None
     adapter_format: str | None = None
     training_flows: Mapping[str, TrainingFlow] = field(default_factory=dict)
+    services: str | None = None
     count_processes: str | None = None
     train_in_processes: str | None = None
     reference_schedule: str | None = None
@@ -106,6 +110,7 @@ ROOMS: Mapping[str, Room] = {
         adapter_format="nested_core.rooms.peft.adapter_format:PeftFormat",
     ),
     "serve": Room(commands=("serve",)),
+    "services": Room(services="nested_core.rooms.services.reporting_services:Services"),
     "sweep": Room(
         commands=("sweep",),
         training_flows={

@@ -38,7 +38,7 @@ from nested_core.rooms.ranks.mlx_launch import (
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.foreign_text import escape
 from nested_core.training.memory.memory_plan import MemoryPlan
-from nested_core.training.reports.reporting_services import TrainingCallback
+from nested_core.training.reports.training_callback import TrainingCallback
 
 WATCHDOG_COMMAND = (sys.executable, "-P", end_with_parent.__file__)
 LAUNCHER_COMMAND = (

@@ -13,16 +13,15 @@ import pytest
 
 from nested_core.errors import ConfigError
 from nested_core.pipeline.finetune import finetune
+from nested_core.rooms.services import reporting_services
+from nested_core.rooms.services.reporting_services import (
+    ReportingCallback,
+    Services,
+    configured_services,
+)
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import read_json_object
-from nested_core.training.reports import reporting_services
-from nested_core.training.reports.reporting_services import (
-    ReportingCallback,
-    attaching_verdict_at_end,
-    configured_services,
-    reporting_to_services,
-)
 from tests.core.report.verdicts import GATE
 from tests.example import example_config
 
@@ -59,8 +58,8 @@ def run_once(tmp_path: Path, services: str) -> RunDirectory:
     config = example_config(report_to=services, project_name="capitals")
     run = RunDirectory(tmp_path / "run-1")
     run.path.mkdir()
-    with attaching_verdict_at_end(config, run):
-        with reporting_to_services(config, run, None) as callback:
+    with Services(config).attaching_verdict_at_end(run):
+        with Services(config).reporting(run, None) as callback:
             assert callback is not None
             callback.on_train_loss_report(TRAIN)
             callback.on_val_loss_report(VALID)
@@ -138,7 +137,7 @@ def test_a_service_that_fails_at_the_end_is_warned_of_and_takes_nothing_away(
     monkeypatch.setattr(client, "init", unreachable, raising=False)
     with (
         pytest.warns(UserWarning, match="report_to: trackio cannot be used: no route"),
-        attaching_verdict_at_end(example_config(report_to="trackio"), run),
+        Services(example_config(report_to="trackio")).attaching_verdict_at_end(run),
     ):
         pass
 
@@ -170,7 +169,7 @@ def test_what_was_opened_is_closed_where_a_verdict_cannot_be_attached(
     run.gate.write_text("{")
     with (
         pytest.warns(UserWarning, match="report_to: the verdict was not attached"),
-        attaching_verdict_at_end(example_config(report_to="trackio"), run),
+        Services(example_config(report_to="trackio")).attaching_verdict_at_end(run),
     ):
         pass
     assert len(client.named("finish")) == 1
@@ -190,8 +189,8 @@ def test_a_service_that_stops_answering_is_warned_of_once_and_the_run_goes_on_wi
     run = RunDirectory(tmp_path)
 
     def train_while_trackio_stops_answering() -> None:
-        with attaching_verdict_at_end(config, run):
-            with reporting_to_services(config, run, None) as callback:
+        with Services(config).attaching_verdict_at_end(run):
+            with Services(config).reporting(run, None) as callback:
                 assert callback is not None
                 callback.on_train_loss_report(TRAIN)
                 monkeypatch.setattr(clients["trackio"], "log", unreachable, raising=False)
@@ -225,8 +224,8 @@ def test_what_a_service_lacked_and_was_sent_anew_by_a_resumed_training_is_not_sa
     missing = {"run_ids": {"trackio": "run-1"}, "missing_from": {"trackio": 20}}
     write_json(run.report_to, missing)
     with (
-        attaching_verdict_at_end(config, run),
-        reporting_to_services(config, run, None) as callback,
+        Services(config).attaching_verdict_at_end(run),
+        Services(config).reporting(run, None) as callback,
     ):
         assert callback is not None
         for iteration in (10, 20):
@@ -248,6 +247,6 @@ def test_a_full_disk_at_the_end_is_no_error_of_a_run_that_is_done(
     monkeypatch.setattr(reporting_services, "write_json", disk_is_full)
     with (
         pytest.warns(UserWarning, match="the verdict was not attached: .*No space left"),
-        attaching_verdict_at_end(example_config(report_to="trackio"), run),
+        Services(example_config(report_to="trackio")).attaching_verdict_at_end(run),
     ):
         pass

@@ -1,4 +1,4 @@
-"""Training callbacks in mlx-lm's protocol, and the services of `report_to`, each by its own client.
+"""The services of `report_to`, each by its own client.
 
 Losses are sent as they come, then the verdict. What a service knows a run by is kept in
 RUN_DIR/report-to.json, so that a resumed run goes on in the same place and the verdict is added
@@ -26,18 +26,9 @@ from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import read_json_object, read_regular
+from nested_core.training.reports.training_callback import TrainingCallback
 
 DEFAULT_PROJECT = "nested-tune"
-
-
-class TrainingCallback(Protocol):
-    """What mlx_lm.tuner.callbacks.TrainingCallback offers."""
-
-    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
-        """Called with the training loss at every report."""
-
-    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
-        """Called with the validation loss at every evaluation."""
 
 
 class CallbackGroup:
@@ -290,40 +281,47 @@ class ReportingCallback:
                     warnings.warn(f"report_to: {name} was not closed: {error}", stacklevel=2)
 
 
-@contextmanager
-def reporting_to_services(
-    config: FineTuneConfig, run: RunDirectory, callback: TrainingCallback | None
-) -> Iterator[TrainingCallback | None]:
-    """The caller's callback together with the services of `report_to`, for the block's training."""
-    if not configured_services(config):
-        yield callback
-        return
-    services = ReportingCallback(config, run)
-    try:
-        yield services if callback is None else CallbackGroup([callback, services])
-    finally:
-        services.close()
+class Services:
+    """The services of a configuration's `report_to`, for one fine-tune."""
 
+    def __init__(self, config: FineTuneConfig) -> None:
+        """Raises ConfigError for a service that is not known or whose client is not installed."""
+        self._config = config
+        self._has_any = bool(configured_services(config))
 
-@contextmanager
-def attaching_verdict_at_end(config: FineTuneConfig, run: RunDirectory) -> Iterator[None]:
-    """When the block ends, add its verdict, gate.json and report.html to each service's run.
+    @contextmanager
+    def reporting(
+        self, run: RunDirectory, callback: TrainingCallback | None
+    ) -> Iterator[TrainingCallback | None]:
+        """The caller's callback together with the services, for the block's training."""
+        if not self._has_any:
+            yield callback
+            return
+        services = ReportingCallback(self._config, run)
+        try:
+            yield services if callback is None else CallbackGroup([callback, services])
+        finally:
+            services.close()
 
-    A service that cannot be reached is warned of: the run is done without it. So is one that
-    lacks reports of the training.
-    """
-    try:
-        yield
-    finally:
-        if configured_services(config):
-            if run.result.is_file() and run.gate.is_file():
-                _attach_verdict(config, run)
-            for name, iteration in _read_service_record(run).missing_from.items():
-                warnings.warn(
-                    f"report_to: {name} lacks reports of this run, from iteration {iteration} on; "
-                    f"all are in {run.metrics}",
-                    stacklevel=2,
-                )
+    @contextmanager
+    def attaching_verdict_at_end(self, run: RunDirectory) -> Iterator[None]:
+        """When the block ends, add its verdict, gate.json and report.html to each service's run.
+
+        A service that cannot be reached is warned of: the run is done without it. So is one that
+        lacks reports of the training.
+        """
+        try:
+            yield
+        finally:
+            if self._has_any:
+                if run.result.is_file() and run.gate.is_file():
+                    _attach_verdict(self._config, run)
+                for name, iteration in _read_service_record(run).missing_from.items():
+                    warnings.warn(
+                        f"report_to: {name} lacks reports of this run, from iteration {iteration} "
+                        f"on; all are in {run.metrics}",
+                        stacklevel=2,
+                    )
 
 
 def _attach_verdict(config: FineTuneConfig, run: RunDirectory) -> None:

@@ -1,0 +1,30 @@
+"""A key that a deleted room would answer is refused before anything is made, and names the room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core import seams
+from nested_core.errors import ConfigError
+from nested_core.pipeline.finetune import finetune
+from nested_core.storage.run_directory import RunDirectory
+from tests.example import example_config
+
+KEYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "report_to": ("services", {"report_to": "wandb"}),
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_of_a_deleted_room_is_refused_with_the_name_of_the_room(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room, settings = KEYS[key]
+    monkeypatch.setattr(seams, "is_there", lambda name: name != room)
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(ConfigError, match=f"`{key}` belongs to the room {room}"):
+        finetune(example_config(**settings), run)
+    assert not run.path.exists()
