@@ -27,7 +27,7 @@ EXCEPTIONS = {
     "nested_core/storage/removal.py": (1, "what the kernel says in /proc of mounts"),
     "nested_core/storage/compiled_kernels.py": (7, "its own folder, mode 0700, owner checked"),
     "nested_core/process/child_main.py": (1, "/dev/null"),
-    "nested_core/pipeline/launch/restarting.py": (4, "what the kernel says in /sys and /proc"),
+    "nested_core/rooms/restart/restarting.py": (4, "what the kernel says in /sys and /proc"),
     "nested_core/rooms/export/gguf/reading.py": (1, "a GGUF, which MLX reads from its path"),
     "nested_core/measure/answers/scoring_process.py": (1, "/dev/null"),
     "nested_core/measure/fresh_process/mlx_lm_program.py": (

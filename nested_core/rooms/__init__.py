@@ -44,6 +44,7 @@ class Room:
     services: a class that is made of a configuration with `report_to`, and raises ConfigError for a
         service that cannot be used. Its `reporting` and `attaching_verdict_at_end` are contexts
         around training and around a whole run.
+    restart: a function that runs a command again where it is killed, as `run_again_where_killed`.
     count_processes, train_in_processes: functions that count a run's processes, and train in
         several.
     reference_schedule, reference_trainer: the StepSchedule and the Trainer of a run under
@@ -69,6 +70,7 @@ class Room:
     adapter_format: str | None = None
     training_flows: Mapping[str, TrainingFlow] = field(default_factory=dict)
     services: str | None = None
+    restart: str | None = None
     count_processes: str | None = None
     train_in_processes: str | None = None
     reference_schedule: str | None = None
@@ -110,6 +112,7 @@ ROOMS: Mapping[str, Room] = {
         adapter_format="nested_core.rooms.peft.adapter_format:PeftFormat",
     ),
     "serve": Room(commands=("serve",)),
+    "restart": Room(restart="nested_core.rooms.restart.restarting:run_again_where_killed"),
     "services": Room(services="nested_core.rooms.services.reporting_services:Services"),
     "sweep": Room(
         commands=("sweep",),

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import TrainingProcessLost
-from nested_core.pipeline.launch import restarting
-from nested_core.pipeline.launch.restarting import describe_end, run_again_where_killed
 from nested_core.process.command_parent import PARENT_VARIABLE
+from nested_core.rooms.restart import restarting
+from nested_core.rooms.restart.restarting import describe_end, run_again_where_killed
 from tests.waiting import wait_until
 
 # Tells of its run, writes the checkpoints that `made` names for its start, and ends as it is told.
@@ -96,7 +96,7 @@ def test_without_a_new_checkpoint_it_is_begun_again_so_often_and_no_more(
 
 
 def parent(*command: str) -> subprocess.Popen[bytes]:
-    module = [sys.executable, "-P", "-m", "nested_core.pipeline.launch.restarting"]
+    module = [sys.executable, "-P", "-m", "nested_core.rooms.restart.restarting"]
     return subprocess.Popen([*module, *command[1:]], stderr=subprocess.DEVNULL)
 
 
@@ -120,7 +120,7 @@ def test_any_other_end_is_its_own(
 # Sends itself SIGTERM in the moment between the start of the command and the note of its process.
 SIGNALLED_AT_THE_START = """
 import os, signal, sys
-from nested_core.pipeline.launch import restarting
+from nested_core.rooms.restart import restarting
 
 class Signalled(restarting._Command):
     def __init__(self, *given):
@@ -139,7 +139,7 @@ def test_a_signal_while_the_command_is_started_ends_it() -> None:
 
 def test_one_that_ends_before_it_tells_of_a_run_is_not_begun_again() -> None:
     kill = "import os, sys; sys.stderr.write('x'); os.kill(os.getpid(), 11)"
-    module = [sys.executable, "-P", "-m", "nested_core.pipeline.launch.restarting", "-c", kill]
+    module = [sys.executable, "-P", "-m", "nested_core.rooms.restart.restarting", "-c", kill]
     done = subprocess.run(module, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (-signal.SIGSEGV, b"x")
 
