@@ -33,7 +33,7 @@ from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.storage.run_directory import RunDirectory, open_run
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.text.stages import stages
-from nested_core.training.memory.memory_plan import MemoryPlan
+from nested_core.training.memory_plan import MemoryPlan
 from nested_core.training.trainer import Trainer, make_trainer
 from nested_core.training.training_setup import prepare_training
 

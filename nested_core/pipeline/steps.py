@@ -366,6 +366,7 @@ def _make_plan(
     """The plan of the process that trains now; `earlier` is that of the one before it."""
     schedule = trainer.step_schedule
     has_validation = schedule.validation_examples > 0
+    needed = trainer.memory.needed
     return TrainingPlan(
         steps=schedule.steps,
         iterations=schedule.iterations,
@@ -376,7 +377,7 @@ def _make_plan(
         training_file=report.splits["train"].file,
         validation_file=report.splits["valid"].file if has_validation else None,
         validation_examples=schedule.validation_examples,
-        memory_forecast_gb=trainer.memory.needed / 1e9,
+        memory_forecast_gb=None if needed is None else needed / 1e9,
         memory_limit_gb=trainer.memory.capacity / 1e9,
         resumed_at=list_resumptions(earlier, trainer.current_step),
         rank_counts=list_rank_counts(earlier, trainer.current_step, trainer.world.size),

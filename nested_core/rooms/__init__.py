@@ -45,6 +45,8 @@ class Room:
         service that cannot be used. Its `reporting` and `attaching_verdict_at_end` are contexts
         around training and around a whole run.
     restart: a function that runs a command again where it is killed, as `run_again_where_killed`.
+    memory_forecast: a function of a TrainingSetup and the bytes that there are, which gives a
+        MemoryPlan (training/memory_plan.py).
     count_processes, train_in_processes: functions that count a run's processes, and train in
         several.
     reference_schedule, reference_trainer: the StepSchedule and the Trainer of a run under
@@ -71,6 +73,7 @@ class Room:
     training_flows: Mapping[str, TrainingFlow] = field(default_factory=dict)
     services: str | None = None
     restart: str | None = None
+    memory_forecast: str | None = None
     count_processes: str | None = None
     train_in_processes: str | None = None
     reference_schedule: str | None = None
@@ -105,6 +108,7 @@ ROOMS: Mapping[str, Room] = {
         ),
         model_format="nested_core.rooms.export.named_artefact:find_artefact",
     ),
+    "memory": Room(memory_forecast="nested_core.rooms.memory.forecast:forecast_memory"),
     "mlflow": Room(commands=("export-mlflow",)),
     "nights": Room(commands=("registry",), watcher="flows.rooms.nights.watcher:NightWatcher"),
     "peft": Room(

@@ -274,7 +274,7 @@ def test_a_batch_that_does_not_fit_is_made_smaller(
     write_rows(tmp_path / "data", ("prompt", "completion"))
     text = suggest_config(str(MODEL), str(tmp_path / "data")).text
     needed = explain_run(parse_config(parse_yaml(text), source=""), measures_speed=False).memory
-    monkeypatch.setattr("nested_core.backend.device_memory_bytes", lambda: needed.needed - 1)
+    monkeypatch.setattr("nested_core.backend.device_memory_bytes", lambda: (needed.needed or 0) - 1)
     smaller = load_config_text(suggest_config(str(MODEL), str(tmp_path / "data")).text)
     assert smaller.batch_size < 4 or smaller.grad_checkpoint
 

@@ -8,20 +8,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from nested_core import backend, seams
-from nested_core.training.loss.loss_interface import BatchShape
-from nested_core.training.memory import peak_estimate
-from nested_core.training.memory.peak_estimate import (
+from nested_core.rooms.memory import peak_estimate
+from nested_core.rooms.memory.model_footprint import compute_footprint
+from nested_core.rooms.memory.peak_estimate import (
     DeviceProfile,
     ModelFootprint,
     estimate_peak_bytes,
     fewest_recomputed_layers,
 )
+from nested_core.training.loss.loss_interface import BatchShape
+from nested_core.training.memory_plan import MemoryPlan
+from nested_core.training.training_setup import TrainingSetup
 
 if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
@@ -31,23 +33,14 @@ KEPT_BUFFERS_OF_A_STEP = 1.1  # freed buffers kept, of a step's need: a forecast
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """The predicted peak and the memory there is, in bytes, and the layers that are recomputed.
+class MemoryForecast(MemoryPlan):
+    """A plan with its predicted peak, and what would fit.
 
-    recomputed: of `layers` trained layers, the number that is recomputed in the backward pass.
     suggestions: (setting, predicted peak) pairs that would fit; empty if the run fits already.
     """
 
     needed: int
-    capacity: int
-    recomputed: int
-    layers: int
     suggestions: Sequence[tuple[str, int]] = ()
-
-    @property
-    def fits(self) -> bool:
-        """Whether the predicted peak is within the capacity."""
-        return self.needed <= self.capacity
 
     def describe(self) -> str:
         """The predicted peak, the capacity, and the settings that would fit, on one line."""
@@ -64,36 +57,32 @@ class MemoryPlan:
             return f"{text}; not even {last} would fit"
         return f"{text}; try {', '.join(others)} or {last}" if others else f"{text}; try {last}"
 
-    def layers_to_recompute(self, model: nn.Module) -> Sequence[nn.Module]:
-        """The layers to recompute: the lowest that train.
-
-        Their turn comes last in the backward pass, when what the others kept is free again.
-        """
-        layers: Any = model.layers
-        if self.recomputed in (0, self.layers):
-            return layers if self.recomputed else ()
-        first = len(layers) - self.layers
-        chosen: Sequence[nn.Module] = layers[first : first + self.recomputed]
-        return chosen
-
 
 def _format_gigabytes(size: float) -> str:
     gigabytes = size / 1e9
     return f"{gigabytes:.1f} GB" if gigabytes >= 1 else f"{gigabytes:.2g} GB"
 
 
-def plan_memory(
-    config: FineTuneConfig, footprint: ModelFootprint, batch: BatchShape, processes: int = 1
-) -> MemoryPlan:
-    """Predict the peak of a run on the default device, within its memory or `memory_limit_gb`.
+def forecast_memory(setup: TrainingSetup, capacity: int) -> MemoryForecast:
+    """Predict the peak of a run on the default device, of which it may take `capacity` bytes.
 
-    `batch` is one process's share of the largest batch.
+    Bounds the freed buffers that MLX keeps in this process, where that is due.
     """
-    limit = config.training.memory_limit_gb
-    capacity = backend.device_memory_bytes() if limit is None else int(limit * 1e9)
-    return plan_memory_for_device(
-        config, footprint, batch, device_profile_for(config), capacity, processes=processes
+    config = setup.config
+    footprint = compute_footprint(
+        config, setup.model, setup.parameters, setup.optimizer, setup.loss_fn
     )
+    plan = plan_memory_for_device(
+        config,
+        footprint,
+        setup.step_schedule.largest_batch(),
+        device_profile_for(config),
+        capacity,
+        processes=setup.world.size,
+    )
+    if not config.clear_cache_threshold:
+        limit_kept_buffers(footprint, plan.needed)
+    return plan
 
 
 def plan_memory_for_device(
@@ -104,7 +93,7 @@ def plan_memory_for_device(
     capacity: int,
     *,
     processes: int = 1,
-) -> MemoryPlan:
+) -> MemoryForecast:
     """The plan for a model, a batch of one of the processes, a device and its memory in bytes.
 
     Layers are recomputed under `grad_checkpoint`: all of them, or under a `memory_limit_gb` only as
@@ -117,7 +106,7 @@ def plan_memory_for_device(
     recomputed = wanted if config.grad_checkpoint else 0
     needed = estimate_peak_bytes(footprint, batch, device, recomputed)
     if needed <= capacity:
-        return MemoryPlan(needed, capacity, recomputed, layers)
+        return MemoryForecast(needed, capacity, recomputed, layers)
 
     fewer_rows, shorter = list(_batches_of_fewer_rows(batch)), list(_shorter_batches(batch))
     alternatives = [
@@ -138,23 +127,20 @@ def plan_memory_for_device(
         smallest = fewer_rows[-1] if fewer_rows else batch
         setting = f"grad_checkpoint: true with batch_size: {smallest.rows * processes}"
         suggestions.append((setting, estimate_peak_bytes(footprint, smallest, device, layers)))
-    return MemoryPlan(needed, capacity, recomputed, layers, tuple(suggestions))
+    return MemoryForecast(needed, capacity, recomputed, layers, suggestions=tuple(suggestions))
 
 
-def limit_kept_buffers(config: FineTuneConfig, footprint: ModelFootprint, needed: int) -> None:
-    """Bound the freed buffers that MLX keeps in this process: to `clear_cache_threshold`, if set.
+def limit_kept_buffers(footprint: ModelFootprint, needed: int) -> None:
+    """Bound the freed buffers that MLX keeps on CUDA to what the widest step needs beside the rest.
 
-    Else, on CUDA, to what the widest step of a run needs beside what it holds from step to step;
-    `needed` is the forecast of its peak. Only for models with the operations a commit of large
-    ones: smaller ones train more slowly under a bound.
+    `needed` is the forecast of a run's peak in bytes, of which `footprint.resident` stay from step
+    to step. Only for models with the operations a commit of large ones: smaller ones train more
+    slowly under a bound.
     """
-    limit = config.clear_cache_threshold
     operations = os.environ.get(backend.OPERATIONS_PER_COMMIT_VARIABLE)
     is_large = operations == backend.OPERATIONS_PER_COMMIT_OF_LARGE_MODELS
-    if not limit and is_large and backend.computes_on_cuda():
-        limit = int(KEPT_BUFFERS_OF_A_STEP * (needed - footprint.resident))
-    if limit:
-        mx.set_cache_limit(limit)
+    if is_large and backend.computes_on_cuda():
+        mx.set_cache_limit(int(KEPT_BUFFERS_OF_A_STEP * (needed - footprint.resident)))
 
 
 def _batches_of_fewer_rows(batch: BatchShape) -> Iterator[BatchShape]:

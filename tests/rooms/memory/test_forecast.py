@@ -10,14 +10,13 @@ import pytest
 
 from nested_core import backend, seams
 from nested_core.config.schema import FineTuneConfig
-from nested_core.training.loss.loss_interface import BatchShape
-from nested_core.training.memory.memory_plan import (
-    MemoryPlan,
+from nested_core.rooms.memory.forecast import (
+    MemoryForecast,
     device_profile_for,
     limit_kept_buffers,
     plan_memory_for_device,
 )
-from nested_core.training.memory.peak_estimate import (
+from nested_core.rooms.memory.peak_estimate import (
     CPU_PROFILE,
     DeviceProfile,
     LayerFootprint,
@@ -29,6 +28,8 @@ from nested_core.training.memory.peak_estimate import (
     estimate_peak_bytes,
     fewest_recomputed_layers,
 )
+from nested_core.training.loss.loss_interface import BatchShape
+from nested_core.training.memory_plan import MemoryPlan
 
 # T = 6 tokens. A layer keeps 4 * (6 * (10 + 1 * 3) + 0.5 * 2 * 2 * 3 * 3) = 384 bytes, its input
 # is 4 * 6 * 4 = 96, the loss takes (4 + 12) * 7 * 6 = 672.
@@ -224,18 +225,16 @@ def test_what_our_kernels_alone_make_is_forecast_where_they_are_used(
 
 
 @pytest.mark.parametrize(
-    ("operations", "threshold", "has_cuda", "limits"),
+    ("operations", "has_cuda", "limits"),
     [
-        ("8", 0, True, [1_100_000]),
-        ("25", 0, True, []),  # a small model
-        (None, 0, True, []),  # a process that was not prepared
-        ("8", 10**9, True, [10**9]),  # the user's own
-        ("8", 0, False, []),
+        ("8", True, [1_100_000]),
+        ("25", True, []),  # a small model
+        (None, True, []),  # a process that was not prepared
+        ("8", False, []),
     ],
 )
 def test_freed_buffers_of_large_models_on_cuda_are_kept_up_to_a_steps_need(
     operations: str | None,
-    threshold: int,
     has_cuda: bool,
     limits: list[int],
     monkeypatch: pytest.MonkeyPatch,
@@ -246,12 +245,11 @@ def test_freed_buffers_of_large_models_on_cuda_are_kept_up_to_a_steps_need(
     monkeypatch.delenv(backend.OPERATIONS_PER_COMMIT_VARIABLE, raising=False)
     if operations:
         monkeypatch.setenv(backend.OPERATIONS_PER_COMMIT_VARIABLE, operations)
-    config = FineTuneConfig.model_validate({"clear_cache_threshold": threshold})
-    limit_kept_buffers(config, MIDDLE, 61_000_000)
+    limit_kept_buffers(MIDDLE, 61_000_000)
     assert found == limits
 
 
-def planned(capacity: float, **changes: Any) -> MemoryPlan:
+def planned(capacity: float, **changes: Any) -> MemoryForecast:
     config = FineTuneConfig.model_validate(changes)
     return plan_memory_for_device(config, MIDDLE, WIDE, CPU_PROFILE, int(capacity))
 

@@ -21,9 +21,9 @@ from nested_core.kernels.quantized_linear import dequantized_weight_bytes
 from nested_core.models.base_model import count_embedding_rows
 from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.named_updates import flatten
+from nested_core.rooms.memory.peak_estimate import LayerFootprint, ModelFootprint
 from nested_core.training.loss.logit_budget import positions_at_once
 from nested_core.training.loss.loss_interface import Loss
-from nested_core.training.memory.peak_estimate import LayerFootprint, ModelFootprint
 
 if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig

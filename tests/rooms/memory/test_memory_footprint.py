@@ -12,8 +12,8 @@ from nested_core.kernels.quantized_linear import (
     dequantized_weight_bytes,
     multiplying_by_dequantized_weights,
 )
-from nested_core.training.memory.model_footprint import read_layer_footprints
-from nested_core.training.memory.peak_estimate import LayerFootprint
+from nested_core.rooms.memory.model_footprint import read_layer_footprints
+from nested_core.rooms.memory.peak_estimate import LayerFootprint
 from tests.architectures import ARCHITECTURES, build
 
 

@@ -15,14 +15,14 @@ import pytest
 from benchmarks.forecast import CASES
 from benchmarks.gpu.shapes import RANK, SHAPES
 from nested_core import backend
-from nested_core.training.loss.logit_budget import positions_at_once
-from nested_core.training.loss.loss_interface import BatchShape
-from nested_core.training.memory.peak_estimate import (
+from nested_core.rooms.memory.peak_estimate import (
     LayerFootprint,
     ModelFootprint,
     cuda_profile,
     estimate_peak_bytes,
 )
+from nested_core.training.loss.logit_budget import positions_at_once
+from nested_core.training.loss.loss_interface import BatchShape
 from tests.example import example_settings
 from tests.left_out import slow_except
 
