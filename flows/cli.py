@@ -101,7 +101,6 @@ class _Commands:
 COMMANDS = {
     "demo": ("demo",),
     "training": ("validate", "train", "run"),
-    "configuration": ("init", "explain"),
     "inspection": ("verify", "status", "stop"),
     "reports": ("report", "runs", "compare", "card"),
     "registry": ("promote", "rollback", "history", "audit", "gc", "policy", "forget"),

@@ -5,6 +5,6 @@ disk, preflight.py what is tried before the first one, publishing.py what is reg
 continual.py going on from the champion. device_lock.py keeps a GPU to one run at a time,
 processes.py asks a room where several are to train, and services.py one for `report_to`.
 
-Beside it: named_adapters.py and named_models.py find what a person names, suggested_config.py
-writes a first configuration, run_explanation.py says what one will do.
+Beside it: named_adapters.py and named_models.py find what a person names, run_explanation.py finds
+out what a run will do.
 """

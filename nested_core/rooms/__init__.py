@@ -111,6 +111,7 @@ ROOMS: Mapping[str, Room] = {
     "memory": Room(memory_forecast="nested_core.rooms.memory.forecast:forecast_memory"),
     "mlflow": Room(commands=("export-mlflow",)),
     "nights": Room(commands=("registry",), watcher="flows.rooms.nights.watcher:NightWatcher"),
+    "planning": Room(commands=("init", "explain")),
     "peft": Room(
         commands=("import-peft", "export-peft"),
         adapter_format="nested_core.rooms.peft.adapter_format:PeftFormat",

@@ -13,6 +13,7 @@ from nested_core.config.loading import load_config
 from nested_core.errors import ConfigError
 from tests.example import DATA, MODEL, require_refused, write_config
 from tests.flows.conftest import called
+from tests.left_out import needs_rooms
 
 FILES = ("--continual.replay.sources", f"[{DATA / 'train.jsonl'}]")
 
@@ -77,6 +78,7 @@ def test_a_reference_run_knows_nothing_of_minutes() -> None:
     require_refused(said, training=training, nested={"frequencies": [1]})
 
 
+@needs_rooms("planning")
 def test_init_writes_minutes_in_place_of_passes(tmp_path: Path) -> None:
     words = ("init", "--data", DATA, "--model", MODEL, "-o", "lora.yaml", "--minutes")
     assert called(*words, "5", cwd=tmp_path).code == 0
@@ -90,6 +92,7 @@ def test_init_writes_minutes_in_place_of_passes(tmp_path: Path) -> None:
     assert "greater than 0" in refused.message()
 
 
+@needs_rooms("planning")
 def test_explain_offers_three_sizes_and_counts_the_steps_of_minutes(tmp_path: Path) -> None:
     write_config(tmp_path / "config.yaml", iters=40)
     whole = called("explain", "-c", "config.yaml", "--json", cwd=tmp_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ from flows.commands.command_output import printer, result_printer, text_printer
 from flows.commands.config_flags import add_config_flags, load_config_from_flags
 from flows.terminal.console import print_line, print_page, print_progress
 from flows.terminal.stage_lines import showing_stages
-from nested_core.errors import ConfigError
 from nested_core.storage.atomic import write_bytes
-from nested_core.storage.output_places import require_output_file
+from nested_core.storage.output_places import require_new_output
 
 
 def add_commands(commands: Any) -> None:
@@ -50,6 +48,7 @@ def add_commands(commands: Any) -> None:
     init.add_argument(
         *("-o", "--output"), type=Path, metavar="FILE", help="default: standard output"
     )
+    init.set_defaults(write_configuration=write_configuration)  # for rooms that add flags to init
     explain = commands.add(
         "explain",
         run_explain,
@@ -63,23 +62,14 @@ def add_commands(commands: Any) -> None:
 
 def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
     """Look at the data and the model; write the configuration, over no file that is there."""
-    return write_configuration(arguments, require_new_output(arguments), arguments.data)
-
-
-def require_new_output(arguments: argparse.Namespace) -> Path | None:
-    """Where the configuration is written; None for standard output."""
-    output: Path | None = arguments.output
-    target = None if output is None else require_output_file(output, "-o")
-    if target is not None and os.path.lexists(target):
-        raise ConfigError(f"{output} exists, and is not written over. Give another name after -o.")
-    return target
+    return write_configuration(arguments, require_new_output(arguments.output), arguments.data)
 
 
 def write_configuration(
     arguments: argparse.Namespace, target: Path | None, data: str, tasks: str = ""
 ) -> Callable[[], int]:
     """Suggest a configuration for this data, and write it; `tasks` are lines of `gate`."""
-    from nested_core.pipeline.suggested_config import split_command, suggest_config
+    from nested_core.rooms.planning.suggested_config import split_command, suggest_config
 
     suggested = suggest_config(
         arguments.model,
@@ -111,8 +101,9 @@ def run_explain(arguments: argparse.Namespace) -> Callable[[], int]:
     config = load_config_from_flags(arguments)
     with showing_stages("explain: loading the libraries"):
         from nested_core.pipeline.run_explanation import explain_run  # loads mlx
+        from nested_core.rooms.planning.explanation import RunInWords
 
-        subjects = explain_run(config, print_progress).describe()
+        subjects = RunInWords(explain_run(config, print_progress)).describe()
 
     def show() -> None:
         """A paragraph for each subject."""

@@ -21,8 +21,9 @@ from nested_core.models.lora_attachment import attach_adapter, make_adapter_conf
 from nested_core.models.parameters import trainable_parameters
 from nested_core.pipeline.learning_rate_rule import warn_of_learning_rate
 from nested_core.pipeline.run_explanation import RunExplanation, explain_run
-from nested_core.pipeline.suggested_config import suggest_config
 from nested_core.registry.policy import set_policy
+from nested_core.rooms.planning.explanation import RunInWords
+from nested_core.rooms.planning.suggested_config import suggest_config, suggest_learning_rate
 from nested_core.storage.adapter import write_adapter
 from nested_core.storage.atomic import new_directory
 from tests.architectures import HYBRIDS, SIZES
@@ -71,7 +72,7 @@ def test_the_numbers_are_those_of_the_model_the_data_and_the_schedule(
 
 
 def test_each_subject_is_said_in_words(explanation: RunExplanation) -> None:
-    said = explanation.describe()
+    said = RunInWords(explanation).describe()
     assert "every step (10 updates)" in said["tiers"]
     assert "every 4 steps (2 updates)" in said["tiers"]
     assert "2 to an optimizer step: 10 steps" in said["steps"]
@@ -87,7 +88,9 @@ def test_what_the_registrys_policy_tightens_is_said(tmp_path: Path) -> None:
     registry = {"path": str(tmp_path), "name": "capitals", "promote": "always"}
     changes = {"promote": "approve", "max_val_loss_increase": 0.01}
     set_policy(tmp_path, "capitals", by="ann", changes=changes)
-    said = explain_run(example_config(registry=registry), measures_speed=False).describe()
+    said = RunInWords(
+        explain_run(example_config(registry=registry), measures_speed=False)
+    ).describe()
     assert "unless the rise is certainly within 1.00% or 0.01" in said["gate"]
     assert said["registry"].endswith(
         "But the policy of capitals: gate.max_val_loss_increase is 0.01, not 0.02. "
@@ -115,14 +118,15 @@ def test_the_step_that_is_offered_is_the_one_said(
 ) -> None:
     examples = 0 if "val_batches" in change else explanation.validation_examples
     changed = replace(explanation, config=example_config(**change), validation_examples=examples)
-    assert said in changed.describe()["evaluation"]
+    assert said in RunInWords(changed).describe()["evaluation"]
 
 
 def test_the_file_that_the_gate_measures_on_is_named(explanation: RunExplanation) -> None:
     gate = explanation.config.gate.model_copy(update={"held_out": "kept.jsonl", "max_kl": 0.1})
     config = explanation.config.model_copy(update={"gate": gate})
     train = {"train": explanation.splits["train"]}
-    sentence = replace(explanation, config=config, splits=train)._describe_gate()
+    run = replace(explanation, config=config, splits=train)
+    sentence = RunInWords(run)._describe_gate()
     said = " ".join(sentence)
     assert "loss on held-out examples, kept.jsonl, may not rise" in said
     assert "KL divergence from the start may be 0.1 nats/token" in said
@@ -142,7 +146,7 @@ def test_every_bound_that_can_reject_is_named_with_its_number(explanation: RunEx
         "samples": "fail",
         "tasks": [task | {"max_drop": 0.07}],
     }
-    said = replace(explanation, config=example_config(gate=changes)).describe()["gate"]
+    said = RunInWords(replace(explanation, config=example_config(gate=changes))).describe()["gate"]
     for words in (
         *("within 3.10%", "at most 2.20% of these examples", "At most 1.30% of a tensor's updates"),
         *(
@@ -233,8 +237,8 @@ def test_the_intervals_of_a_suggestion_scale_with_the_length(tmp_path: Path) -> 
     path.write_text(suggest_config(str(MODEL), str(tmp_path / "data")).text)
     longer = explain_run(load_config(path, {"training.epochs": 60}), measures_speed=False)
     assert longer.iterations == 180
-    assert "A checkpoint every 18 batches." in longer.describe()["steps"]
-    assert longer.describe()["evaluation"].startswith("every 18 batches on 6 examples")
+    assert "A checkpoint every 18 batches." in RunInWords(longer).describe()["steps"]
+    assert RunInWords(longer).describe()["evaluation"].startswith("every 18 batches on 6 examples")
 
 
 @pytest.mark.parametrize(
@@ -289,10 +293,30 @@ def test_adapters_of_linear_attention_are_said_to_fail_in_some_apps(
     save_model(base, module.Model(module.ModelArgs.from_dict(sizes)))
     save_config(sizes, base / "config.json")
     config = example_config(model=str(base), nested={"frequencies": [1]})
-    said = explain_run(config, measures_speed=False).describe()["trained"]
+    said = RunInWords(explain_run(config, measures_speed=False)).describe()["trained"]
     assert "With linear_attn, apps of mlx-swift-lm may fail: docs/troubleshooting.md." in said
-    assert "linear_attn" not in explanation.describe()["trained"]
+    assert "linear_attn" not in RunInWords(explanation).describe()["trained"]
 
 
 def load_config_text(text: str) -> FineTuneConfig:
     return parse_config(parse_yaml(text), source="a test")
+
+
+@pytest.mark.parametrize(
+    ("model", "alpha", "continues", "rate"),
+    [
+        ({"model_type": "llama", "hidden_size": 64}, 160, False, 1e-4),
+        ({"model_type": "llama", "hidden_size": 3072}, 160, False, 7.2e-5),
+        ({"model_type": "llama", "hidden_size": 8192}, 160, False, 6.3e-5),  # 0.01 at least
+        ({"model_type": "qwen3", "hidden_size": 4096}, 160, False, 9.5e-5),
+        ({"model_type": "gemma3", "text_config": {"hidden_size": 5376}}, 160, False, 9.3e-5),
+        ({"model_type": "llama", "hidden_size": 768}, 16, False, 1e-3),
+        ({"model_type": "llama", "hidden_size": 768}, 160, True, 3e-5),
+        ({"model_type": "mamba"}, 160, False, 1e-4),
+    ],
+)
+def test_the_rate_follows_alpha_the_models_width_and_whether_it_goes_on(
+    tmp_path: Path, model: dict[str, Any], alpha: float, continues: bool, rate: float
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    assert suggest_learning_rate(alpha, tmp_path, continues=continues) == rate

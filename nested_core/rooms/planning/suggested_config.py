@@ -26,13 +26,18 @@ from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.lines.example_parsing import TEMPLATED_FORMATS, find_format
 from nested_core.data.lines.other_formats import suggest_field_names
 from nested_core.data.sources.split_files import open_splits
-from nested_core.models.base_model import find_model_folder
-from nested_core.pipeline.learning_rate_rule import SHARE_WHEN_CONTINUING, suggest_learning_rate
+from nested_core.models.base_model import MAX_CONFIG_BYTES, find_model_folder
+from nested_core.pipeline.learning_rate_rule import BEST_PRODUCTS, USUAL_PRODUCT
 from nested_core.pipeline.run_explanation import explain_run
 from nested_core.records.dataset import DatasetReport
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
-from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
+from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_json
 
+# tinker-cookbook, hyperparam_utils.py: the rate falls with (2000 / hidden size) to this power.
+REFERENCE_WIDTH = 2000
+POWERS_OF_WIDTH = {"llama": 0.781}
+POWER_OF_OTHERS = 0.0775
+SHARE_WHEN_CONTINUING = 0.3  # a trained adapter is moved less than a fresh one
 RANK = 8
 ALPHA = 160
 EPOCHS = 3  # or more, until there are
@@ -115,6 +120,25 @@ def suggest_config(
         if memory.fits:
             break
     return SuggestedConfig(text.replace(_GATE, _GATE + tasks), report)
+
+
+def suggest_learning_rate(alpha: float, base: Path, *, continues: bool = False) -> float:
+    """The learning rate of a LoRA adapter whose rank x scale is alpha, to one or two digits.
+
+    Args:
+        alpha: rank x scale; the rank itself makes no difference.
+        base: the base model's folder, of which the type and the hidden size are read.
+        continues: whether training goes on from an adapter that was trained before.
+    """
+    product = USUAL_PRODUCT
+    config: Any = read_json(base / "config.json", MAX_CONFIG_BYTES, follow_links=True)
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    width = text.get("hidden_size")
+    if isinstance(width, int) and width > REFERENCE_WIDTH:
+        power = POWERS_OF_WIDTH.get(str(text.get("model_type")), POWER_OF_OTHERS)
+        product = max(BEST_PRODUCTS[0], product * (REFERENCE_WIDTH / width) ** power)
+    share = SHARE_WHEN_CONTINUING if continues else 1.0
+    return float(f"{share * product / alpha:.1e}")
 
 
 def _choose_lora(base: Path, adapter: str | None) -> _Lora:
