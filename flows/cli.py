@@ -102,9 +102,8 @@ COMMANDS = {
     "demo": ("demo",),
     "training": ("validate", "train", "run"),
     "inspection": ("verify", "status", "stop"),
-    "reports": ("report", "runs", "compare", "card"),
+    "reports": ("report", "runs", "card"),
     "registry": ("promote", "rollback", "history", "audit", "gc", "policy", "forget"),
-    "doctor": ("doctor",),
 }
 
 

@@ -93,6 +93,14 @@ ROOMS: Mapping[str, Room] = {
         commands=("deploy",), server_checks="flows.rooms.deploy.server_checks:iterate_server_checks"
     ),
     "chat": Room(commands=("chat",)),
+    "compare": Room(
+        commands=("compare",),
+        public_names=(
+            "nested_core.rooms.compare.comparison:RunComparison",
+            "nested_core.rooms.compare.comparison:compare_runs",
+        ),
+    ),
+    "doctor": Room(commands=("doctor",)),
     "evaluate": Room(
         commands=("evaluate",),
         public_names=(

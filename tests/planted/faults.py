@@ -229,7 +229,7 @@ FAULTS = (
         "a condition turned",
     ),
     Fault(
-        "nested_core/report/comparison.py",
+        "nested_core/rooms/compare/comparison.py",
         "if difference.is_measurable else None",
         "if not difference.is_measurable else None",
         "a condition turned",

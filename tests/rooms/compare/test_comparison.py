@@ -10,7 +10,7 @@ import pytest
 from nested_core.errors import ConfigError
 from nested_core.records.paired_difference import PairedDifference
 from nested_core.records.verdict import Reason
-from nested_core.report.comparison import _describe_difference, compare_runs
+from nested_core.rooms.compare.comparison import _describe_difference, compare_runs
 from tests.runs import HOSTILE_ROW, add_metrics, begin_run, finished_run, write_plan_of
 
 

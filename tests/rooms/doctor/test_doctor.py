@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flows.commands import doctor
-from flows.commands.doctor import MIN_FREE_DISK_BYTES
+from flows.rooms.doctor.command import MIN_FREE_DISK_BYTES
 from nested_core import backend
 from nested_core.registry import register_and_promote
 from tests.core.registry.conftest import write_run
@@ -45,7 +44,7 @@ def test_a_package_that_is_missing_or_of_a_version_that_does_not_fit_is_named(
             raise importlib.metadata.PackageNotFoundError(name)
         return unfit.get(name) or read(name)
 
-    monkeypatch.setattr(doctor, "version", installed)
+    monkeypatch.setattr(command, "version", installed)
     done = called("doctor", "--json", cwd=tmp_path)
     (packages,) = [each for each in done.document["checks"] if each["name"] == "packages"]
     assert (packages["ok"], done.code) == (False, 1)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,11 @@ from nested_core.errors import ConfigError
 from nested_core.records.answers import shown_answer
 from nested_core.records.paired_difference import PairedDifference, compare_pairs
 from nested_core.records.run import Run, read_run
-from nested_core.records.verdict_table import list_checks
 from nested_core.report.outcome import (
     describe_end,
     describe_outcome,
-    describe_state,
-    find_reason_kept,
+    list_figures,
+    measure_speed,
     run_to_json,
 )
 from nested_core.storage.run_directory import RunDirectory
@@ -137,11 +135,7 @@ class RunComparison:
 
     def speed(self) -> dict[str, list[float | None]]:
         """Tokens a second (the median of the reports), seconds of training, and peak memory."""
-        return {
-            "tokens_per_second": [_median_metric(run, "tokens_per_second") for run in self.runs],
-            "training_seconds": [max(run.seconds, default=None) for run in self.runs],
-            "peak_memory_gb": [run.last("peak_memory_gb") for run in self.runs],
-        }
+        return _join([measure_speed(run) for run in self.runs])
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain values: a list has one value for each run."""
@@ -161,30 +155,14 @@ class RunComparison:
 
     def rows(self) -> Iterator[tuple[object, ...]]:
         """A row for each figure, then for each key that differs: its name, and a value a run."""
-        yield ("state", *map(describe_state, self.runs))
-        yield ("outcome", *map(describe_outcome, self.runs))
-        yield ("champion kept, because", *map(find_reason_kept, self.runs))
-        yield ("selected: the adapter of step", *(own.offered_step for own in self.runs))
-        yield ("its validation loss", *(own.offered_val_loss for own in self.runs))
-        yield from self._check_rows()
-        yield ("difference to the first", *map(_describe_difference, self.paired_with_first()))
-        yield ("trained", *(r.describe_length() for r in self.runs))
-        lasts = [run.describe_last_losses() for run in self.runs]
-        for name in ("training loss", "validation loss"):
-            yield (f"{name}, last report", *(own.get(name) for own in lasts))
-        for name, values in self.speed().items():
-            yield (name.replace("_", " "), *values)
+        end, checks, training = map(_join, zip(*map(list_figures, self.runs), strict=True))
+        differences = [*map(_describe_difference, self.paired_with_first())]
+        for name, values in (end | checks | {"difference to the first": differences}).items():
+            yield (name, *values)
+        for name, values in training.items():
+            yield (name, *values)
         for key, values in self.differing_settings().items():
             yield (key, *(None if value is None else str(value) for value in values))
-
-    def _check_rows(self) -> Iterator[tuple[object, ...]]:
-        """What each verdict measured, a row for each check that one of them has."""
-        measured = [
-            {} if run.verdict is None else {c.name: c.figures for c in list_checks(run.verdict)}
-            for run in self.runs
-        ]
-        for name in dict.fromkeys(name for own in measured for name in own):
-            yield (name, *(own.get(name) for own in measured))
 
     def describe(self) -> Document:
         """All of it: outcomes, figures and settings, curves, and answers that differ."""
@@ -295,9 +273,10 @@ def _default_of_suite(key: str) -> object:
     return suite.get(key.rpartition(".")[2])
 
 
-def _median_metric(run: Run, key: str) -> float | None:
-    values = [r[key] for r in run.metrics if r.get(key) is not None]
-    return median(values) if values else None
+def _join(figures: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """By name, the figure of each run; None for a run that has none of the name."""
+    names = dict.fromkeys(name for own in figures for name in own)
+    return {name: [own.get(name) for own in figures] for name in names}
 
 
 def _describe_difference(difference: PairedDifference | None) -> str | None:
