@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from flows.rooms.doctor import command
 from flows.rooms.doctor.command import MIN_FREE_DISK_BYTES
 from nested_core import backend
 from nested_core.registry import register_and_promote
