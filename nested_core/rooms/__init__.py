@@ -58,6 +58,9 @@ class Room:
         directory and hooks.
     run_measurement: a function that measures how fast a run is, for `explain`.
     readers: functions that give the lines of JSON in a data file, by the end of its name.
+    sensitive_data: a class that finds what a text may hold, and has the rules that report it.
+    near_duplicates: a class of what is read with each line to find rows that nearly are another,
+        and of the rules that report them.
     data_tables: what `validate` shows of a data set: a function of DataSettings that gives Tables.
     answer_tables: what stands beside the answers to an eval set: a function of its name and of
         (model, expected answer, answer, score) of each, which gives Blocks.
@@ -89,6 +92,8 @@ class Room:
     timed_training: str | None = None
     run_measurement: str | None = None
     readers: Mapping[str, str] = field(default_factory=dict)
+    sensitive_data: str | None = None
+    near_duplicates: str | None = None
     data_tables: str | None = None
     answer_tables: str | None = None
     decide_question: str | None = None
@@ -141,6 +146,10 @@ ROOMS: Mapping[str, Room] = {
         adapter_format="nested_core.rooms.peft.adapter_format:PeftFormat",
     ),
     "serve": Room(commands=("serve",)),
+    "near_duplicates": Room(
+        near_duplicates="nested_core.rooms.near_duplicates.related_rows:NearDuplicates"
+    ),
+    "secrets": Room(sensitive_data="nested_core.rooms.secrets.rules:SensitiveData"),
     "restart": Room(restart="nested_core.rooms.restart.restarting:run_again_where_killed"),
     "services": Room(services="nested_core.rooms.services.reporting_services:Services"),
     "sweep": Room(

@@ -127,7 +127,7 @@ FAULTS = (
         "a comparison turned",
     ),
     Fault(
-        "nested_core/data/lines/sensitive_data.py",
+        "nested_core/rooms/secrets/sensitive_data.py",
         "    return 8 <= len(digits) <= 15 and",
         "    return 8 < len(digits) <= 15 and",
         "a comparison turned",

@@ -10,7 +10,7 @@ import pytest
 
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.lines.sensitive_data import SENSITIVE_PATTERNS, find_sensitive_pattern_bits
+from nested_core.rooms.secrets.sensitive_data import SENSITIVE_PATTERNS, find_sensitive_pattern_bits
 from tests.builders.data_sets import load
 from tests.core.data.conftest import WriteData
 

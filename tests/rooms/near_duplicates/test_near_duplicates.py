@@ -11,8 +11,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from nested_core.data.lines import word_ngrams
-from nested_core.data.lines.word_ngrams import (
+from nested_core.rooms.near_duplicates import word_ngrams
+from nested_core.rooms.near_duplicates.related_rows import find_near_duplicates
+from nested_core.rooms.near_duplicates.word_ngrams import (
     MAX_NGRAMS_PER_TEXT,
     AskedNgrams,
     TrainMatches,
@@ -20,7 +21,6 @@ from nested_core.data.lines.word_ngrams import (
     hash_word_ngrams,
     hash_word_sequences,
 )
-from nested_core.data.rules.related_lines import find_near_duplicates
 from tests.builders.data_sets import load, write_lines
 from tests.example import DATA
 
@@ -179,7 +179,9 @@ def sampled_ngrams(text: str) -> tuple[set[int], int]:
 @pytest.mark.parametrize("table_bits", [1, 20])
 def test_the_sample_of_a_text_is_by_the_hashes_of_polars(table_bits, monkeypatch) -> None:
     """Findings depend on which n-grams are compared: another hash would find other lines."""
-    monkeypatch.setattr("nested_core.data.lines.word_ngrams._KNOWN_WORDS_BITS", table_bits)
+    monkeypatch.setattr(
+        "nested_core.rooms.near_duplicates.word_ngrams._KNOWN_WORDS_BITS", table_bits
+    )
     dice = random.Random(3)
     words = ["Straße", "ÄRGER", "x_1", "a’b", "日本", "४२", "ΣΊΣΥΦΟΣ", "İ", "3rd", "17", "Word"]
     words += ["b" * length for length in (7, 8, 9, 16, 63, 64, 65, 200)]
