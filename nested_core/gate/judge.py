@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
 from nested_core.gate.checks.ancestors import ANCESTORS
@@ -13,7 +14,6 @@ from nested_core.gate.checks.base import BASE
 from nested_core.gate.checks.champion import CHAMPION, REFERENCE
 from nested_core.gate.checks.divergence import COLLAPSE, TRAINING_LOSS
 from nested_core.gate.checks.file_checks import CHECKS_OF_ADAPTERS, CHECKS_OF_FILES
-from nested_core.gate.checks.fused import FUSED
 from nested_core.gate.checks.judged import (
     Check,
     Judged,
@@ -52,9 +52,12 @@ CHECKS_WITH_MODEL: tuple[Check[JudgedRun], ...] = (
     SAMPLES,
     TASKS,
     TRAINING_LOSS,
-    FUSED,
-    PROOF,
 )
+
+
+def list_checks_with_model() -> tuple[Check[JudgedRun], ...]:
+    """The core's checks with a model, then those of rooms, and the proof in a fresh process."""
+    return (*CHECKS_WITH_MODEL, *seams.load_all("gate_check"), PROOF)
 
 
 def verify_adapters(
@@ -106,6 +109,6 @@ def make_checks_of_run(
     with closing(ProofOfRun(config, evidence, judged.divergence, judged.session)) as judged.proof:
         if judged.verdict.has_passed:
             judged.proof.begin_if_there_is_room()
-        make_checks(judged, CHECKS_WITH_MODEL)
+        make_checks(judged, list_checks_with_model())
     log_stopped_checks(judged)
     return judged

@@ -46,6 +46,8 @@ def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:
     refuse_mlx_launch()
     if config.training.reference is not None:
         seams.require("reference", "training.reference")
+    if config.gate.check_fused:
+        seams.require("fused", "gate.check_fused")
     adapter_folder = require_output_places(config, run)
     require_folder_or_hub_name(config.model)
     count_processes(config)  # refuses a hostfile that cannot be used

@@ -58,6 +58,8 @@ class Room:
         directory and hooks.
     run_measurement: a function that measures how fast a run is, for `explain`.
     readers: functions that give the lines of JSON in a data file, by the end of its name.
+    gate_check: a Check of a run (gate/checks/judged.py), made after the core's and before the proof
+        in a fresh process.
     sensitive_data: a class that finds what a text may hold, and has the rules that report it.
     near_duplicates: a class of what is read with each line to find rows that nearly are another,
         and of the rules that report them.
@@ -92,6 +94,7 @@ class Room:
     timed_training: str | None = None
     run_measurement: str | None = None
     readers: Mapping[str, str] = field(default_factory=dict)
+    gate_check: str | None = None
     sensitive_data: str | None = None
     near_duplicates: str | None = None
     data_tables: str | None = None
@@ -138,6 +141,7 @@ ROOMS: Mapping[str, Room] = {
         model_format="nested_core.rooms.export.named_artefact:find_artefact",
     ),
     "memory": Room(memory_forecast="nested_core.rooms.memory.forecast:forecast_memory"),
+    "fused": Room(gate_check="nested_core.rooms.fused.fused:FUSED"),
     "mlflow": Room(commands=("export-mlflow",)),
     "nights": Room(commands=("registry",), watcher="flows.rooms.nights.watcher:NightWatcher"),
     "planning": Room(commands=("init", "explain")),

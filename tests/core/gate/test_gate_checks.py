@@ -16,8 +16,9 @@ from nested_core.gate.checks.judged import (
     log_stopped_checks,
     make_checks,
 )
-from nested_core.gate.judge import CHECKS_WITH_MODEL
+from nested_core.gate.judge import list_checks_with_model
 from nested_core.records.verdict import Reason
+from nested_core.seams import is_there
 from nested_core.storage.adapter import read_adapter
 from tests.builders.candidates import Candidate
 from tests.core.gate.pairs import A, Tensors, codes, trained_tensors, write
@@ -91,7 +92,7 @@ def test_what_could_not_be_checked_is_said_with_the_check_that_stopped_it(
 
 
 def test_every_check_has_a_name_of_its_own_and_stands_after_those_that_stop_it() -> None:
-    checks = (*CHECKS_OF_FILES, *CHECKS_WITH_MODEL)
+    checks = (*CHECKS_OF_FILES, *list_checks_with_model())
     names = [check.name for check in checks]
     assert len(set(names)) == len(names)
     for place, check in enumerate(checks):
@@ -103,8 +104,11 @@ def test_every_check_has_a_name_of_its_own_and_stands_after_those_that_stop_it()
 
 
 def test_every_bound_of_the_gate_belongs_to_one_check_that_judges_by_it() -> None:
-    bounds = [key for check in (*CHECKS_OF_FILES, *CHECKS_WITH_MODEL) for key in check.bounds]
-    assert sorted(bounds) == sorted(GateSection.model_fields.keys() - NO_BOUNDS)
+    bounds = [
+        key for check in (*CHECKS_OF_FILES, *list_checks_with_model()) for key in check.bounds
+    ]
+    of_rooms = set() if is_there("fused") else {"check_fused"}
+    assert sorted(bounds) == sorted(GateSection.model_fields.keys() - NO_BOUNDS - of_rooms)
 
 
 def test_tensors_that_cannot_be_compared_leave_nothing_to_say_of_their_values(tmp_path) -> None:

@@ -14,6 +14,7 @@ from nested_core.storage.run_directory import RunDirectory
 from tests.example import example_config
 
 KEYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gate.check_fused": ("fused", {"gate": {"check_fused": True}}),
     "report_to": ("services", {"report_to": "wandb"}),
 }
 
