@@ -60,6 +60,8 @@ class Room:
     readers: functions that give the lines of JSON in a data file, by the end of its name.
     gate_check: a Check of a run (gate/checks/judged.py), made after the core's and before the proof
         in a fresh process.
+    hub_tables: a function of DataSettings that gives name and lines of each split of a data set of
+        the Hugging Face hub.
     sensitive_data: a class that finds what a text may hold, and has the rules that report it.
     near_duplicates: a class of what is read with each line to find rows that nearly are another,
         and of the rules that report them.
@@ -95,6 +97,7 @@ class Room:
     run_measurement: str | None = None
     readers: Mapping[str, str] = field(default_factory=dict)
     gate_check: str | None = None
+    hub_tables: str | None = None
     sensitive_data: str | None = None
     near_duplicates: str | None = None
     data_tables: str | None = None
@@ -142,6 +145,7 @@ ROOMS: Mapping[str, Room] = {
     ),
     "memory": Room(memory_forecast="nested_core.rooms.memory.forecast:forecast_memory"),
     "fused": Room(gate_check="nested_core.rooms.fused.fused:FUSED"),
+    "hub": Room(hub_tables="nested_core.rooms.hub.hub_datasets:open_tables"),
     "mlflow": Room(commands=("export-mlflow",)),
     "nights": Room(commands=("registry",), watcher="flows.rooms.nights.watcher:NightWatcher"),
     "planning": Room(commands=("init", "explain")),

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from nested_core import seams
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset
 from nested_core.errors import ConfigError
 from nested_core.pipeline.finetune import finetune
 from nested_core.storage.run_directory import RunDirectory
@@ -29,3 +31,23 @@ def test_a_key_of_a_deleted_room_is_refused_with_the_name_of_the_room(
     with pytest.raises(ConfigError, match=f"`{key}` belongs to the room {room}"):
         finetune(example_config(**settings), run)
     assert not run.path.exists()
+
+
+KEYS_OF_DATA: dict[str, tuple[str, dict[str, Any]]] = {
+    "data_policy.near_duplicates": (
+        "near_duplicates",
+        {"data_policy": {"near_duplicates": "error"}},
+    ),
+    "hf_dataset": ("hub", {"hf_dataset": {"path": "a/b", "train_split": "train"}, "data": None}),
+}
+
+
+@pytest.mark.parametrize("key", KEYS_OF_DATA)
+def test_a_key_of_the_data_is_refused_where_the_data_is_read(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room, settings = KEYS_OF_DATA[key]
+    config = example_config(**settings)
+    monkeypatch.setattr(seams, "is_there", lambda name: name != room)
+    with pytest.raises(ConfigError, match=f"`{key}` belongs to the room {room}"):
+        load_dataset(DataSettings.from_config(config), None)

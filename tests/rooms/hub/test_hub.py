@@ -24,10 +24,10 @@ from nested_core.config.loading import parse_config
 from nested_core.config.sections import HubDataset
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.sources.hub_datasets import open_dataset_by_name
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
 from nested_core.records.dataset import DatasetReport
+from nested_core.rooms.hub.hub_datasets import open_dataset_by_name
 from tests.builders.data_sets import chat, write_lines
 
 has_library = importlib.util.find_spec("datasets") is not None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.config.sections import HubDataset
-from nested_core.data.data_settings import SPLITS
+from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.lines.example_parsing import FORMATS, read_completion
 from nested_core.data.sources.file_formats import NumberedLine, row_to_json_line
 from nested_core.errors import ConfigError, shorten
@@ -25,6 +25,14 @@ COMPLETION_FIELD_NAMES = {"prompt", "completion"}
 _log = logging.getLogger(__name__)
 # By split: its name in findings, and its lines.
 HubTables = dict[str, tuple[str, Iterable[NumberedLine]]]
+
+
+def open_tables(settings: DataSettings) -> HubTables:
+    """The data sets of `hf_dataset`, else the one that `data` names."""
+    is_trusted = settings.trust_remote_code
+    if settings.hf_dataset:
+        return open_configured_datasets(settings.hf_dataset, trust_remote_code=is_trusted)
+    return open_dataset_by_name(settings.data, trust_remote_code=is_trusted)
 
 
 def open_dataset_by_name(name: str, *, trust_remote_code: bool) -> HubTables:
