@@ -38,7 +38,7 @@ KEYS_OF_DATA: dict[str, tuple[str, dict[str, Any]]] = {
         "near_duplicates",
         {"data_policy": {"near_duplicates": "error"}},
     ),
-    "hf_dataset": ("hub", {"hf_dataset": {"path": "a/b", "train_split": "train"}, "data": None}),
+    "hf_dataset": ("hub", {"hf_dataset": {"path": "a/b", "train_split": "train"}}),
 }
 
 
