@@ -85,9 +85,7 @@ def test_a_thread_that_is_about_to_end_is_waited_for(heard: Heard) -> None:
 
 
 @pytest.mark.parametrize("command", ['exec cat "$0"', 'cat "$0" & exit 0'], ids=["own", "orphan"])
-def test_a_process_is_named_whoever_its_parent_is(
-    watch: Watch, tmp_path: Path, command: str
-) -> None:
+def test_a_process_is_named_whoever_its_parent_is(watch, tmp_path, command) -> None:
     if "&" in command and sys.platform != "linux":
         pytest.skip("finds processes of another parent in /proc")
     pipe = tmp_path / "pipe"
@@ -102,9 +100,7 @@ def test_a_process_is_named_whoever_its_parent_is(
     assert (left.kind, "cat" in left.what) == ("process", True)
 
 
-def test_a_listening_socket_is_named_by_its_address(
-    watch: Watch, ended: list[Callable[[], object]]
-) -> None:
+def test_a_listening_socket_is_named_by_its_address(watch, ended) -> None:
     watch.begin()
     server = socket.create_server(("127.0.0.1", 0))
     ended.append(server.close)
@@ -121,9 +117,7 @@ def test_a_variable_is_named_and_put_back(watch: Watch, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.random], ids=["random", "numpy"])
-def test_a_changed_global_random_state_is_named_and_put_back(
-    watch: Watch, draw: Callable[[], float]
-) -> None:
+def test_a_changed_global_random_state_is_named_and_put_back(watch, draw) -> None:
     watch.begin()
     first = draw()
     (left,) = watch.end(compares_random_states=True)
@@ -133,9 +127,7 @@ def test_a_changed_global_random_state_is_named_and_put_back(
     watch.end(compares_random_states=True)  # puts it back for the watch around this test
 
 
-def test_a_file_outside_is_named_and_one_that_is_gone_is_not(
-    heard: Heard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_outside_is_named_and_one_that_is_gone_is_not(heard, tmp_path, monkeypatch) -> None:
     (tmp_path / "own").mkdir()
     monkeypatch.chdir(tmp_path)
     watch = Watch(heard, [tmp_path / "own"])

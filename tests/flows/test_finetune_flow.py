@@ -58,9 +58,7 @@ def run_flow(given: FinetuneParameters) -> State[Any]:
 
 
 @pytest.fixture(scope="module")
-def completed(
-    prefect_server: None, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, State[Any]]:
+def completed(prefect_server, tmp_path_factory) -> tuple[Path, State[Any]]:
     folder = tmp_path_factory.mktemp("flow")
     (folder / "metrics").mkdir()
     with pytest.MonkeyPatch.context() as patch:
@@ -97,9 +95,7 @@ def test_the_flow_run_says_which_host_has_its_folder(completed: tuple[Path, Stat
 
 
 @needs_rooms("nights")
-def test_the_figures_of_the_night_are_a_file_for_prometheus(
-    completed: tuple[Path, State[Any]],
-) -> None:
+def test_the_figures_of_the_night_are_a_file_for_prometheus(completed) -> None:
     folder, _ = completed
     text = (folder / "metrics" / "nested_tune_capitals.prom").read_text()
     samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
@@ -222,9 +218,7 @@ def lose(model: Any, updates: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def rejected(
-    prefect_server: None, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, State[Any]]:
+def rejected(prefect_server, tmp_path_factory) -> tuple[Path, State[Any]]:
     """The flow where updates are computed and never reach the model."""
     folder = tmp_path_factory.mktemp("rejected")
     losing = patch.object(trainer, "apply_flat_updates_to_nested", lose)

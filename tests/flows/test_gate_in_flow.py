@@ -64,9 +64,7 @@ class Saboteur:
 
 
 @pytest.fixture
-def sabotaged(
-    request: pytest.FixtureRequest, tmp_path: Path, trained: tuple[RunDirectory, RunDirectory]
-) -> Iterator[tuple[Path, State[Any]]]:
+def sabotaged(request, tmp_path, trained) -> Iterator[tuple[Path, State[Any]]]:
     """A flow whose training was spoilt, and how it ended."""
     case: Case = request.param
     target = {"path": str(tmp_path / "registry"), "name": "capitals", "promote": "always"}

@@ -53,9 +53,7 @@ def judged(case: Case, pair: tuple[Path, Path]) -> str:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.reliability)])
-def test_no_edit_of_an_adapter_passes_unless_it_is_harmless(
-    run: RunDirectory, tmp_path: Path, every: int
-) -> None:
+def test_no_edit_of_an_adapter_passes_unless_it_is_harmless(run, tmp_path, every) -> None:
     outcomes: Counter[str] = Counter()
     for case in list(cases(run.initial, run.adapter))[::every]:
         pair = copied(case, run.initial, run.adapter, tmp_path / "pair")

@@ -216,9 +216,7 @@ def test_verify_refuses_a_spoilt_adapter_or_judges_what_is_there(
 
 @pytest.mark.slow("commands on many damaged copies of a run")
 @pytest.mark.parametrize("count", [12, FULL])
-def test_a_spoilt_version_is_named_by_audit_and_never_promoted(
-    originals: Originals, tmp_path: Path, count: int | None
-) -> None:
+def test_a_spoilt_version_is_named_by_audit_and_never_promoted(originals, tmp_path, count) -> None:
     first, second = originals.versions()
 
     def check(case: Case, originals: Originals, folder: Path) -> Counter[str]:
@@ -238,9 +236,7 @@ def test_a_spoilt_version_is_named_by_audit_and_never_promoted(
 
 
 @pytest.mark.slow("commands on many damaged copies of a run")
-def test_a_damaged_result_is_made_again_from_sound_checkpoints(
-    originals: Originals, tmp_path: Path
-) -> None:
+def test_a_damaged_result_is_made_again_from_sound_checkpoints(originals, tmp_path) -> None:
     edits = {truncated, replaced_by_pipe, replaced_by_link_to_zeros}
     all_cases = cases(originals.run, originals.other)
     chosen = [case for case in all_cases if case.file == "result.json" and case.edit in edits]

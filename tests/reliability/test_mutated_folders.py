@@ -45,9 +45,7 @@ def damage_found(config: FineTuneConfig, run: RunDirectory) -> DamagedError | No
 @pytest.mark.slow("a command for each of three hundred folders")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.reliability)])
-def test_every_mutated_folder_is_detected_with_exit_code_6(
-    finished: tuple[FineTuneConfig, RunDirectory], tmp_path: Path, count: int
-) -> None:
+def test_every_mutated_folder_is_detected_with_exit_code_6(finished, tmp_path, count) -> None:
     config, original = finished
     detected: Counter[str] = Counter()
     for number in range(count):
@@ -84,9 +82,7 @@ def in_pairs(original: Path, folder: Path, count: int) -> Iterator[tuple[str, Pa
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("count", [4, pytest.param(48, marks=pytest.mark.reliability)])
-def test_the_command_line_ends_with_6_and_a_short_message(
-    finished: tuple[FineTuneConfig, RunDirectory], tmp_path: Path, count: int
-) -> None:
+def test_the_command_line_ends_with_6_and_a_short_message(finished, tmp_path, count) -> None:
     config = write_config(tmp_path / "config.yaml", **SMALL_RUN)
     cases = list(in_pairs(finished[1].path, tmp_path, count))
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -79,9 +79,7 @@ def errors_in(folder: Path, **settings: Any) -> list[Found]:
 
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("suffix", ["jsonl.gz", "json", "csv", "parquet"])
-def test_every_format_gives_the_digest_of_the_same_jsonl(
-    suffix: str, kind: str, tmp_path: Path
-) -> None:
+def test_every_format_gives_the_digest_of_the_same_jsonl(suffix, kind, tmp_path) -> None:
     reports = []
     for name in ("jsonl", suffix):
         folder = tmp_path / name
@@ -287,9 +285,7 @@ def test_null_keys_that_a_table_fills_in_are_as_good_as_absent(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
-def test_a_bad_record_is_named_by_the_number_a_person_finds_it_by(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_bad_record_is_named_by_the_number_a_person_finds_it_by(name, tmp_path) -> None:
     file, content, expected = BAD_ROWS[name]
     (tmp_path / file).write_bytes(content)
     assert errors_in(tmp_path, batch_size=1) == expected
@@ -309,9 +305,7 @@ def test_damage_is_named_with_its_place(name: str, tmp_path: Path) -> None:
     assert counted.rows + counted.blank + counted.rejected == counted.lines
 
 
-def test_tokens_come_from_any_format_with_the_numbers_of_its_file(
-    tmp_path: Path, tokenizer: Any
-) -> None:
+def test_tokens_come_from_any_format_with_the_numbers_of_its_file(tmp_path, tokenizer) -> None:
     record = b'"Long ' + b"word " * 400 + b'\nend"\n'
     (tmp_path / "train.csv").write_bytes(b"text\n" + b"one\n\n" + record + b'two\n""\nthree\n')
     report, splits = load_dataset(
@@ -352,9 +346,7 @@ ODD: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("file", ["train.jsonl", "valid.csv", "test.jsonl.gz"])
-def test_what_has_the_name_of_a_split_and_is_no_file_is_an_error(
-    file: str, name: str, tmp_path: Path
-) -> None:
+def test_what_has_the_name_of_a_split_and_is_no_file_is_an_error(file, name, tmp_path) -> None:
     (tmp_path / "train.json").write_text(json.dumps(TEXTS))
     if file == "train.jsonl":
         (tmp_path / "train.json").unlink()

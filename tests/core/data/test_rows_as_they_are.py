@@ -376,9 +376,7 @@ def tokens_and_masks(split: TokenizedSplit) -> list[tuple[list[int], list[bool]]
 
 
 @pytest.fixture(scope="module")
-def openai_tokens(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: TokenizerSource
-) -> dict[str, list[tuple[list[int], list[bool]]]]:
+def openai_tokens(tmp_path_factory, tokenizer) -> dict[str, list[tuple[list[int], list[bool]]]]:
     """Tokens and masks of the OpenAI rows of each of READ, read as one file."""
     rows = [row for _, _, _, own in READ.values() for row in own]
     folder = write(tmp_path_factory.mktemp("openai"), {"train.jsonl": lines(*rows)})
@@ -633,9 +631,7 @@ def places(report: DatasetReport, check: str) -> Sequence[str]:
     return [str(finding) for finding in report.findings if finding.check == check]
 
 
-def test_lines_of_several_files_are_named_by_file_and_line_there(
-    tmp_path: Path, tokenizer: TokenizerSource
-) -> None:
+def test_lines_of_several_files_are_named_by_file_and_line_there(tmp_path, tokenizer) -> None:
     def rows(*texts: str) -> bytes:
         return lines(*(alpaca(f"{text}?", f"{text}.") for text in texts))
 

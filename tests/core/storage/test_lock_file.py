@@ -126,10 +126,8 @@ def test_a_program_that_is_started_does_not_keep_the_lock(path: Path) -> None:
 
 @pytest.mark.parametrize("lose", [remove, replace])
 @pytest.mark.parametrize("lock", [exclusive_lock, exclusive_lock_with_holder_id])
-def test_a_lock_whose_file_is_gone_is_seen_by_who_has_it(
-    path: Path, lock: Callable[..., object], lose: Callable[[Path], None]
-) -> None:
-    with lock(path) as held:  # type: ignore[attr-defined]
+def test_a_lock_whose_file_is_gone_is_seen_by_who_has_it(path, lock, lose) -> None:
+    with lock(path) as held:
         held.require_still_at_path()
         lose(path)
         with pytest.raises(DamagedError, match=REMOVED):
@@ -138,14 +136,12 @@ def test_a_lock_whose_file_is_gone_is_seen_by_who_has_it(
 
 @pytest.mark.parametrize("lose", [remove, replace])
 @pytest.mark.parametrize("lock", [exclusive_lock, exclusive_lock_with_holder_id, shared_lock])
-def test_who_waited_for_a_file_that_is_gone_locks_the_one_at_the_path(
-    path: Path, lock: Callable[..., object], lose: Callable[[Path], None]
-) -> None:
+def test_who_waited_for_a_file_that_is_gone_locks_the_one_at_the_path(path, lock, lose) -> None:
     """The waiting one gets the removed file first: it must not go in with that."""
     asked, inside = threading.Event(), threading.Event()
 
     def wait() -> None:
-        with lock(path) as held:  # type: ignore[attr-defined]
+        with lock(path) as held:
             held.require_still_at_path()
             inside.set()
 
@@ -195,9 +191,7 @@ class TestRun:
         run.require_lock()
 
     @pytest.mark.parametrize("lose", [remove, replace])
-    def test_training_that_lost_its_lock_writes_no_checkpoint_more(
-        self, tmp_path: Path, lose: Callable[[Path], None]
-    ) -> None:
+    def test_training_that_lost_its_lock_writes_no_checkpoint_more(self, tmp_path, lose) -> None:
         config, run = example_config(iters=8, save_every=2), RunDirectory(tmp_path / "run")
 
         def lose_it(trainer: Any) -> None:
@@ -221,9 +215,7 @@ class TestRun:
             with pytest.raises(DamagedError, match=REMOVED):
                 rank.require_lock()
 
-    def test_readers_share_a_run_that_nobody_works_on_and_write_nothing(
-        self, tmp_path: Path
-    ) -> None:
+    def test_readers_share_a_run_that_nobody_works_on_and_write_nothing(self, tmp_path) -> None:
         run = RunDirectory(tmp_path / "run")
         run.path.mkdir()
         with run.locked_for_reading():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -29,9 +28,7 @@ FILES = ("--continual.replay.sources", f"[{DATA / 'train.jsonl'}]")
         (("--minutes", "5", "--training.processes", "2"), "steps of one process, without replay"),
     ],
 )
-def test_minutes_that_mean_nothing_are_refused(
-    tmp_path: Path, flags: tuple[str, ...], said: str
-) -> None:
+def test_minutes_that_mean_nothing_are_refused(tmp_path, flags, said) -> None:
     write_config(tmp_path / "config.yaml")
     refused = called("train", "-c", "config.yaml", *flags, "--run-dir", "run", cwd=tmp_path)
     assert refused.code == ConfigError.exit_code
@@ -64,9 +61,7 @@ def test_too_few_minutes_are_refused_with_how_many_it_takes(tmp_path: Path) -> N
         ({"minutes": 5}, {}, "5 minutes"),
     ],
 )
-def test_a_flag_for_the_length_wins_over_the_file(
-    tmp_path: Path, in_file: dict[str, Any], flags: dict[str, Any], length: str
-) -> None:
+def test_a_flag_for_the_length_wins_over_the_file(tmp_path, in_file, flags, length) -> None:
     path = write_config(tmp_path / "config.yaml", training=in_file)
     assert load_config(path, flags).length == length
 
