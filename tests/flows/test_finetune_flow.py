@@ -33,6 +33,7 @@ from nested_core.seams import is_there
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training import trainer
 from tasks.prefect_server import read_events
+from tests.builders.file_damage import flip_a_bit
 from tests.core.registry.conftest import write_run
 from tests.example import DATA, example_settings
 from tests.flows.conftest import flow_run_id, task_runs
@@ -318,8 +319,7 @@ def test_a_run_whose_rival_is_damaged_fails_as_damaged_before_it_trains(tmp_path
     version = register(write_run(tmp_path / "other", 1), registry, "capitals", {})
     promote(registry, "capitals", version, by="ann")
     weights = registry / "capitals" / "versions" / version / "adapters.safetensors"
-    weights.chmod(0o644)
-    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    flip_a_bit(weights)
     state = run_flow(parameters(tmp_path))
     assert (state.is_failed(), state.name) == (True, "Damaged")
     assert "adapters.safetensors: has changed since it was written" in str(state.message)

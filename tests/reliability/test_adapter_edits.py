@@ -14,10 +14,9 @@ from mlx_lm import load
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.gate import verify_adapters
 from nested_core.storage.run_directory import RunDirectory
-from tests.example import MODEL, train_example
+from tests.example import MODEL, SMALL, train_example
 from tests.reliability.adapter_edits import ANY, DAMAGED, Case, cases, copied
 
-SMALL = {"rank": 2, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
 PROMPTS = ([1, 2, 3, 4], [9, 8, 7, 6])
 
 

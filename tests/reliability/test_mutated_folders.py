@@ -17,12 +17,10 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError
 from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
-from tests.example import train_example, write_config
+from tests.example import SMALL_RUN, train_example, write_config
 from tests.fork_server import python
 from tests.reliability.mutations import MUTATIONS, copy_run, delete_a_folder, mutate
 
-SMALL = {"rank": 2, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
-SMALL_RUN = {"iters": 8, "val_batches": 1, "lora_parameters": SMALL}
 PROGRAM = Path(sys.executable).with_name("nested-tune")
 
 

@@ -24,10 +24,9 @@ from nested_core.records.verdict_file import parse_verdict
 from nested_core.storage.atomic import canonical_json, render_json
 from nested_core.storage.manifest import read_manifest
 from nested_core.storage.run_directory import RunDirectory
-from tests.example import train_example
+from tests.example import SMALL, train_example
 from tests.gate_files import read_gate, write_gate
 
-SMALL = {"rank": 2, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
 REMOVED = object()
 Keys = tuple[Any, ...]
 

@@ -26,6 +26,7 @@ from nested_core.storage.lock_file import (
     shared_lock,
 )
 from nested_core.storage.run_directory import RunDirectory
+from tests.builders.file_damage import delete, link_to_a_device, make_directory, make_pipe
 from tests.core.registry.conftest import write_run
 from tests.example import example_config
 
@@ -37,14 +38,6 @@ def make_link(path: Path) -> None:
     path.symlink_to(path.with_name("victim"))
 
 
-def make_pipe(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def make_directory(path: Path) -> None:
-    path.mkdir()
-
-
 def make_socket(path: Path) -> None:
     here = os.getcwd()
     os.chdir(path.parent)  # the name of a socket has at most 107 bytes
@@ -53,21 +46,13 @@ def make_socket(path: Path) -> None:
     os.chdir(here)
 
 
-def make_device_link(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
-NO_LOCK_FILES = [make_link, make_pipe, make_directory, make_socket, make_device_link]
+NO_LOCK_FILES = [make_link, make_pipe, make_directory, make_socket, link_to_a_device]
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     (tmp_path / "victim").write_text("precious")
     return tmp_path / "a.lock"
-
-
-def remove(path: Path) -> None:
-    path.unlink()
 
 
 def replace(path: Path) -> None:
@@ -124,7 +109,7 @@ def test_a_program_that_is_started_does_not_keep_the_lock(path: Path) -> None:
         assert not os.get_inheritable(lock.descriptor)
 
 
-@pytest.mark.parametrize("lose", [remove, replace])
+@pytest.mark.parametrize("lose", [delete, replace])
 @pytest.mark.parametrize("lock", [exclusive_lock, exclusive_lock_with_holder_id])
 def test_a_lock_whose_file_is_gone_is_seen_by_who_has_it(path, lock, lose) -> None:
     with lock(path) as held:
@@ -134,7 +119,7 @@ def test_a_lock_whose_file_is_gone_is_seen_by_who_has_it(path, lock, lose) -> No
             held.require_still_at_path()
 
 
-@pytest.mark.parametrize("lose", [remove, replace])
+@pytest.mark.parametrize("lose", [delete, replace])
 @pytest.mark.parametrize("lock", [exclusive_lock, exclusive_lock_with_holder_id, shared_lock])
 def test_who_waited_for_a_file_that_is_gone_locks_the_one_at_the_path(path, lock, lose) -> None:
     """The waiting one gets the removed file first: it must not go in with that."""
@@ -190,7 +175,7 @@ class TestRun:
                 pass
         run.require_lock()
 
-    @pytest.mark.parametrize("lose", [remove, replace])
+    @pytest.mark.parametrize("lose", [delete, replace])
     def test_training_that_lost_its_lock_writes_no_checkpoint_more(self, tmp_path, lose) -> None:
         config, run = example_config(iters=8, save_every=2), RunDirectory(tmp_path / "run")
 

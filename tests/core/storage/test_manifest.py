@@ -16,6 +16,7 @@ from nested_core.storage.manifest import (
     verify_manifest,
     write_manifest,
 )
+from tests.builders.file_damage import append_space, link_to_itself_elsewhere, make_pipe
 
 FACTS = {"step": 3}
 
@@ -67,20 +68,6 @@ def changed(path: Path) -> None:
     path.write_bytes(b"aaab")
 
 
-def longer(path: Path) -> None:
-    path.write_bytes(b"aaaaa")
-
-
-def linked(path: Path) -> None:
-    path.rename(path.parent.parent / "elsewhere")
-    path.symlink_to(path.parent.parent / "elsewhere")
-
-
-def made_a_pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
 CHANGED = "a.bin has changed since it was written (size or SHA-256)."
 IRREGULAR = "a.bin is not a regular file. Only regular files belong here."
 
@@ -89,10 +76,10 @@ IRREGULAR = "a.bin is not a regular file. Only regular files belong here."
     ("change", "message"),
     [
         (changed, CHANGED),
-        (longer, CHANGED),
+        (append_space, CHANGED),
         (Path.unlink, "a.bin is missing: MANIFEST.json lists it."),
-        (linked, IRREGULAR),
-        (made_a_pipe, IRREGULAR),
+        (link_to_itself_elsewhere, IRREGULAR),
+        (make_pipe, IRREGULAR),
     ],
 )
 def test_a_file_that_is_not_what_it_was_is_named(folder, change, message) -> None:
