@@ -36,6 +36,7 @@ from nested_core.report.outcome import describe_end, describe_outcome, find_outc
 from nested_core.storage.run_directory import RunDirectory, open_run
 from tests.builders.suites import write_suite
 from tests.example import DATA, MODEL, example_config
+from tests.left_out import needs_rooms
 
 NAME = "capitals"
 # What training itself does not see, and what then becomes of the adapter rests on.
@@ -283,6 +284,7 @@ def test_a_night_with_another_tokenizer_or_end_of_answers_trains(
     assert reason_to_skip(folder, model=str(base)) is None
 
 
+@needs_rooms("replay")
 def test_the_conditions_hold_the_ancestors_examples_the_device_and_the_packages(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
