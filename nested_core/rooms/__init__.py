@@ -61,6 +61,12 @@ class Room:
     data_blocks: what the page of a run shows of its data: a function of a Run that gives Blocks.
     answer_tables: what stands beside the answers to an eval set: a function of its name and of
         (model, expected answer, answer, score) of each, which gives Blocks.
+    decide_question: of registry section, candidate and champion, the Decision on a version that
+        needs a person's word: waiting, or declined already.
+    may_be_approved: whether a gc keeps a version (its folder, version, history, age) for an answer.
+    request_approval: asks a person in Prefect, of registry, name, version and the night's flow run.
+    ask_person: what the flow `promote` does about a version that needs a person's word: a function
+        of its parameters, registry and champion, which gives the state in which the flow ends.
     """
 
     commands: tuple[str, ...] = ()
@@ -87,10 +93,20 @@ class Room:
     ancestor_digests: str | None = None
     data_blocks: str | None = None
     answer_tables: str | None = None
+    decide_question: str | None = None
+    may_be_approved: str | None = None
+    request_approval: str | None = None
+    ask_person: str | None = None
 
 
 ROOMS: Mapping[str, Room] = {
     "audit": Room(flags={"verify": ("--model",)}),
+    "approval": Room(
+        decide_question="nested_core.rooms.approval.answers:decide_question",
+        may_be_approved="nested_core.rooms.approval.answers:may_be_approved",
+        request_approval="flows.rooms.approval.questions:request_approval",
+        ask_person="flows.rooms.approval.asking:ask_person",
+    ),
     "deploy": Room(
         commands=("deploy",), server_checks="flows.rooms.deploy.server_checks:iterate_server_checks"
     ),
