@@ -12,6 +12,7 @@ from nested_core.config.loading import load_config
 from nested_core.errors import ConfigError
 from tests.example import DATA, MODEL, require_refused, write_config
 from tests.flows.conftest import called
+from tests.left_out import needs_rooms
 
 FILES = ("--continual.replay.sources", f"[{DATA / 'train.jsonl'}]")
 
@@ -24,7 +25,10 @@ FILES = ("--continual.replay.sources", f"[{DATA / 'train.jsonl'}]")
         (("--minutes", "0"), "greater than 0"),
         (("--minutes", "-3"), "greater than 0"),
         (("--minutes", "20000"), "less than 10080"),
-        (("--minutes", "5", "--continual.replay.fraction", "0.5", *FILES), "without replay"),
+        pytest.param(
+            *(("--minutes", "5", "--continual.replay.fraction", "0.5", *FILES), "without replay"),
+            marks=needs_rooms("replay"),
+        ),
         (("--minutes", "5", "--training.processes", "2"), "steps of one process, without replay"),
     ],
 )

@@ -15,9 +15,6 @@ import pytest
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
-from nested_core.measure.losses import ancestor_examples
-from nested_core.measure.losses.ancestor_examples import AncestorExamples, choose_ancestor_examples
-from nested_core.measure.losses.loss_figures import ancestor_reasons, summarise_ancestors
 from nested_core.records.losses import ExampleLosses
 from nested_core.records.verdict import AncestorLoss, Verdict
 from nested_core.records.verdict_file import read_verdict
@@ -26,6 +23,9 @@ from nested_core.registry import collect_garbage, promote, register
 from nested_core.registry.data_store import RunExamples, StoredRow
 from nested_core.report.generations import tabulate_generations
 from nested_core.report.run_report import read_report
+from nested_core.rooms.replay import ancestor_examples
+from nested_core.rooms.replay.ancestor_check import ancestor_reasons, summarise_ancestors
+from nested_core.rooms.replay.ancestor_examples import AncestorExamples, choose_ancestor_examples
 from nested_core.storage.adapter import write_adapter
 from nested_core.text.digest_format import shorten_digest
 from tests.builders.candidates import Arrays, Candidate
