@@ -356,12 +356,12 @@ def openai_tokens(tmp_path_factory, tokenizer) -> dict[str, list[tuple[list[int]
 def test_a_file_as_people_have_it_gives_the_tokens_of_the_same_openai_rows(
     name: str, tmp_path: Path, tokenizer: TokenizerSource, openai_tokens: dict[str, Any]
 ) -> None:
-    files, called, _, *settings = READ[name]
+    files, called, _, *more = READ[name]
     write(tmp_path, files)
     if not files:
         rows = [alpaca("A?", "C", input="b", system="S"), alpaca("D?", "E")]
         pl.DataFrame(rows).write_parquet(tmp_path / "train.parquet")
-    report, splits = load(tmp_path, *(settings or [{}]), tokenizer)
+    report, splits = load(tmp_path, more[0] if more else {}, tokenizer)
     assert [str(error) for error in report.errors] == []
     assert tokens_and_masks(splits["train"]) == openai_tokens[name]
     assert any(np.any(mask) for _, mask in openai_tokens[name])

@@ -10,6 +10,7 @@ import yaml
 
 from nested_core.config.loading import load_config
 from nested_core.errors import ConfigError
+from nested_core.rooms.minutes import sizes
 from tests.example import DATA, MODEL, require_refused, write_config
 from tests.flows.conftest import called
 from tests.left_out import needs_rooms
@@ -89,7 +90,8 @@ def test_init_writes_minutes_in_place_of_passes(tmp_path: Path) -> None:
     assert "greater than 0" in refused.message()
 
 
-def test_explain_offers_three_sizes_and_counts_the_steps_of_minutes(tmp_path: Path) -> None:
+def test_explain_offers_three_sizes_and_counts_the_steps_of_minutes(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sizes, "TRIED_SECONDS", 0.3)
     write_config(tmp_path / "config.yaml", iters=40)
     whole = called("explain", "-c", "config.yaml", "--json", cwd=tmp_path)
     said = json.loads(whole.stdout)

@@ -123,6 +123,7 @@ def test_a_run_of_minutes_is_that_of_as_many_iterations_bit_for_bit(tmp_path: Pa
     assert metrics_of(run) == metrics_of(other)
 
 
+@pytest.mark.slow("trains against a clock of six seconds, and once more")
 def test_a_run_that_broke_off_goes_on_to_the_steps_that_were_fixed(tmp_path: Path) -> None:
     def break_off(step: int) -> None:
         if step == 3:
