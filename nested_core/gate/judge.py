@@ -9,7 +9,6 @@ from pathlib import Path
 from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
-from nested_core.gate.checks.ancestors import ANCESTORS
 from nested_core.gate.checks.base import BASE
 from nested_core.gate.checks.champion import CHAMPION, REFERENCE
 from nested_core.gate.checks.divergence import COLLAPSE, TRAINING_LOSS
@@ -37,8 +36,9 @@ from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.stages import stages
 
-# After CHECKS_OF_FILES. Each says itself which earlier checks stop it.
-CHECKS_WITH_MODEL: tuple[Check[JudgedRun], ...] = (
+# After CHECKS_OF_FILES, with those of the rooms between the two. Each says itself which earlier
+# checks stop it.
+CHECKS_OF_LOSSES: tuple[Check[JudgedRun], ...] = (
     BASE,
     LOSSES,
     COLLAPSE,
@@ -48,16 +48,13 @@ CHECKS_WITH_MODEL: tuple[Check[JudgedRun], ...] = (
     DRIFT,
     CHAMPION,
     REFERENCE,
-    ANCESTORS,
+)
+CHECKS_OF_ANSWERS: tuple[Check[JudgedRun], ...] = (
     SAMPLES,
     TASKS,
     TRAINING_LOSS,
+    PROOF,
 )
-
-
-def list_checks_with_model() -> tuple[Check[JudgedRun], ...]:
-    """The core's checks with a model, then those of rooms, and the proof in a fresh process."""
-    return (*CHECKS_WITH_MODEL, *seams.load_all("gate_check"), PROOF)
 
 
 def verify_adapters(
@@ -88,6 +85,12 @@ def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
     Raises DamagedError if the folder is not as training left it.
     """
     return make_checks_of_run(config, run).verdict
+
+
+def list_checks_with_model() -> list[Check[JudgedRun]]:
+    """The checks of a run that need its base model, with those of the rooms, in their order."""
+    of_rooms = [check for checks in seams.load_all("gate_checks") for check in checks]
+    return [*CHECKS_OF_LOSSES, *of_rooms, *CHECKS_OF_ANSWERS]
 
 
 def make_checks_of_run(

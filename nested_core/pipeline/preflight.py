@@ -44,10 +44,11 @@ def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:
     DatasetError for suites with bad lines.
     """
     refuse_mlx_launch()
-    if config.training.reference is not None:
-        seams.require("reference", "training.reference")
-    if config.gate.check_fused:
-        seams.require("fused", "gate.check_fused")
+    for key, room in seams.list_deleted_keys().items():
+        section, _, name = key.rpartition(".")
+        given = getattr(config, section)
+        if getattr(given, name) != type(given).model_fields[name].get_default():
+            seams.require(room, key)
     adapter_folder = require_output_places(config, run)
     require_folder_or_hub_name(config.model)
     count_processes(config)  # refuses a hostfile that cannot be used

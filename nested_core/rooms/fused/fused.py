@@ -145,3 +145,4 @@ FUSED = Check(
     bounds=("check_fused",),
     stage="whether the change survives fusing",
 )
+CHECKS = (FUSED,)

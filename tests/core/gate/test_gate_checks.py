@@ -18,10 +18,10 @@ from nested_core.gate.checks.judged import (
 )
 from nested_core.gate.judge import list_checks_with_model
 from nested_core.records.verdict import Reason
-from nested_core.seams import is_there
 from nested_core.storage.adapter import read_adapter
 from tests.builders.candidates import Candidate
 from tests.core.gate.pairs import A, Tensors, codes, trained_tensors, write
+from tests.left_out import needs_rooms
 
 # What the losses are measured on, how differences are judged, and what else is recorded.
 NO_BOUNDS = {"held_out", "noise", "drift", "general_data", "allow_python_scorers"}
@@ -103,12 +103,12 @@ def test_every_check_has_a_name_of_its_own_and_stands_after_those_that_stop_it()
     )
 
 
+@needs_rooms("fused", "replay")
 def test_every_bound_of_the_gate_belongs_to_one_check_that_judges_by_it() -> None:
     bounds = [
         key for check in (*CHECKS_OF_FILES, *list_checks_with_model()) for key in check.bounds
     ]
-    of_rooms = set() if is_there("fused") else {"check_fused"}
-    assert sorted(bounds) == sorted(GateSection.model_fields.keys() - NO_BOUNDS - of_rooms)
+    assert sorted(bounds) == sorted(GateSection.model_fields.keys() - NO_BOUNDS)
 
 
 def test_tensors_that_cannot_be_compared_leave_nothing_to_say_of_their_values(tmp_path) -> None:
