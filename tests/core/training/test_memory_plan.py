@@ -26,7 +26,7 @@ def test_without_the_room_no_peak_is_forecast_and_all_layers_are_recomputed_or_n
     monkeypatch.setattr(mx, "set_cache_limit", limits.append)
     monkeypatch.setattr(seams, "is_there", lambda room: room != "memory")
     config = example_config(
-        grad_checkpoint=recomputes, clear_cache_threshold=10**9, iters=1, val_batches=0
+        grad_checkpoint=recomputes, clear_cache_threshold=10**9, iters=4, val_batches=0
     )
     train(config, prepare(config, tmp_path / "run"), on_start=look)
     (plan,) = planned
