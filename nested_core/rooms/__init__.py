@@ -35,6 +35,8 @@ class Room:
     keys: keys of the configuration that ask for it where they are not at their default.
     server_checks: what `doctor` says of the Prefect server of PREFECT_API_URL: a function without
         arguments, which yields lines as Check (flows/commands/check.py).
+    registry_checks: what `doctor` says of a registry: a function of its folder, which yields lines
+        as Check.
     watcher: what it does around the flows: a class that is a Watcher (flows/flow_runs/watchers.py).
     model_format: a function of a path as a person gave it and of a temporary folder. It returns the
         NamedModel (nested_core/pipeline/named_models.py) there, None for a path of another format.
@@ -85,6 +87,7 @@ class Room:
     public_names: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     server_checks: str | None = None
+    registry_checks: str | None = None
     watcher: str | None = None
     model_format: str | None = None
     adapter_format: str | None = None
@@ -153,6 +156,10 @@ ROOMS: Mapping[str, Room] = {
     ),
     "memory": Room(memory_forecast="nested_core.rooms.memory.forecast:forecast_memory"),
     "fused": Room(keys=("gate.check_fused",), gate_checks="nested_core.rooms.fused.fused:CHECKS"),
+    "housekeeping": Room(
+        flags={"runs": ("--prune", "--keep", "--unregistered", "--dry-run")},
+        registry_checks="flows.rooms.housekeeping.checks:iterate_housekeeping_checks",
+    ),
     "hub": Room(hub_tables="nested_core.rooms.hub.hub_datasets:open_tables"),
     "mlflow": Room(commands=("export-mlflow",)),
     "nights": Room(commands=("registry",), watcher="flows.rooms.nights.watcher:NightWatcher"),
