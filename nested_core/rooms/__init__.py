@@ -55,6 +55,7 @@ class Room:
     reference_schedule, reference_trainer: the StepSchedule and the Trainer of a run under
         `training.reference`.
     cuda_operations: the DeviceOperations of layers (kernels/device_operations.py) on CUDA.
+    kernel_folder: a function that has MLX compile its kernels into a folder of this process.
     around_training: a context around loading and training, of configuration, run directory, a
         function that takes a line for the person, and session.
     timed_training: a context that holds a run to `training.minutes`, of configuration, run
@@ -100,6 +101,7 @@ class Room:
     reference_schedule: str | None = None
     reference_trainer: str | None = None
     cuda_operations: str | None = None
+    kernel_folder: str | None = None
     around_training: str | None = None
     timed_training: str | None = None
     run_measurement: str | None = None
@@ -187,9 +189,12 @@ ROOMS: Mapping[str, Room] = {
         count_processes="nested_core.rooms.ranks.mlx_launch:count_ranks",
         train_in_processes="nested_core.rooms.ranks.rank_group:train_in_ranks",
     ),
+    "kernel_folder": Room(
+        kernel_folder="nested_core.rooms.kernel_folder.compiled_kernels:use_private_kernel_folder",
+        around_training="nested_core.rooms.kernel_folder.first_kernels:compiling_first_kernels",
+    ),
     "cuda": Room(
         cuda_operations="nested_core.rooms.cuda.operations:CUDA_OPERATIONS",
-        around_training="nested_core.rooms.cuda.first_kernels:compiling_first_kernels",
     ),
     "reference": Room(
         keys=("training.reference",),

@@ -20,8 +20,8 @@ FAULTS = (
     ),
     Fault(
         "nested_core/backend.py",
-        "    compiled_kernels.use_private_kernel_folder()\n    if is_mlx_built_for_cuda():",
-        "    if is_mlx_built_for_cuda():",
+        "        use_private_kernel_folder()\n    if is_mlx_built_for_cuda():",
+        "        pass\n    if is_mlx_built_for_cuda():",
         "a forgotten call",
     ),
     Fault(
