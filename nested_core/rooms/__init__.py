@@ -55,6 +55,8 @@ class Room:
     reference_schedule, reference_trainer: the StepSchedule and the Trainer of a run under
         `training.reference`.
     cuda_operations: the DeviceOperations of layers (kernels/device_operations.py) on CUDA.
+    live_view: a function that draws a run in a terminal until it is done, of its RunProgress, its
+        RunDirectory, the event that ends it and the lock of the view.
     kernel_folder: a function that has MLX compile its kernels into a folder of this process.
     around_training: a context around loading and training, of configuration, run directory, a
         function that takes a line for the person, and session.
@@ -101,6 +103,7 @@ class Room:
     reference_schedule: str | None = None
     reference_trainer: str | None = None
     cuda_operations: str | None = None
+    live_view: str | None = None
     kernel_folder: str | None = None
     around_training: str | None = None
     timed_training: str | None = None
@@ -163,6 +166,7 @@ ROOMS: Mapping[str, Room] = {
         registry_checks="flows.rooms.housekeeping.checks:iterate_housekeeping_checks",
     ),
     "hub": Room(hub_tables="nested_core.rooms.hub.hub_datasets:open_tables"),
+    "live": Room(live_view="flows.rooms.live.live_view:draw_until_done"),
     "mlflow": Room(commands=("export-mlflow",)),
     "nights": Room(commands=("registry",), watcher="flows.rooms.nights.watcher:NightWatcher"),
     "planning": Room(commands=("init", "explain")),
