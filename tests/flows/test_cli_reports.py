@@ -11,6 +11,7 @@ import yaml
 from flows.cli import main
 from nested_core.registry import audit, promote, register
 from tests.core.registry.conftest import write_run
+from tests.left_out import needs_rooms
 from tests.runs import finished_run
 
 
@@ -38,6 +39,7 @@ def test_what_is_no_run_is_bad_usage(tmp_path: Path) -> None:
     assert main(["runs", str(tmp_path / "none")]) == 2
 
 
+@needs_rooms("compare")
 @pytest.mark.parametrize("flag", ["-o", "--output", "--html"])
 def test_compare_writes_a_page_beside_its_table(tmp_path, capsys, flag) -> None:
     runs = [

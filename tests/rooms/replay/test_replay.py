@@ -156,9 +156,8 @@ def test_as_many_examples_are_kept_as_the_run_can_use(folder: Path) -> None:
 
 def test_explain_says_what_would_be_replayed_and_counts_its_tokens(folder: Path) -> None:
     explained = explain_run(configure(folder, "old.jsonl"), measures_speed=False)
-    assert (
-        f"replay: 0.3 of each batch, from 4 of 10 examples of {folder}/old.jsonl"
-        in (explained.describe()["data"])
+    assert f"replay: 0.3 of each batch, from 4 of 10 examples of {folder}/old.jsonl" in ". ".join(
+        explained.replay
     )
     assert explained.replayed_tokens > 0
     assert explained.epochs == pytest.approx(12 / 10)  # 16 rows, and 4 of them are replayed
