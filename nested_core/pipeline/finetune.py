@@ -30,6 +30,7 @@ from nested_core.pipeline.publishing import (
     describe_reproduction,
     record_rejection,
 )
+from nested_core.pipeline.services import load_services
 from nested_core.process.command_parent import (
     RunInHand,
     aborting_where_metal_failed,
@@ -48,7 +49,6 @@ from nested_core.report.outcome import describe_unbeaten_champion
 from nested_core.report.run_report import read_report, writing_report_at_end
 from nested_core.storage.atomic import remove_file
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.reports.reporting_services import attaching_verdict_at_end
 
 if TYPE_CHECKING:
     from nested_core.models.side_by_side import SideBySide
@@ -149,6 +149,8 @@ def finetune(
         hooks.on_message(warning)
     check_before_start(config, run)
     timing: Any = nullcontext()
+    services = load_services(config)
+    attaching = nullcontext() if services is None else services.attaching_verdict_at_end(run)
     if config.training.minutes is not None:
         timing = seams.load_only("timed_training", "training.minutes")(config, run, hooks)
     with run.locked(), timing as timed:
@@ -159,7 +161,7 @@ def finetune(
             note_ends(run.plan, ends)
         with (
             aborting_where_metal_failed(),
-            attaching_verdict_at_end(config, run),
+            attaching,
             writing_report_at_end(run),
             Session() as session,
         ):

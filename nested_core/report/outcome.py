@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from nested_core.errors import NestedTuneError
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.run import Run
 from nested_core.records.verdict import Verdict, describe_examples
+from nested_core.records.verdict_table import list_checks
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.loss_format import format_change, format_loss
 
@@ -164,6 +166,36 @@ def describe_end(run: Run) -> str:
     told = [f", {name} loss {format_loss(own[1])}" for name, own in losses.items() if own]
     goes_on = "; --resume continues from its last checkpoint" if run.state == "resumable" else ""
     return f"At step {run.step:,}{of_all}{''.join(told)}{goes_on}."
+
+
+def measure_speed(run: Run) -> dict[str, float | None]:
+    """Tokens a second (the median of the reports), seconds of training, and peak memory."""
+    speeds = [r["tokens_per_second"] for r in run.metrics if r.get("tokens_per_second") is not None]
+    return {
+        "tokens_per_second": median(speeds) if speeds else None,
+        "training_seconds": max(run.seconds, default=None),
+        "peak_memory_gb": run.last("peak_memory_gb"),
+    }
+
+
+def list_figures(run: Run) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """By name: what a run came to, what its verdict measured, and how it was trained."""
+    end = {
+        "state": describe_state(run),
+        "outcome": describe_outcome(run),
+        "champion kept, because": find_reason_kept(run),
+        "selected: the adapter of step": run.offered_step,
+        "its validation loss": run.offered_val_loss,
+    }
+    checks = [] if run.verdict is None else list_checks(run.verdict)
+    losses = run.describe_last_losses()
+    training = {
+        "trained": run.describe_length(),
+        "training loss, last report": losses.get("training loss"),
+        "validation loss, last report": losses.get("validation loss"),
+        **{name.replace("_", " "): value for name, value in measure_speed(run).items()},
+    }
+    return end, {check.name: check.figures for check in checks}, training
 
 
 LIST_COLUMNS = ("run", "adapter", "outcome", "selected step", "val loss", "gate loss", "minutes")

@@ -284,6 +284,7 @@ def test_a_night_with_another_tokenizer_or_end_of_answers_trains(
     assert reason_to_skip(folder, model=str(base)) is None
 
 
+@needs_rooms("replay")
 def test_the_conditions_hold_the_ancestors_examples_the_device_and_the_packages(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

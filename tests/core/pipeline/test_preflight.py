@@ -73,16 +73,6 @@ REFUSED = {
     "a name in another case": (other_case, ConfigError, "differs from 'capitals' only in case"),
     "a link for a name": (link_in_place, DamagedError, "is a symbolic link"),
     "a damaged champion": (damaged_registry, DamagedError, "champion"),
-    "a service that is unknown": (
-        lambda _: {"report_to": "wandb, tensorboard"},
-        ConfigError,
-        "report_to: ",
-    ),
-    "a service that is not installed": (
-        lambda _: {"report_to": "swanlab"},
-        ConfigError,
-        "report_to: swanlab is not installed",
-    ),
     "a suite that is missing": (
         lambda folder: {
             "gate": {"tasks": [{"name": "x", "file": str(folder / "none"), "score": "exact"}]}

@@ -16,7 +16,6 @@ from nested_core import (
     DamagedError,
     FineTuneConfig,
     champion,
-    compare_runs,
     promote,
     read_report,
 )
@@ -116,7 +115,6 @@ def test_everything_prints_as_one_line(session: Session) -> None:
         session.result,
         session.result.verdict,
         read_report(run.path),
-        compare_runs([run.path]),
         read_run(run),
     ):
         text = repr(value)
