@@ -26,7 +26,6 @@ from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.verdict import ChampionLoss, JudgedAdapter, TaskResult, Validation, Verdict
 from nested_core.registry import collect_garbage, list_versions, promote, read_champion, register
 from nested_core.registry.data_store import read_lineage, read_stored_data
-from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
@@ -69,9 +68,7 @@ def generation(folder: Path, data: str) -> tuple[RunDirectory, str]:
     finished = train(config, prepare(config, folder / f"run-{data}"))
     champion = champion_or_none(folder / "registry", NAME)
     steps.judge(config, finished.run)
-    version = register_run(config, finished.run, champion)
-    promote_by_policy(config.registry, version, champion)
-    return finished.run, version
+    return finished.run, register_run(config, finished.run, champion).version
 
 
 @pytest.fixture(scope="module")

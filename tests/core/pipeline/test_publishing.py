@@ -38,7 +38,6 @@ from nested_core.registry import (
 from nested_core.registry.promotion_policy import (
     compare_losses,
     describe_promotion,
-    promote_by_policy,
     read_candidate,
 )
 from nested_core.registry.registration import read_passed_run
@@ -147,8 +146,7 @@ def publish(configure: Configure) -> Callable[..., Decision]:
     def publish(run: RunDirectory, **section: Any) -> Decision:
         config = configure(**section)
         champion = champion_or_none(Path(str(config.registry.path)), NAME)
-        version = register_run(config, run, champion)
-        return promote_by_policy(config.registry, version, champion)
+        return register_run(config, run, champion)
 
     return publish
 
@@ -164,9 +162,9 @@ def warning(registry: Path, done: Decision) -> str | None:
 class TestRegister:
     def test_the_version_says_where_it_comes_from(self, make_run, configure, tmp_path) -> None:
         config, first, second = configure(), make_run(1.0), make_run(2.0, data="d2")
-        parent = register_run(config, first, None)
+        parent = register_run(config, first, None).version
         promote(tmp_path / "registry", NAME, parent, by="ann")
-        version = register_run(config, second, parent)
+        version = register_run(config, second, parent).version
         folder = tmp_path / "registry" / NAME / "versions" / version
         written = json.loads((folder / "provenance.json").read_text())
         assert version == read_adapter(second.adapter).digest()
@@ -198,7 +196,7 @@ class TestRegister:
     ) -> None:
         config, run = configure(), make_run(1.0)
         run.metrics.write_text('{"iteration": 10, "iterations_per_second": 5.0}\n')
-        version = register_run(config, run, None)
+        version = register_run(config, run, None).version
         moved = RunDirectory(run.path.rename(tmp_path / "moved"))
         write_gate(moved.path, read_gate(moved.gate), judged_files(moved.path))  # judged again
         assert is_registered_from(config, moved, version)
@@ -432,7 +430,7 @@ def test_held_out_examples_that_are_not_the_champions_are_said(
     make_run: MakeRun, configure: Configure, data: str, is_said: bool
 ) -> None:
     config = configure()
-    champion = register_run(config, judged_on(make_run(1.0), 10), None)
+    champion = register_run(config, judged_on(make_run(1.0), 10), None).version
     promote(Path(str(config.registry.path)), NAME, champion, by="ann")
     said = describe_changed_held_out(config, judged_on(make_run(2.0, data=data), 16, champion))
     assert said == (
