@@ -66,7 +66,7 @@ class FinetuneResult:
     version: the version in the registry, where one is configured.
     kept_champion: the champion that the run started from, and is no better than: then nothing was
         registered.
-    decision: what became of the version; None where it is not to be promoted.
+    decision: what became of the version; None without a registry.
     must_be_better: whether run or registry promote only what is better than the champion.
     """
 
@@ -83,7 +83,9 @@ class FinetuneResult:
     @property
     def promotion(self) -> str | None:
         """ "promoted", or why the version was not; None where it is not to be promoted."""
-        return None if self.decision is None else self.decision.sentence
+        if self.decision is None or self.decision.outcome == "registered":
+            return None
+        return self.decision.sentence
 
     def __repr__(self) -> str:
         if self.skipped is not None:
@@ -184,7 +186,6 @@ def _finetune_locked(
         config = config if timed is None else timed.config  # it says how many steps there are
     verdict = _judge(config, run, hooks, session)
     test_loss = hooks.measure_test(config, run, session) if config.test else None
-    version = None
     decision = None
     kept = None
     must_be_better = False
@@ -197,13 +198,13 @@ def _finetune_locked(
             decision = Decision("refused", verdict.trained.digest, kept, reason)
             record_trial(config, run, verdict, Outcome.KEPT_CHAMPION, reason)
         else:
-            version, decision = _publish(config, run, verdict, hooks)
+            decision = _publish(config, run, verdict, hooks)
     return FinetuneResult(
         run,
         verdict=verdict,
         training=training,
         test_loss=test_loss,
-        version=version,
+        version=None if decision is None or kept is not None else decision.version,
         kept_champion=kept,
         decision=decision,
         must_be_better=must_be_better,
@@ -245,13 +246,9 @@ def _current_champion(config: FineTuneConfig) -> str | None:
     return champion_or_none(*registry_location(config.registry))
 
 
-def _publish(
-    config: FineTuneConfig, run: RunDirectory, verdict: Verdict, hooks: Steps
-) -> tuple[str, Decision | None]:
-    """Register, and promote where a policy asks for it; the version, and what became of it."""
-    version = hooks.register(config, run, verdict.rival)
-    if note := describe_reproduction(config, run, version):
+def _publish(config: FineTuneConfig, run: RunDirectory, verdict: Verdict, hooks: Steps) -> Decision:
+    """Register, and promote where a policy asks for it; what became of the version."""
+    decision = hooks.register(config, run, verdict.rival)
+    if note := describe_reproduction(config, run, decision.version):
         hooks.on_message(note)
-    if effective_rule(config.registry).is_never and version != _current_champion(config):
-        return version, None
-    return version, hooks.promote(config, version, verdict.rival)
+    return decision

@@ -72,26 +72,26 @@ def _find_in_changes(changes: Sequence[Entry], version: str) -> Outcome:
 
 def _find_waiting(registry: Path, name: str, version: str) -> Outcome:
     """What a version that never was champion waits for, or that it was not better than one."""
-    from nested_core.registry.history_views import reading
+    from nested_core.registry.history_views import read_link, reading
     from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, REGISTRATION_ACTIONS
     from nested_core.registry.promotion_policy import (
+        choose_candidate,
         effective_rule,
-        find_refusal,
-        read_candidate,
+        find_refusal_as_recorded,
         recorded_section,
     )
 
-    candidate = read_candidate(registry, name, version)
-    if candidate.facts.policy is None:
-        return Outcome.VERIFIED
-    section = recorded_section(registry, name, candidate)
-    rival = candidate.facts.champion_at_gate
-    decision = find_refusal(section, candidate, rival)
-    if decision is None or decision.outcome != "waiting":
-        is_refused = decision is not None and effective_rule(section).must_be_better
-        return Outcome.KEPT_CHAMPION if rival and is_refused else Outcome.VERIFIED
-    with reading(registry, name) as (_, ledger):
+    with reading(registry, name) as (folder, ledger):
+        candidate = choose_candidate(folder, ledger, version, read_link(folder))
+        if candidate.facts.policy is None:
+            return Outcome.VERIFIED
+        decision = find_refusal_as_recorded(folder, ledger, candidate)
         later = ledger.entries[candidate.place + 1 :]
+    if decision is None or decision.outcome != "waiting":
+        section = recorded_section(registry / name, candidate)
+        is_refused = decision is not None and effective_rule(section).must_be_better
+        has_rival = candidate.facts.champion_at_gate is not None
+        return Outcome.KEPT_CHAMPION if has_rival and is_refused else Outcome.VERIFIED
     closing = (*REGISTRATION_ACTIONS, *CHAMPION_CHANGE_ACTIONS)
     is_closed = any(line.action in closing and line.version != version for line in later)
     return Outcome.SUPERSEDED if is_closed else Outcome.WAITS_FOR_APPROVAL
@@ -113,10 +113,10 @@ def describe_unbeaten_champion(verdict: Verdict, champion: str) -> str:
 def find_reason_kept(run: Run) -> str | None:
     """Why a run that passed left the champion as it was, with both losses; None of other runs."""
     from nested_core.registry import list_versions
+    from nested_core.registry.history_views import read_link, reading
     from nested_core.registry.promotion_policy import (
-        find_refusal,
-        read_candidate,
-        recorded_section,
+        choose_candidate,
+        find_refusal_as_recorded,
         registry_location,
     )
 
@@ -127,9 +127,9 @@ def find_reason_kept(run: Run) -> str | None:
     if version not in list_versions(registry, name):
         rival = run.verdict.rival
         return None if rival is None else describe_unbeaten_champion(run.verdict, rival)
-    candidate = read_candidate(registry, name, version)
-    section = recorded_section(registry, name, candidate)
-    decision = find_refusal(section, candidate, candidate.facts.champion_at_gate)
+    with reading(registry, name) as (folder, ledger):
+        candidate = choose_candidate(folder, ledger, version, read_link(folder))
+        decision = find_refusal_as_recorded(folder, ledger, candidate)
     return None if decision is None else decision.sentence
 
 

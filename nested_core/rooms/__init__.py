@@ -77,8 +77,8 @@ class Room:
     data_blocks: what the page of a run shows of its data: a function of a Run that gives Blocks.
     answer_tables: what stands beside the answers to an eval set: a function of its name and of
         (model, expected answer, answer, score) of each, which gives Blocks.
-    decide_question: of registry section, candidate and champion, the Decision on a version that
-        needs a person's word: waiting, or declined already.
+    decide_question: of history, registry section, candidate and champion, the Decision on a version
+        that needs a person's word: waiting, or declined already.
     may_be_approved: whether a gc keeps a version (its folder, version, history, age) for an answer.
     request_approval: asks a person in Prefect, of registry, name, version and the night's flow run.
     ask_person: what the flow `promote` does about a version that needs a person's word: a function

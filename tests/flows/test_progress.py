@@ -91,9 +91,7 @@ def test_a_loss_that_is_not_finite_is_said_to_be(tmp_path, capsys) -> None:
     assert capsys.readouterr().err == "step 0: validation loss not finite\n"
 
 
-def test_what_is_said_before_training_begins_ends_no_training(
-    tmp_path: Path, clock: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_said_before_training_begins_ends_no_training(tmp_path, clock, capsys) -> None:
     run = RunDirectory(tmp_path)
     watcher = RunFollower(run)
     watcher.add_stage("layers: ours")
