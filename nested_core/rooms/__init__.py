@@ -55,6 +55,9 @@ class Room:
     reference_schedule, reference_trainer: the StepSchedule and the Trainer of a run under
         `training.reference`.
     cuda_operations: the DeviceOperations of layers (kernels/device_operations.py) on CUDA.
+    champion_page: a class that publishes an adapter's champion on Prefect, and tells of versions.
+    generation_tables: what each version of an adapter kept of earlier nights: a function of
+        registry, name, champion and the verdict on a candidate, which gives Tables.
     live_view: a function that draws a run in a terminal until it is done, of its RunProgress, its
         RunDirectory, the event that ends it and the lock of the view.
     kernel_folder: a function that has MLX compile its kernels into a folder of this process.
@@ -103,6 +106,8 @@ class Room:
     reference_schedule: str | None = None
     reference_trainer: str | None = None
     cuda_operations: str | None = None
+    champion_page: str | None = None
+    generation_tables: str | None = None
     live_view: str | None = None
     kernel_folder: str | None = None
     around_training: str | None = None
@@ -136,6 +141,7 @@ ROOMS: Mapping[str, Room] = {
         commands=("deploy",), server_checks="flows.rooms.deploy.server_checks:iterate_server_checks"
     ),
     "chat": Room(commands=("chat",)),
+    "champion_page": Room(champion_page="flows.rooms.champion_page.page:ChampionPage"),
     "compare": Room(
         commands=("compare",),
         public_names=(
@@ -215,6 +221,7 @@ ROOMS: Mapping[str, Room] = {
         earlier_examples="nested_core.rooms.replay.replayed_run:ReplayOfRun",
         ancestor_digests="nested_core.rooms.replay.ancestor_examples:list_ancestor_digests",
         data_blocks="nested_core.rooms.replay.page:describe_replay",
+        generation_tables="nested_core.rooms.replay.generations:list_tables",
     ),
     "tables": Room(
         flags={
