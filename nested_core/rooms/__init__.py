@@ -55,6 +55,8 @@ class Room:
     reference_schedule, reference_trainer: the StepSchedule and the Trainer of a run under
         `training.reference`.
     cuda_operations: the DeviceOperations of layers (kernels/device_operations.py) on CUDA.
+    training_log: a function of the arguments of `train`, configuration and run directory, which
+        gives the callback that prints lines in place of ours, or None.
     champion_page: a class that publishes an adapter's champion on Prefect, and tells of versions.
     generation_tables: what each version of an adapter kept of earlier nights: a function of
         registry, name, champion and the verdict on a candidate, which gives Tables.
@@ -106,6 +108,7 @@ class Room:
     reference_schedule: str | None = None
     reference_trainer: str | None = None
     cuda_operations: str | None = None
+    training_log: str | None = None
     champion_page: str | None = None
     generation_tables: str | None = None
     live_view: str | None = None
@@ -208,6 +211,8 @@ ROOMS: Mapping[str, Room] = {
     ),
     "reference": Room(
         keys=("training.reference",),
+        flags={"train": ("--log",)},
+        training_log="flows.rooms.reference.command:find_log",
         reference_schedule="nested_core.rooms.reference.mlx_lm_schedule:MlxLmSchedule",
         reference_trainer="nested_core.rooms.reference.mlx_lm_trainer:MlxLmTrainer",
     ),
