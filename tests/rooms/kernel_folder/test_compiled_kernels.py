@@ -103,7 +103,7 @@ FOLDERS = """
 import os, subprocess, sys, tempfile
 tempfile.gettempdir()  # a child of a prepared process may ask before it is prepared itself
 from nested_core import backend
-from nested_core.rooms.kernel_folder.compiled_kernels import environment_with_user_tmpdir
+from nested_core.storage.user_tmpdir import environment_with_user_tmpdir
 backend.prepare()
 print(os.environ["TMPDIR"], tempfile.gettempdir(), flush=True)
 if len(sys.argv) < 2:
