@@ -1,8 +1,8 @@
 """What a tool noticed of a failure, by the bench's rule.
 
 Noticed is what ends with an error or a refusal, or is told by a line whose words name the failure
-and which the healthy twin's output does not have. Reports of a loss and rows of a table are no
-warnings.
+and which the healthy twin's output does not have. Reports of a loss are no warnings, nor are rows of
+a table, but for those that give a verdict or end with a count.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from benchmarks.silent_failures.cases import Run
 from benchmarks.silent_failures.failures import Failure, When
 
 REPORTS = re.compile(
-    r"^\s*(iter|step|epoch)\b.*\bloss\b|^\s*\{'(loss|eval_loss)'|\bit/s\b|^\s*[│┃|]", re.IGNORECASE
+    r"^\s*(iter|step|epoch)\b.*\bloss\b|^\s*\{'(loss|eval_loss)'|\bit/s\b"
+    r"|^\s*[│┃|](?!.*\b(MINOR|MAJOR|DIVERGED|FAIL)\b|.*[│┃|]\s*\d+\s*[│┃|]?$)",
+    re.IGNORECASE,
 )
 WARNING = re.compile(r"warn|error|refus|reject|damag|fail", re.IGNORECASE)
 LAST_LINES = 3  # of a command that failed without a word that names the failure
@@ -75,5 +77,5 @@ def naming(failure: Failure, text: str) -> list[str]:
 
 
 def normal(line: str) -> str:
-    """A line without its numbers."""
-    return re.sub(r"[\d.,]+", "#", line)
+    """A line without its numbers; a 0 stays, for `0 duplicates` says another thing than `36`."""
+    return re.sub(r"[\d.,]*[1-9][\d.,]*", "#", line)

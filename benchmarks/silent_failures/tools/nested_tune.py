@@ -98,10 +98,11 @@ class NestedTune(Tool):
         with served(case, [COMMAND, "serve", *REGISTRY]) as ask:
             ask()
 
+    def train_later(self, case: Case) -> None:
+        later = write_config(case, "later.yaml", data="later")
+        self._train(case, "--run-dir", "later-run", config=later)
+
     def serve_and_replace(self, case: Case) -> None:
-        self._train(
-            case, "--run-dir", "later-run", config=write_config(case, "later.yaml", data="later")
-        )
         with served(case, [COMMAND, "serve", *REGISTRY]) as ask:
             first = ask()
             case.run("use", [COMMAND, "promote", "later-run", *REGISTRY])
