@@ -20,7 +20,6 @@ from nested_core.registry import (
     audit,
     check_champion,
     collect_garbage,
-    decline,
     forget,
     forget_rows,
     garbage_collection,
@@ -35,6 +34,7 @@ from nested_core.registry.data_store import RunExamples, read_stored_data
 from nested_core.registry.folders import name_exists
 from nested_core.registry.ledger import read_ledger
 from nested_core.registry.policy import read_policy, set_policy
+from nested_core.seams import is_there, load
 from tests.core.registry.conftest import write_run
 from tests.core.registry.states import NAME, assert_settled
 from tests.core.registry.system_calls import (
@@ -106,7 +106,6 @@ Change = Callable[[Path, Path, tuple[str, str, str]], object]
 CHANGES: dict[str, Callable[..., object]] = {
     "promote": lambda place, runs, three: promote(place, NAME, three[2], by="ann"),
     "rollback": lambda place, runs, three: rollback(place, NAME, by="ann"),
-    "decline": lambda place, runs, three: decline(place, NAME, three[2], by="ann", reason="no"),
     "policy": lambda place, runs, three: set_policy(
         place, NAME, by="ann", changes={"promote": "better"}
     ),
@@ -122,6 +121,9 @@ CHANGES: dict[str, Callable[..., object]] = {
         runs / "run-9", place, NAME, {}, by="ann", examples=examples_of(9)
     ),
 }
+if is_there("approval"):
+    decline = load("nested_core.rooms.approval.answers:decline")
+    CHANGES["decline"] = lambda place, runs, three: decline(place, NAME, three[2], by="ann")
 
 
 def state_of(place: Path) -> tuple[Any, ...]:

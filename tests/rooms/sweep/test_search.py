@@ -22,7 +22,7 @@ from nested_core.rooms.sweep.points import (
     settings_of_point,
     step_examples,
 )
-from nested_core.rooms.sweep.record import SWEEP_NAME, read_sweep
+from nested_core.rooms.sweep.record import SWEEP_FILE, SWEEP_NAME
 from nested_core.rooms.sweep.search import (
     SweepRequest,
     SweepResult,
@@ -219,7 +219,7 @@ def test_a_stopped_sweep_goes_on_to_the_same_figures(swept: SweepResult, tmp_pat
     with pytest.raises(TrainingStopped) as stopped:
         run_sweep(tmp_path / "sweep", StopsInTheMiddle())
     assert stopped.value.advice == go_on_with(tmp_path / "sweep")
-    so_far = read_sweep(tmp_path / "sweep")
+    so_far = SWEEP_FILE.read(tmp_path / "sweep" / SWEEP_NAME)
     assert [len(arm.scores) for arm in so_far.arms] == [1, 0, 0]
     done = run_sweep(tmp_path / "sweep")
     assert replace(done.record, seconds=0.0) == replace(swept.record, seconds=0.0)
