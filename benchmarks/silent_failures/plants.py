@@ -139,12 +139,12 @@ def adapter_as_it_began(case: Case, planted: bool) -> None:
 
 def adapter_of_another_base(case: Case, planted: bool) -> None:
     geography_case(case, ["train", "judge", "use"])
-    other = case.write_base("other-base")
+    other = case.write_base("model-2")
     mx.random.seed(7)
     case.edit_weights(other, lambda _, a: (a + NOISE * mx.random.normal(a.shape)).astype(a.dtype))
 
     def take_the_other(case: Case) -> None:
-        case.base = "other-base"
+        case.base = "model-2"
 
     case.steps.insert(1, take_the_other if planted else leave_alone)
 

@@ -46,7 +46,8 @@ def test_a_warning_that_the_twin_gets_too_is_a_false_alarm_and_notices_nothing()
 
 def test_a_refused_twin_is_a_false_alarm() -> None:
     refused = printed("error: bad rows", code=3)
-    assert decide(LEAK, refused, refused).false_alarm
+    verdict = decide(LEAK, refused, refused)
+    assert (verdict.noticed, verdict.false_alarm) == ("never", True)
 
 
 def test_an_error_counts_as_noticed_without_naming_the_failure() -> None:
@@ -57,8 +58,23 @@ def test_an_error_counts_as_noticed_without_naming_the_failure() -> None:
 
 def test_a_loss_that_is_reported_is_no_warning() -> None:
     nan = FAILURES["nan-behind-clipping"]
-    reports = "Iter 10: Train loss nan, It/sec 4.2\nstep 10: training loss nan"
+    reports = (
+        "Iter 10: Train loss nan, It/sec 4.2\nstep 10: training loss nan\n"
+        "    20    val   nan    0.63s\n    20      nan ▲       57      1.9k\n│ Loss: nan │"
+    )
     assert decide(nan, printed(reports), printed("")).noticed == "never"
+
+
+def test_a_row_of_a_table_counts_with_a_verdict_or_a_count_that_the_twin_does_not_have() -> None:
+    rows = FAILURES["duplicated-rows"]
+    inspected = decide(rows, printed("│ Duplicates │ 36 │"), printed("│ Duplicates │ 0 │"))
+    assert inspected.noticed == "after"
+    assert decide(rows, printed("│ Copies │ of all │"), printed("")).noticed == "never"
+    length = FAILURES["answers-cut-off"]
+    judged = decide(
+        length, printed("│ truncation │ MAJOR │ all rows"), printed("│ truncation │ OK")
+    )
+    assert judged.noticed == "after"
 
 
 def test_what_comes_before_the_first_step_was_noticed_before_training(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from benchmarks.silent_failures.tools.tool import (
     served,
 )
 
-FIRST_STEP = r"^Iter \d+:"
+FIRST_STEP = r"^\s*(Iter \d+:|iter\s+train_loss)"
 CHECKPOINT = "adapters/0000020_adapters.safetensors"
 
 
