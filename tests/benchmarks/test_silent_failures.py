@@ -12,7 +12,7 @@ from benchmarks.silent_failures import __main__ as bench
 from benchmarks.silent_failures.cases import Run
 from benchmarks.silent_failures.failures import read_failures
 from benchmarks.silent_failures.plants import PLANTS, make_case
-from benchmarks.silent_failures.tables import count
+from benchmarks.silent_failures.tables import count, read_all_rows, read_misses
 from benchmarks.silent_failures.tools.nested_tune import NestedTune
 from benchmarks.silent_failures.verdict import decide
 
@@ -96,6 +96,11 @@ def test_planted_and_healthy_folder_differ_in_the_plant_alone(tmp_path: Path) ->
     ]
     assert differing == ["data/valid.jsonl"]
     assert planted.settings == healthy.settings
+
+
+def test_what_the_rows_say_that_nested_tune_misses_is_explained_and_nothing_else() -> None:
+    rows = read_all_rows()["nested-tune"]
+    assert {name for name, row in rows.items() if row["noticed"] == "never"} == set(read_misses())
 
 
 def test_counts_pass_over_what_is_not_applicable() -> None:

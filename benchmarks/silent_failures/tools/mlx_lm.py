@@ -28,6 +28,7 @@ class MlxLm(Tool):
     """The trainer that MLX's own project publishes. It has no check of data and no clipping."""
 
     name = "mlx_lm.lora"
+    checks = "no check; its evaluation (`--test`) and `generate` are run"
     packages: tuple[str, ...] = ("mlx-lm", "mlx")
     program: tuple[str, ...] = ("mlx_lm", "lora")
     key_of_the_type = "fine_tune_type"

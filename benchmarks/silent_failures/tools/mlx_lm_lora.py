@@ -13,6 +13,7 @@ class MlxLmLora(MlxLm):
     """Its supervised training; its README names mlx_lm.generate to use an adapter with."""
 
     name = "mlx-lm-lora"
+    checks = "no check; its evaluation (`--test`) and mlx_lm's `generate` are run"
     packages = ("mlx-lm-lora", "mlx-lm", "mlx")
     program = ("mlx_lm_lora.train",)
     key_of_the_type = "train_type"

@@ -53,6 +53,7 @@ class NestedTune(Tool):
     """This project."""
 
     name = "nested-tune"
+    checks = "`validate`; the gate, with `samples: fail` and `check_fused`; `verify` twice"
     packages = ("nested-tune", "mlx", "mlx-lm")
 
     def check(self, case: Case) -> None:

@@ -19,6 +19,7 @@ class Peft(Tool):
     """The documented checks: Trainer's debug="underflow_overflow", PEFT's status of a model."""
 
     name = "peft"
+    checks = "Trainer's `debug=underflow_overflow` and `evaluate`, PEFT's `get_model_status`"
     packages = ("peft", "transformers", "torch")
     own_code = frozenset({"fuse-leaves-it-out"})
     environment = MappingProxyType({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})

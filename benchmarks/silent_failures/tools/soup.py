@@ -37,6 +37,11 @@ class Soup(Tool):
     """
 
     name = "soup-cli"
+    checks = (
+        "`doctor --config`, `data validate`, `inspect`, `clean --dry-run` and `doctor`, "
+        "`train --dry-run`, `loss_watchdog`, `rewind_log`, `adapters sign`, `verify` and `audit`; "
+        "on its MLX backend"
+    )
     packages = ("soup-cli", "mlx", "mlx-lm")
     lacks = MappingProxyType(dict.fromkeys(("leak-exact", "leak-near"), NO_HELD_OUT))
 

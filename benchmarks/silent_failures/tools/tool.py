@@ -35,6 +35,7 @@ class Tool:
 
     Attributes:
         name: as it is installed.
+        checks: what it documents to check data, training or adapters; all of it is switched on.
         packages: those whose versions are noted, its own first.
         python: the interpreter of its environment.
         own_code: failures for which the code that has to be broken is the tool's own.
@@ -43,6 +44,7 @@ class Tool:
     """
 
     name: str
+    checks: str
     packages: tuple[str, ...]
     own_code: frozenset[str] = frozenset()
     lacks: Mapping[str, str] = MappingProxyType({})
