@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from nested_core.config.resume import read_run_config, refuse_differences_on_res
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.dataset_loading import load_run_data
+from nested_core.data.earlier_examples import find_earlier_examples
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import (
@@ -71,7 +73,7 @@ from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_champion
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.processes import count_processes, train_in_processes
-from nested_core.pipeline.replay import prepare_replay, require_same_start
+from nested_core.pipeline.services import load_services
 from nested_core.process.command_parent import list_earlier_ends
 from nested_core.records.answers import write_answers
 from nested_core.records.dataset import (
@@ -104,7 +106,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.text.stages import stages
 from nested_core.training.parameter_importance import measure_parameter_importance
-from nested_core.training.reports.reporting_services import TrainingCallback, reporting_to_services
+from nested_core.training.reports.training_callback import TrainingCallback
 from nested_core.training.trainer import Trainer, make_trainer
 from nested_core.training.training_setup import build_optimizer, prepare_training
 from nested_core.training.world import SINGLE_PROCESS_WORLD, World
@@ -134,18 +136,37 @@ def write_run_config(config: FineTuneConfig, run: RunDirectory, *, resume: bool)
 def validate(
     config: FineTuneConfig, run: RunDirectory, on_progress: OnProgress | None = None
 ) -> DatasetReport:
-    """Choose what is replayed, judge the data set and write dataset.json.
+    """Choose earlier examples, judge the data set and write dataset.json.
 
     Raises DatasetError where the data has an error, ConfigError for earlier data that is missing
     under `replay.missing: error`.
     """
-    prepare_replay(config, run)
+    choose_earlier_examples(config, run)
     report, _ = load_run_data(config, run, on_progress)
     write_json(run.dataset, report.to_json())
     report.raise_if_rejected()
     require_askable_suites(config)
     require_held_out_examples(config, run)
     return report
+
+
+def choose_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> None:
+    """Choose the examples of earlier data that the run is trained on, unless it was set up before.
+
+    Raises ConfigError for earlier data that is missing under `replay.missing: error`.
+    """
+    if run.initial.exists() and run.tiers.exists():
+        return
+    for written in (run.replay, run.replayed_rows):
+        remove_file(written)
+    if earlier := find_earlier_examples(config, run):
+        earlier.choose()
+
+
+def describe_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> list[str]:
+    """Sentences on the earlier examples that a validated run is trained on; none without any."""
+    earlier = find_earlier_examples(config, run)
+    return [] if earlier is None else earlier.describe()
 
 
 def require_askable_suites(config: FineTuneConfig) -> None:
@@ -208,7 +229,8 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Se
     model, base = loaded.model, loaded.folder
     described = make_adapter_config(config, fingerprint_base_model(base))
     champion = starting_champion(config)
-    require_same_start(config, run, None if champion is None else champion.digest())
+    if earlier := find_earlier_examples(config, run):
+        earlier.require_same_start(None if champion is None else champion.digest())
     start, what = champion, f"continual.from: the champion of {config.registry.name}"
     if config.resume_adapter_file is not None:
         start = read_adapter_file(Path(config.resume_adapter_file))
@@ -278,10 +300,9 @@ def train(
             )
             return result
     processes = count_processes(config)
-    with (
-        locking_devices(on_wait, processes, session),
-        reporting_to_services(config, run, callback) as callbacks,
-    ):
+    services = load_services(config)
+    reporting = nullcontext(callback) if services is None else services.reporting(run, callback)
+    with locking_devices(on_wait, processes, session), reporting as callbacks:
         if processes == 1:
             trainer = train_model(config, run, callbacks, on_start, session=session)
             return _publish_result(run, trainer)
@@ -365,6 +386,7 @@ def _make_plan(
     """The plan of the process that trains now; `earlier` is that of the one before it."""
     schedule = trainer.step_schedule
     has_validation = schedule.validation_examples > 0
+    needed = trainer.memory.needed
     return TrainingPlan(
         steps=schedule.steps,
         iterations=schedule.iterations,
@@ -375,7 +397,7 @@ def _make_plan(
         training_file=report.splits["train"].file,
         validation_file=report.splits["valid"].file if has_validation else None,
         validation_examples=schedule.validation_examples,
-        memory_forecast_gb=trainer.memory.needed / 1e9,
+        memory_forecast_gb=None if needed is None else needed / 1e9,
         memory_limit_gb=trainer.memory.capacity / 1e9,
         resumed_at=list_resumptions(earlier, trainer.current_step),
         rank_counts=list_rank_counts(earlier, trainer.current_step, trainer.world.size),
