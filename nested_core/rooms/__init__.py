@@ -25,6 +25,24 @@ class TrainingFlow:
 
 
 @dataclass(frozen=True, slots=True)
+class RoomLoss:
+    """A value of `training.loss`: the rows that it is computed on, and how. It counts examples.
+
+    rows: its kinds of rows, a mapping of names to RowFormats (data/lines/example_parsing.py); only
+        they are read.
+    problems: a function of the configuration that gives what it asks of this loss and cannot have.
+    make: a function of LossInputs (training/training_setup.py) that gives the Loss of a run.
+    compare: a function of a LoadedBase and of the references to its parameters. What it gives has
+        `compare`, as PredictionComparison (measure/losses/prediction_comparison.py) has it.
+    """
+
+    rows: str
+    problems: str
+    make: str
+    compare: str
+
+
+@dataclass(frozen=True, slots=True)
 class Room:
     """What a room adds.
 
@@ -55,6 +73,13 @@ class Room:
     data_tables: what `validate` shows of a data set: a function of DataSettings that gives Tables.
     answer_tables: what stands beside the answers to an eval set: a function of its name and of
         (model, expected answer, answer, score) of each, which gives Blocks.
+    losses: by the name that `training.loss` gives.
+    suggested_loss: for `init`: a function of a row as JSON has it, which gives the loss that is
+        made for such rows, or None.
+    gate_checks: Checks of a run (nested_core/gate/checks/judged.py), in their order.
+    verdict_blocks: by the key in gate.json, what shows this block: an object with `rows` and
+        `notes`, functions of the block and the verdict that give CheckRows and sentences.
+    reasons: codes of the gate's checks, each with the name of the Outcome that it stands for.
     """
 
     commands: tuple[str, ...] = ()
@@ -76,6 +101,11 @@ class Room:
     readers: Mapping[str, str] = field(default_factory=dict)
     data_tables: str | None = None
     answer_tables: str | None = None
+    losses: Mapping[str, RoomLoss] = field(default_factory=dict)
+    suggested_loss: str | None = None
+    gate_checks: str | None = None
+    verdict_blocks: Mapping[str, str] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 ROOMS: Mapping[str, Room] = {
