@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from nested_core.errors import DamagedError
-from nested_core.storage.atomic import write_json
-from nested_core.storage.untrusted_files import read_json
+from nested_core.storage.json_file import JsonFile
 from nested_core.text.loss_format import format_loss
-
-MAX_PLAN_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,12 +127,8 @@ def list_rank_counts(
     return (*known, (first_step, ranks))
 
 
-_PLAN_VALIDATOR = TypeAdapter(TrainingPlan)
-
-
-def write_plan(path: Path, plan: TrainingPlan) -> None:
-    """Write plan.json in place of an earlier one."""
-    write_json(path, asdict(plan))
+PLAN_FILE = JsonFile(TrainingPlan, 2**20)
+write_plan = PLAN_FILE.write
 
 
 def note_ends(path: Path, ends: Sequence[str]) -> None:
@@ -150,8 +141,8 @@ def note_ends(path: Path, ends: Sequence[str]) -> None:
 def read_plan(path: Path) -> TrainingPlan | None:
     """The plan, or None where none can be read: it is shown, and nothing rests on it."""
     try:
-        return _PLAN_VALIDATOR.validate_python(read_json(path, MAX_PLAN_BYTES))
-    except (DamagedError, ValidationError, OSError):
+        return PLAN_FILE.read(path)
+    except (DamagedError, OSError):
         return None
 
 

@@ -10,16 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
-
-from nested_core.errors import DamagedError
 from nested_core.storage.atomic import write_json
-from nested_core.storage.untrusted_files import file_type, read_json
+from nested_core.storage.json_file import JsonFile
+from nested_core.storage.untrusted_files import file_type
 from nested_core.text.loss_format import format_interval, format_loss
 
 RECORD_NAME = "export.json"
 CARD_NAME = "README.md"
-MAX_RECORD_BYTES = 64 * 2**20
 WeightFormat = Literal["float32", "bfloat16", "float16", "quantized", "f16", "q8_0"]
 Quantized = Literal["kept", "dequantized"]
 
@@ -166,7 +163,7 @@ def digest_template(template: str) -> str:
     return hashlib.sha256(template.encode()).hexdigest()
 
 
-_VALIDATOR = TypeAdapter(ExportRecord)
+EXPORT_FILE = JsonFile(ExportRecord, 64 * 2**20)
 
 
 def record_place(artefact: Path) -> Path:
@@ -191,14 +188,5 @@ def read_export_record(artefact: Path) -> ExportRecord | None:
 
     Raises DamagedError for a file that is none.
     """
-    place = record_place(artefact)
-    if file_type(place) == "missing":
-        return None
-    values = read_json(place, MAX_RECORD_BYTES)
-    try:
-        known = {
-            key: value for key, value in dict(values).items() if key not in ("verdict", "summary")
-        }
-        return _VALIDATOR.validate_python(known)
-    except (ValidationError, TypeError, ValueError) as error:
-        raise DamagedError(f"{place} is no record of an export: {error}.") from error
+    path = record_place(artefact)
+    return None if file_type(path) == "missing" else EXPORT_FILE.read(path)

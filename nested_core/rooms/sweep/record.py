@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic import JsonValue
 
-from nested_core.errors import DamagedError, describe_first_problem
-from nested_core.storage.atomic import write_json
-from nested_core.storage.untrusted_files import read_json
+from nested_core.storage.json_file import JsonFile
 
 SWEEP_NAME = "sweep.json"
-MAX_SWEEP_BYTES = 2**22
-
-
 Score = tuple[float, ...]
 
 
@@ -81,19 +76,10 @@ class SweepRecord:
 
     def write(self, folder: Path) -> None:
         """Write sweep.json."""
-        write_json(folder / SWEEP_NAME, asdict(self))
+        SWEEP_FILE.write(folder / SWEEP_NAME, self)
 
 
-_VALIDATOR = TypeAdapter(SweepRecord)
-
-
-def read_sweep(folder: Path) -> SweepRecord:
-    """Read sweep.json; DamagedError where it is not what a sweep wrote."""
-    path = folder / SWEEP_NAME
-    try:
-        return _VALIDATOR.validate_python(read_json(path, MAX_SWEEP_BYTES))
-    except ValidationError as error:
-        raise DamagedError(f"{path}: {describe_first_problem(error)}.") from error
+SWEEP_FILE = JsonFile(SweepRecord, 2**22)
 
 
 def _format(value: Any) -> str:

@@ -57,7 +57,7 @@ from nested_core.rooms.sweep.points import (
     settings_of_point,
     step_examples,
 )
-from nested_core.rooms.sweep.record import SWEEP_NAME, Arm, Score, SweepRecord, read_sweep
+from nested_core.rooms.sweep.record import SWEEP_FILE, SWEEP_NAME, Arm, Score, SweepRecord
 from nested_core.storage.atomic import canonical_json, write_bytes
 from nested_core.storage.checkpoint_verification import latest_state
 from nested_core.storage.lock_file import exclusive_lock_with_holder_id
@@ -206,7 +206,7 @@ class _Search:
         """Read the record, or plan: which arms, how long a run, where they are compared."""
         digest = _digest_request(self.config, self.request)
         if (self.folder / SWEEP_NAME).is_file():
-            self.record = read_sweep(self.folder)
+            self.record = SWEEP_FILE.read(self.folder / SWEEP_NAME)
             if self.record.digest != digest:
                 raise ConfigError(
                     f"{self.folder} holds a sweep of another configuration or request, other data, "

@@ -14,18 +14,16 @@ import secrets
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-
-from pydantic import TypeAdapter, ValidationError
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, shorten
 from nested_core.records.verdict_file import read_verdict
-from nested_core.storage.atomic import write_json
+from nested_core.storage.json_file import JsonFile
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.untrusted_files import read_json_object, read_regular
+from nested_core.storage.untrusted_files import read_regular
 
 DEFAULT_PROJECT = "nested-tune"
 
@@ -233,7 +231,7 @@ class ReportingCallback:
             self._services[name] = service
             self._record.run_ids[name] = service.run_id
         if self._services:
-            self._record.write(run)
+            _SERVICE_RECORD_FILE.write(run.report_to, self._record)
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         """Send a training report."""
@@ -258,7 +256,7 @@ class ReportingCallback:
             except Exception as error:  # of a client or of the way to its server
                 self._failed.add(name)
                 self._record.missing_from.setdefault(name, iteration)
-                self._record.write(self._run)
+                _SERVICE_RECORD_FILE.write(self._run.report_to, self._record)
                 warnings.warn(
                     f"report_to: {name} took no report of iteration {iteration}, and is sent no "
                     f"more of this training, which goes on: {shorten(error, 200)}",
@@ -268,7 +266,7 @@ class ReportingCallback:
                 # What a service lacked is sent anew where training goes on from before it.
                 if iteration < self._record.missing_from.get(name, 0):
                     del self._record.missing_from[name]
-                    self._record.write(self._run)
+                    _SERVICE_RECORD_FILE.write(self._run.report_to, self._record)
 
     def attach(self, verdict: str, files: Iterable[Path]) -> None:
         """Add the verdict and the files that are there; a service that refuses is warned of."""
@@ -344,16 +342,12 @@ class _ServiceRecord:
     run_ids: dict[str, str] = field(default_factory=dict)
     missing_from: dict[str, int] = field(default_factory=dict)
 
-    def write(self, run: RunDirectory) -> None:
-        """Keep it in the run directory."""
-        write_json(run.report_to, asdict(self))
 
-
-_SERVICE_RECORD_VALIDATOR = TypeAdapter(_ServiceRecord)
+_SERVICE_RECORD_FILE = JsonFile(_ServiceRecord, None)
 
 
 def _read_service_record(run: RunDirectory) -> _ServiceRecord:
     try:
-        return _SERVICE_RECORD_VALIDATOR.validate_python(read_json_object(run.report_to))
-    except (DamagedError, ValidationError):  # or a first process: then the services begin anew
+        return _SERVICE_RECORD_FILE.read(run.report_to)
+    except DamagedError:  # or a first process: then the services begin anew
         return _ServiceRecord()
