@@ -141,8 +141,9 @@ class Case:
         return os.environ | own | self.environment
 
     def _without_paths(self, text: str) -> str:
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
         return (
-            re.sub(r"\x1b\[[0-9;]*m", "", text)
+            re.sub(r"/[^\s'\"]*/site-packages/", "", plain)
             .replace(f"{self.folder}/", "")
             .replace(str(self.folder), ".")
             .replace(f"{ROOT}/", "")
