@@ -129,9 +129,7 @@ def test_a_wrong_configuration_names_every_key(misconfigured: dict[str, Ended], 
     assert all(words in misconfigured[case].message() for words in CONFIGS[case][1])
 
 
-def test_a_command_of_a_room_that_was_deleted_names_the_room(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_command_of_a_room_that_was_deleted_names_the_room(monkeypatch, capsys) -> None:
     monkeypatch.setattr(seams, "ROOMS", {"music": Room(commands=("play",))})
     assert cli.main(["play"]) == 2
     said = "`play` belongs to the room music, which is not installed here."
@@ -139,9 +137,7 @@ def test_a_command_of_a_room_that_was_deleted_names_the_room(
     assert "\nServe:" not in cli.build_parser().format_help()
 
 
-def test_a_flag_of_a_room_that_was_deleted_names_the_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_flag_of_a_room_that_was_deleted_names_the_room(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(seams, "ROOMS", {"music": Room(flags={"runs": ("--tune",)})})
     done = called("runs", "--tune", "louder", cwd=tmp_path)
     said = "`runs --tune` belongs to the room music, which is not installed here."

@@ -169,9 +169,7 @@ def test_a_registered_version_that_its_policy_refused_kept_the_champion(tmp_path
         for outcome in RUNS
     ],
 )
-def test_an_outcome_has_the_same_words_on_every_screen(
-    outcome: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_outcome_has_the_same_words_on_every_screen(outcome, tmp_path, capsys) -> None:
     run = RUNS[outcome](tmp_path)
     with ExitStack() as stack:
         if outcome == Outcome.RUNNING:

@@ -43,9 +43,7 @@ KEYS_OF_DATA: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("key", KEYS_OF_DATA)
-def test_a_key_of_the_data_is_refused_where_the_data_is_read(
-    key: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_key_of_the_data_is_refused_where_the_data_is_read(key, monkeypatch) -> None:
     room, settings = KEYS_OF_DATA[key]
     config = example_config(**settings)
     monkeypatch.setattr(seams, "is_there", lambda name: name != room)

@@ -124,9 +124,7 @@ def run_while_the_device_is_held(step: Callable[[Callable[[str], None]], object]
 
 
 @pytest.mark.slow("trains and judges a run of its own")
-def test_every_step_that_computes_waits_for_the_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_step_that_computes_waits_for_the_device(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv(DEVICE_LOCK_VARIABLE, "test-device")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     nested = {"frequencies": [1, 2], "strategy": "parameter_importance", "probe_batches": 1}

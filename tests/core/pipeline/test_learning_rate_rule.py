@@ -33,9 +33,7 @@ def configured(**values: Any) -> FineTuneConfig:
     ],
     ids=["mlx_lm", "rank alone", "rank with alpha", "scale 1", "continuing", "schedule"],
 )
-def test_where_a_setting_lies_is_said_with_what_to_try(
-    values: dict[str, Any], product: str, advice: str | None
-) -> None:
+def test_where_a_setting_lies_is_said_with_what_to_try(values, product, advice) -> None:
     said = describe_learning_rate(configured(**values))
     assert said is not None
     assert said.startswith(f"rank x scale x rate is {product}; 0.01 to 0.03 was best for 34 of")

@@ -92,11 +92,7 @@ def test_progress_is_one_line_that_is_rewritten_and_ends_with_the_verdict(sessio
     [(True, True, ShownProgress), (True, False, Steps), (False, True, Steps)],
 )
 def test_one_argument_turns_it_off_and_without_a_terminal_there_is_none(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    is_shown: bool,
-    progress: bool,
-    expected: type[Steps],
+    tmp_path, monkeypatch, is_shown, progress, expected
 ) -> None:
     used: list[Steps] = []
 

@@ -82,9 +82,7 @@ def late(registry: Path, version: str) -> Any:
     return promote_by_recorded_policy(registry, NAME, version).sentence
 
 
-def test_an_event_promotes_by_the_recorded_policy_into_the_registry_it_names(
-    add: Add, registry: Path
-) -> None:
+def test_an_event_promotes_by_the_recorded_policy_into_the_registry_it_names(add, registry) -> None:
     version = add(1)
     assert late(registry, version) == "promoted"
     assert history(registry, NAME)[-1]["automatic"] is True
@@ -212,18 +210,14 @@ def test_an_event_about_an_unknown_version_is_refused(add: Add, registry: Path) 
         {"config": {"registry": {"promote": "always", "force": True}}},
     ],
 )
-def test_a_version_whose_record_has_other_types_is_damage(
-    tmp_path: Path, registry: Path, provenance: dict[str, Any]
-) -> None:
+def test_a_version_whose_record_has_other_types_is_damage(tmp_path, registry, provenance) -> None:
     version = register(write_run(tmp_path / "run", 1), registry, NAME, provenance)
     with pytest.raises(DamagedError, match="provenance"):
         late(registry, version)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1, "a": 2}', "[" * 100_000])
-def test_a_version_whose_provenance_cannot_be_read_is_damage(
-    add: Add, registry: Path, content: str
-) -> None:
+def test_a_version_whose_provenance_cannot_be_read_is_damage(add, registry, content) -> None:
     version = add(1)
     path = registry / NAME / "versions" / version / "provenance.json"
     path.chmod(0o644)
@@ -233,9 +227,7 @@ def test_a_version_whose_provenance_cannot_be_read_is_damage(
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
-def test_a_verdict_that_is_no_file_is_damage_and_not_waited_for(
-    add: Add, registry: Path, make: Callable[[Path], None]
-) -> None:
+def test_a_verdict_that_is_no_file_is_damage_and_not_waited_for(add, registry, make) -> None:
     version = add(1)
     path = registry / NAME / "versions" / version / "gate.json"
     path.unlink()
@@ -311,9 +303,7 @@ def test_a_version_is_registered_decided_on_and_promoted_under_one_lock(
     assert [line["automatic"] for line in history(registry, NAME)] == [True]
 
 
-def test_a_version_is_not_collected_while_it_is_read(
-    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_version_is_not_collected_while_it_is_read(add, registry, monkeypatch) -> None:
     version = add(1)
     gc = threading.Thread(
         target=collect_garbage, args=(registry, NAME), kwargs={"by": "gc", "keep": 0}
@@ -364,9 +354,7 @@ def test_a_clock_that_is_behind_changes_nothing_in_what_is_superseded(
     assert read_champion(registry, NAME) == first
 
 
-def test_a_promotion_that_an_earlier_release_recorded_is_carried_out(
-    tmp_path: Path, registry: Path
-) -> None:
+def test_a_promotion_that_an_earlier_release_recorded_is_carried_out(tmp_path, registry) -> None:
     """With the key for servers to be waited for, which is not there any more."""
     section = {"path": "x", "name": "y", "promote": "always", "await_serving": 60.0}
     run = write_run(tmp_path / "run", 1)

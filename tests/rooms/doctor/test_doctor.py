@@ -58,9 +58,7 @@ def test_a_package_that_is_missing_or_of_a_version_that_does_not_fit_is_named(
     assert "prefect" not in packages["mend"]
 
 
-def test_on_metal_the_mac_is_to_stay_awake_and_its_display_off(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_metal_the_mac_is_to_stay_awake_and_its_display_off(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setattr(backend, "device", lambda: "gpu")
     monkeypatch.setattr(backend, "computes_on_cuda", lambda: False)

@@ -54,9 +54,7 @@ def explanation(config: FineTuneConfig, tmp_path_factory: pytest.TempPathFactory
     return found
 
 
-def test_the_numbers_are_those_of_the_model_the_data_and_the_schedule(
-    config: FineTuneConfig, explanation: RunExplanation
-) -> None:
+def test_the_numbers_are_those_of_the_model_the_data_and_the_schedule(config, explanation) -> None:
     model, _ = load_base_model(config)
     attach_adapter(model, config)
     tensors = trainable_parameters(model)
@@ -113,9 +111,7 @@ def test_what_the_registrys_policy_tightens_is_said(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_the_step_that_is_offered_is_the_one_said(
-    explanation: RunExplanation, change: dict[str, Any], said: str
-) -> None:
+def test_the_step_that_is_offered_is_the_one_said(explanation, change, said) -> None:
     examples = 0 if "val_batches" in change else explanation.validation_examples
     changed = replace(explanation, config=example_config(**change), validation_examples=examples)
     assert said in RunInWords(changed).describe()["evaluation"]
@@ -187,9 +183,7 @@ def write_rows(folder: Path, fields: tuple[str, str]) -> None:
         (("question", "answer"), {"prompt_feature": "question", "completion_feature": "answer"}),
     ],
 )
-def test_a_suggestion_loads_and_fits_the_data(
-    tmp_path: Path, fields: tuple[str, str], named: dict[str, str]
-) -> None:
+def test_a_suggestion_loads_and_fits_the_data(tmp_path, fields, named) -> None:
     write_rows(tmp_path / "data", fields)
     path = tmp_path / "lora.yaml"
     path.write_text(suggest_config(str(MODEL), str(tmp_path / "data")).text)
@@ -212,9 +206,7 @@ def test_a_suggestion_loads_and_fits_the_data(
     assert warn_of_learning_rate(config) is None
 
 
-def test_a_suggestion_that_goes_on_from_an_adapter_has_its_shape_and_a_lower_rate(
-    tmp_path: Path,
-) -> None:
+def test_a_suggestion_that_goes_on_from_an_adapter_has_its_shape_and_a_lower_rate(tmp_path) -> None:
     write_rows(tmp_path / "data", ("prompt", "completion"))
     lora = {"rank": 4, "scale": 10.0, "keys": ["self_attn.q_proj"]}
     config = example_config(num_layers=2, lora_parameters=lora)
@@ -272,9 +264,7 @@ def test_a_suggestion_learns_every_answer_where_last_answers_are_marked(tmp_path
     assert load_config_text(text).training.supervise == "all"
 
 
-def test_a_batch_that_does_not_fit_is_made_smaller(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_that_does_not_fit_is_made_smaller(tmp_path, monkeypatch) -> None:
     write_rows(tmp_path / "data", ("prompt", "completion"))
     text = suggest_config(str(MODEL), str(tmp_path / "data")).text
     needed = explain_run(parse_config(parse_yaml(text), source=""), measures_speed=False).memory
@@ -283,9 +273,7 @@ def test_a_batch_that_does_not_fit_is_made_smaller(
     assert smaller.batch_size < 4 or smaller.grad_checkpoint
 
 
-def test_adapters_of_linear_attention_are_said_to_fail_in_some_apps(
-    explanation: RunExplanation, tmp_path: Path
-) -> None:
+def test_adapters_of_linear_attention_are_said_to_fail_in_some_apps(explanation, tmp_path) -> None:
     sizes = SIZES | HYBRIDS["qwen3_5"] | {"model_type": "qwen3_5", "vocab_size": 1588}
     module = import_module("mlx_lm.models.qwen3_5")
     base = tmp_path / "base"

@@ -61,9 +61,7 @@ def begun(tmp_path: Path) -> list[str]:
     return (tmp_path / "run" / "begun").read_text().splitlines()
 
 
-def test_it_is_begun_again_with_the_words_to_resume_until_it_ends(
-    tmp_path: Path, words: list[str], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_it_is_begun_again_with_the_words_to_resume_until_it_ends(tmp_path, words, capfd) -> None:
     ends = "SIGKILL,SIGTRAP,SIGSEGV,SIGBUS,SIGFPE,metal,5"
     code = run_again_where_killed([*words, ends, "3", "always"], lambda run: ("--on", run.name))
     assert code == 5
@@ -104,9 +102,7 @@ def parent(*command: str) -> subprocess.Popen[bytes]:
     ("end", "restarts", "code"),
     [("3", "3", 3), ("SIGKILL", "0", -signal.SIGKILL), ("SIGTERM", "3", -signal.SIGABRT)],
 )
-def test_any_other_end_is_its_own(
-    tmp_path: Path, words: list[str], end: str, restarts: str, code: int
-) -> None:
+def test_any_other_end_is_its_own(tmp_path, words, end, restarts, code) -> None:
     if end == "SIGTERM":  # whoever asks it to stop wants no other, even where it then aborts
         process = parent(*words, "wait", restarts, "always")
         wait_until((tmp_path / "run" / "waits").exists)

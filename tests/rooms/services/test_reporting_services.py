@@ -13,13 +13,13 @@ import pytest
 
 from nested_core.errors import ConfigError
 from nested_core.pipeline.finetune import finetune
-from nested_core.rooms.services import reporting_services
 from nested_core.rooms.services.reporting_services import (
     ReportingCallback,
     Services,
     configured_services,
 )
 from nested_core.storage.atomic import write_json
+from nested_core.storage.json_file import JsonFile
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import read_json_object
 from tests.core.report.verdicts import GATE
@@ -120,69 +120,68 @@ def test_a_missing_or_unknown_service_is_said_before_there_is_a_run_folder(tmp_p
         configured_services(example_config(report_to="tensorboard"))
 
 
-def test_a_service_that_fails_at_the_end_is_warned_of_and_takes_nothing_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def no_route(*_: object, **__: object) -> None:
+    raise OSError("no route")
+
+
+def disk_is_full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture
+def trackio(monkeypatch: pytest.MonkeyPatch) -> Client:
+    """A client in the place of trackio's."""
     client = Client("trackio", [])
     monkeypatch.setitem(sys.modules, "trackio", client)
+    return client
+
+
+@pytest.mark.parametrize(
+    ("gate", "patched", "said"),
+    [
+        (GATE, ("init", no_route), "report_to: trackio cannot be used: no route"),
+        ("{", None, "report_to: the verdict was not attached"),
+        (GATE, ("write", disk_is_full), "the verdict was not attached: .*No space left"),
+    ],
+    ids=["no service", "a damaged verdict", "a full disk"],
+)
+def test_what_fails_at_the_end_is_warned_of_and_takes_nothing_away(
+    trackio, tmp_path, monkeypatch, gate, patched, said
+) -> None:
     run = RunDirectory(tmp_path)
     write_json(run.result, {})
-    write_json(run.gate, GATE)
-
-    def unreachable(**_: object) -> None:
-        raise OSError("no route")
-
-    monkeypatch.setattr(client, "init", unreachable, raising=False)
+    if gate == "{":
+        run.gate.write_text(gate)
+    else:
+        write_json(run.gate, gate)
+    if patched is not None:
+        name, fail = patched
+        owner = JsonFile if name == "write" else trackio
+        monkeypatch.setattr(owner, name, fail, raising=False)
     with (
-        pytest.warns(UserWarning, match="report_to: trackio cannot be used: no route"),
+        pytest.warns(UserWarning, match=said),
         Services(example_config(report_to="trackio")).attaching_verdict_at_end(run),
     ):
         pass
+    assert len(trackio.named("finish")) == (gate == "{")  # what was opened is closed
 
 
 def test_a_service_that_cannot_be_closed_is_warned_of_and_does_not_end_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trackio, tmp_path, monkeypatch
 ) -> None:
-    client = Client("trackio", [])
-    monkeypatch.setitem(sys.modules, "trackio", client)
-
-    def unreachable() -> None:
-        raise OSError("no route")
-
-    monkeypatch.setattr(client, "finish", unreachable, raising=False)
+    monkeypatch.setattr(trackio, "finish", no_route, raising=False)
     services = ReportingCallback(example_config(report_to="trackio"), RunDirectory(tmp_path))
     services.on_train_loss_report(TRAIN)
     with pytest.warns(UserWarning, match="report_to: trackio was not closed: no route"):
         services.close()
-    assert len(client.named("log")) == 1
-
-
-def test_what_was_opened_is_closed_where_a_verdict_cannot_be_attached(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    client = Client("trackio", [])
-    monkeypatch.setitem(sys.modules, "trackio", client)
-    run = RunDirectory(tmp_path)
-    write_json(run.result, {})
-    run.gate.write_text("{")
-    with (
-        pytest.warns(UserWarning, match="report_to: the verdict was not attached"),
-        Services(example_config(report_to="trackio")).attaching_verdict_at_end(run),
-    ):
-        pass
-    assert len(client.named("finish")) == 1
+    assert len(trackio.named("log")) == 1
 
 
 def test_a_service_that_stops_answering_is_warned_of_once_and_the_run_goes_on_without_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trackio, tmp_path, monkeypatch
 ) -> None:
-    clients = {name: Client(name, []) for name in ("trackio", "swanlab")}
-    for name, client in clients.items():
-        monkeypatch.setitem(sys.modules, name, client)
-
-    def unreachable(*_: object, **__: object) -> None:
-        raise OSError("no route")
-
+    swanlab = Client("swanlab", [])
+    monkeypatch.setitem(sys.modules, "swanlab", swanlab)
     config = example_config(report_to="trackio,swanlab")
     run = RunDirectory(tmp_path)
 
@@ -191,7 +190,7 @@ def test_a_service_that_stops_answering_is_warned_of_once_and_the_run_goes_on_wi
             with Services(config).reporting(run, None) as callback:
                 assert callback is not None
                 callback.on_train_loss_report(TRAIN)
-                monkeypatch.setattr(clients["trackio"], "log", unreachable, raising=False)
+                monkeypatch.setattr(trackio, "log", no_route, raising=False)
                 for iteration in (20, 30):
                     callback.on_train_loss_report(TRAIN | {"iteration": iteration})
             write_json(run.result, {})
@@ -207,17 +206,16 @@ def test_a_service_that_stops_answering_is_warned_of_once_and_the_run_goes_on_wi
         f"report_to: trackio lacks reports of this run, from iteration 20 on; all are in "
         f"{run.metrics}",
     ]
-    assert len(clients["trackio"].named("finish")) == 2  # what it took before is not held back
-    steps = [options["step"] for _, options in clients["swanlab"].named("log") if "step" in options]
+    assert len(trackio.named("finish")) == 2  # what it took before is not held back
+    steps = [options["step"] for _, options in swanlab.named("log") if "step" in options]
     assert steps[:3] == [10, 20, 30]
-    assert "passed" in repr(clients["swanlab"].calls)
+    assert "passed" in repr(swanlab.calls)
 
 
+@pytest.mark.usefixtures("trackio")
 def test_what_a_service_lacked_and_was_sent_anew_by_a_resumed_training_is_not_said_to_lack(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path,
 ) -> None:
-    client = Client("trackio", [])
-    monkeypatch.setitem(sys.modules, "trackio", client)
     config, run = example_config(report_to="trackio"), RunDirectory(tmp_path)
     missing = {"run_ids": {"trackio": "run-1"}, "missing_from": {"trackio": 20}}
     write_json(run.report_to, missing)
@@ -229,20 +227,3 @@ def test_what_a_service_lacked_and_was_sent_anew_by_a_resumed_training_is_not_sa
         for iteration in (10, 20):
             callback.on_train_loss_report(TRAIN | {"iteration": iteration})
     assert read_json_object(run.report_to) == missing | {"missing_from": {}}
-
-
-def test_a_full_disk_at_the_end_is_no_error_of_a_run_that_is_done(tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "trackio", Client("trackio", []))
-    run = RunDirectory(tmp_path)
-    write_json(run.result, {})
-    write_json(run.gate, GATE)
-
-    def disk_is_full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(reporting_services, "write_json", disk_is_full)
-    with (
-        pytest.warns(UserWarning, match="the verdict was not attached: .*No space left"),
-        Services(example_config(report_to="trackio")).attaching_verdict_at_end(run),
-    ):
-        pass
