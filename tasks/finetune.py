@@ -18,7 +18,7 @@ from nested_core.errors import DatasetError, GateRejected
 from nested_core.models.session import Session
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import describe_starting_adapter
-from nested_core.pipeline.publishing import register_run
+from nested_core.pipeline.publishing import find_judged_run, register_run
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
@@ -146,17 +146,15 @@ def _publish_verdict(config: FineTuneConfig, verdict: Verdict) -> None:
 
 
 @retried_task("register", "register {config.registry.name}", REGISTRY_RETRY_DELAYS)
-def register(config: FineTuneConfig, run_dir: Path, champion: str | None) -> Decision:
-    """Register the run's adapter, and promote it by policy or say why not.
-
-    Doing it twice changes nothing. `champion` is the one that stood when the run was judged.
-    """
+def register(config: FineTuneConfig, run_dir: Path, session: Session) -> Decision:
+    """Register the run's adapter, and promote it by policy or say why not; again it is the same."""
     run = RunDirectory(run_dir)
     registry, name = registry_location(config.registry)
-    decision = register_run(config, run, champion, origin=read_origin())
+    judged = find_judged_run(run, session)
+    decision = register_run(config, judged, judged.verdict.rival, origin=read_origin())
     get_run_logger().info("Registered %s as version %s.", name, shorten_digest(decision.version))
     for page in seams.load_all("champion_page"):
-        page.tell_of_version(config, run, decision.version)
+        page.tell_of_version(config, judged)
     payload = {"version": decision.version, "run_dir": str(run.path.resolve())}
     emit_adapter_event("verified", name, payload | {"registry": str(registry.resolve())})
     return announce_promotion(registry, name, decision)

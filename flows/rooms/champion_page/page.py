@@ -21,10 +21,9 @@ from prefect.events import emit_event
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import NestedTuneError
-from nested_core.records.dataset import read_dataset_record
+from nested_core.records.judged_run import JudgedRun
 from nested_core.registry import read_champion, read_champion_changes
 from nested_core.rooms.champion_page.champion import ChampionRecord, describe_champion
-from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.foreign_text import escape, escape_markdown
 from tasks.artifact_client import artifact_key, find_newest_artifact, publish_page
@@ -129,14 +128,14 @@ def _read_newest_page(name: str) -> Artifact | None:
         return find_newest_artifact(client, artifact_key(name, PAGE))
 
 
-def tell_of_version(config: FineTuneConfig, run: RunDirectory, version: str) -> None:
+def tell_of_version(config: FineTuneConfig, judged: JudgedRun) -> None:
     """The verified run as an asset, made of its data set and of the champion that it began from."""
     name = str(config.registry.name)
-    digest = read_dataset_record(run.dataset).digest
-    made_of = [dataset_asset(name, digest, config.data)]
+    made_of = [dataset_asset(name, judged.dataset.digest, config.data)]
     if config.continual.start is not None:
         made_of.append(champion_asset(name))
-    emit_materialization(run_asset(name, run.path.name), made_of, name, {"version": version})
+    run, version = judged.folder.path.name, {"version": judged.version}
+    emit_materialization(run_asset(name, run), made_of, name, version)
 
 
 class ChampionPage:
