@@ -21,7 +21,7 @@ from nested_core.config.sections import Score
 from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
 from nested_core.data.lines.line_rows import fold_case_and_space
 from nested_core.data.sources.file_formats import RestOfFileUnreadable
-from nested_core.errors import DatasetError, join_first_values, shorten
+from nested_core.errors import DatasetError, join_first_values, list_first, shorten
 from nested_core.measure.answers.suite_files import TABLE_SUFFIXES, read_question_lines
 
 Turn = dict[str, str]
@@ -227,14 +227,12 @@ def describe_bad_questions(path: Path, problems: Sequence[BadQuestion], summary:
     for problem in problems:
         by_kind.setdefault(problem.kind, []).append(problem)
     listed = [
-        f"  {path}{'' if first.line is None else f':{first.line}'}: {first.problem}"
+        f"{path}{'' if first.line is None else f':{first.line}'}: {first.problem}"
         f"{_describe_other_lines([other.line for other in others])}"
         for first, *others in by_kind.values()
     ]
-    if len(listed) > MAX_LISTED_PROBLEMS:
-        more = len(listed) - MAX_LISTED_PROBLEMS
-        listed = [*listed[:MAX_LISTED_PROBLEMS], f"  and {more:,} more"]
-    return "\n".join([f"gate.tasks: {summary} Nothing was evaluated.", *listed])
+    shown = list_first(listed, MAX_LISTED_PROBLEMS)
+    return "\n  ".join([f"gate.tasks: {summary} Nothing was evaluated.", *shown])
 
 
 def _describe_other_lines(lines: Sequence[int | None]) -> str:
