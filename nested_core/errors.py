@@ -6,7 +6,7 @@ A message is one paragraph: what is wrong, where, what was expected and what to 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +26,13 @@ def shorten(value: object, characters: int = 40) -> str:
 def join_first_values(values: Sequence[object], count: int) -> str:
     """The first `count` values separated by commas, then "..." if there are more."""
     return ", ".join([*map(str, values[:count]), *(["..."] if len(values) > count else [])])
+
+
+def list_first(texts: Iterable[str], count: int) -> list[str]:
+    """The first `count` texts, and how many more there are."""
+    listed = list(texts)
+    more = len(listed) - count
+    return [*listed[:count], f"and {more:,} more"] if more > 0 else listed
 
 
 def describe_first_problem(error: ValidationError, name_of_whole: str = "the file") -> str:

@@ -96,13 +96,6 @@ def read_tables_with_repeats(
     return related | {"train": replace(related["train"], dropped=dropped)}
 
 
-def read_tables(
-    files: Mapping[str, SplitFile], field_names: FieldNames, on_progress: OnProgress | None = None
-) -> dict[str, SplitTable]:
-    """Read train, valid and test, a missing one as empty; raises OSError, and DataWorkerFailed."""
-    return _read_held_out_first(files, field_names, on_progress, has_ngrams=False)[0]
-
-
 def _read_held_out_first(
     files: Mapping[str, SplitFile],
     field_names: FieldNames,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from typing_extensions import TypedDict
 
@@ -31,50 +31,26 @@ from nested_core.text.loss_format import (
     loss_name_for_file,
 )
 
-Code = Literal[
-    "unchanged",
-    "tier_unchanged",
-    "updates_missing",
-    "non_finite",
-    "tensor_missing",
-    "tensor_unexpected",
-    "shape_mismatch",
-    "dtype_mismatch",
-    "no_effect",
-    "loss_regressed",
-    "forgetting",
-    "drift",
-    "task_below",
-    "task_regressed",
-    "examples_harmed",
-    "answers_broken",
-    "unreadable",
-    "config_mismatch",
-    "base_mismatch",
-]
-
+UnchangedCode = Literal["unchanged", "tier_unchanged", "updates_missing", "no_effect"]
+MisshapenCode = Literal["tensor_missing", "tensor_unexpected", "shape_mismatch", "dtype_mismatch"]
+UnusableCode = Literal["non_finite", "unreadable", "config_mismatch", "base_mismatch"]
+WorseCode = Literal["loss_regressed", "forgetting", "drift"]
+HarmedCode = Literal["examples_harmed"]
+AnswersCode = Literal["task_below", "task_regressed", "answers_broken"]
+Code = Literal[UnchangedCode, MisshapenCode, UnusableCode, WorseCode, HarmedCode, AnswersCode]
 
 # By the first reason of a verdict.
 OUTCOME_BY_CODE: Mapping[Code, Outcome] = {
-    "unchanged": Outcome.UNCHANGED,
-    "tier_unchanged": Outcome.UNCHANGED,
-    "updates_missing": Outcome.UNCHANGED,
-    "no_effect": Outcome.UNCHANGED,
-    "non_finite": Outcome.UNSOUND,
-    "tensor_missing": Outcome.UNSOUND,
-    "tensor_unexpected": Outcome.UNSOUND,
-    "shape_mismatch": Outcome.UNSOUND,
-    "dtype_mismatch": Outcome.UNSOUND,
-    "unreadable": Outcome.UNSOUND,
-    "config_mismatch": Outcome.UNSOUND,
-    "base_mismatch": Outcome.UNSOUND,
-    "loss_regressed": Outcome.WORSE,
-    "forgetting": Outcome.WORSE,
-    "drift": Outcome.WORSE,
-    "examples_harmed": Outcome.HARMED,
-    "task_below": Outcome.ANSWERS,
-    "task_regressed": Outcome.ANSWERS,
-    "answers_broken": Outcome.ANSWERS,
+    code: outcome
+    for codes, outcome in (
+        (UnchangedCode, Outcome.UNCHANGED),
+        (MisshapenCode, Outcome.UNSOUND),
+        (UnusableCode, Outcome.UNSOUND),
+        (WorseCode, Outcome.WORSE),
+        (HarmedCode, Outcome.HARMED),
+        (AnswersCode, Outcome.ANSWERS),
+    )
+    for code in get_args(codes)
 }
 GATE_GUIDE = "docs/gate.md"
 MIN_HARMED = 3  # fewer per-example regressions are no reason against an adapter

@@ -232,6 +232,15 @@ def _append_strings(value: Any, texts: list[str]) -> None:
             _append_strings(item, texts)
 
 
+def iterate_scalars(value: Any) -> Iterator[Any]:
+    """Every text, number, boolean and null in a JSON value, without the keys."""
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from iterate_scalars(item)
+    else:
+        yield value
+
+
 def private_user_folder(content: str, advice: str, given: str | None = None) -> Path:
     """A folder of this user alone: `given`, or one in the temporary folder; made if it is missing.
 

@@ -115,6 +115,25 @@ class SweepResult:
     answers: PairedDifference | None
     is_better: bool
 
+    def to_json(self) -> dict[str, Any]:
+        """The arms, the winner and what is known of it, as `sweep --json` prints them."""
+        choice = self.choice
+        difference = None if choice is None else choice.difference
+        return {
+            "sweep_dir": str(self.folder),
+            "run_dir": str(self.run.path),
+            "arms": [asdict(arm) for arm in self.record.arms],
+            "chosen": self.record.chosen,
+            "steps": self.record.trained,
+            "verdict": "passed",
+            "chosen_among": None if choice is None else choice.chosen_among,
+            "difference": None if difference is None else difference.to_json(),
+            "corrected_interval": None if choice is None else choice.corrected_interval,
+            "answers": None if self.answers is None else self.answers.to_json(),
+            "better": self.is_better,
+            "summary": self.summary(),
+        }
+
     def summary(self) -> str:
         """The outcome in a sentence or two."""
         record = self.record
@@ -128,23 +147,23 @@ class SweepResult:
             return f"{tried}: none was better than {chosen}."
         told = "better" if self.is_better else "not shown to be better: it may be luck"
         if self.answers is not None:
-            own = self.answers
+            answers = self.answers
             return (
                 f"{tried}: the best is {chosen}. Against the configuration itself "
-                f"{own.mean:+.1%} of {own.examples} answers are right (95 % interval "
-                f"{own.low:+.1%} to {own.high:+.1%}): {told}."
+                f"{answers.mean:+.1%} of {answers.examples} answers are right (95 % interval "
+                f"{answers.low:+.1%} to {answers.high:+.1%}): {told}."
             )
-        found, among = self.choice.difference, self.choice.chosen_among
+        difference, among = self.choice.difference, self.choice.chosen_among
         text = f"{tried}: the best is {chosen}."
-        if found is None:
+        if difference is None:
             return f"{text} It could not be compared with the configuration itself."
-        interval = self.choice.corrected_interval or (found.low, found.high)
+        low, high = self.choice.corrected_interval or (difference.low, difference.high)
         luck = f", corrected for the choice among {among}" if among > 1 else ""
-        measured = (
-            f"Against the configuration itself {found.mean:+.3g} nats/token on {found.examples} "
-            f"examples (95 % interval {interval[0]:+.3g} to {interval[1]:+.3g}{luck})"
+        return (
+            f"{text} Against the configuration itself {difference.mean:+.3g} nats/token on "
+            f"{difference.examples} examples (95 % interval {low:+.3g} to {high:+.3g}{luck}): "
+            f"{told}."
         )
-        return f"{text} {measured}: {told}."
 
 
 def sweep(
@@ -312,8 +331,7 @@ class _Search:
         return better_half(self._scores({0, *alive}, self.record.rungs[-1]))[0]
 
     def _scores(self, arms: Iterable[int], step: int) -> dict[int, Score]:
-        found = {number: self.record.arms[number].scores[step] for number in arms}
-        return {number: (math.inf,) if own is None else own for number, own in found.items()}
+        return {number: self.record.arms[number].scores[step] or (math.inf,) for number in arms}
 
     def _further_points(self, best: int) -> list[Point]:
         """Ranks and scales around the best rate, once, where they were not named and fit in.

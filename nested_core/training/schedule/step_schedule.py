@@ -81,11 +81,6 @@ class StepSchedule(Protocol):
         """Whether the gradients of these micro-batches are applied."""
 
 
-def passes_multiple(every: int, first: int, last: int) -> bool:
-    """Whether the iterations after `first`, up to `last`, complete a multiple of `every`."""
-    return last // every > first // every
-
-
 class BucketedSchedule:
     """Length-bucketed batches, each example once an epoch, the last partial batch included.
 
