@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from nested_core.data.example_digests import digest_examples
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.champion import CHAMPION
 from nested_core.gate.checks.judged import Check, JudgedRun
@@ -29,7 +28,6 @@ from nested_core.measure.losses.ancestor_examples import (
 from nested_core.measure.losses.held_out_loss import HeldOutExamples
 from nested_core.measure.losses.left_out_examples import find_left_out
 from nested_core.measure.losses.loss_figures import ancestor_reasons, summarise_ancestors
-from nested_core.records.losses import ExampleLosses
 from nested_core.records.verdict import AncestorLoss, Reason
 from nested_core.text.stages import stages
 
@@ -59,23 +57,12 @@ def _measure(
     stages.info("gate: losses on what %d earlier versions were judged by", count)
     split = tokenize_stored_rows(judged.config, rows)
     examples = HeldOutExamples(split, "held-out examples", selected_on_same_data=False)
-    is_supervised = examples.is_example_supervised
-    lines = split.lines[is_supervised].astype(np.int64)
     ((before, tokens),) = champion.base.example_loss_sums((champion.adapter.path,), split)
     ((after, _),) = judged.base.example_loss_sums((judged.after.path,), split)
-    tokens = tokens[is_supervised]
-    losses = ExampleLosses(
-        file=examples.file,
-        lines=lines,
-        tokens=tokens,
-        before=before[is_supervised] / tokens,
-        after=after[is_supervised] / tokens,
-        clusters=examples.clusters,
-    )
-    digests = digest_examples(split)[is_supervised]
-    is_seen = find_left_out(digests, judged.trained_on, champion.training_examples)
+    losses = examples.make_losses(tokens, before=before, after=after)
+    is_seen = find_left_out(examples.digests, judged.trained_on, champion.training_examples)
     yield from summarise_ancestors(
-        chosen, losses.leaving_out(is_seen), ages[lines - 1], judged.bounds
+        chosen, losses.leaving_out(is_seen), ages[losses.lines - 1], judged.bounds
     )
 
 

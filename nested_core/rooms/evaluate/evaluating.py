@@ -42,7 +42,7 @@ from nested_core.pipeline.named_models import NamedModel, find_model
 from nested_core.records.answers import AnswerRecord
 from nested_core.records.comparison_family import NOT_TESTED, find_beyond_chance
 from nested_core.records.loss_conclusion import Conclusion
-from nested_core.records.losses import ExampleLosses, Vector
+from nested_core.records.losses import Vector
 from nested_core.records.verdict import Validation
 from nested_core.rooms.evaluate.page import (
     MAX_MODELS,
@@ -252,15 +252,7 @@ class _Evaluating:
         _, other, other_tokens = self._losses[reference.name]
         if not np.array_equal(tokens, other_tokens):
             return None  # another tokenizer: nats/token are not comparable
-        counted = held_out.is_example_supervised
-        losses = ExampleLosses(
-            file=held_out.file,
-            lines=held_out.split.lines[counted].astype(np.int64),
-            tokens=tokens[counted],
-            before=other[counted] / tokens[counted],
-            after=own[counted] / tokens[counted],
-            clusters=held_out.clusters,
-        )
+        losses = held_out.make_losses(tokens, before=other, after=own)
         losses = losses.leaving_out(find_left_out(held_out.digests, model.seen, reference.seen))
         return summarise_losses(losses, selected_on_same_data=False, bounds=self._config.gate)
 
