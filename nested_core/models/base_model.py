@@ -230,18 +230,9 @@ def load_base_model(
     `shares_layers` is for computations whose results do not count, see `share_layers`.
     """
     import mlx.core as mx
-    from mlx_lm import load
 
     folder = prepare_for_base_model(config)
-    try:
-        model, tokenizer = load(
-            str(folder),
-            tokenizer_config={"trust_remote_code": config.trust_remote_code},
-            trust_remote_code=config.trust_remote_code,
-            lazy=True,
-        )[:2]
-    except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
-        raise ConfigError(f"model: {folder} could not be loaded: {error}") from error
+    model, tokenizer, _ = load_lazily(folder, trust_remote_code=config.trust_remote_code)
     dtype = model_compute_dtype(config)
     if dtype is not None and not as_stored:
         model.set_dtype(dtype)
@@ -249,6 +240,27 @@ def load_base_model(
         share_layers(model)
     mx.eval(model.parameters())
     return model, tokenizer
+
+
+def load_lazily(folder: Path, *, trust_remote_code: bool) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """The model in a folder, its tokenizer and its config.json, as mlx_lm.load gives them.
+
+    Arrays are read from the file when they are first used. Raises ConfigError.
+    """
+    from mlx_lm import load
+
+    try:
+        loaded: Any = load(
+            str(folder),
+            tokenizer_config={"trust_remote_code": trust_remote_code},
+            trust_remote_code=trust_remote_code,
+            lazy=True,
+            return_config=True,
+        )
+    except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
+        raise ConfigError(f"model: {folder} could not be loaded: {error}") from error
+    model, tokenizer, config = loaded
+    return model, tokenizer, config
 
 
 def share_layers(model: nn.Module) -> None:
