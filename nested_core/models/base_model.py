@@ -141,17 +141,17 @@ def find_model_folder_offline(model: str) -> Path | None:
 
 
 def context_length(folder: Path) -> int | None:
-    """The most tokens that a model can see; None where its config.json does not say."""
+    """The most tokens that a model can see; None if its config.json does not say."""
     return _read_size(folder, "max_position_embeddings")
 
 
 def vocabulary_size(folder: Path) -> int | None:
-    """The rows of a model's embedding; None where its config.json does not say."""
+    """The rows of a model's embedding; None if its config.json does not say."""
     return _read_size(folder, "vocab_size")
 
 
 def count_embedding_rows(model: nn.Module) -> int | None:
-    """The tokens that a loaded model has an embedding of; None where it has none of mlx's."""
+    """The tokens that a loaded model has an embedding of; None without an embedding of mlx's."""
     import mlx.nn as nn
 
     embeddings = (nn.Embedding, nn.QuantizedEmbedding)
@@ -185,7 +185,7 @@ def describe_token_beyond(tokenizer: Any, tokens: Sequence[int], rows: int | Non
 
 
 def chat_template_digest(folder: Path) -> str | None:
-    """SHA-256 of the chat template in a model's folder; None where its files hold none."""
+    """SHA-256 of the chat template in a model's folder; None if its files hold none."""
     template: Any = None
     config = folder / "tokenizer_config.json"
     if config.is_file():

@@ -192,7 +192,7 @@ def make_adapter_config(config: FineTuneConfig, fingerprint: str) -> dict[str, A
 def read_adapter_file(path: Path) -> Adapter:
     """The adapter of `resume_adapter_file`, read strictly; its tensors must be finite.
 
-    Its configuration is that of adapter_config.json beside it, empty where there is none.
+    Its configuration is that of adapter_config.json beside it, empty without that file.
     """
     if not path.is_file():
         problem = f"is a folder; give {path / WEIGHTS_NAME}" if path.is_dir() else "does not exist"

@@ -287,7 +287,7 @@ def _list_worst_examples(run: Run, losses: ExampleLosses) -> Iterator[Block]:
 
 
 def _example_texts(run: Run, file: str, numbers: Sequence[int]) -> dict[int, str]:
-    """Lines of a file of the data set by number; none where it is gone, packed, or too large."""
+    """Lines of a file of the data set by number; none if it is gone, packed, or too large."""
     if run.dataset is None or not file.endswith(".jsonl") or not numbers:
         return {}
     choice = "auto" if run.config is None else run.config.gate.held_out

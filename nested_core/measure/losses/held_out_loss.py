@@ -150,7 +150,7 @@ class HeldOutExamples:
 
     `selected_on_same_data` says whether they are all among the validation set, by which the best
     checkpoint was chosen, and `has_validation_examples` whether any is. `groups` has the value of
-    `data_policy.group` in each example's row, null where it has none; None where no field is named.
+    `data_policy.group` in each example's row, null in a row without it; None if no field is named.
     """
 
     split: TokenizedSplit
@@ -176,7 +176,7 @@ class HeldOutExamples:
 
     @cached_property
     def clusters(self) -> Indices | None:
-        """The cluster of each example that has such a token, int64; None where each is its own.
+        """The cluster of each example that has such a token, int64; None if each is its own.
 
         Rows with the same prompt, or the same value of `data_policy.group`, are of one.
         """
@@ -194,7 +194,7 @@ class HeldOutExamples:
         Args:
             tokens: how many supervised tokens each example of the split has, float64 (n,).
             sums: what an adapter's losses, or how far predictions moved, add up to over these
-                tokens, float64 (n,), under the name of its column in ExampleLosses; None where
+                tokens, float64 (n,), under the name of its column in ExampleLosses; None if
                 that was not measured.
         """
         is_counted = self.is_example_supervised
@@ -240,7 +240,7 @@ def _make_held_out_examples(
 def read_held_out_examples(
     config: FineTuneConfig, splits: Mapping[str, TokenizedSplit]
 ) -> HeldOutExamples | None:
-    """The examples that `gate.held_out` chooses; None where `auto` finds none in the splits.
+    """The examples that `gate.held_out` chooses; None if `auto` finds none in the splits.
 
     Raises ConfigError if there is no such file, DatasetError if it has an error.
     """

@@ -72,7 +72,7 @@ def evaluate(
         models: bases, adapters of mlx_lm or PEFT, runs, NAME, NAME@VERSION or REGISTRY/NAME, and
             exported folders or GGUFs.
         suites: files whose answers have to contain what is expected, or entries of `gate.tasks`;
-            those of `config` where none is given.
+            without suites those of `config`.
         data: a JSON Lines file; the losses on it are compared example by example.
         against: the model that the others are compared with; by default the base of the first one,
             of an exported model the one that it was made of.
@@ -80,7 +80,7 @@ def evaluate(
         registry: where a NAME is looked for; `registry` by default.
         base_model: the base of an adapter that names none, or another place of it.
 
-    Raises ConfigError for a name that is none or an adapter that does not fit its base,
+    Raises ConfigError for an unknown name or an adapter that does not fit its base,
     DatasetError for bad questions or examples, DamagedError for damaged files.
     """
     if len(models) >= MAX_MODELS:

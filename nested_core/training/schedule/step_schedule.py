@@ -66,12 +66,12 @@ class StepSchedule(Protocol):
         """Supervised tokens of replayed examples in the first so many; None without replay."""
 
     def validation_batches(self, iteration: int) -> Iterable[MicroBatch] | None:
-        """The batches of an evaluation after so many iterations; None if there are none."""
+        """The batches of an evaluation after so many iterations; None without an evaluation."""
 
     def validation_targets(self) -> tuple[Int32, Int64] | None:
         """The line and the number of target tokens of each example that an evaluation reads.
 
-        In the order of the rows of `validation_batches`; None where each evaluation reads others.
+        In the order of the rows of `validation_batches`; None if each evaluation reads others.
         """
 
     def seed_step(self, step: int) -> None:
