@@ -144,7 +144,7 @@ def build_parser(command: str | None = None) -> _Parser:
     for module in modules:
         module.add_commands(commands)
     for name, room in seams.list_rooms().items():
-        for extended in commands.parsers.keys() & room.added_flags.keys():
+        for extended in commands.parsers.keys() & room.flags.keys():
             import_module(f"flows.rooms.{name}.command").add_flags(commands.parsers[extended])
     for name, own_parser in commands.parsers.items():
         if any(map(is_key_flag, own_parser._actions)):  # argparse offers no other list of them
@@ -227,9 +227,7 @@ def _refuse_unknown_command(given: str) -> None:
     commands = [name for names in list_command_modules().values() for name in names]
     if given.startswith("-") or given in commands:
         return
-    for name, room in seams.ROOMS.items():
-        if given in room.commands:
-            seams.require(name, given)
+    seams.require_command(given)
     close = difflib.get_close_matches(given, commands, n=1)
     meant = f"; did you mean {close[0]}?" if close else "."
     raise ConfigError(f"there is no command {given}{meant} `nested-tune --help` lists them all.")
@@ -246,9 +244,7 @@ def _describe_unknown_arguments(
     for word in unknown:
         if word.startswith("--"):
             given = word.partition("=")[0]
-            for name, room in seams.ROOMS.items():
-                if given in room.added_flags.get(parsed.command, ()):
-                    seams.require(name, f"{parsed.command} {given}")
+            seams.require_flag(parsed.command, given)
             theirs = OUR_KEYS_BY_OTHER_TOOLS_KEYS.get(given[2:].replace("-", "_"), "")
             ours = f"--{theirs.partition(';')[0].replace('_', '-')}"
             meant = [flag for flag in flags if flag == ours or flag.endswith(f".{given[2:]}")]

@@ -4,8 +4,8 @@ Importing it changes nothing in the process. The public names are loaded when th
 so that a process that only reads data does without mlx. A script or a notebook that trains calls
 `prepare` first, before anything imports mlx.
 
-backend.py makes a process ready for MLX, errors.py has what is raised and seams.py what each room
-adds; the `__init__.py` of each folder says what the folder is for.
+backend.py makes a process ready for MLX, errors.py has what is raised, rooms/__init__.py says what
+each room adds and seams.py loads it; the `__init__.py` of each folder says what the folder is for.
 """
 
 from typing import TYPE_CHECKING, Any

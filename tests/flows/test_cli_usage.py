@@ -13,6 +13,7 @@ import pytest
 
 from flows import cli
 from nested_core import seams
+from nested_core.rooms import Room
 from tests.example import DATA, write_config
 from tests.flows.conftest import Ended, called
 
@@ -128,25 +129,20 @@ def test_a_wrong_configuration_names_every_key(misconfigured: dict[str, Ended], 
     assert all(words in misconfigured[case].message() for words in CONFIGS[case][1])
 
 
-def test_a_command_or_a_flag_of_a_room_that_was_deleted_names_the_room(
+def test_a_command_of_a_room_that_was_deleted_names_the_room(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(seams, "ROOMS", {"music": seams.Room(commands=("play",))})
+    monkeypatch.setattr(seams, "ROOMS", {"music": Room(commands=("play",))})
     assert cli.main(["play"]) == 2
     said = "`play` belongs to the room music, which is not installed here."
     assert said in capsys.readouterr().err.replace("\n", " ")
     assert "\nServe:" not in cli.build_parser().format_help()
-    flags = {"verify --model": "flows.rooms.music.command:play"}
-    monkeypatch.setattr(seams, "ROOMS", {"music": seams.Room(flags=flags)})
-    assert cli.main(["verify", "adapter", "--model", "base"]) == 2
-    said = "`verify --model` belongs to the room music, which is not installed here."
-    assert said in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_a_flag_of_a_room_that_was_deleted_names_the_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(seams, "ROOMS", {"music": seams.Room(added_flags={"runs": ("--tune",)})})
+    monkeypatch.setattr(seams, "ROOMS", {"music": Room(flags={"runs": ("--tune",)})})
     done = called("runs", "--tune", "louder", cwd=tmp_path)
     said = "`runs --tune` belongs to the room music, which is not installed here."
     assert (done.code, done.message().strip()) == (2, f"nested-tune: {said}")

@@ -24,6 +24,7 @@ from nested_core.config.loading import read_yaml as read_config
 from nested_core.config.section_base import Section
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
 from nested_core.registry.folders import create_name_folder, name_exists
+from nested_core.rooms import TrainingFlow
 from nested_core.storage.untrusted_files import read_regular
 
 HOME, INTERPRETER = "NESTED_TUNE_HOME", "NESTED_TUNE_PYTHON"
@@ -35,7 +36,7 @@ ENTER_HOME = [  # the pull step of a file that has none
     {"prefect.deployments.steps.set_working_directory": {"directory": f"{{{{ ${HOME} }}}}"}}
 ]
 MAX_FILE_BYTES = 1024 * 1024
-FINETUNE = seams.TrainingFlow("flows.finetune:FinetuneParameters")
+FINETUNE = TrainingFlow("flows.finetune:FinetuneParameters")
 
 
 class DeploymentPool(Section):
@@ -64,7 +65,7 @@ class PlannedDeployment(Section):
         return f"{self.entrypoint.rpartition('.')[2]}/{self.name}"
 
     @property
-    def training_flow(self) -> seams.TrainingFlow | None:
+    def training_flow(self) -> TrainingFlow | None:
         """Its flow, if that trains or has others train."""
         if self.entrypoint == FINETUNE_ENTRYPOINT:
             return FINETUNE
@@ -282,9 +283,14 @@ def _merge_config(shipped: dict[str, Any], given: dict[str, Any]) -> dict[str, A
     """`given` over `shipped`, key by key in sections too; the configuration's keys come first.
 
     Replay is shipped to runs that go on from the champion, and not to those that mlx_lm.lora makes.
+    No key of a deleted room is shipped.
     """
     merged = dict(given)
-    for key, value in shipped.items():
+    deleted = seams.list_deleted_keys()
+    for key, section in shipped.items():
+        value = section
+        if isinstance(section, dict):
+            value = {k: v for k, v in section.items() if f"{key}.{k}" not in deleted}
         if key not in given:
             merged[key] = value
         elif isinstance(value, dict) and isinstance(given[key], dict):

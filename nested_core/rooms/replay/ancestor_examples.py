@@ -16,7 +16,6 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset, replay_settings
 from nested_core.data.example_rows import RowKeys
-from nested_core.data.replayed_examples import NewData, read_new_data
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DamagedError
@@ -28,6 +27,7 @@ from nested_core.registry.data_store import (
     render_row,
 )
 from nested_core.registry.queries import read_registration_time
+from nested_core.rooms.replay.replayed_examples import NewData, read_new_data
 
 MAX_ANCESTORS = 10  # the newest: as many versions as gc keeps unless told
 MAX_ROWS_PER_ANCESTOR = 200

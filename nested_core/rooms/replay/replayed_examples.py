@@ -20,8 +20,8 @@ from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.example_rows import RowKeys, read_split_rows
 from nested_core.data.held_out_rows import as_test_set_alone
-from nested_core.data.replay_draws import Weighting, choose_rows
-from nested_core.records.replay import (
+from nested_core.rooms.replay.replay_draws import Weighting, choose_rows
+from nested_core.rooms.replay.replay_record import (
     MAX_NAMED_PROMPTS,
     MAX_SHOWN_CHARACTERS,
     ReplaySource,

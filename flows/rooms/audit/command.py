@@ -7,9 +7,25 @@ import os
 from collections.abc import Callable
 
 from flows.commands.command_output import result_printer
-from flows.commands.inspection import find_folder
+from flows.commands.inspection import find_folder, run_verify
 from flows.terminal.console import ProgressLine, print_line, print_progress, print_table
 from nested_core.errors import GateRejected
+
+
+def add_flags(verify: argparse.ArgumentParser) -> None:
+    """Add --model to verify, and what it does then."""
+    verify.usage = f"{verify.usage}\n       %(prog)s ADAPTER... --model BASE [--json]"
+    verify.set_defaults(run=run_verify_or_audit)
+    verify.add_argument(
+        "--model",
+        metavar="BASE",
+        help="audit each ADAPTER, or folder of adapters, against this base: a folder or hub name",
+    )
+
+
+def run_verify_or_audit(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Audit where a base is given; else compare two adapters."""
+    return (run_verify if arguments.model is None else run_adapter_audit)(arguments)
 
 
 def run_adapter_audit(arguments: argparse.Namespace) -> Callable[[], int]:
