@@ -38,14 +38,11 @@ from nested_core.config.sections import GateSection, RegistrySection
 from nested_core.data.example_digests import digest_examples
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.measure.answers.answer_bounds import ScoreChange, judge_answers
-from nested_core.measure.losses.ancestor_examples import AncestorExamples
 from nested_core.measure.losses.chosen_candidate import Candidates
 from nested_core.measure.losses.held_out_loss import HeldOutExamples
 from nested_core.measure.losses.loss_figures import (
-    ancestor_reasons,
     harm_reasons,
     loss_reasons,
-    summarise_ancestors,
     summarise_champion,
     summarise_losses,
 )
@@ -57,6 +54,8 @@ from nested_core.registry.data_store import StoredRow
 from nested_core.rooms.evaluate.evaluating import conclude_models
 from nested_core.rooms.export.judgement import MIN_KEPT_GAIN, measure_kept_gain
 from nested_core.rooms.export.reference import HeldOutRows, Reference
+from nested_core.rooms.replay.ancestor_check import ancestor_reasons, summarise_ancestors
+from nested_core.rooms.replay.ancestor_examples import AncestorExamples
 from nested_core.rooms.sweep.choice import SweepChoice, join_candidates
 from nested_core.rooms.sweep.page import SweepRunResult, choose_best_run
 from nested_core.rooms.sweep.search import better_half, is_shown_better, plan_rungs

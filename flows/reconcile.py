@@ -11,9 +11,9 @@ from prefect.states import Completed, Failed, State
 from pydantic import Field
 
 from flows.flow_runs.allowed_folders import require_allowed
-from flows.flow_runs.approvals import request_approval
 from flows.flow_runs.prefect_logs import prepare_logs
 from flows.flow_runs.watchers import list_watchers
+from nested_core import seams
 from nested_core.config.section_base import Section
 from nested_core.config.sections import AdapterName
 from nested_core.errors import DamagedError
@@ -21,6 +21,7 @@ from nested_core.records.outcome_names import Outcome
 from nested_core.registry import list_names, read_champion_changes
 from nested_core.registry.folders import name_exists
 from nested_core.registry.ledger import describe_author
+from nested_core.registry.policy import APPROVE_KEY
 from nested_core.text.digest_format import shorten_digest
 from tasks.champion_artifacts import had_champion, publish_champion_if_changed
 from tasks.promote import check_champion
@@ -71,6 +72,7 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
         outcomes = state.result() if state.is_completed() else {}
         waiting = [v for v, decision in outcomes.items() if decision.outcome == "waiting"]
         for version in waiting[:1]:  # the newest: its question closes those about older ones
+            request_approval = seams.load_only("request_approval", APPROVE_KEY)
             request_approval(registry, name, version)
     sound = [name for name in names if checked[name].is_completed()]
     sightings = [

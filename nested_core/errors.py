@@ -126,8 +126,8 @@ class DatasetError(NestedTuneError):
 class GateRejected(NestedTuneError):
     """An adapter that did not pass the gate; it is never retried and never registered.
 
-    run: the RunDirectory that was judged; None where an adapter of no run was refused.
-    verdict: the gate's Verdict, as in gate.json; None where that gives no reason.
+    run: the RunDirectory that was judged; None if an adapter of no run was refused.
+    verdict: the gate's Verdict, as in gate.json; None if that gives no reason.
     reasons: those of the verdict, each with `code`, `message`, `tensors` and `suite`.
     """
 

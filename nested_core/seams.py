@@ -54,6 +54,11 @@ def require(room: str, wanted: str) -> None:
         raise ConfigError(f"`{wanted}` belongs to the room {room}, which is not installed here.")
 
 
+def list_deleted_keys() -> dict[str, str]:
+    """The keys of the configuration that ask for a deleted room, each with that room."""
+    return {key: name for name, room in ROOMS.items() if not is_there(name) for key in room.keys}
+
+
 def require_command(command: str) -> None:
     """Refuse a command of a deleted room, as `require` does; any other passes."""
     for name, room in ROOMS.items():

@@ -18,7 +18,6 @@ from nested_core.models.session import Session
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import describe_starting_adapter
 from nested_core.pipeline.publishing import register_run
-from nested_core.pipeline.replay import describe_replay
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
@@ -54,7 +53,7 @@ def validate(config: FineTuneConfig, run_dir: Path) -> Path:
     count = len(report.warnings)
     noun = "warning" if count == 1 else "warnings"
     get_run_logger().info("The data set passed with %d %s.", count, noun)
-    for sentence in describe_replay(config, run):
+    for sentence in steps.describe_earlier_examples(config, run):
         get_run_logger().info("%s", sentence)
     return run.dataset
 

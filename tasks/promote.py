@@ -25,34 +25,14 @@ def promote(section: RegistrySection, version: str, expected_champion: str | Non
     origin = read_origin()
     done = promotion_policy.promote_by_policy(section, version, expected_champion, origin=origin)
     registry_path, name = registry_location(section)
-    return _announce_promotion(registry_path, name, done)
+    return announce_promotion(registry_path, name, done)
 
 
 @retried_task("promote-recorded", "promote-recorded {name} {version:.12}", REGISTRY_RETRY_DELAYS)
 def promote_by_recorded_policy(path: Path, name: str, version: str) -> Decision:
     """Promote by the policy that was recorded with the version."""
     done = promotion_policy.promote_by_recorded_policy(path, name, version, origin=read_origin())
-    return _announce_promotion(path, name, done)
-
-
-@retried_task("promote-approved", "promote-approved {name} {version:.12}", REGISTRY_RETRY_DELAYS)
-def promote_approved(
-    path: Path, name: str, version: str, by: str, expected_champion: str | None
-) -> Decision:
-    """Promote what a person has approved, while the champion is the one it was shown against."""
-    done = promotion_policy.approve(
-        path, name, version, by=by, expected_champion=expected_champion, origin=read_origin()
-    )
-    if warning := promotion_policy.describe_promotion(path, name, done).warning:
-        get_run_logger().warning("%s", warning)
-    return _announce_promotion(path, name, done)
-
-
-@retried_task("decline", "decline {name} {version:.12}", REGISTRY_RETRY_DELAYS)
-def decline(path: Path, name: str, version: str, by: str, reason: str | None) -> None:
-    """Record in the history that a person did not approve a version, and why."""
-    registry.decline(path, name, version, by=by, reason=reason, origin=read_origin())
-    announce_changes(path, name)
+    return announce_promotion(path, name, done)
 
 
 @retried_task("roll-back", "roll-back {name}", REGISTRY_RETRY_DELAYS)
@@ -80,7 +60,7 @@ def roll_back(
         reason=reason,
         origin=read_origin(),
     )
-    return _announce_promotion(path, name, done)
+    return announce_promotion(path, name, done)
 
 
 @retried_task("reconcile", "reconcile {name}", REGISTRY_RETRY_DELAYS)
@@ -132,7 +112,7 @@ def _find_change_of_this_try(path: Path, name: str) -> Entry | None:
     return last[0] if last and last[0].flow_run == read_origin().flow_run else None
 
 
-def _announce_promotion(path: Path, name: str, done: Decision) -> Decision:
+def announce_promotion(path: Path, name: str, done: Decision) -> Decision:
     """Log what became of it; where the champion has moved, tell the server and publish its page."""
     if (late := _find_change_of_this_try(path, name)) is not None:
         registry.check_champion(path, name)  # a writer, which finishes what that try began

@@ -7,11 +7,11 @@ from uuid import UUID
 
 from prefect import get_run_logger, runtime
 
-from flows.flow_runs.approvals import request_approval
 from flows.flow_runs.loss_on_test_set import describe_test_loss
 from flows.flow_runs.run_place import note_run_place
 from flows.flow_runs.watchers import list_watchers
 from flows.process.stop_signals import Stopper
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.models.session import Session
 from nested_core.pipeline.hooks import Steps
@@ -19,6 +19,7 @@ from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry import Decision
+from nested_core.registry.policy import APPROVE_KEY
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.run_directory import RunDirectory
 from tasks.events import emit_adapter_event
@@ -86,5 +87,6 @@ class StepsAsTasks(Steps):
         decision = promote(config.registry, version, champion)
         path, name = registry_location(config.registry)
         if decision.outcome == "waiting":
+            request_approval = seams.load_only("request_approval", APPROVE_KEY)
             request_approval(path, name, version, UUID(str(runtime.flow_run.id)))
         return decision

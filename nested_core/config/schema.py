@@ -53,7 +53,7 @@ Interval = Annotated[NumberOrShare, Field(gt=0)]
 class Intervals:
     """Iterations between two reports, evaluations and checkpoints of a run; each is at least 1.
 
-    `save` is None where checkpoints are `save_seconds` apart.
+    `save` is None if checkpoints are `save_seconds` apart.
     """
 
     report: int

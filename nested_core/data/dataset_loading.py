@@ -27,6 +27,7 @@ from pydantic_core import to_jsonable_python
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import DataPolicy
 from nested_core.data.data_settings import REPLAY_SPLIT, DataSettings
+from nested_core.data.earlier_examples import find_earlier_examples
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.sources.split_files import SplitFile, open_splits
 from nested_core.data.tokens.tokenized_split import (
@@ -38,7 +39,6 @@ from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DamagedError, DatasetError
 from nested_core.models.base_model import fingerprint_tokenizer
 from nested_core.records.dataset import DatasetReport
-from nested_core.records.replay import read_replay, require_replayed_rows
 from nested_core.storage.atomic import canonical_json, temporary_beside, write_json
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import read_json, regular_sha256
@@ -164,13 +164,13 @@ def load_run_data(
     settings = DataSettings.from_config(config)
     tokenizer = TokenizerSource.from_config(config)
     cache = dataset_cache()
-    if run is None or not config.continual.replay.fraction:
+    earlier = None if run is None else find_earlier_examples(config, run)
+    if run is None or earlier is None:
         return load_dataset(settings, tokenizer, on_progress, cache=cache)
-    record = read_replay(run.replay)
-    require_replayed_rows(record, run.replayed_rows)
-    settings = replace(settings, held_out_before=record.dropped)
+    earlier.require_rows()
+    settings = replace(settings, held_out_before=earlier.find_dropped())
     report, splits = load_dataset(settings, tokenizer, on_progress, cache=cache)
-    if record.examples:
+    if earlier.count():
         own = replay_settings(settings, run.replayed_rows)
         splits[REPLAY_SPLIT] = load_dataset(own, tokenizer, on_progress, cache=cache)[1]["train"]
     return report, splits

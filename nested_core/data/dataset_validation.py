@@ -23,7 +23,7 @@ from nested_core.data.rules.line_rules import (
     make_held_out_rules,
     make_near_duplicate_rules,
 )
-from nested_core.data.rules.related_lines import add_dropped_lines
+from nested_core.data.rules.related_lines import add_dropped_lines, describe_dropped
 from nested_core.data.rules.split_statistics import (
     describe_split_stats,
     make_split_stats,
@@ -173,6 +173,8 @@ def _apply_row_count_rules(tables: Tables, settings: DataSettings, findings: Fin
             "lines": table.frame.height,
             "rows": int((~table.frame["is_blank"]).sum()) - sum(map(len, table.dropped.values())),
             "faulty": _describe_faulty_lines(len(findings.lines_with_errors(table.file))),
+            "dropped": describe_dropped(table.dropped),
+            "remedy": _EMPTY_FILE_REMEDIES[bool(table.dropped.get("overlong"))],
             "is_whole": not is_cut_short(findings, table.file_names),
             "has_one_answer": table.has_one_answer,
             "batch_size": settings.batch_size,
@@ -184,6 +186,12 @@ def _apply_row_count_rules(tables: Tables, settings: DataSettings, findings: Fin
     schema = {"line": pl.Int32, **dict.fromkeys(counts, pl.Int64)}
     if rows:
         ROW_COUNT_RULES.add_findings(pl.DataFrame(rows, schema_overrides=schema), findings)
+
+
+_EMPTY_FILE_REMEDIES = {
+    False: "write one a line, or remove the file",
+    True: "give shorter rows, or raise max_seq_length for a model that sees more tokens",
+}
 
 
 def _describe_faulty_lines(number: int) -> str:

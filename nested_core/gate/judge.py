@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
-from nested_core.gate.checks.ancestors import ANCESTORS
 from nested_core.gate.checks.base import BASE
 from nested_core.gate.checks.champion import CHAMPION, REFERENCE
 from nested_core.gate.checks.divergence import COLLAPSE, TRAINING_LOSS
@@ -37,8 +37,9 @@ from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.stages import stages
 
-# After CHECKS_OF_FILES. Each says itself which earlier checks stop it.
-CHECKS_WITH_MODEL: tuple[Check[JudgedRun], ...] = (
+# After CHECKS_OF_FILES, with those of the rooms between the two. Each says itself which earlier
+# checks stop it.
+CHECKS_OF_LOSSES: tuple[Check[JudgedRun], ...] = (
     BASE,
     LOSSES,
     COLLAPSE,
@@ -48,7 +49,8 @@ CHECKS_WITH_MODEL: tuple[Check[JudgedRun], ...] = (
     DRIFT,
     CHAMPION,
     REFERENCE,
-    ANCESTORS,
+)
+CHECKS_OF_ANSWERS: tuple[Check[JudgedRun], ...] = (
     SAMPLES,
     TASKS,
     TRAINING_LOSS,
@@ -87,6 +89,12 @@ def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
     return make_checks_of_run(config, run).verdict
 
 
+def list_checks_with_model() -> list[Check[JudgedRun]]:
+    """The checks of a run that need its base model, with those of the rooms, in their order."""
+    of_rooms = [check for checks in seams.load_all("gate_checks") for check in checks]
+    return [*CHECKS_OF_LOSSES, *of_rooms, *CHECKS_OF_ANSWERS]
+
+
 def make_checks_of_run(
     config: FineTuneConfig, run: RunDirectory, session: Session | None = None
 ) -> JudgedRun:
@@ -106,6 +114,6 @@ def make_checks_of_run(
     with closing(ProofOfRun(config, evidence, judged.divergence, judged.session)) as judged.proof:
         if judged.verdict.has_passed:
             judged.proof.begin_if_there_is_room()
-        make_checks(judged, CHECKS_WITH_MODEL)
+        make_checks(judged, list_checks_with_model())
     log_stopped_checks(judged)
     return judged

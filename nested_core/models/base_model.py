@@ -141,17 +141,17 @@ def find_model_folder_offline(model: str) -> Path | None:
 
 
 def context_length(folder: Path) -> int | None:
-    """The most tokens that a model can see; None where its config.json does not say."""
+    """The most tokens that a model can see; None if its config.json does not say."""
     return _read_size(folder, "max_position_embeddings")
 
 
 def vocabulary_size(folder: Path) -> int | None:
-    """The rows of a model's embedding; None where its config.json does not say."""
+    """The rows of a model's embedding; None if its config.json does not say."""
     return _read_size(folder, "vocab_size")
 
 
 def count_embedding_rows(model: nn.Module) -> int | None:
-    """The tokens that a loaded model has an embedding of; None where it has none of mlx's."""
+    """The tokens that a loaded model has an embedding of; None without an embedding of mlx's."""
     import mlx.nn as nn
 
     embeddings = (nn.Embedding, nn.QuantizedEmbedding)
@@ -185,7 +185,7 @@ def describe_token_beyond(tokenizer: Any, tokens: Sequence[int], rows: int | Non
 
 
 def chat_template_digest(folder: Path) -> str | None:
-    """SHA-256 of the chat template in a model's folder; None where its files hold none."""
+    """SHA-256 of the chat template in a model's folder; None if its files hold none."""
     template: Any = None
     config = folder / "tokenizer_config.json"
     if config.is_file():
@@ -230,18 +230,9 @@ def load_base_model(
     `shares_layers` is for computations whose results do not count, see `share_layers`.
     """
     import mlx.core as mx
-    from mlx_lm import load
 
     folder = prepare_for_base_model(config)
-    try:
-        model, tokenizer = load(
-            str(folder),
-            tokenizer_config={"trust_remote_code": config.trust_remote_code},
-            trust_remote_code=config.trust_remote_code,
-            lazy=True,
-        )[:2]
-    except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
-        raise ConfigError(f"model: {folder} could not be loaded: {error}") from error
+    model, tokenizer, _ = load_lazily(folder, trust_remote_code=config.trust_remote_code)
     dtype = model_compute_dtype(config)
     if dtype is not None and not as_stored:
         model.set_dtype(dtype)
@@ -249,6 +240,27 @@ def load_base_model(
         share_layers(model)
     mx.eval(model.parameters())
     return model, tokenizer
+
+
+def load_lazily(folder: Path, *, trust_remote_code: bool) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """The model in a folder, its tokenizer and its config.json, as mlx_lm.load gives them.
+
+    Arrays are read from the file when they are first used. Raises ConfigError.
+    """
+    from mlx_lm import load
+
+    try:
+        loaded: Any = load(
+            str(folder),
+            tokenizer_config={"trust_remote_code": trust_remote_code},
+            trust_remote_code=trust_remote_code,
+            lazy=True,
+            return_config=True,
+        )
+    except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
+        raise ConfigError(f"model: {folder} could not be loaded: {error}") from error
+    model, tokenizer, config = loaded
+    return model, tokenizer, config
 
 
 def share_layers(model: nn.Module) -> None:

@@ -30,7 +30,7 @@ class Session:
     Attributes:
         base: the base that is kept, if one is.
         await_kernels: waits for kernels that are compiled ahead, unless its argument says that a
-            stop is requested; None where none are.
+            stop is requested; None if no kernels are compiled.
         time_plan: what came of the run's minutes, for its plan; None without them.
     """
 

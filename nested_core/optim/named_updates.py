@@ -142,7 +142,7 @@ def find_not_applied(
 
 
 def _read_leaf(tree: Any, name: str) -> Any:
-    """What stands at this name; None where the tree does not have it."""
+    """What stands at this name; None if the tree does not have it."""
     ref = _find_leaf(tree, name)
     return None if ref is None else ref.container[ref.key]
 

@@ -15,12 +15,13 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
+from nested_core import seams
 from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.key_properties import replace_configured_paths, settings_that_shape_adapter
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section_base import PathRule
+from nested_core.data.earlier_examples import find_earlier_examples
 from nested_core.data.held_out_rows import digest_held_out_file
-from nested_core.measure.losses.ancestor_examples import list_ancestor_digests
 from nested_core.models.base_model import (
     describe_computation,
     find_model_folder,
@@ -29,7 +30,6 @@ from nested_core.models.base_model import (
 )
 from nested_core.records.dataset import DatasetReport, held_out_split, read_dataset_record
 from nested_core.records.outcome_names import Outcome
-from nested_core.records.replay import read_replay
 from nested_core.records.skip import Skip
 from nested_core.records.verdict import Verdict
 from nested_core.registry import holding_champion, read_champion, trials, verify
@@ -43,6 +43,8 @@ from nested_core.storage.atomic import canonical_json
 from nested_core.storage.kept_hashes import cached_sha256
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
+
+ANCESTORS_KEY = "gate.max_ancestor_loss_increase"
 
 
 def champion_or_none(registry: Path, name: str) -> str | None:
@@ -144,7 +146,9 @@ def _list_ancestor_digests(config: FineTuneConfig, champion: str | None) -> list
     """What is kept of the examples of champion and ancestors; nothing where they do not judge."""
     if champion is None or config.gate.max_ancestor_loss_increase is None:
         return []
-    return list_ancestor_digests(*registry_location(config.registry), champion)
+    list_digests = seams.load_only("ancestor_digests", ANCESTORS_KEY)
+    digests: list[Any] = list_digests(*registry_location(config.registry), champion)
+    return digests
 
 
 def _hash_file(key: str, rule: PathRule, path: str) -> str:
@@ -185,8 +189,8 @@ def settings_digest(config: FineTuneConfig, base: str | None, run: RunDirectory)
         del settings["iters"]
     replay = settings.pop("continual")  # what there is of it is about replay
     facts = [base, read_dataset_record(run.dataset).tokenizer, settings]
-    if config.continual.replay.fraction:
-        facts += [replay, read_replay(run.replay).content_digest]
+    if earlier := find_earlier_examples(config, run):
+        facts += [replay, earlier.content_digest()]
     return hashlib.sha256(canonical_json(facts)).hexdigest()
 
 

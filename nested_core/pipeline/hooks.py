@@ -13,7 +13,6 @@ from nested_core.models.session import Session
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import describe_starting_adapter
 from nested_core.pipeline.publishing import register_run
-from nested_core.pipeline.replay import describe_replay
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.registry import Decision
@@ -68,7 +67,7 @@ class Steps:
                 self.on_message(stats.describe_format())
         if warnings := report.describe_warnings():
             self.on_message(warnings)
-        for sentence in describe_replay(config, run):
+        for sentence in steps.describe_earlier_examples(config, run):
             self.on_message(sentence)
 
     def load(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> None:

@@ -17,7 +17,8 @@ from nested_core.measure.answers.suite_answers import read_suites
 from nested_core.models.base_model import require_folder_or_hub_name
 from nested_core.pipeline.processes import count_processes, refuse_mlx_launch
 from nested_core.records.dataset import read_dataset_record
-from nested_core.registry.promotion_policy import registry_location
+from nested_core.registry.policy import APPROVE_KEY
+from nested_core.registry.promotion_policy import effective_rule, registry_location
 from nested_core.registry.registration import require_usable_registry
 from nested_core.storage.adapter import WEIGHTS_NAME, make_adapter_folder
 from nested_core.storage.atomic import require_writable_place
@@ -43,14 +44,19 @@ def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:
     DatasetError for suites with bad lines.
     """
     refuse_mlx_launch()
-    if config.training.reference is not None:
-        seams.require("reference", "training.reference")
+    for key, room in seams.list_deleted_keys().items():
+        section, _, name = key.rpartition(".")
+        given = getattr(config, section)
+        if getattr(given, name) != type(given).model_fields[name].get_default():
+            seams.require(room, key)
     adapter_folder = require_output_places(config, run)
     require_folder_or_hub_name(config.model)
     count_processes(config)  # refuses a hostfile that cannot be used
     configured_services(config)  # refuses one that is not installed
     if config.registry.path is not None:
         require_usable_registry(*registry_location(config.registry))
+        if effective_rule(config.registry).asks_person:
+            seams.require("approval", APPROVE_KEY)
     if read_suites(config.gate):
         answer_cache().require_usable()
     require_writable_place(run.path, "a run directory", "--run-dir or run_dir")

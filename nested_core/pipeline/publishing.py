@@ -15,6 +15,7 @@ from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.data_settings import DataSettings
+from nested_core.data.earlier_examples import find_earlier_examples
 from nested_core.data.example_digests import encode_digests
 from nested_core.data.example_rows import read_content, read_split_rows
 from nested_core.data.held_out_rows import as_test_set_alone
@@ -37,7 +38,6 @@ from nested_core.records.dataset import (
 from nested_core.records.metrics import cumulative_seconds, read_latest_values, read_metrics
 from nested_core.records.plan import read_plan
 from nested_core.records.promoted_to import add_promoted_to
-from nested_core.records.replay import read_replay
 from nested_core.records.run import Run
 from nested_core.records.verdict_file import GATE_NAME, bind_verdict, read_verdict
 from nested_core.registry import UNSET, Decision, Unset, register, register_and_promote
@@ -129,9 +129,9 @@ def _leave_out_dropped(
     config: FineTuneConfig, run: RunDirectory, train: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The rows without those that an ancestor holds out, and the run did not train on."""
-    if not config.continual.replay.fraction:
+    if (earlier := find_earlier_examples(config, run)) is None:
         return train
-    dropped = {*read_replay(run.replay).dropped}
+    dropped = {*earlier.find_dropped()}
     return [row for row in train if sha256(read_content(row)).hexdigest() not in dropped]
 
 
@@ -328,17 +328,7 @@ def _describe_trained(run: RunDirectory) -> dict[str, Any] | None:
 
 
 def _describe_replayed(config: FineTuneConfig, run: RunDirectory) -> dict[str, Any] | None:
-    """What the run replayed, and how many trained tokens that was; None without replay."""
-    if not config.continual.replay.fraction:
+    """The earlier examples of the run, and how many trained tokens they were; None without any."""
+    if (earlier := find_earlier_examples(config, run)) is None:
         return None
-    record = read_replay(run.replay)
-    return {
-        "fraction": record.fraction,
-        "examples": record.examples,
-        "tokens": int(read_latest_values(run.metrics).get("replayed_tokens", 0)),
-        "sources": [
-            source.model_dump(mode="json", exclude={"named"})
-            | {"superseded_examples": [row.digest for row in source.named]}
-            for source in record.sources
-        ],
-    }
+    return earlier.make_provenance(int(read_latest_values(run.metrics).get("replayed_tokens", 0)))

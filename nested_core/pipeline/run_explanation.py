@@ -25,7 +25,6 @@ from nested_core.optim.tier_assignment import count_expected_updates
 from nested_core.pipeline import steps
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.learning_rate_rule import describe_learning_rate
-from nested_core.pipeline.replay import describe_replay
 from nested_core.records.dataset import SplitStats, held_out_split
 from nested_core.records.loss_conclusion import MIN_MARGIN
 from nested_core.registry.policy import hold_to_policy
@@ -300,7 +299,7 @@ def explain_run(
             steps.write_run_config(config, run, resume=False)
             stages.info("explain: reading the data")
             report = steps.validate(config, run)
-            replay = tuple(describe_replay(config, run))
+            replay = tuple(steps.describe_earlier_examples(config, run))
             stages.info("explain: attaching the adapter")
             steps.write_initial_adapter_and_tiers(config, run, on_wait, session=session)
             if measures_speed and seams.is_there("minutes"):

@@ -20,6 +20,7 @@ from nested_core.config.resume import read_run_config, refuse_differences_on_res
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.dataset_loading import load_run_data
+from nested_core.data.earlier_examples import find_earlier_examples
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import (
@@ -71,7 +72,6 @@ from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_champion
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.processes import count_processes, train_in_processes
-from nested_core.pipeline.replay import prepare_replay, require_same_start
 from nested_core.process.command_parent import list_earlier_ends
 from nested_core.records.answers import write_answers
 from nested_core.records.dataset import (
@@ -134,18 +134,37 @@ def write_run_config(config: FineTuneConfig, run: RunDirectory, *, resume: bool)
 def validate(
     config: FineTuneConfig, run: RunDirectory, on_progress: OnProgress | None = None
 ) -> DatasetReport:
-    """Choose what is replayed, judge the data set and write dataset.json.
+    """Choose earlier examples, judge the data set and write dataset.json.
 
     Raises DatasetError where the data has an error, ConfigError for earlier data that is missing
     under `replay.missing: error`.
     """
-    prepare_replay(config, run)
+    choose_earlier_examples(config, run)
     report, _ = load_run_data(config, run, on_progress)
     write_json(run.dataset, report.to_json())
     report.raise_if_rejected()
     require_askable_suites(config)
     require_held_out_examples(config, run)
     return report
+
+
+def choose_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> None:
+    """Choose the examples of earlier data that the run is trained on, unless it was set up before.
+
+    Raises ConfigError for earlier data that is missing under `replay.missing: error`.
+    """
+    if run.initial.exists() and run.tiers.exists():
+        return
+    for written in (run.replay, run.replayed_rows):
+        remove_file(written)
+    if earlier := find_earlier_examples(config, run):
+        earlier.choose()
+
+
+def describe_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> list[str]:
+    """Sentences on the earlier examples that a validated run is trained on; none without any."""
+    earlier = find_earlier_examples(config, run)
+    return [] if earlier is None else earlier.describe()
 
 
 def require_askable_suites(config: FineTuneConfig) -> None:
@@ -208,7 +227,8 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Se
     model, base = loaded.model, loaded.folder
     described = make_adapter_config(config, fingerprint_base_model(base))
     champion = starting_champion(config)
-    require_same_start(config, run, None if champion is None else champion.digest())
+    if earlier := find_earlier_examples(config, run):
+        earlier.require_same_start(None if champion is None else champion.digest())
     start, what = champion, f"continual.from: the champion of {config.registry.name}"
     if config.resume_adapter_file is not None:
         start = read_adapter_file(Path(config.resume_adapter_file))

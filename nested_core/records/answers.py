@@ -47,7 +47,7 @@ class AnswerRecord:
     empty, endless, repeated: there is nothing to read, it was cut off, it is one token repeated.
     seconds: the suite's time with this model, divided by its questions.
     same_prompt_as: the first line of the suite with the same prompt; None for that line itself.
-    expected: the right answers, shortened; None where there is none, or from an earlier release.
+    expected: the right answers, shortened; None without a right answer, or from an earlier release.
     chosen_among: of the candidate's: the steps among which this suite's questions chose it; 1 where
         they chose nothing.
     """
@@ -98,7 +98,7 @@ class SampleAnswers:
     place: where the prompt comes from, such as `valid.jsonl:3`.
     base_broken, adapter_broken: how the answer is broken: empty, no words, one token or pair
         repeated, without an end where the expected one is a quarter as long, or, of the adapter,
-        the same to every prompt; None where it is not.
+        the same to every prompt; None for a sound answer.
     """
 
     prompt: str

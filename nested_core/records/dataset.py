@@ -243,7 +243,7 @@ class DatasetReport:
 
     chat_template: SHA-256 of the template that messages were tokenised with; None without one.
     tokenizer: SHA-256 of the files of the tokenizer that was used, the template and the tokens that
-        end an answer among them (`fingerprint_tokenizer`); None where nothing was tokenised.
+        end an answer among them (`fingerprint_tokenizer`); None if nothing was tokenised.
     """
 
     folder: str
@@ -313,7 +313,7 @@ class DatasetReport:
         raise DatasetError("\n".join(lines))
 
     def describe_warnings(self) -> str:
-        """How many warnings there are of each check, on one line; empty if there are none.
+        """How many warnings there are of each check, on one line; empty without warnings.
 
         In full, what the model cannot see of the data: no other warning may spoil a whole run.
         """
@@ -373,7 +373,7 @@ def read_dataset_record(path: Path) -> DatasetReport:
 def held_out_split(choice: str, splits: Mapping[str, SplitStats]) -> str | None:
     """The split that losses are measured on: the first one with examples that the choice allows.
 
-    None where there is none, and where the choice is a file outside of the data set.
+    None without such a split, and if the choice is a file outside of the data set.
     """
     allowed = SPLITS_BY_HELD_OUT_CHOICE.get(choice, ())
     return next((name for name in allowed if name in splits and splits[name].rows), None)
@@ -382,7 +382,7 @@ def held_out_split(choice: str, splits: Mapping[str, SplitStats]) -> str | None:
 def held_out_file(choice: str, dataset: DatasetReport) -> str | None:
     """The file that losses are measured on: `test.jsonl`, `valid.jsonl` or the file given.
 
-    None where `auto` finds neither a test set nor a validation set.
+    None if `auto` finds neither a test set nor a validation set.
     """
     if choice not in SPLITS_BY_HELD_OUT_CHOICE:
         return choice

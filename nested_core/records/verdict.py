@@ -162,7 +162,7 @@ class HeldOutComparison(ComparedLoss):
         comparisons; None for one alone. `better` and `no_worse` are told by it.
     left_out: how many examples were not counted, because an adapter was trained on them.
     few_prompts: how many prompts there are, where they are too few to be what is drawn, so that
-        every example counts as independent; None where they are not too few.
+        every example counts as independent; None if they are not too few.
     """
 
     corrected_interval: Interval | None = None
@@ -181,7 +181,7 @@ class HeldOutComparison(ComparedLoss):
         return is_few or self.few_prompts is not None
 
     def describe_few_prompts(self) -> str | None:
-        """That they have too few prompts for an automatic promotion; None where they have not."""
+        """That they have too few prompts for an automatic promotion; None with enough of them."""
         if not self.has_few_prompts:
             return None
         prompts = self.few_prompts or self.clusters
@@ -317,7 +317,7 @@ JOINED = "joined"  # in place of a version, where several are judged together
 class AncestorLoss(HeldOutComparison):
     """Champion and candidate on the held-out examples of the champion, or of an ancestor of it.
 
-    registered: when the ancestor was registered, as ISO 8601; None where that is not known.
+    registered: when the ancestor was registered, as ISO 8601; None if that is not known.
     loss: the champion's mean loss in nats/token; the candidate's is `loss` + `difference`.
     examples: how many were compared; left_out: how many were not, for a version or the candidate
         was trained on them; superseded: how many newer data answers otherwise; repeated: how many
@@ -347,7 +347,7 @@ class AncestorLoss(HeldOutComparison):
 
     @property
     def loss_after(self) -> float | None:
-        """The candidate's mean loss in nats/token; None where there is no comparison."""
+        """The candidate's mean loss in nats/token; None if there is no comparison."""
         if self.loss is None or self.difference is None:
             return None
         return self.loss + self.difference
@@ -360,7 +360,7 @@ class AncestorLoss(HeldOutComparison):
         return noise == "none" or (corrected is not None and corrected[0] > 0)
 
     def describe_left_out(self) -> str | None:
-        """How many examples are not compared, and why; None where all are."""
+        """How many examples are not compared, and why; None if all are compared."""
         counts = {
             "trained on": self.left_out,
             "superseded by newer data": self.superseded,
@@ -388,7 +388,7 @@ class TaskResult:
         parent is the adapter that training went on from, None for a fresh one.
     difference: candidate minus parent, or minus base without a parent, with the ends of its 95 %
         interval; None with too few questions for one.
-    champion_difference, champion_interval: candidate minus champion; None where no champion
+    champion_difference, champion_interval: candidate minus champion; None if no champion
         answered.
     conclusion: the worse of the words for the differences from parent or base, and champion.
     chosen_among: the steps among which these questions chose; the interval is corrected for them.
@@ -598,7 +598,7 @@ class Verdict:
         return "paired" if (self.thresholds or {}).get("noise") == "paired" else "none"
 
     def bound(self, name: str) -> float | None:
-        """A bound by the name of its key; None where it was not asked for."""
+        """A bound by the name of its key; None if it was not asked for."""
         value = (self.thresholds or {}).get(name)
         return float(value) if isinstance(value, int | float) else None
 
@@ -637,7 +637,7 @@ class Verdict:
 
     @property
     def rival(self) -> str | None:
-        """The champion that the adapter was judged against; None where there was none."""
+        """The champion that the adapter was judged against; None if there was none."""
         return None if self.champion is None else self.champion.version
 
     def notes(self) -> list[str]:

@@ -15,7 +15,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from nested_core.errors import ConfigError, DamagedError
+from nested_core import seams
+from nested_core.errors import ConfigError
 from nested_core.registry.data_store import (
     count_unneeded_rows,
     drop_rows,
@@ -24,10 +25,9 @@ from nested_core.registry.data_store import (
     read_lineage,
     remove_unneeded_rows,
 )
-from nested_core.registry.declines import find_decline_in_history
 from nested_core.registry.folders import DATA_FOLDER_NAME, VERSIONS_FOLDER_NAME, find_name_folder
 from nested_core.registry.history_views import read_link, reading, writing
-from nested_core.registry.judgements import has_all_judgements, read_verdicts
+from nested_core.registry.judgements import has_all_judgements
 from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, Ledger
 from nested_core.registry.policy import policy_of
 from nested_core.registry.versions import (
@@ -45,7 +45,6 @@ from nested_core.text.digest_format import shorten_digest
 USES = ("registered", "restored", "judged", *CHAMPION_CHANGE_ACTIONS)
 DEFAULT_KEPT_VERSIONS = 10
 UNPROMOTED_GRACE_TIME = timedelta(hours=1)  # between a version's registration and its promotion
-APPROVAL_GRACE_TIME = timedelta(days=7)  # as long as the flow `promote` waits for an answer
 
 
 @dataclass(frozen=True)
@@ -150,22 +149,10 @@ def _is_new_and_unpromoted(folder: Path, version: str, ledger: Ledger) -> bool:
         return False
     times = [datetime.fromisoformat(e.time) for _, e in lines if e.action in USES]
     age = datetime.now(UTC) - max(times, default=datetime.now(UTC))
-    return age < UNPROMOTED_GRACE_TIME or (
-        age < APPROVAL_GRACE_TIME and _waits_for_approval(folder, version, ledger)
+    return age < UNPROMOTED_GRACE_TIME or any(
+        may_be_approved(folder, version, ledger, age)
+        for may_be_approved in seams.load_all("may_be_approved")
     )
-
-
-def _waits_for_approval(folder: Path, version: str, ledger: Ledger) -> bool:
-    """Whether the policy of a version, or of its name, leaves it to a person: none has said no."""
-    try:
-        facts = read_verdicts(folder, version, ledger)[-1].facts
-    except DamagedError:  # an audit reports it
-        return False
-    made_of = (facts.dataset_digest, facts.settings_digest)
-    if find_decline_in_history(ledger, version, *made_of) is not None:
-        return False
-    modes = ((facts.policy or {}).get("promote"), (ledger.policy() or {}).get("promote"))
-    return "approve" in modes and "never" not in modes
 
 
 def _find_leftovers(folder: Path) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from nested_core import seams
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import (
     ConfigError,
@@ -27,7 +28,6 @@ from nested_core.registry import (
     UNSET,
     HistoryChanged,
     Unset,
-    find_decline,
     list_versions,
     promote,
     read_champion,
@@ -39,6 +39,7 @@ from nested_core.registry.history_views import read_link, reading
 from nested_core.registry.judgements import Judgement, choose_verdict, read_verdicts
 from nested_core.registry.ledger import NO_ORIGIN, Origin
 from nested_core.registry.policy import (
+    APPROVE_KEY,
     PromotionRule,
     RegistryPolicy,
     find_looser_bounds,
@@ -86,10 +87,10 @@ def promote_by_policy(
     another version is champion by now, the promotion is superseded.
     """
     decide = partial(_decide_by_policy, section, version, expected_champion, origin)
-    return _decide_by_history(*registry_location(section), decide)
+    return decide_by_history(*registry_location(section), decide)
 
 
-def _decide_by_history(registry: Path, name: str, decide: Callable[[str], Decision]) -> Decision:
+def decide_by_history(registry: Path, name: str, decide: Callable[[str], Decision]) -> Decision:
     """What `decide`, given the history's end, promotes or why it does not.
 
     It decides anew where a policy, a no or a champion is recorded before its promotion is.
@@ -240,7 +241,7 @@ def promote_by_recorded_policy(
     was registered, even if that change was later rolled back.
     """
     decide = partial(_decide_by_recorded_policy, registry, name, version, origin)
-    return _decide_by_history(registry, name, decide)
+    return decide_by_history(registry, name, decide)
 
 
 def _decide_by_recorded_policy(
@@ -272,59 +273,6 @@ def recorded_section(registry: Path, name: str, candidate: Judgement) -> Registr
             f"{place / PROVENANCE_NAME} records no policy: {describe_first_problem(error)}. "
             f"{how_to_mend(place)}"
         ) from error
-
-
-def approve(
-    registry: Path,
-    name: str,
-    version: str,
-    *,
-    by: str,
-    expected_champion: str | None,
-    origin: Origin = NO_ORIGIN,
-) -> Decision:
-    """Promote what a person has approved while this champion stood; otherwise say why not.
-
-    The registry's policy counts but for the question itself and its reference, which bounds
-    promotions without a person. What the run asked for does not: it is a person's word. `by` is who
-    answered, as that was typed.
-    """
-
-    def decide(decided_at: str) -> Decision:
-        champion = read_champion(registry, name)
-        if version == champion:
-            return Decision("already_champion", version, champion)
-        if champion != expected_champion:
-            return Decision("superseded", version, champion)
-        refusal = find_refusal_of_question(registry, name, version)
-        if refusal is not None:
-            return refusal
-        return promote(
-            registry,
-            name,
-            version,
-            by=by,
-            expected_champion=expected_champion,
-            origin=origin,
-            decided_at=decided_at,
-        )
-
-    return _decide_by_history(registry, name, decide)
-
-
-def find_refusal_of_question(registry: Path, name: str, version: str) -> Decision | None:
-    """Why a person is not asked about a version: the registry's policy refuses it whatever he says.
-
-    None without a policy.
-    """
-    if read_policy(registry, name) is None:
-        return None
-    section = RegistrySection(
-        path=str(registry), name=name, promote="approve", require_validation=False
-    )
-    candidate = read_candidate(registry, name, version)
-    champion = read_champion(registry, name)
-    return find_refusal(section, candidate, champion, is_approved=True)
 
 
 def promote_missed_versions(
@@ -403,7 +351,11 @@ def find_refusal(
     rule = PromotionRule.of(section.promote, None if policy is None else policy.promote)
     reason = _why_not_promoted(section, candidate, champion, rule, policy)
     if reason is None and rule.asks_person:
-        return None if is_approved else _ask_person(section, candidate, champion)
+        if is_approved:
+            return None
+        decide_question = seams.load_only("decide_question", APPROVE_KEY)
+        decision: Decision = decide_question(section, candidate, champion)
+        return decision
     if reason is None:
         reason = _why_beyond_reference(registry, name, policy, candidate)
     return None if reason is None else Decision("refused", candidate.version, champion, reason)
@@ -466,33 +418,6 @@ def _why_beyond_reference(
         f"{format_difference(record.difference)} from its {format_loss(record.loss)} on "
         f"{record.examples} examples, one-sided 95 % end {high}, margin {margin} nats/token"
     )
-
-
-def _ask_person(section: RegistrySection, candidate: Judgement, champion: str | None) -> Decision:
-    """That a person is to be asked; or who has said no to a version of the same data and settings.
-
-    Such a version is as the one that was declined: nobody is asked about it again.
-    """
-    registry, name = registry_location(section)
-    line = find_decline(
-        registry,
-        name,
-        candidate.version,
-        candidate.facts.dataset_digest,
-        candidate.facts.settings_digest,
-    )
-    if line is None:
-        version = shorten_digest(candidate.version)
-        whose = "registry.promote" if section.promote == "approve" else f"the policy of {name}"
-        reason = f"waiting for approval of {version}: {whose} is approve"
-        return Decision("waiting", candidate.version, champion, reason)
-    which = "it" if line.version == candidate.version else shorten_digest(str(line.version))
-    why = f": {line.reason}" if line.reason else ""
-    reason = (
-        f"declined already: {line.by} declined {which} on {line.time[:10]}{why}. Nobody is asked "
-        f"again until data or settings change"
-    )
-    return Decision("declined", candidate.version, champion, reason)
 
 
 def _why_not_sound(candidate: Judgement, rule: PromotionRule) -> str | None:

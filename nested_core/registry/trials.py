@@ -14,7 +14,6 @@ from nested_core.config.sections import RegistrySection
 from nested_core.errors import shorten
 from nested_core.records.outcome_names import WORDS_IN_SENTENCE, Outcome
 from nested_core.records.skip import Skip
-from nested_core.registry.declines import find_decline
 from nested_core.registry.folders import create_name_folder, name_exists
 from nested_core.registry.history_views import reading, writing_folder
 from nested_core.registry.judgements import Judgement
@@ -119,12 +118,7 @@ def _describe_refusal(
         details = f"and {decision.sentence}"
         return Skip(Outcome.SKIPPED_UNCHANGED, reason, details, candidate.version)
     if decision.outcome == "declined":
-        facts = candidate.facts
-        digests = (facts.dataset_digest, facts.settings_digest)
-        no = find_decline(*registry_location(section), candidate.version, *digests)
-        if no is not None:
-            reason = f"declined on {_day(no)} by {describe_author(no.fields())}"
-            return Skip(Outcome.SKIPPED_HOPELESS, reason, version=candidate.version)
+        return Skip(Outcome.SKIPPED_HOPELESS, decision.sentence, version=candidate.version)
     details = f"({version}, on the same data): {decision.sentence}"
     return Skip(Outcome.SKIPPED_HOPELESS, f"not promoted on {day}", details, candidate.version)
 

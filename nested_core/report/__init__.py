@@ -2,6 +2,6 @@
 
 Reads what runs and registries keep on disk, by records/run.py; pruning.py alone removes, and only
 run folders. Each page is a document (text/document.py): run_report.py is report.html, comparison.py
-several runs beside each other; champion.py, approval.py and curves.py are Prefect's. outcome.py
+several runs beside each other; champion.py and curves.py are Prefect's. outcome.py
 says what became of a run.
 """

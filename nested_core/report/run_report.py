@@ -114,7 +114,7 @@ def describe_run(run: Run, error: str | None = None) -> Document:
             Section("Training", list(_describe_training(run)), "curves"),
             Section("Change by layer and module", list(_map_changes(run)), "change"),
             Section("Updates expected and applied", [_count_updates(run)], "updates"),
-            Section("Data", [*_list_findings(run), *_describe_replay(run)], "data"),
+            Section("Data", [*_list_findings(run), *seams.collect("data_blocks", run)], "data"),
             Section("To reproduce", list(_describe_reproduction(run)), "reproduce"),
         ],
         above=f"{describe_state(run)}, {run.describe_length()}; begun "
@@ -287,7 +287,7 @@ def _list_worst_examples(run: Run, losses: ExampleLosses) -> Iterator[Block]:
 
 
 def _example_texts(run: Run, file: str, numbers: Sequence[int]) -> dict[int, str]:
-    """Lines of a file of the data set by number; none where it is gone, packed, or too large."""
+    """Lines of a file of the data set by number; none if it is gone, packed, or too large."""
     if run.dataset is None or not file.endswith(".jsonl") or not numbers:
         return {}
     choice = "auto" if run.config is None else run.config.gate.held_out
@@ -477,27 +477,6 @@ def _list_findings(run: Run) -> Iterator[Block]:
     yield listed if serious else Details("What was counted", [listed])
 
 
-def _describe_replay(run: Run) -> Iterator[Block]:
-    """What is replayed of each earlier data set, what is left out, and which facts changed."""
-    if run.replay is None:
-        return
-    for sentence in run.replay.describe():
-        yield Text(f"{sentence[0].upper()}{sentence[1:]}.")
-    counts = ("examples", "rows", "repeated", "superseded", "held_out")
-    rows = [
-        (source.name, *(getattr(source, name) for name in counts)) for source in run.replay.sources
-    ]
-    columns = ("data set", "replayed", "of", "newer data has too", "superseded", "held out")
-    yield Table("Replayed examples, newest data set first; all: replay.jsonl", columns, rows)
-    superseded = [
-        (source.name, row.prompt) for source in run.replay.sources for row in source.named
-    ]
-    if superseded:
-        caption = "Superseded: newer data answers these prompts otherwise; digests: replay.json"
-        listed = Table(caption, ("data set", "prompt"), superseded[:MAX_SHOWN_QUESTIONS])
-        yield Details("Superseded examples", [listed])
-
-
 def _describe_reproduction(run: Run) -> Iterator[Block]:
     """Configuration, digests, versions and the command of the run."""
     command = f"nested-tune train -c {shlex.quote(str(run.folder.config))} --run-dir NEW_FOLDER"
@@ -520,8 +499,6 @@ def _list_digests(run: Run) -> Iterator[tuple[str, str]]:
         yield "data set", dataset.digest
         for split, stats in dataset.splits.items():
             yield f"{split}, {stats.rows:,} examples", stats.digest
-    if run.replay is not None:
-        yield f"replay, {run.replay.examples:,} examples", run.replay.content_digest
     if verdict is not None:
         yield "initial adapter", verdict.initial.digest
         yield "trained adapter", verdict.trained.digest

@@ -16,7 +16,7 @@ class TrainingFlow:
     """A flow of deployments that trains, or has others train.
 
     parameters: the class of its parameters.
-    key: the key of its parameters under which the configuration of a fine-tune stands; None where
+    key: the key of its parameters under which the configuration of a fine-tune stands; None if
         the parameters are that configuration.
     """
 
@@ -32,6 +32,7 @@ class Room:
     flags: of a command of the core or of another room, by its name; `add_flags` in
         flows/rooms/ROOM/command.py adds them to its parser.
     public_names: what `nested_core` offers from Python, each under its own name.
+    keys: keys of the configuration that ask for it where they are not at their default.
     server_checks: what `doctor` says of the Prefect server of PREFECT_API_URL: a function without
         arguments, which yields lines as Check (flows/commands/check.py).
     watcher: what it does around the flows: a class that is a Watcher (flows/flow_runs/watchers.py).
@@ -53,13 +54,25 @@ class Room:
     run_measurement: a function that measures how fast a run is, for `explain`.
     readers: functions that give the lines of JSON in a data file, by the end of its name.
     data_tables: what `validate` shows of a data set: a function of DataSettings that gives Tables.
+    gate_checks: Checks of the gate (nested_core/gate/checks/judged.py) of a run, with its base.
+    earlier_examples: the class of the EarlierExamples (nested_core/data/earlier_examples.py).
+    ancestor_digests: what a champion's ancestors are judged by: a function of registry, name and
+        champion that gives their versions and the digests of what is kept of each.
+    data_blocks: what the page of a run shows of its data: a function of a Run that gives Blocks.
     answer_tables: what stands beside the answers to an eval set: a function of its name and of
         (model, expected answer, answer, score) of each, which gives Blocks.
+    decide_question: of registry section, candidate and champion, the Decision on a version that
+        needs a person's word: waiting, or declined already.
+    may_be_approved: whether a gc keeps a version (its folder, version, history, age) for an answer.
+    request_approval: asks a person in Prefect, of registry, name, version and the night's flow run.
+    ask_person: what the flow `promote` does about a version that needs a person's word: a function
+        of its parameters, registry and champion, which gives the state in which the flow ends.
     """
 
     commands: tuple[str, ...] = ()
     flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     public_names: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
     server_checks: str | None = None
     watcher: str | None = None
     model_format: str | None = None
@@ -75,11 +88,25 @@ class Room:
     run_measurement: str | None = None
     readers: Mapping[str, str] = field(default_factory=dict)
     data_tables: str | None = None
+    gate_checks: str | None = None
+    earlier_examples: str | None = None
+    ancestor_digests: str | None = None
+    data_blocks: str | None = None
     answer_tables: str | None = None
+    decide_question: str | None = None
+    may_be_approved: str | None = None
+    request_approval: str | None = None
+    ask_person: str | None = None
 
 
 ROOMS: Mapping[str, Room] = {
     "audit": Room(flags={"verify": ("--model",)}),
+    "approval": Room(
+        decide_question="nested_core.rooms.approval.answers:decide_question",
+        may_be_approved="nested_core.rooms.approval.answers:may_be_approved",
+        request_approval="flows.rooms.approval.questions:request_approval",
+        ask_person="flows.rooms.approval.asking:ask_person",
+    ),
     "deploy": Room(
         commands=("deploy",), server_checks="flows.rooms.deploy.server_checks:iterate_server_checks"
     ),
@@ -123,12 +150,20 @@ ROOMS: Mapping[str, Room] = {
         around_training="nested_core.rooms.cuda.first_kernels:compiling_first_kernels",
     ),
     "reference": Room(
+        keys=("training.reference",),
         reference_schedule="nested_core.rooms.reference.mlx_lm_schedule:MlxLmSchedule",
         reference_trainer="nested_core.rooms.reference.mlx_lm_trainer:MlxLmTrainer",
     ),
     "minutes": Room(
         timed_training="nested_core.rooms.minutes.timed_training:TimedTraining",
         run_measurement="nested_core.rooms.minutes.sizes:measure_run",
+    ),
+    "replay": Room(
+        keys=("continual.replay", "gate.max_ancestor_loss_increase"),
+        gate_checks="nested_core.rooms.replay.ancestor_check:CHECKS",
+        earlier_examples="nested_core.rooms.replay.replayed_run:ReplayOfRun",
+        ancestor_digests="nested_core.rooms.replay.ancestor_examples:list_ancestor_digests",
+        data_blocks="nested_core.rooms.replay.page:describe_replay",
     ),
     "tables": Room(
         flags={

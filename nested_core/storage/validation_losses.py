@@ -21,7 +21,7 @@ class StepLosses(BaseModel):
 
     step: the optimizer step after which it was made.
     lines, losses: the examples by their line, and the mean loss of each in nats/token, null where
-        not finite; both None where single losses are not known.
+        not finite; both None if single losses are not known.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="forbid")
@@ -48,7 +48,7 @@ def truncate_step_losses(path: Path, last_step: int) -> None:
 
 
 def read_step_losses(path: Path) -> list[StepLosses]:
-    """The last evaluation of each step, in order of the steps; none where there is no file.
+    """The last evaluation of each step, in order of the steps; none if there is no file.
 
     A last line that a killed process left half-written is passed over. Raises DamagedError for
     anything else that is no evaluation.

@@ -303,7 +303,7 @@ class Validation:
         return {"val_loss": val_loss} | asked
 
     def _ask_questions(self, state: TrainingState, values: Flat) -> dict[str, Any]:
-        """The answers to `training.evaluate_tasks`, of the main rank; empty where none are due."""
+        """The answers to `training.evaluate_tasks`, of the main rank; empty if they are not due."""
         questions, world, schedule = (
             self.setup.questions,
             self.setup.world,

@@ -9,12 +9,11 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import optimizer_classes
 from nested_core.data.data_settings import REPLAY_SPLIT
-from nested_core.data.replayed_batches import ReplayedRows
+from nested_core.data.earlier_examples import MixedExamples, find_earlier_examples
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import find_model_folder, fingerprint_base_model
@@ -26,7 +25,6 @@ from nested_core.optim.tier_counters import Tier
 from nested_core.optim.tiered import Tiered
 from nested_core.optim.tiers_file import read_tiers
 from nested_core.records.dataset import read_dataset_record
-from nested_core.records.replay import read_replay
 from nested_core.storage.adapter import files_sha256, read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import regular_sha256
@@ -68,7 +66,7 @@ class TrainingSetup:
         step_schedule: what a run trains on, and when it is evaluated.
         loss_fn: the loss, in its form for this model.
         samples: prompts that are answered at each evaluation.
-        questions: those of `training.evaluate_tasks`; None where none are asked.
+        questions: those of `training.evaluate_tasks`; None if no questions are asked.
         prompts: token ids that every checkpoint records the model's logits on.
         world: the ranks that train together.
     """
@@ -124,7 +122,7 @@ def prepare_training(
     if config.training.memory_limit_gb is not None:
         mx.set_memory_limit(int(config.training.memory_limit_gb * 1e9))
     tiers = read_tiers(run.tiers)
-    step_schedule = make_step_schedule(config, splits, world, _read_replay(run, splits))
+    step_schedule = make_step_schedule(config, splits, world, _mix_examples(config, run, splits))
     refuse_tiers_never_due(tiers.frequencies, step_schedule.steps)
     optimizer = build_optimizer(config, tiers, step_schedule.steps)
     optimizer.init(model.trainable_parameters())
@@ -151,20 +149,12 @@ def prepare_training(
     )
 
 
-def _read_replay(run: RunDirectory, splits: Mapping[str, TokenizedSplit]) -> ReplayedRows | None:
-    """What replay.json says of the rows of the split `replay`; None without any."""
-    split = splits.get(REPLAY_SPLIT)
-    if split is None or not len(split):
-        return None
-    record = read_replay(run.replay)
-    ends = np.cumsum([source.examples for source in record.sources])
-    return ReplayedRows(
-        lengths=split.lengths,
-        sources=np.searchsorted(ends, split.lines, "left"),
-        rows=tuple(source.fresh for source in record.sources),
-        weighting=record.weighting,
-        fraction=record.fraction,
-    )
+def _mix_examples(
+    config: FineTuneConfig, run: RunDirectory, splits: Mapping[str, TokenizedSplit]
+) -> MixedExamples | None:
+    """The run's examples with those of the split `replay`; None without any there."""
+    earlier, split = find_earlier_examples(config, run), splits.get(REPLAY_SPLIT)
+    return earlier.mix(splits["train"], split) if earlier and split and len(split) else None
 
 
 def compute_input_digests(config: FineTuneConfig, run: RunDirectory) -> dict[str, str]:

@@ -59,9 +59,7 @@ def versions(folder: Path) -> tuple[str, str]:
     return first.digest(), second.digest()
 
 
-def test_promoting_a_run_registers_it_and_makes_it_champion(
-    story: dict[str, Ended], versions: tuple[str, str]
-) -> None:
+def test_promoting_a_run_registers_it_and_makes_it_champion(story, versions) -> None:
     assert story["first"].code == 0
     assert story["first"].stdout == f"promoted: {versions[0][:12]} (before: none)\n"
     assert story["second"].code == 0
@@ -95,36 +93,28 @@ def test_a_promotion_tells_the_losses_with_their_data_and_those_of_the_champion_
     assert f"by training; {rival} on the same examples" in said
 
 
-def test_a_promotion_for_another_champion_is_superseded_and_a_success(
-    story: dict[str, Ended],
-) -> None:
+def test_a_promotion_for_another_champion_is_superseded_and_a_success(story) -> None:
     assert story["late"].code == 0
     assert "superseded" in story["late"].stdout
     assert "next: nested-tune chat" in story["first"].stderr
     assert "next:" not in story["late"].stderr  # the champion is not that run's adapter
 
 
-def test_rollback_goes_to_what_the_last_change_replaced(
-    story: dict[str, Ended], versions: tuple[str, str]
-) -> None:
+def test_rollback_goes_to_what_the_last_change_replaced(story, versions) -> None:
     assert story["rollback"].code == 0
     first, second = versions  # with all digits, for programs
     document = {"outcome": "rolled_back", "version": first, "previous": second}
     assert story["rollback"].document == document
 
 
-def test_promoting_the_champion_again_changes_nothing(
-    story: dict[str, Ended], versions: tuple[str, str], folder: Path
-) -> None:
+def test_promoting_the_champion_again_changes_nothing(story, versions, folder) -> None:
     assert story["again"].code == 0
     champion = folder / "registry" / NAME / "champion"
     assert champion.resolve().name == versions[0]
     assert read_adapter(champion).digest() == versions[0]
 
 
-def test_history_tells_every_change_oldest_first(
-    story: dict[str, Ended], versions: tuple[str, str]
-) -> None:
+def test_history_tells_every_change_oldest_first(story, versions) -> None:
     assert story["history"].code == 0
     document = story["history"].document
     assert (document["name"], document["champion"]) == (NAME, versions[0])
@@ -144,9 +134,7 @@ def test_audit_of_a_sound_registry_finds_nothing(story: dict[str, Ended]) -> Non
     assert story["audited"].stdout == "2 versions, the champion and the history are sound\n"
 
 
-def test_gc_of_two_versions_in_use_removes_nothing(
-    story: dict[str, Ended], versions: tuple[str, str]
-) -> None:
+def test_gc_of_two_versions_in_use_removes_nothing(story, versions) -> None:
     document = story["gc"].document
     assert (document["collected"], document["kept"]) == ([], sorted(versions))
     assert story["gc again"].stdout.startswith("would remove 0 versions (0.0 MB), kept 2")
@@ -166,9 +154,7 @@ def test_a_version_that_was_changed_is_damage_for_every_command(
         assert "Traceback" not in done.stderr
 
 
-def test_a_configuration_that_was_edited_after_the_run_is_damage(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_a_configuration_that_was_edited_after_the_run_is_damage(folder, tmp_path) -> None:
     copy = shutil.copytree(folder / "first", tmp_path / "run")
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace("learning_rate: 0.002", "learning_rate: 0.001"))
@@ -180,9 +166,7 @@ def test_a_configuration_that_was_edited_after_the_run_is_damage(
 
 
 @pytest.mark.usefixtures("story")
-def test_a_rollback_says_who_and_why_in_the_history(
-    folder: Path, tmp_path: Path, versions: tuple[str, str]
-) -> None:
+def test_a_rollback_says_who_and_why_in_the_history(folder, tmp_path, versions) -> None:
     registry = shutil.copytree(folder / "registry", tmp_path / "registry", symlinks=True)
     words = ("--to", versions[1], "--by", "bob", "--reason", "it was rude")
     assert called("rollback", NAME, "--registry", registry, *words, cwd=tmp_path).code == 0
@@ -193,9 +177,7 @@ def test_a_rollback_says_who_and_why_in_the_history(
     assert (last["action"], last["by"], last["reason"]) == ("rollback", "bob", "it was rude")
 
 
-def test_a_run_that_did_not_pass_is_refused_and_nothing_is_made(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_did_not_pass_is_refused_and_nothing_is_made(folder, tmp_path) -> None:
     copy = shutil.copytree(folder / "first", tmp_path / "run")
     gate = copy / "gate.json"
     gate.write_text(gate.read_text().replace('"verdict": "passed"', '"verdict": "failed"'))

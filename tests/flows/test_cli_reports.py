@@ -14,9 +14,7 @@ from tests.core.registry.conftest import write_run
 from tests.runs import finished_run
 
 
-def test_report_writes_the_page_and_names_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_report_writes_the_page_and_names_it(tmp_path, capsys) -> None:
     run = finished_run(tmp_path / "run")
     assert main(["report", str(run.path)]) == 0
     assert capsys.readouterr().out == f"report: {run.report}\n"
@@ -26,9 +24,7 @@ def test_report_writes_the_page_and_names_it(
     assert "Verified: passed, better" in elsewhere.read_text()
 
 
-def test_report_of_a_damaged_run_is_written_and_exits_6(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_report_of_a_damaged_run_is_written_and_exits_6(tmp_path, capsys) -> None:
     run = finished_run(tmp_path / "run")
     run.gate.write_text("{")
     assert main(["report", str(run.path)]) == 6
@@ -43,9 +39,7 @@ def test_what_is_no_run_is_bad_usage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["-o", "--output", "--html"])
-def test_compare_writes_a_page_beside_its_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
-) -> None:
+def test_compare_writes_a_page_beside_its_table(tmp_path, capsys, flag) -> None:
     runs = [
         finished_run(tmp_path / name, learning_rate=rate) for name, rate in (("a", 1), ("b", 2))
     ]
@@ -57,9 +51,7 @@ def test_compare_writes_a_page_beside_its_table(
     assert page.read_text().count("<svg") == 4
 
 
-def test_runs_lists_and_an_empty_folder_has_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_lists_and_an_empty_folder_has_none(tmp_path, capsys) -> None:
     (tmp_path / "runs").mkdir()
     assert main(["runs", str(tmp_path / "runs")]) == 0
     assert "no runs in" in capsys.readouterr().out
@@ -70,9 +62,7 @@ def test_runs_lists_and_an_empty_folder_has_none(
     assert run.path.name in shown
 
 
-def test_a_card_has_the_hubs_front_matter_and_no_field_that_nobody_gave(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_card_has_the_hubs_front_matter_and_no_field_that_nobody_gave(tmp_path, capsys) -> None:
     registry = tmp_path / "registry"
     config = {"model": "org/base-1B", "data": "org/chats", "fine_tune_type": "lora", "seed": 30}
     run = write_run(tmp_path / "run", 1)
@@ -137,10 +127,7 @@ def test_a_name_without_a_champion_or_with_a_changed_file_has_no_card(tmp_path: 
     ids=lambda command: f"{command[0]} {command[-2]}",
 )
 def test_no_command_writes_into_a_registry_or_looks_at_anything_else_before_it_says_so(
-    command: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    command, tmp_path, monkeypatch, capsys
 ) -> None:
     monkeypatch.chdir(tmp_path)
     finished_run(tmp_path / "run")

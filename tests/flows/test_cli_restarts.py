@@ -38,9 +38,7 @@ def killed_by(number: int, folder: Path, *, after_lines: int) -> Ended:
 
 
 @pytest.mark.slow("trains in a process of its own, twice")
-def test_a_killed_run_ends_by_itself_with_the_bytes_of_one_that_nobody_killed(
-    tmp_path: Path,
-) -> None:
+def test_a_killed_run_ends_by_itself_with_the_bytes_of_one_that_nobody_killed(tmp_path) -> None:
     write_config(tmp_path / "config.yaml", **SETTINGS)
     plain = completed("train", "-c", "config.yaml", "--run-dir", "plain", cwd=tmp_path)
     assert plain.code == 0, plain.stderr

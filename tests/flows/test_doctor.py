@@ -13,6 +13,7 @@ from flows.commands import doctor
 from flows.commands.doctor import MIN_FREE_DISK_BYTES
 from nested_core import backend
 from nested_core.registry import register_and_promote
+from tests.builders.file_damage import flip_a_bit
 from tests.core.registry.conftest import write_run
 from tests.flows.conftest import called
 
@@ -74,8 +75,7 @@ def test_a_champion_that_is_damaged_is_said_and_one_that_is_sound(tmp_path: Path
     for name, seed in (("capitals", 1), ("rivers", 2)):
         register_and_promote(write_run(tmp_path / name, seed=seed), registry, name, {}, by="a test")
     weights = registry / "rivers" / "champion" / "adapters.safetensors"
-    weights.chmod(0o644)
-    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    flip_a_bit(weights)
     done = called("doctor", "--json", "--registry", "registry", cwd=tmp_path)
     checks = {each["name"]: each for each in done.document["checks"]}
     assert checks["champion capitals"]["ok"]

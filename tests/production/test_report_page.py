@@ -123,9 +123,7 @@ def serious_findings(browser: Browser) -> list[Any]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_page_of_a_run_is_quiet_and_accessible(
-    browser: Browser, tmp_path: Path, case: str
-) -> None:
+def test_the_page_of_a_run_is_quiet_and_accessible(browser, tmp_path, case) -> None:
     run = CASES[case](tmp_path / "run")
     RunReport(read_run(run, has_ended=case != "going")).write(run.report)
     look_at(browser, run.report, case)
@@ -133,9 +131,7 @@ def test_the_page_of_a_run_is_quiet_and_accessible(
     assert run.report.stat().st_size <= 300 * 1024
 
 
-def test_the_page_of_a_resumed_run_says_so_and_counts_each_step_once(
-    browser: Browser, tmp_path: Path
-) -> None:
+def test_the_page_of_a_resumed_run_says_so_and_counts_each_step_once(browser, tmp_path) -> None:
     run = resumed(tmp_path / "run")
     RunReport(read_run(run, has_ended=True)).write(run.report)
     browser.open(run.report.as_uri())

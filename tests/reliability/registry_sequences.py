@@ -38,7 +38,6 @@ from nested_core.registry import (
     Decision,
     audit,
     check_champion,
-    decline,
     garbage_collection,
     history,
     list_versions,
@@ -51,12 +50,12 @@ from nested_core.registry.judgements import read_verdicts
 from nested_core.registry.ledger import REGISTRATION_ACTIONS, read_ledger
 from nested_core.registry.policy import read_policy, set_policy
 from nested_core.registry.promotion_policy import (
-    approve,
     promote_by_policy,
     promote_by_recorded_policy,
     promote_missed_versions,
 )
 from nested_core.registry.registration import register_rejection
+from nested_core.rooms.approval.answers import approve, decline
 from nested_core.storage.adapter import read_adapter
 from tests.core.registry.conftest import write_run
 from tests.core.registry.faults import killed_at

@@ -283,9 +283,14 @@ def _merge_config(shipped: dict[str, Any], given: dict[str, Any]) -> dict[str, A
     """`given` over `shipped`, key by key in sections too; the configuration's keys come first.
 
     Replay is shipped to runs that go on from the champion, and not to those that mlx_lm.lora makes.
+    No key of a deleted room is shipped.
     """
     merged = dict(given)
-    for key, value in shipped.items():
+    deleted = seams.list_deleted_keys()
+    for key, section in shipped.items():
+        value = section
+        if isinstance(section, dict):
+            value = {k: v for k, v in section.items() if f"{key}.{k}" not in deleted}
         if key not in given:
             merged[key] = value
         elif isinstance(value, dict) and isinstance(given[key], dict):

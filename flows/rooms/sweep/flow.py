@@ -16,10 +16,10 @@ from prefect.states import Completed, Failed, State
 from pydantic import Field, JsonValue
 
 from flows.flow_runs.allowed_folders import with_allowed_paths, with_trusted_code
-from flows.flow_runs.approvals import request_approval
 from flows.flow_runs.nights import SWEEP_TAG
 from flows.flow_runs.prefect_logs import prepare_logs, tolerate_closed_output
 from flows.rooms.sweep.results import pick_best_run
+from nested_core import seams
 from nested_core.config.loading import parse_config
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
@@ -29,6 +29,7 @@ from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.pipeline.continual import champion_or_none
 from nested_core.records.outcome_names import Outcome
 from nested_core.registry import Decision
+from nested_core.registry.policy import APPROVE_KEY
 from nested_core.registry.promotion_policy import effective_rule
 from nested_core.rooms.sweep.choice import SweepChoice
 from nested_core.rooms.sweep.page import SweepRunResult, find_registered_version
@@ -114,6 +115,7 @@ def sweep(config: SweepParameters) -> State[Any]:
         return Failed(message=f"none of {len(points)} runs passed the gate")
     decision = promote_choice(target, best, outcomes, champion)
     if decision.outcome == "waiting":
+        request_approval = seams.load_only("request_approval", APPROVE_KEY)
         request_approval(Path(target.path), target.name, decision.version)
     verified = sum(outcome.has_passed for outcome in outcomes)
     what = (

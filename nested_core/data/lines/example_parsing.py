@@ -67,7 +67,7 @@ class FieldNames:
     drop: Sequence[str] = ()  # keys of rows and turns that are as good as absent
 
     def key_of(self, field: str) -> str:
-        """The key that holds a field of a format; its name, where none is configured."""
+        """The key that holds a field of a format: as configured, else the name of the field."""
         key: str = getattr(self, field, field)
         return key
 
@@ -404,7 +404,7 @@ def _formats_to_look_for(field_names: FieldNames) -> Mapping[Format, tuple[str, 
 
 
 def _choose_format(row: dict[str, Any], field_names: FieldNames) -> Format:
-    """The format of a row; raises LineProblem where it has none, and for preferences."""
+    """The format of a row; raises LineProblem for a row without a format, and for preferences."""
     prompt, completion = field_names.prompt, field_names.completion
     if is_preference_pair(row) and "chosen" not in (completion, field_names.text, field_names.chat):
         raise LineProblem("preference-pair", describe_preference_pair(row, prompt))

@@ -66,7 +66,7 @@ class LineRange:
     digests: the SHA-256 of each example in it, joined.
     answer_keys: of its answers those with the smallest and the largest key, which are equal for
         equal answers; plain text is all answer.
-    shared: what its texts share with those asked for, see MATCH_SCHEMA; None where none are.
+    shared: what its texts share with those asked for, see MATCH_SCHEMA; None if nothing is asked.
     examples: how many of its examples have n-grams, where some are asked for.
     """
 

@@ -256,3 +256,9 @@ def add_dropped_lines(file: str, dropped: Dropped, findings: Findings) -> None:
             )
             place = findings.find_place(file, min(lines))
             findings.listed.append(Finding(*place, "warning", f"dropped-{reason}", message))
+
+
+def describe_dropped(dropped: Dropped) -> str:
+    """`; dropped: 24, they repeat an earlier example`, for each reason that dropped a line."""
+    counted = {_DROP_REASON_TEXTS[reason]: len(lines) for reason, lines in dropped.items() if lines}
+    return "".join(f"; dropped: {number:,}, {why}" for why, number in counted.items())

@@ -330,7 +330,7 @@ def question_label(question: Question) -> str:
 
 
 def expected_label(question: Question) -> str | None:
-    """The right answers to a question on one line; None where there is none."""
+    """The right answers to a question on one line; None if no answer is expected."""
     answers = [answer for answer in question.accepted if answer is not None]
     texts = [answer if isinstance(answer, str) else json.dumps(answer) for answer in answers]
     return shorten(" or ".join(texts), MAX_EXPECTED_CHARACTERS) if texts else None

@@ -6,29 +6,24 @@ Whether a loss is worse is decided by `conclude` in `records.loss_conclusion`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from nested_core.config.sections import GateSection
-from nested_core.measure.losses.ancestor_examples import AncestorExamples
 from nested_core.measure.losses.chosen_candidate import Candidates
 from nested_core.records.comparison_family import NOT_TESTED, Chance, chance_of_mean
 from nested_core.records.loss_conclusion import (
-    MIN_EXAMPLES,
     Conclusion,
     conclude,
     count_examples_needed,
     margin_of_loss,
 )
 from nested_core.records.losses import ExampleLosses, Vector
-from nested_core.records.paired_difference import CONFIDENCE, Indices, student_t_quantile
+from nested_core.records.paired_difference import CONFIDENCE, student_t_quantile
 from nested_core.records.verdict import (
-    JOINED,
     MIN_HARMED,
-    AncestorLoss,
     ChampionLoss,
     ComparedLoss,
     Drift,
@@ -80,7 +75,7 @@ def summarise_losses(
 
 
 def summarise_drift(losses: ExampleLosses) -> Drift | None:
-    """The figures of the divergences of each example; None if none were measured."""
+    """The figures of the divergences of each example; None if they were not measured."""
     counted = losses.counted()
     if len(counted):  # where nothing else is left, it is drift on what was trained on, too
         losses = counted
@@ -116,91 +111,6 @@ def summarise_champion(
         **compare_losses(
             shared, champion, bounds, bounds.max_val_loss_increase, candidates=candidates
         ),
-    )
-
-
-def summarise_ancestors(
-    ancestors: Sequence[AncestorExamples],
-    losses: ExampleLosses | None,
-    owners: Indices,
-    bounds: GateSection,
-) -> Iterator[AncestorLoss]:
-    """The figures of each ancestor, and of those joined that have too few examples by themselves.
-
-    An ancestor with fewer than MIN_EXAMPLES independent examples has no interval, and rejects
-    nothing. Two or more of these are judged as one where they have so many together.
-
-    Args:
-        ancestors: where the examples are from.
-        losses: of all of them; those that were trained on are left out. None where there are none.
-        owners: the place in `ancestors` that each loss belongs to, int64 (n,).
-        bounds: the gate's.
-    """
-    if losses is None:
-        yield from map(summarise_ancestor, ancestors)
-        return
-    is_counted = np.ones(len(losses), np.bool_) if losses.left_out is None else ~losses.left_out
-    measured = [
-        losses.select((owners == place) & is_counted) if ancestor.rows else None
-        for place, ancestor in enumerate(ancestors)
-    ]
-    counts = [0 if own is None else own.independent_examples for own in measured]
-    few = [place for place, count in enumerate(counts) if 0 < count < MIN_EXAMPLES]
-    together = losses.select(np.isin(owners, few) & is_counted)
-    is_joined = len(few) > 1 and together.independent_examples >= MIN_EXAMPLES
-    comparisons = sum(count >= MIN_EXAMPLES for count in counts) + is_joined
-    for place, (ancestor, own) in enumerate(zip(ancestors, measured, strict=True)):
-        left_out = int(((owners == place) & ~is_counted).sum())
-        yield summarise_ancestor(ancestor, own, bounds, left_out=left_out, ancestors=comparisons)
-    if is_joined:
-        joined = AncestorExamples(JOINED, None)
-        found = summarise_ancestor(joined, together, bounds, ancestors=comparisons)
-        yield replace(found, joined=tuple(ancestors[place].version for place in few))
-
-
-def summarise_ancestor(
-    ancestor: AncestorExamples,
-    losses: ExampleLosses | None = None,
-    bounds: GateSection | None = None,
-    *,
-    left_out: int = 0,
-    ancestors: int = 1,
-) -> AncestorLoss:
-    """The figures of a champion's losses before, and the candidate's after, on an ancestor's rows.
-
-    Args:
-        ancestor: where the examples are from.
-        losses: of those that are compared; None where there are none.
-        bounds: the gate's.
-        left_out: how many are not compared because they were trained on.
-        ancestors: how many are compared, for which the interval is corrected (Bonferroni).
-    """
-    bounds = bounds or GateSection()
-    compared = AncestorLoss(
-        ancestor.version,
-        ancestor.registered,
-        left_out=left_out,
-        superseded=ancestor.superseded,
-        repeated=ancestor.repeated,
-        missing=ancestor.missing,
-        not_compared=ancestor.problem,
-    )
-    if losses is None:
-        return compared
-    if not len(losses):
-        problem = f"all {left_out} that are left were trained on"
-        return replace(compared, not_compared=problem)
-    increase = bounds.max_ancestor_loss_increase
-    increase = bounds.max_val_loss_increase if increase is None else increase
-    figures = compare_losses(losses, losses.before, bounds, increase, comparisons=ancestors)
-    if not figures:
-        return replace(compared, not_compared="a loss is not finite")
-    return replace(
-        compared,
-        loss=finite_or_none(losses.mean(losses.before)),
-        examples=len(losses),
-        few_prompts=losses.few_prompts(),
-        **figures,
     )
 
 
@@ -325,30 +235,12 @@ def general_loss_reasons(general: GeneralLoss, bounds: GateSection) -> list[Reas
     return [Reason("forgetting", message)]
 
 
-def ancestor_reasons(ancestors: Sequence[AncestorLoss], bounds: GateSection) -> Iterator[Reason]:
-    """The reason for each ancestor whose held-out examples the candidate is worse at.
-
-    None without the bound, and for an ancestor with too few examples for an interval.
-    """
-    increase = bounds.max_ancestor_loss_increase
-    for ancestor in ancestors if increase is not None else ():
-        if not ancestor.is_forgotten(bounds.noise):
-            continue
-        losses = format_change(ancestor.loss, ancestor.loss_after)
-        message = (
-            f"forgot what {ancestor.name} was judged by: loss {losses}, the champion's to the "
-            f"candidate's, on {ancestor.examples} of its held-out examples"
-            f"{describe_noise(ancestor)}; gate.max_ancestor_loss_increase is {increase:g}"
-        )
-        yield Reason("forgetting", message, ancestor=ancestor.version)
-
-
 def harm_reasons(
     losses: ExampleLosses, validation: Validation, bounds: GateSection
 ) -> list[Reason]:
     """The reason for per-example regressions while hardly any won as much.
 
-    None where the loss as a whole is better (what was lost is then listed, and refuses nothing),
+    None if the loss as a whole is better (what was lost is then listed, and refuses nothing),
     and under `gate.noise: none`, which looks at the mean alone.
     """
     found = HarmedExamples.find(losses.counted(), validation.margin or 0.0)
@@ -392,7 +284,7 @@ def describe_noise(losses: ComparedLoss) -> str:
 
 
 def describe_difference(losses: ComparedLoss) -> str:
-    """The paired difference and what it says, after the losses; nothing if there is none."""
+    """The paired difference and what it says, after the losses; empty without a difference."""
     if losses.difference is None:
         return ""
     difference = format_difference(losses.difference)
@@ -406,7 +298,7 @@ class HarmedExamples:
     """How many independent examples were harmed and helped, of how many, and which lines.
 
     A cluster counts as harmed where more of its examples are harmed than helped. `mean_rise` is how
-    much the harmed examples lost on average, in nats/token; 0 where none is harmed.
+    much the harmed examples lost on average, in nats/token; 0 without a harmed example.
     """
 
     harmed: int
@@ -417,7 +309,7 @@ class HarmedExamples:
 
     @classmethod
     def find(cls, losses: ExampleLosses, margin: float = 0.0) -> HarmedExamples | None:
-        """Among examples with losses before and after; None where one is not finite.
+        """Among examples with losses before and after; None if one is not finite.
 
         `margin` is the rise of the mean loss that is allowed, in nats/token: what any example may
         rise by is no harm.
@@ -449,7 +341,7 @@ class HarmedExamples:
         `max_share` where so many or more come with a chance of less than 5 % at that share. Where
         some are helped, the sign test's mid-p of harmed against helped has to be at most 0.01.
 
-        Where none is helped, three are enough only if they lost 4 nats/token on average. An
+        Without any helped, three are enough only if they lost 4 nats/token on average. An
         adapter that harms as many examples as it helps shows three and none in up to 5 % of cases,
         four and none in 2 % (benchmarks/gate.md).
         """

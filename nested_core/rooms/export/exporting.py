@@ -169,14 +169,14 @@ def export(
         quantize: the format of a GGUF's matrices, f16 or q8_0.
         dequantize: whether a quantized base is not quantized again in a folder; in a GGUF it never
             is.
-        suites: questions that both are asked; those of the run's gate.tasks where none is given.
+        suites: questions that both are asked; by default those of the run's gate.tasks.
         data: held-out examples by which the kept gain is measured; the run's own by default.
         registry: where a NAME is looked for; `registry` by default.
         base_model: the base of an adapter that names none, or another place of it.
         on_stage: called with what is done next, in a few words.
 
     Raises GateRejected where the model does not do as the adapter, which then lies under another
-    name; ConfigError for a name that is none, a place that is taken, and a family or tokenizer that
+    name; ConfigError for an unknown name, a place that is taken, and a family or tokenizer that
     GGUF is not written of; DamagedError for damaged files.
     """
     places = [place for place in (fused, gguf, peft) if place is not None]

@@ -42,7 +42,7 @@ class TensorNaming:
     is_transposed: bool
 
     def parse_tensor_name(self, name: str) -> tuple[str, str] | None:
-        """A tensor's module and leaf (lora_a or lora_b); None where it is neither."""
+        """A tensor's module and leaf (lora_a or lora_b); None if it is neither."""
         for leaf, suffix in self.leaves.items():
             module = name.removeprefix(self.prefix).removesuffix(suffix)
             if module and name == self.prefix + module + suffix:

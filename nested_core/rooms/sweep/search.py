@@ -100,7 +100,7 @@ class SweepResult:
     record: the arms and their scores; `record.chosen` is the winner's number.
     run: the winner's run directory, of which the whole configuration is trained and judged.
     choice: the winner's losses less those of the configuration itself, and among how many
-        candidates it was chosen; None where the configuration itself is the winner.
+        candidates it was chosen; None if the configuration itself is the winner.
     answers: where answers chose, the share of right ones less that of the configuration itself, on
         the questions that judge.
     is_better: whether it is shown to be better than that: by answers where they chose, else by
@@ -610,7 +610,7 @@ def _digest_request(config: FineTuneConfig, request: SweepRequest) -> str:
 def _best_score(run: RunDirectory, select_by: str) -> Score | None:
     """The best evaluation so far, or the last one while a tier is not updated yet; lower is better.
 
-    None where no loss was finite.
+    None if no loss was finite.
     """
     state = latest_state(run.checkpoints)
     loss, wrong = state.get("best_val_loss"), state["best_wrong"]

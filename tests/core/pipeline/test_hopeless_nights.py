@@ -22,7 +22,6 @@ from nested_core.records.run import Run
 from nested_core.records.skip import Skip, read_skip
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry import (
-    decline,
     forget_rows,
     history,
     list_names,
@@ -33,9 +32,11 @@ from nested_core.registry import (
 from nested_core.registry.ledger import read_ledger
 from nested_core.registry.policy import set_policy
 from nested_core.report.outcome import describe_end, describe_outcome, find_outcome
+from nested_core.seams import load
 from nested_core.storage.run_directory import RunDirectory, open_run
 from tests.builders.suites import write_suite
 from tests.example import DATA, MODEL, example_config
+from tests.left_out import needs_rooms
 
 NAME = "capitals"
 # What training itself does not see, and what then becomes of the adapter rests on.
@@ -283,6 +284,7 @@ def test_a_night_with_another_tokenizer_or_end_of_answers_trains(
     assert reason_to_skip(folder, model=str(base)) is None
 
 
+@needs_rooms("replay")
 def test_the_conditions_hold_the_ancestors_examples_the_device_and_the_packages(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,6 +370,7 @@ def copied(folder: Path, to: Path) -> Path:
     return to
 
 
+@needs_rooms("approval")
 @pytest.mark.slow("trains and judges two runs")
 def test_a_version_that_waits_for_a_person_is_not_trained_again(asked: Path, tmp_path) -> None:
     folder = copied(asked, tmp_path)
@@ -377,6 +380,7 @@ def test_a_version_that_waits_for_a_person_is_not_trained_again(asked: Path, tmp
     assert skip.reason.endswith(", on the same data, waits for approval")
 
 
+@needs_rooms("approval")
 @pytest.mark.slow("trains and judges two runs")
 def test_a_declined_night_names_who_said_no_and_why(asked: Path, tmp_path: Path) -> None:
     folder = copied(asked, tmp_path)
@@ -384,11 +388,12 @@ def test_a_declined_night_names_who_said_no_and_why(asked: Path, tmp_path: Path)
         None,
         history(folder / "registry", NAME)[0]["version"],
     }
+    decline = load("nested_core.rooms.approval.answers:decline")
     decline(folder / "registry", NAME, str(version), by="bob", reason="too curt")
     skip = skip_of(folder, "again", iters=24)
     assert (skip.outcome, skip.version) == (Outcome.SKIPPED_HOPELESS, version)
-    assert skip.reason.startswith("declined on ")
-    assert skip.reason.endswith(" by bob: too curt")
+    assert skip.reason.startswith("declined already, on ")
+    assert " by bob: too curt. Nobody is asked again until data or settings" in skip.reason
 
 
 @pytest.mark.slow("trains and judges")

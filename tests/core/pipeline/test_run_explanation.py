@@ -85,13 +85,13 @@ def test_each_subject_is_said_in_words(explanation: RunExplanation) -> None:
 
 def test_what_the_registrys_policy_tightens_is_said(tmp_path: Path) -> None:
     registry = {"path": str(tmp_path), "name": "capitals", "promote": "always"}
-    changes = {"promote": "approve", "max_val_loss_increase": 0.01}
+    changes = {"promote": "better", "max_val_loss_increase": 0.01}
     set_policy(tmp_path, "capitals", by="ann", changes=changes)
     said = explain_run(example_config(registry=registry), measures_speed=False).describe()
     assert "unless the rise is certainly within 1.00% or 0.01" in said["gate"]
     assert said["registry"].endswith(
         "But the policy of capitals: gate.max_val_loss_increase is 0.01, not 0.02. "
-        "But the policy of capitals: promote: approve counts beside this run's always."
+        "But the policy of capitals: promote: better counts beside this run's always."
     )
 
 

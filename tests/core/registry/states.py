@@ -6,12 +6,15 @@ import hashlib
 import json
 import os
 import shutil
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from nested_core.registry import audit, read_champion
+from nested_core.config.sections import RegistrySection
+from nested_core.registry import audit, collect_garbage, read_champion
 from nested_core.registry.history_views import make_views, read_view
 from nested_core.registry.ledger import read_ledger
+from nested_core.registry.policy import set_policy
 from nested_core.registry.promotion_policy import promote_missed_versions
 
 NAME = "capitals"
@@ -21,6 +24,29 @@ def missed(registry: Path) -> dict[str, str]:
     """What `reconcile` decides, in its sentences."""
     decisions = promote_missed_versions(registry, NAME)
     return {version: decision.sentence for version, decision in decisions.items()}
+
+
+def set_keys(registry: Path, **changes: Any) -> None:
+    set_policy(registry, NAME, by="ann", changes=changes)
+
+
+def section(registry: Path, mode: str) -> RegistrySection:
+    return RegistrySection.model_validate({"path": str(registry), "name": NAME, "promote": mode})
+
+
+def clock_at(time: datetime) -> type[datetime]:
+    """A clock that stands still."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return time
+
+    return Clock
+
+
+def collected(registry: Path, keep: int) -> set[str]:
+    return set(collect_garbage(registry, NAME, by="ann", keep=keep).collected)
 
 
 def last_line(registry: Path) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from nested_core.registry import (
 )
 from nested_core.registry.policy import set_policy
 from nested_core.registry.promotion_policy import (
-    approve,
     compare_losses,
     promote_by_policy,
     promote_by_recorded_policy,
@@ -157,11 +156,10 @@ def test_of_two_that_were_missed_the_later_is_promoted_though_its_clock_was_behi
 
 
 def test_reconcile_leaves_what_its_policy_leaves(add: Add, registry: Path) -> None:
-    versions = {policy: add(seed, None, policy) for seed, policy in enumerate(("never", "approve"))}
+    never = add(1, None, "never")
     unknown = add(9, None, None)
     outcomes = missed(registry)
-    assert outcomes[versions["never"]] == "registry.promote is never"
-    assert outcomes[versions["approve"]].startswith("waiting for approval")
+    assert outcomes[never] == "registry.promote is never"
     assert outcomes[unknown] == "its provenance records no policy"
     assert read_champion(registry, NAME) is None
 
@@ -270,13 +268,8 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, step: str, act: Callable[[], obje
     monkeypatch.setattr(promotion_policy, step, after)
 
 
-def approve_first(registry: Path, version: str) -> Any:
-    return approve(registry, NAME, version, by="ann", expected_champion=None).sentence
-
-
-@pytest.mark.parametrize("decide", [late, approve_first])
 def test_a_policy_that_is_set_between_the_decision_and_the_promotion_is_obeyed(
-    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch, decide: Callable[..., Any]
+    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = add(1)
 
@@ -284,7 +277,7 @@ def test_a_policy_that_is_set_between_the_decision_and_the_promotion_is_obeyed(
         set_policy(registry, NAME, by="admin", changes={"promote": "never"})
 
     meanwhile(monkeypatch, "promote", act)
-    assert decide(registry, version) == f"the policy of {NAME} is never"
+    assert late(registry, version) == f"the policy of {NAME} is never"
     assert read_champion(registry, NAME) is None
 
 

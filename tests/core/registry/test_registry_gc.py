@@ -14,7 +14,6 @@ from nested_core.registry import (
     audit,
     audit_report,
     collect_garbage,
-    decline,
     garbage_collection,
     history,
     history_views,
@@ -27,7 +26,7 @@ from nested_core.registry import (
     rollback,
 )
 from nested_core.registry.versions import inspect_version
-from tests.core.registry.states import NAME, assert_settled
+from tests.core.registry.states import NAME, assert_settled, clock_at, collected
 
 pytestmark = pytest.mark.usefixtures("no_time_to_decide")
 
@@ -39,21 +38,6 @@ def five(add, registry) -> list[str]:
     for version in versions[:3]:
         promote(registry, NAME, version, by="ann")
     return versions
-
-
-def clock_at(time: datetime) -> type[datetime]:
-    """A clock that stands still."""
-
-    class Clock(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            return time
-
-    return Clock
-
-
-def collected(registry: Path, keep: int) -> set[str]:
-    return set(collect_garbage(registry, NAME, by="ann", keep=keep).collected)
 
 
 def test_champion_and_what_a_rollback_goes_to_are_never_removed(five, registry):
@@ -300,22 +284,6 @@ class TestTimeToDecide:
         assert first not in list_versions(registry, NAME)
         assert register(tmp_path / "run-1", registry, NAME, {}) == first
         assert first not in collected(registry, 0)
-
-    @pytest.mark.parametrize(
-        ("days", "mode", "is_declined", "is_kept"),
-        [(6, "approve", False, True), (8, "approve", False, False), (6, "better", False, False)]
-        + [(6, "approve", True, False)],
-    )
-    def test_one_that_waits_for_approval_is_kept_as_long_as_the_question(
-        self, five, registry, make_run, monkeypatch, days, mode, is_declined, is_kept
-    ):
-        section = {"path": "x", "name": NAME, "promote": mode}
-        version = register(make_run(8), registry, NAME, {"config": {"registry": section}})
-        if is_declined:
-            decline(registry, NAME, version, by="bob")
-        now = datetime.now(UTC) + timedelta(days=days)
-        monkeypatch.setattr(garbage_collection, "datetime", clock_at(now))
-        assert (version not in collected(registry, 0)) == is_kept
 
     def test_one_that_was_champion_since_it_was_registered_is_not_new(self, five, registry):
         promote(registry, NAME, five[3], by="ann")

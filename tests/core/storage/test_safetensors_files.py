@@ -43,9 +43,7 @@ def test_hostile_headers_are_refused_within_a_second_and_100_mb_each(tmp_path: P
         ("adapter.PKL", "a pickle runs code"),
     ],
 )
-def test_other_formats_are_refused_by_name_with_the_reason(
-    tmp_path: Path, name: str, reason: str
-) -> None:
+def test_other_formats_are_refused_by_name_with_the_reason(tmp_path, name, reason) -> None:
     (tmp_path / name).write_bytes(b"\x80\x04N.")
     (tmp_path / "adapter_config.json").write_text("{}")
     for path in (tmp_path, tmp_path / name):
@@ -64,9 +62,7 @@ def test_other_formats_are_refused_by_name_with_the_reason(
         ("a", {"code": "import os"}, "a has keys that the format does not know|unknown field"),
     ],
 )
-def test_a_header_of_hostile_names_or_keys_is_damage(
-    tmp_path: Path, name: str, more: dict[str, str], wrong: str
-) -> None:
+def test_a_header_of_hostile_names_or_keys_is_damage(tmp_path, name, more, wrong) -> None:
     entry = {"dtype": "F32", "shape": [1], "data_offsets": (0, 4)} | more
     header = json.dumps({name: entry}).encode()
     path = tmp_path / "adapters.safetensors"

@@ -94,9 +94,7 @@ def test_each_client_gets_the_losses_then_the_verdict_and_the_page_in_the_same_r
 
 
 @pytest.mark.slow("imports mlflow and makes its database")
-def test_mlflow_itself_has_the_losses_the_verdict_and_the_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mlflow_itself_has_the_losses_the_verdict_and_the_files(tmp_path, monkeypatch) -> None:
     from mlflow import MlflowClient
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -234,9 +232,7 @@ def test_what_a_service_lacked_and_was_sent_anew_by_a_resumed_training_is_not_sa
     assert read_json_object(run.report_to) == missing | {"missing_from": {}}
 
 
-def test_a_full_disk_at_the_end_is_no_error_of_a_run_that_is_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_at_the_end_is_no_error_of_a_run_that_is_done(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "trackio", Client("trackio", []))
     run = RunDirectory(tmp_path)
     write_json(run.result, {})

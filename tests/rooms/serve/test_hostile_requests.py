@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.rooms.serve.hostile_requests import ask_over_two_swaps
 
 
 @pytest.mark.slow("sixty requests over two swaps")
-def test_no_request_harms_the_server_or_another_answer_over_two_swaps(
-    registry: Path, runs: dict[int, Path]
-) -> None:
+def test_no_request_harms_the_server_or_another_answer_over_two_swaps(registry, runs) -> None:
     asked = ask_over_two_swaps(registry, runs, count=60)
     assert asked.statuses[200] > 0
     assert asked.statuses[400] > 0

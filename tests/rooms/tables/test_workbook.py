@@ -89,18 +89,14 @@ def test_a_zip_that_is_no_workbook_is_refused(tmp_path: Path) -> None:
     assert "the workbook cannot be read" in refusal_of(path)
 
 
-def test_one_that_unpacks_to_too_much_is_refused_before_it_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_unpacks_to_too_much_is_refused_before_it_is_read(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(workbook, "MAX_UNPACKED_BYTES", 100_000)
     path = write_workbook(tmp_path / "a.xlsx", (HEADER, ("a" * 200_000, "b")))
     assert path.stat().st_size < 10_000
     assert "it unpacks to more than 100,000 bytes" in refusal_of(path)
 
 
-def test_sizes_that_the_package_lies_about_are_not_believed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sizes_that_the_package_lies_about_are_not_believed(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(workbook, "MAX_UNPACKED_BYTES", 100_000)
     path = write_workbook(tmp_path / "a.xlsx", (HEADER, ("a" * 200_000, "b")))
     content = bytearray(path.read_bytes())

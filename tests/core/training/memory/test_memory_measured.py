@@ -118,9 +118,7 @@ def test_the_prediction_for_cuda_is_within_a_twentieth_of_what_an_h200_took(
 
 
 @pytest.mark.parametrize(("rows", "width"), H200_WIDTHS)
-def test_it_is_within_a_tenth_for_widths_at_which_attention_is_padded(
-    rows: int, width: int
-) -> None:
+def test_it_is_within_a_tenth_for_widths_at_which_attention_is_padded(rows, width) -> None:
     found = predicted_for_cuda("3B", rows, 8, length=width)
     assert found == pytest.approx(H200_WIDTHS[rows, width], rel=0.1)
 

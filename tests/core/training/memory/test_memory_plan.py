@@ -234,11 +234,7 @@ def test_what_our_kernels_alone_make_is_forecast_where_they_are_used(
     ],
 )
 def test_freed_buffers_of_large_models_on_cuda_are_kept_up_to_a_steps_need(
-    operations: str | None,
-    threshold: int,
-    has_cuda: bool,
-    limits: list[int],
-    monkeypatch: pytest.MonkeyPatch,
+    operations, threshold, has_cuda, limits, monkeypatch
 ) -> None:
     found: list[int] = []
     monkeypatch.setattr(mx, "set_cache_limit", found.append)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.dataset_loading import load_run_data
@@ -18,14 +19,15 @@ from nested_core.data.example_digests import digest_examples
 from nested_core.data.example_rows import read_split_rows
 from nested_core.errors import ConfigError, DamagedError, TrainingStopped
 from nested_core.pipeline import steps
+from nested_core.pipeline.preflight import check_before_start
 from nested_core.pipeline.publishing import make_provenance
-from nested_core.pipeline.replay import describe_replay, require_same_start
 from nested_core.pipeline.run_explanation import explain_run
-from nested_core.records.replay import ReplayRecord, read_replay
 from nested_core.registry import promote, register
 from nested_core.registry.data_store import RunExamples
 from nested_core.registry.registration import read_passed_run
 from nested_core.report.run_report import read_report
+from nested_core.rooms.replay.replay_record import ReplayRecord, read_replay
+from nested_core.rooms.replay.replayed_run import ReplayOfRun
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.registry.conftest import write_run
 from tests.example import (
@@ -138,7 +140,7 @@ def test_a_source_that_is_gone_is_said_and_the_run_goes_on_with_the_rest(
     run, record = choose(config, folder / "run")
     assert [source.examples for source in record.sources] == [0, 4]
     expected = {"missing": "gone: there is no such file or folder", "empty": "no training example"}
-    assert expected[what] in describe_replay(config, run)[-1]
+    assert expected[what] in ReplayOfRun(config, run).describe()[-1]
     refused = configure(folder, "gone", "old.jsonl", replay={"missing": "error"})
     with pytest.raises(ConfigError, match="replay.missing is error:\n .*gone: .*\nBring it back"):
         choose(refused, folder / "refused")
@@ -297,7 +299,7 @@ def test_a_lineage_that_gc_cut_short_is_said_and_is_no_error(tmp_path: Path) -> 
     config = from_champion(tmp_path, replay={"missing": "error"})
     run, record = choose(config, tmp_path / "run")
     assert (record.start, record.removed, len(record.sources)) == (second, first, 1)
-    assert describe_replay(config, run)[-1] == (
+    assert ReplayOfRun(config, run).describe()[-1] == (
         f"replay: version {first[:12]} was removed from the registry: what it and its ancestors "
         f"were trained on is not replayed"
     )
@@ -306,7 +308,7 @@ def test_a_lineage_that_gc_cut_short_is_said_and_is_no_error(tmp_path: Path) -> 
 def test_before_the_first_champion_nothing_is_replayed_and_it_is_said(folder: Path) -> None:
     config = from_champion(folder, iters=4)
     run = prepare(config, folder / "run")
-    assert describe_replay(config, run) == ["replay: there is no earlier data to replay"]
+    assert ReplayOfRun(config, run).describe() == ["replay: there is no earlier data to replay"]
     done = train(config, run)
     assert not any("replayed_tokens" in each for each in done.metrics())
 
@@ -316,9 +318,9 @@ def test_another_champion_than_replay_was_chosen_for_is_refused(folder: Path) ->
     run, _ = choose(config, folder / "run")
     version = add_version(folder, FRESH, night(folder, 0))
     with pytest.raises(ConfigError, match=f"none before, version {version[:12]} now.*--resume"):
-        require_same_start(config, run, version)
+        ReplayOfRun(config, run).require_same_start(version)
     steps.validate(config, run)  # as --resume does
-    require_same_start(config, run, version)
+    ReplayOfRun(config, run).require_same_start(version)
 
 
 def test_what_cannot_go_together_is_refused_before_a_run() -> None:
@@ -408,4 +410,25 @@ def test_without_replay_nothing_of_it_is_in_a_run(folder: Path) -> None:
     run = prepare(config, folder / "run")
     assert not run.replay.exists()
     assert set(load_run_data(config, run)[1]) == {"train", "valid"}
-    assert describe_replay(config, run) == []
+    assert steps.describe_earlier_examples(config, run) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        (
+            "continual.replay",
+            {"continual": {"replay": {"fraction": 0.3, "sources": ["old.jsonl"]}}},
+        ),
+        ("gate.max_ancestor_loss_increase", {"gate": {"max_ancestor_loss_increase": 0.1}}),
+    ],
+)
+def test_without_the_room_a_key_of_it_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, changes: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(seams, "is_there", lambda room: room != "replay")
+    run = RunDirectory(tmp_path / "run")
+    refusal = f"`{key}` belongs to the room replay, which is not installed here"
+    with pytest.raises(ConfigError, match=refusal):
+        check_before_start(example_config(**changes), run)
+    assert not run.path.exists()

@@ -20,8 +20,8 @@ from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.example_rows import RowKeys, read_split_rows
 from nested_core.data.held_out_rows import as_test_set_alone
-from nested_core.data.replay_draws import Weighting, choose_rows
-from nested_core.records.replay import (
+from nested_core.rooms.replay.replay_draws import Weighting, choose_rows
+from nested_core.rooms.replay.replay_record import (
     MAX_NAMED_PROMPTS,
     MAX_SHOWN_CHARACTERS,
     ReplaySource,
@@ -72,7 +72,7 @@ def read_new_data(config: FineTuneConfig) -> NewData:
 
 
 def read_held_out_file(config: FineTuneConfig) -> Sequence[Row]:
-    """The rows of the file that `gate.held_out` names; none where it names a split, or is gone."""
+    """The rows of the file that `gate.held_out` names; none if it names a split, or is gone."""
     path = Path(config.gate.held_out)
     if config.gate.held_out in SPLITS_BY_HELD_OUT_CHOICE or not path.is_file():
         return []
@@ -83,7 +83,7 @@ def read_held_out_file(config: FineTuneConfig) -> Sequence[Row]:
 
 @dataclass(frozen=True)
 class EarlierData:
-    """A data set of an earlier night: its rows, or why there are none.
+    """A data set of an earlier night: its rows, or why it has no rows.
 
     version, file, problem: as `ReplaySource` has them.
     train: what may be replayed; held_out: its valid and test sets, and the file of the gate.

@@ -21,7 +21,7 @@ from prefect.states import Cancelled, Scheduled, State
 
 from flows.flow_runs.nights import tell_night
 from nested_core.records.outcome_names import Outcome
-from nested_core.report.approval import Approval
+from nested_core.rooms.approval.page import Approval
 from nested_core.text.digest_format import shorten_digest
 from tasks.artifact_client import publish_page
 from tasks.prefect_server import flow_runs_in, set_run_state, tolerating_server_outage

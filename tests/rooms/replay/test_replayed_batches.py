@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from benchmarks.padding import skewed_lengths
 from nested_core.data.batches import BatchOrder
-from nested_core.data.replay_draws import Weighting, choose_rows, draw_rows
-from nested_core.data.replayed_batches import ReplayedBatchOrder, ReplayedRows
+from nested_core.rooms.replay.replay_draws import Weighting, choose_rows, draw_rows
+from nested_core.rooms.replay.replayed_batches import ReplayedBatchOrder, ReplayedRows
 
 lengths_lists = st.lists(st.integers(1, 300), min_size=1, max_size=50)
 fractions = st.sampled_from([0.01, 0.05, 0.1, 0.25, 0.3, 0.5, 0.9])
@@ -46,9 +46,7 @@ def test_each_batch_is_full_and_has_the_replayed_rows_of_its_position(
 
 @settings(max_examples=40)
 @given(lengths_lists, lengths_lists, st.integers(1, 9), fractions)
-def test_each_new_row_is_used_once_an_epoch(
-    new: list[int], replayed: list[int], batch_size: int, fraction: float
-) -> None:
+def test_each_new_row_is_used_once_an_epoch(new, replayed, batch_size, fraction) -> None:
     order = make_order(new, replayed, batch_size, fraction)
     rows = np.concatenate([order.batch(index).rows for index in range(order.count_batches(3))])
     used = rows[rows < len(new)]
@@ -59,9 +57,7 @@ def test_each_new_row_is_used_once_an_epoch(
 
 @settings(max_examples=40)
 @given(lengths_lists, lengths_lists, st.integers(1, 9), fractions)
-def test_replayed_rows_come_equally_often(
-    new: list[int], replayed: list[int], batch_size: int, fraction: float
-) -> None:
+def test_replayed_rows_come_equally_often(new, replayed, batch_size, fraction) -> None:
     order = make_order(new, replayed, batch_size, fraction)
     batches = order.count_batches(2)
     rows = np.concatenate([order.batch(index).rows for index in range(batches)])

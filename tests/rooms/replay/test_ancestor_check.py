@@ -15,9 +15,6 @@ import pytest
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
-from nested_core.measure.losses import ancestor_examples
-from nested_core.measure.losses.ancestor_examples import AncestorExamples, choose_ancestor_examples
-from nested_core.measure.losses.loss_figures import ancestor_reasons, summarise_ancestors
 from nested_core.records.losses import ExampleLosses
 from nested_core.records.verdict import AncestorLoss, Verdict
 from nested_core.records.verdict_file import read_verdict
@@ -26,6 +23,9 @@ from nested_core.registry import collect_garbage, promote, register
 from nested_core.registry.data_store import RunExamples, StoredRow
 from nested_core.report.generations import tabulate_generations
 from nested_core.report.run_report import read_report
+from nested_core.rooms.replay import ancestor_examples
+from nested_core.rooms.replay.ancestor_check import ancestor_reasons, summarise_ancestors
+from nested_core.rooms.replay.ancestor_examples import AncestorExamples, choose_ancestor_examples
 from nested_core.storage.adapter import write_adapter
 from nested_core.text.digest_format import shorten_digest
 from tests.builders.candidates import Arrays, Candidate
@@ -185,9 +185,7 @@ def few_ancestors(rows: Sequence[int], rise: float) -> list[AncestorLoss]:
         ((4, 9), None, 4),
     ],
 )
-def test_ancestors_with_too_few_rows_are_judged_together(
-    rows: Sequence[int], joined: tuple[str, ...] | None, examples: int
-) -> None:
+def test_ancestors_with_too_few_rows_are_judged_together(rows, joined, examples) -> None:
     lost, kept = few_ancestors(rows, 0.5), few_ancestors(rows, 0.0)
     bounds = GateSection(max_ancestor_loss_increase=0.1)
     assert not list(ancestor_reasons(kept, bounds))
@@ -202,9 +200,7 @@ def test_ancestors_with_too_few_rows_are_judged_together(
         assert f"what each of {len(joined)} joined versions was judged by" in reasons[-1].message
 
 
-def test_superseded_repeated_and_trained_rows_are_not_judged_by_and_are_counted(
-    night: Night,
-) -> None:
+def test_superseded_repeated_and_trained_rows_are_not_judged_by_and_are_counted(night) -> None:
     known = rows_of("train")
     corrected = [
         {"messages": [row["messages"][0], {"role": "assistant", "content": "Stay at home."}]}
@@ -230,9 +226,7 @@ def test_superseded_repeated_and_trained_rows_are_not_judged_by_and_are_counted(
         ),
     ],
 )
-def test_why_nothing_of_an_ancestor_is_left_is_said(
-    night: Night, held_out: list[Row] | None, message: str
-) -> None:
+def test_why_nothing_of_an_ancestor_is_left_is_said(night, held_out, message) -> None:
     version = night.meet(held_out)
     (left,) = choose_ancestor_examples(night.config, night.registry, NAME, version)
     assert (left.rows, left.problem) == ((), message)
@@ -273,9 +267,7 @@ def test_newer_nights_supersede_and_repeat_what_older_ones_held_out(night: Night
     assert (oldest.superseded, oldest.repeated) == (1, 2)
 
 
-def test_of_many_examples_each_night_draws_the_same(
-    night: Night, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_many_examples_each_night_draws_the_same(night, monkeypatch) -> None:
     monkeypatch.setattr(ancestor_examples, "MAX_ROWS_PER_ANCESTOR", 4)
     drawn = []
     for scale, rows in ((0.997, ATLANTIS), (0.998, ATLANTIS[::-1])):

@@ -25,8 +25,8 @@ from nested_core.data.batches import (
     round_up_widths,
     widen_to_fast_widths,
 )
-from nested_core.data.replay_draws import Weighting, draw_rows
-from nested_core.data.tokens.tokenized_split import Int32, Int64
+from nested_core.data.tokens.tokenized_split import Bool, Int32, Int64, TokenizedSplit
+from nested_core.rooms.replay.replay_draws import Weighting, draw_rows
 
 MAX_DENOMINATOR = 1_000_000  # of the fraction as a ratio of whole numbers: 0.1 is one in ten
 Count = TypeVar("Count", int, Int64)
@@ -47,6 +47,37 @@ class ReplayedRows:
     rows: tuple[int, ...]
     weighting: Weighting
     fraction: float
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedSplits:
+    """New and replayed examples under one numbering: the new ones first."""
+
+    new: TokenizedSplit
+    replayed: TokenizedSplit
+
+    def example(self, index: int) -> Int32:
+        """The tokens of one example, int32 [length], as a view."""
+        split, row = self._find(index)
+        return split.example(row)
+
+    def example_mask(self, index: int) -> Bool:
+        """The target mask of one example, bool [length], as a view."""
+        split, row = self._find(index)
+        return split.example_mask(row)
+
+    def _find(self, index: int) -> tuple[TokenizedSplit, int]:
+        later = index - len(self.new)
+        return (self.new, index) if later < 0 else (self.replayed, later)
+
+    def count_supervised(self) -> Int64:
+        """Tokens of each example that the loss counts, int64 [n]."""
+        return np.concatenate([self.new.count_supervised(), self.replayed.count_supervised()])
+
+    def release_pages(self) -> None:
+        """Release the memory pages of the mapped files, so that none stay in this process."""
+        self.new.release_pages()
+        self.replayed.release_pages()
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,7 @@
-"""What a run replays: read from earlier data before training, and written to the run directory.
+"""Earlier data that a run may replay, read before training.
 
-Of a version the registry's data store gives the examples; where it has none, the files that the
-version was trained on do, if they are still what they were. A run that was set up reads replay.json
-and replay.jsonl alone: it goes on without its sources.
+The registry's data store gives a version's examples. If it has lost them, the files that the
+version was trained on do, if they are still what they were.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from glob import glob
-from hashlib import sha256
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +17,16 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.example_rows import SplitRows, read_split_rows
 from nested_core.data.held_out_rows import digest_held_out_file
-from nested_core.data.replayed_examples import (
-    EarlierData,
-    choose_replayed_examples,
-    read_held_out_file,
-    read_new_data,
-)
 from nested_core.errors import ConfigError, DatasetError, shorten
-from nested_core.records.replay import ReplayRecord, read_replay
 from nested_core.registry.data_store import read_lineage, read_stored_data
 from nested_core.registry.folders import name_exists
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.registry.queries import holding_champion
 from nested_core.registry.versions import read_provenance, version_folder
-from nested_core.storage.atomic import remove_file, write_bytes, write_json
-from nested_core.storage.run_directory import RunDirectory
-from nested_core.text.digest_format import shorten_digest
+from nested_core.rooms.replay.replayed_examples import (
+    EarlierData,
+    read_held_out_file,
+)
 
 HELD_OUT_SPLITS = SPLITS[1:]
 MAX_REASON_CHARACTERS = 200
@@ -43,75 +34,7 @@ Splits = dict[str, SplitRows]
 Row = dict[str, Any]
 
 
-def prepare_replay(config: FineTuneConfig, run: RunDirectory) -> None:
-    """Choose what the run replays, and write it, unless the run was set up before.
-
-    Raises ConfigError where a source is missing or has changed, under `replay.missing: error`.
-    """
-    if run.initial.exists() and run.tiers.exists():
-        return
-    for written in (run.replay, run.replayed_rows):
-        remove_file(written)
-    replay = config.continual.replay
-    if not replay.fraction:
-        return
-    new = read_new_data(config)
-    batches = config.iters
-    if config.training.epochs is not None:
-        rows = config.training.epochs * new.rows
-        batches = ceil(rows / (config.batch_size * (1 - replay.fraction))) + 1
-    lineage = _read_lineage(config)
-    earlier = lineage.data if replay.is_lineage else _read_files(config)
-    chosen = choose_replayed_examples(
-        new,
-        earlier,
-        draws=int(batches * config.batch_size * replay.fraction),
-        weighting=replay.weighting,
-        max_generations=replay.max_generations,
-        seed=config.seed,
-    )
-    content = b"".join(chosen.lines)
-    record = ReplayRecord(
-        fraction=replay.fraction,
-        weighting=replay.weighting,
-        start=lineage.champion,
-        removed=lineage.removed,
-        sources=chosen.sources,
-        rows_sha256=sha256(content).hexdigest(),
-        dropped=tuple(content.hex() for content in chosen.dropped),
-    )
-    if replay.missing == "error" and (problems := record.problems()):
-        raise ConfigError(
-            "continual.replay: not all earlier data is there, and replay.missing is error:\n"
-            + "\n".join(f"  {problem}" for problem in problems)
-            + "\nBring it back, name other sources, or let missing be warn: the run goes on "
-            "with the rest then."
-        )
-    write_bytes(run.replayed_rows, content)
-    write_json(run.replay, record.model_dump(mode="json"))
-
-
-def describe_replay(config: FineTuneConfig, run: RunDirectory) -> list[str]:
-    """Sentences on what the run replays; none without replay."""
-    return list(read_replay(run.replay).describe()) if config.continual.replay.fraction else []
-
-
-def require_same_start(config: FineTuneConfig, run: RunDirectory, champion: str | None) -> None:
-    """Raise ConfigError if another version than the one that replay was chosen for is champion."""
-    replay = config.continual.replay
-    if not replay.fraction or not replay.is_lineage:
-        return
-    chosen_for = read_replay(run.replay).start
-    if champion != chosen_for:
-        names = [each and f"version {shorten_digest(each)}" for each in (chosen_for, champion)]
-        raise ConfigError(
-            f"continual.replay: {config.registry.name} got another champion while the data was "
-            f"read: {names[0] or 'none'} before, {names[1] or 'none'} now. Start the run again "
-            f"with --resume: it begins from today's."
-        )
-
-
-def _read_files(config: FineTuneConfig) -> list[EarlierData]:
+def read_files(config: FineTuneConfig) -> list[EarlierData]:
     """The data sets that `replay.sources` names, the newest first."""
     settings = DataSettings.from_config(config)
     earlier = []
@@ -141,7 +64,7 @@ def _held_out_rows(splits: Splits) -> list[Row]:
 
 
 @dataclass(frozen=True)
-class _Lineage:
+class Lineage:
     """A champion and its ancestors: what they were trained on, newest first."""
 
     champion: str | None = None
@@ -149,20 +72,20 @@ class _Lineage:
     removed: str | None = None
 
 
-def _read_lineage(config: FineTuneConfig) -> _Lineage:
+def read_champions_lineage(config: FineTuneConfig) -> Lineage:
     """The lineage that a run goes on from; empty without a champion, and where files are named."""
     if not config.continual.replay.is_lineage:
-        return _Lineage()
+        return Lineage()
     registry, name = registry_location(config.registry)
     if not name_exists(registry, name):
-        return _Lineage()
+        return Lineage()
     with holding_champion(registry, name) as champion:  # no gc removes a version meanwhile
         versions = [] if champion is None else read_lineage(registry, name, champion)
         is_there = [version_folder(registry, name, version).is_dir() for version in versions]
         known = [version for version, there in zip(versions, is_there, strict=True) if there]
         removed = versions[-1] if known != versions else None
         data = [_read_version(registry, name, version) for version in known]
-    return _Lineage(champion, data, removed)
+    return Lineage(champion, data, removed)
 
 
 def _read_version(registry: Path, name: str, version: str) -> EarlierData:
