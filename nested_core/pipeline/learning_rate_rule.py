@@ -9,11 +9,9 @@ at which 72 runs diverged, 0.096. mlx_lm.lora's defaults (8 x 20 x 1e-5) give 0.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.models.base_model import MAX_CONFIG_BYTES
-from nested_core.storage.untrusted_files import read_json
+from nested_core.models.base_model import read_model_config
 
 BEST_PRODUCTS = (0.01, 0.03)
 USABLE_PRODUCTS = (0.003, 0.05)
@@ -35,8 +33,9 @@ def suggest_learning_rate(alpha: float, base: Path, *, continues: bool = False) 
         continues: whether training goes on from an adapter that was trained before.
     """
     product = USUAL_PRODUCT
-    config: Any = read_json(base / "config.json", MAX_CONFIG_BYTES, follow_links=True)
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    config = read_model_config(base)
+    section = config.get("text_config")
+    text = section if isinstance(section, dict) else config
     width = text.get("hidden_size")
     if isinstance(width, int) and width > REFERENCE_WIDTH:
         power = POWERS_OF_WIDTH.get(str(text.get("model_type")), POWER_OF_OTHERS)
