@@ -6,7 +6,8 @@ A message is one paragraph: what is wrong, where, what was expected and what to 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -161,6 +162,20 @@ class DamagedError(NestedTuneError):
 
 class MissingFileError(DamagedError):
     """A file that belongs to an adapter, a checkpoint or a registry and is not there."""
+
+
+@contextmanager
+def naming_damaged_file(
+    file: object, remedy: str = "", advice: Advice | None = None
+) -> Iterator[None]:
+    """Raise DamagedError, with the file and its first problem, for what pydantic refuses inside."""
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except ValidationError as error:
+        message = f"{file}: {describe_first_problem(error)}. {remedy}".rstrip()
+        raise DamagedError(message, advice=advice) from error
 
 
 class DirectoryInsteadOfFileError(DamagedError, IsADirectoryError):

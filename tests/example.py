@@ -23,7 +23,7 @@ from nested_core.records.result import TrainResult
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.reports.reporting_services import TrainingCallback
+from nested_core.training.reports.training_callback import TrainingCallback
 from nested_core.training.trainer import Trainer
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

@@ -13,15 +13,14 @@ from pathlib import Path
 
 import polars as pl
 
+from nested_core import seams
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.lines.example_parsing import TEMPLATED_FORMATS, UNTEMPLATED_FORMATS
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.rules.file_rules import FILE_RULES, ROW_COUNT_RULES
 from nested_core.data.rules.line_rules import (
     LINE_RULES,
-    SENSITIVE_DATA_RULES,
     make_held_out_rules,
-    make_near_duplicate_rules,
 )
 from nested_core.data.rules.related_lines import add_dropped_lines, describe_dropped
 from nested_core.data.rules.split_statistics import (
@@ -115,14 +114,16 @@ def _apply_line_rules(tables: Tables, settings: DataSettings, findings: Findings
         if settings.policy.roles == "template":  # then no rule has roles to judge
             frame = frame.with_columns(roles=pl.lit(None, frame.schema["roles"]))
         LINE_RULES.add_findings(frame, findings)
-        SENSITIVE_DATA_RULES.add_findings(frame.filter(pl.col("sensitive") != 0), findings)
+        for part in seams.load_all("sensitive_data"):
+            part.rules.add_findings(frame.filter(pl.col("sensitive") != 0), findings)
     # Nothing is dropped from a held-out set, so under `drop` there is only something to know.
     severity: Severity = "error" if settings.policy.leakage == "error" else "warning"
     make_held_out_rules(severity).add_findings(tables["test"].frame, findings)
     near_severity: Severity = "error" if settings.policy.near_duplicates == "error" else "warning"
-    for table in tables.values():
-        if "near" in table.frame.columns:
-            make_near_duplicate_rules(near_severity).add_findings(table.frame, findings)
+    for part in seams.load_all("near_duplicates"):
+        for table in tables.values():
+            if "near" in table.frame.columns:
+                part.make_rules(near_severity).add_findings(table.frame, findings)
 
 
 def _apply_file_rules(

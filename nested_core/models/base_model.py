@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +17,7 @@ from nested_core.config.names import HUB_NAME_PATTERN
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError, shorten
 from nested_core.storage.atomic import canonical_json
 from nested_core.storage.kept_hashes import cached_sha256
-from nested_core.storage.untrusted_files import read_json, read_regular
+from nested_core.storage.untrusted_files import read_json_object, read_regular
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -67,14 +68,17 @@ def require_folder_or_hub_name(model: str) -> None:
     )
 
 
+def read_model_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """The fields of a model's JSON file; DamagedError where it is missing or holds no object."""
+    return read_json_object(folder / name, MAX_CONFIG_BYTES, follow_links=True)
+
+
 def estimate_weight_count(folder: Path) -> int:
     """About how many weights are in a model's folder, from file sizes and config.json's bits."""
     files = [path for path in folder.glob("*.safetensors") if path.is_file()]
-    try:
-        config = read_json(folder / "config.json", MAX_CONFIG_BYTES, follow_links=True)
-    except (DamagedError, OSError):
-        config = None  # loading the model reports what is wrong with the folder
-    quantization = config.get("quantization") if isinstance(config, dict) else None
+    quantization = None
+    with suppress(DamagedError, OSError):  # loading the model reports what is wrong with the folder
+        quantization = read_model_config(folder).get("quantization")
     bits = quantization.get("bits") if isinstance(quantization, dict) else None
     if not isinstance(bits, int) or bits <= 0:
         bits = 16
@@ -160,8 +164,8 @@ def count_embedding_rows(model: nn.Module) -> int | None:
 
 
 def _read_size(folder: Path, key: str) -> int | None:
-    config = read_json(folder / "config.json", MAX_CONFIG_BYTES, follow_links=True)
-    for section in (config, config.get("text_config") if isinstance(config, dict) else None):
+    config = read_model_config(folder)
+    for section in (config, config.get("text_config")):
         size = section.get(key) if isinstance(section, dict) else None
         if isinstance(size, int) and not isinstance(size, bool) and size > 0:
             return size
@@ -189,7 +193,7 @@ def chat_template_digest(folder: Path) -> str | None:
     template: Any = None
     config = folder / "tokenizer_config.json"
     if config.is_file():
-        template = read_json(config, MAX_CONFIG_BYTES, follow_links=True).get("chat_template")
+        template = read_model_config(folder, config.name).get("chat_template")
     file = folder / "chat_template.jinja"
     if file.is_file():
         template = read_regular(file, MAX_CONFIG_BYTES, follow_links=True).decode()

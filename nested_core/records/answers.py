@@ -12,9 +12,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from nested_core.errors import DamagedError
+from nested_core.errors import naming_damaged_file
 from nested_core.storage.atomic import canonical_json, write_bytes
 from nested_core.storage.untrusted_files import read_regular
 
@@ -78,14 +78,9 @@ def write_answers(path: Path, records: Iterable[AnswerRecord]) -> None:
 
 def read_answers(path: Path) -> Sequence[AnswerRecord]:
     """Read answers.jsonl; DamagedError if it is not what the gate wrote."""
-    try:
-        return [
-            _RECORD_VALIDATOR.validate_json(line, strict=True)
-            for line in BytesIO(read_regular(path))
-        ]
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise DamagedError(f"{path} does not hold the answers of the verdict: {reason}.") from error
+    lines = BytesIO(read_regular(path))
+    with naming_damaged_file(path):
+        return [_RECORD_VALIDATOR.validate_json(line, strict=True) for line in lines]
 
 
 @dataclass(frozen=True)
@@ -121,7 +116,5 @@ def render_sample_answers(rows: Sequence[SampleAnswers]) -> bytes:
 
 def read_sample_answers(path: Path) -> list[SampleAnswers]:
     """The answers in a run's file; DamagedError if it is missing or holds anything else."""
-    try:
+    with naming_damaged_file(path):
         return [_SAMPLE_VALIDATOR.validate_json(line) for line in BytesIO(read_regular(path))]
-    except ValidationError as error:
-        raise DamagedError(f"{path} does not hold answers to prompts.") from error

@@ -13,17 +13,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from pydantic_core import to_jsonable_python
 
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.errors import (
     ConfigError,
-    DamagedError,
     DatasetError,
-    describe_first_problem,
     go_on_with,
     join_first_values,
+    naming_damaged_file,
     shorten,
 )
 from nested_core.storage.untrusted_files import read_json
@@ -360,14 +359,8 @@ def _format_count(number: int, noun: str) -> str:
 def read_dataset_record(path: Path) -> DatasetReport:
     """Read dataset.json; DamagedError if it is not the report on a data set."""
     values = read_json(path, None)  # as large as the number of findings made it
-    try:
+    with naming_damaged_file(path, "It is written anew where the run goes on.", go_on_with()):
         return _REPORT_VALIDATOR.validate_python(values)
-    except ValidationError as error:
-        raise DamagedError(
-            f"{path} is not the report on a data set ({describe_first_problem(error)}). It is "
-            f"written anew where the run goes on.",
-            advice=go_on_with(),
-        ) from error
 
 
 def held_out_split(choice: str, splits: Mapping[str, SplitStats]) -> str | None:

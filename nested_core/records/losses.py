@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter
 
-from nested_core.errors import DamagedError, describe_first_problem
+from nested_core.errors import naming_damaged_file
 from nested_core.records.paired_difference import (
     Indices,
     PairedDifference,
@@ -180,10 +180,8 @@ class ExampleLosses:
 def read_example_losses(path: Path) -> ExampleLosses:
     """Read gate-losses.jsonl; DamagedError if it is missing or holds anything else."""
     content = read_regular(path)
-    try:
+    with naming_damaged_file(path):
         lines = _LINES_VALIDATOR.validate_json(b"[" + b",".join(content.splitlines()) + b"]")
-    except ValidationError as error:
-        raise DamagedError(f"{path}: {describe_first_problem(error)}.") from error
     left_out = [line.left_out is True for line in lines]
     clusters = [line.cluster for line in lines]
     has_champion = any(line.champion is not None for line in lines)

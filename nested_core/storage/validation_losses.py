@@ -9,9 +9,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
-from nested_core.errors import DamagedError, MissingFileError, describe_first_problem
+from nested_core.errors import MissingFileError, naming_damaged_file
 from nested_core.storage.atomic import write_bytes
 from nested_core.storage.untrusted_files import append_regular, read_regular
 
@@ -58,10 +58,8 @@ def read_step_losses(path: Path) -> list[StepLosses]:
     except MissingFileError:
         return []
     *lines, _ = content.split(b"\n")
-    try:
+    with naming_damaged_file(path):
         read = [StepLosses.model_validate_json(line) for line in lines]
-    except ValidationError as error:
-        raise DamagedError(f"{path}: {describe_first_problem(error)}.") from error
     return sorted({losses.step: losses for losses in read}.values(), key=lambda own: own.step)
 
 

@@ -30,8 +30,8 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import regular_sha256
 from nested_core.training.evaluation import Prompts, choose_prompts
 from nested_core.training.loss.loss_interface import Loss
-from nested_core.training.reports.reporting_services import TrainingCallback
 from nested_core.training.reports.sample_prompts import SamplePrompts
+from nested_core.training.reports.training_callback import TrainingCallback
 from nested_core.training.schedule.step_schedule import StepSchedule, make_step_schedule
 from nested_core.training.world import SINGLE_PROCESS_WORLD, World
 

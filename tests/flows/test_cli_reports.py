@@ -11,6 +11,7 @@ import yaml
 from flows.cli import main
 from nested_core.registry import audit, promote, register
 from tests.core.registry.conftest import write_run
+from tests.left_out import needs_rooms
 from tests.runs import finished_run
 
 
@@ -38,6 +39,7 @@ def test_what_is_no_run_is_bad_usage(tmp_path: Path) -> None:
     assert main(["runs", str(tmp_path / "none")]) == 2
 
 
+@needs_rooms("compare")
 @pytest.mark.parametrize("flag", ["-o", "--output", "--html"])
 def test_compare_writes_a_page_beside_its_table(tmp_path, capsys, flag) -> None:
     runs = [
@@ -63,37 +65,30 @@ def test_runs_lists_and_an_empty_folder_has_none(tmp_path, capsys) -> None:
 
 
 def test_a_card_has_the_hubs_front_matter_and_no_field_that_nobody_gave(tmp_path, capsys) -> None:
-    registry = tmp_path / "registry"
-    config = {"model": "org/base-1B", "data": "org/chats", "fine_tune_type": "lora", "seed": 30}
-    run = write_run(tmp_path / "run", 1)
-    version = register(run, registry, "capitals", {"config": config, "packages": {"mlx": "0.1"}})
-    promote(registry, "capitals", version, by="tester")
-    target = tmp_path / "README.md"
-    assert main(["card", str(registry / "capitals"), "-o", str(target)]) == 0
-    assert capsys.readouterr().out == f"card: {target}\n"
-    _, front, body = target.read_text().split("---\n", 2)
-    fields = yaml.safe_load(front)
-    assert fields["base_model"] == "org/base-1B"
-    assert fields["base_model_relation"] == "adapter"
-    assert fields["library_name"] == "mlx"
-    assert fields["tags"] == ["mlx", "nested-tune", "lora"]
-    assert fields["datasets"] == ["org/chats"]
-    (result,) = fields["model-index"][0]["results"]
+    registry, target = tmp_path / "registry", tmp_path / "README.md"
+    hub = {"model": "org/base-1B", "data": "org/chats", "fine_tune_type": "lora", "seed": 30}
+    local = {"model": "/models/base", "data": "./data"}
+    fields, bodies = {}, {}
+    for name, config in (("capitals", hub), ("rivers", local)):
+        run = write_run(tmp_path / name, 1)
+        version = register(run, registry, name, {"config": config, "packages": {"mlx": "0.1"}})
+        promote(registry, name, version, by="tester")
+        assert main(["card", str(registry / name), "-o", str(target)]) == 0
+        assert capsys.readouterr().out == f"card: {target}\n"
+        _, front, bodies[name] = target.read_text().split("---\n", 2)
+        fields[name] = yaml.safe_load(front)
+    (result,) = fields["capitals"].pop("model-index")[0]["results"]
     assert result["metrics"][0]["value"] == 1.2
-    assert "license" not in fields
-    assert version in body
-    assert "| seed | 30 |" in body
-
-
-def test_a_local_base_and_local_data_are_no_names_of_the_hub(tmp_path: Path) -> None:
-    registry = tmp_path / "registry"
-    provenance = {"config": {"model": "/models/base", "data": "./data"}}
-    version = register(write_run(tmp_path / "run", 1), registry, "capitals", provenance)
-    promote(registry, "capitals", version, by="tester")
-    target = tmp_path / "README.md"
-    assert main(["card", str(registry / "capitals"), "-o", str(target)]) == 0
-    fields = yaml.safe_load(target.read_text().split("---\n", 2)[1])
-    assert {"base_model", "datasets", "model-index"}.isdisjoint(fields)
+    assert fields["capitals"] == {
+        "base_model": "org/base-1B",
+        "base_model_relation": "adapter",
+        "library_name": "mlx",
+        "tags": ["mlx", "nested-tune", "lora"],
+        "datasets": ["org/chats"],
+    } | {key: fields["capitals"][key] for key in ("pipeline_tag",) if key in fields["capitals"]}
+    assert version in bodies["capitals"]
+    assert "| seed | 30 |" in bodies["capitals"]
+    assert {"base_model", "datasets", "model-index"}.isdisjoint(fields["rivers"])
 
 
 def test_a_name_without_a_champion_or_with_a_changed_file_has_no_card(tmp_path: Path) -> None:

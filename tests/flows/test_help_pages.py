@@ -11,12 +11,13 @@ import pytest
 from flows import cli
 from flows.cli import build_parser, main
 from flows.commands.help_pages import COMMON_FLAGS, is_key_flag
+from nested_core.seams import is_there
 
 EXAMPLES = {
     name: str(parser.description).rpartition("Example: ")[2]
     for name, parser in build_parser().commands.items()
 }
-WITH_KEYS = ("validate", "train", "run", "explain")
+WITH_KEYS = ("validate", "train", "run", *(("explain",) if is_there("planning") else ()))
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:

@@ -85,7 +85,7 @@ def ask_server(serve: list[str], curl: list[str], cwd: Path) -> tuple[str, str |
         process.wait()
 
 
-@needs_rooms("serve")
+@needs_rooms("planning", "serve")
 @pytest.mark.slow("six commands and the Python block, each a process")
 def test_the_readme_s_commands_question_and_python_block_hold_in_their_order(tmp_path) -> None:
     words = {"DATA": str(DATA), "MODEL": str(MODEL)}
@@ -105,7 +105,7 @@ def test_the_readme_s_commands_question_and_python_block_hold_in_their_order(tmp
     assert again.stdout.splitlines()[1] == "runs/second/adapter None None"
 
 
-@needs_rooms("serve")
+@needs_rooms("planning", "serve")
 @pytest.mark.slow("seven commands, each a process")
 def test_seven_commands_make_a_served_champion_and_a_folder_of_sharegpt_rows(tmp_path) -> None:
     names = {"user": "human", "assistant": "gpt"}

@@ -17,10 +17,10 @@ import pytest
 from nested_core.pipeline import steps
 from nested_core.records.run import read_run
 from nested_core.records.verdict import Reason
-from nested_core.report.comparison import compare_runs
 from nested_core.report.run_report import RunReport
+from nested_core.rooms.compare.comparison import compare_runs
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.reports.reporting_services import TrainingCallback
+from nested_core.training.reports.training_callback import TrainingCallback
 from tests.example import example_config, prepare, train
 from tests.production.browser import Browser, find_chromium
 from tests.production.stack import wait_for

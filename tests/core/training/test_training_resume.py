@@ -263,20 +263,24 @@ def test_a_run_without_a_sound_checkpoint_is_refused(stopped) -> None:
         go_on(config, run)
 
 
-def test_an_initial_adapter_that_was_overwritten_while_stopped_is_not_accepted(stopped) -> None:
-    config, run = stopped
+def overwrite_initial_adapter(run: RunDirectory) -> None:
     weights = checkpoint_path(run.checkpoints, 3) / "adapters.safetensors"
-    (run.initial / "adapters.safetensors").write_bytes(weights.read_bytes())
-    with pytest.raises(DamagedError, match="initial"):
-        steps.judge(config, go_on(config, run).run)
+    shutil.copyfile(weights, run.initial / "adapters.safetensors")
 
 
-def test_tiers_that_were_swapped_while_stopped_are_not_accepted(stopped) -> None:
-    config, run = stopped
+def swap_tiers(run: RunDirectory) -> None:
     tiers = json.loads(run.tiers.read_bytes())
     tiers["tensors"] = {name: 2 - tier for name, tier in tiers["tensors"].items()}
     run.tiers.write_text(json.dumps(tiers))
-    with pytest.raises(DamagedError, match=r"tiers\.json"):
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [(overwrite_initial_adapter, "initial"), (swap_tiers, r"tiers\.json")]
+)
+def test_what_was_changed_while_stopped_is_not_accepted(stopped, change, named) -> None:
+    config, run = stopped
+    change(run)
+    with pytest.raises(DamagedError, match=named):
         steps.judge(config, go_on(config, run).run)
 
 

@@ -77,6 +77,7 @@ def test_a_reference_run_knows_nothing_of_minutes() -> None:
     require_refused(said, training=training, nested={"frequencies": [1]})
 
 
+@needs_rooms("planning")
 def test_init_writes_minutes_in_place_of_passes(tmp_path: Path) -> None:
     words = ("init", "--data", DATA, "--model", MODEL, "-o", "lora.yaml", "--minutes")
     assert called(*words, "5", cwd=tmp_path).code == 0
@@ -90,6 +91,7 @@ def test_init_writes_minutes_in_place_of_passes(tmp_path: Path) -> None:
     assert "greater than 0" in refused.message()
 
 
+@needs_rooms("planning")
 def test_explain_offers_three_sizes_and_counts_the_steps_of_minutes(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sizes, "TRIED_SECONDS", 0.3)
     write_config(tmp_path / "config.yaml", iters=40)
