@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version as installed_version
 from itertools import groupby
 from pathlib import Path
 
@@ -488,7 +488,7 @@ def _describe_reproduction(run: Run) -> Iterator[Block]:
         yield Details("config.yaml", [shown])
     yield Table("Digests", ("of", "digest"), list(_list_digests(run)))
     rows = [("Python", platform.python_version()), ("platform", platform.platform())]
-    rows += [(package, _installed_version(package)) for package in RECORDED_PACKAGES]
+    rows += [(package, installed_version(package)) for package in RECORDED_PACKAGES]
     caption = "Versions of the process that wrote this page"
     yield Details("Versions", [Table(caption, ("package", "version"), rows)])
 
@@ -506,13 +506,6 @@ def _list_digests(run: Run) -> Iterator[tuple[str, str]]:
             yield "champion", verdict.champion.version
         if verdict.validation is not None and verdict.validation.losses_sha256 is not None:
             yield "gate-losses.jsonl", verdict.validation.losses_sha256
-
-
-def _installed_version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def read_report(run_dir: str | Path) -> RunReport:
