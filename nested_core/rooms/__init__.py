@@ -25,6 +25,24 @@ class TrainingFlow:
 
 
 @dataclass(frozen=True, slots=True)
+class RoomLoss:
+    """A value of `training.loss`: the rows that it is computed on, and how. It counts examples.
+
+    rows: its kinds of rows, a mapping of names to RowFormats (data/lines/example_parsing.py); only
+        they are read.
+    problems: a function of the configuration that gives what it asks of this loss and cannot have.
+    make: a function of LossInputs (training/training_setup.py) that gives the Loss of a run.
+    compare: a function of a LoadedBase and of the references to its parameters. What it gives has
+        `compare`, as PredictionComparison (measure/losses/prediction_comparison.py) has it.
+    """
+
+    rows: str
+    problems: str
+    make: str
+    compare: str
+
+
+@dataclass(frozen=True, slots=True)
 class Room:
     """What a room adds.
 
@@ -72,6 +90,12 @@ class Room:
     data_blocks: what the page of a run shows of its data: a function of a Run that gives Blocks.
     answer_tables: what stands beside the answers to an eval set: a function of its name and of
         (model, expected answer, answer, score) of each, which gives Blocks.
+    losses: by the name that `training.loss` gives.
+    suggested_loss: for `init`: a function of a row as JSON has it, which gives the loss that is
+        made for such rows, or None.
+    verdict_blocks: by the key in gate.json, what shows this block: an object with `rows` and
+        `notes`, functions of the block and the verdict that give CheckRows and sentences.
+    reasons: codes of the gate's checks, each with the name of the Outcome that it stands for.
     decide_question: of history, registry section, candidate and champion, the Decision on a version
         that needs a person's word: waiting, or declined already.
     may_be_approved: whether a gc keeps a version (its folder, version, history, age) for an answer.
@@ -110,6 +134,10 @@ class Room:
     ancestor_digests: str | None = None
     data_blocks: str | None = None
     answer_tables: str | None = None
+    losses: Mapping[str, RoomLoss] = field(default_factory=dict)
+    suggested_loss: str | None = None
+    verdict_blocks: Mapping[str, str] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
     decide_question: str | None = None
     may_be_approved: str | None = None
     request_approval: str | None = None

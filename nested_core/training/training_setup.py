@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import optimizer_classes
 from nested_core.data.data_settings import REPLAY_SPLIT
@@ -48,6 +49,21 @@ class Questions(Protocol):
         share: float,
     ) -> dict[str, Any]:
         """`tasks` and `task_seconds` of a record of metrics.jsonl; empty without questions."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LossInputs:
+    """What the loss of a room is made from: a run that was validated and loaded.
+
+    The attributes are those of `prepare_training`, with references to the trainable parameters.
+    """
+
+    config: FineTuneConfig
+    run: RunDirectory
+    model: nn.Module
+    parameters: ParameterRefs
+    splits: Mapping[str, TokenizedSplit]
+    world: World
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -130,7 +146,13 @@ def prepare_training(
     parameters = reference_trainable_parameters(
         model, masters=config.has_float32_masters, dtype=dtype
     )
-    loss_fn = step_schedule.loss.for_model(model, parameters)
+    if config.training.loss is None:
+        loss_fn = step_schedule.loss.for_model(model, parameters)
+    else:
+        inputs = LossInputs(
+            config=config, run=run, model=model, parameters=parameters, splits=splits, world=world
+        )
+        loss_fn = seams.load(seams.find_loss(config.training.loss).make)(inputs)
     return TrainingSetup(
         config=config,
         run=run,

@@ -12,18 +12,19 @@ import shlex
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic_core import from_json
 
+from nested_core import seams
 from nested_core.config.loading import parse_config, parse_yaml
 from nested_core.config.sections import LoraParameters
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_run_data
-from nested_core.data.lines.example_parsing import TEMPLATED_FORMATS, find_format
+from nested_core.data.lines.example_parsing import UNTEMPLATED_FORMATS, find_format
 from nested_core.data.lines.other_formats import suggest_field_names
 from nested_core.data.sources.split_files import open_splits
 from nested_core.models.base_model import find_model_folder, read_model_config
@@ -43,6 +44,7 @@ ALPHA = 160
 EPOCHS = 3  # or more, until there are
 MIN_STEPS = 200  # but at most
 MAX_EPOCHS = 20
+SHARE_WITH_ANOTHER_LOSS = 0.1  # of the learning rate for answers to learn
 BATCH_SIZES = (8, 4, 2, 1)
 EVALUATION_INTERVAL = 0.1  # of the run
 SEQ_LENGTH_MULTIPLE = 64  # max_seq_length is a multiple of it
@@ -92,17 +94,23 @@ def suggest_config(
     if drop_fields:
         base["drop_fields"] = list(drop_fields)
     base |= _find_field_names(DataSettings(data, drop_fields=tuple(drop_fields)))
-    report, _ = load_run_data(parse_config(base, source="the suggestion"))
+    loss = _find_loss(DataSettings(data, drop_fields=tuple(drop_fields)))
+    training = {} if loss is None else {"training": {"loss": loss}}
+    report, _ = load_run_data(parse_config(base | training, source="the suggestion"))
     report.raise_if_rejected()
     formats = {stats.data_format for stats in report.splits.values()}
-    base["data_format"] = formats.pop() if len(formats) == 1 else "auto"
+    is_of_core = loss is None and len(formats) == 1
+    base["data_format"] = formats.pop() if is_of_core else "auto"
     if adapter is not None:
         base["resume_adapter_file"] = adapter
     lora = _choose_lora(find_model_folder(model), adapter)
-    text = supervise = ""
+    text, supervise = "", ""
+    if loss is not None:
+        lora = replace(lora, learning_rate=lora.learning_rate * SHARE_WITH_ANOTHER_LOSS)
+        supervise = f"  loss: {loss}  # its arguments, such as beta: loss_config\n"
     for batch_size, recomputes in _batch_sizes_and_recomputation(report):
         if not text:
-            text = _render_yaml(base, report, lora, batch_size, recomputes=recomputes)
+            text = _render_yaml(base, report, lora, batch_size, supervise, recomputes=recomputes)
             errors = load_run_data(parse_config(parse_yaml(text), source="the suggestion"))[
                 0
             ].errors
@@ -156,6 +164,33 @@ def _choose_lora(base: Path, adapter: str | None) -> _Lora:
     return _Lora(layers, json.dumps(parameters), rate, "what the adapter has that it goes on from")
 
 
+def _find_loss(settings: DataSettings) -> str | None:
+    """The loss of a room that some row of train is made for; None for answers to learn."""
+    suggestions = list(seams.load_all("suggested_loss"))
+    for row in _iterate_training_rows(settings):
+        kept = {key: value for key, value in row.items() if key not in settings.drop_fields}
+        for suggest in suggestions:
+            if (loss := suggest(kept)) is not None:
+                return str(loss)
+    return None
+
+
+def _iterate_training_rows(settings: DataSettings) -> Iterator[dict[str, Any]]:
+    """The rows of train that are objects of JSON; the report says what is wrong with others."""
+    with TemporaryDirectory(prefix="nested-tune-") as spool:
+        splits = open_splits(settings, Path(spool))
+        if "train" not in splits:
+            return
+        with open_regular(splits["train"].path, UNBOUNDED, follow_links=True) as (lines, _):
+            for line in lines:
+                try:
+                    row = from_json(line.removeprefix(BOM_UTF8), cache_strings="keys")
+                except ValueError:
+                    continue
+                if isinstance(row, dict):
+                    yield row
+
+
 def _find_field_names(settings: DataSettings) -> dict[str, str]:
     """The keys for fields that have other names than ours, in more rows of train than any other.
 
@@ -163,19 +198,9 @@ def _find_field_names(settings: DataSettings) -> dict[str, str]:
     """
     names = settings.field_names
     counts: Counter[tuple[tuple[str, str], ...]] = Counter()
-    with TemporaryDirectory(prefix="nested-tune-") as spool:
-        splits = open_splits(settings, Path(spool))
-        if "train" not in splits:
-            return {}
-        with open_regular(splits["train"].path, UNBOUNDED, follow_links=True) as (lines, _):
-            for line in lines:
-                try:
-                    row = from_json(line.removeprefix(BOM_UTF8), cache_strings="keys")
-                except ValueError:
-                    continue  # the report says what is wrong with it
-                if isinstance(row, dict):
-                    needed = {} if find_format(row, names) else suggest_field_names(row)
-                    counts[tuple(needed.items())] += 1
+    for row in _iterate_training_rows(settings):
+        needed = {} if find_format(row, names) else suggest_field_names(row)
+        counts[tuple(needed.items())] += 1
     return dict(counts.most_common(1)[0][0]) if counts else {}
 
 
@@ -225,7 +250,7 @@ def _render_yaml(
         f"{key}: {json.dumps(name, ensure_ascii=False)}\n" for key, name in base.items()
     )
     continuing = lora.learning_rate * SHARE_WHEN_CONTINUING
-    masks_prompt = str(train.format in TEMPLATED_FORMATS).lower()
+    masks_prompt = str(train.format not in (None, *UNTEMPLATED_FORMATS)).lower()
     return f"""\
 # Written by `nested-tune init` for {train.describe_format()}.
 # `nested-tune explain -c FILE` says what it will do, `nested-tune train -c FILE` does it. The keys

@@ -407,7 +407,7 @@ class _Search:
         best = settings_of_point(self.config, self.record.arms[number].point)
         content = render_config(parse_config(best, source="sweep"))
         write_bytes(self.folder / BEST_NAME, content)
-        runs = [self._run_of(each) for each in range(len(self.record.arms))]
+        runs = [self._run_of(arm) for arm in range(len(self.record.arms))]
         run = runs[number]
         choice = None
         if number != 0:
@@ -543,7 +543,7 @@ def compare_answers(
     Answers are paired by their line. Where the questions that judge chose as well, it was among all
     evaluated steps of all runs.
     """
-    first, own = (
+    of_first, of_chosen = (
         {
             record.line: record
             for record in read_answers(run.answers)
@@ -551,8 +551,8 @@ def compare_answers(
         }
         for run in (runs[0], chosen)
     )
-    lines = sorted(first.keys() & own.keys())
-    before, after = ([answers[line] for line in lines] for answers in (first, own))
+    lines = sorted(of_first.keys() & of_chosen.keys())
+    before, after = ([answers[line] for line in lines] for answers in (of_first, of_chosen))
     if any(record.chosen_among > 1 for record in after):
         count = sum(read_candidates(run.validation_losses).count for run in runs)
         after = [replace(record, chosen_among=count) for record in after]
@@ -567,11 +567,11 @@ def better_half(scores: Mapping[int, Score]) -> list[int]:
 
 def is_shown_better(choice: SweepChoice, least: float) -> bool:
     """Whether the winner's losses are lower beyond chance and luck, and by `least` nats."""
-    found = choice.difference
-    if found is None or found.mean > -least:
+    difference = choice.difference
+    if difference is None or difference.mean > -least:
         return False
     if choice.chosen_among == 1:
-        return found.is_measurable and found.high < 0
+        return difference.is_measurable and difference.high < 0
     return choice.corrected_interval is not None and choice.corrected_interval[1] < 0
 
 
@@ -589,9 +589,9 @@ def _first_points(config: FineTuneConfig, request: SweepRequest) -> list[Point]:
     lengths = [key for key in grid if key in LENGTH_KEYS]
     if lengths:
         raise ConfigError(f"sweep: {', '.join(lengths)} is decided by the sweep itself.")
-    own = parse_config(settings_of_point(config, {}), source="sweep")
+    unchanged = parse_config(settings_of_point(config, {}), source="sweep")
     points = grid_points(grid)
-    return [p for p in points if parse_config(settings_of_point(config, p), source="") != own]
+    return [p for p in points if parse_config(settings_of_point(config, p), source="") != unchanged]
 
 
 def _digest_request(config: FineTuneConfig, request: SweepRequest) -> str:
