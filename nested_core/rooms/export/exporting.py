@@ -258,7 +258,7 @@ def _read_training(
 ) -> tuple[FineTuneConfig | None, TrainedTokenizer]:
     """What an adapter was trained with, as its run or its provenance has it.
 
-    The configuration, None if there is none, and what is recorded of the tokenizer.
+    The configuration, or None, and what is recorded of the tokenizer.
     """
     if run is not None:
         if not run.dataset.is_file():
