@@ -16,7 +16,7 @@ class TrainingFlow:
     """A flow of deployments that trains, or has others train.
 
     parameters: the class of its parameters.
-    key: the key of its parameters under which the configuration of a fine-tune stands; None where
+    key: the key of its parameters under which the configuration of a fine-tune stands; None if
         the parameters are that configuration.
     """
 
