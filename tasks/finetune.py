@@ -12,6 +12,7 @@ from pathlib import Path
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DatasetError, GateRejected
 from nested_core.models.session import Session
@@ -19,7 +20,6 @@ from nested_core.pipeline import steps
 from nested_core.pipeline.continual import describe_starting_adapter
 from nested_core.pipeline.publishing import find_judged_run, register_run
 from nested_core.records.dataset import read_dataset_record
-from nested_core.records.judged_run import JudgedRun
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import read_verdict
@@ -31,7 +31,6 @@ from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import Document
 from nested_core.training.trainer import Trainer
 from tasks.artifact_client import ArtifactClient, artifact_key, publish_page
-from tasks.champion_artifacts import champion_asset, dataset_asset, emit_materialization, run_asset
 from tasks.events import emit_adapter_event
 from tasks.promote import announce_promotion, read_origin
 from tasks.retrying import (
@@ -154,17 +153,8 @@ def register(config: FineTuneConfig, run_dir: Path, session: Session) -> Decisio
     judged = find_judged_run(run, session)
     decision = register_run(config, judged, judged.verdict.rival, origin=read_origin())
     get_run_logger().info("Registered %s as version %s.", name, shorten_digest(decision.version))
-    _emit_lineage(config, judged)
+    for page in seams.load_all("champion_page"):
+        page.tell_of_version(config, judged)
     payload = {"version": decision.version, "run_dir": str(run.path.resolve())}
     emit_adapter_event("verified", name, payload | {"registry": str(registry.resolve())})
     return announce_promotion(registry, name, decision)
-
-
-def _emit_lineage(config: FineTuneConfig, judged: JudgedRun) -> None:
-    """The verified run as an asset, made of its data set and of the champion that it began from."""
-    name = str(config.registry.name)
-    made_of = [dataset_asset(name, judged.dataset.digest, config.data)]
-    if config.continual.start is not None:
-        made_of.append(champion_asset(name))
-    run, version = judged.folder.path.name, {"version": judged.version}
-    emit_materialization(run_asset(name, run), made_of, name, version)
