@@ -311,6 +311,7 @@ def make_provenance(
         "conditions_digest": conditions,
         "base_fingerprint": base,
         "chat_template": dataset.chat_template,
+        "vocabulary": dataset.vocabulary,
         "dataset_digest": dataset.digest,
         "train_digest": dataset.splits["train"].digest,
         "validation_digest": digest_held_out(config, dataset),
