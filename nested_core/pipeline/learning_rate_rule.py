@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import ConfigError
 from nested_core.models.base_model import MAX_CONFIG_BYTES
 from nested_core.storage.untrusted_files import read_json
 
@@ -70,6 +71,22 @@ def warn_of_learning_rate(config: FineTuneConfig) -> str | None:
     if text is None or USABLE_PRODUCTS[0] <= _product(config) <= USABLE_PRODUCTS[1]:
         return None
     return f"learning rate: {text}"
+
+
+def require_usable_rate(config: FineTuneConfig) -> None:
+    """Refuse a run that would go on from the champion at a rate at which adapters diverge.
+
+    Raises ConfigError, unless `continual.allow_high_rate` is true.
+    """
+    product = _product(config) * config.continual.rate
+    is_known = describe_learning_rate(config) is not None
+    if is_known and product > USABLE_PRODUCTS[1] and not config.continual.allow_high_rate:
+        raise ConfigError(
+            f"continual.rate: going on from the champion at {config.continual.rate:g} of the "
+            f"learning rate, rank x scale x rate is {product:.2g}, and above "
+            f"{USABLE_PRODUCTS[1]:g} trained adapters diverge. Lower continual.rate or "
+            f"learning_rate, or set continual.allow_high_rate: true."
+        )
 
 
 def _product(config: FineTuneConfig) -> float:

@@ -39,6 +39,7 @@ from nested_core.records.metrics import cumulative_seconds, read_latest_values, 
 from nested_core.records.plan import read_plan
 from nested_core.records.promoted_to import add_promoted_to
 from nested_core.records.run import Run
+from nested_core.records.start import read_start
 from nested_core.records.verdict_file import GATE_NAME, bind_verdict, read_verdict
 from nested_core.registry import UNSET, Decision, Unset, register, register_and_promote
 from nested_core.registry.data_store import RunExamples, keeps_examples
@@ -307,6 +308,7 @@ def make_provenance(
         "champion_at_gate": champion,
         "training_examples": None if trained_on is None else encode_digests(trained_on),
         "trained": _describe_trained(run),
+        "start": None if (start := read_start(config, run)) is None else start.to_provenance(),
         "replay": _describe_replayed(config, run),
         "training_seconds": max(cumulative_seconds(read_metrics(run.metrics)), default=0.0),
         "packages": {package: installed_version(package) for package in RECORDED_PACKAGES},

@@ -27,7 +27,7 @@ from nested_core.data.lines.example_parsing import TEMPLATED_FORMATS, find_forma
 from nested_core.data.lines.other_formats import suggest_field_names
 from nested_core.data.sources.split_files import open_splits
 from nested_core.models.base_model import find_model_folder
-from nested_core.pipeline.learning_rate_rule import SHARE_WHEN_CONTINUING, suggest_learning_rate
+from nested_core.pipeline.learning_rate_rule import suggest_learning_rate
 from nested_core.pipeline.run_explanation import explain_run
 from nested_core.records.dataset import DatasetReport
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
@@ -199,7 +199,6 @@ def _render_yaml(
     names = "".join(
         f"{key}: {json.dumps(name, ensure_ascii=False)}\n" for key, name in base.items()
     )
-    continuing = lora.learning_rate * SHARE_WHEN_CONTINUING
     masks_prompt = str(train.format in TEMPLATED_FORMATS).lower()
     return f"""\
 # Written by `nested-tune init` for {train.describe_format()}.
@@ -243,7 +242,7 @@ nested: {{frequencies: [1]}}
 {_describe_held_out(base, report)}{_GATE}
 # Where a verified adapter is registered, and when it becomes the champion by itself.
 # registry: {{path: registry, name: my-adapter, promote: better}}
-# continual: {{from: champion}}  # every run goes on from it: then learning_rate: {continuing:g}
+# continual: {{from: champion}}  # every run goes on from it, at 0.3 of the learning_rate above
 """
 
 

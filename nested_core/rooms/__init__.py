@@ -159,7 +159,10 @@ ROOMS: Mapping[str, Room] = {
         run_measurement="nested_core.rooms.minutes.sizes:measure_run",
     ),
     "replay": Room(
-        keys=("continual.replay", "gate.max_ancestor_loss_increase"),
+        keys=(
+            *("continual.replay", "continual.policy", "continual.window"),
+            "gate.max_ancestor_loss_increase",
+        ),
         gate_checks="nested_core.rooms.replay.ancestor_check:CHECKS",
         earlier_examples="nested_core.rooms.replay.replayed_run:ReplayOfRun",
         ancestor_digests="nested_core.rooms.replay.ancestor_examples:list_ancestor_digests",
