@@ -223,16 +223,12 @@ def find_unbeaten_champion(
     """
     if verdict.rival is None or verdict.validation is None:
         return None
-    start = read_start(config, run)
-    if start is not None and start.choice.policy == "rebuild":
-        compared = verdict.champion
-        difference = None if compared is None else compared.difference
-    else:
+    initial, difference = verdict.initial.digest, None
+    if verdict.rival in (initial, parent_version_of(config, initial)):
         before, after = verdict.validation.loss_before, verdict.validation.loss_after
         difference = None if before is None or after is None else after - before
-        initial = verdict.initial.digest
-        if verdict.rival not in (initial, parent_version_of(config, initial)):
-            return None
+    elif (start := read_start(config, run)) is not None and start.choice.policy == "rebuild":
+        difference = None if verdict.champion is None else verdict.champion.difference
     if difference is None or difference < 0 or any(task.is_proven_gain for task in verdict.tasks):
         return None
     return verdict.rival

@@ -161,10 +161,14 @@ def _mix_examples(
 
 
 def compute_input_digests(config: FineTuneConfig, run: RunDirectory) -> dict[str, str]:
-    """Digests of what training begins from: initial adapter, tiers, base, data and tokenizer."""
-    replay = {"replay": regular_sha256(run.replay)} if config.continual.replay.fraction else {}
+    """Digests of what training begins from: initial adapter, tiers, base, data and tokenizer.
+
+    And of what was chosen before: the champion that it follows, and earlier examples.
+    """
+    optional = {"replay": run.replay, "start": run.start}
+    chosen = {name: regular_sha256(path) for name, path in optional.items() if path.is_file()}
     dataset = read_dataset_record(run.dataset)
-    return replay | {
+    return chosen | {
         "initial": read_adapter(run.initial).digest(),
         "initial_files": files_sha256(run.initial),
         "tiers": regular_sha256(run.tiers),

@@ -73,7 +73,9 @@ class ReplayOfRun:
             gathered = _count_gathered(new.rows, chosen, lineage)
             decision = decide(config, lineage.champion, gathered)
         if decision.choice.policy == "continue":
-            batches = self.estimate_batches_of_replay(new.rows) + 1
+            batches = self.estimate_batches_of_replay(new.rows)
+            if config.training.epochs is not None:
+                batches += 1  # the last one may be begun
             draws = int(batches * config.batch_size * replay.fraction)
             chosen = choose(select=select_for_draws(draws, replay.weighting, config.seed))
         elif decision.most is not None:
