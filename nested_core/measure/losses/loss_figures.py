@@ -181,19 +181,24 @@ def compare_losses(
     figures = compared.to_json()
     interval = None if figures["interval"] is None else (compared.low, compared.high)
     one_sided_high = compared.one_sided_high if compared.is_measurable else None
-    corrected = None
+    corrected, is_pooled = None, False
     if candidates is not None:
         corrected = candidates.corrected_interval(losses, other, compared)
     elif interval is not None and comparisons is not None:
         tail = (1 - CONFIDENCE) / (2 * comparisons)
         error, degrees = compared.standard_error, compared.examples - 1
-        if spread is not None and spread.speaks_for(compared):
+        is_pooled = spread is not None and spread.speaks_for(compared)
+        if spread is not None and is_pooled:
             error, degrees = spread.deviation / math.sqrt(compared.examples), spread.degrees
         width = student_t_quantile(1 - tail, degrees) * error
         corrected = (compared.mean - width, compared.mean + width)
     deciding = interval
     if interval is not None and one_sided_high is not None and corrected is not None:
-        low = interval[0] if candidates is not None else min(interval[0], corrected[0])
+        low = corrected[0]
+        if candidates is not None:
+            low = interval[0]
+        elif not is_pooled:
+            low = min(interval[0], corrected[0])
         deciding = (low, max(interval[1], corrected[1]))
         one_sided_high = max(one_sided_high, corrected[1])
     loss_before = losses.mean(other)

@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nested_core.errors import DamagedError, describe_first_problem, go_on_with, join_first_values
-from nested_core.records.start import Choice
+from nested_core.records.start import CONFIGURED, Choice
 from nested_core.storage.atomic import canonical_json
 from nested_core.storage.untrusted_files import UNBOUNDED, read_regular, regular_sha256
 from nested_core.text.digest_format import shorten_digest
@@ -131,10 +131,13 @@ class ReplayRecord(BaseModel):
     def describe(self) -> Iterator[str]:
         """Sentences: what is replayed of which source, what is not, what is missing."""
         listed = "; ".join(source.describe() for source in self.sources if source.rows)
-        if self.is_rebuilt:
-            yield f"rebuilding from the base: {self.choice.reason}{self.choice.describe_seconds()}"
-            if listed:
-                yield f"rebuilding: beside the new rows, {listed}"
+        if self.choice != CONFIGURED:
+            what = "rebuilding from the base" if self.is_rebuilt else "going on from the champion"
+            yield f"{what}: {self.choice.reason}{self.choice.describe_seconds()}"
+        if self.is_rebuilt and listed:
+            yield f"rebuilding: beside the new rows, {listed}"
+        elif self.is_rebuilt:
+            yield "rebuilding: there is no earlier data"
         elif listed:
             yield f"replay: {self.fraction:.3g} of each batch, from {listed}"
         elif self.fraction:
