@@ -29,7 +29,6 @@ from flows.terminal.console import print_progress
 from nested_core import seams
 from nested_core.backend import collecting_no_garbage
 from nested_core.errors import ConfigError, NestedTuneError
-from nested_core.pipeline.launch.restarting import run_again_where_killed
 from nested_core.process.command_parent import end_with_parent, has_parent
 from nested_core.text.foreign_text import escape
 
@@ -102,11 +101,9 @@ class _Commands:
 COMMANDS = {
     "demo": ("demo",),
     "training": ("validate", "train", "run"),
-    "configuration": ("init", "explain"),
     "inspection": ("verify", "status", "stop"),
-    "reports": ("report", "runs", "compare", "card"),
+    "reports": ("report", "runs", "card"),
     "registry": ("promote", "rollback", "history", "audit", "gc", "policy", "forget"),
-    "doctor": ("doctor",),
 }
 
 
@@ -210,7 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _needs_parent(arguments: Sequence[str]) -> bool:
     """Whether a command is one that trains, in a process that has no parent of the kind yet."""
-    if next(iter(arguments), None) not in RESTARTED_COMMANDS:
+    is_restarted = next(iter(arguments), None) in RESTARTED_COMMANDS and seams.is_there("restart")
+    if not is_restarted:
         return False
     end_with_parent()
     return not has_parent()
@@ -219,7 +217,9 @@ def _needs_parent(arguments: Sequence[str]) -> bool:
 def _run_under_parent() -> int:
     """Run this very command as a process of its own, and go on with its run where it is killed."""
     words = [sys.executable, "-P", "-m", "flows.cli", *sys.argv[1:]]
-    return run_again_where_killed(words, lambda run: ("--run-dir", str(run), "--resume"))
+    run_again = seams.load_only("restart", "train")
+    code: int = run_again(words, lambda run: ("--run-dir", str(run), "--resume"))
+    return code
 
 
 def _refuse_unknown_command(given: str) -> None:

@@ -195,7 +195,7 @@ def _find_outcome(config: FineTuneConfig, result: FinetuneResult) -> Outcome:
         is_own = is_registered_from(config, result.run, str(result.version))
         return Outcome.PROMOTED if is_own else Outcome.KEPT_CHAMPION
     has_rival = result.verdict is not None and result.verdict.champion is not None
-    is_refused = result.must_be_better and outcome in ("refused", None)
+    is_refused = result.must_be_better and outcome in ("refused", "registered")
     return Outcome.KEPT_CHAMPION if has_rival and is_refused else Outcome.VERIFIED
 
 

@@ -75,4 +75,4 @@ def _asks_person(registry: Path, config: PromoteParameters) -> bool:
     candidate = read_candidate(registry, config.name, config.version)
     if candidate.facts.policy is None:
         return False
-    return effective_rule(recorded_section(registry, config.name, candidate)).asks_person
+    return effective_rule(recorded_section(registry / config.name, candidate)).asks_person

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError
-from nested_core.rooms import ROOMS, Room, TrainingFlow
+from nested_core.rooms import ROOMS, Room, RoomLoss, TrainingFlow
 
 
 def is_there(room: str) -> bool:
@@ -100,3 +100,21 @@ def load_only(kind: str, wanted: str) -> Any:
 def collect(kind: str, *arguments: object) -> list[Any]:
     """What the parts of one field of the table give for these arguments, of all rooms."""
     return [given for part in load_all(kind) for given in part(*arguments)]
+
+
+def join_mappings(kind: str, rooms: Mapping[str, Room] = ROOMS) -> dict[str, Any]:
+    """The entries of one field of the table, of all rooms."""
+    return {key: value for room in rooms.values() for key, value in getattr(room, kind).items()}
+
+
+def find_loss(name: str) -> RoomLoss:
+    """The loss that `training.loss` names.
+
+    Raises ConfigError where there is none of this name, or its room is not there.
+    """
+    for room, added in ROOMS.items():
+        if name in added.losses:
+            require(room, f"training.loss: {name}")
+            return added.losses[name]
+    names = ", ".join(sorted(join_mappings("losses")))
+    raise ConfigError(f"training.loss: {name!r} is none of {names or 'the losses here'}.")

@@ -23,12 +23,16 @@ from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import read_verdict
 from nested_core.records.verdict_table import describe_verdict, tier_table
+from nested_core.registry import Decision
+from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import Document
 from nested_core.training.trainer import Trainer
 from tasks.artifact_client import ArtifactClient, artifact_key, publish_page
 from tasks.champion_artifacts import champion_asset, dataset_asset, emit_materialization, run_asset
+from tasks.events import emit_adapter_event
+from tasks.promote import announce_promotion, read_origin
 from tasks.retrying import (
     REGISTRY_RETRY_DELAYS,
     RUN_RETRY_DELAYS,
@@ -142,18 +146,19 @@ def _publish_verdict(config: FineTuneConfig, verdict: Verdict) -> None:
 
 
 @retried_task("register", "register {config.registry.name}", REGISTRY_RETRY_DELAYS)
-def register(config: FineTuneConfig, run_dir: Path, champion: str | None) -> str:
-    """Register the run's adapter; return its version. Doing it twice changes nothing.
+def register(config: FineTuneConfig, run_dir: Path, champion: str | None) -> Decision:
+    """Register the run's adapter, and promote it by policy or say why not.
 
-    `champion` is the one that stood when the run was judged.
+    Doing it twice changes nothing. `champion` is the one that stood when the run was judged.
     """
     run = RunDirectory(run_dir)
-    version = register_run(config, run, champion)
-    get_run_logger().info(
-        "Registered %s as version %s.", config.registry.name, shorten_digest(version)
-    )
-    _emit_lineage(config, run, version)
-    return version
+    registry, name = registry_location(config.registry)
+    decision = register_run(config, run, champion, origin=read_origin())
+    get_run_logger().info("Registered %s as version %s.", name, shorten_digest(decision.version))
+    _emit_lineage(config, run, decision.version)
+    payload = {"version": decision.version, "run_dir": str(run.path.resolve())}
+    emit_adapter_event("verified", name, payload | {"registry": str(registry.resolve())})
+    return announce_promotion(registry, name, decision)
 
 
 def _emit_lineage(config: FineTuneConfig, run: RunDirectory, version: str) -> None:

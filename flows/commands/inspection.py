@@ -138,13 +138,14 @@ def run_status(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def _describe_status(run: Run, status: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The rows of `compare` for one run, and what only counts while it goes on."""
-    from nested_core.report.comparison import RunComparison
+    """The figures of a run, and what only counts while it goes on."""
+    from nested_core.report.outcome import list_figures
 
     yield "run", run.path
     yield "process", run.process
     yield "nothing trained", None if run.skip is None else escape(run.skip.describe())
-    yield from ((str(name), cell) for name, cell in RunComparison((run,)).rows())
+    for figures in list_figures(run):
+        yield from figures.items()
     if status["iteration"] != run.step:  # gradients are accumulated over several
         yield "iterations", status["iteration"]
     yield "learning rate", status["learning_rate"]

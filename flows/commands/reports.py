@@ -1,4 +1,4 @@
-"""report, runs, compare and card: runs and registered adapters as a person reads them."""
+"""report, runs and card: runs and registered adapters as a person reads them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from flows.commands.adapter_places import add_registry_arguments
 from flows.commands.command_output import printer, result_printer, text_printer
-from flows.terminal.console import print_blocks, print_line, print_page, print_progress, print_table
+from flows.terminal.console import print_line, print_page, print_progress, print_table
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.output_places import require_output_file
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory
@@ -50,22 +50,6 @@ def add_commands(commands: Any) -> None:
         help="with --prune: also runs that passed the gate and that no known registry names",
     )
     runs.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    compare = commands.add(
-        "compare",
-        run_compare,
-        "show what differs between runs",
-        json=True,
-        group="Inspect",
-        example="nested-tune compare runs/first runs/second",
-    )
-    compare.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN")
-    compare.add_argument(
-        *("-o", "--output", "--html"),
-        dest="output",
-        type=Path,
-        metavar="FILE",
-        help="write a page with the curves",
-    )
     card = commands.add(
         "card",
         run_card,
@@ -143,26 +127,6 @@ def run_pruning(arguments: argparse.Namespace) -> Callable[[], int]:
             print_line(unregistered)
 
     return result_printer(arguments, lambda: asdict(done), show)
-
-
-def run_compare(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Show runs beside each other."""
-    from nested_core.report.comparison import compare_runs
-    from nested_core.storage.atomic import write_bytes
-
-    output: Path | None = arguments.output
-    target = None if output is None else require_output_file(output, "-o")
-    comparison = compare_runs(arguments.run_dirs)
-    if target is not None:
-        write_bytes(target, comparison.to_html().encode("utf-8", "replace"))
-
-    def show() -> None:
-        """The figures, then the settings that differ."""
-        print_blocks(*comparison.describe_figures(), *comparison.describe_damage())
-        if output is not None:
-            print_line(f"page: {output}")
-
-    return result_printer(arguments, comparison.to_json, show)
 
 
 def run_card(arguments: argparse.Namespace) -> Callable[[], int]:

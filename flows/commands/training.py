@@ -277,10 +277,10 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     config = load_config_from_flags(arguments)
     run = open_run(choose_run_dir(arguments), resume=arguments.resume)
     from nested_core.pipeline.preflight import require_output_places  # loads mlx
-    from nested_core.training.reports.reporting_services import configured_services
+    from nested_core.pipeline.services import load_services
 
     require_output_places(config, run)  # before a server is started, as what follows
-    configured_services(config)
+    load_services(config)
     parameters = config.model_dump() | {"run_dir": str(run.path), "resume": arguments.resume}
     print_progress(f"run directory: {run.path}")
     with naming_report_of_failure(run):

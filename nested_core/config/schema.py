@@ -20,6 +20,7 @@ from pydantic import (
     ValidationError,
 )
 
+from nested_core import seams
 from nested_core.config.error_messages import explain_problems, find_problems
 from nested_core.config.section_base import Section, key, lay_out_form
 from nested_core.config.sections import (
@@ -235,6 +236,7 @@ class FineTuneConfig(_RootSection):
                 yield f"training.evaluate_tasks: {name} is none of gate.tasks"
         if self.gate.check_fused and self.fine_tune_type == "full":
             yield "gate.check_fused: a full fine-tune has no adapter to fuse"
+        yield from _loss_problems(self)
         yield from _multi_process_problems(self)
         yield from _mlx_lm_reference_problems(self)
         yield from _continual_problems(self)
@@ -291,6 +293,21 @@ class FineTuneConfig(_RootSection):
     def optimizer_arguments(self) -> dict[str, Any]:
         """The keyword arguments given for the chosen optimizer."""
         return self.optimizer_config.get(self.optimizer, {})
+
+
+def _loss_problems(config: FineTuneConfig) -> Iterator[str]:
+    """What the loss of a room asks of the configuration, and cannot have."""
+    loss, arguments = config.training.loss, config.training.loss_config
+    if loss is None:
+        if arguments:
+            yield "training.loss_config: no training.loss is given that takes these"
+        return
+    try:
+        added = seams.find_loss(loss)
+    except ConfigError as error:
+        yield str(error).removesuffix(".")
+        return
+    yield from seams.load(added.problems)(config)
 
 
 def _multi_process_problems(config: FineTuneConfig) -> Iterator[str]:

@@ -122,6 +122,10 @@ class TrainingSection(Section):
         None, "minutes of a command with its verdict, in place of iters", affects="length"
     )
     supervise: Literal["last", "all"] = key("last", "assistant turns to train on, in a chat")
+    loss: NonEmpty | None = key(
+        None, "a loss on other rows than answers to learn (null: cross-entropy)"
+    )
+    loss_config: dict[str, Any] = key({}, "keyword arguments of that loss", in_form=False)
     early_stop_patience: PositiveInt | None = key(
         None, "stop after so many evaluations without improvement"
     )

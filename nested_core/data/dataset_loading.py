@@ -24,6 +24,7 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import DataPolicy
 from nested_core.data.data_settings import REPLAY_SPLIT, DataSettings
@@ -146,6 +147,12 @@ def _hash_data_code() -> str:
     paths = [
         *sorted((root / "data").rglob("*.py")),
         *(root / name for name in _OTHER_CODE_IN_CACHE_KEY),
+        *(
+            path
+            for name, room in seams.list_rooms().items()
+            if room.losses
+            for path in sorted((root / "rooms" / name).glob("*.py"))
+        ),
     ]
     return sha256(canonical_json(_file_hashes(root, paths))).hexdigest()
 
@@ -191,6 +198,7 @@ def replay_settings(settings: DataSettings, rows: Path) -> DataSettings:
         mask_prompt=settings.mask_prompt,
         supervise=settings.supervise,
         policy=policy,
+        loss=settings.loss,
     )
 
 

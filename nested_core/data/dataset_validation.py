@@ -13,15 +13,19 @@ from pathlib import Path
 
 import polars as pl
 
+from nested_core import seams
 from nested_core.data.data_settings import DataSettings
-from nested_core.data.lines.example_parsing import TEMPLATED_FORMATS, UNTEMPLATED_FORMATS
+from nested_core.data.lines.example_parsing import (
+    TEMPLATED_FORMATS,
+    UNTEMPLATED_FORMATS,
+    formats_of_loss,
+    read_examples,
+)
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.rules.file_rules import FILE_RULES, ROW_COUNT_RULES
 from nested_core.data.rules.line_rules import (
     LINE_RULES,
-    SENSITIVE_DATA_RULES,
     make_held_out_rules,
-    make_near_duplicate_rules,
 )
 from nested_core.data.rules.related_lines import add_dropped_lines, describe_dropped
 from nested_core.data.rules.split_statistics import (
@@ -50,7 +54,13 @@ from nested_core.models.base_model import (
     context_length,
     fingerprint_tokenizer,
 )
-from nested_core.records.dataset import DatasetReport, Findings, Severity, SplitStats, sort_findings
+from nested_core.records.dataset import (
+    DatasetReport,
+    Findings,
+    Severity,
+    SplitStats,
+    sort_findings,
+)
 from nested_core.storage.atomic import canonical_json
 
 Tables = Mapping[str, SplitTable]
@@ -74,6 +84,7 @@ def judge_dataset(
     findings = Findings(parts=parts)
     _apply_line_rules(tables, settings, findings)
     _apply_file_rules(tables, settings, findings, lacks_template=not has_template)
+    _apply_rules_of_loss(tables, settings, findings)
     tables = _remove_rejected_lines_from_dropped(tables, findings)
     facts: dict[str, TokenFacts] = {}
     context = None if tokenizer is None else context_length(Path(tokenizer.folder))
@@ -109,14 +120,16 @@ def _apply_line_rules(tables: Tables, settings: DataSettings, findings: Findings
         if settings.policy.roles == "template":  # then no rule has roles to judge
             frame = frame.with_columns(roles=pl.lit(None, frame.schema["roles"]))
         LINE_RULES.add_findings(frame, findings)
-        SENSITIVE_DATA_RULES.add_findings(frame.filter(pl.col("sensitive") != 0), findings)
+        for part in seams.load_all("sensitive_data"):
+            part.rules.add_findings(frame.filter(pl.col("sensitive") != 0), findings)
     # Nothing is dropped from a held-out set, so under `drop` there is only something to know.
     severity: Severity = "error" if settings.policy.leakage == "error" else "warning"
     make_held_out_rules(severity).add_findings(tables["test"].frame, findings)
     near_severity: Severity = "error" if settings.policy.near_duplicates == "error" else "warning"
-    for table in tables.values():
-        if "near" in table.frame.columns:
-            make_near_duplicate_rules(near_severity).add_findings(table.frame, findings)
+    for part in seams.load_all("near_duplicates"):
+        for table in tables.values():
+            if "near" in table.frame.columns:
+                part.make_rules(near_severity).add_findings(table.frame, findings)
 
 
 def _apply_file_rules(
@@ -143,6 +156,28 @@ def _apply_file_rules(
     ]
     frame = pl.DataFrame(rows, schema_overrides={"line": pl.Int32, "format": pl.String})
     FILE_RULES.add_findings(frame, findings)
+
+
+def _apply_rules_of_loss(tables: Tables, settings: DataSettings, findings: Findings) -> None:
+    """Add what the rows of a room's loss have to be told, those of all splits together."""
+    if settings.loss is None:
+        return
+    examples = {}
+    for split, table in tables.items():
+        if (source := table.source) is None:
+            continue
+        wrong = source.physical_lines_of(set(findings.lines_with_errors(table.file)))
+        read = read_examples(source.path, settings.field_names, wrong)
+        examples[split] = {source.number_of(line): example for line, example in read}
+    kinds = formats_of_loss(settings.loss).values()
+    judges = {kind.judge for kind in kinds if kind.judge is not None}
+    for found in (finding for judge in judges for finding in judge(examples)):
+        file, line = tables[found.file].file, found.line
+        if line is not None and found.severity == "error":
+            findings.error_lines.setdefault(file, set()).add(line)
+        if line is not None:
+            file, line = findings.find_place(file, line)
+        findings.listed.append(replace(found, file=file, line=line))
 
 
 def _remove_rejected_lines_from_dropped(

@@ -16,7 +16,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from nested_core.data.data_settings import DataSettings
-from nested_core.data.lines.example_parsing import Example, FieldNames, parse_line, strip_line
+from nested_core.data.lines.example_parsing import (
+    ANY_LOSS,
+    Example,
+    FieldNames,
+    find_row_format,
+    parse_line,
+    strip_line,
+)
 from nested_core.data.lines.json_decoding import LineProblem
 from nested_core.data.lines.line_rows import (
     flatten_example,
@@ -29,7 +36,7 @@ from nested_core.errors import ConfigError
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular
 
 KEY_BYTES = 8
-_ANY_ROLE = FieldNames(allows_any_role=True)
+_ANY_ROLE = FieldNames(allows_any_role=True, loss=ANY_LOSS)
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,8 @@ def _row_of(example: Example) -> dict[str, Any]:
     """The example under the keys that are read where none is configured, with its marks."""
     if example.format == "text":
         return {"text": example.text}
+    if (write := find_row_format(example.format).write) is not None:
+        return write(example)
     rest: dict[str, Any] = {} if example.tools is None else {"tools": example.tools}
     if example.masked:
         turns = range(len(example.messages))

@@ -13,7 +13,6 @@ from nested_core.gate.checks.base import BASE
 from nested_core.gate.checks.champion import CHAMPION, REFERENCE
 from nested_core.gate.checks.divergence import COLLAPSE, TRAINING_LOSS
 from nested_core.gate.checks.file_checks import CHECKS_OF_ADAPTERS, CHECKS_OF_FILES
-from nested_core.gate.checks.fused import FUSED
 from nested_core.gate.checks.judged import (
     Check,
     Judged,
@@ -54,7 +53,6 @@ CHECKS_OF_ANSWERS: tuple[Check[JudgedRun], ...] = (
     SAMPLES,
     TASKS,
     TRAINING_LOSS,
-    FUSED,
     PROOF,
 )
 

@@ -16,7 +16,6 @@ from nested_core.pipeline.publishing import register_run
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.registry import Decision
-from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_clock
 from nested_core.text.foreign_text import escape
@@ -95,13 +94,12 @@ class Steps:
         """The loss of the judged adapter on test.jsonl."""
         return steps.measure_test(config, run, self.on_message, session=session)
 
-    def register(self, config: FineTuneConfig, run: RunDirectory, champion: str | None) -> str:
-        """Add the adapter to the registry; return its version."""
-        return register_run(config, run, champion)
+    def register(self, config: FineTuneConfig, run: RunDirectory, champion: str | None) -> Decision:
+        """Add the adapter to the registry, and promote it as `registry.promote` says.
 
-    def promote(self, config: FineTuneConfig, version: str, champion: str | None) -> Decision:
-        """Promote the version as `registry.promote` says; return what became of it."""
-        return promote_by_policy(config.registry, version, champion)
+        `champion` is the one that the run was judged against. Returns what became of the version.
+        """
+        return register_run(config, run, champion)
 
 
 Hooks = Steps  # its name in programs that were written before

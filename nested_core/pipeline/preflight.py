@@ -17,6 +17,7 @@ from nested_core.measure.answers.answer_cache import answer_cache
 from nested_core.measure.answers.suite_answers import read_suites
 from nested_core.models.base_model import require_folder_or_hub_name
 from nested_core.pipeline.processes import count_processes, refuse_mlx_launch
+from nested_core.pipeline.services import load_services
 from nested_core.records.dataset import read_dataset_record
 from nested_core.registry.policy import APPROVE_KEY
 from nested_core.registry.promotion_policy import effective_rule, registry_location
@@ -28,7 +29,6 @@ from nested_core.storage.output_places import require_adapter_place, require_fre
 from nested_core.storage.run_directory import RUN_DIR_KEY, RunDirectory
 from nested_core.storage.safetensors_files import BYTES_PER_ELEMENT, read_header
 from nested_core.storage.untrusted_files import open_regular
-from nested_core.training.reports.reporting_services import configured_services
 
 FLOAT32_BYTES = 4
 # Float32 values an optimizer of mlx keeps for each parameter; two for those not listed.
@@ -53,7 +53,7 @@ def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:
     adapter_folder = require_output_places(config, run)
     require_folder_or_hub_name(config.model)
     count_processes(config)  # refuses a hostfile that cannot be used
-    configured_services(config)  # refuses one that is not installed
+    load_services(config)  # refuses one that is not installed
     if config.registry.path is not None:
         require_usable_registry(*registry_location(config.registry))
         if effective_rule(config.registry).asks_person:

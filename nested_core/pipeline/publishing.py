@@ -41,11 +41,16 @@ from nested_core.records.promoted_to import add_promoted_to
 from nested_core.records.run import Run
 from nested_core.records.start import read_start
 from nested_core.records.verdict_file import GATE_NAME, bind_verdict, read_verdict
-from nested_core.registry import UNSET, Decision, Unset, register, register_and_promote
+from nested_core.registry import UNSET, Decision, Unset, register_and_promote
 from nested_core.registry.data_store import RunExamples, keeps_examples
 from nested_core.registry.folders import check_name, name_exists
 from nested_core.registry.judgements import Judgement
-from nested_core.registry.promotion_policy import describe_policy_refusal, registry_location
+from nested_core.registry.ledger import NO_ORIGIN, Origin
+from nested_core.registry.promotion_policy import (
+    describe_policy_refusal,
+    register_by_policy,
+    registry_location,
+)
 from nested_core.registry.queries import parent_version_of
 from nested_core.registry.registration import PassedRun, read_passed_run, register_rejection
 from nested_core.registry.versions import REGISTERED_AT_KEY, read_provenance, version_folder
@@ -71,18 +76,25 @@ def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> Passe
     return PassedRun(bound, adapter)
 
 
-def register_run(config: FineTuneConfig, run: RunDirectory, champion: str | None) -> str:
-    """Add the run's adapter to the configured registry; return its version.
+def register_run(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    champion: str | None,
+    *,
+    origin: Origin = NO_ORIGIN,
+) -> Decision:
+    """Add the run's adapter to the configured registry, and promote it where that is asked for.
 
-    `champion` is the champion when the run was judged. Raises GateRejected if gate.json does not
-    say that the adapter passed.
+    `champion` is the champion when the run was judged. Returns what became of the version. Raises
+    GateRejected if gate.json does not say that the adapter passed.
     """
-    path, name = registry_location(config.registry)
     passed = read_passed_run(run.path)
     conditions = conditions_digest(config, run, champion)
     recorded = make_provenance(config, run, passed, champion, conditions)
     examples = read_run_examples(config, run, passed.version)
-    return register(run.path, path, name, recorded, run=passed, examples=examples)
+    return register_by_policy(
+        passed, config.registry, recorded, champion, examples=examples, origin=origin
+    )
 
 
 def read_run_examples(

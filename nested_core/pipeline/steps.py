@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ from nested_core.pipeline.continual import starting_champion
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.learning_rate_rule import require_usable_rate
 from nested_core.pipeline.processes import count_processes, train_in_processes
+from nested_core.pipeline.services import load_services
 from nested_core.process.command_parent import list_earlier_ends
 from nested_core.records.answers import write_answers
 from nested_core.records.dataset import (
@@ -106,7 +108,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.text.stages import stages
 from nested_core.training.parameter_importance import measure_parameter_importance
-from nested_core.training.reports.reporting_services import TrainingCallback, reporting_to_services
+from nested_core.training.reports.training_callback import TrainingCallback
 from nested_core.training.trainer import Trainer, make_trainer
 from nested_core.training.training_setup import build_optimizer, prepare_training
 from nested_core.training.world import SINGLE_PROCESS_WORLD, World
@@ -310,10 +312,9 @@ def train(
             )
             return result
     processes = count_processes(config)
-    with (
-        locking_devices(on_wait, processes, session),
-        reporting_to_services(config, run, callback) as callbacks,
-    ):
+    services = load_services(config)
+    reporting = nullcontext(callback) if services is None else services.reporting(run, callback)
+    with locking_devices(on_wait, processes, session), reporting as callbacks:
         if processes == 1:
             trainer = train_model(config, run, callbacks, on_start, session=session)
             return _publish_result(run, trainer)
@@ -397,6 +398,7 @@ def _make_plan(
     """The plan of the process that trains now; `earlier` is that of the one before it."""
     schedule = trainer.step_schedule
     has_validation = schedule.validation_examples > 0
+    needed = trainer.memory.needed
     return TrainingPlan(
         steps=schedule.steps,
         iterations=schedule.iterations,
@@ -407,7 +409,7 @@ def _make_plan(
         training_file=report.splits["train"].file,
         validation_file=report.splits["valid"].file if has_validation else None,
         validation_examples=schedule.validation_examples,
-        memory_forecast_gb=trainer.memory.needed / 1e9,
+        memory_forecast_gb=None if needed is None else needed / 1e9,
         memory_limit_gb=trainer.memory.capacity / 1e9,
         resumed_at=list_resumptions(earlier, trainer.current_step),
         rank_counts=list_rank_counts(earlier, trainer.current_step, trainer.world.size),

@@ -50,7 +50,7 @@ class TrainingPlan:
     select_by: what chooses the best one: `loss`, or the suite whose answers do.
     training_file: the file that is trained on.
     validation_file, validation_examples: what each evaluation reads; None and 0 without any.
-    memory_forecast_gb, memory_limit_gb: the predicted peak, and what the device or
+    memory_forecast_gb, memory_limit_gb: the predicted peak or None, and what the device or
         `training.memory_limit_gb` allows, in 10^9 bytes.
     time: what came of `training.minutes`; None without them.
     """
@@ -64,7 +64,7 @@ class TrainingPlan:
     training_file: str
     validation_file: str | None
     validation_examples: int
-    memory_forecast_gb: float
+    memory_forecast_gb: float | None
     memory_limit_gb: float
     resumed_at: tuple[int, ...] = ()
     rank_counts: tuple[tuple[int, int], ...] = ()

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator
 from typing_extensions import TypedDict
 
+from nested_core import seams
 from nested_core.errors import join_first_values, shorten
 from nested_core.records.answers import BROKEN_WORDS
 from nested_core.records.loss_conclusion import (
@@ -54,6 +56,14 @@ Code = Literal[
 ]
 
 
+def _require_code_of_room(code: str) -> str:
+    if code not in seams.join_mappings("reasons"):
+        raise ValueError(f"{code} is no code of a reason")
+    return code
+
+
+CodeOfRoom = Annotated[str, AfterValidator(_require_code_of_room)]
+
 # By the first reason of a verdict.
 OUTCOME_BY_CODE: Mapping[Code, Outcome] = {
     "unchanged": Outcome.UNCHANGED,
@@ -91,7 +101,7 @@ class Reason:
     suite: the name of one of `gate.tasks`; ancestor: the version of an ancestor.
     """
 
-    code: Code
+    code: Code | CodeOfRoom
     message: str
     tensors: tuple[str, ...] = ()
     suite: str | None = None
@@ -571,6 +581,7 @@ class Verdict:
         first.
     thresholds: the bounds of `gate` that the verdict was given by, by name; one that is not there
         was not asked for then.
+    blocks: what rooms measured, by their keys in gate.json, as JSON values.
     """
 
     reasons: tuple[Reason, ...]
@@ -591,6 +602,7 @@ class Verdict:
     proof: ProofEvidence | None = None
     tasks: tuple[TaskResult, ...] = ()
     samples: SampleVerdict | None = None
+    blocks: dict[str, Any] = field(default_factory=dict)
 
     @property
     def has_passed(self) -> bool:
@@ -599,7 +611,9 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """The content of gate.json."""
-        return {"verdict": self.word} | asdict(self)
+        document: dict[str, Any] = asdict(self)
+        blocks = document.pop("blocks")
+        return {"verdict": self.word, **document, **blocks}
 
     @property
     def word(self) -> Literal["passed", "failed"]:
@@ -609,7 +623,19 @@ class Verdict:
     @property
     def outcome(self) -> Outcome:
         """What becomes of the run by this verdict alone: verified, or rejected for which cause."""
-        return Outcome.VERIFIED if self.has_passed else OUTCOME_BY_CODE[self.reasons[0].code]
+        if self.has_passed:
+            return Outcome.VERIFIED
+        code: Any = self.reasons[0].code
+        if code in OUTCOME_BY_CODE:
+            return OUTCOME_BY_CODE[code]
+        return Outcome[seams.join_mappings("reasons")[code]]
+
+    def load_blocks(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """What shows each block of a room that is there, and the block."""
+        parts = seams.join_mappings("verdict_blocks", seams.list_rooms())
+        yield from (
+            (seams.load(parts[name]), self.blocks[name]) for name in parts if name in self.blocks
+        )
 
     @property
     def reason_names(self) -> list[str]:
@@ -668,6 +694,9 @@ class Verdict:
         """What a person has to know beside a verdict of `passed`, a line each."""
         if not self.has_passed:
             return []
+        of_rooms = [
+            note for shown, block in self.load_blocks() for note in shown.notes(block, self)
+        ]
         lost = [note for task in self.tasks if (note := task.describe_lost()) is not None]
         if self.has_broken_answers:
             samples = self.samples
@@ -676,7 +705,7 @@ class Verdict:
                 f"{self.broken_answers}: do not promote it, but {advice} "
                 f"({GATE_GUIDE}#answers_broken)"
             )
-        return lost
+        return lost + of_rooms
 
     def summary(self) -> str:
         """One line: the first reason and the names of the others, or what changed."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from nested_core import seams
 from nested_core.errors import (
     JUDGE_AGAIN,
     ConfigError,
@@ -152,6 +153,8 @@ def parse_verdict(document: Any, path: Path) -> Verdict:
     try:
         parse_json(content)  # refuses numbers that no float holds
         verdict = _VALIDATOR.validate_json(content, strict=True)
+        names = seams.join_mappings("verdict_blocks")
+        verdict.blocks.update({name: document[name] for name in names if name in document})
     except ValidationError as error:
         raise DamagedError(f"{path} holds no verdict: {describe_first_problem(error)}.") from error
     except ValueError as error:

@@ -25,7 +25,6 @@ from nested_core.registry.garbage_collection import (
 )
 from nested_core.registry.promote_and_rollback import (
     UNSET,
-    HistoryChanged,
     Unset,
     promote,
     register_and_promote,
@@ -41,7 +40,6 @@ from nested_core.registry.queries import (
     read_champion,
     read_champion_card,
     read_champion_changes,
-    read_history_end,
     read_rollback_target,
     read_verified_version,
     read_version_losses,
@@ -54,7 +52,6 @@ __all__ = [
     "UNSET",
     "AuditReport",
     "GarbageReport",
-    "HistoryChanged",
     "AuditFinding",
     "Decision",
     "Unset",
@@ -72,7 +69,6 @@ __all__ = [
     "read_champion_changes",
     "read_champion",
     "read_champion_card",
-    "read_history_end",
     "read_rollback_target",
     "read_verified_version",
     "read_version_losses",

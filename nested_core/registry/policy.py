@@ -57,6 +57,10 @@ class RegistryPolicy(BaseModel):
             return ledger.versions_since(int(self.reference.removeprefix(NIGHTS_PREFIX)))
         return [self.reference]
 
+    def find_reference(self, ledger: Ledger) -> str | None:
+        """The version that `reference` stands for today; None without a reference."""
+        return next(iter(self.reference_versions(ledger)), None)
+
     @property
     def bounds_creep(self) -> bool:
         """Whether a reference, `better` or a person bounds what many promotions may lose."""
@@ -100,8 +104,7 @@ def read_reference(registry: Path, name: str) -> str | None:
     """The version that the policy's `reference` stands for today; None without one."""
     with reading(registry, name) as (folder, ledger):
         policy = policy_of(folder, ledger)
-    versions = [] if policy is None else policy.reference_versions(ledger)
-    return versions[0] if versions else None
+    return None if policy is None else policy.find_reference(ledger)
 
 
 def set_policy(registry: Path, name: str, *, by: str, changes: Mapping[str, Any]) -> RegistryPolicy:

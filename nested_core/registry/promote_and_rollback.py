@@ -32,10 +32,6 @@ class Unset(Enum):
 UNSET = Unset.UNSET
 
 
-class HistoryChanged(Exception):
-    """A line was added to the history after a promotion was decided: it is to be decided anew."""
-
-
 def promote(
     registry: Path,
     name: str,
@@ -45,26 +41,20 @@ def promote(
     expected_champion: str | None | Unset = UNSET,
     automatic: bool = False,
     origin: Origin = NO_ORIGIN,
-    decided_at: str | None = None,
 ) -> Decision:
     """Make `version` (a digest or its first 6 digits or more) the champion, after re-hashing it.
 
     With `expected_champion` the outcome is "superseded" if another version is champion; None
     expects that there is none. An `automatic` promotion of a version that a rollback left is
-    "barred". `origin` stands in the history's line. `decided_at` is the end that the history had
-    when the promotion was decided, as `read_history_end` returns it: any other raises
-    HistoryChanged. Raises ConfigError for an unknown registry, name or version, DamagedError for
-    any change on disk, GateRejected for a verdict that is not "passed".
+    "barred". `origin` and `automatic` stand in the history's line. Raises ConfigError for an
+    unknown registry, name or version, DamagedError for any change on disk, GateRejected for a
+    verdict that is not "passed".
     """
     with writing(registry, name) as held:
-        if decided_at not in (None, held.ledger.end_sha256):
-            raise HistoryChanged
-        wanted = resolve_version(held.path, version, held.ledger)
-        manifest = held.verify(wanted)
-        if wanted != held.champion and automatic and wanted in held.ledger.barred_versions():
-            return Decision("barred", wanted, held.champion)
-        fields = {"by": by, "manifest": manifest, "automatic": automatic, **origin.fields()}
-        return _promote_held(held, wanted, expected_champion, fields)
+        version = resolve_version(held.path, version, held.ledger)
+        fields = {"by": by, "automatic": automatic, **origin.fields()}
+        manifest = held.verify(version)
+        return promote_in_folder(held, version, expected_champion, fields | {"manifest": manifest})
 
 
 def register_and_promote(
@@ -91,17 +81,20 @@ def register_and_promote(
         run, registry, name, provenance, by=by, was_judged_now=False, examples=examples
     ) as (held, manifest):
         fields = {"by": by, "manifest": manifest, "against_policy": against_policy}
-        return _promote_held(held, run.version, expected_champion, fields)
+        return promote_in_folder(held, run.version, expected_champion, fields)
 
 
-def _promote_held(
+def promote_in_folder(
     held: NameFolder, version: str, expected: str | None | Unset, fields: dict[str, Any]
 ) -> Decision:
-    """Promote a version that was verified; `fields` are those of the history's line.
+    """Promote a version that was verified under this lock; `fields` go into the history's line.
 
-    Raises GateRejected where the gate, judging it again, has rejected it.
+    An automatic promotion of a version that a rollback left is "barred". Raises GateRejected where
+    the gate, run again, has rejected the version.
     """
     before = held.champion
+    if version != before and fields.get("automatic") and version in held.ledger.barred_versions():
+        return Decision("barred", version, before)
     judgement = None
     if read_judgements(held.path, version, held.ledger):
         newest = choose_verdict(read_verdicts(held.path, version, held.ledger), before)

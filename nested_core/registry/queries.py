@@ -104,12 +104,6 @@ def read_registration_time(registry: Path, name: str, version: str) -> str | Non
         return next((e.time for _, e in ledger.standing.get(version, ())), None)
 
 
-def read_history_end(registry: Path, name: str) -> str:
-    """The hash of the history's last line, or of no bytes: another one says that it has changed."""
-    with reading(registry, name) as (_, ledger):
-        return ledger.end_sha256
-
-
 def read_champion_changes(registry: Path, name: str, *, since: int = 0) -> list[Entry]:
     """Every change of the champion, or those in the lines from number `since`, oldest first."""
     with reading(registry, name) as (_, ledger):

@@ -20,9 +20,8 @@ from nested_core.registry.judgements import Judgement
 from nested_core.registry.ledger import Entry, Ledger, describe_author
 from nested_core.registry.promotion_outcome import Decision
 from nested_core.registry.promotion_policy import (
-    effective_rule,
+    choose_candidate,
     find_refusal,
-    read_candidate,
     registry_location,
 )
 from nested_core.registry.registration import REGISTRATION_AUTHOR
@@ -84,9 +83,9 @@ def find_reason_to_skip(
             )
             reason = f"rolled back on {_day(left)} by {describe_author(left.fields())}"
             return Skip(Outcome.SKIPPED_HOPELESS, reason, version=line.version)
-    candidate = read_candidate(registry, name, line.version, against=champion)
-    decision = find_refusal(section, candidate, champion)
-    return None if decision is None else _describe_refusal(section, line, candidate, decision)
+        candidate = choose_candidate(folder, ledger, line.version, champion)
+        decision = find_refusal(folder, ledger, section, candidate, champion)
+        return None if decision is None else _describe_refusal(line, candidate, decision)
 
 
 def _find_line(folder: Path, ledger: Ledger, conditions_digest: str) -> Entry | None:
@@ -105,15 +104,13 @@ def _describe_trial(line: Entry) -> Skip:
     return Skip(Outcome.SKIPPED_HOPELESS, f"{words} on {_day(line)}", details)
 
 
-def _describe_refusal(
-    section: RegistrySection, line: Entry, candidate: Judgement, decision: Decision
-) -> Skip:
+def _describe_refusal(line: Entry, candidate: Judgement, decision: Decision) -> Skip:
     """Why the version that the same conditions have made is no champion."""
     version, day = shorten_digest(candidate.version), _day(line)
     if decision.outcome == "waiting":
         reason = f"{version} of {day}, on the same data, waits for approval"
         return Skip(Outcome.SKIPPED_UNCHANGED, reason, version=candidate.version)
-    if effective_rule(section).is_never:
+    if decision.outcome == "registered":
         reason = f"the same data made {version} on {day}"
         details = f"and {decision.sentence}"
         return Skip(Outcome.SKIPPED_UNCHANGED, reason, details, candidate.version)

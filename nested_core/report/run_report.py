@@ -193,7 +193,7 @@ def _describe_curves(run: Run) -> Iterator[str]:
         yield f"The adapter of step {run.verdict.adapter_step:,} is the one that was evaluated."
     if plan is not None and plan.validation_file is not None:
         yield f"Validation losses are of {plan.describe_validation()}."
-    if plan is not None:
+    if plan is not None and plan.memory_forecast_gb is not None:
         yield (
             f"Memory: {plan.memory_forecast_gb:.3g} GB were forecast, {plan.memory_limit_gb:.3g} "
             f"GB may be used."

@@ -25,6 +25,24 @@ class TrainingFlow:
 
 
 @dataclass(frozen=True, slots=True)
+class RoomLoss:
+    """A value of `training.loss`: the rows that it is computed on, and how. It counts examples.
+
+    rows: its kinds of rows, a mapping of names to RowFormats (data/lines/example_parsing.py); only
+        they are read.
+    problems: a function of the configuration that gives what it asks of this loss and cannot have.
+    make: a function of LossInputs (training/training_setup.py) that gives the Loss of a run.
+    compare: a function of a LoadedBase and of the references to its parameters. What it gives has
+        `compare`, as PredictionComparison (measure/losses/prediction_comparison.py) has it.
+    """
+
+    rows: str
+    problems: str
+    make: str
+    compare: str
+
+
+@dataclass(frozen=True, slots=True)
 class Room:
     """What a room adds.
 
@@ -42,6 +60,12 @@ class Room:
         adapters of another program are read and written.
     training_flows: by the entrypoint that deployments name. The class of parameters has
         `deployment`, the deployment that trains, and `configurations()`, what that trains.
+    services: a class that is made of a configuration with `report_to`, and raises ConfigError for a
+        service that cannot be used. Its `reporting` and `attaching_verdict_at_end` are contexts
+        around training and around a whole run.
+    restart: a function that runs a command again where it is killed, as `run_again_where_killed`.
+    memory_forecast: a function of a TrainingSetup and the bytes that there are, which gives a
+        MemoryPlan (training/memory_plan.py).
     count_processes, train_in_processes: functions that count a run's processes, and train in
         several.
     reference_schedule, reference_trainer: the StepSchedule and the Trainer of a run under
@@ -53,6 +77,11 @@ class Room:
         directory and hooks.
     run_measurement: a function that measures how fast a run is, for `explain`.
     readers: functions that give the lines of JSON in a data file, by the end of its name.
+    hub_tables: a function of DataSettings that gives name and lines of each split of a data set of
+        the Hugging Face hub.
+    sensitive_data: a class that finds what a text may hold, and has the rules that report it.
+    near_duplicates: a class of what is read with each line to find rows that nearly are another,
+        and of the rules that report them.
     data_tables: what `validate` shows of a data set: a function of DataSettings that gives Tables.
     gate_checks: Checks of the gate (nested_core/gate/checks/judged.py) of a run, with its base.
     earlier_examples: the class of the EarlierExamples (nested_core/data/earlier_examples.py).
@@ -61,8 +90,14 @@ class Room:
     data_blocks: what the page of a run shows of its data: a function of a Run that gives Blocks.
     answer_tables: what stands beside the answers to an eval set: a function of its name and of
         (model, expected answer, answer, score) of each, which gives Blocks.
-    decide_question: of registry section, candidate and champion, the Decision on a version that
-        needs a person's word: waiting, or declined already.
+    losses: by the name that `training.loss` gives.
+    suggested_loss: for `init`: a function of a row as JSON has it, which gives the loss that is
+        made for such rows, or None.
+    verdict_blocks: by the key in gate.json, what shows this block: an object with `rows` and
+        `notes`, functions of the block and the verdict that give CheckRows and sentences.
+    reasons: codes of the gate's checks, each with the name of the Outcome that it stands for.
+    decide_question: of history, registry section, candidate and champion, the Decision on a version
+        that needs a person's word: waiting, or declined already.
     may_be_approved: whether a gc keeps a version (its folder, version, history, age) for an answer.
     request_approval: asks a person in Prefect, of registry, name, version and the night's flow run.
     ask_person: what the flow `promote` does about a version that needs a person's word: a function
@@ -78,6 +113,9 @@ class Room:
     model_format: str | None = None
     adapter_format: str | None = None
     training_flows: Mapping[str, TrainingFlow] = field(default_factory=dict)
+    services: str | None = None
+    restart: str | None = None
+    memory_forecast: str | None = None
     count_processes: str | None = None
     train_in_processes: str | None = None
     reference_schedule: str | None = None
@@ -87,12 +125,19 @@ class Room:
     timed_training: str | None = None
     run_measurement: str | None = None
     readers: Mapping[str, str] = field(default_factory=dict)
+    hub_tables: str | None = None
+    sensitive_data: str | None = None
+    near_duplicates: str | None = None
     data_tables: str | None = None
     gate_checks: str | None = None
     earlier_examples: str | None = None
     ancestor_digests: str | None = None
     data_blocks: str | None = None
     answer_tables: str | None = None
+    losses: Mapping[str, RoomLoss] = field(default_factory=dict)
+    suggested_loss: str | None = None
+    verdict_blocks: Mapping[str, str] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
     decide_question: str | None = None
     may_be_approved: str | None = None
     request_approval: str | None = None
@@ -111,6 +156,14 @@ ROOMS: Mapping[str, Room] = {
         commands=("deploy",), server_checks="flows.rooms.deploy.server_checks:iterate_server_checks"
     ),
     "chat": Room(commands=("chat",)),
+    "compare": Room(
+        commands=("compare",),
+        public_names=(
+            "nested_core.rooms.compare.comparison:RunComparison",
+            "nested_core.rooms.compare.comparison:compare_runs",
+        ),
+    ),
+    "doctor": Room(commands=("doctor",)),
     "evaluate": Room(
         commands=("evaluate",),
         public_names=(
@@ -126,13 +179,23 @@ ROOMS: Mapping[str, Room] = {
         ),
         model_format="nested_core.rooms.export.named_artefact:find_artefact",
     ),
+    "memory": Room(memory_forecast="nested_core.rooms.memory.forecast:forecast_memory"),
+    "fused": Room(keys=("gate.check_fused",), gate_checks="nested_core.rooms.fused.fused:CHECKS"),
+    "hub": Room(hub_tables="nested_core.rooms.hub.hub_datasets:open_tables"),
     "mlflow": Room(commands=("export-mlflow",)),
     "nights": Room(commands=("registry",), watcher="flows.rooms.nights.watcher:NightWatcher"),
+    "planning": Room(commands=("init", "explain")),
     "peft": Room(
         commands=("import-peft", "export-peft"),
         adapter_format="nested_core.rooms.peft.adapter_format:PeftFormat",
     ),
     "serve": Room(commands=("serve",)),
+    "near_duplicates": Room(
+        near_duplicates="nested_core.rooms.near_duplicates.related_rows:NearDuplicates"
+    ),
+    "secrets": Room(sensitive_data="nested_core.rooms.secrets.rules:SensitiveData"),
+    "restart": Room(restart="nested_core.rooms.restart.restarting:run_again_where_killed"),
+    "services": Room(services="nested_core.rooms.services.reporting_services:Services"),
     "sweep": Room(
         commands=("sweep",),
         training_flows={

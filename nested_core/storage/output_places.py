@@ -217,3 +217,14 @@ def _is_same_folder(first: Path, second: Path) -> bool:
 
 def _is_adapter_file(path: Path) -> bool:
     return file_type(path) == "file" and ADAPTER_FOLDER_FILES.fullmatch(path.name) is not None
+
+
+def require_new_output(output: Path | None) -> Path | None:
+    """The file of `-o`, which is not there yet; None for standard output.
+
+    Raises ConfigError for a file that is there, and where none may be written.
+    """
+    target = None if output is None else require_output_file(output, "-o")
+    if target is not None and os.path.lexists(target):
+        raise ConfigError(f"{output} exists, and is not written over. Give another name after -o.")
+    return target

@@ -23,8 +23,7 @@ from nested_core.storage.checkpoint import Checkpoint, latest_checkpoint
 from nested_core.training.due_parts import Reporter, Saver, Validation
 from nested_core.training.early_stopping import is_out_of_patience
 from nested_core.training.evaluation import EvaluationInterrupted, Evaluator
-from nested_core.training.memory.memory_plan import limit_kept_buffers, plan_memory
-from nested_core.training.memory.model_footprint import compute_footprint
+from nested_core.training.memory_plan import plan_memory
 from nested_core.training.nonfinite_watch import NonfiniteStepWatch
 from nested_core.training.parameter_packing import unflatten_names
 from nested_core.training.schedule.step_schedule import REFERENCE_KEY, passes_multiple
@@ -69,12 +68,7 @@ class Trainer:
         self.optimizer = setup.optimizer
         self.step_schedule = setup.step_schedule
         self.world = setup.world
-        footprint = compute_footprint(
-            setup.config, setup.model, setup.parameters, setup.optimizer, setup.loss_fn
-        )
-        largest_batch = setup.step_schedule.largest_batch()
-        self.memory = plan_memory(setup.config, footprint, largest_batch, setup.world.size)
-        limit_kept_buffers(setup.config, footprint, self.memory.needed)
+        self.memory = plan_memory(setup)
 
         # Progress, which checkpoints keep
         self.state = TrainingState()

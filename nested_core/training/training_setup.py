@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import optimizer_classes
 from nested_core.data.data_settings import REPLAY_SPLIT
@@ -31,8 +32,8 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import regular_sha256
 from nested_core.training.evaluation import Prompts, choose_prompts
 from nested_core.training.loss.loss_interface import Loss
-from nested_core.training.reports.reporting_services import TrainingCallback
 from nested_core.training.reports.sample_prompts import SamplePrompts
+from nested_core.training.reports.training_callback import TrainingCallback
 from nested_core.training.schedule.step_schedule import StepSchedule, make_step_schedule
 from nested_core.training.world import SINGLE_PROCESS_WORLD, World
 
@@ -49,6 +50,21 @@ class Questions(Protocol):
         share: float,
     ) -> dict[str, Any]:
         """`tasks` and `task_seconds` of a record of metrics.jsonl; empty without questions."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LossInputs:
+    """What the loss of a room is made from: a run that was validated and loaded.
+
+    The attributes are those of `prepare_training`, with references to the trainable parameters.
+    """
+
+    config: FineTuneConfig
+    run: RunDirectory
+    model: nn.Module
+    parameters: ParameterRefs
+    splits: Mapping[str, TokenizedSplit]
+    world: World
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -133,7 +149,13 @@ def prepare_training(
     parameters = reference_trainable_parameters(
         model, masters=config.has_float32_masters, dtype=dtype
     )
-    loss_fn = step_schedule.loss.for_model(model, parameters)
+    if config.training.loss is None:
+        loss_fn = step_schedule.loss.for_model(model, parameters)
+    else:
+        inputs = LossInputs(
+            config=config, run=run, model=model, parameters=parameters, splits=splits, world=world
+        )
+        loss_fn = seams.load(seams.find_loss(config.training.loss).make)(inputs)
     return TrainingSetup(
         config=config,
         run=run,

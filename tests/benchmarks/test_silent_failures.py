@@ -100,9 +100,7 @@ def test_counts_pass_over_what_is_not_applicable() -> None:
         ("another-template-at-serving", "use"),
     ],
 )
-def test_nested_tune_notices(
-    name: str, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nested_tune_notices(name, when, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(bench, "WORK", tmp_path)
     row = bench.run_failure(NestedTune(), FAILURES[name])
     assert row["noticed"] == when, json.dumps(row, indent=1)

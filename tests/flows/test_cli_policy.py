@@ -63,9 +63,7 @@ def test_a_policy_is_shown_set_and_recorded(folder: Path) -> None:
         ("asked.yaml", "# asked each night\n- {prompt: 'Capital of Peru?', expected: Lima}\n"),
     ],
 )
-def test_a_file_of_questions_is_a_suite_scored_by_what_it_contains(
-    folder: Path, name: str, content: str
-) -> None:
+def test_a_file_of_questions_is_a_suite_scored_by_what_it_contains(folder, name, content) -> None:
     (folder / name).write_text(content)
     (task,) = policy(folder, "--tasks", name, "--json").document["policy"]["tasks"]
     assert task["file"] == str(folder / name)

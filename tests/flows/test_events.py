@@ -227,11 +227,7 @@ def test_a_line_is_told_though_a_gc_has_written_many_after_it(
     [(1.9, {"nested-tune.news": "yes"}), (2.1, {})],
 )
 def test_a_change_of_hours_ago_is_told_and_is_no_news(
-    tmp_path: Path,
-    new_name: str,
-    monkeypatch: pytest.MonkeyPatch,
-    hours: float,
-    label: dict[str, str],
+    tmp_path, new_name, monkeypatch, hours, label
 ) -> None:
     class Clock(datetime):
         @classmethod
@@ -252,9 +248,7 @@ def test_a_change_of_hours_ago_is_told_and_is_no_news(
     assert event["resource"] == name | label
 
 
-def test_a_server_that_is_away_fails_no_command(
-    changed: Path, new_name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_is_away_fails_no_command(changed, new_name, monkeypatch) -> None:
     was_imported: list[bool] = []
     start = threading.Thread.start
 

@@ -101,9 +101,7 @@ def test_a_run_that_was_stopped_is_said_to_end_at_the_step_of_its_checkpoint(tmp
     assert watcher.view.outcome == ["ended before training was done, at step 11"]
 
 
-def test_what_is_said_before_training_begins_ends_no_training(
-    tmp_path: Path, clock: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_said_before_training_begins_ends_no_training(tmp_path, clock, capsys) -> None:
     run = RunDirectory(tmp_path)
     watcher = RunFollower(run)
     watcher.add_stage("layers: ours")

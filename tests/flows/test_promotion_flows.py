@@ -41,9 +41,7 @@ def add(tmp_path: Path, registry: Path) -> Add:
     return partial(register_judged, tmp_path, registry)
 
 
-def test_promote_promotes_by_the_recorded_policy_and_again_changes_nothing(
-    add: Add, registry: Path
-) -> None:
+def test_promote_promotes_by_the_recorded_policy_and_again_changes_nothing(add, registry) -> None:
     given = parameters(registry, add(1))
     for expected in ("promoted", "already_champion"):
         state = promote(given, return_state=True)
@@ -87,9 +85,7 @@ def test_rollback_goes_back_and_automation_leaves_it_there(add: Add, registry: P
 
 
 @pytest.mark.slow("five flow runs")
-def test_the_hour_after_a_rollback_at_the_command_line_is_called_by_it(
-    add: Add, registry: Path
-) -> None:
+def test_the_hour_after_a_rollback_at_the_command_line_is_called_by_it(add, registry) -> None:
     first = add(1)
     promote(parameters(registry, first))
     promote(parameters(registry, add(2)))
@@ -113,9 +109,7 @@ def test_reconcile_promotes_what_an_event_got_lost_for_once(add: Add, registry: 
     assert tuple(task_runs(state, "reconcile")) == ("reconcile", "check-champion")
 
 
-def test_reconcile_is_no_failure_before_the_first_version_of_an_adapter(
-    add: Add, registry: Path
-) -> None:
+def test_reconcile_is_no_failure_before_the_first_version_of_an_adapter(add, registry) -> None:
     add(1)
     given = ReconcileParameters(registry=str(registry), names=(NAME, "helpdesk"))
     state = reconcile(given, return_state=True)
@@ -165,9 +159,7 @@ def test_a_line_of_the_history_has_the_flow_run(add: Add, registry: Path) -> Non
 
 
 @pytest.mark.slow("a flow run that tries twice")
-def test_a_try_after_a_late_error_says_what_the_first_one_did(
-    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_try_after_a_late_error_says_what_the_first_one_did(add, registry, monkeypatch) -> None:
     """The link has moved, and forcing that onto the disk fails: the second try tells it once."""
     first, second = add(1), add(2)
     core.promote(registry, NAME, first, by="ann")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nested_core import compare_runs, finetune, open_run, read_report
+from nested_core import finetune, open_run, read_report
 from nested_core.pipeline.finetune import FinetuneResult
 from nested_core.records.metrics import read_metrics
 from nested_core.records.run import Run
@@ -27,6 +27,7 @@ from nested_core.text.document import Document
 from nested_core.text.loss_format import format_difference, format_interval, format_loss
 from tests.example import DATA, EXAMPLES, example_config
 from tests.flows.conftest import called
+from tests.left_out import needs_rooms
 
 WORDS = "passed, better"
 SUITE = {
@@ -118,6 +119,7 @@ def asked(told: Told, *command: str) -> str:
     return done.stdout
 
 
+@needs_rooms("compare")
 def test_status_runs_and_compare_tell_the_same_numbers(told: Told) -> None:
     status = json.loads(asked(told, "status", "runs/one", "--json"))
     (listed,) = json.loads(asked(told, "runs", "--json"))["runs"]
@@ -136,6 +138,7 @@ def test_status_runs_and_compare_tell_the_same_numbers(told: Told) -> None:
     assert (losses["gate_file"], losses["gate_examples"]) == (["test.jsonl"], [5])
     assert (losses["validation_file"], losses["validation_examples"]) == (["valid.jsonl"], [5])
     assert compared["tasks"] == {"capitals": [told.right[1] / 15]}
+    compare_runs = load("nested_core.rooms.compare.comparison:compare_runs")
     assert "iters" not in compare_runs([told.folder, told.folder]).differing_settings()
     page = (EXAMPLES.parent / "docs" / "report.md").read_text(encoding="utf-8")
     documented = re.findall(r'"(\w+)"', page.partition('{"runs": [{')[2].partition("}]}")[0])
@@ -149,6 +152,7 @@ def rows_of(table: str) -> dict[str, list[str]]:
     return {name.strip(): [cell.strip() for cell in cells] for name, *cells in lines}
 
 
+@needs_rooms("compare")
 def test_the_tables_of_the_command_line_tell_them_too(told: Told) -> None:
     step, val_loss, gate_loss = told.offered
     listed = rows_of(asked(told, "runs"))["one"]

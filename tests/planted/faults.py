@@ -127,7 +127,7 @@ FAULTS = (
         "a comparison turned",
     ),
     Fault(
-        "nested_core/data/lines/sensitive_data.py",
+        "nested_core/rooms/secrets/sensitive_data.py",
         "    return 8 <= len(digits) <= 15 and",
         "    return 8 < len(digits) <= 15 and",
         "a comparison turned",
@@ -229,7 +229,7 @@ FAULTS = (
         "a condition turned",
     ),
     Fault(
-        "nested_core/report/comparison.py",
+        "nested_core/rooms/compare/comparison.py",
         "if difference.is_measurable else None",
         "if not difference.is_measurable else None",
         "a condition turned",

@@ -116,9 +116,7 @@ def ranks(tmp_path: Path, hosts: tuple[Host, Host]) -> Ranks:
     return made
 
 
-def test_a_rank_killed_on_the_other_host_ends_all_and_the_run_goes_on_to_the_bit(
-    ranks: Ranks,
-) -> None:
+def test_a_rank_killed_on_the_other_host_ends_all_and_the_run_goes_on_to_the_bit(ranks) -> None:
     whole = ranks.end(ranks.start("two.yaml", "whole"))
     assert whole[0] in (0, 4), whole[1]  # whether it was a good run is not asked
     process = ranks.start("two.yaml", "run")

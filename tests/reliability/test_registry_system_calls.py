@@ -41,7 +41,6 @@ from tests.core.registry.system_calls import (
     EVERY_CALL,
     FAILURES,
     SAMPLE,
-    Failure,
     can_trace,
     each_call,
 )
@@ -141,12 +140,7 @@ def state_of(place: Path) -> tuple[Any, ...]:
 @pytest.mark.parametrize("is_new", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 def test_after_a_failure_at_any_call_the_next_command_finds_history_link_and_views_agreeing(
-    memory: Path,
-    change: str,
-    is_new: bool,
-    failure: Failure,
-    stride: int,
-    capsys: pytest.CaptureFixture[str],
+    memory, change, is_new, failure, stride, capsys
 ) -> None:
     """A change was made or was not, whole; a version alone may be there where it was to follow."""
     registry = memory / "registry"
@@ -190,9 +184,7 @@ def test_after_a_failure_at_any_call_the_next_command_finds_history_link_and_vie
         assert min(points["old"], points["new"]) > 0
 
 
-def test_a_swap_that_is_not_atomic_would_be_found(
-    memory: Path, versions: tuple[str, str, str]
-) -> None:
+def test_a_swap_that_is_not_atomic_would_be_found(memory, versions) -> None:
     def swap_in_two_steps(place: Path) -> None:
         (place / NAME / "champion").unlink()
         (place / NAME / "champion").symlink_to(f"versions/{versions[2]}")

@@ -27,6 +27,7 @@ from nested_core.registry.folders import create_name_folder, name_exists
 from nested_core.rooms import TrainingFlow
 from nested_core.storage.untrusted_files import read_regular
 
+RESTARTING = " -m nested_core.rooms.restart.restarting"  # of the command of a run
 HOME, INTERPRETER = "NESTED_TUNE_HOME", "NESTED_TUNE_PYTHON"
 PENDING_SECONDS, DEFAULT_PENDING_SECONDS = "NESTED_TUNE_PENDING_SECONDS", "600"
 FINETUNE_ENTRYPOINT = "flows.finetune.finetune"
@@ -119,11 +120,18 @@ class PlannedDeployment(Section):
             "parameters": self.parameters,
             "work_pool_name": self.work_pool.name,
             "work_queue_name": self.work_pool.work_queue_name,
-            "job_variables": self.work_pool.job_variables,
+            "job_variables": self._make_job_variables(),
             "schedules": [DeploymentScheduleCreate.from_schedule(each) for each in self.schedules],
             "concurrency_limit": None if limit is None else limit.limit,
             "concurrency_options": options,
         }
+
+    def _make_job_variables(self) -> dict[str, Any]:
+        """The work pool's; the command begins nothing again where the room restart is deleted."""
+        variables = self.work_pool.job_variables
+        if "command" in variables and not seams.is_there("restart"):
+            variables = variables | {"command": variables["command"].replace(RESTARTING, "")}
+        return variables
 
 
 class DeploymentsFile(Section):

@@ -18,10 +18,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.configuration import require_new_output, write_configuration
 from flows.terminal.console import print_progress
 from nested_core.errors import ConfigError, DamagedError, DatasetError, join_first_values
-from nested_core.storage.output_places import require_free_place
+from nested_core.storage.output_places import require_free_place, require_new_output
 from nested_core.storage.untrusted_files import read_regular
 
 if TYPE_CHECKING:
@@ -75,19 +74,20 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
     """Make a data set of the rows where that is asked for or needed, and write a configuration."""
     from nested_core.rooms.tables.dataset_split import SPLIT_SEED
 
-    target = require_new_output(arguments)
+    target = require_new_output(arguments.output)
+    write: Callable[..., Callable[[], int]] = arguments.write_configuration
     prepared = prepare(arguments)
     folder, made = prepared.folder, prepared.made
     if folder is None:
-        finish = write_configuration(arguments, target, arguments.data)
+        finish = write(arguments, target, arguments.data)
         _show_first_rows(prepared.first)
         return finish
     try:
-        finish = write_configuration(arguments, target, str(folder), _task_lines(made, folder))
+        finish = write(arguments, target, str(folder), _task_lines(made, folder))
     except BaseException as error:
         shutil.rmtree(folder)
         if isinstance(error, DatasetError) and made is None:  # name lines of the files that stay
-            write_configuration(arguments, target, arguments.data)
+            write(arguments, target, arguments.data)
         raise
     counts = ", ".join(f"{split}.jsonl {count:,}" for split, count in prepared.rows.items())
     print_progress(f"Written: {folder} ({counts} rows, drawn with seed {SPLIT_SEED})")

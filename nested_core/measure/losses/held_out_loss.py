@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE, DataPolicy
 from nested_core.data.batches import choose_evaluation_batches, make_batch_arrays
@@ -85,6 +86,11 @@ class LoadedBase:
             for name, array in arrays.items()
         )
 
+    def as_plain(self) -> LoadedBase:
+        """The same base, which measures the cross-entropy, whatever loss the run has."""
+        training = self.config.training.model_copy(update={"loss": None})
+        return replace(self, config=self.config.model_copy(update={"training": training}))
+
     def compare_predictions(
         self,
         adapters: Sequence[Mapping[str, mx.array]],
@@ -111,7 +117,11 @@ class LoadedBase:
             divergences=np.zeros((len(adapters) - 1, len(split))),
             tokens=np.zeros(len(split)),
         )
-        comparison = PredictionComparison.of_model(self.model, refs)
+        loss = self.config.training.loss
+        if loss is None:
+            comparison = PredictionComparison.of_model(self.model, refs)
+        else:
+            comparison = seams.load(seams.find_loss(loss).compare)(self, refs)
         with using_optimized_layers(
             self.model, as_mlx_lm=self.config.training.reference is not None
         ):
@@ -317,9 +327,9 @@ def measure_general_loss(base: LoadedBase, run: RunDirectory) -> GeneralLoss | N
         return None
     path = Path(base.config.gate.general_data)
     settings = DataSettings.from_config(base.config)
-    settings = replace(settings, mask_prompt=False, supervise="last")
+    settings = replace(settings, mask_prompt=False, supervise="last", loss=None)
     split = _read_and_validate_file("gate.general_data", path, base.config, settings)
-    sums = base.example_loss_sums((run.initial, run.adapter), split)
+    sums = base.as_plain().example_loss_sums((run.initial, run.adapter), split)
     before, after = (finite_or_none(float(own.sum() / tokens.sum())) for own, tokens in sums)
     tokens = sums[0][1]
     is_counted = tokens > 0

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError
-from nested_core.registry import Decision, promote, read_champion
-from nested_core.registry.history_views import reading, writing
+from nested_core.registry.history_views import read_link, reading, writing
 from nested_core.registry.judgements import Judgement, read_verdicts
 from nested_core.registry.ledger import (
     CHAMPION_CHANGE_ACTIONS,
@@ -21,13 +20,10 @@ from nested_core.registry.ledger import (
     Origin,
     describe_author,
 )
-from nested_core.registry.policy import read_policy
-from nested_core.registry.promotion_policy import (
-    decide_by_history,
-    find_refusal,
-    read_candidate,
-    registry_location,
-)
+from nested_core.registry.policy import policy_of
+from nested_core.registry.promote_and_rollback import promote_in_folder
+from nested_core.registry.promotion_outcome import Decision
+from nested_core.registry.promotion_policy import choose_candidate, find_refusal
 from nested_core.registry.versions import resolve_version
 from nested_core.text.digest_format import shorten_digest
 
@@ -35,20 +31,19 @@ QUESTION_STANDS_FOR = timedelta(days=7)  # as long as the flow `promote` waits f
 
 
 def decide_question(
-    section: RegistrySection, candidate: Judgement, champion: str | None
+    ledger: Ledger, section: RegistrySection, candidate: Judgement, champion: str | None
 ) -> Decision:
     """That a version waits for a person, or that one has declined it or its data and settings.
 
     candidate: the verdict on the version, which promotes it but for the person's word.
     """
-    registry, name = registry_location(section)
     facts = candidate.facts
-    line = find_decline(
-        registry, name, candidate.version, facts.dataset_digest, facts.settings_digest
-    )
+    line = find_decline(ledger, candidate.version, facts.dataset_digest, facts.settings_digest)
     version = shorten_digest(candidate.version)
     if line is None:
-        whose = "registry.promote" if section.promote == "approve" else f"the policy of {name}"
+        whose = (
+            "registry.promote" if section.promote == "approve" else f"the policy of {section.name}"
+        )
         reason = f"waiting for approval of {version}: {whose} is approve"
         return Decision("waiting", candidate.version, champion, reason)
     alike = "" if line.version == candidate.version else f" ({shorten_digest(str(line.version))})"
@@ -76,26 +71,16 @@ def approve(
     answered, as that was typed.
     """
 
-    def decide(decided_at: str) -> Decision:
-        champion = read_champion(registry, name)
+    with writing(registry, name) as held:
+        champion = held.champion
         if version == champion:
             return Decision("already_champion", version, champion)
         if champion != expected_champion:
             return Decision("superseded", version, champion)
-        refusal = find_refusal_of_question(registry, name, version)
-        if refusal is not None:
+        if refusal := _refuse_question(held.path, held.ledger, version):
             return refusal
-        return promote(
-            registry,
-            name,
-            version,
-            by=by,
-            expected_champion=expected_champion,
-            origin=origin,
-            decided_at=decided_at,
-        )
-
-    return decide_by_history(registry, name, decide)
+        fields = {"by": by, "manifest": held.verify(version), **origin.fields()}
+        return promote_in_folder(held, version, champion, fields)
 
 
 def find_refusal_of_question(registry: Path, name: str, version: str) -> Decision | None:
@@ -103,14 +88,19 @@ def find_refusal_of_question(registry: Path, name: str, version: str) -> Decisio
 
     None where the policy lets a person decide, and without a policy.
     """
-    if read_policy(registry, name) is None:
+    with reading(registry, name) as (folder, ledger):
+        return _refuse_question(folder, ledger, version)
+
+
+def _refuse_question(folder: Path, ledger: Ledger, version: str) -> Decision | None:
+    if policy_of(folder, ledger) is None:
         return None
     section = RegistrySection(
-        path=str(registry), name=name, promote="approve", require_validation=False
+        path=str(folder.parent), name=folder.name, promote="approve", require_validation=False
     )
-    candidate = read_candidate(registry, name, version)
-    champion = read_champion(registry, name)
-    return find_refusal(section, candidate, champion, is_approved=True)
+    champion = read_link(folder)
+    candidate = choose_candidate(folder, ledger, version, champion)
+    return find_refusal(folder, ledger, section, candidate, champion, is_approved=True)
 
 
 def decline(
@@ -128,7 +118,7 @@ def decline(
     """
     with writing(registry, name) as held:
         declined = resolve_version(held.path, version, held.ledger)
-        if find_decline_in_history(held.ledger, declined) is not None:
+        if find_decline(held.ledger, declined) is not None:
             return
         facts = read_verdicts(held.path, declined, held.ledger)[-1].facts
         fields = {"dataset_digest": facts.dataset_digest, "settings_digest": facts.settings_digest}
@@ -136,14 +126,6 @@ def decline(
 
 
 def find_decline(
-    registry: Path, name: str, version: str, dataset_digest: str | None, settings_digest: str | None
-) -> Entry | None:
-    """The line in which a person declined a version, or one of the same data and settings."""
-    with reading(registry, name) as (_, ledger):
-        return find_decline_in_history(ledger, version, dataset_digest, settings_digest)
-
-
-def find_decline_in_history(
     ledger: Ledger,
     version: str,
     dataset_digest: str | None = None,
@@ -178,7 +160,7 @@ def may_be_approved(folder: Path, version: str, ledger: Ledger, age: timedelta) 
     except DamagedError:  # an audit reports it
         return False
     made_of = (facts.dataset_digest, facts.settings_digest)
-    if find_decline_in_history(ledger, version, *made_of) is not None:
+    if find_decline(ledger, version, *made_of) is not None:
         return False
     modes = ((facts.policy or {}).get("promote"), (ledger.policy() or {}).get("promote"))
     return "approve" in modes and "never" not in modes

@@ -76,7 +76,8 @@ class StepSchedule(Protocol):
     def validation_targets(self) -> tuple[Int32, Int64] | None:
         """The line and the number of target tokens of each example that an evaluation reads.
 
-        In the order of the rows of `validation_batches`; None where each evaluation reads others.
+        The number is 1 for a loss that counts examples. In the order of the rows of
+        `validation_batches`; None where each evaluation reads others.
         """
 
     def seed_step(self, step: int) -> None:
@@ -184,7 +185,8 @@ class BucketedSchedule:
             valid, config.batch_size, config.val_batches, max_seq_length=config.max_seq_length
         )
         rows = np.concatenate([batch.rows for batch in batches])
-        tokens = [int(valid.example_mask(row)[1:].sum()) for row in rows]
+        counted = config.training.loss is not None  # a room's loss counts examples
+        tokens = [1 if counted else int(valid.example_mask(row)[1:].sum()) for row in rows]
         valid.release_pages()
         return valid.lines[rows], np.array(tokens, np.int64)
 

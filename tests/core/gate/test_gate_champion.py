@@ -27,7 +27,6 @@ from nested_core.records.verdict_file import read_verdict
 from nested_core.records.verdict_table import check_table
 from nested_core.registry import promote, register
 from nested_core.registry.policy import set_policy
-from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.storage.adapter import write_adapter
 from tests.builders.candidates import Candidate, shifted
 from tests.builders.judged_adapters import pass_by_hand
@@ -75,9 +74,9 @@ class Challenger(Candidate):
 
     def decide(self, champion: str | None, **section: Any) -> str:
         """Register, and say what the policy makes of it."""
-        version = register_run(self.config, self.run, champion)
         policy = self.config.registry.model_copy(update=section)
-        return promote_by_policy(policy, version, champion).sentence
+        config = self.config.model_copy(update={"registry": policy})
+        return register_run(config, self.run, champion).sentence
 
     def with_suite(self, **bounds: Any) -> Self:
         """The same with a suite of capitals that the base model knows."""
@@ -193,7 +192,7 @@ def test_where_the_champion_was_trained_on_every_example_nothing_is_promoted(cha
 
 def test_provenance_holds_a_digest_of_every_training_example(challenger: Challenger) -> None:
     challenger.judge()
-    version = register_run(challenger.config, challenger.run, None)
+    version = register_run(challenger.config, challenger.run, None).version
     path = challenger.registry / NAME / "versions" / version / "provenance.json"
     recorded = decode_digests(json.loads(path.read_text())["training_examples"])
     own = digest_examples(read_nonempty_splits(challenger.config, challenger.run)["train"])
@@ -261,7 +260,7 @@ def test_the_champion_answers_the_suites_too_and_only_once(
     assert roles == [role for role in ("base", "champion", "candidate") for _ in range(20)]
     assert f"champion {result.champion * 20:g} of 20" in result.describe()
     challenger.confirm()
-    version = register_run(challenger.config, challenger.run, None)
+    version = register_run(challenger.config, challenger.run, None).version
     promote(challenger.registry, NAME, version, by="ann")
     challenger.judge()
     assert len(asked) == 5  # the champion said the same when it was the candidate

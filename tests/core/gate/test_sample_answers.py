@@ -171,7 +171,7 @@ def test_a_destroyed_model_is_said_to_be_that_and_is_not_promoted_by_itself(dest
     assert "Verified: passed, answers broken" in page
     assert told in page
 
-    version = register_run(config, run, None)
+    version = register_run(config, run, None).version
     refusal = f"{verdict.samples.describe()}: a person decides"
     assert promote_by_policy(config.registry, version, None).sentence == refusal
     if is_there("approval"):

@@ -43,9 +43,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param("kimi_linear", False, marks=COMPILES),
     ],
 )
-def test_loss_and_gradients_are_those_of_mlx_lm(
-    name: str, quantized: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loss_and_gradients_are_those_of_mlx_lm(name, quantized, monkeypatch) -> None:
     model = build(name, quantized=quantized)
     expected = outcome(model, SUPERVISED_LOSS, batch())
     monkeypatch.setattr(backend, "computes_on_cuda", lambda: True)

@@ -212,9 +212,7 @@ def delta_net_arguments(decay: str, masked: int = 0) -> dict[str, Any]:
     "settings", [{}, {"lower_bound": -5.0}, {"allow_neg_eigval": True}], ids=str
 )
 @pytest.mark.parametrize("masked", [0, 5])
-def test_the_update_is_mlx_lms_for_every_kind_of_gate_and_mask(
-    masked: int, settings: dict[str, Any], decay: str
-) -> None:
+def test_the_update_is_mlx_lms_for_every_kind_of_gate_and_mask(masked, settings, decay) -> None:
     arguments = delta_net_arguments(decay, masked)
     mask = arguments.pop("mask")
     names = list(arguments)
@@ -255,9 +253,7 @@ def test_the_self_checks_examples_agree_with_mlx_lms_loop() -> None:
     assert gated_delta.compute_on_this_device.describe_disagreement() is None
 
 
-def test_a_gpu_where_chunks_disagree_keeps_mlx_lms_loop_and_says_so(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_gpu_where_chunks_disagree_keeps_mlx_lms_loop_and_says_so(monkeypatch) -> None:
     model = build("qwen3_5")
     monkeypatch.setattr(backend, "device", lambda: "gpu")
     monkeypatch.setattr(gated_delta.compute_on_this_device, "_checked", {})

@@ -26,7 +26,6 @@ from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.verdict import ChampionLoss, JudgedAdapter, TaskResult, Validation, Verdict
 from nested_core.registry import collect_garbage, list_versions, promote, read_champion, register
 from nested_core.registry.data_store import read_lineage, read_stored_data
-from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
@@ -69,9 +68,7 @@ def generation(folder: Path, data: str) -> tuple[RunDirectory, str]:
     finished = train(config, prepare(config, folder / f"run-{data}"))
     champion = champion_or_none(folder / "registry", NAME)
     steps.judge(config, finished.run)
-    version = register_run(config, finished.run, champion)
-    promote_by_policy(config.registry, version, champion)
-    return finished.run, version
+    return finished.run, register_run(config, finished.run, champion).version
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +116,7 @@ def test_data_that_changed_before_its_run_was_registered_is_not_kept_and_said(
 
 
 @pytest.mark.slow("trains and judges a run of its own")
-def test_without_a_champion_the_first_run_starts_fresh_and_says_so(
-    folder: Path, monday: tuple[RunDirectory, str]
-) -> None:
+def test_without_a_champion_the_first_run_starts_fresh_and_says_so(folder, monday) -> None:
     run, version = monday
     note = describe_starting_adapter(configure(folder, "monday"), run)
     assert note == "capitals has no champion yet: starting from a fresh adapter"
@@ -165,9 +160,7 @@ def test_a_run_on_the_data_that_the_champion_was_trained_on_is_skipped(
     assert unchanged(folder, tmp_path / "run", "tuesday", **changes) == tuesday[1]
 
 
-def test_the_same_lines_in_another_folder_are_the_same_data(
-    folder: Path, tuesday: tuple[RunDirectory, str], tmp_path: Path
-) -> None:
+def test_the_same_lines_in_another_folder_are_the_same_data(folder, tuesday, tmp_path) -> None:
     copy = write_data(tmp_path / "copy", slice(10, 30))
     assert unchanged(folder, tmp_path / "run", str(copy)) == tuesday[1]
 
@@ -184,11 +177,7 @@ def test_the_same_lines_in_another_folder_are_the_same_data(
     ],
 )
 def test_other_data_or_settings_are_a_reason_to_train(
-    folder: Path,
-    tuesday: tuple[RunDirectory, str],
-    tmp_path: Path,
-    data: str,
-    changes: dict[str, Any],
+    folder, tuesday, tmp_path, data, changes
 ) -> None:
     assert unchanged(folder, tmp_path / "run", data, **changes) is None
 
@@ -216,9 +205,7 @@ def test_another_tokenizer_or_end_of_answers_is_a_reason_to_train(
     assert unchanged(folder, tmp_path / "run", "tuesday", model=str(base)) is None
 
 
-def test_other_held_out_rows_are_a_reason_to_train(
-    folder: Path, tuesday: tuple[RunDirectory, str], tmp_path: Path
-) -> None:
+def test_other_held_out_rows_are_a_reason_to_train(folder, tuesday, tmp_path) -> None:
     data = shutil.copytree(folder / "tuesday", tmp_path / "data")
     rows = (data / "valid.jsonl").read_text().splitlines(keepends=True)
     (data / "valid.jsonl").write_text("".join(rows[:6]))
@@ -231,9 +218,7 @@ def test_other_held_out_rows_are_a_reason_to_train(
     assert unchanged(folder, tmp_path / "outside", "tuesday", gate=gate) is None
 
 
-def test_a_run_that_has_begun_to_train_is_not_skipped_when_resumed(
-    folder: Path, tuesday: tuple[RunDirectory, str]
-) -> None:
+def test_a_run_that_has_begun_to_train_is_not_skipped_when_resumed(folder, tuesday) -> None:
     assert find_reason_to_skip(configure(folder, "tuesday"), tuesday[0]) is None
 
 
@@ -248,11 +233,7 @@ def test_a_run_that_has_begun_to_train_is_not_skipped_when_resumed(
     ],
 )
 def test_a_champion_of_other_settings_is_refused_with_what_differs(
-    folder: Path,
-    tuesday: tuple[RunDirectory, str],
-    tmp_path: Path,
-    changes: dict[str, Any],
-    named: str,
+    folder, tuesday, tmp_path, changes, named
 ) -> None:
     with pytest.raises(ConfigError, match="was trained with other settings") as caught:
         prepare(configure(folder, "monday", **changes), tmp_path / "run")
@@ -260,9 +241,7 @@ def test_a_champion_of_other_settings_is_refused_with_what_differs(
     assert not (tmp_path / "run" / "initial").exists()
 
 
-def test_a_champion_of_another_base_is_refused(
-    folder: Path, tuesday: tuple[RunDirectory, str], tmp_path: Path
-) -> None:
+def test_a_champion_of_another_base_is_refused(folder, tuesday, tmp_path) -> None:
     other = Path(shutil.copytree(MODEL, tmp_path / "base"))
     weights = load_arrays(other / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] * 2
@@ -272,9 +251,7 @@ def test_a_champion_of_another_base_is_refused(
     assert "base_fingerprint: " in str(caught.value)
 
 
-def test_a_champion_that_was_changed_on_disk_is_not_started_from(
-    folder: Path, tuesday: tuple[RunDirectory, str], tmp_path: Path
-) -> None:
+def test_a_champion_that_was_changed_on_disk_is_not_started_from(folder, tuesday, tmp_path) -> None:
     path = folder / "registry" / NAME / "versions" / tuesday[1] / "gate.json"
     sound = path.read_bytes()
     path.chmod(0o644)
@@ -305,11 +282,7 @@ def test_a_champion_whose_provenance_is_damaged_is_no_reason_to_skip_or_to_train
 
 @pytest.mark.parametrize("step", ["verify", "read_adapter", "read_provenance"])
 def test_a_champion_is_not_collected_while_a_run_reads_it(
-    folder: Path,
-    tuesday: tuple[RunDirectory, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    step: str,
+    folder, tuesday, tmp_path, monkeypatch, step
 ) -> None:
     registry = tmp_path / "registry"
     shutil.copytree(folder / "registry", registry, symlinks=True)
@@ -361,9 +334,7 @@ def test_a_champion_is_not_collected_while_a_run_reads_it(
         ),
     ],
 )
-def test_sections_that_contradict_one_another_are_refused(
-    values: dict[str, Any], message: str
-) -> None:
+def test_sections_that_contradict_one_another_are_refused(values, message) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_config(values, source="a test")
 

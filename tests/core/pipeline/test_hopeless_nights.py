@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -240,9 +239,7 @@ def always(folder: Path) -> dict[str, str]:
     ],
     ids=["training data", "held-out data", "policy", "champion"],
 )
-def test_what_decides_and_has_changed_is_a_reason_to_train(
-    folder: Path, change: Callable[[Path], None]
-) -> None:
+def test_what_decides_and_has_changed_is_a_reason_to_train(folder, change) -> None:
     change(folder)
     assert reason_to_skip(folder) is None
 
@@ -276,9 +273,7 @@ def test_the_conditions_are_those_of_contents_and_not_of_paths(folder: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
-def test_a_night_with_another_tokenizer_or_end_of_answers_trains(
-    folder: Path, tmp_path: Path, name: str
-) -> None:
+def test_a_night_with_another_tokenizer_or_end_of_answers_trains(folder, tmp_path, name) -> None:
     base = shutil.copytree(MODEL, tmp_path / "base")
     file = base / name
     file.write_text(file.read_text() + " ")

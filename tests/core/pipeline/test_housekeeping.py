@@ -105,9 +105,7 @@ def test_another_name_that_is_damaged_keeps_every_run(nights: list[str], tmp_pat
     assert all_files(runs) == before
 
 
-def test_a_run_that_a_version_of_another_name_names_stays(
-    nights: list[str], tmp_path: Path
-) -> None:
+def test_a_run_that_a_version_of_another_name_names_stays(nights, tmp_path) -> None:
     registry, runs = tmp_path / "registry", tmp_path / "runs"
     first = runs_in(runs)[0]
     core.register(tmp_path / "written-1", registry, "another", {"config": {}})
@@ -118,9 +116,7 @@ def test_a_run_that_a_version_of_another_name_names_stays(
     assert all_files(registry / "another") == others
 
 
-def test_where_there_is_no_folder_of_runs_the_registry_is_tidied(
-    nights: list[str], tmp_path: Path
-) -> None:
+def test_where_there_is_no_folder_of_runs_the_registry_is_tidied(nights, tmp_path) -> None:
     done = tidy_up(tmp_path / "registry", NAME, None, KEPT)
     assert (done.runs, len(done.versions.collected)) == (None, 4)
     assert "no folder of runs here" in done.describe()

@@ -118,9 +118,7 @@ def test_a_champion_that_moves_while_the_gate_works_is_judged_against_once_more(
     assert history(registry, NAME)[-1]["previous"] == other
 
 
-def test_a_verdict_that_rejects_what_is_registered_counts(
-    copy: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_verdict_that_rejects_what_is_registered_counts(copy, caplog) -> None:
     registry = copy / "registry"
     caplog.set_level("INFO", logger=stages.name)
     with pytest.raises(GateRejected):

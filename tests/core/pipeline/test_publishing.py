@@ -38,7 +38,6 @@ from nested_core.registry import (
 from nested_core.registry.promotion_policy import (
     compare_losses,
     describe_promotion,
-    promote_by_policy,
     read_candidate,
 )
 from nested_core.registry.registration import read_passed_run
@@ -147,8 +146,7 @@ def publish(configure: Configure) -> Callable[..., Decision]:
     def publish(run: RunDirectory, **section: Any) -> Decision:
         config = configure(**section)
         champion = champion_or_none(Path(str(config.registry.path)), NAME)
-        version = register_run(config, run, champion)
-        return promote_by_policy(config.registry, version, champion)
+        return register_run(config, run, champion)
 
     return publish
 
@@ -162,13 +160,11 @@ def warning(registry: Path, done: Decision) -> str | None:
 
 
 class TestRegister:
-    def test_the_version_says_where_it_comes_from(
-        self, make_run: MakeRun, configure: Configure, tmp_path: Path
-    ) -> None:
+    def test_the_version_says_where_it_comes_from(self, make_run, configure, tmp_path) -> None:
         config, first, second = configure(), make_run(1.0), make_run(2.0, data="d2")
-        parent = register_run(config, first, None)
+        parent = register_run(config, first, None).version
         promote(tmp_path / "registry", NAME, parent, by="ann")
-        version = register_run(config, second, parent)
+        version = register_run(config, second, parent).version
         folder = tmp_path / "registry" / NAME / "versions" / version
         written = json.loads((folder / "provenance.json").read_text())
         assert version == read_adapter(second.adapter).digest()
@@ -200,7 +196,7 @@ class TestRegister:
     ) -> None:
         config, run = configure(), make_run(1.0)
         run.metrics.write_text('{"iteration": 10, "iterations_per_second": 5.0}\n')
-        version = register_run(config, run, None)
+        version = register_run(config, run, None).version
         moved = RunDirectory(run.path.rename(tmp_path / "moved"))
         write_gate(moved.path, read_gate(moved.gate), judged_files(moved.path))  # judged again
         assert is_registered_from(config, moved, version)
@@ -217,17 +213,13 @@ class TestRegister:
 
 
 class TestPolicy:
-    def test_always_does_not_ask_whether_it_is_better(
-        self, make_run: MakeRun, publish: Any
-    ) -> None:
+    def test_always_does_not_ask_whether_it_is_better(self, make_run, publish) -> None:
         publish(make_run(1.0, loss=1.0), promote="always")
         assert outcome(publish(make_run(2.0, loss=3.0), promote="always")) == "promoted"
 
     @pytest.mark.parametrize("few", [{"clusters": 4}, {"clusters": 84, "few_prompts": 4}])
     @pytest.mark.parametrize("rival", ["its start", "the champion"])
-    def test_few_prompts_promote_nothing_by_themselves(
-        self, make_run: MakeRun, publish: Any, few: dict[str, int], rival: str
-    ) -> None:
+    def test_few_prompts_promote_nothing_by_themselves(self, make_run, publish, few, rival) -> None:
         champion = publish(make_run(1.0), promote="always").version
         run = make_run(2.0)
         gate = read_gate(run.gate)
@@ -247,9 +239,7 @@ class TestPolicy:
         assert outcome(publish(run, **leave)) == "promoted"
 
     @pytest.mark.parametrize("promote", ["always", "better"])
-    def test_without_validation_only_by_leave(
-        self, make_run: MakeRun, publish: Any, promote: str
-    ) -> None:
+    def test_without_validation_only_by_leave(self, make_run, publish, promote) -> None:
         run = make_run(1.0, loss=None)
         assert outcome(publish(run, promote=promote)) == (
             "there was no validation set, and registry.require_validation is on"
@@ -276,13 +266,7 @@ class TestPolicy:
         ],
     )
     def test_a_first_version_has_to_be_better_than_it_began(
-        self,
-        make_run: MakeRun,
-        publish: Any,
-        difference: float,
-        interval: list[float] | None,
-        corrected: list[float] | None,
-        expected: str,
+        self, make_run, publish, difference, interval, corrected, expected
     ) -> None:
         run = make_run(2.0, loss=4.0 + difference)
         gate = read_gate(run.gate)
@@ -309,13 +293,7 @@ class TestPolicy:
         ],
     )
     def test_better_is_decided_beyond_noise_where_the_gate_judged_the_champion(
-        self,
-        make_run: MakeRun,
-        publish: Any,
-        record: dict[str, Any],
-        noise: str,
-        improvement: float,
-        expected: str,
+        self, make_run, publish, record, noise, improvement, expected
     ) -> None:
         policy = {"promote": "better", "min_improvement": improvement}
         champion = publish(make_run(1.0), **policy).version
@@ -345,9 +323,7 @@ class TestPromotionByAPerson:
     """`nested-tune promote RUN_DIR`: one lock from register to promote, and a warning if worse."""
 
     @pytest.fixture
-    def by_hand(
-        self, configure: Configure, monkeypatch: pytest.MonkeyPatch
-    ) -> Callable[[RunDirectory], Decision]:
+    def by_hand(self, configure, monkeypatch) -> Callable[[RunDirectory], Decision]:
         """Promote a run whose files were written by hand: they hold no evidence to confirm."""
         monkeypatch.setattr(
             publishing, "confirm_recorded_verdict", lambda config, run: read_passed_run(run.path)
@@ -359,13 +335,7 @@ class TestPromotionByAPerson:
         [(3.458, 4.075, True), (3.458, 3.4581, True), (3.458, 3.458, False), (4.0, 3.0, False)],
     )
     def test_a_higher_loss_on_the_same_data_is_promoted_with_a_warning(
-        self,
-        make_run: MakeRun,
-        by_hand: Any,
-        tmp_path: Path,
-        before: float,
-        after: float,
-        is_warned: bool,
+        self, make_run, by_hand, tmp_path, before, after, is_warned
     ) -> None:
         registry = tmp_path / "registry"
         first = by_hand(make_run(1.0, loss=before))
@@ -429,9 +399,7 @@ class TestPromotionByAPerson:
         gc.join()
         assert len(list_versions(registry, NAME)) == 2
 
-    def test_a_run_notes_another_registry_than_its_own(
-        self, make_run: MakeRun, by_hand: Any, tmp_path: Path
-    ) -> None:
+    def test_a_run_notes_another_registry_than_its_own(self, make_run, by_hand, tmp_path) -> None:
         for value, path in ((1.0, tmp_path / "registry"), (2.0, tmp_path / "own")):
             run = make_run(value)
             run.config.write_text(f"model: m\nregistry: {{path: {path}, name: {NAME}}}\n")
@@ -462,7 +430,7 @@ def test_held_out_examples_that_are_not_the_champions_are_said(
     make_run: MakeRun, configure: Configure, data: str, is_said: bool
 ) -> None:
     config = configure()
-    champion = register_run(config, judged_on(make_run(1.0), 10), None)
+    champion = register_run(config, judged_on(make_run(1.0), 10), None).version
     promote(Path(str(config.registry.path)), NAME, champion, by="ann")
     said = describe_changed_held_out(config, judged_on(make_run(2.0, data=data), 16, champion))
     assert said == (

@@ -16,7 +16,6 @@ from nested_core import (
     DamagedError,
     FineTuneConfig,
     champion,
-    compare_runs,
     promote,
     read_report,
 )
@@ -92,11 +91,7 @@ def test_progress_is_one_line_that_is_rewritten_and_ends_with_the_verdict(sessio
     [(True, True, ShownProgress), (True, False, Steps), (False, True, Steps)],
 )
 def test_one_argument_turns_it_off_and_without_a_terminal_there_is_none(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    is_shown: bool,
-    progress: bool,
-    expected: type[Steps],
+    tmp_path, monkeypatch, is_shown, progress, expected
 ) -> None:
     used: list[Steps] = []
 
@@ -116,7 +111,6 @@ def test_everything_prints_as_one_line(session: Session) -> None:
         session.result,
         session.result.verdict,
         read_report(run.path),
-        compare_runs([run.path]),
         read_run(run),
     ):
         text = repr(value)

@@ -22,7 +22,7 @@ OWN_FILES = frozenset(
     {
         "tiers",  # training/training_setup.py: which tensor is in which tier
         "suites",  # measure/answers/suites.py: what the gate asks
-        "report_to",  # training/reports/reporting_services.py: names of the run at services
+        "report_to",  # rooms/services: names of the run at services
         "training_examples",  # measure/losses/left_out_examples.py: digests of what was trained on
         "validation_losses",  # training writes them, measure/losses/chosen_candidate.py reads them
         "checkpoints",  # storage: what a run goes on from

@@ -174,9 +174,7 @@ def test_a_verdict_against_todays_champion_outlives_a_newer_one_against_another(
     assert against.version == weak
 
 
-def test_registering_once_more_after_one_judging_records_it_once(
-    make_run: MakeRun, judge: Judge, registry: Path
-) -> None:
+def test_registering_once_more_after_one_judging_records_it_once(make_run, judge, registry) -> None:
     weak, better = two_versions(make_run, registry)
     run = judge(2, weak, -2.4)
     for _ in range(3):
@@ -184,9 +182,7 @@ def test_registering_once_more_after_one_judging_records_it_once(
     assert len(files_of(registry, better)) == 1
 
 
-def test_a_judgement_that_rejects_stops_a_promotion_by_version(
-    make_run: MakeRun, judge: Judge, registry: Path
-) -> None:
+def test_a_judgement_that_rejects_stops_a_promotion_by_version(make_run, judge, registry) -> None:
     weak, better = two_versions(make_run, registry)
     run = judge(2, weak, -2.4)
     gate = read_gate(run / "gate.json")
@@ -234,9 +230,7 @@ def test_a_judgement_that_was_edited_is_found_until_the_run_is_registered_again(
 
 
 @pytest.mark.usefixtures("no_time_to_decide")
-def test_gc_removes_the_judgements_of_what_it_removes(
-    make_run: MakeRun, judge: Judge, registry: Path
-) -> None:
+def test_gc_removes_the_judgements_of_what_it_removes(make_run, judge, registry) -> None:
     weak, better = two_versions(make_run, registry)
     register(judge(2, weak, 0.4), registry, NAME, provenance("better", weak))
     assert collect_garbage(registry, NAME, by="ann", keep=0).collected == (better,)

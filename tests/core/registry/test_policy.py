@@ -98,9 +98,7 @@ def test_no_route_promotes_what_is_not_shown_to_be_within_the_margin_of_the_refe
             assert "one-sided 95 % end +0.03, margin +0.02 nats/token" in text
 
 
-def test_a_reference_of_nights_is_the_champion_of_so_many_promotions_ago(
-    judged: Judged, registry: Path
-) -> None:
+def test_a_reference_of_nights_is_the_champion_of_so_many_promotions_ago(judged, registry) -> None:
     versions = [judged(seed) for seed in range(1, 6)]
     set_keys(registry, reference="nights:2")
     assert read_reference(registry, NAME) is None
@@ -157,9 +155,7 @@ def test_every_route_needs_what_the_stricter_of_the_two_needs(
     assert read_champion(registry, NAME) == (version if is_promoted else champion)
 
 
-def test_a_suite_of_the_policy_has_to_be_asked_as_it_stands_there(
-    judged: Judged, registry: Path
-) -> None:
+def test_a_suite_of_the_policy_has_to_be_asked_as_it_stands_there(judged, registry) -> None:
     set_keys(registry, tasks=[SUITE])
     policy = read_policy(registry, NAME)
     assert policy is not None
@@ -178,7 +174,8 @@ def test_better_under_a_policy_rests_on_the_interval_whatever_the_run_says(
     champion = judged(1)
     promote(registry, NAME, champion, by="ann")
     version = judged(2, mode="better", champion=champion, better_by=0.05, noise="none")
-    assert promote_by_policy(section(registry, "never"), version, champion).outcome == "refused"
+    never = promote_by_policy(section(registry, "never"), version, champion)
+    assert never.outcome == "registered"
     set_keys(registry, promote="better")
     told = str(promote_by_policy(section(registry, "better"), version, champion))
     assert "looser thresholds" in told
@@ -226,9 +223,7 @@ def test_a_run_is_tightened_and_it_is_said(registry: Path) -> None:
     assert tighten(config, None) is config
 
 
-def test_a_policy_that_an_earlier_release_wrote_is_read_and_changed(
-    judged: Judged, registry: Path
-) -> None:
+def test_a_policy_that_an_earlier_release_wrote_is_read_and_changed(judged, registry) -> None:
     judged(1)
     written = RegistryPolicy(promote="better").fields() | {"canary": "rollback"}
     with writing_folder(registry / NAME) as held:
@@ -239,9 +234,7 @@ def test_a_policy_that_an_earlier_release_wrote_is_read_and_changed(
     assert audit(registry, NAME).is_sound
 
 
-def test_a_change_stands_in_the_history_with_who_when_before_and_after(
-    judged: Judged, registry: Path
-) -> None:
+def test_a_change_stands_in_the_history_with_who_when_before_and_after(judged, registry) -> None:
     champion = judged(1)
     promote(registry, NAME, champion, by="ann")
     set_keys(registry, promote="better")
@@ -301,9 +294,7 @@ def test_a_policy_file_that_was_edited_decides_nothing_is_found_and_is_written_a
         {"other": 1},
     ],
 )
-def test_what_is_no_policy_is_refused_and_nothing_is_written(
-    judged: Judged, registry: Path, changes: dict[str, Any]
-) -> None:
+def test_what_is_no_policy_is_refused_and_nothing_is_written(judged, registry, changes) -> None:
     judged(1)
     before = sorted(path.name for path in (registry / NAME).iterdir())
     with pytest.raises(ConfigError, match="policy: "):
@@ -311,9 +302,7 @@ def test_what_is_no_policy_is_refused_and_nothing_is_written(
     assert sorted(path.name for path in (registry / NAME).iterdir()) == before
 
 
-def test_a_policy_that_asks_a_person_needs_the_room(
-    registry: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_policy_that_asks_a_person_needs_the_room(registry, monkeypatch) -> None:
     monkeypatch.setattr(seams, "is_there", lambda room: room != "approval")
     with pytest.raises(ConfigError, match="belongs to the room approval, which is not installed"):
         set_keys(registry, promote="approve")

@@ -327,7 +327,5 @@ def test_nothing_that_a_version_a_person_or_another_registry_needs_is_removed(
 @pytest.mark.usefixtures("no_time_to_decide")
 @given(PLANS, st.lists(STEPS, min_size=3, max_size=8))
 @settings(max_examples=500)
-def test_nothing_that_is_needed_is_removed_in_500_draws(
-    pool: tuple[Path, list[str]], plans: list[PlannedRun], steps: list[Step]
-) -> None:
+def test_nothing_that_is_needed_is_removed_in_500_draws(pool, plans, steps) -> None:
     do_all(pool[0].parent, pool, plans, steps)

@@ -208,9 +208,7 @@ def test_a_run_with_a_file_or_link_of_a_person_stays_whole(inside: str, tmp_path
     assert [len(list_checkpoints(one.checkpoints)) for one in (run, rejected)] == [4, 4]
 
 
-def test_a_run_that_cannot_be_removed_keeps_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_cannot_be_removed_keeps_no_other(tmp_path, monkeypatch) -> None:
     first, busy, last = (make_run(tmp_path, day) for day in (1, 2, 3))
     unlink = Path.unlink
 
@@ -275,9 +273,7 @@ def test_a_run_that_was_promoted_elsewhere_too_stays_after_its_own_registry_let_
     assert str(run.path) in prune(tmp_path).removed
 
 
-def test_a_run_that_is_promoted_just_before_it_is_removed_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_is_promoted_just_before_it_is_removed_stays(tmp_path, monkeypatch) -> None:
     """A person is faster than the lock of the run."""
     run, version = make_registered(tmp_path, 1)
     shutil.rmtree(tmp_path / "registry")

@@ -170,9 +170,7 @@ def test_what_was_recorded_is_there_for_the_next_process(store: KernelStore) -> 
 
 
 @pytest.mark.parametrize("edit", ["flipped", "truncated", "a link", "a pipe", "not recorded"])
-def test_a_kernel_without_its_recorded_digest_is_removed(
-    store: KernelStore, tmp_path: Path, edit: str
-) -> None:
+def test_a_kernel_without_its_recorded_digest_is_removed(store, tmp_path, edit) -> None:
     (recorded,) = (tmp_path / "kernels").rglob("recorded/**/*.so")
     content = recorded.read_bytes()
     recorded.unlink()
@@ -193,9 +191,7 @@ def test_a_kernel_without_its_recorded_digest_is_removed(
     assert (store.new_process_folder() / KERNEL).exists()
 
 
-def test_a_damaged_record_removes_every_kernel_and_is_made_again(
-    store: KernelStore, tmp_path: Path
-) -> None:
+def test_a_damaged_record_removes_every_kernel_and_is_made_again(store, tmp_path) -> None:
     (record,) = (tmp_path / "kernels").rglob("recorded.json")
     record.write_bytes(b"\0" * 100)
     assert not list(store.new_process_folder().rglob("*.so"))
@@ -306,9 +302,7 @@ def test_where_kernels_cannot_be_kept_they_go_into_a_temporary_folder_and_that_i
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_what_others_recorded_meanwhile_is_linked_and_nothing_that_was_changed(
-    tmp_path: Path,
-) -> None:
+def test_what_others_recorded_meanwhile_is_linked_and_nothing_that_was_changed(tmp_path) -> None:
     one, other = KernelStore(tmp_path), KernelStore(tmp_path)
     folder, others = one.new_process_folder(), other.new_process_folder()
     assert not one.has_linked_any()

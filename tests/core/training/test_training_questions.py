@@ -153,9 +153,7 @@ def test_a_stop_or_a_kill_in_the_middle_of_asking_goes_on_to_the_same_run(
     assert done.metrics(without=timed) == asked.metrics(without=timed)
 
 
-def test_where_asking_is_slow_fewer_are_asked_from_the_first_step_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_asking_is_slow_fewer_are_asked_from_the_first_step_on(tmp_path, monkeypatch) -> None:
     ask = QuestionsInTraining.ask
 
     def slow(self: QuestionsInTraining, *given: Any) -> dict[str, Any]:
@@ -186,9 +184,7 @@ def test_questions_are_asked_at_evaluations_alone(tmp_path: Path) -> None:
         train(config, prepare(config, tmp_path / "run"))
 
 
-def test_questions_that_chose_judge_where_there_are_no_others_and_are_counted(
-    asked: Finished,
-) -> None:
+def test_questions_that_chose_judge_where_there_are_no_others_and_are_counted(asked) -> None:
     verdict = steps.judge(asked.config, asked.run)
     (task,) = verdict.tasks
     assert (task.questions, task.chosen_among) == (15, 3)
@@ -198,9 +194,7 @@ def test_questions_that_chose_judge_where_there_are_no_others_and_are_counted(
 
 
 @pytest.mark.slow("trains and judges a run of its own")
-def test_questions_that_chose_do_not_judge_where_there_are_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_questions_that_chose_do_not_judge_where_there_are_others(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(questions_in_training, "LARGEST_SHARE", 2)  # 40 questions: 20 and 20
     suite = write_suite(tmp_path / "suite.jsonl", 40, copies=2)
     config = example_config(**settings(suite, iters=4))

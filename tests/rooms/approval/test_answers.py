@@ -17,6 +17,7 @@ from nested_core.registry import (
     read_champion,
     register,
 )
+from nested_core.registry.ledger import read_ledger
 from nested_core.registry.policy import set_policy
 from nested_core.registry.promotion_policy import (
     promote_by_policy,
@@ -66,7 +67,7 @@ class TestADecline:
         decline(registry, NAME, first, by="ann")
         assert [line["by"] for line in history(registry, NAME)] == ["bob"]
         promote(registry, NAME, first, by="ann")
-        assert find_decline(registry, NAME, first, "d1", "s1") is None
+        assert find_decline(read_ledger(registry / NAME), first, "d1", "s1") is None
 
 
 @pytest.mark.usefixtures("no_time_to_decide")

@@ -70,9 +70,7 @@ def waiting(add: Add, registry: Path) -> tuple[UUID, str, str]:
     return run_id, version, champion
 
 
-def test_a_person_is_asked_with_both_losses_and_short_versions(
-    waiting: tuple[UUID, str, str],
-) -> None:
+def test_a_person_is_asked_with_both_losses_and_short_versions(waiting) -> None:
     run_id, version, champion = waiting
     page = approval_page(run_id).replace("\\", "")
     assert f"# Make {version[:12]} the champion of {NAME}?" in page
@@ -81,9 +79,7 @@ def test_a_person_is_asked_with_both_losses_and_short_versions(
     assert "ASKED AGAIN" not in page
 
 
-def test_approved_by_a_person_a_version_is_promoted_in_that_persons_name(
-    waiting: tuple[UUID, str, str], registry: Path
-) -> None:
+def test_approved_by_a_person_a_version_is_promoted_in_that_persons_name(waiting, registry) -> None:
     run_id, version, champion = waiting
     answer(run_id, approve=True, by="ann")
     state = execute(run_id)
@@ -142,9 +138,7 @@ def test_the_night_that_asked_is_told_the_answer(add: Add, registry: Path) -> No
 
 
 @pytest.mark.slow("three runs of a deployment")
-def test_a_newer_question_closes_the_older_one(
-    waiting: tuple[UUID, str, str], add: Add, registry: Path
-) -> None:
+def test_a_newer_question_closes_the_older_one(waiting, add, registry) -> None:
     older = waiting[0]
     newer = deployed_run(parameters(registry, add(3), requires_approval=True))
     other = deployed_run(parameters(registry, add(4), requires_approval=True, name="other"))
@@ -246,9 +240,7 @@ def test_a_question_that_crashed_or_failed_before_it_was_put_is_put_again(
     assert questions(promotion_deployment)[0].state_name == "Cancelled", "a person's word"
 
 
-def test_a_server_without_promote_auto_is_said_and_fails_nothing(
-    add: Add, registry: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_server_without_promote_auto_is_said_and_fails_nothing(add, registry, caplog) -> None:
     add(1, "approve")
     with get_client(sync_client=True) as client:
         delete_promote_auto(client)

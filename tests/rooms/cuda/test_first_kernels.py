@@ -118,9 +118,7 @@ def test_gradients_and_updates_are_computed_for_each_set_of_tiers_that_are_due_t
 
 
 @pytest.mark.parametrize("part", ["evaluation", "answers"])
-def test_evaluation_and_answers_take_no_step(
-    small_run: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, part: str
-) -> None:
+def test_evaluation_and_answers_take_no_step(small_run, monkeypatch, part) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a step was taken")
 
@@ -163,9 +161,7 @@ class Told(Steps):
         self.messages.append(message)
 
 
-def test_a_process_that_fails_is_told_of_and_the_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_process_that_fails_is_told_of_and_the_run_goes_on(tmp_path, monkeypatch, caplog) -> None:
     fake_worker(tmp_path, monkeypatch, "raise RuntimeError(request['part'] + ': no room')")
     hooks = Told()
     with caplog.at_level(logging.WARNING):
@@ -183,9 +179,7 @@ def test_a_process_that_fails_is_told_of_and_the_run_goes_on(
     assert "were compiled ahead in" in told[1]
 
 
-def test_what_ends_a_run_ends_the_processes_that_compile_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_ends_a_run_ends_the_processes_that_compile_for_it(tmp_path, monkeypatch) -> None:
     fake_worker(tmp_path, monkeypatch, "import time; time.sleep(3600)")
     config = example_config(iters=2)
     run = prepare(config, tmp_path / "run")
@@ -216,9 +210,7 @@ def kernels_of(session: Session) -> FirstKernels:
     return found
 
 
-def test_a_stop_that_is_requested_ends_the_wait_and_the_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_that_is_requested_ends_the_wait_and_the_processes(tmp_path, monkeypatch) -> None:
     fake_worker(tmp_path, monkeypatch, "import time; time.sleep(3600)")
     config = example_config(iters=4)
     run = prepare(config, tmp_path / "run")
@@ -259,9 +251,7 @@ def test_what_was_compiled_is_taken_once_and_a_full_store_ends_no_run(
     assert "compiled ahead cannot be used: [Errno 28] No space left on device" in caplog.text
 
 
-def test_a_run_goes_on_where_the_processes_cannot_be_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_goes_on_where_the_processes_cannot_be_started(tmp_path, monkeypatch, caplog) -> None:
     fake_worker(tmp_path, monkeypatch, "import time; time.sleep(3600)")
     config = example_config(iters=4)
     run = prepare(config, tmp_path / "run")

@@ -55,9 +55,7 @@ def settings() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("deployment", PLAN.deployments, ids=lambda each: each.full_name)
-def test_every_deployment_names_a_flow_that_is_there_and_a_pool_that_is_made(
-    deployment: PlannedDeployment,
-) -> None:
+def test_every_deployment_names_a_flow_that_is_there_and_a_pool_that_is_made(deployment) -> None:
     module, _, function = deployment.entrypoint.rpartition(".")
     assert isinstance(getattr(import_module(module), function), Flow)
     assert deployment.work_pool.name in [pool["name"] for pool in POOLS]
@@ -110,9 +108,7 @@ def test_housekeeping_is_on_every_week_for_the_adapter_alone() -> None:
     assert (config.registry, config.name, config.dry_run) == ("registry", "geography", False)
 
 
-def test_the_settings_have_the_server_remove_old_events_and_runs(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_settings_have_the_server_remove_old_events_and_runs(monkeypatch) -> None:
     for name, value in settings().items():
         if "VACUUM" in name or "RETENTION" in name:
             monkeypatch.setenv(name, value)
@@ -301,9 +297,7 @@ def scheduled(schedule: dict[str, Any]) -> dict[str, Any]:
         ),
     ],
 )
-def test_a_file_of_ones_own_that_is_none_is_refused(
-    tmp_path: Path, content: Any, expected: str
-) -> None:
+def test_a_file_of_ones_own_that_is_none_is_refused(tmp_path, content, expected) -> None:
     file = tmp_path / "prefect.yaml"
     file.write_text(yaml.safe_dump(content))
     with pytest.raises(ConfigError) as refused:
@@ -350,9 +344,7 @@ def test_deploy_begins_the_name_of_its_configuration_in_the_home_of_the_runs(
     assert audit(tmp_path / "registry", "bot").findings == ()
 
 
-def test_deploy_begins_no_name_in_a_home_that_another_user_owns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_deploy_begins_no_name_in_a_home_that_another_user_owns(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("NESTED_TUNE_HOME", str(tmp_path))
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     config = tmp_path / "bot.yaml"

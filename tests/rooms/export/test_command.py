@@ -15,9 +15,7 @@ Run = Callable[..., Ended]
 
 
 @pytest.mark.slow("exports a whole model")
-def test_a_run_becomes_a_folder_with_its_record(
-    command_run: CommandRun, nested_tune: Run, tmp_path: Path
-) -> None:
+def test_a_run_becomes_a_folder_with_its_record(command_run, nested_tune, tmp_path) -> None:
     done = nested_tune("export", command_run.run_dir, "--fused", "fused", "--json")
     assert done.code == 0
     document = done.document
@@ -31,9 +29,7 @@ def test_a_run_becomes_a_folder_with_its_record(
     assert document["packages"]["mlx-lm"] == "0.32.2"
 
 
-def test_peft_is_what_export_peft_writes(
-    command_run: CommandRun, nested_tune: Run, tmp_path: Path
-) -> None:
+def test_peft_is_what_export_peft_writes(command_run, nested_tune, tmp_path) -> None:
     first = nested_tune("export", command_run.run_dir, "--peft", "one")
     second = nested_tune("export-peft", command_run.run_dir, "--out", "two")
     assert first.stdout == second.stdout.replace("two:", "one:")
@@ -63,9 +59,7 @@ def test_another_template_than_that_of_the_training_is_refused(
         (("--gguf", "model.gguf", "--quantize", "q4_0"), "invalid choice: 'q4_0'"),
     ],
 )
-def test_one_place_and_a_format_that_is_known(
-    words: tuple[str, ...], said: str, nested_tune: Run
-) -> None:
+def test_one_place_and_a_format_that_is_known(words, said, nested_tune) -> None:
     done = nested_tune("export", "run", *words)
     assert done.code == 2
     assert said in done.message()

@@ -127,9 +127,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the library, in itself
-def test_a_run_is_uploaded_with_a_card_and_without_rows_or_places(
-    command_run: CommandRun, hub: Hub
-) -> None:
+def test_a_run_is_uploaded_with_a_card_and_without_rows_or_places(command_run, hub) -> None:
     prepared = prepare_upload(command_run.run_dir, "ann/geo")
     assert hub.files == {}
     done = upload(prepared)
@@ -159,9 +157,7 @@ def test_the_hub_reads_the_fields_of_the_card(command_run: CommandRun) -> None:
     assert ", registered" not in card
 
 
-def test_what_did_not_pass_and_what_nobody_judged_is_not_uploaded(
-    command_run: CommandRun, tmp_path: Path
-) -> None:
+def test_what_did_not_pass_and_what_nobody_judged_is_not_uploaded(command_run, tmp_path) -> None:
     run = shutil.copytree(command_run.run_dir, tmp_path / "run")
     gate = read_gate(run / "gate.json")
     gate |= {
@@ -204,9 +200,7 @@ def test_the_command_shows_what_would_be_sent(command_run: CommandRun, nested_tu
 
 
 @pytest.mark.parametrize("name", ["geo", "ann/", "../up", "ann/geo/more", "ann/ge o"])
-def test_a_name_that_the_hub_cannot_have_is_refused(
-    command_run: CommandRun, nested_tune: Run, name: str
-) -> None:
+def test_a_name_that_the_hub_cannot_have_is_refused(command_run, nested_tune, name) -> None:
     done = nested_tune("export", command_run.run_dir, "--push", name)
     assert done.code == 2
     assert "expected USER/NAME" in done.message()

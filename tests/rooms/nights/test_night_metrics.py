@@ -61,9 +61,7 @@ def test_a_night_has_outcome_loss_seconds_the_champions_time_and_bytes_for_every
         assert int(before) <= found[time,] <= datetime.now(UTC).timestamp()
 
 
-def test_a_first_night_that_ended_before_its_gate_has_no_loss_and_no_champion(
-    tmp_path: Path,
-) -> None:
+def test_a_first_night_that_ended_before_its_gate_has_no_loss_and_no_champion(tmp_path) -> None:
     folder = tmp_path / "metrics"
     folder.mkdir()
     run = begin_run(tmp_path / "one", registry={"path": str(tmp_path / "none"), "name": NAME})

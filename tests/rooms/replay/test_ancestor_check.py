@@ -185,9 +185,7 @@ def few_ancestors(rows: Sequence[int], rise: float) -> list[AncestorLoss]:
         ((4, 9), None, 4),
     ],
 )
-def test_ancestors_with_too_few_rows_are_judged_together(
-    rows: Sequence[int], joined: tuple[str, ...] | None, examples: int
-) -> None:
+def test_ancestors_with_too_few_rows_are_judged_together(rows, joined, examples) -> None:
     lost, kept = few_ancestors(rows, 0.5), few_ancestors(rows, 0.0)
     bounds = GateSection(max_ancestor_loss_increase=0.1)
     assert not list(ancestor_reasons(kept, bounds))
@@ -230,9 +228,7 @@ def test_a_night_of_five_rows_is_judged_by_the_spread_of_all_nights(
     assert refused == (["0"] if is_refused else [])
 
 
-def test_superseded_repeated_and_trained_rows_are_not_judged_by_and_are_counted(
-    night: Night,
-) -> None:
+def test_superseded_repeated_and_trained_rows_are_not_judged_by_and_are_counted(night) -> None:
     known = rows_of("train")
     corrected = [
         {"messages": [row["messages"][0], {"role": "assistant", "content": "Stay at home."}]}
@@ -258,9 +254,7 @@ def test_superseded_repeated_and_trained_rows_are_not_judged_by_and_are_counted(
         ),
     ],
 )
-def test_why_nothing_of_an_ancestor_is_left_is_said(
-    night: Night, held_out: list[Row] | None, message: str
-) -> None:
+def test_why_nothing_of_an_ancestor_is_left_is_said(night, held_out, message) -> None:
     version = night.meet(held_out)
     (left,) = choose_ancestor_examples(night.config, night.registry, NAME, version)
     assert (left.rows, left.problem) == ((), message)
@@ -301,9 +295,7 @@ def test_newer_nights_supersede_and_repeat_what_older_ones_held_out(night: Night
     assert (oldest.superseded, oldest.repeated) == (1, 2)
 
 
-def test_of_many_examples_each_night_draws_the_same(
-    night: Night, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_many_examples_each_night_draws_the_same(night, monkeypatch) -> None:
     monkeypatch.setattr(ancestor_examples, "MAX_ROWS_PER_ANCESTOR", 4)
     drawn = []
     for scale, rows in ((0.997, ATLANTIS), (0.998, ATLANTIS[::-1])):

@@ -65,9 +65,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_rows_that_newer_data_repeats_corrects_or_holds_out_are_not_replayed(
-    tmp_path: Path,
-) -> None:
+def test_rows_that_newer_data_repeats_corrects_or_holds_out_are_not_replayed(tmp_path) -> None:
     write_split(
         tmp_path / "new",
         train=[row("a?", "1"), row("What is  B?", "new"), row("k?", "1"), row("l?", "1")],
@@ -112,9 +110,7 @@ def test_generations_beyond_the_bound_hold_out_what_they_held_out(folder: Path) 
 
 
 @pytest.mark.parametrize("what", ["missing", "empty"])
-def test_a_source_that_is_gone_is_said_and_the_run_goes_on_with_the_rest(
-    folder: Path, what: str
-) -> None:
+def test_a_source_that_is_gone_is_said_and_the_run_goes_on_with_the_rest(folder, what) -> None:
     if what == "empty":
         write_split(folder / "gone", valid=LINES[14:16])
     config = configure(folder, "gone", "old.jsonl")
@@ -137,9 +133,8 @@ def test_as_many_examples_are_kept_as_the_run_can_use(folder: Path) -> None:
 
 def test_explain_says_what_would_be_replayed_and_counts_its_tokens(folder: Path) -> None:
     explained = explain_run(configure(folder, "old.jsonl"), measures_speed=False)
-    assert (
-        f"replay: 0.3 of each batch, from 4 of 10 examples of {folder}/old.jsonl"
-        in (explained.describe()["data"])
+    assert f"replay: 0.3 of each batch, from 4 of 10 examples of {folder}/old.jsonl" in ". ".join(
+        explained.replay
     )
     assert explained.replayed_tokens > 0
     assert explained.epochs == pytest.approx(12 / 10)  # 16 rows, and 4 of them are replayed
@@ -157,9 +152,7 @@ def test_the_same_data_and_seed_choose_the_same_rows(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("keeps", [True, False])
-def test_the_data_of_the_champion_and_its_ancestors_is_replayed(
-    tmp_path: Path, keeps: bool
-) -> None:
+def test_the_data_of_the_champion_and_its_ancestors_is_replayed(tmp_path, keeps) -> None:
     parent = FRESH
     versions = [
         parent := add_version(tmp_path, parent, night(tmp_path, n), keeps=keeps) for n in range(3)
@@ -285,9 +278,7 @@ def test_replayed_tokens_are_counted_apart(whole: Finished) -> None:
     assert reports[-1]["trained_tokens"] > reports[-1]["replayed_tokens"]
 
 
-def test_a_resumed_run_equals_the_whole_one_without_its_sources(
-    whole: Finished, tmp_path: Path
-) -> None:
+def test_a_resumed_run_equals_the_whole_one_without_its_sources(whole, tmp_path) -> None:
     data = Path(whole.config.data).parent
     shutil.copytree(data / "new", tmp_path / "new")
     shutil.copy(data / "old.jsonl", tmp_path)
@@ -322,9 +313,7 @@ def test_the_gate_knows_that_replayed_rows_were_trained_on(whole: Finished) -> N
 
 
 @pytest.mark.parametrize("name", ["replay.json", "replay.jsonl"])
-def test_altered_replay_files_end_a_run_and_have_no_verdict(
-    whole: Finished, tmp_path: Path, name: str
-) -> None:
+def test_altered_replay_files_end_a_run_and_have_no_verdict(whole, tmp_path, name) -> None:
     run = RunDirectory(shutil.copytree(whole.run.path, tmp_path / "run"))
     path = run.path / name
     path.write_bytes(path.read_bytes().replace(b"a", b"b", 1))

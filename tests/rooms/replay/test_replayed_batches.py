@@ -46,9 +46,7 @@ def test_each_batch_is_full_and_has_the_replayed_rows_of_its_position(
 
 @settings(max_examples=40)
 @given(lengths_lists, lengths_lists, st.integers(1, 9), fractions)
-def test_each_new_row_is_used_once_an_epoch(
-    new: list[int], replayed: list[int], batch_size: int, fraction: float
-) -> None:
+def test_each_new_row_is_used_once_an_epoch(new, replayed, batch_size, fraction) -> None:
     order = make_order(new, replayed, batch_size, fraction)
     rows = np.concatenate([order.batch(index).rows for index in range(order.count_batches(3))])
     used = rows[rows < len(new)]
@@ -59,9 +57,7 @@ def test_each_new_row_is_used_once_an_epoch(
 
 @settings(max_examples=40)
 @given(lengths_lists, lengths_lists, st.integers(1, 9), fractions)
-def test_replayed_rows_come_equally_often(
-    new: list[int], replayed: list[int], batch_size: int, fraction: float
-) -> None:
+def test_replayed_rows_come_equally_often(new, replayed, batch_size, fraction) -> None:
     order = make_order(new, replayed, batch_size, fraction)
     batches = order.count_batches(2)
     rows = np.concatenate([order.batch(index).rows for index in range(batches)])

@@ -110,10 +110,7 @@ def test_a_base_that_is_quantised_otherwise_than_the_judged_one_is_found(
     ),
 )
 def test_logits_find_what_no_comparison_of_tensors_does(
-    plant: Callable[[pytest.MonkeyPatch], None],
-    promote: Promote,
-    registry: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    plant, promote, registry, monkeypatch
 ) -> None:
     promote(1)
     with serving(settings(registry, "--name", NAME)) as client, monkeypatch.context() as patch:

@@ -145,9 +145,7 @@ def test_the_arm_of_the_lowest_loss_is_trained_to_the_end_and_judged(swept: Swee
 
 
 @pytest.mark.slow("trains three arms and judges two")
-def test_arms_of_other_batches_and_slow_tiers_are_compared_after_equal_data(
-    tmp_path: Path,
-) -> None:
+def test_arms_of_other_batches_and_slow_tiers_are_compared_after_equal_data(tmp_path) -> None:
     changes = CONFIG | {"grad_accumulation_steps": 2, "nested": {"frequencies": [1, 8]}}
     over = {"batch_size": [2, 8], "grad_accumulation_steps": [1]}
     done = sweep(example_config(**changes), tmp_path / "sweep", SweepRequest(over, steps=60))
@@ -239,9 +237,7 @@ def test_a_sweep_of_other_data_or_of_another_tokenizer_is_another_one(tmp_path: 
     assert first != other_end == same_rows != other_rows
 
 
-def test_a_sweep_of_another_request_or_a_damaged_one_is_not_gone_on_with(
-    swept: SweepResult, tmp_path: Path
-) -> None:
+def test_a_sweep_of_another_request_or_a_damaged_one_is_not_gone_on_with(swept, tmp_path) -> None:
     (tmp_path / "sweep").mkdir()
     shutil.copy(swept.folder / SWEEP_NAME, tmp_path / "sweep")
     with pytest.raises(ConfigError, match="a sweep of another configuration or request"):
