@@ -194,11 +194,10 @@ def compare_losses(
         corrected = (compared.mean - width, compared.mean + width)
     deciding = interval
     if interval is not None and one_sided_high is not None and corrected is not None:
-        low = corrected[0]
-        if candidates is not None:
-            low = interval[0]
-        elif not is_pooled:
-            low = min(interval[0], corrected[0])
+        low = interval[0]
+        if candidates is None:
+            own = compared.one_sided_low if is_pooled else interval[0]
+            low = min(own, corrected[0])
         deciding = (low, max(interval[1], corrected[1]))
         one_sided_high = max(one_sided_high, corrected[1])
     loss_before = losses.mean(other)
