@@ -53,6 +53,7 @@ from nested_core.models.base_model import (
     chat_template_digest,
     context_length,
     fingerprint_tokenizer,
+    vocabulary_digest,
 )
 from nested_core.records.dataset import (
     DatasetReport,
@@ -109,6 +110,7 @@ def judge_dataset(
     return replace(
         report,
         chat_template=chat_template_digest(base),
+        vocabulary=vocabulary_digest(base),
         tokenizer=fingerprint_tokenizer(base),
     )
 

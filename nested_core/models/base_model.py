@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,6 +34,8 @@ TOKENIZER_FILES = (
     *("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.txt", "*.tiktoken"),
     "*.py",
 )
+# Those that cut text into tokens, in a folder without a tokenizer.json.
+VOCABULARY_FILES = ("*.model", "*.tiktoken", "vocab.*", "merges.txt")
 
 
 def find_model_folder(model: str, revision: str | None = None) -> Path:
@@ -199,20 +202,47 @@ def chat_template_digest(folder: Path) -> str | None:
     return hashlib.sha256(content).hexdigest()
 
 
-def require_chat_template(recorded: str | None, base: Path, what: str) -> None:
-    """Raise ConfigError where a base has another chat template than an adapter was trained with.
+def vocabulary_digest(folder: Path) -> str | None:
+    """SHA-256 of the files in a model's folder that cut text into tokens; None if it has none.
 
-    Args:
-        recorded: the SHA-256 that was recorded in training; None is not compared.
-        base: the model's folder.
-        what: the adapter, at the beginning of a sentence.
+    A tokenizer.json decides alone: transformers reads no other file of these beside it.
     """
-    if recorded is not None and recorded != chat_template_digest(base):
-        raise ConfigError(
-            f"{what} was trained with another chat template than {base} has now: its questions "
-            f"would be put otherwise than it learnt. Bring back the template that was there, or "
-            f"train again."
-        )
+    whole = folder / "tokenizer.json"
+    others = {path for pattern in VOCABULARY_FILES for path in folder.glob(pattern)}
+    paths = [whole] if whole.is_file() else sorted(others)
+    if not paths:
+        return None
+    named = zip([path.name for path in paths], cached_sha256(paths), strict=True)
+    return hashlib.sha256(canonical_json(list(named))).hexdigest()
+
+
+@dataclass(frozen=True)
+class TrainedTokenizer:
+    """What was recorded of the tokenizer that an adapter was trained with, as SHA-256.
+
+    Attributes:
+        chat_template: see `chat_template_digest`; None is not compared.
+        vocabulary: see `vocabulary_digest`; None is not compared.
+    """
+
+    chat_template: str | None = None
+    vocabulary: str | None = None
+
+    def require_in(self, base: Path, what: str) -> None:
+        """Raise ConfigError if the model's folder `base` has another chat template or vocabulary.
+
+        `what` names the adapter, at the beginning of a sentence.
+        """
+        for name, recorded, digest in (
+            ("chat template", self.chat_template, chat_template_digest),
+            ("tokenizer", self.vocabulary, vocabulary_digest),
+        ):
+            if recorded is not None and recorded != digest(base):
+                raise ConfigError(
+                    f"{what} was trained with another {name} than {base} has now: it would read "
+                    f"questions otherwise than it learnt. Bring back the {name} that was there, "
+                    f"or train again."
+                )
 
 
 def prepare_for_base_model(config: FineTuneConfig) -> Path:

@@ -242,6 +242,7 @@ class DatasetReport:
     """All findings, errors first, then by file and line; and a count of each split that exists.
 
     chat_template: SHA-256 of the template that messages were tokenised with; None without one.
+    vocabulary: SHA-256 of the files that cut text into tokens (`vocabulary_digest`).
     tokenizer: SHA-256 of the files of the tokenizer that was used, the template and the tokens that
         end an answer among them (`fingerprint_tokenizer`); None where nothing was tokenised.
     """
@@ -251,6 +252,7 @@ class DatasetReport:
     splits: dict[str, SplitStats]
     findings: tuple[Finding, ...]
     chat_template: str | None = None
+    vocabulary: str | None = None
     tokenizer: str | None = None
 
     @property
@@ -272,6 +274,7 @@ class DatasetReport:
             "folder": self.folder,
             "digest": self.digest,
             "chat_template": self.chat_template,
+            "vocabulary": self.vocabulary,
             "tokenizer": self.tokenizer,
             "splits": to_jsonable_python(self.splits),
             "findings": [finding.to_json() for finding in self.findings],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +114,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def read_latest_values(path: Path) -> dict[str, Any]:
     """The last value of each metric that is not null, as `read_metrics` reads them, one by one."""
+    return latest_values(record for record in _iterate_records(path) if record is not None)
+
+
+def latest_values(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last value of each metric that is not null."""
     latest: dict[str, Any] = {}
-    for record in _iterate_records(path):
-        if record is not None:
-            latest.update((key, value) for key, value in record.items() if value is not None)
+    for record in records:
+        latest.update((key, value) for key, value in record.items() if value is not None)
     return latest
 
 

@@ -401,3 +401,30 @@ def list_runs(folder: Path) -> list[Run]:
             if run.has_run_files():
                 runs.append(Run(run))
     return sorted(runs, key=lambda run: run.started, reverse=True)
+
+
+@dataclass(frozen=True)
+class AdapterRuns:
+    """The runs of one adapter, by the registry and name that their configurations have.
+
+    registry: its folder, resolved.
+    """
+
+    registry: Path
+    name: str
+
+    @classmethod
+    def of(cls, registry: Path, name: str) -> AdapterRuns:
+        """Those of a name in a registry."""
+        return cls(registry.resolve(), name)
+
+    def include(self, run: Run) -> bool:
+        """Whether a run is one of them; one whose configuration cannot be read is nobody's."""
+        section = None if run.config is None else run.config.registry
+        if section is None or section.path is None or section.name != self.name:
+            return False
+        return Path(section.path).resolve() == self.registry
+
+    def among(self, runs: Sequence[Run]) -> list[Run]:
+        """Those of some runs, in their order."""
+        return [run for run in runs if self.include(run)]

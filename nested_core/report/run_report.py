@@ -38,7 +38,6 @@ from nested_core.records.run import Run, read_run
 from nested_core.records.verdict import TensorChange, Validation
 from nested_core.records.verdict_table import describe_verdict, tier_table
 from nested_core.registry.promotion_policy import registry_location
-from nested_core.report.generations import tabulate_generations
 from nested_core.report.outcome import (
     describe_end,
     describe_outcome,
@@ -147,9 +146,7 @@ def _tabulate_generations(run: Run) -> Iterator[Block]:
     if verdict is None or verdict.rival is None or section is None or section.path is None:
         return
     registry, name = registry_location(section)
-    table = tabulate_generations(registry, name, verdict.rival, verdict)
-    if table is not None:
-        yield table
+    yield from seams.collect("generation_tables", registry, name, verdict.rival, verdict)
 
 
 def _describe_training(run: Run) -> Iterator[Block]:

@@ -7,59 +7,30 @@ neither.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
 from nested_core.gate.checks.base import WITHOUT_MODEL
-from nested_core.gate.checks.judged import Check, JudgedRun
+from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.evidence.champion_adapter import Champion, UnusableChampion, find_rival
 from nested_core.measure.losses.left_out_examples import find_left_out
-from nested_core.measure.losses.loss_figures import (
-    harm_reasons,
-    loss_reasons,
-    summarise_champion,
-    summarise_losses,
-)
+from nested_core.measure.losses.loss_figures import summarise_champion
 from nested_core.records.losses import Vector
-from nested_core.records.start import read_start
 from nested_core.records.verdict import ChampionLoss, Reason
 from nested_core.text.digest_format import shorten_digest
 
 
-def _compare_with_champion(judged: JudgedRun) -> Iterator[Reason]:
-    """Compare the losses: of a champion that cannot be compared, it is said why.
-
-    It gives a reason only for a run that was rebuilt to follow the champion: the checks of losses
-    have judged one that went on from it by its start.
-    """
+def _compare_with_champion(judged: CheckedRun) -> tuple[Reason, ...]:
+    """Compare the losses, which gives no reason: of one that cannot be compared, it is said why."""
     judged.champion = find_rival("champion", judged.base, judged.after)
-    if judged.champion is None:
-        return
-    _compare_with(judged, judged.champion, "champion")
-    start = read_start(judged.config, judged.run)
-    if start is not None and start.choice.policy == "rebuild":
-        yield from _find_worse_than_champion(judged)
+    if judged.champion is not None:
+        _compare_with(judged, judged.champion, "champion")
+    return ()
 
 
-def _find_worse_than_champion(judged: JudgedRun) -> Iterator[Reason]:
-    """The reasons that the checks of losses would give, had training started from the champion."""
-    losses = judged.losses
-    shared = None if losses is None else losses.examples_with_champion_loss()
-    if shared is None or shared.champion is None or not len(shared):
-        return
-    shared = replace(shared, before=shared.champion)
-    validation = summarise_losses(
-        shared, selected_on_same_data=False, bounds=judged.bounds, candidates=judged.candidates
-    )
-    reasons = loss_reasons(validation, judged.bounds)
-    for reason in reasons or harm_reasons(shared, validation, judged.bounds):
-        yield replace(reason, message=f"against the champion, {reason.message}")
-
-
-def _compare_with_reference(judged: JudgedRun) -> tuple[Reason, ...]:
+def _compare_with_reference(judged: CheckedRun) -> tuple[Reason, ...]:
     """The same with the version that the registry's policy names as the reference."""
     reference = find_rival("reference", judged.base, judged.after)
     champion = judged.verdict.champion
@@ -71,7 +42,7 @@ def _compare_with_reference(judged: JudgedRun) -> tuple[Reason, ...]:
 
 
 def _compare_with(
-    judged: JudgedRun, rival: Champion | UnusableChampion, role: Literal["champion", "reference"]
+    judged: CheckedRun, rival: Champion | UnusableChampion, role: Literal["champion", "reference"]
 ) -> None:
     """Put the comparison into the verdict, and a rival's losses beside the run's, in its files."""
     compared, measured = _compare_losses(judged, rival, role)
@@ -86,7 +57,7 @@ def _compare_with(
 
 
 def _compare_losses(
-    judged: JudgedRun, rival: Champion | UnusableChampion, role: str
+    judged: CheckedRun, rival: Champion | UnusableChampion, role: str
 ) -> tuple[ChampionLoss, Vector | None]:
     """What gate.json says of a rival, and its losses, NaN where not compared; None without any."""
     version, losses, held_out = rival.version, judged.losses, judged.held_out

@@ -35,10 +35,10 @@ from nested_core.measure.losses.held_out_loss import LoadedBase, read_held_out_e
 from nested_core.models.adapter_formats import Conversion, load_peft_format
 from nested_core.models.base_model import (
     MAX_CONFIG_BYTES,
+    TrainedTokenizer,
     find_model_folder,
     fingerprint_base_model,
     model_compute_dtype,
-    require_chat_template,
 )
 from nested_core.pipeline.named_adapters import find_named_adapter
 from nested_core.pipeline.named_models import NamedModel, find_model
@@ -224,8 +224,8 @@ def _read_source(
     folder = Path(os.path.realpath(adapter.path))
     if (folder / MANIFEST_NAME).exists():
         verify_manifest(folder)
-    config, template = _read_training(folder, run)
-    require_chat_template(template, find_model_folder(model.model), what)
+    config, tokenizer = _read_training(folder, run)
+    tokenizer.require_in(find_model_folder(model.model), what)
     is_known = config is not None
     if config is None:
         config = parse_config({"model": model.model, "num_layers": -1}, source="the adapter")
@@ -260,21 +260,25 @@ def _describe_origin(folder: Path, run: RunDirectory | None) -> tuple[int | None
 
 def _read_training(
     folder: Path, run: RunDirectory | None
-) -> tuple[FineTuneConfig | None, str | None]:
+) -> tuple[FineTuneConfig | None, TrainedTokenizer]:
     """What an adapter was trained with, as its run or its provenance has it.
 
-    The configuration, and the SHA-256 of the chat template; None for what is not recorded.
+    The configuration, None if there is none, and what is recorded of the tokenizer.
     """
     if run is not None:
-        recorded = read_dataset_record(run.dataset) if run.dataset.is_file() else None
-        return read_run_config(run), None if recorded is None else recorded.chat_template
+        if not run.dataset.is_file():
+            return read_run_config(run), TrainedTokenizer()
+        recorded = read_dataset_record(run.dataset)
+        tokenizer = TrainedTokenizer(recorded.chat_template, recorded.vocabulary)
+        return read_run_config(run), tokenizer
     if not (folder / PROVENANCE_NAME).is_file():
-        return None, None
+        return None, TrainedTokenizer()
     provenance = read_provenance(folder)
     values = provenance.get("config") or {}
     known = {key: value for key, value in values.items() if value is not None}
     config = parse_config(known, source=str(folder / PROVENANCE_NAME))
-    return config, provenance.get("chat_template")
+    tokenizer = TrainedTokenizer(provenance.get("chat_template"), provenance.get("vocabulary"))
+    return config, tokenizer
 
 
 class _Exporting:

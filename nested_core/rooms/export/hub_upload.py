@@ -82,9 +82,9 @@ def _read_card(named: NamedAdapter, adapter: Adapter) -> bytes:
     if named.run is not None:
         config = read_run_config(named.run)
         judged = confirm_recorded_verdict(config, named.run)
-        provenance = make_provenance(config, named.run, judged, None)
+        provenance = make_provenance(config, judged, None)
         name = config.registry.name if config.registry.path else named.run.path.resolve().name
-        card = render_card(str(name), adapter.digest(), provenance, judged.bound.verdict)
+        card = render_card(str(name), adapter.digest(), provenance, judged.verdict)
         return card.encode()
     if not all((folder / name).is_file() for name in (CARD_NAME, GATE_NAME, PROVENANCE_NAME)):
         raise ConfigError(

@@ -20,7 +20,7 @@ from nested_core.config.sections import GateSection
 from nested_core.data.example_digests import digest_examples
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.champion import CHAMPION
-from nested_core.gate.checks.judged import Check, JudgedRun
+from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.evidence.champion_adapter import Champion
 from nested_core.measure.losses.held_out_loss import HeldOutExamples
 from nested_core.measure.losses.left_out_examples import find_left_out
@@ -39,7 +39,7 @@ from nested_core.text.loss_format import format_change
 from nested_core.text.stages import stages
 
 
-def _compare_on_ancestors(judged: JudgedRun) -> Iterator[Reason]:
+def _compare_on_ancestors(judged: CheckedRun) -> Iterator[Reason]:
     champion, section = judged.champion, judged.config.registry
     if not isinstance(champion, Champion) or section.path is None or section.name is None:
         return
@@ -52,7 +52,7 @@ def _compare_on_ancestors(judged: JudgedRun) -> Iterator[Reason]:
 
 
 def _measure(
-    judged: JudgedRun, champion: Champion, chosen: list[AncestorExamples]
+    judged: CheckedRun, champion: Champion, chosen: list[AncestorExamples]
 ) -> Iterator[AncestorLoss]:
     """What gate.json says of each ancestor; all their examples are measured in one pass."""
     rows = [row for ancestor in chosen for row in ancestor.rows]
@@ -202,4 +202,3 @@ ANCESTORS = Check(
     stopped_by=(*WITHOUT_MODEL, CHAMPION),
     bounds=("max_ancestor_loss_increase",),
 )
-CHECKS = (ANCESTORS,)

@@ -21,6 +21,7 @@ from nested_core.pipeline.continual import (
 )
 from nested_core.pipeline.finetune import finetune
 from nested_core.pipeline.preflight import estimate_iterations
+from nested_core.records.dataset import read_dataset_record
 from nested_core.records.start import START_FILE
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry.data_store import read_lineage
@@ -309,16 +310,18 @@ def test_a_start_that_is_lost_is_damage_and_no_other_rate(
 
 
 def test_another_policy_or_rate_is_a_reason_to_train(nights: dict[str, Any]) -> None:
-    config, run, _ = nights["run-1"]
-    before = settings_digest(config, "base", run)
-    slower = config.continual.model_copy(update={"rate": 0.1})
-    assert settings_digest(config.model_copy(update={"continual": slower}), "base", run) != before
-    going_on = config.continual.model_copy(
-        update={"policy": "continue", "replay": config.continual.replay.model_copy()}
-    )
-    _, other, _ = nights["run-2"]
-    copied = config.model_copy(update={"continual": going_on})
-    assert settings_digest(copied, "base", other) != before
+    (config, run, _), (_, going_on, _) = nights["run-1"], nights["run-2"]
+    dataset = read_dataset_record(run.dataset)
+
+    def digest(run: RunDirectory, **continual: Any) -> str:
+        """That of the second night's data with another run's choice, or other keys."""
+        changed = config.continual.model_copy(update=continual)
+        other = config.model_copy(update={"continual": changed})
+        return settings_digest(other, "base", run, dataset)
+
+    digests = [digest(run), digest(run, rate=0.1), digest(going_on), digest(run, window="3h")]
+    assert len({*digests[:3]}) == 3
+    assert digests[3] == digests[0]
 
 
 def test_going_on_above_the_usable_rates_is_refused_unless_it_is_allowed(

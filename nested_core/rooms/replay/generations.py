@@ -62,3 +62,11 @@ def tabulate_generations(
         if any(judged == version for judged, _ in losses)
     ]
     return Table(CAPTION, ("", *map(shorten_digest, generations)), rows) if rows else None
+
+
+def list_tables(
+    registry: Path, name: str, champion: str, candidate: Verdict | None = None
+) -> list[Table]:
+    """The table of `tabulate_generations`, if there is one."""
+    table = tabulate_generations(registry, name, champion, candidate)
+    return [] if table is None else [table]
