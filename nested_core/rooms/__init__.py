@@ -239,4 +239,24 @@ ROOMS: Mapping[str, Room] = {
         data_tables="nested_core.rooms.tables.labels:tabulate_labels_of_data",
         answer_tables="nested_core.rooms.tables.labels:tabulate_labels_of_answers",
     ),
+    "preferences": Room(
+        losses={
+            name: RoomLoss(
+                rows=f"nested_core.rooms.preferences.answer_rows:{rows}",
+                problems="nested_core.rooms.preferences.loss_settings:iterate_problems",
+                make="nested_core.rooms.preferences.training_loss:make_loss",
+                compare="nested_core.rooms.preferences.training_loss:HeldOutComparison",
+            )
+            for name, rows in {
+                "dpo": "PAIRS",
+                "orpo": "PAIRS",
+                "simpo": "PAIRS",
+                "kto": "LABELS",
+            }.items()
+        },
+        suggested_loss="nested_core.rooms.preferences.answer_rows:suggest_loss",
+        gate_checks="nested_core.rooms.preferences.gate_check:CHECKS",
+        verdict_blocks={"preferences": "nested_core.rooms.preferences.verdict_block:SHOWN"},
+        reasons={"preference_not_learnt": "ANSWERS"},
+    ),
 }
