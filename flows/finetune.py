@@ -141,8 +141,13 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
 def _describe_held_out(config: FineTuneConfig, run: RunDirectory) -> str:
     """`; valid.jsonl has changed ...` where the champion was judged by other examples."""
     from nested_core.pipeline.publishing import describe_changed_held_out
+    from nested_core.records.dataset import read_dataset_record
+    from nested_core.records.verdict_file import read_verdict
 
-    note = describe_changed_held_out(config, run) if run.gate.exists() else None
+    if not run.gate.exists():
+        return ""
+    verdict, dataset = read_verdict(run.gate), read_dataset_record(run.dataset)
+    note = describe_changed_held_out(config, verdict, dataset)
     return "" if note is None else f"; {note}"
 
 

@@ -68,7 +68,7 @@ class EarlierExamples(Protocol):
 
 
 def find_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> EarlierExamples | None:
-    """Those of a run; None where the configuration asks for none.
+    """The earlier examples of a run; None if its configuration asks for no replay.
 
     Raises ConfigError where the room replay is not installed.
     """

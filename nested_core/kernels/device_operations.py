@@ -79,7 +79,7 @@ class DeviceOperations:
         """Compile and check the kernels for layers of these ranks, before a step is traced."""
 
     def invert_unit_lower(self, a: mx.array) -> mx.array | None:
-        """`gated_delta.invert_in_mlx` by a kernel; None where none takes the array."""
+        """`gated_delta.invert_in_mlx` by a kernel; None if no kernel takes the array."""
         return None
 
     def carry_states(
@@ -90,7 +90,7 @@ class DeviceOperations:
         state: mx.array,
         direction: int,
     ) -> list[mx.array] | None:
-        """`gated_delta.carry_in_mlx` by a kernel; None where none takes the arrays."""
+        """`gated_delta.carry_in_mlx` by a kernel; None if no kernel takes the arrays."""
         return None
 
     def find_fusable_mlps(self, trace: CallTrace) -> list[GatedMLP]:

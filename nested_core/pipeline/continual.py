@@ -29,6 +29,7 @@ from nested_core.models.base_model import (
     is_same_base,
 )
 from nested_core.records.dataset import DatasetReport, held_out_split, read_dataset_record
+from nested_core.records.judged_run import JudgedRun
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.skip import Skip
 from nested_core.records.verdict import Verdict
@@ -80,7 +81,10 @@ def find_reason_to_skip(config: FineTuneConfig, run: RunDirectory) -> Skip | Non
         reason = f"data unchanged since {shorten_digest(champion)}"
         return Skip(Outcome.SKIPPED_UNCHANGED, reason, version=champion)
     champion = champion_or_none(*registry_location(config.registry))
-    conditions = conditions_digest(config, run, champion)
+    dataset = read_dataset_record(run.dataset)
+    base = fingerprint_base_model(find_model_folder(config.model))
+    settings = settings_digest(config, base, run, dataset)
+    conditions = conditions_digest(config, dataset, settings, champion)
     if conditions is None:
         return None
     return trials.find_reason_to_skip(config.registry, conditions, champion)
@@ -102,34 +106,32 @@ def _champion_trained_alike(config: FineTuneConfig, run: RunDirectory) -> str | 
     now = (
         dataset.digest,
         digest_held_out(config, dataset),
-        settings_digest(config, recorded, run),
+        settings_digest(config, recorded, run, dataset),
     )
     keys = ("dataset_digest", "validation_digest", "settings_digest")
     return champion if now == tuple(map(provenance.get, keys)) else None
 
 
 def conditions_digest(
-    config: FineTuneConfig, run: RunDirectory, champion: str | None
+    config: FineTuneConfig, dataset: DatasetReport, settings: str, champion: str | None
 ) -> str | None:
     """SHA-256 over all that decides what becomes of a run that starts from `champion`.
 
     That is the champion, all splits of the data, base, tokenizer, settings, thresholds and other
     files of the gate, what is kept of the ancestors' examples where they judge, the rule of
     promotion and its reference, device and dtype, and the versions of the packages that compute.
-    `config` is held to the registry's policy. None for a run that does not start from a champion,
-    and with questions that a Python function scores: nobody knows what that depends on.
+    `config` is held to the registry's policy, `settings` is the `settings_digest`. None for a run
+    that does not start from a champion, and with questions that a Python function scores: nobody
+    knows what that depends on.
     """
     if config.continual.start is None or any(task.function for task in config.gate.tasks):
         return None
     registry, name = registry_location(config.registry)
-    dataset = read_dataset_record(run.dataset)
     section = config.registry
     decides = {
         "champion": champion,
         "data": dataset.digest,
-        "settings": settings_digest(
-            config, fingerprint_base_model(find_model_folder(config.model)), run
-        ),
+        "settings": settings,
         "gate": replace_configured_paths(config.gate, _hash_file).model_dump(mode="json"),
         "ancestors": _list_ancestor_digests(config, champion),
         "rule": asdict(effective_rule(section)),
@@ -156,29 +158,29 @@ def _hash_file(key: str, rule: PathRule, path: str) -> str:
     return cached_sha256([Path(path)])[0]
 
 
-def record_trial(
-    config: FineTuneConfig, run: RunDirectory, verdict: Verdict, outcome: Outcome, reason: str
-) -> None:
+def record_trial(config: FineTuneConfig, judged: JudgedRun, outcome: Outcome, reason: str) -> None:
     """Record in the history that a run from the champion made no version, and why.
 
     Nothing of a run that could not be told from another by its conditions.
     """
-    conditions = conditions_digest(config, run, verdict.rival)
+    settings = settings_digest(config, judged.base_fingerprint, judged.folder, judged.dataset)
+    conditions = conditions_digest(config, judged.dataset, settings, judged.verdict.rival)
     if conditions is None:
         return
-    base = fingerprint_base_model(find_model_folder(config.model))
     trial = trials.Trial(
         outcome=outcome,
         conditions_digest=conditions,
-        dataset_digest=read_dataset_record(run.dataset).digest,
-        settings_digest=settings_digest(config, base, run),
-        run=run.path.resolve().name,
+        dataset_digest=judged.dataset.digest,
+        settings_digest=settings,
+        run=judged.folder.path.resolve().name,
         reason=reason,
     )
     trials.record_trial(*registry_location(config.registry), trial)
 
 
-def settings_digest(config: FineTuneConfig, base: str | None, run: RunDirectory) -> str:
+def settings_digest(
+    config: FineTuneConfig, base: str | None, run: RunDirectory, dataset: DatasetReport
+) -> str:
     """SHA-256 over every setting that can change the adapter, the base and its tokenizer.
 
     base: the base model's fingerprint. With replay, over the examples that the run replays as well.
@@ -188,7 +190,7 @@ def settings_digest(config: FineTuneConfig, base: str | None, run: RunDirectory)
     if config.training.minutes is not None:
         del settings["iters"]
     replay = settings.pop("continual")  # what there is of it is about replay
-    facts = [base, read_dataset_record(run.dataset).tokenizer, settings]
+    facts = [base, dataset.tokenizer, settings]
     if earlier := find_earlier_examples(config, run):
         facts += [replay, earlier.content_digest()]
     return hashlib.sha256(canonical_json(facts)).hexdigest()

@@ -33,11 +33,11 @@ from nested_core.errors import (
     shorten,
 )
 from nested_core.gate import Verdict, digests_for_result
-from nested_core.gate.checks.judged import JudgedRun
+from nested_core.gate.checks.judged import CheckedRun
 from nested_core.gate.evidence.run_evidence import config_file_entry
 from nested_core.gate.judge import make_checks_of_run
 from nested_core.gate.proof.fresh_process_check import start_proof_process
-from nested_core.gate.recheck import task_file_entries
+from nested_core.gate.recheck import from_evidence, task_file_entries
 from nested_core.kernels.optimized_model import describe_layers
 from nested_core.measure.answers.questions_in_training import QuestionsInTraining
 from nested_core.measure.answers.suite_answers import (
@@ -82,6 +82,7 @@ from nested_core.records.dataset import (
     require_held_out,
     require_test_set,
 )
+from nested_core.records.judged_run import JudgedRun
 from nested_core.records.plan import (
     TrainingPlan,
     list_rank_counts,
@@ -456,13 +457,14 @@ def judge(
 ) -> Verdict:
     """Judge the run's adapter and write gate.json; GateRejected where it did not pass.
 
-    Holds the device meanwhile: the gate loads the base model, and so does the process of its proof.
-    What fails for the machine is an error to try again, and nothing is written.
+    What the registration needs of the run stays in the session. Holds the device meanwhile: the
+    gate loads the base model, and so does the process of its proof. What fails for the machine is
+    an error to try again, and nothing is written.
     """
     session = session or Session()
     with locking_devices(on_wait, session=session):
         try:
-            judged = make_checks_of_run(config, run, session)
+            checked = make_checks_of_run(config, run, session)
         except (MemoryError, RuntimeError) as error:  # MLX's own, for memory, files and compilers
             raise NestedTuneError(
                 f"The gate could not compute with {run.adapter}, and gives no verdict: {error}. "
@@ -470,8 +472,8 @@ def judge(
                 advice=JUDGE_AGAIN,
             ) from error
     run.require_lock()
-    _write_verdict(judged)
-    verdict = judged.verdict
+    session.judged = _write_verdict(checked)
+    verdict = checked.verdict
     if not verdict.has_passed:
         raise GateRejected(
             f"The gate rejected {run.adapter}: {verdict.summary()}. Nothing was registered; the "
@@ -482,20 +484,21 @@ def judge(
     return verdict
 
 
-def _write_verdict(judged: JudgedRun) -> None:
+def _write_verdict(checked: CheckedRun) -> JudgedRun:
     """Write what was measured, then gate.json and the manifest that binds it to that."""
-    config, run = judged.config, judged.run
+    config, run = checked.config, checked.run
     remove_file(run.manifest)  # no verdict is bound to files that are written anew
     for earlier in run.measured:
         remove_file(earlier)
-    entries = judged.evidence.files | {run.config.name: config_file_entry(config)}
-    for name, content in judged.written_files.items():
+    entries = checked.evidence.files | {run.config.name: config_file_entry(config)}
+    for name, content in checked.written_files.items():
         write_bytes(run.path / name, content)
         entries[name] = describe_file(run.path / name)
-    if judged.answers:
-        write_answers(run.answers, judged.answers)
+    if checked.answers:
+        write_answers(run.answers, checked.answers)
         entries |= task_file_entries(config.gate, run)
-    write_verdict(run.path, judged.verdict, entries)
+    bound = write_verdict(run.path, checked.verdict, entries)
+    return from_evidence(run, bound, checked.evidence)
 
 
 def measure_test(

@@ -34,8 +34,8 @@ from prefect.settings import (
 )
 
 from flows.finetune import FinetuneParameters, finetune
-from flows.housekeeping import HousekeepingParameters, housekeeping
 from flows.reconcile import ReconcileParameters, reconcile
+from flows.rooms.housekeeping.flow import HousekeepingParameters, housekeeping
 from nested_core import registry as core
 from nested_core.records.run import Run
 from nested_core.registry import garbage_collection

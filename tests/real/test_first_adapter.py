@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 import yaml
 from tokenizers import Tokenizer
@@ -134,6 +133,8 @@ def serving(project: Project) -> Iterator[str]:
 
 
 def test_openais_client_is_answered_as_chat_is_whole_and_streamed(configured, champion) -> None:
+    import openai  # takes half a second, and all tests are collected each time
+
     asked: dict[str, Any] = {
         "model": NAME,
         "messages": [{"role": "user", "content": ASKED}],

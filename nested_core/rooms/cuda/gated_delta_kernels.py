@@ -37,7 +37,7 @@ def invert_on_cuda(a: mx.array) -> mx.array:
 
 
 def invert_unit_lower(a: mx.array) -> mx.array | None:
-    """`invert_in_mlx` by the kernel; None where it does not fit."""
+    """`invert_in_mlx` by the kernel; None if it does not fit."""
     fits = a.dtype == mx.float32 and a.shape[-1] == CHUNK_SIZES["gpu"]
     return invert_on_cuda(a) if fits and invert_on_cuda.is_usable() else None
 
@@ -75,7 +75,7 @@ def carry_on_cuda(
 def carry_states(
     decay: mx.array, erased: mx.array, written: mx.array, state: mx.array, direction: int
 ) -> list[mx.array] | None:
-    """`carry_in_mlx` by the kernel; None where it does not fit."""
+    """`carry_in_mlx` by the kernel; None if it does not fit."""
     size, width = state.shape[-2:]
     dtypes = [each.dtype for each in (decay, erased, written, state)]
     fits = (

@@ -16,6 +16,7 @@ from nested_core.pipeline import continual, steps
 from nested_core.pipeline.continual import conditions_digest, find_reason_to_skip
 from nested_core.pipeline.finetune import FinetuneResult, finetune
 from nested_core.pipeline.hooks import Steps
+from nested_core.records.dataset import read_dataset_record
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.run import Run
 from nested_core.records.skip import Skip, read_skip
@@ -94,6 +95,13 @@ def write_data(folder: Path) -> None:
     shutil.copyfile(DATA / "valid.jsonl", folder / "valid.jsonl")
 
 
+def conditions_of(config: FineTuneConfig, run: RunDirectory, champion: str | None) -> str | None:
+    """The digest of all that decides about a run whose dataset.json was written."""
+    dataset = read_dataset_record(run.dataset)
+    settings = continual.settings_digest(config, fingerprint_base_model(MODEL), run, dataset)
+    return conditions_digest(config, dataset, settings, champion)
+
+
 @pytest.fixture(scope="module")
 def first_night(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data, and a registry with the champion of a first night."""
@@ -132,6 +140,7 @@ def test_a_rejected_night_is_one_line_of_the_history_with_what_decided_it(reject
         configure(rejected_once, **RUINOUS),
         fingerprint_base_model(MODEL),
         RunDirectory(rejected_once / "rejected"),
+        read_dataset_record(rejected_once / "rejected" / "dataset.json"),
     )
 
 
@@ -258,7 +267,7 @@ def test_the_conditions_are_those_of_contents_and_not_of_paths(folder: Path) -> 
     run = RunDirectory(folder / "asked")
 
     def digest(gate: dict[str, Any]) -> str | None:
-        return conditions_digest(configure(folder, gate=gate), run, None)
+        return conditions_of(configure(folder, gate=gate), run, None)
 
     before = digest(gate)
     moved = shutil.copyfile(text, folder / "moved.jsonl")
@@ -286,20 +295,20 @@ def test_the_conditions_hold_the_ancestors_examples_the_device_and_the_packages(
     reason_to_skip(folder)  # writes dataset.json
     run, champion = RunDirectory(folder / "asked"), read_champion(folder / "registry", NAME)
     config = configure(folder, gate={"max_ancestor_loss_increase": 0.1})
-    before = conditions_digest(config, run, champion)
-    assert conditions_digest(config, run, champion) == before
+    before = conditions_of(config, run, champion)
+    assert conditions_of(config, run, champion) == before
     with monkeypatch.context() as patch:
         patch.setattr("nested_core.backend.device_name", lambda: "gpu of another machine")
-        assert conditions_digest(config, run, champion) != before
+        assert conditions_of(config, run, champion) != before
     with monkeypatch.context() as patch:
         patch.setattr(continual, "installed_version", lambda name: f"another {name}")
-        assert conditions_digest(config, run, champion) != before
+        assert conditions_of(config, run, champion) != before
     is_judged = configure(folder, gate={})
-    as_before = conditions_digest(is_judged, run, champion)
+    as_before = conditions_of(is_judged, run, champion)
     row = json.loads((folder / "data" / "valid.jsonl").read_text().splitlines()[0])
     forget_rows(folder / "registry", NAME, lambda stored: stored == row, by="ann")
-    assert conditions_digest(config, run, champion) != before
-    assert conditions_digest(is_judged, run, champion) == as_before  # no ancestor judges there
+    assert conditions_of(config, run, champion) != before
+    assert conditions_of(is_judged, run, champion) == as_before  # no ancestor judges there
 
 
 def test_what_a_function_scores_is_never_known(folder: Path) -> None:
@@ -307,7 +316,7 @@ def test_what_a_function_scores_is_never_known(folder: Path) -> None:
     task = {"name": "t", "file": "s.jsonl", "score": "python", "function": "os.path:join"}
     gate = {"tasks": [task], "allow_python_scorers": True}
     run = RunDirectory(folder / "asked")
-    assert conditions_digest(configure(folder, gate=gate), run, None) is None
+    assert conditions_of(configure(folder, gate=gate), run, None) is None
 
 
 @pytest.mark.slow("trains and judges")

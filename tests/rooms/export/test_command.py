@@ -37,17 +37,20 @@ def test_peft_is_what_export_peft_writes(command_run, nested_tune, tmp_path) -> 
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_another_template_than_that_of_the_training_is_refused(
-    command_run: CommandRun, nested_tune: Run, tmp_path: Path
+@pytest.mark.parametrize(
+    ("key", "what"), [("chat_template", "chat template"), ("vocabulary", "tokenizer")]
+)
+def test_another_tokenizer_than_that_of_the_training_is_refused(
+    command_run: CommandRun, nested_tune: Run, tmp_path: Path, key: str, what: str
 ) -> None:
     run = shutil.copytree(command_run.run_dir, tmp_path / "run")
     recorded = json.loads((run / "dataset.json").read_bytes())
-    assert len(recorded["chat_template"]) == 64
-    recorded["chat_template"] = "0" * 64
+    assert len(recorded[key]) == 64
+    recorded[key] = "0" * 64
     (run / "dataset.json").write_text(json.dumps(recorded))
     done = nested_tune("export", "run", "--gguf", "model.gguf")
     assert done.code == 2
-    assert "run was trained with another chat template than" in done.message()
+    assert f"run was trained with another {what} than" in done.message()
     assert not (tmp_path / "model.gguf").exists()
 
 

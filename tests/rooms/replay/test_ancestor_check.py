@@ -21,11 +21,11 @@ from nested_core.records.verdict_file import read_verdict
 from nested_core.records.verdict_table import list_checks
 from nested_core.registry import collect_garbage, promote, register
 from nested_core.registry.data_store import RunExamples, StoredRow
-from nested_core.report.generations import tabulate_generations
 from nested_core.report.run_report import read_report
 from nested_core.rooms.replay import ancestor_examples
 from nested_core.rooms.replay.ancestor_check import ancestor_reasons, summarise_ancestors
 from nested_core.rooms.replay.ancestor_examples import AncestorExamples, choose_ancestor_examples
+from nested_core.rooms.replay.generations import tabulate_generations
 from nested_core.storage.adapter import write_adapter
 from nested_core.text.digest_format import shorten_digest
 from tests.builders.candidates import Arrays, Candidate

@@ -22,9 +22,9 @@ from nested_core.pipeline import steps
 from nested_core.pipeline.preflight import check_before_start
 from nested_core.pipeline.publishing import make_provenance
 from nested_core.pipeline.run_explanation import explain_run
+from nested_core.records.judged_run import read_judged_run
 from nested_core.registry import promote, register
 from nested_core.registry.data_store import RunExamples
-from nested_core.registry.registration import read_passed_run
 from nested_core.report.run_report import read_report
 from nested_core.rooms.replay.replay_record import ReplayRecord, read_replay
 from nested_core.rooms.replay.replayed_run import ReplayOfRun
@@ -373,7 +373,7 @@ def test_the_gate_knows_that_replayed_rows_were_trained_on(whole: Finished) -> N
     assert np.isin(digest_examples(replayed), trained_on).all()
     listed = json.loads(whole.run.manifest.read_bytes())["files"]
     assert {"replay.json", "replay.jsonl"} <= listed.keys()
-    recorded = make_provenance(whole.config, whole.run, read_passed_run(whole.run.path), None)
+    recorded = make_provenance(whole.config, read_judged_run(whole.run.path), None)
     replay = recorded["replay"]
     tokens = whole.metrics()[-1]["replayed_tokens"]
     assert (replay["fraction"], replay["examples"], replay["tokens"]) == (0.3, 4, tokens)

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import generate, load
 
 from nested_core.errors import ConfigError
-from nested_core.models.base_model import chat_template_digest
+from nested_core.models.base_model import chat_template_digest, vocabulary_digest
 from nested_core.registry import read_verified_version, register_and_promote, rollback
 from nested_core.registry.history_views import NameFolder
 from nested_core.rooms.serve import follower
@@ -275,15 +275,21 @@ def test_no_answer_is_mixed_under_load(promote, runs, base, registry) -> None:
     assert answered[-1] == version
 
 
-def test_a_version_of_another_chat_template_is_not_served(runs, base, tmp_path) -> None:
-    trained_with = {"chat_template": chat_template_digest(base)}
+@pytest.mark.parametrize(
+    ("key", "what"), [("chat_template", "chat template"), ("vocabulary", "tokenizer")]
+)
+def test_a_version_of_another_tokenizer_is_not_served(runs, base, tmp_path, key, what) -> None:
+    trained_with = {
+        "chat_template": chat_template_digest(base),
+        "vocabulary": vocabulary_digest(base),
+    }
     register_and_promote(runs[1], tmp_path / "same", NAME, trained_with, by="a test")
     with serving(settings(tmp_path / "same", "--name", NAME)) as client:
         assert client.chat(NAME).status == 200
-    other = {"chat_template": "0" * 64}
+    other = trained_with | {key: "0" * 64}
     register_and_promote(runs[1], tmp_path / "other", NAME, other, by="a test")
     with (
-        pytest.raises(ConfigError, match="was trained with another chat template than"),
+        pytest.raises(ConfigError, match=f"was trained with another {what} than"),
         serving(settings(tmp_path / "other", "--name", NAME)),
     ):
         pass

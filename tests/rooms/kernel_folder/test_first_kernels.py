@@ -22,15 +22,15 @@ from nested_core.models.parameters import trainable_parameters
 from nested_core.models.session import Session
 from nested_core.pipeline.finetune import finetune
 from nested_core.pipeline.hooks import Steps
-from nested_core.rooms.cuda import first_kernels, kernel_worker
-from nested_core.rooms.cuda.first_kernels import (
+from nested_core.rooms.kernel_folder import compiled_kernels, first_kernels, kernel_worker
+from nested_core.rooms.kernel_folder.first_kernels import (
     PARTS,
     FirstKernels,
     compiling_first_kernels,
     write_small_run,
 )
-from nested_core.storage import compiled_kernels
 from nested_core.storage.run_directory import RunDirectory, open_run
+from nested_core.storage.user_tmpdir import KERNELS_FOLDER_VARIABLE
 from nested_core.training.train_step import TrainStep
 from tests.example import example_config, prepare
 
@@ -44,8 +44,8 @@ from pathlib import Path
 from nested_core import backend
 backend.prepare()
 from nested_core.pipeline.finetune import finetune
-from nested_core.rooms.cuda import first_kernels
-from nested_core.storage import compiled_kernels
+from nested_core.rooms.kernel_folder import first_kernels
+from nested_core.rooms.kernel_folder import compiled_kernels
 from nested_core.storage.run_directory import open_run
 from tests.example import example_config
 first_kernels.are_worth_compiling_ahead = lambda config, run: True
@@ -65,7 +65,7 @@ print(json.dumps({"taken": taken, "all": len(kernels)}))
     reason="MLX compiles with g++ on a Linux CPU alone",
 )
 def test_nearly_all_that_a_run_computes_with_was_compiled_ahead(tmp_path: Path) -> None:
-    kernels = {compiled_kernels.KERNELS_FOLDER_VARIABLE: str(tmp_path / "kernels")}
+    kernels = {KERNELS_FOLDER_VARIABLE: str(tmp_path / "kernels")}
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(tmp_path / "run")],
         env=os.environ | kernels | {"PYTHONPATH": str(ROOT)},

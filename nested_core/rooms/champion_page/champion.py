@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Self
 
+from nested_core import seams
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.records.verdict_table import check_table
 from nested_core.registry import history, read_version_losses
 from nested_core.registry.ledger import describe_author
 from nested_core.registry.versions import read_provenance, version_folder
-from nested_core.report.generations import tabulate_generations
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import Document, Facts, Section, Table
 
@@ -69,13 +69,13 @@ def describe_champion(champion: ChampionRecord) -> Document:
         ("Registry", champion.place),
     ]
     changes = _list_changes(champion.registry, champion.name)
-    generations = tabulate_generations(champion.registry, champion.name, champion.version)
+    of_champion = (champion.registry, champion.name, champion.version)
     return Document(
         f"{champion.name}: champion {shorten_digest(champion.version)}",
         [
             Facts(facts),
             check_table(champion.verdict),
-            *([] if generations is None else [generations]),
+            *seams.collect("generation_tables", *of_champion),
             Section("Champions so far", [Table("", CHANGE_COLUMNS, changes)]),
         ],
     )

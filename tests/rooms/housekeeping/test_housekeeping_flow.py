@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.housekeeping import HousekeepingParameters, housekeeping
+from flows.rooms.housekeeping.flow import HousekeepingParameters, housekeeping
 from nested_core import registry as core
 from nested_core.pipeline import steps
 from nested_core.storage.checkpoint_verification import list_checkpoints

@@ -19,9 +19,11 @@ from prefect.client.schemas.objects import Artifact
 from prefect.context import AssetContext
 from prefect.events import emit_event
 
+from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import NestedTuneError
+from nested_core.records.judged_run import JudgedRun
 from nested_core.registry import read_champion, read_champion_changes
-from nested_core.report.champion import ChampionRecord, describe_champion
+from nested_core.rooms.champion_page.champion import ChampionRecord, describe_champion
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.foreign_text import escape, escape_markdown
 from tasks.artifact_client import artifact_key, find_newest_artifact, publish_page
@@ -124,3 +126,22 @@ def _read_newest_page(name: str) -> Artifact | None:
     """The newest page of a name's champion; None without one."""
     with get_client(sync_client=True) as client:
         return find_newest_artifact(client, artifact_key(name, PAGE))
+
+
+def tell_of_version(config: FineTuneConfig, judged: JudgedRun) -> None:
+    """The verified run as an asset, made of its data set and of the champion that it began from."""
+    name = str(config.registry.name)
+    made_of = [dataset_asset(name, judged.dataset.digest, config.data)]
+    if config.continual.start is not None:
+        made_of.append(champion_asset(name))
+    run, version = judged.folder.path.name, {"version": judged.version}
+    emit_materialization(run_asset(name, run), made_of, name, version)
+
+
+class ChampionPage:
+    """What the core is given of this room."""
+
+    publish = staticmethod(publish_champion)
+    publish_if_changed = staticmethod(publish_champion_if_changed)
+    had_champion = staticmethod(had_champion)
+    tell_of_version = staticmethod(tell_of_version)

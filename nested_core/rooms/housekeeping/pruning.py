@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.records.promoted_to import RegistryName
-from nested_core.records.run import Run
+from nested_core.records.run import AdapterRuns, Run
 from nested_core.registry import list_names
 from nested_core.registry.garbage_collection import DEFAULT_KEPT_VERSIONS
 from nested_core.registry.history_views import reading
@@ -34,33 +34,6 @@ class KeptAmounts:
     runs: int = 14
     days: float = 7.0
     versions: int = DEFAULT_KEPT_VERSIONS
-
-
-@dataclass(frozen=True)
-class AdapterRuns:
-    """The runs of one adapter, by the registry and name that their configurations have.
-
-    registry: its folder, resolved.
-    """
-
-    registry: Path
-    name: str
-
-    @classmethod
-    def of(cls, registry: Path, name: str) -> AdapterRuns:
-        """Those of a name in a registry."""
-        return cls(registry.resolve(), name)
-
-    def include(self, run: Run) -> bool:
-        """Whether a run is one of them; one whose configuration cannot be read is nobody's."""
-        section = None if run.config is None else run.config.registry
-        if section is None or section.path is None or section.name != self.name:
-            return False
-        return Path(section.path).resolve() == self.registry
-
-    def among(self, runs: Sequence[Run]) -> list[Run]:
-        """Those of some runs, in their order."""
-        return [run for run in runs if self.include(run)]
 
 
 @dataclass(frozen=True)
@@ -163,7 +136,7 @@ def prune_runs(
 class _Decision:
     """What becomes of an old run.
 
-    reason: why it stays; None where it goes.
+    reason: why it stays; None if it goes.
     paths: the folders that go, of `bytes` together: the run, or spare checkpoints of one that is
         kept.
     is_unregistered: whether it stays because it passed and no registry is known to have it.
@@ -208,7 +181,7 @@ def _decide(
 
 
 def _ask_registries(run: Run, names: Sequence[_Name]) -> _Decision | None:
-    """Why a run that passed stays; None where each registry of it has a line that lets it go."""
+    """Why a run that passed stays; None if each registry of it has a line that lets it go."""
     own = _list_own_registries(run)
     for registry, _ in own:
         if not Path(registry).is_dir():

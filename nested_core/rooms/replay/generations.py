@@ -32,7 +32,7 @@ def tabulate_generations(
     """A row for each version in the champion's lineage, a column for each generation after it.
 
     `candidate` is the verdict on a run that is judged beside the champion, which is the last column
-    then. None where no gate has measured anything of the kind, and where the registry cannot be
+    then. None if no gate has measured anything of the kind, and where the registry cannot be
     read: its own commands say what is wrong with it.
     """
     losses: dict[tuple[str, str], float | None] = {}
@@ -62,3 +62,11 @@ def tabulate_generations(
         if any(judged == version for judged, _ in losses)
     ]
     return Table(CAPTION, ("", *map(shorten_digest, generations)), rows) if rows else None
+
+
+def list_tables(
+    registry: Path, name: str, champion: str, candidate: Verdict | None = None
+) -> list[Table]:
+    """The table of `tabulate_generations`, if there is one."""
+    table = tabulate_generations(registry, name, champion, candidate)
+    return [] if table is None else [table]

@@ -13,14 +13,13 @@ import pytest
 
 from nested_core import backend
 from nested_core.errors import ConfigError
-from nested_core.storage import compiled_kernels
-from nested_core.storage.compiled_kernels import (
-    KERNELS_FOLDER_VARIABLE,
+from nested_core.rooms.kernel_folder.compiled_kernels import (
     PROCESS_FOLDER_PREFIX,
     KernelStore,
     is_complete_kernel,
     open_kernel_store_folder,
 )
+from nested_core.storage.user_tmpdir import KERNELS_FOLDER_VARIABLE, USER_TMPDIR_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[3]
 NOBODY = 65534
@@ -54,7 +53,7 @@ __attribute__((constructor)) static void run() { std::ofstream(getenv("PLANTED")
 
 def compute(tmp_path: Path, *words: str, code: int = 0, **environment: str) -> str:
     """Compute with a compiled kernel in a new process; return where the kernel was."""
-    clean = {k: v for k, v in os.environ.items() if k != compiled_kernels.USER_TMPDIR_VARIABLE}
+    clean = {k: v for k, v in os.environ.items() if k != USER_TMPDIR_VARIABLE}
     folders = {KERNELS_FOLDER_VARIABLE: str(tmp_path / "kernels"), "TMPDIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", COMPUTE, *words],
@@ -104,7 +103,7 @@ FOLDERS = """
 import os, subprocess, sys, tempfile
 tempfile.gettempdir()  # a child of a prepared process may ask before it is prepared itself
 from nested_core import backend
-from nested_core.storage.compiled_kernels import environment_with_user_tmpdir
+from nested_core.storage.user_tmpdir import environment_with_user_tmpdir
 backend.prepare()
 print(os.environ["TMPDIR"], tempfile.gettempdir(), flush=True)
 if len(sys.argv) < 2:
@@ -214,7 +213,7 @@ def test_a_library_that_ends_before_its_section_headers_is_not_recorded(
 ABANDONED = """
 from pathlib import Path
 import sys
-from nested_core.storage.compiled_kernels import KernelStore
+from nested_core.rooms.kernel_folder.compiled_kernels import KernelStore
 print(KernelStore(Path(sys.argv[1])).new_process_folder())
 """
 

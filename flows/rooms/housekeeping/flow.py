@@ -15,7 +15,7 @@ from flows.promote import AdapterParameters
 from nested_core.errors import DamagedError
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.run import list_runs
-from nested_core.report.pruning import KeptAmounts
+from nested_core.rooms.housekeeping.pruning import KeptAmounts
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER
 
 KEPT = KeptAmounts()
@@ -35,7 +35,9 @@ class HousekeepingParameters(AdapterParameters):
 @flow(name="housekeeping", retries=0, flow_run_name="housekeeping {config.name}")
 def housekeeping(config: HousekeepingParameters) -> State[Any]:
     """Remove what nothing needs; the message has the bytes before and after."""
-    from nested_core.pipeline.housekeeping import tidy_up  # loads the libraries that answer
+    from nested_core.rooms.housekeeping.housekeeping import (
+        tidy_up,  # loads the libraries that answer
+    )
 
     prepare_logs()
     registry = require_allowed(config.registry, "registry")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from mlx_lm.cli_ui import TrainUI, make_console
 
-from flows.terminal.mlx_lm_log import MlxLmLog
+from flows.rooms.reference.mlx_lm_log import MlxLmLog
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import example_config
 

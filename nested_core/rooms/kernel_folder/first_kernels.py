@@ -27,12 +27,13 @@ from nested_core.models.session import Session
 from nested_core.pipeline.device_lock import locking_devices
 from nested_core.pipeline.processes import count_processes
 from nested_core.process.child import Child
-from nested_core.storage import compiled_kernels
+from nested_core.rooms.kernel_folder import compiled_kernels
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.user_tmpdir import environment_with_user_tmpdir
 from nested_core.text.duration_format import format_clock
 
 PARTS = ("evaluation", "gradients", "updates", "answers")
-WORKER: str | Path = "nested_core.rooms.cuda.kernel_worker:answer"
+WORKER: str | Path = "nested_core.rooms.kernel_folder.kernel_worker:answer"
 SECONDS_BETWEEN_LOOKS = 0.05
 MAX_SECONDS = 600.0  # after which a process is ended, and its kernels are compiled when needed
 
@@ -176,6 +177,6 @@ def write_small_run(config: FineTuneConfig, run: RunDirectory, part: str, folder
 
 def start_worker(part: str, folder: Path) -> Child:
     """Start the process of a part."""
-    worker = Child(WORKER, environment=compiled_kernels.environment_with_user_tmpdir())
+    worker = Child(WORKER, environment=environment_with_user_tmpdir())
     worker.send({"part": part, "folder": str(folder)})
     return worker

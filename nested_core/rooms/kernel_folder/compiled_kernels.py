@@ -27,10 +27,8 @@ from pathlib import Path
 
 from nested_core.errors import ConfigError
 from nested_core.storage.user_cache import UserCache, cache_folder
+from nested_core.storage.user_tmpdir import KERNELS_FOLDER_VARIABLE, USER_TMPDIR_VARIABLE
 
-KERNELS_FOLDER_VARIABLE = "NESTED_TUNE_KERNELS"
-# The TMPDIR that the user had, for child processes: theirs is the kernel folder of their parent.
-USER_TMPDIR_VARIABLE = "NESTED_TUNE_TMPDIR"
 PROCESS_FOLDER_PREFIX = "nested-tune-kernels-"
 IN_USE_NAME = ".in-use"  # locked for as long as the process of a folder lives
 LOCK_NAME = ".lock"
@@ -83,15 +81,6 @@ def take_recorded_kernels() -> int:
         return 0
     store, folder = _process_store
     return store.link_recorded(folder)
-
-
-def environment_with_user_tmpdir() -> dict[str, str]:
-    """This process's environment with the TMPDIR that it was started with, if it was prepared.
-
-    It is for child processes that compute nothing with MLX, or that prepare themselves.
-    """
-    outer = os.environ.get(USER_TMPDIR_VARIABLE)
-    return dict(os.environ) if outer is None else os.environ | {"TMPDIR": outer}
 
 
 def _use_user_tmpdir_for_tempfile() -> None:
