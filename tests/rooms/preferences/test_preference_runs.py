@@ -206,7 +206,7 @@ def test_planted_mask_counts_the_prompt(tmp_path: Path, monkeypatch) -> None:
 
     pairs = list_pairs("train")[:9]  # by content of its own, so that no cache has it
     data = write_rows(tmp_path / "data", {"train": pairs})
-    monkeypatch.setitem(PAIRS, "pair", replace(PAIRS["pair"], encode=encode))  # type: ignore[index]
+    monkeypatch.setitem(PAIRS, "pair", replace(PAIRS["pair"], encode=encode))
     uncached = example_parsing.formats_of_loss.__wrapped__
     monkeypatch.setattr(example_parsing, "formats_of_loss", uncached)
     config = make_config(data, "dpo")
