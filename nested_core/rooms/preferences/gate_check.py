@@ -18,7 +18,7 @@ from nested_core.data.data_settings import DataSettings
 from nested_core.data.held_out_rows import read_held_out_prompts
 from nested_core.data.tokens.tokenized_split import Bool
 from nested_core.gate.checks.base import WITHOUT_MODEL
-from nested_core.gate.checks.judged import Check, JudgedRun
+from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.checks.losses import LOSSES
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.measure.losses.prediction_comparison import PredictionComparison, Vector
@@ -126,7 +126,7 @@ class _HeldOutFigures:
         )
 
 
-def _judge_preference(judged: JudgedRun) -> Iterator[Reason]:
+def _judge_preference(judged: CheckedRun) -> Iterator[Reason]:
     """Measure the margins, and give a reason where they did not grow beyond chance."""
     if judged.config.training.loss not in SETTINGS_BY_LOSS:
         return
@@ -154,7 +154,7 @@ def _judge_preference(judged: JudgedRun) -> Iterator[Reason]:
     yield from _find_reasons(verdict)
 
 
-def _measure(judged: JudgedRun, loss: PreferenceLoss) -> _HeldOutFigures:
+def _measure(judged: CheckedRun, loss: PreferenceLoss) -> _HeldOutFigures:
     """Both adapters on all held-out examples, and the reference beside what was kept of it."""
     base, config, run = judged.base, judged.config, judged.run
     held_out = judged.held_out
@@ -306,7 +306,7 @@ def _conclude(growth: PairedDifference) -> str:
     return "worse" if growth.high < 0 else "inconclusive"
 
 
-def _ask(judged: JudgedRun) -> list[tuple[int, int]]:
+def _ask(judged: CheckedRun) -> list[tuple[int, int]]:
     """The tokens of answers to held-out prompts with the initial and the trained adapter."""
     config, base = judged.config, judged.base
     settings = DataSettings.from_config(config)
