@@ -147,7 +147,7 @@ def _read_turns(value: Any, place: str) -> list[dict[str, Any]]:
 
 
 def _read_answer(value: Any, place: str) -> tuple[list[dict[str, Any]], str]:
-    """The turns before an answer, none where it is given alone, and its text."""
+    """The turns before an answer, if there are any, and its text."""
     value = _parse_turns(value, place)
     if isinstance(value, str):
         if not value.strip():

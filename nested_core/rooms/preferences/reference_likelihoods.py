@@ -59,7 +59,7 @@ class ReferenceLikelihoods:
     by_conversation: Mapping[str, float]
 
     def of(self, conversations: Sequence[Conversation | None]) -> Vector:
-        """Of these conversations, float64 (n,); 0 where there is none.
+        """Of these conversations, float64 (n,); 0 for None.
 
         Raises DamagedError for one that the reference was not asked about.
         """
