@@ -78,7 +78,7 @@ class EarlierExamples(Protocol):
 
 
 def find_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> EarlierExamples | None:
-    """Those of a run; None where the configuration asks for none, and rebuilds nothing.
+    """The earlier examples of a run; None if it replays none and rebuilds nothing.
 
     Raises ConfigError where the room replay is not installed.
     """

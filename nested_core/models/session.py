@@ -31,7 +31,7 @@ class Session:
     Attributes:
         base: the base that is kept, if one is.
         await_kernels: waits for kernels that are compiled ahead, unless its argument says that a
-            stop is requested; None where none are.
+            stop is requested; None if no kernels are compiled.
         judged: the run that was judged last, as its registration needs it; None before.
         time_plan: what came of the run's minutes, for its plan; None without them.
     """

@@ -83,7 +83,7 @@ class TrainingSetup:
         step_schedule: what a run trains on, and when it is evaluated.
         loss_fn: the loss, in its form for this model.
         samples: prompts that are answered at each evaluation.
-        questions: those of `training.evaluate_tasks`; None where none are asked.
+        questions: those of `training.evaluate_tasks`; None if no questions are asked.
         prompts: token ids that every checkpoint records the model's logits on.
         world: the ranks that train together.
     """

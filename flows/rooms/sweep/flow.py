@@ -75,7 +75,7 @@ def sweep(config: SweepParameters) -> State[Any]:
     """Run every point of the grid, show the results in a table, and promote the best.
 
     The runs register what the gate verified and promote nothing; the best by validation loss is
-    promoted by the base's own policy, against the champion that stood when the sweep began. Where
+    promoted by the base's own policy, against the champion that its gate compared it with. Where
     the gate judged on validation examples, `better` counts among how many they chose.
     """
     tolerate_closed_output()

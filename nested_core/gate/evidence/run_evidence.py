@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import ConfigError, DamagedError, describe_first_problem
+from nested_core.errors import ConfigError, DamagedError, naming_damaged_file
 from nested_core.optim.gradients import find_gradient_mark
 from nested_core.optim.tier_assignment import TierMap, count_expected_updates
 from nested_core.optim.tier_counters import COUNTERS_KEY, require_current_layout
@@ -114,10 +114,8 @@ def collect_evidence(run: RunDirectory) -> RunEvidence:
     result = read_result(run.result)
     offered = checkpoint_path(run.checkpoints, result.adapter_step)
     checkpoint = read_checkpoint(offered)
-    try:
+    with naming_damaged_file(offered / STATE_NAME):
         record = CheckpointEvidence.model_validate(checkpoint.state)
-    except ValidationError as error:
-        raise DamagedError(f"{offered / STATE_NAME}: {describe_first_problem(error)}.") from error
     if digests_for_result(run, offered, checkpoint.manifest) != result.evidence:
         raise DamagedError(
             f"{offered}, {run.metrics} or {run.validation_losses.name} beside it is not what "

@@ -82,7 +82,7 @@ def summarise_losses(
 
 
 def summarise_drift(losses: ExampleLosses) -> Drift | None:
-    """The figures of the divergences of each example; None if none were measured."""
+    """The figures of the divergences of each example; None if they were not measured."""
     counted = losses.counted()
     if len(counted):  # where nothing else is left, it is drift on what was trained on, too
         losses = counted
@@ -285,7 +285,7 @@ def harm_reasons(
 ) -> list[Reason]:
     """The reason for per-example regressions while hardly any won as much.
 
-    None where the loss as a whole is better (what was lost is then listed, and refuses nothing),
+    None if the loss as a whole is better (what was lost is then listed, and refuses nothing),
     and under `gate.noise: none`, which looks at the mean alone.
     """
     found = HarmedExamples.find(losses.counted(), validation.margin or 0.0)
@@ -329,7 +329,7 @@ def describe_noise(losses: ComparedLoss) -> str:
 
 
 def describe_difference(losses: ComparedLoss) -> str:
-    """The paired difference and what it says, after the losses; nothing if there is none."""
+    """The paired difference and what it says, after the losses; empty without a difference."""
     if losses.difference is None:
         return ""
     difference = format_difference(losses.difference)
@@ -343,7 +343,7 @@ class HarmedExamples:
     """How many independent examples were harmed and helped, of how many, and which lines.
 
     A cluster counts as harmed where more of its examples are harmed than helped. `mean_rise` is how
-    much the harmed examples lost on average, in nats/token; 0 where none is harmed.
+    much the harmed examples lost on average, in nats/token; 0 without a harmed example.
     """
 
     harmed: int
@@ -354,7 +354,7 @@ class HarmedExamples:
 
     @classmethod
     def find(cls, losses: ExampleLosses, margin: float = 0.0) -> HarmedExamples | None:
-        """Among examples with losses before and after; None where one is not finite.
+        """Among examples with losses before and after; None if one is not finite.
 
         `margin` is the rise of the mean loss that is allowed, in nats/token: what any example may
         rise by is no harm.
@@ -386,7 +386,7 @@ class HarmedExamples:
         `max_share` where so many or more come with a chance of less than 5 % at that share. Where
         some are helped, the sign test's mid-p of harmed against helped has to be at most 0.01.
 
-        Where none is helped, three are enough only if they lost 4 nats/token on average. An
+        Without any helped, three are enough only if they lost 4 nats/token on average. An
         adapter that harms as many examples as it helps shows three and none in up to 5 % of cases,
         four and none in 2 % (benchmarks/gate.md).
         """

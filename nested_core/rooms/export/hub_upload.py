@@ -97,7 +97,7 @@ def _read_card(named: NamedAdapter, adapter: Adapter) -> bytes:
 
 
 def upload(prepared: Upload, *, public: bool = False) -> Upload:
-    """Send an upload in one commit; the repository is made where there is none, private by default.
+    """Send an upload in one commit; a missing repository is made, private by default.
 
     The token is the one that `hf auth login` stored, or HF_TOKEN. Raises ConfigError where the hub
     refuses or does not answer, and where the repository is public without `public`.

@@ -27,7 +27,7 @@ AUTHOR = "housekeeping"  # in the history, beside a version that was removed
 class HousekeepingReport:
     """What was removed, or would be.
 
-    runs: None where the folder of runs is not there.
+    runs: None if the folder of runs is not there.
     cached: data sets and answers that nobody used for a month, of all adapters.
     before, after: bytes of the adapter's runs, of its folder in the registry, and of those caches;
         of a dry run `after` is without the examples of the registry's data store that would go.
@@ -63,7 +63,7 @@ def tidy_up(
     """Remove of one adapter what nothing needs, and of the caches what nobody used for a month.
 
     registry, name: the adapter. runs: the runs of a folder, newest first, which may be of other
-    adapters too; None where there is no such folder. A dry run removes nothing, and says what would
+    adapters too; None if there is no such folder. A dry run removes nothing, and says what would
     be. Raises ConfigError for an unknown name and DamagedError for a registry that cannot be read:
     no run is removed then.
     """

@@ -136,7 +136,7 @@ def prune_runs(
 class _Decision:
     """What becomes of an old run.
 
-    reason: why it stays; None where it goes.
+    reason: why it stays; None if it goes.
     paths: the folders that go, of `bytes` together: the run, or spare checkpoints of one that is
         kept.
     is_unregistered: whether it stays because it passed and no registry is known to have it.
@@ -181,7 +181,7 @@ def _decide(
 
 
 def _ask_registries(run: Run, names: Sequence[_Name]) -> _Decision | None:
-    """Why a run that passed stays; None where each registry of it has a line that lets it go."""
+    """Why a run that passed stays; None if each registry of it has a line that lets it go."""
     own = _list_own_registries(run)
     for registry, _ in own:
         if not Path(registry).is_dir():

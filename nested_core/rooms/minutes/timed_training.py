@@ -121,7 +121,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         return replace(fixed, began=self._began, spent=self._spent)
 
     def _fix_steps(self, session: Session) -> TimePlan:
-        """Try a few steps, and write how many fit; ConfigError where none does."""
+        """Try a few steps, and write how many fit; ConfigError if no step fits."""
         self._hooks.on_message("minutes: trying a few steps, which are thrown away")
         trial, forecast = self._measure(session)
         minutes = self._minutes

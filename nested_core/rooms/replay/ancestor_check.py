@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from nested_core.config.sections import GateSection
-from nested_core.data.example_digests import digest_examples
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.champion import CHAMPION
 from nested_core.gate.checks.judged import Check, CheckedRun
@@ -64,23 +63,12 @@ def _measure(
     stages.info("gate: losses on what %d earlier versions were judged by", count)
     split = tokenize_stored_rows(judged.config, rows)
     examples = HeldOutExamples(split, "held-out examples", selected_on_same_data=False)
-    is_supervised = examples.is_example_supervised
-    lines = split.lines[is_supervised].astype(np.int64)
     ((before, tokens),) = champion.base.example_loss_sums((champion.adapter.path,), split)
     ((after, _),) = judged.base.example_loss_sums((judged.after.path,), split)
-    tokens = tokens[is_supervised]
-    losses = ExampleLosses(
-        file=examples.file,
-        lines=lines,
-        tokens=tokens,
-        before=before[is_supervised] / tokens,
-        after=after[is_supervised] / tokens,
-        clusters=examples.clusters,
-    )
-    digests = digest_examples(split)[is_supervised]
-    is_seen = find_left_out(digests, judged.trained_on, champion.training_examples)
+    losses = examples.make_losses(tokens, before=before, after=after)
+    is_seen = find_left_out(examples.digests, judged.trained_on, champion.training_examples)
     yield from summarise_ancestors(
-        chosen, losses.leaving_out(is_seen), ages[lines - 1], judged.bounds
+        chosen, losses.leaving_out(is_seen), ages[losses.lines - 1], judged.bounds
     )
 
 
@@ -98,7 +86,7 @@ def summarise_ancestors(
 
     Args:
         ancestors: where the examples are from.
-        losses: of all of them; those that were trained on are left out. None where there are none.
+        losses: of all examples, those that were trained on left out. None without examples.
         owners: the place in `ancestors` that each loss belongs to, int64 (n,).
         bounds: the gate's.
     """
@@ -141,7 +129,7 @@ def summarise_ancestor(
 
     Args:
         ancestor: where the examples are from.
-        losses: of those that are compared; None where there are none.
+        losses: of the examples that are compared; None without examples.
         bounds: the gate's.
         left_out: how many are not compared because they were trained on.
         ancestors: how many are compared, for which the interval is corrected (Bonferroni).

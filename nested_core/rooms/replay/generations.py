@@ -32,7 +32,7 @@ def tabulate_generations(
     """A row for each version in the champion's lineage, a column for each generation after it.
 
     `candidate` is the verdict on a run that is judged beside the champion, which is the last column
-    then. None where no gate has measured anything of the kind, and where the registry cannot be
+    then. None if no gate has measured anything of the kind, and where the registry cannot be
     read: its own commands say what is wrong with it.
     """
     losses: dict[tuple[str, str], float | None] = {}

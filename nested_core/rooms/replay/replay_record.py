@@ -11,9 +11,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from nested_core.errors import DamagedError, describe_first_problem, go_on_with, join_first_values
+from nested_core.errors import DamagedError, go_on_with, join_first_values, naming_damaged_file
 from nested_core.records.start import CONFIGURED, Choice
 from nested_core.storage.atomic import canonical_json
 from nested_core.storage.untrusted_files import UNBOUNDED, read_regular, regular_sha256
@@ -163,14 +163,9 @@ class ReplayRecord(BaseModel):
 
 def read_replay(record: Path) -> ReplayRecord:
     """Read replay.json; DamagedError if it is no such record."""
-    try:
+    remedy = "The run wrote this file: bring it back, or start a new run."
+    with naming_damaged_file(record, remedy, go_on_with()):
         return ReplayRecord.model_validate_json(read_regular(record, UNBOUNDED))
-    except ValidationError as error:
-        raise DamagedError(
-            f"{record}: {describe_first_problem(error)}. The run wrote this file: bring it back, "
-            f"or start a new run.",
-            advice=go_on_with(),
-        ) from error
 
 
 def require_replayed_rows(record: ReplayRecord, rows: Path) -> None:

@@ -1,6 +1,6 @@
 """Earlier data that a run may replay, read before training.
 
-Of a version the registry's data store gives the examples; where it has none, the files that the
+The registry's data store gives a version's examples. If it has lost them, the files that the
 version was trained on do, if they are still what they were.
 """
 

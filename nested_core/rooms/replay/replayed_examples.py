@@ -77,7 +77,7 @@ def read_new_data(config: FineTuneConfig) -> NewData:
 
 
 def read_held_out_file(config: FineTuneConfig) -> Sequence[Row]:
-    """The rows of the file that `gate.held_out` names; none where it names a split, or is gone."""
+    """The rows of the file that `gate.held_out` names; none if it names a split, or is gone."""
     path = Path(config.gate.held_out)
     if config.gate.held_out in SPLITS_BY_HELD_OUT_CHOICE or not path.is_file():
         return []
@@ -88,7 +88,7 @@ def read_held_out_file(config: FineTuneConfig) -> Sequence[Row]:
 
 @dataclass(frozen=True)
 class EarlierData:
-    """A data set of an earlier night: its rows, or why there are none.
+    """A data set of an earlier night: its rows, or why it has no rows.
 
     version, file, problem: as `ReplaySource` has them.
     train: what may be replayed; held_out: its valid and test sets, and the file of the gate.
