@@ -28,7 +28,7 @@ class Choice:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def describe_seconds(self) -> str:
-        """The forecasts in brackets; nothing where there are none."""
+        """The forecasts in brackets; an empty text without any."""
         told = [f"{policy} {format_duration(cost)}" for policy, cost in self.seconds.items()]
         return f" (forecast: {', '.join(told)})" if told else ""
 
@@ -40,7 +40,7 @@ CONFIGURED = Choice("continue", "continual.policy is continue")
 class Start:
     """What a run began from.
 
-    champion: the version that it follows; None where there was no champion yet.
+    champion: the version that it follows; None before the first champion.
     choice: whether it goes on from that.
     rate_share: of `learning_rate`, at which it is trained.
     """

@@ -138,7 +138,7 @@ class Spread:
 
     @classmethod
     def pool(cls, compared: Iterable[PairedDifference]) -> Spread | None:
-        """That of these comparisons together; None where none has an interval."""
+        """The spread of these comparisons together; None if each lacks an interval."""
         measured = [one for one in compared if one.is_measurable]
         degrees = sum(one.examples - 1 for one in measured)
         squares = sum((n := one.examples) * (n - 1) * one.standard_error**2 for one in measured)

@@ -30,7 +30,7 @@ class Gathered:
 
     new: its own; earlier: those of the lineage that may be trained on beside them.
     since_rebuild: of both together, those that no rebuilt version of the lineage has seen; None
-        where no version of the lineage was rebuilt.
+        for a lineage without a rebuilt version.
     """
 
     new: int
