@@ -261,7 +261,7 @@ def parse_config(
 
 
 def parse_task(given: str | Path | Mapping[str, Any] | TaskSection) -> TaskSection:
-    """A suite as `gate.tasks` has it; ConfigError for an entry that is none."""
+    """A suite as `gate.tasks` has it; ConfigError for an entry that is no suite."""
     if isinstance(given, (str, Path)):
         given = {"name": Path(given).stem, "file": str(given), "score": "contains"}
     try:

@@ -75,7 +75,7 @@ def _describe_version(version: str, verdict: Verdict) -> str:
 def _compare_losses(
     registry: Path, name: str, version: str, champion: str, verdict: Verdict
 ) -> str:
-    """Both losses on the same examples, or that there are none."""
+    """Both losses on the same examples, or that no losses were compared."""
     if verdict.rival == champion and verdict.champion is not None:
         return verdict.champion.describe()
     try:
