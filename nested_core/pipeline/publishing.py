@@ -44,6 +44,7 @@ from nested_core.records.judged_run import (
 )
 from nested_core.records.promoted_to import add_promoted_to
 from nested_core.records.run import Run
+from nested_core.records.start import read_start
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry import UNSET, Decision, Unset, register_and_promote
@@ -107,7 +108,7 @@ def register_run(
 
 
 def read_run_examples(config: FineTuneConfig, judged: JudgedRun) -> RunExamples | None:
-    """The examples of a run for its version to keep; None where none are, or they are kept already.
+    """The examples of a run for its version to keep; None if they need not be kept, or are kept.
 
     None, too, with a warning, where the data has changed since it was validated, or is gone.
     """
@@ -265,7 +266,7 @@ def describe_changed_held_out(
 ) -> str | None:
     """That the gate judged by other examples than it judged the champion by, in a sentence.
 
-    None where they are the same, without a champion, or where one of the two is not recorded.
+    None if they are the same, without a champion, or where one of the two is not recorded.
     """
     champion, validation = verdict.rival, verdict.validation
     if champion is None or validation is None or config.registry.path is None:
@@ -321,6 +322,7 @@ def make_provenance(
         "champion_at_gate": champion,
         "training_examples": None if trained_on is None else encode_digests(trained_on),
         "trained": training.schedule,
+        "start": None if (start := read_start(config, run)) is None else start.to_provenance(),
         "replay": None if earlier is None else earlier.make_provenance(training.replayed_tokens),
         "training_seconds": training.seconds,
         "packages": {package: installed_version(package) for package in RECORDED_PACKAGES},

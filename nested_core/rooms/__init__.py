@@ -257,8 +257,11 @@ ROOMS: Mapping[str, Room] = {
         run_measurement="nested_core.rooms.minutes.sizes:measure_run",
     ),
     "replay": Room(
-        keys=("continual.replay", "gate.max_ancestor_loss_increase"),
-        gate_checks="nested_core.rooms.replay.ancestor_check:CHECKS",
+        keys=(
+            *("continual.replay", "continual.policy", "continual.window"),
+            "gate.max_ancestor_loss_increase",
+        ),
+        gate_checks="nested_core.rooms.replay.rebuilt_check:CHECKS",
         earlier_examples="nested_core.rooms.replay.replayed_run:ReplayOfRun",
         ancestor_digests="nested_core.rooms.replay.ancestor_examples:list_ancestor_digests",
         data_blocks="nested_core.rooms.replay.page:describe_replay",
@@ -274,5 +277,25 @@ ROOMS: Mapping[str, Room] = {
         readers={".xlsx": "nested_core.rooms.tables.workbook:read_workbook"},
         data_tables="nested_core.rooms.tables.labels:tabulate_labels_of_data",
         answer_tables="nested_core.rooms.tables.labels:tabulate_labels_of_answers",
+    ),
+    "preferences": Room(
+        losses={
+            name: RoomLoss(
+                rows=f"nested_core.rooms.preferences.answer_rows:{rows}",
+                problems="nested_core.rooms.preferences.loss_settings:iterate_problems",
+                make="nested_core.rooms.preferences.training_loss:make_loss",
+                compare="nested_core.rooms.preferences.training_loss:HeldOutComparison",
+            )
+            for name, rows in {
+                "dpo": "PAIRS",
+                "orpo": "PAIRS",
+                "simpo": "PAIRS",
+                "kto": "LABELS",
+            }.items()
+        },
+        suggested_loss="nested_core.rooms.preferences.answer_rows:suggest_loss",
+        gate_checks="nested_core.rooms.preferences.gate_check:CHECKS",
+        verdict_blocks={"preferences": "nested_core.rooms.preferences.verdict_block:SHOWN"},
+        reasons={"preference_not_learnt": "ANSWERS"},
     ),
 }
