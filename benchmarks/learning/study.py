@@ -30,6 +30,7 @@ ARMS = {
     "c-long-32": "c-long with rank 32",
 }
 OF_MLX_LM = ("a", "b", "h", "k")
+PEFT = "peft"  # the settings of arm k, timed alone on the GPU
 RATES_FROM = {"b": "b", "d": "d", "g-deep": "d", "g-shallow": "d", "h": "b"}
 NO_ADAPTER = "base"  # the base itself, judged once a task
 STREAM_ARMS = {
