@@ -40,7 +40,7 @@ from benchmarks.learning.tasks import Counts, Row, Splits, read_task
 
 ASKING_SEED = 1  # whose adapters answer the general instructions
 KEPT = 16  # judges and data sets in memory, of a task and a size each
-FOLLOWED_SEED = QUIET_SEED + 1  # of the timed trainings, whose adapters are judged on the way
+FOLLOWED_SEEDS = QUIET_SEED + 1, QUIET_SEED + 4  # timed, with adapters judged on the way
 SAVED_STEPS = 0.1  # of a training between two of those adapters, as in `init`'s file
 SUITE = "choose"  # of the rows that choose, for arms whose step or setting answers choose
 LONG = {"training": {"epochs": 4}}  # fill the seconds of arm k, with 3 epochs in arm c
@@ -93,7 +93,7 @@ def run_cell(cell: Cell, study: Study, bases: Path, data: Path | None) -> dict[s
         split = "choose" if cell.seed == CHOOSING_SEED else "judge"
         judge = read_judge(cell.task, base, data, study.counts, split)
         judged = judge.judge(adapter, asks=cell.seed == ASKING_SEED)
-        if cell.seed == FOLLOWED_SEED:
+        if cell.seed in FOLLOWED_SEEDS:
             measured["on_the_way"] = list(follow(Path(scratch), meter, judge))
     mx.clear_cache()
     return (
@@ -176,7 +176,7 @@ def prepare_mlx_lm(cell: Cell, iterations: int, base: Path, folder: Path) -> Tra
         changes["learning_rate"] = cell.rate
     if cell.arm == "k":
         changes |= of_init(base, folder)
-    if cell.seed == FOLLOWED_SEED:
+    if cell.seed in FOLLOWED_SEEDS:
         changes["save_every"] = math.ceil(SAVED_STEPS * changes["iters"])
 
     def training() -> Path:
@@ -203,9 +203,7 @@ def prepare_peft(cell: Cell, base: Path, folder: Path) -> Training:
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    if process.stdout.readline() != "ready\n":
+    if process.stdout is None or process.stdout.readline() != "ready\n":
         raise RuntimeError(f"PEFT did not begin: exit code {process.wait()}")
 
     def training() -> Path:
@@ -278,7 +276,7 @@ def prepare_ours(cell: Cell, study: Study, splits: Splits, base: Path, folder: P
         suite.write_text("".join(map(question, splits.choose)), encoding="utf-8")
         values["gate"] |= {"tasks": [{"name": SUITE, "file": str(suite), "score": "exact"}]}
     values["seed"] = cell.seed
-    if cell.seed == FOLLOWED_SEED:
+    if cell.seed in FOLLOWED_SEEDS:
         values["training"]["keep_checkpoints"] = round(1 / SAVED_STEPS) + 1
     if cell.rate is not None:
         values["learning_rate"] = cell.rate

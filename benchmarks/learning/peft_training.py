@@ -67,7 +67,7 @@ def train(settings: dict[str, Any]) -> None:
 
 
 def share(settings: dict[str, Any], step: int) -> float:
-    """The share of the learning rate at a step: linear warm-up, then cosine to the schedule's end."""
+    """The share of the learning rate at a step: a linear warm-up, then cosine."""
     schedule = settings["lr_schedule"]
     rate, steps, end = schedule["arguments"]
     warm_up = schedule["warmup"]

@@ -155,6 +155,7 @@ REAL = Study(
     sweep_runs=1.45,  # fill the seconds of arm k, by quiet-2.jsonl
     quiet=(
         *quiet_pairs(REAL_TASKS[:2], (REAL_BASE,), ("c", "k"), 6),
+        *quiet_pairs(REAL_TASKS[:2], (REAL_BASE,), (PEFT,), 2),
         *quiet_pairs(REAL_TASKS[:2], (REAL_BASE,), ("a",), 6),
     ),
 )
