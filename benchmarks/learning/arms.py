@@ -32,7 +32,6 @@ from benchmarks.learning.study import (
     OF_MLX_LM,
     PEFT,
     QUIET_SEED,
-    REAL,
     Cell,
     Study,
 )
@@ -262,12 +261,12 @@ def prepare_ours(cell: Cell, study: Study, splits: Splits, base: Path, folder: P
     from nested_core.config.loading import parse_config
     from nested_core.models.session import Session
     from nested_core.pipeline.hooks import Steps
-    from nested_core.rooms.sweep.search import SweepRequest, sweep
+    from nested_core.rooms.sweep.search import sweep
     from nested_core.storage.run_directory import open_run
 
     values = suggest(base, folder)
     changes = [*CHANGES[cell.arm]]
-    by_answers = BY_ANSWERS in changes or (cell.arm == "e" and study is REAL)
+    by_answers = BY_ANSWERS in changes or (cell.arm == "e" and study.sweeps_by_answers)
     for change in changes:
         for section, keys in change.items():
             values[section] = values.get(section, {}) | keys
@@ -283,10 +282,7 @@ def prepare_ours(cell: Cell, study: Study, splits: Splits, base: Path, folder: P
     config = parse_config(values, source=f"arm {cell.arm}")
     if cell.arm == "e":
         one_run = config.training.epochs * math.ceil(len(splits.train) / config.batch_size)
-        steps = int(study.sweep_runs * one_run)
-        request = (
-            SweepRequest(SWEPT, SUITE, steps=steps) if by_answers else SweepRequest({}, steps=steps)
-        )
+        request = sweep_request(study, int(study.sweep_runs * one_run))
         return lambda: sweep(config, folder / "sweep", request).run.adapter
     run, hooks = open_run(folder / "run"), Steps()
 
@@ -299,6 +295,15 @@ def prepare_ours(cell: Cell, study: Study, splits: Splits, base: Path, folder: P
         return run.adapter
 
     return training
+
+
+def sweep_request(study: Study, steps: int) -> Any:
+    """The SweepRequest of arm e, of so many optimizer steps."""
+    from nested_core.rooms.sweep.search import SweepRequest
+
+    if study.sweeps_by_answers:
+        return SweepRequest(SWEPT, SUITE, steps=steps)
+    return SweepRequest({}, steps=steps)
 
 
 def question(row: Row) -> str:

@@ -67,7 +67,9 @@ class Stage:
 class Study:
     """What is trained, stage by stage. `iterations` are mlx_lm's, of batches of 4.
 
-    `sweep_runs` are the optimizer steps of arm e, in runs of `init`. Of `streams` (stream_cells.py)
+    `sweep_runs` are the optimizer steps of arm e, in runs of `init`, and `sweeps_by_answers` says
+    whether answers choose among three rates there, else the loss among what a sweep tries by
+    itself. Of `streams` (stream_cells.py)
     `stream_arms` are trained, each under `stream_seeds`.
     """
 
@@ -77,6 +79,7 @@ class Study:
     counts: Counts = field(default_factory=Counts)
     iterations: Mapping[str, int] = field(default_factory=dict)
     sweep_runs: float = float(len(RATES))
+    sweeps_by_answers: bool = False
     quiet: tuple[Cell, ...] = ()
     streams: tuple[str, ...] = ()
     stream_arms: tuple[str, ...] = tuple(STREAM_ARMS)
@@ -142,7 +145,8 @@ REAL = Study(
     stages=(
         Stage((NO_ADAPTER,), (1,)),
         Stage(("a", "c", "k"), (1, 2)),
-        Stage(("e", "c-long", "c-long-answers", "c-long-32"), (1, 2)),
+        Stage(("e",), (1, 2)),
+        Stage(("c-long", "c-long-answers", "c-long-32"), (1, 2)),
         Stage(("b", "d", "h"), (1,)),
         Stage(("g-deep", "g-shallow"), (1, 2)),
         Stage(("c", "k"), (3, 4, 5)),
@@ -153,6 +157,7 @@ REAL = Study(
     counts=Counts(train=1336, choose=200, judge=1000),
     iterations=dict.fromkeys(REAL_TASKS, 1000),
     sweep_runs=1.45,  # fill the seconds of arm k, by quiet-2.jsonl
+    sweeps_by_answers=True,
     quiet=(
         *quiet_pairs(REAL_TASKS[:2], (REAL_BASE,), ("c", "k"), 6),
         *quiet_pairs(REAL_TASKS[:2], (REAL_BASE,), (PEFT,), 2),
