@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from nested_core.config.sections import GateSection
 from nested_core.measure.answers.answer_bounds import judge_answers
@@ -133,6 +132,8 @@ def _records_of(
 
 def is_refused_by_mcnemar(verdict: PlantedVerdict) -> bool:
     """Whether McNemar's exact test finds more answers lost than won, at 5 %, both sides."""
+    from scipy import stats  # takes a second, which whoever collects the tests need not wait
+
     exchanged = verdict.lost + verdict.won
     chance = stats.binomtest(verdict.lost, exchanged).pvalue if exchanged else 1.0
     return bool(chance < 0.05 and verdict.lost > verdict.won)

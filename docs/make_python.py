@@ -19,6 +19,7 @@ import nested_core
 from docs.generated_page import write_or_check
 from nested_core import seams
 from nested_core.errors import NestedTuneError
+from nested_core.rooms import ROOMS
 
 PAGE = Path(__file__).with_name("python.md")
 HEAD = """\
@@ -67,7 +68,7 @@ EVERY_SECTION = {
         *("DamagedError", "TrainingDiverged", "UpdateNotApplied", "SilentUpdateWarning"),
     ),
 }
-OF_ROOMS = seams.list_public_names(seams.ROOMS)
+OF_ROOMS = seams.list_public_names(ROOMS)
 ABSENT = OF_ROOMS.keys() - seams.list_public_names(seams.list_rooms())
 SECTIONS = {
     section: [name for name in names if name not in ABSENT]

@@ -12,6 +12,7 @@ from xml.sax.saxutils import escape
 
 from benchmarks.silent_failures.failures import Failure, read_failures
 from benchmarks.silent_failures.tables import Rows, count, draw_table, read_all_rows, read_misses
+from benchmarks.silent_failures.tools import TOOLS
 from docs.generated_page import write_or_check
 
 PAGE = Path(__file__).with_name("silent-failures.md")
@@ -38,12 +39,17 @@ on it, and has the plant and the twin of each.
 *Noticed* means one of these, before the adapter is used: the command fails or refuses; or it
 prints a warning that names the failure and that the healthy twin does not get. Doing the right
 thing counts as well, such as a server that answers with the new adapter. *Before*, *after* and
-*use* say when: before training, after it, or when the adapter is promoted, fused, exported or
+*use* say when: before training, in or after it, or when the adapter is promoted, fused, exported or
 served. *Not applicable*: the tool has no such step, or its own code would have to be broken. A
-*false alarm* is a healthy twin that is warned of in the same words, or refused.
+*false alarm* is a healthy twin that is warned of in the same words, or refused. A loss that is
+reported is no warning, even if it is NaN.
 
-Both folders are walked step by step, until the tool notices. What has no line or no word in the
-table has not been run yet.
+Both folders are walked step by step, until the tool notices. A failure without a word in a column
+has not been run with that tool. mlx-tune and unsloth-zoo's MLX trainer have not been run.
+
+Words decide: a line counts if it holds one of the words that the list has for a failure. So a tool
+can be said to notice by a line that meant something else, and be said to miss by words that the
+list has not. The rows keep what it said.
 
 The base is the tiny model of `examples/`, on a Linux CPU. The rows, with commands and what was
 printed, are in `benchmarks/silent_failures/results/`.
@@ -53,21 +59,40 @@ printed, are in `benchmarks/silent_failures/results/`.
 def render_page() -> str:
     """The whole page."""
     failures, tools = read_failures(), read_all_rows()
-    versions = [f"- {name}: {next(iter(rows.values()))['version']}" for name, rows in tools.items()]
     misses = read_misses()
+    missed = [f"- {failures[name].kind}: {why}" for name, why in misses.items()]
     parts = [
         INTRODUCTION,
         "## What tools notice\n",
-        "\n".join(versions) + "\n",
+        *(describe_tool(name, rows) for name, rows in tools.items()),
+        "",
         "![A line for each failure, a column for each tool, coloured by when it was noticed]"
         f"(images/{PICTURE.name})\n",
         draw_table(failures, tools) + "\n",
         "## What nested-tune misses, and why\n",
-        "\n".join(f"- {failures[name].kind}: {why}" for name, why in misses.items()) + "\n",
+        "\n".join(missed or ["Nothing of these thirty-five."]) + "\n",
+        "## What does not apply, and why\n",
+        *(line for name, rows in tools.items() for line in explain_missing(failures, name, rows)),
+        "",
         "## The failures\n",
         *(describe(failure) for failure in failures.values()),
     ]
     return "\n".join(parts)
+
+
+def describe_tool(name: str, rows: Rows) -> str:
+    """A line with a tool's versions, and what it was given to check with."""
+    version = next(iter(rows.values()))["version"]
+    return f"- {name} ({version}): {TOOLS[name].checks}."
+
+
+def explain_missing(failures: Mapping[str, Failure], name: str, rows: Rows) -> list[str]:
+    """A line for each reason why failures do not apply to a tool, with those failures."""
+    reasons: dict[str, list[str]] = {}
+    for failure, row in rows.items():
+        if row["noticed"] == "not applicable":
+            reasons.setdefault(row["said"], []).append(failures[failure].kind)
+    return [f"- {name}: {reason} ({'; '.join(kinds)})." for reason, kinds in reasons.items()]
 
 
 def describe(failure: Failure) -> str:

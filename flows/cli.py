@@ -29,7 +29,6 @@ from flows.terminal.console import print_progress
 from nested_core import seams
 from nested_core.backend import collecting_no_garbage
 from nested_core.errors import ConfigError, NestedTuneError
-from nested_core.pipeline.launch.restarting import run_again_where_killed
 from nested_core.process.command_parent import end_with_parent, has_parent
 from nested_core.text.foreign_text import escape
 
@@ -102,11 +101,9 @@ class _Commands:
 COMMANDS = {
     "demo": ("demo",),
     "training": ("validate", "train", "run"),
-    "configuration": ("init", "explain"),
     "inspection": ("verify", "status", "stop"),
-    "reports": ("report", "runs", "compare", "card"),
+    "reports": ("report", "runs", "card"),
     "registry": ("promote", "rollback", "history", "audit", "gc", "policy", "forget"),
-    "doctor": ("doctor",),
 }
 
 
@@ -144,7 +141,7 @@ def build_parser(command: str | None = None) -> _Parser:
     for module in modules:
         module.add_commands(commands)
     for name, room in seams.list_rooms().items():
-        for extended in commands.parsers.keys() & room.added_flags.keys():
+        for extended in commands.parsers.keys() & room.flags.keys():
             import_module(f"flows.rooms.{name}.command").add_flags(commands.parsers[extended])
     for name, own_parser in commands.parsers.items():
         if any(map(is_key_flag, own_parser._actions)):  # argparse offers no other list of them
@@ -210,7 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _needs_parent(arguments: Sequence[str]) -> bool:
     """Whether a command is one that trains, in a process that has no parent of the kind yet."""
-    if next(iter(arguments), None) not in RESTARTED_COMMANDS:
+    is_restarted = next(iter(arguments), None) in RESTARTED_COMMANDS and seams.is_there("restart")
+    if not is_restarted:
         return False
     end_with_parent()
     return not has_parent()
@@ -219,7 +217,9 @@ def _needs_parent(arguments: Sequence[str]) -> bool:
 def _run_under_parent() -> int:
     """Run this very command as a process of its own, and go on with its run where it is killed."""
     words = [sys.executable, "-P", "-m", "flows.cli", *sys.argv[1:]]
-    return run_again_where_killed(words, lambda run: ("--run-dir", str(run), "--resume"))
+    run_again = seams.load_only("restart", "train")
+    code: int = run_again(words, lambda run: ("--run-dir", str(run), "--resume"))
+    return code
 
 
 def _refuse_unknown_command(given: str) -> None:
@@ -227,9 +227,7 @@ def _refuse_unknown_command(given: str) -> None:
     commands = [name for names in list_command_modules().values() for name in names]
     if given.startswith("-") or given in commands:
         return
-    for name, room in seams.ROOMS.items():
-        if given in room.commands:
-            seams.require(name, given)
+    seams.require_command(given)
     close = difflib.get_close_matches(given, commands, n=1)
     meant = f"; did you mean {close[0]}?" if close else "."
     raise ConfigError(f"there is no command {given}{meant} `nested-tune --help` lists them all.")
@@ -246,9 +244,7 @@ def _describe_unknown_arguments(
     for word in unknown:
         if word.startswith("--"):
             given = word.partition("=")[0]
-            for name, room in seams.ROOMS.items():
-                if given in room.added_flags.get(parsed.command, ()):
-                    seams.require(name, f"{parsed.command} {given}")
+            seams.require_flag(parsed.command, given)
             theirs = OUR_KEYS_BY_OTHER_TOOLS_KEYS.get(given[2:].replace("-", "_"), "")
             ours = f"--{theirs.partition(';')[0].replace('_', '-')}"
             meant = [flag for flag in flags if flag == ours or flag.endswith(f".{given[2:]}")]

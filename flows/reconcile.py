@@ -11,9 +11,9 @@ from prefect.states import Completed, Failed, State
 from pydantic import Field
 
 from flows.flow_runs.allowed_folders import require_allowed
-from flows.flow_runs.approvals import request_approval
 from flows.flow_runs.prefect_logs import prepare_logs
 from flows.flow_runs.watchers import list_watchers
+from nested_core import seams
 from nested_core.config.section_base import Section
 from nested_core.config.sections import AdapterName
 from nested_core.errors import DamagedError
@@ -21,8 +21,8 @@ from nested_core.records.outcome_names import Outcome
 from nested_core.registry import list_names, read_champion_changes
 from nested_core.registry.folders import name_exists
 from nested_core.registry.ledger import describe_author
+from nested_core.registry.policy import APPROVE_KEY
 from nested_core.text.digest_format import shorten_digest
-from tasks.champion_artifacts import had_champion, publish_champion_if_changed
 from tasks.promote import check_champion
 from tasks.promote import promote_missed as reconcile_name
 from tasks.retrying import exception_of
@@ -71,6 +71,7 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
         outcomes = state.result() if state.is_completed() else {}
         waiting = [v for v, decision in outcomes.items() if decision.outcome == "waiting"]
         for version in waiting[:1]:  # the newest: its question closes those about older ones
+            request_approval = seams.load_only("request_approval", APPROVE_KEY)
             request_approval(registry, name, version)
     sound = [name for name in names if checked[name].is_completed()]
     sightings = [
@@ -126,7 +127,7 @@ def _find_problems(
         f"{name}: {registry / name} is gone, and it had a champion. Is a disk or a share not "
         f"mounted? Mount it, or restore the folder from a backup"
         for name in absent
-        if had_champion(registry, name)
+        if any(page.had_champion(registry, name) for page in seams.load_all("champion_page"))
     ]
     return list(dict.fromkeys(damage)), list(dict.fromkeys(other))
 
@@ -139,8 +140,9 @@ def _bring_pages_up_to_date(registry: Path, names: Sequence[str]) -> list[str]:
     rollbacks: list[str] = []
     for name in names:
         try:
-            is_news = publish_champion_if_changed(registry, name)
-            if is_news and (rollback := _describe_rollback(registry, name)) is not None:
+            pages = seams.load_all("champion_page")
+            is_news = [page.publish_if_changed(registry, name) for page in pages]
+            if any(is_news) and (rollback := _describe_rollback(registry, name)) is not None:
                 rollbacks.append(rollback)
         except Exception as error:  # of the server or the way to it; nothing depends on a page
             get_run_logger().warning("The page of %s's champion was not read: %s", name, error)

@@ -4,8 +4,8 @@ Importing it changes nothing in the process. The public names are loaded when th
 so that a process that only reads data does without mlx. A script or a notebook that trains calls
 `prepare` first, before anything imports mlx.
 
-backend.py makes a process ready for MLX, errors.py has what is raised and seams.py what each room
-adds; the `__init__.py` of each folder says what the folder is for.
+backend.py makes a process ready for MLX, errors.py has what is raised, rooms/__init__.py says what
+each room adds and seams.py loads it; the `__init__.py` of each folder says what the folder is for.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from nested_core.pipeline.champion import RegisteredAdapter, champion, promote
     from nested_core.pipeline.finetune import FinetuneResult, finetune
     from nested_core.pipeline.hooks import Hooks, Steps
-    from nested_core.report.comparison import RunComparison, compare_runs
     from nested_core.report.run_report import RunReport, read_report
     from nested_core.storage.adapter import Adapter, read_adapter
     from nested_core.storage.run_directory import open_run
@@ -56,7 +55,6 @@ __all__ = [
     "NestedAdamW",
     "NestedTuneError",
     "RegisteredAdapter",
-    "RunComparison",
     "RunReport",
     "SilentUpdateWarning",
     "Steps",
@@ -71,7 +69,6 @@ __all__ = [
     "apply_flat_updates_to_nested",
     "assign_tiers",
     "champion",
-    "compare_runs",
     "finetune",
     "load_config",
     "open_run",
@@ -96,7 +93,6 @@ _PUBLIC_NAMES_BY_MODULE = {
     "pipeline.champion": ("RegisteredAdapter", "champion", "promote"),
     "pipeline.finetune": ("FinetuneResult", "finetune"),
     "pipeline.hooks": ("Hooks", "Steps"),
-    "report.comparison": ("RunComparison", "compare_runs"),
     "report.run_report": ("RunReport", "read_report"),
     "storage.run_directory": ("open_run",),
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import json
 import os
 import random
 import shutil
@@ -23,8 +22,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nested_core.storage.compiled_kernels import KERNELS_FOLDER_VARIABLE, USER_TMPDIR_VARIABLE
 from nested_core.storage.user_cache import cache_folder
+from nested_core.storage.user_tmpdir import KERNELS_FOLDER_VARIABLE, USER_TMPDIR_VARIABLE
 
 SHARED_VARIABLE = "NESTED_TUNE_TESTS_SHARED"
 _PREFECT_HOME = Path(tempfile.mkdtemp(prefix="nested-tune-prefect-"))
@@ -92,10 +91,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of `python -m tests.again`."""
-    group = parser.getgroup("tests.again")
-    group.addoption("--file-order-seed", type=int, help="shuffle the files by this seed")
-    group.addoption("--note-starters", type=Path, help="folder for tests that start something")
+    """The option of `python -m tests.again`."""
+    parser.addoption("--file-order-seed", type=int, help="shuffle the files by this seed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -192,12 +189,6 @@ def _a_leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
     watch.begin()
     yield
     left = watch.end(compares_random_states=not is_hypothesis_test(request.function))
-    folder: Path | None = request.config.getoption("note_starters")
-    if folder is not None and watch.starts:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
-            note = {"test": request.node.nodeid, "starts": sorted(watch.starts)}
-            file.write(json.dumps(note) + "\n")
     if left:
         pytest.fail(explain(left), pytrace=False)
 

@@ -23,11 +23,14 @@ from nested_core.records.result import TrainResult
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.reports.reporting_services import TrainingCallback
+from nested_core.training.reports.training_callback import TrainingCallback
 from nested_core.training.trainer import Trainer
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 MODEL, DATA = EXAMPLES / "geography-base", EXAMPLES / "geography"
+# A small adapter, and a run of it with one checkpoint, for tests that spoil many copies.
+SMALL = {"rank": 2, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
+SMALL_RUN: dict[str, Any] = {"iters": 8, "val_batches": 1, "lora_parameters": SMALL}
 ANSWERS = {"sample_tokens": 12}  # of the section `training`: enough to say one word for ever
 SPEEDS = ("tokens_per_second", "iterations_per_second", "peak_memory_gb")
 

@@ -24,13 +24,11 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 
 SECONDS_TO_END = 30.0  # a limit that a loaded machine does not reach
-OUR_CODE = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 # Every process that a test starts inherits it, and so do those which that one starts.
 WORKER_VARIABLE = "NESTED_TUNE_TESTS_WORKER"
@@ -108,33 +106,25 @@ class Left:
 
 
 class Heard:
-    """What audit events and thread starts told since the last `clear`."""
+    """What audit events told since the last `clear`."""
 
     def __init__(self) -> None:
         self.started_processes = False
-        self.starts: set[str] = set()  # places in our code that a thread or process started from
         self.bound_sockets = False
         self.written: list[str] = []
         sys.addaudithook(self._hear)
-        start = threading.Thread.start
-
-        def start_heard(thread: threading.Thread) -> None:
-            self.starts.add(_place_in_our_code())
-            start(thread)
-
-        setattr(threading.Thread, "start", start_heard)  # noqa: B010 -- no audit event tells of it
         spawn = multiprocessing.util.spawnv_passfds
 
         def spawn_heard(*arguments: Any) -> int:
-            self._hear_start()
+            self.started_processes = True
             return spawn(*arguments)
 
-        setattr(multiprocessing.util, "spawnv_passfds", spawn_heard)  # noqa: B010 -- nor of this
+        # No audit event tells of it.
+        setattr(multiprocessing.util, "spawnv_passfds", spawn_heard)  # noqa: B010
 
     def clear(self) -> None:
         """Forget what was heard so far."""
         self.started_processes = self.bound_sockets = False
-        self.starts.clear()
         self.written.clear()
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -149,28 +139,13 @@ class Heard:
         elif event in {"os.rename", "os.link", "os.symlink"}:
             self._write(arguments[1])
         elif event in {"subprocess.Popen", "os.fork", "os.posix_spawn"}:
-            self._hear_start()
+            self.started_processes = True
         elif event == "socket.bind":
             self.bound_sockets = True
-
-    def _hear_start(self) -> None:
-        self.started_processes = True
-        self.starts.add(_place_in_our_code())
 
     def _write(self, path: Any) -> None:
         with suppress(FileNotFoundError):  # there is no working folder
             self.written.append(os.path.abspath(os.fsdecode(path)))
-
-
-def _place_in_our_code() -> str:
-    """The file and line of the innermost frame that is in this repository, but not in this file."""
-    frame: FrameType | None = sys._getframe()  # noqa: SLF001 -- no public function has it
-    while frame is not None:
-        path = frame.f_code.co_filename
-        if path.startswith(OUR_CODE) and path != __file__ and ".venv" not in path:
-            return f"{path.removeprefix(OUR_CODE)}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "elsewhere"
 
 
 class Watch:
@@ -193,7 +168,6 @@ class Watch:
         self._environment: dict[str, str] = {}
         self._random_state: Any = None
         self._numpy_state: Any = None
-        self.starts: frozenset[str] = frozenset()  # as in `Heard`, of the last test
 
     def begin(self) -> None:
         """Look before a test. What its session's and module's fixtures started is there already."""
@@ -211,7 +185,6 @@ class Watch:
     def end(self, *, compares_random_states: bool) -> list[Left]:
         """Look after the test: what it left. Variables and random states are put back."""
         heard = self._heard
-        self.starts = frozenset(heard.starts)
         left = [Left("thread", thread.name) for thread in self._threads_left()]
         if heard.started_processes:
             left += [Left("process", command) for command in self._processes_left()]

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
+from nested_core.seams import is_there
+
 # same: as in mlx_lm.lora; better: taken, and more is done or less is wrong; refused: exit code 2.
 Relation = Literal["same", "better", "refused"]
 
@@ -454,7 +456,7 @@ REFUSED = (
         "service not installed",
         "a service whose client is not there",
         "report_to: swanlab\n",
-        "report_to: swanlab is not installed",
+        "report_to: swanlab is not installed" if is_there("services") else "the room services",
         there="swanlab is not installed",
     ),
 )

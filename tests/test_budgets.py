@@ -47,9 +47,7 @@ def test_code_is_neither_comments_nor_docstrings_nor_empty_lines() -> None:
         ("flows/rooms/chat/program.py", 2, "chat"),
     ],
 )
-def test_one_line_over_a_budget_fails_and_says_where(
-    file: str, lines: int, over: str, root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_line_over_a_budget_fails_and_says_where(file, lines, over, root, capsys) -> None:
     (root / file).write_text(SOURCE + "x = 1\n" * lines)
     assert main(root) == int(bool(over))
     assert capsys.readouterr().err.startswith(f"Over the budget: {over}." if over else "")

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.claims import claimed_tests, claims_of_readme, table
+from tests.claims import claimed_tests, claims_of_readme
 
 
 def test_every_claim_has_a_test_and_every_marker_names_a_claim() -> None:
     claims = claims_of_readme()
     assert len(claims) > 5
     assert set(claimed_tests()) == set(claims)
-
-
-def test_the_table_has_a_row_for_each_claim() -> None:
-    rows = table().splitlines()
-    assert len(rows) == 2 + len(claims_of_readme())
-    assert all("::test_" in row for row in rows[2:])
 
 
 def test_a_test_that_make_test_leaves_out_holds_no_claim(tmp_path: Path) -> None:

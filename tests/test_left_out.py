@@ -44,21 +44,16 @@ def project(pytester: pytest.Pytester) -> pytest.Pytester:
     return pytester
 
 
-def test_the_last_line_says_how_many_were_left_out_and_what_runs_them(
-    project: pytest.Pytester,
-) -> None:
+def test_the_last_line_says_how_many_were_left_out_and_what_runs_them(project) -> None:
     result = project.runpytest_inprocess("-m", "not slow and not reliability")
     result.assert_outcomes(passed=1, deselected=2)
     assert [line for line in result.outlines if line][-1] == (
         "Tests left out: 1 marked slow (`make test-all`), "
         "1 marked reliability (`make reliability`)."
     )
-
-
-def test_a_run_that_leaves_nothing_out_has_no_such_line(project: pytest.Pytester) -> None:
-    result = project.runpytest_inprocess()
-    result.assert_outcomes(passed=3)
-    assert "left out" not in result.stdout.str()
+    whole = project.runpytest_inprocess()
+    whole.assert_outcomes(passed=3)
+    assert "left out" not in whole.stdout.str()
 
 
 def test_a_test_that_is_slow_without_a_reason_stops_the_run(project: pytest.Pytester) -> None:
@@ -68,9 +63,7 @@ def test_a_test_that_is_slow_without_a_reason_stops_the_run(project: pytest.Pyte
     assert "test_other.py::test_it is marked slow without a reason" in result.stderr.str()
 
 
-def test_every_command_that_the_line_names_is_in_the_makefile(
-    request: pytest.FixtureRequest,
-) -> None:
+def test_every_command_that_the_line_names_is_in_the_makefile(request) -> None:
     makefile = (request.config.rootpath / "Makefile").read_text(encoding="utf-8")
     for command in COMMANDS.values():
         assert re.search(rf"^{command.removeprefix('make ')}:", makefile, re.M), command

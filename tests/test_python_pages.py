@@ -86,9 +86,7 @@ def test_a_cell_that_prints_something_else_is_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow("trains and judges in a process")
-def test_the_program_that_begins_python_md_trains_promotes_asks_and_evaluates(
-    tmp_path: Path,
-) -> None:
+def test_the_program_that_begins_python_md_trains_promotes_asks_and_evaluates(tmp_path) -> None:
     page = (ROOT / "docs" / "python.md").read_text()
     program = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[0]
     write_config(tmp_path / "lora.yaml", iters=4)

@@ -11,7 +11,8 @@ import pytest
 
 from flows.cli import build_parser
 from nested_core.measure.answers.suites import read_suite
-from nested_core.seams import ROOMS, is_there
+from nested_core.rooms import ROOMS
+from nested_core.seams import is_there
 from tests.example import write_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -331,9 +331,9 @@ def forecast(
 ) -> int:
     """Bytes at the peak of a step on a `BatchShape`, as a run says before it begins."""
     from nested_core.config.schema import FineTuneConfig
-    from nested_core.training.memory.memory_plan import device_profile_for
-    from nested_core.training.memory.model_footprint import compute_footprint
-    from nested_core.training.memory.peak_estimate import estimate_peak_bytes
+    from nested_core.rooms.memory.forecast import device_profile_for
+    from nested_core.rooms.memory.model_footprint import compute_footprint
+    from nested_core.rooms.memory.peak_estimate import estimate_peak_bytes
 
     config = FineTuneConfig()
     adapter = config.lora_parameters.model_copy(update={"dropout": dropout})

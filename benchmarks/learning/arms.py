@@ -217,7 +217,7 @@ def prepare_peft(cell: Cell, base: Path, folder: Path) -> Training:
 def suggest(base: Path, folder: Path) -> dict[str, Any]:
     """What `init` writes for this base and the data in the folder, as a dict."""
     from nested_core.config.loading import parse_yaml
-    from nested_core.pipeline.suggested_config import suggest_config
+    from nested_core.rooms.planning.suggested_config import suggest_config
 
     return parse_yaml(suggest_config(str(base), str(folder / "data")).text)
 

@@ -75,7 +75,8 @@ class Case:
         steps: what the tool does, in order.
         base: the base that is used with the adapter after training.
         environment: what commands find in their environment beside the machine's.
-        went_right: whether the tool did the right thing, whatever it printed; None: not asked.
+        answers: what the model answered where a step asks it.
+        went_right: whether the answers show that the tool did the right thing, whatever it printed.
     """
 
     folder: Path
@@ -140,8 +141,9 @@ class Case:
         return os.environ | own | self.environment
 
     def _without_paths(self, text: str) -> str:
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
         return (
-            re.sub(r"\x1b\[[0-9;]*m", "", text)
+            re.sub(r"/[^\s'\"]*/site-packages/", "", plain)
             .replace(f"{self.folder}/", "")
             .replace(str(self.folder), ".")
             .replace(f"{ROOT}/", "")

@@ -139,12 +139,12 @@ def adapter_as_it_began(case: Case, planted: bool) -> None:
 
 def adapter_of_another_base(case: Case, planted: bool) -> None:
     geography_case(case, ["train", "judge", "use"])
-    other = case.write_base("other-base")
+    other = case.write_base("model-2")
     mx.random.seed(7)
     case.edit_weights(other, lambda _, a: (a + NOISE * mx.random.normal(a.shape)).astype(a.dtype))
 
     def take_the_other(case: Case) -> None:
-        case.base = "other-base"
+        case.base = "model-2"
 
     case.steps.insert(1, take_the_other if planted else leave_alone)
 
@@ -260,21 +260,23 @@ def row_with_call(country: str, *, as_text: bool) -> Row:
     return row
 
 
-def calls_case(case: Case, template: str, *, as_text: bool) -> None:
-    """Rows with calls, in a base with this template."""
-    case.write_base(template=template)
-    case.settings.max_seq_length = 256
-    both_splits(case, lambda country, _: row_with_call(country, as_text=as_text))
-
-
 def template_drops_calls(case: Case, planted: bool) -> None:
-    calls_case(case, template(calls=not planted), as_text=False)
+    case.write_base(template=template(calls=not planted))
+    case.settings.max_seq_length = 256
+    both_splits(case, lambda country, _: row_with_call(country, as_text=False))
 
 
 def arguments_quoted_twice(case: Case, planted: bool) -> None:
-    calls_case(case, template(), as_text=planted)
+    def make(country: str, _: str) -> Row:
+        row = row_with_call(country, as_text=planted)
+        del row["tools"]  # no program that asks gives the model tools
+        return row
+
+    case.write_base(template=template())
+    case.settings.max_seq_length = 256
+    both_splits(case, make)
     case.steps = [*TRAINING, "ask" if planted else leave_alone]
-    case.went_right = lambda case: '\\"' not in case.answers[-1]
+    case.went_right = lambda case: '{"country": "' in case.answers[-1]
 
 
 def template_drops_reasoning(case: Case, planted: bool) -> None:
@@ -398,7 +400,10 @@ def weight_zero_learnt(case: Case, planted: bool) -> None:
     case.settings.masked = False
     case.settings.all_answers = True
     case.steps = [*TRAINING, "ask" if planted else leave_alone]
-    case.went_right = lambda case: "go away" not in case.answers[-1]
+    cities = [city for _, city in capitals("train")]
+    case.went_right = lambda case: (
+        "go away" not in case.answers[-1] and any(city in case.answers[-1] for city in cities)
+    )
 
 
 # After training
@@ -444,7 +449,8 @@ def champion_overwritten(case: Case, planted: bool) -> None:
 
 
 def server_keeps_the_old_adapter(case: Case, planted: bool) -> None:
-    geography_case(case, ["train", "release", "serve_and_replace" if planted else "serve"])
+    geography_case(case, ["train", "release", "train_later"])
+    case.steps.append("serve_and_replace" if planted else "serve")
     later = [
         chat(("user", row["messages"][0]["content"]), ("assistant", "Stay at home."))
         for row in geography("train")

@@ -27,6 +27,7 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write all rows of a tool, one a line."""
     lines = (f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(lines), encoding="utf-8")
 
 

@@ -1,8 +1,8 @@
 """What a tool noticed of a failure, by the bench's rule.
 
 Noticed is what ends with an error or a refusal, or is told by a line whose words name the failure
-and which the healthy twin's output does not have. Reports of a loss and rows of a table are no
-warnings.
+and which the healthy twin's output does not have. Reports of a loss are no warnings. Of a table,
+rows count that give a verdict or end with a number.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from benchmarks.silent_failures.cases import Run
 from benchmarks.silent_failures.failures import Failure, When
 
 REPORTS = re.compile(
-    r"^\s*(iter|step|epoch)\b.*\bloss\b|^\s*\{'(loss|eval_loss)'|\bit/s\b|^\s*[│┃|]", re.IGNORECASE
+    r"^\s*(test )?(loss|perplexity)\b|^\s*(iter|step|epoch)\b.*\bloss\b"
+    r"|^\s*\{'(loss|eval_loss)'|\bit/s\b"
+    r"|^\s*[│┃|](?!.*\b(MINOR|MAJOR|DIVERGED|FAIL)\b|.*[│┃|]\s*\d+\s*[│┃|]?$)",
+    re.IGNORECASE,
+)
+NUMBERS = re.compile(
+    r"^\s*([\d.,]+[kms%]*|val|nan|inf|[▲▼])(\s+([\d.,]+[kms%]*|val|nan|inf|[▲▼]))*\s*$"
 )
 WARNING = re.compile(r"warn|error|refus|reject|damag|fail", re.IGNORECASE)
 LAST_LINES = 3  # of a command that failed without a word that names the failure
@@ -52,13 +58,14 @@ def decide(failure: Failure, planted: Sequence[Run], twin: Sequence[Run]) -> Ver
     }
     failed = [run for run in twin if run.code != 0]
     false_alarm = bool(failed) or any(normal(line) in told for line in alarms)
-    for run in planted:
+    for number, run in enumerate(planted):
         for when, text in run.parts():
             lines = [line for line in naming(failure, text) if normal(line) not in known]
             if lines:
                 how: How = "warned" if run.code == 0 else "refused"
                 return Verdict(when, how, True, false_alarm, "\n".join(lines[:LAST_LINES]))
-        if run.code != 0:
+        twin_failed = number < len(twin) and twin[number].code != 0
+        if run.code != 0 and not twin_failed:
             last = [line for line in (run.before + run.after).splitlines() if line.strip()]
             return Verdict(run.when, "refused", False, false_alarm, "\n".join(last[-LAST_LINES:]))
     said = "\n".join(alarms[:LAST_LINES]) if false_alarm else ""
@@ -70,10 +77,10 @@ def naming(failure: Failure, text: str) -> list[str]:
     return [
         line.strip()
         for line in text.splitlines()
-        if failure.words.search(line) and not REPORTS.search(line)
+        if failure.words.search(line) and not (REPORTS.search(line) or NUMBERS.search(line))
     ]
 
 
 def normal(line: str) -> str:
-    """A line without its numbers."""
-    return re.sub(r"[\d.,]+", "#", line)
+    """A line without its numbers; a 0 stays, for `0 duplicates` says another thing than `36`."""
+    return re.sub(r"[\d.,]*[1-9][\d.,]*", "#", line)

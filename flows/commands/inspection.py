@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from flows.commands.adapter_places import add_registry_flag
 from flows.commands.command_output import result_printer, text_printer
 from flows.terminal.console import print_line, print_progress, print_table
-from nested_core import seams
 from nested_core.errors import ConfigError, GateRejected
 from nested_core.pipeline.named_adapters import find_bare_name, find_named_adapter, name_folder_of
 from nested_core.storage.run_directory import RunDirectory
@@ -29,9 +28,9 @@ def add_commands(commands: Any) -> None:
     verify = commands.add(
         "verify",
         run_verify,
-        "compare two adapters, or check adapters against a base",
+        "compare two adapters: what training changed",
         json=True,
-        usage="%(prog)s INITIAL TRAINED [--json]\n       %(prog)s ADAPTER... --model BASE [--json]",
+        usage="%(prog)s INITIAL TRAINED [--json]",
         group="Inspect",
         example="nested-tune verify runs/first/initial runs/first/adapter",
     )
@@ -40,12 +39,9 @@ def add_commands(commands: Any) -> None:
         nargs="+",
         type=Path,
         metavar="ADAPTER",
-        help="INITIAL and TRAINED: names, runs or folders; with --model, also folders of adapters",
+        help="INITIAL and TRAINED: names, runs or folders",
     )
     add_registry_flag(verify)
-    verify.add_argument(
-        "--model", metavar="BASE", help="the base to audit against: a folder or a hub repository"
-    )
     verify.add_argument("--all", action="store_true", help="a row for each tensor, too")
     status = commands.add(
         "status",
@@ -67,10 +63,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run_verify(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Judge two adapters from their files, or audit each one against a base."""
-    if arguments.model is not None:
-        run: Callable[[argparse.Namespace], Callable[[], int]] = seams.load_flag("verify --model")
-        return run(arguments)
+    """Judge two adapters from their files."""
     if len(arguments.adapters) != 2:
         raise ConfigError(
             f"verify takes two adapters, INITIAL and TRAINED; given: {len(arguments.adapters)}. To "
@@ -145,13 +138,14 @@ def run_status(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def _describe_status(run: Run, status: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The rows of `compare` for one run, and what only counts while it goes on."""
-    from nested_core.report.comparison import RunComparison
+    """The figures of a run, and what only counts while it goes on."""
+    from nested_core.report.outcome import list_figures
 
     yield "run", run.path
     yield "process", run.process
     yield "nothing trained", None if run.skip is None else escape(run.skip.describe())
-    yield from ((str(name), cell) for name, cell in RunComparison((run,)).rows())
+    for figures in list_figures(run):
+        yield from figures.items()
     if status["iteration"] != run.step:  # gradients are accumulated over several
         yield "iterations", status["iteration"]
     yield "learning rate", status["learning_rate"]

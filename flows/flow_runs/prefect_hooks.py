@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from uuid import UUID
 
 from prefect import get_run_logger, runtime
 
-from flows.flow_runs.approvals import request_approval
 from flows.flow_runs.loss_on_test_set import describe_test_loss
 from flows.flow_runs.run_place import note_run_place
 from flows.flow_runs.watchers import list_watchers
 from flows.process.stop_signals import Stopper
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.models.session import Session
 from nested_core.pipeline.hooks import Steps
@@ -19,11 +18,10 @@ from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry import Decision
+from nested_core.registry.policy import APPROVE_KEY
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.run_directory import RunDirectory
-from tasks.events import emit_adapter_event
 from tasks.finetune import gate, load, register, train, validate
-from tasks.promote import promote
 
 
 class StepsAsTasks(Steps):
@@ -69,22 +67,11 @@ class StepsAsTasks(Steps):
         get_run_logger().info("%s", describe_test_loss(config, run, read_verdict(run.gate), loss))
         return loss
 
-    def register(self, config: FineTuneConfig, run: RunDirectory, champion: str | None) -> str:
-        """The task `register`, and an event for whoever listens."""
-        version = register(config, run.path, champion)
-        registry = config.registry
-        payload = {
-            "version": version,
-            "run_dir": str(run.path.resolve()),
-            "registry": str(Path(str(registry.path)).resolve()),
-        }
-        emit_adapter_event("verified", str(registry.name), payload)
-        return version
-
-    def promote(self, config: FineTuneConfig, version: str, champion: str | None) -> Decision:
-        """The task `promote`; a person is asked about a version that needs one."""
-        decision = promote(config.registry, version, champion)
-        path, name = registry_location(config.registry)
+    def register(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Decision:
+        """The task `register`; a person is asked about a version that needs one."""
+        decision = register(config, run.path, session)
         if decision.outcome == "waiting":
-            request_approval(path, name, version, UUID(str(runtime.flow_run.id)))
+            path, name = registry_location(config.registry)
+            request_approval = seams.load_only("request_approval", APPROVE_KEY)
+            request_approval(path, name, decision.version, UUID(str(runtime.flow_run.id)))
         return decision

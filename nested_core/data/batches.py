@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # a loss imports this file, and needs numpy alone
         Bool,
         Int32,
         Int64,
-        JoinedSplits,
         TokenizedSplit,
     )
 
@@ -152,9 +151,23 @@ class BatchRows:
     width: int
 
 
-def make_batch_arrays(
-    split: TokenizedSplit | JoinedSplits, batch: BatchRows, batch_size: int
-) -> tuple[Int32, Bool]:
+class ExampleRows(Protocol):
+    """Examples by their number, from 0."""
+
+    def example(self, index: int) -> Int32:
+        """The tokens of one example, int32 [length]."""
+
+    def example_mask(self, index: int) -> Bool:
+        """The target mask of one example, bool [length]."""
+
+    def count_supervised(self) -> Int64:
+        """Tokens of each example that the loss counts, int64 [n]."""
+
+    def release_pages(self) -> None:
+        """Release the memory pages of mapped files."""
+
+
+def make_batch_arrays(split: ExampleRows, batch: BatchRows, batch_size: int) -> tuple[Int32, Bool]:
     """Tokens int32 [batch_size, width + 1], padded with 0; target_mask bool [batch_size, width].
 
     inputs = tokens[:, :-1], targets = tokens[:, 1:]; target_mask[:, j] is about the target in
@@ -169,6 +182,25 @@ def make_batch_arrays(
         target_mask[place, : len(targets)] = targets
     split.release_pages()
     return tokens, target_mask
+
+
+class BatchPlan(Protocol):
+    """Which rows form which batch, as a function of its index from 0."""
+
+    def count_batches(self, epochs: float) -> int:
+        """How many batches it takes to use each of the run's own examples so many times."""
+
+    def count_epochs(self, batches: int) -> float:
+        """How many times each of the run's own examples is used in so many batches."""
+
+    def find_widest(self, most: int) -> tuple[Int32, int]:
+        """The longest rows, at most so many, and the largest width."""
+
+    def batch(self, index: int) -> BatchRows:
+        """The batch at a position; the same in every process."""
+
+    def largest_sums(self, values: Int64, rank: int = 0, ranks: int = 1) -> dict[int, int]:
+        """For each width, the largest sum of a value a row over a batch of the first epoch."""
 
 
 class BatchOrder:
@@ -222,7 +254,7 @@ class BatchOrder:
         start = int(order[position]) * self.batch_size
         return BatchRows(rows[start : start + self.batch_size], self.buckets.bucket_width_at(start))
 
-    def arrays(self, split: TokenizedSplit | JoinedSplits, index: int) -> tuple[Int32, Bool]:
+    def arrays(self, split: ExampleRows, index: int) -> tuple[Int32, Bool]:
         """`make_batch_arrays` of the batch at a position."""
         return make_batch_arrays(split, self.batch(index), self.batch_size)
 

@@ -40,12 +40,17 @@ class DataSettings:
     hf_dataset: tuple[HubDataset, ...] = ()
     trust_remote_code: bool = False
     policy: DataPolicy = DataPolicy()
+    loss: str | None = None
     held_out_before: tuple[str, ...] = ()  # SHA-256 of examples of train to drop: `ReplayRecord`
 
     @classmethod
     def from_config(cls, config: Any) -> DataSettings:
-        """Take the attributes of the same names, training.supervise and data_policy."""
-        elsewhere = {"supervise": config.training.supervise, "policy": config.data_policy}
+        """Take the attributes of the same names, training.supervise, its loss and data_policy."""
+        elsewhere = {
+            "supervise": config.training.supervise,
+            "policy": config.data_policy,
+            "loss": config.training.loss,
+        }
         names = {setting.name for setting in fields(cls)} - elsewhere.keys() - {"held_out_before"}
         return cls(**elsewhere, **{name: getattr(config, name) for name in names})
 
@@ -64,6 +69,7 @@ class DataSettings:
             group=self.policy.group,
             data_format=self.data_format,
             drop=self.drop_fields,
+            loss=self.loss,
         )
         if self.hf_dataset:
             return names

@@ -12,10 +12,10 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -24,9 +24,11 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import DataPolicy
 from nested_core.data.data_settings import REPLAY_SPLIT, DataSettings
+from nested_core.data.earlier_examples import find_earlier_examples
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.sources.split_files import SplitFile, open_splits
 from nested_core.data.tokens.tokenized_split import (
@@ -38,7 +40,6 @@ from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DamagedError, DatasetError
 from nested_core.models.base_model import fingerprint_tokenizer
 from nested_core.records.dataset import DatasetReport
-from nested_core.records.replay import read_replay, require_replayed_rows
 from nested_core.storage.atomic import canonical_json, temporary_beside, write_json
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import read_json, regular_sha256
@@ -146,16 +147,17 @@ def _hash_data_code() -> str:
     paths = [
         *sorted((root / "data").rglob("*.py")),
         *(root / name for name in _OTHER_CODE_IN_CACHE_KEY),
+        *(
+            path
+            for name, room in seams.list_rooms().items()
+            if room.losses
+            for path in sorted((root / "rooms" / name).glob("*.py"))
+        ),
     ]
-    return sha256(canonical_json(_file_hashes(root, paths))).hexdigest()
-
-
-def _file_hashes(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of each file, by its path in the folder."""
-    return {
-        path.relative_to(folder).as_posix(): regular_sha256(path, follow_links=True)
-        for path in paths
+    hashes = {
+        path.relative_to(root).as_posix(): regular_sha256(path, follow_links=True) for path in paths
     }
+    return sha256(canonical_json(hashes)).hexdigest()
 
 
 def load_run_data(
@@ -169,13 +171,13 @@ def load_run_data(
     settings = DataSettings.from_config(config)
     tokenizer = TokenizerSource.from_config(config)
     cache = dataset_cache()
-    if run is None or not config.continual.replay.fraction:
+    earlier = None if run is None else find_earlier_examples(config, run)
+    if run is None or earlier is None:
         return load_dataset(settings, tokenizer, on_progress, cache=cache)
-    record = read_replay(run.replay)
-    require_replayed_rows(record, run.replayed_rows)
-    settings = replace(settings, held_out_before=record.dropped)
+    earlier.require_rows()
+    settings = replace(settings, held_out_before=earlier.find_dropped())
     report, splits = load_dataset(settings, tokenizer, on_progress, cache=cache)
-    if record.examples:
+    if earlier.count():
         own = replay_settings(settings, run.replayed_rows)
         splits[REPLAY_SPLIT] = load_dataset(own, tokenizer, on_progress, cache=cache)[1]["train"]
     return report, splits
@@ -191,6 +193,7 @@ def replay_settings(settings: DataSettings, rows: Path) -> DataSettings:
         mask_prompt=settings.mask_prompt,
         supervise=settings.supervise,
         policy=policy,
+        loss=settings.loss,
     )
 
 
@@ -210,24 +213,20 @@ def load_dataset(
     """
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         files = open_splits(settings, Path(spool))
+        judge = partial(_read_and_judge, settings, files, on_progress, tokenizer)
         if tokenizer is None:
-            return _read_and_judge(settings, files, on_progress), {}
+            return judge(folder=None), {}
         if cache is None:
             with TemporaryDirectory(prefix="nested-tune-") as private:
-                folder = Path(private)
-                report = _read_and_judge(
-                    settings, files, on_progress, tokenizer=tokenizer, folder=folder
-                )
-                return report, write_manifest_and_open_tokens(folder)
+                report = judge(folder=Path(private))
+                return report, write_manifest_and_open_tokens(Path(private))
         entry = cache.entry(_depends_on(settings, files, tokenizer))
         cached = _read_report_and_tokens(entry)
         if cached is not None:
             return cached
         cache.remove_unused()
         with _creating(entry) as folder:
-            report = _read_and_judge(
-                settings, files, on_progress, tokenizer=tokenizer, folder=folder
-            )
+            report = judge(folder=folder)
             write_report_beside_tokens(folder, report)
             if cache.entry(_depends_on(settings, files, tokenizer)) != entry:
                 raise DatasetError(f"{settings.data} changed while it was checked. Start again.")
@@ -238,9 +237,9 @@ def _read_and_judge(
     settings: DataSettings,
     files: Mapping[str, SplitFile],
     on_progress: OnProgress | None,
+    tokenizer: TokenizerSource | None,
     *,
-    tokenizer: TokenizerSource | None = None,
-    folder: Path | None = None,
+    folder: Path | None,
 ) -> DatasetReport:
     """Read the files and `judge_dataset`; both are imported when needed, their libraries are slow.
 

@@ -13,17 +13,21 @@ from pathlib import Path
 
 import polars as pl
 
+from nested_core import seams
 from nested_core.data.data_settings import DataSettings
-from nested_core.data.lines.example_parsing import TEMPLATED_FORMATS, UNTEMPLATED_FORMATS
+from nested_core.data.lines.example_parsing import (
+    TEMPLATED_FORMATS,
+    UNTEMPLATED_FORMATS,
+    formats_of_loss,
+    read_examples,
+)
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.rules.file_rules import FILE_RULES, ROW_COUNT_RULES
 from nested_core.data.rules.line_rules import (
     LINE_RULES,
-    SENSITIVE_DATA_RULES,
     make_held_out_rules,
-    make_near_duplicate_rules,
 )
-from nested_core.data.rules.related_lines import add_dropped_lines
+from nested_core.data.rules.related_lines import add_dropped_lines, describe_dropped
 from nested_core.data.rules.split_statistics import (
     describe_split_stats,
     make_split_stats,
@@ -49,8 +53,15 @@ from nested_core.models.base_model import (
     chat_template_digest,
     context_length,
     fingerprint_tokenizer,
+    vocabulary_digest,
 )
-from nested_core.records.dataset import DatasetReport, Findings, Severity, SplitStats, sort_findings
+from nested_core.records.dataset import (
+    DatasetReport,
+    Findings,
+    Severity,
+    SplitStats,
+    sort_findings,
+)
 from nested_core.storage.atomic import canonical_json
 
 Tables = Mapping[str, SplitTable]
@@ -74,11 +85,18 @@ def judge_dataset(
     findings = Findings(parts=parts)
     _apply_line_rules(tables, settings, findings)
     _apply_file_rules(tables, settings, findings, lacks_template=not has_template)
+    _apply_rules_of_loss(tables, settings, findings)
     tables = _remove_rejected_lines_from_dropped(tables, findings)
     facts: dict[str, TokenFacts] = {}
     context = None if tokenizer is None else context_length(Path(tokenizer.folder))
     if tokenizer is not None and folder is not None:
-        sound = _lines_to_tokenize(tables, findings, has_template=has_template)
+        sound = {  # lines that are neither rejected nor dropped, of splits that can be tokenised
+            split: LinesToTokenize(
+                table.source, findings.lines_with_errors(table.file).union(*table.dropped.values())
+            )
+            for split, table in tables.items()
+            if table.source is not None and (table.format in UNTEMPLATED_FORMATS or has_template)
+        }
         facts = tokenize_splits(folder, sound, settings, tokenizer, on_progress=on_progress)
     for split, counted in facts.items():
         file = tables[split].file
@@ -98,6 +116,7 @@ def judge_dataset(
     return replace(
         report,
         chat_template=chat_template_digest(base),
+        vocabulary=vocabulary_digest(base),
         tokenizer=fingerprint_tokenizer(base),
     )
 
@@ -109,14 +128,16 @@ def _apply_line_rules(tables: Tables, settings: DataSettings, findings: Findings
         if settings.policy.roles == "template":  # then no rule has roles to judge
             frame = frame.with_columns(roles=pl.lit(None, frame.schema["roles"]))
         LINE_RULES.add_findings(frame, findings)
-        SENSITIVE_DATA_RULES.add_findings(frame.filter(pl.col("sensitive") != 0), findings)
+        for part in seams.load_all("sensitive_data"):
+            part.rules.add_findings(frame.filter(pl.col("sensitive") != 0), findings)
     # Nothing is dropped from a held-out set, so under `drop` there is only something to know.
     severity: Severity = "error" if settings.policy.leakage == "error" else "warning"
     make_held_out_rules(severity).add_findings(tables["test"].frame, findings)
     near_severity: Severity = "error" if settings.policy.near_duplicates == "error" else "warning"
-    for table in tables.values():
-        if "near" in table.frame.columns:
-            make_near_duplicate_rules(near_severity).add_findings(table.frame, findings)
+    for part in seams.load_all("near_duplicates"):
+        for table in tables.values():
+            if "near" in table.frame.columns:
+                part.make_rules(near_severity).add_findings(table.frame, findings)
 
 
 def _apply_file_rules(
@@ -145,6 +166,28 @@ def _apply_file_rules(
     FILE_RULES.add_findings(frame, findings)
 
 
+def _apply_rules_of_loss(tables: Tables, settings: DataSettings, findings: Findings) -> None:
+    """Add what the rows of a room's loss have to be told, those of all splits together."""
+    if settings.loss is None:
+        return
+    examples = {}
+    for split, table in tables.items():
+        if (source := table.source) is None:
+            continue
+        wrong = source.physical_lines_of(set(findings.lines_with_errors(table.file)))
+        read = read_examples(source.path, settings.field_names, wrong)
+        examples[split] = {source.number_of(line): example for line, example in read}
+    kinds = formats_of_loss(settings.loss).values()
+    judges = {kind.judge for kind in kinds if kind.judge is not None}
+    for found in (finding for judge in judges for finding in judge(examples)):
+        file, line = tables[found.file].file, found.line
+        if line is not None and found.severity == "error":
+            findings.error_lines.setdefault(file, set()).add(line)
+        if line is not None:
+            file, line = findings.find_place(file, line)
+        findings.listed.append(replace(found, file=file, line=line))
+
+
 def _remove_rejected_lines_from_dropped(
     tables: Tables, findings: Findings
 ) -> dict[str, SplitTable]:
@@ -157,19 +200,6 @@ def _remove_rejected_lines_from_dropped(
     return remaining
 
 
-def _lines_to_tokenize(
-    tables: Tables, findings: Findings, *, has_template: bool
-) -> dict[str, LinesToTokenize]:
-    """The lines to tokenise: neither rejected nor dropped, of splits that can be tokenised."""
-    return {
-        split: LinesToTokenize(
-            table.source, findings.lines_with_errors(table.file).union(*table.dropped.values())
-        )
-        for split, table in tables.items()
-        if table.source is not None and (table.format in UNTEMPLATED_FORMATS or has_template)
-    }
-
-
 def _apply_row_count_rules(tables: Tables, settings: DataSettings, findings: Findings) -> None:
     """Add what is wrong with how many rows a split has without the lines that are dropped."""
     rows = [
@@ -180,6 +210,8 @@ def _apply_row_count_rules(tables: Tables, settings: DataSettings, findings: Fin
             "lines": table.frame.height,
             "rows": int((~table.frame["is_blank"]).sum()) - sum(map(len, table.dropped.values())),
             "faulty": _describe_faulty_lines(len(findings.lines_with_errors(table.file))),
+            "dropped": describe_dropped(table.dropped),
+            "remedy": _EMPTY_FILE_REMEDIES[bool(table.dropped.get("overlong"))],
             "is_whole": not is_cut_short(findings, table.file_names),
             "has_one_answer": table.has_one_answer,
             "batch_size": settings.batch_size,
@@ -191,6 +223,12 @@ def _apply_row_count_rules(tables: Tables, settings: DataSettings, findings: Fin
     schema = {"line": pl.Int32, **dict.fromkeys(counts, pl.Int64)}
     if rows:
         ROW_COUNT_RULES.add_findings(pl.DataFrame(rows, schema_overrides=schema), findings)
+
+
+_EMPTY_FILE_REMEDIES = {
+    False: "write one a line, or remove the file",
+    True: "give shorter rows, or raise max_seq_length for a model that sees more tokens",
+}
 
 
 def _describe_faulty_lines(number: int) -> str:

@@ -16,7 +16,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from nested_core.data.data_settings import DataSettings
-from nested_core.data.lines.example_parsing import Example, FieldNames, parse_line, strip_line
+from nested_core.data.lines.example_parsing import (
+    ANY_LOSS,
+    Example,
+    FieldNames,
+    find_row_format,
+    parse_line,
+    strip_line,
+)
 from nested_core.data.lines.json_decoding import LineProblem
 from nested_core.data.lines.line_rows import (
     flatten_example,
@@ -29,7 +36,7 @@ from nested_core.errors import ConfigError
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular
 
 KEY_BYTES = 8
-_ANY_ROLE = FieldNames(allows_any_role=True)
+_ANY_ROLE = FieldNames(allows_any_role=True, loss=ANY_LOSS)
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class SplitRows:
 
 
 def read_split_rows(settings: DataSettings, split: str) -> SplitRows | None:
-    """Read the examples of a split; None where the data set has no such split.
+    """Read the examples of a split; None if the data set has no such split.
 
     Lines that are no example are left out. Raises ConfigError if there is no such data set, and
     OSError.
@@ -57,7 +64,7 @@ def read_split_rows(settings: DataSettings, split: str) -> SplitRows | None:
 
 
 def read_sound_lines(path: Path, field_names: FieldNames) -> Iterator[Example]:
-    """Yield the examples of a file of JSON lines, without those lines that are none."""
+    """Yield the examples of a file of JSON lines, without the lines that hold no example."""
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
         for number, line in enumerate(file, 1):
             if body := strip_line(line, is_first=number == 1):
@@ -66,9 +73,11 @@ def read_sound_lines(path: Path, field_names: FieldNames) -> Iterator[Example]:
 
 
 def _row_of(example: Example) -> dict[str, Any]:
-    """The example under the keys that are read where none is configured, with its marks."""
+    """The example under the default keys, with its marks."""
     if example.format == "text":
         return {"text": example.text}
+    if (write := find_row_format(example.format).write) is not None:
+        return write(example)
     rest: dict[str, Any] = {} if example.tools is None else {"tools": example.tools}
     if example.masked:
         turns = range(len(example.messages))

@@ -11,14 +11,20 @@ from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import polars as pl
 
+from nested_core import seams
 from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.lines.example_parsing import FieldNames
-from nested_core.data.lines.line_table import LINE_SCHEMA, RANGE_BYTES, run_line_range_job
-from nested_core.data.lines.word_ngrams import NGRAM_SCHEMA, AskedNgrams, TrainMatches
+from nested_core.data.lines.line_table import (
+    LINE_SCHEMA,
+    NEAR_DUPLICATES_KEY,
+    RANGE_BYTES,
+    run_line_range_job,
+)
 from nested_core.data.parallel_jobs import (
     OnProgress,
     count_processes_for,
@@ -27,10 +33,8 @@ from nested_core.data.parallel_jobs import (
 )
 from nested_core.data.rules.related_lines import (
     Dropped,
-    add_near_duplicate_columns,
     add_repeat_columns,
     find_lines_by_content,
-    find_near_duplicates,
     separate_dropped_lines,
 )
 from nested_core.data.sources.split_files import SplitFile
@@ -71,21 +75,22 @@ def read_tables_with_repeats(
     files: Mapping[str, SplitFile], settings: DataSettings, on_progress: OnProgress | None
 ) -> dict[str, SplitTable]:
     """Read the splits and relate their lines to each other; lines that go are in `dropped`."""
-    has_ngrams = settings.policy.near_duplicates != "off" and len(files) > 1
-    tables, matches = _read_held_out_first(
-        files, settings.field_names, on_progress, has_ngrams=has_ngrams
-    )
-    ngrams = [table.frame for table in tables.values()][1:]
-    shared = matches.finish(tables["train"].frame["line"])
-    tables = {
-        name: replace(table, frame=table.frame.drop(NGRAM_SCHEMA, strict=False))
-        for name, table in tables.items()
-    }
+    near = _load_near_duplicates(settings) if len(files) > 1 else None
+    tables, matches = _read_held_out_first(files, settings.field_names, on_progress, near)
+    read = tables
+    if near is not None:
+        tables = {
+            name: replace(table, frame=table.frame.drop(near.schema, strict=False))
+            for name, table in read.items()
+        }
     held_out_before = find_lines_by_content(tables["train"].frame, settings.held_out_before)
     train, *held_out = add_repeat_columns([(t.file, t.frame) for t in tables.values()])
-    if has_ngrams:
-        near = [find_near_duplicates(shared, matches.examples, frame) for frame in ngrams]
-        held_out = list(map(add_near_duplicate_columns, held_out, near))
+    if near is not None:
+        shared = matches.finish(train["line"])
+        held_out = [
+            near.relate(frame, read[name].frame, shared, matches.examples)
+            for name, frame in zip(HELD_OUT_SPLITS, held_out, strict=True)
+        ]
     train, held_out, dropped = separate_dropped_lines(
         train, held_out, settings.policy, held_out_before
     )
@@ -96,29 +101,30 @@ def read_tables_with_repeats(
     return related | {"train": replace(related["train"], dropped=dropped)}
 
 
-def read_tables(
-    files: Mapping[str, SplitFile], field_names: FieldNames, on_progress: OnProgress | None = None
-) -> dict[str, SplitTable]:
-    """Read train, valid and test, a missing one as empty; raises OSError, and DataWorkerFailed."""
-    return _read_held_out_first(files, field_names, on_progress, has_ngrams=False)[0]
+def _load_near_duplicates(settings: DataSettings) -> Any:
+    """What looks for near-duplicates; None if nothing does. An error needs the room for it."""
+    asked = settings.policy.near_duplicates
+    if asked == "error":
+        seams.require("near_duplicates", NEAR_DUPLICATES_KEY)
+    return None if asked == "off" else next(seams.load_all("near_duplicates"), None)
 
 
 def _read_held_out_first(
     files: Mapping[str, SplitFile],
     field_names: FieldNames,
     on_progress: OnProgress | None,
-    *,
-    has_ngrams: bool,
-) -> tuple[dict[str, SplitTable], TrainMatches]:
-    """Read all splits, the held-out ones first; with n-grams train is asked for theirs alone."""
-    matches = TrainMatches()
+    near: Any,
+) -> tuple[dict[str, SplitTable], Any]:
+    """Read all splits, the held-out ones first; train is asked for their n-grams alone."""
+    matches = None if near is None else near.Matches()
     with TemporaryDirectory(prefix="nested-tune-") as folder:
         reading = _Reading(files, field_names, on_progress, Path(folder))
-        held_out = {name: reading.read(name, has_ngrams=has_ngrams) for name in HELD_OUT_SPLITS}
+        schema = {} if near is None else near.schema
+        held_out = {name: reading.read(name, more_columns=schema) for name in HELD_OUT_SPLITS}
         asked = None
-        if has_ngrams:
+        if near is not None:
             asked = Path(folder, "asked")
-            AskedNgrams.of_frames([table.frame for table in held_out.values()]).write(asked)
+            near.Asked.of_frames([table.frame for table in held_out.values()]).write(asked)
         train = reading.read("train", asked=asked, matches=matches)
     return {"train": train} | held_out, matches
 
@@ -148,9 +154,9 @@ class _Reading:
         self,
         split: str,
         *,
-        has_ngrams: bool = False,
+        more_columns: Mapping[str, Any] = MappingProxyType({}),
         asked: Path | None = None,
-        matches: TrainMatches | None = None,
+        matches: Any = None,
     ) -> SplitTable:
         """Read a split; what its lines share with `asked` is added to `matches`."""
         file = self._files.get(split)
@@ -161,7 +167,7 @@ class _Reading:
                 "path": str(self._files[split].path),
                 "byte_range": byte_range,
                 "field_names": asdict(self._field_names),
-                "has_ngrams": has_ngrams,
+                "has_ngrams": bool(more_columns),
                 "asked": None if asked is None else str(asked),
                 "out": f"{self._folder}/{split}-{byte_range.start}",
             }
@@ -191,7 +197,7 @@ class _Reading:
         return SplitTable(
             file.name if file is not None else f"{split}.jsonl",
             file,
-            _join_range_frames(frames, file, has_ngrams=has_ngrams),
+            _join_range_frames(frames, file, more_columns),
             hasher.hexdigest(),
             has_one_answer=len(answer_keys) < 2,
         )
@@ -224,9 +230,9 @@ def _read_range_frames(paths: list[str]) -> list[pl.DataFrame]:
 
 
 def _join_range_frames(
-    frames: list[pl.DataFrame], file: SplitFile | None, *, has_ngrams: bool
+    frames: list[pl.DataFrame], file: SplitFile | None, more_columns: Mapping[str, Any]
 ) -> pl.DataFrame:
-    schema = LINE_SCHEMA | (NGRAM_SCHEMA if has_ngrams else {}) | {"line": pl.Int32}
+    schema: dict[str, Any] = {**LINE_SCHEMA, **more_columns, "line": pl.Int32}
     frame = pl.concat([pl.DataFrame(schema={"line": pl.Int32}), *frames], how="diagonal")
     missing = [pl.lit(None, kind).alias(name) for name, kind in schema.items() if name not in frame]
     frame = frame.with_columns(missing).select(list(schema))

@@ -6,18 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
-from nested_core.gate.checks.ancestors import ANCESTORS
 from nested_core.gate.checks.base import BASE
 from nested_core.gate.checks.champion import CHAMPION, REFERENCE
 from nested_core.gate.checks.divergence import COLLAPSE, TRAINING_LOSS
 from nested_core.gate.checks.file_checks import CHECKS_OF_ADAPTERS, CHECKS_OF_FILES
-from nested_core.gate.checks.fused import FUSED
 from nested_core.gate.checks.judged import (
     Check,
+    CheckedRun,
     Judged,
-    JudgedRun,
     begin_judging_run,
     begin_verdict,
     log_stopped_checks,
@@ -37,8 +36,9 @@ from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.stages import stages
 
-# After CHECKS_OF_FILES. Each says itself which earlier checks stop it.
-CHECKS_WITH_MODEL: tuple[Check[JudgedRun], ...] = (
+# After CHECKS_OF_FILES, with those of the rooms between the two. Each says itself which earlier
+# checks stop it.
+CHECKS_OF_LOSSES: tuple[Check[CheckedRun], ...] = (
     BASE,
     LOSSES,
     COLLAPSE,
@@ -48,11 +48,11 @@ CHECKS_WITH_MODEL: tuple[Check[JudgedRun], ...] = (
     DRIFT,
     CHAMPION,
     REFERENCE,
-    ANCESTORS,
+)
+CHECKS_OF_ANSWERS: tuple[Check[CheckedRun], ...] = (
     SAMPLES,
     TASKS,
     TRAINING_LOSS,
-    FUSED,
     PROOF,
 )
 
@@ -87,9 +87,15 @@ def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
     return make_checks_of_run(config, run).verdict
 
 
+def list_checks_with_model() -> list[Check[CheckedRun]]:
+    """The checks of a run that need its base model, with those of the rooms, in their order."""
+    of_rooms = [check for checks in seams.load_all("gate_checks") for check in checks]
+    return [*CHECKS_OF_LOSSES, *of_rooms, *CHECKS_OF_ANSWERS]
+
+
 def make_checks_of_run(
     config: FineTuneConfig, run: RunDirectory, session: Session | None = None
-) -> JudgedRun:
+) -> CheckedRun:
     """Judge the adapter that a run offers: its files, tiers, losses, and the fresh process.
 
     With the verdict, what is to be written beside it. Raises DamagedError if the folder is not as
@@ -106,6 +112,6 @@ def make_checks_of_run(
     with closing(ProofOfRun(config, evidence, judged.divergence, judged.session)) as judged.proof:
         if judged.verdict.has_passed:
             judged.proof.begin_if_there_is_room()
-        make_checks(judged, CHECKS_WITH_MODEL)
+        make_checks(judged, list_checks_with_model())
     log_stopped_checks(judged)
     return judged

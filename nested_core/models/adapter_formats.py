@@ -1,6 +1,6 @@
 """Formats in which other programs keep adapters: what a room that knows one offers.
 
-nested_core/seams.py names the rooms' formats.
+nested_core/rooms/__init__.py names the rooms' formats.
 """
 
 from __future__ import annotations

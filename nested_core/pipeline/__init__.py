@@ -3,8 +3,8 @@
 finetune.py is the sequence, hooks.py what its caller may override, steps.py each step from disk to
 disk, preflight.py what is tried before the first one, publishing.py what is registered, and
 continual.py going on from the champion. device_lock.py keeps a GPU to one run at a time,
-processes.py asks a room where several are to train, and launch/ begins a killed command again.
+processes.py asks a room where several are to train, and services.py one for `report_to`.
 
-Beside it: named_adapters.py and named_models.py find what a person names, suggested_config.py
-writes a first configuration, run_explanation.py says what one will do.
+Beside it: named_adapters.py and named_models.py find what a person names, run_explanation.py finds
+out what a run will do.
 """

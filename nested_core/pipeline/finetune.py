@@ -28,8 +28,10 @@ from nested_core.pipeline.preflight import check_before_start, require_room_for_
 from nested_core.pipeline.publishing import (
     describe_changed_held_out,
     describe_reproduction,
+    find_judged_run,
     record_rejection,
 )
+from nested_core.pipeline.services import load_services
 from nested_core.process.command_parent import (
     RunInHand,
     aborting_where_metal_failed,
@@ -48,7 +50,6 @@ from nested_core.report.outcome import describe_unbeaten_champion
 from nested_core.report.run_report import read_report, writing_report_at_end
 from nested_core.storage.atomic import remove_file
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.reports.reporting_services import attaching_verdict_at_end
 
 if TYPE_CHECKING:
     from nested_core.models.side_by_side import SideBySide
@@ -66,7 +67,7 @@ class FinetuneResult:
     version: the version in the registry, where one is configured.
     kept_champion: the champion that the run started from, and is no better than: then nothing was
         registered.
-    decision: what became of the version; None where it is not to be promoted.
+    decision: what became of the version; None without a registry.
     must_be_better: whether run or registry promote only what is better than the champion.
     """
 
@@ -82,8 +83,10 @@ class FinetuneResult:
 
     @property
     def promotion(self) -> str | None:
-        """ "promoted", or why the version was not; None where it is not to be promoted."""
-        return None if self.decision is None else self.decision.sentence
+        """ "promoted", or why the version was not; None for one that is only registered."""
+        if self.decision is None or self.decision.outcome == "registered":
+            return None
+        return self.decision.sentence
 
     def __repr__(self) -> str:
         if self.skipped is not None:
@@ -147,6 +150,8 @@ def finetune(
         hooks.on_message(warning)
     check_before_start(config, run)
     timing: Any = nullcontext()
+    services = load_services(config)
+    attaching = nullcontext() if services is None else services.attaching_verdict_at_end(run)
     if config.training.minutes is not None:
         timing = seams.load_only("timed_training", "training.minutes")(config, run, hooks)
     with run.locked(), timing as timed:
@@ -157,7 +162,7 @@ def finetune(
             note_ends(run.plan, ends)
         with (
             aborting_where_metal_failed(),
-            attaching_verdict_at_end(config, run),
+            attaching,
             writing_report_at_end(run),
             Session() as session,
         ):
@@ -182,7 +187,6 @@ def _finetune_locked(
         config = config if timed is None else timed.config  # it says how many steps there are
     verdict = _judge(config, run, hooks, session)
     test_loss = hooks.measure_test(config, run, session) if config.test else None
-    version = None
     decision = None
     kept = None
     must_be_better = False
@@ -193,15 +197,16 @@ def _finetune_locked(
         if kept is not None:
             reason = describe_unbeaten_champion(verdict, kept)
             decision = Decision("refused", verdict.trained.digest, kept, reason)
-            record_trial(config, run, verdict, Outcome.KEPT_CHAMPION, reason)
+            judged = find_judged_run(run, session)
+            record_trial(config, judged, Outcome.KEPT_CHAMPION, reason)
         else:
-            version, decision = _publish(config, run, verdict, hooks)
+            decision = _publish(config, run, session, hooks)
     return FinetuneResult(
         run,
         verdict=verdict,
         training=training,
         test_loss=test_loss,
-        version=version,
+        version=None if decision is None or kept is not None else decision.version,
         kept_champion=kept,
         decision=decision,
         must_be_better=must_be_better,
@@ -229,9 +234,10 @@ def _judge(config: FineTuneConfig, run: RunDirectory, hooks: Steps, session: Ses
             )
             verdict = hooks.judge(config, run, session)
     except GateRejected:
-        record_rejection(config, run)
+        record_rejection(config, run, session)
         raise
-    if note := describe_changed_held_out(config, run):
+    judged = find_judged_run(run, session)
+    if note := describe_changed_held_out(config, judged.verdict, judged.dataset):
         hooks.on_message(note)
     return verdict
 
@@ -243,13 +249,9 @@ def _current_champion(config: FineTuneConfig) -> str | None:
     return champion_or_none(*registry_location(config.registry))
 
 
-def _publish(
-    config: FineTuneConfig, run: RunDirectory, verdict: Verdict, hooks: Steps
-) -> tuple[str, Decision | None]:
-    """Register, and promote where a policy asks for it; the version, and what became of it."""
-    version = hooks.register(config, run, verdict.rival)
-    if note := describe_reproduction(config, run, version):
+def _publish(config: FineTuneConfig, run: RunDirectory, session: Session, hooks: Steps) -> Decision:
+    """Register, and promote where a policy asks for it; what became of the version."""
+    decision = hooks.register(config, run, session)
+    if note := describe_reproduction(config, find_judged_run(run, session)):
         hooks.on_message(note)
-    if effective_rule(config.registry).is_never and version != _current_champion(config):
-        return version, None
-    return version, hooks.promote(config, version, verdict.rival)
+    return decision

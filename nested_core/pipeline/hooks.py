@@ -12,12 +12,10 @@ from nested_core.data.lines.example_parsing import MLX_LM_FORMATS
 from nested_core.models.session import Session
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import describe_starting_adapter
-from nested_core.pipeline.publishing import register_run
-from nested_core.pipeline.replay import describe_replay
+from nested_core.pipeline.publishing import find_judged_run, register_run
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.registry import Decision
-from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_clock
 from nested_core.text.foreign_text import escape
@@ -68,7 +66,7 @@ class Steps:
                 self.on_message(stats.describe_format())
         if warnings := report.describe_warnings():
             self.on_message(warnings)
-        for sentence in describe_replay(config, run):
+        for sentence in steps.describe_earlier_examples(config, run):
             self.on_message(sentence)
 
     def load(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> None:
@@ -96,13 +94,13 @@ class Steps:
         """The loss of the judged adapter on test.jsonl."""
         return steps.measure_test(config, run, self.on_message, session=session)
 
-    def register(self, config: FineTuneConfig, run: RunDirectory, champion: str | None) -> str:
-        """Add the adapter to the registry; return its version."""
-        return register_run(config, run, champion)
+    def register(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Decision:
+        """Add the judged adapter to the registry, and promote it as `registry.promote` says.
 
-    def promote(self, config: FineTuneConfig, version: str, champion: str | None) -> Decision:
-        """Promote the version as `registry.promote` says; return what became of it."""
-        return promote_by_policy(config.registry, version, champion)
+        Returns what became of the version.
+        """
+        judged = find_judged_run(run, session)
+        return register_run(config, judged, judged.verdict.rival)
 
 
 Hooks = Steps  # its name in programs that were written before

@@ -8,45 +8,17 @@ at which 72 runs diverged, 0.096. mlx_lm.lora's defaults (8 x 20 x 1e-5) give 0.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from nested_core.config.schema import FineTuneConfig
-from nested_core.models.base_model import MAX_CONFIG_BYTES
-from nested_core.storage.untrusted_files import read_json
+from nested_core.errors import ConfigError
 
 BEST_PRODUCTS = (0.01, 0.03)
 USABLE_PRODUCTS = (0.003, 0.05)
 USUAL_PRODUCT = 0.016  # best for models of 2M, 22M and 85M parameters (benchmarks/README.md)
-# tinker-cookbook, hyperparam_utils.py: the rate falls with (2000 / hidden size) to this power.
-REFERENCE_WIDTH = 2000
-POWERS_OF_WIDTH = {"llama": 0.781}
-POWER_OF_OTHERS = 0.0775
-SHARE_WHEN_CONTINUING = 0.3  # a trained adapter is moved less than a fresh one
 ADAM_OPTIMIZERS = ("adam", "adamw")
 
 
-def suggest_learning_rate(alpha: float, base: Path, *, continues: bool = False) -> float:
-    """The learning rate of a LoRA adapter whose rank x scale is alpha, to one or two digits.
-
-    Args:
-        alpha: rank x scale; the rank itself makes no difference.
-        base: the base model's folder, of which the type and the hidden size are read.
-        continues: whether training goes on from an adapter that was trained before.
-    """
-    product = USUAL_PRODUCT
-    config: Any = read_json(base / "config.json", MAX_CONFIG_BYTES, follow_links=True)
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    width = text.get("hidden_size")
-    if isinstance(width, int) and width > REFERENCE_WIDTH:
-        power = POWERS_OF_WIDTH.get(str(text.get("model_type")), POWER_OF_OTHERS)
-        product = max(BEST_PRODUCTS[0], product * (REFERENCE_WIDTH / width) ** power)
-    share = SHARE_WHEN_CONTINUING if continues else 1.0
-    return float(f"{share * product / alpha:.1e}")
-
-
 def describe_learning_rate(config: FineTuneConfig) -> str | None:
-    """Where rank x scale x rate lies against what learns best; None where nothing is known of it.
+    """Where rank x scale x rate lies against what learns best; None without knowledge of it.
 
     It is known of LoRA with Adam. A rate that a schedule gives is its highest.
     """
@@ -70,6 +42,22 @@ def warn_of_learning_rate(config: FineTuneConfig) -> str | None:
     if text is None or USABLE_PRODUCTS[0] <= _product(config) <= USABLE_PRODUCTS[1]:
         return None
     return f"learning rate: {text}"
+
+
+def require_usable_rate(config: FineTuneConfig) -> None:
+    """Refuse a run that would go on from the champion at a rate at which adapters diverge.
+
+    Raises ConfigError, unless `continual.allow_high_rate` is true.
+    """
+    product = _product(config) * config.continual.rate
+    is_known = describe_learning_rate(config) is not None
+    if is_known and product > USABLE_PRODUCTS[1] and not config.continual.allow_high_rate:
+        raise ConfigError(
+            f"continual.rate: going on from the champion at {config.continual.rate:g} of the "
+            f"learning rate, rank x scale x rate is {product:.2g}, and above "
+            f"{USABLE_PRODUCTS[1]:g} trained adapters diverge. Lower continual.rate or "
+            f"learning_rate, or set continual.allow_high_rate: true."
+        )
 
 
 def _product(config: FineTuneConfig) -> float:

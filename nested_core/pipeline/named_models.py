@@ -1,6 +1,6 @@
 """How a person names a model: a base, an adapter by any of its names, or a file of a room's format.
 
-A room's formats are in nested_core/seams.py.
+A room's formats are in nested_core/rooms/__init__.py.
 """
 
 from __future__ import annotations

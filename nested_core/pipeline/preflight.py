@@ -11,13 +11,16 @@ from pathlib import Path
 
 from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
+from nested_core.data.earlier_examples import find_earlier_examples
 from nested_core.errors import ConfigError
 from nested_core.measure.answers.answer_cache import answer_cache
 from nested_core.measure.answers.suite_answers import read_suites
 from nested_core.models.base_model import require_folder_or_hub_name
 from nested_core.pipeline.processes import count_processes, refuse_mlx_launch
+from nested_core.pipeline.services import load_services
 from nested_core.records.dataset import read_dataset_record
-from nested_core.registry.promotion_policy import registry_location
+from nested_core.registry.policy import APPROVE_KEY
+from nested_core.registry.promotion_policy import effective_rule, registry_location
 from nested_core.registry.registration import require_usable_registry
 from nested_core.storage.adapter import WEIGHTS_NAME, make_adapter_folder
 from nested_core.storage.atomic import require_writable_place
@@ -26,7 +29,6 @@ from nested_core.storage.output_places import require_adapter_place, require_fre
 from nested_core.storage.run_directory import RUN_DIR_KEY, RunDirectory
 from nested_core.storage.safetensors_files import BYTES_PER_ELEMENT, read_header
 from nested_core.storage.untrusted_files import open_regular
-from nested_core.training.reports.reporting_services import configured_services
 
 FLOAT32_BYTES = 4
 # Float32 values an optimizer of mlx keeps for each parameter; two for those not listed.
@@ -43,14 +45,19 @@ def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:
     DatasetError for suites with bad lines.
     """
     refuse_mlx_launch()
-    if config.training.reference is not None:
-        seams.require("reference", "training.reference")
+    for key, room in seams.list_deleted_keys().items():
+        section, _, name = key.rpartition(".")
+        given = getattr(config, section)
+        if getattr(given, name) != type(given).model_fields[name].get_default():
+            seams.require(room, key)
     adapter_folder = require_output_places(config, run)
     require_folder_or_hub_name(config.model)
     count_processes(config)  # refuses a hostfile that cannot be used
-    configured_services(config)  # refuses one that is not installed
+    load_services(config)  # refuses one that is not installed
     if config.registry.path is not None:
         require_usable_registry(*registry_location(config.registry))
+        if effective_rule(config.registry).asks_person:
+            seams.require("approval", APPROVE_KEY)
     if read_suites(config.gate):
         answer_cache().require_usable()
     require_writable_place(run.path, "a run directory", "--run-dir or run_dir")
@@ -73,7 +80,7 @@ def require_room_for_checkpoints(config: FineTuneConfig, run: RunDirectory) -> N
     Their size follows from the initial adapter; those that are there already count.
     """
     one = estimate_checkpoint_bytes(config, run)
-    iterations = _estimate_iterations(config, run)
+    iterations = estimate_iterations(config, run)
     every = config.intervals(iterations).save
     saves = config.training.keep_checkpoints if every is None else ceil(iterations / every)
     bests = 2 if config.nested.slow_gradients == "accumulate" else 1
@@ -94,13 +101,14 @@ def require_room_for_checkpoints(config: FineTuneConfig, run: RunDirectory) -> N
     )
 
 
-def _estimate_iterations(config: FineTuneConfig, run: RunDirectory) -> int:
-    """How long the run is; by the number of its examples where epochs decide."""
+def estimate_iterations(config: FineTuneConfig, run: RunDirectory) -> int:
+    """How long a validated run is; by the number of its examples where epochs decide."""
+    examples = read_dataset_record(run.dataset).splits["train"].rows
+    if earlier := find_earlier_examples(config, run):
+        return earlier.estimate_iterations(examples)
     if config.training.epochs is None:
         return config.iters
-    examples = read_dataset_record(run.dataset).splits["train"].rows
-    new_share = 1 - config.continual.replay.fraction
-    return ceil(config.training.epochs * ceil(examples / (config.batch_size * new_share)))
+    return ceil(config.training.epochs * ceil(examples / config.batch_size))
 
 
 def estimate_checkpoint_bytes(config: FineTuneConfig, run: RunDirectory) -> int:

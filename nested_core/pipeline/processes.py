@@ -10,7 +10,7 @@ from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.reports.reporting_services import TrainingCallback
+from nested_core.training.reports.training_callback import TrainingCallback
 
 LAUNCHED_VARIABLE = "MLX_RANK"  # which mlx.launch sets for each process that it starts
 

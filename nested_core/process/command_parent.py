@@ -1,6 +1,6 @@
 """A command that trains, as a process below the small parent that begins it again if it is killed.
 
-pipeline/launch/restarting.py is the parent. What it wants to know of the command is told here, and
+The room restart has the parent. What it wants to know of the command is told here, and
 the command ends with it.
 """
 

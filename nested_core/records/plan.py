@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from nested_core.errors import DamagedError
-from nested_core.storage.atomic import write_json
-from nested_core.storage.untrusted_files import read_json
+from nested_core.storage.json_file import JsonFile
 from nested_core.text.loss_format import format_loss
-
-MAX_PLAN_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +50,7 @@ class TrainingPlan:
     select_by: what chooses the best one: `loss`, or the suite whose answers do.
     training_file: the file that is trained on.
     validation_file, validation_examples: what each evaluation reads; None and 0 without any.
-    memory_forecast_gb, memory_limit_gb: the predicted peak, and what the device or
+    memory_forecast_gb, memory_limit_gb: the predicted peak or None, and what the device or
         `training.memory_limit_gb` allows, in 10^9 bytes.
     time: what came of `training.minutes`; None without them.
     """
@@ -69,7 +64,7 @@ class TrainingPlan:
     training_file: str
     validation_file: str | None
     validation_examples: int
-    memory_forecast_gb: float
+    memory_forecast_gb: float | None
     memory_limit_gb: float
     resumed_at: tuple[int, ...] = ()
     rank_counts: tuple[tuple[int, int], ...] = ()
@@ -78,7 +73,7 @@ class TrainingPlan:
     time: TimePlan | None = None
 
     def describe_ends(self) -> str | None:
-        """That its process was killed and went on, and that it was cut; None where neither was."""
+        """That its process was killed and went on, and that it was cut; None without either."""
         sentences = []
         if self.ended_by:
             times = "once" if len(self.ended_by) == 1 else f"{len(self.ended_by)} times"
@@ -92,7 +87,7 @@ class TrainingPlan:
         return " ".join(sentences) or None
 
     def describe_rank_counts(self) -> str | None:
-        """That the number of ranks changed on the way; None where it did not."""
+        """That the number of ranks changed on the way; None if it stayed the same."""
         if len(self.rank_counts) < 2:
             return None
         counts = ", ".join(f"{ranks} from step {step:,} on" for step, ranks in self.rank_counts)
@@ -132,12 +127,8 @@ def list_rank_counts(
     return (*known, (first_step, ranks))
 
 
-_PLAN_VALIDATOR = TypeAdapter(TrainingPlan)
-
-
-def write_plan(path: Path, plan: TrainingPlan) -> None:
-    """Write plan.json in place of an earlier one."""
-    write_json(path, asdict(plan))
+PLAN_FILE = JsonFile(TrainingPlan, 2**20)
+write_plan = PLAN_FILE.write
 
 
 def note_ends(path: Path, ends: Sequence[str]) -> None:
@@ -148,10 +139,10 @@ def note_ends(path: Path, ends: Sequence[str]) -> None:
 
 
 def read_plan(path: Path) -> TrainingPlan | None:
-    """The plan, or None where none can be read: it is shown, and nothing rests on it."""
+    """The plan, or None if none can be read: it is shown, and nothing rests on it."""
     try:
-        return _PLAN_VALIDATOR.validate_python(read_json(path, MAX_PLAN_BYTES))
-    except (DamagedError, ValidationError, OSError):
+        return PLAN_FILE.read(path)
+    except (DamagedError, OSError):
         return None
 
 
@@ -176,7 +167,7 @@ def describe_last_losses(
 
 
 def join_last_losses(records: Sequence[Mapping[str, Any]], plan: TrainingPlan | None) -> str:
-    """Both in a line, or that there is none yet."""
+    """Both losses in a line, or that nothing was reported yet."""
     losses = describe_last_losses(records, plan)
     return "; ".join(f"{name} {text}" for name, text in losses.items()) or "no report yet"
 

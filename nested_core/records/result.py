@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
-from pydantic import TypeAdapter, ValidationError
-
-from nested_core.errors import DamagedError, describe_first_problem
-from nested_core.storage.atomic import Confirm, finite_or_none, write_json
-from nested_core.storage.untrusted_files import read_json
-
-MAX_RESULT_BYTES = 64 * 1024 * 1024
+from nested_core.storage.json_file import JsonFile
 
 
 @dataclass(frozen=True)
@@ -34,18 +26,5 @@ class TrainResult:
     evidence: dict[str, str]
 
 
-_VALIDATOR = TypeAdapter(TrainResult)
-
-
-def write_result(path: Path, result: TrainResult, *, confirm: Confirm) -> None:
-    """Write result.json; `confirm` is called just before, and raises to leave the old."""
-    write_json(path, finite_or_none(asdict(result)), confirm=confirm)
-
-
-def read_result(path: Path) -> TrainResult:
-    """Read result.json; DamagedError if it is not what training wrote."""
-    values = read_json(path, MAX_RESULT_BYTES)
-    try:
-        return _VALIDATOR.validate_json(json.dumps(values), strict=True)
-    except ValidationError as error:
-        raise DamagedError(f"{path}: {describe_first_problem(error)}.") from error
+RESULT_FILE = JsonFile(TrainResult, 64 * 2**20)
+read_result, write_result = RESULT_FILE.read, RESULT_FILE.write

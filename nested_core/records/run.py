@@ -28,7 +28,6 @@ from nested_core.records.dataset import DatasetReport, held_out_split, read_data
 from nested_core.records.metrics import cumulative_seconds, read_metrics
 from nested_core.records.plan import StepLoss, TrainingPlan, describe_last_losses, read_plan
 from nested_core.records.promoted_to import RegistryName, read_promoted_to
-from nested_core.records.replay import ReplayRecord, read_replay
 from nested_core.records.result import TrainResult, read_result
 from nested_core.records.skip import Skip, read_skip
 from nested_core.records.verdict import Verdict
@@ -88,8 +87,8 @@ class Run:
         _ = self.sample_answers
         return self
 
-    def _read(self, path: Path, reader: Callable[[Path], Content]) -> Content | None:
-        """What `reader` makes of a file; None where it is missing or damaged."""
+    def read(self, path: Path, reader: Callable[[Path], Content]) -> Content | None:
+        """What `reader` makes of a file; None if it is missing or damaged."""
         if file_type(path) == "missing":
             return None
         try:
@@ -105,20 +104,20 @@ class Run:
         if self.verdict is None:
             return False
         entry = self._judged_files.get(path.name)
-        if entry is None or self._read(path, lambda file: matches_entry(file, entry)):
+        if entry is None or self.read(path, lambda file: matches_entry(file, entry)):
             return True
         self.errors.append(DamagedError(f"{path} has changed since the verdict was given."))
         return False
 
     @cached_property
     def _judged_files(self) -> Mapping[str, Any]:
-        listed = self._read(self.folder.manifest, lambda _: read_manifest(self.path)["files"])
+        listed = self.read(self.folder.manifest, lambda _: read_manifest(self.path)["files"])
         return listed or {}
 
     @cached_property
     def config(self) -> FineTuneConfig | None:
         """What it was asked to do."""
-        return self._read(self.folder.config, lambda _: read_run_config(self.folder))
+        return self.read(self.folder.config, lambda _: read_run_config(self.folder))
 
     @cached_property
     def plan(self) -> TrainingPlan | None:
@@ -128,27 +127,22 @@ class Run:
     @cached_property
     def dataset(self) -> DatasetReport | None:
         """What was found in its data."""
-        return self._read(self.folder.dataset, read_dataset_record)
+        return self.read(self.folder.dataset, read_dataset_record)
 
     @cached_property
     def skip(self) -> Skip | None:
         """Why nothing was trained."""
-        return self._read(self.folder.skipped, read_skip)
-
-    @cached_property
-    def replay(self) -> ReplayRecord | None:
-        """The earlier examples that it mixes in; None without replay."""
-        return self._read(self.folder.replay, read_replay)
+        return self.read(self.folder.skipped, read_skip)
 
     @cached_property
     def metrics(self) -> Sequence[dict[str, Any]]:
         """Its reports, in order."""
-        return self._read(self.folder.metrics, read_metrics) or ()
+        return self.read(self.folder.metrics, read_metrics) or ()
 
     @cached_property
     def result(self) -> TrainResult | None:
         """What training ended with."""
-        return self._read(self.folder.result, read_result)
+        return self.read(self.folder.result, read_result)
 
     @property
     def verdict(self) -> Verdict | None:
@@ -161,7 +155,7 @@ class Run:
         if not has_verdict_manifest(self.path):
             return None, False
         known = len(self.errors)
-        verdict = self._read(self.folder.gate, lambda _: read_bound_verdict(self.path))
+        verdict = self.read(self.folder.gate, lambda _: read_bound_verdict(self.path))
         if not (self.folder.gate.exists() and has_verdict_manifest(self.path)):
             del self.errors[known:]  # it was taken away meanwhile
         return verdict, len(self.errors) > known
@@ -176,13 +170,13 @@ class Run:
             return self.verdict.trained.digest
         from nested_core.storage.adapter import read_adapter  # numpy
 
-        return self._read(self.folder.adapter, lambda path: read_adapter(path).digest())
+        return self.read(self.folder.adapter, lambda path: read_adapter(path).digest())
 
     @cached_property
     def promoted_to(self) -> tuple[RegistryName, ...] | None:
         """The registries that a person promoted it to and that its configuration does not name."""
         path = self.folder.promoted_to
-        return () if file_type(path) == "missing" else self._read(path, read_promoted_to)
+        return () if file_type(path) == "missing" else self.read(path, read_promoted_to)
 
     @cached_property
     def losses(self) -> ExampleLosses | None:
@@ -190,18 +184,18 @@ class Run:
         from nested_core.records.losses import read_example_losses  # numpy
 
         path = self.folder.gate_losses
-        return self._read(path, read_example_losses) if self._is_as_judged(path) else None
+        return self.read(path, read_example_losses) if self._is_as_judged(path) else None
 
     @cached_property
     def answers(self) -> Sequence[AnswerRecord]:
         """What the models answered to the suites, if that is as it was judged."""
         path = self.folder.answers
-        return (self._read(path, read_answers) if self._is_as_judged(path) else None) or ()
+        return (self.read(path, read_answers) if self._is_as_judged(path) else None) or ()
 
     @cached_property
     def sample_answers(self) -> Sequence[SampleAnswers]:
         """What base and adapter answered to the sample prompts."""
-        return self._read(self.folder.sample_answers, read_sample_answers) or ()
+        return self.read(self.folder.sample_answers, read_sample_answers) or ()
 
     @cached_property
     def process(self) -> int | None:
@@ -282,7 +276,7 @@ class Run:
 
     @cached_property
     def steps(self) -> int | None:
-        """How many it is to take; None where epochs decide, before they are counted."""
+        """How many it is to take; None if epochs decide, before they are counted."""
         if self.plan is not None:
             return self.plan.steps
         config = self.config
@@ -311,7 +305,7 @@ class Run:
 
     @property
     def offered_val_loss(self) -> float | None:
-        """The validation loss of what it offers; None where it has none, or one not finite."""
+        """The validation loss of what it offers; None without one, or if it is not finite."""
         at_step = (r for r in reversed(self.metrics) if r.get("step") == self.offered_step)
         return next((r["val_loss"] for r in at_step if "val_loss" in r), None)
 
@@ -323,7 +317,7 @@ class Run:
 
     @property
     def loss_to_champion(self) -> float | None:
-        """That loss less the champion's on the same examples; None where they were not compared."""
+        """That loss less the champion's on the same examples; None if they were not compared."""
         champion = None if self.verdict is None else self.verdict.champion
         return None if champion is None else champion.difference
 
@@ -331,7 +325,7 @@ class Run:
     def held_out_digest(self) -> str | None:
         """The digest of the examples that the gate measures losses on.
 
-        None where it is not known: of damaged files, and of a file outside of the data set.
+        None if it is not known: of damaged files, and of a file outside of the data set.
         """
         if self.dataset is None or self.config is None:
             return None
@@ -407,3 +401,30 @@ def list_runs(folder: Path) -> list[Run]:
             if run.has_run_files():
                 runs.append(Run(run))
     return sorted(runs, key=lambda run: run.started, reverse=True)
+
+
+@dataclass(frozen=True)
+class AdapterRuns:
+    """The runs of one adapter, by the registry and name that their configurations have.
+
+    registry: its folder, resolved.
+    """
+
+    registry: Path
+    name: str
+
+    @classmethod
+    def of(cls, registry: Path, name: str) -> AdapterRuns:
+        """Those of a name in a registry."""
+        return cls(registry.resolve(), name)
+
+    def include(self, run: Run) -> bool:
+        """Whether a run is one of them; one whose configuration cannot be read is nobody's."""
+        section = None if run.config is None else run.config.registry
+        if section is None or section.path is None or section.name != self.name:
+            return False
+        return Path(section.path).resolve() == self.registry
+
+    def among(self, runs: Sequence[Run]) -> list[Run]:
+        """Those of some runs, in their order."""
+        return [run for run in runs if self.include(run)]

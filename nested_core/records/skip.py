@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
-
-from pydantic import TypeAdapter, ValidationError
+from dataclasses import dataclass
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import DamagedError, describe_first_problem
 from nested_core.records.outcome_names import Outcome
-from nested_core.storage.atomic import write_json
-from nested_core.storage.untrusted_files import read_json
+from nested_core.storage.json_file import JsonFile
 
-MAX_SKIP_BYTES = 1024 * 1024
 INSIST = "To train all the same, set continual.skip_unchanged: false"
 
 
@@ -24,8 +17,8 @@ class Skip:
 
     outcome: SKIPPED_UNCHANGED or SKIPPED_HOPELESS.
     reason: in a few words, with the date: `rejected as worse on 24 Nov 2026`.
-    details: what follows it in a sentence, such as what was found; None where the reason says all.
-    version: the version that the same data and settings have made; None where they made none.
+    details: what follows it in a sentence, such as what was found; None if the reason says all.
+    version: the version that the same data and settings have made; None if they made none.
     """
 
     outcome: Outcome
@@ -49,18 +42,5 @@ def describe_repetition(config: FineTuneConfig) -> str:
     return "; the same is not trained again until data, settings or champion change"
 
 
-_VALIDATOR = TypeAdapter(Skip)
-
-
-def write_skip(path: Path, skip: Skip) -> None:
-    """Write skipped.json."""
-    write_json(path, asdict(skip))
-
-
-def read_skip(path: Path) -> Skip:
-    """Read skipped.json; DamagedError if it is not what a run wrote."""
-    values = read_json(path, MAX_SKIP_BYTES)
-    try:
-        return _VALIDATOR.validate_json(json.dumps(values), strict=True)
-    except ValidationError as error:
-        raise DamagedError(f"{path}: {describe_first_problem(error)}.") from error
+SKIP_FILE = JsonFile(Skip, 2**20)
+read_skip, write_skip = SKIP_FILE.read, SKIP_FILE.write

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from nested_core import seams
 from nested_core.records.answers import AnswerRecord, shown_answer
 from nested_core.records.verdict import (
     MIN_HARMED,
@@ -121,23 +122,25 @@ def list_checks(verdict: Verdict) -> list[CheckRow]:
         *_loss_checks(verdict),
         *(_suite_check(verdict, task) for task in verdict.tasks),
         *_sample_checks(verdict),
+        *(row for shown, block in verdict.load_blocks() for row in shown.rows(block, verdict)),
     ]
 
 
-def _make_check(
+def make_check(
     name: str, reasons: Sequence[Reason], word: str | None = "passed", **figures: str | None
 ) -> CheckRow:
+    """The row of a check with its reasons against the adapter; `word` without a reason."""
     codes = ", ".join(dict.fromkeys(reason.code for reason in reasons))
     return CheckRow(name, **figures, verdict=codes or word, has_failed=bool(reasons))
 
 
 def _tensor_check(verdict: Verdict) -> CheckRow:
     """Tensors, their configuration and effect: all reasons that no other row is about."""
-    elsewhere = UPDATE_CODES | SUITE_CODES | OWN_ROW_CODES
+    elsewhere = UPDATE_CODES | SUITE_CODES | OWN_ROW_CODES | seams.join_mappings("reasons").keys()
     reasons = [reason for reason in verdict.reasons if reason.code not in elsewhere]
     changed = sum(tensor.changed for tensor in verdict.tensors)
     after = f"{changed} of {len(verdict.tensors)} changed"
-    return _make_check("tensors", reasons, after=after, bound="finite, with an effect")
+    return make_check("tensors", reasons, after=after, bound="finite, with an effect")
 
 
 def _update_checks(verdict: Verdict) -> Iterator[CheckRow]:
@@ -146,16 +149,16 @@ def _update_checks(verdict: Verdict) -> Iterator[CheckRow]:
         return
     expected = sum(tier.expected_updates for tier in verdict.tiers)
     applied = sum(tier.applied_updates for tier in verdict.tiers)
-    reasons = _reasons_of(verdict, *UPDATE_CODES)
+    reasons = reasons_of(verdict, *UPDATE_CODES)
     counts = [reason for reason in reasons if _is_about_counts(verdict, reason)]
     traces = [reason for reason in reasons if reason not in counts]
     due = f"{expected:,} were due"
-    yield _make_check("updates", counts, after=f"{applied:,} applied", bound=due)
+    yield make_check("updates", counts, after=f"{applied:,} applied", bound=due)
     if traces:
         moved = sum(tensor.changed for tensor in verdict.tensors)
         after = f"{moved} of {len(verdict.tensors)} moved"
         name = "tensors that updates moved"
-        yield _make_check(name, traces, after=after, bound="all with a gradient")
+        yield make_check(name, traces, after=after, bound="all with a gradient")
 
 
 def _is_about_counts(verdict: Verdict, reason: Reason) -> bool:
@@ -171,14 +174,14 @@ def _loss_checks(verdict: Verdict) -> Iterator[CheckRow]:
     losses, drift, general = verdict.validation, verdict.drift, verdict.general
     if losses is not None:
         name = f"{loss_name_for_file(losses.file)}, {describe_examples(losses)}"
-        yield _loss_check(name, losses, _reasons_of(verdict, "loss_regressed"))
+        yield _loss_check(name, losses, reasons_of(verdict, "loss_regressed"))
         if losses.harmed is not None:
             share = f"{verdict.bound('max_harmed_share') or 0:.2%}"
             bound = f"at most {share} of them, or {MIN_HARMED - 1} examples"
-            harmed = _reasons_of(verdict, "examples_harmed")
+            harmed = reasons_of(verdict, "examples_harmed")
             after = str(losses.harmed)
             name = "examples that lost more than 1 nat/token"
-            yield _make_check(name, harmed, after=after, bound=bound)
+            yield make_check(name, harmed, after=after, bound=bound)
     for role, other in (("champion", verdict.champion), ("reference", verdict.reference)):
         if other is not None:
             yield _rival_check(role, other)
@@ -186,22 +189,22 @@ def _loss_checks(verdict: Verdict) -> Iterator[CheckRow]:
     if drift is not None:
         max_kl = verdict.bound("max_kl")
         bound = "none set (0: no prediction moved)" if max_kl is None else f"at most {max_kl:g}"
-        reasons = _reasons_of(verdict, "drift")
+        reasons = reasons_of(verdict, "drift")
         after = format_loss(drift.kl_initial)
         word = None if max_kl is None else "passed"
         name = "KL divergence from the initial adapter"
-        yield _make_check(name, reasons, word, after=after, bound=bound)
+        yield make_check(name, reasons, word, after=after, bound=bound)
         if drift.kl_base is not None:
             name = "KL divergence from the base"
             yield CheckRow(name, after=format_loss(drift.kl_base), verdict=None)
     if general is not None:
-        reasons = [r for r in _reasons_of(verdict, "forgetting") if r.ancestor is None]
+        reasons = [r for r in reasons_of(verdict, "forgetting") if r.ancestor is None]
         yield _loss_check("loss on general text", general, reasons)
 
 
 def _loss_check(name: str, losses: Validation | GeneralLoss, reasons: Sequence[Reason]) -> CheckRow:
     """A loss before and after, their difference, and the margin that it has to stay within."""
-    return _make_check(
+    return make_check(
         name,
         reasons,
         (losses.conclusion or "not evaluated").replace("_", " "),
@@ -238,9 +241,9 @@ def _ancestor_checks(verdict: Verdict) -> Iterator[CheckRow]:
         left_out = ancestor.describe_left_out()
         counted = f"{ancestor.examples} examples" + (f" ({left_out})" if left_out else "")
         conclusion = (ancestor.conclusion or "").replace("_", " ")
-        yield _make_check(
+        yield make_check(
             f"champion vs this run, on what {ancestor.name} was judged by, {counted}",
-            [r for r in _reasons_of(verdict, "forgetting") if r.ancestor == ancestor.version],
+            [r for r in reasons_of(verdict, "forgetting") if r.ancestor == ancestor.version],
             conclusion or None,
             before=format_loss(ancestor.loss),
             after=format_loss(ancestor.loss_after),
@@ -267,7 +270,7 @@ def _difference(compared: ComparedLoss) -> str | None:
 
 def _suite_check(verdict: Verdict, task: TaskResult) -> CheckRow:
     """A suite: right answers, and the bounds that it has."""
-    reasons = [r for r in _reasons_of(verdict, *SUITE_CODES) if r.suite == task.name]
+    reasons = [r for r in reasons_of(verdict, *SUITE_CODES) if r.suite == task.name]
     tasks = (verdict.thresholds or {}).get("tasks")
     suites = tasks if isinstance(tasks, list | tuple) else ()
     section = next((t for t in suites if isinstance(t, dict) and t.get("name") == task.name), {})
@@ -284,7 +287,7 @@ def _suite_check(verdict: Verdict, task: TaskResult) -> CheckRow:
     before, after = (f"{task.count(share)} of {task.questions}" for share in task.shares)
     champion = "" if task.champion is None else f" (champion {task.count(task.champion)})"
     interval = "" if task.interval is None else " ({:+.3f} to {:+.3f})".format(*task.interval)
-    return _make_check(
+    return make_check(
         f"answers, {task.name}{champion}",
         reasons,
         task.verdict,
@@ -298,13 +301,14 @@ def _suite_check(verdict: Verdict, task: TaskResult) -> CheckRow:
 def _sample_checks(verdict: Verdict) -> Iterator[CheckRow]:
     samples = verdict.samples
     if samples is not None and samples.judged:
-        reasons = _reasons_of(verdict, "answers_broken")
+        reasons = reasons_of(verdict, "answers_broken")
         after = f"{samples.broken} of {samples.judged} broken"
         word = "broken" if samples.are_broken else "passed"
-        yield _make_check("sample answers", reasons, word, after=after, bound="at most half")
+        yield make_check("sample answers", reasons, word, after=after, bound="at most half")
 
 
-def _reasons_of(verdict: Verdict, *codes: Code) -> list[Reason]:
+def reasons_of(verdict: Verdict, *codes: str) -> list[Reason]:
+    """The reasons of a verdict that have one of these codes."""
     return [reason for reason in verdict.reasons if reason.code in codes]
 
 

@@ -8,7 +8,7 @@ none.
 
 ledger.py is the history, history_views.py the folder under its lock with the views, versions.py a
 version, judgements.py its later verdicts, data_store.py its examples. registration.py adds a
-version, promote_and_rollback.py and declines.py are what is done to a name, garbage_collection.py
+version, promote_and_rollback.py is what is done to a name, garbage_collection.py
 removes, queries.py and audit_report.py read, policy.py is what a name asks for at least.
 adapter_card.py writes the model card of a version.
 promotion_policy.py decides a promotion by policy, and trials.py knows which runs need not be made
@@ -16,7 +16,6 @@ again: these are imported where they are used.
 """
 
 from nested_core.registry.audit_report import AuditReport, audit
-from nested_core.registry.declines import decline, find_decline
 from nested_core.registry.folders import list_names
 from nested_core.registry.garbage_collection import (
     GarbageReport,
@@ -26,7 +25,6 @@ from nested_core.registry.garbage_collection import (
 )
 from nested_core.registry.promote_and_rollback import (
     UNSET,
-    HistoryChanged,
     Unset,
     promote,
     register_and_promote,
@@ -42,7 +40,6 @@ from nested_core.registry.queries import (
     read_champion,
     read_champion_card,
     read_champion_changes,
-    read_history_end,
     read_rollback_target,
     read_verified_version,
     read_version_losses,
@@ -55,7 +52,6 @@ __all__ = [
     "UNSET",
     "AuditReport",
     "GarbageReport",
-    "HistoryChanged",
     "AuditFinding",
     "Decision",
     "Unset",
@@ -63,8 +59,6 @@ __all__ = [
     "audit",
     "check_champion",
     "collect_garbage",
-    "decline",
-    "find_decline",
     "forget",
     "forget_rows",
     "history",
@@ -75,7 +69,6 @@ __all__ = [
     "read_champion_changes",
     "read_champion",
     "read_champion_card",
-    "read_history_end",
     "read_rollback_target",
     "read_verified_version",
     "read_version_losses",

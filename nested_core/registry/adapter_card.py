@@ -2,7 +2,8 @@
 
 It is written when the version is registered, and its manifest holds the hash of it. Its front
 matter holds what provenance.json and gate.json prove, and no field that nobody gave: without a
-hub's name for the base or the data there is none, and no licence is ever guessed.
+hub's name for the base or the data there is none, and no licence is ever guessed. Eval sets are
+named in model-index as the run names them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _front_matter(name: str, provenance: dict[str, Any], verdict: Verdict) -> di
     """The metadata of the card: fields of the hub, those alone that are known."""
     config = provenance.get("config") or {}
     fields: dict[str, Any] = {}
-    if (base := _hub_name(config.get("model"))) is not None:
+    if (base := find_hub_name(config.get("model"))) is not None:
         fields["base_model"] = base
         fields["base_model_relation"] = "adapter"
     fields["library_name"] = "mlx"
@@ -47,21 +48,14 @@ def _front_matter(name: str, provenance: dict[str, Any], verdict: Verdict) -> di
     datasets = _hub_datasets(config)
     if datasets:
         fields["datasets"] = datasets
-    metrics = list(_model_index_metrics(verdict))
-    held_out = (config.get("gate") or {}).get("held_out", "auto")
-    is_of_data_set = held_out in SPLITS_BY_HELD_OUT_CHOICE
-    if len(datasets) == 1 and metrics and is_of_data_set:  # numbers of data that all can get
-        result = {
-            "task": {"type": "text-generation"},
-            "dataset": {"type": datasets[0], "name": datasets[0]},
-            "metrics": metrics,
-        }
-        fields["model-index"] = [{"name": name, "results": [result]}]
+    results = list(_list_results(datasets, config, verdict))
+    if results:
+        fields["model-index"] = [{"name": name, "results": results}]
     return fields
 
 
-def _hub_name(value: object) -> str | None:
-    """A name of the hub; None for a folder of this machine or anything else."""
+def find_hub_name(value: object) -> str | None:
+    """The name on the hub of a model or data set; None for a folder of this machine."""
     path = Path(str(value))
     if snapshot := _HUB_CACHE_PATTERN.search(path.absolute().as_posix()):
         return f"{snapshot[1]}/{snapshot[2]}"
@@ -71,15 +65,31 @@ def _hub_name(value: object) -> str | None:
 
 def _hub_datasets(config: dict[str, Any]) -> list[str]:
     entries = [entry.get("path") for entry in config.get("hf_dataset") or []]
-    named = [_hub_name(value) for value in entries or [config.get("data")]]
+    named = [find_hub_name(value) for value in entries or [config.get("data")]]
     return [name for name in named if name is not None]
 
 
-def _model_index_metrics(verdict: Verdict) -> Iterator[dict[str, Any]]:
+def _list_results(
+    datasets: list[str], config: dict[str, Any], verdict: Verdict
+) -> Iterator[dict[str, Any]]:
+    """The loss on held-out rows of a data set of the hub, and the score of each eval set."""
     losses = verdict.validation
-    if losses is not None and losses.loss_after is not None:
+    held_out = (config.get("gate") or {}).get("held_out", "auto")
+    is_of_data_set = len(datasets) == 1 and held_out in SPLITS_BY_HELD_OUT_CHOICE
+    if is_of_data_set and losses is not None and losses.loss_after is not None:
         name = f"mean loss in nats/token, {losses.file}"
-        yield {"type": "loss", "name": name, "value": losses.loss_after}
+        yield _result(datasets[0], "loss", name, losses.loss_after)
+    for task in verdict.tasks:
+        name = f"mean score of {task.questions} answers, 0 to 1"
+        yield _result(task.name, "accuracy", name, task.candidate)
+
+
+def _result(dataset: str, metric: str, name: str, value: float) -> dict[str, Any]:
+    return {
+        "task": {"type": "text-generation"},
+        "dataset": {"type": dataset, "name": dataset},
+        "metrics": [{"type": metric, "name": name, "value": value}],
+    }
 
 
 def describe_card(
@@ -88,14 +98,15 @@ def describe_card(
     """The text of the card."""
     config = provenance.get("config") or {}
     model = str(config.get("model", "unknown"))
-    model = _hub_name(model) or Path(model).name  # a card is published: no path of this machine
+    at = provenance.get("registered_at")  # a run's card is written before it is registered
+    registered = "" if at is None else f", registered {at}"
+    model = find_hub_name(model) or Path(model).name  # a card is published: no path of this machine
     return Document(
         name,
         [
             Text(
                 f"An adapter ({config.get('fine_tune_type', 'lora')}) for {model}, trained and "
-                f"evaluated by nested-tune. Version {version}, registered "
-                f"{provenance.get('registered_at', '')}."
+                f"evaluated by nested-tune. Version {version}{registered}."
             ),
             Section("Evaluation", list(_describe_evaluation(verdict))),
             Section("Training", [_two_columns(_list_training(config, provenance, verdict))]),

@@ -1,10 +1,10 @@
 """Removal of versions that are no longer needed, or are lost, each with a line in the history.
 
 Garbage collection never removes the champion, what it replaced last, what a rollback would go to,
-the policy's reference and the champions that become it, the newest ancestors of the champion, the
-versions used last, or one that is new and may still be promoted. A version whose folder holds what
-is not of it stays too. A version that a rollback has barred stays barred, because the history is
-never shortened.
+the policy's reference and the champions that become it, the ancestors of the champion that are new
+or whose examples are kept, the versions used last, or one that is new and may still be promoted. A
+version whose folder holds what is not of it stays too. A version that a rollback has barred stays
+barred, because the history is never shortened.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from nested_core.errors import ConfigError, DamagedError
+from nested_core import seams
+from nested_core.errors import ConfigError
 from nested_core.registry.data_store import (
     count_unneeded_rows,
     drop_rows,
     find_rows,
+    keeps_examples,
     read_digest_list,
     read_lineage,
     remove_unneeded_rows,
 )
-from nested_core.registry.declines import find_decline_in_history
 from nested_core.registry.folders import DATA_FOLDER_NAME, VERSIONS_FOLDER_NAME, find_name_folder
 from nested_core.registry.history_views import read_link, reading, writing
-from nested_core.registry.judgements import has_all_judgements, read_verdicts
+from nested_core.registry.judgements import has_all_judgements
 from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, Ledger
 from nested_core.registry.policy import policy_of
 from nested_core.registry.versions import (
@@ -45,7 +46,6 @@ from nested_core.text.digest_format import shorten_digest
 USES = ("registered", "restored", "judged", *CHAMPION_CHANGE_ACTIONS)
 DEFAULT_KEPT_VERSIONS = 10
 UNPROMOTED_GRACE_TIME = timedelta(hours=1)  # between a version's registration and its promotion
-APPROVAL_GRACE_TIME = timedelta(days=7)  # as long as the flow `promote` waits for an answer
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,10 @@ def collect_garbage(
     """Remove all versions but the champion, what it replaced, a rollback's target and the newest.
 
     The newest are the `keep` versions that were registered, or were champion, last. Kept as well
-    are the `keep` newest of the champion and its ancestors, which its gate and replay read however
-    many came after them, and a version that was registered less than an hour ago and has not been
-    champion since: its promotion may be under way. A dry run only says what would be removed.
+    are the `keep` newest of the champion and its ancestors, each older one whose examples the store
+    has, for later nights are trained on them, and a version that was registered less than an hour
+    ago and has not been champion since: its promotion may be under way. A dry run only says what
+    would be removed.
     Raises ConfigError for a negative `keep` and an unknown name, DamagedError for a history, or a
     verdict or provenance of the champion's lineage, that cannot be read.
     """
@@ -102,8 +103,9 @@ def _plan_removals(
     policy = policy_of(folder, ledger)
     references = () if policy is None else policy.reference_versions(ledger)
     kept = {*by_age[:keep], *needed, *replaced, *undecided, *references, ledger.rollback_target()}
-    if ledger.champion is not None:  # what its gate compares with, and its replay draws from
-        kept |= {*read_lineage(folder.parent, name, ledger.champion)[:keep]}
+    if ledger.champion is not None:  # what its gate compares with, and later nights train on
+        lineage = read_lineage(folder.parent, name, ledger.champion)
+        kept |= {*lineage[:keep], *(one for one in lineage if keeps_examples(folder, one))}
     places = {version: folder / VERSIONS_FOLDER_NAME / version for version in versions}
     kept |= {version for version, place in places.items() if not _may_go(place)}
     collected = tuple(version for version in reversed(by_age) if version not in kept)
@@ -150,22 +152,10 @@ def _is_new_and_unpromoted(folder: Path, version: str, ledger: Ledger) -> bool:
         return False
     times = [datetime.fromisoformat(e.time) for _, e in lines if e.action in USES]
     age = datetime.now(UTC) - max(times, default=datetime.now(UTC))
-    return age < UNPROMOTED_GRACE_TIME or (
-        age < APPROVAL_GRACE_TIME and _waits_for_approval(folder, version, ledger)
+    return age < UNPROMOTED_GRACE_TIME or any(
+        may_be_approved(folder, version, ledger, age)
+        for may_be_approved in seams.load_all("may_be_approved")
     )
-
-
-def _waits_for_approval(folder: Path, version: str, ledger: Ledger) -> bool:
-    """Whether the policy of a version, or of its name, leaves it to a person: none has said no."""
-    try:
-        facts = read_verdicts(folder, version, ledger)[-1].facts
-    except DamagedError:  # an audit reports it
-        return False
-    made_of = (facts.dataset_digest, facts.settings_digest)
-    if find_decline_in_history(ledger, version, *made_of) is not None:
-        return False
-    modes = ((facts.policy or {}).get("promote"), (ledger.policy() or {}).get("promote"))
-    return "approve" in modes and "never" not in modes
 
 
 def _find_leftovers(folder: Path) -> tuple[str, ...]:

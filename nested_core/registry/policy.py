@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection, TaskSection
 from nested_core.errors import ConfigError, DamagedError, describe_first_problem
@@ -22,6 +23,7 @@ from nested_core.registry.ledger import LEDGER_NAME, Ledger
 from nested_core.registry.versions import resolve_version
 
 NIGHTS_PREFIX = "nights:"
+APPROVE_KEY = "registry.promote: approve"  # what asks for the room approval
 NO_REFERENCE = (
     "promote is always without a reference, so that nothing limits what the small losses of many "
     "promotions add up to (`nested-tune policy NAME --reference nights:30` would)"
@@ -54,6 +56,10 @@ class RegistryPolicy(BaseModel):
         if self.reference.startswith(NIGHTS_PREFIX):
             return ledger.versions_since(int(self.reference.removeprefix(NIGHTS_PREFIX)))
         return [self.reference]
+
+    def find_reference(self, ledger: Ledger) -> str | None:
+        """The version that `reference` stands for today; None without a reference."""
+        return next(iter(self.reference_versions(ledger)), None)
 
     @property
     def bounds_creep(self) -> bool:
@@ -98,16 +104,17 @@ def read_reference(registry: Path, name: str) -> str | None:
     """The version that the policy's `reference` stands for today; None without one."""
     with reading(registry, name) as (folder, ledger):
         policy = policy_of(folder, ledger)
-    versions = [] if policy is None else policy.reference_versions(ledger)
-    return versions[0] if versions else None
+    return None if policy is None else policy.find_reference(ledger)
 
 
 def set_policy(registry: Path, name: str, *, by: str, changes: Mapping[str, Any]) -> RegistryPolicy:
     """Change keys of a name's policy and record who did it; the name is made if it is not there.
 
     `changes` holds some fields of RegistryPolicy. Raises ConfigError for a value that is none, or
-    suites that cannot be used.
+    suites that cannot be used, and for `approve` without the room approval.
     """
+    if changes.get("promote") == "approve":
+        seams.require("approval", APPROVE_KEY)
     with writing_folder(create_name_folder(registry, name)) as held:
         before = held.ledger.policy()
         wanted = changes.get("reference")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError
+from nested_core.records.judged_run import JudgedRun, read_judged_run
 from nested_core.records.verdict_file import require_passed
 from nested_core.registry.data_store import RunExamples
 from nested_core.registry.folders import check_name
@@ -18,7 +19,7 @@ from nested_core.registry.history_views import NameFolder, writing
 from nested_core.registry.judgements import choose_verdict, read_judgements, read_verdicts
 from nested_core.registry.ledger import NO_ORIGIN, Origin
 from nested_core.registry.promotion_outcome import Decision
-from nested_core.registry.registration import PassedRun, read_passed_run, registering
+from nested_core.registry.registration import NewVersion, registering
 from nested_core.registry.versions import VERSION_PREFIX_PATTERN, resolve_version
 from nested_core.text.digest_format import shorten_digest
 
@@ -32,10 +33,6 @@ class Unset(Enum):
 UNSET = Unset.UNSET
 
 
-class HistoryChanged(Exception):
-    """A line was added to the history after a promotion was decided: it is to be decided anew."""
-
-
 def promote(
     registry: Path,
     name: str,
@@ -45,26 +42,20 @@ def promote(
     expected_champion: str | None | Unset = UNSET,
     automatic: bool = False,
     origin: Origin = NO_ORIGIN,
-    decided_at: str | None = None,
 ) -> Decision:
     """Make `version` (a digest or its first 6 digits or more) the champion, after re-hashing it.
 
     With `expected_champion` the outcome is "superseded" if another version is champion; None
     expects that there is none. An `automatic` promotion of a version that a rollback left is
-    "barred". `origin` stands in the history's line. `decided_at` is the end that the history had
-    when the promotion was decided, as `read_history_end` returns it: any other raises
-    HistoryChanged. Raises ConfigError for an unknown registry, name or version, DamagedError for
-    any change on disk, GateRejected for a verdict that is not "passed".
+    "barred". `origin` and `automatic` stand in the history's line. Raises ConfigError for an
+    unknown registry, name or version, DamagedError for any change on disk, GateRejected for a
+    verdict that is not "passed".
     """
     with writing(registry, name) as held:
-        if decided_at not in (None, held.ledger.end_sha256):
-            raise HistoryChanged
-        wanted = resolve_version(held.path, version, held.ledger)
-        manifest = held.verify(wanted)
-        if wanted != held.champion and automatic and wanted in held.ledger.barred_versions():
-            return Decision("barred", wanted, held.champion)
-        fields = {"by": by, "manifest": manifest, "automatic": automatic, **origin.fields()}
-        return _promote_held(held, wanted, expected_champion, fields)
+        version = resolve_version(held.path, version, held.ledger)
+        fields = {"by": by, "automatic": automatic, **origin.fields()}
+        manifest = held.verify(version)
+        return promote_in_folder(held, version, expected_champion, fields | {"manifest": manifest})
 
 
 def register_and_promote(
@@ -76,7 +67,7 @@ def register_and_promote(
     by: str,
     expected_champion: str | None | Unset = UNSET,
     against_policy: str | None = None,
-    run: PassedRun | None = None,
+    run: JudgedRun | None = None,
     examples: RunExamples | None = None,
 ) -> Decision:
     """`register` and `promote` under one lock: no gc comes between the two.
@@ -86,22 +77,24 @@ def register_and_promote(
     two raise.
     """
     check_name(name)
-    run = run or read_passed_run(run_dir)
-    with registering(
-        run, registry, name, provenance, by=by, was_judged_now=False, examples=examples
-    ) as (held, manifest):
+    run = run or read_judged_run(run_dir)
+    new = NewVersion(run, provenance, examples, by, was_judged_now=False)
+    with registering(new, registry, name) as (held, manifest):
         fields = {"by": by, "manifest": manifest, "against_policy": against_policy}
-        return _promote_held(held, run.version, expected_champion, fields)
+        return promote_in_folder(held, run.version, expected_champion, fields)
 
 
-def _promote_held(
+def promote_in_folder(
     held: NameFolder, version: str, expected: str | None | Unset, fields: dict[str, Any]
 ) -> Decision:
-    """Promote a version that was verified; `fields` are those of the history's line.
+    """Promote a version that was verified under this lock; `fields` go into the history's line.
 
-    Raises GateRejected where the gate, judging it again, has rejected it.
+    An automatic promotion of a version that a rollback left is "barred". Raises GateRejected where
+    the gate, run again, has rejected the version.
     """
     before = held.champion
+    if version != before and fields.get("automatic") and version in held.ledger.barred_versions():
+        return Decision("barred", version, before)
     judgement = None
     if read_judgements(held.path, version, held.ledger):
         newest = choose_verdict(read_verdicts(held.path, version, held.ledger), before)

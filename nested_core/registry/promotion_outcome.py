@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Outcome = Literal[
+    "registered",  # its policy is never: nothing promotes it automatically
     "promoted",
     "rolled_back",
     "already_champion",
@@ -15,7 +16,6 @@ Outcome = Literal[
     "waiting",  # a person is to be asked
     "declined",  # a person has said no, to it or to one of the same data and settings
     "damaged",
-    "collected",  # a gc removed it meanwhile
 ]
 
 

@@ -1,18 +1,19 @@
 """Automatic promotion: whether a registered version becomes the champion by its policy, or why not.
 
-The decision rests on the version's own files. `promote` re-hashes them before the champion moves.
+It is decided and done under one lock of the name's folder, as the version is registered. The hourly
+`reconcile` decides in the same way about versions whose run was killed in between, or whose policy
+was loosened since. The decision rests on the version's own files, which are re-hashed before the
+champion moves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from nested_core import seams
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import (
     ConfigError,
@@ -23,30 +24,23 @@ from nested_core.errors import (
 )
 from nested_core.records.loss_conclusion import describe_smallest_visible
 from nested_core.records.verdict import ChampionLoss, Noise, Validation
-from nested_core.registry import (
-    UNSET,
-    HistoryChanged,
-    Unset,
-    find_decline,
-    list_versions,
-    promote,
-    read_champion,
-    read_champion_changes,
-    read_history_end,
-    verify,
-)
-from nested_core.registry.history_views import read_link, reading
+from nested_core.registry.folders import VERSIONS_FOLDER_NAME
+from nested_core.registry.history_views import NameFolder, read_link, reading, writing
 from nested_core.registry.judgements import Judgement, choose_verdict, read_verdicts
-from nested_core.registry.ledger import NO_ORIGIN, Origin
+from nested_core.registry.ledger import NO_ORIGIN, Ledger, Origin
 from nested_core.registry.policy import (
+    APPROVE_KEY,
     PromotionRule,
     RegistryPolicy,
     find_looser_bounds,
+    policy_of,
     read_policy,
-    read_reference,
 )
+from nested_core.registry.promote_and_rollback import UNSET, Unset, promote_in_folder
 from nested_core.registry.promotion_outcome import Decision
-from nested_core.registry.versions import PROVENANCE_NAME, how_to_mend, version_folder
+from nested_core.registry.queries import verify
+from nested_core.registry.registration import NewVersion, registering
+from nested_core.registry.versions import PROVENANCE_NAME, how_to_mend, registered_versions
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.loss_format import (
     format_change,
@@ -66,64 +60,101 @@ def read_candidate(
     """
     # Under the lock: a gc at the same time would leave half of the files, which looks like damage.
     with reading(registry, name) as (folder, ledger):
-        if version not in list_versions(registry, name):
-            raise ConfigError(f"{registry / name} has no version {version!r:.80}.")
         champion = read_link(folder) if isinstance(against, Unset) else against
-        return choose_verdict(read_verdicts(folder, version, ledger), champion)
+        return choose_candidate(folder, ledger, version, champion)
 
 
-def promote_by_policy(
+def choose_candidate(folder: Path, ledger: Ledger, version: str, champion: str | None) -> Judgement:
+    """The newest verdict on a version against this champion; call under the lock of `folder`."""
+    if version not in registered_versions(folder):
+        raise ConfigError(f"{folder} has no version {version!r:.80}.")
+    return choose_verdict(read_verdicts(folder, version, ledger), champion)
+
+
+def register_by_policy(
+    new: NewVersion, section: RegistrySection, champion: str | None, *, origin: Origin = NO_ORIGIN
+) -> Decision:
+    """Register a run's adapter, and promote it if run and registry ask for it, under one lock.
+
+    champion: the champion that the run was judged against; where another version is champion by
+    now, the promotion is superseded. Returns what became of the version. Raises what `register`
+    raises.
+    """
+    with registering(new, *registry_location(section)) as (folder, manifest):
+        version = new.run.version
+        return decide(folder, section, version, champion, origin=origin, manifest=manifest)
+
+
+def promote_by_recorded_policy(
+    registry: Path, name: str, version: str, *, origin: Origin = NO_ORIGIN
+) -> Decision:
+    """Promote by the policy, and against the champion, that were recorded with the version.
+
+    Returns "superseded" if the champion changed after this version was registered, even if that
+    change was later rolled back.
+    """
+    with writing(registry, name) as folder:
+        return _decide_as_recorded(folder, version, origin)
+
+
+def promote_missed_versions(
+    registry: Path, name: str, *, origin: Origin = NO_ORIGIN
+) -> dict[str, Decision]:
+    """Decide once more about the versions that never were champion, newest first.
+
+    A second call changes nothing. One that is damaged keeps no other version from being promoted.
+    """
+    with writing(registry, name) as folder:
+        was_champion = {change.version for change in folder.ledger.changes()}
+        lines = folder.ledger.standing
+        missed = [v for v in registered_versions(folder.path) if v not in was_champion]
+        missed.sort(key=lambda version: lines[version][-1][0] if version in lines else -1)
+        decisions = {}
+        for version in reversed(missed):
+            try:
+                decisions[version] = _decide_as_recorded(folder, version, origin)
+            except (DamagedError, GateRejected) as error:
+                decisions[version] = Decision("damaged", version, reason=f"damaged: {error}")
+        return decisions
+
+
+def _decide_as_recorded(folder: NameFolder, version: str, origin: Origin) -> Decision:
+    champion = folder.champion
+    if version == champion:
+        return Decision("already_champion", version, champion)
+    candidate = choose_candidate(folder.path, folder.ledger, version, champion)
+    if candidate.facts.policy is None:
+        return Decision("refused", version, champion, "its provenance records no policy")
+    if folder.ledger.changes(candidate.place + 1):
+        return Decision("superseded", version, champion)
+    section = recorded_section(folder.path, candidate)
+    return decide(folder, section, version, candidate.facts.champion_at_gate, origin=origin)
+
+
+def decide(
+    folder: NameFolder,
     section: RegistrySection,
     version: str,
     expected_champion: str | None,
     *,
-    origin: Origin = NO_ORIGIN,
-) -> Decision:
-    """Promote a registered version if run and registry ask for it; otherwise say why not.
-
-    Every automatic promotion comes through here. Of `section` and the registry's policy the
-    stricter counts. `expected_champion` is the champion that the version was judged against. If
-    another version is champion by now, the promotion is superseded.
-    """
-    decide = partial(_decide_by_policy, section, version, expected_champion, origin)
-    return _decide_by_history(*registry_location(section), decide)
-
-
-def _decide_by_history(registry: Path, name: str, decide: Callable[[str], Decision]) -> Decision:
-    """What `decide`, given the history's end, promotes or why it does not.
-
-    It decides anew where a policy, a no or a champion is recorded before its promotion is.
-    """
-    while True:
-        with suppress(HistoryChanged):
-            return decide(read_history_end(registry, name))
-
-
-def _decide_by_policy(
-    section: RegistrySection,
-    version: str,
-    expected_champion: str | None,
     origin: Origin,
-    decided_at: str,
+    manifest: str | None = None,
 ) -> Decision:
-    registry, name = registry_location(section)
-    champion = read_champion(registry, name)
+    """The one place of automatic promotion: promote the version, or say why not.
+
+    Of `section` and the registry's policy the stricter counts. manifest: the hash of the version's
+    manifest where its files were hashed under this lock already.
+    """
+    champion = folder.champion
     if version == champion:
         return Decision("already_champion", version, champion)
-    candidate = read_candidate(registry, name, version)
-    refusal = find_refusal(section, candidate, expected_champion)
+    candidate = choose_candidate(folder.path, folder.ledger, version, champion)
+    refusal = find_refusal(folder.path, folder.ledger, section, candidate, expected_champion)
     if refusal is not None:
         return refusal
-    return promote(
-        registry,
-        name,
-        version,
-        by="policy",
-        expected_champion=expected_champion,
-        automatic=True,
-        origin=origin,
-        decided_at=decided_at,
-    )
+    manifest = manifest or folder.verify(version)
+    fields = {"by": "policy", "manifest": manifest, "automatic": True, **origin.fields()}
+    return promote_in_folder(folder, version, expected_champion, fields)
 
 
 @dataclass(frozen=True)
@@ -164,7 +195,7 @@ def compare_losses(
 
 @dataclass(frozen=True)
 class PromotionNotes:
-    """What is to be said of a version that was promoted; None where there is nothing to say.
+    """What is to be said of a version that was promoted; None without a note.
 
     losses: its losses, and those of the champion that it replaced.
     warning: that it has a higher loss than that one on the same data.
@@ -231,132 +262,28 @@ def _describe_unmeasured(registry: Path, name: str, done: Decision) -> str:
     )
 
 
-def promote_by_recorded_policy(
-    registry: Path, name: str, version: str, *, origin: Origin = NO_ORIGIN
-) -> Decision:
-    """Promote by the policy, and against the champion, that were recorded with the version.
+def find_refusal_as_recorded(folder: Path, ledger: Ledger, candidate: Judgement) -> Decision | None:
+    """Why its recorded policy did not promote a version against the champion of that moment."""
+    section = recorded_section(folder, candidate)
+    return find_refusal(folder, ledger, section, candidate, candidate.facts.champion_at_gate)
 
-    For delayed or duplicate events. Returns "superseded" if the champion changed after this version
-    was registered, even if that change was later rolled back.
+
+def recorded_section(folder: Path, candidate: Judgement) -> RegistrySection:
+    """The registry section that was recorded with a verdict on a version of a NAME's folder.
+
+    Raises DamagedError where what was recorded is no such section.
     """
-    decide = partial(_decide_by_recorded_policy, registry, name, version, origin)
-    return _decide_by_history(registry, name, decide)
-
-
-def _decide_by_recorded_policy(
-    registry: Path, name: str, version: str, origin: Origin, decided_at: str
-) -> Decision:
-    candidate = read_candidate(registry, name, version)
-    champion = read_champion(registry, name)
-    if version == champion:
-        return Decision("already_champion", version, champion)
-    if candidate.facts.policy is None:
-        return Decision("refused", version, champion, "its provenance records no policy")
-    if read_champion_changes(registry, name, since=candidate.place + 1):
-        return Decision("superseded", version, champion)
-    section = recorded_section(registry, name, candidate)
-    champion_at_gate = candidate.facts.champion_at_gate
-    return _decide_by_policy(section, version, champion_at_gate, origin, decided_at)
-
-
-def recorded_section(registry: Path, name: str, candidate: Judgement) -> RegistrySection:
-    """The section that came with a version's verdict; DamagedError where it is none."""
-    location = {"path": str(registry), "name": name}
+    location = {"path": str(folder.parent), "name": folder.name}
     recorded = dict(candidate.facts.policy or {})
     recorded.pop("await_serving", None)  # which 0.2.0 recorded for servers to be waited for
     try:
         return RegistrySection.model_validate(recorded | location)
     except ValidationError as error:
-        place = version_folder(registry, name, candidate.version)
+        version = folder / VERSIONS_FOLDER_NAME / candidate.version
         raise DamagedError(
-            f"{place / PROVENANCE_NAME} records no policy: {describe_first_problem(error)}. "
-            f"{how_to_mend(place)}"
+            f"{version / PROVENANCE_NAME} records no policy: {describe_first_problem(error)}. "
+            f"{how_to_mend(version)}"
         ) from error
-
-
-def approve(
-    registry: Path,
-    name: str,
-    version: str,
-    *,
-    by: str,
-    expected_champion: str | None,
-    origin: Origin = NO_ORIGIN,
-) -> Decision:
-    """Promote what a person has approved while this champion stood; otherwise say why not.
-
-    The registry's policy counts but for the question itself and its reference, which bounds
-    promotions without a person. What the run asked for does not: it is a person's word. `by` is who
-    answered, as that was typed.
-    """
-
-    def decide(decided_at: str) -> Decision:
-        champion = read_champion(registry, name)
-        if version == champion:
-            return Decision("already_champion", version, champion)
-        if champion != expected_champion:
-            return Decision("superseded", version, champion)
-        refusal = find_refusal_of_question(registry, name, version)
-        if refusal is not None:
-            return refusal
-        return promote(
-            registry,
-            name,
-            version,
-            by=by,
-            expected_champion=expected_champion,
-            origin=origin,
-            decided_at=decided_at,
-        )
-
-    return _decide_by_history(registry, name, decide)
-
-
-def find_refusal_of_question(registry: Path, name: str, version: str) -> Decision | None:
-    """Why a person is not asked about a version: the registry's policy refuses it whatever he says.
-
-    None without a policy.
-    """
-    if read_policy(registry, name) is None:
-        return None
-    section = RegistrySection(
-        path=str(registry), name=name, promote="approve", require_validation=False
-    )
-    candidate = read_candidate(registry, name, version)
-    champion = read_champion(registry, name)
-    return find_refusal(section, candidate, champion, is_approved=True)
-
-
-def promote_missed_versions(
-    registry: Path, name: str, *, origin: Origin = NO_ORIGIN
-) -> dict[str, Decision]:
-    """Promote versions whose event was lost, newest first; a second call changes nothing.
-
-    Returns what was decided of each version that never was champion. One that is damaged, or that a
-    gc removes meanwhile, keeps no other version from being promoted.
-    """
-    was_champion = {change.version for change in read_champion_changes(registry, name)}
-    places = {}
-    for version in set(list_versions(registry, name)) - was_champion:
-        try:
-            places[version] = read_candidate(registry, name, version).place
-        except (DamagedError, ConfigError):  # told below
-            places[version] = -1
-    return {
-        version: _promote_missed(registry, name, version, origin)
-        for version in sorted(places, key=lambda v: places[v], reverse=True)
-    }
-
-
-def _promote_missed(registry: Path, name: str, version: str, origin: Origin) -> Decision:
-    try:
-        return promote_by_recorded_policy(registry, name, version, origin=origin)
-    except (DamagedError, GateRejected) as error:
-        return Decision("damaged", version, reason=f"damaged: {error}")
-    except ConfigError:
-        if version in list_versions(registry, name):
-            raise
-        return Decision("collected", version, reason="collected meanwhile")
 
 
 def registry_location(section: RegistrySection) -> tuple[Path, str]:
@@ -369,13 +296,14 @@ def registry_location(section: RegistrySection) -> tuple[Path, str]:
 def describe_policy_refusal(registry: Path, name: str, candidate: Judgement) -> str | None:
     """What the registry's policy asks for and a run has not, of which a person decides otherwise.
 
-    `candidate` is the run's verdict, which need not be registered yet. None where the policy is
-    met, or there is none.
+    `candidate` is the run's verdict, which need not be registered yet. None if the policy is met,
+    and without a policy.
     """
     if read_policy(registry, name) is None:
         return None
     section = RegistrySection(path=str(registry), name=name, promote="always")
-    refusal = find_refusal(section, candidate, read_link(registry / name))
+    with reading(registry, name) as (folder, ledger):
+        refusal = find_refusal(folder, ledger, section, candidate, read_link(folder))
     return None if refusal is None else refusal.sentence
 
 
@@ -386,26 +314,35 @@ def effective_rule(section: RegistrySection) -> PromotionRule:
 
 
 def find_refusal(
+    folder: Path,
+    ledger: Ledger,
     section: RegistrySection,
     candidate: Judgement,
     champion: str | None,
     *,
     is_approved: bool = False,
 ) -> Decision | None:
-    """Why a version is not promoted by itself, or None: the decision, in one place.
+    """Why a version of a NAME's folder is not promoted automatically; None if it is promoted.
 
     Of the run's section and the registry's policy the stricter counts. With `is_approved` a person
     has said yes: nobody is asked again. All else counts but the policy's reference, which bounds
     promotions without a person.
     """
-    registry, name = registry_location(section)
-    policy = read_policy(registry, name)
+    policy = policy_of(folder, ledger)
     rule = PromotionRule.of(section.promote, None if policy is None else policy.promote)
+    if rule.is_never:
+        is_own = section.promote == "never"
+        whose = "registry.promote" if is_own else f"the policy of {section.name}"
+        return Decision("registered", candidate.version, champion, f"{whose} is never")
     reason = _why_not_promoted(section, candidate, champion, rule, policy)
     if reason is None and rule.asks_person:
-        return None if is_approved else _ask_person(section, candidate, champion)
-    if reason is None:
-        reason = _why_beyond_reference(registry, name, policy, candidate)
+        if is_approved:
+            return None
+        decide_question = seams.load_only("decide_question", APPROVE_KEY)
+        decision: Decision = decide_question(ledger, section, candidate, champion)
+        return decision
+    if reason is None and policy is not None:
+        reason = _why_beyond_reference(policy, ledger, candidate)
     return None if reason is None else Decision("refused", candidate.version, champion, reason)
 
 
@@ -417,15 +354,11 @@ def _why_not_promoted(
     policy: RegistryPolicy | None,
 ) -> str | None:
     """Why verdict and policy do not promote a version, but for a person and the reference."""
-    name = section.name
-    if rule.is_never:
-        whose = "registry.promote" if section.promote == "never" else f"the policy of {name}"
-        return f"{whose} is never"
     if (reason := _why_not_sound(candidate, rule)) is not None:
         return reason
     if looser := find_looser_bounds(policy, candidate.verdict.thresholds):
         return (
-            f"its gate had looser thresholds than the policy of {name} "
+            f"its gate had looser thresholds than the policy of {section.name} "
             f"({', '.join(looser)}): run the gate again with --resume"
         )
     if candidate.loss_after is None and section.require_validation:
@@ -441,12 +374,11 @@ def _why_not_promoted(
 
 
 def _why_beyond_reference(
-    registry: Path, name: str, policy: RegistryPolicy | None, candidate: Judgement
+    policy: RegistryPolicy, ledger: Ledger, candidate: Judgement
 ) -> str | None:
     """Why a version is not shown to be within the margin of the policy's reference, or None."""
-    if policy is None or (version := read_reference(registry, name)) is None:
-        return None
-    if version == candidate.version:
+    version = policy.find_reference(ledger)
+    if version in (None, candidate.version):
         return None
     which = f"the reference {shorten_digest(version)} (policy reference: {policy.reference})"
     record = candidate.verdict.reference
@@ -468,33 +400,6 @@ def _why_beyond_reference(
     )
 
 
-def _ask_person(section: RegistrySection, candidate: Judgement, champion: str | None) -> Decision:
-    """That a person is to be asked; or who has said no to a version of the same data and settings.
-
-    Such a version is as the one that was declined: nobody is asked about it again.
-    """
-    registry, name = registry_location(section)
-    line = find_decline(
-        registry,
-        name,
-        candidate.version,
-        candidate.facts.dataset_digest,
-        candidate.facts.settings_digest,
-    )
-    if line is None:
-        version = shorten_digest(candidate.version)
-        whose = "registry.promote" if section.promote == "approve" else f"the policy of {name}"
-        reason = f"waiting for approval of {version}: {whose} is approve"
-        return Decision("waiting", candidate.version, champion, reason)
-    which = "it" if line.version == candidate.version else shorten_digest(str(line.version))
-    why = f": {line.reason}" if line.reason else ""
-    reason = (
-        f"declined already: {line.by} declined {which} on {line.time[:10]}{why}. Nobody is asked "
-        f"again until data or settings change"
-    )
-    return Decision("declined", candidate.version, champion, reason)
-
-
 def _why_not_sound(candidate: Judgement, rule: PromotionRule) -> str | None:
     """What the verdict itself has against a version; a person who is asked sees broken answers."""
     verdict = candidate.verdict
@@ -513,7 +418,7 @@ def _why_losses_promote_nothing(
     rule: PromotionRule,
     noise: Noise,
 ) -> str | None:
-    """Why the held-out losses are not what the rule needs, or None where they are."""
+    """Why the held-out losses are not what the rule needs, or None if they are."""
     if not rule.must_be_better:
         needs_enough = section.require_validation and not rule.asks_person
         return _why_too_few_prompts(candidate, champion) if needs_enough else None

@@ -11,6 +11,7 @@ from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
+from nested_core.models.base_model import TrainedTokenizer
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry.adapter_card import CARD_NAME
 from nested_core.registry.folders import (
@@ -99,15 +100,9 @@ def parent_version_of(config: FineTuneConfig, initial_digest: str) -> str | None
 
 
 def read_registration_time(registry: Path, name: str, version: str) -> str | None:
-    """When a version was registered, as ISO 8601 (UTC); None where that is not known."""
+    """When a version was registered, as ISO 8601 (UTC); None if that is not known."""
     with reading(registry, name) as (_, ledger):
         return next((e.time for _, e in ledger.standing.get(version, ())), None)
-
-
-def read_history_end(registry: Path, name: str) -> str:
-    """The hash of the history's last line, or of no bytes: another one says that it has changed."""
-    with reading(registry, name) as (_, ledger):
-        return ledger.end_sha256
 
 
 def read_champion_changes(registry: Path, name: str, *, since: int = 0) -> list[Entry]:
@@ -125,15 +120,12 @@ def verify(registry: Path, name: str, version: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class VerifiedVersion:
-    """A version as it was registered, in memory; `canary` is None where none was recorded.
-
-    chat_template: SHA-256 of the template that it was trained with; None where none was recorded.
-    """
+    """A version as it was registered, in memory; `canary` is None if it was not recorded."""
 
     version: str
     adapter: Adapter
     canary: Canary | None
-    chat_template: str | None = None
+    tokenizer: TrainedTokenizer
 
 
 def read_verified_version(registry: Path, name: str, wanted: str) -> VerifiedVersion:
@@ -148,18 +140,19 @@ def read_verified_version(registry: Path, name: str, wanted: str) -> VerifiedVer
         place = folder / VERSIONS_FOLDER_NAME / version
         verify_version(place, version, ledger.manifest_hashes(version))
         adapter = read_adapter(place)
-        template = read_provenance(place).get("chat_template")
+        provenance = read_provenance(place)
+        tokenizer = TrainedTokenizer(provenance.get("chat_template"), provenance.get("vocabulary"))
         listed = read_manifest(place)["files"].get(CANARY_NAME)
         content = b"" if listed is None else read_regular(place / CANARY_NAME)
     is_listed = listed is None or hashlib.sha256(content).hexdigest() == listed["sha256"]
     if adapter.digest() != version or not is_listed:
         raise DamagedError(f"{place} changed while it was read. {how_to_mend(place)}")
     canary = None if listed is None else parse_canary(content, place / CANARY_NAME)
-    return VerifiedVersion(version, adapter, canary, template)
+    return VerifiedVersion(version, adapter, canary, tokenizer)
 
 
 def read_rollback_target(registry: Path, name: str) -> str | None:
-    """The version that a rollback without `to` would go to; None if there is none left."""
+    """The version that a rollback without `to` would go to; None if no version is left."""
     with reading(registry, name) as (_, ledger):
         return ledger.rollback_target()
 

@@ -14,16 +14,14 @@ from nested_core.config.sections import RegistrySection
 from nested_core.errors import shorten
 from nested_core.records.outcome_names import WORDS_IN_SENTENCE, Outcome
 from nested_core.records.skip import Skip
-from nested_core.registry.declines import find_decline
 from nested_core.registry.folders import create_name_folder, name_exists
 from nested_core.registry.history_views import reading, writing_folder
 from nested_core.registry.judgements import Judgement
 from nested_core.registry.ledger import Entry, Ledger, describe_author
 from nested_core.registry.promotion_outcome import Decision
 from nested_core.registry.promotion_policy import (
-    effective_rule,
+    choose_candidate,
     find_refusal,
-    read_candidate,
     registry_location,
 )
 from nested_core.registry.registration import REGISTRATION_AUTHOR
@@ -85,9 +83,9 @@ def find_reason_to_skip(
             )
             reason = f"rolled back on {_day(left)} by {describe_author(left.fields())}"
             return Skip(Outcome.SKIPPED_HOPELESS, reason, version=line.version)
-    candidate = read_candidate(registry, name, line.version, against=champion)
-    decision = find_refusal(section, candidate, champion)
-    return None if decision is None else _describe_refusal(section, line, candidate, decision)
+        candidate = choose_candidate(folder, ledger, line.version, champion)
+        decision = find_refusal(folder, ledger, section, candidate, champion)
+        return None if decision is None else _describe_refusal(line, candidate, decision)
 
 
 def _find_line(folder: Path, ledger: Ledger, conditions_digest: str) -> Entry | None:
@@ -106,25 +104,18 @@ def _describe_trial(line: Entry) -> Skip:
     return Skip(Outcome.SKIPPED_HOPELESS, f"{words} on {_day(line)}", details)
 
 
-def _describe_refusal(
-    section: RegistrySection, line: Entry, candidate: Judgement, decision: Decision
-) -> Skip:
+def _describe_refusal(line: Entry, candidate: Judgement, decision: Decision) -> Skip:
     """Why the version that the same conditions have made is no champion."""
     version, day = shorten_digest(candidate.version), _day(line)
     if decision.outcome == "waiting":
         reason = f"{version} of {day}, on the same data, waits for approval"
         return Skip(Outcome.SKIPPED_UNCHANGED, reason, version=candidate.version)
-    if effective_rule(section).is_never:
+    if decision.outcome == "registered":
         reason = f"the same data made {version} on {day}"
         details = f"and {decision.sentence}"
         return Skip(Outcome.SKIPPED_UNCHANGED, reason, details, candidate.version)
     if decision.outcome == "declined":
-        facts = candidate.facts
-        digests = (facts.dataset_digest, facts.settings_digest)
-        no = find_decline(*registry_location(section), candidate.version, *digests)
-        if no is not None:
-            reason = f"declined on {_day(no)} by {describe_author(no.fields())}"
-            return Skip(Outcome.SKIPPED_HOPELESS, reason, version=candidate.version)
+        return Skip(Outcome.SKIPPED_HOPELESS, decision.sentence, version=candidate.version)
     details = f"({version}, on the same data): {decision.sentence}"
     return Skip(Outcome.SKIPPED_HOPELESS, f"not promoted on {day}", details, candidate.version)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from nested_core.errors import NestedTuneError
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.run import Run
 from nested_core.records.verdict import Verdict, describe_examples
+from nested_core.records.verdict_table import list_checks
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.loss_format import format_change, format_loss
 
@@ -70,26 +72,26 @@ def _find_in_changes(changes: Sequence[Entry], version: str) -> Outcome:
 
 def _find_waiting(registry: Path, name: str, version: str) -> Outcome:
     """What a version that never was champion waits for, or that it was not better than one."""
-    from nested_core.registry.history_views import reading
+    from nested_core.registry.history_views import read_link, reading
     from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, REGISTRATION_ACTIONS
     from nested_core.registry.promotion_policy import (
+        choose_candidate,
         effective_rule,
-        find_refusal,
-        read_candidate,
+        find_refusal_as_recorded,
         recorded_section,
     )
 
-    candidate = read_candidate(registry, name, version)
-    if candidate.facts.policy is None:
-        return Outcome.VERIFIED
-    section = recorded_section(registry, name, candidate)
-    rival = candidate.facts.champion_at_gate
-    decision = find_refusal(section, candidate, rival)
-    if decision is None or decision.outcome != "waiting":
-        is_refused = decision is not None and effective_rule(section).must_be_better
-        return Outcome.KEPT_CHAMPION if rival and is_refused else Outcome.VERIFIED
-    with reading(registry, name) as (_, ledger):
+    with reading(registry, name) as (folder, ledger):
+        candidate = choose_candidate(folder, ledger, version, read_link(folder))
+        if candidate.facts.policy is None:
+            return Outcome.VERIFIED
+        decision = find_refusal_as_recorded(folder, ledger, candidate)
         later = ledger.entries[candidate.place + 1 :]
+    if decision is None or decision.outcome != "waiting":
+        section = recorded_section(registry / name, candidate)
+        is_refused = decision is not None and effective_rule(section).must_be_better
+        has_rival = candidate.facts.champion_at_gate is not None
+        return Outcome.KEPT_CHAMPION if has_rival and is_refused else Outcome.VERIFIED
     closing = (*REGISTRATION_ACTIONS, *CHAMPION_CHANGE_ACTIONS)
     is_closed = any(line.action in closing and line.version != version for line in later)
     return Outcome.SUPERSEDED if is_closed else Outcome.WAITS_FOR_APPROVAL
@@ -97,11 +99,16 @@ def _find_waiting(registry: Path, name: str, version: str) -> Outcome:
 
 def describe_unbeaten_champion(verdict: Verdict, champion: str) -> str:
     """One line that says why nothing was registered, with both losses."""
-    change = "no loss"
-    if verdict.validation is not None:
-        examples = describe_examples(verdict.validation)
-        losses = format_change(verdict.validation.loss_before, verdict.validation.loss_after)
-        change = f"loss {losses} on {examples}"
+    change, validation, compared = "no loss", verdict.validation, verdict.champion
+    if validation is not None:
+        before, after = validation.loss_before, validation.loss_after
+        if (
+            verdict.initial.digest != champion
+            and compared is not None
+            and compared.loss is not None
+        ):
+            before, after = compared.loss, compared.loss + (compared.difference or 0.0)
+        change = f"loss {format_change(before, after)} on {describe_examples(validation)}"
     return (
         f"kept the champion {shorten_digest(champion)}: {change}, not better, and within the "
         f"threshold"
@@ -111,10 +118,10 @@ def describe_unbeaten_champion(verdict: Verdict, champion: str) -> str:
 def find_reason_kept(run: Run) -> str | None:
     """Why a run that passed left the champion as it was, with both losses; None of other runs."""
     from nested_core.registry import list_versions
+    from nested_core.registry.history_views import read_link, reading
     from nested_core.registry.promotion_policy import (
-        find_refusal,
-        read_candidate,
-        recorded_section,
+        choose_candidate,
+        find_refusal_as_recorded,
         registry_location,
     )
 
@@ -125,9 +132,9 @@ def find_reason_kept(run: Run) -> str | None:
     if version not in list_versions(registry, name):
         rival = run.verdict.rival
         return None if rival is None else describe_unbeaten_champion(run.verdict, rival)
-    candidate = read_candidate(registry, name, version)
-    section = recorded_section(registry, name, candidate)
-    decision = find_refusal(section, candidate, candidate.facts.champion_at_gate)
+    with reading(registry, name) as (folder, ledger):
+        candidate = choose_candidate(folder, ledger, version, read_link(folder))
+        decision = find_refusal_as_recorded(folder, ledger, candidate)
     return None if decision is None else decision.sentence
 
 
@@ -164,6 +171,36 @@ def describe_end(run: Run) -> str:
     told = [f", {name} loss {format_loss(own[1])}" for name, own in losses.items() if own]
     goes_on = "; --resume continues from its last checkpoint" if run.state == "resumable" else ""
     return f"At step {run.step:,}{of_all}{''.join(told)}{goes_on}."
+
+
+def measure_speed(run: Run) -> dict[str, float | None]:
+    """Tokens a second (the median of the reports), seconds of training, and peak memory."""
+    speeds = [r["tokens_per_second"] for r in run.metrics if r.get("tokens_per_second") is not None]
+    return {
+        "tokens_per_second": median(speeds) if speeds else None,
+        "training_seconds": max(run.seconds, default=None),
+        "peak_memory_gb": run.last("peak_memory_gb"),
+    }
+
+
+def list_figures(run: Run) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """By name: what a run came to, what its verdict measured, and how it was trained."""
+    end = {
+        "state": describe_state(run),
+        "outcome": describe_outcome(run),
+        "champion kept, because": find_reason_kept(run),
+        "selected: the adapter of step": run.offered_step,
+        "its validation loss": run.offered_val_loss,
+    }
+    checks = [] if run.verdict is None else list_checks(run.verdict)
+    losses = run.describe_last_losses()
+    training = {
+        "trained": run.describe_length(),
+        "training loss, last report": losses.get("training loss"),
+        "validation loss, last report": losses.get("validation loss"),
+        **{name.replace("_", " "): value for name, value in measure_speed(run).items()},
+    }
+    return end, {check.name: check.figures for check in checks}, training
 
 
 LIST_COLUMNS = ("run", "adapter", "outcome", "selected step", "val loss", "gate loss", "minutes")

@@ -1,5 +1,301 @@
-"""Rooms: capabilities that can be deleted, each a folder with its code and ROOM.toml.
+"""Rooms: capabilities that can be deleted, and one static table of what each adds to the core.
 
-No file of the core imports a room. What a room has of commands is in flows/rooms, its tests are in
-tests/rooms.
+A room is a folder here with its code and ROOM.toml, its commands and flows in flows/rooms/ROOM, its
+tests in tests/rooms/ROOM. The table names parts by strings, `module:name`: no file of the core
+imports a room, and nested_core/seams.py loads a part where it is used, if its room is there.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFlow:
+    """A flow of deployments that trains, or has others train.
+
+    parameters: the class of its parameters.
+    key: the key of its parameters under which the configuration of a fine-tune stands; None if
+        the parameters are that configuration.
+    """
+
+    parameters: str
+    key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RoomLoss:
+    """A value of `training.loss`: the rows that it is computed on, and how. It counts examples.
+
+    rows: its kinds of rows, a mapping of names to RowFormats (data/lines/example_parsing.py); only
+        they are read.
+    problems: a function of the configuration that gives what it asks of this loss and cannot have.
+    make: a function of LossInputs (training/training_setup.py) that gives the Loss of a run.
+    compare: a function of a LoadedBase and of the references to its parameters. What it gives has
+        `compare`, as PredictionComparison (measure/losses/prediction_comparison.py) has it.
+    """
+
+    rows: str
+    problems: str
+    make: str
+    compare: str
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a room adds.
+
+    commands: words of the command line; flows/rooms/ROOM/command.py adds their parsers.
+    flags: of a command of the core or of another room, by its name; `add_flags` in
+        flows/rooms/ROOM/command.py adds them to its parser.
+    public_names: what `nested_core` offers from Python, each under its own name.
+    keys: keys of the configuration that ask for it where they are not at their default.
+    server_checks: what `doctor` says of the Prefect server of PREFECT_API_URL: a function without
+        arguments, which yields lines as Check (flows/commands/check.py).
+    registry_checks: what `doctor` says of a registry: a function of its folder, which yields lines
+        as Check.
+    watcher: what it does around the flows: a class that is a Watcher (flows/flow_runs/watchers.py).
+    model_format: a function of a path as a person gave it and of a temporary folder. It returns the
+        NamedModel (nested_core/pipeline/named_models.py) there, None for a path of another format.
+    adapter_format: a class of AdapterFormat (nested_core/models/adapter_formats.py), by which
+        adapters of another program are read and written.
+    training_flows: by the entrypoint that deployments name. The class of parameters has
+        `deployment`, the deployment that trains, and `configurations()`, what that trains.
+    services: a class that is made of a configuration with `report_to`, and raises ConfigError for a
+        service that cannot be used. Its `reporting` and `attaching_verdict_at_end` are contexts
+        around training and around a whole run.
+    restart: a function that runs a command again where it is killed, as `run_again_where_killed`.
+    memory_forecast: a function of a TrainingSetup and the bytes that there are, which gives a
+        MemoryPlan (training/memory_plan.py).
+    count_processes, train_in_processes: functions that count a run's processes, and train in
+        several.
+    reference_schedule, reference_trainer: the StepSchedule and the Trainer of a run under
+        `training.reference`.
+    layer_context: a context of a model in which its layers compute otherwise while it trains.
+    plain_delta_rule: the formulas of gated delta nets that kernels are compared with.
+    cuda_operations: the DeviceOperations of layers (kernels/device_operations.py) on CUDA.
+    training_log: a function of the arguments of `train`, configuration and run directory, which
+        gives the callback that prints lines in place of ours, or None.
+    champion_page: a class that publishes an adapter's champion on Prefect, and tells of versions.
+    generation_tables: what each version of an adapter kept of earlier nights: a function of
+        registry, name, champion and the verdict on a candidate, which gives Tables.
+    live_view: a function that draws a run in a terminal until it is done, of its RunProgress, its
+        RunDirectory, the event that ends it and the lock of the view.
+    kernel_folder: a function that has MLX compile its kernels into a folder of this process.
+    around_training: a context around loading and training, of configuration, run directory, a
+        function that takes a line for the person, and session.
+    timed_training: a context that holds a run to `training.minutes`, of configuration, run
+        directory and hooks.
+    run_measurement: a function that measures how fast a run is, for `explain`.
+    readers: functions that give the lines of JSON in a data file, by the end of its name.
+    hub_tables: a function of DataSettings that gives name and lines of each split of a data set of
+        the Hugging Face hub.
+    sensitive_data: a class that finds what a text may hold, and has the rules that report it.
+    near_duplicates: a class of what is read with each line to find rows that nearly are another,
+        and of the rules that report them.
+    data_tables: what `validate` shows of a data set: a function of DataSettings that gives Tables.
+    gate_checks: Checks of the gate (nested_core/gate/checks/judged.py) of a run, with its base.
+    earlier_examples: the class of the EarlierExamples (nested_core/data/earlier_examples.py).
+    ancestor_digests: what a champion's ancestors are judged by: a function of registry, name and
+        champion that gives their versions and the digests of what is kept of each.
+    data_blocks: what the page of a run shows of its data: a function of a Run that gives Blocks.
+    answer_tables: what stands beside the answers to an eval set: a function of its name and of
+        (model, expected answer, answer, score) of each, which gives Blocks.
+    losses: by the name that `training.loss` gives.
+    suggested_loss: for `init`: a function of a row as JSON has it, which gives the loss that is
+        made for such rows, or None.
+    verdict_blocks: by the key in gate.json, what shows this block: an object with `rows` and
+        `notes`, functions of the block and the verdict that give CheckRows and sentences.
+    reasons: codes of the gate's checks, each with the name of the Outcome that it stands for.
+    decide_question: of history, registry section, candidate and champion, the Decision on a version
+        that needs a person's word: waiting, or declined already.
+    may_be_approved: whether a gc keeps a version (its folder, version, history, age) for an answer.
+    request_approval: asks a person in Prefect, of registry, name, version and the night's flow run.
+    ask_person: what the flow `promote` does about a version that needs a person's word: a function
+        of its parameters, registry and champion, which gives the state in which the flow ends.
+    """
+
+    commands: tuple[str, ...] = ()
+    flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    public_names: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    server_checks: str | None = None
+    registry_checks: str | None = None
+    watcher: str | None = None
+    model_format: str | None = None
+    adapter_format: str | None = None
+    training_flows: Mapping[str, TrainingFlow] = field(default_factory=dict)
+    services: str | None = None
+    restart: str | None = None
+    memory_forecast: str | None = None
+    count_processes: str | None = None
+    train_in_processes: str | None = None
+    reference_schedule: str | None = None
+    reference_trainer: str | None = None
+    layer_context: str | None = None
+    plain_delta_rule: str | None = None
+    cuda_operations: str | None = None
+    training_log: str | None = None
+    champion_page: str | None = None
+    generation_tables: str | None = None
+    live_view: str | None = None
+    kernel_folder: str | None = None
+    around_training: str | None = None
+    timed_training: str | None = None
+    run_measurement: str | None = None
+    readers: Mapping[str, str] = field(default_factory=dict)
+    hub_tables: str | None = None
+    sensitive_data: str | None = None
+    near_duplicates: str | None = None
+    data_tables: str | None = None
+    gate_checks: str | None = None
+    earlier_examples: str | None = None
+    ancestor_digests: str | None = None
+    data_blocks: str | None = None
+    answer_tables: str | None = None
+    losses: Mapping[str, RoomLoss] = field(default_factory=dict)
+    suggested_loss: str | None = None
+    verdict_blocks: Mapping[str, str] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    decide_question: str | None = None
+    may_be_approved: str | None = None
+    request_approval: str | None = None
+    ask_person: str | None = None
+
+
+ROOMS: Mapping[str, Room] = {
+    "audit": Room(flags={"verify": ("--model",)}),
+    "approval": Room(
+        decide_question="nested_core.rooms.approval.answers:decide_question",
+        may_be_approved="nested_core.rooms.approval.answers:may_be_approved",
+        request_approval="flows.rooms.approval.questions:request_approval",
+        ask_person="flows.rooms.approval.asking:ask_person",
+    ),
+    "deploy": Room(
+        commands=("deploy",), server_checks="flows.rooms.deploy.server_checks:iterate_server_checks"
+    ),
+    "chat": Room(commands=("chat",)),
+    "champion_page": Room(champion_page="flows.rooms.champion_page.page:ChampionPage"),
+    "compare": Room(
+        commands=("compare",),
+        public_names=(
+            "nested_core.rooms.compare.comparison:RunComparison",
+            "nested_core.rooms.compare.comparison:compare_runs",
+        ),
+    ),
+    "doctor": Room(commands=("doctor",)),
+    "evaluate": Room(
+        commands=("evaluate",),
+        public_names=(
+            "nested_core.rooms.evaluate.evaluating:evaluate",
+            "nested_core.rooms.evaluate.page:Evaluation",
+        ),
+    ),
+    "export": Room(
+        commands=("export",),
+        public_names=(
+            "nested_core.rooms.export.exporting:Export",
+            "nested_core.rooms.export.exporting:export",
+        ),
+        model_format="nested_core.rooms.export.named_artefact:find_artefact",
+    ),
+    "memory": Room(memory_forecast="nested_core.rooms.memory.forecast:forecast_memory"),
+    "fused": Room(keys=("gate.check_fused",), gate_checks="nested_core.rooms.fused.fused:CHECKS"),
+    "housekeeping": Room(
+        flags={"runs": ("--prune", "--keep", "--unregistered", "--dry-run")},
+        registry_checks="flows.rooms.housekeeping.checks:iterate_housekeeping_checks",
+    ),
+    "hub": Room(hub_tables="nested_core.rooms.hub.hub_datasets:open_tables"),
+    "live": Room(live_view="flows.rooms.live.live_view:draw_until_done"),
+    "mlflow": Room(commands=("export-mlflow",)),
+    "nights": Room(commands=("registry",), watcher="flows.rooms.nights.watcher:NightWatcher"),
+    "planning": Room(commands=("init", "explain")),
+    "peft": Room(
+        commands=("import-peft", "export-peft"),
+        adapter_format="nested_core.rooms.peft.adapter_format:PeftFormat",
+    ),
+    "serve": Room(commands=("serve",)),
+    "near_duplicates": Room(
+        near_duplicates="nested_core.rooms.near_duplicates.related_rows:NearDuplicates"
+    ),
+    "secrets": Room(sensitive_data="nested_core.rooms.secrets.rules:SensitiveData"),
+    "restart": Room(restart="nested_core.rooms.restart.restarting:run_again_where_killed"),
+    "services": Room(services="nested_core.rooms.services.reporting_services:Services"),
+    "sweep": Room(
+        commands=("sweep",),
+        training_flows={
+            "flows.rooms.sweep.flow.sweep": TrainingFlow(
+                "flows.rooms.sweep.flow:SweepParameters", "base"
+            )
+        },
+    ),
+    "ranks": Room(
+        count_processes="nested_core.rooms.ranks.mlx_launch:count_ranks",
+        train_in_processes="nested_core.rooms.ranks.rank_group:train_in_ranks",
+    ),
+    "kernel_folder": Room(
+        kernel_folder="nested_core.rooms.kernel_folder.compiled_kernels:use_private_kernel_folder",
+        around_training="nested_core.rooms.kernel_folder.first_kernels:compiling_first_kernels",
+    ),
+    "delta_nets": Room(
+        layer_context="nested_core.rooms.delta_nets.layers:using_delta_nets",
+        plain_delta_rule="nested_core.rooms.delta_nets.gated_delta:PlainDeltaRule",
+    ),
+    "cuda": Room(
+        cuda_operations="nested_core.rooms.cuda.operations:CUDA_OPERATIONS",
+    ),
+    "reference": Room(
+        keys=("training.reference",),
+        flags={"train": ("--log",)},
+        training_log="flows.rooms.reference.command:find_log",
+        reference_schedule="nested_core.rooms.reference.mlx_lm_schedule:MlxLmSchedule",
+        reference_trainer="nested_core.rooms.reference.mlx_lm_trainer:MlxLmTrainer",
+    ),
+    "minutes": Room(
+        timed_training="nested_core.rooms.minutes.timed_training:TimedTraining",
+        run_measurement="nested_core.rooms.minutes.sizes:measure_run",
+    ),
+    "replay": Room(
+        keys=(
+            *("continual.replay", "continual.policy", "continual.window"),
+            "gate.max_ancestor_loss_increase",
+        ),
+        gate_checks="nested_core.rooms.replay.rebuilt_check:CHECKS",
+        earlier_examples="nested_core.rooms.replay.replayed_run:ReplayOfRun",
+        ancestor_digests="nested_core.rooms.replay.ancestor_examples:list_ancestor_digests",
+        data_blocks="nested_core.rooms.replay.page:describe_replay",
+        generation_tables="nested_core.rooms.replay.generations:list_tables",
+    ),
+    "tables": Room(
+        flags={
+            "init": (
+                *("--split", "--suite", "--prompt-feature", "--completion-feature"),
+                *("--completion-features", "--template", "--system", "--system-file"),
+            )
+        },
+        readers={".xlsx": "nested_core.rooms.tables.workbook:read_workbook"},
+        data_tables="nested_core.rooms.tables.labels:tabulate_labels_of_data",
+        answer_tables="nested_core.rooms.tables.labels:tabulate_labels_of_answers",
+    ),
+    "preferences": Room(
+        losses={
+            name: RoomLoss(
+                rows=f"nested_core.rooms.preferences.answer_rows:{rows}",
+                problems="nested_core.rooms.preferences.loss_settings:iterate_problems",
+                make="nested_core.rooms.preferences.training_loss:make_loss",
+                compare="nested_core.rooms.preferences.training_loss:HeldOutComparison",
+            )
+            for name, rows in {
+                "dpo": "PAIRS",
+                "orpo": "PAIRS",
+                "simpo": "PAIRS",
+                "kto": "LABELS",
+            }.items()
+        },
+        suggested_loss="nested_core.rooms.preferences.answer_rows:suggest_loss",
+        gate_checks="nested_core.rooms.preferences.gate_check:CHECKS",
+        verdict_blocks={"preferences": "nested_core.rooms.preferences.verdict_block:SHOWN"},
+        reasons={"preference_not_learnt": "ANSWERS"},
+    ),
+}

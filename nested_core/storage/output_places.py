@@ -163,7 +163,8 @@ def _describe_owner(folder: Path, own_run: Path | None, registry: str | Path | N
         return "the registry"
     if _is_run_directory(folder) and not (own_run and _is_same_folder(folder, own_run)):
         return "the run directory"
-    if _is_model_folder(folder):
+    # mlx_lm would load a model from such a folder
+    if os.path.isfile(folder / "config.json") and any(folder.glob("model*.safetensors")):
         return "the model's folder"
     return None
 
@@ -195,11 +196,6 @@ def _is_run_directory(folder: Path) -> bool:
     return is_begun and has(RUN_CONFIG_NAME)
 
 
-def _is_model_folder(folder: Path) -> bool:
-    """Whether mlx_lm would load a model from here."""
-    return os.path.isfile(folder / "config.json") and any(folder.glob("model*.safetensors"))
-
-
 def _file_type(path: Path) -> FileType:
     """What stands at `path`; nothing where this user may not look, and so may not write."""
     try:
@@ -217,3 +213,14 @@ def _is_same_folder(first: Path, second: Path) -> bool:
 
 def _is_adapter_file(path: Path) -> bool:
     return file_type(path) == "file" and ADAPTER_FOLDER_FILES.fullmatch(path.name) is not None
+
+
+def require_new_output(output: Path | None) -> Path | None:
+    """The file of `-o`, which is not there yet; None for standard output.
+
+    Raises ConfigError for a file that is there, and where none may be written.
+    """
+    target = None if output is None else require_output_file(output, "-o")
+    if target is not None and os.path.lexists(target):
+        raise ConfigError(f"{output} exists, and is not written over. Give another name after -o.")
+    return target

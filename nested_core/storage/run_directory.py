@@ -44,6 +44,7 @@ FILES_IN_FOLDERS = re.compile(
     r"(adapter|initial|checkpoints/step-\d{7})/(adapters\.safetensors|adapter_config\.json)"
     r"|checkpoints/step-\d{7,}/(optimizer\.safetensors|state\.json|MANIFEST\.json)"
     r"|(wandb|swanlog)/.*"
+    r"|rooms/[a-z]+/[^/]+"
 )
 
 # The locks that this process works under, by run directory. A lock belongs to a process: whichever
@@ -66,6 +67,7 @@ class RunDirectory:
         self.skipped = path / "skipped.json"  # why nothing was trained on it, if so
         self.replay = path / "replay.json"  # which earlier examples are mixed in, of what
         self.replayed_rows = path / "replay.jsonl"  # these examples
+        self.start = path / "start.json"  # whether it goes on from a champion, and why
         self.initial = path / "initial"  # the adapter that training starts from
         self.tiers = path / RUN_TIERS_NAME  # the tier of every tensor
 
@@ -99,6 +101,10 @@ class RunDirectory:
         """What a verdict writes beside gate.json; it is out of date when training goes on."""
         answers = (self.answers, self.sample_answers, self.canary)
         return (self.gate_losses, self.training_examples, *answers)
+
+    def room_folder(self, room: str) -> Path:
+        """The folder for what a room keeps of the run; its files are the run's own."""
+        return self.path / "rooms" / room
 
     def is_own_file(self, name: str) -> bool:
         """Whether a run writes a file of this name, which is its path in the directory."""

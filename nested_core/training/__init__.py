@@ -5,7 +5,7 @@ makes what they need, schedule/ says which batch, evaluation and report belong t
 due_parts.py reports, evaluates and saves when it is due, training_state.py is what a checkpoint
 records, early_stopping.py says when a run ends early, training_checks.py and nonfinite_watch.py
 check that training does something. parameter_packing.py makes one vector of a tier's tensors,
-parameter_importance.py measures which matter. reports/ is what a run tells, memory/ predicts its
-peak. world.py is where several processes would meet. Others use `trainer.Trainer`,
+parameter_importance.py measures which matter. reports/ is what a run tells, memory_plan.py how
+much it may hold. world.py is where several processes would meet. Others use `trainer.Trainer`,
 `training_setup.prepare_training` and `evaluation.Evaluator`.
 """

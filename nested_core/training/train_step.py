@@ -122,7 +122,7 @@ class TrainStep:
                 is_last = is_complete and index == len(batches) - 1
                 arrays = self.loss_fn.prepare_batch(batch)
                 sums, accumulated, updates, counts = compiled_step(
-                    params, accumulated, requests, *arrays, is_last
+                    params, accumulated, requests, is_last, *arrays
                 )
                 micro_batches.append(sums)
         mx.async_eval(updates, self.packed.optimizer.state, micro_batches, counts)
@@ -139,20 +139,19 @@ class TrainStep:
     def _compile(self, due: tuple[int, ...]) -> Callable[..., Any]:
         due_keys = self._packing.keys_of_tiers(due)
 
-        def train_step(  # noqa: PLR0917 -- mx.compile traces positional arguments
+        def train_step(
             params: Flat,
             accumulated: dict[str, Any] | None,
             requests: mx.array | None,
-            tokens: mx.array,
-            target_mask: mx.array,
             is_last: bool,
+            *batch: mx.array,
         ) -> tuple[Sums, dict[str, Any] | None, Flat, mx.array | None]:
             """One micro-batch, and after the last one the update.
 
             Returns its sums, the accumulated gradients, the updates and the request counts.
             """
             due_params = {key: value for key, value in params.items() if key in due_keys}
-            micro_batch, gradients = self.forward_backward(params, due_params, tokens, target_mask)
+            micro_batch, gradients = self.forward_backward(params, due_params, *batch)
             weight = micro_batch["weight"]
             if accumulated is not None:
                 gradients = {n: g + accumulated["gradients"][n] for n, g in gradients.items()}
@@ -167,22 +166,21 @@ class TrainStep:
         return mx.compile(train_step, inputs=self.captured, outputs=self.captured)
 
     def forward_backward(
-        self, params: Flat, due_params: Flat, tokens: mx.array, target_mask: mx.array
+        self, params: Flat, due_params: Flat, *batch: mx.array
     ) -> tuple[Sums, Flat]:
-        """The sums of one micro-batch, and the packed gradients of the due parameters."""
+        """The sums of one prepared micro-batch, and the packed gradients of the due parameters."""
         tensors = self._unpack_in_compute_dtype(params)
         assign_parameters(self.parameters, tensors)
         due_tensors = {
             name: tensors[name] for key in due_params for name in self._packing.tensor_shapes(key)
         }
-        (loss, count), gradients = mx.value_and_grad(self._loss_of_micro_batch)(
-            due_tensors, tokens, target_mask
-        )
+        (loss, count), gradients = mx.value_and_grad(self._loss_of_micro_batch)(due_tensors, *batch)
         packed = self._pack_gradients(gradients, due_params)
+        count_tokens = self.loss_fn.count_tokens
         return {
             "loss": loss,
             "weight": self.loss_fn.weight_of_micro_batch(count),
-            "tokens": count,
+            "tokens": count if count_tokens is None else count_tokens(*batch),
         }, packed
 
     def _unpack_in_compute_dtype(self, params: Flat) -> Flat:
@@ -194,10 +192,10 @@ class TrainStep:
         return self._packing.unpack(cast)
 
     def _loss_of_micro_batch(
-        self, due_tensors: Flat, tokens: mx.array, target_mask: mx.array
+        self, due_tensors: Flat, *batch: mx.array
     ) -> tuple[mx.array, mx.array]:
         assign_parameters(self.parameters, due_tensors)
-        return self.loss_fn.function(self.model, tokens, target_mask)
+        return self.loss_fn.function(self.model, *batch)
 
     def _pack_gradients(self, gradients: Flat, due_params: Flat) -> Flat:
         """The gradients packed as the parameters are, and in their dtype.

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import optimizer_classes
 from nested_core.data.data_settings import REPLAY_SPLIT
-from nested_core.data.replayed_batches import ReplayedRows
+from nested_core.data.earlier_examples import MixedExamples, find_earlier_examples
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import find_model_folder, fingerprint_base_model
@@ -26,14 +26,14 @@ from nested_core.optim.tier_counters import Tier
 from nested_core.optim.tiered import Tiered
 from nested_core.optim.tiers_file import read_tiers
 from nested_core.records.dataset import read_dataset_record
-from nested_core.records.replay import read_replay
+from nested_core.records.start import read_start
 from nested_core.storage.adapter import files_sha256, read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import regular_sha256
 from nested_core.training.evaluation import Prompts, choose_prompts
 from nested_core.training.loss.loss_interface import Loss
-from nested_core.training.reports.reporting_services import TrainingCallback
 from nested_core.training.reports.sample_prompts import SamplePrompts
+from nested_core.training.reports.training_callback import TrainingCallback
 from nested_core.training.schedule.step_schedule import StepSchedule, make_step_schedule
 from nested_core.training.world import SINGLE_PROCESS_WORLD, World
 
@@ -53,6 +53,21 @@ class Questions(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class LossInputs:
+    """What the loss of a room is made from: a run that was validated and loaded.
+
+    The attributes are those of `prepare_training`, with references to the trainable parameters.
+    """
+
+    config: FineTuneConfig
+    run: RunDirectory
+    model: nn.Module
+    parameters: ParameterRefs
+    splits: Mapping[str, TokenizedSplit]
+    world: World
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingSetup:
     """Everything that a run trains with; the trainer and its parts take it whole.
 
@@ -68,7 +83,7 @@ class TrainingSetup:
         step_schedule: what a run trains on, and when it is evaluated.
         loss_fn: the loss, in its form for this model.
         samples: prompts that are answered at each evaluation.
-        questions: those of `training.evaluate_tasks`; None where none are asked.
+        questions: those of `training.evaluate_tasks`; None if no questions are asked.
         prompts: token ids that every checkpoint records the model's logits on.
         world: the ranks that train together.
     """
@@ -124,15 +139,23 @@ def prepare_training(
     if config.training.memory_limit_gb is not None:
         mx.set_memory_limit(int(config.training.memory_limit_gb * 1e9))
     tiers = read_tiers(run.tiers)
-    step_schedule = make_step_schedule(config, splits, world, _read_replay(run, splits))
+    step_schedule = make_step_schedule(config, splits, world, _mix_examples(config, run, splits))
     refuse_tiers_never_due(tiers.frequencies, step_schedule.steps)
-    optimizer = build_optimizer(config, tiers, step_schedule.steps)
+    start = read_start(config, run)
+    share = 1.0 if start is None else start.rate_share
+    optimizer = build_optimizer(config, tiers, step_schedule.steps, rate_share=share)
     optimizer.init(model.trainable_parameters())
     dtype = adapter_compute_dtype(config, model)
     parameters = reference_trainable_parameters(
         model, masters=config.has_float32_masters, dtype=dtype
     )
-    loss_fn = step_schedule.loss.for_model(model, parameters)
+    if config.training.loss is None:
+        loss_fn = step_schedule.loss.for_model(model, parameters)
+    else:
+        inputs = LossInputs(
+            config=config, run=run, model=model, parameters=parameters, splits=splits, world=world
+        )
+        loss_fn = seams.load(seams.find_loss(config.training.loss).make)(inputs)
     return TrainingSetup(
         config=config,
         run=run,
@@ -151,27 +174,23 @@ def prepare_training(
     )
 
 
-def _read_replay(run: RunDirectory, splits: Mapping[str, TokenizedSplit]) -> ReplayedRows | None:
-    """What replay.json says of the rows of the split `replay`; None without any."""
-    split = splits.get(REPLAY_SPLIT)
-    if split is None or not len(split):
-        return None
-    record = read_replay(run.replay)
-    ends = np.cumsum([source.examples for source in record.sources])
-    return ReplayedRows(
-        lengths=split.lengths,
-        sources=np.searchsorted(ends, split.lines, "left"),
-        rows=tuple(source.fresh for source in record.sources),
-        weighting=record.weighting,
-        fraction=record.fraction,
-    )
+def _mix_examples(
+    config: FineTuneConfig, run: RunDirectory, splits: Mapping[str, TokenizedSplit]
+) -> MixedExamples | None:
+    """The run's examples with those of the split `replay`; None without any there."""
+    earlier, split = find_earlier_examples(config, run), splits.get(REPLAY_SPLIT)
+    return earlier.mix(splits["train"], split) if earlier and split and len(split) else None
 
 
 def compute_input_digests(config: FineTuneConfig, run: RunDirectory) -> dict[str, str]:
-    """Digests of what training begins from: initial adapter, tiers, base, data and tokenizer."""
-    replay = {"replay": regular_sha256(run.replay)} if config.continual.replay.fraction else {}
+    """Digests of what training begins from: initial adapter, tiers, base, data and tokenizer.
+
+    And of what was chosen before: the champion that it follows, and earlier examples.
+    """
+    optional = {"replay": run.replay, "start": run.start}
+    chosen = {name: regular_sha256(path) for name, path in optional.items() if path.is_file()}
     dataset = read_dataset_record(run.dataset)
-    return replay | {
+    return chosen | {
         "initial": read_adapter(run.initial).digest(),
         "initial_files": files_sha256(run.initial),
         "tiers": regular_sha256(run.tiers),
@@ -181,8 +200,12 @@ def compute_input_digests(config: FineTuneConfig, run: RunDirectory) -> dict[str
     }
 
 
-def build_optimizer(config: FineTuneConfig, tiers: TierMap, steps: int) -> Tiered:
+def build_optimizer(
+    config: FineTuneConfig, tiers: TierMap, steps: int, *, rate_share: float = 1.0
+) -> Tiered:
     """The configured optimizer of mlx.optimizers, with a clock for each tier, for so many steps.
+
+    `rate_share` is the share of the configured learning rates that it trains at.
 
     Raises ConfigError where its arguments or its schedule are unusable.
     """
@@ -196,7 +219,7 @@ def build_optimizer(config: FineTuneConfig, tiers: TierMap, steps: int) -> Tiere
     try:
         make_optimizer = partial(
             optimizer_classes()[config.optimizer],
-            build_learning_rate(config, steps),
+            build_learning_rate(config, steps, rate_share),
             **config.optimizer_arguments,
         )
         sample = {"w": mx.ones((2, 2))}

@@ -37,9 +37,7 @@ def test_rows_that_would_not_fit_are_left_out_with_what_they_need(
 
 
 @pytest.mark.slow("two processes that import MLX and train")
-def test_both_sides_of_a_row_are_measured_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_both_sides_of_a_row_are_measured_once(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(apple, "TINY_ROWS", (("tiny-hybrid", "+batch=1"),))
     monkeypatch.setattr(apple, "FEW_WINDOWS", "+windows=1")
     monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")

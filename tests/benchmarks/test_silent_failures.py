@@ -12,7 +12,7 @@ from benchmarks.silent_failures import __main__ as bench
 from benchmarks.silent_failures.cases import Run
 from benchmarks.silent_failures.failures import read_failures
 from benchmarks.silent_failures.plants import PLANTS, make_case
-from benchmarks.silent_failures.tables import count
+from benchmarks.silent_failures.tables import count, read_all_rows, read_misses
 from benchmarks.silent_failures.tools.nested_tune import NestedTune
 from benchmarks.silent_failures.verdict import decide
 
@@ -46,7 +46,8 @@ def test_a_warning_that_the_twin_gets_too_is_a_false_alarm_and_notices_nothing()
 
 def test_a_refused_twin_is_a_false_alarm() -> None:
     refused = printed("error: bad rows", code=3)
-    assert decide(LEAK, refused, refused).false_alarm
+    verdict = decide(LEAK, refused, refused)
+    assert (verdict.noticed, verdict.false_alarm) == ("never", True)
 
 
 def test_an_error_counts_as_noticed_without_naming_the_failure() -> None:
@@ -57,8 +58,23 @@ def test_an_error_counts_as_noticed_without_naming_the_failure() -> None:
 
 def test_a_loss_that_is_reported_is_no_warning() -> None:
     nan = FAILURES["nan-behind-clipping"]
-    reports = "Iter 10: Train loss nan, It/sec 4.2\nstep 10: training loss nan"
+    reports = (
+        "Iter 10: Train loss nan, It/sec 4.2\nstep 10: training loss nan\n"
+        "    20    val   nan    0.63s\n    20      nan ▲       57      1.9k\n│ Loss: nan │"
+    )
     assert decide(nan, printed(reports), printed("")).noticed == "never"
+
+
+def test_a_row_of_a_table_counts_with_a_verdict_or_a_count_that_the_twin_does_not_have() -> None:
+    rows = FAILURES["duplicated-rows"]
+    inspected = decide(rows, printed("│ Duplicates │ 36 │"), printed("│ Duplicates │ 0 │"))
+    assert inspected.noticed == "after"
+    assert decide(rows, printed("│ Copies │ of all │"), printed("")).noticed == "never"
+    length = FAILURES["answers-cut-off"]
+    judged = decide(
+        length, printed("│ truncation │ MAJOR │ all rows"), printed("│ truncation │ OK")
+    )
+    assert judged.noticed == "after"
 
 
 def test_what_comes_before_the_first_step_was_noticed_before_training(tmp_path: Path) -> None:
@@ -82,6 +98,11 @@ def test_planted_and_healthy_folder_differ_in_the_plant_alone(tmp_path: Path) ->
     assert planted.settings == healthy.settings
 
 
+def test_what_the_rows_say_that_nested_tune_misses_is_explained_and_nothing_else() -> None:
+    rows = read_all_rows()["nested-tune"]
+    assert {name for name, row in rows.items() if row["noticed"] == "never"} == set(read_misses())
+
+
 def test_counts_pass_over_what_is_not_applicable() -> None:
     whens = ("before", "never", "not applicable")
     rows = {when: {"noticed": when, "false_alarm": when == "never"} for when in whens}
@@ -100,9 +121,7 @@ def test_counts_pass_over_what_is_not_applicable() -> None:
         ("another-template-at-serving", "use"),
     ],
 )
-def test_nested_tune_notices(
-    name: str, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nested_tune_notices(name, when, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(bench, "WORK", tmp_path)
     row = bench.run_failure(NestedTune(), FAILURES[name])
     assert row["noticed"] == when, json.dumps(row, indent=1)

@@ -162,9 +162,7 @@ def test_at_the_end_of_a_process_no_module_holds_a_compiled_function() -> None:
         (None, 1000),
     ],
 )
-def test_the_weights_of_a_folder_are_counted_by_their_bits(
-    tmp_path: Path, config: str | None, weights: int
-) -> None:
+def test_the_weights_of_a_folder_are_counted_by_their_bits(tmp_path, config, weights) -> None:
     for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
         (tmp_path / name).write_bytes(b"0" * 1000)
     (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")

@@ -127,9 +127,7 @@ print(json.dumps([code, sorted(packages), sorted(sys.modules)]))
         ),
     ],
 )
-def test_looking_at_a_run_and_promoting_it_load_no_trainer(
-    tmp_path: Path, command: list[str], unneeded: set[str]
-) -> None:
+def test_looking_at_a_run_and_promoting_it_load_no_trainer(tmp_path, command, unneeded) -> None:
     arguments = [command[0], str(tmp_path), *command[1:]]
     code, packages, modules = ask(LIGHT.format(arguments=arguments))
     assert code == 2  # the folder is no run directory; all that the command needs was loaded

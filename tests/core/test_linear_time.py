@@ -24,7 +24,6 @@ import nested_core
 from nested_core.config.loading import parse_config, parse_yaml
 from nested_core.data.lines.example_parsing import FieldNames, parse_line
 from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
-from nested_core.data.lines.sensitive_data import SENSITIVE_PATTERNS
 from nested_core.data.sources.file_formats import (
     RestOfFileUnreadable,
     find_csv_delimiter,
@@ -35,6 +34,7 @@ from nested_core.data.sources.file_formats import (
 from nested_core.errors import NestedTuneError
 from nested_core.records.metrics import read_metrics
 from nested_core.registry.ledger import LEDGER_NAME, read_ledger
+from nested_core.seams import is_there, load
 from nested_core.storage.manifest import MANIFEST_NAME, read_manifest
 from nested_core.storage.safetensors_files import read_tensors
 from nested_core.storage.untrusted_files import parse_json
@@ -259,7 +259,10 @@ def modules(package: ModuleType) -> Iterator[ModuleType]:
 
 def patterns() -> dict[str, re.Pattern[Any]]:
     """Every compiled pattern that stands in a module, by its text."""
-    found = {pattern.form.pattern: pattern.form for pattern in SENSITIVE_PATTERNS}
+    found = {}
+    if is_there("secrets"):
+        known = load("nested_core.rooms.secrets.sensitive_data:SENSITIVE_PATTERNS")
+        found = {pattern.form.pattern: pattern.form for pattern in known}
     for package in (nested_core, flows):
         for module in modules(package):
             values = vars(module).values()

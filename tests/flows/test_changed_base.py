@@ -9,7 +9,7 @@ import pytest
 
 from nested_core.pipeline import steps
 from tests.example import MODEL, Finished, train_example, write_config
-from tests.flows.conftest import Ended, called
+from tests.flows.conftest import called
 
 SETTINGS = {"iters": 4, "val_batches": 0}
 
@@ -28,31 +28,18 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return done
 
 
-def call(done: Finished, *arguments: object) -> Ended:
-    return called(*arguments, cwd=done.run.path.parent)
-
-
-def test_verify_rejects_the_adapter_for_its_base(changed: Finished) -> None:
-    ended = call(changed, "verify", changed.run.initial, changed.run.adapter, "--json")
-    assert ended.code == 4
-    assert [reason["code"] for reason in ended.document["reasons"]] == ["base_mismatch"]
-
-
-def test_promote_refuses_and_makes_no_registry(changed: Finished) -> None:
-    folder = changed.run.path.parent
-    ended = call(
-        changed, "promote", changed.run.path, "--registry", folder / "registry", "--name", "a"
-    )
-    assert ended.code == 6
-    assert str(folder / "base") in ended.message()
+def test_verify_promote_and_resume_refuse_and_change_nothing(changed: Finished) -> None:
+    run, folder = changed.run, changed.run.path.parent
+    verified = called("verify", run.initial, run.adapter, "--json", cwd=folder)
+    assert verified.code == 4
+    assert [reason["code"] for reason in verified.document["reasons"]] == ["base_mismatch"]
+    promoted = called("promote", run.path, "--registry", "registry", "--name", "a", cwd=folder)
+    assert promoted.code == 6
+    assert str(folder / "base") in promoted.message()
     assert not (folder / "registry" / "a" / "versions").exists()
-
-
-def test_resume_refuses_to_train_on(changed: Finished) -> None:
-    folder = changed.run.path.parent
     write_config(folder / "config.yaml", **SETTINGS | {"model": str(folder / "base"), "iters": 8})
-    before = sorted(path.name for path in changed.run.checkpoints.iterdir())
-    ended = call(changed, "train", "-c", "config.yaml", "--run-dir", changed.run.path, "--resume")
-    assert ended.code == 6
-    assert "base" in ended.message()
-    assert sorted(path.name for path in changed.run.checkpoints.iterdir()) == before
+    before = sorted(path.name for path in run.checkpoints.iterdir())
+    resumed = called("train", "-c", "config.yaml", "--run-dir", run.path, "--resume", cwd=folder)
+    assert resumed.code == 6
+    assert "base" in resumed.message()
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == before

@@ -17,9 +17,7 @@ NAME = "capitals"
 
 
 @pytest.fixture(scope="module")
-def story(
-    prefect_server: None, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, Ended]]:
+def story(prefect_server, tmp_path_factory) -> tuple[Path, dict[str, Ended]]:
     """A first run that becomes champion, and three more on the same data."""
     folder = tmp_path_factory.mktemp("continual")
     target = {"path": "registry", "name": NAME}

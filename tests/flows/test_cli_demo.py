@@ -87,46 +87,40 @@ def demos(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Dem
 
 
 @whole
-def test_the_demo_ends_with_exit_0_and_a_champion_that_passed(demos: Demos) -> None:
+def test_the_demo_ends_with_a_champion_that_passed_and_learnt_and_shows_it(demos: Demos) -> None:
     assert demos.whole.code == 0, demos.whole.stderr
+    assert "Traceback" not in demos.whole.stderr
     registry = demos.folder / "whole" / "registry"
     (entry,) = history(registry, NAME)
     assert entry["version"] == read_champion(registry, NAME)
     run_dir = demos.run_dir("whole")
+    champion = read_adapter(registry / NAME / "champion")
+    assert champion.tensors == read_adapter(run_dir / "adapter").tensors
     verdict = json.loads((run_dir / "gate.json").read_bytes())
     assert verdict["verdict"] == "passed"
     assert [tier["frequency"] for tier in verdict["tiers"]] == [1, 2, 4]
-    assert read_adapter(registry / NAME / "champion").tensors == (
-        read_adapter(run_dir / "adapter").tensors
-    )
-
-
-@whole
-def test_the_demo_learns_as_its_requirement_says(demos: Demos) -> None:
-    verdict = json.loads((demos.run_dir("whole") / "gate.json").read_bytes())
     assert verdict["validation"]["loss_before"] > 4
     assert verdict["validation"]["loss_after"] < 2
-    counts = re.search(r"right answers: (\d+) of 15 before, (\d+) of 15 after", demos.whole.stdout)
-    assert counts is not None
-    assert int(counts[1]) <= 2
-    assert int(counts[2]) >= 12
     (suite,) = verdict["tasks"]
     assert [suite["questions"], suite["base"], suite["verdict"]] == [15, 0, "passed"]
     assert suite["candidate"] >= 12 / 15
     assert suite["interval"][0] > 0
-
-
-@whole
-def test_the_demo_shows_curve_tiers_verdict_answers_and_champion(demos: Demos) -> None:
+    counts = re.search(r"right answers: (\d+) of 15 before, (\d+) of 15 after", demos.whole.stdout)
+    assert counts is not None
+    assert int(counts[1]) <= 2
+    assert int(counts[2]) >= 12
     for words in (
         "training loss   o validation loss",
         "every 4",
         "gate: passed, better",
         "Where to?",
+        "champion: whole/registry/geography/champion -> versions/",
     ):
         assert words in demos.whole.stdout
-    assert "champion: whole/registry/geography/champion -> versions/" in demos.whole.stdout
-    assert "Traceback" not in demos.whole.stderr
+    assert {path.name for path in demos.folder.iterdir()} == {"whole", "broken", "prefect"}
+    for out in ("whole", "broken"):
+        names = {path.name for path in (demos.folder / out).iterdir()}
+        assert names <= {"runs", "registry"}
 
 
 @whole
@@ -142,7 +136,9 @@ def test_the_champion_answers_through_plain_mlx_lm(demos: Demos) -> None:
 
 
 @whole
-def test_the_broken_demo_is_stopped_by_the_gate_with_exit_4(demos: Demos) -> None:
+def test_the_broken_demo_is_stopped_by_the_gate_with_exit_4_and_its_flow_run_says_why(
+    demos,
+) -> None:
     assert demos.broken.code == 4
     message = demos.broken.message()
     assert "The gate rejected" in message
@@ -152,20 +148,6 @@ def test_the_broken_demo_is_stopped_by_the_gate_with_exit_4(demos: Demos) -> Non
     assert [reason["code"] for reason in verdict["reasons"]] == ["unchanged"]
     registry = demos.folder / "broken" / "registry"
     assert not registry.exists() or list(registry.iterdir()) == []
-
-
-@whole
-def test_the_readme_quotes_the_losses_of_the_broken_demo(demos: Demos) -> None:
-    line = r"step 120: training loss ([\d.]+), validation loss ([\d.]+) \(valid.jsonl, "
-    quoted = re.findall(line, README.read_text(encoding="utf-8"))
-    said = re.findall(line, demos.broken.stderr)
-    assert [len(quoted), len(said)] == [1, 1]
-    losses = [float(loss) for loss in said[0]]
-    assert losses == pytest.approx([float(loss) for loss in quoted[0]], abs=0.05)
-
-
-@whole
-def test_the_flow_run_of_the_broken_demo_is_failed_and_says_unchanged(demos: Demos) -> None:
     with get_client(sync_client=True) as client:
         found: list[FlowRun] = client.read_flow_runs()
     (run,) = [run for run in found if "broken/runs" in str(run.parameters)]
@@ -176,8 +158,10 @@ def test_the_flow_run_of_the_broken_demo_is_failed_and_says_unchanged(demos: Dem
 
 
 @whole
-def test_both_demos_keep_everything_below_their_folder(demos: Demos) -> None:
-    assert {path.name for path in demos.folder.iterdir()} == {"whole", "broken", "prefect"}
-    for out in ("whole", "broken"):
-        names = {path.name for path in (demos.folder / out).iterdir()}
-        assert names <= {"runs", "registry"}
+def test_the_readme_quotes_the_losses_of_the_broken_demo(demos: Demos) -> None:
+    line = r"step 120: training loss ([\d.]+), validation loss ([\d.]+) \(valid.jsonl, "
+    quoted = re.findall(line, README.read_text(encoding="utf-8"))
+    said = re.findall(line, demos.broken.stderr)
+    assert [len(quoted), len(said)] == [1, 1]
+    losses = [float(loss) for loss in said[0]]
+    assert losses == pytest.approx([float(loss) for loss in quoted[0]], abs=0.05)

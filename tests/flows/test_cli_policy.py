@@ -36,7 +36,7 @@ def policy(folder: Path, *words: object) -> Ended:
 
 def test_a_policy_is_shown_set_and_recorded(folder: Path) -> None:
     assert "as configured" in policy(folder).stdout
-    bounds = ("--promote", "approve", "--max-val-loss-increase", "0.02")
+    bounds = ("--promote", "better", "--max-val-loss-increase", "0.02")
     done = policy(folder, *bounds, "--tasks", "suites.yaml")
     assert done.code == 0, done.stderr
     shown = policy(folder, "--json").document
@@ -44,14 +44,14 @@ def test_a_policy_is_shown_set_and_recorded(folder: Path) -> None:
     assert shown == {
         "name": NAME,
         "policy": {
-            "promote": "approve",
+            "promote": "better",
             "max_val_loss_increase": 0.02,
             "reference": None,
         },
     }
     assert (task["file"], task["min"]) == (str(folder / "questions.jsonl"), 0.5)
     line = history(folder / "registry", NAME)[-1]
-    assert (line["action"], line["after"]["promote"]) == ("policy", "approve")
+    assert (line["action"], line["after"]["promote"]) == ("policy", "better")
     assert audit(folder / "registry", NAME).is_sound
 
 
@@ -63,9 +63,7 @@ def test_a_policy_is_shown_set_and_recorded(folder: Path) -> None:
         ("asked.yaml", "# asked each night\n- {prompt: 'Capital of Peru?', expected: Lima}\n"),
     ],
 )
-def test_a_file_of_questions_is_a_suite_scored_by_what_it_contains(
-    folder: Path, name: str, content: str
-) -> None:
+def test_a_file_of_questions_is_a_suite_scored_by_what_it_contains(folder, name, content) -> None:
     (folder / name).write_text(content)
     (task,) = policy(folder, "--tasks", name, "--json").document["policy"]["tasks"]
     assert task["file"] == str(folder / name)

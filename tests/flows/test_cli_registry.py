@@ -59,72 +59,45 @@ def versions(folder: Path) -> tuple[str, str]:
     return first.digest(), second.digest()
 
 
-def test_promoting_a_run_registers_it_and_makes_it_champion(
-    story: dict[str, Ended], versions: tuple[str, str]
-) -> None:
-    assert story["first"].code == 0
-    assert story["first"].stdout == f"promoted: {versions[0][:12]} (before: none)\n"
-    assert story["second"].code == 0
-    second, first = versions[1][:12], versions[0][:12]
-    assert story["second"].stdout == f"promoted: {second} (before: {first})\n"
-
-
-def test_a_promotion_to_a_higher_loss_on_the_same_data_is_a_success_with_a_warning(
-    story: dict[str, Ended], folder: Path
-) -> None:
-    gates = [json.loads((folder / run / "gate.json").read_text()) for run in ("first", "second")]
-    first, second = (gate["validation"]["loss_after"] for gate in gates)
-    assert second > first  # it was trained for half as long
-    assert story["second"].code == 0
-    warning = " ".join(story["second"].stderr.split())
-    assert f"a higher validation loss on the same data, {second:.4g}, than the champion" in warning
-    assert f"{first:.4g}. To go back: nested-tune rollback {NAME} --registry registry" in warning
-    assert "warning" not in story["first"].stderr
-
-
-def test_a_promotion_tells_the_losses_with_their_data_and_those_of_the_champion_before(
-    story: dict[str, Ended], folder: Path, versions: tuple[str, str]
-) -> None:
-    gates = [json.loads((folder / run / "gate.json").read_text()) for run in ("first", "second")]
-    first, second = (gate["validation"] for gate in gates)
-    said = " ".join(story["first"].stderr.split())
-    change = f"{first['loss_before']:.4g} -> {first['loss_after']:.4g} by training"
-    assert f"{versions[0][:12]}: loss on {first['file']} {change}; there was no champion" in said
-    said = " ".join(story["second"].stderr.split())
-    rival = f"the champion before, {versions[0][:12]}: {first['loss_after']:.4g}"
-    assert f"by training; {rival} on the same examples" in said
-
-
-def test_a_promotion_for_another_champion_is_superseded_and_a_success(
-    story: dict[str, Ended],
-) -> None:
-    assert story["late"].code == 0
+def test_the_champion_changes_by_each_command_as_it_says(story, versions, folder) -> None:
+    first, second = versions
+    short, other = first[:12], second[:12]
+    assert {name: ended.code for name, ended in story.items()} == dict.fromkeys(story, 0)
+    assert story["first"].stdout == f"promoted: {short} (before: none)\n"
+    assert story["second"].stdout == f"promoted: {other} (before: {short})\n"
     assert "superseded" in story["late"].stdout
     assert "next: nested-tune chat" in story["first"].stderr
     assert "next:" not in story["late"].stderr  # the champion is not that run's adapter
-
-
-def test_rollback_goes_to_what_the_last_change_replaced(
-    story: dict[str, Ended], versions: tuple[str, str]
-) -> None:
-    assert story["rollback"].code == 0
-    first, second = versions  # with all digits, for programs
     document = {"outcome": "rolled_back", "version": first, "previous": second}
-    assert story["rollback"].document == document
-
-
-def test_promoting_the_champion_again_changes_nothing(
-    story: dict[str, Ended], versions: tuple[str, str], folder: Path
-) -> None:
-    assert story["again"].code == 0
+    assert story["rollback"].document == document  # with all digits, for programs
     champion = folder / "registry" / NAME / "champion"
-    assert champion.resolve().name == versions[0]
-    assert read_adapter(champion).digest() == versions[0]
+    assert champion.resolve().name == read_adapter(champion).digest() == first
+    assert list(story["audit"].document["findings"]) == []
+    assert story["audited"].stdout == "2 versions, the champion and the history are sound\n"
+    collected = story["gc"].document
+    assert (collected["collected"], collected["kept"]) == ([], sorted(versions))
+    assert story["gc again"].stdout.startswith("would remove 0 versions (0.0 MB), kept 2")
 
 
-def test_history_tells_every_change_oldest_first(
-    story: dict[str, Ended], versions: tuple[str, str]
+def test_a_promotion_tells_the_losses_and_warns_of_a_higher_one_on_the_same_data(
+    story, folder, versions
 ) -> None:
+    gates = [json.loads((folder / run / "gate.json").read_text()) for run in ("first", "second")]
+    first, second = (gate["validation"] for gate in gates)
+    before, after = first["loss_after"], second["loss_after"]
+    assert after > before  # it was trained for half as long
+    said = " ".join(story["second"].stderr.split())
+    assert f"a higher validation loss on the same data, {after:.4g}, than the champion" in said
+    assert f"{before:.4g}. To go back: nested-tune rollback {NAME} --registry registry" in said
+    rival = f"the champion before, {versions[0][:12]}: {before:.4g}"
+    assert f"by training; {rival} on the same examples" in said
+    said = " ".join(story["first"].stderr.split())
+    assert "warning" not in said
+    change = f"{first['loss_before']:.4g} -> {before:.4g} by training"
+    assert f"{versions[0][:12]}: loss on {first['file']} {change}; there was no champion" in said
+
+
+def test_history_tells_every_change_oldest_first(story, versions) -> None:
     assert story["history"].code == 0
     document = story["history"].document
     assert (document["name"], document["champion"]) == (NAME, versions[0])
@@ -136,20 +109,6 @@ def test_history_tells_every_change_oldest_first(
     assert told is not None
     assert told[1] == format_loss(document["losses"][first]["loss"])
     assert document["losses"].keys() == {first, second}
-
-
-def test_audit_of_a_sound_registry_finds_nothing(story: dict[str, Ended]) -> None:
-    assert story["audit"].code == 0
-    assert list(story["audit"].document["findings"]) == []
-    assert story["audited"].stdout == "2 versions, the champion and the history are sound\n"
-
-
-def test_gc_of_two_versions_in_use_removes_nothing(
-    story: dict[str, Ended], versions: tuple[str, str]
-) -> None:
-    document = story["gc"].document
-    assert (document["collected"], document["kept"]) == ([], sorted(versions))
-    assert story["gc again"].stdout.startswith("would remove 0 versions (0.0 MB), kept 2")
 
 
 def test_a_version_that_was_changed_is_damage_for_every_command(
@@ -166,9 +125,7 @@ def test_a_version_that_was_changed_is_damage_for_every_command(
         assert "Traceback" not in done.stderr
 
 
-def test_a_configuration_that_was_edited_after_the_run_is_damage(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_a_configuration_that_was_edited_after_the_run_is_damage(folder, tmp_path) -> None:
     copy = shutil.copytree(folder / "first", tmp_path / "run")
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace("learning_rate: 0.002", "learning_rate: 0.001"))
@@ -180,9 +137,7 @@ def test_a_configuration_that_was_edited_after_the_run_is_damage(
 
 
 @pytest.mark.usefixtures("story")
-def test_a_rollback_says_who_and_why_in_the_history(
-    folder: Path, tmp_path: Path, versions: tuple[str, str]
-) -> None:
+def test_a_rollback_says_who_and_why_in_the_history(folder, tmp_path, versions) -> None:
     registry = shutil.copytree(folder / "registry", tmp_path / "registry", symlinks=True)
     words = ("--to", versions[1], "--by", "bob", "--reason", "it was rude")
     assert called("rollback", NAME, "--registry", registry, *words, cwd=tmp_path).code == 0
@@ -193,9 +148,7 @@ def test_a_rollback_says_who_and_why_in_the_history(
     assert (last["action"], last["by"], last["reason"]) == ("rollback", "bob", "it was rude")
 
 
-def test_a_run_that_did_not_pass_is_refused_and_nothing_is_made(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_did_not_pass_is_refused_and_nothing_is_made(folder, tmp_path) -> None:
     copy = shutil.copytree(folder / "first", tmp_path / "run")
     gate = copy / "gate.json"
     gate.write_text(gate.read_text().replace('"verdict": "passed"', '"verdict": "failed"'))

@@ -11,12 +11,11 @@ import yaml
 from flows.cli import main
 from nested_core.registry import audit, promote, register
 from tests.core.registry.conftest import write_run
+from tests.left_out import needs_rooms
 from tests.runs import finished_run
 
 
-def test_report_writes_the_page_and_names_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_report_writes_the_page_and_names_it(tmp_path, capsys) -> None:
     run = finished_run(tmp_path / "run")
     assert main(["report", str(run.path)]) == 0
     assert capsys.readouterr().out == f"report: {run.report}\n"
@@ -26,9 +25,7 @@ def test_report_writes_the_page_and_names_it(
     assert "Verified: passed, better" in elsewhere.read_text()
 
 
-def test_report_of_a_damaged_run_is_written_and_exits_6(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_report_of_a_damaged_run_is_written_and_exits_6(tmp_path, capsys) -> None:
     run = finished_run(tmp_path / "run")
     run.gate.write_text("{")
     assert main(["report", str(run.path)]) == 6
@@ -42,10 +39,9 @@ def test_what_is_no_run_is_bad_usage(tmp_path: Path) -> None:
     assert main(["runs", str(tmp_path / "none")]) == 2
 
 
+@needs_rooms("compare")
 @pytest.mark.parametrize("flag", ["-o", "--output", "--html"])
-def test_compare_writes_a_page_beside_its_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
-) -> None:
+def test_compare_writes_a_page_beside_its_table(tmp_path, capsys, flag) -> None:
     runs = [
         finished_run(tmp_path / name, learning_rate=rate) for name, rate in (("a", 1), ("b", 2))
     ]
@@ -57,9 +53,7 @@ def test_compare_writes_a_page_beside_its_table(
     assert page.read_text().count("<svg") == 4
 
 
-def test_runs_lists_and_an_empty_folder_has_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_lists_and_an_empty_folder_has_none(tmp_path, capsys) -> None:
     (tmp_path / "runs").mkdir()
     assert main(["runs", str(tmp_path / "runs")]) == 0
     assert "no runs in" in capsys.readouterr().out
@@ -70,40 +64,31 @@ def test_runs_lists_and_an_empty_folder_has_none(
     assert run.path.name in shown
 
 
-def test_a_card_has_the_hubs_front_matter_and_no_field_that_nobody_gave(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    registry = tmp_path / "registry"
-    config = {"model": "org/base-1B", "data": "org/chats", "fine_tune_type": "lora", "seed": 30}
-    run = write_run(tmp_path / "run", 1)
-    version = register(run, registry, "capitals", {"config": config, "packages": {"mlx": "0.1"}})
-    promote(registry, "capitals", version, by="tester")
-    target = tmp_path / "README.md"
-    assert main(["card", str(registry / "capitals"), "-o", str(target)]) == 0
-    assert capsys.readouterr().out == f"card: {target}\n"
-    _, front, body = target.read_text().split("---\n", 2)
-    fields = yaml.safe_load(front)
-    assert fields["base_model"] == "org/base-1B"
-    assert fields["base_model_relation"] == "adapter"
-    assert fields["library_name"] == "mlx"
-    assert fields["tags"] == ["mlx", "nested-tune", "lora"]
-    assert fields["datasets"] == ["org/chats"]
-    (result,) = fields["model-index"][0]["results"]
+def test_a_card_has_the_hubs_front_matter_and_no_field_that_nobody_gave(tmp_path, capsys) -> None:
+    registry, target = tmp_path / "registry", tmp_path / "README.md"
+    hub = {"model": "org/base-1B", "data": "org/chats", "fine_tune_type": "lora", "seed": 30}
+    local = {"model": "/models/base", "data": "./data"}
+    fields, bodies = {}, {}
+    for name, config in (("capitals", hub), ("rivers", local)):
+        run = write_run(tmp_path / name, 1)
+        version = register(run, registry, name, {"config": config, "packages": {"mlx": "0.1"}})
+        promote(registry, name, version, by="tester")
+        assert main(["card", str(registry / name), "-o", str(target)]) == 0
+        assert capsys.readouterr().out == f"card: {target}\n"
+        _, front, bodies[name] = target.read_text().split("---\n", 2)
+        fields[name] = yaml.safe_load(front)
+    (result,) = fields["capitals"].pop("model-index")[0]["results"]
     assert result["metrics"][0]["value"] == 1.2
-    assert "license" not in fields
-    assert version in body
-    assert "| seed | 30 |" in body
-
-
-def test_a_local_base_and_local_data_are_no_names_of_the_hub(tmp_path: Path) -> None:
-    registry = tmp_path / "registry"
-    provenance = {"config": {"model": "/models/base", "data": "./data"}}
-    version = register(write_run(tmp_path / "run", 1), registry, "capitals", provenance)
-    promote(registry, "capitals", version, by="tester")
-    target = tmp_path / "README.md"
-    assert main(["card", str(registry / "capitals"), "-o", str(target)]) == 0
-    fields = yaml.safe_load(target.read_text().split("---\n", 2)[1])
-    assert {"base_model", "datasets", "model-index"}.isdisjoint(fields)
+    assert fields["capitals"] == {
+        "base_model": "org/base-1B",
+        "base_model_relation": "adapter",
+        "library_name": "mlx",
+        "tags": ["mlx", "nested-tune", "lora"],
+        "datasets": ["org/chats"],
+    } | {key: fields["capitals"][key] for key in ("pipeline_tag",) if key in fields["capitals"]}
+    assert version in bodies["capitals"]
+    assert "| seed | 30 |" in bodies["capitals"]
+    assert {"base_model", "datasets", "model-index"}.isdisjoint(fields["rivers"])
 
 
 def test_a_name_without_a_champion_or_with_a_changed_file_has_no_card(tmp_path: Path) -> None:
@@ -137,10 +122,7 @@ def test_a_name_without_a_champion_or_with_a_changed_file_has_no_card(tmp_path: 
     ids=lambda command: f"{command[0]} {command[-2]}",
 )
 def test_no_command_writes_into_a_registry_or_looks_at_anything_else_before_it_says_so(
-    command: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    command, tmp_path, monkeypatch, capsys
 ) -> None:
     monkeypatch.chdir(tmp_path)
     finished_run(tmp_path / "run")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 
 from flows.process.stop_signals import STOPPING
-from nested_core.storage.checkpoint import latest_checkpoint
 from nested_core.storage.checkpoint_verification import list_checkpoints
 from tests.example import write_config
 from tests.flows.conftest import completed, ended, start
@@ -30,30 +28,8 @@ def interrupt(process: subprocess.Popen[str], *, sends_to_group: bool = False) -
     assert any(line.startswith(STOPPING) for line in stderr), f"exit {process.wait()}"
 
 
-def last_step(folder: Path) -> int:
-    """The step of the last whole line of metrics.jsonl."""
-    text = (folder / "run" / "metrics.jsonl").read_text()
-    return int(json.loads(text[: text.rindex("\n")].splitlines()[-1])["step"])
-
-
 def checkpoints(folder: Path) -> list[str]:
     return [path.name for path in list_checkpoints(folder / "run" / "checkpoints")]
-
-
-def test_one_sigint_checkpoints_and_exits_5_after_the_step_in_hand(tmp_path: Path) -> None:
-    write_config(tmp_path / "config.yaml", iters=5000, val_batches=1, steps_per_report=2)
-    process = start(*TRAIN, cwd=tmp_path)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, process=process)
-    interrupt(process)
-    reported = last_step(tmp_path)
-    stopped = ended(process)
-    assert stopped.code == 5
-    checkpoint = latest_checkpoint(tmp_path / "run" / "checkpoints")
-    assert checkpoint is not None
-    # The report of every second step may be in hand, and with it the step after that.
-    assert checkpoint.step <= reported + 3
-    assert f"Training was stopped at step {checkpoint.step} of 5000" in stopped.message()
 
 
 @pytest.mark.slow("waits for a step of some seconds, and does it again")

@@ -13,6 +13,7 @@ import pytest
 
 from flows import cli
 from nested_core import seams
+from nested_core.rooms import Room
 from tests.example import DATA, write_config
 from tests.flows.conftest import Ended, called
 
@@ -128,25 +129,16 @@ def test_a_wrong_configuration_names_every_key(misconfigured: dict[str, Ended], 
     assert all(words in misconfigured[case].message() for words in CONFIGS[case][1])
 
 
-def test_a_command_or_a_flag_of_a_room_that_was_deleted_names_the_room(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(seams, "ROOMS", {"music": seams.Room(commands=("play",))})
+def test_a_command_of_a_room_that_was_deleted_names_the_room(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(seams, "ROOMS", {"music": Room(commands=("play",))})
     assert cli.main(["play"]) == 2
     said = "`play` belongs to the room music, which is not installed here."
     assert said in capsys.readouterr().err.replace("\n", " ")
     assert "\nServe:" not in cli.build_parser().format_help()
-    flags = {"verify --model": "flows.rooms.music.command:play"}
-    monkeypatch.setattr(seams, "ROOMS", {"music": seams.Room(flags=flags)})
-    assert cli.main(["verify", "adapter", "--model", "base"]) == 2
-    said = "`verify --model` belongs to the room music, which is not installed here."
-    assert said in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_a_flag_of_a_room_that_was_deleted_names_the_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(seams, "ROOMS", {"music": seams.Room(added_flags={"runs": ("--tune",)})})
+def test_a_flag_of_a_room_that_was_deleted_names_the_room(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(seams, "ROOMS", {"music": Room(flags={"runs": ("--tune",)})})
     done = called("runs", "--tune", "louder", cwd=tmp_path)
     said = "`runs --tune` belongs to the room music, which is not installed here."
     assert (done.code, done.message().strip()) == (2, f"nested-tune: {said}")
@@ -185,14 +177,14 @@ def test_a_mistake_in_a_configuration_is_told_before_mlx_or_prefect_is_imported(
     program = """
 import sys
 from flows.cli import main
-commands = ("train", "run", "validate", "explain")
+commands = ("train", "run", "validate")
 codes = [main([command, "-c", "config.yaml"]) for command in commands]
 print(codes, {"mlx", "mlx_lm", "transformers", "prefect", "polars", "numpy"} & set(sys.modules))
 """
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout == "[2, 2, 2, 2] set()\n"
-    assert done.stderr.count("did you mean model? (line 1)") == 4
+    assert done.stdout == "[2, 2, 2] set()\n"
+    assert done.stderr.count("did you mean model? (line 1)") == 3
 
 
 def test_a_prefect_server_that_does_not_answer_is_one_paragraph(nested_tune, tmp_path) -> None:

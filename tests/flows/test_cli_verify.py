@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders.file_damage import halve
 from tests.flows.conftest import CommandRun, Ended, called
 
 Run = Callable[..., Ended]
@@ -65,15 +66,11 @@ def test_a_person_reads_the_verdict_first_and_then_a_row_a_module(command_run) -
     assert rejected.stdout.splitlines()[0].startswith("Rejected: unchanged (all 84")
 
 
-def truncated(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:5000])
-
-
 def replaced_by_a_pickle(path: Path) -> None:
     path.write_bytes(b"\x80\x04N.")
 
 
-@pytest.mark.parametrize("damage", [truncated, replaced_by_a_pickle])
+@pytest.mark.parametrize("damage", [halve, replaced_by_a_pickle])
 def test_a_damaged_adapter_is_named_and_exit_6(command_run, nested_tune, tmp_path, damage) -> None:
     copy = shutil.copytree(command_run.run_dir / "adapter", tmp_path / "copy")
     damage(copy / "adapters.safetensors")

@@ -32,6 +32,7 @@ from tasks.prefect_server import read_events
 from tests.core.registry.conftest import write_run
 from tests.example import example_settings
 from tests.flows.conftest import Ended, called, naming
+from tests.left_out import needs_rooms
 from tests.waiting import SECONDS
 
 pytestmark = pytest.mark.usefixtures("deployed")
@@ -85,6 +86,7 @@ def test_a_verified_and_promoted_adapter_is_announced_with_what_promote_needs(
     ]
 
 
+@needs_rooms("approval")
 @pytest.mark.slow("a flow that trains and judges a run of its own")
 def test_a_version_that_waits_for_approval_is_verified_and_not_promoted(tmp_path, new_name) -> None:
     state = run_flow(tmp_path, new_name, "approve")
@@ -152,7 +154,7 @@ def test_commands_tell_the_server_what_they_changed_and_who_did_it(
     place = ("--registry", changed)
     done = call_with_server(monkeypatch, url, "rollback", new_name, *place)
     assert (done.code, done.stderr) == (0, "")
-    done = call_with_server(monkeypatch, url, "policy", new_name, *place, "--promote", "approve")
+    done = call_with_server(monkeypatch, url, "policy", new_name, *place, "--promote", "better")
     assert (done.code, done.stderr) == (0, "")
     lost = core.list_versions(changed, new_name)
     lost.remove(str(core.read_champion(changed, new_name)))
@@ -225,11 +227,7 @@ def test_a_line_is_told_though_a_gc_has_written_many_after_it(
     [(1.9, {"nested-tune.news": "yes"}), (2.1, {})],
 )
 def test_a_change_of_hours_ago_is_told_and_is_no_news(
-    tmp_path: Path,
-    new_name: str,
-    monkeypatch: pytest.MonkeyPatch,
-    hours: float,
-    label: dict[str, str],
+    tmp_path, new_name, monkeypatch, hours, label
 ) -> None:
     class Clock(datetime):
         @classmethod
@@ -250,9 +248,7 @@ def test_a_change_of_hours_ago_is_told_and_is_no_news(
     assert event["resource"] == name | label
 
 
-def test_a_server_that_is_away_fails_no_command(
-    changed: Path, new_name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_is_away_fails_no_command(changed, new_name, monkeypatch) -> None:
     was_imported: list[bool] = []
     start = threading.Thread.start
 

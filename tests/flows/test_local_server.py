@@ -82,9 +82,7 @@ def test_its_port_is_its_own_before_it_serves() -> None:
         server.stop()
 
 
-def test_one_that_ended_and_one_that_is_too_slow_are_told_apart(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_one_that_ended_and_one_that_is_too_slow_are_told_apart(monkeypatch) -> None:
     monkeypatch.setattr(local_server, "SECONDS_TO_START", 0.0)
     server = LocalServer()
     try:

@@ -344,9 +344,6 @@ MISTAKES: dict[str, Mistake] = {
         f"{YAML}registry: {{path: registry}}\n",
         "registry: registry needs both path and name, or neither (line 9)",
     ),
-    "a logger that is not installed": yaml_mistake(
-        f"{YAML}report_to: wandb\n", "report_to: wandb is not installed. Install it (pip install w"
-    ),
 }
 
 

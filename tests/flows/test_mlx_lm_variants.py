@@ -139,11 +139,7 @@ def run_mlx_lm(
 
 
 @pytest.fixture(scope="module")
-def theirs(
-    request: pytest.FixtureRequest,
-    stand_ins: Mapping[str, str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Theirs]:
+def theirs(request, stand_ins, tmp_path_factory) -> dict[str, Theirs]:
     """Every variant and flag read; those that are compared or fail there are trained.
 
     Compared are those of TRAINED_HERE, of which `make test` runs the first.
@@ -158,9 +154,7 @@ def theirs(
 
 
 @pytest.fixture(scope="module")
-def theirs_compiled(
-    stand_ins: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Theirs]:
+def theirs_compiled(stand_ins, tmp_path_factory) -> dict[str, Theirs]:
     """Every variant and every flag trained as in a run of mlx_lm.lora, to the bit."""
     variants = (*EXAMPLES, *TRAINED, *FLAG_VARIANTS)
     trained = {variant: is_installed(variant) for variant in variants}
@@ -418,10 +412,7 @@ def reported(folder: Path) -> tuple[set[str], set[int]]:
 @pytest.mark.reliability
 @pytest.mark.parametrize("variant", named((*EXAMPLES, *TRAINED, *FLAG_VARIANTS)))
 def test_the_command_leaves_what_mlx_lm_leaves(
-    variant: Variant,
-    theirs_compiled: dict[str, Theirs],
-    stand_ins: Mapping[str, str],
-    tmp_path: Path,
+    variant, theirs_compiled, stand_ins, tmp_path
 ) -> None:
     config = run_command(variant, tmp_path / "ours", stand_ins)
     adapters = tmp_path / "ours" / str(config.adapter_path)
@@ -440,10 +431,7 @@ REFERENCE = [
 @pytest.mark.skipif(not seams.is_there("reference"), reason="the room reference is not here")
 @pytest.mark.parametrize("variant", REFERENCE)
 def test_every_snapshot_of_a_reference_run_is_mlx_lms_to_the_bit(
-    variant: Variant,
-    theirs_compiled: dict[str, Theirs],
-    stand_ins: Mapping[str, str],
-    tmp_path: Path,
+    variant, theirs_compiled, stand_ins, tmp_path
 ) -> None:
     words = write_command(variant, tmp_path / "ours", stand_ins)
     config = configured([*words, "--training.reference", "mlx_lm"], tmp_path / "ours")

@@ -19,25 +19,27 @@ REFUSED: dict[str, dict[str, Any]] = {
     "a module that is not there": {"lora_parameters": {"keys": ["q_proj"]}},
     "an adapter to start from that is not there": {"resume_adapter_file": "nofile.safetensors"},
     "data that is not there": {"data": "nodata"},
+    "data that is rejected": {"data": "data"},
     "a model that is no model": {"model": "empty"},
     "a tier that would never be trained": {"nested": {"frequencies": [1, 64]}},
 }
 
 
 @pytest.mark.parametrize("changes", REFUSED.values(), ids=REFUSED.keys())
-def test_a_run_refused_before_its_first_step_leaves_nothing(tmp_path, changes) -> None:
+def test_a_run_refused_before_its_first_step_leaves_nothing_but_what_was_there(
+    tmp_path, changes
+) -> None:
     (tmp_path / "empty").mkdir()
-    write_config(tmp_path / "lora.yaml", **changes)
-    done = called("train", "-c", "lora.yaml", cwd=tmp_path)
-    assert done.code == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "lora.yaml"]
-
-
-def test_other_runs_stay(tmp_path: Path) -> None:
     (tmp_path / "runs" / "mine").mkdir(parents=True)
-    write_config(tmp_path / "lora.yaml", num_layers=99)
-    assert called("train", "-c", "lora.yaml", cwd=tmp_path).code == 2
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mine"]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("{}\n")
+    write_config(tmp_path / "lora.yaml", **changes)
+    before = sorted(tmp_path.rglob("*"))
+    rejects_data = changes.get("data") == "data"
+    for place in ((), ("--run-dir", "runs/mine")):
+        done = called("train", "-c", "lora.yaml", *place, cwd=tmp_path)
+        assert done.code == (3 if rejects_data else 2)
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_same_command_works_once_the_mistake_is_corrected(tmp_path: Path) -> None:
@@ -48,14 +50,6 @@ def test_the_same_command_works_once_the_mistake_is_corrected(tmp_path: Path) ->
     write_config(tmp_path / "lora.yaml", iters=8)
     assert called(*arguments, cwd=tmp_path).code != 2
     assert (tmp_path / "mine" / "one" / "result.json").is_file()
-
-
-def test_folders_that_were_there_before_stay(tmp_path: Path) -> None:
-    (tmp_path / "mine" / "one").mkdir(parents=True)
-    write_config(tmp_path / "lora.yaml", num_layers=99)
-    done = called("train", "-c", "lora.yaml", "--run-dir", "mine/one", cwd=tmp_path)
-    assert done.code == 2
-    assert list((tmp_path / "mine").rglob("*")) == [tmp_path / "mine" / "one"]
 
 
 def test_a_resume_that_is_refused_leaves_a_run_that_began_as_it_is(tmp_path: Path) -> None:
@@ -86,11 +80,3 @@ def test_what_another_process_works_on_stays(tmp_path: Path) -> None:
             run.config.write_text("model: other")
             raise ConfigError("in use")
         assert run.config.is_file()
-
-
-def test_a_rejected_data_set_leaves_nothing_either(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text("{}\n")
-    write_config(tmp_path / "lora.yaml", data="data")
-    assert called("train", "-c", "lora.yaml", cwd=tmp_path).code == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "lora.yaml"]

@@ -39,9 +39,7 @@ def night(state: State[Any], hours: float, *, by_schedule: bool = True) -> FlowR
         (night(Scheduled(), -24), None),
     ],
 )
-def test_of_two_nights_at_work_the_one_that_was_due_first_trains(
-    other: FlowRun, expected: str | None
-) -> None:
+def test_of_two_nights_at_work_the_one_that_was_due_first_trains(other, expected) -> None:
     own = night(Running(), 0)
     said = describe_other_night(own, [own, other])
     assert (said is None) if expected is None else str(said).startswith(expected)
@@ -81,9 +79,7 @@ def begin(deployment: UUID, monkeypatch: pytest.MonkeyPatch) -> State[Any]:
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_a_night_that_comes_while_one_is_at_work_ends_skipped_and_names_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_night_that_comes_while_one_is_at_work_ends_skipped_and_names_it(monkeypatch) -> None:
     config = example_settings(iters=2) | {"registry": {"path": "registry", "name": "twice"}}
     with get_client(sync_client=True) as client:
         deployment = client.create_deployment(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from flows.commands.inspection import run_status
-from flows.commands.reports import run_compare, run_listing
+from flows.commands.reports import run_listing
 from flows.commands.training import print_result
 from flows.terminal.run_results import print_rejection
 from nested_core import registry as core
@@ -24,12 +24,14 @@ from nested_core.records.run import Run
 from nested_core.records.skip import Skip, write_skip
 from nested_core.records.verdict import Code, JudgedAdapter, Reason
 from nested_core.registry.adapter_card import render_card
+from nested_core.registry.history_views import writing
 from nested_core.registry.ledger import Origin
 from nested_core.report.outcome import find_outcome, find_reason_kept
 from nested_core.report.run_report import read_report
 from nested_core.seams import is_there, load
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.registry.conftest import write_run
+from tests.left_out import needs_rooms
 from tests.runs import begin_run, config_of, finished_run, judge, make_losses, make_verdict
 
 NAME = "support-bot"
@@ -58,9 +60,11 @@ def promoted(folder: Path) -> RunDirectory:
 
 
 def declined(folder: Path) -> RunDirectory:
-    return registered(
-        folder, lambda registry, v: core.decline(registry, NAME, v, by="ann", reason="too curt")
-    )
+    def say_no(registry: Path, version: str) -> None:
+        with writing(registry, NAME) as held:
+            held.record("declined", version, "ann", reason="too curt")
+
+    return registered(folder, say_no)
 
 
 def rolled_back(folder: Path) -> RunDirectory:
@@ -140,6 +144,9 @@ RUNS: dict[Outcome, Callable[[Path], RunDirectory]] = {
 }
 
 
+QUESTIONS = (Outcome.WAITS_FOR_APPROVAL, Outcome.SUPERSEDED)
+
+
 def ask(command: Callable[[argparse.Namespace], Callable[[], int]], **arguments: Any) -> None:
     """Print what a command prints."""
     flags = {"json": False, "output": None, "prune": False, "keep": None, "dry_run": False}
@@ -155,21 +162,28 @@ def test_a_registered_version_that_its_policy_refused_kept_the_champion(tmp_path
         assert (find_reason_kept(Run(run)) is None) == (rival is None)
 
 
-@pytest.mark.parametrize("outcome", RUNS)
-def test_an_outcome_has_the_same_words_on_every_screen(
-    outcome: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        pytest.param(outcome, marks=needs_rooms("approval")) if outcome in QUESTIONS else outcome
+        for outcome in RUNS
+    ],
+)
+def test_an_outcome_has_the_same_words_on_every_screen(outcome, tmp_path, capsys) -> None:
     run = RUNS[outcome](tmp_path)
     with ExitStack() as stack:
         if outcome == Outcome.RUNNING:
             stack.enter_context(run.locked())
         assert find_outcome(Run(run)) == outcome
         screens = {"report": read_report(run.path).to_html()}
-        for name, show in {
+        shown = {
             "runs": lambda: ask(run_listing, folder=run.path.parent),
-            "compare": lambda: ask(run_compare, run_dirs=[run.path]),
             "status": lambda: ask(run_status, run_dir=run.path),
-        }.items():
+        }
+        if is_there("compare"):
+            run_compare = load("flows.rooms.compare.command:run_compare")
+            shown["compare"] = lambda: ask(run_compare, run_dirs=[run.path])
+        for name, show in shown.items():
             if (name, outcome) != ("status", Outcome.DAMAGED):  # which is an error
                 show()
                 screens[name] = capsys.readouterr().out

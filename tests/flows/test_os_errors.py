@@ -33,9 +33,7 @@ def refused(number: int) -> OSError:
         (tuple(ADVICE_BY_PATH_ERRNO), 2, "cannot be used ({}). "),
     ],
 )
-def test_what_the_system_refuses_is_named_in_one_line_with_what_to_do(
-    numbers: tuple[int, ...], code: int, said: str
-) -> None:
+def test_what_the_system_refuses_is_named_in_one_line_with_what_to_do(numbers, code, said) -> None:
     for number in numbers:
         error = explain(refused(number))
         start, _, then = said.format(os.strerror(number)).partition("*")

@@ -85,11 +85,9 @@ def ask_server(serve: list[str], curl: list[str], cwd: Path) -> tuple[str, str |
         process.wait()
 
 
-@needs_rooms("serve")
+@needs_rooms("planning", "serve")
 @pytest.mark.slow("six commands and the Python block, each a process")
-def test_the_readme_s_commands_question_and_python_block_hold_in_their_order(
-    tmp_path: Path,
-) -> None:
+def test_the_readme_s_commands_question_and_python_block_hold_in_their_order(tmp_path) -> None:
     words = {"DATA": str(DATA), "MODEL": str(MODEL)}
     *commands, serve, curl = read_commands("README.md", "DATA", **words)
     assert [command[:2] for command in (*commands, serve)] == [
@@ -107,11 +105,9 @@ def test_the_readme_s_commands_question_and_python_block_hold_in_their_order(
     assert again.stdout.splitlines()[1] == "runs/second/adapter None None"
 
 
-@needs_rooms("serve")
+@needs_rooms("planning", "serve")
 @pytest.mark.slow("seven commands, each a process")
-def test_seven_commands_make_a_served_champion_and_a_folder_of_sharegpt_rows(
-    tmp_path: Path,
-) -> None:
+def test_seven_commands_make_a_served_champion_and_a_folder_of_sharegpt_rows(tmp_path) -> None:
     names = {"user": "human", "assistant": "gpt"}
     with (tmp_path / "chats.jsonl").open("w") as file:
         for line in (DATA / "train.jsonl").read_text().splitlines():

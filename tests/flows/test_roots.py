@@ -63,25 +63,12 @@ def test_names_of_the_hub_addresses_and_paths_inside_are_allowed(home, allowed) 
     with_allowed_paths(allowed)
 
 
-@pytest.mark.parametrize("key", ["model", "data", "resume_adapter_file", "adapter_path"])
-@pytest.mark.parametrize("path", ["/etc", "../secret.jsonl", "link.jsonl", "linked/secret.jsonl"])
-def test_a_path_that_leads_outside_is_refused_in_every_key(home: Path, key: str, path: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{key}: {path} is outside of the folders"):
-        with_allowed_paths(config(**{key: path}))
-
-
 @pytest.mark.parametrize(
     "path", ["*.jsonl", "data/../../*.jsonl", "l*/secret.jsonl", "**/s*.jsonl"]
 )
 def test_a_pattern_that_matches_files_outside_is_refused(home: Path, path: str) -> None:
     with pytest.raises(ConfigError, match="^data: .* is outside of the folders"):
         with_allowed_paths(config(data=path))
-
-
-@pytest.mark.parametrize("path", ["/etc", "..", "../../etc", "linked", "./linked/home/../.."])
-def test_a_data_set_outside_is_refused_by_its_path(home: Path, path: str) -> None:
-    with pytest.raises(ConfigError, match=r"^hf_dataset\[0\]\.path: .* is outside of the folders"):
-        with_allowed_paths(hub(path))
 
 
 @pytest.mark.parametrize(
@@ -112,11 +99,21 @@ def test_data_files_outside_are_refused_however_they_are_written(home, loader, f
         "zip://x::https://data.example/a.zip",
         "https://data.example/a.zip::file:///etc/passwd",
         "~/secret.jsonl",
+        "http://169.254.169.254/latest/meta-data",
+        "https://x/\n::file:///etc/passwd",
+        "https://x/::/etc/passwd",
+        "hf://x/\r\n::file:///etc/passwd",
+        "https://x/\0",
+        "HTTP://x/a.jsonl",
+        "ftp://x/a.jsonl",
+        "s3://bucket/a.jsonl",
+        "data/train.jsonl\n",
     ],
 )
-def test_an_address_that_can_name_a_local_file_is_refused(home: Path, address: str) -> None:
-    with pytest.raises(ConfigError, match="is neither a path nor an https:// or hf:// address"):
+def test_only_one_plain_address_over_https_or_of_the_hub_is_taken(home: Path, address: str) -> None:
+    with pytest.raises(ConfigError, match="is neither a path nor an https|control character") as e:
         with_allowed_paths(hub("json", data_files=address))
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("path", ["file:///etc/passwd", "https://x/y.json", "a/b/c", "$HOME/x"])
@@ -183,6 +180,7 @@ def parameters(key: str, path: str) -> FinetuneParameters:
     [
         ("~/secret.jsonl", "is outside of the folders"),
         ("~root/secret.jsonl", "is outside of the folders"),
+        *((path, "is outside of the folders") for path in ("/etc", "..", "linked", "link.jsonl")),
         ("~/../secret.jsonl", "is outside of the folders"),
         ("linked/secret.jsonl", "is outside of the folders"),
         ("data/../../secret.jsonl", "is outside of the folders"),
@@ -233,26 +231,6 @@ def test_a_file_of_a_data_set_that_leads_outside_is_refused(home: Path, key: str
     (home / "data" / "train.jsonl").symlink_to(home.parent / "secret.jsonl")
     with pytest.raises(ConfigError, match=r"data/train\.jsonl is outside of the folders"):
         with_allowed_paths(parameters(key, "data"))
-
-
-@pytest.mark.parametrize(
-    "address",
-    [
-        "http://169.254.169.254/latest/meta-data",
-        "https://x/\n::file:///etc/passwd",
-        "https://x/::/etc/passwd",
-        "hf://x/\r\n::file:///etc/passwd",
-        "https://x/\0",
-        "HTTP://x/a.jsonl",
-        "ftp://x/a.jsonl",
-        "s3://bucket/a.jsonl",
-        "data/train.jsonl\n",
-    ],
-)
-def test_only_one_plain_address_over_https_or_of_the_hub_is_taken(home: Path, address: str) -> None:
-    with pytest.raises(ConfigError, match="is neither a path nor an https|control character") as e:
-        with_allowed_paths(hub("json", data_files=address))
-    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("loader", ["pandas", "webdataset", "imagefolder", "pandas/", "./eval"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from uuid import uuid4
 
 import httpx
@@ -42,13 +41,7 @@ def publish_page() -> None:
         ("tasks.prefect_server", tag_flow_run, ["the run has no tags"]),
     ],
 )
-def test_what_only_shows_is_logged_and_left_out(
-    module: str,
-    ask: Callable[[], None],
-    left_out: list[str],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_only_shows_is_logged_and_left_out(module, ask, left_out, caplog, monkeypatch) -> None:
     @flow
     def night() -> str:
         monkeypatch.setattr(f"{module}.get_client", connect_nowhere)

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from nested_core import compare_runs, finetune, open_run, read_report
+from nested_core import finetune, open_run, read_report
 from nested_core.pipeline.finetune import FinetuneResult
 from nested_core.records.metrics import read_metrics
 from nested_core.records.run import Run
 from nested_core.records.verdict_table import describe_verdict
 from nested_core.registry import promote
-from nested_core.report.champion import ChampionRecord, describe_champion
 from nested_core.report.curves import describe_curves
 from nested_core.report.run_report import describe_run
 from nested_core.seams import is_there, load
@@ -27,6 +26,7 @@ from nested_core.text.document import Document
 from nested_core.text.loss_format import format_difference, format_interval, format_loss
 from tests.example import DATA, EXAMPLES, example_config
 from tests.flows.conftest import called
+from tests.left_out import needs_rooms
 
 WORDS = "passed, better"
 SUITE = {
@@ -118,6 +118,7 @@ def asked(told: Told, *command: str) -> str:
     return done.stdout
 
 
+@needs_rooms("compare")
 def test_status_runs_and_compare_tell_the_same_numbers(told: Told) -> None:
     status = json.loads(asked(told, "status", "runs/one", "--json"))
     (listed,) = json.loads(asked(told, "runs", "--json"))["runs"]
@@ -136,6 +137,7 @@ def test_status_runs_and_compare_tell_the_same_numbers(told: Told) -> None:
     assert (losses["gate_file"], losses["gate_examples"]) == (["test.jsonl"], [5])
     assert (losses["validation_file"], losses["validation_examples"]) == (["valid.jsonl"], [5])
     assert compared["tasks"] == {"capitals": [told.right[1] / 15]}
+    compare_runs = load("nested_core.rooms.compare.comparison:compare_runs")
     assert "iters" not in compare_runs([told.folder, told.folder]).differing_settings()
     page = (EXAMPLES.parent / "docs" / "report.md").read_text(encoding="utf-8")
     documented = re.findall(r'"(\w+)"', page.partition('{"runs": [{')[2].partition("}]}")[0])
@@ -149,6 +151,7 @@ def rows_of(table: str) -> dict[str, list[str]]:
     return {name.strip(): [cell.strip() for cell in cells] for name, *cells in lines}
 
 
+@needs_rooms("compare")
 def test_the_tables_of_the_command_line_tell_them_too(told: Told) -> None:
     step, val_loss, gate_loss = told.offered
     listed = rows_of(asked(told, "runs"))["one"]
@@ -176,14 +179,17 @@ def test_each_page_has_the_same_rows_and_the_loss_in_the_same_words(told: Told) 
     assert result.verdict is not None
     assert result.version is not None
     config = example_config(registry={"path": str(told.folder), "name": "capitals"})
-    record = ChampionRecord.read(folder / "registry", "capitals", result.version)
     pages = {
         "report": str(describe_run(Run(result.run))),
         "gate": str(Document("", list(describe_verdict(result.verdict, "Verified")))),
-        "champion": str(describe_champion(record)),
         "card": asked(told, "card", "capitals"),
         "repr": repr(result),
     }
+    if is_there("champion_page"):
+        of_room = "nested_core.rooms.champion_page.champion"
+        read = load(f"{of_room}:ChampionRecord").read
+        record = read(folder / "registry", "capitals", result.version)
+        pages["champion"] = str(load(f"{of_room}:describe_champion")(record))
     if is_there("nights"):
         describe_night = load("nested_core.rooms.nights.night_pages:describe_night")
         pages["night"] = str(describe_night(config, Run(result.run), "Promoted", "done"))

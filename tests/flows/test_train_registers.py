@@ -15,6 +15,7 @@ from nested_core.registry import history, list_versions, promote, read_champion,
 from nested_core.storage.adapter import read_adapter
 from tests.example import example_settings, train_example, write_config
 from tests.flows.conftest import completed
+from tests.left_out import needs_rooms
 
 NAME = "capitals"
 pytestmark = [
@@ -45,7 +46,9 @@ def settings(registry: Path, policy: str, iters: int) -> dict[str, Any]:
         ("always", "worse", "better", "promoted"),
         ("better", "better", "worse", "promoted"),
         ("better", "worse", "better", "is not better by more than 0.005 than the champion's"),
-        ("approve", "better", None, "waiting for approval"),
+        pytest.param(
+            *("approve", "better", None, "waiting for approval"), marks=needs_rooms("approval")
+        ),
     ],
 )
 def test_train_does_with_a_verified_adapter_what_the_flow_does(

@@ -62,9 +62,7 @@ def test_a_planted_fault_changes_what_the_program_does_and_can_be_taken_back(roo
         ("number > 0", "number >  0", "does the same"),
     ],
 )
-def test_a_fault_that_cannot_be_planted_is_refused(
-    root: Path, old: str, new: str, reason: str
-) -> None:
+def test_a_fault_that_cannot_be_planted_is_refused(root, old, new, reason) -> None:
     with pytest.raises(Misplaced, match=reason):
         plant(fault(old, new), root)
 
@@ -72,9 +70,7 @@ def test_a_fault_that_cannot_be_planted_is_refused(
 @pytest.mark.parametrize(
     ("old", "new", "line"), [("return 1", "return 2", 3), ("< 0", "<= 0", 2), ("-1", "-2", 5)]
 )
-def test_a_probe_stands_before_the_statement_that_changes(
-    root: Path, old: str, new: str, line: int
-) -> None:
+def test_a_probe_stands_before_the_statement_that_changes(root, old, new, line) -> None:
     assert statement_line(fault(old, new), root) == line
 
 

@@ -37,9 +37,7 @@ def webhook() -> Iterator[WebhookServer]:
 
 
 @pytest.fixture(scope="session")
-def stack(
-    tmp_path_factory: pytest.TempPathFactory, binaries: Path, webhook: WebhookServer
-) -> Iterator[Stack]:
+def stack(tmp_path_factory, binaries, webhook) -> Iterator[Stack]:
     """Database, server and workers, started fresh, with everything deployed; all stopped after."""
     made = Stack(tmp_path_factory.mktemp("production"), Cluster(binaries))
     try:

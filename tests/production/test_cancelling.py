@@ -83,9 +83,7 @@ def task_under_way(stack: Stack, name: str, task: str) -> Iterator[Training]:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_cancelled_in_a_task_before_or_after_training(
-    stack: Stack, faults: FaultTable, task: str
-) -> None:
+def test_cancelled_in_a_task_before_or_after_training(stack, faults, task) -> None:
     with task_under_way(stack, f"cancelled-{task}", task) as training:
         began = time.monotonic()
         stack.cancel(training.id)
@@ -102,9 +100,7 @@ def test_cancelled_in_a_task_before_or_after_training(
 
 
 @pytest.mark.parametrize("task", ["validate", "gate", "register"])
-def test_the_server_is_away_while_a_task_ends_and_publishes(
-    stack: Stack, faults: FaultTable, task: str
-) -> None:
+def test_the_server_is_away_while_a_task_ends_and_publishes(stack, faults, task) -> None:
     """Killed while the task is under way, and away until that has ended: the run goes on."""
     with task_under_way(stack, f"away-{task}", task) as training:
         stack.kill_server()

@@ -158,9 +158,7 @@ def test_kill_9_of_the_worker_alone(stack: Stack, faults: FaultTable) -> None:
     faults.add("kill -9 of the worker", state, "the finished run", 0, "training goes on without it")
 
 
-def test_kill_9_of_worker_and_flow_process_and_of_what_goes_on_by_itself(
-    stack: Stack, faults: FaultTable
-) -> None:
+def test_kill_9_of_worker_and_flow_process_and_of_what_goes_on_by_itself(stack, faults) -> None:
     training = Training(stack, "killed-both", iters=2 * STEPS).until(20)
     began = time.monotonic()
     stack.workers["mlx-gpu"].kill()
@@ -242,9 +240,7 @@ def small_disk(stack: Stack) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_the_disk_is_full_when_a_checkpoint_is_written(
-    stack: Stack, faults: FaultTable, small_disk: Path
-) -> None:
+def test_the_disk_is_full_when_a_checkpoint_is_written(stack, faults, small_disk) -> None:
     training = Training(stack, "full-disk", run_dir="runs/small/run").until(0)
     training.run = RunDirectory(small_disk / "run")
     training.until(10)
@@ -262,9 +258,7 @@ def test_the_disk_is_full_when_a_checkpoint_is_written(
     faults.add("disk full at a checkpoint", state, held, seconds, "room made, a retry resumes")
 
 
-def test_a_deploy_between_a_crash_and_its_resumption_changes_nothing(
-    stack: Stack, faults: FaultTable
-) -> None:
+def test_a_deploy_between_a_crash_and_its_resumption_changes_nothing(stack, faults) -> None:
     training = Training(stack, "deployed-between").until(20)
     os.kill(stack.flow_parent(training.id), signal.SIGKILL)
     training.final_state()

@@ -296,9 +296,7 @@ def test_no_code_ran_and_no_file_that_stood_there_changed(place: Place, outcomes
     assert digests(place.stack.folder, first_run) == place.protected
 
 
-def test_nothing_outside_was_read_and_nothing_of_it_is_on_a_page(
-    place: Place, outcomes: Outcomes
-) -> None:
+def test_nothing_outside_was_read_and_nothing_of_it_is_on_a_page(place, outcomes) -> None:
     assert outcomes.read == []
     stack = place.stack
     with stack.connected() as client:

@@ -86,9 +86,7 @@ def test_a_run_is_watched_and_its_last_screen_stays(terminal: Terminal, tmp_path
 
 
 @pytest.mark.parametrize("exported", ["", "COLUMNS=80 LINES=24 "])
-def test_a_resize_leaves_one_whole_screen(
-    terminal: Terminal, tmp_path: Path, exported: str
-) -> None:
+def test_a_resize_leaves_one_whole_screen(terminal, tmp_path, exported) -> None:
     terminal.type(f"{exported}{configuration(tmp_path, iters=600)}")
     terminal.wait_for("updates: tier 0")
     for width, height in ((200, 50), (60, 20), (100, 30)):

@@ -94,9 +94,7 @@ def test_after_the_machine_was_off_its_run_is_dead_within_the_bound_and_the_next
     faults.add("machine off for 5 minutes", "Crashed", "a checkpoint", seconds, then)
 
 
-def test_a_run_that_dies_just_after_a_state_event_is_ended(
-    stack: Stack, faults: FaultTable
-) -> None:
+def test_a_run_that_dies_just_after_a_state_event_is_ended(stack, faults) -> None:
     training = Training(stack, "died-at-once", **ENDLESS)
     wait_for(lambda: stack.flow_run(training.id).state_name == "Running", 120)
     began = time.monotonic()

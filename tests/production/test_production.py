@@ -86,9 +86,7 @@ def test_a_night_without_new_data_is_skipped(stack: Stack) -> None:
     assert len(core.history(stack.registry, NAME)) == 1
 
 
-def test_a_version_that_needs_approval_is_promoted_in_the_name_of_who_approves(
-    stack: Stack,
-) -> None:
+def test_a_version_that_needs_approval_is_promoted_in_the_name_of_who_approves(stack) -> None:
     before, version = champion(stack), add(stack, 2, "approve")
     run_id = stack.submit(f"promote/{NAME}-approved", version=version)
     stack.wait(run_id, "Waits for approval")
@@ -102,9 +100,7 @@ def test_a_version_that_needs_approval_is_promoted_in_the_name_of_who_approves(
     assert (last["version"], last["by"]) == (version, "ann")
 
 
-def test_a_rejected_adapter_fails_its_run_with_the_reason_and_promotes_nothing(
-    stack: Stack,
-) -> None:
+def test_a_rejected_adapter_fails_its_run_with_the_reason_and_promotes_nothing(stack) -> None:
     before, versions = champion(stack), core.list_versions(stack.registry, NAME)
     gate = {"min_relative_change": 1e6}  # more than any training does
     ended = stack.wait(stack.submit(f"finetune/{NAME}-manual", gate=gate))

@@ -41,9 +41,7 @@ def stack(tmp_path: Path, binaries: Path, own_random_state: None) -> Iterator[Re
         made.stop()
 
 
-def test_a_night_that_is_known_not_to_help_trains_nothing_and_tells_nobody(
-    stack: ReplayStack,
-) -> None:
+def test_a_night_that_is_known_not_to_help_trains_nothing_and_tells_nobody(stack) -> None:
     with serving_webhook() as webhook:
         stack.start("--notify", webhook.url)
         seen = replay(stack, webhook, len(STORY), every=len(STORY))

@@ -17,10 +17,10 @@ import pytest
 from nested_core.pipeline import steps
 from nested_core.records.run import read_run
 from nested_core.records.verdict import Reason
-from nested_core.report.comparison import compare_runs
 from nested_core.report.run_report import RunReport
+from nested_core.rooms.compare.comparison import compare_runs
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.reports.reporting_services import TrainingCallback
+from nested_core.training.reports.training_callback import TrainingCallback
 from tests.example import example_config, prepare, train
 from tests.production.browser import Browser, find_chromium
 from tests.production.stack import wait_for
@@ -123,9 +123,7 @@ def serious_findings(browser: Browser) -> list[Any]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_page_of_a_run_is_quiet_and_accessible(
-    browser: Browser, tmp_path: Path, case: str
-) -> None:
+def test_the_page_of_a_run_is_quiet_and_accessible(browser, tmp_path, case) -> None:
     run = CASES[case](tmp_path / "run")
     RunReport(read_run(run, has_ended=case != "going")).write(run.report)
     look_at(browser, run.report, case)
@@ -133,9 +131,7 @@ def test_the_page_of_a_run_is_quiet_and_accessible(
     assert run.report.stat().st_size <= 300 * 1024
 
 
-def test_the_page_of_a_resumed_run_says_so_and_counts_each_step_once(
-    browser: Browser, tmp_path: Path
-) -> None:
+def test_the_page_of_a_resumed_run_says_so_and_counts_each_step_once(browser, tmp_path) -> None:
     run = resumed(tmp_path / "run")
     RunReport(read_run(run, has_ended=True)).write(run.report)
     browser.open(run.report.as_uri())

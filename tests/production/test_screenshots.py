@@ -203,9 +203,7 @@ def look(request: pytest.FixtureRequest, stack: Stack, browser: Browser, picture
     return look
 
 
-def test_without_the_password_the_page_asks_for_it(
-    stack: Stack, tmp_path: Path, deployed: Nights
-) -> None:
+def test_without_the_password_the_page_asks_for_it(stack, tmp_path, deployed) -> None:
     program = find_chromium()
     if program is None:
         pytest.skip("Chromium is not installed: apt-get install chromium")
@@ -273,9 +271,7 @@ def test_the_page_of_a_run_says_what_became_of_it(nights: Nights, look: Any, wha
     look(f"runs/flow-run/{run.id}", picture, words, 1300, tab="Details")
 
 
-def test_the_page_of_a_run_has_its_graph_and_its_artifacts(
-    nights: Nights, browser: Browser, pictures: Path
-) -> None:
+def test_the_page_of_a_run_has_its_graph_and_its_artifacts(nights, browser, pictures) -> None:
     browser.resize(1600)  # what is below the edge is not drawn yet
     browser.open(page(nights.stack, f"runs/flow-run/{nights.runs['promoted'].id}"))
     browser.wait_for_words(["Promoted", "finetune", "mlx-gpu"])

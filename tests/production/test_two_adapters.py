@@ -75,9 +75,7 @@ def end_nights(stack: Stack, names: tuple[str, ...] = ADAPTERS, **changes: Any) 
     return [end_night(stack, begin_night(stack, name, **changes)) for name in names]
 
 
-def test_the_first_night_promotes_both_and_tells_nobody(
-    team: Stack, webhook: WebhookServer
-) -> None:
+def test_the_first_night_promotes_both_and_tells_nobody(team, webhook) -> None:
     runs = end_nights(team)
     assert story(runs) == ["Promoted", "Promoted"], runs
     for name, run in zip(ADAPTERS, runs, strict=True):
@@ -108,9 +106,7 @@ def test_in_the_second_one_is_unchanged_and_the_other_crashes_and_goes_on_by_its
     assert went_on.startswith(f"Resumed, {resumed.state_name}: {SUPPORT}, ")
 
 
-def test_in_the_third_the_gate_refuses_one_and_its_champion_stays(
-    team: Stack, webhook: WebhookServer
-) -> None:
+def test_in_the_third_the_gate_refuses_one_and_its_champion_stays(team, webhook) -> None:
     before = core.read_champion(team.registry, CAPITALS)
     (refused,) = end_nights(team, (CAPITALS,), gate={"min_relative_change": 1e6})
     assert refused.state_name == "Rejected: unchanged"
@@ -121,9 +117,7 @@ def test_in_the_third_the_gate_refuses_one_and_its_champion_stays(
     assert webhook.texts[-1].startswith(f"Rejected: unchanged: {CAPITALS}, ")
 
 
-def test_after_the_fourth_a_person_goes_back_and_the_fifth_does_not_undo_it(
-    team: Stack, webhook: WebhookServer
-) -> None:
+def test_after_the_fourth_a_person_goes_back_and_the_fifth_does_not_undo_it(team, webhook) -> None:
     before = core.read_champion(team.registry, CAPITALS)
     # Whatever its loss is: there is to be a champion to leave.
     always = {"path": "registry", "name": CAPITALS, "promote": "always"}
@@ -142,9 +136,7 @@ def test_after_the_fourth_a_person_goes_back_and_the_fifth_does_not_undo_it(
     assert webhook.texts[-1].startswith(f"Rolled back: {CAPITALS}")
 
 
-def test_the_list_tells_each_night_and_there_is_no_run_that_nobody_asked_for(
-    team: Stack, webhook: WebhookServer
-) -> None:
+def test_the_list_tells_each_night_and_there_is_no_run_that_nobody_asked_for(team, webhook) -> None:
     for name in ADAPTERS:
         runs = team.runs_of(f"finetune/{name}-nightly")
         print(name, story(runs), [str(run.state.message) for run in runs if run.state])

@@ -22,8 +22,8 @@ from nested_core import registry as core
 from nested_core import seams
 from nested_core.records.plan import read_plan
 from nested_core.storage.checkpoint import latest_checkpoint
-from nested_core.storage.compiled_kernels import KERNELS_FOLDER_VARIABLE
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.user_tmpdir import KERNELS_FOLDER_VARIABLE
 from tests.example import write_config
 from tests.production.hosts import THIS_MACHINE, Host, missing_for_hosts, two_hosts
 from tests.production.postgresql import Cluster
@@ -116,9 +116,7 @@ def ranks(tmp_path: Path, hosts: tuple[Host, Host]) -> Ranks:
     return made
 
 
-def test_a_rank_killed_on_the_other_host_ends_all_and_the_run_goes_on_to_the_bit(
-    ranks: Ranks,
-) -> None:
+def test_a_rank_killed_on_the_other_host_ends_all_and_the_run_goes_on_to_the_bit(ranks) -> None:
     whole = ranks.end(ranks.start("two.yaml", "whole"))
     assert whole[0] in (0, 4), whole[1]  # whether it was a good run is not asked
     process = ranks.start("two.yaml", "run")

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 import yaml
 from tokenizers import Tokenizer
@@ -94,9 +93,7 @@ def test_the_file_of_init_is_valid_and_its_run_is_forecast(configured: Project) 
     assert 0.5 < float(gigabytes[1]) < 3
 
 
-def test_a_killed_training_goes_on_and_its_adapter_is_better(
-    configured: Project, trained: dict[str, Any]
-) -> None:
+def test_a_killed_training_goes_on_and_its_adapter_is_better(configured, trained) -> None:
     assert (trained["step"], trained["verdict"]) == (8, "passed")
     losses = read_losses(configured.folder / "runs" / "first")
     assert sorted(losses) == [0, 4, 8]
@@ -104,9 +101,7 @@ def test_a_killed_training_goes_on_and_its_adapter_is_better(
     assert trained["adapter_step"] in (4, 8)  # the one whose answers are best
 
 
-def test_a_champion_answers_in_chat_as_mlx_lm_does_with_its_adapter(
-    configured: Project, champion: str
-) -> None:
+def test_a_champion_answers_in_chat_as_mlx_lm_does_with_its_adapter(configured, champion) -> None:
     place = f"registry/{NAME}"
     said = configured.run("chat", place, "--prompt", ASKED, "--max-tokens", 16)
     assert answer_of_mlx_lm(configured, f"{place}/champion") in said.output
@@ -137,9 +132,9 @@ def serving(project: Project) -> Iterator[str]:
         project.end(process, "serve")
 
 
-def test_openais_client_is_answered_as_chat_is_whole_and_streamed(
-    configured: Project, champion: str
-) -> None:
+def test_openais_client_is_answered_as_chat_is_whole_and_streamed(configured, champion) -> None:
+    import openai  # takes half a second, and all tests are collected each time
+
     asked: dict[str, Any] = {
         "model": NAME,
         "messages": [{"role": "user", "content": ASKED}],
@@ -159,9 +154,7 @@ def test_openais_client_is_answered_as_chat_is_whole_and_streamed(
     assert text.strip() == answer_of_mlx_lm(configured, f"registry/{NAME}/champion")
 
 
-def test_base_adapter_and_exports_answer_the_same_questions(
-    configured: Project, champion: str
-) -> None:
+def test_base_adapter_and_exports_answer_the_same_questions(configured, champion) -> None:
     """Exports end with 0 only where a new process reads of them what the adapter does."""
     fused = configured.run("export", f"registry/{NAME}", "--fused", "fused", "--json").document
     gguf = configured.run("export", f"registry/{NAME}", "--gguf", "model.gguf", "--json").document

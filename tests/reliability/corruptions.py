@@ -15,12 +15,10 @@ from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict
 from nested_core.storage.manifest import read_manifest
 from nested_core.storage.run_directory import RunDirectory
-from tests.example import train_example
+from tests.example import SMALL_RUN, train_example
 from tests.reliability.mutations import BYTE_EDITS, mutate
 
 NAME = "geography"
-SMALL = {"rank": 2, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
-SMALL_RUN = {"iters": 8, "val_batches": 1, "lora_parameters": SMALL}
 
 
 def corrupt_runs(folder: Path, count: int, seed: int) -> str:

@@ -14,10 +14,9 @@ from mlx_lm import load
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.gate import verify_adapters
 from nested_core.storage.run_directory import RunDirectory
-from tests.example import MODEL, train_example
+from tests.example import MODEL, SMALL, train_example
 from tests.reliability.adapter_edits import ANY, DAMAGED, Case, cases, copied
 
-SMALL = {"rank": 2, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
 PROMPTS = ([1, 2, 3, 4], [9, 8, 7, 6])
 
 
@@ -53,9 +52,7 @@ def judged(case: Case, pair: tuple[Path, Path]) -> str:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.reliability)])
-def test_no_edit_of_an_adapter_passes_unless_it_is_harmless(
-    run: RunDirectory, tmp_path: Path, every: int
-) -> None:
+def test_no_edit_of_an_adapter_passes_unless_it_is_harmless(run, tmp_path, every) -> None:
     outcomes: Counter[str] = Counter()
     for case in list(cases(run.initial, run.adapter))[::every]:
         pair = copied(case, run.initial, run.adapter, tmp_path / "pair")

@@ -21,18 +21,11 @@ from types import FrameType
 import pytest
 
 from nested_core.storage.adapter import files_sha256, read_adapter
-from tests.example import write_config
+from tests.builders.file_damage import halve, link_to_a_device, make_pipe
+from tests.example import SMALL_RUN, write_config
 from tests.flows.conftest import Ended, called
-from tests.reliability.run_folder_edits import (
-    Case,
-    cases,
-    replaced_by_link_to_zeros,
-    replaced_by_pipe,
-    truncated,
-)
+from tests.reliability.run_folder_edits import Case, cases
 
-SMALL = {"rank": 2, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
-SMALL_RUN = {"iters": 8, "val_batches": 1, "lora_parameters": SMALL}
 SECONDS = 120  # for one command, on a machine that does much else
 MEMORY_BYTES = 8 * 2**30
 NAME = "capitals"
@@ -216,9 +209,7 @@ def test_verify_refuses_a_spoilt_adapter_or_judges_what_is_there(
 
 @pytest.mark.slow("commands on many damaged copies of a run")
 @pytest.mark.parametrize("count", [12, FULL])
-def test_a_spoilt_version_is_named_by_audit_and_never_promoted(
-    originals: Originals, tmp_path: Path, count: int | None
-) -> None:
+def test_a_spoilt_version_is_named_by_audit_and_never_promoted(originals, tmp_path, count) -> None:
     first, second = originals.versions()
 
     def check(case: Case, originals: Originals, folder: Path) -> Counter[str]:
@@ -238,10 +229,8 @@ def test_a_spoilt_version_is_named_by_audit_and_never_promoted(
 
 
 @pytest.mark.slow("commands on many damaged copies of a run")
-def test_a_damaged_result_is_made_again_from_sound_checkpoints(
-    originals: Originals, tmp_path: Path
-) -> None:
-    edits = {truncated, replaced_by_pipe, replaced_by_link_to_zeros}
+def test_a_damaged_result_is_made_again_from_sound_checkpoints(originals, tmp_path) -> None:
+    edits = {halve, make_pipe, link_to_a_device}
     all_cases = cases(originals.run, originals.other)
     chosen = [case for case in all_cases if case.file == "result.json" and case.edit in edits]
     ends = require_all(resume, chosen, originals, tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,18 +32,14 @@ def settings(slow_gradients: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module", params=["skip", "accumulate"])
-def straight(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Finished]:
+def straight(request, tmp_path_factory) -> tuple[str, Finished]:
     """The run that nobody stops, in each mode."""
     folder = tmp_path_factory.mktemp("straight") / "run"
     return request.param, train_example(folder, **settings(request.param))
 
 
 @pytest.mark.parametrize("step", range(1, 25))
-def test_stopped_at_this_step_and_resumed_it_is_bit_identical(
-    straight: tuple[str, Finished], tmp_path: Path, step: int
-) -> None:
+def test_stopped_at_this_step_and_resumed_it_is_bit_identical(straight, tmp_path, step) -> None:
     mode, whole = straight
     config = configure(**settings(mode))
     run = prepare(config, tmp_path / "run")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -132,10 +132,7 @@ def ask(url: str, document: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("program", [generate, fuse, serve])
 def test_program_answers_with_the_champion_before_and_after_it_moves(
-    versions: tuple[Path, list[str]],
-    answers: dict[str, str],
-    tmp_path: Path,
-    program: Callable[[Path, Path], str],
+    versions, answers, tmp_path, program
 ) -> None:
     registry, (first, second) = versions
     champion = registry / NAME / "champion"
@@ -147,9 +144,7 @@ def test_program_answers_with_the_champion_before_and_after_it_moves(
     assert answers[first] in program(champion, tmp_path)
 
 
-def test_a_server_keeps_the_adapter_that_it_has_loaded(
-    versions: tuple[Path, list[str]], answers: dict[str, str]
-) -> None:
+def test_a_server_keeps_the_adapter_that_it_has_loaded(versions, answers) -> None:
     registry, (first, second) = versions
     promote(registry, NAME, first, by="ann")
     messages = [{"role": "user", "content": PROMPT}]

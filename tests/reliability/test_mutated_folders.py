@@ -17,12 +17,10 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError
 from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
-from tests.example import train_example, write_config
+from tests.example import SMALL_RUN, train_example, write_config
 from tests.fork_server import python
 from tests.reliability.mutations import MUTATIONS, copy_run, delete_a_folder, mutate
 
-SMALL = {"rank": 2, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
-SMALL_RUN = {"iters": 8, "val_batches": 1, "lora_parameters": SMALL}
 PROGRAM = Path(sys.executable).with_name("nested-tune")
 
 
@@ -45,9 +43,7 @@ def damage_found(config: FineTuneConfig, run: RunDirectory) -> DamagedError | No
 @pytest.mark.slow("a command for each of three hundred folders")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.reliability)])
-def test_every_mutated_folder_is_detected_with_exit_code_6(
-    finished: tuple[FineTuneConfig, RunDirectory], tmp_path: Path, count: int
-) -> None:
+def test_every_mutated_folder_is_detected_with_exit_code_6(finished, tmp_path, count) -> None:
     config, original = finished
     detected: Counter[str] = Counter()
     for number in range(count):
@@ -84,9 +80,7 @@ def in_pairs(original: Path, folder: Path, count: int) -> Iterator[tuple[str, Pa
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("count", [4, pytest.param(48, marks=pytest.mark.reliability)])
-def test_the_command_line_ends_with_6_and_a_short_message(
-    finished: tuple[FineTuneConfig, RunDirectory], tmp_path: Path, count: int
-) -> None:
+def test_the_command_line_ends_with_6_and_a_short_message(finished, tmp_path, count) -> None:
     config = write_config(tmp_path / "config.yaml", **SMALL_RUN)
     cases = list(in_pairs(finished[1].path, tmp_path, count))
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -20,9 +20,7 @@ def count_refused(suite: PlantedSuite, exchange: Exchange, seeds: range) -> int:
 
 
 @pytest.mark.reliability
-def test_a_loss_of_ten_points_is_refused_and_an_equal_exchange_is_not(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_loss_of_ten_points_is_refused_and_an_equal_exchange_is_not(tmp_path, capsys) -> None:
     suite = PlantedSuite(tmp_path)
     losing, equal = (count_refused(suite, exchange, HUNDRED) for exchange in (LOSING, EQUAL))
     with capsys.disabled():
@@ -31,9 +29,7 @@ def test_a_loss_of_ten_points_is_refused_and_an_equal_exchange_is_not(
     assert equal <= 5
 
 
-def test_a_few_planted_suites_are_judged_alike(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_few_planted_suites_are_judged_alike(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(paired_difference, "RESAMPLES", 1_000)
     suite = PlantedSuite(tmp_path)
     assert count_refused(suite, LOSING, range(10)) >= 9

@@ -100,9 +100,7 @@ def compare_on_fresh_data(base: LoadedBase, pair: SeedPair) -> PairedDifference:
 
 @pytest.mark.reliability
 @pytest.mark.timeout(7200)
-def test_what_better_promotes_is_better_on_fresh_examples(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_better_promotes_is_better_on_fresh_examples(tmp_path, capsys) -> None:
     pairs = [promote_seed_over_seed(tmp_path / f"pair-{pair}", pair) for pair in range(PAIRS)]
     promoted = [pair for pair in pairs if pair.is_promoted]
     base = LoadedBase.load(configure(tmp_path, tmp_path, 0).model_copy(update={"batch_size": 64}))

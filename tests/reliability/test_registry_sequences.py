@@ -23,9 +23,7 @@ pytestmark = [
         pytest.param(200, 1000, marks=pytest.mark.reliability),
     ],
 )
-def test_a_registry_is_sound_or_its_damage_is_named_and_mended_as_it_is_said(
-    count: int, seed: int
-) -> None:
+def test_a_registry_is_sound_or_its_damage_is_named_and_mended_as_it_is_said(count, seed) -> None:
     seen = run_sequences(count, seed)
     assert seen["killed"] > 0
     assert sum(number for name, number in seen.items() if name.startswith("damage_")) > count

@@ -20,7 +20,6 @@ from nested_core.registry import (
     audit,
     check_champion,
     collect_garbage,
-    decline,
     forget,
     forget_rows,
     garbage_collection,
@@ -35,13 +34,13 @@ from nested_core.registry.data_store import RunExamples, read_stored_data
 from nested_core.registry.folders import name_exists
 from nested_core.registry.ledger import read_ledger
 from nested_core.registry.policy import read_policy, set_policy
+from nested_core.seams import is_there, load
 from tests.core.registry.conftest import write_run
 from tests.core.registry.states import NAME, assert_settled
 from tests.core.registry.system_calls import (
     EVERY_CALL,
     FAILURES,
     SAMPLE,
-    Failure,
     can_trace,
     each_call,
 )
@@ -106,7 +105,6 @@ Change = Callable[[Path, Path, tuple[str, str, str]], object]
 CHANGES: dict[str, Callable[..., object]] = {
     "promote": lambda place, runs, three: promote(place, NAME, three[2], by="ann"),
     "rollback": lambda place, runs, three: rollback(place, NAME, by="ann"),
-    "decline": lambda place, runs, three: decline(place, NAME, three[2], by="ann", reason="no"),
     "policy": lambda place, runs, three: set_policy(
         place, NAME, by="ann", changes={"promote": "better"}
     ),
@@ -122,6 +120,9 @@ CHANGES: dict[str, Callable[..., object]] = {
         runs / "run-9", place, NAME, {}, by="ann", examples=examples_of(9)
     ),
 }
+if is_there("approval"):
+    decline = load("nested_core.rooms.approval.answers:decline")
+    CHANGES["decline"] = lambda place, runs, three: decline(place, NAME, three[2], by="ann")
 
 
 def state_of(place: Path) -> tuple[Any, ...]:
@@ -139,12 +140,7 @@ def state_of(place: Path) -> tuple[Any, ...]:
 @pytest.mark.parametrize("is_new", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 def test_after_a_failure_at_any_call_the_next_command_finds_history_link_and_views_agreeing(
-    memory: Path,
-    change: str,
-    is_new: bool,
-    failure: Failure,
-    stride: int,
-    capsys: pytest.CaptureFixture[str],
+    memory, change, is_new, failure, stride, capsys
 ) -> None:
     """A change was made or was not, whole; a version alone may be there where it was to follow."""
     registry = memory / "registry"
@@ -188,9 +184,7 @@ def test_after_a_failure_at_any_call_the_next_command_finds_history_link_and_vie
         assert min(points["old"], points["new"]) > 0
 
 
-def test_a_swap_that_is_not_atomic_would_be_found(
-    memory: Path, versions: tuple[str, str, str]
-) -> None:
+def test_a_swap_that_is_not_atomic_would_be_found(memory, versions) -> None:
     def swap_in_two_steps(place: Path) -> None:
         (place / NAME / "champion").unlink()
         (place / NAME / "champion").symlink_to(f"versions/{versions[2]}")

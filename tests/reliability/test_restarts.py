@@ -182,9 +182,7 @@ def children_of(process: subprocess.Popen[str]) -> list[int]:
 
 
 @pytest.mark.parametrize(("command", "share"), [("train", 0.8), ("run", 0.2)])
-def test_kills_at_drawn_moments_cost_no_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, share: float
-) -> None:
+def test_kills_at_drawn_moments_cost_no_run(tmp_path, capsys, command, share) -> None:
     kills = round(share * int(os.environ.get("KILLS", "20")))
     restarted = Restarted(tmp_path, command, seed=51)
     expected = restarted.run_undisturbed()

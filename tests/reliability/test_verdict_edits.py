@@ -24,10 +24,9 @@ from nested_core.records.verdict_file import parse_verdict
 from nested_core.storage.atomic import canonical_json, render_json
 from nested_core.storage.manifest import read_manifest
 from nested_core.storage.run_directory import RunDirectory
-from tests.example import train_example
+from tests.example import SMALL, train_example
 from tests.gate_files import read_gate, write_gate
 
-SMALL = {"rank": 2, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
 REMOVED = object()
 Keys = tuple[Any, ...]
 
@@ -49,9 +48,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[FineTuneConfig, Ru
 
 
 @pytest.fixture
-def edited(
-    judged: tuple[FineTuneConfig, RunDirectory], tmp_path: Path
-) -> tuple[FineTuneConfig, RunDirectory]:
+def edited(judged, tmp_path) -> tuple[FineTuneConfig, RunDirectory]:
     """A copy of it."""
     return judged[0], RunDirectory(Path(shutil.copytree(judged[1].path, tmp_path / "run")))
 
@@ -117,9 +114,7 @@ def is_refused(config: FineTuneConfig, run: RunDirectory) -> bool:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("every", [53, pytest.param(1, marks=pytest.mark.reliability)])
-def test_every_edit_of_the_verdict_is_refused(
-    edited: tuple[FineTuneConfig, RunDirectory], every: int
-) -> None:
+def test_every_edit_of_the_verdict_is_refused(edited, every) -> None:
     config, run = edited
     gate = read_gate(run.gate)
     outcomes: Counter[bool] = Counter()
@@ -134,9 +129,7 @@ def test_every_edit_of_the_verdict_is_refused(
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("every", [53, pytest.param(1, marks=pytest.mark.reliability)])
-def test_under_a_manifest_that_agrees_what_is_computed_again_is_refused(
-    edited: tuple[FineTuneConfig, RunDirectory], every: int
-) -> None:
+def test_under_a_manifest_that_agrees_what_is_computed_again_is_refused(edited, every) -> None:
     config, run = edited
     gate, judged_files = read_gate(run.gate), read_manifest(run.path)["files"]
     own = [edit for edit in all_edits(gate) if edit[0][0] in COMPUTED_AGAIN]
@@ -167,9 +160,7 @@ def says_the_same(gate: Any, made: Any, keys: Keys) -> bool:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mark.reliability)])
-def test_every_edit_of_the_manifest_is_refused(
-    edited: tuple[FineTuneConfig, RunDirectory], every: int
-) -> None:
+def test_every_edit_of_the_manifest_is_refused(edited, every) -> None:
     """As it stands, and with a digest of itself that agrees."""
     config, run = edited
     manifest = read_manifest(run.path)
@@ -189,9 +180,7 @@ def sha256(body: Any) -> str:
 
 
 @given(is_gate=st.booleans(), place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
-def test_a_changed_byte_of_either_file_is_refused(
-    judged: tuple[FineTuneConfig, RunDirectory], is_gate: bool, place: float, flip: int
-) -> None:
+def test_a_changed_byte_of_either_file_is_refused(judged, is_gate, place, flip) -> None:
     config, run = judged
     path = run.gate if is_gate else run.manifest
     content = path.read_bytes()
@@ -204,9 +193,7 @@ def test_a_changed_byte_of_either_file_is_refused(
         path.write_bytes(content)
 
 
-def test_a_verdict_of_another_run_is_refused(
-    edited: tuple[FineTuneConfig, RunDirectory], tmp_path: Path
-) -> None:
+def test_a_verdict_of_another_run_is_refused(edited, tmp_path) -> None:
     config, run = edited
     other = train_example(tmp_path / "other", lora_parameters=SMALL, seed=1, val_batches=1)
     steps.judge(other.config, other.run)

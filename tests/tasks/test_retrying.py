@@ -66,9 +66,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("error", "is_passing"), CASES, ids=repr)
-def test_what_may_pass_is_tried_again_and_nothing_else(
-    error: BaseException, is_passing: bool
-) -> None:
+def test_what_may_pass_is_tried_again_and_nothing_else(error, is_passing) -> None:
     assert is_transient(error) is is_passing
     assert asked(retry_on_transient_error, error) is is_passing
     assert asked(retry_on_transient_or_memory_error, error) is is_passing
@@ -95,8 +93,6 @@ TABLE: list[tuple[Any, int, Any]] = [
 
 
 @pytest.mark.parametrize(("task", "retries", "condition"), TABLE, ids=[t.name for t, _, _ in TABLE])
-def test_each_task_has_the_retries_and_the_condition_of_the_table(
-    task: Any, retries: int, condition: Any
-) -> None:
+def test_each_task_has_the_retries_and_the_condition_of_the_table(task, retries, condition) -> None:
     assert task.retries == retries
     assert task.retry_condition_fn is condition

@@ -1,7 +1,8 @@
 """Replaces one function of a shared library when that is imported; SILENT_FAILURE says which.
 
 Python imports this module at its start where the folder is on PYTHONPATH, so that a tool's own code
-stays as it is.
+stays as it is. MAC_MEMORY gives a program the figure of memory that MLX has on a Mac alone: a
+trainer that asks for it would end with a KeyError on Linux before its first step.
 """
 
 # mypy: ignore-errors
@@ -102,6 +103,16 @@ def save_unpermuted(module):
     module.save_gguf = save_gguf
 
 
+def tell_memory(module):
+    """MLX's device_info with the memory in bytes that a Mac recommends to use."""
+    device_info = module.device_info
+
+    def with_memory(*arguments):
+        return {"max_recommended_working_set_size": 8 << 30} | device_info(*arguments)
+
+    module.device_info = with_memory
+
+
 PATCHES = {
     "updates-not-applied": {
         "mlx.optimizers.optimizers": keep_parameters,
@@ -137,4 +148,7 @@ class Patching(importlib.abc.MetaPathFinder):
         return spec
 
 
-sys.meta_path.insert(0, Patching(PATCHES.get(os.environ.get("SILENT_FAILURE", ""), {})))
+patches = dict(PATCHES.get(os.environ.get("SILENT_FAILURE", ""), {}))
+if "MAC_MEMORY" in os.environ:
+    patches["mlx.core"] = tell_memory
+sys.meta_path.insert(0, Patching(patches))

@@ -20,7 +20,7 @@ from benchmarks.silent_failures.tools.tool import (
     served,
 )
 
-FIRST_STEP = r"^Iter \d+:"
+FIRST_STEP = r"^\s*(Iter \d+:|iter\s+train_loss)"
 CHECKPOINT = "adapters/0000020_adapters.safetensors"
 
 
@@ -28,6 +28,7 @@ class MlxLm(Tool):
     """The trainer that MLX's own project publishes. It has no check of data and no clipping."""
 
     name = "mlx_lm.lora"
+    checks = "no check; its evaluation (`--test`) and `generate` are run"
     packages: tuple[str, ...] = ("mlx-lm", "mlx")
     program: tuple[str, ...] = ("mlx_lm", "lora")
     key_of_the_type = "fine_tune_type"
@@ -85,35 +86,21 @@ class MlxLm(Tool):
         self._fuse(case, "--export-gguf", "--gguf-path", "model.gguf")
 
     def _fuse(self, case: Case, *flags: str) -> None:
-        command = [
-            "-m",
-            "mlx_lm",
-            "fuse",
-            "--model",
-            case.base,
-            "--adapter-path",
-            "adapters",
-        ]
-        case.run("use", [*command, *flags])
+        command = [self.python, "-m", "mlx_lm", "fuse", "--model", case.base]
+        case.run("use", [*command, "--adapter-path", "adapters", *flags])
 
     def _server(self) -> list[str]:
-        return [
-            self.python,
-            "-m",
-            "mlx_lm",
-            "server",
-            "--model",
-            "base",
-            "--adapter-path",
-            "adapters",
-        ]
+        command = [self.python, "-m", "mlx_lm", "server"]
+        return [*command, "--model", "base", "--adapter-path", "adapters"]
 
     def serve(self, case: Case) -> None:
         with served(case, self._server()) as ask:
             ask()
 
-    def serve_and_replace(self, case: Case) -> None:
+    def train_later(self, case: Case) -> None:
         self._train(case, "later-adapters", data="later")
+
+    def serve_and_replace(self, case: Case) -> None:
         with served(case, self._server()) as ask:
             ask()
             shutil.copytree(case.folder / "later-adapters", case.adapter, dirs_exist_ok=True)

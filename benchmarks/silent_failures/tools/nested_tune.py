@@ -53,6 +53,7 @@ class NestedTune(Tool):
     """This project."""
 
     name = "nested-tune"
+    checks = "`validate`; the gate, with `samples: fail` and `check_fused`; `verify` twice"
     packages = ("nested-tune", "mlx", "mlx-lm")
 
     def check(self, case: Case) -> None:
@@ -98,10 +99,11 @@ class NestedTune(Tool):
         with served(case, [COMMAND, "serve", *REGISTRY]) as ask:
             ask()
 
+    def train_later(self, case: Case) -> None:
+        later = write_config(case, "later.yaml", data="later")
+        self._train(case, "--run-dir", "later-run", config=later)
+
     def serve_and_replace(self, case: Case) -> None:
-        self._train(
-            case, "--run-dir", "later-run", config=write_config(case, "later.yaml", data="later")
-        )
         with served(case, [COMMAND, "serve", *REGISTRY]) as ask:
             first = ask()
             case.run("use", [COMMAND, "promote", "later-run", *REGISTRY])

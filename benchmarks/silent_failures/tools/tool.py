@@ -11,9 +11,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.silent_failures.cases import Case
@@ -34,14 +35,20 @@ class Tool:
 
     Attributes:
         name: as it is installed.
+        checks: what it documents to check data, training or adapters; all of it is switched on.
         packages: those whose versions are noted, its own first.
         python: the interpreter of its environment.
         own_code: failures for which the code that has to be broken is the tool's own.
+        lacks: why a failure is not applicable, by its name, where no step of it says so.
+        environment: what its commands find in their environment beside the machine's.
     """
 
     name: str
+    checks: str
     packages: tuple[str, ...]
     own_code: frozenset[str] = frozenset()
+    lacks: Mapping[str, str] = MappingProxyType({})
+    environment: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, python: str = sys.executable) -> None:
         self.python = python
@@ -93,8 +100,12 @@ class Tool:
         """Serve the adapter, and ask once."""
         raise NotApplicable("it has no server")
 
+    def train_later(self, case: Case) -> None:
+        """Train another adapter on `later/`."""
+        raise NotApplicable("it has no server")
+
     def serve_and_replace(self, case: Case) -> None:
-        """Serve, ask, replace the adapter by one that was trained on `later/`, and ask again."""
+        """Serve, ask, replace the adapter by the later one, and ask again."""
         raise NotApplicable("it has no server")
 
     def train_half(self, case: Case) -> None:

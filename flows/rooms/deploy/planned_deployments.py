@@ -24,8 +24,10 @@ from nested_core.config.loading import read_yaml as read_config
 from nested_core.config.section_base import Section
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
 from nested_core.registry.folders import create_name_folder, name_exists
+from nested_core.rooms import TrainingFlow
 from nested_core.storage.untrusted_files import read_regular
 
+RESTARTING = " -m nested_core.rooms.restart.restarting"  # of the command of a run
 HOME, INTERPRETER = "NESTED_TUNE_HOME", "NESTED_TUNE_PYTHON"
 PENDING_SECONDS, DEFAULT_PENDING_SECONDS = "NESTED_TUNE_PENDING_SECONDS", "600"
 FINETUNE_ENTRYPOINT = "flows.finetune.finetune"
@@ -35,7 +37,7 @@ ENTER_HOME = [  # the pull step of a file that has none
     {"prefect.deployments.steps.set_working_directory": {"directory": f"{{{{ ${HOME} }}}}"}}
 ]
 MAX_FILE_BYTES = 1024 * 1024
-FINETUNE = seams.TrainingFlow("flows.finetune:FinetuneParameters")
+FINETUNE = TrainingFlow("flows.finetune:FinetuneParameters")
 
 
 class DeploymentPool(Section):
@@ -64,7 +66,7 @@ class PlannedDeployment(Section):
         return f"{self.entrypoint.rpartition('.')[2]}/{self.name}"
 
     @property
-    def training_flow(self) -> seams.TrainingFlow | None:
+    def training_flow(self) -> TrainingFlow | None:
         """Its flow, if that trains or has others train."""
         if self.entrypoint == FINETUNE_ENTRYPOINT:
             return FINETUNE
@@ -118,11 +120,18 @@ class PlannedDeployment(Section):
             "parameters": self.parameters,
             "work_pool_name": self.work_pool.name,
             "work_queue_name": self.work_pool.work_queue_name,
-            "job_variables": self.work_pool.job_variables,
+            "job_variables": self._make_job_variables(),
             "schedules": [DeploymentScheduleCreate.from_schedule(each) for each in self.schedules],
             "concurrency_limit": None if limit is None else limit.limit,
             "concurrency_options": options,
         }
+
+    def _make_job_variables(self) -> dict[str, Any]:
+        """The work pool's; the command begins nothing again where the room restart is deleted."""
+        variables = self.work_pool.job_variables
+        if "command" in variables and not seams.is_there("restart"):
+            variables = variables | {"command": variables["command"].replace(RESTARTING, "")}
+        return variables
 
 
 class DeploymentsFile(Section):
@@ -281,20 +290,42 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _merge_config(shipped: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """`given` over `shipped`, key by key in sections too; the configuration's keys come first.
 
-    Replay is shipped to runs that go on from the champion, and not to those that mlx_lm.lora makes.
+    What a run follows the champion by is shipped to runs that do, and not to those that mlx_lm.lora
+    makes; `policy: auto` where the registry keeps rows and their speed can be measured. No key of a
+    deleted room is shipped.
     """
     merged = dict(given)
-    for key, value in shipped.items():
+    deleted = seams.list_deleted_keys()
+    for key, section in shipped.items():
+        value = section
+        if isinstance(section, dict):
+            value = {k: v for k, v in section.items() if f"{key}.{k}" not in deleted}
         if key not in given:
             merged[key] = value
         elif isinstance(value, dict) and isinstance(given[key], dict):
             merged[key] = value | given[key]
-    continual, training = merged.get("continual"), merged.get("training")
-    is_reference = isinstance(training, dict) and training.get("reference") is not None
-    is_own = "replay" in (given.get("continual") or {})
-    if not is_own and isinstance(continual, dict) and (is_reference or not continual.get("from")):
-        merged["continual"] = {k: v for k, v in continual.items() if k != "replay"}
+    if isinstance(merged.get("continual"), dict):
+        left_out = _list_keys_left_out(merged) - (given.get("continual") or {}).keys()
+        merged["continual"] = {k: v for k, v in merged["continual"].items() if k not in left_out}
     return merged
+
+
+def _list_keys_left_out(config: dict[str, Any]) -> set[str]:
+    """The keys of `continual` that would mean nothing in a configuration, or be refused there."""
+
+    def read(section: str, name: str) -> Any:
+        """The value of a key; None where it or its section is not given."""
+        values = config.get(section)
+        return values.get(name) if isinstance(values, dict) else None
+
+    is_reference = read("training", "reference") is not None
+    if is_reference or not read("continual", "from"):
+        return {"policy", "window", "replay"}
+    keeps_no_rows = read("registry", "keep_data") is False
+    names_sources = "sources" in (read("continual", "replay") or {})
+    if keeps_no_rows or names_sources or not seams.is_there("minutes"):
+        return {"policy", "window"}
+    return set()
 
 
 def _find_adapter(

@@ -96,12 +96,16 @@ def _forecast_gigabytes(configs: Iterable[FineTuneConfig], on_wait: Callable[[st
     """The largest peak of memory; where a run starts and where it is registered change none."""
     from nested_core.pipeline.run_explanation import explain_run
 
+    seams.require("memory", "pools")
     without_registry = {"registry": RegistrySection(), "continual": ContinualSection()}
     with chdir(runs_home()):  # where relative paths begin
         return max(
-            explain_run(
-                config.model_copy(update=without_registry), on_wait, measures_speed=False
-            ).memory.needed
+            (
+                explain_run(
+                    config.model_copy(update=without_registry), on_wait, measures_speed=False
+                ).memory.needed
+                or 0
+            )
             / 1e9
             for config in configs
         )

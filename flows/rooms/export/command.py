@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.commands.adapter_places import ADAPTER_FORMS, add_registry_flag
 from flows.commands.command_output import result_printer, show_conversion
-from flows.terminal.console import print_line, print_progress
+from flows.terminal.console import print_line, print_page, print_progress
+from nested_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from typing import Any
@@ -24,7 +26,7 @@ def add_commands(commands: Any) -> None:
         run_export,
         "write an adapter with its base as one model, and check that",
         json=True,
-        usage="%(prog)s WHAT --fused DIR | --gguf FILE | --peft DIR [options]",
+        usage="%(prog)s WHAT --fused DIR | --gguf FILE | --peft DIR | --push NAME [options]",
         group="Exchange",
         example="nested-tune export runs/first --gguf model.gguf --quantize q8_0",
     )
@@ -38,6 +40,17 @@ def add_commands(commands: Any) -> None:
     target.add_argument("--fused", type=Path, metavar="DIR", help="a model that mlx_lm loads")
     target.add_argument("--gguf", type=Path, metavar="FILE", help="a model that llama.cpp reads")
     target.add_argument("--peft", type=Path, metavar="DIR", help="as export-peft")
+    target.add_argument(
+        "--push",
+        metavar="USER/NAME",
+        help="the adapter with its card on the Hugging Face hub, private",
+    )
+    parser.add_argument("--public", action="store_true", help="of --push: for everybody to read")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="of --push: show what would be sent, and send nothing",
+    )
     parser.add_argument(
         "--quantize",
         choices=("f16", "q8_0"),
@@ -66,6 +79,10 @@ def add_commands(commands: Any) -> None:
 
 def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
     """Write and judge; exit 4 where the model does not do as the adapter did."""
+    if arguments.push is not None:
+        return _push(arguments)
+    if arguments.public or arguments.dry_run:
+        raise ConfigError("export: --public and --dry-run belong to --push USER/NAME.")
     from nested_core.rooms.export.exporting import (  # loads mlx_lm, which takes seconds
         convert_for_peft,
         export,
@@ -87,6 +104,22 @@ def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
         on_stage=print_progress,
     )
     return result_printer(arguments, done.to_json, lambda: _print_export(done))
+
+
+def _push(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Show each file that is sent and the card, then send them, unless --dry-run is given."""
+    from nested_core.rooms.export.hub_upload import prepare_upload, upload
+
+    prepared = prepare_upload(arguments.folder, arguments.push, arguments.registry)
+    for name, content in prepared.files.items():
+        print_progress(f"{name}: {len(content):,} bytes")
+    if arguments.dry_run:
+        show = partial(print_page, f"{prepared.card}\nNothing was sent to {arguments.push}.")
+        return result_printer(arguments, prepared.to_json, show)
+    done = upload(prepared, public=arguments.public)
+    seen = "everybody can" if arguments.public else "only you and those whom you let can"
+    show = partial(print_line, f"{done.url}: uploaded; {seen} read it")
+    return result_printer(arguments, done.to_json, show)
 
 
 def _print_export(done: Export) -> None:

@@ -16,19 +16,21 @@ from prefect.states import Completed, Failed, State
 from pydantic import Field, JsonValue
 
 from flows.flow_runs.allowed_folders import with_allowed_paths, with_trusted_code
-from flows.flow_runs.approvals import request_approval
 from flows.flow_runs.nights import SWEEP_TAG
 from flows.flow_runs.prefect_logs import prepare_logs, tolerate_closed_output
 from flows.rooms.sweep.results import pick_best_run
+from nested_core import seams
 from nested_core.config.loading import parse_config
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section_base import Section
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.models.session import Session
 from nested_core.pipeline.continual import champion_or_none
 from nested_core.records.outcome_names import Outcome
 from nested_core.registry import Decision
+from nested_core.registry.policy import APPROVE_KEY
 from nested_core.registry.promotion_policy import effective_rule
 from nested_core.rooms.sweep.choice import SweepChoice
 from nested_core.rooms.sweep.page import SweepRunResult, find_registered_version
@@ -42,7 +44,6 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 from tasks.finetune import register
 from tasks.prefect_server import asking_server
-from tasks.promote import promote
 
 SECONDS_BETWEEN_LOOKS = 10.0
 MOST_RUNS = 256
@@ -74,7 +75,7 @@ def sweep(config: SweepParameters) -> State[Any]:
     """Run every point of the grid, show the results in a table, and promote the best.
 
     The runs register what the gate verified and promote nothing; the best by validation loss is
-    promoted by the base's own policy, against the champion that stood when the sweep began. Where
+    promoted by the base's own policy, against the champion that its gate compared it with. Where
     the gate judged on validation examples, `better` counts among how many they chose.
     """
     tolerate_closed_output()
@@ -114,6 +115,7 @@ def sweep(config: SweepParameters) -> State[Any]:
         return Failed(message=f"none of {len(points)} runs passed the gate")
     decision = promote_choice(target, best, outcomes, champion)
     if decision.outcome == "waiting":
+        request_approval = seams.load_only("request_approval", APPROVE_KEY)
         request_approval(Path(target.path), target.name, decision.version)
     verified = sum(outcome.has_passed for outcome in outcomes)
     what = (
@@ -143,8 +145,7 @@ def promote_choice(
         if luck is not None:
             return Decision("refused", version, champion, luck)
     config = read_run_config(run).model_copy(update={"registry": target})
-    register(config, run.path, champion)
-    return promote(target, version, champion)
+    return register(config, run.path, Session())
 
 
 def _run_directory_of(index: int) -> RunDirectory:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired
@@ -45,11 +45,11 @@ from nested_core.data.lines.other_formats import (
 )
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError, shorten
-from nested_core.seams import is_there
+from nested_core.seams import find_loss, is_there, join_mappings, list_rooms, load
 from nested_core.storage.untrusted_files import UNBOUNDED, collect_strings, open_regular
 
 Role = Literal["system", "user", "assistant", "tool"]
-Format = Literal["chat", "completion", "text", "sharegpt", "alpaca"]
+ANY_LOSS = "any"
 WHITE_SPACE = b" \t\n\r"
 
 
@@ -65,9 +65,10 @@ class FieldNames:
     group: str | None = None  # the field that data_policy.group names; no part of the example
     data_format: str = "auto"
     drop: Sequence[str] = ()  # keys of rows and turns that are as good as absent
+    loss: str | None = None  # whose rows are read; ANY_LOSS: those of each, and of none
 
     def key_of(self, field: str) -> str:
-        """The key that holds a field of a format; its name, where none is configured."""
+        """The key that holds a field of a format: as configured, else the name of the field."""
         key: str = getattr(self, field, field)
         return key
 
@@ -75,7 +76,7 @@ class FieldNames:
 class Example(NamedTuple):
     """What mlx-lm tokenises: messages and tools for a chat or a completion, else the text."""
 
-    format: Format
+    format: str  # the name of a RowFormat
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     text: str = ""
@@ -83,13 +84,14 @@ class Example(NamedTuple):
     is_plain: bool = True  # no tools, and each message is a role and a content
     places: tuple[str, ...] = ()  # the field of each turn, where it is not that of a chat
     masked: Mapping[int, str] = MappingProxyType({})  # turns not to be learnt, and the mark of each
+    rest: Mapping[str, Any] = MappingProxyType({})  # what a room's row has beside its turns
 
     @property
     def approximate_characters(self) -> int:
         """About how many characters it has: those of its texts, and of all keys if it has tools."""
-        if self.is_plain:
+        if self.is_plain and not self.rest:
             return len(self.text) + sum(len(str(turn.get("content"))) for turn in self.messages)
-        return sum(map(len, collect_strings([self.messages, self.tools])))
+        return sum(map(len, collect_strings([self.messages, self.tools, self.rest])))
 
 
 def is_tool_calling_message(message: Any) -> bool:
@@ -190,10 +192,11 @@ class _AlpacaLine(TypedDict):
 
 
 class Turns(NamedTuple):
-    """The turns in a row, and the field that each is from, for messages."""
+    """The turns in a row, the field that each is from, for messages, and what else is in it."""
 
     messages: list[dict[str, Any]]
     places: tuple[str, ...] = ()
+    rest: Mapping[str, Any] = MappingProxyType({})
 
 
 Fields = dict[str, Any]
@@ -265,7 +268,7 @@ def _system_turn(fields: Fields) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """A kind of row. To add one, add its entry to FORMATS, and its name to `Format`.
+    """A kind of row. To add one, add its entry to FORMATS, or to those of a room's loss.
 
     model: a TypedDict of the fields; each is under the key that FieldNames has for it, or its name.
     fields: those that a row of this kind has to have, and is known by.
@@ -273,6 +276,11 @@ class RowFormat:
     prepare: makes of the fields what the model describes, where others write them otherwise too;
         gets the key of the first field as well, for messages.
     is_conversation: whether roles and their order are the row's own, and so are judged.
+    encode: for rows of a room: a function of an example and the tokenizer that gives its
+        EncodedExample (data/tokens/example_encoding.py).
+    write: for rows of a room: makes a row under our own keys of an example, which is read as it.
+    judge: for rows of a room: a function of the sound examples of each split, by their lines. It
+        gives Findings, each with a split in place of a file.
     """
 
     model: type
@@ -280,6 +288,9 @@ class RowFormat:
     read: Callable[[Fields], Turns] | None
     prepare: Callable[[Fields, str], Fields] | None = None
     is_conversation: bool = True
+    encode: Callable[[Example, Any], Any] | None = None
+    write: Callable[[Example], dict[str, Any]] | None = None
+    judge: Callable[[Mapping[str, Mapping[int, Example]]], Iterator[Any]] | None = None
 
     @cached_property
     def validator(self) -> TypeAdapter[Any]:
@@ -294,7 +305,7 @@ class RowFormat:
 
 # Those of mlx-lm in the order in which it looks for them (tuner/datasets.py), then the others: what
 # it reads, it reads as before.
-FORMATS: dict[Format, RowFormat] = {
+FORMATS: dict[str, RowFormat] = {
     "completion": RowFormat(
         _CompletionLine,
         ("prompt", "completion"),
@@ -309,12 +320,12 @@ FORMATS: dict[Format, RowFormat] = {
 }
 _FIELDS_BY_FORMAT = {name: entry.fields for name, entry in FORMATS.items()}
 # The one format that a value of `data_format` asks for, and the fields that each row has then.
-_FIELDS_BY_SETTING: dict[str, dict[Format, tuple[str, ...]]] = {
+_FIELDS_BY_SETTING: dict[str, dict[str, tuple[str, ...]]] = {
     **{name: {name: fields} for name, fields in _FIELDS_BY_FORMAT.items()},
     "completions": {"completion": FORMATS["completion"].fields},
     "tools": {"chat": ("chat", "tools")},
 }
-MLX_LM_FORMATS: tuple[Format, ...] = ("completion", "chat", "text")
+MLX_LM_FORMATS: tuple[str, ...] = ("completion", "chat", "text")
 TEMPLATED_FORMATS = [name for name, entry in FORMATS.items() if entry.is_templated]
 UNTEMPLATED_FORMATS = [name for name in FORMATS if name not in TEMPLATED_FORMATS]
 CONVERSATION_FORMATS = [name for name, entry in FORMATS.items() if entry.is_conversation]
@@ -327,8 +338,27 @@ _KNOWN_MESSAGE_KEYS_BY_ROLE = {
 }
 
 
-def formats_of_plain_rows(field_names: FieldNames) -> frozenset[Format]:
+@cache
+def formats_of_loss(loss: str | None) -> Mapping[str, RowFormat]:
+    """The kinds of rows that a loss is computed on, by name; those of None are FORMATS."""
+    if loss is None:
+        return FORMATS
+    if loss != ANY_LOSS:
+        formats: Mapping[str, RowFormat] = load(find_loss(loss).rows)
+        return formats
+    added = {entry.rows for entry in join_mappings("losses", list_rooms()).values()}
+    return {name: one for part in added for name, one in load(part).items()} | FORMATS
+
+
+def find_row_format(name: str) -> RowFormat:
+    """The kind of row of this name, of the core or of a room."""
+    return FORMATS[name] if name in FORMATS else formats_of_loss(ANY_LOSS)[name]
+
+
+def formats_of_plain_rows(field_names: FieldNames) -> frozenset[str]:
     """The formats whose rows without any other key are read as they are."""
+    if field_names.loss is not None:
+        return frozenset()
     read = {field_names.key_of(field) for entry in FORMATS.values() for field in entry.fields}
     if (read | _PLAIN_MESSAGE_KEYS).intersection(field_names.drop):
         return frozenset()
@@ -391,7 +421,7 @@ def _drop_keys(row: dict[str, Any], keys: frozenset[str], chat: str) -> dict[str
     return kept
 
 
-def find_format(row: Mapping[str, Any], field_names: FieldNames) -> Format | None:
+def find_format(row: Mapping[str, Any], field_names: FieldNames) -> str | None:
     """The configured format, if the row has its fields, or the first whose fields it has."""
     for name, fields in _formats_to_look_for(field_names).items():
         if all(field_names.key_of(field) in row for field in fields):
@@ -399,13 +429,18 @@ def find_format(row: Mapping[str, Any], field_names: FieldNames) -> Format | Non
     return None
 
 
-def _formats_to_look_for(field_names: FieldNames) -> Mapping[Format, tuple[str, ...]]:
+def _formats_to_look_for(field_names: FieldNames) -> Mapping[str, tuple[str, ...]]:
+    if field_names.loss is not None:
+        return {name: kind.fields for name, kind in formats_of_loss(field_names.loss).items()}
     return _FIELDS_BY_SETTING.get(field_names.data_format, _FIELDS_BY_FORMAT)
 
 
-def _choose_format(row: dict[str, Any], field_names: FieldNames) -> Format:
-    """The format of a row; raises LineProblem where it has none, and for preferences."""
+def _choose_format(row: dict[str, Any], field_names: FieldNames) -> str:
+    """The format of a row; raises LineProblem for a row without a format, and for preferences."""
     prompt, completion = field_names.prompt, field_names.completion
+    is_for_loss = field_names.loss is not None
+    if is_for_loss and (found := find_format(row, field_names)):
+        return found
     if is_preference_pair(row) and "chosen" not in (completion, field_names.text, field_names.chat):
         raise LineProblem("preference-pair", describe_preference_pair(row, prompt))
     if mark := find_mark_of_bad_answer(row):
@@ -418,25 +453,33 @@ def _choose_format(row: dict[str, Any], field_names: FieldNames) -> Format:
     if found := find_format(row, field_names):
         return found
     formats = _formats_to_look_for(field_names)
-    is_wanted = formats is not _FIELDS_BY_FORMAT
-    hint = "" if is_wanted else describe_field_names(row, prompt=prompt, completion=completion)
+    is_wanted = formats is not _FIELDS_BY_FORMAT and not is_for_loss
+    hint = (
+        ""
+        if is_wanted or is_for_loss
+        else describe_field_names(row, prompt=prompt, completion=completion)
+    )
     keys = [list(map(field_names.key_of, fields)) for fields in formats.values()]
     for expected in keys:
         missing = [key for key in expected if key not in row]
         if is_wanted or len(missing) < len(expected):
-            asked = f", which data_format: {field_names.data_format} needs" if is_wanted else ""
+            asked = ""
+            if is_wanted or is_for_loss:
+                by = "training.loss" if is_for_loss else "data_format"
+                asked = f", which {by}: {field_names.loss or field_names.data_format} needs"
             raise LineProblem("missing-field", f"{missing[0]} is missing{asked}{hint}")
     *others, last = (" and ".join(map(repr, expected)) for expected in keys)
+    expected_keys = f"{', '.join(others)} or {last}" if others else last
     present = shorten(", ".join(row) or "nothing", 130)
     takes_names = "; `nested-tune init` takes the names of your columns"
     advice = hint or (takes_names if is_there("tables") else "")
-    message = f"expected {', '.join(others)} or {last}; found {present}{advice}"
+    message = f"expected {expected_keys}; found {present}{advice}"
     raise LineProblem("unknown-format", message)
 
 
-def _read_example(row: dict[str, Any], name: Format, field_names: FieldNames) -> Example:
+def _read_example(row: dict[str, Any], name: str, field_names: FieldNames) -> Example:
     """The example in a decoded line of this format; raises LineProblem for a wrong type."""
-    kind = FORMATS[name]
+    kind = find_row_format(name)
     keys = {field: field_names.key_of(field) for field in kind.model.__annotations__}
     fields = {field: row[key] for field, key in keys.items() if key in row}
     if kind.prepare is not None:
@@ -447,7 +490,7 @@ def _read_example(row: dict[str, Any], name: Format, field_names: FieldNames) ->
     except ValidationError as error:
         raise _describe_validation_error(error, keys, row) from None
     unknown = set(row.keys() - keys.values() - {field_names.group})
-    messages, places = Turns([]) if kind.read is None else kind.read(fields)
+    messages, places, rest = Turns([]) if kind.read is None else kind.read(fields)
     chat_places = [f"{keys[kind.fields[0]]}[{index}]" for index in range(len(messages))]
     marks, masked = take_marks({key: row[key] for key in unknown}, messages, places or chat_places)
     unknown -= marks
@@ -456,7 +499,9 @@ def _read_example(row: dict[str, Any], name: Format, field_names: FieldNames) ->
     odd = [turn for turn in messages if turn.keys() != _PLAIN_MESSAGE_KEYS]
     tools = fields.get("tools")
     passed_over = _mlx_lm_keys(field_names) if name in MLX_LM_FORMATS else set()
-    unread = list_unread_fields(row, unknown - passed_over, [messages, tools]) if unknown else []
+    unread = (
+        list_unread_fields(row, unknown - passed_over, [messages, tools, rest]) if unknown else []
+    )
     prefix = f"{field_names.key_of(kind.fields[0])}[]."
     for turn in odd:
         strange = _non_null_keys(turn)
@@ -468,7 +513,7 @@ def _read_example(row: dict[str, Any], name: Format, field_names: FieldNames) ->
     if unread:
         raise LineProblem("unread-field", describe_unread_fields(row, list(dict.fromkeys(unread))))
     is_plain = tools is None and all(_non_null_keys(turn) == _PLAIN_MESSAGE_KEYS for turn in odd)
-    return Example(name, messages, tools, "", frozenset(unknown), is_plain, places, masked)
+    return Example(name, messages, tools, "", frozenset(unknown), is_plain, places, masked, rest)
 
 
 def _mlx_lm_keys(field_names: FieldNames) -> set[str]:

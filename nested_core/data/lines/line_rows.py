@@ -11,10 +11,10 @@ from typing import NamedTuple
 from pydantic_core import from_json
 
 from nested_core.data.lines.example_parsing import (
-    FORMATS,
     WHITE_SPACE,
     Example,
     FieldNames,
+    find_row_format,
     is_tool_calling_message,
     parse_line,
     strip_line,
@@ -105,8 +105,8 @@ def flatten_example(example: Example, field_names: FieldNames) -> LineRow:
     content = _text_to_compare(example, roles)
     shown = (
         content
-        if example.is_plain
-        else "\n".join(collect_strings([example.messages, example.tools]))
+        if example.is_plain and not example.rest
+        else "\n".join(collect_strings([example.messages, example.tools, example.rest]))
     )
     unknown = ", ".join(sorted(example.unknown_keys)) or None
     return LineRow(
@@ -141,19 +141,20 @@ def _text_to_compare(example: Example, roles: str) -> str:
     Fields are joined by NUL, which no sound line contains, so that unequal examples stay unequal.
     Turns that are not learnt are marked by white space: folded, the example is the same.
     """
-    if not FORMATS[example.format].is_templated:
+    if not find_row_format(example.format).is_templated:
         return example.text
     marks = [" \t"[turn in example.masked] for turn in range(len(roles))] if example.masked else []
     before = "".join(marks)
-    if example.is_plain:
+    if example.is_plain and not example.rest:
         return before + "\0".join([roles, *[message["content"] for message in example.messages]])
     before += _as_json([example.tools, example.messages[:-1]])
-    return f"{before}\0{_as_json(example.messages[-1:])}"
+    answer = [*example.messages[-1:], *([dict(example.rest)] if example.rest else [])]
+    return f"{before}\0{_as_json(answer)}"
 
 
 def _name_first_blank_field(example: Example, field_names: FieldNames) -> str | None:
     """The name of the first field without any text; a system's or a tool's turn may be empty."""
-    kind = FORMATS[example.format]
+    kind = find_row_format(example.format)
     if not kind.is_templated:
         return None if example.text.strip() else field_names.key_of(kind.fields[0])
     for index, message in enumerate(example.messages):

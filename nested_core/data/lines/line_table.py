@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from nested_core import seams
 from nested_core.data.lines.example_parsing import FieldNames, formats_of_plain_rows
 from nested_core.data.lines.line_rows import (
     BLANK_TURN_PATTERN,
@@ -23,12 +24,11 @@ from nested_core.data.lines.line_rows import (
     parse_line_to_row,
     parse_plain_row,
 )
-from nested_core.data.lines.sensitive_data import find_sensitive_pattern_bits
-from nested_core.data.lines.word_ngrams import AskedNgrams, WordHasher, hash_word_ngrams
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
+NEAR_DUPLICATES_KEY = "data_policy.near_duplicates"
 RANGE_BYTES = 2 * 2**20
 LINE_SCHEMA: dict[str, type[pl.DataType]] = {
     "format": pl.Categorical,
@@ -36,7 +36,7 @@ LINE_SCHEMA: dict[str, type[pl.DataType]] = {
     "content": pl.UInt64,  # the first 64 bits of its SHA-256: what finds equal rows
     "prompt": pl.UInt64,  # equal for equal prompts
     "folded": pl.UInt64,  # equal for contents that differ in case and white space only
-    "sensitive": pl.UInt32,  # what it may hold, see SENSITIVE_PATTERNS
+    "sensitive": pl.UInt32,  # what it may hold, as the room secrets says; else 0
     "has_control": pl.Boolean,
     "has_replacement": pl.Boolean,
     "has_error_cell": pl.Boolean,  # a turn, or plain text, is nothing else
@@ -62,11 +62,12 @@ _ERROR_CELL_PATTERN = (
 class LineRange:
     """What was read of a range of lines.
 
-    frame: a row each line, see LINE_SCHEMA; where n-grams are wanted, with NGRAM_SCHEMA's columns.
+    frame: a row each line, see LINE_SCHEMA; where n-grams are wanted, with the columns of the
+        room near_duplicates.
     digests: the SHA-256 of each example in it, joined.
     answer_keys: of its answers those with the smallest and the largest key, which are equal for
         equal answers; plain text is all answer.
-    shared: what its texts share with those asked for, see MATCH_SCHEMA; None where none are.
+    shared: what its texts share with those asked for, as that room has it; None without a question.
     examples: how many of its examples have n-grams, where some are asked for.
     """
 
@@ -83,7 +84,7 @@ def read_line_range(
     field_names: FieldNames,
     *,
     has_ngrams: bool = False,
-    asked: AskedNgrams | None = None,
+    asked: Any = None,
 ) -> LineRange:
     """Read the rows of a range of lines, and what they share with `asked`.
 
@@ -109,10 +110,13 @@ def read_line_range(
     text = pl.Series(shown, dtype=pl.String)
     has_mark = np.zeros(len(lines), bool)
     has_mark[:1] = is_start and lines[0].startswith(codecs.BOM_UTF8)
+    sensitive = np.zeros(len(lines), np.uint32)
+    for part in seams.load_all("sensitive_data"):
+        sensitive = part.find(text)
     columns: dict[str, Any] = {
         **rows,
         **keys,
-        "sensitive": find_sensitive_pattern_bits(text),
+        "sensitive": sensitive,
         "has_control": _find_control_characters(raw, text),
         "has_replacement": text.str.contains(_REPLACEMENT_CHARACTER, literal=True).fill_null(
             value=False
@@ -123,7 +127,8 @@ def read_line_range(
     }
     frame = pl.DataFrame(columns, schema=LINE_SCHEMA)
     if has_ngrams:
-        frame = frame.with_columns(**hash_word_ngrams(shown, WordHasher()).to_columns(shown))
+        near = seams.load_only("near_duplicates", NEAR_DUPLICATES_KEY)
+        frame = frame.with_columns(**near.hash_texts(shown))
     if asked is None:
         return LineRange(frame, digests, answer_keys)
     return LineRange(frame, digests, answer_keys, *asked.find_in(shown, frame["content"]))
@@ -154,8 +159,8 @@ def run_line_range_job(request: dict[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)  # its tables serve all ranges that this process reads
-def _read_asked(path: str) -> AskedNgrams:
-    return AskedNgrams.read(Path(path))
+def _read_asked(path: str) -> Any:
+    return seams.load_only("near_duplicates", NEAR_DUPLICATES_KEY).Asked.read(Path(path))
 
 
 def _read_rows(

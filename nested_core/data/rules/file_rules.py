@@ -73,6 +73,8 @@ ROW_COUNT_RULES = FrameRules(
         "has_one_answer": pl.Boolean,
         "batch_size": pl.Int64,
         "faulty": pl.String,
+        "dropped": pl.String,
+        "remedy": pl.String,
         "is_whole": pl.Boolean,
     },
     rules=(
@@ -80,7 +82,7 @@ ROW_COUNT_RULES = FrameRules(
             "empty-file",
             "error",
             pl.col("rows") > 0,
-            "it holds no example (lines: {lines}); write one a line, or remove the file",
+            "it holds no example (lines: {lines}{dropped}); {remedy}",
         ),
         Rule(
             "too-few-rows",

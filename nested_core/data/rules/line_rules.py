@@ -11,7 +11,6 @@ from functools import cache
 import polars as pl
 
 from nested_core.data.lines.example_parsing import CONVERSATION_FORMATS
-from nested_core.data.lines.sensitive_data import SENSITIVE_PATTERNS
 from nested_core.data.rules.rule_table import FrameRules, Rule
 from nested_core.records.dataset import Severity
 
@@ -158,42 +157,6 @@ LINE_RULES = FrameRules(
         ),
     ),
 )
-
-
-def _make_sensitive_data_rule(pattern_index: int) -> Rule:
-    """The rule for one kind of secret or personal data, once a file; its value is never shown."""
-    is_absent = pl.col("sensitive") // 2**pattern_index % 2 == 0
-    name = SENSITIVE_PATTERNS[pattern_index].name
-    if SENSITIVE_PATTERNS[pattern_index].group == "personal":
-        message = f"what looks like personal data ({name}) in {{count}} lines: {{places}}"
-        return Rule("personal-data", "warning", is_absent, message, once=True)
-    message = (
-        f"what looks like a secret ({name}) in {{count}} lines: {{places}}; "
-        "take it out, and change it where it is in use"
-    )
-    return Rule("likely-secret", "warning", is_absent, message, once=True)
-
-
-SENSITIVE_DATA_RULES = FrameRules(
-    columns={"sensitive": pl.UInt32},
-    rules=tuple(map(_make_sensitive_data_rule, range(len(SENSITIVE_PATTERNS)))),
-)
-
-
-@cache
-def make_near_duplicate_rules(severity: Severity) -> FrameRules:
-    """The rules for one line of valid or test, as it resembles a line of train."""
-    is_reported = pl.col("resembles").is_not_null() & (severity == "warning")
-    near = Rule(
-        "near-duplicate",
-        severity,
-        pl.col("near").is_null() | is_reported,
-        "nearly the row {train_file}:{near}, which is trained on: {shared} % of its sequences of "
-        "three words are in it, digits and punctuation aside. Its loss says little about new data: "
-        "take one of the two out, or set data_policy.near_duplicates: off if your rows are alike",
-    )
-    columns = {"near": pl.Int32, "shared": pl.Int32, "resembles": pl.Int32}
-    return FrameRules(columns={**columns, "train_file": pl.Categorical}, rules=(near,))
 
 
 @cache

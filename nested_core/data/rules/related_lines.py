@@ -1,8 +1,6 @@
-"""Lines related to other lines: which each repeats or nearly is, and which `data_policy` drops.
+"""Lines related to other lines: which each repeats, and which `data_policy` drops.
 
-Sequences of words that many training examples share, such as a template's, say nothing of two
-examples and are left out. So the cost is linear in the number of lines: an n-gram has few training
-examples, or none. A line that is in valid or test too is dropped from train, never from those: the
+A line that is in valid or test too is dropped from train, never from those: the
 data that a run is measured on stays the same.
 """
 
@@ -14,7 +12,6 @@ import numpy as np
 import polars as pl
 
 from nested_core.config.sections import DataPolicy
-from nested_core.data.lines.word_ngrams import RARE_NGRAM_MAX_EXAMPLES
 from nested_core.records.dataset import Finding, Findings
 
 _KEYS = ("content", "folded", "prompt")
@@ -123,78 +120,6 @@ def _first_line_by_content(contents: pl.Series, file: pl.DataFrame) -> pl.Series
     return contents.to_frame().join(first, on="content", how="left", maintain_order="left")["line"]
 
 
-MIN_SHARED_NGRAM_SHARE = 0.6  # of a held-out example's n-grams that are not common
-MIN_SHARED_NGRAMS = 2
-# An n-gram in more than RARE_NGRAM_MAX_EXAMPLES is common; in a small training set at fewer.
-RARE_NGRAM_MAX_EXAMPLES_IN_SMALL_SET = 2
-RARE_NGRAM_TRAIN_SIZE_DIVISOR = 50
-
-
-def find_near_duplicates(
-    shared: pl.DataFrame, examples: int, held_out: pl.DataFrame
-) -> pl.DataFrame:
-    """For each row of `held_out` the line of train that it nearly is, and how much they share.
-
-    `shared` is what `TrainMatches.finish` gives, of `examples` training examples; `held_out` has
-    the columns of NGRAM_SCHEMA. Returns near (Int32), the first of the lines that share most, null
-    if none shares enough, and shared (Int32), per cent of the n-grams; 100 for an equal sequence of
-    words.
-    """
-    rows = held_out.select("words", "ngrams", "halvings").with_row_index("row")
-    first = shared.filter(pl.col("ngram").is_null()).select("words", near="line")
-    equal = rows.join(first, on="words").select("row", "near", shared=pl.lit(100.0))
-    hits = shared.filter(pl.col("ngram").is_not_null())
-    found = pl.concat([equal, _pair_rows_by_shared_ngrams(hits, examples, rows)])
-    best = found.sort("row", "shared", "near", descending=[False, True, False]).unique(
-        "row", keep="first"
-    )
-    return rows.join(best, on="row", how="left", maintain_order="left").select(
-        pl.col("near"), pl.col("shared").round().cast(pl.Int32)
-    )
-
-
-def add_near_duplicate_columns(held_out: pl.DataFrame, found: pl.DataFrame) -> pl.DataFrame:
-    """Add near and shared to related rows, but where the row equals a training example."""
-    return held_out.with_columns(found).with_columns(
-        near=pl.when(pl.col("repeats").is_null()).then("near")
-    )
-
-
-def _pair_rows_by_shared_ngrams(
-    hits: pl.DataFrame, examples: int, rows: pl.DataFrame
-) -> pl.DataFrame:
-    """Row, near and shared for the pairs of a held-out row and a train line that share enough."""
-    asked = rows.select("row", "halvings", ngram="ngrams").explode("ngram").drop_nulls("ngram")
-    asked = asked.unique()
-    most = min(
-        RARE_NGRAM_MAX_EXAMPLES,
-        max(RARE_NGRAM_MAX_EXAMPLES_IN_SMALL_SET, examples // RARE_NGRAM_TRAIN_SIZE_DIVISOR),
-    )
-    common = (
-        hits.group_by("ngram").agg(pl.col("content").n_unique()).filter(pl.col("content") > most)
-    )
-    asked = asked.join(common, on="ngram", how="anti")
-    sizes = asked.group_by("row").agg(size=pl.len())
-    pairs = asked.join(hits, on="ngram", suffix="_in_train")
-    counts = pairs.group_by("row", "line").agg(
-        pl.len().alias("count"),
-        # an n-gram of the row is in a longer example's sample only so often
-        halvings=(pl.col("halvings_in_train").cast(pl.Int32) - pl.col("halvings").cast(pl.Int32))
-        .first()
-        .clip(0),
-    )
-    share = pl.col("count") * 2 ** pl.col("halvings") / pl.col("size")
-    return (
-        counts.join(sizes, on="row")
-        .with_columns(shared=share.clip(0, 1) * 100.0)
-        .filter(
-            (pl.col("count") >= MIN_SHARED_NGRAMS)
-            & (pl.col("shared") >= MIN_SHARED_NGRAM_SHARE * 100)
-        )
-        .select("row", pl.col("line").alias("near"), "shared")
-    )
-
-
 Dropped = Mapping[str, frozenset[int]]
 _MAX_SHOWN_LINES = 20
 _DROP_REASON_TEXTS = {
@@ -256,3 +181,9 @@ def add_dropped_lines(file: str, dropped: Dropped, findings: Findings) -> None:
             )
             place = findings.find_place(file, min(lines))
             findings.listed.append(Finding(*place, "warning", f"dropped-{reason}", message))
+
+
+def describe_dropped(dropped: Dropped) -> str:
+    """`; dropped: 24, they repeat an earlier example`, for each reason that dropped a line."""
+    counted = {_DROP_REASON_TEXTS[reason]: len(lines) for reason, lines in dropped.items() if lines}
+    return "".join(f"; dropped: {number:,}, {why}" for why, number in counted.items())

@@ -39,11 +39,6 @@ from nested_core.data.sources.file_formats import (
     read_parquet,
     read_utf16_jsonl,
 )
-from nested_core.data.sources.hub_datasets import (
-    HubTables,
-    open_configured_datasets,
-    open_dataset_by_name,
-)
 from nested_core.errors import ConfigError
 from nested_core.records.dataset import FilePart
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
@@ -95,20 +90,15 @@ def open_splits(settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
 
     Raises ConfigError if there is no such data set, or two files for one split; and OSError.
     """
-    is_trusted = settings.trust_remote_code
     if settings.hf_dataset:
-        return _write_hub_tables(
-            open_configured_datasets(settings.hf_dataset, trust_remote_code=is_trusted), spool
-        )
+        return _open_hub_tables("hf_dataset", settings, spool)
     if paths := _find_split_files(settings.data):
         return {split: _open_files(paths[split], settings, spool) for split in paths}
     folder = Path(settings.data)
     if folder.is_dir():
         return {}
     if HUB_NAME_PATTERN.fullmatch(settings.data) and not folder.exists():
-        return _write_hub_tables(
-            open_dataset_by_name(settings.data, trust_remote_code=is_trusted), spool
-        )
+        return _open_hub_tables(f"data: {settings.data}", settings, spool)
     what = "is a file" if folder.is_file() else "does not exist"
     raise ConfigError(
         f"data: {settings.data!r} is not a folder here: {folder.absolute()} {what}. Expected one "
@@ -141,7 +131,9 @@ def _find_split_files(data: str) -> dict[str, list[Path]]:
     return found
 
 
-def _write_hub_tables(tables: HubTables, spool: Path) -> dict[str, SplitFile]:
+def _open_hub_tables(key: str, settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
+    """What the room hub gives, as files; ConfigError names it where it is not there."""
+    tables = seams.load_only("hub_tables", key)(settings)
     return {
         split: _write_split_lines(name, lines, spool / f"{split}.jsonl")
         for split, (name, lines) in tables.items()

@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any
 
 from nested_core.data.data_settings import Targets
-from nested_core.data.lines.example_parsing import FORMATS, Example
+from nested_core.data.lines.example_parsing import Example, find_row_format
 from nested_core.data.tokens.control_tokens import (
     has_control_token,
     note_control_tokens,
@@ -38,13 +38,15 @@ class EncodedExample:
 
     spans: the ranges [begin, end) of tokens that the loss counts, ascending; broken_turn: the index
     of the first message whose prompt, as templated, does not begin the whole templated example,
-    else -1; notes: what of the row is not in the tokens, or is there as something else.
+    else -1; notes: what of the row is not in the tokens, or is there as something else;
+    is_whole: whether it means something else once its end is cut off, so that it is not cut.
     """
 
     tokens: list[int]
     spans: tuple[Span, ...]
     broken_turn: int = -1
     notes: tuple[Note, ...] = ()
+    is_whole: bool = False
 
 
 def has_chat_template(tokenizer: Any) -> bool:
@@ -62,7 +64,11 @@ def encode_example(example: Example, tokenizer: Any, targets: Targets) -> Encode
     marked as not to be learnt is in no span; under `last` the caller sees that the last one is not.
     Turns are prepared for the template first: see ChatTemplate.
     """
-    if not FORMATS[example.format].is_templated:
+    kind = find_row_format(example.format)
+    if kind.encode is not None:
+        encoded: EncodedExample = kind.encode(example, tokenizer)
+        return encoded
+    if not kind.is_templated:
         tokens = _encode_text(example.text, tokenizer)
         notes = note_tokens_in_text(example.text, tokens, tokenizer)
         return EncodedExample(tokens, ((0, len(tokens)),), notes=notes)

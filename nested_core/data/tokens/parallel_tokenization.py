@@ -42,6 +42,7 @@ MIN_BYTES_FOR_WORKERS = 4 * 2**20  # below this, starting processes takes longer
 # A tokenizer takes some 180 bytes of memory for each character of a text.
 MAX_ROW_CHARACTERS = 1_000_000
 ROW_TOO_LONG_CHECK = "row-too-long"
+UNCUTTABLE_CHECK = "too-long-to-be-cut"
 BEYOND_EMBEDDING_CHECK = "token-beyond-embedding"
 MAX_ROW_CHARACTERS_PER_TOKEN = 32  # of max_seq_length, where that allows for more
 
@@ -257,7 +258,7 @@ class _EncodingProblem(NamedTuple):
 def _encode_examples(
     examples: Iterable[tuple[int, Example]], source: TokenizerSource, request: Mapping[str, Any]
 ) -> Iterator[tuple[int, EncodedExample | _EncodingProblem]]:
-    """Each line's example as tokens, or why there are none.
+    """Each line's example as tokens, or why it has no tokens.
 
     Raises ConfigError where the template does not come to an end.
     """
@@ -299,7 +300,14 @@ def _find_problem(
     for note in encoded.notes:
         if note.severity == "error":
             return _EncodingProblem(note.check, note.message)
-    kept = encoded.tokens[: request["max_seq_length"]]
+    length, most = len(encoded.tokens), request["max_seq_length"]
+    if encoded.is_whole and length > most and not request["drops_overlong"]:
+        return _EncodingProblem(
+            UNCUTTABLE_CHECK,
+            f"{length:,} tokens, and max_seq_length is {most:,}: a row of this kind is not cut. "
+            f"Raise it, or leave such rows out with data_policy.overlong: drop",
+        )
+    kept = encoded.tokens[:most]
     if problem := describe_token_beyond(tokenizer, kept, request["embedding_rows"]):
         return _EncodingProblem(BEYOND_EMBEDDING_CHECK, problem)
     return None

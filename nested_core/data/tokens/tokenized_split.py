@@ -88,37 +88,6 @@ class TokenizedSplit:
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
-@dataclass(frozen=True, eq=False)
-class JoinedSplits:
-    """New and replayed examples under one numbering: the new ones first."""
-
-    new: TokenizedSplit
-    replayed: TokenizedSplit
-
-    def example(self, index: int) -> Int32:
-        """The tokens of one example, int32 [length], as a view."""
-        split, row = self._find(index)
-        return split.example(row)
-
-    def example_mask(self, index: int) -> Bool:
-        """The target mask of one example, bool [length], as a view."""
-        split, row = self._find(index)
-        return split.example_mask(row)
-
-    def _find(self, index: int) -> tuple[TokenizedSplit, int]:
-        later = index - len(self.new)
-        return (self.new, index) if later < 0 else (self.replayed, later)
-
-    def count_supervised(self) -> Int64:
-        """Tokens of each example that the loss counts, int64 [n]."""
-        return np.concatenate([self.new.count_supervised(), self.replayed.count_supervised()])
-
-    def release_pages(self) -> None:
-        """Release the memory pages of the mapped files, so that none stay in this process."""
-        self.new.release_pages()
-        self.replayed.release_pages()
-
-
 def write_token_part(part: Path, tokens: Sequence[int], target_mask: bytes | bytearray) -> None:
     """Write examples, one after the other, to PART.tokens and PART.target_mask (a byte a token)."""
     _array_path(part, TOKENS_ARRAY).write_bytes(

@@ -89,7 +89,7 @@ class FreshProcessLogits:
     """Logits with either adapter, a row a prompt, and the LoRA factors of the trained model.
 
     base: the logits of the base model alone; None if those with the initial adapter are finite.
-    canary: None where the request has no questions.
+    canary: None if the request has no questions.
     """
 
     initial: Rows

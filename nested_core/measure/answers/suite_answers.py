@@ -17,11 +17,10 @@ from typing import Any, Self
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 
 from nested_core.backend import to_float
 from nested_core.config.sections import GateSection, TaskSection
-from nested_core.errors import ConfigError, DamagedError, DatasetError
+from nested_core.errors import ConfigError, DatasetError
 from nested_core.measure.answers.scorers import ScoringMethod, require_usable_scorer, score_answers
 from nested_core.measure.answers.suites import (
     BadQuestion,
@@ -39,16 +38,15 @@ from nested_core.models.chat_template import chat_template_of
 from nested_core.models.generation import Answer, OnAnswered, Sampling, answer_prompts
 from nested_core.models.parameters import in_evaluation_mode
 from nested_core.storage.atomic import write_json
+from nested_core.storage.json_file import JsonFile
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.untrusted_files import file_type, read_json, regular_sha256
+from nested_core.storage.untrusted_files import file_type, regular_sha256
 from nested_core.training.loss.logit_budget import positions_at_once
 from nested_core.training.loss.loss_interface import count_logits, extract_logits
 
 _MAX_ROWS = 64  # of one batch of choices
 # MLX keeps a plan of its attention on CUDA for each shape, and ends in an error after many of them.
 _WIDTH_MULTIPLE = 64
-
-MAX_RECORD_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class EncodedSuite:
     ) -> Self:
         """Encode every question.
 
-        context: the most tokens that the model can see; rows: those of its embedding; None where
+        context: the most tokens that the model can see; rows: those of its embedding; None if
         it is not known. Raises DatasetError, with the questions, for prompts that do not fit into
         them or that the chat template does not take.
         """
@@ -327,7 +325,7 @@ class SuiteRecord:
     questions: int
 
 
-_RECORDS_VALIDATOR = TypeAdapter(dict[str, SuiteRecord])
+SUITES_FILE = JsonFile(dict[str, SuiteRecord], 2**20)
 
 
 def read_suites(gate: GateSection) -> tuple[Suite, ...]:
@@ -357,7 +355,7 @@ def record_or_compare_suites(run: RunDirectory, suites: Sequence[Suite]) -> None
     """
     if not suites:
         return
-    before = _read_suite_records(run.suites)
+    before = {} if file_type(run.suites) == "missing" else SUITES_FILE.read(run.suites)
     now = {
         suite.name: SuiteRecord(str(suite.method.place), suite.digest, len(suite.questions))
         for suite in suites
@@ -375,16 +373,6 @@ def record_or_compare_suites(run: RunDirectory, suites: Sequence[Suite]) -> None
         )
     records = before | now
     write_json(run.suites, {name: asdict(record) for name, record in records.items()})
-
-
-def _read_suite_records(path: Path) -> dict[str, SuiteRecord]:
-    if file_type(path) == "missing":
-        return {}
-    try:
-        return _RECORDS_VALIDATOR.validate_python(read_json(path, MAX_RECORD_BYTES))
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise DamagedError(f"{path} does not name the eval sets of this run: {reason}.") from error
 
 
 def encode_suites(suites: Sequence[Suite], tokenizer: Any, base: Path) -> tuple[EncodedSuite, ...]:

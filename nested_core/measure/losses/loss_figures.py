@@ -6,29 +6,29 @@ Whether a loss is worse is decided by `conclude` in `records.loss_conclusion`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from nested_core.config.sections import GateSection
-from nested_core.measure.losses.ancestor_examples import AncestorExamples
 from nested_core.measure.losses.chosen_candidate import Candidates
 from nested_core.records.comparison_family import NOT_TESTED, Chance, chance_of_mean
 from nested_core.records.loss_conclusion import (
-    MIN_EXAMPLES,
     Conclusion,
     conclude,
     count_examples_needed,
     margin_of_loss,
 )
 from nested_core.records.losses import ExampleLosses, Vector
-from nested_core.records.paired_difference import CONFIDENCE, Indices, student_t_quantile
+from nested_core.records.paired_difference import (
+    CONFIDENCE,
+    PairedDifference,
+    student_t_quantile,
+)
 from nested_core.records.verdict import (
-    JOINED,
     MIN_HARMED,
-    AncestorLoss,
     ChampionLoss,
     ComparedLoss,
     Drift,
@@ -43,6 +43,7 @@ from nested_core.text.loss_format import format_change, format_difference, forma
 MIN_CHANGE = 1.0  # nats/token
 MIN_SPREADS = 6 * 1.48  # median absolute deviations; 1.48 of them are a normal standard deviation
 MIN_LOSS_OF_FEWEST = 4.0  # nats/token, on average: three harmed examples may be an exchange
+ENOUGH_FOR_OWN_SPREAD = 20  # examples of one comparison among several
 MAX_CHANCE = 0.05  # that so many are harmed where the share is at its bound
 MAX_CHANCE_OF_EXCHANGE = 0.01  # that so many more are harmed than helped where both are as likely
 
@@ -80,7 +81,7 @@ def summarise_losses(
 
 
 def summarise_drift(losses: ExampleLosses) -> Drift | None:
-    """The figures of the divergences of each example; None if none were measured."""
+    """The figures of the divergences of each example; None if they were not measured."""
     counted = losses.counted()
     if len(counted):  # where nothing else is left, it is drift on what was trained on, too
         losses = counted
@@ -119,89 +120,28 @@ def summarise_champion(
     )
 
 
-def summarise_ancestors(
-    ancestors: Sequence[AncestorExamples],
-    losses: ExampleLosses | None,
-    owners: Indices,
-    bounds: GateSection,
-) -> Iterator[AncestorLoss]:
-    """The figures of each ancestor, and of those joined that have too few examples by themselves.
+@dataclass(frozen=True)
+class Spread:
+    """How far the differences of independent examples lie from the mean of their own comparison.
 
-    An ancestor with fewer than MIN_EXAMPLES independent examples has no interval, and rejects
-    nothing. Two or more of these are judged as one where they have so many together.
+    deviation: the standard deviation over several comparisons, in nats/token.
+    degrees: its degrees of freedom.
 
-    Args:
-        ancestors: where the examples are from.
-        losses: of all of them; those that were trained on are left out. None where there are none.
-        owners: the place in `ancestors` that each loss belongs to, int64 (n,).
-        bounds: the gate's.
+    Five examples say little of their own spread: corrected for ten comparisons, their interval is
+    5.6 standard errors wide, and that of ten times five examples 3.0 (Student's t). The one-sided
+    interval of the comparison's own spread has to leave out 0 too.
     """
-    if losses is None:
-        yield from map(summarise_ancestor, ancestors)
-        return
-    is_counted = np.ones(len(losses), np.bool_) if losses.left_out is None else ~losses.left_out
-    measured = [
-        losses.select((owners == place) & is_counted) if ancestor.rows else None
-        for place, ancestor in enumerate(ancestors)
-    ]
-    counts = [0 if own is None else own.independent_examples for own in measured]
-    few = [place for place, count in enumerate(counts) if 0 < count < MIN_EXAMPLES]
-    together = losses.select(np.isin(owners, few) & is_counted)
-    is_joined = len(few) > 1 and together.independent_examples >= MIN_EXAMPLES
-    comparisons = sum(count >= MIN_EXAMPLES for count in counts) + is_joined
-    for place, (ancestor, own) in enumerate(zip(ancestors, measured, strict=True)):
-        left_out = int(((owners == place) & ~is_counted).sum())
-        yield summarise_ancestor(ancestor, own, bounds, left_out=left_out, ancestors=comparisons)
-    if is_joined:
-        joined = AncestorExamples(JOINED, None)
-        found = summarise_ancestor(joined, together, bounds, ancestors=comparisons)
-        yield replace(found, joined=tuple(ancestors[place].version for place in few))
 
+    deviation: float
+    degrees: int
 
-def summarise_ancestor(
-    ancestor: AncestorExamples,
-    losses: ExampleLosses | None = None,
-    bounds: GateSection | None = None,
-    *,
-    left_out: int = 0,
-    ancestors: int = 1,
-) -> AncestorLoss:
-    """The figures of a champion's losses before, and the candidate's after, on an ancestor's rows.
-
-    Args:
-        ancestor: where the examples are from.
-        losses: of those that are compared; None where there are none.
-        bounds: the gate's.
-        left_out: how many are not compared because they were trained on.
-        ancestors: how many are compared, for which the interval is corrected (Bonferroni).
-    """
-    bounds = bounds or GateSection()
-    compared = AncestorLoss(
-        ancestor.version,
-        ancestor.registered,
-        left_out=left_out,
-        superseded=ancestor.superseded,
-        repeated=ancestor.repeated,
-        missing=ancestor.missing,
-        not_compared=ancestor.problem,
-    )
-    if losses is None:
-        return compared
-    if not len(losses):
-        problem = f"all {left_out} that are left were trained on"
-        return replace(compared, not_compared=problem)
-    increase = bounds.max_ancestor_loss_increase
-    increase = bounds.max_val_loss_increase if increase is None else increase
-    figures = compare_losses(losses, losses.before, bounds, increase, comparisons=ancestors)
-    if not figures:
-        return replace(compared, not_compared="a loss is not finite")
-    return replace(
-        compared,
-        loss=finite_or_none(losses.mean(losses.before)),
-        examples=len(losses),
-        few_prompts=losses.few_prompts(),
-        **figures,
-    )
+    @classmethod
+    def pool(cls, compared: Iterable[PairedDifference]) -> Spread | None:
+        """The spread of these comparisons together; None if each lacks an interval."""
+        measured = [one for one in compared if one.is_measurable]
+        degrees = sum(one.examples - 1 for one in measured)
+        squares = sum((n := one.examples) * (n - 1) * one.standard_error**2 for one in measured)
+        return cls(math.sqrt(squares / degrees), degrees) if degrees else None
 
 
 def compare_losses(
@@ -212,6 +152,7 @@ def compare_losses(
     *,
     candidates: Candidates | None = None,
     comparisons: int | None = None,
+    spread: Spread | None = None,
 ) -> dict[str, Any]:
     """The paired difference of the trained adapter's losses from others, and what it shows.
 
@@ -226,6 +167,7 @@ def compare_losses(
             `no_worse` then have to hold for the best of them; of the best one, `worse` is safe.
         comparisons: how many are made at once, for which all words are corrected (Bonferroni);
             None for one by itself.
+        spread: that of all of these together, for one with few examples.
     """
     compared = losses.compare_trained_with(other)
     if compared is None:
@@ -233,16 +175,23 @@ def compare_losses(
     figures = compared.to_json()
     interval = None if figures["interval"] is None else (compared.low, compared.high)
     one_sided_high = compared.one_sided_high if compared.is_measurable else None
-    corrected = None
+    corrected, is_pooled = None, False
     if candidates is not None:
         corrected = candidates.corrected_interval(losses, other, compared)
     elif interval is not None and comparisons is not None:
         tail = (1 - CONFIDENCE) / (2 * comparisons)
-        width = student_t_quantile(1 - tail, compared.examples - 1) * compared.standard_error
+        error, degrees = compared.standard_error, compared.examples - 1
+        is_pooled = spread is not None and compared.examples < ENOUGH_FOR_OWN_SPREAD
+        if spread is not None and is_pooled:
+            error, degrees = spread.deviation / math.sqrt(compared.examples), spread.degrees
+        width = student_t_quantile(1 - tail, degrees) * error
         corrected = (compared.mean - width, compared.mean + width)
     deciding = interval
     if interval is not None and one_sided_high is not None and corrected is not None:
-        low = interval[0] if candidates is not None else min(interval[0], corrected[0])
+        low = interval[0]
+        if candidates is None:
+            own = compared.one_sided_low if is_pooled else interval[0]
+            low = min(own, corrected[0])
         deciding = (low, max(interval[1], corrected[1]))
         one_sided_high = max(one_sided_high, corrected[1])
     loss_before = losses.mean(other)
@@ -325,30 +274,12 @@ def general_loss_reasons(general: GeneralLoss, bounds: GateSection) -> list[Reas
     return [Reason("forgetting", message)]
 
 
-def ancestor_reasons(ancestors: Sequence[AncestorLoss], bounds: GateSection) -> Iterator[Reason]:
-    """The reason for each ancestor whose held-out examples the candidate is worse at.
-
-    None without the bound, and for an ancestor with too few examples for an interval.
-    """
-    increase = bounds.max_ancestor_loss_increase
-    for ancestor in ancestors if increase is not None else ():
-        if not ancestor.is_forgotten(bounds.noise):
-            continue
-        losses = format_change(ancestor.loss, ancestor.loss_after)
-        message = (
-            f"forgot what {ancestor.name} was judged by: loss {losses}, the champion's to the "
-            f"candidate's, on {ancestor.examples} of its held-out examples"
-            f"{describe_noise(ancestor)}; gate.max_ancestor_loss_increase is {increase:g}"
-        )
-        yield Reason("forgetting", message, ancestor=ancestor.version)
-
-
 def harm_reasons(
     losses: ExampleLosses, validation: Validation, bounds: GateSection
 ) -> list[Reason]:
     """The reason for per-example regressions while hardly any won as much.
 
-    None where the loss as a whole is better (what was lost is then listed, and refuses nothing),
+    None if the loss as a whole is better (what was lost is then listed, and refuses nothing),
     and under `gate.noise: none`, which looks at the mean alone.
     """
     found = HarmedExamples.find(losses.counted(), validation.margin or 0.0)
@@ -392,7 +323,7 @@ def describe_noise(losses: ComparedLoss) -> str:
 
 
 def describe_difference(losses: ComparedLoss) -> str:
-    """The paired difference and what it says, after the losses; nothing if there is none."""
+    """The paired difference and what it says, after the losses; empty without a difference."""
     if losses.difference is None:
         return ""
     difference = format_difference(losses.difference)
@@ -406,7 +337,7 @@ class HarmedExamples:
     """How many independent examples were harmed and helped, of how many, and which lines.
 
     A cluster counts as harmed where more of its examples are harmed than helped. `mean_rise` is how
-    much the harmed examples lost on average, in nats/token; 0 where none is harmed.
+    much the harmed examples lost on average, in nats/token; 0 without a harmed example.
     """
 
     harmed: int
@@ -417,7 +348,7 @@ class HarmedExamples:
 
     @classmethod
     def find(cls, losses: ExampleLosses, margin: float = 0.0) -> HarmedExamples | None:
-        """Among examples with losses before and after; None where one is not finite.
+        """Among examples with losses before and after; None if one is not finite.
 
         `margin` is the rise of the mean loss that is allowed, in nats/token: what any example may
         rise by is no harm.
@@ -449,7 +380,7 @@ class HarmedExamples:
         `max_share` where so many or more come with a chance of less than 5 % at that share. Where
         some are helped, the sign test's mid-p of harmed against helped has to be at most 0.01.
 
-        Where none is helped, three are enough only if they lost 4 nats/token on average. An
+        Without any helped, three are enough only if they lost 4 nats/token on average. An
         adapter that harms as many examples as it helps shows three and none in up to 5 % of cases,
         four and none in 2 % (benchmarks/gate.md).
         """

@@ -10,16 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
-
-from nested_core.errors import DamagedError
 from nested_core.storage.atomic import write_json
-from nested_core.storage.untrusted_files import file_type, read_json
+from nested_core.storage.json_file import JsonFile
+from nested_core.storage.untrusted_files import file_type
 from nested_core.text.loss_format import format_interval, format_loss
 
 RECORD_NAME = "export.json"
 CARD_NAME = "README.md"
-MAX_RECORD_BYTES = 64 * 2**20
 WeightFormat = Literal["float32", "bfloat16", "float16", "quantized", "f16", "q8_0"]
 Quantized = Literal["kept", "dequantized"]
 
@@ -46,7 +43,7 @@ class KeptGain:
     base, adapter, exported: mean losses in nats a supervised token.
     needed: the share of the gain that has to be kept, where there is a gain beyond chance.
     allowed: what may be lost, in nats a token: the rest of that gain, or without one a margin.
-    share: what is kept of base minus adapter; None where that gain cannot be told from noise.
+    share: what is kept of base minus adapter; None if that gain cannot be told from noise.
     interval: the 95 % interval of what was lost, exported minus adapter; None with too few rows.
         The export does not stand where all of it is above `allowed`.
     """
@@ -98,11 +95,11 @@ class ExportRecord:
 
     artefact: "folder" or "gguf"; files has its files with their SHA-256.
     weights: the format of its matrices.
-    quantized_base: what became of a quantized base; None where it was not.
+    quantized_base: what became of a quantized base; None for a base that is not quantized.
     source: the adapter as it was named; `version` is its digest, the version's of a registry.
-    step: the optimizer step of the adapter; None where it is not recorded.
+    step: the optimizer step of the adapter; None if it is not recorded.
     training_examples: digests of what it and its ancestors were trained on, as provenance.json has
-        them; None where they are not known.
+        them; None if they are not known.
     tokenizer, chat_template: SHA-256 of either; None without a template.
     reader: what read the artefact; `notes` is what to know, such as that llama.cpp did not.
     problems: why it does not stand; empty where it does.
@@ -166,7 +163,7 @@ def digest_template(template: str) -> str:
     return hashlib.sha256(template.encode()).hexdigest()
 
 
-_VALIDATOR = TypeAdapter(ExportRecord)
+EXPORT_FILE = JsonFile(ExportRecord, 64 * 2**20)
 
 
 def record_place(artefact: Path) -> Path:
@@ -187,18 +184,9 @@ def write_export_record(place: Path, record: ExportRecord) -> None:
 
 
 def read_export_record(artefact: Path) -> ExportRecord | None:
-    """The record of an exported folder or GGUF; None where there is none.
+    """The record of an exported folder or GGUF; None if there is no such file.
 
-    Raises DamagedError for a file that is none.
+    Raises DamagedError for a file that is no record.
     """
-    place = record_place(artefact)
-    if file_type(place) == "missing":
-        return None
-    values = read_json(place, MAX_RECORD_BYTES)
-    try:
-        known = {
-            key: value for key, value in dict(values).items() if key not in ("verdict", "summary")
-        }
-        return _VALIDATOR.validate_python(known)
-    except (ValidationError, TypeError, ValueError) as error:
-        raise DamagedError(f"{place} is no record of an export: {error}.") from error
+    path = record_place(artefact)
+    return None if file_type(path) == "missing" else EXPORT_FILE.read(path)

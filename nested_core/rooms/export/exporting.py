@@ -34,11 +34,11 @@ from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprin
 from nested_core.measure.losses.held_out_loss import LoadedBase, read_held_out_examples
 from nested_core.models.adapter_formats import Conversion, load_peft_format
 from nested_core.models.base_model import (
-    MAX_CONFIG_BYTES,
+    TrainedTokenizer,
     find_model_folder,
     fingerprint_base_model,
     model_compute_dtype,
-    require_chat_template,
+    read_model_config,
 )
 from nested_core.pipeline.named_adapters import find_named_adapter
 from nested_core.pipeline.named_models import NamedModel, find_model
@@ -77,12 +77,7 @@ from nested_core.storage.manifest import MANIFEST_NAME, verify_manifest
 from nested_core.storage.output_places import require_absent_or_empty, require_output_file
 from nested_core.storage.removal import find_reason_to_keep
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.untrusted_files import (
-    file_type,
-    read_json,
-    read_regular,
-    regular_sha256,
-)
+from nested_core.storage.untrusted_files import file_type, read_regular, regular_sha256
 
 NOT_RUN = "tensors and metadata checked, not run in llama.cpp"
 REJECTED = "rejected"
@@ -169,14 +164,14 @@ def export(
         quantize: the format of a GGUF's matrices, f16 or q8_0.
         dequantize: whether a quantized base is not quantized again in a folder; in a GGUF it never
             is.
-        suites: questions that both are asked; those of the run's gate.tasks where none is given.
+        suites: questions that both are asked; by default those of the run's gate.tasks.
         data: held-out examples by which the kept gain is measured; the run's own by default.
         registry: where a NAME is looked for; `registry` by default.
         base_model: the base of an adapter that names none, or another place of it.
         on_stage: called with what is done next, in a few words.
 
     Raises GateRejected where the model does not do as the adapter, which then lies under another
-    name; ConfigError for a name that is none, a place that is taken, and a family or tokenizer that
+    name; ConfigError for an unknown name, a place that is taken, and a family or tokenizer that
     GGUF is not written of; DamagedError for damaged files.
     """
     places = [place for place in (fused, gguf, peft) if place is not None]
@@ -224,8 +219,8 @@ def _read_source(
     folder = Path(os.path.realpath(adapter.path))
     if (folder / MANIFEST_NAME).exists():
         verify_manifest(folder)
-    config, template = _read_training(folder, run)
-    require_chat_template(template, find_model_folder(model.model), what)
+    config, tokenizer = _read_training(folder, run)
+    tokenizer.require_in(find_model_folder(model.model), what)
     is_known = config is not None
     if config is None:
         config = parse_config({"model": model.model, "num_layers": -1}, source="the adapter")
@@ -260,21 +255,25 @@ def _describe_origin(folder: Path, run: RunDirectory | None) -> tuple[int | None
 
 def _read_training(
     folder: Path, run: RunDirectory | None
-) -> tuple[FineTuneConfig | None, str | None]:
+) -> tuple[FineTuneConfig | None, TrainedTokenizer]:
     """What an adapter was trained with, as its run or its provenance has it.
 
-    The configuration, and the SHA-256 of the chat template; None for what is not recorded.
+    The configuration, or None, and what is recorded of the tokenizer.
     """
     if run is not None:
-        recorded = read_dataset_record(run.dataset) if run.dataset.is_file() else None
-        return read_run_config(run), None if recorded is None else recorded.chat_template
+        if not run.dataset.is_file():
+            return read_run_config(run), TrainedTokenizer()
+        recorded = read_dataset_record(run.dataset)
+        tokenizer = TrainedTokenizer(recorded.chat_template, recorded.vocabulary)
+        return read_run_config(run), tokenizer
     if not (folder / PROVENANCE_NAME).is_file():
-        return None, None
+        return None, TrainedTokenizer()
     provenance = read_provenance(folder)
     values = provenance.get("config") or {}
     known = {key: value for key, value in values.items() if value is not None}
     config = parse_config(known, source=str(folder / PROVENANCE_NAME))
-    return config, provenance.get("chat_template")
+    tokenizer = TrainedTokenizer(provenance.get("chat_template"), provenance.get("vocabulary"))
+    return config, tokenizer
 
 
 class _Exporting:
@@ -393,16 +392,14 @@ class _Exporting:
             return _Written("quantized", "kept", digest)
         leaves: Any = tree_flatten(model.parameters())
         dtype = next(array.dtype for _, array in leaves if array.ndim > 1)
-        quantized: Quantized | None = "dequantized" if _is_quantized(self._folder) else None
-        return _Written(FORMATS[dtype], quantized, digest)
+        return _Written(FORMATS[dtype], _dequantized(self._folder), digest)
 
     def _write_gguf(self, draft: Path, quantization: Quantization) -> _Written:
         model, tokenizer, _ = self._fuse(dequantize=True, dtype=mx.float32)
         name = f"{self._folder.name}-{self._source.adapter.digest()[:12]}"
         write_gguf(draft, model, tokenizer, quantization, name)
         vocabulary = Vocabulary.of_tokenizer(tokenizer, int(find_family(model).args.vocab_size))
-        quantized: Quantized | None = "dequantized" if _is_quantized(self._folder) else None
-        return _Written(quantization, quantized, vocabulary.digest())
+        return _Written(quantization, _dequantized(self._folder), vocabulary.digest())
 
     def _read(self, draft: Path, written: _Written, reference: Reference) -> Reading:
         """What a fresh process reads of the artefact alone."""
@@ -464,9 +461,9 @@ class _Exporting:
         )
 
 
-def _is_quantized(base: Path) -> bool:
-    config = read_json(base / "config.json", MAX_CONFIG_BYTES, follow_links=True)
-    return any(key in config for key in QUANTIZATION_KEYS)
+def _dequantized(base: Path) -> Quantized | None:
+    """The word for weights written in full whose base is quantized; None for any other base."""
+    return "dequantized" if {*QUANTIZATION_KEYS} & read_model_config(base).keys() else None
 
 
 def _publish(draft: Path, target: Path, *, is_rejected: bool) -> Path:

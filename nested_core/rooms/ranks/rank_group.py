@@ -37,8 +37,8 @@ from nested_core.rooms.ranks.mlx_launch import (
 )
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.foreign_text import escape
-from nested_core.training.memory.memory_plan import MemoryPlan
-from nested_core.training.reports.reporting_services import TrainingCallback
+from nested_core.training.memory_plan import MemoryPlan
+from nested_core.training.reports.training_callback import TrainingCallback
 
 WATCHDOG_COMMAND = (sys.executable, "-P", end_with_parent.__file__)
 LAUNCHER_COMMAND = (
@@ -155,7 +155,7 @@ class RankGroup:
             self.steps = message["steps"]
             self.current_step = message["step"]
             self._tiers = [TierStats(**tier) for tier in message["tiers"]]
-            self.memory = MemoryPlan(**message["memory"])
+            self.memory = MemoryPlan(*message["memory"])
             if on_start is not None:
                 on_start(self)
         elif message_type == "end":

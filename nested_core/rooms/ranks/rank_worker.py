@@ -116,12 +116,14 @@ class StopListener(threading.Thread):
             trainer.stop_training()
         if trainer.world.is_main:
             tiers = [asdict(stats) for stats in trainer.tier_stats()]
+            plan = trainer.memory
+            memory = (plan.needed, plan.capacity, plan.recomputed, plan.layers, plan.describe())
             send_message(
                 "begun",
                 step=trainer.current_step,
                 steps=trainer.steps,
                 tiers=tiers,
-                memory=asdict(trainer.memory),
+                memory=memory,
             )
 
     def run(self) -> None:

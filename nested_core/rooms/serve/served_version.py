@@ -14,7 +14,6 @@ from mlx.utils import tree_flatten
 
 from nested_core.errors import ConfigError
 from nested_core.models.adapter_fit import describe_other_base
-from nested_core.models.base_model import require_chat_template
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.registry import VerifiedVersion
 from nested_core.rooms.serve.canary_check import require_version_in_layers
@@ -80,11 +79,11 @@ class ServedVersion:
 def require_same_base(verified: VerifiedVersion, base: Path) -> None:
     """Raise ConfigError where a version was made for another model than that in `base`.
 
-    Or trained with another chat template than that in its files.
+    Or trained with another chat template or tokenizer than those in its files.
     """
     adapter = verified.adapter
     what = f"Version {shorten_digest(verified.version)} of {adapter.path.parent.parent.name}"
-    require_chat_template(verified.chat_template, base, what)
+    verified.tokenizer.require_in(base, what)
     if other_base := describe_other_base(adapter.config, base):
         raise ConfigError(
             f"{what} was {other_base}. Serve it with the base that it was trained on (--model), "
@@ -97,8 +96,6 @@ def _attach_to_copy(base: nn.Module, adapter: Adapter) -> nn.Module:
     arrays = (leaf for _, leaf in leaves if isinstance(leaf, mx.array))
     model: nn.Module = copy.deepcopy(base, {id(array): array for array in arrays})
     attach_stored_adapter(model, adapter)
-    tensors = [(name, tensor.to_mlx()) for name, tensor in adapter.tensors.items()]
-    model.load_weights(tensors, strict=False)
     model.eval()
     mx.eval(model.parameters())
     return model

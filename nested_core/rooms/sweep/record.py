@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic import JsonValue
 
-from nested_core.errors import DamagedError, describe_first_problem
-from nested_core.storage.atomic import write_json
-from nested_core.storage.untrusted_files import read_json
+from nested_core.storage.json_file import JsonFile
 
 SWEEP_NAME = "sweep.json"
-MAX_SWEEP_BYTES = 2**22
-
-
 Score = tuple[float, ...]
 
 
@@ -25,7 +20,7 @@ class Arm:
 
     point: key -> value, where it differs from the configuration; empty for that itself.
     scores: by the rung's step, the best so far, lower first: the validation loss in nats a token,
-        or the share of wrong answers and the loss; None where it was not finite or training
+        or the share of wrong answers and the loss; None if it was not finite or training
         diverged.
     """
 
@@ -46,7 +41,7 @@ class SweepRecord:
     select_by: `loss`, or the suite whose answers choose.
     digest: of the configuration and what was asked for; a resumed sweep has the same.
     rungs: the optimizer steps at which arms are compared; the last one is a whole run.
-    budget: optimizer steps of all arms together; None where they are not bounded.
+    budget: optimizer steps of all arms together; None if they are not bounded.
     arms: the configuration itself first.
     rounds: the arms, by number, of each round.
     seconds: of training and evaluations so far.
@@ -81,19 +76,10 @@ class SweepRecord:
 
     def write(self, folder: Path) -> None:
         """Write sweep.json."""
-        write_json(folder / SWEEP_NAME, asdict(self))
+        SWEEP_FILE.write(folder / SWEEP_NAME, self)
 
 
-_VALIDATOR = TypeAdapter(SweepRecord)
-
-
-def read_sweep(folder: Path) -> SweepRecord:
-    """Read sweep.json; DamagedError where it is not what a sweep wrote."""
-    path = folder / SWEEP_NAME
-    try:
-        return _VALIDATOR.validate_python(read_json(path, MAX_SWEEP_BYTES))
-    except ValidationError as error:
-        raise DamagedError(f"{path}: {describe_first_problem(error)}.") from error
+SWEEP_FILE = JsonFile(SweepRecord, 2**22)
 
 
 def _format(value: Any) -> str:

@@ -157,6 +157,34 @@ class ChunkedCrossEntropy:
         summed: Any = loss(hidden)
         return summed[0], (rows >= 0).sum()
 
+    def position_losses(self, tokens: mx.array, rows: mx.array) -> mx.array:
+        """The loss of each of these positions, float32 (rows,), 0 for padding.
+
+        Differentiable as `differentiable_loss` is, for a loss that weighs positions otherwise.
+        """
+        hidden, targets = self._flatten_batch(tokens)
+
+        @mx.custom_function
+        def losses(hidden: mx.array) -> Arrays:
+            chosen, mask = gather_rows(hidden, rows), rows >= 0
+            wanted = gather_rows(targets, rows)
+            chunks = chain_chunks(
+                [chosen],
+                self._rows_of_chunk(chosen),
+                lambda parts, at: self._compute_chunk(parts[0], wanted[at], mask[at]),
+            )
+            gradients = mx.concatenate([gradient for _, gradient in chunks])
+            return mx.concatenate([values for values, _ in chunks]), gradients
+
+        @losses.vjp
+        def _(hidden: mx.array, cotangents: Arrays, outputs: Arrays) -> mx.array:
+            gradient = outputs[1] * cotangents[0][:, None].astype(outputs[1].dtype)
+            return _scatter_rows(gradient, rows, hidden.shape[0])
+
+        of_positions: Any = losses(hidden)
+        values: mx.array = of_positions[0]
+        return values
+
     def _flatten_batch(self, tokens: mx.array) -> Arrays:
         """The body's output (positions, width), and the target token of each position."""
         hidden = self.head.hidden(tokens[:, :-1])

@@ -76,7 +76,7 @@ class OutputHead:
 
 
 def find_output_head(model: nn.Module, parameters: ParameterRefs) -> OutputHead | None:
-    """The frozen output head of a model; None, with the reason in the log, if it has none."""
+    """The frozen output head of a model; None, with the reason in the log, without one."""
     with in_evaluation_mode(model):
         logits, outputs = _record_module_outputs(model, mx.array(PROBE_TOKENS))
         for module, hidden in reversed(outputs):
@@ -156,9 +156,10 @@ def _has_trained_parameters(head: OutputHead, rows: mx.array, parameters: Parame
 
 MicroBatch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]  # tokens, target mask
 Arrays = tuple[mx.array, mx.array]
-LossFunction = Callable[[Any, mx.array, mx.array], Arrays]
-RowLossFunction = Callable[[Any, mx.array, mx.array], tuple[mx.array, mx.array, mx.array]]
-EvaluateBatch = Callable[[Flat, mx.array, mx.array], tuple[mx.array, ...]]
+PreparedBatch = tuple[mx.array, ...]
+LossFunction = Callable[..., Arrays]
+RowLossFunction = Callable[..., tuple[mx.array, mx.array, mx.array]]
+EvaluateBatch = Callable[..., tuple[mx.array, ...]]
 """Values of the parameters and a prepared batch to the scalars (loss, number of target tokens) and,
 where the loss of a row is known, the summed loss of each row (rows,)."""
 
@@ -200,17 +201,20 @@ class Loss:
             divided by the target tokens of all micro-batches of a step, so that every token weighs
             the same; means are averaged, so that every micro-batch weighs the same.
         prepare_batch: a micro-batch to the arrays that `function` takes.
+        count_tokens: (*prepare_batch(batch)) to the number of target tokens, int32, for a loss that
+            counts examples; None if `function` gives it.
         by_row: `function` with the summed loss of each row of the batch as a third value, (rows,);
-            None where a row's loss is not known.
+            None if a row's loss is not known.
         with_output_head: makes the form of this loss that computes the logits of some positions
-            only; None where the loss needs the model's whole output.
+            only; None if the loss needs the model's whole output.
         compile_chunked_evaluation: makes the `EvaluateBatch` of a loss that has the logits of few
-            positions in memory at a time; None where it has those of a whole batch.
+            positions in memory at a time; None if it has those of a whole batch.
     """
 
     function: LossFunction
     is_mean: bool = False
-    prepare_batch: Callable[..., Arrays] = as_arrays
+    prepare_batch: Callable[..., PreparedBatch] = as_arrays
+    count_tokens: Callable[..., mx.array] | None = None
     by_row: RowLossFunction | None = None
     with_output_head: Callable[[OutputHead], Loss] | None = None
     compile_chunked_evaluation: Callable[[Callable[[Flat], None]], EvaluateBatch] | None = None
@@ -243,9 +247,9 @@ class Loss:
         if self.compile_chunked_evaluation is not None:
             return self.compile_chunked_evaluation(assign)
 
-        def evaluate(values: Flat, tokens: mx.array, targets: mx.array) -> tuple[mx.array, ...]:
+        def evaluate(values: Flat, *arrays: mx.array) -> tuple[mx.array, ...]:
             assign(values)
-            return (self.by_row or self.function)(model, tokens, targets)
+            return (self.by_row or self.function)(model, *arrays)
 
         return mx.compile(evaluate)
 

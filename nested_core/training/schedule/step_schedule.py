@@ -16,10 +16,15 @@ import numpy as np
 
 from nested_core import seams
 from nested_core.config.schema import FineTuneConfig, Intervals
-from nested_core.data.batches import BatchOrder, choose_evaluation_batches, make_batch_arrays
-from nested_core.data.data_settings import REPLAY_SPLIT
-from nested_core.data.replayed_batches import ReplayedBatchOrder, ReplayedRows
-from nested_core.data.tokens.tokenized_split import Int32, Int64, JoinedSplits, TokenizedSplit
+from nested_core.data.batches import (
+    BatchOrder,
+    BatchPlan,
+    ExampleRows,
+    choose_evaluation_batches,
+    make_batch_arrays,
+)
+from nested_core.data.earlier_examples import MixedExamples
+from nested_core.data.tokens.tokenized_split import Int32, Int64, TokenizedSplit
 from nested_core.training.evaluation import load_evaluation_batches
 from nested_core.training.loss.loss_interface import BatchShape, Loss, MicroBatch
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
@@ -66,12 +71,13 @@ class StepSchedule(Protocol):
         """Supervised tokens of replayed examples in the first so many; None without replay."""
 
     def validation_batches(self, iteration: int) -> Iterable[MicroBatch] | None:
-        """The batches of an evaluation after so many iterations; None if there are none."""
+        """The batches of an evaluation after so many iterations; None without an evaluation."""
 
     def validation_targets(self) -> tuple[Int32, Int64] | None:
         """The line and the number of target tokens of each example that an evaluation reads.
 
-        In the order of the rows of `validation_batches`; None where each evaluation reads others.
+        The number is 1 for a loss that counts examples. In the order of the rows of
+        `validation_batches`; None if each evaluation reads others.
         """
 
     def seed_step(self, step: int) -> None:
@@ -79,11 +85,6 @@ class StepSchedule(Protocol):
 
     def is_complete_step(self, first: int, last: int) -> bool:
         """Whether the gradients of these micro-batches are applied."""
-
-
-def passes_multiple(every: int, first: int, last: int) -> bool:
-    """Whether the iterations after `first`, up to `last`, complete a multiple of `every`."""
-    return last // every > first // every
 
 
 class BucketedSchedule:
@@ -100,25 +101,21 @@ class BucketedSchedule:
         config: FineTuneConfig,
         splits: Mapping[str, TokenizedSplit],
         world: World = SINGLE_PROCESS_WORLD,
-        replay: ReplayedRows | None = None,
+        mixed: MixedExamples | None = None,
     ) -> None:
         self._config = config
         self.offers_best = config.training.offer == "best"
         self._world = world
-        self._train: TokenizedSplit | JoinedSplits = splits["train"]
+        self._mixed = mixed
+        self._train: ExampleRows = splits["train"] if mixed is None else mixed.rows
         self._valid = splits.get("valid")
-        self._plan: BatchOrder | ReplayedBatchOrder = make_batch_order(config, splits["train"])
-        if replay is not None:
-            self._train = JoinedSplits(splits["train"], splits[REPLAY_SPLIT])
-            self._plan = ReplayedBatchOrder(
-                splits["train"].lengths,
-                replay,
-                config.batch_size,
-                config.seed,
-                max_seq_length=config.max_seq_length,
-            )
+        self._plan: BatchPlan = (
+            make_batch_order(config, splits["train"]) if mixed is None else mixed.plan
+        )
         self.iterations = config.iters
-        if config.training.epochs is not None:
+        if mixed is not None:
+            self.iterations = mixed.iterations
+        elif config.training.epochs is not None:
             self.iterations = self._plan.count_batches(config.training.epochs)
         self.steps = math.ceil(self.iterations / config.grad_accumulation_steps)
         self.intervals = config.intervals(self.iterations)
@@ -157,9 +154,9 @@ class BucketedSchedule:
 
     def count_replayed_tokens(self, iterations: int) -> int | None:
         """A sum over the rows that were drawn so far: nothing is counted on the way."""
-        if isinstance(self._plan, BatchOrder):
+        if self._mixed is None:
             return None
-        return self._plan.sum_replayed(self._supervised, iterations)
+        return self._mixed.sum_earlier(self._supervised, iterations)
 
     def validation_batches(self, iteration: int) -> Iterable[MicroBatch] | None:
         """`val_batches` of the validation set, the same ones every time."""
@@ -183,7 +180,8 @@ class BucketedSchedule:
             valid, config.batch_size, config.val_batches, max_seq_length=config.max_seq_length
         )
         rows = np.concatenate([batch.rows for batch in batches])
-        tokens = [int(valid.example_mask(row)[1:].sum()) for row in rows]
+        counted = config.training.loss is not None  # a room's loss counts examples
+        tokens = [1 if counted else int(valid.example_mask(row)[1:].sum()) for row in rows]
         valid.release_pages()
         return valid.lines[rows], np.array(tokens, np.int64)
 
@@ -214,14 +212,14 @@ def make_step_schedule(
     config: FineTuneConfig,
     splits: Mapping[str, TokenizedSplit],
     world: World = SINGLE_PROCESS_WORLD,
-    replay: ReplayedRows | None = None,
+    mixed: MixedExamples | None = None,
 ) -> StepSchedule:
     """The length-bucketed schedule, or under `training.reference` that of a room.
 
-    `replay` says which examples of the split `replay` come when. Raises ConfigError where the room
-    is not installed.
+    `mixed` has earlier examples beside those of the run. Raises ConfigError where the room of a
+    reference is not installed.
     """
     if config.training.reference is None:
-        return BucketedSchedule(config, splits, world, replay)
+        return BucketedSchedule(config, splits, world, mixed)
     schedule: StepSchedule = seams.load_only("reference_schedule", REFERENCE_KEY)(config, splits)
     return schedule

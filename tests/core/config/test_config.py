@@ -56,6 +56,16 @@ class TestDefaults:
         assert (config.registry.path, config.registry.promote) == (None, "never")
 
 
+class TestLosses:
+    def test_a_loss_that_no_room_has_is_refused_with_its_name(self) -> None:
+        (problem,) = problems(training={"loss": "dop"})
+        assert "training.loss: 'dop' is none of" in problem
+
+    def test_arguments_of_a_loss_need_one(self) -> None:
+        (problem,) = problems(training={"loss_config": {"beta": 0.1}})
+        assert problem == "training.loss_config: no training.loss is given that takes these"
+
+
 class TestUnknownKeys:
     @pytest.mark.parametrize(
         ("section", "key", "meant"),

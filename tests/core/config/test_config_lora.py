@@ -70,9 +70,7 @@ def test_an_alpha_that_means_nothing_is_refused(lora: dict[str, Any], message: s
         ("scale: 20.0", {"lora_parameters.rank": 32}, 20.0),
     ],
 )
-def test_a_flag_for_one_wins_over_the_other_in_the_file(
-    tmp_path: Path, file: str, flags: dict[str, Any], scale: float
-) -> None:
+def test_a_flag_for_one_wins_over_the_other_in_the_file(tmp_path, file, flags, scale) -> None:
     path = tmp_path / "lora.yaml"
     path.write_text(f"lora_parameters: {{rank: 8, {file}}}\n")
     assert load_config(path, flags).lora_parameters.scale == scale

@@ -136,9 +136,7 @@ def test_widths_are_even_or_a_near_multiple_of_128_and_little_wider_than_allowed
     assert sort_into_buckets([20] * 64, 4).widths.tolist() == [20]
 
 
-def test_on_cuda_widths_are_fewer_for_mlx_keeps_the_memory_of_each(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_on_cuda_widths_are_fewer_for_mlx_keeps_the_memory_of_each(monkeypatch) -> None:
     lengths = np.random.default_rng(0).lognormal(5.5, 0.6, 2_400).clip(12, 512)
     here = sort_into_buckets(lengths, 4, 512)
     monkeypatch.setattr(backend, "is_mlx_built_for_cuda", lambda: True)

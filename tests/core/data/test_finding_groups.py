@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from nested_core.data.lines.example_parsing import FieldNames
 from nested_core.data.lines.line_rows import parse_line_to_row
 from nested_core.records.dataset import MAX_SHOWN_CAUSES, Finding, group_findings
 from nested_core.seams import is_there
-from tests.core.data.conftest import WriteData
 from tests.flows.conftest import called
 from tests.left_out import slow_except
 
@@ -87,9 +85,7 @@ def test_a_chosen_answer_is_trained_on_where_it_is_configured() -> None:
 
 
 @pytest.mark.parametrize("name", slow_except(ROWS, "question and answer", reason="5,000 lines"))
-def test_five_thousand_lines_of_one_wrong_format_are_one_row(
-    name: str, write_data: WriteData, tmp_path: Path
-) -> None:
+def test_five_thousand_lines_of_one_wrong_format_are_one_row(name, write_data, tmp_path) -> None:
     folder = write_data(train=[ROWS[name][0]] * 5_000, valid=[{"text": "a"}])
     arguments = ("validate", "--data", folder, "--no-tokenize", "--model", tmp_path)
     done = called(*arguments, cwd=tmp_path)

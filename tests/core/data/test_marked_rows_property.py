@@ -51,9 +51,7 @@ def check_what_is_learnt(name: str, drawn: MarkedRow) -> None:
 @pytest.mark.parametrize("template", TEMPLATES)
 @settings(max_examples=10)
 @given(marked_rows())
-def test_what_is_marked_as_learnt_is_learnt_and_nothing_else(
-    template: str, drawn: MarkedRow
-) -> None:
+def test_what_is_marked_as_learnt_is_learnt_and_nothing_else(template, drawn) -> None:
     check_what_is_learnt(template, drawn)
 
 

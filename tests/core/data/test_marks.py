@@ -46,17 +46,13 @@ def chat(
         (chat({"loss": 0.0}, loss=0.0, train=True, weight=1), [BAD, GOOD]),
     ],
 )
-def test_a_mark_masks_its_answer_and_nothing_else(
-    row: Any, expected: list[str], write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_a_mark_masks_its_answer_and_nothing_else(row, expected, write_data, tokenizer) -> None:
     report, splits = load_all(write_data(train=[row]), tokenizer)
     assert found_in(report) == []
     assert learnt(splits["train"], tokenizer) == expected
 
 
-def test_without_masked_prompts_all_but_the_marked_turns_is_learnt(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_without_masked_prompts_all_but_the_marked_turns_is_learnt(write_data, tokenizer) -> None:
     folder = write_data(train=[chat({"weight": 0}), chat(last={"weight": 0})])
     split = load(folder, tokenizer, batch_size=1)[1]["train"]
     asked = "Oslo?<|end|><|assistant|>"
@@ -65,9 +61,7 @@ def test_without_masked_prompts_all_but_the_marked_turns_is_learnt(
     assert learnt(split, tokenizer, 1) == [f"{asked}{BAD}{between}"]
 
 
-def test_a_row_whose_only_learnt_answer_is_marked_is_refused_by_name(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_a_row_whose_only_learnt_answer_is_marked_is_refused_by_name(write_data, tokenizer) -> None:
     folder = write_data(train=[chat(), chat({"weight": 0}), chat(last={"weight": 0})])
     report, _ = load(folder, tokenizer, mask_prompt=True, batch_size=1)
     assert found_in(report) == [("train.jsonl", 3, "nothing-to-learn")]
@@ -76,9 +70,7 @@ def test_a_row_whose_only_learnt_answer_is_marked_is_refused_by_name(
     assert message.endswith("or learn the other answers with training.supervise: all")
 
 
-def test_marks_are_kept_by_rows_that_are_read_again(
-    write_data: WriteData, tokenizer: TokenizerSource
-) -> None:
+def test_marks_are_kept_by_rows_that_are_read_again(write_data, tokenizer) -> None:
     sharegpt = {
         "system": "Be brief.",
         "conversations": [
@@ -96,9 +88,7 @@ def test_marks_are_kept_by_rows_that_are_read_again(
     assert learnt(load_all(again, tokenizer)[1]["train"], tokenizer) == [GOOD]
 
 
-def test_rows_that_differ_in_marks_are_different_rows_and_alike_to_replay(
-    write_data: WriteData,
-) -> None:
+def test_rows_that_differ_in_marks_are_different_rows_and_alike_to_replay(write_data) -> None:
     marked, plain = chat({"weight": 0}), chat()
     policy = {"duplicates": "drop"}
     folder = write_data(train=[marked, plain, marked])

@@ -152,12 +152,19 @@ def test_a_line_with_an_error_is_rejected_and_not_dropped(write_data, tokenizer)
 
 
 @pytest.mark.parametrize(
-    ("row", "policy"), [(B, {"leakage": "drop"}), (LONG, {"overlong": "drop"})]
+    ("row", "policy", "why"),
+    [
+        (B, {"leakage": "drop"}, "2, valid or test has the same example); write one"),
+        (LONG, {"overlong": "drop"}, "2, they are longer than max_seq_length); give shorter rows"),
+    ],
 )
-def test_a_file_of_which_nothing_is_left_is_an_error(write_data, tokenizer, row, policy) -> None:
+def test_a_file_of_which_nothing_is_left_is_an_error(
+    write_data, tokenizer, row, policy, why
+) -> None:
     folder = write_data(train=[row, row], valid=[B])
     report, _ = judge(folder, tokenizer, policy=policy, max_seq_length=64)
     assert found_in(report) == [("train.jsonl", None, "empty-file")]
+    assert f"(lines: 2; dropped: {why}" in report.errors[0].message
 
 
 def test_what_is_left_must_fill_a_batch(write_data: WriteData, tokenizer: TokenizerSource) -> None:

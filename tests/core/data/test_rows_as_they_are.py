@@ -52,6 +52,11 @@ def lines(*rows: Any, end: bytes = b"\n") -> bytes:
     return b"".join(json.dumps(row, ensure_ascii=False).encode() + end for row in rows)
 
 
+def rows(*given: Any) -> Files:
+    """A train.jsonl of these rows."""
+    return {"train.jsonl": lines(*given)}
+
+
 def write(folder: Path, files: Files) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -84,18 +89,15 @@ def asked_in_table(delimiter: str) -> list[dict[str, Any]]:
 
 NAMES = {"prompt_feature": "Frage", "completion_feature": "Antwort"}
 
-# Files, settings, what they are called, and the same conversations as OpenAI rows.
-READ: dict[str, tuple[Files, dict[str, Any], str, list[dict[str, Any]]]] = {
+# Files, what they are called, the same conversations as OpenAI rows, and settings if any.
+READ: dict[str, tuple[Any, ...]] = {
     "Alpaca with input": (
-        {
-            "train.jsonl": lines(
-                alpaca("Übersetze.", "twenty-one euros", input="21 €"),
-                alpaca("Say 日本.", "日本", input=""),
-                alpaca("Say hi.", "Hi 🙂", input=None),
-                alpaca("", "Two.", input="1 and 1?"),
-            )
-        },
-        {},
+        rows(
+            alpaca("Übersetze.", "twenty-one euros", input="21 €"),
+            alpaca("Say 日本.", "日本", input=""),
+            alpaca("Say hi.", "Hi 🙂", input=None),
+            alpaca("", "Two.", input="1 and 1?"),
+        ),
         "train.jsonl: alpaca, 4 of 4 rows",
         [
             chat("Übersetze.\n21 €", "twenty-one euros"),
@@ -105,21 +107,15 @@ READ: dict[str, tuple[Files, dict[str, Any], str, list[dict[str, Any]]]] = {
         ],
     ),
     "Alpaca with system and history": (
-        {
-            "train.jsonl": lines(
-                alpaca(
-                    "And now?", "3", input="", system="Count.", history=[["a", "1"], ["b", "2"]]
-                ),
-                alpaca("Thank you!", "Gladly.", system="", history=[], input=""),
-            )
-        },
-        {},
+        rows(
+            alpaca("And now?", "3", input="", system="Count.", history=[["a", "1"], ["b", "2"]]),
+            alpaca("Thank you!", "Gladly.", system="", history=[], input=""),
+        ),
         "train.jsonl: alpaca, 2 of 2 rows",
         [chat("a", "1", "b", "2", "And now?", "3", system="Count."), chat("Thank you!", "Gladly.")],
     ),
     "an array over many lines, with a byte-order mark": (
         {"train.json": BOM + json.dumps([alpaca("A?", "B", input="c\nd")], indent=2).encode()},
-        {},
         "train.json: alpaca, 1 of 1 row",
         [chat("A?\nc\nd", "B")],
     ),
@@ -128,80 +124,66 @@ READ: dict[str, tuple[Files, dict[str, Any], str, list[dict[str, Any]]]] = {
             "train.csv": b"instruction,input,output,history\r\n"
             b'"Add, please.","1\nand 1",2,"[[""Hi"", ""Hello, you""]]"\r\nSay hi.,,Hi,\r\n'
         },
-        {},
         "train.csv: alpaca, 2 of 2 rows, separated by commas",
         [chat("Hi", "Hello, you", "Add, please.\n1\nand 1", "2"), chat("Say hi.", "Hi")],
     ),
     "Alpaca in a parquet": (
-        {},
         {},
         "train.parquet: alpaca, 2 of 2 rows",
         [chat("A?\nb", "C", system="S"), chat("D?", "E")],
     ),
     "Alpaca packed": (
         {"train.jsonl.gz": gzip.compress(lines(alpaca("A?", "B", input="c"), end=b"\r\n"))},
-        {},
         "train.jsonl.gz: alpaca, 1 of 1 row",
         [chat("A?\nc", "B")],
     ),
     "Alpaca with a field that is dropped": (
-        {"train.jsonl": lines(alpaca("A?", "B", input="c d", note="Not for you."))},
-        {"drop_fields": ("note", "input"), "data_format": "alpaca"},
+        rows(alpaca("A?", "B", input="c d", note="Not for you.")),
         "train.jsonl: alpaca, 1 of 1 row",
         [chat("A?", "B")],
+        {"drop_fields": ("note", "input"), "data_format": "alpaca"},
     ),
     "ShareGPT": (
-        {
-            "train.jsonl": lines(
-                sharegpt(said("human", "Where?"), said("gpt", "In Örebro."), id="identity_0"),
-                sharegpt(*map(said, ("human", "gpt") * 2, ("a", "b", "c", "d")), system=None),
-            )
-        },
-        {},
+        rows(
+            sharegpt(said("human", "Where?"), said("gpt", "In Örebro."), id="identity_0"),
+            sharegpt(*map(said, ("human", "gpt") * 2, ("a", "b", "c", "d")), system=None),
+        ),
         "train.jsonl: sharegpt, 2 of 2 rows",
         [chat("Where?", "In Örebro."), chat("a", "b", "c", "d")],
     ),
     "ShareGPT with a system prompt, as a turn and as a field": (
-        {
-            "train.jsonl": lines(
-                sharegpt(said("system", "Be brief."), said("human", "a"), said("gpt", "b")),
-                sharegpt(said("human", "a"), said("gpt", "c"), system="Be long."),
-                sharegpt(said("human", "a"), said("gpt", "d"), system=" "),
-            )
-        },
-        {"data_format": "sharegpt"},
+        rows(
+            sharegpt(said("system", "Be brief."), said("human", "a"), said("gpt", "b")),
+            sharegpt(said("human", "a"), said("gpt", "c"), system="Be long."),
+            sharegpt(said("human", "a"), said("gpt", "d"), system=" "),
+        ),
         "train.jsonl: sharegpt, 3 of 3 rows",
         [chat("a", "b", system="Be brief."), chat("a", "c", system="Be long."), chat("a", "d")],
+        {"data_format": "sharegpt"},
     ),
     "ShareGPT with tools, LLaMA-Factory's spelling": (
-        {
-            "train.jsonl": lines(
-                sharegpt(
-                    said("human", "Is there one?"),
-                    said("function_call", json.dumps(FIND)),
-                    said("observation", '["red"]'),
-                    said("gpt", "A red one."),
-                    tools=json.dumps([FUNCTION]),
-                )
+        rows(
+            sharegpt(
+                said("human", "Is there one?"),
+                said("function_call", json.dumps(FIND)),
+                said("observation", '["red"]'),
+                said("gpt", "A red one."),
+                tools=json.dumps([FUNCTION]),
             )
-        },
-        {},
+        ),
         "train.jsonl: sharegpt, 1 of 1 row",
         [{"messages": ASKED, "tools": [TOOL]}],
     ),
     "ShareGPT with two calls at once, other spellings": (
-        {
-            "train.jsonl": lines(
-                sharegpt(
-                    said("User", "Both."),
-                    said("tool_call", [FIND, CALL_TOO]),
-                    said("tool", "1"),
-                    said("function_response", "2"),
-                    said("ChatGPT", "Done."),
-                )
+        rows(
+            sharegpt(
+                said("User", "Both."),
+                said("tool_call", [FIND, CALL_TOO]),
+                said("tool", "1"),
+                said("function_response", "2"),
+                said("ChatGPT", "Done."),
             )
-        },
-        {},
+        ),
         "train.jsonl: sharegpt, 1 of 1 row",
         [
             {
@@ -216,68 +198,61 @@ READ: dict[str, tuple[Files, dict[str, Any], str, list[dict[str, Any]]]] = {
         ],
     ),
     "conversations of {role, content}, and both in one": (
-        {
-            "train.jsonl": lines(
-                sharegpt(turn("user", "a"), turn("assistant", "b")),
-                sharegpt(turn("human", "a"), turn("gpt", "c")),
-                sharegpt(said("human", "a"), turn("assistant", "d")),
-            )
-        },
-        {},
+        rows(
+            sharegpt(turn("user", "a"), turn("assistant", "b")),
+            sharegpt(turn("human", "a"), turn("gpt", "c")),
+            sharegpt(said("human", "a"), turn("assistant", "d")),
+        ),
         "train.jsonl: sharegpt, 3 of 3 rows",
         [chat("a", "b"), chat("a", "c"), chat("a", "d")],
     ),
     "ShareGPT's turns under messages": (
-        {"train.jsonl": lines({"messages": [said("human", "a"), said("gpt", "b")]})},
-        {},
+        rows({"messages": [said("human", "a"), said("gpt", "b")]}),
         "train.jsonl: chat, 1 of 1 row",
         [chat("a", "b")],
     ),
     "contents in parts of text": (
-        {
-            "train.jsonl": lines(
-                {
-                    "messages": [
-                        turn("system", [{"type": "text", "text": "S"}]),
-                        turn("user", [{"type": "text", "text": t} for t in ("one ", "two")]),
-                        turn("assistant", "b"),
-                    ]
-                }
-            )
-        },
-        {},
+        rows(
+            {
+                "messages": [
+                    turn("system", [{"type": "text", "text": "S"}]),
+                    turn("user", [{"type": "text", "text": t} for t in ("one ", "two")]),
+                    turn("assistant", "b"),
+                ]
+            }
+        ),
         "train.jsonl: chat, 1 of 1 row",
         [chat("one two", "b", system="S")],
     ),
     "OpenAI's tools": (
-        {"train.jsonl": lines({"messages": ASKED, "tools": [TOOL]})},
-        {"data_format": "tools"},
+        rows({"messages": ASKED, "tools": [TOOL]}),
         "train.jsonl: chat, 1 of 1 row",
         [{"messages": ASKED, "tools": [TOOL]}],
+        {"data_format": "tools"},
     ),
     "a chat by another name, byte-order mark, CRLF": (
         {"train.jsonl": BOM + lines({"dialog": chat("a", "b")["messages"]}, end=b"\r\n")},
-        {"chat_feature": "dialog"},
         "train.jsonl: chat, 1 of 1 row",
         [chat("a", "b")],
+        {"chat_feature": "dialog"},
     ),
     "a table of a spreadsheet, semicolons": (
         {"train.csv": BOM + TABLE.format(";").encode()},
-        NAMES | {"data_format": "csv"},
         "train.csv: completions, 2 of 2 rows, separated by semicolons",
         asked_in_table(";"),
+        NAMES | {"data_format": "csv"},
     ),
     "the same, packed, with tabs": (
         {"train.tsv.gz": gzip.compress(TABLE.format("\t").encode())},
-        NAMES,
         "train.tsv.gz: completions, 2 of 2 rows, separated by tabs",
         asked_in_table("\t"),
+        NAMES,
     ),
     "UTF-16, as a spreadsheet writes Unicode text": (
         {"train.csv": TABLE.format("\t").encode("utf-16")},
-        NAMES,
         "train.csv: completions, 2 of 2 rows, separated by tabs",
         asked_in_table("\t"),
+        NAMES,
     ),
     "UTF-16 in a file of lines, packed in another, and an array": (
         {
@@ -285,26 +260,22 @@ READ: dict[str, tuple[Files, dict[str, Any], str, list[dict[str, Any]]]] = {
             "train-2.jsonl.gz": gzip.compress(lines(chat("ö", "🙂")).decode().encode("utf-16")),
             "train-3.json": json.dumps([chat("ü", "b")], ensure_ascii=False).encode("utf-16"),
         },
-        {},
         "train-1.jsonl + train-2.jsonl.gz + 1 more: chat, 3 of 3 rows",
         [chat("ä", "日"), chat("ö", "🙂"), chat("ü", "b")],
     ),
     "messages and tools that are JSON text": (
-        {
-            "train.jsonl": lines(
-                {"messages": json.dumps(ASKED), "tools": json.dumps([TOOL])},
-                {"messages": json.dumps(chat("a", "b", note="")["messages"]), "tools": ""},
-            )
-        },
-        {},
+        rows(
+            {"messages": json.dumps(ASKED), "tools": json.dumps([TOOL])},
+            {"messages": json.dumps(chat("a", "b", note="")["messages"]), "tools": ""},
+        ),
         "train.jsonl: chat, 2 of 2 rows",
         [{"messages": ASKED, "tools": [TOOL]}, chat("a", "b")],
     ),
     "a header whose commas are no delimiters": (
         {"train.csv": b"prompt;completion, whole\nA, b?;C\nD?;E, f, g\n"},
-        {"completion_feature": "completion, whole", "data_format": "completions"},
         "train.csv: completions, 2 of 2 rows, separated by semicolons",
         [chat("A, b?", "C"), chat("D?", "E, f, g")],
+        {"completion_feature": "completion, whole", "data_format": "completions"},
     ),
     "conversations in cells": (
         {
@@ -313,7 +284,6 @@ READ: dict[str, tuple[Files, dict[str, Any], str, list[dict[str, Any]]]] = {
             + lines([said("human", "a\tb"), said("gpt", "c")], end=b"").replace(b'"', b'""')
             + b'"\n'
         },
-        {},
         "train.tsv: sharegpt, 1 of 1 row, separated by tabs",
         [chat("a\tb", "c")],
     ),
@@ -323,37 +293,33 @@ READ: dict[str, tuple[Files, dict[str, Any], str, list[dict[str, Any]]]] = {
             "train-1.jsonl": b"\n" + lines(sharegpt(said("human", "a"), said("gpt", "b")))[:-1],
             "train-3.jsonl": BOM + lines(sharegpt(said("human", "e"), said("gpt", "f"))),
         },
-        {},
         "train-1.jsonl + train-2.json + 1 more: sharegpt, 3 of 3 rows",
         [chat("a", "b"), chat("c", "d"), chat("e", "f")],
     ),
     "a pattern over folders": (
         {"a/rows.csv": b"prompt,completion\na,b\n", "b/rows.csv": b"prompt;completion\nc;d\n"},
-        {"data": "*/*.csv"},
         "{folder}/a/rows.csv + {folder}/b/rows.csv: completions, 2 of 2 rows, separated by commas "
         "and semicolons",
         [chat("a", "b"), chat("c", "d")],
+        {"data": "*/*.csv"},
     ),
     "a table's nulls, and labels": (
-        {
-            "train.jsonl": lines(
-                sharegpt(
-                    said("human", "a") | {"role": None, "content": None},
-                    turn("assistant", "b", **{"from": None, "value": None}),
-                    title=None,
-                    source="web",
-                )
+        rows(
+            sharegpt(
+                said("human", "a") | {"role": None, "content": None},
+                turn("assistant", "b", **{"from": None, "value": None}),
+                title=None,
+                source="web",
             )
-        },
-        {},
+        ),
         "train.jsonl: sharegpt, 1 of 1 row",
         [chat("a", "b")],
     ),
     "one file": (
         {"rows.CSV": b"text|prompt|completion\n|a|b\n"},
-        {"data": "rows.CSV", "data_format": "completions", "drop_fields": ("text",)},
         "rows.CSV: completions, 1 of 1 row, separated by bars",
         [chat("a", "b")],
+        {"data": "rows.CSV", "data_format": "completions", "drop_fields": ("text",)},
     ),
 }
 
@@ -376,36 +342,30 @@ def tokens_and_masks(split: TokenizedSplit) -> list[tuple[list[int], list[bool]]
 
 
 @pytest.fixture(scope="module")
-def openai_tokens(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: TokenizerSource
-) -> dict[str, list[tuple[list[int], list[bool]]]]:
+def openai_tokens(tmp_path_factory, tokenizer) -> dict[str, list[tuple[list[int], list[bool]]]]:
     """Tokens and masks of the OpenAI rows of each of READ, read as one file."""
-    rows = [row for _, _, _, own in READ.values() for row in own]
-    folder = write(tmp_path_factory.mktemp("openai"), {"train.jsonl": lines(*rows)})
+    expected = [row for _, _, own, *_ in READ.values() for row in own]
+    folder = write(tmp_path_factory.mktemp("openai"), rows(*expected))
     report, splits = load(folder, {}, tokenizer)
     assert report.errors == ()
     read = iter(tokens_and_masks(splits["train"]))
-    return {name: [next(read) for _ in own] for name, (_, _, _, own) in READ.items()}
+    return {name: [next(read) for _ in own] for name, (_, _, own, *_) in READ.items()}
 
 
 @pytest.mark.parametrize("name", READ)
 def test_a_file_as_people_have_it_gives_the_tokens_of_the_same_openai_rows(
     name: str, tmp_path: Path, tokenizer: TokenizerSource, openai_tokens: dict[str, Any]
 ) -> None:
-    files, settings, called, _ = READ[name]
+    files, called, _, *more = READ[name]
     write(tmp_path, files)
     if not files:
         rows = [alpaca("A?", "C", input="b", system="S"), alpaca("D?", "E")]
         pl.DataFrame(rows).write_parquet(tmp_path / "train.parquet")
-    report, splits = load(tmp_path, settings, tokenizer)
+    report, splits = load(tmp_path, more[0] if more else {}, tokenizer)
     assert [str(error) for error in report.errors] == []
     assert tokens_and_masks(splits["train"]) == openai_tokens[name]
     assert any(np.any(mask) for _, mask in openai_tokens[name])
     assert report.splits["train"].describe_format() == called.format(folder=tmp_path)
-
-
-def at(line: int, check: str, says: str, file: str = "train.jsonl") -> tuple[str, int, str, str]:
-    return file, line, check, says
 
 
 GOOD_ALPACA = [alpaca("A?", "B"), alpaca("C?", "D")]
@@ -413,189 +373,141 @@ GOOD_SHAREGPT = [sharegpt(said("human", text), said("gpt", "yes")) for text in "
 PAIR = {"chosen": "Good one.", "rejected": "Bad one."}
 
 # Each stands in the third line of a file, after two good rows.
-BROKEN_ROWS: dict[str, tuple[list[Any], dict[str, Any], str, str]] = {
-    "no output": (GOOD_ALPACA, {"instruction": "a"}, "missing-field", "output is missing"),
-    "null output": (GOOD_ALPACA, alpaca("a", None), "null-field", "output: "),
-    "several outputs": (GOOD_ALPACA, alpaca("a", ["b", "c"]), "wrong-type", "output: "),
-    "blank output": (GOOD_ALPACA, alpaca("a", " \n"), "blank-field", "output has no text in it"),
-    "nothing asked": (GOOD_ALPACA, alpaca("", "b", input=" "), "blank-field", "instruction has no"),
+BROKEN_ROWS: dict[str, tuple[Any, ...]] = {
+    "no output": ({"instruction": "a"}, "missing-field: output is missing"),
+    "null output": (alpaca("a", None), "null-field: output: "),
+    "several outputs": (alpaca("a", ["b", "c"]), "wrong-type: output: "),
+    "blank output": (alpaca("a", " \n"), "blank-field: output has no text in it"),
+    "nothing asked": (alpaca("", "b", input=" "), "blank-field: instruction has no"),
     "half a pair of history": (
-        GOOD_ALPACA,
         alpaca("a", "b", history=[["c", "d"], ["e"]]),
-        "wrong-type",
-        "history[1]: ",
+        "wrong-type: history[1]: ",
     ),
     "a blank answer in the history": (
-        GOOD_ALPACA,
         alpaca("a", "b", system="s", history=[["c", ""]]),
-        "blank-field",
-        "history[0][1] has no text in it",
+        "blank-field: history[0][1] has no text in it",
     ),
     "a field that nothing reads": (
-        GOOD_ALPACA,
         alpaca("a", "b", **{"note.to": "Think before."}),
-        "unread-field",
-        "leave out what is in note.to; drop_fields: [note.to] leaves it out on purpose",
+        "unread-field: what is in note.to; drop_fields: [note.to] leaves it out on purpose",
     ),
     "a filled input beside configured names": (
-        [{"q": "a", "output": "b"}, {"q": "c", "output": "d"}],
         {"q": "Is it 1?", "output": "Yes.", "input": "1"},
-        "unread-field",
-        "leave out what is in input; drop_fields: [input]",
+        "unread-field: leave out what is in input; drop_fields: [input]",
+        [{"q": "a", "output": "b"}, {"q": "c", "output": "d"}],
     ),
-    "an image": (
-        GOOD_ALPACA,
-        alpaca("a", "b", images=["a.png"]),
-        "unread-field",
-        "drop_fields: [images]",
-    ),
+    "an image": (alpaca("a", "b", images=["a.png"]), "unread-field: drop_fields: [images]"),
     "context beside a prompt": (
-        [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}],
         {"prompt": "e", "completion": "f", "context": "Oslo", "id": 7, "source": "web"},
-        "unread-field",
-        "leave out what is in context; drop_fields: [context]",
+        "unread-field: leave out what is in context; drop_fields: [context]",
+        [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}],
     ),
     "thoughts in a turn": (
-        [chat("a", "b"), chat("c", "d")],
         {"messages": [turn("user", "e"), turn("assistant", "f", why="It is so.")]},
-        "unread-field",
-        "leave out what is in messages[].why; drop_fields: [why]",
+        "unread-field: leave out what is in messages[].why; drop_fields: [why]",
+        [chat("a", "b"), chat("c", "d")],
     ),
-    "another row": (GOOD_ALPACA, GOOD_SHAREGPT[0], "mixed-format", "this line is sharegpt"),
+    "another row": (GOOD_SHAREGPT[0], "mixed-format: this line is sharegpt", GOOD_ALPACA),
     "an unknown speaker": (
-        GOOD_SHAREGPT,
         sharegpt(said("narrator", "a"), said("gpt", "b")),
-        "unknown-role",
-        "conversations[0].from: ",
+        "unknown-role: conversations[0].from: ",
     ),
     "a null value": (
-        GOOD_SHAREGPT,
         sharegpt(said("human", "a"), said("gpt", None)),
-        "null-field",
-        "conversations[1].value: ",
+        "null-field: conversations[1].value: ",
     ),
     "no value": (
-        GOOD_SHAREGPT,
         sharegpt({"from": "human"}, said("gpt", "b")),
-        "missing-field",
-        "conversations[0].value is missing",
+        "missing-field: conversations[0].value is missing",
     ),
     "a blank turn after a system prompt": (
-        GOOD_SHAREGPT,
         sharegpt(said("human", ""), said("gpt", "b"), system="s"),
-        "blank-field",
-        "conversations[0] has no text",
+        "blank-field: conversations[0] has no text",
     ),
     "a call that is no JSON": (
-        GOOD_SHAREGPT,
         sharegpt(said("human", "a"), said("function_call", "find()")),
-        "malformed-tool-calls",
-        "conversations[1].value is not the JSON of a call",
+        "malformed-tool-calls: conversations[1].value is not the JSON of a call",
     ),
     "a call without a name": (
-        GOOD_SHAREGPT,
         sharegpt(said("human", "a"), said("function_call", '{"arguments": {}}')),
-        "malformed-tool-calls",
-        "conversations[1].value[0]: no function name in it",
+        "malformed-tool-calls: conversations[1].value[0]: no function name in it",
     ),
     "tools that are no JSON": (
-        GOOD_SHAREGPT,
         sharegpt(said("human", "a"), said("gpt", "b"), tools="find"),
-        "malformed-tools",
-        "tools: ",
+        "malformed-tools: tools: ",
     ),
-    "conversations that are a text": (
-        GOOD_SHAREGPT,
-        {"conversations": "human: a"},
-        "wrong-type",
-        "conversations: ",
-    ),
+    "conversations that are a text": ({"conversations": "human: a"}, "wrong-type: conversations: "),
     "no answer": (
-        GOOD_SHAREGPT,
         sharegpt(said("human", "a"), said("gpt", "b"), said("human", "c")),
-        "last-turn-not-assistant",
-        "the turns are user, assistant, user",
+        "last-turn-not-assistant: the turns are user, assistant, user",
     ),
     "an answer first": (
-        GOOD_SHAREGPT,
         sharegpt(said("gpt", "a"), said("human", "b"), said("gpt", "c")),
-        "role-order",
-        "the turns are assistant, user",
+        "role-order: the turns are assistant, user",
     ),
     "two system prompts": (
-        GOOD_SHAREGPT,
         sharegpt(said("system", "s"), said("human", "b"), said("gpt", "c"), system="S"),
-        "role-order",
-        "the turns are system, system, user",
+        "role-order: the turns are system, system, user",
     ),
     "a result that nobody asked for": (
-        GOOD_SHAREGPT,
         sharegpt(said("human", "a"), said("observation", "b"), said("gpt", "c")),
-        "tool-without-call",
-        "the turns are user, tool",
+        "tool-without-call: the turns are user, tool",
     ),
     "a preference pair": (
-        GOOD_ALPACA,
         {"prompt": "a"} | PAIR,
-        "preference-pair",
-        "set completion_feature: chosen and drop_fields: [rejected]",
+        "preference-pair: set completion_feature: chosen and drop_fields: [rejected]",
     ),
     "a bad answer of LLaMA-Factory's KTO rows": (
-        [row | {"kto_tag": True} for row in GOOD_ALPACA],
         alpaca("e", "f", kto_tag=False),
-        "preference-pair",
-        "kto_tag: false marks an answer that is not to be learnt",
+        "preference-pair: kto_tag: false marks an answer that is not to be learnt",
+        [row | {"kto_tag": True} for row in GOOD_ALPACA],
     ),
     "a bad answer of TRL's rows": (
-        [{"prompt": text, "completion": "Yes.", "label": True} for text in "ab"],
         {"prompt": "c", "completion": "No.", "label": False},
-        "preference-pair",
-        "drop_fields: [label]",
+        "preference-pair: drop_fields: [label]",
+        [{"prompt": text, "completion": "Yes.", "label": True} for text in "ab"],
     ),
     "a preference pair of Alpaca's": (
-        GOOD_ALPACA,
         {"instruction": "a", "input": "b"} | PAIR,
-        "preference-pair",
-        "set prompt_feature: instruction, completion_feature: chosen and drop_fields: [rejected]",
+        "preference-pair: set prompt_feature: instruction, completion_feature: chosen and "
+        "drop_fields: [rejected]",
     ),
     "a preference pair of ShareGPT's": (
-        GOOD_SHAREGPT,
         sharegpt(said("human", "a"), chosen=said("gpt", "b"), rejected=said("gpt", "c")),
-        "preference-pair",
-        "make each the last turn of its row",
+        "preference-pair: make each the last turn of its row",
     ),
 }
 # Files with settings, and the place of their one error.
-BROKEN_FILES: dict[str, tuple[Files, dict[str, Any], tuple[str, int, str, str]]] = {
+BROKEN_FILES: dict[str, tuple[Files, dict[str, Any], str]] = {
     "a chat where Alpaca is configured": (
         {"train.jsonl": lines(GOOD_ALPACA[0], chat("a", "b"))},
         {"data_format": "alpaca"},
-        at(2, "missing-field", "instruction is missing, which data_format: alpaca needs"),
+        "train.jsonl:2: missing-field: instruction is missing, which data_format: alpaca needs",
     ),
     "a plain chat where tools are configured": (
         {"train.jsonl": lines({"messages": ASKED, "tools": [TOOL]}, chat("a", "b"))},
         {"data_format": "tools"},
-        at(2, "missing-field", "tools is missing"),
+        "train.jsonl:2: missing-field: tools is missing",
     ),
     "a cell too many between semicolons": (
         {"train.csv": b'prompt;completion\n"a\nb";c\nd;e;f\ng;h\n'},
         {},
-        at(4, "cell-count", "expected 2 cells as in the header, found 3", "train.csv"),
+        "train.csv:4: cell-count: expected 2 cells as in the header, found 3",
     ),
     "an open quote": (
         {"train.tsv": b'prompt\tcompletion\na\tb\n"c\td\n'},
         {},
-        at(3, "damaged-file", "unexpected end of data", "train.tsv"),
+        "train.tsv:3: damaged-file: unexpected end of data",
     ),
     "latin-1 of a spreadsheet": (
         {"train.csv": "prompt;completion\na;b\nc;café\n".encode("latin-1")},
         {},
-        at(3, "not-utf8", "Save the file as UTF-8", "train.csv"),
+        "train.csv:3: not-utf8: Save the file as UTF-8",
     ),
     "a packed table that is cut off": (
         {"train.csv.gz": gzip.compress(b"prompt,completion\na,b\n" * 9)[:-9]},
         {},
-        at(19, "damaged-file", "the gzip file is cut off in this line", "train.csv.gz"),
+        "train.csv.gz:19: damaged-file: the gzip file is cut off in this line",
     ),
     "a line of the second of several files": (
         {
@@ -603,29 +515,31 @@ BROKEN_FILES: dict[str, tuple[Files, dict[str, Any], tuple[str, int, str, str]]]
             "train-2.csv": b'instruction,output\n"e\nf",g\nh,""\n',
         },
         {},
-        at(4, "blank-field", "output has no text in it", "train-2.csv"),
+        "train-2.csv:4: blank-field: output has no text in it",
     ),
     "a column beside a prompt and an answer": (
         {"train.csv": b"Frage;Antwort;System\na;b;\nc;d;Be kind.\n"},
         NAMES,
-        at(3, "unread-field", "drop_fields: [System]", "train.csv"),
+        "train.csv:3: unread-field: drop_fields: [System]",
     ),
 }
 BROKEN_FILES |= {
     name: (
-        {"train.jsonl": lines(*good, row)},
+        rows(*(good[0] if good else GOOD_SHAREGPT if "conversations" in row else GOOD_ALPACA), row),
         {"prompt_feature": "q", "completion_feature": "output"} if "q" in row else {},
-        at(3, check, says),
+        f"train.jsonl:3: {says}",
     )
-    for name, (good, row, check, says) in BROKEN_ROWS.items()
+    for name, (row, says, *good) in BROKEN_ROWS.items()
 }
 
 
 @pytest.mark.parametrize("name", BROKEN_FILES)
 def test_a_broken_file_is_named_by_its_line(name: str, tmp_path: Path) -> None:
-    files, settings, (file, line, check, says) = BROKEN_FILES[name]
+    """Its one error, as the report shows it: what is expected are its first words, or some."""
+    files, settings, expected = BROKEN_FILES[name]
+    file, line, check, says = expected.split(": ", 2)[0].split(":") + expected.split(": ", 2)[1:]
     (error,) = load(write(tmp_path, files), settings)[0].errors
-    assert (error.file, error.line, error.check) == (file, line, check)
+    assert (error.file, error.line, error.check) == (file, int(line), check)
     assert says in error.message
 
 
@@ -633,9 +547,7 @@ def places(report: DatasetReport, check: str) -> Sequence[str]:
     return [str(finding) for finding in report.findings if finding.check == check]
 
 
-def test_lines_of_several_files_are_named_by_file_and_line_there(
-    tmp_path: Path, tokenizer: TokenizerSource
-) -> None:
+def test_lines_of_several_files_are_named_by_file_and_line_there(tmp_path, tokenizer) -> None:
     def rows(*texts: str) -> bytes:
         return lines(*(alpaca(f"{text}?", f"{text}.") for text in texts))
 

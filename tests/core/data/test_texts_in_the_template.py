@@ -224,9 +224,7 @@ def test_plain_text_with_two_beginnings_or_two_ends_is_warned_of(write_data: Wri
     ]
 
 
-def test_a_token_without_a_row_in_the_embedding_is_an_error_by_name(
-    write_data: WriteData,
-) -> None:
+def test_a_token_without_a_row_in_the_embedding_is_an_error_by_name(write_data) -> None:
     source = build_tokenizer(TEMPLATE)
     size = len(source.load())
     path = Path(source.folder, "tokenizer.json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,10 +124,7 @@ def test_the_infos_count_tokens_and_padding(write_data, tokenizer) -> None:
 
 @pytest.mark.parametrize("overlong", ["truncate", "error", "drop"])
 def test_a_row_of_too_many_characters_is_not_given_to_the_tokenizer(
-    overlong: Literal["truncate", "error", "drop"],
-    write_data: WriteData,
-    tokenizer: TokenizerSource,
-    monkeypatch: pytest.MonkeyPatch,
+    overlong, write_data, tokenizer, monkeypatch
 ) -> None:
     monkeypatch.setattr(parallel_tokenization, "MAX_ROW_CHARACTERS", 300)
     short, long = {"text": "x" * 300}, {"text": "x" * 301}

@@ -149,10 +149,7 @@ def test_what_was_written_is_read_again_from_the_folder(kept, write_data, tokeni
 
 
 def test_files_that_nobody_keeps_are_gone_and_can_still_be_read(
-    write_data: WriteData,
-    tokenizer: TokenizerSource,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    write_data, tokenizer, tmp_path, monkeypatch
 ) -> None:
     private = tmp_path / "private"
     private.mkdir()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -92,11 +91,7 @@ def test_tokens_and_mask_offsets_are_those_of_mlx_lm(
 @pytest.mark.parametrize(("kind", "mask_prompt"), CASES)
 @pytest.mark.parametrize("max_seq_length", [32, 2048])
 def test_what_is_supervised_is_what_mlx_lm_supervises_without_its_pad_token(
-    kind: str,
-    mask_prompt: bool,
-    max_seq_length: int,
-    write_data: WriteData,
-    tokenizer: TokenizerSource,
+    kind, mask_prompt, max_seq_length, write_data, tokenizer
 ) -> None:
     settings: Any = {"max_seq_length": max_seq_length, "mask_prompt": mask_prompt}
     split = load(write_data(train=ROWS[kind]), tokenizer, **settings)[1]["train"]
@@ -150,9 +145,7 @@ def test_an_empty_split_is_an_empty_split(write_data, tokenizer) -> None:
     assert choose_evaluation_batches(split, 4) == []
 
 
-def test_a_tokenizer_whose_files_changed_is_loaded_again_in_the_same_process(
-    tmp_path: Path,
-) -> None:
+def test_a_tokenizer_whose_files_changed_is_loaded_again_in_the_same_process(tmp_path) -> None:
     base = shutil.copytree(MODEL, tmp_path / "base")
     source = TokenizerSource(str(base))
     before = source.load()

@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from nested_core.config.schema import FineTuneConfig
+from nested_core.seams import is_there
 from nested_core.storage.adapter import WEIGHTS_NAME, files_sha256, read_adapter
 from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory
@@ -538,7 +539,7 @@ def an_honest_run(scene: Scene) -> None:
 @case()
 def an_honest_run_within_every_bound(scene: Scene) -> FineTuneConfig:
     bounds = general_text(scene.run.path.parent, 100.0)
-    return scene.bounded(min_relative_change=1e-4, check_fused=True, **bounds).config
+    return scene.bounded(min_relative_change=1e-4, check_fused=is_there("fused"), **bounds).config
 
 
 @case()

@@ -308,9 +308,7 @@ def test_the_best_of_equal_steps_is_rarely_promoted() -> None:
         (0.1, 24, "worse"),  # worse, although it is the best of 24
     ],
 )
-def test_the_word_for_the_best_of_several_allows_for_their_number(
-    mean: float, count: int, word: str
-) -> None:
+def test_the_word_for_the_best_of_several_allows_for_their_number(mean, count, word) -> None:
     drawn = np.random.default_rng(6).normal(0, 0.2, 84)
     judged = losses_of(drawn - drawn.mean() + mean, champion=np.ones(84))
     found = summarise_champion("c", judged, candidates=Candidates(count))

@@ -21,13 +21,13 @@ from nested_core.measure.answers.answer_bounds import judge_answers
 from nested_core.measure.losses.held_out_loss import LoadedBase, read_nonempty_splits
 from nested_core.pipeline.publishing import register_run
 from nested_core.records.answers import read_answers
+from nested_core.records.judged_run import read_judged_run
 from nested_core.records.losses import read_example_losses
 from nested_core.records.verdict import ChampionLoss
 from nested_core.records.verdict_file import read_verdict
 from nested_core.records.verdict_table import check_table
 from nested_core.registry import promote, register
 from nested_core.registry.policy import set_policy
-from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.storage.adapter import write_adapter
 from tests.builders.candidates import Candidate, shifted
 from tests.builders.judged_adapters import pass_by_hand
@@ -75,9 +75,9 @@ class Challenger(Candidate):
 
     def decide(self, champion: str | None, **section: Any) -> str:
         """Register, and say what the policy makes of it."""
-        version = register_run(self.config, self.run, champion)
         policy = self.config.registry.model_copy(update=section)
-        return promote_by_policy(policy, version, champion).sentence
+        config = self.config.model_copy(update={"registry": policy})
+        return register_run(config, read_judged_run(self.run.path), champion).sentence
 
     def with_suite(self, **bounds: Any) -> Self:
         """The same with a suite of capitals that the base model knows."""
@@ -193,7 +193,7 @@ def test_where_the_champion_was_trained_on_every_example_nothing_is_promoted(cha
 
 def test_provenance_holds_a_digest_of_every_training_example(challenger: Challenger) -> None:
     challenger.judge()
-    version = register_run(challenger.config, challenger.run, None)
+    version = register_run(challenger.config, read_judged_run(challenger.run.path), None).version
     path = challenger.registry / NAME / "versions" / version / "provenance.json"
     recorded = decode_digests(json.loads(path.read_text())["training_examples"])
     own = digest_examples(read_nonempty_splits(challenger.config, challenger.run)["train"])
@@ -261,7 +261,7 @@ def test_the_champion_answers_the_suites_too_and_only_once(
     assert roles == [role for role in ("base", "champion", "candidate") for _ in range(20)]
     assert f"champion {result.champion * 20:g} of 20" in result.describe()
     challenger.confirm()
-    version = register_run(challenger.config, challenger.run, None)
+    version = register_run(challenger.config, read_judged_run(challenger.run.path), None).version
     promote(challenger.registry, NAME, version, by="ann")
     challenger.judge()
     assert len(asked) == 5  # the champion said the same when it was the candidate

@@ -16,11 +16,12 @@ from nested_core.gate.checks.judged import (
     log_stopped_checks,
     make_checks,
 )
-from nested_core.gate.judge import CHECKS_WITH_MODEL
+from nested_core.gate.judge import list_checks_with_model
 from nested_core.records.verdict import Reason
 from nested_core.storage.adapter import read_adapter
 from tests.builders.candidates import Candidate
 from tests.core.gate.pairs import A, Tensors, codes, trained_tensors, write
+from tests.left_out import needs_rooms
 
 # What the losses are measured on, how differences are judged, and what else is recorded.
 NO_BOUNDS = {"held_out", "noise", "drift", "general_data", "allow_python_scorers"}
@@ -91,7 +92,7 @@ def test_what_could_not_be_checked_is_said_with_the_check_that_stopped_it(
 
 
 def test_every_check_has_a_name_of_its_own_and_stands_after_those_that_stop_it() -> None:
-    checks = (*CHECKS_OF_FILES, *CHECKS_WITH_MODEL)
+    checks = (*CHECKS_OF_FILES, *list_checks_with_model())
     names = [check.name for check in checks]
     assert len(set(names)) == len(names)
     for place, check in enumerate(checks):
@@ -102,8 +103,11 @@ def test_every_check_has_a_name_of_its_own_and_stands_after_those_that_stop_it()
     )
 
 
+@needs_rooms("fused", "replay")
 def test_every_bound_of_the_gate_belongs_to_one_check_that_judges_by_it() -> None:
-    bounds = [key for check in (*CHECKS_OF_FILES, *CHECKS_WITH_MODEL) for key in check.bounds]
+    bounds = [
+        key for check in (*CHECKS_OF_FILES, *list_checks_with_model()) for key in check.bounds
+    ]
     assert sorted(bounds) == sorted(GateSection.model_fields.keys() - NO_BOUNDS)
 
 

@@ -1,4 +1,4 @@
-"""gate.general_data bounds forgetting, gate.check_fused what fusing leaves; nothing overrides."""
+"""gate.general_data bounds forgetting; nothing overrides."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlx_lm import convert
 
 from nested_core.config.sections import GateSection
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate import Verdict
-from tests.builders.candidates import Candidate, train_candidate
+from tests.builders.candidates import Candidate
 from tests.builders.data_sets import write_lines
 from tests.core.gate.pairs import codes
-from tests.example import MODEL, require_refused
+from tests.example import require_refused
 
 GENERAL = [
     "The capital of France is Paris.",
@@ -70,52 +69,6 @@ def test_general_data_that_cannot_be_read_is_an_error_and_no_verdict(candidate, 
         broken.write_text(content)
         with pytest.raises(DatasetError, match=said):
             verdict_within(candidate, broken, 0.1)
-
-
-TRAINS_ANOTHER = pytest.mark.slow("trains another run on a quantised base, and judges it twice")
-
-
-@pytest.fixture(scope="module")
-def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example's base in 4 bits."""
-    folder = tmp_path_factory.mktemp("quantised") / "model"
-    convert(str(MODEL), str(folder), quantize=True, q_group_size=32, q_bits=4)
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("rate", "kind", "expected"),
-    [
-        (1e-4, "lora", ["no_effect"]),
-        pytest.param(2e-3, "lora", [], marks=TRAINS_ANOTHER),
-        pytest.param(1e-4, "dora", ["no_effect"], marks=TRAINS_ANOTHER),
-    ],
-)
-def test_a_change_that_fusing_into_a_quantised_base_erases_is_no_effect(
-    quantised: Path, tmp_path: Path, rate: float, kind: str, expected: list[str]
-) -> None:
-    changes: dict[str, Any] = {"model": str(quantised), "learning_rate": rate}
-    changes |= {"fine_tune_type": kind, "gate": {"check_fused": True}}
-    done = train_candidate(tmp_path / "run", **changes)
-    verdict = done.verdict()
-    assert codes(verdict) == expected
-    assert verdict.fused is not None
-    assert verdict.fused.modules == 42
-    assert (verdict.fused.carried_share > 0.5) is (not expected)
-    if expected:
-        assert "fused into the base" in verdict.reasons[0].message
-        lost = verdict.fused.erased_modules
-        assert {name.rpartition(".")[0] for name in verdict.reasons[0].tensors} == set(lost)
-    assert done.bounded().verdict().has_passed
-
-
-@pytest.mark.slow("trains and judges a run of its own")
-def test_the_same_change_survives_in_a_base_that_is_not_quantised(candidate: Candidate) -> None:
-    verdict = candidate.bounded(check_fused=True).verdict()
-    assert verdict.has_passed
-    assert verdict.fused is not None
-    assert verdict.fused.carried_share == pytest.approx(1, abs=0.01)
-    assert verdict.fused.erased_modules == ()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +110,7 @@ def write_no_losses(rows: Rows) -> Rows:
 
 
 @pytest.mark.parametrize("change", [change_one_loss, drop_one_example, write_no_losses])
-def test_losses_that_were_edited_are_damage(
-    judged: Candidate, change: Callable[[Rows], Rows]
-) -> None:
+def test_losses_that_were_edited_are_damage(judged, change) -> None:
     path = judged.run.gate_losses
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     write_lines(path, change(rows))

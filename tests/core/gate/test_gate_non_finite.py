@@ -12,10 +12,8 @@ import pytest
 
 from nested_core.config.sections import GateSection
 from nested_core.gate import verify_adapters
-from nested_core.gate.checks.fused import judge_fused_change
 from nested_core.gate.proof import fresh_process_check
 from nested_core.gate.proof.fresh_process_check import FreshProcessLogits
-from nested_core.measure.losses.held_out_loss import LoadedBase
 from nested_core.measure.losses.loss_figures import general_loss_reasons, non_finite_loss_reasons
 from nested_core.records.verdict import GeneralLoss, Validation
 from tests.builders.adapter_folders import base_copy, change_tensors, name_base
@@ -183,30 +181,3 @@ def test_losses_that_are_not_finite_are_no_regression(before, after, message) ->
     assert message in reason.message
     assert message in of_general.message
     assert "general text" in of_general.message
-
-
-@pytest.mark.parametrize("is_initial", [True, False])
-def test_fused_weights_that_overflow_are_not_finite(candidate: Candidate, is_initial: bool) -> None:
-    before = candidate.initial
-    after = candidate.trained
-    name = next(name for name in after if name.endswith("lora_b"))
-    for tensors in (before, after) if is_initial else (after,):
-        tensors[name] = mx.full(tensors[name].shape, 3e38)
-    evidence, reasons = judge_fused_change(
-        LoadedBase.load(candidate.config, as_stored=True).model, before, after
-    )
-    assert [reason.code for reason in reasons] == ["non_finite"]
-    assert f"with the {'initial' if is_initial else 'trained'} adapter" in reasons[0].message
-    assert name in reasons[0].tensors
-    assert math.isfinite(evidence.carried_share)  # JSON has no word for what is not
-
-
-def test_a_fused_change_whose_square_overflows_is_measured(candidate: Candidate) -> None:
-    before = candidate.initial
-    after = {name: value * 1e10 for name, value in before.items()}
-    after |= {n: mx.full(v.shape, 1e15) for n, v in after.items() if n.endswith("lora_b")}
-    evidence, reasons = judge_fused_change(
-        LoadedBase.load(candidate.config, as_stored=True).model, before, after
-    )
-    assert reasons == []
-    assert evidence.carried_share == pytest.approx(1, abs=1e-2)

@@ -291,9 +291,7 @@ def test_a_drop_that_chance_could_bring_is_no_regression_unless_noise_is_none() 
         (["billing"] + ["shipping"] * 9, None),
     ],
 )
-def test_equal_answers_are_broken_where_five_of_them_are_wrong(
-    given: list[str], same: str | None
-) -> None:
+def test_equal_answers_are_broken_where_five_of_them_are_wrong(given, same) -> None:
     right = ["billing"] * 6 + ["shipping"] * 4
     roles: dict[AnsweringRole, list[str]] = {"base": right, "candidate": given}
     records = [

@@ -50,9 +50,7 @@ def test_gate_and_up_alone_are_kept_for_the_backward_pass(monkeypatch: pytest.Mo
         assert arrays_kept() < plain - 1.5
 
 
-def test_modules_are_given_back_after_an_error_and_left_alone_on_a_cpu(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_modules_are_given_back_after_an_error_and_left_alone_on_a_cpu(monkeypatch) -> None:
     model = build("gemma2")
     own = type(model.layers[0].mlp)
     with using_recomputed_geglu(model):

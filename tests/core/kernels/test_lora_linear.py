@@ -75,9 +75,7 @@ def test_dropout_draws_what_mlx_lm_draws() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_dora_layers_give_mlx_lms_output_and_gradients(
-    bias: bool, quantised: bool, dropout: float
-) -> None:
+def test_dora_layers_give_mlx_lms_output_and_gradients(bias, quantised, dropout) -> None:
     base = nn.Linear(64, 96, bias=bias)
     if bias:
         base.bias = normal(96, dtype=mx.float32)
@@ -286,9 +284,7 @@ def test_modules_parameters_and_names_are_given_back_after_an_error() -> None:
     assert not any(GROUP_ATTRIBUTE in vars(module) for _, module in model.named_modules())
 
 
-def test_a_line_says_which_layers_are_ours_and_why_others_are_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_line_says_which_layers_are_ours_and_why_others_are_not(monkeypatch) -> None:
     count = sum("lora_a" in module for _, module in build("llama").named_modules())
     said = describe_layers(build("llama"))
     ours = f"{count} of {count} with an adapter use nested-tune's code"

@@ -160,9 +160,7 @@ def test_dequantized_weights_are_not_kept_for_the_backward_pass() -> None:
     assert peak < 16 * 1024 * 1024 * 4  # half of the dequantized weights; some are in flight
 
 
-def test_the_output_layers_weight_is_made_once_for_all_chunks_of_a_batch(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_output_layers_weight_is_made_once_for_all_chunks_of_a_batch(monkeypatch) -> None:
     model = build("llama", quantized=True)
     head = OutputHead(model, model.model)
     made = []

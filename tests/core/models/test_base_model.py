@@ -22,6 +22,7 @@ from nested_core.models.base_model import (
     is_same_base,
     load_base_model,
     require_folder_or_hub_name,
+    vocabulary_digest,
 )
 from tests.builders.adapter_folders import base_copy
 from tests.example import example_config
@@ -127,6 +128,22 @@ def test_a_tokenizer_is_the_same_by_its_files_whatever_the_weights(folder: Path,
     with (folder / name).open("a") as file:
         file.write(" ")
     assert fingerprint_tokenizer(folder) != before
+
+
+def test_tokenizer_json_decides_alone_which_tokens_a_text_is_cut_into(folder: Path) -> None:
+    assert vocabulary_digest(folder) is None
+    (folder / "tokenizer.json").write_text("{}")
+    before = vocabulary_digest(folder)
+    (folder / "merges.txt").write_text("a b")
+    (folder / "generation_config.json").write_text("{}")
+    assert vocabulary_digest(folder) == before
+    with (folder / "tokenizer.json").open("a") as file:
+        file.write(" ")
+    assert vocabulary_digest(folder) != before
+    (folder / "tokenizer.json").unlink()
+    of_merges = vocabulary_digest(folder)
+    (folder / "merges.txt").write_text("b a")
+    assert vocabulary_digest(folder) not in {of_merges, before}
 
 
 def test_a_base_is_the_same_by_its_files_alone(folder: Path) -> None:

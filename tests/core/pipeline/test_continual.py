@@ -22,16 +22,17 @@ from nested_core.pipeline.continual import (
     find_unbeaten_champion,
 )
 from nested_core.pipeline.publishing import read_run_examples, register_run
+from nested_core.records.judged_run import read_judged_run
 from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.verdict import ChampionLoss, JudgedAdapter, TaskResult, Validation, Verdict
 from nested_core.registry import collect_garbage, list_versions, promote, read_champion, register
 from nested_core.registry.data_store import read_lineage, read_stored_data
-from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.core.registry.conftest import write_run
 from tests.example import DATA, MODEL, example_config, prepare, train
+from tests.runs import not_registered
 
 NAME = "capitals"
 TEMPLATE = json.loads((MODEL / "tokenizer_config.json").read_text())["chat_template"]
@@ -69,9 +70,7 @@ def generation(folder: Path, data: str) -> tuple[RunDirectory, str]:
     finished = train(config, prepare(config, folder / f"run-{data}"))
     champion = champion_or_none(folder / "registry", NAME)
     steps.judge(config, finished.run)
-    version = register_run(config, finished.run, champion)
-    promote_by_policy(config.registry, version, champion)
-    return finished.run, version
+    return finished.run, register_run(config, read_judged_run(finished.run.path), champion).version
 
 
 @pytest.fixture(scope="module")
@@ -107,21 +106,19 @@ def test_data_that_changed_before_its_run_was_registered_is_not_kept_and_said(
 ) -> None:
     changed = shutil.copytree(folder / "monday", tmp_path / "changed")
     config = configure(tmp_path, "changed")
-    assert read_run_examples(config, monday[0], "0" * 64) is not None
+    assert read_run_examples(config, not_registered(monday[0])) is not None
     with (changed / "train.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "New?", "completion": "Yes."}) + "\n")
     with pytest.warns(UserWarning, match="keeps no examples .* the train set of .* has changed"):
-        assert read_run_examples(config, monday[0], "0" * 64) is None
+        assert read_run_examples(config, not_registered(monday[0])) is None
     kept_off = configure(
         tmp_path, "changed", registry={"path": "r", "name": NAME, "keep_data": False}
     )
-    assert read_run_examples(kept_off, monday[0], "0" * 64) is None
+    assert read_run_examples(kept_off, not_registered(monday[0])) is None
 
 
 @pytest.mark.slow("trains and judges a run of its own")
-def test_without_a_champion_the_first_run_starts_fresh_and_says_so(
-    folder: Path, monday: tuple[RunDirectory, str]
-) -> None:
+def test_without_a_champion_the_first_run_starts_fresh_and_says_so(folder, monday) -> None:
     run, version = monday
     note = describe_starting_adapter(configure(folder, "monday"), run)
     assert note == "capitals has no champion yet: starting from a fresh adapter"
@@ -143,7 +140,7 @@ def test_the_next_run_starts_from_the_champion_and_is_judged_against_it(
     assert (recorded["parent"], recorded["champion_at_gate"]) == (parent, parent)
     assert champion_or_none(folder / "registry", NAME) == version
     note = describe_starting_adapter(configure(folder, "tuesday"), run)
-    assert note == f"starting from version {parent[:12]} of capitals"
+    assert note == f"starting from version {parent[:12]} of capitals at 0.3 of the learning rate"
 
 
 def unchanged(folder: Path, path: Path, data: str, **changes: Any) -> str | None:
@@ -165,9 +162,7 @@ def test_a_run_on_the_data_that_the_champion_was_trained_on_is_skipped(
     assert unchanged(folder, tmp_path / "run", "tuesday", **changes) == tuesday[1]
 
 
-def test_the_same_lines_in_another_folder_are_the_same_data(
-    folder: Path, tuesday: tuple[RunDirectory, str], tmp_path: Path
-) -> None:
+def test_the_same_lines_in_another_folder_are_the_same_data(folder, tuesday, tmp_path) -> None:
     copy = write_data(tmp_path / "copy", slice(10, 30))
     assert unchanged(folder, tmp_path / "run", str(copy)) == tuesday[1]
 
@@ -184,11 +179,7 @@ def test_the_same_lines_in_another_folder_are_the_same_data(
     ],
 )
 def test_other_data_or_settings_are_a_reason_to_train(
-    folder: Path,
-    tuesday: tuple[RunDirectory, str],
-    tmp_path: Path,
-    data: str,
-    changes: dict[str, Any],
+    folder, tuesday, tmp_path, data, changes
 ) -> None:
     assert unchanged(folder, tmp_path / "run", data, **changes) is None
 
@@ -216,9 +207,7 @@ def test_another_tokenizer_or_end_of_answers_is_a_reason_to_train(
     assert unchanged(folder, tmp_path / "run", "tuesday", model=str(base)) is None
 
 
-def test_other_held_out_rows_are_a_reason_to_train(
-    folder: Path, tuesday: tuple[RunDirectory, str], tmp_path: Path
-) -> None:
+def test_other_held_out_rows_are_a_reason_to_train(folder, tuesday, tmp_path) -> None:
     data = shutil.copytree(folder / "tuesday", tmp_path / "data")
     rows = (data / "valid.jsonl").read_text().splitlines(keepends=True)
     (data / "valid.jsonl").write_text("".join(rows[:6]))
@@ -231,9 +220,7 @@ def test_other_held_out_rows_are_a_reason_to_train(
     assert unchanged(folder, tmp_path / "outside", "tuesday", gate=gate) is None
 
 
-def test_a_run_that_has_begun_to_train_is_not_skipped_when_resumed(
-    folder: Path, tuesday: tuple[RunDirectory, str]
-) -> None:
+def test_a_run_that_has_begun_to_train_is_not_skipped_when_resumed(folder, tuesday) -> None:
     assert find_reason_to_skip(configure(folder, "tuesday"), tuesday[0]) is None
 
 
@@ -248,11 +235,7 @@ def test_a_run_that_has_begun_to_train_is_not_skipped_when_resumed(
     ],
 )
 def test_a_champion_of_other_settings_is_refused_with_what_differs(
-    folder: Path,
-    tuesday: tuple[RunDirectory, str],
-    tmp_path: Path,
-    changes: dict[str, Any],
-    named: str,
+    folder, tuesday, tmp_path, changes, named
 ) -> None:
     with pytest.raises(ConfigError, match="was trained with other settings") as caught:
         prepare(configure(folder, "monday", **changes), tmp_path / "run")
@@ -260,9 +243,7 @@ def test_a_champion_of_other_settings_is_refused_with_what_differs(
     assert not (tmp_path / "run" / "initial").exists()
 
 
-def test_a_champion_of_another_base_is_refused(
-    folder: Path, tuesday: tuple[RunDirectory, str], tmp_path: Path
-) -> None:
+def test_a_champion_of_another_base_is_refused(folder, tuesday, tmp_path) -> None:
     other = Path(shutil.copytree(MODEL, tmp_path / "base"))
     weights = load_arrays(other / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] * 2
@@ -272,9 +253,7 @@ def test_a_champion_of_another_base_is_refused(
     assert "base_fingerprint: " in str(caught.value)
 
 
-def test_a_champion_that_was_changed_on_disk_is_not_started_from(
-    folder: Path, tuesday: tuple[RunDirectory, str], tmp_path: Path
-) -> None:
+def test_a_champion_that_was_changed_on_disk_is_not_started_from(folder, tuesday, tmp_path) -> None:
     path = folder / "registry" / NAME / "versions" / tuesday[1] / "gate.json"
     sound = path.read_bytes()
     path.chmod(0o644)
@@ -305,11 +284,7 @@ def test_a_champion_whose_provenance_is_damaged_is_no_reason_to_skip_or_to_train
 
 @pytest.mark.parametrize("step", ["verify", "read_adapter", "read_provenance"])
 def test_a_champion_is_not_collected_while_a_run_reads_it(
-    folder: Path,
-    tuesday: tuple[RunDirectory, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    step: str,
+    folder, tuesday, tmp_path, monkeypatch, step
 ) -> None:
     registry = tmp_path / "registry"
     shutil.copytree(folder / "registry", registry, symlinks=True)
@@ -361,9 +336,7 @@ def test_a_champion_is_not_collected_while_a_run_reads_it(
         ),
     ],
 )
-def test_sections_that_contradict_one_another_are_refused(
-    values: dict[str, Any], message: str
-) -> None:
+def test_sections_that_contradict_one_another_are_refused(values, message) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_config(values, source="a test")
 

@@ -66,9 +66,7 @@ def test_another_device_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> No
             pass
 
 
-def test_a_cpu_is_shared_and_off_locks_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_cpu_is_shared_and_off_locks_nothing(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv(DEVICE_LOCK_VARIABLE, "off")
     assert device_names(2) == ()
     with locking_devices(pytest.fail), locking_devices(pytest.fail):

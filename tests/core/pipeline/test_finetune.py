@@ -31,7 +31,7 @@ class Recording(Steps):
         self.called: list[str] = []
 
     def __getattribute__(self, name: str) -> Any:
-        if name in ("begin", "validate", "load", "train", "judge", "register", "promote"):
+        if name in ("begin", "validate", "load", "train", "judge", "register"):
             self.called.append(name)
         return super().__getattribute__(name)
 
@@ -53,7 +53,7 @@ def data_with_a_test_set(folder: Path) -> str:
 def test_a_fine_tune_from_python_trains_judges_registers_and_promotes(tmp_path: Path) -> None:
     hooks = Recording()
     result = finetune(registered(tmp_path), open_run(tmp_path / "run"), hooks)
-    assert hooks.called == ["begin", "validate", "load", "train", "judge", "register", "promote"]
+    assert hooks.called == ["begin", "validate", "load", "train", "judge", "register"]
     assert result.verdict is not None
     assert result.verdict.summary().startswith("passed, better: ")
     assert result.training is not None
@@ -70,6 +70,8 @@ def test_a_version_that_is_not_to_be_promoted_is_registered_alone(tmp_path: Path
     result = finetune(registered(tmp_path, "never", val_batches=0), open_run(tmp_path / "run"))
     assert result.version is not None
     assert result.promotion is None
+    assert result.decision is not None
+    assert result.decision.outcome == "registered"
     assert read_champion(tmp_path / "registry", "capitals") is None
 
 
@@ -122,9 +124,7 @@ def run_while_the_device_is_held(step: Callable[[Callable[[str], None]], object]
 
 
 @pytest.mark.slow("trains and judges a run of its own")
-def test_every_step_that_computes_waits_for_the_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_step_that_computes_waits_for_the_device(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv(DEVICE_LOCK_VARIABLE, "test-device")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     nested = {"frequencies": [1, 2], "strategy": "parameter_importance", "probe_batches": 1}

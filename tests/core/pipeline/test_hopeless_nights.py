@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ from nested_core.pipeline import continual, steps
 from nested_core.pipeline.continual import conditions_digest, find_reason_to_skip
 from nested_core.pipeline.finetune import FinetuneResult, finetune
 from nested_core.pipeline.hooks import Steps
+from nested_core.records.dataset import read_dataset_record
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.run import Run
 from nested_core.records.skip import Skip, read_skip
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry import (
-    decline,
     forget_rows,
     history,
     list_names,
@@ -33,10 +32,13 @@ from nested_core.registry import (
 from nested_core.registry.ledger import read_ledger
 from nested_core.registry.policy import set_policy
 from nested_core.report.outcome import describe_end, describe_outcome, find_outcome
+from nested_core.seams import load
 from nested_core.storage.run_directory import RunDirectory, open_run
 from tests.builders.suites import write_suite
 from tests.example import DATA, MODEL, example_config
+from tests.left_out import needs_rooms
 
+FOLLOWING = {"from": "champion", "allow_high_rate": True}
 NAME = "capitals"
 # What training itself does not see, and what then becomes of the adapter rests on.
 RUINOUS = {"learning_rate": 0.05}
@@ -46,7 +48,7 @@ HARDLY_BETTER = {"learning_rate": 1e-7}
 
 def configure(folder: Path, **changes: Any) -> FineTuneConfig:
     registry = {"path": str(folder / "registry"), "name": NAME, "promote": "better"}
-    settings = {"registry": registry, "continual": {"from": "champion"}, "val_batches": 1}
+    settings = {"registry": registry, "continual": FOLLOWING, "val_batches": 1}
     return example_config(**{"data": str(folder / "data"), "iters": 4} | settings | changes)
 
 
@@ -94,6 +96,13 @@ def write_data(folder: Path) -> None:
     shutil.copyfile(DATA / "valid.jsonl", folder / "valid.jsonl")
 
 
+def conditions_of(config: FineTuneConfig, run: RunDirectory, champion: str | None) -> str | None:
+    """The digest of all that decides about a run whose dataset.json was written."""
+    dataset = read_dataset_record(run.dataset)
+    settings = continual.settings_digest(config, fingerprint_base_model(MODEL), run, dataset)
+    return conditions_digest(config, dataset, settings, champion)
+
+
 @pytest.fixture(scope="module")
 def first_night(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data, and a registry with the champion of a first night."""
@@ -132,6 +141,7 @@ def test_a_rejected_night_is_one_line_of_the_history_with_what_decided_it(reject
         configure(rejected_once, **RUINOUS),
         fingerprint_base_model(MODEL),
         RunDirectory(rejected_once / "rejected"),
+        read_dataset_record(rejected_once / "rejected" / "dataset.json"),
     )
 
 
@@ -161,7 +171,7 @@ def test_the_folder_of_a_skipped_night_says_so_on_every_screen(folder: Path) -> 
 
 @pytest.mark.slow("trains and judges")
 def test_who_insists_trains_and_adds_no_second_line(folder: Path) -> None:
-    insisting = {"continual": {"from": "champion", "skip_unchanged": False}}
+    insisting = {"continual": FOLLOWING | {"skip_unchanged": False}}
     assert night(folder, "insisting", **RUINOUS, **insisting) == (Outcome.WORSE, True)
     assert len(trial_lines(folder)) == 1
     assert skip_of(folder, "after", **RUINOUS).outcome == Outcome.SKIPPED_HOPELESS
@@ -170,7 +180,7 @@ def test_who_insists_trains_and_adds_no_second_line(folder: Path) -> None:
 @pytest.mark.slow("trains and judges")
 def test_a_skipped_night_that_is_resumed_with_insistence_trains(folder: Path) -> None:
     skip_of(folder, "again", **RUINOUS)
-    config = configure(folder, **RUINOUS, continual={"from": "champion", "skip_unchanged": False})
+    config = configure(folder, **RUINOUS, continual=FOLLOWING | {"skip_unchanged": False})
     run = open_run(folder / "again", resume=True)
     with pytest.raises(GateRejected):
         finetune(config, run, Steps(), resume=True)
@@ -238,9 +248,7 @@ def always(folder: Path) -> dict[str, str]:
     ],
     ids=["training data", "held-out data", "policy", "champion"],
 )
-def test_what_decides_and_has_changed_is_a_reason_to_train(
-    folder: Path, change: Callable[[Path], None]
-) -> None:
+def test_what_decides_and_has_changed_is_a_reason_to_train(folder, change) -> None:
     change(folder)
     assert reason_to_skip(folder) is None
 
@@ -260,7 +268,7 @@ def test_the_conditions_are_those_of_contents_and_not_of_paths(folder: Path) -> 
     run = RunDirectory(folder / "asked")
 
     def digest(gate: dict[str, Any]) -> str | None:
-        return conditions_digest(configure(folder, gate=gate), run, None)
+        return conditions_of(configure(folder, gate=gate), run, None)
 
     before = digest(gate)
     moved = shutil.copyfile(text, folder / "moved.jsonl")
@@ -274,35 +282,34 @@ def test_the_conditions_are_those_of_contents_and_not_of_paths(folder: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
-def test_a_night_with_another_tokenizer_or_end_of_answers_trains(
-    folder: Path, tmp_path: Path, name: str
-) -> None:
+def test_a_night_with_another_tokenizer_or_end_of_answers_trains(folder, tmp_path, name) -> None:
     base = shutil.copytree(MODEL, tmp_path / "base")
     file = base / name
     file.write_text(file.read_text() + " ")
     assert reason_to_skip(folder, model=str(base)) is None
 
 
+@needs_rooms("replay")
 def test_the_conditions_hold_the_ancestors_examples_the_device_and_the_packages(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reason_to_skip(folder)  # writes dataset.json
     run, champion = RunDirectory(folder / "asked"), read_champion(folder / "registry", NAME)
     config = configure(folder, gate={"max_ancestor_loss_increase": 0.1})
-    before = conditions_digest(config, run, champion)
-    assert conditions_digest(config, run, champion) == before
+    before = conditions_of(config, run, champion)
+    assert conditions_of(config, run, champion) == before
     with monkeypatch.context() as patch:
         patch.setattr("nested_core.backend.device_name", lambda: "gpu of another machine")
-        assert conditions_digest(config, run, champion) != before
+        assert conditions_of(config, run, champion) != before
     with monkeypatch.context() as patch:
         patch.setattr(continual, "installed_version", lambda name: f"another {name}")
-        assert conditions_digest(config, run, champion) != before
+        assert conditions_of(config, run, champion) != before
     is_judged = configure(folder, gate={})
-    as_before = conditions_digest(is_judged, run, champion)
+    as_before = conditions_of(is_judged, run, champion)
     row = json.loads((folder / "data" / "valid.jsonl").read_text().splitlines()[0])
     forget_rows(folder / "registry", NAME, lambda stored: stored == row, by="ann")
-    assert conditions_digest(config, run, champion) != before
-    assert conditions_digest(is_judged, run, champion) == as_before  # no ancestor judges there
+    assert conditions_of(config, run, champion) != before
+    assert conditions_of(is_judged, run, champion) == as_before  # no ancestor judges there
 
 
 def test_what_a_function_scores_is_never_known(folder: Path) -> None:
@@ -310,7 +317,7 @@ def test_what_a_function_scores_is_never_known(folder: Path) -> None:
     task = {"name": "t", "file": "s.jsonl", "score": "python", "function": "os.path:join"}
     gate = {"tasks": [task], "allow_python_scorers": True}
     run = RunDirectory(folder / "asked")
-    assert conditions_digest(configure(folder, gate=gate), run, None) is None
+    assert conditions_of(configure(folder, gate=gate), run, None) is None
 
 
 @pytest.mark.slow("trains and judges")
@@ -368,6 +375,7 @@ def copied(folder: Path, to: Path) -> Path:
     return to
 
 
+@needs_rooms("approval")
 @pytest.mark.slow("trains and judges two runs")
 def test_a_version_that_waits_for_a_person_is_not_trained_again(asked: Path, tmp_path) -> None:
     folder = copied(asked, tmp_path)
@@ -377,6 +385,7 @@ def test_a_version_that_waits_for_a_person_is_not_trained_again(asked: Path, tmp
     assert skip.reason.endswith(", on the same data, waits for approval")
 
 
+@needs_rooms("approval")
 @pytest.mark.slow("trains and judges two runs")
 def test_a_declined_night_names_who_said_no_and_why(asked: Path, tmp_path: Path) -> None:
     folder = copied(asked, tmp_path)
@@ -384,11 +393,12 @@ def test_a_declined_night_names_who_said_no_and_why(asked: Path, tmp_path: Path)
         None,
         history(folder / "registry", NAME)[0]["version"],
     }
+    decline = load("nested_core.rooms.approval.answers:decline")
     decline(folder / "registry", NAME, str(version), by="bob", reason="too curt")
     skip = skip_of(folder, "again", iters=24)
     assert (skip.outcome, skip.version) == (Outcome.SKIPPED_HOPELESS, version)
-    assert skip.reason.startswith("declined on ")
-    assert skip.reason.endswith(" by bob: too curt")
+    assert skip.reason.startswith("declined already, on ")
+    assert " by bob: too curt. Nobody is asked again until data or settings" in skip.reason
 
 
 @pytest.mark.slow("trains and judges")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +9,6 @@ import pytest
 from nested_core import FineTuneConfig
 from nested_core.pipeline.learning_rate_rule import (
     describe_learning_rate,
-    suggest_learning_rate,
     warn_of_learning_rate,
 )
 
@@ -36,9 +33,7 @@ def configured(**values: Any) -> FineTuneConfig:
     ],
     ids=["mlx_lm", "rank alone", "rank with alpha", "scale 1", "continuing", "schedule"],
 )
-def test_where_a_setting_lies_is_said_with_what_to_try(
-    values: dict[str, Any], product: str, advice: str | None
-) -> None:
+def test_where_a_setting_lies_is_said_with_what_to_try(values, product, advice) -> None:
     said = describe_learning_rate(configured(**values))
     assert said is not None
     assert said.startswith(f"rank x scale x rate is {product}; 0.01 to 0.03 was best for 34 of")
@@ -60,23 +55,3 @@ def test_a_run_is_warned_only_far_from_the_best_settings(rate: float, is_warned_
 def test_nothing_is_said_of_what_the_figures_are_not_of(values: dict[str, Any]) -> None:
     assert describe_learning_rate(configured(**values)) is None
     assert warn_of_learning_rate(configured(**values)) is None
-
-
-@pytest.mark.parametrize(
-    ("model", "alpha", "continues", "rate"),
-    [
-        ({"model_type": "llama", "hidden_size": 64}, 160, False, 1e-4),
-        ({"model_type": "llama", "hidden_size": 3072}, 160, False, 7.2e-5),
-        ({"model_type": "llama", "hidden_size": 8192}, 160, False, 6.3e-5),  # 0.01 at least
-        ({"model_type": "qwen3", "hidden_size": 4096}, 160, False, 9.5e-5),
-        ({"model_type": "gemma3", "text_config": {"hidden_size": 5376}}, 160, False, 9.3e-5),
-        ({"model_type": "llama", "hidden_size": 768}, 16, False, 1e-3),
-        ({"model_type": "llama", "hidden_size": 768}, 160, True, 3e-5),
-        ({"model_type": "mamba"}, 160, False, 1e-4),
-    ],
-)
-def test_the_rate_follows_alpha_the_models_width_and_whether_it_goes_on(
-    tmp_path: Path, model: dict[str, Any], alpha: float, continues: bool, rate: float
-) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(model))
-    assert suggest_learning_rate(alpha, tmp_path, continues=continues) == rate

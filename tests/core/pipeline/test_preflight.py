@@ -73,16 +73,6 @@ REFUSED = {
     "a name in another case": (other_case, ConfigError, "differs from 'capitals' only in case"),
     "a link for a name": (link_in_place, DamagedError, "is a symbolic link"),
     "a damaged champion": (damaged_registry, DamagedError, "champion"),
-    "a service that is unknown": (
-        lambda _: {"report_to": "wandb, tensorboard"},
-        ConfigError,
-        "report_to: ",
-    ),
-    "a service that is not installed": (
-        lambda _: {"report_to": "swanlab"},
-        ConfigError,
-        "report_to: swanlab is not installed",
-    ),
     "a suite that is missing": (
         lambda folder: {
             "gate": {"tasks": [{"name": "x", "file": str(folder / "none"), "score": "exact"}]}
@@ -167,9 +157,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_before_the_first_ste
     require_room_for_checkpoints(fewer, run)
 
 
-def test_where_epochs_decide_the_room_is_that_of_their_iterations(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_epochs_decide_the_room_is_that_of_their_iterations(tmp_path, monkeypatch) -> None:
     config = example_config(iters=2, save_every=2, batch_size=8, training={"epochs": 1.0})
     run = prepare(config, tmp_path / "run")
     usage = Usage(1, 1, 0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from nested_core import seams
@@ -29,11 +27,7 @@ def without_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_several_processes_are_refused_with_the_rooms_name_before_anything_is_written(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    training: dict[str, object],
-    variables: dict[str, str],
-    asked: str,
+    tmp_path, monkeypatch, training, variables, asked
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -16,7 +16,6 @@ from nested_core import (
     DamagedError,
     FineTuneConfig,
     champion,
-    compare_runs,
     promote,
     read_report,
 )
@@ -24,6 +23,7 @@ from nested_core.pipeline import finetune as finetune_module
 from nested_core.pipeline.finetune import FinetuneResult, finetune
 from nested_core.pipeline.hooks import ShownProgress, Steps
 from nested_core.pipeline.publishing import register_run
+from nested_core.records.judged_run import read_judged_run
 from nested_core.records.run import read_run
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry import history
@@ -92,11 +92,7 @@ def test_progress_is_one_line_that_is_rewritten_and_ends_with_the_verdict(sessio
     [(True, True, ShownProgress), (True, False, Steps), (False, True, Steps)],
 )
 def test_one_argument_turns_it_off_and_without_a_terminal_there_is_none(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    is_shown: bool,
-    progress: bool,
-    expected: type[Steps],
+    tmp_path, monkeypatch, is_shown, progress, expected
 ) -> None:
     used: list[Steps] = []
 
@@ -116,7 +112,6 @@ def test_everything_prints_as_one_line(session: Session) -> None:
         session.result,
         session.result.verdict,
         read_report(run.path),
-        compare_runs([run.path]),
         read_run(run),
     ):
         text = repr(value)
@@ -158,7 +153,7 @@ def test_a_champion_whose_files_changed_is_not_asked(session: Session, tmp_path:
 
 def test_a_promotion_against_the_policy_is_warned_of(session: Session, tmp_path: Path) -> None:
     config = example_config(registry={"path": str(tmp_path), "name": "capitals"})
-    register_run(config, session.result.run, None)
+    register_run(config, read_judged_run(session.result.run.path), None)
     set_policy(tmp_path, "capitals", by="ann", changes={"promote": "never"})
     with pytest.warns(RuntimeWarning, match="capitals: .*never"):
         promote(session.result, "capitals", registry=tmp_path)

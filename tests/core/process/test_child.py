@@ -104,9 +104,7 @@ def test_an_error_is_raised_again_as_it_was(program: Path, name: str, expected: 
     ("name", "problem"),
     [("number", "OSError: no number"), ("other", "KeyError: 'xxx"), ("exit", "SystemExit: 3")],
 )
-def test_any_other_error_is_named_with_what_was_printed(
-    program: Path, name: str, problem: str
-) -> None:
+def test_any_other_error_is_named_with_what_was_printed(program, name, problem) -> None:
     with Child(program) as asked:
         with pytest.raises(ChildFailed) as caught:
             asked.ask(["raise", name])
@@ -138,9 +136,7 @@ def test_what_takes_too_long_or_says_too_much_is_an_error(program: Path, tmp_pat
             asked.send(["twice", "x" * 10**6], 0.2)
 
 
-def test_a_process_that_closes_its_output_is_not_waited_for(
-    program: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_closes_its_output_is_not_waited_for(program, monkeypatch) -> None:
     monkeypatch.setattr(child, "SECONDS_TO_EXIT", 0.1)
     with Child(program) as asked, pytest.raises(ChildFailed, match="it closed its output"):
         asked.ask(["close"])
@@ -156,9 +152,7 @@ def test_all_that_it_started_ends_with_the_block(program: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_what_is_at_work_ends_with_its_parent(
-    program: Path, tmp_path: Path, sent: signal.Signals
-) -> None:
+def test_what_is_at_work_ends_with_its_parent(program, tmp_path, sent) -> None:
     pids = tmp_path / "pids"
     code = (
         "import signal, sys; from pathlib import Path\n"

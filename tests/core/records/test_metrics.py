@@ -49,9 +49,7 @@ def test_a_number_that_json_has_no_word_for_becomes_null(value: float, tmp_path:
 
 
 @given(loss=st.floats(0, 1e6, width=32))
-def test_a_float32_loss_keeps_its_full_precision(
-    tmp_path_factory: pytest.TempPathFactory, loss: float
-) -> None:
+def test_a_float32_loss_keeps_its_full_precision(tmp_path_factory, loss) -> None:
     path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
     append_metrics(path, {"loss": mx.array(loss).item()})
     assert read_metrics(path) == [{"loss": loss}]
@@ -82,9 +80,7 @@ def test_a_line_that_was_cut_anywhere_is_passed_over(path: Path) -> None:
         (2, 2, [0, 1]),
     ],
 )
-def test_truncating_keeps_so_many_reports_up_to_a_step(
-    path: Path, step: int, count: int, kept: list[int]
-) -> None:
+def test_truncating_keeps_so_many_reports_up_to_a_step(path, step, count, kept) -> None:
     before: list[dict[str, Any]] = read_metrics(path)
     assert truncate_metrics(path, step, count) == len(kept)
     assert read_metrics(path) == before[: len(kept)]
@@ -151,9 +147,7 @@ def test_the_latest_values_are_those_of_the_last_records_that_have_them(path: Pa
     assert read_latest_values(path.with_name("none")) == {}
 
 
-def test_a_line_without_an_end_is_read_in_bounded_memory(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_line_without_an_end_is_read_in_bounded_memory(path, monkeypatch) -> None:
     monkeypatch.setattr(metrics_file, "MAX_RECORD_BYTES", 64)
     with path.open("a") as file:
         file.write("x" * 1000 + "\n" + '{"step": 5}\n' + "y" * 64 + "\n" + "z" * 1000)

@@ -51,9 +51,7 @@ def test_a_last_loss_that_is_not_finite_is_said_to_be_so(diverged: RunDirectory)
     assert "training loss not finite" in describe_end(run)
 
 
-def test_before_anything_is_offered_the_last_validation_loss_is_shown_as_that(
-    diverged: RunDirectory,
-) -> None:
+def test_before_anything_is_offered_the_last_validation_loss_is_shown_as_that(diverged) -> None:
     (listed,) = list_runs(diverged.path.parent)
     assert listed.offered_step is None
     *_, step, val_loss, gate_loss, _ = list_row(listed)

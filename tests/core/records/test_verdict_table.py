@@ -109,7 +109,7 @@ def test_the_page_has_the_table(rejected: Finished) -> None:
     ],
 )
 def test_each_reason_is_in_a_row(tmp_path: Path, code: str, row: str) -> None:
-    run = finished_run(tmp_path / "run", reasons=[Reason(code, "why")])  # type: ignore[arg-type]
+    run = finished_run(tmp_path / "run", reasons=[Reason(code, "why")])
     failed: list[CheckRow] = [c for c in list_checks(read_verdict(run.gate)) if c.has_failed]
     assert [(check.name, check.verdict) for check in failed] == [(row, code)]
     assert failed[0].cells[-1] == Cell(f"failed: {code}", "bad")

@@ -20,6 +20,7 @@ from nested_core.storage.manifest import describe_file
 from tests import gate_files
 
 MakeRun = Callable[..., Path]
+Judged = Callable[..., str]
 VALIDATION = {
     "loss_before": 4.1,
     "loss_after": 1.2,
@@ -130,3 +131,33 @@ def three(
     folder, versions = three_made_once
     shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
     return versions
+
+
+@pytest.fixture
+def judged(make_run: MakeRun, registry: Path) -> Judged:
+    """Register a run that asks for `mode`, judged by these bounds, better than a champion."""
+
+    def judged(
+        seed: int,
+        *,
+        mode: str = "always",
+        champion: str | None = None,
+        better_by: float = 1.0,
+        reference: dict[str, Any] | None = None,
+        **bounds: Any,
+    ) -> str:
+        run = make_run(seed)
+        gate = gate_files.read_gate(run / "gate.json")
+        thresholds = {"noise": "paired", "max_val_loss_increase": 0.02, "tasks": []} | bounds
+        record = None
+        if champion is not None:
+            interval = [-better_by - 0.1, -better_by + 0.1]
+            record = {"version": champion, "loss": 3.0, "difference": -better_by, "examples": 84}
+            record |= {"interval": interval, "smallest_visible": 0.1}
+        gate |= {"thresholds": thresholds, "champion": record, "reference": reference}
+        gate_files.write_gate(run, gate, gate_files.judged_files(run))
+        own = {"path": "x", "name": "capitals", "promote": mode}
+        provenance = {"config": {"registry": own}, "champion_at_gate": champion}
+        return register(run, registry, "capitals", provenance)
+
+    return judged

@@ -6,21 +6,53 @@ import hashlib
 import json
 import os
 import shutil
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from nested_core.registry import audit, read_champion
-from nested_core.registry.history_views import make_views, read_view
-from nested_core.registry.ledger import read_ledger
-from nested_core.registry.promotion_policy import promote_missed_versions
+from nested_core.config.sections import RegistrySection
+from nested_core.registry import Decision, audit, collect_garbage, read_champion
+from nested_core.registry.history_views import make_views, read_view, writing
+from nested_core.registry.ledger import NO_ORIGIN, read_ledger
+from nested_core.registry.policy import set_policy
+from nested_core.registry.promotion_policy import decide, promote_missed_versions
 
 NAME = "capitals"
+
+
+def promote_by_policy(section: RegistrySection, version: str, champion: str | None) -> Decision:
+    """What this section and the registry's policy make of a version that is registered."""
+    with writing(Path(str(section.path)), str(section.name)) as folder:
+        return decide(folder, section, version, champion, origin=NO_ORIGIN)
 
 
 def missed(registry: Path) -> dict[str, str]:
     """What `reconcile` decides, in its sentences."""
     decisions = promote_missed_versions(registry, NAME)
     return {version: decision.sentence for version, decision in decisions.items()}
+
+
+def set_keys(registry: Path, **changes: Any) -> None:
+    set_policy(registry, NAME, by="ann", changes=changes)
+
+
+def section(registry: Path, mode: str) -> RegistrySection:
+    return RegistrySection.model_validate({"path": str(registry), "name": NAME, "promote": mode})
+
+
+def clock_at(time: datetime) -> type[datetime]:
+    """A clock that stands still."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return time
+
+    return Clock
+
+
+def collected(registry: Path, keep: int) -> set[str]:
+    return set(collect_garbage(registry, NAME, by="ann", keep=keep).collected)
 
 
 def last_line(registry: Path) -> dict[str, Any]:

@@ -135,9 +135,7 @@ def assert_sound(world: World, champion: str | None) -> None:
 
 @pytest.mark.parametrize("breaking", [edit_weights, remove_version])
 @pytest.mark.parametrize("way", ["backup", "nested-tune promote", "nested-tune forget"])
-def test_a_champion_that_is_damaged_or_lost_is_repaired_as_it_is_said(
-    world: World, breaking: Callable[[World, str], None], way: str
-) -> None:
+def test_a_champion_that_is_damaged_or_lost_is_repaired_as_it_is_said(world, breaking, way) -> None:
     breaking(world, world.champion)
     advice = told(world)
     if way == "backup":
@@ -178,9 +176,7 @@ def test_a_former_champion_that_is_damaged_or_lost_is_repaired_as_the_audit_says
     assert_sound(world, world.first if way == "nested-tune promote" else world.champion)
 
 
-def test_a_version_that_was_never_champion_is_repaired_by_registering_it_again(
-    world: World,
-) -> None:
+def test_a_version_that_was_never_champion_is_repaired_by_registering_it_again(world) -> None:
     edit_weights(world, world.other)
     (finding,) = audit(world.registry, NAME).findings
     remove_version(world, world.other)
@@ -197,9 +193,7 @@ def test_a_rollback_passes_over_what_was_forgotten_and_restored(world: World) ->
 
 
 @pytest.mark.parametrize("act", [check_champion, read_champion])
-def test_a_link_to_no_version_is_refused_and_never_settled(
-    world: World, act: Callable[[Path, str], Any]
-) -> None:
+def test_a_link_to_no_version_is_refused_and_never_settled(world, act) -> None:
     move_link(world, "0" * 64)
     before = (world.name_folder / "history.jsonl").read_bytes()
     advice = told(world, lambda: act(world.registry, NAME))
@@ -308,9 +302,7 @@ def test_a_lock_removed_while_it_is_held_ends_the_command_that_runs_again(
 
 
 @pytest.mark.parametrize("damage", ["missing", "directory", "of another day", "torn"])
-def test_champion_json_is_mended_by_the_one_field_that_the_message_has(
-    world: World, damage: str
-) -> None:
+def test_champion_json_is_mended_by_the_one_field_that_the_message_has(world, damage) -> None:
     record = world.name_folder / "champion.json"
     before = record.read_bytes()
     record.unlink()

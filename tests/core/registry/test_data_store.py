@@ -80,9 +80,7 @@ def test_a_version_keeps_its_examples_and_rows_of_two_versions_are_kept_once(tmp
 
 
 @pytest.mark.usefixtures("no_time_to_decide")
-def test_rows_that_are_only_kept_out_stay_with_their_version_and_can_be_forgotten(
-    tmp_path: Path,
-) -> None:
+def test_rows_that_are_only_kept_out_stay_with_their_version_and_can_be_forgotten(tmp_path) -> None:
     registry = tmp_path / "registry"
     version = add_night(
         tmp_path, 1, [question(1)], [question(2)], kept_out=[question(3), question(4)]
@@ -166,9 +164,7 @@ def test_forgotten_rows_and_prompts_leave_the_store_and_the_history_names_the_ve
     assert "no version has any of these rows" in capfd.readouterr().out
 
 
-def test_the_history_says_that_rows_are_gone_only_once_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_history_says_that_rows_are_gone_only_once_they_are(tmp_path, monkeypatch) -> None:
     registry = tmp_path / "registry"
     first, *_ = add_champions(tmp_path)
     before = (registry / NAME / "history.jsonl").read_bytes()

@@ -14,7 +14,8 @@ import pytest
 
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError, GateRejected
-from nested_core.records.verdict_file import bind_verdict, parse_verdict, read_verdict
+from nested_core.records.judged_run import read_rejected_run
+from nested_core.records.verdict_file import parse_verdict, read_verdict
 from nested_core.registry import (
     Decision,
     audit,
@@ -28,13 +29,12 @@ from nested_core.registry import (
     register_and_promote,
 )
 from nested_core.registry.promotion_policy import (
-    promote_by_policy,
     promote_by_recorded_policy,
     read_candidate,
 )
-from nested_core.registry.registration import register_rejection
+from nested_core.registry.registration import NewVersion, register_rejection
 from tests.core.registry.conftest import MakeRun
-from tests.core.registry.states import NAME, last_line
+from tests.core.registry.states import NAME, last_line, promote_by_policy
 from tests.gate_files import judged_files, read_gate, write_gate
 
 Judge = Callable[..., Path]
@@ -174,9 +174,7 @@ def test_a_verdict_against_todays_champion_outlives_a_newer_one_against_another(
     assert against.version == weak
 
 
-def test_registering_once_more_after_one_judging_records_it_once(
-    make_run: MakeRun, judge: Judge, registry: Path
-) -> None:
+def test_registering_once_more_after_one_judging_records_it_once(make_run, judge, registry) -> None:
     weak, better = two_versions(make_run, registry)
     run = judge(2, weak, -2.4)
     for _ in range(3):
@@ -184,15 +182,15 @@ def test_registering_once_more_after_one_judging_records_it_once(
     assert len(files_of(registry, better)) == 1
 
 
-def test_a_judgement_that_rejects_stops_a_promotion_by_version(
-    make_run: MakeRun, judge: Judge, registry: Path
-) -> None:
+def test_a_judgement_that_rejects_stops_a_promotion_by_version(make_run, judge, registry) -> None:
     weak, better = two_versions(make_run, registry)
     run = judge(2, weak, -2.4)
     gate = read_gate(run / "gate.json")
     gate |= {"verdict": "failed", "reasons": [{"code": "task_below", "message": "9 of 10"}]}
     write_gate(run, gate, judged_files(run))
-    register_rejection(bind_verdict(run), registry, NAME, provenance("better", weak))
+    register_rejection(
+        NewVersion(read_rejected_run(run), provenance("better", weak)), registry, NAME
+    )
     reason = promote_by_policy(section(registry, "better"), better, weak)
     assert reason.sentence == "the gate, run again, rejected it: task_below"
     with pytest.raises(GateRejected, match="task_below"):
@@ -234,9 +232,7 @@ def test_a_judgement_that_was_edited_is_found_until_the_run_is_registered_again(
 
 
 @pytest.mark.usefixtures("no_time_to_decide")
-def test_gc_removes_the_judgements_of_what_it_removes(
-    make_run: MakeRun, judge: Judge, registry: Path
-) -> None:
+def test_gc_removes_the_judgements_of_what_it_removes(make_run, judge, registry) -> None:
     weak, better = two_versions(make_run, registry)
     register(judge(2, weak, 0.4), registry, NAME, provenance("better", weak))
     assert collect_garbage(registry, NAME, by="ann", keep=0).collected == (better,)

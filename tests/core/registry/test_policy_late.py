@@ -13,6 +13,7 @@ import pytest
 
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.records.judged_run import read_judged_run
 from nested_core.registry import (
     Decision,
     collect_garbage,
@@ -27,14 +28,14 @@ from nested_core.registry import (
 )
 from nested_core.registry.policy import set_policy
 from nested_core.registry.promotion_policy import (
-    approve,
     compare_losses,
-    promote_by_policy,
     promote_by_recorded_policy,
     read_candidate,
+    register_by_policy,
 )
+from nested_core.registry.registration import NewVersion
 from tests.core.registry.conftest import write_run
-from tests.core.registry.states import missed
+from tests.core.registry.states import missed, promote_by_policy
 from tests.gate_files import judged_files, read_gate, write_gate
 
 NAME = "capitals"
@@ -81,9 +82,7 @@ def late(registry: Path, version: str) -> Any:
     return promote_by_recorded_policy(registry, NAME, version).sentence
 
 
-def test_an_event_promotes_by_the_recorded_policy_into_the_registry_it_names(
-    add: Add, registry: Path
-) -> None:
+def test_an_event_promotes_by_the_recorded_policy_into_the_registry_it_names(add, registry) -> None:
     version = add(1)
     assert late(registry, version) == "promoted"
     assert history(registry, NAME)[-1]["automatic"] is True
@@ -157,11 +156,10 @@ def test_of_two_that_were_missed_the_later_is_promoted_though_its_clock_was_behi
 
 
 def test_reconcile_leaves_what_its_policy_leaves(add: Add, registry: Path) -> None:
-    versions = {policy: add(seed, None, policy) for seed, policy in enumerate(("never", "approve"))}
+    never = add(1, None, "never")
     unknown = add(9, None, None)
     outcomes = missed(registry)
-    assert outcomes[versions["never"]] == "registry.promote is never"
-    assert outcomes[versions["approve"]].startswith("waiting for approval")
+    assert outcomes[never] == "registry.promote is never"
     assert outcomes[unknown] == "its provenance records no policy"
     assert read_champion(registry, NAME) is None
 
@@ -212,18 +210,14 @@ def test_an_event_about_an_unknown_version_is_refused(add: Add, registry: Path) 
         {"config": {"registry": {"promote": "always", "force": True}}},
     ],
 )
-def test_a_version_whose_record_has_other_types_is_damage(
-    tmp_path: Path, registry: Path, provenance: dict[str, Any]
-) -> None:
+def test_a_version_whose_record_has_other_types_is_damage(tmp_path, registry, provenance) -> None:
     version = register(write_run(tmp_path / "run", 1), registry, NAME, provenance)
     with pytest.raises(DamagedError, match="provenance"):
         late(registry, version)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1, "a": 2}', "[" * 100_000])
-def test_a_version_whose_provenance_cannot_be_read_is_damage(
-    add: Add, registry: Path, content: str
-) -> None:
+def test_a_version_whose_provenance_cannot_be_read_is_damage(add, registry, content) -> None:
     version = add(1)
     path = registry / NAME / "versions" / version / "provenance.json"
     path.chmod(0o644)
@@ -233,9 +227,7 @@ def test_a_version_whose_provenance_cannot_be_read_is_damage(
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
-def test_a_verdict_that_is_no_file_is_damage_and_not_waited_for(
-    add: Add, registry: Path, make: Callable[[Path], None]
-) -> None:
+def test_a_verdict_that_is_no_file_is_damage_and_not_waited_for(add, registry, make) -> None:
     version = add(1)
     path = registry / NAME / "versions" / version / "gate.json"
     path.unlink()
@@ -270,56 +262,48 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, step: str, act: Callable[[], obje
     monkeypatch.setattr(promotion_policy, step, after)
 
 
-def approve_first(registry: Path, version: str) -> Any:
-    return approve(registry, NAME, version, by="ann", expected_champion=None).sentence
-
-
-@pytest.mark.parametrize("decide", [late, approve_first])
-def test_a_policy_that_is_set_between_the_decision_and_the_promotion_is_obeyed(
-    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch, decide: Callable[..., Any]
+def test_nothing_is_written_between_the_decision_and_the_promotion(
+    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A policy that somebody sets meanwhile waits for the lock, and counts from then on."""
     version = add(1)
+    changes = {"promote": "never"}
+    admin = threading.Thread(
+        target=set_policy, args=(registry, NAME), kwargs={"by": "admin", "changes": changes}
+    )
 
     def act() -> None:
-        set_policy(registry, NAME, by="admin", changes={"promote": "never"})
+        admin.start()
+        admin.join(SECONDS_FOR_A_GC)
 
-    meanwhile(monkeypatch, "promote", act)
-    assert decide(registry, version) == f"the policy of {NAME} is never"
-    assert read_champion(registry, NAME) is None
+    meanwhile(monkeypatch, "find_refusal", act)
+    assert late(registry, version) == "promoted"
+    admin.join()
+    assert [line["action"] for line in history(registry, NAME)] == ["promote", "policy"]
 
 
-def test_a_champion_that_leaves_and_comes_back_after_the_decision_supersedes(
-    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_version_is_registered_decided_on_and_promoted_under_one_lock(
+    registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = add(1)
-    late(registry, first)
-    version, third = add(2, first), add(3, first)
+    run = read_judged_run(write_run(tmp_path / "run", 1))
+    section = RegistrySection(path=str(registry), name=NAME, promote="always")
+    gc = threading.Thread(
+        target=collect_garbage, args=(registry, NAME), kwargs={"by": "gc", "keep": 0}
+    )
 
     def act() -> None:
-        promote(registry, NAME, third, by="ann")
-        rollback(registry, NAME, by="ann")
+        gc.start()
+        gc.join(SECONDS_FOR_A_GC)
 
-    meanwhile(monkeypatch, "promote", act)
-    assert late(registry, version) == "superseded"
-    assert read_champion(registry, NAME) == first
-
-
-@pytest.mark.parametrize("step", ["read_candidate", "promote_by_recorded_policy"])
-def test_a_version_that_a_gc_takes_meanwhile_keeps_reconcile_from_no_other(
-    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    old, new = add(1), add(2)
-
-    def act() -> None:
-        assert collect_garbage(registry, NAME, by="gc", keep=1).collected == (old,)
-
-    meanwhile(monkeypatch, step, act)
-    assert missed(registry) == {old: "collected meanwhile", new: "promoted"}
+    meanwhile(monkeypatch, "choose_candidate", act)
+    done = register_by_policy(NewVersion(run, {}), section, None)
+    gc.join()
+    assert done == Decision("promoted", run.version, None)
+    assert read_champion(registry, NAME) == run.version
+    assert [line["automatic"] for line in history(registry, NAME)] == [True]
 
 
-def test_a_version_is_not_collected_while_it_is_read(
-    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_version_is_not_collected_while_it_is_read(add, registry, monkeypatch) -> None:
     version = add(1)
     gc = threading.Thread(
         target=collect_garbage, args=(registry, NAME), kwargs={"by": "gc", "keep": 0}
@@ -370,9 +354,7 @@ def test_a_clock_that_is_behind_changes_nothing_in_what_is_superseded(
     assert read_champion(registry, NAME) == first
 
 
-def test_a_promotion_that_an_earlier_release_recorded_is_carried_out(
-    tmp_path: Path, registry: Path
-) -> None:
+def test_a_promotion_that_an_earlier_release_recorded_is_carried_out(tmp_path, registry) -> None:
     """With the key for servers to be waited for, which is not there any more."""
     section = {"path": "x", "name": "y", "promote": "always", "await_serving": 60.0}
     run = write_run(tmp_path / "run", 1)

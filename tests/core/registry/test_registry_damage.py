@@ -16,82 +16,34 @@ from nested_core.registry import audit, promote, read_champion, register, rollba
 from nested_core.registry.ledger import read_ledger
 from nested_core.storage.manifest import write_manifest
 from nested_core.text.foreign_text import escape_but_keep_newlines
+from tests.builders.file_damage import (
+    append_space,
+    delete,
+    empty,
+    flip_a_bit,
+    link_to_a_device,
+    link_to_itself_elsewhere,
+    make_directory,
+    make_pipe,
+    truncate,
+    zero,
+)
 from tests.left_out import slow_except
 
 NAME = "capitals"
 FILES = [
-    "adapters.safetensors",
-    "adapter_config.json",
-    "gate.json",
-    "provenance.json",
-    "README.md",
+    *("adapters.safetensors", "adapter_config.json", "gate.json", "provenance.json", "README.md"),
     "MANIFEST.json",
 ]
-
-
-def flip_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def append_space(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b" ")
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def zero(path: Path) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def delete(path: Path) -> None:
-    path.unlink()
-
-
-def link_to_itself_elsewhere(path: Path) -> None:
-    elsewhere = path.parents[4] / "elsewhere"
-    path.rename(elsewhere)
-    path.symlink_to(elsewhere)
-
-
-def make_directory(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def make_pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
 
 
 def give_a_second_name(path: Path) -> None:
     os.link(path, path.parents[4] / "second-name")
 
 
-def link_to_a_device(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("/dev/zero")
-
-
 MUTATIONS = [
-    flip_bit,
-    truncate,
-    append_space,
-    empty,
-    zero,
-    delete,
-    link_to_itself_elsewhere,
-    make_directory,
-    make_pipe,
-    give_a_second_name,
-    link_to_a_device,
+    *(flip_a_bit, truncate, append_space, empty, zero, delete, link_to_itself_elsewhere),
+    *(make_directory, make_pipe, give_a_second_name, link_to_a_device),
 ]
 
 
@@ -134,7 +86,6 @@ def test_mutated_file_is_found(three, registry, mutate, name, which):
         which
     ]
     path = registry / NAME / "versions" / version / name
-    path.chmod(0o644)
     mutate(path)
     assert_detected(registry, version, path)
 
@@ -156,7 +107,6 @@ def test_added_folder_is_found(three, registry, make):
 def test_every_changed_file_is_named_at_once(three, registry):
     folder = registry / NAME / "versions" / three[2]
     for name in FILES[:4]:
-        (folder / name).chmod(0o644)
         append_space(folder / name)
     with pytest.raises(DamagedError) as caught:
         promote(registry, NAME, three[2], by="ann")

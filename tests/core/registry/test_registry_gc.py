@@ -14,7 +14,6 @@ from nested_core.registry import (
     audit,
     audit_report,
     collect_garbage,
-    decline,
     garbage_collection,
     history,
     history_views,
@@ -26,8 +25,9 @@ from nested_core.registry import (
     register,
     rollback,
 )
+from nested_core.registry.data_store import RunExamples
 from nested_core.registry.versions import inspect_version
-from tests.core.registry.states import NAME, assert_settled
+from tests.core.registry.states import NAME, assert_settled, clock_at, collected
 
 pytestmark = pytest.mark.usefixtures("no_time_to_decide")
 
@@ -39,21 +39,6 @@ def five(add, registry) -> list[str]:
     for version in versions[:3]:
         promote(registry, NAME, version, by="ann")
     return versions
-
-
-def clock_at(time: datetime) -> type[datetime]:
-    """A clock that stands still."""
-
-    class Clock(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            return time
-
-    return Clock
-
-
-def collected(registry: Path, keep: int) -> set[str]:
-    return set(collect_garbage(registry, NAME, by="ann", keep=keep).collected)
 
 
 def test_champion_and_what_a_rollback_goes_to_are_never_removed(five, registry):
@@ -185,6 +170,21 @@ def test_the_lineage_of_the_champion_stays_whatever_came_after_it(add, registry,
     assert collected(registry, 2) == {lineage[0], later[1]}
 
 
+def test_an_ancestor_stays_while_the_store_has_its_examples(registry, make_run):
+    lineage: list[str] = []
+    for seed in range(1, 5):
+        parent = lineage[-1] if lineage else None
+        run = make_run(seed, initial=parent or "0" * 64)
+        rows = RunExamples([{"text": f"night {seed}"}], [], max_bytes=1_000)
+        version = register(run, registry, NAME, {"parent": parent}, examples=rows)
+        lineage.append(version)
+        promote(registry, NAME, version, by="ann")
+    assert collected(registry, 0) == set()
+    for version in lineage[:2]:
+        (registry / NAME / "data" / f"{version}.json").unlink()  # as where its rows had no room
+    assert collected(registry, 0) == {lineage[0], lineage[1]}
+
+
 def test_a_version_with_a_file_of_a_person_stays(five, registry):
     notes = registry / NAME / "versions" / five[4] / "notes.txt"
     notes.parent.chmod(0o755)
@@ -300,22 +300,6 @@ class TestTimeToDecide:
         assert first not in list_versions(registry, NAME)
         assert register(tmp_path / "run-1", registry, NAME, {}) == first
         assert first not in collected(registry, 0)
-
-    @pytest.mark.parametrize(
-        ("days", "mode", "is_declined", "is_kept"),
-        [(6, "approve", False, True), (8, "approve", False, False), (6, "better", False, False)]
-        + [(6, "approve", True, False)],
-    )
-    def test_one_that_waits_for_approval_is_kept_as_long_as_the_question(
-        self, five, registry, make_run, monkeypatch, days, mode, is_declined, is_kept
-    ):
-        section = {"path": "x", "name": NAME, "promote": mode}
-        version = register(make_run(8), registry, NAME, {"config": {"registry": section}})
-        if is_declined:
-            decline(registry, NAME, version, by="bob")
-        now = datetime.now(UTC) + timedelta(days=days)
-        monkeypatch.setattr(garbage_collection, "datetime", clock_at(now))
-        assert (version not in collected(registry, 0)) == is_kept
 
     def test_one_that_was_champion_since_it_was_registered_is_not_new(self, five, registry):
         promote(registry, NAME, five[3], by="ann")

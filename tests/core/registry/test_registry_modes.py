@@ -83,9 +83,7 @@ def test_another_user_replaces_nothing_in_a_version_and_still_collects_and_copie
     ]
 
 
-def test_the_owner_and_root_collect_what_is_read_only(
-    tmp_path: Path, no_time_to_decide: None
-) -> None:
+def test_the_owner_and_root_collect_what_is_read_only(tmp_path, no_time_to_decide) -> None:
     registry = tmp_path / "registry"
     first, second, third = (
         register(write_run(tmp_path / f"run-{seed}", seed), registry, NAME, {})

@@ -7,7 +7,6 @@ import json
 import os
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 
@@ -15,15 +14,11 @@ from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import (
     Decision,
     audit,
-    decline,
-    find_decline,
     history,
     promote,
     read_champion,
-    register,
     rollback,
 )
-from nested_core.registry.promotion_policy import promote_by_recorded_policy
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.manifest import read_manifest
 from tests.core.registry.states import NAME
@@ -245,39 +240,3 @@ def test_reading_writes_nothing(three, registry, tmp_path: Path):
     history(registry, NAME)
     assert audit(registry, NAME).is_sound
     assert {path: path.lstat().st_mtime_ns for path in registry.rglob("*")} == before
-
-
-class TestADecline:
-    """A "no" is remembered by data and settings, not by the version alone."""
-
-    MADE_OF: ClassVar = {"dataset_digest": "d1", "settings_digest": "s1"}
-
-    def register(self, registry, make_run, seed, **made_of):
-        section = {"path": "x", "name": NAME, "promote": "approve"}
-        recorded = {"config": {"registry": section}} | made_of
-        return register(make_run(seed), registry, NAME, recorded)
-
-    @pytest.mark.parametrize(
-        ("changes", "is_asked"),
-        [({}, False), ({"dataset_digest": "d2"}, True), ({"settings_digest": "s2"}, True)]
-        + [({"dataset_digest": None, "settings_digest": None}, True)],
-    )
-    def test_another_version_is_asked_about_once_data_or_settings_changed(
-        self, registry, make_run, changes, is_asked
-    ):
-        first = self.register(registry, make_run, 1, **self.MADE_OF)
-        decline(registry, NAME, first, by="bob", reason="too curt")
-        second = self.register(registry, make_run, 2, **self.MADE_OF | changes)
-        said = promote_by_recorded_policy(registry, NAME, second).sentence
-        assert said.startswith("waiting for approval" if is_asked else "declined already")
-        if not is_asked:
-            assert f"bob declined {first[:12]} on 20" in said
-            assert ": too curt. Nobody is asked again until data or settings change" in said
-
-    def test_it_is_forgotten_once_a_person_made_that_version_champion(self, registry, make_run):
-        first = self.register(registry, make_run, 1, **self.MADE_OF)
-        decline(registry, NAME, first, by="bob")
-        decline(registry, NAME, first, by="ann")
-        assert [line["by"] for line in history(registry, NAME)] == ["bob"]
-        promote(registry, NAME, first, by="ann")
-        assert find_decline(registry, NAME, first, "d1", "s1") is None

@@ -159,9 +159,7 @@ def seconds_of_writing(run: RunDirectory) -> float:
 
 
 @pytest.mark.slow("pages of ten thousand steps")
-def test_ten_thousand_steps_stay_below_300_kilobytes_and_linear_in_their_lines(
-    tmp_path: Path,
-) -> None:
+def test_ten_thousand_steps_stay_below_300_kilobytes_and_linear_in_their_lines(tmp_path) -> None:
     long, short = run_of_steps(tmp_path / "long", 10_000), run_of_steps(tmp_path / "short", 1_250)
     tries = [(seconds_of_writing(long), seconds_of_writing(short)) for _ in range(2)]
     assert long.report.stat().st_size <= MAX_BYTES

@@ -160,9 +160,7 @@ class TestDamage:
         assert read_checkpoint(path).step == 1
 
     @pytest.mark.parametrize("name", FILES)
-    def test_a_file_that_is_cut_short_missing_or_longer_is_found(
-        self, name: str, tmp_path: Path
-    ) -> None:
+    def test_a_file_that_is_cut_short_missing_or_longer_is_found(self, name, tmp_path) -> None:
         path = write(tmp_path, 1)
         sound = (path / name).read_bytes()
         for content in (b"", sound[:-1], sound + b"\0", None):
@@ -194,9 +192,7 @@ class TestCrash:
     ("last", "steps", "kept"),
     [(2, [], [5, 6]), (2, [1, 3], [1, 3, 5, 6]), (2, [6], [5, 6]), (9, [], [1, 2, 3, 4, 5, 6])],
 )
-def test_pruning_keeps_the_last_and_the_named(
-    tmp_path: Path, last: int, steps: list[int], kept: list[int]
-) -> None:
+def test_pruning_keeps_the_last_and_the_named(tmp_path, last, steps, kept) -> None:
     for step in range(1, 7):
         checkpoint_path(tmp_path, step).mkdir()
     prune_checkpoints(tmp_path, keep_last=last, keep_steps=steps)

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from nested_core.storage.atomic import (
 )
 from tests.core.limits import largest_file
 from tests.core.registry.faults import (
-    Action,
     InjectedError,
     copies,
     failed_at,
@@ -63,9 +61,7 @@ def replace_directory(folder: Path) -> None:
 
 class TestWriteBytes:
     @pytest.mark.parametrize("stop", [killed_at, failed_at])
-    def test_stopped_at_any_call_the_file_is_old_or_new(
-        self, stop: Callable[[int, Action, Path], bool], tmp_path: Path
-    ) -> None:
+    def test_stopped_at_any_call_the_file_is_old_or_new(self, stop, tmp_path) -> None:
         template = tmp_path / "template"
         template.mkdir()
         (template / "file").write_bytes(OLD)
@@ -96,9 +92,7 @@ class TestWriteBytes:
 
 class TestNewDirectory:
     @pytest.mark.parametrize("stop", [killed_at, failed_at])
-    def test_stopped_at_any_call_it_is_whole_or_not_there(
-        self, stop: Callable[[int, Action, Path], bool], tmp_path: Path
-    ) -> None:
+    def test_stopped_at_any_call_it_is_whole_or_not_there(self, stop, tmp_path) -> None:
         template = tmp_path / "template"
         template.mkdir()
         seen = set()

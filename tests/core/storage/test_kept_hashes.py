@@ -74,17 +74,13 @@ def test_a_file_that_took_anothers_name_is_read(file: Path, folder: Path) -> Non
     assert cached_sha256([file]) == [sha256(b"heavier")]
 
 
-def test_a_file_that_was_written_just_now_is_not_kept(
-    file: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_was_written_just_now_is_not_kept(file, folder, monkeypatch) -> None:
     monkeypatch.setattr(kept_hashes, "MIN_FILE_AGE_TO_KEEP_HASH", 60.0)
     assert cached_sha256([file]) == [sha256(b"weights")]
     assert list(folder.iterdir()) == []
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_kept(
-    file: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_changes_while_it_is_read_is_not_kept(file, folder, monkeypatch) -> None:
     def disturb(path: Path, *, follow_links: bool) -> str:
         digest = regular_sha256(path, follow_links=follow_links)
         path.write_bytes(b"changed meanwhile")
@@ -126,9 +122,7 @@ def test_a_folder_that_others_may_write_in_is_not_used(file: Path, folder: Path,
 
 
 @pytest.mark.parametrize("content", [b"", b"0" * 63, b"g" * 64, bytes(5000), b"\xff" * 64])
-def test_an_entry_that_says_nothing_is_written_anew(
-    file: Path, folder: Path, content: bytes
-) -> None:
+def test_an_entry_that_says_nothing_is_written_anew(file, folder, content) -> None:
     cached_sha256([file])
     (entry,) = folder.iterdir()
     entry.write_bytes(content)
@@ -160,9 +154,7 @@ def test_a_cache_that_cannot_be_written_only_costs_time(
     assert len(hashed) == 3
 
 
-def test_a_hash_that_was_made_a_month_ago_goes_when_another_is_kept(
-    file: Path, folder: Path, tmp_path: Path
-) -> None:
+def test_a_hash_that_was_made_a_month_ago_goes_when_another_is_kept(file, folder, tmp_path) -> None:
     cached_sha256([file])
     (old,) = folder.iterdir()
     os.utime(old, (1, 1))

@@ -26,6 +26,7 @@ from nested_core.storage.lock_file import (
     shared_lock,
 )
 from nested_core.storage.run_directory import RunDirectory
+from tests.builders.file_damage import delete, link_to_a_device, make_directory, make_pipe
 from tests.core.registry.conftest import write_run
 from tests.example import example_config
 
@@ -37,14 +38,6 @@ def make_link(path: Path) -> None:
     path.symlink_to(path.with_name("victim"))
 
 
-def make_pipe(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def make_directory(path: Path) -> None:
-    path.mkdir()
-
-
 def make_socket(path: Path) -> None:
     here = os.getcwd()
     os.chdir(path.parent)  # the name of a socket has at most 107 bytes
@@ -53,21 +46,13 @@ def make_socket(path: Path) -> None:
     os.chdir(here)
 
 
-def make_device_link(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
-NO_LOCK_FILES = [make_link, make_pipe, make_directory, make_socket, make_device_link]
+NO_LOCK_FILES = [make_link, make_pipe, make_directory, make_socket, link_to_a_device]
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     (tmp_path / "victim").write_text("precious")
     return tmp_path / "a.lock"
-
-
-def remove(path: Path) -> None:
-    path.unlink()
 
 
 def replace(path: Path) -> None:
@@ -124,28 +109,24 @@ def test_a_program_that_is_started_does_not_keep_the_lock(path: Path) -> None:
         assert not os.get_inheritable(lock.descriptor)
 
 
-@pytest.mark.parametrize("lose", [remove, replace])
+@pytest.mark.parametrize("lose", [delete, replace])
 @pytest.mark.parametrize("lock", [exclusive_lock, exclusive_lock_with_holder_id])
-def test_a_lock_whose_file_is_gone_is_seen_by_who_has_it(
-    path: Path, lock: Callable[..., object], lose: Callable[[Path], None]
-) -> None:
-    with lock(path) as held:  # type: ignore[attr-defined]
+def test_a_lock_whose_file_is_gone_is_seen_by_who_has_it(path, lock, lose) -> None:
+    with lock(path) as held:
         held.require_still_at_path()
         lose(path)
         with pytest.raises(DamagedError, match=REMOVED):
             held.require_still_at_path()
 
 
-@pytest.mark.parametrize("lose", [remove, replace])
+@pytest.mark.parametrize("lose", [delete, replace])
 @pytest.mark.parametrize("lock", [exclusive_lock, exclusive_lock_with_holder_id, shared_lock])
-def test_who_waited_for_a_file_that_is_gone_locks_the_one_at_the_path(
-    path: Path, lock: Callable[..., object], lose: Callable[[Path], None]
-) -> None:
+def test_who_waited_for_a_file_that_is_gone_locks_the_one_at_the_path(path, lock, lose) -> None:
     """The waiting one gets the removed file first: it must not go in with that."""
     asked, inside = threading.Event(), threading.Event()
 
     def wait() -> None:
-        with lock(path) as held:  # type: ignore[attr-defined]
+        with lock(path) as held:
             held.require_still_at_path()
             inside.set()
 
@@ -194,10 +175,8 @@ class TestRun:
                 pass
         run.require_lock()
 
-    @pytest.mark.parametrize("lose", [remove, replace])
-    def test_training_that_lost_its_lock_writes_no_checkpoint_more(
-        self, tmp_path: Path, lose: Callable[[Path], None]
-    ) -> None:
+    @pytest.mark.parametrize("lose", [delete, replace])
+    def test_training_that_lost_its_lock_writes_no_checkpoint_more(self, tmp_path, lose) -> None:
         config, run = example_config(iters=8, save_every=2), RunDirectory(tmp_path / "run")
 
         def lose_it(trainer: Any) -> None:
@@ -221,9 +200,7 @@ class TestRun:
             with pytest.raises(DamagedError, match=REMOVED):
                 rank.require_lock()
 
-    def test_readers_share_a_run_that_nobody_works_on_and_write_nothing(
-        self, tmp_path: Path
-    ) -> None:
+    def test_readers_share_a_run_that_nobody_works_on_and_write_nothing(self, tmp_path) -> None:
         run = RunDirectory(tmp_path / "run")
         run.path.mkdir()
         with run.locked_for_reading():

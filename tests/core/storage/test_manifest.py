@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,6 +16,7 @@ from nested_core.storage.manifest import (
     verify_manifest,
     write_manifest,
 )
+from tests.builders.file_damage import append_space, link_to_itself_elsewhere, make_pipe
 
 FACTS = {"step": 3}
 
@@ -68,20 +68,6 @@ def changed(path: Path) -> None:
     path.write_bytes(b"aaab")
 
 
-def longer(path: Path) -> None:
-    path.write_bytes(b"aaaaa")
-
-
-def linked(path: Path) -> None:
-    path.rename(path.parent.parent / "elsewhere")
-    path.symlink_to(path.parent.parent / "elsewhere")
-
-
-def made_a_pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
 CHANGED = "a.bin has changed since it was written (size or SHA-256)."
 IRREGULAR = "a.bin is not a regular file. Only regular files belong here."
 
@@ -90,15 +76,13 @@ IRREGULAR = "a.bin is not a regular file. Only regular files belong here."
     ("change", "message"),
     [
         (changed, CHANGED),
-        (longer, CHANGED),
+        (append_space, CHANGED),
         (Path.unlink, "a.bin is missing: MANIFEST.json lists it."),
-        (linked, IRREGULAR),
-        (made_a_pipe, IRREGULAR),
+        (link_to_itself_elsewhere, IRREGULAR),
+        (make_pipe, IRREGULAR),
     ],
 )
-def test_a_file_that_is_not_what_it_was_is_named(
-    folder: Path, change: Callable[[Path], None], message: str
-) -> None:
+def test_a_file_that_is_not_what_it_was_is_named(folder, change, message) -> None:
     change(folder / "a.bin")
     refused(folder, message)
 
@@ -136,9 +120,7 @@ def test_an_edited_manifest_is_refused(folder: Path, key: str) -> None:
 @pytest.mark.parametrize(
     "change", [lambda value: value | {"note": "harmless"}, lambda value: value]
 )
-def test_a_manifest_written_by_other_hands_is_refused(
-    folder: Path, change: Callable[[Any], Any]
-) -> None:
+def test_a_manifest_written_by_other_hands_is_refused(folder, change) -> None:
     path = folder / "MANIFEST.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     refused(folder, "MANIFEST.json has changed since it was written.")
@@ -163,9 +145,7 @@ def test_a_manifest_of_more_than_4_mib_is_not_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("add", [Path.mkdir, lambda path: path.symlink_to("nowhere")])
-def test_only_regular_files_are_listed_in_the_first_place(
-    tmp_path: Path, add: Callable[[Path], None]
-) -> None:
+def test_only_regular_files_are_listed_in_the_first_place(tmp_path, add) -> None:
     add(tmp_path / "thing")
     with pytest.raises(DamagedError, match="thing is not a regular file"):
         write_manifest(tmp_path, {})

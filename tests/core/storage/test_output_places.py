@@ -76,9 +76,7 @@ def test_a_place_of_another_is_refused_however_it_is_written(home: Path, path: s
             open_run(path) if path != "runs/one" else open_run("runs/one/again")
 
 
-def test_a_registry_is_known_before_its_first_promotion_and_before_its_first_file(
-    home: Path,
-) -> None:
+def test_a_registry_is_known_before_its_first_promotion_and_before_its_first_file(home) -> None:
     register(write_run(home / "runs" / "two", 2), home / "fresh", NAME, {})
     with pytest.raises(ConfigError, match="lies in the registry"):
         require_free_place(f"fresh/{NAME}/versions/x", "run_dir")

@@ -82,9 +82,7 @@ class TestLock:
             pass
         assert run.holder() is None
 
-    def test_it_makes_the_directory_and_nobody_holds_one_that_is_not_there(
-        self, run: RunDirectory
-    ) -> None:
+    def test_it_makes_the_directory_and_nobody_holds_one_that_is_not_there(self, run) -> None:
         assert run.holder() is None
         with run.locked():
             assert run.lock.read_text() == str(os.getpid())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.safetensors_files import read_tensors
+from tests.builders.file_damage import delete, link_to_a_device, make_directory, make_pipe
 from tests.core import hostile
 from tests.core.gate.pairs import CONFIG, trained_tensors, write
 
@@ -43,9 +43,7 @@ def test_hostile_headers_are_refused_within_a_second_and_100_mb_each(tmp_path: P
         ("adapter.PKL", "a pickle runs code"),
     ],
 )
-def test_other_formats_are_refused_by_name_with_the_reason(
-    tmp_path: Path, name: str, reason: str
-) -> None:
+def test_other_formats_are_refused_by_name_with_the_reason(tmp_path, name, reason) -> None:
     (tmp_path / name).write_bytes(b"\x80\x04N.")
     (tmp_path / "adapter_config.json").write_text("{}")
     for path in (tmp_path, tmp_path / name):
@@ -64,9 +62,7 @@ def test_other_formats_are_refused_by_name_with_the_reason(
         ("a", {"code": "import os"}, "a has keys that the format does not know|unknown field"),
     ],
 )
-def test_a_header_of_hostile_names_or_keys_is_damage(
-    tmp_path: Path, name: str, more: dict[str, str], wrong: str
-) -> None:
+def test_a_header_of_hostile_names_or_keys_is_damage(tmp_path, name, more, wrong) -> None:
     entry = {"dtype": "F32", "shape": [1], "data_offsets": (0, 4)} | more
     header = json.dumps({name: entry}).encode()
     path = tmp_path / "adapters.safetensors"
@@ -128,28 +124,28 @@ def test_a_configuration_out_of_bounds_is_damage(tmp_path: Path, case: str) -> N
     assert len(str(error.value)) < 1000
 
 
+def circle(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
 @pytest.mark.parametrize("name", ["adapters.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (delete, "is missing"),
+        (make_pipe, "is not a file"),
+        (link_to_a_device, "is not a file"),
+        (make_directory, "is not a file"),
+        (circle, "cannot be read: Too many levels"),
+    ],
+)
 def test_a_pipe_a_folder_or_nothing_in_a_files_place_is_damage_and_nobody_waits(
-    tmp_path: Path, name: str
+    tmp_path, name, damage, said
 ) -> None:
     folder = write(tmp_path / "adapter", trained_tensors())
-    (folder / name).unlink()
-    with pytest.raises(DamagedError, match=f"{name} is missing"):
-        read_adapter(folder)
-    os.mkfifo(folder / name)
-    with pytest.raises(DamagedError, match=f"{name} is not a file"):
-        read_adapter(folder)
-    (folder / name).unlink()
-    (folder / name).symlink_to("/dev/zero")
-    with pytest.raises(DamagedError, match=f"{name} is not a file"):
-        read_adapter(folder)
-    (folder / name).unlink()
-    (folder / name).symlink_to(folder / name)
-    with pytest.raises(DamagedError, match=f"{name} cannot be read: Too many levels"):
-        read_adapter(folder)
-    (folder / name).unlink()
-    (folder / name).mkdir()
-    with pytest.raises(DamagedError, match=f"{name} is not a file"):
+    damage(folder / name)
+    with pytest.raises(DamagedError, match=f"{name} {said}"):
         read_adapter(folder)
 
 

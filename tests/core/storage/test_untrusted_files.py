@@ -82,9 +82,7 @@ def test_what_is_no_file_is_neither_read_nor_appended_to_and_nobody_waits(
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_file_of_another_user_that_may_not_be_read_is_no_damage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_of_another_user_that_may_not_be_read_is_no_damage(tmp_path, monkeypatch) -> None:
     def refuse(*_: object, **__: object) -> int:
         raise PermissionError(errno.EACCES, "Permission denied", "file")
 

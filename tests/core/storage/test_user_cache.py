@@ -22,9 +22,7 @@ def make(folder: Path) -> None:
     ("open_folder", "mode"),
     [("own", 0o770), ("own", 0o702), ("above", 0o775), ("above", 0o707), ("far", 0o777)],
 )
-def test_a_folder_that_others_may_write_or_replace_is_refused(
-    tmp_path: Path, open_folder: str, mode: int
-) -> None:
+def test_a_folder_that_others_may_write_or_replace_is_refused(tmp_path, open_folder, mode) -> None:
     folders = {"far": tmp_path / "far"}
     folders["above"] = folders["far"] / "above"
     folders["own"] = folders["above"] / "own"
@@ -35,9 +33,7 @@ def test_a_folder_that_others_may_write_or_replace_is_refused(
 
 
 @pytest.mark.parametrize(("above", "mode"), [("above", 0o1777), ("far", 0o775)])
-def test_sticky_folders_and_a_group_far_above_are_let_pass(
-    tmp_path: Path, above: str, mode: int
-) -> None:
+def test_sticky_folders_and_a_group_far_above_are_let_pass(tmp_path, above, mode) -> None:
     folder = tmp_path / "far" / "above" / "own"
     make(folder)
     (folder.parent if above == "above" else folder.parent.parent).chmod(mode)

@@ -19,7 +19,5 @@ from nested_core.text.value_format import format_value
         (None, "-"),
     ],
 )
-def test_a_cell_has_four_digits_of_a_number_and_says_what_is_not_finite(
-    value: object, shown: str
-) -> None:
+def test_a_cell_has_four_digits_of_a_number_and_says_what_is_not_finite(value, shown) -> None:
     assert format_value(value) == shown

@@ -210,9 +210,7 @@ def test_unpacked_tensors_stay_the_arrays_they_are() -> None:
 
 @pytest.mark.parametrize("by_tier", [True, False])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_tensors_that_a_step_left_as_they_were_are_found_by_their_bits(
-    dtype: mx.Dtype, by_tier: bool
-) -> None:
+def test_tensors_that_a_step_left_as_they_were_are_found_by_their_bits(dtype, by_tier) -> None:
     before = {name: value.astype(dtype) for name, value in random_values(5).items()}
     before["layers.0.a"] = mx.full((8, 3), float("nan"), dtype)
     before["layers.1.a"] = mx.zeros((8, 3), dtype)

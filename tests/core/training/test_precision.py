@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -34,9 +33,7 @@ def dtype_of(**changes: Any) -> mx.Dtype | None:
         ({"training": {"precision": "bfloat16"}, "fine_tune_type": "full"}, None),
     ],
 )
-def test_the_factors_are_cast_where_the_model_computes_in_bfloat16(
-    changes: dict[str, Any], expected: mx.Dtype | None
-) -> None:
+def test_the_factors_are_cast_where_the_model_computes_in_bfloat16(changes, expected) -> None:
     assert dtype_of(**changes) == expected
 
 
@@ -59,9 +56,7 @@ def test_gradients_of_cast_factors_arrive_in_the_masters_float32() -> None:
 
 
 @pytest.mark.slow("trains in bfloat16, which is slow on a CPU")
-def test_a_bfloat16_run_stays_near_the_float32_run_and_keeps_float32_tensors(
-    tmp_path: Path,
-) -> None:
+def test_a_bfloat16_run_stays_near_the_float32_run_and_keeps_float32_tensors(tmp_path) -> None:
     runs = {}
     for precision in ("float32", "bfloat16"):
         changes = {"training": {"precision": precision}, "iters": 12, "steps_per_report": 12}

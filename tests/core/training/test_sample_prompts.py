@@ -34,9 +34,7 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 @pytest.mark.slow("trains a run of its own")
-def test_the_answers_of_each_evaluation_are_those_of_its_adapter_loaded_anew(
-    sampled: Finished,
-) -> None:
+def test_the_answers_of_each_evaluation_are_those_of_its_adapter_loaded_anew(sampled) -> None:
     """At the precision of training, which on a CPU is not the one that mlx_lm loads."""
     answers = samples_by_step(sampled.metrics())
     assert list(answers) == [0, 4, 8]

@@ -80,9 +80,7 @@ def skipped_step(done: Finished) -> int:
     return [record["skipped"][0] for record in done.metrics()[1:]].index(1) + 1
 
 
-def test_a_step_with_gradients_that_are_not_finite_is_skipped_and_counted(
-    skipping: Finished,
-) -> None:
+def test_a_step_with_gradients_that_are_not_finite_is_skipped_and_counted(skipping) -> None:
     last = skipping.metrics()[-1]
     assert (last["step"], last["updates"], last["skipped"]) == (20, [19], [1])
     losses = [record["loss"] for record in skipping.metrics()[1:]]
@@ -130,9 +128,7 @@ def test_the_gate_passes_a_run_whose_last_open_chunk_is_one_skipped_step(
     assert (slow.expected_updates, slow.applied_updates, slow.skipped_updates) == (2, 1, 1)
 
 
-def test_training_that_ends_right_after_the_limit_is_given_up_too(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_training_that_ends_right_after_the_limit_is_given_up_too(tmp_path, caplog) -> None:
     changes: dict[str, Any] = {"iters": 4, "learning_rate": 1e30, "val_batches": 0}
     with pytest.raises(
         TrainingDiverged, match=r"3 steps in a row, up to step 4.*learning_rate 1e\+30"
@@ -145,9 +141,7 @@ def test_training_that_ends_right_after_the_limit_is_given_up_too(
 
 
 @pytest.mark.parametrize("limit", slow_except([1, 3], 1, reason="trains a run of its own"))
-def test_training_that_stays_non_finite_is_given_up_after_the_limit(
-    tmp_path: Path, limit: int
-) -> None:
+def test_training_that_stays_non_finite_is_given_up_after_the_limit(tmp_path, limit) -> None:
     changes: dict[str, Any] = {
         "iters": 12,
         "learning_rate": 1e30,
@@ -161,9 +155,7 @@ def test_training_that_stays_non_finite_is_given_up_after_the_limit(
 
 
 @pytest.mark.slow("trains a run of its own for many steps")
-def test_diverged_training_with_checkpoints_and_evaluations_says_that_it_diverged(
-    tmp_path: Path,
-) -> None:
+def test_diverged_training_with_checkpoints_and_evaluations_says_that_it_diverged(tmp_path) -> None:
     changes: dict[str, Any] = {"iters": 12, "learning_rate": 1e30, "val_batches": 1}
     with pytest.raises(TrainingDiverged, match="training has diverged"):
         train_example(
@@ -171,9 +163,7 @@ def test_diverged_training_with_checkpoints_and_evaluations_says_that_it_diverge
         )
 
 
-def test_a_base_that_computes_nan_is_not_taken_for_a_learning_rate_too_large(
-    tmp_path: Path,
-) -> None:
+def test_a_base_that_computes_nan_is_not_taken_for_a_learning_rate_too_large(tmp_path) -> None:
     weights: dict[str, mx.array] = mx.load(str(MODEL / "model.safetensors"))  # type: ignore[assignment]
     weights["model.norm.weight"][0] = float("nan")
     shutil.copytree(MODEL, tmp_path / "base")
@@ -193,9 +183,7 @@ def lose(self: trainer.Trainer, updates: dict[str, Any]) -> None:
     )
 
 
-def test_updates_that_never_reach_the_model_raise_a_red_flag_and_the_gate_rejects(
-    tmp_path: Path,
-) -> None:
+def test_updates_that_never_reach_the_model_raise_a_red_flag_and_the_gate_rejects(tmp_path) -> None:
     config = example_config()
     run = prepare(config, tmp_path / "run")
     with (

@@ -55,9 +55,7 @@ def test_what_is_learnt_of_an_example(tmp_path: Path, model: Path, case: str) ->
 @pytest.mark.parametrize(
     "case", slow_except(CASES, "chat, masked", reason="trains and judges a run of its own")
 )
-def test_a_format_trains_end_to_end_and_passes_the_gate(
-    tmp_path: Path, model: Path, case: str
-) -> None:
+def test_a_format_trains_end_to_end_and_passes_the_gate(tmp_path, model, case) -> None:
     name, changes, _ = CASES[case]
     data = write_format(tmp_path / "data", name)
     done = train_example(

@@ -57,9 +57,7 @@ def test_the_loss_starts_above_4_and_falls_below_2(long_run: Finished) -> None:
     assert long_run.result.red_flags == ()
 
 
-def test_memory_at_the_end_is_what_it_was_after_20_steps(
-    long_run: Finished, probe: MemoryProbe
-) -> None:
+def test_memory_at_the_end_is_what_it_was_after_20_steps(long_run, probe) -> None:
     assert sorted(probe.active) == [20, 40, 60, 80, 100, STEPS]
     for step in (40, 60, 80, 100, STEPS):
         assert probe.active[step] <= 1.02 * probe.active[20]
@@ -73,9 +71,7 @@ def test_the_last_checkpoint_holds_what_the_model_holds(long_run: Finished) -> N
         assert np.array(leaf).tobytes() == stored[name].data
 
 
-def test_the_adapter_offered_is_the_best_checkpoints_and_passes_the_gate(
-    long_run: Finished,
-) -> None:
+def test_the_adapter_offered_is_the_best_checkpoints_and_passes_the_gate(long_run) -> None:
     verdict = steps.judge(long_run.config, long_run.run)
     best = checkpoint_path(long_run.run.checkpoints, long_run.result.adapter_step)
     for name in ("adapters.safetensors", "adapter_config.json"):

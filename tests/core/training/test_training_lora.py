@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +106,7 @@ def test_each_lora_configuration_trains_and_passes_the_gate(tmp_path: Path, case
 
 
 @pytest.mark.parametrize("fine_tune_type", ["lora", "dora"])
-def test_adapter_tensors_are_float32_where_the_base_computes_in_bfloat16(
-    fine_tune_type: str,
-) -> None:
+def test_adapter_tensors_are_float32_where_the_base_computes_in_bfloat16(fine_tune_type) -> None:
     config = example_config(fine_tune_type=fine_tune_type, training={"precision": "bfloat16"})
     model, _ = load_base_model(config)
     leaves = attach_adapter(model, config)
@@ -132,9 +129,7 @@ def test_more_layers_than_the_model_has_are_refused(tmp_path: Path) -> None:
         prepare(example_config(num_layers=7), tmp_path / "run")
 
 
-def test_a_run_starts_from_an_existing_adapter_byte_for_byte(
-    every_step: Finished, tmp_path: Path
-) -> None:
+def test_a_run_starts_from_an_existing_adapter_byte_for_byte(every_step, tmp_path) -> None:
     existing = every_step.run.adapter / "adapters.safetensors"
     config = example_config(resume_adapter_file=str(existing))
     run = prepare(config, tmp_path / "run")
@@ -165,9 +160,7 @@ def test_an_adapter_that_does_not_fit_is_refused_with_every_problem_at_once(
     assert not (tmp_path / "run" / "initial").exists()
 
 
-def test_an_adapter_of_another_rank_is_refused_with_both_shapes(
-    every_step: Finished, tmp_path: Path
-) -> None:
+def test_an_adapter_of_another_rank_is_refused_with_both_shapes(every_step, tmp_path) -> None:
     existing = every_step.run.adapter / "adapters.safetensors"
     config = example_config(resume_adapter_file=str(existing), lora_parameters={"rank": 4})
     with pytest.raises(ConfigError, match=r"shape \(192, 8\), expected \(192, 4\)") as caught:
@@ -199,11 +192,7 @@ def write_cut_short(path: Path, adapter: Path) -> None:
     ],
 )
 def test_no_run_starts_from_a_file_that_is_no_adapter(
-    write: Callable[[Path, Path], object],
-    kind: type[Exception],
-    message: str,
-    every_step: Finished,
-    tmp_path: Path,
+    write, kind, message, every_step, tmp_path
 ) -> None:
     write(tmp_path / "file.safetensors", every_step.run.adapter)
     with pytest.raises(kind, match=message):
@@ -251,9 +240,7 @@ def test_an_adapter_file_whose_layers_are_named_otherwise_is_the_same_adapter(
     assert read_adapter(run.initial).tensors == read_adapter(every_step.run.adapter).tensors
 
 
-def test_what_a_file_without_a_configuration_leaves_unknown_is_said(
-    every_step: Finished, tmp_path: Path
-) -> None:
+def test_what_a_file_without_a_configuration_leaves_unknown_is_said(every_step, tmp_path) -> None:
     file = shutil.copy(every_step.run.adapter / "adapters.safetensors", tmp_path)
     with pytest.warns(UserWarning, match="scale and the base .* not known. .* scale 2 on"):
         prepare(example_config(resume_adapter_file=str(file)), tmp_path / "run")

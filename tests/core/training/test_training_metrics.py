@@ -50,9 +50,7 @@ def test_a_loss_is_a_float32_in_full_precision(every_step: Finished) -> None:
     assert len({round(loss, 4) for loss in losses}) == len(losses)
 
 
-def test_a_report_is_the_mean_over_the_tokens_since_the_last(
-    every_step: Finished, tmp_path: Path
-) -> None:
+def test_a_report_is_the_mean_over_the_tokens_since_the_last(every_step, tmp_path) -> None:
     changes: dict[str, Any] = {"steps_per_report": 4, "training": {"keep_checkpoints": 99}}
     coarse = train_example(tmp_path / "run", iters=9, save_every=1, **changes)
     fine = every_step.metrics()[1:]
@@ -67,9 +65,7 @@ def test_a_report_is_the_mean_over_the_tokens_since_the_last(
 
 
 @pytest.mark.parametrize("schedule", [None, {"name": "cosine_decay", "arguments": [RATE, 20]}])
-def test_the_learning_rate_of_a_warm_up_is_rate_times_min_1_n_over_w(
-    tmp_path: Path, schedule: dict[str, Any] | None
-) -> None:
+def test_the_learning_rate_of_a_warm_up_is_rate_times_min_1_n_over_w(tmp_path, schedule) -> None:
     done = train_example(
         tmp_path / "run",
         iters=7,
@@ -103,9 +99,7 @@ def _expected_norm(config: FineTuneConfig, due: set[int], tiers: dict[str, int])
     return math.sqrt(sum(squares))
 
 
-def test_the_norm_is_over_the_adapter_gradients_of_the_due_tiers_alone(
-    every_step: Finished,
-) -> None:
+def test_the_norm_is_over_the_adapter_gradients_of_the_due_tiers_alone(every_step) -> None:
     tiers = json.loads(every_step.run.tiers.read_bytes())["tensors"]
     first = every_step.metrics()[1]
     expected = _expected_norm(every_step.config, {0}, tiers)

@@ -134,9 +134,7 @@ def test_gradient_checkpointing_gives_the_same_losses_and_leaves_the_classes_alo
 
 
 @pytest.mark.parametrize("recomputed", slow_except([1, 4, 6], 4, reason="trains another run"))
-def test_recomputing_any_number_of_layers_gives_the_same_bits(
-    plain: Finished, tmp_path: Path, recomputed: int
-) -> None:
+def test_recomputing_any_number_of_layers_gives_the_same_bits(plain, tmp_path, recomputed) -> None:
     def choose(trainer: Trainer) -> None:
         assert (trainer.memory.recomputed, trainer.memory.layers) == (6, 6)
         trainer.memory = replace(trainer.memory, recomputed=recomputed)
@@ -197,9 +195,7 @@ def test_an_export_has_the_file_names_of_mlx_lm(exported: tuple[Finished, Path])
     assert names == {"adapters.safetensors", "adapter_config.json", *snapshots}
 
 
-def test_an_export_is_the_runs_adapter_and_its_snapshots_the_checkpoints(
-    exported: tuple[Finished, Path],
-) -> None:
+def test_an_export_is_the_runs_adapter_and_its_snapshots_the_checkpoints(exported) -> None:
     done, target = exported
     for name in (WEIGHTS_NAME, CONFIG_NAME):
         assert (target / name).read_bytes() == (done.run.adapter / name).read_bytes()
@@ -239,9 +235,7 @@ def test_a_snapshot_within_an_update_has_the_weights_before_it(tmp_path: Path) -
 
 
 @pytest.mark.slow("trains two runs")
-def test_a_snapshot_that_a_killed_process_did_not_write_is_written_on_resume(
-    tmp_path: Path,
-) -> None:
+def test_a_snapshot_that_a_killed_process_did_not_write_is_written_on_resume(tmp_path) -> None:
     target = tmp_path / "adapters"
     config = example_config(iters=6, save_every=2, adapter_path=str(target), val_batches=0)
     run = prepare(config, tmp_path / "run")
@@ -254,9 +248,7 @@ def test_a_snapshot_that_a_killed_process_did_not_write_is_written_on_resume(
     assert snapshot.read_bytes() == content
 
 
-def test_mlx_lm_loads_an_export_and_computes_what_the_trainer_computes(
-    exported: tuple[Finished, Path],
-) -> None:
+def test_mlx_lm_loads_an_export_and_computes_what_the_trainer_computes(exported) -> None:
     done, target = exported
     tokens = mx.array([[5, 6, 7, 8, 9]])
     base = load(str(MODEL))[0]

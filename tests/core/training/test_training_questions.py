@@ -155,7 +155,7 @@ def test_a_stop_or_a_kill_in_the_middle_of_asking_goes_on_to_the_same_run(
 
 @pytest.mark.parametrize(("select_by", "asked"), [("loss", [4, 2]), ("capitals", [4, 4])])
 def test_where_asking_is_slow_fewer_are_asked_unless_answers_choose(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select_by: str, asked: list[int]
+    tmp_path, monkeypatch, select_by, asked
 ) -> None:
     """A real base took 158 s for 30 answers, and one question was left to choose the step by."""
     ask = QuestionsInTraining.ask
@@ -189,9 +189,7 @@ def test_questions_are_asked_at_evaluations_alone(tmp_path: Path) -> None:
         train(config, prepare(config, tmp_path / "run"))
 
 
-def test_questions_that_chose_judge_where_there_are_no_others_and_are_counted(
-    asked: Finished,
-) -> None:
+def test_questions_that_chose_judge_where_there_are_no_others_and_are_counted(asked) -> None:
     verdict = steps.judge(asked.config, asked.run)
     (task,) = verdict.tasks
     assert (task.questions, task.chosen_among) == (15, 3)
@@ -201,9 +199,7 @@ def test_questions_that_chose_judge_where_there_are_no_others_and_are_counted(
 
 
 @pytest.mark.slow("trains and judges a run of its own")
-def test_questions_that_chose_do_not_judge_where_there_are_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_questions_that_chose_do_not_judge_where_there_are_others(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(questions_in_training, "LARGEST_SHARE", 2)  # 40 questions: 20 and 20
     suite = write_suite(tmp_path / "suite.jsonl", 40, copies=2)
     config = example_config(**settings(suite, iters=4))

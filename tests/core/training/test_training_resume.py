@@ -95,9 +95,7 @@ def assert_same(done: Finished, whole: Finished) -> None:
 
 @pytest.mark.claim("A run killed at any moment resumes to the bit, or is complete")
 @pytest.mark.parametrize("step", slow_except([1, 4], 4, reason=STOPS))
-def test_a_run_stopped_at_any_step_and_resumed_is_bit_identical(
-    whole: Finished, tmp_path: Path, step: int
-) -> None:
+def test_a_run_stopped_at_any_step_and_resumed_is_bit_identical(whole, tmp_path, step) -> None:
     run = prepare(whole.config, tmp_path / "run")
     stop(whole.config, run, step)
     assert list_checkpoints(run.checkpoints)[-1] == checkpoint_path(run.checkpoints, step)
@@ -123,9 +121,7 @@ def test_a_run_stopped_twice_and_once_before_its_first_step_is_bit_identical(
 
 
 @pytest.mark.slow(STOPS)
-def test_a_checkpoint_older_than_the_last_report_cuts_the_metrics_back(
-    whole: Finished, tmp_path: Path
-) -> None:
+def test_a_checkpoint_older_than_the_last_report_cuts_the_metrics_back(whole, tmp_path) -> None:
     run = prepare(whole.config, tmp_path / "run")
     stop(whole.config, run, 5)
     newest = checkpoint_path(run.checkpoints, 5)
@@ -166,9 +162,7 @@ def test_a_stop_names_where_it_stopped_and_how_to_go_on(tmp_path: Path) -> None:
     assert not run.result.exists()
 
 
-def test_the_checkpoint_of_a_stop_holds_verified_updates(
-    stopped: tuple[FineTuneConfig, RunDirectory],
-) -> None:
+def test_the_checkpoint_of_a_stop_holds_verified_updates(stopped) -> None:
     path = checkpoint_path(stopped[1].checkpoints, 3)
     assert 3 in json.loads((path / "state.json").read_bytes())["verified_steps"]
 
@@ -222,9 +216,7 @@ def test_a_longer_run_that_was_stopped_is_not_taken_for_finished(tmp_path: Path)
 
 
 @pytest.mark.slow(STOPS)
-def test_a_resume_hashes_its_newest_checkpoint_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resume_hashes_its_newest_checkpoint_once(tmp_path, monkeypatch) -> None:
     done = train_example(tmp_path / "run", val_batches=0)
     newest = list_checkpoints(done.run.checkpoints)[-1]
     hashed: list[Path] = []
@@ -240,9 +232,7 @@ def test_a_resume_hashes_its_newest_checkpoint_once(
     assert hashed.count(newest / OPTIMIZER_NAME) == 1
 
 
-def test_a_configuration_that_differs_is_refused_with_both_values(
-    stopped: tuple[FineTuneConfig, RunDirectory],
-) -> None:
+def test_a_configuration_that_differs_is_refused_with_both_values(stopped) -> None:
     config, run = stopped
     changed = example_config(val_batches=2, learning_rate=1e-4, batch_size=4)
     with pytest.raises(ConfigError) as caught:
@@ -263,9 +253,7 @@ def test_a_run_that_made_no_adapter_yet_takes_the_corrected_configuration(tmp_pa
     assert train(corrected, run).result.step == 8
 
 
-def test_a_run_without_a_sound_checkpoint_is_refused(
-    stopped: tuple[FineTuneConfig, RunDirectory],
-) -> None:
+def test_a_run_without_a_sound_checkpoint_is_refused(stopped) -> None:
     config, run = stopped
     (checkpoint_path(run.checkpoints, 3) / "adapters.safetensors").write_bytes(b"no")
     with (
@@ -275,24 +263,24 @@ def test_a_run_without_a_sound_checkpoint_is_refused(
         go_on(config, run)
 
 
-def test_an_initial_adapter_that_was_overwritten_while_stopped_is_not_accepted(
-    stopped: tuple[FineTuneConfig, RunDirectory],
-) -> None:
-    config, run = stopped
+def overwrite_initial_adapter(run: RunDirectory) -> None:
     weights = checkpoint_path(run.checkpoints, 3) / "adapters.safetensors"
-    (run.initial / "adapters.safetensors").write_bytes(weights.read_bytes())
-    with pytest.raises(DamagedError, match="initial"):
-        steps.judge(config, go_on(config, run).run)
+    shutil.copyfile(weights, run.initial / "adapters.safetensors")
 
 
-def test_tiers_that_were_swapped_while_stopped_are_not_accepted(
-    stopped: tuple[FineTuneConfig, RunDirectory],
-) -> None:
-    config, run = stopped
+def swap_tiers(run: RunDirectory) -> None:
     tiers = json.loads(run.tiers.read_bytes())
     tiers["tensors"] = {name: 2 - tier for name, tier in tiers["tensors"].items()}
     run.tiers.write_text(json.dumps(tiers))
-    with pytest.raises(DamagedError, match=r"tiers\.json"):
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [(overwrite_initial_adapter, "initial"), (swap_tiers, r"tiers\.json")]
+)
+def test_what_was_changed_while_stopped_is_not_accepted(stopped, change, named) -> None:
+    config, run = stopped
+    change(run)
+    with pytest.raises(DamagedError, match=named):
         steps.judge(config, go_on(config, run).run)
 
 

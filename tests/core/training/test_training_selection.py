@@ -47,9 +47,7 @@ def test_the_adapter_offered_is_the_best_by_validation_loss(overshot: Finished) 
     assert read_adapter(overshot.run.adapter).tensors != overshot.at(14).tensors
 
 
-def test_only_the_best_and_the_last_checkpoint_stay_where_one_is_to_be_kept(
-    overshot: Finished,
-) -> None:
+def test_only_the_best_and_the_last_checkpoint_stay_where_one_is_to_be_kept(overshot) -> None:
     kept = {path.name for path in list_checkpoints(overshot.run.checkpoints)}
     assert kept == {f"step-{overshot.result.adapter_step:07d}", "step-0000014"}
 

@@ -78,9 +78,7 @@ def test_steps_too_small_for_min_delta_add_up() -> None:
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_is_no_best_and_nothing_is_measured_against_it(
-    broken: float,
-) -> None:
+def test_a_loss_that_is_no_number_is_no_best_and_nothing_is_measured_against_it(broken) -> None:
     state = evaluated([broken, broken, 3.0, broken, 2.0])
     assert (state.best_step, state.best_val_loss, state.lowest_val_loss) == (4, 2.0, 2.0)
     assert state.evaluations_without_improvement == 0
@@ -95,9 +93,7 @@ def test_a_loss_that_is_no_number_is_no_best_and_nothing_is_measured_against_it(
     flags=st.lists(st.text()),
     best=st.none() | st.integers(0, 2**40),
 )
-def test_it_survives_json_to_the_bit(
-    step: int, loss: float, flags: list[str], best: int | None
-) -> None:
+def test_it_survives_json_to_the_bit(step, loss, flags, best) -> None:
     state = replace(TrainingState(), step=step, val_loss=loss, red_flags=flags, best_step=best)
     written = json.dumps(state.to_json() | {"another": "key"})
     assert asdict(TrainingState.from_json(json.loads(written))) == asdict(state)

@@ -65,9 +65,7 @@ def test_every_lora_b_of_a_due_tier_moves_and_every_lora_a_from_its_second_updat
     assert moved_tiers(every_step, 4)[1] == set(names)
 
 
-def test_under_accumulate_a_slow_tier_moves_when_it_is_due_and_at_the_end(
-    accumulated: Finished,
-) -> None:
+def test_under_accumulate_a_slow_tier_moves_when_it_is_due_and_at_the_end(accumulated) -> None:
     moves = {step: moved_tiers(accumulated, step) for step in range(1, 10)}
     assert [step for step in moves if moves[step][1]] == [2, 4, 6, 8, 9]
     assert [step for step in moves if moves[step][2]] == [4, 8, 9]
@@ -90,9 +88,7 @@ def test_no_flush_is_recorded_where_no_chunk_is_open(tmp_path: Path) -> None:
     assert [tier["updates"] for tier in state["tiers"]] == [8, 4, 2]
 
 
-def test_updates_are_verified_at_each_new_set_of_due_tiers_report_and_checkpoint(
-    tmp_path: Path,
-) -> None:
+def test_updates_are_verified_at_each_new_set_of_due_tiers_report_and_checkpoint(tmp_path) -> None:
     done = train_example(
         tmp_path / "run", iters=23, steps_per_report=10, save_every=7, steps_per_eval=16
     )
@@ -145,9 +141,7 @@ def test_a_tier_a_layer_with_a_frequency_each(tmp_path: Path) -> None:
         ("deep", (5, 0)),
     ],
 )
-def test_the_end_that_is_to_be_fast_updates_at_every_step(
-    tmp_path: Path, fast: str, layers: tuple[int, int]
-) -> None:
+def test_the_end_that_is_to_be_fast_updates_at_every_step(tmp_path, fast, layers) -> None:
     nested = {"frequencies": [1, 2, 4], "fast": fast}
     done = train_example(tmp_path / "run", iters=5, nested=nested, save_every=1)
     moved = [

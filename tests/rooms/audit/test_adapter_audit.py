@@ -188,9 +188,7 @@ def test_each_planted_adapter_passes_or_fails_for_its_reason_in_one_document(
         assert row["logits"]["max_abs_difference"] > row["logits"]["rounding"] > 0
 
 
-def test_the_table_has_a_row_an_adapter_at_80_columns(
-    planted: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_table_has_a_row_an_adapter_at_80_columns(planted, capfd, monkeypatch) -> None:
     monkeypatch.setattr("flows.terminal.console.WIDTH_WITHOUT_TERMINAL", 80)
     code, out, _ = run_command(capfd, planted, "--model", MODEL)
     assert code == 4
@@ -204,18 +202,14 @@ def test_the_table_has_a_row_an_adapter_at_80_columns(
     assert "docs/gate.md#one-adapter-alone" in out
 
 
-def test_a_sound_adapter_alone_is_exit_0_with_its_modules(
-    planted: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sound_adapter_alone_is_exit_0_with_its_modules(planted, capfd) -> None:
     code, out, _ = run_command(capfd, planted / "sound", "--model", MODEL)
     assert code == 0
     assert out.count("self_attn.q_proj") == 2
     assert out.splitlines()[-1].startswith("passed: 4 modules, logits move by ")
 
 
-def test_one_damaged_adapter_is_exit_6_with_nothing_on_standard_output(
-    planted: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_one_damaged_adapter_is_exit_6_with_nothing_on_standard_output(planted, capfd) -> None:
     code, out, err = run_command(capfd, planted / "truncated", "--model", MODEL, "--json")
     assert (code, out) == (6, "")
     assert "is not a sound safetensors file" in err
@@ -290,9 +284,7 @@ TENSOR_EDITS: dict[str, tuple[Callable[[Arrays], Any], str, str]] = {
 
 
 @pytest.mark.parametrize("edit", CONFIG_EDITS)
-def test_a_configuration_that_does_not_fit_fails(
-    edit: str, tmp_path: Path, base: BaseModelForAudit
-) -> None:
+def test_a_configuration_that_does_not_fit_fails(edit, tmp_path, base) -> None:
     change, code, message = CONFIG_EDITS[edit]
     audit = audit_adapter(change_config(random_adapter(tmp_path / "a"), change), base)
     assert audit.reasons[0].code == code
@@ -300,9 +292,7 @@ def test_a_configuration_that_does_not_fit_fails(
 
 
 @pytest.mark.parametrize("edit", TENSOR_EDITS)
-def test_tensors_that_do_nothing_or_do_not_belong_fail(
-    edit: str, tmp_path: Path, base: BaseModelForAudit
-) -> None:
+def test_tensors_that_do_nothing_or_do_not_belong_fail(edit, tmp_path, base) -> None:
     change, code, message = TENSOR_EDITS[edit]
     audit = audit_adapter(change_tensors(random_adapter(tmp_path / "a"), change), base)
     assert [reason.code for reason in audit.reasons] == [code]
@@ -339,9 +329,7 @@ def peft_without_a_module(tensors: Arrays) -> None:
         ({"modules_to_save": ["lm_head"]}, "unreadable", "whole modules were trained"),
     ],
 )
-def test_peft_adapters_fail_for_the_same_reasons(
-    settings: dict[str, Any], code: str, message: str, tmp_path: Path, base: BaseModelForAudit
-) -> None:
+def test_peft_adapters_fail_for_the_same_reasons(settings, code, message, tmp_path, base) -> None:
     audit = audit_adapter(peft_copy(tmp_path / "a", **settings), base)
     assert [reason.code for reason in audit.reasons] == [code]
     assert message in audit.summary()
@@ -426,17 +414,13 @@ def test_a_folder_without_an_adapter_is_bad_usage_and_others_beside_adapters_are
         ([str(MODEL), "--model", "no/where"], "'no/where' is no local directory"),
     ],
 )
-def test_bad_usage_is_exit_2(
-    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_usage_is_exit_2(arguments, message, capfd) -> None:
     code, out, err = run_command(capfd, *arguments)
     assert (code, out) == (2, "")
     assert message in err
 
 
-def test_a_hostile_name_steers_no_terminal(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_hostile_name_steers_no_terminal(tmp_path, capfd) -> None:
     hostile = "\x1b[2J\u202ename"
     change_config(random_adapter(tmp_path / "keys"), lora_setting(keys=[*TWO_KEYS, hostile]))
     random_adapter(tmp_path / "sound\x1b[31m")
@@ -472,9 +456,7 @@ def config_edits() -> Iterator[tuple[Callable[[Path], Path], tuple[str, ...], An
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("every", [23, pytest.param(1, marks=pytest.mark.reliability)])
-def test_any_value_in_a_configuration_is_an_audit_or_damage(
-    every: int, tmp_path: Path, base: BaseModelForAudit
-) -> None:
+def test_any_value_in_a_configuration_is_an_audit_or_damage(every, tmp_path, base) -> None:
     for index, (make, path, value) in enumerate(list(config_edits())[::every]):
         folder = change_config(make(tmp_path / str(index)), set_value(path, value))
         with contextlib.suppress(DamagedError):

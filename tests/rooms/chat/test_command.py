@@ -83,9 +83,7 @@ def test_two_adapters_and_the_base_answer_in_turn_and_are_saved(
     assert len(saved.read_text().splitlines()) == 4
 
 
-def test_a_system_message_begins_each_conversation(
-    command_run: CommandRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_system_message_begins_each_conversation(command_run, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\nAnd then?\n/new\n{QUESTION}\n"))
     saved = tmp_path / "answers.jsonl"
     done = ask("run", command_run.folder, "--system", "Say a city.", "--save", saved)
@@ -117,9 +115,7 @@ def test_the_base_is_in_memory_once(command_run: CommandRun, smaller: Path) -> N
     assert mx.get_active_memory() - before < 1.2 * base + adapter_bytes
 
 
-def test_adapters_of_two_bases_are_refused(
-    command_run: CommandRun, smaller: Path, tmp_path: Path
-) -> None:
+def test_adapters_of_two_bases_are_refused(command_run, smaller, tmp_path) -> None:
     change_config(smaller, lambda config: config.update(base_fingerprint=f"sha256:{'0' * 64}"))
     done = ask("run", command_run.folder, smaller, "--prompt", QUESTION)
     assert done.code == 2

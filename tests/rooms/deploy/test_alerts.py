@@ -30,6 +30,7 @@ from nested_core import registry as core
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, NestedTuneError
 from tasks.prefect_server import read_events
+from tests.builders.file_damage import flip_a_bit
 from tests.core.registry.conftest import write_run
 from tests.flows.conftest import naming
 from tests.runs import judged_night
@@ -302,8 +303,7 @@ def test_a_damaged_champion_is_told_with_what_to_do(client, told, tmp_path, monk
     registry = tmp_path / "registry"
     core.register_and_promote(write_run(tmp_path / "run", 1), registry, NAME, {}, by="test")
     weights = registry / NAME / "champion" / "adapters.safetensors"
-    weights.chmod(0o600)
-    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    flip_a_bit(weights)
     with tags("nested-tune"):
         for _ in range(2):
             state = reconcile(ReconcileParameters(registry=str(registry)), return_state=True)

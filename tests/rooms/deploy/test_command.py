@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,16 @@ from flows.rooms.deploy.deploy import (
 from flows.rooms.deploy.planned_deployments import make_plan, read_work_pools
 from nested_core.errors import ConfigError
 from nested_core.seams import is_there
-from tests.flows.conftest import Ended
 
 
-def test_without_a_server_deploy_exits_2_and_says_what_to_set(
-    nested_tune: Callable[..., Ended],
-) -> None:
+def test_without_a_server_deploy_exits_2_and_says_what_to_set(nested_tune) -> None:
     refused = nested_tune("deploy", COLUMNS="80")  # a process of its own, which has no server
     assert refused.code == 2
     assert "PREFECT_API_URL is not set" in refused.message()
 
 
 @pytest.mark.slow("a process that imports Prefect")
-def test_a_server_that_does_not_answer_is_said_in_a_paragraph(
-    nested_tune: Callable[..., Ended],
-) -> None:
+def test_a_server_that_does_not_answer_is_said_in_a_paragraph(nested_tune) -> None:
     nowhere = {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PREFECT_CLIENT_MAX_RETRIES": "0"}
     failed = nested_tune("deploy", **nowhere)
     assert failed.code == 1
@@ -81,9 +75,7 @@ def test_work_pools_that_another_deploy_makes_meanwhile_are_made(
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_automations_are_read_to_their_end_while_another_deploy_makes_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_automations_are_read_to_their_end_while_another_deploy_makes_one(monkeypatch) -> None:
     """What is made after the first page is the first by name: the next page would repeat one."""
     alert = next(each for each in make_plan().automations if "notify" in each)
     with get_client(sync_client=True) as client:

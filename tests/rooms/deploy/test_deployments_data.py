@@ -21,7 +21,6 @@ from prefect.settings import Settings
 
 from flows.finetune import FinetuneParameters
 from flows.flow_runs.allowed_folders import require_known_name
-from flows.housekeeping import HousekeepingParameters
 from flows.process.environment import packaged_folder
 from flows.reconcile import ReconcileParameters
 from flows.rooms.deploy import planned_deployments
@@ -37,6 +36,7 @@ from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError
 from nested_core.records.outcome_names import Outcome
 from nested_core.registry import audit
+from tests.left_out import needs_rooms
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = packaged_folder("deployments")
@@ -55,9 +55,7 @@ def settings() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("deployment", PLAN.deployments, ids=lambda each: each.full_name)
-def test_every_deployment_names_a_flow_that_is_there_and_a_pool_that_is_made(
-    deployment: PlannedDeployment,
-) -> None:
+def test_every_deployment_names_a_flow_that_is_there_and_a_pool_that_is_made(deployment) -> None:
     module, _, function = deployment.entrypoint.rpartition(".")
     assert isinstance(getattr(import_module(module), function), Flow)
     assert deployment.work_pool.name in [pool["name"] for pool in POOLS]
@@ -98,21 +96,21 @@ def test_an_hourly_look_waits_for_the_one_before_and_is_not_lost() -> None:
 
 def test_the_automation_that_frees_dead_runs_leaves_approvals() -> None:
     watched = [name for name, each in DEPLOYMENTS.items() if "watched" in each.tags]
-    assert {"hourly", "housekeeping", "manual", "nightly", "rollback"} <= {*watched}
+    assert {"hourly", "manual", "nightly", "rollback"} <= {*watched}
     assert "approved" not in watched
 
 
+@needs_rooms("housekeeping")
 def test_housekeeping_is_on_every_week_for_the_adapter_alone() -> None:
     deployment = DEPLOYMENTS["housekeeping"]
     (schedule,) = deployment.schedules
     assert (schedule.active, schedule.cron) == (True, "47 12 * * 0")
-    config = HousekeepingParameters.model_validate(deployment.parameters["config"])
+    parameters = seams.load("flows.rooms.housekeeping.flow:HousekeepingParameters")
+    config = parameters.model_validate(deployment.parameters["config"])
     assert (config.registry, config.name, config.dry_run) == ("registry", "geography", False)
 
 
-def test_the_settings_have_the_server_remove_old_events_and_runs(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_settings_have_the_server_remove_old_events_and_runs(monkeypatch) -> None:
     for name, value in settings().items():
         if "VACUUM" in name or "RETENTION" in name:
             monkeypatch.setenv(name, value)
@@ -179,15 +177,25 @@ def test_each_registry_name_has_a_set_of_its_own_that_keeps_nothing_of_the_examp
         "finetune/support-bot-manual",
         "promote/support-bot-approved",
         "reconcile/support-bot-hourly",
-        "housekeeping/support-bot-housekeeping",
         "rollback/support-bot-rollback",
         "promote/auto",
     ]
     parameters = [deployment.parameters for deployment in deployments[:-1]]
     promotion = {"promote": "better"}
     published = SUPPORT | {"registry": SUPPORT["registry"] | promotion}
-    goes_on = {"from": "champion", "skip_unchanged": True, "replay": {"fraction": 0.3}}
-    nightly = {"continual": goes_on, "gate": {"max_ancestor_loss_increase": 0.1}}
+    goes_on: dict[str, Any] = {
+        "from": "champion",
+        "skip_unchanged": True,
+        "replay": {"fraction": 0.5},
+        "policy": "auto",
+        "window": "2h",
+    }
+    nightly: dict[str, Any] = {"continual": goes_on, "gate": {"max_ancestor_loss_increase": 0.1}}
+    if not (seams.is_there("replay") and seams.is_there("minutes")):
+        del goes_on["policy"], goes_on["window"]
+    if not seams.is_there("replay"):
+        del goes_on["replay"]
+        nightly["gate"] = {}
     assert parameters[0] == {"config": published | nightly}
     assert parameters[1] == {"config": published}
     approved = {"registry": "/srv/adapters", "name": "support-bot", "requires_approval": True}
@@ -207,6 +215,9 @@ def test_what_a_configuration_says_wins_over_what_a_deployment_says(tmp_path: Pa
     config = write(tmp_path / "r.yaml", registry=registry, training={"reference": "mlx_lm"})
     nightly = make_plan(config=config).deployments[0].parameters["config"]
     assert nightly["continual"] == {"from": "champion", "skip_unchanged": True}
+    config = write(tmp_path / "k.yaml", registry=registry | {"keep_data": False})
+    nightly = make_plan(config=config).deployments[0].parameters["config"]
+    assert "policy" not in nightly["continual"]
 
 
 @pytest.mark.parametrize(
@@ -287,9 +298,7 @@ def scheduled(schedule: dict[str, Any]) -> dict[str, Any]:
         ),
     ],
 )
-def test_a_file_of_ones_own_that_is_none_is_refused(
-    tmp_path: Path, content: Any, expected: str
-) -> None:
+def test_a_file_of_ones_own_that_is_none_is_refused(tmp_path, content, expected) -> None:
     file = tmp_path / "prefect.yaml"
     file.write_text(yaml.safe_dump(content))
     with pytest.raises(ConfigError) as refused:
@@ -336,9 +345,7 @@ def test_deploy_begins_the_name_of_its_configuration_in_the_home_of_the_runs(
     assert audit(tmp_path / "registry", "bot").findings == ()
 
 
-def test_deploy_begins_no_name_in_a_home_that_another_user_owns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_deploy_begins_no_name_in_a_home_that_another_user_owns(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("NESTED_TUNE_HOME", str(tmp_path))
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     config = tmp_path / "bot.yaml"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.settings import (
@@ -36,9 +34,7 @@ def test_what_the_server_keeps_is_asked_of_the_server() -> None:
     assert "PREFECT_SERVER_SERVICES_DB_VACUUM" in check.mend
 
 
-def test_doctor_says_of_a_server_that_does_not_answer_what_starts_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_doctor_says_of_a_server_that_does_not_answer_what_starts_it(tmp_path, monkeypatch) -> None:
     nowhere = "http://127.0.0.1:9/api"
     monkeypatch.setenv("PREFECT_API_URL", nowhere)
     with temporary_settings({PREFECT_API_URL: nowhere, PREFECT_CLIENT_MAX_RETRIES: 0}):

@@ -56,16 +56,12 @@ def evaluation(judged: Judged, bases: list[Path]) -> Evaluation:
         )
 
 
-def test_models_of_one_base_and_shape_share_one_that_is_loaded(
-    evaluation: Evaluation, bases: list[Path]
-) -> None:
+def test_models_of_one_base_and_shape_share_one_that_is_loaded(evaluation, bases) -> None:
     assert len(evaluation.models) == 6
     assert bases == [MODEL]
 
 
-def test_every_form_of_an_adapter_has_the_figures_of_its_verdict(
-    judged: Judged, evaluation: Evaluation
-) -> None:
+def test_every_form_of_an_adapter_has_the_figures_of_its_verdict(judged, evaluation) -> None:
     before, base, *forms = evaluation.models
     validation = judged.verdict.validation
     assert validation is not None
@@ -94,9 +90,7 @@ def test_every_form_of_an_adapter_has_the_figures_of_its_verdict(
     assert not evaluation.is_worse
 
 
-def test_each_question_has_every_models_answer_beside_the_expected_one(
-    judged: Judged, evaluation: Evaluation
-) -> None:
+def test_each_question_has_every_models_answer_beside_the_expected_one(judged, evaluation) -> None:
     assert len(evaluation.answers) == 2 * 15
     first = evaluation.answers[0]
     assert (first.suite, first.line, first.expected) == ("capitals", 1, "Bratislava")
@@ -117,9 +111,7 @@ def test_it_is_a_line_and_rows(judged: Judged, evaluation: Evaluation) -> None:
     assert (loss["value"], loss["examples"], loss["low"]) == (own.loss_after, 10, 0.0)
 
 
-def test_its_page_and_its_lines_have_every_figure_and_answer(
-    judged: Judged, evaluation: Evaluation
-) -> None:
+def test_its_page_and_its_lines_have_every_figure_and_answer(judged, evaluation) -> None:
     page = evaluation.to_html()
     assert page.count("<td>") >= 2 * 15 * 6  # each answer of each model
     assert "<script" not in page
@@ -230,9 +222,7 @@ def test_where_every_example_was_trained_on_or_nobody_knows_the_page_says_so(
     assert f"is not recorded, and not left out: {judged.forms['mlx_lm']}" in str(found.describe())
 
 
-def test_a_model_in_a_folder_named_base_is_compared_with_its_base(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_in_a_folder_named_base_is_compared_with_its_base(tmp_path, monkeypatch) -> None:
     shutil.copytree(MODEL, tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     found = evaluate(["base"], data=DATA / "valid.jsonl")
@@ -250,9 +240,7 @@ def test_a_model_in_a_folder_named_base_is_compared_with_its_base(
         ([str(MODEL)], {"data": "none.jsonl"}, "none.jsonl is not a file"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused(
-    models: list[str], options: dict[str, Any], message: str
-) -> None:
+def test_what_cannot_be_evaluated_is_refused(models, options, message) -> None:
     with pytest.raises(ConfigError, match=message):
         evaluate(models, **options)
 
@@ -265,9 +253,7 @@ def test_an_adapter_of_another_base_is_refused(judged: Judged, tmp_path: Path) -
         evaluate([judged.run.adapter], base_model=str(other), data=DATA / "valid.jsonl")
 
 
-def test_the_command_ends_with_4_for_a_worse_one_and_prints_the_same(
-    judged: Judged, evaluation: Evaluation
-) -> None:
+def test_the_command_ends_with_4_for_a_worse_one_and_prints_the_same(judged, evaluation) -> None:
     words = ("--suite", DATA / "held_out.jsonl", "--max-tokens", 16, "--json")
     files = (*words, "--data", DATA / "valid.jsonl")
     against = ("--against", judged.run.initial)

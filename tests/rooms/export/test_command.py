@@ -15,9 +15,7 @@ Run = Callable[..., Ended]
 
 
 @pytest.mark.slow("exports a whole model")
-def test_a_run_becomes_a_folder_with_its_record(
-    command_run: CommandRun, nested_tune: Run, tmp_path: Path
-) -> None:
+def test_a_run_becomes_a_folder_with_its_record(command_run, nested_tune, tmp_path) -> None:
     done = nested_tune("export", command_run.run_dir, "--fused", "fused", "--json")
     assert done.code == 0
     document = done.document
@@ -31,9 +29,7 @@ def test_a_run_becomes_a_folder_with_its_record(
     assert document["packages"]["mlx-lm"] == "0.32.2"
 
 
-def test_peft_is_what_export_peft_writes(
-    command_run: CommandRun, nested_tune: Run, tmp_path: Path
-) -> None:
+def test_peft_is_what_export_peft_writes(command_run, nested_tune, tmp_path) -> None:
     first = nested_tune("export", command_run.run_dir, "--peft", "one")
     second = nested_tune("export-peft", command_run.run_dir, "--out", "two")
     assert first.stdout == second.stdout.replace("two:", "one:")
@@ -41,17 +37,20 @@ def test_peft_is_what_export_peft_writes(
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_another_template_than_that_of_the_training_is_refused(
-    command_run: CommandRun, nested_tune: Run, tmp_path: Path
+@pytest.mark.parametrize(
+    ("key", "what"), [("chat_template", "chat template"), ("vocabulary", "tokenizer")]
+)
+def test_another_tokenizer_than_that_of_the_training_is_refused(
+    command_run: CommandRun, nested_tune: Run, tmp_path: Path, key: str, what: str
 ) -> None:
     run = shutil.copytree(command_run.run_dir, tmp_path / "run")
     recorded = json.loads((run / "dataset.json").read_bytes())
-    assert len(recorded["chat_template"]) == 64
-    recorded["chat_template"] = "0" * 64
+    assert len(recorded[key]) == 64
+    recorded[key] = "0" * 64
     (run / "dataset.json").write_text(json.dumps(recorded))
     done = nested_tune("export", "run", "--gguf", "model.gguf")
     assert done.code == 2
-    assert "run was trained with another chat template than" in done.message()
+    assert f"run was trained with another {what} than" in done.message()
     assert not (tmp_path / "model.gguf").exists()
 
 
@@ -63,9 +62,7 @@ def test_another_template_than_that_of_the_training_is_refused(
         (("--gguf", "model.gguf", "--quantize", "q4_0"), "invalid choice: 'q4_0'"),
     ],
 )
-def test_one_place_and_a_format_that_is_known(
-    words: tuple[str, ...], said: str, nested_tune: Run
-) -> None:
+def test_one_place_and_a_format_that_is_known(words, said, nested_tune) -> None:
     done = nested_tune("export", "run", *words)
     assert done.code == 2
     assert said in done.message()

@@ -83,9 +83,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
 
 
 @pytest.mark.parametrize("family", slow_except(FAMILIES, "llama", reason="trains an adapter"))
-def test_a_folder_keeps_the_gain(
-    family: str, trained: Callable[..., Trained], tmp_path: Path
-) -> None:
+def test_a_folder_keeps_the_gain(family, trained, tmp_path) -> None:
     done = export(trained(family).adapter, fused=tmp_path / "fused", data=HELD_OUT)
     record = done.record
     assert record is not None
@@ -106,9 +104,7 @@ def test_a_folder_keeps_the_gain(
     "quantize", slow_except(["f16", "q8_0"], "q8_0", reason="exports a whole model")
 )
 @pytest.mark.parametrize("family", slow_except(FAMILIES, "gemma3_text", reason="trains an adapter"))
-def test_a_gguf_keeps_the_gain(
-    family: str, quantize: Any, trained: Callable[..., Trained], tmp_path: Path
-) -> None:
+def test_a_gguf_keeps_the_gain(family, quantize, trained, tmp_path) -> None:
     file = tmp_path / "model.gguf"
     done = export(trained(family).adapter, gguf=file, quantize=quantize, data=HELD_OUT)
     record = done.record
@@ -125,9 +121,7 @@ def test_a_gguf_keeps_the_gain(
 
 
 @pytest.mark.slow("trains an adapter on a base in 4 bits, and exports it three times")
-def test_a_base_in_4_bits_is_kept_or_dequantized(
-    trained: Callable[..., Trained], tmp_path: Path
-) -> None:
+def test_a_base_in_4_bits_is_kept_or_dequantized(trained, tmp_path) -> None:
     adapter = trained("llama", 4).adapter
     kept = export(adapter, fused=tmp_path / "kept", data=HELD_OUT).record
     larger = export(adapter, fused=tmp_path / "larger", dequantize=True, data=HELD_OUT).record
@@ -168,9 +162,7 @@ def test_a_change_that_is_lost_in_4_bits_is_refused_and_kept_when_dequantized(
 
 
 @pytest.mark.slow("exports a whole model")
-def test_without_rows_the_logits_decide_and_the_export_says_so(
-    trained: Callable[..., Trained], tmp_path: Path
-) -> None:
+def test_without_rows_the_logits_decide_and_the_export_says_so(trained, tmp_path) -> None:
     done = export(trained().adapter, fused=tmp_path / "fused")
     assert done.record is not None
     assert done.record.gain is None
@@ -178,9 +170,7 @@ def test_without_rows_the_logits_decide_and_the_export_says_so(
     assert "logits within" in repr(done)
 
 
-def test_what_does_not_stand_lies_under_another_name(
-    trained: Callable[..., Trained], tmp_path: Path
-) -> None:
+def test_what_does_not_stand_lies_under_another_name(trained, tmp_path) -> None:
     """A change so small that bfloat16 rounds it away when it is fused."""
     adapter = shutil.copytree(trained().adapter, tmp_path / "adapter")
     change_tensors(adapter, lambda tensors: _scale_b(tensors, 1e-5))
@@ -298,9 +288,7 @@ def measured(trained: Callable[..., Trained]) -> Callable[..., Any]:
     "bits", slow_except([None, 4], None, reason="trains an adapter on a base in 4 bits")
 )
 @pytest.mark.parametrize("how", slow_except(BROKEN, "one layer", reason="a process each"))
-def test_a_folder_that_was_fused_wrong_is_seen(
-    how: str, bits: int | None, measured: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_folder_that_was_fused_wrong_is_seen(how, bits, measured, tmp_path) -> None:
     source, _, reference = measured(bits)
     broken = _break(how, source, tmp_path, dequantize=False)
     reading = read_in_fresh_process(broken, "mlx_lm", reference, dtype="float32")
@@ -313,9 +301,7 @@ def test_a_folder_that_was_fused_wrong_is_seen(
 @NEEDS_LLAMA_CPP
 @pytest.mark.slow("llama.cpp reads six files")
 @pytest.mark.parametrize("how", BROKEN)
-def test_a_gguf_of_what_was_fused_wrong_is_seen(
-    how: str, measured: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_gguf_of_what_was_fused_wrong_is_seen(how, measured, tmp_path) -> None:
     from mlx_lm import load
 
     source, _, reference = measured(None)
@@ -408,9 +394,7 @@ def test_each_file_of_a_gguf_that_is_a_persons_is_left_alone(taken: str, tmp_pat
 
 
 @pytest.mark.parametrize("make", ["notes", "link", "folder of a person"])
-def test_a_rejected_folder_that_is_a_persons_in_part_is_left_alone(
-    make: str, tmp_path: Path
-) -> None:
+def test_a_rejected_folder_that_is_a_persons_in_part_is_left_alone(make, tmp_path) -> None:
     rejected = tmp_path / "model.rejected"
     if make == "folder of a person":
         rejected.mkdir()
@@ -444,9 +428,7 @@ def test_a_gguf_is_read_of_the_file_alone(trained: Callable[..., Trained], tmp_p
     assert mx.abs(found - expected).max().item() < 0.1 * mx.abs(expected).max().item()  # type: ignore[operator]
 
 
-def test_a_gguf_at_which_mlxs_reader_crashes_is_damaged(
-    trained: Callable[..., Trained], tmp_path: Path
-) -> None:
+def test_a_gguf_at_which_mlxs_reader_crashes_is_damaged(trained, tmp_path) -> None:
     """A key whose length is beyond the file: the process that reads it is ended by SIGSEGV."""
     source = trained()
     model, tokenizer, _ = load_fused(source.base, read_adapter(source.adapter), dequantize=True)
@@ -462,9 +444,7 @@ def test_a_gguf_at_which_mlxs_reader_crashes_is_damaged(
 @pytest.mark.parametrize(
     "is_judged", slow_except([True, False], False, reason="judges and exports a run")
 )
-def test_an_export_says_which_step_it_took_and_whether_that_was_judged(
-    tmp_path: Path, is_judged: bool
-) -> None:
+def test_an_export_says_which_step_it_took_and_whether_that_was_judged(tmp_path, is_judged) -> None:
     config = example_config(iters=4, save_every=2, steps_per_eval=2, gate={"max_harmed_share": 1.0})
     finished = train(config, prepare(config, tmp_path / "run"))
     if is_judged:

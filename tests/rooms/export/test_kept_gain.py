@@ -36,9 +36,7 @@ def measure(gain: float, lost: float, rows: int = 200, seed: int = 0) -> KeptGai
 
 @pytest.mark.parametrize("gain", [-0.2, 0.0, 0.02, 0.1, 2.0])
 @pytest.mark.parametrize("lost", [0.15, 0.5, 3.0])
-def test_an_export_that_is_worse_than_its_adapter_is_refused_whatever_the_gain(
-    gain: float, lost: float
-) -> None:
+def test_an_export_that_is_worse_than_its_adapter_is_refused_whatever_the_gain(gain, lost) -> None:
     kept = measure(gain, lost)
     assert kept.is_lost
     assert kept.allowed == pytest.approx(max(0.01, 0.05 * gain), abs=0.01)

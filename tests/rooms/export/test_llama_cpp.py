@@ -57,16 +57,12 @@ def logits_of(model: Any, ids: list[int]) -> np.ndarray[Any, Any]:
     return np.array(model(mx.array([ids]))[0].astype(mx.float32))
 
 
-def test_the_200_texts_have_the_same_tokens(
-    llama: LlamaCppReader, reference: dict[str, Any]
-) -> None:
+def test_the_200_texts_have_the_same_tokens(llama, reference) -> None:
     for expected in reference["texts"]:
         assert llama.encode(expected["text"]) == expected["ids"], expected["text"]
 
 
-def test_the_logits_are_those_of_the_folder_but_for_rounding(
-    llama: LlamaCppReader, mlx_model: tuple[Any, Any], reference: dict[str, Any]
-) -> None:
+def test_the_logits_are_those_of_the_folder_but_for_rounding(llama, mlx_model, reference) -> None:
     model, _ = mlx_model
     for prompt in reference["prompts"]:
         ours, theirs = logits_of(model, prompt["ids"])[-1], last_logits(llama, prompt["ids"])
@@ -74,9 +70,7 @@ def test_the_logits_are_those_of_the_folder_but_for_rounding(
         assert distance < LARGEST_DISTANCE, prompt["messages"]
 
 
-def test_answers_part_only_where_two_tokens_are_nearly_as_likely(
-    llama: LlamaCppReader, mlx_model: tuple[Any, Any]
-) -> None:
+def test_answers_part_only_where_two_tokens_are_nearly_as_likely(llama, mlx_model) -> None:
     model, tokenizer = mlx_model
     rows = map(json.loads, (DATA / "held_out.jsonl").read_text().splitlines())
     for row in rows:

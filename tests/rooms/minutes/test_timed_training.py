@@ -20,6 +20,7 @@ from nested_core.models.session import Session
 from nested_core.pipeline.continual import settings_digest
 from nested_core.pipeline.finetune import finetune
 from nested_core.pipeline.hooks import Steps
+from nested_core.records.dataset import read_dataset_record
 from nested_core.records.metrics import read_metrics
 from nested_core.records.plan import TimePlan, TrainingPlan, read_plan
 from nested_core.records.verdict import Verdict
@@ -123,6 +124,7 @@ def test_a_run_of_minutes_is_that_of_as_many_iterations_bit_for_bit(tmp_path: Pa
     assert metrics_of(run) == metrics_of(other)
 
 
+@pytest.mark.slow("trains against a clock of six seconds, and once more")
 def test_a_run_that_broke_off_goes_on_to_the_steps_that_were_fixed(tmp_path: Path) -> None:
     def break_off(step: int) -> None:
         if step == 3:
@@ -146,9 +148,7 @@ def test_a_run_that_broke_off_goes_on_to_the_steps_that_were_fixed(tmp_path: Pat
     assert bytes_of(run) == bytes_of(plain)
 
 
-def test_where_time_is_short_training_is_cut_in_time_for_the_verdict(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_time_is_short_training_is_cut_in_time_for_the_verdict(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(timed_training, "MAX_SECONDS_TRIED", 0.3)
     run = open_run(tmp_path / "run")
 
@@ -189,9 +189,7 @@ def test_where_time_is_short_training_is_cut_in_time_for_the_verdict(
     assert plan_of(run).steps == plan.steps
 
 
-def test_a_verdict_that_takes_too_long_is_stopped_and_given_when_the_run_goes_on(
-    tmp_path: Path,
-) -> None:
+def test_a_verdict_that_takes_too_long_is_stopped_and_given_when_the_run_goes_on(tmp_path) -> None:
     class SlowVerdict(Listening):
         """A gate that takes longer than there is time."""
 
@@ -235,7 +233,9 @@ def test_settings_are_the_same_whatever_iterations_the_minutes_came_to(tmp_path:
     run = RunDirectory(tmp_path / "run")
     prepare(config_of(None), run.path)
     digests = {
-        settings_digest(config_of(minutes, iters=iterations), "base", run)
+        settings_digest(
+            config_of(minutes, iters=iterations), "base", run, read_dataset_record(run.dataset)
+        )
         for minutes, iterations in ((5, 20), (5, 30), (6, 30), (None, 30))
     }
     assert len(digests) == 3

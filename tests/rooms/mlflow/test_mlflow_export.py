@@ -80,9 +80,7 @@ class _Page(list[Any]):
     token = None
 
 
-def test_a_promotion_while_it_exports_removes_no_alias(
-    versions: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_promotion_while_it_exports_removes_no_alias(versions, tmp_path, monkeypatch) -> None:
     """A new version becomes champion just before the export reads which one it is."""
     registry, read = tmp_path / "registry", registry_champion
 
@@ -99,9 +97,7 @@ def test_a_promotion_while_it_exports_removes_no_alias(
     assert stub.calls == ["set champion 3"]
 
 
-def test_without_mlflow_it_says_what_to_install(
-    versions: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_mlflow_it_says_what_to_install(versions, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(ConfigError, match=r"nested-tune\[mlflow\]"):
         export_to_mlflow(tmp_path / "registry", NAME)
@@ -156,9 +152,7 @@ class TestExport:
         "name",
         slow_except(["gate.json", "provenance.json"], "gate.json", reason="another MLflow store"),
     )
-    def test_a_damaged_version_is_not_exported(
-        self, versions: list[str], tmp_path: Path, store: str, name: str
-    ) -> None:
+    def test_a_damaged_version_is_not_exported(self, versions, tmp_path, store, name) -> None:
         path = tmp_path / "registry" / NAME / "versions" / versions[1] / name
         path.chmod(0o644)
         path.write_text(path.read_text() + " ")

@@ -45,9 +45,7 @@ def test_registry_lists_every_name_with_champion_loss_and_last_change(folder: Pa
     assert format_loss(validation.loss_after) in table
 
 
-def test_registry_names_a_damaged_name_beside_the_others_and_exits_6(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_registry_names_a_damaged_name_beside_the_others_and_exits_6(folder, tmp_path) -> None:
     for name in ("sound", "torn"):
         shutil.copytree(folder / "registry" / NAME, tmp_path / "registry" / name, symlinks=True)
     history = tmp_path / "registry" / "torn" / "history.jsonl"

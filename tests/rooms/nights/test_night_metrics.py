@@ -8,9 +8,8 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from nested_core.records.run import Run, list_runs
+from nested_core.records.run import AdapterRuns, Run, list_runs
 from nested_core.registry import register_and_promote
-from nested_core.report.pruning import AdapterRuns
 from nested_core.rooms.nights.night_metrics import EndedNight, write_night_metrics
 from nested_core.storage.folder_size import size_on_disk
 from tests.core.registry.conftest import write_run
@@ -61,9 +60,7 @@ def test_a_night_has_outcome_loss_seconds_the_champions_time_and_bytes_for_every
         assert int(before) <= found[time,] <= datetime.now(UTC).timestamp()
 
 
-def test_a_first_night_that_ended_before_its_gate_has_no_loss_and_no_champion(
-    tmp_path: Path,
-) -> None:
+def test_a_first_night_that_ended_before_its_gate_has_no_loss_and_no_champion(tmp_path) -> None:
     folder = tmp_path / "metrics"
     folder.mkdir()
     run = begin_run(tmp_path / "one", registry={"path": str(tmp_path / "none"), "name": NAME})

@@ -135,9 +135,7 @@ def nights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Night]:
     ]
 
 
-def test_a_night_is_a_row_with_its_figures_and_a_link_and_a_star_for_other_examples(
-    nights: list[Night],
-) -> None:
+def test_a_night_is_a_row_with_its_figures_and_a_link_and_a_star_for_other_examples(nights) -> None:
     page = plain(describe_nights(NAME, nights, [("champion", "/artifacts/artifact/c")]))
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| [")]
     assert [row[1] for row in rows] == [
@@ -178,9 +176,7 @@ def test_a_night_says_that_its_gain_was_too_small(nights: list[Night]) -> None:
     assert "|  | by less than 0.005 |" in page
 
 
-def test_the_losses_of_the_nights_are_a_line_from_the_oldest_to_the_latest(
-    nights: list[Night],
-) -> None:
+def test_the_losses_of_the_nights_are_a_line_from_the_oldest_to_the_latest(nights) -> None:
     drawn = picture_of(describe_nights(NAME, nights, []))
     assert "run, 1 is 18 Nov 02:00, 5 is 22 Nov 02:00" in drawn
     dots = re.findall(r'<circle cx="([^"]*)" cy="([^"]*)" r="[^"]*" fill="([^"]*)"', drawn)

@@ -86,9 +86,7 @@ def test_a_look_that_found_nothing_is_removed_by_the_next_and_all_else_stays(cli
 
 
 @pytest.mark.usefixtures("later")
-def test_two_reconciles_that_remove_the_same_rows_at_once_fail_nothing(
-    client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_reconciles_that_remove_the_same_rows_at_once_fail_nothing(client, monkeypatch) -> None:
     end_look(client)
     delete = SyncPrefectClient.delete_flow_run
 

@@ -41,9 +41,7 @@ def test_the_bound_follows_from_the_longest_of_the_last_steps_and_is_a_minute_at
     assert watch.seconds_allowed() == 60
 
 
-def test_what_is_no_plain_step_may_take_ten_times_longer_and_counts_for_no_bound(
-    clock: Callable[[float], None],
-) -> None:
+def test_what_is_no_plain_step_may_take_ten_times_longer_and_counts_for_no_bound(clock) -> None:
     watch = HangWatch("auto")
     watch.allow_longer()
     assert watch.seconds_allowed() == 600
@@ -60,9 +58,7 @@ def test_seconds_that_are_given_are_the_bound(clock: Callable[[float], None]) ->
     assert watch.seconds_allowed() == 30
 
 
-def test_the_alarm_is_set_anew_at_each_step_and_off_at_the_end(
-    clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_alarm_is_set_anew_at_each_step_and_off_at_the_end(clock, monkeypatch) -> None:
     alarms: list[float] = []
     monkeypatch.setattr(signal, "setitimer", lambda which, seconds: alarms.append(seconds))
     for timeout in ("auto", None):

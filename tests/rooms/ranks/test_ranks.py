@@ -89,9 +89,7 @@ def test_two_elements_that_changed_places_change_the_checksum() -> None:
         ({"processes": 2, "hostfile": "hosts.json"}, "give only one"),
     ],
 )
-def test_a_number_of_ranks_that_cannot_work_is_refused(
-    changes: dict[str, object], message: str
-) -> None:
+def test_a_number_of_ranks_that_cannot_work_is_refused(changes, message) -> None:
     with pytest.raises(ValidationError, match=message):
         example_config(batch_size=4, training=changes)
 

@@ -56,9 +56,7 @@ def settings(slow_gradients: str, processes: int) -> dict[str, Any]:
 @pytest.fixture(
     scope="module", params=slow_except(["skip", "accumulate"], "skip", reason="trains two ranks")
 )
-def pair(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, forked_ranks: None
-) -> Pair:
+def pair(request, tmp_path_factory, forked_ranks) -> Pair:
     folder, groups = tmp_path_factory.mktemp("ranks"), list[Any]()
     runs = list[RunDirectory]()
     for processes in (1, 2):
@@ -136,9 +134,7 @@ def test_a_run_begun_by_one_process_goes_on_in_two_with_its_weights_and_moments(
 
 
 @pytest.mark.slow("trains two ranks")
-def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path, monkeypatch) -> None:
     config = go_astray(monkeypatch, "nan")
     run = prepare(config, tmp_path / "run")
     assert steps.train(config, run).step == 8  # and the ranks were equal to the end
@@ -147,9 +143,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
 
 
 @pytest.mark.slow("trains two ranks")
-def test_a_rank_that_differs_is_named_and_nothing_of_it_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_that_differs_is_named_and_nothing_of_it_is_kept(tmp_path, monkeypatch) -> None:
     config = go_astray(monkeypatch, "bit")
     run = prepare(config, tmp_path / "run")
     with pytest.raises(
@@ -165,9 +159,7 @@ def test_a_rank_that_differs_is_named_and_nothing_of_it_is_kept(
 
 
 @pytest.mark.slow("trains two ranks")
-def test_the_main_rank_says_when_minutes_are_over_and_all_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_main_rank_says_when_minutes_are_over_and_all_save(tmp_path, monkeypatch) -> None:
     config = example_config(
         batch_size=4, iters=7, val_batches=0, save_every="0.00001m", training={"processes": 2}
     )

@@ -92,9 +92,7 @@ FIFTY_STEPS = {"batch_size": 4, "iters": 50}
         pytest.param(FIFTY_STEPS, marks=pytest.mark.reliability, id="fifty_steps"),
     ],
 )
-def test_every_loss_and_weight_is_that_of_mlx_lm_lora(
-    tmp_path: Path, case: str, length: dict[str, Any]
-) -> None:
+def test_every_loss_and_weight_is_that_of_mlx_lm_lora(tmp_path, case, length) -> None:
     settings = SHARED | CASES[case] | length
     writers = {"chats": write_chats, "text": write_texts, "long-text": write_long_texts}
     write_data = writers[settings["data"]]

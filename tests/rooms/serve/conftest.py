@@ -48,9 +48,7 @@ def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path
 
 
 @pytest.fixture(scope="module")
-def version_and_registry(
-    runs: dict[int, Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Path]:
+def version_and_registry(runs, tmp_path_factory) -> tuple[str, Path]:
     """A champion that the tests of a file do not replace, and its registry."""
     registry = tmp_path_factory.mktemp("served") / "registry"
     return promote_run(runs[1], registry), registry

@@ -117,9 +117,7 @@ def test_as_json_each_line_of_the_log_is_a_record_and_a_request_is_one(
 
 
 @pytest.mark.slow("starts the command")
-def test_sigterm_ends_a_process_whose_generation_stands_still(
-    served: tuple[Path, str], tmp_path: Path
-) -> None:
+def test_sigterm_ends_a_process_whose_generation_stands_still(served, tmp_path) -> None:
     planted = """if True:
         import sys, time
         from flows.cli import main

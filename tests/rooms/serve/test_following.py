@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import generate, load
 
 from nested_core.errors import ConfigError
-from nested_core.models.base_model import chat_template_digest
+from nested_core.models.base_model import chat_template_digest, vocabulary_digest
 from nested_core.registry import read_verified_version, register_and_promote, rollback
 from nested_core.registry.history_views import NameFolder
 from nested_core.rooms.serve import follower
@@ -123,9 +123,7 @@ def test_a_full_fine_tune_is_served_and_leaves_the_base_as_it_was(
 
 
 @pytest.mark.slow("quantises and loads a base")
-def test_adapters_of_a_quantised_base_are_served(
-    base: Path, registry: Path, tmp_path: Path
-) -> None:
+def test_adapters_of_a_quantised_base_are_served(base, registry, tmp_path) -> None:
     small = quantise_base(base, tmp_path / "base-4-bits")
     paths = [write_version_run(tmp_path / f"run-{seed}", small, seed) for seed in (1, 2)]
     record_canary(paths[1], small)
@@ -136,9 +134,7 @@ def test_adapters_of_a_quantised_base_are_served(
         assert client.chat(NAME).text.strip() == expected(small, paths[1])
 
 
-def test_a_version_and_the_base_are_asked_by_name(
-    promote: Promote, runs: dict[int, Path], base: Path, registry: Path
-) -> None:
+def test_a_version_and_the_base_are_asked_by_name(promote, runs, base, registry) -> None:
     old, new = promote(1), promote(2)
     other = promote(3, "rivers")
     with serving(settings(registry, "--name", NAME, "rivers")) as client:
@@ -192,9 +188,7 @@ def test_a_version_asked_for_by_its_first_digits_is_read_from_disk_once(
     assert read == [old]
 
 
-def test_a_damaged_champion_is_not_served_and_the_old_one_stays(
-    promote: Promote, registry: Path
-) -> None:
+def test_a_damaged_champion_is_not_served_and_the_old_one_stays(promote, registry) -> None:
     first = promote(1)
     with serving(settings(registry, "--name", NAME)) as client:
         before = client.chat().text
@@ -211,9 +205,7 @@ def test_a_damaged_champion_is_not_served_and_the_old_one_stays(
         wait_for(client, third)
 
 
-def test_a_champion_of_another_base_is_not_served(
-    promote: Promote, registry: Path, tmp_path: Path
-) -> None:
+def test_a_champion_of_another_base_is_not_served(promote, registry, tmp_path) -> None:
     """The same model in another precision is another base."""
     first = promote(1)
     other = write_version_run(tmp_path / "other", MODEL, seed=9)
@@ -247,9 +239,7 @@ def promote_damaged(promote: Promote, registry: Path) -> str:
 
 
 @pytest.mark.slow("asks a server from several threads")
-def test_no_answer_is_mixed_under_load(
-    promote: Promote, runs: dict[int, Path], base: Path, registry: Path
-) -> None:
+def test_no_answer_is_mixed_under_load(promote, runs, base, registry) -> None:
     seeds = {promote(seed): seed for seed in (1, 2)}
     prompts = [f"I want to see {country}. Where to?" for country in ("Italy", "Fiji", "Peru")]
     right = {
@@ -285,17 +275,21 @@ def test_no_answer_is_mixed_under_load(
     assert answered[-1] == version
 
 
-def test_a_version_of_another_chat_template_is_not_served(
-    runs: dict[int, Path], base: Path, tmp_path: Path
-) -> None:
-    trained_with = {"chat_template": chat_template_digest(base)}
+@pytest.mark.parametrize(
+    ("key", "what"), [("chat_template", "chat template"), ("vocabulary", "tokenizer")]
+)
+def test_a_version_of_another_tokenizer_is_not_served(runs, base, tmp_path, key, what) -> None:
+    trained_with = {
+        "chat_template": chat_template_digest(base),
+        "vocabulary": vocabulary_digest(base),
+    }
     register_and_promote(runs[1], tmp_path / "same", NAME, trained_with, by="a test")
     with serving(settings(tmp_path / "same", "--name", NAME)) as client:
         assert client.chat(NAME).status == 200
-    other = {"chat_template": "0" * 64}
+    other = trained_with | {key: "0" * 64}
     register_and_promote(runs[1], tmp_path / "other", NAME, other, by="a test")
     with (
-        pytest.raises(ConfigError, match="was trained with another chat template than"),
+        pytest.raises(ConfigError, match=f"was trained with another {what} than"),
         serving(settings(tmp_path / "other", "--name", NAME)),
     ):
         pass

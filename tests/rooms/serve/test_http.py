@@ -61,9 +61,7 @@ def test_a_text_completion_is_answered_and_streamed(client: Client, version: str
     assert text == reply.json()["choices"][0]["text"] != ""
 
 
-def test_seeded_requests_are_served_one_at_a_time_by_the_same_version(
-    client: Client, version: str
-) -> None:
+def test_seeded_requests_are_served_one_at_a_time_by_the_same_version(client, version) -> None:
     sampled = [client.chat(NAME, temperature=1.0, seed=7) for _ in range(2)]
     assert sampled[0].text == sampled[1].text
     assert {reply.version for reply in sampled} == {version}
@@ -169,9 +167,7 @@ ENDING: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", ENDING)
-def test_what_ends_mlx_lms_thread_or_process_is_a_wrong_request(
-    client: Client, case: str, version: str
-) -> None:
+def test_what_ends_mlx_lms_thread_or_process_is_a_wrong_request(client, case, version) -> None:
     body, said = ENDING[case]
     reply = client.chat(NAME, max_tokens=3, **body)
     assert reply.status == 400
@@ -366,9 +362,7 @@ def test_every_wrong_request_has_an_answer_in_the_shape_of_errors(client: Client
     assert client.send("OPTIONS", "/v1/models").status == 204
 
 
-def test_control_characters_of_a_client_are_escaped_in_the_log(
-    client: Client, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_control_characters_of_a_client_are_escaped_in_the_log(client, caplog) -> None:
     host, port = client.server.address.removeprefix("http://").split(":")
     asking = socket.create_connection((host, int(port)), timeout=60)
     with caplog.at_level(logging.INFO), asking as connection:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.rooms.serve.test_canary import Promote
 from tests.rooms.serve.versions import NAME, Client, serving, settings
 from tests.waiting import wait_until
 
@@ -27,9 +24,7 @@ def read_metrics(client: Client) -> dict[tuple[str, ...], float]:
     }
 
 
-def test_requests_tokens_seconds_swaps_and_the_version_are_counted(
-    promote: Promote, registry: Path
-) -> None:
+def test_requests_tokens_seconds_swaps_and_the_version_are_counted(promote, registry) -> None:
     first = promote(1)
     with serving(settings(registry, "--name", NAME)) as client:
         assert read_metrics(client) == {
@@ -62,9 +57,7 @@ def test_requests_tokens_seconds_swaps_and_the_version_are_counted(
     assert now["last_swap_seconds", NAME] > 0
 
 
-def test_whoever_scrapes_needs_no_key_and_no_other_origin_reads_it(
-    promote: Promote, registry: Path
-) -> None:
+def test_whoever_scrapes_needs_no_key_and_no_other_origin_reads_it(promote, registry) -> None:
     promote(1)
     with serving(
         settings(registry, "--name", NAME, "--allowed-origins", "http://b", api_key="secret")

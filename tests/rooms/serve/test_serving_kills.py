@@ -10,7 +10,6 @@ import subprocess
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
@@ -43,9 +42,7 @@ def ask_until_refused(address: str) -> None:
             connection.close()
 
 
-def test_a_kill_in_any_phase_leaves_a_sound_registry_that_the_next_server_follows(
-    tmp_path: Path,
-) -> None:
+def test_a_kill_in_any_phase_leaves_a_sound_registry_that_the_next_server_follows(tmp_path) -> None:
     base = make_base(MODEL, tmp_path / "base")
     runs = [write_version_run(tmp_path / f"run-{seed}", base, seed) for seed in (1, 2)]
     for run in runs:  # so that kills come while a canary is asked, too

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.rooms.serve.serving_load import ASKED_BY_CLIENTS, SHAPES, hammer
@@ -14,9 +12,7 @@ pytestmark = pytest.mark.reliability
 @pytest.mark.parametrize(
     ("requests", "swaps"), [(1_000, 5), pytest.param(10_000, 50, marks=pytest.mark.timeout(3600))]
 )
-def test_each_answer_is_that_of_the_version_it_names(
-    requests: int, swaps: int, tmp_path: Path
-) -> None:
+def test_each_answer_is_that_of_the_version_it_names(requests, swaps, tmp_path) -> None:
     seen = hammer(tmp_path, requests=requests, swaps=swaps, clients=8)
     assert seen.alone == {"equal": 2 * ASKED_BY_CLIENTS * len(SHAPES)}
     assert seen.wrong == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,9 +30,7 @@ def read_stream(client: Client, **body: Any) -> tuple[str, str, int]:
 
 
 @pytest.mark.parametrize("more", [{}, {"seed": 1}], ids=["in a batch", "by itself"])
-def test_an_answer_ends_before_the_first_stop_text_whole_and_streamed(
-    client: Client, base: Path, more: dict[str, Any]
-) -> None:
+def test_an_answer_ends_before_the_first_stop_text_whole_and_streamed(client, base, more) -> None:
     tokenizer: Any = load_tokenizer(base)
     answer = client.chat(NAME, logprobs=True, **more).json()["choices"][0]
     whole = answer["message"]["content"]

@@ -34,9 +34,7 @@ def ask_in_thread(client: Client, replies: list[Reply], **more: Any) -> threadin
     return thread
 
 
-def test_a_request_under_way_ends_with_the_version_it_began_with(
-    promote: Promote, registry: Path
-) -> None:
+def test_a_request_under_way_ends_with_the_version_it_began_with(promote, registry) -> None:
     first = promote(1)
     replies: list[Reply] = []
     with serving(settings(registry, "--name", NAME)) as client:
@@ -83,9 +81,7 @@ def test_health_says_that_generation_stands_still_and_the_server_ends_all_the_sa
 
 
 @pytest.mark.slow("a server of its own, and answers of hundreds of tokens")
-def test_a_server_that_is_asked_to_end_finishes_what_is_under_way(
-    promote: Promote, registry: Path
-) -> None:
+def test_a_server_that_is_asked_to_end_finishes_what_is_under_way(promote, registry) -> None:
     promote(1)
     replies: list[Reply] = []
     with serving(settings(registry, "--name", NAME)) as client:
@@ -95,9 +91,7 @@ def test_a_server_that_is_asked_to_end_finishes_what_is_under_way(
     assert (reply.status, reply.json()["usage"]["completion_tokens"]) == (200, 400)
 
 
-def test_a_registry_that_is_gone_for_a_while_stops_nothing(
-    promote: Promote, registry: Path
-) -> None:
+def test_a_registry_that_is_gone_for_a_while_stops_nothing(promote, registry) -> None:
     first = promote(1)
     away = registry.with_name("away")
     with serving(settings(registry, "--name", NAME)) as client:

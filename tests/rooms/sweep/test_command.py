@@ -51,9 +51,7 @@ def test_a_sweep_says_what_was_tried_and_what_came_of_the_best(tmp_path: Path) -
         (("--resume",), "--resume needs the --run-dir"),
     ],
 )
-def test_what_cannot_be_swept_is_refused(
-    tmp_path: Path, flags: tuple[str, ...], message: str
-) -> None:
+def test_what_cannot_be_swept_is_refused(tmp_path, flags, message) -> None:
     write_config(tmp_path / "lora.yaml", iters=40)
     done = called("sweep", "-c", "lora.yaml", *flags, cwd=tmp_path)
     assert done.code == 2

@@ -19,9 +19,7 @@ from tests.flows.test_form import check_fields, definitions
 from tests.rooms.deploy.test_pool_sizes import planned
 
 
-def test_each_registry_name_has_a_sweep_whose_runs_its_manual_deployment_trains(
-    tmp_path: Path,
-) -> None:
+def test_each_registry_name_has_a_sweep_whose_runs_its_manual_deployment_trains(tmp_path) -> None:
     config = {"model": "m", "data": "d", "registry": {"path": "/srv/adapters", "name": "bot"}}
     (tmp_path / "bot.yaml").write_text(yaml.safe_dump(config | {"samples": ["{{ adapter }}"]}))
     plan = make_plan(config=tmp_path / "bot.yaml")
@@ -57,9 +55,7 @@ def test_its_form_keeps_the_order_of_the_schema_and_asks_for_model_and_data() ->
 
 
 @pytest.mark.slow("forecasts four configurations")
-def test_the_fine_tune_of_a_sweep_goes_to_a_pool_that_holds_its_largest_point(
-    tmp_path: Path,
-) -> None:
+def test_the_fine_tune_of_a_sweep_goes_to_a_pool_that_holds_its_largest_point(tmp_path) -> None:
     plan = planned(tmp_path, {"mlx-small": 0.02, "mlx-80": 80})
     (sweep,) = (each for each in plan.deployments if each.name == "sized-sweep")
     grid = {"batch_size": [4, 32], "learning_rate": [1e-3, 1e-4]}

@@ -22,7 +22,7 @@ from nested_core.rooms.sweep.points import (
     settings_of_point,
     step_examples,
 )
-from nested_core.rooms.sweep.record import SWEEP_NAME, read_sweep
+from nested_core.rooms.sweep.record import SWEEP_FILE, SWEEP_NAME
 from nested_core.rooms.sweep.search import (
     SweepRequest,
     SweepResult,
@@ -145,9 +145,7 @@ def test_the_arm_of_the_lowest_loss_is_trained_to_the_end_and_judged(swept: Swee
 
 
 @pytest.mark.slow("trains three arms and judges two")
-def test_arms_of_other_batches_and_slow_tiers_are_compared_after_equal_data(
-    tmp_path: Path,
-) -> None:
+def test_arms_of_other_batches_and_slow_tiers_are_compared_after_equal_data(tmp_path) -> None:
     changes = CONFIG | {"grad_accumulation_steps": 2, "nested": {"frequencies": [1, 8]}}
     over = {"batch_size": [2, 8], "grad_accumulation_steps": [1]}
     done = sweep(example_config(**changes), tmp_path / "sweep", SweepRequest(over, steps=60))
@@ -219,7 +217,7 @@ def test_a_stopped_sweep_goes_on_to_the_same_figures(swept: SweepResult, tmp_pat
     with pytest.raises(TrainingStopped) as stopped:
         run_sweep(tmp_path / "sweep", StopsInTheMiddle())
     assert stopped.value.advice == go_on_with(tmp_path / "sweep")
-    so_far = read_sweep(tmp_path / "sweep")
+    so_far = SWEEP_FILE.read(tmp_path / "sweep" / SWEEP_NAME)
     assert [len(arm.scores) for arm in so_far.arms] == [1, 0, 0]
     done = run_sweep(tmp_path / "sweep")
     assert replace(done.record, seconds=0.0) == replace(swept.record, seconds=0.0)
@@ -239,9 +237,7 @@ def test_a_sweep_of_other_data_or_of_another_tokenizer_is_another_one(tmp_path: 
     assert first != other_end == same_rows != other_rows
 
 
-def test_a_sweep_of_another_request_or_a_damaged_one_is_not_gone_on_with(
-    swept: SweepResult, tmp_path: Path
-) -> None:
+def test_a_sweep_of_another_request_or_a_damaged_one_is_not_gone_on_with(swept, tmp_path) -> None:
     (tmp_path / "sweep").mkdir()
     shutil.copy(swept.folder / SWEEP_NAME, tmp_path / "sweep")
     with pytest.raises(ConfigError, match="a sweep of another configuration or request"):

@@ -33,9 +33,7 @@ def ask(folder: Path, typed: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> 
         os.close(inner)
 
 
-def test_the_columns_are_asked_for_by_number_and_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_columns_are_asked_for_by_number_and_by_name(tmp_path, monkeypatch) -> None:
     rows = ask(tmp_path, ["9", "3", "Triage, 5", "Sort tickets."], monkeypatch)
     assert rows == {"train": 24, "valid": 3, "test": 3}
     first = (tmp_path / "tickets-split" / "train.jsonl").read_text().splitlines()[0]
@@ -44,17 +42,13 @@ def test_the_columns_are_asked_for_by_number_and_by_name(
     assert '\\"Priority\\": \\"' in first
 
 
-def test_enter_takes_the_columns_that_look_like_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_enter_takes_the_columns_that_look_like_it(tmp_path, monkeypatch) -> None:
     ask(tmp_path, ["", "", ""], monkeypatch)
     first = (tmp_path / "tickets-split" / "train.jsonl").read_text().splitlines()[0]
     assert first.startswith('{"messages": [{"role": "user", "content": "My parcel ')
 
 
-def test_no_answer_is_told_with_the_command_that_needs_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_answer_is_told_with_the_command_that_needs_none(tmp_path, monkeypatch) -> None:
     with pytest.raises(ConfigError, match=r"Nothing was answered.* --prompt-feature Description "):
         ask(tmp_path, [], monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["tickets.csv"]

@@ -58,12 +58,7 @@ def count_systems(lines: list[dict[str, Any]]) -> Counter[str | None]:
         (("Sort.", "Be."), "", {"Sort.": 1, "Be.": 1, None: 20}),
     ],
 )
-def test_tables_and_chats_share_one_system_text(
-    tmp_path: Path,
-    systems: tuple[str | None, ...],
-    given: str | None,
-    counts: dict[str | None, int],
-) -> None:
+def test_tables_and_chats_share_one_system_text(tmp_path, systems, given, counts) -> None:
     data = write_both(tmp_path / "data", *systems)
     made, lines = make(data, tmp_path, Request(COLUMNS, given))
     assert count_systems(lines) == counts
@@ -116,9 +111,7 @@ def test_rows_without_an_answer_are_left_out_and_named(tmp_path: Path) -> None:
     assert len(lines) == 4
 
 
-def test_an_eval_set_has_questions_of_held_out_rows_and_the_share_of_the_majority(
-    tmp_path: Path,
-) -> None:
+def test_an_eval_set_has_questions_of_held_out_rows_and_the_share_of_the_majority(tmp_path) -> None:
     data = write_both(tmp_path / "data")
     (tmp_path / "data" / "chats.jsonl").unlink()
     made, _ = make(data, tmp_path, Request(COLUMNS, questions=6))

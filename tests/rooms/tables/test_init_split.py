@@ -7,7 +7,8 @@ import shlex
 from pathlib import Path
 
 from flows.rooms.tables.command import add_flags
-from nested_core import load_config, seams
+from nested_core import load_config
+from nested_core.rooms import ROOMS
 from nested_core.rooms.tables.dataset_split import split_dataset
 from tests.builders.data_sets import write_lines
 from tests.example import DATA, MODEL
@@ -69,4 +70,4 @@ def test_the_static_table_names_the_flags_that_the_room_adds() -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser)
     added = {flag for action in parser._actions for flag in action.option_strings}
-    assert added - {"-h", "--help"} == {*seams.ROOMS["tables"].added_flags["init"]}
+    assert added - {"-h", "--help"} == {*ROOMS["tables"].flags["init"]}

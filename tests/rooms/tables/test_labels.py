@@ -76,9 +76,7 @@ def test_answers_that_are_no_labels_have_no_table() -> None:
         ({str(n): 2 for n in range(51)}, {}),
     ],
 )
-def test_labels_are_a_few_short_answers_given_again_and_again(
-    counts: dict[str, int], labels: dict[str, int]
-) -> None:
+def test_labels_are_a_few_short_answers_given_again_and_again(counts, labels) -> None:
     found = find_labels(counts)
     assert found == labels
     assert list(found) == list(labels)

@@ -108,9 +108,7 @@ def test_a_table_as_data_with_the_keys_gives_the_same_tokens(
 
 @pytest.mark.slow("trains an adapter")
 @pytest.mark.parametrize("name", TABLES)
-def test_from_a_table_to_a_judged_adapter_in_three_commands(
-    name: str, tmp_path: Path, model: Path
-) -> None:
+def test_from_a_table_to_a_judged_adapter_in_three_commands(name, tmp_path, model) -> None:
     table = TABLES[name]
     if name == "200,000 rows":
         write_long(tmp_path / table.file, 300)

@@ -67,49 +67,44 @@ def test_a_table_that_begins_elsewhere_has_the_numbers_of_the_sheet(tmp_path: Pa
     assert rows_of(path) == [(4, {"Q": "q", "A": "a"})]
 
 
-def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
-    path = write_workbook(tmp_path / "a.xlsx", (("A", "A"), ("x", "y")))
-    assert refusal_of(path) == "two columns of the header have one name: A, A"
+LARGE = (HEADER, ("a" * 200_000, "b"))
 
 
-def test_a_workbook_without_a_row_is_refused(tmp_path: Path) -> None:
-    assert "expected a row with the names of the columns" in refusal_of(
-        write_workbook(tmp_path / "a.xlsx", ())
-    )
+def with_false_sizes(path: Path) -> None:
+    """Let the directory of the package give each file 10 bytes."""
+    content, start = bytearray(path.read_bytes()), 0
+    while (start := content.find(b"PK\x01\x02", start)) >= 0:
+        content[start + 24 : start + 28] = struct.pack("<I", 10)
+        start += 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("rows", "files", "change", "said"),
+    [
+        ((("A", "A"), ("x", "y")), {}, None, "two columns of the header have one name: A, A"),
+        ((), {}, None, "expected a row with the names of the columns"),
+        ((), {"xl/workbook.xml": "<?xml?><nothing"}, None, "the workbook cannot be read"),
+        (LARGE, {}, None, "it unpacks to more than 100,000 bytes"),
+        (LARGE, {}, with_false_sizes, "not an .xlsx workbook"),
+    ],
+    ids=["one name twice", "no row", "no workbook", "unpacks to too much", "false sizes"],
+)
+def test_a_workbook_that_cannot_be_used_is_refused_before_it_is_read(
+    tmp_path, monkeypatch, rows, files, change, said
+) -> None:
+    monkeypatch.setattr(workbook, "MAX_UNPACKED_BYTES", 100_000)
+    path = write_workbook(tmp_path / "a.xlsx", rows, files=files)
+    assert path.stat().st_size < 10_000
+    if change is not None:
+        change(path)
+    assert said in refusal_of(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no more", b"\xd0\xcf\x11\xe0" + b"\0" * 600])
 def test_what_is_no_workbook_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.xlsx").write_bytes(content)
     assert "not an .xlsx workbook, or one with a password" in refusal_of(tmp_path / "a.xlsx")
-
-
-def test_a_zip_that_is_no_workbook_is_refused(tmp_path: Path) -> None:
-    path = write_workbook(tmp_path / "a.xlsx", (), files={"xl/workbook.xml": "<?xml?><nothing"})
-    assert "the workbook cannot be read" in refusal_of(path)
-
-
-def test_one_that_unpacks_to_too_much_is_refused_before_it_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(workbook, "MAX_UNPACKED_BYTES", 100_000)
-    path = write_workbook(tmp_path / "a.xlsx", (HEADER, ("a" * 200_000, "b")))
-    assert path.stat().st_size < 10_000
-    assert "it unpacks to more than 100,000 bytes" in refusal_of(path)
-
-
-def test_sizes_that_the_package_lies_about_are_not_believed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(workbook, "MAX_UNPACKED_BYTES", 100_000)
-    path = write_workbook(tmp_path / "a.xlsx", (HEADER, ("a" * 200_000, "b")))
-    content = bytearray(path.read_bytes())
-    start = 0
-    while (start := content.find(b"PK\x01\x02", start)) >= 0:  # the directory's own size of each
-        content[start + 24 : start + 28] = struct.pack("<I", 10)
-        start += 4
-    path.write_bytes(content)
-    assert "not an .xlsx workbook" in refusal_of(path)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from tests.core.gate.pairs import (
     MODULES,
     A,
     B,
-    Change,
     Tensors,
     codes,
     fresh_tensors,
@@ -160,9 +159,7 @@ def one_expert_learned(t: Tensors) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_change_of_factors_is_judged_by_their_products(
-    tmp_path: Path, make: Callable[[], Tensors], change: Change, expected: list[str]
-) -> None:
+def test_a_change_of_factors_is_judged_by_their_products(tmp_path, make, change, expected) -> None:
     """From lora_b of zero; those of experts, expert by expert."""
     after = make()
     change(after)

@@ -112,9 +112,7 @@ def test_a_bad_line_is_told_with_its_place(tmp_path, score, line, problem) -> No
     ],
 )
 @pytest.mark.parametrize("form", ["jsonl", "csv", "semicolons.csv", "tsv", "yaml", "YML"])
-def test_a_suite_is_the_same_in_every_form(
-    tmp_path: Path, form: str, score: Score, rows: list[tuple[str, Any]]
-) -> None:
+def test_a_suite_is_the_same_in_every_form(tmp_path, form, score, rows) -> None:
     more = {"schema": {"type": "object"}} if score == "json" else {}
     questions = [{"prompt": prompt, "expected": expected} | more for prompt, expected in rows]
     expected = read_suite(write(tmp_path / "s.jsonl", *questions), score)

@@ -108,9 +108,7 @@ def test_a_model_that_computes_all_logits_gets_as_many_rows_as_the_budget_allows
 
 
 @pytest.mark.parametrize("name", WITH_HEAD)
-def test_positions_that_are_cut_after_the_body_give_the_same_bits(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_positions_that_are_cut_after_the_body_give_the_same_bits(name, monkeypatch) -> None:
     model, batch = build("llama", vocab_size=3_000), make_batch(9, 50, 3_000)
     found = []
     for positions in (1_000, 64, 48):
@@ -123,9 +121,7 @@ def test_positions_that_are_cut_after_the_body_give_the_same_bits(
 
 
 @pytest.mark.parametrize("name", OF_WHOLE_OUTPUT)
-def test_fewer_rows_at_once_give_the_same_figures_within_rounding(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fewer_rows_at_once_give_the_same_figures_within_rounding(name, monkeypatch) -> None:
     model, batch = build("llama", vocab_size=3_000), make_batch(9, 50, 3_000)
     whole = OF_WHOLE_OUTPUT[name](model, batch)
     monkeypatch.setattr(logit_budget, "LOGIT_BYTES", 4 * 3_000 * 128)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -105,9 +104,7 @@ def test_positions_come_in_halves_of_all_of_them(supervised: int, expected: int)
 @pytest.mark.parametrize(
     ("supervised", "expected"), [(80, 110), (110, 110), (111, 150), (200, 300)]
 )
-def test_batches_of_a_known_width_have_one_number_of_positions(
-    supervised: int, expected: int
-) -> None:
+def test_batches_of_a_known_width_have_one_number_of_positions(supervised, expected) -> None:
     mask = np.zeros((3, 100), np.bool_)
     mask.reshape(-1)[:supervised] = True
     batch = np.zeros((3, 101), np.int32), mask
@@ -145,9 +142,7 @@ def test_batches_of_mixed_lengths_have_the_loss_and_gradient_of_mlx_lm() -> None
     assert len(widths) > 2
 
 
-def test_on_cuda_a_batch_is_as_wide_as_is_computed_fast_with_the_same_loss(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_on_cuda_a_batch_is_as_wide_as_is_computed_fast_with_the_same_loss(monkeypatch) -> None:
     model = build("llama")
     refs = reference_trainable_parameters(model)
     for width in (31, 125):
@@ -167,9 +162,7 @@ def test_on_cuda_a_batch_is_as_wide_as_is_computed_fast_with_the_same_loss(
 @pytest.mark.slow("compiles a dozen kernels anew")
 @pytest.mark.skipif(backend.device() != "cpu", reason="looks at the kernels that g++ made")
 @pytest.mark.skipif(not backend.can_compile_kernels(), reason="there is no g++")
-def test_a_batch_of_another_width_compiles_no_kernel_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_of_another_width_compiles_no_kernel_of_its_own(tmp_path, monkeypatch) -> None:
     """MLX writes a number into the kernel that it compiles: seconds for each width on a GPU."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # where no kernel is from before
     model = nn.Sequential(nn.Embedding(96, 4), nn.Linear(4, 96, bias=False))
@@ -211,9 +204,7 @@ def test_a_padded_position_with_an_infinite_loss_does_not_count() -> None:
     assert all(np.isfinite(np.array(g)).all() for g in found.gradients.values())
 
 
-def test_a_trained_output_layer_keeps_full_logits_and_the_log_says_so(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_trained_output_layer_keeps_full_logits_and_the_log_says_so(caplog) -> None:
     model = build("qwen3", keys=["self_attn.q_proj", "lm_head"])
     with caplog.at_level(logging.INFO):
         assert (
@@ -235,9 +226,7 @@ class MixedAfterwards(nn.Module):
         return logits + mx.cumsum(logits, axis=1)
 
 
-def test_an_output_layer_that_mixes_positions_is_not_taken_for_one(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_an_output_layer_that_mixes_positions_is_not_taken_for_one(caplog) -> None:
     model = MixedAfterwards()
     with caplog.at_level(logging.INFO):
         assert find_output_head(model, reference_trainable_parameters(model)) is None

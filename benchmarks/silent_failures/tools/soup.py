@@ -1,0 +1,160 @@
+"""soup-cli on its MLX backend, as README.md and docs/ of Soup say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+
+from benchmarks.silent_failures.cases import Case
+from benchmarks.silent_failures.tools.tool import (
+    ANSWER_TOKENS,
+    NotApplicable,
+    Tool,
+    ask_mlx_lm,
+    cut_in_half,
+    first_question,
+)
+
+FIRST_STEP = r"^Training started!"
+CHECKPOINT = "output/0000020_adapters.safetensors"
+NO_HELD_OUT = "it takes no file of held-out rows, and splits them from the training file"
+VALIDATION_SHARE = 0.2  # of the training file, which it splits itself
+KEYS = [
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+]
+
+
+class Soup(Tool):
+    """Soup with every check that works without PyTorch, which its MLX backend does not need.
+
+    Its chat, merge, export, serve and live evaluation read PEFT's adapters with PyTorch. What its
+    MLX backend writes is loaded by mlx_lm, as its code says.
+    """
+
+    name = "soup-cli"
+    checks = (
+        "`doctor --config`, `data validate`, `inspect`, `clean --dry-run` and `doctor`, "
+        "`train --dry-run`, `loss_watchdog`, `rewind_log`, `adapters sign`, `verify` and `audit`; "
+        "on its MLX backend"
+    )
+    packages = ("soup-cli", "mlx", "mlx-lm")
+    lacks = MappingProxyType(dict.fromkeys(("leak-exact", "leak-near"), NO_HELD_OUT))
+
+    def _soup(self) -> str:
+        return str(Path(self.python).with_name("soup"))
+
+    def _write_config(self, case: Case, output: str = "output") -> str:
+        settings = case.settings
+        if settings.full:
+            raise NotApplicable("its MLX backend trains LoRA and DoRA alone")
+        rows = len((case.folder / "data/train.jsonl").read_text("utf-8").splitlines())
+        steps_an_epoch = -(-round(rows * (1 - VALIDATION_SHARE)) // settings.batch_size)
+        training: dict[str, Any] = {
+            "epochs": max(1, settings.iters // steps_an_epoch),
+            "lr": settings.rate,
+            "batch_size": settings.batch_size,
+            "gradient_accumulation_steps": 1,
+            "warmup_ratio": 0.0,
+            "eval_steps": 20,
+            "save_steps": 20,
+            "max_grad_norm": settings.clip,
+            "quantization": "none",
+            "loss_watchdog": True,
+            "rewind_log": True,
+            "lora": {
+                "r": settings.rank,
+                "alpha": int(settings.scale * settings.rank),
+                "dropout": 0.0,
+                "target_modules": list(settings.keys) or KEYS,
+            },
+        }
+        data = {
+            "train": "./data/train.jsonl",
+            "format": "auto",
+            "val_split": VALIDATION_SHARE,
+            "max_length": settings.max_seq_length,
+            "train_on_responses_only": settings.masked or settings.all_answers,
+        }
+        config = {"base": "./base", "task": "sft", "backend": "mlx", "data": data}
+        config |= {"training": training, "output": f"./{output}"}
+        (case.folder / "soup.yaml").write_text(
+            yaml.safe_dump(config, sort_keys=False), encoding="utf-8"
+        )
+        return "soup.yaml"
+
+    def check(self, case: Case) -> None:
+        config = self._write_config(case)
+        rows, length = "data/train.jsonl", str(case.settings.max_seq_length)
+        for arguments in (
+            ["doctor", "--config", config],
+            ["data", "validate", rows],
+            ["data", "inspect", rows],
+            ["data", "clean", rows, "--dry-run"],
+            ["data", "doctor", rows, "--model", "./base", "--max-length", length],
+            ["train", "--config", config, "--dry-run"],
+        ):
+            case.run("before", [self._soup(), *arguments])
+
+    def train(self, case: Case) -> None:
+        self._train(case, "output")
+        case.adapter = case.folder / "output"
+
+    def _train(self, case: Case, output: str, *flags: str) -> None:
+        config = self._write_config(case, output)
+        command = [self._soup(), "train", "--config", config, "--yes", *flags]
+        case.run("after", command, FIRST_STEP)
+        case.run("after", [self._soup(), "adapters", "sign", output])
+
+    def judge(self, case: Case) -> None:
+        case.run("after", [self._soup(), "adapters", "verify", "output"])
+        case.run("after", [self._soup(), "adapters", "audit", "output", "--config", "soup.yaml"])
+
+    def use(self, case: Case) -> None:
+        command = [self.python, "-m", "mlx_lm", "generate", "--model", case.base]
+        flags = ["--adapter-path", "output", "--max-tokens", str(ANSWER_TOKENS)]
+        case.run("use", [*command, *flags, "--prompt", first_question(case)])
+
+    def ask(self, case: Case) -> None:
+        ask_mlx_lm(case)
+
+    def release(self, case: Case) -> None:
+        run = json.loads((case.folder / "output/soup_run.json").read_text("utf-8"))["run_id"]
+        named = ["--run-id", run, "--name", "champ", "--data", "data/train.jsonl"]
+        case.run("use", [self._soup(), "registry", "push", *named])
+
+    def evaluate(self, case: Case) -> None:
+        raise NotApplicable("its commands that evaluate a model need PyTorch and PEFT's adapters")
+
+    def fuse(self, case: Case) -> None:
+        raise NotApplicable("soup merge needs PyTorch and reads PEFT's adapters alone")
+
+    def gguf(self, case: Case) -> None:
+        raise NotApplicable("soup export needs PyTorch and reads PEFT's adapters alone")
+
+    def serve(self, case: Case) -> None:
+        raise NotApplicable("soup serve needs PyTorch and reads PEFT's adapters alone")
+
+    def train_later(self, case: Case) -> None:
+        self.serve(case)
+
+    def train_half(self, case: Case) -> None:
+        case.settings.iters //= 2
+        self.train(case)
+
+    def resume(self, case: Case) -> None:
+        case.settings.iters *= 2
+        self._train(case, "output", "--resume", CHECKPOINT)
+
+    def tear_checkpoint(self, case: Case) -> None:
+        cut_in_half(case.folder / CHECKPOINT)
+
+    def train_over_it(self, case: Case) -> None:
+        self._train(case, "output")
+
+    def train_beside_it(self, case: Case) -> None:
+        self._train(case, "later-output")

@@ -1,0 +1,131 @@
+"""Asks a person about a version that its policy promotes only then, in a run of promote/auto.
+
+The run that registered the version asks, and so does the hourly reconcile for what nobody was asked
+about. A key for each version makes both ask for one and the same run: no event has to arrive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect import get_run_logger
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowFilter
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelled, Scheduled, State
+
+from flows.flow_runs.nights import tell_night
+from nested_core.records.outcome_names import Outcome
+from nested_core.rooms.approval.page import Approval
+from nested_core.text.digest_format import shorten_digest
+from tasks.artifact_client import publish_page
+from tasks.prefect_server import flow_runs_in, set_run_state, tolerating_server_outage
+
+PROMOTION = "promote/auto"
+PAUSE_KEY_PREFIX = "approval-"  # of a pause; the champion that was shown follows
+
+
+def request_approval(registry: Path, name: str, version: str, night: UUID | None = None) -> None:
+    """Ask a person about a version whose promotion waits for that.
+
+    `night` is the fine-tune's flow run, which gets the answer. Where the server is away, the
+    next reconcile asks.
+    """
+    with tolerating_server_outage(f"nobody is asked about {name} {version:.12} yet"):
+        try:
+            _request_approval(registry.resolve(), name, version, night)
+        except ObjectNotFound:
+            get_run_logger().warning(
+                "Nobody is asked about %s %.12s: this server has no deployment %s, which "
+                "`nested-tune deploy` makes. `nested-tune promote` promotes a run by name.",
+                name,
+                version,
+                PROMOTION,
+            )
+
+
+def _request_approval(registry: Path, name: str, version: str, night: UUID | None) -> None:
+    """Start promote/auto for a version, or find the run that was started for it."""
+    config: dict[str, Any] = {"registry": str(registry), "name": name, "version": version}
+    config["night"] = None if night is None else str(night)
+    run: Any = run_deployment(
+        PROMOTION,
+        parameters={"config": config | {"requires_approval": True}},
+        timeout=0,
+        as_subflow=False,
+        idempotency_key=f"approve {registry} {name} {version}",
+        tags=[name],
+    )
+    if has_ended_unasked(run):
+        with get_client(sync_client=True) as client:
+            set_run_state(client, run, Scheduled())
+
+
+def has_ended_unasked(run: FlowRun) -> bool:
+    """Whether a run crashed, or failed before it put its question; it is then to begin again.
+
+    A question that was cancelled, or that nobody answered in time, leaves things as they are.
+    """
+    if run.state is None:
+        return False
+    has_asked = bool(run.empirical_policy.pause_keys)
+    return run.state.is_crashed() or (run.state.is_failed() and not has_asked)
+
+
+def close_older_questions(registry: str, name: str, own: UUID) -> None:
+    """End the questions about an adapter that were put before a flow run's own.
+
+    A person is to see one: the newest version. What the older ones asked about stays registered.
+    """
+    waiting = flow_runs_in([StateType.PAUSED])
+    promotions = FlowFilter.model_validate({"name": {"any_": ["promote"]}})
+    with get_client(sync_client=True) as client:
+        asked_at = client.read_flow_run(own).created
+        for run in client.read_flow_runs(flow_filter=promotions, flow_run_filter=waiting):
+            config = run.parameters.get("config") or {}
+            is_older = run.created is not None and asked_at is not None and run.created < asked_at
+            if not is_older or (config.get("registry"), config.get("name")) != (registry, name):
+                continue
+            message = "a newer version asks: this question is closed, and changed nothing"
+            closed: State[None] = Cancelled(name=Outcome.SUPERSEDED, message=message)
+            if set_run_state(client, run, closed) and config.get("night") is not None:
+                tell_night(UUID(config["night"]), Outcome.SUPERSEDED, message)
+
+
+def approval_pause_key(champion: str | None) -> str:
+    """The key of the pause in which a person decides against this champion."""
+    return f"{PAUSE_KEY_PREFIX}{champion or 'none'}"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a person is asked: as a page of markdown for the form, and in one line."""
+
+    page: str
+    summary: str
+
+
+def publish_approval(
+    registry: Path, name: str, version: str, champion: str | None, flow_run: UUID
+) -> Question:
+    """Put the page beside the flow run; return it, and the line that stands in state and alert."""
+    approval = Approval.read(registry, name, version, champion)
+    page = approval.describe(_read_champions_asked_about(flow_run))
+    waits = f"Waits for a person: is {shorten_digest(version)} to be the champion of {name}?"
+    publish_page(name, "approval", page, waits)
+    said = " ".join(f"{what}: {fact.rstrip('.')}." for what, fact in approval.facts)
+    return Question(str(page), said)
+
+
+def _read_champions_asked_about(flow_run: UUID) -> list[str]:
+    """The champions that this flow run has asked about, oldest first, from its states."""
+    with get_client(sync_client=True) as client:
+        states = client.read_flow_run_states(flow_run)
+    states.sort(key=lambda state: state.timestamp)
+    keys = [state.state_details.pause_key or "" for state in states if state.is_paused()]
+    return [key.removeprefix(PAUSE_KEY_PREFIX) for key in keys if key.startswith(PAUSE_KEY_PREFIX)]

@@ -1,0 +1,1 @@
+"""What the room `compare` adds to the command line."""

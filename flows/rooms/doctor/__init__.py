@@ -1,0 +1,1 @@
+"""What the room `doctor` adds to the command line."""

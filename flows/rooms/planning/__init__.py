@@ -1,0 +1,1 @@
+"""What the room `planning` adds to the command line: `init` and `explain`."""

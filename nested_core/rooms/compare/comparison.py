@@ -1,0 +1,296 @@
+"""Several runs beside each other: what differs in settings, losses, verdicts, answers and speed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nested_core.config.key_properties import iterate_configured_paths
+from nested_core.config.sections import TaskSection
+from nested_core.errors import ConfigError
+from nested_core.records.answers import shown_answer
+from nested_core.records.paired_difference import PairedDifference, compare_pairs
+from nested_core.records.run import Run, read_run
+from nested_core.report.outcome import (
+    describe_end,
+    describe_outcome,
+    list_figures,
+    measure_speed,
+    run_to_json,
+)
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.document import Block, Document, Figures, Section, Table, Text
+from nested_core.text.loss_format import format_difference
+from nested_core.text.svg_chart import Chart, Curve
+
+MAX_SHOWN_QUESTIONS = 20
+
+
+@dataclass(frozen=True, repr=False)
+class RunComparison:
+    """Runs beside each other, in the order given; in a notebook it shows itself.
+
+    runs: as they were read.
+    """
+
+    runs: tuple[Run, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """A name for each run, the shortest end of its path that no other run has."""
+        paths = [run.path.resolve().parts for run in self.runs]
+        for length in range(1, max(map(len, paths)) + 1):
+            names = ["/".join(path[-length:]) for path in paths]
+            if len(set(names)) == len(set(paths)):
+                break
+        return names
+
+    def differing_settings(self) -> dict[str, list[Any]]:
+        """The keys of the configuration whose values differ, with the value of each run.
+
+        Of a suite that a run does not have, the keys that the others set.
+        """
+        settings = [_flatten_config(run) for run in self.runs]
+        keys = dict.fromkeys(key for values in settings for key in values)
+        columns = {key: [values.get(key) for values in settings] for key in keys}
+        return {
+            key: values
+            for key, values in columns.items()
+            if any(value != values[0] for value in values)
+            and not (
+                any(key not in own for own in settings)
+                and all(value in (None, _default_of_suite(key)) for value in values)
+            )
+        }
+
+    def losses(self) -> dict[str, list[Any]]:
+        """The last losses of training and the gate's, in nats/token.
+
+        Beside each stand the file, the number of examples and the step that it is of.
+        """
+        gates = [None if run.verdict is None else run.verdict.validation for run in self.runs]
+        plans = [run.plan for run in self.runs]
+        lasts = {
+            "training": [run.last_loss("train_loss") for run in self.runs],
+            "validation": [run.last_loss("val_loss") for run in self.runs],
+        }
+        steps = [None if run.verdict is None else run.verdict.adapter_step for run in self.runs]
+        paired = self.paired_with_first()
+        return {
+            **{name: [last and last[1] for last in own] for name, own in lasts.items()},
+            **{f"{name}_step": [last and last[0] for last in own] for name, own in lasts.items()},
+            "not_finite": [
+                [name for name, own in lasts.items() if (last := own[place]) and last[1] is None]
+                for place in range(len(self.runs))
+            ],
+            "training_file": [plan and plan.training_file for plan in plans],
+            "validation_file": [plan and plan.validation_file for plan in plans],
+            "validation_examples": [plan and plan.validation_examples for plan in plans],
+            "gate_file": [gate and gate.file for gate in gates],
+            "gate_examples": [gate and gate.examples for gate in gates],
+            "gate_step": steps,
+            "gate_before": [gate and gate.loss_before for gate in gates],
+            "gate_after": [gate and gate.loss_after for gate in gates],
+            "difference_to_first": [pair and pair.to_json() for pair in paired],
+        }
+
+    def paired_with_first(self) -> list[PairedDifference | None]:
+        """Each run's losses minus the first one's, example by example; below 0 is better.
+
+        None for the first, and where the two are not known to be judged on the same examples.
+        """
+        first = self.runs[0].losses
+        digest = self.runs[0].held_out_digest
+        differences: list[PairedDifference | None] = [None]
+        for run in self.runs[1:]:
+            own = run.losses
+            is_same = (
+                own is not None
+                and first is not None
+                and digest is not None
+                and run.held_out_digest == digest
+                and np.array_equal(own.lines, first.lines)
+                and np.array_equal(own.tokens, first.tokens)
+                and np.isfinite([own.after, first.after]).all()
+            )
+            if is_same and own is not None and first is not None and len(own):
+                differences.append(compare_pairs(first.after, own.after, own.tokens))
+            else:
+                differences.append(None)
+        return differences
+
+    def tasks(self) -> dict[str, list[float | None]]:
+        """The share of right answers of each run's adapter, by suite."""
+        shares = [
+            {} if r.verdict is None else {task.name: task.candidate for task in r.verdict.tasks}
+            for r in self.runs
+        ]
+        names = dict.fromkeys(name for own in shares for name in own)
+        return {name: [own.get(name) for own in shares] for name in names}
+
+    def speed(self) -> dict[str, list[float | None]]:
+        """Tokens a second (the median of the reports), seconds of training, and peak memory."""
+        return _join([measure_speed(run) for run in self.runs])
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values: a list has one value for each run."""
+        return {
+            "runs": [run_to_json(run) for run in self.runs],
+            "config": self.differing_settings(),
+            "losses": self.losses(),
+            "tasks": self.tasks(),
+            "speed": self.speed(),
+            "same_held_out_examples": self.has_same_held_out_examples(),
+        }
+
+    def has_same_held_out_examples(self) -> bool:
+        """Whether the losses are known to be of the same examples, and so may be compared."""
+        digests = {run.held_out_digest for run in self.runs}
+        return len(digests) == 1 and None not in digests
+
+    def rows(self) -> Iterator[tuple[object, ...]]:
+        """A row for each figure, then for each key that differs: its name, and a value a run."""
+        end, checks, training = map(_join, zip(*map(list_figures, self.runs), strict=True))
+        differences = [*map(_describe_difference, self.paired_with_first())]
+        for name, values in (end | checks | {"difference to the first": differences}).items():
+            yield (name, *values)
+        for name, values in training.items():
+            yield (name, *values)
+        for key, values in self.differing_settings().items():
+            yield (key, *(None if value is None else str(value) for value in values))
+
+    def describe(self) -> Document:
+        """All of it: outcomes, figures and settings, curves, and answers that differ."""
+        pairs = zip(self.names, self.runs, strict=True)
+        outcomes = [(name, describe_outcome(run), describe_end(run)) for name, run in pairs]
+        each = Table("What became of each run", ("run", "outcome", "verdict"), outcomes)
+        return Document(
+            f"{len(self.runs)} runs compared",
+            [
+                Section("Outcomes", [each, *self.describe_damage()], "outcomes"),
+                Section("Figures and settings", self.describe_figures(), "figures"),
+                Section("Losses", [Figures(list(self._loss_figures()))], "curves"),
+                Section("Answers that differ", [self._list_answers()], "answers"),
+            ],
+        )
+
+    def to_html(self) -> str:
+        """The whole page."""
+        return self.describe().to_html()
+
+    def __repr__(self) -> str:
+        runs = zip(self.names, self.runs, strict=True)
+        return f"RunComparison({', '.join(f'{name}: {own.state}' for name, own in runs)})"
+
+    def _repr_html_(self) -> str:
+        return self.describe().to_fragment()
+
+    def describe_damage(self) -> list[Block]:
+        """A line for each file that is damaged."""
+        return [Text(f"Damaged: {p}", "bad") for run in self.runs for p in run.problems]
+
+    def describe_figures(self) -> list[Block]:
+        """The figures and the settings that differ, a column for each run."""
+        caption = (
+            "Losses in nats/token, differences with their 95 % interval, and the settings that "
+            "differ"
+        )
+        table = Table(caption, ("", *self.names), list(self.rows()))
+        if self.has_same_held_out_examples():
+            return [table]
+        doubt = (
+            "These runs may have been measured on different held-out examples: their losses need "
+            "not be comparable."
+        )
+        return [Text(doubt, "warn"), table]
+
+    def _loss_figures(self) -> Iterator[list[Chart]]:
+        for title, key in (("Validation loss", "val_loss"), ("Training loss", "loss")):
+            for x in ("step", "seconds of training"):
+                curves = [
+                    Curve(name, run.points(key, x), has_dots=key == "val_loss")
+                    for name, run in zip(self.names, self.runs, strict=True)
+                ]
+                yield [Chart(title, x, "nats/token", curves)]
+
+    def _list_answers(self) -> Block:
+        answers: dict[str, list[str | None]] = {}
+        for place, run in enumerate(self.runs):
+            for answer in run.answers:
+                if answer.model == "candidate":
+                    question = f"{answer.task}: {answer.question}"
+                    key = f"{answer.line} of {question}"
+                    cells = answers.setdefault(key, [None] * len(self.runs))
+                    cells[place] = f"{answer.score:.2g}: {shown_answer(answer.answer)}"
+        rows = [(key, *cells) for key, cells in answers.items() if len(set(cells)) > 1]
+        if not rows:
+            return Text("None: no question was asked, or all were answered alike.")
+        caption = f"Score and answer of each run's adapter, {len(rows)} questions"
+        return Table(caption, ("question", *self.names), rows[:MAX_SHOWN_QUESTIONS])
+
+
+def _flatten_config(run: Run) -> dict[str, Any]:
+    """The configuration of a run by dotted keys; empty where it is damaged.
+
+    A suite's are by its name: `gate.tasks.facts.min`.
+    """
+    flat: dict[str, Any] = {}
+
+    def add(prefix: str, values: dict[str, Any]) -> None:
+        """Add the values of a section."""
+        for name, value in values.items():
+            if isinstance(value, dict) and value:
+                add(f"{prefix}{name}.", value)
+            elif prefix + name == "gate.tasks":
+                add("gate.tasks.", {task.pop("name"): task for task in value})
+            else:
+                flat[prefix + name] = value
+
+    config = run.config
+    if config is None:
+        return flat
+    add("", config.model_dump(mode="json", by_alias=True))
+    if config.training.epochs is not None:
+        del flat["iters"]  # epochs decide: it did not count
+    suites = {f"gate.tasks[{n}].file": task.name for n, task in enumerate(config.gate.tasks)}
+    for key, rule, path in iterate_configured_paths(config):
+        if rule == "local" or Path(path).exists():
+            name = f"gate.tasks.{suites[key]}.file" if key in suites else key
+            flat[name] = os.path.realpath(path)  # one folder by two spellings is no difference
+    return flat
+
+
+def _default_of_suite(key: str) -> object:
+    """What a key of a suite is where it is not set, as the configuration's JSON has it."""
+    if not key.startswith("gate.tasks."):
+        return None
+    suite = TaskSection(name="a", file="a", score="exact").model_dump(mode="json")
+    return suite.get(key.rpartition(".")[2])
+
+
+def _join(figures: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """By name, the figure of each run; None for a run that has none of the name."""
+    names = dict.fromkeys(name for own in figures for name in own)
+    return {name: [own.get(name) for own in figures] for name in names}
+
+
+def _describe_difference(difference: PairedDifference | None) -> str | None:
+    if difference is None:
+        return None
+    interval = (difference.low, difference.high) if difference.is_measurable else None
+    return format_difference(difference.mean, interval)
+
+
+def compare_runs(run_dirs: Sequence[str | Path]) -> RunComparison:
+    """Read the runs in `run_dirs`, to be compared with the first of them.
+
+    Raises ConfigError for none, or for what is no run directory.
+    """
+    if not run_dirs:
+        raise ConfigError("There is no run to compare. Give the run directories, one or more.")
+    return RunComparison(tuple(read_run(RunDirectory(Path(path))) for path in run_dirs))

@@ -1,0 +1,1 @@
+"""What a machine has and lacks; the command in flows/rooms/doctor is all of it."""

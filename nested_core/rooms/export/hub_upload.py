@@ -1,0 +1,125 @@
+"""An adapter on the Hugging Face hub: its weights, what mlx_lm needs to load them, and its card.
+
+Three files are uploaded and no others. adapter_config.json holds mlx_lm's keys alone, and names the
+base by its name on the hub: nothing in the three says which folders this machine has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nested_core.config.names import HUB_NAME_PATTERN
+from nested_core.config.resume import read_run_config
+from nested_core.errors import ConfigError, shorten
+from nested_core.pipeline.named_adapters import NamedAdapter, find_named_adapter
+from nested_core.pipeline.publishing import confirm_recorded_verdict, make_provenance
+from nested_core.records.verdict_file import GATE_NAME
+from nested_core.registry.adapter_card import CARD_NAME, find_hub_name, render_card
+from nested_core.registry.versions import PROVENANCE_NAME
+from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
+from nested_core.storage.manifest import verify_manifest
+from nested_core.storage.untrusted_files import read_regular
+
+LOADED_KEYS = ("fine_tune_type", "num_layers", "lora_parameters", "base_fingerprint")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What is uploaded, or would be.
+
+    repository: USER/NAME on the hub.
+    files: the bytes by the name of each file.
+    url: where it lies; None before it was uploaded.
+    """
+
+    repository: str
+    files: Mapping[str, bytes]
+    url: str | None = None
+
+    @property
+    def card(self) -> str:
+        """The model card, markdown with YAML in front."""
+        return self.files[CARD_NAME].decode()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `export --push --json` prints them."""
+        sizes = {name: len(content) for name, content in self.files.items()}
+        return {"repository": self.repository, "url": self.url, "bytes": sizes, "card": self.card}
+
+
+def prepare_upload(what: str | Path, repository: str, registry: Path | None = None) -> Upload:
+    """Read what `upload` would send of a run that passed the gate or of a version; nothing is sent.
+
+    Raises ConfigError for a name that is none and an adapter without a verdict, GateRejected for a
+    run that did not pass, and DamagedError where files do not agree with their record.
+    """
+    if repository.count("/") != 1 or not HUB_NAME_PATTERN.fullmatch(repository):
+        raise ConfigError(
+            f"--push: {repository!r} is no name of the hub: expected USER/NAME of letters, "
+            f"digits and ._- alone."
+        )
+    named = find_named_adapter(Path(what), registry)
+    adapter = read_adapter(named.folder)
+    card = _read_card(named, adapter)
+    model = named.model or str(adapter.config.get("model", ""))
+    config = {key: adapter.config[key] for key in LOADED_KEYS if key in adapter.config}
+    config["model"] = find_hub_name(model) or Path(model).name
+    files = {
+        CARD_NAME: card,
+        CONFIG_NAME: f"{json.dumps(config, indent=2, sort_keys=True)}\n".encode(),
+        WEIGHTS_NAME: bytes(adapter.files[WEIGHTS_NAME]),
+    }
+    return Upload(repository, files)
+
+
+def _read_card(named: NamedAdapter, adapter: Adapter) -> bytes:
+    """The card of a version, or the one that a run would have as a version."""
+    folder = named.folder.resolve()
+    if named.run is not None:
+        config = read_run_config(named.run)
+        judged = confirm_recorded_verdict(config, named.run)
+        provenance = make_provenance(config, judged, None)
+        name = config.registry.name if config.registry.path else named.run.path.resolve().name
+        card = render_card(str(name), adapter.digest(), provenance, judged.verdict)
+        return card.encode()
+    if not all((folder / name).is_file() for name in (CARD_NAME, GATE_NAME, PROVENANCE_NAME)):
+        raise ConfigError(
+            f"--push: {named.folder} has no verdict of the gate, so a card could say nothing of "
+            f"it. Give a run that passed, or a version of a registry. `hf upload` uploads any "
+            f"folder as it is."
+        )
+    verify_manifest(folder)
+    return read_regular(folder / CARD_NAME)
+
+
+def upload(prepared: Upload, *, public: bool = False) -> Upload:
+    """Send an upload in one commit; a missing repository is made, private by default.
+
+    The token is the one that `hf auth login` stored, or HF_TOKEN. Raises ConfigError where the hub
+    refuses or does not answer, and where the repository is public without `public`.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api, repository = HfApi(), prepared.repository
+    try:
+        url = api.create_repo(repository, private=not public, exist_ok=True)
+        if not public and not api.model_info(repository).private:
+            raise ConfigError(
+                f"--push: {repository} is public, and nothing was uploaded. Give --public too if "
+                f"everybody may read it, or another name."
+            )
+        operations = [CommitOperationAdd(name, content) for name, content in prepared.files.items()]
+        api.create_commit(repository, operations, commit_message="Upload an adapter")
+    except ConfigError:
+        raise
+    except Exception as error:  # of the hub, its client or the network: all mean the same here
+        raise ConfigError(
+            f"--push: {repository} could not be uploaded: {type(error).__name__}: "
+            f"{shorten(error, 300).rstrip('.')}. `hf auth whoami` shows who you are there; "
+            f"`hf auth login` stores a token that may write."
+        ) from error
+    return Upload(repository, prepared.files, str(url))

@@ -1,0 +1,1 @@
+"""Data sets of the Hugging Face hub as lines of JSON (hub_datasets.py)."""

@@ -1,0 +1,314 @@
+"""A first configuration for a data folder and a model, with a comment for each choice.
+
+The data is judged and tokenised and the memory of a step is forecast, so that lengths, fields and
+batch fit; the rest is what the documentation recommends to begin with.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from codecs import BOM_UTF8
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pydantic_core import from_json
+
+from nested_core import seams
+from nested_core.config.loading import parse_config, parse_yaml
+from nested_core.config.sections import LoraParameters
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_run_data
+from nested_core.data.lines.example_parsing import UNTEMPLATED_FORMATS, find_format
+from nested_core.data.lines.other_formats import suggest_field_names
+from nested_core.data.sources.split_files import open_splits
+from nested_core.models.base_model import find_model_folder, read_model_config
+from nested_core.pipeline.learning_rate_rule import BEST_PRODUCTS, USUAL_PRODUCT
+from nested_core.pipeline.run_explanation import explain_run
+from nested_core.records.dataset import DatasetReport
+from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
+from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
+
+# tinker-cookbook, hyperparam_utils.py: the rate falls with (2000 / hidden size) to this power.
+REFERENCE_WIDTH = 2000
+POWERS_OF_WIDTH = {"llama": 0.781}
+POWER_OF_OTHERS = 0.0775
+SHARE_WHEN_CONTINUING = 0.3  # a trained adapter is moved less than a fresh one
+RANK = 8
+ALPHA = 160
+EPOCHS = 3  # or more, until there are
+MIN_STEPS = 200  # but at most
+MAX_EPOCHS = 20
+SHARE_WITH_ANOTHER_LOSS = 0.1  # of the learning rate for answers to learn
+BATCH_SIZES = (8, 4, 2, 1)
+EVALUATION_INTERVAL = 0.1  # of the run
+SEQ_LENGTH_MULTIPLE = 64  # max_seq_length is a multiple of it
+_MEMORY_PLACEHOLDER = "MEMORY FORECAST"  # stands for it until it is known
+_GATE = "gate:\n  max_val_loss_increase: 0.02\n"
+
+
+@dataclass(frozen=True)
+class SuggestedConfig:
+    """A configuration as YAML with comments, and the report on the data that it is for."""
+
+    text: str
+    report: DatasetReport
+
+
+@dataclass(frozen=True)
+class _Lora:
+    """What is trained, as YAML, and the learning rate for it."""
+
+    num_layers: int
+    parameters: str
+    learning_rate: float
+    source: str
+
+
+def suggest_config(
+    model: str,
+    data: str,
+    drop_fields: Sequence[str] = (),
+    adapter: str | None = None,
+    *,
+    tasks: str = "",
+    minutes: float | None = None,
+) -> SuggestedConfig:
+    """A configuration that loads and whose first step fits in memory.
+
+    Args:
+        model, data: as the keys of these names.
+        drop_fields: fields of the rows to leave out on purpose.
+        adapter: the adapters.safetensors to go on from; None begins with a fresh adapter.
+        tasks: more lines of the section `gate`, such as its `tasks`.
+        minutes: how long a run is to take; None counts passes over the data.
+
+    Raises ConfigError if there is no such model or data, DatasetError if the data has errors.
+    """
+    base: dict[str, Any] = {"model": model, "data": data}
+    if drop_fields:
+        base["drop_fields"] = list(drop_fields)
+    base |= _find_field_names(DataSettings(data, drop_fields=tuple(drop_fields)))
+    loss = _find_loss(DataSettings(data, drop_fields=tuple(drop_fields)))
+    training = {} if loss is None else {"training": {"loss": loss}}
+    report, _ = load_run_data(parse_config(base | training, source="the suggestion"))
+    report.raise_if_rejected()
+    formats = {stats.data_format for stats in report.splits.values()}
+    is_of_core = loss is None and len(formats) == 1
+    base["data_format"] = formats.pop() if is_of_core else "auto"
+    if adapter is not None:
+        base["resume_adapter_file"] = adapter
+    lora = _choose_lora(find_model_folder(model), adapter)
+    text, supervise = "", ""
+    if loss is not None:
+        lora = replace(lora, learning_rate=lora.learning_rate * SHARE_WITH_ANOTHER_LOSS)
+        supervise = f"  loss: {loss}  # its arguments, such as beta: loss_config\n"
+    for batch_size, recomputes in _batch_sizes_and_recomputation(report):
+        if not text:
+            text = _render_yaml(base, report, lora, batch_size, supervise, recomputes=recomputes)
+            errors = load_run_data(parse_config(parse_yaml(text), source="the suggestion"))[
+                0
+            ].errors
+            checks = {error.check for error in errors}
+            if "no-supervised-token" in checks:  # cut, some rows have a prompt alone
+                base["data_policy"] = {"overlong": "drop"}
+            if "nothing-to-learn" in checks:  # the last answer of some rows is marked
+                supervise = "  supervise: all  # every answer but those that their rows mask\n"
+        text = _render_yaml(
+            base, report, lora, batch_size, supervise, minutes=minutes, recomputes=recomputes
+        )
+        config = parse_config(parse_yaml(text), source="the suggestion")
+        memory = explain_run(config, measures_speed=False).memory
+        text = text.replace(_MEMORY_PLACEHOLDER, memory.describe())
+        if memory.fits:
+            break
+    return SuggestedConfig(text.replace(_GATE, _GATE + tasks), report)
+
+
+def suggest_learning_rate(alpha: float, base: Path, *, continues: bool = False) -> float:
+    """The learning rate of a LoRA adapter whose rank x scale is alpha, to one or two digits.
+
+    Args:
+        alpha: rank x scale; the rank itself makes no difference.
+        base: the base model's folder, of which the type and the hidden size are read.
+        continues: whether training goes on from an adapter that was trained before.
+    """
+    product = USUAL_PRODUCT
+    config = read_model_config(base)
+    section = config.get("text_config")
+    text = section if isinstance(section, dict) else config
+    width = text.get("hidden_size")
+    if isinstance(width, int) and width > REFERENCE_WIDTH:
+        power = POWERS_OF_WIDTH.get(str(text.get("model_type")), POWER_OF_OTHERS)
+        product = max(BEST_PRODUCTS[0], product * (REFERENCE_WIDTH / width) ** power)
+    share = SHARE_WHEN_CONTINUING if continues else 1.0
+    return float(f"{share * product / alpha:.1e}")
+
+
+def _choose_lora(base: Path, adapter: str | None) -> _Lora:
+    """A fresh adapter in every linear module, or one that goes on from `adapter` in its shape."""
+    if adapter is None:
+        parameters: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
+        rate = suggest_learning_rate(ALPHA, base)
+        return _Lora(-1, json.dumps(parameters), rate, "LoRA in every layer and linear module")
+    described = read_adapter_config(Path(adapter).parent / CONFIG_NAME)
+    shape = LoraParameters.model_validate(described.get("lora_parameters") or {})
+    rate = suggest_learning_rate(shape.rank * shape.scale, base, continues=True)
+    parameters = shape.model_dump(mode="json", exclude_none=True)
+    layers = described.get("num_layers", -1)
+    return _Lora(layers, json.dumps(parameters), rate, "what the adapter has that it goes on from")
+
+
+def _find_loss(settings: DataSettings) -> str | None:
+    """The loss of a room that some row of train is made for; None for answers to learn."""
+    suggestions = list(seams.load_all("suggested_loss"))
+    for row in _iterate_training_rows(settings):
+        kept = {key: value for key, value in row.items() if key not in settings.drop_fields}
+        for suggest in suggestions:
+            if (loss := suggest(kept)) is not None:
+                return str(loss)
+    return None
+
+
+def _iterate_training_rows(settings: DataSettings) -> Iterator[dict[str, Any]]:
+    """The rows of train that are objects of JSON; the report says what is wrong with others."""
+    with TemporaryDirectory(prefix="nested-tune-") as spool:
+        splits = open_splits(settings, Path(spool))
+        if "train" not in splits:
+            return
+        with open_regular(splits["train"].path, UNBOUNDED, follow_links=True) as (lines, _):
+            for line in lines:
+                try:
+                    row = from_json(line.removeprefix(BOM_UTF8), cache_strings="keys")
+                except ValueError:
+                    continue
+                if isinstance(row, dict):
+                    yield row
+
+
+def _find_field_names(settings: DataSettings) -> dict[str, str]:
+    """The keys for fields that have other names than ours, in more rows of train than any other.
+
+    Empty if the rows need none.
+    """
+    names = settings.field_names
+    counts: Counter[tuple[tuple[str, str], ...]] = Counter()
+    for row in _iterate_training_rows(settings):
+        needed = {} if find_format(row, names) else suggest_field_names(row)
+        counts[tuple(needed.items())] += 1
+    return dict(counts.most_common(1)[0][0]) if counts else {}
+
+
+def _batch_sizes_and_recomputation(report: DatasetReport) -> Iterator[tuple[int, bool]]:
+    """Batch sizes and whether layers are recomputed, what needs most memory first."""
+    rows = min(stats.rows for split, stats in report.splits.items() if split != "test")
+    for recomputes in (False, True):
+        for size in BATCH_SIZES:
+            if size <= rows:
+                yield size, recomputes
+
+
+def _render_yaml(
+    base: dict[str, Any],
+    report: DatasetReport,
+    lora: _Lora,
+    batch_size: int,
+    supervise: str = "",
+    *,
+    minutes: float | None = None,
+    recomputes: bool,
+) -> str:
+    """The YAML for one batch size; `supervise` is a line of the section `training`."""
+    train = report.splits["train"]
+    tokens: Any = train.tokens  # a sound train split has some
+    counted = [stats.tokens for stats in report.splits.values() if stats.tokens is not None]
+    longest = max(split.max for split in counted)
+    truncated = sum(split.truncated_rows for split in counted)
+    beyond_context = sum(split.beyond_context for split in counted)
+    batches = math.ceil(train.rows / batch_size)
+    epochs = max(EPOCHS, min(MAX_EPOCHS, math.ceil(MIN_STEPS / batches)))
+    why_so_many = "more hardly helps"
+    if epochs > EPOCHS:
+        why_so_many = f"{EPOCHS} would be fewer than {MIN_STEPS} steps, which is too few"
+    how_long = f"epochs: {epochs}"
+    if minutes is not None:
+        how_long = f"minutes: {minutes:g}  # as many steps as fit with their verdict"
+    kept = "best step by the loss on valid" if "valid" in report.splits else "last step"
+    length = max(SEQ_LENGTH_MULTIPLE, -(-longest // SEQ_LENGTH_MULTIPLE) * SEQ_LENGTH_MULTIPLE)
+    are_cut = "are left out" if "data_policy" in base else "are cut"
+    cut = f"; {truncated:,} are longer and {are_cut}" if truncated else ""
+    if tokens.context is not None and tokens.context < length:
+        length = tokens.context  # more is cut, for the model could not see it
+        if beyond_context:
+            cut = f"; {beyond_context:,} are longer than the model can see and {are_cut}"
+    names = "".join(
+        f"{key}: {json.dumps(name, ensure_ascii=False)}\n" for key, name in base.items()
+    )
+    masks_prompt = str(train.format not in (None, *UNTEMPLATED_FORMATS)).lower()
+    return f"""\
+# Written by `nested-tune init` for {train.describe_format()}.
+# `nested-tune explain -c FILE` says what it will do, `nested-tune train -c FILE` does it. The keys
+# at the top are mlx_lm.lora's own. Every key: docs/configuration.md.
+{names}
+# What is trained: {lora.source}. alpha is rank x scale
+# (mlx_lm.lora reads scale): with it, another rank needs no other rate.
+num_layers: {lora.num_layers}
+lora_parameters: {lora.parameters}
+# alpha x rate: 0.01 to 0.03 was best for 34 of the 35 models of a published sweep (sft_sweep.md of
+# tinker-cookbook); mlx_lm.lora's default is 0.0016. To try others, in M minutes:
+#   nested-tune sweep -c FILE --minutes M
+learning_rate: {lora.learning_rate:g}
+mask_prompt: {masks_prompt}  # true: the loss counts the answers alone
+
+# Tokens: the longest example has {longest:,}, 95 of 100 of train have {tokens.p95:,} or fewer{cut}.
+max_seq_length: {length}
+batch_size: {batch_size}  # {_MEMORY_PLACEHOLDER}
+grad_checkpoint: {str(recomputes).lower()}  # true: less memory, more time
+
+# {epochs} passes are {epochs * batches:,} batches: {why_so_many}. The {kept} is offered.
+# What is below 1 is a share of the run, however long.
+training:
+{supervise}  {how_long}
+  warmup_steps: 0.05  # the first steps know the gradients least
+  decay: cosine  # of the learning rate, to a tenth: the last steps settle
+  max_grad_norm: 1.0  # gradients are clipped to this norm
+val_batches: -1
+steps_per_report: {EVALUATION_INTERVAL / 2:g}
+steps_per_eval: {EVALUATION_INTERVAL:g}
+save_every: {EVALUATION_INTERVAL:g}
+
+# [1] updates everything at every step. Tiers update parts of the model every 1, 2 and 4 steps: try
+# the second line in place of the first where steps are slow, and compare the runs. Only
+# `fast: deep` makes steps cheaper; shallow, the default, saves nothing.
+nested: {{frequencies: [1]}}
+# nested: {{frequencies: [1, 2, 4], fast: deep}}
+
+# The adapter may not leave held-out examples worse than it found them.
+{_describe_held_out(base, report)}{_GATE}
+# Where a verified adapter is registered, and when it becomes the champion by itself.
+# registry: {{path: registry, name: my-adapter, promote: better}}
+# continual: {{from: champion}}  # every run goes on from it, at 0.3 of the learning_rate above
+"""
+
+
+def split_command(model: str, data: str) -> str:
+    """The command that draws valid and test from train, to be pasted."""
+    options = ("--data", data, "--model", model, "--split", "0.1", "-o", "lora-split.yaml")
+    return shlex.join(("nested-tune", "init", *options))
+
+
+def _describe_held_out(base: dict[str, Any], report: DatasetReport) -> str:
+    held_out = [stats for split, stats in report.splits.items() if split != "train"]
+    if not held_out:
+        command = " ".join(split_command(base["model"], base["data"]).split())
+        return (
+            "# There is no valid and no test split, so the quality of what was trained is not "
+            f"measured.\n# To take some rows out of train for both:\n#   {command}\n"
+        )
+    listed = ", ".join(f"{stats.file} {stats.rows:,} examples" for stats in held_out)
+    return f"# They are: {listed}.\n"

@@ -1,0 +1,192 @@
+"""The check of the ancestors: the candidate beside the champion, on what earlier nights held out.
+
+An adapter that is better at tonight's data and has lost last week's is refused. The bound is
+relative to the champion's loss, and the interval is corrected for the number of ancestors: with ten
+of them, one in twenty nights that forgot nothing would otherwise be refused for chance alone.
+
+An ancestor with too few examples for an interval cannot be judged by itself. All of these are
+joined and judged as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from nested_core.config.sections import GateSection
+from nested_core.gate.checks.base import WITHOUT_MODEL
+from nested_core.gate.checks.champion import CHAMPION
+from nested_core.gate.checks.judged import Check, CheckedRun
+from nested_core.gate.evidence.champion_adapter import Champion
+from nested_core.measure.losses.held_out_loss import HeldOutExamples
+from nested_core.measure.losses.left_out_examples import find_left_out
+from nested_core.measure.losses.loss_figures import Spread, compare_losses, describe_noise
+from nested_core.records.loss_conclusion import MIN_EXAMPLES
+from nested_core.records.losses import ExampleLosses
+from nested_core.records.paired_difference import Indices
+from nested_core.records.verdict import JOINED, AncestorLoss, Reason
+from nested_core.rooms.replay.ancestor_examples import (
+    AncestorExamples,
+    choose_ancestor_examples,
+    tokenize_stored_rows,
+)
+from nested_core.storage.atomic import finite_or_none
+from nested_core.text.loss_format import format_change
+from nested_core.text.stages import stages
+
+
+def _compare_on_ancestors(judged: CheckedRun) -> Iterator[Reason]:
+    champion, section = judged.champion, judged.config.registry
+    if not isinstance(champion, Champion) or section.path is None or section.name is None:
+        return
+    chosen = choose_ancestor_examples(
+        judged.config, Path(section.path), section.name, champion.version
+    )
+    compared = tuple(_measure(judged, champion, chosen))
+    judged.verdict = replace(judged.verdict, ancestors=compared)
+    yield from ancestor_reasons(compared, judged.bounds)
+
+
+def _measure(
+    judged: CheckedRun, champion: Champion, chosen: list[AncestorExamples]
+) -> Iterator[AncestorLoss]:
+    """What gate.json says of each ancestor; all their examples are measured in one pass."""
+    rows = [row for ancestor in chosen for row in ancestor.rows]
+    ages = np.repeat(np.arange(len(chosen)), [len(ancestor.rows) for ancestor in chosen])
+    if not rows:
+        yield from summarise_ancestors(chosen, None, ages, judged.bounds)
+        return
+    count = len(np.unique(ages))
+    stages.info("gate: losses on what %d earlier versions were judged by", count)
+    split = tokenize_stored_rows(judged.config, rows)
+    examples = HeldOutExamples(split, "held-out examples", selected_on_same_data=False)
+    ((before, tokens),) = champion.base.example_loss_sums((champion.adapter.path,), split)
+    ((after, _),) = judged.base.example_loss_sums((judged.after.path,), split)
+    losses = examples.make_losses(tokens, before=before, after=after)
+    is_seen = find_left_out(examples.digests, judged.trained_on, champion.training_examples)
+    yield from summarise_ancestors(
+        chosen, losses.leaving_out(is_seen), ages[losses.lines - 1], judged.bounds
+    )
+
+
+def summarise_ancestors(
+    ancestors: Sequence[AncestorExamples],
+    losses: ExampleLosses | None,
+    owners: Indices,
+    bounds: GateSection,
+) -> Iterator[AncestorLoss]:
+    """The figures of each ancestor, and of those joined that have too few examples by themselves.
+
+    An ancestor with fewer than MIN_EXAMPLES independent examples has no interval, and rejects
+    nothing. Two or more of these are judged as one where they have so many together. One with few
+    examples is judged by the spread of all ancestors' together.
+
+    Args:
+        ancestors: where the examples are from.
+        losses: of all examples, those that were trained on left out. None without examples.
+        owners: the place in `ancestors` that each loss belongs to, int64 (n,).
+        bounds: the gate's.
+    """
+    if losses is None:
+        yield from map(summarise_ancestor, ancestors)
+        return
+    is_counted = np.ones(len(losses), np.bool_) if losses.left_out is None else ~losses.left_out
+    measured = [
+        losses.select((owners == place) & is_counted) if ancestor.rows else None
+        for place, ancestor in enumerate(ancestors)
+    ]
+    counts = [0 if own is None else own.independent_examples for own in measured]
+    few = [place for place, count in enumerate(counts) if 0 < count < MIN_EXAMPLES]
+    together = losses.select(np.isin(owners, few) & is_counted)
+    is_joined = len(few) > 1 and together.independent_examples >= MIN_EXAMPLES
+    comparisons = sum(count >= MIN_EXAMPLES for count in counts) + is_joined
+    compared = (own.compare_trained_with(own.before) for own in measured if own is not None)
+    spread = Spread.pool(filter(None, compared))
+    for place, (ancestor, own) in enumerate(zip(ancestors, measured, strict=True)):
+        left_out = int(((owners == place) & ~is_counted).sum())
+        yield summarise_ancestor(
+            ancestor, own, bounds, left_out=left_out, ancestors=comparisons, spread=spread
+        )
+    if is_joined:
+        joined = AncestorExamples(JOINED, None)
+        found = summarise_ancestor(joined, together, bounds, ancestors=comparisons, spread=spread)
+        yield replace(found, joined=tuple(ancestors[place].version for place in few))
+
+
+def summarise_ancestor(
+    ancestor: AncestorExamples,
+    losses: ExampleLosses | None = None,
+    bounds: GateSection | None = None,
+    *,
+    left_out: int = 0,
+    ancestors: int = 1,
+    spread: Spread | None = None,
+) -> AncestorLoss:
+    """The figures of a champion's losses before, and the candidate's after, on an ancestor's rows.
+
+    Args:
+        ancestor: where the examples are from.
+        losses: of the examples that are compared; None without examples.
+        bounds: the gate's.
+        left_out: how many are not compared because they were trained on.
+        ancestors: how many are compared, for which the interval is corrected (Bonferroni).
+        spread: that of all their examples.
+    """
+    bounds = bounds or GateSection()
+    compared = AncestorLoss(
+        ancestor.version,
+        ancestor.registered,
+        left_out=left_out,
+        superseded=ancestor.superseded,
+        repeated=ancestor.repeated,
+        missing=ancestor.missing,
+        not_compared=ancestor.problem,
+    )
+    if losses is None:
+        return compared
+    if not len(losses):
+        problem = f"all {left_out} that are left were trained on"
+        return replace(compared, not_compared=problem)
+    increase = bounds.max_ancestor_loss_increase
+    increase = bounds.max_val_loss_increase if increase is None else increase
+    figures = compare_losses(
+        losses, losses.before, bounds, increase, comparisons=ancestors, spread=spread
+    )
+    if not figures:
+        return replace(compared, not_compared="a loss is not finite")
+    return replace(
+        compared,
+        loss=finite_or_none(losses.mean(losses.before)),
+        examples=len(losses),
+        few_prompts=losses.few_prompts(),
+        **figures,
+    )
+
+
+def ancestor_reasons(ancestors: Sequence[AncestorLoss], bounds: GateSection) -> Iterator[Reason]:
+    """The reason for each ancestor whose held-out examples the candidate is worse at.
+
+    None without the bound, and for an ancestor with too few examples for an interval.
+    """
+    increase = bounds.max_ancestor_loss_increase
+    for ancestor in ancestors if increase is not None else ():
+        if not ancestor.is_forgotten(bounds.noise):
+            continue
+        losses = format_change(ancestor.loss, ancestor.loss_after)
+        message = (
+            f"forgot what {ancestor.name} was judged by: loss {losses}, the champion's to the "
+            f"candidate's, on {ancestor.examples} of its held-out examples"
+            f"{describe_noise(ancestor)}; gate.max_ancestor_loss_increase is {increase:g}"
+        )
+        yield Reason("forgetting", message, ancestor=ancestor.version)
+
+
+ANCESTORS = Check(
+    "ancestors",
+    _compare_on_ancestors,
+    stopped_by=(*WITHOUT_MODEL, CHAMPION),
+    bounds=("max_ancestor_loss_increase",),
+)

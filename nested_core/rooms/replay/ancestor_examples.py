@@ -1,0 +1,139 @@
+"""The held-out examples of the champion and its ancestors, by which a candidate may be judged.
+
+They come from the registry's data store. An example that newer data answers otherwise says nothing
+of forgetting, and one that newer data holds out too is judged there: both are left out and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from nested_core.config.schema import FineTuneConfig
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset, replay_settings
+from nested_core.data.example_rows import RowKeys
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from nested_core.errors import DamagedError
+from nested_core.registry.data_store import (
+    StoredData,
+    StoredRow,
+    read_lineage,
+    read_stored_data,
+    render_row,
+)
+from nested_core.registry.queries import read_registration_time
+from nested_core.rooms.replay.replayed_examples import NewData, read_new_data
+
+MAX_ANCESTORS = 10  # the newest: as many versions as gc keeps unless told
+MAX_ROWS_PER_ANCESTOR = 200
+
+
+@dataclass(frozen=True)
+class AncestorExamples:
+    """What is left of the held-out examples of one version.
+
+    registered: when it was registered, as ISO 8601; None if that is not known.
+    rows: those to judge by, drawn by their digests where there are more than
+        MAX_ROWS_PER_ANCESTOR, so that each night draws the same.
+    superseded: how many have another answer in newer data.
+    repeated: how many newer data holds out too.
+    missing: how many the store has lost.
+    problem: why it has no examples; None if it has some.
+    """
+
+    version: str
+    registered: str | None
+    rows: tuple[StoredRow, ...] = ()
+    superseded: int = 0
+    repeated: int = 0
+    missing: int = 0
+    problem: str | None = None
+
+
+def choose_ancestor_examples(
+    config: FineTuneConfig, registry: Path, name: str, champion: str
+) -> list[AncestorExamples]:
+    """The examples of the champion and its ancestors, newest first, at most MAX_ANCESTORS.
+
+    Newer data than a version's is that of the versions after it, and that of the run.
+    """
+    lineage = read_lineage(registry, name, champion)[:MAX_ANCESTORS]
+    stored = {version: _read_stored(registry, name, version) for version in lineage}
+    newer = read_new_data(config) if any(stored.values()) else NewData()
+    chosen = []
+    for version in lineage:
+        registered = read_registration_time(registry, name, version)
+        if (data := stored[version]) is None:
+            problem = "none of its examples are kept, or they cannot be read"
+            chosen.append(AncestorExamples(version, registered, problem=problem))
+            continue
+        why = [_why_left_out(row.row, newer) for row in data.held_out]
+        rows = [row for row, reason in zip(data.held_out, why, strict=True) if reason is None]
+        chosen.append(
+            AncestorExamples(
+                version,
+                registered,
+                tuple(sorted(rows, key=lambda row: row.digest)[:MAX_ROWS_PER_ANCESTOR]),
+                superseded=why.count("superseded"),
+                repeated=why.count("repeated"),
+                missing=data.missing,
+                problem=None if rows else _describe_none_left(why),
+            )
+        )
+        for row in data.train:
+            newer.add(row.row, is_held_out=False)
+        for row in data.held_out:
+            newer.add(row.row, is_held_out=True)
+    return chosen
+
+
+def _read_stored(registry: Path, name: str, version: str) -> StoredData | None:
+    """The examples of a version; None if the list of them is damaged, which `audit` tells."""
+    try:
+        return read_stored_data(registry, name, version)
+    except DamagedError:
+        return None
+
+
+def list_ancestor_digests(registry: Path, name: str, champion: str) -> list[Any]:
+    """The versions that `choose_ancestor_examples` reads, each with the digests of what is kept."""
+    lineage = read_lineage(registry, name, champion)[:MAX_ANCESTORS]
+    stored = [_read_stored(registry, name, version) for version in lineage]
+    return [
+        [version, data and [[row.digest for row in rows] for rows in (data.train, data.held_out)]]
+        for version, data in zip(lineage, stored, strict=True)
+    ]
+
+
+def _describe_none_left(why: Sequence[str | None]) -> str:
+    if not why:
+        return "no held-out examples of it are there"
+    if "superseded" not in why:
+        return "its held-out examples are in newer held-out data too, and are compared there"
+    return "its held-out examples are in newer data too, or have another answer there"
+
+
+def _why_left_out(row: Mapping[str, Any], newer: NewData) -> str | None:
+    """Whether newer data repeats or supersedes a row; None if it does neither."""
+    keys = RowKeys.of(row)
+    if keys.folded in newer.held_out:
+        return "repeated"
+    is_asked = keys.prompt in newer.prompts
+    return "superseded" if is_asked and keys.folded not in newer.folded else None
+
+
+def tokenize_stored_rows(config: FineTuneConfig, rows: list[StoredRow]) -> TokenizedSplit:
+    """The rows, supervised as the run's own examples are; `lines` has their places, from 1.
+
+    A row that is no sound example under the run's settings is not among them.
+    """
+    with TemporaryDirectory(prefix="nested-tune-") as folder:
+        path = Path(folder, "rows.jsonl")
+        path.write_bytes(b"".join(render_row(row.row) + b"\n" for row in rows))
+        settings = replay_settings(DataSettings.from_config(config), path)
+        return load_dataset(settings, TokenizerSource.from_config(config))[1]["train"]

@@ -1,0 +1,30 @@
+"""What the page of a run says of the earlier examples that it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nested_core.records.run import Run
+from nested_core.rooms.replay.replay_record import read_replay
+from nested_core.text.document import Block, Details, Table, Text
+
+MAX_SHOWN_QUESTIONS = 12
+
+
+def describe_replay(run: Run) -> Iterator[Block]:
+    """What is replayed of each earlier data set, what is left out, and which facts changed."""
+    replay = run.read(run.folder.replay, read_replay)
+    if replay is None:
+        return
+    for sentence in replay.describe():
+        yield Text(f"{sentence[0].upper()}{sentence[1:]}.")
+    counts = ("examples", "rows", "repeated", "superseded", "held_out")
+    rows = [(source.name, *(getattr(source, name) for name in counts)) for source in replay.sources]
+    columns = ("data set", "replayed", "of", "newer data has too", "superseded", "held out")
+    yield Table("Replayed examples, newest data set first; all: replay.jsonl", columns, rows)
+    yield Table("Their digest", ("examples", "digest"), [(replay.examples, replay.content_digest)])
+    superseded = [(source.name, row.prompt) for source in replay.sources for row in source.named]
+    if superseded:
+        caption = "Superseded: newer data answers these prompts otherwise; digests: replay.json"
+        listed = Table(caption, ("data set", "prompt"), superseded[:MAX_SHOWN_QUESTIONS])
+        yield Details("Superseded examples", [listed])

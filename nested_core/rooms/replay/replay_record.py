@@ -1,0 +1,177 @@
+"""replay.json: which earlier examples a run mixes into its batches, and which it leaves out.
+
+The examples are in replay.jsonl beside it, whose hash it holds: a run that goes on reads the two,
+and no source again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from nested_core.errors import DamagedError, go_on_with, join_first_values, naming_damaged_file
+from nested_core.records.start import CONFIGURED, Choice
+from nested_core.storage.atomic import canonical_json
+from nested_core.storage.untrusted_files import UNBOUNDED, read_regular, regular_sha256
+from nested_core.text.digest_format import shorten_digest
+
+MAX_NAMED_PROMPTS = 20  # of a source
+MAX_SHOWN_PROMPTS = 3
+MAX_SHOWN_CHARACTERS = 60
+
+
+class SupersededRow(BaseModel):
+    """A row whose prompt has another answer in newer data.
+
+    digest: SHA-256 of the example; prompt: the beginning of its last turn before the answer.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True)
+    digest: str
+    prompt: str
+
+
+class ReplaySource(BaseModel):
+    """What a data set gave.
+
+    version: the version that was trained on it; file: the file, for one that was named.
+    examples: how many of its examples are replayed; digest: SHA-256 over the SHA-256 of each.
+    rows: how many it has for training.
+    repeated: those that newer data has too; superseded: those whose prompt has another answer
+        there; held_out: those that equal a held-out example, of this run or of any source.
+    named: the first of the superseded ones.
+    problem: what is missing of it, or has changed; None for a whole one.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True)
+    version: str | None = None
+    file: str | None = None
+    examples: int = 0
+    digest: str = ""
+    rows: int = 0
+    repeated: int = 0
+    superseded: int = 0
+    held_out: int = 0
+    named: tuple[SupersededRow, ...] = ()
+    problem: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What a person knows it by."""
+        return self.file or f"version {shorten_digest(self.version or '')}"
+
+    @property
+    def fresh(self) -> int:
+        """How many of its examples may be replayed."""
+        return self.rows - self.repeated - self.superseded - self.held_out
+
+    def describe(self) -> str:
+        """How many of its rows are replayed, and what became of the others."""
+        others = {
+            "newer data has too": self.repeated,
+            "superseded": self.superseded,
+            "held out": self.held_out,
+        }
+        unused = self.fresh - self.examples
+        left_out = [f"{count:,} {why}" for why, count in others.items() if count]
+        left_out += [f"{unused:,} more than the run has room for"] if unused > 0 else []
+        rest = f" ({', '.join(left_out)})" if left_out else ""
+        return f"{self.examples:,} of {self.rows:,} examples of {self.name}{rest}"
+
+
+class ReplayRecord(BaseModel):
+    """The earlier examples of a run, with what they were chosen by.
+
+    choice: whether the run goes on from the champion, and replays them, or is rebuilt, and trained
+        on all of them as often as on its own.
+    fraction: of each batch, where they are replayed; weighting: how often older sources come.
+    start: the champion whose lineage the sources are; None for files, and before the first.
+    removed: the ancestor at which the known lineage ends, because gc removed it; None for a whole.
+    sources: newest first.
+    rows_sha256: of replay.jsonl, which has the examples of each source in turn.
+    dropped: SHA-256 of the new training examples that equal a held-out example of a source, and are
+        not trained on.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True)
+    choice: Choice
+    fraction: float
+    weighting: Literal["uniform", "recent"]
+    start: str | None
+    sources: tuple[ReplaySource, ...]
+    rows_sha256: str
+    dropped: tuple[str, ...] = ()
+    removed: str | None = None
+
+    @property
+    def is_rebuilt(self) -> bool:
+        """Whether the run is trained from the base on all of them."""
+        return self.choice.policy == "rebuild"
+
+    @property
+    def examples(self) -> int:
+        """How many examples of earlier data the run is trained on."""
+        return sum(source.examples for source in self.sources)
+
+    @property
+    def content_digest(self) -> str:
+        """SHA-256 over what shapes the adapter: the examples, whatever sources they are from."""
+        digests = [source.digest for source in self.sources if source.examples]
+        facts = [self.choice.policy, digests, *self.dropped]
+        return sha256(canonical_json(facts)).hexdigest()
+
+    def problems(self) -> list[str]:
+        """A sentence for each source that is not whole."""
+        return [f"{source.name}: {source.problem}" for source in self.sources if source.problem]
+
+    def describe(self) -> Iterator[str]:
+        """Sentences: what is replayed of which source, what is not, what is missing."""
+        listed = "; ".join(source.describe() for source in self.sources if source.rows)
+        if self.choice != CONFIGURED:
+            what = "rebuilding from the base" if self.is_rebuilt else "going on from the champion"
+            yield f"{what}: {self.choice.reason}{self.choice.describe_seconds()}"
+        if self.is_rebuilt and listed:
+            yield f"rebuilding: beside the new rows, {listed}"
+        elif self.is_rebuilt:
+            yield "rebuilding: there is no earlier data"
+        elif listed:
+            yield f"replay: {self.fraction:.3g} of each batch, from {listed}"
+        elif self.fraction:
+            yield "replay: there is no earlier data to replay"
+        if count := sum(source.superseded for source in self.sources):
+            prompts = [row.prompt for source in self.sources for row in source.named]
+            shown = join_first_values(
+                [f'"{prompt[:MAX_SHOWN_CHARACTERS]}"' for prompt in prompts], MAX_SHOWN_PROMPTS
+            )
+            noun = "example is" if count == 1 else "examples are"
+            yield (
+                f"replay: {count:,} {noun} superseded, for newer data answers the same prompt "
+                f"otherwise: {shown}"
+            )
+        if self.removed is not None:
+            yield (
+                f"replay: version {shorten_digest(self.removed)} was removed from the registry: "
+                f"what it and its ancestors were trained on is not replayed"
+            )
+        for problem in self.problems():
+            yield f"replay: {problem}"
+
+
+def read_replay(record: Path) -> ReplayRecord:
+    """Read replay.json; DamagedError if it is no such record."""
+    remedy = "The run wrote this file: bring it back, or start a new run."
+    with naming_damaged_file(record, remedy, go_on_with()):
+        return ReplayRecord.model_validate_json(read_regular(record, UNBOUNDED))
+
+
+def require_replayed_rows(record: ReplayRecord, rows: Path) -> None:
+    """Raise DamagedError if replay.jsonl is not what replay.json was written with."""
+    if regular_sha256(rows) != record.rows_sha256:
+        raise DamagedError(
+            f"{rows} has changed since the examples were chosen. Bring back what was there, or "
+            f"start a new run."
+        )

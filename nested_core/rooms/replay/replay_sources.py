@@ -1,0 +1,136 @@
+"""Earlier data that a run may replay, read before training.
+
+The registry's data store gives a version's examples. If it has lost them, the files that the
+version was trained on do, if they are still what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from nested_core.config.loading import parse_config
+from nested_core.config.schema import FineTuneConfig
+from nested_core.data.data_settings import SPLITS, DataSettings
+from nested_core.data.example_rows import SplitRows, read_split_rows
+from nested_core.data.held_out_rows import digest_held_out_file
+from nested_core.errors import ConfigError, DatasetError, shorten
+from nested_core.registry.data_store import read_lineage, read_stored_data
+from nested_core.registry.folders import name_exists
+from nested_core.registry.promotion_policy import registry_location
+from nested_core.registry.queries import holding_champion
+from nested_core.registry.versions import read_provenance, version_folder
+from nested_core.rooms.replay.replayed_examples import (
+    EarlierData,
+    read_held_out_file,
+)
+
+HELD_OUT_SPLITS = SPLITS[1:]
+MAX_REASON_CHARACTERS = 200
+Splits = dict[str, SplitRows]
+Row = dict[str, Any]
+
+
+def read_files(config: FineTuneConfig) -> list[EarlierData]:
+    """The data sets that `replay.sources` names, the newest first."""
+    settings = DataSettings.from_config(config)
+    earlier = []
+    for name in config.continual.replay.sources:
+        own = replace(settings, data=name, hf_dataset=(), data_format="auto")
+        is_there = Path(name).exists() or glob(name, recursive=True)  # else the hub would be asked
+        splits, problem = _read_splits(own) if is_there else ({}, "there is no such file or folder")
+        if problem is None and "train" not in splits:
+            problem = "there is no training example in it"
+        train = splits["train"].rows if "train" in splits else []
+        earlier.append(EarlierData(None, name, train, _held_out_rows(splits), problem))
+    return earlier
+
+
+def _read_splits(settings: DataSettings) -> tuple[Splits, str | None]:
+    """The splits of a data set that is read again, or why it cannot be."""
+    try:
+        read = {split: read_split_rows(settings, split) for split in SPLITS}
+    except (ConfigError, DatasetError, FileNotFoundError, PermissionError) as error:
+        reason = shorten(error, MAX_REASON_CHARACTERS)
+        return {}, f"it cannot be read, and is not replayed: {reason}"
+    return {split: rows for split, rows in read.items() if rows is not None}, None
+
+
+def _held_out_rows(splits: Splits) -> list[Row]:
+    return [row for name in HELD_OUT_SPLITS if name in splits for row in splits[name].rows]
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """A champion and its ancestors: what they were trained on, newest first.
+
+    removed: the ancestor at which the known lineage ends, because gc removed it.
+    rebuilt: the place in `data` of the newest version that was trained from the base.
+    """
+
+    champion: str | None = None
+    data: Sequence[EarlierData] = ()
+    removed: str | None = None
+    rebuilt: int | None = None
+
+
+def read_champions_lineage(config: FineTuneConfig) -> Lineage:
+    """The lineage that a run goes on from; empty without a champion, and where files are named."""
+    if not config.continual.replay.is_lineage:
+        return Lineage()
+    registry, name = registry_location(config.registry)
+    if not name_exists(registry, name):
+        return Lineage()
+    with holding_champion(registry, name) as champion:  # no gc removes a version meanwhile
+        versions = [] if champion is None else read_lineage(registry, name, champion)
+        is_there = [version_folder(registry, name, version).is_dir() for version in versions]
+        known = [version for version, there in zip(versions, is_there, strict=True) if there]
+        removed = versions[-1] if known != versions else None
+        data = [_read_version(registry, name, version) for version in known]
+        starts = [
+            read_provenance(version_folder(registry, name, version)).get("start") or {}
+            for version in known
+        ]
+    rebuilt = [place for place, start in enumerate(starts) if _is_from_base(start)]
+    return Lineage(champion, data, removed, rebuilt[0] if rebuilt else None)
+
+
+def _is_from_base(start: Mapping[str, Any]) -> bool:
+    """Whether a version was trained from the base, by what its provenance says of its start."""
+    return bool(start) and (start["policy"] == "rebuild" or start["champion"] is None)
+
+
+def _read_version(registry: Path, name: str, version: str) -> EarlierData:
+    """What a version was trained on: from the store, else from its files if they are the same."""
+    stored = read_stored_data(registry, name, version)
+    if stored is None:
+        provenance = read_provenance(version_folder(registry, name, version))
+        return _read_source_of_version(version, provenance)
+    lost = f"{stored.missing:,} of its examples are no longer in the registry's data store"
+    train = [row.row for row in stored.train]
+    held_out = [row.row for row in (*stored.held_out, *stored.kept_out)]
+    return EarlierData(version, None, train, held_out, lost if stored.missing else None)
+
+
+def _read_source_of_version(version: str, provenance: dict[str, Any]) -> EarlierData:
+    """What a version was trained on, from the files that its provenance names."""
+    given = {key: value for key, value in provenance["config"].items() if value is not None}
+    config = parse_config(given, source=f"the provenance of {version}")
+    splits, reason = _read_splits(DataSettings.from_config(config))
+    train = splits.get("train")
+    if reason is None and (train is None or train.digest != provenance["train_digest"]):
+        reason = "it has changed since, and is not replayed"
+        train = None
+    held_out = [*_held_out_rows(splits), *read_held_out_file(config)]
+    judged_by = provenance.get("validation_digest")
+    digests = [splits[split].digest for split in HELD_OUT_SPLITS if split in splits]
+    is_known = judged_by in (None, digest_held_out_file(config.gate.held_out), *digests)
+    unknown = "its held-out examples are not what they were, and may be trained on"
+    reasons = [*filter(None, [reason]), *([] if is_known else [unknown])]
+    where = ", ".join(each.path for each in config.hf_dataset) or config.data
+    problem = f"the registry keeps no data of it, and of {where}: {'; '.join(reasons)}"
+    rows = [] if train is None else train.rows
+    return EarlierData(version, None, rows, held_out, problem if reasons else None)

@@ -1,0 +1,224 @@
+"""The earlier examples of one run: chosen before training, and read back by what comes after.
+
+They are in replay.json and replay.jsonl of the run directory, which are all that a run needs that
+goes on: it reads its sources no more.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from hashlib import sha256
+from math import ceil
+from typing import Any
+
+import numpy as np
+
+from nested_core.config.schema import FineTuneConfig
+from nested_core.data.batches import BatchOrder
+from nested_core.data.earlier_examples import MixedExamples
+from nested_core.data.tokens.tokenized_split import Int64, TokenizedSplit
+from nested_core.errors import ConfigError
+from nested_core.records.start import CONFIGURED, Choice
+from nested_core.rooms.replay.policy import Decision, Gathered, decide
+from nested_core.rooms.replay.replay_record import (
+    ReplayRecord,
+    read_replay,
+    require_replayed_rows,
+)
+from nested_core.rooms.replay.replay_sources import Lineage, read_champions_lineage, read_files
+from nested_core.rooms.replay.replayed_batches import (
+    JoinedSplits,
+    ReplayedBatchOrder,
+    ReplayedRows,
+)
+from nested_core.rooms.replay.replayed_examples import (
+    ChosenExamples,
+    choose_replayed_examples,
+    read_new_data,
+    select_for_draws,
+    select_reservoir,
+)
+from nested_core.storage.atomic import write_bytes, write_json
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.digest_format import shorten_digest
+
+
+class ReplayOfRun:
+    """What a run replays: EarlierExamples (nested_core/data/earlier_examples.py)."""
+
+    def __init__(self, config: FineTuneConfig, run: RunDirectory) -> None:
+        self._config = config
+        self._run = run
+
+    @property
+    def _record(self) -> ReplayRecord:
+        return read_replay(self._run.replay)
+
+    def choose(self) -> None:
+        """Choose what the run is trained on of earlier data, and whether it goes on; write it.
+
+        Raises ConfigError where a source is missing or has changed, under `replay.missing: error`,
+        and for `policy: auto` without the room minutes.
+        """
+        config, run, replay = self._config, self._run, self._config.continual.replay
+        new = read_new_data(config)
+        lineage = read_champions_lineage(config)
+        earlier = lineage.data if replay.is_lineage else read_files(config)
+        choose = partial(
+            choose_replayed_examples, new, earlier, max_generations=replay.max_generations
+        )
+        decision = Decision(CONFIGURED)
+        if config.continual.policy != "continue":
+            chosen = choose(select=select_reservoir(None, config.seed))
+            gathered = _count_gathered(new.rows, chosen, lineage)
+            decision = decide(config, lineage.champion, gathered)
+        if decision.choice.policy == "continue":
+            batches = self.estimate_batches_of_replay(new.rows)
+            if config.training.epochs is not None:
+                batches += 1  # the last one may be begun
+            draws = int(batches * config.batch_size * replay.fraction)
+            chosen = choose(select=select_for_draws(draws, replay.weighting, config.seed))
+        elif decision.most is not None:
+            chosen = choose(select=select_reservoir(decision.most, config.seed))
+        content = b"".join(chosen.lines)
+        record = ReplayRecord(
+            choice=decision.choice,
+            fraction=replay.fraction,
+            weighting=replay.weighting,
+            start=lineage.champion,
+            removed=lineage.removed,
+            sources=chosen.sources,
+            rows_sha256=sha256(content).hexdigest(),
+            dropped=tuple(content.hex() for content in chosen.dropped),
+        )
+        if replay.missing == "error" and (problems := record.problems()):
+            raise ConfigError(
+                "continual.replay: not all earlier data is there, and replay.missing is error:\n"
+                + "\n".join(f"  {problem}" for problem in problems)
+                + "\nBring it back, name other sources, or let missing be warn: the run goes on "
+                "with the rest then."
+            )
+        write_bytes(run.replayed_rows, content)
+        write_json(run.replay, record.model_dump(mode="json"))
+
+    def read_choice(self) -> Choice:
+        """Whether the run goes on from the champion or is rebuilt, and why."""
+        return self._record.choice
+
+    def describe(self) -> list[str]:
+        """Sentences on what the run replays."""
+        return list(self._record.describe())
+
+    def require_same_start(self, champion: str | None) -> None:
+        """Raise ConfigError if the examples were chosen for another champion than this version."""
+        if not self._config.continual.replay.is_lineage:
+            return
+        chosen_for = self._record.start
+        if champion != chosen_for:
+            before, now = (
+                f"version {shorten_digest(version)}" if version else "none"
+                for version in (chosen_for, champion)
+            )
+            raise ConfigError(
+                f"continual.replay: {self._config.registry.name} got another champion while the "
+                f"data was read: {before} before, {now} now. Start the run again with --resume: "
+                f"it begins from today's."
+            )
+
+    def require_rows(self) -> None:
+        """Raise DamagedError where replay.json or replay.jsonl is missing or altered."""
+        require_replayed_rows(self._record, self._run.replayed_rows)
+
+    def find_dropped(self) -> tuple[str, ...]:
+        """SHA-256 of the new training examples that earlier data holds out."""
+        return self._record.dropped
+
+    def count(self) -> int:
+        """How many examples are replayed."""
+        return self._record.examples
+
+    def content_digest(self) -> str:
+        """SHA-256 over the examples that are replayed and those that are dropped."""
+        return self._record.content_digest
+
+    def make_provenance(self, tokens: int) -> dict[str, Any]:
+        """What provenance.json says of replay; `tokens` of replayed examples were trained on."""
+        record = self._record
+        return {
+            "fraction": record.fraction,
+            "examples": record.examples,
+            "tokens": tokens,
+            "sources": [
+                source.model_dump(mode="json", exclude={"named"})
+                | {"superseded_examples": [row.digest for row in source.named]}
+                for source in record.sources
+            ],
+        }
+
+    def estimate_iterations(self, rows: int) -> int:
+        """About how many batches the run takes that has so many training examples of its own."""
+        if self._record.is_rebuilt:
+            return self._count_rebuilt_batches(rows, rows + self.count())
+        return self.estimate_batches_of_replay(rows)
+
+    def estimate_batches_of_replay(self, rows: int) -> int:
+        """The same where earlier examples are replayed in every batch."""
+        config = self._config
+        if config.training.epochs is None:
+            return config.iters
+        new_share = 1 - config.continual.replay.fraction
+        return ceil(config.training.epochs * ceil(rows / (config.batch_size * new_share)))
+
+    def _count_rebuilt_batches(self, own: int, rows: int) -> int:
+        """Batches of a rebuilt run: each of all `rows` is used as often as `own` rows would be."""
+        config = self._config
+        if config.training.epochs is None:
+            return ceil(config.iters * rows / own)
+        return ceil(config.training.epochs * ceil(rows / config.batch_size))
+
+    def mix(self, new: TokenizedSplit, earlier: TokenizedSplit) -> MixedExamples:
+        """The batches of the run; `earlier` is replay.jsonl, tokenised."""
+        config, record = self._config, self._record
+        joined = JoinedSplits(new, earlier)
+        if record.is_rebuilt:
+            lengths = np.concatenate([new.lengths, earlier.lengths])
+            shuffled = BatchOrder(
+                lengths, config.batch_size, config.seed, max_seq_length=config.max_seq_length
+            )
+            batches = self._count_rebuilt_batches(len(new), len(lengths))
+            return MixedExamples(
+                joined, shuffled, batches, partial(_sum_of_later_rows, shuffled, len(new))
+            )
+        ends = np.cumsum([source.examples for source in record.sources])
+        plan = ReplayedBatchOrder(
+            new.lengths,
+            ReplayedRows(
+                lengths=earlier.lengths,
+                sources=np.searchsorted(ends, earlier.lines, "left"),
+                rows=tuple(source.fresh for source in record.sources),
+                weighting=record.weighting,
+                fraction=record.fraction,
+            ),
+            config.batch_size,
+            config.seed,
+            max_seq_length=config.max_seq_length,
+        )
+        epochs = config.training.epochs
+        batches = config.iters if epochs is None else plan.count_batches(epochs)
+        return MixedExamples(joined, plan, batches, plan.sum_replayed)
+
+
+def _sum_of_later_rows(order: BatchOrder, first: int, values: Int64, batches: int) -> int:
+    """The sum of a value a row over the rows from number `first` on, in so many batches."""
+    rows = [order.batch(index).rows for index in range(batches)]
+    used = np.concatenate([np.zeros(0, np.int32), *rows])
+    return int(values[used[used >= first]].sum())
+
+
+def _count_gathered(new: int, everything: ChosenExamples, lineage: Lineage) -> Gathered:
+    """How many rows the run could be trained on, and how many no rebuilt version has seen."""
+    counts = [source.examples for source in everything.sources]
+    since = None
+    if lineage.rebuilt is not None:
+        since = new + sum(counts[: lineage.rebuilt])
+    return Gathered(new, sum(counts), since)

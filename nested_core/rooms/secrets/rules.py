@@ -1,0 +1,40 @@
+"""The rules for what a line may hold, and what the core is given of this room."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import polars as pl
+
+from nested_core.data.rules.rule_table import FrameRules, Rule
+from nested_core.rooms.secrets.sensitive_data import (
+    SENSITIVE_PATTERNS,
+    find_sensitive_pattern_bits,
+)
+
+
+def _make_sensitive_data_rule(pattern_index: int) -> Rule:
+    """The rule for one kind of secret or personal data, once a file; its value is never shown."""
+    is_absent = pl.col("sensitive") // 2**pattern_index % 2 == 0
+    name = SENSITIVE_PATTERNS[pattern_index].name
+    if SENSITIVE_PATTERNS[pattern_index].group == "personal":
+        message = f"what looks like personal data ({name}) in {{count}} lines: {{places}}"
+        return Rule("personal-data", "warning", is_absent, message, once=True)
+    message = (
+        f"what looks like a secret ({name}) in {{count}} lines: {{places}}; "
+        "take it out, and change it where it is in use"
+    )
+    return Rule("likely-secret", "warning", is_absent, message, once=True)
+
+
+SENSITIVE_DATA_RULES = FrameRules(
+    columns={"sensitive": pl.UInt32},
+    rules=tuple(map(_make_sensitive_data_rule, range(len(SENSITIVE_PATTERNS)))),
+)
+
+
+class SensitiveData:
+    """What the core is given: bits of what a text may hold, and the rules that report them."""
+
+    find = staticmethod(find_sensitive_pattern_bits)
+    rules: ClassVar = SENSITIVE_DATA_RULES

@@ -1,0 +1,107 @@
+"""Runs beside each other: what differs, and on which examples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core.errors import ConfigError
+from nested_core.records.paired_difference import PairedDifference
+from nested_core.records.verdict import Reason
+from nested_core.rooms.compare.comparison import _describe_difference, compare_runs
+from tests.runs import HOSTILE_ROW, add_metrics, begin_run, finished_run, write_plan_of
+
+
+def test_only_the_settings_that_differ_are_compared(tmp_path: Path) -> None:
+    one = finished_run(tmp_path / "one", learning_rate=1e-3)
+    two = finished_run(tmp_path / "two", learning_rate=2e-3, nested={"frequencies": [1]})
+    document = compare_runs([one.path, two.path]).to_json()
+    assert list(document)[:4] == ["runs", "config", "losses", "tasks"]
+    settings = document["config"]
+    assert settings.pop("data") != []
+    assert settings == {"learning_rate": [1e-3, 2e-3], "nested.frequencies": [[1, 2, 4], [1]]}
+    assert document["losses"]["gate_after"] == [pytest.approx(2.675)] * 2
+    assert document["losses"]["difference_to_first"][1]["difference"] == 0
+    assert document["tasks"] == {"capitals": [2 / 3, 2 / 3]}
+    assert document["speed"]["tokens_per_second"][0] > 0
+    assert document["same_held_out_examples"] is True
+
+
+def test_each_loss_stands_with_its_file_examples_and_step(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "one", steps=25)
+    write_plan_of(run)
+    losses = compare_runs([run.path]).to_json()["losses"]
+    names = ("training_file", "training_step", "validation_file", "validation_examples")
+    assert [losses[name] for name in names] == [["train.jsonl"], [25], ["valid.jsonl"], [12]]
+    assert losses["validation_step"] == losses["gate_step"] == [25]
+    assert (losses["gate_file"], losses["gate_examples"]) == (["valid.jsonl"], [12])
+
+
+def test_losses_of_a_file_outside_of_the_data_are_not_compared(tmp_path: Path) -> None:
+    """Its digest is not recorded: two files of one length may hold different examples."""
+    gate = {"held_out": str(tmp_path / "kept.jsonl")}
+    runs = [finished_run(tmp_path / name, gate=gate) for name in ("one", "two")]
+    comparison = compare_runs([run.path for run in runs])
+    assert comparison.has_same_held_out_examples() is False
+    assert comparison.paired_with_first() == [None, None]
+    assert "may have been measured on different" in comparison.to_html()
+
+
+def test_a_rejected_and_a_going_run_are_compared_too(tmp_path: Path) -> None:
+    rejected = finished_run(tmp_path / "one", reasons=[Reason("unchanged", "nothing moved")])
+    going = begin_run(tmp_path / "two")
+    add_metrics(going, 4)
+    comparison = compare_runs([rejected.path, going.path])
+    rows = {str(name): cells for name, *cells in comparison.rows()}
+    assert rows["outcome"] == ["Rejected: unchanged", "Resumable"]
+    assert rows["trained"] == ["8 of 8 steps", "4 of 8 steps"]
+    assert comparison.names == ["one", "two"]
+
+
+def test_the_page_overlays_the_curves_and_escapes(tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path / name / "run", text=HOSTILE_ROW) for name in ("a", "b")]
+    comparison = compare_runs([run.path for run in runs])
+    assert comparison.names == ["a/run", "b/run"]
+    page = comparison.to_html()
+    assert page.count("<svg") == 4
+    assert page.count("<path") == 8
+    assert "<script" not in page
+    assert comparison._repr_html_().startswith("<div")
+
+
+def test_nothing_to_compare_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no run to compare"):
+        compare_runs([])
+
+
+def test_a_difference_has_its_interval_where_there_are_examples_enough() -> None:
+    few, many = (PairedDifference(n, -0.25, 0.1, -0.45, -0.05) for n in (2, 40))
+    assert _describe_difference(None) is None
+    assert _describe_difference(few) == "-0.25"
+    assert _describe_difference(many) == "-0.25 (-0.45 to -0.05)"
+
+
+def test_what_differs_of_a_suite_is_a_key_by_its_name(tmp_path: Path) -> None:
+    file = str(tmp_path / "q.jsonl")
+    suite = {"name": "facts", "file": file, "score": "contains"}
+    gates: list[dict[str, Any]] = [{"tasks": [suite | {"min": least}]} for least in (0.5, 0.9)]
+    runs = [finished_run(tmp_path / str(n), gate=gate) for n, gate in enumerate([*gates, {}])]
+    one_suite = compare_runs([run.path for run in runs[:2]]).differing_settings()
+    del one_suite["data"]
+    assert one_suite == {"gate.tasks.facts.min": [0.5, 0.9]}
+    settings = compare_runs([run.path for run in runs]).differing_settings()
+    del settings["data"]
+    assert settings == {
+        "gate.tasks.facts.file": [file, file, None],
+        "gate.tasks.facts.score": ["contains", "contains", None],
+        "gate.tasks.facts.min": [0.5, 0.9, None],
+    }
+
+
+def test_each_row_says_what_its_figure_is_of(tmp_path: Path) -> None:
+    names = [row[0] for row in compare_runs([finished_run(tmp_path / "run").path]).rows()]
+    assert len(set(names)) == len(names)
+    assert {"validation loss, valid.jsonl, 12 examples", "answers, capitals"} <= {*names}
+    assert {"training loss, last report", "validation loss, last report"} <= {*names}

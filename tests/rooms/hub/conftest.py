@@ -1,0 +1,7 @@
+"""The tokenizer of tests/core/data."""
+
+from __future__ import annotations
+
+from tests.core.data.conftest import tokenizer
+
+__all__ = ["tokenizer"]

@@ -1,0 +1,310 @@
+"""`init` and `explain`: a first configuration, and what one will do before it is run."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlx_lm.utils import save_config, save_model
+
+from nested_core import DatasetError, FineTuneConfig, load_config
+from nested_core.config.loading import parse_config, parse_yaml
+from nested_core.config.sections import LoraParameters
+from nested_core.models.base_model import fingerprint_base_model, load_base_model
+from nested_core.models.lora_attachment import attach_adapter, make_adapter_config
+from nested_core.models.parameters import trainable_parameters
+from nested_core.pipeline.learning_rate_rule import warn_of_learning_rate
+from nested_core.pipeline.run_explanation import RunExplanation, explain_run
+from nested_core.registry.policy import set_policy
+from nested_core.rooms.planning.explanation import RunInWords
+from nested_core.rooms.planning.suggested_config import suggest_config, suggest_learning_rate
+from nested_core.storage.adapter import write_adapter
+from nested_core.storage.atomic import new_directory
+from tests.architectures import HYBRIDS, SIZES
+from tests.example import DATA, MODEL, example_config, example_settings
+
+
+@pytest.fixture(scope="module")
+def config() -> FineTuneConfig:
+    """Two tiers, accumulation, and a registry."""
+    return parse_config(
+        example_settings(
+            iters=20,
+            batch_size=4,
+            grad_accumulation_steps=2,
+            nested={"frequencies": [1, 4]},
+            registry={"path": "somewhere", "name": "capitals", "promote": "better"},
+        ),
+        source="a test",
+    )
+
+
+@pytest.fixture(scope="module")
+def explanation(config: FineTuneConfig, tmp_path_factory: pytest.TempPathFactory) -> RunExplanation:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(tmp_path_factory.mktemp("empty"))
+        found = explain_run(config)
+        assert list(Path().iterdir()) == []  # nothing is kept, no registry is made
+    return found
+
+
+def test_the_numbers_are_those_of_the_model_the_data_and_the_schedule(config, explanation) -> None:
+    model, _ = load_base_model(config)
+    attach_adapter(model, config)
+    tensors = trainable_parameters(model)
+    assert sum(tier.tensors for tier in explanation.tiers) == len(tensors)
+    assert sum(tier.parameters for tier in explanation.tiers) == sum(
+        tensor.size for tensor in tensors.values()
+    )
+    assert [(tier.frequency, tier.updates) for tier in explanation.tiers] == [(1, 10), (4, 2)]
+    assert (explanation.iterations, explanation.steps) == (20, 10)
+    rows = len((DATA / "train.jsonl").read_text().splitlines())
+    assert explanation.epochs == 20 / math.ceil(rows / 4)
+    assert explanation.memory.fits
+
+
+def test_each_subject_is_said_in_words(explanation: RunExplanation) -> None:
+    said = RunInWords(explanation).describe()
+    assert "every step (10 updates)" in said["tiers"]
+    assert "every 4 steps (2 updates)" in said["tiers"]
+    assert "2 to an optimizer step: 10 steps" in said["steps"]
+    bound = "within 2.00% or 0.01 nats/token, whichever is more."
+    assert f"may not rise significantly, unless the rise is certainly {bound}" in said["gate"]
+    assert said["registry"] == (
+        "registered as capitals in somewhere, and made champion if its loss is significantly "
+        "lower than the champion's."
+    )
+
+
+def test_what_the_registrys_policy_tightens_is_said(tmp_path: Path) -> None:
+    registry = {"path": str(tmp_path), "name": "capitals", "promote": "always"}
+    changes = {"promote": "better", "max_val_loss_increase": 0.01}
+    set_policy(tmp_path, "capitals", by="ann", changes=changes)
+    said = RunInWords(
+        explain_run(example_config(registry=registry), measures_speed=False)
+    ).describe()
+    assert "unless the rise is certainly within 1.00% or 0.01" in said["gate"]
+    assert said["registry"].endswith(
+        "But the policy of capitals: gate.max_val_loss_increase is 0.01, not 0.02. "
+        "But the policy of capitals: promote: better counts beside this run's always."
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, "the checkpoint with the lowest loss is selected"),
+        (
+            {
+                "training": {"reference": "mlx_lm", "max_grad_norm": 0},
+                "nested": {"frequencies": [1]},
+            },
+            "the last step, as mlx_lm.lora does, is selected",
+        ),
+        ({"val_batches": 0}, "none: val_batches is 0, so the last checkpoint is selected"),
+    ],
+    ids=str,
+)
+def test_the_step_that_is_offered_is_the_one_said(explanation, change, said) -> None:
+    examples = 0 if "val_batches" in change else explanation.validation_examples
+    changed = replace(explanation, config=example_config(**change), validation_examples=examples)
+    assert said in RunInWords(changed).describe()["evaluation"]
+
+
+def test_the_file_that_the_gate_measures_on_is_named(explanation: RunExplanation) -> None:
+    gate = explanation.config.gate.model_copy(update={"held_out": "kept.jsonl", "max_kl": 0.1})
+    config = explanation.config.model_copy(update={"gate": gate})
+    train = {"train": explanation.splits["train"]}
+    run = replace(explanation, config=config, splits=train)
+    sentence = RunInWords(run)._describe_gate()
+    said = " ".join(sentence)
+    assert "loss on held-out examples, kept.jsonl, may not rise" in said
+    assert "KL divergence from the start may be 0.1 nats/token" in said
+
+
+def test_every_bound_that_can_reject_is_named_with_its_number(explanation: RunExplanation) -> None:
+    task = {"name": "facts", "file": "q.jsonl", "score": "contains", "min": 0.9, "min_gain": 0.1}
+    changes = {
+        "max_val_loss_increase": 0.031,
+        "max_harmed_share": 0.022,
+        "max_skipped_share": 0.013,
+        "min_relative_change": 0.004,
+        "general_data": "general.jsonl",
+        "max_general_loss_increase": 0.05,
+        "max_kl": 0.6,
+        "check_fused": True,
+        "samples": "fail",
+        "tasks": [task | {"max_drop": 0.07}],
+    }
+    said = RunInWords(replace(explanation, config=example_config(gate=changes))).describe()["gate"]
+    for words in (
+        *("within 3.10%", "at most 2.20% of these examples", "At most 1.30% of a tensor's updates"),
+        *(
+            "move by 0.004 of its norm",
+            "general.jsonl",
+            "within 5.00%",
+            "may be 0.6 nats/token",
+        ),
+        *("survive fusing", "at least 90% right", "at least 10% more right", "at most 7% fewer"),
+        "answers are broken by training, it is rejected",
+    ):
+        assert words in said
+
+
+def test_what_no_run_could_train_on_is_refused_as_a_run_refuses_it(tmp_path: Path) -> None:
+    shutil.copytree(DATA, tmp_path / "data")
+    (tmp_path / "data" / "train.jsonl").write_text("{}\n")
+    settings = example_settings(data=str(tmp_path / "data"))
+    with pytest.raises(DatasetError):
+        explain_run(parse_config(settings, source="a test"))
+
+
+def write_rows(folder: Path, fields: tuple[str, str]) -> None:
+    folder.mkdir()
+    for split, count in (("train", 12), ("valid", 6)):
+        rows = [
+            {fields[0]: f"Where is town {split} {n}?", fields[1]: f"In land {n}."}
+            for n in range(count)
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(lines)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        (("prompt", "completion"), {}),
+        (("question", "answer"), {"prompt_feature": "question", "completion_feature": "answer"}),
+    ],
+)
+def test_a_suggestion_loads_and_fits_the_data(tmp_path, fields, named) -> None:
+    write_rows(tmp_path / "data", fields)
+    path = tmp_path / "lora.yaml"
+    path.write_text(suggest_config(str(MODEL), str(tmp_path / "data")).text)
+    config = load_config(path)
+    values = config.model_dump()
+    assert {key: values[key] for key in named} == named
+    assert (config.model, config.data) == (str(MODEL), str(tmp_path / "data"))
+    assert (config.batch_size, config.training.epochs, config.mask_prompt) == (4, 20, True)
+    assert (config.nested.frequencies, config.training.max_grad_norm) == ((1,), 1.0)
+    assert (config.num_layers, config.learning_rate) == (-1, 1e-4)
+    assert config.lora_parameters == LoraParameters(rank=8, scale=20.0)
+    assert (config.training.warmup_steps, config.training.decay) == (0.05, "cosine")
+    (tiers,) = [line for line in path.read_text().splitlines() if line.startswith("# nested: ")]
+    with_tiers = load_config_text(path.read_text().replace("nested: {frequencies: [1]}", tiers[2:]))
+    assert (with_tiers.nested.frequencies, with_tiers.nested.fast) == ((1, 2, 4), "deep")
+    assert config.max_seq_length == 64
+    assert "memory: needs about" in path.read_text()
+    iterations = explain_run(config, measures_speed=False).iterations
+    assert f"# 20 passes are {iterations} batches: 3 would be fewer than 200" in path.read_text()
+    assert warn_of_learning_rate(config) is None
+
+
+def test_a_suggestion_that_goes_on_from_an_adapter_has_its_shape_and_a_lower_rate(tmp_path) -> None:
+    write_rows(tmp_path / "data", ("prompt", "completion"))
+    lora = {"rank": 4, "scale": 10.0, "keys": ["self_attn.q_proj"]}
+    config = example_config(num_layers=2, lora_parameters=lora)
+    model, _ = load_base_model(config)
+    described = make_adapter_config(config, fingerprint_base_model(MODEL))
+    with new_directory(tmp_path / "before") as folder:
+        write_adapter(folder, attach_adapter(model, config), described)
+    adapter = str(tmp_path / "before" / "adapters.safetensors")
+    found = load_config_text(
+        suggest_config(str(MODEL), str(tmp_path / "data"), adapter=adapter).text
+    )
+    assert (found.resume_adapter_file, found.num_layers) == (adapter, 2)
+    assert found.lora_parameters == config.lora_parameters
+    assert found.learning_rate == 1.2e-4  # 0.3 of 0.016, by rank 4 x scale 10
+
+
+def test_the_intervals_of_a_suggestion_scale_with_the_length(tmp_path: Path) -> None:
+    write_rows(tmp_path / "data", ("prompt", "completion"))
+    path = tmp_path / "lora.yaml"
+    path.write_text(suggest_config(str(MODEL), str(tmp_path / "data")).text)
+    longer = explain_run(load_config(path, {"training.epochs": 60}), measures_speed=False)
+    assert longer.iterations == 180
+    assert "A checkpoint every 18 batches." in RunInWords(longer).describe()["steps"]
+    assert RunInWords(longer).describe()["evaluation"].startswith("every 18 batches on 6 examples")
+
+
+@pytest.mark.parametrize(
+    ("context", "length", "overlong"), [(256, 128, "truncate"), (64, 64, "drop")]
+)
+def test_a_suggestion_has_room_for_a_long_held_out_example_or_leaves_it_out(
+    tmp_path: Path, context: int, length: int, overlong: str
+) -> None:
+    shutil.copytree(MODEL, tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    described = json.loads(path.read_text()) | {"max_position_embeddings": context}
+    path.unlink()
+    path.write_text(json.dumps(described))
+    write_rows(tmp_path / "data", ("prompt", "completion"))
+    with (tmp_path / "data" / "valid.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "Where? " * 40, "completion": "There."}) + "\n")
+    found = load_config_text(suggest_config(str(tmp_path / "base"), str(tmp_path / "data")).text)
+    assert (found.max_seq_length, found.data_policy.overlong) == (length, overlong)
+
+
+def test_a_suggestion_learns_every_answer_where_last_answers_are_marked(tmp_path: Path) -> None:
+    first = [{"role": "user", "content": "Oslo?"}, {"role": "assistant", "content": "In Norway."}]
+    last = [
+        {"role": "user", "content": "Bye."},
+        {"role": "assistant", "content": "No.", "weight": 0},
+    ]
+    (tmp_path / "data").mkdir()
+    row = json.dumps({"messages": [*first, *last]}) + "\n"
+    (tmp_path / "data" / "train.jsonl").write_text(row * 4)
+    text = suggest_config(str(MODEL), str(tmp_path / "data")).text
+    assert load_config_text(text).training.supervise == "all"
+
+
+def test_a_batch_that_does_not_fit_is_made_smaller(tmp_path, monkeypatch) -> None:
+    write_rows(tmp_path / "data", ("prompt", "completion"))
+    text = suggest_config(str(MODEL), str(tmp_path / "data")).text
+    needed = explain_run(parse_config(parse_yaml(text), source=""), measures_speed=False).memory
+    monkeypatch.setattr("nested_core.backend.device_memory_bytes", lambda: (needed.needed or 0) - 1)
+    smaller = load_config_text(suggest_config(str(MODEL), str(tmp_path / "data")).text)
+    assert smaller.batch_size < 4 or smaller.grad_checkpoint
+
+
+def test_adapters_of_linear_attention_are_said_to_fail_in_some_apps(explanation, tmp_path) -> None:
+    sizes = SIZES | HYBRIDS["qwen3_5"] | {"model_type": "qwen3_5", "vocab_size": 1588}
+    module = import_module("mlx_lm.models.qwen3_5")
+    base = tmp_path / "base"
+    shutil.copytree(MODEL, base)
+    save_model(base, module.Model(module.ModelArgs.from_dict(sizes)))
+    save_config(sizes, base / "config.json")
+    config = example_config(model=str(base), nested={"frequencies": [1]})
+    said = RunInWords(explain_run(config, measures_speed=False)).describe()["trained"]
+    assert "With linear_attn, apps of mlx-swift-lm may fail: docs/troubleshooting.md." in said
+    assert "linear_attn" not in RunInWords(explanation).describe()["trained"]
+
+
+def load_config_text(text: str) -> FineTuneConfig:
+    return parse_config(parse_yaml(text), source="a test")
+
+
+@pytest.mark.parametrize(
+    ("model", "alpha", "continues", "rate"),
+    [
+        ({"model_type": "llama", "hidden_size": 64}, 160, False, 1e-4),
+        ({"model_type": "llama", "hidden_size": 3072}, 160, False, 7.2e-5),
+        ({"model_type": "llama", "hidden_size": 8192}, 160, False, 6.3e-5),  # 0.01 at least
+        ({"model_type": "qwen3", "hidden_size": 4096}, 160, False, 9.5e-5),
+        ({"model_type": "gemma3", "text_config": {"hidden_size": 5376}}, 160, False, 9.3e-5),
+        ({"model_type": "llama", "hidden_size": 768}, 16, False, 1e-3),
+        ({"model_type": "llama", "hidden_size": 768}, 160, True, 3e-5),
+        ({"model_type": "mamba"}, 160, False, 1e-4),
+    ],
+)
+def test_the_rate_follows_alpha_the_models_width_and_whether_it_goes_on(
+    tmp_path: Path, model: dict[str, Any], alpha: float, continues: bool, rate: float
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    assert suggest_learning_rate(alpha, tmp_path, continues=continues) == rate

@@ -1,0 +1,353 @@
+"""Replay: what is chosen of earlier data, what is said of it, and that a resumed run needs none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nested_core import seams
+from nested_core.config.schema import FineTuneConfig
+from nested_core.data.dataset_loading import load_run_data
+from nested_core.data.example_digests import digest_examples
+from nested_core.errors import ConfigError, DamagedError, TrainingStopped
+from nested_core.pipeline import steps
+from nested_core.pipeline.preflight import check_before_start
+from nested_core.pipeline.publishing import make_provenance
+from nested_core.pipeline.run_explanation import explain_run
+from nested_core.records.judged_run import read_judged_run
+from nested_core.report.run_report import read_report
+from nested_core.rooms.replay.replay_record import read_replay
+from nested_core.rooms.replay.replayed_run import ReplayOfRun
+from nested_core.storage.run_directory import RunDirectory
+from tests.example import (
+    DATA,
+    SPEEDS,
+    Finished,
+    example_config,
+    prepare,
+    require_refused,
+    stop_after,
+    train,
+)
+from tests.rooms.replay.nights import (
+    FRESH,
+    NAME,
+    add_version,
+    choose,
+    from_champion,
+    night,
+    replayed_prompts,
+    row,
+    write_split,
+)
+
+LINES = (DATA / "train.jsonl").read_text(encoding="utf-8").splitlines()
+
+
+def configure(folder: Path, *sources: str, fraction: float = 0.3, **changes: Any) -> FineTuneConfig:
+    replay = changes.pop("replay", {})
+    named = [str(folder / source) for source in sources]
+    section = {"replay": {"fraction": fraction, "sources": named} | replay}
+    settings = {"data": str(folder / "new"), "continual": section, "val_batches": 2, "iters": 8}
+    return example_config(**settings | changes)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """New data of ten rows, and an earlier file of ten others."""
+    write_split(tmp_path / "new", train=LINES[:10], valid=LINES[10:14])
+    (tmp_path / "old.jsonl").write_text("\n".join(LINES[20:30]))
+    return tmp_path
+
+
+def test_rows_that_newer_data_repeats_corrects_or_holds_out_are_not_replayed(tmp_path) -> None:
+    write_split(
+        tmp_path / "new",
+        train=[row("a?", "1"), row("What is  B?", "new"), row("k?", "1"), row("l?", "1")],
+        valid=[row("held now?", "1"), row("held answer?", "yes")],
+    )
+    write_split(
+        tmp_path / "newer",
+        train=[row("A?", "1"), row("c?", "1"), row("held then?", "1"), row("d?", "2")],
+        valid=[row("held by newer?", "1"), row("k?", "1")],
+    )
+    old = [row("what is b?", "old"), row("c?", "0"), row("d?", "2"), row("e?", "1")]
+    old += [row("Held now?", "1"), row("held answer?", "no"), row("held by newer?", "1")]
+    write_split(tmp_path / "old", train=old, valid=[row("held then?", "1")])
+    run, record = choose(configure(tmp_path, "newer", "old", iters=40), tmp_path / "run")
+    assert replayed_prompts(run) == ["c?", "d?", "e?"]
+    newer, older = record.sources
+    assert (newer.rows, newer.repeated, newer.held_out, newer.examples) == (4, 1, 1, 2)
+    assert (older.rows, older.repeated, older.superseded, older.held_out) == (7, 1, 3, 2)
+    assert [each.prompt for each in older.named] == ["what is b?", "c?", "held answer?"]
+    assert list(record.describe()) == [
+        f"replay: 0.3 of each batch, from 2 of 4 examples of {newer.file} (1 newer data has too, "
+        f"1 held out); 1 of 7 examples of {older.file} (1 newer data has too, 3 superseded, "
+        f"2 held out)",
+        "replay: 3 examples are superseded, for newer data answers the same prompt otherwise: "
+        '"what is b?", "c?", "held answer?"',
+    ]
+    page = read_report(run.path).to_html()
+    assert all(prompt in page for prompt in ("what is b?", "c?", "held answer?"))
+    report, splits = load_run_data(configure(tmp_path, "newer", "old"), run)
+    assert report.splits["train"].dropped == {"held-out-before": (3,)}
+    assert report.splits["train"].rows == len(splits["train"]) == 3
+    assert "dropped-held-out-before" in report.describe_warnings()
+
+
+def test_generations_beyond_the_bound_hold_out_what_they_held_out(folder: Path) -> None:
+    write_split(folder / "older", train=LINES[30:34], valid=[LINES[20], LINES[0]])
+    config = configure(folder, "old.jsonl", "older", replay={"max_generations": 1}, iters=40)
+    run, record = choose(config, folder / "run")
+    assert [source.examples for source in record.sources] == [9, 0]
+    assert json.loads(LINES[20])["messages"][0]["content"] not in replayed_prompts(run)
+    assert len(load_run_data(config, run)[1]["train"]) == 9
+
+
+@pytest.mark.parametrize("what", ["missing", "empty"])
+def test_a_source_that_is_gone_is_said_and_the_run_goes_on_with_the_rest(folder, what) -> None:
+    if what == "empty":
+        write_split(folder / "gone", valid=LINES[14:16])
+    config = configure(folder, "gone", "old.jsonl")
+    run, record = choose(config, folder / "run")
+    assert [source.examples for source in record.sources] == [0, 4]
+    expected = {"missing": "gone: there is no such file or folder", "empty": "no training example"}
+    assert expected[what] in ReplayOfRun(config, run).describe()[-1]
+    refused = configure(folder, "gone", "old.jsonl", replay={"missing": "error"})
+    with pytest.raises(ConfigError, match="replay.missing is error:\n .*gone: .*\nBring it back"):
+        choose(refused, folder / "refused")
+
+
+def test_as_many_examples_are_kept_as_the_run_can_use(folder: Path) -> None:
+    # 8 batches of 2 at 0.3: 4 rows; 3 epochs of 10 rows are 22 batches: 13 rows, and there are 10
+    short, long = configure(folder, "old.jsonl"), {"epochs": 3.0}
+    assert choose(short, folder / "short")[1].examples == 4
+    epochs = configure(folder, "old.jsonl", training=long)
+    assert choose(epochs, folder / "long")[1].examples == 10
+
+
+def test_explain_says_what_would_be_replayed_and_counts_its_tokens(folder: Path) -> None:
+    explained = explain_run(configure(folder, "old.jsonl"), measures_speed=False)
+    assert f"replay: 0.3 of each batch, from 4 of 10 examples of {folder}/old.jsonl" in ". ".join(
+        explained.replay
+    )
+    assert explained.replayed_tokens > 0
+    assert explained.epochs == pytest.approx(12 / 10)  # 16 rows, and 4 of them are replayed
+
+
+def test_the_same_data_and_seed_choose_the_same_rows(folder: Path) -> None:
+    config = configure(folder, "old.jsonl")
+    (folder / "again.jsonl").write_text("\n".join(reversed(LINES[20:30])))
+    first, again = choose(config, folder / "1"), choose(config, folder / "2")
+    moved = choose(configure(folder, "again.jsonl"), folder / "3")
+    other = choose(configure(folder, "old.jsonl", seed=7), folder / "4")
+    rows = [each[0].replayed_rows.read_bytes() for each in (first, again, moved, other)]
+    assert rows[0] == rows[1] == rows[2] != rows[3]
+    assert first[1].content_digest == moved[1].content_digest != other[1].content_digest
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_the_data_of_the_champion_and_its_ancestors_is_replayed(tmp_path, keeps) -> None:
+    parent = FRESH
+    versions = [
+        parent := add_version(tmp_path, parent, night(tmp_path, n), keeps=keeps) for n in range(3)
+    ]
+    new = [row("fresh 1?", "1"), row("held 0?", "1"), row("fresh 2?", "1")]
+    new += [row("Tested  1?", "1"), row("tested 2?", " 1")]  # folded, they are held out
+    write_split(tmp_path / "new", train=new, valid=[row("own 1 0?", "1")])
+    if keeps:  # the store has it: what became of the files does not matter
+        shutil.rmtree(tmp_path / "night-0")
+        (tmp_path / "night-1" / "train.jsonl").write_text(row("altered?", "1"))
+        (tmp_path / "night-2").rename(tmp_path / "moved")
+        shutil.move(tmp_path / "registry", tmp_path / "elsewhere")
+        shutil.copytree(tmp_path / "elsewhere", tmp_path / "registry", symlinks=True)
+    run, record = choose(from_champion(tmp_path), tmp_path / "run")
+    assert (record.start, record.removed, record.problems()) == (versions[-1], None, [])
+    assert [source.version for source in record.sources] == versions[::-1]
+    assert [source.superseded for source in record.sources] == [0, 1, 1]
+    expected = ["own 0 0?", "own 0 1?", "own 1 1?", "own 2 0?", "own 2 1?", "today?"]
+    assert replayed_prompts(run) == expected
+    assert '{"prompt": "today?", "completion": "2"}' in run.replayed_rows.read_text()
+    report, splits = load_run_data(from_champion(tmp_path), run)
+    assert report.splits["train"].dropped == {"held-out-before": (2, 4, 5)}
+    assert len(splits["replay"]) == 6
+    held_out = [row(f"held {number}?", "1") for number in range(3)] + [row("own 1 0?", "1")]
+    write_split(tmp_path / "held", train=held_out)
+    names = ("train", "replay")
+    trained_on = np.concatenate([digest_examples(splits[name]) for name in names])
+    others = load_run_data(example_config(data=str(tmp_path / "held")))[1]["train"]
+    assert not np.isin(digest_examples(others), trained_on).any()
+
+
+def test_files_of_ancestors_without_stored_data_are_used_if_they_are_what_they_were(
+    tmp_path: Path,
+) -> None:
+    parent = FRESH
+    for number in range(4):
+        parent = add_version(tmp_path, parent, night(tmp_path, number), keeps=False)
+    write_split(tmp_path / "new", train=[row("fresh?", "1"), row("held 0?", "1"), row("f?", "1")])
+    shutil.rmtree(tmp_path / "night-1")
+    with (tmp_path / "night-2" / "train.jsonl").open("a") as file:
+        file.write(row("added?", "1"))
+    (tmp_path / "night-3" / "valid.jsonl").write_text(row("another?", "1"))
+    config = from_champion(tmp_path)
+    run, record = choose(config, tmp_path / "run")
+    kept = ["own 0 0?", "own 0 1?", "own 3 0?", "own 3 1?", "today?"]
+    assert replayed_prompts(run) == kept
+    assert len(load_run_data(config, run)[1]["train"]) == 2
+    problems = [
+        problem.partition(": the registry keeps no data of it, and of ")[2]
+        for problem in record.problems()
+    ]
+    where = [str(tmp_path / f"night-{number}") for number in range(4)]
+    unknown = "its held-out examples are not what they were, and may be trained on"
+    assert problems[0] == f"{where[3]}: {unknown}"
+    assert problems[1] == f"{where[2]}: it has changed since, and is not replayed"
+    assert problems[2].startswith(f"{where[1]}: it cannot be read, and is not replayed: ")
+    assert problems[2].endswith(unknown)
+    with pytest.raises(ConfigError, match="replay.missing is error"):
+        choose(from_champion(tmp_path, replay={"missing": "error"}), tmp_path / "refused")
+
+
+def test_a_lineage_that_gc_cut_short_is_said_and_is_no_error(tmp_path: Path) -> None:
+    first = add_version(tmp_path, FRESH, night(tmp_path, 0))
+    second = add_version(tmp_path, first, night(tmp_path, 1))
+    shutil.rmtree(tmp_path / "registry" / NAME / "versions" / first)
+    write_split(tmp_path / "new", train=[row("fresh?", "1"), row("f?", "1")])
+    config = from_champion(tmp_path, replay={"missing": "error"})
+    run, record = choose(config, tmp_path / "run")
+    assert (record.start, record.removed, len(record.sources)) == (second, first, 1)
+    assert ReplayOfRun(config, run).describe()[-1] == (
+        f"replay: version {first[:12]} was removed from the registry: what it and its ancestors "
+        f"were trained on is not replayed"
+    )
+
+
+def test_before_the_first_champion_nothing_is_replayed_and_it_is_said(folder: Path) -> None:
+    config = from_champion(folder, iters=4)
+    run = prepare(config, folder / "run")
+    assert ReplayOfRun(config, run).describe() == ["replay: there is no earlier data to replay"]
+    done = train(config, run)
+    assert not any("replayed_tokens" in each for each in done.metrics())
+
+
+def test_another_champion_than_replay_was_chosen_for_is_refused(folder: Path) -> None:
+    config = from_champion(folder)
+    run, _ = choose(config, folder / "run")
+    version = add_version(folder, FRESH, night(folder, 0))
+    with pytest.raises(ConfigError, match=f"none before, version {version[:12]} now.*--resume"):
+        ReplayOfRun(config, run).require_same_start(version)
+    steps.validate(config, run)  # as --resume does
+    ReplayOfRun(config, run).require_same_start(version)
+
+
+def test_what_cannot_go_together_is_refused_before_a_run() -> None:
+    lineage = {"replay": {"fraction": 0.1}}
+    require_refused(
+        "lineage is that of the champion, and needs .*from: champion", continual=lineage
+    )
+    mixed = {"replay": {"fraction": 0.1, "sources": ["lineage", "a.jsonl"]}}
+    require_refused("lineage stands alone", continual=mixed)
+    files = {"replay": {"fraction": 0.1, "sources": ["a.jsonl"]}}
+    reference = {"reference": "mlx_lm"}
+    require_refused("knows nothing of .*continual.replay", continual=files, training=reference)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A run with replay that nobody stops."""
+    folder = tmp_path_factory.mktemp("replay")
+    write_split(folder / "new", train=LINES[:10], valid=LINES[10:14])
+    (folder / "old.jsonl").write_text("\n".join(LINES[20:30]))
+    config = configure(folder, "old.jsonl", steps_per_report=1, save_every=4)
+    return train(config, prepare(config, folder / "run"))
+
+
+def test_replayed_tokens_are_counted_apart(whole: Finished) -> None:
+    reports = [each for each in whole.metrics() if "loss" in each]
+    _, splits = load_run_data(whole.config, whole.run)
+    supervised = splits["replay"].count_supervised()
+    assert reports[0]["replayed_tokens"] == 0  # of 2 rows at 0.3 the second batch has the first
+    assert reports[1]["replayed_tokens"] in supervised
+    assert reports[-1]["replayed_tokens"] == supervised.sum()  # 4 rows, each once
+    assert reports[-1]["trained_tokens"] > reports[-1]["replayed_tokens"]
+
+
+def test_a_resumed_run_equals_the_whole_one_without_its_sources(whole, tmp_path) -> None:
+    data = Path(whole.config.data).parent
+    shutil.copytree(data / "new", tmp_path / "new")
+    shutil.copy(data / "old.jsonl", tmp_path)
+    config = configure(tmp_path, "old.jsonl", steps_per_report=1, save_every=4)
+    run = prepare(config, tmp_path / "run")
+    with pytest.raises(TrainingStopped):
+        train(config, run, on_start=stop_after(5))
+    (tmp_path / "old.jsonl").unlink()
+    steps.write_run_config(config, run, resume=True)
+    steps.validate(config, run)
+    done = train(config, run)
+    assert done.metrics(without=SPEEDS) == whole.metrics(without=SPEEDS)
+    files = [each.run.adapter / "adapters.safetensors" for each in (done, whole)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.slow("judges a run")
+def test_the_gate_knows_that_replayed_rows_were_trained_on(whole: Finished) -> None:
+    steps.judge(whole.config, whole.run)
+    trained_on = np.fromfile(whole.run.training_examples, "<u8")
+    replayed = load_run_data(whole.config, whole.run)[1]["replay"]
+    assert np.isin(digest_examples(replayed), trained_on).all()
+    listed = json.loads(whole.run.manifest.read_bytes())["files"]
+    assert {"replay.json", "replay.jsonl"} <= listed.keys()
+    recorded = make_provenance(whole.config, read_judged_run(whole.run.path), None)
+    replay = recorded["replay"]
+    tokens = whole.metrics()[-1]["replayed_tokens"]
+    assert (replay["fraction"], replay["examples"], replay["tokens"]) == (0.3, 4, tokens)
+    (source,) = replay["sources"]
+    assert (source["version"], source["examples"]) == (None, 4)
+    assert source["digest"] == read_replay(whole.run.replay).sources[0].digest
+
+
+@pytest.mark.parametrize("name", ["replay.json", "replay.jsonl"])
+def test_altered_replay_files_end_a_run_and_have_no_verdict(whole, tmp_path, name) -> None:
+    run = RunDirectory(shutil.copytree(whole.run.path, tmp_path / "run"))
+    path = run.path / name
+    path.write_bytes(path.read_bytes().replace(b"a", b"b", 1))
+    with pytest.raises(DamagedError, match=r"replay\.json"):
+        steps.judge(whole.config, run)
+    longer = whole.config.model_copy(update={"iters": 12})
+    with pytest.raises(DamagedError, match=r"replay\.json"):
+        train(longer, run)
+
+
+def test_without_replay_nothing_of_it_is_in_a_run(folder: Path) -> None:
+    config = configure(folder, fraction=0.0, replay={"sources": ["lineage"]})
+    run = prepare(config, folder / "run")
+    assert not run.replay.exists()
+    assert set(load_run_data(config, run)[1]) == {"train", "valid"}
+    assert steps.describe_earlier_examples(config, run) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        (
+            "continual.replay",
+            {"continual": {"replay": {"fraction": 0.3, "sources": ["old.jsonl"]}}},
+        ),
+        ("gate.max_ancestor_loss_increase", {"gate": {"max_ancestor_loss_increase": 0.1}}),
+    ],
+)
+def test_without_the_room_a_key_of_it_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, changes: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(seams, "is_there", lambda room: room != "replay")
+    run = RunDirectory(tmp_path / "run")
+    refusal = f"`{key}` belongs to the room replay, which is not installed here"
+    with pytest.raises(ConfigError, match=refusal):
+        check_before_start(example_config(**changes), run)
+    assert not run.path.exists()

@@ -1,0 +1,151 @@
+"""Batches with replay: the share of replayed rows, each new row once an epoch, no state."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.padding import skewed_lengths
+from nested_core.data.batches import BatchOrder
+from nested_core.rooms.replay.replay_draws import Weighting, choose_rows, draw_rows
+from nested_core.rooms.replay.replayed_batches import ReplayedBatchOrder, ReplayedRows
+
+lengths_lists = st.lists(st.integers(1, 300), min_size=1, max_size=50)
+fractions = st.sampled_from([0.01, 0.05, 0.1, 0.25, 0.3, 0.5, 0.9])
+
+
+def make_order(
+    new: list[int], replayed: list[int], batch_size: int, fraction: float, seed: int = 3
+) -> ReplayedBatchOrder:
+    sources = np.zeros(len(replayed), np.int64)
+    rows = ReplayedRows(np.array(replayed), sources, (len(replayed),), "uniform", fraction)
+    return ReplayedBatchOrder(np.array(new), rows, batch_size, seed, max_seq_length=300)
+
+
+@settings(max_examples=40)
+@given(lengths_lists, lengths_lists, st.integers(1, 9), fractions)
+def test_each_batch_is_full_and_has_the_replayed_rows_of_its_position(
+    new: list[int], replayed: list[int], batch_size: int, fraction: float
+) -> None:
+    order = make_order(new, replayed, batch_size, fraction)
+    share = batch_size * Fraction(str(fraction))
+    longest = np.array(new + replayed) - 1
+    for index in range(order.count_batches(2) + 1):
+        batch = order.batch(index)
+        expected = int((index + 1) * share) - int(index * share)
+        assert len(batch.rows) == batch_size
+        assert int((batch.rows >= len(new)).sum()) == expected
+        assert batch.width in order.widths
+        assert longest[batch.rows].max() <= batch.width
+
+
+@settings(max_examples=40)
+@given(lengths_lists, lengths_lists, st.integers(1, 9), fractions)
+def test_each_new_row_is_used_once_an_epoch(new, replayed, batch_size, fraction) -> None:
+    order = make_order(new, replayed, batch_size, fraction)
+    rows = np.concatenate([order.batch(index).rows for index in range(order.count_batches(3))])
+    used = rows[rows < len(new)]
+    for epoch in range(3):
+        own = used[epoch * len(new) : (epoch + 1) * len(new)]
+        assert sorted(own) == list(range(len(new)))
+
+
+@settings(max_examples=40)
+@given(lengths_lists, lengths_lists, st.integers(1, 9), fractions)
+def test_replayed_rows_come_equally_often(new, replayed, batch_size, fraction) -> None:
+    order = make_order(new, replayed, batch_size, fraction)
+    batches = order.count_batches(2)
+    rows = np.concatenate([order.batch(index).rows for index in range(batches)])
+    counts = np.bincount(rows[rows >= len(new)] - len(new), minlength=len(replayed))
+    assert counts.sum() == order.count_replayed(batches)
+    # within an epoch rows come by length, so that the last of a round may come in the next epoch
+    assert counts.max() - counts.min() <= 2
+
+
+def test_a_batch_is_a_function_of_its_position() -> None:
+    lengths = skewed_lengths(200).clip(max=300).tolist()
+    first, again = (make_order(lengths[:150], lengths[150:], 4, 0.1) for _ in range(2))
+    straight = [first.batch(index) for index in range(120)]
+    for index in [119, 3, 77, 40, 0]:
+        batch = again.batch(index)
+        assert batch.width == straight[index].width
+        np.testing.assert_array_equal(batch.rows, straight[index].rows)
+    other = make_order(lengths[:150], lengths[150:], 4, 0.1, seed=4)
+    assert any(set(other.batch(n).rows) != set(straight[n].rows) for n in range(10))
+
+
+def test_sums_of_replayed_rows_need_no_counting_on_the_way() -> None:
+    lengths = skewed_lengths(90).clip(max=300).tolist()
+    order = make_order(lengths[:70], lengths[70:], 3, 0.3)
+    values = np.arange(90)
+    total = 0
+    for index in range(80):
+        assert order.sum_replayed(values, index) == total
+        rows = order.batch(index).rows
+        total += int(values[rows[rows >= 70]].sum())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_largest_sums_are_those_of_the_first_epoch(ranks: int) -> None:
+    lengths = skewed_lengths(90).clip(max=300).tolist()
+    order = make_order(lengths[:70], lengths[70:], 4, 0.3)
+    values = np.arange(90)
+    largest: dict[int, int] = {}
+    for index in range(order.count_batches(1)):
+        batch = order.batch(index)
+        own = int(values[batch.rows[1::2] if ranks == 2 else batch.rows].sum())
+        largest[batch.width] = max(own, largest.get(batch.width, 0))
+    assert order.largest_sums(values, ranks - 1, ranks) == largest
+
+
+def test_padding_is_about_what_it_is_without_replay() -> None:
+    lengths = skewed_lengths(4000).clip(max=300)
+    new, replayed = lengths[:3000], lengths[3000:]
+    order = make_order(list(map(int, new)), list(map(int, replayed)), 8, 0.1)
+    batches = [order.batch(index) for index in range(order.count_batches(1))]
+    needed = np.maximum(np.concatenate([new, replayed]) - 1, 0)
+    tokens = sum(int(needed[batch.rows].sum()) for batch in batches)
+    padded = sum(batch.width * 8 for batch in batches)
+    without = BatchOrder(new, 8, 3, max_seq_length=300).buckets.padding_share
+    assert 1 - tokens / padded <= without + 0.025
+
+
+def draw(rows: tuple[int, ...], draws: int, weighting: Weighting) -> Any:
+    sources = np.repeat(np.arange(len(rows)), rows)
+    return sources[draw_rows(sources, rows, draws, weighting, 5)]
+
+
+def test_recent_gives_each_row_half_the_draws_of_one_a_generation_newer() -> None:
+    counts = np.bincount(draw((40, 20, 40), 7000, "recent"))
+    assert (np.abs(counts - 7000 * np.array([4, 1, 1]) / 6) <= 3).all()
+    assert (np.bincount(draw((40, 20, 40), 5000, "uniform")) == [2000, 1000, 2000]).all()
+
+
+def test_a_shorter_run_draws_the_first_of_a_longer_one() -> None:
+    assert (draw((5, 9), 300, "recent")[:100] == draw((5, 9), 100, "recent")).all()
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "recent"])
+def test_as_many_rows_are_chosen_as_the_run_has_room_for(weighting: Weighting) -> None:
+    rows = (30, 0, 30)
+    sources = np.repeat(np.arange(3), rows)
+    chosen = choose_rows(sources, rows, 25, weighting, 5)
+    assert len(chosen) == len(set(chosen.tolist())) == 25
+    counts = np.bincount(sources[chosen], minlength=3)
+    if weighting == "recent":
+        assert counts.tolist() == [20, 0, 5]
+    assert len(choose_rows(sources, rows, 10_000, weighting, 5)) == 60
+    assert len(choose_rows(sources, rows, 0, weighting, 5)) == 0
+    assert len(choose_rows(np.zeros(0, np.int64), (), 10, weighting, 5)) == 0
+
+
+def test_a_source_of_which_nothing_could_be_tokenised_leaves_its_share_to_the_others() -> None:
+    sources = np.array([0, 0, 2])
+    counts = np.bincount(sources[draw_rows(sources, (2, 5, 4), 300, "recent", 5)], minlength=3)
+    assert counts[1] == 0
+    assert counts.sum() == 300
